@@ -1,0 +1,53 @@
+# make train   from nothing: environment, tokenizer, a tiny model on real text, a sample, plots (in run/)
+# make test    the CPU suite          make lint    ruff
+# make bench   training speed beside transformers, same machine, same run
+# make clean   removes environments, caches and run/
+#
+# Takes the newest of Python 3.12, 3.13, 3.11 that really runs; `make PYTHON=/path/to/python` overrides.
+
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.PHONY: help train test lint bench clean
+
+# A version manager's shim may exist and fail, so each candidate has to import what an environment needs.
+find_python = for v in $(1); do for p in "$$(command -v python$$v)" $$(ls -d $$HOME/.pyenv/versions/*/bin/python$$v 2>/dev/null); do \
+	if [ -n "$$p" ] && "$$p" -c 'import sys, venv, ensurepip; assert (3, 11) <= sys.version_info < (3, 14)' \
+	>/dev/null 2>&1; then echo "$$p"; exit; fi; done; done
+
+PYTHON ?= $(shell $(call find_python,3.12 3.13 3.11))
+RUN := .venv/bin/python
+
+help:
+	@sed -n 's/^# \{0,1\}//p' Makefile | sed -n '1,/overrides/p'
+
+.venv/stamp: setup.py
+	@[ -n "$(PYTHON)" ] || { echo "No working Python 3.12, 3.13 or 3.11 (with venv and ensurepip) found; install one, or say make PYTHON=/path/to/python." >&2; exit 2; }
+	@echo "Environment .venv with $$("$(PYTHON)" --version): installing (a minute or two)"
+	@rm -rf .venv && "$(PYTHON)" -m venv .venv
+	@$(RUN) -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@touch $@
+
+train: .venv/stamp
+	$(RUN) -m deepseek_jax.train --config experiments/configs/tiny.py --workdir run
+
+test: .venv/stamp
+	JAX_PLATFORMS=cpu $(RUN) -m pytest -n 2 -m "not slow"
+
+lint: .venv/stamp
+	$(RUN) -m ruff check .
+
+# The peer needs a CPU wheel of torch, which is there for Python 3.11; without one, our side is timed alone.
+.venv-peer/stamp: benchmarks/peer.txt
+	@python=$$($(call find_python,3.11)); rm -rf .venv-peer; mkdir .venv-peer; \
+	if [ -z "$$python" ]; then echo "No Python 3.11 for the peer's torch: timing our side alone." >&2; exit 0; fi; \
+	echo "Environment .venv-peer with $$("$$python" --version): installing torch and transformers"; \
+	"$$python" -m venv .venv-peer && \
+	.venv-peer/bin/python -m pip install --quiet --disable-pip-version-check -r benchmarks/peer.txt || \
+	{ echo "torch or transformers could not be installed: timing our side alone." >&2; rm -rf .venv-peer; mkdir .venv-peer; }
+	@touch $@
+
+bench: .venv/stamp .venv-peer/stamp
+	$(RUN) benchmarks/run.py --json benchmarks/results/train_cpu.json
+
+clean:
+	rm -rf .venv .venv-peer .cache .pytest_cache .hypothesis .ruff_cache build run *.egg-info

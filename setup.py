@@ -1,0 +1,45 @@
+"""Installs `deepseek_jax` and `kernels_pallas`; experiments, notebooks and benchmarks run from a checkout."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="deepseek-jax",
+    version="0.1.0",
+    description="DeepSeek-V3 in JAX: the model, its training and its serving, as the V3 technical report describes them",
+    license="Apache-2.0",
+    packages=find_packages(include=["deepseek_jax", "deepseek_jax.*", "kernels_pallas", "kernels_pallas.*"]),
+    python_requires=">=3.11,<3.14",
+    install_requires=[
+        "jax>=0.10.2,<0.13",
+        "numpy>=2.0",
+        "flax>=0.12",
+        "optax>=0.2.6",
+        "orbax-checkpoint>=0.11.30",
+        "chex>=0.1.90",
+        "ml-collections>=1.0",
+        "tensorstore>=0.1.75",
+        "grain>=0.2.12",
+        "tokenizers>=0.20",
+        "safetensors>=0.5",
+        "tqdm>=4.60",
+        "matplotlib>=3.8",
+        "tensorboardX>=2.6.2",
+    ],
+    extras_require={
+        # Reading compressed and columnar text.
+        "data": ["zstandard>=0.22", "pyarrow>=16"],
+        "dev": [
+            "pytest>=8",
+            "pytest-xdist>=3.5",
+            "hypothesis>=6.100",
+            "ruff>=0.9",
+            "filelock>=3.12",  # lets test workers share jax's compilation cache
+            "zstandard>=0.22",
+            "pyarrow>=16",
+        ],
+        # Compiling for GPUs that are not here: the plugin and ptxas, without the CUDA libraries a run would need.
+        "aot": ["jax-cuda13-plugin>=0.10.2,<0.13", "nvidia-cuda-nvcc>=13"],
+        "serve": ["starlette>=0.40", "uvicorn>=0.30"],
+        "notebooks": ["nbclient>=0.10", "ipykernel>=6.29", "ipywidgets>=8.1"],
+    },
+)

@@ -1,0 +1,53 @@
+"""The machine that every test runs on: a CPU that calls itself eight, strict numerics, a cache of compilations.
+
+All of it is environment, set before jax is imported, so that commands which a test starts find the same machine.
+What is already set outside wins, but for the two XLA flags that the suite cannot do without.
+"""
+
+import os
+import pathlib
+import sys
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+assert "jax" not in sys.modules, "jax is imported before tests/conftest.py could set its flags"
+
+_FLAGS = {
+    "--xla_force_host_platform_device_count": "8",
+    # Eight devices on two cores wait for each other; by default XLA takes that for a deadlock and aborts.
+    "--xla_cpu_collective_call_terminate_timeout_seconds": "600",
+}
+_kept = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if flag.split("=")[0] not in _FLAGS]
+os.environ["XLA_FLAGS"] = " ".join(_kept + [f"{name}={value}" for name, value in _FLAGS.items()])
+
+_DEFAULTS = {
+    "JAX_PLATFORMS": "cpu",
+    "JAX_ENABLE_X64": "0",
+    "JAX_NUMPY_RANK_PROMOTION": "raise",
+    "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax"),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
+    # A bounded cache locks its files, an unbounded one does not: two workers may write the same entry.
+    "JAX_COMPILATION_CACHE_MAX_SIZE": str(4 * 2**30),
+    "MPLBACKEND": "Agg",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+_workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+if _workers > 1:
+    # Workers share the cores; each would otherwise start a thread a core, in XLA (NPROC) and in BLAS.
+    _threads = str(max(1, (os.cpu_count() or 1) // _workers))
+    _DEFAULTS |= {"NPROC": _threads, "OMP_NUM_THREADS": _threads, "OPENBLAS_NUM_THREADS": _threads}
+for _name, _value in _DEFAULTS.items():
+    os.environ.setdefault(_name, _value)
+# Commands started by tests run from the checkout whatever their working directory is.
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+sys.path.insert(0, str(ROOT))
+
+
+def pytest_configure(config):
+    """Property tests take their examples from the test's name alone, so that a red run is red again."""
+    try:
+        import hypothesis
+    except ImportError:
+        return
+    hypothesis.settings.register_profile("suite", deadline=None, derandomize=True, print_blob=False)
+    hypothesis.settings.load_profile("suite")

@@ -1,0 +1,222 @@
+"""Configs: what cannot work says so in one line that names what would; the rest freezes, and comes back unchanged."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from deepseek_jax import config as configs
+from deepseek_jax.config import Config, ConfigError, TrainConfig, as_dict, default_config, freeze, model_config
+
+CONFIG_FILE = """
+from deepseek_jax.config import default_config
+
+def get_config():
+    config = default_config("tiny")
+    config.train.steps = 12
+    return config
+"""
+
+
+@pytest.fixture
+def config_file(tmp_path):
+    path = tmp_path / "experiment.py"
+    path.write_text(CONFIG_FILE)
+    return str(path)
+
+
+def assert_one_line(error, *parts):
+    message = str(error.value)
+    assert "\n" not in message and message, message
+    for part in parts:
+        assert part in message, message
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (dict(experts_per_token=17), "experts_per_token=17 asks for more than the 16 experts that the 2 kept groups"),
+        (dict(experts_per_tokens=4), "unknown config key model.experts_per_tokens; did you mean experts_per_token?"),
+        (dict(num_groups=5), "num_groups=5 does not divide num_experts=32; take one of [1, 2, 4, 8, 16, 32]"),
+        (dict(num_groups=2, groups_kept=3), "groups_kept=3 is more than num_groups=2"),
+        (dict(num_groups=32, groups_kept=16), "take at most 16 groups"),
+        (dict(num_dense_layers=5), "num_dense_layers=5 is more than num_layers=4"),
+        (dict(num_dense_layers=-1), "num_dense_layers=-1 cannot be negative"),
+        (dict(rope_head_dim=15), "rope_head_dim=15 must be even"),
+        (dict(d_model=0), "d_model=0 must be positive"),
+        (dict(route_scale=0.0), "route_scale=0.0 must be positive"),
+        (dict(q_rank=0), "q_rank=0 must be positive, or None"),
+        (dict(mtp_depth=-1), "mtp_depth=-1 cannot be negative; 0 leaves it out"),
+        (dict(score="tanh"), "score='tanh' is unknown; take one of 'sigmoid', 'softmax'"),
+        (dict(router_bias="subtractive"), "router_bias='subtractive' is unknown"),
+        (dict(dtype="float16"), "dtype='float16' is unknown"),
+        (dict(remat="some"), "remat='some' is unknown"),
+    ],
+)
+def test_an_impossible_model_says_what_would_work(overrides, message):
+    with pytest.raises(ConfigError) as error:
+        model_config("tiny", **overrides)
+    assert_one_line(error, message)
+
+
+@pytest.mark.parametrize(
+    ("section", "changes", "message"),
+    [
+        ("train", dict(micro_batches=3), "micro_batches=3 does not divide batch_size=8; take one of [1, 2, 4, 8]"),
+        ("train", dict(steps=0), "train.steps=0 must be positive"),
+        ("train", dict(batch_size=-8), "train.batch_size=-8 must be positive"),
+        ("train", dict(micro_batches=4, ramp_from=3), "train.ramp_from=3 must be a multiple of the 2 sequences"),
+        ("train", dict(ramp_from=16), "at most batch_size=8"),
+        ("train", dict(ema_decay=1.0), "train.ema_decay=1.0 must lie in [0, 1)"),
+        ("optimizer", dict(warmup=0.9), "0 <= warmup <= constant_until"),
+        ("optimizer", dict(learning_rate=0.0), "must be positive"),
+        ("optimizer", dict(moment_dtype="int8"), "optimizer.moment_dtype='int8' is unknown"),
+        ("balance", dict(bias_rule="random"), "balance.bias_rule='random' is unknown"),
+        ("train", dict(steps="many"), "train.steps='many' should be int, not str"),
+        ("train", dict(steps=10.5), "train.steps=10.5 should be int, not float"),
+        ("train", dict(steps=True), "train.steps=True should be int, not bool"),
+        ("train", dict(sample_prompt=3), "train.sample_prompt=3 should be str, not int"),
+        ("train", dict(seed=None), "train.seed cannot be None"),
+        ("train", dict(mtp_weights=0.3), "train.mtp_weights=0.3 should be a tuple of pairs, such as ((0.0, 0.3)"),
+        ("data", dict(mask_documents="yes"), "data.mask_documents='yes' should be bool, not str"),
+        ("data", dict(sources="stdlib"), "data.sources='stdlib' should be a tuple of pairs"),
+        ("train", dict(step=3), "unknown config key train.step; did you mean steps?"),
+        ("model", dict(yarn=dict(factors=40.0)), "unknown config key model.yarn.factors; did you mean factor?"),
+        ("model", dict(yarn=40.0), "model.yarn=40.0 should be a section with keys"),
+    ],
+)
+def test_an_impossible_run_says_what_would_work(section, changes, message):
+    config = as_dict(Config(model=model_config("tiny")))
+    config[section] |= changes
+    with pytest.raises(ConfigError) as error:
+        freeze(config)
+    assert_one_line(error, message)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("--config.train.stepz=5", "unknown config key train.stepz; did you mean steps?"),
+        ("--config.trian.steps=5", "unknown config key trian; did you mean train?"),
+        ("--config.train.steps.more=5", "unknown config key train.steps"),
+        ("--config.train.steps", "cannot read '--config.train.steps'; overrides look like --config.train.steps=50"),
+        ("--train.steps=5", "cannot read '--train.steps=5'"),
+        ("--config.train.steps=five", "train.steps='five' should be int, not str"),
+        ("--config.model.num_groups=3", "num_groups=3 does not divide num_experts=32"),
+        ("--config.model=small", "model='small' should be a section with keys"),
+    ],
+)
+def test_an_override_that_cannot_work_names_the_nearest_that_does(config_file, override, message):
+    with pytest.raises(ConfigError) as error:
+        configs.load_config(config_file, [override])
+    assert_one_line(error, message)
+
+
+@pytest.mark.parametrize("name", ["tinny", "v3", "671b", ""])
+def test_an_unknown_model_is_answered_with_the_known_ones(name):
+    with pytest.raises(ConfigError) as error:
+        model_config(name)
+    assert_one_line(error, f"unknown model {name!r}", "v3_671b" if name in ("v3", "671b", "") else "tiny")
+
+
+def test_a_missing_config_file_is_named(tmp_path):
+    with pytest.raises(ConfigError) as error:
+        configs.load_config(str(tmp_path / "absent.py"))
+    assert_one_line(error, "absent.py", "experiments/configs")
+
+
+def test_a_config_file_without_get_config_is_named(tmp_path):
+    (tmp_path / "empty.py").write_text("x = 1\n")
+    with pytest.raises(ConfigError) as error:
+        configs.load_config(str(tmp_path / "empty.py"))
+    assert_one_line(error, "does not define get_config()")
+
+
+@pytest.mark.parametrize(
+    ("override", "read", "value"),
+    [
+        ("--config.train.steps=50", lambda c: c.train.steps, 50),
+        ("--config.optimizer.learning_rate=1e-3", lambda c: c.optimizer.learning_rate, 1e-3),
+        ("--config.optimizer.weight_decay=1", lambda c: c.optimizer.weight_decay, 1.0),
+        ("--config.init.from=DIR", lambda c: c.init.from_, "DIR"),
+        ("--config.model.q_rank=None", lambda c: c.model.q_rank, None),
+        ("--config.data.mask_documents=True", lambda c: c.data.mask_documents, True),
+        ("--config.train.sample_prompt=a = b", lambda c: c.train.sample_prompt, "a = b"),
+        ("--config.data.sources=[('docs/*.txt', 2)]", lambda c: c.data.sources, (("docs/*.txt", 2.0),)),
+        ("--config.model.yarn={'factor': 8}", lambda c: c.model.yarn.factor, 8.0),
+    ],
+)
+def test_overrides_reach_the_frozen_config(config_file, override, read, value):
+    config = configs.load_config(config_file, [override])
+    assert read(config) == value and type(read(config)) is type(value)
+
+
+def test_a_config_file_keeps_what_no_override_changes(config_file):
+    config = configs.load_config(config_file, ["--config.train.seed=3"])
+    assert (config.train.steps, config.train.seed) == (12, 3)
+    assert config.model == model_config("tiny")
+
+
+@pytest.mark.parametrize("name", sorted(configs.PRESETS))
+def test_a_config_survives_freezing_and_json(name):
+    config = Config(model=model_config(name))
+    assert freeze(default_config(name)) == config
+    assert freeze(as_dict(config)) == config
+    assert freeze(json.loads(json.dumps(as_dict(config)))) == config
+
+
+def test_a_frozen_config_cannot_be_changed():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        model_config("tiny").d_model = 1
+
+
+def test_v3_is_the_model_of_the_report():
+    c = model_config("v3_671b")
+    assert (c.num_layers, c.num_dense_layers, c.d_model, c.num_heads) == (61, 3, 7168, 128)
+    assert (c.q_rank, c.kv_rank, c.nope_head_dim, c.rope_head_dim, c.v_head_dim) == (1536, 512, 128, 64, 128)
+    assert (c.num_experts, c.experts_per_token, c.num_shared_experts, c.expert_ffn_dim) == (256, 8, 1, 2048)
+    assert (c.num_groups, c.groups_kept, c.route_scale, c.vocab_size, c.mtp_depth) == (8, 4, 2.5, 129280, 1)
+    assert (c.num_moe_layers, c.qk_head_dim, c.has_router_bias) == (58, 192, True)
+
+
+@pytest.mark.parametrize("name", ["v2_lite_16b", "v2_236b"])
+def test_v2_routes_by_softmax_without_a_bias(name):
+    c = model_config(name)
+    assert (c.score, c.has_router_bias, c.normalize_gates, c.mtp_depth) == ("softmax", False, False, 0)
+
+
+def test_config_works_without_jax():
+    code = "import sys, deepseek_jax.config; sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@st.composite
+def ramps(draw):
+    """Any run that TrainConfig accepts: rows of a micro-batch, micro-batches, a ramp in whole micro-batches."""
+    rows, micro_batches = draw(st.integers(1, 8)), draw(st.integers(1, 16))
+    ramp_from = draw(st.one_of(st.none(), st.integers(1, micro_batches).map(lambda m: m * rows)))
+    return TrainConfig(steps=draw(st.integers(1, 400)), batch_size=rows * micro_batches, micro_batches=micro_batches,
+                       ramp_from=ramp_from, ramp_until=draw(st.floats(0, 1)))
+
+
+@given(ramps())
+def test_the_data_position_is_the_sum_of_all_batches_before(train):
+    rows, position = train.batch_size // train.micro_batches, 0
+    for step in range(train.steps + 2):
+        assert train.sequences_before(step) == position
+        position += rows * train.micro_batches_at(step)
+
+
+@given(ramps())
+def test_the_ramp_rises_from_its_start_to_the_whole_batch(train):
+    counts = [train.micro_batches_at(step) for step in range(train.steps + 1)]
+    rows = train.batch_size // train.micro_batches
+    assert counts == sorted(counts) and counts[-1] == train.micro_batches
+    if train.ramp_from is None or train.ramp_until == 0:
+        assert counts[0] == train.micro_batches
+    else:
+        assert counts[0] * rows == train.ramp_from
