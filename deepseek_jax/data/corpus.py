@@ -1,0 +1,271 @@
+"""Documents from folders, files and globs, and their division into training and validation.
+
+A corpus is a sorted list of files under relative names; reading it yields `Document`s in that order. A text file is
+one document, a row of jsonl or parquet is one. What cannot be read is named, skipped and counted, never guessed at.
+A document belongs to validation by the hash of its name, so that other files come and go without moving it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import glob
+import gzip
+import hashlib
+import io
+import json
+import logging
+import os
+import sysconfig
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
+
+from deepseek_jax.config import ConfigError
+
+log = logging.getLogger(__name__)
+
+STDLIB = "stdlib"
+# Tests are missing from many installations, so corpora with them would differ from machine to machine; the others are
+# tables written by programs, which a model learns nothing from (and which would flatter its bits per byte).
+_STDLIB_SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data"}
+_STDLIB_GENERATED = "_sysconfigdata"  # build settings: machine paths, in one dict
+_LONE_PIECE = 16384  # characters; a corpus of one text file is cut at line ends into documents of about this size
+_WARNINGS_SHOWN = 10
+
+
+class File(NamedTuple):
+    name: str  # relative, with forward slashes: what hashes and orders it
+    path: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Document:
+    """A text in parts; a part that is not predicted (a prompt) is read by the model without a loss."""
+
+    name: str
+    parts: tuple[tuple[str, bool], ...]
+
+    @property
+    def bytes(self) -> int:
+        return sum(len(text.encode()) for text, _ in self.parts)
+
+
+@dataclasses.dataclass
+class Counts:
+    """What one pass over a corpus met. `skipped` are unreadable files and rows, `empty` those without any text."""
+
+    files: int = 0
+    documents: int = 0
+    bytes: int = 0
+    skipped: int = 0
+    empty: int = 0
+
+
+def list_files(path: str) -> list[File]:
+    """The readable files of a folder, file, glob or the word "stdlib", sorted by name. Raises ConfigError."""
+    if path == STDLIB:
+        files = [f for f in _walk(sysconfig.get_path("stdlib"), _STDLIB_SKIPPED)
+                 if f.name.endswith(".py") and not os.path.basename(f.name).startswith(_STDLIB_GENERATED)]
+    elif os.path.isfile(path):
+        files = [File(os.path.basename(path), path)]
+    elif os.path.isdir(path):
+        files = _walk(path, set())
+    elif glob.has_magic(path):
+        root = os.path.dirname(path[:min(path.find(c) for c in "*?[" if c in path)]) or "."
+        found = (p for p in glob.glob(path, recursive=True) if os.path.isfile(p))
+        files = [File(os.path.relpath(p, root).replace(os.sep, "/"), p) for p in found]
+    else:
+        raise ConfigError(f"data.sources: there is no {path}; give a folder, a file, a glob or {STDLIB!r}.")
+    files = sorted(f for f in files if _reader(f.name))
+    if not files:
+        raise ConfigError(f"data.sources: {path} has no file that can be read; known are {' '.join(_READERS)}.")
+    return files
+
+
+def _walk(root, skipped) -> list[File]:
+    files = []
+    for folder, folders, names in os.walk(root):
+        # Hidden folders hold tools' own files (.git, .venv), not a corpus.
+        folders[:] = [f for f in folders if not f.startswith(".") and f != "__pycache__" and f not in skipped]
+        paths = (os.path.join(folder, n) for n in names if not n.startswith("."))
+        files += [File(os.path.relpath(p, root).replace(os.sep, "/"), p) for p in paths]
+    return files
+
+
+def digest(files: Iterable[File]) -> str:
+    """One hash of names and contents: two corpora with the same digest give the same documents."""
+    total = hashlib.sha256()
+    for file in files:
+        try:
+            with open(file.path, "rb") as f:
+                content = hashlib.file_digest(f, "sha256").hexdigest()
+        except OSError:
+            content = "unreadable"  # will be skipped and named when it is read
+        total.update(f"{file.name}\0{content}\n".encode())
+    return total.hexdigest()
+
+
+def read_documents(files: list[File], counts: Counts | None = None,
+                   warn: Callable[[str], None] | None = None) -> Iterator[Document]:
+    """Every non-empty document of `files`, in order.
+
+    Args:
+      counts: filled while reading.
+      warn: called with one line for each file or row that is skipped; None says nothing.
+    """
+    counts = Counts() if counts is None else counts
+    warn = warn or (lambda line: None)
+    for file in files:
+        counts.files += 1
+        try:
+            for row, parts in _reader(file.name)(file.path, len(files) == 1):
+                name = file.name if row is None else f"{file.name}#{row}"
+                if isinstance(parts, str):
+                    counts.skipped += 1
+                    warn(f"skipped {name}: {parts}")
+                    continue
+                document = Document(name, tuple(part for part in parts if part[0]))
+                if not any(predicted for _, predicted in document.parts):
+                    counts.empty += 1
+                    continue
+                counts.documents += 1
+                counts.bytes += document.bytes
+                yield document
+        except ConfigError:
+            raise
+        except Exception as error:  # whatever a damaged file makes its reader raise
+            counts.skipped += 1
+            warn(f"skipped {file.name}: {_first_line(error)}")
+
+
+def _first_line(error: Exception) -> str:
+    if isinstance(error, UnicodeDecodeError):
+        return f"not UTF-8 (byte {error.start})"
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+class Warnings:
+    """Logs the first few lines, then counts: ten thousand bad rows are one fault, not ten thousand."""
+
+    def __init__(self):
+        self.lines = 0
+
+    def __call__(self, line: str):
+        self.lines += 1
+        if self.lines <= _WARNINGS_SHOWN:
+            log.warning(line)
+
+    def close(self):
+        if self.lines > _WARNINGS_SHOWN:
+            log.warning("... and %d more", self.lines - _WARNINGS_SHOWN)
+
+
+# Readers: (path, alone) -> (row or None, parts) pairs, with a sentence in place of the parts of a row that is no
+# document. `alone`: the file is the whole corpus.
+
+
+def _read_text(path, alone):
+    with open(path, "rb") as f:
+        text = f.read().decode()  # not in text mode: line ends stay what they are, so bytes can be counted
+    if not alone:
+        yield None, ((text, True),)
+        return
+    # One document could not be divided into training and validation.
+    piece, size, row = [], 0, 0
+    for line in text.splitlines(keepends=True):
+        piece.append(line)
+        size += len(line)
+        if size >= _LONE_PIECE:
+            yield row, (("".join(piece), True),)
+            piece, size, row = [], 0, row + 1
+    yield row, (("".join(piece), True),)
+
+
+def _read_jsonl(path, alone):
+    del alone
+    with _open(path) as lines:
+        for row, line in enumerate(lines):
+            if line.strip():
+                try:
+                    yield row, _parts(json.loads(line.decode()))
+                except ValueError as error:
+                    yield row, _first_line(error)
+
+
+def _open(path):
+    if path.endswith(".gz"):
+        return gzip.open(path, "rb")
+    if path.endswith(".zst"):
+        try:
+            import zstandard
+        except ImportError:
+            raise ConfigError(f"{path} needs a decompressor: pip install zstandard") from None
+        compressed = open(path, "rb")  # noqa: SIM115 (closed with the reader around it)
+        decompressor = zstandard.ZstdDecompressor()
+        return io.BufferedReader(decompressor.stream_reader(compressed, read_across_frames=True, closefd=True))
+    return open(path, "rb")
+
+
+def _read_parquet(path, alone):
+    del alone
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        raise ConfigError(f"{path} needs a reader of parquet: pip install pyarrow") from None
+    with pyarrow.parquet.ParquetFile(path) as file:
+        columns = [c for c in ("text", "prompt", "answer") if c in file.schema_arrow.names]
+        row = 0
+        for batch in file.iter_batches(batch_size=1024, columns=columns):
+            for record in batch.to_pylist():
+                yield row, _parts(record)
+                row += 1
+
+
+def _parts(record):
+    """The parts of a row, or a sentence that says why it is none."""
+    if not isinstance(record, dict):
+        return "not an object with keys"
+    keys = ("text",) if "text" in record else ("prompt", "answer")
+    if not all(isinstance(record.get(key), str) for key in keys):
+        return 'has neither "text" nor "prompt" and "answer"'
+    try:
+        for key in keys:
+            record[key].encode()
+    except UnicodeEncodeError:
+        return "holds half a surrogate pair, which is no text"  # JSON can spell it, UTF-8 cannot
+    return tuple((record[key], key != "prompt") for key in keys)
+
+
+_READERS = {".txt": _read_text, ".md": _read_text, ".py": _read_text, ".jsonl": _read_jsonl,
+            ".jsonl.gz": _read_jsonl, ".jsonl.zst": _read_jsonl, ".parquet": _read_parquet}
+
+
+def _reader(name):
+    return next((reader for ending, reader in _READERS.items() if name.endswith(ending)), None)
+
+
+# Training and validation.
+
+
+def place(name: str) -> int:
+    """Where a document stands in [0, 2^64): the same on every machine, Python and day."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
+
+
+def find_cut(places: Iterable[int], validation_fraction: float | None, path: str) -> int | None:
+    """The place up to which documents are validation; None, all of them, if `validation_fraction` is None.
+
+    It is the fraction of the range, moved only where a small corpus would leave one side without a document.
+    Raises ConfigError when there are too few documents.
+    """
+    if validation_fraction is not None and not 0 < validation_fraction < 1:
+        raise ConfigError(f"data.validation_fraction={validation_fraction:g} must lie between 0 and 1.")
+    lowest, highest = 2**64, -1
+    for p in places:
+        lowest, highest = min(lowest, p), max(highest, p)
+    if highest < 0:
+        raise ConfigError(f"data.sources: {path} holds no text; give files with some.")
+    if validation_fraction is None:
+        return None
+    if lowest == highest:
+        raise ConfigError(f"data.sources: {path} holds one document, too few for training and validation; add files.")
+    return min(max(int(validation_fraction * 2**64), lowest), highest - 1)

@@ -1,0 +1,164 @@
+"""From documents to sequences: FIM, packing and mixing as random access (report section 4.1).
+
+The stream of a source is its documents in a new order every epoch, a share of them rearranged prefix-suffix-middle:
+
+    BOS fim_begin PREFIX fim_hole SUFFIX fim_end MIDDLE EOS
+
+Sequence j is tokens j*T ... (j+1)*T of that stream. FIM adds exactly three tokens to a known number of documents per
+epoch, so every position is found by arithmetic and one binary search: a sequence is a function of its number.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+from deepseek_jax.config import ConfigError
+from deepseek_jax.data.shards import Shard
+
+MIX_BLOCK = 1024  # sequences in which sources have exactly their shares
+
+
+class Window(NamedTuple):
+    """A stretch of a stream."""
+
+    tokens_T: np.ndarray  # int32
+    predicted_T: np.ndarray  # bool
+    segments_T: np.ndarray  # int32: which document of the stretch, from 1
+
+
+class Fim(NamedTuple):
+    """How often documents are rearranged, and the ids that mark it."""
+
+    rate: float = 0.0
+    begin: int = -1
+    hole: int = -1
+    end: int = -1
+
+
+def rearrange(ids_T: np.ndarray, fim: Fim, first: int, second: int) -> np.ndarray:
+    """One document (BOS ... EOS) in prefix-suffix-middle order; the cuts are 1 <= first <= second <= len - 1."""
+    prefix, middle, suffix = ids_T[1:first], ids_T[first:second], ids_T[second:-1]
+    return np.concatenate([ids_T[:1], [fim.begin], prefix, [fim.hole], suffix, [fim.end], middle, ids_T[-1:]])
+
+
+class EpochOrder(NamedTuple):
+    """One epoch of a source: the i-th document of the stream is order_N[i] and starts at token starts_N[i]."""
+
+    order_N: np.ndarray
+    rearranged_N: np.ndarray  # bool, by document, not by place in the order
+    starts_N: np.ndarray
+
+
+def rearranged_before(epoch: int, eligible: int, rate: float) -> int:
+    """Documents rearranged in all epochs before `epoch`. Exact proportions over epochs, even for few documents."""
+    return math.floor(epoch * eligible * rate)
+
+
+def epoch_order(lengths_N, whole_N, fim_rate: float, seed: int, source: int, epoch: int) -> EpochOrder:
+    """The permutation of an epoch, and which documents are rearranged in it."""
+    rng = np.random.default_rng([seed, source, epoch])
+    order_N = rng.permutation(len(lengths_N))
+    eligible = np.flatnonzero(whole_N)
+    before, after = (rearranged_before(e, len(eligible), fim_rate) for e in (epoch, epoch + 1))
+    rearranged_N = np.zeros(len(lengths_N), bool)
+    rearranged_N[rng.choice(eligible, after - before, replace=False)] = True
+    lengths_in_order_N = (lengths_N + 3 * rearranged_N)[order_N]
+    return EpochOrder(order_N, rearranged_N, np.cumsum(lengths_in_order_N) - lengths_in_order_N)
+
+
+class Stream:
+    """The endless packed stream of one source, read at any position."""
+
+    def __init__(self, shard: Shard, seed: int, source: int, fim: Fim):
+        self.shard, self.seed, self.source, self.fim = shard, seed, source, fim
+        self.lengths_N, self.whole_N = shard.lengths_N, shard.whole_N
+        self.eligible = int(self.whole_N.sum())
+        self.epoch_order = functools.lru_cache(maxsize=3)(functools.partial(
+            epoch_order, self.lengths_N, self.whole_N, fim.rate, seed, source))
+
+    def epoch_start(self, epoch: int) -> int:
+        """The position of the first token of an epoch."""
+        return epoch * int(self.shard.offsets_N[-1]) + 3 * rearranged_before(epoch, self.eligible, self.fim.rate)
+
+    def epoch_at(self, position: int) -> int:
+        """The epoch that a position lies in."""
+        epoch = int(position / (int(self.shard.offsets_N[-1]) + 3 * self.eligible * self.fim.rate))
+        while self.epoch_start(epoch) > position:  # the mean length is off by less than one document's three tokens
+            epoch -= 1
+        while self.epoch_start(epoch + 1) <= position:
+            epoch += 1
+        return epoch
+
+    def document(self, epoch: int, i: int) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens of document i as they stand in an epoch, and which of them are predicted."""
+        start, stop = (int(o) for o in self.shard.offsets_N[i:i + 2])
+        ids_T = np.asarray(self.shard.tokens[start:stop], np.int32)
+        if not self.epoch_order(epoch).rearranged_N[i]:
+            return ids_T, self.shard.is_predicted(start, stop)
+        rng = np.random.default_rng([self.seed, self.source, epoch, i])
+        first, second = np.sort(rng.integers(1, len(ids_T), 2))
+        ids_T = rearrange(ids_T, self.fim, first, second).astype(np.int32)
+        return ids_T, np.ones(len(ids_T), bool)
+
+    def read(self, position: int, count: int) -> Window:
+        """`count` tokens from `position` on, across documents and epochs."""
+        tokens, predicted, segments = [], [], []
+        epoch = self.epoch_at(position)
+        skip = position - self.epoch_start(epoch)
+        place = int(np.searchsorted(self.epoch_order(epoch).starts_N, skip, side="right")) - 1
+        skip -= int(self.epoch_order(epoch).starts_N[place])
+        while count > 0:
+            if place == len(self.lengths_N):
+                epoch, place = epoch + 1, 0
+            ids_T, predicted_T = self.document(epoch, int(self.epoch_order(epoch).order_N[place]))
+            tokens.append(ids_T[skip:skip + count])
+            predicted.append(predicted_T[skip:skip + count])
+            segments.append(np.full(len(tokens[-1]), len(segments) + 1, np.int32))
+            count -= len(tokens[-1])
+            place, skip = place + 1, 0
+        return Window(*(np.concatenate(x) for x in (tokens, predicted, segments)))
+
+
+def sequence(stream: Stream, j: int, length: int) -> Window:
+    """Sequence j: length + 1 tokens, of which the last is the first of sequence j + 1."""
+    return stream.read(j * length, length + 1)
+
+
+class Mixture:
+    """Which source the g-th sequence of a run comes from, and which of its sequences that is.
+
+    Every block of 1024 sequences has the same shuffled pattern, with the sources in their exact shares.
+    """
+
+    def __init__(self, weights: tuple[float, ...], seed: int):
+        if not weights or min(weights) <= 0:
+            raise ConfigError(f"data.sources: weights {weights} must all be positive; leave out what is not wanted.")
+        if len(weights) > MIX_BLOCK:
+            raise ConfigError(f"data.sources: {len(weights)} are more than {MIX_BLOCK}; join some with a glob.")
+        self.counts_S = _shares(np.array(weights) / sum(weights), MIX_BLOCK)
+        pattern = np.repeat(np.arange(len(weights)), self.counts_S)
+        self.pattern_G = np.random.default_rng([seed, len(weights)]).permutation(pattern)
+        self.rank_G = np.zeros(MIX_BLOCK, np.int64)  # how many of the same source stand before in the block
+        for s, n in enumerate(self.counts_S):
+            self.rank_G[self.pattern_G == s] = np.arange(n)
+
+    def locate(self, g: int) -> tuple[int, int]:
+        """(source, number of the sequence in that source)."""
+        block, r = divmod(g, MIX_BLOCK)
+        source = int(self.pattern_G[r])
+        return source, block * int(self.counts_S[source]) + int(self.rank_G[r])
+
+
+def _shares(fractions_S, total) -> np.ndarray:
+    """Whole numbers that sum to `total`: largest remainders, but at least one each."""
+    exact_S = fractions_S * total
+    counts_S = np.maximum(np.floor(exact_S).astype(np.int64), 1)
+    while counts_S.sum() != total:
+        step = 1 if counts_S.sum() < total else -1
+        movable_S = (counts_S > 1) | (step > 0)
+        counts_S[np.argmax(np.where(movable_S, step * (exact_S - counts_S), -np.inf))] += step
+    return counts_S

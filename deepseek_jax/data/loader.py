@@ -1,0 +1,92 @@
+"""Batches: a pure function of the step, so that a resumed run goes on exactly where it would have been.
+
+Step s holds the global sequences that follow `train.sequences_before(s)`. They fill its micro-batches in order, and
+within each micro-batch the hosts take contiguous shares: more hosts or a restart change who reads a row, not which.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import grain
+import numpy as np
+
+from deepseek_jax.config import Config, ConfigError
+from deepseek_jax.data.examples import Fim, Mixture, Stream, sequence
+from deepseek_jax.data.prepare import Prepared
+from deepseek_jax.data.validation import Validation
+
+
+class Loader:
+    """Training batches by step, and the validation set."""
+
+    def __init__(self, config: Config, prepared: Prepared, host: int = 0, hosts: int = 1):
+        train, tokenizer = config.train, prepared.tokenizer
+        self.train, self.prefetch, self.host, self.hosts = train, config.data.prefetch, host, hosts
+        rows = train.batch_size // train.micro_batches
+        if rows % hosts:
+            raise ConfigError(f"a micro-batch of {rows} sequences (train.batch_size / train.micro_batches) cannot be "
+                              f"shared by {hosts} hosts; make it a multiple.")
+        self.rows = rows // hosts
+        self.pad = tokenizer.eos if tokenizer.pad is None else tokenizer.pad
+        self.validation = Validation(prepared.validation, train.sequence_length, tokenizer.byte_lengths_W, self.pad)
+        self.streams = []
+        if prepared.train:
+            self.mixture = Mixture(tuple(weight for _, weight in config.data.sources), train.seed)
+            self.streams = _streams(config, prepared)
+
+    def sequence(self, g: int):
+        """The g-th sequence of the run, as a Window of T + 1 tokens."""
+        source, j = self.mixture.locate(g)
+        return sequence(self.streams[source], j, self.train.sequence_length)
+
+    def batch(self, step: int) -> dict[str, np.ndarray]:
+        """This host's part of step `step`.
+
+        Returns:
+          tokens, segment_ids: int32 [micro_batches, rows, T + 1]; segments count documents within a row, from 1.
+          weights: float32, same shape: 1 where a token is a target; 0 for prompts and for the first of a row, which
+            is the last target of the sequence before.
+          active: int32, how many of the micro-batches this step uses. The others are all zeros.
+        """
+        shape = (self.train.micro_batches, self.rows, self.train.sequence_length + 1)
+        tokens_MBT, segments_MBT = np.zeros((2, *shape), np.int32)
+        weights_MBT = np.zeros(shape, np.float32)
+        active, first = self.train.micro_batches_at(step), self.train.sequences_before(step)
+        for m in range(active):
+            for row in range(self.rows):
+                window = self.sequence(first + (m * self.hosts + self.host) * self.rows + row)
+                tokens_MBT[m, row], segments_MBT[m, row] = window.tokens_T, window.segments_T
+                weights_MBT[m, row, 1:] = window.predicted_T[1:]
+        return {"tokens": tokens_MBT, "weights": weights_MBT, "segment_ids": segments_MBT, "active": np.int32(active)}
+
+    def iterate(self, start_step: int = 0) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+        """(step, batch) from `start_step` to the end of the run, read ahead in threads."""
+        steps = grain.MapDataset.range(start_step, self.train.steps).map(lambda step: (int(step), self.batch(step)))
+        # Two threads hide the reading of a map from disk; more would only take turns holding Python's lock.
+        options = grain.ReadOptions(num_threads=min(2, self.prefetch), prefetch_buffer_size=self.prefetch)
+        return iter(steps.to_iter_dataset(options))
+
+    def validation_batches(self, rows: int) -> Iterator[dict[str, np.ndarray]]:
+        """tokens, weights, segment_ids [rows, T + 1] a host, `train.eval_batches` of them (0: all)."""
+        return self.validation.batches(rows, self.train.eval_batches, self.host, self.hosts)
+
+    def validation_bytes(self, rows: int) -> int:
+        """UTF-8 bytes of the tokens that `validation_batches(rows)` scores, over all hosts."""
+        return self.validation.bytes(rows * self.hosts, self.train.eval_batches)
+
+
+def _streams(config, prepared) -> list[Stream]:
+    data, train, tokenizer = config.data, config.train, prepared.tokenizer
+    fim = Fim()
+    if data.fim_rate > 0:
+        if not tokenizer.has_fim:
+            raise ConfigError("the tokenizer has no <|fim_begin|>, <|fim_hole|> and <|fim_end|>; add them or set "
+                              "data.fim_rate=0.")
+        fim = Fim(data.fim_rate, tokenizer.fim_begin, tokenizer.fim_hole, tokenizer.fim_end)
+    for (path, _), shard in zip(data.sources, prepared.train):
+        if len(shard.tokens) < train.sequence_length + 1:
+            raise ConfigError(f"data.sources: the training documents of {path} hold {len(shard.tokens)} tokens, fewer "
+                              f"than the {train.sequence_length + 1} of one sequence; add text or set "
+                              f"train.sequence_length={max(1, len(shard.tokens) - 1)} or less.")
+    return [Stream(shard, train.seed, i, fim) for i, shard in enumerate(prepared.train)]

@@ -1,0 +1,138 @@
+"""Everything that is made once, before the first step: the tokenizer and the token shards of every source.
+
+    config.data.sources -> files -> (training documents) tokenizer.json -> shards of training and validation
+
+A tokenizer.json that lies in the work directory is kept, so a resumed run reads the tokens it began with; a run that
+starts from another's weights takes that run's. The rest lies in the cache under names that hash what it depends on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterable, Iterator
+
+import tokenizers
+
+from deepseek_jax.config import Config
+from deepseek_jax.data import corpus, shards
+from deepseek_jax.data.tokenizer import PATTERN, SPECIALS, Tokenizer, train_tokenizer
+
+log = logging.getLogger(__name__)
+
+TOKENIZER_SAMPLE_BYTES = 20_000_000  # more text hardly moves the merges, and time grows with it
+_PIECE = 4096  # characters; a larger corpus is sampled in pieces of this size
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """What batches are made of."""
+
+    tokenizer: Tokenizer
+    train: tuple[shards.Shard, ...]  # one a source
+    validation: tuple[shards.Shard, ...]
+    report: tuple[dict, ...]  # one a source: what was read, skipped and made of it (JSON-able)
+
+
+class Source:
+    """The files behind one entry of data.sources."""
+
+    def __init__(self, path: str, validation_fraction: float | None):
+        self.path, self.validation_fraction = path, validation_fraction
+        self.files = corpus.list_files(path)
+        self.digest = corpus.digest(self.files)
+
+    @functools.cached_property
+    def survey(self) -> tuple[corpus.Counts, int | None]:
+        """Reads all of it once: the counts, and the cut between validation and training. Names what it skips."""
+        counts, warnings = corpus.Counts(), corpus.Warnings()
+        documents = corpus.read_documents(self.files, counts, warnings)
+        try:
+            cut = corpus.find_cut((corpus.place(d.name) for d in documents), self.validation_fraction, self.path)
+        finally:
+            warnings.close()
+        return counts, cut
+
+    def training_texts(self) -> Iterator[str]:
+        for document in corpus.read_documents(self.files):
+            if corpus.place(document.name) > self.survey[1]:
+                yield from (text for text, _ in document.parts)
+
+
+def prepare(config: Config, workdir: str) -> Prepared:
+    """Makes what is missing, reads what is there. Raises ConfigError for a corpus or tokenizer that cannot work."""
+    data = config.data
+    sources = [Source(path, data.validation_fraction) for path, _ in data.sources]
+    tokenizer = find_tokenizer(config, workdir, sources)
+    pairs = [_shards(source, tokenizer, config, workdir, data.split_punctuation_rate) for source in sources]
+    return Prepared(tokenizer, tuple(s["train"] for s, _ in pairs), tuple(s["validation"] for s, _ in pairs),
+                    tuple(meta for _, meta in pairs))
+
+
+def prepare_evaluation(config: Config, workdir: str, path: str) -> Prepared:
+    """The whole of another corpus as validation documents, in the tokens of an existing run."""
+    tokenizer = Tokenizer.load(os.path.join(workdir, "tokenizer.json"), config.model.vocab_size)
+    made, meta = _shards(Source(path, None), tokenizer, config, workdir, 0.0)
+    return Prepared(tokenizer, (), (made["validation"],), (meta,))
+
+
+def _cache(config, workdir):
+    return config.data.cache_dir or os.path.join(workdir, "cache")
+
+
+def find_tokenizer(config: Config, workdir: str, sources: list[Source]) -> Tokenizer:
+    """The work directory's tokenizer; else that of the run whose weights are taken; else one trained here."""
+    own = os.path.join(workdir, "tokenizer.json")
+    if os.path.isfile(own):
+        return Tokenizer.load(own, config.model.vocab_size)
+    if config.init.from_ is not None:
+        tokenizer = Tokenizer.load(os.path.join(config.init.from_, "tokenizer.json"), config.model.vocab_size)
+    else:
+        tokenizer = _trained(config, workdir, sources)
+    tokenizer.save(own)
+    return tokenizer
+
+
+def _trained(config, workdir, sources) -> Tokenizer:
+    depends_on = [PATTERN, list(SPECIALS.values()), tokenizers.__version__, TOKENIZER_SAMPLE_BYTES, _PIECE,
+                  config.model.vocab_size, config.data.validation_fraction,
+                  [(s.digest, weight) for s, (_, weight) in zip(sources, config.data.sources)]]
+    key = hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()[:16]
+    path = os.path.join(_cache(config, workdir), f"tokenizer-{key}.json")
+    if not os.path.isfile(path):
+        total = sum(weight for _, weight in config.data.sources)
+        texts = (text for source, (_, weight) in zip(sources, config.data.sources)
+                 for text in sample(source.training_texts(),
+                                    TOKENIZER_SAMPLE_BYTES * weight / total / source.survey[0].bytes))
+        log.info("training a tokenizer of %d tokens", config.model.vocab_size)
+        train_tokenizer(texts, config.model.vocab_size).save(path)
+    return Tokenizer.load(path, config.model.vocab_size)
+
+
+def sample(texts: Iterable[str], share: float) -> Iterator[str]:
+    """About `share` of the texts, in pieces chosen by their hash: the same on every machine. All, if 1 or more."""
+    for text in texts:
+        if share >= 1:
+            yield text
+            continue
+        for start in range(0, len(text), _PIECE):
+            piece = text[start:start + _PIECE]
+            if corpus.place(piece) < share * 2**64:
+                yield piece
+
+
+def _shards(source, tokenizer, config, workdir, split_rate) -> tuple[dict[str, shards.Shard], dict]:
+    seed = config.train.seed if split_rate > 0 else 0  # without splitting, every seed has the same tokens
+    key = shards.key(source.digest, tokenizer, validation_fraction=source.validation_fraction,
+                     split_rate=split_rate, seed=seed)
+    folder = os.path.join(_cache(config, workdir), f"shards-{key}")
+    if not os.path.isfile(os.path.join(folder, "meta.json")):
+        counts, cut = source.survey
+        meta = {"source": source.path, **dataclasses.asdict(counts)}
+        shards.write(folder, corpus.read_documents(source.files), tokenizer, shards.Options(cut, split_rate, seed),
+                     meta, progress=(f"tokenizing {source.path}", counts.bytes))
+    return shards.read(folder)

@@ -1,0 +1,170 @@
+"""Byte-level BPE (report section 4.1): trained on the corpus at hand, or given as a tokenizer.json.
+
+Pre-tokens follow the report: words with the character before them, digits in groups of at most three, punctuation
+together with the line breaks after it. The last saves tokens but biases the model where a prompt ends between the
+two ("token boundary bias"), so in training a share of such tokens is split at random: `split_tokens`.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import re
+from collections.abc import Iterable
+
+import numpy as np
+import tokenizers
+from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
+
+from deepseek_jax.config import ConfigError
+
+# A word, three digits, punctuation with line breaks, line breaks, indentation up to the word, other white space.
+PATTERN = (r"[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+_PUNCTUATION_AND_BREAK = re.compile(r"( ?(?:[^\s\w]|_)+)([\r\n]+)")
+
+# Role -> spellings: ours first (in the order of their ids), then DeepSeek's with full-width bars.
+SPECIALS = {"bos": ("<|bos|>", "<｜begin▁of▁sentence｜>"),
+            "eos": ("<|eos|>", "<｜end▁of▁sentence｜>"),
+            "pad": ("<|pad|>", "<｜▁pad▁｜>"),
+            "fim_begin": ("<|fim_begin|>", "<｜fim▁begin｜>"),
+            "fim_hole": ("<|fim_hole|>", "<｜fim▁hole｜>"),
+            "fim_end": ("<|fim_end|>", "<｜fim▁end｜>")}
+
+
+class Tokenizer:
+    """Text to ids and back. Ids of special tokens are attributes, None where the tokenizer has none.
+
+    Text never becomes a special token, whatever it spells: those are put in as ids.
+    """
+
+    bos: int
+    eos: int
+    pad: int | None
+    fim_begin: int | None
+    fim_hole: int | None
+    fim_end: int | None
+
+    def __init__(self, backend: tokenizers.Tokenizer):
+        self.backend = backend
+        self.backend.encode_special_tokens = True
+        for role, spellings in SPECIALS.items():
+            found = (backend.token_to_id(s) for s in spellings)
+            setattr(self, role, next((i for i in found if i is not None), None))
+        if self.bos is None or self.eos is None:
+            missing = " or ".join(SPECIALS["bos" if self.bos is None else "eos"])
+            raise ConfigError(f"the tokenizer has no {missing}; add it as a special token.")
+        self.vocab_size = 1 + max(backend.get_vocab(with_added_tokens=True).values())  # ids may have gaps
+
+    @classmethod
+    def load(cls, path: str, vocab_size: int | None = None) -> Tokenizer:
+        """Reads a tokenizer.json. Raises ConfigError where it does not fit a model of `vocab_size` tokens."""
+        if not os.path.isfile(path):
+            raise ConfigError(f"there is no {path}; give a work directory that holds a tokenizer.json.")
+        try:
+            tokenizer = cls(tokenizers.Tokenizer.from_file(path))
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from None
+        except Exception as error:  # the library raises no narrower class
+            raise ConfigError(f"{path} is no tokenizer.json of the `tokenizers` library: {error}") from None
+        if vocab_size is not None and tokenizer.vocab_size > vocab_size:
+            raise ConfigError(f"{path} has {tokenizer.vocab_size} ids, more than model.vocab_size={vocab_size}; "
+                              f"set model.vocab_size={-(-tokenizer.vocab_size // 128) * 128}.")
+        probe = "naïve ☃:\n\n\tx = 12345  # \r\n"
+        ids = tokenizer.encode(probe)
+        if tokenizer.decode(ids) != probe or tokenizer.byte_lengths_W[ids].sum() != len(probe.encode()):
+            raise ConfigError(f"{path} does not give text back byte for byte; take a byte-level BPE.")
+        return tokenizer
+
+    def save(self, path: str):
+        """Writes beside `path`, then renames: a reader sees all of it or nothing."""
+        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+        beside = f"{path}.{os.getpid()}"
+        self.backend.save(beside, pretty=True)
+        os.replace(beside, path)
+
+    def encode(self, text: str) -> list[int]:
+        return self.backend.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        return [e.ids for e in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def decode(self, ids, specials: bool = False) -> str:
+        """The text of `ids`; special tokens are spelled out only if `specials`."""
+        return self.backend.decode([int(i) for i in ids], skip_special_tokens=not specials)
+
+    @property
+    def has_fim(self) -> bool:
+        return None not in (self.fim_begin, self.fim_hole, self.fim_end)
+
+    @functools.cached_property
+    def digest(self) -> str:
+        return hashlib.sha256(self.backend.to_str().encode()).hexdigest()
+
+    @functools.cached_property
+    def byte_lengths_W(self) -> np.ndarray:
+        """int32: UTF-8 bytes each token stands for; 0 for special tokens. Sums to the bytes of any encoded text."""
+        special = {getattr(self, role) for role in SPECIALS}
+        special |= {i for i, t in self.backend.get_added_tokens_decoder().items() if t.special}
+        added = {i: t.content for i, t in self.backend.get_added_tokens_decoder().items()}
+        lengths_W = np.zeros(self.vocab_size, np.int32)
+        for token, i in self.backend.get_vocab(with_added_tokens=True).items():
+            if i not in special:
+                # The byte-level alphabet spells every byte as one character; added tokens are plain text.
+                lengths_W[i] = len(added[i].encode()) if i in added else len(token)
+        return lengths_W
+
+    @functools.cached_property
+    def splits(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Tokens that join punctuation and line breaks, as a table: (count_W, start_W, parts).
+
+        Token i with count_W[i] > 0 may be written as parts[start_W[i]:start_W[i] + count_W[i]] instead.
+        """
+        count_W, start_W = np.zeros((2, self.vocab_size), np.int64)
+        parts = []
+        added = self.backend.get_added_tokens_decoder()
+        for i in sorted(set(self.backend.get_vocab(with_added_tokens=False).values()) - set(added)):
+            text = self.decode([i])
+            match = _PUNCTUATION_AND_BREAK.fullmatch(text)
+            if match and "\ufffd" not in text:  # which stands for bytes that are no whole character
+                ids = self.encode(match[1]) + self.encode(match[2])
+                count_W[i], start_W[i] = len(ids), len(parts)
+                parts += ids
+        return count_W, start_W, np.array(parts, np.int64)
+
+
+def split_tokens(ids_T: np.ndarray, splits, rate: float, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Replaces each splittable token, with probability `rate`, by its parts (report section 4.1).
+
+    Args:
+      splits: `Tokenizer.splits`.
+
+    Returns:
+      the new ids, and for each the index in `ids_T` that it came from.
+    """
+    count_W, start_W, parts = splits
+    chosen_T = (count_W[ids_T] > 0) & (rng.random(len(ids_T)) < rate)
+    lengths_T = np.where(chosen_T, count_W[ids_T], 1)
+    origin_S = np.repeat(np.arange(len(ids_T)), lengths_T)
+    within_S = np.arange(len(origin_S)) - (np.cumsum(lengths_T) - lengths_T)[origin_S]
+    ids_S = ids_T[origin_S]
+    changed_S = chosen_T[origin_S]
+    ids_S[changed_S] = parts[(start_W[ids_S] + within_S)[changed_S]]
+    return ids_S, origin_S
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Byte-level BPE of at most `vocab_size` tokens (fewer from a small corpus). The same texts give the same bytes."""
+    specials = [spellings[0] for spellings in SPECIALS.values()]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    if vocab_size < len(specials) + len(alphabet):
+        raise ConfigError(f"model.vocab_size={vocab_size} is too small: byte-level BPE starts from "
+                          f"{len(alphabet)} bytes and {len(specials)} special tokens.")
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(PATTERN), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    backend.decoder = decoders.ByteLevel()
+    backend.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=specials, initial_alphabet=sorted(alphabet), show_progress=False))
+    return Tokenizer(backend)

@@ -1,0 +1,71 @@
+"""The validation stream: documents as they are, in order, every token predicted exactly once.
+
+Bits per byte = nats / ln 2 / bytes, where the nats are those of all scored tokens (BOS and EOS too; only the very
+first BOS is never a target) and the bytes are those that the scored tokens spell.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from deepseek_jax.data.examples import Window
+from deepseek_jax.data.shards import Shard
+
+_CHUNK = 1 << 22  # tokens looked at together while counting bytes
+
+
+class Validation:
+    """The validation documents of all sources as one stream, and the sequences that cover it."""
+
+    def __init__(self, shards: Sequence[Shard], sequence_length: int, byte_lengths_W: np.ndarray, pad: int):
+        self.shards, self.length, self.byte_lengths_W, self.pad = shards, sequence_length, byte_lengths_W, pad
+        self.starts = np.concatenate([[0], np.cumsum([len(s.tokens) for s in shards])]).astype(np.int64)
+        self.rows = max(0, -(-(self.tokens - 1) // sequence_length))  # the last may be padded
+
+    @property
+    def tokens(self) -> int:
+        return int(self.starts[-1])
+
+    def read(self, position: int, count: int) -> Window:
+        """`count` tokens from `position`, or what is left of them."""
+        parts, documents = [], 0
+        for shard, start in zip(self.shards, self.starts):
+            first, last = (min(max(p - int(start), 0), len(shard.tokens)) for p in (position, position + count))
+            document_T = np.searchsorted(shard.offsets_N, np.arange(first, last), side="right") + documents
+            parts.append((np.asarray(shard.tokens[first:last], np.int32), shard.is_predicted(first, last), document_T))
+            documents += len(shard.bytes_N)
+        tokens_T, predicted_T, document_T = (np.concatenate(x) for x in zip(*parts))
+        return Window(tokens_T, predicted_T, (document_T - document_T[:1] + 1).astype(np.int32))
+
+    def row(self, r: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Tokens, weights and segment ids [T + 1] of row r; padding has weight and segment 0."""
+        tokens_T = np.full(self.length + 1, self.pad, np.int32)
+        weights_T, segments_T = np.zeros(self.length + 1, np.float32), np.zeros(self.length + 1, np.int32)
+        if r < self.rows:
+            window = self.read(r * self.length, self.length + 1)
+            n = len(window.tokens_T)
+            tokens_T[:n], weights_T[1:n], segments_T[:n] = window.tokens_T, window.predicted_T[1:], window.segments_T
+        return tokens_T, weights_T, segments_T
+
+    def num_batches(self, rows: int, limit: int = 0) -> int:
+        """Batches of `rows` sequences, over all hosts together; `limit` 0 means all."""
+        batches = -(-self.rows // rows)
+        return min(batches, limit) if limit else batches
+
+    def batches(self, rows: int, limit: int = 0, host: int = 0, hosts: int = 1) -> Iterator[dict[str, np.ndarray]]:
+        """tokens, weights, segment_ids [rows, T + 1] of this host, whose share of each batch is contiguous."""
+        for i in range(self.num_batches(rows * hosts, limit)):
+            first = (i * hosts + host) * rows
+            made = zip(*(self.row(r) for r in range(first, first + rows)))
+            yield {name: np.stack(x) for name, x in zip(("tokens", "weights", "segment_ids"), made)}
+
+    def bytes(self, rows: int, limit: int = 0) -> int:
+        """UTF-8 bytes that the scored tokens of `num_batches(rows, limit)` batches spell."""
+        end = min(self.tokens, self.num_batches(rows, limit) * rows * self.length + 1)
+        total = 0
+        for start in range(1, end, _CHUNK):
+            window = self.read(start, min(_CHUNK, end - start))
+            total += int((self.byte_lengths_W[window.tokens_T] * window.predicted_T).sum(dtype=np.int64))
+        return total

@@ -1,0 +1,190 @@
+"""Every format is read, what cannot be read is skipped aloud, and the split depends on names alone."""
+
+import gzip
+import json
+import os
+import subprocess
+import sys
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import zstandard
+
+from deepseek_jax.config import ConfigError
+from deepseek_jax.data import corpus
+
+
+def read(path):
+    counts, warnings = corpus.Counts(), []
+    documents = list(corpus.read_documents(corpus.list_files(str(path)), counts, warnings.append))
+    return documents, counts, warnings
+
+
+def texts(path):
+    return ["".join(text for text, _ in d.parts) for d in read(path)[0]]
+
+
+ROWS = "\n".join(json.dumps({"text": t}) for t in ("one é", "two")).encode()
+
+
+def write_parquet(path):
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["one é", "two"], "unused": [1, 2]}), path)
+
+
+@pytest.mark.parametrize("name, write", [
+    ("a.jsonl", lambda p: p.write_bytes(ROWS)),
+    ("a.jsonl.gz", lambda p: p.write_bytes(gzip.compress(ROWS))),
+    ("a.jsonl.zst", lambda p: p.write_bytes(zstandard.compress(ROWS[:9]) + zstandard.compress(ROWS[9:]))),
+    ("a.parquet", write_parquet),
+])
+def test_rows_of_every_format_are_documents(tmp_path, name, write):
+    write(tmp_path / name)
+    documents, counts, warnings = read(tmp_path / name)
+    assert [(d.name, d.parts) for d in documents] == [(f"{name}#0", (("one é", True),)), (f"{name}#1", (("two", True),))]
+    assert (counts.files, counts.documents, counts.bytes, counts.skipped) == (1, 2, 9, 0)
+    assert not warnings
+
+
+@pytest.mark.parametrize("ending", ["txt", "md", "py"])
+def test_text_files_keep_every_byte(tmp_path, ending):
+    raw = "\r\n\tcafé\n".encode()
+    for name in "ab":
+        (tmp_path / f"{name}.{ending}").write_bytes(raw)
+    assert [t.encode() for t in texts(tmp_path)] == [raw, raw]
+
+
+def test_folder_file_and_glob_find_the_same_text(tmp_path):
+    (tmp_path / "deep").mkdir()
+    for name in ("b.txt", "a.txt", "deep/c.txt", "deep/ignored.bin", ".hidden.txt"):
+        (tmp_path / name).write_text(name)
+    assert texts(tmp_path) == ["a.txt", "b.txt", "deep/c.txt"]
+    assert texts(tmp_path / "**/*.txt") == ["a.txt", "b.txt", "deep/c.txt"]
+    assert texts(tmp_path / "b.txt") == ["b.txt"]
+    assert [f.name for f in corpus.list_files(str(tmp_path / "deep/*"))] == ["c.txt"]
+
+
+def test_a_prompt_is_not_predicted_and_its_answer_is(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"prompt": "1+1=", "answer": "2"}\n{"prompt": "no answer", "answer": ""}\n')
+    documents, counts, _ = read(tmp_path)
+    assert [d.parts for d in documents] == [(("1+1=", False), ("2", True))]
+    assert counts.empty == 1
+
+
+def test_a_file_that_is_not_utf8_is_named_skipped_and_counted(tmp_path):
+    (tmp_path / "bad.txt").write_bytes(b"caf\xe9")
+    (tmp_path / "good.txt").write_text("fine")
+    documents, counts, warnings = read(tmp_path)
+    assert [d.name for d in documents] == ["good.txt"]
+    assert (counts.files, counts.skipped) == (2, 1)
+    assert warnings == ["skipped bad.txt: not UTF-8 (byte 3)"]
+
+
+@pytest.mark.parametrize("line", [b"{not json", b'{"text": 3}', b'["text"]', b'{"answer": "x"}', b'{"text": "\xe9"}',
+                                  b'{"text": "\\ud800"}'])
+def test_a_malformed_row_is_named_skipped_and_counted(tmp_path, line):
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "one"}\n' + line + b'\n\n{"text": "two"}')
+    documents, counts, warnings = read(tmp_path)
+    assert [d.name for d in documents] == ["a.jsonl#0", "a.jsonl#3"]
+    assert counts.skipped == 1
+    assert len(warnings) == 1 and warnings[0].startswith("skipped a.jsonl#1: ") and "\n" not in warnings[0]
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.jsonl.gz", "a.jsonl.zst"])
+def test_a_damaged_file_is_named_skipped_and_counted(tmp_path, name):
+    (tmp_path / name).write_bytes(b"this is something else")
+    (tmp_path / "good.txt").write_text("fine")
+    documents, counts, warnings = read(tmp_path)
+    assert [d.name for d in documents] == ["good.txt"]
+    assert counts.skipped == 1
+    assert len(warnings) == 1 and name in warnings[0]
+
+
+def test_many_bad_rows_give_few_lines(caplog):
+    warnings = corpus.Warnings()
+    for i in range(100):
+        warnings(f"line {i}")
+    warnings.close()
+    assert len(caplog.messages) == 11
+    assert caplog.messages[-1] == "... and 90 more"
+
+
+@pytest.mark.parametrize("package, name", [("zstandard", "a.jsonl.zst"), ("pyarrow", "a.parquet")])
+def test_a_missing_package_is_told_with_its_install_line(tmp_path, monkeypatch, package, name):
+    (tmp_path / name).write_bytes(b"x")
+    for module in [m for m in sys.modules if m.split(".")[0] == package] + [package]:
+        monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ConfigError, match=f"pip install {package}"):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize("make, message", [
+    (lambda p: p / "absent", "there is no"),
+    (lambda p: p, "no file that can be read"),
+    (lambda p: p / "*.txt", "no file that can be read"),
+])
+def test_a_corpus_without_files_is_a_config_error(tmp_path, make, message):
+    with pytest.raises(ConfigError, match=message):
+        corpus.list_files(str(make(tmp_path)))
+
+
+def test_stdlib_is_the_running_library_without_its_tests():
+    names = {f.name for f in corpus.list_files("stdlib")}
+    assert {"dataclasses.py", "json/decoder.py"} <= names
+    assert not [n for n in names if {"test", "tests", "site-packages"} & set(n.split("/"))]
+
+
+def cut_of(names, fraction):
+    return corpus.find_cut((corpus.place(n) for n in names), fraction, "here")
+
+
+def test_validation_takes_its_fraction_of_many_documents():
+    names = [f"file{i}" for i in range(4000)]
+    cut = cut_of(names, 0.1)
+    assert 330 < sum(corpus.place(n) <= cut for n in names) < 470
+
+
+def test_other_files_do_not_move_a_document():
+    names = [f"file{i}" for i in range(400)]
+    assert cut_of(names, 0.1) == cut_of(names[:100], 0.1)
+
+
+def test_the_split_is_the_same_in_another_process():
+    code = "from deepseek_jax.data.corpus import place; print(place('json/decoder.py'))"
+    out = [subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONHASHSEED": seed}, check=True,
+                          capture_output=True, text=True).stdout for seed in "12"]
+    assert [int(o) for o in out] == [corpus.place("json/decoder.py")] * 2
+    assert corpus.place("json/decoder.py") == 0x3b2e3cb3d29d57a5
+
+
+@pytest.mark.parametrize("fraction", [0.001, 0.999])
+def test_two_documents_are_enough_for_both_sides(fraction):
+    cut = cut_of("ab", fraction)
+    assert sorted(corpus.place(n) <= cut for n in "ab") == [False, True]
+
+
+@pytest.mark.parametrize("names, fraction, message", [
+    ("", 0.1, "holds no text"), ("a", 0.1, "one document"), ("ab", 0.0, "between 0 and 1"), ("", None, "no text")])
+def test_a_corpus_too_small_to_split_is_a_config_error(names, fraction, message):
+    with pytest.raises(ConfigError, match=message):
+        cut_of(names, fraction)
+
+
+def test_a_lone_text_file_is_cut_at_line_ends(tmp_path):
+    text = "".join(f"line {i}\n" for i in range(10000))
+    (tmp_path / "a.txt").write_text(text)
+    documents, _, _ = read(tmp_path)
+    assert "".join(d.parts[0][0] for d in documents) == text
+    assert len({d.name for d in documents}) == len(documents) > 4
+    assert all(d.parts[0][0].endswith("\n") for d in documents)
+
+
+def test_the_digest_sees_names_and_contents(tmp_path):
+    (tmp_path / "a.txt").write_text("one")
+    digest = lambda: corpus.digest(corpus.list_files(str(tmp_path)))
+    first = digest()
+    assert digest() == first
+    (tmp_path / "a.txt").write_text("two")
+    second = digest()
+    (tmp_path / "a.txt").rename(tmp_path / "b.txt")
+    assert len({first, second, digest()}) == 3
