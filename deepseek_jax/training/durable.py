@@ -1,0 +1,110 @@
+"""Directories that are either whole or not there (no jax here).
+
+One grows as `STEP.partial`. `commit` puts a manifest beside its files with the length and CRC32 of each, brings
+everything to the disk, and only then renames it to `STEP`; what is to be removed becomes `STEP.trash` first. So a name
+without a suffix is a promise, and `damage` checks it byte by byte: a flipped bit, a missing file, a short one.
+"""
+
+import json
+import os
+import shutil
+import zlib
+
+from deepseek_jax.config import ConfigError
+
+
+def steps(directory) -> list[int]:
+    """Steps of the committed checkpoints, ascending."""
+    return sorted(int(p.name) for p in directory.glob("*") if p.name.isdecimal() and p.is_dir())
+
+
+def newest(directory):
+    """-> (newest undamaged checkpoint or None, [(newer but damaged, why)]). Raises ConfigError if all are damaged."""
+    damaged = []
+    for step in reversed(steps(directory)):
+        path = directory / str(step)
+        why = damage(path)
+        if why is None:
+            return path, damaged
+        if path.exists():  # else the run that trains here has just retired it
+            damaged.append((path, why))
+    if damaged:
+        names = ", ".join(f"{p.name} ({why})" for p, why in damaged)
+        raise ConfigError(f"every checkpoint in {directory} is damaged: {names}; "
+                          "restore that directory from a backup, or remove it to start again from step 0.")
+    return None, []
+
+
+def damage(path) -> str | None:
+    """What is wrong with a checkpoint, in a few words; None if every byte is as it was written."""
+    try:
+        files = json.loads((path / "manifest.json").read_bytes())["files"]
+        expected = [(name, size, crc) for name, (size, crc) in files.items()]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return "manifest.json is unreadable"
+    for name, size, crc in expected:
+        try:
+            found = _fingerprint(path / name)
+        except OSError:
+            return f"{name} is missing"
+        if found[0] != size:
+            return f"{name} has {found[0]} of {size} bytes"
+        if found[1] != crc:
+            return f"{name} fails its checksum"
+    return None
+
+
+def commit(partial, final):
+    """Makes what lies in `partial` the checkpoint `final`, in one rename; an older `final` gives way."""
+    files = sorted(p for p in partial.rglob("*") if p.is_file())
+    prints = {str(p.relative_to(partial)): _fingerprint(p, sync=True) for p in files}
+    write_json(partial / "manifest.json", {"files": prints})
+    for folder in [partial, *(p for p in partial.rglob("*") if p.is_dir())]:
+        _sync(folder)
+    discard(final)
+    partial.rename(final)
+    _sync(final.parent)
+
+
+def _fingerprint(path, sync=False):
+    """-> [length, CRC32] of a file, which is flushed to the disk first if `sync`."""
+    size = crc = 0
+    with open(path, "rb") as f:
+        if sync:
+            os.fsync(f.fileno())
+        while chunk := f.read(1 << 22):
+            size, crc = size + len(chunk), zlib.crc32(chunk, crc)
+    return [size, crc]
+
+
+def write_json(path, value):
+    with open(path, "w") as f:
+        json.dump(value, f)
+        f.flush()
+        os.fsync(f.fileno())
+
+
+def _sync(folder):
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def discard(path):
+    """Removes a checkpoint. Renamed first: one that is half removed must not look like one that is damaged."""
+    if path.exists():
+        trash = path.with_suffix(".trash")
+        shutil.rmtree(trash, ignore_errors=True)
+        path.rename(trash)
+        shutil.rmtree(trash, ignore_errors=True)
+
+
+def clean_up(directory):
+    """Removes what a killed run left. A partial that only its last rename is missing from is finished instead."""
+    for path in directory.glob("*.partial"):
+        if not path.with_suffix("").exists() and damage(path) is None:
+            path.rename(path.with_suffix(""))
+    for path in [*directory.glob("*.partial"), *directory.glob("*.trash")]:
+        shutil.rmtree(path, ignore_errors=True)
