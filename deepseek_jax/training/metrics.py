@@ -1,0 +1,149 @@
+"""What a run writes down as it goes: numbers, and how many tokens each expert got.
+
+`WORKDIR/metrics.jsonl` holds one JSON object a line, at most one row for a step's training and one for its evaluation;
+TensorBoard gets the same scalars. `WORKDIR/expert_load/` holds the counts [layers, experts] of each step. A run that
+resumes from step s first drops all that lies after s, so that in the end the files are those of a run that was never
+interrupted, timings apart. The balance of a step is MaxVio = max load / mean load - 1 (arXiv 2408.15664).
+"""
+
+import json
+import math
+import os
+import pathlib
+import shutil
+
+import numpy as np
+import tensorboardX
+
+
+def max_vio(counts_LE) -> float:
+    """How far the busiest expert lies above the mean load: (max - mean) / mean, averaged over the layers."""
+    if not len(counts_LE):
+        return 0.0
+    mean_L = counts_LE.mean(-1)
+    return float(((counts_LE.max(-1) - mean_L) / (mean_L + (mean_L == 0))).mean())  # a layer without tokens counts 0
+
+
+class MetricsWriter:
+    """Writes the metrics of one work directory; in a run of several processes, only the first may hold one."""
+
+    def __init__(self, workdir, resume_step: int | None):
+        """Opens the files and drops what lies after `resume_step`; None, for a run from the start, drops everything."""
+        workdir = pathlib.Path(workdir)
+        workdir.mkdir(parents=True, exist_ok=True)
+        last = -1 if resume_step is None else resume_step
+        self._path, self._loads = workdir / "metrics.jsonl", workdir / "expert_load"
+        if resume_step is None:
+            shutil.rmtree(workdir / "tensorboard", ignore_errors=True)
+        rows = _drop_rows(self._path, last)
+        self._written = {_kind(row): row["step"] for row in rows}
+        self._written["load"] = _drop_loads(self._loads, last)
+        # The suffix keeps a run that is restarted within the second from overwriting the file before.
+        self._events = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=last + 1,
+                                                  filename_suffix=f".from{last + 1}")
+
+    def write(self, step: int, **values):
+        """Appends one row, at once; a row of that step and kind which is there already stays.
+
+        A row with a name that begins with `eval_` is the step's evaluation, any other its training. What is not a
+        finite number becomes null: NaN is not JSON.
+        """
+        row = {"step": int(step)} | {name: _number(value) for name, value in values.items()}
+        kind = _kind(row)
+        if not self._is_new(kind, step):
+            return
+        with open(self._path, "a") as f:
+            f.write(json.dumps(row, allow_nan=False) + "\n")
+        for name in values:
+            if row[name] is not None:
+                self._events.add_scalar(f"{kind}/{name.removeprefix('eval_')}", row[name], step)
+
+    def write_expert_load(self, step: int, counts_LE):
+        """Appends the tokens that chose each expert in this step, over the whole global batch."""
+        if not self._is_new("load", step):
+            return
+        counts_LE = np.asarray(counts_LE, np.int32)
+        if not (self._loads / "shape.json").exists():
+            self._loads.mkdir(exist_ok=True)
+            _replace(self._loads / "shape.json", json.dumps(counts_LE.shape))
+        with open(self._loads / "counts.int32", "ab") as f:
+            f.write(np.concatenate([np.int32([step]), counts_LE.ravel()]).tobytes())
+
+    def close(self):
+        self._events.close()
+
+    def _is_new(self, kind, step):
+        new = step > self._written.get(kind, -1)
+        if new:
+            self._written[kind] = int(step)
+        return new
+
+
+def read_metrics(workdir) -> list[dict]:
+    """All whole rows, in the order of writing. null comes back as None."""
+    path = pathlib.Path(workdir) / "metrics.jsonl"
+    rows = []
+    for line in path.read_text(errors="replace").split("\n") if path.exists() else ():
+        try:
+            row = json.loads(line)
+        except ValueError:  # the half line of a killed run
+            continue
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            rows.append(row)
+    return rows
+
+
+def read_expert_loads(workdir):
+    """-> (steps_S, counts_SLE); of length 0 if the run has recorded none, as a dense model's has not."""
+    folder = pathlib.Path(workdir) / "expert_load"
+    records, shape = _records(folder)
+    return records[:, 0], records[:, 1:].reshape(len(records), *shape)
+
+
+def _kind(row):
+    return "eval" if any(name.startswith("eval_") for name in row) else "train"
+
+
+def _number(value):
+    value = value.item() if hasattr(value, "item") else value
+    return value if not isinstance(value, float) or math.isfinite(value) else None
+
+
+def _replace(path, text):
+    """Writes beside, then renames: a reader, or a kill, meets the old file or the new one."""
+    beside = path.with_name(path.name + ".new")
+    with open(beside, "w") as f:
+        f.write(text)
+        f.flush()
+        os.fsync(f.fileno())
+    beside.replace(path)
+
+
+def _drop_rows(path, last):
+    """Drops rows after step `last`, and half rows; returns those that stay."""
+    rows = [row for row in read_metrics(path.parent) if row["step"] <= last]
+    if path.exists():
+        _replace(path, "".join(json.dumps(row) + "\n" for row in rows))
+    return rows
+
+
+def _records(folder):
+    """-> (int32 [records, 1 + layers * experts]: step, counts; (layers, experts)). A half record at the end is left."""
+    try:
+        shape = tuple(json.loads((folder / "shape.json").read_text()))
+        data = np.fromfile(folder / "counts.int32", np.int32)
+    except FileNotFoundError:
+        return np.zeros((0, 1), np.int32), (0, 0)
+    width = 1 + math.prod(shape)
+    return data[:len(data) // width * width].reshape(-1, width), shape
+
+
+def _drop_loads(folder, last):
+    """Drops records after step `last`, and a half record; returns the last step that stays, or -1."""
+    records, _ = _records(folder)
+    steps = records[records[:, 0] <= last, 0]
+    if not len(steps):  # with the shape: another model may follow
+        shutil.rmtree(folder, ignore_errors=True)
+        return -1
+    os.truncate(folder / "counts.int32", len(steps) * records.shape[1] * records.itemsize)
+    return int(steps[-1])

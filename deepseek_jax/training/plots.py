@@ -1,0 +1,146 @@
+"""Two pictures of a run: how well it predicts, and whom it asks.
+
+`loss.png` shows the training losses and, where the run was evaluated, bits per byte. `expert_load.png` shows for each
+MoE layer and step how many tokens each expert got, as a multiple of the mean: white is fair, and the report's
+balancing should turn the early stripes white. Both read only what `metrics` wrote, so a running job can be drawn.
+"""
+
+import pathlib
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import TwoSlopeNorm
+from matplotlib.figure import Figure
+
+from deepseek_jax.training.metrics import read_expert_loads, read_metrics
+
+# Okabe and Ito's palette: told apart by every kind of colour vision.
+BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#777777"
+MAX_COLUMNS = 600  # steps drawn side by side in a heat map; longer runs are averaged into so many
+
+
+def plot_loss(workdir) -> pathlib.Path:
+    """Draws WORKDIR/loss.png from WORKDIR/metrics.jsonl; returns its path."""
+    rows = read_metrics(workdir)
+    evaluated = _series(rows, "eval_bits_per_byte")
+    rates = _series(rows, "lr")
+    figure = _figure(9, 5.2)
+    axes = figure.subplots(2, 2 if len(evaluated[0]) else 1, sharex=True, squeeze=False, height_ratios=(6, 1))
+    losses, below = axes[0][0], axes[1]
+    for name, label, colour in (("mtp_loss", "token after next (MTP)", ORANGE), ("loss", "next token", BLUE)):
+        steps, values = _series(rows, name)
+        if len(steps):
+            losses.plot(steps, values, color=colour, alpha=0.22, linewidth=0.8)
+            losses.plot(steps, _smooth(values), color=colour, linewidth=1.8, label=label)
+    _finish(losses, "Training", "loss, nats per token", _limits(rows))
+    if losses.get_legend_handles_labels()[0]:
+        losses.legend(frameon=False, reverse=True)
+    if len(evaluated[0]):
+        axes[0][1].plot(*evaluated, color=GREEN, marker="o", markersize=4, linewidth=1.5)
+        _finish(axes[0][1], f"Validation: {evaluated[1][-1]:.3f} at step {evaluated[0][-1]:.0f}", "bits per byte")
+    for axis in below:
+        axis.fill_between(*rates, color=GREY, alpha=0.3, linewidth=0)
+        axis.plot(*rates, color=GREY, linewidth=1)
+        _finish(axis, "", "", (0, None))
+        if len(rates[1]):
+            axis.set_yticks([0, rates[1].max()], ["0", f"{rates[1].max():.1e}".replace("e-0", "e-")])
+        axis.set_xlabel("step")
+    below[0].set_ylabel("learning\nrate")
+    return _save(figure, pathlib.Path(workdir) / "loss.png")
+
+
+def plot_expert_load(workdir) -> pathlib.Path:
+    """Draws WORKDIR/expert_load.png from WORKDIR/expert_load; returns its path."""
+    steps, counts_SLE = read_expert_loads(workdir)
+    S, L, E = counts_SLE.shape
+    load_SLE = counts_SLE * E / np.maximum(counts_SLE.sum(-1, keepdims=True), 1)
+    heights = [0.95 if L <= 8 else 0.35] * L + [2.3]
+    figure = _figure(9, sum(heights) + 0.3)
+    axes = figure.subplots(L + 1, 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
+    if S:
+        _heat_maps(figure, axes[:-1], steps, load_SLE)
+        _max_vio_curves(axes[-1], steps, load_SLE.max(-1) - 1)
+    else:
+        axes[-1].text(0.5, 0.5, "this run has recorded no expert loads", ha="center", transform=axes[-1].transAxes)
+    axes[-1].set_xlabel("step")
+    return _save(figure, pathlib.Path(workdir) / "expert_load.png")
+
+
+def _heat_maps(figure, axes, steps, load_SLE):
+    E = load_SLE.shape[-1]
+    load_SLE = _pool(load_SLE)
+    top = max(2.0, min(4.0, float(np.ceil(np.quantile(load_SLE, 0.995)))))
+    for layer, axis in enumerate(axes):
+        picture = axis.imshow(load_SLE[:, layer].T, aspect="auto", origin="lower", interpolation="nearest",
+                              cmap="RdBu_r", norm=TwoSlopeNorm(1, 0, top),
+                              extent=(steps[0] - 0.5, steps[-1] + 0.5, -0.5, E - 0.5))
+        axis.set_ylabel(f"MoE {layer + 1}", rotation=0, ha="right", va="center", labelpad=8)
+        axis.set_yticks([0, E - 1] if len(axes) <= 8 else [])
+        axis.tick_params(axis="x", bottom=False, labelbottom=False)
+        axis.tick_params(axis="y", labelsize=7, length=2)
+    axes[0].set_title("Load of each expert (a row) in each MoE layer, as a multiple of the mean", loc="left")
+    bar = figure.colorbar(picture, ax=list(axes), pad=0.015, fraction=0.025, aspect=24, extend="max",
+                          ticks=np.arange(0, top + 1))
+    bar.ax.set_yticklabels(["idle", "fair", *(f"{n}×" for n in range(2, int(top) + 1))])
+
+
+def _max_vio_curves(axis, steps, vio_SL):
+    for vio_S in vio_SL.T:
+        axis.plot(steps, _smooth(vio_S), color=BLUE, alpha=0.3, linewidth=0.8)
+    axis.plot(steps, _smooth(vio_SL.mean(1)), color=BLUE, linewidth=2, label="mean of the layers")
+    axis.plot([], [], color=BLUE, alpha=0.3, linewidth=0.8, label="one layer")
+    _finish(axis, "MaxVio: how far the busiest expert lies above the mean", "max / mean - 1", (0, None))
+    axis.legend(frameon=False, ncols=2)
+
+
+def _figure(width, height):
+    # No pyplot: it keeps figures alive, and a training loop draws many.
+    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _finish(axis, title, ylabel, limits=(None, None)):
+    axis.set_title(title, loc="left")
+    axis.set_ylabel(ylabel)
+    axis.set_ylim(*limits)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(axis="y", alpha=0.25, linewidth=0.6)
+    axis.margins(x=0.01)
+
+
+def _series(rows, name):
+    """-> steps and values of the rows that have a number there."""
+    pairs = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+    return np.array(pairs, float).reshape(-1, 2).T
+
+
+def _limits(rows):
+    """The loss axis without the first steps' plunge, which would flatten all that follows."""
+    values = np.concatenate([_series(rows, name)[1] for name in ("loss", "mtp_loss")])
+    if len(values) < 20:
+        return None, None
+    low, high = values.min(), np.quantile(values, 0.98)
+    return low - 0.05 * (high - low), high + 0.05 * (high - low)
+
+
+def _smooth(values):
+    """Mean over a window of about a fiftieth of the run, centred on each step: it does not lag behind."""
+    half = len(values) // 100
+    total = np.cumsum(np.concatenate([[0.0], values]))
+    here = np.arange(len(values))
+    start, end = np.maximum(here - half, 0), np.minimum(here + half + 1, len(values))
+    return (total[end] - total[start]) / (end - start)
+
+
+def _pool(values_S):
+    """Averages neighbouring steps so that at most MAX_COLUMNS remain."""
+    return np.stack([part.mean(0) for part in np.array_split(values_S, min(len(values_S), MAX_COLUMNS))])
+
+
+def _save(figure, path):
+    """Beside, then renamed: whoever looks meanwhile sees the old picture or the new."""
+    beside = path.with_name(f".{path.name}.new")
+    figure.savefig(beside, format="png")
+    beside.replace(path)
+    return path

@@ -1,0 +1,133 @@
+"""Metrics: a run that was killed and resumed leaves the files of one that never stopped."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tensorboardX.proto.event_pb2 import Event
+
+from deepseek_jax.training.metrics import MetricsWriter, max_vio, read_expert_loads, read_metrics
+
+
+def counts_of(step):
+    return np.random.default_rng(step).integers(0, 100, (3, 8))
+
+
+def run(workdir, resume_step, until):
+    writer = MetricsWriter(workdir, resume_step)
+    for step in range((resume_step or 0) + 1, until + 1):
+        writer.write(step, tokens=step * 64, loss=10.0 / step, lr=jnp.float32(0.5), max_vio=max_vio(counts_of(step)))
+        writer.write_expert_load(step, counts_of(step))
+        if step % 2 == 0:
+            writer.write(step, eval_loss=5.0 / step, eval_bits_per_byte=1.0, max_vio_global=0.1)
+    writer.close()
+
+
+def files(workdir):
+    return {str(p.relative_to(workdir)): p.read_bytes() for p in sorted(workdir.rglob("*"))
+            if p.is_file() and "tensorboard" not in p.parts}
+
+
+@pytest.mark.parametrize("resumed_from", [2, 3, 4])
+def test_a_resumed_run_leaves_the_files_of_an_uninterrupted_one(tmp_path, resumed_from):
+    run(tmp_path / "whole", None, 8)
+    run(tmp_path / "killed", None, 5)
+    run(tmp_path / "killed", resumed_from, 8)
+    assert files(tmp_path / "killed") == files(tmp_path / "whole")
+    assert len(files(tmp_path / "whole")) == 3
+
+
+def test_what_a_kill_left_half_written_is_dropped(tmp_path):
+    run(tmp_path / "whole", None, 8)
+    run(tmp_path / "killed", None, 4)
+    with open(tmp_path / "killed/metrics.jsonl", "a") as f:
+        f.write('{"step": 5, "lo')
+    with open(tmp_path / "killed/expert_load/counts.int32", "ab") as f:
+        f.write(np.int32([5, 1, 2]).tobytes() + b"\x01")
+    assert len(read_metrics(tmp_path / "killed")) == 6  # nor does a reader meanwhile see it
+    assert list(read_expert_loads(tmp_path / "killed")[0]) == [1, 2, 3, 4]
+    run(tmp_path / "killed", 4, 8)
+    assert files(tmp_path / "killed") == files(tmp_path / "whole")
+
+
+def test_a_run_from_the_start_keeps_nothing_of_the_one_before(tmp_path):
+    run(tmp_path, None, 5)
+    MetricsWriter(tmp_path, None).close()
+    assert read_metrics(tmp_path) == []
+    assert len(read_expert_loads(tmp_path)[0]) == 0
+    writer = MetricsWriter(tmp_path, None)
+    writer.write_expert_load(1, np.ones((2, 5)))  # another model's shape
+    assert read_expert_loads(tmp_path)[1].shape == (1, 2, 5)
+    writer.close()
+
+
+def test_a_step_has_one_row_of_a_kind_even_if_it_is_evaluated_again_after_resuming(tmp_path):
+    run(tmp_path, None, 4)
+    writer = MetricsWriter(tmp_path, 4)
+    writer.write(4, eval_loss=9.0)
+    writer.write(4, loss=9.0)
+    writer.write_expert_load(4, counts_of(4))
+    writer.close()
+    assert [(r["step"], "eval_loss" in r) for r in read_metrics(tmp_path)] == [
+        (1, False), (2, False), (2, True), (3, False), (4, False), (4, True)]
+    assert list(read_expert_loads(tmp_path)[0]) == [1, 2, 3, 4]
+
+
+def test_each_row_is_on_the_disk_before_the_next_step(tmp_path):
+    writer = MetricsWriter(tmp_path, None)
+    writer.write(1, loss=2.5)
+    writer.write_expert_load(1, counts_of(1))
+    assert read_metrics(tmp_path) == [{"step": 1, "loss": 2.5}]
+    steps, counts_SLE = read_expert_loads(tmp_path)
+    assert list(steps) == [1] and np.array_equal(counts_SLE[0], counts_of(1))
+    writer.close()
+
+
+@pytest.mark.parametrize("value", [float("nan"), jnp.float32("inf"), np.float64("-inf")])
+def test_a_loss_that_is_no_number_is_null_and_every_line_is_json(tmp_path, value):
+    writer = MetricsWriter(tmp_path, None)
+    writer.write(1, loss=value, tokens=np.int64(7))
+    writer.close()
+
+    def refuse(name):
+        raise AssertionError(f"{name} is not JSON")
+    line = (tmp_path / "metrics.jsonl").read_text()
+    assert json.loads(line, parse_constant=refuse) == {"step": 1, "loss": None, "tokens": 7}
+
+
+def events(workdir):
+    """(step, tag, value) of all event files in the order of writing, and the steps from which a restart purges."""
+    scalars, purges = [], []
+    for path in sorted((workdir / "tensorboard").iterdir(), key=lambda p: p.stat().st_mtime_ns):
+        data = path.read_bytes()
+        while data:  # a record: length (8 bytes), its checksum (4), the event, its checksum (4)
+            length = int.from_bytes(data[:8], "little")
+            event = Event.FromString(data[12:12 + length])
+            data = data[16 + length:]
+            scalars += [(event.step, v.tag, v.simple_value) for v in event.summary.value]
+            purges += [event.step] if event.HasField("session_log") else []
+    return scalars, purges
+
+
+def test_tensorboard_gets_the_same_scalars_and_is_told_what_a_resumed_run_replaces(tmp_path):
+    run(tmp_path, None, 2)
+    run(tmp_path, 1, 2)
+    scalars, purges = events(tmp_path)
+    assert (2, "train/loss", 5.0) in scalars and (2, "eval/bits_per_byte", 1.0) in scalars
+    assert len([s for s in scalars if s[1] == "train/loss"]) == 3
+    assert purges[-1] == 2
+
+
+@pytest.mark.parametrize("array", [np.array, jnp.array])
+def test_max_vio_is_the_busiest_expert_over_the_mean_averaged_over_layers(array):
+    assert max_vio(array([[4, 4, 4, 4], [16, 0, 0, 0]])) == pytest.approx((0 + 3) / 2)
+    assert max_vio(array([[0, 0]])) == 0
+    assert isinstance(max_vio(array([[1, 2]])), float)
+
+
+def test_a_model_without_experts_has_no_loads_and_no_violation(tmp_path):
+    assert max_vio(np.zeros((0, 0))) == 0
+    steps, counts_SLE = read_expert_loads(tmp_path)
+    assert len(steps) == 0 and counts_SLE.shape == (0, 0, 0)
+    assert read_metrics(tmp_path) == []
