@@ -27,6 +27,7 @@ class Loader:
         if rows % hosts:
             raise ConfigError(f"a micro-batch of {rows} sequences (train.batch_size / train.micro_batches) cannot be "
                               f"shared by {hosts} hosts; make it a multiple.")
+        self.tokenizer = tokenizer
         self.rows = rows // hosts
         self.pad = tokenizer.eos if tokenizer.pad is None else tokenizer.pad
         self.validation = Validation(prepared.validation, train.sequence_length, tokenizer.byte_lengths_W, self.pad)

@@ -1,0 +1,201 @@
+"""DeepSeekMoE (report section 2.1.2): many small routed experts, a shared one that every token visits.
+
+    h = shared(u) + sum over chosen experts of gate_i * FFN_i(u)
+
+No token is ever dropped. Choices are sorted by expert into rows, every expert's rows are multiplied by its weights in
+one `grouped_matmul`, and the results are gathered back. Gathers go both ways: the gradient of a permutation is the
+inverse permutation, not a scatter.
+"""
+
+import functools
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from deepseek_jax.config import ModelConfig
+from deepseek_jax.model import router as routing
+from deepseek_jax.model.layers import FFN, matmul, saved, swiglu, transpose, weight, wide
+
+
+class Plan(NamedTuple):
+    """Where each choice goes. R rows hold the N*K choices sorted by expert; groups start at multiples of `align`."""
+
+    choice_R: jax.Array  # int32: the choice n * K + k in this row; N * K where the row is empty
+    row_NK: jax.Array  # int32: the row of each choice
+    sizes_E: jax.Array  # int32: rows of each expert, empty ones included: multiples of `align`
+
+
+def plan(chosen_NK, num_experts, align=1) -> Plan:
+    """Sorts choices by expert, tokens in order inside each; pads every expert's group to a multiple of `align` rows."""
+    N, K = chosen_NK.shape
+    rows = -(-(N * K + num_experts * (align - 1)) // align) * align  # enough for any routing
+    order = jnp.argsort(chosen_NK.reshape(-1), stable=True).astype(jnp.int32)
+    counts_E = routing.count_choices(chosen_NK, num_experts)
+    sizes_E = -(-counts_E // align) * align
+    start_E, end_E = jnp.cumsum(counts_E) - counts_E, jnp.cumsum(sizes_E)
+    row = jnp.arange(rows, dtype=jnp.int32)
+    expert_R = jnp.minimum(jnp.searchsorted(end_E, row, side="right"), num_experts - 1).astype(jnp.int32)
+    rank_R = row - (end_E - sizes_E)[expert_R]
+    filled_R = rank_R < counts_E[expert_R]
+    choice_R = jnp.where(filled_R, order[jnp.where(filled_R, start_E[expert_R] + rank_R, 0)], N * K)
+    # Position p of the sorted order sits in the row that its expert's padded group start says.
+    shift_E = (end_E - sizes_E) - start_E
+    place = jnp.argsort(order).astype(jnp.int32)
+    row_NK = place.reshape(N, K) + shift_E[chosen_NK].astype(jnp.int32)
+    return Plan(choice_R, row_NK, sizes_E.astype(jnp.int32))
+
+
+@jax.custom_vjp
+def to_rows(x_ND, plan):
+    """Copies each token into the rows of its choices; empty rows are zero. [N, D] -> [R, D]."""
+    K = plan.row_NK.shape[1]
+    return x_ND.at[plan.choice_R // K].get(mode="fill", fill_value=0)
+
+
+@jax.custom_vjp
+def from_rows(y_RD, plan):
+    """The rows of each token's choices, [R, D] -> [N, K, D]: the transpose of `to_rows` before its sum over K."""
+    return y_RD[plan.row_NK]
+
+
+def _to_rows_bwd(plan, dx_RD):
+    dx_NKD = dx_RD[plan.row_NK]
+    return dx_NKD.sum(axis=1, dtype=wide(dx_RD.dtype)).astype(dx_RD.dtype), None
+
+
+def _from_rows_bwd(plan, dy_NKD):
+    return dy_NKD.reshape(-1, dy_NKD.shape[-1]).at[plan.choice_R].get(mode="fill", fill_value=0), None
+
+
+to_rows.defvjp(lambda x_ND, plan: (to_rows(x_ND, plan), plan), _to_rows_bwd)
+from_rows.defvjp(lambda y_RD, plan: (from_rows(y_RD, plan), plan), _from_rows_bwd)
+
+
+def row_alignment(implementation, rows, num_experts):
+    """Rows that an expert's group must be a multiple of. Tiles of a quarter of the mean load waste about an eighth."""
+    if implementation != "cpu":
+        return 1
+    quarter = max(rows // num_experts // 4, 1)
+    return min(max(1 << (quarter.bit_length() - 1), 8), 128)
+
+
+def _reference(x_RD, w_EDF, sizes_E):
+    """Every row by every expert, all but its own masked away. The oracle: E times the work."""
+    row_R1 = jnp.arange(x_RD.shape[0])[:, None]
+    end_1E = jnp.cumsum(sizes_E)[None]
+    mine_RE = (row_R1 < end_1E) & (row_R1 >= end_1E - sizes_E[None])
+    y_ERF = jnp.einsum("RD,EDF->ERF", x_RD, w_EDF, preferred_element_type=wide(x_RD.dtype))
+    return jnp.einsum("ERF,RE->RF", y_ERF, mine_RE.astype(y_ERF.dtype)).astype(x_RD.dtype)
+
+
+def _ragged(x_RD, w_EDF, sizes_E):
+    return lax.ragged_dot(x_RD, w_EDF, sizes_E, preferred_element_type=wide(x_RD.dtype)).astype(x_RD.dtype)
+
+
+def _tiles(x_RD, w_EDF, sizes_E):
+    """Equal tiles of rows, each with a copy of its expert's weights: exact, and indifferent to skew.
+
+    XLA:CPU has no fast ragged product; a batched one over tiles runs at the speed of a dense product, and copying
+    weights costs little beside it.
+    """
+    align = row_alignment("cpu", x_RD.shape[0], w_EDF.shape[0])
+    return _tiled(x_RD, w_EDF, sizes_E, align)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _tiled(x_RD, w_EDF, sizes_E, align):
+    x_TMD = x_RD.reshape(-1, align, x_RD.shape[1])
+    expert_T = _expert_of_tile(sizes_E, align, x_TMD.shape[0])
+    return matmul(x_TMD, w_EDF[expert_T]).reshape(x_RD.shape[0], -1)
+
+
+def _tiled_fwd(x_RD, w_EDF, sizes_E, align):
+    return _tiled(x_RD, w_EDF, sizes_E, align), (x_RD, w_EDF, sizes_E)
+
+
+def _tiled_bwd(align, kept, dy_RF):
+    x_RD, w_EDF, sizes_E = kept
+    x_TMD, dy_TMF = (a.reshape(-1, align, a.shape[1]) for a in (x_RD, dy_RF))
+    expert_T = _expert_of_tile(sizes_E, align, x_TMD.shape[0])
+    dx_TMD = matmul(dy_TMF, transpose(w_EDF)[expert_T], x_RD.dtype)
+    dw_TDF = matmul(transpose(x_TMD), dy_TMF, wide(x_RD.dtype))
+    dw_EDF = jax.ops.segment_sum(dw_TDF, expert_T, w_EDF.shape[0], indices_are_sorted=True)
+    return dx_TMD.reshape(x_RD.shape), dw_EDF.astype(w_EDF.dtype), None
+
+
+_tiled.defvjp(_tiled_fwd, _tiled_bwd)
+
+
+def _expert_of_tile(sizes_E, align, tiles):
+    """Tiles past the last group go to the last expert: their rows are zero, and so are their products."""
+    end_E = jnp.cumsum(sizes_E) // align
+    return jnp.minimum(jnp.searchsorted(end_E, jnp.arange(tiles), side="right"), sizes_E.shape[0] - 1)
+
+
+IMPLEMENTATIONS = {"reference": _reference, "cpu": _tiles, "ragged": _ragged}
+
+
+def implementation_here() -> str:
+    """What `auto` means on the machine that runs: tiles on a CPU, XLA's ragged product elsewhere."""
+    return "cpu" if jax.default_backend() == "cpu" else "ragged"
+
+
+def grouped_matmul(x_RD, w_EDF, sizes_E, implementation="auto"):
+    """Multiplies each expert's rows by its weights: y[r] = x[r] @ w[expert of r].
+
+    Args:
+      x_RD: rows sorted by expert. Under "cpu" each group is a multiple of `row_alignment` rows, empty rows zero.
+      w_EDF: the experts' weights, in x's dtype.
+      sizes_E: int32, rows of each expert; rows past their sum give zero.
+      implementation: "reference", "cpu", "ragged" or "auto".
+    Returns:
+      [R, F] in the dtype of x, accumulated in float32.
+    """
+    return IMPLEMENTATIONS[implementation_here() if implementation == "auto" else implementation](x_RD, w_EDF, sizes_E)
+
+
+def routed_experts(x_ND, chosen_NK, gates_NK, gate_EDF, up_EDF, down_EFD, implementation="auto"):
+    """sum over k of gates[n, k] * FFN of chosen[n, k], [N, D]: exact for every routing, however skewed."""
+    name = implementation_here() if implementation == "auto" else implementation
+    E, _, F = gate_EDF.shape
+    N, K = chosen_NK.shape
+    p = plan(chosen_NK, E, row_alignment(name, N * K, E))
+    product = functools.partial(grouped_matmul, sizes_E=p.sizes_E, implementation=name)
+    x_RD = to_rows(x_ND, p)
+    # Gate and up in one product: twice the columns keep a small expert's product efficient.
+    both_RX = saved(product(x_RD, jnp.concatenate([gate_EDF, up_EDF], axis=-1).astype(x_ND.dtype)))
+    y_RD = product(swiglu(both_RX[:, :F], both_RX[:, F:]), down_EFD.astype(x_ND.dtype))
+    y_ND = jnp.einsum("NKD,NK->ND", from_rows(y_RD, p), gates_NK.astype(x_ND.dtype),
+                      preferred_element_type=wide(x_ND.dtype))
+    return y_ND.astype(x_ND.dtype)
+
+
+class MoE(nn.Module):
+    """The feed-forward network of a MoE layer. Returns its output and what routing did (see `transformer.Stats`)."""
+
+    cfg: ModelConfig
+    capture: tuple[str, ...] = ()
+
+    @nn.compact
+    def __call__(self, x_BTD, bias_E):
+        cfg = self.cfg
+        B, T, D = x_BTD.shape
+        E, F = cfg.num_experts, cfg.expert_ffn_dim
+        x_ND = x_BTD.reshape(B * T, D)
+        scores_NE, chosen_NK = routing.Router(cfg, name="router")(x_ND, bias_E)
+        y_ND = routed_experts(x_ND, chosen_NK, routing.gates(cfg, scores_NE, chosen_NK),
+                              weight(self, "gate", (E, D, F)), weight(self, "up", (E, D, F)),
+                              weight(self, "down", (E, F, D)))
+        y_BTD = y_ND.reshape(B, T, D)
+        if cfg.num_shared_experts:
+            y_BTD = y_BTD + FFN(cfg, cfg.num_shared_experts * F, name="shared")(x_BTD)
+        counts_E = routing.count_choices(chosen_NK, E)
+        seen = {"scores": scores_NE.reshape(B, T, E), "chosen": chosen_NK.reshape(B, T, -1)}
+        stats = {"counts": counts_E,
+                 "sequence_loss": routing.sequence_loss(cfg, scores_NE.reshape(B, T, E)),
+                 "auxiliary_loss": routing.auxiliary_loss(cfg, scores_NE, counts_E),
+                 "captured": {name: seen[name] for name in self.capture}}
+        return y_BTD, stats

@@ -1,0 +1,116 @@
+"""What every block is made of: RMSNorm, the linear product, SwiGLU, the dense feed-forward network.
+
+Parameters are float32 masters of shape [in, out]; products run in `cfg.dtype` and accumulate in float32; norms and
+softmaxes run in float32. With x64 enabled and dtype float64 all of them are float64.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.layout import Layout, with_layout_constraint
+
+from deepseek_jax.config import ModelConfig
+
+# What is kept for the backward pass under remat="report" (report section 3.2.3): the residual stream, the compressed
+# latents, the attention output and the inputs of SwiGLU. Norms, MLA up-projections and SwiGLU are recomputed.
+SAVED_NAMES = ("latent", "attention", "ffn_in", "routing")
+
+
+def saved(x):
+    """Marks a SwiGLU input as kept for the backward pass."""
+    return checkpoint_name(x, "ffn_in")
+
+
+def wide(dtype):
+    """The accumulation dtype that belongs to `dtype`: float32, or float64 for float64."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def row_major(x):
+    """On a CPU, lays `x` out row-major in memory; elsewhere does nothing.
+
+    XLA:CPU turns a transpose into a stride, and its bfloat16 product of a strided operand is 2-3 times slower than
+    the product plus the copy.
+    """
+    def place(x):
+        return with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim))))
+
+    return jax.lax.platform_dependent(x, cpu=place, default=lambda x: x)
+
+
+def transpose(x):
+    """Swaps the last two axes, in memory where that pays."""
+    return row_major(jnp.swapaxes(x, -1, -2))
+
+
+def matmul(a, b, dtype=None):
+    """a @ b over leading batch axes, accumulated wide, in `dtype` (default: that of `a`)."""
+    return jnp.matmul(a, b, preferred_element_type=wide(a.dtype)).astype(dtype or a.dtype)
+
+
+@jax.custom_vjp
+def _linear(x_MI, w_IO):
+    return matmul(x_MI, w_IO.astype(x_MI.dtype))
+
+
+def _linear_fwd(x_MI, w_IO):
+    return _linear(x_MI, w_IO), (x_MI, w_IO)
+
+
+def _linear_bwd(kept, dy_MO):
+    x_MI, w_IO = kept
+    dx_MI = matmul(dy_MO, transpose(w_IO.astype(dy_MO.dtype)), x_MI.dtype)
+    dw_IO = matmul(transpose(x_MI), dy_MO, w_IO.dtype)  # the gradient of a float32 master stays float32
+    return dx_MI, dw_IO
+
+
+_linear.defvjp(_linear_fwd, _linear_bwd)
+
+
+def linear(x, w):
+    """x[..., I] by w[I, ...] -> [..., ...] in x's dtype. The weight's gradient has the weight's dtype."""
+    y = _linear(x.reshape(-1, x.shape[-1]), w.reshape(w.shape[0], -1))
+    return y.reshape(x.shape[:-1] + w.shape[1:])
+
+
+def rms_norm(x, scale, eps):
+    """x / rms(x) * scale over the last axis, computed in float32, returned in x's dtype."""
+    y = x.astype(wide(x.dtype))
+    y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + eps)
+    return (y * scale.reshape((1,) * (x.ndim - 1) + (-1,))).astype(x.dtype)
+
+
+def swiglu(gate, up):
+    """silu(gate) * up, computed in float32, returned in the inputs' dtype."""
+    dtype = wide(gate.dtype)
+    return (jax.nn.silu(gate.astype(dtype)) * up.astype(dtype)).astype(gate.dtype)
+
+
+def weight(module: nn.Module, name: str, shape):
+    """Declares a normal(0, init_std) weight, float32 (float64 for a float64 model)."""
+    init = nn.initializers.normal(module.cfg.init_std)
+    return module.param(name, init, shape, wide(module.cfg.dtype))
+
+
+class RMSNorm(nn.Module):
+    cfg: ModelConfig
+
+    @nn.compact
+    def __call__(self, x):
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), wide(self.cfg.dtype))
+        return rms_norm(x, scale, self.cfg.norm_eps)
+
+
+class FFN(nn.Module):
+    """down(silu(gate x) * up x): the dense layers and the shared expert."""
+
+    cfg: ModelConfig
+    ffn_dim: int
+
+    @nn.compact
+    def __call__(self, x_BTD):
+        D, F = self.cfg.d_model, self.ffn_dim
+        gate_BTF = saved(linear(x_BTD, weight(self, "gate", (D, F))))
+        up_BTF = saved(linear(x_BTD, weight(self, "up", (D, F))))
+        return linear(swiglu(gate_BTF, up_BTF), weight(self, "down", (F, D)))

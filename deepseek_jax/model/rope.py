@@ -1,0 +1,54 @@
+"""Rotary positions with the static YaRN extension (report section 4.3, arXiv 2309.00071).
+
+Adjacent pairs (x0, x1), (x2, x3), ... rotate by position * frequency, as in the released weights. YaRN leaves fast
+frequencies alone, divides slow ones by `factor`, blends those between, and sharpens the softmax by m(mscale_all_dim)^2.
+"""
+
+import math
+
+import jax.numpy as jnp
+import numpy as np
+
+from deepseek_jax.config import ModelConfig
+
+
+def frequencies(cfg: ModelConfig) -> np.ndarray:
+    """float64 [rope_head_dim / 2], radians per position."""
+    R = cfg.rope_head_dim
+    freq = cfg.rope_theta ** (-np.arange(0, R, 2, dtype=np.float64) / R)
+    if cfg.yarn is None:
+        return freq
+
+    def index_of(rotations):  # the (real) frequency index that turns this often within the original length
+        return R * math.log(cfg.yarn.original_length / (rotations * 2 * math.pi)) / (2 * math.log(cfg.rope_theta))
+
+    low = max(math.floor(index_of(cfg.yarn.beta_fast)), 0)
+    high = min(math.ceil(index_of(cfg.yarn.beta_slow)), R - 1)
+    slow = np.clip((np.arange(R // 2) - low) / max(high - low, 0.001), 0, 1)
+    return freq * (1 - slow) + freq / cfg.yarn.factor * slow
+
+
+def mscale(factor: float, weight: float) -> float:
+    """m(weight) = 0.1 * weight * ln(factor) + 1."""
+    return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+def softmax_scale(cfg: ModelConfig) -> float:
+    scale = cfg.qk_head_dim ** -0.5
+    return scale if cfg.yarn is None else scale * mscale(cfg.yarn.factor, cfg.yarn.mscale_all_dim) ** 2
+
+
+def rope_table(cfg: ModelConfig, positions_BT, dtype):
+    """cos and sin of positions * frequencies, [B, T, rope_head_dim / 2], in `dtype` (float32 or float64)."""
+    y = cfg.yarn
+    amplitude = 1.0 if y is None else mscale(y.factor, y.mscale) / mscale(y.factor, y.mscale_all_dim)
+    angle = positions_BT.astype(dtype)[..., None] * frequencies(cfg).astype(dtype)[None, None]
+    return amplitude * jnp.cos(angle), amplitude * jnp.sin(angle)
+
+
+def rotate(x_BTHR, table):
+    """Rotates adjacent pairs of the last axis. Computed in the table's dtype, returned in x's."""
+    cos, sin = (t[:, :, None] for t in table)
+    even, odd = x_BTHR[..., 0::2], x_BTHR[..., 1::2]
+    pairs = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
+    return pairs.reshape(x_BTHR.shape).astype(x_BTHR.dtype)

@@ -1,0 +1,121 @@
+"""Which experts a token goes to, and how their loads stay even (report section 2.1.2, arXiv 2408.15664).
+
+An expert's affinity s decides how much it contributes; affinity plus bias decides whether it is chosen. The bias is
+no parameter: once per optimizer step it moves by `speed` toward the experts that had too little to do.
+
+    s = sigmoid(u W)    chosen = top-K of s + b within the best groups    gate = s[chosen] / sum s[chosen] * scale
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+
+from deepseek_jax.config import ModelConfig
+from deepseek_jax.model.layers import weight, wide
+
+
+def affinities(cfg: ModelConfig, logits_NE):
+    """Unbiased scores: sigmoid (V3) or softmax over the experts (V2)."""
+    return jax.nn.sigmoid(logits_NE) if cfg.score == "sigmoid" else jax.nn.softmax(logits_NE, axis=-1)
+
+
+def biased(cfg: ModelConfig, scores_NE, bias_E):
+    """The scores that selection sees. The bias is data: no gradient flows to it, or through selection."""
+    scores_NE = lax.stop_gradient(scores_NE)
+    if not cfg.has_router_bias:
+        return scores_NE
+    bias_1E = lax.stop_gradient(bias_E)[None]
+    return scores_NE * bias_1E if cfg.router_bias == "multiplicative" else scores_NE + bias_1E
+
+
+def limit_to_groups(cfg: ModelConfig, scores_NE):
+    """Sets the experts of all but the best groups to -inf.
+
+    A group's score is the sum of its two best experts (sigmoid models) or its best one (softmax models).
+    """
+    if cfg.num_groups == 1:
+        return scores_NE
+    N, E = scores_NE.shape
+    scores_NGX = scores_NE.reshape(N, cfg.num_groups, E // cfg.num_groups)
+    best = 2 if cfg.score == "sigmoid" else 1
+    group_NG = lax.top_k(scores_NGX, best)[0].sum(axis=-1)
+    kept_NM = lax.top_k(group_NG, cfg.groups_kept)[1]
+    keep_NG = (kept_NM[:, :, None] == jnp.arange(cfg.num_groups)[None, None]).any(axis=1)
+    # -inf, not 0: biased scores can be negative.
+    return jnp.where(keep_NG[:, :, None], scores_NGX, -jnp.inf).reshape(N, E)
+
+
+def select(cfg: ModelConfig, scores_NE, bias_E):
+    """int32 [N, K]: the experts chosen for each token."""
+    return lax.top_k(limit_to_groups(cfg, biased(cfg, scores_NE, bias_E)), cfg.experts_per_token)[1]
+
+
+def gates(cfg: ModelConfig, scores_NE, chosen_NK):
+    """How much each chosen expert contributes, from the UNBIASED scores."""
+    gate_NK = jnp.take_along_axis(scores_NE, chosen_NK, axis=1)
+    if cfg.normalize_gates:
+        gate_NK = gate_NK / (gate_NK.sum(axis=-1, keepdims=True) + 1e-20)
+    return gate_NK * cfg.route_scale
+
+
+def count_choices(chosen_NK, num_experts):
+    """int32 [E]: how many tokens chose each expert."""
+    return (chosen_NK[:, :, None] == jnp.arange(num_experts)[None, None]).sum(axis=(0, 1), dtype=jnp.int32)
+
+
+def sequence_loss(cfg: ModelConfig, scores_BTE):
+    """The complementary sequence-wise loss sum_i f_i P_i, averaged over sequences, without its weight alpha.
+
+    f_i counts the tokens for which expert i is among the top K of the unbiased scores, without group limits: so the
+    report's equation 18 reads. It is 1 for uniform loads and scores.
+    """
+    _, T, E = scores_BTE.shape
+    top_BTK = lax.top_k(lax.stop_gradient(scores_BTE), cfg.experts_per_token)[1]
+    f_BE = jax.vmap(lambda top_TK: count_choices(top_TK, E))(top_BTK) * (E / (cfg.experts_per_token * T))
+    p_BE = (scores_BTE / scores_BTE.sum(axis=-1, keepdims=True)).mean(axis=1)
+    return (f_BE * p_BE).sum(axis=-1).mean()
+
+
+def auxiliary_loss(cfg: ModelConfig, scores_NE, counts_E):
+    """The classic batch-wise balance loss sum_i f_i P_i (GShard, Switch), the baseline of arXiv 2408.15664."""
+    N, E = scores_NE.shape
+    f_E = counts_E * (E / (cfg.experts_per_token * N))
+    p_E = (scores_NE / scores_NE.sum(axis=-1, keepdims=True)).mean(axis=0)
+    return (f_E * p_E).sum()
+
+
+def update_bias(bias_LE, counts_LE, speed, rule="sign"):
+    """Moves each expert's routing bias by `speed` against its load, once per optimizer step.
+
+    Args:
+      bias_LE: float32, per layer and expert.
+      counts_LE: tokens that chose each expert, summed over the WHOLE global batch; a shard's counts alone
+        make replicas drift apart.
+      speed: the report uses 0.001, and 0 for the last 500B tokens.
+      rule: "sign", or "proportional" to the load error as a fraction of the mean load.
+    """
+    mean_L1 = counts_LE.mean(axis=-1, keepdims=True, dtype=bias_LE.dtype)
+    error_LE = mean_L1 - counts_LE
+    step_LE = jnp.sign(error_LE) if rule == "sign" else error_LE / jnp.maximum(mean_L1, 1)
+    return bias_LE + speed * step_LE
+
+
+def initial_bias(cfg: ModelConfig, shape):
+    """Zero, or one where the bias multiplies."""
+    fill = 1.0 if cfg.router_bias == "multiplicative" else 0.0
+    return jnp.full(shape, fill, wide(cfg.dtype))
+
+
+class Router(nn.Module):
+    """Scores and selection for N tokens: float32 throughout, whatever the model's dtype."""
+
+    cfg: ModelConfig
+
+    @nn.compact
+    def __call__(self, x_ND, bias_E):
+        w_DE = weight(self, "weight", (self.cfg.d_model, self.cfg.num_experts))
+        logits_NE = jnp.matmul(x_ND.astype(w_DE.dtype), w_DE)
+        scores_NE = checkpoint_name(affinities(self.cfg, logits_NE), "routing")
+        return scores_NE, select(self.cfg, scores_NE, bias_E)

@@ -1,0 +1,126 @@
+"""Cross-entropy in chunks of tokens, and the whole objective of the report.
+
+The logits of a chunk exist once: its loss and its gradients are computed together in the forward pass, so that
+neither [tokens, vocabulary] in float32 nor a second product is ever needed.
+
+    loss = main + lambda / D * sum_k mtp_k + alpha * sequence-wise balance loss
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from deepseek_jax.config import BalanceConfig
+from deepseek_jax.model import Output
+from deepseek_jax.model.layers import matmul, transpose, wide
+from deepseek_jax.model.mtp import ahead
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def cross_entropy(hidden_ND, head_DW, targets_N, weights_N, chunk):
+    """Sum over tokens of weight * -log softmax(hidden @ head)[target], in nats, float32.
+
+    Args:
+      hidden_ND: any dtype; the product runs in it.
+      head_DW: float32 master.
+      targets_N: int32. weights_N: float32, 0 leaves a token out; no gradient flows to it.
+      chunk: tokens whose logits exist at once.
+    """
+    losses = lax.map(lambda part: _chunk(head_DW.astype(hidden_ND.dtype), *part)[0].sum(),
+                     _chunks(chunk, hidden_ND, targets_N, weights_N))
+    return losses.sum()
+
+
+def _chunks(chunk, hidden_ND, targets_N, weights_N):
+    """Pads to whole chunks (weight 0) and splits: [N, ...] -> [N / chunk, chunk, ...] of each."""
+    chunk = min(chunk, hidden_ND.shape[0])
+    pad = -hidden_ND.shape[0] % chunk
+
+    def split(x):
+        x = jnp.pad(x, ((0, pad),) + ((0, 0),) * (x.ndim - 1))
+        return x.reshape((-1, chunk) + x.shape[1:])
+
+    return split(hidden_ND), split(targets_N), split(weights_N)
+
+
+def _chunk(head_DW, hidden_MD, targets_M, weights_M):
+    """Weighted losses [M] and the gradient of their sum by the logits, [M, W] in hidden's dtype."""
+    logits_MW = matmul(hidden_MD, head_DW, wide(hidden_MD.dtype))
+    lse_M = jax.nn.logsumexp(logits_MW, axis=-1)
+    hit_MW = targets_M[:, None] == jnp.arange(head_DW.shape[1])[None]
+    losses_M = (lse_M - jnp.where(hit_MW, logits_MW, 0).sum(axis=-1)) * weights_M
+    dlogits_MW = (jnp.exp(logits_MW - lse_M[:, None]) - hit_MW) * weights_M[:, None]
+    return losses_M, dlogits_MW.astype(hidden_MD.dtype)
+
+
+def _cross_entropy_fwd(hidden_ND, head_DW, targets_N, weights_N, chunk):
+    w_DW = head_DW.astype(hidden_ND.dtype)
+    w_WD = transpose(w_DW)
+
+    def step(dhead_DW, part):
+        losses_M, dlogits_MW = _chunk(w_DW, *part)
+        dhead_DW = dhead_DW + matmul(transpose(part[0]), dlogits_MW, dhead_DW.dtype)
+        return dhead_DW, (losses_M.sum(), matmul(dlogits_MW, w_WD))
+
+    dhead_DW, (losses, dhidden) = lax.scan(step, jnp.zeros(head_DW.shape, head_DW.dtype),
+                                           _chunks(chunk, hidden_ND, targets_N, weights_N))
+    dhidden_ND = dhidden.reshape(-1, hidden_ND.shape[1])[:hidden_ND.shape[0]]
+    return losses.sum(), (dhidden_ND, dhead_DW)
+
+
+def _cross_entropy_bwd(chunk, gradients, dloss):
+    dhidden_ND, dhead_DW = gradients
+    return (dhidden_ND * dloss).astype(dhidden_ND.dtype), dhead_DW * dloss, None, None
+
+
+cross_entropy.defvjp(_cross_entropy_fwd, _cross_entropy_bwd)
+
+
+def shifted_targets(targets_BT, weights_BT, segment_ids_BT, k):
+    """Targets and weights of MTP depth k: position i predicts targets[i + k], if that exists and is the same segment.
+
+    `segment_ids_BT` (None: one segment) are those of the input tokens.
+    """
+    T = targets_BT.shape[1]
+    valid = (jnp.arange(T) < T - k)[None]
+    if segment_ids_BT is not None:
+        valid = valid & (ahead(segment_ids_BT, k) == segment_ids_BT)
+    return ahead(targets_BT, k), ahead(weights_BT, k) * valid
+
+
+def token_losses(output: Output, head_DW, batch, chunk):
+    """Summed main and MTP losses in nats, and the weights they are sums over.
+
+    Args:
+      batch: targets_BT int32, weights_BT float32, and segment_ids_BT int32 or None.
+    Returns:
+      (main, main weight, mtp_D, mtp_D weights): float32 scalars and [depth] arrays.
+    """
+    def one(hidden_BTD, targets_BT, weights_BT):
+        D = hidden_BTD.shape[-1]
+        return (cross_entropy(hidden_BTD.reshape(-1, D), head_DW, targets_BT.reshape(-1), weights_BT.reshape(-1), chunk),
+                weights_BT.sum())
+
+    targets_BT, weights_BT, segments = batch["targets_BT"], batch["weights_BT"], batch["segment_ids_BT"]
+    main, count = one(output.hidden_BTD, targets_BT, weights_BT)
+    mtp = [one(h, *shifted_targets(targets_BT, weights_BT, segments, k + 1)) for k, h in enumerate(output.mtp_hidden)]
+    zeros = jnp.zeros((0,), main.dtype)
+    return main, count, *(jnp.stack(x) if mtp else zeros for x in (zip(*mtp, strict=True) if mtp else ((), ())))
+
+
+def objective(output: Output, main, mtp_D, normalizer, mtp_normalizer_D, mtp_weight, balance: BalanceConfig, share):
+    """The scalar that is differentiated, of one micro-batch.
+
+    `normalizer`s are the weights of the WHOLE batch, and `share` is this micro-batch's part of it, so that the sum
+    over micro-batches is the loss of one large batch.
+    """
+    loss = main / normalizer
+    if mtp_D.shape[0]:
+        loss = loss + mtp_weight * (mtp_D / mtp_normalizer_D).mean()
+    if balance.sequence_loss_weight:
+        loss = loss + balance.sequence_loss_weight * share * output.sequence_loss
+    if balance.aux_loss_weight:
+        loss = loss + balance.aux_loss_weight * share * output.auxiliary_loss
+    return loss

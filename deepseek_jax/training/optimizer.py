@@ -1,0 +1,53 @@
+"""AdamW over float32 masters and the report's learning-rate shape (report section 4.2).
+
+Warm-up, constant, cosine, then two constant tail levels, all as fractions of the run, so that a run of 600 steps and
+one of 14.8T tokens have the same shape.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from deepseek_jax.config import OptimizerConfig
+
+
+def learning_rate(cfg: OptimizerConfig, steps: int):
+    """The schedule: step (int array, from 0) -> float32 rate."""
+    def rate(step):
+        at = (step + 1) / steps  # the first step already learns; the last one ends the run
+        cosine = (at - cfg.constant_until) / max(cfg.cosine_until - cfg.constant_until, 1e-9)
+        falling = cfg.cosine_to + (1 - cfg.cosine_to) * 0.5 * (1 + jnp.cos(math.pi * jnp.clip(cosine, 0, 1)))
+        share = jnp.where(at > cfg.tail_from, cfg.tail_to, falling)
+        warm = jnp.minimum(at / cfg.warmup, 1.0) if cfg.warmup > 0 else 1.0
+        return jnp.asarray(cfg.learning_rate * share * warm, jnp.float32)
+
+    return rate
+
+
+def in_dtype(inner: optax.GradientTransformation, dtype) -> optax.GradientTransformation:
+    """Keeps the floating-point state of `inner` in `dtype` between updates; computes in the gradients' own dtype."""
+    def cast(state, to):
+        return jax.tree.map(lambda x: x.astype(to) if jnp.issubdtype(x.dtype, jnp.floating) else x, state)
+
+    def update(grads, state, params=None):
+        wide = jnp.result_type(*jax.tree.leaves(grads))
+        grads, state = inner.update(grads, cast(state, wide), params)
+        return grads, cast(state, dtype)
+
+    return optax.GradientTransformation(lambda params: cast(inner.init(params), dtype), update)
+
+
+def decayed(params):
+    """Which parameters weight decay shrinks: all but the norms' scales."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key != "scale", params)
+
+
+def make_optimizer(cfg: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+    """Clip by global norm, Adam with moments in cfg.moment_dtype, decoupled weight decay, schedule."""
+    return optax.chain(
+        optax.clip_by_global_norm(cfg.clip_norm),
+        in_dtype(optax.scale_by_adam(b1=cfg.b1, b2=cfg.b2, eps=1e-8), cfg.moment_dtype),
+        optax.add_decayed_weights(cfg.weight_decay, mask=decayed),
+        optax.scale_by_learning_rate(learning_rate(cfg, steps)))
