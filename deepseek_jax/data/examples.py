@@ -87,8 +87,7 @@ class Stream:
     def epoch_at(self, position: int) -> int:
         """The epoch that a position lies in."""
         epoch = int(position / (int(self.shard.offsets_N[-1]) + 3 * self.eligible * self.fim.rate))
-        while self.epoch_start(epoch) > position:  # the mean length is off by less than one document's three tokens
-            epoch -= 1
+        # Epochs begin at most three tokens before the mean length says, never after it.
         while self.epoch_start(epoch + 1) <= position:
             epoch += 1
         return epoch

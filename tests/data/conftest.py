@@ -8,7 +8,7 @@ from deepseek_jax.data.loader import Loader
 from deepseek_jax.data.prepare import prepare
 from deepseek_jax.data.tokenizer import train_tokenizer
 
-WORDS = "def return import class self value other print range while for in if else None True lambda".split()
+WORDS = ("def", "return", "import", "class", "self", "value", "other", "print", "range", "while", "None", "lambda")
 
 
 def make_text(seed, lines=40):

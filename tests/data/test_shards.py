@@ -8,8 +8,8 @@ import pytest
 
 from deepseek_jax.config import InitConfig
 from deepseek_jax.data import shards
-from deepseek_jax.data.corpus import Document, place
-from deepseek_jax.data.prepare import prepare, prepare_evaluation, sample
+from deepseek_jax.data.corpus import Document, place, read_documents
+from deepseek_jax.data.prepare import Source, prepare, prepare_evaluation, sample
 
 
 def documents(texts):
@@ -71,6 +71,20 @@ def test_only_training_documents_are_split_and_each_by_its_name_and_seed(tmp_pat
     assert spell(half["train"]) == spell(plain["train"]) == spell(other["train"])
 
 
+def test_documents_of_the_same_text_are_split_in_different_places(tmp_path, trained, texts):
+    found, _ = written(tmp_path, documents([texts[0]] * 9), trained, split_rate=0.5, cut=0)
+    shard = found["train"]
+    assert len({tuple(d) for d in np.split(shard.tokens, shard.offsets_N[1:-1])}) == 9
+
+
+def test_splitting_a_prompt_leaves_the_answer_predicted(tmp_path, trained, texts):
+    made = [Document("a", ((texts[0], False), (texts[1], True)))]
+    found, _ = written(tmp_path, made, trained, split_rate=0.5, cut=0)
+    shard = found["train"]
+    assert trained.decode(shard.tokens[shard.predicted]) == texts[1]
+    assert trained.decode(shard.tokens[~shard.predicted]) == texts[0]
+
+
 def test_interrupted_writing_leaves_nothing_behind(tmp_path, trained, texts):
     def interrupted():
         yield from documents(texts)
@@ -107,6 +121,23 @@ def test_what_is_there_is_not_made_again(make_config, folder, tmp_path, monkeypa
     assert again.report == first.report
     assert again.tokenizer.digest == first.tokenizer.digest
     assert first.report[0]["files"] == 40
+
+
+def test_the_seed_makes_new_shards_only_where_tokens_are_split(make_config, folder, tmp_path):
+    def made(rate):
+        cache = tmp_path / f"cache{rate}"
+        for seed in (0, 1):
+            prepare(make_config(folder, split_punctuation_rate=rate, seed=seed, cache_dir=str(cache)),
+                    str(tmp_path / "work"))
+        return len(list(cache.glob("shards-*")))
+    assert (made(0.0), made(0.5)) == (1, 2)
+
+
+def test_the_tokenizer_reads_training_documents_only(folder):
+    source = Source(folder, 0.2)
+    read = set(source.training_texts())
+    wanted = {d.parts[0][0] for d in read_documents(source.files) if place(d.name) > source.survey[1]}
+    assert read == wanted and 20 < len(read) < 40
 
 
 def test_a_changed_corpus_tokenizer_or_option_makes_new_shards(trained):

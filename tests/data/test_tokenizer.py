@@ -144,6 +144,15 @@ def test_splitting_keeps_the_text_and_leaves_the_rest_alone(trained, texts):
     assert (new[kept] == ids[origin][kept]).all() and (np.diff(origin) >= 0).all()
 
 
+def test_splitting_never_tears_a_character():
+    text = "☃\n♃\n⚃\n" * 50  # whose last byte and line break are the commonest pair
+    tokenizer = train_tokenizer([text], 264)
+    ids = np.array(tokenizer.encode(text))
+    assert any("\ufffd\n" == tokenizer.decode([i]) for i in ids)
+    new, _ = split_tokens(ids, tokenizer.splits, 1.0, np.random.default_rng(0))
+    assert tokenizer.decode(new) == text
+
+
 def test_splitting_has_its_rate(trained, texts):
     ids = np.tile(trained.encode(texts[0]), 100)
     new, _ = split_tokens(ids, trained.splits, 0.1, np.random.default_rng(0))

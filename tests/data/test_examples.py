@@ -1,0 +1,152 @@
+"""The packed stream: FIM moves tokens and loses none, and any position can be read without the ones before."""
+
+import collections
+import itertools
+
+import numpy as np
+import pytest
+
+from deepseek_jax.config import ConfigError
+from deepseek_jax.data.examples import MIX_BLOCK, Fim, Mixture, Stream, rearrange, sequence
+from deepseek_jax.data.shards import Shard
+
+BOS, EOS, BEGIN, HOLE, END = 0, 1, 3, 4, 5
+
+
+def make_shard(lengths, prompts=()):
+    """Documents BOS 10 11 12 ... EOS, told apart by their values; those in `prompts` begin with a prompt."""
+    documents = [[BOS, *range(100 * i + 10, 100 * i + 10 + n), EOS] for i, n in enumerate(lengths)]
+    offsets_N = np.cumsum([0, *map(len, documents)])
+    predicted = np.ones(offsets_N[-1], bool)
+    for i in prompts:
+        predicted[offsets_N[i]:offsets_N[i] + 3] = False
+    return Shard(np.concatenate(documents).astype(np.uint16), offsets_N, np.array(lengths),
+                 predicted if prompts else None)
+
+
+def make_stream(lengths=(5, 0, 17, 3, 40, 8), rate=0.5, seed=0, prompts=()):
+    return Stream(make_shard(lengths, prompts), seed, 0, Fim(rate, BEGIN, HOLE, END))
+
+
+def documents_of(tokens):
+    """Cuts a stream that begins at a BOS into its documents."""
+    starts = np.flatnonzero(tokens == BOS)
+    return [tuple(d) for d in np.split(tokens, starts[1:])]
+
+
+def unrearranged(document):
+    """Prefix, middle and suffix in their order again."""
+    if BEGIN not in document:
+        return tuple(document)
+    begin, hole, end = (document.index(t) for t in (BEGIN, HOLE, END))
+    assert begin == 1 and document[-1] == EOS
+    return (BOS, *document[begin + 1:hole], *document[end + 1:-1], *document[hole + 1:end], EOS)
+
+
+def test_fim_writes_prefix_suffix_middle():
+    ids = np.array([BOS, 10, 11, 12, 13, 14, EOS])
+    fim = Fim(1.0, BEGIN, HOLE, END)
+    assert rearrange(ids, fim, 2, 4).tolist() == [BOS, BEGIN, 10, HOLE, 13, 14, END, 11, 12, EOS]
+    assert rearrange(ids, fim, 1, 1).tolist() == [BOS, BEGIN, HOLE, 10, 11, 12, 13, 14, END, EOS]
+    assert rearrange(ids, fim, 1, 6).tolist() == [BOS, BEGIN, HOLE, END, 10, 11, 12, 13, 14, EOS]
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.3, 1.0])
+def test_every_epoch_holds_every_document_whole(rate):
+    stream = make_stream(rate=rate)
+    wanted = sorted(map(tuple, np.split(stream.shard.tokens, stream.shard.offsets_N[1:-1])))
+    for epoch in range(6):
+        start = stream.epoch_start(epoch)
+        window = stream.read(start, stream.epoch_start(epoch + 1) - start)
+        assert sorted(map(unrearranged, documents_of(window.tokens_T))) == wanted
+
+
+def test_fim_has_its_rate_over_epochs_and_documents():
+    stream = make_stream([4] * 7, rate=0.1)
+    times = collections.Counter()
+    for epoch in range(200):
+        times.update(np.flatnonzero(stream.epoch_order(epoch).rearranged_N).tolist())
+    assert sum(times.values()) == 140
+    assert len(times) == 7 and max(times.values()) < 40
+
+
+def test_fim_cuts_differ_between_epochs_and_cover_a_document():
+    stream = make_stream([30], rate=1.0)
+    cuts = {stream.document(epoch, 0)[0].tolist().index(HOLE) for epoch in range(200)}
+    assert min(cuts) == 2 and max(cuts) > 25 and len(cuts) > 15
+
+
+def test_documents_with_a_prompt_are_never_rearranged():
+    stream = make_stream([6] * 4, rate=1.0, prompts=(0, 2))
+    window = stream.read(0, stream.epoch_start(1))
+    for document in documents_of(window.tokens_T):
+        assert (BEGIN in document) == (document[2] // 100 in (1, 3) or document[-2] // 100 in (1, 3))
+    assert (window.tokens_T == BEGIN).sum() == 2
+
+
+def test_unpredicted_tokens_stay_marked_in_the_stream():
+    stream = make_stream([6] * 4, rate=0.5, prompts=(0, 2))
+    window = stream.read(0, stream.epoch_start(1))
+    assert sorted(window.tokens_T[~window.predicted_T].tolist()) == [BOS, BOS, 10, 11, 210, 211]
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.37, 1.0])
+def test_random_access_equals_reading_from_the_start(rate):
+    stream = make_stream(rate=rate)
+    whole = stream.read(0, 1500)
+    assert stream.epoch_at(1499) > 10
+    for position in np.random.default_rng(0).integers(0, 1400, 60).tolist():
+        part = make_stream(rate=rate).read(position, 97)
+        assert (part.tokens_T == whole.tokens_T[position:position + 97]).all()
+        change = np.diff(whole.segments_T[position:position + 97])
+        assert part.segments_T[0] == 1 and (np.diff(part.segments_T) == change).all()
+
+
+def test_sequences_rebuild_the_stream_with_one_token_shared():
+    stream = make_stream()
+    pieces = [sequence(stream, j, 16).tokens_T for j in range(40)]
+    assert all(len(p) == 17 for p in pieces)
+    assert all(a[-1] == b[0] for a, b in itertools.pairwise(pieces))
+    assert (np.concatenate([p[:-1] for p in pieces]) == stream.read(0, 640).tokens_T).all()
+
+
+def test_segments_change_exactly_at_each_bos():
+    window = make_stream().read(3, 400)
+    starts = window.tokens_T == BOS
+    starts[0] = True
+    assert (window.segments_T == np.cumsum(starts)).all()
+
+
+def test_epochs_and_seeds_shuffle_differently():
+    order = lambda epoch, seed: tuple(make_stream(range(3, 23), seed=seed).epoch_order(epoch).order_N)
+    assert len({order(0, 0), order(1, 0), order(0, 1)}) == 3
+    assert order(0, 0) == order(0, 0)
+
+
+@pytest.mark.parametrize("weights, counts", [
+    ((1.0,), [1024]), ((3.0, 1.0), [768, 256]), ((1, 1, 1), [342, 341, 341]), ((1e6, 1, 1), [1022, 1, 1])])
+def test_every_block_has_the_sources_in_their_shares(weights, counts):
+    mixture = Mixture(weights, seed=0)
+    for block in (0, 7):
+        found = [mixture.locate(block * MIX_BLOCK + r)[0] for r in range(MIX_BLOCK)]
+        assert np.bincount(found).tolist() == counts
+
+
+def test_each_source_is_read_in_order_without_gaps():
+    mixture = Mixture((5, 3, 1), seed=1)
+    seen = collections.defaultdict(list)
+    for g in range(3000):
+        source, j = mixture.locate(g)
+        seen[source].append(j)
+    assert all(js == list(range(len(js))) for js in seen.values()) and len(seen) == 3
+
+
+def test_sources_are_mixed_evenly_within_a_block():
+    first = [Mixture((1, 1), seed=0).locate(g)[0] for g in range(256)]
+    assert 96 < sum(first) < 160
+
+
+@pytest.mark.parametrize("weights", [(), (1.0, 0.0), (-1.0,), (1.0,) * 1025])
+def test_weights_that_cannot_be_met_are_a_config_error(weights):
+    with pytest.raises(ConfigError, match=r"data\.sources"):
+        Mixture(weights, seed=0)

@@ -1,0 +1,102 @@
+"""Validation scores every token once, and counts exactly the bytes of what it scored."""
+
+import json
+
+import numpy as np
+import pytest
+
+
+def stack(loader, rows):
+    batches = list(loader.validation_batches(rows))
+    return {name: np.concatenate([b[name] for b in batches]) for name in batches[0]}
+
+
+def natural(loader):
+    return np.concatenate([s.tokens for s in loader.validation.shards])
+
+
+@pytest.mark.parametrize("rows", [1, 3, 8])
+def test_every_validation_token_is_predicted_once(make_loader, folder, rows):
+    loader = make_loader(folder)
+    got = stack(loader, rows)
+    scored = got["tokens"][got["weights"] > 0]
+    np.testing.assert_array_equal(scored, natural(loader)[1:])
+    assert len(got["tokens"]) % rows == 0
+
+
+def test_each_target_follows_what_comes_before_it(make_loader, folder):
+    loader = make_loader(folder)
+    got, wanted = stack(loader, 4), natural(loader)
+    inputs = got["tokens"][:, :-1][got["weights"][:, 1:] > 0]
+    np.testing.assert_array_equal(inputs, wanted[:-1])
+
+
+def test_validation_has_neither_fim_nor_splitting(make_loader, folder):
+    loader = make_loader(folder, fim_rate=1.0, split_punctuation_rate=1.0)
+    tokens = natural(loader)
+    assert not np.isin(tokens, (3, 4, 5)).any()
+    assert (loader.tokenizer.splits[0][tokens] > 0).any()
+    assert not (loader.tokenizer.splits[0][loader.streams[0].shard.tokens] > 0).any()
+
+
+def test_training_and_validation_share_no_document(make_loader, folder):
+    loader = make_loader(folder)
+    spell = lambda shard: set(loader.tokenizer.decode(shard.tokens, specials=True).split("<|bos|>")[1:])
+    train, validation = spell(loader.streams[0].shard), spell(loader.validation.shards[0])
+    assert len(train) + len(validation) == 40 and not train & validation and len(validation) > 2
+
+
+def test_padding_has_no_segment_and_documents_count_from_one(make_loader, folder):
+    loader = make_loader(folder)
+    got = stack(loader, 7)
+    real = np.arange(got["tokens"].size).reshape(got["tokens"].shape)
+    real = (real // 65) * 64 + real % 65 < len(natural(loader))
+    assert ((got["segment_ids"] > 0) == real).all() and not real.all()
+    starts = (got["tokens"] == 0) & real
+    starts[:, 0] = real[:, 0]
+    np.testing.assert_array_equal(got["segment_ids"], np.cumsum(starts, axis=1) * real)
+
+
+def test_the_bytes_are_those_of_the_documents(make_loader, folder):
+    loader = make_loader(folder)
+    assert loader.validation_bytes(4) == sum(int(s.bytes_N.sum()) for s in loader.validation.shards) > 1000
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3])
+def test_a_limit_counts_the_bytes_of_what_it_scores(make_loader, folder, limit):
+    loader = make_loader(folder, eval_batches=limit)
+    got = stack(loader, 2)
+    assert len(got["tokens"]) == 2 * limit
+    spelled = loader.tokenizer.decode(got["tokens"][got["weights"] > 0])
+    assert loader.validation_bytes(2) == len(spelled.encode())
+
+
+def test_only_answers_are_scored_and_only_their_bytes_count(make_loader, tmp_path):
+    rows = [{"prompt": f"question {i}?", "answer": f" é{i}."} for i in range(99)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    loader = make_loader(tmp_path / "rows.jsonl")
+    got = stack(loader, 3)
+    spelled = loader.tokenizer.decode(got["tokens"][got["weights"] > 0])
+    assert "question" not in spelled and spelled.count("é") == len(loader.validation.shards[0].bytes_N)
+    assert loader.validation_bytes(3) == len(spelled.encode())
+
+
+def test_hosts_share_validation_and_agree_on_its_bytes(make_loader, folder):
+    whole = make_loader(folder, eval_batches=2)
+    parts = [make_loader(folder, eval_batches=2, host=h, hosts=2) for h in range(2)]
+    batches = [list(p.validation_batches(2)) for p in parts]
+    for i, batch in enumerate(whole.validation_batches(4)):
+        np.testing.assert_array_equal(np.concatenate([b[i]["tokens"] for b in batches]), batch["tokens"])
+    assert {p.validation_bytes(2) for p in parts} == {whole.validation_bytes(4)}
+
+
+def test_several_sources_make_one_stream(make_loader, folder, tmp_path):
+    for i in range(9):
+        (tmp_path / f"{i}.md").write_text(f"another source, document {i}\n" * 30)
+    loader = make_loader(folder, tmp_path)
+    assert len(loader.validation.shards) == 2
+    got = stack(loader, 2)
+    np.testing.assert_array_equal(got["tokens"][got["weights"] > 0], natural(loader)[1:])
+    crossing = len(loader.validation.shards[0].tokens) // 64
+    starts = (got["tokens"][crossing] == 0).cumsum() + (got["tokens"][crossing, 0] != 0)
+    np.testing.assert_array_equal(got["segment_ids"][crossing], starts)
