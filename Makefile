@@ -24,7 +24,7 @@ help:
 	@[ -n "$(PYTHON)" ] || { echo "No working Python 3.12, 3.13 or 3.11 (with venv and ensurepip) found; install one, or say make PYTHON=/path/to/python." >&2; exit 2; }
 	@echo "Environment .venv with $$("$(PYTHON)" --version): installing (a minute or two)"
 	@rm -rf .venv && "$(PYTHON)" -m venv .venv
-	@$(RUN) -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@$(RUN) -m pip install -qq --disable-pip-version-check -e '.[dev]'
 	@touch $@
 
 train: .venv/stamp
@@ -42,7 +42,7 @@ lint: .venv/stamp
 	if [ -z "$$python" ]; then echo "No Python 3.11 for the peer's torch: timing our side alone." >&2; exit 0; fi; \
 	echo "Environment .venv-peer with $$("$$python" --version): installing torch and transformers"; \
 	"$$python" -m venv .venv-peer && \
-	.venv-peer/bin/python -m pip install --quiet --disable-pip-version-check -r benchmarks/peer.txt || \
+	.venv-peer/bin/python -m pip install -qq --disable-pip-version-check -r benchmarks/peer.txt || \
 	{ echo "torch or transformers could not be installed: timing our side alone." >&2; rm -rf .venv-peer; mkdir .venv-peer; }
 	@touch $@
 
