@@ -1,0 +1,210 @@
+"""The run: batches in, steps, what is written down, what survives.
+
+    config + workdir -> data, state (fresh, fine-tuned or resumed) -> steps -> metrics, checkpoints, evaluation
+
+The same command resumes: everything that a step depends on is in the checkpoint or a function of the step number.
+"""
+
+import dataclasses
+import functools
+import json
+import math
+import os
+import pathlib
+import signal
+import time
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tqdm
+
+from deepseek_jax.config import Config, ConfigError, as_dict, freeze
+from deepseek_jax.data.loader import Loader
+from deepseek_jax.data.prepare import prepare
+from deepseek_jax.scale.costs import training_flops_per_token
+from deepseek_jax.training.checkpoint import CheckpointError, Checkpoints, restore_items
+from deepseek_jax.training.metrics import MetricsWriter, max_vio
+from deepseek_jax.training.step import eval_step, init_state, start_state, train_step
+from deepseek_jax.training.throughput import peak_flops
+
+
+def all_layers(counts):
+    """Counts of the MoE layers and of the MTP modules, one array [layers, E]; [0, 0] for a dense model."""
+    return np.concatenate([np.asarray(c) for _, c in sorted(counts.items())]) if counts else np.zeros((0, 0), np.int32)
+
+
+def claim_workdir(config: Config, workdir: str):
+    """Writes the config into a new work directory, or checks that an old one holds the same.
+
+    Raises:
+      ConfigError: it holds another config; the message lists the differences.
+    """
+    path = pathlib.Path(workdir) / "config.json"
+    if path.exists():
+        differences = _differences(as_dict(config), as_dict(load_workdir_config(workdir)))
+        if differences:
+            raise ConfigError(f"{workdir} holds a run with another config: {'; '.join(differences)}; take that config "
+                              "or another --workdir.")
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_suffix(".new")
+    beside.write_text(json.dumps(as_dict(config), indent=2) + "\n")
+    os.replace(beside, path)
+
+
+def load_workdir_config(workdir: str) -> Config:
+    """The config of a run. Raises ConfigError when the directory holds none."""
+    path = pathlib.Path(workdir) / "config.json"
+    if not path.is_file():
+        raise ConfigError(f"{workdir} holds no config.json; give the --workdir of a run.")
+    try:
+        return freeze(json.loads(path.read_text()))
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path} is not JSON ({error}); restore it, or take another --workdir.") from error
+
+
+def _differences(ours, theirs, prefix=""):
+    out = []
+    for key in sorted(ours.keys() | theirs.keys()):
+        a, b = ours.get(key), theirs.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            out += _differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            out.append(f"{prefix}{key} is {b!r} there, {a!r} here")
+    return out
+
+
+def starting_state(config: Config):
+    """A fresh state, or one around the weights of the run that config.init.from names."""
+    if config.init.from_ is None:
+        return jax.jit(functools.partial(init_state, config))()
+    fresh = jax.eval_shape(functools.partial(init_state, config))
+    items, _, _ = restore_items(config.init.from_, abstract={"params": fresh.params, "router": fresh.router})
+    return start_state(config, items["params"], items["router"], jax.random.key(config.train.seed))
+
+
+def evaluate(config: Config, loader: Loader, step_fn, params, router):
+    """Main-head loss over validation batches.
+
+    Returns:
+      {"loss": nats per token, "bits_per_byte", "max_vio_global": balance over all of them together}.
+    """
+    rows = config.train.batch_size // config.train.micro_batches
+    nats = weight = 0.0
+    counts = None
+    for micro in loader.validation_batches(rows):
+        sums = jax.device_get(step_fn(params, router, micro))
+        nats, weight = nats + float(sums["nats"]), weight + float(sums["weight"])
+        counts = sums["counts"] if counts is None else jax.tree.map(np.add, counts, sums["counts"])
+    return {"loss": nats / weight, "bits_per_byte": nats / math.log(2) / loader.validation_bytes(rows),
+            "max_vio_global": max_vio(all_layers(counts))}
+
+
+def train(config: Config, workdir: str):
+    """Trains to config.train.steps, resuming what the work directory holds.
+
+    Returns:
+      (state, Loader), or None when SIGTERM ended the run early (its state is saved).
+
+    Raises:
+      ConfigError: bad data, another config's work directory, or a loss that is not finite.
+      CheckpointError: a checkpoint that could not be written.
+    """
+    claim_workdir(config, workdir)
+    prepared = prepare(config, workdir)
+    loader = Loader(config, prepared)
+    run = Run(config, workdir, loader)
+    try:
+        return (run.state, loader) if run.go() else None
+    finally:
+        run.close()
+
+
+class Run:
+    """The state of a run and the files it writes."""
+
+    def __init__(self, config: Config, workdir: str, loader: Loader):
+        self.config, self.loader = config, loader
+        self.checkpoints = Checkpoints(workdir, config.train.checkpoints_kept)
+        restored = self.checkpoints.restore(jax.eval_shape(functools.partial(init_state, config)))
+        self.state = starting_state(config) if restored is None else restored[0]
+        start = int(self.state.step)
+        self.writer = MetricsWriter(workdir, start if restored is not None else None)
+        if restored is not None:
+            print(f"Resuming from step {start} of {config.train.steps}.", flush=True)
+        # Whatever the data, a step compiles once: a second trace is a bug and raises.
+        traced_once = chex.assert_max_traces(lambda state, batch: train_step(config, state, batch), n=1)
+        self.step_fn = jax.jit(traced_once, donate_argnums=0)
+        self.eval_fn = jax.jit(chex.assert_max_traces(lambda *args: eval_step(config, *args), n=1))
+        self.stopping = False
+
+    def go(self) -> bool:
+        """Runs the remaining steps. False when SIGTERM ended them."""
+        previous = signal.signal(signal.SIGTERM, lambda *_: setattr(self, "stopping", True))
+        try:
+            return self._steps()
+        finally:
+            signal.signal(signal.SIGTERM, previous)
+
+    def close(self):
+        self.writer.close()
+        self.checkpoints.close()
+
+    def _steps(self):
+        train, start = self.config.train, int(self.state.step)
+        peak = peak_flops(self.config.model.dtype)
+        flops = training_flops_per_token(self.config.model, train.sequence_length)
+        with tqdm.tqdm(total=train.steps, initial=start, desc="train", unit="step", mininterval=1.0) as bar:
+            clock = time.perf_counter()
+            for index, batch in self.loader.iterate(start):
+                self.state, metrics = self.step_fn(self.state, batch)
+                metrics = jax.device_get(metrics)
+                step, now = index + 1, time.perf_counter()
+                self._check_finite(step, metrics)
+                tokens = int(batch["active"]) * batch["tokens"].shape[1] * train.sequence_length
+                row = self._record(step, metrics, tokens / (now - clock), flops / peak)
+                bar.set_postfix_str(f"loss {row['loss']:.3f}, {row['tokens_per_second']:.0f} tok/s, MFU {row['mfu']:.0%}, "
+                                    f"MaxVio {row['max_vio']:.2f}", refresh=False)
+                bar.update()
+                if step % train.eval_every == 0 or step == train.steps:
+                    self._evaluate(step, bar)
+                if step % train.checkpoint_every == 0 or step == train.steps or self.stopping:
+                    self._save(step)
+                if self.stopping:
+                    self.checkpoints.wait()
+                    bar.write(f"Stopped by SIGTERM after step {step}; the same command goes on from there.")
+                    return False
+                clock = time.perf_counter()
+        return True
+
+    def _record(self, step, metrics, tokens_per_second, mfu_per_token):
+        train = self.config.train
+        counts_LE = all_layers(metrics["counts"])
+        row = {"tokens": train.sequences_before(step) * train.sequence_length,
+               "loss": float(metrics["loss"]), "mtp_loss": float(metrics["mtp_loss"]), "lr": float(metrics["lr"]),
+               "grad_norm": float(metrics["grad_norm"]), "tokens_per_second": tokens_per_second,
+               "mfu": tokens_per_second * mfu_per_token, "max_vio": max_vio(counts_LE)}
+        self.writer.write(step, **row)
+        self.writer.write_expert_load(step, counts_LE)
+        return row
+
+    def _evaluate(self, step, bar):
+        result = evaluate(self.config, self.loader, self.eval_fn, self.state.params, self.state.router)
+        self.writer.write(step, eval_loss=result["loss"], eval_bits_per_byte=result["bits_per_byte"],
+                          max_vio_global=result["max_vio_global"])
+        bar.write(f"step {step}: validation loss {result['loss']:.4f}, {result['bits_per_byte']:.4f} bits per byte, "
+                  f"MaxVio_global {result['max_vio_global']:.3f}")
+
+    def _save(self, step):
+        meta = {"step": step, "sequences": self.config.train.sequences_before(step), "config": as_dict(self.config)}
+        self.checkpoints.save(step, self.state, meta)
+
+    def _check_finite(self, step, metrics):
+        if not all(math.isfinite(metrics[name]) for name in ("loss", "mtp_loss", "grad_norm")):
+            self.checkpoints.wait()
+            saved = self.checkpoints.steps()
+            kept = f"the checkpoint of step {saved[-1]} is kept" if saved else "no checkpoint had been written yet"
+            raise ConfigError(f"the loss or its gradient is not finite at step {step}; {kept}. Lower "
+                              "optimizer.learning_rate, or set model.dtype='float32', in another --workdir.")

@@ -1,0 +1,33 @@
+"""How much of the machine a step uses: model FLOPs utilization (MFU) against a stated peak."""
+
+import time
+
+import jax
+import jax.numpy as jnp
+
+# Dense bfloat16 peak of one device, FLOP/s, from the vendors' data sheets; keys are prefixes of `device_kind`.
+PEAK_BFLOAT16 = {"NVIDIA H100": 989e12, "NVIDIA H200": 989e12, "NVIDIA H800": 989e12, "NVIDIA A100": 312e12,
+                 "NVIDIA B200": 2250e12, "TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5": 459e12,
+                 "TPU v6 lite": 918e12}
+
+
+def peak_flops(dtype: str) -> float:
+    """FLOP/s of all local devices together: the data sheet's for accelerators, a timed product's for a CPU.
+
+    An unknown accelerator is timed as well. The product is 1024^3 to 2048 x 2048 x 1024, the best of several.
+    """
+    kind = jax.devices()[0].device_kind
+    for prefix, peak in sorted(PEAK_BFLOAT16.items(), key=lambda item: -len(item[0])):
+        if kind.startswith(prefix) and dtype == "bfloat16":
+            return peak * jax.local_device_count()
+    a, b = jnp.ones((2048, 1024), dtype), jnp.ones((1024, 2048), dtype)
+    product = jax.jit(jnp.matmul)
+    jax.block_until_ready(product(a, b))
+    best = min(_seconds(lambda: product(a, b)) for _ in range(5))
+    return 2 * 2048 * 1024 * 2048 / best
+
+
+def _seconds(run):
+    start = time.perf_counter()
+    jax.block_until_ready(run())
+    return time.perf_counter() - start
