@@ -21,7 +21,8 @@ help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | sed -n '1,/overrides/p'
 
 .venv/stamp: setup.py
-	@[ -n "$(PYTHON)" ] || { echo "No working Python 3.12, 3.13 or 3.11 (with venv and ensurepip) found; install one, or say make PYTHON=/path/to/python." >&2; exit 2; }
+	@"$(PYTHON)" -c 'import sys, venv, ensurepip; assert (3, 11) <= sys.version_info < (3, 14)' >/dev/null 2>&1 \
+	|| { echo "No working Python 3.12, 3.13 or 3.11 (with venv and ensurepip) found; install one, or say make PYTHON=/path/to/python." >&2; exit 2; }
 	@echo "Environment .venv with $$("$(PYTHON)" --version): installing (a minute or two)"
 	@rm -rf .venv && "$(PYTHON)" -m venv .venv
 	@$(RUN) -m pip install -qq --disable-pip-version-check -e '.[dev]'
