@@ -5,7 +5,7 @@ from setuptools import find_packages, setup
 setup(
     name="deepseek-jax",
     version="0.1.0",
-    description="DeepSeek-V3 in JAX: the model, its training and its serving, as the V3 technical report describes them",
+    description="DeepSeek-V3 in JAX: model, training and serving as the V3 technical report describes them",
     license="Apache-2.0",
     packages=find_packages(include=["deepseek_jax", "deepseek_jax.*", "kernels_pallas", "kernels_pallas.*"]),
     python_requires=">=3.11,<3.14",
