@@ -53,6 +53,7 @@ class Checkpoints:
         self.directory = _directory(workdir)
         self.keep = keep
         self._damaged = set()  # steps seen damaged by restore; the next commit removes them
+        self._attempts = 0
         self._pending = None
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
         if jax.process_index() == 0:
@@ -74,17 +75,21 @@ class Checkpoints:
         """
         self.wait()
         arrays, leaves = _flatten(state)
-        partial = self.directory / f"{step}.partial"
-        writer = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler())
+        self._attempts += 1
+        # A new name each time: what an attempt that failed still writes must not get into the next.
+        partial = self.directory / f"{step}.{self._attempts}.partial"
+        # Asynchronous creation of directories, if it fails, leaves Orbax threads waiting that delay the exit.
+        options = ocp.options.AsyncOptions(create_directories_asynchronously=False)
+        writer = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(), async_options=options)
         try:
             if jax.process_index() == 0:
-                durable.clean_up(self.directory)  # a save that failed may have gone on writing after its removal
+                durable.clean_up(self.directory)
                 partial.mkdir()
                 durable.write_json(partial / "meta.json", {"step": step, "meta": meta, "leaves": leaves})
             writer.save(partial / "state", args=ocp.args.PyTreeSave(arrays))
         except Exception as error:
-            raise self._failed(step, error) from error
-        self._pending = self._thread.submit(self._commit, step, writer)
+            raise self._failed(step, partial, error) from error
+        self._pending = self._thread.submit(self._commit, step, partial, writer)
 
     def wait(self):
         """Returns once the last save is committed. Raises CheckpointError, once, if it failed."""
@@ -124,14 +129,13 @@ class Checkpoints:
         finally:
             self._thread.shutdown()
 
-    def _commit(self, step, writer):
-        partial = self.directory / f"{step}.partial"
+    def _commit(self, step, partial, writer):
         try:
             writer.close()  # waits for the bytes, raises what went wrong with them
             if jax.process_index() == 0:
                 durable.commit(partial, self.directory / str(step))
         except Exception as error:
-            raise self._failed(step, error) from error
+            raise self._failed(step, partial, error) from error
         self._damaged.discard(step)
         if jax.process_index() == 0:
             self._retire(step)
@@ -143,8 +147,8 @@ class Checkpoints:
             durable.discard(self.directory / str(step))
         self._damaged.clear()
 
-    def _failed(self, step, error) -> CheckpointError:
-        shutil.rmtree(self.directory / f"{step}.partial", ignore_errors=True)
+    def _failed(self, step, partial, error) -> CheckpointError:
+        shutil.rmtree(partial, ignore_errors=True)
         why = str(error).strip().split("\n")[0] or type(error).__name__
         if getattr(error, "errno", None) == errno.ENOSPC or "no space left" in str(error).lower():
             why = "no space left on the disk; free some, or keep fewer with train.checkpoints_kept"

@@ -1,6 +1,6 @@
 """Directories that are either whole or not there (no jax here).
 
-One grows as `STEP.partial`. `commit` puts a manifest beside its files with the length and CRC32 of each, brings
+One grows as `STEP.ATTEMPT.partial`. `commit` puts a manifest beside its files with the length and CRC32 of each, brings
 everything to the disk, and only then renames it to `STEP`; what is to be removed becomes `STEP.trash` first. So a name
 without a suffix is a promise, and `damage` checks it byte by byte: a flipped bit, a missing file, a short one.
 """
@@ -104,7 +104,8 @@ def discard(path):
 def clean_up(directory):
     """Removes what a killed run left. A partial that only its last rename is missing from is finished instead."""
     for path in directory.glob("*.partial"):
-        if not path.with_suffix("").exists() and damage(path) is None:
-            path.rename(path.with_suffix(""))
+        final = directory / path.name.split(".")[0]
+        if not final.exists() and damage(path) is None:
+            path.rename(final)
     for path in [*directory.glob("*.partial"), *directory.glob("*.trash")]:
         shutil.rmtree(path, ignore_errors=True)

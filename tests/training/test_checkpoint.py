@@ -40,8 +40,9 @@ def abstract(state):
 
 def bits(tree):
     def leaf_bits(x):
-        x = jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
-        return str(x.dtype), x.shape, np.asarray(x).tobytes()
+        data = jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+        return str(x.dtype), x.shape, np.asarray(data).tobytes()
+
     return jax.tree.structure(tree), [leaf_bits(x) for x in jax.tree.leaves(tree)]
 
 
@@ -70,7 +71,6 @@ def test_a_state_comes_back_bit_for_bit_with_its_structure(tmp_path):
     checkpoints.close()
     assert bits(restored) == bits(state)
     assert meta == {"position": 30, "config": {"a": [1, 2]}}
-    assert jax.random.key_impl(restored["rng"]) == jax.random.key_impl(state["rng"])
 
 
 def test_a_new_work_directory_has_nothing_to_restore(tmp_path):
@@ -78,17 +78,19 @@ def test_a_new_work_directory_has_nothing_to_restore(tmp_path):
 
 
 def test_buffers_may_be_donated_or_changed_as_soon_as_save_returns(tmp_path):
-    x, numbers = jnp.arange(1 << 20, dtype=jnp.float32), np.arange(5)
-    state = {"x": x, "numbers": numbers}
-    expected = {"x": np.asarray(x).copy(), "numbers": numbers.copy()}
-    checkpoints = Checkpoints(tmp_path)
-    checkpoints.save(1, state, {})
-    numbers[:] = -1
+    n = 1 << 22
+    x, numbers = jnp.arange(n, dtype=jnp.float32), np.arange(n, dtype=np.int32)
+    target = {"x": jax.ShapeDtypeStruct(x.shape, x.dtype), "numbers": jax.ShapeDtypeStruct((n,), np.int32)}
     overwrite = jax.jit(lambda x: x * 0 - 1, donate_argnums=0)
-    jax.block_until_ready(overwrite(x))
-    assert x.is_deleted()
-    restored, _ = checkpoints.restore({"x": jax.ShapeDtypeStruct((1 << 20,), jnp.float32), "numbers": numbers})
-    assert bits(restored) == bits(expected)
+    jax.block_until_ready(overwrite(x + 0))  # compiled, so that below it runs at once
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, {"x": x, "numbers": numbers}, {})
+    numbers[:] = -1
+    jax.block_until_ready(overwrite(x))  # jax may copy instead while a writer still looks at x: no harm either
+    restored, _ = checkpoints.restore(target)
+    checkpoints.close()
+    assert np.array_equal(restored["x"], np.arange(n, dtype=np.float32))
+    assert np.array_equal(restored["numbers"], np.arange(n))
 
 
 @pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
@@ -154,6 +156,7 @@ def test_a_damaged_newest_is_named_and_the_one_before_it_is_restored(two_checkpo
     said = capsys.readouterr().out.strip().split("\n")
     assert bits(restored) == bits(make_state(1)) and meta == {"position": 10}
     assert len(said) == 1 and "2 (" in said[0] and "resuming from 1" in said[0]
+    assert " bytes)" in said[0] or damage != "a truncated file"
 
 
 def test_any_flipped_bit_of_any_file_is_noticed(two_checkpoints, tmp_path):
@@ -201,18 +204,26 @@ def test_if_all_are_damaged_the_error_says_what_to_do_and_nothing_is_removed(tmp
 def test_leftovers_of_a_killed_run_are_removed_and_never_restored(tmp_path):
     save_steps(tmp_path, [1, 2])
     root = tmp_path / "checkpoints"
-    shutil.copytree(root / "2", root / "7.partial")
-    (root / "7.partial/manifest.json").unlink()
+    shutil.copytree(root / "2", root / "7.1.partial")
+    (root / "7.1.partial/manifest.json").unlink()
     shutil.copytree(root / "1", root / "0.trash")
     checkpoints = Checkpoints(tmp_path)
     assert sorted(os.listdir(root)) == ["1", "2"]
     assert checkpoints.restore(abstract(make_state()))[1] == {"position": 20}
 
 
+def test_what_a_failed_save_went_on_writing_does_not_stop_the_next(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    (tmp_path / "checkpoints/1.1.partial/state").mkdir(parents=True)
+    checkpoints.save(1, make_state(1), {})
+    assert bits(checkpoints.restore(abstract(make_state()))[0]) == bits(make_state(1))
+    checkpoints.close()
+
+
 def test_a_run_killed_between_seal_and_rename_loses_nothing(tmp_path):
     save_steps(tmp_path, [1])
     root = tmp_path / "checkpoints"
-    (root / "1").rename(root / "1.partial")
+    (root / "1").rename(root / "1.1.partial")
     assert Checkpoints(tmp_path).steps() == [1]
 
 
@@ -280,11 +291,12 @@ FILL_A_DISK = """
     noise = np.random.default_rng(0).standard_normal
     small, large = ({name: jnp.asarray(noise((n, 128))) for name in "abcd"} for n in (100, 8000))
     checkpoints.save(1, small, {})
-    checkpoints.save(2, large, {})
-    try:
-        checkpoints.wait()
-    except CheckpointError as error:
-        print(error)
+    for _ in range(4):  # what else the libraries would say differs from time to time
+        checkpoints.save(2, large, {})
+        try:
+            checkpoints.wait()
+        except CheckpointError as error:
+            print(error)
     print(checkpoints.restore(small)[0]["a"].shape)
     checkpoints.save(3, small, {})
     checkpoints.close()
@@ -302,8 +314,9 @@ def test_a_disk_that_is_really_full_costs_one_checkpoint_and_one_line(tmp_path):
         left = os.listdir(tmp_path / "checkpoints")
     finally:
         subprocess.run(["umount", tmp_path], check=True)
-    error, shape, steps = done.stdout.strip().split("\n")
-    assert error.startswith("checkpoint 2 was not written") and "no space left" in error
+    *errors, shape, steps = done.stdout.strip().split("\n")
+    assert len(errors) == 4
+    assert all(e.startswith("checkpoint 2 was not written") and "no space left" in e for e in errors)
     assert (shape, steps) == ("(100, 128)", "[1, 3]") and sorted(left) == ["1", "3"]
     assert done.stderr == ""
 
