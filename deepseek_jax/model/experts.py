@@ -48,30 +48,45 @@ def plan(chosen_NK, num_experts, align=1) -> Plan:
     return Plan(choice_R, row_NK, sizes_E.astype(jnp.int32))
 
 
+def _rows(x_RD, index_N):
+    """x[index], with zeros where the index lies past the end."""
+    return x_RD.at[index_N].get(mode="fill", fill_value=0)
+
+
 @jax.custom_vjp
 def to_rows(x_ND, plan):
     """Copies each token into the rows of its choices; empty rows are zero. [N, D] -> [R, D]."""
-    K = plan.row_NK.shape[1]
-    return x_ND.at[plan.choice_R // K].get(mode="fill", fill_value=0)
-
-
-@jax.custom_vjp
-def from_rows(y_RD, plan):
-    """The rows of each token's choices, [R, D] -> [N, K, D]: the transpose of `to_rows` before its sum over K."""
-    return y_RD[plan.row_NK]
+    return _rows(x_ND, plan.choice_R // plan.row_NK.shape[1])
 
 
 def _to_rows_bwd(plan, dx_RD):
-    dx_NKD = dx_RD[plan.row_NK]
-    return dx_NKD.sum(axis=1, dtype=wide(dx_RD.dtype)).astype(dx_RD.dtype), None
-
-
-def _from_rows_bwd(plan, dy_NKD):
-    return dy_NKD.reshape(-1, dy_NKD.shape[-1]).at[plan.choice_R].get(mode="fill", fill_value=0), None
+    dtype = wide(dx_RD.dtype)
+    # One term a choice instead of a sum over an [N, K, D] array: XLA fuses the gathers.
+    dx_ND = sum(dx_RD[row_N].astype(dtype) for row_N in plan.row_NK.T)
+    return dx_ND.astype(dx_RD.dtype), None
 
 
 to_rows.defvjp(lambda x_ND, plan: (to_rows(x_ND, plan), plan), _to_rows_bwd)
-from_rows.defvjp(lambda y_RD, plan: (from_rows(y_RD, plan), plan), _from_rows_bwd)
+
+
+@jax.custom_vjp
+def combine(y_RD, gates_NK, plan):
+    """sum over k of gates[n, k] * y[row of choice k], accumulated in float32. [R, D] -> [N, D]."""
+    dtype = wide(y_RD.dtype)
+    terms = (gate_N[:, None].astype(dtype) * y_RD[row_N] for gate_N, row_N in zip(gates_NK.T, plan.row_NK.T))
+    return sum(terms).astype(y_RD.dtype)
+
+
+def _combine_bwd(kept, dy_ND):
+    y_RD, gates_NK, plan = kept
+    dtype = wide(y_RD.dtype)
+    gate_R1 = _rows(gates_NK.reshape(-1, 1), plan.choice_R).astype(dtype)
+    dy_RD = _rows(dy_ND, plan.choice_R // gates_NK.shape[1]) * gate_R1
+    dgates_NK = jnp.stack([(dy_ND.astype(dtype) * y_RD[row_N]).sum(axis=1) for row_N in plan.row_NK.T], axis=1)
+    return dy_RD.astype(y_RD.dtype), dgates_NK.astype(gates_NK.dtype), None
+
+
+combine.defvjp(lambda y_RD, gates_NK, plan: (combine(y_RD, gates_NK, plan), (y_RD, gates_NK, plan)), _combine_bwd)
 
 
 def row_alignment(implementation, rows, num_experts):
@@ -160,17 +175,13 @@ def grouped_matmul(x_RD, w_EDF, sizes_E, implementation="auto"):
 def routed_experts(x_ND, chosen_NK, gates_NK, gate_EDF, up_EDF, down_EFD, implementation="auto"):
     """sum over k of gates[n, k] * FFN of chosen[n, k], [N, D]: exact for every routing, however skewed."""
     name = implementation_here() if implementation == "auto" else implementation
-    E, _, F = gate_EDF.shape
-    N, K = chosen_NK.shape
-    p = plan(chosen_NK, E, row_alignment(name, N * K, E))
+    E = gate_EDF.shape[0]
+    p = plan(chosen_NK, E, row_alignment(name, chosen_NK.size, E))
     product = functools.partial(grouped_matmul, sizes_E=p.sizes_E, implementation=name)
     x_RD = to_rows(x_ND, p)
-    # Gate and up in one product: twice the columns keep a small expert's product efficient.
-    both_RX = saved(product(x_RD, jnp.concatenate([gate_EDF, up_EDF], axis=-1).astype(x_ND.dtype)))
-    y_RD = product(swiglu(both_RX[:, :F], both_RX[:, F:]), down_EFD.astype(x_ND.dtype))
-    y_ND = jnp.einsum("NKD,NK->ND", from_rows(y_RD, p), gates_NK.astype(x_ND.dtype),
-                      preferred_element_type=wide(x_ND.dtype))
-    return y_ND.astype(x_ND.dtype)
+    gate_RF, up_RF = (saved(product(x_RD, w_EDF.astype(x_ND.dtype))) for w_EDF in (gate_EDF, up_EDF))
+    y_RD = product(swiglu(gate_RF, up_RF), down_EFD.astype(x_ND.dtype))
+    return combine(y_RD, gates_NK, p)
 
 
 class MoE(nn.Module):

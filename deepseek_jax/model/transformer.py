@@ -20,6 +20,9 @@ from deepseek_jax.model.mtp import MTPModule, ahead
 from deepseek_jax.model.rope import rope_table
 
 
+UNROLLED_LAYERS = 8
+
+
 @flax.struct.dataclass
 class Output:
     """What a forward pass gives. L counts MoE layers; MTP entries are absent (empty) at depth 0.
@@ -118,7 +121,9 @@ class DeepSeekV3(nn.Module):
         return self._output(hidden_BTD, tuple(mtp_hidden), head_DW, dict(stats), logits)
 
     def _stack(self, block, length, name, moe, capture):
+        # A short stack is unrolled: a loop would copy all it keeps for the backward pass into stacked buffers.
         return nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True}, length=length,
+                       unroll=length if length <= UNROLLED_LAYERS else 1,
                        in_axes=(0 if moe and self.cfg.has_router_bias else nn.broadcast, nn.broadcast, nn.broadcast))(
                            self.cfg, moe=moe, capture=capture, name=name)
 
