@@ -1,0 +1,145 @@
+"""The parts of every block, and what the backward pass keeps of it under each remat."""
+
+import collections
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from deepseek_jax.model import layers
+from deepseek_jax.model.rope import rope_table
+from deepseek_jax.model.transformer import Block, DeepSeekV3, rematerialized
+from tests.model import naive
+
+RNG = np.random.default_rng(0)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(("x_shape", "w_shape"), [((2, 3, 8), (8, 4)), ((2, 3, 8), (8, 2, 5)), ((7, 8), (8, 8))])
+def test_linear_is_an_einsum_and_so_are_its_gradients(x_shape, w_shape, dtype):
+    x = np.asarray(jnp.asarray(RNG.standard_normal(x_shape), dtype).astype(jnp.float32))
+    w, dy = (RNG.standard_normal(s).astype(np.float32) for s in (w_shape, x_shape[:-1] + w_shape[1:]))
+    dy = np.asarray(jnp.asarray(dy, dtype).astype(jnp.float32))
+
+    def run(x, w, dy):
+        y, pull = jax.vjp(layers.linear, x, w)
+        return y, *pull(dy)
+
+    y, dx, dw = jax.jit(run)(jnp.asarray(x, dtype), w, jnp.asarray(dy, dtype))
+
+    rounded_w = np.asarray(jnp.asarray(w, dtype).astype(jnp.float32))
+    exact_x, exact_w, exact_dy = (a.astype(np.float64).reshape(shape) for a, shape in (
+        (x, (-1, 8)), (rounded_w, (8, -1)), (dy, (-1, np.prod(w_shape[1:])))))
+    expected = exact_x @ exact_w, exact_dy @ exact_w.T, exact_x.T @ exact_dy
+    for name, a, b, shape, kind in zip(("y", "dx", "dw"), (y, dx, dw), expected, (dy.shape, x_shape, w_shape),
+                                       (dtype, dtype, jnp.float32)):  # a float32 master's gradient is float32
+        assert a.shape == shape and a.dtype == kind, name
+        tolerance = 0.01 if kind == jnp.bfloat16 else 1e-6
+        np.testing.assert_allclose(np.asarray(a.astype(jnp.float32)).reshape(b.shape), b, rtol=tolerance,
+                                   atol=tolerance * np.abs(b).max(), err_msg=name)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_norm_and_swiglu_compute_wide_and_keep_their_dtype(dtype):
+    x, y = (jnp.asarray(3 * RNG.standard_normal((4, 6)), dtype) for _ in range(2))
+    scale = RNG.standard_normal(6).astype(np.float32)
+    wide_x, wide_y = (np.asarray(a.astype(jnp.float32)).astype(np.float64) for a in (x, y))
+
+    found = layers.rms_norm(x, scale, 1e-6), layers.swiglu(x, y)
+    expected = naive.norm(wide_x, {"scale": scale}), naive.silu(wide_x) * wide_y
+
+    for a, b in zip(found, expected):
+        assert a.dtype == dtype
+        np.testing.assert_allclose(a.astype(jnp.float32), b, rtol=1e-5 if dtype == jnp.float32 else 0.005, atol=1e-6)
+
+
+def test_the_norm_of_zeros_is_zero_and_eps_counts_against_small_inputs():
+    x = jnp.array([[0.0, 0.0], [1e-3, 1e-3]])
+
+    np.testing.assert_allclose(layers.rms_norm(x, jnp.ones(2), 1e-6), [[0, 0], [0.5**0.5, 0.5**0.5]], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "expected"), [("bfloat16", "float32"), ("float32", "float32"), ("float64", "float64")])
+def test_sums_are_kept_in_float32_or_wider(dtype, expected):
+    with jax.enable_x64(True):
+        assert layers.wide(dtype) == expected
+
+
+REMATS = ("none", "report", "full")
+
+
+def loss_and_gradients(remat):
+    cfg = naive.tiny(remat=remat, num_layers=1, num_dense_layers=0, mtp_depth=0)
+    tokens = np.random.default_rng(1).integers(0, 64, (2, 8)).astype(np.int32)
+    variables = naive.variables_of(cfg)
+
+    def loss(params):
+        output = DeepSeekV3(cfg).apply({**variables, "params": params}, tokens)
+        return (jax.nn.log_softmax(output.logits_BTW) ** 2).mean() + output.sequence_loss
+
+    return jax.jit(jax.value_and_grad(loss))(variables["params"])
+
+
+def test_remat_changes_neither_loss_nor_gradients():
+    expected, *others = (loss_and_gradients(remat) for remat in REMATS)
+
+    for found in others:
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), found, expected)
+
+
+def kept(remat, moe):
+    """What the backward pass of one block keeps: a Counter of (dtype, shape)."""
+    cfg = naive.tiny(remat=remat)
+    x_BTD = np.zeros((2, 8, cfg.d_model), np.float32)
+    bias_E = np.zeros(cfg.num_experts, np.float32) if moe else None
+    rope = rope_table(cfg, np.zeros((2, 8), np.int32), jnp.float32)
+    block = rematerialized(Block, cfg)(cfg, moe=moe)
+    variables = jax.eval_shape(block.init, jax.random.key(0), x_BTD, bias_E, rope, None)
+
+    def pull(variables, x_BTD):
+        return jax.vjp(lambda v, x: block.apply(v, x, bias_E, rope, None)[0], variables, x_BTD)[1]
+
+    residuals = jax.tree.leaves(jax.eval_shape(pull, variables, x_BTD))
+    return collections.Counter((str(r.dtype), r.shape) for r in residuals)
+
+
+ATTENTION = {
+    (2, 8, 12): 1, (2, 8, 20): 1,  # the latents, before their norms
+    (2, 2, 8, 6): 1, (2, 2, 8): 1,  # attention's output and log-sum-exp
+}
+
+
+@pytest.mark.parametrize(
+    ("moe", "ffn"),
+    [
+        (False, {(2, 8, 24): 2}),  # gate and up of the dense FFN; not their product
+        (True, {(2, 8, 10): 2, (16, 8): 1}),  # of the shared expert; and the scores
+    ],
+)
+def test_the_report_remat_keeps_latents_attention_and_swiglu_inputs_and_recomputes_the_rest(moe, ffn):
+    beyond_full = kept("report", moe) - kept("full", moe)
+
+    assert all(dtype == "float32" for dtype, _ in beyond_full)
+    found = collections.Counter({shape: count for (_, shape), count in beyond_full.items()})
+    routed = {shape: found.pop(shape) for shape in list(found) if len(shape) == 2 and shape[0] >= 48}  # 16 tokens * 3
+    assert found == {**ATTENTION, **ffn}
+    # Gate and up of the routed experts, 10 columns each, side by side or not; not their product.
+    assert sum(shape[1] * count for shape, count in routed.items()) == (20 if moe else 0)
+
+
+def test_without_remat_norms_up_projections_and_swiglu_are_kept_too():
+    everything = {shape for _, shape in kept("none", False)}
+
+    # norm outputs as the linears saw them, the rotated and concatenated queries and keys, SwiGLU's output
+    assert {(16, 32), (16, 12), (2, 2, 8, 12), (16, 24)} <= everything
+    assert not {(16, 32), (16, 12), (2, 2, 8, 12), (16, 24)} & {shape for _, shape in kept("report", False)}
+
+
+def test_the_report_remat_keeps_less_than_none_and_more_than_full():
+    def count(remat):
+        return sum(np.prod(shape) * n * np.dtype(dtype).itemsize for (dtype, shape), n in kept(remat, True).items())
+
+    none, report, full = map(count, REMATS)
+    assert full < report < none

@@ -1,0 +1,110 @@
+"""Multi-token prediction: what a depth is computed from, which tokens it sees, and what learns from it."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from deepseek_jax.model.mtp import MTPModule, ahead
+from tests.model import naive
+
+DEPTH, T = 2, 7
+DEEP = naive.tiny(dtype="float64", mtp_depth=DEPTH, num_layers=2)
+
+
+class Nothing(nn.Module):
+    """In the place of the transformer block: hands its input on."""
+
+    cfg: object
+    moe: bool
+    capture: tuple = ()
+
+    def __call__(self, x_BTD, bias_E, rope, segment_ids_BT):
+        return x_BTD, {}
+
+
+def test_a_depth_projects_the_normed_embedding_and_the_normed_hidden_state_in_this_order():
+    cfg = naive.tiny()
+    hidden, embedding = np.random.default_rng(0).standard_normal((2, 2, 3, cfg.d_model)).astype(np.float32)
+    module = MTPModule(cfg, Nothing)
+    variables = naive.fill(jax.eval_shape(module.init, jax.random.key(0), hidden, embedding, None, None, None))
+
+    found, _ = module.apply(variables, hidden, embedding, None, None, None)
+
+    p, D = variables["params"], cfg.d_model
+    halves = naive.norm(embedding, p["embedding_norm"]), naive.norm(hidden, p["hidden_norm"])
+    expected = naive.norm(halves[0] @ p["projection"][:D] + halves[1] @ p["projection"][D:], p["norm"])
+    swapped = naive.norm(halves[1] @ p["projection"][:D] + halves[0] @ p["projection"][D:], p["norm"])
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    assert np.abs(found - swapped).max() > 0.1
+
+
+def test_ahead_looks_k_tokens_ahead():
+    assert np.array_equal(ahead(np.array([[5, 6, 7, 8]]), 1)[:, :3], [[6, 7, 8]])
+    assert np.array_equal(ahead(np.array([[5, 6, 7, 8]]), 3)[:, :1], [[8]])
+
+
+@pytest.fixture(scope="module")
+def dependence():
+    """[depth + 1, T, T]: how much the logits at i change with token j; row 0 is the main model's."""
+    tokens = np.random.default_rng(1).integers(0, 64, (1, T)).repeat(T + 1, axis=0).astype(np.int32)
+    tokens[np.arange(T), np.arange(T)] = (tokens[T] + 1) % 64  # row j differs from the last one in token j
+    with jax.enable_x64(True):
+        output = naive.forward(DEEP)(naive.variables_of(DEEP), tokens)
+        logits = np.stack([output.logits_BTW, *output.mtp_logits])
+    return np.abs(logits[:, :T] - logits[:, T:]).max(-1).swapaxes(1, 2)
+
+
+@pytest.mark.parametrize("depth", range(DEPTH + 1))
+def test_depth_k_sees_the_tokens_up_to_k_ahead_and_none_beyond(dependence, depth):
+    seen = np.arange(T)[None] <= np.arange(T)[:, None] + depth
+    real = T - depth  # the last positions saw tokens from the start of the row: the loss masks them
+
+    found = dependence[depth][:real]
+
+    assert (found[seen[:real]] > 1e-6).all()
+    assert (found[~seen[:real]] < 1e-12).all()
+
+
+def test_the_next_depth_gets_the_normed_state_of_the_one_before():
+    tokens = np.arange(T * (T + 1), dtype=np.int32).reshape(T + 1, T)
+    with jax.enable_x64(True):
+        variables = naive.variables_of(DEEP)
+        before = naive.forward(DEEP)(variables, tokens).mtp_logits
+
+        variables["params"]["mtp_1"]["norm"]["scale"][0] += 1
+
+        after = naive.forward(DEEP)(variables, tokens).mtp_logits
+        assert np.abs(after[1] - before[1]).max() > 1e-3
+
+
+@pytest.fixture(scope="module")
+def gradients():
+    """Of the MTP logits alone, by every parameter."""
+    cfg = naive.tiny(mtp_depth=1, num_layers=1)
+    variables = naive.variables_of(cfg)
+    tokens = np.arange(12, dtype=np.int32).reshape(2, 6)
+
+    def total(params):
+        return (naive.forward(cfg)({**variables, "params": params}, tokens).mtp_logits[0] ** 2).mean()
+
+    return jax.tree.map(lambda g: np.abs(g).max(), jax.jit(jax.grad(total))(variables["params"]))
+
+
+def test_the_hidden_state_goes_in_after_the_final_norm(gradients):
+    assert gradients["norm"]["scale"] > 1e-4
+
+
+@pytest.mark.parametrize("shared", ["embedding", "head"])
+def test_embedding_and_head_are_shared_and_learn_from_mtp(gradients, shared):
+    assert gradients[shared] > 1e-4
+    assert shared not in gradients["mtp_1"]
+
+
+def test_everything_of_mtp_bears_its_name():
+    variables = naive.variables_of(naive.tiny(mtp_depth=2))
+
+    assert {"mtp_1", "mtp_2"} == {name for name in variables["params"] if "mtp" in name}
+    assert {name: bias.shape for name, bias in variables["router"].items()} == {"bias": (2, 8), "mtp_bias": (2, 8)}
+    assert jnp.shape(variables["params"]["mtp_1"]["projection"]) == (64, 32)
