@@ -1,0 +1,217 @@
+"""Breaks the source on purpose, one line at a time, and looks whether a test notices.
+
+    python tests/mutations.py                 all of them, one after the other
+    python tests/mutations.py yarn tile       those whose name contains one of the words
+    python tests/mutations.py --list
+
+Each mutation is applied to a copy of the tree, where only the test files that should notice run. Prints a table of
+mutation -> red tests; exits with 1 if a mutation survives, or if its text is no longer in the source. To add one, add
+a line to MUTATIONS: a name, the file, the text as it stands there (once), what to put in its place, and the tests.
+"""
+
+import argparse
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from typing import NamedTuple
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+COPIED = ("deepseek_jax", "kernels_pallas", "experiments", "tests", "pyproject.toml")
+
+
+class Mutation(NamedTuple):
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: str  # below tests/, separated by spaces
+
+
+FILES = ("router", "rope", "attention", "experts", "layers", "mtp", "transformer")
+ROUTER, ROPE, ATTENTION, EXPERTS, LAYERS, MTP, TRANSFORMER = (f"deepseek_jax/model/{name}.py" for name in FILES)
+LOSSES = "deepseek_jax/training/losses.py"
+COSTS = "deepseek_jax/scale/costs.py"
+
+T_ROUTER, T_ROPE, T_ATTENTION, T_EXPERTS, T_LAYERS, T_MTP, T_TRANSFORMER = (f"model/test_{name}.py" for name in FILES)
+T_LOSSES, T_COSTS = "training/test_losses.py", "scale/test_costs.py"
+
+MUTATIONS = [Mutation(*row) for row in [
+    # routing
+    ("dropped groups are 0.0 instead of -inf", ROUTER, "scores_NGX, -jnp.inf)", "scores_NGX, 0.0)", T_ROUTER),
+    ("group score of one instead of two", ROUTER, "best = 2 if", "best = 1 if", T_ROUTER),
+    ("softmax group score of two instead of one", ROUTER, '"sigmoid" else 1', '"sigmoid" else 2', T_ROUTER),
+    ("gate from the biased score", EXPERTS, "routing.gates(cfg, scores_NE, chosen_NK)",
+     "routing.gates(cfg, scores_NE + bias_E[None], chosen_NK)", T_EXPERTS),
+    ("selection ignores the bias", ROUTER, "else scores_NE + bias_1E", "else scores_NE", T_ROUTER),
+    ("multiplicative bias is added", ROUTER, "return scores_NE * bias_1E if", "return scores_NE + bias_1E if",
+     T_ROUTER),
+    ("route scale missing", ROUTER, "return gate_NK * cfg.route_scale", "return gate_NK", T_ROUTER),
+    ("gates are not normalized", ROUTER, "if cfg.normalize_gates:", "if False:", T_ROUTER),
+    ("gates are always normalized", ROUTER, "if cfg.normalize_gates:", "if True:", T_ROUTER),
+    ("bias update has the wrong sign", ROUTER, "error_LE = mean_L1 - counts_LE", "error_LE = counts_LE - mean_L1",
+     T_ROUTER),
+    ("bias moves by the mean of all layers", ROUTER, "counts_LE.mean(axis=-1, keepdims=True, ",
+     "counts_LE.mean(axis=(0, 1), keepdims=True, ", T_ROUTER),
+    ("sequence loss on biased scores", EXPERTS, "routing.sequence_loss(cfg, scores_NE.reshape(B, T, E))",
+     "routing.sequence_loss(cfg, (scores_NE + bias_E[None]).reshape(B, T, E))", T_EXPERTS),
+    ("sequence loss of scores that do not sum to one", ROUTER,
+     "p_BE = (scores_BTE / scores_BTE.sum(axis=-1, keepdims=True)).mean(axis=1)", "p_BE = scores_BTE.mean(axis=1)",
+     T_ROUTER),
+    ("router in bfloat16", ROUTER, "x_ND.astype(w_DE.dtype)", "x_ND.astype(jnp.bfloat16).astype(w_DE.dtype)",
+     T_EXPERTS),
+    # experts
+    ("a capacity drops tokens", EXPERTS, "filled_R = rank_R < counts_E[expert_R]",
+     "filled_R = rank_R < jnp.minimum(counts_E, 6)[expert_R]", T_EXPERTS),
+    ("the last choice of a token is dropped", EXPERTS, "for gate_N, row_N in zip(gates_NK.T, plan.row_NK.T))",
+     "for gate_N, row_N in zip(gates_NK.T[:-1], plan.row_NK.T))", T_EXPERTS),
+    ("the gradient of a token misses one row", EXPERTS, "for row_N in plan.row_NK.T)\n    return dx_ND",
+     "for row_N in plan.row_NK.T[1:])\n    return dx_ND", T_EXPERTS),
+    ("tokens of an expert are out of order", EXPERTS, "jnp.argsort(chosen_NK.reshape(-1), stable=True)",
+     "jnp.argsort(chosen_NK.reshape(-1), stable=True, descending=True)[::-1]", T_EXPERTS),
+    ("tiles start one tile late", EXPERTS, 'jnp.searchsorted(end_E, jnp.arange(tiles), side="right")',
+     'jnp.searchsorted(end_E, jnp.arange(tiles), side="left")', T_EXPERTS),
+    ("tile weight gradient goes to the next expert", EXPERTS, "jax.ops.segment_sum(dw_TDF, expert_T,",
+     "jax.ops.segment_sum(dw_TDF, expert_T + 1,", T_EXPERTS),
+    ("no shared expert", EXPERTS, "if cfg.num_shared_experts:", "if False:", f"{T_EXPERTS} {T_TRANSFORMER}"),
+    # attention
+    ("a token does not see itself", ATTENTION, "jnp.arange(block))[:, None] <= (i", "jnp.arange(block))[:, None] < (i",
+     T_ATTENTION),
+    ("a token sees the next one", ATTENTION, "<= (i * block + jnp.arange(block))[None]",
+     "<= (i * block + 1 + jnp.arange(block))[None]", T_ATTENTION),
+    ("segments are not masked", ATTENTION, "    if segments is not None:", "    if False:", T_ATTENTION),
+    ("online softmax does not rescale", ATTENTION, "shrink = jnp.exp(old_top - base)", "shrink = jnp.ones_like(base)",
+     T_ATTENTION),
+    ("attention backward misses delta", ATTENTION, "(dp - _part(delta, i, block, 2)[:, :, None])", "dp", T_ATTENTION),
+    ("one key block too few", ATTENTION, "for j in range(i + 1)]", "for j in range(max(i, 1))]", T_ATTENTION),
+    ("query latent is not normed", ATTENTION, 'linear(RMSNorm(cfg, name="q_norm")(q_BTQ), ', "linear(q_BTQ, ",
+     T_ATTENTION),
+    ("rotary key is not rotated", ATTENTION, "rotate(kv_BTX[..., None, C:], rope)", "kv_BTX[..., None, C:]",
+     T_ATTENTION),
+    # rope
+    ("YaRN ramp runs the other way", ROPE, "return freq * (1 - slow) + freq / cfg.yarn.factor * slow",
+     "return freq * slow + freq / cfg.yarn.factor * (1 - slow)", T_ROPE),
+    ("YaRN ramp starts at its end", ROPE, "math.floor(index_of(cfg.yarn.beta_fast))",
+     "math.floor(index_of(cfg.yarn.beta_slow))", T_ROPE),
+    ("mscale is not squared", ROPE, "cfg.yarn.mscale_all_dim) ** 2", "cfg.yarn.mscale_all_dim)", T_ROPE),
+    ("RoPE rotates halves", ROPE, "even, odd = x_BTHR[..., 0::2], x_BTHR[..., 1::2]",
+     "even, odd = jnp.split(x_BTHR, 2, axis=-1)", T_ROPE),
+    ("RoPE turns the other way", ROPE, "[even * cos - odd * sin, even * sin + odd * cos]",
+     "[even * cos + odd * sin, odd * cos - even * sin]", T_ROPE),
+    # layers
+    ("weight gradient is halved", LAYERS, "dw_IO = matmul(transpose(x_MI), dy_MO, w_IO.dtype)",
+     "dw_IO = matmul(transpose(x_MI), dy_MO, w_IO.dtype) / 2", T_LAYERS),
+    ("input gradient misses the transpose", LAYERS, "transpose(w_IO.astype(dy_MO.dtype))", "w_IO.astype(dy_MO.dtype)",
+     T_LAYERS),
+    ("weight gradient is rounded to bfloat16", LAYERS, "dy_MO, w_IO.dtype)  #",
+     "dy_MO).astype(w_IO.dtype)  #", T_LAYERS),
+    ("norm without eps", LAYERS, "keepdims=True) + eps)", "keepdims=True))", T_LAYERS),
+    ("norm without its scale", LAYERS, "return (y * scale.reshape((1,) * (x.ndim - 1) + (-1,)))", "return y", T_LAYERS),
+    ("the report remat keeps everything", TRANSFORMER, "save_only_these_names(*SAVED_NAMES)", "everything_saveable",
+     T_LAYERS),
+    ("the report remat keeps nothing", LAYERS, '("latent", "attention", "ffn_in", "routing")', '("nothing",)',
+     T_LAYERS),
+    # mtp
+    ("MTP hidden half first", MTP,
+     'RMSNorm(cfg, name="embedding_norm")(ahead_BTD),\n'
+     '                                    RMSNorm(cfg, name="hidden_norm")(hidden_BTD)]',
+     'RMSNorm(cfg, name="hidden_norm")(hidden_BTD),\n'
+     '                                    RMSNorm(cfg, name="embedding_norm")(ahead_BTD)]', T_MTP),
+    ("MTP takes the state before the final norm", TRANSFORMER, "h_BTD = hidden_BTD", "h_BTD = x_BTD", T_MTP),
+    ("MTP looks one token too far", TRANSFORMER, "[ahead(tokens_BT, k)]", "[ahead(tokens_BT, k + 1)]", T_MTP),
+    ("MTP depths do not chain", TRANSFORMER, "module(h_BTD, ahead_BTD", "module(hidden_BTD, ahead_BTD", T_MTP),
+    ("MTP does not train the embedding", TRANSFORMER, "ahead_BTD = embedding_WD.astype",
+     "ahead_BTD = jax.lax.stop_gradient(embedding_WD).astype", T_MTP),
+    ("all MTP depths share one bias", TRANSFORMER, "mtp_bias_KE[k - 1]", "mtp_bias_KE[0]", T_TRANSFORMER),
+    # transformer
+    ("positions are ignored", TRANSFORMER, "if positions is None:", "if True:", T_TRANSFORMER),
+    ("all layers share the first bias", TRANSFORMER, "x_BTD, bias_LE, rope", "x_BTD, 0 * bias_LE + bias_LE[:1], rope",
+     T_TRANSFORMER),
+    ("no residual around attention", TRANSFORMER, "x_BTD = x_BTD + MLA(", "x_BTD = MLA(", T_TRANSFORMER),
+    # losses
+    ("the loss mask is ignored", LOSSES, "axis=-1)) * weights_M", "axis=-1))", T_LOSSES),
+    ("the gradient ignores the loss mask", LOSSES, "- hit_MW) * weights_M[:, None]", "- hit_MW)", T_LOSSES),
+    ("the gradient ignores what follows the loss", LOSSES, "dhead_DW * dloss", "dhead_DW", T_LOSSES),
+    ("MTP targets are off by one", LOSSES, "return ahead(targets_BT, k),", "return ahead(targets_BT, k + 1),",
+     T_LOSSES),
+    ("MTP predicts one wrapped-around token", LOSSES, "< T - k)", "<= T - k)", T_LOSSES),
+    ("MTP predicts across documents", LOSSES, "if segment_ids_BT is not None:", "if False:", T_LOSSES),
+    ("MTP losses are summed over depths", LOSSES, "(mtp_D / mtp_normalizer_D).mean()",
+     "(mtp_D / mtp_normalizer_D).sum()", T_LOSSES),
+    ("all logits exist at once", LOSSES, "chunk = min(chunk, hidden_ND.shape[0])", "chunk = hidden_ND.shape[0]",
+     T_LOSSES),
+    # costs
+    ("MTP's head is not counted", COSTS, "+ attention + moe + head)", "+ attention + moe)", T_COSTS),
+    ("the shared expert is not counted", COSTS, "(c.experts_per_token + c.num_shared_experts)", "c.experts_per_token",
+     T_COSTS),
+]]
+
+
+def run_tests(tree, tests):
+    """The red tests' names (without their files), and pytest's own words if it could not run them."""
+    command = [sys.executable, "-m", "pytest", "-q", "--tb=no", "-rfE", "--maxfail=4", "-p", "no:cacheprovider",
+               "-o", "addopts=--import-mode=importlib", *(f"tests/{test}" for test in tests.split())]
+    environment = {"JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax"), **os.environ, "PYTHONPATH": str(tree)}
+    done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, check=False)
+    red = re.findall(r"^(?:FAILED|ERROR) \S*?::(\w+)", done.stdout, re.MULTILINE)
+    if done.returncode not in (0, 1):
+        return [], (done.stdout + done.stderr).strip()[-2000:]
+    return list(dict.fromkeys(red)), ""
+
+
+def judge(mutation, tree):
+    """(noticed, what to print)."""
+    path = tree / mutation.file
+    source = path.read_text()
+    if source.count(mutation.old) != 1:
+        return False, f"STALE: its text stands {source.count(mutation.old)} times in {mutation.file}, not once"
+    mutated = source.replace(mutation.old, mutation.new)
+    compile(mutated, mutation.file, "exec")
+    path.write_text(mutated)
+    try:
+        red, trouble = run_tests(tree, mutation.tests)
+    finally:
+        path.write_text(source)
+    if trouble:
+        return False, f"pytest could not run:\n{trouble}"
+    return bool(red), ", ".join(red) or f"SURVIVED {mutation.tests}"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("words", nargs="*", help="run the mutations whose name contains one of these")
+    parser.add_argument("--list", action="store_true", help="print the names and stop")
+    args = parser.parse_args()
+    chosen = [m for m in MUTATIONS if not args.words or any(w.lower() in m.name.lower() for w in args.words)]
+    if args.list or not chosen:
+        print("\n".join(m.name for m in (chosen or MUTATIONS)))
+        return 0 if args.list else 2
+    with tempfile.TemporaryDirectory(prefix="mutations-") as folder:
+        tree = pathlib.Path(folder)
+        for name in COPIED:
+            if (ROOT / name).is_dir():
+                shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
+            elif (ROOT / name).exists():
+                shutil.copy(ROOT / name, tree / name)
+        tests = " ".join(dict.fromkeys(test for m in chosen for test in m.tests.split()))
+        red, trouble = run_tests(tree, tests)
+        if red or trouble:
+            print(f"The tests are red before anything is broken: {', '.join(red)}{trouble}")
+            return 1
+        survived = 0
+        for mutation in chosen:
+            start = time.time()
+            noticed, words = judge(mutation, tree)
+            survived += not noticed
+            verdict = f"{'red ' if noticed else 'LEFT'} {time.time() - start:4.0f} s"
+            print(f"{verdict}  {mutation.name:48}  {words}", flush=True)
+    print(f"{len(chosen) - survived} of {len(chosen)} mutations were noticed.")
+    return 1 if survived else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
