@@ -58,7 +58,8 @@ def attend(q_BTHA, k_BTHA, v_BTHV, segment_ids_BT, scale, block):
     B, T, H, _ = q_BTHA.shape
     block = min(block, T)
     pad = -T % block
-    heads_first = [jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, 0))).swapaxes(1, 2) for x in (q_BTHA, k_BTHA, v_BTHV)]
+    heads_first = [row_major(jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, 0))).swapaxes(1, 2))
+                   for x in (q_BTHA, k_BTHA, v_BTHV)]
     segments = None
     if segment_ids_BT is not None:
         segments = jnp.pad(segment_ids_BT, ((0, 0), (0, pad)), constant_values=-1)
@@ -128,7 +129,7 @@ def _attend_fwd(q, k, v, segments, scale, block):
 def _attend_bwd(scale, block, kept, do):
     q, k, v, segments, o, lse = kept
     f32 = wide(q.dtype)
-    q, k, do = row_major(q), row_major(k), row_major(do)
+    do = row_major(do)
     qT, kT, doT = transpose(q), transpose(k), transpose(do)
     delta = jnp.sum(do.astype(f32) * o.astype(f32), axis=-1)
     pairs = jnp.asarray(_causal_pairs(q.shape[2] // block))
@@ -147,7 +148,9 @@ def _attend_bwd(scale, block, kept, do):
 
     carry = (jnp.zeros(qT.shape, f32), jnp.zeros(k.shape, f32), jnp.zeros(v.shape, f32))
     dqT, dk, dv = lax.fori_loop(0, len(pairs), step, carry)
-    return transpose(dqT).astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
+    # The barrier keeps XLA:CPU from folding the transpose into a bfloat16 product that it then cannot run.
+    dq = transpose(lax.optimization_barrier(dqT))
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)
