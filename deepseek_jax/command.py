@@ -28,11 +28,11 @@ def reuse_memory():
     """Tells glibc to keep freed memory.
 
     By default it maps and unmaps every large buffer of every step, and the kernel clears the pages each time: up to
-    half of a JAX CPU process. M_MMAP_MAX = -4, M_TRIM_THRESHOLD = -1, M_ARENA_MAX = -8.
+    half of a JAX CPU process. M_MMAP_MAX = -4, M_TRIM_THRESHOLD = -1 (an argument of -1 is the largest size), M_ARENA_MAX = -8.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError):  # not glibc
         return
-    for option, value in ((-4, 0), (-1, 2**31 - 1), (-8, 1)):
+    for option, value in ((-4, 0), (-1, -1), (-8, 1)):
         mallopt(option, value)

@@ -1,13 +1,49 @@
-"""What a finished run shows: pictures, a comparison with compressors, and a sample of what it writes."""
+"""What a finished run shows: its score beside compressors', pictures, and a sample of what it writes."""
 
-from deepseek_jax.config import Config
+import dataclasses
+
+import jax
+
+from deepseek_jax.config import Config, ConfigError
+from deepseek_jax.data.baselines import compressed_bits_per_byte
 from deepseek_jax.data.loader import Loader
+from deepseek_jax.data.prepare import prepare, prepare_evaluation
 from deepseek_jax.serving import generate
+from deepseek_jax.training.checkpoint import restore_items
+from deepseek_jax.training.loop import evaluate, load_workdir_config
 from deepseek_jax.training.plots import plot_expert_load, plot_loss
+from deepseek_jax.training.step import eval_step
+
+
+def load_trained(workdir: str, ema: bool = False):
+    """The config and variables of a run's newest undamaged checkpoint, and its step.
+
+    Raises:
+      ConfigError: no run or no checkpoint there, or no moving average in it.
+    """
+    config = load_workdir_config(workdir)
+    items, step, _ = restore_items(workdir, names=("ema", "router") if ema else ("params", "router"))
+    params = items["ema" if ema else "params"]
+    if not params:
+        raise ConfigError(f"the run in {workdir} keeps no moving average; train with --config.train.ema_decay=0.999.")
+    return config, {"params": params, "router": items["router"]}, step
+
+
+def evaluate_workdir(workdir: str, data: str | None = None, ema: bool = False, compressors: bool = False) -> dict:
+    """Scores a run on all of its held-out documents, or on all documents of `data`."""
+    config, variables, step = load_trained(workdir, ema)
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, eval_batches=0))
+    prepared = prepare(config, workdir) if data is None else prepare_evaluation(config, workdir, data)
+    loader = Loader(config, prepared)
+    step_fn = jax.jit(lambda *args: eval_step(config, *args))
+    result = {"step": step, **evaluate(config, loader, step_fn, variables["params"], variables["router"])}
+    return result | (compressed_bits_per_byte(config.data, data) if compressors else {})
 
 
 def finish(config: Config, workdir: str, state, loader: Loader):
-    """Draws WORKDIR/loss.png and expert_load.png and prints a sample."""
+    """Scores the whole held-out set beside compressors, draws the pictures, prints a sample."""
+    for name, value in evaluate_workdir(workdir, compressors=True).items():
+        print(f"{name:32s} {value:.4f}" if isinstance(value, float) else f"{name:32s} {value}")
     pictures = [plot_loss(workdir)]
     if config.model.num_moe_layers or config.model.mtp_depth:
         pictures.append(plot_expert_load(workdir))
