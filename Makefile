@@ -16,6 +16,8 @@ find_python = for v in $(1); do for p in "$$(command -v python$$v)" $$(ls -d $$H
 
 PYTHON ?= $(shell $(call find_python,3.12 3.13 3.11))
 RUN := .venv/bin/python
+# Huge pages for the CPU; the commands set what else glibc needs themselves.
+export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | sed -n '1,/overrides/p'

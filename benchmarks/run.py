@@ -24,12 +24,18 @@ import sys
 HERE = pathlib.Path(__file__).resolve().parent
 PEER = HERE.parent / ".venv-peer" / "bin" / "python"
 
+# glibc gives freed memory back to the kernel, which clears every page again. All sides keep theirs, in huge pages.
+ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "34359738368", "MALLOC_ARENA_MAX": "1",
+             "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+
 
 def default_sides():
-    """Our step, and the peer where `make bench` could install it."""
-    sides = {"deepseek_jax": [sys.executable, "benchmarks/train_step.py"]}
+    """Our step with bfloat16 and float32 products, and the peer where `make bench` could install it."""
+    ours = [sys.executable, "benchmarks/train_step.py"]
+    sides = {"deepseek_jax": [*ours, "--dtype=bfloat16"], "deepseek_jax_float32": [*ours, "--dtype=float32"]}
     if PEER.exists():
-        sides["transformers"] = [str(PEER), "benchmarks/peer_transformers.py"]
+        peer = [str(PEER), "benchmarks/peer_transformers.py"]
+        sides |= {"transformers": [*peer, "--dtype=float32"], "transformers_autocast": [*peer, "--dtype=bfloat16"]}
     else:
         print("No .venv-peer with torch (make bench makes it where it can): timing our side alone.", file=sys.stderr)
     return sides
@@ -37,7 +43,8 @@ def default_sides():
 
 def start(name, command):
     """Runs one side once and returns the rows it printed. Ends the program if the side fails."""
-    done = subprocess.run(command, cwd=HERE.parent, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    done = subprocess.run(command, cwd=HERE.parent, capture_output=True, text=True, stdin=subprocess.DEVNULL,
+                          env=os.environ | ALLOCATOR)
     rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode or not rows:
         last = (done.stderr.strip() or done.stdout.strip() or "it printed nothing").splitlines()[-1]
@@ -74,29 +81,27 @@ def summarize(name, command, starts):
 
 def table(report):
     first = next(iter(report["sides"]))
-    yield f"{'':16} {'tokens/s':>9} {'lowest':>9} {'highest':>9}   {first} is"
+    yield f"{'':22} {'tokens/s':>9} {'lowest':>9} {'highest':>9}   {first} is"
     for name, side in report["sides"].items():
         ratio = report["ratios"].get(name)
-        yield (f"{name:16} {side['tokens_per_second']:9,.0f} {side['lowest']:9,.0f} {side['highest']:9,.0f}"
+        yield (f"{name:22} {side['tokens_per_second']:9,.0f} {side['lowest']:9,.0f} {side['highest']:9,.0f}"
                + (f"   {ratio:.2f} x as fast" if ratio else ""))
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--side", action="append", default=[], metavar="NAME=COMMAND", help="replaces the two sides")
+    parser.add_argument("--side", action="append", default=[], metavar="NAME=COMMAND", help="replaces the default sides")
     parser.add_argument("--starts", type=int, default=5, help="processes a side; the sides take turns")
     parser.add_argument("--repeats", type=int, default=2, help="rows a process")
     parser.add_argument("--steps-per-repeat", type=int, default=3)
-    parser.add_argument("--warmup", type=int, default=2)
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--warmup", type=int, default=4)
     parser.add_argument("--json", metavar="FILE", help="also write the report here")
     args = parser.parse_args()
     if any("=" not in side for side in args.side) or args.starts < 1:
         parser.error("a side looks like --side name='python program.py', and --starts is at least 1.")
 
     sides = {name: shlex.split(command) for name, command in (side.split("=", 1) for side in args.side)}
-    flags = [f"--repeats={args.repeats}", f"--steps-per-repeat={args.steps_per_repeat}", f"--warmup={args.warmup}",
-             f"--dtype={args.dtype}"]
+    flags = [f"--repeats={args.repeats}", f"--steps-per-repeat={args.steps_per_repeat}", f"--warmup={args.warmup}"]
     sides = {name: [*command, *flags] for name, command in (sides or default_sides()).items()}
     starts = {name: [] for name in sides}
     for turn in range(args.starts):
@@ -107,7 +112,7 @@ def main():
 
     report = {"what": "training, tokens per second: forward, backward, clipping and AdamW; 8 x 512 tokens a step",
               "date": datetime.date.today().isoformat(), "hardware": hardware(),
-              "load_at_end": round(os.getloadavg()[0], 2),
+              "environment": ALLOCATOR, "load_at_end": round(os.getloadavg()[0], 2),
               "command": shown(["python", "benchmarks/run.py", *sys.argv[1:]]),
               "sides": {name: summarize(name, sides[name], starts[name]) for name in sides}}
     first, *others = report["sides"]
