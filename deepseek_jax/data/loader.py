@@ -68,13 +68,13 @@ class Loader:
         options = grain.ReadOptions(num_threads=min(2, self.prefetch), prefetch_buffer_size=self.prefetch)
         return iter(steps.to_iter_dataset(options))
 
-    def validation_batches(self, rows: int) -> Iterator[dict[str, np.ndarray]]:
-        """tokens, weights, segment_ids [rows, T + 1] a host, `train.eval_batches` of them (0: all)."""
-        return self.validation.batches(rows, self.train.eval_batches, self.host, self.hosts)
+    def validation_batches(self, rows: int, limit: int = 0) -> Iterator[dict[str, np.ndarray]]:
+        """tokens, weights, segment_ids [rows, T + 1] a host, `limit` of them (0: all)."""
+        return self.validation.batches(rows, limit, self.host, self.hosts)
 
-    def validation_bytes(self, rows: int) -> int:
-        """UTF-8 bytes of the tokens that `validation_batches(rows)` scores, over all hosts."""
-        return self.validation.bytes(rows * self.hosts, self.train.eval_batches)
+    def validation_bytes(self, rows: int, limit: int = 0) -> int:
+        """UTF-8 bytes of the tokens that `validation_batches(rows, limit)` scores, over all hosts."""
+        return self.validation.bytes(rows * self.hosts, limit)
 
 
 def _streams(config, prepared) -> list[Stream]:

@@ -85,8 +85,8 @@ def starting_state(config: Config):
     return start_state(config, items["params"], items["router"], jax.random.key(config.train.seed))
 
 
-def evaluate(config: Config, loader: Loader, step_fn, params, router):
-    """Main-head loss over validation batches.
+def evaluate(config: Config, loader: Loader, step_fn, params, router, limit=0):
+    """Main-head loss over `limit` validation batches; 0: all of them.
 
     Returns:
       {"loss": nats per token, "bits_per_byte", "max_vio_global": balance over all of them together}.
@@ -94,11 +94,11 @@ def evaluate(config: Config, loader: Loader, step_fn, params, router):
     rows = config.train.batch_size // config.train.micro_batches
     nats = weight = 0.0
     counts = None
-    for micro in loader.validation_batches(rows):
+    for micro in loader.validation_batches(rows, limit):
         sums = jax.device_get(step_fn(params, router, micro))
         nats, weight = nats + float(sums["nats"]), weight + float(sums["weight"])
         counts = sums["counts"] if counts is None else jax.tree.map(np.add, counts, sums["counts"])
-    return {"loss": nats / weight, "bits_per_byte": nats / math.log(2) / loader.validation_bytes(rows),
+    return {"loss": nats / weight, "bits_per_byte": nats / math.log(2) / loader.validation_bytes(rows, limit),
             "max_vio_global": max_vio(all_layers(counts))}
 
 
@@ -191,7 +191,8 @@ class Run:
         return row
 
     def _evaluate(self, step, bar):
-        result = evaluate(self.config, self.loader, self.eval_fn, self.state.params, self.state.router)
+        limit = self.config.train.eval_batches if step < self.config.train.steps else 0  # the last one takes all
+        result = evaluate(self.config, self.loader, self.eval_fn, self.state.params, self.state.router, limit)
         self.writer.write(step, eval_loss=result["loss"], eval_bits_per_byte=result["bits_per_byte"],
                           max_vio_global=result["max_vio_global"])
         bar.write(f"step {step}: validation loss {result['loss']:.4f}, {result['bits_per_byte']:.4f} bits per byte, "

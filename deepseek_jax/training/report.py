@@ -1,7 +1,5 @@
 """What a finished run shows: its score beside compressors', pictures, and a sample of what it writes."""
 
-import dataclasses
-
 import jax
 
 from deepseek_jax.config import Config, ConfigError
@@ -11,6 +9,7 @@ from deepseek_jax.data.prepare import prepare, prepare_evaluation
 from deepseek_jax.serving import generate
 from deepseek_jax.training.checkpoint import restore_items
 from deepseek_jax.training.loop import evaluate, load_workdir_config
+from deepseek_jax.training.metrics import read_metrics
 from deepseek_jax.training.plots import plot_expert_load, plot_loss
 from deepseek_jax.training.step import eval_step
 
@@ -32,7 +31,6 @@ def load_trained(workdir: str, ema: bool = False):
 def evaluate_workdir(workdir: str, data: str | None = None, ema: bool = False, compressors: bool = False) -> dict:
     """Scores a run on all of its held-out documents, or on all documents of `data`."""
     config, variables, step = load_trained(workdir, ema)
-    config = dataclasses.replace(config, train=dataclasses.replace(config.train, eval_batches=0))
     prepared = prepare(config, workdir) if data is None else prepare_evaluation(config, workdir, data)
     loader = Loader(config, prepared)
     step_fn = jax.jit(lambda *args: eval_step(config, *args))
@@ -41,9 +39,12 @@ def evaluate_workdir(workdir: str, data: str | None = None, ema: bool = False, c
 
 
 def finish(config: Config, workdir: str, state, loader: Loader):
-    """Scores the whole held-out set beside compressors, draws the pictures, prints a sample."""
-    for name, value in evaluate_workdir(workdir, compressors=True).items():
-        print(f"{name:32s} {value:.4f}" if isinstance(value, float) else f"{name:32s} {value}")
+    """Shows the last evaluation beside compressors, draws the pictures, prints a sample."""
+    scores = {"model": [r for r in read_metrics(workdir) if "eval_loss" in r][-1]["eval_bits_per_byte"]}
+    scores |= compressed_bits_per_byte(config.data)
+    print("Bits per byte of the held-out files:")
+    for name, value in scores.items():
+        print(f"  {name.removesuffix('_bits_per_byte').replace('_', ' '):16s} {value:.3f}")
     pictures = [plot_loss(workdir)]
     if config.model.num_moe_layers or config.model.mtp_depth:
         pictures.append(plot_expert_load(workdir))

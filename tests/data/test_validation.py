@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 
-def stack(loader, rows):
-    batches = list(loader.validation_batches(rows))
+def stack(loader, rows, limit=0):
+    batches = list(loader.validation_batches(rows, limit))
     return {name: np.concatenate([b[name] for b in batches]) for name in batches[0]}
 
 
@@ -64,11 +64,11 @@ def test_the_bytes_are_those_of_the_documents(make_loader, folder):
 
 @pytest.mark.parametrize("limit", [1, 2, 3])
 def test_a_limit_counts_the_bytes_of_what_it_scores(make_loader, folder, limit):
-    loader = make_loader(folder, eval_batches=limit)
-    got = stack(loader, 2)
+    loader = make_loader(folder)
+    got = stack(loader, 2, limit)
     assert len(got["tokens"]) == 2 * limit
     spelled = loader.tokenizer.decode(got["tokens"][got["weights"] > 0])
-    assert loader.validation_bytes(2) == len(spelled.encode())
+    assert loader.validation_bytes(2, limit) == len(spelled.encode())
 
 
 def test_only_answers_are_scored_and_only_their_bytes_count(make_loader, tmp_path):
@@ -82,12 +82,12 @@ def test_only_answers_are_scored_and_only_their_bytes_count(make_loader, tmp_pat
 
 
 def test_hosts_share_validation_and_agree_on_its_bytes(make_loader, folder):
-    whole = make_loader(folder, eval_batches=2)
-    parts = [make_loader(folder, eval_batches=2, host=h, hosts=2) for h in range(2)]
-    batches = [list(p.validation_batches(2)) for p in parts]
-    for i, batch in enumerate(whole.validation_batches(4)):
+    whole = make_loader(folder)
+    parts = [make_loader(folder, host=h, hosts=2) for h in range(2)]
+    batches = [list(p.validation_batches(2, limit=2)) for p in parts]
+    for i, batch in enumerate(whole.validation_batches(4, limit=2)):
         np.testing.assert_array_equal(np.concatenate([b[i]["tokens"] for b in batches]), batch["tokens"])
-    assert {p.validation_bytes(2) for p in parts} == {whole.validation_bytes(4)}
+    assert {p.validation_bytes(2, limit=2) for p in parts} == {whole.validation_bytes(4, limit=2)}
 
 
 def test_several_sources_make_one_stream(make_loader, folder, tmp_path):
