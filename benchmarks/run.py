@@ -90,7 +90,7 @@ def table(report):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--side", action="append", default=[], metavar="NAME=COMMAND", help="replaces the default sides")
+    parser.add_argument("--side", action="append", default=[], metavar="NAME=COMMAND", help="replaces the default ones")
     parser.add_argument("--starts", type=int, default=5, help="processes a side; the sides take turns")
     parser.add_argument("--repeats", type=int, default=2, help="rows a process")
     parser.add_argument("--steps-per-repeat", type=int, default=3)

@@ -19,7 +19,6 @@ from deepseek_jax.model.layers import FFN, SAVED_NAMES, RMSNorm, linear, weight,
 from deepseek_jax.model.mtp import MTPModule, ahead
 from deepseek_jax.model.rope import rope_table
 
-
 UNROLLED_LAYERS = 8
 
 
@@ -98,7 +97,8 @@ class DeepSeekV3(nn.Module):
 
         x_BTD = embedding_WD.astype(cfg.dtype)[tokens_BT]
         if cfg.num_dense_layers:
-            x_BTD, _ = self._stack(block, cfg.num_dense_layers, "dense_layers", False, ())(x_BTD, None, rope, segment_ids)
+            dense = self._stack(block, cfg.num_dense_layers, "dense_layers", False, ())
+            x_BTD, _ = dense(x_BTD, None, rope, segment_ids)
         stats = []
         if cfg.num_moe_layers:
             bias_LE = self._bias("bias", cfg.num_moe_layers)
@@ -113,7 +113,8 @@ class DeepSeekV3(nn.Module):
         for k in range(1, cfg.mtp_depth + 1):
             ahead_BTD = embedding_WD.astype(cfg.dtype)[ahead(tokens_BT, k)]
             module = MTPModule(cfg, block, capture, name=f"mtp_{k}")
-            h_BTD, one = module(h_BTD, ahead_BTD, None if mtp_bias_KE is None else mtp_bias_KE[k - 1], rope, segment_ids)
+            bias_E = None if mtp_bias_KE is None else mtp_bias_KE[k - 1]
+            h_BTD, one = module(h_BTD, ahead_BTD, bias_E, rope, segment_ids)
             mtp_hidden.append(h_BTD)
             mtp_stats.append(one)
         if mtp_stats:

@@ -5,7 +5,6 @@
 The same command resumes: everything that a step depends on is in the checkpoint or a function of the step number.
 """
 
-import dataclasses
 import functools
 import json
 import math
@@ -16,7 +15,6 @@ import time
 
 import chex
 import jax
-import jax.numpy as jnp
 import numpy as np
 import tqdm
 
@@ -24,7 +22,7 @@ from deepseek_jax.config import Config, ConfigError, as_dict, freeze
 from deepseek_jax.data.loader import Loader
 from deepseek_jax.data.prepare import prepare
 from deepseek_jax.scale.costs import training_flops_per_token
-from deepseek_jax.training.checkpoint import CheckpointError, Checkpoints, restore_items
+from deepseek_jax.training.checkpoint import Checkpoints, restore_items
 from deepseek_jax.training.metrics import MetricsWriter, max_vio
 from deepseek_jax.training.step import eval_step, init_state, start_state, train_step
 from deepseek_jax.training.throughput import peak_flops
@@ -165,8 +163,8 @@ class Run:
                 self._check_finite(step, metrics)
                 tokens = int(batch["active"]) * batch["tokens"].shape[1] * train.sequence_length
                 row = self._record(step, metrics, tokens / (now - clock), flops / peak)
-                bar.set_postfix_str(f"loss {row['loss']:.3f}, {row['tokens_per_second']:.0f} tok/s, MFU {row['mfu']:.0%}, "
-                                    f"MaxVio {row['max_vio']:.2f}", refresh=False)
+                bar.set_postfix_str(f"loss {row['loss']:.3f}, {row['tokens_per_second']:.0f} tok/s, "
+                                    f"MFU {row['mfu']:.0%}, MaxVio {row['max_vio']:.2f}", refresh=False)
                 bar.update()
                 if step % train.eval_every == 0 or step == train.steps:
                     self._evaluate(step, bar)

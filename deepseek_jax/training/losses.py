@@ -100,8 +100,8 @@ def token_losses(output: Output, head_DW, batch, chunk):
     """
     def one(hidden_BTD, targets_BT, weights_BT):
         D = hidden_BTD.shape[-1]
-        return (cross_entropy(hidden_BTD.reshape(-1, D), head_DW, targets_BT.reshape(-1), weights_BT.reshape(-1), chunk),
-                weights_BT.sum())
+        nats = cross_entropy(hidden_BTD.reshape(-1, D), head_DW, targets_BT.reshape(-1), weights_BT.reshape(-1), chunk)
+        return nats, weights_BT.sum()
 
     targets_BT, weights_BT, segments = batch["targets_BT"], batch["weights_BT"], batch["segment_ids_BT"]
     main, count = one(output.hidden_BTD, targets_BT, weights_BT)
