@@ -28,7 +28,8 @@ def reuse_memory():
     """Tells glibc to keep freed memory.
 
     By default it maps and unmaps every large buffer of every step, and the kernel clears the pages each time: up to
-    half of a JAX CPU process. M_MMAP_MAX is option -4, M_TRIM_THRESHOLD -1 (set to -1, the largest size), M_ARENA_MAX -8.
+    half of a JAX CPU process. The options are M_MMAP_MAX (-4), M_TRIM_THRESHOLD (-1; set to the largest size) and
+    M_ARENA_MAX (-8).
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

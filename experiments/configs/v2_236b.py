@@ -1,0 +1,19 @@
+"""DeepSeek-V2, 236B: softmax routing over 160 experts in 8 groups of which 3 are kept, no MTP.
+
+It traces here (`jax.eval_shape`); it needs a machine with accelerators to run.
+
+    python -m deepseek_jax.train --config experiments/configs/v2_236b.py --workdir DIR
+"""
+
+from deepseek_jax.config import default_config
+
+
+def get_config():
+    config = default_config("v2_236b")
+    config.train.steps = 300_000
+    config.train.sequence_length = 4096
+    config.train.batch_size = 9216
+    config.train.micro_batches = 72
+    config.optimizer.learning_rate = 2.4e-4
+    config.balance.sequence_loss_weight = 1e-3
+    return config

@@ -1,0 +1,30 @@
+"""Every config file is a run that can at least be traced: its whole optimizer step, at full size, without memory."""
+
+import functools
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from deepseek_jax.config import PRESETS, load_config
+from deepseek_jax.training.step import init_state, train_step
+
+FILES = sorted((pathlib.Path(__file__).resolve().parents[2] / "experiments" / "configs").glob("*.py"))
+
+
+def test_every_preset_has_a_config_file():
+    assert {path.stem for path in FILES} == set(PRESETS)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_a_step_keeps_the_shape_of_its_state(path):
+    config = load_config(str(path))
+    shape = (config.train.micro_batches, config.train.batch_size // config.train.micro_batches,
+             config.train.sequence_length + 1)
+    batch = {"tokens": jax.ShapeDtypeStruct(shape, jnp.int32), "weights": jax.ShapeDtypeStruct(shape, jnp.float32),
+             "segment_ids": jax.ShapeDtypeStruct(shape, jnp.int32), "active": jax.ShapeDtypeStruct((), jnp.int32)}
+    state = jax.eval_shape(functools.partial(init_state, config))
+    after, metrics = jax.eval_shape(functools.partial(train_step, config), state, batch)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
+    assert metrics["loss"].shape == ()
