@@ -9,31 +9,19 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import difflib
 import importlib.util
 import math
 import os
+import re
+import traceback
 
 import ml_collections
 
-
-class ConfigError(ValueError):
-    """A mistake of the person who wrote the config or the command line: one line, with what would work."""
-
-
-def _one_of(name, value, options):
-    if value not in options:
-        raise ConfigError(f"{name}={value!r} is unknown; take one of {', '.join(map(repr, options))}.")
-
-
-def _nearest(key, options):
-    options = sorted(options)
-    close = difflib.get_close_matches(key, options, n=1, cutoff=0.5)
-    return f"did you mean {close[0]}?" if close else f"known are: {', '.join(options)}."
+from deepseek_jax.checked import Checked, ConfigError, build, did_you_mean, key
 
 
 @dataclasses.dataclass(frozen=True)
-class Yarn:
+class Yarn(Checked, section="model.yarn", positive="factor original_length beta_fast beta_slow"):
     """Static YaRN context extension (arXiv 2309.00071, report section 4.3)."""
 
     factor: float = 40.0
@@ -45,7 +33,14 @@ class Yarn:
 
 
 @dataclasses.dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(
+        Checked, section="model",
+        positive="vocab_size d_model num_layers num_heads q_rank kv_rank nope_head_dim rope_head_dim v_head_dim "
+                 "dense_ffn_dim expert_ffn_dim num_experts experts_per_token num_groups groups_kept attention_block "
+                 "rope_theta route_scale norm_eps init_std",
+        not_negative="num_dense_layers num_shared_experts mtp_depth",
+        choices={"score": ("sigmoid", "softmax"), "router_bias": ("additive", "multiplicative", "none"),
+                 "dtype": ("bfloat16", "float32", "float64"), "remat": ("none", "report", "full")}):
     """The shape of one model. Defaults are those of DeepSeek-V3 (report section 4.2)."""
 
     vocab_size: int = 129280
@@ -79,6 +74,7 @@ class ModelConfig:
     attention_block: int = 512  # query and key rows a block: memory grows with T * block, not T * T
 
     def __post_init__(self):
+        super().__post_init__()
         _check_model(self)
 
     @property
@@ -95,17 +91,6 @@ class ModelConfig:
 
 
 def _check_model(c: ModelConfig):
-    positive = ("vocab_size", "d_model", "num_layers", "num_heads", "kv_rank", "nope_head_dim", "rope_head_dim",
-                "v_head_dim", "dense_ffn_dim", "expert_ffn_dim", "num_experts", "experts_per_token", "num_groups",
-                "groups_kept", "attention_block", "rope_theta", "route_scale", "norm_eps", "init_std")
-    for name in positive:
-        if getattr(c, name) <= 0:
-            raise ConfigError(f"model.{name}={getattr(c, name)} must be positive.")
-    for name in ("num_dense_layers", "num_shared_experts", "mtp_depth"):
-        if getattr(c, name) < 0:
-            raise ConfigError(f"model.{name}={getattr(c, name)} cannot be negative; 0 leaves it out.")
-    if c.q_rank is not None and c.q_rank <= 0:
-        raise ConfigError(f"model.q_rank={c.q_rank} must be positive, or None to project queries directly.")
     if c.num_dense_layers > c.num_layers:
         raise ConfigError(f"model.num_dense_layers={c.num_dense_layers} is more than num_layers={c.num_layers}.")
     if c.rope_head_dim % 2:
@@ -124,14 +109,11 @@ def _check_model(c: ModelConfig):
         raise ConfigError(f"model.experts_per_token={c.experts_per_token} asks for more than the "
                           f"{group * c.groups_kept} experts that the {c.groups_kept} kept groups hold; "
                           "lower it or raise groups_kept.")
-    _one_of("model.score", c.score, ("sigmoid", "softmax"))
-    _one_of("model.router_bias", c.router_bias, ("additive", "multiplicative", "none"))
-    _one_of("model.dtype", c.dtype, ("bfloat16", "float32", "float64"))
-    _one_of("model.remat", c.remat, ("none", "report", "full"))
 
 
 @dataclasses.dataclass(frozen=True)
-class DataConfig:
+class DataConfig(Checked, section="data", between="validation_fraction", fraction="fim_rate split_punctuation_rate",
+                 not_negative="prefetch"):
     """Where text comes from and how it becomes sequences (report section 4.1)."""
 
     # (path, weight) pairs. A path is a folder, a file or a glob; "stdlib" is the running Python's own library.
@@ -143,9 +125,20 @@ class DataConfig:
     cache_dir: str | None = None  # token shards; None: inside the work directory
     prefetch: int = 4  # batches
 
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.sources:
+            raise ConfigError("data.sources is empty; give (path, weight) pairs, such as (('stdlib', 1.0),).")
+        for path, weight in self.sources:
+            if not path or weight <= 0:
+                raise ConfigError(f"data.sources: {(path, weight)!r} must be a path and a positive weight; leave out "
+                                  "what is not wanted.")
+
 
 @dataclasses.dataclass(frozen=True)
-class OptimizerConfig:
+class OptimizerConfig(Checked, section="optimizer", positive="learning_rate clip_norm", below_one="b1 b2",
+                      not_negative="cosine_to tail_to weight_decay",
+                      choices={"moment_dtype": ("bfloat16", "float32")}):
     """AdamW and the report's learning-rate shape, in fractions of the run (report section 4.2)."""
 
     learning_rate: float = 2.2e-4
@@ -162,17 +155,17 @@ class OptimizerConfig:
     moment_dtype: str = "float32"  # the report keeps bfloat16
 
     def __post_init__(self):
+        super().__post_init__()
         marks = (0.0, self.warmup, self.constant_until, self.cosine_until, self.tail_from, 1.0)
         if list(marks) != sorted(marks):
             raise ConfigError("optimizer: 0 <= warmup <= constant_until <= cosine_until <= tail_from <= 1 must hold; "
                               f"got {', '.join(f'{m:g}' for m in marks[1:-1])}.")
-        if self.learning_rate <= 0 or self.clip_norm <= 0:
-            raise ConfigError("optimizer.learning_rate and optimizer.clip_norm must be positive.")
-        _one_of("optimizer.moment_dtype", self.moment_dtype, ("bfloat16", "float32"))
 
 
 @dataclasses.dataclass(frozen=True)
-class BalanceConfig:
+class BalanceConfig(Checked, section="balance", fraction="bias_until",
+                    not_negative="bias_speed sequence_loss_weight aux_loss_weight",
+                    choices={"bias_rule": ("sign", "proportional")}):
     """How expert loads are kept even (report section 2.1.2, arXiv 2408.15664)."""
 
     bias_rule: str = "sign"  # or "proportional"
@@ -181,12 +174,13 @@ class BalanceConfig:
     sequence_loss_weight: float = 1e-4
     aux_loss_weight: float = 0.0  # the classic batch-wise auxiliary loss, as a baseline
 
-    def __post_init__(self):
-        _one_of("balance.bias_rule", self.bias_rule, ("sign", "proportional"))
-
 
 @dataclasses.dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(
+        Checked, section="train", fraction="ramp_until", below_one="ema_decay",
+        positive="steps batch_size sequence_length micro_batches ramp_from loss_chunk eval_every checkpoint_every "
+                 "checkpoints_kept",
+        not_negative="eval_batches sample_tokens"):
     """The run: how long, how much a step, what is saved."""
 
     steps: int = 1000
@@ -200,27 +194,28 @@ class TrainConfig:
     loss_chunk: int = 1024  # tokens whose logits exist at once
     seed: int = 0
     eval_every: int = 100
-    eval_batches: int = 0  # 0: the whole validation set
+    eval_batches: int = 0  # of the validation set, while training; the last evaluation takes all, as 0 does always
     checkpoint_every: int = 100
     checkpoints_kept: int = 3
     sample_tokens: int = 96
     sample_prompt: str = "def "
 
     def __post_init__(self):
-        for name in ("steps", "batch_size", "sequence_length", "micro_batches", "loss_chunk", "checkpoints_kept",
-                     "eval_every", "checkpoint_every"):
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"train.{name}={getattr(self, name)} must be positive.")
+        super().__post_init__()
         if self.batch_size % self.micro_batches:
             fits = [m for m in range(1, self.batch_size + 1) if self.batch_size % m == 0]
             raise ConfigError(f"train.micro_batches={self.micro_batches} does not divide batch_size="
                               f"{self.batch_size}; take one of {fits}.")
         rows = self.batch_size // self.micro_batches
-        if self.ramp_from is not None and (not 0 < self.ramp_from <= self.batch_size or self.ramp_from % rows):
+        if self.ramp_from is not None and (self.ramp_from > self.batch_size or self.ramp_from % rows):
             raise ConfigError(f"train.ramp_from={self.ramp_from} must be a multiple of the {rows} sequences of a "
                               f"micro-batch, and at most batch_size={self.batch_size}.")
-        if not 0 <= self.ema_decay < 1:
-            raise ConfigError(f"train.ema_decay={self.ema_decay} must lie in [0, 1).")
+        starts = [start for start, _ in self.mtp_weights]
+        if starts != sorted(starts) or any(not 0 <= start <= 1 or weight < 0 for start, weight in self.mtp_weights):
+            raise ConfigError(f"train.mtp_weights={self.mtp_weights!r} must be pairs of a fraction of the run, "
+                              "ascending in [0, 1], and a weight that is not negative.")
+        if not 0 <= self.seed < 2**32:
+            raise ConfigError(f"train.seed={self.seed} must lie in [0, 2^32).")
 
     def micro_batches_at(self, step: int) -> int:
         """Micro-batches of step `step`: the batch ramp moves in whole micro-batches, so that steps compile once."""
@@ -239,14 +234,14 @@ class TrainConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class InitConfig:
+class InitConfig(Checked, section="init"):
     """Where the weights come from. Spelled `init.from` in config files and on the command line."""
 
     from_: str | None = None  # a work directory: its parameters and router bias, with a fresh optimizer
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Checked):
     """One experiment."""
 
     model: ModelConfig
@@ -280,12 +275,8 @@ PRESETS = {
 def model_config(name: str, **overrides) -> ModelConfig:
     """The preset `name` with fields replaced. Raises ConfigError for an unknown name, field or an impossible shape."""
     if name not in PRESETS:
-        raise ConfigError(f"unknown model {name!r}; {_nearest(name, PRESETS)}")
-    fields = {f.name for f in dataclasses.fields(ModelConfig)}
-    for key in overrides:
-        if key not in fields:
-            raise ConfigError(f"unknown config key model.{key}; {_nearest(key, fields)}")
-    return ModelConfig(**{**PRESETS[name], **overrides})
+        raise ConfigError(f"unknown model {name!r}; {did_you_mean(name, PRESETS)}")
+    return build(ModelConfig, {**PRESETS[name], **overrides}, "model")
 
 
 def default_config(preset: str) -> ml_collections.ConfigDict:
@@ -298,82 +289,65 @@ def as_dict(config) -> dict:
     out = {}
     for f in dataclasses.fields(config):
         value = getattr(config, f.name)
-        out[f.name.rstrip("_")] = as_dict(value) if dataclasses.is_dataclass(value) else value
+        out[key(f)] = as_dict(value) if dataclasses.is_dataclass(value) else value
     return out
 
 
 def freeze(config) -> Config:
     """Checks a ConfigDict (or nested dict) and freezes it. Raises ConfigError."""
-    return _build(Config, dict(config), "")
+    return build(Config, config)
 
 
 def load_config(path: str, overrides: tuple[str, ...] | list[str] = ()) -> Config:
     """Runs `get_config()` of a config file, applies `--config.a.b=value` overrides, freezes. Raises ConfigError."""
-    if not os.path.isfile(path):
-        raise ConfigError(f"no config file {path}; those of this project lie in experiments/configs.")
-    spec = importlib.util.spec_from_file_location("experiment_config", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not hasattr(module, "get_config"):
-        raise ConfigError(f"{path} does not define get_config().")
-    config = module.get_config()
+    config = _run_file(path)
+    if not hasattr(config, "items"):
+        raise ConfigError(f"get_config() of {path} gave {config!r}; it must return what it made of default_config().")
     for override in overrides:
         _override(config, override)
     return freeze(config)
+
+
+def _run_file(path):
+    if not os.path.isfile(path):
+        raise ConfigError(f"no config file {path}; those of this project lie in experiments/configs.")
+    if not path.endswith(".py"):
+        raise ConfigError(f"{path} is no Python file; a config file ends in .py and defines get_config().")
+    spec = importlib.util.spec_from_file_location("experiment_config", path)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        if not hasattr(module, "get_config"):
+            raise ConfigError(f"{path} does not define get_config().")
+        return module.get_config()
+    except ConfigError:
+        raise
+    except Exception as error:  # whatever the file does
+        where = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+        line = f", line {where[-1]}" if where else ""
+        # What ml_collections says of a wrong name, on a line of its own.
+        near = re.search('Did you mean "(.*?)" instead of "(.*?)"', str(error))
+        what = f"unknown config key {near[2]}; did you mean {near[1]}?" if near else f"{type(error).__name__}: {error}"
+        raise ConfigError(f"{path}{line}: {what}") from error
 
 
 def _override(config, text: str):
     if not text.startswith("--config.") or "=" not in text:
         raise ConfigError(f"cannot read {text!r}; overrides look like --config.train.steps=50")
     path, value = text.removeprefix("--config.").split("=", 1)
-    *parents, key = path.split(".")
+    *parents, last = parts = path.split(".")
     node = config
-    for depth, part in enumerate(parents):
-        if not hasattr(node, "keys") or part not in node:
-            options = node.keys() if hasattr(node, "keys") else ()
-            raise ConfigError(f"unknown config key {'.'.join(parents[:depth + 1])}; {_nearest(part, options)}")
-        node = node[part]
-    if not hasattr(node, "keys") or key not in node:
-        raise ConfigError(f"unknown config key {path}; {_nearest(key, node.keys() if hasattr(node, 'keys') else ())}")
+    for depth, part in enumerate(parts):
+        above = ".".join(parts[:depth])
+        if node is None:
+            raise ConfigError(f"{above} is None in this config; give all of it: --config.{above}=\"{{{part!r}: "
+                              f"{value}}}\"")
+        if not hasattr(node, "keys"):
+            raise ConfigError(f"{above}={node!r} is a single value, so there is no {path}; say --config.{above}=VALUE.")
+        if part not in node:
+            raise ConfigError(f"unknown config key {'.'.join(parts[:depth + 1])}; {did_you_mean(part, node.keys())}")
+        node, section = node[part], node
     try:
-        node[key] = ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        node[key] = value
-
-
-def _build(cls, values, prefix):
-    fields = {f.name.rstrip("_"): f for f in dataclasses.fields(cls)}
-    kwargs = {}
-    for key, value in values.items():
-        if key not in fields:
-            raise ConfigError(f"unknown config key {prefix}{key}; {_nearest(key, fields)}")
-        field = fields[key]
-        kwargs[field.name] = _convert(field, value, f"{prefix}{key}")
-    return cls(**kwargs)
-
-
-_SECTIONS = {"ModelConfig": ModelConfig, "DataConfig": DataConfig, "TrainConfig": TrainConfig, "InitConfig": InitConfig,
-             "OptimizerConfig": OptimizerConfig, "BalanceConfig": BalanceConfig, "Yarn": Yarn}
-_SCALARS = {"int": int, "float": float, "str": str, "bool": bool}
-
-
-def _convert(field, value, path):
-    """Checks `value` against the field's annotation and returns it (ints become floats, lists become tuples)."""
-    kind, _, optional = field.type.partition(" | ")
-    if value is None:
-        if optional:
-            return None
-        raise ConfigError(f"{path} cannot be None.")
-    if kind in _SECTIONS:
-        if not hasattr(value, "items"):
-            raise ConfigError(f"{path}={value!r} should be a section with keys, not a single value.")
-        return _build(_SECTIONS[kind], value, path + ".")
-    if kind.startswith("tuple"):
-        if not isinstance(value, (tuple, list)) or not all(isinstance(v, (tuple, list)) and len(v) == 2 for v in value):
-            raise ConfigError(f"{path}={value!r} should be a tuple of pairs, such as {field.default!r}.")
-        return tuple(tuple(v) for v in value)
-    if kind == "float" and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, _SCALARS[kind]) or (kind == "int" and isinstance(value, bool)):
-        raise ConfigError(f"{path}={value!r} should be {kind}, not {type(value).__name__}.")
-    return value
+        section[last] = ast.literal_eval(value)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # no literal: a word
+        section[last] = value

@@ -55,6 +55,16 @@ def assert_one_line(error, *parts):
         (dict(router_bias="subtractive"), "router_bias='subtractive' is unknown"),
         (dict(dtype="float16"), "dtype='float16' is unknown"),
         (dict(remat="some"), "remat='some' is unknown"),
+        (dict(d_model="64"), "model.d_model='64' should be int, not str"),
+        (dict(d_model=64.5), "model.d_model=64.5 should be int, not float"),
+        (dict(d_model=True), "model.d_model=True should be int, not bool"),
+        (dict(d_model=None), "model.d_model cannot be None"),
+        (dict(normalize_gates=1), "model.normalize_gates=1 should be bool, not int"),
+        (dict(score=None), "model.score cannot be None"),
+        (dict(rope_theta=float("nan")), "model.rope_theta=nan should be a finite number"),
+        (dict(yarn=dict(factor=0)), "model.yarn.factor=0.0 must be positive"),
+        (dict(yarn=dict(fakter=2)), "unknown config key model.yarn.fakter; did you mean factor?"),
+        (dict(yarn="long"), "model.yarn='long' should be a section with keys, not a single value"),
     ],
 )
 def test_an_impossible_model_says_what_would_work(overrides, message):
@@ -87,6 +97,35 @@ def test_an_impossible_model_says_what_would_work(overrides, message):
         ("train", dict(step=3), "unknown config key train.step; did you mean steps?"),
         ("model", dict(yarn=dict(factors=40.0)), "unknown config key model.yarn.factors; did you mean factor?"),
         ("model", dict(yarn=40.0), "model.yarn=40.0 should be a section with keys"),
+        ("data", dict(fim_rate=1.5), "data.fim_rate=1.5 must lie in [0, 1]"),
+        ("data", dict(split_punctuation_rate=-0.1), "data.split_punctuation_rate=-0.1 must lie in [0, 1]"),
+        ("data", dict(validation_fraction=0), "data.validation_fraction=0.0 must lie between 0 and 1"),
+        ("data", dict(validation_fraction=1), "data.validation_fraction=1.0 must lie between 0 and 1"),
+        ("data", dict(prefetch=-1), "data.prefetch=-1 cannot be negative"),
+        ("data", dict(sources=[]), "data.sources is empty"),
+        ("data", dict(sources=[("", 1)]), "data.sources: ('', 1.0) must be a path and a positive weight"),
+        ("data", dict(sources=[("a", -1)]), "must be a path and a positive weight"),
+        ("data", dict(sources=[("a", float("inf"))]), "data.sources[0][1]=inf should be a finite number"),
+        ("data", dict(sources=[("a", 1, 2)]), "should be a tuple of pairs"),
+        ("optimizer", dict(learning_rate=float("nan")), "optimizer.learning_rate=nan should be a finite number"),
+        ("optimizer", dict(learning_rate=10**400), "optimizer.learning_rate has 401 digits, too many"),
+        ("optimizer", dict(b1=1.0), "optimizer.b1=1.0 must lie in [0, 1)"),
+        ("optimizer", dict(b2=-0.1), "optimizer.b2=-0.1 must lie in [0, 1)"),
+        ("optimizer", dict(weight_decay=-1), "optimizer.weight_decay=-1.0 cannot be negative"),
+        ("optimizer", dict(clip_norm=0), "optimizer.clip_norm=0.0 must be positive"),
+        ("balance", dict(bias_speed=-0.1), "balance.bias_speed=-0.1 cannot be negative"),
+        ("balance", dict(bias_until=1.1), "balance.bias_until=1.1 must lie in [0, 1]"),
+        ("balance", dict(sequence_loss_weight=-1.0), "balance.sequence_loss_weight=-1.0 cannot be negative"),
+        ("balance", dict(aux_loss_weight=-1.0), "balance.aux_loss_weight=-1.0 cannot be negative"),
+        ("train", dict(ramp_until=2.0), "train.ramp_until=2.0 must lie in [0, 1]"),
+        ("train", dict(ramp_from=0), "train.ramp_from=0 must be positive, or None"),
+        ("train", dict(eval_batches=-1), "train.eval_batches=-1 cannot be negative"),
+        ("train", dict(sample_tokens=-1), "train.sample_tokens=-1 cannot be negative"),
+        ("train", dict(seed=-1), "train.seed=-1 must lie in [0, 2^32)"),
+        ("train", dict(mtp_weights=[(0.5, 0.3), (0.2, 0.1)]), "ascending in [0, 1]"),
+        ("train", dict(mtp_weights=[(0.0, -0.3)]), "a weight that is not negative"),
+        ("train", dict(mtp_weights=[("start", 0.3)]), "train.mtp_weights[0][0]='start' should be float, not str"),
+        ("init", {"from": 3}, "init.from=3 should be str, not int"),
     ],
 )
 def test_an_impossible_run_says_what_would_work(section, changes, message):
@@ -102,7 +141,20 @@ def test_an_impossible_run_says_what_would_work(section, changes, message):
     [
         ("--config.train.stepz=5", "unknown config key train.stepz; did you mean steps?"),
         ("--config.trian.steps=5", "unknown config key trian; did you mean train?"),
-        ("--config.train.steps.more=5", "unknown config key train.steps"),
+        ("--config.train.steps.more=5", "train.steps=12 is a single value, so there is no train.steps.more"),
+        ("--config.model.yarn.factor=8", "model.yarn is None in this config; give all of it: "
+                                         "--config.model.yarn=\"{'factor': 8}\""),
+        ("--config.model.yarn.original.factor=8", "model.yarn is None in this config"),
+        ("--config.data.sources={[]: 1}", "data.sources='{[]: 1}' should be a tuple of pairs"),
+        ("--config.data.sources=()", "data.sources is empty; give (path, weight) pairs"),
+        ("--config.data.sources=[('a', 'b')]", "data.sources[0][1]='b' should be float, not str"),
+        ("--config.data.sources=[('a', 0)]", "data.sources: ('a', 0.0) must be a path and a positive weight"),
+        ("--config.data.sources=[(1, 1)]", "data.sources[0][0]=1 should be str, not int"),
+        ("--config.train.mtp_weights=((0.5,0.3),(0.1,0.1))", "ascending in [0, 1]"),
+        ("--config.train.mtp_weights=((0,None),)", "train.mtp_weights[0][1] cannot be None"),
+        ("--config.train=None", "train cannot be None"),
+        ("--config.=3", "unknown config key ; known are:"),
+        ("--config.optimizer.learning_rate=1e999", "optimizer.learning_rate=inf should be a finite number"),
         ("--config.train.steps", "cannot read '--config.train.steps'; overrides look like --config.train.steps=50"),
         ("--train.steps=5", "cannot read '--train.steps=5'"),
         ("--config.train.steps=five", "train.steps='five' should be int, not str"),
@@ -127,6 +179,70 @@ def test_a_missing_config_file_is_named(tmp_path):
     with pytest.raises(ConfigError) as error:
         configs.load_config(str(tmp_path / "absent.py"))
     assert_one_line(error, "absent.py", "experiments/configs")
+
+
+@pytest.mark.parametrize("config", [None, {}, [], 3, {"train": {}}, {1: 2}])
+def test_what_is_no_config_is_refused_in_one_line(config):
+    with pytest.raises(ConfigError) as error:
+        freeze(config)
+    assert_one_line(error)
+
+
+WRONG_VALUES = (None, True, -1, 0, 1, 3, 2.5, -0.5, float("nan"), float("inf"), 1e300, "", "word", "two\nlines", b"x",
+                (), [], {}, [[]], [["a", 1]], [[0.5, 1]], {"factor": 2}, {"a": {}}, object(), [float("nan")])
+
+
+@pytest.mark.parametrize("section", ["model", "data", "train", "optimizer", "balance", "init"])
+def test_any_value_at_any_key_gives_a_config_or_one_line(section):
+    plain = as_dict(Config(model=model_config("tiny", yarn={})))
+    refused = 0
+    for key, value in ((key, value) for key in plain[section] for value in WRONG_VALUES):
+        try:
+            made = freeze(plain | {section: plain[section] | {key: value}})
+        except ConfigError as error:
+            refused += 1
+            assert f"{section}" in str(error) and len(str(error).splitlines()) == 1, (key, value, str(error))
+        else:
+            assert freeze(json.loads(json.dumps(as_dict(made)))) == made, (key, value)
+    assert refused > len(WRONG_VALUES) * len(plain[section]) / 3
+
+
+def test_sections_check_themselves_however_they_are_made():
+    with pytest.raises(ConfigError) as error:
+        TrainConfig(steps="ten")
+    assert_one_line(error, "train.steps='ten' should be int, not str")
+    assert configs.ModelConfig(yarn={"factor": 8}).yarn == configs.Yarn(factor=8.0)
+    assert configs.DataConfig(sources=[["a", 1]]).sources == (("a", 1.0),)
+
+
+@pytest.mark.parametrize(
+    ("body", "parts"),
+    [
+        ("def get_config(:", ["experiment.py", "SyntaxError", "line 1"]),
+        ("import no_such_module", ["experiment.py, line 1: ModuleNotFoundError", "no_such_module"]),
+        (CONFIG_FILE.replace("config.train", "config.tarin"),
+         ["experiment.py, line 6: unknown config key tarin; did you mean train?"]),
+        (CONFIG_FILE.replace("train.steps", "train.stepz"), ["unknown config key train.stepz; did you mean steps?"]),
+        (CONFIG_FILE.replace("train.steps = 12", "model.yarn.factor = 2"), ["experiment.py, line 6", "NoneType"]),
+        (CONFIG_FILE.replace('"tiny"', '"tinny"'), ["unknown model 'tinny'; did you mean tiny?"]),
+        (CONFIG_FILE.replace("return config", ""), ["experiment.py gave None; it must return"]),
+        ("get_config = 3", ["experiment.py: TypeError", "not callable"]),
+        ("def get_config(name):\n    return name", ["experiment.py: TypeError", "missing 1 required"]),
+        ("raise ValueError('two\\nlines')", ["experiment.py, line 1: ValueError: two lines"]),
+    ],
+)
+def test_a_config_file_that_fails_is_named_with_its_line(tmp_path, body, parts):
+    (tmp_path / "experiment.py").write_text(body)
+    with pytest.raises(ConfigError) as error:
+        configs.load_config(str(tmp_path / "experiment.py"))
+    assert_one_line(error, *parts)
+
+
+def test_a_config_file_that_is_not_python_is_named(tmp_path):
+    (tmp_path / "experiment.json").write_text("{}")
+    with pytest.raises(ConfigError) as error:
+        configs.load_config(str(tmp_path / "experiment.json"))
+    assert_one_line(error, "experiment.json is no Python file; a config file ends in .py")
 
 
 def test_a_config_file_without_get_config_is_named(tmp_path):

@@ -16,7 +16,9 @@ PACKAGES = ("deepseek_jax", "kernels_pallas")
 # room -> the rooms it may import, besides itself. "training" stands for all of training, and so on.
 MODEL_LEAVES = ("model.layers", "model.rope", "model.router")
 MAY_IMPORT = {
-    "config": (),
+    "checked": (),
+    "config": ("checked",),
+    "command": ("config",),
     "model": ("model.transformer", "model.attention", "model.experts", "model.mtp", *MODEL_LEAVES, "config"),
     "model.transformer": ("model.attention", "model.experts", "model.mtp", *MODEL_LEAVES, "parallel.mesh", "config"),
     "model.mtp": ("model.attention", "model.experts", *MODEL_LEAVES, "parallel.mesh", "config"),
@@ -37,7 +39,8 @@ MAY_IMPORT = {
     "pipeline.execute": ("pipeline.schedule", "pipeline.validate", "pipeline.split", "parallel.mesh", "config"),
     "data": ("config",),
     "training": ("config",),
-    "training.loop": ("training", "data", "model", "parallel.mesh", "serving", "config"),
+    "training.loop": ("training", "data", "model", "parallel.mesh", "serving", "scale.costs", "config"),
+    "training.report": ("training", "data", "serving", "config"),
     "training.step": ("model", "training.losses", "training.optimizer", "pipeline", "parallel", "config"),
     "training.losses": ("model", "config"),
     "training.optimizer": ("model.router", "config"),
@@ -49,9 +52,11 @@ MAY_IMPORT = {
     "scale.aot": ("scale", "training", "model", "serving", "parallel", "pipeline", "config"),
 }
 COMMANDS = ("train", "evaluate", "generate", "serve", "convert", "plan", "compile")
-MAY_IMPORT |= dict.fromkeys(COMMANDS, ("training", "serving", "scale", "interop", "data", "model", "config"))
+MAY_IMPORT |= dict.fromkeys(
+    COMMANDS, ("command", "training", "serving", "scale", "interop", "data", "model", "config"))
 
-WITHOUT_JAX = ("config", "data", "pipeline.schedule", "pipeline.validate", "scale.costs", "scale.plan", "plan")
+WITHOUT_JAX = ("checked", "config", "command", "data", "pipeline.schedule", "pipeline.validate", "scale.costs",
+               "scale.plan", "plan")
 JAX = ("jax", "jaxlib", "flax", "optax", "orbax", "chex")
 LONGEST_FILE, LONGEST_COMMAND = 400, 99
 
