@@ -20,6 +20,7 @@ from deepseek_jax.config import ConfigError
 from deepseek_jax.data.shards import Shard
 
 MIX_BLOCK = 1024  # sequences in which sources have exactly their shares
+SHUFFLE_BLOCK = 1 << 16  # sequences: half a megabyte of permutation
 
 
 class Window(NamedTuple):
@@ -125,6 +126,21 @@ class Stream:
 def sequence(stream: Stream, j: int, length: int) -> Window:
     """Sequence j: length + 1 tokens, of which the last is the first of sequence j + 1."""
     return stream.read(j * length, length + 1)
+
+
+def shuffled(stream: Stream, j: int, length: int) -> int:
+    """Which sequence of the stream training takes as its j-th: a permutation of every block of an epoch's length.
+
+    Neighbours in the stream are mostly of one document; a batch of them would be no sample of the corpus.
+    """
+    size = min(max(int(stream.shard.offsets_N[-1]) // length, 1), SHUFFLE_BLOCK)
+    block, r = divmod(j, size)
+    return block * size + int(_permutation(stream.seed, stream.source, block, size)[r])
+
+
+@functools.lru_cache(maxsize=64)
+def _permutation(seed, source, block, size):
+    return np.random.default_rng([seed, source, block, size]).permutation(size)
 
 
 class Mixture:

@@ -12,7 +12,7 @@ import grain
 import numpy as np
 
 from deepseek_jax.config import Config, ConfigError
-from deepseek_jax.data.examples import Fim, Mixture, Stream, sequence
+from deepseek_jax.data.examples import Fim, Mixture, Stream, sequence, shuffled
 from deepseek_jax.data.prepare import Prepared
 from deepseek_jax.data.validation import Validation
 
@@ -39,7 +39,8 @@ class Loader:
     def sequence(self, g: int):
         """The g-th sequence of the run, as a Window of T + 1 tokens."""
         source, j = self.mixture.locate(g)
-        return sequence(self.streams[source], j, self.train.sequence_length)
+        stream, length = self.streams[source], self.train.sequence_length
+        return sequence(stream, shuffled(stream, j, length), length)
 
     def batch(self, step: int) -> dict[str, np.ndarray]:
         """This host's part of step `step`.

@@ -134,8 +134,9 @@ def _smooth(values):
 
 
 def _pool(values_S):
-    """Averages neighbouring steps so that at most MAX_COLUMNS remain."""
-    return np.stack([part.mean(0) for part in np.array_split(values_S, min(len(values_S), MAX_COLUMNS))])
+    """Averages neighbouring steps so that at most MAX_COLUMNS remain, as evenly spread over the run as whole steps go."""
+    edges = np.linspace(0, len(values_S), min(len(values_S), MAX_COLUMNS) + 1).astype(int)
+    return np.stack([values_S[a:b].mean(0) for a, b in zip(edges, edges[1:])])
 
 
 def _save(figure, path):

@@ -8,11 +8,10 @@ from deepseek_jax.config import default_config
 
 def get_config():
     config = default_config("tiny")
-    config.train.steps = 800
+    config.train.steps = 750
     config.train.batch_size = 4
     config.train.sequence_length = 512
-    config.train.eval_every = 200
-    config.train.eval_batches = 12
+    config.train.eval_every = 250
     config.optimizer.learning_rate = 3e-3
     config.optimizer.warmup = 0.05
     config.optimizer.constant_until = 0.4

@@ -34,13 +34,23 @@ def test_shapes_and_dtypes_are_those_promised(make_loader, folder):
     assert (batch["segment_ids"][..., 0] == 1).all()
 
 
-def test_steps_continue_one_stream(make_loader, folder):
+def in_stream_order(rows, loader):
+    """Checks that `rows` are whole blocks of the stream's sequences, each once; returns their order."""
+    stream = loader.streams[0].read(0, len(rows) * 64 + 1).tokens_T
+    place = {stream[i * 64:i * 64 + 65].tobytes(): i for i in range(len(rows))}
+    order = np.array([place[row.tobytes()] for row in rows])
+    np.testing.assert_array_equal(np.sort(order), np.arange(len(rows)))
+    return order
+
+
+def test_an_epoch_of_steps_is_the_stream_shuffled(make_loader, folder):
     loader = make_loader(folder, batch_size=4, micro_batches=2)
-    rows = np.concatenate([loader.batch(step)["tokens"].reshape(4, 65) for step in range(120)])
-    stream = loader.streams[0].read(0, 120 * 4 * 64 + 1).tokens_T
-    assert loader.streams[0].epoch_at(len(stream)) > 0
-    np.testing.assert_array_equal(rows[:, :-1].ravel(), stream[:-1])
-    np.testing.assert_array_equal(rows[:, -1], stream[64::64])
+    size = len(loader.streams[0].shard.tokens) // 64
+    rows = np.concatenate([loader.batch(step)["tokens"].reshape(4, 65) for step in range(2 * size // 4 + 1)])
+    order = in_stream_order(rows[:2 * size], loader)
+    assert set(order[:size]) == set(range(size))  # the second epoch begins where the first one ends
+    assert (np.abs(np.diff(order)) > 1).mean() > 0.9  # neighbours in a batch are no neighbours in a document
+    assert not np.array_equal(order[:size], order[size:] - size)
 
 
 def test_micro_batches_divide_the_same_rows(make_loader, folder):
@@ -70,8 +80,7 @@ def test_the_ramp_fills_only_active_micro_batches_and_skips_no_row(make_loader, 
         assert not any(batch[name][n:].any() for name in FIELDS[:3])
         assert batch["weights"][:n, :, 1:].all()
     rows = np.concatenate([b["tokens"][:n].reshape(-1, 65) for b, n in zip(batches, active)])
-    stream = loader.streams[0].read(0, len(rows) * 64 + 1).tokens_T
-    np.testing.assert_array_equal(rows[:, :-1].ravel(), stream[:-1])
+    np.testing.assert_array_equal(rows, [loader.sequence(g).tokens_T for g in range(len(rows))])
 
 
 @pytest.mark.parametrize("prefetch", [0, 1, 4])
@@ -100,7 +109,8 @@ def test_sources_are_mixed_by_weight(make_loader, tmp_path):
 
 def test_fim_at_its_rate_reaches_the_batches(make_loader, folder):
     loader = make_loader(folder, batch_size=64, fim_rate=0.5, sequence_length=256)
-    tokens = np.concatenate([loader.batch(step)["tokens"][..., :-1].ravel() for step in range(4)])
+    epoch = len(loader.streams[0].shard.tokens) // 256
+    tokens = np.concatenate([loader.sequence(g).tokens_T[:-1] for g in range(epoch)])
     specials = [int((tokens == i).sum()) for i in (3, 4, 5)]
     assert max(specials) - min(specials) <= 1
     assert 0.4 < specials[0] / (tokens == 0).sum() < 0.6

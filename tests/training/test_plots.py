@@ -90,3 +90,9 @@ def test_drawing_leaves_no_pyplot_behind(tmp_path):
     program = ("import sys; from deepseek_jax.training import plots; plots.plot_loss(sys.argv[1]); "
                "plots.plot_expert_load(sys.argv[1]); assert 'matplotlib.pyplot' not in sys.modules")
     subprocess.run([sys.executable, "-c", program, tmp_path], check=True)
+
+
+@pytest.mark.parametrize("steps", [601, 800, 900, 1201, 5000])
+def test_a_long_run_keeps_its_time_axis_straight(steps):
+    columns = plots._pool(np.arange(float(steps)))
+    np.testing.assert_allclose(columns, np.linspace(0, steps - 1, plots.MAX_COLUMNS), atol=steps / plots.MAX_COLUMNS)
