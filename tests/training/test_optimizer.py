@@ -1,0 +1,111 @@
+"""The learning rate's shape at its marks, and what AdamW does to which parameter."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from deepseek_jax.config import OptimizerConfig
+from deepseek_jax.model import DeepSeekV3
+from deepseek_jax.training.optimizer import decayed, learning_rate, make_optimizer
+from tests.model import naive
+
+MARKS = dict(warmup=0.1, constant_until=0.5, cosine_until=0.8, cosine_to=0.1, tail_from=0.9, tail_to=0.03)
+PLAIN = dict(warmup=0.0, constant_until=1.0, cosine_until=1.0, tail_from=1.0, weight_decay=0.0, clip_norm=1e9)
+
+
+@pytest.mark.parametrize(
+    ("step", "share"),
+    [
+        (0, 0.01), (49, 0.5), (99, 1.0),  # warm-up is linear, its first step already learns
+        (100, 1.0), (499, 1.0),
+        (500, 0.1 + 0.45 * (1 + np.cos(np.pi / 300))), (574, 0.1 + 0.45 * (1 + np.cos(np.pi / 4))), (649, 0.55),
+        (799, 0.1), (899, 0.1),  # the first tail level, which the cosine has come down to
+        (900, 0.03), (999, 0.03),
+    ],
+)
+def test_the_learning_rate_at_its_marks(step, share):
+    rate = learning_rate(OptimizerConfig(learning_rate=2e-4, **MARKS), 1000)(jnp.int32(step))
+
+    assert rate.dtype == jnp.float32
+    np.testing.assert_allclose(rate, 2e-4 * share, rtol=1e-5)
+
+
+def test_the_defaults_are_the_levels_of_the_report():
+    rate = learning_rate(OptimizerConfig(), 14_800)  # a step is a billion tokens
+    levels = [float(rate(jnp.int32(tokens - 1))) for tokens in (10_000, 14_300, 14_600, 14_800)]
+
+    np.testing.assert_allclose(levels, [2.2e-4, 2.2e-5, 2.2e-5, 7.3e-6], rtol=2e-3)
+
+
+def test_after_warm_up_the_rate_never_rises():
+    rate = learning_rate(OptimizerConfig(**MARKS), 200)
+    rates = jax.vmap(rate)(jnp.arange(200))
+
+    assert (jnp.diff(rates[:20]) > 0).all() and (jnp.diff(rates[20:]) <= 0).all()
+
+
+def test_without_warm_up_the_first_step_takes_the_whole_rate():
+    assert learning_rate(OptimizerConfig(learning_rate=0.5, warmup=0.0), 10)(jnp.int32(0)) == 0.5
+
+
+def run(cfg, params, gradients, steps=100):
+    """Parameters before each step and after the last, and the last optimizer state."""
+    optimizer = make_optimizer(cfg, steps)
+    state, seen = optimizer.init(params), [params]
+    for grads in gradients:
+        updates, state = optimizer.update(grads, state, seen[-1])
+        seen.append(jax.tree.map(jnp.add, seen[-1], updates))
+    return seen, state
+
+
+def test_each_step_moves_by_the_rate_of_that_step():
+    cfg = OptimizerConfig(**{**PLAIN, **MARKS, "warmup": 0.5, "learning_rate": 0.1})
+    seen, _ = run(cfg, {"w": jnp.zeros(3)}, [{"w": jnp.array([1.0, -2.0, 0.5])}] * 5, steps=10)
+
+    moved = -jnp.diff(jnp.stack([p["w"] for p in seen]), axis=0)
+    rates = jax.vmap(learning_rate(cfg, 10))(jnp.arange(5))
+    # Adam of a constant gradient is its sign.
+    np.testing.assert_allclose(moved, rates[:, None] * jnp.array([[1.0, -1.0, 1.0]]), rtol=1e-4)
+
+
+def test_moments_in_bfloat16_are_stored_so_and_come_close_to_float32():
+    rng = np.random.default_rng(0)
+    params = {"w": jnp.zeros((8, 8))}
+    gradients = [{"w": jnp.asarray(1 + 0.3 * rng.standard_normal((8, 8)), jnp.float32)} for _ in range(20)]
+    narrow, wide = (run(OptimizerConfig(**PLAIN, learning_rate=0.01, moment_dtype=d), params, gradients)
+                    for d in ("bfloat16", "float32"))
+
+    kinds = lambda state: [str(x.dtype) for x in jax.tree.leaves(state) if x.ndim]
+    assert kinds(narrow[1]) == ["bfloat16"] * 2 and kinds(wide[1]) == ["float32"] * 2
+    assert narrow[0][-1]["w"].dtype == jnp.float32
+    difference = jnp.abs(narrow[0][-1]["w"] - wide[0][-1]["w"]).max()
+    assert 0 < difference < 0.02 * jnp.abs(wide[0][-1]["w"]).max()
+
+
+def test_weight_decay_shrinks_weights_and_leaves_the_scales_of_norms():
+    params = {"norm": {"scale": jnp.full(4, 2.0)}, "ffn": {"up": jnp.full((4, 4), 2.0)}}
+    cfg = OptimizerConfig(**{**PLAIN, "weight_decay": 0.1}, learning_rate=0.01)
+    seen, _ = run(cfg, params, [jax.tree.map(jnp.zeros_like, params)])
+
+    np.testing.assert_array_equal(seen[-1]["norm"]["scale"], 2.0)
+    np.testing.assert_allclose(seen[-1]["ffn"]["up"], 2.0 * (1 - 0.01 * 0.1), rtol=1e-6)
+
+
+def test_of_the_model_only_norm_scales_are_not_decayed():
+    shapes = jax.eval_shape(lambda: DeepSeekV3(naive.tiny()).init(jax.random.key(0), np.zeros((1, 4), np.int32)))
+    mask = jax.tree_util.tree_leaves_with_path(decayed(shapes["params"]))
+
+    spared = {jax.tree_util.keystr(path, simple=True, separator="/") for path, shrinks in mask if not shrinks}
+    assert spared and all(name.split("/")[-2].endswith("norm") for name in spared)
+    assert len(spared) == sum("norm" in jax.tree_util.keystr(path) for path, _ in mask)
+
+
+@pytest.mark.parametrize(("size", "passed"), [(10.0, 1.0), (0.5, 0.5)])
+def test_gradients_are_clipped_by_their_norm_over_all_parameters(size, passed):
+    gradients = {"a": jnp.array([0.6]) * size, "b": jnp.array([[0.8]]) * size}  # norm: size
+    _, state = run(OptimizerConfig(**{**PLAIN, "clip_norm": 1.0}), jax.tree.map(jnp.zeros_like, gradients), [gradients])
+
+    first, second = (jnp.concatenate([m["a"], m["b"][0]]) for m in (state[1].mu, state[1].nu))
+    np.testing.assert_allclose(first, 0.1 * passed * np.array([0.6, 0.8]), rtol=1e-5)
+    np.testing.assert_allclose(second, 0.05 * (passed * np.array([0.6, 0.8])) ** 2, rtol=1e-5)
