@@ -1,5 +1,6 @@
 """What the command modules share: mistakes end in one line and exit code 2, and a CPU process allocates well."""
 
+import argparse
 import ctypes
 import logging
 import sys
@@ -7,8 +8,22 @@ import sys
 from deepseek_jax.config import ConfigError
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser whose --help is the module's docstring, and whose complaints are a ConfigError like all others."""
+
+    def __init__(self, name: str, doc: str):
+        super().__init__(prog=f"python -m deepseek_jax.{name}", description=doc, allow_abbrev=False,
+                         formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def error(self, message):
+        raise ConfigError(f"{message}; see {self.prog} --help.")
+
+
 def run(main):
-    """Calls main(); a mistake of the user's becomes one line on stderr and exit code 2, an interrupt 130."""
+    """Calls main(); a mistake of the user's becomes one line on stderr and exit code 2, an interrupt 130.
+
+    So does what the machine refuses: a full disk, a directory without permission.
+    """
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     logging.getLogger("absl").setLevel(logging.ERROR)
     logging.getLogger("jax").setLevel(logging.WARNING)
@@ -17,6 +32,10 @@ def run(main):
         code = main() or 0
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
+        code = 2
+    except OSError as error:
+        what = error.strerror or str(error) or type(error).__name__
+        print(f"error: {error.filename}: {what}" if error.filename else f"error: {what}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

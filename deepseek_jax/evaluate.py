@@ -4,7 +4,6 @@
     python -m deepseek_jax.evaluate --workdir run --data docs/ --compressors --json result.json
 """
 
-import argparse
 import json
 import os
 
@@ -12,8 +11,7 @@ from deepseek_jax import command
 
 
 def parse():
-    parser = argparse.ArgumentParser(prog="python -m deepseek_jax.evaluate", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command.Parser("evaluate", __doc__)
     parser.add_argument("--workdir", required=True, help="a run of deepseek_jax.train")
     parser.add_argument("--data", help="a folder, file or glob to score all of, instead of the held-out files")
     parser.add_argument("--ema", action="store_true", help="score the moving average of the weights")

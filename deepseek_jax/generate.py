@@ -3,15 +3,15 @@
     python -m deepseek_jax.generate --workdir run --prompt "def " --max-new-tokens 64 --temperature 0.8
 """
 
-import argparse
+import math
 import os
 
 from deepseek_jax import command
+from deepseek_jax.config import ConfigError
 
 
 def parse():
-    parser = argparse.ArgumentParser(prog="python -m deepseek_jax.generate", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command.Parser("generate", __doc__)
     parser.add_argument("--workdir", required=True, help="a run of deepseek_jax.train")
     parser.add_argument("--prompt", required=True)
     parser.add_argument("--max-new-tokens", type=int, default=64)
@@ -23,6 +23,12 @@ def parse():
 
 def main():
     args = parse()
+    if args.max_new_tokens < 1:
+        raise ConfigError(f"--max-new-tokens={args.max_new_tokens} must be positive.")
+    if not 0 <= args.temperature < math.inf:
+        raise ConfigError(f"--temperature={args.temperature} must be 0 (the likeliest token) or a positive number.")
+    if not 0 <= args.seed < 2**32:
+        raise ConfigError(f"--seed={args.seed} must lie in [0, 2^32).")
 
     from deepseek_jax.data.tokenizer import Tokenizer
     from deepseek_jax.serving import generate

@@ -3,15 +3,12 @@
     python -m deepseek_jax.train --config experiments/configs/tiny.py --workdir run --config.train.steps=50
 """
 
-import argparse
-
 from deepseek_jax import command
 from deepseek_jax.config import load_config
 
 
 def parse():
-    parser = argparse.ArgumentParser(prog="python -m deepseek_jax.train", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command.Parser("train", __doc__)
     parser.add_argument("--config", required=True, help="a Python file with get_config()")
     parser.add_argument("--workdir", required=True, help="checkpoints, metrics and pictures; run again to resume")
     parser.epilog = "Any key of the config can be overridden: --config.train.steps=50 --config.init.from=OTHER_RUN"

@@ -48,6 +48,10 @@ def generate(cfg: ModelConfig, variables, prompts, max_new_tokens, speculative=F
     if speculative:
         raise ConfigError("speculative decoding needs the latent cache, which this version does not have; "
                           "leave --speculative away.")
+    if max_new_tokens < 0 or not 0 <= temperature < float("inf"):
+        raise ConfigError(f"max_new_tokens={max_new_tokens} and temperature={temperature} cannot be negative or infinite.")
+    if not prompts:
+        return Generation([], 0, 0)
     for prompt in prompts:
         if not prompt or not all(0 <= t < cfg.vocab_size for t in prompt):
             raise ConfigError(f"a prompt must hold at least one token id, each in [0, {cfg.vocab_size}).")

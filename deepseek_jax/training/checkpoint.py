@@ -42,7 +42,7 @@ for _name in ("absl", "asyncio"):
 sys.unraisablehook = _unraisable
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(OSError):
     """A checkpoint that could not be written: one line. Those written before it are untouched."""
 
 

@@ -34,22 +34,24 @@ def all_layers(counts):
 
 
 def claim_workdir(config: Config, workdir: str):
-    """Writes the config into a new work directory, or checks that an old one holds the same.
-
-    Raises:
-      ConfigError: it holds another config; the message lists the differences.
-    """
+    """Writes the config into a work directory that has none."""
     path = pathlib.Path(workdir) / "config.json"
     if path.exists():
-        differences = _differences(as_dict(config), as_dict(load_workdir_config(workdir)))
-        if differences:
-            raise ConfigError(f"{workdir} holds a run with another config: {'; '.join(differences)}; take that config "
-                              "or another --workdir.")
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_suffix(".new")
     beside.write_text(json.dumps(as_dict(config), indent=2) + "\n")
     os.replace(beside, path)
+
+
+def check_workdir(config: Config, workdir: str):
+    """Raises ConfigError when the work directory holds another config; the message lists the differences."""
+    if not (pathlib.Path(workdir) / "config.json").exists():
+        return
+    differences = _differences(as_dict(config), as_dict(load_workdir_config(workdir)))
+    if differences:
+        raise ConfigError(f"{workdir} holds a run with another config: {'; '.join(differences)}; take that config "
+                          "or another --workdir.")
 
 
 def load_workdir_config(workdir: str) -> Config:
@@ -58,9 +60,10 @@ def load_workdir_config(workdir: str) -> Config:
     if not path.is_file():
         raise ConfigError(f"{workdir} holds no config.json; give the --workdir of a run.")
     try:
-        return freeze(json.loads(path.read_text()))
-    except json.JSONDecodeError as error:
+        saved = json.loads(path.read_text())
+    except ValueError as error:  # no JSON, or no text
         raise ConfigError(f"{path} is not JSON ({error}); restore it, or take another --workdir.") from error
+    return freeze(saved)
 
 
 def _differences(ours, theirs, prefix=""):
@@ -110,9 +113,9 @@ def train(config: Config, workdir: str):
       ConfigError: bad data, another config's work directory, or a loss that is not finite.
       CheckpointError: a checkpoint that could not be written.
     """
-    claim_workdir(config, workdir)
-    prepared = prepare(config, workdir)
-    loader = Loader(config, prepared)
+    check_workdir(config, workdir)
+    loader = Loader(config, prepare(config, workdir))
+    claim_workdir(config, workdir)  # now that its data is known to be good
     run = Run(config, workdir, loader)
     try:
         return (run.state, loader) if run.go() else None
@@ -142,12 +145,13 @@ class Run:
         """Runs the remaining steps. False when SIGTERM ended them."""
         previous = signal.signal(signal.SIGTERM, lambda *_: setattr(self, "stopping", True))
         try:
-            return self._steps()
+            done = self._steps()
+            self.checkpoints.wait()  # a second SIGTERM must not end what the first one asked for
+            return done
         finally:
             signal.signal(signal.SIGTERM, previous)
 
     def close(self):
-        self.writer.close()
         self.checkpoints.close()
 
     def _steps(self):
@@ -168,9 +172,10 @@ class Run:
                 bar.update()
                 if step % train.eval_every == 0 or step == train.steps:
                     self._evaluate(step, bar)
-                if step % train.checkpoint_every == 0 or step == train.steps or self.stopping:
+                stopping = self.stopping
+                if step % train.checkpoint_every == 0 or step == train.steps or stopping:
                     self._save(step)
-                if self.stopping:
+                if stopping:
                     self.checkpoints.wait()
                     bar.write(f"Stopped by SIGTERM after step {step}; the same command goes on from there.")
                     return False

@@ -11,9 +11,14 @@ import math
 import os
 import pathlib
 import shutil
+import socket
+import struct
+import time
 
 import numpy as np
-import tensorboardX
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
+from tensorboardX.record_writer import masked_crc32c
 
 
 def max_vio(counts_LE) -> float:
@@ -38,9 +43,10 @@ class MetricsWriter:
         rows = _drop_rows(self._path, last)
         self._written = {_kind(row): row["step"] for row in rows}
         self._written["load"] = _drop_loads(self._loads, last)
-        # The suffix keeps a run that is restarted within the second from overwriting the file before.
-        self._events = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=last + 1,
-                                                  filename_suffix=f".from{last + 1}")
+        (workdir / "tensorboard").mkdir(exist_ok=True)
+        self._events = workdir / "tensorboard" / f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}"
+        self._add_event(file_version="brain.Event:2")
+        self._add_event(step=last + 1, session_log=SessionLog(status=SessionLog.START))  # hides what lies after
 
     def write(self, step: int, **values):
         """Appends one row, at once; a row of that step and kind which is there already stays.
@@ -52,11 +58,10 @@ class MetricsWriter:
         kind = _kind(row)
         if not self._is_new(kind, step):
             return
-        with open(self._path, "a") as f:
-            f.write(json.dumps(row, allow_nan=False) + "\n")
-        for name in values:
-            if row[name] is not None:
-                self._events.add_scalar(f"{kind}/{name.removeprefix('eval_')}", row[name], step)
+        _append(self._path, (json.dumps(row, allow_nan=False) + "\n").encode())
+        scalars = [Summary.Value(tag=f"{kind}/{name.removeprefix('eval_')}", simple_value=row[name])
+                   for name in values if row[name] is not None]
+        self._add_event(step=int(step), summary=Summary(value=scalars))
 
     def write_expert_load(self, step: int, counts_LE):
         """Appends the tokens that chose each expert in this step, over the whole global batch."""
@@ -66,11 +71,15 @@ class MetricsWriter:
         if not (self._loads / "shape.json").exists():
             self._loads.mkdir(exist_ok=True)
             _replace(self._loads / "shape.json", json.dumps(counts_LE.shape))
-        with open(self._loads / "counts.int32", "ab") as f:
-            f.write(np.concatenate([np.int32([step]), counts_LE.ravel()]).tobytes())
+        _append(self._loads / "counts.int32", np.concatenate([np.int32([step]), counts_LE.ravel()]).tobytes())
 
-    def close(self):
-        self._events.close()
+    def _add_event(self, **fields):
+        # In this thread and at once: a writer of its own, as in SummaryWriter, loses on a kill what the checkpoint
+        # before it had seen, and blocks the run for ever when the disk is full.
+        event = Event(wall_time=time.time(), **fields).SerializeToString()
+        length = struct.pack("<Q", len(event))
+        _append(self._events, length + struct.pack("<I", masked_crc32c(length))
+                + event + struct.pack("<I", masked_crc32c(event)))
 
     def _is_new(self, kind, step):
         new = step > self._written.get(kind, -1)
@@ -107,6 +116,14 @@ def _kind(row):
 def _number(value):
     value = value.item() if hasattr(value, "item") else value
     return value if not isinstance(value, float) or math.isfinite(value) else None
+
+
+def _append(path, data):
+    try:
+        with open(path, "ab") as f:
+            f.write(data)
+    except OSError as error:  # a failed write does not know its file
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def _replace(path, text):

@@ -92,7 +92,9 @@ def accumulate(config: Config, params, router, batch, step):
     Returns:
       (gradients, {"nats", "weight", "mtp_nats", "mtp_weight", "counts"}), sums over the batch.
     """
+    counted_M = jnp.arange(config.train.micro_batches) < batch["active"]
     parts = {name: batch[name] for name in ("tokens", "weights", "segment_ids")}
+    parts["weights"] = jnp.where(counted_M[:, None, None], parts["weights"], 0)
     weight, mtp_weights = (w.sum(axis=0) for w in jax.vmap(lambda micro: _target_weights(config, micro))(parts))
     weight, mtp_weights = jnp.maximum(weight, 1), jnp.maximum(mtp_weights, 1)
     share = 1 / batch["active"]

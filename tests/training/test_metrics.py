@@ -21,7 +21,6 @@ def run(workdir, resume_step, until):
         writer.write_expert_load(step, counts_of(step))
         if step % 2 == 0:
             writer.write(step, eval_loss=5.0 / step, eval_bits_per_byte=1.0, max_vio_global=0.1)
-    writer.close()
 
 
 def files(workdir):
@@ -53,13 +52,12 @@ def test_what_a_kill_left_half_written_is_dropped(tmp_path):
 
 def test_a_run_from_the_start_keeps_nothing_of_the_one_before(tmp_path):
     run(tmp_path, None, 5)
-    MetricsWriter(tmp_path, None).close()
+    MetricsWriter(tmp_path, None)
     assert read_metrics(tmp_path) == []
     assert len(read_expert_loads(tmp_path)[0]) == 0
     writer = MetricsWriter(tmp_path, None)
     writer.write_expert_load(1, np.ones((2, 5)))  # another model's shape
     assert read_expert_loads(tmp_path)[1].shape == (1, 2, 5)
-    writer.close()
 
 
 def test_a_step_has_one_row_of_a_kind_even_if_it_is_evaluated_again_after_resuming(tmp_path):
@@ -68,7 +66,6 @@ def test_a_step_has_one_row_of_a_kind_even_if_it_is_evaluated_again_after_resumi
     writer.write(4, eval_loss=9.0)
     writer.write(4, loss=9.0)
     writer.write_expert_load(4, counts_of(4))
-    writer.close()
     assert [(r["step"], "eval_loss" in r) for r in read_metrics(tmp_path)] == [
         (1, False), (2, False), (2, True), (3, False), (4, False), (4, True)]
     assert list(read_expert_loads(tmp_path)[0]) == [1, 2, 3, 4]
@@ -81,14 +78,12 @@ def test_each_row_is_on_the_disk_before_the_next_step(tmp_path):
     assert read_metrics(tmp_path) == [{"step": 1, "loss": 2.5}]
     steps, counts_SLE = read_expert_loads(tmp_path)
     assert list(steps) == [1] and np.array_equal(counts_SLE[0], counts_of(1))
-    writer.close()
 
 
 @pytest.mark.parametrize("value", [float("nan"), jnp.float32("inf"), np.float64("-inf")])
 def test_a_loss_that_is_no_number_is_null_and_every_line_is_json(tmp_path, value):
     writer = MetricsWriter(tmp_path, None)
     writer.write(1, loss=value, tokens=np.int64(7))
-    writer.close()
 
     def refuse(name):
         raise AssertionError(f"{name} is not JSON")
