@@ -40,11 +40,15 @@ def evaluate_workdir(workdir: str, data: str | None = None, ema: bool = False, c
 
 def finish(config: Config, workdir: str, state, loader: Loader):
     """Shows the last evaluation beside compressors, draws the pictures, prints a sample."""
-    scores = {"model": [r for r in read_metrics(workdir) if "eval_loss" in r][-1]["eval_bits_per_byte"]}
-    scores |= compressed_bits_per_byte(config.data)
+    rows = read_metrics(workdir)
+    last, steps = [r for r in rows if "eval_loss" in r][-1], [r for r in rows if "loss" in r][-50:]
+    scores = {"model": last["eval_bits_per_byte"]} | compressed_bits_per_byte(config.data)
     print("Bits per byte of the held-out files:")
     for name, value in scores.items():
         print(f"  {name.removesuffix('_bits_per_byte').replace('_', ' '):16s} {value:.3f}")
+    vio = [r["max_vio"] for r in steps]
+    print(f"MaxVio, busiest expert over the mean: {sum(vio) / len(vio):.3f} a batch (the last {len(vio)} steps; at most "
+          f"{max(vio):.3f}), {last['max_vio_global']:.3f} over the held-out files together")
     pictures = [plot_loss(workdir)]
     if config.model.num_moe_layers or config.model.mtp_depth:
         pictures.append(plot_expert_load(workdir))
