@@ -5,6 +5,7 @@ MoE layer and step how many tokens each expert got, as a multiple of the mean: w
 balancing should turn the early stripes white. Both read only what `metrics` wrote, so a running job can be drawn.
 """
 
+import itertools
 import pathlib
 
 import numpy as np
@@ -134,9 +135,9 @@ def _smooth(values):
 
 
 def _pool(values_S):
-    """Averages neighbouring steps so that at most MAX_COLUMNS remain, as evenly spread over the run as whole steps go."""
+    """Averages neighbouring steps so that at most MAX_COLUMNS remain, spread evenly over the run."""
     edges = np.linspace(0, len(values_S), min(len(values_S), MAX_COLUMNS) + 1).astype(int)
-    return np.stack([values_S[a:b].mean(0) for a, b in zip(edges, edges[1:])])
+    return np.stack([values_S[a:b].mean(0) for a, b in itertools.pairwise(edges)])
 
 
 def _save(figure, path):

@@ -47,7 +47,7 @@ def finish(config: Config, workdir: str, state, loader: Loader):
     for name, value in scores.items():
         print(f"  {name.removesuffix('_bits_per_byte').replace('_', ' '):16s} {value:.3f}")
     vio = [r["max_vio"] for r in steps]
-    print(f"MaxVio, busiest expert over the mean: {sum(vio) / len(vio):.3f} a batch (the last {len(vio)} steps; at most "
+    print(f"MaxVio (busiest over mean load): {sum(vio) / len(vio):.3f} a batch (the last {len(vio)} steps; at most "
           f"{max(vio):.3f}), {last['max_vio_global']:.3f} over the held-out files together")
     pictures = [plot_loss(workdir)]
     if config.model.num_moe_layers or config.model.mtp_depth:
