@@ -22,7 +22,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from deepseek_jax.config import ConfigError
-from deepseek_jax.training import durable
+from deepseek_jax.training import arrays, durable
 
 
 def _not_from_orbax(record):
@@ -229,13 +229,17 @@ def _saved_shape(leaf):
 
 
 def _read(path, leaves, abstract):
-    """Restores `abstract` from the checkpoint at `path`, whose leaves are `leaves`."""
+    """Restores `abstract` from the checkpoint at `path`, whose leaves are `leaves`. Converted ones are cast to fit."""
     wanted, treedef = _named(abstract)
     wanted = {name: leaf if hasattr(leaf, "dtype") else jnp.asarray(leaf) for name, leaf in wanted.items()}
+    leaves = {name: leaf | {"dtype": str(wanted[name].dtype)} if "zarr" in leaf and name in wanted else leaf
+              for name, leaf in leaves.items()}
     _check_fit(path, leaves, wanted)
-    shapes, how = {}, {}
+    shapes, how, read = {}, {}, {}
     for name, leaf in wanted.items():
-        if math.prod(leaf.shape):
+        if "zarr" in leaves[name]:
+            read[name] = arrays.restore(arrays.Stored(path, leaves[name]), leaf)
+        elif math.prod(leaf.shape):
             sharding = getattr(leaf, "sharding", None)
             shapes[name] = jax.eval_shape(jax.random.key_data, leaf) if _is_key(leaf) else leaf
             # Uncommitted arrays go with any mesh; Orbax by itself would ask for the devices of the run that saved.
@@ -243,7 +247,7 @@ def _read(path, leaves, abstract):
                          else ocp.RestoreArgs(restore_type=np.ndarray))
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
         args = ocp.args.PyTreeRestore(shapes, restore_args=how, partial_restore=True)
-        read = reader.restore(path / "state", args=args) if shapes else {}
+        read |= reader.restore(path / "state", args=args) if shapes else {}
     return treedef.unflatten([_finish(leaf, leaves[name], read.get(name)) for name, leaf in wanted.items()])
 
 

@@ -54,10 +54,14 @@ def damage(path) -> str | None:
     return None
 
 
-def commit(partial, final):
-    """Makes what lies in `partial` the checkpoint `final`, in one rename; an older `final` gives way."""
-    files = sorted(p for p in partial.rglob("*") if p.is_file())
-    prints = {str(p.relative_to(partial)): _fingerprint(p, sync=True) for p in files}
+def commit(partial, final, known=None):
+    """Makes what lies in `partial` the checkpoint `final`, in one rename; an older `final` gives way.
+
+    Args:
+      known: {file: [length, CRC32]} of files that whoever wrote them has flushed already.
+    """
+    files = {str(p.relative_to(partial)): p for p in sorted(partial.rglob("*")) if p.is_file()}
+    prints = {name: (known or {}).get(name) or _fingerprint(p, sync=True) for name, p in files.items()}
     write_json(partial / "manifest.json", {"files": prints})
     for folder in [partial, *(p for p in partial.rglob("*") if p.is_dir())]:
         _sync(folder)

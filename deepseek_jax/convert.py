@@ -1,0 +1,44 @@
+"""Turns a Hugging Face checkpoint into a work directory, and a work directory into a Hugging Face checkpoint.
+
+    python -m deepseek_jax.convert from-hf DeepSeek-V3 run --keep-fp8
+    python -m deepseek_jax.generate --workdir run --prompt "def "
+    python -m deepseek_jax.convert to-hf run exported --fp8
+
+Both stream: memory stays small whatever the size. A way out after a way in gives every tensor back byte for byte.
+"""
+
+import argparse
+
+from deepseek_jax import command
+
+
+def parse():
+    parser = argparse.ArgumentParser(prog="python -m deepseek_jax.convert", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    ways = parser.add_subparsers(dest="way", required=True, metavar="from-hf | to-hf")
+    way = ways.add_parser("from-hf", help="Hugging Face -> work directory")
+    way.add_argument("src", help="folder with config.json, tokenizer.json and safetensors files")
+    way.add_argument("dst", help="work directory to make; train takes it as --config.init.from=DST")
+    way.add_argument("--dtype", choices=("bfloat16", "float32"),
+                     help="of the parameters (default: that of the files, bfloat16 for FP8)")
+    way.add_argument("--keep-fp8", action="store_true", help="keep FP8 values and scales; dequantize when reading")
+    way = ways.add_parser("to-hf", help="work directory -> Hugging Face")
+    way.add_argument("src", help="a run of deepseek_jax.train, or what from-hf made")
+    way.add_argument("dst", help="folder to make")
+    way.add_argument("--fp8", action="store_true", help="quantize to FP8 in blocks of 128 x 128, as released")
+    return parser.parse_args()
+
+
+def main():
+    args = parse()
+
+    from deepseek_jax.interop.converter import from_hf, to_hf
+
+    if args.way == "to-hf":
+        return to_hf(args.src, args.dst, args.fp8)
+    for note in from_hf(args.src, args.dst, args.dtype, args.keep_fp8):
+        print(note)
+
+
+if __name__ == "__main__":
+    command.run(main)

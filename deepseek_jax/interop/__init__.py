@@ -1,0 +1,5 @@
+"""Checkpoints of Hugging Face, in and out."""
+
+from deepseek_jax.interop.huggingface import dequantized, load_hf, save_hf
+
+__all__ = ["dequantized", "load_hf", "save_hf"]

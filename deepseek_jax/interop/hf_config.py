@@ -1,0 +1,188 @@
+"""config.json of Hugging Face and our ModelConfig, both ways.
+
+Two dialects are read: that of the released files (`rope_theta` beside `rope_scaling`) and that of transformers 5
+(`rope_parameters`, `rope_interleave`). What is written carries the keys of both. A field that asks for a computation
+which this model does not have is an error that names it; nothing is ignored that changes the result.
+"""
+
+import dataclasses
+import json
+import os
+
+from deepseek_jax.config import ConfigError, ModelConfig, Yarn
+
+# theirs -> ours, where the value means the same
+FIELDS = {
+    "vocab_size": "vocab_size", "hidden_size": "d_model", "num_hidden_layers": "num_layers",
+    "first_k_dense_replace": "num_dense_layers", "num_attention_heads": "num_heads", "q_lora_rank": "q_rank",
+    "kv_lora_rank": "kv_rank", "qk_nope_head_dim": "nope_head_dim", "qk_rope_head_dim": "rope_head_dim",
+    "v_head_dim": "v_head_dim", "intermediate_size": "dense_ffn_dim", "moe_intermediate_size": "expert_ffn_dim",
+    "n_routed_experts": "num_experts", "n_shared_experts": "num_shared_experts",
+    "num_experts_per_tok": "experts_per_token", "n_group": "num_groups", "topk_group": "groups_kept",
+    "routed_scaling_factor": "route_scale", "norm_topk_prob": "normalize_gates", "rms_norm_eps": "norm_eps",
+    "initializer_range": "init_std",
+}
+# Where null, or an absent key, has a meaning.
+NULL = {"q_lora_rank": None, "n_shared_experts": 0, "n_group": 1, "topk_group": 1, "initializer_range": 0.02,
+        "first_k_dense_replace": 0, "rms_norm_eps": 1e-6}
+FAMILIES = {"deepseek_v3": ("DeepseekV3ForCausalLM", "sigmoid"), "deepseek_v2": ("DeepseekV2ForCausalLM", "softmax")}
+# Fields that this model has one answer to: the values that agree with it. Absent keys do.
+ONLY = {"attention_bias": (False,), "mlp_bias": (False,), "hidden_act": ("silu",), "tie_word_embeddings": (False,),
+        "moe_layer_freq": (1,), "attention_dropout": (0,), "partial_rotary_factor": (1,), "sliding_window": (None,),
+        # transformers norms the latents with 1e-6 whatever this says, so that another value would mean two.
+        "rms_norm_eps": (1e-6,), "scoring_func": {"deepseek_v3": ("sigmoid",), "deepseek_v2": ("softmax",)},
+        "topk_method": {"deepseek_v3": ("noaux_tc",), "deepseek_v2": ("greedy", "group_limited_greedy")},
+        # Released code would renormalise and drop the route scale; transformers does neither.
+        "norm_topk_prob": {"deepseek_v3": (True, False), "deepseek_v2": (False, None)}}
+QUANTIZATION = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]}
+YARN = {"factor": "factor", "original_max_position_embeddings": "original_length", "beta_fast": "beta_fast",
+        "beta_slow": "beta_slow", "mscale": "mscale", "mscale_all_dim": "mscale_all_dim"}
+
+
+def load(folder: str) -> dict:
+    """The config.json of a checkpoint. Raises ConfigError."""
+    path = os.path.join(folder, "config.json")
+    try:
+        with open(path) as f:
+            raw = json.load(f)
+    except OSError:
+        raise ConfigError(f"{folder} holds no config.json; give the folder of a Hugging Face checkpoint.") from None
+    except ValueError as error:
+        raise ConfigError(f"{path} is not JSON ({error}); fetch it again.") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path} is not a JSON object; fetch it again.")
+    return raw
+
+
+def read(raw: dict, mtp_depth: int = 0, dtype: str = "bfloat16") -> ModelConfig:
+    """The model that a config.json describes.
+
+    Args:
+      mtp_depth: how many MTP modules the checkpoint really holds; the config may promise more.
+      dtype: of activations.
+
+    Raises:
+      ConfigError: fields that this model does not have, all of them in one line; or missing ones.
+    """
+    family = raw.get("model_type")
+    if family not in FAMILIES:
+        raise ConfigError(f"config.json: model_type={family!r} is not supported; only {' and '.join(FAMILIES)} are.")
+    missing = [name for name in FIELDS if raw.get(name) is None and name not in NULL | ONLY.keys()]
+    if missing:
+        raise ConfigError(f"config.json lacks {', '.join(missing)}.")
+    problems = [f"{name}={raw[name]!r} (only {' or '.join(map(repr, allowed))})"
+                for name, allowed in _allowed(raw, family) if raw.get(name) is not None and raw[name] not in allowed]
+    yarn, theta = _read_rope(raw, problems)
+    if problems:
+        raise ConfigError(f"config.json asks for what this model does not have: {', '.join(problems)}.")
+    values = {ours: NULL.get(theirs) if raw.get(theirs) is None else raw[theirs] for theirs, ours in FIELDS.items()}
+    values["normalize_gates"] = bool(raw.get("norm_topk_prob", family == "deepseek_v3"))
+    if family == "deepseek_v2" and raw.get("topk_method") in ("greedy", None):  # groups are not looked at
+        values |= {"num_groups": 1, "groups_kept": 1}
+    score = FAMILIES[family][1]
+    for name in ("route_scale", "norm_eps", "init_std"):
+        values[name] = float(values[name])
+    return ModelConfig(**values, score=score, router_bias="additive" if score == "sigmoid" else "none",
+                       mtp_depth=mtp_depth, rope_theta=theta, yarn=yarn, dtype=dtype, remat="report")
+
+
+def _allowed(raw, family):
+    for name, allowed in ONLY.items():
+        yield name, allowed[family] if isinstance(allowed, dict) else allowed
+    yield "num_key_value_heads", (raw.get("num_attention_heads"), None)
+    if raw.get("quantization_config") is not None:
+        quantization = raw["quantization_config"]
+        wrong = {k: quantization.get(k) for k, v in QUANTIZATION.items()
+                 if k != "activation_scheme" and quantization.get(k, v) != v}
+        if wrong:
+            yield "quantization_config", (QUANTIZATION,)
+
+
+def _read_rope(raw, problems):
+    """-> (Yarn or None, theta). Both dialects; appends what is not supported to `problems`."""
+    rope = {**(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}
+    theta = float(rope.get("rope_theta", raw.get("rope_theta", 10000.0)))
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    known = {"rope_type", "type", "rope_theta", *YARN}
+    problems += [f"rope {name}={value!r}" for name, value in rope.items()
+                 if name not in known and value not in (None, {"truncate": True, "partial_rotary_factor": 1}.get(name))]
+    if kind == "default":
+        return None, theta
+    if kind != "yarn":
+        problems.append(f"rope_type={kind!r} (only 'default' or 'yarn')")
+        return None, theta
+    lacking = [name for name in ("factor", "original_max_position_embeddings") if rope.get(name) is None]
+    problems += [f"yarn without {name}" for name in lacking]
+    scales = [rope.get(name) for name in ("mscale", "mscale_all_dim")]
+    if not all(scales) and not (scales[0] in (None, 0, 1) and not scales[1]):
+        # The released code and transformers disagree about the amplitude then.
+        problems.append(f"yarn with only one of mscale={scales[0]!r} and mscale_all_dim={scales[1]!r}")
+    if lacking:
+        return None, theta
+    values = {ours: rope[theirs] for theirs, ours in YARN.items() if rope.get(theirs) is not None}
+    if not all(scales):
+        values |= {"mscale": 1.0, "mscale_all_dim": 0.0}
+    return Yarn(**{k: int(v) if k == "original_length" else float(v) for k, v in values.items()}), theta
+
+
+def halves(raw: dict, cfg: ModelConfig) -> int:
+    """The rotary dimension if the checkpoint keeps RoPE's pairs half-split; 0 if interleaved, as released."""
+    return cfg.rope_head_dim if raw.get("rope_interleave") is False and cfg.score == "sigmoid" else 0
+
+
+def write(cfg: ModelConfig, dtype: str, fp8: bool = False, special: dict | None = None) -> dict:
+    """A config.json that transformers 5 and the released code read.
+
+    Args:
+      dtype: of the weights, and what computes with them.
+      fp8: the checkpoint holds FP8 weights.
+      special: bos_token_id and eos_token_id.
+
+    Raises:
+      ConfigError: the model has something that no published family has.
+    """
+    family = "deepseek_v3" if cfg.score == "sigmoid" else "deepseek_v2"
+    _check_writable(cfg)
+    raw = {theirs: getattr(cfg, ours) for theirs, ours in FIELDS.items()}
+    rope = {"rope_type": "default", "rope_theta": cfg.rope_theta}
+    length = 4096
+    if cfg.yarn is not None:
+        numbers = {theirs: getattr(cfg.yarn, ours) for theirs, ours in YARN.items()}
+        rope |= {"rope_type": "yarn", **numbers}
+        length = int(cfg.yarn.factor * cfg.yarn.original_length)
+    raw |= {"architectures": [FAMILIES[family][0]], "model_type": family, "max_position_embeddings": length,
+            "num_key_value_heads": cfg.num_heads, "rope_parameters": rope, "rope_theta": cfg.rope_theta,
+            "rope_scaling": None if cfg.yarn is None else {"type": "yarn", **rope},
+            "hidden_act": "silu", "attention_bias": False, "attention_dropout": 0.0, "tie_word_embeddings": False,
+            "moe_layer_freq": 1, "scoring_func": cfg.score, "torch_dtype": dtype, "dtype": dtype,
+            "bos_token_id": None, "eos_token_id": None, **(special or {})}
+    if family == "deepseek_v3":
+        raw |= {"topk_method": "noaux_tc", "rope_interleave": True, "num_nextn_predict_layers": cfg.mtp_depth}
+    else:
+        raw |= {"topk_method": "greedy" if cfg.num_groups == 1 else "group_limited_greedy"}
+    return raw | ({"quantization_config": QUANTIZATION} if fp8 else {})
+
+
+def _check_writable(cfg):
+    wrong = []
+    if cfg.norm_eps != 1e-6:
+        wrong.append(f"model.norm_eps={cfg.norm_eps} (transformers norms the latents with 1e-6 whatever it says)")
+    if cfg.num_shared_experts == 0:
+        wrong.append("model.num_shared_experts=0")
+    if cfg.score == "sigmoid" and cfg.router_bias != "additive":
+        wrong.append(f"model.router_bias={cfg.router_bias!r} with sigmoid scores")
+    if cfg.score == "softmax":
+        wrong += [f"{what} with softmax scores" for what, has in (
+            (f"model.router_bias={cfg.router_bias!r}", cfg.has_router_bias),
+            ("model.normalize_gates=True", cfg.normalize_gates),
+            (f"model.mtp_depth={cfg.mtp_depth}", cfg.mtp_depth > 0)) if has]
+    if cfg.yarn is not None and not cfg.yarn.mscale_all_dim and cfg.yarn.mscale != 1:
+        wrong.append(f"model.yarn.mscale={cfg.yarn.mscale} without mscale_all_dim")
+    if wrong:
+        raise ConfigError(f"no published model family has {', '.join(wrong)}; such a model cannot be exported.")
+
+
+def same_model(a: ModelConfig, b: ModelConfig) -> bool:
+    """Whether two configs compute the same, up to precision and how the work is scheduled."""
+    how = dict(dtype="float32", remat="none", attention_block=1, init_std=1.0)
+    return dataclasses.replace(a, **how) == dataclasses.replace(b, **how)
