@@ -7,15 +7,17 @@
 Both stream: memory stays small whatever the size. A way out after a way in gives every tensor back byte for byte.
 """
 
-import argparse
-
 from deepseek_jax import command
 
 
+class _Way(command.Parser):
+    def __init__(self, prog, **about):
+        super().__init__(prog.rsplit(".", 1)[-1], __doc__)
+
+
 def parse():
-    parser = argparse.ArgumentParser(prog="python -m deepseek_jax.convert", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    ways = parser.add_subparsers(dest="way", required=True, metavar="from-hf | to-hf")
+    parser = command.Parser("convert", __doc__)
+    ways = parser.add_subparsers(dest="way", required=True, metavar="from-hf | to-hf", parser_class=_Way)
     way = ways.add_parser("from-hf", help="Hugging Face -> work directory")
     way.add_argument("src", help="folder with config.json, tokenizer.json and safetensors files")
     way.add_argument("dst", help="work directory to make; train takes it as --config.init.from=DST")

@@ -12,7 +12,9 @@ from deepseek_jax.config import ConfigError
 
 def parse():
     parser = command.Parser("generate", __doc__)
-    parser.add_argument("--workdir", required=True, help="a run of deepseek_jax.train")
+    model = parser.add_mutually_exclusive_group(required=True)
+    model.add_argument("--workdir", help="a run of deepseek_jax.train, or what deepseek_jax.convert from-hf made")
+    model.add_argument("--hf", metavar="DIR", help="a Hugging Face checkpoint: config.json, tokenizer.json, weights")
     parser.add_argument("--prompt", required=True)
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--temperature", type=float, default=0.0, help="0: always the likeliest token")
@@ -23,21 +25,34 @@ def parse():
 
 def main():
     args = parse()
+    if args.prompt.encode(errors="replace").decode() != args.prompt:  # half characters, from a wrong encoding
+        raise ConfigError("--prompt is not UTF-8; check the encoding of your terminal.")
     if args.max_new_tokens < 1:
         raise ConfigError(f"--max-new-tokens={args.max_new_tokens} must be positive.")
     if not 0 <= args.temperature < math.inf:
         raise ConfigError(f"--temperature={args.temperature} must be 0 (the likeliest token) or a positive number.")
     if not 0 <= args.seed < 2**32:
         raise ConfigError(f"--seed={args.seed} must lie in [0, 2^32).")
+    if args.hf and args.ema:
+        raise ConfigError("a Hugging Face checkpoint holds no moving average; leave --ema away.")
 
     from deepseek_jax.data.tokenizer import Tokenizer
     from deepseek_jax.serving import generate
-    from deepseek_jax.training.report import load_trained
 
-    config, variables, _ = load_trained(args.workdir, args.ema)
-    tokenizer = Tokenizer.load(os.path.join(args.workdir, "tokenizer.json"), config.model.vocab_size)
+    vocabulary = os.path.join(args.hf or args.workdir, "tokenizer.json")
+    if args.hf:
+        from deepseek_jax.interop import load_hf
+
+        Tokenizer.load(vocabulary)  # before gigabytes are read
+        cfg, variables = load_hf(args.hf)
+    else:
+        from deepseek_jax.training.report import load_trained
+
+        config, variables, _ = load_trained(args.workdir, args.ema)
+        cfg = config.model
+    tokenizer = Tokenizer.load(vocabulary, cfg.vocab_size)
     prompt = [tokenizer.bos, *tokenizer.encode(args.prompt)]
-    made = generate(config.model, variables, [prompt], args.max_new_tokens, temperature=args.temperature,
+    made = generate(cfg, variables, [prompt], args.max_new_tokens, temperature=args.temperature,
                     seed=args.seed, eos_id=tokenizer.eos)
     print(tokenizer.decode([*prompt[1:], *made.tokens[0]]))
 
