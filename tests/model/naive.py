@@ -48,11 +48,14 @@ def variables_of(cfg, seed=0):
     return variables
 
 
+QUICKLY = {"xla_backend_optimization_level": 0}  # half the compile time for programs that run once
+
+
 @functools.cache
 def forward(cfg, capture=()):
     """The jitted model: (variables, tokens, positions or None, segments or None) -> Output."""
     return jax.jit(lambda variables, tokens, positions=None, segments=None: DeepSeekV3(cfg).apply(
-        variables, tokens, positions, segments, capture=capture))
+        variables, tokens, positions, segments, capture=capture), compiler_options=QUICKLY)
 
 
 def norm(x, p, eps=1e-6):

@@ -68,7 +68,6 @@ def test_sums_are_kept_in_float32_or_wider(dtype, expected):
 
 
 REMATS = ("none", "report", "full")
-QUICKLY = {"xla_backend_optimization_level": 0}  # what is asked of these programs does not depend on it
 
 
 def loss_and_gradients(remat):
@@ -80,7 +79,7 @@ def loss_and_gradients(remat):
         output = DeepSeekV3(cfg).apply({**variables, "params": params}, tokens)
         return (jax.nn.log_softmax(output.logits_BTW) ** 2).mean() + output.sequence_loss
 
-    return jax.jit(jax.value_and_grad(loss), compiler_options=QUICKLY)(variables["params"])
+    return jax.jit(jax.value_and_grad(loss), compiler_options=naive.QUICKLY)(variables["params"])
 
 
 def test_remat_changes_neither_loss_nor_gradients():
@@ -156,7 +155,7 @@ def test_remat_saves_memory_in_the_compiled_program_too():
         def loss(params, tokens):
             return (DeepSeekV3(cfg).apply({"params": params}, tokens, logits=False).hidden_BTD ** 2).sum()
 
-        compiled = jax.jit(jax.grad(loss)).lower(params, tokens).compile(compiler_options=QUICKLY)
+        compiled = jax.jit(jax.grad(loss)).lower(params, tokens).compile(compiler_options=naive.QUICKLY)
         return compiled.memory_analysis().temp_size_in_bytes
 
     assert temporary_bytes("report") < 0.75 * temporary_bytes("none")
