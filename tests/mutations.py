@@ -40,6 +40,13 @@ COSTS = "deepseek_jax/scale/costs.py"
 T_ROUTER, T_ROPE, T_ATTENTION, T_EXPERTS, T_LAYERS, T_MTP, T_TRANSFORMER = (f"model/test_{name}.py" for name in FILES)
 T_LOSSES, T_COSTS = "training/test_losses.py", "scale/test_costs.py"
 
+STEP, LOOP, OPTIMIZER, METRICS, DURABLE = (f"deepseek_jax/training/{name}.py"
+                                           for name in ("step", "loop", "optimizer", "metrics", "durable"))
+T_STEP, T_LOOP, T_OPTIMIZER, T_METRICS, T_CHECKPOINT = (
+    f"training/test_{name}.py" for name in ("step", "loop", "optimizer", "metrics", "checkpoint"))
+EXAMPLES, LOADER, DECODE = (f"deepseek_jax/{name}.py" for name in ("data/examples", "data/loader", "serving/decode"))
+T_EXAMPLES, T_LOADER, T_DECODE = "data/test_examples.py", "data/test_loader.py", "serving/test_decode.py"
+
 MUTATIONS = [Mutation(*row) for row in [
     # routing
     ("dropped groups are 0.0 instead of -inf", ROUTER, "scores_NGX, -jnp.inf)", "scores_NGX, 0.0)", T_ROUTER),
@@ -148,6 +155,63 @@ MUTATIONS = [Mutation(*row) for row in [
     ("MTP's head is not counted", COSTS, "+ attention + moe + head)", "+ attention + moe)", T_COSTS),
     ("the shared expert is not counted", COSTS, "(c.experts_per_token + c.num_shared_experts)", "c.experts_per_token",
      T_COSTS),
+    # step
+    ("bias moved by the loads of one micro-batch", STEP, "jax.tree.map(jnp.add, total, one(m)), one(0))",
+     "(lambda new: (jax.tree.map(jnp.add, total[0], new[0]), {k: total[1][k] if k == 'counts' else total[1][k] + v "
+     "for k, v in new[1].items()}))(one(m)), one(0))", T_STEP),
+    ("each micro-batch has its own normalizer", STEP, "objective(output, nats, mtp_nats, weight, mtp_weights,",
+     'objective(output, nats, mtp_nats, count * batch["active"], mtp_count * batch["active"],', T_STEP),
+    ("sequence loss counted once a micro-batch", STEP, 'share = 1 / batch["active"]', "share = 1.0", T_STEP),
+    ("micro-batches that the ramp leaves out run", STEP, 'fori_loop(1, batch["active"],',
+     "fori_loop(1, config.train.micro_batches,", T_STEP),
+    ("micro-batches that the ramp leaves out weigh", STEP, 'jnp.where(counted_M[:, None, None], parts["weights"], 0)',
+     'parts["weights"]', T_STEP),
+    ("bias is decayed like a weight", STEP, "_update_router(config, state.router, sums",
+     "_update_router(config, jax.tree.map(lambda b: b - 0.01 * config.optimizer.weight_decay * b, state.router), "
+     "sums", T_STEP),
+    ("bias is scaled by the learning rate", STEP, "speed.astype(bias.dtype)",
+     "(speed * config.optimizer.learning_rate).astype(bias.dtype)", T_STEP),
+    ("bias never freezes", STEP, "jnp.where(step < balance.bias_until * config.train.steps, balance.bias_speed, 0.0)",
+     "jnp.float32(balance.bias_speed)", T_STEP),
+    ("moving average forgets instead of keeping", STEP, "decay * old + (1 - decay) * new",
+     "(1 - decay) * old + decay * new", T_STEP),
+    ("the MTP weight drops a step late", STEP, "jnp.where(at >= start,", "jnp.where(at > start,", T_STEP),
+    ("a document predicts the next", STEP, "targets_weight * (segment_ids[:, 1:] == segment_ids[:, :-1])",
+     "targets_weight", T_STEP),
+    ("positions run on across documents", STEP, "index_T - jax.lax.cummax(", "index_T + 0 * jax.lax.cummax(",
+     T_STEP),
+    # optimizer
+    ("learning rate is a step late", OPTIMIZER, "at = (step + 1) / steps", "at = step / steps", T_OPTIMIZER),
+    ("the cosine ends at zero", OPTIMIZER, "cfg.cosine_to + (1 - cfg.cosine_to) * 0.5", "0.5", T_OPTIMIZER),
+    ("no second tail level", OPTIMIZER, "jnp.where(at > cfg.tail_from, cfg.tail_to, falling)", "falling", T_OPTIMIZER),
+    ("norm scales are decayed", OPTIMIZER, 'path[-1].key != "scale"', "True", T_OPTIMIZER),
+    ("moments stay in float32", OPTIMIZER, "return grads, cast(state, dtype)", "return grads, state", T_OPTIMIZER),
+    ("gradients are not clipped", OPTIMIZER, "optax.clip_by_global_norm(cfg.clip_norm)", "optax.identity()",
+     T_OPTIMIZER),
+    # what survives
+    ("rows after the resumed step stay", METRICS, 'read_metrics(path.parent) if row["step"] <= last]',
+     "read_metrics(path.parent)]", T_METRICS),
+    ("loads after the resumed step stay", METRICS, "records[records[:, 0] <= last, 0]", "records[:, 0]", T_METRICS),
+    ("a flipped bit is restored", DURABLE, "if found[1] != crc:", "if False:", T_CHECKPOINT),
+    ("a resumed run takes a batch twice", LOOP, "self.loader.iterate(start)", "self.loader.iterate(max(start - 1, 0))",
+     T_LOOP),
+    ("a loss that is no number goes on", LOOP, "if not all(math.isfinite(", "if False and not all(math.isfinite(",
+     T_LOOP),
+    ("SIGTERM does not save", LOOP, "or step == train.steps or stopping:", "or step == train.steps:", T_LOOP),
+    ("a work directory takes any config", LOOP, "    if differences:", "    if False:", T_LOOP),
+    # data
+    ("FIM puts the middle before the suffix", EXAMPLES, "prefix, [fim.hole], suffix, [fim.end], middle,",
+     "prefix, [fim.hole], middle, [fim.end], suffix,", T_EXAMPLES),
+    ("sequences start one token late", EXAMPLES, "stream.read(j * length, length + 1)",
+     "stream.read(j * length + 1, length + 1)", T_LOADER),
+    ("prompts are learned", LOADER, "weights_MBT[m, row, 1:] = window.predicted_T[1:]", "weights_MBT[m, row, 1:] = 1",
+     T_LOADER),
+    # decoding
+    ("temperature multiplies", DECODE, "logits_BW / temperature", "logits_BW * temperature", T_DECODE),
+    ("the end token does not end", DECODE, "done[b] = done[b] or token == eos_id", "done[b] = False", T_DECODE),
+    ("short prompts are continued behind their padding", DECODE, "jnp.asarray(lengths - 1))",
+     "jnp.asarray(lengths * 0 + lengths.max() - 1))", T_DECODE),
+    ("every step draws the same number", DECODE, "jax.random.fold_in(key, n)", "key", T_DECODE),
 ]]
 
 

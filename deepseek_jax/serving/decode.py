@@ -49,7 +49,8 @@ def generate(cfg: ModelConfig, variables, prompts, max_new_tokens, speculative=F
         raise ConfigError("speculative decoding needs the latent cache, which this version does not have; "
                           "leave --speculative away.")
     if max_new_tokens < 0 or not 0 <= temperature < float("inf"):
-        raise ConfigError(f"max_new_tokens={max_new_tokens} and temperature={temperature} cannot be negative or infinite.")
+        raise ConfigError(f"max_new_tokens={max_new_tokens}, temperature={temperature}: neither can be negative, or "
+                          "infinite.")
     if not prompts:
         return Generation([], 0, 0)
     for prompt in prompts:

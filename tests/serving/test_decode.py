@@ -109,9 +109,9 @@ def test_a_temperature_near_zero_is_greedy(table_WW):
         ([[1, CFG.vocab_size]], {}, r"each in \[0, 64\)"),
         ([[-1]], {}, r"each in \[0, 64\)"),
         ([[1]], dict(speculative=True), "leave --speculative away"),
-        ([[1]], dict(temperature=-1.0), "cannot be negative"),
-        ([[1]], dict(temperature=float("nan")), "cannot be negative"),
-        ([[1]], dict(max_new_tokens=-1), "cannot be negative"),
+        ([[1]], dict(temperature=-1.0), "neither can be negative"),
+        ([[1]], dict(temperature=float("nan")), "neither can be negative"),
+        ([[1]], dict(max_new_tokens=-1), "neither can be negative"),
     ],
 )
 def test_what_cannot_be_continued_says_why(prompts, options, message):
