@@ -29,8 +29,7 @@ class Loader:
                               f"shared by {hosts} hosts; make it a multiple.")
         self.tokenizer = tokenizer
         self.rows = rows // hosts
-        self.pad = tokenizer.eos if tokenizer.pad is None else tokenizer.pad
-        self.validation = Validation(prepared.validation, train.sequence_length, tokenizer.byte_lengths_W, self.pad)
+        self.validation = Validation(prepared.validation, train.sequence_length, tokenizer.byte_lengths_W)
         self.streams = []
         if prepared.train:
             self.mixture = Mixture(tuple(weight for _, weight in config.data.sources), train.seed)

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator
 
 import tokenizers
 
-from deepseek_jax.config import Config
+from deepseek_jax.config import Config, ConfigError
 from deepseek_jax.data import corpus, shards
 from deepseek_jax.data.tokenizer import PATTERN, SPECIALS, Tokenizer, train_tokenizer
 
@@ -69,8 +69,28 @@ def prepare(config: Config, workdir: str) -> Prepared:
     sources = [Source(path, data.validation_fraction) for path, _ in data.sources]
     tokenizer = find_tokenizer(config, workdir, sources)
     pairs = [_shards(source, tokenizer, config, workdir, data.split_punctuation_rate) for source in sources]
-    return Prepared(tokenizer, tuple(s["train"] for s, _ in pairs), tuple(s["validation"] for s, _ in pairs),
-                    tuple(meta for _, meta in pairs))
+    report = tuple(meta | {"digest": source.digest} for source, (_, meta) in zip(sources, pairs))
+    return Prepared(tokenizer, tuple(s["train"] for s, _ in pairs), tuple(s["validation"] for s, _ in pairs), report)
+
+
+def claim_corpus(prepared: Prepared, workdir: str):
+    """Notes in a new work directory what it is trained on, or checks that an old one's files are still the same.
+
+    Raises:
+      ConfigError: they have changed, so that a resumed run would go on in another stream of text.
+    """
+    path = os.path.join(workdir, "corpus.json")
+    digests = {meta["source"]: meta["digest"] for meta in prepared.report}
+    if os.path.isfile(path):
+        with open(path) as f:
+            changed = [name for name, digest in json.load(f).items() if digests.get(name) != digest]
+        if changed:
+            raise ConfigError(f"the files of {', '.join(changed)} have changed since the run in {workdir} began; "
+                              "restore them, or take another --workdir.")
+        return
+    with open(path + ".new", "w") as f:
+        json.dump(digests, f, indent=1)
+    os.replace(path + ".new", path)
 
 
 def prepare_evaluation(config: Config, workdir: str, path: str) -> Prepared:

@@ -19,8 +19,8 @@ _CHUNK = 1 << 22  # tokens looked at together while counting bytes
 class Validation:
     """The validation documents of all sources as one stream, and the sequences that cover it."""
 
-    def __init__(self, shards: Sequence[Shard], sequence_length: int, byte_lengths_W: np.ndarray, pad: int):
-        self.shards, self.length, self.byte_lengths_W, self.pad = shards, sequence_length, byte_lengths_W, pad
+    def __init__(self, shards: Sequence[Shard], sequence_length: int, byte_lengths_W: np.ndarray):
+        self.shards, self.length, self.byte_lengths_W = shards, sequence_length, byte_lengths_W
         self.starts = np.concatenate([[0], np.cumsum([len(s.tokens) for s in shards])]).astype(np.int64)
         self.rows = max(0, -(-(self.tokens - 1) // sequence_length))  # the last may be padded
 
@@ -40,14 +40,15 @@ class Validation:
         return Window(tokens_T, predicted_T, (document_T - document_T[:1] + 1).astype(np.int32))
 
     def row(self, r: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Tokens, weights and segment ids [T + 1] of row r; padding has weight and segment 0."""
-        tokens_T = np.full(self.length + 1, self.pad, np.int32)
+        """Tokens, weights and segment ids [T + 1] of row r; what fills up the last has weight and segment 0."""
+        window = self.read(r % self.rows * self.length, self.length + 1)
+        n = len(window.tokens_T)
+        # Text, not one repeated token: the experts' loads are counted over the filling too.
+        filling = np.resize(self.read(0, self.length + 1).tokens_T, self.length + 1 - n)
         weights_T, segments_T = np.zeros(self.length + 1, np.float32), np.zeros(self.length + 1, np.int32)
         if r < self.rows:
-            window = self.read(r * self.length, self.length + 1)
-            n = len(window.tokens_T)
-            tokens_T[:n], weights_T[1:n], segments_T[:n] = window.tokens_T, window.predicted_T[1:], window.segments_T
-        return tokens_T, weights_T, segments_T
+            weights_T[1:n], segments_T[:n] = window.predicted_T[1:], window.segments_T
+        return np.concatenate([window.tokens_T, filling]).astype(np.int32), weights_T, segments_T
 
     def num_batches(self, rows: int, limit: int = 0) -> int:
         """Batches of `rows` sequences, over all hosts together; `limit` 0 means all."""

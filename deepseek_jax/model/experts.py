@@ -97,51 +97,62 @@ def row_alignment(implementation, rows, num_experts):
     return min(max(1 << (quarter.bit_length() - 1), 8), 128)
 
 
-def _reference(x_RD, w_EDF, sizes_E):
+def _reference(x_RD, w_EDF, sizes_E, align):
     """Every row by every expert, all but its own masked away. The oracle: E times the work."""
     row_R1 = jnp.arange(x_RD.shape[0])[:, None]
     end_1E = jnp.cumsum(sizes_E)[None]
     mine_RE = (row_R1 < end_1E) & (row_R1 >= end_1E - sizes_E[None])
-    y_ERF = jnp.einsum("RD,EDF->ERF", x_RD, w_EDF, preferred_element_type=wide(x_RD.dtype))
+    y_ERF = jnp.einsum("RD,EDF->ERF", x_RD, w_EDF.astype(x_RD.dtype), preferred_element_type=wide(x_RD.dtype))
     return jnp.einsum("ERF,RE->RF", y_ERF, mine_RE.astype(y_ERF.dtype)).astype(x_RD.dtype)
 
 
-def _ragged(x_RD, w_EDF, sizes_E):
-    return lax.ragged_dot(x_RD, w_EDF, sizes_E, preferred_element_type=wide(x_RD.dtype)).astype(x_RD.dtype)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _ragged(x_RD, w_EDF, sizes_E, align):
+    return lax.ragged_dot(x_RD, w_EDF.astype(x_RD.dtype), sizes_E,
+                          preferred_element_type=wide(x_RD.dtype)).astype(x_RD.dtype)
 
 
-def _tiles(x_RD, w_EDF, sizes_E):
+def _ragged_bwd(align, kept, dy_RF):
+    x_RD, w_EDF, sizes_E = kept
+    w_EFD = jnp.swapaxes(w_EDF, 1, 2).astype(dy_RF.dtype)
+    dx_RD = lax.ragged_dot(dy_RF, w_EFD, sizes_E, preferred_element_type=wide(dy_RF.dtype))
+    over_rows = lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), lhs_ragged_dimensions=[0],
+                                              rhs_group_dimensions=[])
+    dw_EDF = lax.ragged_dot_general(x_RD, dy_RF, sizes_E, over_rows, preferred_element_type=wide(dy_RF.dtype))
+    return dx_RD.astype(x_RD.dtype), dw_EDF.astype(w_EDF.dtype), None
+
+
+_ragged.defvjp(lambda x_RD, w_EDF, sizes_E, align: (_ragged(x_RD, w_EDF, sizes_E, align), (x_RD, w_EDF, sizes_E)),
+               _ragged_bwd)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _tiles(x_RD, w_EDF, sizes_E, align):
     """Equal tiles of rows, each with a copy of its expert's weights: exact, and indifferent to skew.
 
     XLA:CPU has no fast ragged product; a batched one over tiles runs at the speed of a dense product, and copying
     weights costs little beside it.
     """
-    align = row_alignment("cpu", x_RD.shape[0], w_EDF.shape[0])
-    return _tiled(x_RD, w_EDF, sizes_E, align)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _tiled(x_RD, w_EDF, sizes_E, align):
     x_TMD = x_RD.reshape(-1, align, x_RD.shape[1])
     expert_T = _expert_of_tile(sizes_E, align, x_TMD.shape[0])
-    return matmul(x_TMD, w_EDF[expert_T]).reshape(x_RD.shape[0], -1)
+    return matmul(x_TMD, w_EDF.astype(x_RD.dtype)[expert_T]).reshape(x_RD.shape[0], -1)
 
 
-def _tiled_fwd(x_RD, w_EDF, sizes_E, align):
-    return _tiled(x_RD, w_EDF, sizes_E, align), (x_RD, w_EDF, sizes_E)
+def _tiles_fwd(x_RD, w_EDF, sizes_E, align):
+    return _tiles(x_RD, w_EDF, sizes_E, align), (x_RD, w_EDF, sizes_E)
 
 
-def _tiled_bwd(align, kept, dy_RF):
+def _tiles_bwd(align, kept, dy_RF):
     x_RD, w_EDF, sizes_E = kept
     x_TMD, dy_TMF = (a.reshape(-1, align, a.shape[1]) for a in (x_RD, dy_RF))
     expert_T = _expert_of_tile(sizes_E, align, x_TMD.shape[0])
-    dx_TMD = matmul(dy_TMF, transpose(w_EDF)[expert_T], x_RD.dtype)
+    dx_TMD = matmul(dy_TMF, transpose(w_EDF.astype(dy_RF.dtype))[expert_T], x_RD.dtype)
     dw_TDF = matmul(transpose(x_TMD), dy_TMF, wide(x_RD.dtype))
     dw_EDF = jax.ops.segment_sum(dw_TDF, expert_T, w_EDF.shape[0], indices_are_sorted=True)
     return dx_TMD.reshape(x_RD.shape), dw_EDF.astype(w_EDF.dtype), None
 
 
-_tiled.defvjp(_tiled_fwd, _tiled_bwd)
+_tiles.defvjp(_tiles_fwd, _tiles_bwd)
 
 
 def _expert_of_tile(sizes_E, align, tiles):
@@ -158,29 +169,31 @@ def implementation_here() -> str:
     return "cpu" if jax.default_backend() == "cpu" else "ragged"
 
 
-def grouped_matmul(x_RD, w_EDF, sizes_E, implementation="auto"):
+def grouped_matmul(x_RD, w_EDF, sizes_E, align, implementation="auto"):
     """Multiplies each expert's rows by its weights: y[r] = x[r] @ w[expert of r].
 
     Args:
-      x_RD: rows sorted by expert. Under "cpu" each group is a multiple of `row_alignment` rows, empty rows zero.
-      w_EDF: the experts' weights, in x's dtype.
-      sizes_E: int32, rows of each expert; rows past their sum give zero.
+      x_RD: rows sorted by expert, empty rows zero, as `to_rows` lays them out.
+      w_EDF: the experts' weights, float32 masters: the product runs in x's dtype, their gradient stays float32.
+      sizes_E: int32, rows of each expert, multiples of `align`; rows past their sum give zero.
+      align: what the plan's groups are aligned to. "cpu" makes tiles of that many rows.
       implementation: "reference", "cpu", "ragged" or "auto".
     Returns:
       [R, F] in the dtype of x, accumulated in float32.
     """
-    return IMPLEMENTATIONS[implementation_here() if implementation == "auto" else implementation](x_RD, w_EDF, sizes_E)
+    name = implementation_here() if implementation == "auto" else implementation
+    return IMPLEMENTATIONS[name](x_RD, w_EDF, sizes_E, align)
 
 
 def routed_experts(x_ND, chosen_NK, gates_NK, gate_EDF, up_EDF, down_EFD, implementation="auto"):
     """sum over k of gates[n, k] * FFN of chosen[n, k], [N, D]: exact for every routing, however skewed."""
     name = implementation_here() if implementation == "auto" else implementation
-    E = gate_EDF.shape[0]
-    p = plan(chosen_NK, E, row_alignment(name, chosen_NK.size, E))
-    product = functools.partial(grouped_matmul, sizes_E=p.sizes_E, implementation=name)
+    align = row_alignment(name, chosen_NK.size, gate_EDF.shape[0])
+    p = plan(chosen_NK, gate_EDF.shape[0], align)
+    product = functools.partial(grouped_matmul, sizes_E=p.sizes_E, align=align, implementation=name)
     x_RD = to_rows(x_ND, p)
-    gate_RF, up_RF = (saved(product(x_RD, w_EDF.astype(x_ND.dtype))) for w_EDF in (gate_EDF, up_EDF))
-    y_RD = product(swiglu(gate_RF, up_RF), down_EFD.astype(x_ND.dtype))
+    gate_RF, up_RF = saved(product(x_RD, gate_EDF)), saved(product(x_RD, up_EDF))
+    y_RD = product(swiglu(gate_RF, up_RF), down_EFD)
     return combine(y_RD, gates_NK, p)
 
 

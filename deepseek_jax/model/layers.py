@@ -13,8 +13,9 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from deepseek_jax.config import ModelConfig
 
 # What is kept for the backward pass under remat="report" (report section 3.2.3): the residual stream, the compressed
-# latents, the attention output and the inputs of SwiGLU. Norms, MLA up-projections and SwiGLU are recomputed.
-SAVED_NAMES = ("latent", "attention", "ffn_in", "routing")
+# latents, the attention output, the scores and the inputs of SwiGLU. Norms, MLA up-projections and SwiGLU are
+# recomputed; so are the experts' outputs, which only the gradient of the gates needs.
+SAVED_NAMES = ("residual", "latent", "attention", "ffn_in", "routing")
 
 
 def saved(x):
@@ -72,6 +73,11 @@ def linear(x, w):
     """x[..., I] by w[I, ...] -> [..., ...] in x's dtype. The weight's gradient has the weight's dtype."""
     y = _linear(x.reshape(-1, x.shape[-1]), w.reshape(w.shape[0], -1))
     return y.reshape(x.shape[:-1] + w.shape[1:])
+
+
+def head_logits(hidden, head_DW):
+    """hidden[..., D] by head[D, W], in float32: the product runs in hidden's dtype and is not rounded to it."""
+    return matmul(hidden, head_DW.astype(hidden.dtype), wide(hidden.dtype))
 
 
 def rms_norm(x, scale, eps):

@@ -96,9 +96,11 @@ def update_bias(bias_LE, counts_LE, speed, rule="sign"):
       speed: the report uses 0.001, and 0 for the last 500B tokens.
       rule: "sign", or "proportional" to the load error as a fraction of the mean load.
     """
-    mean_L1 = counts_LE.mean(axis=-1, keepdims=True, dtype=bias_LE.dtype)
-    error_LE = mean_L1 - counts_LE
-    step_LE = jnp.sign(error_LE) if rule == "sign" else error_LE / jnp.maximum(mean_L1, 1)
+    E = counts_LE.shape[-1]
+    total_L1 = counts_LE.sum(axis=-1, keepdims=True)
+    # Whole numbers first: a float32 mean of more than 2^24 choices is off, and with it the sign of an even load.
+    error_LE = (total_L1 // E - counts_LE).astype(bias_LE.dtype) + (total_L1 % E).astype(bias_LE.dtype) / E
+    step_LE = jnp.sign(error_LE) if rule == "sign" else error_LE / jnp.maximum(total_L1 / E, 1).astype(bias_LE.dtype)
     return bias_LE + speed * step_LE
 
 
@@ -116,6 +118,7 @@ class Router(nn.Module):
     @nn.compact
     def __call__(self, x_ND, bias_E):
         w_DE = weight(self, "weight", (self.cfg.d_model, self.cfg.num_experts))
-        logits_NE = jnp.matmul(x_ND.astype(w_DE.dtype), w_DE)
+        # Accelerators would otherwise take bfloat16 passes, and near ties would flip.
+        logits_NE = jnp.matmul(x_ND.astype(w_DE.dtype), w_DE, precision=lax.Precision.HIGHEST)
         scores_NE = checkpoint_name(affinities(self.cfg, logits_NE), "routing")
         return scores_NE, select(self.cfg, scores_NE, bias_E)

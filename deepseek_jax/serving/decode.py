@@ -13,6 +13,7 @@ import numpy as np
 
 from deepseek_jax.config import ConfigError, ModelConfig
 from deepseek_jax.model import DeepSeekV3
+from deepseek_jax.model.layers import head_logits
 
 BUCKET = 64  # lengths are rounded up to a multiple: one compilation each
 
@@ -28,8 +29,7 @@ def _next_logits(cfg, variables, tokens_BT, last_B):
     """Main logits [B, W] after position `last`. MTP modules are left out of the program: nothing uses their output."""
     output = DeepSeekV3(cfg).apply(variables, tokens_BT, logits=False)
     hidden_BD = jnp.take_along_axis(output.hidden_BTD, last_B[:, None, None], axis=1)[:, 0]
-    head_DW = variables["params"]["head"]
-    return (hidden_BD.astype(head_DW.dtype) @ head_DW)
+    return head_logits(hidden_BD, variables["params"]["head"])
 
 
 def generate(cfg: ModelConfig, variables, prompts, max_new_tokens, speculative=False, temperature=0.0, seed=0,

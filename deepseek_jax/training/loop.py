@@ -20,7 +20,7 @@ import tqdm
 
 from deepseek_jax.config import Config, ConfigError, as_dict, freeze
 from deepseek_jax.data.loader import Loader
-from deepseek_jax.data.prepare import prepare
+from deepseek_jax.data.prepare import claim_corpus, prepare
 from deepseek_jax.scale.costs import training_flops_per_token
 from deepseek_jax.training.checkpoint import Checkpoints, restore_items
 from deepseek_jax.training.metrics import MetricsWriter, max_vio
@@ -114,7 +114,9 @@ def train(config: Config, workdir: str):
       CheckpointError: a checkpoint that could not be written.
     """
     check_workdir(config, workdir)
-    loader = Loader(config, prepare(config, workdir))
+    prepared = prepare(config, workdir)
+    claim_corpus(prepared, workdir)
+    loader = Loader(config, prepared)
     claim_workdir(config, workdir)  # now that its data is known to be good
     run = Run(config, workdir, loader)
     try:

@@ -86,6 +86,8 @@ def mtp_weight(config: Config, step):
 def accumulate(config: Config, params, router, batch, step):
     """Gradients and sums over the active micro-batches; equal to those of one large batch.
 
+    Except for the auxiliary loss, whose two factors are means over a micro-batch, as in the frameworks that use it.
+
     Args:
       batch: tokens int32, weights float32, segment_ids int32, each [M, b, T + 1], and `active` int32, how many of
         the M micro-batches count.

@@ -8,12 +8,14 @@ from deepseek_jax.config import default_config
 
 def get_config():
     config = default_config("tiny")
-    config.train.steps = 750
-    config.train.batch_size = 4
-    config.train.sequence_length = 512
-    config.train.eval_every = 250
+    config.data.validation_fraction = 0.15  # some 80 files: few files have few kinds of text, and odd loads
+    config.train.steps = 360
+    config.train.batch_size = 16
+    config.train.sequence_length = 256
+    config.train.eval_every = 100
+    config.train.eval_batches = 6
     config.optimizer.learning_rate = 3e-3
     config.optimizer.warmup = 0.05
     config.optimizer.constant_until = 0.4
-    config.balance.bias_speed = 0.01  # 0.001 could move a bias by only 0.8 in a run of this length
+    config.balance.bias_speed = 0.005  # 0.001 could move a bias by only 0.4 in a run of this length
     return config

@@ -179,3 +179,13 @@ def test_a_sample_is_about_its_share_and_the_same_again():
     assert size(1.0) == size(3.0) == sum(map(len, texts))
     assert 0.2 < size(0.25) / size(1.0) < 0.3
     assert list(sample(texts, 0.25)) == list(sample(texts, 0.25))
+
+
+def test_a_run_does_not_go_on_in_another_corpus(make_config, folder, tmp_path):
+    config = make_config(folder)
+    prepare.claim_corpus(prepare.prepare(config, str(tmp_path)), str(tmp_path))
+    prepare.claim_corpus(prepare.prepare(config, str(tmp_path)), str(tmp_path))
+    next(iter(sorted(folder.rglob("*.txt")))).write_text("another text than before\n")
+
+    with pytest.raises(ConfigError, match="have changed since the run"):
+        prepare.claim_corpus(prepare.prepare(config, str(tmp_path)), str(tmp_path))

@@ -145,7 +145,6 @@ def test_the_report_remat_keeps_less_than_none_and_more_than_full():
     assert full < report < none
 
 
-@pytest.mark.xfail(strict=True, reason="with prevent_cse=False, XLA merges what is recomputed outside of a loop")
 def test_remat_saves_memory_in_the_compiled_program_too():
     def temporary_bytes(remat):
         cfg = naive.tiny(remat=remat, num_dense_layers=3, mtp_depth=0, dense_ffn_dim=256, attention_block=64)
