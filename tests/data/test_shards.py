@@ -6,10 +6,10 @@ import os
 import numpy as np
 import pytest
 
-from deepseek_jax.config import InitConfig
+from deepseek_jax.config import ConfigError, InitConfig
 from deepseek_jax.data import shards
 from deepseek_jax.data.corpus import Document, place, read_documents
-from deepseek_jax.data.prepare import Source, prepare, prepare_evaluation, sample
+from deepseek_jax.data.prepare import Source, claim_corpus, prepare, prepare_evaluation, sample
 
 
 def documents(texts):
@@ -181,11 +181,13 @@ def test_a_sample_is_about_its_share_and_the_same_again():
     assert list(sample(texts, 0.25)) == list(sample(texts, 0.25))
 
 
-def test_a_run_does_not_go_on_in_another_corpus(make_config, folder, tmp_path):
-    config = make_config(folder)
-    prepare.claim_corpus(prepare.prepare(config, str(tmp_path)), str(tmp_path))
-    prepare.claim_corpus(prepare.prepare(config, str(tmp_path)), str(tmp_path))
-    next(iter(sorted(folder.rglob("*.txt")))).write_text("another text than before\n")
+def test_a_run_does_not_go_on_in_another_corpus(make_config, tmp_path):
+    for i in range(4):
+        (tmp_path / f"{i}.txt").write_text(f"text {i}, as it was when the run began\n" * 50)
+    config, workdir = make_config(tmp_path), str(tmp_path)
+    for _ in range(2):
+        claim_corpus(prepare(config, workdir), workdir)
+    (tmp_path / "2.txt").write_text("another text than before\n")
 
     with pytest.raises(ConfigError, match="have changed since the run"):
-        prepare.claim_corpus(prepare.prepare(config, str(tmp_path)), str(tmp_path))
+        claim_corpus(prepare(config, workdir), workdir)
