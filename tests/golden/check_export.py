@@ -1,0 +1,62 @@
+"""Does transformers load what `save_hf` wrote, and give our logits? Two halves, in two environments:
+
+    python -m tests.golden.check_export write DIR     ours: exports models of random weights, and their logits
+    python tests/golden/check_export.py check DIR     in the environment of benchmarks/peer.txt
+
+The tests do without torch, so this runs by hand. Prints a line a model; exits with 1 if one is further off than 1e-5,
+lacks a weight or has one too many.
+"""
+
+import pathlib
+import sys
+
+import numpy as np
+
+TOLERANCE = 1e-5
+
+
+def write(folder):
+    import jax
+
+    from deepseek_jax.interop import load_hf, save_hf
+    from deepseek_jax.model import DeepSeekV3
+    from tests.interop.checkpoints import CASES, golden
+    from tests.model import naive
+
+    tokens_BT = np.random.default_rng(0).integers(0, 60, (2, 24))
+    for seed, case in enumerate(CASES):
+        cfg = load_hf(golden(case))[0]
+        variables = naive.variables_of(cfg, seed)
+        logits_BTW = jax.jit(lambda v, cfg=cfg: DeepSeekV3(cfg).apply(v, tokens_BT).logits_BTW)(variables)
+        save_hf(str(folder / case), cfg, variables)
+        np.savez(folder / case / "ours.npz", tokens_BT=tokens_BT, logits_BTW=np.asarray(logits_BTW))
+
+
+def check(folder) -> bool:
+    import torch
+    import transformers
+
+    good = True
+    for path in sorted(p for p in folder.iterdir() if p.is_dir()):
+        ours = np.load(path / "ours.npz")
+        model, about = transformers.AutoModelForCausalLM.from_pretrained(
+            path, dtype=torch.float32, output_loading_info=True, attn_implementation="eager")
+        with torch.no_grad():
+            theirs_BTW = model.eval()(input_ids=torch.tensor(ours["tokens_BT"]), use_cache=False).logits.numpy()
+        error = np.abs(ours["logits_BTW"] - theirs_BTW).max() / np.abs(theirs_BTW).max()
+        # transformers loads MTP modules only when it is to draft with them: their layer is left over by design.
+        layer = f"model.layers.{model.config.num_hidden_layers}."
+        left = [name for what in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in about[what]
+                if not str(name).startswith(layer)]
+        good &= bool(error <= TOLERANCE and not left)
+        print(f"{path.name:22s} {type(model).__name__:24s} max relative error {error:.1e}  left over or missing: {left}")
+    return good
+
+
+if __name__ == "__main__":
+    where = pathlib.Path(sys.argv[2])
+    if sys.argv[1] == "write":
+        where.mkdir(parents=True)
+        write(where)
+    else:
+        sys.exit(0 if check(where) else 1)

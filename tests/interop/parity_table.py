@@ -1,0 +1,60 @@
+"""Our answers beside those of transformers 5 in tests/golden, float32 on a CPU.
+
+    python -m tests.interop.parity_table                prints a table for the README
+"""
+
+import jax
+import numpy as np
+
+from deepseek_jax.interop import load_hf
+from tests.interop.checkpoints import CASES, golden
+from tests.model import naive
+
+LENGTH = 40  # one compiled program a case: the prompt of 8 and its 32 tokens; shorter rows are padded, unseen
+
+
+def relative_error(ours, theirs) -> float:
+    """Largest absolute error over the largest absolute value."""
+    return float(np.abs(np.asarray(ours) - theirs).max() / np.abs(theirs).max())
+
+
+def answers(cfg, variables, tokens_BT):
+    """Logits [2, T, W] and MTP logits of two rows of at most LENGTH tokens."""
+    padded_BT = np.zeros((2, LENGTH), np.int32)
+    padded_BT[:, :tokens_BT.shape[1]] = tokens_BT
+    output = naive.forward(cfg)(variables, padded_BT)
+    cut = lambda logits: np.asarray(logits)[:, :tokens_BT.shape[1]]
+    return cut(output.logits_BTW), [cut(logits) for logits in output.mtp_logits]
+
+
+def greedy(cfg, variables, prompt, count) -> list[int]:
+    tokens = list(prompt)
+    for _ in range(count):
+        logits_BTW, _ = answers(cfg, variables, np.array([tokens]))
+        tokens.append(int(logits_BTW[0, -1].argmax()))
+    return tokens[len(prompt):]
+
+
+def measure(case) -> dict:
+    """{"logits", "hidden": relative errors, "tokens": how many of 32 agree, "mtp": error or None}."""
+    cfg, variables = load_hf(golden(case))
+    expected = np.load(f"{golden(case)}/expected.npz")
+    logits_BTW, mtp = answers(cfg, variables, expected["tokens_BT"])
+    tokens = greedy(cfg, variables, expected["prompt"].tolist(), len(expected["greedy"]))
+    # A row sees one token more than the main model, so that the last one has nothing to see.
+    mtp_error = relative_error(mtp[0][:, :-1], expected["mtp_logits_BTW"]) if mtp else None
+    return {"logits": relative_error(logits_BTW, expected["logits_BTW"]), "mtp": mtp_error,
+            "tokens": int((np.array(tokens) == expected["greedy"]).sum())}
+
+
+def main():
+    jax.config.update("jax_platforms", "cpu")
+    print("| model | logits, max relative error | MTP logits | greedy tokens equal |\n|---|---|---|---|")
+    for case in CASES:
+        row = measure(case)
+        mtp = "" if row["mtp"] is None else f"{row['mtp']:.1e}"
+        print(f"| {case} | {row['logits']:.1e} | {mtp} | {row['tokens']} of 32 |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
