@@ -95,7 +95,7 @@ def kept(remat, moe):
     x_BTD = np.zeros((2, 8, cfg.d_model), np.float32)
     bias_E = np.zeros(cfg.num_experts, np.float32) if moe else None
     rope = rope_table(cfg, np.zeros((2, 8), np.int32), jnp.float32)
-    block = rematerialized(Block, cfg)(cfg, moe=moe)
+    block = rematerialized(Block, cfg, scanned=True)(cfg, moe=moe)
     variables = jax.eval_shape(block.init, jax.random.key(0), x_BTD, bias_E, rope, None)
 
     def pull(variables, x_BTD):
@@ -108,6 +108,7 @@ def kept(remat, moe):
 ATTENTION = {
     (2, 8, 12): 1, (2, 8, 20): 1,  # the latents, before their norms
     (2, 2, 8, 6): 1, (2, 2, 8): 1,  # attention's output and log-sum-exp
+    (2, 8, 32): 1,  # the residual stream between attention and FFN
 }
 
 
