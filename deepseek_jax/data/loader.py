@@ -69,7 +69,7 @@ class Loader:
         return iter(steps.to_iter_dataset(options))
 
     def validation_batches(self, rows: int, limit: int = 0) -> Iterator[dict[str, np.ndarray]]:
-        """tokens, weights, segment_ids [rows, T + 1] a host, `limit` of them (0: all)."""
+        """tokens, weights, segment_ids [rows, T + 1] a host, `limit` of them, evenly spread (0: all)."""
         return self.validation.batches(rows, limit, self.host, self.hosts)
 
     def validation_bytes(self, rows: int, limit: int = 0) -> int:

@@ -13,8 +13,6 @@ import numpy as np
 from deepseek_jax.data.examples import Window
 from deepseek_jax.data.shards import Shard
 
-_CHUNK = 1 << 22  # tokens looked at together while counting bytes
-
 
 class Validation:
     """The validation documents of all sources as one stream, and the sequences that cover it."""
@@ -50,23 +48,22 @@ class Validation:
             weights_T[1:n], segments_T[:n] = window.predicted_T[1:], window.segments_T
         return np.concatenate([window.tokens_T, filling]).astype(np.int32), weights_T, segments_T
 
-    def num_batches(self, rows: int, limit: int = 0) -> int:
-        """Batches of `rows` sequences, over all hosts together; `limit` 0 means all."""
+    def batch_numbers(self, rows: int, limit: int = 0) -> range | list[int]:
+        """Which batches of `rows` sequences are scored, over all hosts together: all, or `limit` evenly spread ones."""
         batches = -(-self.rows // rows)
-        return min(batches, limit) if limit else batches
+        return [i * batches // limit for i in range(limit)] if 0 < limit < batches else range(batches)
 
     def batches(self, rows: int, limit: int = 0, host: int = 0, hosts: int = 1) -> Iterator[dict[str, np.ndarray]]:
         """tokens, weights, segment_ids [rows, T + 1] of this host, whose share of each batch is contiguous."""
-        for i in range(self.num_batches(rows * hosts, limit)):
+        for i in self.batch_numbers(rows * hosts, limit):
             first = (i * hosts + host) * rows
             made = zip(*(self.row(r) for r in range(first, first + rows)))
             yield {name: np.stack(x) for name, x in zip(("tokens", "weights", "segment_ids"), made)}
 
     def bytes(self, rows: int, limit: int = 0) -> int:
-        """UTF-8 bytes that the scored tokens of `num_batches(rows, limit)` batches spell."""
-        end = min(self.tokens, self.num_batches(rows, limit) * rows * self.length + 1)
+        """UTF-8 bytes that the scored tokens of those batches spell."""
         total = 0
-        for start in range(1, end, _CHUNK):
-            window = self.read(start, min(_CHUNK, end - start))
+        for i in self.batch_numbers(rows, limit):
+            window = self.read(i * rows * self.length + 1, rows * self.length)
             total += int((self.byte_lengths_W[window.tokens_T] * window.predicted_T).sum(dtype=np.int64))
         return total

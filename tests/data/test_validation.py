@@ -100,3 +100,11 @@ def test_several_sources_make_one_stream(make_loader, folder, tmp_path):
     crossing = len(loader.validation.shards[0].tokens) // 64
     starts = (got["tokens"][crossing] == 0).cumsum() + (got["tokens"][crossing, 0] != 0)
     np.testing.assert_array_equal(got["segment_ids"][crossing], starts)
+
+
+def test_a_limit_spreads_what_it_scores_over_the_whole_set(make_loader, folder):
+    loader = make_loader(folder)
+    whole, some = list(loader.validation_batches(1)), list(loader.validation_batches(1, limit=3))
+    n = len(whole)
+    for got, expected in zip(some, (whole[0], whole[n // 3], whole[2 * n // 3])):
+        np.testing.assert_array_equal(got["tokens"], expected["tokens"])
