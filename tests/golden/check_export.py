@@ -49,7 +49,7 @@ def check(folder) -> bool:
         left = [name for what in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in about[what]
                 if not str(name).startswith(layer)]
         good &= bool(error <= TOLERANCE and not left)
-        print(f"{path.name:22s} {type(model).__name__:24s} max relative error {error:.1e}  left over or missing: {left}")
+        print(f"{path.name:22s} {type(model).__name__:24s} max relative error {error:.1e}  left or missing: {left}")
     return good
 
 
