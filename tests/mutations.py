@@ -46,6 +46,11 @@ T_STEP, T_LOOP, T_OPTIMIZER, T_METRICS, T_CHECKPOINT = (
     f"training/test_{name}.py" for name in ("step", "loop", "optimizer", "metrics", "checkpoint"))
 EXAMPLES, LOADER, DECODE = (f"deepseek_jax/{name}.py" for name in ("data/examples", "data/loader", "serving/decode"))
 T_EXAMPLES, T_LOADER, T_DECODE = "data/test_examples.py", "data/test_loader.py", "serving/test_decode.py"
+INTEROP = "deepseek_jax/interop/"
+NAMES, HF, HF_CONFIG, EXPORT = (f"{INTEROP}{name}.py" for name in ("names", "huggingface", "hf_config", "export"))
+ARRAYS = "deepseek_jax/training/arrays.py"
+T_NAMES, T_PARITY, T_HF_CONFIG, T_BAD, T_CONVERSION = (
+    f"interop/test_{name}.py" for name in ("names", "parity", "hf_config", "bad_input", "conversion"))
 
 MUTATIONS = [Mutation(*row) for row in [
     # routing
@@ -214,6 +219,34 @@ MUTATIONS = [Mutation(*row) for row in [
     ("short prompts are continued behind their padding", DECODE, "jnp.asarray(lengths - 1))",
      "jnp.asarray(lengths * 0 + lengths.max() - 1))", T_DECODE),
     ("every step draws the same number", DECODE, "jax.random.fold_in(key, n)", "key", T_DECODE),
+    # checkpoints of Hugging Face
+    ("MTP hidden half first, beside transformers", MTP,
+     'RMSNorm(cfg, name="embedding_norm")(ahead_BTD),\n'
+     '                                    RMSNorm(cfg, name="hidden_norm")(hidden_BTD)]',
+     'RMSNorm(cfg, name="hidden_norm")(hidden_BTD),\n'
+     '                                    RMSNorm(cfg, name="embedding_norm")(ahead_BTD)]', T_PARITY),
+    ("eh_proj comes in with its halves exchanged", HF, "theirs = self.rows(entry, start * unit, stop * unit, dtype)",
+     "theirs = self.rows(entry, start * unit, stop * unit, dtype)\n"
+     "        theirs = np.roll(theirs, theirs.shape[1] // 2, axis=1) if 'eh_proj' in entry.name else theirs", T_PARITY),
+    ("enorm and hnorm are exchanged", NAMES, '"{mtp}/embedding_norm/scale", SAME, False),\n'
+     '    (LAYER + "hnorm.weight", "{mtp}/hidden_norm/scale"', '"{mtp}/hidden_norm/scale", SAME, False),\n'
+     '    (LAYER + "hnorm.weight", "{mtp}/embedding_norm/scale"', T_PARITY),
+    ("routing is rounded to the dtype of the model", HF, 'if path.startswith("router/") or path.endswith("router/weight"):',
+     "if False:", T_CONVERSION),
+    ("half-split rotary rows come in as they are", NAMES, "np.arange(halves).reshape(2, -1).T.reshape(-1)",
+     "np.arange(halves)", T_NAMES),
+    ("all rows take the scales of the first block", ARRAYS, "strip *= scales[block]", "strip *= scales[0]", T_NAMES),
+    ("empty blocks have tiny scales", EXPORT, "np.float32(1e-4))", "np.float32(1e-30))", T_NAMES),
+    ("copies of the head may differ", HF, "if not np.array_equal(here, there):", "if False:", T_BAD),
+    ("unknown tensors are ignored", HF, '("unknown tensors", unknown)', '("unknown tensors", set())', T_BAD),
+    ("missing tensors are ignored", HF, '("missing", expected - self.tensors.keys())', '("missing", set())', T_BAD),
+    ("a failed conversion leaves its half", EXPORT, "    finally:\n        shutil.rmtree(partial, ignore_errors=True)",
+     "    finally:\n        pass", T_BAD),
+    ("greedy routing looks at groups", HF_CONFIG, 'raw.get("topk_method") in ("greedy", None):',
+     'raw.get("topk_method") in ():', T_HF_CONFIG),
+    ("widened tensors go out wide", EXPORT, "before if narrower else held", "held", T_CONVERSION),
+    ("a part of a matrix takes the scales of its corner", ARRAYS, "(first_column + np.arange(values.shape[1]))",
+     "np.arange(values.shape[1])", T_NAMES),
 ]]
 
 
