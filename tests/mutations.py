@@ -231,7 +231,8 @@ MUTATIONS = [Mutation(*row) for row in [
     ("enorm and hnorm are exchanged", NAMES, '"{mtp}/embedding_norm/scale", SAME, False),\n'
      '    (LAYER + "hnorm.weight", "{mtp}/hidden_norm/scale"', '"{mtp}/hidden_norm/scale", SAME, False),\n'
      '    (LAYER + "hnorm.weight", "{mtp}/embedding_norm/scale"', T_PARITY),
-    ("routing is rounded to the dtype of the model", HF, 'if path.startswith("router/") or path.endswith("router/weight"):',
+    ("routing is rounded to the dtype of the model", HF,
+     'if path.startswith("router/") or path.endswith("router/weight"):',
      "if False:", T_CONVERSION),
     ("half-split rotary rows come in as they are", NAMES, "np.arange(halves).reshape(2, -1).T.reshape(-1)",
      "np.arange(halves)", T_NAMES),
