@@ -115,9 +115,9 @@ def train(config: Config, workdir: str):
     """
     check_workdir(config, workdir)
     prepared = prepare(config, workdir)
-    claim_corpus(prepared, workdir)
     loader = Loader(config, prepared)
-    claim_workdir(config, workdir)  # now that its data is known to be good
+    claim_corpus(prepared, workdir)  # now that it is known to be good
+    claim_workdir(config, workdir)
     run = Run(config, workdir, loader)
     try:
         return (run.state, loader) if run.go() else None
@@ -137,7 +137,9 @@ class Run:
         self.writer = MetricsWriter(workdir, start if restored is not None else None)
         if restored is not None:
             print(f"Resuming from step {start} of {config.train.steps}.", flush=True)
-        # Whatever the data, a step compiles once: a second trace is a bug and raises.
+        # Whatever the data, a step compiles once: a second trace is a bug and raises. chex counts by the place in the
+        # source, which an earlier run in this process shares.
+        chex.clear_trace_counter()
         traced_once = chex.assert_max_traces(lambda state, batch: train_step(config, state, batch), n=1)
         self.step_fn = jax.jit(traced_once, donate_argnums=0)
         self.eval_fn = jax.jit(chex.assert_max_traces(lambda *args: eval_step(config, *args), n=1))
