@@ -44,7 +44,7 @@ class Held:
         self.values, self.scales, self.dtype = values, scales, np.dtype(values.dtype)
 
     def __getitem__(self, index):
-        return np.asarray(self.values[index])
+        return np.asarray(self.values)[index]  # on a CPU a view; slicing a jax.Array would compile for every shape
 
 
 def in_memory(variables) -> dict[str, Held]:
@@ -66,8 +66,7 @@ def in_memory(variables) -> dict[str, Held]:
 
 def _read(array, index):
     """A NumPy array of a part of a NumPy, JAX or TensorStore array."""
-    part = array[index]
-    return np.asarray(part.read().result() if hasattr(part, "read") else part)
+    return array[index].read().result() if hasattr(array, "read") else np.asarray(array)[index]
 
 
 class Export:
