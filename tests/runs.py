@@ -4,6 +4,7 @@ In this process where nothing speaks against it (an import of JAX and its friend
 its own that can be killed.
 """
 
+import atexit
 import contextlib
 import functools
 import io
@@ -11,6 +12,7 @@ import json
 import logging
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -98,24 +100,20 @@ def run(name: str, *arguments) -> Result:
         root.setLevel(level)
 
 
-def start_training(config, workdir, *overrides, **options) -> subprocess.Popen:
+def start_training(config, workdir, *overrides) -> subprocess.Popen:
     """The same as a process of its own."""
     environment = os.environ | {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "PYTHONUNBUFFERED": "1"}
     return subprocess.Popen([sys.executable, "-m", "deepseek_jax.train", "--config", config, "--workdir", str(workdir),
-                             *overrides], text=True, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                            **options)
+                             *overrides], text=True, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
 @functools.cache
 def finished_run() -> tuple[str, pathlib.Path, Result]:
     """(config file, work directory, what it said) of one whole run; made once, not to be written to."""
     folder = pathlib.Path(tempfile.mkdtemp(prefix="finished-run-"))
-    _FOLDERS.append(folder)
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     config = write_config(folder)
     return config, folder / "run", run("train", "--config", config, "--workdir", folder / "run")
-
-
-_FOLDERS = []
 
 
 def rows(workdir):

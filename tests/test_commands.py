@@ -1,0 +1,192 @@
+"""Command lines: every mistake is one line that says what would work, with exit code 2 and no traceback."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from tests import runs
+
+pytestmark = pytest.mark.slow  # whole runs and commands
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    """A config file; nothing is trained for it."""
+    return runs.write_config(tmp_path_factory.mktemp("commands"))
+
+
+@pytest.fixture(scope="module")
+def workdir():
+    """Of a finished run."""
+    return runs.finished_run()[1]
+
+
+def assert_only_error(result, *parts):
+    result.assert_error(*parts)
+    assert len(result.err.strip().splitlines()) == 1, result
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        ([], ["--config, --workdir", "see python -m deepseek_jax.train --help"]),
+        (["--config", "CONFIG"], ["the following arguments are required: --workdir"]),
+        (["--config", "CONFIG", "--workdir"], ["argument --workdir: expected one argument"]),
+        (["--config", "absent.py", "--workdir", "W"], ["no config file absent.py"]),
+        (["--config", "CORPUS", "--workdir", "W"], ["no config file", "experiments/configs"]),
+        (["CONFIG.train.stepz=3"], ["cannot read", "overrides look like --config.train.steps=50"]),
+        (["--config.train.stepz=3"], ["unknown config key train.stepz; did you mean steps?"]),
+        (["--config.trian.steps=3"], ["unknown config key trian; did you mean train?"]),
+        (["--conf.train.steps=3"], ["cannot read '--conf.train.steps=3'"]),
+        (["--config.train.steps", "3"], ["cannot read '--config.train.steps'"]),
+        (["--config.train.steps=0"], ["train.steps=0 must be positive"]),
+        (["--config.train.steps=ten"], ["train.steps='ten' should be int"]),
+        (["--config.train.micro_batches=3"], ["micro_batches=3 does not divide batch_size=4; take one of [1, 2, 4]"]),
+        (["--config.model.experts_per_token=5"], ["experts_per_token=5 asks for more than the 4 experts"]),
+        (["--config.model.num_groups=3"], ["num_groups=3 does not divide num_experts=8; take one of [1, 2, 4, 8]"]),
+        (["--config.model.rope_head_dim=7"], ["rope_head_dim=7 must be even"]),
+        (["--config.model.yarn.factor=2"], ["model.yarn is None in this config"]),
+        (["--config.model.vocab_size=100"], ["model.vocab_size=100 is too small"]),
+        (["--config.data.sources=[('absent', 1)]"], ["data.sources: there is no absent"]),
+        (["--config.data.sources=[('EMPTY', 1)]"], ["EMPTY has no file that can be read"]),
+        (["--config.data.sources=[('BLANK', 1)]"], ["BLANK holds no text; give files with some"]),
+        (["--config.data.sources=[('ONE', 1)]"], ["ONE holds one document, too few for training and validation"]),
+        (["--config.init.from=absent"], ["there is no absent/tokenizer.json"]),
+        (["--workdir", "CONFIG"], ["config.py", "Not a directory"]),
+    ],
+    ids=lambda x: " ".join(x)[:60] if isinstance(x, list) else str(x))
+def test_a_bad_training_is_one_line(config, tmp_path, monkeypatch, arguments, parts):
+    monkeypatch.chdir(tmp_path)
+    for name, files in {"EMPTY": {}, "BLANK": {"a.txt": "", "b.py": ""}, "ONE": {"a.txt": "", "b.txt": "text"}}.items():
+        (tmp_path / name).mkdir()
+        for file, text in files.items():
+            (tmp_path / name / file).write_text(text)
+    whole = not arguments or arguments[0] == "--config"
+    arguments = [a.replace("CONFIG", config).replace("CORPUS", os.path.dirname(config)) for a in arguments]
+
+    result = runs.run("train", *([] if whole else ["--config", config, "--workdir", "W"]), *arguments)
+
+    assert_only_error(result, *(part.replace("CONFIG", config) for part in parts))
+
+
+def test_a_corpus_shorter_than_a_sequence_says_how_long_one_may_be(config, tmp_path):
+    for i in range(10):
+        (tmp_path / f"{i}.txt").write_text("ab" * i)
+    result = runs.run("train", "--config", config, "--workdir", tmp_path / "W",
+                      f"--config.data.sources=[('{tmp_path}/*.txt', 1)]", "--config.train.sequence_length=64")
+
+    result.assert_error("fewer than the 65 of one sequence; add text or set train.sequence_length=")
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "parts"),
+    [
+        ("evaluate", [], ["required: --workdir", "see python -m deepseek_jax.evaluate --help"]),
+        ("evaluate", ["--workdir", "absent"], ["absent holds no config.json; give the --workdir of a run"]),
+        ("evaluate", ["--workdir", "RUN", "--dat", "x"], ["unrecognized arguments: --dat x"]),
+        ("evaluate", ["--workdir", "RUN", "--data", "absent"], ["there is no absent"]),
+        ("evaluate", ["--workdir", "RUN", "--data", "EMPTY"], ["no file that can be read"]),
+        ("evaluate", ["--workdir", "CLAIMED"], ["CLAIMED holds no checkpoint"]),
+        ("evaluate", ["--workdir", "BROKEN"], ["BROKEN/config.json is not JSON"]),
+        ("evaluate", ["--workdir", "BYTES"], ["BYTES/config.json is not JSON"]),
+        ("evaluate", ["--workdir", "LIST"], ["should be a section with keys"]),
+        ("generate", ["--workdir", "RUN"], ["required: --prompt"]),
+        ("generate", ["--workdir", "absent", "--prompt", "a"], ["absent holds no config.json"]),
+        ("generate", ["--workdir", "CLAIMED", "--prompt", "a"], ["CLAIMED holds no checkpoint"]),
+        ("generate", ["--workdir", "RUN", "--prompt", "a", "--max-new-tokens", "x"], ["invalid int value: 'x'"]),
+        ("generate", ["--workdir", "RUN", "--prompt", "a", "--max-new-tokens=0"], ["tokens=0 must be positive"]),
+        ("generate", ["--workdir", "RUN", "--prompt", "a", "--temperature=-1"], ["--temperature=-1.0 must be 0"]),
+        ("generate", ["--workdir", "RUN", "--prompt", "a", "--temperature=nan"], ["--temperature=nan must be 0"]),
+        ("generate", ["--workdir", "RUN", "--prompt", "a", "--seed=-1"], ["--seed=-1 must lie in [0, 2^32)"]),
+        ("generate", ["--workdir", "RUN", "--prompt", "a\udce9"], ["--prompt is not UTF-8"]),
+    ],
+    ids=lambda x: " ".join(x)[:60].encode("ascii", "replace").decode() if isinstance(x, list) else str(x))
+def test_a_bad_question_to_a_run_is_one_line(workdir, tmp_path, monkeypatch, command, arguments, parts):
+    monkeypatch.chdir(tmp_path)
+    config = (workdir / "config.json").read_bytes()
+    for name, content in {"CLAIMED": config, "BROKEN": config[:50], "BYTES": b"\xff\xfe", "LIST": b"[]"}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_bytes(content)
+    (tmp_path / "EMPTY").mkdir()
+
+    assert_only_error(runs.run(command, *(a.replace("RUN", str(workdir)) for a in arguments)), *parts)
+
+
+def test_a_run_without_a_moving_average_says_how_to_get_one(workdir, tmp_path):
+    copy = shutil.copytree(workdir, tmp_path / "run")
+    for step in runs.checkpoints(copy):
+        meta = json.loads((copy / f"checkpoints/{step}/meta.json").read_text())
+        meta["leaves"] = {name: leaf for name, leaf in meta["leaves"].items() if not name.startswith("ema")}
+        text = json.dumps(meta)
+        (copy / f"checkpoints/{step}/meta.json").write_text(text)
+        manifest = json.loads((copy / f"checkpoints/{step}/manifest.json").read_text())
+        del manifest["files"]["meta.json"]
+        (copy / f"checkpoints/{step}/manifest.json").write_text(json.dumps(manifest))
+
+    assert_only_error(runs.run("generate", "--workdir", copy, "--prompt", "a", "--ema"), "keeps no moving average",
+                      "--config.train.ema_decay=0.999")
+
+
+def test_a_file_that_is_not_utf8_is_named_skipped_and_counted_and_the_run_goes_on(config, tmp_path):
+    shutil.copytree(os.path.join(os.path.dirname(config), "corpus"), tmp_path / "corpus")
+    (tmp_path / "corpus/latin.txt").write_bytes(b"caf\xe9")
+    result = runs.run("train", "--config", config, "--workdir", tmp_path / "W", *runs.DENSE,
+                      f"--config.data.sources=[('{tmp_path}/corpus', 1)]")
+
+    assert result.code == 0, result
+    assert result.err.count("skipped latin.txt: not UTF-8 (byte 3)") == 1
+    meta, = (tmp_path / "W/cache").glob("shards-*/meta.json")
+    assert json.loads(meta.read_text())["skipped"] == 1
+
+
+def test_a_run_is_scored_as_its_last_evaluation_and_any_folder_can_be(workdir, tmp_path):
+    last = runs.rows(workdir)[-1]
+    own = runs.run("evaluate", "--workdir", workdir, "--json", tmp_path / "own.json")
+    other = runs.run("evaluate", "--workdir", workdir, "--data", workdir / "config.json", "--ema")
+    result = json.loads((tmp_path / "own.json").read_text())
+
+    assert own.code == 0 and result["step"] == runs.STEPS, own
+    assert [result[k] for k in ("loss", "bits_per_byte", "max_vio_global")] == pytest.approx(
+        [last[k] for k in ("eval_loss", "eval_bits_per_byte", "max_vio_global")], rel=1e-5)
+    other.assert_error("config.json has no file that can be read")  # .json is no text that it knows
+    (tmp_path / "words.txt").write_text("value_other(17):\n" * 50)
+    scored = runs.run("evaluate", "--workdir", workdir, "--data", tmp_path / "words.txt", "--ema", "--compressors")
+    assert scored.code == 0 and "bits_per_byte" in scored.out and "gzip_each" in scored.out
+
+
+def test_a_prompt_is_continued_the_same_way_every_time(workdir):
+    draw = lambda *more: runs.run("generate", "--workdir", workdir, "--prompt", "def ", "--max-new-tokens=5", *more)
+    greedy, warm, again, other = (draw(*more) for more in ([], ["--temperature=1"], ["--temperature=1"],
+                                                           ["--temperature=1", "--seed=1"]))
+
+    assert greedy.code == 0 and greedy.out.startswith("def ") and len(greedy.out) > 6
+    assert warm.out == again.out != other.out
+
+
+def test_an_empty_prompt_begins_a_document(workdir):
+    result = runs.run("generate", "--workdir", workdir, "--prompt", "", "--max-new-tokens=5")
+    assert result.code == 0 and result.out.strip()
+
+
+@pytest.mark.parametrize("name", sorted(runs.COMMANDS))
+def test_help_shows_an_example_that_could_be_typed(name):
+    result = runs.run(name, "--help")
+    assert result.code == 0
+    typed = f"    python -m deepseek_jax.{name} "
+    example = next(line for line in result.out.splitlines() if line.startswith(typed))
+    assert "--workdir run" in example
+    assert all(f"--{word.split('=')[0].split()[0]}" in result.out for word in example.split(" --")[1:])
+
+
+def test_a_mistake_costs_no_import_of_jax_and_reaches_the_shell_as_exit_code_2(config):
+    code = ("import sys; sys.argv = ['train', '--config', sys.argv[1], '--workdir', 'W', '--config.train.steps=0']\n"
+            "import atexit; atexit.register(lambda: print('jax' in sys.modules))\n"
+            "from deepseek_jax import command, train; command.run(train.main)")
+    done = subprocess.run([sys.executable, "-c", code, config], capture_output=True, text=True, check=False)
+
+    assert (done.returncode, done.stdout) == (2, "False\n")
+    assert done.stderr == "error: train.steps=0 must be positive.\n"
