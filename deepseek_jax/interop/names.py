@@ -48,13 +48,17 @@ class Transform(NamedTuple):
         """The axis of ours that pieces of their rows line up along."""
         return self.inputs or 0
 
+    def piece_shape(self, shape):
+        """The shape of a piece of ours, for `reshape`: of any length along `axis`."""
+        return *shape[:self.axis], -1, *shape[self.axis + 1:]
+
     def to_ours(self, theirs, shape, halves=0):
         """A piece of their rows as a piece of ours. `halves`: rotary dimension of a half-split checkpoint, else 0."""
         if self.inputs is None:
             return theirs
         if halves and self.rope:
             theirs = self._rotary(theirs, shape, np.arange(halves).reshape(2, -1).T.reshape(-1))
-        return transposed(theirs).reshape(*shape[:self.axis], -1, *shape[self.axis + 1:])
+        return transposed(theirs).reshape(self.piece_shape(shape))
 
     def to_theirs(self, ours, shape, halves=0):
         """The inverse of `to_ours`."""
