@@ -18,6 +18,7 @@ import traceback
 import ml_collections
 
 from deepseek_jax.checked import Checked, ConfigError, build, did_you_mean, key
+from deepseek_jax.mesh_config import MeshConfig, check_mesh
 
 
 @dataclasses.dataclass(frozen=True)
@@ -250,6 +251,11 @@ class Config(Checked):
     optimizer: OptimizerConfig = OptimizerConfig()
     balance: BalanceConfig = BalanceConfig()
     init: InitConfig = InitConfig()
+    mesh: MeshConfig = MeshConfig()
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_mesh(self.mesh, self.model, self.train)
 
 
 _SMALL = dict(q_rank=96, kv_rank=64, nope_head_dim=32, rope_head_dim=16, v_head_dim=32, dense_ffn_dim=704,

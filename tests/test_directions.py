@@ -17,7 +17,8 @@ PACKAGES = ("deepseek_jax", "kernels_pallas")
 MODEL_LEAVES = ("model.layers", "model.rope", "model.router")
 MAY_IMPORT = {
     "checked": (),
-    "config": ("checked",),
+    "mesh_config": ("checked",),
+    "config": ("checked", "mesh_config"),
     "command": ("config",),
     "model": ("model.transformer", "model.attention", "model.experts", "model.mtp", *MODEL_LEAVES, "config"),
     "model.transformer": ("model.attention", "model.experts", "model.mtp", *MODEL_LEAVES, "parallel.mesh", "config"),
@@ -56,8 +57,8 @@ COMMANDS = ("train", "evaluate", "generate", "serve", "convert", "plan", "compil
 MAY_IMPORT |= dict.fromkeys(
     COMMANDS, ("command", "training", "serving", "scale", "interop", "data", "model", "config"))
 
-WITHOUT_JAX = ("checked", "config", "command", "data", "pipeline.schedule", "pipeline.validate", "scale.costs",
-               "scale.plan", "plan")
+WITHOUT_JAX = ("checked", "mesh_config", "config", "command", "data", "pipeline.schedule", "pipeline.validate",
+               "scale.costs", "scale.plan", "plan")
 JAX = ("jax", "jaxlib", "flax", "optax", "orbax", "chex")
 LONGEST_FILE, LONGEST_COMMAND = 400, 99
 
