@@ -8,6 +8,7 @@ inverse permutation, not a scatter.
 """
 
 import functools
+import math
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -15,9 +16,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from deepseek_jax.config import ModelConfig
+from deepseek_jax.config import MeshConfig, ModelConfig
 from deepseek_jax.model import router as routing
 from deepseek_jax.model.layers import FFN, matmul, saved, swiglu, transpose, weight, wide
+from deepseek_jax.parallel.dispatch import to_experts
 
 
 class Plan(NamedTuple):
@@ -190,6 +192,10 @@ def routed_experts(x_ND, chosen_NK, gates_NK, gate_EDF, up_EDF, down_EFD, implem
     name = implementation_here() if implementation == "auto" else implementation
     align = row_alignment(name, chosen_NK.size, gate_EDF.shape[0])
     p = plan(chosen_NK, gate_EDF.shape[0], align)
+    return _ffn(x_ND, gates_NK, p, gate_EDF, up_EDF, down_EFD, align, name)
+
+
+def _ffn(x_ND, gates_NK, p: Plan, gate_EDF, up_EDF, down_EFD, align, name):
     product = functools.partial(grouped_matmul, sizes_E=p.sizes_E, align=align, implementation=name)
     x_RD = to_rows(x_ND, p)
     gate_RF, up_RF = saved(product(x_RD, gate_EDF)), saved(product(x_RD, up_EDF))
@@ -197,10 +203,48 @@ def routed_experts(x_ND, chosen_NK, gates_NK, gate_EDF, up_EDF, down_EFD, implem
     return combine(y_RD, gates_NK, p)
 
 
+def resident_experts(x_ND, id_NK, gates_NK, weights, even, capacity=None, implementation="auto"):
+    """The gated sum over those of a row's experts that live here, and how many choices that was.
+
+    Args:
+      x_ND: rows that were sent here, whatever number of them came.
+      id_NK: int32, counted from 1 among the experts here; 0: none.
+      weights: (gate_EDF, up_EDF, down_EFD) of the experts here.
+      even: choices that come if all loads are even: tiles are made for it.
+      capacity: of `even`, what there is room for; later choices are dropped. None: for all that could come.
+    """
+    E = weights[0].shape[0]
+    name = implementation_here() if implementation == "auto" else implementation
+    align = row_alignment(name, even, E)
+    # A row has at most as many choices here as experts live here: those first, the rest cut off.
+    K = min(id_NK.shape[1], E)
+    order_NK = jnp.argsort(id_NK == 0, axis=1, stable=True)[:, :K]
+    id_NK, gates_NK = (jnp.take_along_axis(x, order_NK, axis=1) for x in (id_NK, gates_NK))
+    room = id_NK.size if capacity is None else min(id_NK.size, math.ceil(capacity * even))
+    p, computed = _without_strangers(plan(jnp.where(id_NK > 0, id_NK - 1, E), E + 1, align), id_NK, align,
+                                     room + E * (align - 1))
+    return _ffn(x_ND, gates_NK, p, *weights, align, name), computed
+
+
+def _without_strangers(p: Plan, id_NK, align, room):
+    """Cuts a plan, whose last group holds what has no expert here, down to `room` rows.
+
+    What is cut off points at the last row, which stays empty: zero goes in and zero comes out.
+    """
+    rows = (-(-room // align) + 1) * align
+    end_E = jnp.minimum(jnp.cumsum(p.sizes_E[:-1]), rows - align)
+    choice_R = jnp.pad(p.choice_R, (0, max(0, rows - p.choice_R.size)), constant_values=id_NK.size)[:rows]
+    choice_R = jnp.where(jnp.arange(rows) < end_E[-1], choice_R, id_NK.size)
+    kept_NK = (id_NK > 0) & (p.row_NK < end_E[-1])
+    sizes_E = jnp.diff(end_E, prepend=0).astype(jnp.int32)
+    return Plan(choice_R, jnp.where(kept_NK, p.row_NK, rows - 1), sizes_E), kept_NK.sum()
+
+
 class MoE(nn.Module):
     """The feed-forward network of a MoE layer. Returns its output and what routing did (see `transformer.Stats`)."""
 
     cfg: ModelConfig
+    mesh: MeshConfig = MeshConfig()
     capture: tuple[str, ...] = ()
 
     @nn.compact
@@ -210,9 +254,12 @@ class MoE(nn.Module):
         E, F = cfg.num_experts, cfg.expert_ffn_dim
         x_ND = x_BTD.reshape(B * T, D)
         scores_NE, chosen_NK = routing.Router(cfg, name="router")(x_ND, bias_E)
-        y_ND = routed_experts(x_ND, chosen_NK, routing.gates(cfg, scores_NE, chosen_NK),
-                              weight(self, "gate", (E, D, F)), weight(self, "up", (E, D, F)),
-                              weight(self, "down", (E, F, D)))
+        gates_NK = routing.gates(cfg, scores_NE, chosen_NK)
+        weights = weight(self, "gate", (E, D, F)), weight(self, "up", (E, D, F)), weight(self, "down", (E, F, D))
+        if self.mesh.devices == 1:
+            y_ND, traffic = routed_experts(x_ND, chosen_NK, gates_NK, *weights), {}
+        else:
+            y_ND, traffic = self._dispatched(x_ND, chosen_NK, gates_NK, weights)
         y_BTD = y_ND.reshape(B, T, D)
         if cfg.num_shared_experts:
             y_BTD = y_BTD + FFN(cfg, cfg.num_shared_experts * F, name="shared")(x_BTD)
@@ -221,5 +268,18 @@ class MoE(nn.Module):
         stats = {"counts": counts_E,
                  "sequence_loss": routing.sequence_loss(cfg, scores_NE.reshape(B, T, E)),
                  "auxiliary_loss": routing.auxiliary_loss(cfg, scores_NE, counts_E),
+                 "traffic": traffic,
                  "captured": {name: seen[name] for name in self.capture}}
         return y_BTD, stats
+
+    def _dispatched(self, x_ND, chosen_NK, gates_NK, weights):
+        """The same sum, by experts on other devices."""
+        cfg, mesh = self.cfg, self.mesh
+
+        def here(x_RD, id_RK, gates_RK, weights):
+            even = chosen_NK.size // (mesh.data_shards * mesh.tensor)
+            return resident_experts(x_RD, id_RK, gates_RK, weights, even, mesh.capacity)
+
+        # A group of experts lives on one node.
+        most_nodes = min(mesh.node, cfg.groups_kept) if cfg.num_groups > 1 else mesh.node
+        return to_experts(mesh, cfg.num_experts, most_nodes, here, x_ND, chosen_NK, gates_NK, weights)

@@ -13,9 +13,9 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from deepseek_jax.config import ModelConfig
 
 # What is kept for the backward pass under remat="report" (report section 3.2.3): the residual stream, the compressed
-# latents, the attention output, the scores and the inputs of SwiGLU. Norms, MLA up-projections and SwiGLU are
-# recomputed; so are the experts' outputs, which only the gradient of the gates needs.
-SAVED_NAMES = ("residual", "latent", "attention", "ffn_in", "routing")
+# latents, the attention output, the scores, what arrived at the experts and the inputs of SwiGLU. Norms, MLA
+# up-projections and SwiGLU are recomputed; so are the experts' outputs, which only the gradient of the gates needs.
+SAVED_NAMES = ("residual", "latent", "attention", "ffn_in", "routing", "dispatched")
 
 
 def saved(x):

@@ -14,6 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.layers import weight, wide
+from deepseek_jax.parallel.mesh import by_rows
 
 
 def affinities(cfg: ModelConfig, logits_NE):
@@ -49,7 +50,8 @@ def limit_to_groups(cfg: ModelConfig, scores_NE):
 
 def select(cfg: ModelConfig, scores_NE, bias_E):
     """int32 [N, K]: the experts chosen for each token."""
-    return lax.top_k(limit_to_groups(cfg, biased(cfg, scores_NE, bias_E)), cfg.experts_per_token)[1]
+    return by_rows(lambda biased_NE: lax.top_k(limit_to_groups(cfg, biased_NE), cfg.experts_per_token)[1],
+                   biased(cfg, scores_NE, bias_E))
 
 
 def gates(cfg: ModelConfig, scores_NE, chosen_NK):
@@ -72,7 +74,7 @@ def sequence_loss(cfg: ModelConfig, scores_BTE):
     report's equation 18 reads. It is 1 for uniform loads and scores.
     """
     _, T, E = scores_BTE.shape
-    top_BTK = lax.top_k(lax.stop_gradient(scores_BTE), cfg.experts_per_token)[1]
+    top_BTK = by_rows(lambda scores_BTE: lax.top_k(scores_BTE, cfg.experts_per_token)[1], scores_BTE)
     f_BE = jax.vmap(lambda top_TK: count_choices(top_TK, E))(top_BTK) * (E / (cfg.experts_per_token * T))
     p_BE = (scores_BTE / scores_BTE.sum(axis=-1, keepdims=True)).mean(axis=1)
     return (f_BE * p_BE).sum(axis=-1).mean()
