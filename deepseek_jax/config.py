@@ -139,7 +139,7 @@ class DataConfig(Checked, section="data", between="validation_fraction", fractio
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig(Checked, section="optimizer", positive="learning_rate clip_norm", below_one="b1 b2",
                       not_negative="cosine_to tail_to weight_decay",
-                      choices={"moment_dtype": ("bfloat16", "float32")}):
+                      choices={"moment_dtype": ("bfloat16", "float32", "float64")}):
     """AdamW and the report's learning-rate shape, in fractions of the run (report section 4.2)."""
 
     learning_rate: float = 2.2e-4

@@ -43,7 +43,7 @@ MAY_IMPORT = {
     "training.loop": ("training", "data", "model", "parallel.mesh", "serving", "scale.costs", "config"),
     "training.report": ("training", "data", "serving", "config"),
     "training.step": ("model", "training.losses", "training.optimizer", "pipeline", "parallel", "config"),
-    "training.losses": ("model", "config"),
+    "training.losses": ("model", "parallel.mesh", "config"),
     "training.optimizer": ("model.router", "config"),
     "training.checkpoint": ("training.step", "training.durable", "training.arrays", "parallel.mesh", "config"),
     "interop": ("model", "fp8", "parallel.mesh", "training.durable", "training.arrays", "config"),

@@ -165,6 +165,12 @@ def _constrained(tree, which):
         x, getattr(place(path, x.shape, mesh), which)), paths(tree), tree)
 
 
+def data_shards() -> int:
+    """Parts that a batch is split into here; 1 without a mesh, or inside a shard_map."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty or mesh.manual_axes else math.prod(mesh.shape[axis] for axis in DATA)
+
+
 def constrain(x, *names: str | None):
     """Splits an activation by the names of its dimensions. Does nothing without a mesh, or inside a shard_map."""
     mesh = jax.sharding.get_abstract_mesh()

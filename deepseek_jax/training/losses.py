@@ -16,6 +16,7 @@ from deepseek_jax.config import BalanceConfig
 from deepseek_jax.model import Output
 from deepseek_jax.model.layers import matmul, transpose, wide
 from deepseek_jax.model.mtp import ahead
+from deepseek_jax.parallel.mesh import data_shards
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -99,8 +100,10 @@ def token_losses(output: Output, head_DW, batch, chunk):
       (main, main weight, mtp_D, mtp_D weights): float32 scalars and [depth] arrays.
     """
     def one(hidden_BTD, targets_BT, weights_BT):
-        D = hidden_BTD.shape[-1]
-        nats = cross_entropy(hidden_BTD.reshape(-1, D), head_DW, targets_BT.reshape(-1), weights_BT.reshape(-1), chunk)
+        # Each device goes through its own tokens; [shards, tokens, ...] keeps them, and their part of dhead, apart.
+        tokens = [x.reshape(data_shards(), -1, *x.shape[2:]) for x in (hidden_BTD, targets_BT, weights_BT)]
+        each = lambda h_ND, targets_N, weights_N: cross_entropy(h_ND, head_DW, targets_N, weights_N, chunk)
+        nats = jax.vmap(each)(*tokens).sum() if data_shards() > 1 else each(*(x[0] for x in tokens))
         return nats, weights_BT.sum()
 
     targets_BT, weights_BT, segments = batch["targets_BT"], batch["weights_BT"], batch["segment_ids_BT"]
