@@ -18,6 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.layers import RMSNorm, linear, matmul, row_major, transpose, weight, wide
 from deepseek_jax.model.rope import rotate, softmax_scale
+from deepseek_jax.parallel.mesh import constrain
 
 
 class MLA(nn.Module):
@@ -35,7 +36,8 @@ class MLA(nn.Module):
             q_BTHA = linear(RMSNorm(cfg, name="q_norm")(q_BTQ), weight(self, "q_b", (Q, H, N + R)))
         kv_BTX = checkpoint_name(linear(x_BTD, weight(self, "kv_a", (D, C + R))), "latent")
         c_BTC = RMSNorm(cfg, name="kv_norm")(kv_BTX[..., :C])
-        kv_BTHX = linear(c_BTC, weight(self, "kv_b", (C, H, N + V)))
+        split = functools.partial(constrain, names=("batch", None, "heads", None))
+        q_BTHA, kv_BTHX = split(q_BTHA), split(linear(c_BTC, weight(self, "kv_b", (C, H, N + V))))
         k_pe_BTHR = jnp.broadcast_to(rotate(kv_BTX[..., None, C:], rope), kv_BTHX.shape[:3] + (R,))
 
         q_BTHA = jnp.concatenate([q_BTHA[..., :N], rotate(q_BTHA[..., N:], rope)], axis=-1)

@@ -20,6 +20,7 @@ from deepseek_jax.config import MeshConfig, ModelConfig
 from deepseek_jax.model import router as routing
 from deepseek_jax.model.layers import FFN, matmul, saved, swiglu, transpose, weight, wide
 from deepseek_jax.parallel.dispatch import to_experts
+from deepseek_jax.parallel.mesh import constrain
 
 
 class Plan(NamedTuple):
@@ -260,7 +261,7 @@ class MoE(nn.Module):
             y_ND, traffic = routed_experts(x_ND, chosen_NK, gates_NK, *weights), {}
         else:
             y_ND, traffic = self._dispatched(x_ND, chosen_NK, gates_NK, weights)
-        y_BTD = y_ND.reshape(B, T, D)
+        y_BTD = constrain(y_ND.reshape(B, T, D), ("batch", None, None))
         if cfg.num_shared_experts:
             y_BTD = y_BTD + FFN(cfg, cfg.num_shared_experts * F, name="shared")(x_BTD)
         counts_E = routing.count_choices(chosen_NK, E)

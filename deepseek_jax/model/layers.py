@@ -4,6 +4,8 @@ Parameters are float32 masters of shape [in, out]; products run in `cfg.dtype` a
 softmaxes run in float32. With x64 enabled and dtype float64 all of them are float64.
 """
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.layout import Layout, with_layout_constraint
 
 from deepseek_jax.config import ModelConfig
+from deepseek_jax.parallel.mesh import constrain
 
 # What is kept for the backward pass under remat="report" (report section 3.2.3): the residual stream, the compressed
 # latents, the attention output, the scores, what arrived at the experts and the inputs of SwiGLU. Norms, MLA
@@ -117,6 +120,7 @@ class FFN(nn.Module):
     @nn.compact
     def __call__(self, x_BTD):
         D, F = self.cfg.d_model, self.ffn_dim
-        gate_BTF = saved(linear(x_BTD, weight(self, "gate", (D, F))))
-        up_BTF = saved(linear(x_BTD, weight(self, "up", (D, F))))
+        split = functools.partial(constrain, names=("batch", None, "ffn"))
+        gate_BTF = saved(split(linear(x_BTD, weight(self, "gate", (D, F)))))
+        up_BTF = saved(split(linear(x_BTD, weight(self, "up", (D, F)))))
         return linear(swiglu(gate_BTF, up_BTF), weight(self, "down", (F, D)))

@@ -21,6 +21,7 @@ from deepseek_jax.model.experts import MoE
 from deepseek_jax.model.layers import FFN, SAVED_NAMES, RMSNorm, head_logits, weight, wide
 from deepseek_jax.model.mtp import MTPModule, ahead
 from deepseek_jax.model.rope import rope_table
+from deepseek_jax.parallel.mesh import constrain
 
 UNROLLED_LAYERS = 8
 
@@ -61,12 +62,13 @@ class Block(nn.Module):
     def __call__(self, x_BTD, bias_E, rope, segment_ids_BT):
         x_BTD = x_BTD + MLA(self.cfg, name="attention")(
             RMSNorm(self.cfg, name="attention_norm")(x_BTD), rope, segment_ids_BT)
-        x_BTD = checkpoint_name(x_BTD, "residual")
-        h_BTD = RMSNorm(self.cfg, name="ffn_norm")(x_BTD)
+        x_BTD = checkpoint_name(constrain(x_BTD, ("batch", None, None)), "residual")
+        h_BTD = constrain(RMSNorm(self.cfg, name="ffn_norm")(x_BTD), ("batch", None, None))
         if not self.moe:
-            return x_BTD + FFN(self.cfg, self.cfg.dense_ffn_dim, name="ffn")(h_BTD), None
-        y_BTD, stats = MoE(self.cfg, self.mesh, self.capture, name="ffn")(h_BTD, bias_E)
-        return x_BTD + y_BTD, stats
+            y_BTD, stats = FFN(self.cfg, self.cfg.dense_ffn_dim, name="ffn")(h_BTD), None
+        else:
+            y_BTD, stats = MoE(self.cfg, self.mesh, self.capture, name="ffn")(h_BTD, bias_E)
+        return constrain(x_BTD + y_BTD, ("batch", None, None)), stats
 
 
 def rematerialized(block, cfg: ModelConfig, scanned: bool):

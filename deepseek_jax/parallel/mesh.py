@@ -171,7 +171,7 @@ def data_shards() -> int:
     return 1 if mesh.empty or mesh.manual_axes else math.prod(mesh.shape[axis] for axis in DATA)
 
 
-def constrain(x, *names: str | None):
+def constrain(x, names: tuple[str | None, ...]):
     """Splits an activation by the names of its dimensions. Does nothing without a mesh, or inside a shard_map."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.manual_axes:
