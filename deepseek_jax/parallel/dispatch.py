@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from deepseek_jax.config import MeshConfig
+from deepseek_jax.config import MeshConfig, ModelConfig
 from deepseek_jax.parallel.mesh import AXES, spec
 
 
@@ -206,6 +206,31 @@ def count_traffic(cfg: MeshConfig, num_experts, chosen_NK, hops, computed):
                "nodes": nodes_NM.sum(), "left": (nodes_NM & away_M[None]).any(axis=1).sum(),
                "across": across, "inside": inside, "flat_across": (device_ML * away_M[:, None]).sum()}
     return {name: jnp.asarray(n, jnp.int32) for name, n in counted.items()}
+
+
+def traffic_per_token(cfg: MeshConfig, model: ModelConfig, traffic) -> dict:
+    """What the counters say, on average over tokens and MoE layers; {} for those of one device.
+
+    nodes_per_token: nodes that its experts lie on. leaving_node: share of tokens with an expert on another one.
+    cross_node_bytes, inside_node_bytes: that dispatch sends to other nodes, and to other devices of a node; values,
+    choices and gates of the copies, without the empty slots of static buffers. flat_cross_node_bytes: the first,
+    had every device got its own copy. dropped_choices: that found no room under a capacity, a sum.
+    """
+    if not traffic:
+        return {}
+    per_token = {name: int(n) / int(traffic["tokens"]) for name, n in traffic.items()}
+    size = copy_bytes(cfg, model)
+    return {"nodes_per_token": per_token["nodes"], "leaving_node": per_token["left"],
+            "cross_node_bytes": per_token["across"] * size, "inside_node_bytes": per_token["inside"] * size,
+            "flat_cross_node_bytes": per_token["flat_across"] * size,
+            "dropped_choices": int(traffic["choices"]) - int(traffic["computed"])}
+
+
+def copy_bytes(cfg: MeshConfig, model: ModelConfig) -> int:
+    """Bytes of one copy of a token on its way to the experts: values (and scales), choices and gates."""
+    width = jnp.dtype(model.dtype).itemsize
+    values = model.d_model + 4 * -(-model.d_model // 128) if cfg.dispatch_fp8 else model.d_model * width
+    return values + model.experts_per_token * (4 + max(width, 4))
 
 
 def to_experts(cfg: MeshConfig, num_experts, most_nodes, experts, x_ND, chosen_NK, gates_NK, weights, wire=PLAIN):
