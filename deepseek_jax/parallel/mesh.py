@@ -190,3 +190,24 @@ def by_rows(f, *arrays):
     rows = spec("batch")
     return jax.shard_map(f, in_specs=(rows,) * len(arrays), out_specs=rows, check_vma=False)(
         *jax.lax.stop_gradient(arrays))
+
+
+GROUPS = (  # of the table of bytes, in the order of matching
+    ("mtp", "*/mtp_*"), ("experts", "*/layers/ffn/gate"), ("experts", "*/layers/ffn/up"),
+    ("experts", "*/layers/ffn/down"), ("shared experts", "*/shared/*"), ("router", "*/router/*"),
+    ("norms", "*/scale"), ("attention", "*/attention/*"), ("dense ffn", "*/dense_layers/ffn/*"),
+    ("embedding and head", "*"))
+
+
+def bytes_per_device(params, mesh) -> dict[str, dict[str, int]]:
+    """{group: {"compute", "master"}}: bytes on one device of the working copy and of the masters.
+
+    Each moment in float32, and an average, takes as much as the masters.
+    """
+    table = {}
+    for path, leaf in zip(jax.tree.leaves(paths(params)), jax.tree.leaves(params)):
+        group = next(name for name, pattern in GROUPS if fnmatch.fnmatchcase(f"/{path}", pattern))
+        row = table.setdefault(group, {"compute": 0, "master": 0})
+        for kind, where in place(path, leaf.shape, mesh)._asdict().items():
+            row[kind] += math.prod(NamedSharding(mesh, where).shard_shape(leaf.shape)) * leaf.dtype.itemsize
+    return table

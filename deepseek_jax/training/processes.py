@@ -91,11 +91,12 @@ class Watch:
             threading.Thread(target=self._listen, args=(peer, connection), daemon=True).start()
 
     def part(self):
-        """Says farewell; returns once process 0 has said it too, so that its last words do not meet an empty room."""
+        """Says farewell, and returns once those at the other ends have said it too."""
         for connection in self.connections.values():
             connection.sendall(FAREWELL)
-        if self.group.process:
-            self.gone[0].wait()
+        for peer, connection in self.connections.items():
+            self.gone[peer].wait()
+            connection.close()
 
     def _wait_for_all(self, host, port):
         connections, deadline = {}, time.monotonic() + PATIENCE
