@@ -161,6 +161,7 @@ def test_when_one_is_killed_the_other_ends_with_a_clear_line_and_both_resume(con
     both[victim].send_signal(signal.SIGKILL)
     killed = time.monotonic()
     said, _ = both[1 - victim].communicate(timeout=60)
+    both[victim].communicate()
 
     assert time.monotonic() - killed < 60 and both[1 - victim].returncode == 2, said
     assert f"error: process {victim} of 2 has ended" in said and "start all of them again" in said
