@@ -29,20 +29,20 @@ class MLA(nn.Module):
         D, H, Q, C = cfg.d_model, cfg.num_heads, cfg.q_rank, cfg.kv_rank
         N, R, V = cfg.nope_head_dim, cfg.rope_head_dim, cfg.v_head_dim
         if Q is None:
-            q_BTHA = linear(x_BTD, weight(self, "q", (D, H, N + R)))
+            q_BTHA = linear(x_BTD, weight(self, "q", (D, H, N + R)), cfg.fp8)
         else:
-            q_BTQ = checkpoint_name(linear(x_BTD, weight(self, "q_a", (D, Q))), "latent")
-            q_BTHA = linear(RMSNorm(cfg, name="q_norm")(q_BTQ), weight(self, "q_b", (Q, H, N + R)))
-        kv_BTX = checkpoint_name(linear(x_BTD, weight(self, "kv_a", (D, C + R))), "latent")
+            q_BTQ = checkpoint_name(linear(x_BTD, weight(self, "q_a", (D, Q)), cfg.fp8), "latent")
+            q_BTHA = linear(RMSNorm(cfg, name="q_norm")(q_BTQ), weight(self, "q_b", (Q, H, N + R)), cfg.fp8)
+        kv_BTX = checkpoint_name(linear(x_BTD, weight(self, "kv_a", (D, C + R)), cfg.fp8), "latent")
         c_BTC = RMSNorm(cfg, name="kv_norm")(kv_BTX[..., :C])
-        kv_BTHX = linear(c_BTC, weight(self, "kv_b", (C, H, N + V)))
+        kv_BTHX = linear(c_BTC, weight(self, "kv_b", (C, H, N + V)), cfg.fp8)
         k_pe_BTHR = jnp.broadcast_to(rotate(kv_BTX[..., None, C:], rope), kv_BTHX.shape[:3] + (R,))
 
         q_BTHA = jnp.concatenate([q_BTHA[..., :N], rotate(q_BTHA[..., N:], rope)], axis=-1)
         k_BTHA = jnp.concatenate([kv_BTHX[..., :N], k_pe_BTHR], axis=-1)
         o_BTHV = attend(q_BTHA, k_BTHA, kv_BTHX[..., N:], segment_ids_BT, softmax_scale(cfg), cfg.attention_block)
         w_HVD = weight(self, "o", (H, V, D))
-        return linear(o_BTHV.reshape(o_BTHV.shape[:2] + (H * V,)), w_HVD.reshape(H * V, D))
+        return linear(o_BTHV.reshape(o_BTHV.shape[:2] + (H * V,)), w_HVD.reshape(H * V, D), cfg.fp8, kept="e5m6")
 
 
 def attend(q_BTHA, k_BTHA, v_BTHV, segment_ids_BT, scale, block):

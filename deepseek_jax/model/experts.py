@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from deepseek_jax import fp8
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model import router as routing
 from deepseek_jax.model.layers import FFN, matmul, saved, swiglu, transpose, weight, wide
@@ -185,8 +186,15 @@ def grouped_matmul(x_RD, w_EDF, sizes_E, align, implementation="auto"):
     return IMPLEMENTATIONS[name](x_RD, w_EDF, sizes_E, align)
 
 
-def routed_experts(x_ND, chosen_NK, gates_NK, gate_EDF, up_EDF, down_EFD, implementation="auto"):
-    """sum over k of gates[n, k] * FFN of chosen[n, k], [N, D]: exact for every routing, however skewed."""
+def routed_experts(x_ND, chosen_NK, gates_NK, gate_EDF, up_EDF, down_EFD, implementation="auto", recipe=None):
+    """sum over k of gates[n, k] * FFN of chosen[n, k], [N, D]: exact for every routing, however skewed.
+
+    `recipe`, where it is enabled: the products run in FP8 (and `implementation` is the recipe's).
+    """
+    if recipe is not None and recipe.enabled:
+        p = plan(chosen_NK, gate_EDF.shape[0], fp8.GROUP_ALIGNMENT)
+        weights = (jnp.swapaxes(w, 1, 2) for w in (gate_EDF, up_EDF, down_EFD))
+        return combine(fp8.swiglu_ffn(to_rows(x_ND, p), *weights, recipe, p.sizes_E), gates_NK, p)
     name = implementation_here() if implementation == "auto" else implementation
     align = row_alignment(name, chosen_NK.size, gate_EDF.shape[0])
     p = plan(chosen_NK, gate_EDF.shape[0], align)
@@ -212,7 +220,7 @@ class MoE(nn.Module):
         scores_NE, chosen_NK = routing.Router(cfg, name="router")(x_ND, bias_E)
         y_ND = routed_experts(x_ND, chosen_NK, routing.gates(cfg, scores_NE, chosen_NK),
                               weight(self, "gate", (E, D, F)), weight(self, "up", (E, D, F)),
-                              weight(self, "down", (E, F, D)))
+                              weight(self, "down", (E, F, D)), recipe=cfg.fp8)
         y_BTD = y_ND.reshape(B, T, D)
         if cfg.num_shared_experts:
             y_BTD = y_BTD + FFN(cfg, cfg.num_shared_experts * F, name="shared")(x_BTD)
