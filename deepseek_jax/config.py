@@ -324,13 +324,15 @@ def as_dict(config) -> dict:
 
 def freeze(config) -> Config:
     """Checks a ConfigDict (or nested dict) and freezes it. Raises ConfigError."""
-    if not hasattr(config, "items") or not hasattr(config.get("model"), "items"):
+    if not hasattr(config, "items"):
         return build(Config, config)
     sections = dict(config.items())
-    if "fp8" in sections:
-        if "fp8" in sections["model"]:
-            raise ConfigError("model.fp8 and fp8 are one section; keep fp8.")
-        sections["model"] = {**sections["model"], "fp8": sections.pop("fp8")}
+    model = sections.get("model")
+    if hasattr(model, "items") and "fp8" in model:
+        raise ConfigError("model.fp8 is a section of its own; say fp8 beside model, --config.fp8.enabled=True.")
+    fp8 = sections.pop("fp8", {})
+    if hasattr(model, "items"):
+        sections["model"] = {**model, "fp8": fp8}
     return build(Config, sections)
 
 
