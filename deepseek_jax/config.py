@@ -34,6 +34,32 @@ class Yarn(Checked, section="model.yarn", positive="factor original_length beta_
 
 
 @dataclasses.dataclass(frozen=True)
+class FP8Config(Checked, section="fp8", positive="promote_every", not_negative="accumulator_bits",
+                choices={"scale": ("float32", "power_of_two"), "tiles": ("fine", "tensor"),
+                         "gradient_tiles": ("1x128", "128x128"), "gradient_format": ("e4m3", "e5m2"),
+                         "implementation": ("auto", "reference", "hopper", "tpu")}):
+    """FP8 training (report section 3.3). All but `enabled` and `implementation` is there to study the recipe."""
+
+    enabled: bool = False
+    scale: str = "float32"  # "power_of_two": also where the report does not ask for it
+    tiles: str = "fine"  # "tensor": one scale an array
+    gradient_tiles: str = "1x128"  # "128x128": what diverged on the report's 16B model
+    gradient_format: str = "e4m3"  # "e5m2": more range, less precision, as others train
+    accumulator_bits: int = 0  # of a tensor core's partial sums; 0: float32, 14: Hopper's, modelled on "reference"
+    promote_every: int | None = 128  # elements of K after which such a partial sum moves to float32; None: never
+    implementation: str = "auto"  # of the kernels, as kernels_pallas.api has them
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.accumulator_bits > 24:
+            raise ConfigError(f"fp8.accumulator_bits={self.accumulator_bits} is more than the 24 of float32; take 0 for "
+                              "float32.")
+        if self.promote_every is not None and self.promote_every % 32:
+            raise ConfigError(f"fp8.promote_every={self.promote_every} must be a multiple of 32, the depth of one WGMMA; "
+                              "or None.")
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig(
         Checked, section="model",
         positive="vocab_size d_model num_layers num_heads q_rank kv_rank nope_head_dim rope_head_dim v_head_dim "
@@ -73,6 +99,7 @@ class ModelConfig(
     dtype: str = "bfloat16"  # of activations and products; parameters are float32 masters
     remat: str = "report"  # "none", "report" (norms, MLA up-projections, SwiGLU), "full"
     attention_block: int = 512  # query and key rows a block: memory grows with T * block, not T * T
+    fp8: FP8Config = FP8Config()  # in config files a section of its own, `fp8`, beside `model`
 
     def __post_init__(self):
         super().__post_init__()
@@ -296,12 +323,23 @@ def as_dict(config) -> dict:
     for f in dataclasses.fields(config):
         value = getattr(config, f.name)
         out[key(f)] = as_dict(value) if dataclasses.is_dataclass(value) else value
+    if isinstance(config, Config):
+        out["fp8"] = out["model"].pop("fp8")
     return out
 
 
 def freeze(config) -> Config:
     """Checks a ConfigDict (or nested dict) and freezes it. Raises ConfigError."""
-    return build(Config, config)
+    if not hasattr(config, "items"):
+        return build(Config, config)
+    sections = dict(config.items())
+    model = sections.get("model")
+    if hasattr(model, "items") and "fp8" in model:
+        raise ConfigError("model.fp8 is a section of its own; say fp8 beside model, --config.fp8.enabled=True.")
+    fp8 = sections.pop("fp8", {})
+    if hasattr(model, "items"):
+        sections["model"] = {**model, "fp8": fp8}
+    return build(Config, sections)
 
 
 def load_config(path: str, overrides: tuple[str, ...] | list[str] = ()) -> Config:

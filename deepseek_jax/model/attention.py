@@ -15,6 +15,7 @@ import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
+from deepseek_jax import fp8
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.layers import RMSNorm, linear, matmul, row_major, transpose, weight, wide
 from deepseek_jax.model.rope import rotate, softmax_scale
@@ -30,30 +31,32 @@ class MLA(nn.Module):
         D, H, Q, C = cfg.d_model, cfg.num_heads, cfg.q_rank, cfg.kv_rank
         N, R, V = cfg.nope_head_dim, cfg.rope_head_dim, cfg.v_head_dim
         if Q is None:
-            q_BTHA = linear(x_BTD, weight(self, "q", (D, H, N + R)))
+            q_BTHA = linear(x_BTD, weight(self, "q", (D, H, N + R)), cfg.fp8)
         else:
-            q_BTQ = checkpoint_name(linear(x_BTD, weight(self, "q_a", (D, Q))), "latent")
-            q_BTHA = linear(RMSNorm(cfg, name="q_norm")(q_BTQ), weight(self, "q_b", (Q, H, N + R)))
-        kv_BTX = checkpoint_name(linear(x_BTD, weight(self, "kv_a", (D, C + R))), "latent")
+            q_BTQ = checkpoint_name(linear(x_BTD, weight(self, "q_a", (D, Q)), cfg.fp8), "latent")
+            q_BTHA = linear(RMSNorm(cfg, name="q_norm")(q_BTQ), weight(self, "q_b", (Q, H, N + R)), cfg.fp8)
+        kv_BTX = checkpoint_name(linear(x_BTD, weight(self, "kv_a", (D, C + R)), cfg.fp8), "latent")
         c_BTC = RMSNorm(cfg, name="kv_norm")(kv_BTX[..., :C])
         split = functools.partial(constrain, names=("batch", None, "heads", None))
-        q_BTHA, kv_BTHX = split(q_BTHA), split(linear(c_BTC, weight(self, "kv_b", (C, H, N + V))))
+        q_BTHA, kv_BTHX = split(q_BTHA), split(linear(c_BTC, weight(self, "kv_b", (C, H, N + V)), cfg.fp8))
         k_pe_BTHR = jnp.broadcast_to(rotate(kv_BTX[..., None, C:], rope), kv_BTHX.shape[:3] + (R,))
 
         q_BTHA = jnp.concatenate([q_BTHA[..., :N], rotate(q_BTHA[..., N:], rope)], axis=-1)
         k_BTHA = jnp.concatenate([kv_BTHX[..., :N], k_pe_BTHR], axis=-1)
-        o_BTHV = attend(q_BTHA, k_BTHA, kv_BTHX[..., N:], segment_ids_BT, softmax_scale(cfg), cfg.attention_block)
+        o_BTHV = attend(q_BTHA, k_BTHA, kv_BTHX[..., N:], segment_ids_BT, softmax_scale(cfg), cfg.attention_block,
+                        "e5m6" if cfg.fp8.enabled else None)
         w_HVD = weight(self, "o", (H, V, D))
-        return linear(o_BTHV.reshape(o_BTHV.shape[:2] + (H * V,)), w_HVD.reshape(H * V, D))
+        return linear(o_BTHV.reshape(o_BTHV.shape[:2] + (H * V,)), w_HVD.reshape(H * V, D), cfg.fp8, kept="e5m6")
 
 
-def attend(q_BTHA, k_BTHA, v_BTHV, segment_ids_BT, scale, block):
+def attend(q_BTHA, k_BTHA, v_BTHV, segment_ids_BT, scale, block, kept=None):
     """Causal softmax attention in blocks: memory grows with T, not with T * T.
 
     Args:
       segment_ids_BT: int32, attention stays inside equal ids; None: one segment.
       scale: of the scores, before the softmax (which is float32).
       block: rows of queries and of keys whose scores exist at once.
+      kept: "e5m6" rounds the output to what is then kept of it for the backward pass.
     Returns:
       [B, T, H, V] in the dtype of q.
     """
@@ -65,7 +68,7 @@ def attend(q_BTHA, k_BTHA, v_BTHV, segment_ids_BT, scale, block):
     segments = None
     if segment_ids_BT is not None:
         segments = jnp.pad(segment_ids_BT, ((0, 0), (0, pad)), constant_values=-1)
-    o_BHTV = _attend(*heads_first, segments, scale, block)
+    o_BHTV = _attend(*heads_first, segments, scale, block, kept)
     return o_BHTV.swapaxes(1, 2)[:, :T]
 
 
@@ -94,12 +97,12 @@ def _place(x, part, n, block, axis):
     return lax.dynamic_update_slice_in_dim(x, part, n * block, axis)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _attend(q, k, v, segments, scale, block):
-    return _attend_fwd(q, k, v, segments, scale, block)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def _attend(q, k, v, segments, scale, block, kept):
+    return _attend_fwd(q, k, v, segments, scale, block, kept)[0]
 
 
-def _attend_fwd(q, k, v, segments, scale, block):
+def _attend_fwd(q, k, v, segments, scale, block, kept):
     """Online softmax over causal pairs of blocks; keeps the output and each query's log-sum-exp."""
     B, H, T, _ = q.shape
     f32 = wide(q.dtype)
@@ -123,13 +126,19 @@ def _attend_fwd(q, k, v, segments, scale, block):
 
     carry = (jnp.full((B, H, T), -jnp.inf, f32), jnp.zeros((B, H, T), f32), jnp.zeros((B, H, v.shape[3], T), f32))
     top, total, oT = lax.fori_loop(0, len(pairs), step, carry)
-    o = checkpoint_name(transpose((oT / total[:, :, None]).astype(q.dtype)), "attention")
-    lse = checkpoint_name(top + jnp.log(total), "attention")
-    return o, (q, k, v, segments, o, lse)
+    o = transpose((oT / total[:, :, None]).astype(q.dtype))
+    held = fp8.to_e5m6(o) if kept == "e5m6" else o
+    held, lse = jax.tree.map(lambda x: checkpoint_name(x, "attention"), (held, top + jnp.log(total)))
+    return _held_output(held, v), (q, k, v, segments, held, lse)
 
 
-def _attend_bwd(scale, block, kept, do):
-    q, k, v, segments, o, lse = kept
+def _held_output(held, v):
+    return fp8.from_e5m6(held, v.shape[-1], v.dtype) if isinstance(held, fp8.E5M6) else held
+
+
+def _attend_bwd(scale, block, kept, residuals, do):
+    q, k, v, segments, held, lse = residuals
+    o = _held_output(held, v)
     f32 = wide(q.dtype)
     do = row_major(do)
     qT, kT, doT = transpose(q), transpose(k), transpose(do)

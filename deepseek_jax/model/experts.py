@@ -16,10 +16,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from deepseek_jax import fp8
 from deepseek_jax.config import MeshConfig, ModelConfig
 from deepseek_jax.model import router as routing
 from deepseek_jax.model.layers import FFN, matmul, saved, swiglu, transpose, weight, wide
-from deepseek_jax.parallel.dispatch import to_experts
+from deepseek_jax.parallel.dispatch import PLAIN, Wire, to_experts
 from deepseek_jax.parallel.mesh import constrain
 
 
@@ -188,15 +189,28 @@ def grouped_matmul(x_RD, w_EDF, sizes_E, align, implementation="auto"):
     return IMPLEMENTATIONS[name](x_RD, w_EDF, sizes_E, align)
 
 
-def routed_experts(x_ND, chosen_NK, gates_NK, gate_EDF, up_EDF, down_EFD, implementation="auto"):
-    """sum over k of gates[n, k] * FFN of chosen[n, k], [N, D]: exact for every routing, however skewed."""
-    name = implementation_here() if implementation == "auto" else implementation
-    align = row_alignment(name, chosen_NK.size, gate_EDF.shape[0])
+def routed_experts(x_ND, chosen_NK, gates_NK, gate_EDF, up_EDF, down_EFD, implementation="auto", recipe=None):
+    """sum over k of gates[n, k] * FFN of chosen[n, k], [N, D]: exact for every routing, however skewed.
+
+    `recipe`, where it is enabled: the products run in FP8 (and `implementation` is the recipe's).
+    """
+    name, align = _how(implementation, recipe, chosen_NK.size, gate_EDF.shape[0])
     p = plan(chosen_NK, gate_EDF.shape[0], align)
-    return _ffn(x_ND, gates_NK, p, gate_EDF, up_EDF, down_EFD, align, name)
+    return _ffn(x_ND, gates_NK, p, gate_EDF, up_EDF, down_EFD, align, name, recipe)
 
 
-def _ffn(x_ND, gates_NK, p: Plan, gate_EDF, up_EDF, down_EFD, align, name):
+def _how(implementation, recipe, rows, num_experts):
+    """The implementation of the products, and what groups of rows are aligned to."""
+    name = implementation_here() if implementation == "auto" else implementation
+    if recipe is not None and recipe.enabled:
+        return name, fp8.GROUP_ALIGNMENT
+    return name, row_alignment(name, rows, num_experts)
+
+
+def _ffn(x_ND, gates_NK, p: Plan, gate_EDF, up_EDF, down_EFD, align, name, recipe):
+    if recipe is not None and recipe.enabled:
+        weights = (jnp.swapaxes(w, 1, 2) for w in (gate_EDF, up_EDF, down_EFD))
+        return combine(fp8.swiglu_ffn(to_rows(x_ND, p), *weights, recipe, p.sizes_E), gates_NK, p)
     product = functools.partial(grouped_matmul, sizes_E=p.sizes_E, align=align, implementation=name)
     x_RD = to_rows(x_ND, p)
     gate_RF, up_RF = saved(product(x_RD, gate_EDF)), saved(product(x_RD, up_EDF))
@@ -204,7 +218,7 @@ def _ffn(x_ND, gates_NK, p: Plan, gate_EDF, up_EDF, down_EFD, align, name):
     return combine(y_RD, gates_NK, p)
 
 
-def resident_experts(x_ND, id_NK, gates_NK, weights, even, capacity=None, implementation="auto"):
+def resident_experts(x_ND, id_NK, gates_NK, weights, even, capacity=None, implementation="auto", recipe=None):
     """The gated sum over those of a row's experts that live here, and how many choices that was.
 
     Args:
@@ -215,8 +229,7 @@ def resident_experts(x_ND, id_NK, gates_NK, weights, even, capacity=None, implem
       capacity: of `even`, what there is room for; later choices are dropped. None: for all that could come.
     """
     E = weights[0].shape[0]
-    name = implementation_here() if implementation == "auto" else implementation
-    align = row_alignment(name, even, E)
+    name, align = _how(implementation, recipe, even, E)
     # A row has at most as many choices here as experts live here: those first, the rest cut off.
     K = min(id_NK.shape[1], E)
     order_NK = jnp.argsort(id_NK == 0, axis=1, stable=True)[:, :K]
@@ -224,7 +237,7 @@ def resident_experts(x_ND, id_NK, gates_NK, weights, even, capacity=None, implem
     room = id_NK.size if capacity is None else min(id_NK.size, math.ceil(capacity * even))
     p, computed = _without_strangers(plan(jnp.where(id_NK > 0, id_NK - 1, E), E + 1, align), id_NK, align,
                                      room + E * (align - 1))
-    return _ffn(x_ND, gates_NK, p, *weights, align, name), computed
+    return _ffn(x_ND, gates_NK, p, *weights, align, name, recipe), computed
 
 
 def _without_strangers(p: Plan, id_NK, align, room):
@@ -239,6 +252,12 @@ def _without_strangers(p: Plan, id_NK, align, room):
     kept_NK = (id_NK > 0) & (p.row_NK < end_E[-1])
     sizes_E = jnp.diff(end_E, prepend=0).astype(jnp.int32)
     return Plan(choice_R, jnp.where(kept_NK, p.row_NK, rows - 1), sizes_E), kept_NK.sum()
+
+
+# Values in E4M3, a token's 128 channels sharing a power of two (report section 3.3.3): dispatched tokens going forward,
+# gradients of the experts' outputs going back. Doing it again at the next hop changes nothing.
+FP8_WIRE = Wire(lambda x_RD: tuple(fp8.quantize_tiles(x_RD, scale="power_of_two")),
+                lambda parts, dtype: fp8.dequantize(fp8.Quantized(*parts), dtype))
 
 
 class MoE(nn.Module):
@@ -258,7 +277,7 @@ class MoE(nn.Module):
         gates_NK = routing.gates(cfg, scores_NE, chosen_NK)
         weights = weight(self, "gate", (E, D, F)), weight(self, "up", (E, D, F)), weight(self, "down", (E, F, D))
         if self.mesh.devices == 1:
-            y_ND, traffic = routed_experts(x_ND, chosen_NK, gates_NK, *weights), {}
+            y_ND, traffic = routed_experts(x_ND, chosen_NK, gates_NK, *weights, recipe=cfg.fp8), {}
         else:
             y_ND, traffic = self._dispatched(x_ND, chosen_NK, gates_NK, weights)
         y_BTD = constrain(y_ND.reshape(B, T, D), ("batch", None, None))
@@ -279,8 +298,9 @@ class MoE(nn.Module):
 
         def here(x_RD, id_RK, gates_RK, weights):
             even = chosen_NK.size // (mesh.data_shards * mesh.tensor)
-            return resident_experts(x_RD, id_RK, gates_RK, weights, even, mesh.capacity)
+            return resident_experts(x_RD, id_RK, gates_RK, weights, even, mesh.capacity, recipe=cfg.fp8)
 
         # A group of experts lives on one node.
         most_nodes = min(mesh.node, cfg.groups_kept) if cfg.num_groups > 1 else mesh.node
-        return to_experts(mesh, cfg.num_experts, most_nodes, here, x_ND, chosen_NK, gates_NK, weights)
+        wire = FP8_WIRE if mesh.dispatch_fp8 else PLAIN
+        return to_experts(mesh, cfg.num_experts, most_nodes, here, x_ND, chosen_NK, gates_NK, weights, wire)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.layout import Layout, with_layout_constraint
 
+from deepseek_jax import fp8
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.parallel.mesh import constrain
 
@@ -72,9 +73,16 @@ def _linear_bwd(kept, dy_MO):
 _linear.defvjp(_linear_fwd, _linear_bwd)
 
 
-def linear(x, w):
-    """x[..., I] by w[I, ...] -> [..., ...] in x's dtype. The weight's gradient has the weight's dtype."""
-    y = _linear(x.reshape(-1, x.shape[-1]), w.reshape(w.shape[0], -1))
+def linear(x, w, recipe=None, kept="e4m3"):
+    """x[..., I] by w[I, ...] -> [..., ...] in x's dtype. The weight's gradient has the weight's dtype.
+
+    `recipe`, where it is enabled: the products run in FP8, and `kept` is what the backward pass keeps of x.
+    """
+    w_IO = w.reshape(w.shape[0], -1)
+    if recipe is not None and recipe.enabled:
+        y = fp8.linear(x, w_IO.T, recipe, kept)
+    else:
+        y = _linear(x.reshape(-1, x.shape[-1]), w_IO)
     return y.reshape(x.shape[:-1] + w.shape[1:])
 
 
@@ -120,7 +128,10 @@ class FFN(nn.Module):
     @nn.compact
     def __call__(self, x_BTD):
         D, F = self.cfg.d_model, self.ffn_dim
+        gate_DF, up_DF, down_FD = weight(self, "gate", (D, F)), weight(self, "up", (D, F)), weight(self, "down", (F, D))
+        if self.cfg.fp8.enabled:
+            y_MD = fp8.swiglu_ffn(x_BTD.reshape(-1, D), gate_DF.T, up_DF.T, down_FD.T, self.cfg.fp8)
+            return y_MD.reshape(x_BTD.shape)
         split = functools.partial(constrain, names=("batch", None, "ffn"))
-        gate_BTF = saved(split(linear(x_BTD, weight(self, "gate", (D, F)))))
-        up_BTF = saved(split(linear(x_BTD, weight(self, "up", (D, F)))))
-        return linear(swiglu(gate_BTF, up_BTF), weight(self, "down", (F, D)))
+        gate_BTF, up_BTF = saved(split(linear(x_BTD, gate_DF))), saved(split(linear(x_BTD, up_DF)))
+        return linear(swiglu(gate_BTF, up_BTF), down_FD)

@@ -26,7 +26,7 @@ class MTPModule(nn.Module):
         cfg = self.cfg
         both_BTX = jnp.concatenate([RMSNorm(cfg, name="embedding_norm")(ahead_BTD),
                                     RMSNorm(cfg, name="hidden_norm")(hidden_BTD)], axis=-1)
-        x_BTD = linear(both_BTX, weight(self, "projection", (2 * cfg.d_model, cfg.d_model)))
+        x_BTD = linear(both_BTX, weight(self, "projection", (2 * cfg.d_model, cfg.d_model)), cfg.fp8)
         x_BTD, stats = self.block(cfg, moe=True, capture=self.capture, mesh=self.mesh, name="block")(
             x_BTD, bias_E, rope, segment_ids_BT)
         return RMSNorm(cfg, name="norm")(x_BTD), stats

@@ -1,0 +1,105 @@
+"""The public operations. `implementation` is a word: "reference" (plain jnp, anywhere), "hopper", "tpu", or "auto".
+
+"auto" takes what the machine's first device can run: hopper on an H100, H200 or H800, tpu where the operation has such
+a kernel, reference elsewhere; it says once, in the log, what it took. A kernel that is asked for by name and cannot
+run here raises ValueError.
+"""
+
+import functools
+import importlib
+import logging
+
+import jax
+import jax.numpy as jnp
+
+from kernels_pallas.formats import E4M3, Accumulator, Quantized
+from kernels_pallas.reference.quantize import dequantize, quantize_blocks, spread, tile_scales
+
+__all__ = ["E4M3", "OPERATIONS", "Accumulator", "Quantized", "dequantize", "fp8_grouped_matmul", "fp8_matmul",
+           "mla_attention", "mla_decode", "quantize", "quantize_blocks", "spread", "swiglu_quantize", "tile_scales"]
+
+log = logging.getLogger(__name__)
+
+# operation -> (the module that holds it in each folder, the folders that have it)
+OPERATIONS = {
+    "quantize": ("quantize", ("reference", "hopper")),
+    "swiglu_quantize": ("quantize", ("reference", "hopper")),
+    "fp8_matmul": ("fp8_matmul", ("reference", "hopper", "tpu")),
+    "fp8_grouped_matmul": ("fp8_grouped_matmul", ("reference", "hopper", "tpu")),
+    "mla_attention": ("mla_attention", ("reference", "hopper")),
+    "mla_decode": ("mla_decode", ("reference", "hopper")),
+}
+NEEDS = {"hopper": "a Hopper GPU (H100, H200, H800)", "tpu": "a TPU"}
+
+
+def runs_here() -> str:
+    """The folder whose kernels the first device can run: "hopper", "tpu" or "reference"."""
+    device = jax.devices()[0]
+    if device.platform == "tpu":
+        return "tpu"
+    if device.platform == "gpu" and str(getattr(device, "compute_capability", "")) == "9.0":
+        return "hopper"
+    return "reference"
+
+
+@functools.cache
+def _auto(operation, here):
+    name = here if here in OPERATIONS[operation][1] else "reference"
+    log.info("%s: implementation %s", operation, name)
+    return name
+
+
+def _find(operation, implementation):
+    module, folders = OPERATIONS[operation]
+    here = runs_here()
+    if implementation == "auto":
+        implementation = _auto(operation, here)
+    if implementation not in folders:
+        raise ValueError(f"{operation} has no implementation {implementation!r}; take one of 'auto', "
+                         f"{', '.join(map(repr, folders))}.")
+    if implementation not in ("reference", here):
+        raise ValueError(f"{operation}: implementation={implementation!r} needs {NEEDS[implementation]}, and this "
+                         f"machine has {jax.devices()[0].device_kind!r}; implementation='reference' computes the same "
+                         "in plain jnp.")
+    return getattr(importlib.import_module(f"kernels_pallas.{implementation}.{module}"), operation)
+
+
+def _studied(implementation, **models):
+    """Options that only the twins have, to study what the recipe is for. Raises ValueError for a kernel."""
+    asked = {name: value for name, value in models.items() if value is not None}
+    if asked and (implementation == "auto" and runs_here() or implementation) != "reference":
+        raise ValueError(f"{', '.join(asked)} is a study, not what the kernels do; say implementation='reference'.")
+    return asked
+
+
+def quantize(x, *, scale="float32", dtype=E4M3, transposed=False, share="tile", implementation="auto"):
+    """E4M3 in 1 x 128 tiles, optionally with the transposed copy: see reference/quantize.py."""
+    return _find("quantize", implementation)(x, scale=scale, dtype=dtype, transposed=transposed,
+                                             **_studied(implementation, share=None if share == "tile" else share))
+
+
+def swiglu_quantize(gate, up, *, scale="float32", dtype=E4M3, implementation="auto") -> Quantized:
+    """quantize(silu(gate) * up) without a round trip through memory: see reference/quantize.py."""
+    return _find("swiglu_quantize", implementation)(gate, up, scale=scale, dtype=dtype)
+
+
+def fp8_matmul(a, b, *, out_dtype=jnp.bfloat16, accumulator=None, implementation="auto"):
+    """a [M, K] @ b [N, K].T, scales along K, accumulated in float32: see reference/fp8_matmul.py."""
+    return _find("fp8_matmul", implementation)(a, b, out_dtype=out_dtype,
+                                               **_studied(implementation, accumulator=accumulator))
+
+
+def fp8_grouped_matmul(a, b, sizes_E, *, out_dtype=jnp.bfloat16, accumulator=None, implementation="auto"):
+    """The experts' products, contiguous or K-grouped: see reference/fp8_grouped_matmul.py."""
+    return _find("fp8_grouped_matmul", implementation)(a, b, sizes_E, out_dtype=out_dtype,
+                                                       **_studied(implementation, accumulator=accumulator))
+
+
+def mla_attention(q_BTHA, k_BTHA, v_BTHV, segment_ids_BT=None, *, scale, implementation="auto"):
+    """Causal attention with wide queries and narrow values, differentiable: see reference/mla_attention.py."""
+    return _find("mla_attention", implementation)(q_BTHA, k_BTHA, v_BTHV, segment_ids_BT, scale=scale)
+
+
+def mla_decode(q_BHX, cache, page_table_BP, lengths_B, *, scale, implementation="auto"):
+    """One absorbed query per sequence over a paged latent cache: see reference/mla_decode.py."""
+    return _find("mla_decode", implementation)(q_BHX, cache, page_table_BP, lengths_B, scale=scale)

@@ -1,0 +1,216 @@
+"""FP8 matmul for Hopper: a [M, K] @ b [N, K].T with scales along K. Twin: reference/fp8_matmul.py.
+
+A block of threads owns an SM and walks over output tiles. One warpgroup only moves memory: it keeps `stages` slices of
+both operands and their scales on the way, across tile boundaries, so the pipeline never drains. Two warpgroups
+multiply, each its own 64 rows (or, for few rows, its own columns), so that one scales and adds its partial sum while
+the other has the tensor core:
+
+            tile_n = 128                        every 128 of K:
+          +-----------+                           part  = a_slice @ b_slice.T   4 WGMMAs, in the tensor core's registers
+      64  | group 0   |  <- a rows  0..63         total += part * scale_a[row] * scale_b[block or column]   in float32
+          +-----------+                         at the end:
+      64  | group 1   |  <- a rows 64..127        total -> out dtype -> shared memory -> TMA
+          +-----------+
+
+Rows and columns past the edge are loaded as zeros and not stored: that is what TMA does.
+"""
+
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from kernels_pallas.formats import BLOCK, E4M3, blocks, rows_of_scale
+from kernels_pallas.reference.fp8_matmul import check_matmul
+
+COMPUTE, MEMORY = 2, 1  # warpgroups
+
+
+@dataclasses.dataclass(frozen=True)
+class TuningConfig:
+    """How the output is cut up.
+
+    tile_n: columns of a warpgroup's tile of 64 rows. 128: the sum in float32 and the partial sum take 64 registers
+      each of the 232 there are; 64 x 256 spills.
+    stages: slices of 128 of K in flight, (128 + 128) x 128 bytes each. 4 leave room for a float32 output in the 227 KiB
+      that there are.
+    split: "rows", both warpgroups share b's slice; "columns", they share a's: for M <= 64, where half of a would be zeros.
+    snake: tiles of M that are walked together, so that a's rows stay in the L2 cache while b's pass.
+    """
+
+    tile_n: int = 128
+    stages: int = 4
+    split: str = "rows"
+    snake: int = 8
+
+    @property
+    def block_m(self):
+        return 64 * (COMPUTE if self.split == "rows" else 1)
+
+    @property
+    def block_n(self):
+        return self.tile_n * (COMPUTE if self.split == "columns" else 1)
+
+
+class Tile(NamedTuple):
+    """One output tile: of which matrix of b and of the output, which rows and columns, which slices of K."""
+
+    b: jax.Array | int
+    out: jax.Array | int
+    row: jax.Array
+    column: jax.Array
+    first: jax.Array | int
+    steps: jax.Array | int
+
+
+def scaled_matmul(a, b, tables, locate, tiles, out_type, config, num_sms=132, interpret=False):
+    """The loop that dense and grouped products share.
+
+    Args:
+      a: E4M3 [M, K] with scales [K / 128, whole tiles of M].
+      b: E4M3 [E, N, K] with scales [E, N / 128, K / 128] (blocks) or [K / 128, whole tiles of N] (tiles, E = 1).
+      tables: int32 arrays in device memory that `locate` reads.
+      locate: (refs of the tables, number of a tile) -> Tile.
+      tiles: how many there are.
+      out_type: jax.ShapeDtypeStruct [E', M, N].
+    """
+    (a_MK, as_KM), (b_ENK, bs) = a, b
+    by_column = bs.ndim == 2
+    block_m, block_n, tile_n, stages = config.block_m, config.block_n, config.tile_n, config.stages
+    swizzled = (plgpu.TilingTransform((8, BLOCK)), plgpu.SwizzleTransform(BLOCK))
+    out_swizzle = (plgpu.TilingTransform((8, BLOCK // out_type.dtype.itemsize)), plgpu.SwizzleTransform(BLOCK))
+
+    def kernel(a_gmem, as_gmem, b_gmem, bs_gmem, *refs):
+        table_refs, (o_gmem, a_smem, b_smem, o_smem, full, empty) = refs[:len(tables)], refs[len(tables):]
+        group = lax.axis_index("group")
+        mine_m, mine_n = (group * 64, 0) if config.split == "rows" else (0, group * tile_n)
+
+        def over_tiles(visit):
+            @plgpu.nd_loop((tiles,), collective_axes="sm", init_carry=jnp.int32(0))
+            def _(loop, carry):
+                return visit(locate(table_refs, loop.index[0]), carry)
+
+        @pl.when(group == COMPUTE)
+        def _():
+            plgpu.set_max_registers(40, action="decrease")
+
+            @over_tiles
+            def _(tile, step):
+                rows, columns = pl.ds(tile.row, block_m), pl.ds(tile.column, block_n)
+
+                def load(k, step):
+                    slot = lax.rem(step, stages)
+
+                    @pl.when(step >= stages)
+                    def _():
+                        plgpu.barrier_wait(empty.at[slot])
+
+                    ks = pl.ds(k * BLOCK, BLOCK)
+                    plgpu.copy_gmem_to_smem(a_gmem.at[rows, ks], a_smem.at[slot], full.at[slot])
+                    plgpu.copy_gmem_to_smem(b_gmem.at[tile.b, columns, ks], b_smem.at[slot], full.at[slot])
+                    return step + 1
+
+                return lax.fori_loop(tile.first, tile.first + tile.steps, load, step)
+
+        @pl.when(group < COMPUTE)
+        def _():
+            plgpu.set_max_registers(232, action="increase")
+            @over_tiles
+            def _(tile, step):
+                first_column = tile.column + mine_n
+                mine_rows, mine_columns = pl.ds(tile.row + mine_m, 64), pl.ds(first_column, tile_n)
+
+                def add(k, carry):
+                    step, total = carry
+                    slot = lax.rem(step, stages)
+                    # Scales go straight to registers, and are asked for before the wait: the product hides their latency.
+                    scale_a = plgpu.load(as_gmem.at[k, mine_rows], layout=plgpu.Layout.WGMMA.reduce(1))
+                    if by_column:
+                        scale_b = plgpu.load(bs_gmem.at[k, mine_columns], layout=plgpu.Layout.WGMMA.reduce(0))
+                    else:
+                        # A tile past the edge has no block of its own, and needs none.
+                        scale_a *= bs_gmem[tile.b, jnp.minimum(lax.div(first_column, BLOCK), bs.shape[1] - 1), k]
+                    plgpu.barrier_wait(full.at[slot])
+
+                    def multiply(part):
+                        plgpu.wgmma(part, a_smem.at[slot, pl.ds(mine_m, 64)],
+                                    b_smem.at[slot, pl.ds(mine_n, tile_n)].transpose((1, 0)))
+                        plgpu.wgmma_wait(0)
+                        return part[...]
+
+                    part = pl.run_scoped(multiply, plgpu.ACC((64, tile_n), jnp.float32))
+                    plgpu.barrier_arrive(empty.at[slot])
+                    if by_column:
+                        part *= lax.broadcast_in_dim(scale_b, (64, tile_n), (1,))
+                    return step + 1, total + part * lax.broadcast_in_dim(scale_a, (64, tile_n), (0,))
+
+                zero = plgpu.layout_cast(jnp.zeros((64, tile_n), jnp.float32), plgpu.Layout.WGMMA)
+                step, total = lax.fori_loop(tile.first, tile.first + tile.steps, add, (step, zero))
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                o_smem[group] = total.astype(out_type.dtype)
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(o_smem.at[group], o_gmem.at[tile.out, mine_rows, mine_columns])
+                return step
+
+            plgpu.wait_smem_to_gmem(0)
+
+    return plgpu.kernel(
+        kernel, out_type=out_type, grid=(num_sms,), grid_names=("sm",), num_threads=COMPUTE + MEMORY,
+        thread_name="group", interpret=interpret,
+        scratch_types=[plgpu.SMEM((stages, block_m, BLOCK), E4M3, transforms=swizzled),
+                       plgpu.SMEM((stages, block_n, BLOCK), E4M3, transforms=swizzled),
+                       plgpu.SMEM((COMPUTE, 64, tile_n), out_type.dtype, transforms=out_swizzle),
+                       plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+                       plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=stages)],
+    )(a_MK, as_KM, b_ENK, bs, *tables)
+
+
+def k_major(q, block):
+    """(values [M, K], scales [K / 128, M]): K in whole slices, scales for whole tiles of `block` rows."""
+    values, scales = q
+    values = jnp.pad(values, ((0, 0), (0, -values.shape[1] % BLOCK)))
+    return values, jnp.pad(scales, ((0, -scales.shape[0] % block), (0, 0))).T
+
+
+def k_blocks(q):
+    """(values [E, N, K], scales [E, N / 128, K / 128]), K in whole slices."""
+    values, scales = q
+    return jnp.pad(values, ((0, 0), (0, 0), (0, -values.shape[2] % BLOCK))), scales
+
+
+def row_align(values, out_dtype):
+    """Raises ValueError where TMA cannot address the rows of the output."""
+    if values * jnp.dtype(out_dtype).itemsize % 16:
+        raise ValueError(f"hopper writes rows of whole 16 bytes, and {values} columns of {jnp.dtype(out_dtype).name} "
+                         "are not; pad N, or take implementation='reference'.")
+
+
+def fp8_matmul(a, b, *, out_dtype=jnp.bfloat16, config: TuningConfig | None = None, num_sms=132, interpret=False):
+    """See the twin. `b` in blocks or in tiles; K, M and N need not divide the tiles."""
+    check_matmul(a, b)
+    if a[0].dtype != E4M3 or b[0].dtype != E4M3:
+        raise ValueError(f"hopper multiplies E4M3 by E4M3, not {a[0].dtype} by {b[0].dtype}; "
+                         "implementation='reference' takes E5M2 too.")
+    (M, K), N = a[0].shape, b[0].shape[0]
+    row_align(N, out_dtype)
+    config = config or TuningConfig(split="columns" if M <= 64 else "rows")
+    grid = (-(-M // config.block_m), -(-N // config.block_n))
+    steps = blocks(K)
+
+    def locate(_, index):
+        i, j = plgpu.planar_snake(index, grid, 0, min(config.snake, grid[0]))
+        return Tile(0, 0, i * config.block_m, j * config.block_n, 0, steps)
+
+    if rows_of_scale(b) == 1 and N > 1:
+        values, scales = k_major(b, config.block_n)
+        right = values[None], scales
+    else:
+        right = k_blocks((b[0][None], b[1][None]))
+    run = functools.partial(scaled_matmul, tables=(), locate=locate, tiles=grid[0] * grid[1], config=config,
+                            num_sms=num_sms, interpret=interpret)
+    return run(k_major(a, config.block_m), right, out_type=jax.ShapeDtypeStruct((1, M, N), out_dtype))[0]

@@ -1,0 +1,111 @@
+"""Quantizing to FP8, online: a tile's scale is its largest magnitude over the largest number of the format.
+
+    s = max(amax, 1e-4) / 448        values = E4M3(x / s)        power of two: s = 2^ceil(log2 s)
+
+An infinite or NaN element makes its tile NaN, and no other: the scale becomes infinite or NaN.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from kernels_pallas.formats import BLOCK, E4M3, Quantized, rows_of_scale
+
+SMALLEST_AMAX = 1e-4
+
+
+def power_of_two(s):
+    """The least power of two that is not below s, read off the bits; infinities and NaN stay."""
+    bits = lax.bitcast_convert_type(s, jnp.uint32)
+    up = lax.bitcast_convert_type((bits + jnp.uint32(0x7FFFFF)) & jnp.uint32(0xFF800000), jnp.float32)
+    return jnp.where(jnp.isfinite(s), up, s)
+
+
+def scales_of(amax, largest, scale="float32"):
+    """float32 scales of tiles with magnitudes up to `amax`, in a format of magnitudes up to `largest`."""
+    # Behind a barrier, an array of it: XLA multiplies by 1 / 448 else, and half of the scales would be an ulp off.
+    s = jnp.maximum(amax, SMALLEST_AMAX) / lax.optimization_barrier(jnp.full_like(amax, largest))
+    return power_of_two(s) if scale == "power_of_two" else s
+
+
+def tile_amax(x, rows=1, columns=BLOCK):
+    """The largest magnitude of every tile of `rows` x `columns` over the last two axes, float32; NaN beats all.
+
+    Magnitudes are compared as integers, whose order is the same: XLA:CPU's float reduction may lose a NaN.
+    """
+    *stack, M, K = x.shape
+    bits = lax.bitcast_convert_type(x.astype(jnp.float32), jnp.int32) & 0x7FFFFFFF
+    pad = [(0, 0)] * len(stack) + [(0, -M % rows), (0, -K % columns)]
+    tiles = jnp.pad(bits, pad).reshape(*stack, -(-M // rows), rows, -(-K // columns), columns)
+    return lax.bitcast_convert_type(tiles.max(axis=(-3, -1)), jnp.float32)
+
+
+def tile_scales(x, largest, scale="power_of_two"):
+    """The scales of x in 1 x 128 tiles of a format of magnitudes up to `largest`."""
+    return scales_of(tile_amax(x), largest, scale)
+
+
+def spread(scales, shape, rows=1, columns=BLOCK):
+    """scales[..., i, j] for every element of a `shape` that they cut into tiles of `rows` x `columns`."""
+    out = jnp.repeat(scales, columns, axis=-1)[..., :shape[-1]] if columns > 1 else scales
+    return jnp.repeat(out, rows, axis=-2)[..., :shape[-2], :] if rows > 1 else out
+
+
+def _shared(amax, share):
+    """What tiles do not keep to themselves: the largest of 128 rows, or of all, in the shape of tiles still."""
+    if share == "tensor":
+        return jnp.broadcast_to(amax.max(axis=(-2, -1), keepdims=True), amax.shape)
+    if share == "block":
+        M, width = amax.shape[-2:]
+        return spread(tile_amax(jnp.repeat(amax, BLOCK, axis=-1), BLOCK), (M, width * BLOCK), BLOCK)[..., ::BLOCK]
+    return amax
+
+
+def with_scales(x, scales, rows=1, dtype=E4M3, columns=BLOCK) -> Quantized:
+    """x / scales in `dtype`, where the scales are known."""
+    return Quantized((x.astype(jnp.float32) / spread(scales, x.shape, rows, columns)).astype(dtype), scales)
+
+
+def quantize(x, *, scale="float32", dtype=E4M3, transposed=False, share="tile"):
+    """Quantizes activations or gradients in 1 x 128 tiles, over the last two axes.
+
+    Args:
+      x: [..., M, K], any float type.
+      scale: "float32", or "power_of_two" (rounded up, so that nothing overflows).
+      transposed: also x.T in tiles of its own (128 x 1 tiles of x), [..., K, M]: the operand of the weight gradient.
+        "only": that alone.
+      share: "tile"; to see what fine scales are for, "block" takes the amax of 128 x 128 and "tensor" that of all.
+    Returns:
+      Quantized, values in `dtype` and scales [..., M, ceil(K / 128)]; with transposed=True a pair of them.
+    """
+    def along_rows():
+        amax = _shared(tile_amax(x), share)
+        return with_scales(x, scales_of(amax, jnp.finfo(dtype).max, scale), dtype=dtype)
+
+    def along_columns():
+        amax_T = _shared(jnp.swapaxes(tile_amax(x, BLOCK, 1), -1, -2), share)
+        scales = jnp.swapaxes(scales_of(amax_T, jnp.finfo(dtype).max, scale), -1, -2)
+        # Quantized where it lies, then transposed as bytes: XLA:CPU is fast at both, and at neither with FP8.
+        values = with_scales(x, scales, BLOCK, dtype, 1).values
+        bytes_T = jnp.swapaxes(lax.bitcast_convert_type(values, jnp.uint8), -1, -2)
+        return Quantized(lax.bitcast_convert_type(bytes_T, dtype), jnp.swapaxes(scales, -1, -2))
+
+    return {False: along_rows, "only": along_columns, True: lambda: (along_rows(), along_columns())}[transposed]()
+
+
+def quantize_blocks(w, *, scale="float32", dtype=E4M3, share="block") -> Quantized:
+    """Quantizes weights [..., N, K] in 128 x 128 blocks: scales [..., ceil(N / 128), ceil(K / 128)]."""
+    amax = _shared(tile_amax(w, BLOCK), "tile" if share == "block" else share)
+    return with_scales(w, scales_of(amax, jnp.finfo(dtype).max, scale), BLOCK, dtype)
+
+
+def swiglu_quantize(gate, up, *, scale="float32", dtype=E4M3) -> Quantized:
+    """quantize(silu(gate) * up), computed in float32 and rounded once: [M, F] and [M, F] to Quantized [M, F]."""
+    gate, up = gate.astype(jnp.float32), up.astype(jnp.float32)
+    return quantize(jax.nn.silu(gate) * up, scale=scale, dtype=dtype)
+
+
+def dequantize(q, dtype=jnp.float32):
+    """values * scales, multiplied in float32, rounded once."""
+    values, scales = q
+    return (values.astype(jnp.float32) * spread(scales, values.shape, rows_of_scale(q))).astype(dtype)
