@@ -67,7 +67,7 @@ def _find(operation, implementation):
 def _studied(implementation, **models):
     """Options that only the twins have, to study what the recipe is for. Raises ValueError for a kernel."""
     asked = {name: value for name, value in models.items() if value is not None}
-    if asked and (implementation == "auto" and runs_here() or implementation) != "reference":
+    if asked and ((implementation == "auto" and runs_here()) or implementation) != "reference":
         raise ValueError(f"{', '.join(asked)} is a study, not what the kernels do; say implementation='reference'.")
     return asked
 

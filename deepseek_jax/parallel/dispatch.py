@@ -248,11 +248,10 @@ def to_experts(cfg: MeshConfig, num_experts, most_nodes, experts, x_ND, chosen_N
       (y_ND, traffic): see `count_traffic`; summed over the mesh outside a shard_map.
     """
     def inside(x_ND, chosen_NK, gates_NK, weights):
-        hops, id_RK = plan_hops(cfg, num_experts, most_nodes, chosen_NK)
-        x_RD, gates_RK = dispatch(x_ND, hops, wire), dispatch(gates_NK, hops)
         # Kept for the backward pass, or it would travel again.
-        hops, id_RK, x_RD, gates_RK = jax.tree.map(lambda x: checkpoint_name(x, "dispatched"),
-                                                   (hops, id_RK, x_RD, gates_RK))
+        keep = lambda tree: jax.tree.map(lambda x: checkpoint_name(x, "dispatched"), tree)
+        hops, id_RK = keep(plan_hops(cfg, num_experts, most_nodes, chosen_NK))
+        x_RD, gates_RK = keep((dispatch(x_ND, hops, wire), dispatch(gates_NK, hops)))
         y_RD, computed = experts(x_RD, id_RK, jnp.where(id_RK > 0, gates_RK, 0), weights)
         return combine(y_RD, hops, wire), count_traffic(cfg, num_experts, chosen_NK, hops, computed)
 

@@ -39,7 +39,8 @@ PARAMETERS = {
     "router/weight": "model scored",
     "shared/gate": "model ffn", "shared/up": "model ffn", "shared/down": "ffn model",
     "dense_layers/ffn/gate": "model ffn", "dense_layers/ffn/up": "model ffn", "dense_layers/ffn/down": "ffn model",
-    "ffn/gate": "experts model expert_ffn", "ffn/up": "experts model expert_ffn", "ffn/down": "experts expert_ffn model",
+    "ffn/gate": "experts model expert_ffn", "ffn/up": "experts model expert_ffn",
+    "ffn/down": "experts expert_ffn model",
     "projection": "model model",
     "scale": "norm",
 }

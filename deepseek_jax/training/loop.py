@@ -238,8 +238,8 @@ class Run:
         if self.writer:
             self.writer.write(step, eval_loss=result["loss"], eval_bits_per_byte=result["bits_per_byte"],
                               max_vio_global=result["max_vio_global"])
-        self._say(bar, f"step {step}: validation loss {result['loss']:.4f}, {result['bits_per_byte']:.4f} bits per byte, "
-                       f"MaxVio_global {result['max_vio_global']:.3f}")
+        self._say(bar, f"step {step}: validation loss {result['loss']:.4f}, {result['bits_per_byte']:.4f} bits per "
+                       f"byte, MaxVio_global {result['max_vio_global']:.3f}")
 
     def _save(self, step):
         meta = {"step": step, "sequences": self.config.train.sequences_before(step), "config": as_dict(self.config)}
