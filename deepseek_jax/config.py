@@ -296,7 +296,7 @@ PRESETS = {
     # As `small`, but shallow: learns real text in minutes on two CPU cores.
     "tiny": dict(_SMALL, num_layers=4, num_dense_layers=1, remat="none"),
     # The shape that this project and its peers are timed at.
-    "small": dict(_SMALL, num_layers=6, num_dense_layers=1, remat="none"),
+    "small": dict(_SMALL, num_layers=6, num_dense_layers=1, remat="none", attention_block=256),
     "v2_lite_16b": dict(_V2, d_model=2048, num_layers=27, num_heads=16, q_rank=None, dense_ffn_dim=10944,
                         expert_ffn_dim=1408, num_experts=64, num_groups=1, groups_kept=1, route_scale=1.0),
     "v2_236b": dict(_V2, d_model=5120, num_layers=60, num_heads=128, dense_ffn_dim=12288, expert_ffn_dim=1536,

@@ -148,7 +148,7 @@ MUTATIONS = [Mutation(*row) for row in [
     ("no residual around attention", TRANSFORMER, "x_BTD = x_BTD + MLA(", "x_BTD = MLA(", T_TRANSFORMER),
     # losses
     ("the loss mask is ignored", LOSSES, "axis=-1)) * weights_M", "axis=-1))", T_LOSSES),
-    ("the gradient ignores the loss mask", LOSSES, "- hit_MW) * weights_M[:, None]", "- hit_MW)", T_LOSSES),
+    ("the gradient ignores the loss mask", LOSSES, "* weights_M[:, None]\n", "\n", T_LOSSES),
     ("the gradient ignores what follows the loss", LOSSES, "dhead_DW * dloss", "dhead_DW", T_LOSSES),
     ("MTP targets are off by one", LOSSES, "return ahead(targets_BT, k),", "return ahead(targets_BT, k + 1),",
      T_LOSSES),

