@@ -278,7 +278,7 @@ class Config(Checked):
     optimizer: OptimizerConfig = OptimizerConfig()
     balance: BalanceConfig = BalanceConfig()
     init: InitConfig = InitConfig()
-    mesh: MeshConfig = MeshConfig()  # noqa: RUF009: frozen as well
+    mesh: MeshConfig = MeshConfig()  # noqa: RUF009 (it is frozen)
 
     def __post_init__(self):
         super().__post_init__()

@@ -1,6 +1,7 @@
 """Several processes: how they meet and part, what the others do when one is gone, and whole runs of two."""
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -108,6 +109,7 @@ def test_nobody_there_is_one_line(monkeypatch):
 OVERRIDES = ["--config.train.steps=12", "--config.train.batch_size=16", "--config.train.ramp_from=None",
              "--config.train.sample_tokens=2"]
 MESH = ["--config.mesh.node=2", "--config.mesh.local=4"]
+TRAFFIC = {"nodes_per_token", "leaving_node", "cross_node_bytes", "inside_node_bytes", "flat_cross_node_bytes"}
 
 
 @pytest.fixture(scope="module")
@@ -194,3 +196,19 @@ def test_a_mesh_of_too_many_devices_ends_all_processes_in_one_line(config, tmp_p
     assert [process.returncode for process in both] == [2, 2], said
     assert any("is for 8 devices, and 4 are here" in words for words in said)
     assert all("Traceback" not in words for words in said), said
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_on_another_mesh(config, alone, tmp_path):
+    train = lambda mesh: runs.run("train", "--config", config, "--workdir", tmp_path / "run", *OVERRIDES, *mesh)
+    assert train(MESH).code == 0
+    for step in (9, 12):
+        shutil.rmtree(tmp_path / "run" / "checkpoints" / str(step))
+
+    resumed = train(["--config.mesh.replica=2", "--config.mesh.local=2", "--config.mesh.tensor=2"])
+
+    assert resumed.code == 0 and "Resuming from step 6 of 12" in resumed.out, resumed
+    for row, expected in zip(runs.rows(tmp_path / "run"), alone, strict=True):
+        for name in expected.keys() - TRAFFIC:  # which is another mesh's
+            np.testing.assert_allclose(row[name], expected[name], rtol=1e-5, err_msg=f"{name} of step {row['step']}")
+
