@@ -36,8 +36,8 @@ MAY_IMPORT = {
     "pipeline.ticks": ("pipeline.orders",),
     "pipeline.schedule": ("pipeline.orders", "pipeline.ticks", "checked"),
     "pipeline.validate": ("pipeline.schedule", "pipeline.orders", "pipeline.ticks", "checked"),
-    "pipeline.draw": ("pipeline.schedule", "pipeline.validate", "pipeline.orders"),
-    "pipeline.__main__": ("pipeline", "command", "config"),
+    "pipeline.draw": ("pipeline.schedule", "pipeline.validate", "pipeline.orders", "checked"),
+    "pipeline.__main__": ("pipeline", "command", "checked"),
     "pipeline.split": (),
     # It is handed stage functions; it does not know the model.
     "pipeline.execute": ("pipeline.schedule", "pipeline.validate", "pipeline.split", "parallel.mesh", "config"),

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 from deepseek_jax.checked import ConfigError
 from deepseek_jax.pipeline.orders import kind_of
-from deepseek_jax.pipeline.schedule import Schedule
+from deepseek_jax.pipeline.schedule import NAMES, Schedule, make_schedule
 from deepseek_jax.pipeline.ticks import message_source, sources
 
 CELLS = ("", "F", "B", "Bi", "W", "F&B")
@@ -78,13 +78,35 @@ def validate(schedule: Schedule, costs: Mapping[str, float] | None = None) -> Re
     _no_deadlock(schedule)
     _dependencies(schedule, ticks)
     _slots(schedule, ticks)
-    makespan, busy = _free_running(schedule, time)
+    makespan = max(start + time[kind_of(cell)] for start, _, cell in starts(schedule, costs))
+    busy = [sum(time[kind_of(cell)] for cell in schedule.order(rank)) for rank in range(schedule.ranks)]
     return Report(
         makespan=makespan, idle=tuple(makespan - b for b in busy),
         lockstep_makespan=sum(max(time[kind_of(cell)] for cell in row) for row in schedule.table),
         peak_activations=_peaks(schedule, lambda op: (op.kind == "F") - (op.kind in ("B", "Bi"))),
         peak_deferred=_peaks(schedule, lambda op: (op.kind == "Bi") - (op.kind == "W")),
         bubble=bubble(schedule.name, schedule.stages, costs), ticks=len(schedule.table))
+
+
+def compare(ranks, microbatches, costs=None):
+    """Figures of all five schedules over ranks and micro-batches, where they exist: one dictionary each.
+
+    All of the same model on the same ranks: dualpipev's stages, twice as many, take half as long and keep half.
+    `activations` and `deferred` count the slots that every rank of one program has to have, in shares of a rank's
+    layers; `lockstep` is in ticks that all ranks share.
+    """
+    rows = []
+    for r, m, name in itertools.product(ranks, microbatches, NAMES):
+        try:
+            schedule = make_schedule(name, r, m)
+        except ConfigError:
+            continue
+        share = r / schedule.stages
+        report = validate(schedule, {kind: share * t for kind, t in (costs or {"f": 1, "b": 2, "w": 1}).items()})
+        rows.append({"schedule": name, "ranks": r, "microbatches": m, "makespan": report.makespan,
+                     "idle": max(report.idle), "lockstep": report.lockstep_makespan, "ticks": report.ticks,
+                     "activations": share * schedule.slots.activations, "deferred": share * schedule.slots.deferred})
+    return rows
 
 
 def bubble(name, stages, costs=None):
@@ -162,15 +184,15 @@ def _no_deadlock(schedule):
         pass
 
 
-def _free_running(schedule, time):
-    """(makespan, busy time per rank) without shared ticks."""
-    end, clock, busy = {}, [0] * schedule.ranks, [0] * schedule.ranks
+def starts(schedule, costs=None):
+    """When each cell starts if every rank runs freely: yields (start, rank, cell)."""
+    time = cell_costs(costs)
+    end, clock = {}, [0] * schedule.ranks
     for rank, cell, needs in _runs(schedule):
-        took = time[kind_of(cell)]
-        clock[rank] = max([clock[rank], *(end[s] for s in needs)]) + took
-        busy[rank] += took
+        start = max([clock[rank], *(end[s] for s in needs)])
+        clock[rank] = start + time[kind_of(cell)]
         end |= {(op.kind[0], rank, op.direction, op.microbatch): clock[rank] for op in cell}
-    return max(clock), busy
+        yield start, rank, cell
 
 
 def _dependencies(schedule, ticks):
