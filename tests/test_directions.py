@@ -38,9 +38,11 @@ MAY_IMPORT = {
     "pipeline.validate": ("pipeline.schedule", "pipeline.orders", "pipeline.ticks", "checked"),
     "pipeline.draw": ("pipeline.schedule", "pipeline.validate", "pipeline.orders", "checked"),
     "pipeline.__main__": ("pipeline", "command", "checked"),
-    "pipeline.split": (),
+    "pipeline.split": ("checked",),
+    "pipeline.tables": ("pipeline.schedule", "pipeline.ticks"),
     # It is handed stage functions; it does not know the model.
-    "pipeline.execute": ("pipeline.schedule", "pipeline.validate", "pipeline.split", "parallel.mesh", "config"),
+    "pipeline.execute": ("pipeline.schedule", "pipeline.validate", "pipeline.split", "pipeline.tables", "parallel.mesh",
+                         "checked", "config"),
     "data": ("config",),
     "training": ("config",),
     "training.loop": ("training", "data", "model", "parallel.mesh", "serving", "scale.costs", "config"),
@@ -61,7 +63,8 @@ MAY_IMPORT |= dict.fromkeys(
     COMMANDS, ("command", "training", "serving", "scale", "interop", "data", "model", "config"))
 
 WITHOUT_JAX = ("checked", "config", "command", "data", "pipeline.orders", "pipeline.ticks", "pipeline.schedule",
-               "pipeline.validate", "pipeline.draw", "pipeline.__main__", "scale.costs", "scale.plan", "plan")
+               "pipeline.validate", "pipeline.tables", "pipeline.draw", "pipeline.__main__", "scale.costs",
+               "scale.plan", "plan")
 JAX = ("jax", "jaxlib", "flax", "optax", "orbax", "chex")
 LONGEST_FILE, LONGEST_COMMAND = 400, 99
 

@@ -83,7 +83,7 @@ def rows(schedule: Schedule) -> list[int]:
     return [route.stage(rank, direction) for rank in range(schedule.ranks) for direction in held]
 
 
-def pipelined(schedule: Schedule, model: Model, mesh, specs: Arguments, sum_specs=P(), axis="pipe"):
+def pipelined(schedule: Schedule, model: Model, mesh, specs: Arguments, axis="pipe"):
     """Makes the function of a step: Arguments -> Result. Differentiates; jit it.
 
     Args:
@@ -231,8 +231,8 @@ class _Device:
 
     def run(self) -> Result:
         slots = self.schedule.slots
-        result = Result(loss=jnp.zeros((), self.split.avals.loss.dtype), params=_zeros(self.params[0], self.copies),
-                        shared=_zeros(self.arguments.shared), stage_sums=_zeros(self.split.avals.sums, self.copies),
+        result = Result(loss=jnp.zeros((), self.split.loss.dtype), params=_zeros(self.params[0], self.copies),
+                        shared=_zeros(self.arguments.shared), stage_sums=_zeros(self.split.sums, self.copies),
                         sums=_zeros(self.leave_sums))
         carry = _Carry(_zeros(self.split.kept, slots.activations), _zeros(self._deferred, slots.deferred),
                        _zeros(self.x, slots.messages + 1), result)
@@ -281,37 +281,27 @@ class _Device:
 
     def _branch(self, branch, cell: _Cell) -> _Done:
         """One kind of cell: `branch` is () or its operations, each (kind, direction)."""
-        avals, split = self.split.avals, self.split
+        split = self.split
         done = _Done(y=cell.x, dx=cell.dy, kept=cell.kept, deferred=cell.deferred, dparams=_zeros(self.params[0]),
-                     loss=jnp.zeros((), avals.loss.dtype), sums=_zeros(avals.sums))
+                     loss=jnp.zeros((), split.loss.dtype), sums=_zeros(split.sums))
+        dloss = jnp.ones((), split.loss.dtype)
         operations = {kind: (self.params[d], (self.fixed[d], cell.forward if kind == "F" else cell.backward))
                       for kind, d in branch}
-        dloss = jnp.ones((), avals.loss.dtype)
-
-        def went_forward(done, given):
-            (y, loss, sums), kept = given
-            return done._replace(y=y, loss=loss, sums=sums, kept=kept)
-
-        match list(operations):
-            case []:
-                return done
-            case ["F"]:
-                params, context = operations["F"]
-                return went_forward(done, split.forward(params, cell.x, context))
-            case ["B"]:
-                dx, dparams = split.backward(*operations["B"], cell.kept, cell.dy, dloss)
-                return done._replace(dx=dx, dparams=dparams)
-            case ["Bi"]:
-                dx, deferred = split.backward_input(*operations["Bi"], cell.kept, cell.dy, dloss)
-                return done._replace(dx=dx, deferred=deferred)
-            case ["W"]:
-                return done._replace(dparams=split.backward_weights(*operations["W"], cell.deferred))
-            case ["F", "B"]:
-                params, context = operations["F"]
-                ahead, (dx, dparams) = split.overlapped(
-                    (params, cell.x, context), (*operations["B"], cell.kept, cell.dy, dloss))
-                return went_forward(done._replace(dx=dx, dparams=dparams), ahead)
-        raise ValueError(f"no such cell: {branch}")
+        # F and B of an overlapped cell know nothing of each other: the compiler is free to put the collectives of one
+        # around the products of the other, and does.
+        for kind, (params, context) in operations.items():
+            if kind == "F":
+                (y, loss, sums), kept = split.forward(params, cell.x, context)
+                done = done._replace(y=y, loss=loss, sums=sums, kept=kept)
+            elif kind == "B":
+                dx, dparams = split.backward(params, context, cell.kept, cell.dy, dloss)
+                done = done._replace(dx=dx, dparams=dparams)
+            elif kind == "Bi":
+                dx, deferred = split.backward_input(params, context, cell.kept, cell.dy, dloss)
+                done = done._replace(dx=dx, deferred=deferred)
+            else:
+                done = done._replace(dparams=split.backward_weights(params, context, cell.deferred))
+        return done
 
     def _exchange(self, messages, arrivals, y, dx):
         """Two neighbour permutations; what arrives goes where the table says, or into the slot that nobody reads."""
@@ -354,7 +344,7 @@ class _Device:
                 return loss, sums, dshared, lax.psum(dy, self.axis)
 
             def nothing(m, y):
-                loss = jnp.zeros((), result.loss.dtype)
+                loss = jnp.zeros((), self.split.loss.dtype)
                 return loss, _zeros(self.leave_sums), _zeros(shared), _zeros(self.x)
 
             loss, sums, dshared, dy = lax.cond(ends.left[i] >= 0, left, nothing, ends.left[i], y)

@@ -21,23 +21,13 @@ from deepseek_jax.checked import ConfigError
 # Calls that are no more than their body, once nobody differentiates them any more.
 CALLS = ("jit", "pjit", "closed_call", "core_call", "checkpoint", "remat", "remat2", "custom_jvp_call",
          "custom_vjp_call")
-COLLECTIVES = ("all_to_all", "ragged_all_to_all", "all_gather", "reduce_scatter", "psum", "psum2", "ppermute")
 
 
 class Piece(NamedTuple):
-    """Some of the equations, in order, with the variables that they take from outside and the atoms they give."""
+    """Some of the equations, in order, and the atoms that are their results."""
 
     equations: tuple
-    reads: tuple
-    writes: tuple
-
-
-class Avals(NamedTuple):
-    """What a stage takes and gives besides parameters and context, as shapes and dtypes."""
-
-    x: Any
-    loss: Any
-    sums: Any
+    results: tuple
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,13 +35,16 @@ class Split:
     """F, Bi, W and B of one stage as functions. Made by `split`.
 
     kept, deferred: shapes and dtypes of what F leaves for Bi, and Bi for W, for every micro-batch under way.
+    loss, sums: shapes and dtypes of what the stage gives besides y.
+    pieces: the equations of "F", "Bi", "W", and of "B", which is Bi and W at once.
     """
 
     kept: tuple[jax.ShapeDtypeStruct, ...]
     deferred: tuple[jax.ShapeDtypeStruct, ...]
-    avals: Avals
+    loss: jax.ShapeDtypeStruct
+    sums: Any
     pieces: dict[str, Piece]
-    # Variables: those that every piece may read, then x, kept, (dy, dloss), deferred.
+    # Variables: parameters and context, which every piece may read; then what only some read.
     _free: tuple
     _x: tuple
     _kept: tuple
@@ -70,53 +63,31 @@ class Split:
 
     def forward(self, params, x, context):
         """F: (y, loss, sums), kept."""
-        env = self._env(params, context, (self._x, x))
-        return self._forward_results(_run([self.pieces["F"]], [env])[0])
+        results = _run(self.pieces["F"], self._env(params, context, (self._x, x)))
+        width = len(results) - len(self.kept)
+        return jax.tree.unflatten(self._trees["forward"], results[:width]), tuple(results[width:])
 
     def backward_input(self, params, context, kept, dy, dloss):
         """Bi: dx, deferred."""
-        env = self._env(params, context, (self._kept, kept), (self._dy, (dy, dloss)))
-        results = _run([self.pieces["Bi"]], [env])[0]
+        results = _run(self.pieces["Bi"], self._env(params, context, (self._kept, kept), (self._dy, (dy, dloss))))
         width = len(results) - len(self.deferred)
         return jax.tree.unflatten(self._trees["x"], results[:width]), tuple(results[width:])
 
     def backward_weights(self, params, context, deferred):
         """W: dparams."""
-        env = self._env(params, context, (self._deferred, deferred))
-        return jax.tree.unflatten(self._trees["params"], _run([self.pieces["W"]], [env])[0])
+        results = _run(self.pieces["W"], self._env(params, context, (self._deferred, deferred)))
+        return jax.tree.unflatten(self._trees["params"], results)
 
     def backward(self, params, context, kept, dy, dloss):
         """B: dx, dparams."""
-        env = self._env(params, context, (self._kept, kept), (self._dy, (dy, dloss)))
-        return self._backward_results(_run([self.pieces["B"]], [env])[0])
-
-    def overlapped(self, forward, backward):
-        """F of one micro-batch and B of another, as one list of equations in the order of `interleave`.
-
-        Args:
-          forward, backward: the arguments of `forward` and of `backward`.
-        Returns:
-          (what `forward` returns), (what `backward` returns)
-        """
-        params, x, context = forward
-        ahead = self._env(params, context, (self._x, x))
-        params, context, kept, dy, dloss = backward
-        back = self._env(params, context, (self._kept, kept), (self._dy, (dy, dloss)))
-        results = _run([self.pieces["F"], self.pieces["B"]], [ahead, back])
-        return self._forward_results(results[0]), self._backward_results(results[1])
+        results = _run(self.pieces["B"], self._env(params, context, (self._kept, kept), (self._dy, (dy, dloss))))
+        return jax.tree.unflatten(self._trees["backward"], results)
 
     def _env(self, params, context, *more):
         env = dict(zip(self._free, jax.tree.leaves((params, context)))) | self._constants
         for variables, values in more:
             env |= dict(zip(variables, jax.tree.leaves(values)))
         return env
-
-    def _forward_results(self, results):
-        width = len(results) - len(self.kept)
-        return jax.tree.unflatten(self._trees["forward"], results[:width]), tuple(results[width:])
-
-    def _backward_results(self, results):
-        return jax.tree.unflatten(self._trees["backward"], results)
 
 
 def split(stage, params, x, context) -> Split:
@@ -152,7 +123,7 @@ def split(stage, params, x, context) -> Split:
     back_jaxpr, gradients = jax.make_jaxpr(back, return_shape=True)(kept, y, loss)
     trees |= {"x": jax.tree.structure(x), "params": jax.tree.structure(params),
               "forward": jax.tree.structure(outputs), "backward": jax.tree.structure(gradients)}
-    return _Sorter(ahead_jaxpr, back_jaxpr, params, x, outputs, len(kept)).split(trees, Avals(x, loss, sums))
+    return _Sorter(ahead_jaxpr, back_jaxpr, params, x, outputs, len(kept)).split(trees, loss, sums)
 
 
 def _check_shapes(x, y, loss):
@@ -223,38 +194,49 @@ class _Sorter:
                 wanted.update(v for v in _variables(self.equations[i].invars) if v not in known)
         return found
 
-    def _piece(self, targets, known):
-        """The equations that compute `targets` from `known` and from what every piece may read."""
-        indices = self._needed(targets, known)
-        equations = [self.equations[i] for i in sorted(indices)]
-        made = {v for equation in equations for v in equation.outvars}
-        read = dict.fromkeys(v for e in equations for v in _variables(e.invars) if v not in made)
-        read |= dict.fromkeys(v for v in _variables(targets) if v not in made)
-        return Piece(tuple(equations), tuple(read), tuple(targets))
+    def _piece(self, results, known):
+        """The equations that compute `results` from `known` and from what every piece may read."""
+        return Piece(tuple(self.equations[i] for i in sorted(self._needed(results, known))), tuple(results))
 
-    def split(self, trees, avals):
+    def split(self, trees, loss, sums):
         on_x, on_dy = self._reached(self.x), self._reached(self.dy)
         back = self._needed(self.dx + self.dparams) - set(range(self.num_ahead))
-        for_dx = self._needed(self.dx)
-        # W: what only the weights' gradients need, and what cannot be known before the output's gradient is.
-        in_w = {i for i in back - for_dx if any(v in on_dy for v in self.equations[i].outvars)}
-        made_by_w = {v for i in in_w for v in self.equations[i].outvars}
-        made_by_f = set(self.x) | {v for e in self.equations[:self.num_ahead] for v in e.outvars if v in on_x}
-
-        def across(indices, results, made):
-            """What these equations and results read of `made`, each once, in a fixed order."""
-            read = [v for i in sorted(indices) for v in _variables(self.equations[i].invars)] + _variables(results)
-            return tuple(dict.fromkeys(v for v in read if v in made))
-
-        kept = across(back, self.dx + self.dparams, made_by_f)
-        deferred = across(in_w, self.dparams, (on_x | on_dy) - made_by_w)
+        in_w = self._weight_gradients(back - self._needed(self.dx), on_x, on_dy)
+        kept = self._across(back, self.dx + self.dparams, on_x - self._made(range(self.num_ahead, len(self.equations))))
+        deferred = self._across(in_w, self.dparams, (on_x | on_dy) - self._made(in_w))
         pieces = {"F": self._piece([*self.outputs, *kept], self.x),
                   "Bi": self._piece([*self.dx, *deferred], [*kept, *self.dy]),
                   "W": self._piece(self.dparams, deferred),
                   "B": self._piece([*self.dx, *self.dparams], [*kept, *self.dy])}
-        return Split(kept=_structs(kept), deferred=_structs(deferred), avals=avals, pieces=pieces,
+        return Split(kept=_structs(kept), deferred=_structs(deferred), loss=loss, sums=sums, pieces=pieces,
                      _free=tuple(self.free), _x=tuple(self.x), _kept=kept, _dy=tuple(self.dy), _deferred=deferred,
                      _constants=self.constants, _trees=trees)
+
+    def _weight_gradients(self, candidates, on_x, on_dy):
+        """The equations of W: of those that the input's gradient does not need, what depends on the output's.
+
+        What is recomputed for W alone is recomputed in Bi, unless W can do it from what it reads anyway, or from no
+        more bytes than the result has (a transposed input).
+        """
+        in_w = {i for i in candidates if any(v in on_dy for v in self.equations[i].outvars)}
+        for i in sorted(candidates - in_w, reverse=True):
+            made = set(self.equations[i].outvars)
+            elsewhere = candidates - in_w - {i}
+            if any(v in made for j in elsewhere for v in _variables(self.equations[j].invars)):
+                continue
+            read = set(self._across(in_w, self.dparams, on_x | on_dy)) - self._made(in_w)
+            more = set(_variables(self.equations[i].invars)) & on_x - read
+            if _bytes(_structs(more)) <= _bytes(_structs(made & read)):
+                in_w.add(i)
+        return in_w
+
+    def _made(self, indices):
+        return {v for i in indices for v in self.equations[i].outvars}
+
+    def _across(self, indices, results, made):
+        """What these equations and results read of `made`, each once, in a fixed order."""
+        read = [v for i in sorted(indices) for v in _variables(self.equations[i].invars)] + _variables(results)
+        return tuple(dict.fromkeys(v for v in read if v in made))
 
 
 _new = core.gensym()
@@ -276,49 +258,16 @@ def _bytes(structs):
     return sum(math.prod(s.shape) * jnp.dtype(s.dtype).itemsize for s in structs)
 
 
-def _run(pieces, envs):
-    """Evaluates one piece, or two interleaved; each with its own variables. Returns the results of each."""
-    envs = [dict(env) for env in envs]
-    owned = [[(env, equation) for equation in piece.equations] for piece, env in zip(pieces, envs)]
-    for env, equation in owned[0] if len(pieces) == 1 else interleave(*owned):
+def _run(piece, env):
+    """Evaluates a piece; returns its results."""
+    env = dict(env)
+    for equation in piece.equations:
         bound = equation.primitive.get_bind_params(equation.params)
         subfunctions, params = bound if isinstance(bound, tuple) else ((), bound)  # a tuple before jax 0.12
         given = equation.primitive.bind(*subfunctions, *(_value(env, v) for v in equation.invars), **params)
         env |= zip(equation.outvars, given if equation.primitive.multiple_results else [given])
-    return [[_value(env, v) for v in piece.writes] for piece, env in zip(pieces, envs)]
+    return [_value(env, v) for v in piece.results]
 
 
 def _value(env, atom):
     return atom.val if isinstance(atom, core.Literal) else env[atom]
-
-
-def interleave(forward, backward):
-    """One list of both passes' equations in which each one's collectives stand before the other one's products.
-
-    The report's order for a layer (section 3.2.1, figure 4): combine(B) beside attention(F), dispatch(F) beside
-    mlp(B), dispatch(B) beside mlp(F), combine(F) beside attention(B). If one pass has more collectives than the
-    other, they are spread evenly.
-
-    Args:
-      forward, backward: lists of (anything, equation).
-    """
-    counts = [sum(_communicates(equation) for _, equation in each) for each in (forward, backward)]
-    keyed = []
-    for is_forward, each, count in ((True, forward, counts[0]), (False, backward, counts[1])):
-        apart, before = max(counts) / max(count, 1), 0
-        for owned in each:
-            travels = _communicates(owned[1])
-            before += travels
-            # In each section: the backward pass's collective, what the forward pass computes up to its own, that one,
-            # and what the backward pass computes meanwhile.
-            section = (before + (is_forward and not travels)) * apart
-            keyed.append((section, (2 if travels else 1) if is_forward else (0 if travels else 3), owned))
-    return [owned for *_, owned in sorted(keyed, key=lambda key: key[:2])]
-
-
-def _communicates(equation):
-    if equation.primitive.name in COLLECTIVES:
-        return True
-    inner = [p for value in equation.params.values() for p in (value if isinstance(value, (tuple, list)) else [value])]
-    jaxprs = [getattr(p, "jaxpr", p) for p in inner if hasattr(getattr(p, "jaxpr", p), "eqns")]
-    return any(_communicates(e) for jaxpr in jaxprs for e in jaxpr.eqns)

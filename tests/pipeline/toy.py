@@ -54,24 +54,20 @@ def stage(params, fixed, x_BD, inputs, travel, remat):
     return (jax.checkpoint(whole) if remat == "full" else whole)(params, x_BD)
 
 
-def serial(arguments, remat="none"):
+def serial(arguments):
     """(loss, sums) of a whole step without a pipeline; params in natural order."""
-    travel = lambda h: h
-    loss, counts, right = 0.0, [], 0
-    for m in range(arguments.inputs["tokens"].shape[0]):
-        inputs = jax.tree.map(lambda a, m=m: a[m], arguments.inputs)
-        x_BD = arguments.shared["embedding"][inputs["tokens"]]
-        seen = []
+    def one(total, inputs):
+        x_BD, loss, counts = arguments.shared["embedding"][inputs["tokens"]], 0.0, []
         for s in range(arguments.params["gate"].shape[0]):
             params, fixed = (jax.tree.map(lambda a, s=s: a[s], t) for t in (arguments.params, arguments.fixed))
-            x_BD, more, sums = stage(params, fixed, x_BD, inputs, travel, remat)
-            loss, seen = loss + more, seen + [sums["counts"]]
-        counts.append(jnp.stack(seen))
+            x_BD, more, sums = stage(params, fixed, x_BD, inputs, lambda h: h, "none")
+            loss, counts = loss + more, counts + [sums["counts"]]
         logits_BW = (x_BD * arguments.shared["scale"][None]) @ arguments.shared["head"]
-        target_B = target(inputs)
-        loss = loss - jnp.take_along_axis(jax.nn.log_softmax(logits_BW), target_B[:, None], axis=1).sum()
-        right = right + (logits_BW.argmax(axis=1) == target_B).sum()
-    return loss, {"counts": sum(counts), "right": right}
+        loss -= jnp.take_along_axis(jax.nn.log_softmax(logits_BW), target(inputs)[:, None], axis=1).sum()
+        return total + loss, (jnp.stack(counts), (logits_BW.argmax(axis=1) == target(inputs)).sum())
+
+    loss, (counts, right) = lax.scan(one, jnp.zeros((), arguments.shared["scale"].dtype), arguments.inputs)
+    return loss, {"counts": counts.sum(axis=0), "right": right.sum()}
 
 
 def parallel(remat="none", pipe="pipe", data=DATA, travels=True):
