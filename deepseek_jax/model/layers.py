@@ -93,6 +93,11 @@ def swiglu(gate, up):
     return (jax.nn.silu(gate.astype(dtype)) * up.astype(dtype)).astype(gate.dtype)
 
 
+def ffn(x_BTD, gate_DF, up_DF, down_FD):
+    """down(silu(gate x) * up x)."""
+    return linear(swiglu(saved(linear(x_BTD, gate_DF)), saved(linear(x_BTD, up_DF))), down_FD)
+
+
 def weight(module: nn.Module, name: str, shape):
     """Declares a normal(0, init_std) weight, float32 (float64 for a float64 model)."""
     init = nn.initializers.normal(module.cfg.init_std)
@@ -117,6 +122,4 @@ class FFN(nn.Module):
     @nn.compact
     def __call__(self, x_BTD):
         D, F = self.cfg.d_model, self.ffn_dim
-        gate_BTF = saved(linear(x_BTD, weight(self, "gate", (D, F))))
-        up_BTF = saved(linear(x_BTD, weight(self, "up", (D, F))))
-        return linear(swiglu(gate_BTF, up_BTF), weight(self, "down", (F, D)))
+        return ffn(x_BTD, weight(self, "gate", (D, F)), weight(self, "up", (D, F)), weight(self, "down", (F, D)))
