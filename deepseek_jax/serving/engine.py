@@ -21,6 +21,7 @@ from deepseek_jax.serving import cache as latents
 from deepseek_jax.serving import decode as programs
 from deepseek_jax.serving.network import Reach, prepare
 from deepseek_jax.serving.pages import Pages, digests
+from deepseek_jax.serving.placement import Placement, apply
 from deepseek_jax.serving.sampling import Sampling
 from deepseek_jax.serving.speculative import no_drafts
 
@@ -164,6 +165,10 @@ class Engine:
             self._prefill(length, [], 0, 0, 0, self.max_sequences, np.zeros(self.reach.widths[-1], np.int32))
         for size in _buckets(self.max_sequences):
             self._run([], size, 1, True)
+
+    def place(self, placement: Placement):
+        """Lays the experts out as planned, replicas included. Shapes change: the next steps compile anew."""
+        self.weights = apply(self.weights, placement)
 
     def live_bytes(self) -> int:
         """Bytes of the pages that sequences own."""

@@ -131,7 +131,11 @@ def moe(cfg: ModelConfig, w, x_BTD, valid_BT):
     x_ND = x_BTD.reshape(-1, cfg.d_model)
     scores_NE, chosen_NK = routing.route(cfg, x_ND, w["router"], w["bias"])
     f = w["ffn"]
-    y_ND = tiles_in_turn(x_ND, chosen_NK, routing.gates(cfg, scores_NE, chosen_NK), f["gate"], f["up"], f["down"])
+    place_NK = chosen_NK
+    if "places" in w:  # experts with replicas (placement.py): a token's row decides between them
+        table_EX, count_E = w["places"]["table_EX"], w["places"]["count_E"]
+        place_NK = table_EX[chosen_NK, jnp.arange(chosen_NK.shape[0])[:, None] % count_E[chosen_NK]]
+    y_ND = tiles_in_turn(x_ND, place_NK, routing.gates(cfg, scores_NE, chosen_NK), f["gate"], f["up"], f["down"])
     if cfg.num_shared_experts:
         shared = f["shared"]
         y_ND = y_ND + ffn(x_ND, shared["gate"], shared["up"], shared["down"])
