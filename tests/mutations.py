@@ -100,8 +100,8 @@ MUTATIONS = [Mutation(*row) for row in [
      T_ATTENTION),
     ("attention backward misses delta", ATTENTION, "(dp - _part(delta, i, block, 2)[:, :, None])", "dp", T_ATTENTION),
     ("one key block too few", ATTENTION, "for j in range(i + 1)]", "for j in range(max(i, 1))]", T_ATTENTION),
-    ("query latent is not normed", ATTENTION, 'linear(RMSNorm(cfg, name="q_norm")(q_BTQ), ', "linear(q_BTQ, ",
-     T_ATTENTION),
+    ("query latent is not normed", ATTENTION, 'linear(q_norm(checkpoint_name(linear(x_BTD, w["q_a"]), "latent")), ',
+     'linear(linear(x_BTD, w["q_a"]), ', T_ATTENTION),
     ("rotary key is not rotated", ATTENTION, "rotate(kv_BTX[..., None, C:], rope)", "kv_BTX[..., None, C:]",
      T_ATTENTION),
     # rope
@@ -131,10 +131,8 @@ MUTATIONS = [Mutation(*row) for row in [
      "dw_TDF = matmul(transpose(x_TMD), dy_TMF)", T_EXPERTS),
     # mtp
     ("MTP hidden half first", MTP,
-     'RMSNorm(cfg, name="embedding_norm")(ahead_BTD),\n'
-     '                                    RMSNorm(cfg, name="hidden_norm")(hidden_BTD)]',
-     'RMSNorm(cfg, name="hidden_norm")(hidden_BTD),\n'
-     '                                    RMSNorm(cfg, name="embedding_norm")(ahead_BTD)]', T_MTP),
+     'RMSNorm(cfg, name="embedding_norm")(ahead_BTD), RMSNorm(cfg, name="hidden_norm")(hidden_BTD),',
+     'RMSNorm(cfg, name="hidden_norm")(hidden_BTD), RMSNorm(cfg, name="embedding_norm")(ahead_BTD),', T_MTP),
     ("MTP takes the state before the final norm", TRANSFORMER, "h_BTD = hidden_BTD", "h_BTD = x_BTD", T_MTP),
     ("MTP looks one token too far", TRANSFORMER, "[ahead(tokens_BT, k)]", "[ahead(tokens_BT, k + 1)]", T_MTP),
     ("MTP depths do not chain", TRANSFORMER, "module(h_BTD, ahead_BTD", "module(hidden_BTD, ahead_BTD", T_MTP),
@@ -221,10 +219,8 @@ MUTATIONS = [Mutation(*row) for row in [
     ("every step draws the same number", DECODE, "jax.random.fold_in(key, n)", "key", T_DECODE),
     # checkpoints of Hugging Face
     ("MTP hidden half first, beside transformers", MTP,
-     'RMSNorm(cfg, name="embedding_norm")(ahead_BTD),\n'
-     '                                    RMSNorm(cfg, name="hidden_norm")(hidden_BTD)]',
-     'RMSNorm(cfg, name="hidden_norm")(hidden_BTD),\n'
-     '                                    RMSNorm(cfg, name="embedding_norm")(ahead_BTD)]', T_PARITY),
+     'RMSNorm(cfg, name="embedding_norm")(ahead_BTD), RMSNorm(cfg, name="hidden_norm")(hidden_BTD),',
+     'RMSNorm(cfg, name="hidden_norm")(hidden_BTD), RMSNorm(cfg, name="embedding_norm")(ahead_BTD),', T_PARITY),
     ("eh_proj comes in with its halves exchanged", HF, "theirs = self.rows(entry, start * unit, stop * unit, dtype)",
      "theirs = self.rows(entry, start * unit, stop * unit, dtype)\n"
      "        theirs = np.roll(theirs, theirs.shape[1] // 2, axis=1) if 'eh_proj' in entry.name else theirs", T_PARITY),

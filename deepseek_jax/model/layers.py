@@ -104,6 +104,13 @@ def swiglu(gate, up):
     return (jax.nn.silu(gate.astype(dtype)) * up.astype(dtype)).astype(gate.dtype)
 
 
+def ffn(x_BTD, gate_DF, up_DF, down_FD):
+    """down(silu(gate x) * up x)."""
+    split = functools.partial(constrain, names=("batch", None, "ffn"))
+    gate_BTF, up_BTF = saved(split(linear(x_BTD, gate_DF))), saved(split(linear(x_BTD, up_DF)))
+    return linear(swiglu(gate_BTF, up_BTF), down_FD)
+
+
 def weight(module: nn.Module, name: str, shape):
     """Declares a normal(0, init_std) weight, float32 (float64 for a float64 model)."""
     init = nn.initializers.normal(module.cfg.init_std)
@@ -132,6 +139,4 @@ class FFN(nn.Module):
         if self.cfg.fp8.enabled:
             y_MD = fp8.swiglu_ffn(x_BTD.reshape(-1, D), gate_DF.T, up_DF.T, down_FD.T, self.cfg.fp8)
             return y_MD.reshape(x_BTD.shape)
-        split = functools.partial(constrain, names=("batch", None, "ffn"))
-        gate_BTF, up_BTF = saved(split(linear(x_BTD, gate_DF))), saved(split(linear(x_BTD, up_DF)))
-        return linear(swiglu(gate_BTF, up_BTF), down_FD)
+        return ffn(x_BTD, gate_DF, up_DF, down_FD)

@@ -24,12 +24,16 @@ class MTPModule(nn.Module):
     @nn.compact
     def __call__(self, hidden_BTD, ahead_BTD, bias_E, rope, segment_ids_BT):
         cfg = self.cfg
-        both_BTX = jnp.concatenate([RMSNorm(cfg, name="embedding_norm")(ahead_BTD),
-                                    RMSNorm(cfg, name="hidden_norm")(hidden_BTD)], axis=-1)
-        x_BTD = linear(both_BTX, weight(self, "projection", (2 * cfg.d_model, cfg.d_model)), cfg.fp8)
+        x_BTD = join(RMSNorm(cfg, name="embedding_norm")(ahead_BTD), RMSNorm(cfg, name="hidden_norm")(hidden_BTD),
+                     weight(self, "projection", (2 * cfg.d_model, cfg.d_model)), cfg.fp8)
         x_BTD, stats = self.block(cfg, moe=True, capture=self.capture, mesh=self.mesh, name="block")(
             x_BTD, bias_E, rope, segment_ids_BT)
         return RMSNorm(cfg, name="norm")(x_BTD), stats
+
+
+def join(ahead_BTD, hidden_BTD, projection, recipe):
+    """What a depth's block reads: both normed inputs side by side, projected to D by the FP8 `recipe` (or without)."""
+    return linear(jnp.concatenate([ahead_BTD, hidden_BTD], axis=-1), projection, recipe)
 
 
 def ahead(x_BT, k):

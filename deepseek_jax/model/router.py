@@ -112,15 +112,19 @@ def initial_bias(cfg: ModelConfig, shape):
     return jnp.full(shape, fill, wide(cfg.dtype))
 
 
+def route(cfg: ModelConfig, x_ND, w_DE, bias_E):
+    """Scores [N, E] and chosen experts [N, K] of N tokens: float32 throughout, whatever the model's dtype."""
+    # Accelerators would otherwise take bfloat16 passes, and near ties would flip.
+    logits_NE = jnp.matmul(x_ND.astype(w_DE.dtype), w_DE, precision=lax.Precision.HIGHEST)
+    scores_NE = checkpoint_name(affinities(cfg, logits_NE), "routing")
+    return scores_NE, select(cfg, scores_NE, bias_E)
+
+
 class Router(nn.Module):
-    """Scores and selection for N tokens: float32 throughout, whatever the model's dtype."""
+    """Declares the weight of `route`."""
 
     cfg: ModelConfig
 
     @nn.compact
     def __call__(self, x_ND, bias_E):
-        w_DE = weight(self, "weight", (self.cfg.d_model, self.cfg.num_experts))
-        # Accelerators would otherwise take bfloat16 passes, and near ties would flip.
-        logits_NE = jnp.matmul(x_ND.astype(w_DE.dtype), w_DE, precision=lax.Precision.HIGHEST)
-        scores_NE = checkpoint_name(affinities(self.cfg, logits_NE), "routing")
-        return scores_NE, select(self.cfg, scores_NE, bias_E)
+        return route(self.cfg, x_ND, weight(self, "weight", (self.cfg.d_model, self.cfg.num_experts)), bias_E)
