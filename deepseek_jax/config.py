@@ -52,11 +52,11 @@ class FP8Config(Checked, section="fp8", positive="promote_every", not_negative="
     def __post_init__(self):
         super().__post_init__()
         if self.accumulator_bits > 24:
-            raise ConfigError(f"fp8.accumulator_bits={self.accumulator_bits} is more than the 24 of float32; take 0 for "
-                              "float32.")
+            raise ConfigError(f"fp8.accumulator_bits={self.accumulator_bits} is more than the 24 of float32; take 0 "
+                              "for float32.")
         if self.promote_every is not None and self.promote_every % 32:
-            raise ConfigError(f"fp8.promote_every={self.promote_every} must be a multiple of 32, the depth of one WGMMA; "
-                              "or None.")
+            raise ConfigError(f"fp8.promote_every={self.promote_every} must be a multiple of 32, the depth of one "
+                              "WGMMA; or None.")
 
 
 @dataclasses.dataclass(frozen=True)

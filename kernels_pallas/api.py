@@ -24,10 +24,10 @@ log = logging.getLogger(__name__)
 OPERATIONS = {
     "quantize": ("quantize", ("reference", "hopper")),
     "swiglu_quantize": ("quantize", ("reference", "hopper")),
-    "fp8_matmul": ("fp8_matmul", ("reference", "hopper", "tpu")),
-    "fp8_grouped_matmul": ("fp8_grouped_matmul", ("reference", "hopper", "tpu")),
-    "mla_attention": ("mla_attention", ("reference", "hopper")),
-    "mla_decode": ("mla_decode", ("reference", "hopper")),
+    "fp8_matmul": ("fp8_matmul", ("reference", "hopper")),
+    "fp8_grouped_matmul": ("fp8_grouped_matmul", ("reference", "hopper")),
+    "mla_attention": ("mla_attention", ("reference",)),
+    "mla_decode": ("mla_decode", ("reference",)),
 }
 NEEDS = {"hopper": "a Hopper GPU (H100, H200, H800)", "tpu": "a TPU"}
 
@@ -67,7 +67,7 @@ def _find(operation, implementation):
 def _studied(implementation, **models):
     """Options that only the twins have, to study what the recipe is for. Raises ValueError for a kernel."""
     asked = {name: value for name, value in models.items() if value is not None}
-    if asked and ((implementation == "auto" and runs_here()) or implementation) != "reference":
+    if asked and (runs_here() if implementation == "auto" else implementation) != "reference":
         raise ValueError(f"{', '.join(asked)} is a study, not what the kernels do; say implementation='reference'.")
     return asked
 

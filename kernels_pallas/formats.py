@@ -28,7 +28,7 @@ class Quantized(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Accumulator:
-    """A model of the registers that a tensor core adds into (report section 3.3.2, "Increasing Accumulation Precision").
+    """A model of the registers that a tensor core adds into (report section 3.3.2).
 
     Every `group` products are added exactly, their sum goes into a partial sum that keeps `bits` bits (the others are
     cut off), and every `promote_every` elements of K (0: never) the partial sum moves to float32.

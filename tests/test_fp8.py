@@ -52,9 +52,18 @@ def data(shape, seed=0, spread=6.0):
     return (rng.standard_normal(shape) * sizes).astype(np.float32)
 
 
+def bfloat16_data(shape):
+    """Numbers of few bits: their quotients often lie halfway between two of E4M3, where an ulp decides."""
+    return data(shape).astype(ml_dtypes.bfloat16).astype(np.float32)
+
+
 SPECIAL = {
     "numbers": data((130, 300)),
     "one_row": data((1, 128)),
+    "one_tile_a_row": bfloat16_data((512, 128)),
+    "one_tile_a_column": bfloat16_data((128, 512)),
+    "one_tile": bfloat16_data((128, 128)),
+    "one_row_of_bfloat16": bfloat16_data((1, 128)),
     "ragged": data((5, 7)),
     "zeros": np.zeros((3, 256), np.float32),
     "below_the_clamp": data((4, 200)) * np.float32(1e-12),

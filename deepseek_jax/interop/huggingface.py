@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from deepseek_jax import fp8
 from deepseek_jax.config import ConfigError, ModelConfig
 from deepseek_jax.interop import export, hf_config, names, shards
 from deepseek_jax.training.arrays import BLOCK, FP8, dequantize, transposed
@@ -227,10 +228,7 @@ def dequantized(cfg: ModelConfig, variables, dtype=jnp.bfloat16):
     for path, shape in names.leaves(cfg).items():
         leaf = held[path]
         if leaf.scales is not None:
-            rows, columns = leaf.values.shape[-2:]
-            scales = leaf.scales.astype(jnp.float32)
-            scales = jnp.repeat(jnp.repeat(scales, BLOCK, axis=-2)[..., :rows, :], BLOCK, axis=-1)[..., :columns]
-            matrix = (leaf.values.astype(jnp.float32) * scales).astype(dtype)
+            matrix = fp8.dequantize((jnp.asarray(leaf.values), jnp.asarray(leaf.scales, jnp.float32)), dtype)
             _put(out, path, jnp.swapaxes(matrix, -1, -2).reshape(shape))
         else:
             _put(out, path, leaf.values)

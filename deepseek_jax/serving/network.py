@@ -180,6 +180,6 @@ def predict_ahead(cfg: ModelConfig, reach: Reach, weights, k: int, cache, hidden
     w, layer = weights["mtp"][k - 1], cfg.num_layers + k - 1
     rope = rope_table(cfg, rows.position_BT, wide(cfg.dtype))
     x_BTD = mtp.join(rms_norm(weights["embedding"][ahead_BT], w["embedding_norm"], cfg.norm_eps),
-                     rms_norm(hidden_BTD, w["hidden_norm"], cfg.norm_eps), w["projection"])
+                     rms_norm(hidden_BTD, w["hidden_norm"], cfg.norm_eps), w["projection"], cfg.fp8)
     x_BTD, pages, _ = block(cfg, reach, w["block"], x_BTD, rope, cache[layer], rows)
     return rms_norm(x_BTD, w["norm"], cfg.norm_eps), (*cache[:layer], pages, *cache[layer + 1:])

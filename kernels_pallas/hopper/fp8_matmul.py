@@ -39,7 +39,8 @@ class TuningConfig:
       each of the 232 there are; 64 x 256 spills.
     stages: slices of 128 of K in flight, (128 + 128) x 128 bytes each. 4 leave room for a float32 output in the 227 KiB
       that there are.
-    split: "rows", both warpgroups share b's slice; "columns", they share a's: for M <= 64, where half of a would be zeros.
+    split: "rows", both warpgroups share b's slice; "columns", they share a's: for M <= 64, where half of a would be
+      zeros.
     snake: tiles of M that are walked together, so that a's rows stay in the L2 cache while b's pass.
     """
 
@@ -128,7 +129,7 @@ def scaled_matmul(a, b, tables, locate, tiles, out_type, config, num_sms=132, in
                 def add(k, carry):
                     step, total = carry
                     slot = lax.rem(step, stages)
-                    # Scales go straight to registers, and are asked for before the wait: the product hides their latency.
+                    # Scales go to registers, and are asked for before the wait: the product hides their latency.
                     scale_a = plgpu.load(as_gmem.at[k, mine_rows], layout=plgpu.Layout.WGMMA.reduce(1))
                     if by_column:
                         scale_b = plgpu.load(bs_gmem.at[k, mine_columns], layout=plgpu.Layout.WGMMA.reduce(0))

@@ -1,1 +1,1 @@
-"""The twins: what every kernel computes, in plain jnp. They are what runs on a CPU, and what kernels are tested against."""
+"""The twins: what every kernel computes, in plain jnp. They run on a CPU, and kernels are tested against them."""

@@ -63,7 +63,11 @@ def _shared(amax, share):
 
 def with_scales(x, scales, rows=1, dtype=E4M3, columns=BLOCK) -> Quantized:
     """x / scales in `dtype`, where the scales are known."""
-    return Quantized((x.astype(jnp.float32) / spread(scales, x.shape, rows, columns)).astype(dtype), scales)
+    x = x.astype(jnp.float32)
+    # XLA would multiply by the reciprocal of an array that it sees broadcast, or by 448 / amax: it sees a choice, which
+    # changes nothing (NaN / NaN is NaN).
+    divisor = jnp.where(jnp.isnan(x), x, spread(scales, x.shape, rows, columns))
+    return Quantized((x / divisor).astype(dtype), scales)
 
 
 def quantize(x, *, scale="float32", dtype=E4M3, transposed=False, share="tile"):

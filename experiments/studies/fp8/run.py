@@ -30,10 +30,13 @@ LIMIT = 0.0025  # the report's bound on the relative difference of the loss
 
 def train(args, model, variant, seed):
     workdir = pathlib.Path(args.workdir, f"{model}_{variant}_{seed}")
+    if len(losses(workdir)) >= args.steps:
+        return
     command = [sys.executable, "-m", "deepseek_jax.train", "--config", f"experiments/configs/{args.config or model}.py",
                "--workdir", str(workdir), f"--config.train.seed={seed}", f"--config.train.steps={args.steps}",
                "--config.train.batch_size=8", "--config.train.sequence_length=256", "--config.train.sample_tokens=0",
-               "--config.train.eval_every=100000", "--config.train.checkpoint_every=60", "--config.train.checkpoints_kept=1",
+               "--config.train.eval_every=100000", "--config.train.checkpoint_every=60",
+               "--config.train.checkpoints_kept=1",
                f"--config.data.cache_dir={args.workdir}/cache", *VARIANTS[variant]]
     subprocess.run([*args.prefix.split(), *command], cwd=ROOT, check=True)
 

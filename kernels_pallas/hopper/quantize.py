@@ -1,0 +1,123 @@
+"""Quantizing to E4M3 on Hopper, in one pass over memory. Twin: reference/quantize.py, bit for bit.
+
+Each block of threads takes a tile of 128 x 128 and reads it once. Two warpgroups share it: each quantizes 64 rows, and,
+where the transposed copy is wanted too, 64 columns. Several blocks share an SM, and hide each other's latency.
+There is nothing to tune: 128 x 128 is the least that holds whole tiles of both directions.
+
+             128 columns                    rows:     amax along the row     -> values [M, K],  scales [K / 128, M]
+          +--------+--------+               columns:  amax along the column  -> values [K, M],  scales [M / 128, K]
+      64  | group 0         |
+          +  -  -  -  -  -  +               Scales leave transposed, so that a tile's 128 lie together, as fp8_matmul
+      64  | group 1         |               wants them; the wrapper turns them, which XLA undoes where it can.
+          +--------+--------+
+            g 0       g 1                   The SwiGLU form reads gate and up, and quantizes silu(gate) * up.
+"""
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from kernels_pallas.formats import BLOCK, E4M3, Quantized, blocks
+from kernels_pallas.reference.quantize import SMALLEST_AMAX
+
+HALF = BLOCK // 2
+WGMMA = plgpu.Layout.WGMMA
+
+
+def _scales(amax, scale):
+    # Behind a barrier, as in the twin: a product with 1 / 448 is not the quotient.
+    s = jnp.maximum(amax, SMALLEST_AMAX) / lax.optimization_barrier(jnp.full_like(amax, 448))
+    if scale == "power_of_two":
+        bits = lax.bitcast_convert_type(s, jnp.int32)
+        up = lax.bitcast_convert_type((bits + 0x7FFFFF) & -0x800000, jnp.float32)
+        s = jnp.where(s < jnp.inf, up, s)
+    return s
+
+
+def _store(x, scale, half, values_smem, scales_smem):
+    """Quantizes x [64, 128] along its rows into shared memory."""
+    s = _scales(jnp.max(jnp.abs(x), axis=1), scale)
+    values_smem[half] = (x / lax.broadcast_in_dim(s, x.shape, (0,))).astype(E4M3)
+    scales_smem[half] = s
+
+
+def _quantize(inputs, prepare, scale, transposed, interpret):
+    """inputs: arrays [M, K] that `prepare` makes float32 tiles of. Scales come back as [K / 128, M]."""
+    M, K = inputs[0].shape
+    wide, tall = -(-K // 16) * 16, -(-M // 16) * 16  # TMA addresses rows of whole 16 bytes
+    bf16 = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+    fp8 = (plgpu.TilingTransform((8, 128)), plgpu.SwizzleTransform(128))
+    outs = [jax.ShapeDtypeStruct((M, wide), E4M3), jax.ShapeDtypeStruct((blocks(K), tall), jnp.float32)]
+    outs += [jax.ShapeDtypeStruct((K, tall), E4M3), jax.ShapeDtypeStruct((blocks(M), wide), jnp.float32)]
+    outs = outs if transposed else outs[:2]
+
+    def kernel(*refs):
+        sources, targets = refs[:len(inputs)], refs[len(inputs):len(inputs) + len(outs)]
+        x_smem, *held, arrived = refs[len(inputs) + len(outs):]
+        group, i, j = lax.axis_index("group"), lax.axis_index("row"), lax.axis_index("column")
+        rows, columns = pl.ds(i * BLOCK, BLOCK), pl.ds(j * BLOCK, BLOCK)
+
+        @pl.when(group == 0)
+        def _():
+            for n, source in enumerate(sources):
+                plgpu.copy_gmem_to_smem(source.at[rows, columns], x_smem.at[n], arrived)
+
+        plgpu.barrier_wait(arrived)
+        mine = pl.ds(group * HALF, HALF)
+        tiles = [plgpu.load(x_smem.at[n, mine], layout=WGMMA) for n in range(len(inputs))]
+        _store(prepare(*tiles), scale, group, held[0], held[1])
+        if transposed:
+            tiles = [plgpu.load(x_smem.at[n, :, mine].transpose((1, 0)), layout=WGMMA) for n in range(len(inputs))]
+            _store(prepare(*tiles), scale, group, held[2], held[3])
+        plgpu.commit_smem()
+        places = [(pl.ds(i * BLOCK + group * HALF, HALF), columns), (j, pl.ds(i * BLOCK + group * HALF, HALF)),
+                  (pl.ds(j * BLOCK + group * HALF, HALF), rows), (i, pl.ds(j * BLOCK + group * HALF, HALF))]
+        for smem, target, place in zip(held, targets, places):
+            plgpu.copy_smem_to_gmem(smem.at[group], target.at[place])
+        plgpu.wait_smem_to_gmem(0)
+
+    held = [plgpu.SMEM((2, HALF, BLOCK), E4M3, transforms=fp8), plgpu.SMEM((2, HALF), jnp.float32)]
+    made = plgpu.kernel(
+        kernel, out_type=outs, grid=(blocks(M), blocks(K)), grid_names=("row", "column"), num_threads=2,
+        thread_name="group", interpret=interpret,
+        scratch_types=[plgpu.SMEM((len(inputs), BLOCK, BLOCK), jnp.bfloat16, transforms=bf16),
+                       *held * (2 if transposed else 1), plgpu.Barrier(num_arrivals=len(inputs))],
+    )(*inputs)
+    # One tile in the other direction is scaled by what lies past the edge too: zeros, which change no amax.
+    q = Quantized(made[0][:, :K], made[1][:, :M].T)
+    return (q, Quantized(made[2][:, :M], made[3][:, :K].T)) if transposed else q
+
+
+def _check(name, *inputs):
+    for x in inputs:
+        if x.ndim != 2 or x.dtype != jnp.bfloat16 or x.shape != inputs[0].shape:
+            raise ValueError(f"hopper's {name} takes bfloat16 matrices of one shape, not {x.dtype}{list(x.shape)}; "
+                             "cast, or take implementation='reference'.")
+        if x.shape[1] % 8:
+            raise ValueError(f"hopper's {name} reads rows of whole 16 bytes, and {x.shape[1]} bfloat16 numbers are "
+                             "not; pad them, or take implementation='reference'.")
+
+
+def quantize(x, *, scale="float32", dtype=E4M3, transposed=False, interpret=False):
+    """See the twin. bfloat16 [M, K], K a multiple of 8."""
+    _check("quantize", x)
+    if dtype != E4M3:
+        raise ValueError(f"hopper's quantize makes E4M3, not {jnp.dtype(dtype).name}; implementation='reference' does.")
+    q = _quantize((x,), lambda x: x.astype(jnp.float32), scale, bool(transposed), interpret)
+    return q[1] if transposed == "only" else q
+
+
+def swiglu_quantize(gate, up, *, scale="float32", dtype=E4M3, interpret=False):
+    """See the twin: within one step of E4M3 of it (the exponential is another one)."""
+    _check("swiglu_quantize", gate, up)
+    if dtype != E4M3:
+        raise ValueError(f"hopper's swiglu_quantize makes E4M3, not {jnp.dtype(dtype).name}; "
+                         "implementation='reference' does.")
+
+    def prepare(gate, up):
+        gate, up = gate.astype(jnp.float32), up.astype(jnp.float32)
+        return gate / (1 + jnp.exp(-gate)) * up
+
+    return _quantize((gate, up), prepare, scale, False, interpret)

@@ -1,0 +1,109 @@
+"""Hopper's kernels on the GPU interpreter, race detector on, against their twins; shapes that divide and do not."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kernels_pallas import api
+
+plgpu = pytest.importorskip("jax.experimental.pallas.mosaic_gpu")
+INTERPRET = plgpu.InterpretGPUParams(detect_races=True)
+
+from kernels_pallas.hopper import fp8_grouped_matmul as grouped  # noqa: E402
+from kernels_pallas.hopper import fp8_matmul as matmul  # noqa: E402
+from kernels_pallas.hopper import quantize as quantizers  # noqa: E402
+
+
+def normal(shape, seed=0, dtype=jnp.float32):
+    rng = np.random.default_rng(seed)
+    sizes = np.exp(rng.uniform(-3, 3, (*shape[:-1], 1)))
+    return jnp.asarray(rng.standard_normal(shape) * sizes, dtype)
+
+
+def same_bits(ours, theirs):
+    for x, y in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_array_equal(np.asarray(x).view(np.uint8), np.asarray(y).view(np.uint8))
+
+
+def close(ours, theirs, tolerance=2e-6):
+    ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
+    assert ours.shape == theirs.shape
+    assert np.abs(ours - theirs).max() <= tolerance * np.abs(theirs).max()
+
+
+@pytest.mark.parametrize("shape", [(128, 256), (72, 136)])
+@pytest.mark.parametrize("scale", ["float32", "power_of_two"])
+def test_both_quantized_copies_are_bit_equal_to_the_twin(shape, scale):
+    x = normal(shape, dtype=jnp.bfloat16)
+    ours = quantizers.quantize(x, scale=scale, transposed=True, interpret=INTERPRET)
+    same_bits(ours, jax.jit(lambda x: api.quantize(x, scale=scale, transposed=True))(x))
+
+
+def test_swiglu_is_quantized_within_a_step_of_e4m3_of_the_twin():
+    gate, up = normal((72, 136), 1, jnp.bfloat16), normal((72, 136), 2, jnp.bfloat16)
+    ours = quantizers.swiglu_quantize(gate, up, interpret=INTERPRET)
+    theirs = jax.jit(api.swiglu_quantize)(gate, up)
+    np.testing.assert_allclose(ours.scales, theirs.scales, rtol=1e-6)
+    np.testing.assert_allclose(api.dequantize(ours), api.dequantize(theirs), rtol=2.0**-3)
+
+
+# (M, N, K), rows and columns of warpgroups, stages
+DENSE = [((128, 128, 256), "rows", 2), ((200, 136, 400), "rows", 3), ((40, 264, 256), "columns", 2)]
+
+
+@pytest.mark.parametrize("form", ["blocks", "tiles"])
+@pytest.mark.parametrize(("shape", "split", "stages"), DENSE)
+def test_matmuls_are_their_twins(form, shape, split, stages):
+    M, N, K = shape
+    a, b = api.quantize(normal((M, K))), normal((N, K), 1)
+    b = api.quantize_blocks(b) if form == "blocks" else api.quantize(b)
+    config = matmul.TuningConfig(split=split, stages=stages)
+    ours = matmul.fp8_matmul(a, b, out_dtype=jnp.float32, config=config, num_sms=2, interpret=INTERPRET)
+    close(ours, api.fp8_matmul(a, b, out_dtype=jnp.float32))
+
+
+def test_a_matmul_rounds_once_to_its_output():
+    a, b = api.quantize(normal((128, 256))), api.quantize_blocks(normal((128, 256), 1))
+    ours = matmul.fp8_matmul(a, b, num_sms=1, interpret=INTERPRET)
+    assert ours.dtype == jnp.bfloat16
+    np.testing.assert_allclose(*(np.asarray(x, np.float32) for x in (ours, api.fp8_matmul(a, b))), rtol=2.0**-7)
+
+
+SIZES = jnp.array([128, 0, 256], jnp.int32)
+
+
+def test_grouped_products_are_their_twin_and_zero_past_the_last_group():
+    a, b = api.quantize(normal((512, 200))), api.quantize_blocks(normal((3, 136, 200), 1))
+    config = matmul.TuningConfig(stages=2)
+    ours = grouped.fp8_grouped_matmul(a, b, SIZES, out_dtype=jnp.float32, config=config, num_sms=2, interpret=INTERPRET)
+    close(ours, api.fp8_grouped_matmul(a, b, SIZES, out_dtype=jnp.float32))
+    assert not np.asarray(ours)[384:].any()
+
+
+def test_k_grouped_products_are_their_twin_and_zero_for_an_empty_group():
+    a, b = api.quantize(normal((136, 512))), api.quantize(normal((72, 512), 1))
+    ours = grouped.fp8_grouped_matmul(a, b, SIZES, out_dtype=jnp.float32, num_sms=2, interpret=INTERPRET)
+    close(ours, api.fp8_grouped_matmul(a, b, SIZES, out_dtype=jnp.float32))
+    assert not np.asarray(ours)[1].any()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: quantizers.quantize(jnp.ones((8, 128))), "takes bfloat16 matrices"),
+        (lambda: quantizers.quantize(jnp.ones((8, 12), jnp.bfloat16)), "rows of whole 16 bytes, and 12 bfloat16"),
+        (lambda: quantizers.quantize(jnp.ones((8, 16), jnp.bfloat16), dtype=jnp.float8_e5m2), "makes E4M3, not float8"),
+        (lambda: matmul.fp8_matmul(api.quantize(jnp.ones((8, 128)), dtype=jnp.float8_e5m2),
+                                   api.quantize_blocks(jnp.ones((8, 128)))), "multiplies E4M3 by E4M3"),
+        (lambda: matmul.fp8_matmul(api.quantize(jnp.ones((8, 128))), api.quantize_blocks(jnp.ones((9, 128)))),
+         "9 columns of bfloat16 are not; pad N"),
+        (lambda: grouped.fp8_grouped_matmul(
+            api.quantize(jnp.ones((128, 128))), api.quantize_blocks(jnp.ones((1, 8, 128))), jnp.ones(1, jnp.int32),
+            config=matmul.TuningConfig(split="columns")), "config.split must be 'rows'"),
+    ],
+)
+def test_what_a_kernel_cannot_do_is_refused_in_one_line(call, message):
+    with pytest.raises(ValueError) as error:
+        call()
+    assert message in str(error.value) and len(str(error.value).splitlines()) == 1
