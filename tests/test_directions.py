@@ -55,6 +55,7 @@ MAY_IMPORT = {
 COMMANDS = ("train", "evaluate", "generate", "serve", "convert", "plan", "compile")
 MAY_IMPORT |= dict.fromkeys(
     COMMANDS, ("command", "training", "serving", "scale", "interop", "data", "model", "config"))
+MAY_IMPORT["serve"] += ("generate",)  # which loads models
 
 WITHOUT_JAX = ("checked", "config", "command", "data", "pipeline.schedule", "pipeline.validate", "scale.costs",
                "scale.plan", "plan")
