@@ -49,10 +49,12 @@ def read(body, chat: bool, tokenizer, vocab_size: int, model: str, max_length: i
         raise BadRequest(None, "the body must be a JSON object.", code="invalid_json")
     for field in body:
         if field not in FIELDS[chat] and field not in IGNORED:
-            raise BadRequest(field, f"unknown field {field!r}; {did_you_mean(field, FIELDS[chat])}", code="unknown_field")
+            raise BadRequest(field, f"unknown field {field!r}; {did_you_mean(field, FIELDS[chat])}",
+                             code="unknown_field")
     asked_for = _get(body, "model", str, model)
     if asked_for != model:
-        raise BadRequest("model", f"model {asked_for!r} is not here; this server has {model!r}.", 404, "model_not_found")
+        raise BadRequest("model", f"model {asked_for!r} is not here; this server has {model!r}.", 404,
+                         "model_not_found")
     for field in ("presence_penalty", "frequency_penalty"):
         if _number(body, field, 0.0, -2, 2):
             raise BadRequest(field, f"{field} is not supported; leave it 0.")
@@ -74,8 +76,9 @@ def read(body, chat: bool, tokenizer, vocab_size: int, model: str, max_length: i
     limit = "max_completion_tokens" if body.get("max_completion_tokens") is not None else "max_tokens"
     new = _integer(body, limit, max_length - longest if chat else 16, 1, 10**9)
     if longest + new > max_length:
-        raise BadRequest(limit, f"{limit}={new} after {longest} tokens of {source} is more than the {max_length} tokens "
-                         f"that this server holds; ask for at most {max_length - longest}.", code="context_length_exceeded")
+        raise BadRequest(limit, f"{limit}={new} after {longest} tokens of {source} is more than the {max_length} that "
+                         f"this server holds; ask for at most {max_length - longest}.",
+                         code="context_length_exceeded")
 
     alternatives = _alternatives(body, chat)
     options = _get(body, "stream_options", dict, {})
@@ -161,7 +164,8 @@ def _chat(body, tokenizer):
         if isinstance(content, list) and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in content):
             content = "".join(part["text"] for part in content)
         if role not in ROLES or not isinstance(content, str):
-            raise BadRequest(f"messages[{i}]", f"messages[{i}] needs a role ({', '.join(ROLES)}) and a text as content.")
+            raise BadRequest(f"messages[{i}]",
+                             f"messages[{i}] needs a role ({', '.join(ROLES)}) and a text as content.")
         content = _utf8(f"messages[{i}]", content)
         ids += [t for t in [backend.token_to_id(ROLES[role] or "")] if t is not None] + tokenizer.encode(content)
         ids += [tokenizer.eos] if role == "assistant" else []

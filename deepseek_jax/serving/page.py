@@ -1,6 +1,6 @@
 """The page at `/`: a chat that shows which tokens MTP had drafted, tokens per second, and the live load of the experts.
 
-One string, no files beside it, nothing to build. `MODEL` is replaced by the model's name, as JSON.
+One string, no files beside it, nothing to build. `__MODEL__` is replaced by the model's name, as JSON.
 """
 
 PAGE = """<!doctype html>
@@ -39,9 +39,10 @@ canvas { width: 100%; image-rendering: pixelated; border: 1px solid var(--line);
 <canvas id="loads" height="1" width="1"></canvas>
 <script>
 "use strict";
-const MODEL_NAME = MODEL, $ = id => document.getElementById(id);
-$("model").textContent = MODEL_NAME;
-const headers = () => ({"Content-Type": "application/json", ...($("key").value && {Authorization: "Bearer " + $("key").value})});
+const MODEL = __MODEL__, $ = id => document.getElementById(id);
+$("model").textContent = MODEL;
+const headers = () => ({"Content-Type": "application/json",
+  ...($("key").value && {Authorization: "Bearer " + $("key").value})});
 let before = null, running = null;
 
 async function drawLoads() {
@@ -82,7 +83,7 @@ async function ask() {
   let first = 0, tokens = 0, accepted = 0, rejected = 0;
   try {
     const answer = await fetch("/v1/completions", {method: "POST", headers: headers(), signal: running.signal,
-      body: JSON.stringify({model: MODEL_NAME, prompt, stream: true, return_drafts: true,
+      body: JSON.stringify({model: MODEL, prompt, stream: true, return_drafts: true,
         temperature: +$("temperature").value, max_tokens: +$("tokens").value})});
     if (!answer.ok) throw Error((await answer.json()).error.message);
     const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
@@ -101,11 +102,13 @@ async function ask() {
           say(draft, piece);
         }
         const shown = data.choices[0].drafts.map(d => d[0]).join("");
-        if (data.choices[0].text.length > shown.length) say("none", data.choices[0].text.slice(shown.length));
+        const rest = data.choices[0].text.slice(shown.length);
+        if (rest) say("none", rest);
       }
       const seconds = (performance.now() - first) / 1000;
       if (tokens > 1) $("speed").textContent = ((tokens - 1) / seconds).toFixed(0);
-      $("accepted").textContent = accepted + rejected ? (100 * accepted / (accepted + rejected)).toFixed(0) + " %" : "-";
+      const drafted = accepted + rejected;
+      $("accepted").textContent = drafted ? (100 * accepted / drafted).toFixed(0) + " %" : "-";
       $("steps").textContent = tokens ? (tokens / (tokens - accepted)).toFixed(2) : "-";
     }
   } catch (error) { if (error.name !== "AbortError") say("error", "\\n" + error.message); }

@@ -1,4 +1,4 @@
-"""HTTP: the completion endpoints that clients of the OpenAI API know, health, Prometheus metrics, and a page to talk to.
+"""HTTP: the completion endpoints that clients of the OpenAI API know, health, Prometheus metrics, a page to talk to.
 
 Needs the extra `serve` (Starlette and uvicorn).
 """
@@ -55,8 +55,8 @@ class Endpoints:
             try:
                 given = request.headers.get("authorization", "").removeprefix("Bearer ")
                 if key and self.api_key and not hmac.compare_digest(given.encode(), self.api_key.encode()):
-                    raise BadRequest("Authorization", "the API key is missing or wrong; send Authorization: Bearer KEY.",
-                                     401, "invalid_api_key")
+                    raise BadRequest("Authorization", "the API key is missing or wrong; send Authorization: Bearer "
+                                     "KEY.", 401, "invalid_api_key")
                 response = await handler(request)
             except BadRequest as bad:
                 retry = {"Retry-After": "1"} if bad.status == 429 else None
@@ -67,7 +67,7 @@ class Endpoints:
         return guarded
 
     async def page(self, request):
-        return HTMLResponse(PAGE.replace("MODEL", json.dumps(self.service.model).replace("<", "\\u003c")))
+        return HTMLResponse(PAGE.replace("__MODEL__", json.dumps(self.service.model).replace("<", "\\u003c")))
 
     async def health(self, request):
         broken = self.service.failure is not None

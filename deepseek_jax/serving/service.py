@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import threading
 import time
@@ -65,7 +66,8 @@ class Service:
         with self._lock:
             room = self.engine.max_sequences + self.most_waiting - len(self.live)
             if len(asked.requests) > room:
-                raise BadRequest(None, f"{len(self.live)} sequences run or wait; try again later.", 429, "over_capacity")
+                raise BadRequest(None, f"{len(self.live)} sequences run or wait; try again later.", 429,
+                                 "over_capacity")
             return Stream(self, asked)
 
 
@@ -109,10 +111,8 @@ class Stream:
         return listen
 
     def _put(self, piece):
-        try:
+        with contextlib.suppress(RuntimeError):  # the loop is gone, and with it who asked
             self.loop.call_soon_threadsafe(self.queue.put_nowait, piece)
-        except RuntimeError:  # the loop is gone, and with it who asked
-            pass
 
     async def next(self, timeout: float | None = None) -> Piece | None:
         """The next piece; None when nothing came in time."""
