@@ -63,6 +63,7 @@ MAY_IMPORT = {
 COMMANDS = ("train", "evaluate", "generate", "serve", "convert", "plan", "compile")
 MAY_IMPORT |= dict.fromkeys(
     COMMANDS, ("command", "training", "serving", "scale", "interop", "data", "model", "config"))
+MAY_IMPORT["serve"] += ("generate",)  # which loads models
 
 WITHOUT_JAX = ("checked", "mesh_config", "config", "command", "data", "pipeline.orders", "pipeline.ticks",
                "pipeline.schedule", "pipeline.validate", "pipeline.tables", "pipeline.draw", "pipeline.__main__",

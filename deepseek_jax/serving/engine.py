@@ -119,8 +119,8 @@ class Engine:
         """
         check(self.cfg, request)
         if len(request.prompt) + request.max_new_tokens > self.max_length:
-            raise ConfigError(f"a prompt of {len(request.prompt)} tokens and {request.max_new_tokens} new ones are more "
-                              f"than the {self.max_length} that this engine holds.")
+            raise ConfigError(f"a prompt of {len(request.prompt)} tokens and {request.max_new_tokens} new ones are "
+                              f"more than the {self.max_length} that this engine holds.")
         sequence = Sequence(request, listen)
         if self.pool.pages_of(sequence.limit) > self.pool.total:
             raise ConfigError(f"{sequence.limit} tokens need more than the {self.pool.total} pages of the cache.")
@@ -193,8 +193,7 @@ class Engine:
             sequence.slot, sequence.fresh = self._slots.pop(), True
             sequence.filled = sequence.reused = len(shared) * size
             sequence.registered = len(shared)
-            for sequence.digest in digests(prompt[:sequence.filled], size):
-                pass
+            sequence.digest = [b"", *digests(prompt[:sequence.filled], size)][-1]
             self.totals["reused_tokens"] += sequence.reused
             if sequence.request.max_new_tokens == 0:
                 self._end(sequence, "length")
@@ -345,8 +344,8 @@ def check(cfg: ModelConfig, request: Request):
     if not r.prompt or not all(0 <= t < cfg.vocab_size for t in r.prompt):
         raise ConfigError(f"a prompt must hold at least one token id, each in [0, {cfg.vocab_size}).")
     if r.max_new_tokens < 0 or not 0 <= r.temperature < math.inf:
-        raise ConfigError(f"max_new_tokens={r.max_new_tokens}, temperature={r.temperature}: neither can be negative, or "
-                          "infinite.")
+        raise ConfigError(f"max_new_tokens={r.max_new_tokens}, temperature={r.temperature}: neither can be negative, "
+                          "or infinite.")
     if r.top_k < 0 or not 0 < r.top_p <= 1:
         raise ConfigError(f"top_k={r.top_k} cannot be negative, and top_p={r.top_p} must lie in (0, 1].")
     if not 0 <= r.seed < 2**32:

@@ -80,28 +80,35 @@ def _layer(cfg, p, bias_E):
     return out
 
 
+def einsum(equation, a, b):
+    """Accumulated wide. XLA:CPU has no batched bfloat16 product of strided operands into float32: it widens first."""
+    f32 = wide(a.dtype)
+    return lax.platform_dependent(
+        a, b, cpu=lambda a, b: jnp.einsum(equation, a.astype(f32), b.astype(f32)),
+        default=lambda a, b: jnp.einsum(equation, a, b, preferred_element_type=f32))
+
+
 def attention(cfg: ModelConfig, reach: Reach, w, x_BTD, rope, pages_PSX, rows: Rows):
     """Absorbed MLA. Returns its output [B, T, D] and the layer's pages, with the latents of these tokens in them."""
     norm = lambda name: lambda x: rms_norm(x, w[name], cfg.norm_eps)
     q_BTHA, c_BTC, k_pe_BTR = project(cfg, x_BTD, rope, w, norm("q_norm"), norm("kv_norm"))
     page_BT, offset_BT = latents.places(rows.table_BP, rows.position_BT, rows.valid_BT, reach.page_size)
     pages_PSX = latents.write(pages_PSX, latents.pack(reach.kind, c_BTC, k_pe_BTR), page_BT, offset_BT)
-    f32 = wide(cfg.dtype)
     N, C = cfg.nope_head_dim, cfg.kv_rank
-    q_BTHC = jnp.einsum("BTHN,HNC->BTHC", q_BTHA[..., :N], w["k_up_HNC"], preferred_element_type=f32)
+    q_BTHC = einsum("BTHN,HNC->BTHC", q_BTHA[..., :N], w["k_up_HNC"])
     q_BTHX = jnp.concatenate([q_BTHC.astype(cfg.dtype), q_BTHA[..., N:]], axis=-1)
 
     def attend(width, q_BTHX, pages_PSX, rows):
         rows_BSX = latents.unpack(cfg, reach.kind, latents.read(pages_PSX, rows.table_BP[:, :width]))
-        s_BTHS = jnp.einsum("BTHX,BSX->BTHS", q_BTHX, rows_BSX, preferred_element_type=f32) * softmax_scale(cfg)
+        s_BTHS = einsum("BTHX,BSX->BTHS", q_BTHX, rows_BSX) * softmax_scale(cfg)
         seen_BTS = jnp.arange(rows_BSX.shape[1])[None, None] <= rows.position_BT[:, :, None]
         p_BTHS = jax.nn.softmax(jnp.where(seen_BTS[:, :, None], s_BTHS, -jnp.inf), axis=-1)
-        return jnp.einsum("BTHS,BSC->BTHC", p_BTHS.astype(cfg.dtype), rows_BSX[..., :C], preferred_element_type=f32)
+        return einsum("BTHS,BSC->BTHC", p_BTHS.astype(cfg.dtype), rows_BSX[..., :C])
 
     needed = jnp.where(rows.valid_BT, rows.position_BT, 0).max() // reach.page_size
     branch = jnp.searchsorted(jnp.array(reach.widths), needed, side="right")
     o_BTHC = lax.switch(branch, [functools.partial(attend, width) for width in reach.widths], q_BTHX, pages_PSX, rows)
-    o_BTHV = jnp.einsum("BTHC,HCV->BTHV", o_BTHC.astype(cfg.dtype), w["v_up_HCV"], preferred_element_type=f32)
+    o_BTHV = einsum("BTHC,HCV->BTHV", o_BTHC.astype(cfg.dtype), w["v_up_HCV"])
     return linear(o_BTHV.astype(cfg.dtype).reshape(*o_BTHV.shape[:2], -1), w["o"]), pages_PSX
 
 

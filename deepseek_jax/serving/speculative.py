@@ -108,7 +108,8 @@ def draft(cfg: ModelConfig, reach: Reach, weights, cache, sampling: Sampling, de
 
     for k in range(1, depth + 1):
         if k > modules:  # chained
-            h, start_B, ahead, last_B = _row(h, last_B)[:, None], start_B + last_B + 1, drawn[-1][0][:, None], 0 * last_B
+            h, start_B, last_B = _row(h, last_B)[:, None], start_B + last_B + 1, jnp.zeros_like(last_B)
+            ahead = drawn[-1][0][:, None]
         elif k > 1:
             behind.append(_row(h, jnp.maximum(accepted_B, 0)))
             h = jnp.concatenate([drafts.behind[k - 2][:, None], h], axis=1)

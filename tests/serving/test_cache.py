@@ -13,7 +13,8 @@ WIDE = naive.tiny(kv_rank=512, rope_head_dim=64)
 
 def latents(scale=1.0):
     rng = np.random.default_rng(0)
-    return scale * rng.standard_normal((2, 3, 512)).astype(np.float32), rng.standard_normal((2, 3, 64)).astype(np.float32)
+    c, k_pe = (rng.standard_normal((2, 3, width)).astype(np.float32) for width in (512, 64))
+    return scale * c, k_pe
 
 
 @pytest.mark.parametrize(("kind", "expected"), [("bfloat16", 70_272), ("float32", 140_544), ("fp8", 61 * 656)])

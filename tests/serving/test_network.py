@@ -66,7 +66,7 @@ def test_cached_logits_are_those_of_the_whole_forward_pass(name, pieces, delay):
 
     assert np.abs(whole.logits_BTW).max() > 1
     np.testing.assert_allclose(logits, whole.logits_BTW, atol=1e-4)
-    np.testing.assert_array_equal(counts, whole.counts["bias"] if "bias" in whole.counts else counts)
+    np.testing.assert_array_equal(counts, whole.counts["bias"])
     assert counts.sum() == 2 * LENGTH * CASES[name].experts_per_token * CASES[name].num_moe_layers
 
 

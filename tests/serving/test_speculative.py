@@ -144,8 +144,8 @@ def test_the_cache_of_the_modules_holds_the_true_tokens_whatever_was_drafted_bef
 
 def test_sampled_drafts_are_reproducible_whoever_shares_the_batch():
     cfg = naive.tiny(num_layers=2, vocab_size=24)
-    make = functools.partial(Engine, cfg, naive.variables_of(cfg), max_sequences=4, max_length=64, page_size=4, chunk=16,
-                             depth=1)
+    make = functools.partial(Engine, cfg, naive.variables_of(cfg), max_sequences=4, max_length=64, page_size=4,
+                             chunk=16, depth=1)
     mine = Request((1, 2, 3), 16, temperature=0.8, top_p=0.9, seed=11)
     others = [Request((4, 5), 9, temperature=1.2, seed=s) for s in range(2)] + [Request((6,), 5)]
 
