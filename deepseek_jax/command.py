@@ -69,4 +69,5 @@ def tune_xla():
             "--xla_cpu_enable_concurrency_optimized_scheduler": "true"}
     theirs = os.environ.get("XLA_FLAGS", "").split()
     named = {flag.split("=")[0] for flag in theirs}
-    os.environ["XLA_FLAGS"] = " ".join(theirs + [f"{name}={value}" for name, value in ours.items() if name not in named])
+    added = [f"{name}={value}" for name, value in ours.items() if name not in named]
+    os.environ["XLA_FLAGS"] = " ".join(theirs + added)

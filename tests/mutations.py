@@ -13,6 +13,7 @@ import argparse
 import os
 import pathlib
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -245,6 +246,8 @@ MUTATIONS = [Mutation(*row) for row in [
     ("a part of a matrix takes the scales of its corner", ARRAYS, "(first_column + np.arange(values.shape[1]))",
      "np.arange(values.shape[1])", T_NAMES),
 ]]
+for _room in sorted(pathlib.Path(__file__).parent.glob("mutations_*.py")):
+    MUTATIONS += [Mutation(*row) for row in runpy.run_path(str(_room))["MUTATIONS"]]
 
 
 def run_tests(tree, tests):
