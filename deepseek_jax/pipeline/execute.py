@@ -149,7 +149,7 @@ def _put(tree, index, value):
 
 
 def _add_at(tree, index, value):
-    return jax.tree.map(lambda a, v: a.at[index].add(v), tree, value)
+    return _put(tree, index, _add(_at(tree, index), value))  # `a.at[index].add` would be a scatter
 
 
 def _add(*trees):
@@ -209,20 +209,24 @@ class _Device:
     def __post_init__(self):
         self.rank = lax.axis_index(self.axis)
         self.copies = 2 if self.schedule.route.both_ways else 1
-        params, fixed = self.arguments.params, self.arguments.fixed
-        if self.copies == 2 and not self.schedule.route.v_shaped:
-            # DualPipe: the mirror rank's stage as well, for the other direction.
-            params, fixed = (jax.tree.map(lambda a, b: jnp.concatenate([a, b]), tree, self._mirrored(tree))
-                             for tree in (params, fixed))
         # By direction. Each branch reads one of the two: which one is fixed when it is traced, so nothing is copied.
-        self.params = [jax.tree.map(lambda a, d=d: a[d], params) for d in range(self.copies)]
-        self.fixed = [jax.tree.map(lambda a, d=d: a[d], fixed) for d in range(self.copies)]
+        self.params, self.fixed = (self._held(tree) for tree in (self.arguments.params, self.arguments.fixed))
         self.inputs = self.arguments.inputs
         one = _at(self.inputs, 0)
         self.x = jax.eval_shape(self.model.enter, self.arguments.shared, one)
         self.split = split(lambda params, x, context: self.model.stage(params, context[0], x, context[1]),
                            self.params[0], self.x, (self.fixed[0], one))
         _, self.leave_sums = jax.eval_shape(self.model.leave, self.arguments.shared, self.x, one)
+
+    @property
+    def mirrors(self):
+        """DualPipe: each rank also has its mirror rank's stage, for the other direction."""
+        return self.copies == 2 and not self.schedule.route.v_shaped
+
+    def _held(self, tree):
+        """The stages that this rank runs, one a direction."""
+        own = [jax.tree.map(lambda a, d=d: a[d], tree) for d in range(1 if self.mirrors else self.copies)]
+        return own + [self._mirrored(own[0])] if self.mirrors else own
 
     def _mirrored(self, tree):
         last = self.schedule.ranks - 1
@@ -239,7 +243,7 @@ class _Device:
         table = jax.tree.map(jnp.asarray, (self.tables.ranks, self.tables.ends))
         carry, _ = lax.scan(self._tick, carry, table)
         result = carry.result
-        if self.copies == 2 and not self.schedule.route.v_shaped:
+        if self.mirrors:
             # Each stage was trained in two places: what the mirror rank found belongs to this one's copy.
             params, sums = (jax.tree.map(lambda a: a[:1] + self._mirrored(a[1:]), tree)
                             for tree in (result.params, result.stage_sums))
