@@ -23,6 +23,8 @@ class TextStream:
 
     def feed(self, token: int) -> str:
         """The text that this token settles; sets `stopped` if a stop string is complete."""
+        if self.stopped:
+            return ""
         self._ids.append(token)
         text = self._decode(self._ids)
         if text.endswith("\ufffd") and len(self._ids) < LONGEST_CHARACTER:

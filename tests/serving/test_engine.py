@@ -1,0 +1,197 @@
+"""The engine: who runs when, what ends a sequence, and that every page comes back."""
+
+import numpy as np
+import pytest
+
+from deepseek_jax.config import ConfigError
+from deepseek_jax.serving import decode as programs
+from deepseek_jax.serving.cache import bytes_per_token
+from deepseek_jax.serving.engine import Engine, Request
+from deepseek_jax.serving.text import TextStream
+from tests.model import naive
+
+CFG = naive.tiny(num_layers=2)
+VARIABLES = naive.variables_of(CFG)
+rng = np.random.default_rng(0)
+LONG = tuple(rng.integers(0, 64, 40).tolist())
+
+
+@pytest.fixture(scope="module")
+def warm():
+    """One engine for all tests here: nothing may be left in it."""
+    engine = Engine(CFG, VARIABLES, max_sequences=2, max_length=64, depth=1, page_size=4, chunk=8, most_steps=4)
+    engine.warm_up()
+    return engine
+
+
+@pytest.fixture
+def engine(warm):
+    yield warm
+    warm.run()
+    warm.pool.forget()
+    assert warm.pool.owned == 0 and warm.pool.promised == 0
+    assert warm.pool.available == warm.pool.total and sorted(warm._slots) == [0, 1]
+
+
+def ids(sequence):
+    return [token.id for token in sequence.made]
+
+
+def test_nothing_is_compiled_after_the_warm_up_whatever_the_mix(engine):
+    before = programs.decode._cache_size(), programs.prefill._cache_size()
+    for i in range(12):
+        engine.submit(Request(LONG[:1 + 3 * i], 1 + i, temperature=0.5 * (i % 3), top_k=i % 2, top_p=1 - 0.3 * (i % 2),
+                              seed=i, logprobs=i % 4 == 0))
+    engine.run()
+
+    assert (programs.decode._cache_size(), programs.prefill._cache_size()) == before
+
+
+def test_a_sequence_that_joins_later_changes_nothing_for_the_others(engine):
+    alone = []
+    for prompt in (LONG[:9], LONG[20:33]):
+        alone.append(engine.submit(Request(prompt, 16)))
+        engine.run()
+
+    first = engine.submit(Request(LONG[:9], 16))
+    while len(first.made) < 5:
+        engine.step()
+    second = engine.submit(Request(LONG[20:33], 16))
+    engine.run()
+
+    assert [ids(first), ids(second)] == [ids(s) for s in alone]
+
+
+def test_first_come_first_served(engine):
+    order, made = [], []
+    for i in range(5):
+        made.append(engine.submit(Request((i,), 6), lambda s, new: order.append(s) if s.steps <= 4 else None))
+    engine.run()
+    assert [made.index(s) for s in dict.fromkeys(order)] == [0, 1, 2, 3, 4]
+
+
+def test_a_long_prompt_delays_a_running_stream_by_one_chunk_at_a_time(engine):
+    running = engine.submit(Request((1,), 40))
+    engine.step()
+    reading = engine.submit(Request(LONG, 2))
+    while not reading.made and reading.finish is None:
+        before = len(running.made)
+        engine.step()
+        assert len(running.made) > before or running.finish
+
+
+@pytest.mark.parametrize("when", ["waiting", "reading", "running"])
+def test_a_cancelled_sequence_ends_at_the_next_step_and_gives_its_pages_back(engine, when):
+    if when == "waiting":
+        others = [engine.submit(Request((i,), 30)) for i in range(2)]
+        engine.step()
+    sequence = engine.submit(Request(LONG, 20))
+    for _ in range({"waiting": 1, "reading": 1, "running": 6}[when]):
+        engine.step()
+    assert sequence in getattr(engine, when)
+
+    engine.cancel(sequence)
+    engine.step()
+
+    assert sequence.finish == "cancelled" and sequence.pages == []
+    assert engine.pool.owned == (sum(len(s.pages) for s in others) if when == "waiting" else 0)
+
+
+def test_a_common_prefix_is_read_once_and_the_continuation_is_the_same(engine):
+    prompt = LONG[:30]
+    first = engine.submit(Request(prompt, 8))
+    engine.run()
+    read = engine.totals["prompt_tokens"]
+
+    second = engine.submit(Request(prompt, 8))
+    third = engine.submit(Request((*prompt[:20], 3, 3, 3), 8))
+    engine.run()
+
+    assert (first.reused, second.reused, third.reused) == (0, 28, 20)
+    assert engine.totals["prompt_tokens"] == read + 1 + 2
+    assert ids(second) == ids(first)
+    engine.pool.forget()
+    again = engine.submit(Request((*prompt[:20], 3, 3, 3), 8))
+    engine.run()
+    assert ids(again) == ids(third)
+
+
+def test_a_listener_hears_every_token_once_and_can_end_the_sequence(engine):
+    heard = []
+
+    def listen(sequence, new):
+        heard.append([token.id for token in new])
+        return sum(map(len, heard)) >= 7
+
+    sequence = engine.submit(Request((5, 6), 40), listen)
+    engine.run()
+
+    assert sum(heard, []) == ids(sequence) and heard[-1] == [] and [] not in heard[:-1]
+    assert sequence.finish == "stop" and 7 <= len(ids(sequence)) < 16
+
+
+def test_logprobs_are_the_models_own(engine):
+    sequence = engine.submit(Request((5, 6, 7), 4, temperature=2.0, seed=1, logprobs=True))
+    engine.run()
+
+    row = np.zeros((1, 16), np.int32)
+    row[0, :7] = sequence.tokens
+    logits = np.asarray(naive.forward(CFG)(VARIABLES, row).logits_BTW[0, 2:6], np.float64)
+    logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    np.testing.assert_allclose([t.logprob for t in sequence.made], logprobs[range(4), ids(sequence)], atol=1e-4)
+    assert [t.best[0][0] for t in sequence.made] == logits.argmax(-1).tolist()
+
+
+def test_the_cache_grows_by_its_bytes_per_token_a_page_at_a_time(engine):
+    sequence = engine.submit(Request(LONG, 2))
+    sizes = []
+    while engine.busy:
+        engine.step()
+        sizes.append((sequence.filled, engine.live_bytes()))
+
+    token = bytes_per_token(CFG, "float32", mtp=1)
+    assert sizes[0] == (8, 8 * token) and sizes[2] == (24, 24 * token) and sizes[-1][1] == 0
+
+
+def test_more_work_than_pages_waits_and_finishes():
+    small = Engine(CFG, VARIABLES, max_sequences=2, max_length=64, depth=1, pages=12, page_size=4, chunk=8, most_steps=4)
+    made = [small.submit(Request(LONG[:20 + i], 16)) for i in range(6)]
+    while small.busy:
+        small.step()
+        assert small.pool.owned + small.pool.promised <= 12
+    assert [len(s.made) for s in made] == [16] * 6 and small.pool.available == 12
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [(Request((1,) * 60, 9), "more than the 64"), (Request((1,), 3, top_p=0.0), "top_p=0.0"),
+     (Request((1,), 3, top_k=-1), "top_k=-1"), (Request((1,), 3, seed=-1), "seed=-1")])
+def test_what_cannot_be_served_says_why(engine, request_, message):
+    with pytest.raises(ConfigError, match=message):
+        engine.submit(request_)
+
+
+def test_random_traffic_leaks_no_page(engine):
+    rng, live = np.random.default_rng(1), []
+    for _ in range(150):
+        if rng.random() < 0.4:
+            length = int(rng.integers(1, 40))
+            live.append(engine.submit(Request(LONG[:length], int(rng.integers(1, 20)), temperature=float(rng.random()))))
+        if live and rng.random() < 0.15:
+            engine.cancel(live[rng.integers(len(live))])
+        engine.step()
+        assert engine.pool.owned + len(engine.pool._free) + len(engine.pool._kept) == engine.pool.total
+
+
+def test_text_comes_in_whole_characters_and_without_any_part_of_a_stop_string():
+    decode = lambda ids: bytes(ids).decode(errors="replace")
+    stream = TextStream(decode, ("STOP", "\n\n"))
+    said = [stream.feed(b) for b in "naïve\nST☃O STOPPED".encode()]
+
+    assert "".join(said) == "naïve\nST☃O " and stream.stopped
+    assert all("\ufffd" not in part for part in said) and stream.flush() == ""
+
+
+def test_text_held_back_for_a_stop_string_that_never_came_is_given_out_at_the_end():
+    stream = TextStream(lambda ids: bytes(ids).decode(errors="replace"), ("STOP",))
+    assert [stream.feed(b) for b in b"xSTO"] == ["x", "", "", ""] and stream.flush() == "STO"
