@@ -36,6 +36,9 @@ setup(
             "filelock>=3.12",  # lets test workers share jax's compilation cache
             "zstandard>=0.22",
             "pyarrow>=16",
+            "starlette>=0.40",
+            "uvicorn>=0.30",
+            "httpx>=0.27",
         ],
         # Compiling for GPUs that are not here: the plugin and ptxas, without the CUDA libraries a run would need.
         "aot": ["jax-cuda13-plugin>=0.10.2,<0.13", "nvidia-cuda-nvcc>=13"],

@@ -33,6 +33,7 @@ def main():
     args = parser.parse_args()
 
     command.reuse_memory()
+    command.tune_xla()
     model = model_config("small", dtype=args.dtype, mtp_depth=args.mtp_depth)
     config = Config(model=model, train=TrainConfig(batch_size=args.batch, sequence_length=args.length))
     state = jax.jit(functools.partial(init_state, config))()

@@ -3,6 +3,7 @@
 import argparse
 import ctypes
 import logging
+import os
 import sys
 
 from deepseek_jax.config import ConfigError
@@ -28,6 +29,7 @@ def run(main):
     logging.getLogger("absl").setLevel(logging.ERROR)
     logging.getLogger("jax").setLevel(logging.WARNING)
     reuse_memory()
+    tune_xla()
     try:
         code = main() or 0
     except ConfigError as error:
@@ -56,3 +58,16 @@ def reuse_memory():
         return
     for option, value in ((-4, 0), (-1, -1), (-8, 1)):
         mallopt(option, value)
+
+
+def tune_xla():
+    """Lets XLA:CPU use whole vector registers, plain min and max, and order operations for both cores.
+
+    Worth a tenth of a training step. Before jax starts; what XLA_FLAGS already says of these wins.
+    """
+    ours = {"--xla_cpu_prefer_vector_width": "512", "--xla_cpu_enable_fast_min_max": "true",
+            "--xla_cpu_enable_concurrency_optimized_scheduler": "true"}
+    theirs = os.environ.get("XLA_FLAGS", "").split()
+    named = {flag.split("=")[0] for flag in theirs}
+    added = [f"{name}={value}" for name, value in ours.items() if name not in named]
+    os.environ["XLA_FLAGS"] = " ".join(theirs + added)

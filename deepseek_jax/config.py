@@ -18,6 +18,7 @@ import traceback
 import ml_collections
 
 from deepseek_jax.checked import Checked, ConfigError, build, did_you_mean, key
+from deepseek_jax.mesh_config import MeshConfig, check_mesh
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,7 +166,7 @@ class DataConfig(Checked, section="data", between="validation_fraction", fractio
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig(Checked, section="optimizer", positive="learning_rate clip_norm", below_one="b1 b2",
                       not_negative="cosine_to tail_to weight_decay",
-                      choices={"moment_dtype": ("bfloat16", "float32")}):
+                      choices={"moment_dtype": ("bfloat16", "float32", "float64")}):
     """AdamW and the report's learning-rate shape, in fractions of the run (report section 4.2)."""
 
     learning_rate: float = 2.2e-4
@@ -277,6 +278,11 @@ class Config(Checked):
     optimizer: OptimizerConfig = OptimizerConfig()
     balance: BalanceConfig = BalanceConfig()
     init: InitConfig = InitConfig()
+    mesh: MeshConfig = MeshConfig()  # noqa: RUF009 (it is frozen)
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_mesh(self.mesh, self.model, self.train)
 
 
 _SMALL = dict(q_rank=96, kv_rank=64, nope_head_dim=32, rope_head_dim=16, v_head_dim=32, dense_ffn_dim=704,
@@ -290,7 +296,7 @@ PRESETS = {
     # As `small`, but shallow: learns real text in minutes on two CPU cores.
     "tiny": dict(_SMALL, num_layers=4, num_dense_layers=1, remat="none"),
     # The shape that this project and its peers are timed at.
-    "small": dict(_SMALL, num_layers=6, num_dense_layers=1, remat="none"),
+    "small": dict(_SMALL, num_layers=6, num_dense_layers=1, remat="none", attention_block=256),
     "v2_lite_16b": dict(_V2, d_model=2048, num_layers=27, num_heads=16, q_rank=None, dense_ffn_dim=10944,
                         expert_ffn_dim=1408, num_experts=64, num_groups=1, groups_kept=1, route_scale=1.0),
     "v2_236b": dict(_V2, d_model=5120, num_layers=60, num_heads=128, dense_ffn_dim=12288, expert_ffn_dim=1536,

@@ -5,6 +5,7 @@
 
 import math
 import os
+import sys
 
 from deepseek_jax import command
 from deepseek_jax.config import ConfigError
@@ -18,6 +19,7 @@ def parse():
     parser.add_argument("--prompt", required=True)
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--temperature", type=float, default=0.0, help="0: always the likeliest token")
+    parser.add_argument("--speculative", action="store_true", help="draft with the MTP module; the text is the same")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--ema", action="store_true", help="use the moving average of the weights")
     return parser.parse_args()
@@ -36,25 +38,33 @@ def main():
     if args.hf and args.ema:
         raise ConfigError("a Hugging Face checkpoint holds no moving average; leave --ema away.")
 
-    from deepseek_jax.data.tokenizer import Tokenizer
     from deepseek_jax.serving import generate
 
-    vocabulary = os.path.join(args.hf or args.workdir, "tokenizer.json")
-    if args.hf:
+    cfg, variables, tokenizer = load(args.workdir, args.hf, args.ema)
+    prompt = [tokenizer.bos, *tokenizer.encode(args.prompt)]
+    made = generate(cfg, variables, [prompt], args.max_new_tokens, speculative=args.speculative,
+                    temperature=args.temperature, seed=args.seed, eos_id=tokenizer.eos)
+    print(tokenizer.decode([*prompt[1:], *made.tokens[0]]))
+    if args.speculative:
+        print(f"{made.accepted} of {made.drafted} drafted tokens were accepted.", file=sys.stderr)
+
+
+def load(workdir, hf, ema):
+    """(cfg, variables, tokenizer) of a run or of a Hugging Face checkpoint."""
+    from deepseek_jax.data.tokenizer import Tokenizer
+
+    vocabulary = os.path.join(hf or workdir, "tokenizer.json")
+    if hf:
         from deepseek_jax.interop import load_hf
 
         Tokenizer.load(vocabulary)  # before gigabytes are read
-        cfg, variables = load_hf(args.hf)
+        cfg, variables = load_hf(hf)
     else:
         from deepseek_jax.training.report import load_trained
 
-        config, variables, _ = load_trained(args.workdir, args.ema)
+        config, variables, _ = load_trained(workdir, ema)
         cfg = config.model
-    tokenizer = Tokenizer.load(vocabulary, cfg.vocab_size)
-    prompt = [tokenizer.bos, *tokenizer.encode(args.prompt)]
-    made = generate(cfg, variables, [prompt], args.max_new_tokens, temperature=args.temperature,
-                    seed=args.seed, eos_id=tokenizer.eos)
-    print(tokenizer.decode([*prompt[1:], *made.tokens[0]]))
+    return cfg, variables, Tokenizer.load(vocabulary, cfg.vocab_size)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,21 @@
 """Trains a model from a config file, or goes on with the run that the work directory holds.
 
     python -m deepseek_jax.train --config experiments/configs/tiny.py --workdir run --config.train.steps=50
+    python -m deepseek_jax.train --config ... --workdir run --config.mesh.node=2 --config.mesh.local=4
 """
 
 from deepseek_jax import command
-from deepseek_jax.config import load_config
+from deepseek_jax.config import ConfigError, load_config
 
 
 def parse():
     parser = command.Parser("train", __doc__)
     parser.add_argument("--config", required=True, help="a Python file with get_config()")
     parser.add_argument("--workdir", required=True, help="checkpoints, metrics and pictures; run again to resume")
+    group = parser.add_argument_group("several processes", "the same command for each, with its own number")
+    group.add_argument("--coordinator", metavar="HOST:PORT", help="process 0; it listens there and on the next port")
+    group.add_argument("--processes", type=int, help="how many there are")
+    group.add_argument("--process", type=int, help="which one this is, from 0")
     parser.epilog = "Any key of the config can be overridden: --config.train.steps=50 --config.init.from=OTHER_RUN"
     return parser.parse_known_args()
 
@@ -18,14 +23,19 @@ def parse():
 def main():
     args, overrides = parse()
     config = load_config(args.config, overrides)
+    group = (args.coordinator, args.processes, args.process)
+    if any(x is not None for x in group) and None in group:
+        raise ConfigError("--coordinator, --processes and --process go together: give all three, or none.")
 
     # After the config is known to be good: these take seconds.
     from deepseek_jax.training.loop import train
+    from deepseek_jax.training.processes import Group, joined
     from deepseek_jax.training.report import finish
 
-    done = train(config, args.workdir)
-    if done is not None:
-        finish(config, args.workdir, *done)
+    with joined(Group(*group) if args.processes is not None else None):
+        done = train(config, args.workdir)
+        if done is not None:
+            finish(config, args.workdir, *done)
 
 
 if __name__ == "__main__":

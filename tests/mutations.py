@@ -13,6 +13,7 @@ import argparse
 import os
 import pathlib
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -100,8 +101,8 @@ MUTATIONS = [Mutation(*row) for row in [
      T_ATTENTION),
     ("attention backward misses delta", ATTENTION, "(dp - _part(delta, i, block, 2)[:, :, None])", "dp", T_ATTENTION),
     ("one key block too few", ATTENTION, "for j in range(i + 1)]", "for j in range(max(i, 1))]", T_ATTENTION),
-    ("query latent is not normed", ATTENTION, 'linear(RMSNorm(cfg, name="q_norm")(q_BTQ), ', "linear(q_BTQ, ",
-     T_ATTENTION),
+    ("query latent is not normed", ATTENTION, 'linear(q_norm(checkpoint_name(linear(x_BTD, w["q_a"]), "latent")), ',
+     'linear(linear(x_BTD, w["q_a"]), ', T_ATTENTION),
     ("rotary key is not rotated", ATTENTION, "rotate(kv_BTX[..., None, C:], rope)", "kv_BTX[..., None, C:]",
      T_ATTENTION),
     # rope
@@ -131,10 +132,8 @@ MUTATIONS = [Mutation(*row) for row in [
      "dw_TDF = matmul(transpose(x_TMD), dy_TMF)", T_EXPERTS),
     # mtp
     ("MTP hidden half first", MTP,
-     'RMSNorm(cfg, name="embedding_norm")(ahead_BTD),\n'
-     '                                    RMSNorm(cfg, name="hidden_norm")(hidden_BTD)]',
-     'RMSNorm(cfg, name="hidden_norm")(hidden_BTD),\n'
-     '                                    RMSNorm(cfg, name="embedding_norm")(ahead_BTD)]', T_MTP),
+     'RMSNorm(cfg, name="embedding_norm")(ahead_BTD), RMSNorm(cfg, name="hidden_norm")(hidden_BTD),',
+     'RMSNorm(cfg, name="hidden_norm")(hidden_BTD), RMSNorm(cfg, name="embedding_norm")(ahead_BTD),', T_MTP),
     ("MTP takes the state before the final norm", TRANSFORMER, "h_BTD = hidden_BTD", "h_BTD = x_BTD", T_MTP),
     ("MTP looks one token too far", TRANSFORMER, "[ahead(tokens_BT, k)]", "[ahead(tokens_BT, k + 1)]", T_MTP),
     ("MTP depths do not chain", TRANSFORMER, "module(h_BTD, ahead_BTD", "module(hidden_BTD, ahead_BTD", T_MTP),
@@ -148,7 +147,7 @@ MUTATIONS = [Mutation(*row) for row in [
     ("no residual around attention", TRANSFORMER, "x_BTD = x_BTD + MLA(", "x_BTD = MLA(", T_TRANSFORMER),
     # losses
     ("the loss mask is ignored", LOSSES, "axis=-1)) * weights_M", "axis=-1))", T_LOSSES),
-    ("the gradient ignores the loss mask", LOSSES, "- hit_MW) * weights_M[:, None]", "- hit_MW)", T_LOSSES),
+    ("the gradient ignores the loss mask", LOSSES, "* weights_M[:, None]\n", "\n", T_LOSSES),
     ("the gradient ignores what follows the loss", LOSSES, "dhead_DW * dloss", "dhead_DW", T_LOSSES),
     ("MTP targets are off by one", LOSSES, "return ahead(targets_BT, k),", "return ahead(targets_BT, k + 1),",
      T_LOSSES),
@@ -221,10 +220,8 @@ MUTATIONS = [Mutation(*row) for row in [
     ("every step draws the same number", DECODE, "jax.random.fold_in(key, n)", "key", T_DECODE),
     # checkpoints of Hugging Face
     ("MTP hidden half first, beside transformers", MTP,
-     'RMSNorm(cfg, name="embedding_norm")(ahead_BTD),\n'
-     '                                    RMSNorm(cfg, name="hidden_norm")(hidden_BTD)]',
-     'RMSNorm(cfg, name="hidden_norm")(hidden_BTD),\n'
-     '                                    RMSNorm(cfg, name="embedding_norm")(ahead_BTD)]', T_PARITY),
+     'RMSNorm(cfg, name="embedding_norm")(ahead_BTD), RMSNorm(cfg, name="hidden_norm")(hidden_BTD),',
+     'RMSNorm(cfg, name="hidden_norm")(hidden_BTD), RMSNorm(cfg, name="embedding_norm")(ahead_BTD),', T_PARITY),
     ("eh_proj comes in with its halves exchanged", HF, "theirs = self.rows(entry, start * unit, stop * unit, dtype)",
      "theirs = self.rows(entry, start * unit, stop * unit, dtype)\n"
      "        theirs = np.roll(theirs, theirs.shape[1] // 2, axis=1) if 'eh_proj' in entry.name else theirs", T_PARITY),
@@ -249,6 +246,8 @@ MUTATIONS = [Mutation(*row) for row in [
     ("a part of a matrix takes the scales of its corner", ARRAYS, "(first_column + np.arange(values.shape[1]))",
      "np.arange(values.shape[1])", T_NAMES),
 ]]
+for _room in sorted(pathlib.Path(__file__).parent.glob("mutations_*.py")):
+    MUTATIONS += [Mutation(*row) for row in runpy.run_path(str(_room))["MUTATIONS"]]
 
 
 def run_tests(tree, tests):

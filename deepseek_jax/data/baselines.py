@@ -26,7 +26,9 @@ def compressed_bits_per_byte(data: DataConfig, path: str | None = None) -> dict[
 
 
 def _held_out(source: Source):
-    cut = source.survey[1]
+    # Silent: whoever prepared the run has named what cannot be read.
+    places = (corpus.place(document.name) for document in corpus.read_documents(source.files))
+    cut = corpus.find_cut(places, source.validation_fraction, source.path)
     for document in corpus.read_documents(source.files):
         if cut is None or corpus.place(document.name) <= cut:
             yield "".join(text for text, _ in document.parts).encode()

@@ -1,6 +1,6 @@
 """Conversion on the disk: a Hugging Face checkpoint into a work directory, and back.
 
-Streams pieces of single tensors through two threads: read, dequantize, transpose, write, flush. What comes out is a
+Streams pieces of single tensors through a few threads: read, dequantize, transpose, write, flush. What comes out is a
 checkpoint at step 0 of a run that was never trained, beside the checkpoint's own tokenizer, and `hf_layout.json`, which
 remembers the dtype and file of every tensor so that the way back is exact.
 """
@@ -22,13 +22,12 @@ from deepseek_jax.interop import export, hf_config, shards
 from deepseek_jax.interop.huggingface import SCALE, Checkpoint
 from deepseek_jax.training import durable
 from deepseek_jax.training.arrays import Stored, Writer
-from deepseek_jax.training.checkpoint import restore_items
 
 LAYOUT = "hf_layout.json"
 # What goes along unchanged, both ways.
 TEXT = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
         "generation_config.json")
-THREADS = 2  # pieces under way at once; each takes about five times names.PIECE of memory
+THREADS = 4  # pieces under way at once, some waiting for the disk; each takes about five times names.PIECE of memory
 
 
 def from_hf(src: str, dst: str, dtype: str | None = None, keep_fp8: bool = False) -> list[str]:
@@ -117,6 +116,8 @@ def _leaves(workdir):
     leaves = json.loads((newest / "meta.json").read_text())["leaves"]
     if all("zarr" in leaf for leaf in leaves.values()):
         return cfg, {name: Stored(str(newest), leaf) for name, leaf in leaves.items()}
+    from deepseek_jax.training.checkpoint import restore_items  # Orbax: half a second that the way in need not wait
+
     items, _, _ = restore_items(workdir)
     return cfg, export.in_memory(items)
 

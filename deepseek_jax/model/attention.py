@@ -19,6 +19,7 @@ from deepseek_jax import fp8
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.layers import RMSNorm, linear, matmul, row_major, transpose, weight, wide
 from deepseek_jax.model.rope import rotate, softmax_scale
+from deepseek_jax.parallel.mesh import constrain
 
 
 class MLA(nn.Module):
@@ -30,21 +31,41 @@ class MLA(nn.Module):
         D, H, Q, C = cfg.d_model, cfg.num_heads, cfg.q_rank, cfg.kv_rank
         N, R, V = cfg.nope_head_dim, cfg.rope_head_dim, cfg.v_head_dim
         if Q is None:
-            q_BTHA = linear(x_BTD, weight(self, "q", (D, H, N + R)), cfg.fp8)
+            w = {"q": weight(self, "q", (D, H, N + R))}
         else:
-            q_BTQ = checkpoint_name(linear(x_BTD, weight(self, "q_a", (D, Q)), cfg.fp8), "latent")
-            q_BTHA = linear(RMSNorm(cfg, name="q_norm")(q_BTQ), weight(self, "q_b", (Q, H, N + R)), cfg.fp8)
-        kv_BTX = checkpoint_name(linear(x_BTD, weight(self, "kv_a", (D, C + R)), cfg.fp8), "latent")
-        c_BTC = RMSNorm(cfg, name="kv_norm")(kv_BTX[..., :C])
-        kv_BTHX = linear(c_BTC, weight(self, "kv_b", (C, H, N + V)), cfg.fp8)
-        k_pe_BTHR = jnp.broadcast_to(rotate(kv_BTX[..., None, C:], rope), kv_BTHX.shape[:3] + (R,))
-
-        q_BTHA = jnp.concatenate([q_BTHA[..., :N], rotate(q_BTHA[..., N:], rope)], axis=-1)
+            w = {"q_a": weight(self, "q_a", (D, Q)), "q_b": weight(self, "q_b", (Q, H, N + R))}
+        w["kv_a"] = weight(self, "kv_a", (D, C + R))
+        q_norm = None if Q is None else RMSNorm(cfg, name="q_norm")
+        q_BTHA, c_BTC, k_pe_BTR = project(cfg, x_BTD, rope, w, q_norm, RMSNorm(cfg, name="kv_norm"))
+        split = functools.partial(constrain, names=("batch", None, "heads", None))
+        q_BTHA, kv_BTHX = split(q_BTHA), split(linear(c_BTC, weight(self, "kv_b", (C, H, N + V)), cfg.fp8))
+        k_pe_BTHR = jnp.broadcast_to(k_pe_BTR[:, :, None], kv_BTHX.shape[:3] + (R,))
         k_BTHA = jnp.concatenate([kv_BTHX[..., :N], k_pe_BTHR], axis=-1)
         o_BTHV = attend(q_BTHA, k_BTHA, kv_BTHX[..., N:], segment_ids_BT, softmax_scale(cfg), cfg.attention_block,
                         "e5m6" if cfg.fp8.enabled else None)
         w_HVD = weight(self, "o", (H, V, D))
         return linear(o_BTHV.reshape(o_BTHV.shape[:2] + (H * V,)), w_HVD.reshape(H * V, D), cfg.fp8, kept="e5m6")
+
+
+def project(cfg: ModelConfig, x_BTD, rope, w, q_norm, kv_norm):
+    """What both forms of MLA start from.
+
+    Args:
+      w: the weights by name, "q" or "q_a" and "q_b", and "kv_a".
+      q_norm, kv_norm: RMSNorm of the query latent and of the key-value latent.
+    Returns:
+      queries [B, T, H, N + R], rotated; the normed latent c [B, T, C]; the rotated key k_pe [B, T, R] of all heads.
+      The last two are what a cache holds.
+    """
+    N, C = cfg.nope_head_dim, cfg.kv_rank
+    if cfg.q_rank is None:
+        q_BTHA = linear(x_BTD, w["q"], cfg.fp8)
+    else:
+        q_BTQ = checkpoint_name(linear(x_BTD, w["q_a"], cfg.fp8), "latent")
+        q_BTHA = linear(q_norm(q_BTQ), w["q_b"], cfg.fp8)
+    q_BTHA = jnp.concatenate([q_BTHA[..., :N], rotate(q_BTHA[..., N:], rope)], axis=-1)
+    kv_BTX = checkpoint_name(linear(x_BTD, w["kv_a"], cfg.fp8), "latent")
+    return q_BTHA, kv_norm(kv_BTX[..., :C]), rotate(kv_BTX[..., None, C:], rope)[:, :, 0]
 
 
 def attend(q_BTHA, k_BTHA, v_BTHV, segment_ids_BT, scale, block, kept=None):

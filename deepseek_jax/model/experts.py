@@ -8,6 +8,7 @@ inverse permutation, not a scatter.
 """
 
 import functools
+import math
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -16,9 +17,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from deepseek_jax import fp8
-from deepseek_jax.config import ModelConfig
+from deepseek_jax.config import MeshConfig, ModelConfig
 from deepseek_jax.model import router as routing
 from deepseek_jax.model.layers import FFN, matmul, saved, swiglu, transpose, weight, wide
+from deepseek_jax.parallel.dispatch import PLAIN, Wire, to_experts
+from deepseek_jax.parallel.mesh import constrain
 
 
 class Plan(NamedTuple):
@@ -191,13 +194,23 @@ def routed_experts(x_ND, chosen_NK, gates_NK, gate_EDF, up_EDF, down_EFD, implem
 
     `recipe`, where it is enabled: the products run in FP8 (and `implementation` is the recipe's).
     """
+    name, align = _how(implementation, recipe, chosen_NK.size, gate_EDF.shape[0])
+    p = plan(chosen_NK, gate_EDF.shape[0], align)
+    return _ffn(x_ND, gates_NK, p, gate_EDF, up_EDF, down_EFD, align, name, recipe)
+
+
+def _how(implementation, recipe, rows, num_experts):
+    """The implementation of the products, and what groups of rows are aligned to."""
+    name = implementation_here() if implementation == "auto" else implementation
     if recipe is not None and recipe.enabled:
-        p = plan(chosen_NK, gate_EDF.shape[0], fp8.GROUP_ALIGNMENT)
+        return name, fp8.GROUP_ALIGNMENT
+    return name, row_alignment(name, rows, num_experts)
+
+
+def _ffn(x_ND, gates_NK, p: Plan, gate_EDF, up_EDF, down_EFD, align, name, recipe):
+    if recipe is not None and recipe.enabled:
         weights = (jnp.swapaxes(w, 1, 2) for w in (gate_EDF, up_EDF, down_EFD))
         return combine(fp8.swiglu_ffn(to_rows(x_ND, p), *weights, recipe, p.sizes_E), gates_NK, p)
-    name = implementation_here() if implementation == "auto" else implementation
-    align = row_alignment(name, chosen_NK.size, gate_EDF.shape[0])
-    p = plan(chosen_NK, gate_EDF.shape[0], align)
     product = functools.partial(grouped_matmul, sizes_E=p.sizes_E, align=align, implementation=name)
     x_RD = to_rows(x_ND, p)
     gate_RF, up_RF = saved(product(x_RD, gate_EDF)), saved(product(x_RD, up_EDF))
@@ -205,10 +218,53 @@ def routed_experts(x_ND, chosen_NK, gates_NK, gate_EDF, up_EDF, down_EFD, implem
     return combine(y_RD, gates_NK, p)
 
 
+def resident_experts(x_ND, id_NK, gates_NK, weights, even, capacity=None, implementation="auto", recipe=None):
+    """The gated sum over those of a row's experts that live here, and how many choices that was.
+
+    Args:
+      x_ND: rows that were sent here, whatever number of them came.
+      id_NK: int32, counted from 1 among the experts here; 0: none.
+      weights: (gate_EDF, up_EDF, down_EFD) of the experts here.
+      even: choices that come if all loads are even: tiles are made for it.
+      capacity: of `even`, what there is room for; later choices are dropped. None: for all that could come.
+    """
+    E = weights[0].shape[0]
+    name, align = _how(implementation, recipe, even, E)
+    # A row has at most as many choices here as experts live here: those first, the rest cut off.
+    K = min(id_NK.shape[1], E)
+    order_NK = jnp.argsort(id_NK == 0, axis=1, stable=True)[:, :K]
+    id_NK, gates_NK = (jnp.take_along_axis(x, order_NK, axis=1) for x in (id_NK, gates_NK))
+    room = id_NK.size if capacity is None else min(id_NK.size, math.ceil(capacity * even))
+    p, computed = _without_strangers(plan(jnp.where(id_NK > 0, id_NK - 1, E), E + 1, align), id_NK, align,
+                                     room + E * (align - 1))
+    return _ffn(x_ND, gates_NK, p, *weights, align, name, recipe), computed
+
+
+def _without_strangers(p: Plan, id_NK, align, room):
+    """Cuts a plan, whose last group holds what has no expert here, down to `room` rows.
+
+    What is cut off points at the last row, which stays empty: zero goes in and zero comes out.
+    """
+    rows = (-(-room // align) + 1) * align
+    end_E = jnp.minimum(jnp.cumsum(p.sizes_E[:-1]), rows - align)
+    choice_R = jnp.pad(p.choice_R, (0, max(0, rows - p.choice_R.size)), constant_values=id_NK.size)[:rows]
+    choice_R = jnp.where(jnp.arange(rows) < end_E[-1], choice_R, id_NK.size)
+    kept_NK = (id_NK > 0) & (p.row_NK < end_E[-1])
+    sizes_E = jnp.diff(end_E, prepend=0).astype(jnp.int32)
+    return Plan(choice_R, jnp.where(kept_NK, p.row_NK, rows - 1), sizes_E), kept_NK.sum()
+
+
+# Values in E4M3, a token's 128 channels sharing a power of two (report section 3.3.3): dispatched tokens going forward,
+# gradients of the experts' outputs going back. Doing it again at the next hop changes nothing.
+FP8_WIRE = Wire(lambda x_RD: tuple(fp8.quantize_tiles(x_RD, scale="power_of_two")),
+                lambda parts, dtype: fp8.dequantize(fp8.Quantized(*parts), dtype))
+
+
 class MoE(nn.Module):
     """The feed-forward network of a MoE layer. Returns its output and what routing did (see `transformer.Stats`)."""
 
     cfg: ModelConfig
+    mesh: MeshConfig = MeshConfig()
     capture: tuple[str, ...] = ()
 
     @nn.compact
@@ -218,10 +274,13 @@ class MoE(nn.Module):
         E, F = cfg.num_experts, cfg.expert_ffn_dim
         x_ND = x_BTD.reshape(B * T, D)
         scores_NE, chosen_NK = routing.Router(cfg, name="router")(x_ND, bias_E)
-        y_ND = routed_experts(x_ND, chosen_NK, routing.gates(cfg, scores_NE, chosen_NK),
-                              weight(self, "gate", (E, D, F)), weight(self, "up", (E, D, F)),
-                              weight(self, "down", (E, F, D)), recipe=cfg.fp8)
-        y_BTD = y_ND.reshape(B, T, D)
+        gates_NK = routing.gates(cfg, scores_NE, chosen_NK)
+        weights = weight(self, "gate", (E, D, F)), weight(self, "up", (E, D, F)), weight(self, "down", (E, F, D))
+        if self.mesh.devices == 1:
+            y_ND, traffic = routed_experts(x_ND, chosen_NK, gates_NK, *weights, recipe=cfg.fp8), {}
+        else:
+            y_ND, traffic = self._dispatched(x_ND, chosen_NK, gates_NK, weights)
+        y_BTD = constrain(y_ND.reshape(B, T, D), ("batch", None, None))
         if cfg.num_shared_experts:
             y_BTD = y_BTD + FFN(cfg, cfg.num_shared_experts * F, name="shared")(x_BTD)
         counts_E = routing.count_choices(chosen_NK, E)
@@ -229,5 +288,19 @@ class MoE(nn.Module):
         stats = {"counts": counts_E,
                  "sequence_loss": routing.sequence_loss(cfg, scores_NE.reshape(B, T, E)),
                  "auxiliary_loss": routing.auxiliary_loss(cfg, scores_NE, counts_E),
+                 "traffic": traffic,
                  "captured": {name: seen[name] for name in self.capture}}
         return y_BTD, stats
+
+    def _dispatched(self, x_ND, chosen_NK, gates_NK, weights):
+        """The same sum, by experts on other devices."""
+        cfg, mesh = self.cfg, self.mesh
+
+        def here(x_RD, id_RK, gates_RK, weights):
+            even = chosen_NK.size // (mesh.data_shards * mesh.tensor)
+            return resident_experts(x_RD, id_RK, gates_RK, weights, even, mesh.capacity, recipe=cfg.fp8)
+
+        # A group of experts lives on one node.
+        most_nodes = min(mesh.node, cfg.groups_kept) if cfg.num_groups > 1 else mesh.node
+        wire = FP8_WIRE if mesh.dispatch_fp8 else PLAIN
+        return to_experts(mesh, cfg.num_experts, most_nodes, here, x_ND, chosen_NK, gates_NK, weights, wire)

@@ -4,6 +4,8 @@ Parameters are float32 masters of shape [in, out]; products run in `cfg.dtype` a
 softmaxes run in float32. With x64 enabled and dtype float64 all of them are float64.
 """
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -12,11 +14,12 @@ from jax.experimental.layout import Layout, with_layout_constraint
 
 from deepseek_jax import fp8
 from deepseek_jax.config import ModelConfig
+from deepseek_jax.parallel.mesh import constrain
 
 # What is kept for the backward pass under remat="report" (report section 3.2.3): the residual stream, the compressed
-# latents, the attention output, the scores and the inputs of SwiGLU. Norms, MLA up-projections and SwiGLU are
-# recomputed; so are the experts' outputs, which only the gradient of the gates needs.
-SAVED_NAMES = ("residual", "latent", "attention", "ffn_in", "routing")
+# latents, the attention output, the scores, what arrived at the experts and the inputs of SwiGLU. Norms, MLA
+# up-projections and SwiGLU are recomputed; so are the experts' outputs, which only the gradient of the gates needs.
+SAVED_NAMES = ("residual", "latent", "attention", "ffn_in", "routing", "dispatched")
 
 
 def saved(x):
@@ -47,8 +50,8 @@ def transpose(x):
 
 
 def matmul(a, b, dtype=None):
-    """a @ b over leading batch axes, accumulated wide, in `dtype` (default: that of `a`)."""
-    return jnp.matmul(a, b, preferred_element_type=wide(a.dtype)).astype(dtype or a.dtype)
+    """a @ b over leading batch axes in `dtype` (default: that of `a`), accumulated wide and rounded once."""
+    return jnp.matmul(a, b, preferred_element_type=dtype or a.dtype)
 
 
 @jax.custom_vjp
@@ -101,6 +104,13 @@ def swiglu(gate, up):
     return (jax.nn.silu(gate.astype(dtype)) * up.astype(dtype)).astype(gate.dtype)
 
 
+def ffn(x_BTD, gate_DF, up_DF, down_FD):
+    """down(silu(gate x) * up x)."""
+    split = functools.partial(constrain, names=("batch", None, "ffn"))
+    gate_BTF, up_BTF = saved(split(linear(x_BTD, gate_DF))), saved(split(linear(x_BTD, up_DF)))
+    return linear(swiglu(gate_BTF, up_BTF), down_FD)
+
+
 def weight(module: nn.Module, name: str, shape):
     """Declares a normal(0, init_std) weight, float32 (float64 for a float64 model)."""
     init = nn.initializers.normal(module.cfg.init_std)
@@ -129,5 +139,4 @@ class FFN(nn.Module):
         if self.cfg.fp8.enabled:
             y_MD = fp8.swiglu_ffn(x_BTD.reshape(-1, D), gate_DF.T, up_DF.T, down_FD.T, self.cfg.fp8)
             return y_MD.reshape(x_BTD.shape)
-        gate_BTF, up_BTF = saved(linear(x_BTD, gate_DF)), saved(linear(x_BTD, up_DF))
-        return linear(swiglu(gate_BTF, up_BTF), down_FD)
+        return ffn(x_BTD, gate_DF, up_DF, down_FD)

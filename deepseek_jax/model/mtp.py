@@ -9,7 +9,7 @@ hands on its own normed output. The chain is causal: position i sees tokens up t
 import flax.linen as nn
 import jax.numpy as jnp
 
-from deepseek_jax.config import ModelConfig
+from deepseek_jax.config import MeshConfig, ModelConfig
 from deepseek_jax.model.layers import RMSNorm, linear, weight
 
 
@@ -19,16 +19,21 @@ class MTPModule(nn.Module):
     cfg: ModelConfig
     block: type[nn.Module]
     capture: tuple[str, ...] = ()
+    mesh: MeshConfig = MeshConfig()
 
     @nn.compact
     def __call__(self, hidden_BTD, ahead_BTD, bias_E, rope, segment_ids_BT):
         cfg = self.cfg
-        both_BTX = jnp.concatenate([RMSNorm(cfg, name="embedding_norm")(ahead_BTD),
-                                    RMSNorm(cfg, name="hidden_norm")(hidden_BTD)], axis=-1)
-        x_BTD = linear(both_BTX, weight(self, "projection", (2 * cfg.d_model, cfg.d_model)), cfg.fp8)
-        x_BTD, stats = self.block(cfg, moe=True, capture=self.capture, name="block")(
+        x_BTD = join(RMSNorm(cfg, name="embedding_norm")(ahead_BTD), RMSNorm(cfg, name="hidden_norm")(hidden_BTD),
+                     weight(self, "projection", (2 * cfg.d_model, cfg.d_model)), cfg.fp8)
+        x_BTD, stats = self.block(cfg, moe=True, capture=self.capture, mesh=self.mesh, name="block")(
             x_BTD, bias_E, rope, segment_ids_BT)
         return RMSNorm(cfg, name="norm")(x_BTD), stats
+
+
+def join(ahead_BTD, hidden_BTD, projection, recipe):
+    """What a depth's block reads: both normed inputs side by side, projected to D by the FP8 `recipe` (or without)."""
+    return linear(jnp.concatenate([ahead_BTD, hidden_BTD], axis=-1), projection, recipe)
 
 
 def ahead(x_BT, k):

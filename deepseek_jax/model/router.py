@@ -14,6 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.layers import weight, wide
+from deepseek_jax.parallel.mesh import by_rows
 
 
 def affinities(cfg: ModelConfig, logits_NE):
@@ -49,7 +50,8 @@ def limit_to_groups(cfg: ModelConfig, scores_NE):
 
 def select(cfg: ModelConfig, scores_NE, bias_E):
     """int32 [N, K]: the experts chosen for each token."""
-    return lax.top_k(limit_to_groups(cfg, biased(cfg, scores_NE, bias_E)), cfg.experts_per_token)[1]
+    return by_rows(lambda biased_NE: lax.top_k(limit_to_groups(cfg, biased_NE), cfg.experts_per_token)[1],
+                   biased(cfg, scores_NE, bias_E))
 
 
 def gates(cfg: ModelConfig, scores_NE, chosen_NK):
@@ -72,7 +74,7 @@ def sequence_loss(cfg: ModelConfig, scores_BTE):
     report's equation 18 reads. It is 1 for uniform loads and scores.
     """
     _, T, E = scores_BTE.shape
-    top_BTK = lax.top_k(lax.stop_gradient(scores_BTE), cfg.experts_per_token)[1]
+    top_BTK = by_rows(lambda scores_BTE: lax.top_k(scores_BTE, cfg.experts_per_token)[1], scores_BTE)
     f_BE = jax.vmap(lambda top_TK: count_choices(top_TK, E))(top_BTK) * (E / (cfg.experts_per_token * T))
     p_BE = (scores_BTE / scores_BTE.sum(axis=-1, keepdims=True)).mean(axis=1)
     return (f_BE * p_BE).sum(axis=-1).mean()
@@ -110,15 +112,19 @@ def initial_bias(cfg: ModelConfig, shape):
     return jnp.full(shape, fill, wide(cfg.dtype))
 
 
+def route(cfg: ModelConfig, x_ND, w_DE, bias_E):
+    """Scores [N, E] and chosen experts [N, K] of N tokens: float32 throughout, whatever the model's dtype."""
+    # Accelerators would otherwise take bfloat16 passes, and near ties would flip.
+    logits_NE = jnp.matmul(x_ND.astype(w_DE.dtype), w_DE, precision=lax.Precision.HIGHEST)
+    scores_NE = checkpoint_name(affinities(cfg, logits_NE), "routing")
+    return scores_NE, select(cfg, scores_NE, bias_E)
+
+
 class Router(nn.Module):
-    """Scores and selection for N tokens: float32 throughout, whatever the model's dtype."""
+    """Declares the weight of `route`."""
 
     cfg: ModelConfig
 
     @nn.compact
     def __call__(self, x_ND, bias_E):
-        w_DE = weight(self, "weight", (self.cfg.d_model, self.cfg.num_experts))
-        # Accelerators would otherwise take bfloat16 passes, and near ties would flip.
-        logits_NE = jnp.matmul(x_ND.astype(w_DE.dtype), w_DE, precision=lax.Precision.HIGHEST)
-        scores_NE = checkpoint_name(affinities(self.cfg, logits_NE), "routing")
-        return scores_NE, select(self.cfg, scores_NE, bias_E)
+        return route(self.cfg, x_ND, weight(self, "weight", (self.cfg.d_model, self.cfg.num_experts)), bias_E)

@@ -14,13 +14,14 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from deepseek_jax.config import ModelConfig
+from deepseek_jax.config import MeshConfig, ModelConfig
 from deepseek_jax.model import router as routing
 from deepseek_jax.model.attention import MLA
 from deepseek_jax.model.experts import MoE
 from deepseek_jax.model.layers import FFN, SAVED_NAMES, RMSNorm, head_logits, weight, wide
 from deepseek_jax.model.mtp import MTPModule, ahead
 from deepseek_jax.model.rope import rope_table
+from deepseek_jax.parallel.mesh import constrain
 
 UNROLLED_LAYERS = 8
 
@@ -33,6 +34,7 @@ class Output:
     hidden_BTD: after the final norm, what the head multiplies. mtp_hidden[k - 1]: the same of depth k.
     mtp_logits[k - 1][b, i]: for token i + k + 1; the last k positions saw wrapped-around tokens: mask them.
     counts: {"bias": int32 [L, E], "mtp_bias": int32 [depth, E]}, tokens that chose each expert; keys as in `router`.
+    traffic: int32 counters of `parallel.dispatch`, summed over MoE layers (MTP's included); empty on one device.
     sequence_loss, auxiliary_loss: unweighted, float32, averaged over MoE layers (MTP's included).
     captured: {"scores": [L, B, T, E], "chosen": [L, B, T, K]}, those that were asked for.
     """
@@ -42,6 +44,7 @@ class Output:
     mtp_logits: tuple
     mtp_hidden: tuple
     counts: dict[str, jax.Array]
+    traffic: dict[str, jax.Array]
     sequence_loss: jax.Array
     auxiliary_loss: jax.Array
     captured: dict[str, Any]
@@ -53,17 +56,19 @@ class Block(nn.Module):
     cfg: ModelConfig
     moe: bool
     capture: tuple[str, ...] = ()
+    mesh: MeshConfig = MeshConfig()
 
     @nn.compact
     def __call__(self, x_BTD, bias_E, rope, segment_ids_BT):
         x_BTD = x_BTD + MLA(self.cfg, name="attention")(
             RMSNorm(self.cfg, name="attention_norm")(x_BTD), rope, segment_ids_BT)
-        x_BTD = checkpoint_name(x_BTD, "residual")
-        h_BTD = RMSNorm(self.cfg, name="ffn_norm")(x_BTD)
+        x_BTD = checkpoint_name(constrain(x_BTD, ("batch", None, None)), "residual")
+        h_BTD = constrain(RMSNorm(self.cfg, name="ffn_norm")(x_BTD), ("batch", None, None))
         if not self.moe:
-            return x_BTD + FFN(self.cfg, self.cfg.dense_ffn_dim, name="ffn")(h_BTD), None
-        y_BTD, stats = MoE(self.cfg, self.capture, name="ffn")(h_BTD, bias_E)
-        return x_BTD + y_BTD, stats
+            y_BTD, stats = FFN(self.cfg, self.cfg.dense_ffn_dim, name="ffn")(h_BTD), None
+        else:
+            y_BTD, stats = MoE(self.cfg, self.mesh, self.capture, name="ffn")(h_BTD, bias_E)
+        return constrain(x_BTD + y_BTD, ("batch", None, None)), stats
 
 
 def rematerialized(block, cfg: ModelConfig, scanned: bool):
@@ -78,7 +83,10 @@ def rematerialized(block, cfg: ModelConfig, scanned: bool):
 
 
 class DeepSeekV3(nn.Module):
+    """The model. With a `mesh` of several devices it runs inside jax.set_mesh of that mesh."""
+
     cfg: ModelConfig
+    mesh: MeshConfig = MeshConfig()
 
     @nn.compact
     def __call__(self, tokens_BT, positions=None, segment_ids=None, logits=True, capture=()):
@@ -122,7 +130,7 @@ class DeepSeekV3(nn.Module):
         h_BTD = hidden_BTD
         for k in range(1, cfg.mtp_depth + 1):
             ahead_BTD = embedding_WD[ahead(tokens_BT, k)].astype(cfg.dtype)
-            module = MTPModule(cfg, rematerialized(Block, cfg, scanned=False), capture, name=f"mtp_{k}")
+            module = MTPModule(cfg, rematerialized(Block, cfg, scanned=False), capture, self.mesh, name=f"mtp_{k}")
             bias_E = None if mtp_bias_KE is None else mtp_bias_KE[k - 1]
             h_BTD, one = module(h_BTD, ahead_BTD, bias_E, rope, segment_ids)
             mtp_hidden.append(h_BTD)
@@ -138,7 +146,7 @@ class DeepSeekV3(nn.Module):
         stack = nn.scan(rematerialized(Block, self.cfg, scanned), variable_axes={"params": 0},
                         split_rngs={"params": True}, length=length, unroll=1 if scanned else length,
                         in_axes=(bias_axis, nn.broadcast, nn.broadcast))
-        return stack(self.cfg, moe=moe, capture=capture, name=name)
+        return stack(self.cfg, moe=moe, capture=capture, mesh=self.mesh, name=name)
 
     def _bias(self, name, layers):
         """The routing biases [layers, E]: data that the step updates, never a parameter. None for models without."""
@@ -155,5 +163,7 @@ class DeepSeekV3(nn.Module):
             logits_BTW=head_logits(hidden_BTD, head_DW) if logits else None, hidden_BTD=hidden_BTD,
             mtp_logits=tuple(head_logits(h, head_DW) for h in mtp_hidden) if logits else (), mtp_hidden=mtp_hidden,
             counts={name: s["counts"] for name, s in stats.items()},
+            traffic=jax.tree.map(lambda *counters: sum(c.sum() for c in counters),
+                                 *(s["traffic"] for s in stats.values())) if stats else {},
             sequence_loss=mean("sequence_loss"), auxiliary_loss=mean("auxiliary_loss"),
             captured=stats["bias"]["captured"] if "bias" in stats else {})

@@ -1,5 +1,5 @@
 """Generation from trained or converted models."""
 
-from deepseek_jax.serving.decode import Generation, generate
+from deepseek_jax.serving.generation import Generation, generate
 
 __all__ = ["Generation", "generate"]

@@ -1,7 +1,8 @@
-"""Generation by whole forward passes: plain, exact, without a cache.
+"""The two compiled programs of generation: `prefill` reads a chunk of prompts, `decode` runs steps of a whole batch.
 
-Prompts are padded on the right to one bucketed length, so causality keeps the padding out of sight and one compiled
-program serves every length of a bucket.
+Prefill goes over all tokens of a prompt but the last; decoding feeds that one like any other. So a prompt can be cut
+into chunks of any length, or found in the cache, and one kind of step makes every token. All shapes are fixed by the
+batch and the chunk; what varies (lengths, pages, ways of sampling, steps to run) is data.
 """
 
 import functools
@@ -9,73 +10,145 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+from jax import lax
 
-from deepseek_jax.config import ConfigError, ModelConfig
-from deepseek_jax.model import DeepSeekV3
+from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.layers import head_logits
+from deepseek_jax.serving import speculative
+from deepseek_jax.serving.network import Reach, Rows, forward, predict_ahead
+from deepseek_jax.serving.sampling import Sampling
+from deepseek_jax.serving.speculative import Drafts
 
-BUCKET = 64  # lengths are rounded up to a multiple: one compilation each
-
-
-class Generation(NamedTuple):
-    tokens: list[list[int]]  # the NEW ids of each prompt, without eos_id
-    drafted: int
-    accepted: int
+ALTERNATIVES = 20  # likeliest tokens reported beside the chosen one
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _next_logits(cfg, variables, tokens_BT, last_B):
-    """Main logits [B, W] after position `last`. MTP modules are left out of the program: nothing uses their output."""
-    output = DeepSeekV3(cfg).apply(variables, tokens_BT, logits=False)
-    hidden_BD = jnp.take_along_axis(output.hidden_BTD, last_B[:, None, None], axis=1)[:, 0]
-    return head_logits(hidden_BD, variables["params"]["head"])
+class Batch(NamedTuple):
+    """B sequences to go on with.
+
+    slot_B: int32, where each one's drafts are kept between calls.
+    token_B: int32, the last known token; position_B: its index, which is to be fed next.
+    limit_B: int32, positions from here on are not fed: there the sequence ends. 0 fills up a batch.
+    fresh_B: bool, whether the drafts in the slot are another's.
+    table_BP: int32, the pages of each.
+    """
+
+    slot_B: jax.Array
+    token_B: jax.Array
+    position_B: jax.Array
+    limit_B: jax.Array
+    fresh_B: jax.Array
+    table_BP: jax.Array
 
 
-def generate(cfg: ModelConfig, variables, prompts, max_new_tokens, speculative=False, temperature=0.0, seed=0,
-             eos_id=None) -> Generation:
-    """Continues each prompt.
+class Steps(NamedTuple):
+    """What `decode` did, step by step; N steps fit.
+
+    tokens_NBT: the first count_NB of each row are new. drafted_NB, accepted_NB: drafts verified, and held.
+    logprob_NBT: of each new token, by the model itself (temperature 1); zeros where none were asked for.
+    best_NBTX, best_logprob_NBTX: the likeliest tokens at each place. counts_LE: tokens that chose each expert.
+    """
+
+    tokens_NBT: jax.Array
+    count_NB: jax.Array
+    drafted_NB: jax.Array
+    accepted_NB: jax.Array
+    logprob_NBT: jax.Array
+    best_NBTX: jax.Array
+    best_logprob_NBTX: jax.Array
+    counts_LE: jax.Array
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(3, 4))
+def prefill(cfg: ModelConfig, reach: Reach, weights, cache, drafts: Drafts, tokens_BX, position_B, length_B, known_B,
+            slot_B, table_BP):
+    """Puts a chunk of each prompt into the cache, MTP modules included.
 
     Args:
-      prompts: lists of token ids, each at least one long.
-      max_new_tokens: new tokens per prompt.
-      speculative: draft with the MTP modules.
-      temperature: 0 is greedy.
-      eos_id: ends a sequence; None never stops early.
-    Raises:
-      ConfigError: an empty prompt, an id outside the vocabulary, or speculative decoding, which needs the cache.
+      tokens_BX: the T tokens of the chunk, then one more for each MTP module.
+      position_B: of the first; length_B: how many of the T count; known_B: tokens of the whole prompt.
+    Returns:
+      cache, drafts, counts int32 [MoE layers, E].
     """
-    if speculative:
-        raise ConfigError("speculative decoding needs the latent cache, which this version does not have; "
-                          "leave --speculative away.")
-    if max_new_tokens < 0 or not 0 <= temperature < float("inf"):
-        raise ConfigError(f"max_new_tokens={max_new_tokens}, temperature={temperature}: neither can be negative, or "
-                          "infinite.")
-    if not prompts:
-        return Generation([], 0, 0)
-    for prompt in prompts:
-        if not prompt or not all(0 <= t < cfg.vocab_size for t in prompt):
-            raise ConfigError(f"a prompt must hold at least one token id, each in [0, {cfg.vocab_size}).")
-    lengths = np.array([len(p) for p in prompts])
-    done, key = np.zeros(len(prompts), bool), jax.random.key(seed)
-    room = -(-(lengths.max() + max_new_tokens) // BUCKET) * BUCKET
-    tokens = np.zeros((len(prompts), room), np.int32)
-    for row, prompt in zip(tokens, prompts, strict=True):
-        row[:len(prompt)] = prompt
-    new = [[] for _ in prompts]
-    for n in range(max_new_tokens):
-        width = -(-(lengths.max()) // BUCKET) * BUCKET
-        logits_BW = _next_logits(cfg, variables, jnp.asarray(tokens[:, :width]), jnp.asarray(lengths - 1))
-        if temperature > 0:
-            chosen = jax.random.categorical(jax.random.fold_in(key, n), logits_BW / temperature)
-        else:
-            chosen = logits_BW.argmax(axis=-1)
-        for b, token in enumerate(np.asarray(chosen).tolist()):
-            done[b] = done[b] or token == eos_id
-            if not done[b]:
-                new[b].append(token)
-                tokens[b, lengths[b]] = token
-                lengths[b] += 1
-        if done.all():
-            break
-    return Generation(new, 0, 0)
+    modules = len(weights["mtp"])
+    T = tokens_BX.shape[1] - modules
+    at_BT = jnp.arange(T)[None]
+    position_BT = position_B[:, None] + at_BT
+    rows = Rows(position_BT, at_BT < length_B[:, None], table_BP)
+    h_BTD, cache, counts_LE = forward(cfg, reach, weights, cache, tokens_BX[:, :T], rows)
+    behind = []
+    for k in range(1, modules + 1):
+        if k > 1:  # h_{k-1} at k - 1 before the last token, where decoding takes over
+            at_B = jnp.clip(known_B - k - position_B, 0, T - 1)
+            h_BD = jnp.take_along_axis(h_BTD, at_B[:, None, None], axis=1)[:, 0]
+            behind.append(drafts.behind[k - 2].at[slot_B].set(h_BD))
+        known_BT = rows.valid_BT & (position_BT + k < known_B[:, None])
+        h_BTD, cache = predict_ahead(cfg, reach, weights, k, cache, h_BTD, tokens_BX[:, k:T + k],
+                                     rows._replace(valid_BT=known_BT))
+    return cache, drafts._replace(behind=tuple(behind)), counts_LE
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(4, 5))
+def decode(cfg: ModelConfig, reach: Reach, most_steps: int, weights, cache, drafts: Drafts, batch: Batch,
+           sampling: Sampling, steps, logprobs):
+    """Runs `steps` (at most `most_steps`) steps: each feeds every sequence its last token and the drafts behind it.
+
+    Args:
+      drafts: of all slots; its depth (0: plain decoding) is what each step drafts.
+      logprobs: bool scalar, whether to compute any.
+    Returns:
+      cache, drafts, Steps.
+    """
+    B, T = batch.slot_B.shape[0], drafts.token_Bd.shape[1] + 1
+    mine = jax.tree.map(lambda x: x[batch.slot_B], drafts)
+    mine = mine._replace(count_B=jnp.where(batch.fresh_B, 0, mine.count_B))
+    made = Steps(*(jnp.zeros((most_steps, B, *shape), dtype) for shape, dtype in (
+        ((T,), jnp.int32), ((), jnp.int32), ((), jnp.int32), ((), jnp.int32), ((T,), jnp.float32),
+        ((T, ALTERNATIVES), jnp.int32), ((T, ALTERNATIVES), jnp.float32))),
+        counts_LE=jnp.zeros((cfg.num_moe_layers, cfg.num_experts), jnp.int32))
+
+    def step(n, carry):
+        cache, mine, token_B, position_B, made = carry
+        cache, mine, one = _step(cfg, reach, weights, cache, mine, batch, sampling, token_B, position_B, logprobs)
+        count_B = one.count_NB
+        last_B = jnp.take_along_axis(one.tokens_NBT, jnp.maximum(count_B - 1, 0)[:, None], axis=1)[:, 0]
+        made = Steps(*(x.at[n].set(y) for x, y in zip(made[:-1], one[:-1])), made.counts_LE + one.counts_LE)
+        return cache, mine, jnp.where(count_B > 0, last_B, token_B), position_B + count_B, made
+
+    cache, mine, _, _, made = lax.fori_loop(
+        0, steps, step, (cache, mine, batch.token_B, batch.position_B, made))
+    drafts = jax.tree.map(lambda x, y: x.at[batch.slot_B].set(y), drafts, mine)
+    return cache, drafts, made
+
+
+def _step(cfg, reach, weights, cache, drafts, batch, sampling, token_B, position_B, logprobs):
+    """One step; the Steps it returns have no axis of steps."""
+    depth = drafts.token_Bd.shape[1]
+    room_B = batch.limit_B - position_B  # tokens that may still be fed
+    live_B = room_B > 0
+    drafts = drafts._replace(count_B=jnp.clip(jnp.minimum(drafts.count_B, room_B - 1), 0))
+    tokens_BT = jnp.concatenate([token_B[:, None], drafts.token_Bd], axis=1)
+    at_BT = jnp.arange(depth + 1)[None]
+    rows = Rows(position_B[:, None] + at_BT, (at_BT <= drafts.count_B[:, None]) & live_B[:, None], batch.table_BP)
+    hidden_BTD, cache, counts_LE = forward(cfg, reach, weights, cache, tokens_BT, rows)
+    logits_BTW = head_logits(hidden_BTD, weights["head"])
+    made_BT, accepted_B = speculative.verify(sampling, logits_BTW, drafts, position_B + 1)
+    drafted_B, count_B = drafts.count_B, jnp.where(live_B, accepted_B + 1, 0)
+    if depth:
+        drafts, cache = speculative.draft(cfg, reach, weights, cache, sampling, depth, hidden_BTD, made_BT, accepted_B,
+                                          drafts, position_B, batch.limit_B, batch.table_BP)
+    said = lax.cond(logprobs, _logprobs, _no_logprobs, logits_BTW, made_BT)
+    return cache, drafts, Steps(made_BT, count_B, drafted_B, accepted_B, *said, counts_LE)
+
+
+def _logprobs(logits_BTW, tokens_BT):
+    logprobs_BTW = jax.nn.log_softmax(logits_BTW.astype(jnp.float32), axis=-1)
+    X = min(ALTERNATIVES, logits_BTW.shape[-1])
+    best, which = lax.top_k(logprobs_BTW, X)
+    fill = lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, ALTERNATIVES - X)))
+    chosen_BT = jnp.take_along_axis(logprobs_BTW, tokens_BT[..., None], axis=-1)[..., 0]
+    return chosen_BT, fill(which), fill(best)
+
+
+def _no_logprobs(logits_BTW, tokens_BT):
+    nothing = jnp.zeros((*tokens_BT.shape, ALTERNATIVES))
+    return jnp.zeros(tokens_BT.shape), nothing.astype(jnp.int32), nothing

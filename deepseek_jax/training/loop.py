@@ -5,6 +5,7 @@
 The same command resumes: everything that a step depends on is in the checkpoint or a function of the step number.
 """
 
+import dataclasses
 import functools
 import json
 import math
@@ -18,12 +19,15 @@ import jax
 import numpy as np
 import tqdm
 
-from deepseek_jax.config import Config, ConfigError, as_dict, freeze
+from deepseek_jax.config import Config, ConfigError, MeshConfig, as_dict, freeze
 from deepseek_jax.data.loader import Loader
 from deepseek_jax.data.prepare import claim_corpus, prepare
+from deepseek_jax.parallel.dispatch import traffic_per_token
 from deepseek_jax.scale.costs import training_flops_per_token
 from deepseek_jax.training.checkpoint import Checkpoints, restore_items
+from deepseek_jax.training.devices import Devices
 from deepseek_jax.training.metrics import MetricsWriter, max_vio
+from deepseek_jax.training.processes import anywhere, first_then_others, is_first, wait_for_all
 from deepseek_jax.training.step import eval_step, init_state, start_state, train_step
 from deepseek_jax.training.throughput import peak_flops
 
@@ -48,7 +52,9 @@ def check_workdir(config: Config, workdir: str):
     """Raises ConfigError when the work directory holds another config; the message lists the differences."""
     if not (pathlib.Path(workdir) / "config.json").exists():
         return
-    differences = _differences(as_dict(config), as_dict(load_workdir_config(workdir)))
+    ours, theirs = (as_dict(dataclasses.replace(c, mesh=MeshConfig()))  # a run may go on on another mesh
+                    for c in (config, load_workdir_config(workdir)))
+    differences = _differences(ours, theirs)
     if differences:
         raise ConfigError(f"{workdir} holds a run with another config: {'; '.join(differences)}; take that config "
                           "or another --workdir.")
@@ -77,13 +83,19 @@ def _differences(ours, theirs, prefix=""):
     return out
 
 
-def starting_state(config: Config):
+def starting_state(config: Config, devices: Devices | None = None):
     """A fresh state, or one around the weights of the run that config.init.from names."""
-    if config.init.from_ is None:
-        return jax.jit(functools.partial(init_state, config))()
+    devices = devices or Devices(config)
     fresh = jax.eval_shape(functools.partial(init_state, config))
-    items, _, _ = restore_items(config.init.from_, abstract={"params": fresh.params, "router": fresh.router})
-    return start_state(config, items["params"], items["router"], jax.random.key(config.train.seed))
+    where = devices.shardings(fresh)
+    if config.init.from_ is None:
+        return jax.jit(functools.partial(init_state, config), out_shardings=where)()
+    abstract = devices.placed({"params": fresh.params, "router": fresh.router})
+    items, _, _ = restore_items(config.init.from_, abstract=abstract)
+    begin = functools.partial(start_state, config)
+    if where is not None:
+        begin = jax.jit(begin, out_shardings=where)
+    return begin(items["params"], items["router"], jax.random.key(config.train.seed))
 
 
 def evaluate(config: Config, loader: Loader, step_fn, params, router, limit=0):
@@ -92,14 +104,13 @@ def evaluate(config: Config, loader: Loader, step_fn, params, router, limit=0):
     Returns:
       {"loss": nats per token, "bits_per_byte", "max_vio_global": balance over all of them together}.
     """
-    rows = config.train.batch_size // config.train.micro_batches
     nats = weight = 0.0
     counts = None
-    for micro in loader.validation_batches(rows, limit):
+    for micro in loader.validation_batches(loader.rows, limit):
         sums = jax.device_get(step_fn(params, router, micro))
         nats, weight = nats + float(sums["nats"]), weight + float(sums["weight"])
         counts = sums["counts"] if counts is None else jax.tree.map(np.add, counts, sums["counts"])
-    return {"loss": nats / weight, "bits_per_byte": nats / math.log(2) / loader.validation_bytes(rows, limit),
+    return {"loss": nats / weight, "bits_per_byte": nats / math.log(2) / loader.validation_bytes(loader.rows, limit),
             "max_vio_global": max_vio(all_layers(counts))}
 
 
@@ -107,20 +118,25 @@ def train(config: Config, workdir: str):
     """Trains to config.train.steps, resuming what the work directory holds.
 
     Returns:
-      (state, Loader), or None when SIGTERM ended the run early (its state is saved).
+      (state, Loader), or None when SIGTERM ended the run early (its state is saved), and in all processes but the
+      first. The state of several devices has only parameters and biases, on the host, if a sample is asked for.
 
     Raises:
-      ConfigError: bad data, another config's work directory, or a loss that is not finite.
+      ConfigError: bad data, another config's work directory, a mesh that does not fit, or a loss that is not finite.
       CheckpointError: a checkpoint that could not be written.
     """
+    devices = Devices(config)
     check_workdir(config, workdir)
-    prepared = prepare(config, workdir)
-    loader = Loader(config, prepared)
-    claim_corpus(prepared, workdir)  # now that it is known to be good
-    claim_workdir(config, workdir)
-    run = Run(config, workdir, loader)
+    prepared = first_then_others(lambda: prepare(config, workdir), "prepare")
+    loader = Loader(config, prepared, *devices.share())
+    if is_first():
+        claim_corpus(prepared, workdir)  # now that it is known to be good
+        claim_workdir(config, workdir)
+    run = Run(config, workdir, loader, devices)
     try:
-        return (run.state, loader) if run.go() else None
+        done = run.go()
+        state = run.whole_state() if done else None
+        return (state, loader) if done and is_first() else None
     finally:
         run.close()
 
@@ -128,21 +144,24 @@ def train(config: Config, workdir: str):
 class Run:
     """The state of a run and the files it writes."""
 
-    def __init__(self, config: Config, workdir: str, loader: Loader):
-        self.config, self.loader = config, loader
+    def __init__(self, config: Config, workdir: str, loader: Loader, devices: Devices):
+        self.config, self.loader, self.devices = config, loader, devices
         self.checkpoints = Checkpoints(workdir, config.train.checkpoints_kept)
-        restored = self.checkpoints.restore(jax.eval_shape(functools.partial(init_state, config)))
-        self.state = starting_state(config) if restored is None else restored[0]
+        wait_for_all("checkpoints")  # the first one has cleaned up
+        abstract = devices.placed(jax.eval_shape(functools.partial(init_state, config)))
+        restored = self.checkpoints.restore(abstract)
+        self.state = starting_state(config, devices) if restored is None else restored[0]
         start = int(self.state.step)
-        self.writer = MetricsWriter(workdir, start if restored is not None else None)
-        if restored is not None:
+        self.writer = MetricsWriter(workdir, start if restored is not None else None) if is_first() else None
+        if restored is not None and is_first():
             print(f"Resuming from step {start} of {config.train.steps}.", flush=True)
         # Whatever the data, a step compiles once: a second trace is a bug and raises. chex counts by the place in the
         # source, which an earlier run in this process shares.
         chex.clear_trace_counter()
         traced_once = chex.assert_max_traces(lambda state, batch: train_step(config, state, batch), n=1)
-        self.step_fn = jax.jit(traced_once, donate_argnums=0)
-        self.eval_fn = jax.jit(chex.assert_max_traces(lambda *args: eval_step(config, *args), n=1))
+        self.step_fn = devices.jit(traced_once, abstract, donate_argnums=0)
+        scored = devices.jit(chex.assert_max_traces(lambda *args: eval_step(config, *args), n=1))
+        self.eval_fn = lambda params, router, micro: scored(params, router, devices.place(micro))
         self.stopping = False
 
     def go(self) -> bool:
@@ -158,30 +177,40 @@ class Run:
     def close(self):
         self.checkpoints.close()
 
+    def whole_state(self):
+        """What a sample is drawn from."""
+        if self.devices.mesh is None or not self.config.train.sample_tokens:
+            return self.state
+        params, router = self.devices.fetch((self.state.params, self.state.router))
+        return dataclasses.replace(self.state, params=params, router=router, opt_state=(), ema={})
+
     def _steps(self):
         train, start = self.config.train, int(self.state.step)
-        peak = peak_flops(self.config.model.dtype)
+        peak = peak_flops(self.config.model.dtype, self.config.mesh.devices)
         flops = training_flops_per_token(self.config.model, train.sequence_length)
-        with tqdm.tqdm(total=train.steps, initial=start, desc="train", unit="step", mininterval=1.0) as bar:
+        with tqdm.tqdm(total=train.steps, initial=start, desc="train", unit="step", mininterval=1.0,
+                       disable=not is_first()) as bar:
             clock = time.perf_counter()
             for index, batch in self.loader.iterate(start):
-                self.state, metrics = self.step_fn(self.state, batch)
+                self.state, metrics = self.step_fn(self.state, self.devices.place(batch))
                 metrics = jax.device_get(metrics)
                 step, now = index + 1, time.perf_counter()
                 self._check_finite(step, metrics)
-                tokens = int(batch["active"]) * batch["tokens"].shape[1] * train.sequence_length
+                tokens = int(batch["active"]) * self.devices.rows * train.sequence_length
                 row = self._record(step, metrics, tokens / (now - clock), flops / peak)
                 bar.set_postfix_str(f"loss {row['loss']:.3f}, {row['tokens_per_second']:.0f} tok/s, "
-                                    f"MFU {row['mfu']:.0%}, MaxVio {row['max_vio']:.2f}", refresh=False)
+                                    f"MFU {row['mfu']:.0%}, MaxVio {row['max_vio']:.2f}"
+                                    + (f", {n} CHOICES DROPPED" if (n := row.get("dropped_choices")) else ""),
+                                    refresh=False)
                 bar.update()
                 if step % train.eval_every == 0 or step == train.steps:
                     self._evaluate(step, bar)
-                stopping = self.stopping
+                stopping = anywhere(self.stopping)
                 if step % train.checkpoint_every == 0 or step == train.steps or stopping:
                     self._save(step)
                 if stopping:
                     self.checkpoints.wait()
-                    bar.write(f"Stopped by SIGTERM after step {step}; the same command goes on from there.")
+                    self._say(bar, f"Stopped by SIGTERM after step {step}; the same command goes on from there.")
                     return False
                 clock = time.perf_counter()
         return True
@@ -193,17 +222,24 @@ class Run:
                "loss": float(metrics["loss"]), "mtp_loss": float(metrics["mtp_loss"]), "lr": float(metrics["lr"]),
                "grad_norm": float(metrics["grad_norm"]), "tokens_per_second": tokens_per_second,
                "mfu": tokens_per_second * mfu_per_token, "max_vio": max_vio(counts_LE)}
-        self.writer.write(step, **row)
-        self.writer.write_expert_load(step, counts_LE)
+        row |= traffic_per_token(self.config.mesh, self.config.model, metrics["traffic"])
+        if self.writer:
+            self.writer.write(step, **row)
+            self.writer.write_expert_load(step, counts_LE)
         return row
+
+    def _say(self, bar, words):
+        if is_first():
+            bar.write(words)
 
     def _evaluate(self, step, bar):
         limit = self.config.train.eval_batches if step < self.config.train.steps else 0  # the last one takes all
         result = evaluate(self.config, self.loader, self.eval_fn, self.state.params, self.state.router, limit)
-        self.writer.write(step, eval_loss=result["loss"], eval_bits_per_byte=result["bits_per_byte"],
-                          max_vio_global=result["max_vio_global"])
-        bar.write(f"step {step}: validation loss {result['loss']:.4f}, {result['bits_per_byte']:.4f} bits per byte, "
-                  f"MaxVio_global {result['max_vio_global']:.3f}")
+        if self.writer:
+            self.writer.write(step, eval_loss=result["loss"], eval_bits_per_byte=result["bits_per_byte"],
+                              max_vio_global=result["max_vio_global"])
+        self._say(bar, f"step {step}: validation loss {result['loss']:.4f}, {result['bits_per_byte']:.4f} bits per "
+                       f"byte, MaxVio_global {result['max_vio_global']:.3f}")
 
     def _save(self, step):
         meta = {"step": step, "sequences": self.config.train.sequences_before(step), "config": as_dict(self.config)}

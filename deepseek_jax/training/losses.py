@@ -16,6 +16,7 @@ from deepseek_jax.config import BalanceConfig
 from deepseek_jax.model import Output
 from deepseek_jax.model.layers import matmul, transpose, wide
 from deepseek_jax.model.mtp import ahead
+from deepseek_jax.parallel.mesh import data_shards
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -49,10 +50,11 @@ def _chunk(head_DW, hidden_MD, targets_M, weights_M):
     """Weighted losses [M] and the gradient of their sum by the logits, [M, W] in hidden's dtype."""
     logits_MW = matmul(hidden_MD, head_DW, wide(hidden_MD.dtype))
     lse_M = jax.nn.logsumexp(logits_MW, axis=-1)
-    hit_MW = targets_M[:, None] == jnp.arange(head_DW.shape[1])[None]
-    losses_M = (lse_M - jnp.where(hit_MW, logits_MW, 0).sum(axis=-1)) * weights_M
-    dlogits_MW = (jnp.exp(logits_MW - lse_M[:, None]) - hit_MW) * weights_M[:, None]
-    return losses_M, dlogits_MW.astype(hidden_MD.dtype)
+    hit = jnp.arange(len(targets_M)), targets_M
+    losses_M = (lse_M - logits_MW[hit]) * weights_M
+    # The target's 1 is subtracted in place: comparing all of [M, W] with it costs as much as the softmax.
+    dlogits_MW = jnp.exp(logits_MW - lse_M[:, None]) * weights_M[:, None]
+    return losses_M, dlogits_MW.at[hit].add(-weights_M, unique_indices=True).astype(hidden_MD.dtype)
 
 
 def _cross_entropy_fwd(hidden_ND, head_DW, targets_N, weights_N, chunk):
@@ -99,8 +101,10 @@ def token_losses(output: Output, head_DW, batch, chunk):
       (main, main weight, mtp_D, mtp_D weights): float32 scalars and [depth] arrays.
     """
     def one(hidden_BTD, targets_BT, weights_BT):
-        D = hidden_BTD.shape[-1]
-        nats = cross_entropy(hidden_BTD.reshape(-1, D), head_DW, targets_BT.reshape(-1), weights_BT.reshape(-1), chunk)
+        # Each device goes through its own tokens; [shards, tokens, ...] keeps them, and their part of dhead, apart.
+        tokens = [x.reshape(data_shards(), -1, *x.shape[2:]) for x in (hidden_BTD, targets_BT, weights_BT)]
+        each = lambda h_ND, targets_N, weights_N: cross_entropy(h_ND, head_DW, targets_N, weights_N, chunk)
+        nats = jax.vmap(each)(*tokens).sum() if data_shards() > 1 else each(*(x[0] for x in tokens))
         return nats, weights_BT.sum()
 
     targets_BT, weights_BT, segments = batch["targets_BT"], batch["weights_BT"], batch["segment_ids_BT"]

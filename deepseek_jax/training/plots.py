@@ -1,4 +1,4 @@
-"""Two pictures of a run: how well it predicts, and whom it asks.
+"""Pictures: how well a run predicts, whom it asks, and what devices send each other.
 
 `loss.png` shows the training losses and, where the run was evaluated, bits per byte. `expert_load.png` shows for each
 MoE layer and step how many tokens each expert got, as a multiple of the mean: white is fair, and the report's
@@ -10,7 +10,7 @@ import pathlib
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import TwoSlopeNorm
+from matplotlib.colors import LogNorm, TwoSlopeNorm
 from matplotlib.figure import Figure
 
 from deepseek_jax.training.metrics import read_expert_loads, read_metrics
@@ -65,6 +65,31 @@ def plot_expert_load(workdir) -> pathlib.Path:
         axes[-1].text(0.5, 0.5, "this run has recorded no expert loads", ha="center", transform=axes[-1].transAxes)
     axes[-1].set_xlabel("step")
     return _save(figure, pathlib.Path(workdir) / "expert_load.png")
+
+
+def plot_dispatch(matrices, locals_per_node, path) -> pathlib.Path:
+    """Draws how many copies each device sends to each, for each hop. Returns the path.
+
+    Args:
+      matrices: {title: int [senders, receivers]}; devices in the order of the mesh, nodes first.
+    """
+    figure = _figure(4.2 * len(matrices) + 0.6, 5.3)
+    axes = figure.subplots(1, len(matrices), sharey=True, squeeze=False)[0]
+    top = max(sent.max() for sent in matrices.values())
+    for axis, (title, sent) in zip(axes, matrices.items()):
+        node = np.arange(len(sent)) // locals_per_node
+        across = sent[node[:, None] != node[None]].sum()
+        picture = axis.imshow(np.where(sent, sent, np.nan), cmap="viridis_r", norm=LogNorm(1, top),
+                              interpolation="nearest")
+        axis.set_title(f"{title}\n{across:,} copies cross nodes", loc="left")
+        marks = np.arange(0, len(sent), locals_per_node)
+        axis.set_xticks(marks - 0.5, node[marks])
+        axis.set_yticks(marks - 0.5, node[marks])
+        axis.grid(color=GREY, linewidth=0.4)
+        axis.set_xlabel("receiving device, by node")
+    axes[0].set_ylabel("sending device, by node")
+    figure.colorbar(picture, ax=list(axes), fraction=0.02, pad=0.01, label="copies of tokens")
+    return _save(figure, pathlib.Path(path))
 
 
 def _heat_maps(figure, axes, steps, load_SLE):

@@ -1,8 +1,10 @@
 """What a finished run shows: its score beside compressors', pictures, and a sample of what it writes."""
 
+import dataclasses
+
 import jax
 
-from deepseek_jax.config import Config, ConfigError
+from deepseek_jax.config import Config, ConfigError, MeshConfig
 from deepseek_jax.data.baselines import compressed_bits_per_byte
 from deepseek_jax.data.loader import Loader
 from deepseek_jax.data.prepare import prepare, prepare_evaluation
@@ -20,7 +22,7 @@ def load_trained(workdir: str, ema: bool = False):
     Raises:
       ConfigError: no run or no checkpoint there, or no moving average in it.
     """
-    config = load_workdir_config(workdir)
+    config = dataclasses.replace(load_workdir_config(workdir), mesh=MeshConfig())  # one device here
     items, step, _ = restore_items(workdir, names=("ema", "router") if ema else ("params", "router"))
     params = items["ema" if ema else "params"]
     if not params:

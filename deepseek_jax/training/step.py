@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from deepseek_jax.config import Config
 from deepseek_jax.model import DeepSeekV3
 from deepseek_jax.model.router import update_bias
+from deepseek_jax.parallel.mesh import masters, working_copy
 from deepseek_jax.training.losses import objective, shifted_targets, token_losses
 from deepseek_jax.training.optimizer import learning_rate, make_optimizer
 
@@ -61,7 +62,7 @@ def _positions(segment_ids_BT):
 
 def forward(config: Config, params, router, batch):
     """Model and losses of one micro-batch: (Output, main nats, weight, mtp nats [D], mtp weights [D])."""
-    output = DeepSeekV3(config.model).apply(
+    output = DeepSeekV3(config.model, config.mesh).apply(
         {"params": params, "router": router}, batch["tokens_BT"], positions=batch["positions_BT"],
         segment_ids=batch["segment_ids_BT"], logits=False)
     return output, *token_losses(output, params["head"], batch, config.train.loss_chunk)
@@ -92,8 +93,9 @@ def accumulate(config: Config, params, router, batch, step):
       batch: tokens int32, weights float32, segment_ids int32, each [M, b, T + 1], and `active` int32, how many of
         the M micro-batches count.
     Returns:
-      (gradients, {"nats", "weight", "mtp_nats", "mtp_weight", "counts"}), sums over the batch.
+      (gradients, {"nats", "weight", "mtp_nats", "mtp_weight", "counts", "traffic"}), sums over the batch.
     """
+    params = working_copy(params)
     counted_M = jnp.arange(config.train.micro_batches) < batch["active"]
     parts = {name: batch[name] for name in ("tokens", "weights", "segment_ids")}
     parts["weights"] = jnp.where(counted_M[:, None, None], parts["weights"], 0)
@@ -105,12 +107,12 @@ def accumulate(config: Config, params, router, batch, step):
         output, nats, count, mtp_nats, mtp_count = forward(config, params, router, split_batch(config, **micro))
         loss = objective(output, nats, mtp_nats, weight, mtp_weights, mtp_weight(config, step), config.balance, share)
         return loss, {"nats": nats, "weight": count, "mtp_nats": mtp_nats, "mtp_weight": mtp_count,
-                      "counts": output.counts}
+                      "counts": output.counts, "traffic": output.traffic}
 
     def one(m):
         micro = jax.tree.map(lambda x: x[m], parts)
         (_, sums), grads = jax.value_and_grad(micro_loss, has_aux=True)(params, micro)
-        return grads, sums
+        return masters(grads), sums
 
     if config.train.micro_batches == 1:
         return one(0)
@@ -121,7 +123,8 @@ def train_step(config: Config, state: TrainState, batch):
     """Takes one step. Pure; jit it with `config` closed over and the state donated.
 
     Returns:
-      (state, metrics): float32 scalars loss and mtp_loss (nats per token), lr, grad_norm; counts int32 per layer.
+      (state, metrics): float32 scalars loss and mtp_loss (nats per token), lr, grad_norm; counts int32 per layer;
+      traffic, the counters of `parallel.dispatch`.
     """
     grads, sums = accumulate(config, state.params, state.router, batch, state.step)
     optimizer = make_optimizer(config.optimizer, config.train.steps)
@@ -135,7 +138,7 @@ def train_step(config: Config, state: TrainState, batch):
                "mtp_loss": (sums["mtp_nats"] / jnp.maximum(sums["mtp_weight"], 1)).mean() if config.model.mtp_depth
                else jnp.zeros(()),
                "lr": learning_rate(config.optimizer, config.train.steps)(state.step),
-               "grad_norm": _norm(grads), "counts": sums["counts"]}
+               "grad_norm": _norm(grads), "counts": sums["counts"], "traffic": sums["traffic"]}
     router = _update_router(config, state.router, sums["counts"], state.step)
     return TrainState(state.step + 1, params, opt_state, router, ema, state.rng), metrics
 
@@ -153,5 +156,5 @@ def _update_router(config: Config, router, counts, step):
 
 def eval_step(config: Config, params, router, micro):
     """Sums of one validation batch: main nats and weight, counts per layer."""
-    output, nats, weight, _, _ = forward(config, params, router, split_batch(config, **micro))
+    output, nats, weight, _, _ = forward(config, working_copy(params), router, split_batch(config, **micro))
     return {"nats": nats, "weight": weight, "counts": output.counts}

@@ -11,20 +11,20 @@ PEAK_BFLOAT16 = {"NVIDIA H100": 989e12, "NVIDIA H200": 989e12, "NVIDIA H800": 98
                  "TPU v6 lite": 918e12}
 
 
-def peak_flops(dtype: str) -> float:
-    """FLOP/s of all local devices together: the data sheet's for accelerators, a timed product's for a CPU.
+def peak_flops(dtype: str, devices: int = 1) -> float:
+    """FLOP/s of so many devices: the data sheet's for accelerators; of CPUs a timed product's, a process.
 
     An unknown accelerator is timed as well. The product is 1024^3 to 2048 x 2048 x 1024, the best of several.
     """
     kind = jax.devices()[0].device_kind
     for prefix, peak in sorted(PEAK_BFLOAT16.items(), key=lambda item: -len(item[0])):
         if kind.startswith(prefix) and dtype == "bfloat16":
-            return peak * jax.local_device_count()
+            return peak * devices
     a, b = jnp.ones((2048, 1024), dtype), jnp.ones((1024, 2048), dtype)
     product = jax.jit(jnp.matmul)
     jax.block_until_ready(product(a, b))
     best = min(_seconds(lambda: product(a, b)) for _ in range(5))
-    return 2 * 2048 * 1024 * 2048 / best
+    return jax.process_count() * 2 * 2048 * 1024 * 2048 / best
 
 
 def _seconds(run):

@@ -20,6 +20,7 @@ class Nothing(nn.Module):
     cfg: object
     moe: bool
     capture: tuple = ()
+    mesh: object = None
 
     def __call__(self, x_BTD, bias_E, rope, segment_ids_BT):
         return x_BTD, {}

@@ -96,7 +96,7 @@ def test_depth_k_predicts_k_further_inside_the_row_and_the_segment(segments, k):
 
 
 def output(hidden_BTD, *mtp_hidden):
-    return Output(None, hidden_BTD, (), mtp_hidden, {}, jnp.float32(5), jnp.float32(7), {})
+    return Output(None, hidden_BTD, (), mtp_hidden, {}, {}, jnp.float32(5), jnp.float32(7), {})
 
 
 @pytest.mark.parametrize("depth", [0, 1, 2])

@@ -165,7 +165,7 @@ def cheap_model(monkeypatch):
         counts = {name: (jnp.arange(b.size).reshape(b.shape) * (3 + step) % 7).astype(jnp.int32)
                   for name, b in router.items()}
         sums = {"nats": jnp.float32(6), "weight": jnp.float32(3), "mtp_nats": jnp.array([2.0, 8.0]),
-                "mtp_weight": jnp.array([2.0, 4.0]), "counts": counts}
+                "mtp_weight": jnp.array([2.0, 4.0]), "counts": counts, "traffic": {}}
         return params, sums
 
     monkeypatch.setattr(steps, "accumulate", accumulate)

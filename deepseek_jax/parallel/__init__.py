@@ -1,0 +1,1 @@
+"""Many devices: what lies where (`mesh`), and how tokens reach their experts (`dispatch`)."""

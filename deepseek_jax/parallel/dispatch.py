@@ -1,0 +1,266 @@
+"""Tokens to their experts and back, once per node over the slow fabric (report section 3.2.2).
+
+    hop 1, over `node`:   one copy of a token for each node that holds one of its experts, to the same `local` index
+    hop 2, over `local`:  from there to the devices that hold the experts
+    back:                 a node's partial sums are added before they cross again
+
+The flat form goes straight to the devices, one copy each, in one hop over both axes: the oracle, and what two hops are
+compared with. With a copy travel the choices that it still has to serve, and their gates. No value is scattered:
+sending gathers rows into slots, returning gathers slots into rows, and each is the gradient of the other.
+"""
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+
+from deepseek_jax.config import MeshConfig, ModelConfig
+from deepseek_jax.parallel.mesh import AXES, spec
+
+
+class Wire(NamedTuple):
+    """How values are written on the way to the experts. The way back is always in the dtype of the values."""
+
+    encode: Any  # [R, D] -> tuple of arrays [R, ...]
+    decode: Any  # (that tuple, dtype) -> [R, D]
+
+
+PLAIN = Wire(lambda x_RD: (x_RD,), lambda parts, dtype: parts[0])
+
+
+@flax.struct.dataclass
+class Hop:
+    """Which row goes where. Each of R rows goes at most once to each of P places, whatever choices await it there.
+
+    slot_RK: the slot of the copy that serves choice k; S where none is sent, or where an earlier choice has it.
+    row_S: the row in each slot of the send buffer; R where the slot is empty.
+    sent_P: copies for each place. lost: copies that found no room.
+    ragged: offsets and sizes of what travels; None where buffers of equal size do.
+    """
+
+    slot_RK: jax.Array
+    row_S: jax.Array
+    sent_P: jax.Array
+    lost: jax.Array
+    ragged: tuple | None
+    axis: str | tuple = flax.struct.field(pytree_node=False)
+    landed: int = flax.struct.field(pytree_node=False)  # rows of the receive buffer
+
+
+def plan_hop(place_RK, axis, places, room, ragged=False) -> Hop:
+    """Lays out one hop of R rows over a mesh axis.
+
+    Args:
+      place_RK: int32, where each choice wants the row: an index along `axis`, or `places` for nowhere.
+      axis: name or names of the mesh axes. places: their size, P.
+      room: rows of the receive buffer for each sender (static), or for all of them together (ragged).
+    """
+    R, K = place_RK.shape
+    goes_RP = (place_RK[:, :, None] == jnp.arange(places)[None, None]).any(axis=1)
+    rank_RP = jnp.cumsum(goes_RP, axis=0, dtype=jnp.int32) - goes_RP
+    wanted_P = goes_RP.sum(axis=0, dtype=jnp.int32)
+    if ragged:
+        slots, landed = R * min(places, K), room
+        start_P = jnp.cumsum(wanted_P) - wanted_P
+        moves = _meet(wanted_P, start_P, axis, room)
+        sent_P = moves[1]
+    else:
+        slots = landed = places * room
+        start_P = jnp.arange(places, dtype=jnp.int32) * room
+        moves, sent_P = None, jnp.minimum(wanted_P, room)
+    safe_RK = jnp.minimum(place_RK, places - 1)
+    rank_RK = jnp.take_along_axis(rank_RP, safe_RK, axis=1)
+    earlier_RK = jnp.stack([(place_RK[:, :k] == place_RK[:, k:k + 1]).any(axis=1) for k in range(K)], axis=1)
+    sent_RK = (place_RK < places) & ~earlier_RK & (rank_RK < sent_P[safe_RK])
+    slot_RK = jnp.where(sent_RK, start_P[safe_RK] + rank_RK, slots)
+    row_R1 = jnp.arange(R, dtype=jnp.int32)[:, None]
+    row_S = jnp.full(slots, R, jnp.int32).at[slot_RK].set(jnp.broadcast_to(row_R1, (R, K)), mode="drop")
+    return Hop(slot_RK, row_S, sent_P, (wanted_P - sent_P).sum(), moves, axis, landed)
+
+
+def _meet(wanted_P, start_P, axis, room):
+    """All senders tell what they want to send; each receiver's buffer fills in their order, as far as it has room.
+
+    Returns:
+      int32 [P] each: here offset and size by place sent to, and the offset it lands at there; then offset and size by
+      sender of what lands here, and its offset there.
+    """
+    me = lax.axis_index(axis)
+    wanted_QP, start_QP = lax.all_gather(jnp.stack([wanted_P, start_P], axis=1), axis).transpose(2, 0, 1)
+    landing_QP = jnp.cumsum(wanted_QP, axis=0) - wanted_QP
+    size_QP = jnp.clip(room - landing_QP, 0, wanted_QP)
+    landing_QP = jnp.minimum(landing_QP, room)
+    return (start_P, size_QP[me], landing_QP[me], landing_QP[:, me], size_QP[:, me], start_QP[:, me])
+
+
+def _rows(x, index):
+    return x.at[index].get(mode="fill", fill_value=0)
+
+
+def send(x, hop: Hop):
+    """Copies rows [R, ...] to where the hop takes them -> [landed, ...]; slots that nothing came to are zero."""
+    x_S = _rows(x, hop.row_S)
+    if hop.ragged is None:
+        return lax.all_to_all(x_S, hop.axis, 0, 0, tiled=True)
+    start, size, landing, _, arriving, _ = hop.ragged
+    return lax.ragged_all_to_all(x_S, jnp.zeros((hop.landed, *x.shape[1:]), x.dtype), start, size, landing, arriving,
+                                 axis_name=hop.axis)
+
+
+def bring_back(y, hop: Hop):
+    """The reverse: [landed, ...] -> [R, ...], the sum over the copies of each row, added in float32."""
+    if hop.ragged is None:
+        y_S = lax.all_to_all(y, hop.axis, 0, 0, tiled=True)
+    else:
+        _, size, _, landing, arriving, start = hop.ragged
+        y_S = lax.ragged_all_to_all(y, jnp.zeros((hop.row_S.shape[0], *y.shape[1:]), y.dtype), landing, arriving,
+                                    start, size, axis_name=hop.axis)
+    dtype = jnp.promote_types(y.dtype, jnp.float32)
+    return sum(_rows(y_S, slot_R).astype(dtype) for slot_R in hop.slot_RK.T).astype(y.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def dispatch(x_ND, hops, wire=PLAIN):
+    """Sends rows along all hops. Its gradient is `combine`."""
+    parts = wire.encode(x_ND)
+    for hop in hops:
+        parts = tuple(send(part, hop) for part in parts)
+    return wire.decode(parts, x_ND.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def combine(y_RD, hops, wire=PLAIN):
+    """Brings rows back along all hops, adding up at each. Its gradient is `dispatch`, on the same wire."""
+    for hop in reversed(hops):
+        y_RD = bring_back(y_RD, hop)
+    return y_RD
+
+
+dispatch.defvjp(lambda x, hops, wire: (dispatch(x, hops, wire), hops),
+                lambda wire, hops, dy: (combine(dy, hops, wire), None))
+combine.defvjp(lambda y, hops, wire: (combine(y, hops, wire), hops),
+               lambda wire, hops, dx: (dispatch(dx, hops, wire), None))
+
+
+def plan_hops(cfg: MeshConfig, num_experts, most_nodes, chosen_NK):
+    """The hops of this device's tokens to their experts.
+
+    Args:
+      num_experts: E in all; device (node, local) holds a contiguous share, nodes first.
+      most_nodes: how many nodes a token may go to, for capacities.
+      chosen_NK: int32, the experts that each token chose.
+    Returns:
+      (hops, local_RK): for each row that arrives, int32 ids of its experts on this device, from 1; 0: none.
+    """
+    N, K = chosen_NK.shape
+    E_node, E_device = num_experts // cfg.node, num_experts // (cfg.node * cfg.local)
+    if cfg.dispatch == "flat":
+        legs = [(("node", "local"), cfg.node * cfg.local, E_device, K)]
+    else:
+        legs = [("node", cfg.node, E_node, min(K, most_nodes)), ("local", cfg.local, E_device, K)]
+    hops, id_RK = [], chosen_NK + 1
+    for axis, places, size, copies in legs:
+        if places == 1:
+            continue
+        rows = id_RK.shape[0]
+        room = rows * places if cfg.buffers == "ragged" else rows
+        if cfg.capacity is not None:  # of a load of K choices a token that is spread evenly
+            even = N * copies if cfg.buffers == "ragged" else N * copies / places
+            room = min(room, math.ceil(cfg.capacity * even))
+        hop = plan_hop(jnp.where(id_RK > 0, (id_RK - 1) // size, places), axis, places, room, cfg.buffers == "ragged")
+        id_RK = send(id_RK, hop) - lax.axis_index(axis) * size
+        id_RK = jnp.where((id_RK > 0) & (id_RK <= size), id_RK, 0)
+        hops.append(hop)
+    return tuple(hops), id_RK
+
+
+def count_traffic(cfg: MeshConfig, num_experts, chosen_NK, hops, computed):
+    """int32 counters of this device's tokens: what travels, what flat dispatch would send, what was computed here.
+
+    nodes: nodes that a token's experts lie on, summed over tokens. left: tokens with an expert on another node.
+    across, inside: copies sent to another node, and to another device of the same one. flat_across: the first, had
+    every device got a copy of its own. choices and computed agree, over the mesh, unless a capacity dropped some.
+    """
+    def visits(places):
+        size = num_experts // places
+        return ((chosen_NK // size)[:, :, None] == jnp.arange(places)[None, None]).any(axis=1)
+
+    node = lax.axis_index("node")
+    nodes_NM = visits(cfg.node)
+    away_M = jnp.arange(cfg.node) != node
+    device_ML = visits(cfg.node * cfg.local).sum(axis=0, dtype=jnp.int32).reshape(cfg.node, cfg.local)
+    across = inside = jnp.zeros((), jnp.int32)
+    for hop in hops:
+        shape = {"node": (cfg.node, 1), "local": (1, cfg.local)}.get(hop.axis, (cfg.node, cfg.local))
+        sent_ML = hop.sent_P.reshape(shape)
+        there_M = away_M if hop.axis != "local" else jnp.zeros((1,), bool)
+        elsewhere_L = jnp.arange(cfg.local) != lax.axis_index("local") if hop.axis != "node" else jnp.zeros((1,), bool)
+        across += (sent_ML * there_M[:, None]).sum(dtype=jnp.int32)
+        inside += (sent_ML * (~there_M[:, None] & elsewhere_L[None])).sum(dtype=jnp.int32)
+    counted = {"tokens": chosen_NK.shape[0], "choices": chosen_NK.size, "computed": computed,
+               "nodes": nodes_NM.sum(), "left": (nodes_NM & away_M[None]).any(axis=1).sum(),
+               "across": across, "inside": inside, "flat_across": (device_ML * away_M[:, None]).sum()}
+    return {name: jnp.asarray(n, jnp.int32) for name, n in counted.items()}
+
+
+def traffic_per_token(cfg: MeshConfig, model: ModelConfig, traffic) -> dict:
+    """What the counters say, on average over tokens and MoE layers; {} for those of one device.
+
+    nodes_per_token: nodes that its experts lie on. leaving_node: share of tokens with an expert on another one.
+    cross_node_bytes, inside_node_bytes: that dispatch sends to other nodes, and to other devices of a node; values,
+    choices and gates of the copies, without the empty slots of static buffers. flat_cross_node_bytes: the first,
+    had every device got its own copy. dropped_choices: that found no room under a capacity, a sum.
+    """
+    if not traffic:
+        return {}
+    per_token = {name: int(n) / int(traffic["tokens"]) for name, n in traffic.items()}
+    size = copy_bytes(cfg, model)
+    return {"nodes_per_token": per_token["nodes"], "leaving_node": per_token["left"],
+            "cross_node_bytes": per_token["across"] * size, "inside_node_bytes": per_token["inside"] * size,
+            "flat_cross_node_bytes": per_token["flat_across"] * size,
+            "dropped_choices": int(traffic["choices"]) - int(traffic["computed"])}
+
+
+def copy_bytes(cfg: MeshConfig, model: ModelConfig) -> int:
+    """Bytes of one copy of a token on its way to the experts: values (and scales), choices and gates."""
+    width = jnp.dtype(model.dtype).itemsize
+    values = model.d_model + 4 * -(-model.d_model // 128) if cfg.dispatch_fp8 else model.d_model * width
+    return values + model.experts_per_token * (4 + max(width, 4))
+
+
+def to_experts(cfg: MeshConfig, num_experts, most_nodes, experts, x_ND, chosen_NK, gates_NK, weights, wire=PLAIN):
+    """Runs the experts where they live, on the tokens of the whole mesh.
+
+    Inside a shard_map over (node, local) the arrays are this device's own; elsewhere they are global, and this opens
+    one around itself, in which `tensor` splits tokens too.
+
+    Args:
+      experts: (x_RD, id_RK, gates_RK, weights) -> (y_RD, computed): the gated sum of each row's experts, whose ids
+        among those of this device count from 1 (0: none), and how many choices that were. Rows of zeros may come.
+      chosen_NK: int32 global ids. gates_NK: float32. weights: arrays whose first dimension is that of the experts.
+      wire: how values travel to the experts.
+    Returns:
+      (y_ND, traffic): see `count_traffic`; summed over the mesh outside a shard_map.
+    """
+    def inside(x_ND, chosen_NK, gates_NK, weights):
+        # Kept for the backward pass, or it would travel again.
+        keep = lambda tree: jax.tree.map(lambda x: checkpoint_name(x, "dispatched"), tree)
+        hops, id_RK = keep(plan_hops(cfg, num_experts, most_nodes, chosen_NK))
+        x_RD, gates_RK = keep((dispatch(x_ND, hops, wire), dispatch(gates_NK, hops)))
+        y_RD, computed = experts(x_RD, id_RK, jnp.where(id_RK > 0, gates_RK, 0), weights)
+        return combine(y_RD, hops, wire), count_traffic(cfg, num_experts, chosen_NK, hops, computed)
+
+    def whole(*arrays):
+        y_ND, traffic = inside(*arrays)
+        return y_ND, lax.psum(traffic, AXES["tokens"])
+
+    if jax.sharding.get_abstract_mesh().manual_axes:
+        return inside(x_ND, chosen_NK, gates_NK, weights)
+    tokens = spec("tokens")
+    return jax.shard_map(whole, in_specs=(tokens, tokens, tokens, spec("experts")), out_specs=(tokens, spec()),
+                         check_vma=False)(x_ND, chosen_NK, gates_NK, weights)

@@ -1,0 +1,84 @@
+"""Pipeline schedules as tables (report section 3.2.1), standard library only.
+
+`make_schedule` writes down what every rank does at every tick and in which slot of its buffers each thing lies.
+`validate` proves such a table, `draw` draws it, and `execute` runs it in one `lax.scan`.
+"""
+
+import dataclasses
+import functools
+
+from deepseek_jax.checked import ConfigError
+from deepseek_jax.pipeline.orders import ORDERS, Op, Route
+from deepseek_jax.pipeline.ticks import Slots, assign_slots, place
+
+NAMES = tuple(ORDERS)
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """A pipeline's whole step.
+
+    table: [tick][rank] -> the operations of that cell: none, one, or F and B of two micro-batches, overlapped.
+    microbatches: all of them, 0 to C - 1. In DualPipe the first half enters at rank 0, the others at the last rank.
+    """
+
+    name: str
+    ranks: int
+    microbatches: int
+    table: tuple[tuple[tuple[Op, ...], ...], ...]
+    slots: Slots
+
+    @property
+    def route(self) -> Route:
+        return Route(self.ranks, self.name.startswith("dualpipe"), self.name == "dualpipev")
+
+    @property
+    def stages(self) -> int:
+        return self.route.stages
+
+    def microbatches_of(self, direction) -> range:
+        """The micro-batches that go in one direction; in a V all of them go both ways."""
+        if self.name != "dualpipe":
+            return range(self.microbatches)
+        half = self.microbatches // 2
+        return range(direction * half, (direction + 1) * half)
+
+    def order(self, rank) -> list[tuple[Op, ...]]:
+        """The rank's cells without the ticks in which it waits."""
+        return [row[rank] for row in self.table if row[rank]]
+
+
+def check(name, ranks, microbatches):
+    """Raises ConfigError, with what would do, if there is no such schedule."""
+    if name not in NAMES:
+        raise ConfigError(f"schedule {name!r} is unknown; take one of {', '.join(NAMES)}.")
+    for what, value in (("ranks", ranks), ("microbatches", microbatches)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ConfigError(f"{what}={value!r} must be a whole number of at least 1.")
+    if name == "dualpipe" and ranks % 2:
+        raise ConfigError(f"dualpipe pairs each rank with its mirror, so ranks={ranks} must be even; "
+                          f"take {ranks + 1}, or dualpipev for any number.")
+    if name == "dualpipe" and microbatches % 2:
+        raise ConfigError(f"dualpipe sends half of the micro-batches each way, so microbatches={microbatches} must be "
+                          f"even; take {microbatches + 1}.")
+    if name in ("dualpipe", "dualpipev") and microbatches < 2 * ranks:
+        raise ConfigError(f"{name} over {ranks} ranks needs at least {2 * ranks} micro-batches to fill the pipeline, "
+                          f"not {microbatches}; raise microbatches, or take 1f1b or zb1p.")
+
+
+@functools.lru_cache(maxsize=64)
+def make_schedule(name: str, ranks: int, microbatches: int) -> Schedule:
+    """The table of a step.
+
+    Args:
+      name: gpipe, 1f1b, zb1p, dualpipe or dualpipev.
+      ranks: devices along the pipeline. There are as many stages, for dualpipev twice as many.
+      microbatches: of the whole step, both directions together.
+    Raises:
+      ConfigError: dualpipe takes even numbers; both bidirectional ones need at least two micro-batches a rank.
+    """
+    check(name, ranks, microbatches)
+    empty = Schedule(name, ranks, microbatches, (), Slots(0, 0, 0))
+    rows = place([ORDERS[name](rank, ranks, microbatches) for rank in range(ranks)], empty.route)
+    table, slots = assign_slots(rows, empty.route)
+    return dataclasses.replace(empty, table=table, slots=slots)

@@ -1,0 +1,273 @@
+"""A stage's forward pass F, and its backward pass B split into Bi and W (report section 3.2.1, arXiv 2401.10241).
+
+The equations of the stage's VJP are sorted, not computed again: those that the gradient of the input needs are Bi,
+which the stage before waits for; of the rest, those that depend on the gradient of the output are W, and can wait.
+What `jax.checkpoint` recomputes is recomputed once, in Bi, and W reads it. What depends neither on the activation
+nor on a gradient (a cast weight, a table of positions) is computed where it is needed instead of being kept for every
+micro-batch. A `lax.scan` over weights is one equation and falls into Bi as a whole: write the layers of a stage as a
+Python loop.
+"""
+
+import dataclasses
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.extend import core
+
+from deepseek_jax.checked import ConfigError
+
+# Calls that are no more than their body, once nobody differentiates them any more.
+CALLS = ("jit", "pjit", "closed_call", "core_call", "checkpoint", "remat", "remat2", "custom_jvp_call",
+         "custom_vjp_call")
+
+
+class Piece(NamedTuple):
+    """Some of the equations, in order, and the atoms that are their results."""
+
+    equations: tuple
+    results: tuple
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """F, Bi, W and B of one stage as functions. Made by `split`.
+
+    kept, deferred: shapes and dtypes of what F leaves for Bi, and Bi for W, for every micro-batch under way.
+    loss, sums: shapes and dtypes of what the stage gives besides y.
+    pieces: the equations of "F", "Bi", "W", and of "B", which is Bi and W at once.
+    """
+
+    kept: tuple[jax.ShapeDtypeStruct, ...]
+    deferred: tuple[jax.ShapeDtypeStruct, ...]
+    loss: jax.ShapeDtypeStruct
+    sums: Any
+    pieces: dict[str, Piece]
+    # Variables: parameters and context, which every piece may read; then what only some read.
+    _free: tuple
+    _x: tuple
+    _kept: tuple
+    _dy: tuple
+    _deferred: tuple
+    _constants: dict
+    _trees: dict
+
+    @property
+    def kept_bytes(self) -> int:
+        return _bytes(self.kept)
+
+    @property
+    def deferred_bytes(self) -> int:
+        return _bytes(self.deferred)
+
+    def forward(self, params, x, context):
+        """F: (y, loss, sums), kept."""
+        results = _run(self.pieces["F"], self._env(params, context, (self._x, x)))
+        width = len(results) - len(self.kept)
+        return jax.tree.unflatten(self._trees["forward"], results[:width]), tuple(results[width:])
+
+    def backward_input(self, params, context, kept, dy, dloss):
+        """Bi: dx, deferred."""
+        results = _run(self.pieces["Bi"], self._env(params, context, (self._kept, kept), (self._dy, (dy, dloss))))
+        width = len(results) - len(self.deferred)
+        return jax.tree.unflatten(self._trees["x"], results[:width]), tuple(results[width:])
+
+    def backward_weights(self, params, context, deferred):
+        """W: dparams."""
+        results = _run(self.pieces["W"], self._env(params, context, (self._deferred, deferred)))
+        return jax.tree.unflatten(self._trees["params"], results)
+
+    def backward(self, params, context, kept, dy, dloss):
+        """B: dx, dparams."""
+        results = _run(self.pieces["B"], self._env(params, context, (self._kept, kept), (self._dy, (dy, dloss))))
+        return jax.tree.unflatten(self._trees["backward"], results)
+
+    def _env(self, params, context, *more):
+        env = dict(zip(self._free, jax.tree.leaves((params, context)))) | self._constants
+        for variables, values in more:
+            env |= dict(zip(variables, jax.tree.leaves(values)))
+        return env
+
+
+def split(stage, params, x, context) -> Split:
+    """Splits a stage.
+
+    Args:
+      stage: pure; (params, x, context) -> (y, loss, sums). y has the shapes and dtypes of x; loss, a scalar, is what
+        the stage itself adds to the objective; sums, any pytree, has no gradient. What the forward pass keeps is what
+        `jax.vjp` keeps: wrap the stage in `jax.checkpoint`, with or without a policy, to keep less.
+      params: get gradients.   context: per micro-batch or fixed, without gradients.
+        All three may be arrays, tracers or shapes with dtypes. Inside a shard_map the stage may use its axes.
+    Raises:
+      ConfigError: the stage changes the shape of its activation.
+    """
+    trees = {}
+
+    def ahead(params, x, context):
+        def differentiated(params, x):
+            y, loss, sums = stage(params, x, context)
+            return (y, loss), sums
+
+        (y, loss), vjp, sums = jax.vjp(differentiated, params, x, has_aux=True)
+        kept, trees["vjp"] = jax.tree.flatten(vjp)
+        return (y, loss, sums), kept
+
+    def back(kept, dy, dloss):
+        dparams, dx = jax.tree.unflatten(trees["vjp"], kept)((dy, dloss))
+        return dx, dparams
+
+    ahead_jaxpr, (outputs, kept) = jax.make_jaxpr(ahead, return_shape=True)(params, x, context)
+    y, loss, sums = outputs
+    _check_shapes(x, y, loss)
+    back_jaxpr, gradients = jax.make_jaxpr(back, return_shape=True)(kept, y, loss)
+    trees |= {"x": jax.tree.structure(x), "params": jax.tree.structure(params),
+              "forward": jax.tree.structure(outputs), "backward": jax.tree.structure(gradients)}
+    return _Sorter(ahead_jaxpr, back_jaxpr, params, x, outputs, len(kept)).split(trees, loss, sums)
+
+
+def _check_shapes(x, y, loss):
+    def describe(tree):
+        return str(jax.tree.map(lambda a: f"{a.dtype}{list(a.shape)}", tree))
+
+    if describe(x) != describe(y):
+        raise ConfigError(f"a stage turned its activation {describe(x)} into {describe(y)}; every stage of a pipeline "
+                          "must give what the next one takes, so move what changes the shape into enter or leave.")
+    if loss.shape:
+        raise ConfigError(f"a stage's loss must be a scalar, not of shape {list(loss.shape)}; sum it.")
+
+
+class _Sorter:
+    """All equations of the VJP under one set of names, and for each variable what it depends on."""
+
+    def __init__(self, ahead_jaxpr, back_jaxpr, params, x, outputs, num_kept):
+        self.equations, self.constants = [], {}
+        arguments = [_fresh(v) for v in ahead_jaxpr.jaxpr.invars]
+        ahead_results = self._inline(ahead_jaxpr, arguments)
+        self.num_ahead = len(self.equations)
+        width = len(ahead_results) - num_kept
+        self.dy = [_fresh(v) for v in back_jaxpr.jaxpr.invars[num_kept:]]
+        back_results = self._inline(back_jaxpr, ahead_results[width:] + self.dy)
+
+        first, size = len(jax.tree.leaves(params)), len(jax.tree.leaves(x))
+        self.x = arguments[first:first + size]
+        self.free = arguments[:first] + arguments[first + size:]
+        self.outputs = ahead_results[:width]
+        self.dx, self.dparams = back_results[:size], back_results[size:]
+
+    def _inline(self, jaxpr, arguments):
+        """Appends the equations of `jaxpr` with fresh variables and bodies for calls; returns its results' atoms."""
+        inner = getattr(jaxpr, "jaxpr", jaxpr)
+        env = dict(zip(inner.invars, arguments))
+        for v, value in zip(inner.constvars, getattr(jaxpr, "consts", ())):
+            env[v] = _fresh(v)
+            self.constants[env[v]] = value
+
+        def atom(v):
+            return v if isinstance(v, core.Literal) else env[v]
+
+        for equation in inner.eqns:
+            taken = [atom(v) for v in equation.invars]
+            if equation.primitive.name in CALLS:
+                body = equation.params.get("call_jaxpr", equation.params.get("jaxpr"))
+                given = self._inline(body, taken)
+            else:
+                given = [_fresh(v) for v in equation.outvars]
+                self.equations.append(equation.replace(invars=taken, outvars=given))
+            env |= dict(zip(equation.outvars, given))
+        return [atom(v) for v in inner.outvars]
+
+    def _reached(self, start):
+        """Every variable that depends on one of `start`."""
+        reached = set(start)
+        for equation in self.equations:
+            if any(v in reached for v in _variables(equation.invars)):
+                reached.update(equation.outvars)
+        return reached
+
+    def _needed(self, targets, known=()):
+        """Indices of the equations that compute `targets` from `known`, and from what no equation computes."""
+        wanted, found = set(_variables(targets)) - set(known), set()
+        for i in reversed(range(len(self.equations))):
+            if any(v in wanted for v in self.equations[i].outvars):
+                found.add(i)
+                wanted.update(v for v in _variables(self.equations[i].invars) if v not in known)
+        return found
+
+    def _piece(self, results, known):
+        """The equations that compute `results` from `known` and from what every piece may read."""
+        return Piece(tuple(self.equations[i] for i in sorted(self._needed(results, known))), tuple(results))
+
+    def split(self, trees, loss, sums):
+        on_x, on_dy = self._reached(self.x), self._reached(self.dy)
+        back = self._needed(self.dx + self.dparams) - set(range(self.num_ahead))
+        in_w = self._weight_gradients(back - self._needed(self.dx), on_x, on_dy)
+        kept = self._across(back, self.dx + self.dparams, on_x - self._made(range(self.num_ahead, len(self.equations))))
+        deferred = self._across(in_w, self.dparams, (on_x | on_dy) - self._made(in_w))
+        pieces = {"F": self._piece([*self.outputs, *kept], self.x),
+                  "Bi": self._piece([*self.dx, *deferred], [*kept, *self.dy]),
+                  "W": self._piece(self.dparams, deferred),
+                  "B": self._piece([*self.dx, *self.dparams], [*kept, *self.dy])}
+        return Split(kept=_structs(kept), deferred=_structs(deferred), loss=loss, sums=sums, pieces=pieces,
+                     _free=tuple(self.free), _x=tuple(self.x), _kept=kept, _dy=tuple(self.dy), _deferred=deferred,
+                     _constants=self.constants, _trees=trees)
+
+    def _weight_gradients(self, candidates, on_x, on_dy):
+        """The equations of W: of those that the input's gradient does not need, what depends on the output's.
+
+        What is recomputed for W alone is recomputed in Bi, unless W can do it from what it reads anyway, or from no
+        more bytes than the result has (a transposed input).
+        """
+        in_w = {i for i in candidates if any(v in on_dy for v in self.equations[i].outvars)}
+        for i in sorted(candidates - in_w, reverse=True):
+            made = set(self.equations[i].outvars)
+            elsewhere = candidates - in_w - {i}
+            if any(v in made for j in elsewhere for v in _variables(self.equations[j].invars)):
+                continue
+            read = set(self._across(in_w, self.dparams, on_x | on_dy)) - self._made(in_w)
+            more = set(_variables(self.equations[i].invars)) & on_x - read
+            if _bytes(_structs(more)) <= _bytes(_structs(made & read)):
+                in_w.add(i)
+        return in_w
+
+    def _made(self, indices):
+        return {v for i in indices for v in self.equations[i].outvars}
+
+    def _across(self, indices, results, made):
+        """What these equations and results read of `made`, each once, in a fixed order."""
+        read = [v for i in sorted(indices) for v in _variables(self.equations[i].invars)] + _variables(results)
+        return tuple(dict.fromkeys(v for v in read if v in made))
+
+
+_new = core.gensym()
+
+
+def _fresh(v):
+    return _new(v.aval)
+
+
+def _variables(atoms):
+    return [v for v in atoms if not isinstance(v, core.Literal)]
+
+
+def _structs(variables):
+    return tuple(jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in variables)
+
+
+def _bytes(structs):
+    return sum(math.prod(s.shape) * jnp.dtype(s.dtype).itemsize for s in structs)
+
+
+def _run(piece, env):
+    """Evaluates a piece; returns its results."""
+    env = dict(env)
+    for equation in piece.equations:
+        bound = equation.primitive.get_bind_params(equation.params)
+        subfunctions, params = bound if isinstance(bound, tuple) else ((), bound)  # a tuple before jax 0.12
+        given = equation.primitive.bind(*subfunctions, *(_value(env, v) for v in equation.invars), **params)
+        env |= zip(equation.outvars, given if equation.primitive.multiple_results else [given])
+    return [_value(env, v) for v in piece.results]
+
+
+def _value(env, atom):
+    return atom.val if isinstance(atom, core.Literal) else env[atom]

@@ -1,0 +1,60 @@
+"""Serves a trained model over HTTP, to clients of the OpenAI API and to a browser.
+
+    python -m deepseek_jax.serve --workdir run --port 8000
+"""
+
+import os
+
+from deepseek_jax import command
+from deepseek_jax.config import ConfigError
+
+
+def parse():
+    parser = command.Parser("serve", __doc__)
+    model = parser.add_mutually_exclusive_group(required=True)
+    model.add_argument("--workdir", help="a run of deepseek_jax.train, or what deepseek_jax.convert from-hf made")
+    model.add_argument("--hf", metavar="DIR", help="a Hugging Face checkpoint: config.json, tokenizer.json, weights")
+    parser.add_argument("--ema", action="store_true", help="use the moving average of the weights")
+    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in; then set a key")
+    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--api-key", default=os.environ.get("DEEPSEEK_JAX_API_KEY"),
+                        help="what clients must send; by default DEEPSEEK_JAX_API_KEY, or none")
+    parser.add_argument("--name", help="of the model; by default that of its folder")
+    parser.add_argument("--depth", type=int, help="tokens that MTP drafts in each step (default: 1 where there is a "
+                        "module; 0: plain decoding)")
+    parser.add_argument("--max-sequences", type=int, default=16, help="that run at once")
+    parser.add_argument("--max-waiting", type=int, default=64, help="that queue beside those; then 429")
+    parser.add_argument("--max-length", type=int, default=2048, help="tokens of prompt and answer")
+    parser.add_argument("--cache", choices=("float32", "bfloat16", "fp8"), help="how latents are kept")
+    return parser.parse_args()
+
+
+def main():
+    args = parse()
+    for name in ("max_sequences", "max_length"):
+        if getattr(args, name) < 1:
+            raise ConfigError(f"--{name.replace('_', '-')}={getattr(args, name)} must be positive.")
+    if args.max_waiting < 0 or (args.depth or 0) < 0 or not 0 <= args.port < 2**16:
+        raise ConfigError("--max-waiting and --depth cannot be negative, and --port must lie in [0, 65535].")
+    if args.hf and args.ema:
+        raise ConfigError("a Hugging Face checkpoint holds no moving average; leave --ema away.")
+    try:
+        from deepseek_jax.serving.server import serve
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"serving needs {error.name}; pip install 'deepseek-jax[serve]'.") from None
+    from deepseek_jax.generate import load
+    from deepseek_jax.serving.engine import Engine
+    from deepseek_jax.serving.service import Service
+
+    cfg, variables, tokenizer = load(args.workdir, args.hf, args.ema)
+    depth = min(1, cfg.mtp_depth) if args.depth is None else args.depth
+    engine = Engine(cfg, variables, args.max_sequences, args.max_length, depth, cache=args.cache)
+    print("compiling ...", flush=True)
+    engine.warm_up()
+    name = args.name or os.path.basename(os.path.abspath(args.workdir or args.hf))
+    print(f"serving {name} at http://{args.host}:{args.port}", flush=True)
+    serve(Service(engine, tokenizer, name, args.max_waiting), args.host, args.port, args.api_key)
+
+
+if __name__ == "__main__":
+    command.run(main)

@@ -1,0 +1,184 @@
+"""What a client may ask for, checked field by field: the completion and chat endpoints of the OpenAI API."""
+
+from __future__ import annotations
+
+import math
+import secrets
+from typing import NamedTuple
+
+from deepseek_jax.config import did_you_mean
+from deepseek_jax.serving.decode import ALTERNATIVES
+from deepseek_jax.serving.engine import Request
+
+MOST_CHOICES = 16
+IGNORED = ("user", "metadata", "store", "service_tier", "parallel_tool_calls")
+SHARED = ("model", "max_tokens", "temperature", "top_p", "top_k", "n", "stream", "stream_options", "stop", "seed",
+          "logprobs", "presence_penalty", "frequency_penalty", "return_drafts")
+FIELDS = {False: (*SHARED, "prompt", "echo", "best_of", "suffix"),
+          True: (*SHARED, "messages", "max_completion_tokens", "top_logprobs")}
+ROLES = {"system": None, "developer": None, "user": "<｜User｜>", "assistant": "<｜Assistant｜>"}
+
+
+class BadRequest(Exception):
+    """A 4xx answer that names the field."""
+
+    def __init__(self, field, message, status=400, code="invalid_value"):
+        super().__init__(message)
+        self.field, self.message, self.status, self.code = field, message, status, code
+
+    def body(self):
+        kind = {401: "authentication_error", 429: "rate_limit_error"}.get(self.status, "invalid_request_error")
+        return {"error": {"message": self.message, "type": kind, "param": self.field, "code": self.code}}
+
+
+class Asked(NamedTuple):
+    """A checked request: engine requests, one for each choice, and how to answer."""
+
+    chat: bool
+    requests: list[Request]
+    stops: tuple[str, ...]
+    stream: bool
+    include_usage: bool
+    alternatives: int | None  # None: no logprobs
+    return_drafts: bool
+
+
+def read(body, chat: bool, tokenizer, vocab_size: int, model: str, max_length: int) -> Asked:
+    """Raises BadRequest for the first field that cannot be served."""
+    if not isinstance(body, dict):
+        raise BadRequest(None, "the body must be a JSON object.", code="invalid_json")
+    for field in body:
+        if field not in FIELDS[chat] and field not in IGNORED:
+            raise BadRequest(field, f"unknown field {field!r}; {did_you_mean(field, FIELDS[chat])}",
+                             code="unknown_field")
+    asked_for = _get(body, "model", str, model)
+    if asked_for != model:
+        raise BadRequest("model", f"model {asked_for!r} is not here; this server has {model!r}.", 404,
+                         "model_not_found")
+    for field in ("presence_penalty", "frequency_penalty"):
+        if _number(body, field, 0.0, -2, 2):
+            raise BadRequest(field, f"{field} is not supported; leave it 0.")
+    for field in ("echo", "suffix"):
+        if body.get(field):
+            raise BadRequest(field, f"{field} is not supported; leave it away.")
+    n = _integer(body, "n", 1, 1, MOST_CHOICES)
+    if _integer(body, "best_of", n, 1, MOST_CHOICES) != n:
+        raise BadRequest("best_of", "best_of is not supported; it can only equal n.")
+
+    prompts = _chat(body, tokenizer) if chat else _prompts(body, tokenizer, vocab_size)
+    if len(prompts) * n > MOST_CHOICES:
+        raise BadRequest("n", f"{len(prompts)} prompts and n={n} make more than {MOST_CHOICES} choices.")
+    source = "messages" if chat else "prompt"
+    longest = max(map(len, prompts))
+    if longest >= max_length:
+        raise BadRequest(source, f"{source} has {longest} tokens; this server holds {max_length} with the answer.",
+                         code="context_length_exceeded")
+    limit = "max_completion_tokens" if body.get("max_completion_tokens") is not None else "max_tokens"
+    new = _integer(body, limit, max_length - longest if chat else 16, 1, 10**9)
+    if longest + new > max_length:
+        raise BadRequest(limit, f"{limit}={new} after {longest} tokens of {source} is more than the {max_length} that "
+                         f"this server holds; ask for at most {max_length - longest}.",
+                         code="context_length_exceeded")
+
+    alternatives = _alternatives(body, chat)
+    options = _get(body, "stream_options", dict, {})
+    how = dict(max_new_tokens=new, temperature=_number(body, "temperature", 1.0, 0, 2),
+               top_p=_number(body, "top_p", 1.0, 0, 1, open_below=True), top_k=_integer(body, "top_k", 0, 0, 2**31 - 1),
+               seed=_integer(body, "seed", secrets.randbits(32), -2**63, 2**64 - 1) % 2**32,
+               stop_tokens=frozenset([tokenizer.eos]), logprobs=alternatives is not None)
+    requests = [Request(tuple(prompt), stream=i, **how) for prompt in prompts for i in range(n)]
+    return Asked(chat, requests, _stops(body), _get(body, "stream", bool, False),
+                 _get(options, "include_usage", bool, False), alternatives, _get(body, "return_drafts", bool, False))
+
+
+def _get(body, field, kind, default):
+    value = body.get(field)
+    if value is None:
+        return default
+    if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
+        name = {str: "a string", bool: "true or false", dict: "an object", int: "a whole number"}.get(kind, "a number")
+        raise BadRequest(field, f"{field} must be {name}.", code="invalid_type")
+    return value
+
+
+def _integer(body, field, default, low, high):
+    value = _get(body, field, int, default)
+    if not low <= value <= high:
+        raise BadRequest(field, f"{field}={str(value)[:40]} must lie in [{low}, {high}].")
+    return value
+
+
+def _number(body, field, default, low, high, open_below=False):
+    value = _get(body, field, (int, float), default)
+    if not low <= value <= high or (open_below and value == low) or not math.isfinite(value):
+        raise BadRequest(field, f"{field}={str(value)[:40]} must lie in {'(' if open_below else '['}{low}, {high}].")
+    return float(value)
+
+
+def _stops(body):
+    stops = body.get("stop")
+    stops = [] if stops is None else [stops] if isinstance(stops, str) else stops
+    if not isinstance(stops, list) or len(stops) > 4 or not all(isinstance(s, str) and s for s in stops):
+        raise BadRequest("stop", "stop must be a string, or a list of up to 4 of them, none empty.")
+    return tuple(stops)
+
+
+def _alternatives(body, chat):
+    if not chat:
+        value = body.get("logprobs")
+        return None if value is None else _integer(body, "logprobs", 0, 0, ALTERNATIVES)
+    wanted = _get(body, "logprobs", bool, False)
+    if body.get("top_logprobs") is not None and not wanted:
+        raise BadRequest("top_logprobs", "top_logprobs needs logprobs=true.")
+    return _integer(body, "top_logprobs", 0, 0, ALTERNATIVES) if wanted else None
+
+
+def _prompts(body, tokenizer, vocab_size):
+    prompt = body.get("prompt")
+    texts = [prompt] if isinstance(prompt, str) else prompt
+    if isinstance(texts, list) and texts and all(type(t) is int for t in texts):
+        texts = [texts]
+    if not isinstance(texts, list) or not texts:
+        raise BadRequest("prompt", "prompt must be a string, a list of strings, or one or more lists of token ids.")
+    out = []
+    for text in texts:
+        if isinstance(text, str):
+            out.append([tokenizer.bos, *tokenizer.encode(_utf8("prompt", text))])
+        elif isinstance(text, list) and text and all(type(t) is int and 0 <= t < vocab_size for t in text):
+            out.append(text)
+        else:
+            raise BadRequest("prompt", f"prompt: {str(text)[:40]!r} is neither a string nor a list of token ids in "
+                             f"[0, {vocab_size}).")
+    return out
+
+
+def _chat(body, tokenizer):
+    """Roles are DeepSeek's tokens where the tokenizer has them; a model without them continues the plain text."""
+    messages = body.get("messages")
+    if not isinstance(messages, list) or not messages:
+        raise BadRequest("messages", "messages must be a list of one or more messages.")
+    backend = tokenizer.backend
+    ids, plain = [tokenizer.bos], []
+    for i, message in enumerate(messages):
+        content, role = (message.get(k) for k in ("content", "role")) if isinstance(message, dict) else (None, None)
+        if isinstance(content, list) and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in content):
+            content = "".join(part["text"] for part in content)
+        if role not in ROLES or not isinstance(content, str):
+            raise BadRequest(f"messages[{i}]",
+                             f"messages[{i}] needs a role ({', '.join(ROLES)}) and a text as content.")
+        content = _utf8(f"messages[{i}]", content)
+        ids += [t for t in [backend.token_to_id(ROLES[role] or "")] if t is not None] + tokenizer.encode(content)
+        ids += [tokenizer.eos] if role == "assistant" else []
+        plain.append(content)
+    answer = backend.token_to_id(ROLES["assistant"])
+    if answer is None:
+        return [[tokenizer.bos, *tokenizer.encode("\n".join(plain))]]
+    return [ids + [answer]]
+
+
+def _utf8(field, text):
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise BadRequest(field, f"{field} holds half a character (a lone surrogate); send valid Unicode.") from None
+    return text

@@ -1,0 +1,90 @@
+"""The latent cache (report section 2.1.1): per token and layer the normed latent c and the rotated key k_pe, no more.
+
+Rows lie in pages of a fixed number of tokens, `pages_PSX` per layer; a sequence owns a table of page numbers, so that
+it grows without a copy and shares the pages of a common prefix. Page 0 belongs to nobody: what must not be kept is
+written there. A row is kept as numbers, or in the 656 bytes of FlashMLA's FP8 layout at kv rank 512:
+
+    512 E4M3 values | 4 float32 scales, one for 128 values | 64 bfloat16 rotary values, which are too exact for FP8
+"""
+
+import chex
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from deepseek_jax.config import ConfigError, ModelConfig
+
+TILE = 128
+FORMATS = ("float64", "float32", "bfloat16", "fp8")
+
+
+def row_shape(cfg: ModelConfig, kind: str):
+    """(length, dtype) of one token's row in one layer."""
+    C, R = cfg.kv_rank, cfg.rope_head_dim
+    if kind not in FORMATS:
+        raise ConfigError(f"a cache of {kind!r} is unknown; take one of {', '.join(FORMATS)}.")
+    return (C + 4 * -(-C // TILE) + 2 * R, jnp.uint8) if kind == "fp8" else (C + R, jnp.dtype(kind))
+
+
+def bytes_per_token(cfg: ModelConfig, kind: str, mtp: int = 0) -> int:
+    """Bytes of one token in all layers, and in `mtp` MTP modules, which have an attention of their own."""
+    length, dtype = row_shape(cfg, kind)
+    return (cfg.num_layers + mtp) * length * jnp.dtype(dtype).itemsize
+
+
+def make(cfg: ModelConfig, kind: str, pages: int, page_size: int, mtp: int = 0):
+    """An empty cache: one array [pages, page_size, row] for each layer, then one for each MTP module."""
+    length, dtype = row_shape(cfg, kind)
+    return tuple(jnp.zeros((pages, page_size, length), dtype) for _ in range(cfg.num_layers + mtp))
+
+
+def pack(kind: str, c_BTC, k_pe_BTR):
+    """Rows [B, T, X] as they are kept."""
+    if kind != "fp8":
+        return jnp.concatenate([c_BTC, k_pe_BTR], axis=-1).astype(kind)
+    C = c_BTC.shape[-1]
+    tiles = jnp.pad(c_BTC.astype(jnp.float32), ((0, 0), (0, 0), (0, -C % TILE)))
+    tiles = tiles.reshape(*tiles.shape[:2], -1, TILE)
+    scale = jnp.maximum(jnp.abs(tiles).max(axis=-1, keepdims=True), 1e-4) / 448
+    values = (tiles / scale).astype(jnp.float8_e4m3fn).reshape(*tiles.shape[:2], -1)[..., :C]
+    parts = values, scale[..., 0], k_pe_BTR.astype(jnp.bfloat16)
+    return jnp.concatenate([_bytes(x) for x in parts], axis=-1)
+
+
+def unpack(cfg: ModelConfig, kind: str, rows_BSX):
+    """[c | k_pe] as the model's numbers, [B, S, C + R]."""
+    if kind != "fp8":
+        return rows_BSX.astype(cfg.dtype)
+    C, tiles = cfg.kv_rank, -(-cfg.kv_rank // TILE)
+    values, scale, k_pe = jnp.split(rows_BSX, [C, C + 4 * tiles], axis=-1)
+    scale = jnp.repeat(_numbers(scale, jnp.float32), TILE, axis=-1)[..., :C]
+    c = _numbers(values, jnp.float8_e4m3fn).astype(jnp.float32) * scale
+    return jnp.concatenate([c.astype(cfg.dtype), _numbers(k_pe, jnp.bfloat16).astype(cfg.dtype)], axis=-1)
+
+
+def _bytes(x):
+    raw = lax.bitcast_convert_type(x, jnp.uint8)
+    return raw.reshape(*x.shape[:2], -1)
+
+
+def _numbers(raw, dtype):
+    size = jnp.dtype(dtype).itemsize
+    return lax.bitcast_convert_type(raw.reshape(*raw.shape[:2], -1, size) if size > 1 else raw, dtype)
+
+
+def write(pages_PSX, rows_BTX, page_BT, offset_BT):
+    """Puts each row at its place; page 0 takes what is to be forgotten."""
+    chex.assert_equal_shape_prefix([rows_BTX, page_BT, offset_BT], 2)
+    return pages_PSX.at[page_BT, offset_BT].set(rows_BTX)
+
+
+def places(table_BP, position_BT, valid_BT, page_size: int):
+    """(page, offset) of each position of each sequence; (0, .) where it is not valid."""
+    page_BT = jnp.take_along_axis(table_BP, position_BT // page_size, axis=1, mode="clip")
+    return jnp.where(valid_BT, page_BT, 0), position_BT % page_size
+
+
+def read(pages_PSX, table_BP):
+    """Rows [B, P * page_size, X] of the pages in each table, in order."""
+    rows = pages_PSX[table_BP]
+    return jax.lax.collapse(rows, 1, 3)

@@ -1,0 +1,363 @@
+"""Continuous batching: sequences join and leave at any step, and share the pages of a common prefix.
+
+First come, first served. A sequence is admitted when there is a slot and all the pages that it could ever need, so
+that none that runs is ever stopped for want of room. Each `step` reads at most one chunk of one prompt, then runs all
+others on: a long prompt delays the running streams by one chunk at a time.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import math
+import threading
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from deepseek_jax.config import ConfigError, ModelConfig
+from deepseek_jax.serving import cache as latents
+from deepseek_jax.serving import decode as programs
+from deepseek_jax.serving.network import Reach, prepare
+from deepseek_jax.serving.pages import Pages, digests
+from deepseek_jax.serving.placement import Placement, apply
+from deepseek_jax.serving.sampling import Sampling
+from deepseek_jax.serving.speculative import no_drafts
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What is asked for. Sampling as in `sampling.Sampling`; a token of `stop_tokens` ends it and is left out."""
+
+    prompt: tuple[int, ...]
+    max_new_tokens: int
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+    stream: int = 0
+    stop_tokens: frozenset[int] = frozenset()
+    logprobs: bool = False
+
+
+class Token(NamedTuple):
+    """A new token. `draft`: "accepted", or "rejected" (another was drafted in its place), or "none"."""
+
+    id: int
+    draft: str
+    logprob: float = 0.0
+    best: tuple[tuple[int, float], ...] = ()  # the likeliest tokens here and their logprobs, if asked for
+
+
+class Sequence:
+    """A request under way. `finish` is None until it ends: "stop", "length" or "cancelled"."""
+
+    def __init__(self, request: Request, listen: Callable[[Sequence, list[Token]], bool] | None):
+        self.request, self.listen = request, listen
+        self.tokens = list(request.prompt)
+        self.made: list[Token] = []
+        self.finish: str | None = None
+        self.cancelled = False
+        self.drafted = self.accepted = self.steps = 0
+        self.slot = -1
+        self.fresh = True  # the drafts in its slot are not its own yet
+        self.filled = 0  # positions in the cache
+        self.pages: list[int] = []
+        self.promised = 0
+        self.registered, self.digest = 0, b""  # whole pages that others can find, and the digest of the last
+        self.reused = 0  # tokens of the prompt that were found in the cache
+
+    @property
+    def limit(self) -> int:
+        """The position at which it ends: the last token is never fed."""
+        return len(self.request.prompt) + self.request.max_new_tokens - 1
+
+
+class Engine:
+    """Generation for one model. `step` is for one thread; `submit` and `cancel` are for any.
+
+    Args:
+      max_sequences: sequences that run at once.
+      max_length: tokens of prompt and continuation together, rounded up to whole pages.
+      depth: tokens drafted in each step, by the MTP modules; 0: plain decoding.
+      pages: of the cache; None: as many as max_sequences of full length need.
+      cache: how latents are kept: float32, bfloat16 or fp8; None: as the model computes.
+      chunk: most tokens of a prompt read in one step.
+      most_steps: decoding steps run at once while nobody waits: streams are heard that often.
+    """
+
+    def __init__(self, cfg: ModelConfig, variables, max_sequences: int = 8, max_length: int = 2048, depth: int = 0,
+                 pages: int | None = None, page_size: int = 32, cache: str | None = None, chunk: int = 256,
+                 most_steps: int = 8):
+        if depth and not cfg.mtp_depth:
+            raise ConfigError("this model has no MTP module (model.mtp_depth=0), so there is nothing to draft with; "
+                              "leave speculative decoding away.")
+        self.cfg, self.depth, self.max_sequences = cfg, depth, max_sequences
+        self.modules = min(depth, cfg.mtp_depth)
+        width = -(-max_length // page_size)
+        self.max_length = width * page_size
+        self.pool = Pages(width * max_sequences if pages is None else pages, page_size)
+        self.reach = Reach(cache or cfg.dtype, page_size, _widths(width, page_size))
+        self.chunks = tuple(sorted({min(c, chunk) for c in (16, 64, chunk)}))
+        self.most_steps = most_steps
+        self.weights = prepare(cfg, variables, self.modules)
+        self._cache = latents.make(cfg, self.reach.kind, self.pool.total + 1, page_size, self.modules)
+        self._drafts = no_drafts(cfg, max_sequences + 1, depth)  # the last slot fills up batches
+        self._slots = list(range(max_sequences - 1, -1, -1))
+        self.waiting: collections.deque[Sequence] = collections.deque()
+        self.reading: list[Sequence] = []
+        self.running: list[Sequence] = []
+        self.loads_LE = np.zeros((cfg.num_moe_layers, cfg.num_experts), np.int64)
+        self.totals = collections.Counter()  # tokens, drafted, accepted, steps, prompt_tokens, reused_tokens
+        self._news = threading.Condition()
+
+    def submit(self, request: Request, listen=None) -> Sequence:
+        """Queues a request. `listen(sequence, new tokens)` is called from `step`; what it returns ends the sequence.
+
+        It is called once more, without tokens, when the sequence has ended. Raises ConfigError.
+        """
+        check(self.cfg, request)
+        if len(request.prompt) + request.max_new_tokens > self.max_length:
+            raise ConfigError(f"a prompt of {len(request.prompt)} tokens and {request.max_new_tokens} new ones are "
+                              f"more than the {self.max_length} that this engine holds.")
+        sequence = Sequence(request, listen)
+        if self.pool.pages_of(sequence.limit) > self.pool.total:
+            raise ConfigError(f"{sequence.limit} tokens need more than the {self.pool.total} pages of the cache.")
+        with self._news:
+            self.waiting.append(sequence)
+            self._news.notify_all()
+        return sequence
+
+    def cancel(self, sequence: Sequence):
+        """Ends a sequence before the next step."""
+        with self._news:
+            sequence.cancelled = True
+            self._news.notify_all()
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.waiting or self.reading or self.running)
+
+    def wait(self, timeout: float | None = None):
+        """Sleeps until there is something to do."""
+        with self._news:
+            self._news.wait_for(lambda: self.busy, timeout)
+
+    def run(self):
+        """Steps until everything submitted has ended."""
+        while self.busy:
+            self.step()
+
+    def step(self):
+        """Ends what was cancelled, admits who fits, reads one chunk of a prompt, runs all others on."""
+        for sequence in [s for s in (*self.waiting, *self.reading, *self.running) if s.cancelled]:
+            self._end(sequence, "cancelled")
+        self._admit()
+        if self.reading:
+            self._read(self.reading[0])
+        if self.running:
+            self._decode()
+
+    def warm_up(self):
+        """Compiles every program that any mix of requests can need."""
+        for length in self.chunks:
+            self._prefill(length, [], 0, 0, 0, self.max_sequences, np.zeros(self.reach.widths[-1], np.int32))
+        for size in _buckets(self.max_sequences):
+            self._run([], size, 1, True)
+
+    def place(self, placement: Placement):
+        """Lays the experts out as planned, replicas included. Shapes change: the next steps compile anew."""
+        self.weights = apply(self.weights, placement)
+
+    def live_bytes(self) -> int:
+        """Bytes of the pages that sequences own."""
+        row = sum(math.prod(pages.shape[2:]) * pages.dtype.itemsize for pages in self._cache)
+        return self.pool.owned * self.pool.page_size * row
+
+    def _admit(self):
+        while self.waiting and self._slots:
+            sequence = self.waiting[0]
+            prompt, size = sequence.request.prompt, self.pool.page_size
+            # The last token is always fed; where a second module drafts, the one before it is read again for it.
+            shared = self.pool.find(prompt)[:(len(prompt) - 1 - max(0, self.modules - 1)) // size]
+            needed = self.pool.pages_of(sequence.limit) - len(shared)
+            if needed + sum(map(self.pool.idle, shared)) > self.pool.available:
+                return
+            for page in shared:
+                self.pool.share(page)
+            self.pool.promise(needed)
+            with self._news:
+                self.waiting.popleft()
+            sequence.pages, sequence.promised = shared, needed
+            sequence.slot, sequence.fresh = self._slots.pop(), True
+            sequence.filled = sequence.reused = len(shared) * size
+            sequence.registered = len(shared)
+            sequence.digest = [b"", *digests(prompt[:sequence.filled], size)][-1]
+            self.totals["reused_tokens"] += sequence.reused
+            if sequence.request.max_new_tokens == 0:
+                self._end(sequence, "length")
+            elif sequence.filled < len(prompt) - 1:
+                self.reading.append(sequence)
+            else:
+                self.running.append(sequence)
+
+    def _read(self, sequence: Sequence):
+        """One chunk of a prompt."""
+        prompt, start = sequence.request.prompt, sequence.filled
+        count = min(len(prompt) - 1 - start, self.chunks[-1])
+        self._grow(sequence, start + count)
+        self._prefill(next(c for c in self.chunks if c >= count), prompt, start, count, len(prompt), sequence.slot,
+                      self._table(sequence))
+        sequence.filled += count
+        self.totals["prompt_tokens"] += count
+        if sequence.filled == len(prompt) - 1:
+            self.reading.remove(sequence)
+            self.running.append(sequence)
+        self._register(sequence)
+
+    def _prefill(self, length, prompt, start, count, known, slot, table_P):
+        tokens_X = np.zeros(length + self.modules, np.int32)
+        piece = prompt[start:start + count + self.modules]
+        tokens_X[:len(piece)] = piece
+        one = lambda x: np.array([x], np.int32)
+        self._cache, self._drafts, counts_LE = programs.prefill(
+            self.cfg, self.reach, self.weights, self._cache, self._drafts, tokens_X[None], one(start), one(count),
+            one(known), one(slot), table_P[None])
+        self.loads_LE += np.asarray(counts_LE)
+
+    def _decode(self):
+        """Some steps of everybody who is past the prompt."""
+        left = [s.limit + 1 - len(s.tokens) for s in self.running]
+        steps = min(self.most_steps, max(left))
+        if self.reading:
+            steps = 1
+        elif self.waiting:
+            steps = min(steps, min(left))
+        batch = list(self.running)
+        for sequence in batch:
+            self._grow(sequence, min(sequence.limit, len(sequence.tokens) - 1 + steps * (self.depth + 1)))
+        size = next(b for b in _buckets(self.max_sequences) if b >= len(batch))
+        made = self._run(batch, size, steps, any(s.request.logprobs for s in batch))
+        self.totals["steps"] += steps
+        for b, sequence in enumerate(batch):
+            sequence.fresh = False
+            self._take(sequence, b, made, steps)
+
+    def _run(self, batch, size, steps, logprobs):
+        """Calls the compiled program on a batch filled up to `size`; results as NumPy arrays."""
+        of = lambda get, dtype, fill=0: np.array([get(s) for s in batch] + [fill] * (size - len(batch)), dtype)
+        tables = np.zeros((size, self.reach.widths[-1]), np.int32)
+        for row, sequence in zip(tables, batch):
+            row[:len(sequence.pages)] = sequence.pages
+        rows = programs.Batch(
+            slot_B=of(lambda s: s.slot, np.int32, self.max_sequences), token_B=of(lambda s: s.tokens[-1], np.int32),
+            position_B=of(lambda s: len(s.tokens) - 1, np.int32), limit_B=of(lambda s: s.limit, np.int32),
+            fresh_B=of(lambda s: s.fresh, bool, True), table_BP=tables)
+        asked = Sampling(*(of(lambda s, name=name: getattr(s.request, name), dtype, fill) for name, dtype, fill in (
+            ("temperature", np.float32, 0), ("top_k", np.int32, 0), ("top_p", np.float32, 1), ("seed", np.uint32, 0),
+            ("stream", np.uint32, 0))))
+        self._cache, self._drafts, made = programs.decode(
+            self.cfg, self.reach, self.most_steps, self.weights, self._cache, self._drafts, rows, asked,
+            np.int32(steps), np.bool_(logprobs))
+        made = made._replace(**{name: x if logprobs else None for name, x in made._asdict().items() if "prob" in name})
+        made = programs.Steps(*(None if x is None else np.asarray(x) for x in made))
+        self.loads_LE += made.counts_LE
+        return made
+
+    def _take(self, sequence: Sequence, b: int, made, steps: int):
+        """Hands a sequence what was made for it, up to where it stops."""
+        request, new, finish = sequence.request, [], None
+        for n in range(steps):
+            count, drafted, accepted = (int(x[n, b]) for x in (made.count_NB, made.drafted_NB, made.accepted_NB))
+            sequence.steps += count > 0
+            sequence.drafted, sequence.accepted = sequence.drafted + drafted, sequence.accepted + accepted
+            for t in range(count):
+                token = int(made.tokens_NBT[n, b, t])
+                if token in request.stop_tokens:
+                    finish = "stop"
+                    break
+                draft = "accepted" if t < accepted else "rejected" if t < drafted else "none"
+                said = ()
+                if request.logprobs:
+                    best = zip(made.best_NBTX[n, b, t].tolist(), made.best_logprob_NBTX[n, b, t].tolist())
+                    said = float(made.logprob_NBT[n, b, t]), tuple(best)
+                new.append(Token(token, draft, *said))
+                sequence.tokens.append(token)
+            self.totals["drafted"] += drafted
+            self.totals["accepted"] += accepted
+            if finish:
+                break
+        if finish is None and len(sequence.tokens) > sequence.limit:
+            finish = "length"
+        self.totals["tokens"] += len(new)
+        sequence.made += new
+        self._register(sequence)
+        if new and sequence.listen is not None and sequence.listen(sequence, new):
+            finish = "stop"
+        if finish:
+            self._end(sequence, finish)
+
+    def _end(self, sequence: Sequence, finish: str):
+        """Gives back everything that a sequence holds."""
+        for queue in (self.waiting, self.reading, self.running):
+            if sequence in queue:
+                with self._news:
+                    queue.remove(sequence)
+        for page in reversed(sequence.pages):  # the end of a prefix is forgotten before its beginning
+            self.pool.release(page)
+        self.pool.break_promise(sequence.promised)
+        sequence.pages, sequence.promised = [], 0
+        if sequence.slot >= 0:
+            self._slots.append(sequence.slot)
+            sequence.slot = -1
+        sequence.finish = finish
+        if sequence.listen is not None:
+            sequence.listen(sequence, [])
+
+    def _grow(self, sequence: Sequence, positions: int):
+        """Takes the pages that the first `positions` positions need."""
+        while len(sequence.pages) < self.pool.pages_of(positions):
+            sequence.pages.append(self.pool.take())
+            sequence.promised -= 1
+
+    def _table(self, sequence: Sequence):
+        table_P = np.zeros(self.reach.widths[-1], np.int32)
+        table_P[:len(sequence.pages)] = sequence.pages
+        return table_P
+
+    def _register(self, sequence: Sequence):
+        """Lets others find the pages whose every latent is final: those of module k look k tokens ahead."""
+        size = self.pool.page_size
+        final = min(sequence.filled if sequence in self.reading else math.inf,
+                    len(sequence.tokens) - max(1, self.modules))
+        while (sequence.registered + 1) * size <= final:
+            start = sequence.registered * size
+            (sequence.digest,) = digests(sequence.tokens[start:start + size], size, sequence.digest)
+            self.pool.register(sequence.pages[sequence.registered], sequence.digest)
+            sequence.registered += 1
+
+
+def check(cfg: ModelConfig, request: Request):
+    """Raises ConfigError, naming the field, for what no engine of this model could do."""
+    r = request
+    if not r.prompt or not all(0 <= t < cfg.vocab_size for t in r.prompt):
+        raise ConfigError(f"a prompt must hold at least one token id, each in [0, {cfg.vocab_size}).")
+    if r.max_new_tokens < 0 or not 0 <= r.temperature < math.inf:
+        raise ConfigError(f"max_new_tokens={r.max_new_tokens}, temperature={r.temperature}: neither can be negative, "
+                          "or infinite.")
+    if r.top_k < 0 or not 0 < r.top_p <= 1:
+        raise ConfigError(f"top_k={r.top_k} cannot be negative, and top_p={r.top_p} must lie in (0, 1].")
+    if not 0 <= r.seed < 2**32:
+        raise ConfigError(f"seed={r.seed} must lie in [0, 2^32).")
+
+
+def _buckets(most: int) -> list[int]:
+    """Batch sizes that are compiled: powers of two, and the largest."""
+    return sorted({min(1 << i, most) for i in range(most.bit_length() + 1)})
+
+
+def _widths(pages: int, page_size: int) -> tuple[int, ...]:
+    """Lengths of table that attention is compiled for: about 64 tokens, then doubling."""
+    first = max(1, 64 // page_size)
+    return tuple(sorted({min(first << i, pages) for i in range(pages.bit_length() + 1)}))

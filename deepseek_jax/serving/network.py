@@ -1,0 +1,192 @@
+"""The network as decoding sees it: absorbed attention over the latent cache, experts for few tokens (section 2.1).
+
+Absorbed MLA never forms keys and values. Both up-projections move to the query's side, and all heads share the cached
+latent, so that a token of context costs kv_rank + rope_head_dim numbers to read:
+
+    q~ = q_nope W_UK    score = q~ c + q_pe k_pe    o = (softmax(score) c) W_UV
+
+Everything else is the model's own: these are functions of arrays, over weights that `prepare` lays out once.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from deepseek_jax.config import ModelConfig
+from deepseek_jax.model import experts, mtp
+from deepseek_jax.model import router as routing
+from deepseek_jax.model.attention import project
+from deepseek_jax.model.layers import ffn, linear, rms_norm, wide
+from deepseek_jax.model.rope import rope_table, softmax_scale
+from deepseek_jax.serving import cache as latents
+
+
+class Rows(NamedTuple):
+    """Where the T tokens of each of B sequences stand."""
+
+    position_BT: jax.Array  # int32
+    valid_BT: jax.Array  # bool; what is not valid leaves no trace in the cache
+    table_BP: jax.Array  # int32, each sequence's pages in order
+
+
+class Reach(NamedTuple):
+    """Static: how the cache is kept, and how many pages attention may look at. The smallest sufficient one runs."""
+
+    kind: str
+    page_size: int
+    widths: tuple[int, ...]  # ascending; the last is the whole table
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2))
+def prepare(cfg: ModelConfig, variables, modules: int = 0):
+    """The variables laid out for decoding: a tree per layer, W_UK and W_UV apart, products in cfg.dtype.
+
+    Args:
+      modules: MTP modules to take along.
+    """
+    params, router = variables["params"], variables.get("router", {})
+    layers = []
+    for name, count in (("dense_layers", cfg.num_dense_layers), ("layers", cfg.num_moe_layers)):
+        for i in range(count):
+            bias_E = router["bias"][i] if name == "layers" and cfg.has_router_bias else None
+            layers.append(_layer(cfg, jax.tree.map(lambda x, i=i: x[i], params[name]), bias_E))
+    depths = []
+    for k in range(modules):
+        module = params[f"mtp_{k + 1}"]
+        bias_E = router["mtp_bias"][k] if cfg.has_router_bias else None
+        depths.append({"block": _layer(cfg, module["block"], bias_E), "norm": module["norm"]["scale"],
+                       "embedding_norm": module["embedding_norm"]["scale"],
+                       "hidden_norm": module["hidden_norm"]["scale"],
+                       "projection": module["projection"].astype(cfg.dtype)})
+    return {"embedding": params["embedding"].astype(cfg.dtype), "head": params["head"].astype(cfg.dtype),
+            "norm": params["norm"]["scale"], "layers": tuple(layers), "mtp": tuple(depths)}
+
+
+def _layer(cfg, p, bias_E):
+    narrow = functools.partial(jax.tree.map, lambda x: x.astype(cfg.dtype))
+    attention = dict(p["attention"])
+    kv_b = attention.pop("kv_b").astype(cfg.dtype)
+    norms = {name: attention.pop(name)["scale"] for name in ("q_norm", "kv_norm") if name in attention}
+    attention = narrow(attention) | norms | {
+        "k_up_HNC": kv_b[..., :cfg.nope_head_dim].transpose(1, 2, 0), "v_up_HCV": kv_b[..., cfg.nope_head_dim:]
+        .transpose(1, 0, 2), "o": attention["o"].astype(cfg.dtype).reshape(-1, cfg.d_model)}
+    out = {"attention": attention, "attention_norm": p["attention_norm"]["scale"], "ffn_norm": p["ffn_norm"]["scale"],
+           "ffn": narrow({name: w for name, w in p["ffn"].items() if name != "router"})}
+    if "router" in p["ffn"]:
+        out |= {"router": p["ffn"]["router"]["weight"], "bias": bias_E}
+    return out
+
+
+def einsum(equation, a, b):
+    """Accumulated wide. XLA:CPU has no batched bfloat16 product of strided operands into float32: it widens first."""
+    f32 = wide(a.dtype)
+    return lax.platform_dependent(
+        a, b, cpu=lambda a, b: jnp.einsum(equation, a.astype(f32), b.astype(f32)),
+        default=lambda a, b: jnp.einsum(equation, a, b, preferred_element_type=f32))
+
+
+def attention(cfg: ModelConfig, reach: Reach, w, x_BTD, rope, pages_PSX, rows: Rows):
+    """Absorbed MLA. Returns its output [B, T, D] and the layer's pages, with the latents of these tokens in them."""
+    norm = lambda name: lambda x: rms_norm(x, w[name], cfg.norm_eps)
+    q_BTHA, c_BTC, k_pe_BTR = project(cfg, x_BTD, rope, w, norm("q_norm"), norm("kv_norm"))
+    page_BT, offset_BT = latents.places(rows.table_BP, rows.position_BT, rows.valid_BT, reach.page_size)
+    pages_PSX = latents.write(pages_PSX, latents.pack(reach.kind, c_BTC, k_pe_BTR), page_BT, offset_BT)
+    N, C = cfg.nope_head_dim, cfg.kv_rank
+    q_BTHC = einsum("BTHN,HNC->BTHC", q_BTHA[..., :N], w["k_up_HNC"])
+    q_BTHX = jnp.concatenate([q_BTHC.astype(cfg.dtype), q_BTHA[..., N:]], axis=-1)
+
+    def attend(width, q_BTHX, pages_PSX, rows):
+        rows_BSX = latents.unpack(cfg, reach.kind, latents.read(pages_PSX, rows.table_BP[:, :width]))
+        s_BTHS = einsum("BTHX,BSX->BTHS", q_BTHX, rows_BSX) * softmax_scale(cfg)
+        seen_BTS = jnp.arange(rows_BSX.shape[1])[None, None] <= rows.position_BT[:, :, None]
+        p_BTHS = jax.nn.softmax(jnp.where(seen_BTS[:, :, None], s_BTHS, -jnp.inf), axis=-1)
+        return einsum("BTHS,BSC->BTHC", p_BTHS.astype(cfg.dtype), rows_BSX[..., :C])
+
+    needed = jnp.where(rows.valid_BT, rows.position_BT, 0).max() // reach.page_size
+    branch = jnp.searchsorted(jnp.array(reach.widths), needed, side="right")
+    o_BTHC = lax.switch(branch, [functools.partial(attend, width) for width in reach.widths], q_BTHX, pages_PSX, rows)
+    o_BTHV = einsum("BTHC,HCV->BTHV", o_BTHC.astype(cfg.dtype), w["v_up_HCV"])
+    return linear(o_BTHV.astype(cfg.dtype).reshape(*o_BTHV.shape[:2], -1), w["o"]), pages_PSX
+
+
+def tiles_in_turn(x_ND, chosen_NK, gates_NK, gate_EDF, up_EDF, down_EFD):
+    """sum over k of gates[n, k] * FFN of chosen[n, k], [N, D], reading the weights of the chosen experts alone.
+
+    As in training, tokens are sorted by expert into tiles; here a loop takes the tiles that are not empty, one by one,
+    through all three products. Few tokens leave most experts out, and no weight is copied.
+    """
+    (N, K), E = chosen_NK.shape, gate_EDF.shape[0]
+    # Twice the mean load: small batches read each expert once, large ones waste little on the last tile of each.
+    height = min(1 << (max(2 * N * K // E, 1).bit_length() - 1), 32)
+    p = experts.plan(chosen_NK, E, height)
+    x_RD, end_E = experts.to_rows(x_ND, p), jnp.cumsum(p.sizes_E) // height
+
+    def tile(t, y_RD):
+        e = jnp.searchsorted(end_E, t, side="right")
+        gate, up, down = (lax.dynamic_index_in_dim(w, e, keepdims=False) for w in (gate_EDF, up_EDF, down_EFD))
+        y_MD = ffn(lax.dynamic_slice_in_dim(x_RD, t * height, height), gate, up, down)
+        return lax.dynamic_update_slice_in_dim(y_RD, y_MD, t * height, 0)
+
+    return experts.combine(lax.fori_loop(0, end_E[-1], tile, jnp.zeros_like(x_RD)), gates_NK, p)
+
+
+def moe(cfg: ModelConfig, w, x_BTD, valid_BT):
+    """Routed and shared experts; also how many valid tokens chose each expert, int32 [E]."""
+    x_ND = x_BTD.reshape(-1, cfg.d_model)
+    scores_NE, chosen_NK = routing.route(cfg, x_ND, w["router"], w["bias"])
+    f = w["ffn"]
+    place_NK = chosen_NK
+    if "places" in w:  # experts with replicas (placement.py): a token's row decides between them
+        table_EX, count_E = w["places"]["table_EX"], w["places"]["count_E"]
+        place_NK = table_EX[chosen_NK, jnp.arange(chosen_NK.shape[0])[:, None] % count_E[chosen_NK]]
+    y_ND = tiles_in_turn(x_ND, place_NK, routing.gates(cfg, scores_NE, chosen_NK), f["gate"], f["up"], f["down"])
+    if cfg.num_shared_experts:
+        shared = f["shared"]
+        y_ND = y_ND + ffn(x_ND, shared["gate"], shared["up"], shared["down"])
+    chosen_NK = jnp.where(valid_BT.reshape(-1, 1), chosen_NK, cfg.num_experts)  # counted as nobody's
+    return y_ND.reshape(x_BTD.shape), routing.count_choices(chosen_NK, cfg.num_experts)
+
+
+def block(cfg: ModelConfig, reach: Reach, w, x_BTD, rope, pages_PSX, rows: Rows):
+    """One transformer block; counts are None for a dense one."""
+    norm = lambda name: rms_norm(x_BTD, w[name], cfg.norm_eps)
+    y_BTD, pages_PSX = attention(cfg, reach, w["attention"], norm("attention_norm"), rope, pages_PSX, rows)
+    x_BTD = x_BTD + y_BTD
+    if "router" in w:
+        y_BTD, counts_E = moe(cfg, w, norm("ffn_norm"), rows.valid_BT)
+        return x_BTD + y_BTD, pages_PSX, counts_E
+    return x_BTD + ffn(norm("ffn_norm"), *(w["ffn"][name] for name in ("gate", "up", "down"))), pages_PSX, None
+
+
+def forward(cfg: ModelConfig, reach: Reach, weights, cache, tokens_BT, rows: Rows):
+    """The main model on T tokens of each sequence, whose earlier latents are in the cache.
+
+    Returns:
+      hidden states [B, T, D] after the final norm, the cache with these tokens in it, counts int32 [MoE layers, E].
+    """
+    rope = rope_table(cfg, rows.position_BT, wide(cfg.dtype))
+    x_BTD = weights["embedding"][tokens_BT]
+    pages, counts = list(cache), []
+    for i, w in enumerate(weights["layers"]):
+        x_BTD, pages[i], counts_E = block(cfg, reach, w, x_BTD, rope, pages[i], rows)
+        if counts_E is not None:
+            counts.append(counts_E)
+    counts_LE = jnp.stack(counts) if counts else jnp.zeros((0, cfg.num_experts), jnp.int32)
+    return rms_norm(x_BTD, weights["norm"], cfg.norm_eps), tuple(pages), counts_LE
+
+
+def predict_ahead(cfg: ModelConfig, reach: Reach, weights, k: int, cache, hidden_BTD, ahead_BT, rows: Rows):
+    """MTP module k (from 1): position i takes h_{k-1}[i] and token i + k, and its own latents of earlier positions.
+
+    Returns:
+      h_k [B, T, D] after the module's norm, for the shared head; the cache.
+    """
+    w, layer = weights["mtp"][k - 1], cfg.num_layers + k - 1
+    rope = rope_table(cfg, rows.position_BT, wide(cfg.dtype))
+    x_BTD = mtp.join(rms_norm(weights["embedding"][ahead_BT], w["embedding_norm"], cfg.norm_eps),
+                     rms_norm(hidden_BTD, w["hidden_norm"], cfg.norm_eps), w["projection"], cfg.fp8)
+    x_BTD, pages, _ = block(cfg, reach, w["block"], x_BTD, rope, cache[layer], rows)
+    return rms_norm(x_BTD, w["norm"], cfg.norm_eps), (*cache[:layer], pages, *cache[layer + 1:])

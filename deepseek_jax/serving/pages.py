@@ -1,0 +1,105 @@
+"""Who owns which page of the cache: plain bookkeeping, no arrays.
+
+A page is free, owned by one or more sequences (counted), or kept: owned by nobody, but holding a prefix that a later
+prompt may begin with, until its room is needed. A prefix is known by the digest of all its tokens, page by page.
+"""
+
+from __future__ import annotations
+
+import collections
+import hashlib
+
+import numpy as np
+
+
+class Pages:
+    """`total` pages of `page_size` tokens, numbered from 1: page 0 belongs to nobody."""
+
+    def __init__(self, total: int, page_size: int):
+        self.total, self.page_size = total, page_size
+        self._free = list(range(total, 0, -1))
+        self._owners = collections.Counter()
+        self._kept = collections.OrderedDict()  # page -> digest; the longest unused first
+        self._page_of = {}  # digest -> page
+        self._digest_of = {}  # page -> digest, owned or kept
+        self.promised = 0  # pages that sequences may still take
+
+    @property
+    def available(self) -> int:
+        """Pages that nobody owns and nobody was promised."""
+        return len(self._free) + len(self._kept) - self.promised
+
+    @property
+    def owned(self) -> int:
+        return len(self._owners)
+
+    def pages_of(self, tokens: int) -> int:
+        return -(-tokens // self.page_size)
+
+    def promise(self, count: int):
+        """Sets `count` pages aside for a sequence to `take` as it grows."""
+        if count > self.available:
+            raise ValueError(f"{count} pages were asked for, {self.available} are available.")
+        self.promised += count
+
+    def break_promise(self, count: int):
+        self.promised -= count
+
+    def take(self) -> int:
+        """A page out of those promised."""
+        self.promised -= 1
+        if self._free:
+            page = self._free.pop()
+        else:
+            page, digest = self._kept.popitem(last=False)
+            del self._page_of[digest], self._digest_of[page]
+        self._owners[page] = 1
+        return page
+
+    def share(self, page: int):
+        """One owner more of a page that is owned or kept."""
+        self._kept.pop(page, None)
+        self._owners[page] += 1
+
+    def release(self, page: int):
+        """One owner less. Without owners a page of a known prefix is kept, any other is free."""
+        self._owners[page] -= 1
+        if self._owners[page] == 0:
+            del self._owners[page]
+            if page in self._digest_of:
+                self._kept[page] = self._digest_of[page]
+            else:
+                self._free.append(page)
+
+    def register(self, page: int, digest: bytes):
+        """Makes an owned, filled page known as the end of the prefix that has this digest."""
+        if digest not in self._page_of and page not in self._digest_of:
+            self._page_of[digest], self._digest_of[page] = page, digest
+
+    def find(self, tokens) -> list[int]:
+        """The pages of the longest known prefix of `tokens`, whole pages."""
+        found = []
+        for digest in digests(tokens, self.page_size):
+            if digest not in self._page_of:
+                break
+            found.append(self._page_of[digest])
+        return found
+
+    def idle(self, page: int) -> bool:
+        """Whether sharing this page would take it out of the available ones."""
+        return page in self._kept
+
+    def forget(self):
+        """Drops every kept prefix."""
+        while self._kept:
+            page, digest = self._kept.popitem()
+            del self._page_of[digest], self._digest_of[page]
+            self._free.append(page)
+
+
+def digests(tokens, page_size: int, parent: bytes = b""):
+    """One digest for each whole page, of the page and of everything before it."""
+    for start in range(0, len(tokens) - page_size + 1, page_size):
+        page = np.asarray(tokens[start:start + page_size], np.int64).tobytes()
+        parent = hashlib.blake2b(parent + page, digest_size=16).digest()
+        yield parent

@@ -1,0 +1,114 @@
+"""Which device holds which expert (report section 3.4; the EPLB repository): busy experts get a second home.
+
+With as many groups as fit the nodes, a group's experts stay on one node (a token visits few nodes); inside a node the
+busiest experts are duplicated, and the replicas packed onto devices of equal load. Otherwise all devices are one node.
+Plain NumPy on measured loads; `apply` lays weights out as planned, and no output changes by it.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from deepseek_jax.config import ConfigError
+
+
+class Placement(NamedTuple):
+    """expert_LP: the expert that each of P places holds, device by device; E: experts in all."""
+
+    expert_LP: np.ndarray
+    experts: int
+
+    def replicas(self, layer: int):
+        """(places [E, X] of each expert, padded by repetition; how many it has [E])."""
+        places = [np.flatnonzero(self.expert_LP[layer] == e) for e in range(self.experts)]
+        most = max(map(len, places))
+        return (np.stack([np.resize(p, most) for p in places]).astype(np.int32),
+                np.array([len(p) for p in places], np.int32))
+
+
+def plan(loads_LE, places: int, groups: int, nodes: int, devices: int) -> Placement:
+    """Balances measured loads.
+
+    Args:
+      loads_LE: tokens that chose each expert, per MoE layer (the engine's `loads_LE`).
+      places: experts with their replicas, a multiple of `devices`.
+      groups: expert groups of the router; kept whole on a node when they divide evenly among the nodes.
+    Raises:
+      ConfigError: numbers that do not divide, or fewer places than experts.
+    """
+    loads_LE = np.asarray(loads_LE, np.float32)
+    if loads_LE.ndim != 2:
+        raise ConfigError(f"loads of shape {loads_LE.shape} should be [layers, experts].")
+    E = loads_LE.shape[1]
+    if places < E:
+        raise ConfigError(f"places={places} are fewer than the {E} experts.")
+    if places % devices or devices % nodes or E % groups:
+        raise ConfigError(f"places={places} must be a multiple of devices={devices}, those of nodes={nodes}, and the "
+                          f"{E} experts of groups={groups}.")
+    if groups % nodes:
+        groups = nodes = 1
+    return Placement(np.stack([_place(load_E, places, groups, nodes, devices) for load_E in loads_LE]), E)
+
+
+def _place(load_E, places, groups, nodes, devices):
+    E, per_node = len(load_E), places // nodes
+    size = E // groups
+    node_of, rank_of = pack(load_E.reshape(groups, size).sum(axis=1, dtype=np.float32), nodes)
+    order = np.argsort(node_of * (groups // nodes) + rank_of)  # groups, node by node
+    expert_NX = (order[:, None] * size + np.arange(size)).reshape(nodes, -1)
+    out = []
+    for expert_X in expert_NX:
+        load_X = load_E[expert_X]
+        replica_P, count_X = replicate(load_X, per_node)
+        device_of, place_of = pack((load_X / count_X)[replica_P], devices // nodes)
+        order = np.argsort(device_of * (places // devices) + place_of)
+        out.append(expert_X[replica_P[order]])
+    return np.concatenate(out).astype(np.int32)
+
+
+def pack(weight_N, packs: int):
+    """Items to packs of equal size, the heaviest first, each to the lightest pack that is not full.
+
+    Returns (pack, rank inside it) of each item.
+    """
+    N = len(weight_N)
+    if N == packs:
+        return np.arange(N), np.zeros(N, int)
+    pack_of, rank_of, weight, held = np.zeros(N, int), np.zeros(N, int), np.zeros(packs, np.float32), [0] * packs
+    for item in np.argsort(-weight_N, kind="stable"):
+        best = min((p for p in range(packs) if held[p] < N // packs), key=lambda p: weight[p])
+        pack_of[item], rank_of[item] = best, held[best]
+        weight[best] += weight_N[item]
+        held[best] += 1
+    return pack_of, rank_of
+
+
+def replicate(weight_N, places: int):
+    """Duplicates the item of the largest weight per replica until all places are taken.
+
+    Returns (item of each place, replicas of each item).
+    """
+    item_P, count_N = list(range(len(weight_N))), np.ones(len(weight_N), np.float32)
+    while len(item_P) < places:
+        item = int(np.argmax(weight_N / count_N))
+        item_P.append(item)
+        count_N[item] += 1
+    return np.array(item_P), count_N
+
+
+def apply(weights, placement: Placement):
+    """Decoding weights (`network.prepare`) with every MoE layer's experts at their places.
+
+    The router still chooses experts; which replica serves a token is a matter of its row. MTP modules are left alone.
+    """
+    layers, moe = list(weights["layers"]), 0
+    for i, w in enumerate(layers):
+        if "router" in w:
+            expert_P = placement.expert_LP[moe]
+            table_EX, count_E = placement.replicas(moe)
+            placed = {name: w["ffn"][name][expert_P] for name in ("gate", "up", "down")}
+            layers[i] = w | {"ffn": w["ffn"] | placed, "places": {"table_EX": table_EX, "count_E": count_E}}
+            moe += 1
+    if moe != len(placement.expert_LP):
+        raise ConfigError(f"a placement of {len(placement.expert_LP)} layers does not fit {moe} MoE layers.")
+    return weights | {"layers": tuple(layers)}

@@ -1,0 +1,98 @@
+"""Small things on many devices, for the tests of this folder: a mesh, its sizes, a tiny model and its batches."""
+
+import contextlib
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from deepseek_jax.config import BalanceConfig, Config, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
+from deepseek_jax.parallel import mesh as meshes
+from deepseek_jax.training.step import init_state, train_step
+
+QUICKLY = {"xla_backend_optimization_level": 0}
+T, VOCAB = 16, 64
+MODEL = dict(vocab_size=VOCAB, d_model=32, num_layers=2, num_dense_layers=1, num_heads=2, q_rank=12, kv_rank=16,
+             nope_head_dim=8, rope_head_dim=4, v_head_dim=6, dense_ffn_dim=24, expert_ffn_dim=10, num_experts=16,
+             experts_per_token=3, num_groups=4, groups_kept=2, mtp_depth=1, attention_block=8, remat="none",
+             dtype="float64")
+
+
+@functools.cache
+def mesh_of(cfg: MeshConfig):
+    return meshes.make_mesh(cfg, jax.devices()[:cfg.devices])
+
+
+def on(cfg: MeshConfig):
+    """The context that a step of this mesh runs in."""
+    return contextlib.nullcontext() if cfg.devices == 1 else jax.set_mesh(mesh_of(cfg))
+
+
+def config_of(mesh=None, micro_batches=1, steps=20, rows=32, **model):
+    """Losses that weigh so much that leaving one out would show; rates that move biases and weights far."""
+    return Config(
+        model=ModelConfig(**(MODEL | model)), mesh=mesh or MeshConfig(),
+        train=TrainConfig(batch_size=rows, micro_batches=micro_batches, sequence_length=T, steps=steps,
+                          loss_chunk=12),
+        optimizer=OptimizerConfig(learning_rate=1e-2, warmup=0.0, moment_dtype=model.get("dtype", "float64")),
+        balance=BalanceConfig(sequence_loss_weight=0.5, bias_speed=0.01))
+
+
+def batch_of(config, step):
+    """Rows with a pattern to learn; some tokens weigh nothing, and the micro-batches differ in their sums."""
+    rng = np.random.default_rng(step)
+    rows = config.train.batch_size
+    tokens = (rng.integers(0, VOCAB, (rows, 1)) + 3 * np.arange(T + 1)[None]) % VOCAB
+    weights = rng.random((rows, T + 1)) < np.linspace(0.4, 1, rows)[:, None]
+    made = {"tokens": tokens.astype(np.int32), "weights": weights.astype(np.float32),
+            "segment_ids": np.ones_like(tokens, np.int32)}
+    made = {name: x.reshape(config.train.micro_batches, -1, T + 1) for name, x in made.items()}
+    return made | {"active": np.int32(config.train.micro_batches)}
+
+
+def place_batch(config, batch):
+    if config.mesh.devices == 1:
+        return batch
+    mesh = mesh_of(config.mesh)
+    split = {name: PartitionSpec(*[None] * (x.ndim > 2), meshes.DATA) if x.ndim else PartitionSpec()
+             for name, x in batch.items()}
+    return {name: jax.device_put(x, NamedSharding(mesh, split[name])) for name, x in batch.items()}
+
+
+@functools.cache
+def fresh_state(model):
+    """Of one device, as host arrays; made once a model."""
+    config = Config(model=model, optimizer=OptimizerConfig(moment_dtype=model.dtype))
+    return jax.device_get(jax.jit(functools.partial(init_state, config), compiler_options=QUICKLY)())
+
+
+def start(config):
+    """The same fresh state on any mesh, whatever is rematerialized. -> (state, its shardings or None)"""
+    state = fresh_state(dataclasses.replace(config.model, remat="none"))
+    if config.mesh.devices == 1:
+        return jax.tree.map(jnp.asarray, state), None
+    shardings = meshes.master_shardings(state, mesh_of(config.mesh))
+    return jax.device_put(state, shardings), shardings
+
+
+def compiled_step(config):
+    """(state, batch) -> (state, metrics), compiled for the mesh of the config."""
+    state, shardings = start(config)
+    out = {}
+    if shardings is not None:
+        out = dict(out_shardings=(shardings, NamedSharding(mesh_of(config.mesh), PartitionSpec())))
+    with on(config.mesh):
+        return jax.jit(functools.partial(train_step, config), compiler_options=QUICKLY, **out).lower(
+            state, place_batch(config, batch_of(config, 0))).compile()
+
+
+def train(config, steps):
+    """-> (losses, router biases, metrics of the last step)."""
+    run, (state, _), losses = compiled_step(config), start(config), []
+    for step in range(steps):
+        state, metrics = run(state, place_batch(config, batch_of(config, step)))
+        losses.append(float(metrics["loss"]))
+    return np.array(losses), jax.device_get(state.router), jax.device_get(metrics)

@@ -1,0 +1,73 @@
+"""What only accelerators can do, read off programs compiled for H100s that are not here. Needs the extra `aot`."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(importlib.util.find_spec("jax_cuda13_plugin") is None,
+                                                   reason="needs jax-cuda13-plugin and nvidia-cuda-nvcc")]
+
+CODE = '''
+import json, re, sys
+import jax, jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import NamedSharding
+from deepseek_jax.config import MeshConfig, model_config
+from deepseek_jax.model import experts
+from deepseek_jax.parallel import mesh as meshes
+
+H100 = """gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
+  shared_memory_per_core: 233472 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98
+  device_memory_size: 84978434048 shared_memory_per_block_optin: 232448
+  cuda_compute_capability { major: 9 minor: 0 } registers_per_core_limit: 65536 registers_per_block_limit: 65536
+}
+platform_name: "CUDA" dnn_version_info { major: 9 minor: 8 patch: 0 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+devices = topologies.get_topology_desc("h100", platform="cuda", target_config=H100, topology="1x2x8").devices
+cfg = MeshConfig(node=2, local=8, buffers="ragged", capacity=1.5)
+model = model_config("v3_671b", num_experts=64, d_model=1024, expert_ffn_dim=512)
+experts.implementation_here = lambda: "ragged"  # of the machine it is compiled for, not of this one
+mesh = meshes.make_mesh(cfg, devices)
+x = jax.ShapeDtypeStruct((16, 1024, 1024), jnp.bfloat16)
+bias = jax.ShapeDtypeStruct((64,), jnp.float32)
+shapes = jax.eval_shape(experts.MoE(model).init, jax.random.key(0), x, bias)
+lie = lambda path, leaf: NamedSharding(
+    mesh, meshes.place(path.replace("params", "layers/ffn"), leaf.shape, mesh).compute)
+where = (jax.tree.map(lie, meshes.paths(shapes), shapes), NamedSharding(mesh, meshes.spec("batch", None, None)),
+         NamedSharding(mesh, meshes.spec(None)))
+def loss(variables, x, bias):
+    return experts.MoE(model, cfg).apply(variables, x, bias)[0].astype(jnp.float32).sum()
+def compiled(f):
+    with jax.set_mesh(mesh):
+        return jax.jit(f, in_shardings=where).lower(shapes, x, bias).compile(
+            compiler_options={"xla_gpu_enable_latency_hiding_scheduler": True}).as_text()
+forward = compiled(lambda *arguments: experts.MoE(model, cfg).apply(*arguments)[0])
+under_way, hidden = set(), 0
+for line in forward[forward.index("ENTRY"):].splitlines():
+    name = line.split(" = ")[0].strip()
+    if re.search(r"ragged-all-to-all-start[.\\d]* = ", line):
+        under_way.add(name.replace("start", "done"))
+    under_way.discard(name)
+    hidden += bool(under_way) and "shared/dot_general" in line
+count = lambda text: len(re.findall(r"ragged-all-to-all(?:-start)?\\(", text))
+both = compiled(jax.value_and_grad(loss, (0, 1)))
+print(json.dumps({"forward": count(forward), "both": count(both), "hidden": hidden}))
+'''
+
+
+def test_on_h100s_tokens_travel_ragged_and_the_shared_expert_computes_meanwhile():
+    environment = os.environ | {"JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+
+    assert found["forward"] == 8 and found["both"] == 14  # choices, gates, tokens and results, twice; and back
+    assert found["hidden"] >= 2, found

@@ -1,0 +1,157 @@
+"""Meshes: what lies where, that nothing is forgotten or split twice, and mistakes that name what would do."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from deepseek_jax.config import ConfigError, MeshConfig, freeze, load_config, model_config
+from deepseek_jax.model import DeepSeekV3
+from deepseek_jax.parallel import mesh as meshes
+from deepseek_jax.parallel.mesh import abstract_mesh, bytes_per_device, make_mesh, place, spec
+from deepseek_jax.training.checkpoint import Checkpoints
+from deepseek_jax.training.step import init_state
+from tests.parallel.meshes import config_of, fresh_state, mesh_of
+
+REPORT = MeshConfig(pipe=16, replica=2, node=8, local=8)  # the report's 2048 GPUs
+
+
+@pytest.mark.parametrize(
+    ("path", "shape", "compute", "master"),
+    [("params/layers/ffn/gate", (58, 256, 7168, 2048), P(None, ("node", "local"), None, None),
+      P("replica", ("node", "local"), None, None)),
+     ("opt_state/1/mu/layers/attention/q_b", (58, 1536, 128, 192), P(None, None, "tensor", None),
+      P(None, ("replica", "node", "local"), "tensor", None)),
+     ("ema/embedding", (129280, 7168), P("tensor", None), P(("tensor", "replica", "node", "local"), None)),
+     ("params/mtp_1/block/ffn/shared/down", (2048, 7168), P("tensor", None),
+      P(("tensor", "replica", "node", "local"), None)),
+     ("router/bias", (58, 256), P(None, None), P(None, None)),
+     ("opt_state/1/count", (), P(), P()), ("rng", (), P(), P())])
+def test_a_leaf_lies_where_its_dimensions_say(path, shape, compute, master):
+    assert place(path, shape, abstract_mesh(REPORT)) == (compute, master)
+
+
+def test_a_leaf_without_a_rule_is_an_error_that_names_it():
+    for path, shape in (("params/layers/ffn/gates", (2, 8, 4)), ("opt_state/1/mu/layers/attention/q_c", (3, 3)),
+                        ("params/head", (4,))):
+        with pytest.raises(ValueError, match=path):
+            place(path, shape, abstract_mesh(REPORT))
+
+
+def test_two_dimensions_cannot_be_split_over_one_axis():
+    with pytest.raises(ValueError, match=r"split twice over \['local', 'node'\]"):
+        spec("batch", "experts")
+    with pytest.raises(ValueError, match="dimension 'hedas' has no mesh axes"):
+        spec("hedas")
+
+
+@pytest.mark.parametrize("name", ["tiny", "v2_lite_16b", "v3_671b"])
+def test_every_leaf_of_a_training_state_has_a_rule(name):
+    config = freeze({"model": model_config(name), "train": {"ema_decay": 0.9}})
+    state = jax.eval_shape(functools.partial(init_state, config))
+
+    assert len(jax.tree.leaves(meshes.master_shardings(state, abstract_mesh(REPORT)))) == len(jax.tree.leaves(state))
+
+
+def test_on_2048_devices_nothing_that_should_be_split_is_whole():
+    config = load_config("experiments/configs/v3_671b.py")
+    state = jax.eval_shape(functools.partial(init_state, config))
+    mesh, whole = abstract_mesh(REPORT), []
+    leaves = zip(jax.tree.leaves(meshes.paths(state)), jax.tree.leaves(state))
+    for path, leaf in leaves:
+        parts = math.prod(mesh.shape[axis] for entry in place(path, leaf.shape, mesh).master
+                          for axis in meshes.axes_of(entry))
+        if leaf.size > 1_000_000:
+            assert parts == 128, path  # all data ranks; experts by their place, all else by ZeRO-1
+        elif parts == 1:
+            whole += [path]
+    assert {path.rsplit("/", 1)[-1] for path in whole} <= {"bias", "mtp_bias", "step", "rng", "count"}
+    expert = [place(path, leaf.shape, mesh).compute for path, leaf in zip(
+        jax.tree.leaves(meshes.paths(state.params)), jax.tree.leaves(state.params)) if leaf.size > 10**10]
+    assert len(expert) == 3 and all(entry[1] == ("node", "local") for entry in expert)
+
+
+def test_the_table_of_bytes_adds_up_to_the_state():
+    config = load_config("experiments/configs/v3_671b.py")
+    state = jax.eval_shape(functools.partial(init_state, config))
+    table = bytes_per_device(state.params, abstract_mesh(REPORT))
+
+    total = sum(leaf.size * 4 for leaf in jax.tree.leaves(state.params))
+    assert set(table) == {name for name, _ in meshes.GROUPS}
+    assert total / 128 <= sum(row["master"] for row in table.values()) < 1.0001 * total / 128
+    assert table["experts"]["compute"] == 58 * 3 * 4 * 7168 * 2048 * 4  # four experts of each layer
+
+
+@functools.cache
+def traced(mesh):
+    """The forward pass of v3_671b, traced on an abstract mesh."""
+    cfg = model_config("v3_671b")
+    shapes = jax.eval_shape(lambda: DeepSeekV3(cfg).init(jax.random.key(0), jnp.zeros((1, 8), jnp.int32)))
+    with jax.sharding.use_abstract_mesh(abstract_mesh(mesh)):
+        return jax.eval_shape(lambda variables, tokens: DeepSeekV3(cfg, mesh).apply(variables, tokens, logits=False),
+                              shapes, jax.ShapeDtypeStruct((mesh.data_shards, 4096), jnp.int32))
+
+
+def test_the_full_model_traces_on_the_mesh_of_the_report():
+    output = traced(MeshConfig(replica=32, node=8, local=8))
+
+    assert output.hidden_BTD.shape == (2048, 4096, 7168) and output.traffic["computed"].shape == ()
+
+
+# Elastic: a checkpoint of one mesh is read on another.
+
+
+@pytest.mark.parametrize(("saved", "read"), [(MeshConfig(node=2, local=4), MeshConfig(replica=2, local=2, tensor=2)),
+                                             (MeshConfig(replica=2, local=2), MeshConfig()),
+                                             (MeshConfig(), MeshConfig(node=4, local=2))])
+def test_a_checkpoint_of_one_mesh_is_read_on_another_to_the_bit(tmp_path, saved, read):
+    state = fresh_state(config_of(dtype="float32").model)
+    on = lambda cfg: meshes.master_shardings(state, mesh_of(cfg))
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(3, jax.device_put(state, on(saved)) if saved.devices > 1 else state, {})
+    checkpoints.wait()
+    abstract = jax.eval_shape(lambda: state)
+    if read.devices > 1:
+        abstract = jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), abstract, on(read))
+
+    restored, _ = checkpoints.restore(abstract)
+    checkpoints.close()
+
+    bits = lambda x: np.asarray(jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x)
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(bits(a), bits(b)), restored, state)
+    if read.devices > 1:
+        assert jax.tree.map(lambda x: x.sharding, restored) == on(read)
+
+
+# Mistakes.
+
+
+@pytest.mark.parametrize(
+    ("mesh", "complaint"),
+    [(dict(local=4), "is for 4 devices, and 8 are here; take mesh.local=8, or start 4"),
+     (dict(node=3, local=2), "take sizes whose product is 8"),
+     (dict(node=2, local=8), "is for 16 devices, and 8 are here; take mesh.local=4")])
+def test_a_mesh_that_does_not_multiply_to_the_devices_says_what_would(mesh, complaint):
+    with pytest.raises(ConfigError, match=complaint):
+        make_mesh(MeshConfig(**mesh))
+
+
+@pytest.mark.parametrize(
+    ("mesh", "model", "complaint"),
+    [(dict(node=3), {}, r"mesh.node=3 does not divide model.num_groups=4, .* take one of \[1, 2, 4\]"),
+     (dict(node=8), {}, r"mesh.node=8 does not divide model.num_groups=4"),
+     (dict(node=3), dict(num_groups=1, groups_kept=1), r"model.num_experts=16, .* take one of \[1, 2, 4, 8, 16\]"),
+     (dict(node=4, local=8), {}, r"mesh.local=8 does not divide the 4 experts of a node .* \[1, 2, 4\]"),
+     (dict(tensor=3), {}, r"mesh.tensor=3 does not divide model.num_heads=2 and model.vocab_size=64 .* of \[1, 2\]"),
+     (dict(replica=3), {}, r"mesh.local=3 does not divide the 32 sequences .* product of \[1, 2, 4, 8, 16, 32\]"),
+     (dict(local=0), {}, "mesh.local=0 must be positive"),
+     (dict(capacity=-1.0), {}, "mesh.capacity=-1.0 must be positive, or None"),
+     (dict(dispatch="three_hop"), {}, "mesh.dispatch='three_hop' is unknown; take one of 'two_hop', 'flat'")])
+def test_sizes_that_do_not_divide_say_which_would(mesh, model, complaint):
+    with pytest.raises(ConfigError, match=complaint) as error:
+        config_of(MeshConfig(**mesh), **model)
+    assert "\n" not in str(error.value)

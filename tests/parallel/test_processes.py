@@ -1,0 +1,214 @@
+"""Several processes: how they meet and part, what the others do when one is gone, and whole runs of two."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from deepseek_jax.config import ConfigError
+from deepseek_jax.training import processes
+from deepseek_jax.training.metrics import read_metrics
+from deepseek_jax.training.processes import Group, Watch, check
+from tests import runs
+
+
+def free_port():
+    """The first of two neighbouring ports that are free."""
+    while True:
+        with socket.socket() as first, socket.socket() as second:
+            first.bind(("localhost", 0))
+            port = first.getsockname()[1]
+            try:
+                second.bind(("localhost", port + 1))
+                return port
+            except (OSError, OverflowError):
+                continue
+
+
+def watches(count):
+    """The connections of a whole group, in this one process."""
+    address, made = f"localhost:{free_port()}", [None] * count
+
+    def meet(i):
+        made[i] = Watch(Group(address, count, i))
+
+    threads = [threading.Thread(target=meet, args=(i,)) for i in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=20)
+    return made
+
+
+@pytest.fixture
+def left(monkeypatch):
+    """Counts who would have left at once."""
+    times = []
+    monkeypatch.setattr(processes, "_leave_at_once", lambda: times.append(time.monotonic()))
+    return times
+
+
+@pytest.fixture
+def group():
+    made = watches(3)
+    yield made
+    for watch in made:
+        for connection in watch.connections.values():
+            connection.close()
+
+
+def test_processes_that_say_farewell_part_in_peace(left, group, capsys):
+    threads = [threading.Thread(target=watch.part) for watch in reversed(group)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=10)
+
+    assert not any(thread.is_alive() for thread in threads) and not left
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("victim", [0, 2])
+def test_when_one_is_gone_those_connected_to_it_say_so_and_leave(left, group, capsys, victim):
+    for connection in group[victim].connections.values():
+        connection.shutdown(socket.SHUT_RDWR)  # as the kernel does when a process ends
+    deadline = time.monotonic() + 10
+    while len(left) < (2 if victim == 0 else 1) and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+    said = capsys.readouterr().err
+    assert f"error: process {victim} of 3 has ended" in said and "from its last checkpoint" in said
+    assert left
+
+
+@pytest.mark.parametrize(
+    ("group", "complaint"),
+    [(("localhost", 2, 0), "should be HOST:PORT"), (("localhost:x", 2, 0), "should be HOST:PORT"),
+     (("localhost:9900", 2, 2), r"--process=2 must lie in \[0, 2\)"), (("localhost:9900", 0, 0), "must lie in")])
+def test_a_bad_group_is_one_line(group, complaint):
+    with pytest.raises(ConfigError, match=complaint):
+        check(Group(*group))
+
+
+def test_nobody_there_is_one_line(monkeypatch):
+    monkeypatch.setattr(processes, "PATIENCE", 0)
+    for process in (0, 1):
+        with pytest.raises(ConfigError, match="could not meet the others"):
+            Watch(Group(f"localhost:{free_port()}", 2, process))
+
+
+# Whole runs.
+
+OVERRIDES = ["--config.train.steps=12", "--config.train.batch_size=16", "--config.train.ramp_from=None",
+             "--config.train.sample_tokens=2"]
+MESH = ["--config.mesh.node=2", "--config.mesh.local=4"]
+TRAFFIC = {"nodes_per_token", "leaving_node", "cross_node_bytes", "inside_node_bytes", "flat_cross_node_bytes"}
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    return runs.write_config(tmp_path_factory.mktemp("processes"))
+
+
+@pytest.fixture(scope="module")
+def alone(config, tmp_path_factory):
+    """The rows of the run of one process with eight devices."""
+    workdir = tmp_path_factory.mktemp("alone") / "run"
+    result = runs.run("train", "--config", config, "--workdir", workdir, *OVERRIDES, *MESH)
+    assert result.code == 0, result
+    return runs.rows(workdir)
+
+
+def start_two(config, workdir, devices=4):
+    flags = os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={devices}")
+    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    address = f"localhost:{free_port()}"
+    return [subprocess.Popen(
+        [sys.executable, "-m", "deepseek_jax.train", "--config", config, "--workdir", str(workdir), *OVERRIDES, *MESH,
+         "--coordinator", address, "--processes", "2", "--process", str(i)],
+        text=True, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for i in range(2)]
+
+
+def assert_same_losses(workdir, alone):
+    found = runs.rows(workdir)
+    assert [row.keys() for row in found] == [row.keys() for row in alone]
+    for row, expected in zip(found, alone):
+        for name, value in expected.items():
+            np.testing.assert_allclose(row[name], value, rtol=1e-5, err_msg=f"{name} of step {row['step']}")
+
+
+@pytest.mark.slow
+def test_two_processes_train_to_the_losses_of_one(config, alone, tmp_path):
+    both = start_two(config, tmp_path / "run")
+    said = [process.communicate(timeout=570)[0] for process in both]
+
+    assert [process.returncode for process in both] == [0, 0], said
+    assert "Sample:" in said[0] and "Sample:" not in said[1] and "step 12:" not in said[1]
+    assert_same_losses(tmp_path / "run", alone)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_when_one_is_killed_the_other_ends_with_a_clear_line_and_both_resume(config, alone, tmp_path, victim):
+    both = start_two(config, tmp_path / "run")
+    while len(read_metrics(tmp_path / "run")) < 5 and both[0].poll() is None:
+        time.sleep(0.05)
+    both[victim].send_signal(signal.SIGKILL)
+    killed = time.monotonic()
+    said, _ = both[1 - victim].communicate(timeout=60)
+    both[victim].communicate()
+
+    assert time.monotonic() - killed < 60 and both[1 - victim].returncode == 2, said
+    assert f"error: process {victim} of 2 has ended" in said and "start all of them again" in said
+
+    again = start_two(config, tmp_path / "run")
+    said = [process.communicate(timeout=570)[0] for process in again]
+    assert [process.returncode for process in again] == [0, 0], said
+    assert "Resuming from step 3 of 12" in said[0] or "Resuming from step 6 of 12" in said[0], said[0]
+    assert_same_losses(tmp_path / "run", alone)
+
+
+@pytest.mark.slow
+def test_sigterm_to_one_saves_and_ends_both(config, tmp_path):
+    both = start_two(config, tmp_path / "run")
+    while len(read_metrics(tmp_path / "run")) < 2 and both[0].poll() is None:
+        time.sleep(0.05)
+    both[1].send_signal(signal.SIGTERM)
+    said = [process.communicate(timeout=120)[0] for process in both]
+
+    assert [process.returncode for process in both] == [0, 0], said
+    assert "Stopped by SIGTERM after step" in said[0]
+    assert runs.checkpoints(tmp_path / "run")[-1] == read_metrics(tmp_path / "run")[-1]["step"]
+
+
+@pytest.mark.slow
+def test_a_mesh_of_too_many_devices_ends_all_processes_in_one_line(config, tmp_path):
+    both = start_two(config, tmp_path / "run", devices=2)
+    said = [process.communicate(timeout=120)[0] for process in both]
+
+    assert [process.returncode for process in both] == [2, 2], said
+    assert any("is for 8 devices, and 4 are here" in words for words in said)
+    assert all("Traceback" not in words for words in said), said
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_on_another_mesh(config, alone, tmp_path):
+    train = lambda mesh: runs.run("train", "--config", config, "--workdir", tmp_path / "run", *OVERRIDES, *mesh)
+    assert train(MESH).code == 0
+    for step in (9, 12):
+        shutil.rmtree(tmp_path / "run" / "checkpoints" / str(step))
+
+    resumed = train(["--config.mesh.replica=2", "--config.mesh.local=2", "--config.mesh.tensor=2"])
+
+    assert resumed.code == 0 and "Resuming from step 6 of 12" in resumed.out, resumed
+    for row, expected in zip(runs.rows(tmp_path / "run"), alone, strict=True):
+        for name in expected.keys() - TRAFFIC:  # which is another mesh's
+            np.testing.assert_allclose(row[name], expected[name], rtol=1e-5, err_msg=f"{name} of step {row['step']}")
+

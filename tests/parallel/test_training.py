@@ -1,0 +1,49 @@
+"""Training is the same on every mesh: losses to rounding, routing biases to the bit."""
+
+import jax
+import numpy as np
+import pytest
+
+from deepseek_jax.config import MeshConfig
+from tests.parallel.meshes import config_of, train
+
+STEPS = 20
+# Every mesh once, with one or four micro-batches and with or without recomputation.
+CASES = {
+    "local=8": dict(mesh=MeshConfig(local=8), micro_batches=4),
+    "node=2 local=4": dict(mesh=MeshConfig(node=2, local=4), remat="report"),
+    "node=4 local=2": dict(mesh=MeshConfig(node=4, local=2), micro_batches=4, remat="report"),
+    "replica=2 node=2 local=2": dict(mesh=MeshConfig(replica=2, node=2, local=2)),
+    "node=2 local=2 tensor=2": dict(mesh=MeshConfig(node=2, local=2, tensor=2), remat="report"),
+    "flat": dict(mesh=MeshConfig(node=2, local=2, dispatch="flat"), micro_batches=4, remat="full"),
+}
+QUICK = list(CASES)[:-1]
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """Losses and biases of one device."""
+    with jax.enable_x64(True):
+        losses, router, _ = train(config_of(), STEPS)
+    assert losses[-1] < losses[0] - 0.5 and max(np.abs(b).max() for b in router.values()) > 0.03  # it learns
+    return losses, router
+
+
+@pytest.mark.parametrize("case", [*QUICK, pytest.param("flat", marks=pytest.mark.slow)])
+def test_in_float64_twenty_steps_are_those_of_one_device(case, alone):
+    with jax.enable_x64(True):
+        losses, router, metrics = train(config_of(**CASES[case]), STEPS)
+
+    np.testing.assert_allclose(losses, alone[0], rtol=1e-9)
+    jax.tree.map(np.testing.assert_array_equal, router, alone[1])
+    assert metrics["traffic"]["computed"] == metrics["traffic"]["choices"] == 2 * 32 * 16 * 3
+
+
+@pytest.mark.parametrize("case", ["node=2 local=4", "node=2 local=2 tensor=2"])
+def test_in_float32_the_first_step_agrees(case):
+    (loss, router, _), (other, other_router, _) = (
+        train(config_of(dtype="float32", **options), 1) for options in ({}, CASES[case]))
+
+    np.testing.assert_allclose(other, loss, rtol=1e-5)
+    jax.tree.map(np.testing.assert_array_equal, other_router, router)
+    assert all(np.abs(b).max() > 0 for b in router.values())

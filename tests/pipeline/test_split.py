@@ -1,0 +1,152 @@
+"""F, Bi and W together are the stage and its VJP, with nothing computed twice and W left to be done later."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from deepseek_jax.checked import ConfigError
+from deepseek_jax.pipeline.split import split
+from tests.pipeline import toy
+
+REMAT = ("none", "layers", "full")
+PRODUCTS = 4 * toy.LAYERS  # gate, up, down, and the gate once more for the stage's own loss
+
+
+def stage(remat):
+    return lambda params, x, context: toy.stage(params, context[0], x, context[1], lambda h: h, remat)
+
+
+def example():
+    one = jax.tree.map(lambda a: a[0], toy.arguments(stages=1, microbatches=1))
+    rng = np.random.default_rng(1)
+    x, dy = (jnp.asarray(rng.normal(size=(toy.B, toy.D))) for _ in range(2))
+    return one.params, x, (one.fixed, one.inputs), dy, jnp.asarray(1.5)
+
+
+def products(equations):
+    return sum(equation.primitive.name == "dot_general" for equation in equations)
+
+
+def count(split, piece):
+    return products(split.pieces[piece].equations)
+
+
+def assert_close(a, b):
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("remat", REMAT)
+def test_the_pieces_give_what_the_vjp_gives(remat):
+    with jax.enable_x64(True):
+        params, x, context, dy, dloss = example()
+        (y, loss), vjp, sums = jax.vjp(
+            lambda p, x: (lambda y, loss, sums: ((y, loss), sums))(*stage(remat)(p, x, context)), params, x,
+            has_aux=True)
+        dparams, dx = vjp((dy, dloss))
+
+        s = split(stage(remat), params, x, context)
+        out, kept = s.forward(params, x, context)
+        dx_first, deferred = s.backward_input(params, context, kept, dy, dloss)
+
+        assert_close(out, (y, loss, sums))
+        assert_close(dx_first, dx)
+        assert_close(s.backward_weights(params, context, deferred), dparams)
+        assert_close(s.backward(params, context, kept, dy, dloss), (dx, dparams))
+
+
+@pytest.mark.parametrize("remat", REMAT)
+def test_no_product_is_computed_twice_beyond_remat(remat):
+    with jax.enable_x64(True):
+        params, x, context, dy, dloss = example()
+
+        s = split(stage(remat), params, x, context)
+
+        recomputed = {"none": 0, "layers": 0, "full": PRODUCTS}[remat]
+        assert count(s, "F") == PRODUCTS
+        assert PRODUCTS <= count(s, "Bi") <= PRODUCTS + recomputed
+        assert count(s, "W") == PRODUCTS
+        assert count(s, "B") == count(s, "Bi") + count(s, "W")
+
+
+def test_what_crosses_is_the_layers_inputs_and_output_gradients():
+    with jax.enable_x64(True):
+        params, x, context, dy, dloss = example()
+
+        s = split(stage("full"), params, x, context)
+
+        wide, narrow = toy.B * toy.F * 8, toy.B * toy.D * 8
+        a_layer = 2 * narrow + 3 * wide  # x, dy of down; the input of down, dy of gate, dy of up
+        loss = narrow + wide  # the layer's output, dy of the gate's second use
+        assert s.kept_bytes == narrow
+        # The first layer's output is the second one's input.
+        assert s.deferred_bytes == toy.LAYERS * (a_layer + loss) - (toy.LAYERS - 1) * narrow
+
+
+def test_keeping_less_is_the_stages_choice():
+    with jax.enable_x64(True):
+        params, x, context, _, _ = example()
+
+        kept = [split(stage(remat), params, x, context).kept_bytes for remat in REMAT]
+
+        assert kept[0] > kept[1] > kept[2]
+
+
+def test_what_depends_on_no_activation_is_not_kept():
+    def with_a_table(params, x, context):
+        table = jnp.sin(context[:, None] * params["w"].sum())
+        return x + jnp.tanh(x @ params["w"].astype(jnp.bfloat16).astype(x.dtype)) * table, jnp.zeros(()), ()
+
+    params, x, positions = {"w": jnp.eye(8)}, jnp.ones((4, 8)), jnp.arange(4.0)
+    s = split(with_a_table, params, x, positions)
+
+    assert {(a.shape, a.dtype) for a in s.kept} == {(x.shape, x.dtype)}  # neither the cast weight nor the table
+
+
+def test_the_gradient_of_a_stages_own_loss_is_split_like_any_other():
+    """A product that only the loss needs has its weight gradient in W, though it does not depend on dy."""
+    def auxiliary(params, x, context):
+        return x, jnp.sum((x @ params) ** 2), ()
+
+    s = split(auxiliary, jnp.ones((8, 8)), jnp.ones((4, 8)), ())
+
+    assert [count(s, piece) for piece in ("F", "Bi", "W")] == [1, 1, 1]
+
+
+def test_a_scan_over_weights_stays_whole():
+    def scanned(params, x, context):
+        return lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, params)[0], jnp.zeros(()), ()
+
+    with jax.enable_x64(True):
+        params, x, dy = jnp.ones((3, 4, 4)) / 4, jnp.ones((2, 4)), jnp.ones((2, 4))
+        s = split(scanned, params, x, ())
+        (_, kept), dloss = s.forward(params, x, ()), jnp.ones(())
+
+        dx, deferred = s.backward_input(params, (), kept, dy, dloss)
+
+        _, vjp = jax.vjp(lambda p, x: scanned(p, x, ())[0], params, x)
+        assert_close((s.backward_weights(params, (), deferred), dx), vjp(dy))
+        names = [equation.primitive.name for equation in s.pieces["W"].equations]
+        assert "scan" not in names
+
+
+def test_shapes_are_enough_to_split():
+    with jax.enable_x64(True):
+        structs = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), example()[:3])
+
+        assert split(stage("full"), *structs).kept_bytes == toy.B * toy.D * 8
+
+
+@pytest.mark.parametrize(
+    ("bad", "complaint"),
+    [
+        (lambda p, x, c: (x[:2], jnp.zeros(()), ()), r"turned its activation float32\[4, 8\] into float32\[2, 8\]"),
+        (lambda p, x, c: (x.astype(jnp.bfloat16), jnp.zeros(()), ()), r"into bfloat16\[4, 8\]"),
+        (lambda p, x, c: (x, jnp.zeros(3), ()), r"loss must be a scalar, not of shape \[3\]"),
+    ],
+)
+def test_a_stage_that_cannot_stand_in_a_pipeline_is_refused(bad, complaint):
+    with pytest.raises(ConfigError, match=complaint):
+        split(bad, jnp.ones(()), jnp.ones((4, 8)), ())

@@ -1,0 +1,103 @@
+"""The network over the cache gives what the whole forward pass gives, however the tokens are cut into steps."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from deepseek_jax.model import experts
+from deepseek_jax.model.layers import head_logits
+from deepseek_jax.serving import cache as latents
+from deepseek_jax.serving.network import Reach, Rows, forward, predict_ahead, prepare, tiles_in_turn
+from tests.model import naive
+
+CASES = {
+    "V3": naive.tiny(),
+    "V2, without a query latent": naive.tiny(**naive.V2, q_rank=None, num_groups=1, groups_kept=1),
+}
+LENGTH, SIZE = 24, 4
+TOKENS_BT = np.random.default_rng(0).integers(0, 64, (2, LENGTH)).astype(np.int32)
+
+
+@functools.cache
+def program(name, kind):
+    cfg, reach = CASES[name], Reach(kind, SIZE, (2, 4, 6))
+
+    @jax.jit
+    def run(weights, cache, tokens_BT, rows):
+        hidden_BTD, cache, counts_LE = forward(cfg, reach, weights, cache, tokens_BT, rows)
+        return hidden_BTD, head_logits(hidden_BTD, weights["head"]), cache, counts_LE
+
+    return run
+
+
+def by_steps(name, pieces, kind="float32", delay=0):
+    """Hidden states, logits and counts; at most 8 tokens a step, pages in no order; row 1 starts `delay` steps late."""
+    cfg = CASES[name]
+    weights = prepare(cfg, naive.variables_of(cfg), cfg.mtp_depth)
+    cache = latents.make(cfg, kind, 2 * LENGTH // SIZE + 1, SIZE, cfg.mtp_depth)
+    table_BP = 1 + np.random.default_rng(1).permutation(2 * LENGTH // SIZE).reshape(2, -1)
+    hidden, logits = np.zeros((2, LENGTH, cfg.d_model)), np.zeros((2, LENGTH, cfg.vocab_size))
+    counts, at = 0, np.zeros(2, int)
+    for n in range(len(pieces) + delay):
+        taken = np.array([pieces[n] if n < len(pieces) else 0, pieces[n - delay] if n >= delay else 0])
+        width = 1 if taken.max() == 1 else 8
+        tokens_BT = np.zeros((2, width), np.int32)
+        for b in range(2):
+            tokens_BT[b, :taken[b]] = TOKENS_BT[b, at[b]:at[b] + taken[b]]
+        rows = Rows(at[:, None] + np.arange(width), np.arange(width) < taken[:, None], table_BP)
+        h, w, cache, counts_LE = program(name, kind)(weights, cache, tokens_BT, jax.tree.map(jnp.asarray, rows))
+        for b in range(2):
+            hidden[b, at[b]:at[b] + taken[b]], logits[b, at[b]:at[b] + taken[b]] = h[b, :taken[b]], w[b, :taken[b]]
+        counts, at = counts + np.asarray(counts_LE), at + taken
+    return hidden, logits, counts, weights, cache, table_BP
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    ("pieces", "delay"), [([8, 8, 8], 0), ([1] * LENGTH, 0), ([5, 1, 7, 3, 8], 0), ([3, 8, 1, 1, 8, 3], 2)],
+    ids=["in whole chunks", "token by token", "in uneven chunks", "one joins later"])
+def test_cached_logits_are_those_of_the_whole_forward_pass(name, pieces, delay):
+    whole = naive.forward(CASES[name])(naive.variables_of(CASES[name]), TOKENS_BT)
+
+    _, logits, counts, *_ = by_steps(name, pieces, delay=delay)
+
+    assert np.abs(whole.logits_BTW).max() > 1
+    np.testing.assert_allclose(logits, whole.logits_BTW, atol=1e-4)
+    np.testing.assert_array_equal(counts, whole.counts["bias"])
+    assert counts.sum() == 2 * LENGTH * CASES[name].experts_per_token * CASES[name].num_moe_layers
+
+
+@pytest.mark.parametrize(("kind", "near"), [("bfloat16", 0.02), ("fp8", 0.25)])
+def test_narrow_caches_are_near_and_not_equal(kind, near):
+    exact = by_steps("V3", [8, 8, 8])[1]
+    error = np.abs(by_steps("V3", [8, 8, 8], kind)[1] - exact)
+
+    assert 1e-4 < np.median(error) < near
+
+
+def test_the_mtp_module_over_its_cache_predicts_as_in_training():
+    cfg = CASES["V3"]
+    whole = naive.forward(cfg)(naive.variables_of(cfg), TOKENS_BT)
+    hidden, _, _, weights, cache, table_BP = by_steps("V3", [8, 8, 8])
+    run = jax.jit(functools.partial(predict_ahead, cfg, Reach("float32", SIZE, (6,)), weights, 1))
+
+    for start in range(0, LENGTH - 8, 8):  # position i takes the hidden state of i and token i + 1
+        rows = Rows(jnp.arange(start, start + 8)[None].repeat(2, 0), jnp.ones((2, 8), bool), jnp.asarray(table_BP))
+        h, cache = run(cache, jnp.asarray(hidden[:, start:start + 8], jnp.float32),
+                       TOKENS_BT[:, start + 1:start + 9], rows)
+        np.testing.assert_allclose(h, whole.mtp_hidden[0][:, start:start + 8], atol=1e-4)
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 40])
+def test_tiles_taken_in_turn_are_the_routed_experts(tokens):
+    rng = np.random.default_rng(tokens)
+    x, gates = rng.standard_normal((tokens, 6)).astype(np.float32), rng.random((tokens, 3)).astype(np.float32)
+    chosen = np.stack([rng.permutation(9)[:3] for _ in range(tokens)]).astype(np.int32)
+    weights = [rng.standard_normal(shape).astype(np.float32) for shape in ((9, 6, 5), (9, 6, 5), (9, 5, 6))]
+
+    expected = experts.routed_experts(jnp.asarray(x), chosen, gates, *weights, implementation="reference")
+
+    np.testing.assert_allclose(jax.jit(tiles_in_turn)(x, chosen, gates, *weights), expected, rtol=1e-4, atol=1e-4)

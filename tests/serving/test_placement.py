@@ -1,0 +1,71 @@
+"""Expert placement: the vectors of the EPLB repository, and outputs that do not know where an expert lies."""
+
+import numpy as np
+import pytest
+
+from deepseek_jax.config import ConfigError
+from deepseek_jax.serving.engine import Engine, Request
+from deepseek_jax.serving.placement import pack, plan, replicate
+from tests.model import naive
+
+LOADS = [[90, 132, 40, 61, 104, 165, 39, 4, 73, 56, 183, 86], [20, 107, 104, 64, 19, 197, 187, 157, 172, 86, 16, 27]]
+HIERARCHICAL = [[5, 6, 5, 7, 8, 4, 3, 4, 10, 9, 10, 2, 0, 1, 11, 1], [7, 10, 6, 8, 6, 11, 8, 9, 2, 4, 5, 1, 5, 0, 3, 1]]
+GLOBAL = [[10, 6, 10, 7, 0, 2, 11, 4, 5, 9, 5, 4, 8, 3, 1, 1], [1, 10, 2, 4, 5, 11, 5, 0, 6, 7, 6, 3, 8, 8, 9, 7]]
+
+
+@pytest.mark.parametrize(("groups", "nodes", "expected"), [(4, 2, HIERARCHICAL), (1, 1, GLOBAL), (3, 2, GLOBAL)])
+def test_the_published_loads_are_placed_as_published(groups, nodes, expected):
+    assert plan(LOADS, places=16, groups=groups, nodes=nodes, devices=8).expert_LP.tolist() == expected
+
+
+def test_every_expert_has_a_place_and_no_device_holds_more_than_its_share():
+    loads_LE = np.random.default_rng(0).pareto(1.0, (3, 32)) * 100
+    placed = plan(loads_LE, places=48, groups=8, nodes=4, devices=16)
+
+    assert placed.expert_LP.shape == (3, 48)
+    assert all(set(row) == set(range(32)) for row in placed.expert_LP.tolist())
+
+
+def test_the_busiest_device_is_relieved():
+    loads_E = np.r_[np.full(15, 10.0), 150.0]
+    busiest = lambda expert_P, count_E: (loads_E / count_E)[expert_P].reshape(8, -1).sum(axis=1).max()
+
+    expert_P = plan([loads_E], places=24, groups=1, nodes=1, devices=8).expert_LP[0]
+
+    count_E = np.bincount(expert_P)
+    assert count_E[15] > 4 and busiest(expert_P, count_E) < 0.5 * busiest(np.arange(16), np.ones(16))
+
+
+def test_packs_of_one_are_the_identity():
+    assert pack(np.array([3.0, 1.0, 2.0], np.float32), 3)[0].tolist() == [0, 1, 2]
+
+
+def test_replicas_go_to_the_largest_load_per_replica():
+    assert replicate(np.array([9.0, 1.0, 4.0], np.float32), 5)[0].tolist() == [0, 1, 2, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(dict(places=10), "fewer than the 12"), (dict(places=17), "multiple of devices"), (dict(groups=5), "of groups=5")])
+def test_numbers_that_do_not_divide_say_so(arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        plan(LOADS, **{**dict(places=16, groups=4, nodes=2, devices=8), **arguments})
+
+
+def test_no_output_token_changes_when_experts_move_and_are_duplicated():
+    cfg = naive.tiny(num_layers=3)
+    engine = Engine(cfg, naive.variables_of(cfg), max_sequences=2, max_length=64, chunk=16)
+    prompts = [(5, 9, 3, 60), (7, 1)]
+
+    def continuations():
+        made = [engine.submit(Request(prompt, 12)) for prompt in prompts]
+        engine.run()
+        return [[token.id for token in s.made] for s in made]
+
+    before = continuations()
+    placed = plan(engine.loads_LE, places=12, groups=4, nodes=2, devices=4)
+    engine.place(placed)
+
+    assert engine.weights["layers"][1]["ffn"]["gate"].shape[0] == 12
+    assert continuations() == before
+    assert max(placed.replicas(0)[1]) > 1
