@@ -330,14 +330,13 @@ def as_dict(config) -> dict:
 
 def freeze(config) -> Config:
     """Checks a ConfigDict (or nested dict) and freezes it. Raises ConfigError."""
-    if not hasattr(config, "items"):
+    if not hasattr(config, "items") or "fp8" not in config:
         return build(Config, config)
     sections = dict(config.items())
-    model = sections.get("model")
-    if hasattr(model, "items") and "fp8" in model:
-        raise ConfigError("model.fp8 is a section of its own; say fp8 beside model, --config.fp8.enabled=True.")
-    fp8 = sections.pop("fp8", {})
+    fp8, model = build(FP8Config, sections.pop("fp8"), "fp8"), sections.get("model")
     if hasattr(model, "items"):
+        if "fp8" in model:
+            raise ConfigError("model.fp8 and fp8 are one section; say fp8 beside model, --config.fp8.enabled=True.")
         sections["model"] = {**model, "fp8": fp8}
     return build(Config, sections)
 

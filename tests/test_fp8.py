@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deepseek_jax import fp8
-from deepseek_jax.config import FP8Config
+from deepseek_jax.config import ConfigError, FP8Config, as_dict, default_config, freeze, model_config
+from deepseek_jax.model import DeepSeekV3
 from deepseek_jax.training.arrays import dequantize as stored_dequantize
 
 E4M3 = ml_dtypes.float8_e4m3fn
@@ -303,3 +304,95 @@ def test_what_only_the_reference_can_study_says_so_elsewhere():
     with pytest.raises(ValueError, match="implementation='reference'"):
         fp8.linear(jnp.ones((1, 128)), jnp.ones((1, 128)),
                    FP8Config(enabled=True, accumulator_bits=14, implementation="hopper"))
+
+
+# In the model.
+
+SMALL = dict(num_layers=2, mtp_depth=1, vocab_size=256, num_experts=8, num_groups=2, groups_kept=1, experts_per_token=2,
+             remat="none")
+RECIPE = FP8Config(enabled=True)
+
+
+def pull_back(cfg, tokens):
+    """(hidden states, what jax.vjp of them keeps) of a model, traced only."""
+    model = DeepSeekV3(cfg)
+    variables = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 8), jnp.int32), logits=False))
+
+    def run(params, router, tokens):
+        return jax.vjp(lambda p: model.apply({"params": p, "router": router}, tokens, logits=False).hidden_BTD, params)
+
+    return jax.eval_shape(run, variables["params"], variables["router"], tokens)
+
+
+def kept_bytes(recipe):
+    """Bytes that the backward pass keeps; the few of the parameters are among them."""
+    _, vjp = pull_back(model_config("tiny", **SMALL, fp8=recipe), jax.ShapeDtypeStruct((8, 256), jnp.int32))
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(vjp) if x.dtype != jax.dtypes.float0)
+
+
+def test_the_backward_pass_keeps_40_percent_fewer_bytes():
+    assert kept_bytes(RECIPE) < 0.6 * kept_bytes(FP8Config())
+
+
+def test_swiglu_inputs_are_kept_in_fp8_under_the_reports_remat():
+    cfg = model_config("tiny", **SMALL | {"remat": "report"}, fp8=RECIPE)
+    _, vjp = pull_back(cfg, jax.ShapeDtypeStruct((4, 256), jnp.int32))
+    kept = {(x.dtype.name, x.shape[-2:]) for x in jax.tree.leaves(vjp) if x.ndim > 1}
+    tokens, rows = 4 * 256, 2 * 4 * 256 + 8 * 128  # the experts' rows, as `plan` rounds them
+    assert {shape for dtype, shape in kept if dtype == "float8_e4m3fn"} == {(tokens, 704), (tokens, 128), (rows, 128)}
+    assert not any(dtype == "bfloat16" and shape[1] in (704, 128) for dtype, shape in kept)
+
+
+def test_every_linear_of_every_block_runs_in_fp8(monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("a product in bfloat16")
+
+    monkeypatch.setattr("deepseek_jax.model.layers._linear", refuse)
+    monkeypatch.setattr("deepseek_jax.model.experts.grouped_matmul", refuse)
+    tokens = jax.ShapeDtypeStruct((1, 64), jnp.int32)
+    pull_back(model_config("tiny", **SMALL, fp8=RECIPE), tokens)
+    with pytest.raises(AssertionError, match="a product in bfloat16"):
+        pull_back(model_config("tiny", **SMALL), tokens)
+
+
+def test_a_model_in_fp8_is_near_the_one_in_bfloat16_and_not_it():
+    dense = SMALL | dict(num_layers=1, num_dense_layers=1, mtp_depth=0)  # no routing, which may flip
+    tokens = jax.random.randint(jax.random.key(1), (2, 64), 0, 256)
+    variables = jax.jit(DeepSeekV3(model_config("tiny", **dense)).init)(jax.random.key(0), tokens)
+    run = lambda recipe: np.asarray(jax.jit(
+        DeepSeekV3(model_config("tiny", **dense, fp8=recipe)).apply)(variables, tokens).hidden_BTD, np.float32)
+    bf16, ours = run(FP8Config()), run(RECIPE)
+    # A product of numbers rounded to 4 bits is some 3.5 % off, and these follow each other.
+    assert 0.01 < np.linalg.norm(ours - bf16) / np.linalg.norm(bf16) < 0.1
+
+
+# The section of the config.
+
+
+def test_the_section_fp8_stands_beside_the_model_in_files_and_inside_it_when_frozen():
+    config = default_config("tiny")
+    assert "fp8" not in config.model and not config.fp8.enabled
+    config.fp8.enabled = True
+    frozen = freeze(config)
+    assert frozen.model.fp8 == FP8Config(enabled=True)
+    assert freeze(as_dict(frozen)) == frozen
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(fp8=dict(enable=True)), "unknown config key fp8.enable; did you mean enabled?"),
+        (dict(fp8=dict(scale="ue8m0")), "fp8.scale='ue8m0' is unknown; take one of 'float32', 'power_of_two'"),
+        (dict(fp8=dict(accumulator_bits=25)), "fp8.accumulator_bits=25 is more than the 24 of float32"),
+        (dict(fp8=dict(promote_every=100)), "fp8.promote_every=100 must be a multiple of 32"),
+        (dict(fp8=3), "fp8=3 should be a section"),
+        (dict(model=dict(fp8=dict(enabled=True))), "say fp8 beside model"),
+    ],
+)
+def test_a_wrong_fp8_section_says_what_would_work(changes, message):
+    plain = as_dict(freeze(default_config("tiny")))
+    for section, value in changes.items():
+        plain[section] = plain[section] | value if isinstance(value, dict) else value
+    with pytest.raises(ConfigError) as error:
+        freeze(plain)
+    assert message in str(error.value) and len(str(error.value).splitlines()) == 1

@@ -37,15 +37,15 @@ class TuningConfig:
 
     tile_n: columns of a warpgroup's tile of 64 rows. 128: the sum in float32 and the partial sum take 64 registers
       each of the 232 there are; 64 x 256 spills.
-    stages: slices of 128 of K in flight, (128 + 128) x 128 bytes each. 4 leave room for a float32 output in the 227 KiB
-      that there are.
+    stages: slices of 128 of K in flight, 32 KiB each; None: as many as leave room for the output in the 227 KiB that
+      there are, 5 with bfloat16 and 4 with float32.
     split: "rows", both warpgroups share b's slice; "columns", they share a's: for M <= 64, where half of a would be
       zeros.
     snake: tiles of M that are walked together, so that a's rows stay in the L2 cache while b's pass.
     """
 
     tile_n: int = 128
-    stages: int = 4
+    stages: int | None = None
     split: str = "rows"
     snake: int = 8
 
@@ -82,7 +82,8 @@ def scaled_matmul(a, b, tables, locate, tiles, out_type, config, num_sms=132, in
     """
     (a_MK, as_KM), (b_ENK, bs) = a, b
     by_column = bs.ndim == 2
-    block_m, block_n, tile_n, stages = config.block_m, config.block_n, config.tile_n, config.stages
+    block_m, block_n, tile_n = config.block_m, config.block_n, config.tile_n
+    stages = config.stages or (5 if out_type.dtype.itemsize == 2 else 4)
     swizzled = (plgpu.TilingTransform((8, BLOCK)), plgpu.SwizzleTransform(BLOCK))
     out_swizzle = (plgpu.TilingTransform((8, BLOCK // out_type.dtype.itemsize)), plgpu.SwizzleTransform(BLOCK))
 

@@ -1,0 +1,115 @@
+"""Compiles every Hopper kernel for sm_90a, without a GPU, and reads off what ptxas says of it.
+
+    python -m kernels_pallas.compile_report --json FILE [--shapes v3-train v3-decode]
+
+Needs jax's CUDA plugin and ptxas (`pip install 'deepseek-jax[aot]'`), no driver. A kernel fails the report when it
+spills, when ptxas serializes its WGMMAs, or when an FP8 product holds no `wgmma ... e4m3.e4m3`: exit code 1.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import re
+import sys
+import tempfile
+
+FIELDS = ("registers", "spill_bytes", "shared_bytes", "stages", "wgmma_e4m3", "serialized")
+# What XLA must know of the chip. An H800 is this one with a slower NVLink.
+H100 = """gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
+  shared_memory_per_core: 233472 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98
+  device_memory_size: 84978434048 shared_memory_per_block_optin: 232448
+  cuda_compute_capability { major: 9 minor: 0 } registers_per_core_limit: 65536 registers_per_block_limit: 65536
+}
+platform_name: "CUDA" dnn_version_info { major: 9 minor: 8 patch: 0 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+
+
+def read(ptx: str, ptxas: str, resources: str) -> dict:
+    """What a kernel takes, from its PTX, what ptxas printed, and Mosaic's list of resources."""
+    number = lambda pattern, text: sum(map(int, re.findall(pattern, text)))
+    barriers = [int(n) for n in re.findall(r"num_barriers=(\d+)", resources)]
+    return {"registers": number(r"Used (\d+) registers", ptxas),
+            "spill_bytes": number(r"(\d+) bytes spill", ptxas),
+            "shared_bytes": number(r"smem_scratch_bytes=(\d+)", resources),
+            "stages": max(barriers, default=0),
+            "wgmma_e4m3": len(re.findall(r"wgmma\.mma_async\S*\.e4m3\.e4m3", ptx)),
+            "serialized": "serializ" in ptxas}
+
+
+def faults(operation: str, row: dict) -> list[str]:
+    """What disqualifies a kernel."""
+    found = [f"spills {row['spill_bytes']} bytes"] if row["spill_bytes"] else []
+    found += ["its WGMMAs are serialized"] if row["serialized"] else []
+    if "matmul" in operation and not row["wgmma_e4m3"]:
+        found.append("has no wgmma e4m3.e4m3")
+    return found
+
+
+def _compile(case, here, folder):
+    """Compiles one case; the names of the kernels that were dumped meanwhile."""
+    import jax
+
+    before = set(folder.glob("*.ptx"))
+    place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here)
+    arguments = jax.tree.map(place, case.arguments())
+    jax.jit(case.call("hopper"), out_shardings=here).lower(*arguments).compile()
+    return sorted(set(folder.glob("*.ptx")) - before)
+
+
+def report(names) -> list[dict]:
+    """A row for every kernel of every case of these shapes."""
+    # Both read the environment when they are first used.
+    os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"  # no driver here, and the compiler needs none
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    folder = pathlib.Path(tempfile.mkdtemp(prefix="kernels_"))
+    os.environ |= {"MOSAIC_GPU_DUMP_TO": str(folder), "MOSAIC_GPU_DUMP_PTX": "1", "MOSAIC_GPU_DUMP_PTXAS": "1"}
+    import jax
+    import numpy as np
+    from jax.experimental import topologies
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+    from kernels_pallas.api import OPERATIONS
+    from kernels_pallas.shapes import SHAPES
+
+    jax.config.update("jax_enable_compilation_cache", False)  # a cached kernel would not be dumped
+    try:
+        devices = topologies.get_topology_desc("h100", platform="cuda", target_config=H100, topology="1x1x1").devices
+    except NotImplementedError:  # no plugin knows "cuda"
+        print("compiling for Hopper needs jax's CUDA plugin and ptxas; pip install 'deepseek-jax[aot]' brings both.",
+              file=sys.stderr)
+        sys.exit(2)
+    here = NamedSharding(Mesh(np.array(devices), ("x",)), PartitionSpec())
+    rows = []
+    for case in (case for name in names for case in SHAPES[name] if "hopper" in OPERATIONS[case.operation][1]):
+        for ptx in _compile(case, here, folder):
+            texts = [ptx.with_suffix(suffix).read_text() for suffix in (".ptx", ".ptxas", ".resources.txt")]
+            row = {"operation": case.operation, "shape": str(case)} | read(*texts)
+            row["faults"] = faults(case.operation, row)
+            rows.append(row)
+            print(f"{row['operation']:20} {row['shape']:34}", *(f"{row[name]!s:>7}" for name in FIELDS),
+                  "; ".join(row["faults"]), flush=True)
+    return rows
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="python -m kernels_pallas.compile_report", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", metavar="FILE", help="also write the rows there")
+    parser.add_argument("--shapes", nargs="+", default=["v3-train"], choices=["tiny", "v3-train", "v3-decode"])
+    args = parser.parse_args()
+    print(f"{'operation':20} {'shape':34}", *(f"{name[:7]:>7}" for name in FIELDS))
+    rows = report(args.shapes)
+    if args.json:
+        pathlib.Path(args.json).write_text(json.dumps(rows, indent=1) + "\n")
+    bad = [row for row in rows if row["faults"]]
+    print(f"{len(rows)} kernels compiled for sm_90a, {len(bad)} with faults")
+    return 1 if bad or not rows else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,109 @@
+"""Named shapes that kernels are compiled for and timed at: those of DeepSeek-V3, and tiny ones for a CPU."""
+
+import dataclasses
+import importlib
+
+import jax
+import jax.numpy as jnp
+
+from kernels_pallas import api
+from kernels_pallas.formats import BLOCK, E4M3, Quantized, blocks
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One operation at one shape.
+
+    M, N, K: of the product [M, K] @ [N, K].T; quantizers take [M, K]. With `groups` the rows M (or, with form="tiles",
+    K) are split evenly over that many experts. form: of b's scales; "tiles" is Wgrad, in float32.
+    published: TFLOP/s of DeepGEMM on an H800 (March 2025), where there is such a number.
+    """
+
+    operation: str
+    M: int
+    K: int
+    N: int = 0
+    groups: int = 0
+    form: str = "blocks"
+    published: float | None = None
+
+    def __str__(self):
+        sizes = "x".join(str(n) for n in (self.M, self.N, self.K) if n)
+        return f"{sizes}{f' in {self.groups} groups' if self.groups else ''}{' wgrad' if self.form == 'tiles' else ''}"
+
+    @property
+    def flops(self):
+        return 2 * self.M * self.N * self.K
+
+    @property
+    def out_dtype(self):
+        return jnp.float32 if self.form == "tiles" else jnp.bfloat16
+
+    def bytes(self):
+        """What has to cross memory at least once: operands with their scales, and results."""
+        size = lambda tree: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+        return size(self.arguments()) + size(jax.eval_shape(self.call("reference"), *self.arguments()))
+
+    def arguments(self):
+        """jax.ShapeDtypeStructs of the operands."""
+        tiles = lambda rows, K: Quantized(_array((rows, K), E4M3), _array((rows, blocks(K)), jnp.float32))
+        if self.operation in ("quantize", "swiglu_quantize"):
+            return (_array((self.M, self.K), jnp.bfloat16),) * (1 if self.operation == "quantize" else 2)
+        if self.form == "tiles":
+            b = tiles(self.N, self.K)
+        else:
+            stack = (self.groups,) if self.groups else ()
+            b = Quantized(_array((*stack, self.N, self.K), E4M3),
+                          _array((*stack, blocks(self.N), blocks(self.K)), jnp.float32))
+        sizes = (_array((self.groups,), jnp.int32),) if self.groups else ()
+        return (tiles(self.M, self.K), b, *sizes)
+
+    def call(self, implementation):
+        """The operation as a function of `arguments()`. "hopper" is taken from its module, whatever machine this is."""
+        module = importlib.import_module(f"kernels_pallas.{implementation}.{api.OPERATIONS[self.operation][0]}")
+        function = getattr(module, self.operation)
+        if self.operation in ("quantize", "swiglu_quantize"):
+            return function
+        return lambda *args: function(*args, out_dtype=self.out_dtype)
+
+    def random(self, key):
+        """Operands of normal numbers, quantized as training would; groups of equal size."""
+        keys = iter(jax.random.split(key, 8))
+        normal = lambda shape: jax.random.normal(next(keys), shape, jnp.bfloat16)
+        made = []
+        for argument in self.arguments():
+            if not isinstance(argument, Quantized):
+                rows = self.K if self.form == "tiles" else self.M
+                made.append(jnp.full(argument.shape, rows // self.groups // BLOCK * BLOCK, jnp.int32)
+                            if argument.dtype == jnp.int32 else normal(argument.shape))
+            elif argument.scales.shape[-2] == argument.values.shape[-2]:
+                made.append(api.quantize(normal(argument.values.shape), implementation="reference"))
+            else:
+                made.append(api.quantize_blocks(normal(argument.values.shape)))
+        return tuple(made)
+
+
+def _array(shape, dtype):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+# N x K of V3's products -> DeepGEMM's TFLOP/s at M = 64, 128, 4096
+_MATMULS = {(2112, 7168): (206, 352, 1009), (24576, 1536): (289, 535, 1125), (32768, 512): (219, 358, 751),
+            (7168, 16384): (336, 645, 1426), (4096, 7168): (287, 533, 1265), (7168, 2048): (295, 510, 1168)}
+
+SHAPES = {
+    "tiny": (
+        Case("quantize", 256, 256), Case("swiglu_quantize", 256, 256), Case("fp8_matmul", 256, 256, 128),
+        Case("fp8_matmul", 256, 256, 128, form="tiles"), Case("fp8_grouped_matmul", 512, 256, 128, groups=2),
+        Case("fp8_grouped_matmul", 128, 512, 128, groups=2, form="tiles")),
+    "v3-train": (
+        Case("quantize", 4096, 7168), Case("swiglu_quantize", 32768, 2048),
+        *(Case("fp8_matmul", 4096, K, N, published=speed[2]) for (N, K), speed in _MATMULS.items()),
+        Case("fp8_matmul", 7168, 4096, 2112, form="tiles", published=920),
+        Case("fp8_matmul", 16384, 4096, 7168, form="tiles", published=994),
+        *(Case("fp8_grouped_matmul", 32768, K, N, groups=g, published=speed)
+          for g in (4, 8) for N, K, speed in ((4096, 7168, 1346), (7168, 2048, 1214))),
+        Case("fp8_grouped_matmul", 4096, 32768, 7168, groups=8, form="tiles")),
+    "v3-decode": tuple(Case("fp8_matmul", M, K, N, published=speed[n])
+                       for (N, K), speed in _MATMULS.items() for n, M in enumerate((64, 128))),
+}
