@@ -22,9 +22,11 @@ def main():
     parser.add_argument("--cache", default="dynamic", choices=("dynamic", "static"))
     args = parser.parse_args()
     model = transformers.DeepseekV3ForCausalLM.from_pretrained(
-        args.folder, dtype=torch.float32, attn_implementation=args.attention, experts_implementation=args.experts).eval()
+        args.folder, dtype=torch.float32, attn_implementation=args.attention,
+        experts_implementation=args.experts).eval()
     tokens_BT = torch.tensor(prompts(args.batches[0]))
-    how = dict(max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False, use_cache=True, eos_token_id=None, pad_token_id=0,
+    how = dict(max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False, use_cache=True, eos_token_id=None,
+               pad_token_id=0,
                attention_mask=torch.ones_like(tokens_BT))
     if args.cache == "static":
         how["cache_implementation"] = "static"

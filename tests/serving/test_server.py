@@ -29,7 +29,8 @@ from deepseek_jax.serving.service import Service
 
 tokenizer = train_tokenizer(["some text"] * 3, 262)
 cfg = naive.tiny(num_layers=2, vocab_size=262)
-engine = Engine(cfg, naive.variables_of(cfg), max_sequences=2, max_length=512, depth=1, page_size=8, chunk=16, most_steps=4)
+engine = Engine(cfg, naive.variables_of(cfg), max_sequences=2, max_length=512, depth=1, page_size=8, chunk=16,
+                most_steps=4)
 engine.warm_up()
 serve(Service(engine, tokenizer, "random", most_waiting=70), "127.0.0.1", int(sys.argv[1]), "secret")
 """
@@ -164,7 +165,8 @@ def test_64_streams_at_once_and_one_too_many(client, url):
 
     def ask(n, choices=1):
         try:
-            events = list(client.completions.create(model="random", prompt=f"{n}", max_tokens=12, stream=True, n=choices))
+            stream = client.completions.create(model="random", prompt=f"{n}", max_tokens=12, stream=True, n=choices)
+            events = list(stream)
             ends.append(events[-1].choices[0].finish_reason)
         except openai.RateLimitError as error:
             refused.append(error)
