@@ -1,0 +1,54 @@
+"""Mutations of FP8 training and of the kernels; `tests/mutations.py` joins them."""
+
+FP8 = "deepseek_jax/fp8.py"
+QUANTIZE = "kernels_pallas/reference/quantize.py"
+MATMUL = "kernels_pallas/reference/fp8_matmul.py"
+GROUPED = "kernels_pallas/reference/fp8_grouped_matmul.py"
+DECODE = "kernels_pallas/reference/mla_decode.py"
+H_QUANTIZE, H_MATMUL, H_GROUPED = (f"kernels_pallas/hopper/{name}.py"
+                                   for name in ("quantize", "fp8_matmul", "fp8_grouped_matmul"))
+REPORT = "kernels_pallas/compile_report.py"
+T_FP8, T_REFERENCE, T_HOPPER, T_TOOLS = ("test_fp8.py", "kernels/test_reference.py", "kernels/test_hopper.py",
+                                         "kernels/test_tools.py")
+
+MUTATIONS = [
+    ("fp8: 448 is a plain constant, which XLA inverts", QUANTIZE,
+     "lax.optimization_barrier(jnp.full_like(amax, largest))", "largest", T_FP8),
+    ("fp8: the divisor is a plain broadcast, which XLA inverts", QUANTIZE,
+     "jnp.where(jnp.isnan(x), x, spread(scales, x.shape, rows, columns))", "spread(scales, x.shape, rows, columns)",
+     T_FP8),
+    ("fp8: magnitudes are compared with their sign", QUANTIZE, " & 0x7FFFFFFF", "", T_FP8),
+    ("fp8: amax is not clamped", QUANTIZE, "SMALLEST_AMAX = 1e-4", "SMALLEST_AMAX = 1e-30", T_FP8),
+    ("fp8: powers of two round down", QUANTIZE, "(bits + jnp.uint32(0x7FFFFF))", "bits", T_FP8),
+    ("fp8: the transposed copy keeps 1 x 128 tiles of x", QUANTIZE, "tile_amax(x, BLOCK, 1)", "tile_amax(x, 1, BLOCK)",
+     T_FP8),
+    ("fp8: E5M6 rounds halves up", FP8, " + ((bits >> 17) & 1)", " + 1", T_FP8),
+    ("fp8: E5M6 loses its subnormals", FP8, "jnp.round(x * 2.0**20) * 2.0**-20", "x * 0", T_FP8),
+    ("fp8: o_proj keeps nothing of its input", FP8, "(to_e5m6(x_MK) if kept", "(to_e5m6(0 * x_MK) if kept",
+     T_FP8),
+    ("fp8: one scale serves a whole array", FP8,
+     'share="tensor" if recipe.tiles == "tensor" else share, implementation', 'share="tensor", implementation', T_FP8),
+    ("fp8: the gradient's format is ignored", FP8, "GRADIENT_FORMATS[recipe.gradient_format]", "jnp.float8_e4m3fn",
+     T_FP8),
+    ("fp8: the experts' inputs are scaled by any number", FP8, 'None if sizes is None else "power_of_two"', "None",
+     T_FP8),
+    ("fp8: SwiGLU's inputs are kept as they were", FP8, "[_activation(x, recipe) for x in (gate_MF, up_MF)]",
+     "[Quantized(x, jnp.ones((len(x), x.shape[1]))) for x in (gate_MF, up_MF)]", T_FP8),
+    ("fp8: gate and up change places in the backward pass", FP8, "jax.vjp(_swiglu, dequantize(gate), dequantize(up))",
+     "jax.vjp(_swiglu, dequantize(up), dequantize(gate))", T_FP8),
+    ("accumulation: promotion never comes", MATMUL, "accumulator.promote_every // group", "0", T_FP8),
+    ("grouped: rows past the last group are multiplied", GROUPED,
+     "jnp.where((expert_T < len(sizes_E))[:, None, None], y_TMN, 0)", "y_TMN + 1", T_REFERENCE),
+    ("decode: reads past the length", DECODE, "< lengths_B[:, None, None]", "<= lengths_B[:, None, None]", T_REFERENCE),
+    ("hopper: shared memory is filled again before it was read", H_MATMUL, "@pl.when(step >= stages)",
+     "@pl.when(step >= 10**6)", T_HOPPER),
+    ("hopper: a column's scale is left out", H_MATMUL,
+     "part *= lax.broadcast_in_dim(scale_b, (64, tile_n), (1,))", "pass", T_HOPPER),
+    ("hopper: the second warpgroup takes the first one's rows", H_MATMUL, "(group * 64, 0)", "(0, 0)", T_HOPPER),
+    ("hopper: an expert's slices start at zero", H_GROUPED, "first_E = jnp.cumsum(steps_E) - steps_E",
+     "first_E = 0 * steps_E", T_HOPPER),
+    ("hopper: the transposed copy is not transposed", H_QUANTIZE,
+     ".transpose((1, 0)), layout=WGMMA)", ", layout=WGMMA)", T_HOPPER),
+    ("hopper: powers of two round down", H_QUANTIZE, "(bits + 0x7FFFFF)", "bits", T_HOPPER),
+    ("report: spills are no fault", REPORT, 'if row["spill_bytes"] else []', "if False else []", T_TOOLS),
+]
