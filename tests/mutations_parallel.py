@@ -39,8 +39,9 @@ MUTATIONS = [
      "return y_ND, traffic", T_DISPATCH),
     # mesh
     ("experts are whole on every device", MESH, '"experts": ("node", "local"),', '"experts": (),', T_MESH),
-    ("masters are whole on every device", MESH, "for dim, size in enumerate(shape if free else ()):",
-     "for dim, size in enumerate(()):", T_MESH),
+    ("masters are whole on every device", MESH, "        if axes and fits:", "        if False:", T_MESH),
+    ("axes that do not divide one dimension split nothing", MESH, "for axes in (free, *((axis,) for axis in free)):",
+     "for axes in (free,):", T_MESH),
     ("masters split over axes that they already use", MESH, "if axis not in sum(split, ()) and mesh.shape[axis] > 1",
      "if mesh.shape[axis] > 1", T_MESH),
     ("a leaf without a rule is whole", MESH, '    raise ValueError(f"no rule says where',

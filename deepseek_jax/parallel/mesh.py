@@ -118,17 +118,23 @@ def dimension_names(path: str, rank: int) -> tuple[str, ...]:
 
 
 def place(path: str, shape, mesh) -> Placed:
-    """Where the leaf at `path` lies. Its master is split over the data axes along the first dimension that divides."""
+    """Where the leaf at `path` lies. Its master is split over the data axes that its working copy leaves free.
+
+    All of them along the first dimension that they divide together; else each along the first that it divides.
+    """
     names = dimension_names(path, len(shape))
     compute = spec(*names)
     if any(fnmatch.fnmatchcase(f"/{path}", f"*/{pattern}") for pattern in REPLICATED):
         return Placed(compute, compute)
     split = [axes_of(entry) for entry in compute]
     free = tuple(axis for axis in DATA if axis not in sum(split, ()) and mesh.shape[axis] > 1)
-    for dim, size in enumerate(shape if free else ()):
-        if size % math.prod(mesh.shape[axis] for axis in split[dim] + free) == 0:
-            split[dim] += free
-            break
+    for axes in (free, *((axis,) for axis in free)):
+        fits = [dim for dim, size in enumerate(shape)
+                if size % math.prod(mesh.shape[axis] for axis in split[dim] + axes) == 0]
+        if axes and fits:
+            split[fits[0]] += axes
+            if axes == free:
+                break
     return Placed(compute, PartitionSpec(*(axes[0] if len(axes) == 1 else axes or None for axes in split)))
 
 
