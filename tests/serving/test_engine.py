@@ -126,7 +126,7 @@ def test_a_listener_hears_every_token_once_and_can_end_the_sequence(engine):
     sequence = engine.submit(Request((5, 6), 40), listen)
     engine.run()
 
-    assert sum(heard, []) == ids(sequence) and heard[-1] == [] and [] not in heard[:-1]
+    assert [i for new in heard for i in new] == ids(sequence) and heard[-1] == [] and [] not in heard[:-1]
     assert sequence.finish == "stop" and 7 <= len(ids(sequence)) < 16
 
 
@@ -154,7 +154,8 @@ def test_the_cache_grows_by_its_bytes_per_token_a_page_at_a_time(engine):
 
 
 def test_more_work_than_pages_waits_and_finishes():
-    small = Engine(CFG, VARIABLES, max_sequences=2, max_length=64, depth=1, pages=12, page_size=4, chunk=8, most_steps=4)
+    small = Engine(CFG, VARIABLES, max_sequences=2, max_length=64, depth=1, pages=12, page_size=4, chunk=8,
+                   most_steps=4)
     made = [small.submit(Request(LONG[:20 + i], 16)) for i in range(6)]
     while small.busy:
         small.step()
@@ -176,7 +177,8 @@ def test_random_traffic_leaks_no_page(engine):
     for _ in range(150):
         if rng.random() < 0.4:
             length = int(rng.integers(1, 40))
-            live.append(engine.submit(Request(LONG[:length], int(rng.integers(1, 20)), temperature=float(rng.random()))))
+            new, temperature = int(rng.integers(1, 20)), float(rng.random())
+            live.append(engine.submit(Request(LONG[:length], new, temperature=temperature)))
         if live and rng.random() < 0.15:
             engine.cancel(live[rng.integers(len(live))])
         engine.step()
