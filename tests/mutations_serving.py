@@ -28,8 +28,8 @@ MUTATIONS = [
      "k_pe_BTR.astype(jnp.float8_e4m3fn).astype(jnp.bfloat16)", T_CACHE),
     ("a prefix does not depend on what stands before it", PAGES, "hashlib.blake2b(parent + page,",
      "hashlib.blake2b(page,", T_PAGES),
-    ("a released page is lost", PAGES, "                self._free.append(page)\n\n    def register", "                pass"
-     "\n\n    def register", T_PAGES),
+    ("a released page is lost", PAGES, "                self._free.append(page)\n\n    def register",
+     "                pass\n\n    def register", T_PAGES),
     ("top p leaves out the token that reaches it", SAMPLING, "before_BTW < sampling.top_p_B[:, None, None]",
      "before_BTW + p_BTW < sampling.top_p_B[:, None, None]", T_SAMPLING),
     ("top k is one too many", SAMPLING, "(k_B - 1)[:, None, None]", "jnp.minimum(k_B, W - 1)[:, None, None]",
