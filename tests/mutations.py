@@ -45,8 +45,8 @@ STEP, LOOP, OPTIMIZER, METRICS, DURABLE = (f"deepseek_jax/training/{name}.py"
                                            for name in ("step", "loop", "optimizer", "metrics", "durable"))
 T_STEP, T_LOOP, T_OPTIMIZER, T_METRICS, T_CHECKPOINT = (
     f"training/test_{name}.py" for name in ("step", "loop", "optimizer", "metrics", "checkpoint"))
-EXAMPLES, LOADER, DECODE = (f"deepseek_jax/{name}.py" for name in ("data/examples", "data/loader", "serving/decode"))
-T_EXAMPLES, T_LOADER, T_DECODE = "data/test_examples.py", "data/test_loader.py", "serving/test_decode.py"
+EXAMPLES, LOADER = (f"deepseek_jax/data/{name}.py" for name in ("examples", "loader"))
+T_EXAMPLES, T_LOADER = "data/test_examples.py", "data/test_loader.py"
 INTEROP = "deepseek_jax/interop/"
 NAMES, HF, HF_CONFIG, EXPORT = (f"{INTEROP}{name}.py" for name in ("names", "huggingface", "hf_config", "export"))
 ARRAYS = "deepseek_jax/training/arrays.py"
@@ -212,12 +212,6 @@ MUTATIONS = [Mutation(*row) for row in [
      "stream.read(j * length + 1, length + 1)", T_LOADER),
     ("prompts are learned", LOADER, "weights_MBT[m, row, 1:] = window.predicted_T[1:]", "weights_MBT[m, row, 1:] = 1",
      T_LOADER),
-    # decoding
-    ("temperature multiplies", DECODE, "logits_BW / temperature", "logits_BW * temperature", T_DECODE),
-    ("the end token does not end", DECODE, "done[b] = done[b] or token == eos_id", "done[b] = False", T_DECODE),
-    ("short prompts are continued behind their padding", DECODE, "jnp.asarray(lengths - 1))",
-     "jnp.asarray(lengths * 0 + lengths.max() - 1))", T_DECODE),
-    ("every step draws the same number", DECODE, "jax.random.fold_in(key, n)", "key", T_DECODE),
     # checkpoints of Hugging Face
     ("MTP hidden half first, beside transformers", MTP,
      'RMSNorm(cfg, name="embedding_norm")(ahead_BTD), RMSNorm(cfg, name="hidden_norm")(hidden_BTD),',

@@ -126,7 +126,7 @@ def test_a_listener_hears_every_token_once_and_can_end_the_sequence(engine):
     sequence = engine.submit(Request((5, 6), 40), listen)
     engine.run()
 
-    assert [token for part in heard for token in part] == ids(sequence) and heard[-1] == [] and [] not in heard[:-1]
+    assert [i for new in heard for i in new] == ids(sequence) and heard[-1] == [] and [] not in heard[:-1]
     assert sequence.finish == "stop" and 7 <= len(ids(sequence)) < 16
 
 
@@ -177,8 +177,8 @@ def test_random_traffic_leaks_no_page(engine):
     for _ in range(150):
         if rng.random() < 0.4:
             length = int(rng.integers(1, 40))
-            request = Request(LONG[:length], int(rng.integers(1, 20)), temperature=float(rng.random()))
-            live.append(engine.submit(request))
+            new, temperature = int(rng.integers(1, 20)), float(rng.random())
+            live.append(engine.submit(Request(LONG[:length], new, temperature=temperature)))
         if live and rng.random() < 0.15:
             engine.cancel(live[rng.integers(len(live))])
         engine.step()

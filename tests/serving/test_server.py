@@ -29,8 +29,7 @@ from deepseek_jax.serving.service import Service
 
 tokenizer = train_tokenizer(["some text"] * 3, 262)
 cfg = naive.tiny(num_layers=2, vocab_size=262)
-engine = Engine(cfg, naive.variables_of(cfg), max_sequences=2, max_length=512, depth=1, page_size=8, chunk=16,
-                most_steps=4)
+engine = Engine(cfg, naive.variables_of(cfg), max_sequences=2, max_length=512, depth=1, page_size=8, chunk=16)
 engine.warm_up()
 serve(Service(engine, tokenizer, "random", most_waiting=70), "127.0.0.1", int(sys.argv[1]), "secret")
 """
@@ -150,12 +149,13 @@ def test_what_is_no_json_and_a_wrong_key_are_refused(url):
 
 
 def test_a_client_that_vanishes_frees_its_pages_within_a_second(client, url):
-    with client.completions.create(model="random", prompt="hello", max_tokens=480, stream=True) as stream:
+    with client.completions.create(model="random", prompt="hello", max_tokens=480, n=16,
+                                   stream=True) as stream:
         next(iter(stream))
         assert owned(url) > 0
     assert_freed(url)
     with contextlib.suppress(httpx.ReadTimeout):
-        httpx.post(url + "/v1/completions", json=dict(prompt="hello", max_tokens=480), timeout=0.1,
+        httpx.post(url + "/v1/completions", json=dict(prompt="hello", max_tokens=480, n=16), timeout=0.1,
                    headers={"Authorization": "Bearer secret"})
     assert_freed(url)
 
@@ -165,8 +165,8 @@ def test_64_streams_at_once_and_one_too_many(client, url):
 
     def ask(n, choices=1):
         try:
-            stream = client.completions.create(model="random", prompt=f"{n}", max_tokens=12, stream=True, n=choices)
-            events = list(stream)
+            events = list(client.completions.create(model="random", prompt=f"{n}", max_tokens=12, stream=True,
+                                                    n=choices))
             ends.append(events[-1].choices[0].finish_reason)
         except openai.RateLimitError as error:
             refused.append(error)
