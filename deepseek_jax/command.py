@@ -2,6 +2,7 @@
 
 import argparse
 import ctypes
+import json
 import logging
 import os
 import sys
@@ -43,6 +44,14 @@ def run(main):
         print("interrupted", file=sys.stderr)
         code = 130
     sys.exit(code)
+
+
+def write_json(path: str, result):
+    """Writes what --json asks for: whole or not at all."""
+    beside = path + ".new"
+    with open(beside, "w") as f:
+        json.dump(result, f, indent=2)
+    os.replace(beside, path)
 
 
 def reuse_memory():

@@ -4,9 +4,6 @@
     python -m deepseek_jax.evaluate --workdir run --data docs/ --compressors --json result.json
 """
 
-import json
-import os
-
 from deepseek_jax import command
 
 
@@ -29,10 +26,7 @@ def main():
     for name, value in result.items():
         print(f"{name:38s} {value:.4f}" if isinstance(value, float) else f"{name:38s} {value}")
     if args.json:
-        beside = args.json + ".new"
-        with open(beside, "w") as f:
-            json.dump(result, f, indent=2)
-        os.replace(beside, args.json)
+        command.write_json(args.json, result)
 
 
 if __name__ == "__main__":

@@ -4,9 +4,6 @@
     python -m deepseek_jax.pipeline --schedule all --ranks 4,8,16 --microbatches 32,64 --json table.json
 """
 
-import json
-import os
-
 from deepseek_jax import command
 from deepseek_jax.checked import ConfigError
 from deepseek_jax.pipeline.schedule import NAMES, make_schedule
@@ -79,10 +76,7 @@ def main():
             shown = " ".join(f"{v:g}" for v in value) if isinstance(value, tuple) else value
             print(f"{name:18s} {shown}")
     if args.json:
-        beside = args.json + ".new"
-        with open(beside, "w") as f:
-            json.dump(result, f, indent=2)
-        os.replace(beside, args.json)
+        command.write_json(args.json, result)
 
 
 if __name__ == "__main__":

@@ -19,18 +19,8 @@ from jax.sharding import NamedSharding
 from deepseek_jax.config import MeshConfig, model_config
 from deepseek_jax.model import experts
 from deepseek_jax.parallel import mesh as meshes
+from kernels_pallas.compile_report import H100
 
-H100 = """gpu_device_info {
-  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
-  shared_memory_per_core: 233472 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
-  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-  memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98
-  device_memory_size: 84978434048 shared_memory_per_block_optin: 232448
-  cuda_compute_capability { major: 9 minor: 0 } registers_per_core_limit: 65536 registers_per_block_limit: 65536
-}
-platform_name: "CUDA" dnn_version_info { major: 9 minor: 8 patch: 0 }
-device_description_str: "NVIDIA H100 80GB HBM3"
-"""
 devices = topologies.get_topology_desc("h100", platform="cuda", target_config=H100, topology="1x2x8").devices
 cfg = MeshConfig(node=2, local=8, buffers="ragged", capacity=1.5)
 model = model_config("v3_671b", num_experts=64, d_model=1024, expert_ffn_dim=512)
