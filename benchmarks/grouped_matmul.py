@@ -21,8 +21,7 @@ import numpy as np
 from run import hardware, shown
 
 from deepseek_jax import command
-from deepseek_jax.model import layers
-from deepseek_jax.model.experts import grouped_matmul, row_alignment
+from deepseek_jax.model import experts, layers
 
 SHAPES = ((8192, 256, 512, 32), (8192, 256, 128, 64), (16384, 512, 256, 64))  # tokens x k, D, F, E
 LOADS = ("balanced", "skewed")
@@ -36,17 +35,12 @@ def loads(name, rows, num_experts):
     return counts
 
 
-def arranged(counts, align, draw, width):
-    """Random rows, each expert's group filled up with zeros to a multiple of `align`, as `experts.plan` makes them.
-
-    There are as many rows as any routing may need: what the last group leaves over is computed too.
-    """
-    sizes = -(-counts // align) * align
-    total = -(-(counts.sum() + len(counts) * (align - 1)) // align) * align
-    x = np.zeros((total, width), np.float32)
-    for start, count in zip(np.cumsum(sizes) - sizes, counts):
-        x[start:start + count] = draw.standard_normal((count, width), np.float32)
-    return x, sizes.astype(np.int32)
+def arranged(counts, align, even, draw, width):
+    """Random rows laid out by the experts' own plan, and the size of each expert's group."""
+    chosen_NK = np.repeat(np.arange(len(counts), dtype=np.int32), counts)[:, None]
+    plan = jax.jit(experts.plan, static_argnums=(1, 2, 3))(chosen_NK, len(counts), align, even)
+    filled_R1 = np.asarray(plan.choice_R < len(chosen_NK))[:, None]
+    return draw.standard_normal((len(filled_R1), width), np.float32) * filled_R1, plan.sizes_E
 
 
 def sides(rows, d, f, num_experts, dtype, load):
@@ -64,13 +58,13 @@ def sides(rows, d, f, num_experts, dtype, load):
         dy = jnp.ones((x.shape[0], f), dtype)
         return lambda: jax.block_until_ready(run(x, w, dy, *more))
 
-    made = {"dense": both_ways(layers.linear, jnp.asarray(arranged(counts, 1, draw, d)[0], dtype), w[0])}
+    made = {"dense": both_ways(layers.linear, jnp.asarray(draw.standard_normal((rows, d)), dtype), w[0])}
     for name, implementation in (("cpu", "cpu"), ("ragged_dot", "ragged")):
-        align = row_alignment(implementation, rows, num_experts)
-        x, sizes = arranged(counts, align, draw, d)
-        product = functools.partial(grouped_matmul, align=align, implementation=implementation)
-        made[name] = both_ways(lambda x, w, sizes, product=product: product(x, w, sizes), jnp.asarray(x, dtype), w,
-                               jnp.asarray(sizes))
+        align = experts.row_alignment(implementation, rows, num_experts)
+        x, sizes = arranged(counts, align, align > 1, draw, d)
+        product = functools.partial(experts.grouped_matmul, align=align, implementation=implementation)
+        made[name] = both_ways(lambda x, w, sizes, product=product: product(x, w, sizes_E=sizes),
+                               jnp.asarray(x, dtype), w, sizes)
     return made
 
 

@@ -32,13 +32,19 @@ class Plan(NamedTuple):
     sizes_E: jax.Array  # int32: rows of each expert, empty ones included: multiples of `align`
 
 
-def plan(chosen_NK, num_experts, align=1) -> Plan:
-    """Sorts choices by expert, tokens in order inside each; pads every expert's group to a multiple of `align` rows."""
+def plan(chosen_NK, num_experts, align=1, even=False) -> Plan:
+    """Sorts choices by expert, tokens in order inside each; pads every expert's group to a multiple of `align` rows.
+
+    `even` gives all experts the same number of rows, the mean load plus `align`, unless one of them needs more.
+    """
     N, K = chosen_NK.shape
-    rows = -(-(N * K + num_experts * (align - 1)) // align) * align  # enough for any routing
+    room = _up(_up(N * K, num_experts) // num_experts + align - 1, align)
+    rows = num_experts * room if even else _up(N * K + num_experts * (align - 1), align)  # enough for any routing
     order = jnp.argsort(chosen_NK.reshape(-1), stable=True).astype(jnp.int32)
     counts_E = routing.count_choices(chosen_NK, num_experts)
-    sizes_E = -(-counts_E // align) * align
+    sizes_E = _up(counts_E, align)
+    if even:
+        sizes_E = jnp.where(counts_E.max() <= room, room, sizes_E)
     start_E, end_E = jnp.cumsum(counts_E) - counts_E, jnp.cumsum(sizes_E)
     row = jnp.arange(rows, dtype=jnp.int32)
     expert_R = jnp.minimum(jnp.searchsorted(end_E, row, side="right"), num_experts - 1).astype(jnp.int32)
@@ -50,6 +56,11 @@ def plan(chosen_NK, num_experts, align=1) -> Plan:
     place = jnp.argsort(order).astype(jnp.int32)
     row_NK = place.reshape(N, K) + shift_E[chosen_NK].astype(jnp.int32)
     return Plan(choice_R, row_NK, sizes_E.astype(jnp.int32))
+
+
+def _up(n, multiple):
+    """The next multiple."""
+    return -(-n // multiple) * multiple
 
 
 def _rows(x_RD, index_N):
@@ -94,11 +105,11 @@ combine.defvjp(lambda y_RD, gates_NK, plan: (combine(y_RD, gates_NK, plan), (y_R
 
 
 def row_alignment(implementation, rows, num_experts):
-    """Rows that an expert's group must be a multiple of. Tiles of a quarter of the mean load waste about an eighth."""
+    """Rows that an expert's group must be a multiple of: up to half of the mean load, so that 1.5 of it is room."""
     if implementation != "cpu":
         return 1
-    quarter = max(rows // num_experts // 4, 1)
-    return min(max(1 << (quarter.bit_length() - 1), 8), 128)
+    half = max(rows // num_experts // 2, 1)
+    return max(1 << (half.bit_length() - 1), 8)
 
 
 def _reference(x_RD, w_EDF, sizes_E, align):
@@ -131,32 +142,52 @@ _ragged.defvjp(lambda x_RD, w_EDF, sizes_E, align: (_ragged(x_RD, w_EDF, sizes_E
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _tiles(x_RD, w_EDF, sizes_E, align):
-    """Equal tiles of rows, each with a copy of its expert's weights: exact, and indifferent to skew.
+def _batched(x_RD, w_EDF, sizes_E, align):
+    """A batched product over experts where all have the same number of rows, otherwise over equal tiles of rows.
 
-    XLA:CPU has no fast ragged product; a batched one over tiles runs at the speed of a dense product, and copying
-    weights costs little beside it.
+    XLA:CPU has no fast ragged product. Tiles are exact and indifferent to skew, each with a copy of its expert's
+    weights; the first form needs no copy, and nearly balanced loads are what training has.
     """
-    x_TMD = x_RD.reshape(-1, align, x_RD.shape[1])
-    expert_T = _expert_of_tile(sizes_E, align, x_TMD.shape[0])
-    return matmul(x_TMD, w_EDF.astype(x_RD.dtype)[expert_T]).reshape(x_RD.shape[0], -1)
+    def product(x_TMD, w_TDF, expert_T):
+        return matmul(x_TMD, w_TDF).reshape(x_RD.shape[0], -1)
+
+    return _by_expert_or_tile(product, sizes_E, align, (x_RD,), w_EDF.astype(x_RD.dtype))
 
 
-def _tiles_fwd(x_RD, w_EDF, sizes_E, align):
-    return _tiles(x_RD, w_EDF, sizes_E, align), (x_RD, w_EDF, sizes_E)
+def _batched_fwd(x_RD, w_EDF, sizes_E, align):
+    return _batched(x_RD, w_EDF, sizes_E, align), (x_RD, w_EDF, sizes_E)
 
 
-def _tiles_bwd(align, kept, dy_RF):
+def _batched_bwd(align, kept, dy_RF):
     x_RD, w_EDF, sizes_E = kept
-    x_TMD, dy_TMF = (a.reshape(-1, align, a.shape[1]) for a in (x_RD, dy_RF))
-    expert_T = _expert_of_tile(sizes_E, align, x_TMD.shape[0])
-    dx_TMD = matmul(dy_TMF, transpose(w_EDF.astype(dy_RF.dtype))[expert_T], x_RD.dtype)
-    dw_TDF = matmul(transpose(x_TMD), dy_TMF, wide(x_RD.dtype))
-    dw_EDF = jax.ops.segment_sum(dw_TDF, expert_T, w_EDF.shape[0], indices_are_sorted=True)
-    return dx_TMD.reshape(x_RD.shape), dw_EDF.astype(w_EDF.dtype), None
+
+    def product(x_TMD, dy_TMF, w_TFD, expert_T):
+        dw_TDF = matmul(transpose(x_TMD), dy_TMF, wide(x_RD.dtype))
+        if expert_T is not None:
+            dw_TDF = jax.ops.segment_sum(dw_TDF, expert_T, w_EDF.shape[0], indices_are_sorted=True)
+        return matmul(dy_TMF, w_TFD, x_RD.dtype).reshape(x_RD.shape), dw_TDF
+
+    dx_RD, dw_EDF = _by_expert_or_tile(product, sizes_E, align, (x_RD, dy_RF), transpose(w_EDF.astype(dy_RF.dtype)))
+    return dx_RD, dw_EDF.astype(w_EDF.dtype), None
 
 
-_tiles.defvjp(_tiles_fwd, _tiles_bwd)
+_batched.defvjp(_batched_fwd, _batched_bwd)
+
+
+def _by_expert_or_tile(product, sizes_E, align, rows, w_EXY):
+    """product(*rows [T, M, ...], weights [T, ...], expert_T): T experts if their groups are equal, else T tiles."""
+    E, R = len(sizes_E), rows[0].shape[0]
+
+    def cut(count):
+        return [a.reshape(count, -1, a.shape[1]) for a in rows]
+
+    def by_tile():
+        expert_T = _expert_of_tile(sizes_E, align, R // align)
+        return product(*cut(R // align), w_EXY[expert_T], expert_T)
+
+    if R % E:
+        return by_tile()
+    return lax.cond(jnp.all(sizes_E == R // E), lambda: product(*cut(E), w_EXY, None), by_tile)
 
 
 def _expert_of_tile(sizes_E, align, tiles):
@@ -165,7 +196,7 @@ def _expert_of_tile(sizes_E, align, tiles):
     return jnp.minimum(jnp.searchsorted(end_E, jnp.arange(tiles), side="right"), sizes_E.shape[0] - 1)
 
 
-IMPLEMENTATIONS = {"reference": _reference, "cpu": _tiles, "ragged": _ragged}
+IMPLEMENTATIONS = {"reference": _reference, "cpu": _batched, "ragged": _ragged}
 
 
 def implementation_here() -> str:
@@ -195,7 +226,7 @@ def routed_experts(x_ND, chosen_NK, gates_NK, gate_EDF, up_EDF, down_EFD, implem
     `recipe`, where it is enabled: the products run in FP8 (and `implementation` is the recipe's).
     """
     name, align = _how(implementation, recipe, chosen_NK.size, gate_EDF.shape[0])
-    p = plan(chosen_NK, gate_EDF.shape[0], align)
+    p = plan(chosen_NK, gate_EDF.shape[0], align, even=align > 1 and name == "cpu")
     return _ffn(x_ND, gates_NK, p, gate_EDF, up_EDF, down_EFD, align, name, recipe)
 
 
