@@ -1,6 +1,6 @@
 # make train   from nothing: environment, tokenizer, a tiny model on real text, a sample, plots (in run/)
 # make test    the CPU suite          make lint    ruff
-# make bench   training speed beside transformers, same machine, same run
+# make bench   speed beside transformers, a dense product, ragged_dot: same machine, same run
 # make clean   removes environments, caches and run/
 #
 # Takes the newest of Python 3.12, 3.13, 3.11 that really runs; `make PYTHON=/path/to/python` overrides.
@@ -51,6 +51,7 @@ lint: .venv/stamp
 
 bench: .venv/stamp .venv-peer/stamp
 	$(RUN) benchmarks/run.py --json benchmarks/results/train_cpu.json
+	$(RUN) benchmarks/grouped_matmul.py --json benchmarks/results/grouped_matmul.json
 
 clean:
 	rm -rf .venv .venv-peer .cache .pytest_cache .hypothesis .ruff_cache build run *.egg-info

@@ -90,6 +90,10 @@ MUTATIONS = [Mutation(*row) for row in [
      'jnp.searchsorted(end_E, jnp.arange(tiles), side="left")', T_EXPERTS),
     ("tile weight gradient goes to the next expert", EXPERTS, "jax.ops.segment_sum(dw_TDF, expert_T,",
      "jax.ops.segment_sum(dw_TDF, expert_T + 1,", T_EXPERTS),
+    ("equal groups where one expert needs more", EXPERTS, "jnp.where(counts_E.max() <= room, room, sizes_E)",
+     "jnp.full_like(sizes_E, room)", T_EXPERTS),
+    ("unequal groups taken for equal ones", EXPERTS, "lax.cond(jnp.all(sizes_E == R // E),",
+     "lax.cond(jnp.any(sizes_E >= 0),", T_EXPERTS),
     ("no shared expert", EXPERTS, "if cfg.num_shared_experts:", "if False:", f"{T_EXPERTS} {T_TRANSFORMER}"),
     # attention
     ("a token does not see itself", ATTENTION, "jnp.arange(block))[:, None] <= (i", "jnp.arange(block))[:, None] < (i",
