@@ -72,13 +72,13 @@ def to_hf(src: str, dst: str, fp8: bool = False):
     cfg, leaves = _leaves(src)
     layout = None
     if os.path.exists(os.path.join(src, LAYOUT)):
-        layout = json.loads(pathlib.Path(src, LAYOUT).read_text())
+        layout = _json(os.path.join(src, LAYOUT))
         if not hf_config.same_model(cfg, hf_config.read(layout["config"], cfg.mtp_depth)):
             layout = None  # the config was changed since: another model
     with export.building(dst) as partial:
         total = sum(item.nbytes for items in export.Export(cfg, leaves, fp8, layout).files().values() for item in items)
         with tqdm.tqdm(total=total, desc="to-hf", unit="B", unit_scale=True) as bar:
-            export.export(partial, cfg, leaves, fp8, layout, _special(src), bar.update)
+            export.export(partial, cfg, leaves, fp8, layout, None if layout else _special(src), bar.update)
         _copy_text(src, partial)
 
 
@@ -104,12 +104,20 @@ def _special(workdir):
     return {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos}
 
 
+def _json(path):
+    try:
+        with open(path) as f:
+            return json.load(f)
+    except ValueError as error:
+        raise ConfigError(f"{path} is not JSON ({error}); restore it from a backup.") from None
+
+
 def _leaves(workdir):
     """-> (ModelConfig, {path: Stored or Held}) of the newest checkpoint, converted or trained."""
     path = pathlib.Path(workdir, "config.json")
     if not path.is_file():
         raise ConfigError(f"{workdir} holds no config.json; give a work directory of train or of convert from-hf.")
-    cfg = freeze(json.loads(path.read_text())).model
+    cfg = freeze(_json(path)).model
     newest, _ = durable.newest(pathlib.Path(workdir).absolute() / "checkpoints")
     if newest is None:
         raise ConfigError(f"{workdir} holds no checkpoint; give a work directory that has one.")

@@ -41,7 +41,7 @@ class Held:
     """A leaf in memory, read as `training.arrays.Stored` reads one from a converted checkpoint."""
 
     def __init__(self, values, scales=None):
-        self.values, self.scales, self.dtype = values, scales, np.dtype(values.dtype)
+        self.values, self.scales, self.dtype, self.shape = values, scales, np.dtype(values.dtype), values.shape
 
     def __getitem__(self, index):
         return np.asarray(self.values)[index]  # on a CPU a view; slicing a jax.Array would compile for every shape
@@ -69,6 +69,18 @@ def _read(array, index):
     return array[index].read().result() if hasattr(array, "read") else np.asarray(array)[index]
 
 
+def _check_leaves(shapes, leaves):
+    """Without it a deeper model would go out cut off, since a layer that is not asked for is not missed."""
+    missing, unknown = shapes.keys() - leaves.keys(), leaves.keys() - shapes.keys()
+    if missing or unknown:
+        raise ConfigError(f"the variables do not fit the model; missing: {names.listed(missing) or 'none'}, unknown: "
+                          f"{names.listed(unknown) or 'none'}.")
+    for path, shape in shapes.items():
+        if leaves[path].scales is None and tuple(leaves[path].shape) != tuple(shape):
+            raise ConfigError(f"the variables do not fit the model: {path} is {list(leaves[path].shape)}, and the "
+                              f"config asks for {list(shape)}.")
+
+
 class Export:
     """What each tensor of theirs is made from.
 
@@ -76,9 +88,13 @@ class Export:
       leaves: {our path: Held or Stored}.
       fp8: quantize what is not FP8 yet, where released checkpoints are FP8.
       layout: the `hf_layout.json` of the checkpoint that this was converted from, or None.
+
+    Raises:
+      ConfigError: the leaves are not those of `cfg`, in name or shape.
     """
 
     def __init__(self, cfg, leaves, fp8=False, layout=None):
+        _check_leaves(names.leaves(cfg), leaves)
         self.cfg, self.leaves, self.fp8, self.layout = cfg, leaves, fp8, layout
         self.entries = names.entries(cfg)
         self.raw = None if layout is None else layout["config"]

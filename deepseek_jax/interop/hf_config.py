@@ -7,6 +7,7 @@ which this model does not have is an error that names it; nothing is ignored tha
 
 import dataclasses
 import json
+import math
 import os
 
 from deepseek_jax.config import ConfigError, ModelConfig, Yarn
@@ -65,8 +66,11 @@ def read(raw: dict, mtp_depth: int = 0, dtype: str = "bfloat16") -> ModelConfig:
       ConfigError: fields that this model does not have, all of them in one line; or missing ones.
     """
     family = raw.get("model_type")
-    if family not in FAMILIES:
+    if family not in list(FAMILIES):  # a list takes what cannot be hashed
         raise ConfigError(f"config.json: model_type={family!r} is not supported; only {' and '.join(FAMILIES)} are.")
+    mistyped = list(_mistyped(raw))
+    if mistyped:
+        raise ConfigError(f"config.json has values of a wrong type: {', '.join(mistyped)}.")
     missing = [name for name in FIELDS if raw.get(name) is None and name not in NULL | ONLY.keys()]
     if missing:
         raise ConfigError(f"config.json lacks {', '.join(missing)}.")
@@ -86,11 +90,28 @@ def read(raw: dict, mtp_depth: int = 0, dtype: str = "bfloat16") -> ModelConfig:
                        mtp_depth=mtp_depth, rope_theta=theta, yarn=yarn, dtype=dtype, remat="report")
 
 
+def _mistyped(raw):
+    """What `read` could not calculate with, in words. ModelConfig looks at the rest."""
+    for name in ("rope_scaling", "rope_parameters", "quantization_config"):
+        if not isinstance(raw.get(name) or {}, dict):
+            yield f"{name}={raw[name]!r} (not an object)"
+            return
+    numbers = {name: raw.get(name) for name in ("rope_theta", "routed_scaling_factor", "initializer_range")}
+    for dialect in ("rope_scaling", "rope_parameters"):
+        rope = raw.get(dialect) or {}
+        numbers |= {f"{dialect}.{name}": rope.get(name) for name in ("rope_theta", *YARN)}
+    for name, value in numbers.items():
+        if value is not None and (type(value) not in (int, float) or not math.isfinite(value)):
+            yield f"{name}={value!r} (not a number)"
+        elif value is not None and name.endswith("original_max_position_embeddings") and value % 1:
+            yield f"{name}={value!r} (not a whole number)"
+
+
 def _allowed(raw, family):
     for name, allowed in ONLY.items():
         yield name, allowed[family] if isinstance(allowed, dict) else allowed
     yield "num_key_value_heads", (raw.get("num_attention_heads"), None)
-    if raw.get("quantization_config") is not None:
+    if raw.get("quantization_config"):
         quantization = raw["quantization_config"]
         wrong = {k: quantization.get(k) for k, v in QUANTIZATION.items()
                  if k != "activation_scheme" and quantization.get(k, v) != v}
@@ -101,7 +122,7 @@ def _allowed(raw, family):
 def _read_rope(raw, problems):
     """-> (Yarn or None, theta). Both dialects; appends what is not supported to `problems`."""
     rope = {**(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}
-    theta = float(rope.get("rope_theta", raw.get("rope_theta", 10000.0)))
+    theta = next((float(held["rope_theta"]) for held in (rope, raw) if held.get("rope_theta") is not None), 10000.0)
     kind = rope.get("rope_type", rope.get("type", "default"))
     known = {"rope_type", "type", "rope_theta", *YARN}
     problems += [f"rope {name}={value!r}" for name, value in rope.items()

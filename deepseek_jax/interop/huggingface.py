@@ -125,9 +125,12 @@ class Checkpoint:
         return piece[tuple(cut)]
 
     def _mtp_depth(self):
-        layers = (name.split(".")[2] for name in self.tensors if name.startswith("model.layers."))
-        last = max((int(layer) for layer in layers if layer.isdecimal()), default=0)
-        return max(last + 1 - self.raw["num_hidden_layers"], 0)
+        """How many layers behind the main ones, without a gap, hold something that only an MTP module has."""
+        first = depth = self.raw["num_hidden_layers"]
+        own = ("eh_proj", "enorm", "hnorm")
+        while any(f"model.layers.{depth}.{name}.weight" in self.tensors for name in own):
+            depth += 1
+        return depth - first
 
     def _check_names(self):
         expected = {name for name, entry in self.entries.items() if entry.copy_of is None}
@@ -151,6 +154,9 @@ class Checkpoint:
             else:
                 wanted = self.entries[name].shape
                 why = f"config.json asks for {list(wanted)}"
+            if tensor.dtype == FP8 and len(tensor.shape) != 2:
+                raise ConfigError(f"{os.path.join(self.reader.folder, tensor.file)}: {name} is in FP8, but no matrix; "
+                                  f"blocks of {BLOCK} x {BLOCK} need one.")
             if tensor.shape != wanted:
                 raise ConfigError(f"{os.path.join(self.reader.folder, tensor.file)}: {name} is {list(tensor.shape)}, "
                                   f"but {why}.")
@@ -174,7 +180,8 @@ def load_hf(path: str, dtype=None, mesh=None, keep_fp8: bool = False, sharding=N
 
     Args:
       path: the folder with config.json and the safetensors files.
-      dtype: of parameters and activations; None: that of the files, bfloat16 for FP8. Routing stays float32.
+      dtype: of parameters and activations, bfloat16 or float32; None: that of the files, bfloat16 for FP8. Routing
+        stays float32.
       mesh: None: the default device. Else every parameter is replicated over it, unless `sharding` says otherwise;
         each device reads its rows only.
       keep_fp8: FP8 weights become {"values": float8_e4m3fn [..., out, in], "scales"} instead of arrays; `dequantized`
@@ -187,6 +194,8 @@ def load_hf(path: str, dtype=None, mesh=None, keep_fp8: bool = False, sharding=N
     Raises:
       ConfigError: what is wrong with the checkpoint, in one line.
     """
+    if dtype is not None and str(getattr(dtype, "__name__", dtype)) not in ("bfloat16", "float32"):
+        raise ConfigError(f"dtype={dtype!r}: parameters are held in bfloat16 or float32.")
     source = Checkpoint(path)
     for note in source.notes:
         print(note, flush=True)
@@ -244,12 +253,8 @@ def save_hf(path: str, cfg: ModelConfig, variables, fp8: bool = False):
       fp8: quantizes, in blocks of 128 x 128, what the released checkpoints hold in FP8.
 
     Raises:
-      ConfigError: the folder exists, no space is left, or no published model family has what `cfg` has.
+      ConfigError: the folder exists, no space is left, the variables are not those of `cfg`, or no published model
+        family has what it has.
     """
-    held = export.in_memory(variables)
-    missing, unknown = names.leaves(cfg).keys() - held.keys(), held.keys() - names.leaves(cfg).keys()
-    if missing or unknown:
-        raise ConfigError(f"the variables do not fit the model; missing: {names.listed(missing) or 'none'}, unknown: "
-                          f"{names.listed(unknown) or 'none'}.")
     with export.building(path) as partial:
-        export.export(partial, cfg, held, fp8)
+        export.export(partial, cfg, export.in_memory(variables), fp8)

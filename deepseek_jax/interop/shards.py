@@ -45,7 +45,7 @@ class Reader:
         self.folder = folder
         where = self._index()
         self.files, self.tensors, self.metadata, self._open = {}, {}, {}, {}
-        for file in dict.fromkeys(where.values()) if where else [SINGLE]:
+        for file in dict.fromkeys(where.values()) if where is not None else [SINGLE]:
             found = self._header(file)
             twice = found.keys() & self.tensors.keys()
             if twice:
@@ -95,9 +95,14 @@ class Reader:
             return None
         try:
             with open(path) as f:
-                return dict(json.load(f)["weight_map"])
-        except (ValueError, KeyError, TypeError):
+                where = dict(json.load(f)["weight_map"])
+        except (OSError, ValueError, KeyError, TypeError):
             raise ConfigError(f"{path} is not an index of safetensors; fetch it again.") from None
+        # A way back writes files of the same names: none may lie elsewhere.
+        for name, file in where.items():
+            if not isinstance(file, str) or os.path.basename(file) != file or not file.endswith(".safetensors"):
+                raise ConfigError(f"{path} puts {name} into {file!r}, which is no safetensors file of this folder.")
+        return where
 
     def _header(self, file):
         path = os.path.join(self.folder, file)
@@ -113,9 +118,16 @@ class Reader:
             raise
         except FileNotFoundError:
             raise ConfigError(f"{path} is missing, but {INDEX} names it; fetch it again.") from None
-        except (ValueError, TypeError, AttributeError, UnicodeDecodeError):
+        except OSError as error:
+            raise ConfigError(f"{path} cannot be read: {error.strerror}.") from None
+        except (ValueError, TypeError, AttributeError):
             raise ConfigError(f"{path} has no readable header: it is truncated or damaged; fetch it again.") from None
-        end = max((t.offset + t.nbytes for t in found.values()), default=8 + length)
+        end = 8 + length
+        for tensor in sorted(found.values(), key=lambda t: (t.offset, t.nbytes)):
+            if tensor.offset != end:
+                raise ConfigError(f"{path}: {tensor.name} overlaps what lies before it, or leaves a gap; the file is "
+                                  "damaged, fetch it again.")
+            end += tensor.nbytes
         if end != size:
             raise ConfigError(f"{path} has {size} bytes, and its header says {end}: it is truncated or damaged; fetch "
                               "it again.")

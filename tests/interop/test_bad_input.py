@@ -1,5 +1,6 @@
 """Whatever is wrong with a checkpoint or a destination: one line that names it, and nothing at the destination."""
 
+import dataclasses
 import errno
 import json
 import os
@@ -8,7 +9,7 @@ import pathlib
 import numpy as np
 import pytest
 
-from deepseek_jax.config import ConfigError
+from deepseek_jax.config import Config, ConfigError, as_dict
 from deepseek_jax.interop import export, load_hf, save_hf, shards
 from deepseek_jax.interop.converter import from_hf, to_hf
 from deepseek_jax.training import arrays
@@ -59,6 +60,38 @@ def test_an_index_that_lies(tmp_path):
     assert "model.ghost.weight" in fails(folder, tmp_path)
 
 
+@pytest.mark.parametrize("place", ["../model-00001-of-00002.safetensors", "/model.safetensors", "config.json", 3])
+def test_an_index_that_points_elsewhere(tmp_path, place):
+    folder = checkpoints.changed(tmp_path / "src", "plain", files=2)
+    path = pathlib.Path(folder, shards.INDEX)
+    index = json.loads(path.read_text())
+    index["weight_map"][HEAD] = place
+    path.write_text(json.dumps(index))
+
+    assert f"puts {HEAD} into {place!r}" in fails(folder, tmp_path)
+
+
+def test_a_shard_that_cannot_be_opened(tmp_path):
+    folder = checkpoints.changed(tmp_path / "src", "plain", files=2)
+    os.remove(f"{folder}/model-00002-of-00002.safetensors")
+    os.mkdir(f"{folder}/model-00002-of-00002.safetensors")
+
+    assert "model-00002-of-00002.safetensors cannot be read: Is a directory" in fails(folder, tmp_path)
+
+
+def test_tensors_that_overlap(tmp_path):
+    folder = checkpoints.changed(tmp_path / "src", "plain")
+    path = pathlib.Path(folder, shards.SINGLE)
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:8 + length])
+    header[Q]["data_offsets"] = header[Q.replace("layers.1", "layers.2")]["data_offsets"]
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length:])
+
+    assert "overlaps what lies before it, or leaves a gap" in fails(folder, tmp_path)
+
+
 def test_a_tensor_of_another_shape(tmp_path):
     folder = with_change(tmp_path, lambda a: a.update({Q: a[Q][:-1]}))
 
@@ -70,6 +103,13 @@ def test_an_unknown_key(tmp_path):
     folder = with_change(tmp_path, lambda a: a.update({"model.layers.1.self_attn.q_proj.bias": np.zeros(3)}))
 
     assert "unknown tensors: model.layers.1.self_attn.q_proj.bias" in fails(folder, tmp_path)
+
+
+def test_a_layer_far_behind_is_no_mtp_module(tmp_path):
+    folder = with_change(tmp_path, lambda a: a.update({"model.layers.9.mystery": np.zeros(3)}), case="mtp")
+
+    message = fails(folder, tmp_path)
+    assert "unknown tensors: model.layers.9.mystery" in message and "missing" not in message
 
 
 def test_missing_keys_are_listed_but_not_all_of_them(tmp_path):
@@ -115,6 +155,14 @@ def test_scales_that_do_not_fit(tmp_path, change, words):
 
     message = fails(folder, tmp_path)
     assert words.replace("1 x 128", "128 x 128") in message
+
+
+def test_fp8_without_rows_and_columns(tmp_path):
+    norm = "model.norm.weight"
+    in_fp8 = lambda a: a.update({norm: a[norm].astype(arrays.FP8), norm + "_scale_inv": np.ones(1)})
+    folder = with_change(tmp_path, in_fp8)
+
+    assert f"{norm} is in FP8, but no matrix" in fails(folder, tmp_path)
 
 
 @pytest.mark.parametrize(("copy", "original"), [("embed_tokens.weight", "model.embed_tokens.weight"),
@@ -169,7 +217,39 @@ def test_a_full_disk(tmp_path, monkeypatch, module):
     assert not list(tmp_path.glob("dst*"))
 
 
+@pytest.mark.parametrize("name", ["config.json", "hf_layout.json"])
+def test_a_work_directory_with_a_damaged_file(tmp_path, name):
+    from_hf(checkpoints.golden("plain"), str(tmp_path / "run"))
+    (tmp_path / "run" / name).write_text("{")
+
+    with pytest.raises(ConfigError, match=f"{name} is not JSON"):
+        to_hf(str(tmp_path / "run"), str(tmp_path / "dst"))
+    assert not list(tmp_path.glob("dst*"))
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float16", "nonsense"])
+def test_a_dtype_that_the_model_does_not_compute_in(dtype):
+    with pytest.raises(ConfigError, match=f"dtype={dtype!r}.*bfloat16 or float32"):
+        load_hf(checkpoints.golden("plain"), dtype=dtype)
+
+
 def test_a_work_directory_without_a_checkpoint(tmp_path):
     with pytest.raises(ConfigError, match="holds no config.json"):
         to_hf(str(tmp_path), str(tmp_path / "dst"))
+    assert not list(tmp_path.glob("dst*"))
+
+
+@pytest.mark.parametrize(("field", "value", "words"), [
+    ("num_layers", 2, r"params/layers/\S+ is \[2, .*the config asks for \[1, "), ("mtp_depth", 1, "missing: .*mtp_1/")])
+def test_weights_of_another_model_are_not_exported(tmp_path, field, value, words):
+    """A config with fewer layers would otherwise cut the model off without a word."""
+    cfg, variables = load_hf(checkpoints.golden("plain"))
+    other = dataclasses.replace(cfg, **{field: value})
+    from_hf(checkpoints.golden("plain"), str(tmp_path / "run"))
+    (tmp_path / "run/config.json").write_text(json.dumps(as_dict(Config(model=other))))
+
+    with pytest.raises(ConfigError, match=words):
+        save_hf(str(tmp_path / "dst"), other, variables)
+    with pytest.raises(ConfigError, match=words):
+        to_hf(str(tmp_path / "run"), str(tmp_path / "dst"))
     assert not list(tmp_path.glob("dst*"))

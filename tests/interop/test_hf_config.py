@@ -103,6 +103,27 @@ def test_what_is_not_supported_is_named_in_one_line(fields, named):
     assert named in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(("fields", "named"), [
+    ({"rope_scaling": "yarn"}, "rope_scaling='yarn' (not an object)"),
+    ({"quantization_config": ["fp8"]}, "quantization_config=['fp8'] (not an object)"),
+    ({"rope_theta": "10000"}, "rope_theta='10000' (not a number)"),
+    ({"routed_scaling_factor": [2.5]}, "routed_scaling_factor=[2.5] (not a number)"),
+    ({"rope_scaling": {**YARN, "type": "yarn", "factor": float("nan")}}, "rope_scaling.factor=nan (not a number)"),
+    ({"rope_scaling": {**YARN, "type": "yarn", "original_max_position_embeddings": 40.5}}, "40.5 (not a whole"),
+    ({"model_type": ["deepseek_v3"]}, "model_type=['deepseek_v3'] is not supported"),
+    ({"hidden_size": "7168"}, "d_model"),
+])
+def test_a_value_of_a_wrong_type_is_named_in_one_line(fields, named):
+    with pytest.raises(ConfigError) as error:
+        hf_config.read(RELEASED_V3 | fields)
+
+    assert named in str(error.value) and "\n" not in str(error.value)
+
+
+def test_null_is_the_default_rope_theta():
+    assert hf_config.read(RELEASED_V3 | {"rope_theta": None}).rope_theta == 10000
+
+
 def test_renormalised_softmax_gates_are_refused():
     """Released code drops the route scale then, transformers ignores the field."""
     with pytest.raises(ConfigError, match="norm_topk_prob=True"):
