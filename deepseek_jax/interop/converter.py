@@ -113,7 +113,7 @@ def _json(path):
 
 
 def _leaves(workdir):
-    """-> (ModelConfig, {path: Stored or Held}) of the newest checkpoint, converted or trained."""
+    """-> (ModelConfig, {path: Stored}) of the newest checkpoint, converted or trained."""
     path = pathlib.Path(workdir, "config.json")
     if not path.is_file():
         raise ConfigError(f"{workdir} holds no config.json; give a work directory of train or of convert from-hf.")
@@ -122,12 +122,8 @@ def _leaves(workdir):
     if newest is None:
         raise ConfigError(f"{workdir} holds no checkpoint; give a work directory that has one.")
     leaves = json.loads((newest / "meta.json").read_text())["leaves"]
-    if all("zarr" in leaf for leaf in leaves.values()):
-        return cfg, {name: Stored(str(newest), leaf) for name, leaf in leaves.items()}
-    from deepseek_jax.training.checkpoint import restore_items  # Orbax: half a second that the way in need not wait
-
-    items, _, _ = restore_items(workdir)
-    return cfg, export.in_memory(items)
+    return cfg, {name: Stored(str(newest), leaf, name) for name, leaf in leaves.items()
+                 if name.startswith(("params/", "router/"))}
 
 
 def _write_checkpoint(source, directory, dtype, keep_fp8):

@@ -93,11 +93,11 @@ class Writer:
 
 
 class Stored:
-    """One leaf of a converted checkpoint at `path`, read by parts."""
+    """The leaf `name` of a checkpoint at `path`, converted or written by Orbax, read by parts."""
 
-    def __init__(self, path, leaf):
+    def __init__(self, path, leaf, name=None):
         self.shape, self.dtype = tuple(leaf["shape"]), np.dtype(leaf["dtype"])
-        self.values = _open(path, leaf["zarr"])
+        self.values = _open(path, leaf["zarr"]) if "zarr" in leaf else _open_orbax(path, name)
         self.scales = _open(path, leaf["scales"]) if "scales" in leaf else None
         self.inputs = leaf.get("inputs", 0)
 
@@ -128,6 +128,14 @@ class Stored:
 
 def _open(path, folder):
     spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": os.path.join(os.fspath(path), folder)}}
+    return tensorstore.open(spec, read=True).result()
+
+
+def _open_orbax(path, name):
+    """Orbax's arrays have a chunk for each device that wrote: chunks stay cached between parts of them."""
+    base = "file://" + os.path.join(os.fspath(path), "state", "")
+    spec = {"driver": "zarr", "kvstore": {"driver": "ocdbt", "base": base, "path": f"{name}/"},
+            "recheck_cached_data": False, "context": {"cache_pool": {"total_bytes_limit": 2**30}}}
     return tensorstore.open(spec, read=True).result()
 
 
