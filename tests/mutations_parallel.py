@@ -2,7 +2,8 @@
 
 DISPATCH, MESH = "deepseek_jax/parallel/dispatch.py", "deepseek_jax/parallel/mesh.py"
 EXPERTS, LAYERS, LOSSES = (f"deepseek_jax/{name}.py" for name in ("model/experts", "model/layers", "training/losses"))
-SIZES, PROCESSES = "deepseek_jax/mesh_config.py", "deepseek_jax/training/processes.py"
+SIZES, PROCESSES, LOOP = ("deepseek_jax/mesh_config.py", "deepseek_jax/training/processes.py",
+                          "deepseek_jax/training/loop.py")
 T_DISPATCH, T_MESH, T_LAYER, T_TRAINING, T_PROCESSES = (
     f"parallel/test_{name}.py" for name in ("dispatch", "mesh", "moe_layer", "training", "processes"))
 
@@ -35,6 +36,7 @@ MUTATIONS = [
      "lambda wire, hops, dx: (dispatch(dx, hops), None)", T_DISPATCH),
     ("bytes forget the scales", DISPATCH, "model.d_model + 4 * -(-model.d_model // 128) if", "model.d_model if",
      T_DISPATCH),
+    ("counters wrap", DISPATCH, "jnp.asarray(n, jnp.float32) for name", "jnp.asarray(n, jnp.int32) for name", T_DISPATCH),
     ("counters stay on their device", DISPATCH, 'return y_ND, lax.psum(traffic, AXES["tokens"])',
      "return y_ND, traffic", T_DISPATCH),
     # mesh
@@ -57,6 +59,11 @@ MUTATIONS = [
     # processes
     ("nobody says farewell", PROCESSES, "            connection.sendall(FAREWELL)\n", "            pass\n",
      T_PROCESSES),
+    ("a stranger is taken for a process", PROCESSES, "if 0 < process < self.group.processes:", "if True:", T_PROCESSES),
+    ("processes are not compared", LOOP, "    check_same(repr(config))\n", "", T_PROCESSES),
+    ("the others wait as long as gloo does", PROCESSES,
+     "ocp.multihost.get_barrier_sync_fn()(key=name, timeout_ms=LONGEST_WORK * 1000)",
+     "multihost_utils.sync_global_devices(name)", T_PROCESSES),
     ("a process that is gone is not missed", PROCESSES, "if last == FAREWELL:", 'if last in (FAREWELL, b""):',
      T_PROCESSES),
 ]
