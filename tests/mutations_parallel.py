@@ -36,7 +36,8 @@ MUTATIONS = [
      "lambda wire, hops, dx: (dispatch(dx, hops), None)", T_DISPATCH),
     ("bytes forget the scales", DISPATCH, "model.d_model + 4 * -(-model.d_model // 128) if", "model.d_model if",
      T_DISPATCH),
-    ("counters wrap", DISPATCH, "jnp.asarray(n, jnp.float32) for name", "jnp.asarray(n, jnp.int32) for name", T_DISPATCH),
+    ("counters wrap", DISPATCH, "jnp.asarray(n, jnp.float32) for name", "jnp.asarray(n, jnp.int32) for name",
+     T_DISPATCH),
     ("counters stay on their device", DISPATCH, 'return y_ND, lax.psum(traffic, AXES["tokens"])',
      "return y_ND, traffic", T_DISPATCH),
     # mesh
