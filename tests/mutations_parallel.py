@@ -21,8 +21,6 @@ MUTATIONS = [
     ("choices of other nodes are served again", DISPATCH,
      "id_RK = jnp.where((id_RK > 0) & (id_RK <= size), id_RK, 0)",
      "id_RK = jnp.where(id_RK > 0, (id_RK - 1) % size + 1, 0)", T_DISPATCH),
-    ("gates of choices served elsewhere count here", DISPATCH, "jnp.where(id_RK > 0, gates_RK, 0), weights)",
-     "gates_RK, weights)", T_LAYER),
     ("hops come back in the order they went", DISPATCH, "for hop in reversed(hops):", "for hop in hops:", T_DISPATCH),
     ("a ragged receiver lets copies overlap", DISPATCH, "landing_QP = jnp.cumsum(wanted_QP, axis=0) - wanted_QP",
      "landing_QP = jnp.maximum(jnp.cumsum(wanted_QP, axis=0) - wanted_QP - 1, 0)", T_DISPATCH),
