@@ -2,7 +2,8 @@
 
 DISPATCH, MESH = "deepseek_jax/parallel/dispatch.py", "deepseek_jax/parallel/mesh.py"
 EXPERTS, LAYERS, LOSSES = (f"deepseek_jax/{name}.py" for name in ("model/experts", "model/layers", "training/losses"))
-SIZES, PROCESSES = "deepseek_jax/mesh_config.py", "deepseek_jax/training/processes.py"
+SIZES, PROCESSES, LOOP = ("deepseek_jax/mesh_config.py", "deepseek_jax/training/processes.py",
+                          "deepseek_jax/training/loop.py")
 T_DISPATCH, T_MESH, T_LAYER, T_TRAINING, T_PROCESSES = (
     f"parallel/test_{name}.py" for name in ("dispatch", "mesh", "moe_layer", "training", "processes"))
 
@@ -20,8 +21,6 @@ MUTATIONS = [
     ("choices of other nodes are served again", DISPATCH,
      "id_RK = jnp.where((id_RK > 0) & (id_RK <= size), id_RK, 0)",
      "id_RK = jnp.where(id_RK > 0, (id_RK - 1) % size + 1, 0)", T_DISPATCH),
-    ("gates of choices served elsewhere count here", DISPATCH, "jnp.where(id_RK > 0, gates_RK, 0), weights)",
-     "gates_RK, weights)", T_LAYER),
     ("hops come back in the order they went", DISPATCH, "for hop in reversed(hops):", "for hop in hops:", T_DISPATCH),
     ("a ragged receiver lets copies overlap", DISPATCH, "landing_QP = jnp.cumsum(wanted_QP, axis=0) - wanted_QP",
      "landing_QP = jnp.maximum(jnp.cumsum(wanted_QP, axis=0) - wanted_QP - 1, 0)", T_DISPATCH),
@@ -34,6 +33,8 @@ MUTATIONS = [
     ("gradients of outputs travel in full", DISPATCH, "lambda wire, hops, dx: (dispatch(dx, hops, wire), None)",
      "lambda wire, hops, dx: (dispatch(dx, hops), None)", T_DISPATCH),
     ("bytes forget the scales", DISPATCH, "model.d_model + 4 * -(-model.d_model // 128) if", "model.d_model if",
+     T_DISPATCH),
+    ("counters wrap", DISPATCH, "jnp.asarray(n, jnp.float32) for name", "jnp.asarray(n, jnp.int32) for name",
      T_DISPATCH),
     ("counters stay on their device", DISPATCH, 'return y_ND, lax.psum(traffic, AXES["tokens"])',
      "return y_ND, traffic", T_DISPATCH),
@@ -57,6 +58,11 @@ MUTATIONS = [
     # processes
     ("nobody says farewell", PROCESSES, "            connection.sendall(FAREWELL)\n", "            pass\n",
      T_PROCESSES),
+    ("a stranger is taken for a process", PROCESSES, "if 0 < process < self.group.processes:", "if True:", T_PROCESSES),
+    ("processes are not compared", LOOP, "    check_same(repr(config))\n", "", T_PROCESSES),
+    ("the others wait as long as gloo does", PROCESSES,
+     "ocp.multihost.get_barrier_sync_fn()(key=name, timeout_ms=LONGEST_WORK * 1000)",
+     "multihost_utils.sync_global_devices(name)", T_PROCESSES),
     ("a process that is gone is not missed", PROCESSES, "if last == FAREWELL:", 'if last in (FAREWELL, b""):',
      T_PROCESSES),
 ]

@@ -47,7 +47,7 @@ MAY_IMPORT = {
     "data": ("config",),
     "training": ("config",),
     "training.loop": ("training", "data", "model", "parallel", "serving", "scale.costs", "config"),
-    "training.devices": ("parallel.mesh", "config"),
+    "training.devices": ("training.processes", "parallel.mesh", "config"),
     "training.report": ("training", "data", "serving", "config"),
     "training.step": ("model", "training.losses", "training.optimizer", "pipeline", "parallel", "config"),
     "training.losses": ("model", "parallel.mesh", "config"),

@@ -183,7 +183,7 @@ def _by_expert_or_tile(product, sizes_E, align, rows, w_EXY):
 
     def by_tile():
         expert_T = _expert_of_tile(sizes_E, align, R // align)
-        return product(*cut(R // align), w_EXY[expert_T], expert_T)
+        return product(*cut(R // align), jnp.asarray(w_EXY)[expert_T], expert_T)
 
     if R % E:
         return by_tile()

@@ -34,7 +34,7 @@ class Output:
     hidden_BTD: after the final norm, what the head multiplies. mtp_hidden[k - 1]: the same of depth k.
     mtp_logits[k - 1][b, i]: for token i + k + 1; the last k positions saw wrapped-around tokens: mask them.
     counts: {"bias": int32 [L, E], "mtp_bias": int32 [depth, E]}, tokens that chose each expert; keys as in `router`.
-    traffic: int32 counters of `parallel.dispatch`, summed over MoE layers (MTP's included); empty on one device.
+    traffic: counters of `parallel.dispatch`, summed over MoE layers (MTP's included); empty on one device.
     sequence_loss, auxiliary_loss: unweighted, float32, averaged over MoE layers (MTP's included).
     captured: {"scores": [L, B, T, E], "chosen": [L, B, T, K]}, those that were asked for.
     """

@@ -180,11 +180,13 @@ def plan_hops(cfg: MeshConfig, num_experts, most_nodes, chosen_NK):
 
 
 def count_traffic(cfg: MeshConfig, num_experts, chosen_NK, hops, computed):
-    """int32 counters of this device's tokens: what travels, what flat dispatch would send, what was computed here.
+    """Counters of this device's tokens: what travels, what flat dispatch would send, what was computed here.
 
+    They are float32, as sums over the layers and micro-batches of a large step pass int32; `dropped` is int32, exact.
     nodes: nodes that a token's experts lie on, summed over tokens. left: tokens with an expert on another node.
     across, inside: copies sent to another node, and to another device of the same one. flat_across: the first, had
-    every device got a copy of its own. choices and computed agree, over the mesh, unless a capacity dropped some.
+    every device got a copy of its own. choices and computed agree, over the mesh, unless a capacity dropped some;
+    dropped is their difference.
     """
     def visits(places):
         size = num_experts // places
@@ -205,7 +207,8 @@ def count_traffic(cfg: MeshConfig, num_experts, chosen_NK, hops, computed):
     counted = {"tokens": chosen_NK.shape[0], "choices": chosen_NK.size, "computed": computed,
                "nodes": nodes_NM.sum(), "left": (nodes_NM & away_M[None]).any(axis=1).sum(),
                "across": across, "inside": inside, "flat_across": (device_ML * away_M[:, None]).sum()}
-    return {name: jnp.asarray(n, jnp.int32) for name, n in counted.items()}
+    return {name: jnp.asarray(n, jnp.float32) for name, n in counted.items()} | {
+        "dropped": jnp.asarray(chosen_NK.size - computed, jnp.int32)}
 
 
 def traffic_per_token(cfg: MeshConfig, model: ModelConfig, traffic) -> dict:
@@ -218,12 +221,12 @@ def traffic_per_token(cfg: MeshConfig, model: ModelConfig, traffic) -> dict:
     """
     if not traffic:
         return {}
-    per_token = {name: int(n) / int(traffic["tokens"]) for name, n in traffic.items()}
+    per_token = {name: float(n) / float(traffic["tokens"]) for name, n in traffic.items()}
     size = copy_bytes(cfg, model)
     return {"nodes_per_token": per_token["nodes"], "leaving_node": per_token["left"],
             "cross_node_bytes": per_token["across"] * size, "inside_node_bytes": per_token["inside"] * size,
             "flat_cross_node_bytes": per_token["flat_across"] * size,
-            "dropped_choices": int(traffic["choices"]) - int(traffic["computed"])}
+            "dropped_choices": int(traffic["dropped"])}
 
 
 def copy_bytes(cfg: MeshConfig, model: ModelConfig) -> int:

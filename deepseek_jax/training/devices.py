@@ -9,6 +9,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from deepseek_jax.config import Config, ConfigError
 from deepseek_jax.parallel.mesh import make_mesh, master_shardings, spec
+from deepseek_jax.training.processes import wait_for_all
 
 
 class Devices:
@@ -18,6 +19,9 @@ class Devices:
         """Raises ConfigError when the mesh does not fit the devices."""
         if config.mesh.pipe > 1:
             raise ConfigError(f"mesh.pipe={config.mesh.pipe}: training has no pipeline yet; take mesh.pipe=1.")
+        if config.mesh.buffers == "ragged" and jax.default_backend() == "cpu":
+            raise ConfigError("mesh.buffers='ragged' is not for a CPU, where XLA has no ragged all-to-all; take "
+                              "'static'.")
         if config.mesh.devices == 1 and jax.process_count() > 1:
             raise ConfigError(f"{jax.process_count()} processes with {jax.device_count()} devices need a mesh of as "
                               f"many, and the config's has one; take --config.mesh.local={jax.device_count()}.")
@@ -58,16 +62,20 @@ class Devices:
                             abstract, self.shardings(abstract))
 
     def jit(self, f, state=None, **options):
-        """jax.jit on the mesh. Outputs are whole everywhere, but the first one lies as `state` says, if given."""
+        """jax.jit on the mesh, for one shape. Outputs are whole everywhere, but the first one lies as `state` says."""
         if self.mesh is None:
             return jax.jit(f, **options)
         whole = NamedSharding(self.mesh, PartitionSpec())
         jitted = jax.jit(f, out_shardings=whole if state is None else (self.shardings(state), whole), **options)
+        compiled = []
 
         @functools.wraps(f)
         def run(*arguments):
             with jax.set_mesh(self.mesh):
-                return jitted(*arguments)
+                if not compiled:
+                    compiled.append(jitted.lower(*arguments).compile())
+                    wait_for_all("compiled")  # or the first to run would wait for the others' compilers: 30 seconds
+                return compiled[0](*arguments)
 
         return run
 

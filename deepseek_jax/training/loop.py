@@ -27,7 +27,7 @@ from deepseek_jax.scale.costs import training_flops_per_token
 from deepseek_jax.training.checkpoint import Checkpoints, restore_items
 from deepseek_jax.training.devices import Devices
 from deepseek_jax.training.metrics import MetricsWriter, max_vio
-from deepseek_jax.training.processes import anywhere, first_then_others, is_first, wait_for_all
+from deepseek_jax.training.processes import anywhere, check_same, first_then_others, is_first, wait_for_all
 from deepseek_jax.training.step import eval_step, init_state, start_state, train_step
 from deepseek_jax.training.throughput import peak_flops
 
@@ -126,6 +126,7 @@ def train(config: Config, workdir: str):
       CheckpointError: a checkpoint that could not be written.
     """
     devices = Devices(config)
+    check_same(repr(config))
     check_workdir(config, workdir)
     prepared = first_then_others(lambda: prepare(config, workdir), "prepare")
     loader = Loader(config, prepared, *devices.share())
@@ -148,6 +149,9 @@ class Run:
         self.config, self.loader, self.devices = config, loader, devices
         self.checkpoints = Checkpoints(workdir, config.train.checkpoints_kept)
         wait_for_all("checkpoints")  # the first one has cleaned up
+        if not (pathlib.Path(workdir) / "config.json").exists():  # which the first one wrote
+            raise ConfigError(f"{workdir} is not the directory of process 0; give all processes the same --workdir, "
+                              "on a disk that they share.")
         abstract = devices.placed(jax.eval_shape(functools.partial(init_state, config)))
         restored = self.checkpoints.restore(abstract)
         self.state = starting_state(config, devices) if restored is None else restored[0]

@@ -12,16 +12,19 @@ import socket
 import sys
 import threading
 import time
+import zlib
 from typing import NamedTuple
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from deepseek_jax.config import ConfigError
 
 FAREWELL = b"."
 PATIENCE = 300  # seconds to wait for the others to start
+LONGEST_WORK = 24 * 3600  # seconds that one may work alone while the others wait: a large corpus is made ready so
 
 
 class Group(NamedTuple):
@@ -104,9 +107,23 @@ class Watch:
             while len(connections) < self.group.processes - 1:
                 server.settimeout(max(deadline - time.monotonic(), 0.01))
                 connection, _ = server.accept()
-                connection.settimeout(None)
-                connections[int.from_bytes(connection.recv(4, socket.MSG_WAITALL), "big")] = _kept_alive(connection)
+                process = self._asked(connection)
+                if 0 < process < self.group.processes:
+                    connections[process] = _kept_alive(connection)
+                else:
+                    connection.close()  # a stranger
         return connections
+
+    @staticmethod
+    def _asked(connection):
+        """The number of the process at the other end; 0 if it does not say."""
+        connection.settimeout(5)
+        try:
+            return int.from_bytes(connection.recv(4, socket.MSG_WAITALL), "big")
+        except OSError:
+            return 0
+        finally:
+            connection.settimeout(None)
 
     def _find_first(self, host, port):
         deadline = time.monotonic() + PATIENCE
@@ -157,9 +174,19 @@ def first_then_others(make, name):
 
 
 def wait_for_all(name):
-    """Returns once every process has come here."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
+    """Returns once every process has come here.
+
+    Not by an exchange between devices: before its first one, gloo waits for the others for 30 seconds only.
+    """
+    ocp.multihost.get_barrier_sync_fn()(key=name, timeout_ms=LONGEST_WORK * 1000)
+
+
+def check_same(config: str):
+    """Raises ConfigError, in all processes, where they were given different configs: they would wait for ever."""
+    if jax.process_count() > 1 and len(set(multihost_utils.process_allgather(
+            np.uint32(zlib.crc32(config.encode()))).tolist())) > 1:
+        raise ConfigError("the processes of this run were given different configs; start all of them with the same "
+                          "command, but for --process.")
 
 
 def anywhere(flag: bool) -> bool:

@@ -122,13 +122,25 @@ def test_two_hops_are_the_flat_form_with_fewer_copies_between_nodes():
     assert traffic["across"] < flat_traffic["across"] == traffic["flat_across"]
 
 
+def test_counters_of_a_step_with_billions_of_choices_do_not_wrap():
+    cfg = MESHES["node=2 local=4"]
+    with on(cfg):
+        _, traffic, _ = through(cfg)(*arguments()[:1], ROUTINGS["mixed"].astype(np.int32), *arguments()[1:])
+    micro_batches = jnp.int32(2**26)
+
+    said = dispatch.traffic_per_token(cfg, model_config("v3_671b"), jax.tree.map(lambda n: n * micro_batches, traffic))
+    assert said == dispatch.traffic_per_token(cfg, model_config("v3_671b"), traffic)
+    assert said["nodes_per_token"] > 1 and said["dropped_choices"] == 0
+
+
 @pytest.mark.parametrize("form", ["two_hop", "flat"])
 def test_a_capacity_counts_what_it_drops_and_drops_nothing_else(form):
     cfg = MeshConfig(node=2, local=4, dispatch=form, capacity=1.0)
     kept, dropped = ROUTINGS["mixed"], ROUTINGS["all on one device"]
     for chosen_NK in (kept, dropped):
         y_ND, traffic, _ = dispatched(cfg, chosen_NK)
-        missing = traffic["choices"] - traffic["computed"]
+        missing = traffic["dropped"]
+        assert missing == traffic["choices"] - traffic["computed"]
         right_ND, _ = expected(chosen_NK)
         wrong = ~np.isclose(y_ND, right_ND, rtol=1e-5).all(axis=1)
         assert wrong.sum() <= missing <= wrong.sum() * K
@@ -156,8 +168,9 @@ def ragged_all_to_all(operand, output, input_offsets, send_sizes, output_offsets
         comes = (at >= 0) & (at < size_P[me])
         moved = rows[jnp.clip(start_P[me] + at, 0, rows.shape[0] - 1)]
         output = jnp.where(comes.reshape(-1, *[1] * (output.ndim - 1)), moved, output)
-    # Receivers must know what comes: a wrong size would hang or overwrite.
-    right = (recv_sizes == theirs[2][:, me]).all()
+    # Receivers must know what comes, and have room for it: a wrong size would hang or overwrite.
+    fits = theirs[3][:, me] + theirs[2][:, me] <= output.shape[0]
+    right = ((recv_sizes == theirs[2][:, me]) & fits).all()
     return jnp.where(right, output, jnp.full_like(output, -777 if output.dtype == jnp.int32 else jnp.nan))
 
 

@@ -14,6 +14,7 @@ from deepseek_jax.model import DeepSeekV3
 from deepseek_jax.parallel import mesh as meshes
 from deepseek_jax.parallel.mesh import abstract_mesh, bytes_per_device, make_mesh, place, spec
 from deepseek_jax.training.checkpoint import Checkpoints
+from deepseek_jax.training.devices import Devices
 from deepseek_jax.training.step import init_state
 from tests.parallel.meshes import config_of, fresh_state, mesh_of
 
@@ -156,3 +157,8 @@ def test_sizes_that_do_not_divide_say_which_would(mesh, model, complaint):
     with pytest.raises(ConfigError, match=complaint) as error:
         config_of(MeshConfig(**mesh), **model)
     assert "\n" not in str(error.value)
+
+
+def test_ragged_buffers_on_a_cpu_say_what_to_take():
+    with pytest.raises(ConfigError, match="mesh.buffers='ragged' is not for a CPU, .* take 'static'"):
+        Devices(config_of(MeshConfig(local=8, buffers="ragged")))

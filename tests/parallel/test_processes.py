@@ -1,5 +1,6 @@
 """Several processes: how they meet and part, what the others do when one is gone, and whole runs of two."""
 
+import contextlib
 import os
 import shutil
 import signal
@@ -64,14 +65,18 @@ def group():
             connection.close()
 
 
-def test_processes_that_say_farewell_part_in_peace(left, group, capsys):
-    threads = [threading.Thread(target=watch.part) for watch in reversed(group)]
+def part(group):
+    """Whether all do, within seconds."""
+    threads = [threading.Thread(target=watch.part, daemon=True) for watch in reversed(group)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(timeout=10)
+    return not any(thread.is_alive() for thread in threads)
 
-    assert not any(thread.is_alive() for thread in threads) and not left
+
+def test_processes_that_say_farewell_part_in_peace(left, group, capsys):
+    assert part(group) and not left
     assert capsys.readouterr().err == ""
 
 
@@ -79,13 +84,14 @@ def test_processes_that_say_farewell_part_in_peace(left, group, capsys):
 def test_when_one_is_gone_those_connected_to_it_say_so_and_leave(left, group, capsys, victim):
     for connection in group[victim].connections.values():
         connection.shutdown(socket.SHUT_RDWR)  # as the kernel does when a process ends
+    ends = 2 * len(group[victim].connections)  # its own too: none may leave after this test, when that is real
     deadline = time.monotonic() + 60
-    while len(left) < (2 if victim == 0 else 1) and time.monotonic() < deadline:
+    while len(left) < ends and time.monotonic() < deadline:
         time.sleep(0.01)
 
     said = capsys.readouterr().err
     assert f"error: process {victim} of 3 has ended" in said and "from its last checkpoint" in said
-    assert left
+    assert len(left) == ends
 
 
 @pytest.mark.parametrize(
@@ -102,6 +108,22 @@ def test_nobody_there_is_one_line(monkeypatch):
     for process in (0, 1):
         with pytest.raises(ConfigError, match="could not meet the others"):
             Watch(Group(f"localhost:{free_port()}", 2, process))
+
+
+def test_a_stranger_who_connects_is_not_taken_for_a_process(left):
+    address = f"localhost:{free_port()}"
+    first = threading.Thread(target=lambda: made.append(Watch(Group(address, 2, 0))))
+    made = []
+    first.start()
+    while True:
+        with contextlib.suppress(OSError), socket.create_connection(("localhost", int(address[10:]) + 1)) as stranger:
+            stranger.sendall(b"GET / HTTP/1.1")
+            break
+    made.append(Watch(Group(address, 2, 1)))
+    first.join(timeout=20)
+
+    assert sorted(peer for watch in made for peer in watch.connections) == [0, 1]
+    assert part(made) and not left
 
 
 # Whole runs.
@@ -126,13 +148,14 @@ def alone(config, tmp_path_factory):
     return runs.rows(workdir)
 
 
-def start_two(config, workdir, devices=4):
+def start_two(config, workdir, devices=4, second=()):
+    """`second`: what process 1 is told besides."""
     flags = os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={devices}")
     environment = os.environ | {"XLA_FLAGS": flags, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     address = f"localhost:{free_port()}"
     return [subprocess.Popen(
         [sys.executable, "-m", "deepseek_jax.train", "--config", config, "--workdir", str(workdir), *OVERRIDES, *MESH,
-         "--coordinator", address, "--processes", "2", "--process", str(i)],
+         "--coordinator", address, "--processes", "2", "--process", str(i), *(second if i else ())],
         text=True, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for i in range(2)]
 
 
@@ -196,6 +219,47 @@ def test_a_mesh_of_too_many_devices_ends_all_processes_in_one_line(config, tmp_p
     assert [process.returncode for process in both] == [2, 2], said
     assert any("is for 8 devices, and 4 are here" in words for words in said)
     assert all("Traceback" not in words for words in said), said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("second", "complaint"), [("--config.train.steps=6", "were given different configs"),
+                                                   ("--workdir=elsewhere", "is not the directory of process 0")])
+def test_processes_that_were_not_told_the_same_end_in_one_line(config, tmp_path, second, complaint):
+    both = start_two(config, tmp_path / "run", second=[second.replace("elsewhere", str(tmp_path / "elsewhere"))])
+    said = [process.communicate(timeout=300)[0] for process in both]
+
+    assert [process.returncode for process in both] == [2, 2], said
+    assert complaint in said[1] and all("Traceback" not in words for words in said), said
+
+
+ALONE = """
+import sys, time
+from deepseek_jax.training.processes import Group, anywhere, first_then_others, is_first, joined
+with joined(Group(sys.argv[1], 2, int(sys.argv[2]))):
+    start = time.monotonic()
+    first_then_others(lambda: time.sleep(35 * is_first()), "prepare")
+    print(time.monotonic() - start > 34, anywhere(is_first()), flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_the_others_wait_while_the_first_works_for_longer_than_gloo_would():
+    address = f"localhost:{free_port()}"
+    both = [subprocess.Popen([sys.executable, "-c", ALONE, address, str(i)], text=True, stdout=subprocess.PIPE,
+                             stderr=subprocess.STDOUT) for i in range(2)]
+    said = [process.communicate(timeout=300)[0] for process in both]
+
+    assert all("True True" in words for words in said), said
+
+
+@pytest.mark.slow
+def test_what_a_capacity_drops_is_in_the_metrics_and_on_the_screen(config, tmp_path):
+    result = runs.run("train", "--config", config, "--workdir", tmp_path / "run", *OVERRIDES, *MESH,
+                      "--config.mesh.capacity=0.5", "--config.train.steps=2")
+
+    dropped = [row["dropped_choices"] for row in runs.rows(tmp_path / "run")]
+    assert len(dropped) == 2 and min(dropped) > 0
+    assert f"{dropped[-1]} CHOICES DROPPED" in result.err, result
 
 
 @pytest.mark.slow
