@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from deepseek_jax.training import step as steps
 from deepseek_jax.training.devices import Devices
 from deepseek_jax.training.pipelined import describe, slots
 from deepseek_jax.training.step import accumulate
+from tests import runs
 from tests.model import naive
 from tests.parallel.meshes import QUICKLY, T, batch_of, config_of, on, place_batch
 
@@ -155,6 +157,35 @@ def test_the_program_knows_the_number_of_micro_batches_only_by_what_the_schedule
         assert memory[1] < 1.05 * memory[0], memory
     else:
         assert memory[1] > 1.2 * memory[0], memory
+
+
+# Whole runs.
+
+RUN = ["--config.train.steps=6", "--config.train.batch_size=16", "--config.train.micro_batches=1",
+       "--config.train.ramp_from=None", "--config.train.sample_tokens=2", "--config.model.num_layers=3",
+       "--config.mesh.replica=2"]
+PIPE = ["--config.mesh.pipe=2", "--config.mesh.local=2", "--config.pipeline.schedule=dualpipe",
+        "--config.pipeline.microbatches=4"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("first", "then"), [(PIPE, ["--config.mesh.node=2", "--config.mesh.local=2"]),
+                                             (["--config.mesh.local=4"], PIPE)], ids=["first", "then"])
+def test_a_run_goes_on_with_a_pipeline_or_without(tmp_path, first, then):
+    path = runs.write_config(tmp_path)
+    train = lambda workdir, mesh: runs.run("train", "--config", path, "--workdir", tmp_path / workdir, *RUN, *mesh)
+    assert (whole := train("whole", ["--config.mesh.local=4"])).code == 0, whole
+    assert (begun := train("run", first)).code == 0, begun
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "6")
+
+    resumed = train("run", then)
+
+    assert resumed.code == 0 and "Resuming from step 3 of 6" in resumed.out, resumed
+    assert ("Pipeline: dualpipe over 2 ranks" in resumed.out) == (then == PIPE)
+    for row, expected in zip(runs.rows(tmp_path / "run"), runs.rows(tmp_path / "whole"), strict=True):
+        for name in ("loss", "mtp_loss", "grad_norm", "max_vio", "eval_loss"):
+            if name in expected:
+                np.testing.assert_allclose(row[name], expected[name], rtol=1e-5, err_msg=f"{name} of {row['step']}")
 
 
 # Where layers lie.
