@@ -97,20 +97,19 @@ def describe(config: Config) -> str:
 
 
 def stage(config: Config, layers, fixed, x_BTD, inputs):
-    """The MoE layers of one stage. -> (x_BTD, balance loss, {"counts" [slots, E], "traffic"})"""
+    """The MoE layers of one stage. -> (x_BTD, balance loss, {"counts" [slots, E], "traffic" [slots] each})"""
     cfg = config.model
     block = rematerialized(Block, cfg, scanned=False)(cfg, moe=True, mesh=_inside(config))
     rope, segments = _positions(cfg, inputs)
-    balance, counts, traffic = jnp.zeros((), wide(cfg.dtype)), [], []
+    balance, counted = jnp.zeros((), wide(cfg.dtype)), []
     for i in range(fixed["real"].shape[0]):  # a loop in Python: `split` sorts its equations
         layer, at = jax.tree.map(lambda a, i=i: a[i], (layers, fixed))
         y_BTD, stats = block.apply({"params": layer}, x_BTD, at.get("bias"), rope, segments)
         x_BTD = jnp.where(at["real"], y_BTD, x_BTD)
         balance = balance + jnp.where(at["real"], stats["sequence_loss"], 0)
-        counts.append(stats["counts"] * at["real"])
-        traffic.append(jax.tree.map(lambda n, real=at["real"]: n * real, stats["traffic"]))
+        counted.append({name: stats[name] for name in ("counts", "traffic")})
     balance = balance * (config.balance.sequence_loss_weight * inputs["share"] / _balanced_layers(cfg))
-    return x_BTD, balance, {"counts": jnp.stack(counts), "traffic": jax.tree.map(lambda *n: sum(n), *traffic)}
+    return x_BTD, balance, jax.tree.map(lambda *slots: jnp.stack(slots), *counted)
 
 
 def enter(config: Config, shared, inputs):
@@ -232,7 +231,7 @@ def gradients_of(config: Config, params, router):
                               "share": P()})
     model = Model(*(functools.partial(f, config) for f in (enter, stage, leave)))
     step = pipelined(schedule, model, mesh, specs)
-    # Where each layer's gradient is found among the slots.
+    # Where each layer's gradient and counts are found among the slots; what padding gives is left.
     found_L = np.flatnonzero(real_SL)[np.argsort(layer_SL[real_SL])]
     in_order = lambda a: a.reshape(-1, *a.shape[2:])[found_L]
 
@@ -244,9 +243,9 @@ def gradients_of(config: Config, params, router):
         result = step(Arguments(layers, fixed, shared, inputs))
         grads = _on_the_way({name: tree for name, tree in result.shared.items() if name != "mtp_bias"}, mesh)
         grads["layers"] = jax.tree.map(in_order, _on_the_way({"layers": result.params}, mesh, stacked=True)["layers"])
-        sums, of_stages = result.sums, result.stage_sums
-        counts = {"bias": in_order(of_stages["counts"])} | sums["counts"]
-        traffic = jax.tree.map(lambda n: n.sum(), of_stages["traffic"])
+        sums, of_layers = result.sums, jax.tree.map(in_order, result.stage_sums)
+        counts = {"bias": of_layers["counts"]} | sums["counts"]
+        traffic = jax.tree.map(lambda n_L: n_L.sum(), of_layers["traffic"])
         traffic = jax.tree.map(jnp.add, traffic, sums["traffic"]) if sums["traffic"] else traffic
         return grads, sums | {"counts": counts, "traffic": traffic}
 
