@@ -3,8 +3,9 @@
     parameter path -> names of its dimensions -> mesh axes        "layers/attention/q_b" -> q_rank, heads -> -, tensor
 
 Batches are split over (replica, node, local), experts over (node, local), heads, dense feed-forward networks and the
-vocabulary over tensor. Master weights, moments and averages are split over the data axes as well (ZeRO-1); a step
-gathers the weights it computes with once and scatters their gradients back. A parameter without a rule is an error.
+vocabulary over tensor. Master weights, moments and averages are split over pipe and the data axes as well (ZeRO-1);
+a step gathers the weights it computes with once and scatters their gradients back. A parameter without a rule is an
+error.
 """
 
 import fnmatch
@@ -118,19 +119,20 @@ def dimension_names(path: str, rank: int) -> tuple[str, ...]:
 
 
 def place(path: str, shape, mesh) -> Placed:
-    """Where the leaf at `path` lies. Its master is split over the data axes that its working copy leaves free.
+    """Where the leaf at `path` lies. Its master is split over `pipe` and the data axes that its working copy leaves.
 
-    All of them along the first dimension that they divide together; else each along the first that it divides.
+    All of them along the first dimension that they divide together; else each along the first that it divides. Never
+    along stacked layers, which are taken one by one.
     """
     names = dimension_names(path, len(shape))
     compute = spec(*names)
     if any(fnmatch.fnmatchcase(f"/{path}", f"*/{pattern}") for pattern in REPLICATED):
         return Placed(compute, compute)
     split = [axes_of(entry) for entry in compute]
-    free = tuple(axis for axis in DATA if axis not in sum(split, ()) and mesh.shape[axis] > 1)
+    free = tuple(axis for axis in ("pipe", *DATA) if axis not in sum(split, ()) and mesh.shape[axis] > 1)
     for axes in (free, *((axis,) for axis in free)):
-        fits = [dim for dim, size in enumerate(shape)
-                if size % math.prod(mesh.shape[axis] for axis in split[dim] + axes) == 0]
+        fits = [dim for dim, size in enumerate(shape) if names[dim] != "layers" and
+                size % math.prod(mesh.shape[axis] for axis in split[dim] + axes) == 0]
         if axes and fits:
             split[fits[0]] += axes
             if axes == free:
@@ -156,26 +158,43 @@ def master_shardings(tree, mesh):
 
 def working_copy(params):
     """The parameters as a step computes with them: whole along the data axes. Does nothing without a mesh."""
-    return _constrained(params, "compute")
+    return _constrained(params, lambda *leaf: place(*leaf).compute)
 
 
 def masters(tree):
     """Gradients or parameters, split as the masters are. Does nothing without a mesh."""
-    return _constrained(tree, "master")
+    return _constrained(tree, lambda *leaf: place(*leaf).master)
 
 
-def _constrained(tree, which):
+def on_the_way(path, shape, mesh) -> PartitionSpec:
+    """Between master and the stages of a pipeline: whole along the data axes, still split over `pipe` as the master is.
+
+    The partitioner moves one axis between dimensions by an all-to-all; two at once it does by gathering everything.
+    """
+    compute, master = place(path, shape, mesh)
+    kept = [tuple(axis for axis in axes_of(there) if axis == "pipe" or axis in axes_of(here))
+            for here, there in zip(compute, master)]
+    return PartitionSpec(*(axes[0] if len(axes) == 1 else axes or None for axes in kept))
+
+
+def _constrained(tree, where):
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return tree
-    return jax.tree.map(lambda path, x: jax.lax.with_sharding_constraint(
-        x, getattr(place(path, x.shape, mesh), which)), paths(tree), tree)
+    constrained = lambda path, x: jax.lax.with_sharding_constraint(x, where(path, x.shape, mesh))
+    return jax.tree.map(constrained, paths(tree), tree)
 
 
 def data_shards() -> int:
     """Parts that a batch is split into here; 1 without a mesh, or inside a shard_map."""
     mesh = jax.sharding.get_abstract_mesh()
     return 1 if mesh.empty or mesh.manual_axes else math.prod(mesh.shape[axis] for axis in DATA)
+
+
+def size_here(name: str, size: int) -> int:
+    """How much of a dimension the arrays at hand have: a device's part inside a shard_map, else all of it."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return size // math.prod(mesh.shape[axis] for axis in AXES[name] if axis in mesh.manual_axes)
 
 
 def constrain(x, names: tuple[str | None, ...]):

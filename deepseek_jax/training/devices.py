@@ -9,6 +9,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from deepseek_jax.config import Config, ConfigError
 from deepseek_jax.parallel.mesh import make_mesh, master_shardings, spec
+from deepseek_jax.training import pipelined
 from deepseek_jax.training.processes import wait_for_all
 
 
@@ -16,9 +17,8 @@ class Devices:
     """The mesh of a run; with one device, all of this does nothing."""
 
     def __init__(self, config: Config):
-        """Raises ConfigError when the mesh does not fit the devices."""
-        if config.mesh.pipe > 1:
-            raise ConfigError(f"mesh.pipe={config.mesh.pipe}: training has no pipeline yet; take mesh.pipe=1.")
+        """Raises ConfigError when the mesh does not fit the devices, or its pipeline the model."""
+        pipelined.check(config)
         if config.mesh.buffers == "ragged" and jax.default_backend() == "cpu":
             raise ConfigError("mesh.buffers='ragged' is not for a CPU, where XLA has no ragged all-to-all; take "
                               "'static'.")
