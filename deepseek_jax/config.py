@@ -18,7 +18,7 @@ import traceback
 import ml_collections
 
 from deepseek_jax.checked import Checked, ConfigError, build, did_you_mean, key
-from deepseek_jax.mesh_config import MeshConfig, check_mesh
+from deepseek_jax.mesh_config import MeshConfig, PipelineConfig, check_mesh
 
 
 @dataclasses.dataclass(frozen=True)
@@ -279,6 +279,7 @@ class Config(Checked):
     balance: BalanceConfig = BalanceConfig()
     init: InitConfig = InitConfig()
     mesh: MeshConfig = MeshConfig()  # noqa: RUF009 (it is frozen)
+    pipeline: PipelineConfig = PipelineConfig()  # noqa: RUF009
 
     def __post_init__(self):
         super().__post_init__()

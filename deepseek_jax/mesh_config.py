@@ -37,6 +37,14 @@ class MeshConfig(Checked, section="mesh", positive="pipe replica node local tens
         return self.pipe * self.data_shards * self.tensor
 
 
+@dataclasses.dataclass(frozen=True)
+class PipelineConfig(Checked, section="pipeline", positive="microbatches"):
+    """What the ranks of mesh.pipe do, and when (report section 3.2.1). Not part of what a run is either."""
+
+    schedule: str = "dualpipe"  # as `python -m deepseek_jax.pipeline` has them
+    microbatches: int = 8  # that a batch (train.batch_size / train.micro_batches sequences) is cut into
+
+
 def _divisors(*counts: int) -> list[int]:
     common = math.gcd(*counts)
     return [n for n in range(1, common + 1) if common % n == 0]

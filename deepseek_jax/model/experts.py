@@ -21,7 +21,7 @@ from deepseek_jax.config import MeshConfig, ModelConfig
 from deepseek_jax.model import router as routing
 from deepseek_jax.model.layers import FFN, matmul, saved, swiglu, transpose, weight, wide
 from deepseek_jax.parallel.dispatch import PLAIN, Wire, to_experts
-from deepseek_jax.parallel.mesh import constrain
+from deepseek_jax.parallel.mesh import constrain, data_shards, size_here
 
 
 class Plan(NamedTuple):
@@ -275,7 +275,9 @@ class MoE(nn.Module):
         x_ND = x_BTD.reshape(B * T, D)
         scores_NE, chosen_NK = routing.Router(cfg, name="router")(x_ND, bias_E)
         gates_NK = routing.gates(cfg, scores_NE, chosen_NK)
-        weights = weight(self, "gate", (E, D, F)), weight(self, "up", (E, D, F)), weight(self, "down", (E, F, D))
+        here = size_here("experts", E)
+        weights = tuple(weight(self, name, (here, *shape)) for name, shape in
+                        (("gate", (D, F)), ("up", (D, F)), ("down", (F, D))))
         if self.mesh.devices == 1:
             y_ND, traffic = routed_experts(x_ND, chosen_NK, gates_NK, *weights, recipe=cfg.fp8), {}
         else:
@@ -297,7 +299,7 @@ class MoE(nn.Module):
         cfg, mesh = self.cfg, self.mesh
 
         def here(x_RD, id_RK, gates_RK, weights):
-            even = chosen_NK.size // (mesh.data_shards * mesh.tensor)
+            even = chosen_NK.size // (data_shards() * mesh.tensor)
             return resident_experts(x_RD, id_RK, gates_RK, weights, even, mesh.capacity, recipe=cfg.fp8)
 
         # A group of experts lives on one node.

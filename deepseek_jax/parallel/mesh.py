@@ -3,8 +3,9 @@
     parameter path -> names of its dimensions -> mesh axes        "layers/attention/q_b" -> q_rank, heads -> -, tensor
 
 Batches are split over (replica, node, local), experts over (node, local), heads, dense feed-forward networks and the
-vocabulary over tensor. Master weights, moments and averages are split over the data axes as well (ZeRO-1); a step
-gathers the weights it computes with once and scatters their gradients back. A parameter without a rule is an error.
+vocabulary over tensor. Master weights, moments and averages are split over pipe and the data axes as well (ZeRO-1);
+a step gathers the weights it computes with once and scatters their gradients back. A parameter without a rule is an
+error.
 """
 
 import fnmatch
@@ -118,7 +119,7 @@ def dimension_names(path: str, rank: int) -> tuple[str, ...]:
 
 
 def place(path: str, shape, mesh) -> Placed:
-    """Where the leaf at `path` lies. Its master is split over the data axes that its working copy leaves free.
+    """Where the leaf at `path` lies. Its master is split over `pipe` and the data axes that its working copy leaves.
 
     All of them along the first dimension that they divide together; else each along the first that it divides.
     """
@@ -127,7 +128,7 @@ def place(path: str, shape, mesh) -> Placed:
     if any(fnmatch.fnmatchcase(f"/{path}", f"*/{pattern}") for pattern in REPLICATED):
         return Placed(compute, compute)
     split = [axes_of(entry) for entry in compute]
-    free = tuple(axis for axis in DATA if axis not in sum(split, ()) and mesh.shape[axis] > 1)
+    free = tuple(axis for axis in ("pipe", *DATA) if axis not in sum(split, ()) and mesh.shape[axis] > 1)
     for axes in (free, *((axis,) for axis in free)):
         fits = [dim for dim, size in enumerate(shape)
                 if size % math.prod(mesh.shape[axis] for axis in split[dim] + axes) == 0]
@@ -176,6 +177,12 @@ def data_shards() -> int:
     """Parts that a batch is split into here; 1 without a mesh, or inside a shard_map."""
     mesh = jax.sharding.get_abstract_mesh()
     return 1 if mesh.empty or mesh.manual_axes else math.prod(mesh.shape[axis] for axis in DATA)
+
+
+def size_here(name: str, size: int) -> int:
+    """How much of a dimension the arrays at hand have: a device's part inside a shard_map, else all of it."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return size // math.prod(mesh.shape[axis] for axis in AXES[name] if axis in mesh.manual_axes)
 
 
 def constrain(x, names: tuple[str | None, ...]):

@@ -9,15 +9,15 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from deepseek_jax.config import Config, ConfigError
 from deepseek_jax.parallel.mesh import make_mesh, master_shardings, spec
+from deepseek_jax.training import pipelined
 
 
 class Devices:
     """The mesh of a run; with one device, all of this does nothing."""
 
     def __init__(self, config: Config):
-        """Raises ConfigError when the mesh does not fit the devices."""
-        if config.mesh.pipe > 1:
-            raise ConfigError(f"mesh.pipe={config.mesh.pipe}: training has no pipeline yet; take mesh.pipe=1.")
+        """Raises ConfigError when the mesh does not fit the devices, or its pipeline the model."""
+        pipelined.check(config)
         if config.mesh.devices == 1 and jax.process_count() > 1:
             raise ConfigError(f"{jax.process_count()} processes with {jax.device_count()} devices need a mesh of as "
                               f"many, and the config's has one; take --config.mesh.local={jax.device_count()}.")

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 import tqdm
 
-from deepseek_jax.config import Config, ConfigError, MeshConfig, as_dict, freeze
+from deepseek_jax.config import Config, ConfigError, MeshConfig, PipelineConfig, as_dict, freeze
 from deepseek_jax.data.loader import Loader
 from deepseek_jax.data.prepare import claim_corpus, prepare
 from deepseek_jax.parallel.dispatch import traffic_per_token
@@ -27,6 +27,7 @@ from deepseek_jax.scale.costs import training_flops_per_token
 from deepseek_jax.training.checkpoint import Checkpoints, restore_items
 from deepseek_jax.training.devices import Devices
 from deepseek_jax.training.metrics import MetricsWriter, max_vio
+from deepseek_jax.training.pipelined import describe
 from deepseek_jax.training.processes import anywhere, first_then_others, is_first, wait_for_all
 from deepseek_jax.training.step import eval_step, init_state, start_state, train_step
 from deepseek_jax.training.throughput import peak_flops
@@ -52,8 +53,8 @@ def check_workdir(config: Config, workdir: str):
     """Raises ConfigError when the work directory holds another config; the message lists the differences."""
     if not (pathlib.Path(workdir) / "config.json").exists():
         return
-    ours, theirs = (as_dict(dataclasses.replace(c, mesh=MeshConfig()))  # a run may go on on another mesh
-                    for c in (config, load_workdir_config(workdir)))
+    elsewhere = dict(mesh=MeshConfig(), pipeline=PipelineConfig())  # a run may go on on another mesh
+    ours, theirs = (as_dict(dataclasses.replace(c, **elsewhere)) for c in (config, load_workdir_config(workdir)))
     differences = _differences(ours, theirs)
     if differences:
         raise ConfigError(f"{workdir} holds a run with another config: {'; '.join(differences)}; take that config "
@@ -155,6 +156,8 @@ class Run:
         self.writer = MetricsWriter(workdir, start if restored is not None else None) if is_first() else None
         if restored is not None and is_first():
             print(f"Resuming from step {start} of {config.train.steps}.", flush=True)
+        if config.mesh.pipe > 1 and is_first():
+            print(describe(config), flush=True)
         # Whatever the data, a step compiles once: a second trace is a bug and raises. chex counts by the place in the
         # source, which an earlier run in this process shares.
         chex.clear_trace_counter()

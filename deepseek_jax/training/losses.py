@@ -19,8 +19,8 @@ from deepseek_jax.model.mtp import ahead
 from deepseek_jax.parallel.mesh import data_shards
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def cross_entropy(hidden_ND, head_DW, targets_N, weights_N, chunk):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def cross_entropy(hidden_ND, head_DW, targets_N, weights_N, chunk, axis=None):
     """Sum over tokens of weight * -log softmax(hidden @ head)[target], in nats, float32.
 
     Args:
@@ -28,8 +28,10 @@ def cross_entropy(hidden_ND, head_DW, targets_N, weights_N, chunk):
       head_DW: float32 master.
       targets_N: int32. weights_N: float32, 0 leaves a token out; no gradient flows to it.
       chunk: tokens whose logits exist at once.
+      axis: inside a shard_map, the mesh axis over which the vocabulary is split. The loss is then the sum of what its
+        devices return; so is the gradient by `hidden_ND`.
     """
-    losses = lax.map(lambda part: _chunk(head_DW.astype(hidden_ND.dtype), *part)[0].sum(),
+    losses = lax.map(lambda part: _chunk(head_DW.astype(hidden_ND.dtype), *part, axis)[0].sum(),
                      _chunks(chunk, hidden_ND, targets_N, weights_N))
     return losses.sum()
 
@@ -46,23 +48,32 @@ def _chunks(chunk, hidden_ND, targets_N, weights_N):
     return split(hidden_ND), split(targets_N), split(weights_N)
 
 
-def _chunk(head_DW, hidden_MD, targets_M, weights_M):
+def _chunk(head_DW, hidden_MD, targets_M, weights_M, axis):
     """Weighted losses [M] and the gradient of their sum by the logits, [M, W] in hidden's dtype."""
     logits_MW = matmul(hidden_MD, head_DW, wide(hidden_MD.dtype))
     lse_M = jax.nn.logsumexp(logits_MW, axis=-1)
     hit = jnp.arange(len(targets_M)), targets_M
-    losses_M = (lse_M - logits_MW[hit]) * weights_M
+    if axis is None:
+        losses_M, weights_hit_M = (lse_M - logits_MW[hit]) * weights_M, weights_M
+    else:
+        lse_M = jax.nn.logsumexp(lax.all_gather(lse_M, axis), axis=0)
+        column_M = targets_M - lax.axis_index(axis) * logits_MW.shape[1]
+        mine_M = (column_M >= 0) & (column_M < logits_MW.shape[1])
+        hit = hit[0], jnp.where(mine_M, column_M, 0)
+        weights_hit_M = jnp.where(mine_M, weights_M, 0)
+        once_M = jnp.where(lax.axis_index(axis) == 0, weights_M, 0)
+        losses_M = lse_M * once_M - logits_MW[hit] * weights_hit_M
     # The target's 1 is subtracted in place: comparing all of [M, W] with it costs as much as the softmax.
     dlogits_MW = jnp.exp(logits_MW - lse_M[:, None]) * weights_M[:, None]
-    return losses_M, dlogits_MW.at[hit].add(-weights_M, unique_indices=True).astype(hidden_MD.dtype)
+    return losses_M, dlogits_MW.at[hit].add(-weights_hit_M, unique_indices=True).astype(hidden_MD.dtype)
 
 
-def _cross_entropy_fwd(hidden_ND, head_DW, targets_N, weights_N, chunk):
+def _cross_entropy_fwd(hidden_ND, head_DW, targets_N, weights_N, chunk, axis):
     w_DW = head_DW.astype(hidden_ND.dtype)
     w_WD = transpose(w_DW)
 
     def step(dhead_DW, part):
-        losses_M, dlogits_MW = _chunk(w_DW, *part)
+        losses_M, dlogits_MW = _chunk(w_DW, *part, axis)
         dhead_DW = dhead_DW + matmul(transpose(part[0]), dlogits_MW, dhead_DW.dtype)
         return dhead_DW, (losses_M.sum(), matmul(dlogits_MW, w_WD))
 
@@ -72,7 +83,7 @@ def _cross_entropy_fwd(hidden_ND, head_DW, targets_N, weights_N, chunk):
     return losses.sum(), (dhidden_ND, dhead_DW)
 
 
-def _cross_entropy_bwd(chunk, gradients, dloss):
+def _cross_entropy_bwd(chunk, axis, gradients, dloss):
     dhidden_ND, dhead_DW = gradients
     return (dhidden_ND * dloss).astype(dhidden_ND.dtype), dhead_DW * dloss, None, None
 
@@ -92,18 +103,19 @@ def shifted_targets(targets_BT, weights_BT, segment_ids_BT, k):
     return ahead(targets_BT, k), ahead(weights_BT, k) * valid
 
 
-def token_losses(output: Output, head_DW, batch, chunk):
+def token_losses(output: Output, head_DW, batch, chunk, axis=None):
     """Summed main and MTP losses in nats, and the weights they are sums over.
 
     Args:
       batch: targets_BT int32, weights_BT float32, and segment_ids_BT int32 or None.
+      axis: as in `cross_entropy`.
     Returns:
       (main, main weight, mtp_D, mtp_D weights): float32 scalars and [depth] arrays.
     """
     def one(hidden_BTD, targets_BT, weights_BT):
         # Each device goes through its own tokens; [shards, tokens, ...] keeps them, and their part of dhead, apart.
         tokens = [x.reshape(data_shards(), -1, *x.shape[2:]) for x in (hidden_BTD, targets_BT, weights_BT)]
-        each = lambda h_ND, targets_N, weights_N: cross_entropy(h_ND, head_DW, targets_N, weights_N, chunk)
+        each = lambda h_ND, targets_N, weights_N: cross_entropy(h_ND, head_DW, targets_N, weights_N, chunk, axis)
         nats = jax.vmap(each)(*tokens).sum() if data_shards() > 1 else each(*(x[0] for x in tokens))
         return nats, weights_BT.sum()
 

@@ -14,6 +14,7 @@ from deepseek_jax.model.router import update_bias
 from deepseek_jax.parallel.mesh import masters, working_copy
 from deepseek_jax.training.losses import objective, shifted_targets, token_losses
 from deepseek_jax.training.optimizer import learning_rate, make_optimizer
+from deepseek_jax.training.pipelined import gradients_of
 
 
 @flax.struct.dataclass
@@ -95,7 +96,6 @@ def accumulate(config: Config, params, router, batch, step):
     Returns:
       (gradients, {"nats", "weight", "mtp_nats", "mtp_weight", "counts", "traffic"}), sums over the batch.
     """
-    params = working_copy(params)
     counted_M = jnp.arange(config.train.micro_batches) < batch["active"]
     parts = {name: batch[name] for name in ("tokens", "weights", "segment_ids")}
     parts["weights"] = jnp.where(counted_M[:, None, None], parts["weights"], 0)
@@ -109,9 +109,20 @@ def accumulate(config: Config, params, router, batch, step):
         return loss, {"nats": nats, "weight": count, "mtp_nats": mtp_nats, "mtp_weight": mtp_count,
                       "counts": output.counts, "traffic": output.traffic}
 
+    if config.mesh.pipe > 1:
+        weights = {"normalizer": weight, "mtp_normalizer": mtp_weights, "mtp_weight": mtp_weight(config, step),
+                   "share": share}
+        pipeline = gradients_of(config, params, router)
+        gradients = lambda micro: pipeline(split_batch(config, **micro), weights)
+    else:
+        working = working_copy(params)
+
+        def gradients(micro):
+            (_, sums), grads = jax.value_and_grad(micro_loss, has_aux=True)(working, micro)
+            return grads, sums
+
     def one(m):
-        micro = jax.tree.map(lambda x: x[m], parts)
-        (_, sums), grads = jax.value_and_grad(micro_loss, has_aux=True)(params, micro)
+        grads, sums = gradients(jax.tree.map(lambda x: x[m], parts))
         return masters(grads), sums
 
     if config.train.micro_batches == 1:
