@@ -32,7 +32,7 @@ def rows_of_experts(c: ModelConfig, layout: Layout) -> tuple[int, int]:
             continue
         room = arriving * places if mesh.buffers == "ragged" else arriving
         if mesh.capacity is not None:
-            load = arriving * nodes / (1 if mesh.buffers == "ragged" else places)
+            load = N * nodes / (1 if mesh.buffers == "ragged" else places)
             room = min(room, math.ceil(mesh.capacity * load))
         arriving = room if mesh.buffers == "ragged" else room * places
     if mesh.devices == 1:
