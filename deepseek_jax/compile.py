@@ -48,10 +48,12 @@ def table(found) -> str:
              f"{found['compiler_gigabytes']:.1f} GB here", ""]
     lines += [f"{name:28} {giga(size)}" for name, size in found["bytes"].items()]
     verdict = "fits" if found["fits"] else "DOES NOT FIT"
-    lines += [f"{'per device, by XLA':28} {giga(found['bytes_per_device'])}   of {found['memory'] / 1e9:.0f}: {verdict}",
+    lines += [f"{'per device, by XLA':28} {giga(found['bytes_per_device'])}   of {found['memory'] / 1e9:.0f}: "
+              f"{verdict}",
               f"{'per device, planned':28} {giga(found['planned_bytes_per_device'])}   "
               f"{found['planned_over_compiled'] - 1:+.1%}", "",
-              f"{'collective':20} {'axes':22} {'count':>6} {'GB once':>9} {'async':>6} {'hidden':>7} {'GB exposed':>11}"]
+              f"{'collective':20} {'axes':22} {'count':>6} {'GB once':>9} {'async':>6} {'hidden':>7} "
+              f"{'GB exposed':>11}"]
     lines += [f"{row['kind']:20} {'+'.join(row['axes']) or '-':22} {row['count']:6} {row['bytes'] / 1e9:9.3f} "
               f"{row['asynchronous']:6} {row['hidden']:7} {row['exposed_bytes'] / 1e9:11.3f}"
               for row in found["collectives"]]

@@ -2,7 +2,7 @@
 
     python -m deepseek_jax.plan --model v3_671b --hardware h800 --devices 2048 --pipe 16 --expert 64 --json plan.json
     python -m deepseek_jax.plan --model v2_lite_16b --hardware h100 --devices 8 --search --price 2.5
-    python -m deepseek_jax.plan --model v3_671b --hardware h800 --devices 2048 --pipe 16 --expert 64 --ablations --decode
+    python -m deepseek_jax.plan --model v3_671b --hardware h800 --devices 2048 --pipe 16 --expert 64 --ablations
 
 Counts are exact, bytes are this program's as XLA:GPU lays it out, times rest on published measurements that the output
 names. Exit code 1: the layout does not fit.
@@ -21,7 +21,7 @@ def parse():
     parser.add_argument("--hardware", required=True, help=", ".join(HARDWARE))
     parser.add_argument("--devices", type=int, required=True)
     arguments.add(parser, fp8=True)
-    parser.add_argument("--tokens", type=float, default=plan.TOKENS, help="of the whole training (default: the report's)")
+    parser.add_argument("--tokens", type=float, default=plan.TOKENS, help="of all training (default: the report's)")
     parser.add_argument("--price", type=float, help="dollars a device-hour (default: the machine's, where known)")
     parser.add_argument("--search", action="store_true", help="look for the fastest layouts that fit")
     parser.add_argument("--ablations", action="store_true", help="what each of the report's inventions is worth here")

@@ -14,15 +14,16 @@ def add(parser, fp8=False):
     parser.add_argument("--pipe", type=int, default=1, help="ranks of the pipeline")
     parser.add_argument("--expert", type=int, default=1, help="devices that share the experts")
     parser.add_argument("--tensor", type=int, default=1, help="devices that share heads and vocabulary")
-    parser.add_argument("--schedule", default="dualpipe", help="of the pipeline: gpipe, 1f1b, zb1p, dualpipe, dualpipev")
+    parser.add_argument("--schedule", default="dualpipe", help="gpipe, 1f1b, zb1p, dualpipe or dualpipev")
     parser.add_argument("--sequences", type=int, default=REPORT_SEQUENCES, help="of a step (default: the report's)")
     parser.add_argument("--rows", type=int, default=1, help="sequences of a micro-batch on one device")
     parser.add_argument("--sequence-length", type=int, default=4096)
     parser.add_argument("--remat", help="none, report or full (default: the model's)")
-    parser.add_argument("--fp8", action=argparse.BooleanOptionalAction, default=fp8, help="products, what is kept, and dispatch in FP8")
+    parser.add_argument("--fp8", action=argparse.BooleanOptionalAction, default=fp8,
+                        help="products, what is kept, and dispatch in FP8")
     parser.add_argument("--dispatch", default="two_hop", help="two_hop or flat")
     parser.add_argument("--buffers", default="ragged", help="ragged or static")
-    parser.add_argument("--capacity", type=float, help="of the buffers, in even loads; without it nothing is ever dropped")
+    parser.add_argument("--capacity", type=float, help="of buffers, in even loads; without it nothing is dropped")
 
 
 def model(args) -> ModelConfig:

@@ -140,8 +140,8 @@ class _Program:
                 size = max(sum(sizes.get(o, 0) for o in operands), 0 if phase == "start" else size_of(shape))
                 if phase == "start" and kind == "all-gather":
                     size = size_of(shape) - size  # (what goes in, what comes out)
-                one = Collective(kind, axes_of_group(first_group(self.groups(rest)), self.sizes), size, times, branch,
-                                 None)
+                axes = axes_of_group(first_group(self.groups(rest)), self.sizes)
+                one = Collective(kind, axes, size, times, branch, None)
                 if phase == "start":
                     waiting[result] = one, 0
                 else:
@@ -197,7 +197,7 @@ def collectives(text: str, sizes: dict[str, int]) -> list[Collective]:
 
 
 def table(found: list[Collective]) -> list[dict]:
-    """By kind and axes: how many, bytes if each runs once and as loops of known length run them, how many are hidden."""
+    """By kind and axes: how many, bytes if each runs once, and as loops of known length run them; how many are hidden."""
     rows: dict[tuple, dict] = {}
     for one in found:
         row = rows.setdefault((one.kind, one.axes), {

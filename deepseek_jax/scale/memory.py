@@ -72,7 +72,8 @@ def held_parameters(c: ModelConfig, layout: Layout) -> dict[str, float]:
     routed = 3 * c.d_model * c.expert_ffn_dim * c.num_experts
     mtp_experts = c.mtp_depth * routed
     split = ("attention", "dense ffn", "shared experts", "embedding and head")
-    others = sum(n / (mesh.tensor if name in split else 1) for name, n in group.items() if name not in ("experts", "mtp"))
+    others = sum(n / (mesh.tensor if name in split else 1) for name, n in group.items()
+                 if name not in ("experts", "mtp"))
     others += (group["mtp"] - mtp_experts) / mesh.tensor
     if mesh.pipe == 1:
         return {"experts": (group["experts"] + mtp_experts) / owners, "others": others}

@@ -65,7 +65,8 @@ def what_to_change(c: ModelConfig, layout: Layout, found: Plan) -> str:
              "passing": "fewer rows"}.get(largest, "more devices along pipe or expert")
     if largest == "kept" and layout.schedule == "gpipe" and layout.mesh.pipe > 1:
         first = "another schedule: gpipe keeps every micro-batch"
-    return f"needs {over:.1f} GB more than there is; most is {largest} ({found.bytes[largest] / 1e9:.1f} GB): try {first}"
+    return (f"needs {over:.1f} GB more than there is; most is {largest} ({found.bytes[largest] / 1e9:.1f} GB): try "
+            f"{first}")
 
 
 def search(c: ModelConfig, hw: Hardware, devices: int, sequences: int, sequence_length=4096, best=5, price=None,
@@ -78,7 +79,8 @@ def search(c: ModelConfig, hw: Hardware, devices: int, sequences: int, sequence_
     powers = [2**i for i in range(13)]
     fitting: list[tuple[str, Plan]] = []
     reasons: dict[str, list] = {}
-    for pipe, expert, rows, remat in itertools.product(powers[:6], powers[:9], powers[:3], ("none", "report", "full")):
+    remats = ("none", "report", "full")
+    for pipe, expert, rows, remat in itertools.product(powers[:6], powers[:9], powers[:3], remats):
         model = dataclasses.replace(c, remat=remat)
         if devices % (pipe * expert):
             continue
@@ -121,18 +123,17 @@ def ablations(c: ModelConfig, hw: Hardware, layout: Layout, measured: Measured |
       [{"without", "seconds", "times", "mfu", "gigabytes"}]: a step's, and how many times as long as with all.
     """
     bf16 = dataclasses.replace(c, fp8=dataclasses.replace(c.fp8, enabled=False))
-    mesh = layout.mesh
-    plain = dataclasses.replace(mesh, dispatch_fp8=False)
+    on = lambda **mesh: dataclasses.replace(layout, mesh=dataclasses.replace(layout.mesh, **mesh))
     cases = [
         ("nothing: the report's layout", c, layout, True),
         ("DualPipe: 1F1B", c, dataclasses.replace(layout, schedule="1f1b"), True),
         ("DualPipe: ZB1P", c, dataclasses.replace(layout, schedule="zb1p"), True),
-        ("FP8: bf16 products and dispatch", bf16, dataclasses.replace(layout, mesh=plain), True),
-        ("two hops: flat dispatch", c, dataclasses.replace(layout, mesh=dataclasses.replace(mesh, dispatch="flat")), True),
+        ("FP8: bf16 products and dispatch", bf16, on(dispatch_fp8=False), True),
+        ("two hops: flat dispatch", c, on(dispatch="flat"), True),
         ("the limit of 4 nodes", c, layout, False),
-        ("two hops and the limit", c, dataclasses.replace(layout, mesh=dataclasses.replace(mesh, dispatch="flat")), False),
+        ("two hops and the limit", c, on(dispatch="flat"), False),
         ("all of them", bf16,
-         dataclasses.replace(layout, schedule="1f1b", mesh=dataclasses.replace(plain, dispatch="flat")), False),
+         dataclasses.replace(on(dispatch="flat", dispatch_fp8=False), schedule="1f1b"), False),
     ]
     rows: list[dict] = []
     for name, model, changed, limited in cases:
@@ -162,7 +163,7 @@ def published(found: Plan) -> list[dict]:
             ("MFU, non-causal", 0.4373, found.step.mfu["non-causal"], ""),
             ("MFU, causal", 0.3894, found.step.mfu["causal"], ""),
             ("thousand GPU-hours per trillion tokens", 180, found.hours_per_trillion / 1e3, ""),
-            ("million GPU-hours, 14.8T tokens and after", 2.788, total, "context extension and post-training taken over"),
+            ("million GPU-hours, 14.8T tokens and after", 2.788, total, "what came after pre-training taken over"),
             ("million dollars at $2", 5.576, 2 * total, "price taken over")]
     return [{"what": what, "published": theirs, "planned": ours, "ratio": ours / theirs, "note": note}
             for what, theirs, ours, note in rows]

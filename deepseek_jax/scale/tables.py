@@ -45,8 +45,9 @@ def ablated(rows, sparsity) -> str:
     lines = ["", f"  {'a step without':36} {'s':>7} {'times':>6} {'MFU':>7} {'GB':>7}"]
     lines += [f"  {r['without']:36} {r['seconds']:7.2f} {r['times']:6.2f} {r['mfu']:7.1%} {r['gigabytes']:7.1f}"
               for r in rows]
-    return "\n".join([*lines, f"  and were every parameter active, a token would take {sparsity['gflop_if_dense']:,.0f} "
-                              f"GFLOP instead of {sparsity['gflop_per_token']:,.0f}: {sparsity['times']:.1f} times"])
+    lines.append(f"  and were every parameter active, a token would take {sparsity['gflop_if_dense']:,.0f} GFLOP "
+                 f"instead of {sparsity['gflop_per_token']:,.0f}: {sparsity['times']:.1f} times")
+    return "\n".join(lines)
 
 
 def searched(best, reasons) -> str:
@@ -63,7 +64,8 @@ def searched(best, reasons) -> str:
 
 
 def decoded(rows) -> str:
-    lines = ["", f"  {'decoding':40} {'MTP':>4} {'network us':>10} {'work us':>8} {'/s user':>8} {'bound':>6} {'/s node':>8}"]
+    lines = ["", f"  {'decoding':40} {'MTP':>4} {'network us':>10} {'work us':>8} {'/s user':>8} {'bound':>6} "
+                 f"{'/s node':>8}"]
     for r in rows:
         theirs = ", ".join(f"published {name}: {value:g}" for name, value in r["published"].items())
         lines.append(f"  {r['layout']:40} {'yes' if r['mtp'] else 'no':>4} {r['network'] * 1e6:10.0f} "

@@ -65,4 +65,5 @@ def devices_of(target: str):
     try:
         return topologies.get_topology_desc(f"{TPUS[name]}:{shape}", platform="tpu").devices
     except Exception as error:  # libtpu says in its own words which slices there are
-        raise ConfigError(f"target {target!r}: libtpu knows no such slice ({str(error).splitlines()[0][:120]}).") from error
+        words = str(error).splitlines()[0][:120]
+        raise ConfigError(f"target {target!r}: libtpu knows no such slice ({words}).") from error
