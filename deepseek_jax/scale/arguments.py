@@ -23,7 +23,12 @@ def add(parser, fp8=False):
                         help="products, what is kept, and dispatch in FP8")
     parser.add_argument("--dispatch", default="two_hop", help="two_hop or flat")
     parser.add_argument("--buffers", default="ragged", help="ragged or static")
-    parser.add_argument("--capacity", type=float, help="of buffers, in even loads; without it nothing is dropped")
+    parser.add_argument("--capacity", type=_capacity, default=1.25,
+                        help="of buffers, in even loads (default 1.25); none: room for all, and nothing is dropped")
+
+
+def _capacity(text):
+    return None if text == "none" else float(text)
 
 
 def model(args) -> ModelConfig:

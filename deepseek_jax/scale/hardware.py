@@ -30,7 +30,8 @@ class Hardware:
     sources: dict[str, str]
 
 
-_SHEET = dict.fromkeys(("bf16", "fp8", "memory", "memory_bandwidth", "local_bandwidth", "node_bandwidth", "node_size"), "sheet")
+_FIGURES = ("bf16", "fp8", "memory", "memory_bandwidth", "local_bandwidth", "node_bandwidth", "node_size")
+_SHEET = dict.fromkeys(_FIGURES, "sheet")
 _NO_PRICE = _SHEET | {"price": "none; give --price"}
 _NDR = _SHEET | {"node_bandwidth": "sheet: one 400 Gbit/s NIC a GPU", "price": "none; give --price"}
 _ICI = "sheet: ICI, half of its bidirectional total; the torus joins all chips, so nodes are no slower"

@@ -197,7 +197,11 @@ def collectives(text: str, sizes: dict[str, int]) -> list[Collective]:
 
 
 def table(found: list[Collective]) -> list[dict]:
-    """By kind and axes: how many, bytes if each runs once, and as loops of known length run them; how many are hidden."""
+    """By kind and axes, JSON-able.
+
+    bytes: if each runs once; bytes_executed: as often as loops of known length make it. hidden: with products between
+    start and done; exposed_bytes: of the others.
+    """
     rows: dict[tuple, dict] = {}
     for one in found:
         row = rows.setdefault((one.kind, one.axes), {

@@ -145,7 +145,7 @@ def ablations(c: ModelConfig, hw: Hardware, layout: Layout, measured: Measured |
 
 
 def sparsity(c: ModelConfig, sequence_length=4096) -> dict[str, float]:
-    """What experts that most tokens do not visit are worth: FLOPs of a token if all parameters were active, over ours."""
+    """What experts that most tokens do not visit are worth: FLOPs of a token were all parameters active, over ours."""
     ours = training_flops_per_token(dataclasses.replace(c, mtp_depth=0), sequence_length)
     counted = conventions(c)
     idle = counted["main model"] - counted["active per token"]
