@@ -76,7 +76,7 @@ def test_products_between_start_and_done_hide_and_nothing_else_does():
     assert {kind: one.products for kind, one in found().items()} == {
         "all-gather": 1, "reduce-scatter": 2, "all-reduce": 0, "all-to-all": None, "collective-permute": None}
     rows = {row["kind"]: row for row in hlo.table(list(found().values()))}
-    assert {kind: row["hidden"] for kind, row in rows.items() if row["hidden"]} == {"all-gather": 1, "reduce-scatter": 1}
+    assert {kind for kind, row in rows.items() if row["hidden"]} == {"all-gather", "reduce-scatter"}
     assert rows["all-reduce"]["asynchronous"] == 1 and rows["all-reduce"]["exposed_bytes"] == 64
 
 

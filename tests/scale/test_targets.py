@@ -12,7 +12,7 @@ from deepseek_jax.config import ConfigError
 from deepseek_jax.scale import targets
 from tests import runs
 
-V3 = "--model v3_671b --hardware h800 --devices 2048 --pipe 16 --expert 64".split()
+V3 = ["--model", "v3_671b", "--hardware", "h800", "--devices", "2048", "--pipe", "16", "--expert", "64"]
 
 
 def run(name, *arguments):
@@ -76,8 +76,7 @@ def test_the_plan_of_the_report_s_run_is_printed_beside_what_was_published(tmp_p
 
 
 def test_a_search_says_why_the_others_do_not_fit():
-    result = run("plan", "--model", "v2_lite_16b", "--hardware", "v6e", "--devices", "4", "--search", "--sequences", "8",
-                 "--price", "2.7")
+    result = run("plan", "--model", "v2_lite_16b", "--hardware", "v6e", "--devices", 4, "--search", "--sequences", 8)
 
     assert result.code == 1 and "none" in result.out
     assert "does not fit into memory; nearest: pipe" in result.out and "GB too much" in result.out
