@@ -71,8 +71,7 @@ def held_parameters(c: ModelConfig, layout: Layout) -> dict[str, float]:
     owners = mesh.node * mesh.local
     routed = 3 * c.d_model * c.expert_ffn_dim * c.num_experts
     mtp_experts = c.mtp_depth * routed
-    split = ("attention", "dense ffn", "shared experts", "embedding and head")
-    others = sum(n / (mesh.tensor if name in split else 1) for name, n in group.items()
+    others = sum(n / (mesh.tensor if name in SPLIT_BY_TENSOR else 1) for name, n in group.items()
                  if name not in ("experts", "mtp"))
     others += (group["mtp"] - mtp_experts) / mesh.tensor
     if mesh.pipe == 1:
@@ -86,9 +85,20 @@ def held_parameters(c: ModelConfig, layout: Layout) -> dict[str, float]:
             "ends": ends / mesh.pipe + mtp_experts / owners}
 
 
+SPLIT_BY_TENSOR = ("attention", "dense ffn", "shared experts", "embedding and head")
+
+
+def _masters(c: ModelConfig, layout: Layout) -> float:
+    """Parameters whose masters a device holds: over pipe and all data axes, and over `tensor` what it splits."""
+    mesh, group = layout.mesh, parameters(c)
+    mtp_block = attention_parameters(c) + c.num_shared_experts * 3 * c.d_model * c.expert_ffn_dim
+    split = sum(group[name] for name in SPLIT_BY_TENSOR) + c.mtp_depth * mtp_block
+    return (split / mesh.tensor + sum(group.values()) - split) / (mesh.pipe * mesh.data_shards)
+
+
 def state(c: ModelConfig, layout: Layout) -> dict[str, float]:
     """The training state: it is there all the time, and a checkpoint is a copy of it."""
-    mine = sum(parameters(c).values()) / layout.mesh.devices
+    mine = _masters(c, layout)
     moment = {"bfloat16": 2, "float32": 4}[layout.moment_dtype]
     return {"masters": FLOAT32 * mine, "moments": 2 * moment * mine, "averages": FLOAT32 * mine * layout.ema}
 
@@ -97,7 +107,7 @@ def bytes_per_device(c: ModelConfig, layout: Layout, loss_chunk: int = 1024) -> 
     """{group: bytes}, the groups of GROUPS; their sum is what a step needs."""
     mesh, held = layout.mesh, held_parameters(c, layout)
     group = state(c, layout)
-    all_masters = sum(parameters(c).values()) / mesh.devices
+    all_masters = _masters(c, layout)
     if mesh.pipe == 1:
         gathered = held["others"] * (mesh.data_shards > 1) + held["experts"] * (mesh.replica > 1)
         once = held["experts"] + held["others"] / mesh.data_shards
