@@ -21,7 +21,6 @@ MUTATIONS = [
      "kept = c.num_groups", T_PLAN),
     ("results come back in FP8", TRAFFIC, "copy_bytes(c, False)", "copy_bytes(c, layout.mesh.dispatch_fp8)", T_PLAN),
     # time
-    ("1F1B overlaps too", TIMING, 'layout.schedule.startswith("dualpipe")', "True", T_PLAN),
     ("moving tokens takes no SMs", TIMING, "work / (1 - m.reserved)", "work", T_PLAN),
     ("the network is free", TIMING, "max(work / (1 - m.reserved), network)", "work / (1 - m.reserved)", T_PLAN),
     ("the bubble is left out", TIMING, "sum(report.idle) / schedule.ranks, report.makespan",
@@ -29,7 +28,8 @@ MUTATIONS = [
     ("MFU counts MTP", TIMING, "counted = dataclasses.replace(c, mtp_depth=0)", "counted = c", T_PLAN),
     ("MFU of FP8's peak", TIMING, "layout.mesh.devices * hw.bf16", "layout.mesh.devices * (hw.fp8 or hw.bf16)",
      T_PLAN),
-    ("gradients are not summed over replicas", TIMING, 'sent["gradients"] + sent["weights"]', 'sent["weights"]', T_PLAN),
+    ("gradients are not summed over replicas", TIMING, 'sent["gradients"] + sent["weights"]', 'sent["weights"]',
+     T_PLAN),
     # search and advice
     ("layouts that do not fit are offered", PLAN, "if needed > hw.memory:", "if needed < 0:", T_PLAN),
     ("slowest first", PLAN, "fitting.sort(key=lambda found: found[1].hours)",

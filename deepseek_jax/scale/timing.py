@@ -109,18 +109,16 @@ def network_seconds(c: ModelConfig, hw: Hardware, layout: Layout, m: Measured, l
                for way, share in (("dispatch", m.dispatch), ("combine", m.combine)))
 
 
-def costs(cell: dict[str, Cell], m: Measured, overlapped: bool) -> dict[str, float]:
+def costs(cell: dict[str, Cell], m: Measured) -> dict[str, float]:
     """What `pipeline.validate` takes, in seconds.
 
-    Overlapped: a forward and a backward pass work on the SMs that moving tokens leaves free, while the other's tokens
-    are under way; the longer of the two counts.
+    In F&B both passes work on the SMs that moving tokens leaves free, while the other's tokens are under way; the
+    longer of the two counts.
     """
     f, bi, w = cell["F"], cell["Bi"], cell["W"]
-    out = {"f": f.alone, "b": bi.alone + w.alone, "w": w.alone}
-    if overlapped:
-        work, network = f.work + bi.work + w.work, f.network + bi.network
-        out["fb"] = min(out["f"] + out["b"], max(work / (1 - m.reserved), network))
-    return out
+    one, other = f.alone, bi.alone + w.alone
+    work, network = f.work + bi.work + w.work, f.network + bi.network
+    return {"f": one, "b": other, "w": w.alone, "fb": min(one + other, max(work / (1 - m.reserved), network))}
 
 
 def optimizer_seconds(c: ModelConfig, hw: Hardware, layout: Layout, m: Measured) -> float:
@@ -144,9 +142,8 @@ def step(c: ModelConfig, hw: Hardware, layout: Layout, m: Measured | None = None
     cell = cells(c, hw, layout, m, limited)
     optimizer = optimizer_seconds(c, hw, layout, m)
     schedule = layout.pipeline
-    overlapped = schedule is not None and layout.schedule.startswith("dualpipe")
     share = 1.0 if schedule is None else layout.mesh.pipe / schedule.stages
-    each = {name: share * t for name, t in costs(cell, m, overlapped).items()}
+    each = {name: share * t for name, t in costs(cell, m).items()}
     if schedule is None:
         bubble, spent = 0.0, {"F": layout.microbatches * each["f"], "B": layout.microbatches * each["b"]}
         seconds = sum(spent.values())

@@ -22,6 +22,10 @@ def test_every_way_of_counting_gives_the_published_number(name, convention, bill
     assert round(costs.conventions(model_config(name))[convention] / 1e9, 3) == billions
 
 
+def test_the_main_model_of_v3_is_counted_to_the_unit():
+    assert costs.conventions(model_config("v3_671b"))["main model"] == 671_026_419_200
+
+
 @pytest.mark.parametrize("name", ["tiny", "v2_lite_16b", "v2_236b", "v3_671b"])
 def test_groups_of_parameters_are_those_of_the_arrays(name):
     c = model_config(name)

@@ -78,12 +78,13 @@ def test_each_invention_is_worth_something_and_all_of_them_more():
 
 
 def test_overlap_hides_the_network_behind_work_and_not_the_other_way_round():
-    cell = {"F": timing.Cell(1, 2), "Bi": timing.Cell(1, 2), "W": timing.Cell(1)}
+    cell = {"F": timing.Cell(1, 3), "Bi": timing.Cell(1, 2), "W": timing.Cell(1)}
     m = Measured(reserved=0.25)
 
-    assert timing.costs(cell, m, overlapped=True) == {"f": 3, "b": 4, "w": 1, "fb": 4}
-    assert timing.costs({**cell, "W": timing.Cell(2)}, m, overlapped=True)["fb"] == pytest.approx(4 / 0.75)
-    assert "fb" not in timing.costs(cell, m, overlapped=False)
+    assert timing.costs(cell, m) == {"f": 4, "b": 4, "w": 1, "fb": 5}
+    assert timing.costs({**cell, "W": timing.Cell(4)}, m)["fb"] == pytest.approx(6 / 0.75)
+    # Where there is little to hide, one after the other on all SMs is faster.
+    assert timing.costs({name: timing.Cell(1, 0.1) for name in cell}, m)["fb"] == pytest.approx(3.3)
 
 
 # Traffic.
