@@ -1,4 +1,4 @@
-"""Planned bytes: against the arrays' own shardings, and against what XLA's compilers counted in the committed reports."""
+"""Planned bytes: against the arrays' own shardings, and against what compilers counted in the committed reports."""
 
 import functools
 import json
