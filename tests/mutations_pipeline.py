@@ -4,6 +4,12 @@ _FILES = ("orders", "ticks", "validate", "split", "tables", "execute", "draw")
 ORDERS, TICKS, VALIDATE, SPLIT, TABLES, EXECUTE, DRAW = (f"deepseek_jax/pipeline/{name}.py" for name in _FILES)
 T_SCHEDULE, T_VALIDATE, T_SPLIT, T_EXECUTE, T_DRAW = (
     f"pipeline/test_{name}.py" for name in ("schedule", "validate", "split", "execute", "draw"))
+PIPELINED, LOSSES = "deepseek_jax/training/pipelined.py", "deepseek_jax/training/losses.py"
+MESH = "deepseek_jax/parallel/mesh.py"
+T_PIPELINED, T_LOSSES, T_MESH = "training/test_pipelined.py", "training/test_losses.py", "parallel/test_mesh.py"
+T_ONE_STEP = f"{T_PIPELINED}::test_in_float64_losses_gradients_and_loads_are_those_without_a_pipeline[1f1b]"
+T_SLOTS = f"{T_PIPELINED}::test_every_layer_has_one_slot_and_stages_differ_by_one_layer"
+T_REFUSED = f"{T_PIPELINED}::test_what_does_not_fit_the_pipeline_is_refused_with_what_would"
 
 MUTATIONS = [
     # schedules
@@ -69,4 +75,34 @@ MUTATIONS = [
      "ranks.activation_out[at] = op.microbatch, op.activation",
      "ranks.activation_out[at] = op.microbatch, 0", T_EXECUTE),
     ("activations and gradients swap channels", TABLES, "2 * (not from_before)", "2 * from_before", T_EXECUTE),
+    # the model on it
+    ("what padding computes is passed on", PIPELINED, 'jnp.where(at["real"], y_BTD, x_BTD)', "y_BTD", T_ONE_STEP),
+    ("the tokens of padding are counted", PIPELINED,
+     'stats["counts"] * at["real"]', 'stats["counts"] * 1', T_ONE_STEP),
+    ("padding has a balance loss", PIPELINED,
+     'jnp.where(at["real"], stats["sequence_loss"], 0)', 'stats["sequence_loss"]', T_ONE_STEP),
+    ("stages have no balance loss", PIPELINED, "return x_BTD, balance, {", "return x_BTD, 0 * balance, {", T_ONE_STEP),
+    ("MTP's balance loss counts once a rank", PIPELINED, "x_BTD.shape[:2], -1)) / ranks", "x_BTD.shape[:2], -1))",
+     T_ONE_STEP),
+    ("the balance loss counts once a data shard", PIPELINED,
+     "/ (micro * config.mesh.data_shards)", "/ micro", T_ONE_STEP),
+    ("every rank counts the weights", PIPELINED, '"weight": weight * first', '"weight": weight', T_ONE_STEP),
+    ("each rank keeps its own heads", PIPELINED,
+     "return x_BTD + lax.psum(part, PIPE)", "return x_BTD + part", T_ONE_STEP),
+    ("MTP's experts see the first tokens only", PIPELINED,
+     "lax.axis_index(PIPE) * tokens, tokens)", "0, tokens)", T_ONE_STEP),
+    ("the first stages are filled up", PIPELINED,
+     "np.arange(stages + 1) * layers // stages", "np.minimum(np.arange(stages + 1) * -(-layers // stages), layers)",
+     T_SLOTS),
+    ("stages lie in natural order in a V", PIPELINED, "order = rows(schedule)", "order = list(range(stages))",
+     f"{T_PIPELINED}::test_layers_follow_each_other_along_the_pipeline"),
+    ("any number of sequences is cut up", PIPELINED, "if sequences % parts:", "if False:", T_REFUSED),
+    ("heads need not divide", PIPELINED, "cfg.num_heads if heads else 0", "0", T_REFUSED),
+    ("every device counts the normalizer", LOSSES, "lax.axis_index(axis) == 0, weights_M, 0)", "True, weights_M, 0)",
+     T_LOSSES),
+    ("each device has a softmax of its own", LOSSES,
+     "jax.nn.logsumexp(lax.all_gather(lse_M, axis), axis=0)", "lse_M", T_LOSSES),
+    ("targets that lie elsewhere are hit", LOSSES, "weights_hit_M = jnp.where(mine_M, weights_M, 0)",
+     "weights_hit_M = weights_M", T_LOSSES),
+    ("masters are whole along the pipeline", MESH, 'in ("pipe", *DATA) if axis', "in DATA if axis", T_MESH),
 ]

@@ -121,7 +121,8 @@ def dimension_names(path: str, rank: int) -> tuple[str, ...]:
 def place(path: str, shape, mesh) -> Placed:
     """Where the leaf at `path` lies. Its master is split over `pipe` and the data axes that its working copy leaves.
 
-    All of them along the first dimension that they divide together; else each along the first that it divides.
+    All of them along the first dimension that they divide together; else each along the first that it divides. Never
+    along stacked layers, which are taken one by one.
     """
     names = dimension_names(path, len(shape))
     compute = spec(*names)
@@ -130,8 +131,8 @@ def place(path: str, shape, mesh) -> Placed:
     split = [axes_of(entry) for entry in compute]
     free = tuple(axis for axis in ("pipe", *DATA) if axis not in sum(split, ()) and mesh.shape[axis] > 1)
     for axes in (free, *((axis,) for axis in free)):
-        fits = [dim for dim, size in enumerate(shape)
-                if size % math.prod(mesh.shape[axis] for axis in split[dim] + axes) == 0]
+        fits = [dim for dim, size in enumerate(shape) if names[dim] != "layers" and
+                size % math.prod(mesh.shape[axis] for axis in split[dim] + axes) == 0]
         if axes and fits:
             split[fits[0]] += axes
             if axes == free:
@@ -157,20 +158,31 @@ def master_shardings(tree, mesh):
 
 def working_copy(params):
     """The parameters as a step computes with them: whole along the data axes. Does nothing without a mesh."""
-    return _constrained(params, "compute")
+    return _constrained(params, lambda *leaf: place(*leaf).compute)
 
 
 def masters(tree):
     """Gradients or parameters, split as the masters are. Does nothing without a mesh."""
-    return _constrained(tree, "master")
+    return _constrained(tree, lambda *leaf: place(*leaf).master)
 
 
-def _constrained(tree, which):
+def on_the_way(path, shape, mesh) -> PartitionSpec:
+    """Between master and the stages of a pipeline: whole along the data axes, still split over `pipe` as the master is.
+
+    The partitioner moves one axis between dimensions by an all-to-all; two at once it does by gathering everything.
+    """
+    compute, master = place(path, shape, mesh)
+    kept = [tuple(axis for axis in axes_of(there) if axis == "pipe" or axis in axes_of(here))
+            for here, there in zip(compute, master)]
+    return PartitionSpec(*(axes[0] if len(axes) == 1 else axes or None for axes in kept))
+
+
+def _constrained(tree, where):
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return tree
-    return jax.tree.map(lambda path, x: jax.lax.with_sharding_constraint(
-        x, getattr(place(path, x.shape, mesh), which)), paths(tree), tree)
+    constrained = lambda path, x: jax.lax.with_sharding_constraint(x, where(path, x.shape, mesh))
+    return jax.tree.map(constrained, paths(tree), tree)
 
 
 def data_shards() -> int:

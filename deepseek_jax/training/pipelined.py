@@ -29,7 +29,7 @@ from deepseek_jax.model.layers import FFN, RMSNorm, wide
 from deepseek_jax.model.mtp import ahead, join
 from deepseek_jax.model.rope import rope_table
 from deepseek_jax.model.transformer import Block, rematerialized
-from deepseek_jax.parallel.mesh import DATA, paths, place
+from deepseek_jax.parallel.mesh import DATA, on_the_way, paths, place
 from deepseek_jax.pipeline import Schedule, make_schedule
 from deepseek_jax.pipeline.execute import Arguments, Model, pipelined, rows
 from deepseek_jax.training.losses import objective, token_losses
@@ -221,6 +221,7 @@ def gradients_of(config: Config, params, router):
       "mtp_weight", "share"}: as `losses.objective` takes them.
     """
     schedule, mesh = schedule_of(config), jax.sharding.get_abstract_mesh()
+    params = _on_the_way(params, mesh)
     layer_SL, real_SL = slots(config.model.num_moe_layers, schedule)
     layers = jax.tree.map(lambda a: a[layer_SL], params["layers"])
     fixed = {"real": jnp.asarray(real_SL)} | ({"bias": router["bias"][layer_SL]} if "bias" in router else {})
@@ -233,7 +234,7 @@ def gradients_of(config: Config, params, router):
     step = pipelined(schedule, model, mesh, specs)
     # Where each layer's gradient is found among the slots.
     found_L = np.flatnonzero(real_SL)[np.argsort(layer_SL[real_SL])]
-    in_order = lambda tree: jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:])[found_L], tree)
+    in_order = lambda a: a.reshape(-1, *a.shape[2:])[found_L]
 
     def gradients(batch, weights):
         micro = schedule.microbatches
@@ -241,8 +242,8 @@ def gradients_of(config: Config, params, router):
         inputs = {"batch": jax.tree.map(lambda a: a.reshape(micro, -1, *a.shape[1:]), batch)}
         inputs |= jax.tree.map(lambda a: jnp.broadcast_to(a, (micro, *jnp.shape(a))), weights)
         result = step(Arguments(layers, fixed, shared, inputs))
-        grads = {name: tree for name, tree in result.shared.items() if name != "mtp_bias"}
-        grads["layers"] = in_order(result.params)
+        grads = _on_the_way({name: tree for name, tree in result.shared.items() if name != "mtp_bias"}, mesh)
+        grads["layers"] = jax.tree.map(in_order, _on_the_way({"layers": result.params}, mesh, stacked=True)["layers"])
         sums, of_stages = result.sums, result.stage_sums
         counts = {"bias": in_order(of_stages["counts"])} | sums["counts"]
         traffic = jax.tree.map(lambda n: n.sum(), of_stages["traffic"])
@@ -250,6 +251,16 @@ def gradients_of(config: Config, params, router):
         return grads, sums | {"counts": counts, "traffic": traffic}
 
     return gradients
+
+
+def _on_the_way(tree, mesh, stacked=False):
+    """Parameters or gradients as they lie between masters and stages. stacked: [stages, slots, ...] of layers."""
+    def constrained(path, a):
+        if not stacked:
+            return lax.with_sharding_constraint(a, on_the_way(path, a.shape, mesh))
+        return lax.with_sharding_constraint(a, P(None, *on_the_way(path, a.shape[1:], mesh)))
+
+    return jax.tree.map(constrained, paths(tree), tree)
 
 
 def _stage_specs(layers, mesh):

@@ -25,7 +25,7 @@ REPORT = MeshConfig(pipe=16, replica=2, node=8, local=8)  # the report's 2048 GP
     [("params/layers/ffn/gate", (58, 256, 7168, 2048), P(None, ("node", "local"), None, None),
       P(None, ("node", "local"), ("pipe", "replica"), None)),
      ("opt_state/1/mu/layers/attention/q_b", (58, 1536, 128, 192), P(None, None, "tensor", None),
-      P("replica", ("pipe", "node"), ("tensor", "local"), None)),
+      P(None, ("pipe", "replica", "node"), ("tensor", "local"), None)),
      ("ema/embedding", (129280, 7168), P("tensor", None),
       P(("tensor", "pipe", "replica", "node"), "local")),
      ("params/mtp_1/block/ffn/shared/down", (2048, 7168), P("tensor", None),

@@ -5,6 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 from deepseek_jax.config import BalanceConfig
 from deepseek_jax.model import Output
@@ -64,6 +66,26 @@ def test_a_token_of_weight_zero_changes_nothing():
 
     jax.tree.map(np.testing.assert_array_equal, found, expected)
     assert not np.asarray(found[1][0])[left_out].any()
+
+
+@pytest.mark.parametrize("chunk", [8, 24])
+def test_devices_that_share_the_vocabulary_share_its_loss_and_gradients(chunk):
+    hidden_ND, head_DW, targets_N, weights_N = example()
+    head_DW, targets_N = head_DW[:, :66], targets_N % 66
+    mesh = Mesh(np.array(jax.devices()[:3]), ("pipe",))
+
+    def of_one_device(hidden_ND, head_DW):
+        loss = lambda h, w: 3 * cross_entropy(h, w, targets_N, weights_N, chunk, "pipe")
+        loss, (dhidden_ND, dhead_DW) = jax.value_and_grad(loss, argnums=(0, 1))(hidden_ND, head_DW)
+        return jax.lax.psum((loss, dhidden_ND), "pipe"), dhead_DW
+
+    split = jax.shard_map(of_one_device, mesh=mesh, in_specs=(P(), P(None, "pipe")),
+                          out_specs=(P(), P(None, "pipe")), check_vma=False)
+    (loss, dhidden_ND), dhead_DW = jax.jit(split)(hidden_ND, head_DW)
+
+    expected = value_and_gradients(whole, (hidden_ND, head_DW, targets_N, weights_N))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+                 (loss, (dhidden_ND, dhead_DW)), expected)
 
 
 def test_logits_of_all_tokens_never_exist_at_once():
