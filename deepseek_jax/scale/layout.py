@@ -7,6 +7,9 @@ from deepseek_jax.config import ConfigError, MeshConfig, ModelConfig
 from deepseek_jax.pipeline.schedule import Schedule, make_schedule
 
 
+LONGEST = 8  # micro-batches a rank of a schedule that is worked out; more of them change neither bubble nor slots
+
+
 @dataclasses.dataclass(frozen=True)
 class Layout:
     """A mesh and the work of one step on it.
@@ -35,9 +38,12 @@ class Layout:
 
     @property
     def pipeline(self) -> Schedule | None:
+        """The schedule; of a long one (but gpipe) as much as shows everything: its middle repeats itself."""
         if self.mesh.pipe == 1:
             return None
-        return make_schedule(self.schedule, self.mesh.pipe, self.microbatches)
+        longest = LONGEST * self.mesh.pipe + self.microbatches % 2
+        shown = self.microbatches if self.schedule == "gpipe" else min(self.microbatches, longest)
+        return make_schedule(self.schedule, self.mesh.pipe, shown)
 
     @property
     def copies(self) -> int:

@@ -217,6 +217,19 @@ def test_more_of_anything_that_is_needed_never_makes_a_step_slower():
         assert timing.step(V3, faster, layout).seconds <= base * (1 + 1e-9), name
 
 
+@pytest.mark.parametrize("schedule", ["1f1b", "dualpipe", "dualpipev"])
+def test_of_a_long_schedule_the_middle_is_counted_instead_of_worked_out(schedule, monkeypatch):
+    c = model_config("tiny", num_layers=9)
+    layout = make_layout(c, 4, 4, 1, 8, 64, schedule=schedule, sequence_length=256)
+    short = timing.step(c, H800, layout)
+    assert layout.pipeline.microbatches == 32
+    monkeypatch.setattr("deepseek_jax.scale.layout.LONGEST", 16)
+
+    assert layout.pipeline.microbatches == 64
+    assert timing.step(c, H800, layout).seconds == pytest.approx(short.seconds, rel=1e-9)
+    assert timing.step(c, H800, layout).bubble == pytest.approx(short.bubble)
+
+
 def test_without_a_pipeline_a_step_is_micro_batches_one_after_the_other():
     c = model_config("v2_lite_16b")
     layout = make_layout(c, 8, 1, 8, 8, 64)
