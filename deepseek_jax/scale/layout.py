@@ -6,7 +6,6 @@ import math
 from deepseek_jax.config import ConfigError, MeshConfig, ModelConfig
 from deepseek_jax.pipeline.schedule import Schedule, make_schedule
 
-
 LONGEST = 8  # micro-batches a rank of a schedule that is worked out; more of them change neither bubble nor slots
 
 
