@@ -71,9 +71,8 @@ def held_parameters(c: ModelConfig, layout: Layout) -> dict[str, float]:
     owners = mesh.node * mesh.local
     routed = 3 * c.d_model * c.expert_ffn_dim * c.num_experts
     mtp_experts = c.mtp_depth * routed
-    others = sum(n / (mesh.tensor if name in SPLIT_BY_TENSOR else 1) for name, n in group.items()
-                 if name not in ("experts", "mtp"))
-    others += (group["mtp"] - mtp_experts) / mesh.tensor
+    split = _split_by_tensor(c)
+    others = sum(group.values()) - group["experts"] - mtp_experts - split + split / mesh.tensor
     if mesh.pipe == 1:
         return {"experts": (group["experts"] + mtp_experts) / owners, "others": others}
     layers = -(-c.num_moe_layers // layout.pipeline.stages) * (2 if layout.schedule == "dualpipev" else 1)
@@ -85,15 +84,20 @@ def held_parameters(c: ModelConfig, layout: Layout) -> dict[str, float]:
             "ends": ends / mesh.pipe + mtp_experts / owners}
 
 
-SPLIT_BY_TENSOR = ("attention", "dense ffn", "shared experts", "embedding and head")
+def _split_by_tensor(c: ModelConfig) -> int:
+    """Parameters that `tensor` splits: by heads, by feed-forward width, by vocabulary; not the way down to latents."""
+    latents = (c.q_rank or 0) + c.kv_rank
+    heads = attention_parameters(c) - latents - c.d_model * (latents + c.rope_head_dim)
+    shared = 3 * c.d_model * c.num_shared_experts * c.expert_ffn_dim
+    group = parameters(c)
+    return ((c.num_layers + c.mtp_depth) * heads + (c.num_moe_layers + c.mtp_depth) * shared + group["dense ffn"]
+            + group["embedding and head"])
 
 
 def _masters(c: ModelConfig, layout: Layout) -> float:
     """Parameters whose masters a device holds: over pipe and all data axes, and over `tensor` what it splits."""
-    mesh, group = layout.mesh, parameters(c)
-    mtp_block = attention_parameters(c) + c.num_shared_experts * 3 * c.d_model * c.expert_ffn_dim
-    split = sum(group[name] for name in SPLIT_BY_TENSOR) + c.mtp_depth * mtp_block
-    return (split / mesh.tensor + sum(group.values()) - split) / (mesh.pipe * mesh.data_shards)
+    mesh, split = layout.mesh, _split_by_tensor(c)
+    return (sum(parameters(c).values()) - split + split / mesh.tensor) / (mesh.pipe * mesh.data_shards)
 
 
 def state(c: ModelConfig, layout: Layout) -> dict[str, float]:
