@@ -88,8 +88,11 @@ def from_e5m6(kept: E5M6, columns, dtype=jnp.float32):
 
 
 def _activation(x, recipe, scale=None, dtype=jnp.float8_e4m3fn, share="tile", transposed=False):
+    implementation = recipe.implementation
+    if implementation == "auto" and x.dtype != jnp.bfloat16:
+        implementation = "reference"  # the kernels read bfloat16; what was dequantized must not be rounded to it first
     return api.quantize(x, scale=scale or recipe.scale, dtype=dtype, transposed=transposed,
-                        share="tensor" if recipe.tiles == "tensor" else share, implementation=recipe.implementation)
+                        share="tensor" if recipe.tiles == "tensor" else share, implementation=implementation)
 
 
 def _gradient(dy, recipe, scale=None, transposed=False):

@@ -1,8 +1,8 @@
 """The public operations. `implementation` is a word: "reference" (plain jnp, anywhere), "hopper", "tpu", or "auto".
 
-"auto" takes what the machine's first device can run: hopper on an H100, H200 or H800, tpu where the operation has such
-a kernel, reference elsewhere; it says once, in the log, what it took. A kernel that is asked for by name and cannot
-run here raises ValueError.
+"auto" takes what the device can run that the program is made for: hopper on an H100, H200 or H800, tpu where the
+operation has such a kernel, reference elsewhere; it says once, in the log, what it took. A kernel that is asked for by
+name and cannot run there raises ValueError.
 """
 
 import functools
@@ -32,12 +32,24 @@ OPERATIONS = {
 NEEDS = {"hopper": "a Hopper GPU (H100, H200, H800)", "tpu": "a TPU"}
 
 
+HOPPER = ("H100", "H200", "H800", "GH200")
+
+
+def device_here():
+    """What a program is made for: a device of the mesh in use, which may be absent; without a mesh the first one here.
+
+    It has `platform` and `device_kind`.
+    """
+    absent = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    return jax.devices()[0] if absent is None else absent
+
+
 def runs_here() -> str:
-    """The folder whose kernels the first device can run: "hopper", "tpu" or "reference"."""
-    device = jax.devices()[0]
+    """The folder whose kernels `device_here` can run: "hopper", "tpu" or "reference"."""
+    device = device_here()
     if device.platform == "tpu":
         return "tpu"
-    if device.platform == "gpu" and str(getattr(device, "compute_capability", "")) == "9.0":
+    if device.platform == "gpu" and any(name in device.device_kind for name in HOPPER):
         return "hopper"
     return "reference"
 
@@ -59,7 +71,7 @@ def _find(operation, implementation):
                          f"{', '.join(map(repr, folders))}.")
     if implementation not in ("reference", here):
         raise ValueError(f"{operation}: implementation={implementation!r} needs {NEEDS[implementation]}, and this "
-                         f"machine has {jax.devices()[0].device_kind!r}; implementation='reference' computes the same "
+                         f"machine has {device_here().device_kind!r}; implementation='reference' computes the same "
                          "in plain jnp.")
     return getattr(importlib.import_module(f"kernels_pallas.{implementation}.{module}"), operation)
 

@@ -60,7 +60,10 @@ MAY_IMPORT = {
     "interop.converter": ("interop", "training", "data.tokenizer", "config"),
     "serving": ("model", "fp8", "parallel", "kernels_pallas.api", "config"),
     "scale": ("config",),
-    "scale.plan": ("scale.costs", "pipeline.schedule", "pipeline.validate", "config"),
+    "scale.layout": ("pipeline.schedule", "config"),
+    "scale.timing": ("scale", "pipeline.validate", "pipeline.orders", "config"),
+    "scale.plan": ("scale", "pipeline.schedule", "pipeline.validate", "config"),
+    "scale.targets": ("kernels_pallas.compile_report", "config"),
     "scale.aot": ("scale", "training", "model", "serving", "parallel", "pipeline", "config"),
 }
 COMMANDS = ("train", "evaluate", "generate", "serve", "convert", "plan", "compile")
@@ -70,7 +73,8 @@ MAY_IMPORT["serve"] += ("generate",)  # which loads models
 
 WITHOUT_JAX = ("checked", "mesh_config", "config", "command", "data", "pipeline.orders", "pipeline.ticks",
                "pipeline.schedule", "pipeline.validate", "pipeline.tables", "pipeline.draw", "pipeline.__main__",
-               "scale.costs", "scale.plan", "plan")
+               "scale.costs", "scale.layout", "scale.traffic", "scale.memory", "scale.hardware", "scale.timing",
+               "scale.plan", "scale.decoding", "scale.tables", "scale.arguments", "scale.hlo", "plan")
 JAX = ("jax", "jaxlib", "flax", "optax", "orbax", "chex")
 LONGEST_FILE, LONGEST_COMMAND = 400, 99
 

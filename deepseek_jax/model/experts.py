@@ -22,6 +22,7 @@ from deepseek_jax.model import router as routing
 from deepseek_jax.model.layers import FFN, matmul, saved, swiglu, transpose, weight, wide
 from deepseek_jax.parallel.dispatch import PLAIN, Wire, to_experts
 from deepseek_jax.parallel.mesh import constrain, data_shards, size_here
+from kernels_pallas import api
 
 
 class Plan(NamedTuple):
@@ -200,8 +201,8 @@ IMPLEMENTATIONS = {"reference": _reference, "cpu": _batched, "ragged": _ragged}
 
 
 def implementation_here() -> str:
-    """What `auto` means on the machine that runs: tiles on a CPU, XLA's ragged product elsewhere."""
-    return "cpu" if jax.default_backend() == "cpu" else "ragged"
+    """What `auto` means on the devices a program is made for: tiles on a CPU, XLA's ragged product elsewhere."""
+    return "cpu" if api.device_here().platform == "cpu" else "ragged"
 
 
 def grouped_matmul(x_RD, w_EDF, sizes_E, align, implementation="auto"):

@@ -1,7 +1,7 @@
 """Parameters and FLOPs, counted from the config alone (no jax).
 
 Products only: a product of an [M, K] by a [K, N] matrix is 2 M K N operations; norms, softmax and rotations are left
-out, as the field does. Backward is twice forward.
+out, as the field does. Backward is twice forward: once for the input's gradient, once for the weight's.
 """
 
 from deepseek_jax.config import ModelConfig
@@ -19,6 +19,46 @@ def ffn_parameters(c: ModelConfig, ffn_dim: int) -> int:
     return 3 * c.d_model * ffn_dim
 
 
+def parameters(c: ModelConfig) -> dict[str, int]:
+    """All that is trained, by group; the groups are those of the table of bytes in `parallel.mesh`.
+
+    The routing biases are data, not parameters; `conventions` counts them where the published figures do.
+    """
+    latents = c.kv_rank + (c.q_rank or 0)
+    attention = attention_parameters(c) - latents
+    expert = ffn_parameters(c, c.expert_ffn_dim)
+    router, moe = c.d_model * c.num_experts, (c.num_experts + c.num_shared_experts) * expert
+    block_norms = 2 * c.d_model + latents
+    mtp = 2 * c.d_model * c.d_model + attention + router + moe + block_norms + 3 * c.d_model
+    return {"mtp": c.mtp_depth * mtp,
+            "experts": c.num_moe_layers * c.num_experts * expert,
+            "shared experts": c.num_moe_layers * c.num_shared_experts * expert,
+            "router": c.num_moe_layers * router,
+            "norms": c.num_layers * block_norms + c.d_model,
+            "attention": c.num_layers * attention,
+            "dense ffn": c.num_dense_layers * ffn_parameters(c, c.dense_ffn_dim),
+            "embedding and head": 2 * c.vocab_size * c.d_model}
+
+
+def conventions(c: ModelConfig) -> dict[str, int]:
+    """How many parameters the model "has", under each way of counting in use; routing biases included.
+
+    A token looks up one row of the embedding, so some leave the table out of what is active; the head it is multiplied
+    by. DeepSeek-V3's "671B total, 37B activated" are the first row and, rounded, any of the three active ones.
+    """
+    group = parameters(c)
+    bias, table = c.num_experts * c.has_router_bias, c.vocab_size * c.d_model
+    main = sum(group.values()) - group["mtp"] + c.num_moe_layers * bias
+    mtp = group["mtp"] + c.mtp_depth * bias
+    idle = c.num_moe_layers * (c.num_experts - c.experts_per_token) * ffn_parameters(c, c.expert_ffn_dim)
+    return {"main model": main,
+            "main model and MTP": main + mtp,
+            "checkpoint, MTP with copies of embedding and head": main + mtp + c.mtp_depth * 2 * table,
+            "active per token": main - idle,
+            "active, without the input embedding": main - idle - table,
+            "active, without embedding and head": main - idle - 2 * table}
+
+
 def active_product_parameters(c: ModelConfig) -> dict[str, int]:
     """Weights that one token is multiplied by, by group. `mtp` is the modules' own plus the head again."""
     expert = ffn_parameters(c, c.expert_ffn_dim)
@@ -34,11 +74,39 @@ def active_product_parameters(c: ModelConfig) -> dict[str, int]:
             "mtp": c.mtp_depth * (2 * c.d_model * c.d_model + attention + moe + head)}
 
 
+def score_products(c: ModelConfig, sequence_length: int, causal: bool = True) -> float:
+    """Multiplications of one token with keys and values, of one layer: half of the sequence when `causal`."""
+    return c.num_heads * (c.qk_head_dim + c.v_head_dim) * (sequence_length / 2 if causal else sequence_length)
+
+
 def training_flops_per_token(c: ModelConfig, sequence_length: int, causal: bool = True) -> int:
     """Forward and backward products of one token, MTP modules included.
 
     Attention scores and values count half of the sequence when `causal`, all of it otherwise.
     """
-    seen = sequence_length / 2 if causal else sequence_length
-    scores = c.num_heads * (c.qk_head_dim + c.v_head_dim) * seen * (c.num_layers + c.mtp_depth)
+    scores = score_products(c, sequence_length, causal) * (c.num_layers + c.mtp_depth)
     return int(6 * (sum(active_product_parameters(c).values()) + scores))
+
+
+def layer_flops(c: ModelConfig, sequence_length: int) -> dict[str, dict[str, float]]:
+    """Operations of one token in one layer, by part and pass; attention is causal.
+
+    Returns:
+      {"attention", "scores", "shared", "experts", "dense"}: {"forward", "input", "weight", "again"}: of the forward
+      pass, of the gradients of inputs and of weights, and of what the backward pass computes again under c.remat. A
+      MoE layer is the first four, a dense one the first two and the last.
+    """
+    latents = c.kv_rank + (c.q_rank or 0)
+    expert = ffn_parameters(c, c.expert_ffn_dim)
+    weights = {"attention": attention_parameters(c) - latents, "scores": score_products(c, sequence_length),
+               "shared": c.num_shared_experts * expert + c.d_model * c.num_experts,
+               "experts": c.experts_per_token * expert, "dense": ffn_parameters(c, c.dense_ffn_dim)}
+    up = c.num_heads * (c.qk_head_dim * (c.q_rank or c.d_model) + c.kv_rank * (c.nope_head_dim + c.v_head_dim))
+    again = {"none": {}, "report": {"attention": up}, "full": weights}[c.remat]
+    table = {}
+    for part, n in weights.items():
+        table[part] = {"forward": 2 * n, "input": 2 * n, "weight": 2 * n, "again": 2 * again.get(part, 0)}
+    # The core has no weights; its backward pass forms the scores again, as every blockwise attention does.
+    table["scores"] |= {"input": 4 * weights["scores"], "weight": 0,
+                        "again": 2 * c.num_heads * c.qk_head_dim * sequence_length / 2 + table["scores"]["again"]}
+    return table

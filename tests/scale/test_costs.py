@@ -4,27 +4,36 @@ import jax
 import numpy as np
 import pytest
 
-from deepseek_jax.config import model_config
+from deepseek_jax.config import MeshConfig, model_config
 from deepseek_jax.model import DeepSeekV3
+from deepseek_jax.parallel.mesh import abstract_mesh, bytes_per_device
 from deepseek_jax.scale import costs
 
 
-def active(c, embeddings):
-    """Parameters that take part in one token: products, norms and biases, and `embeddings` of the two big tables."""
-    products = costs.active_product_parameters(c)
-    latent_norms = c.kv_rank + (c.q_rank or 0)
-    norms = c.num_layers * (2 * c.d_model + latent_norms) + c.d_model
-    biases = c.num_moe_layers * c.num_experts * c.has_router_bias
-    blocks = products["attention"] + products["dense_ffn"] + products["moe"]
-    return blocks + norms + biases + embeddings * c.vocab_size * c.d_model
-
-
 @pytest.mark.parametrize(
-    ("name", "embeddings", "billions"),
-    [("v3_671b", 2, 37.552), ("v3_671b", 1, 36.626), ("v3_671b", 0, 35.699),
-     ("v2_lite_16b", 1, 2.451), ("v2_236b", 2, 21.376)])
-def test_a_token_meets_the_published_number_of_parameters(name, embeddings, billions):
-    assert round(active(model_config(name), embeddings) / 1e9, 3) == billions
+    ("name", "convention", "billions"),
+    [("v3_671b", "main model", 671.026), ("v3_671b", "main model and MTP", 682.636),
+     ("v3_671b", "checkpoint, MTP with copies of embedding and head", 684.490),
+     ("v3_671b", "active per token", 37.552), ("v3_671b", "active, without the input embedding", 36.626),
+     ("v3_671b", "active, without embedding and head", 35.699),
+     ("v2_lite_16b", "main model", 15.706), ("v2_lite_16b", "active, without the input embedding", 2.451),
+     ("v2_236b", "main model", 235.741), ("v2_236b", "active per token", 21.376)])
+def test_every_way_of_counting_gives_the_published_number(name, convention, billions):
+    assert round(costs.conventions(model_config(name))[convention] / 1e9, 3) == billions
+
+
+def test_the_main_model_of_v3_is_counted_to_the_unit():
+    assert costs.conventions(model_config("v3_671b"))["main model"] == 671_026_419_200
+
+
+@pytest.mark.parametrize("name", ["tiny", "v2_lite_16b", "v2_236b", "v3_671b"])
+def test_groups_of_parameters_are_those_of_the_arrays(name):
+    c = model_config(name)
+    shapes = jax.eval_shape(lambda: DeepSeekV3(c).init(jax.random.key(0), np.zeros((1, 8), np.int32)))["params"]
+    table = bytes_per_device(shapes, abstract_mesh(MeshConfig()))
+
+    counted = {group: n for group, n in costs.parameters(c).items() if n}
+    assert counted == {group: row["compute"] // 4 for group, row in table.items()}
 
 
 @pytest.mark.parametrize(("part", "count"), [
@@ -71,3 +80,21 @@ def test_attention_counts_half_of_the_sequence_when_it_is_causal():
     # 2 products forward and twice that backward, of 2 operations per element, over 512 keys
     per_key = 3 * 2 * c.num_heads * (c.qk_head_dim + c.v_head_dim) * (c.num_layers + c.mtp_depth)
     assert costs.training_flops_per_token(c, 512, causal=False) - least == 512 * per_key
+
+
+@pytest.mark.parametrize("remat", ["none", "report", "full"])
+def test_the_passes_of_the_layers_add_up_to_the_flops_of_training(remat):
+    c = model_config("v3_671b", remat=remat, mtp_depth=0)
+    table = costs.layer_flops(c, 4096)
+    once = lambda parts: sum(table[part][what] for part in parts for what in ("forward", "input", "weight"))
+    layers = (c.num_moe_layers * once(("attention", "scores", "shared", "experts"))
+              + c.num_dense_layers * once(("attention", "scores", "dense")))
+
+    assert layers + 6 * c.d_model * c.vocab_size == pytest.approx(costs.training_flops_per_token(c, 4096))
+
+
+def test_full_remat_computes_the_forward_pass_again_and_none_only_the_scores():
+    full, none = (costs.layer_flops(model_config("v3_671b", remat=remat), 4096) for remat in ("full", "none"))
+
+    assert all(full[part]["again"] == full[part]["forward"] for part in ("attention", "shared", "experts", "dense"))
+    assert [part for part in none if none[part]["again"]] == ["scores"]

@@ -1,0 +1,48 @@
+"""The words that `plan` and `compile` share on the command line, and what they mean (no jax)."""
+
+import argparse
+
+from deepseek_jax.config import FP8Config, ModelConfig, model_config
+from deepseek_jax.scale.layout import Layout, make_layout
+
+REPORT_SEQUENCES = 15360  # a step's, report section 4.2
+
+
+def add(parser, fp8=False):
+    """`fp8`: what holds without --fp8 and --no-fp8."""
+    parser.add_argument("--model", required=True, help="tiny, small, v2_lite_16b, v2_236b or v3_671b")
+    parser.add_argument("--pipe", type=int, default=1, help="ranks of the pipeline")
+    parser.add_argument("--expert", type=int, default=1, help="devices that share the experts")
+    parser.add_argument("--tensor", type=int, default=1, help="devices that share heads and vocabulary")
+    parser.add_argument("--schedule", default="dualpipe", help="gpipe, 1f1b, zb1p, dualpipe or dualpipev")
+    parser.add_argument("--sequences", type=int, default=REPORT_SEQUENCES, help="of a step (default: the report's)")
+    parser.add_argument("--rows", type=int, default=1, help="sequences of a micro-batch on one device")
+    parser.add_argument("--sequence-length", type=int, default=4096)
+    parser.add_argument("--remat", help="none, report or full (default: the model's)")
+    parser.add_argument("--fp8", action=argparse.BooleanOptionalAction, default=fp8,
+                        help="products, what is kept, and dispatch in FP8")
+    parser.add_argument("--dispatch", default="two_hop", help="two_hop or flat")
+    parser.add_argument("--buffers", default="ragged", help="ragged or static")
+    parser.add_argument("--capacity", type=_capacity, default=1.25,
+                        help="of buffers, in even loads (default 1.25); none: room for all, and nothing is dropped")
+
+
+def _capacity(text):
+    return None if text == "none" else float(text)
+
+
+def model(args) -> ModelConfig:
+    """Raises ConfigError for what the model does not have."""
+    changes = {"remat": args.remat} if args.remat else {}
+    return model_config(args.model, fp8=FP8Config(enabled=args.fp8), **changes)
+
+
+def layout(args, c: ModelConfig, devices: int, node_size: int) -> Layout:
+    """Raises ConfigError where the numbers do not fit each other."""
+    return make_layout(c, devices, args.pipe, args.expert, node_size, args.sequences, args.rows, args.tensor,
+                       args.schedule, args.sequence_length, **mesh(args))
+
+
+def mesh(args) -> dict:
+    """How tokens travel."""
+    return dict(dispatch=args.dispatch, buffers=args.buffers, capacity=args.capacity, dispatch_fp8=args.fp8)

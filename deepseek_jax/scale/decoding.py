@@ -1,0 +1,88 @@
+"""How fast a model decodes: the network's bound, and what reading weights and caches makes of it (no jax).
+
+Two micro-batches take turns: one computes while the other's tokens are at the experts (report, section 3.4.2).
+
+    layer = 2 max(network of one micro-batch, work of one)      tokens/s of a user = tokens a step / (layers x layer)
+"""
+
+import dataclasses
+
+from deepseek_jax.config import ModelConfig
+from deepseek_jax.scale.costs import attention_parameters, ffn_parameters
+from deepseek_jax.scale.hardware import Hardware, Measured
+
+CACHE_FP8 = 656  # bytes a token and layer of V3: FlashMLA's format; in bf16 2 (kv_rank + rope_head_dim)
+
+
+@dataclasses.dataclass(frozen=True)
+class Serving:
+    """devices: that share the experts, one or more to each. batch: sequences on a device. context: cached tokens of
+    one, on average. tensor: devices that share its attention."""
+
+    devices: int
+    batch: int
+    context: int
+    tensor: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoding:
+    """Seconds of one layer and micro-batch, and what a user and a node of 8 devices get."""
+
+    network: float
+    work: float
+    tokens_a_user: float
+    tokens_a_node: float
+    bound_a_user: float  # if only the network counted
+
+
+def network_seconds(c: ModelConfig, hw: Hardware, tokens: float) -> float:
+    """FP8 out, bf16 back, to each routed expert and to the shared one, which counts as one more."""
+    return 3 * tokens * (c.experts_per_token + c.num_shared_experts) * c.d_model / hw.node_bandwidth
+
+
+def decode(c: ModelConfig, hw: Hardware, serving: Serving, measured: Measured | None = None,
+           accepted: float | None = None, cache_bytes: int | None = None) -> Decoding:
+    """Predicts a decode step.
+
+    Args:
+      accepted: share of MTP's drafts that are right; each step then verifies two tokens of every sequence and runs the
+        MTP layer. None: without MTP.
+      cache_bytes: of one token and layer; None: bf16.
+    """
+    m = measured or Measured()
+    cache = cache_bytes or 2 * (c.kv_rank + c.rope_head_dim)
+    each = 1 if accepted is None else 2
+    sequences = serving.batch / 2  # of a micro-batch
+    tokens = sequences * each
+    read = m.memory * hw.memory_bandwidth
+    attention, expert = attention_parameters(c), ffn_parameters(c, c.expert_ffn_dim)
+    experts = -(-c.num_experts // serving.devices) + c.num_shared_experts
+    weights = (attention / serving.tensor + experts * expert) / read  # FP8: a byte a parameter
+    products = 2 * tokens * (attention / serving.tensor + (c.experts_per_token + c.num_shared_experts) * expert)
+    core = 2 * tokens * c.num_heads * (2 * c.kv_rank + c.rope_head_dim) * serving.context
+    core = max(core / (m.attention * hw.bf16), sequences * serving.context * cache / read) / serving.tensor
+    work = m.slowdown * (max(weights, products / (m.product_fp8 * (hw.fp8 or hw.bf16))) + core)
+    network = network_seconds(c, hw, tokens)
+    layers = c.num_layers + (accepted is not None)
+    a_step = 1 if accepted is None else 1 + accepted
+    rate = lambda seconds: a_step / (2 * layers * seconds)
+    user = rate(max(network, work))
+    return Decoding(network, work, user, 8 * serving.batch * user, rate(network))
+
+
+def published(c: ModelConfig, hw: Hardware) -> list[dict]:
+    """The layouts of the record, with and without MTP, beside what was published of them (DEEPSEEK-V3, section 3.4;
+    arXiv 2505.09343, section 2.3; open-infra-index)."""
+    cases = [
+        ("network bound, 32 tokens a micro-batch", Serving(256, 64, 1), {"bound_a_user": 67.0}),
+        ("report: 40 nodes, TP4, EP320", Serving(320, 64, 4096, tensor=4), {}),
+        ("production: 18 nodes, EP144", Serving(144, 88, 5000), {"tokens_a_user": 21.0, "tokens_a_node": 14800.0}),
+    ]
+    rows = []
+    for name, serving, theirs in cases:
+        for accepted in (None, 0.875):
+            found = decode(c, hw, serving, accepted=accepted)
+            rows.append({"layout": name, "mtp": accepted is not None, **dataclasses.asdict(serving),
+                         **dataclasses.asdict(found), "published": theirs if accepted is None else {}})
+    return rows

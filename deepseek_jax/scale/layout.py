@@ -1,0 +1,98 @@
+"""How a model lies on devices and what a step does there: the planner's input (no jax)."""
+
+import dataclasses
+import math
+
+from deepseek_jax.config import ConfigError, MeshConfig, ModelConfig
+from deepseek_jax.pipeline.schedule import Schedule, make_schedule
+
+LONGEST = 8  # micro-batches a rank of a schedule that is worked out; more of them change neither bubble nor slots
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """A mesh and the work of one step on it.
+
+    schedule: of the pipeline, as `deepseek_jax.pipeline` has them; without one (mesh.pipe = 1) it says nothing.
+    microbatches: that go through the pipeline in a step; without one, gradient accumulation.
+    rows: sequences of a micro-batch on one device.
+    """
+
+    mesh: MeshConfig
+    schedule: str = "dualpipe"
+    microbatches: int = 1
+    rows: int = 1
+    sequence_length: int = 4096
+    moment_dtype: str = "bfloat16"
+    ema: bool = False
+
+    @property
+    def tokens(self) -> int:
+        """Of a micro-batch, on one device."""
+        return self.rows * self.sequence_length
+
+    @property
+    def tokens_a_step(self) -> int:
+        return self.tokens * self.microbatches * self.mesh.data_shards
+
+    @property
+    def pipeline(self) -> Schedule | None:
+        """The schedule; of a long one (but gpipe) as much as shows everything: its middle repeats itself."""
+        if self.mesh.pipe == 1:
+            return None
+        longest = LONGEST * self.mesh.pipe + self.microbatches % 2
+        shown = self.microbatches if self.schedule == "gpipe" else min(self.microbatches, longest)
+        return make_schedule(self.schedule, self.mesh.pipe, shown)
+
+    @property
+    def copies(self) -> int:
+        """How many stages' weights a rank holds: DualPipe its mirror rank's as well."""
+        return 2 if self.mesh.pipe > 1 and self.schedule == "dualpipe" else 1
+
+    @property
+    def name(self) -> str:
+        m = self.mesh
+        how = self.schedule if m.pipe > 1 else "no pipeline"
+        return (f"pipe {m.pipe}, expert {m.node * m.local} over {m.node} nodes, {m.replica} replicas, {how}, "
+                f"{self.microbatches} x {self.rows} sequences")
+
+
+def make_layout(c: ModelConfig, devices, pipe, expert, node_size, sequences, rows=1, tensor=1, schedule="dualpipe",
+                sequence_length=4096, **mesh) -> Layout:
+    """The layout that these numbers leave: experts over whole nodes, replicas from what is left over.
+
+    Args:
+      expert: devices that share the experts. node_size: devices of a node. sequences: of a step.
+    Raises:
+      ConfigError: they do not divide each other, or not what the model has.
+    """
+    for name, value in (("devices", devices), ("pipe", pipe), ("expert", expert), ("rows", rows), ("tensor", tensor),
+                        ("sequences", sequences), ("sequence_length", sequence_length)):
+        if value < 1:
+            raise ConfigError(f"{name}={value} must be positive.")
+    if devices % (pipe * expert * tensor):
+        fits = [e for e in _divisors(math.gcd(devices, c.num_experts)) if devices % (pipe * e * tensor) == 0]
+        raise ConfigError(f"pipe={pipe} * expert={expert} * tensor={tensor} does not divide {devices} devices; with "
+                          + (f"this pipe, expert can be {fits}." if fits else "none of them can pipe stay as it is."))
+    local = min(expert, max(1, node_size // tensor))
+    if expert % local:
+        raise ConfigError(f"expert={expert} does not fill nodes of {local} devices; take a multiple of {local}.")
+    shape = MeshConfig(pipe=pipe, replica=devices // (pipe * expert * tensor), node=expert // local, local=local,
+                       tensor=tensor, **mesh)
+    groups = c.num_groups if c.num_groups > 1 else c.num_experts
+    if c.num_experts % expert or groups % shape.node:
+        raise ConfigError(f"expert={expert} over {shape.node} nodes does not divide {c.num_experts} experts in "
+                          f"{c.num_groups} groups, each of which lives on one node; take a divisor of both.")
+    if pipe > max(c.num_moe_layers, 1):
+        raise ConfigError(f"pipe={pipe} is more than the {c.num_moe_layers} MoE layers that stages are made of.")
+    microbatches, left = divmod(sequences, shape.data_shards * rows)
+    if left or not microbatches:
+        raise ConfigError(f"{sequences} sequences a step do not fill {shape.data_shards} data-parallel ranks x {rows} "
+                          f"sequences; take a multiple of {shape.data_shards * rows}.")
+    layout = Layout(shape, schedule, microbatches, rows, sequence_length)
+    layout.pipeline  # noqa: B018 (raises where the schedule does not exist)
+    return layout
+
+
+def _divisors(n):
+    return [d for d in range(1, n + 1) if n % d == 0]

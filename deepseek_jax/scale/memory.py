@@ -1,0 +1,160 @@
+"""Bytes on one device, by group: of this program as XLA lays it out, from the config alone (no jax).
+
+    state       masters, moments, averages: split over all devices that do not hold different parts anyway (ZeRO-1)
+    working     what a step computes with: float32 copies of masters that are split further than their products
+    gradients   of one micro-batch, and their sum
+    kept        for the backward pass, by the remat policy: per token at home, and per row that arrives at the experts
+    passing     the largest that exists for a moment: one layer's recomputation, the experts' products, logits
+"""
+
+import math
+
+from deepseek_jax.config import ModelConfig
+from deepseek_jax.scale.costs import attention_parameters, parameters
+from deepseek_jax.scale.layout import Layout
+
+FLOAT32 = 4
+GROUPS = ("masters", "moments", "averages", "working", "gradients", "kept", "buffers", "experts' products", "passing")
+
+
+def rows_of_experts(c: ModelConfig, layout: Layout) -> tuple[int, int]:
+    """(rows that arrive on a device for one layer and micro-batch, rows of its experts' products).
+
+    Without a capacity there is room for all tokens of all senders: nothing is dropped whatever the routing. FP8's
+    products want every expert's rows at a multiple of 128.
+    """
+    mesh, N, K = layout.mesh, layout.tokens // layout.mesh.tensor, c.experts_per_token
+    align = 128 if c.fp8.enabled else 1
+    E = c.num_experts // (mesh.node * mesh.local)
+    even, arriving = N * K, N
+    for places, nodes in ((mesh.node, min(K, c.groups_kept if c.num_groups > 1 else mesh.node)), (mesh.local, K)):
+        if places == 1:
+            continue
+        room = arriving * places if mesh.buffers == "ragged" else arriving
+        if mesh.capacity is not None:
+            load = N * nodes / (1 if mesh.buffers == "ragged" else places)
+            room = min(room, math.ceil(mesh.capacity * load))
+        arriving = room if mesh.buffers == "ragged" else room * places
+    if mesh.devices == 1:
+        return 0, -(-(N * K + E * (align - 1)) // align) * align
+    choices = arriving * min(K, E)
+    room = choices if mesh.capacity is None else min(choices, math.ceil(mesh.capacity * even))
+    return arriving, (-(-(room + E * (align - 1)) // align) + 1) * align
+
+
+def _width(c: ModelConfig) -> int:
+    return {"bfloat16": 2, "float32": 4, "float64": 8}[c.dtype]
+
+
+def kept_of_layer(c: ModelConfig, layout: Layout, moe: bool = True) -> float:
+    """Bytes that one layer keeps of one micro-batch for its backward pass."""
+    N, width, D, H = layout.tokens, _width(c), c.d_model, c.num_heads / layout.mesh.tensor
+    if c.remat == "full":
+        return N * D * width
+    small = 1 + 4 / 128 if c.fp8.enabled else width  # an FP8 value and its share of a scale
+    output = 1.5 + 4 / 128 if c.fp8.enabled else width
+    shared = c.num_shared_experts * c.expert_ffn_dim if moe else c.dense_ffn_dim
+    latents = (c.q_rank or 0) + c.kv_rank + c.rope_head_dim
+    token = 2 * D * width + latents * width + H * (c.v_head_dim * output + 4) + 2 * shared / layout.mesh.tensor * small
+    arriving, rows = rows_of_experts(c, layout) if moe else (0, 0)
+    token += c.num_experts * FLOAT32 * moe
+    row = 2 * c.expert_ffn_dim * small
+    if c.remat == "none":
+        token += (2 * D + latents + H * (2 * c.qk_head_dim + c.v_head_dim) + shared / layout.mesh.tensor) * width
+        row += (c.expert_ffn_dim + 2 * D) * width
+    return N * token + arriving * D * width + rows * row
+
+
+def held_parameters(c: ModelConfig, layout: Layout) -> dict[str, float]:
+    """Parameters that a device computes with, of one pipeline rank: {"experts", "others"}; ends are shared by ranks."""
+    mesh, group = layout.mesh, parameters(c)
+    owners = mesh.node * mesh.local
+    routed = 3 * c.d_model * c.expert_ffn_dim * c.num_experts
+    mtp_experts = c.mtp_depth * routed
+    split = _split_by_tensor(c)
+    others = sum(group.values()) - group["experts"] - mtp_experts - split + split / mesh.tensor
+    if mesh.pipe == 1:
+        return {"experts": (group["experts"] + mtp_experts) / owners, "others": others}
+    layers = -(-c.num_moe_layers // layout.pipeline.stages) * (2 if layout.schedule == "dualpipev" else 1)
+    layer = attention_parameters(c) + 3 * c.d_model * c.expert_ffn_dim * c.num_shared_experts
+    layer += c.d_model * (c.num_experts + 2)
+    ends = group["embedding and head"] + group["dense ffn"] + c.num_dense_layers * attention_parameters(c)
+    ends += group["mtp"] - mtp_experts
+    return {"experts": layers * routed / owners, "others": layers * layer,
+            "ends": ends / mesh.pipe + mtp_experts / owners}
+
+
+def _split_by_tensor(c: ModelConfig) -> int:
+    """Parameters that `tensor` splits: by heads, by feed-forward width, by vocabulary; not the way down to latents."""
+    latents = (c.q_rank or 0) + c.kv_rank
+    heads = attention_parameters(c) - latents - c.d_model * (latents + c.rope_head_dim)
+    shared = 3 * c.d_model * c.num_shared_experts * c.expert_ffn_dim
+    group = parameters(c)
+    return ((c.num_layers + c.mtp_depth) * heads + (c.num_moe_layers + c.mtp_depth) * shared + group["dense ffn"]
+            + group["embedding and head"])
+
+
+def _masters(c: ModelConfig, layout: Layout) -> float:
+    """Parameters whose masters a device holds: over pipe and all data axes, and over `tensor` what it splits."""
+    mesh, split = layout.mesh, _split_by_tensor(c)
+    return (sum(parameters(c).values()) - split + split / mesh.tensor) / (mesh.pipe * mesh.data_shards)
+
+
+def state(c: ModelConfig, layout: Layout) -> dict[str, float]:
+    """The training state: it is there all the time, and a checkpoint is a copy of it."""
+    mine = _masters(c, layout)
+    moment = {"bfloat16": 2, "float32": 4}[layout.moment_dtype]
+    return {"masters": FLOAT32 * mine, "moments": 2 * moment * mine, "averages": FLOAT32 * mine * layout.ema}
+
+
+def bytes_per_device(c: ModelConfig, layout: Layout, loss_chunk: int = 1024) -> dict[str, float]:
+    """{group: bytes}, the groups of GROUPS; their sum is what a step needs."""
+    mesh, held = layout.mesh, held_parameters(c, layout)
+    group = state(c, layout)
+    all_masters = _masters(c, layout)
+    if mesh.pipe == 1:
+        gathered = held["others"] * (mesh.data_shards > 1) + held["experts"] * (mesh.replica > 1)
+        once = held["experts"] + held["others"] / mesh.data_shards
+        group["working"] = FLOAT32 * gathered
+        group["gradients"] = FLOAT32 * (once + all_masters * (layout.microbatches > 1))
+        group["kept"] = (c.num_moe_layers + c.mtp_depth) * kept_of_layer(c, layout)
+        group["kept"] += c.num_dense_layers * kept_of_layer(c, layout, moe=False)
+        group["buffers"] = 0.0
+    else:
+        pipeline, copies = layout.pipeline, layout.copies
+        stage, ends = held["experts"] + held["others"], held["ends"]
+        layers = -(-c.num_moe_layers // pipeline.stages)
+        group["working"] = FLOAT32 * (copies * stage + ends)
+        group["gradients"] = FLOAT32 * ((copies + 1) * stage + 2 * ends)
+        group["kept"] = pipeline.slots.activations * layers * kept_of_layer(c, layout)
+        group["buffers"] = (pipeline.slots.messages + 1) * layout.tokens * c.d_model * _width(c)
+        group["buffers"] += pipeline.slots.deferred * layers * deferred_of_layer(c, layout)
+    group["experts' products"] = product_copies(c, layout)
+    group["passing"] = passing(c, layout, loss_chunk)
+    return group
+
+
+def deferred_of_layer(c: ModelConfig, layout: Layout) -> float:
+    """Bytes that a put-off weight gradient waits with: inputs and output gradients of the layer's products."""
+    from_experts = rows_of_experts(c, layout)[1] * (2 * c.d_model + 3 * c.expert_ffn_dim)
+    inputs = 2 * c.d_model + (2 * (c.q_rank or 0)) + 2 * c.kv_rank + c.num_heads * (
+        c.qk_head_dim + c.nope_head_dim + 2 * c.v_head_dim)
+    return (from_experts + layout.tokens * inputs) * _width(c)
+
+
+def product_copies(c: ModelConfig, layout: Layout) -> float:
+    """Without FP8's kernels XLA:GPU multiplies rows by experts as one masked product: a copy of the rows an expert."""
+    if c.fp8.enabled:
+        return 0.0
+    experts = c.num_experts // (layout.mesh.node * layout.mesh.local)
+    return experts * rows_of_experts(c, layout)[1] * (3 * c.d_model + 8 * c.expert_ffn_dim) * _width(c)
+
+
+def passing(c: ModelConfig, layout: Layout, loss_chunk: int) -> float:
+    """The largest of what exists for a moment: the backward pass of one layer, or the logits of one chunk."""
+    N, width, H = layout.tokens, _width(c), c.num_heads / layout.mesh.tensor
+    attention = N * H * (4 * c.qk_head_dim + 3 * c.v_head_dim) * FLOAT32 / 2 * width / 2
+    rows = rows_of_experts(c, layout)[1] * (3 * c.d_model + 4 * c.expert_ffn_dim) * width
+    tensor = layout.mesh.tensor * layout.mesh.pipe
+    logits = min(loss_chunk, N) * c.vocab_size / tensor * (2 * FLOAT32 + width)
+    return max(attention, rows * c.fp8.enabled, logits)

@@ -1,0 +1,169 @@
+"""What it takes to train a model on a machine: memory, step time, MFU, hours, dollars, and which layout is best.
+
+No jax, and nothing runs: counts from `costs`, bytes from `memory`, times from `timing`, whose measured terms are named
+in `hardware.Measured`; the schedule's bubble is that of the table which `pipeline.validate` proves.
+"""
+
+import dataclasses
+import itertools
+
+from deepseek_jax.config import ConfigError, ModelConfig
+from deepseek_jax.scale import memory, timing
+from deepseek_jax.scale.costs import conventions, training_flops_per_token
+from deepseek_jax.scale.hardware import Hardware, Measured
+from deepseek_jax.scale.layout import Layout, make_layout
+
+TOKENS = 14.8e12  # report, section 4.2
+# GPU-hours that the report spent on top of pre-training (section 1, table 1): taken from there, not modelled.
+AFTERWARDS = {"context extension": 119e3, "post-training": 5e3}
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """One layout, judged. `bytes` per device by group; `hours` of one device for so many tokens; `dollars` for them."""
+
+    layout: Layout
+    step: timing.Step
+    bytes: dict[str, float]
+    memory: float
+    hours_per_trillion: float
+    hours: float
+    dollars: float | None
+
+    @property
+    def total_bytes(self) -> float:
+        return sum(self.bytes.values())
+
+    @property
+    def fits(self) -> bool:
+        return self.total_bytes <= self.memory
+
+
+def plan(c: ModelConfig, hw: Hardware, layout: Layout, tokens=TOKENS, price=None, measured: Measured | None = None,
+         limited: bool = True) -> Plan:
+    """Judges one layout.
+
+    Args:
+      tokens: of the whole training. price: dollars a device-hour; None: the machine's.
+      limited: see `timing.step`.
+    """
+    step = timing.step(c, hw, layout, measured, limited)
+    per_token = layout.mesh.devices / step.tokens_a_second / 3600
+    price = hw.price if price is None else price
+    return Plan(layout, step, memory.bytes_per_device(c, layout), hw.memory, 1e12 * per_token, tokens * per_token,
+                None if price is None else price * tokens * per_token)
+
+
+def what_to_change(c: ModelConfig, layout: Layout, found: Plan) -> str:
+    """By how much a layout does not fit, and the change to try first: what shrinks its largest group."""
+    over = (found.total_bytes - found.memory) / 1e9
+    largest = max(found.bytes, key=found.bytes.get)
+    first = {"kept": "a smaller capacity" if layout.mesh.capacity is None or layout.mesh.capacity > 1.25 else
+             "remat=full" if c.remat != "full" else "fewer rows, or more devices along pipe or expert",
+             "experts' products": "fp8, whose kernels make no such copies",
+             "buffers": "another schedule: this one puts weight gradients off",
+             "passing": "fewer rows"}.get(largest, "more devices along pipe or expert")
+    if largest == "kept" and layout.schedule == "gpipe" and layout.mesh.pipe > 1:
+        first = "another schedule: gpipe keeps every micro-batch"
+    return (f"needs {over:.1f} GB more than there is; most is {largest} ({found.bytes[largest] / 1e9:.1f} GB): try "
+            f"{first}")
+
+
+def search(c: ModelConfig, hw: Hardware, devices: int, sequences: int, sequence_length=4096, best=5, price=None,
+           tokens=TOKENS, **mesh):
+    """The fastest layouts that fit, over pipe, expert, rows, remat and schedule; replicas are what is left.
+
+    Returns:
+      (list of (remat, Plan), best first; {reason: (how many layouts, the one that came nearest)}).
+    """
+    powers = [2**i for i in range(13)]
+    fitting: list[tuple[str, Plan]] = []
+    reasons: dict[str, list] = {}
+    remats = ("none", "report", "full")
+    for pipe, expert, rows, remat in itertools.product(powers[:6], powers[:9], powers[:3], remats):
+        model = dataclasses.replace(c, remat=remat)
+        if devices % (pipe * expert):
+            continue
+        for schedule in ("1f1b", "zb1p", "dualpipe", "dualpipev") if pipe > 1 else ("1f1b",):
+            try:
+                layout = make_layout(model, devices, pipe, expert, hw.node_size, sequences, rows, schedule=schedule,
+                                     sequence_length=sequence_length, **mesh)
+            except ConfigError as error:
+                _note(reasons, _kind(str(error)), None)
+                continue
+            needed = sum(memory.bytes_per_device(model, layout).values())
+            if needed > hw.memory:
+                _note(reasons, "does not fit into memory", (needed - hw.memory, layout.name, remat))
+                continue
+            fitting.append((remat, plan(model, hw, layout, tokens, price)))
+    fitting.sort(key=lambda found: found[1].hours)
+    return fitting[:best], {name: (len(all_), min((x for x in all_ if x), default=None))
+                            for name, all_ in sorted(reasons.items(), key=lambda item: -len(item[1]))}
+
+
+def _note(reasons, name, nearest):
+    reasons.setdefault(name, []).append(nearest)
+
+
+def _kind(message: str) -> str:
+    """One word for a family of complaints, so that they can be counted."""
+    for part, name in (("needs at least", "too few micro-batches for the schedule"),
+                       ("do not fill nodes", "experts do not fill nodes"), ("do not fill", "too few sequences a step"),
+                       ("MoE layers that stages", "more pipeline ranks than MoE layers"),
+                       ("does not divide", "experts or groups do not divide")):
+        if part in message:
+            return name
+    return "the schedule's ranks or micro-batches are odd"
+
+
+def ablations(c: ModelConfig, hw: Hardware, layout: Layout, measured: Measured | None = None):
+    """What each of the report's inventions is worth: the layout with one of them taken away, then with all of them.
+
+    Returns:
+      [{"without", "seconds", "times", "mfu", "gigabytes"}]: a step's, and how many times as long as with all.
+    """
+    bf16 = dataclasses.replace(c, fp8=dataclasses.replace(c.fp8, enabled=False))
+    on = lambda **mesh: dataclasses.replace(layout, mesh=dataclasses.replace(layout.mesh, **mesh))
+    cases = [
+        ("nothing: the report's layout", c, layout, True),
+        ("DualPipe: 1F1B", c, dataclasses.replace(layout, schedule="1f1b"), True),
+        ("DualPipe: ZB1P", c, dataclasses.replace(layout, schedule="zb1p"), True),
+        ("FP8: bf16 products and dispatch", bf16, on(dispatch_fp8=False), True),
+        ("two hops: flat dispatch", c, on(dispatch="flat"), True),
+        ("the limit of 4 nodes", c, layout, False),
+        ("two hops and the limit", c, on(dispatch="flat"), False),
+        ("all of them", bf16,
+         dataclasses.replace(on(dispatch="flat", dispatch_fp8=False), schedule="1f1b"), False),
+    ]
+    rows: list[dict] = []
+    for name, model, changed, limited in cases:
+        found = plan(model, hw, changed, measured=measured, limited=limited)
+        rows.append({"without": name, "seconds": found.step.seconds, "mfu": found.step.mfu["non-causal"],
+                     "times": found.step.seconds / (rows[0]["seconds"] if rows else found.step.seconds),
+                     "gigabytes": found.total_bytes / 1e9})
+    return rows
+
+
+def sparsity(c: ModelConfig, sequence_length=4096) -> dict[str, float]:
+    """What experts that most tokens do not visit are worth: FLOPs of a token were all parameters active, over ours."""
+    ours = training_flops_per_token(dataclasses.replace(c, mtp_depth=0), sequence_length)
+    counted = conventions(c)
+    idle = counted["main model"] - counted["active per token"]
+    return {"gflop_per_token": ours / 1e9, "gflop_if_dense": (ours + 6 * idle) / 1e9, "times": 1 + 6 * idle / ours}
+
+
+def published(found: Plan) -> list[dict]:
+    """A plan of the report's run beside what was published of it (arXiv 2505.09343, table 4; report, section 1)."""
+    cells, afterwards = found.step.cells, sum(AFTERWARDS.values())
+    total = (found.hours_per_trillion * TOKENS / 1e12 + afterwards) / 1e6
+    rows = [("step, s", 19.926, found.step.seconds, ""), ("F alone, s", 1.13, cells["F"], ""),
+            ("B alone, s", 1.99, cells["B"], ""), ("W alone, s", 0.48, cells["W"], ""),
+            ("F&B overlapped, s", 13.95, cells["F&B"], "slowdown is fitted to this one"),
+            ("bubble, s", 2.06, found.step.bubble, ""), ("optimizer, s", 0.29, found.step.optimizer, ""),
+            ("MFU, non-causal", 0.4373, found.step.mfu["non-causal"], ""),
+            ("MFU, causal", 0.3894, found.step.mfu["causal"], ""),
+            ("thousand GPU-hours per trillion tokens", 180, found.hours_per_trillion / 1e3, ""),
+            ("million GPU-hours, 14.8T tokens and after", 2.788, total, "what came after pre-training taken over"),
+            ("million dollars at $2", 5.576, 2 * total, "price taken over")]
+    return [{"what": what, "published": theirs, "planned": ours, "ratio": ours / theirs, "note": note}
+            for what, theirs, ours, note in rows]

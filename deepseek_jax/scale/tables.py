@@ -1,0 +1,74 @@
+"""What the planner found, as text and as plain dictionaries (no jax)."""
+
+import dataclasses
+
+REPORT = "pipe 16, expert 64 over 8 nodes, 2 replicas, dualpipe, 120 x 1 sequences"
+
+
+def flat(found) -> dict:
+    """A Plan, JSON-able."""
+    return {"layout": found.layout.name, "mesh": dataclasses.asdict(found.layout.mesh),
+            "step": dataclasses.asdict(found.step), "bytes": found.bytes, "bytes_per_device": found.total_bytes,
+            "memory": found.memory, "fits": found.fits, "hours_per_trillion_tokens": found.hours_per_trillion,
+            "hours": found.hours, "dollars": found.dollars}
+
+
+def counts(result) -> str:
+    lines = [f"{result['model']}: parameters"]
+    lines += [f"  {name:50} {n:19,}" for name, n in result["parameters"].items() if n]
+    return "\n".join(lines + [""] + [f"  {name:50} {n:19,}" for name, n in result["conventions"].items()])
+
+
+def planned(found, advice) -> str:
+    step = found.step
+    lines = ["", found.layout.name, ""]
+    lines += [f"  {name:20} {size / 1e9:8.2f} GB" for name, size in found.bytes.items() if size]
+    verdict = "fits" if found.fits else f"DOES NOT FIT: {advice}"
+    lines += [f"  {'per device':20} {found.total_bytes / 1e9:8.2f} GB of {found.memory / 1e9:.0f}: {verdict}", "",
+              f"  step {step.seconds:.3g} s = " + " + ".join(
+                  f"{t:.3g} {name}" for name, t in (*step.cells.items(), ("bubble", step.bubble),
+                                                    ("optimizer", step.optimizer)) if t),
+              f"  MFU {step.mfu['non-causal']:.1%} ({step.mfu['causal']:.1%} causal) of bf16's peak, "
+              f"{step.tokens_a_second:,.0f} tokens/s",
+              f"  {found.hours_per_trillion:,.0f} device-hours per trillion tokens, {found.hours:,.0f} in all"
+              + (f", ${found.dollars:,.0f}" if found.dollars is not None else " (give --price for dollars)")]
+    return "\n".join(lines)
+
+
+def published(rows) -> str:
+    lines = ["", f"  {'':44} {'published':>10} {'planned':>10} {'ratio':>6}"]
+    return "\n".join(lines + [f"  {r['what']:44} {r['published']:10.4g} {r['planned']:10.4g} {r['ratio']:6.2f}  "
+                              f"{r['note']}".rstrip() for r in rows])
+
+
+def ablated(rows, sparsity) -> str:
+    lines = ["", f"  {'a step without':36} {'s':>7} {'times':>6} {'MFU':>7} {'GB':>7}"]
+    lines += [f"  {r['without']:36} {r['seconds']:7.2f} {r['times']:6.2f} {r['mfu']:7.1%} {r['gigabytes']:7.1f}"
+              for r in rows]
+    lines.append(f"  and were every parameter active, a token would take {sparsity['gflop_if_dense']:,.0f} GFLOP "
+                 f"instead of {sparsity['gflop_per_token']:,.0f}: {sparsity['times']:.1f} times")
+    return "\n".join(lines)
+
+
+def searched(best, reasons) -> str:
+    lines = ["", f"  {'layouts that fit, fastest first':86} {'remat':7} {'s':>7} {'MFU':>6} {'GB':>6}"]
+    lines += [f"  {p.layout.name:86} {remat:7} {p.step.seconds:7.2f} {p.step.mfu['non-causal']:6.1%} "
+              f"{p.total_bytes / 1e9:6.1f}" for remat, p in best]
+    if not best:
+        lines.append("  none")
+    lines.append("  the others:")
+    for name, (number, nearest) in reasons.items():
+        near = f"; nearest: {nearest[1]}, remat {nearest[2]}, {nearest[0] / 1e9:.1f} GB too much" if nearest else ""
+        lines.append(f"  {number:5} {name}{near}")
+    return "\n".join(lines)
+
+
+def decoded(rows) -> str:
+    lines = ["", f"  {'decoding':40} {'MTP':>4} {'network us':>10} {'work us':>8} {'/s user':>8} {'bound':>6} "
+                 f"{'/s node':>8}"]
+    for r in rows:
+        theirs = ", ".join(f"published {name}: {value:g}" for name, value in r["published"].items())
+        lines.append(f"  {r['layout']:40} {'yes' if r['mtp'] else 'no':>4} {r['network'] * 1e6:10.0f} "
+                     f"{r['work'] * 1e6:8.0f} {r['tokens_a_user']:8.1f} {r['bound_a_user']:6.1f} "
+                     f"{r['tokens_a_node']:8.0f}  {theirs}".rstrip())
+    return "\n".join(lines)

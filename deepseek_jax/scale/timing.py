@@ -1,0 +1,176 @@
+"""How long a step takes: products at measured rates, the network's share, and the schedule's bubble (no jax).
+
+    F   = work + waiting for dispatch and combine            F&B = work of both on the SMs that are left, or the network
+    step = makespan of the proven schedule at these costs + optimizer and ZeRO's collectives
+
+Work is even over the pipeline's ranks, ends included, as one that was balanced by hand comes close to.
+"""
+
+import dataclasses
+
+from deepseek_jax.config import ModelConfig
+from deepseek_jax.pipeline.orders import kind_of
+from deepseek_jax.pipeline.validate import cell_costs, validate
+from deepseek_jax.scale.costs import layer_flops, parameters, training_flops_per_token
+from deepseek_jax.scale.hardware import Hardware, Measured
+from deepseek_jax.scale.layout import Layout
+from deepseek_jax.scale.traffic import layer_traffic, step_traffic
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """Seconds of one kind of cell: what the device works, and what it waits for the network if nothing else runs."""
+
+    work: float
+    network: float = 0.0
+
+    @property
+    def alone(self) -> float:
+        return self.work + self.network
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """A predicted step: seconds, the mean over ranks of those spent in each kind of cell, and what follows from them.
+
+    mfu: as published, of bf16's peak, MTP not counted: {"non-causal", "causal"}.
+    """
+
+    seconds: float
+    cells: dict[str, float]
+    per_cell: dict[str, float]
+    bubble: float
+    optimizer: float
+    mfu: dict[str, float]
+    tokens_a_second: float
+
+
+def widths(c: ModelConfig) -> dict[str, int]:
+    """Numbers that a token's products read and write in one layer, by part."""
+    H, K = c.num_heads, c.experts_per_token
+    query = c.d_model + H * c.qk_head_dim + (2 * c.q_rank if c.q_rank else 0)
+    kv = c.d_model + 2 * c.kv_rank + c.rope_head_dim + H * (c.nope_head_dim + c.v_head_dim)
+    ffn = lambda f: 2 * c.d_model + 3 * f
+    return {"attention": query + kv + H * c.v_head_dim + c.d_model, "scores": 0,
+            "shared": ffn(c.num_shared_experts * c.expert_ffn_dim), "experts": K * ffn(c.expert_ffn_dim),
+            "dense": ffn(c.dense_ffn_dim)}
+
+
+def _rates(c: ModelConfig, hw: Hardware, m: Measured) -> dict[str, float]:
+    """FLOP/s that products reach, by pass."""
+    if not (c.fp8.enabled and hw.fp8):
+        return dict.fromkeys(("forward", "input", "weight"), m.product_bf16 * hw.bf16)
+    return {"forward": m.product_fp8 * hw.fp8, "input": m.product_fp8 * hw.fp8, "weight": m.weight_fp8 * hw.fp8}
+
+
+def _layer(c: ModelConfig, hw: Hardware, m: Measured, layout: Layout, parts) -> dict[str, float]:
+    """Seconds of work of one layer and micro-batch on one device, by pass; "input" with what is computed again."""
+    flops, width, rates = layer_flops(c, layout.sequence_length), widths(c), _rates(c, hw, m)
+    seconds = dict.fromkeys(rates, 0.0)
+    for part in parts:
+        for what, rate in rates.items():
+            n = flops[part][what] + (flops[part]["again"] if what == "input" else 0)
+            rate = m.attention * hw.bf16 if part == "scores" else rate
+            # Between products all is read and written once more: quantized, normed, gathered, activated.
+            moved = 4 * width[part] / (m.memory * hw.memory_bandwidth)
+            seconds[what] += layout.tokens / layout.mesh.tensor * (n / rate + moved)
+    return seconds
+
+
+def _ends(c: ModelConfig, hw: Hardware, m: Measured, layout: Layout) -> dict[str, float]:
+    """The head, once for the main model and once for every depth of MTP, in bf16."""
+    flops = 2 * c.d_model * c.vocab_size * (1 + c.mtp_depth) + 4 * c.d_model * c.d_model * c.mtp_depth
+    one = layout.tokens / layout.mesh.tensor * flops / (m.product_bf16 * hw.bf16)
+    return {"forward": one, "input": one, "weight": one}
+
+
+def cells(c: ModelConfig, hw: Hardware, layout: Layout, m: Measured, limited: bool = True) -> dict[str, Cell]:
+    """F, Bi and W of one micro-batch on one rank, whose share of layers and ends is the mean one."""
+    moe = _layer(c, hw, m, layout, ("attention", "scores", "shared", "experts"))
+    dense = _layer(c, hw, m, layout, ("attention", "scores", "dense"))
+    ends, layers = _ends(c, hw, m, layout), c.num_moe_layers + c.mtp_depth
+    work = {what: m.slowdown * (layers * moe[what] + c.num_dense_layers * dense[what] + ends[what]) / layout.mesh.pipe
+            for what in moe}
+    # A sum of gradients is read and written in float32.
+    held = sum(parameters(c).values()) - parameters(c)["experts"] * (1 - 1 / (layout.mesh.node * layout.mesh.local))
+    work["weight"] += 8 * held / layout.mesh.pipe / layout.mesh.tensor / (m.memory * hw.memory_bandwidth)
+    network = layers / layout.mesh.pipe * network_seconds(c, hw, layout, m, limited)
+    if layout.mesh.pipe > 1:
+        network += layout.tokens * c.d_model * 2 / hw.node_bandwidth
+    return {"F": Cell(work["forward"], network), "Bi": Cell(work["input"], network), "W": Cell(work["weight"])}
+
+
+def network_seconds(c: ModelConfig, hw: Hardware, layout: Layout, m: Measured, limited: bool = True) -> float:
+    """Dispatch and combine of one layer and micro-batch, one way each: the slower of the two fabrics, since the hops
+    of different tokens go at the same time."""
+    sent = layer_traffic(c, layout, limited)
+    return sum(max(sent[f"{way} across"] / (share * hw.node_bandwidth),
+                   sent[f"{way} inside"] / (m.local * hw.local_bandwidth))
+               for way, share in (("dispatch", m.dispatch), ("combine", m.combine)))
+
+
+def costs(cell: dict[str, Cell], m: Measured) -> dict[str, float]:
+    """What `pipeline.validate` takes, in seconds.
+
+    In F&B both passes work on the SMs that moving tokens leaves free, while the other's tokens are under way; the
+    longer of the two counts.
+    """
+    f, bi, w = cell["F"], cell["Bi"], cell["W"]
+    one, other = f.alone, bi.alone + w.alone
+    work, network = f.work + bi.work + w.work, f.network + bi.network
+    return {"f": one, "b": other, "w": w.alone, "fb": min(one + other, max(work / (1 - m.reserved), network))}
+
+
+def optimizer_seconds(c: ModelConfig, hw: Hardware, layout: Layout, m: Measured) -> float:
+    """AdamW on the masters that a device holds, and ZeRO-1's scatter of gradients and gather of weights."""
+    sent = step_traffic(c, layout)
+    devices = layout.mesh.devices
+    moment = {"bfloat16": 2, "float32": 4}[layout.moment_dtype]
+    bytes_each = 4 + 2 * 4 + 2 * 2 * moment + 2  # gradient read; master and moments read and written; bf16 written
+    update = bytes_each * sum(parameters(c).values()) / devices / (m.memory * hw.memory_bandwidth)
+    fabric = hw.node_bandwidth if layout.mesh.replica * layout.mesh.node > 1 else hw.local_bandwidth
+    return update + (sent["gradients"] + sent["weights"]) / fabric
+
+
+def step(c: ModelConfig, hw: Hardware, layout: Layout, m: Measured | None = None, limited: bool = True) -> Step:
+    """Predicts one step.
+
+    Args:
+      limited: False: tokens go to any node, as without the router's group limit.
+    """
+    m = m or Measured()
+    cell = cells(c, hw, layout, m, limited)
+    optimizer = optimizer_seconds(c, hw, layout, m)
+    schedule = layout.pipeline
+    overlapped = layout.schedule.startswith("dualpipe")
+    share = 1.0 if schedule is None else layout.mesh.pipe / schedule.stages
+    each = {name: share * t for name, t in costs(cell, m).items()}
+    if schedule is None:
+        bubble, spent = 0.0, {"F": layout.microbatches * each["f"], "B": layout.microbatches * each["b"]}
+        seconds = sum(spent.values())
+    else:
+        report = validate(schedule, each)
+        bubble, seconds = sum(report.idle) / schedule.ranks, report.makespan
+        spent = spent_in(schedule, each)
+        middle = {"F&B": each["fb"]} if overlapped else {"F": each["f"], "B": each["b"]}
+        more = (layout.microbatches - schedule.microbatches) * schedule.stages / schedule.ranks
+        spent = {name: t + more * middle.get(name, 0) for name, t in spent.items()}
+        seconds += more * sum(middle.values())
+    seconds += optimizer
+    done = layout.tokens_a_step
+    peak = seconds * layout.mesh.devices * hw.bf16
+    counted = dataclasses.replace(c, mtp_depth=0)
+    mfu = {name: done * training_flops_per_token(counted, layout.sequence_length, causal=name == "causal") / peak
+           for name in ("non-causal", "causal")}
+    return Step(seconds, spent, each, bubble, optimizer, mfu, done / seconds)
+
+
+def spent_in(schedule, each) -> dict[str, float]:
+    """Mean over ranks of the seconds in each kind of cell; Bi under B, as the published table has it."""
+    time = cell_costs(each)
+    total: dict[str, float] = {}
+    for rank in range(schedule.ranks):
+        for cell in schedule.order(rank):
+            name = kind_of(cell)
+            total["B" if name == "Bi" else name] = total.get("B" if name == "Bi" else name, 0) + time[name]
+    return {name: t / schedule.ranks for name, t in total.items()}

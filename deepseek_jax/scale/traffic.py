@@ -1,0 +1,83 @@
+"""What travels between devices: copies of tokens, activations between stages, gradients and weights (no jax).
+
+Expected numbers, for routing that is even over the experts of the groups that a token keeps. A copy is counted where
+it leaves its node, or its device inside the node; what stays on a device does not travel.
+"""
+
+import math
+
+from deepseek_jax.config import ModelConfig
+from deepseek_jax.scale.costs import parameters
+from deepseek_jax.scale.layout import Layout
+
+
+def distinct(places: int, items_each: int, drawn: int) -> float:
+    """Expected number of places that `drawn` different items come from, each place holding `items_each`."""
+    total = places * items_each
+    if drawn > total - items_each:
+        return float(places)
+    return places * (1 - math.comb(total - items_each, drawn) / math.comb(total, drawn))
+
+
+def copies(c: ModelConfig, layout: Layout, dispatch: str | None = None, limited: bool = True) -> dict[str, float]:
+    """Copies of one token: {"nodes": that it visits, "across": to other nodes, "inside": to other devices of one}.
+
+    Args:
+      dispatch: "two_hop" or "flat"; None: the mesh's.
+      limited: False: as if the router kept all groups.
+    """
+    mesh, K = layout.mesh, c.experts_per_token
+    dispatch = dispatch or mesh.dispatch
+    kept = c.groups_kept if limited else c.num_groups
+    group = c.num_experts // c.num_groups
+    # Whole groups live on a node: the kept ones lie on so many nodes, and the choices on so many of those.
+    groups_a_node = max(1, c.num_groups // mesh.node)
+    reach = distinct(mesh.node, groups_a_node, kept) if c.num_groups > 1 else mesh.node
+    share = kept * group / max(reach, 1)  # experts to choose from, on each of those nodes
+    nodes = reach * (1 - _none_of(kept * group, share, K))
+    devices = reach * mesh.local * (1 - _none_of(kept * group, share / mesh.local, K))
+    elsewhere = (mesh.node - 1) / mesh.node
+    if dispatch == "two_hop":
+        return {"nodes": nodes, "across": nodes * elsewhere, "inside": devices * (mesh.local - 1) / mesh.local}
+    # Straight to the devices: those of the own node are reached inside it.
+    return {"nodes": nodes, "across": devices * elsewhere,
+            "inside": devices / mesh.node * (mesh.local - 1) / mesh.local}
+
+
+def _none_of(total, marked, drawn):
+    """Probability that none of `drawn` out of `total` is one of `marked` (a real number)."""
+    return math.prod(max(0.0, (total - marked - i) / (total - i)) for i in range(drawn))
+
+
+def copy_bytes(c: ModelConfig, fp8: bool) -> float:
+    """Values of one copy; FP8 with a float32 scale for 128 of them."""
+    return c.d_model + 4 * math.ceil(c.d_model / 128) if fp8 else 2 * c.d_model
+
+
+def layer_traffic(c: ModelConfig, layout: Layout, limited: bool = True) -> dict[str, float]:
+    """Bytes that a device sends for one MoE layer and micro-batch, one way: {"dispatch across", "combine inside", ...}.
+
+    A forward pass dispatches and combines once, a backward pass too: gradients of results go out as tokens did, those
+    of tokens come back as results did.
+    """
+    n = copies(c, layout, limited=limited)
+    out, back = copy_bytes(c, layout.mesh.dispatch_fp8), copy_bytes(c, False)
+    tokens = layout.tokens / layout.mesh.tensor
+    return {f"{way} {where}": tokens * n[where] * size
+            for way, size in (("dispatch", out), ("combine", back)) for where in ("across", "inside")}
+
+
+def step_traffic(c: ModelConfig, layout: Layout) -> dict[str, float]:
+    """Bytes that a device sends in one step, by purpose."""
+    mesh = layout.mesh
+    group = parameters(c)
+    layers = (c.num_moe_layers + c.mtp_depth) / mesh.pipe
+    one = layer_traffic(c, layout)
+    expert = group["experts"] / (mesh.pipe * mesh.node * mesh.local)
+    other = (sum(group.values()) - group["experts"]) / (mesh.pipe * mesh.tensor)
+    ring = lambda n: (n - 1) / n
+    stage = 0 if mesh.pipe == 1 else 2 * layout.microbatches * layout.tokens * c.d_model * 2
+    return {**{name: 2 * layout.microbatches * layers * size for name, size in one.items()},
+            "between stages": stage,
+            "gradients": 4 * (expert * ring(mesh.replica) + other * ring(mesh.data_shards)) * layout.copies,
+            "weights": 2 * (expert * ring(mesh.replica) + other * ring(mesh.data_shards)) * layout.copies}

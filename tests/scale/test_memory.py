@@ -1,0 +1,106 @@
+"""Planned bytes: against the arrays' own shardings, and against what compilers counted in the committed reports."""
+
+import functools
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from deepseek_jax.config import FP8Config, MeshConfig, model_config
+from deepseek_jax.model import DeepSeekV3
+from deepseek_jax.parallel.dispatch import plan_hops
+from deepseek_jax.parallel.mesh import abstract_mesh, bytes_per_device, make_mesh
+from deepseek_jax.scale import memory
+from deepseek_jax.scale.layout import Layout
+
+REPORTS = sorted(pathlib.Path("experiments/scale").glob("*.json"))
+COMPILED = [path for path in REPORTS if "planned_over_compiled" in json.loads(path.read_text())]
+
+
+def layout_of(report):
+    fields = ("micro_batches", "rows", "sequence_length")
+    microbatches, rows, length = (report[name] for name in fields)
+    return Layout(MeshConfig(**report["mesh"]), report["schedule"] or "dualpipe", microbatches, rows, length)
+
+
+@pytest.mark.parametrize("path", COMPILED, ids=lambda path: path.stem)
+def test_planned_bytes_are_within_10_percent_of_the_compiler_s(path):
+    report = json.loads(path.read_text())
+    c = model_config(report["model"], fp8=FP8Config(enabled=report["fp8"]), remat=report["remat"])
+
+    planned = sum(memory.bytes_per_device(c, layout_of(report)).values())
+
+    assert planned == pytest.approx(report["bytes_per_device"], rel=0.1)
+
+
+@pytest.mark.parametrize("path", COMPILED, ids=lambda path: path.stem)
+def test_the_planned_state_is_what_the_compiled_step_takes_as_arguments(path):
+    report = json.loads(path.read_text())
+    c = model_config(report["model"])
+
+    state = sum(memory.state(c, layout_of(report)).values())
+
+    tokens = report["micro_batches"] * report["rows"] * (report["sequence_length"] + 1) * 3 * 4
+    assert state + tokens == pytest.approx(report["bytes"]["arguments"], rel=0.02)
+
+
+def test_there_is_a_report_to_compare_with():
+    assert COMPILED
+
+
+@functools.cache
+def shapes(name):
+    c = model_config(name)
+    return jax.eval_shape(lambda: DeepSeekV3(c).init(jax.random.key(0), jnp.zeros((1, 8), jnp.int32)))["params"]
+
+
+@pytest.mark.parametrize(("name", "mesh"), [("v2_lite_16b", MeshConfig(local=8)), ("tiny", MeshConfig()),
+                                            ("v3_671b", MeshConfig(replica=2, node=8, local=8)),
+                                            ("small", MeshConfig(local=4, tensor=2))])
+def test_masters_and_what_is_computed_with_are_those_of_the_rule_table(name, mesh):
+    c, table = model_config(name), bytes_per_device(shapes(name), abstract_mesh(mesh))
+    layout = Layout(mesh)
+
+    masters = sum(row["master"] for row in table.values())
+    compute = sum(row["compute"] for row in table.values())
+    assert memory.state(c, layout)["masters"] == pytest.approx(masters, rel=1e-2)
+    assert 4 * sum(memory.held_parameters(c, layout).values()) == pytest.approx(compute, rel=1e-2)
+
+
+@pytest.mark.parametrize(("buffers", "capacity"), [("static", None), ("static", 1.5), ("ragged", 1.25)])
+def test_rows_that_arrive_are_those_that_dispatch_has_room_for(buffers, capacity):
+    mesh = MeshConfig(node=2, local=4, buffers=buffers, capacity=capacity)
+    c = model_config("tiny")
+    devices = make_mesh(mesh, jax.devices()[:8])
+    spec = jax.sharding.PartitionSpec(("node", "local"))
+
+    def arriving(chosen_NK):
+        return plan_hops(mesh, c.num_experts, min(2, c.groups_kept), chosen_NK)[1]
+
+    inside = jax.shard_map(arriving, mesh=devices, in_specs=spec, out_specs=spec, check_vma=False)
+    try:
+        out = jax.eval_shape(inside, jax.ShapeDtypeStruct((8 * 64, c.experts_per_token), np.int32))
+    except NotImplementedError:
+        pytest.skip("ragged buffers are not for this backend")
+
+    assert memory.rows_of_experts(c, Layout(mesh, sequence_length=64))[0] == out.shape[0] // 8
+
+
+def test_each_policy_keeps_less_and_fp8_keeps_less():
+    layout = Layout(MeshConfig(local=8, buffers="ragged", capacity=1.5))
+    kept = lambda **changes: memory.kept_of_layer(model_config("v2_lite_16b", **changes), layout)
+
+    assert kept(remat="none") > kept(remat="report") > kept(remat="full") == 4096 * 2048 * 2
+    assert kept(fp8=FP8Config(enabled=True)) < kept()
+
+
+def test_dualpipe_holds_two_stages_weights_and_1f1b_one():
+    mesh = MeshConfig(pipe=4, local=2)
+    c = model_config("tiny", num_layers=9)
+    dual, single = (memory.bytes_per_device(c, Layout(mesh, name, 8, 1, 256)) for name in ("dualpipe", "1f1b"))
+    ends = 4 * memory.held_parameters(c, Layout(mesh, "1f1b", 8, 1, 256))["ends"]
+
+    assert dual["working"] - ends == pytest.approx(2 * (single["working"] - ends))
