@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from deepseek_jax.config import ConfigError, ModelConfig
+from deepseek_jax.config import ConfigError, FP8Config, ModelConfig
 from deepseek_jax.serving import cache as latents
 from deepseek_jax.serving import decode as programs
 from deepseek_jax.serving.network import Reach, prepare
@@ -93,7 +93,9 @@ class Engine:
         if depth and not cfg.mtp_depth:
             raise ConfigError("this model has no MTP module (model.mtp_depth=0), so there is nothing to draft with; "
                               "leave speculative decoding away.")
-        self.cfg, self.depth, self.max_sequences = cfg, depth, max_sequences
+        # The FP8 recipe is of training: absorbed products are not among those that it rounds.
+        self.cfg = cfg = dataclasses.replace(cfg, fp8=FP8Config())
+        self.depth, self.max_sequences = depth, max_sequences
         self.modules = min(depth, cfg.mtp_depth)
         width = -(-max_length // page_size)
         self.max_length = width * page_size

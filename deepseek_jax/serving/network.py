@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from deepseek_jax import fp8
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model import experts, mtp
 from deepseek_jax.model import router as routing
@@ -45,9 +46,10 @@ def prepare(cfg: ModelConfig, variables, modules: int = 0):
     """The variables laid out for decoding: a tree per layer, W_UK and W_UV apart, products in cfg.dtype.
 
     Args:
+      variables: also with weights kept in FP8, {"values", "scales"}, as `load_hf(keep_fp8=True)` leaves them.
       modules: MTP modules to take along.
     """
-    params, router = variables["params"], variables.get("router", {})
+    params, router = _dequantized(cfg, variables["params"]), variables.get("router", {})
     layers = []
     for name, count in (("dense_layers", cfg.num_dense_layers), ("layers", cfg.num_moe_layers)):
         for i in range(count):
@@ -63,6 +65,19 @@ def prepare(cfg: ModelConfig, variables, modules: int = 0):
                        "projection": module["projection"].astype(cfg.dtype)})
     return {"embedding": params["embedding"].astype(cfg.dtype), "head": params["head"].astype(cfg.dtype),
             "norm": params["norm"]["scale"], "layers": tuple(layers), "mtp": tuple(depths)}
+
+
+def _dequantized(cfg, tree, name=""):
+    """A checkpoint's FP8 weights [..., out, in] in the model's layout."""
+    if not isinstance(tree, dict):
+        return tree
+    if "values" not in tree:
+        return {key: _dequantized(cfg, part, key) for key, part in tree.items()}
+    w = jnp.swapaxes(fp8.dequantize((tree["values"], tree["scales"]), cfg.dtype), -1, -2)
+    heads = (cfg.num_heads, -1)
+    split = {"q": (w.shape[-2], *heads), "q_b": (w.shape[-2], *heads), "kv_b": (w.shape[-2], *heads),
+             "o": (*heads, w.shape[-1])}
+    return w.reshape(w.shape[:-2] + split.get(name, w.shape[-2:]))
 
 
 def _layer(cfg, p, bias_E):
