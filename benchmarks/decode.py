@@ -3,9 +3,9 @@
     python benchmarks/decode.py --json benchmarks/results/decode_cpu.json
 
 The weights are the preset `small` without multi-token prediction at random values, exported for the peer. Each side is
-one process that warms up and then waits; in every round each side generates once, the reading of the prompts included.
-Reported are medians over the rounds, whether both sides say the same tokens, and our time per token behind a context
-of 64 and of 2,048. Without .venv-peer (`make bench` makes it where it can) our side is timed alone.
+one process that warms up and then waits; in every round each side generates once, reading the prompts included.
+Reported are medians over the rounds, whether both sides say the same tokens, and, of the smallest batch, our time per
+token behind a context of 64 and of 2,048. Without .venv-peer, which `make bench` makes, our side is timed alone.
 """
 
 import argparse
@@ -54,7 +54,7 @@ def ours(folder, dtype, batches):
 
     cfg, variables = load_hf(folder, dtype=dtype)
     variables = jax.tree.map(jax.numpy.asarray, variables)
-    engines = {batch: Engine(cfg, variables, max_sequences=batch, max_length=2304, most_steps=16)
+    engines = {batch: Engine(cfg, variables, max_sequences=batch, max_length=2304, most_steps=32)
                for batch in batches}
 
     def generate(batch):
@@ -82,7 +82,7 @@ class Side:
 
     def __init__(self, name, command):
         self.name = name
-        self.log = tempfile.TemporaryFile("w+")
+        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (as long as the process)
         self.process = subprocess.Popen(command, cwd=HERE.parent, env=os.environ | ALLOCATOR, text=True,
                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log)
 
@@ -115,10 +115,10 @@ def export(folder):
     save_hf(folder, cfg, init())
 
 
-def compare(sides, batch, rounds):
+def compare(sides, batch, rounds, contexts):
     """Medians, ratios, how many of the peer's tokens are ours, and what a long context costs."""
     rows = {side.name: [] for side in sides}
-    steps = {side.name: {context: [] for context in CONTEXTS} for side in sides if side.name != "transformers"}
+    steps = {side.name: {context: [] for context in contexts} for side in sides if side.name != "transformers"}
     for n in range(rounds + 1):
         for side in sides:
             row = side.ask(batch)
@@ -130,11 +130,12 @@ def compare(sides, batch, rounds):
                     steps[side.name][context].append(seconds)
     speeds = {name: [r["tokens_per_second"] for r in made] for name, made in rows.items()}
     report = {"tokens_per_second": {name: statistics.median(x) for name, x in speeds.items()},
-              "lowest_and_highest": {name: (min(x), max(x)) for name, x in speeds.items()},
-              "seconds_per_step_at_context": {name: {c: statistics.median(x) for c, x in by.items()}
-                                              for name, by in steps.items()},
-              "long_over_short_context": {
-                  name: statistics.median(b / a for a, b in zip(*by.values())) for name, by in steps.items()}}
+              "lowest_and_highest": {name: (min(x), max(x)) for name, x in speeds.items()}}
+    if contexts:
+        report["seconds_per_step_at_context"] = {name: {c: statistics.median(x) for c, x in by.items()}
+                                                 for name, by in steps.items()}
+        report["long_over_short_context"] = {name: statistics.median(b / a for a, b in zip(*by.values()))
+                                             for name, by in steps.items()}
     if "transformers" in rows:
         report["times_as_fast_as_transformers"] = {
             name: statistics.median(a / b for a, b in zip(speeds[name], speeds["transformers"])) for name in steps}
@@ -166,7 +167,8 @@ def main():
         if PEER.exists():
             sides.append(Side("transformers", [str(PEER), "benchmarks/decode_transformers.py", folder + "/model"]))
         for batch in args.batches:
-            report["batches"][batch] = compare(sides, batch, args.rounds)
+            report["batches"][batch] = compare(sides, batch, args.rounds,
+                                               CONTEXTS if batch == min(args.batches) else ())
             print(json.dumps({batch: report["batches"][batch]}, indent=1), flush=True)
         for side in sides:
             side.end()
