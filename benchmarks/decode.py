@@ -11,7 +11,6 @@ token behind a context of 64 and of 2,048. Without .venv-peer, which `make bench
 import argparse
 import datetime
 import json
-import os
 import pathlib
 import statistics
 import subprocess
@@ -19,7 +18,7 @@ import sys
 import tempfile
 import time
 
-from run import ALLOCATOR, HERE, PEER, hardware
+from run import HERE, PEER, hardware
 
 PROMPT, NEW, CONTEXTS = 32, 128, (64, 2048)
 
@@ -83,8 +82,8 @@ class Side:
     def __init__(self, name, command):
         self.name = name
         self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (as long as the process)
-        self.process = subprocess.Popen(command, cwd=HERE.parent, env=os.environ | ALLOCATOR, text=True,
-                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log)
+        self.process = subprocess.Popen(command, cwd=HERE.parent, text=True, stdin=subprocess.PIPE,
+                                        stdout=subprocess.PIPE, stderr=self.log)
 
     def ask(self, batch, context=None):
         try:
@@ -156,7 +155,7 @@ def main():
         ours(*args.side, args.batches)
         return
     report = {"what": f"greedy decoding, {PROMPT} prompt and {NEW} new tokens, preset small without MTP",
-              "date": datetime.date.today().isoformat(), "hardware": hardware(), "environment": ALLOCATOR,
+              "date": datetime.date.today().isoformat(), "hardware": hardware(),
               "peer": "transformers in float32, attention and experts at their fastest (see decode_transformers.py)",
               "rounds": args.rounds, "batches": {}}
     with tempfile.TemporaryDirectory() as folder:
