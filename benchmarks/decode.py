@@ -1,11 +1,11 @@
-"""Greedy decoding beside transformers' generate: the same weights and prompts, float32, taking turns.
+"""Greedy decoding beside transformers' generate: the same weights and prompts, on one machine, taking turns.
 
     python benchmarks/decode.py --json benchmarks/results/decode_cpu.json
 
-The weights are the preset `small` without multi-token prediction at random values, exported for the peer. Every start
-is a fresh process that generates once untimed, then `--repeats` times; the prompt's reading is part of the time. Also
-our time per token at a context of 64 and of 2,048, and whether both sides say the same tokens. `--ours DIR` is what
-the processes of our side run.
+The weights are the preset `small` without multi-token prediction at random values, exported for the peer. Each side is
+one process that warms up and then waits; in every round each side generates once, reading the prompts included.
+Reported are medians over the rounds, whether both sides say the same tokens, and, of the smallest batch, our time per
+token behind a context of 64 and of 2,048. Without .venv-peer, which `make bench` makes, our side is timed alone.
 """
 
 import argparse
@@ -13,13 +13,14 @@ import datetime
 import json
 import pathlib
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
 
-from run import ALLOCATOR, HERE, PEER, hardware, start
+from run import HERE, PEER, hardware
 
-PROMPT, NEW = 32, 128
+PROMPT, NEW, CONTEXTS = 32, 128, (64, 2048)
 
 
 def prompts(batch):
@@ -27,11 +28,24 @@ def prompts(batch):
     return [[(7919 * (b + 1) + 104729 * i) % 8000 + 100 for i in range(PROMPT)] for b in range(batch)]
 
 
-def ours(folder, batch, repeats, dtype):
-    """Prints a row a repeat, then one for each context."""
+def answer(generate, context=None):
+    """A side's loop: for each line on stdin, {"batch", "context"}, one JSON row on stdout."""
+    for line in sys.stdin:
+        asked = json.loads(line)
+        if asked["context"]:
+            row = {"seconds_per_step": context(**asked)}
+        else:
+            start = time.perf_counter()
+            tokens = generate(asked["batch"])
+            row = {"tokens_per_second": asked["batch"] * NEW / (time.perf_counter() - start), "tokens": tokens}
+        print(json.dumps(row), flush=True)
+
+
+def ours(folder, dtype, batches):
     from deepseek_jax import command
 
     command.reuse_memory()
+    command.tune_xla()
     import jax
 
     from deepseek_jax.interop import load_hf
@@ -39,31 +53,52 @@ def ours(folder, batch, repeats, dtype):
 
     cfg, variables = load_hf(folder, dtype=dtype)
     variables = jax.tree.map(jax.numpy.asarray, variables)
-    engine = Engine(cfg, variables, max_sequences=batch, max_length=4096, most_steps=16)
+    engines = {batch: Engine(cfg, variables, max_sequences=batch, max_length=2304, most_steps=32)
+               for batch in batches}
 
-    def generate(prompt_of, new):
-        engine.pool.forget()  # no repeat finds its prompts in the cache
-        made = [engine.submit(Request(tuple(prompt), new)) for prompt in prompt_of]
+    def generate(batch):
+        engines[batch].pool.forget()  # no round finds its prompts in the cache
+        made = [engines[batch].submit(Request(tuple(prompt), NEW)) for prompt in prompts(batch)]
+        engines[batch].run()
+        return [[t.id for t in s.made] for s in made]
+
+    def context(batch, context):
+        """Seconds per step, from 48 tokens before to 48 behind the context; the prompt is in the cache after once."""
+        engine = engines[batch]
+        rows = [[1 + (i * (b + 3)) % 8000 for i in range(context - 48)] for b in range(batch)]
+        made = [engine.submit(Request(tuple(row), 97)) for row in rows]
         while any(len(s.made) == 0 for s in made):
             engine.step()
         before, start = sum(len(s.made) for s in made), time.perf_counter()
         engine.run()
-        return made, time.perf_counter() - start, sum(len(s.made) for s in made) - before
+        return (time.perf_counter() - start) * batch / (97 * batch - before)
 
-    generate(prompts(batch), NEW)
-    for _ in range(repeats):
-        start = time.perf_counter()
-        made, *_ = generate(prompts(batch), NEW)
-        seconds = time.perf_counter() - start
-        print(json.dumps({"tokens_per_second": batch * NEW / seconds, "batch": batch, "dtype": dtype,
-                          "tokens": [[t.id for t in s.made] for s in made],
-                          "versions": {"jax": jax.__version__}}), flush=True)
-    contexts = {}
-    for context in (64, 2048):
-        long = [[1 + (i * (b + 3)) % 8000 for i in range(context - 56)] for b in range(batch)]
-        runs = [generate(long, 112) for _ in range(1 + repeats)][1:]
-        contexts[context] = min(seconds / (count / batch) for _, seconds, count in runs)
-    print(json.dumps({"seconds_per_step": contexts, "tokens_per_second": batch / contexts[64], "contexts": True}))
+    answer(generate, context)
+
+
+class Side:
+    """One process. Its first row, which compiles, does not count."""
+
+    def __init__(self, name, command):
+        self.name = name
+        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (as long as the process)
+        self.process = subprocess.Popen(command, cwd=HERE.parent, text=True, stdin=subprocess.PIPE,
+                                        stdout=subprocess.PIPE, stderr=self.log)
+
+    def ask(self, batch, context=None):
+        try:
+            print(json.dumps({"batch": batch, "context": context}), file=self.process.stdin, flush=True)
+            for line in self.process.stdout:
+                if line.startswith("{"):
+                    return json.loads(line)
+        except BrokenPipeError:
+            pass
+        self.log.seek(0)
+        sys.exit(f"{self.name} ended: {(self.log.read().strip() or 'it said nothing').splitlines()[-1]}")
+
+    def end(self):
+        self.process.stdin.close()
+        self.process.wait()
 
 
 def export(folder):
@@ -79,56 +114,65 @@ def export(folder):
     save_hf(folder, cfg, init())
 
 
+def compare(sides, batch, rounds, contexts):
+    """Medians, ratios, how many of the peer's tokens are ours, and what a long context costs."""
+    rows = {side.name: [] for side in sides}
+    steps = {side.name: {context: [] for context in contexts} for side in sides if side.name != "transformers"}
+    for n in range(rounds + 1):
+        for side in sides:
+            row = side.ask(batch)
+            if n:
+                rows[side.name].append(row)
+            for context in steps.get(side.name, ()):
+                seconds = side.ask(batch, context)["seconds_per_step"]
+                if n:
+                    steps[side.name][context].append(seconds)
+    speeds = {name: [r["tokens_per_second"] for r in made] for name, made in rows.items()}
+    report = {"tokens_per_second": {name: statistics.median(x) for name, x in speeds.items()},
+              "lowest_and_highest": {name: (min(x), max(x)) for name, x in speeds.items()}}
+    if contexts:
+        report["seconds_per_step_at_context"] = {name: {c: statistics.median(x) for c, x in by.items()}
+                                                 for name, by in steps.items()}
+        report["long_over_short_context"] = {name: statistics.median(b / a for a, b in zip(*by.values()))
+                                             for name, by in steps.items()}
+    if "transformers" in rows:
+        report["times_as_fast_as_transformers"] = {
+            name: statistics.median(a / b for a, b in zip(speeds[name], speeds["transformers"])) for name in steps}
+        pairs = [(a, b) for x, y in zip(rows["float32"][0]["tokens"], rows["transformers"][0]["tokens"])
+                 for a, b in zip(x, y)]
+        report["same_tokens_in_float32"] = f"{sum(a == b for a, b in pairs)} of {len(pairs)}"
+    return report
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 16])
-    parser.add_argument("--starts", type=int, default=3, help="processes a side")
-    parser.add_argument("--repeats", type=int, default=3, help="rows a process")
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", metavar="FILE")
-    parser.add_argument("--ours", metavar="DIR", help=argparse.SUPPRESS)
-    parser.add_argument("--dtype", default="float32", help=argparse.SUPPRESS)
+    parser.add_argument("--side", nargs=2, metavar=("FOLDER", "DTYPE"), help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.ours:
-        ours(args.ours, args.batches[0], args.repeats, args.dtype)
+    if args.side:
+        ours(*args.side, args.batches)
         return
-
-    report = {"what": f"greedy decoding, {PROMPT} prompt and {NEW} new tokens, preset small, float32",
-              "date": datetime.date.today().isoformat(), "hardware": hardware(), "environment": ALLOCATOR,
-              "batches": {}}
+    report = {"what": f"greedy decoding, {PROMPT} prompt and {NEW} new tokens, preset small without MTP",
+              "date": datetime.date.today().isoformat(), "hardware": hardware(),
+              "peer": "transformers in float32, attention and experts at their fastest (see decode_transformers.py)",
+              "rounds": args.rounds, "batches": {}}
     with tempfile.TemporaryDirectory() as folder:
         export(folder + "/model")
+        batches = ["--batches", *map(str, args.batches)]
+        sides = [Side(dtype, [sys.executable, "benchmarks/decode.py", "--side", folder + "/model", dtype, *batches])
+                 for dtype in ("float32", "bfloat16")]
+        if PEER.exists():
+            sides.append(Side("transformers", [str(PEER), "benchmarks/decode_transformers.py", folder + "/model"]))
         for batch in args.batches:
-            flags = [f"--repeats={args.repeats}", "--batches", str(batch)]
-            sides = {"deepseek_jax": [sys.executable, "benchmarks/decode.py", "--ours", folder + "/model", *flags]}
-            sides["deepseek_jax_bfloat16"] = [*sides["deepseek_jax"], "--dtype=bfloat16"]
-            if PEER.exists():
-                sides["transformers"] = [str(PEER), "benchmarks/decode_transformers.py", folder + "/model", *flags]
-            rows = {name: [] for name in sides}
-            for _ in range(args.starts):
-                for name, command in sides.items():
-                    rows[name] += start(name, command)
-            report["batches"][batch] = summary(rows)
+            report["batches"][batch] = compare(sides, batch, args.rounds,
+                                               CONTEXTS if batch == min(args.batches) else ())
             print(json.dumps({batch: report["batches"][batch]}, indent=1), flush=True)
+        for side in sides:
+            side.end()
     if args.json:
         pathlib.Path(HERE.parent, args.json).write_text(json.dumps(report, indent=1) + "\n")
-
-
-def summary(rows):
-    """Medians, ratios, and how many of the peer's tokens are ours."""
-    timed = {name: [r for r in side if "tokens" in r] for name, side in rows.items()}
-    speed = {name: statistics.median(r["tokens_per_second"] for r in side) for name, side in timed.items()}
-    out = {"tokens_per_second": speed, "settings": timed[list(timed)[-1]][0].get("settings")}
-    for name in ("deepseek_jax", "deepseek_jax_bfloat16"):
-        steps = [r["seconds_per_step"] for r in rows[name] if "contexts" in r]
-        medians = {context: statistics.median(s[context] for s in steps) for context in ("64", "2048")}
-        out[name] = {"seconds_per_step_at_context": medians,
-                     "2048_over_64": statistics.median(s["2048"] / s["64"] for s in steps)}
-    if "transformers" in speed:
-        out["ratio"] = speed["deepseek_jax"] / speed["transformers"]
-        pairs = [(a, b) for x, y in zip(timed["deepseek_jax"][0]["tokens"], timed["transformers"][0]["tokens"])
-                 for a, b in zip(x, y)]
-        out["same_tokens"] = f"{sum(a == b for a, b in pairs)} of {len(pairs)}"
-    return out
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Continuous batching: sequences join and leave at any step, and share the pages of a common prefix.
 
 First come, first served. A sequence is admitted when there is a slot and all the pages that it could ever need, so
-that none that runs is ever stopped for want of room. Each `step` reads at most one chunk of one prompt, then runs all
-others on: a long prompt delays the running streams by one chunk at a time.
+that none that runs is ever stopped for want of room. Each `step` reads at most one chunk, of one prompt or shared by
+several short ones, then runs all others on: a long prompt delays the running streams by one chunk at a time.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from deepseek_jax.config import ConfigError, ModelConfig
+from deepseek_jax.config import ConfigError, FP8Config, ModelConfig
 from deepseek_jax.serving import cache as latents
 from deepseek_jax.serving import decode as programs
 from deepseek_jax.serving.network import Reach, prepare
@@ -83,7 +83,7 @@ class Engine:
       depth: tokens drafted in each step, by the MTP modules; 0: plain decoding.
       pages: of the cache; None: as many as max_sequences of full length need.
       cache: how latents are kept: float32, bfloat16 or fp8; None: as the model computes.
-      chunk: most tokens of a prompt read in one step.
+      chunk: most tokens of prompts read in one step.
       most_steps: decoding steps run at once while nobody waits: streams are heard that often.
     """
 
@@ -93,13 +93,16 @@ class Engine:
         if depth and not cfg.mtp_depth:
             raise ConfigError("this model has no MTP module (model.mtp_depth=0), so there is nothing to draft with; "
                               "leave speculative decoding away.")
-        self.cfg, self.depth, self.max_sequences = cfg, depth, max_sequences
+        # The FP8 recipe is of training: absorbed products are not among those that it rounds.
+        self.cfg = cfg = dataclasses.replace(cfg, fp8=FP8Config())
+        self.depth, self.max_sequences = depth, max_sequences
         self.modules = min(depth, cfg.mtp_depth)
         width = -(-max_length // page_size)
         self.max_length = width * page_size
         self.pool = Pages(width * max_sequences if pages is None else pages, page_size)
         self.reach = Reach(cache or cfg.dtype, page_size, _widths(width, page_size))
         self.chunks = tuple(sorted({min(c, chunk) for c in (16, 64, chunk)}))
+        self.most_rows = {c: min(chunk // c, max_sequences) for c in self.chunks}  # prompts read at once
         self.most_steps = most_steps
         self.weights = prepare(cfg, variables, self.modules)
         self._cache = latents.make(cfg, self.reach.kind, self.pool.total + 1, page_size, self.modules)
@@ -155,14 +158,15 @@ class Engine:
             self._end(sequence, "cancelled")
         self._admit()
         if self.reading:
-            self._read(self.reading[0])
+            self._read()
         if self.running:
             self._decode()
 
     def warm_up(self):
         """Compiles every program that any mix of requests can need."""
         for length in self.chunks:
-            self._prefill(length, [], 0, 0, 0, self.max_sequences, np.zeros(self.reach.widths[-1], np.int32))
+            for rows in {1, self.most_rows[length]}:
+                self._prefill([], [], length, rows)
         for size in _buckets(self.max_sequences):
             self._run([], size, 1, True)
 
@@ -202,28 +206,35 @@ class Engine:
             else:
                 self.running.append(sequence)
 
-    def _read(self, sequence: Sequence):
-        """One chunk of a prompt."""
-        prompt, start = sequence.request.prompt, sequence.filled
-        count = min(len(prompt) - 1 - start, self.chunks[-1])
-        self._grow(sequence, start + count)
-        self._prefill(next(c for c in self.chunks if c >= count), prompt, start, count, len(prompt), sequence.slot,
-                      self._table(sequence))
-        sequence.filled += count
-        self.totals["prompt_tokens"] += count
-        if sequence.filled == len(prompt) - 1:
-            self.reading.remove(sequence)
-            self.running.append(sequence)
-        self._register(sequence)
+    def _read(self):
+        """One chunk: as much of the first prompt as goes into it, and of others what finds room beside it."""
+        left = lambda s: len(s.request.prompt) - 1 - s.filled
+        length = next(c for c in self.chunks if c >= min(left(self.reading[0]), self.chunks[-1]))
+        rows = 1 if len(self.reading) == 1 else self.most_rows[length]
+        batch = self.reading[:rows]
+        counts = [min(left(s), length) for s in batch]
+        for sequence, count in zip(batch, counts):
+            self._grow(sequence, sequence.filled + count)
+        self._prefill(batch, counts, length, rows)
+        for sequence, count in zip(batch, counts):
+            sequence.filled += count
+            self.totals["prompt_tokens"] += count
+            if left(sequence) == 0:
+                self.reading.remove(sequence)
+                self.running.append(sequence)
+            self._register(sequence)
 
-    def _prefill(self, length, prompt, start, count, known, slot, table_P):
-        tokens_X = np.zeros(length + self.modules, np.int32)
-        piece = prompt[start:start + count + self.modules]
-        tokens_X[:len(piece)] = piece
-        one = lambda x: np.array([x], np.int32)
+    def _prefill(self, batch, counts, length, rows):
+        """Calls the compiled program on `counts` tokens of each prompt, filled up to `length` and `rows`."""
+        tokens_BX = np.zeros((rows, length + self.modules), np.int32)
+        for row, sequence, count in zip(tokens_BX, batch, counts):
+            piece = sequence.request.prompt[sequence.filled:sequence.filled + count + self.modules]
+            row[:len(piece)] = piece
+        of = lambda values, fill=0: np.array([*values, *[fill] * (rows - len(batch))], np.int32)
         self._cache, self._drafts, counts_LE = programs.prefill(
-            self.cfg, self.reach, self.weights, self._cache, self._drafts, tokens_X[None], one(start), one(count),
-            one(known), one(slot), table_P[None])
+            self.cfg, self.reach, self.weights, self._cache, self._drafts, tokens_BX, of(s.filled for s in batch),
+            of(counts), of(len(s.request.prompt) for s in batch), of((s.slot for s in batch), self.max_sequences),
+            self._tables(batch, rows))
         self.loads_LE += np.asarray(counts_LE)
 
     def _decode(self):
@@ -247,13 +258,10 @@ class Engine:
     def _run(self, batch, size, steps, logprobs):
         """Calls the compiled program on a batch filled up to `size`; results as NumPy arrays."""
         of = lambda get, dtype, fill=0: np.array([get(s) for s in batch] + [fill] * (size - len(batch)), dtype)
-        tables = np.zeros((size, self.reach.widths[-1]), np.int32)
-        for row, sequence in zip(tables, batch):
-            row[:len(sequence.pages)] = sequence.pages
         rows = programs.Batch(
             slot_B=of(lambda s: s.slot, np.int32, self.max_sequences), token_B=of(lambda s: s.tokens[-1], np.int32),
             position_B=of(lambda s: len(s.tokens) - 1, np.int32), limit_B=of(lambda s: s.limit, np.int32),
-            fresh_B=of(lambda s: s.fresh, bool, True), table_BP=tables)
+            fresh_B=of(lambda s: s.fresh, bool, True), table_BP=self._tables(batch, size))
         asked = Sampling(*(of(lambda s, name=name: getattr(s.request, name), dtype, fill) for name, dtype, fill in (
             ("temperature", np.float32, 0), ("top_k", np.int32, 0), ("top_p", np.float32, 1), ("seed", np.uint32, 0),
             ("stream", np.uint32, 0))))
@@ -321,10 +329,12 @@ class Engine:
             sequence.pages.append(self.pool.take())
             sequence.promised -= 1
 
-    def _table(self, sequence: Sequence):
-        table_P = np.zeros(self.reach.widths[-1], np.int32)
-        table_P[:len(sequence.pages)] = sequence.pages
-        return table_P
+    def _tables(self, batch, size: int):
+        """The pages of each sequence, filled up to `size` rows."""
+        table_BP = np.zeros((size, self.reach.widths[-1]), np.int32)
+        for row, sequence in zip(table_BP, batch):
+            row[:len(sequence.pages)] = sequence.pages
+        return table_BP
 
     def _register(self, sequence: Sequence):
         """Lets others find the pages whose every latent is final: those of module k look k tokens ahead."""

@@ -15,11 +15,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from deepseek_jax import fp8
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model import experts, mtp
 from deepseek_jax.model import router as routing
 from deepseek_jax.model.attention import project
-from deepseek_jax.model.layers import ffn, linear, rms_norm, wide
+from deepseek_jax.model.layers import ffn, linear, matmul, rms_norm, wide
 from deepseek_jax.model.rope import rope_table, softmax_scale
 from deepseek_jax.serving import cache as latents
 
@@ -45,9 +46,10 @@ def prepare(cfg: ModelConfig, variables, modules: int = 0):
     """The variables laid out for decoding: a tree per layer, W_UK and W_UV apart, products in cfg.dtype.
 
     Args:
+      variables: also with weights kept in FP8, {"values", "scales"}, as `load_hf(keep_fp8=True)` leaves them.
       modules: MTP modules to take along.
     """
-    params, router = variables["params"], variables.get("router", {})
+    params, router = _dequantized(cfg, variables["params"]), variables.get("router", {})
     layers = []
     for name, count in (("dense_layers", cfg.num_dense_layers), ("layers", cfg.num_moe_layers)):
         for i in range(count):
@@ -63,6 +65,19 @@ def prepare(cfg: ModelConfig, variables, modules: int = 0):
                        "projection": module["projection"].astype(cfg.dtype)})
     return {"embedding": params["embedding"].astype(cfg.dtype), "head": params["head"].astype(cfg.dtype),
             "norm": params["norm"]["scale"], "layers": tuple(layers), "mtp": tuple(depths)}
+
+
+def _dequantized(cfg, tree, name=""):
+    """A checkpoint's FP8 weights [..., out, in] in the model's layout."""
+    if not isinstance(tree, dict):
+        return tree
+    if "values" not in tree:
+        return {key: _dequantized(cfg, part, key) for key, part in tree.items()}
+    w = jnp.swapaxes(fp8.dequantize((tree["values"], tree["scales"]), cfg.dtype), -1, -2)
+    heads = (cfg.num_heads, -1)
+    split = {"q": (w.shape[-2], *heads), "q_b": (w.shape[-2], *heads), "kv_b": (w.shape[-2], *heads),
+             "o": (*heads, w.shape[-1])}
+    return w.reshape(w.shape[:-2] + split.get(name, w.shape[-2:]))
 
 
 def _layer(cfg, p, bias_E):
@@ -99,11 +114,16 @@ def attention(cfg: ModelConfig, reach: Reach, w, x_BTD, rope, pages_PSX, rows: R
     q_BTHX = jnp.concatenate([q_BTHC.astype(cfg.dtype), q_BTHA[..., N:]], axis=-1)
 
     def attend(width, q_BTHX, pages_PSX, rows):
+        B, T, H, X = q_BTHX.shape
         rows_BSX = latents.unpack(cfg, reach.kind, latents.read(pages_PSX, rows.table_BP[:, :width]))
-        s_BTHS = einsum("BTHX,BSX->BTHS", q_BTHX, rows_BSX) * softmax_scale(cfg)
+        # Rows times queries: the one order that XLA:CPU multiplies in bfloat16 without widening the rows first.
+        q_BXY = jnp.swapaxes(q_BTHX.reshape(B, T * H, X), 1, 2)
+        s_BTHS = jnp.swapaxes(matmul(rows_BSX, q_BXY, wide(cfg.dtype)), 1, 2).reshape(B, T, H, -1) * softmax_scale(cfg)
         seen_BTS = jnp.arange(rows_BSX.shape[1])[None, None] <= rows.position_BT[:, :, None]
         p_BTHS = jax.nn.softmax(jnp.where(seen_BTS[:, :, None], s_BTHS, -jnp.inf), axis=-1)
-        return einsum("BTHS,BSC->BTHC", p_BTHS.astype(cfg.dtype), rows_BSX[..., :C])
+        # Of whole rows, the rotated key's columns too: cutting the latents out first would copy them.
+        o_BYX = matmul(p_BTHS.astype(cfg.dtype).reshape(B, T * H, -1), rows_BSX, wide(cfg.dtype))
+        return o_BYX[..., :C].reshape(B, T, H, C)
 
     needed = jnp.where(rows.valid_BT, rows.position_BT, 0).max() // reach.page_size
     branch = jnp.searchsorted(jnp.array(reach.widths), needed, side="right")
@@ -112,17 +132,35 @@ def attention(cfg: ModelConfig, reach: Reach, w, x_BTD, rope, pages_PSX, rows: R
     return linear(o_BTHV.astype(cfg.dtype).reshape(*o_BTHV.shape[:2], -1), w["o"]), pages_PSX
 
 
+def choices_in_turn(x_ND, chosen_NK, gates_NK, gate_EDF, up_EDF, down_EFD):
+    """sum over k of gates[n, k] * FFN of chosen[n, k], [N, D], for so few tokens that hardly two share an expert.
+
+    One choice after the other: nothing is sorted, and of the weights only the chosen experts' are read.
+    """
+    N, K = chosen_NK.shape
+    f32 = wide(x_ND.dtype)
+
+    def choice(i, y_ND):
+        n, k = i // K, i % K
+        gate, up, down = (lax.dynamic_index_in_dim(w, chosen_NK[n, k], keepdims=False)
+                          for w in (gate_EDF, up_EDF, down_EFD))
+        y_1D = ffn(lax.dynamic_slice_in_dim(x_ND, n, 1), gate, up, down).astype(f32) * gates_NK[n, k].astype(f32)
+        return lax.dynamic_update_slice_in_dim(y_ND, lax.dynamic_slice_in_dim(y_ND, n, 1) + y_1D, n, 0)
+
+    return lax.fori_loop(0, N * K, choice, jnp.zeros(x_ND.shape, f32)).astype(x_ND.dtype)
+
+
 def tiles_in_turn(x_ND, chosen_NK, gates_NK, gate_EDF, up_EDF, down_EFD):
-    """sum over k of gates[n, k] * FFN of chosen[n, k], [N, D], reading the weights of the chosen experts alone.
+    """The same for more tokens; a choice of E is nobody's, and adds nothing.
 
     As in training, tokens are sorted by expert into tiles; here a loop takes the tiles that are not empty, one by one,
-    through all three products. Few tokens leave most experts out, and no weight is copied.
+    through all three products. Few tokens leave most experts out, and only a tile's weights are copied.
     """
     (N, K), E = chosen_NK.shape, gate_EDF.shape[0]
     # Twice the mean load: small batches read each expert once, large ones waste little on the last tile of each.
     height = min(1 << (max(2 * N * K // E, 1).bit_length() - 1), 32)
-    p = experts.plan(chosen_NK, E, height)
-    x_RD, end_E = experts.to_rows(x_ND, p), jnp.cumsum(p.sizes_E) // height
+    p = experts.plan(chosen_NK, E + 1, height)
+    x_RD, end_E = experts.to_rows(x_ND, p), jnp.cumsum(p.sizes_E[:E]) // height
 
     def tile(t, y_RD):
         e = jnp.searchsorted(end_E, t, side="right")
@@ -138,11 +176,14 @@ def moe(cfg: ModelConfig, w, x_BTD, valid_BT):
     x_ND = x_BTD.reshape(-1, cfg.d_model)
     scores_NE, chosen_NK = routing.route(cfg, x_ND, w["router"], w["bias"])
     f = w["ffn"]
-    place_NK = chosen_NK
+    place_NK, places = chosen_NK, f["gate"].shape[0]
     if "places" in w:  # experts with replicas (placement.py): a token's row decides between them
         table_EX, count_E = w["places"]["table_EX"], w["places"]["count_E"]
         place_NK = table_EX[chosen_NK, jnp.arange(chosen_NK.shape[0])[:, None] % count_E[chosen_NK]]
-    y_ND = tiles_in_turn(x_ND, place_NK, routing.gates(cfg, scores_NE, chosen_NK), f["gate"], f["up"], f["down"])
+    in_turn = choices_in_turn
+    if 4 * place_NK.size > places:
+        in_turn, place_NK = tiles_in_turn, jnp.where(valid_BT.reshape(-1, 1), place_NK, places)
+    y_ND = in_turn(x_ND, place_NK, routing.gates(cfg, scores_NE, chosen_NK), f["gate"], f["up"], f["down"])
     if cfg.num_shared_experts:
         shared = f["shared"]
         y_ND = y_ND + ffn(x_ND, shared["gate"], shared["up"], shared["down"])

@@ -175,7 +175,7 @@ class Answer:
         else:
             out["delta"] = {"content": piece.text} if piece.text or not piece.end else {}
         if self.asked.return_drafts:
-            out["drafts"] = [[text, token.draft] for token, text in piece.tokens]
+            out["drafts"] = [[said.text, said.token.draft] for said in piece.tokens]
         return out
 
     def logprobs(self, piece: Piece):
@@ -183,14 +183,14 @@ class Answer:
         if most is None or not piece.tokens:
             return None
         spell = lambda i: self.stream.service.tokenizer.decode([i], specials=True)
-        tokens = [token for token, _ in piece.tokens]
+        tokens = [said.token for said in piece.tokens]
         if self.asked.chat:
             entry = lambda i, logprob: {"token": spell(i), "logprob": logprob, "bytes": list(spell(i).encode())}
             return {"content": [{**entry(t.id, t.logprob), "top_logprobs": [entry(*b) for b in t.best[:most]]}
                                 for t in tokens], "refusal": None}
         return {"tokens": [spell(t.id) for t in tokens], "token_logprobs": [t.logprob for t in tokens],
                 "top_logprobs": [{spell(i): logprob for i, logprob in t.best[:most]} for t in tokens],
-                "text_offset": [0] * len(tokens)}
+                "text_offset": [said.offset for said in piece.tokens]}
 
 
 def metrics(service: Service, answered) -> str:

@@ -17,12 +17,20 @@ from deepseek_jax.serving.text import TextStream
 log = logging.getLogger(__name__)
 
 
+class Said(NamedTuple):
+    """A token, the text that it settled, and where in the whole text it begins."""
+
+    token: Token
+    text: str
+    offset: int
+
+
 class Piece(NamedTuple):
     """Text of one choice, and the tokens it came with. `end`: why it ended, with the sequence for its counts."""
 
     choice: int
     text: str
-    tokens: list[tuple[Token, str]]
+    tokens: list[Said]
     end: str | None = None
 
 
@@ -96,9 +104,10 @@ class Stream:
             for token in new:
                 if text.stopped:
                     break
+                offset = text.offset
                 part = text.feed(token.id)
                 said += part
-                tokens.append((token, part))
+                tokens.append(Said(token, part, offset))
             end = None
             if not new:
                 said += "" if text.stopped else text.flush()

@@ -60,7 +60,7 @@ def verify(sampling: Sampling, logits_BTW, drafts: Drafts, index_B):
         return jnp.cumprod((held_Bd & drafted_Bd).astype(jnp.int32), axis=1).sum(axis=1)
 
     def greedy():
-        best_BT = logits_BTW.argmax(axis=-1).astype(jnp.int32)
+        best_BT = choosing.likeliest(logits_BTW)
         accepted_B = leading(best_BT[:, :-1] == drafts.token_Bd)
         return _row(best_BT, accepted_B), accepted_B
 
@@ -130,7 +130,7 @@ def draft(cfg: ModelConfig, reach: Reach, weights, cache, sampling: Sampling, de
 def _draw(sampling: Sampling, logits_B1W, index_B):
     """A draft of the token with this index, [B], and the distribution it comes from, [B, W]."""
     def greedy():
-        return logits_B1W.argmax(axis=-1)[:, 0].astype(jnp.int32), jnp.zeros_like(logits_B1W)[:, 0]
+        return choosing.likeliest(logits_B1W)[:, 0], jnp.zeros_like(logits_B1W)[:, 0]
 
     def sampled():
         q_B1W = choosing.probabilities(sampling, logits_B1W)

@@ -19,7 +19,13 @@ class TextStream:
         self._decode, self._stops = decode, stops
         self._ids: list[int] = []
         self._held = ""
+        self._given = 0  # characters
         self.stopped = False
+
+    @property
+    def offset(self) -> int:
+        """Where in the text the next token begins: behind what was given out and what is held back."""
+        return self._given + len(self._held)
 
     def feed(self, token: int) -> str:
         """The text that this token settles; sets `stopped` if a stop string is complete."""
@@ -38,16 +44,18 @@ class TextStream:
         self._ids.clear()
         out = self._settle(text)
         if not self.stopped:
-            out, self._held = out + self._held, ""
+            out, self._held, self._given = out + self._held, "", self._given + len(self._held)
         return out
 
     def _settle(self, text: str) -> str:
         found = [at for at in (text.find(stop) for stop in self._stops) if at >= 0]
         if found:
             self.stopped, self._held = True, ""
+            self._given += min(found)
             return text[:min(found)]
         # The longest end that may be the beginning of a stop string waits.
         keep = max((n for stop in self._stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
         cut = len(text) - keep
         self._held = text[cut:]
+        self._given += cut
         return text[:cut]

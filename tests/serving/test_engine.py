@@ -1,9 +1,11 @@
 """The engine: who runs when, what ends a sequence, and that every page comes back."""
 
+import jax
 import numpy as np
 import pytest
 
 from deepseek_jax.config import ConfigError
+from deepseek_jax.serving import cache as latents
 from deepseek_jax.serving import decode as programs
 from deepseek_jax.serving.cache import bytes_per_token
 from deepseek_jax.serving.engine import Engine, Request
@@ -153,6 +155,15 @@ def test_the_cache_grows_by_its_bytes_per_token_a_page_at_a_time(engine):
     assert sizes[0] == (8, 8 * token) and sizes[2] == (24, 24 * token) and sizes[-1][1] == 0
 
 
+def test_the_bytes_of_the_cache_are_those_that_the_process_grows_by():
+    held = lambda: sum(x.nbytes for x in jax.live_arrays())
+    before, made = held(), []
+    for pages in (8, 40):
+        made.append(latents.make(CFG, "bfloat16", pages, 4))
+    grown = held() - before
+    assert grown == 48 * 4 * bytes_per_token(CFG, "bfloat16") and len(made) == 2
+
+
 def test_more_work_than_pages_waits_and_finishes():
     small = Engine(CFG, VARIABLES, max_sequences=2, max_length=64, depth=1, pages=12, page_size=4, chunk=8,
                    most_steps=4)
@@ -192,6 +203,30 @@ def test_text_comes_in_whole_characters_and_without_any_part_of_a_stop_string():
 
     assert "".join(said) == "naïve\nST☃O " and stream.stopped
     assert all("\ufffd" not in part for part in said) and stream.flush() == ""
+
+
+def test_a_token_begins_where_the_text_before_it_ends_whether_given_out_or_held_back():
+    stream, text, offsets = TextStream(lambda ids: bytes(ids).decode(errors="replace"), ("STOP",)), "aSTé☃STx", []
+    for byte in text.encode():
+        offsets.append(stream.offset)
+        stream.feed(byte)
+    assert offsets == [text.index(c, i) for i, c in enumerate(text) for _ in c.encode()]
+
+
+def test_short_prompts_are_read_together():
+    engine = Engine(CFG, VARIABLES, max_sequences=2, max_length=64, depth=1, page_size=4, chunk=32, most_steps=4)
+    alone = []
+    for prompt in (LONG[:14], LONG[20:29]):
+        alone.append(engine.submit(Request(prompt, 6)))
+        engine.run()
+    engine.pool.forget()
+
+    together = [engine.submit(Request(prompt, 6)) for prompt in (LONG[:14], LONG[20:29])]
+    engine.step()
+
+    assert all(s.made for s in together)
+    engine.run()
+    assert [ids(s) for s in together] == [ids(s) for s in alone]
 
 
 def test_text_held_back_for_a_stop_string_that_never_came_is_given_out_at_the_end():

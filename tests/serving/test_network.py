@@ -7,10 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from deepseek_jax.interop import load_hf, save_hf
 from deepseek_jax.model import experts
 from deepseek_jax.model.layers import head_logits
 from deepseek_jax.serving import cache as latents
-from deepseek_jax.serving.network import Reach, Rows, forward, predict_ahead, prepare, tiles_in_turn
+from deepseek_jax.serving import generate
+from deepseek_jax.serving.network import Reach, Rows, choices_in_turn, forward, predict_ahead, prepare, tiles_in_turn
 from tests.model import naive
 
 CASES = {
@@ -92,7 +94,8 @@ def test_the_mtp_module_over_its_cache_predicts_as_in_training():
 
 
 @pytest.mark.parametrize("tokens", [1, 5, 40])
-def test_tiles_taken_in_turn_are_the_routed_experts(tokens):
+@pytest.mark.parametrize("in_turn", [choices_in_turn, tiles_in_turn])
+def test_experts_taken_in_turn_are_the_routed_experts(in_turn, tokens):
     rng = np.random.default_rng(tokens)
     x, gates = rng.standard_normal((tokens, 6)).astype(np.float32), rng.random((tokens, 3)).astype(np.float32)
     chosen = np.stack([rng.permutation(9)[:3] for _ in range(tokens)]).astype(np.int32)
@@ -100,4 +103,30 @@ def test_tiles_taken_in_turn_are_the_routed_experts(tokens):
 
     expected = experts.routed_experts(jnp.asarray(x), chosen, gates, *weights, implementation="reference")
 
-    np.testing.assert_allclose(jax.jit(tiles_in_turn)(x, chosen, gates, *weights), expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(jax.jit(in_turn)(x, chosen, gates, *weights), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_choices_of_nobody_cost_no_tile_and_change_nobody_elses_sum():
+    rng = np.random.default_rng(0)
+    x, gates = rng.standard_normal((12, 6)).astype(np.float32), np.ones((12, 2), np.float32)
+    chosen = np.stack([rng.permutation(4)[:2] for _ in range(12)]).astype(np.int32)
+    weights = [rng.standard_normal(shape).astype(np.float32) for shape in ((4, 6, 5), (4, 6, 5), (4, 5, 6))]
+    whole = jax.jit(tiles_in_turn)(x, chosen, gates, *weights)
+
+    chosen[7:] = 4
+    found = jax.jit(tiles_in_turn)(x, chosen, gates, *weights)
+
+    np.testing.assert_allclose(found[:7], whole[:7], rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(found[7:], 0)
+
+
+def test_weights_kept_in_fp8_are_laid_out_as_if_they_had_been_dequantized_before(tmp_path):
+    cfg, folder = naive.tiny(num_layers=2), str(tmp_path / "hf")
+    save_hf(folder, cfg, naive.variables_of(cfg), fp8=True)
+    cfg, kept = load_hf(folder, keep_fp8=True)
+    assert kept["params"]["layers"]["ffn"]["gate"]["values"].dtype == jnp.float8_e4m3fn
+    _, dequantized = load_hf(folder, dtype=np.float32)
+
+    jax.tree.map(np.testing.assert_array_equal, prepare(cfg, kept, 1), prepare(cfg, dequantized, 1))
+
+    assert generate(cfg, kept, [[5, 9, 3]], 4).tokens == generate(cfg, dequantized, [[5, 9, 3]], 4).tokens

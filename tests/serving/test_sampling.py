@@ -58,3 +58,9 @@ def test_draws_follow_the_distribution():
 
     assert counts[3] == 0
     assert ((counts[:3] - n * p_W[:3] / 3) ** 2 / (n * p_W[:3] / 3)).sum() < 16  # chi squared, 2 degrees: 1 in 3000
+
+
+def test_the_likeliest_is_the_first_of_the_largest_and_always_a_token():
+    logits = jnp.array([[[1.0, 3.0, 3.0, 2.0], [-jnp.inf, -5.0, -jnp.inf, -7.0], [jnp.nan, 1.0, 2.0, 3.0]]])
+    found = sampling.likeliest(logits)[0].tolist()
+    assert found[:2] == [1, 1] and 0 <= found[2] < 4

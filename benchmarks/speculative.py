@@ -1,0 +1,163 @@
+"""Speculative decoding on a trained run: how often MTP is right, what drafting and verifying cost, what it is worth.
+
+    python benchmarks/speculative.py --workdir run --json benchmarks/results/speculative_cpu.json
+
+Prompts are beginnings of held-out files, continued greedily, one at a time. For each depth of drafts:
+
+    plain, verify, draft    milliseconds of a plain step, and of the two parts of a drafting one, each timed by itself
+    tokens per step         1 + accepted drafts
+    break-even              the share of accepted drafts from which on drafting pays
+    predicted               tokens per step * plain / (verify + draft)
+    measured                tokens per second over those of plain decoding, taking turns
+
+Beyond the MTP modules that the run has, the last one is chained.
+"""
+
+import argparse
+import datetime
+import json
+import pathlib
+import statistics
+import time
+
+from run import HERE, hardware
+
+
+def texts(workdir, tokenizer, count, length):
+    """Beginnings of held-out files of the run's sources, as token ids."""
+    from deepseek_jax.data import corpus
+    from deepseek_jax.data.prepare import Source
+    from deepseek_jax.training.loop import load_workdir_config
+
+    data, rows = load_workdir_config(workdir).data, []
+    for source in (Source(path, data.validation_fraction) for path, _ in data.sources):
+        documents = list(corpus.read_documents(source.files))
+        cut = corpus.find_cut((corpus.place(d.name) for d in documents), source.validation_fraction, source.path)
+        held_out = (d for d in documents if cut is None or corpus.place(d.name) <= cut)
+        rows += [tuple([tokenizer.bos, *tokenizer.encode(d.parts[0][0][:20 * length])][:length]) for d in held_out]
+    rows = [row for row in rows if len(row) == length]
+    return rows[::max(1, len(rows) // count)][:count]
+
+
+def repeated(body, *state, steps=32):
+    """Seconds for one of `steps` calls in a row of body(n, state) -> state; a function that times them once more."""
+    import jax
+
+    run = jax.jit(lambda *state: jax.lax.fori_loop(0, steps, body, state))
+
+    def once():
+        start = time.perf_counter()
+        jax.block_until_ready(run(*state))
+        return (time.perf_counter() - start) / steps
+
+    once()
+    return once
+
+
+def parts(engine):
+    """(verify, draft): timers of the two parts of a step at this engine's depth, behind a context of 64."""
+    import jax.numpy as jnp
+    import numpy as np
+
+    from deepseek_jax.model.layers import head_logits
+    from deepseek_jax.serving import speculative
+    from deepseek_jax.serving.network import Rows, forward
+    from deepseek_jax.serving.sampling import Sampling
+
+    cfg, reach, weights, depth = engine.cfg, engine.reach, engine.weights, engine.depth
+    T, one = depth + 1, jnp.ones(1, jnp.int32)
+    table_BP = jnp.arange(1, reach.widths[-1] + 1, dtype=jnp.int32)[None]
+    greedy = Sampling(*(jnp.full(1, x, t) for x, t in ((0, np.float32), (0, np.int32), (1, np.float32),
+                                                       (0, np.uint32), (0, np.uint32))))
+
+    def verify(n, state):
+        cache, tokens_BT, drafts, _ = state
+        rows = Rows(64 + n + jnp.arange(T)[None], jnp.ones((1, T), bool), table_BP)
+        hidden_BTD, cache, _ = forward(cfg, reach, weights, cache, tokens_BT, rows)
+        logits_BTW = head_logits(hidden_BTD, weights["head"])
+        made_BT, _ = speculative.verify(greedy, logits_BTW, drafts, one * (65 + n))
+        return cache, made_BT, drafts, hidden_BTD
+
+    def draft(n, state):
+        cache, tokens_BT, drafts, hidden_BTD = state
+        drafts, cache = speculative.draft(cfg, reach, weights, cache, greedy, depth, hidden_BTD, tokens_BT, 0 * one,
+                                          drafts, one * (64 + n), one * 10**6, table_BP)
+        return cache, jnp.concatenate([drafts.token_Bd, tokens_BT[:, :1]], axis=1), drafts, hidden_BTD
+
+    state = (tuple(map(jnp.copy, engine._cache)), jnp.zeros((1, T), jnp.int32), speculative.no_drafts(cfg, 1, depth),
+             jnp.zeros((1, T, cfg.d_model), cfg.dtype))
+    return repeated(verify, *state), repeated(draft, *state) if depth else (lambda: 0.0)
+
+
+def decoding(engine, prompts, new):
+    """One pass over all prompts: (seconds after the first token of each, tokens, steps, drafted, accepted)."""
+    from deepseek_jax.serving.engine import Request
+
+    seconds = tokens = steps = drafted = accepted = 0
+    for prompt in prompts:
+        made = engine.submit(Request(prompt, new))
+        while not made.made:
+            engine.step()
+        before = len(made.made), made.steps
+        start = time.perf_counter()
+        engine.run()
+        seconds += time.perf_counter() - start
+        tokens, steps = tokens + len(made.made) - before[0], steps + made.steps - before[1]
+        drafted, accepted = drafted + made.drafted, accepted + made.accepted
+    return seconds, tokens, steps, drafted, accepted
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workdir", required=True)
+    parser.add_argument("--depths", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--prompts", type=int, default=12)
+    parser.add_argument("--new", type=int, default=49)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: the run's own")
+    parser.add_argument("--json", metavar="FILE")
+    args = parser.parse_args()
+    from deepseek_jax import command
+
+    command.reuse_memory()
+    command.tune_xla()
+    import dataclasses
+
+    from deepseek_jax.generate import load
+    from deepseek_jax.serving.engine import Engine
+
+    cfg, variables, tokenizer = load(args.workdir, None, False)
+    cfg = dataclasses.replace(cfg, dtype=args.dtype or cfg.dtype)
+    prompts = texts(args.workdir, tokenizer, args.prompts, 32)
+    engines = {d: Engine(cfg, variables, max_sequences=1, max_length=256, depth=d) for d in (0, *args.depths)}
+    timers = {d: parts(engine) for d, engine in engines.items()}
+    verified, drafted, passes = ({d: [] for d in engines} for _ in range(3))
+    for n in range(args.rounds + 1):  # the first compiles
+        for d, engine in engines.items():
+            verify, draft = (timer() for timer in timers[d])
+            row = decoding(engine, prompts, args.new)
+            if n:
+                verified[d].append(verify)
+                drafted[d].append(draft)
+                passes[d].append(row)
+    median = statistics.median
+    speed = {d: median(tokens / seconds for seconds, tokens, *_ in passes[d]) for d in engines}
+    plain, table = median(verified[0]), []
+    for d in args.depths:
+        _, tokens, steps, drafts, accepted = passes[d][0]
+        verify, draft = median(verified[d]), median(drafted[d])
+        table.append({
+            "depth": d, "plain_ms": 1e3 * plain, "verify_ms": 1e3 * verify, "draft_ms": 1e3 * draft,
+            "tokens_per_step": tokens / steps, "acceptance": accepted / drafts,
+            "break_even_acceptance": ((verify + draft) / plain - 1) / d,
+            "predicted_speedup": tokens / steps * plain / (verify + draft), "measured_speedup": speed[d] / speed[0]})
+        print(" ".join(f"{name}={value:.3f}" for name, value in table[-1].items()), flush=True)
+    report = {"what": f"greedy continuations of {len(prompts)} prompts by {args.new} tokens, batch 1, {cfg.dtype}",
+              "date": datetime.date.today().isoformat(), "hardware": hardware(), "rounds": args.rounds,
+              "plain_tokens_per_second": speed[0], "depths": table}
+    if args.json:
+        pathlib.Path(HERE.parent, args.json).write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
