@@ -52,15 +52,12 @@ class Arm:
         self.score = jax.jit(functools.partial(eval_step, config))
         self.probe = find(study.probe) if study.probe else None
 
-    def _measured(self, config, state, loader, final):
-        return self.probe(config, state.params, state.router, loader, final)
-
     def run(self, seed: int, tell=lambda steps: None) -> dict:
         """One whole run. `tell` hears of every step."""
         config = located(self.study.config(self.arm, seed, self.quick), self.workdir)
         loader, begun = Loader(config, self.prepared), time.perf_counter()
         state = self.start(jax.random.key(seed))
-        losses, vio, probed, probed_at = [], [], {}, []
+        losses, vio, probes = [], [], Probes()
         steps = config.train.steps
         for index in range(steps):
             state, metrics = self.step(state, loader.batch(index))
@@ -69,26 +66,45 @@ class Arm:
             vio.append(max_vio(all_layers(metrics["counts"])))
             # At equal distances, the last one at the end.
             if self.probe and (index + 1) * self.study.probes // steps > index * self.study.probes // steps:
-                probed_at.append(index + 1)
-                for name, value in self._measured(config, state, loader, index + 1 == steps).items():
-                    probed.setdefault(name, []).append(value)
+                probes.add(index + 1, self.probe(config, state.params, state.router, loader, index + 1 == steps))
             tell(1)
         if not np.isfinite(losses).all():
             raise FloatingPointError(f"{self.study.name}, {self.arm}, seed {seed}: the loss is not finite.")
         scored = evaluate(config, loader, self.score, state.params, state.router, config.train.eval_batches)
-        last = {name: values[-1] for name, values in probed.items()}
-        # What a probe that was made several times gained from the first to the last.
-        last |= {f"{name}_gained": values[-1] - values[0] for name, values in probed.items()
-                 if len(values) > 1 and isinstance(values[-1], float)}
-        scalars = {name: value for name, value in last.items() if isinstance(value, float)}
         return {"metrics": {"loss": scored["loss"], "bits_per_byte": scored["bits_per_byte"],
                             "max_vio_global": scored["max_vio_global"], "max_vio_batch": float(np.mean(vio[-LAST:])),
-                            "train_loss": float(np.mean(losses[-LAST:])), **scalars},
+                            "train_loss": float(np.mean(losses[-LAST:])), **probes.scalars()},
                 "curves": {"train_loss": thinned(losses), "max_vio_batch": thinned(vio)},
-                "probes": {"step": probed_at, **{n: probed[n] for n in scalars}} if probed else {},
-                "arrays": {name: value for name, value in last.items() if name not in scalars},
+                "probes": probes.curves(), "arrays": probes.arrays(),
                 "parameters": sum(x.size for x in jax.tree.leaves(state.params)),
                 "corpus": self.corpus, "seconds": round(time.perf_counter() - begun, 1)}
+
+
+class Probes:
+    """What was measured of a model at several steps: floats become metrics and curves, nested lists stay arrays."""
+
+    def __init__(self):
+        self.steps, self.found = [], {}
+
+    def add(self, step: int, values: dict):
+        self.steps.append(step)
+        for name, value in values.items():
+            self.found.setdefault(name, []).append(value)
+
+    def scalars(self) -> dict:
+        """The last value of each float, and under NAME_gained what it gained since the first."""
+        floats = {name: values for name, values in self.found.items() if isinstance(values[-1], float)}
+        gained = {f"{name}_gained": values[-1] - values[0] for name, values in floats.items() if len(values) > 1}
+        return {name: values[-1] for name, values in floats.items()} | gained
+
+    def curves(self) -> dict:
+        """The floats that were measured every time, by step."""
+        whole = {name: values for name, values in self.found.items()
+                 if isinstance(values[-1], float) and len(values) == len(self.steps)}
+        return {"step": self.steps, **whole} if whole else {}
+
+    def arrays(self) -> dict:
+        return {name: values[-1] for name, values in self.found.items() if not isinstance(values[-1], float)}
 
 
 def thinned(values):

@@ -7,7 +7,7 @@ STUDY = Study(
     arms={"none": {}, "MTP": {"model.mtp_depth": 1}},
     quick_arms=("none", "MTP"),
     probe="experiments.studies.mtp.measure:acceptance", probes=6,
-    base={"train.steps": 480},
+    base={"train.steps": 360},
     claims=(
         Claim("Predicting the token after next as well makes the main head better.", "loss", "MTP", "none", "lower"),
         Claim("The second token is accepted in 85 to 90 % of the cases (greedy decoding, at least 85 %).",
