@@ -1,4 +1,4 @@
-"""What the pictures of studies share: one style, error bars that are 95 % intervals, and colours that stay with an arm."""
+"""What the pictures of studies share: one style, 95 % intervals as bars, one colour an arm."""
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -1,4 +1,4 @@
-"""What a study is: arms that differ in a few config keys, the same seeds for all of them, and claims about them (no jax).
+"""What a study is: arms that differ in a few config keys, the same seeds for all, claims about them (no jax).
 
     Study(name, arms={"none": {...}, "bias": {"balance.bias_speed": 0.005}}, claims=(Claim(...), ...), seeds=(0, 1, 2))
 

@@ -1,4 +1,4 @@
-"""Trains one arm of a study for one seed after the other: the library's own step, loader and evaluation, one compilation.
+"""Trains one arm of a study, seed after seed: the library's own step, loader and evaluation, compiled once.
 
 Runs in a worker process. What a seed gives is a dictionary that JSON can hold.
 """
@@ -77,7 +77,7 @@ class Arm:
                 "curves": {"train_loss": thinned(losses), "max_vio_batch": thinned(vio)},
                 "probes": probes.curves(), "arrays": probes.arrays(),
                 "parameters": sum(x.size for x in jax.tree.leaves(state.params)),
-                "corpus": self.corpus, "seconds": round(time.perf_counter() - begun, 1)}
+                "first_loss": losses[0], "corpus": self.corpus, "seconds": round(time.perf_counter() - begun, 1)}
 
 
 class Probes:

@@ -4,7 +4,6 @@
 """
 
 import argparse
-import json
 import pathlib
 
 from deepseek_jax import command
@@ -48,7 +47,8 @@ def main():
     command.write_json(str(folder / "results.json"), {"config": CONFIG, "rows": rows, **runner.provenance()})
     for row in rows["no overlap gains"]:
         if row["microbatches"] == 32:
-            print(f"{row['schedule']:9s} idle {row['idle']:g} of {row['makespan']:g}, activations {row['activations']:g}")
+            print(f"{row['schedule']:9s} idle {row['idle']:g} of {row['makespan']:g}, "
+                  f"activations {row['activations']:g}")
 
 
 if __name__ == "__main__":

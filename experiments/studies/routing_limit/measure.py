@@ -17,7 +17,8 @@ def _nodes(cfg):
         output = DeepSeekV3(cfg).apply({"params": params, "router": router}, tokens_BT, logits=False,
                                        capture=("chosen",))
         group_LBTK = output.captured["chosen"] // (cfg.num_experts // cfg.num_groups)
-        return (group_LBTK[..., None] == jnp.arange(cfg.num_groups)[None, None, None, None]).any(axis=-2).sum(axis=-1).mean()
+        visited_LBTKG = group_LBTK[..., None] == jnp.arange(cfg.num_groups)[None, None, None, None]
+        return visited_LBTKG.any(axis=-2).sum(axis=-1).mean()
 
     return jax.jit(run)
 
