@@ -40,7 +40,7 @@ def kinds(folder: pathlib.Path):
         (folder / kind).mkdir(parents=True, exist_ok=True)
     for path in sorted(_stdlib().glob("*.py")):
         shutil.copy(path, folder / "code" / path.name)
-    for path in sorted((_stdlib() / "encodings").glob("[ckm]*_*.py")):
+    for path in sorted((_stdlib() / "encodings").glob("*.py")):
         shutil.copy(path, folder / "tables" / path.name)
     # A dict of topics, with string literals as values: run here, it is data of Python itself.
     topics = {}

@@ -11,6 +11,8 @@ from deepseek_jax.pipeline.validate import compare
 from experiments.studies.common import plots, runner
 from experiments.studies.pipeline.config import CONFIG, COSTS, MICROBATCHES, RANKS
 
+WIDTHS = (6, 3, 4.5, 1.5, 2)  # some schedules lie on each other
+
 
 def table() -> dict:
     """{costs: rows}, a row for each schedule and number of micro-batches."""
@@ -20,18 +22,18 @@ def table() -> dict:
 def draw(rows_by_costs, path):
     made, axes = plots.figure(13, 3.9, 3)
     for axis, (name, rows) in zip(axes, rows_by_costs.items()):
-        for colour, schedule in zip(plots.COLOURS, dict.fromkeys(row["schedule"] for row in rows)):
+        for width, colour, schedule in zip(WIDTHS, plots.COLOURS, dict.fromkeys(row["schedule"] for row in rows)):
             mine = [row for row in rows if row["schedule"] == schedule]
             axis.plot([r["microbatches"] for r in mine], [100 * r["idle"] / r["makespan"] for r in mine], "o-",
-                      color=colour, label=schedule, markersize=3)
+                      color=colour, label=schedule, markersize=2, linewidth=width)
         plots.finish(axis, f"Idle, {RANKS} ranks: {name}", "micro-batches", "% of the step")
         axis.set_ylim(0, None)
     axes[0].legend(frameon=False, fontsize=8)
     rows = next(iter(rows_by_costs.values()))
-    for colour, schedule in zip(plots.COLOURS, dict.fromkeys(row["schedule"] for row in rows)):
+    for width, colour, schedule in zip(WIDTHS, plots.COLOURS, dict.fromkeys(row["schedule"] for row in rows)):
         mine = [row for row in rows if row["schedule"] == schedule]
         axes[2].plot([r["microbatches"] for r in mine], [r["activations"] for r in mine], "o-", color=colour,
-                     markersize=3)
+                     markersize=2, linewidth=width)
     axes[2].set_yscale("log")
     plots.finish(axes[2], "Activations kept", "micro-batches", "in shares of a rank's layers")
     plots.save(made, path)
