@@ -57,7 +57,8 @@ def main():
         begun = time.perf_counter()
         found = execute(HERE / f"{name}.ipynb", args.write)
         bad += bool(found)
-        print(f"{'red ' if found else 'ok  '} {name}: {time.perf_counter() - begun:.0f} s", *found, sep="\n     ", flush=True)
+        took = f"{time.perf_counter() - begun:.0f} s"
+        print(f"{'red ' if found else 'ok  '} {name}: {took}", *found, sep="\n     ", flush=True)
     print(f"{len(names) - bad} passed, {bad} failed")
     return 1 if bad else 0
 
