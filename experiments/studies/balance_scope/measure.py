@@ -1,0 +1,32 @@
+"""Which experts read which kind of text: loads by kind, and how far they lie from the loads of all kinds together."""
+
+import functools
+
+import jax
+import numpy as np
+
+from deepseek_jax.model import DeepSeekV3
+
+ROWS = 24  # of held-out text a kind
+
+
+@functools.lru_cache(maxsize=2)
+def _counts(cfg):
+    return jax.jit(lambda params, router, tokens_BT: DeepSeekV3(cfg).apply(
+        {"params": params, "router": router}, tokens_BT, logits=False).counts["bias"])
+
+
+def specialisation(config, params, router, loader, final):
+    """Half of sum_e |share of a kind's choices - share of all|, mean of kinds and layers: 0 none, 1 nothing shared.
+
+    The array `load_by_kind` is [kind, layer, expert], in multiples of an even load; kinds in the order of the sources.
+    """
+    validation, shares = loader.validation, []
+    for start, end in zip(validation.starts, validation.starts[1:]):
+        first, last = (-(-int(x) // validation.length) for x in (start, end))  # rows that begin inside this kind
+        rows = [validation.row(r)[0][:-1] for r in range(first, min(last - 1, first + ROWS))]
+        counts_LE = np.asarray(_counts(config.model)(params, router, np.stack(rows)))
+        shares.append(counts_LE / counts_LE.sum(axis=-1, keepdims=True))
+    share_KLE = np.stack(shares)
+    apart = np.abs(share_KLE - share_KLE.mean(axis=0)).sum(axis=-1) / 2
+    return {"specialisation": float(apart.mean()), "load_by_kind": (share_KLE * share_KLE.shape[-1]).tolist()}

@@ -1,0 +1,26 @@
+"""How the bias moves: by the sign of the load error, in proportion to it, or as a factor of the score (2408.15664).
+
+The paper trains 40,000 steps at 1e-4 to 1e-2. Here 300 steps can move a bias by 300 times the speed at most, and scores
+lie in (0, 1): speeds are larger by about the same factor.
+"""
+
+from experiments.studies.common.study import Claim, Study
+
+SPEEDS = {"1e-3": 1e-3, "5e-3": 5e-3, "2e-2": 2e-2}
+RULES = {"sign": {}, "proportional": {"balance.bias_rule": "proportional"},
+         "multiplicative": {"model.router_bias": "multiplicative"}}
+STUDY = Study(
+    name="bias_rule",
+    arms={f"{rule} {name}": {**keys, "balance.bias_speed": speed}
+          for rule, keys in RULES.items() for name, speed in SPEEDS.items()},
+    quick_arms=("sign 5e-3", "proportional 2e-2", "multiplicative 5e-3"),
+    claims=(
+        Claim("A speed that is too low has not balanced by the end.", "max_vio_global", "sign 1e-3", "sign 5e-3",
+              "higher"),
+        Claim("A step in proportion to the error balances better than its sign.", "max_vio_global",
+              "proportional 2e-2", "sign 5e-3", "lower"),
+        Claim("A step in proportion to the error has a higher loss than its sign.", "loss", "proportional 2e-2",
+              "sign 5e-3", "higher"),
+        Claim("A bias that multiplies has a higher loss than one that adds.", "loss", "multiplicative 5e-3",
+              "sign 5e-3", "higher"),
+    ))

@@ -1,0 +1,25 @@
+"""Many small experts and a shared one against few large ones: 192 hidden units active in a MoE layer in every arm.
+
+Of the routed and shared units together there are 1056 in the arm of few large experts, 1088 in the others.
+"""
+
+from experiments.studies.common.study import Claim, Study
+
+
+def _experts(number, active, width, shared):
+    return {"model.num_experts": number, "model.experts_per_token": active, "model.expert_ffn_dim": width,
+            "model.num_shared_experts": shared}
+
+
+STUDY = Study(
+    name="experts",
+    arms={"few large": _experts(11, 2, 96, 0), "fine": _experts(17, 3, 64, 0), "fine, shared": _experts(16, 2, 64, 1),
+          "finer, shared": _experts(33, 5, 32, 1)},
+    quick_arms=("few large", "fine, shared"),
+    quick={"model.expert_ffn_dim": 32},
+    claims=(
+        Claim("Smaller experts, more of them, learn better.", "loss", "fine", "few large", "lower"),
+        Claim("A shared expert helps.", "loss", "fine, shared", "fine", "lower"),
+        Claim("Still smaller experts learn better still.", "loss", "finer, shared", "fine, shared", "lower"),
+        Claim("Fine-grained and shared together beat few large ones.", "loss", "finer, shared", "few large", "lower"),
+    ))

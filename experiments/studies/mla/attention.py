@@ -1,0 +1,45 @@
+"""The attention that MLA is compared with: heads of queries that share fewer heads of keys and values.
+
+As many key-value heads as query heads is MHA, one is MQA. The first rope_head_dim numbers of a head are rotated.
+"""
+
+import contextlib
+import functools
+from unittest import mock
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from deepseek_jax.config import ModelConfig
+from deepseek_jax.model import transformer
+from deepseek_jax.model.attention import attend
+from deepseek_jax.model.layers import linear, weight
+from deepseek_jax.model.rope import rotate
+from experiments.studies.mla.config import VARIANTS
+
+
+class GroupedAttention(nn.Module):
+    """Takes MLA's place: the same arguments, the same result."""
+
+    cfg: ModelConfig
+    kv_heads: int
+    width: int
+
+    @nn.compact
+    def __call__(self, x_BTD, rope, segment_ids_BT):
+        D, H, A, R = self.cfg.d_model, self.cfg.num_heads, self.width, self.cfg.rope_head_dim
+        turned = lambda x_BTHA: jnp.concatenate([rotate(x_BTHA[..., :R], rope), x_BTHA[..., R:]], axis=-1)
+        q_BTHA = turned(linear(x_BTD, weight(self, "q", (D, H, A))))
+        k_BTGA = turned(linear(x_BTD, weight(self, "k", (D, self.kv_heads, A))))
+        v_BTGA = linear(x_BTD, weight(self, "v", (D, self.kv_heads, A)))
+        k_BTHA, v_BTHA = (jnp.repeat(x, H // self.kv_heads, axis=2) for x in (k_BTGA, v_BTGA))
+        o_BTHA = attend(q_BTHA, k_BTHA, v_BTHA, segment_ids_BT, A ** -0.5, self.cfg.attention_block)
+        return linear(o_BTHA.reshape(*o_BTHA.shape[:2], H * A), weight(self, "o", (H * A, D)))
+
+
+def attention_of(arm):
+    """A context in which the model is built with the arm's attention."""
+    if arm not in VARIANTS:
+        return contextlib.nullcontext()
+    kv_heads, width = VARIANTS[arm]
+    return mock.patch.object(transformer, "MLA", functools.partial(GroupedAttention, kv_heads=kv_heads, width=width))

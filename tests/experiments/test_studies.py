@@ -1,0 +1,165 @@
+"""The studies: what their configs say, what is committed of them, and one of them run from end to end."""
+
+import importlib
+import json
+import pathlib
+from concurrent.futures import Future
+from unittest import mock
+
+import pytest
+
+from experiments.studies.common import corpora, runner
+from experiments.studies.common.study import Claim, Study
+from experiments.studies.common.training import Probes, thinned
+
+FOLDER = pathlib.Path(__file__).resolve().parents[2] / "experiments" / "studies"
+NAMES = sorted(path.parent.name for path in FOLDER.glob("*/config.py") if path.parent.name != "pipeline")
+STUDIES = {name: importlib.import_module(f"experiments.studies.{name}.config").STUDY for name in NAMES}
+FINISHED = [name for name in NAMES if (FOLDER / name / "results.json").exists()]
+# The least that trains, in two seeds of two arms.
+LEAST = Study(name="least", arms={"bias": {}, "none": {"balance.bias_speed": 0.0}}, quick_arms=("bias", "none"),
+              quick={"train.steps": 3, "model.d_model": 16, "train.batch_size": 2, "train.sequence_length": 32},
+              claims=(Claim("Balances.", "max_vio_global", "bias", "none", "lower"),))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_arm_is_a_config_that_could_run(name):
+    study = STUDIES[name]
+    assert study.name == name and set(study.quick_arms) <= set(study.arms) and len(study.seeds) >= 3
+    for arm in study.arms:
+        study.config(arm)
+    for arm in study.quick_arms:
+        assert study.config(arm, 1, quick=True).train.steps <= 20
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_study_has_its_page(name):
+    text = (FOLDER / name / "README.md").read_text()
+    assert f"python -m experiments.studies.{name}.run" in text and "report" in text.lower()
+    assert (name in FINISHED) == ("No full result yet" not in text)
+
+
+@pytest.mark.parametrize("name", FINISHED)
+def test_results_are_those_of_the_config_that_is_there(name):
+    results, study = json.loads((FOLDER / name / "results.json").read_text()), STUDIES[name]
+    assert results["config_hash"] == study.config_hash() and not results["quick"]
+    assert list(results["arms"]) == list(study.arms) and tuple(results["seeds"]) == study.seeds
+    assert len(results["claims"]) == len(study.claims)
+    assert (FOLDER / name / f"{name}.png").exists()
+
+
+@pytest.mark.parametrize("name", FINISHED)
+def test_verdicts_follow_from_the_committed_seeds(name):
+    results, study = json.loads((FOLDER / name / "results.json").read_text()), STUDIES[name]
+    runs = [{"arm": arm, "seed": seed, "metrics": {n: m["seeds"][str(seed)] for n, m in found["metrics"].items()}}
+            for arm, found in results["arms"].items() for seed in results["seeds"]]
+    assert runner.judged(study, runs) == results["claims"]
+
+
+def test_the_pipeline_study_is_what_its_tables_say():
+    pipeline = importlib.import_module("experiments.studies.pipeline.run")
+    results = json.loads((FOLDER / "pipeline" / "results.json").read_text())
+    assert results["config"] == pipeline.CONFIG and results["rows"] == pipeline.table()
+
+
+def test_the_hash_of_an_arm_follows_its_config_and_not_its_seed():
+    other = Study(**{**vars(LEAST), "base": {"train.steps": 7}})
+    assert other.arm_hash("bias") != LEAST.arm_hash("bias") != LEAST.arm_hash("none")
+    assert LEAST.config("bias", 1).train.seed == 1
+    assert Study(**{**vars(LEAST), "seeds": (3, 4, 5)}).arm_hash("bias") == LEAST.arm_hash("bias")
+    assert Study(**{**vars(LEAST), "seeds": (3, 4, 5)}).config_hash() != LEAST.config_hash()
+
+
+def test_a_claim_about_an_arm_that_is_not_there_is_refused():
+    with pytest.raises(ValueError, match="'bais', which is no arm; there are bias, none"):
+        Study(**{**vars(LEAST), "claims": (Claim("Balances.", "loss", "bais", "none", "lower"),)})
+
+
+def test_curves_are_means_of_ten_steps():
+    assert thinned(list(range(25))) == [4.5, 14.5, 22.0]
+
+
+def test_probes_sort_numbers_from_arrays():
+    probes = Probes()
+    probes.add(5, {"x": 1.0, "loads": [[1]]})
+    probes.add(10, {"x": 3.0, "loads": [[2]], "at_the_end": 7.0})
+    assert probes.scalars() == {"x": 3.0, "at_the_end": 7.0, "x_gained": 2.0}
+    assert probes.curves() == {"step": [5, 10], "x": [1.0, 3.0]} and probes.arrays() == {"loads": [[2]]}
+
+
+def test_three_kinds_of_text_are_written(tmp_path):
+    corpora.kinds(tmp_path)
+    sizes = {kind: sum(p.stat().st_size for p in (tmp_path / kind).iterdir()) for kind in ("code", "prose", "tables")}
+    assert min(sizes.values()) > 300_000
+
+
+class Here:
+    """A pool of no processes, so that a test sees what runs."""
+
+    def __init__(self, workers, context, start, arguments):
+        start(*arguments)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+    def submit(self, work, *arguments):
+        future = Future()
+        future.set_result(work(*arguments))
+        return future
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """(work directory, results) of LEAST."""
+    workdir = tmp_path_factory.mktemp("studies")
+    with mock.patch.object(runner.concurrent.futures, "ProcessPoolExecutor", Here):
+        return workdir, runner.run(LEAST, True, workdir, 1)
+
+
+def test_a_quick_study_ends_with_intervals_and_a_verdict(finished):
+    _, results = finished
+    loss = results["arms"]["bias"]["metrics"]["loss"]
+    assert loss["low"] <= loss["mean"] <= loss["high"] and loss["seeds"].keys() == {"0", "1"}
+    assert loss["seeds"]["0"] != loss["seeds"]["1"]
+    assert results["claims"][0]["verdict"] in ("reproduced", "not visible at this scale", "contradicted")
+    assert len(results["arms"]["none"]["curves"]["train_loss"]) == 1 and results["versions"]["jax"]
+
+
+def test_seeds_are_paired(finished):
+    """Arms of a seed begin with the same numbers and the same text: so the first step, before a bias has moved."""
+    workdir, _ = finished
+    first = {}
+    for path in (workdir / "least-quick").glob("*.json"):
+        run = json.loads(path.read_text())
+        first.setdefault(run["seed"], set()).add(run["first_loss"])
+    assert [len(values) for values in first.values()] == [1, 1] and first[0] != first[1]
+
+
+def test_what_is_finished_is_not_run_again(finished):
+    workdir, results = finished
+    with mock.patch.object(runner, "train_all", side_effect=AssertionError("ran again")):
+        again = runner.run(LEAST, True, workdir, 1)
+    assert again["arms"] == results["arms"]
+
+
+def test_only_what_is_missing_runs_and_gives_the_same_bits(finished):
+    workdir, results = finished
+    lost = runner.result_path(LEAST, "bias", 1, True, workdir / "least-quick")
+    before = json.loads(lost.read_text())
+    lost.unlink()
+    with (mock.patch.object(runner.concurrent.futures, "ProcessPoolExecutor", Here),
+          mock.patch.object(runner, "train_all", wraps=runner.train_all) as train):
+        runner.run(LEAST, True, workdir, 1)
+    assert train.call_args.args[1] == {"bias": [1]}
+    after = json.loads(lost.read_text())
+    assert {**after, "seconds": 0} == {**before, "seconds": 0}
+
+
+def test_results_and_picture_are_written(finished, tmp_path):
+    from experiments.studies.load_balance.run import draw
+    runner.write_results(finished[1], tmp_path, draw)
+    assert json.loads((tmp_path / "results.json").read_text()) == finished[1]
+    assert (tmp_path / "least.png").stat().st_size > 10_000
