@@ -43,17 +43,20 @@ def main():
     except ModuleNotFoundError as error:
         raise ConfigError(f"serving needs {error.name}; pip install 'deepseek-jax[serve]'.") from None
     from deepseek_jax.generate import load
+    from deepseek_jax.serving import chat_template
     from deepseek_jax.serving.engine import Engine
     from deepseek_jax.serving.service import Service
 
     cfg, variables, tokenizer = load(args.workdir, args.hf, args.ema)
+    spell = tokenizer.backend.id_to_token
+    template = chat_template.read(args.workdir or args.hf, spell(tokenizer.bos), spell(tokenizer.eos))
     depth = min(1, cfg.mtp_depth) if args.depth is None else args.depth
     engine = Engine(cfg, variables, args.max_sequences, args.max_length, depth, cache=args.cache)
     print("compiling ...", flush=True)
     engine.warm_up()
     name = args.name or os.path.basename(os.path.abspath(args.workdir or args.hf))
     print(f"serving {name} at http://{args.host}:{args.port}", flush=True)
-    serve(Service(engine, tokenizer, name, args.max_waiting), args.host, args.port, args.api_key)
+    serve(Service(engine, tokenizer, name, args.max_waiting, template), args.host, args.port, args.api_key)
 
 
 if __name__ == "__main__":

@@ -43,8 +43,8 @@ class Asked(NamedTuple):
     return_drafts: bool
 
 
-def read(body, chat: bool, tokenizer, vocab_size: int, model: str, max_length: int) -> Asked:
-    """Raises BadRequest for the first field that cannot be served."""
+def read(body, chat: bool, tokenizer, vocab_size: int, model: str, max_length: int, template=None) -> Asked:
+    """Raises BadRequest for the first field that cannot be served. `template`: see `serving.chat_template`."""
     if not isinstance(body, dict):
         raise BadRequest(None, "the body must be a JSON object.", code="invalid_json")
     for field in body:
@@ -65,7 +65,7 @@ def read(body, chat: bool, tokenizer, vocab_size: int, model: str, max_length: i
     if _integer(body, "best_of", n, 1, MOST_CHOICES) != n:
         raise BadRequest("best_of", "best_of is not supported; it can only equal n.")
 
-    prompts = _chat(body, tokenizer) if chat else _prompts(body, tokenizer, vocab_size)
+    prompts = _chat(body, tokenizer, template) if chat else _prompts(body, tokenizer, vocab_size)
     if len(prompts) * n > MOST_CHOICES:
         raise BadRequest("n", f"{len(prompts)} prompts and n={n} make more than {MOST_CHOICES} choices.")
     source = "messages" if chat else "prompt"
@@ -152,13 +152,13 @@ def _prompts(body, tokenizer, vocab_size):
     return out
 
 
-def _chat(body, tokenizer):
-    """Roles are DeepSeek's tokens where the tokenizer has them; a model without them continues the plain text."""
+def _chat(body, tokenizer, template):
+    """Without a template, roles are DeepSeek's tokens; a tokenizer that lacks them makes it plain text to continue."""
     messages = body.get("messages")
     if not isinstance(messages, list) or not messages:
         raise BadRequest("messages", "messages must be a list of one or more messages.")
     backend = tokenizer.backend
-    ids, plain = [tokenizer.bos], []
+    ids, plain, clean = [tokenizer.bos], [], []
     for i, message in enumerate(messages):
         content, role = (message.get(k) for k in ("content", "role")) if isinstance(message, dict) else (None, None)
         if isinstance(content, list) and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in content):
@@ -170,6 +170,12 @@ def _chat(body, tokenizer):
         ids += [t for t in [backend.token_to_id(ROLES[role] or "")] if t is not None] + tokenizer.encode(content)
         ids += [tokenizer.eos] if role == "assistant" else []
         plain.append(content)
+        clean.append({"role": role, "content": content})
+    if template is not None:
+        try:
+            return [backend.encode(template(clean), add_special_tokens=False).ids]
+        except ValueError as error:
+            raise BadRequest("messages", f"messages: the model's chat template refuses them: {error}") from None
     answer = backend.token_to_id(ROLES["assistant"])
     if answer is None:
         return [[tokenizer.bos, *tokenizer.encode("\n".join(plain))]]

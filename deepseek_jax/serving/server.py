@@ -95,7 +95,7 @@ class Endpoints:
         engine = self.service.engine
         body = await _body(request)
         asked = api.read(body, request.url.path.startswith("/v1/chat"), self.service.tokenizer, engine.cfg.vocab_size,
-                         self.service.model, engine.max_length)
+                         self.service.model, engine.max_length, self.service.template)
         stream = self.service.submit(asked)
         answer = Answer(self.service.model, asked, stream)
         if asked.stream:

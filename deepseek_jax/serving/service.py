@@ -39,10 +39,12 @@ class Service:
 
     Args:
       most_waiting: sequences that may wait beside those that run; one more is refused with 429.
+      template: of chats, as `serving.chat_template.read` gives it.
     """
 
-    def __init__(self, engine: Engine, tokenizer, model: str, most_waiting: int):
+    def __init__(self, engine: Engine, tokenizer, model: str, most_waiting: int, template=None):
         self.engine, self.tokenizer, self.model, self.most_waiting = engine, tokenizer, model, most_waiting
+        self.template = template
         self.started, self.failure, self._stopping = time.time(), None, False
         self.live = set()  # the listeners of all sequences that run or wait
         self._lock = threading.Lock()

@@ -1,0 +1,65 @@
+"""The chat template that a checkpoint brings along, as transformers renders it: Jinja, in a sandbox."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+
+from deepseek_jax.config import ConfigError
+
+
+def read(folder: str, bos: str, eos: str) -> Callable[[list[dict]], str] | None:
+    """messages -> prompt, ready for the answer; None where `folder` brings no template.
+
+    Args:
+      folder: with chat_template.jinja, or tokenizer_config.json that holds "chat_template".
+      bos, eos: the tokens that templates name.
+
+    Raises:
+      ConfigError: the template cannot be read, or jinja2 is not installed.
+      ValueError: (of the function) the template refuses these messages.
+    """
+    source = _source(folder)
+    if source is None:
+        return None
+    try:
+        import jinja2.sandbox
+    except ImportError:
+        raise ConfigError(f"{folder} has a chat template, which needs jinja2: pip install -e '.[serve]'.") from None
+
+    def refuse(why):
+        raise ValueError(str(why))
+
+    jinja = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    jinja.globals["raise_exception"] = refuse
+    try:
+        template = jinja.from_string(source)
+    except jinja2.TemplateError as error:
+        raise ConfigError(f"the chat template of {folder} is damaged ({error}); fetch it again.") from None
+
+    def render(messages):
+        try:
+            return template.render(messages=messages, bos_token=bos, eos_token=eos, add_generation_prompt=True)
+        except jinja2.TemplateError as error:
+            raise ValueError(str(error)) from None
+
+    return render
+
+
+def _source(folder):
+    path = os.path.join(folder, "chat_template.jinja")
+    if os.path.isfile(path):
+        with open(path, encoding="utf-8") as f:
+            return f.read()
+    path = os.path.join(folder, "tokenizer_config.json")
+    if not os.path.isfile(path):
+        return None
+    try:
+        with open(path, encoding="utf-8") as f:
+            found = json.load(f).get("chat_template")
+    except (ValueError, AttributeError):
+        raise ConfigError(f"{path} is not a JSON object; fetch it again.") from None
+    if isinstance(found, list):  # several, by name
+        found = {one.get("name"): one.get("template") for one in found if isinstance(one, dict)}.get("default")
+    return found if isinstance(found, str) else None
