@@ -1,13 +1,14 @@
 # make train   from nothing: environment, tokenizer, a tiny model on real text, a sample, plots (in run/)
 # make test    the CPU suite          make lint    ruff
 # make bench   speed beside transformers, a dense product, ragged_dot: same machine, same run
+# make aot     compiles a 16B training step for eight H100s that are not here, and says what it needs
 # make clean   removes environments, caches and run/
 #
 # Takes the newest of Python 3.12, 3.13, 3.11 that really runs; `make PYTHON=/path/to/python` overrides.
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help train test lint bench clean
+.PHONY: help train test lint bench aot clean
 
 # A version manager's shim may exist and fail, so each candidate has to import what an environment needs.
 find_python = for v in $(1); do for p in "$$(command -v python$$v)" $$(ls -d $$HOME/.pyenv/versions/*/bin/python$$v 2>/dev/null); do \
@@ -53,5 +54,14 @@ bench: .venv/stamp .venv-peer/stamp
 	$(RUN) benchmarks/run.py --json benchmarks/results/train_cpu.json
 	$(RUN) benchmarks/grouped_matmul.py --json benchmarks/results/grouped_matmul.json
 
+.venv-aot/stamp: setup.py
+	@rm -rf .venv-aot && "$(PYTHON)" -m venv .venv-aot
+	@.venv-aot/bin/python -m pip install -qq --disable-pip-version-check -e '.[aot]'
+	@touch $@
+
+aot: .venv-aot/stamp
+	.venv-aot/bin/python -m deepseek_jax.compile --model v2_lite_16b --target h100:8 --expert 8 --sequences 512 --capacity 1.5 \
+		--json experiments/scale/v2_lite_16b_h100_8.json --plot experiments/scale/v2_lite_16b_h100_8.png
+
 clean:
-	rm -rf .venv .venv-peer .cache .pytest_cache .hypothesis .ruff_cache build run *.egg-info
+	rm -rf .venv .venv-peer .venv-aot .cache .pytest_cache .hypothesis .ruff_cache build run *.egg-info
