@@ -40,6 +40,7 @@ setup(
             "uvicorn>=0.30",
             "httpx>=0.27",
             "jinja2>=3.1",
+            "openai>=1.40",  # the client whose protocol the server speaks
         ],
         # Compiling for GPUs that are not here: the plugin and ptxas, without the CUDA libraries a run would need.
         "aot": ["jax-cuda13-plugin>=0.10.2,<0.13", "nvidia-cuda-nvcc>=13"],
