@@ -24,10 +24,10 @@ log = logging.getLogger(__name__)
 OPERATIONS = {
     "quantize": ("quantize", ("reference", "hopper")),
     "swiglu_quantize": ("quantize", ("reference", "hopper")),
-    "fp8_matmul": ("fp8_matmul", ("reference", "hopper")),
-    "fp8_grouped_matmul": ("fp8_grouped_matmul", ("reference", "hopper")),
-    "mla_attention": ("mla_attention", ("reference",)),
-    "mla_decode": ("mla_decode", ("reference",)),
+    "fp8_matmul": ("fp8_matmul", ("reference", "hopper", "tpu")),
+    "fp8_grouped_matmul": ("fp8_grouped_matmul", ("reference", "hopper", "tpu")),
+    "mla_attention": ("mla_attention", ("reference", "hopper")),
+    "mla_decode": ("mla_decode", ("reference", "hopper")),
 }
 NEEDS = {"hopper": "a Hopper GPU (H100, H200, H800)", "tpu": "a TPU"}
 

@@ -47,6 +47,8 @@ def worst_error(ours, theirs):
 
 def xla_peers(case, key):
     """{name: (function, arguments)}: what XLA makes of the same product, in bfloat16 and in FP8 with one scale."""
+    if case.operation.startswith("mla"):
+        return {"xla": (jax.jit(case.call("reference")), case.random(key))}
     if case.operation != "fp8_matmul":
         return {}
     a, b = (jax.random.normal(k, shape, jnp.bfloat16)

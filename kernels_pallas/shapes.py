@@ -10,8 +10,22 @@ from kernels_pallas import api
 from kernels_pallas.formats import BLOCK, E4M3, Quantized, blocks
 
 
+class _Case:
+    published = None
+
+    def bytes(self):
+        """What has to cross memory at least once: operands with their scales, and results."""
+        size = lambda tree: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+        return size(self.arguments()) + size(jax.eval_shape(self.call("reference"), *self.arguments()))
+
+    def function(self, implementation):
+        """The operation. "hopper" is taken from its module, whatever machine this is."""
+        module = importlib.import_module(f"kernels_pallas.{implementation}.{api.OPERATIONS[self.operation][0]}")
+        return getattr(module, self.operation)
+
+
 @dataclasses.dataclass(frozen=True)
-class Case:
+class Case(_Case):
     """One operation at one shape.
 
     M, N, K: of the product [M, K] @ [N, K].T; quantizers take [M, K]. With `groups` the rows M (or, with form="tiles",
@@ -39,11 +53,6 @@ class Case:
     def out_dtype(self):
         return jnp.float32 if self.form == "tiles" else jnp.bfloat16
 
-    def bytes(self):
-        """What has to cross memory at least once: operands with their scales, and results."""
-        size = lambda tree: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
-        return size(self.arguments()) + size(jax.eval_shape(self.call("reference"), *self.arguments()))
-
     def arguments(self):
         """jax.ShapeDtypeStructs of the operands."""
         tiles = lambda rows, K: Quantized(_array((rows, K), E4M3), _array((rows, blocks(K)), jnp.float32))
@@ -59,9 +68,8 @@ class Case:
         return (tiles(self.M, self.K), b, *sizes)
 
     def call(self, implementation):
-        """The operation as a function of `arguments()`. "hopper" is taken from its module, whatever machine this is."""
-        module = importlib.import_module(f"kernels_pallas.{implementation}.{api.OPERATIONS[self.operation][0]}")
-        function = getattr(module, self.operation)
+        """The operation as a function of `arguments()`."""
+        function = self.function(implementation)
         if self.operation in ("quantize", "swiglu_quantize"):
             return function
         return lambda *args: function(*args, out_dtype=self.out_dtype)
@@ -83,6 +91,82 @@ class Case:
         return tuple(made)
 
 
+@dataclasses.dataclass(frozen=True)
+class Attention(_Case):
+    """mla_attention of B sequences of T tokens and H heads, or, with backward=True, its gradients as well."""
+
+    B: int
+    T: int
+    H: int
+    backward: bool = False
+    segments: bool = False
+    A: int = 192
+    V: int = 128
+    operation: str = "mla_attention"
+
+    def __str__(self):
+        kind = f"{' segments' if self.segments else ''}{' and gradients' if self.backward else ''}"
+        return f"{self.B}x{self.T} H={self.H} {self.A}/{self.V}{kind}"
+
+    @property
+    def flops(self):
+        products = self.A + self.V + self.backward * (3 * self.A + 2 * self.V)
+        return self.B * self.H * self.T**2 * products  # the causal half
+
+    def arguments(self):
+        wide, narrow = (_array((self.B, self.T, self.H, n), jnp.bfloat16) for n in (self.A, self.V))
+        ids = (_array((self.B, self.T), jnp.int32),) if self.segments else ()
+        return (wide, wide, narrow, *((narrow,) if self.backward else ()), *ids)
+
+    def call(self, implementation):
+        def attend(q, k, v, ids):
+            return self.function(implementation)(q, k, v, ids, scale=self.A**-0.5)
+
+        def gradients(q, k, v, do, ids):
+            o, pull_back = jax.vjp(lambda *qkv: attend(*qkv, ids), q, k, v)
+            return o, *pull_back(do)
+
+        run = gradients if self.backward else attend
+        return run if self.segments else lambda *args: run(*args, None)
+
+    def random(self, key):
+        ids = jnp.arange(self.T) // max(self.T // 3, 1)
+        return tuple(jnp.broadcast_to(ids, x.shape).astype(x.dtype) if x.dtype == jnp.int32
+                     else jax.random.normal(k, x.shape, x.dtype)
+                     for k, x in zip(jax.random.split(key, 5), self.arguments()))
+
+
+@dataclasses.dataclass(frozen=True)
+class Decode(_Case):
+    """mla_decode of B sequences of T tokens in pages of `page`."""
+
+    B: int
+    T: int
+    H: int
+    page: int = 64
+    C: int = 512
+    operation: str = "mla_decode"
+    flops = 0  # reading the cache is what takes the time
+
+    def __str__(self):
+        return f"{self.B}x{self.T} H={self.H} pages of {self.page}"
+
+    def arguments(self):
+        X, pages = self.C + 64, -(-self.T // self.page)
+        return (_array((self.B, self.H, X), jnp.bfloat16), _array((self.B * pages, self.page, X), jnp.bfloat16),
+                _array((self.B, pages), jnp.int32), _array((self.B,), jnp.int32))
+
+    def call(self, implementation):
+        return lambda *args: self.function(implementation)(*args, scale=(self.C // 4 + 64) ** -0.5)
+
+    def random(self, key):
+        q, cache, table, lengths = self.arguments()
+        keys = jax.random.split(key, 3)
+        return (jax.random.normal(keys[0], q.shape, q.dtype), jax.random.normal(keys[1], cache.shape, cache.dtype),
+                jax.random.permutation(keys[2], table.size).reshape(table.shape).astype(jnp.int32),
+                jnp.full(lengths.shape, self.T, jnp.int32))
+
+
 def _array(shape, dtype):
     return jax.ShapeDtypeStruct(shape, dtype)
 
@@ -95,7 +179,8 @@ SHAPES = {
     "tiny": (
         Case("quantize", 256, 256), Case("swiglu_quantize", 256, 256), Case("fp8_matmul", 256, 256, 128),
         Case("fp8_matmul", 256, 256, 128, form="tiles"), Case("fp8_grouped_matmul", 512, 256, 128, groups=2),
-        Case("fp8_grouped_matmul", 128, 512, 128, groups=2, form="tiles")),
+        Case("fp8_grouped_matmul", 128, 512, 128, groups=2, form="tiles"),
+        Attention(1, 128, 1, backward=True), Decode(1, 128, 2, page=32, C=128)),
     "v3-train": (
         Case("quantize", 4096, 7168), Case("swiglu_quantize", 32768, 2048),
         *(Case("fp8_matmul", 4096, K, N, published=speed[2]) for (N, K), speed in _MATMULS.items()),
@@ -103,7 +188,10 @@ SHAPES = {
         Case("fp8_matmul", 16384, 4096, 7168, form="tiles", published=994),
         *(Case("fp8_grouped_matmul", 32768, K, N, groups=g, published=speed)
           for g in (4, 8) for N, K, speed in ((4096, 7168, 1346), (7168, 2048, 1214))),
-        Case("fp8_grouped_matmul", 4096, 32768, 7168, groups=8, form="tiles")),
-    "v3-decode": tuple(Case("fp8_matmul", M, K, N, published=speed[n])
-                       for (N, K), speed in _MATMULS.items() for n, M in enumerate((64, 128))),
+        Case("fp8_grouped_matmul", 4096, 32768, 7168, groups=8, form="tiles"),
+        Attention(1, 4096, 128, backward=True), Attention(1, 4096, 128, backward=True, segments=True)),
+    "v3-decode": (
+        *(Case("fp8_matmul", M, K, N, published=speed[n])
+          for (N, K), speed in _MATMULS.items() for n, M in enumerate((64, 128))),
+        Decode(128, 4096, 128), Decode(128, 4096, 16), Decode(4, 32768, 128, page=32)),
 }

@@ -7,6 +7,9 @@ GROUPED = "kernels_pallas/reference/fp8_grouped_matmul.py"
 DECODE = "kernels_pallas/reference/mla_decode.py"
 H_QUANTIZE, H_MATMUL, H_GROUPED = (f"kernels_pallas/hopper/{name}.py"
                                    for name in ("quantize", "fp8_matmul", "fp8_grouped_matmul"))
+H_ATTENTION, H_DECODE, H_RING = (f"kernels_pallas/hopper/{name}.py" for name in ("mla_attention", "mla_decode", "ring"))
+TPU_MATMUL, TPU_GROUPED = (f"kernels_pallas/tpu/{name}.py" for name in ("fp8_matmul", "fp8_grouped_matmul"))
+T_MLA, T_TPU = "kernels/test_hopper_mla.py", "kernels/test_tpu.py"
 REPORT = "kernels_pallas/compile_report.py"
 T_FP8, T_REFERENCE, T_HOPPER, T_TOOLS = ("test_fp8.py", "kernels/test_reference.py", "kernels/test_hopper.py",
                                          "kernels/test_tools.py")
@@ -51,4 +54,28 @@ MUTATIONS = [
      ".transpose((1, 0)), layout=WGMMA)", ", layout=WGMMA)", T_HOPPER),
     ("hopper: powers of two round down", H_QUANTIZE, "(bits + 0x7FFFFF)", "bits", T_HOPPER),
     ("report: spills are no fault", REPORT, 'if row["spill_bytes"] else []', "if False else []", T_TOOLS),
+    ("hopper attention: a query sees the next key", H_ATTENTION, "iota(q_axis) + (query - key) >=",
+     "iota(q_axis) + (query - key) + 1 >=", T_MLA),
+    ("hopper attention: segments are not masked", H_ATTENTION, "    if segments_ref is not None:\n        def ids",
+     "    if False:\n        def ids", T_MLA),
+    ("hopper attention: the old output is not rescaled", H_ATTENTION, "o = o * rows(shrink, o.shape)", "o = o * 1.0",
+     T_MLA),
+    ("hopper attention: dq misses delta", H_ATTENTION, "ds = p * (dp - rows(delta, s.shape))", "ds = p * dp", T_MLA),
+    ("hopper attention: dk starts at the first query", H_ATTENTION,
+     "at = (batch, pl.ds((start + n) * width, width), head)", "at = (batch, pl.ds(n * width, width), head)", T_MLA),
+    ("hopper attention: a slot is filled again before it was read", H_RING, "@pl.when(n >= self.slots[0].shape[0])",
+     "@pl.when(n >= 10**6)", T_MLA),
+    ("hopper decode: tokens past the length are read", H_DECODE, "jnp.where(token < length, s, -jnp.inf)", "s", T_MLA),
+    ("hopper decode: what was never written stays", H_DECODE, "@pl.when(first + TOKENS > length)",
+     "@pl.when(first > length)", T_MLA),
+    ("hopper decode: the groups keep their own maxima", H_DECODE, "jnp.maximum(*both(said_smem))", "s.max(axis=1)",
+     T_MLA),
+    ("hopper decode: shares weigh the same", H_DECODE, "weights_BSH /= ", "weights_BSH = 0 * weights_BSH + 1 / ",
+     T_MLA),
+    ("tpu: a column's scale is left out", TPU_MATMUL, " * sb_ref[k:k + 1, :]", "", T_TPU),
+    ("tpu: the total is never cleared", TPU_MATMUL, "@pl.when(first)", "@pl.when(first & False)", T_TPU),
+    ("tpu: rows of no expert are written", TPU_GROUPED, "jnp.where(expert_T[pl.program_id(0)] < E, scaled_product(",
+     "jnp.where(expert_T[pl.program_id(0)] <= E, scaled_product(", T_TPU),
+    ("tpu: experts without rows keep what was there", TPU_GROUPED, "jnp.where((sizes_E > 0)[:, None, None], dw_EMN, 0)",
+     "dw_EMN", T_TPU),
 ]

@@ -29,6 +29,7 @@ from kernels_pallas.formats import BLOCK, E4M3, blocks, rows_of_scale
 from kernels_pallas.reference.fp8_matmul import check_matmul
 
 COMPUTE, MEMORY = 2, 1  # warpgroups
+SHARED_BYTES = 223 * 1024  # of a block's 227 KiB: the rest is for barriers, alignment and Mosaic's own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,8 +38,8 @@ class TuningConfig:
 
     tile_n: columns of a warpgroup's tile of 64 rows. 128: the sum in float32 and the partial sum take 64 registers
       each of the 232 there are; 64 x 256 spills.
-    stages: slices of 128 of K in flight, 32 KiB each; None: as many as leave room for the output in the 227 KiB that
-      there are, 5 with bfloat16 and 4 with float32.
+    stages: slices of 128 of K in flight, 32 KiB each (40 with split="columns"); None: as many as leave room for the
+      output in the 227 KiB that there are: 5 with bfloat16 and 4 with float32; by columns 4 and 3.
     split: "rows", both warpgroups share b's slice; "columns", they share a's: for M <= 64, where half of a would be
       zeros.
     snake: tiles of M that are walked together, so that a's rows stay in the L2 cache while b's pass.
@@ -56,6 +57,10 @@ class TuningConfig:
     @property
     def block_n(self):
         return self.tile_n * (COMPUTE if self.split == "columns" else 1)
+
+    def stages_for(self, out_dtype):
+        left = SHARED_BYTES - COMPUTE * 64 * self.tile_n * out_dtype.itemsize
+        return self.stages or left // ((self.block_m + self.block_n) * BLOCK)
 
 
 class Tile(NamedTuple):
@@ -83,7 +88,7 @@ def scaled_matmul(a, b, tables, locate, tiles, out_type, config, num_sms=132, in
     (a_MK, as_KM), (b_ENK, bs) = a, b
     by_column = bs.ndim == 2
     block_m, block_n, tile_n = config.block_m, config.block_n, config.tile_n
-    stages = config.stages or (5 if out_type.dtype.itemsize == 2 else 4)
+    stages = config.stages_for(out_type.dtype)
     swizzled = (plgpu.TilingTransform((8, BLOCK)), plgpu.SwizzleTransform(BLOCK))
     out_swizzle = (plgpu.TilingTransform((8, BLOCK // out_type.dtype.itemsize)), plgpu.SwizzleTransform(BLOCK))
 

@@ -63,6 +63,12 @@ def test_matmuls_are_their_twins(form, shape, split, stages):
     close(ours, api.fp8_matmul(a, b, out_dtype=jnp.float32))
 
 
+@pytest.mark.parametrize(("split", "dtype", "stages"), [("rows", "bfloat16", 5), ("rows", "float32", 4),
+                                                        ("columns", "bfloat16", 4), ("columns", "float32", 3)])
+def test_a_ring_takes_what_the_output_leaves_of_shared_memory(split, dtype, stages):
+    assert matmul.TuningConfig(split=split).stages_for(jnp.dtype(dtype)) == stages
+
+
 def test_a_matmul_rounds_once_to_its_output():
     a, b = api.quantize(normal((128, 256))), api.quantize_blocks(normal((128, 256), 1))
     ours = matmul.fp8_matmul(a, b, num_sms=1, interpret=INTERPRET)

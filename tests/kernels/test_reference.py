@@ -34,6 +34,14 @@ def test_a_matmul_is_the_product_of_what_is_dequantized(form, shape):
     close(jax.jit(lambda a, b: api.fp8_matmul(a, b, out_dtype=jnp.float32))(a, b), f64(a) @ f64(b).T, 1e-6)
 
 
+@pytest.mark.parametrize(("group", "worst"), [(32, 0.0032), (4, 0.022)])
+def test_without_promotion_14_bits_lose_2_percent_if_they_are_cut_after_every_4_products(group, worst):
+    a, b = (api.quantize(np.random.default_rng(seed).random((32, 4096), np.float32)) for seed in range(2))
+    model = api.Accumulator(bits=14, promote_every=0, group=group)
+    y = jax.jit(lambda a, b: api.fp8_matmul(a, b, out_dtype=jnp.float32, accumulator=model))(a, b)
+    assert np.abs(np.asarray(y, np.float64) / (f64(a) @ f64(b).T) - 1).max() == pytest.approx(worst, rel=0.1)
+
+
 SIZES = np.array([128, 0, 256, 128], np.int32)
 
 

@@ -18,6 +18,7 @@ HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parents[2]
 VARIANTS = {
     "bf16": [],
+    "bf16_two_micro_batches": ["--config.train.micro_batches=2"],  # the same sums in another order: the yardstick
     "fp8": ["--config.fp8.enabled=True"],
     "fp8_128x128": ["--config.fp8.enabled=True", "--config.fp8.gradient_tiles=128x128"],
     "fp8_tensor": ["--config.fp8.enabled=True", "--config.fp8.tiles=tensor"],

@@ -1,0 +1,107 @@
+"""What the attention kernels share: a ring of slots between one warpgroup that loads and two that multiply."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+COMPUTE = 2  # warpgroups that multiply
+LOWEST = -1e30  # a maximum before any score: finite, so that a block of masked scores subtracts no infinities
+
+
+def swizzled(columns):
+    """How bfloat16 lies in shared memory for TMA and the tensor core: tiles of 8 rows and 64, 32 or 16 columns."""
+    return plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(2 * columns)
+
+
+BF16 = swizzled(64)
+
+
+def roles(load, compute):
+    """Runs `load()` in the last warpgroup and `compute(group)` in the others, with the registers that each needs."""
+    group = lax.axis_index("group")
+
+    @pl.when(group == COMPUTE)
+    def _():
+        plgpu.set_max_registers(24, action="decrease")
+        load()
+
+    @pl.when(group < COMPUTE)
+    def _():
+        plgpu.set_max_registers(240, action="increase")
+        compute(group)
+
+
+class Ring(NamedTuple):
+    """Slots of shared memory, filled by TMA in order, each used by both warpgroups before it is filled again."""
+
+    slots: Any
+    full: Any
+    empty: Any
+
+    @classmethod
+    def of(cls, stages, *shapes, dtype=jnp.bfloat16, transforms=BF16, copies=None):
+        """Scratch types of a ring of `stages` slots; a slot holds an array of each shape; `copies` copies fill it."""
+        return cls([plgpu.SMEM((stages, *shape), dtype, transforms=transforms) for shape in shapes],
+                   plgpu.Barrier(num_arrivals=copies or len(shapes), num_barriers=stages),
+                   plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=stages))
+
+    def fill(self, n, *sources):
+        """Asks for what step n needs, an array for each of a slot's, as soon as the slot is free."""
+        slot = self._free(n)
+        for source, target in zip(sources, self.slots, strict=True):
+            plgpu.copy_gmem_to_smem(source, target.at[slot], self.full.at[slot])
+
+    def fill_rows(self, n, sources, height):
+        """The same for a slot of one array, `height` rows from each source."""
+        slot = self._free(n)
+        for part, source in enumerate(sources):
+            target = self.slots[0].at[slot, pl.ds(part * height, height)]
+            plgpu.copy_gmem_to_smem(source, target, self.full.at[slot])
+
+    def _free(self, n):
+        slot = lax.rem(n, self.slots[0].shape[0])
+
+        @pl.when(n >= self.slots[0].shape[0])
+        def _():
+            plgpu.barrier_wait(self.empty.at[slot])
+
+        return slot
+
+    def use(self, n, function):
+        """function(arrays of step n's slot), once they are there; gives the slot back."""
+        slot = lax.rem(n, self.slots[0].shape[0])
+        plgpu.barrier_wait(self.full.at[slot])
+        result = function(*(held.at[slot] for held in self.slots))
+        plgpu.barrier_arrive(self.empty.at[slot])
+        return result
+
+
+def multiply(a_smem, b_smem):
+    """a @ b in float32, both in shared memory."""
+    def run(acc):
+        plgpu.wgmma(acc, a_smem, b_smem)
+        return acc[...]
+
+    return pl.run_scoped(run, plgpu.ACC((a_smem.shape[0], b_smem.shape[1]), jnp.float32))
+
+
+def rows(value, shape):
+    """A column of numbers [rows] over a tile [rows, columns]."""
+    return lax.broadcast_in_dim(value, shape, (0,))
+
+
+def multiply_add(total, a, b_smem, interpret):
+    """total + a @ b: a running sum, a in registers or shared memory, b in shared memory."""
+    if interpret:  # which knows neither operands in registers nor sums that start from a value
+        a, b = a if isinstance(a, jax.Array) else a[...], b_smem[...]
+        plgpu.commit_smem()  # a plain read, where the tensor core's would be ordered before TMA's next write
+        return total + jnp.dot(a, b, preferred_element_type=jnp.float32)
+
+    def run(acc):
+        plgpu.wgmma(acc, a, b_smem)
+
+    return pl.run_state(run)(plgpu.ACC.init(total))
