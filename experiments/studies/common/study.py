@@ -94,7 +94,9 @@ class Study:
 
     def arm_hash(self, arm: str, quick: bool = False) -> str:
         """Changes with everything that an arm's numbers depend on, machine, versions and code aside."""
-        parts = [as_dict(self.config(arm, 0, quick)), self.probe, self.probes, self.corpus, self.network]
+        config = as_dict(self.config(arm, 0, quick))
+        del config["pipeline"]  # arms run without one
+        parts = [config, self.probe, self.probes, self.corpus, self.network]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
     def config_hash(self, quick: bool = False) -> str:
