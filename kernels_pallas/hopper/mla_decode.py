@@ -155,7 +155,7 @@ def _shares(q, cache, table, lengths, scale, rank, splits, tiles, stages, interp
             def _():
                 lse_ref[b, split, heads] = top + jnp.log2(total)
 
-        roles(load, compute)
+        roles(load, compute, registers=(40, 232))  # looking pages up takes more than 24
 
     outs = [jax.ShapeDtypeStruct((B, splits, tiles * HEADS, rank), jnp.float32),
             jax.ShapeDtypeStruct((B, splits, tiles * HEADS), jnp.float32)]

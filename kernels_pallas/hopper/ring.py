@@ -20,18 +20,18 @@ def swizzled(columns):
 BF16 = swizzled(64)
 
 
-def roles(load, compute):
-    """Runs `load()` in the last warpgroup and `compute(group)` in the others, with the registers that each needs."""
+def roles(load, compute, registers=(24, 240)):
+    """Runs `load()` in the last warpgroup and `compute(group)` in the others, with so many registers a thread."""
     group = lax.axis_index("group")
 
     @pl.when(group == COMPUTE)
     def _():
-        plgpu.set_max_registers(24, action="decrease")
+        plgpu.set_max_registers(registers[0], action="decrease")
         load()
 
     @pl.when(group < COMPUTE)
     def _():
-        plgpu.set_max_registers(240, action="increase")
+        plgpu.set_max_registers(registers[1], action="increase")
         compute(group)
 
 
