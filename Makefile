@@ -2,13 +2,14 @@
 # make test    the CPU suite          make lint    ruff
 # make bench   speed beside transformers, a dense product, ragged_dot: same machine, same run
 # make aot     compiles a 16B training step for eight H100s that are not here, and says what it needs
+# make studies-quick   every study in its short form         make notebooks   runs the notebooks
 # make clean   removes environments, caches and run/
 #
 # Takes the newest of Python 3.12, 3.13, 3.11 that really runs; `make PYTHON=/path/to/python` overrides.
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help train test lint bench aot clean
+.PHONY: help train test lint bench aot studies-quick notebooks clean
 
 # A version manager's shim may exist and fail, so each candidate has to import what an environment needs.
 find_python = for v in $(1); do for p in "$$(command -v python$$v)" $$(ls -d $$HOME/.pyenv/versions/*/bin/python$$v 2>/dev/null); do \
@@ -53,6 +54,14 @@ lint: .venv/stamp
 bench: .venv/stamp .venv-peer/stamp
 	$(RUN) benchmarks/run.py --json benchmarks/results/train_cpu.json
 	$(RUN) benchmarks/grouped_matmul.py --json benchmarks/results/grouped_matmul.json
+
+STUDIES := load_balance mtp bias_rule routing_limit experts balance_scope mla
+studies-quick: .venv/stamp
+	for s in $(STUDIES); do $(RUN) -m experiments.studies.$$s.run --quick || exit 1; done
+
+notebooks: .venv/stamp
+	$(RUN) -m pip install -qq --disable-pip-version-check -e '.[notebooks]'
+	$(RUN) notebooks/execute.py
 
 .venv-aot/stamp: setup.py
 	@rm -rf .venv-aot && "$(PYTHON)" -m venv .venv-aot
