@@ -1,7 +1,7 @@
 # make train   from nothing: environment, tokenizer, a tiny model on real text, a sample, plots (in run/)
 # make test    the CPU suite          make lint    ruff
 # make bench   speed beside transformers, a dense product, ragged_dot: same machine, same run
-# make aot     compiles a 16B training step for eight H100s that are not here, and says what it needs
+# make aot     compiles the Hopper kernels, and a 16B training step, for H100s that are not here
 # make studies-quick   every study in its short form         make notebooks   runs the notebooks
 # make clean   removes environments, caches and run/
 #
@@ -69,6 +69,7 @@ notebooks: .venv/stamp
 	@touch $@
 
 aot: .venv-aot/stamp
+	.venv-aot/bin/python -m kernels_pallas.compile_report --shapes v3-train v3-decode --json experiments/studies/fp8/compile_sm90a.json
 	.venv-aot/bin/python -m deepseek_jax.compile --model v2_lite_16b --target h100:8 --expert 8 --sequences 512 --capacity 1.5 \
 		--json experiments/scale/v2_lite_16b_h100_8.json --plot experiments/scale/v2_lite_16b_h100_8.png
 
