@@ -228,12 +228,16 @@ GROUPS = (  # of the table of bytes, in the order of matching
 def bytes_per_device(params, mesh) -> dict[str, dict[str, int]]:
     """{group: {"compute", "master"}}: bytes on one device of the working copy and of the masters.
 
-    Each moment in float32, and an average, takes as much as the masters.
+    Each moment in float32, and an average, takes as much as the masters. In a pipeline a rank works on one stage of the
+    MoE layers (on two with "dualpipe").
     """
-    table = {}
+    table, ranks = {}, mesh.shape["pipe"]
     for path, leaf in zip(jax.tree.leaves(paths(params)), jax.tree.leaves(params)):
         group = next(name for name, pattern in GROUPS if fnmatch.fnmatchcase(f"/{path}", pattern))
         row = table.setdefault(group, {"compute": 0, "master": 0})
         for kind, where in place(path, leaf.shape, mesh)._asdict().items():
-            row[kind] += math.prod(NamedSharding(mesh, where).shard_shape(leaf.shape)) * leaf.dtype.itemsize
+            part = NamedSharding(mesh, where).shard_shape(leaf.shape)
+            if kind == "compute" and path.startswith("layers/"):
+                part = (-(-part[0] // ranks), *part[1:])
+            row[kind] += math.prod(part) * leaf.dtype.itemsize
     return table
