@@ -105,8 +105,8 @@ MUTATIONS = [Mutation(*row) for row in [
      T_ATTENTION),
     ("attention backward misses delta", ATTENTION, "(dp - _part(delta, i, block, 2)[:, :, None])", "dp", T_ATTENTION),
     ("one key block too few", ATTENTION, "for j in range(i + 1)]", "for j in range(max(i, 1))]", T_ATTENTION),
-    ("query latent is not normed", ATTENTION, 'linear(q_norm(checkpoint_name(linear(x_BTD, w["q_a"]), "latent")), ',
-     'linear(linear(x_BTD, w["q_a"]), ', T_ATTENTION),
+    ("query latent is not normed", ATTENTION, 'linear(q_norm(q_BTQ), w["q_b"]', 'linear(q_BTQ, w["q_b"]',
+     T_ATTENTION),
     ("rotary key is not rotated", ATTENTION, "rotate(kv_BTX[..., None, C:], rope)", "kv_BTX[..., None, C:]",
      T_ATTENTION),
     # rope
@@ -130,8 +130,8 @@ MUTATIONS = [Mutation(*row) for row in [
     ("norm without its scale", LAYERS, "return (y * scale.reshape((1,) * (x.ndim - 1) + (-1,)))", "return y", T_LAYERS),
     ("the report remat keeps everything", TRANSFORMER, "save_only_these_names(*SAVED_NAMES)", "everything_saveable",
      T_LAYERS),
-    ("the report remat keeps nothing", LAYERS, '("residual", "latent", "attention", "ffn_in", "routing")',
-     '("nothing",)', T_LAYERS),
+    ("the report remat keeps nothing", LAYERS,
+     '("residual", "latent", "attention", "ffn_in", "routing", "dispatched")', '("nothing",)', T_LAYERS),
     ("experts' gradients rounded to bfloat16", EXPERTS, "dw_TDF = matmul(transpose(x_TMD), dy_TMF, wide(x_RD.dtype))",
      "dw_TDF = matmul(transpose(x_TMD), dy_TMF)", T_EXPERTS),
     # mtp
@@ -150,7 +150,8 @@ MUTATIONS = [Mutation(*row) for row in [
      T_TRANSFORMER),
     ("no residual around attention", TRANSFORMER, "x_BTD = x_BTD + MLA(", "x_BTD = MLA(", T_TRANSFORMER),
     # losses
-    ("the loss mask is ignored", LOSSES, "axis=-1)) * weights_M", "axis=-1))", T_LOSSES),
+    ("the loss mask is ignored", LOSSES, "(lse_M - logits_MW[hit]) * weights_M,", "(lse_M - logits_MW[hit]),",
+     T_LOSSES),
     ("the gradient ignores the loss mask", LOSSES, "* weights_M[:, None]\n", "\n", T_LOSSES),
     ("the gradient ignores what follows the loss", LOSSES, "dhead_DW * dloss", "dhead_DW", T_LOSSES),
     ("MTP targets are off by one", LOSSES, "return ahead(targets_BT, k),", "return ahead(targets_BT, k + 1),",

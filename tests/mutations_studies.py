@@ -20,7 +20,7 @@ MUTATIONS = [
      T_STATISTICS),
     ("studies: any clear difference is a success", STATISTICS, 'if below == (expected == "lower") else CONTRADICTED',
      "", T_STATISTICS),
-    ("studies: the hash forgets the config", STUDY, "parts = [as_dict(self.config(arm, 0, quick)), self.probe",
+    ("studies: the hash forgets the config", STUDY, "parts = [config, self.probe",
      "parts = [arm, self.probe", T_STUDIES),
     ("studies: all seeds are the first", TRAINING, "self.start(jax.random.key(seed))", "self.start(jax.random.key(0))",
      T_STUDIES),
