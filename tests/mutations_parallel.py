@@ -65,4 +65,6 @@ MUTATIONS = [
      "multihost_utils.sync_global_devices(name)", T_PROCESSES),
     ("a process that is gone is not missed", PROCESSES, "if last == FAREWELL:", 'if last in (FAREWELL, b""):',
      T_PROCESSES),
+    ("the table of bytes forgets the pipeline", "deepseek_jax/parallel/mesh.py", "-(-part[0] // ranks)", "part[0]",
+     "parallel/test_mesh.py"),
 ]

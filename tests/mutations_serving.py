@@ -7,6 +7,9 @@ T_NETWORK, T_CACHE, T_PAGES, T_SAMPLING, T_SPECULATIVE, T_GENERATION, T_ENGINE, 
     f"serving/test_{name}.py" for name in
     ("network", "cache", "pages", "sampling", "speculative", "generation", "engine", "placement"))
 
+API, CHAT = (f"deepseek_jax/serving/{name}.py" for name in ("api", "chat_template"))
+T_CHAT = "serving/test_chat_template.py"
+
 MUTATIONS = [
     ("cached keys are seen before their time", NETWORK, "<= rows.position_BT[:, :, None]",
      "<= rows.position_BT[:, :, None] + 1", T_NETWORK),
@@ -57,4 +60,12 @@ MUTATIONS = [
     ("logprobs are of the tempered distribution", DECODE, "jax.nn.log_softmax(logits_BTW.astype(jnp.float32), axis=-1)",
      "jax.nn.log_softmax(logits_BTW.astype(jnp.float32) / 2, axis=-1)", T_ENGINE),
     ("a stop string is given out", TEXT, "return text[:min(found)]", "return text", T_ENGINE),
+    ("chats ignore the model's template", API, "if template is not None:", "if False:",
+     T_CHAT),
+    ("a template may reach into Python", CHAT, "jinja2.sandbox.ImmutableSandboxedEnvironment(",
+     "jinja2.Environment(", T_CHAT),
+    ("a template is not told to open the answer", CHAT, "add_generation_prompt=True",
+     "add_generation_prompt=False", T_CHAT),
+    ("the first of several templates is taken", CHAT, '.get("default")', '.get("tools")',
+     T_CHAT),
 ]

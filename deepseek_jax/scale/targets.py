@@ -54,7 +54,7 @@ def devices_of(target: str):
         try:
             return topologies.get_topology_desc("h100", platform="cuda", target_config=H100,
                                                 topology=f"1x{hosts}x{each}").devices
-        except NotImplementedError as error:
+        except NotImplementedError as error:  # jax knows no "cuda"
             raise ConfigError("compiling for GPUs needs jax's CUDA plugin and ptxas; pip install 'deepseek-jax[aot]' "
                               "brings both.") from error
     try:
