@@ -7,12 +7,16 @@ others the device waits for. The axes of one are those along which the devices o
 import dataclasses
 import math
 import re
+from typing import NamedTuple
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
 BITS = {"pred": 8, "s4": 4, "u4": 4, "bf16": 16, "f16": 16, "c64": 64}
 _HEAD = re.compile(r"\s*(?:ROOT )?(%?[\w.\-]+) = ")
 _PARENTHESES = re.compile(r"[()]")
 _OPERATION = re.compile(r" ([\w\-]+)\(")
+# Products outside of HLO's own, and what all of them write down of the dimensions that are summed over.
+_KERNEL = re.compile(r'custom_call_target="(__cublas|mosaic_gpu|tpu_custom_call)')
+_CONTRACTED = re.compile(r'(?:lhs_contracting_dims=\{|"lhs_contracting_dimensions":\[)([\d,"]*)')
 _SHAPE = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\]")
 
 
@@ -105,56 +109,92 @@ def _end_of_type(line, at):
     return len(line)
 
 
+class Step(NamedTuple):
+    """A line of a program that communicates or multiplies, in the order in which the device comes to it.
+
+    what: "start" or "done" of an asynchronous collective (`key` says of which), "whole": a synchronous one, "work":
+    `products` matrix products of `flops` in all (those of kernels in other languages than HLO's are not known), or
+    "inner": the computations `inner`, run `trips` times, or one of them in a branch.
+    """
+
+    what: str
+    key: str = ""
+    collective: Collective | None = None
+    products: int = 0
+    flops: float = 0.0
+    inner: tuple[str, ...] = ()
+    trips: int = 1
+
+
 class _Program:
     def __init__(self, text, sizes):
         self.sizes, self.bodies = sizes, computations(text)
-        self.collectives: list[Collective] = []
+        self._types = {name: {line[0]: line[1] for line in lines} for name, lines in self.bodies.items()}
         self._counted = {}
 
-    def products(self, name) -> int:
-        """Matrix products in a computation, those it calls included."""
+    def work(self, name) -> tuple[int, float]:
+        """(matrix products in a computation, their FLOPs), those it calls included; loops as often as they turn."""
         if name not in self._counted:
-            self._counted[name] = 0  # a cycle cannot be
-            self._counted[name] = sum(self.products_of(*line[2:]) for line in self.bodies.get(name, ()))
+            self._counted[name] = 0, 0.0  # a cycle cannot be
+            each = [self.work_of(name, *line) for line in self.bodies.get(name, ())]
+            self._counted[name] = sum(n for n, _ in each), sum(flops for _, flops in each)
         return self._counted[name]
 
-    def products_of(self, operation, rest) -> int:
-        if operation in ("dot", "convolution"):
-            return 1
+    def work_of(self, name, result, shape, operation, rest) -> tuple[int, float]:
+        if operation in ("dot", "convolution") or (operation == "custom-call" and _KERNEL.search(rest)):
+            return 1, self.flops(name, shape, rest)
         if operation == "custom-call":
-            return int(bool(re.search(r'custom_call_target="(__cublas|mosaic_gpu|tpu_custom_call)', rest)))
-        return sum(self.products(name) for name in _called(rest))
+            return 0, 0.0
+        each = [self.work(inner) for inner in _called(rest)]
+        if operation == "conditional":
+            return max((n for n, _ in each), default=0), max((flops for _, flops in each), default=0.0)
+        return sum(n for n, _ in each), _trips(operation, rest) * sum(flops for _, flops in each)
 
-    def walk(self, name, times=1, branch=False):
-        """Collects what stands in a computation and in those that it calls."""
-        lines = self.bodies.get(name, ())
-        sizes = {line[0]: size_of(line[1]) for line in lines}
-        waiting = {}  # start -> (its Collective, products so far)
-        for result, shape, operation, rest in lines:
-            operands = re.findall(r"%[\w.\-]+", rest.split(")")[0])
+    def flops(self, name, shape, rest) -> float:
+        contracted = _CONTRACTED.search(rest)
+        if not contracted:
+            return 0.0
+        left = _dims(self._types[name].get(_operands(rest)[0], ""))
+        summed = math.prod(left[int(d)] for d in re.findall(r"\d+", contracted[1])) if left else 0
+        return 2.0 * math.prod(_dims(shape)) * summed
+
+    def steps(self, name, times=1, branch=False):
+        """What a computation does, as Steps."""
+        sizes = {result: size_of(shape) for result, shape in self._types.get(name, {}).items()}
+        started = set()
+        for result, shape, operation, rest in self.bodies.get(name, ()):
+            operands = _operands(rest)
             kind, phase = self.kind(operation, rest)
-            if phase == "done" and operands and operands[0] in waiting:
-                one, products = waiting.pop(operands[0])
-                self.collectives.append(dataclasses.replace(one, products=products))
+            if phase == "done" and operands and operands[0] in started:
+                yield Step("done", operands[0])
             elif kind and phase != "done":
                 size = max(sum(sizes.get(o, 0) for o in operands), 0 if phase == "start" else size_of(shape))
                 if phase == "start" and kind == "all-gather":
                     size = size_of(shape) - size  # (what goes in, what comes out)
                 axes = axes_of_group(first_group(self.groups(rest)), self.sizes)
-                one = Collective(kind, axes, size, times, branch, None)
-                if phase == "start":
-                    waiting[result] = one, 0
-                else:
-                    self.collectives.append(one)
-            elif operation == "while":
-                trips = re.search(r'known_trip_count[^\d]*(\d+)', rest)
-                for inner in _called(rest):
-                    self.walk(inner, times * (int(trips[1]) if trips else 1), branch)
-            elif operation in ("conditional", "call"):
-                for inner in _called(rest):
-                    self.walk(inner, times, branch or operation == "conditional")
-            if not kind and (n := self.products_of(operation, rest)):
-                waiting = {start: (one, products + n) for start, (one, products) in waiting.items()}
+                started |= {result} if phase == "start" else set()
+                yield Step(phase, result, Collective(kind, axes, size, times, branch, None))
+            elif operation in ("while", "conditional", "call"):
+                yield Step("inner", operation, inner=tuple(_called(rest)), trips=_trips(operation, rest))
+            if not kind and (work := self.work_of(name, result, shape, operation, rest))[0]:
+                yield Step("work", products=work[0], flops=work[1])
+
+    def walk(self, name, times=1, branch=False):
+        """The collectives of a computation and of those that it calls."""
+        waiting = {}  # key of a start -> (its Collective, products so far)
+        for step in self.steps(name, times, branch):
+            if step.what == "start":
+                waiting[step.key] = step.collective, 0
+            elif step.what == "done":
+                one, products = waiting.pop(step.key)
+                yield dataclasses.replace(one, products=products)
+            elif step.what == "whole":
+                yield step.collective
+            elif step.what == "inner":
+                for inner in step.inner:
+                    yield from self.walk(inner, times * step.trips, branch or step.key == "conditional")
+            else:
+                waiting = {key: (one, products + step.products) for key, (one, products) in waiting.items()}
 
     def kind(self, operation, rest):
         """(kind of collective or None, "start", "done" or "whole")."""
@@ -177,6 +217,21 @@ class _Program:
         return inner[0] if inner else ""
 
 
+def _operands(rest) -> list[str]:
+    return re.findall(r"%[\w.\-]+", rest.split(")")[0])
+
+
+def _dims(shape) -> list[int]:
+    """Of the first array of a type."""
+    found = _SHAPE.search(shape)
+    return [int(d) for d in found[2].split(",") if d] if found else []
+
+
+def _trips(operation, rest) -> int:
+    found = re.search(r"known_trip_count[^\d]*(\d+)", rest) if operation == "while" else None
+    return int(found[1]) if found else 1
+
+
 def _called(rest) -> list[str]:
     names = re.findall(r"(?:calls|body|to_apply|true_computation|false_computation)=(%?[\w.\-]+)", rest)
     if branches := re.search(r"branch_computations=\{([^}]*)\}", rest):
@@ -191,9 +246,20 @@ def collectives(text: str, sizes: dict[str, int]) -> list[Collective]:
       text: `compiled.as_text()`, scheduled.
       sizes: of the mesh's axes, in order.
     """
-    program = _Program(text, sizes)
-    program.walk("ENTRY")
-    return program.collectives
+    return list(_Program(text, sizes).walk("ENTRY"))
+
+
+def branches(text: str, number: int) -> list[str]:
+    """The computations of the first conditional that has `number` branches."""
+    for line in (line for lines in computations(text).values() for line in lines if line[2] == "conditional"):
+        if len(names := _called(line[3])) == number:
+            return names
+    raise ValueError(f"no conditional has {number} branches")
+
+
+def steps(text: str, sizes: dict[str, int], name: str) -> list[Step]:
+    """What the device does in one computation, in order."""
+    return list(_Program(text, sizes).steps(name))
 
 
 def table(found: list[Collective]) -> list[dict]:

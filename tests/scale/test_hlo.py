@@ -41,7 +41,7 @@ ENTRY %main (x: bf16[8,8], y: f32[64]) -> bf16[8,8] {
   %scatter-start = ((f32[64]{0}), f32[16]{0}, u32[]) async-start(%y), calls=%wrapped_scatter
   %f = bf16[8,8]{1,0} fusion(%x, %x), kind=kOutput, calls=%dot_computation
   %gather-done = bf16[32,8]{1,0} all-gather-done(%gather-start)
-  %g = bf16[8,8]{1,0} custom-call(%f, %f), custom_call_target="__cublas$gemm"
+  %g = (bf16[8,4]{1,0}, s8[99]{0}) custom-call(%f, %k), custom_call_target="__cublas$gemm", backend_config={"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"],"rhs_contracting_dimensions":["0"]}}}
   %scatter-done = f32[16]{0} async-done(%scatter-start), calls=%wrapped_scatter
   %r-start = f32[16]{0} all-reduce-start(%scatter-done), replica_groups={}, to_apply=%add
   %r-done = f32[16]{0} all-reduce-done(%r-start)
@@ -78,6 +78,27 @@ def test_products_between_start_and_done_hide_and_nothing_else_does():
     rows = {row["kind"]: row for row in hlo.table(list(found().values()))}
     assert {kind for kind, row in rows.items() if row["hidden"]} == {"all-gather", "reduce-scatter"}
     assert rows["all-reduce"]["asynchronous"] == 1 and rows["all-reduce"]["exposed_bytes"] == 64
+
+
+def test_the_device_comes_to_starts_products_and_dones_in_order():
+    passed = [(s.what, s.flops or s.key) for s in hlo.steps(PROGRAM, SIZES, "ENTRY")]
+
+    assert passed[:6] == [("start", "%gather-start"), ("start", "%scatter-start"), ("work", 2 * 8 * 8 * 8),
+                          ("done", "%gather-start"), ("work", 2 * 8 * 4 * 8), ("done", "%scatter-start")]
+    assert passed[8:] == [("inner", "while"), ("inner", "conditional")]
+
+
+def test_a_loop_of_products_works_as_often_as_it_turns():
+    looped = PROGRAM.replace("all-to-all(%x), replica_groups=[8,2]<=[2,2,4]T(0,2,1), dimensions={0}",
+                             "dot(%x, %x), lhs_contracting_dims={1}, rhs_contracting_dims={0}")
+
+    assert [s.flops for s in hlo.steps(looped, SIZES, "ENTRY") if s.what == "work"][-1] == 26 * 2 * 8 * 8 * 8
+
+
+def test_branches_are_found_by_their_number():
+    assert hlo.branches(PROGRAM, 2) == ["%branch_a", "%branch_b"]
+    with pytest.raises(ValueError, match="no conditional has 3 branches"):
+        hlo.branches(PROGRAM, 3)
 
 
 def test_loops_multiply_and_branches_are_marked():

@@ -1,0 +1,221 @@
+"""The executor measured on this machine: programs, steps, and the operations that a schedule is made of.
+
+    python -m experiments.studies.pipeline.measure programs     compile time and memory at two numbers of micro-batches
+    python -m experiments.studies.pipeline.measure costs        seconds of F, B, Bi, W and F&B, and what follows at 4
+                                                                and 8 ranks
+    python -m experiments.studies.pipeline.measure steps        seconds of a step on 2 devices, schedules in turn
+
+Each part writes its own into measured.json. Run the last two on a machine that has nothing else to do; `--rounds 0`
+before only compiles, for the cache that JAX_COMPILATION_CACHE_DIR names.
+"""
+
+import argparse
+import functools
+import json
+import os
+import pathlib
+import statistics
+import time
+
+from deepseek_jax import command
+from experiments.studies.common import runner
+
+NAMES = ("gpipe", "1f1b", "zb1p", "dualpipe", "dualpipev")
+FILE = pathlib.Path(__file__).parent / "measured.json"
+ROWS = 2  # sequences of a micro-batch
+
+
+def config_of(schedule, microbatches, ranks=2, **model):
+    """tiny with MoE layers alone in its middle. schedule None: the same two devices share every micro-batch."""
+    from deepseek_jax.config import default_config, freeze
+
+    made = default_config("tiny")
+    made.train.batch_size = ROWS * microbatches
+    made.train.sequence_length, made.train.micro_batches, made.train.ramp_from = 256, 1, None
+    for name, value in (dict(num_layers=9, num_dense_layers=1, mtp_depth=0, dtype="float32", remat="none",
+                             vocab_size=2048) | model).items():
+        setattr(made.model, name, value)
+    if schedule is None:
+        made.mesh.local, made.train.micro_batches = ranks, microbatches
+    else:
+        made.mesh.pipe, made.pipeline.schedule, made.pipeline.microbatches = ranks, schedule, microbatches
+    return freeze(made)
+
+
+def lowered_step(config):
+    """-> (the lowered step, a function that makes its state, shapes of its batch with where they lie)"""
+    import jax
+    import jax.numpy as jnp
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    from deepseek_jax.parallel.mesh import spec
+    from deepseek_jax.training.devices import Devices
+    from deepseek_jax.training.step import init_state, train_step
+
+    devices, train = Devices(config), config.train
+    initial = functools.partial(init_state, config)
+    abstract = jax.eval_shape(initial)
+    where, whole = devices.shardings(abstract), NamedSharding(devices.mesh, PartitionSpec())
+    shape = train.micro_batches, train.batch_size // train.micro_batches, train.sequence_length + 1
+    rows = NamedSharding(devices.mesh, spec(None, "batch", None))
+    batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=rows) for name, dtype in
+             (("tokens", jnp.int32), ("weights", jnp.float32), ("segment_ids", jnp.int32))}
+    batch["active"] = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
+    with jax.set_mesh(devices.mesh):
+        step = jax.jit(functools.partial(train_step, config), out_shardings=(where, whole), donate_argnums=0)
+        return step.lower(devices.placed(abstract), batch), jax.jit(initial, out_shardings=where), batch
+
+
+def programs(args):
+    """Compile time, size and memory of the step at 8 and 64 micro-batches, beside the slots of the schedule."""
+    import jax
+
+    from deepseek_jax.training.pipelined import schedule_of
+
+    jax.config.update("jax_enable_compilation_cache", False)
+    found = []
+    for name in args.schedules:
+        for microbatches in (8, 64):
+            config = config_of(name, microbatches, num_layers=3)
+            start = time.perf_counter()
+            lowered = lowered_step(config)[0]
+            middle, cpu = time.perf_counter(), time.process_time()
+            compiled = lowered.compile()
+            found.append({
+                "schedule": name, "ranks": 2, "microbatches": microbatches, "lines": lowered.as_text().count("\n"),
+                "lowering_seconds": middle - start, "compile_seconds": time.perf_counter() - middle,
+                "compile_cpu_seconds": time.process_time() - cpu,
+                "temporary_bytes": compiled.memory_analysis().temp_size_in_bytes,
+                "slots": schedule_of(config).slots._asdict(), "kept_bytes": parts(config).kept_bytes})
+            print(found[-1], flush=True)
+    return found
+
+
+def parts(config):
+    """F, B, Bi and W of one stage on one device (`pipeline.split`), with arguments as `operations` takes them."""
+    return _parts(config)[0]
+
+
+def _parts(config):
+    import jax
+    import jax.numpy as jnp
+
+    from deepseek_jax.model import DeepSeekV3
+    from deepseek_jax.pipeline.split import split
+    from deepseek_jax.training import pipelined
+
+    c, held = config.model, pipelined.slots(config.model.num_moe_layers, pipelined.schedule_of(config))[1].shape[1]
+    variables = jax.eval_shape(lambda: DeepSeekV3(c).init(jax.random.key(0), jnp.zeros((1, 8), jnp.int32),
+                                                          logits=False))
+    shape = ROWS, config.train.sequence_length
+    arguments = (jax.tree.map(lambda a: jax.ShapeDtypeStruct((held, *a.shape[1:]), a.dtype),
+                              variables["params"]["layers"]),
+                 jax.ShapeDtypeStruct((*shape, c.d_model), c.dtype),
+                 ({"real": jax.ShapeDtypeStruct((held,), bool),
+                   "bias": jax.ShapeDtypeStruct((held, c.num_experts), jnp.float32)},
+                  {"batch": {"tokens_BT": jax.ShapeDtypeStruct(shape, jnp.int32), "positions_BT": None,
+                             "segment_ids_BT": None}, "share": jax.ShapeDtypeStruct((), jnp.float32)}))
+    stage = lambda params, x, context: pipelined.stage(config, params, context[0], x, context[1])
+    return split(stage, *arguments), arguments
+
+
+def operations(config):
+    """{"F", "B", "Bi", "W", "F&B"} -> a compiled call without arguments, on one device."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    s, shapes = _parts(config)
+    rng = np.random.default_rng(0)
+    fill = lambda a: (jnp.ones(a.shape, a.dtype) if a.dtype == bool else jnp.zeros(a.shape, a.dtype)
+                      if jnp.issubdtype(a.dtype, jnp.integer) else jnp.asarray(rng.normal(size=a.shape) / 16, a.dtype))
+    params, x, context = jax.tree.map(fill, shapes)
+    dloss = jnp.ones(())
+    kept = jax.jit(s.forward)(params, x, context)[1]
+    deferred = jax.jit(s.backward_input)(params, context, kept, x, dloss)[1]
+
+    def both(params, x, context, kept, dloss):
+        return s.forward(params, x, context), s.backward(params, context, kept, x, dloss)
+
+    calls = {"F": (s.forward, params, x, context), "B": (s.backward, params, context, kept, x, dloss),
+             "Bi": (s.backward_input, params, context, kept, x, dloss), "W": (s.backward_weights, params, context, deferred),
+             "F&B": (both, params, x, context, kept, dloss)}
+    return {name: functools.partial(jax.jit(f).lower(*given).compile(), *given) for name, (f, *given) in calls.items()}
+
+
+def in_turn(calls, rounds):
+    """{name: seconds of each round}, after one that warms up."""
+    import jax
+
+    seconds = {name: [] for name in calls}
+    for turn in range(rounds + 1 if rounds else 0):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            jax.block_until_ready(call())
+            seconds[name] += [time.perf_counter() - start] if turn else []
+    return seconds
+
+
+def costs(args):
+    """Seconds of each operation, on one core; and what the schedules of 4 and 8 ranks take at these."""
+    from deepseek_jax.pipeline.validate import compare
+
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    seconds = in_turn(operations(config_of("1f1b", 8, num_layers=3)), args.rounds)
+    if not args.rounds:
+        return None
+    median = {name: statistics.median(times) for name, times in seconds.items()}
+    given = {"f": median["F"], "b": median["B"], "w": median["W"], "fb": median["F&B"]}
+    # The validator's Bi is B - W; what a Bi takes beyond that is the price of splitting.
+    predicted = [row for ranks in (2, 4, 8) for row in compare([ranks], [4 * ranks], given)]
+    return {"layers_a_stage": 1, "seconds": seconds, "median": median, "predicted": predicted}
+
+
+def steps(args):
+    """Seconds of whole steps at 2 ranks on 2 devices, and of the same two devices without a pipeline."""
+    import jax
+    import numpy as np
+
+    calls, losses = {}, {}
+    rng = np.random.default_rng(0)
+    for name in (*args.schedules, None):
+        config = config_of(name, 8)
+        lowered, initial, shapes = lowered_step(config)
+        compiled = lowered.compile()
+        if not args.rounds:
+            continue
+        values = {"tokens": lambda a: rng.integers(0, 2000, a.shape, np.int32), "active": lambda a: np.int32(
+            config.train.micro_batches)}
+        batch = {n: jax.device_put(values.get(n, lambda a: np.ones(a.shape, a.dtype))(a), a.sharding)
+                 for n, a in shapes.items()}
+        state = [initial()]
+
+        def call(compiled=compiled, state=state, batch=batch, name=name):
+            state[0], metrics = compiled(state[0], batch)
+            losses[name] = float(metrics["loss"])
+            return state[0].step
+
+        calls[name or "no pipeline"] = call
+    seconds = in_turn(calls, args.rounds)
+    return args.rounds and {"ranks": 2, "microbatches": 8, "layers": 8, "seconds": seconds, "losses": losses,
+                            "median": {name: statistics.median(times) for name, times in seconds.items()}}
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="python -m experiments.studies.pipeline.measure", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=("programs", "costs", "steps"))
+    parser.add_argument("--rounds", type=int, default=9, help="0: only compile")
+    parser.add_argument("--schedules", nargs="+", default=NAMES, choices=NAMES)
+    args = parser.parse_args()
+    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2 " + os.environ.get("XLA_FLAGS", "")
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    if result := {"programs": programs, "costs": costs, "steps": steps}[args.part](args):
+        known = json.loads(FILE.read_text()) if FILE.exists() else {}
+        known[args.part] = {"command": f"python -m experiments.studies.pipeline.measure {args.part}", "found": result,
+                            **runner.provenance()}
+        command.write_json(str(FILE), known)
+
+
+if __name__ == "__main__":
+    command.run(main)
