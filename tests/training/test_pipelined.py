@@ -140,6 +140,24 @@ def test_experts_and_attention_compute_in_fp8_as_without_a_pipeline():
         assert_same_step(case, 1e-12, alone(parts))
 
 
+def test_validation_losses_are_those_of_one_device():
+    """Between steps every rank of `pipe` has the whole model, and scores the same tokens."""
+    def scored(config):
+        run = jax.jit(functools.partial(steps.eval_step, config), compiler_options=QUICKLY)
+        made = {name: x[0] for name, x in batch(config).items() if np.ndim(x)}
+        held = variables(config.model)
+        with on(config.mesh):
+            return jax.device_get(run(held["params"], held["router"], place_batch(config, made)))
+
+    case = config("dualpipe", (2, 1, 2), 4, num_layers=3, masked=True)
+    with jax.enable_x64(True):
+        found, expected = scored(case), scored(dataclasses.replace(case, mesh=MeshConfig()))
+
+    for name in ("nats", "weight"):
+        np.testing.assert_allclose(found[name], expected[name], rtol=1e-12)
+    jax.tree.map(np.testing.assert_array_equal, found["counts"], expected["counts"])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "dualpipe"])
 def test_the_program_knows_the_number_of_micro_batches_only_by_what_the_schedule_keeps(schedule):

@@ -1,34 +1,38 @@
 """Does the compiler hide the experts' all-to-alls? Read off XLA's own schedule for 16 x 8 H100s that are not here.
 
-    python -m experiments.studies.pipeline.overlap --hlo FOLDER        (needs the extra `aot`; minutes, no GPU)
+    python -m experiments.studies.pipeline.overlap --programs FOLDER        (needs the extra `aot`; no GPU)
 
-One MoE layer a stage at v3_671b's widths, in bf16. For every all-to-all of values in the cells that fill a step (F&B of
-DualPipe, F and B of 1F1B): the products that XLA put between its start and its done. Two clocks, one of products and
-one of transfers, at the rates of `scale.hardware`, then say how long the device waits. What is no product takes no
-time here, which understates what hides. FOLDER keeps the programs; what is there already is not compiled again.
+One MoE layer a stage at v3_671b's widths, four experts a device as in the report's 64-way layout, bf16. For every
+all-to-all of tokens in the cells that fill a step (F&B of DualPipe, F and B of 1F1B): the products that XLA put between
+its start and its done. Two clocks, one of products and one of transfers, then say how long the device waits, at the
+rates of `scale.hardware`. What is no product takes no time here, which understates what hides. FOLDER keeps the
+programs; those that are there already are not compiled again.
 """
 
 import argparse
+import dataclasses
 import pathlib
-from typing import NamedTuple
 
 from deepseek_jax import command
 from deepseek_jax.config import model_config
-from deepseek_jax.pipeline.orders import kind_of
 from deepseek_jax.pipeline.tables import tabulate
 from deepseek_jax.scale import hlo
 from deepseek_jax.scale.hardware import Measured, hardware
 from deepseek_jax.scale.layout import make_layout
 from deepseek_jax.scale.traffic import layer_traffic
+from experiments.studies.common import runner
 
-TARGET, RANKS, LOCAL, MICROBATCHES = "h100:128", 16, 8, 32
-MODEL = dict(num_layers=RANKS, num_dense_layers=0, mtp_depth=0, remat="report")
+TARGET, RANKS, LOCAL, MICROBATCHES, CAPACITY = "h100:128", 16, 8, 32, 1.25
+MODEL = model_config("v3_671b", num_layers=RANKS, num_experts=4 * LOCAL, num_dense_layers=0, mtp_depth=0,
+                     remat="report")
 CELLS = {"dualpipe": ("F&B",), "1f1b": ("F", "B")}
+MACHINES = ("h100", "h800")  # the same chip; its NVLink sends 450 and 160 GB/s
 KINDS = ("all-to-all", "ragged-all-to-all")
 
 
-class Transfer(NamedTuple):
-    """One all-to-all of values. Seconds; flops: of the products between its start and its done."""
+@dataclasses.dataclass(frozen=True)
+class Transfer:
+    """One all-to-all of tokens. Seconds; flops: of the products between its start and its done."""
 
     asynchronous: bool
     flops: float
@@ -36,61 +40,105 @@ class Transfer(NamedTuple):
     waited: float
 
 
-def layout_of(schedule, sequence_length):
-    return make_layout(model_config("v3_671b", **MODEL), RANKS * LOCAL, RANKS, LOCAL, LOCAL, MICROBATCHES * LOCAL,
-                       schedule=schedule, sequence_length=sequence_length, buffers="ragged", capacity=1.25)
+def layout_of(schedule, tokens):
+    return make_layout(MODEL, RANKS * LOCAL, RANKS, LOCAL, LOCAL, MICROBATCHES * LOCAL, schedule=schedule,
+                       sequence_length=tokens, buffers="ragged", capacity=CAPACITY)
 
 
-def program(schedule, sequence_length, folder: pathlib.Path) -> str:
+def program(schedule, tokens, folder: pathlib.Path) -> str:
     """The compiled step, as text."""
-    path = folder / f"{schedule}_{sequence_length}.hlo"
+    path = folder / f"{schedule}_{tokens}.hlo"
     if not path.exists():
         from deepseek_jax.scale import aot
 
-        config = aot.config_of(model_config("v3_671b", **MODEL), layout_of(schedule, sequence_length))
-        text = aot.compile_step(config, TARGET)[0].as_text()
+        compiled, seconds = aot.compile_step(aot.config_of(MODEL, layout_of(schedule, tokens)), TARGET)
+        print(f"{schedule}: compiled in {seconds['compiling']:.0f} s, {sum(aot.bytes_of(compiled).values()) / 1e9:.1f} "
+              "GB a device", flush=True)
         folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
+        path.write_text(compiled.as_text())
     return path.read_text()
 
 
-def clocked(steps, values, seconds, rate) -> list[Transfer]:
+def worth(flops, tokens):
+    """FLOPs of a product, of which XLA:GPU makes one an expert over the rows of all of them where `ragged_dot` stood."""
+    rows = CAPACITY * tokens * MODEL.experts_per_token
+    expanded = flops > 2 * rows * MODEL.d_model * MODEL.expert_ffn_dim * 1.5
+    return flops * LOCAL / MODEL.num_experts if expanded else flops
+
+
+def clocked(steps, of_tokens, seconds, rate) -> list[Transfer]:
     """Lets a device go through `steps`.
 
     Args:
-      values: which collectives are all-to-alls of values; others take no time.
-      seconds: that one of those takes, one after the other. rate: FLOP/s of products.
+      of_tokens: which collectives are all-to-alls of tokens; no other takes time.
+      seconds: that one of those takes; they follow each other. rate: FLOP/s of products.
+    Returns:
+      the transfers, in the order in which the device is done with them.
     """
-    now = network = 0.0
-    began, transfers = {}, []  # key -> (when it ends, FLOPs until its start); in the order of their dones
-    flops = 0.0
+    now = network = done = 0.0
+    under_way, transfers = {}, []  # key -> (when it ends, FLOPs done before its start)
     for step in steps:
         if step.what == "work":
-            now, flops = now + step.flops / rate, flops + step.flops
-        elif step.what in ("start", "whole") and values(step.collective):
+            now, done = now + step.flops / rate, done + step.flops
+        elif step.what in ("start", "whole") and of_tokens(step.collective):
             network = max(now, network) + seconds
             if step.what == "start":
-                began[step.key] = network, flops
+                under_way[step.key] = network, done
             else:
                 transfers.append(Transfer(False, 0.0, seconds, network - now))
                 now = network
-        elif step.key in began:
-            ends, before = began.pop(step.key)
-            transfers.append(Transfer(True, flops - before, seconds, max(0.0, ends - now)))
+        elif step.key in under_way:
+            ends, before = under_way.pop(step.key)
+            transfers.append(Transfer(True, done - before, seconds, max(0.0, ends - now)))
             now = max(now, ends)
     return transfers
 
 
-def cells(schedule, text, sequence_length, bandwidth, rate) -> dict[str, list[Transfer]]:
-    """The transfers of each kind of cell that fills a step; of F&B's two directions, the first."""
-    layout = layout_of(schedule, sequence_length)
-    model = model_config("v3_671b", **MODEL)
+def cells(schedule, text, tokens, machine) -> dict[str, list[Transfer]]:
+    """The transfers of each kind of cell that fills a step; of F&B's two directions, one."""
+    layout, measured, hw = layout_of(schedule, tokens), Measured(), hardware(machine)
     branches = tabulate(layout.pipeline).branches
-    sizes = {name: getattr(layout.mesh, name) for name in ("pipe", "replica", "node", "local", "tensor")}
-    names = dict(zip(reversed(["&".join(kind for kind, _ in branch) for branch in branches]),
-                     reversed(hlo.branches(text, len(branches)))))
-    large = layout.tokens * model.d_model  # bytes: a row of ids or gates is far smaller
-    values = lambda one: one.kind in KINDS and one.bytes > large
-    sent = layer_traffic(model, layout)["dispatch inside"]
-    return {cell: clocked(hlo.steps(text, sizes, names[cell]), values, sent / bandwidth, rate)
-            for cell in CELLS[schedule]}
+    names = {"&".join(kind for kind, _ in branch): name
+             for branch, name in zip(branches, hlo.branches(text, len(branches)), strict=True)}
+    sizes = {axis: getattr(layout.mesh, axis) for axis in ("pipe", "replica", "node", "local", "tensor")}
+    seconds = layer_traffic(MODEL, layout)["dispatch inside"] / (measured.local * hw.local_bandwidth)
+    of_tokens = lambda one: one.kind in KINDS and one.bytes > tokens * MODEL.d_model  # ids and gates: far fewer
+    found = {}
+    for cell in CELLS[schedule]:
+        steps = [step._replace(flops=worth(step.flops, tokens)) for step in hlo.steps(text, sizes, names[cell])]
+        found[cell] = clocked(steps, of_tokens, seconds, measured.product_bf16 * hw.bf16)
+    return found
+
+
+def report(programs, tokens) -> list[dict]:
+    """A row for each cell and machine. JSON-able."""
+    rows = []
+    for machine in MACHINES:
+        for schedule, text in programs.items():
+            for cell, transfers in cells(schedule, text, tokens, machine).items():
+                rows.append({"machine": machine, "schedule": schedule, "cell": cell,
+                             "exposed": sum(t.waited for t in transfers) / sum(t.seconds for t in transfers),
+                             "transfers": [dataclasses.asdict(t) for t in transfers]})
+    return rows
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="python -m experiments.studies.pipeline.overlap", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--programs", required=True, type=pathlib.Path, metavar="FOLDER")
+    parser.add_argument("--tokens", type=int, default=1024, help="of a micro-batch on one device")
+    args = parser.parse_args()
+    rows = report({name: program(name, args.tokens, args.programs) for name in CELLS}, args.tokens)
+    print(f"{'':6}{'':10}{'cell':6}{'asynchronous':>13}{'TFLOP between':>15}{'transfer, ms':>14}{'waited, ms':>12}")
+    for row in rows:
+        for t in row["transfers"]:
+            print(f"{row['machine']:6}{row['schedule']:10}{row['cell']:6}{str(t['asynchronous']):>13}"
+                  f"{t['flops'] / 1e12:15.2f}{1e3 * t['seconds']:14.3f}{1e3 * t['waited']:12.3f}")
+        print(f"{'':22}exposed: {row['exposed']:.0%}")
+    result = {"command": f"python -m experiments.studies.pipeline.overlap --tokens {args.tokens}", "target": TARGET,
+              "tokens": args.tokens, "rows": rows, **runner.provenance()}
+    command.write_json(str(pathlib.Path(__file__).parent / "overlap.json"), result)
+
+
+if __name__ == "__main__":
+    command.run(main)
