@@ -86,6 +86,7 @@ def test_the_table_has_a_row_for_every_schedule_that_exists(tmp_path, monkeypatc
         (["--schedule", "dualpipe", "--ranks", "8", "--microbatches", "10"], "needs at least 16 micro-batches"),
         (["--schedule", "dual", "--ranks", "8", "--microbatches", "10"], "take one of gpipe"),
         (["--schedule", "all", "--ranks", "8", "--microbatches", "x"], "--microbatches x should be numbers"),
+        (["--schedule", "all", "--ranks", "8", "--microbatches", "0"], "microbatches=0 must be a whole number"),
         (["--schedule", "all", "--ranks", "8", "--microbatches", "20", "--plot", "a.png"], "draws one schedule"),
         (["--schedule", "1f1b", "--ranks", "4,8", "--microbatches", "20"], "say --schedule all"),
         (["--schedule", "1f1b", "--ranks", "4", "--microbatches", "20", "--costs", "1,2"], "three or four numbers"),

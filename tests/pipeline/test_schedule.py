@@ -49,6 +49,10 @@ def test_ranks_near_the_ends_defer_more_weight_gradients():
     assert deferred == [7, 6, 5, 4]
 
 
+def test_a_rank_of_zb1p_defers_one_weight_gradient_for_each_rank_before_it_and_the_one_at_hand():
+    assert validate(make_schedule("zb1p", 8, 24), UNIT).peak_deferred == (1, 2, 3, 4, 5, 6, 7, 8)
+
+
 @pytest.mark.parametrize("ranks", [2, 4, 6, 8, 16])
 @pytest.mark.parametrize("name", NAMES)
 def test_idle_time_and_activations_follow_the_formulas(name, ranks):

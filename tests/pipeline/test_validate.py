@@ -192,8 +192,9 @@ def test_the_complaint_says_what_is_wrong(what, complaint):
     [
         ({"f": 1, "b": 2}, "costs lack w"),
         ({"f": 1, "b": 2, "w": 1, "bw": 1}, "costs have no bw"),
-        ({"f": -1, "b": 2, "w": 1}, "must not be negative"),
-        ({"f": 1, "b": float("nan"), "w": 1}, "must not be negative"),
+        ({"f": -1, "b": 2, "w": 1}, "must be finite and not negative"),
+        ({"f": 1, "b": float("nan"), "w": 1}, "must be finite and not negative"),
+        ({"f": 1, "b": float("inf"), "w": 1}, "must be finite and not negative"),
         ({"f": 1, "b": 1, "w": 2}, "part of the backward pass"),
     ],
 )
