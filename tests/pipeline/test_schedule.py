@@ -53,6 +53,15 @@ def test_a_rank_of_zb1p_defers_one_weight_gradient_for_each_rank_before_it_and_t
     assert validate(make_schedule("zb1p", 8, 24), UNIT).peak_deferred == (1, 2, 3, 4, 5, 6, 7, 8)
 
 
+@pytest.mark.parametrize("name", ["zb1p", "dualpipe", "dualpipev"])
+def test_weight_gradients_are_computed_in_the_order_in_which_they_were_put_off(name):
+    schedule = make_schedule(name, 4, 12)
+    for rank in range(4):
+        done = {kind: [(op.direction, op.microbatch) for cell in schedule.order(rank) for op in cell
+                       if op.kind == kind] for kind in ("Bi", "W")}
+        assert done["W"] == done["Bi"] and len(done["W"]) > 1
+
+
 @pytest.mark.parametrize("ranks", [2, 4, 6, 8, 16])
 @pytest.mark.parametrize("name", NAMES)
 def test_idle_time_and_activations_follow_the_formulas(name, ranks):
