@@ -5,8 +5,8 @@
                                                                 and 8 ranks
     python -m experiments.studies.pipeline.measure steps        seconds of a step on 2 devices, schedules in turn
 
-Each part writes its own into measured.json. Run the last two on a machine that has nothing else to do; `--rounds 0`
-before only compiles, for the cache that JAX_COMPILATION_CACHE_DIR names.
+Each part writes its own into measured.json. Compile times are those of an empty cache. Run the last two on a machine
+that has nothing else to do; `--rounds 0` before only compiles, for the cache that JAX_COMPILATION_CACHE_DIR names.
 """
 
 import argparse
@@ -18,9 +18,9 @@ import statistics
 import time
 
 from deepseek_jax import command
+from deepseek_jax.pipeline.schedule import NAMES
 from experiments.studies.common import runner
 
-NAMES = ("gpipe", "1f1b", "zb1p", "dualpipe", "dualpipev")
 FILE = pathlib.Path(__file__).parent / "measured.json"
 ROWS = 2  # sequences of a micro-batch
 
@@ -32,7 +32,7 @@ def config_of(schedule, microbatches, ranks=2, **model):
     made = default_config("tiny")
     made.train.batch_size = ROWS * microbatches
     made.train.sequence_length, made.train.micro_batches, made.train.ramp_from = 256, 1, None
-    for name, value in (dict(num_layers=9, num_dense_layers=1, mtp_depth=0, dtype="float32", remat="none",
+    for name, value in (dict(num_layers=3, num_dense_layers=1, mtp_depth=0, dtype="float32", remat="none",
                              vocab_size=2048) | model).items():
         setattr(made.model, name, value)
     if schedule is None:
@@ -68,26 +68,24 @@ def lowered_step(config):
 
 def programs(args):
     """Compile time, size and memory of the step at 8 and 64 micro-batches, beside the slots of the schedule."""
-    import jax
-
     from deepseek_jax.training.pipelined import schedule_of
 
-    jax.config.update("jax_enable_compilation_cache", False)
-    found = []
+    found = {}
     for name in args.schedules:
+        found[name] = []
         for microbatches in (8, 64):
-            config = config_of(name, microbatches, num_layers=3)
+            config = config_of(name, microbatches)
             start = time.perf_counter()
             lowered = lowered_step(config)[0]
             middle, cpu = time.perf_counter(), time.process_time()
             compiled = lowered.compile()
-            found.append({
-                "schedule": name, "ranks": 2, "microbatches": microbatches, "lines": lowered.as_text().count("\n"),
+            found[name].append({
+                "ranks": 2, "microbatches": microbatches, "lines": lowered.as_text().count("\n"),
                 "lowering_seconds": middle - start, "compile_seconds": time.perf_counter() - middle,
                 "compile_cpu_seconds": time.process_time() - cpu,
                 "temporary_bytes": compiled.memory_analysis().temp_size_in_bytes,
                 "slots": schedule_of(config).slots._asdict(), "kept_bytes": parts(config).kept_bytes})
-            print(found[-1], flush=True)
+            print(name, found[name][-1], flush=True)
     return found
 
 
@@ -161,7 +159,7 @@ def costs(args):
     from deepseek_jax.pipeline.validate import compare
 
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-    seconds = in_turn(operations(config_of("1f1b", 8, num_layers=3)), args.rounds)
+    seconds = in_turn(operations(config_of("1f1b", 8)), args.rounds)
     if not args.rounds:
         return None
     median = {name: statistics.median(times) for name, times in seconds.items()}
@@ -197,7 +195,7 @@ def steps(args):
 
         calls[name or "no pipeline"] = call
     seconds = in_turn(calls, args.rounds)
-    return args.rounds and {"ranks": 2, "microbatches": 8, "layers": 8, "seconds": seconds, "losses": losses,
+    return args.rounds and {"ranks": 2, "microbatches": 8, "moe_layers": 2, "seconds": seconds, "losses": losses,
                             "median": {name: statistics.median(times) for name, times in seconds.items()}}
 
 
@@ -206,13 +204,14 @@ def main():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=("programs", "costs", "steps"))
     parser.add_argument("--rounds", type=int, default=9, help="0: only compile")
-    parser.add_argument("--schedules", nargs="+", default=NAMES, choices=NAMES)
+    parser.add_argument("--schedules", nargs="+", default=("gpipe", "1f1b", "dualpipe"), choices=NAMES)
     args = parser.parse_args()
     os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2 " + os.environ.get("XLA_FLAGS", "")
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     if result := {"programs": programs, "costs": costs, "steps": steps}[args.part](args):
         known = json.loads(FILE.read_text()) if FILE.exists() else {}
-        known[args.part] = {"command": f"python -m experiments.studies.pipeline.measure {args.part}", "found": result,
+        found = known.get(args.part, {}).get("found", {}) | result  # schedules may be measured one by one
+        known[args.part] = {"command": f"python -m experiments.studies.pipeline.measure {args.part}", "found": found,
                             **runner.provenance()}
         command.write_json(str(FILE), known)
 
