@@ -41,14 +41,15 @@ ENTRY %main (x: bf16[8,8], y: f32[64]) -> bf16[8,8] {
   %scatter-start = ((f32[64]{0}), f32[16]{0}, u32[]) async-start(%y), calls=%wrapped_scatter
   %f = bf16[8,8]{1,0} fusion(%x, %x), kind=kOutput, calls=%dot_computation
   %gather-done = bf16[32,8]{1,0} all-gather-done(%gather-start)
-  %g = (bf16[8,4]{1,0}, s8[99]{0}) custom-call(%f, %k), custom_call_target="__cublas$gemm", backend_config={"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"],"rhs_contracting_dimensions":["0"]}}}
+  %g = (bf16[8,4]{1,0}, s8[99]{0}) custom-call(%f, %k), custom_call_target="__cublas$gemm", NUMBERS
   %scatter-done = f32[16]{0} async-done(%scatter-start), calls=%wrapped_scatter
   %r-start = f32[16]{0} all-reduce-start(%scatter-done), replica_groups={}, to_apply=%add
   %r-done = f32[16]{0} all-reduce-done(%r-start)
   %w = (s32[], bf16[8,8]{1,0}) while(%t0), condition=%c, body=%body, backend_config={"known_trip_count":{"n":"26"}}
   ROOT %last = bf16[8,8]{1,0} conditional(%i, %g, %g), branch_computations={%branch_a, %branch_b}
 }
-"""
+""".replace("NUMBERS", 'backend_config={"gemm_backend_config":{"dot_dimension_numbers":{'
+                       '"lhs_contracting_dimensions":["1"]}}}')
 
 
 def found():

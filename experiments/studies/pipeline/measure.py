@@ -136,8 +136,8 @@ def operations(config):
         return s.forward(params, x, context), s.backward(params, context, kept, x, dloss)
 
     calls = {"F": (s.forward, params, x, context), "B": (s.backward, params, context, kept, x, dloss),
-             "Bi": (s.backward_input, params, context, kept, x, dloss), "W": (s.backward_weights, params, context, deferred),
-             "F&B": (both, params, x, context, kept, dloss)}
+             "Bi": (s.backward_input, params, context, kept, x, dloss),
+             "W": (s.backward_weights, params, context, deferred), "F&B": (both, params, x, context, kept, dloss)}
     return {name: functools.partial(jax.jit(f).lower(*given).compile(), *given) for name, (f, *given) in calls.items()}
 
 
@@ -175,22 +175,21 @@ def steps(args):
     import numpy as np
 
     calls, losses = {}, {}
-    rng = np.random.default_rng(0)
     for name in (*args.schedules, None):
         config = config_of(name, 8)
         lowered, initial, shapes = lowered_step(config)
         compiled = lowered.compile()
         if not args.rounds:
             continue
-        values = {"tokens": lambda a: rng.integers(0, 2000, a.shape, np.int32), "active": lambda a: np.int32(
-            config.train.micro_batches)}
-        batch = {n: jax.device_put(values.get(n, lambda a: np.ones(a.shape, a.dtype))(a), a.sharding)
-                 for n, a in shapes.items()}
+        values = {n: np.ones(a.shape, a.dtype) for n, a in shapes.items()} | {
+            "tokens": np.random.default_rng(0).integers(0, 2000, shapes["tokens"].shape, np.int32),
+            "active": np.int32(config.train.micro_batches)}
+        batch = jax.tree.map(lambda x, a: jax.device_put(x, a.sharding), values, shapes)
         state = [initial()]
 
         def call(compiled=compiled, state=state, batch=batch, name=name):
             state[0], metrics = compiled(state[0], batch)
-            losses[name] = float(metrics["loss"])
+            losses[name or "no pipeline"] = float(metrics["loss"])
             return state[0].step
 
         calls[name or "no pipeline"] = call

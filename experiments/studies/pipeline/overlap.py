@@ -60,7 +60,7 @@ def program(schedule, tokens, folder: pathlib.Path) -> str:
 
 
 def worth(flops, tokens):
-    """FLOPs of a product, of which XLA:GPU makes one an expert over the rows of all of them where `ragged_dot` stood."""
+    """FLOPs that a product is good for: of `ragged_dot`, XLA:GPU makes a product of all rows by every expert."""
     rows = CAPACITY * tokens * MODEL.experts_per_token
     expanded = flops > 2 * rows * MODEL.d_model * MODEL.expert_ffn_dim * 1.5
     return flops * LOCAL / MODEL.num_experts if expanded else flops
@@ -132,7 +132,7 @@ def main():
     print(f"{'':6}{'':10}{'cell':6}{'asynchronous':>13}{'TFLOP between':>15}{'transfer, ms':>14}{'waited, ms':>12}")
     for row in rows:
         for t in row["transfers"]:
-            print(f"{row['machine']:6}{row['schedule']:10}{row['cell']:6}{str(t['asynchronous']):>13}"
+            print(f"{row['machine']:6}{row['schedule']:10}{row['cell']:6}{t['asynchronous']!s:>13}"
                   f"{t['flops'] / 1e12:15.2f}{1e3 * t['seconds']:14.3f}{1e3 * t['waited']:12.3f}")
         print(f"{'':22}exposed: {row['exposed']:.0%}")
     result = {"command": f"python -m experiments.studies.pipeline.overlap --tokens {args.tokens}", "target": TARGET,
