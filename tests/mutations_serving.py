@@ -11,13 +11,16 @@ API, CHAT = (f"deepseek_jax/serving/{name}.py" for name in ("api", "chat_templat
 T_CHAT = "serving/test_chat_template.py"
 
 MUTATIONS = [
-    ("cached keys are seen before their time", NETWORK, "<= rows.position_BT[:, :, None]",
-     "<= rows.position_BT[:, :, None] + 1", T_NETWORK),
+    ("cached keys are seen before their time", NETWORK, "<= rows.position_BT[:, :, None, None]",
+     "<= rows.position_BT[:, :, None, None] + 1", T_NETWORK),
     ("attention reads one page too few", NETWORK, 'needed, side="right")', 'needed, side="left")', T_NETWORK),
     ("W_UK and W_UV are exchanged", NETWORK, 'kv_b[..., :cfg.nope_head_dim].transpose(1, 2, 0)',
      'kv_b[..., -cfg.nope_head_dim:].transpose(1, 2, 0)', T_NETWORK),
     ("padding counts as load", NETWORK, "chosen_NK = jnp.where(valid_BT.reshape(-1, 1), chosen_NK, cfg.num_experts)",
      "pass", T_NETWORK),
+    ("few tokens by all experts are gated by the first choice alone", NETWORK,
+     "* gates_NK[None]).sum(axis=2)[..., None]",
+     "* gates_NK[None])[:, :, :1]", T_NETWORK),
     ("a module's layer is the main model's", NETWORK, "cfg.num_layers + k - 1", "k - 1", T_SPECULATIVE),
     ("all replicas but the first hold nothing", PLACEMENT, "np.flatnonzero(self.expert_LP[layer] == e)",
      "np.flatnonzero(self.expert_LP[layer] == e) % 7", T_PLACEMENT),
