@@ -2,7 +2,8 @@
 
 Prefill goes over all tokens of a prompt but the last; decoding feeds that one like any other. So a prompt can be cut
 into chunks of any length, or found in the cache, and one kind of step makes every token. All shapes are fixed by the
-batch and the chunk; what varies (lengths, pages, ways of sampling, steps to run) is data.
+batch and the chunk; what varies (lengths, pages, ways of sampling, steps to run) is data. On a mesh the experts are
+shared out, and all else is everywhere (`network.on_mesh`).
 """
 
 import functools
@@ -15,7 +16,7 @@ from jax import lax
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.layers import head_logits
 from deepseek_jax.serving import speculative
-from deepseek_jax.serving.network import Reach, Rows, forward, predict_ahead
+from deepseek_jax.serving.network import Reach, Rows, forward, on_mesh, predict_ahead
 from deepseek_jax.serving.sampling import Sampling
 from deepseek_jax.serving.speculative import Drafts
 
@@ -69,6 +70,11 @@ def prefill(cfg: ModelConfig, reach: Reach, weights, cache, drafts: Drafts, toke
     Returns:
       cache, drafts, counts int32 [MoE layers, E].
     """
+    return on_mesh(functools.partial(_prefill, cfg, reach), weights, cache, drafts, tokens_BX, position_B, length_B,
+                   known_B, slot_B, table_BP)
+
+
+def _prefill(cfg, reach, weights, cache, drafts, tokens_BX, position_B, length_B, known_B, slot_B, table_BP):
     modules = len(weights["mtp"])
     T = tokens_BX.shape[1] - modules
     at_BT = jnp.arange(T)[None]
@@ -98,6 +104,11 @@ def decode(cfg: ModelConfig, reach: Reach, most_steps: int, weights, cache, draf
     Returns:
       cache, drafts, Steps.
     """
+    return on_mesh(functools.partial(_decode, cfg, reach, most_steps), weights, cache, drafts, batch, sampling, steps,
+                   logprobs)
+
+
+def _decode(cfg, reach, most_steps, weights, cache, drafts, batch, sampling, steps, logprobs):
     B, T = batch.slot_B.shape[0], drafts.token_Bd.shape[1] + 1
     mine = jax.tree.map(lambda x: x[batch.slot_B], drafts)
     mine = mine._replace(count_B=jnp.where(batch.fresh_B, 0, mine.count_B))

@@ -9,19 +9,22 @@ Everything else is the model's own: these are functions of arrays, over weights 
 """
 
 import functools
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import NamedSharding
 
 from deepseek_jax import fp8
-from deepseek_jax.config import ModelConfig
+from deepseek_jax.config import ConfigError, ModelConfig
 from deepseek_jax.model import experts, mtp
 from deepseek_jax.model import router as routing
 from deepseek_jax.model.attention import project
 from deepseek_jax.model.layers import ffn, linear, matmul, rms_norm, swiglu, wide
 from deepseek_jax.model.rope import rope_table, softmax_scale
+from deepseek_jax.parallel.mesh import AXES, spec
 from deepseek_jax.serving import cache as latents
 from kernels_pallas.api import device_here
 
@@ -94,6 +97,39 @@ def _layer(cfg, p, bias_E):
     if "router" in p["ffn"]:
         out |= {"router": p["ffn"]["router"]["weight"], "bias": bias_E}
     return out
+
+
+def split(tree):
+    """PartitionSpecs of weights or a cache on a mesh: experts are split, in order; all else is everywhere."""
+    def of(path, x):
+        routed = len(path) > 1 and path[-2] == jax.tree_util.DictKey("ffn") and x.ndim == 3
+        return spec("experts", None, None) if routed else spec()
+
+    return jax.tree_util.tree_map_with_path(of, tree)
+
+
+def share_out(tree, mesh):
+    """Lays `split` out on a mesh (None: leaves all where it is).
+
+    Raises ConfigError where devices would get unequal numbers of experts.
+    """
+    if mesh is None:
+        return tree
+    try:
+        return jax.tree.map(lambda x, where: jax.device_put(x, NamedSharding(mesh, where)), tree, split(tree))
+    except ValueError as error:
+        devices = math.prod(mesh.shape[axis] for axis in AXES["experts"])
+        raise ConfigError(f"the experts, replicas included, cannot be shared out evenly over {devices} devices "
+                          "(mesh.node * mesh.local); take a number of places that they divide.") from error
+
+
+def on_mesh(program, weights, *arrays):
+    """program(weights, *arrays); on a mesh all devices run it on the same tokens, each with its own experts."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return program(weights, *arrays)
+    everywhere = (spec(),) * len(arrays)
+    return jax.shard_map(program, in_specs=(split(weights), *everywhere), out_specs=spec(), check_vma=False)(
+        weights, *arrays)
 
 
 def per_head(x_BTHI, w_HIO):
@@ -184,22 +220,35 @@ def all_at_once(x_ND, chosen_NK, gates_NK, gate_EDF, up_EDF, down_EFD):
     return matmul(jnp.swapaxes(h_ENF, 0, 1).reshape(N, E * F), down_EFD.reshape(E * F, D))
 
 
+def _devices():
+    """How many share the experts."""
+    return lax.axis_size(AXES["experts"]) if jax.sharding.get_abstract_mesh().manual_axes else 1
+
+
 def moe(cfg: ModelConfig, w, x_BTD, valid_BT):
-    """Routed and shared experts; also how many valid tokens chose each expert, int32 [E]."""
+    """Routed and shared experts; also how many valid tokens chose each expert, int32 [E].
+
+    Inside `on_mesh` the routed ones are a device's own part of all.
+    """
     x_ND = x_BTD.reshape(-1, cfg.d_model)
     scores_NE, chosen_NK = routing.route(cfg, x_ND, w["router"], w["bias"])
-    f = w["ffn"]
-    place_NK, places = chosen_NK, f["gate"].shape[0]
+    f, gates_NK = w["ffn"], routing.gates(cfg, scores_NE, chosen_NK)
+    place_NK, here, devices = chosen_NK, f["gate"].shape[0], _devices()
     if "places" in w:  # experts with replicas (placement.py): a token's row decides between them
         table_EX, count_E = w["places"]["table_EX"], w["places"]["count_E"]
         place_NK = table_EX[chosen_NK, jnp.arange(chosen_NK.shape[0])[:, None] % count_E[chosen_NK]]
     way = choices_in_turn
-    if 4 * place_NK.size > places:
+    if devices > 1 or 4 * place_NK.size > here:
         # A core multiplies 16 bfloat16 rows at once: fewer cost the same.
-        narrow_and_many = x_ND.dtype == jnp.bfloat16 and x_ND.shape[0] <= 32 and place_NK.size >= places
+        narrow_and_many = x_ND.dtype == jnp.bfloat16 and x_ND.shape[0] <= 32 and place_NK.size >= here * devices
         way = all_at_once if narrow_and_many else tiles_in_turn
-        place_NK = jnp.where(valid_BT.reshape(-1, 1), place_NK, places)
-    y_ND = way(x_ND, place_NK, routing.gates(cfg, scores_NE, chosen_NK), f["gate"], f["up"], f["down"])
+        if devices > 1:
+            place_NK = place_NK - lax.axis_index(AXES["experts"]) * here
+        mine_NK = (place_NK >= 0) & (place_NK < here) & valid_BT.reshape(-1, 1)
+        place_NK = jnp.where(mine_NK, place_NK, here)
+    y_ND = way(x_ND, place_NK, gates_NK, f["gate"], f["up"], f["down"])
+    if devices > 1:  # all of them have the tokens, and each has added what its own experts say to them
+        y_ND = lax.psum(y_ND.astype(wide(y_ND.dtype)), AXES["experts"]).astype(y_ND.dtype)
     if cfg.num_shared_experts:
         shared = f["shared"]
         y_ND = y_ND + ffn(x_ND, shared["gate"], shared["up"], shared["down"])
