@@ -96,7 +96,9 @@ def _prefill(cfg, reach, weights, cache, drafts, tokens_BX, position_B, length_B
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(4, 5))
 def decode(cfg: ModelConfig, reach: Reach, most_steps: int, weights, cache, drafts: Drafts, batch: Batch,
            sampling: Sampling, steps, logprobs):
-    """Runs `steps` (at most `most_steps`) steps: each feeds every sequence its last token and the drafts behind it.
+    """Runs up to `steps` (at most `most_steps`) steps, as long as a sequence goes on.
+
+    Each feeds every sequence its last token and the drafts behind it.
 
     Args:
       drafts: of all slots; its depth (0: plain decoding) is what each step drafts.
@@ -117,16 +119,20 @@ def _decode(cfg, reach, most_steps, weights, cache, drafts, batch, sampling, ste
         ((T, ALTERNATIVES), jnp.int32), ((T, ALTERNATIVES), jnp.float32))),
         counts_LE=jnp.zeros((cfg.num_moe_layers, cfg.num_experts), jnp.int32))
 
-    def step(n, carry):
-        cache, mine, token_B, position_B, made = carry
+    def goes_on(carry):
+        n, _, _, _, position_B, _ = carry
+        return (n < steps) & (position_B < batch.limit_B).any()
+
+    def step(carry):
+        n, cache, mine, token_B, position_B, made = carry
         cache, mine, one = _step(cfg, reach, weights, cache, mine, batch, sampling, token_B, position_B, logprobs)
         count_B = one.count_NB
         last_B = jnp.take_along_axis(one.tokens_NBT, jnp.maximum(count_B - 1, 0)[:, None], axis=1)[:, 0]
         made = Steps(*(x.at[n].set(y) for x, y in zip(made[:-1], one[:-1])), made.counts_LE + one.counts_LE)
-        return cache, mine, jnp.where(count_B > 0, last_B, token_B), position_B + count_B, made
+        return n + 1, cache, mine, jnp.where(count_B > 0, last_B, token_B), position_B + count_B, made
 
-    cache, mine, _, _, made = lax.fori_loop(
-        0, steps, step, (cache, mine, batch.token_B, batch.position_B, made))
+    _, cache, mine, _, _, made = lax.while_loop(
+        goes_on, step, (jnp.int32(0), cache, mine, batch.token_B, batch.position_B, made))
     drafts = jax.tree.map(lambda x, y: x.at[batch.slot_B].set(y), drafts, mine)
     return cache, drafts, made
 

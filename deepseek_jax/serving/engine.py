@@ -258,7 +258,7 @@ class Engine:
             self._grow(sequence, min(sequence.limit, len(sequence.tokens) - 1 + steps * (self.depth + 1)))
         size = next(b for b in _buckets(self.max_sequences) if b >= len(batch))
         made = self._run(batch, size, steps, any(s.request.logprobs for s in batch))
-        self.totals["steps"] += steps
+        self.totals["steps"] += int((made.count_NB > 0).any(axis=1).sum())
         for b, sequence in enumerate(batch):
             sequence.fresh = False
             self._take(sequence, b, made, steps)
