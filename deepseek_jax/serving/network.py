@@ -26,7 +26,7 @@ from deepseek_jax.model.layers import ffn, linear, matmul, rms_norm, swiglu, wid
 from deepseek_jax.model.rope import rope_table, softmax_scale
 from deepseek_jax.parallel.mesh import AXES, spec
 from deepseek_jax.serving import cache as latents
-from kernels_pallas.api import device_here
+from kernels_pallas import api
 
 
 class Rows(NamedTuple):
@@ -139,6 +139,12 @@ def per_head(x_BTHI, w_HIO):
     return y_HMO.swapaxes(0, 1).reshape(B, T, H, -1)
 
 
+def _has_kernel(cfg, reach, T):
+    """Whether the device's own kernel does this attention: one query a sequence, rows of the published models."""
+    rows = (cfg.kv_rank, cfg.rope_head_dim) == (512, 64) and reach.kind in ("bfloat16", "fp8")
+    return T == 1 and rows and cfg.dtype == "bfloat16" and api.runs_here() == "hopper"
+
+
 def attention(cfg: ModelConfig, reach: Reach, w, x_BTD, rope, pages_PSX, rows: Rows):
     """Absorbed MLA. Returns its output [B, T, D] and the layer's pages, with the latents of these tokens in them."""
     norm = lambda name: lambda x: rms_norm(x, w[name], cfg.norm_eps)
@@ -151,7 +157,7 @@ def attention(cfg: ModelConfig, reach: Reach, w, x_BTD, rope, pages_PSX, rows: R
     def attend(width, q_BTHX, pages_PSX, rows):
         B, T, H, X = q_BTHX.shape
         rows_BSX = latents.unpack(cfg, reach.kind, latents.read(pages_PSX, rows.table_BP[:, :width]))
-        if B > 1 and device_here().platform == "cpu":  # which would widen them twice, once for each product
+        if B > 1 and api.device_here().platform == "cpu":  # which would widen them twice, once for each product
             rows_BSX = rows_BSX.astype(f32)
         # Rows times queries: the one order for which XLA:CPU neither widens nor turns the rows of a sequence.
         q_BXY = jnp.swapaxes(q_BTHX.astype(rows_BSX.dtype).reshape(B, T * H, X), 1, 2)
@@ -162,9 +168,15 @@ def attention(cfg: ModelConfig, reach: Reach, w, x_BTD, rope, pages_PSX, rows: R
         o_BYX = matmul(p_BTHS.astype(rows_BSX.dtype).reshape(B, T * H, -1), rows_BSX, f32)
         return o_BYX[..., :C].reshape(B, T, H, C).astype(cfg.dtype)
 
-    needed = jnp.where(rows.valid_BT, rows.position_BT, 0).max() // reach.page_size
-    branch = jnp.searchsorted(jnp.array(reach.widths), needed, side="right")
-    o_BTHC = lax.switch(branch, [functools.partial(attend, width) for width in reach.widths], q_BTHX, pages_PSX, rows)
+    if _has_kernel(cfg, reach, q_BTHX.shape[1]):
+        lengths_B = jnp.where(rows.valid_BT, rows.position_BT, 0)[:, 0] + 1
+        o_BHC = api.mla_decode(q_BTHX[:, 0], pages_PSX, rows.table_BP, lengths_B, scale=softmax_scale(cfg))
+        o_BTHC = o_BHC[:, None]
+    else:
+        needed = jnp.where(rows.valid_BT, rows.position_BT, 0).max() // reach.page_size
+        branch = jnp.searchsorted(jnp.array(reach.widths), needed, side="right")
+        branches = [functools.partial(attend, width) for width in reach.widths]
+        o_BTHC = lax.switch(branch, branches, q_BTHX, pages_PSX, rows)
     o_BTHV = per_head(o_BTHC, w["v_up_HCV"])
     return linear(o_BTHV.reshape(*o_BTHV.shape[:2], -1), w["o"]), pages_PSX
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +12,9 @@ import pytest
 from deepseek_jax.interop import load_hf, save_hf
 from deepseek_jax.model import experts
 from deepseek_jax.model.layers import head_logits
+from deepseek_jax.model.rope import rope_table
 from deepseek_jax.serving import cache as latents
-from deepseek_jax.serving import generate
+from deepseek_jax.serving import generate, network
 from deepseek_jax.serving.network import (
     Reach,
     Rows,
@@ -24,6 +26,7 @@ from deepseek_jax.serving.network import (
     prepare,
     tiles_in_turn,
 )
+from kernels_pallas import api
 from tests.model import naive
 
 CASES = {
@@ -146,6 +149,35 @@ def test_a_bfloat16_layer_is_the_float32_layer_rounded(tokens):
     assert (counts == same).all() and counts.sum() == (tokens - 1) * cfg.experts_per_token
     error = np.asarray(found, np.float32) - expected
     assert np.abs(error[:, :-1]).max() < 0.02 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "fp8"])
+def test_where_there_is_a_kernel_it_is_handed_what_it_takes(monkeypatch, kind):
+    cfg = naive.tiny(num_layers=2, kv_rank=512, rope_head_dim=64, dtype="bfloat16")
+    weights = prepare(cfg, naive.variables_of(cfg))
+    reach = Reach(kind, 8, (2, 4))
+    cache = latents.make(cfg, kind, 9, 8)
+    rng, calls = np.random.default_rng(0), []
+    table = jnp.asarray([[3, 1, 5, 0], [2, 8, 4, 7]], jnp.int32)
+    prompt = Rows(jnp.arange(20)[None].repeat(2, 0), jnp.arange(20)[None] < jnp.array([[11], [20]]), table)
+    _, cache, _ = jax.jit(functools.partial(forward, cfg, reach))(
+        weights, cache, jnp.asarray(rng.integers(0, 64, (2, 20))), prompt)
+    last = Rows(jnp.array([[11], [20]]), jnp.ones((2, 1), bool), table)
+    x = jnp.asarray(rng.standard_normal((2, 1, cfg.d_model)), jnp.bfloat16)
+    rope = rope_table(cfg, last.position_BT, jnp.float32)
+    step = lambda: jax.jit(functools.partial(network.attention, cfg, reach))(
+        weights["layers"][0]["attention"], x, rope, cache[0], last)[0].astype(jnp.float32)
+    expected = step()
+
+    def twin(*args, **options):
+        calls.append(args)
+        return api.mla_decode(*args, **options, implementation="reference")
+
+    monkeypatch.setattr(network, "api", types.SimpleNamespace(runs_here=lambda: "hopper", mla_decode=twin))
+    found = step()
+
+    assert len(calls) == 1
+    np.testing.assert_allclose(found, expected, rtol=2**-6, atol=2**-7 * np.abs(expected).max())
 
 
 def test_weights_kept_in_fp8_are_laid_out_as_if_they_had_been_dequantized_before(tmp_path):
