@@ -54,6 +54,7 @@ lint: .venv/stamp
 bench: .venv/stamp .venv-peer/stamp
 	$(RUN) benchmarks/run.py --json benchmarks/results/train_cpu.json
 	$(RUN) benchmarks/grouped_matmul.py --json benchmarks/results/grouped_matmul.json
+	$(RUN) benchmarks/decode.py --json benchmarks/results/decode_cpu.json
 
 STUDIES := load_balance mtp bias_rule routing_limit experts balance_scope mla
 studies-quick: .venv/stamp

@@ -1,11 +1,11 @@
 """Speculative decoding on a trained run: how often MTP is right, what drafting and verifying cost, what it is worth.
 
-    python benchmarks/speculative.py --workdir run --json benchmarks/results/speculative_cpu.json
+    python benchmarks/speculative.py --workdir run --batches 1 8 16 --json benchmarks/results/speculative_cpu.json
 
-Prompts are beginnings of held-out files, continued greedily, one at a time. For each depth of drafts:
+Prompts are beginnings of held-out files, continued greedily, a batch at a time. For each batch and depth of drafts:
 
     plain, verify, draft    milliseconds of a plain step, and of the two parts of a drafting one, each timed by itself
-    tokens per step         1 + accepted drafts
+    tokens per step         1 + accepted drafts, of one sequence
     break-even              the share of accepted drafts from which on drafting pays
     predicted               tokens per step * plain / (verify + draft)
     measured                tokens per second over those of plain decoding, taking turns
@@ -20,6 +20,7 @@ import pathlib
 import statistics
 import time
 
+import numpy as np
 from run import HERE, hardware
 
 
@@ -55,24 +56,23 @@ def repeated(body, *state, steps=32):
 
 
 def parts(engine):
-    """(verify, draft): timers of the two parts of a step at this engine's depth, behind a context of 64."""
+    """(verify, draft): timers of the two parts of a full batch's step, behind a context of 64."""
     import jax.numpy as jnp
-    import numpy as np
 
     from deepseek_jax.model.layers import head_logits
     from deepseek_jax.serving import speculative
     from deepseek_jax.serving.network import Rows, forward
     from deepseek_jax.serving.sampling import Sampling
 
-    cfg, reach, weights, depth = engine.cfg, engine.reach, engine.weights, engine.depth
-    T, one = depth + 1, jnp.ones(1, jnp.int32)
-    table_BP = jnp.arange(1, reach.widths[-1] + 1, dtype=jnp.int32)[None]
-    greedy = Sampling(*(jnp.full(1, x, t) for x, t in ((0, np.float32), (0, np.int32), (1, np.float32),
+    cfg, reach, weights, depth, B = engine.cfg, engine.reach, engine.weights, engine.depth, engine.max_sequences
+    T, one = depth + 1, jnp.ones(B, jnp.int32)
+    table_BP = jnp.arange(1, B * reach.widths[-1] + 1, dtype=jnp.int32).reshape(B, -1)
+    greedy = Sampling(*(jnp.full(B, x, t) for x, t in ((0, np.float32), (0, np.int32), (1, np.float32),
                                                        (0, np.uint32), (0, np.uint32))))
 
     def verify(n, state):
         cache, tokens_BT, drafts, _ = state
-        rows = Rows(64 + n + jnp.arange(T)[None], jnp.ones((1, T), bool), table_BP)
+        rows = Rows((64 + n) * one[:, None] + jnp.arange(T)[None], jnp.ones((B, T), bool), table_BP)
         hidden_BTD, cache, _ = forward(cfg, reach, weights, cache, tokens_BT, rows)
         logits_BTW = head_logits(hidden_BTD, weights["head"])
         made_BT, _ = speculative.verify(greedy, logits_BTW, drafts, one * (65 + n))
@@ -84,35 +84,74 @@ def parts(engine):
                                           drafts, one * (64 + n), one * 10**6, table_BP)
         return cache, jnp.concatenate([drafts.token_Bd, tokens_BT[:, :1]], axis=1), drafts, hidden_BTD
 
-    state = (tuple(map(jnp.copy, engine._cache)), jnp.zeros((1, T), jnp.int32), speculative.no_drafts(cfg, 1, depth),
-             jnp.zeros((1, T, cfg.d_model), cfg.dtype))
+    # Other tokens for every sequence, so that they choose other experts.
+    tokens_BT = jnp.arange(B * T, dtype=jnp.int32).reshape(B, T) * 97 % cfg.vocab_size
+    hidden_BTD = weights["embedding"][tokens_BT]
+    state = (tuple(map(jnp.copy, engine._cache)), tokens_BT, speculative.no_drafts(cfg, B, depth), hidden_BTD)
     return repeated(verify, *state), repeated(draft, *state) if depth else (lambda: 0.0)
 
 
 def decoding(engine, prompts, new):
-    """One pass over all prompts: (seconds after the first token of each, tokens, steps, drafted, accepted)."""
+    """One pass over all prompts, a batch at a time, as long as the batch is full.
+
+    Returns (seconds after the first token of each, tokens, steps of sequences, drafted, accepted).
+    """
     from deepseek_jax.serving.engine import Request
 
     seconds = tokens = steps = drafted = accepted = 0
-    for prompt in prompts:
-        made = engine.submit(Request(prompt, new))
-        while not made.made:
+    for start in range(0, len(prompts), engine.max_sequences):
+        made = [engine.submit(Request(prompt, new)) for prompt in prompts[start:start + engine.max_sequences]]
+        count = lambda made=made: np.array([(len(s.made), s.steps, s.drafted, s.accepted) for s in made]).sum(axis=0)
+        while not all(s.made for s in made):
             engine.step()
-        before = len(made.made), made.steps
-        start = time.perf_counter()
+        before, begin = count(), time.perf_counter()
+        while all(s.finish is None for s in made):
+            engine.step()
+        seconds += time.perf_counter() - begin
+        new_tokens, new_steps, new_drafted, new_accepted = map(int, count() - before)
+        tokens, steps = tokens + new_tokens, steps + new_steps
+        drafted, accepted = drafted + new_drafted, accepted + new_accepted
         engine.run()
-        seconds += time.perf_counter() - start
-        tokens, steps = tokens + len(made.made) - before[0], steps + made.steps - before[1]
-        drafted, accepted = drafted + made.drafted, accepted + made.accepted
     return seconds, tokens, steps, drafted, accepted
+
+
+def table(cfg, variables, batch, depths, prompts, new, rounds):
+    """Plain tokens per second, and a row for each depth."""
+    from deepseek_jax.serving.engine import Engine
+
+    engines = {d: Engine(cfg, variables, max_sequences=batch, max_length=256, depth=d) for d in (0, *depths)}
+    timers = {d: parts(engine) for d, engine in engines.items()}
+    verified, drafted, passes = ({d: [] for d in engines} for _ in range(3))
+    for n in range(rounds + 1):  # the first compiles
+        for d, engine in engines.items():
+            verify, draft = (timer() for timer in timers[d])
+            row = decoding(engine, prompts, new)
+            if n:
+                verified[d].append(verify)
+                drafted[d].append(draft)
+                passes[d].append(row)
+    median = statistics.median
+    speed = {d: median(tokens / seconds for seconds, tokens, *_ in passes[d]) for d in engines}
+    plain, rows = median(verified[0]), []
+    for d in depths:
+        _, tokens, steps, drafts, accepted = passes[d][0]
+        verify, draft = median(verified[d]), median(drafted[d])
+        rows.append({
+            "depth": d, "plain_ms": 1e3 * plain, "verify_ms": 1e3 * verify, "draft_ms": 1e3 * draft,
+            "tokens_per_step": tokens / steps, "acceptance": accepted / drafts,
+            "break_even_acceptance": ((verify + draft) / plain - 1) / d,
+            "predicted_speedup": tokens / steps * plain / (verify + draft), "measured_speedup": speed[d] / speed[0]})
+        print(f"batch={batch}", " ".join(f"{name}={value:.3f}" for name, value in rows[-1].items()), flush=True)
+    return {"batch": batch, "plain_tokens_per_second": speed[0], "depths": rows}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workdir", required=True)
     parser.add_argument("--depths", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--prompts", type=int, default=12)
-    parser.add_argument("--new", type=int, default=49)
+    parser.add_argument("--batches", type=int, nargs="+", default=[1])
+    parser.add_argument("--prompts", type=int, default=16)
+    parser.add_argument("--new", type=int, default=97)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: the run's own")
     parser.add_argument("--json", metavar="FILE")
@@ -124,37 +163,13 @@ def main():
     import dataclasses
 
     from deepseek_jax.generate import load
-    from deepseek_jax.serving.engine import Engine
-
     cfg, variables, tokenizer = load(args.workdir, None, False)
     cfg = dataclasses.replace(cfg, dtype=args.dtype or cfg.dtype)
     prompts = texts(args.workdir, tokenizer, args.prompts, 32)
-    engines = {d: Engine(cfg, variables, max_sequences=1, max_length=256, depth=d) for d in (0, *args.depths)}
-    timers = {d: parts(engine) for d, engine in engines.items()}
-    verified, drafted, passes = ({d: [] for d in engines} for _ in range(3))
-    for n in range(args.rounds + 1):  # the first compiles
-        for d, engine in engines.items():
-            verify, draft = (timer() for timer in timers[d])
-            row = decoding(engine, prompts, args.new)
-            if n:
-                verified[d].append(verify)
-                drafted[d].append(draft)
-                passes[d].append(row)
-    median = statistics.median
-    speed = {d: median(tokens / seconds for seconds, tokens, *_ in passes[d]) for d in engines}
-    plain, table = median(verified[0]), []
-    for d in args.depths:
-        _, tokens, steps, drafts, accepted = passes[d][0]
-        verify, draft = median(verified[d]), median(drafted[d])
-        table.append({
-            "depth": d, "plain_ms": 1e3 * plain, "verify_ms": 1e3 * verify, "draft_ms": 1e3 * draft,
-            "tokens_per_step": tokens / steps, "acceptance": accepted / drafts,
-            "break_even_acceptance": ((verify + draft) / plain - 1) / d,
-            "predicted_speedup": tokens / steps * plain / (verify + draft), "measured_speedup": speed[d] / speed[0]})
-        print(" ".join(f"{name}={value:.3f}" for name, value in table[-1].items()), flush=True)
-    report = {"what": f"greedy continuations of {len(prompts)} prompts by {args.new} tokens, batch 1, {cfg.dtype}",
+    report = {"what": f"greedy continuations of {len(prompts)} prompts by {args.new} tokens, {cfg.dtype}",
               "date": datetime.date.today().isoformat(), "hardware": hardware(), "rounds": args.rounds,
-              "plain_tokens_per_second": speed[0], "depths": table}
+              "batches": [table(cfg, variables, batch, args.depths, prompts, args.new, args.rounds)
+                          for batch in args.batches]}
     if args.json:
         pathlib.Path(HERE.parent, args.json).write_text(json.dumps(report, indent=1) + "\n")
 

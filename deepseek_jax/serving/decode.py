@@ -2,7 +2,8 @@
 
 Prefill goes over all tokens of a prompt but the last; decoding feeds that one like any other. So a prompt can be cut
 into chunks of any length, or found in the cache, and one kind of step makes every token. All shapes are fixed by the
-batch and the chunk; what varies (lengths, pages, ways of sampling, steps to run) is data.
+batch and the chunk; what varies (lengths, pages, ways of sampling, steps to run) is data. On a mesh the experts are
+shared out, and all else is everywhere (`network.on_mesh`).
 """
 
 import functools
@@ -15,7 +16,7 @@ from jax import lax
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.layers import head_logits
 from deepseek_jax.serving import speculative
-from deepseek_jax.serving.network import Reach, Rows, forward, predict_ahead
+from deepseek_jax.serving.network import Reach, Rows, forward, on_mesh, predict_ahead
 from deepseek_jax.serving.sampling import Sampling
 from deepseek_jax.serving.speculative import Drafts
 
@@ -69,6 +70,11 @@ def prefill(cfg: ModelConfig, reach: Reach, weights, cache, drafts: Drafts, toke
     Returns:
       cache, drafts, counts int32 [MoE layers, E].
     """
+    return on_mesh(functools.partial(_prefill, cfg, reach), weights, cache, drafts, tokens_BX, position_B, length_B,
+                   known_B, slot_B, table_BP)
+
+
+def _prefill(cfg, reach, weights, cache, drafts, tokens_BX, position_B, length_B, known_B, slot_B, table_BP):
     modules = len(weights["mtp"])
     T = tokens_BX.shape[1] - modules
     at_BT = jnp.arange(T)[None]
@@ -90,7 +96,9 @@ def prefill(cfg: ModelConfig, reach: Reach, weights, cache, drafts: Drafts, toke
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(4, 5))
 def decode(cfg: ModelConfig, reach: Reach, most_steps: int, weights, cache, drafts: Drafts, batch: Batch,
            sampling: Sampling, steps, logprobs):
-    """Runs `steps` (at most `most_steps`) steps: each feeds every sequence its last token and the drafts behind it.
+    """Runs up to `steps` (at most `most_steps`) steps, as long as a sequence goes on.
+
+    Each feeds every sequence its last token and the drafts behind it.
 
     Args:
       drafts: of all slots; its depth (0: plain decoding) is what each step drafts.
@@ -98,6 +106,11 @@ def decode(cfg: ModelConfig, reach: Reach, most_steps: int, weights, cache, draf
     Returns:
       cache, drafts, Steps.
     """
+    return on_mesh(functools.partial(_decode, cfg, reach, most_steps), weights, cache, drafts, batch, sampling, steps,
+                   logprobs)
+
+
+def _decode(cfg, reach, most_steps, weights, cache, drafts, batch, sampling, steps, logprobs):
     B, T = batch.slot_B.shape[0], drafts.token_Bd.shape[1] + 1
     mine = jax.tree.map(lambda x: x[batch.slot_B], drafts)
     mine = mine._replace(count_B=jnp.where(batch.fresh_B, 0, mine.count_B))
@@ -106,16 +119,20 @@ def decode(cfg: ModelConfig, reach: Reach, most_steps: int, weights, cache, draf
         ((T, ALTERNATIVES), jnp.int32), ((T, ALTERNATIVES), jnp.float32))),
         counts_LE=jnp.zeros((cfg.num_moe_layers, cfg.num_experts), jnp.int32))
 
-    def step(n, carry):
-        cache, mine, token_B, position_B, made = carry
+    def goes_on(carry):
+        n, _, _, _, position_B, _ = carry
+        return (n < steps) & (position_B < batch.limit_B).any()
+
+    def step(carry):
+        n, cache, mine, token_B, position_B, made = carry
         cache, mine, one = _step(cfg, reach, weights, cache, mine, batch, sampling, token_B, position_B, logprobs)
         count_B = one.count_NB
         last_B = jnp.take_along_axis(one.tokens_NBT, jnp.maximum(count_B - 1, 0)[:, None], axis=1)[:, 0]
         made = Steps(*(x.at[n].set(y) for x, y in zip(made[:-1], one[:-1])), made.counts_LE + one.counts_LE)
-        return cache, mine, jnp.where(count_B > 0, last_B, token_B), position_B + count_B, made
+        return n + 1, cache, mine, jnp.where(count_B > 0, last_B, token_B), position_B + count_B, made
 
-    cache, mine, _, _, made = lax.fori_loop(
-        0, steps, step, (cache, mine, batch.token_B, batch.position_B, made))
+    _, cache, mine, _, _, made = lax.while_loop(
+        goes_on, step, (jnp.int32(0), cache, mine, batch.token_B, batch.position_B, made))
     drafts = jax.tree.map(lambda x, y: x.at[batch.slot_B].set(y), drafts, mine)
     return cache, drafts, made
 

@@ -8,18 +8,20 @@ several short ones, then runs all others on: a long prompt delays the running st
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import math
 import threading
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
 from deepseek_jax.config import ConfigError, FP8Config, ModelConfig
 from deepseek_jax.serving import cache as latents
 from deepseek_jax.serving import decode as programs
-from deepseek_jax.serving.network import Reach, prepare
+from deepseek_jax.serving.network import Reach, prepare, share_out
 from deepseek_jax.serving.pages import Pages, digests
 from deepseek_jax.serving.placement import Placement, apply
 from deepseek_jax.serving.sampling import Sampling
@@ -85,11 +87,12 @@ class Engine:
       cache: how latents are kept: float32, bfloat16 or fp8; None: as the model computes.
       chunk: most tokens of prompts read in one step.
       most_steps: decoding steps run at once while nobody waits: streams are heard that often.
+      mesh: a mesh of `parallel.make_mesh`, whose `node` and `local` axes share the experts; None: one device.
     """
 
     def __init__(self, cfg: ModelConfig, variables, max_sequences: int = 8, max_length: int = 2048, depth: int = 0,
                  pages: int | None = None, page_size: int = 32, cache: str | None = None, chunk: int = 256,
-                 most_steps: int = 8):
+                 most_steps: int = 8, mesh: jax.sharding.Mesh | None = None):
         if depth and not cfg.mtp_depth:
             raise ConfigError("this model has no MTP module (model.mtp_depth=0), so there is nothing to draft with; "
                               "leave speculative decoding away.")
@@ -104,9 +107,10 @@ class Engine:
         self.chunks = tuple(sorted({min(c, chunk) for c in (16, 64, chunk)}))
         self.most_rows = {c: min(chunk // c, max_sequences) for c in self.chunks}  # prompts read at once
         self.most_steps = most_steps
-        self.weights = prepare(cfg, variables, self.modules)
-        self._cache = latents.make(cfg, self.reach.kind, self.pool.total + 1, page_size, self.modules)
-        self._drafts = no_drafts(cfg, max_sequences + 1, depth)  # the last slot fills up batches
+        self.mesh = mesh
+        self.weights = share_out(prepare(cfg, variables, self.modules), mesh)
+        self._cache = share_out(latents.make(cfg, self.reach.kind, self.pool.total + 1, page_size, self.modules), mesh)
+        self._drafts = share_out(no_drafts(cfg, max_sequences + 1, depth), mesh)  # the last slot fills up batches
         self._slots = list(range(max_sequences - 1, -1, -1))
         self.waiting: collections.deque[Sequence] = collections.deque()
         self.reading: list[Sequence] = []
@@ -172,7 +176,10 @@ class Engine:
 
     def place(self, placement: Placement):
         """Lays the experts out as planned, replicas included. Shapes change: the next steps compile anew."""
-        self.weights = apply(self.weights, placement)
+        self.weights = share_out(apply(self.weights, placement), self.mesh)
+
+    def _in_use(self):
+        return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
     def live_bytes(self) -> int:
         """Bytes of the pages that sequences own."""
@@ -231,10 +238,11 @@ class Engine:
             piece = sequence.request.prompt[sequence.filled:sequence.filled + count + self.modules]
             row[:len(piece)] = piece
         of = lambda values, fill=0: np.array([*values, *[fill] * (rows - len(batch))], np.int32)
-        self._cache, self._drafts, counts_LE = programs.prefill(
-            self.cfg, self.reach, self.weights, self._cache, self._drafts, tokens_BX, of(s.filled for s in batch),
-            of(counts), of(len(s.request.prompt) for s in batch), of((s.slot for s in batch), self.max_sequences),
-            self._tables(batch, rows))
+        with self._in_use():
+            self._cache, self._drafts, counts_LE = programs.prefill(
+                self.cfg, self.reach, self.weights, self._cache, self._drafts, tokens_BX, of(s.filled for s in batch),
+                of(counts), of(len(s.request.prompt) for s in batch), of((s.slot for s in batch), self.max_sequences),
+                self._tables(batch, rows))
         self.loads_LE += np.asarray(counts_LE)
 
     def _decode(self):
@@ -250,7 +258,7 @@ class Engine:
             self._grow(sequence, min(sequence.limit, len(sequence.tokens) - 1 + steps * (self.depth + 1)))
         size = next(b for b in _buckets(self.max_sequences) if b >= len(batch))
         made = self._run(batch, size, steps, any(s.request.logprobs for s in batch))
-        self.totals["steps"] += steps
+        self.totals["steps"] += int((made.count_NB > 0).any(axis=1).sum())
         for b, sequence in enumerate(batch):
             sequence.fresh = False
             self._take(sequence, b, made, steps)
@@ -265,9 +273,10 @@ class Engine:
         asked = Sampling(*(of(lambda s, name=name: getattr(s.request, name), dtype, fill) for name, dtype, fill in (
             ("temperature", np.float32, 0), ("top_k", np.int32, 0), ("top_p", np.float32, 1), ("seed", np.uint32, 0),
             ("stream", np.uint32, 0))))
-        self._cache, self._drafts, made = programs.decode(
-            self.cfg, self.reach, self.most_steps, self.weights, self._cache, self._drafts, rows, asked,
-            np.int32(steps), np.bool_(logprobs))
+        with self._in_use():
+            self._cache, self._drafts, made = programs.decode(
+                self.cfg, self.reach, self.most_steps, self.weights, self._cache, self._drafts, rows, asked,
+                np.int32(steps), np.bool_(logprobs))
         made = made._replace(**{name: x if logprobs else None for name, x in made._asdict().items() if "prob" in name})
         made = programs.Steps(*(None if x is None else np.asarray(x) for x in made))
         self.loads_LE += made.counts_LE

@@ -9,20 +9,24 @@ Everything else is the model's own: these are functions of arrays, over weights 
 """
 
 import functools
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import NamedSharding
 
 from deepseek_jax import fp8
-from deepseek_jax.config import ModelConfig
+from deepseek_jax.config import ConfigError, ModelConfig
 from deepseek_jax.model import experts, mtp
 from deepseek_jax.model import router as routing
 from deepseek_jax.model.attention import project
-from deepseek_jax.model.layers import ffn, linear, matmul, rms_norm, wide
+from deepseek_jax.model.layers import ffn, linear, matmul, rms_norm, swiglu, wide
 from deepseek_jax.model.rope import rope_table, softmax_scale
+from deepseek_jax.parallel.mesh import AXES, spec
 from deepseek_jax.serving import cache as latents
+from kernels_pallas import api
 
 
 class Rows(NamedTuple):
@@ -95,12 +99,50 @@ def _layer(cfg, p, bias_E):
     return out
 
 
-def einsum(equation, a, b):
-    """Accumulated wide. XLA:CPU has no batched bfloat16 product of strided operands into float32: it widens first."""
-    f32 = wide(a.dtype)
-    return lax.platform_dependent(
-        a, b, cpu=lambda a, b: jnp.einsum(equation, a.astype(f32), b.astype(f32)),
-        default=lambda a, b: jnp.einsum(equation, a, b, preferred_element_type=f32))
+def split(tree):
+    """PartitionSpecs of weights or a cache on a mesh: experts are split, in order; all else is everywhere."""
+    def of(path, x):
+        routed = len(path) > 1 and path[-2] == jax.tree_util.DictKey("ffn") and x.ndim == 3
+        return spec("experts", None, None) if routed else spec()
+
+    return jax.tree_util.tree_map_with_path(of, tree)
+
+
+def share_out(tree, mesh):
+    """Lays `split` out on a mesh (None: leaves all where it is).
+
+    Raises ConfigError where devices would get unequal numbers of experts.
+    """
+    if mesh is None:
+        return tree
+    try:
+        return jax.tree.map(lambda x, where: jax.device_put(x, NamedSharding(mesh, where)), tree, split(tree))
+    except ValueError as error:
+        devices = math.prod(mesh.shape[axis] for axis in AXES["experts"])
+        raise ConfigError(f"the experts, replicas included, cannot be shared out evenly over {devices} devices "
+                          "(mesh.node * mesh.local); take a number of places that they divide.") from error
+
+
+def on_mesh(program, weights, *arrays):
+    """program(weights, *arrays); on a mesh all devices run it on the same tokens, each with its own experts."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return program(weights, *arrays)
+    everywhere = (spec(),) * len(arrays)
+    return jax.shard_map(program, in_specs=(split(weights), *everywhere), out_specs=spec(), check_vma=False)(
+        weights, *arrays)
+
+
+def per_head(x_BTHI, w_HIO):
+    """Each head by its own matrix, [B, T, H, O] in the dtype of x."""
+    B, T, H, I = x_BTHI.shape
+    y_HMO = matmul(x_BTHI.reshape(B * T, H, I).swapaxes(0, 1), w_HIO)
+    return y_HMO.swapaxes(0, 1).reshape(B, T, H, -1)
+
+
+def _has_kernel(cfg, reach, T):
+    """Whether the device's own kernel does this attention: one query a sequence, rows of the published models."""
+    rows = (cfg.kv_rank, cfg.rope_head_dim) == (512, 64) and reach.kind in ("bfloat16", "fp8")
+    return T == 1 and rows and cfg.dtype == "bfloat16" and api.runs_here() == "hopper"
 
 
 def attention(cfg: ModelConfig, reach: Reach, w, x_BTD, rope, pages_PSX, rows: Rows):
@@ -109,27 +151,34 @@ def attention(cfg: ModelConfig, reach: Reach, w, x_BTD, rope, pages_PSX, rows: R
     q_BTHA, c_BTC, k_pe_BTR = project(cfg, x_BTD, rope, w, norm("q_norm"), norm("kv_norm"))
     page_BT, offset_BT = latents.places(rows.table_BP, rows.position_BT, rows.valid_BT, reach.page_size)
     pages_PSX = latents.write(pages_PSX, latents.pack(reach.kind, c_BTC, k_pe_BTR), page_BT, offset_BT)
-    N, C = cfg.nope_head_dim, cfg.kv_rank
-    q_BTHC = einsum("BTHN,HNC->BTHC", q_BTHA[..., :N], w["k_up_HNC"])
-    q_BTHX = jnp.concatenate([q_BTHC.astype(cfg.dtype), q_BTHA[..., N:]], axis=-1)
+    N, C, f32 = cfg.nope_head_dim, cfg.kv_rank, wide(cfg.dtype)
+    q_BTHX = jnp.concatenate([per_head(q_BTHA[..., :N], w["k_up_HNC"]), q_BTHA[..., N:]], axis=-1)
 
     def attend(width, q_BTHX, pages_PSX, rows):
         B, T, H, X = q_BTHX.shape
         rows_BSX = latents.unpack(cfg, reach.kind, latents.read(pages_PSX, rows.table_BP[:, :width]))
-        # Rows times queries: the one order that XLA:CPU multiplies in bfloat16 without widening the rows first.
-        q_BXY = jnp.swapaxes(q_BTHX.reshape(B, T * H, X), 1, 2)
-        s_BTHS = jnp.swapaxes(matmul(rows_BSX, q_BXY, wide(cfg.dtype)), 1, 2).reshape(B, T, H, -1) * softmax_scale(cfg)
-        seen_BTS = jnp.arange(rows_BSX.shape[1])[None, None] <= rows.position_BT[:, :, None]
-        p_BTHS = jax.nn.softmax(jnp.where(seen_BTS[:, :, None], s_BTHS, -jnp.inf), axis=-1)
+        if B > 1 and api.device_here().platform == "cpu":  # which would widen them twice, once for each product
+            rows_BSX = rows_BSX.astype(f32)
+        # Rows times queries: the one order for which XLA:CPU neither widens nor turns the rows of a sequence.
+        q_BXY = jnp.swapaxes(q_BTHX.astype(rows_BSX.dtype).reshape(B, T * H, X), 1, 2)
+        s_BTHS = jnp.swapaxes(matmul(rows_BSX, q_BXY, f32), 1, 2).reshape(B, T, H, -1) * softmax_scale(cfg)
+        seen_BT1S = jnp.arange(rows_BSX.shape[1])[None, None, None] <= rows.position_BT[:, :, None, None]
+        p_BTHS = jax.nn.softmax(jnp.where(seen_BT1S, s_BTHS, -jnp.inf), axis=-1)
         # Of whole rows, the rotated key's columns too: cutting the latents out first would copy them.
-        o_BYX = matmul(p_BTHS.astype(cfg.dtype).reshape(B, T * H, -1), rows_BSX, wide(cfg.dtype))
-        return o_BYX[..., :C].reshape(B, T, H, C)
+        o_BYX = matmul(p_BTHS.astype(rows_BSX.dtype).reshape(B, T * H, -1), rows_BSX, f32)
+        return o_BYX[..., :C].reshape(B, T, H, C).astype(cfg.dtype)
 
-    needed = jnp.where(rows.valid_BT, rows.position_BT, 0).max() // reach.page_size
-    branch = jnp.searchsorted(jnp.array(reach.widths), needed, side="right")
-    o_BTHC = lax.switch(branch, [functools.partial(attend, width) for width in reach.widths], q_BTHX, pages_PSX, rows)
-    o_BTHV = einsum("BTHC,HCV->BTHV", o_BTHC.astype(cfg.dtype), w["v_up_HCV"])
-    return linear(o_BTHV.astype(cfg.dtype).reshape(*o_BTHV.shape[:2], -1), w["o"]), pages_PSX
+    if _has_kernel(cfg, reach, q_BTHX.shape[1]):
+        lengths_B = jnp.where(rows.valid_BT, rows.position_BT, 0)[:, 0] + 1
+        o_BHC = api.mla_decode(q_BTHX[:, 0], pages_PSX, rows.table_BP, lengths_B, scale=softmax_scale(cfg))
+        o_BTHC = o_BHC[:, None]
+    else:
+        needed = jnp.where(rows.valid_BT, rows.position_BT, 0).max() // reach.page_size
+        branch = jnp.searchsorted(jnp.array(reach.widths), needed, side="right")
+        branches = [functools.partial(attend, width) for width in reach.widths]
+        o_BTHC = lax.switch(branch, branches, q_BTHX, pages_PSX, rows)
+    o_BTHV = per_head(o_BTHC, w["v_up_HCV"])
+    return linear(o_BTHV.reshape(*o_BTHV.shape[:2], -1), w["o"]), pages_PSX
 
 
 def choices_in_turn(x_ND, chosen_NK, gates_NK, gate_EDF, up_EDF, down_EFD):
@@ -171,19 +220,47 @@ def tiles_in_turn(x_ND, chosen_NK, gates_NK, gate_EDF, up_EDF, down_EFD):
     return experts.combine(lax.fori_loop(0, end_E[-1], tile, jnp.zeros_like(x_RD)), gates_NK, p)
 
 
+def all_at_once(x_ND, chosen_NK, gates_NK, gate_EDF, up_EDF, down_EFD):
+    """The same by every expert for every token, with gates of zero where it was not chosen; E is nobody's.
+
+    Pays where most experts are needed anyway, and rows cost next to nothing: weights are read where they lie.
+    """
+    N, (E, D, F) = len(x_ND), gate_EDF.shape
+    gate_EN1 = (jax.nn.one_hot(chosen_NK, E, axis=0) * gates_NK[None]).sum(axis=2)[..., None].astype(x_ND.dtype)
+    x_END = jnp.broadcast_to(x_ND[None], (E, N, D))
+    h_ENF = gate_EN1 * swiglu(matmul(x_END, gate_EDF), matmul(x_END, up_EDF))
+    return matmul(jnp.swapaxes(h_ENF, 0, 1).reshape(N, E * F), down_EFD.reshape(E * F, D))
+
+
+def _devices():
+    """How many share the experts."""
+    return lax.axis_size(AXES["experts"]) if jax.sharding.get_abstract_mesh().manual_axes else 1
+
+
 def moe(cfg: ModelConfig, w, x_BTD, valid_BT):
-    """Routed and shared experts; also how many valid tokens chose each expert, int32 [E]."""
+    """Routed and shared experts; also how many valid tokens chose each expert, int32 [E].
+
+    Inside `on_mesh` the routed ones are a device's own part of all.
+    """
     x_ND = x_BTD.reshape(-1, cfg.d_model)
     scores_NE, chosen_NK = routing.route(cfg, x_ND, w["router"], w["bias"])
-    f = w["ffn"]
-    place_NK, places = chosen_NK, f["gate"].shape[0]
+    f, gates_NK = w["ffn"], routing.gates(cfg, scores_NE, chosen_NK)
+    place_NK, here, devices = chosen_NK, f["gate"].shape[0], _devices()
     if "places" in w:  # experts with replicas (placement.py): a token's row decides between them
         table_EX, count_E = w["places"]["table_EX"], w["places"]["count_E"]
         place_NK = table_EX[chosen_NK, jnp.arange(chosen_NK.shape[0])[:, None] % count_E[chosen_NK]]
-    in_turn = choices_in_turn
-    if 4 * place_NK.size > places:
-        in_turn, place_NK = tiles_in_turn, jnp.where(valid_BT.reshape(-1, 1), place_NK, places)
-    y_ND = in_turn(x_ND, place_NK, routing.gates(cfg, scores_NE, chosen_NK), f["gate"], f["up"], f["down"])
+    way = choices_in_turn
+    if devices > 1 or 4 * place_NK.size > here:
+        # A core multiplies 16 bfloat16 rows at once: fewer cost the same.
+        narrow_and_many = x_ND.dtype == jnp.bfloat16 and x_ND.shape[0] <= 32 and place_NK.size >= here * devices
+        way = all_at_once if narrow_and_many else tiles_in_turn
+        if devices > 1:
+            place_NK = place_NK - lax.axis_index(AXES["experts"]) * here
+        mine_NK = (place_NK >= 0) & (place_NK < here) & valid_BT.reshape(-1, 1)
+        place_NK = jnp.where(mine_NK, place_NK, here)
+    y_ND = way(x_ND, place_NK, gates_NK, f["gate"], f["up"], f["down"])
+    if devices > 1:  # all of them have the tokens, and each has added what its own experts say to them
+        y_ND = lax.psum(y_ND.astype(wide(y_ND.dtype)), AXES["experts"]).astype(y_ND.dtype)
     if cfg.num_shared_experts:
         shared = f["shared"]
         y_ND = y_ND + ffn(x_ND, shared["gate"], shared["up"], shared["down"])

@@ -1,6 +1,8 @@
 """The network over the cache gives what the whole forward pass gives, however the tokens are cut into steps."""
 
+import dataclasses
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +12,21 @@ import pytest
 from deepseek_jax.interop import load_hf, save_hf
 from deepseek_jax.model import experts
 from deepseek_jax.model.layers import head_logits
+from deepseek_jax.model.rope import rope_table
 from deepseek_jax.serving import cache as latents
-from deepseek_jax.serving import generate
-from deepseek_jax.serving.network import Reach, Rows, choices_in_turn, forward, predict_ahead, prepare, tiles_in_turn
+from deepseek_jax.serving import generate, network
+from deepseek_jax.serving.network import (
+    Reach,
+    Rows,
+    all_at_once,
+    choices_in_turn,
+    forward,
+    moe,
+    predict_ahead,
+    prepare,
+    tiles_in_turn,
+)
+from kernels_pallas import api
 from tests.model import naive
 
 CASES = {
@@ -94,8 +108,8 @@ def test_the_mtp_module_over_its_cache_predicts_as_in_training():
 
 
 @pytest.mark.parametrize("tokens", [1, 5, 40])
-@pytest.mark.parametrize("in_turn", [choices_in_turn, tiles_in_turn])
-def test_experts_taken_in_turn_are_the_routed_experts(in_turn, tokens):
+@pytest.mark.parametrize("way", [choices_in_turn, tiles_in_turn, all_at_once])
+def test_experts_for_few_tokens_are_the_routed_experts(way, tokens):
     rng = np.random.default_rng(tokens)
     x, gates = rng.standard_normal((tokens, 6)).astype(np.float32), rng.random((tokens, 3)).astype(np.float32)
     chosen = np.stack([rng.permutation(9)[:3] for _ in range(tokens)]).astype(np.int32)
@@ -103,21 +117,67 @@ def test_experts_taken_in_turn_are_the_routed_experts(in_turn, tokens):
 
     expected = experts.routed_experts(jnp.asarray(x), chosen, gates, *weights, implementation="reference")
 
-    np.testing.assert_allclose(jax.jit(in_turn)(x, chosen, gates, *weights), expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(jax.jit(way)(x, chosen, gates, *weights), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_choices_of_nobody_cost_no_tile_and_change_nobody_elses_sum():
+@pytest.mark.parametrize("way", [tiles_in_turn, all_at_once])
+def test_choices_of_nobody_add_nothing_and_change_nobody_elses_sum(way):
     rng = np.random.default_rng(0)
     x, gates = rng.standard_normal((12, 6)).astype(np.float32), np.ones((12, 2), np.float32)
     chosen = np.stack([rng.permutation(4)[:2] for _ in range(12)]).astype(np.int32)
     weights = [rng.standard_normal(shape).astype(np.float32) for shape in ((4, 6, 5), (4, 6, 5), (4, 5, 6))]
-    whole = jax.jit(tiles_in_turn)(x, chosen, gates, *weights)
+    whole = jax.jit(way)(x, chosen, gates, *weights)
 
     chosen[7:] = 4
-    found = jax.jit(tiles_in_turn)(x, chosen, gates, *weights)
+    found = jax.jit(way)(x, chosen, gates, *weights)
 
     np.testing.assert_allclose(found[:7], whole[:7], rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(found[7:], 0)
+
+
+@pytest.mark.parametrize("tokens", [2, 16, 40])
+def test_a_bfloat16_layer_is_the_float32_layer_rounded(tokens):
+    cfg = naive.tiny(num_layers=2, dtype="bfloat16")
+    variables = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16).astype(jnp.float32), naive.variables_of(cfg))
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((1, tokens, cfg.d_model)), jnp.bfloat16)
+    exact = dataclasses.replace(cfg, dtype="float32")
+    valid = jnp.arange(tokens)[None] < tokens - 1
+
+    found, counts = moe(cfg, prepare(cfg, variables)["layers"][1], x, valid)
+    expected, same = moe(exact, prepare(exact, variables)["layers"][1], x.astype(jnp.float32), valid)
+
+    assert (counts == same).all() and counts.sum() == (tokens - 1) * cfg.experts_per_token
+    error = np.asarray(found, np.float32) - expected
+    assert np.abs(error[:, :-1]).max() < 0.02 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "fp8"])
+def test_where_there_is_a_kernel_it_is_handed_what_it_takes(monkeypatch, kind):
+    cfg = naive.tiny(num_layers=2, kv_rank=512, rope_head_dim=64, dtype="bfloat16")
+    weights = prepare(cfg, naive.variables_of(cfg))
+    reach = Reach(kind, 8, (2, 4))
+    cache = latents.make(cfg, kind, 9, 8)
+    rng, calls = np.random.default_rng(0), []
+    table = jnp.asarray([[3, 1, 5, 0], [2, 8, 4, 7]], jnp.int32)
+    prompt = Rows(jnp.arange(20)[None].repeat(2, 0), jnp.arange(20)[None] < jnp.array([[11], [20]]), table)
+    _, cache, _ = jax.jit(functools.partial(forward, cfg, reach))(
+        weights, cache, jnp.asarray(rng.integers(0, 64, (2, 20))), prompt)
+    last = Rows(jnp.array([[11], [20]]), jnp.ones((2, 1), bool), table)
+    x = jnp.asarray(rng.standard_normal((2, 1, cfg.d_model)), jnp.bfloat16)
+    rope = rope_table(cfg, last.position_BT, jnp.float32)
+    step = lambda: jax.jit(functools.partial(network.attention, cfg, reach))(
+        weights["layers"][0]["attention"], x, rope, cache[0], last)[0].astype(jnp.float32)
+    expected = step()
+
+    def twin(*args, **options):
+        calls.append(args)
+        return api.mla_decode(*args, **options, implementation="reference")
+
+    monkeypatch.setattr(network, "api", types.SimpleNamespace(runs_here=lambda: "hopper", mla_decode=twin))
+    found = step()
+
+    assert len(calls) == 1
+    np.testing.assert_allclose(found, expected, rtol=2**-6, atol=2**-7 * np.abs(expected).max())
 
 
 def test_weights_kept_in_fp8_are_laid_out_as_if_they_had_been_dequantized_before(tmp_path):

@@ -1,13 +1,18 @@
 """Expert placement: the vectors of the EPLB repository, and outputs that do not know where an expert lies."""
 
+import functools
+
+import jax
 import numpy as np
 import pytest
 
-from deepseek_jax.config import ConfigError
+from deepseek_jax.config import ConfigError, MeshConfig
+from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.serving.engine import Engine, Request
 from deepseek_jax.serving.placement import pack, plan, replicate
 from tests.model import naive
 
+CFG = naive.tiny(num_layers=3)
 LOADS = [[90, 132, 40, 61, 104, 165, 39, 4, 73, 56, 183, 86], [20, 107, 104, 64, 19, 197, 187, 157, 172, 86, 16, 27]]
 HIERARCHICAL = [[5, 6, 5, 7, 8, 4, 3, 4, 10, 9, 10, 2, 0, 1, 11, 1], [7, 10, 6, 8, 6, 11, 8, 9, 2, 4, 5, 1, 5, 0, 3, 1]]
 GLOBAL = [[10, 6, 10, 7, 0, 2, 11, 4, 5, 9, 5, 4, 8, 3, 1, 1], [1, 10, 2, 4, 5, 11, 5, 0, 6, 7, 6, 3, 8, 8, 9, 7]]
@@ -53,19 +58,43 @@ def test_numbers_that_do_not_divide_say_so(arguments, message):
 
 
 def test_no_output_token_changes_when_experts_move_and_are_duplicated():
-    cfg = naive.tiny(num_layers=3)
-    engine = Engine(cfg, naive.variables_of(cfg), max_sequences=2, max_length=64, chunk=16)
-    prompts = [(5, 9, 3, 60), (7, 1)]
+    engine = Engine(CFG, naive.variables_of(CFG), max_sequences=2, max_length=64, chunk=16)
+    before = continuations(engine)
 
-    def continuations():
-        made = [engine.submit(Request(prompt, 12)) for prompt in prompts]
-        engine.run()
-        return [[token.id for token in s.made] for s in made]
-
-    before = continuations()
     placed = plan(engine.loads_LE, places=12, groups=4, nodes=2, devices=4)
     engine.place(placed)
 
     assert engine.weights["layers"][1]["ffn"]["gate"].shape[0] == 12
-    assert continuations() == before
+    assert continuations(engine) == before
     assert max(placed.replicas(0)[1]) > 1
+
+
+def test_no_output_token_changes_on_a_mesh_whose_devices_share_the_experts_as_planned():
+    mesh = make_mesh(MeshConfig(node=2, local=2), jax.devices()[:4])
+    make = functools.partial(Engine, CFG, naive.variables_of(CFG), max_sequences=2, max_length=64, chunk=16, depth=1)
+    before = continuations(make())
+
+    engine = make(mesh=mesh)
+    assert here(engine) == [CFG.num_experts // 4] * 4
+    assert continuations(engine) == before
+
+    engine.place(plan(engine.loads_LE, places=12, groups=4, nodes=2, devices=4))
+    assert here(engine) == [3] * 4
+    assert continuations(engine) == before
+
+
+def test_experts_that_cannot_be_shared_out_evenly_say_so():
+    mesh = make_mesh(MeshConfig(local=3), jax.devices()[:3])
+    with pytest.raises(ConfigError, match="over 3 devices .*number of places"):
+        Engine(CFG, naive.variables_of(CFG), max_sequences=1, max_length=32, mesh=mesh)
+
+
+def continuations(engine):
+    made = [engine.submit(Request(prompt, 12)) for prompt in [(5, 9, 3, 60), (7, 1)]]
+    engine.run()
+    return [[token.id for token in s.made] for s in made]
+
+
+def here(engine):
+    """Experts of the second layer on each device."""
+    return [shard.data.shape[0] for shard in engine.weights["layers"][1]["ffn"]["gate"].addressable_shards]
