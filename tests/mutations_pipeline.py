@@ -6,6 +6,7 @@ T_SCHEDULE, T_VALIDATE, T_SPLIT, T_EXECUTE, T_DRAW = (
     f"pipeline/test_{name}.py" for name in ("schedule", "validate", "split", "execute", "draw"))
 PIPELINED, LOSSES = "deepseek_jax/training/pipelined.py", "deepseek_jax/training/losses.py"
 MESH = "deepseek_jax/parallel/mesh.py"
+OVERLAP, T_OVERLAP = "experiments/studies/pipeline/overlap.py", "experiments/test_overlap.py"
 T_PIPELINED, T_LOSSES, T_MESH = "training/test_pipelined.py", "training/test_losses.py", "parallel/test_mesh.py"
 T_ONE_STEP = f"{T_PIPELINED}::test_in_float64_losses_gradients_and_loads_are_those_without_a_pipeline[1f1b]"
 T_SLOTS = f"{T_PIPELINED}::test_every_layer_has_one_slot_and_stages_differ_by_one_layer"
@@ -105,4 +106,9 @@ MUTATIONS = [
     ("targets that lie elsewhere are hit", LOSSES, "weights_hit_M = jnp.where(mine_M, weights_M, 0)",
      "weights_hit_M = weights_M", T_LOSSES),
     ("masters are whole along the pipeline", MESH, 'in ("pipe", *DATA) if axis', "in DATA if axis", T_MESH),
+    # what is read off compiled programs
+    ("transfers happen at the same time", OVERLAP, "max(now, network) + seconds", "now + seconds", T_OVERLAP),
+    ("waiting takes no time", OVERLAP, "now = max(now, ends)", "pass", T_OVERLAP),
+    ("products of all rows by every expert count in full", OVERLAP,
+     "flops * LOCAL / MODEL.num_experts if expanded else flops", "flops", T_OVERLAP),
 ]
