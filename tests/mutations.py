@@ -128,7 +128,7 @@ MUTATIONS = [Mutation(*row) for row in [
      "dy_MO).astype(w_IO.dtype)  #", T_LAYERS),
     ("norm without eps", LAYERS, "keepdims=True) + eps)", "keepdims=True))", T_LAYERS),
     ("norm without its scale", LAYERS, "return (y * scale.reshape((1,) * (x.ndim - 1) + (-1,)))", "return y", T_LAYERS),
-    ("the report remat keeps everything", LAYERS, "save_only_these_names(*SAVED_NAMES)", "everything_saveable",
+    ("the report remat keeps everything", TRANSFORMER, "save_only_these_names(*SAVED_NAMES)", "everything_saveable",
      T_LAYERS),
     ("the report remat keeps nothing", LAYERS,
      '("residual", "latent", "attention", "ffn_in", "routing", "dispatched")', '("nothing",)', T_LAYERS),

@@ -22,17 +22,6 @@ from deepseek_jax.parallel.mesh import constrain
 SAVED_NAMES = ("residual", "latent", "attention", "ffn_in", "routing", "dispatched")
 
 
-def rematerialized(module, cfg: ModelConfig, scanned=False):
-    """The class of a module with cfg.remat's choice of what the backward pass recomputes.
-
-    Outside a scan XLA must be kept from merging the recomputation with the first computation.
-    """
-    if cfg.remat == "none":
-        return module
-    policy = jax.checkpoint_policies.save_only_these_names(*SAVED_NAMES) if cfg.remat == "report" else None
-    return nn.remat(module, policy=policy, prevent_cse=not scanned)
-
-
 def saved(x):
     """Marks a SwiGLU input as kept for the backward pass."""
     return checkpoint_name(x, "ffn_in")

@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from deepseek_jax.config import MeshConfig, ModelConfig
-from deepseek_jax.model.layers import RMSNorm, linear, rematerialized, weight
+from deepseek_jax.model.layers import RMSNorm, linear, weight
 
 
 class MTPModule(nn.Module):
@@ -23,12 +23,12 @@ class MTPModule(nn.Module):
 
     @nn.compact
     def __call__(self, hidden_BTD, ahead_BTD, bias_E, rope, segment_ids_BT):
-        cfg, norm = self.cfg, rematerialized(RMSNorm, self.cfg)
-        x_BTD = join(norm(cfg, name="embedding_norm")(ahead_BTD), norm(cfg, name="hidden_norm")(hidden_BTD),
+        cfg = self.cfg
+        x_BTD = join(RMSNorm(cfg, name="embedding_norm")(ahead_BTD), RMSNorm(cfg, name="hidden_norm")(hidden_BTD),
                      weight(self, "projection", (2 * cfg.d_model, cfg.d_model)), cfg.fp8)
         x_BTD, stats = self.block(cfg, moe=True, capture=self.capture, mesh=self.mesh, name="block")(
             x_BTD, bias_E, rope, segment_ids_BT)
-        return norm(cfg, name="norm")(x_BTD), stats
+        return RMSNorm(cfg, name="norm")(x_BTD), stats
 
 
 def join(ahead_BTD, hidden_BTD, projection, recipe):

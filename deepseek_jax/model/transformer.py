@@ -18,7 +18,7 @@ from deepseek_jax.config import MeshConfig, ModelConfig
 from deepseek_jax.model import router as routing
 from deepseek_jax.model.attention import MLA
 from deepseek_jax.model.experts import MoE
-from deepseek_jax.model.layers import FFN, RMSNorm, head_logits, rematerialized, weight, wide
+from deepseek_jax.model.layers import FFN, SAVED_NAMES, RMSNorm, head_logits, weight, wide
 from deepseek_jax.model.mtp import MTPModule, ahead
 from deepseek_jax.model.rope import rope_table
 from deepseek_jax.parallel.mesh import constrain
@@ -71,6 +71,17 @@ class Block(nn.Module):
         return constrain(x_BTD + y_BTD, ("batch", None, None)), stats
 
 
+def rematerialized(block, cfg: ModelConfig, scanned: bool):
+    """The block with cfg.remat's choice of what the backward pass recomputes.
+
+    Outside a scan XLA must be kept from merging the recomputation with the first computation.
+    """
+    if cfg.remat == "none":
+        return block
+    policy = jax.checkpoint_policies.save_only_these_names(*SAVED_NAMES) if cfg.remat == "report" else None
+    return nn.remat(block, policy=policy, prevent_cse=not scanned)
+
+
 class DeepSeekV3(nn.Module):
     """The model. With a `mesh` of several devices it runs inside jax.set_mesh of that mesh."""
 
@@ -112,14 +123,14 @@ class DeepSeekV3(nn.Module):
             x_BTD, main = self._stack(cfg.num_moe_layers, "layers", True, capture)(
                 x_BTD, bias_LE, rope, segment_ids)
             stats.append(("bias", main))
-        hidden_BTD = rematerialized(RMSNorm, cfg)(cfg, name="norm")(x_BTD)
+        hidden_BTD = RMSNorm(cfg, name="norm")(x_BTD)
 
         mtp_hidden, mtp_stats = [], []
         mtp_bias_KE = self._bias("mtp_bias", cfg.mtp_depth) if cfg.mtp_depth else None
         h_BTD = hidden_BTD
         for k in range(1, cfg.mtp_depth + 1):
             ahead_BTD = embedding_WD[ahead(tokens_BT, k)].astype(cfg.dtype)
-            module = MTPModule(cfg, rematerialized(Block, cfg), capture, self.mesh, name=f"mtp_{k}")
+            module = MTPModule(cfg, rematerialized(Block, cfg, scanned=False), capture, self.mesh, name=f"mtp_{k}")
             bias_E = None if mtp_bias_KE is None else mtp_bias_KE[k - 1]
             h_BTD, one = module(h_BTD, ahead_BTD, bias_E, rope, segment_ids)
             mtp_hidden.append(h_BTD)

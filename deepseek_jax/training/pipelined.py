@@ -25,10 +25,10 @@ from deepseek_jax.model import Output
 from deepseek_jax.model import router as routing
 from deepseek_jax.model.attention import MLA
 from deepseek_jax.model.experts import MoE
-from deepseek_jax.model.layers import FFN, RMSNorm, rematerialized, wide
+from deepseek_jax.model.layers import FFN, RMSNorm, wide
 from deepseek_jax.model.mtp import ahead, join
 from deepseek_jax.model.rope import rope_table
-from deepseek_jax.model.transformer import Block
+from deepseek_jax.model.transformer import Block, rematerialized
 from deepseek_jax.parallel.mesh import DATA, on_the_way, paths, place
 from deepseek_jax.pipeline import Schedule, make_schedule
 from deepseek_jax.pipeline.execute import Arguments, Model, pipelined, rows
@@ -99,7 +99,7 @@ def describe(config: Config) -> str:
 def stage(config: Config, layers, fixed, x_BTD, inputs):
     """The MoE layers of one stage. -> (x_BTD, balance loss, {"counts" [slots, E], "traffic" [slots] each})"""
     cfg = config.model
-    block = rematerialized(Block, cfg)(cfg, moe=True, mesh=_inside(config))
+    block = rematerialized(Block, cfg, scanned=False)(cfg, moe=True, mesh=_inside(config))
     rope, segments = _positions(cfg, inputs)
     balance, counted = jnp.zeros((), wide(cfg.dtype)), []
     for i in range(fixed["real"].shape[0]):  # a loop in Python: `split` sorts its equations
