@@ -3,9 +3,9 @@
     python -m kernels_pallas.benchmark --shapes v3-train --out FILE.json
     python -m kernels_pallas.benchmark --shapes tiny --implementation reference        anywhere, to see that it runs
 
-Every kernel is checked against its twin first; one that is wrong is not timed (exit code 1). Operands are random.
-Products are in TFLOP/s, quantizers in GB/s beside the bandwidth of a plain copy in the same run. Peers take turns with
-the kernel. torch and its `_scaled_mm` are timed where torch is installed with CUDA; what is missing is said.
+Every kernel is checked against its twin first; one that is wrong or fails is not timed (exit code 1). Operands are
+random. Products are in TFLOP/s, quantizers in GB/s beside the bandwidth of a plain copy in the same run. Peers take
+turns with the kernel. torch and its `_scaled_mm` are timed where torch is installed with CUDA; what is missing is said.
 """
 
 import argparse
@@ -112,12 +112,13 @@ def copy_bandwidth(rounds, calls):
 
 def measure(case, implementation, rounds, calls, bandwidth):
     """One row: error against the twin, time, rate, and the peers' times."""
-    arguments = case.random(jax.random.key(0))
     function = jax.jit(case.call(implementation))
+    arguments = case.compared().random(jax.random.key(0))
     error = worst_error(function(*arguments), jax.jit(case.call("reference"))(*arguments))
     row = {"operation": case.operation, "shape": str(case), "error": float(error), "right": bool(error < 0.01)}
     if not row["right"]:
         return row
+    arguments = case.random(jax.random.key(0))
     row["seconds"] = seconds(function, arguments, rounds, calls)
     peers = {name: seconds(peer, operands, rounds, calls)
              for name, (peer, operands) in xla_peers(case, jax.random.key(1)).items()}
@@ -131,7 +132,19 @@ def measure(case, implementation, rounds, calls, bandwidth):
     return row
 
 
+def attempt(case, *options):
+    """The same; of a kernel that fails, why: it must not take the other rows with it."""
+    try:
+        return measure(case, *options)
+    except Exception as error:
+        why = (str(error).strip() or "no message").splitlines()[0][:200]
+        return {"operation": case.operation, "shape": str(case), "right": False,
+                "failed": f"{type(error).__name__}: {why}"}
+
+
 def show(row):
+    if "failed" in row:
+        return f"FAILED: {row['failed']}"
     if not row["right"]:
         return f"WRONG: {row['error']:.1e} from its twin"
     rate = f"{row['tflops']:8.1f} TFLOP/s" if "tflops" in row else f"{row['gb_per_second']:8.0f} GB/s   "
@@ -160,12 +173,12 @@ def main():
           "published rate or of the copy, each peer's time in units of ours")
     rows = []
     for case in (case for name in args.shapes for case in SHAPES[name]):
-        rows.append(measure(case, args.implementation, args.rounds, args.calls, bandwidth))
+        rows.append(attempt(case, args.implementation, args.rounds, args.calls, bandwidth))
         print(f"{case.operation:20} {case!s:34} {show(rows[-1])}", flush=True)
-    if args.out:
-        pathlib.Path(args.out).write_text(json.dumps(
-            {"device": device.device_kind, "jax": jax.__version__, "implementation": args.implementation,
-             "copy_gb_per_second": bandwidth / 1e9, "rows": rows}, indent=1) + "\n")
+        if args.out:  # after every row: a run that is cut off leaves what it has
+            pathlib.Path(args.out).write_text(json.dumps(
+                {"device": device.device_kind, "jax": jax.__version__, "implementation": args.implementation,
+                 "copy_gb_per_second": bandwidth / 1e9, "rows": rows}, indent=1) + "\n")
     return 0 if all(row["right"] for row in rows) else 1
 
 

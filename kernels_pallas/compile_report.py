@@ -3,10 +3,13 @@
     python -m kernels_pallas.compile_report --json FILE [--shapes v3-train v3-decode]
 
 Needs jax's CUDA plugin and ptxas (`pip install 'deepseek-jax[aot]'`), no driver. A kernel fails the report when it
-spills, when ptxas serializes its WGMMAs, or when an FP8 product holds no `wgmma ... e4m3.e4m3`: exit code 1.
+spills, when ptxas serializes its WGMMAs, or when an FP8 product holds no `wgmma ... e4m3.e4m3`: exit code 1. Where
+nvdisasm lies beside ptxas (`pip install nvidia-cuda-nvdisasm`), the tensor core's instructions are counted in the
+machine code too: QGMMA multiplies FP8, HGMMA bfloat16.
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import pathlib
@@ -14,7 +17,7 @@ import re
 import sys
 import tempfile
 
-FIELDS = ("registers", "spill_bytes", "shared_bytes", "stages", "wgmma_e4m3", "serialized")
+FIELDS = ("registers", "spill_bytes", "shared_bytes", "stages", "wgmma_e4m3", "qgmma", "hgmma", "serialized")
 # What XLA must know of the chip. An H800 is this one with a slower NVLink.
 H100 = """gpu_device_info {
   threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
@@ -29,8 +32,9 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 """
 
 
-def read(ptx: str, ptxas: str, resources: str) -> dict:
-    """What a kernel takes, from its PTX, what ptxas printed, and Mosaic's list of resources."""
+def read(ptx: str, ptxas: str, resources: str, sass: str | None = None) -> dict:
+    """What a kernel takes, from its PTX, what ptxas printed, Mosaic's list of resources and, if there, its SASS."""
+    count = lambda name: None if sass is None else len(re.findall(rf"\b{name}\.", sass))
     number = lambda pattern, text: sum(map(int, re.findall(pattern, text)))
     barriers = [int(n) for n in re.findall(r"num_barriers=(\d+)", resources)]
     return {"registers": number(r"Used (\d+) registers", ptxas),
@@ -38,7 +42,7 @@ def read(ptx: str, ptxas: str, resources: str) -> dict:
             "shared_bytes": number(r"smem_scratch_bytes=(\d+)", resources),
             "stages": max(barriers, default=0),
             "wgmma_e4m3": len(re.findall(r"wgmma\.mma_async\S*\.e4m3\.e4m3", ptx)),
-            "serialized": "serializ" in ptxas}
+            "qgmma": count("QGMMA"), "hgmma": count("HGMMA"), "serialized": "serializ" in ptxas}
 
 
 def faults(operation: str, row: dict) -> list[str]:
@@ -47,7 +51,16 @@ def faults(operation: str, row: dict) -> list[str]:
     found += ["its WGMMAs are serialized"] if row["serialized"] else []
     if "matmul" in operation and not row["wgmma_e4m3"]:
         found.append("has no wgmma e4m3.e4m3")
+    if "matmul" in operation and row["qgmma"] == 0:
+        found.append("has no QGMMA in its machine code")
     return found
+
+
+def _disassembler() -> bool:
+    """Whether nvdisasm is where Mosaic looks for it: among the wheels of CUDA's own tools."""
+    spec = importlib.util.find_spec("nvidia")
+    roots = spec.submodule_search_locations if spec else ()
+    return any(tool.is_file() for root in roots for tool in pathlib.Path(root).glob("*/bin/nvdisasm"))
 
 
 def _compile(case, here, folder):
@@ -68,6 +81,8 @@ def report(names) -> list[dict]:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     folder = pathlib.Path(tempfile.mkdtemp(prefix="kernels_"))
     os.environ |= {"MOSAIC_GPU_DUMP_TO": str(folder), "MOSAIC_GPU_DUMP_PTX": "1", "MOSAIC_GPU_DUMP_PTXAS": "1"}
+    if _disassembler():
+        os.environ["MOSAIC_GPU_DUMP_SASS"] = "1"
     import jax
     import numpy as np
     from jax.experimental import topologies
@@ -88,7 +103,8 @@ def report(names) -> list[dict]:
     for case in (case for name in names for case in SHAPES[name] if "hopper" in OPERATIONS[case.operation][1]):
         for ptx in _compile(case, here, folder):
             texts = [ptx.with_suffix(suffix).read_text() for suffix in (".ptx", ".ptxas", ".resources.txt")]
-            row = {"operation": case.operation, "shape": str(case)} | read(*texts)
+            sass = [file.read_text() for file in folder.glob(f"{ptx.stem}.sass*")]
+            row = {"operation": case.operation, "shape": str(case)} | read(*texts, *sass[:1])
             row["faults"] = faults(case.operation, row)
             rows.append(row)
             print(f"{row['operation']:20} {row['shape']:34}", *(f"{row[name]!s:>7}" for name in FIELDS),

@@ -13,6 +13,10 @@ from kernels_pallas.formats import BLOCK, E4M3, Quantized, blocks
 class _Case:
     published = None
 
+    def compared(self):
+        """The case at which a kernel is compared with its twin."""
+        return self
+
     def bytes(self):
         """What has to cross memory at least once: operands with their scales, and results."""
         size = lambda tree: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
@@ -48,6 +52,11 @@ class Case(_Case):
     @property
     def flops(self):
         return 2 * self.M * self.N * self.K
+
+    def compared(self):
+        """With fewer rows a group: the twin copies a matrix for every 128 of them, 30 GB at V3's sizes."""
+        few = min(self.K if self.form == "tiles" else self.M, 2 * BLOCK * self.groups)
+        return dataclasses.replace(self, **{"K" if self.form == "tiles" else "M": few}) if self.groups else self
 
     @property
     def out_dtype(self):

@@ -14,7 +14,14 @@ REPORT = "kernels_pallas/compile_report.py"
 T_FP8, T_REFERENCE, T_HOPPER, T_TOOLS = ("test_fp8.py", "kernels/test_reference.py", "kernels/test_hopper.py",
                                          "kernels/test_tools.py")
 
+DISPATCH, T_MOE_LAYER = "deepseek_jax/parallel/dispatch.py", "parallel/test_moe_layer.py"
+MOE = "deepseek_jax/model/experts.py"
+
 MUTATIONS = [
+    ("fp8: what arrived at the experts is kept wide", DISPATCH, "wire.decode(kept(parts), x_ND.dtype)",
+     "kept(wire.decode(parts, x_ND.dtype))", T_MOE_LAYER),
+    ("a capacity is that of the whole mesh", MOE, "chosen_NK.size // (data_shards() * mesh.tensor)", "chosen_NK.size",
+     T_MOE_LAYER),
     ("fp8: 448 is a plain constant, which XLA inverts", QUANTIZE,
      "lax.optimization_barrier(jnp.full_like(amax, largest))", "largest", T_FP8),
     ("fp8: the divisor is a plain broadcast, which XLA inverts", QUANTIZE,

@@ -330,8 +330,9 @@ class MoE(nn.Module):
         """The same sum, by experts on other devices."""
         cfg, mesh = self.cfg, self.mesh
 
+        even = chosen_NK.size // (data_shards() * mesh.tensor)  # of one device: `here` runs inside a shard_map
+
         def here(x_RD, id_RK, gates_RK, weights):
-            even = chosen_NK.size // (data_shards() * mesh.tensor)
             return resident_experts(x_RD, id_RK, gates_RK, weights, even, mesh.capacity, recipe=cfg.fp8)
 
         # A group of experts lives on one node.

@@ -124,13 +124,22 @@ def bring_back(y, hop: Hop):
     return sum(_rows(y_S, slot_R).astype(dtype) for slot_R in hop.slot_RK.T).astype(y.dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def dispatch(x_ND, hops, wire=PLAIN):
-    """Sends rows along all hops. Its gradient is `combine`."""
+def kept(tree):
+    """Marks what would have to travel again, were it not kept for the backward pass."""
+    return jax.tree.map(lambda x: checkpoint_name(x, "dispatched"), tree)
+
+
+def _dispatch(x_ND, hops, wire):
     parts = wire.encode(x_ND)
     for hop in hops:
         parts = tuple(send(part, hop) for part in parts)
-    return wire.decode(parts, x_ND.dtype)
+    return wire.decode(kept(parts), x_ND.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def dispatch(x_ND, hops, wire=PLAIN):
+    """Sends rows along all hops. Its gradient is `combine`. They are kept as they came: in FP8 on an FP8 wire."""
+    return _dispatch(x_ND, hops, wire)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -141,7 +150,7 @@ def combine(y_RD, hops, wire=PLAIN):
     return y_RD
 
 
-dispatch.defvjp(lambda x, hops, wire: (dispatch(x, hops, wire), hops),
+dispatch.defvjp(lambda x, hops, wire: (_dispatch(x, hops, wire), hops),
                 lambda wire, hops, dy: (combine(dy, hops, wire), None))
 combine.defvjp(lambda y, hops, wire: (combine(y, hops, wire), hops),
                lambda wire, hops, dx: (dispatch(dx, hops, wire), None))
@@ -251,10 +260,8 @@ def to_experts(cfg: MeshConfig, num_experts, most_nodes, experts, x_ND, chosen_N
       (y_ND, traffic): see `count_traffic`; summed over the mesh outside a shard_map.
     """
     def inside(x_ND, chosen_NK, gates_NK, weights):
-        # Kept for the backward pass, or it would travel again.
-        keep = lambda tree: jax.tree.map(lambda x: checkpoint_name(x, "dispatched"), tree)
-        hops, id_RK = keep(plan_hops(cfg, num_experts, most_nodes, chosen_NK))
-        x_RD, gates_RK = keep((dispatch(x_ND, hops, wire), dispatch(gates_NK, hops)))
+        hops, id_RK = kept(plan_hops(cfg, num_experts, most_nodes, chosen_NK))
+        x_RD, gates_RK = dispatch(x_ND, hops, wire), dispatch(gates_NK, hops)
         y_RD, computed = experts(x_RD, id_RK, jnp.where(id_RK > 0, gates_RK, 0), weights)
         return combine(y_RD, hops, wire), count_traffic(cfg, num_experts, chosen_NK, hops, computed)
 

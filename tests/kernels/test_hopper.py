@@ -40,6 +40,17 @@ def test_both_quantized_copies_are_bit_equal_to_the_twin(shape, scale):
     same_bits(ours, jax.jit(lambda x: api.quantize(x, scale=scale, transposed=True))(x))
 
 
+@pytest.mark.parametrize("scale", ["float32", "power_of_two"])
+def test_an_infinite_element_makes_its_tiles_nan_and_no_other(scale):
+    x = normal((128, 256), dtype=jnp.bfloat16).at[3, 5].set(jnp.inf).at[70, 200].set(-jnp.inf)
+    rows, columns = quantizers.quantize(x, scale=scale, transposed=True, interpret=INTERPRET)
+    for q, tiles in ((rows, [(3, 0), (70, 1)]), (columns, [(5, 0), (200, 0)])):
+        expected = np.zeros(q.values.shape, bool)
+        for line, tile in tiles:
+            expected[line, tile * 128:(tile + 1) * 128] = True
+        np.testing.assert_array_equal(np.isnan(np.asarray(api.dequantize(q))), expected)
+
+
 def test_swiglu_is_quantized_within_a_step_of_e4m3_of_the_twin():
     gate, up = normal((72, 136), 1, jnp.bfloat16), normal((72, 136), 2, jnp.bfloat16)
     ours = quantizers.swiglu_quantize(gate, up, interpret=INTERPRET)

@@ -1,6 +1,9 @@
 """The compile report and the benchmark: what they read, what they refuse, what they count."""
 
+import functools
 import json
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -14,14 +17,24 @@ PTXAS = """ptxas info    : Compiling entry function 'k' for 'sm_90a'
     0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
 ptxas info    : Used 168 registers, used 16 barriers
 """
+SASS = "        /*0b10*/                   QGMMA.64x128x32.F32.E4M3.E4M3 R24, gdesc[UR4], RZ, !UPT ;\n" * 4
 RESOURCES = "Resources(smem_scratch_bytes=163840, barrier_counts=Counter({Barrier(num_barriers=4): 2}))"
 
 
 def test_a_clean_kernel_is_read_off_ptxas():
     row = compile_report.read(PTX, PTXAS, RESOURCES)
     assert row == {"registers": 168, "spill_bytes": 0, "shared_bytes": 163840, "stages": 4, "wgmma_e4m3": 4,
-                   "serialized": False}
+                   "qgmma": None, "hgmma": None, "serialized": False}
     assert compile_report.faults("fp8_matmul", row) == []
+
+
+def test_where_there_is_machine_code_its_tensor_core_instructions_are_counted():
+    row = compile_report.read(PTX, PTXAS, RESOURCES, SASS)
+    assert (row["qgmma"], row["hgmma"]) == (4, 0) and compile_report.faults("fp8_matmul", row) == []
+    row = compile_report.read(PTX, PTXAS, RESOURCES, SASS.replace("QGMMA", "HGMMA"))
+    assert (row["qgmma"], row["hgmma"]) == (0, 4)
+    assert compile_report.faults("fp8_matmul", row) == ["has no QGMMA in its machine code"]
+    assert compile_report.faults("mla_decode", row) == []
 
 
 @pytest.mark.parametrize(
@@ -35,6 +48,37 @@ def test_a_clean_kernel_is_read_off_ptxas():
 def test_a_kernel_that_is_not_what_was_meant_has_a_fault(ptx, ptxas, fault):
     found = compile_report.faults("fp8_matmul", compile_report.read(ptx, ptxas, RESOURCES))
     assert len(found) == 1 and fault in found[0]
+
+
+def test_every_tiny_kernel_compiles_for_every_tpu():
+    pytest.importorskip("libtpu", reason="the TPU's compiler is not here; pip install 'jax[tpu]' brings it")
+    done = subprocess.run([sys.executable, "-m", "kernels_pallas.compile_tpu", "--shapes", "tiny", "--chips", "v5p"],
+                          capture_output=True, text=True)
+    kernels = sum("tpu" in api.OPERATIONS[case.operation][1] for case in SHAPES["tiny"])
+    assert done.returncode == 0, done.stderr
+    assert f"{kernels} kernels compiled for v5p, 0 failed" in done.stdout
+
+
+def test_without_libtpu_one_line_says_what_brings_it():
+    code = "import sys; sys.modules['libtpu'] = None; from kernels_pallas.compile_tpu import report; report([], [])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == "compiling for TPU needs libtpu; pip install 'jax[tpu]' brings the one that fits.\n"
+
+
+TIMED = [case for case in SHAPES["tiny"] if case.operation in ("quantize", "fp8_matmul") and case.form == "blocks"]
+
+
+@pytest.mark.parametrize("case", TIMED, ids=lambda case: case.operation)
+def test_a_first_run_on_a_gpu_goes_through_the_checks_and_the_clock(monkeypatch, case):
+    # All but the chip: the interpreter stands in for it.
+    plgpu = pytest.importorskip("jax.experimental.pallas.mosaic_gpu")
+    function = Case.function
+    monkeypatch.setattr(Case, "function", lambda self, name: function(self, name) if name == "reference" else
+                        functools.partial(function(self, name), interpret=plgpu.InterpretGPUParams()))
+    row = benchmark.measure(case, "hopper", 1, 1, 1.0)
+    assert row["right"] and row["seconds"] > 0
+    assert json.loads(json.dumps(row)) == row and "WRONG" not in benchmark.show(row)
 
 
 def test_the_benchmark_writes_a_row_for_every_tiny_shape(monkeypatch, tmp_path, capsys):
@@ -54,6 +98,29 @@ def test_a_wrong_kernel_is_not_timed(monkeypatch):
         right(self, "reference")))
     row = benchmark.measure(Case("fp8_matmul", 128, 128, 128), "broken", 1, 1, 1.0)
     assert not row["right"] and "seconds" not in row and "WRONG" in benchmark.show(row)
+
+
+def test_a_kernel_that_fails_does_not_take_the_other_rows_with_it(monkeypatch, tmp_path, capsys):
+    def measure(case, *_):
+        if case.operation == "quantize":
+            raise RuntimeError("out of memory\nand more")
+        return {"operation": case.operation, "right": True, "seconds": 1.0, "peers": {}, "tflops": 1.0}
+
+    out = tmp_path / "rows.json"
+    monkeypatch.setattr(benchmark, "measure", measure)
+    monkeypatch.setattr("sys.argv", ["benchmark", "--shapes", "tiny", "--implementation", "reference", "--rounds", "1",
+                                     "--calls", "1", "--out", str(out)])
+    assert benchmark.main() == 1
+    first, *others = json.loads(out.read_text())["rows"]
+    assert first["failed"] == "RuntimeError: out of memory" and all(row["right"] for row in others)
+    assert "FAILED: RuntimeError: out of memory" in capsys.readouterr().out
+
+
+def test_grouped_products_are_compared_at_few_rows_and_timed_at_all():
+    case = Case("fp8_grouped_matmul", 32768, 7168, 4096, groups=8)
+    wgrad = Case("fp8_grouped_matmul", 4096, 32768, 7168, groups=8, form="tiles")
+    assert (case.compared().M, case.compared().K, wgrad.compared().M, wgrad.compared().K) == (2048, 7168, 4096, 2048)
+    assert all(case.compared() == case for case in SHAPES["tiny"])
 
 
 def test_a_machine_without_the_gpu_is_told_what_runs_there(monkeypatch, capsys):

@@ -9,6 +9,7 @@ import pytest
 
 from deepseek_jax.config import FP8Config, MeshConfig
 from deepseek_jax.model.experts import MoE, resident_experts, routed_experts
+from deepseek_jax.model.layers import SAVED_NAMES
 from deepseek_jax.parallel.mesh import abstract_mesh
 from deepseek_jax.training.step import accumulate
 from tests.model import naive
@@ -116,6 +117,29 @@ def equations(jaxpr):
             inner = getattr(inner, "jaxpr", inner)
             if hasattr(inner, "eqns"):
                 yield from equations(inner)
+
+
+def test_a_capacity_bounds_the_rows_that_experts_compute():
+    variables, x_BTD, bias_E = arguments(CFG)
+    mesh = MeshConfig(node=2, local=4, capacity=1.0)
+    with jax.sharding.use_abstract_mesh(abstract_mesh(mesh)):
+        jaxpr = jax.make_jaxpr(lambda v, x: MoE(CFG, mesh).apply(v, x, bias_E)[0])(variables, x_BTD).jaxpr
+    rows = {v.aval.shape[0] for e in equations(jaxpr) if e.primitive.name == "logistic"
+            for v in e.outvars if v.aval.shape[1:] == (CFG.expert_ffn_dim,)}
+    even, most_padding = 64 * CFG.experts_per_token // 8, 3 * 8  # two experts a device, tiles of 8 rows
+    assert len(rows) == 1 and even <= rows.pop() <= even + most_padding
+
+
+@pytest.mark.parametrize(("wire", "dtype"), [(False, "float32"), (True, "float8_e4m3fn")])
+def test_what_arrived_at_the_experts_is_kept_as_it_came(wire, dtype):
+    variables, x_BTD, bias_E = arguments(CFG)
+    mesh = MeshConfig(node=2, local=4, dispatch_fp8=wire)
+    layer = jax.checkpoint(lambda v, x: MoE(CFG, mesh).apply(v, x, bias_E)[0],
+                           policy=jax.checkpoint_policies.save_only_these_names(*SAVED_NAMES))
+    with jax.sharding.use_abstract_mesh(abstract_mesh(mesh)):
+        kept = jax.tree.leaves(jax.eval_shape(lambda v, x: jax.vjp(layer, v, x)[1], variables, x_BTD))
+    arrived = {x.dtype.name for x in kept if x.ndim == 2 and x.shape[0] > 64 and x.shape[1] == CFG.d_model}
+    assert arrived == {dtype}
 
 
 @pytest.mark.parametrize("remat", ["none", "report"])
