@@ -32,7 +32,7 @@ def config_of(model: ModelConfig, layout: Layout) -> Config:
         train=TrainConfig(batch_size=layout.microbatches * layout.rows * layout.mesh.data_shards, micro_batches=rounds,
                           sequence_length=layout.sequence_length, ema_decay=0.999 if layout.ema else 0.0),
         optimizer=OptimizerConfig(moment_dtype=layout.moment_dtype),
-        pipeline=PipelineConfig(layout.schedule, layout.microbatches if rounds == 1 else 8))
+        pipeline=PipelineConfig(layout.schedule, layout.microbatches if rounds == 1 else 8, layout.deferred))
     pipelined.check(config)
     return config
 

@@ -15,6 +15,8 @@ def add(parser, fp8=False):
     parser.add_argument("--expert", type=int, default=1, help="devices that share the experts")
     parser.add_argument("--tensor", type=int, default=1, help="devices that share heads and vocabulary")
     parser.add_argument("--schedule", default="dualpipe", help="gpipe, 1f1b, zb1p, dualpipe or dualpipev")
+    parser.add_argument("--deferred", type=int, help="weight gradients that may wait on a rank (default: the "
+                        "schedule's); each takes memory, and fewer lengthen a long step little")
     parser.add_argument("--sequences", type=int, default=REPORT_SEQUENCES, help="of a step (default: the report's)")
     parser.add_argument("--rows", type=int, default=1, help="sequences of a micro-batch on one device")
     parser.add_argument("--sequence-length", type=int, default=4096)
@@ -40,7 +42,7 @@ def model(args) -> ModelConfig:
 def layout(args, c: ModelConfig, devices: int, node_size: int) -> Layout:
     """Raises ConfigError where the numbers do not fit each other."""
     return make_layout(c, devices, args.pipe, args.expert, node_size, args.sequences, args.rows, args.tensor,
-                       args.schedule, args.sequence_length, **mesh(args))
+                       args.schedule, args.sequence_length, args.deferred, **mesh(args))
 
 
 def mesh(args) -> dict:

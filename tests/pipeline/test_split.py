@@ -48,13 +48,14 @@ def test_the_pieces_give_what_the_vjp_gives(remat):
         dparams, dx = vjp((dy, dloss))
 
         s = split(stage(remat), params, x, context)
-        out, kept = s.forward(params, x, context)
-        dx_first, deferred = s.backward_input(params, context, kept, dy, dloss)
+        prepared = s.prepare(params)
+        out, kept = s.forward(prepared, x, context)
+        dx_first, deferred = s.backward_input(prepared, context, kept, dy, dloss)
 
         assert_close(out, (y, loss, sums))
         assert_close(dx_first, dx)
-        assert_close(s.backward_weights(params, context, deferred), dparams)
-        assert_close(s.backward(params, context, kept, dy, dloss), (dx, dparams))
+        assert_close(s.backward_weights(prepared, context, deferred), dparams)
+        assert_close(s.backward(prepared, context, kept, dy, dloss), (dx, dparams))
 
 
 @pytest.mark.parametrize("remat", REMAT)
@@ -122,12 +123,13 @@ def test_a_scan_over_weights_stays_whole():
     with jax.enable_x64(True):
         params, x, dy = jnp.ones((3, 4, 4)) / 4, jnp.ones((2, 4)), jnp.ones((2, 4))
         s = split(scanned, params, x, ())
-        (_, kept), dloss = s.forward(params, x, ()), jnp.ones(())
+        prepared, dloss = s.prepare(params), jnp.ones(())
+        _, kept = s.forward(prepared, x, ())
 
-        dx, deferred = s.backward_input(params, (), kept, dy, dloss)
+        dx, deferred = s.backward_input(prepared, (), kept, dy, dloss)
 
         _, vjp = jax.vjp(lambda p, x: scanned(p, x, ())[0], params, x)
-        assert_close((s.backward_weights(params, (), deferred), dx), vjp(dy))
+        assert_close((s.backward_weights(prepared, (), deferred), dx), vjp(dy))
         names = [equation.primitive.name for equation in s.pieces["W"].equations]
         assert "scan" not in names
 
