@@ -11,6 +11,7 @@ REPORT_SEQUENCES = 15360  # a step's, report section 4.2
 def add(parser, fp8=False):
     """`fp8`: what holds without --fp8 and --no-fp8."""
     parser.add_argument("--model", required=True, help="tiny, small, v2_lite_16b, v2_236b or v3_671b")
+    parser.add_argument("--layers", type=int, help="of the model, if fewer than it has")
     parser.add_argument("--pipe", type=int, default=1, help="ranks of the pipeline")
     parser.add_argument("--expert", type=int, default=1, help="devices that share the experts")
     parser.add_argument("--tensor", type=int, default=1, help="devices that share heads and vocabulary")
@@ -35,7 +36,7 @@ def _capacity(text):
 
 def model(args) -> ModelConfig:
     """Raises ConfigError for what the model does not have."""
-    changes = {"remat": args.remat} if args.remat else {}
+    changes = {name: value for name, value in (("remat", args.remat), ("num_layers", args.layers)) if value is not None}
     return model_config(args.model, fp8=FP8Config(enabled=args.fp8), **changes)
 
 
