@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from deepseek_jax.checked import ConfigError
-from deepseek_jax.pipeline.split import split
+from deepseek_jax.pipeline.split import DEFERRED, split
 from tests.pipeline import toy
 
 REMAT = ("none", "layers", "full")
@@ -114,6 +115,65 @@ def test_the_gradient_of_a_stages_own_loss_is_split_like_any_other():
     s = split(auxiliary, jnp.ones((8, 8)), jnp.ones((4, 8)), ())
 
     assert [count(s, piece) for piece in ("F", "Bi", "W")] == [1, 1, 1]
+
+
+def rounded(x):
+    """Stands for a quantizer: W reads what this gives, in a quarter of the bytes."""
+    return checkpoint_name(x.astype(jnp.float8_e4m3fn), DEFERRED)
+
+
+@jax.custom_vjp
+def low_precision(x, w):
+    return x @ w
+
+
+def _low_precision_bwd(kept, dy):
+    x, w = kept
+    return dy @ w.T, (rounded(x).astype(x.dtype).T @ rounded(dy).astype(x.dtype))
+
+
+low_precision.defvjp(lambda x, w: (x @ w, (x, w)), _low_precision_bwd)
+
+
+def test_w_waits_with_what_is_marked_and_not_with_what_it_was_made_from():
+    def products_in_fp8(params, x, context):
+        return x + low_precision(jnp.tanh(low_precision(x, params[0])), params[1]), jnp.zeros(()), ()
+
+    params = jnp.ones((2, 8, 8), jnp.float32)
+    s = split(products_in_fp8, (params[0], params[1]), jnp.ones((4, 8), jnp.float32), ())
+
+    assert {a.dtype for a in s.deferred} == {jnp.dtype(jnp.float8_e4m3fn)}
+    assert s.deferred_bytes == 4 * 4 * 8  # x and dy of two products
+    assert [count(s, piece) for piece in ("F", "Bi", "W")] == [2, 2, 2]
+
+
+def test_what_shrinks_is_done_before_it_waits():
+    """The gradient of a norm's scale is a sum over tokens: D numbers wait, not B x D twice."""
+    def normed(params, x, context):
+        return x + jnp.tanh(x) * params[None], jnp.zeros(()), ()
+
+    s = split(normed, jnp.ones(8, jnp.float32), jnp.ones((64, 8), jnp.float32), ())
+
+    assert s.deferred_bytes == 8 * 4
+
+
+def test_rounded_weights_are_made_once_and_held_in_place_of_the_masters():
+    """Two passes round each weight; the passes read one rounded copy of it, in its smallest form."""
+    def narrow(params, x, context):
+        for w in params["w"]:
+            x = x + jnp.tanh(x @ jnp.swapaxes(w.astype(jnp.bfloat16), 0, 1)) * params["scale"].astype(jnp.bfloat16)[None]
+        return x, jnp.zeros(()), ()
+
+    params = {"w": [jnp.eye(16, dtype=jnp.float32)] * 3, "scale": jnp.ones(16, jnp.float32)}
+    x = jnp.ones((4, 16), jnp.bfloat16)
+    s = split(jax.checkpoint(narrow), params, x, ())
+    prepared = s.prepare(params)
+
+    assert sorted((a.shape, str(a.dtype)) for a in prepared) == [((16,), "bfloat16")] + 3 * [((16, 16), "bfloat16")]
+    casts = [e for name in ("F", "Bi", "W", "B") for e in s.pieces[name].equations
+             if e.primitive.name == "convert_element_type" and e.invars[0].aval.shape == (16, 16)
+             and e.outvars[0].aval.dtype == jnp.bfloat16 and e.invars[0].aval.dtype == jnp.float32]
+    assert not casts
 
 
 def test_a_scan_over_weights_stays_whole():
