@@ -2,7 +2,8 @@
 
 The equations of the stage's VJP are sorted, not computed again: those that the gradient of the input needs are Bi,
 which the stage before waits for; of the rest, those that depend on the gradient of the output are W, and can wait.
-What `jax.checkpoint` recomputes is recomputed once, in Bi, and W reads it. What depends neither on the activation
+What `jax.checkpoint` recomputes is recomputed once, in Bi, and W reads it; it begins when the gradient that it is for
+has come, so that one layer's is there at a time and not all layers'. What depends neither on the activation
 nor on a gradient (a table of positions) is computed where it is needed instead of being kept for every micro-batch;
 what depends on parameters alone and is smaller than they are (a weight that is rounded or quantized) is computed once
 a step, and the passes hold that in place of the parameters. A `lax.scan` over weights is one equation and falls into Bi as a whole: write the layers of a stage as a
@@ -16,6 +17,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.extend import core
 
 from deepseek_jax.checked import ConfigError
@@ -30,11 +32,18 @@ PRODUCTS = ("dot_general", "ragged_dot_general", "conv_general_dilated", "pallas
 DEFERRED = "deferred"  # jax.ad_checkpoint.checkpoint_name of what W waits with
 
 
+_BARRIER = jax.make_jaxpr(lax.optimization_barrier)(0.0).eqns[0]
+
+
 class Piece(NamedTuple):
-    """Some of the equations, in order, and the atoms that are their results."""
+    """Some of the equations, in order, and the atoms that are their results.
+
+    waits: of the results of barriers, what has to be there before them.
+    """
 
     equations: tuple
     results: tuple
+    waits: dict
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,15 +165,16 @@ class _Sorter:
     """All equations of the VJP under one set of names, and for each variable what it depends on."""
 
     def __init__(self, ahead_jaxpr, back_jaxpr, params, x, outputs, num_kept):
-        self.equations, self.constants = [], {}
+        self.equations, self.constants, self.waits = [], {}, {}
+        first, size = len(jax.tree.leaves(params)), len(jax.tree.leaves(x))
         arguments = [_fresh(v) for v in ahead_jaxpr.jaxpr.invars]
+        self.of_params = set(arguments[:first])  # what depends on nothing else
         ahead_results = self._inline(ahead_jaxpr, arguments)
         self.num_ahead = len(self.equations)
         width = len(ahead_results) - num_kept
         self.dy = [_fresh(v) for v in back_jaxpr.jaxpr.invars[num_kept:]]
         back_results = self._inline(back_jaxpr, ahead_results[width:] + self.dy)
 
-        first, size = len(jax.tree.leaves(params)), len(jax.tree.leaves(x))
         self.x = arguments[first:first + size]
         self.params, self.context = arguments[:first], arguments[first + size:]
         same = self._merge_preparations()
@@ -186,12 +196,31 @@ class _Sorter:
             taken = [atom(v) for v in equation.invars]
             if equation.primitive.name in CALLS:
                 body = equation.params.get("call_jaxpr", equation.params.get("jaxpr"))
+                if equation.params.get("prevent_cse") and equation.params.get("differentiated"):
+                    taken = self._held_back(taken)
                 given = self._inline(body, taken)
             else:
                 given = [_fresh(v) for v in equation.outvars]
-                self.equations.append(equation.replace(invars=taken, outvars=given))
+                self._append(equation.replace(invars=taken, outvars=given))
             env |= dict(zip(equation.outvars, given))
         return [atom(v) for v in inner.outvars]
+
+    def _append(self, equation):
+        self.equations.append(equation)
+        read = _variables(equation.invars)
+        if read and self.of_params.issuperset(read) and not equation.effects:
+            self.of_params.update(equation.outvars)
+
+    def _held_back(self, atoms):
+        """What a recomputation reads, behind barriers that wait for the gradients among it.
+
+        jax puts one barrier around all of it, through which everything would depend on everything.
+        """
+        behind = {v: _fresh(v) for v in _variables(atoms) if v not in self.of_params}
+        for v, fresh in behind.items():
+            self._append(_BARRIER.replace(invars=[v], outvars=[fresh]))
+            self.waits[fresh] = tuple(behind)
+        return [v if isinstance(v, core.Literal) else behind.get(v, v) for v in atoms]
 
     def _merge_preparations(self):
         """Finds what is made of parameters alone, and makes twice the same thing (F and Bi quantize a weight each) one.
@@ -199,16 +228,13 @@ class _Sorter:
         Sets self.preparation, {variable: index of its equation}. Returns {variable: the same one, made earlier}.
         """
         self.preparation, same, first = {}, {}, {}
-        known = set(self.params)
         for i, equation in enumerate(self.equations):
             taken = [v if isinstance(v, core.Literal) else same.get(v, v) for v in equation.invars]
             self.equations[i] = equation = equation.replace(invars=taken)
-            read = _variables(taken)
-            if not read or not known.issuperset(read) or equation.effects:
+            if equation.outvars[0] not in self.of_params:
                 continue
-            known.update(equation.outvars)
             self.preparation |= dict.fromkeys(equation.outvars, i)
-            key = equation.primitive.name, str(equation.params), tuple(map(str, taken)), tuple(map(id, read))
+            key = equation.primitive.name, str(equation.params), tuple(str(v) if isinstance(v, core.Literal) else id(v) for v in taken)
             for v, earlier in zip(equation.outvars, first.setdefault(key, equation.outvars)):
                 if v is not earlier:
                     same[v] = earlier
@@ -249,10 +275,12 @@ class _Sorter:
 
     def _piece(self, results, known):
         """The equations that compute `results` from `known` and from what every piece may read."""
-        return Piece(tuple(self.equations[i] for i in sorted(self._needed(results, known))), tuple(results))
+        equations = tuple(self.equations[i] for i in sorted(self._needed(results, known)))
+        return Piece(equations, tuple(results), self.waits)
 
     def split(self, trees, loss, sums):
         on_x, on_dy = self._reached(self.x), self._reached(self.dy)
+        self.waits = {v: tuple(u for u in among if u in on_dy) for v, among in self.waits.items()}
         back = self._needed(self.dx + self.dparams) - set(range(self.num_ahead))
         marked = [v for i in back for v in self.equations[i].outvars
                   if self.equations[i].primitive.name == "name" and self.equations[i].params["name"] == DEFERRED]
@@ -333,6 +361,9 @@ def _run(piece, env):
     """Evaluates a piece; returns its results."""
     env = dict(env)
     for equation in piece.equations:
+        if first := [env[v] for v in piece.waits.get(equation.outvars[0], ()) if v in env]:
+            env[equation.outvars[0]] = lax.optimization_barrier((_value(env, equation.invars[0]), *first))[0]
+            continue
         bound = equation.primitive.get_bind_params(equation.params)
         subfunctions, params = bound if isinstance(bound, tuple) else ((), bound)  # a tuple before jax 0.12
         given = equation.primitive.bind(*subfunctions, *(_value(env, v) for v in equation.invars), **params)
