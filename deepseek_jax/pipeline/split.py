@@ -168,7 +168,8 @@ class _Sorter:
         self.equations, self.constants, self.waits = [], {}, {}
         first, size = len(jax.tree.leaves(params)), len(jax.tree.leaves(x))
         arguments = [_fresh(v) for v in ahead_jaxpr.jaxpr.invars]
-        self.of_params = set(arguments[:first])  # what depends on nothing else
+        self.constant = set()  # what depends on nothing
+        self.of_params = set(arguments[:first])  # what depends on parameters and constants alone
         ahead_results = self._inline(ahead_jaxpr, arguments)
         self.num_ahead = len(self.equations)
         width = len(ahead_results) - num_kept
@@ -188,6 +189,7 @@ class _Sorter:
         for v, value in zip(inner.constvars, getattr(jaxpr, "consts", ())):
             env[v] = _fresh(v)
             self.constants[env[v]] = value
+            self.constant.add(env[v])
 
         def atom(v):
             return v if isinstance(v, core.Literal) else env[v]
@@ -207,16 +209,16 @@ class _Sorter:
 
     def _append(self, equation):
         self.equations.append(equation)
-        read = _variables(equation.invars)
-        if read and self.of_params.issuperset(read) and not equation.effects:
-            self.of_params.update(equation.outvars)
+        rest = set(_variables(equation.invars)) - self.constant
+        if rest <= self.of_params and not equation.effects:
+            (self.of_params if rest else self.constant).update(equation.outvars)
 
     def _held_back(self, atoms):
         """What a recomputation reads, behind barriers that wait for the gradients among it.
 
         jax puts one barrier around all of it, through which everything would depend on everything.
         """
-        behind = {v: _fresh(v) for v in _variables(atoms) if v not in self.of_params}
+        behind = {v: _fresh(v) for v in _variables(atoms) if v not in self.of_params | self.constant}
         for v, fresh in behind.items():
             self._append(_BARRIER.replace(invars=[v], outvars=[fresh]))
             self.waits[fresh] = tuple(behind)
@@ -231,10 +233,12 @@ class _Sorter:
         for i, equation in enumerate(self.equations):
             taken = [v if isinstance(v, core.Literal) else same.get(v, v) for v in equation.invars]
             self.equations[i] = equation = equation.replace(invars=taken)
-            if equation.outvars[0] not in self.of_params:
+            if equation.outvars[0] not in self.of_params | self.constant:
                 continue
-            self.preparation |= dict.fromkeys(equation.outvars, i)
-            key = equation.primitive.name, str(equation.params), tuple(str(v) if isinstance(v, core.Literal) else id(v) for v in taken)
+            if equation.outvars[0] in self.of_params:
+                self.preparation |= dict.fromkeys(equation.outvars, i)
+            atoms = (str(v) if isinstance(v, core.Literal) else id(v) for v in taken)
+            key = equation.primitive.name, str(equation.params), *atoms
             for v, earlier in zip(equation.outvars, first.setdefault(key, equation.outvars)):
                 if v is not earlier:
                     same[v] = earlier
@@ -250,7 +254,7 @@ class _Sorter:
     def _smallest(self, v):
         """v, or what it is a copy of in another shape, order or wider type."""
         while v in self.preparation:
-            read = _variables(self.equations[self.preparation[v]].invars)
+            read = [u for u in _variables(self.equations[self.preparation[v]].invars) if u not in self.constant]
             if len(read) != 1 or _bytes(_structs(read)) > _bytes(_structs([v])):
                 break
             v = read[0]
