@@ -1,11 +1,12 @@
-"""Compiles the training step for a machine that is not here, and reads off what it takes and communicates.
+"""Compiles a training or decode step for a machine that is not here, and reads off what it takes and communicates.
 
     python -m deepseek_jax.compile --model v2_lite_16b --target h100:8 --expert 8 --sequences 512 --json lite.json
-    python -m deepseek_jax.compile --model v3_671b --target h100:2048 --pipe 16 --expert 64 --fp8 --capacity 1.25
+    python -m deepseek_jax.compile --model v3_671b --target h100:2048 --pipe 16 --expert 64 --fp8 --remat full
+    python -m deepseek_jax.compile --model v2_lite_16b --target h100:8 --decode 32 --length 4096
 
 Targets: h100:N, h800:N (the extra `aot`), v5p:AxBxC, v6e:AxB, 7x:AxBxC (libtpu). Prints bytes per device by XLA's own
-analysis beside the planner's, and every kind of collective: along which axes, how large, how many with products
-between their start and their done. Exit code 1: it compiles, and does not fit.
+analysis beside the planner's; every kind of collective: along which axes, how large, how many with products between
+their start and their done; and registers and spills of the kernels. Exit code 1: it compiles, and does not fit.
 """
 
 from deepseek_jax import command
@@ -16,6 +17,10 @@ def parse():
     parser = command.Parser("compile", __doc__)
     parser.add_argument("--target", required=True, help="such as h100:8, h100:2048, v5p:8x16x16")
     arguments.add(parser)
+    parser.add_argument("--decode", type=int, metavar="SEQUENCES", help="compile a decode step of so many sequences a "
+                        "device instead, each device with a whole copy of the model")
+    parser.add_argument("--length", type=int, default=4096, help="with --decode: tokens of cache of a sequence")
+    parser.add_argument("--drafts", type=int, default=0, help="with --decode: tokens drafted in a step, by MTP modules")
     parser.add_argument("--json", metavar="FILE", help="also write the report there")
     parser.add_argument("--plot", metavar="FILE", help="also draw memory by group there")
     return parser.parse_args()
@@ -24,39 +29,53 @@ def parse():
 def main():
     args = parse()
     model = arguments.model(args)
-    layout = arguments.layout(args, model, targets.count(args.target), node_size=8)
+    devices = targets.count(args.target)
+    if args.decode is not None:
+        from deepseek_jax.scale.aot_decode import report
 
-    from deepseek_jax.scale.aot import report
+        found = report(model, args.target, args.decode, args.length, args.drafts)
+    else:
+        from deepseek_jax.scale.aot import report
 
-    found = report(model, layout, args.target)
-    found["model"] = args.model
+        found = report(model, arguments.layout(args, model, devices, node_size=8), args.target)
+    found |= {"model": args.model, "layers": model.num_layers}
     print(table(found))
     if args.json:
         command.write_json(args.json, found)
     if args.plot:
         from deepseek_jax.scale.draw import draw_memory
 
-        draw_memory(args.plot, {"planned": found["planned"], "compiled": found["bytes"]}, found["memory"],
-                    f"{args.model} on {args.target}: bytes per device")
+        bars = {name: found[of] for name, of in (("planned", "planned"), ("given", "given"), ("compiled", "bytes"))
+                if isinstance(found.get(of), dict)}
+        draw_memory(args.plot, bars, found["memory"], f"{args.model} on {args.target}: bytes per device")
     return 0 if found["fits"] else 1
 
 
 def table(found) -> str:
     giga = lambda n: f"{n / 1e9:9.2f} GB"
-    lines = [f"{found['model']} on {found['target']}: {found['layout']}",
-             f"lowered in {found['seconds']['lowering']:.0f} s, compiled in {found['seconds']['compiling']:.0f} s, "
-             f"{found['compiler_gigabytes']:.1f} GB here", ""]
+    what = found.get("layout") or f"a decode step of {found['sequences']} x {found['length']} tokens on each device"
+    seconds = found["seconds"]
+    lines = [f"{found['model']} on {found['target']}: {what}",
+             f"lowered in {seconds['lowering']:.0f} s, compiled in {seconds['compiling']:.0f} s ({seconds['cpu']:.0f} s "
+             f"of CPU in all), {found['compiler_gigabytes']:.1f} GB here", ""]
+    lines += [f"{'given: ' + name:28} {giga(size)}" for name, size in found.get("given", {}).items()]
     lines += [f"{name:28} {giga(size)}" for name, size in found["bytes"].items()]
     verdict = "fits" if found["fits"] else "DOES NOT FIT"
     lines += [f"{'per device, by XLA':28} {giga(found['bytes_per_device'])}   of {found['memory'] / 1e9:.0f}: "
-              f"{verdict}",
-              f"{'per device, planned':28} {giga(found['planned_bytes_per_device'])}   "
-              f"{found['planned_over_compiled'] - 1:+.1%}", "",
-              f"{'collective':20} {'axes':22} {'count':>6} {'GB once':>9} {'async':>6} {'hidden':>7} "
-              f"{'GB exposed':>11}"]
-    lines += [f"{row['kind']:20} {'+'.join(row['axes']) or '-':22} {row['count']:6} {row['bytes'] / 1e9:9.3f} "
-              f"{row['asynchronous']:6} {row['hidden']:7} {row['exposed_bytes'] / 1e9:11.3f}"
-              for row in found["collectives"]]
+              f"{verdict}"]
+    if "planned" in found:
+        lines += [f"{'per device, planned':28} {giga(found['planned_bytes_per_device'])}   "
+                  f"{found['planned_over_compiled'] - 1:+.1%}"]
+    if found.get("collectives"):
+        lines += ["", f"{'collective':20} {'axes':22} {'count':>6} {'GB once':>9} {'async':>6} {'hidden':>7} "
+                  f"{'GB exposed':>11}"]
+        lines += [f"{row['kind']:20} {'+'.join(row['axes']) or '-':22} {row['count']:6} {row['bytes'] / 1e9:9.3f} "
+                  f"{row['asynchronous']:6} {row['hidden']:7} {row['exposed_bytes'] / 1e9:11.3f}"
+                  for row in found["collectives"]]
+    if found["kernels"]:
+        lines += ["", f"{'kernel':48} {'count':>6} {'registers':>10} {'spilled':>8} {'shared':>8}"]
+        lines += [f"{row['kernel']:48} {row['count']:6} {row['registers']:10} {row['spill_bytes']:8} "
+                  f"{row['shared_bytes']:8}" for row in found["kernels"]]
     return "\n".join(lines)
 
 

@@ -26,6 +26,7 @@ __all__ = ["E5M6", "Quantized", "dequantize", "from_e5m6", "linear", "quantize_b
 
 RECIPE = FP8Config(enabled=True)
 GROUP_ALIGNMENT = 128  # rows that an expert's group starts at a multiple of: no tile of 128 x 1 crosses into another's
+DEFERRED = "deferred"  # the name by which `pipeline.split` knows what W waits with
 GRADIENT_FORMATS = {"e4m3": jnp.float8_e4m3fn, "e5m2": jnp.float8_e5m2}
 
 
@@ -118,10 +119,19 @@ def _product(a, b, sizes, recipe, out_dtype):
     return api.fp8_grouped_matmul(a, b, sizes, **options)
 
 
-def _wgrad(dy, x, sizes, recipe, scale=None):
-    """dw [.., N, K], float32, from dy [M, N] and x [M, K] (dequantized): both quantized along M."""
-    dy, x = _gradient(dy, recipe, transposed="only"), _activation(x, recipe, scale, transposed="only")
-    return _product(dy, x, sizes, recipe, jnp.float32)
+def _waiting(q):
+    """Marks what a put-off weight gradient waits with: quantized, a quarter to a half of what it is made from."""
+    return Quantized(*(checkpoint_name(x, DEFERRED) for x in q))
+
+
+def _along_rows(x, recipe, scale=None):
+    """x [M, K], dequantized, as Wgrad reads it: quantized along M."""
+    return _waiting(_activation(x, recipe, scale, transposed="only"))
+
+
+def _wgrad(dy, x, sizes, recipe):
+    """dw [.., N, K], float32, from dy [M, N] and x [M, K], which is quantized along M already."""
+    return _product(_waiting(_gradient(dy, recipe, transposed="only")), x, sizes, recipe, jnp.float32)
 
 
 def linear(x, w, recipe: FP8Config = RECIPE, kept: str = "e4m3"):
@@ -163,7 +173,7 @@ def _linear_bwd(recipe, kept, residuals, dy_MN):
     else:
         x_MK, scale = dequantize(q), None
     dx_MK = _product(_gradient(dy_MN, recipe), _transposed(_weight(w_NK, recipe)), None, recipe, dy_MN.dtype)
-    return dx_MK, _wgrad(dy_MN, x_MK, None, recipe, scale).astype(w_NK.dtype)
+    return dx_MK, _wgrad(dy_MN, _along_rows(x_MK, recipe, scale), None, recipe).astype(w_NK.dtype)
 
 
 _linear.defvjp(_linear_fwd, _linear_bwd)
@@ -226,12 +236,12 @@ def _swiglu_ffn_bwd(recipe, residuals, dy_MD):
     q, gate, up, gate_FD, up_FD, down_DF, sizes = residuals
     dtype, scale = dy_MD.dtype, _exchanged(sizes)
     act_MF, pull_back = jax.vjp(_swiglu, dequantize(gate), dequantize(up))
-    ddown_DF = _wgrad(dy_MD, act_MF, sizes, recipe)
+    ddown_DF = _wgrad(dy_MD, _along_rows(act_MF, recipe), sizes, recipe)
     dact_MF = _product(_gradient(dy_MD, recipe, scale), _transposed(_weight(down_DF, recipe)), sizes, recipe,
                        jnp.float32)
-    x_MD, dx_MD, dw = dequantize(q), 0, []
+    x_MD, dx_MD, dw = _along_rows(dequantize(q), recipe, scale), 0, []
     for d_MF, w_FD in zip(pull_back(dact_MF), (gate_FD, up_FD)):
-        dw.append(_wgrad(d_MF, x_MD, sizes, recipe, scale).astype(w_FD.dtype))
+        dw.append(_wgrad(d_MF, x_MD, sizes, recipe).astype(w_FD.dtype))
         dx_MD += _product(_gradient(d_MF, recipe), _transposed(_weight(w_FD, recipe)), sizes, recipe, jnp.float32)
     return dx_MD.astype(dtype), *dw, ddown_DF.astype(down_DF.dtype), None
 

@@ -38,11 +38,12 @@ class MeshConfig(Checked, section="mesh", positive="pipe replica node local tens
 
 
 @dataclasses.dataclass(frozen=True)
-class PipelineConfig(Checked, section="pipeline", positive="microbatches"):
+class PipelineConfig(Checked, section="pipeline", positive="microbatches", not_negative="deferred"):
     """What the ranks of mesh.pipe do, and when (report section 3.2.1). Not part of what a run is either."""
 
     schedule: str = "dualpipe"  # as `python -m deepseek_jax.pipeline` has them
     microbatches: int = 8  # that a batch (train.batch_size / train.micro_batches sequences) is cut into
+    deferred: int | None = None  # weight gradients that may wait on a rank; None: as many as the schedule puts off
 
 
 def _divisors(*counts: int) -> list[int]:

@@ -58,16 +58,17 @@ def plan_hop(place_RK, axis, places, room, ragged=False) -> Hop:
     Args:
       place_RK: int32, where each choice wants the row: an index along `axis`, or `places` for nowhere.
       axis: name or names of the mesh axes. places: their size, P.
-      room: rows of the receive buffer for each sender (static), or for all of them together (ragged).
+      room: rows of the receive buffer for each sender (static), or for all of them together (ragged). A ragged send
+        buffer has no more of them either: what a device sends is what it receives, if loads are even.
     """
     R, K = place_RK.shape
     goes_RP = (place_RK[:, :, None] == jnp.arange(places)[None, None]).any(axis=1)
     rank_RP = jnp.cumsum(goes_RP, axis=0, dtype=jnp.int32) - goes_RP
     wanted_P = goes_RP.sum(axis=0, dtype=jnp.int32)
     if ragged:
-        slots, landed = R * min(places, K), room
+        slots, landed = min(R * min(places, K), room), room
         start_P = jnp.cumsum(wanted_P) - wanted_P
-        moves = _meet(wanted_P, start_P, axis, room)
+        moves = _meet(jnp.clip(slots - start_P, 0, wanted_P), jnp.minimum(start_P, slots), axis, room)
         sent_P = moves[1]
     else:
         slots = landed = places * room

@@ -209,13 +209,16 @@ class _Device:
     def __post_init__(self):
         self.rank = lax.axis_index(self.axis)
         self.copies = 2 if self.schedule.route.both_ways else 1
+        params = self._own(self.arguments.params)
         # By direction. Each branch reads one of the two: which one is fixed when it is traced, so nothing is copied.
-        self.params, self.fixed = (self._held(tree) for tree in (self.arguments.params, self.arguments.fixed))
+        self.fixed = self._with_mirror(self._own(self.arguments.fixed))
         self.inputs = self.arguments.inputs
         one = _at(self.inputs, 0)
         self.x = jax.eval_shape(self.model.enter, self.arguments.shared, one)
         self.split = split(lambda params, x, context: self.model.stage(params, context[0], x, context[1]),
-                           self.params[0], self.x, (self.fixed[0], one))
+                           params[0], self.x, (self.fixed[0], one))
+        self.like_params = params[0]
+        self.prepared = self._with_mirror([self.split.prepare(stage) for stage in params])
         _, self.leave_sums = jax.eval_shape(self.model.leave, self.arguments.shared, self.x, one)
 
     @property
@@ -223,9 +226,12 @@ class _Device:
         """DualPipe: each rank also has its mirror rank's stage, for the other direction."""
         return self.copies == 2 and not self.schedule.route.v_shaped
 
-    def _held(self, tree):
+    def _own(self, tree):
+        """The stages whose parameters are here."""
+        return [jax.tree.map(lambda a, d=d: a[d], tree) for d in range(1 if self.mirrors else self.copies)]
+
+    def _with_mirror(self, own):
         """The stages that this rank runs, one a direction."""
-        own = [jax.tree.map(lambda a, d=d: a[d], tree) for d in range(1 if self.mirrors else self.copies)]
         return own + [self._mirrored(own[0])] if self.mirrors else own
 
     def _mirrored(self, tree):
@@ -235,7 +241,7 @@ class _Device:
 
     def run(self) -> Result:
         slots = self.schedule.slots
-        result = Result(loss=jnp.zeros((), self.split.loss.dtype), params=_zeros(self.params[0], self.copies),
+        result = Result(loss=jnp.zeros((), self.split.loss.dtype), params=_zeros(self.like_params, self.copies),
                         shared=_zeros(self.arguments.shared), stage_sums=_zeros(self.split.sums, self.copies),
                         sums=_zeros(self.leave_sums))
         carry = _Carry(_zeros(self.split.kept, slots.activations), _zeros(self._deferred, slots.deferred),
@@ -286,25 +292,25 @@ class _Device:
     def _branch(self, branch, cell: _Cell) -> _Done:
         """One kind of cell: `branch` is () or its operations, each (kind, direction)."""
         split = self.split
-        done = _Done(y=cell.x, dx=cell.dy, kept=cell.kept, deferred=cell.deferred, dparams=_zeros(self.params[0]),
+        done = _Done(y=cell.x, dx=cell.dy, kept=cell.kept, deferred=cell.deferred, dparams=_zeros(self.like_params),
                      loss=jnp.zeros((), split.loss.dtype), sums=_zeros(split.sums))
         dloss = jnp.ones((), split.loss.dtype)
-        operations = {kind: (self.params[d], (self.fixed[d], cell.forward if kind == "F" else cell.backward))
+        operations = {kind: (self.prepared[d], (self.fixed[d], cell.forward if kind == "F" else cell.backward))
                       for kind, d in branch}
         # F and B of an overlapped cell know nothing of each other: the compiler is free to put the collectives of one
         # around the products of the other, and does.
-        for kind, (params, context) in operations.items():
+        for kind, (prepared, context) in operations.items():
             if kind == "F":
-                (y, loss, sums), kept = split.forward(params, cell.x, context)
+                (y, loss, sums), kept = split.forward(prepared, cell.x, context)
                 done = done._replace(y=y, loss=loss, sums=sums, kept=kept)
             elif kind == "B":
-                dx, dparams = split.backward(params, context, cell.kept, cell.dy, dloss)
+                dx, dparams = split.backward(prepared, context, cell.kept, cell.dy, dloss)
                 done = done._replace(dx=dx, dparams=dparams)
             elif kind == "Bi":
-                dx, deferred = split.backward_input(params, context, cell.kept, cell.dy, dloss)
+                dx, deferred = split.backward_input(prepared, context, cell.kept, cell.dy, dloss)
                 done = done._replace(dx=dx, deferred=deferred)
             else:
-                done = done._replace(dparams=split.backward_weights(params, context, cell.deferred))
+                done = done._replace(dparams=split.backward_weights(prepared, context, cell.deferred))
         return done
 
     def _exchange(self, messages, arrivals, y, dx):

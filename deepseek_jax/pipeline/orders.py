@@ -78,10 +78,13 @@ class Route(NamedTuple):
 
 
 class _Rank:
-    """Writes down one rank's cells; micro-batches of a direction go through in order, W takes the oldest deferred."""
+    """Writes down one rank's cells; micro-batches of a direction go through in order, W takes the oldest deferred.
 
-    def __init__(self, first_microbatch):
-        self.cells, self._deferred = [], deque()
+    most: weight gradients that may wait at a time; a Bi too many becomes a B. None: all that the schedule puts off.
+    """
+
+    def __init__(self, first_microbatch, most=None):
+        self.cells, self._deferred, self._most = [], deque(), most
         self._next = {(kind, d): m for d, m in enumerate(first_microbatch) for kind in "FB"}
 
     def _op(self, kind, direction):
@@ -94,9 +97,13 @@ class _Rank:
 
     def add(self, *ops):
         """Each op is (kind, direction); two of them are one overlapped cell."""
-        self.cells.append(tuple(self._op(*op) for op in ops))
+        full = self._most is not None and self.deferred >= self._most
+        self.cells.append(tuple(self._op("B" if kind == "Bi" and full else kind, d) for kind, d in ops))
 
     def weights(self):
+        """W of the oldest that waits, if one does."""
+        if not self._deferred:
+            return
         _, direction, microbatch = self._deferred.popleft()[:3]
         self.cells.append((Op("W", direction, microbatch),))
 
@@ -105,14 +112,14 @@ class _Rank:
         return len(self._deferred)
 
 
-def gpipe(rank, ranks, microbatches):
+def gpipe(rank, ranks, microbatches, most=None):
     out = _Rank([0])
     for kind in ["F"] * microbatches + ["B"] * microbatches:
         out.add((kind, 0))
     return out.cells
 
 
-def one_forward_one_backward(rank, ranks, microbatches):
+def one_forward_one_backward(rank, ranks, microbatches, most=None):
     out = _Rank([0])
     ahead = min(ranks - 1 - rank, microbatches)
     for kind in ["F"] * ahead + ["F", "B"] * (microbatches - ahead) + ["B"] * ahead:
@@ -120,9 +127,9 @@ def one_forward_one_backward(rank, ranks, microbatches):
     return out.cells
 
 
-def zero_bubble(rank, ranks, microbatches):
+def zero_bubble(rank, ranks, microbatches, most=None):
     """Rank r puts `r` weight gradients off: as many as the last rank would otherwise idle at the end."""
-    out = _Rank([0])
+    out = _Rank([0], most)
     ahead = min(ranks - 1 - rank, microbatches)
     for kind in ["F"] * ahead + ["F", "Bi"] * (microbatches - ahead) + ["Bi"] * ahead:
         out.add((kind, 0))
@@ -133,26 +140,27 @@ def zero_bubble(rank, ranks, microbatches):
     return out.cells
 
 
-def dualpipe(rank, ranks, microbatches):
+def dualpipe(rank, ranks, microbatches, most=None):
     nearer_end = min(rank, ranks - 1 - rank)
     near = 0 if rank < ranks // 2 else 1
     return _both_ways(nearer_end, ranks // 2, microbatches // 2 - ranks + nearer_end + 1, near,
-                      [0, microbatches // 2])
+                      [0, microbatches // 2], most)
 
 
-def dualpipev(rank, ranks, microbatches):
-    return _both_ways(rank, ranks, microbatches - 2 * ranks + rank + 1, 0, [0, 0])
+def dualpipev(rank, ranks, microbatches, most=None):
+    return _both_ways(rank, ranks, microbatches - 2 * ranks + rank + 1, 0, [0, 0], most)
 
 
-def _both_ways(depth, half, steady, near, first_microbatch):
+def _both_ways(depth, half, steady, near, first_microbatch, most):
     """The eight steps of DualPipe.
 
     Args:
       depth: ranks between this one and the end where direction `near` enters; `half` is where the directions meet.
       steady: how often the two overlapped cells of step 4 come.
       first_microbatch: of each direction.
+      most: see _Rank.
     """
-    out, far = _Rank(first_microbatch), 1 - near
+    out, far = _Rank(first_microbatch, most), 1 - near
     inner = half - 1 - depth  # ranks between this one and the middle
     for _ in range(2 * inner):  # 1: what enters nearby
         out.add(("F", near))

@@ -67,18 +67,20 @@ def check(name, ranks, microbatches):
 
 
 @functools.lru_cache(maxsize=64)
-def make_schedule(name: str, ranks: int, microbatches: int) -> Schedule:
+def make_schedule(name: str, ranks: int, microbatches: int, deferred: int | None = None) -> Schedule:
     """The table of a step.
 
     Args:
       name: gpipe, 1f1b, zb1p, dualpipe or dualpipev.
       ranks: devices along the pipeline. There are as many stages, for dualpipev twice as many.
       microbatches: of the whole step, both directions together.
+      deferred: weight gradients that may wait on a rank; None: as many as the schedule puts off. What one waits with
+        is more than what a recomputed stage keeps, and a slot for it is taken on all ranks.
     Raises:
       ConfigError: dualpipe takes even numbers; both bidirectional ones need at least two micro-batches a rank.
     """
     check(name, ranks, microbatches)
     empty = Schedule(name, ranks, microbatches, (), Slots(0, 0, 0))
-    rows = place([ORDERS[name](rank, ranks, microbatches) for rank in range(ranks)], empty.route)
+    rows = place([ORDERS[name](rank, ranks, microbatches, deferred) for rank in range(ranks)], empty.route)
     table, slots = assign_slots(rows, empty.route)
     return dataclasses.replace(empty, table=table, slots=slots)

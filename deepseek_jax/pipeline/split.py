@@ -2,18 +2,22 @@
 
 The equations of the stage's VJP are sorted, not computed again: those that the gradient of the input needs are Bi,
 which the stage before waits for; of the rest, those that depend on the gradient of the output are W, and can wait.
-What `jax.checkpoint` recomputes is recomputed once, in Bi, and W reads it. What depends neither on the activation
-nor on a gradient (a cast weight, a table of positions) is computed where it is needed instead of being kept for every
-micro-batch. A `lax.scan` over weights is one equation and falls into Bi as a whole: write the layers of a stage as a
+What `jax.checkpoint` recomputes is recomputed once, in Bi, and W reads it; it begins when the gradient that it is for
+has come, so that one layer's is there at a time and not all layers'. What depends neither on the activation
+nor on a gradient (a table of positions) is computed where it is needed instead of being kept for every micro-batch;
+what depends on parameters alone and is smaller than they are (a weight that is rounded or quantized) is computed once
+a step, and the passes hold that in place of the parameters. A `lax.scan` over weights is one equation and falls into Bi as a whole: write the layers of a stage as a
 Python loop.
 """
 
+import collections
 import dataclasses
 import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.extend import core
 
 from deepseek_jax.checked import ConfigError
@@ -23,20 +27,33 @@ CALLS = ("jit", "pjit", "closed_call", "core_call", "checkpoint", "remat", "rema
          "custom_vjp_call")
 
 
+# What W is there for. Everything else that it needs is done where fewer bytes have to wait.
+PRODUCTS = ("dot_general", "ragged_dot_general", "conv_general_dilated", "pallas_call", "custom_vmap_call")
+DEFERRED = "deferred"  # jax.ad_checkpoint.checkpoint_name of what W waits with
+
+
+_BARRIER = jax.make_jaxpr(lax.optimization_barrier)(0.0).eqns[0]
+
+
 class Piece(NamedTuple):
-    """Some of the equations, in order, and the atoms that are their results."""
+    """Some of the equations, in order, and the atoms that are their results.
+
+    waits: of the results of barriers, what has to be there before them.
+    """
 
     equations: tuple
     results: tuple
+    waits: dict
 
 
 @dataclasses.dataclass(frozen=True)
 class Split:
     """F, Bi, W and B of one stage as functions. Made by `split`.
 
+    Where they say `prepared`, they want what `prepare` makes of the parameters, once a step.
     kept, deferred: shapes and dtypes of what F leaves for Bi, and Bi for W, for every micro-batch under way.
     loss, sums: shapes and dtypes of what the stage gives besides y.
-    pieces: the equations of "F", "Bi", "W", and of "B", which is Bi and W at once.
+    pieces: the equations of "F", "Bi", "W", of "B", which is Bi and W at once, and of "prepare".
     """
 
     kept: tuple[jax.ShapeDtypeStruct, ...]
@@ -44,8 +61,10 @@ class Split:
     loss: jax.ShapeDtypeStruct
     sums: Any
     pieces: dict[str, Piece]
-    # Variables: parameters and context, which every piece may read; then what only some read.
-    _free: tuple
+    # Variables: what is made of parameters, and context, which every piece may read; then what only some read.
+    _params: tuple
+    _prepared: tuple
+    _context: tuple
     _x: tuple
     _kept: tuple
     _dy: tuple
@@ -61,30 +80,35 @@ class Split:
     def deferred_bytes(self) -> int:
         return _bytes(self.deferred)
 
-    def forward(self, params, x, context):
+    def prepare(self, params):
+        """What the passes read of the parameters: them, or what is made of them alone."""
+        return tuple(_run(self.pieces["prepare"], dict(zip(self._params, jax.tree.leaves(params))) | self._constants))
+
+    def forward(self, prepared, x, context):
         """F: (y, loss, sums), kept."""
-        results = _run(self.pieces["F"], self._env(params, context, (self._x, x)))
+        results = _run(self.pieces["F"], self._env(prepared, context, (self._x, x)))
         width = len(results) - len(self.kept)
         return jax.tree.unflatten(self._trees["forward"], results[:width]), tuple(results[width:])
 
-    def backward_input(self, params, context, kept, dy, dloss):
+    def backward_input(self, prepared, context, kept, dy, dloss):
         """Bi: dx, deferred."""
-        results = _run(self.pieces["Bi"], self._env(params, context, (self._kept, kept), (self._dy, (dy, dloss))))
+        results = _run(self.pieces["Bi"], self._env(prepared, context, (self._kept, kept), (self._dy, (dy, dloss))))
         width = len(results) - len(self.deferred)
         return jax.tree.unflatten(self._trees["x"], results[:width]), tuple(results[width:])
 
-    def backward_weights(self, params, context, deferred):
+    def backward_weights(self, prepared, context, deferred):
         """W: dparams."""
-        results = _run(self.pieces["W"], self._env(params, context, (self._deferred, deferred)))
+        results = _run(self.pieces["W"], self._env(prepared, context, (self._deferred, deferred)))
         return jax.tree.unflatten(self._trees["params"], results)
 
-    def backward(self, params, context, kept, dy, dloss):
+    def backward(self, prepared, context, kept, dy, dloss):
         """B: dx, dparams."""
-        results = _run(self.pieces["B"], self._env(params, context, (self._kept, kept), (self._dy, (dy, dloss))))
+        results = _run(self.pieces["B"], self._env(prepared, context, (self._kept, kept), (self._dy, (dy, dloss))))
         return jax.tree.unflatten(self._trees["backward"], results)
 
-    def _env(self, params, context, *more):
-        env = dict(zip(self._free, jax.tree.leaves((params, context)))) | self._constants
+    def _env(self, prepared, context, *more):
+        env = dict(zip(self._prepared, prepared)) | dict(zip(self._context, jax.tree.leaves(context)))
+        env |= self._constants
         for variables, values in more:
             env |= dict(zip(variables, jax.tree.leaves(values)))
         return env
@@ -141,18 +165,21 @@ class _Sorter:
     """All equations of the VJP under one set of names, and for each variable what it depends on."""
 
     def __init__(self, ahead_jaxpr, back_jaxpr, params, x, outputs, num_kept):
-        self.equations, self.constants = [], {}
+        self.equations, self.constants, self.waits = [], {}, {}
+        first, size = len(jax.tree.leaves(params)), len(jax.tree.leaves(x))
         arguments = [_fresh(v) for v in ahead_jaxpr.jaxpr.invars]
+        self.constant = set()  # what depends on nothing
+        self.of_params = set(arguments[:first])  # what depends on parameters and constants alone
         ahead_results = self._inline(ahead_jaxpr, arguments)
         self.num_ahead = len(self.equations)
         width = len(ahead_results) - num_kept
         self.dy = [_fresh(v) for v in back_jaxpr.jaxpr.invars[num_kept:]]
         back_results = self._inline(back_jaxpr, ahead_results[width:] + self.dy)
 
-        first, size = len(jax.tree.leaves(params)), len(jax.tree.leaves(x))
         self.x = arguments[first:first + size]
-        self.free = arguments[:first] + arguments[first + size:]
-        self.outputs = ahead_results[:width]
+        self.params, self.context = arguments[:first], arguments[first + size:]
+        same = self._merge_preparations()
+        self.outputs = [same.get(v, v) if isinstance(v, core.Var) else v for v in ahead_results[:width]]
         self.dx, self.dparams = back_results[:size], back_results[size:]
 
     def _inline(self, jaxpr, arguments):
@@ -162,6 +189,7 @@ class _Sorter:
         for v, value in zip(inner.constvars, getattr(jaxpr, "consts", ())):
             env[v] = _fresh(v)
             self.constants[env[v]] = value
+            self.constant.add(env[v])
 
         def atom(v):
             return v if isinstance(v, core.Literal) else env[v]
@@ -170,12 +198,67 @@ class _Sorter:
             taken = [atom(v) for v in equation.invars]
             if equation.primitive.name in CALLS:
                 body = equation.params.get("call_jaxpr", equation.params.get("jaxpr"))
+                if equation.params.get("prevent_cse") and equation.params.get("differentiated"):
+                    taken = self._held_back(taken)
                 given = self._inline(body, taken)
             else:
                 given = [_fresh(v) for v in equation.outvars]
-                self.equations.append(equation.replace(invars=taken, outvars=given))
+                self._append(equation.replace(invars=taken, outvars=given))
             env |= dict(zip(equation.outvars, given))
         return [atom(v) for v in inner.outvars]
+
+    def _append(self, equation):
+        self.equations.append(equation)
+        rest = set(_variables(equation.invars)) - self.constant
+        if rest <= self.of_params and not equation.effects:
+            (self.of_params if rest else self.constant).update(equation.outvars)
+
+    def _held_back(self, atoms):
+        """What a recomputation reads, behind barriers that wait for the gradients among it.
+
+        jax puts one barrier around all of it, through which everything would depend on everything.
+        """
+        behind = {v: _fresh(v) for v in _variables(atoms) if v not in self.of_params | self.constant}
+        for v, fresh in behind.items():
+            self._append(_BARRIER.replace(invars=[v], outvars=[fresh]))
+            self.waits[fresh] = tuple(behind)
+        return [v if isinstance(v, core.Literal) else behind.get(v, v) for v in atoms]
+
+    def _merge_preparations(self):
+        """Finds what is made of parameters alone, and makes twice the same thing (F and Bi quantize a weight each) one.
+
+        Sets self.preparation, {variable: index of its equation}. Returns {variable: the same one, made earlier}.
+        """
+        self.preparation, same, first = {}, {}, {}
+        for i, equation in enumerate(self.equations):
+            taken = [v if isinstance(v, core.Literal) else same.get(v, v) for v in equation.invars]
+            self.equations[i] = equation = equation.replace(invars=taken)
+            if equation.outvars[0] not in self.of_params | self.constant:
+                continue
+            if equation.outvars[0] in self.of_params:
+                self.preparation |= dict.fromkeys(equation.outvars, i)
+            atoms = (str(v) if isinstance(v, core.Literal) else id(v) for v in taken)
+            key = equation.primitive.name, str(equation.params), *atoms
+            for v, earlier in zip(equation.outvars, first.setdefault(key, equation.outvars)):
+                if v is not earlier:
+                    same[v] = earlier
+        return same
+
+    def _prepared(self, indices, results):
+        """What these equations and results read that is made of parameters alone, in its smallest form."""
+        outside = [v for i in sorted(indices) if self.equations[i].outvars[0] not in self.preparation
+                   for v in _variables(self.equations[i].invars)] + _variables(results)
+        made = set(self.params) | self.preparation.keys()
+        return tuple(dict.fromkeys(self._smallest(v) for v in outside if v in made))
+
+    def _smallest(self, v):
+        """v, or what it is a copy of in another shape, order or wider type."""
+        while v in self.preparation:
+            read = [u for u in _variables(self.equations[self.preparation[v]].invars) if u not in self.constant]
+            if len(read) != 1 or _bytes(_structs(read)) > _bytes(_structs([v])):
+                break
+            v = read[0]
+        return v
 
     def _reached(self, start):
         """Every variable that depends on one of `start`."""
@@ -196,20 +279,27 @@ class _Sorter:
 
     def _piece(self, results, known):
         """The equations that compute `results` from `known` and from what every piece may read."""
-        return Piece(tuple(self.equations[i] for i in sorted(self._needed(results, known))), tuple(results))
+        equations = tuple(self.equations[i] for i in sorted(self._needed(results, known)))
+        return Piece(equations, tuple(results), self.waits)
 
     def split(self, trees, loss, sums):
         on_x, on_dy = self._reached(self.x), self._reached(self.dy)
+        self.waits = {v: tuple(u for u in among if u in on_dy) for v, among in self.waits.items()}
         back = self._needed(self.dx + self.dparams) - set(range(self.num_ahead))
-        in_w = self._weight_gradients(back - self._needed(self.dx), on_x, on_dy)
+        marked = [v for i in back for v in self.equations[i].outvars
+                  if self.equations[i].primitive.name == "name" and self.equations[i].params["name"] == DEFERRED]
+        in_w = self._weight_gradients(back - self._needed(self.dx + marked), on_x, on_dy)
+        in_w -= self._shrinking(in_w, on_x | on_dy)
         kept = self._across(back, self.dx + self.dparams, on_x - self._made(range(self.num_ahead, len(self.equations))))
         deferred = self._across(in_w, self.dparams, (on_x | on_dy) - self._made(in_w))
-        pieces = {"F": self._piece([*self.outputs, *kept], self.x),
-                  "Bi": self._piece([*self.dx, *deferred], [*kept, *self.dy]),
-                  "W": self._piece(self.dparams, deferred),
-                  "B": self._piece([*self.dx, *self.dparams], [*kept, *self.dy])}
+        wanted = {"F": ([*self.outputs, *kept], self.x), "Bi": ([*self.dx, *deferred], [*kept, *self.dy]),
+                  "W": (self.dparams, deferred), "B": ([*self.dx, *self.dparams], [*kept, *self.dy])}
+        prepared = tuple(dict.fromkeys(v for results, known in wanted.values()
+                                       for v in self._prepared(self._needed(results, known), results)))
+        pieces = {name: self._piece(results, [*known, *prepared]) for name, (results, known) in wanted.items()}
+        pieces["prepare"] = self._piece(prepared, self.params)
         return Split(kept=_structs(kept), deferred=_structs(deferred), loss=loss, sums=sums, pieces=pieces,
-                     _free=tuple(self.free), _x=tuple(self.x), _kept=kept, _dy=tuple(self.dy), _deferred=deferred,
+                     _params=tuple(self.params), _prepared=prepared, _context=tuple(self.context), _x=tuple(self.x), _kept=kept, _dy=tuple(self.dy), _deferred=deferred,
                      _constants=self.constants, _trees=trees)
 
     def _weight_gradients(self, candidates, on_x, on_dy):
@@ -229,6 +319,19 @@ class _Sorter:
             if _bytes(_structs(more)) <= _bytes(_structs(made & read)):
                 in_w.add(i)
         return in_w
+
+    def _shrinking(self, in_w, on_input):
+        """Those equations of W that are no products and give fewer bytes than they alone read: sums, rounding."""
+        readers = collections.Counter(v for i in in_w for v in set(_variables(self.equations[i].invars)))
+        left = set(in_w)
+        for i in sorted(in_w):
+            equation = self.equations[i]
+            read = set(_variables(equation.invars)) & on_input
+            if equation.primitive.name in PRODUCTS or read & self._made(left):
+                continue
+            if _bytes(_structs(equation.outvars)) < _bytes(_structs(v for v in read if readers[v] == 1)):
+                left.remove(i)
+        return in_w - left
 
     def _made(self, indices):
         return {v for i in indices for v in self.equations[i].outvars}
@@ -262,6 +365,9 @@ def _run(piece, env):
     """Evaluates a piece; returns its results."""
     env = dict(env)
     for equation in piece.equations:
+        if first := [env[v] for v in piece.waits.get(equation.outvars[0], ()) if v in env]:
+            env[equation.outvars[0]] = lax.optimization_barrier((_value(env, equation.invars[0]), *first))[0]
+            continue
         bound = equation.primitive.get_bind_params(equation.params)
         subfunctions, params = bound if isinstance(bound, tuple) else ((), bound)  # a tuple before jax 0.12
         given = equation.primitive.bind(*subfunctions, *(_value(env, v) for v in equation.invars), **params)

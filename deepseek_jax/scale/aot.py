@@ -6,7 +6,10 @@ schedules it, assigns its buffers and, for GPUs, makes its kernels. Nothing runs
 
 import dataclasses
 import functools
+import os
+import pathlib
 import resource
+import tempfile
 import time
 
 import jax
@@ -19,6 +22,7 @@ from deepseek_jax.scale import hlo, memory, targets
 from deepseek_jax.scale.layout import Layout
 from deepseek_jax.training import pipelined
 from deepseek_jax.training.step import init_state, train_step
+from kernels_pallas import compile_report
 
 # The scheduler that puts products between a collective's start and its done; on by default in training on GPUs too.
 OPTIONS = {"gpu": {"xla_gpu_enable_latency_hiding_scheduler": True}, "tpu": {}}
@@ -32,7 +36,7 @@ def config_of(model: ModelConfig, layout: Layout) -> Config:
         train=TrainConfig(batch_size=layout.microbatches * layout.rows * layout.mesh.data_shards, micro_batches=rounds,
                           sequence_length=layout.sequence_length, ema_decay=0.999 if layout.ema else 0.0),
         optimizer=OptimizerConfig(moment_dtype=layout.moment_dtype),
-        pipeline=PipelineConfig(layout.schedule, layout.microbatches if rounds == 1 else 8))
+        pipeline=PipelineConfig(layout.schedule, layout.microbatches if rounds == 1 else 8, layout.deferred))
     pipelined.check(config)
     return config
 
@@ -49,19 +53,48 @@ def _arguments(config: Config, mesh):
     return (state, batch | {"active": jax.ShapeDtypeStruct((), jnp.int32)}), where, whole
 
 
+def compiled_program(lower, platform: str):
+    """Lowers and compiles.
+
+    Args:
+      lower: a function that gives what `jax.jit(...).lower` does.
+    Returns:
+      jax's compiled program; {"seconds": {"lowering", "compiling", "cpu"}, "compiler_gigabytes", "kernels": a row for
+      each of ours, with what ptxas says of its registers and spills}. cpu: of this process, as others may be busy too.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ |= {"MOSAIC_GPU_DUMP_TO": folder, "MOSAIC_GPU_DUMP_PTX": "1", "MOSAIC_GPU_DUMP_PTXAS": "1"}
+        start = time.time()
+        lowered = lower()
+        middle = time.time()
+        compiled = lowered.compile(compiler_options=OPTIONS[platform])
+        seconds = {"lowering": middle - start, "compiling": time.time() - middle, "cpu": time.process_time()}
+        kernels = kernels_in(pathlib.Path(folder))
+    return compiled, {"seconds": seconds, "kernels": kernels,
+                      "compiler_gigabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6}
+
+
+def kernels_in(folder: pathlib.Path) -> list[dict]:
+    """The Mosaic kernels that were dumped there: name, how many, and the most of each thing that one of them takes."""
+    rows: dict[str, dict] = {}
+    for ptx in sorted(folder.glob("*.ptx")):
+        texts = [ptx.with_suffix(suffix).read_text() for suffix in (".ptx", ".ptxas", ".resources.txt")]
+        found, name = compile_report.read(*texts), ptx.stem.rstrip("_0123456789")
+        row = rows.setdefault(name, {"kernel": name, "count": 0} | dict.fromkeys(found, 0))
+        row |= {field: max(row[field], value) for field, value in found.items()}
+        row["count"] += 1
+    return list(rows.values())
+
+
 def compile_step(config: Config, target: str):
-    """Compiles one optimizer step for `target`. Returns (jax's compiled program, {"lowering", "compiling"} seconds)."""
+    """Compiles one optimizer step for `target`. Returns what `compiled_program` does."""
     devices = targets.devices_of(target)
     mesh = make_mesh(config.mesh, devices)
     arguments, where, whole = _arguments(config, mesh)
     step = jax.jit(functools.partial(train_step, config), in_shardings=where, out_shardings=(where[0], whole),
                    donate_argnums=0)
-    start = time.time()
     with jax.set_mesh(mesh):
-        lowered = step.lower(*arguments)
-        middle = time.time()
-        compiled = lowered.compile(compiler_options=OPTIONS[devices[0].platform])
-    return compiled, {"lowering": middle - start, "compiling": time.time() - middle}
+        return compiled_program(lambda: step.lower(*arguments), devices[0].platform)
 
 
 def bytes_of(compiled) -> dict[str, int]:
@@ -75,18 +108,17 @@ def bytes_of(compiled) -> dict[str, int]:
 def report(model: ModelConfig, layout: Layout, target: str) -> dict:
     """Compiles the step and says what it takes, beside what the planner foretold. JSON-able."""
     config = config_of(model, layout)
-    compiled, seconds = compile_step(config, target)
+    compiled, made = compile_step(config, target)
     found, planned = bytes_of(compiled), memory.bytes_per_device(model, layout, config.train.loss_chunk)
     total, capacity = sum(found.values()), targets.memory_of(target)
     collectives = hlo.collectives(compiled.as_text(), mesh_sizes(config.mesh))
     cost = compiled.cost_analysis() or {}
     return {"target": target, "devices": layout.mesh.devices, "layout": layout.name,
             "mesh": dataclasses.asdict(layout.mesh), "schedule": layout.schedule if layout.mesh.pipe > 1 else None,
-            "micro_batches": layout.microbatches, "rows": layout.rows, "sequence_length": layout.sequence_length,
+            "micro_batches": layout.microbatches, "rows": layout.rows, "deferred": layout.deferred, "sequence_length": layout.sequence_length,
             "fp8": model.fp8.enabled, "remat": model.remat, "jax": jax.__version__,
             "bytes": found, "bytes_per_device": total, "memory": capacity, "fits": total <= capacity,
             "planned": planned, "planned_bytes_per_device": sum(planned.values()),
             "planned_over_compiled": sum(planned.values()) / total,
             "collectives": hlo.table(collectives), "exposed": sum(not one.products for one in collectives),
-            "flops_once": cost.get("flops"), "seconds": seconds,
-            "compiler_gigabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6}
+            "flops_once": cost.get("flops"), **made}

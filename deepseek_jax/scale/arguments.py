@@ -11,10 +11,13 @@ REPORT_SEQUENCES = 15360  # a step's, report section 4.2
 def add(parser, fp8=False):
     """`fp8`: what holds without --fp8 and --no-fp8."""
     parser.add_argument("--model", required=True, help="tiny, small, v2_lite_16b, v2_236b or v3_671b")
+    parser.add_argument("--layers", type=int, help="of the model, if fewer than it has")
     parser.add_argument("--pipe", type=int, default=1, help="ranks of the pipeline")
     parser.add_argument("--expert", type=int, default=1, help="devices that share the experts")
     parser.add_argument("--tensor", type=int, default=1, help="devices that share heads and vocabulary")
     parser.add_argument("--schedule", default="dualpipe", help="gpipe, 1f1b, zb1p, dualpipe or dualpipev")
+    parser.add_argument("--deferred", type=int, help="weight gradients that may wait on a rank (default: the "
+                        "schedule's); each takes memory, and fewer lengthen a long step little")
     parser.add_argument("--sequences", type=int, default=REPORT_SEQUENCES, help="of a step (default: the report's)")
     parser.add_argument("--rows", type=int, default=1, help="sequences of a micro-batch on one device")
     parser.add_argument("--sequence-length", type=int, default=4096)
@@ -33,14 +36,14 @@ def _capacity(text):
 
 def model(args) -> ModelConfig:
     """Raises ConfigError for what the model does not have."""
-    changes = {"remat": args.remat} if args.remat else {}
+    changes = {name: value for name, value in (("remat", args.remat), ("num_layers", args.layers)) if value is not None}
     return model_config(args.model, fp8=FP8Config(enabled=args.fp8), **changes)
 
 
 def layout(args, c: ModelConfig, devices: int, node_size: int) -> Layout:
     """Raises ConfigError where the numbers do not fit each other."""
     return make_layout(c, devices, args.pipe, args.expert, node_size, args.sequences, args.rows, args.tensor,
-                       args.schedule, args.sequence_length, **mesh(args))
+                       args.schedule, args.sequence_length, args.deferred, **mesh(args))
 
 
 def mesh(args) -> dict:

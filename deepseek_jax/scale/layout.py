@@ -16,6 +16,7 @@ class Layout:
     schedule: of the pipeline, as `deepseek_jax.pipeline` has them; without one (mesh.pipe = 1) it says nothing.
     microbatches: that go through the pipeline in a step; without one, gradient accumulation.
     rows: sequences of a micro-batch on one device.
+    deferred: weight gradients that may wait on a rank of the pipeline; None: as many as the schedule puts off.
     """
 
     mesh: MeshConfig
@@ -25,6 +26,7 @@ class Layout:
     sequence_length: int = 4096
     moment_dtype: str = "bfloat16"
     ema: bool = False
+    deferred: int | None = None
 
     @property
     def tokens(self) -> int:
@@ -42,7 +44,7 @@ class Layout:
             return None
         longest = LONGEST * self.mesh.pipe + self.microbatches % 2
         shown = self.microbatches if self.schedule == "gpipe" else min(self.microbatches, longest)
-        return make_schedule(self.schedule, self.mesh.pipe, shown)
+        return make_schedule(self.schedule, self.mesh.pipe, shown, self.deferred)
 
     @property
     def copies(self) -> int:
@@ -58,7 +60,7 @@ class Layout:
 
 
 def make_layout(c: ModelConfig, devices, pipe, expert, node_size, sequences, rows=1, tensor=1, schedule="dualpipe",
-                sequence_length=4096, **mesh) -> Layout:
+                sequence_length=4096, deferred=None, **mesh) -> Layout:
     """The layout that these numbers leave: experts over whole nodes, replicas from what is left over.
 
     Args:
@@ -89,7 +91,7 @@ def make_layout(c: ModelConfig, devices, pipe, expert, node_size, sequences, row
     if left or not microbatches:
         raise ConfigError(f"{sequences} sequences a step do not fill {shape.data_shards} data-parallel ranks x {rows} "
                           f"sequences; take a multiple of {shape.data_shards * rows}.")
-    layout = Layout(shape, schedule, microbatches, rows, sequence_length)
+    layout = Layout(shape, schedule, microbatches, rows, sequence_length, deferred=deferred)
     layout.pipeline  # noqa: B018 (raises where the schedule does not exist)
     return layout
 

@@ -103,7 +103,7 @@ class Engine:
         width = -(-max_length // page_size)
         self.max_length = width * page_size
         self.pool = Pages(width * max_sequences if pages is None else pages, page_size)
-        self.reach = Reach(cache or cfg.dtype, page_size, _widths(width, page_size))
+        self.reach = Reach(cache or cfg.dtype, page_size, widths(width, page_size))
         self.chunks = tuple(sorted({min(c, chunk) for c in (16, 64, chunk)}))
         self.most_rows = {c: min(chunk // c, max_sequences) for c in self.chunks}  # prompts read at once
         self.most_steps = most_steps
@@ -376,7 +376,7 @@ def _buckets(most: int) -> list[int]:
     return sorted({min(1 << i, most) for i in range(most.bit_length() + 1)})
 
 
-def _widths(pages: int, page_size: int) -> tuple[int, ...]:
+def widths(pages: int, page_size: int) -> tuple[int, ...]:
     """Lengths of table that attention is compiled for: about 64 tokens, then doubling."""
     first = max(1, 64 // page_size)
     return tuple(sorted({min(first << i, pages) for i in range(pages.bit_length() + 1)}))

@@ -42,7 +42,7 @@ def check(config: Config):
     cfg, mesh, micro = config.model, config.mesh, config.pipeline.microbatches
     if mesh.pipe == 1:
         return
-    make_schedule(config.pipeline.schedule, mesh.pipe, micro)
+    schedule_of(config)
     for wrong, complaint in (
             (mesh.tensor > 1, f"mesh.tensor={mesh.tensor} has no place in a pipeline; take mesh.tensor=1"),
             (not cfg.num_moe_layers, "the stages of a pipeline are made of MoE layers, and the model has none; take "
@@ -68,7 +68,8 @@ def check(config: Config):
 
 
 def schedule_of(config: Config) -> Schedule:
-    return make_schedule(config.pipeline.schedule, config.mesh.pipe, config.pipeline.microbatches)
+    pipeline = config.pipeline
+    return make_schedule(pipeline.schedule, config.mesh.pipe, pipeline.microbatches, pipeline.deferred)
 
 
 def slots(layers, schedule: Schedule):

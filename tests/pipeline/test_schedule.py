@@ -62,6 +62,25 @@ def test_weight_gradients_are_computed_in_the_order_in_which_they_were_put_off(n
         assert done["W"] == done["Bi"] and len(done["W"]) > 1
 
 
+@pytest.mark.parametrize(("name", "costs"), [("zb1p", 1.6), ("dualpipe", 1.12), ("dualpipev", 1.12)])
+def test_fewer_weight_gradients_wait_where_one_says_so(name, costs):
+    """DualPipe loses little, as F&B goes on meanwhile; the ranks of ZB1P have nothing else to do."""
+    free = validate(make_schedule(name, 8, 64), UNIT)
+    for most in (0, 1, 2):
+        schedule = make_schedule(name, 8, 64, deferred=most)
+        report = validate(schedule, UNIT)
+
+        assert schedule.slots.deferred == most
+        assert 1 < report.lockstep_makespan / free.lockstep_makespan < costs
+
+
+def test_the_report_s_schedule_without_waiting_gradients_is_4_percent_longer():
+    lockstep = {most: validate(make_schedule("dualpipe", 16, 120, most), UNIT).lockstep_makespan
+                for most in (0, 1, None)}
+
+    assert lockstep == {0: 395, 1: 387, None: 380}
+
+
 @pytest.mark.parametrize("ranks", [2, 4, 6, 8, 16])
 @pytest.mark.parametrize("name", NAMES)
 def test_idle_time_and_activations_follow_the_formulas(name, ranks):

@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from deepseek_jax.checked import ConfigError
-from deepseek_jax.pipeline.split import split
+from deepseek_jax.pipeline.split import DEFERRED, split
 from tests.pipeline import toy
 
 REMAT = ("none", "layers", "full")
@@ -48,13 +49,14 @@ def test_the_pieces_give_what_the_vjp_gives(remat):
         dparams, dx = vjp((dy, dloss))
 
         s = split(stage(remat), params, x, context)
-        out, kept = s.forward(params, x, context)
-        dx_first, deferred = s.backward_input(params, context, kept, dy, dloss)
+        prepared = s.prepare(params)
+        out, kept = s.forward(prepared, x, context)
+        dx_first, deferred = s.backward_input(prepared, context, kept, dy, dloss)
 
         assert_close(out, (y, loss, sums))
         assert_close(dx_first, dx)
-        assert_close(s.backward_weights(params, context, deferred), dparams)
-        assert_close(s.backward(params, context, kept, dy, dloss), (dx, dparams))
+        assert_close(s.backward_weights(prepared, context, deferred), dparams)
+        assert_close(s.backward(prepared, context, kept, dy, dloss), (dx, dparams))
 
 
 @pytest.mark.parametrize("remat", REMAT)
@@ -115,6 +117,66 @@ def test_the_gradient_of_a_stages_own_loss_is_split_like_any_other():
     assert [count(s, piece) for piece in ("F", "Bi", "W")] == [1, 1, 1]
 
 
+def rounded(x):
+    """Stands for a quantizer: W reads what this gives, in a quarter of the bytes."""
+    return checkpoint_name(x.astype(jnp.float8_e4m3fn), DEFERRED)
+
+
+@jax.custom_vjp
+def low_precision(x, w):
+    return x @ w
+
+
+def _low_precision_bwd(kept, dy):
+    x, w = kept
+    return dy @ w.T, (rounded(x).astype(x.dtype).T @ rounded(dy).astype(x.dtype))
+
+
+low_precision.defvjp(lambda x, w: (x @ w, (x, w)), _low_precision_bwd)
+
+
+def test_w_waits_with_what_is_marked_and_not_with_what_it_was_made_from():
+    def products_in_fp8(params, x, context):
+        return x + low_precision(jnp.tanh(low_precision(x, params[0])), params[1]), jnp.zeros(()), ()
+
+    params = jnp.ones((2, 8, 8), jnp.float32)
+    s = split(products_in_fp8, (params[0], params[1]), jnp.ones((4, 8), jnp.float32), ())
+
+    assert {a.dtype for a in s.deferred} == {jnp.dtype(jnp.float8_e4m3fn)}
+    assert s.deferred_bytes == 4 * 4 * 8  # x and dy of two products
+    assert [count(s, piece) for piece in ("F", "Bi", "W")] == [2, 2, 2]
+
+
+def test_what_shrinks_is_done_before_it_waits():
+    """The gradient of a norm's scale is a sum over tokens: D numbers wait, not B x D twice."""
+    def normed(params, x, context):
+        return x + jnp.tanh(x) * params[None], jnp.zeros(()), ()
+
+    s = split(normed, jnp.ones(8, jnp.float32), jnp.ones((64, 8), jnp.float32), ())
+
+    assert s.deferred_bytes == 8 * 4
+
+
+def test_rounded_weights_are_made_once_and_held_in_place_of_the_masters():
+    """Two passes round each weight; the passes read one rounded copy of it, in its smallest form."""
+    def narrow(params, x, context):
+        for w in params["w"]:
+            w = jnp.pad(w.astype(jnp.bfloat16), ((0, 0), (0, 16)), constant_values=jnp.zeros((), jnp.bfloat16))
+            x = x + jnp.tanh(x @ jnp.swapaxes(w, 0, 1)[:16]) * params["scale"].astype(jnp.bfloat16)[None]
+        return x, jnp.zeros(()), ()
+
+    params = {"w": [jnp.eye(16, dtype=jnp.float32)] * 3, "scale": jnp.ones(16, jnp.float32)}
+    x = jnp.ones((4, 16), jnp.bfloat16)
+    s = split(jax.checkpoint(narrow), params, x, ())
+    prepared = s.prepare(params)
+
+    assert sorted((a.shape, str(a.dtype)) for a in prepared) == [((16,), "bfloat16")] + 3 * [((16, 16), "bfloat16")]
+    casts = [e for name in ("F", "Bi", "W", "B") for e in s.pieces[name].equations
+             if e.primitive.name == "convert_element_type" and e.invars[0].aval.shape == (16, 16)
+             and e.outvars[0].aval.dtype == jnp.bfloat16 and e.invars[0].aval.dtype == jnp.float32]
+    assert not casts
+
+
 def test_a_scan_over_weights_stays_whole():
     def scanned(params, x, context):
         return lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, params)[0], jnp.zeros(()), ()
@@ -122,12 +184,13 @@ def test_a_scan_over_weights_stays_whole():
     with jax.enable_x64(True):
         params, x, dy = jnp.ones((3, 4, 4)) / 4, jnp.ones((2, 4)), jnp.ones((2, 4))
         s = split(scanned, params, x, ())
-        (_, kept), dloss = s.forward(params, x, ()), jnp.ones(())
+        prepared, dloss = s.prepare(params), jnp.ones(())
+        _, kept = s.forward(prepared, x, ())
 
-        dx, deferred = s.backward_input(params, (), kept, dy, dloss)
+        dx, deferred = s.backward_input(prepared, (), kept, dy, dloss)
 
         _, vjp = jax.vjp(lambda p, x: scanned(p, x, ())[0], params, x)
-        assert_close((s.backward_weights(params, (), deferred), dx), vjp(dy))
+        assert_close((s.backward_weights(prepared, (), deferred), dx), vjp(dy))
         names = [equation.primitive.name for equation in s.pieces["W"].equations]
         assert "scan" not in names
 
