@@ -237,7 +237,8 @@ class _Sorter:
                 continue
             if equation.outvars[0] in self.of_params:
                 self.preparation |= dict.fromkeys(equation.outvars, i)
-            atoms = (str(v) if isinstance(v, core.Literal) else id(v) for v in taken)
+            # A literal's text says nothing of its type: zeros in FP8 are not zeros in bfloat16.
+            atoms = ((str(v), str(v.aval)) if isinstance(v, core.Literal) else id(v) for v in taken)
             key = equation.primitive.name, str(equation.params), *atoms
             for v, earlier in zip(equation.outvars, first.setdefault(key, equation.outvars)):
                 if v is not earlier:

@@ -177,6 +177,21 @@ def test_rounded_weights_are_made_once_and_held_in_place_of_the_masters():
     assert not casts
 
 
+def test_constants_of_different_types_are_different():
+    def zeros_of_two_types(params, x, context):
+        narrow, wide = jnp.zeros((4, 8), jnp.bfloat16), jnp.zeros((4, 8), jnp.float32)
+        return x + (lax.optimization_barrier(narrow) + jnp.bfloat16(1)).astype(x.dtype) * params + wide, jnp.zeros(()), ()
+
+    params, x = jnp.ones((4, 8), jnp.float32), jnp.ones((4, 8), jnp.float32)
+    s = split(zeros_of_two_types, params, x, ())
+    types = [v.aval.dtype for piece in s.pieces.values() for e in piece.equations
+             if e.primitive.name == "optimization_barrier" for v in e.invars]
+    (y, _, _), _ = s.forward(s.prepare(params), x, ())
+
+    assert set(types) == {jnp.dtype(jnp.bfloat16)}
+    np.testing.assert_array_equal(y, 2)
+
+
 def test_a_scan_over_weights_stays_whole():
     def scanned(params, x, context):
         return lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, params)[0], jnp.zeros(()), ()
