@@ -56,8 +56,8 @@ def table(found) -> str:
     what = found.get("layout") or f"a decode step of {found['sequences']} x {found['length']} tokens on each device"
     seconds = found["seconds"]
     lines = [f"{found['model']} on {found['target']}: {what}",
-             f"lowered in {seconds['lowering']:.0f} s, compiled in {seconds['compiling']:.0f} s ({seconds['cpu']:.0f} s "
-             f"of CPU in all), {found['compiler_gigabytes']:.1f} GB here", ""]
+             f"lowered in {seconds['lowering']:.0f} s, compiled in {seconds['compiling']:.0f} s ({seconds['cpu']:.0f} "
+             f"s of CPU in all), {found['compiler_gigabytes']:.1f} GB here", ""]
     lines += [f"{'given: ' + name:28} {giga(size)}" for name, size in found.get("given", {}).items()]
     lines += [f"{name:28} {giga(size)}" for name, size in found["bytes"].items()]
     verdict = "fits" if found["fits"] else "DOES NOT FIT"

@@ -64,7 +64,9 @@ MAY_IMPORT = {
     "scale.timing": ("scale", "pipeline.validate", "pipeline.orders", "config"),
     "scale.plan": ("scale", "pipeline.schedule", "pipeline.validate", "config"),
     "scale.targets": ("kernels_pallas.compile_report", "config"),
-    "scale.aot": ("scale", "training", "model", "serving", "parallel", "pipeline", "config"),
+    "scale.aot": ("scale", "training", "model", "serving", "parallel", "pipeline", "config",
+                  "kernels_pallas.compile_report"),
+    "scale.aot_decode": ("scale", "model", "serving", "config"),
 }
 COMMANDS = ("train", "evaluate", "generate", "serve", "convert", "plan", "compile")
 MAY_IMPORT |= dict.fromkeys(

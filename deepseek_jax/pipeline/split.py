@@ -6,8 +6,8 @@ What `jax.checkpoint` recomputes is recomputed once, in Bi, and W reads it; it b
 has come, so that one layer's is there at a time and not all layers'. What depends neither on the activation
 nor on a gradient (a table of positions) is computed where it is needed instead of being kept for every micro-batch;
 what depends on parameters alone and is smaller than they are (a weight that is rounded or quantized) is computed once
-a step, and the passes hold that in place of the parameters. A `lax.scan` over weights is one equation and falls into Bi as a whole: write the layers of a stage as a
-Python loop.
+a step, and the passes hold that in place of the parameters. A `lax.scan` over weights is one equation and falls into
+Bi as a whole: write the layers of a stage as a Python loop.
 """
 
 import collections
@@ -300,8 +300,9 @@ class _Sorter:
         pieces = {name: self._piece(results, [*known, *prepared]) for name, (results, known) in wanted.items()}
         pieces["prepare"] = self._piece(prepared, self.params)
         return Split(kept=_structs(kept), deferred=_structs(deferred), loss=loss, sums=sums, pieces=pieces,
-                     _params=tuple(self.params), _prepared=prepared, _context=tuple(self.context), _x=tuple(self.x), _kept=kept, _dy=tuple(self.dy), _deferred=deferred,
-                     _constants=self.constants, _trees=trees)
+                     _params=tuple(self.params), _prepared=prepared, _context=tuple(self.context),
+                     _x=tuple(self.x), _kept=kept, _dy=tuple(self.dy), _deferred=deferred, _constants=self.constants,
+                     _trees=trees)
 
     def _weight_gradients(self, candidates, on_x, on_dy):
         """The equations of W: of those that the input's gradient does not need, what depends on the output's.

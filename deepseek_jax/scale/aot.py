@@ -115,8 +115,8 @@ def report(model: ModelConfig, layout: Layout, target: str) -> dict:
     cost = compiled.cost_analysis() or {}
     return {"target": target, "devices": layout.mesh.devices, "layout": layout.name,
             "mesh": dataclasses.asdict(layout.mesh), "schedule": layout.schedule if layout.mesh.pipe > 1 else None,
-            "micro_batches": layout.microbatches, "rows": layout.rows, "deferred": layout.deferred, "sequence_length": layout.sequence_length,
-            "fp8": model.fp8.enabled, "remat": model.remat, "jax": jax.__version__,
+            "micro_batches": layout.microbatches, "rows": layout.rows, "deferred": layout.deferred,
+            "sequence_length": layout.sequence_length, "fp8": model.fp8.enabled, "remat": model.remat, "jax": jax.__version__,
             "bytes": found, "bytes_per_device": total, "memory": capacity, "fits": total <= capacity,
             "planned": planned, "planned_bytes_per_device": sum(planned.values()),
             "planned_over_compiled": sum(planned.values()) / total,

@@ -1,10 +1,12 @@
 """Bytes on one device, by group: of this program as XLA lays it out, from the config alone (no jax).
 
     state       masters, moments, averages: split over all devices that do not hold different parts anyway (ZeRO-1)
-    working     what a step computes with: float32 copies of masters that are split further than their products
+    working     what a step computes with: float32 copies of masters that are split further than their products; of a
+                pipeline's stages, what is made of them once a step: weights in the products' own type
     gradients   of one micro-batch, and their sum
     kept        for the backward pass, by the remat policy: per token at home, and per row that arrives at the experts
-    passing     the largest that exists for a moment: one layer's recomputation, the experts' products, logits
+    passing     the largest that exists for a moment: one layer's recomputation, the experts' products, logits; in a
+                pipeline the backward pass of one micro-batch's layer and the forward pass of another's
 """
 
 import math
@@ -81,7 +83,7 @@ def held_parameters(c: ModelConfig, layout: Layout) -> dict[str, float]:
     ends = group["embedding and head"] + group["dense ffn"] + c.num_dense_layers * attention_parameters(c)
     ends += group["mtp"] - mtp_experts
     return {"experts": layers * routed / owners, "others": layers * layer,
-            "ends": ends / mesh.pipe + mtp_experts / owners}
+            "ends": ends / mesh.pipe + mtp_experts / owners, "routers": layers * c.d_model * c.num_experts}
 
 
 def _split_by_tensor(c: ModelConfig) -> int:
@@ -123,23 +125,48 @@ def bytes_per_device(c: ModelConfig, layout: Layout, loss_chunk: int = 1024) -> 
     else:
         pipeline, copies = layout.pipeline, layout.copies
         stage, ends = held["experts"] + held["others"], held["ends"]
-        layers = -(-c.num_moe_layers // pipeline.stages)
-        group["working"] = FLOAT32 * (copies * stage + ends)
+        layers, slots = -(-c.num_moe_layers // pipeline.stages), pipeline.slots
+        prepared = FLOAT32 * held["routers"] + (1 if c.fp8.enabled else _width(c)) * (stage - held["routers"])
+        group["working"] = copies * prepared + FLOAT32 * ends
+        # A tick's own, and the sums that it is added to; two slots beside the buffers: one is taken and one is given.
         group["gradients"] = FLOAT32 * ((copies + 1) * stage + 2 * ends)
-        group["kept"] = pipeline.slots.activations * layers * kept_of_layer(c, layout)
-        group["buffers"] = (pipeline.slots.messages + 1) * layout.tokens * c.d_model * _width(c)
-        group["buffers"] += pipeline.slots.deferred * layers * deferred_of_layer(c, layout)
+        group["kept"] = (slots.activations + 2) * layers * kept_of_layer(c, layout)
+        group["buffers"] = (slots.messages + 1) * layout.tokens * c.d_model * _width(c)
+        if slots.deferred:
+            group["buffers"] += (slots.deferred + 2) * layers * deferred_of_layer(c, layout)
     group["experts' products"] = product_copies(c, layout)
-    group["passing"] = passing(c, layout, loss_chunk)
+    group["passing"] = passing(c, layout, loss_chunk) if mesh.pipe == 1 else overlapped(c, layout)
     return group
 
 
+def overlapped(c: ModelConfig, layout: Layout) -> float:
+    """Bytes of an F&B cell that are there at once: a MoE layer's rows going forward, and another one's going back."""
+    arriving, rows = rows_of_experts(c, layout)
+    D, F, width = c.d_model, c.expert_ffn_dim, _width(c)
+    if c.fp8.enabled:
+        # Forward: rows, quantized, results; gate and up and what is quantized of them and of their product.
+        forward = rows * ((2 * width + 1) * D + (2 * width + 3) * F)
+        # Back: rows and gradients in bfloat16, each quantized both ways; in float32 what was dequantized and the sum of
+        # two products; of the inside, value and gradient of gate, up and product in float32, and quantized.
+        back = rows * ((3 * width + 3 + 3 * FLOAT32) * D + (4 * FLOAT32 + 5) * F)
+    else:
+        forward = rows * (2 * width * D + 3 * width * F)
+        back = rows * ((3 * width + FLOAT32) * D + (6 * width + FLOAT32) * F)
+    # What comes from and goes to other devices, in buffers for sending and for landing, each way of both.
+    travelling = 6 * arriving * D * width
+    return forward + back + travelling
+
+
 def deferred_of_layer(c: ModelConfig, layout: Layout) -> float:
-    """Bytes that a put-off weight gradient waits with: inputs and output gradients of the layer's products."""
+    """Bytes that a put-off weight gradient waits with: inputs and output gradients of the layer's products, in FP8 if
+    they are; the router's in float32."""
     from_experts = rows_of_experts(c, layout)[1] * (2 * c.d_model + 3 * c.expert_ffn_dim)
     inputs = 2 * c.d_model + (2 * (c.q_rank or 0)) + 2 * c.kv_rank + c.num_heads * (
         c.qk_head_dim + c.nope_head_dim + 2 * c.v_head_dim)
-    return (from_experts + layout.tokens * inputs) * _width(c)
+    shared = 2 * c.d_model + 3 * c.num_shared_experts * c.expert_ffn_dim
+    width = 1 + 4 / 128 if c.fp8.enabled else _width(c)
+    router = FLOAT32 * layout.tokens * (c.d_model + c.num_experts)
+    return (from_experts + layout.tokens * (inputs + shared)) * width + router
 
 
 def product_copies(c: ModelConfig, layout: Layout) -> float:

@@ -32,7 +32,7 @@ def described(report: dict) -> tuple[ModelConfig, Layout]:
 
 def row(name: str, report: dict) -> dict:
     c, layout = described(report)
-    planned = memory.bytes_per_device(c, layout, platform=report["target"].partition(":")[0])
+    planned = memory.bytes_per_device(c, layout)
     total, compiled = sum(planned.values()), report["bytes_per_device"]
     return {"report": name, "model": report["model"], "layers": report["layers"], "target": report["target"],
             "layout": report["layout"], "fp8": report["fp8"], "remat": report["remat"], "planned": total,

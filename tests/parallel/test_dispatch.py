@@ -15,6 +15,7 @@ from deepseek_jax.model import router as routing
 from deepseek_jax.model.experts import FP8_WIRE
 from deepseek_jax.parallel import dispatch
 from deepseek_jax.parallel.dispatch import copy_bytes
+from deepseek_jax.parallel.mesh import spec
 from tests.parallel.meshes import QUICKLY, on
 
 N, K, E, D = 32, 3, 16, 4
@@ -199,6 +200,19 @@ def test_a_ragged_receiver_that_is_full_drops_what_comes_last_and_counts_it(ragg
         wrong = ~np.isclose(y_ND, expected(ROUTINGS[name])[0], rtol=1e-5).all(axis=1)
         assert (missing < N) == most_kept and wrong.sum() <= missing <= wrong.sum() * K
         assert all(np.isfinite(g).all() for g in grads)
+
+
+def test_a_ragged_sender_has_no_more_room_than_a_receiver_and_counts_what_it_cannot_send(ragged):
+    """All of 16 rows go to both of 2 places, but only 20 copies have room: the second place loses 12 of its 16."""
+    with on(MeshConfig(local=8)):
+        place_RK = jnp.tile(jnp.arange(2, dtype=jnp.int32), (8 * 16, 1))
+        hops = jax.jit(jax.shard_map(
+            lambda place_RK: jax.tree.map(lambda a: a[None], dispatch.plan_hop(place_RK, "local", 8, 20, ragged=True)),
+            in_specs=spec("batch"), out_specs=spec("batch"), check_vma=False))(place_RK)
+
+    assert hops.row_S.shape == (8, 20)
+    assert hops.sent_P[:, 2:].sum() == 0 and int(hops.lost.sum()) == 8 * 32 - int(hops.sent_P.sum())
+    assert (hops.sent_P.sum(axis=1) <= 20).all() and hops.sent_P[0].tolist()[:2] == [16, 4]
 
 
 # FP8 on the way to the experts.

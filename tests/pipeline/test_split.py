@@ -180,7 +180,8 @@ def test_rounded_weights_are_made_once_and_held_in_place_of_the_masters():
 def test_constants_of_different_types_are_different():
     def zeros_of_two_types(params, x, context):
         narrow, wide = jnp.zeros((4, 8), jnp.bfloat16), jnp.zeros((4, 8), jnp.float32)
-        return x + (lax.optimization_barrier(narrow) + jnp.bfloat16(1)).astype(x.dtype) * params + wide, jnp.zeros(()), ()
+        one = (lax.optimization_barrier(narrow) + jnp.bfloat16(1)).astype(x.dtype)
+        return x + one * params + wide, jnp.zeros(()), ()
 
     params, x = jnp.ones((4, 8), jnp.float32), jnp.ones((4, 8), jnp.float32)
     s = split(zeros_of_two_types, params, x, ())
@@ -190,6 +191,18 @@ def test_constants_of_different_types_are_different():
 
     assert set(types) == {jnp.dtype(jnp.bfloat16)}
     np.testing.assert_array_equal(y, 2)
+
+
+def test_what_is_recomputed_waits_for_the_gradient_that_it_is_for():
+    """Or all layers of a stage would be recomputed at once, and all of what they keep would be there."""
+    with jax.enable_x64(True):
+        params, x, context, dy, dloss = example()
+        s = split(stage("full"), params, x, context)
+        _, kept = s.forward(s.prepare(params), x, context)
+        backward = jax.make_jaxpr(s.backward)(s.prepare(params), context, kept, dy, dloss)
+
+    barriers = [e for e in backward.eqns if e.primitive.name == "optimization_barrier"]
+    assert barriers and all(len(e.invars) > 1 for e in barriers)
 
 
 def test_a_scan_over_weights_stays_whole():

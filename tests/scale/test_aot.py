@@ -20,7 +20,7 @@ def test_the_program_of_a_layout_is_the_training_run_that_it_describes():
     config = config_of(c, layout)
 
     assert (config.train.batch_size, config.train.micro_batches, config.train.sequence_length) == (15360, 1, 4096)
-    assert dataclasses.astuple(config.pipeline) == ("dualpipe", 120)
+    assert dataclasses.astuple(config.pipeline) == ("dualpipe", 120, None)
     assert config.mesh == layout.mesh and config.optimizer.moment_dtype == "bfloat16"
 
 

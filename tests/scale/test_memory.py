@@ -23,7 +23,8 @@ COMPILED = [path for path in REPORTS if "planned_over_compiled" in json.loads(pa
 def layout_of(report):
     fields = ("micro_batches", "rows", "sequence_length")
     microbatches, rows, length = (report[name] for name in fields)
-    return Layout(MeshConfig(**report["mesh"]), report["schedule"] or "dualpipe", microbatches, rows, length)
+    return Layout(MeshConfig(**report["mesh"]), report["schedule"] or "dualpipe", microbatches, rows, length,
+                  deferred=report["deferred"])
 
 
 @pytest.mark.parametrize("path", COMPILED, ids=lambda path: path.stem)
