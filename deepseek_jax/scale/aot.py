@@ -79,7 +79,8 @@ def kernels_in(folder: pathlib.Path) -> list[dict]:
     rows: dict[str, dict] = {}
     for ptx in sorted(folder.glob("*.ptx")):
         texts = [ptx.with_suffix(suffix).read_text() for suffix in (".ptx", ".ptxas", ".resources.txt")]
-        found, name = compile_report.read(*texts), ptx.stem.rstrip("_0123456789")
+        found = {field: n for field, n in compile_report.read(*texts).items() if n is not None}
+        name = ptx.stem.rstrip("_0123456789")
         row = rows.setdefault(name, {"kernel": name, "count": 0} | dict.fromkeys(found, 0))
         row |= {field: max(row[field], value) for field, value in found.items()}
         row["count"] += 1
@@ -116,8 +117,8 @@ def report(model: ModelConfig, layout: Layout, target: str) -> dict:
     return {"target": target, "devices": layout.mesh.devices, "layout": layout.name,
             "mesh": dataclasses.asdict(layout.mesh), "schedule": layout.schedule if layout.mesh.pipe > 1 else None,
             "micro_batches": layout.microbatches, "rows": layout.rows, "deferred": layout.deferred,
-            "sequence_length": layout.sequence_length, "fp8": model.fp8.enabled, "remat": model.remat, "jax": jax.__version__,
-            "bytes": found, "bytes_per_device": total, "memory": capacity, "fits": total <= capacity,
+            "sequence_length": layout.sequence_length, "fp8": model.fp8.enabled, "remat": model.remat,
+            "jax": jax.__version__, "bytes": found, "bytes_per_device": total, "memory": capacity, "fits": total <= capacity,
             "planned": planned, "planned_bytes_per_device": sum(planned.values()),
             "planned_over_compiled": sum(planned.values()) / total,
             "collectives": hlo.table(collectives), "exposed": sum(not one.products for one in collectives),

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from deepseek_jax.config import ConfigError, FP8Config, MeshConfig, model_config
-from deepseek_jax.scale.aot import config_of
+from deepseek_jax.scale.aot import config_of, kernels_in
 from deepseek_jax.scale.layout import Layout, make_layout
 
 
@@ -33,6 +33,17 @@ def test_without_a_pipeline_micro_batches_accumulate():
 def test_a_layout_that_training_cannot_run_is_refused():
     with pytest.raises(ConfigError, match="does not divide"):
         config_of(model_config("tiny", num_heads=3), Layout(MeshConfig(pipe=2), "1f1b", 4, 1, 256))
+
+
+def test_kernels_of_a_program_are_counted_with_the_most_that_one_of_them_takes(tmp_path):
+    for n, registers in enumerate((168, 254)):
+        (tmp_path / f"kernel_{n}.ptx").write_text("wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 {};")
+        (tmp_path / f"kernel_{n}.ptxas").write_text(f"0 bytes spill stores\nUsed {registers} registers")
+        (tmp_path / f"kernel_{n}.resources.txt").write_text("smem_scratch_bytes=1024 num_barriers=3")
+
+    row, = kernels_in(tmp_path)
+
+    assert (row["kernel"], row["count"], row["registers"], row["spill_bytes"]) == ("kernel", 2, 254, 0)
 
 
 @pytest.mark.slow
