@@ -66,7 +66,7 @@ MAY_IMPORT = {
     "scale.targets": ("kernels_pallas.compile_report", "config"),
     "scale.aot": ("scale", "training", "model", "serving", "parallel", "pipeline", "config",
                   "kernels_pallas.compile_report"),
-    "scale.aot_decode": ("scale", "model", "serving", "config"),
+    "scale.aot_decode": ("scale", "model", "parallel", "serving", "config"),
 }
 COMMANDS = ("train", "evaluate", "generate", "serve", "convert", "plan", "compile")
 MAY_IMPORT |= dict.fromkeys(

@@ -1,8 +1,7 @@
 """The real decode step, compiled for a machine that is not here: the program that `serving.engine` calls.
 
-Each device serves its own sequences with a whole copy of the model, as the engine does; so the program of one device
-is that of all of them, and nothing is communicated. Layouts that share the experts of a served model are planned in
-`decoding`, and not written.
+Each device serves its own sequences with a whole copy of the model, as the engine does without a mesh; so the program
+of one device is that of all of them, and nothing is communicated.
 """
 
 import dataclasses
@@ -10,10 +9,11 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import NamedSharding, PartitionSpec
 
-from deepseek_jax.config import ConfigError, FP8Config, ModelConfig
+from deepseek_jax.config import ConfigError, FP8Config, MeshConfig, ModelConfig
 from deepseek_jax.model import DeepSeekV3
+from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.scale import targets
 from deepseek_jax.scale.aot import bytes_of, compiled_program
 from deepseek_jax.serving import cache as latents
@@ -59,10 +59,12 @@ def report(model: ModelConfig, target: str, sequences: int, length: int, depth: 
     pages = -(-length // PAGE)
     reach = Reach(kind or cfg.dtype, PAGE, widths(pages, PAGE))
     groups = _shapes(cfg, reach, sequences, depth)
-    here = SingleDeviceSharding(device)
+    mesh = make_mesh(MeshConfig(), [device])  # in use while tracing, so that the device's own kernels are taken
+    here = NamedSharding(mesh, PartitionSpec())
     on_device = lambda tree: jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here), tree)
     arguments = map(on_device, (groups["weights"], groups["cache"], groups["drafts"], *groups["batch"]))
-    compiled, made = compiled_program(lambda: programs.decode.lower(cfg, reach, STEPS, *arguments), device.platform)
+    with jax.set_mesh(mesh):
+        compiled, made = compiled_program(lambda: programs.decode.lower(cfg, reach, STEPS, *arguments), device.platform)
     found, capacity = bytes_of(compiled), targets.memory_of(target)
     size = lambda tree: sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(tree))
     return {"target": target, "program": "decode", "devices": targets.count(target), "sequences": sequences,
