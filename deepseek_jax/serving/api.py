@@ -28,7 +28,8 @@ class BadRequest(Exception):
 
     def body(self):
         kind = {401: "authentication_error", 429: "rate_limit_error"}.get(self.status, "invalid_request_error")
-        return {"error": {"message": self.message, "type": kind, "param": self.field, "code": self.code}}
+        field = self.field and self.field.encode(errors="backslashreplace").decode()  # half a character cannot be sent
+        return {"error": {"message": self.message, "type": kind, "param": field, "code": self.code}}
 
 
 class Asked(NamedTuple):
@@ -163,7 +164,7 @@ def _chat(body, tokenizer, template):
         content, role = (message.get(k) for k in ("content", "role")) if isinstance(message, dict) else (None, None)
         if isinstance(content, list) and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in content):
             content = "".join(part["text"] for part in content)
-        if role not in ROLES or not isinstance(content, str):
+        if not isinstance(role, str) or role not in ROLES or not isinstance(content, str):
             raise BadRequest(f"messages[{i}]",
                              f"messages[{i}] needs a role ({', '.join(ROLES)}) and a text as content.")
         content = _utf8(f"messages[{i}]", content)

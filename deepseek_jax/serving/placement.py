@@ -99,16 +99,24 @@ def replicate(weight_N, places: int):
 def apply(weights, placement: Placement):
     """Decoding weights (`network.prepare`) with every MoE layer's experts at their places.
 
-    The router still chooses experts; which replica serves a token is a matter of its row. MTP modules are left alone.
+    Weights that were placed before are placed anew. The router still chooses experts; which replica serves a token is a
+    matter of its row. MTP modules are left alone.
+
+    Raises:
+      ConfigError: a placement for other layers or experts, or one that leaves an expert without a place.
     """
-    layers, moe = list(weights["layers"]), 0
-    for i, w in enumerate(layers):
-        if "router" in w:
-            expert_P = placement.expert_LP[moe]
-            table_EX, count_E = placement.replicas(moe)
-            placed = {name: w["ffn"][name][expert_P] for name in ("gate", "up", "down")}
-            layers[i] = w | {"ffn": w["ffn"] | placed, "places": {"table_EX": table_EX, "count_E": count_E}}
-            moe += 1
-    if moe != len(placement.expert_LP):
-        raise ConfigError(f"a placement of {len(placement.expert_LP)} layers does not fit {moe} MoE layers.")
+    layers, moe = list(weights["layers"]), [i for i, w in enumerate(weights["layers"]) if "router" in w]
+    if len(moe) != len(placement.expert_LP):
+        raise ConfigError(f"a placement of {len(placement.expert_LP)} layers does not fit {len(moe)} MoE layers.")
+    for layer, i in enumerate(moe):
+        w, expert_P = layers[i], placement.expert_LP[layer]
+        experts = w["router"].shape[1]
+        if placement.experts != experts or not np.array_equal(np.unique(expert_P), np.arange(experts)):
+            raise ConfigError(f"a placement of {placement.experts} experts does not give each of the {experts} experts "
+                              f"of MoE layer {layer} a place.")
+        # Where each expert lies now: its own number, until it is placed for the first time.
+        row_P = np.asarray(w["places"]["table_EX"])[expert_P, 0] if "places" in w else expert_P
+        table_EX, count_E = placement.replicas(layer)
+        placed = {name: w["ffn"][name][row_P] for name in ("gate", "up", "down")}
+        layers[i] = w | {"ffn": w["ffn"] | placed, "places": {"table_EX": table_EX, "count_E": count_E}}
     return weights | {"layers": tuple(layers)}

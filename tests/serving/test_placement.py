@@ -9,7 +9,8 @@ import pytest
 from deepseek_jax.config import ConfigError, MeshConfig
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.serving.engine import Engine, Request
-from deepseek_jax.serving.placement import pack, plan, replicate
+from deepseek_jax.serving.network import prepare
+from deepseek_jax.serving.placement import Placement, apply, pack, plan, replicate
 from tests.model import naive
 
 CFG = naive.tiny(num_layers=3)
@@ -81,6 +82,26 @@ def test_no_output_token_changes_on_a_mesh_whose_devices_share_the_experts_as_pl
     engine.place(plan(engine.loads_LE, places=12, groups=4, nodes=2, devices=4))
     assert here(engine) == [3] * 4
     assert continuations(engine) == before
+
+
+@pytest.mark.parametrize("before", [[7, 0, 1, 2, 3, 4, 5, 6], [7, 7, 6, 5, 4, 3, 2, 1, 1, 0]],
+                         ids=["moved", "duplicated"])
+def test_placing_again_lays_out_the_same_experts_not_those_of_the_earlier_places(before):
+    weights = prepare(CFG, naive.variables_of(CFG))
+    last = Placement(np.array([[2, 4, 6, 0, 1, 3, 5, 7, 7, 2]] * 2), 8)
+
+    twice = apply(apply(weights, Placement(np.array([before] * 2), 8)), last)
+
+    jax.tree.map(np.testing.assert_array_equal, twice, apply(weights, last))
+
+
+@pytest.mark.parametrize(
+    ("expert_LP", "experts", "message"),
+    [([[*range(8)]] * 3, 8, "3 layers does not fit 2 MoE layers"), ([[*range(6)]] * 2, 6, "6 experts does not give"),
+     ([[*range(7), 0]] * 2, 8, "each of the 8 experts of MoE layer 0 a place")])
+def test_a_placement_for_another_model_is_refused(expert_LP, experts, message):
+    with pytest.raises(ConfigError, match=message):
+        apply(prepare(CFG, naive.variables_of(CFG)), Placement(np.array(expert_LP), experts))
 
 
 def test_experts_that_cannot_be_shared_out_evenly_say_so():
