@@ -1,7 +1,7 @@
 # make train   from nothing: environment, tokenizer, a tiny model on real text, a sample, plots (in run/)
 # make test    the CPU suite          make lint    ruff
 # make bench   speed beside transformers, a dense product, ragged_dot: same machine, same run
-# make aot     compiles the Hopper kernels, and a 16B training step, for H100s that are not here
+# make aot     compiles the Hopper kernels, and training steps up to 671B, for machines that are not here (an hour)
 # make studies-quick   every study in its short form         make notebooks   runs the notebooks
 # make clean   removes environments, caches and run/
 #
@@ -69,10 +69,22 @@ notebooks: .venv/stamp
 	@.venv-aot/bin/python -m pip install -qq --disable-pip-version-check -e '.[aot]'
 	@touch $@
 
+# From seconds to twenty minutes each; the last needs libtpu beside the extra, and goes to the end without it.
+COMPILE = .venv-aot/bin/python -m deepseek_jax.compile
+V3 := --model v3_671b --pipe 16 --expert 64 --remat full --deferred 0
+report = --json experiments/scale/$(1).json --plot experiments/scale/$(1).png
 aot: .venv-aot/stamp
 	.venv-aot/bin/python -m kernels_pallas.compile_report --shapes v3-train v3-decode --json experiments/studies/fp8/compile_sm90a.json
-	.venv-aot/bin/python -m deepseek_jax.compile --model v2_lite_16b --target h100:8 --expert 8 --sequences 512 --capacity 1.5 \
-		--json experiments/scale/v2_lite_16b_h100_8.json --plot experiments/scale/v2_lite_16b_h100_8.png
+	$(COMPILE) --model tiny --target h100:1 --sequences 32 --rows 8 --sequence-length 1024 --remat report $(call report,tiny_h100_1)
+	$(COMPILE) --model small --target h100:8 --expert 8 --sequences 128 --rows 8 --sequence-length 2048 --remat full \
+		$(call report,small_h100_8)
+	$(COMPILE) --model v2_lite_16b --target h100:8 --expert 8 --sequences 512 --capacity 1.5 $(call report,v2_lite_16b_h100_8)
+	$(COMPILE) --model v2_lite_16b --target h100:8 --decode 32 --length 4096 $(call report,v2_lite_16b_h100_8_decode)
+	-$(COMPILE) --model v2_236b --target h100:128 --expert 32 --sequences 2048 --remat full $(call report,v2_236b_h100_128)  # does not fit
+	$(COMPILE) $(V3) --target h100:2048 --fp8 $(call report,v3_671b_h100_2048_fp8)
+	$(COMPILE) $(V3) --target h100:2048 $(call report,v3_671b_h100_2048_bf16)
+	-$(COMPILE) $(V3) --target v5p:8x16x16 $(call report,v3_671b_v5p_8x16x16_bf16)
+	.venv-aot/bin/python -m experiments.scale.agreement
 
 clean:
 	rm -rf .venv .venv-peer .venv-aot .cache .pytest_cache .hypothesis .ruff_cache build run *.egg-info

@@ -7,7 +7,10 @@ written there. A row is kept as numbers, or in the 656 bytes of FlashMLA's FP8 l
     512 E4M3 values | 4 float32 scales, one for 128 values | 64 bfloat16 rotary values, which are too exact for FP8
 """
 
+import os
+
 import chex
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -29,6 +32,15 @@ def bytes_per_token(cfg: ModelConfig, kind: str, mtp: int = 0) -> int:
     """Bytes of one token in all layers, and in `mtp` MTP modules, which have an attention of their own."""
     length, dtype = row_shape(cfg, kind)
     return (cfg.num_layers + mtp) * length * jnp.dtype(dtype).itemsize
+
+
+def check_room(cfg: ModelConfig, kind: str, tokens: int, mtp: int = 0):
+    """Raises ConfigError for a cache that the device cannot hold."""
+    size, stats = tokens * bytes_per_token(cfg, kind, mtp), jax.devices()[0].memory_stats() or {}
+    room = stats.get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if size > room:
+        raise ConfigError(f"a cache of {tokens:,} tokens takes {size / 1e9:,.0f} GB, and there are {room / 1e9:,.0f}; "
+                          "take fewer sequences at once, or a smaller length.")
 
 
 def make(cfg: ModelConfig, kind: str, pages: int, page_size: int, mtp: int = 0):

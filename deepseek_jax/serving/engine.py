@@ -102,7 +102,9 @@ class Engine:
         self.modules = min(depth, cfg.mtp_depth)
         width = -(-max_length // page_size)
         self.max_length = width * page_size
-        self.pool = Pages(width * max_sequences if pages is None else pages, page_size)
+        pages = width * max_sequences if pages is None else pages
+        latents.check_room(cfg, cache or cfg.dtype, pages * page_size, self.modules)
+        self.pool = Pages(pages, page_size)
         self.reach = Reach(cache or cfg.dtype, page_size, widths(width, page_size))
         self.chunks = tuple(sorted({min(c, chunk) for c in (16, 64, chunk)}))
         self.most_rows = {c: min(chunk // c, max_sequences) for c in self.chunks}  # prompts read at once

@@ -72,3 +72,10 @@ def test_a_row_lies_where_its_table_says_and_what_is_not_valid_on_page_0():
 def test_an_unknown_format_is_an_error():
     with pytest.raises(ConfigError, match="take one of float64, float32"):
         cache.row_shape(WIDE, "int8")
+
+
+@pytest.mark.parametrize("kind", ["float32", "fp8"])
+def test_a_cache_that_the_machine_cannot_hold_says_how_large_it_is(kind):
+    cache.check_room(naive.tiny(), kind, 1000)
+    with pytest.raises(ConfigError, match=r"1,000,000,000,000 tokens takes [\d,]+ GB, and there are"):
+        cache.check_room(naive.tiny(), kind, 10**12)
