@@ -62,6 +62,17 @@ def test_what_is_kept_of_drafts_is_distributed_as_the_model_says(how):
         assert chi_squared(np.bincount(second, minlength=W), exact[2, first]) < 28
 
 
+def test_verifying_takes_no_random_number_that_drafting_took(monkeypatch):
+    uses, keys = [], choosing.keys
+    monkeypatch.setattr(choosing, "keys", lambda *args: uses.append(args[-1]) or keys(*args))
+    drafts = Drafts(jnp.ones((1, D), jnp.int32), jnp.full(1, D), jnp.full((1, D, W), 1 / W), ())
+
+    verify(all_sampling(1), jnp.zeros((1, D + 1, W)), drafts, jnp.full(1, 10))
+
+    assert sorted(uses) == sorted([choosing.ACCEPT, choosing.TOKEN])
+    assert len({choosing.ACCEPT, choosing.TOKEN, choosing.DRAFT}) == 3
+
+
 def test_greedy_keeps_drafts_up_to_the_first_that_differs():
     logits = jax.nn.one_hot(jnp.array([[3, 1, 2]] * 4), W)
     drafts = Drafts(jnp.array([[3, 1], [3, 0], [0, 1], [3, 1]]), jnp.array([2, 2, 2, 0]), jnp.zeros((4, D, W)), ())
