@@ -15,8 +15,9 @@ import jax.numpy as jnp
 from kernels_pallas.formats import E4M3, Accumulator, Quantized
 from kernels_pallas.reference.quantize import dequantize, quantize_blocks, spread, tile_scales
 
-__all__ = ["E4M3", "OPERATIONS", "Accumulator", "Quantized", "dequantize", "fp8_grouped_matmul", "fp8_matmul",
-           "mla_attention", "mla_decode", "quantize", "quantize_blocks", "spread", "swiglu_quantize", "tile_scales"]
+__all__ = ["E4M3", "OPERATIONS", "Accumulator", "Quantized", "chosen_here", "dequantize", "device_here",
+           "fp8_grouped_matmul", "fp8_matmul", "mla_attention", "mla_attention_backward", "mla_attention_forward",
+           "mla_decode", "quantize", "quantize_blocks", "runs_here", "spread", "swiglu_quantize", "tile_scales"]
 
 log = logging.getLogger(__name__)
 
@@ -54,18 +55,24 @@ def runs_here() -> str:
     return "reference"
 
 
+def chosen_here(operation) -> str:
+    """What "auto" takes of an operation here: for a caller that has something better than the reference."""
+    here = runs_here()
+    return here if here in OPERATIONS[operation][1] else "reference"
+
+
 @functools.cache
-def _auto(operation, here):
-    name = here if here in OPERATIONS[operation][1] else "reference"
-    log.info("%s: implementation %s", operation, name)
-    return name
+def _log_once(operation, implementation):
+    log.info("%s: implementation %s", operation, implementation)
 
 
-def _find(operation, implementation):
+def _find(operation, implementation, part=None):
+    """The function of that name, or the `part` of the operation that its module has."""
     module, folders = OPERATIONS[operation]
     here = runs_here()
     if implementation == "auto":
-        implementation = _auto(operation, here)
+        implementation = chosen_here(operation)
+        _log_once(operation, implementation)
     if implementation not in folders:
         raise ValueError(f"{operation} has no implementation {implementation!r}; take one of 'auto', "
                          f"{', '.join(map(repr, folders))}.")
@@ -73,7 +80,7 @@ def _find(operation, implementation):
         raise ValueError(f"{operation}: implementation={implementation!r} needs {NEEDS[implementation]}, and this "
                          f"machine has {device_here().device_kind!r}; implementation='reference' computes the same "
                          "in plain jnp.")
-    return getattr(importlib.import_module(f"kernels_pallas.{implementation}.{module}"), operation)
+    return getattr(importlib.import_module(f"kernels_pallas.{implementation}.{module}"), part or operation)
 
 
 def _studied(implementation, **models):
@@ -110,6 +117,18 @@ def fp8_grouped_matmul(a, b, sizes_E, *, out_dtype=jnp.bfloat16, accumulator=Non
 def mla_attention(q_BTHA, k_BTHA, v_BTHV, segment_ids_BT=None, *, scale, implementation="auto"):
     """Causal attention with wide queries and narrow values, differentiable: see reference/mla_attention.py."""
     return _find("mla_attention", implementation)(q_BTHA, k_BTHA, v_BTHV, segment_ids_BT, scale=scale)
+
+
+def mla_attention_forward(q_BTHA, k_BTHA, v_BTHV, segment_ids_BT=None, *, scale, implementation="auto"):
+    """The same with what its gradient needs, for a caller who decides how that is kept: (o_BTHV, lse_BHT)."""
+    return _find("mla_attention", implementation, "forward")(q_BTHA, k_BTHA, v_BTHV, segment_ids_BT, scale=scale)
+
+
+def mla_attention_backward(q_BTHA, k_BTHA, v_BTHV, segment_ids_BT, o_BTHV, lse_BHT, do_BTHV, *, scale,
+                           implementation="auto"):
+    """(dq_BTHA, dk_BTHA, dv_BTHV) from what `mla_attention_forward` gave: see reference/mla_attention.py."""
+    return _find("mla_attention", implementation, "backward")(q_BTHA, k_BTHA, v_BTHV, segment_ids_BT, o_BTHV, lse_BHT,
+                                                              do_BTHV, scale=scale)
 
 
 def mla_decode(q_BHX, cache, page_table_BP, lengths_B, *, scale, implementation="auto"):

@@ -19,7 +19,8 @@ from deepseek_jax import fp8
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.layers import RMSNorm, linear, matmul, row_major, transpose, weight, wide
 from deepseek_jax.model.rope import rotate, softmax_scale
-from deepseek_jax.parallel.mesh import constrain
+from deepseek_jax.parallel.mesh import constrain, on_parts, spec
+from kernels_pallas import api
 
 
 class MLA(nn.Module):
@@ -74,11 +75,13 @@ def attend(q_BTHA, k_BTHA, v_BTHV, segment_ids_BT, scale, block, kept=None):
     Args:
       segment_ids_BT: int32, attention stays inside equal ids; None: one segment.
       scale: of the scores, before the softmax (which is float32).
-      block: rows of queries and of keys whose scores exist at once.
+      block: rows of queries and of keys whose scores exist at once. A kernel takes its own.
       kept: "e5m6" rounds the output to what is then kept of it for the backward pass.
     Returns:
       [B, T, H, V] in the dtype of q.
     """
+    if _has_kernel(q_BTHA, v_BTHV):
+        return _by_kernel(q_BTHA, k_BTHA, v_BTHV, segment_ids_BT, scale, kept)
     B, T, H, _ = q_BTHA.shape
     block = min(block, T)
     pad = -T % block
@@ -89,6 +92,47 @@ def attend(q_BTHA, k_BTHA, v_BTHV, segment_ids_BT, scale, block, kept=None):
         segments = jnp.pad(segment_ids_BT, ((0, 0), (0, pad)), constant_values=-1)
     o_BHTV = _attend(*heads_first, segments, scale, block, kept)
     return o_BHTV.swapaxes(1, 2)[:, :T]
+
+
+def _has_kernel(q_BTHA, v_BTHV):
+    """Whether the device's own kernel does this attention: heads of the published models."""
+    heads = q_BTHA.dtype == jnp.bfloat16 and (q_BTHA.shape[-1], v_BTHV.shape[-1]) == (192, 128)
+    return heads and api.chosen_here("mla_attention") == "hopper"
+
+
+WIDE, LONG, IDS = spec("batch", None, "heads", None), spec("batch", "heads", None), spec("batch", None)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _by_kernel(q, k, v, segments, scale, kept):
+    return _by_kernel_fwd(q, k, v, segments, scale, kept)[0]
+
+
+def _by_kernel_fwd(q, k, v, segments, scale, kept):
+    forward = functools.partial(api.mla_attention_forward, scale=scale)
+    o, lse = on_parts(forward, (WIDE, WIDE, WIDE, IDS), (WIDE, LONG), q, k, v, segments)
+    held, lse = _hold(o, lse, kept)
+    return _held_output(held, v), (q, k, v, segments, held, lse)
+
+
+def _by_kernel_bwd(scale, kept, residuals, do):
+    q, k, v, segments, held, lse = residuals
+    backward = functools.partial(api.mla_attention_backward, scale=scale)
+    return *on_parts(backward, (WIDE, WIDE, WIDE, IDS, WIDE, LONG, WIDE), (WIDE, WIDE, WIDE), q, k, v, segments,
+                     _held_output(held, v), lse, do), None
+
+
+_by_kernel.defvjp(_by_kernel_fwd, _by_kernel_bwd)
+
+
+def _hold(o, lse, kept):
+    """What the backward pass keeps of the output and of the log-sum-exps, by the name that "report" knows."""
+    held = fp8.to_e5m6(o) if kept == "e5m6" else o
+    return jax.tree.map(lambda x: checkpoint_name(x, "attention"), (held, lse))
+
+
+def _held_output(held, v):
+    return fp8.from_e5m6(held, v.shape[-1], v.dtype) if isinstance(held, fp8.E5M6) else held
 
 
 def _causal_pairs(blocks):
@@ -146,13 +190,8 @@ def _attend_fwd(q, k, v, segments, scale, block, kept):
     carry = (jnp.full((B, H, T), -jnp.inf, f32), jnp.zeros((B, H, T), f32), jnp.zeros((B, H, v.shape[3], T), f32))
     top, total, oT = lax.fori_loop(0, len(pairs), step, carry)
     o = transpose((oT / total[:, :, None]).astype(q.dtype))
-    held = fp8.to_e5m6(o) if kept == "e5m6" else o
-    held, lse = jax.tree.map(lambda x: checkpoint_name(x, "attention"), (held, top + jnp.log(total)))
+    held, lse = _hold(o, top + jnp.log(total), kept)
     return _held_output(held, v), (q, k, v, segments, held, lse)
-
-
-def _held_output(held, v):
-    return fp8.from_e5m6(held, v.shape[-1], v.dtype) if isinstance(held, fp8.E5M6) else held
 
 
 def _attend_bwd(scale, block, kept, residuals, do):

@@ -205,17 +205,20 @@ def constrain(x, names: tuple[str | None, ...]):
     return jax.lax.with_sharding_constraint(x, spec(*names))
 
 
-def by_rows(f, *arrays):
-    """f(*arrays) on each device's own part of their first dimension, which is split as the batch is.
+def on_parts(f, in_specs, out_specs, *arrays):
+    """f(*arrays) on each device's own part of each, by `spec`s; f itself without a mesh, or inside a shard_map.
 
-    For what the partitioner would otherwise gather first, such as a top-k. No gradient flows through it.
+    For what the partitioner would otherwise gather first: it does not see into a kernel.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.manual_axes:
         return f(*arrays)
-    rows = spec("batch")
-    return jax.shard_map(f, in_specs=(rows,) * len(arrays), out_specs=rows, check_vma=False)(
-        *jax.lax.stop_gradient(arrays))
+    return jax.shard_map(f, in_specs=in_specs, out_specs=out_specs, check_vma=False)(*arrays)
+
+
+def by_rows(f, *arrays):
+    """The same for arrays whose first dimension is split as the batch is (a top-k). No gradient flows through it."""
+    return on_parts(f, (spec("batch"),) * len(arrays), spec("batch"), *jax.lax.stop_gradient(arrays))
 
 
 GROUPS = (  # of the table of bytes, in the order of matching

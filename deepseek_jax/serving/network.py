@@ -142,7 +142,7 @@ def per_head(x_BTHI, w_HIO):
 def _has_kernel(cfg, reach, T):
     """Whether the device's own kernel does this attention: one query a sequence, rows of the published models."""
     rows = (cfg.kv_rank, cfg.rope_head_dim) == (512, 64) and reach.kind in ("bfloat16", "fp8")
-    return T == 1 and rows and cfg.dtype == "bfloat16" and api.runs_here() == "hopper"
+    return T == 1 and rows and cfg.dtype == "bfloat16" and api.chosen_here("mla_decode") == "hopper"
 
 
 def attention(cfg: ModelConfig, reach: Reach, w, x_BTD, rope, pages_PSX, rows: Rows):

@@ -92,7 +92,7 @@ def scaled_matmul(a, b, tables, locate, tiles, out_type, config, num_sms=132, in
     swizzled = (plgpu.TilingTransform((8, BLOCK)), plgpu.SwizzleTransform(BLOCK))
     out_swizzle = (plgpu.TilingTransform((8, BLOCK // out_type.dtype.itemsize)), plgpu.SwizzleTransform(BLOCK))
 
-    def kernel(a_gmem, as_gmem, b_gmem, bs_gmem, *refs):
+    def fp8_products(a_gmem, as_gmem, b_gmem, bs_gmem, *refs):
         table_refs, (o_gmem, a_smem, b_smem, o_smem, full, empty) = refs[:len(tables)], refs[len(tables):]
         group = lax.axis_index("group")
         mine_m, mine_n = (group * 64, 0) if config.split == "rows" else (0, group * tile_n)
@@ -167,7 +167,7 @@ def scaled_matmul(a, b, tables, locate, tiles, out_type, config, num_sms=132, in
             plgpu.wait_smem_to_gmem(0)
 
     return plgpu.kernel(
-        kernel, out_type=out_type, grid=(num_sms,), grid_names=("sm",), num_threads=COMPUTE + MEMORY,
+        fp8_products, out_type=out_type, grid=(num_sms,), grid_names=("sm",), num_threads=COMPUTE + MEMORY,
         thread_name="group", interpret=interpret,
         scratch_types=[plgpu.SMEM((stages, block_m, BLOCK), E4M3, transforms=swizzled),
                        plgpu.SMEM((stages, block_n, BLOCK), E4M3, transforms=swizzled),

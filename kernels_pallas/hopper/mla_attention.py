@@ -51,8 +51,23 @@ class TuningConfig:
 def mla_attention(q_BTHA, k_BTHA, v_BTHV, segment_ids_BT=None, *, scale, config: TuningConfig | None = None,
                   interpret=False):
     """See the twin. bfloat16, A and V multiples of 64; T need not divide the blocks."""
-    _check(q_BTHA, k_BTHA, v_BTHV, segment_ids_BT)
-    return _attention(q_BTHA, k_BTHA, v_BTHV, segment_ids_BT, scale, config or TuningConfig(), interpret)
+    return _attention(q_BTHA, k_BTHA, v_BTHV, segment_ids_BT, scale, config, interpret)
+
+
+def forward(q, k, v, segments=None, *, scale, config: TuningConfig | None = None, interpret=False):
+    """See the twin."""
+    _check(q, k, v, segments)
+    o, lse2 = _forward(q, k, v, _padded(segments), scale, config or TuningConfig(), interpret)
+    return o, lse2[..., :q.shape[1]] * math.log(2)
+
+
+def backward(q, k, v, segments, o, lse, do, *, scale, config: TuningConfig | None = None, interpret=False):
+    """See the twin."""
+    delta = jnp.einsum("BTHV,BTHV->BHT", o, do, preferred_element_type=jnp.float32)
+    # Past the edge lie zeros, which queries and gradients there are as well: what they add is zero.
+    lse2, delta = (jnp.pad(x, ((0, 0), (0, 0), (0, -x.shape[-1] % ROWS))) for x in (lse * math.log2(math.e), delta))
+    args = (q, k, v, do, lse2, delta, _padded(segments), scale, config or TuningConfig(), interpret)
+    return _backward_q(*args), *_backward_kv(*args)
 
 
 def _check(q, k, v, segments):
@@ -74,16 +89,12 @@ def _attention(q, k, v, segments, scale, config, interpret):
 
 
 def _attention_fwd(q, k, v, segments, scale, config, interpret):
-    o, lse = _forward(q, k, v, _padded(segments), scale, config, interpret)
+    o, lse = forward(q, k, v, segments, scale=scale, config=config, interpret=interpret)
     return o, (q, k, v, segments, o, lse)
 
 
 def _attention_bwd(scale, config, interpret, kept, do):
-    q, k, v, segments, o, lse = kept
-    delta = jnp.einsum("BTHV,BTHV->BHT", o, do, preferred_element_type=jnp.float32)
-    delta = jnp.pad(delta, ((0, 0), (0, 0), (0, lse.shape[-1] - delta.shape[-1])))
-    args = (q, k, v, do, lse, delta, _padded(segments), scale, config, interpret)
-    return _backward_q(*args), *_backward_kv(*args), None
+    return *backward(*kept, do, scale=scale, config=config, interpret=interpret), None
 
 
 _attention.defvjp(_attention_fwd, _attention_bwd)
@@ -123,7 +134,7 @@ def _forward(q, k, v, segments, scale, config, interpret):
     V, tiles = v.shape[-1], _whole(T) // ROWS
     scale2 = scale * math.log2(math.e)
 
-    def kernel(q_ref, k_ref, v_ref, *refs):
+    def attention_forward(q_ref, k_ref, v_ref, *refs):
         segments_ref = refs[0] if segments is not None else None
         o_ref, lse_ref, q_smem, lse_smem, q_full, done, k_ring, v_ring = refs[-8:]
         batch, head = lax.axis_index("batch"), lax.axis_index("head")
@@ -175,7 +186,7 @@ def _forward(q, k, v, segments, scale, config, interpret):
         roles(load, compute)
 
     return _launch(
-        kernel, (q, k, v, segments), (H, tiles, B), interpret,
+        attention_forward, (q, k, v, segments), (H, tiles, B), interpret,
         [jax.ShapeDtypeStruct(v.shape, v.dtype), jax.ShapeDtypeStruct((B, H, _whole(T)), jnp.float32)],
         [plgpu.SMEM((COMPUTE, 64, A), jnp.bfloat16, transforms=BF16), plgpu.SMEM((COMPUTE, 64), jnp.float32),
          plgpu.Barrier(num_barriers=COMPUTE), plgpu.Barrier(num_arrivals=COMPUTE),
@@ -195,7 +206,7 @@ def _backward_q(q, k, v, do, lse, delta, segments, scale, config, interpret):
     V, tiles, width = v.shape[-1], _whole(T) // ROWS, config.dq_keys
     scale2, swizzle = scale * math.log2(math.e), swizzled(min(64, width))
 
-    def kernel(q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, *refs):
+    def attention_dq(q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, *refs):
         segments_ref = refs[0] if segments is not None else None
         dq_ref, q_smem, do_smem, full, k_ring, v_ring = refs[-6:]
         batch, head = lax.axis_index("batch"), lax.axis_index("head")
@@ -240,7 +251,8 @@ def _backward_q(q, k, v, do, lse, delta, segments, scale, config, interpret):
         roles(load, compute)
 
     return _launch(
-        kernel, (q, k, v, do, lse, delta, segments), (H, tiles, B), interpret, jax.ShapeDtypeStruct(q.shape, q.dtype),
+        attention_dq, (q, k, v, do, lse, delta, segments), (H, tiles, B), interpret,
+        jax.ShapeDtypeStruct(q.shape, q.dtype),
         [plgpu.SMEM((COMPUTE, 64, A), jnp.bfloat16, transforms=swizzle),
          plgpu.SMEM((COMPUTE, 64, V), jnp.bfloat16, transforms=swizzle),
          plgpu.Barrier(num_arrivals=2, num_barriers=COMPUTE),
@@ -253,7 +265,7 @@ def _backward_kv(q, k, v, do, lse, delta, segments, scale, config, interpret):
     V, tiles, width = v.shape[-1], _whole(T) // ROWS, config.dkv_queries
     scale2, swizzle = scale * math.log2(math.e), swizzled(min(64, width))
 
-    def kernel(q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, *refs):
+    def attention_dkv(q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, *refs):
         segments_ref = refs[0] if segments is not None else None
         dk_ref, dv_ref, k_smem, v_smem, full, ring = refs[-6:]
         batch, head, tile = lax.axis_index("batch"), lax.axis_index("head"), lax.axis_index("tile")
@@ -303,7 +315,7 @@ def _backward_kv(q, k, v, do, lse, delta, segments, scale, config, interpret):
         roles(load, compute)
 
     return _launch(
-        kernel, (q, k, v, do, lse, delta, segments), (H, tiles, B), interpret,
+        attention_dkv, (q, k, v, do, lse, delta, segments), (H, tiles, B), interpret,
         [jax.ShapeDtypeStruct(k.shape, k.dtype), jax.ShapeDtypeStruct(v.shape, v.dtype)],
         [plgpu.SMEM((COMPUTE, 64, A), jnp.bfloat16, transforms=swizzle),
          plgpu.SMEM((COMPUTE, 64, V), jnp.bfloat16, transforms=swizzle),

@@ -79,8 +79,7 @@ def _shares(q, cache, table, lengths, scale, rank, splits, tiles, stages, interp
     copied = min(page, TOKENS)  # tokens of one copy
     copies = TOKENS // copied
 
-    def kernel(q_ref, cache_ref, table_ref, lengths_ref, o_ref, lse_ref, q_smem, p_smem, ring, q_full, met,
-               said_smem):
+    def decode(q_ref, cache_ref, table_ref, lengths_ref, o_ref, lse_ref, q_smem, p_smem, ring, q_full, met, said_smem):
         b, tile, split = (lax.axis_index(name) for name in ("sequence", "tile", "split"))
         length = lengths_ref[b]
         blocks = lax.div(length + TOKENS - 1, TOKENS)
@@ -160,7 +159,7 @@ def _shares(q, cache, table, lengths, scale, rank, splits, tiles, stages, interp
     outs = [jax.ShapeDtypeStruct((B, splits, tiles * HEADS, rank), jnp.float32),
             jax.ShapeDtypeStruct((B, splits, tiles * HEADS), jnp.float32)]
     return plgpu.kernel(
-        kernel, out_type=outs, grid=(tiles, splits, B), grid_names=("tile", "split", "sequence"),
+        decode, out_type=outs, grid=(tiles, splits, B), grid_names=("tile", "split", "sequence"),
         num_threads=COMPUTE + 1, thread_name="group", interpret=interpret,
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
         scratch_types=[plgpu.SMEM((HEADS, X), jnp.bfloat16, transforms=LAID),

@@ -54,7 +54,7 @@ def _quantize(inputs, prepare, scale, transposed, interpret):
     outs += [jax.ShapeDtypeStruct((K, tall), E4M3), jax.ShapeDtypeStruct((blocks(M), wide), jnp.float32)]
     outs = outs if transposed else outs[:2]
 
-    def kernel(*refs):
+    def quantizer(*refs):
         sources, targets = refs[:len(inputs)], refs[len(inputs):len(inputs) + len(outs)]
         x_smem, *held, arrived = refs[len(inputs) + len(outs):]
         group, i, j = lax.axis_index("group"), lax.axis_index("row"), lax.axis_index("column")
@@ -81,7 +81,7 @@ def _quantize(inputs, prepare, scale, transposed, interpret):
 
     held = [plgpu.SMEM((2, HALF, BLOCK), E4M3, transforms=fp8), plgpu.SMEM((2, HALF), jnp.float32)]
     made = plgpu.kernel(
-        kernel, out_type=outs, grid=(blocks(M), blocks(K)), grid_names=("row", "column"), num_threads=2,
+        quantizer, out_type=outs, grid=(blocks(M), blocks(K)), grid_names=("row", "column"), num_threads=2,
         thread_name="group", interpret=interpret,
         scratch_types=[plgpu.SMEM((len(inputs), BLOCK, BLOCK), jnp.bfloat16, transforms=bf16),
                        *held * (2 if transposed else 1), plgpu.Barrier(num_arrivals=len(inputs))],

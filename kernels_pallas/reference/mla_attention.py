@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+HIGHEST = dict(precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
+
 
 def mla_attention(q_BTHA, k_BTHA, v_BTHV, segment_ids_BT=None, *, scale):
     """Attends causally inside segments.
@@ -18,11 +20,33 @@ def mla_attention(q_BTHA, k_BTHA, v_BTHV, segment_ids_BT=None, *, scale):
     Returns:
       [B, T, H, V] in the dtype of q. Differentiable in q, k and v.
     """
-    highest = dict(precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
+    return forward(q_BTHA, k_BTHA, v_BTHV, segment_ids_BT, scale=scale)[0]
+
+
+def forward(q_BTHA, k_BTHA, v_BTHV, segment_ids_BT=None, *, scale):
+    """The same, and the log-sum-exp of every query's scores: float32 [B, H, T]."""
+    s_BHTS = _scores(q_BTHA, k_BTHA, segment_ids_BT, scale)
+    p_BHTS = jax.nn.softmax(s_BHTS, axis=-1).astype(q_BTHA.dtype)
+    o_BTHV = jnp.einsum("BHTS,BSHV->BTHV", p_BHTS, v_BTHV, **HIGHEST).astype(q_BTHA.dtype)
+    return o_BTHV, jax.nn.logsumexp(s_BHTS, axis=-1)
+
+
+def backward(q_BTHA, k_BTHA, v_BTHV, segment_ids_BT, o_BTHV, lse_BHT, do_BTHV, *, scale):
+    """The gradients of q, k and v, in their dtypes, from the output, its log-sum-exps and its gradient."""
+    p_BHTS = jnp.exp(_scores(q_BTHA, k_BTHA, segment_ids_BT, scale) - lse_BHT[..., None])
+    dp_BHTS = jnp.einsum("BTHV,BSHV->BHTS", do_BTHV, v_BTHV, **HIGHEST)
+    delta_BHT = jnp.einsum("BTHV,BTHV->BHT", o_BTHV, do_BTHV, **HIGHEST)
+    ds_BHTS = (p_BHTS * (dp_BHTS - delta_BHT[..., None]) * scale).astype(q_BTHA.dtype)
+    dq_BTHA = jnp.einsum("BHTS,BSHA->BTHA", ds_BHTS, k_BTHA, **HIGHEST)
+    dk_BSHA = jnp.einsum("BHTS,BTHA->BSHA", ds_BHTS, q_BTHA, **HIGHEST)
+    dv_BSHV = jnp.einsum("BHTS,BTHV->BSHV", p_BHTS.astype(q_BTHA.dtype), do_BTHV, **HIGHEST)
+    return dq_BTHA.astype(q_BTHA.dtype), dk_BSHA.astype(k_BTHA.dtype), dv_BSHV.astype(v_BTHV.dtype)
+
+
+def _scores(q_BTHA, k_BTHA, segment_ids_BT, scale):
+    """float32 [B, H, T, S]; -inf where a query sees nothing."""
     T = q_BTHA.shape[1]
-    s_BHTS = jnp.einsum("BTHA,BSHA->BHTS", q_BTHA, k_BTHA, **highest) * scale
     seen = jnp.tril(jnp.ones((T, T), bool))[None, None]
     if segment_ids_BT is not None:
         seen = seen & (segment_ids_BT[:, None, :, None] == segment_ids_BT[:, None, None, :])
-    p_BHTS = jax.nn.softmax(jnp.where(seen, s_BHTS, -jnp.inf), axis=-1).astype(q_BTHA.dtype)
-    return jnp.einsum("BHTS,BSHV->BTHV", p_BHTS, v_BTHV, **highest).astype(q_BTHA.dtype)
+    return jnp.where(seen, jnp.einsum("BTHA,BSHA->BHTS", q_BTHA, k_BTHA, **HIGHEST) * scale, -jnp.inf)

@@ -173,7 +173,7 @@ def test_where_there_is_a_kernel_it_is_handed_what_it_takes(monkeypatch, kind):
         calls.append(args)
         return api.mla_decode(*args, **options, implementation="reference")
 
-    monkeypatch.setattr(network, "api", types.SimpleNamespace(runs_here=lambda: "hopper", mla_decode=twin))
+    monkeypatch.setattr(network, "api", types.SimpleNamespace(chosen_here=lambda _: "hopper", mla_decode=twin))
     found = step()
 
     assert len(calls) == 1
