@@ -78,7 +78,8 @@ def kernels_in(folder: pathlib.Path) -> list[dict]:
     """The Mosaic kernels that were dumped there: name, how many, and the most of each thing that one of them takes."""
     rows: dict[str, dict] = {}
     for ptx in sorted(folder.glob("*.ptx")):
-        texts = [ptx.with_suffix(suffix).read_text() for suffix in (".ptx", ".ptxas", ".resources.txt")]
+        files = [ptx.with_suffix(suffix) for suffix in (".ptx", ".ptxas", ".resources.txt")]
+        texts = [file.read_text() if file.exists() else "" for file in files]  # of two equal kernels only one has the last
         found = {field: n for field, n in compile_report.read(*texts).items() if n is not None}
         name = ptx.stem.rstrip("_0123456789")
         row = rows.setdefault(name, {"kernel": name, "count": 0} | dict.fromkeys(found, 0))
