@@ -79,7 +79,8 @@ def kernels_in(folder: pathlib.Path) -> list[dict]:
     rows: dict[str, dict] = {}
     for ptx in sorted(folder.glob("*.ptx")):
         files = [ptx.with_suffix(suffix) for suffix in (".ptx", ".ptxas", ".resources.txt")]
-        texts = [file.read_text() if file.exists() else "" for file in files]  # of two equal kernels only one has the last
+        # Of two equal kernels only one has the last.
+        texts = [file.read_text() if file.exists() else "" for file in files]
         found = {field: n for field, n in compile_report.read(*texts).items() if n is not None}
         name = ptx.stem.rstrip("_0123456789")
         row = rows.setdefault(name, {"kernel": name, "count": 0} | dict.fromkeys(found, 0))

@@ -17,6 +17,7 @@ _OPERATION = re.compile(r" ([\w\-]+)\(")
 # Products outside of HLO's own, and what all of them write down of the dimensions that are summed over.
 _KERNEL = re.compile(r'custom_call_target="(__cublas|mosaic_gpu|tpu_custom_call)')
 _CONTRACTED = re.compile(r'(?:lhs_contracting_dims=\{|"lhs_contracting_dimensions":\[)([\d,"]*)')
+_ATTENTION = re.compile(r"/attention_(forward|dq|dkv)/")  # kernels_pallas.hopper.mla_attention, by name
 _SHAPE = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\]")
 
 
@@ -113,8 +114,8 @@ class Step(NamedTuple):
     """A line of a program that communicates or multiplies, in the order in which the device comes to it.
 
     what: "start" or "done" of an asynchronous collective (`key` says of which), "whole": a synchronous one, "work":
-    `products` matrix products of `flops` in all (those of kernels in other languages than HLO's are not known), or
-    "inner": the computations `inner`, run `trips` times, or one of them in a branch.
+    `products` matrix products of `flops` in all (of kernels in other languages than HLO's only attention's are known),
+    or "inner": the computations `inner`, run `trips` times, or one of them in a branch.
     """
 
     what: str
@@ -151,12 +152,23 @@ class _Program:
         return sum(n for n, _ in each), _trips(operation, rest) * sum(flops for _, flops in each)
 
     def flops(self, name, shape, rest) -> float:
+        if attention := _ATTENTION.search(rest):
+            return self.attention_flops(name, attention[1], rest)
         contracted = _CONTRACTED.search(rest)
         if not contracted:
             return 0.0
         left = _dims(self._types[name].get(_operands(rest)[0], ""))
         summed = math.prod(left[int(d)] for d in re.findall(r"\d+", contracted[1])) if left else 0
         return 2.0 * math.prod(_dims(shape)) * summed
+
+    def attention_flops(self, name, part, rest) -> float:
+        """Of one of attention's kernels, from q [B, T, H, A] and v [B, T, H, V]; half of the square is seen."""
+        q, _, v = (_dims(self._types[name].get(operand, "")) for operand in _operands(rest)[:3])
+        if len(q) != 4 or len(v) != 4:
+            return 0.0
+        (B, T, H, A), V = q, v[3]
+        widths = {"forward": A + V, "dq": 2 * A + V, "dkv": 2 * A + 2 * V}[part]
+        return float(B * H * T * T * widths)
 
     def steps(self, name, times=1, branch=False):
         """What a computation does, as Steps."""

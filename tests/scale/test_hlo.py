@@ -96,6 +96,20 @@ def test_a_loop_of_products_works_as_often_as_it_turns():
     assert [s.flops for s in hlo.steps(looped, SIZES, "ENTRY") if s.what == "work"][-1] == 26 * 2 * 8 * 8 * 8
 
 
+@pytest.mark.parametrize(("part", "widths"), [("forward", 192 + 128), ("dq", 2 * 192 + 128), ("dkv", 2 * (192 + 128))])
+def test_the_kernels_of_attention_multiply_half_of_a_square(part, widths):
+    program = """HloModule m
+
+ENTRY %main (q: bf16[2,64,4,192], v: bf16[2,64,4,128]) -> bf16[2,64,4,128] {
+  %q = bf16[2,64,4,192]{3,2,1,0} parameter(0)
+  %v = bf16[2,64,4,128]{3,2,1,0} parameter(1)
+  ROOT %o = bf16[2,64,4,128]{3,2,1,0} custom-call(%q, %q, %v), custom_call_target="mosaic_gpu_v2", """
+    program += f"""metadata={{op_name="jit(step)/attention_{part}/mpmd_map"}}
+}}
+"""
+    assert [s.flops for s in hlo.steps(program, SIZES, "ENTRY")] == [2 * 4 * 64 * 64 * widths]
+
+
 def test_branches_are_found_by_their_number():
     assert hlo.branches(PROGRAM, 2) == ["%branch_a", "%branch_b"]
     with pytest.raises(ValueError, match="no conditional has 3 branches"):

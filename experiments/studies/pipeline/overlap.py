@@ -52,8 +52,8 @@ def program(schedule, tokens, folder: pathlib.Path) -> str:
         from deepseek_jax.scale import aot
 
         compiled, facts = aot.compile_step(aot.config_of(MODEL, layout_of(schedule, tokens)), TARGET)
-        print(f"{schedule}: compiled in {facts['seconds']['compiling']:.0f} s, {sum(aot.bytes_of(compiled).values()) / 1e9:.1f} "
-              "GB a device", flush=True)
+        size = sum(aot.bytes_of(compiled).values()) / 1e9
+        print(f"{schedule}: compiled in {facts['seconds']['compiling']:.0f} s, {size:.1f} GB a device", flush=True)
         folder.mkdir(parents=True, exist_ok=True)
         path.write_text(compiled.as_text())
     return path.read_text()
