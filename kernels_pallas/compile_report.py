@@ -3,9 +3,9 @@
     python -m kernels_pallas.compile_report --json FILE [--shapes v3-train v3-decode]
 
 Needs jax's CUDA plugin and ptxas (`pip install 'deepseek-jax[aot]'`), no driver. A kernel fails the report when it
-spills, when ptxas serializes its WGMMAs, or when an FP8 product holds no `wgmma ... e4m3.e4m3`: exit code 1. Where
-nvdisasm lies beside ptxas (`pip install nvidia-cuda-nvdisasm`), the tensor core's instructions are counted in the
-machine code too: QGMMA multiplies FP8, HGMMA bfloat16.
+spills, when ptxas serializes its WGMMAs, when an FP8 product holds no `wgmma ... e4m3.e4m3`, or when a quantizer's
+maxima would skip a NaN (max.f32, not max.NaN.f32): exit code 1. Where nvdisasm lies beside ptxas, as the extra brings
+it, the tensor core's instructions are counted in the machine code too: QGMMA multiplies FP8, HGMMA bfloat16.
 """
 
 import argparse
@@ -17,7 +17,8 @@ import re
 import sys
 import tempfile
 
-FIELDS = ("registers", "spill_bytes", "shared_bytes", "stages", "wgmma_e4m3", "qgmma", "hgmma", "serialized")
+FIELDS = ("registers", "spill_bytes", "shared_bytes", "stages", "wgmma_e4m3", "qgmma", "hgmma", "serialized",
+          "nan_skipped")
 # What XLA must know of the chip. An H800 is this one with a slower NVLink.
 H100 = """gpu_device_info {
   threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
@@ -42,7 +43,8 @@ def read(ptx: str, ptxas: str, resources: str, sass: str | None = None) -> dict:
             "shared_bytes": number(r"smem_scratch_bytes=(\d+)", resources),
             "stages": max(barriers, default=0),
             "wgmma_e4m3": len(re.findall(r"wgmma\.mma_async\S*\.e4m3\.e4m3", ptx)),
-            "qgmma": count("QGMMA"), "hgmma": count("HGMMA"), "serialized": "serializ" in ptxas}
+            "qgmma": count("QGMMA"), "hgmma": count("HGMMA"), "serialized": "serializ" in ptxas,
+            "nan_skipped": len(re.findall(r"\bmax\.f32", ptx))}
 
 
 def faults(operation: str, row: dict) -> list[str]:
@@ -53,6 +55,8 @@ def faults(operation: str, row: dict) -> list[str]:
         found.append("has no wgmma e4m3.e4m3")
     if "matmul" in operation and row["qgmma"] == 0:
         found.append("has no QGMMA in its machine code")
+    if "quantize" in operation and row["nan_skipped"]:
+        found.append("takes maxima that skip NaN")
     return found
 
 

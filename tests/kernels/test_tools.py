@@ -24,7 +24,7 @@ RESOURCES = "Resources(smem_scratch_bytes=163840, barrier_counts=Counter({Barrie
 def test_a_clean_kernel_is_read_off_ptxas():
     row = compile_report.read(PTX, PTXAS, RESOURCES)
     assert row == {"registers": 168, "spill_bytes": 0, "shared_bytes": 163840, "stages": 4, "wgmma_e4m3": 4,
-                   "qgmma": None, "hgmma": None, "serialized": False}
+                   "qgmma": None, "hgmma": None, "serialized": False, "nan_skipped": 0}
     assert compile_report.faults("fp8_matmul", row) == []
 
 
@@ -48,6 +48,13 @@ def test_where_there_is_machine_code_its_tensor_core_instructions_are_counted():
 def test_a_kernel_that_is_not_what_was_meant_has_a_fault(ptx, ptxas, fault):
     found = compile_report.faults("fp8_matmul", compile_report.read(ptx, ptxas, RESOURCES))
     assert len(found) == 1 and fault in found[0]
+
+
+def test_a_quantizer_whose_maxima_skip_nan_has_a_fault():
+    row = compile_report.read("max.NaN.f32 %r1, %r2, %r3;\nmax.f32 %r1, %r2, %r3;\n", PTXAS, RESOURCES)
+    assert compile_report.faults("swiglu_quantize", row) == ["takes maxima that skip NaN"]
+    assert compile_report.faults("mla_decode", row) == []  # which would be NaN anyway
+    assert compile_report.faults("quantize", compile_report.read("max.NaN.f32 %r1;\n", PTXAS, RESOURCES)) == []
 
 
 def test_every_tiny_kernel_compiles_for_every_tpu():
