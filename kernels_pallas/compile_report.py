@@ -33,6 +33,25 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 """
 
 
+class NoCompiler(RuntimeError):
+    """What to install."""
+
+
+def described(topology="1x1x1"):
+    """H100s that are not here, hosts x each of them in `topology`'s last two numbers. Raises NoCompiler.
+
+    To be called before jax first compiles for anything: it reads the environment then.
+    """
+    os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"  # no driver here, and the compiler needs none
+    from jax.experimental import topologies
+
+    try:
+        return topologies.get_topology_desc("h100", platform="cuda", target_config=H100, topology=topology).devices
+    except NotImplementedError as error:  # no plugin knows "cuda"
+        raise NoCompiler("compiling for GPUs needs jax's CUDA plugin and ptxas; pip install 'deepseek-jax[aot]' brings "
+                         "both.") from error
+
+
 def read(ptx: str, ptxas: str, resources: str, sass: str | None = None) -> dict:
     """What a kernel takes, from its PTX, what ptxas printed, Mosaic's list of resources and, if there, its SASS."""
     count = lambda name: None if sass is None else len(re.findall(rf"\b{name}\.", sass))
@@ -80,28 +99,20 @@ def _compile(case, here, folder):
 
 def report(names) -> list[dict]:
     """A row for every kernel of every case of these shapes."""
-    # Both read the environment when they are first used.
-    os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"  # no driver here, and the compiler needs none
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    devices = described()
     folder = pathlib.Path(tempfile.mkdtemp(prefix="kernels_"))
     os.environ |= {"MOSAIC_GPU_DUMP_TO": str(folder), "MOSAIC_GPU_DUMP_PTX": "1", "MOSAIC_GPU_DUMP_PTXAS": "1"}
     if _disassembler():
         os.environ["MOSAIC_GPU_DUMP_SASS"] = "1"
     import jax
     import numpy as np
-    from jax.experimental import topologies
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
     from kernels_pallas.api import OPERATIONS
     from kernels_pallas.shapes import SHAPES
 
     jax.config.update("jax_enable_compilation_cache", False)  # a cached kernel would not be dumped
-    try:
-        devices = topologies.get_topology_desc("h100", platform="cuda", target_config=H100, topology="1x1x1").devices
-    except NotImplementedError:  # no plugin knows "cuda"
-        print("compiling for Hopper needs jax's CUDA plugin and ptxas; pip install 'deepseek-jax[aot]' brings both.",
-              file=sys.stderr)
-        sys.exit(2)
     here = NamedSharding(Mesh(np.array(devices), ("x",)), PartitionSpec())
     rows = []
     for case in (case for name in names for case in SHAPES[name] if "hopper" in OPERATIONS[case.operation][1]):
@@ -123,7 +134,11 @@ def main():
     parser.add_argument("--shapes", nargs="+", default=["v3-train"], choices=["tiny", "v3-train", "v3-decode"])
     args = parser.parse_args()
     print(f"{'operation':20} {'shape':34}", *(f"{name[:7]:>7}" for name in FIELDS))
-    rows = report(args.shapes)
+    try:
+        rows = report(args.shapes)
+    except NoCompiler as error:
+        print(error, file=sys.stderr)
+        return 2
     if args.json:
         pathlib.Path(args.json).write_text(json.dumps(rows, indent=1) + "\n")
     bad = [row for row in rows if row["faults"]]

@@ -8,7 +8,10 @@ import sys
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.experimental import topologies
 
+from deepseek_jax.config import ConfigError
+from deepseek_jax.scale import targets
 from kernels_pallas import api, benchmark, compile_report
 from kernels_pallas.shapes import SHAPES, Case
 
@@ -146,3 +149,17 @@ def test_a_case_counts_its_flops_and_bytes():
 def test_every_kernel_has_named_shapes():
     made = {case.operation for cases in SHAPES.values() for case in cases}
     assert made == {name for name, (_, folders) in api.OPERATIONS.items() if "hopper" in folders}
+
+
+def test_without_the_compiler_for_gpus_both_reports_say_what_to_install(monkeypatch, capsys):
+    def no_plugin(*_, **__):
+        raise NotImplementedError("unknown platform cuda")
+
+    monkeypatch.setattr(topologies, "get_topology_desc", no_plugin)
+    monkeypatch.setattr("sys.argv", ["compile_report", "--shapes", "tiny"])
+    assert compile_report.main() == 2
+    said = capsys.readouterr().err.strip()
+    assert "pip install 'deepseek-jax[aot]'" in said and len(said.splitlines()) == 1
+    with pytest.raises(ConfigError) as error:
+        targets.devices_of("h100:8")
+    assert str(error.value) == said
