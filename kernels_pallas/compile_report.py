@@ -55,15 +55,28 @@ def described(topology="1x1x1"):
 def read(ptx: str, ptxas: str, resources: str, sass: str | None = None) -> dict:
     """What a kernel takes, from its PTX, what ptxas printed, Mosaic's list of resources and, if there, its SASS."""
     count = lambda name: None if sass is None else len(re.findall(rf"\b{name}\.", sass))
-    number = lambda pattern, text: sum(map(int, re.findall(pattern, text)))
+    number = lambda pattern, text, of=sum: of(map(int, re.findall(pattern, text)))
     barriers = [int(n) for n in re.findall(r"num_barriers=(\d+)", resources)]
     return {"registers": number(r"Used (\d+) registers", ptxas),
             "spill_bytes": number(r"(\d+) bytes spill", ptxas),
-            "shared_bytes": number(r"smem_scratch_bytes=(\d+)", resources),
+            "shared_bytes": number(r"smem_scratch_bytes=(\d+)", resources, max),
             "stages": max(barriers, default=0),
             "wgmma_e4m3": len(re.findall(r"wgmma\.mma_async\S*\.e4m3\.e4m3", ptx)),
             "qgmma": count("QGMMA"), "hgmma": count("HGMMA"), "serialized": "serializ" in ptxas,
             "nan_skipped": len(re.findall(r"\bmax\.f32", ptx))}
+
+
+def dumped(files):
+    """Yields (name, row) of every kernel among the files that Mosaic dumped.
+
+    It numbers lists of resources as it traces kernels, and the rest as it compiles them, in another order: what has one
+    name belongs together, and of several lists the largest numbers are taken.
+    """
+    name = lambda file: re.sub(r"_\d+$", "", file.name.partition(".")[0])
+    for ptx in sorted(file for file in files if file.suffix == ".ptx"):
+        resources = [f.read_text() for f in files if f.name.endswith(".resources.txt") and name(f) == name(ptx)]
+        sass = [f.read_text() for f in files if f.name.startswith(f"{ptx.stem}.sass")]
+        yield name(ptx), read(ptx.read_text(), ptx.with_suffix(".ptxas").read_text(), "".join(resources), *sass[:1])
 
 
 def faults(operation: str, row: dict) -> list[str]:
@@ -87,14 +100,14 @@ def _disassembler() -> bool:
 
 
 def _compile(case, here, folder):
-    """Compiles one case; the names of the kernels that were dumped meanwhile."""
+    """Compiles one case; the files that were dumped meanwhile."""
     import jax
 
-    before = set(folder.glob("*.ptx"))
+    before = set(folder.iterdir())
     place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here)
     arguments = jax.tree.map(place, case.arguments())
     jax.jit(case.call("hopper"), out_shardings=here).lower(*arguments).compile()
-    return sorted(set(folder.glob("*.ptx")) - before)
+    return set(folder.iterdir()) - before
 
 
 def report(names) -> list[dict]:
@@ -116,13 +129,11 @@ def report(names) -> list[dict]:
     here = NamedSharding(Mesh(np.array(devices), ("x",)), PartitionSpec())
     rows = []
     for case in (case for name in names for case in SHAPES[name] if "hopper" in OPERATIONS[case.operation][1]):
-        for ptx in _compile(case, here, folder):
-            texts = [ptx.with_suffix(suffix).read_text() for suffix in (".ptx", ".ptxas", ".resources.txt")]
-            sass = [file.read_text() for file in folder.glob(f"{ptx.stem}.sass*")]
-            row = {"operation": case.operation, "shape": str(case)} | read(*texts, *sass[:1])
+        for name, found in dumped(_compile(case, here, folder)):
+            row = {"operation": case.operation, "shape": str(case), "kernel": name} | found
             row["faults"] = faults(case.operation, row)
             rows.append(row)
-            print(f"{row['operation']:20} {row['shape']:34}", *(f"{row[name]!s:>7}" for name in FIELDS),
+            print(f"{row['operation']:20} {row['shape']:34} {name:18}", *(f"{row[name]!s:>7}" for name in FIELDS),
                   "; ".join(row["faults"]), flush=True)
     return rows
 
@@ -133,7 +144,7 @@ def main():
     parser.add_argument("--json", metavar="FILE", help="also write the rows there")
     parser.add_argument("--shapes", nargs="+", default=["v3-train"], choices=["tiny", "v3-train", "v3-decode"])
     args = parser.parse_args()
-    print(f"{'operation':20} {'shape':34}", *(f"{name[:7]:>7}" for name in FIELDS))
+    print(f"{'operation':20} {'shape':34} {'kernel':18}", *(f"{name[:7]:>7}" for name in FIELDS))
     try:
         rows = report(args.shapes)
     except NoCompiler as error:

@@ -31,6 +31,18 @@ def test_a_clean_kernel_is_read_off_ptxas():
     assert compile_report.faults("fp8_matmul", row) == []
 
 
+def test_what_was_dumped_is_put_together_by_name(tmp_path):
+    """Mosaic numbers resources in the order of tracing, and kernels in that of compiling."""
+    for stem, registers in (("forward_0", 168), ("dkv_1", 160), ("dq_2", 152)):
+        (tmp_path / f"{stem}.ptx").write_text(PTX)
+        (tmp_path / f"{stem}.ptxas").write_text(PTXAS.replace("168", str(registers)))
+    for stem, size in (("forward_0", 1000), ("dq_1", 2000), ("dkv_2", 3000)):
+        (tmp_path / f"{stem}.resources.txt").write_text(RESOURCES.replace("163840", str(size)))
+    rows = compile_report.dumped(list(tmp_path.iterdir()))
+    found = {name: (row["registers"], row["shared_bytes"]) for name, row in rows}
+    assert found == {"forward": (168, 1000), "dkv": (160, 3000), "dq": (152, 2000)}
+
+
 def test_where_there_is_machine_code_its_tensor_core_instructions_are_counted():
     row = compile_report.read(PTX, PTXAS, RESOURCES, SASS)
     assert (row["qgmma"], row["hgmma"]) == (4, 0) and compile_report.faults("fp8_matmul", row) == []
