@@ -33,8 +33,6 @@ MUTATIONS = [
      "lax.div(column, 2) == lax.div(number, BLOCK // PANEL)", "lax.div(column, 2) == 0", T_MLA),
     ("hopper decode: FP8 rows that were never written stay", H_DECODE,
      "jnp.where(row < count, values * rows(scale, values.shape), 0.0)", "values * rows(scale, values.shape)", T_MLA),
-    ("hopper decode: a block is dequantized over the one in use", H_DECODE,
-     "meet()  # both are done with the block before", "pass", T_MLA),
     ("hopper decode: a block is multiplied before it is there", H_DECODE,
      "length - first, group))\n                meet()", "length - first, group))", T_MLA),
     ("hopper: on the interpreter NaN is skipped", H_QUANTIZE, "if not interpret:", "if True:", T_HOPPER),

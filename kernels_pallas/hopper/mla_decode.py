@@ -153,7 +153,7 @@ def _shares(q, cache, table, lengths, scale, rank, splits, tiles, config, interp
 
                 def with_tokens(c_smem):
                     o, top, total = carry
-                    s = multiply(q_smem, c_smem.at[pl.ds(group * HALF, HALF)].transpose((1, 0))) * scale2
+                    s = multiply(q_smem, c_smem.at[pl.ds(group * HALF, HALF)].transpose((1, 0)), interpret) * scale2
                     token = first + group * HALF + plgpu.broadcasted_iota(jnp.int32, s.shape, 1, layout=WGMMA)
                     s = jnp.where(token < length, s, -jnp.inf)
                     said_smem[group] = s.max(axis=1)
@@ -179,7 +179,7 @@ def _shares(q, cache, table, lengths, scale, rank, splits, tiles, config, interp
 
                 if not packed:
                     return ring.use(n, without_the_rest)
-                meet()  # both are done with the block before
+                # Nobody reads there: p is multiplied by a group's own half, and queries by all before the maxima meet.
                 ring.use(n, lambda *held: _dequantize(*held, block_smem[0], length - first, group))
                 meet()
                 return with_tokens(block_smem[0])
