@@ -55,12 +55,11 @@ def described(topology="1x1x1"):
 def read(ptx: str, ptxas: str, resources: str, sass: str | None = None) -> dict:
     """What a kernel takes, from its PTX, what ptxas printed, Mosaic's list of resources and, if there, its SASS."""
     count = lambda name: None if sass is None else len(re.findall(rf"\b{name}\.", sass))
-    number = lambda pattern, text, of=sum: of(map(int, re.findall(pattern, text)))
-    barriers = [int(n) for n in re.findall(r"num_barriers=(\d+)", resources)]
-    return {"registers": number(r"Used (\d+) registers", ptxas),
-            "spill_bytes": number(r"(\d+) bytes spill", ptxas),
-            "shared_bytes": number(r"smem_scratch_bytes=(\d+)", resources, max),
-            "stages": max(barriers, default=0),
+    numbers = lambda pattern, text: [int(n) for n in re.findall(pattern, text)]
+    return {"registers": sum(numbers(r"Used (\d+) registers", ptxas)),
+            "spill_bytes": sum(numbers(r"(\d+) bytes spill", ptxas)),
+            "shared_bytes": max(numbers(r"smem_scratch_bytes=(\d+)", resources), default=0),
+            "stages": max(numbers(r"num_barriers=(\d+)", resources), default=0),
             "wgmma_e4m3": len(re.findall(r"wgmma\.mma_async\S*\.e4m3\.e4m3", ptx)),
             "qgmma": count("QGMMA"), "hgmma": count("HGMMA"), "serialized": "serializ" in ptxas,
             "nan_skipped": len(re.findall(r"\bmax\.f32", ptx))}

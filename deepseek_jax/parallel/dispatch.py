@@ -109,8 +109,17 @@ def send(x, hop: Hop):
     if hop.ragged is None:
         return lax.all_to_all(x_S, hop.axis, 0, 0, tiled=True)
     start, size, landing, _, arriving, _ = hop.ragged
-    return lax.ragged_all_to_all(x_S, jnp.zeros((hop.landed, *x.shape[1:]), x.dtype), start, size, landing, arriving,
+    return lax.ragged_all_to_all(x_S, _room(hop.landed, x, arriving), start, size, landing, arriving,
                                  axis_name=hop.axis)
+
+
+def _room(rows, x, arriving_P):
+    """Zeros for `rows` rows like those of x to land in, where `arriving_P` of them are known to come.
+
+    Plain zeros are a constant, and XLA:GPU fills the buffers of all layers at the beginning of a step: so they hang
+    on the counts, which are not negative, a thing that XLA cannot know.
+    """
+    return jnp.broadcast_to(jnp.minimum(arriving_P[0], 0).astype(x.dtype), (rows, *x.shape[1:]))
 
 
 def bring_back(y, hop: Hop):
@@ -119,8 +128,8 @@ def bring_back(y, hop: Hop):
         y_S = lax.all_to_all(y, hop.axis, 0, 0, tiled=True)
     else:
         _, size, _, landing, arriving, start = hop.ragged
-        y_S = lax.ragged_all_to_all(y, jnp.zeros((hop.row_S.shape[0], *y.shape[1:]), y.dtype), landing, arriving,
-                                    start, size, axis_name=hop.axis)
+        y_S = lax.ragged_all_to_all(y, _room(hop.row_S.shape[0], y, size), landing, arriving, start, size,
+                                    axis_name=hop.axis)
     dtype = jnp.promote_types(y.dtype, jnp.float32)
     return sum(_rows(y_S, slot_R).astype(dtype) for slot_R in hop.slot_RK.T).astype(y.dtype)
 

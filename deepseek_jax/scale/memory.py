@@ -5,8 +5,9 @@
                 pipeline's stages, what is made of them once a step: weights in the products' own type
     gradients   of one micro-batch, and their sum
     kept        for the backward pass, by the remat policy: per token at home, and per row that arrives at the experts
-    passing     the largest that exists for a moment: one layer's recomputation, the experts' products, logits; in a
-                pipeline the backward pass of one micro-batch's layer and the forward pass of another's
+    passing     what exists for a moment: the larger of one layer's products or of the logits, and the sums of
+                attention's loops; in a pipeline the backward pass of one micro-batch's layer and the forward pass of
+                another's
 """
 
 import math
@@ -16,6 +17,7 @@ from deepseek_jax.scale.costs import attention_parameters, parameters
 from deepseek_jax.scale.layout import Layout
 
 FLOAT32 = 4
+UNROLLED_LAYERS = 8  # of model.transformer: more are a loop
 GROUPS = ("masters", "moments", "averages", "working", "gradients", "kept", "buffers", "experts' products", "passing")
 
 
@@ -134,8 +136,11 @@ def bytes_per_device(c: ModelConfig, layout: Layout, loss_chunk: int = 1024) -> 
         group["buffers"] = (slots.messages + 1) * layout.tokens * c.d_model * _width(c)
         if slots.deferred:
             group["buffers"] += (slots.deferred + 2) * layers * deferred_of_layer(c, layout)
-    group["experts' products"] = product_copies(c, layout)
-    group["passing"] = passing(c, layout, loss_chunk) if mesh.pipe == 1 else overlapped(c, layout)
+    copies = group["experts' products"] = product_copies(c, layout)
+    if mesh.pipe == 1:
+        group["passing"] = max(0.0, passing(c, layout, loss_chunk) - copies) + attention_sums(c, layout)
+    else:
+        group["passing"] = overlapped(c, layout)
     return group
 
 
@@ -170,11 +175,25 @@ def deferred_of_layer(c: ModelConfig, layout: Layout) -> float:
 
 
 def product_copies(c: ModelConfig, layout: Layout) -> float:
-    """Without FP8's kernels XLA:GPU multiplies rows by experts as one masked product: a copy of the rows an expert."""
+    """Without FP8's kernels XLA:GPU multiplies rows by experts as one masked product: a copy of the rows an expert.
+
+    Of rows as wide as the model there are three such copies at once, of rows as wide as an expert five: fitted to what
+    was compiled.
+    """
     if c.fp8.enabled:
         return 0.0
     experts = c.num_experts // (layout.mesh.node * layout.mesh.local)
-    return experts * rows_of_experts(c, layout)[1] * (3 * c.d_model + 8 * c.expert_ffn_dim) * _width(c)
+    return experts * rows_of_experts(c, layout)[1] * (3 * c.d_model + 5 * c.expert_ffn_dim) * _width(c)
+
+
+def attention_sums(c: ModelConfig, layout: Layout) -> float:
+    """The float32 sums that attention's loops add to, forward and back: XLA:GPU makes those of all layers that it sees
+    at the beginning, be they one loop's. Hopper's kernel, for heads of the published models, needs none."""
+    if (c.qk_head_dim, c.v_head_dim, c.dtype) == (192, 128, "bfloat16"):
+        return 0.0
+    layers = sum(n if n <= UNROLLED_LAYERS else 1 for n in (c.num_dense_layers, c.num_moe_layers)) + c.mtp_depth
+    heads = c.num_heads / layout.mesh.tensor
+    return layers * layout.tokens * heads * 2 * (c.qk_head_dim + c.v_head_dim) * FLOAT32
 
 
 def passing(c: ModelConfig, layout: Layout, loss_chunk: int) -> float:

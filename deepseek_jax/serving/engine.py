@@ -177,7 +177,7 @@ class Engine:
             self._run([], size, 1, True)
 
     def place(self, placement: Placement):
-        """Lays the experts out as planned, replicas included. Shapes change: the next steps compile anew."""
+        """Lays the experts out as planned. With another number of places the next steps compile anew: `warm_up`."""
         self.weights = share_out(apply(self.weights, placement), self.mesh)
 
     def _in_use(self):

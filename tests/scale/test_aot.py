@@ -39,11 +39,12 @@ def test_kernels_of_a_program_are_counted_with_the_most_that_one_of_them_takes(t
     for n, registers in enumerate((168, 254)):
         (tmp_path / f"kernel_{n}.ptx").write_text("wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 {};")
         (tmp_path / f"kernel_{n}.ptxas").write_text(f"0 bytes spill stores\nUsed {registers} registers")
-        (tmp_path / f"kernel_{n}.resources.txt").write_text("smem_scratch_bytes=1024 num_barriers=3")
+    (tmp_path / "kernel_0.resources.txt").write_text("smem_scratch_bytes=1024 num_barriers=3")  # its equal has none
 
     row, = kernels_in(tmp_path)
 
     assert (row["kernel"], row["count"], row["registers"], row["spill_bytes"]) == ("kernel", 2, 254, 0)
+    assert row["shared_bytes"] == 1024
 
 
 @pytest.mark.slow

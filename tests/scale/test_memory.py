@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from deepseek_jax.config import FP8Config, MeshConfig, model_config
-from deepseek_jax.model import DeepSeekV3
+from deepseek_jax.model import DeepSeekV3, transformer
 from deepseek_jax.parallel.dispatch import plan_hops
 from deepseek_jax.parallel.mesh import abstract_mesh, bytes_per_device, make_mesh
 from deepseek_jax.scale import memory
@@ -61,6 +61,10 @@ def test_the_planned_state_is_what_the_compiled_step_takes_as_arguments(path):
 
     tokens = report["micro_batches"] * report["rows"] * (report["sequence_length"] + 1) * 3 * 4
     assert state + tokens == pytest.approx(report["bytes"]["arguments"], rel=0.02)
+
+
+def test_stacks_are_unrolled_where_the_model_unrolls_them():
+    assert memory.UNROLLED_LAYERS == transformer.UNROLLED_LAYERS
 
 
 def test_there_is_a_report_to_compare_with():

@@ -8,6 +8,7 @@ import pytest
 
 from deepseek_jax.config import ConfigError, MeshConfig
 from deepseek_jax.parallel.mesh import make_mesh
+from deepseek_jax.serving import decode as programs
 from deepseek_jax.serving.engine import Engine, Request
 from deepseek_jax.serving.network import prepare
 from deepseek_jax.serving.placement import Placement, apply, pack, plan, replicate
@@ -79,9 +80,14 @@ def test_no_output_token_changes_on_a_mesh_whose_devices_share_the_experts_as_pl
     assert here(engine) == [CFG.num_experts // 4] * 4
     assert continuations(engine) == before
 
-    engine.place(plan(engine.loads_LE, places=12, groups=4, nodes=2, devices=4))
-    assert here(engine) == [3] * 4
-    assert continuations(engine) == before
+    for loads_LE in (engine.loads_LE, engine.loads_LE[:, ::-1]):
+        engine.place(plan(loads_LE, places=12, groups=4, nodes=2, devices=4))
+        engine.warm_up()
+        compiled = programs.decode._cache_size(), programs.prefill._cache_size()
+
+        assert here(engine) == [3] * 4
+        assert continuations(engine) == before
+        assert (programs.decode._cache_size(), programs.prefill._cache_size()) == compiled
 
 
 @pytest.mark.parametrize("before", [[7, 0, 1, 2, 3, 4, 5, 6], [7, 7, 6, 5, 4, 3, 2, 1, 1, 0]],

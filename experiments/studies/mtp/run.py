@@ -25,7 +25,7 @@ def draw(results, path):
     for seed in metrics["acceptance_decoding"]["seeds"].values():
         speed.plot(100 * seed, 1 + seed, "o", color=plots.COLOURS[1])
     speed.legend(frameon=False, fontsize=8)
-    plots.finish(speed, "Decoding speed-up (dots: tokens a pass, by seed)", "drafts accepted in greedy decoding, %",
+    plots.finish(speed, "Decoding speed-up (dots: seeds)", "drafts accepted in greedy decoding, %",
                  "speed-up")
     plots.save(made, path)
 

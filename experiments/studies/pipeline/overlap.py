@@ -51,8 +51,8 @@ def program(schedule, tokens, folder: pathlib.Path) -> str:
     if not path.exists():
         from deepseek_jax.scale import aot
 
-        compiled, seconds = aot.compile_step(aot.config_of(MODEL, layout_of(schedule, tokens)), TARGET)
-        print(f"{schedule}: compiled in {seconds['compiling']:.0f} s, {sum(aot.bytes_of(compiled).values()) / 1e9:.1f} "
+        compiled, facts = aot.compile_step(aot.config_of(MODEL, layout_of(schedule, tokens)), TARGET)
+        print(f"{schedule}: compiled in {facts['seconds']['compiling']:.0f} s, {sum(aot.bytes_of(compiled).values()) / 1e9:.1f} "
               "GB a device", flush=True)
         folder.mkdir(parents=True, exist_ok=True)
         path.write_text(compiled.as_text())
