@@ -42,8 +42,8 @@ setup(
             "jinja2>=3.1",
             "openai>=1.40",  # the client whose protocol the server speaks
         ],
-        # Compiling for GPUs that are not here: the plugin and ptxas, without the CUDA libraries a run would need.
-        "aot": ["jax-cuda13-plugin>=0.10.2,<0.13", "nvidia-cuda-nvcc>=13"],
+        # Compiling for GPUs that are not here: the plugin and CUDA's own tools, without the libraries a run would need.
+        "aot": ["jax-cuda13-plugin>=0.10.2,<0.13", "nvidia-cuda-nvcc>=13", "nvidia-cuda-nvdisasm>=13"],
         "serve": ["starlette>=0.40", "uvicorn>=0.30", "jinja2>=3.1"],
         "notebooks": ["nbclient>=0.10", "nbformat>=5.10", "ipykernel>=6.29", "ipywidgets>=8.1"],
     },

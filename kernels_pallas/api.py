@@ -13,11 +13,13 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas.formats import E4M3, Accumulator, Quantized
+from kernels_pallas.reference.mla_decode import pack_fp8, packed_width, unpack_fp8
 from kernels_pallas.reference.quantize import dequantize, quantize_blocks, spread, tile_scales
 
 __all__ = ["E4M3", "OPERATIONS", "Accumulator", "Quantized", "chosen_here", "dequantize", "device_here",
            "fp8_grouped_matmul", "fp8_matmul", "mla_attention", "mla_attention_backward", "mla_attention_forward",
-           "mla_decode", "quantize", "quantize_blocks", "runs_here", "spread", "swiglu_quantize", "tile_scales"]
+           "mla_decode", "pack_fp8", "packed_width", "quantize", "quantize_blocks", "runs_here", "spread",
+           "swiglu_quantize", "tile_scales", "unpack_fp8"]
 
 log = logging.getLogger(__name__)
 

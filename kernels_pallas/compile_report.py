@@ -3,9 +3,9 @@
     python -m kernels_pallas.compile_report --json FILE [--shapes v3-train v3-decode]
 
 Needs jax's CUDA plugin and ptxas (`pip install 'deepseek-jax[aot]'`), no driver. A kernel fails the report when it
-spills, when ptxas serializes its WGMMAs, or when an FP8 product holds no `wgmma ... e4m3.e4m3`: exit code 1. Where
-nvdisasm lies beside ptxas (`pip install nvidia-cuda-nvdisasm`), the tensor core's instructions are counted in the
-machine code too: QGMMA multiplies FP8, HGMMA bfloat16.
+spills, when ptxas serializes its WGMMAs, when an FP8 product holds no `wgmma ... e4m3.e4m3`, or when a quantizer's
+maxima would skip a NaN (max.f32, not max.NaN.f32): exit code 1. Where nvdisasm lies beside ptxas, as the extra brings
+it, the tensor core's instructions are counted in the machine code too: QGMMA multiplies FP8, HGMMA bfloat16.
 """
 
 import argparse
@@ -17,7 +17,8 @@ import re
 import sys
 import tempfile
 
-FIELDS = ("registers", "spill_bytes", "shared_bytes", "stages", "wgmma_e4m3", "qgmma", "hgmma", "serialized")
+FIELDS = ("registers", "spill_bytes", "shared_bytes", "stages", "wgmma_e4m3", "qgmma", "hgmma", "serialized",
+          "nan_skipped")
 # What XLA must know of the chip. An H800 is this one with a slower NVLink.
 H100 = """gpu_device_info {
   threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
@@ -32,17 +33,49 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 """
 
 
+class NoCompiler(RuntimeError):
+    """What to install."""
+
+
+def described(topology="1x1x1"):
+    """H100s that are not here, hosts x each of them in `topology`'s last two numbers. Raises NoCompiler.
+
+    To be called before jax first compiles for anything: it reads the environment then.
+    """
+    os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"  # no driver here, and the compiler needs none
+    from jax.experimental import topologies
+
+    try:
+        return topologies.get_topology_desc("h100", platform="cuda", target_config=H100, topology=topology).devices
+    except NotImplementedError as error:  # no plugin knows "cuda"
+        raise NoCompiler("compiling for GPUs needs jax's CUDA plugin and ptxas; pip install 'deepseek-jax[aot]' brings "
+                         "both.") from error
+
+
 def read(ptx: str, ptxas: str, resources: str, sass: str | None = None) -> dict:
     """What a kernel takes, from its PTX, what ptxas printed, Mosaic's list of resources and, if there, its SASS."""
     count = lambda name: None if sass is None else len(re.findall(rf"\b{name}\.", sass))
-    number = lambda pattern, text: sum(map(int, re.findall(pattern, text)))
-    barriers = [int(n) for n in re.findall(r"num_barriers=(\d+)", resources)]
-    return {"registers": number(r"Used (\d+) registers", ptxas),
-            "spill_bytes": number(r"(\d+) bytes spill", ptxas),
-            "shared_bytes": number(r"smem_scratch_bytes=(\d+)", resources),
-            "stages": max(barriers, default=0),
+    numbers = lambda pattern, text: [int(n) for n in re.findall(pattern, text)]
+    return {"registers": sum(numbers(r"Used (\d+) registers", ptxas)),
+            "spill_bytes": sum(numbers(r"(\d+) bytes spill", ptxas)),
+            "shared_bytes": max(numbers(r"smem_scratch_bytes=(\d+)", resources), default=0),
+            "stages": max(numbers(r"num_barriers=(\d+)", resources), default=0),
             "wgmma_e4m3": len(re.findall(r"wgmma\.mma_async\S*\.e4m3\.e4m3", ptx)),
-            "qgmma": count("QGMMA"), "hgmma": count("HGMMA"), "serialized": "serializ" in ptxas}
+            "qgmma": count("QGMMA"), "hgmma": count("HGMMA"), "serialized": "serializ" in ptxas,
+            "nan_skipped": len(re.findall(r"\bmax\.f32", ptx))}
+
+
+def dumped(files):
+    """Yields (name, row) of every kernel among the files that Mosaic dumped.
+
+    It numbers lists of resources as it traces kernels, and the rest as it compiles them, in another order: what has one
+    name belongs together, and of several lists the largest numbers are taken.
+    """
+    name = lambda file: re.sub(r"_\d+$", "", file.name.partition(".")[0])
+    for ptx in sorted(file for file in files if file.suffix == ".ptx"):
+        resources = [f.read_text() for f in files if f.name.endswith(".resources.txt") and name(f) == name(ptx)]
+        sass = [f.read_text() for f in files if f.name.startswith(f"{ptx.stem}.sass")]
+        yield name(ptx), read(ptx.read_text(), ptx.with_suffix(".ptxas").read_text(), "".join(resources), *sass[:1])
 
 
 def faults(operation: str, row: dict) -> list[str]:
@@ -53,6 +86,8 @@ def faults(operation: str, row: dict) -> list[str]:
         found.append("has no wgmma e4m3.e4m3")
     if "matmul" in operation and row["qgmma"] == 0:
         found.append("has no QGMMA in its machine code")
+    if "quantize" in operation and row["nan_skipped"]:
+        found.append("takes maxima that skip NaN")
     return found
 
 
@@ -64,50 +99,40 @@ def _disassembler() -> bool:
 
 
 def _compile(case, here, folder):
-    """Compiles one case; the names of the kernels that were dumped meanwhile."""
+    """Compiles one case; the files that were dumped meanwhile."""
     import jax
 
-    before = set(folder.glob("*.ptx"))
+    before = set(folder.iterdir())
     place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here)
     arguments = jax.tree.map(place, case.arguments())
     jax.jit(case.call("hopper"), out_shardings=here).lower(*arguments).compile()
-    return sorted(set(folder.glob("*.ptx")) - before)
+    return set(folder.iterdir()) - before
 
 
 def report(names) -> list[dict]:
     """A row for every kernel of every case of these shapes."""
-    # Both read the environment when they are first used.
-    os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"  # no driver here, and the compiler needs none
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    devices = described()
     folder = pathlib.Path(tempfile.mkdtemp(prefix="kernels_"))
     os.environ |= {"MOSAIC_GPU_DUMP_TO": str(folder), "MOSAIC_GPU_DUMP_PTX": "1", "MOSAIC_GPU_DUMP_PTXAS": "1"}
     if _disassembler():
         os.environ["MOSAIC_GPU_DUMP_SASS"] = "1"
     import jax
     import numpy as np
-    from jax.experimental import topologies
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
     from kernels_pallas.api import OPERATIONS
     from kernels_pallas.shapes import SHAPES
 
     jax.config.update("jax_enable_compilation_cache", False)  # a cached kernel would not be dumped
-    try:
-        devices = topologies.get_topology_desc("h100", platform="cuda", target_config=H100, topology="1x1x1").devices
-    except NotImplementedError:  # no plugin knows "cuda"
-        print("compiling for Hopper needs jax's CUDA plugin and ptxas; pip install 'deepseek-jax[aot]' brings both.",
-              file=sys.stderr)
-        sys.exit(2)
     here = NamedSharding(Mesh(np.array(devices), ("x",)), PartitionSpec())
     rows = []
     for case in (case for name in names for case in SHAPES[name] if "hopper" in OPERATIONS[case.operation][1]):
-        for ptx in _compile(case, here, folder):
-            texts = [ptx.with_suffix(suffix).read_text() for suffix in (".ptx", ".ptxas", ".resources.txt")]
-            sass = [file.read_text() for file in folder.glob(f"{ptx.stem}.sass*")]
-            row = {"operation": case.operation, "shape": str(case)} | read(*texts, *sass[:1])
+        for name, found in dumped(_compile(case, here, folder)):
+            row = {"operation": case.operation, "shape": str(case), "kernel": name} | found
             row["faults"] = faults(case.operation, row)
             rows.append(row)
-            print(f"{row['operation']:20} {row['shape']:34}", *(f"{row[name]!s:>7}" for name in FIELDS),
+            print(f"{row['operation']:20} {row['shape']:34} {name:18}", *(f"{row[name]!s:>7}" for name in FIELDS),
                   "; ".join(row["faults"]), flush=True)
     return rows
 
@@ -118,8 +143,12 @@ def main():
     parser.add_argument("--json", metavar="FILE", help="also write the rows there")
     parser.add_argument("--shapes", nargs="+", default=["v3-train"], choices=["tiny", "v3-train", "v3-decode"])
     args = parser.parse_args()
-    print(f"{'operation':20} {'shape':34}", *(f"{name[:7]:>7}" for name in FIELDS))
-    rows = report(args.shapes)
+    print(f"{'operation':20} {'shape':34} {'kernel':18}", *(f"{name[:7]:>7}" for name in FIELDS))
+    try:
+        rows = report(args.shapes)
+    except NoCompiler as error:
+        print(error, file=sys.stderr)
+        return 2
     if args.json:
         pathlib.Path(args.json).write_text(json.dumps(rows, indent=1) + "\n")
     bad = [row for row in rows if row["faults"]]

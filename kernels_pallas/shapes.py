@@ -147,22 +147,24 @@ class Attention(_Case):
 
 @dataclasses.dataclass(frozen=True)
 class Decode(_Case):
-    """mla_decode of B sequences of T tokens in pages of `page`."""
+    """mla_decode of B sequences of T tokens in pages of `page`; with `packed` a token is 656 bytes."""
 
     B: int
     T: int
     H: int
     page: int = 64
     C: int = 512
+    packed: bool = False
     operation: str = "mla_decode"
     flops = 0  # reading the cache is what takes the time
 
     def __str__(self):
-        return f"{self.B}x{self.T} H={self.H} pages of {self.page}"
+        return f"{self.B}x{self.T} H={self.H} pages of {self.page}{' in FP8' if self.packed else ''}"
 
     def arguments(self):
         X, pages = self.C + 64, -(-self.T // self.page)
-        return (_array((self.B, self.H, X), jnp.bfloat16), _array((self.B * pages, self.page, X), jnp.bfloat16),
+        token = (api.packed_width(self.C, 64), jnp.uint8) if self.packed else (X, jnp.bfloat16)
+        return (_array((self.B, self.H, X), jnp.bfloat16), _array((self.B * pages, self.page, token[0]), token[1]),
                 _array((self.B, pages), jnp.int32), _array((self.B,), jnp.int32))
 
     def call(self, implementation):
@@ -171,7 +173,8 @@ class Decode(_Case):
     def random(self, key):
         q, cache, table, lengths = self.arguments()
         keys = jax.random.split(key, 3)
-        return (jax.random.normal(keys[0], q.shape, q.dtype), jax.random.normal(keys[1], cache.shape, cache.dtype),
+        tokens = jax.random.normal(keys[1], (*cache.shape[:2], q.shape[-1]), jnp.bfloat16)
+        return (jax.random.normal(keys[0], q.shape, q.dtype), api.pack_fp8(tokens, 64) if self.packed else tokens,
                 jax.random.permutation(keys[2], table.size).reshape(table.shape).astype(jnp.int32),
                 jnp.full(lengths.shape, self.T, jnp.int32))
 
@@ -189,7 +192,8 @@ SHAPES = {
         Case("quantize", 256, 256), Case("swiglu_quantize", 256, 256), Case("fp8_matmul", 256, 256, 128),
         Case("fp8_matmul", 256, 256, 128, form="tiles"), Case("fp8_grouped_matmul", 512, 256, 128, groups=2),
         Case("fp8_grouped_matmul", 128, 512, 128, groups=2, form="tiles"),
-        Attention(1, 128, 1, backward=True), Decode(1, 128, 2, page=32, C=128)),
+        Attention(1, 128, 1, backward=True), Decode(1, 128, 2, page=32, C=128),
+        Decode(1, 128, 2, page=32, packed=True)),
     "v3-train": (
         Case("quantize", 4096, 7168), Case("swiglu_quantize", 32768, 2048),
         *(Case("fp8_matmul", 4096, K, N, published=speed[2]) for (N, K), speed in _MATMULS.items()),
@@ -202,5 +206,6 @@ SHAPES = {
     "v3-decode": (
         *(Case("fp8_matmul", M, K, N, published=speed[n])
           for (N, K), speed in _MATMULS.items() for n, M in enumerate((64, 128))),
-        Decode(128, 4096, 128), Decode(128, 4096, 16), Decode(4, 32768, 128, page=32)),
+        *(Decode(*shape, packed=packed) for packed in (False, True)
+          for shape in ((128, 4096, 128), (128, 4096, 16), (4, 32768, 128, 32)))),
 }

@@ -16,8 +16,28 @@ T_FP8, T_REFERENCE, T_HOPPER, T_TOOLS = ("test_fp8.py", "kernels/test_reference.
 
 DISPATCH, T_MOE_LAYER = "deepseek_jax/parallel/dispatch.py", "parallel/test_moe_layer.py"
 MOE = "deepseek_jax/model/experts.py"
+ATTENTION, R_ATTENTION = "deepseek_jax/model/attention.py", "kernels_pallas/reference/mla_attention.py"
+MESH, T_KERNEL = "deepseek_jax/parallel/mesh.py", "model/test_attention_kernel.py"
 
 MUTATIONS = [
+    ("attention: what the kernel gave is not kept", ATTENTION, 'lambda x: checkpoint_name(x, "attention")',
+     "lambda x: x", T_KERNEL),
+    ("attention: a kernel is taken for any dtype", ATTENTION, "q_BTHA.dtype == jnp.bfloat16 and ", "", T_KERNEL),
+    ("attention: the kernel is not told of segments", ATTENTION, "(WIDE, LONG), q, k, v, segments)",
+     "(WIDE, LONG), q, k, v, None)", T_KERNEL),
+    ("attention: every device attends to all rows and heads", MESH,
+     "jax.shard_map(f, in_specs=in_specs, out_specs=out_specs, check_vma=False)(*arrays)", "f(*arrays)", T_KERNEL),
+    ("attention's twin: gradients miss delta", R_ATTENTION, "(dp_BHTS - delta_BHT[..., None])", "dp_BHTS", T_KERNEL),
+    ("hopper attention: log-sum-exps stay natural", H_ATTENTION, "lse * math.log2(math.e)", "lse * 1.0", T_MLA),
+    ("hopper decode: all columns have the first scale", H_DECODE,
+     "lax.div(column, 2) == lax.div(number, BLOCK // PANEL)", "lax.div(column, 2) == 0", T_MLA),
+    ("hopper decode: FP8 rows that were never written stay", H_DECODE,
+     "jnp.where(row < count, values * rows(scale, values.shape), 0.0)", "values * rows(scale, values.shape)", T_MLA),
+    ("hopper decode: a block is multiplied before it is there", H_DECODE,
+     "length - first, group))\n                meet()", "length - first, group))", T_MLA),
+    ("hopper: on the interpreter NaN is skipped", H_QUANTIZE, "if not interpret:", "if True:", T_HOPPER),
+    ("report: maxima that skip NaN are no fault", REPORT, 'if "quantize" in operation and row["nan_skipped"]:',
+     "if False:", T_TOOLS),
     ("fp8: what arrived at the experts is kept wide", DISPATCH, "wire.decode(kept(parts), x_ND.dtype)",
      "kept(wire.decode(parts, x_ND.dtype))", T_MOE_LAYER),
     ("a capacity is that of the whole mesh", MOE, "chosen_NK.size // (data_shards() * mesh.tensor)", "chosen_NK.size",

@@ -9,6 +9,7 @@ T_NETWORK, T_CACHE, T_PAGES, T_SAMPLING, T_SPECULATIVE, T_GENERATION, T_ENGINE, 
 
 API, CHAT = (f"deepseek_jax/serving/{name}.py" for name in ("api", "chat_template"))
 T_CHAT = "serving/test_chat_template.py"
+ROW = "kernels_pallas/reference/mla_decode.py"  # of an FP8 cache
 
 MUTATIONS = [
     ("cached keys are seen before their time", NETWORK, "<= rows.position_BT[:, :, None, None]",
@@ -34,10 +35,9 @@ MUTATIONS = [
     ("replicas of the largest load, not load per replica", PLACEMENT, "np.argmax(weight_N / count_N)",
      "np.argmax(weight_N)", T_PLACEMENT),
     ("invalid rows are written to the sequence's page", CACHE, "jnp.where(valid_BT, page_BT, 0)", "page_BT", T_CACHE),
-    ("FP8 scales of one tile for all", CACHE, "jnp.repeat(_numbers(scale, jnp.float32), TILE, axis=-1)[..., :C]",
-     "_numbers(scale, jnp.float32)[..., :1]", T_CACHE),
-    ("rotary numbers in FP8", CACHE, "k_pe_BTR.astype(jnp.bfloat16)",
-     "k_pe_BTR.astype(jnp.float8_e4m3fn).astype(jnp.bfloat16)", T_CACHE),
+    ("FP8 scales of one tile for all", ROW, "view(scales, jnp.float32, 4))",
+     "0 * view(scales, jnp.float32, 4) + view(scales[..., :4], jnp.float32, 4))", T_CACHE),
+    ("rotary numbers in FP8", ROW, "k_pe.astype(jnp.bfloat16))", "k_pe.astype(E4M3).astype(jnp.bfloat16))", T_CACHE),
     ("a prefix does not depend on what stands before it", PAGES, "hashlib.blake2b(parent + page,",
      "hashlib.blake2b(page,", T_PAGES),
     ("a released page is lost", PAGES, "                self._free.append(page)\n\n    def register",

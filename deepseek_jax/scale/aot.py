@@ -77,12 +77,8 @@ def compiled_program(lower, platform: str):
 def kernels_in(folder: pathlib.Path) -> list[dict]:
     """The Mosaic kernels that were dumped there: name, how many, and the most of each thing that one of them takes."""
     rows: dict[str, dict] = {}
-    for ptx in sorted(folder.glob("*.ptx")):
-        files = [ptx.with_suffix(suffix) for suffix in (".ptx", ".ptxas", ".resources.txt")]
-        # Of two equal kernels only one has the last.
-        texts = [file.read_text() if file.exists() else "" for file in files]
-        found = {field: n for field, n in compile_report.read(*texts).items() if n is not None}
-        name = ptx.stem.rstrip("_0123456789")
+    for name, found in compile_report.dumped(list(folder.iterdir())):
+        found = {field: n for field, n in found.items() if n is not None}
         row = rows.setdefault(name, {"kernel": name, "count": 0} | dict.fromkeys(found, 0))
         row |= {field: max(row[field], value) for field, value in found.items()}
         row["count"] += 1

@@ -10,7 +10,7 @@ import os
 import re
 
 from deepseek_jax.config import ConfigError
-from kernels_pallas.compile_report import H100
+from kernels_pallas import compile_report
 
 TPUS = {"v5p": "v5p", "v5e": "v5e", "v6e": "v6e", "7x": "TPU7x"}
 GPUS = ("h100", "h800")  # an H800 is an H100 with a slower NVLink; the programs are the same
@@ -41,9 +41,7 @@ def memory_of(target: str) -> float:
 def devices_of(target: str):
     """Its devices. Raises ConfigError, with what to install, where no compiler for them is there."""
     number = count(target)
-    # Both are read when a compiler is first asked for.
-    os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # read when the compiler is first asked for
     import jax
     from jax.experimental import topologies
 
@@ -52,11 +50,9 @@ def devices_of(target: str):
     if name in GPUS:
         hosts, each = (1, number) if number < 8 else (number // 8, 8)
         try:
-            return topologies.get_topology_desc("h100", platform="cuda", target_config=H100,
-                                                topology=f"1x{hosts}x{each}").devices
-        except NotImplementedError as error:  # jax knows no "cuda"
-            raise ConfigError("compiling for GPUs needs jax's CUDA plugin and ptxas; pip install 'deepseek-jax[aot]' "
-                              "brings both.") from error
+            return compile_report.described(f"1x{hosts}x{each}")
+        except compile_report.NoCompiler as error:
+            raise ConfigError(str(error)) from error
     try:
         import libtpu
     except ImportError as error:

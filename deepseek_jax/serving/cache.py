@@ -2,9 +2,9 @@
 
 Rows lie in pages of a fixed number of tokens, `pages_PSX` per layer; a sequence owns a table of page numbers, so that
 it grows without a copy and shares the pages of a common prefix. Page 0 belongs to nobody: what must not be kept is
-written there. A row is kept as numbers, or in the 656 bytes of FlashMLA's FP8 layout at kv rank 512:
+written there. A row is kept as numbers, or in the FP8 layout that the kernels read too, at kv rank 512 in 656 bytes:
 
-    512 E4M3 values | 4 float32 scales, one for 128 values | 64 bfloat16 rotary values, which are too exact for FP8
+    512 E4M3 values | 4 float32 scales, one for 128 values | 64 bfloat16 rotary values
 """
 
 import os
@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from deepseek_jax.config import ConfigError, ModelConfig
+from kernels_pallas import api
 
-TILE = 128
 FORMATS = ("float64", "float32", "bfloat16", "fp8")
 
 
@@ -25,7 +25,7 @@ def row_shape(cfg: ModelConfig, kind: str):
     C, R = cfg.kv_rank, cfg.rope_head_dim
     if kind not in FORMATS:
         raise ConfigError(f"a cache of {kind!r} is unknown; take one of {', '.join(FORMATS)}.")
-    return (C + 4 * -(-C // TILE) + 2 * R, jnp.uint8) if kind == "fp8" else (C + R, jnp.dtype(kind))
+    return (api.packed_width(C, R), jnp.uint8) if kind == "fp8" else (C + R, jnp.dtype(kind))
 
 
 def bytes_per_token(cfg: ModelConfig, kind: str, mtp: int = 0) -> int:
@@ -51,36 +51,13 @@ def make(cfg: ModelConfig, kind: str, pages: int, page_size: int, mtp: int = 0):
 
 def pack(kind: str, c_BTC, k_pe_BTR):
     """Rows [B, T, X] as they are kept."""
-    if kind != "fp8":
-        return jnp.concatenate([c_BTC, k_pe_BTR], axis=-1).astype(kind)
-    C = c_BTC.shape[-1]
-    tiles = jnp.pad(c_BTC.astype(jnp.float32), ((0, 0), (0, 0), (0, -C % TILE)))
-    tiles = tiles.reshape(*tiles.shape[:2], -1, TILE)
-    scale = jnp.maximum(jnp.abs(tiles).max(axis=-1, keepdims=True), 1e-4) / 448
-    values = (tiles / scale).astype(jnp.float8_e4m3fn).reshape(*tiles.shape[:2], -1)[..., :C]
-    parts = values, scale[..., 0], k_pe_BTR.astype(jnp.bfloat16)
-    return jnp.concatenate([_bytes(x) for x in parts], axis=-1)
+    rows_BTX = jnp.concatenate([c_BTC, k_pe_BTR], axis=-1)
+    return api.pack_fp8(rows_BTX, k_pe_BTR.shape[-1]) if kind == "fp8" else rows_BTX.astype(kind)
 
 
 def unpack(cfg: ModelConfig, kind: str, rows_BSX):
     """[c | k_pe] as the model's numbers, [B, S, C + R]."""
-    if kind != "fp8":
-        return rows_BSX.astype(cfg.dtype)
-    C, tiles = cfg.kv_rank, -(-cfg.kv_rank // TILE)
-    values, scale, k_pe = jnp.split(rows_BSX, [C, C + 4 * tiles], axis=-1)
-    scale = jnp.repeat(_numbers(scale, jnp.float32), TILE, axis=-1)[..., :C]
-    c = _numbers(values, jnp.float8_e4m3fn).astype(jnp.float32) * scale
-    return jnp.concatenate([c.astype(cfg.dtype), _numbers(k_pe, jnp.bfloat16).astype(cfg.dtype)], axis=-1)
-
-
-def _bytes(x):
-    raw = lax.bitcast_convert_type(x, jnp.uint8)
-    return raw.reshape(*x.shape[:2], -1)
-
-
-def _numbers(raw, dtype):
-    size = jnp.dtype(dtype).itemsize
-    return lax.bitcast_convert_type(raw.reshape(*raw.shape[:2], -1, size) if size > 1 else raw, dtype)
+    return api.unpack_fp8(rows_BSX, cfg.kv_rank, cfg.dtype) if kind == "fp8" else rows_BSX.astype(cfg.dtype)
 
 
 def write(pages_PSX, rows_BTX, page_BT, offset_BT):

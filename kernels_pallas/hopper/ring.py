@@ -43,10 +43,15 @@ class Ring(NamedTuple):
     empty: Any
 
     @classmethod
-    def of(cls, stages, *shapes, dtype=jnp.bfloat16, transforms=BF16, copies=None):
-        """Scratch types of a ring of `stages` slots; a slot holds an array of each shape; `copies` copies fill it."""
-        return cls([plgpu.SMEM((stages, *shape), dtype, transforms=transforms) for shape in shapes],
-                   plgpu.Barrier(num_arrivals=copies or len(shapes), num_barriers=stages),
+    def of(cls, stages, *shapes, transforms=BF16):
+        """Scratch types of a ring of `stages` slots; a slot holds a bfloat16 array of each shape."""
+        return cls.holding(stages, *((shape, jnp.bfloat16, transforms) for shape in shapes))
+
+    @classmethod
+    def holding(cls, stages, *arrays, parts=1):
+        """The same of (shape, dtype, transforms), each of which comes in so many `parts`."""
+        return cls([plgpu.SMEM((stages, *shape), dtype, transforms=transforms) for shape, dtype, transforms in arrays],
+                   plgpu.Barrier(num_arrivals=parts * len(arrays), num_barriers=stages),
                    plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=stages))
 
     def fill(self, n, *sources):
@@ -56,11 +61,11 @@ class Ring(NamedTuple):
             plgpu.copy_gmem_to_smem(source, target.at[slot], self.full.at[slot])
 
     def fill_rows(self, n, sources, height):
-        """The same for a slot of one array, `height` rows from each source."""
+        """The same, `height` rows of each of a slot's arrays at a time: sources[part], an array for each."""
         slot = self._free(n)
-        for part, source in enumerate(sources):
-            target = self.slots[0].at[slot, pl.ds(part * height, height)]
-            plgpu.copy_gmem_to_smem(source, target, self.full.at[slot])
+        for part, arrays in enumerate(sources):
+            for source, held in zip(arrays, self.slots, strict=True):
+                plgpu.copy_gmem_to_smem(source, held.at[slot, pl.ds(part * height, height)], self.full.at[slot])
 
     def _free(self, n):
         slot = lax.rem(n, self.slots[0].shape[0])
@@ -80,8 +85,13 @@ class Ring(NamedTuple):
         return result
 
 
-def multiply(a_smem, b_smem):
+def multiply(a_smem, b_smem, interpret=False):
     """a @ b in float32, both in shared memory."""
+    if interpret:  # whose race detector does not see what the tensor core reads
+        a, b = a_smem[...], b_smem[...]
+        plgpu.commit_smem()
+        return jnp.dot(a, b, preferred_element_type=jnp.float32)
+
     def run(acc):
         plgpu.wgmma(acc, a_smem, b_smem)
         return acc[...]

@@ -3,7 +3,8 @@
     o[h] = softmax over the sequence of (q[h] . [c | k_pe] * scale) @ c        q[h] = [q_nope W_UK | rope(q_pe)]
 
 A page holds `page` tokens of one sequence; a token is its normed latent c and its rotated k_pe, either in bfloat16 (576
-numbers in V3) or in 656 bytes: 512 E4M3 values of c, four float32 scales (one for every 128), 64 bfloat16 of k_pe.
+numbers in V3) or in the 656 bytes of FlashMLA's FP8 layout: 512 E4M3 values of c, four float32 scales (one for every
+128), 64 bfloat16 of k_pe, which is too exact for FP8.
 """
 
 import jax
@@ -23,12 +24,12 @@ def pack_fp8(tokens_X, rope_dim):
     return jnp.concatenate(as_bytes, axis=-1)
 
 
-def unpack_fp8(packed_Y, rank, rope_dim):
-    """The inverse, up to FP8's rounding: bfloat16 [..., C + R]."""
+def unpack_fp8(packed_Y, rank, dtype=jnp.bfloat16):
+    """The inverse, up to FP8's rounding: [..., C + R]."""
     values, scales, k_pe = jnp.split(packed_Y, [rank, rank + 4 * blocks(rank)], axis=-1)
     view = lambda x, dtype, width: lax.bitcast_convert_type(x.reshape(*x.shape[:-1], -1, width), dtype)
-    c = dequantize(Quantized(lax.bitcast_convert_type(values, E4M3), view(scales, jnp.float32, 4)), jnp.bfloat16)
-    return jnp.concatenate([c, view(k_pe, jnp.bfloat16, 2)], axis=-1)
+    c = dequantize(Quantized(lax.bitcast_convert_type(values, E4M3), view(scales, jnp.float32, 4)), dtype)
+    return jnp.concatenate([c, view(k_pe, jnp.bfloat16, 2).astype(dtype)], axis=-1)
 
 
 def packed_width(rank, rope_dim):
@@ -57,7 +58,7 @@ def mla_decode(q_BHX, cache, page_table_BP, lengths_B, *, scale, rank=None):
                          f"{rank} need {width}.")
     tokens_BPpY = cache[page_table_BP]
     tokens_BSY = tokens_BPpY.reshape(len(q_BHX), -1, width)
-    tokens_BSX = unpack_fp8(tokens_BSY, rank, X - rank) if cache.dtype == jnp.uint8 else tokens_BSY
+    tokens_BSX = unpack_fp8(tokens_BSY, rank) if cache.dtype == jnp.uint8 else tokens_BSY
     highest = dict(precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
     s_BHS = jnp.einsum("BHX,BSX->BHS", q_BHX, tokens_BSX, **highest) * scale
     there = jnp.arange(s_BHS.shape[-1])[None, None] < lengths_B[:, None, None]

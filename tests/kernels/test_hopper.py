@@ -1,9 +1,13 @@
 """Hopper's kernels on the GPU interpreter, race detector on, against their twins; shapes that divide and do not."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from kernels_pallas import api
 
@@ -40,14 +44,25 @@ def test_both_quantized_copies_are_bit_equal_to_the_twin(shape, scale):
     same_bits(ours, jax.jit(lambda x: api.quantize(x, scale=scale, transposed=True))(x))
 
 
-@pytest.mark.parametrize("scale", ["float32", "power_of_two"])
-def test_an_infinite_element_makes_its_tiles_nan_and_no_other(scale):
-    x = normal((128, 256), dtype=jnp.bfloat16).at[3, 5].set(jnp.inf).at[70, 200].set(-jnp.inf)
-    rows, columns = quantizers.quantize(x, scale=scale, transposed=True, interpret=INTERPRET)
-    for q, tiles in ((rows, [(3, 0), (70, 1)]), (columns, [(5, 0), (200, 0)])):
+quantized = jax.jit(functools.partial(quantizers.quantize, transposed=True, interpret=INTERPRET),
+                    static_argnames="scale")
+
+
+@given(data=st.data(), scale=st.sampled_from(["float32", "power_of_two"]), shape=st.sampled_from([(72, 136), (8, 16)]))
+@settings(max_examples=8, deadline=None, derandomize=True)
+def test_an_infinite_or_nan_element_makes_its_tiles_nan_and_no_other(data, scale, shape):
+    place = st.tuples(*(st.integers(0, size - 1) for size in shape))
+    strange = data.draw(st.dictionaries(place, st.sampled_from([np.inf, -np.inf, np.nan, -np.nan]), min_size=1,
+                                        max_size=4))
+    strange[data.draw(place)] = np.nan  # there is always one
+    x = np.array(normal(shape, dtype=jnp.bfloat16))
+    for at, value in strange.items():
+        x[at] = value
+    both = quantized(jnp.asarray(x), scale=scale)
+    for q, lines in zip(both, (strange, [(column, row) for row, column in strange])):
         expected = np.zeros(q.values.shape, bool)
-        for line, tile in tiles:
-            expected[line, tile * 128:(tile + 1) * 128] = True
+        for line, place in lines:
+            expected[line, place // 128 * 128:(place // 128 + 1) * 128] = True
         np.testing.assert_array_equal(np.isnan(np.asarray(api.dequantize(q))), expected)
 
 

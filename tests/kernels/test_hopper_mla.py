@@ -78,6 +78,19 @@ def test_decoding_is_its_twin_over_any_pages_and_shares(page, splits):
     close(ours, api.mla_decode(*wide((q, cache)), inside, lengths, scale=0.1))
 
 
+@pytest.mark.parametrize(("page", "splits"), [(32, 1), (64, 2)])
+def test_decoding_tokens_of_656_bytes_is_its_twin(page, splits):
+    lengths = np.array([150, 5], np.int32)
+    cache, table = paged(lengths, page, -(-192 // page), 576)
+    cache = api.pack_fp8(cache * jnp.exp2(jnp.arange(576) // 128 - 1.0).astype(jnp.bfloat16)[None, None], 64)
+    assert cache.shape[-1] == 656
+    q = normal((2, 20, 576), 0)
+    ours = decode.mla_decode(q, cache, table, jnp.asarray(lengths), scale=0.02,
+                             config=decode.TuningConfig(splits=splits), interpret=INTERPRET)
+    inside = jnp.minimum(table, len(cache) - 1)
+    close(ours, api.mla_decode(wide(q), cache, inside, lengths, scale=0.02))
+
+
 Q, CACHE = jnp.ones((1, 2, 192), jnp.bfloat16), jnp.ones((2, 64, 192), jnp.bfloat16)
 TABLE, LENGTHS = jnp.zeros((1, 2), jnp.int32), jnp.ones(1, jnp.int32)
 HEADS = jnp.ones((1, 8, 2, 64), jnp.bfloat16)
@@ -90,8 +103,9 @@ HEADS = jnp.ones((1, 8, 2, 64), jnp.bfloat16)
         (lambda: attention.mla_attention(HEADS, HEADS[:, :4], HEADS, scale=1.0), "do not fit each other"),
         (lambda: attention.mla_attention(HEADS, HEADS, HEADS, jnp.ones((2, 8)), scale=1.0), "do not fit each other"),
         (lambda: attention.mla_attention(*(HEADS[..., :24],) * 3, scale=1.0), "heads of whole 64 numbers up to 256"),
-        (lambda: decode.mla_decode(wide(Q), CACHE, TABLE, LENGTHS, scale=1.0), "takes bfloat16 queries and a bfloat16"),
+        (lambda: decode.mla_decode(wide(Q), CACHE, TABLE, LENGTHS, scale=1.0), "takes bfloat16 queries and a cache of"),
         (lambda: decode.mla_decode(Q, CACHE.astype(jnp.uint8), TABLE, LENGTHS, scale=1.0), "reference takes others"),
+        (lambda: decode.mla_decode(Q, api.pack_fp8(CACHE, 64), TABLE, LENGTHS, scale=1.0), "takes tokens of 656 bytes"),
         (lambda: decode.mla_decode(Q, CACHE[:, :24], TABLE, LENGTHS, scale=1.0), "pages of 8, 16, 32 or a multiple"),
         (lambda: decode.mla_decode(Q, CACHE, TABLE, LENGTHS, scale=1.0, rank=64), "a multiple of 128 up to 512"),
     ],

@@ -112,7 +112,7 @@ def test_decoding_reads_the_pages_of_its_sequence_up_to_its_length():
 def test_the_fp8_cache_takes_656_bytes_a_token_and_decodes_what_it_holds():
     tokens, lengths = normal((1, 10, 576), 1), np.array([10], np.int32)
     packed = np.asarray(jax.jit(lambda x: decode.pack_fp8(x, 64))(tokens))
-    held = np.asarray(jax.jit(lambda x: decode.unpack_fp8(x, 512, 64))(packed), np.float32)
+    held = np.asarray(jax.jit(lambda x: decode.unpack_fp8(x, 512))(packed), np.float32)
     q = normal((1, 2, 576))
 
     assert packed.shape == (1, 10, 656) and packed.dtype == np.uint8

@@ -8,7 +8,10 @@ import sys
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.experimental import topologies
 
+from deepseek_jax.config import ConfigError
+from deepseek_jax.scale import targets
 from kernels_pallas import api, benchmark, compile_report
 from kernels_pallas.shapes import SHAPES, Case
 
@@ -24,8 +27,20 @@ RESOURCES = "Resources(smem_scratch_bytes=163840, barrier_counts=Counter({Barrie
 def test_a_clean_kernel_is_read_off_ptxas():
     row = compile_report.read(PTX, PTXAS, RESOURCES)
     assert row == {"registers": 168, "spill_bytes": 0, "shared_bytes": 163840, "stages": 4, "wgmma_e4m3": 4,
-                   "qgmma": None, "hgmma": None, "serialized": False}
+                   "qgmma": None, "hgmma": None, "serialized": False, "nan_skipped": 0}
     assert compile_report.faults("fp8_matmul", row) == []
+
+
+def test_what_was_dumped_is_put_together_by_name(tmp_path):
+    """Mosaic numbers resources in the order of tracing, and kernels in that of compiling."""
+    for stem, registers in (("forward_0", 168), ("dkv_1", 160), ("dq_2", 152)):
+        (tmp_path / f"{stem}.ptx").write_text(PTX)
+        (tmp_path / f"{stem}.ptxas").write_text(PTXAS.replace("168", str(registers)))
+    for stem, size in (("forward_0", 1000), ("dq_1", 2000), ("dkv_2", 3000)):
+        (tmp_path / f"{stem}.resources.txt").write_text(RESOURCES.replace("163840", str(size)))
+    rows = compile_report.dumped(list(tmp_path.iterdir()))
+    found = {name: (row["registers"], row["shared_bytes"]) for name, row in rows}
+    assert found == {"forward": (168, 1000), "dkv": (160, 3000), "dq": (152, 2000)}
 
 
 def test_where_there_is_machine_code_its_tensor_core_instructions_are_counted():
@@ -48,6 +63,13 @@ def test_where_there_is_machine_code_its_tensor_core_instructions_are_counted():
 def test_a_kernel_that_is_not_what_was_meant_has_a_fault(ptx, ptxas, fault):
     found = compile_report.faults("fp8_matmul", compile_report.read(ptx, ptxas, RESOURCES))
     assert len(found) == 1 and fault in found[0]
+
+
+def test_a_quantizer_whose_maxima_skip_nan_has_a_fault():
+    row = compile_report.read("max.NaN.f32 %r1, %r2, %r3;\nmax.f32 %r1, %r2, %r3;\n", PTXAS, RESOURCES)
+    assert compile_report.faults("swiglu_quantize", row) == ["takes maxima that skip NaN"]
+    assert compile_report.faults("mla_decode", row) == []  # which would be NaN anyway
+    assert compile_report.faults("quantize", compile_report.read("max.NaN.f32 %r1;\n", PTXAS, RESOURCES)) == []
 
 
 def test_every_tiny_kernel_compiles_for_every_tpu():
@@ -139,3 +161,17 @@ def test_a_case_counts_its_flops_and_bytes():
 def test_every_kernel_has_named_shapes():
     made = {case.operation for cases in SHAPES.values() for case in cases}
     assert made == {name for name, (_, folders) in api.OPERATIONS.items() if "hopper" in folders}
+
+
+def test_without_the_compiler_for_gpus_both_reports_say_what_to_install(monkeypatch, capsys):
+    def no_plugin(*_, **__):
+        raise NotImplementedError("unknown platform cuda")
+
+    monkeypatch.setattr(topologies, "get_topology_desc", no_plugin)
+    monkeypatch.setattr("sys.argv", ["compile_report", "--shapes", "tiny"])
+    assert compile_report.main() == 2
+    said = capsys.readouterr().err.strip()
+    assert "pip install 'deepseek-jax[aot]'" in said and len(said.splitlines()) == 1
+    with pytest.raises(ConfigError) as error:
+        targets.devices_of("h100:8")
+    assert str(error.value) == said

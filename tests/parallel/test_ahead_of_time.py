@@ -14,14 +14,13 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(importlib.util.find_spec("jax
 CODE = '''
 import json, re, sys
 import jax, jax.numpy as jnp
-from jax.experimental import topologies
 from jax.sharding import NamedSharding
 from deepseek_jax.config import MeshConfig, model_config
 from deepseek_jax.model import experts
 from deepseek_jax.parallel import mesh as meshes
-from kernels_pallas.compile_report import H100
+from kernels_pallas.compile_report import described
 
-devices = topologies.get_topology_desc("h100", platform="cuda", target_config=H100, topology="1x2x8").devices
+devices = described("1x2x8")
 cfg = MeshConfig(node=2, local=8, buffers="ragged", capacity=1.5)
 model = model_config("v3_671b", num_experts=64, d_model=1024, expert_ffn_dim=512)
 experts.implementation_here = lambda: "ragged"  # of the machine it is compiled for, not of this one
