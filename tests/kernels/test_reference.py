@@ -145,7 +145,7 @@ def test_a_kernel_that_cannot_run_here_says_what_it_needs_in_one_line(operation)
 
 
 def test_auto_says_once_what_it_took(caplog):
-    api._auto.cache_clear()
+    api._log_once.cache_clear()
     with caplog.at_level(logging.INFO, logger="kernels_pallas.api"):
         for _ in range(2):
             api.quantize(jnp.ones((1, 128)))
