@@ -140,9 +140,11 @@ def per_head(x_BTHI, w_HIO):
 
 
 def _has_kernel(cfg, reach, T):
-    """Whether the device's own kernel does this attention: one query a sequence, rows of the published models."""
+    """Whether the device's own kernel does this attention: one query a sequence, rows of the published models, pages
+    that it can copy."""
     rows = (cfg.kv_rank, cfg.rope_head_dim) == (512, 64) and reach.kind in ("bfloat16", "fp8")
-    return T == 1 and rows and cfg.dtype == "bfloat16" and api.chosen_here("mla_decode") == "hopper"
+    pages = reach.page_size in (8, 16, 32) or reach.page_size % 64 == 0
+    return T == 1 and rows and pages and cfg.dtype == "bfloat16" and api.chosen_here("mla_decode") == "hopper"
 
 
 def attention(cfg: ModelConfig, reach: Reach, w, x_BTD, rope, pages_PSX, rows: Rows):

@@ -151,6 +151,14 @@ def test_a_bfloat16_layer_is_the_float32_layer_rounded(tokens):
     assert np.abs(error[:, :-1]).max() < 0.02 * np.abs(expected).max()
 
 
+@pytest.mark.parametrize(("page_size", "taken"), [(8, True), (128, True), (12, False), (96, False)])
+def test_a_kernel_is_asked_for_pages_that_it_reads(monkeypatch, page_size, taken):
+    cfg = naive.tiny(num_layers=2, kv_rank=512, rope_head_dim=64, dtype="bfloat16")
+    monkeypatch.setattr(network.api, "chosen_here", lambda operation: "hopper")
+
+    assert network._has_kernel(cfg, Reach("bfloat16", page_size, (1,)), 1) == taken
+
+
 @pytest.mark.parametrize("kind", ["bfloat16", "fp8"])
 def test_where_there_is_a_kernel_it_is_handed_what_it_takes(monkeypatch, kind):
     cfg = naive.tiny(num_layers=2, kv_rank=512, rope_head_dim=64, dtype="bfloat16")
