@@ -76,9 +76,14 @@ report = --json experiments/scale/$(1).json --plot experiments/scale/$(1).png
 aot: .venv-aot/stamp
 	.venv-aot/bin/python -m kernels_pallas.compile_report --shapes v3-train v3-decode --json experiments/studies/fp8/compile_sm90a.json
 	$(COMPILE) --model tiny --target h100:1 --sequences 32 --rows 8 --sequence-length 1024 --remat report $(call report,tiny_h100_1)
+	$(COMPILE) --model tiny --target h100:8 --expert 8 --sequences 128 --rows 4 --sequence-length 1024 --remat report \
+		$(call report,tiny_h100_8)
+	$(COMPILE) --model small --target h100:16 --expert 16 --sequences 256 --rows 8 --sequence-length 2048 --remat report \
+		$(call report,small_h100_16)
 	$(COMPILE) --model small --target h100:8 --expert 8 --sequences 128 --rows 8 --sequence-length 2048 --remat full \
 		$(call report,small_h100_8)
 	$(COMPILE) --model v2_lite_16b --target h100:8 --expert 8 --sequences 512 --capacity 1.5 $(call report,v2_lite_16b_h100_8)
+	$(COMPILE) --model v2_lite_16b --target h100:64 --expert 16 --sequences 1024 --remat full $(call report,v2_lite_16b_h100_64)
 	$(COMPILE) --model v2_lite_16b --target h100:8 --decode 32 --length 4096 $(call report,v2_lite_16b_h100_8_decode)
 	-$(COMPILE) --model v2_236b --target h100:128 --expert 32 --sequences 2048 --remat full $(call report,v2_236b_h100_128)  # does not fit
 	$(COMPILE) $(V3) --target h100:2048 --fp8 $(call report,v3_671b_h100_2048_fp8)

@@ -27,11 +27,9 @@ def layout_of(report):
                   deferred=report["deferred"])
 
 
-# Where the planner is off, and why. Models of a few layers are unrolled, each with buffers of its own for what travels,
-# # which XLA:GPU keeps in a memory space apart; XLA:TPU lays out otherwise, and the planner's bytes are XLA:GPU's; with
-# FP8 weights a pipelined step seems to need most after its loop, where gradients change places, which is not modelled.
-MISSED = {"v3_671b_h100_2048_fp8": (0.8, 0.9), "tiny_h100_1": (1.25, 1.35), "small_h100_8": (0.6, 0.7),
-          "v3_671b_v5p_8x16x16_bf16": (0.65, 0.8)}
+# Where the planner is off, and why: XLA:TPU lays out otherwise, and the planner's bytes are XLA:GPU's; of 60 scanned
+# layers XLA:GPU holds less at once than all that the planner adds up.
+MISSED = {"v2_236b_h100_128": (1.1, 1.2), "v3_671b_v5p_8x16x16_bf16": (0.65, 0.8)}
 
 
 def planned_over_compiled(path):
