@@ -157,6 +157,25 @@ def test_what_shrinks_is_done_before_it_waits():
     assert s.deferred_bytes == 8 * 4
 
 
+def test_what_is_marked_waits_as_it_is_and_not_what_it_was_made_of():
+    """Quantizing reads its input twice (largest value, quotient), which no look at bytes would take for shrinking."""
+    @jax.custom_vjp
+    def linear(x, w):
+        return x @ w
+
+    def backward(kept, dy):
+        x, w = kept
+        scale = jnp.abs(dy).max() / 448
+        narrow = checkpoint_name((dy / scale).astype(jnp.float8_e4m3fn), DEFERRED)
+        return dy @ w.T, x.T @ (narrow.astype(jnp.float32) * scale)
+
+    linear.defvjp(lambda x, w: (x @ w, (x, w)), backward)
+    s = split(lambda params, x, context: (linear(x, params), jnp.zeros(()), ()), jnp.eye(8), jnp.ones((64, 8)), ())
+
+    assert sorted((a.shape, str(a.dtype)) for a in s.deferred) == [
+        ((), "float32"), ((64, 8), "float32"), ((64, 8), "float8_e4m3fn")]
+
+
 def test_rounded_weights_are_made_once_and_held_in_place_of_the_masters():
     """Two passes round each weight; the passes read one rounded copy of it, in its smallest form."""
     def narrow(params, x, context):
