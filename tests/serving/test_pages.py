@@ -33,6 +33,18 @@ def test_a_released_prefix_is_kept_until_its_room_is_needed_the_longest_unused_f
     assert pool.find([7]) == [] and pool.find([8]) == [pages[1]]
 
 
+def test_a_released_page_of_no_known_prefix_is_free_again():
+    pool = Pages(1, 2)
+    pool.promise(1)
+    page = pool.take()
+
+    pool.release(page)
+
+    assert (pool.available, pool.owned) == (1, 0)
+    pool.promise(1)
+    assert pool.take() == page
+
+
 def test_more_than_there_is_cannot_be_promised():
     pool = Pages(3, 1)
     pool.promise(2)
