@@ -25,6 +25,8 @@ MUTATIONS = [
     ("a ragged receiver lets copies overlap", DISPATCH, "landing_QP = jnp.cumsum(wanted_QP, axis=0) - wanted_QP",
      "landing_QP = jnp.maximum(jnp.cumsum(wanted_QP, axis=0) - wanted_QP - 1, 0)", T_DISPATCH),
     ("a ragged receiver is overrun", DISPATCH, "jnp.clip(room - landing_QP, 0, wanted_QP)", "wanted_QP", T_DISPATCH),
+    ("what rows land in is a constant", DISPATCH, "jnp.minimum(arriving_P[0], 0).astype(x.dtype)",
+     "jnp.zeros((), x.dtype)", T_DISPATCH),
     ("dropped choices count as computed", EXPERTS, "rows - 1), sizes_E), kept_NK.sum()",
      "rows - 1), sizes_E), (id_NK > 0).sum()", T_LAYER),
     ("what a capacity cuts off is read from a full row", EXPERTS, "jnp.where(kept_NK, p.row_NK, rows - 1)",

@@ -57,4 +57,12 @@ MUTATIONS = [
     # targets
     ("a TPU7x chip is one device", TARGETS, '(2 if name == "7x" else 1)', "1", T_TARGETS),
     ("half a host is fine", TARGETS, "number > 8 and number % 8", "number > 8 and number % 4", T_TARGETS),
+    # attention's kernels and sums
+    ("attention's kernels see the whole square", HLO, "return float(B * H * T * T * widths)",
+     "return 2.0 * B * H * T * T * widths", T_HLO),
+    ("logits are there beside the copies of rows", MEMORY, "max(0.0, passing(c, layout, loss_chunk) - copies)",
+     "passing(c, layout, loss_chunk)", T_MEMORY),
+    ("attention's sums are one layer's", MEMORY, "    return layers * layout.tokens * heads",
+     "    return layout.tokens * heads", T_MEMORY),
+    ("long stacks are unrolled too", MEMORY, "UNROLLED_LAYERS = 8", "UNROLLED_LAYERS = 99", T_MEMORY),
 ]

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.interpreters.partial_eval import dce_jaxpr
 
 from deepseek_jax.config import MeshConfig, model_config
 from deepseek_jax.model import router as routing
@@ -178,6 +179,22 @@ def ragged_all_to_all(operand, output, input_offsets, send_sizes, output_offsets
 @pytest.fixture
 def ragged(monkeypatch):
     monkeypatch.setattr(jax.lax, "ragged_all_to_all", ragged_all_to_all)
+
+
+@pytest.mark.parametrize("travel", [dispatch.send, dispatch.bring_back])
+def test_what_ragged_rows_land_in_hangs_on_counts_and_is_no_constant(monkeypatch, travel):
+    """XLA:GPU makes a copy of a constant for each layer at the beginning of a step, where it waits for its turn."""
+    landed_in = []
+    monkeypatch.setattr(jax.lax, "ragged_all_to_all", lambda x, output, *_, **__: landed_in.append(output) or output)
+    slot_RK, row_S = jnp.zeros((4, 1), jnp.int32), jnp.zeros(6, jnp.int32)
+
+    def lands_in(counts_P):
+        travel(jnp.ones((4, 2)), dispatch.Hop(slot_RK, row_S, counts_P, counts_P, (counts_P,) * 6, "local", 6))
+        return landed_in[-1]
+
+    counts = jnp.array([3, 1])
+    _, hangs_on = dce_jaxpr(jax.make_jaxpr(lands_in)(counts).jaxpr, [True])
+    assert hangs_on == [True] and not np.any(lands_in(counts)) and landed_in[-1].shape == (6, 2)
 
 
 @pytest.mark.parametrize("routing", ["mixed", "all on one device", "none to a node"])
