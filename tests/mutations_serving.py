@@ -80,5 +80,6 @@ MUTATIONS = [
     ("a kernel is asked for any pages", "deepseek_jax/serving/network.py", "T == 1 and rows and pages and",
      "T == 1 and rows and", "serving/test_network.py"),
     ("the warm-up leaves a batch size out", "deepseek_jax/serving/engine.py",
-     "for size in _buckets(self.max_sequences):", "for size in _buckets(self.max_sequences)[1:]:", "serving/test_engine.py serving/test_placement.py"),
+     "for size in _buckets(self.max_sequences):", "for size in _buckets(self.max_sequences)[1:]:",
+     "serving/test_engine.py serving/test_placement.py"),
 ]
