@@ -6,7 +6,8 @@
 
 What the backward pass needs is kept in FP8, so that memory really falls: a Linear keeps Q(x), a feed-forward network
 its quantized input and the quantized inputs of SwiGLU, whose output is computed again. The input of the attention's
-output projection is kept in E5M6. Weights are [out, in], as in the checkpoints.
+output projection is kept in E5M6. Weights are [out, in], as in the checkpoints. On a mesh every device quantizes and
+multiplies its own rows: no tile holds tokens of two devices.
 """
 
 import functools
@@ -18,6 +19,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from deepseek_jax.config import FP8Config
+from deepseek_jax.parallel.mesh import on_parts, spec
 from kernels_pallas import api
 from kernels_pallas.api import Accumulator, Quantized, dequantize
 
@@ -134,7 +136,7 @@ def _wgrad(dy, x, sizes, recipe):
     return _product(_waiting(_gradient(dy, recipe, transposed="only")), x, sizes, recipe, jnp.float32)
 
 
-def linear(x, w, recipe: FP8Config = RECIPE, kept: str = "e4m3"):
+def linear(x, w, recipe: FP8Config = RECIPE, kept: str = "e4m3", names=(None, None)):
     """x @ w.T in FP8, forward and backward.
 
     Args:
@@ -143,6 +145,7 @@ def linear(x, w, recipe: FP8Config = RECIPE, kept: str = "e4m3"):
         `quantize_blocks` made of one (a checkpoint's weights): frozen, without a gradient.
       recipe: scales, formats, accumulation.
       kept: what the backward pass keeps of x: "e4m3", the forward pass's tiles, or "e5m6" (for o_proj).
+      names: of the dimensions N and K, where a mesh splits them (`parallel.mesh.AXES`).
     Returns:
       [..., N] in the dtype of x.
     """
@@ -150,30 +153,44 @@ def linear(x, w, recipe: FP8Config = RECIPE, kept: str = "e4m3"):
     if isinstance(w, tuple):
         y_MN = _frozen_linear(x_MK, Quantized(*w), recipe)
     else:
-        y_MN = _linear(x_MK, w, recipe, kept)
+        y_MN = _linear(x_MK, w, recipe, kept, names)
     return y_MN.reshape(*x.shape[:-1], -1)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _linear(x_MK, w_NK, recipe, kept):
-    return _linear_fwd(x_MK, w_NK, recipe, kept)[0]
+def _specs(names):
+    """Where x [M, K], w [N, K] and y [M, N] lie."""
+    out, into = names
+    return spec("batch", into), spec(out, into), spec("batch", out)
 
 
-def _linear_fwd(x_MK, w_NK, recipe, kept):
-    # The report's power-of-two scales for o_proj: turned to 128 x 1, its tiles then lose nothing twice.
-    q = _activation(x_MK, recipe, "power_of_two" if kept == "e5m6" else None)
-    y_MN = _product(q, _weight(w_NK, recipe), None, recipe, x_MK.dtype)
-    return y_MN, (to_e5m6(x_MK) if kept == "e5m6" else q, w_NK)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _linear(x_MK, w_NK, recipe, kept, names):
+    return _linear_fwd(x_MK, w_NK, recipe, kept, names)[0]
 
 
-def _linear_bwd(recipe, kept, residuals, dy_MN):
-    q, w_NK = residuals
-    if kept == "e5m6":
-        x_MK, scale = from_e5m6(q, w_NK.shape[1]), "power_of_two"
-    else:
-        x_MK, scale = dequantize(q), None
-    dx_MK = _product(_gradient(dy_MN, recipe), _transposed(_weight(w_NK, recipe)), None, recipe, dy_MN.dtype)
-    return dx_MK, _wgrad(dy_MN, _along_rows(x_MK, recipe, scale), None, recipe).astype(w_NK.dtype)
+def _linear_fwd(x_MK, w_NK, recipe, kept, names):
+    def forward(x_MK, w_NK):
+        # The report's power-of-two scales for o_proj: turned to 128 x 1, its tiles then lose nothing twice.
+        q = _activation(x_MK, recipe, "power_of_two" if kept == "e5m6" else None)
+        y_MN = _product(q, _weight(w_NK, recipe), None, recipe, x_MK.dtype)
+        return y_MN, to_e5m6(x_MK) if kept == "e5m6" else q
+
+    x, w, y = _specs(names)
+    y_MN, held = on_parts(forward, (x, w), (y, x), x_MK, w_NK, summed=(names[1], None))
+    return y_MN, (held, w_NK)
+
+
+def _linear_bwd(recipe, kept, names, residuals, dy_MN):
+    def backward(held, w_NK, dy_MN):
+        if kept == "e5m6":
+            x_MK, scale = from_e5m6(held, w_NK.shape[1]), "power_of_two"
+        else:
+            x_MK, scale = dequantize(held), None
+        dx_MK = _product(_gradient(dy_MN, recipe), _transposed(_weight(w_NK, recipe)), None, recipe, dy_MN.dtype)
+        return dx_MK, _wgrad(dy_MN, _along_rows(x_MK, recipe, scale), None, recipe).astype(w_NK.dtype)
+
+    x, w, y = _specs(names)
+    return on_parts(backward, (x, w, y), (x, w), *residuals, dy_MN, summed=(names[0], "batch"))
 
 
 _linear.defvjp(_linear_fwd, _linear_bwd)
@@ -220,30 +237,45 @@ def _exchanged(sizes):
     return None if sizes is None else "power_of_two"
 
 
+# Where x and y, w [F, D], w [D, F] and what is between them lie. Experts come here with each device's own rows.
+ROWS, WIDEN, NARROW, WIDE = spec("batch", None), spec("ffn", None), spec(None, "ffn"), spec("batch", "ffn")
+
+
 def _swiglu_ffn_fwd(x_MD, gate_FD, up_FD, down_DF, sizes, recipe):
-    q = _activation(x_MD, recipe, _exchanged(sizes))
-    gate_MF, up_MF = (_product(q, _weight(w, recipe), sizes, recipe, x_MD.dtype) for w in (gate_FD, up_FD))
-    if recipe.tiles == "fine":
-        act = api.swiglu_quantize(gate_MF, up_MF, scale=recipe.scale, implementation=recipe.implementation)
-    else:
-        act = _activation(_swiglu(gate_MF, up_MF), recipe)
-    y_MD = _product(act, _weight(down_DF, recipe), sizes, recipe, x_MD.dtype)
-    inputs = jax.tree.map(lambda x: checkpoint_name(x, "ffn_in"), [_activation(x, recipe) for x in (gate_MF, up_MF)])
+    def forward(x_MD, gate_FD, up_FD, down_DF):
+        q = _activation(x_MD, recipe, _exchanged(sizes))
+        gate_MF, up_MF = (_product(q, _weight(w, recipe), sizes, recipe, x_MD.dtype) for w in (gate_FD, up_FD))
+        if recipe.tiles == "fine":
+            act = api.swiglu_quantize(gate_MF, up_MF, scale=recipe.scale, implementation=recipe.implementation)
+        else:
+            act = _activation(_swiglu(gate_MF, up_MF), recipe)
+        y_MD = _product(act, _weight(down_DF, recipe), sizes, recipe, x_MD.dtype)
+        return y_MD, q, *(_activation(x, recipe) for x in (gate_MF, up_MF))
+
+    y_MD, q, *inputs = on_parts(forward, (ROWS, WIDEN, WIDEN, NARROW), (ROWS, ROWS, WIDE, WIDE), x_MD, gate_FD, up_FD,
+                                down_DF, summed=("ffn", None, None, None))
+    inputs = jax.tree.map(lambda x: checkpoint_name(x, "ffn_in"), inputs)
     return y_MD, (q, *inputs, gate_FD, up_FD, down_DF, sizes)
 
 
 def _swiglu_ffn_bwd(recipe, residuals, dy_MD):
-    q, gate, up, gate_FD, up_FD, down_DF, sizes = residuals
-    dtype, scale = dy_MD.dtype, _exchanged(sizes)
-    act_MF, pull_back = jax.vjp(_swiglu, dequantize(gate), dequantize(up))
-    ddown_DF = _wgrad(dy_MD, _along_rows(act_MF, recipe), sizes, recipe)
-    dact_MF = _product(_gradient(dy_MD, recipe, scale), _transposed(_weight(down_DF, recipe)), sizes, recipe,
-                       jnp.float32)
-    x_MD, dx_MD, dw = _along_rows(dequantize(q), recipe, scale), 0, []
-    for d_MF, w_FD in zip(pull_back(dact_MF), (gate_FD, up_FD)):
-        dw.append(_wgrad(d_MF, x_MD, sizes, recipe).astype(w_FD.dtype))
-        dx_MD += _product(_gradient(d_MF, recipe), _transposed(_weight(w_FD, recipe)), sizes, recipe, jnp.float32)
-    return dx_MD.astype(dtype), *dw, ddown_DF.astype(down_DF.dtype), None
+    *arrays, sizes = residuals
+
+    def backward(q, gate, up, gate_FD, up_FD, down_DF, dy_MD):
+        dtype, scale = dy_MD.dtype, _exchanged(sizes)
+        act_MF, pull_back = jax.vjp(_swiglu, dequantize(gate), dequantize(up))
+        ddown_DF = _wgrad(dy_MD, _along_rows(act_MF, recipe), sizes, recipe)
+        dact_MF = _product(_gradient(dy_MD, recipe, scale), _transposed(_weight(down_DF, recipe)), sizes, recipe,
+                           jnp.float32)
+        x_MD, dx_MD, dw = _along_rows(dequantize(q), recipe, scale), 0, []
+        for d_MF, w_FD in zip(pull_back(dact_MF), (gate_FD, up_FD)):
+            dw.append(_wgrad(d_MF, x_MD, sizes, recipe).astype(w_FD.dtype))
+            dx_MD += _product(_gradient(d_MF, recipe), _transposed(_weight(w_FD, recipe)), sizes, recipe, jnp.float32)
+        return dx_MD.astype(dtype), *dw, ddown_DF.astype(down_DF.dtype)
+
+    gradients = on_parts(backward, (ROWS, WIDE, WIDE, WIDEN, WIDEN, NARROW, ROWS), (ROWS, WIDEN, WIDEN, NARROW),
+                         *arrays, dy_MD, summed=("ffn", "batch", "batch", "batch"))
+    return *gradients, None
 
 
 _swiglu_ffn.defvjp(_swiglu_ffn_fwd, _swiglu_ffn_bwd)

@@ -7,7 +7,8 @@ GROUPED = "kernels_pallas/reference/fp8_grouped_matmul.py"
 DECODE = "kernels_pallas/reference/mla_decode.py"
 H_QUANTIZE, H_MATMUL, H_GROUPED = (f"kernels_pallas/hopper/{name}.py"
                                    for name in ("quantize", "fp8_matmul", "fp8_grouped_matmul"))
-H_ATTENTION, H_DECODE, H_RING = (f"kernels_pallas/hopper/{name}.py" for name in ("mla_attention", "mla_decode", "ring"))
+H_ATTENTION, H_DECODE, H_RING, H_TILES = (f"kernels_pallas/hopper/{name}.py"
+                                          for name in ("mla_attention", "mla_decode", "ring", "tiles"))
 TPU_MATMUL, TPU_GROUPED = (f"kernels_pallas/tpu/{name}.py" for name in ("fp8_matmul", "fp8_grouped_matmul"))
 T_MLA, T_TPU = "kernels/test_hopper_mla.py", "kernels/test_tpu.py"
 REPORT = "kernels_pallas/compile_report.py"
@@ -20,6 +21,17 @@ ATTENTION, R_ATTENTION = "deepseek_jax/model/attention.py", "kernels_pallas/refe
 MESH, T_KERNEL = "deepseek_jax/parallel/mesh.py", "model/test_attention_kernel.py"
 
 MUTATIONS = [
+    ("fp8 on a mesh: a weight's gradient is of one device's tokens", FP8, 'summed=(names[0], "batch")',
+     "summed=(names[0], None)", T_FP8),
+    ("fp8 on a mesh: half of K is half of the output", FP8, "summed=(names[1], None)", "summed=(None, None)", T_FP8),
+    ("fp8 on a mesh: a network's output is of half its channels", FP8, 'summed=("ffn", None, None, None)',
+     "summed=(None, None, None, None)", T_FP8),
+    ("fp8 on a mesh: a network's weights see one device's tokens", FP8, 'summed=("ffn", "batch", "batch", "batch")',
+     'summed=("ffn", None, "batch", "batch")', T_FP8),
+    ("hopper: an array ends within a tile of rows", H_TILES, "-(-rows // ROWS) * ROWS", "rows", T_HOPPER),
+    ("hopper: an array ends within a tile of columns", H_TILES, "-(-columns // wide) * wide", "columns", T_HOPPER),
+    ("hopper attention: a sequence ends within a tile", H_ATTENTION, "-x.shape[1] % 8", "0", T_HOPPER),
+    ("hopper decode: heads end within a tile", H_DECODE, "-H % 8", "0", T_HOPPER),
     ("attention: what the kernel gave is not kept", ATTENTION, 'lambda x: checkpoint_name(x, "attention")',
      "lambda x: x", T_KERNEL),
     ("attention: a kernel is taken for any dtype", ATTENTION, "q_BTHA.dtype == jnp.bfloat16 and ", "", T_KERNEL),

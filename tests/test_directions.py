@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "model.router": ("model.layers", "parallel.mesh", "config"),
     "model.layers": ("fp8", "parallel.mesh", "config"),
     "model.rope": ("config",),
-    "fp8": ("kernels_pallas.api", "config"),
+    "fp8": ("parallel.mesh", "kernels_pallas.api", "config"),
     "parallel": ("config",),
     "parallel.dispatch": ("parallel.mesh", "config"),
     "parallel.mesh": ("config",),

@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deepseek_jax import fp8
-from deepseek_jax.config import ConfigError, FP8Config, as_dict, default_config, freeze, model_config
+from deepseek_jax.config import ConfigError, FP8Config, MeshConfig, as_dict, default_config, freeze, model_config
 from deepseek_jax.model import DeepSeekV3
+from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.training.arrays import dequantize as stored_dequantize
 
 E4M3 = ml_dtypes.float8_e4m3fn
@@ -264,6 +265,53 @@ def test_experts_are_feed_forward_networks_of_their_own_rows():
         for ours, theirs in zip((y[rows], dx[rows], *(d[e] for d in dw)), expected):
             close(ours, theirs, 2e-3)
     assert not any(np.asarray(d)[1].any() for d in dw)  # an expert without tokens
+
+
+# On a mesh: four parts of 128 tokens, and two of what a weight is split by.
+MESH = MeshConfig(replica=2, local=2, tensor=2)
+
+
+@pytest.fixture
+def products(monkeypatch):
+    """The shapes of the left operands that a product was asked for."""
+    shapes, product = [], fp8.api.fp8_matmul
+    monkeypatch.setattr(fp8.api, "fp8_matmul", lambda a, b, **options: shapes.append(a[0].shape) or product(
+        a, b, **options))
+    return shapes
+
+
+def on_a_mesh(f, arguments, dy):
+    with jax.set_mesh(make_mesh(MESH)):
+        return jax.device_get(value_and_gradients(f, arguments, dy))
+
+
+@pytest.mark.parametrize("kept", ["e4m3", "e5m6"])
+@pytest.mark.parametrize(("names", "parts"), [((None, None), (512, 256)), (("heads", None), (256, 256)),
+                                              ((None, "heads"), (512, 128))])
+def test_a_device_multiplies_its_own_rows_and_its_part_of_the_weight(names, parts, kept, products):
+    x, w, dy = data((512, 256), 1, 1.0), data((512, 256), 2, 1.0), data((512, 512), 3, 1.0)
+    alone = value_and_gradients(functools.partial(fp8.linear, kept=kept), (x, w), dy)
+    products.clear()
+
+    y, (dx, dw) = on_a_mesh(functools.partial(fp8.linear, kept=kept, names=names), (x, w), dy)
+
+    N, K = parts
+    assert products == [(128, K), (128, N), (N, 128)]  # Fprop, Dgrad, Wgrad
+    for ours, expected in zip((y, dx, dw), (alone[0], *alone[1]), strict=True):
+        close(ours, expected)
+
+
+def test_a_feed_forward_network_on_a_mesh_is_that_of_one_device(products):
+    weights = [data(shape, seed, 0.5) for seed, shape in enumerate([(256, 160), (256, 160), (160, 256)], 5)]
+    x, dy = data((512, 160), 1, 0.5) / 8, data((512, 160), 2, 0.5)
+    y, gradients = value_and_gradients(fp8.swiglu_ffn, (x, *weights), dy)
+    products.clear()
+
+    ours, found = on_a_mesh(fp8.swiglu_ffn, (x, *weights), dy)
+
+    assert {shape[0] for shape in products} == {128, 160} and len(products) == 9
+    for a, b in zip((ours, *found), (y, *gradients), strict=True):
+        close(a, b)
 
 
 # The studies of the recipe.

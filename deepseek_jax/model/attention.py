@@ -22,6 +22,8 @@ from deepseek_jax.model.rope import rotate, softmax_scale
 from deepseek_jax.parallel.mesh import constrain, on_parts, spec
 from kernels_pallas import api
 
+HEADS_OUT, HEADS_IN = ("heads", None), (None, "heads")  # which dimension of a weight a mesh splits
+
 
 class MLA(nn.Module):
     cfg: ModelConfig
@@ -39,13 +41,15 @@ class MLA(nn.Module):
         q_norm = None if Q is None else RMSNorm(cfg, name="q_norm")
         q_BTHA, c_BTC, k_pe_BTR = project(cfg, x_BTD, rope, w, q_norm, RMSNorm(cfg, name="kv_norm"))
         split = functools.partial(constrain, names=("batch", None, "heads", None))
-        q_BTHA, kv_BTHX = split(q_BTHA), split(linear(c_BTC, weight(self, "kv_b", (C, H, N + V)), cfg.fp8))
+        kv_BTHX = linear(c_BTC, weight(self, "kv_b", (C, H, N + V)), cfg.fp8, names=HEADS_OUT)
+        q_BTHA, kv_BTHX = split(q_BTHA), split(kv_BTHX)
         k_pe_BTHR = jnp.broadcast_to(k_pe_BTR[:, :, None], kv_BTHX.shape[:3] + (R,))
         k_BTHA = jnp.concatenate([kv_BTHX[..., :N], k_pe_BTHR], axis=-1)
         o_BTHV = attend(q_BTHA, k_BTHA, kv_BTHX[..., N:], segment_ids_BT, softmax_scale(cfg), cfg.attention_block,
                         "e5m6" if cfg.fp8.enabled else None)
         w_HVD = weight(self, "o", (H, V, D))
-        return linear(o_BTHV.reshape(o_BTHV.shape[:2] + (H * V,)), w_HVD.reshape(H * V, D), cfg.fp8, kept="e5m6")
+        return linear(o_BTHV.reshape(o_BTHV.shape[:2] + (H * V,)), w_HVD.reshape(H * V, D), cfg.fp8, kept="e5m6",
+                      names=HEADS_IN)
 
 
 def project(cfg: ModelConfig, x_BTD, rope, w, q_norm, kv_norm):
@@ -60,10 +64,10 @@ def project(cfg: ModelConfig, x_BTD, rope, w, q_norm, kv_norm):
     """
     N, C = cfg.nope_head_dim, cfg.kv_rank
     if cfg.q_rank is None:
-        q_BTHA = linear(x_BTD, w["q"], cfg.fp8)
+        q_BTHA = linear(x_BTD, w["q"], cfg.fp8, names=HEADS_OUT)
     else:
         q_BTQ = checkpoint_name(linear(x_BTD, w["q_a"], cfg.fp8), "latent")
-        q_BTHA = linear(q_norm(q_BTQ), w["q_b"], cfg.fp8)
+        q_BTHA = linear(q_norm(q_BTQ), w["q_b"], cfg.fp8, names=HEADS_OUT)
     q_BTHA = jnp.concatenate([q_BTHA[..., :N], rotate(q_BTHA[..., N:], rope)], axis=-1)
     kv_BTX = checkpoint_name(linear(x_BTD, w["kv_a"], cfg.fp8), "latent")
     return q_BTHA, kv_norm(kv_BTX[..., :C]), rotate(kv_BTX[..., None, C:], rope)[:, :, 0]

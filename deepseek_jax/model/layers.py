@@ -73,14 +73,15 @@ def _linear_bwd(kept, dy_MO):
 _linear.defvjp(_linear_fwd, _linear_bwd)
 
 
-def linear(x, w, recipe=None, kept="e4m3"):
+def linear(x, w, recipe=None, kept="e4m3", names=(None, None)):
     """x[..., I] by w[I, ...] -> [..., ...] in x's dtype. The weight's gradient has the weight's dtype.
 
-    `recipe`, where it is enabled: the products run in FP8, and `kept` is what the backward pass keeps of x.
+    `recipe`, where it is enabled: the products run in FP8, `kept` is what the backward pass keeps of x, and `names` are
+    those of the dimensions of the output and of I (see `fp8.linear`).
     """
     w_IO = w.reshape(w.shape[0], -1)
     if recipe is not None and recipe.enabled:
-        y = fp8.linear(x, w_IO.T, recipe, kept)
+        y = fp8.linear(x, w_IO.T, recipe, kept, names)
     else:
         y = _linear(x.reshape(-1, x.shape[-1]), w_IO)
     return y.reshape(x.shape[:-1] + w.shape[1:])

@@ -205,15 +205,25 @@ def constrain(x, names: tuple[str | None, ...]):
     return jax.lax.with_sharding_constraint(x, spec(*names))
 
 
-def on_parts(f, in_specs, out_specs, *arrays):
+def on_parts(f, in_specs, out_specs, *arrays, summed=None):
     """f(*arrays) on each device's own part of each, by `spec`s; f itself without a mesh, or inside a shard_map.
 
     For what the partitioner would otherwise gather first: it does not see into a kernel.
+
+    Args:
+      summed: for each output the name of the dimension over whose parts it is still to be added up, or None.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.manual_axes:
         return f(*arrays)
-    return jax.shard_map(f, in_specs=in_specs, out_specs=out_specs, check_vma=False)(*arrays)
+
+    def whole(*arrays):
+        outputs = f(*arrays)
+        if summed is None:
+            return outputs
+        return tuple(jax.lax.psum(x, AXES[name]) if name else x for x, name in zip(outputs, summed, strict=True))
+
+    return jax.shard_map(whole, in_specs=in_specs, out_specs=out_specs, check_vma=False)(*arrays)
 
 
 def by_rows(f, *arrays):

@@ -17,7 +17,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
 from kernels_pallas.formats import BLOCK, E4M3, blocks
-from kernels_pallas.hopper.fp8_matmul import Tile, TuningConfig, k_blocks, k_major, row_align, scaled_matmul
+from kernels_pallas.hopper.fp8_matmul import Tile, TuningConfig, k_blocks, k_major, scaled_matmul
 from kernels_pallas.reference.fp8_grouped_matmul import check_grouped, expert_of_tile
 
 
@@ -31,7 +31,6 @@ def fp8_grouped_matmul(a, b, sizes_E, *, out_dtype=jnp.bfloat16, config: TuningC
     config = config or TuningConfig()
     if config.block_m != BLOCK:
         raise ValueError("config.split must be 'rows': a tile of 128 rows lies in one group.")
-    row_align(b[0].shape[-2], out_dtype)
     form = _k_grouped if b[0].ndim == 2 else _grouped
     return form(a, b, sizes_E.astype(jnp.int32), out_dtype, config, dict(num_sms=num_sms, interpret=interpret))
 

@@ -26,6 +26,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from kernels_pallas.formats import BLOCK, E4M3, blocks, rows_of_scale
+from kernels_pallas.hopper.tiles import tiled_shape, whole_tiles
 from kernels_pallas.reference.fp8_matmul import check_matmul
 
 COMPUTE, MEMORY = 2, 1  # warpgroups
@@ -85,6 +86,7 @@ def scaled_matmul(a, b, tables, locate, tiles, out_type, config, num_sms=132, in
       tiles: how many there are.
       out_type: jax.ShapeDtypeStruct [E', M, N].
     """
+    out = jax.ShapeDtypeStruct(tiled_shape(out_type.shape, out_type.dtype), out_type.dtype)
     (a_MK, as_KM), (b_ENK, bs) = a, b
     by_column = bs.ndim == 2
     block_m, block_n, tile_n = config.block_m, config.block_n, config.tile_n
@@ -167,34 +169,25 @@ def scaled_matmul(a, b, tables, locate, tiles, out_type, config, num_sms=132, in
             plgpu.wait_smem_to_gmem(0)
 
     return plgpu.kernel(
-        fp8_products, out_type=out_type, grid=(num_sms,), grid_names=("sm",), num_threads=COMPUTE + MEMORY,
+        fp8_products, out_type=out, grid=(num_sms,), grid_names=("sm",), num_threads=COMPUTE + MEMORY,
         thread_name="group", interpret=interpret,
         scratch_types=[plgpu.SMEM((stages, block_m, BLOCK), E4M3, transforms=swizzled),
                        plgpu.SMEM((stages, block_n, BLOCK), E4M3, transforms=swizzled),
                        plgpu.SMEM((COMPUTE, 64, tile_n), out_type.dtype, transforms=out_swizzle),
                        plgpu.Barrier(num_arrivals=2, num_barriers=stages),
                        plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=stages)],
-    )(a_MK, as_KM, b_ENK, bs, *tables)
+    )(a_MK, as_KM, b_ENK, bs, *tables)[:, :out_type.shape[1], :out_type.shape[2]]
 
 
 def k_major(q, block):
-    """(values [M, K], scales [K / 128, M]): K in whole slices, scales for whole tiles of `block` rows."""
+    """(values [M, K], scales [K / 128, M]): values in whole tiles, scales for whole tiles of `block` rows."""
     values, scales = q
-    values = jnp.pad(values, ((0, 0), (0, -values.shape[1] % BLOCK)))
-    return values, jnp.pad(scales, ((0, -scales.shape[0] % block), (0, 0))).T
+    return whole_tiles(values), jnp.pad(scales, ((0, -scales.shape[0] % block), (0, 0))).T
 
 
 def k_blocks(q):
-    """(values [E, N, K], scales [E, N / 128, K / 128]), K in whole slices."""
-    values, scales = q
-    return jnp.pad(values, ((0, 0), (0, 0), (0, -values.shape[2] % BLOCK))), scales
-
-
-def row_align(values, out_dtype):
-    """Raises ValueError where TMA cannot address the rows of the output."""
-    if values * jnp.dtype(out_dtype).itemsize % 16:
-        raise ValueError(f"hopper writes rows of whole 16 bytes, and {values} columns of {jnp.dtype(out_dtype).name} "
-                         "are not; pad N, or take implementation='reference'.")
+    """(values [E, N, K], scales [E, N / 128, K / 128]), values in whole tiles."""
+    return whole_tiles(q[0]), q[1]
 
 
 def fp8_matmul(a, b, *, out_dtype=jnp.bfloat16, config: TuningConfig | None = None, num_sms=132, interpret=False):
@@ -204,7 +197,6 @@ def fp8_matmul(a, b, *, out_dtype=jnp.bfloat16, config: TuningConfig | None = No
         raise ValueError(f"hopper multiplies E4M3 by E4M3, not {a[0].dtype} by {b[0].dtype}; "
                          "implementation='reference' takes E5M2 too.")
     (M, K), N = a[0].shape, b[0].shape[0]
-    row_align(N, out_dtype)
     config = config or TuningConfig(split="columns" if M <= 64 else "rows")
     grid = (-(-M // config.block_m), -(-N // config.block_n))
     steps = blocks(K)

@@ -57,8 +57,9 @@ def mla_attention(q_BTHA, k_BTHA, v_BTHV, segment_ids_BT=None, *, scale, config:
 def forward(q, k, v, segments=None, *, scale, config: TuningConfig | None = None, interpret=False):
     """See the twin."""
     _check(q, k, v, segments)
-    o, lse2 = _forward(q, k, v, _padded(segments), scale, config or TuningConfig(), interpret)
-    return o, lse2[..., :q.shape[1]] * math.log(2)
+    T = q.shape[1]
+    o, lse2 = _forward(*_tall(q, k, v), _padded(segments), scale, config or TuningConfig(), interpret)
+    return o[:, :T], lse2[..., :T] * math.log(2)
 
 
 def backward(q, k, v, segments, o, lse, do, *, scale, config: TuningConfig | None = None, interpret=False):
@@ -66,8 +67,8 @@ def backward(q, k, v, segments, o, lse, do, *, scale, config: TuningConfig | Non
     delta = jnp.einsum("BTHV,BTHV->BHT", o, do, preferred_element_type=jnp.float32)
     # Past the edge lie zeros, which queries and gradients there are as well: what they add is zero.
     lse2, delta = (jnp.pad(x, ((0, 0), (0, 0), (0, -x.shape[-1] % ROWS))) for x in (lse * math.log2(math.e), delta))
-    args = (q, k, v, do, lse2, delta, _padded(segments), scale, config or TuningConfig(), interpret)
-    return _backward_q(*args), *_backward_kv(*args)
+    args = (*_tall(q, k, v, do), lse2, delta, _padded(segments), scale, config or TuningConfig(), interpret)
+    return tuple(x[:, :q.shape[1]] for x in (_backward_q(*args), *_backward_kv(*args)))
 
 
 def _check(q, k, v, segments):
@@ -98,6 +99,11 @@ def _attention_bwd(scale, config, interpret, kept, do):
 
 
 _attention.defvjp(_attention_fwd, _attention_bwd)
+
+
+def _tall(*arrays):
+    """[B, T, H, A] with T a multiple of 8, as TMA moves it."""
+    return [jnp.pad(x, ((0, 0), (0, -x.shape[1] % 8), (0, 0), (0, 0))) for x in arrays]
 
 
 def _whole(T):

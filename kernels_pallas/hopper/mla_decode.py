@@ -63,8 +63,8 @@ def mla_decode(q_BHX, cache, page_table_BP, lengths_B, *, scale, rank=None, conf
     blocks = -(-page_table_BP.shape[1] * cache.shape[1] // TOKENS)
     tiles = -(-H // HEADS)
     splits = config.splits or max(1, min(blocks, 132 // (B * tiles)))
-    o_BSHC, lse_BSH = _shares(q_BHX, cache, page_table_BP, lengths_B, scale, rank, splits, tiles, config,
-                              interpret)
+    o_BSHC, lse_BSH = _shares(jnp.pad(q_BHX, ((0, 0), (0, -H % 8), (0, 0))), cache, page_table_BP, lengths_B, scale,
+                              rank, splits, tiles, config, interpret)  # TMA moves 8 heads at a time
     weights_BSH = jnp.exp2(lse_BSH - lse_BSH.max(axis=1, keepdims=True))
     weights_BSH /= weights_BSH.sum(axis=1, keepdims=True)
     return (o_BSHC * weights_BSH[..., None]).sum(axis=1)[:, :H].astype(q_BHX.dtype)

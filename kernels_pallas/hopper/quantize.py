@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from kernels_pallas.formats import BLOCK, E4M3, Quantized, blocks
+from kernels_pallas.hopper.tiles import tiled_shape, whole_tiles
 from kernels_pallas.reference.quantize import SMALLEST_AMAX
 
 HALF = BLOCK // 2
@@ -55,13 +56,12 @@ def _store(x, scale, half, values_smem, scales_smem, interpret):
 def _quantize(inputs, prepare, scale, transposed, interpret):
     """inputs: arrays [M, K] that `prepare` makes float32 tiles of. Scales come back as [K / 128, M]."""
     M, K = inputs[0].shape
-    # Rows of whole swizzled tiles: the interpreter takes less, the compiler does not (576 columns of kv_a).
-    wide, tall = blocks(K) * BLOCK, blocks(M) * BLOCK
+    inputs = [whole_tiles(x) for x in inputs]
     bf16 = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
     fp8 = (plgpu.TilingTransform((8, 128)), plgpu.SwizzleTransform(128))
-    outs = [jax.ShapeDtypeStruct((M, wide), E4M3), jax.ShapeDtypeStruct((blocks(K), tall), jnp.float32)]
-    outs += [jax.ShapeDtypeStruct((K, tall), E4M3), jax.ShapeDtypeStruct((blocks(M), wide), jnp.float32)]
-    outs = outs if transposed else outs[:2]
+    outs = [out for m, k in ((M, K), (K, M))[:1 + transposed]
+            for out in (jax.ShapeDtypeStruct(tiled_shape((m, k), E4M3), E4M3),
+                        jax.ShapeDtypeStruct((blocks(k), blocks(m) * BLOCK), jnp.float32))]
 
     def quantizer(*refs):
         sources, targets = refs[:len(inputs)], refs[len(inputs):len(inputs) + len(outs)]
@@ -96,8 +96,8 @@ def _quantize(inputs, prepare, scale, transposed, interpret):
                        *held * (2 if transposed else 1), plgpu.Barrier(num_arrivals=len(inputs))],
     )(*inputs)
     # One tile in the other direction is scaled by what lies past the edge too: zeros, which change no amax.
-    q = Quantized(made[0][:, :K], made[1][:, :M].T)
-    return (q, Quantized(made[2][:, :M], made[3][:, :K].T)) if transposed else q
+    q = Quantized(made[0][:M, :K], made[1][:, :M].T)
+    return (q, Quantized(made[2][:K, :M], made[3][:, :K].T)) if transposed else q
 
 
 def _check(name, *inputs):
@@ -105,13 +105,10 @@ def _check(name, *inputs):
         if x.ndim != 2 or x.dtype != jnp.bfloat16 or x.shape != inputs[0].shape:
             raise ValueError(f"hopper's {name} takes bfloat16 matrices of one shape, not {x.dtype}{list(x.shape)}; "
                              "cast, or take implementation='reference'.")
-        if x.shape[1] % 8:
-            raise ValueError(f"hopper's {name} reads rows of whole 16 bytes, and {x.shape[1]} bfloat16 numbers are "
-                             "not; pad them, or take implementation='reference'.")
 
 
 def quantize(x, *, scale="float32", dtype=E4M3, transposed=False, interpret=False):
-    """See the twin. bfloat16 [M, K], K a multiple of 8."""
+    """See the twin. bfloat16 [M, K] of any size."""
     _check("quantize", x)
     if dtype != E4M3:
         raise ValueError(f"hopper's quantize makes E4M3, not {jnp.dtype(dtype).name}; implementation='reference' does.")

@@ -43,7 +43,7 @@ def both(T, segments, A=128, V=64):
     return results
 
 
-@pytest.mark.parametrize("T", [128, 200])
+@pytest.mark.parametrize("T", [128, 196])
 def test_attention_and_its_gradients_are_the_twins(T):
     for ours, theirs in zip(*both(T, None), strict=True):
         close(ours, theirs)
