@@ -6,6 +6,7 @@ import pathlib
 from concurrent.futures import Future
 from unittest import mock
 
+import numpy as np
 import pytest
 
 from experiments.studies.common import corpora, runner
@@ -13,7 +14,8 @@ from experiments.studies.common.study import Claim, Study
 from experiments.studies.common.training import Probes, thinned
 
 FOLDER = pathlib.Path(__file__).resolve().parents[2] / "experiments" / "studies"
-NAMES = sorted(path.parent.name for path in FOLDER.glob("*/config.py") if path.parent.name != "pipeline")
+# Two have runners of their own.
+NAMES = sorted({path.parent.name for path in FOLDER.glob("*/config.py")} - {"fp8", "pipeline"})
 STUDIES = {name: importlib.import_module(f"experiments.studies.{name}.config").STUDY for name in NAMES}
 FINISHED = [name for name in NAMES if (FOLDER / name / "results.json").exists()]
 # The least that trains, in two seeds of two arms.
@@ -60,6 +62,31 @@ def test_the_pipeline_study_is_what_its_tables_say():
     pipeline = importlib.import_module("experiments.studies.pipeline.run")
     results = json.loads((FOLDER / "pipeline" / "results.json").read_text())
     assert results["config"] == pipeline.CONFIG and results["rows"] == pipeline.table()
+
+
+def test_the_fp8_study_is_what_its_config_and_its_losses_say():
+    study, run = (importlib.import_module(f"experiments.studies.fp8.{name}") for name in ("config", "run"))
+    results = json.loads((FOLDER / "fp8" / "results.json").read_text())
+    assert results["config"] == study.CONFIG and set(results["settings"]) == set(study.SETTINGS)
+    for setting, found in results["settings"].items():
+        curves = {variant: {int(seed): np.array(curve) for seed, curve in mine.items()}
+                  for variant, mine in found["losses"].items()}
+        assert {len(curve) for mine in curves.values() for curve in mine.values()} == {study.SETTINGS[setting][1]}
+        for variant, again in run.compared(curves).items():
+            assert again["stays_below_the_limit"] == found["compared"][variant]["stays_below_the_limit"]
+            assert again["largest"] == pytest.approx(found["compared"][variant]["largest"], abs=2e-5)  # 4 digits kept
+
+
+def test_fp8_is_compared_with_bfloat16_of_the_same_seed_after_warm_up():
+    run = importlib.import_module("experiments.studies.fp8.run")
+    flat = np.full(200, 4.0)
+    late, early = flat.copy(), flat.copy()
+    late[150:] *= 1.01
+    early[:20] *= 1.5  # gone from the mean of 40 steps when warm-up ends
+
+    found = run.compared({"bf16": {0: flat, 1: 2 * flat}, "fp8": {0: late, 1: 2 * early}})["fp8"]
+
+    assert found["largest"] == pytest.approx({"0": 0.01, "1": 0.0}) and found["last"]["0"] == pytest.approx(0.01)
 
 
 def test_the_hash_of_an_arm_follows_its_config_and_not_its_seed():

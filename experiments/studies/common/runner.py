@@ -131,7 +131,7 @@ def gather(study: Study, runs: list[dict], quick: bool) -> dict:
         first = next(iter(mine.values()))
         arms[arm] = {
             "config": study.arms[arm], "parameters": first["parameters"],
-            "metrics": {name: {**_interval(estimate([run["metrics"][name] for run in mine.values()])),
+            "metrics": {name: {**interval(estimate([run["metrics"][name] for run in mine.values()])),
                                "seeds": {str(seed): run["metrics"][name] for seed, run in mine.items()}}
                         for name in first["metrics"]},
             "curves": {name: _means([run["curves"][name] for run in mine.values()]) for name in first["curves"]},
@@ -157,12 +157,12 @@ def judged(study: Study, runs) -> list[dict]:
         if claim.arm in there and (claim.against in there or not isinstance(claim.against, str)):
             against = there[claim.against] if isinstance(claim.against, str) else claim.against
             found = difference(there[claim.arm], against)
-            claims.append({**dataclasses.asdict(claim), "difference": _interval(found),
+            claims.append({**dataclasses.asdict(claim), "difference": interval(found),
                            "verdict": verdict(found, claim.expected)})
     return claims
 
 
-def _interval(found: Estimate) -> dict:
+def interval(found: Estimate) -> dict:
     bound = lambda x: x if math.isfinite(x) else None  # JSON has no infinity
     return {"mean": found.mean, "low": bound(found.low), "high": bound(found.high)}
 

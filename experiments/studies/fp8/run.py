@@ -1,9 +1,8 @@
-"""FP8 against bfloat16 from the same seeds: runs what is missing, then writes results.json and the losses' pictures.
+"""FP8 against bfloat16 from the same seeds, and sums of few bits: runs what is missing, then results and pictures.
 
-    python experiments/studies/fp8/run.py --workdir /tmp/fp8_study [--settings tiny small_calm] [--seeds 0 1 2]
-    python experiments/studies/fp8/run.py --workdir /tmp/fp8_study --report        no training: what there is so far
-
-A run that was cut off goes on where it stopped.
+    python -m experiments.studies.fp8.run            goes on where it was cut off
+    python -m experiments.studies.fp8.run --quick    a few steps that show that it works
+    python -m experiments.studies.fp8.run --report   no training: what there is so far
 """
 
 import argparse
@@ -14,43 +13,32 @@ import sys
 
 import numpy as np
 
+from deepseek_jax import command
+from experiments.studies.common import plots, runner
+from experiments.studies.common.statistics import difference, estimate, verdict
+from experiments.studies.fp8 import config as study
+
 HERE = pathlib.Path(__file__).resolve().parent
-ROOT = HERE.parents[2]
-VARIANTS = {
-    "bf16": [],
-    "bf16_two_micro_batches": ["--config.train.micro_batches=2"],  # the same sums in another order: the yardstick
-    "fp8": ["--config.fp8.enabled=True"],
-    "fp8_128x128": ["--config.fp8.enabled=True", "--config.fp8.gradient_tiles=128x128"],
-    "fp8_tensor": ["--config.fp8.enabled=True", "--config.fp8.tiles=tensor"],
-    "fp8_e5m2": ["--config.fp8.enabled=True", "--config.fp8.gradient_format=e5m2"],
-}
-SMOOTHING = 40  # steps of the moving average
-WARM_UP = 0.25  # of the run, left out of the comparison
-LIMIT = 0.0025  # the report's bound on the relative difference of the loss
+QUICK = {"tiny": ("tiny", 4, [])}
 
 
-# What is trained, for how many steps. At its config's own rate (3e-3) a tiny model amplifies any rounding; the report's
-# peak rate (section 4.2) is where its bound was found.
-CALM = ["--config.optimizer.learning_rate=2.2e-4", "--config.optimizer.warmup=0.1"]
-SETTINGS = {"tiny": ("tiny", 240, []), "tiny_calm": ("tiny", 240, CALM), "small_calm": ("small", 150, CALM)}
+def run_folder(workdir, setting, variant, seed):
+    return workdir / f"{setting}_{variant}_{seed}"
 
 
-def train(args, setting, variant, seed):
-    model, steps, options = SETTINGS[setting]
-    workdir = pathlib.Path(args.workdir, f"{setting}_{variant}_{seed}")
-    if len(losses(workdir)) >= steps:
+def train(workdir, settings, setting, variant, seed):
+    model, steps, options = settings[setting]
+    folder = run_folder(workdir, setting, variant, seed)
+    if len(losses(folder)) >= steps:
         return
-    command = [sys.executable, "-m", "deepseek_jax.train", "--config", f"experiments/configs/{model}.py",
-               "--workdir", str(workdir), f"--config.train.seed={seed}", f"--config.train.steps={steps}",
-               "--config.train.batch_size=8", "--config.train.sequence_length=256", "--config.train.sample_tokens=0",
-               "--config.train.eval_every=100000", "--config.train.checkpoint_every=60",
-               "--config.train.checkpoints_kept=1",
-               f"--config.data.cache_dir={args.workdir}/cache", *options, *VARIANTS[variant]]
-    subprocess.run(command, cwd=ROOT, check=True)
+    subprocess.run([sys.executable, "-m", "deepseek_jax.train", "--config", f"experiments/configs/{model}.py",
+                    "--workdir", str(folder), f"--config.train.seed={seed}", f"--config.train.steps={steps}",
+                    *study.COMMON, f"--config.data.cache_dir={workdir}/cache", *options, *study.VARIANTS[variant]],
+                   cwd=runner.ROOT, check=True)
 
 
-def losses(workdir):
-    path = workdir / "metrics.jsonl"
+def losses(folder):
+    path = folder / "metrics.jsonl"
     if not path.exists():
         return np.zeros(0)
     rows = [json.loads(line) for line in path.read_text().splitlines()]
@@ -59,85 +47,111 @@ def losses(workdir):
 
 
 def smoothed(x):
-    return np.convolve(x, np.ones(SMOOTHING) / SMOOTHING, "valid")
+    window = min(study.SMOOTHING, len(x))
+    return np.convolve(x, np.ones(window) / window, "valid")
 
 
-def compare(args, setting):
-    """{variant: {"seeds", "mean", "worst", "final"}}: relative differences of the smoothed loss after warm-up."""
-    found, curves = {}, {}
-    steps = SETTINGS[setting][1]
-    for variant in VARIANTS:
-        for seed in args.seeds:
-            curve = losses(pathlib.Path(args.workdir, f"{setting}_{variant}_{seed}"))
+def gather(workdir, settings, setting, variants, seeds):
+    """{variant: {seed: losses}} of the runs that are whole."""
+    steps, curves = settings[setting][1], {}
+    for variant in variants:
+        for seed in seeds:
+            curve = losses(run_folder(workdir, setting, variant, seed))
             if len(curve) >= steps:
-                curves[variant, seed] = curve
-    for variant in list(VARIANTS)[1:]:
-        seeds = [s for s in args.seeds if (variant, s) in curves and ("bf16", s) in curves]
-        differences = [(smoothed(curves[variant, s]) / smoothed(curves["bf16", s]) - 1)[int(WARM_UP * steps):]
-                       for s in seeds]
-        if differences:
-            d = np.array(differences)
-            found[variant] = {"seeds": seeds, "mean_over_seeds_and_steps": d.mean(), "last": d[:, -1].tolist(),
-                              "worst_of_a_seed": np.abs(d).max(axis=1).tolist(),
-                              "worst_of_the_mean_over_seeds": np.abs(d.mean(axis=0)).max()}
-    # How far two runs drift apart that differ by nothing but their seeds is the yardstick.
-    base = [smoothed(curves["bf16", s]) for s in args.seeds if ("bf16", s) in curves]
-    if len(base) > 1:
-        base = np.array(base)[:, int(WARM_UP * steps):]
-        found["bf16_between_seeds"] = {"worst_of_a_seed": np.abs(base / base.mean(axis=0) - 1).max()}
-    return found, curves
+                curves.setdefault(variant, {})[seed] = curve
+    return curves
 
 
-def plot(curves, setting, path):
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    figure, (top, bottom) = plt.subplots(2, 1, figsize=(8, 6), sharex=True, gridspec_kw=dict(height_ratios=(2, 1)))
-    model, steps, options = SETTINGS[setting]
-    x = np.arange(steps - SMOOTHING + 1) + SMOOTHING
-    for n, variant in enumerate(VARIANTS):
-        mine = {seed: smoothed(c) for (v, seed), c in curves.items() if v == variant}
-        for k, (seed, curve) in enumerate(mine.items()):
-            top.plot(x, curve, color=f"C{n}", alpha=0.7, lw=1, label=variant if k == 0 else None)
-            if variant != "bf16" and ("bf16", seed) in curves:
-                bottom.plot(x, 100 * (curve / smoothed(curves["bf16", seed]) - 1), color=f"C{n}", lw=1)
-    bottom.axhspan(-100 * LIMIT, 100 * LIMIT, color="0.9")
-    top.set_ylabel(f"loss, mean of {SMOOTHING} steps")
-    bottom.set_ylabel("% from bf16, same seed")
-    bottom.set_xlabel("step")
-    top.legend()
-    rate = ", the report's learning rate" if options else ""
-    top.set_title(f"{model}: FP8 against bfloat16{rate}")
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
+def after_warm_up(x, steps):
+    return x[min(int(study.WARM_UP * steps), len(x) - 1):]
+
+
+def compared(curves) -> dict:
+    """{variant: ...}: relative differences of the smoothed loss from bfloat16 of the same seed, after warm-up."""
+    found = {}
+    for variant, mine in curves.items():
+        far = {seed: after_warm_up(smoothed(curve) / smoothed(curves["bf16"][seed]) - 1, len(curve))
+               for seed, curve in mine.items() if seed in curves["bf16"]}
+        if variant == "bf16" or not far:
+            continue
+        worst = {seed: float(np.abs(d).max()) for seed, d in far.items()}
+        below = difference(worst, study.LIMIT)
+        found[variant] = {
+            "largest": {str(seed): x for seed, x in worst.items()},
+            "largest_mean": runner.interval(estimate(list(worst.values()))),
+            "mean": runner.interval(estimate([d.mean() for d in far.values()])),
+            "last": {str(seed): float(d[-1]) for seed, d in far.items()},
+            "stays_below_the_limit": verdict(below, "lower")}
+    return found
+
+
+def accumulation(seeds) -> dict:
+    """{"cut every 32": {"promoted every 128": estimate of the worst relative error of 32 x 32 sums}, ...}."""
+    import jax
+    import jax.numpy as jnp
+
+    from kernels_pallas import api
+
+    def worst(seed, every, group):
+        rng = np.random.default_rng(seed)
+        a, b = (api.quantize(rng.random((32, study.K), np.float32), implementation="reference") for _ in range(2))
+        model = api.Accumulator(bits=14, promote_every=every, group=group)
+        y = jax.jit(lambda a, b: api.fp8_matmul(a, b, out_dtype=jnp.float32, accumulator=model,
+                                                implementation="reference"))(a, b)
+        exact = [np.asarray(api.dequantize(q), np.float64) for q in (a, b)]
+        return float(np.abs(np.asarray(y, np.float64) / (exact[0] @ exact[1].T) - 1).max())
+
+    return {f"cut every {group}": {f"promoted every {every}" if every else "never promoted":
+                                   runner.interval(estimate([worst(seed, every, group) for seed in seeds]))
+                                   for every in study.PROMOTED} for group in study.GROUPS}
+
+
+def draw(curves, title, path):
+    figure, (top, bottom) = plots.figure(11, 3.9, 2)
+    for colour, (variant, mine) in zip(plots.COLOURS, curves.items()):
+        for n, (seed, curve) in enumerate(mine.items()):
+            y = smoothed(curve)
+            x = np.arange(len(curve) - len(y), len(curve)) + 1
+            top.plot(x, y, color=colour, linewidth=1, label=variant.replace("_", " ") if n == 0 else None)
+            if variant != "bf16" and seed in curves["bf16"]:
+                bottom.plot(x, 100 * (y / smoothed(curves["bf16"][seed]) - 1), color=colour, linewidth=1)
+    bottom.axhspan(-100 * study.LIMIT, 100 * study.LIMIT, color="0.9", zorder=0)
+    bottom.axvline(study.WARM_UP * len(curve), color="0.7", linestyle=":")
+    top.legend(frameon=False, fontsize=8)
+    plots.finish(top, f"Loss of {title}, means of {study.SMOOTHING} steps", "step", "nats a token")
+    plots.finish(bottom, "Away from bfloat16 of the same seed", "step", "%")
+    plots.save(figure, path)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workdir", required=True)
-    parser.add_argument("--settings", nargs="+", default=list(SETTINGS), choices=SETTINGS)
-    parser.add_argument("--variants", nargs="+", default=["bf16", "bf16_two_micro_batches", "fp8", "fp8_128x128"],
-                        choices=VARIANTS)
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser = argparse.ArgumentParser(prog="python -m experiments.studies.fp8.run", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a few steps of two arms; nothing is written beside")
+    parser.add_argument("--workdir", default=str(runner.ROOT / ".cache" / "studies"), help="of all studies")
+    parser.add_argument("--settings", nargs="+", choices=study.SETTINGS, default=list(study.SETTINGS))
     parser.add_argument("--report", action="store_true", help="train nothing")
     args = parser.parse_args()
-    path = HERE / "results.json"
-    results = json.loads(path.read_text()) | {"smoothing": SMOOTHING, "warm_up": WARM_UP}
-    for setting in args.settings:
-        for seed in args.seeds:
-            for variant in args.variants:
-                if not args.report:
-                    train(args, setting, variant, seed)
-        found, curves = compare(args, setting)
-        if curves:
-            plot(curves, setting, HERE / f"loss_{setting}.png")
-            found["steps"] = SETTINGS[setting][1]
-            found["losses"] = {f"{v}_{s}": [round(float(x), 4) for x in c] for (v, s), c in curves.items()}
-            results[setting] = found
-    path.write_text(json.dumps(results) + "\n")
-    print(json.dumps({m: {k: v for k, v in r.items() if k != "losses"} for m, r in results.items()
-                      if isinstance(r, dict)}, indent=2))
+    settings = QUICK if args.quick else {name: study.SETTINGS[name] for name in args.settings}
+    variants, seeds = (("bf16", "fp8"), study.SEEDS[:1]) if args.quick else (study.STUDIED, study.SEEDS)
+    workdir = pathlib.Path(args.workdir).resolve() / ("fp8-quick" if args.quick else "fp8")
+    workdir.mkdir(parents=True, exist_ok=True)
+    folder = workdir if args.quick else HERE
+    before = {} if args.quick else json.loads((HERE / "results.json").read_text())["settings"]
+    results = {"config": study.CONFIG, "accumulation": accumulation(seeds), "settings": before, **runner.provenance()}
+    for setting, (model, _, options) in settings.items():
+        for seed in seeds:
+            for variant in variants if not args.report else ():
+                train(workdir, settings, setting, variant, seed)
+        curves = gather(workdir, settings, setting, variants, seeds)
+        if "bf16" in curves:
+            draw(curves, model + " at the report's rate" * bool(options), folder / f"loss_{setting}.png")
+            results["settings"][setting] = {"compared": compared(curves), "losses": {
+                variant: {seed: [round(float(x), 4) for x in curve] for seed, curve in mine.items()}
+                for variant, mine in curves.items()}}
+    command.write_json(str(folder / "results.json"), results)
+    said = {name: found["compared"] for name, found in results["settings"].items()}
+    print(json.dumps({"accumulation": results["accumulation"], **said}, indent=1))
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)
