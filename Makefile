@@ -56,7 +56,7 @@ bench: .venv/stamp .venv-peer/stamp
 	$(RUN) benchmarks/grouped_matmul.py --json benchmarks/results/grouped_matmul.json
 	$(RUN) benchmarks/decode.py --json benchmarks/results/decode_cpu.json
 
-STUDIES := load_balance mtp bias_rule routing_limit experts balance_scope mla
+STUDIES := load_balance mtp bias_rule routing_limit experts balance_scope mla long_context pipeline fp8
 studies-quick: .venv/stamp
 	for s in $(STUDIES); do $(RUN) -m experiments.studies.$$s.run --quick || exit 1; done
 

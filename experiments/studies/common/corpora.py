@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+import random
 import re
 import shutil
 import sysconfig
@@ -47,6 +48,28 @@ def kinds(folder: pathlib.Path):
     exec((_stdlib() / "pydoc_data" / "topics.py").read_text(), topics)
     for name, text in sorted(topics["topics"].items()):
         (folder / "prose" / f"{re.sub('[^a-zA-Z0-9]', '_', name)}.txt").write_text(text)
+
+
+FILLING = [
+    "the", "river", "runs", "past", "stone", "towers", "and", "green", "gardens", "while", "clouds", "drift",
+    "over", "quiet", "hills", "near", "old", "bridges"]
+SECRETS = [
+    "copper", "silver", "golden", "purple", "yellow", "orange", "violet", "crimson", "ivory", "amber", "cobalt",
+    "indigo", "scarlet", "olive", "maroon", "teal", "lemon", "peach", "coral", "khaki", "azure", "magenta",
+    "bronze", "plum"]
+
+
+def needles(folder: pathlib.Path):
+    """Code, and as many documents of words that mean nothing, in each of which one secret is told again and again."""
+    for name in ("code", "words"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    for path in sorted(_stdlib().glob("*.py")):
+        shutil.copy(path, folder / "code" / path.name)
+    rng = random.Random(0)
+    for n in range(500):
+        secret = rng.choice(SECRETS)
+        words = [f"= {secret}" if rng.random() < 0.12 else rng.choice(FILLING) for _ in range(1600)]
+        (folder / "words" / f"{n:03d}.txt").write_text(" ".join(words) + "\n")
 
 
 def located(config: Config, workdir: pathlib.Path) -> Config:

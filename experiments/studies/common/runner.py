@@ -80,6 +80,11 @@ def result_path(study: Study, arm: str, seed: int, quick: bool, folder: pathlib.
     return folder / f"{arm.replace(' ', '_')}-{seed}-{study.arm_hash(arm, quick)}.json"
 
 
+def weights_path(study: Study, arm: str, seed: int, quick: bool, folder: pathlib.Path) -> pathlib.Path:
+    """Where the weights lie that another arm begins with."""
+    return result_path(study, arm, seed, quick, folder).with_suffix(".safetensors")
+
+
 def train_all(study, missing, quick, folder, workers):
     """Runs {arm: seeds} in worker processes, with a bar over all of their steps and the time that is left."""
     os.environ |= {name: value for name, value in THREADS.items() if name not in os.environ}
@@ -92,10 +97,11 @@ def train_all(study, missing, quick, folder, workers):
         listener = threading.Thread(target=_listen, args=(queue, bar), daemon=True)
         listener.start()
         with concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker, (queue,)) as pool:
-            futures = {pool.submit(_work, study, arm, seeds, quick, folder): arm for arm, seeds in missing.items()}
             try:
-                for future in concurrent.futures.as_completed(futures):
-                    future.result()
+                for wave in study.waves(missing):
+                    futures = [pool.submit(_work, study, arm, missing[arm], quick, folder) for arm in wave]
+                    for future in concurrent.futures.as_completed(futures):
+                        future.result()
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise

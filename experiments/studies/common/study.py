@@ -57,6 +57,7 @@ class Study:
     the end: function(config, params, router, loader, final) -> {name: float or nested list}. probes: how often.
     corpus: a function of corpora.py that writes the texts of sources named "corpus/...".
     network: "module:function", a context manager that puts other parts into the model: function(arm).
+    after: {arm: the arm whose weights, of the same seed, it begins with}; that one runs first.
     """
 
     name: str
@@ -70,6 +71,7 @@ class Study:
     probes: int = 1
     corpus: str | None = None
     network: str | None = None
+    after: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
         for claim in self.claims:
@@ -77,6 +79,9 @@ class Study:
                 if isinstance(arm, str) and arm not in self.arms:
                     raise ValueError(f"{self.name}: {claim.says!r} speaks of {arm!r}, which is no arm; there are "
                                      f"{', '.join(self.arms)}.")
+        if wrong := [arm for arm, first in self.after.items() if not {arm, first} <= self.arms.keys()]:
+            raise ValueError(f"{self.name}: {wrong[0]!r} comes after {self.after[wrong[0]]!r}, and one of them is no "
+                             f"arm; there are {', '.join(self.arms)}.")
 
     def config(self, arm: str, seed: int = 0, quick: bool = False) -> Config:
         """The whole config of one run."""
@@ -97,7 +102,14 @@ class Study:
         config = as_dict(self.config(arm, 0, quick))
         del config["pipeline"]  # arms run without one
         parts = [config, self.probe, self.probes, self.corpus, self.network]
+        if arm in self.after:
+            parts.append(self.arm_hash(self.after[arm], quick))
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+    def waves(self, arms) -> list[list[str]]:
+        """The arms in groups, each after all that its own begin with."""
+        depth = lambda arm: 1 + depth(self.after[arm]) if arm in self.after else 0
+        return [[arm for arm in arms if depth(arm) == n] for n in sorted({depth(arm) for arm in arms})]
 
     def config_hash(self, quick: bool = False) -> str:
         """Of all arms, the seeds and the claims."""

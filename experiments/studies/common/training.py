@@ -13,6 +13,8 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
+import safetensors.numpy
+from flax import traverse_util
 
 from deepseek_jax.data.loader import Loader
 from deepseek_jax.model import DeepSeekV3
@@ -20,7 +22,7 @@ from deepseek_jax.training.loop import all_layers, evaluate
 from deepseek_jax.training.metrics import max_vio
 from deepseek_jax.training.step import eval_step, start_state, train_step
 from experiments.studies.common.corpora import located, prepare_data
-from experiments.studies.common.runner import result_path
+from experiments.studies.common.runner import result_path, weights_path
 from experiments.studies.common.study import Study
 
 EVERY = 10  # steps that a point of a curve averages
@@ -41,10 +43,10 @@ class Arm:
         self.prepared, self.corpus = prepare_data(study, arm, quick, workdir)
         config = located(study.config(arm, 0, quick), workdir)
 
-        def start(key):
+        def start(key, weights=None):
             rng, init = jax.random.split(key)
-            variables = DeepSeekV3(config.model).init(init, jnp.zeros((1, 8), jnp.int32), logits=False)
-            return start_state(config, variables["params"], variables.get("router", {}), rng)
+            weights = weights or DeepSeekV3(config.model).init(init, jnp.zeros((1, 8), jnp.int32), logits=False)
+            return start_state(config, weights["params"], weights.get("router", {}), rng)
 
         # Nothing but the start and the order of the text depends on the seed.
         self.start = jax.jit(start)
@@ -56,7 +58,8 @@ class Arm:
         """One whole run. `tell` hears of every step."""
         config = located(self.study.config(self.arm, seed, self.quick), self.workdir)
         loader, begun = Loader(config, self.prepared), time.perf_counter()
-        state = self.start(jax.random.key(seed))
+        first = self.study.after.get(self.arm)
+        state = self.start(jax.random.key(seed), first and load(self._weights(first, seed)))
         losses, vio, probes = [], [], Probes()
         steps = config.train.steps
         for index in range(steps):
@@ -70,6 +73,8 @@ class Arm:
             tell(1)
         if not np.isfinite(losses).all():
             raise FloatingPointError(f"{self.study.name}, {self.arm}, seed {seed}: the loss is not finite.")
+        if self.arm in self.study.after.values():
+            save(self._weights(self.arm, seed), {"params": state.params, "router": state.router})
         scored = evaluate(config, loader, self.score, state.params, state.router, config.train.eval_batches)
         return {"metrics": {"loss": scored["loss"], "bits_per_byte": scored["bits_per_byte"],
                             "max_vio_global": scored["max_vio_global"], "max_vio_batch": float(np.mean(vio[-LAST:])),
@@ -78,6 +83,20 @@ class Arm:
                 "probes": probes.curves(), "arrays": probes.arrays(),
                 "parameters": sum(x.size for x in jax.tree.leaves(state.params)),
                 "first_loss": losses[0], "corpus": self.corpus, "seconds": round(time.perf_counter() - begun, 1)}
+
+    def _weights(self, arm, seed):
+        return weights_path(self.study, arm, seed, self.quick, self.workdir)
+
+
+def save(path: pathlib.Path, weights):
+    """Beside, then renamed."""
+    beside = path.with_suffix(".new")
+    safetensors.numpy.save_file(traverse_util.flatten_dict(jax.device_get(weights), sep="/"), beside)
+    beside.replace(path)
+
+
+def load(path: pathlib.Path):
+    return traverse_util.unflatten_dict(safetensors.numpy.load_file(path), sep="/")
 
 
 class Probes:

@@ -1,0 +1,43 @@
+"""Two phases of YaRN extension, 8 and 32 times the length of pre-training as in the report (section 4.3), and without.
+
+Half of the text is code; the other half tells one secret word again and again between words that mean nothing: so many
+times that a small model learns to look it up, which code alone teaches only much larger ones.
+"""
+
+from experiments.studies.common.study import Claim, Study
+
+SHORT, MIDDLE, LONG = 64, 512, 2048
+# Factor 40 in both phases, as in the report: it covers 2,560 tokens.
+YARN = {"model.yarn": {"factor": 40.0, "original_length": SHORT}}
+PHASE = {"train.steps": 75, "optimizer.learning_rate": 1e-3}
+TO_MIDDLE = {**PHASE, "train.sequence_length": MIDDLE, "train.batch_size": 8}
+TO_LONG = {**PHASE, "train.sequence_length": LONG, "train.batch_size": 2}
+SOURCES = {"data.sources": (("corpus/code", 1.0), ("corpus/words", 1.0))}
+STUDY = Study(
+    name="long_context",
+    base={**SOURCES, "train.steps": 300, "train.sequence_length": SHORT, "train.batch_size": 32,
+          "train.eval_batches": 4, "model.init_std": 0.06},
+    quick=SOURCES,
+    corpus="needles",
+    arms={"64": {}, "512, YaRN": {**YARN, **TO_MIDDLE}, "2048, YaRN": {**YARN, **TO_LONG}, "512, plain": TO_MIDDLE,
+          "2048, plain": TO_LONG},
+    after={"512, YaRN": "64", "2048, YaRN": "512, YaRN", "512, plain": "64", "2048, plain": "512, plain"},
+    quick_arms=("64", "512, YaRN"),
+    probe="experiments.studies.long_context.measure:far",
+    claims=(
+        Claim("Past its training length a model's loss is higher than inside it (64 tokens).", "past_inside", "64", 0.0,
+              "higher"),
+        Claim("Both phases lower the loss of code at positions 512 to 2,047.", "loss_512_2048", "2048, YaRN", "64",
+              "lower"),
+        Claim("... at no loss at the first 64 positions.", "loss_0_64", "2048, YaRN", "64", "lower"),
+        Claim("After the first phase a needle is found more often in 512 tokens.", "needle_512", "512, YaRN", "64",
+              "higher"),
+        Claim("After the second phase a needle is found more often in 2,048 tokens.", "needle_2048", "2048, YaRN", "64",
+              "higher"),
+        Claim("With YaRN the loss at positions 512 to 2,047 is lower than after the same training without.",
+              "loss_512_2048", "2048, YaRN", "2048, plain", "lower"),
+        Claim("With YaRN a needle is found more often in 2,048 tokens than after the same training without.",
+              "needle_2048", "2048, YaRN", "2048, plain", "higher"),
+        Claim("Without any further training YaRN finds more needles in 2,048 tokens.", "yarn_gains", "64", 0.0,
+              "higher"),
+    ))
