@@ -3,6 +3,7 @@
 import importlib
 import json
 import pathlib
+import types
 from concurrent.futures import Future
 from unittest import mock
 
@@ -12,6 +13,7 @@ import pytest
 from experiments.studies.common import corpora, runner
 from experiments.studies.common.study import Claim, Study
 from experiments.studies.common.training import Probes, thinned
+from experiments.studies.long_context import measure as far
 
 FOLDER = pathlib.Path(__file__).resolve().parents[2] / "experiments" / "studies"
 # Two have runners of their own.
@@ -183,6 +185,68 @@ def test_only_what_is_missing_runs_and_gives_the_same_bits(finished):
     assert train.call_args.args[1] == {"bias": [1]}
     after = json.loads(lost.read_text())
     assert {**after, "seconds": 0} == {**before, "seconds": 0}
+
+
+# Two phases: the second begins with the weights that the first ends with.
+CHAIN = Study(**{**vars(LEAST), "name": "chain", "arms": {
+    "second": {"optimizer.learning_rate": 1e-9, "balance.bias_speed": 0.0}, "first": {}},
+                 "after": {"second": "first"}, "quick_arms": ("second", "first"), "claims": ()})
+
+
+def test_an_arm_begins_with_the_weights_of_the_one_it_comes_after(tmp_path):
+    with mock.patch.object(runner.concurrent.futures, "ProcessPoolExecutor", Here):
+        results = runner.run(CHAIN, True, tmp_path, 1)
+
+    first, second = (results["arms"][arm]["metrics"]["loss"]["seeds"] for arm in ("first", "second"))
+    for seed in ("0", "1"):  # it hardly learns, so it ends where it began
+        assert second[seed] == pytest.approx(first[seed], abs=2e-6)
+    assert len(list((tmp_path / "chain-quick").glob("first-*.safetensors"))) == 2
+
+
+def test_arms_run_in_waves_and_know_what_they_come_after():
+    three = Study(**{**vars(CHAIN), "arms": {"third": {}, "second": {}, "first": {}, "alone": {}},
+                     "after": {"second": "first", "third": "second"}, "quick_arms": ("first",)})
+    assert three.waves(three.arms) == [["first", "alone"], ["second"], ["third"]]
+    assert three.arm_hash("first") == three.arm_hash("alone")  # both are the base
+    assert len({three.arm_hash(arm) for arm in three.arms}) == 3
+    with pytest.raises(ValueError, match="'second' comes after 'fist', and one of them is no arm; there are second"):
+        Study(**{**vars(CHAIN), "after": {"second": "fist"}})
+
+
+class Marked:
+    """Twenty-four secrets and the filling, a token a word."""
+
+    words = ("=", *corpora.SECRETS, *corpora.FILLING)
+
+    def encode(self, text):
+        return [self.words.index(word) for word in text.split()]
+
+
+def test_a_needle_is_told_once_at_its_depth_and_asked_for_at_the_end():
+    for length, (tokens_NT, answer_N) in far.haystacks.__wrapped__(Marked()).items():
+        assert tokens_NT.shape == (len(far.DEPTHS) * far.ASKED, length) and not tokens_NT[:, -1].any()
+        for n, (row, answer) in enumerate(zip(tokens_NT, answer_N)):
+            at, = np.flatnonzero(row[:-1] == 0)
+            assert row[at + 1] == answer and at == int(far.DEPTHS[n // far.ASKED] * (length - 3))
+            assert ((1 <= row) & (row <= len(corpora.SECRETS))).sum() == 1
+
+
+def test_a_model_that_looks_back_finds_every_needle_and_one_that_does_not_finds_few(monkeypatch):
+    loader = types.SimpleNamespace(tokenizer=Marked())
+
+    def model(looks):
+        def logits(variables, tokens_BT):
+            told = (tokens_BT >= 1) & (tokens_BT <= len(corpora.SECRETS))
+            secret = tokens_BT[np.arange(len(tokens_BT)), told.argmax(1)] if looks else np.full(len(tokens_BT), 7)
+            return np.eye(len(Marked.words))[np.broadcast_to(secret[:, None], tokens_BT.shape)]
+
+        return lambda cfg: logits
+
+    shares = []
+    for looks in (True, False):
+        monkeypatch.setattr(far, "_model", model(looks))
+        shares.append(far.needles(None, None, loader))
+    assert (shares[0] == 1).all() and shares[1].mean() < 0.15 and shares[1].shape == (6, 5)
 
 
 def test_results_and_picture_are_written(finished, tmp_path):
