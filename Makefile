@@ -82,6 +82,8 @@ aot: .venv-aot/stamp
 		$(call report,small_h100_16)
 	$(COMPILE) --model small --target h100:8 --expert 8 --sequences 128 --rows 8 --sequence-length 2048 --remat full \
 		$(call report,small_h100_8)
+	$(COMPILE) --model small --target h100:8 --expert 8 --sequences 64 --rows 8 --sequence-length 1024 --remat full --fp8 \
+		$(call report,small_h100_8_fp8)
 	$(COMPILE) --model v2_lite_16b --target h100:8 --expert 8 --sequences 512 --capacity 1.5 $(call report,v2_lite_16b_h100_8)
 	$(COMPILE) --model v2_lite_16b --target h100:64 --expert 16 --sequences 1024 --remat full $(call report,v2_lite_16b_h100_64)
 	$(COMPILE) --model v2_lite_16b --target h100:8 --decode 32 --length 4096 $(call report,v2_lite_16b_h100_8_decode)

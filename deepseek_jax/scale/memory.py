@@ -123,7 +123,9 @@ def bytes_per_device(c: ModelConfig, layout: Layout, loss_chunk: int = 1024) -> 
         group["gradients"] = FLOAT32 * (once + all_masters * (layout.microbatches > 1))
         group["kept"] = (c.num_moe_layers + c.mtp_depth) * kept_of_layer(c, layout)
         group["kept"] += c.num_dense_layers * kept_of_layer(c, layout, moe=False)
-        group["buffers"] = 0.0
+        # XLA puts the kernels of FP8's weight gradients off to the end of all layers that it sees at once.
+        seen = c.num_moe_layers if c.num_moe_layers <= UNROLLED_LAYERS else 1
+        group["buffers"] = c.fp8.enabled * (seen - 1) * deferred_of_layer(c, layout)
     else:
         pipeline, copies = layout.pipeline, layout.copies
         stage, ends = held["experts"] + held["others"], held["ends"]
@@ -149,17 +151,23 @@ def overlapped(c: ModelConfig, layout: Layout) -> float:
     arriving, rows = rows_of_experts(c, layout)
     D, F, width = c.d_model, c.expert_ffn_dim, _width(c)
     if c.fp8.enabled:
-        # Forward: rows, quantized, results; gate and up and what is quantized of them and of their product.
+        # Rows, quantized, results; gate and up and what is quantized of them and of their product.
         forward = rows * ((2 * width + 1) * D + (2 * width + 3) * F)
-        # Back: rows and gradients in bfloat16, each quantized both ways; in float32 what was dequantized and the sum of
-        # two products; of the inside, value and gradient of gate, up and product in float32, and quantized.
-        back = rows * ((3 * width + 3 + 3 * FLOAT32) * D + (4 * FLOAT32 + 5) * F)
     else:
         forward = rows * (2 * width * D + 3 * width * F)
-        back = rows * ((3 * width + FLOAT32) * D + (6 * width + FLOAT32) * F)
     # What comes from and goes to other devices, in buffers for sending and for landing, each way of both.
     travelling = 6 * arriving * D * width
-    return forward + back + travelling
+    return forward + going_back(c, rows) + travelling
+
+
+def going_back(c: ModelConfig, rows: float) -> float:
+    """Bytes of a MoE layer's rows in its backward pass."""
+    D, F, width = c.d_model, c.expert_ffn_dim, _width(c)
+    if c.fp8.enabled:
+        # Rows and gradients in bfloat16, each quantized both ways; in float32 what was dequantized and the sum of two
+        # products; of the inside, value and gradient of gate, up and product in float32, and quantized.
+        return rows * ((3 * width + 3 + 3 * FLOAT32) * D + (4 * FLOAT32 + 5) * F)
+    return rows * ((3 * width + FLOAT32) * D + (6 * width + FLOAT32) * F)
 
 
 def deferred_of_layer(c: ModelConfig, layout: Layout) -> float:
@@ -200,7 +208,7 @@ def passing(c: ModelConfig, layout: Layout, loss_chunk: int) -> float:
     """The largest of what exists for a moment: the backward pass of one layer, or the logits of one chunk."""
     N, width, H = layout.tokens, _width(c), c.num_heads / layout.mesh.tensor
     attention = N * H * (4 * c.qk_head_dim + 3 * c.v_head_dim) * FLOAT32 / 2 * width / 2
-    rows = rows_of_experts(c, layout)[1] * (3 * c.d_model + 4 * c.expert_ffn_dim) * width
+    rows = going_back(c, rows_of_experts(c, layout)[1])
     tensor = layout.mesh.tensor * layout.mesh.pipe
     logits = min(loss_chunk, N) * c.vocab_size / tensor * (2 * FLOAT32 + width)
     return max(attention, rows * c.fp8.enabled, logits)
