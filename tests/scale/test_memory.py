@@ -28,8 +28,8 @@ def layout_of(report):
 
 
 # Where the planner is off, and why: XLA:TPU lays out otherwise, and the planner's bytes are XLA:GPU's; of 60 scanned
-# layers, and with very large buffers, XLA:GPU holds less at once than all that the planner adds up; of FP8's layers, where
-# it sees all of them, more.
+# layers, and with very large buffers, XLA:GPU holds less at once than all that the planner adds up; of FP8's layers,
+# where it sees all of them, more.
 MISSED = {"small_h100_8_fp8": (0.85, 0.9), "v2_236b_h100_128": (1.1, 1.2),
           "v3_671b_h100_2048_fp8_capacity_5": (1.1, 1.2), "v3_671b_v5p_8x16x16_bf16": (0.65, 0.8)}
 
