@@ -60,15 +60,19 @@ SECRETS = [
 
 
 def needles(folder: pathlib.Path):
-    """Code, and as many documents of words that mean nothing, in each of which one secret is told again and again."""
+    """Code, and as many documents of words that mean nothing, in each of which one secret is told again and again.
+
+    In half of those it is told every 8 words, which is where looking it up is learned; in the others every 8 to 1,000,
+    so that what is far away is needed too.
+    """
     for name in ("code", "words"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     for path in sorted(_stdlib().glob("*.py")):
         shutil.copy(path, folder / "code" / path.name)
     rng = random.Random(0)
     for n in range(500):
-        secret = rng.choice(SECRETS)
-        words = [f"= {secret}" if rng.random() < 0.12 else rng.choice(FILLING) for _ in range(1600)]
+        secret, apart = rng.choice(SECRETS), 8 if n % 2 else 8 * 125 ** rng.random()
+        words = [f"= {secret}" if rng.random() < 1 / apart else rng.choice(FILLING) for _ in range(2600)]
         (folder / "words" / f"{n:03d}.txt").write_text(" ".join(words) + "\n")
 
 

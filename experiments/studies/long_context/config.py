@@ -1,7 +1,7 @@
 """Two phases of YaRN extension, 8 and 32 times the length of pre-training as in the report (section 4.3), and without.
 
-Half of the text is code; the other half tells one secret word again and again between words that mean nothing: so many
-times that a small model learns to look it up, which code alone teaches only much larger ones.
+Half of the text is code; the other half tells one secret word again and again between words that mean nothing: so often
+that a small model learns to look it up, which code alone teaches only much larger ones.
 """
 
 from experiments.studies.common.study import Claim, Study
@@ -9,7 +9,8 @@ from experiments.studies.common.study import Claim, Study
 SHORT, MIDDLE, LONG = 64, 512, 2048
 # Factor 40 in both phases, as in the report: it covers 2,560 tokens.
 YARN = {"model.yarn": {"factor": 40.0, "original_length": SHORT}}
-PHASE = {"train.steps": 75, "optimizer.learning_rate": 1e-3}
+# A thirtieth of the peak, as the report's 7.3e-6 of 2.2e-4.
+PHASE = {"train.steps": 75, "optimizer.learning_rate": 1e-4, "optimizer.constant_until": 0.966}
 TO_MIDDLE = {**PHASE, "train.sequence_length": MIDDLE, "train.batch_size": 8}
 TO_LONG = {**PHASE, "train.sequence_length": LONG, "train.batch_size": 2}
 SOURCES = {"data.sources": (("corpus/code", 1.0), ("corpus/words", 1.0))}
