@@ -18,7 +18,7 @@ def rows():
     text = (ROOT / "README.md").read_text().split("| claim | report | ours", 1)[1]
     study = None
     for line in itertools.takewhile(lambda line: line.startswith("|"), text.splitlines()[2:]):
-        claim, _, ours, *_, command = (cell.strip() for cell in line.strip("|").split("|"))
+        claim, _, ours, _, command, _ = (cell.strip() for cell in line.strip("|").split("|"))
         found = re.search(r"experiments\.studies\.(\w+)\.run", command)
         study = found.group(1) if found else study
         yield study, claim, ours
