@@ -10,6 +10,7 @@ from unittest import mock
 import numpy as np
 import pytest
 
+from deepseek_jax.config import ConfigError
 from experiments.studies.common import corpora, runner
 from experiments.studies.common.study import Claim, Study
 from experiments.studies.common.training import Probes, thinned
@@ -172,6 +173,14 @@ def test_what_is_finished_is_not_run_again(finished):
     with mock.patch.object(runner, "train_all", side_effect=AssertionError("ran again")):
         again = runner.run(LEAST, True, workdir, 1)
     assert again["arms"] == results["arms"]
+
+
+def test_runs_that_read_other_texts_are_not_compared(finished):
+    workdir, _ = finished
+    runs = [json.loads(path.read_text()) for path in (workdir / "least-quick").glob("*.json")]
+    runs[0]["corpus"] = ["another"]
+    with pytest.raises(ConfigError, match="least: some of the finished runs read another text"):
+        runner.gather(LEAST, runs, True)
 
 
 def test_only_what_is_missing_runs_and_gives_the_same_bits(finished):

@@ -24,6 +24,7 @@ import threading
 import tqdm
 
 from deepseek_jax import command
+from deepseek_jax.config import ConfigError
 from experiments.studies.common import corpora
 from experiments.studies.common.statistics import Estimate, difference, estimate, verdict
 from experiments.studies.common.study import Study
@@ -130,7 +131,14 @@ def _work(study, arm, seeds, quick, folder):
 
 
 def gather(study: Study, runs: list[dict], quick: bool) -> dict:
-    """What is known when all runs are there: results.json."""
+    """What is known when all runs are there: results.json.
+
+    Raises:
+      ConfigError: the runs did not all read the same text.
+    """
+    if len({json.dumps(run["corpus"]) for run in runs}) > 1:
+        raise ConfigError(f"{study.name}: some of the finished runs read another text than the others (another Python, "
+                          "or corpora.py has changed); take another --workdir, or delete the study's folder in it.")
     arms = {}
     for arm in dict.fromkeys(run["arm"] for run in runs):
         mine = {run["seed"]: run for run in runs if run["arm"] == arm}
