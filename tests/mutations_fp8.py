@@ -28,6 +28,8 @@ MUTATIONS = [
      "summed=(None, None, None, None)", T_FP8),
     ("fp8 on a mesh: a network's weights see one device's tokens", FP8, 'summed=("ffn", "batch", "batch", "batch")',
      'summed=("ffn", None, "batch", "batch")', T_FP8),
+    ("fp8: no kernel reads what wgrad reads", FP8, 'if scale == "power_of_two":\n        x = x', 'if False:\n        x = x',
+     T_FP8),
     ("hopper: an array ends within a tile of rows", H_TILES, "-(-rows // ROWS) * ROWS", "rows", T_HOPPER),
     ("hopper: an array ends within a tile of columns", H_TILES, "-(-columns // wide) * wide", "columns", T_HOPPER),
     ("hopper attention: a sequence ends within a tile", H_ATTENTION, "-x.shape[1] % 8", "0", T_HOPPER),

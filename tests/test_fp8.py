@@ -267,6 +267,24 @@ def test_experts_are_feed_forward_networks_of_their_own_rows():
     assert not any(np.asarray(d)[1].any() for d in dw)  # an expert without tokens
 
 
+def test_wgrad_reads_bfloat16_where_that_loses_nothing(monkeypatch):
+    """The kernels read no other; of o_proj and of the experts' tokens the scales are powers of two."""
+    read, quantize = [], fp8.api.quantize
+    monkeypatch.setattr(fp8.api, "quantize", lambda x, **options: (
+        read.append(x.dtype) if options.get("transposed") == "only" else None) or quantize(x, **options))
+    x, w = (jnp.asarray(data((128, 128), n, 1.0), jnp.bfloat16) for n in range(2))
+    sizes = jnp.array([128])
+
+    jax.vjp(functools.partial(fp8.linear, kept="e5m6"), x, w)[1](x)
+    jax.vjp(functools.partial(fp8.swiglu_ffn, sizes=sizes), x, w[None], w[None], w[None])[1](x)
+
+    assert read.count(jnp.bfloat16) == 4 and read.count(jnp.float32) == 3  # dy and x, twice; d gate, d up, act
+
+    wide = data((256, 300), 4)
+    for kept in (fp8.dequantize(tiles(wide, scale="power_of_two")), fp8.from_e5m6(fp8.to_e5m6(wide), 300)):
+        np.testing.assert_array_equal(kept, kept.astype(jnp.bfloat16).astype(jnp.float32))
+
+
 # On a mesh: four parts of 128 tokens, and two of what a weight is split by.
 MESH = MeshConfig(replica=2, local=2, tensor=2)
 
