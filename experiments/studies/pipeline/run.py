@@ -42,9 +42,11 @@ def draw(rows_by_costs, path):
 def main():
     parser = argparse.ArgumentParser(prog="python -m experiments.studies.pipeline.run", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="the same: it takes seconds anyway")
-    parser.parse_args()
-    folder, rows = pathlib.Path(__file__).parent, table()
+    parser.add_argument("--quick", action="store_true", help="the same, in seconds; nothing is written beside")
+    quick = parser.parse_args().quick
+    folder = runner.ROOT / ".cache" / "studies" / "pipeline-quick" if quick else pathlib.Path(__file__).parent
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = table()
     draw(rows, folder / "pipeline.png")
     command.write_json(str(folder / "results.json"), {"config": CONFIG, "rows": rows, **runner.provenance()})
     for row in rows["no overlap gains"]:
