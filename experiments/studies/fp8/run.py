@@ -19,7 +19,8 @@ from experiments.studies.common.statistics import difference, estimate, verdict
 from experiments.studies.fp8 import config as study
 
 HERE = pathlib.Path(__file__).resolve().parent
-QUICK = {"tiny": ("tiny", 4, [])}
+QUICK = {"tiny": ("tiny", 4, ["--config.model.num_layers=2", "--config.model.mtp_depth=0",
+                              "--config.model.vocab_size=1024"])}
 
 
 def run_folder(workdir, setting, variant, seed):
