@@ -1,7 +1,7 @@
 # make train   from nothing: environment, tokenizer, a tiny model on real text, a sample, plots (in run/)
 # make test    the CPU suite          make lint    ruff
 # make bench   speed beside transformers, a dense product, ragged_dot: same machine, same run
-# make aot     compiles the Hopper kernels, and training steps up to 671B, for machines that are not here (an hour)
+# make aot     compiles the Hopper kernels, and training steps up to 671B, for machines that are not here (two to four hours)
 # make studies-quick   every study in its short form         make notebooks   runs the notebooks
 # make clean   removes environments, caches and run/
 #
@@ -69,7 +69,7 @@ notebooks: .venv/stamp
 	@.venv-aot/bin/python -m pip install -qq --disable-pip-version-check -e '.[aot]'
 	@touch $@
 
-# From seconds to twenty minutes each; the last needs libtpu beside the extra, and goes to the end without it.
+# From seconds to twenty minutes each but for the last; the last two need libtpu beside the extra, and are passed over without.
 COMPILE = .venv-aot/bin/python -m deepseek_jax.compile
 V3 := --model v3_671b --pipe 16 --expert 64 --remat full --deferred 0
 report = --json experiments/scale/$(1).json --plot experiments/scale/$(1).png
@@ -92,6 +92,7 @@ aot: .venv-aot/stamp
 	$(COMPILE) $(V3) --target h100:2048 --fp8 --capacity 5 $(call report,v3_671b_h100_2048_fp8_capacity_5)
 	$(COMPILE) $(V3) --target h100:2048 $(call report,v3_671b_h100_2048_bf16)
 	-$(COMPILE) $(V3) --target v5p:8x16x16 $(call report,v3_671b_v5p_8x16x16_bf16)
+	-$(COMPILE) $(V3) --target 7x:8x8x16 $(call report,v3_671b_7x_8x8x16_bf16)  # another hour or two
 	.venv-aot/bin/python -m experiments.scale.agreement
 
 clean:

@@ -31,7 +31,8 @@ def layout_of(report):
 # layers, and with very large buffers, XLA:GPU holds less at once than all that the planner adds up; of FP8's layers,
 # where it sees all of them, more.
 MISSED = {"small_h100_8_fp8": (0.85, 0.9), "v2_236b_h100_128": (1.1, 1.2),
-          "v3_671b_h100_2048_fp8_capacity_5": (1.1, 1.2), "v3_671b_v5p_8x16x16_bf16": (0.65, 0.8)}
+          "v3_671b_h100_2048_fp8_capacity_5": (1.1, 1.2), "v3_671b_v5p_8x16x16_bf16": (0.65, 0.8),
+          "v3_671b_7x_8x8x16_bf16": (0.65, 0.8)}
 
 
 def planned_over_compiled(path):
