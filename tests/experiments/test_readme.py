@@ -1,4 +1,5 @@
-"""The claims table of the README: every interval in it stands in the results of the study that its row names."""
+"""The claims table of the README: every number of ours, in its place and with its sign, and every verdict, against the
+results of the study that its row names."""
 
 import itertools
 import json
@@ -7,67 +8,190 @@ import re
 
 import pytest
 
+from experiments.studies.mla.config import CACHE
+
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-NUMBER = r"[-+]?\d+(?:\.\d+)?"
-# "60 % [50, 70]", "0.007 nats lower [0.014 lower, 0.0004 higher]": a mean, what it is of, and both ends.
-INTERVAL = re.compile(rf"({NUMBER})((?: %| nats| lower| fewer)*) \[({NUMBER})[^\],]*, ({NUMBER})[^\]]*\]")
+# A number, and the word behind it that is its sign: "0.014 lower" is -0.014. The 32 of float32 is no number.
+NUMBER = re.compile(r"(?<![\w.])([-+]?)(\d+(?:,\d{3})*(?:\.\d+)?(?:e-\d+)?)(?=((?: nats)? lower\b)?)")
+
+
+def of(metric, arm, times=1):
+    """Mean and interval of a metric of an arm."""
+    return lambda results: [times * results["arms"][arm]["metrics"][metric][x] for x in ("mean", "low", "high")]
+
+
+def claim(results, metric, arm, against):
+    return next(c for c in results["claims"] if (c["metric"], c["arm"], c["against"]) == (metric, arm, against))
+
+
+def change(*names):
+    """Of a paired difference: `arm` less `against`."""
+    return lambda results: [claim(results, *names)["difference"][x] for x in ("mean", "low", "high")]
+
+
+def fall(*names):
+    """The same the other way round: by how much `arm` is lower."""
+    return lambda results: [-claim(results, *names)["difference"][x] for x in ("mean", "high", "low")]
+
+
+def fp8_losses(results):
+    found = results["settings"]["small_calm"]["compared"]["fp8"]
+    return [100 * x for x in (*found["largest"].values(), *(found["largest_mean"][y] for y in ("mean", "low", "high")))]
+
+
+def fp8_sum(name):
+    return lambda results: [100 * results["accumulation"]["cut every 4"][name][x] for x in ("mean", "low", "high")]
+
+
+def schedules(results):
+    mine = {row["schedule"]: row for row in results["rows"]["no overlap gains"] if row["microbatches"] == 32}
+    return [*(mine[name]["idle"] for name in ("dualpipe", "zb1p", "1f1b")), mine["dualpipe"]["makespan"],
+            mine["dualpipe"]["ranks"], 32]
+
+
+VIO, LOSS, FAR = "max_vio_global", "loss", "loss_512_2048"
+# claim -> (study, what is ours with # for the numbers, the numbers, the study's claims that its verdict is of)
+TABLE = {
+    "the bias balances the experts": (
+        "load_balance", "# [#, #] against # [#, #]; without either # [#, #]",
+        [of(VIO, "loss-free"), of(VIO, "aux 1e-3"), of(VIO, "none")],
+        [(VIO, "loss-free", "aux 1e-3"), (VIO, "loss-free", "none")]),
+    "... at a lower loss than the auxiliary loss": (
+        "load_balance", "# lower [# lower, # higher]", [change(LOSS, "loss-free", "aux 1e-3")],
+        [(LOSS, "loss-free", "aux 1e-3")]),
+    "MLA learns as well as MHA or better, from a smaller cache": (
+        "mla", "# nats [#, #] lower than MHA's, # numbers against #, equal parameters",
+        [fall(LOSS, "MLA", "MHA"), CACHE["MLA"], CACHE["MHA"]], [(LOSS, "MLA", "MHA")]),
+    "... better than GQA and MQA": (
+        "mla", "# [#, #] and # [#, #] lower", [fall(LOSS, "MLA", "GQA"), fall(LOSS, "MLA", "MQA")],
+        [(LOSS, "MLA", "GQA"), (LOSS, "MLA", "MQA")]),
+    "MTP drafts a usable second token": (
+        "mtp", "# % [#, #]; a table of bigrams # % [#, #]",
+        [of("acceptance_decoding", "MTP", 100), of("acceptance_bigrams", "MTP", 100)],
+        [("acceptance_over_bigrams", "MTP", 0.0), ("acceptance_decoding", "MTP", 0.85)]),
+    "... and makes the main head better": (
+        "mtp", "# nats lower [# lower, # higher]", [change(LOSS, "MTP", "none")], [(LOSS, "MTP", "none")]),
+    "too slow a bias does not balance in time": (
+        "bias_rule", "MaxVio_global at # # [#, #], at # # [#, #]",
+        [1e-3, of(VIO, "sign 1e-3"), 5e-3, of(VIO, "sign 5e-3")], [(VIO, "sign 1e-3", "sign 5e-3")]),
+    "proportional steps balance better, at a higher loss": (
+        "bias_rule", "# [#, #] better; # nats [#, #]",
+        [fall(VIO, "proportional 2e-2", "sign 5e-3"), change(LOSS, "proportional 2e-2", "sign 5e-3")],
+        [(VIO, "proportional 2e-2", "sign 5e-3"), (LOSS, "proportional 2e-2", "sign 5e-3")]),
+    "many small experts and a shared one beat few large ones": (
+        "experts", "# nats [#, #] lower at equal active parameters", [fall(LOSS, "finer, shared", "few large")],
+        [(LOSS, "finer, shared", "few large")]),
+    "balance inside every sequence keeps experts from specialising": (
+        "balance_scope", "specialisation # [#, #] against the bias's # [#, #]",
+        [of("specialisation", "sequence-wise"), of("specialisation", "loss-free")],
+        [("specialisation", "sequence-wise", "loss-free")]),
+    "... and costs loss": (
+        "balance_scope", "against the bias # nats lower [# lower, # higher]; batch-wise # [#, #] higher",
+        [fall(LOSS, "loss-free", "sequence-wise"), change(LOSS, "batch-wise", "sequence-wise")],
+        [(LOSS, "loss-free", "sequence-wise"), (LOSS, "batch-wise", "sequence-wise")]),
+    "limiting nodes saves copies": (
+        "routing_limit", "# nodes instead of #: # [#, #] fewer of #",
+        [2, 8, fall("nodes_per_token", "2 of 8", "8 of 8"), lambda r: of("nodes_per_token", "8 of 8")(r)[:1]],
+        [("nodes_per_token", "2 of 8", "8 of 8")]),
+    "... at no loss": (
+        "routing_limit", "# nodes instead of #: # nats [#, #]", [4, 8, change(LOSS, "4 of 8", "8 of 8")],
+        [(LOSS, "4 of 8", "8 of 8")]),
+    "YaRN in two phases carries a model to 32 times its length": (
+        "long_context", "in # tokens # % [#, #], before # % [#, #]; the same training without YaRN # % [#, #]",
+        [2048, *(of("needle_2048", arm, 100) for arm in ("2048, YaRN", "64", "2048, plain"))],
+        [("needle_2048", "2048, YaRN", "64"), ("needle_2048", "2048, YaRN", "2048, plain")]),
+    "... and lowers the loss of what is far away": (
+        "long_context", "# nats lower [# lower, # lower]; without YaRN # nats lower [# lower, # higher] still",
+        [change(FAR, "2048, YaRN", "64"), fall(FAR, "2048, YaRN", "2048, plain")],
+        [(FAR, "2048, YaRN", "64"), (FAR, "2048, YaRN", "2048, plain")]),
+    "FP8 trains as bfloat16 does": (
+        "fp8", "`small` at the report's learning rate: #, # and # % apart at most, mean # % [#, #]", [fp8_losses],
+        None),
+    "a tensor core's 14 bits lose much of a sum of 4,096": (
+        "fp8", "# % [#, #]; moved to float32 every #: # % [#, #]",
+        [fp8_sum("never promoted"), 128, fp8_sum("promoted every 128")], None),
+    "DualPipe idles less than ZB1P and 1F1B, at PP + 1 activations": (
+        "pipeline", "#, #, # of about # at # ranks, # micro-batches; exact, computed", [schedules], None),
+}
 
 
 def rows():
-    """(study, claim, what is ours) of each row of the table."""
+    """{claim: (study, what is ours, verdict)} of the README."""
     text = (ROOT / "README.md").read_text().split("| claim | report | ours", 1)[1]
-    study = None
+    study, found = None, {}
     for line in itertools.takewhile(lambda line: line.startswith("|"), text.splitlines()[2:]):
-        claim, _, ours, _, command, _ = (cell.strip() for cell in line.strip("|").split("|"))
-        found = re.search(r"experiments\.studies\.(\w+)\.run", command)
-        study = found.group(1) if found else study
-        yield study, claim, ours
+        says, _, ours, verdict, command, _ = (cell.strip() for cell in line.strip("|").split("|"))
+        named = re.search(r"experiments\.studies\.(\w+)\.run", command)
+        study = named.group(1) if named else study  # "the same"
+        found[says] = study, ours, verdict
+    return found
 
 
-ROWS = list(rows())
+ROWS = rows()
 
 
-def intervals(found):
-    """Every {"mean", "low", "high"} within a tree."""
-    if isinstance(found, dict):
-        if {"mean", "low", "high"} <= found.keys():
-            yield [found[name] for name in ("mean", "low", "high")]
-        for part in found.values():
-            yield from intervals(part)
-    elif isinstance(found, list):
-        for part in found:
-            yield from intervals(part)
+def results_of(study):
+    return json.loads((ROOT / "experiments" / "studies" / study / "results.json").read_text())
 
 
-def says(printed, value, percent):
-    """Whether `value` is printed like that; the sign may stand in a word, as in "0.007 lower"."""
-    digits = len(printed.partition(".")[2])
-    return value is not None and f"{abs(value) * (100 if percent else 1):.{digits}f}" == printed.lstrip("+-")
+def printed(value, sign, digits):
+    """`value` as the README prints it where it prints so many digits."""
+    if "e" in digits:
+        return f"{value:.0e}".replace("e-0", "e-")
+    text = f"{value:{'+' if sign == '+' else ''},.{len(digits.partition('.')[2])}f}"
+    return text if "," in digits else text.replace(",", "")
 
 
-def stands_in(results, mean, unit, low, high):
-    percent = "%" in unit
-    ends = lambda a, b: says(low, a, percent) and says(high, b, percent)
-    return any(says(mean, m, percent) and (ends(a, b) or ends(b, a)) for m, a, b in intervals(results))
+def wrong(ours, wording, figures, results):
+    """What is ours, against the results: one line for each thing that differs."""
+    if NUMBER.sub("#", ours) != wording:
+        return [f"the words are not those of the table in {pathlib.Path(__file__).name}: {NUMBER.sub('#', ours)!r}"]
+    values = [x for figure in figures for x in (figure(results) if callable(figure) else [figure])]
+    found = NUMBER.findall(ours)
+    assert len(values) == len(found)
+    should = [printed(-value if lower else value, sign, digits) for value, (sign, digits, lower) in zip(values, found)]
+    return [f"{sign}{digits}{lower} should be {right}{lower}" for right, (sign, digits, lower) in zip(should, found)
+            if right != sign + digits]
 
 
-@pytest.mark.parametrize(("study", "claim", "ours"), ROWS, ids=lambda x: str(x)[:40])
-def test_every_interval_of_the_readme_stands_in_the_results_of_its_study(study, claim, ours):
-    results = json.loads((ROOT / "experiments" / "studies" / study / "results.json").read_text())
-    if study == "pipeline":
-        mine = [row for row in results["rows"]["no overlap gains"] if row["microbatches"] == 32]
-        idle = {row["schedule"]: f"{row['idle']:g}" for row in mine}
-        assert ours.startswith(f"{idle['dualpipe']}, {idle['zb1p']}, {idle['1f1b']} of")
-        return
-    found = INTERVAL.findall(ours)
-
-    assert found and ours.count("[") == len(found)
-    assert [x for x in found if not stands_in(results, *x)] == []
+def verdicts(text):
+    """The words that decide, each once while it does not change."""
+    return [word for word, _ in itertools.groupby(re.findall("reproduced|not visible|contradicted", text))]
 
 
-def test_another_figure_would_not():
-    results = {"claims": [{"difference": {"mean": -0.0066, "low": -0.0138, "high": 0.0004}}]}
-    for text, right in (("0.007 nats lower [0.014 lower, 0.0004 higher]", True), ("0.007 [-0.014, +0.0004]", True),
-                        ("0.008 nats lower [0.014 lower, 0.0004 higher]", False), ("0.007 [0.013, 0.0004]", False),
-                        ("0.7 % [1.4, 0.0]", True), ("0.7 [1.4, 0.0]", False)):
-        assert stands_in(results, *INTERVAL.search(text).groups()) == right, text
+def test_every_row_of_the_readme_is_checked_here():
+    assert list(ROWS) == list(TABLE) and [row[0] for row in ROWS.values()] == [row[0] for row in TABLE.values()]
+
+
+@pytest.mark.parametrize("says", TABLE)
+def test_every_number_of_the_readme_is_that_of_the_results(says):
+    study, wording, figures, _ = TABLE[says]
+    assert wrong(ROWS[says][1], wording, figures, results_of(study)) == []
+
+
+@pytest.mark.parametrize("says", [says for says, row in TABLE.items() if row[3]])
+def test_every_verdict_of_the_readme_is_that_of_the_results(says):
+    study, _, _, claims = TABLE[says]
+    results = results_of(study)
+    assert verdicts(ROWS[says][2]) == verdicts("; ".join(claim(results, *names)["verdict"] for names in claims))
+
+
+@pytest.mark.parametrize("says", TABLE)
+def test_another_digit_anywhere_would_be_noticed(says):
+    study, wording, figures, _ = TABLE[says]
+    ours, results = ROWS[says][1], results_of(study)
+    for found in NUMBER.finditer(ours):
+        end = found.end(2)
+        other = f"{ours[:end - 1]}{(int(ours[end - 1]) + 1) % 10}{ours[end:]}"
+        assert len(wrong(other, wording, figures, results)) == 1, other
+
+
+def test_another_sign_or_direction_would_be_noticed():
+    ours = "0.007 nats lower [0.014 lower, 0.0004 higher]"
+    wording = "# nats lower [# lower, # higher]"
+    for figures, right in (([-0.0066, -0.0138, 0.0004], True), ([0.0066, -0.0138, 0.0004], False),
+                           ([-0.0066, 0.0138, 0.0004], False), ([-0.0066, -0.0138, -0.0004], False)):
+        assert (wrong(ours, wording, figures, {}) == []) == right, figures
+    assert wrong(ours.replace("nats lower", "nats higher"), wording, [-0.0066, -0.0138, 0.0004], {})
+    assert wrong("+0.008 [-0.020, +0.036]", "# [#, #]", [0.008, -0.020, 0.036], {}) == []
+    assert len(wrong("+0.008 [-0.020, +0.036]", "# [#, #]", [-0.008, 0.020, -0.036], {})) == 3
