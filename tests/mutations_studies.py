@@ -27,7 +27,7 @@ MUTATIONS = [
      "self.start(jax.random.key(0), ",
      T_STUDIES),
     ("studies: arms of a seed start apart", TRAINING, "self.start(jax.random.key(seed), ",
-     "self.start(jax.random.key(seed + 100 * len(self.arm)), ", T_STUDIES),
+     "self.start(jax.random.key(seed + 100 * [*self.study.arms].index(self.arm)), ", T_STUDIES),
     ("studies: finished runs are run again", RUNNER,
      "[s for s in seeds if not result_path(study, arm, s, quick, folder).exists()]", "list(seeds)", T_STUDIES),
     ("studies: a phase begins anew", TRAINING, "first and load(self._weights(first, seed))", "None", T_STUDIES),

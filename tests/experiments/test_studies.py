@@ -7,13 +7,14 @@ import types
 from concurrent.futures import Future
 from unittest import mock
 
+import jax
 import numpy as np
 import pytest
 
 from deepseek_jax.config import ConfigError
 from experiments.studies.common import corpora, runner
 from experiments.studies.common.study import Claim, Study
-from experiments.studies.common.training import Probes, thinned
+from experiments.studies.common.training import Arm, Probes, thinned
 from experiments.studies.long_context import measure as far
 
 FOLDER = pathlib.Path(__file__).resolve().parents[2] / "experiments" / "studies"
@@ -166,6 +167,23 @@ def test_seeds_are_paired(finished):
         run = json.loads(path.read_text())
         first.setdefault(run["seed"], set()).add(run["first_loss"])
     assert [len(values) for values in first.values()] == [1, 1] and first[0] != first[1]
+
+
+def test_a_seed_begins_every_arm_with_the_same_weights_and_another_seed_with_others(finished):
+    """The first losses alone do not show it: seeds also read the text in orders of their own."""
+    workdir, _ = finished
+    begun = {}
+    for arm in LEAST.arms:
+        made = Arm(LEAST, arm, True, workdir / "least-quick")
+        made.step = mock.Mock(side_effect=InterruptedError)
+        for seed in (0, 1):
+            with pytest.raises(InterruptedError):
+                made.run(seed)
+            begun[arm, seed] = np.concatenate([x.ravel() for x in jax.tree.leaves(made.step.call_args.args[0].params)])
+
+    for seed in (0, 1):
+        np.testing.assert_array_equal(begun["bias", seed], begun["none", seed])
+    assert (begun["bias", 0] != begun["bias", 1]).mean() > 0.9
 
 
 def test_what_is_finished_is_not_run_again(finished):
