@@ -74,7 +74,7 @@ COMPILE = .venv-aot/bin/python -m deepseek_jax.compile
 V3 := --model v3_671b --pipe 16 --expert 64 --remat full --deferred 0
 report = --json experiments/scale/$(1).json --plot experiments/scale/$(1).png
 aot: .venv-aot/stamp
-	.venv-aot/bin/python -m kernels_pallas.compile_report --shapes v3-train v3-decode --json experiments/studies/fp8/compile_sm90a.json
+	.venv-aot/bin/python -m kernels_pallas.tools.compile_report --shapes v3-train v3-decode --json experiments/studies/fp8/compile_sm90a.json
 	$(COMPILE) --model tiny --target h100:1 --sequences 32 --rows 8 --sequence-length 1024 --remat report $(call report,tiny_h100_1)
 	$(COMPILE) --model tiny --target h100:8 --expert 8 --sequences 128 --rows 4 --sequence-length 1024 --remat report \
 		$(call report,tiny_h100_8)

@@ -29,9 +29,9 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 from run import hardware  # noqa: E402
 
+from deepseek_jax.checkpoint.arrays import BLOCK, FP8  # noqa: E402
 from deepseek_jax.config import model_config  # noqa: E402
-from deepseek_jax.interop import export, hf_config, names, shards  # noqa: E402
-from deepseek_jax.training.arrays import BLOCK, FP8  # noqa: E402
+from deepseek_jax.interop import hf_config, safetensors_io, save, tensor_map  # noqa: E402
 
 SHARD = 450 * 10**6
 
@@ -43,24 +43,24 @@ def make(folder, experts):
     rng = np.random.default_rng(0)
     random = rng.integers(0, 0x7f, 2**24, np.uint8)  # positive FP8 numbers, none of them NaN; small bfloat16 ones
     items = []
-    for entry in names.entries(cfg).values():
+    for entry in tensor_map.entries(cfg).values():
         bias = entry.name.endswith("bias")
-        dtype = FP8 if entry.fp8 else shards.DTYPES["F32" if bias else "BF16"]
-        items.append(shards.Item(entry.name, dtype, entry.shape))
+        dtype = FP8 if entry.fp8 else safetensors_io.DTYPES["F32" if bias else "BF16"]
+        items.append(safetensors_io.Item(entry.name, dtype, entry.shape))
         if entry.fp8:
             blocks = tuple(-(-n // BLOCK) for n in entry.shape)
-            items.append(shards.Item(entry.name + export.SCALE, shards.DTYPES["F32"], blocks))
+            items.append(safetensors_io.Item(entry.name + save.SCALE, safetensors_io.DTYPES["F32"], blocks))
 
     def pieces(item):
-        if item.dtype == shards.DTYPES["F32"]:
+        if item.dtype == safetensors_io.DTYPES["F32"]:
             return [rng.uniform(1e-4, 1e-3, item.shape).astype(np.float32)]
         whole, rest = divmod(item.nbytes, random.nbytes)
         return [random] * whole + [random[:rest]]
 
-    files = shards.pack(items, SHARD)
+    files = safetensors_io.pack(items, SHARD)
     folder.mkdir(parents=True)
-    shards.write(str(folder), files, pieces)
-    export.write_json(folder / "config.json", hf_config.write(cfg, "bfloat16", fp8=True))
+    safetensors_io.write(str(folder), files, pieces)
+    save.write_json(folder / "config.json", hf_config.write(cfg, "bfloat16", fp8=True))
     return sum(item.nbytes for item in items), len(files)
 
 

@@ -42,10 +42,10 @@ def answer(generate, context=None):
 
 
 def ours(folder, dtype, batches):
-    from deepseek_jax import command
+    from deepseek_jax import cli
 
-    command.reuse_memory()
-    command.tune_xla()
+    cli.reuse_memory()
+    cli.tune_xla()
     import jax
 
     from deepseek_jax.interop import load_hf

@@ -61,7 +61,7 @@ def parts(engine):
 
     from deepseek_jax.model.layers import head_logits
     from deepseek_jax.serving import speculative
-    from deepseek_jax.serving.network import Rows, forward
+    from deepseek_jax.serving.decode_model import Rows, forward
     from deepseek_jax.serving.sampling import Sampling
 
     cfg, reach, weights, depth, B = engine.cfg, engine.reach, engine.weights, engine.depth, engine.max_sequences
@@ -156,10 +156,10 @@ def main():
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: the run's own")
     parser.add_argument("--json", metavar="FILE")
     args = parser.parse_args()
-    from deepseek_jax import command
+    from deepseek_jax import cli
 
-    command.reuse_memory()
-    command.tune_xla()
+    cli.reuse_memory()
+    cli.tune_xla()
     import dataclasses
 
     from deepseek_jax.generate import load

@@ -16,7 +16,7 @@ import time
 import jax
 import numpy as np
 
-from deepseek_jax import command
+from deepseek_jax import cli
 from deepseek_jax.config import Config, TrainConfig, model_config
 from deepseek_jax.training.step import init_state, train_step
 
@@ -32,8 +32,8 @@ def main():
     parser.add_argument("--mtp-depth", type=int, default=0)
     args = parser.parse_args()
 
-    command.reuse_memory()
-    command.tune_xla()
+    cli.reuse_memory()
+    cli.tune_xla()
     model = model_config("small", dtype=args.dtype, mtp_depth=args.mtp_depth)
     config = Config(model=model, train=TrainConfig(batch_size=args.batch, sequence_length=args.length))
     state = jax.jit(functools.partial(init_state, config))()

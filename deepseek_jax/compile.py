@@ -9,12 +9,13 @@ analysis beside the planner's; every kind of collective: along which axes, how l
 their start and their done; and registers and spills of the kernels. Exit code 1: it compiles, and does not fit.
 """
 
-from deepseek_jax import command
-from deepseek_jax.scale import arguments, targets
+from deepseek_jax import cli
+from deepseek_jax.scale import arguments
+from deepseek_jax.scale.compile import targets
 
 
 def parse():
-    parser = command.Parser("compile", __doc__)
+    parser = cli.Parser("compile", __doc__)
     parser.add_argument("--target", required=True, help="such as h100:8, h100:2048, v5p:8x16x16")
     arguments.add(parser)
     parser.add_argument("--decode", type=int, metavar="SEQUENCES", help="compile a decode step of so many sequences a "
@@ -31,17 +32,17 @@ def main():
     model = arguments.model(args)
     devices = targets.count(args.target)
     if args.decode is not None:
-        from deepseek_jax.scale.aot_decode import report
+        from deepseek_jax.scale.compile.aot_decode import report
 
         found = report(model, args.target, args.decode, args.length, args.drafts)
     else:
-        from deepseek_jax.scale.aot import report
+        from deepseek_jax.scale.compile.aot import report
 
         found = report(model, arguments.layout(args, model, devices, node_size=8), args.target)
     found |= {"model": args.model, "layers": model.num_layers}
     print(table(found))
     if args.json:
-        command.write_json(args.json, found)
+        cli.write_json(args.json, found)
     if args.plot:
         from deepseek_jax.scale.draw import draw_memory
 
@@ -80,4 +81,4 @@ def table(found) -> str:
 
 
 if __name__ == "__main__":
-    command.run(main)
+    cli.run(main)

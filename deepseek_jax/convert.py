@@ -7,16 +7,16 @@
 Both stream: memory stays small whatever the size. A way out after a way in gives every tensor back byte for byte.
 """
 
-from deepseek_jax import command
+from deepseek_jax import cli
 
 
-class _Way(command.Parser):
+class _Way(cli.Parser):
     def __init__(self, prog, **about):
         super().__init__(prog.rsplit(".", 1)[-1], __doc__)
 
 
 def parse():
-    parser = command.Parser("convert", __doc__)
+    parser = cli.Parser("convert", __doc__)
     ways = parser.add_subparsers(dest="way", required=True, metavar="from-hf | to-hf", parser_class=_Way)
     way = ways.add_parser("from-hf", help="Hugging Face -> work directory")
     way.add_argument("src", help="folder with config.json, tokenizer.json and safetensors files")
@@ -34,7 +34,7 @@ def parse():
 def main():
     args = parse()
 
-    from deepseek_jax.interop.converter import from_hf, to_hf
+    from deepseek_jax.interop.convert import from_hf, to_hf
 
     if args.way == "to-hf":
         return to_hf(args.src, args.dst, args.fp8)
@@ -43,4 +43,4 @@ def main():
 
 
 if __name__ == "__main__":
-    command.run(main)
+    cli.run(main)

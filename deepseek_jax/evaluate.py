@@ -4,11 +4,11 @@
     python -m deepseek_jax.evaluate --workdir run --data docs/ --compressors --json result.json
 """
 
-from deepseek_jax import command
+from deepseek_jax import cli
 
 
 def parse():
-    parser = command.Parser("evaluate", __doc__)
+    parser = cli.Parser("evaluate", __doc__)
     parser.add_argument("--workdir", required=True, help="a run of deepseek_jax.train")
     parser.add_argument("--data", help="a folder, file or glob to score all of, instead of the held-out files")
     parser.add_argument("--ema", action="store_true", help="score the moving average of the weights")
@@ -20,14 +20,14 @@ def parse():
 def main():
     args = parse()
 
-    from deepseek_jax.training.report import evaluate_workdir
+    from deepseek_jax.training.summary import evaluate_workdir
 
     result = evaluate_workdir(args.workdir, args.data, args.ema, args.compressors)
     for name, value in result.items():
         print(f"{name:38s} {value:.4f}" if isinstance(value, float) else f"{name:38s} {value}")
     if args.json:
-        command.write_json(args.json, result)
+        cli.write_json(args.json, result)
 
 
 if __name__ == "__main__":
-    command.run(main)
+    cli.run(main)

@@ -7,12 +7,12 @@ import math
 import os
 import sys
 
-from deepseek_jax import command
+from deepseek_jax import cli
 from deepseek_jax.config import ConfigError
 
 
 def parse():
-    parser = command.Parser("generate", __doc__)
+    parser = cli.Parser("generate", __doc__)
     model = parser.add_mutually_exclusive_group(required=True)
     model.add_argument("--workdir", help="a run of deepseek_jax.train, or what deepseek_jax.convert from-hf made")
     model.add_argument("--hf", metavar="DIR", help="a Hugging Face checkpoint: config.json, tokenizer.json, weights")
@@ -60,7 +60,7 @@ def load(workdir, hf, ema):
         Tokenizer.load(vocabulary)  # before gigabytes are read
         cfg, variables = load_hf(hf)
     else:
-        from deepseek_jax.training.report import load_trained
+        from deepseek_jax.training.summary import load_trained
 
         config, variables, _ = load_trained(workdir, ema)
         cfg = config.model
@@ -68,4 +68,4 @@ def load(workdir, hf, ema):
 
 
 if __name__ == "__main__":
-    command.run(main)
+    cli.run(main)

@@ -10,14 +10,14 @@ names. Exit code 1: the layout does not fit.
 
 import dataclasses
 
-from deepseek_jax import command
+from deepseek_jax import cli
 from deepseek_jax.scale import arguments, decoding, plan, tables
 from deepseek_jax.scale.costs import conventions, parameters
 from deepseek_jax.scale.hardware import HARDWARE, Measured, hardware
 
 
 def parse():
-    parser = command.Parser("plan", __doc__)
+    parser = cli.Parser("plan", __doc__)
     parser.add_argument("--hardware", required=True, help=", ".join(HARDWARE))
     parser.add_argument("--devices", type=int, required=True)
     arguments.add(parser, fp8=True)
@@ -66,9 +66,9 @@ def main():
         result["decode"] = decoding.published(model, machine)
         print(tables.decoded(result["decode"]))
     if args.json:
-        command.write_json(args.json, result)
+        cli.write_json(args.json, result)
     return code
 
 
 if __name__ == "__main__":
-    command.run(main)
+    cli.run(main)

@@ -5,12 +5,12 @@
 
 import os
 
-from deepseek_jax import command
+from deepseek_jax import cli
 from deepseek_jax.config import ConfigError
 
 
 def parse():
-    parser = command.Parser("serve", __doc__)
+    parser = cli.Parser("serve", __doc__)
     model = parser.add_mutually_exclusive_group(required=True)
     model.add_argument("--workdir", help="a run of deepseek_jax.train, or what deepseek_jax.convert from-hf made")
     model.add_argument("--hf", metavar="DIR", help="a Hugging Face checkpoint: config.json, tokenizer.json, weights")
@@ -39,13 +39,13 @@ def main():
     if args.hf and args.ema:
         raise ConfigError("a Hugging Face checkpoint holds no moving average; leave --ema away.")
     try:
-        from deepseek_jax.serving.server import serve
+        from deepseek_jax.serving.openai.server import serve
     except ModuleNotFoundError as error:
         raise ConfigError(f"serving needs {error.name}; pip install 'deepseek-jax[serve]'.") from None
     from deepseek_jax.generate import load
-    from deepseek_jax.serving import chat_template
     from deepseek_jax.serving.engine import Engine
-    from deepseek_jax.serving.service import Service
+    from deepseek_jax.serving.openai import chat_template
+    from deepseek_jax.serving.openai.stream import Service
 
     cfg, variables, tokenizer = load(args.workdir, args.hf, args.ema)
     spell = tokenizer.backend.id_to_token
@@ -60,4 +60,4 @@ def main():
 
 
 if __name__ == "__main__":
-    command.run(main)
+    cli.run(main)

@@ -4,12 +4,12 @@
     python -m deepseek_jax.train --config ... --workdir run --config.mesh.node=2 --config.mesh.local=4
 """
 
-from deepseek_jax import command
+from deepseek_jax import cli
 from deepseek_jax.config import ConfigError, load_config
 
 
 def parse():
-    parser = command.Parser("train", __doc__)
+    parser = cli.Parser("train", __doc__)
     parser.add_argument("--config", required=True, help="a Python file with get_config()")
     parser.add_argument("--workdir", required=True, help="checkpoints, metrics and pictures; run again to resume")
     group = parser.add_argument_group("several processes", "the same command for each, with its own number")
@@ -28,9 +28,9 @@ def main():
         raise ConfigError("--coordinator, --processes and --process go together: give all three, or none.")
 
     # After the config is known to be good: these take seconds.
+    from deepseek_jax.parallel.processes import Group, joined
     from deepseek_jax.training.loop import train
-    from deepseek_jax.training.processes import Group, joined
-    from deepseek_jax.training.report import finish
+    from deepseek_jax.training.summary import finish
 
     with joined(Group(*group) if args.processes is not None else None):
         done = train(config, args.workdir)
@@ -39,4 +39,4 @@ def main():
 
 
 if __name__ == "__main__":
-    command.run(main)
+    cli.run(main)

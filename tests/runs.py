@@ -22,9 +22,9 @@ from unittest import mock
 import jax
 import numpy as np
 
-from deepseek_jax import command, evaluate, generate, train
-from deepseek_jax.training import durable
-from deepseek_jax.training.checkpoint import restore_items
+from deepseek_jax import cli, evaluate, generate, train
+from deepseek_jax.checkpoint import manifest
+from deepseek_jax.checkpoint.manager import restore_items
 from deepseek_jax.training.metrics import read_metrics
 
 STEPS, EVERY = 30, 3  # of the config file below, and of its checkpoints
@@ -91,8 +91,8 @@ def run(name: str, *arguments) -> Result:
     root.handlers.clear()  # pytest's; the command puts in its own
     try:
         with (mock.patch.object(sys, "argv", [name, *map(str, arguments)]), contextlib.redirect_stdout(out),
-              contextlib.redirect_stderr(err), mock.patch.object(command, "reuse_memory")):
-            command.run(COMMANDS[name].main)
+              contextlib.redirect_stderr(err), mock.patch.object(cli, "reuse_memory")):
+            cli.run(COMMANDS[name].main)
     except SystemExit as end:
         return Result(end.code, out.getvalue(), err.getvalue())
     finally:
@@ -122,7 +122,7 @@ def rows(workdir):
 
 
 def checkpoints(workdir):
-    return durable.steps(pathlib.Path(workdir) / "checkpoints")
+    return manifest.steps(pathlib.Path(workdir) / "checkpoints")
 
 
 def final_bits(workdir):

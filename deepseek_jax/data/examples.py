@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from deepseek_jax.config import ConfigError
-from deepseek_jax.data.shards import Shard
+from deepseek_jax.data.token_shards import Shard
 
 MIX_BLOCK = 1024  # sequences in which sources have exactly their shares
 SHUFFLE_BLOCK = 1 << 16  # sequences: half a megabyte of permutation

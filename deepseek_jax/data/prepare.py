@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator
 import tokenizers
 
 from deepseek_jax.config import Config, ConfigError
-from deepseek_jax.data import corpus, shards
+from deepseek_jax.data import corpus, token_shards
 from deepseek_jax.data.tokenizer import PATTERN, SPECIALS, Tokenizer, train_tokenizer
 
 log = logging.getLogger(__name__)
@@ -33,8 +33,8 @@ class Prepared:
     """What batches are made of."""
 
     tokenizer: Tokenizer
-    train: tuple[shards.Shard, ...]  # one a source
-    validation: tuple[shards.Shard, ...]
+    train: tuple[token_shards.Shard, ...]  # one a source
+    validation: tuple[token_shards.Shard, ...]
     report: tuple[dict, ...]  # one a source: what was read, skipped and made of it (JSON-able)
 
 
@@ -145,14 +145,15 @@ def sample(texts: Iterable[str], share: float) -> Iterator[str]:
                 yield piece
 
 
-def _shards(source, tokenizer, config, workdir, split_rate) -> tuple[dict[str, shards.Shard], dict]:
+def _shards(source, tokenizer, config, workdir, split_rate) -> tuple[dict[str, token_shards.Shard], dict]:
     seed = config.train.seed if split_rate > 0 else 0  # without splitting, every seed has the same tokens
-    key = shards.key(source.digest, tokenizer, validation_fraction=source.validation_fraction,
+    key = token_shards.key(source.digest, tokenizer, validation_fraction=source.validation_fraction,
                      split_rate=split_rate, seed=seed)
     folder = os.path.join(_cache(config, workdir), f"shards-{key}")
     if not os.path.isfile(os.path.join(folder, "meta.json")):
         counts, cut = source.survey
         meta = {"source": source.path, **dataclasses.asdict(counts)}
-        shards.write(folder, corpus.read_documents(source.files), tokenizer, shards.Options(cut, split_rate, seed),
+        token_shards.write(folder, corpus.read_documents(source.files), tokenizer,
+                           token_shards.Options(cut, split_rate, seed),
                      meta, progress=(f"tokenizing {source.path}", counts.bytes))
-    return shards.read(folder)
+    return token_shards.read(folder)

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from deepseek_jax.data.examples import Window
-from deepseek_jax.data.shards import Shard
+from deepseek_jax.data.token_shards import Shard
 
 
 class Validation:

@@ -1,5 +1,5 @@
 """Checkpoints of Hugging Face, in and out."""
 
-from deepseek_jax.interop.huggingface import dequantized, load_hf, save_hf
+from deepseek_jax.interop.load import dequantized, load_hf, save_hf
 
 __all__ = ["dequantized", "load_hf", "save_hf"]

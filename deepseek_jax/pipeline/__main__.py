@@ -4,8 +4,8 @@
     python -m deepseek_jax.pipeline --schedule all --ranks 4,8,16 --microbatches 32,64 --json table.json
 """
 
-from deepseek_jax import command
-from deepseek_jax.checked import ConfigError
+from deepseek_jax import cli
+from deepseek_jax.config.schema import ConfigError
 from deepseek_jax.pipeline.schedule import NAMES, make_schedule
 from deepseek_jax.pipeline.validate import validate
 
@@ -22,7 +22,7 @@ def numbers(text, name, kind):
 
 
 def parse():
-    parser = command.Parser("pipeline", __doc__)
+    parser = cli.Parser("pipeline", __doc__)
     parser.add_argument("--schedule", required=True, help=f"one of {', '.join(NAMES)}, or all: a table")
     parser.add_argument("--ranks", required=True, help="devices along the pipeline; for the table several: 4,8")
     parser.add_argument("--microbatches", required=True, help="of a step; for the table several: 20,40")
@@ -76,8 +76,8 @@ def main():
             shown = " ".join(f"{v:g}" for v in value) if isinstance(value, tuple) else value
             print(f"{name:18s} {shown}")
     if args.json:
-        command.write_json(args.json, result)
+        cli.write_json(args.json, result)
 
 
 if __name__ == "__main__":
-    command.run(main)
+    cli.run(main)

@@ -11,7 +11,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from deepseek_jax.checked import ConfigError
+from deepseek_jax.config.schema import ConfigError
 from deepseek_jax.pipeline.orders import kind_of
 from deepseek_jax.pipeline.schedule import Schedule
 from deepseek_jax.pipeline.validate import cell_costs, starts, validate

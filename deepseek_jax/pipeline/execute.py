@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from deepseek_jax.checked import ConfigError
+from deepseek_jax.config.schema import ConfigError
 from deepseek_jax.pipeline.schedule import Schedule
 from deepseek_jax.pipeline.split import split
 from deepseek_jax.pipeline.tables import Tables, tabulate

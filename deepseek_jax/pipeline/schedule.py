@@ -7,7 +7,7 @@
 import dataclasses
 import functools
 
-from deepseek_jax.checked import ConfigError
+from deepseek_jax.config.schema import ConfigError
 from deepseek_jax.pipeline.orders import ORDERS, Op, Route
 from deepseek_jax.pipeline.ticks import Slots, assign_slots, place
 

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend import core
 
-from deepseek_jax.checked import ConfigError
+from deepseek_jax.config.schema import ConfigError
 
 # Calls that are no more than their body, once nobody differentiates them any more.
 CALLS = ("jit", "pjit", "closed_call", "core_call", "checkpoint", "remat", "remat2", "custom_jvp_call",

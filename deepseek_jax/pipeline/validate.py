@@ -10,7 +10,7 @@ import itertools
 import math
 from collections.abc import Mapping
 
-from deepseek_jax.checked import ConfigError
+from deepseek_jax.config.schema import ConfigError
 from deepseek_jax.pipeline.orders import kind_of
 from deepseek_jax.pipeline.schedule import NAMES, Schedule, make_schedule
 from deepseek_jax.pipeline.ticks import message_source, sources

@@ -16,7 +16,7 @@ from jax import lax
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.layers import head_logits
 from deepseek_jax.serving import speculative
-from deepseek_jax.serving.network import Reach, Rows, forward, on_mesh, predict_ahead
+from deepseek_jax.serving.decode_model import Reach, Rows, forward, on_mesh, predict_ahead
 from deepseek_jax.serving.sampling import Sampling
 from deepseek_jax.serving.speculative import Drafts
 

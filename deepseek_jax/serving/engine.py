@@ -19,11 +19,11 @@ import jax
 import numpy as np
 
 from deepseek_jax.config import ConfigError, FP8Config, ModelConfig
-from deepseek_jax.serving import cache as latents
 from deepseek_jax.serving import decode as programs
-from deepseek_jax.serving.network import Reach, prepare, share_out
-from deepseek_jax.serving.pages import Pages, digests
-from deepseek_jax.serving.placement import Placement, apply
+from deepseek_jax.serving import latent_cache as latents
+from deepseek_jax.serving.decode_model import Reach, prepare, share_out
+from deepseek_jax.serving.expert_placement import Placement, apply
+from deepseek_jax.serving.page_pool import Pages, digests
 from deepseek_jax.serving.sampling import Sampling
 from deepseek_jax.serving.speculative import no_drafts
 

@@ -17,7 +17,7 @@ from jax import lax
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.layers import head_logits
 from deepseek_jax.serving import sampling as choosing
-from deepseek_jax.serving.network import Reach, Rows, predict_ahead
+from deepseek_jax.serving.decode_model import Reach, Rows, predict_ahead
 from deepseek_jax.serving.sampling import Sampling
 
 

@@ -19,16 +19,16 @@ import jax
 import numpy as np
 import tqdm
 
+from deepseek_jax.checkpoint.manager import Checkpoints, restore_items
 from deepseek_jax.config import Config, ConfigError, MeshConfig, PipelineConfig, as_dict, freeze
 from deepseek_jax.data.loader import Loader
 from deepseek_jax.data.prepare import claim_corpus, prepare
 from deepseek_jax.parallel.dispatch import traffic_per_token
+from deepseek_jax.parallel.processes import anywhere, check_same, first_then_others, is_first, wait_for_all
+from deepseek_jax.parallel.runner import Devices
+from deepseek_jax.pipeline.model import check, describe
 from deepseek_jax.scale.costs import training_flops_per_token
-from deepseek_jax.training.checkpoint import Checkpoints, restore_items
-from deepseek_jax.training.devices import Devices
 from deepseek_jax.training.metrics import MetricsWriter, max_vio
-from deepseek_jax.training.pipelined import describe
-from deepseek_jax.training.processes import anywhere, check_same, first_then_others, is_first, wait_for_all
 from deepseek_jax.training.step import eval_step, init_state, start_state, train_step
 from deepseek_jax.training.throughput import peak_flops
 
@@ -126,6 +126,7 @@ def train(config: Config, workdir: str):
       ConfigError: bad data, another config's work directory, a mesh that does not fit, or a loss that is not finite.
       CheckpointError: a checkpoint that could not be written.
     """
+    check(config)
     devices = Devices(config)
     check_same(repr(config))
     check_workdir(config, workdir)

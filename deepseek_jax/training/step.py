@@ -12,9 +12,9 @@ from deepseek_jax.config import Config
 from deepseek_jax.model import DeepSeekV3
 from deepseek_jax.model.router import update_bias
 from deepseek_jax.parallel.mesh import masters, working_copy
+from deepseek_jax.pipeline.model import gradients_of
 from deepseek_jax.training.losses import objective, shifted_targets, token_losses
 from deepseek_jax.training.optimizer import learning_rate, make_optimizer
-from deepseek_jax.training.pipelined import gradients_of
 
 
 @flax.struct.dataclass

@@ -8,7 +8,7 @@ import pytest
 
 from deepseek_jax.config import ConfigError
 from deepseek_jax.data.examples import MIX_BLOCK, Fim, Mixture, Stream, rearrange, sequence
-from deepseek_jax.data.shards import Shard
+from deepseek_jax.data.token_shards import Shard
 
 BOS, EOS, BEGIN, HOLE, END = 0, 1, 3, 4, 5
 

@@ -5,7 +5,7 @@ import pathlib
 
 import pytest
 
-from deepseek_jax.scale.hlo import Collective, Step
+from deepseek_jax.scale.compile.hlo import Collective, Step
 from experiments.studies.pipeline import overlap
 
 TOKENS, IDS = (Collective("all-to-all", ("local",), size, 1, True, None) for size in (1000, 10))

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from experiments.studies.common.statistics import (
+from experiments.studies.framework.statistics import (
     CONTRADICTED,
     NOT_VISIBLE,
     REPRODUCED,

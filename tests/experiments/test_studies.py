@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from deepseek_jax.config import ConfigError
-from experiments.studies.common import corpora, runner
-from experiments.studies.common.study import Claim, Study
-from experiments.studies.common.training import Arm, Probes, thinned
+from experiments.studies.framework import corpora, runner
+from experiments.studies.framework.study import Claim, Study
+from experiments.studies.framework.training import Arm, Probes, thinned
 from experiments.studies.long_context import measure as far
 
 FOLDER = pathlib.Path(__file__).resolve().parents[2] / "experiments" / "studies"

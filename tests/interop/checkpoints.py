@@ -5,7 +5,7 @@ import pathlib
 
 import numpy as np
 
-from deepseek_jax.interop import shards
+from deepseek_jax.interop import safetensors_io
 
 GOLDEN = pathlib.Path(__file__).resolve().parent.parent / "golden"
 CASES = sorted(p.name.removeprefix("hf_") for p in GOLDEN.glob("hf_*"))
@@ -16,7 +16,7 @@ def golden(case) -> str:
 
 
 def tensors(folder) -> dict[str, np.ndarray]:
-    reader = shards.Reader(str(folder))
+    reader = safetensors_io.Reader(str(folder))
     try:
         return {name: reader.rows(tensor) for name, tensor in reader.tensors.items()}
     finally:
@@ -31,9 +31,10 @@ def write(folder, arrays, raw, files=1) -> str:
     """Writes arrays as a checkpoint of so many files, dealt out in turn."""
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True)
-    items = [shards.Item(name, np.dtype(a.dtype), a.shape) for name, a in arrays.items()]
+    items = [safetensors_io.Item(name, np.dtype(a.dtype), a.shape) for name, a in arrays.items()]
     named = {f"model-{n:05d}-of-{files:05d}.safetensors": items[n - 1::files] for n in range(1, files + 1)}
-    shards.write(str(folder), named if files > 1 else {shards.SINGLE: items}, lambda item: [arrays[item.name]])
+    safetensors_io.write(str(folder), named if files > 1 else {safetensors_io.SINGLE: items},
+                         lambda item: [arrays[item.name]])
     (folder / "config.json").write_text(json.dumps(raw, indent=2))
     return str(folder)
 

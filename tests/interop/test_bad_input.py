@@ -9,10 +9,10 @@ import pathlib
 import numpy as np
 import pytest
 
+from deepseek_jax.checkpoint import arrays
 from deepseek_jax.config import Config, ConfigError, as_dict
-from deepseek_jax.interop import export, load_hf, save_hf, shards
-from deepseek_jax.interop.converter import from_hf, to_hf
-from deepseek_jax.training import arrays
+from deepseek_jax.interop import load_hf, safetensors_io, save, save_hf
+from deepseek_jax.interop.convert import from_hf, to_hf
 from tests.interop import checkpoints
 
 Q, HEAD = "model.layers.1.self_attn.q_a_proj.weight", "lm_head.weight"
@@ -52,7 +52,7 @@ def test_a_truncated_file(tmp_path, left):
 
 def test_an_index_that_lies(tmp_path):
     folder = checkpoints.changed(tmp_path / "src", "plain", files=2)
-    path = pathlib.Path(folder, shards.INDEX)
+    path = pathlib.Path(folder, safetensors_io.INDEX)
     index = json.loads(path.read_text())
     index["weight_map"]["model.ghost.weight"] = "model-00001-of-00002.safetensors"
     path.write_text(json.dumps(index))
@@ -63,7 +63,7 @@ def test_an_index_that_lies(tmp_path):
 @pytest.mark.parametrize("place", ["../model-00001-of-00002.safetensors", "/model.safetensors", "config.json", 3])
 def test_an_index_that_points_elsewhere(tmp_path, place):
     folder = checkpoints.changed(tmp_path / "src", "plain", files=2)
-    path = pathlib.Path(folder, shards.INDEX)
+    path = pathlib.Path(folder, safetensors_io.INDEX)
     index = json.loads(path.read_text())
     index["weight_map"][HEAD] = place
     path.write_text(json.dumps(index))
@@ -81,7 +81,7 @@ def test_a_shard_that_cannot_be_opened(tmp_path):
 
 def test_tensors_that_overlap(tmp_path):
     folder = checkpoints.changed(tmp_path / "src", "plain")
-    path = pathlib.Path(folder, shards.SINGLE)
+    path = pathlib.Path(folder, safetensors_io.SINGLE)
     data = path.read_bytes()
     length = int.from_bytes(data[:8], "little")
     header = json.loads(data[8:8 + length])
@@ -142,7 +142,7 @@ def test_a_config_that_is_not_json(tmp_path):
 
 
 def fp8(arrays):
-    arrays[Q], arrays[Q + "_scale_inv"] = export.quantize(arrays[Q])
+    arrays[Q], arrays[Q + "_scale_inv"] = save.quantize(arrays[Q])
 
 
 @pytest.mark.parametrize(("change", "words"), [
@@ -192,7 +192,7 @@ def test_a_destination_that_exists_is_left_alone(tmp_path):
     assert [p.name for p in (tmp_path / "dst").iterdir()] == ["mine"]
 
 
-@pytest.mark.parametrize("module", [arrays, shards])
+@pytest.mark.parametrize("module", [arrays, safetensors_io])
 def test_a_full_disk(tmp_path, monkeypatch, module):
     src = str(tmp_path / "src")
     from_hf(checkpoints.golden("plain"), src)
@@ -204,7 +204,7 @@ def test_a_full_disk(tmp_path, monkeypatch, module):
 
         def fsync(self, descriptor):
             calls.append(descriptor)
-            if module is shards or len(calls) > 20:
+            if module is safetensors_io or len(calls) > 20:
                 raise OSError(errno.ENOSPC, "No space left on device")
             os.fsync(descriptor)
 

@@ -12,13 +12,13 @@ import pytest
 import safetensors
 from jax.sharding import NamedSharding, PartitionSpec
 
+from deepseek_jax.checkpoint import arrays
+from deepseek_jax.checkpoint.manager import Checkpoints, restore_items
 from deepseek_jax.config import Config, as_dict, freeze
 from deepseek_jax.interop import dequantized, load_hf, save_hf
-from deepseek_jax.interop.converter import from_hf, to_hf
-from deepseek_jax.training import arrays
-from deepseek_jax.training.checkpoint import Checkpoints, restore_items
+from deepseek_jax.interop.convert import from_hf, to_hf
 from deepseek_jax.training.loop import load_workdir_config, starting_state
-from deepseek_jax.training.report import load_trained
+from deepseek_jax.training.summary import load_trained
 from tests.interop import checkpoints
 from tests.model import naive
 

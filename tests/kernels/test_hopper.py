@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels_pallas import api
-from kernels_pallas.shapes import Attention, Case, Decode
+from kernels_pallas.tools.shapes import Attention, Case, Decode
 
 plgpu = pytest.importorskip("jax.experimental.pallas.mosaic_gpu")
 INTERPRET = plgpu.InterpretGPUParams(detect_races=True)

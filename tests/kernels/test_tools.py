@@ -11,9 +11,10 @@ import pytest
 from jax.experimental import topologies
 
 from deepseek_jax.config import ConfigError
-from deepseek_jax.scale import targets
-from kernels_pallas import api, benchmark, compile_report
-from kernels_pallas.shapes import SHAPES, Case
+from deepseek_jax.scale.compile import targets
+from kernels_pallas import api
+from kernels_pallas.tools import benchmark, compile_report
+from kernels_pallas.tools.shapes import SHAPES, Case
 
 PTX = "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 {%r1}, ...;\n" * 4
 PTXAS = """ptxas info    : Compiling entry function 'k' for 'sm_90a'
@@ -74,7 +75,8 @@ def test_a_quantizer_whose_maxima_skip_nan_has_a_fault():
 
 def test_every_tiny_kernel_compiles_for_every_tpu():
     pytest.importorskip("libtpu", reason="the TPU's compiler is not here; pip install 'jax[tpu]' brings it")
-    done = subprocess.run([sys.executable, "-m", "kernels_pallas.compile_tpu", "--shapes", "tiny", "--chips", "v5p"],
+    done = subprocess.run([sys.executable, "-m", "kernels_pallas.tools.compile_tpu",
+                           "--shapes", "tiny", "--chips", "v5p"],
                           capture_output=True, text=True)
     kernels = sum("tpu" in api.OPERATIONS[case.operation][1] for case in SHAPES["tiny"])
     assert done.returncode == 0, done.stderr
@@ -82,7 +84,8 @@ def test_every_tiny_kernel_compiles_for_every_tpu():
 
 
 def test_without_libtpu_one_line_says_what_brings_it():
-    code = "import sys; sys.modules['libtpu'] = None; from kernels_pallas.compile_tpu import report; report([], [])"
+    code = ("import sys; sys.modules['libtpu'] = None; "
+            "from kernels_pallas.tools.compile_tpu import report; report([], [])")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr == "compiling for TPU needs libtpu; pip install 'jax[tpu]' brings the one that fits.\n"

@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding
 from deepseek_jax.config import MeshConfig, model_config
 from deepseek_jax.model import experts
 from deepseek_jax.parallel import mesh as meshes
-from kernels_pallas.compile_report import described
+from kernels_pallas.tools.compile_report import described
 
 devices = described("1x2x8")
 cfg = MeshConfig(node=2, local=8, buffers="ragged", capacity=1.5)

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from deepseek_jax.checkpoint.manager import Checkpoints
 from deepseek_jax.config import ConfigError, MeshConfig, freeze, load_config, model_config
 from deepseek_jax.model import DeepSeekV3
 from deepseek_jax.parallel import mesh as meshes
 from deepseek_jax.parallel.mesh import abstract_mesh, bytes_per_device, make_mesh, place, spec
-from deepseek_jax.training.checkpoint import Checkpoints
-from deepseek_jax.training.devices import Devices
+from deepseek_jax.parallel.runner import Devices
 from deepseek_jax.training.step import init_state
 from tests.parallel.meshes import config_of, fresh_state, mesh_of
 

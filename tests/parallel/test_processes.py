@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 from deepseek_jax.config import ConfigError
-from deepseek_jax.training import processes
+from deepseek_jax.parallel import processes
+from deepseek_jax.parallel.processes import Group, Watch, check
 from deepseek_jax.training.metrics import read_metrics
-from deepseek_jax.training.processes import Group, Watch, check
 from tests import runs
 
 
@@ -234,7 +234,7 @@ def test_processes_that_were_not_told_the_same_end_in_one_line(config, tmp_path,
 
 ALONE = """
 import sys, time
-from deepseek_jax.training.processes import Group, anywhere, first_then_others, is_first, joined
+from deepseek_jax.parallel.processes import Group, anywhere, first_then_others, is_first, joined
 with joined(Group(sys.argv[1], 2, int(sys.argv[2]))):
     start = time.monotonic()
     first_then_others(lambda: time.sleep(35 * is_first()), "prepare")

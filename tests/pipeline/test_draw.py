@@ -5,8 +5,8 @@ import json
 import matplotlib.axes
 import pytest
 
-from deepseek_jax import command
-from deepseek_jax.checked import ConfigError
+from deepseek_jax import cli
+from deepseek_jax.config.schema import ConfigError
 from deepseek_jax.pipeline import __main__ as pipeline
 from deepseek_jax.pipeline import make_schedule
 from deepseek_jax.pipeline.draw import draw
@@ -50,9 +50,9 @@ def test_every_operation_is_drawn_once_in_each_half_and_none_on_top_of_another(
 
 def run(monkeypatch, capsys, *arguments):
     monkeypatch.setattr("sys.argv", ["pipeline", *arguments])
-    monkeypatch.setattr(command, "reuse_memory", lambda: None)
+    monkeypatch.setattr(cli, "reuse_memory", lambda: None)
     with pytest.raises(SystemExit) as stop:
-        command.run(pipeline.main)
+        cli.run(pipeline.main)
     return stop.value.code, *capsys.readouterr()
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deepseek_jax.checked import ConfigError
+from deepseek_jax.config.schema import ConfigError
 from deepseek_jax.pipeline import ScheduleError, make_schedule
 from deepseek_jax.pipeline.execute import Model, pipelined, rows
 from deepseek_jax.pipeline.split import split

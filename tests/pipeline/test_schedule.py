@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deepseek_jax.checked import ConfigError
+from deepseek_jax.config.schema import ConfigError
 from deepseek_jax.pipeline import make_schedule, validate
 from deepseek_jax.pipeline.orders import ORDERS, Route, kind_of
 from deepseek_jax.pipeline.schedule import NAMES

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deepseek_jax.checked import ConfigError
+from deepseek_jax.config.schema import ConfigError
 from deepseek_jax.pipeline import ScheduleError, make_schedule, validate
 from deepseek_jax.pipeline.schedule import NAMES
 from tests.pipeline import oracle

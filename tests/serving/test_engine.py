@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 
 from deepseek_jax.config import ConfigError
-from deepseek_jax.serving import cache as latents
 from deepseek_jax.serving import decode as programs
-from deepseek_jax.serving.cache import bytes_per_token
+from deepseek_jax.serving import latent_cache as latents
 from deepseek_jax.serving.engine import Engine, Request
-from deepseek_jax.serving.text import TextStream
+from deepseek_jax.serving.latent_cache import bytes_per_token
+from deepseek_jax.serving.openai.detokenize import TextStream
 from tests.model import naive
 
 CFG = naive.tiny(num_layers=2)

@@ -13,9 +13,9 @@ import jax
 import numpy as np
 import pytest
 
+from deepseek_jax.checkpoint import manifest
+from deepseek_jax.checkpoint.manager import restore_items
 from deepseek_jax.config import load_config
-from deepseek_jax.training import durable
-from deepseek_jax.training.checkpoint import restore_items
 from deepseek_jax.training.loop import starting_state
 from deepseek_jax.training.metrics import read_expert_loads, read_metrics
 from tests import runs
@@ -136,7 +136,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_the_checkpoint_before_it_sta
     kept = runs.checkpoints(tmp_path / "run")
     result.assert_error(f"not finite at step {kept[-1] + 1}; the checkpoint of step {kept[-1]} is kept",
                         "optimizer.learning_rate")
-    assert durable.damage(tmp_path / f"run/checkpoints/{kept[-1]}") is None
+    assert manifest.damage(tmp_path / f"run/checkpoints/{kept[-1]}") is None
     assert [row["step"] for row in runs.rows(tmp_path / "run")] == kept  # nothing of the step that failed
 
 
@@ -153,7 +153,7 @@ def test_a_dense_model_without_mtp_trains_and_is_drawn(config, tmp_path):
 
 
 def test_a_full_disk_while_saving_is_one_line_and_the_older_checkpoint_survives(config, whole, tmp_path, monkeypatch):
-    workdir, write_json = tmp_path / "run", durable.write_json
+    workdir, write_json = tmp_path / "run", manifest.write_json
 
     def full_from_step_9(path, value):
         if value.get("step", 0) >= 9:
@@ -161,7 +161,7 @@ def test_a_full_disk_while_saving_is_one_line_and_the_older_checkpoint_survives(
         write_json(path, value)
 
     with monkeypatch.context() as patch:
-        patch.setattr(durable, "write_json", full_from_step_9)
+        patch.setattr(manifest, "write_json", full_from_step_9)
         result = train(config, workdir)
     result.assert_error("checkpoint 9 was not written", "no space left", "The checkpoint of step 6 is untouched")
     assert runs.checkpoints(workdir) == [3, 6]
@@ -183,7 +183,7 @@ def test_a_disk_that_is_really_full_ends_the_run_in_one_line(config, whole, tmp_
         (disk / "filler").write_bytes(bytes(space.f_bavail * space.f_bsize - 60_000))
         result = train(config, workdir)
         result.assert_error("pace left")
-        assert runs.checkpoints(workdir)[-1] == 27 and durable.damage(workdir / "checkpoints/27") is None
+        assert runs.checkpoints(workdir)[-1] == 27 and manifest.damage(workdir / "checkpoints/27") is None
         (disk / "filler").unlink()
         assert train(config, workdir).code == 0
         runs.assert_same_run(workdir, whole)

@@ -3,7 +3,7 @@
 The text is of three kinds in equal shares: code, prose, tables.
 """
 
-from experiments.studies.common.study import Claim, Study
+from experiments.studies.framework.study import Claim, Study
 
 NO_BIAS = {"balance.bias_speed": 0.0}
 STUDY = Study(

@@ -1,7 +1,7 @@
 """Trains all arms and draws them."""
 
 from experiments.studies.balance_scope.config import STUDY
-from experiments.studies.common import plots, runner
+from experiments.studies.framework import plots, runner
 
 KINDS = ("code", "prose", "tables")
 

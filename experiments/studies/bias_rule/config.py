@@ -4,7 +4,7 @@ The paper trains 40,000 steps at 1e-4 to 1e-2. Here 300 steps can move a bias by
 lie in (0, 1): speeds are larger by about the same factor.
 """
 
-from experiments.studies.common.study import Claim, Study
+from experiments.studies.framework.study import Claim, Study
 
 SPEEDS = {"1e-3": 1e-3, "5e-3": 5e-3, "2e-2": 2e-2}
 RULES = {"sign": {}, "proportional": {"balance.bias_rule": "proportional"},

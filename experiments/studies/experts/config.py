@@ -3,7 +3,7 @@
 Of the routed and shared units together there are 1056 in the arm of few large experts, 1088 in the others.
 """
 
-from experiments.studies.common.study import Claim, Study
+from experiments.studies.framework.study import Claim, Study
 
 
 def _experts(number, active, width, shared):

@@ -1,7 +1,7 @@
 """Trains all arms and draws them."""
 
-from experiments.studies.common import plots, runner
 from experiments.studies.experts.config import STUDY
+from experiments.studies.framework import plots, runner
 
 
 def draw(results, path):

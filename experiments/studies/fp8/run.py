@@ -13,10 +13,10 @@ import sys
 
 import numpy as np
 
-from deepseek_jax import command
-from experiments.studies.common import plots, runner
-from experiments.studies.common.statistics import difference, estimate, verdict
+from deepseek_jax import cli
 from experiments.studies.fp8 import config as study
+from experiments.studies.framework import plots, runner
+from experiments.studies.framework.statistics import difference, estimate, verdict
 
 HERE = pathlib.Path(__file__).resolve().parent
 QUICK = {"tiny": ("tiny", 4, ["--config.model.num_layers=2", "--config.model.mtp_depth=0",
@@ -149,10 +149,10 @@ def main():
             results["settings"][setting] = {"compared": compared(curves), "losses": {
                 variant: {seed: [round(float(x), 4) for x in curve] for seed, curve in mine.items()}
                 for variant, mine in curves.items()}}
-    command.write_json(str(folder / "results.json"), results)
+    cli.write_json(str(folder / "results.json"), results)
     said = {name: found["compared"] for name, found in results["settings"].items()}
     print(json.dumps({"accumulation": results["accumulation"], **said}, indent=1))
 
 
 if __name__ == "__main__":
-    command.run(main)
+    cli.run(main)

@@ -1,6 +1,6 @@
 """Loss-free balancing beside the auxiliary loss at several weights, and beside nothing (report section 2.1.2)."""
 
-from experiments.studies.common.study import Claim, Study
+from experiments.studies.framework.study import Claim, Study
 
 AUXILIARY = {"balance.bias_speed": 0.0}
 STUDY = Study(

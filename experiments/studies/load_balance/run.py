@@ -1,6 +1,6 @@
 """Trains all arms and draws balance against loss."""
 
-from experiments.studies.common import plots, runner
+from experiments.studies.framework import plots, runner
 from experiments.studies.load_balance.config import STUDY
 
 

@@ -4,7 +4,7 @@ Half of the text is code; the other half tells one secret word again and again b
 that a small model learns to look it up, which code alone teaches only much larger ones.
 """
 
-from experiments.studies.common.study import Claim, Study
+from experiments.studies.framework.study import Claim, Study
 
 SHORT, MIDDLE, LONG = 64, 512, 2048
 # Factor 40 in both phases, as in the report: it covers 2,560 tokens.

@@ -15,7 +15,7 @@ import numpy as np
 
 from deepseek_jax.config import Yarn
 from deepseek_jax.model import DeepSeekV3
-from experiments.studies.common.corpora import FILLING, SECRETS
+from experiments.studies.framework.corpora import FILLING, SECRETS
 
 LENGTHS, DEPTHS = (64, 128, 256, 512, 1024, 2048), (0.0, 0.25, 0.5, 0.75, 0.95)
 ASKED = 12  # needles of every length and depth

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from experiments.studies.common import plots, runner
+from experiments.studies.framework import plots, runner
 from experiments.studies.long_context.config import LONG, MIDDLE, SHORT, STUDY
 from experiments.studies.long_context.measure import DEPTHS, ENDS, LENGTHS
 

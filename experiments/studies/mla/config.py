@@ -3,7 +3,7 @@
 30,720 attention weights a layer in each arm (MHA 32,768: its width comes in even steps).
 """
 
-from experiments.studies.common.study import Claim, Study
+from experiments.studies.framework.study import Claim, Study
 
 # arm -> (heads of keys and values, width of a head); MLA is the model's own.
 VARIANTS = {"MHA": (4, 16), "GQA": (2, 20), "MQA": (1, 24)}

@@ -1,6 +1,6 @@
 """Trains all arms and draws them."""
 
-from experiments.studies.common import plots, runner
+from experiments.studies.framework import plots, runner
 from experiments.studies.mla.config import CACHE, STUDY
 
 

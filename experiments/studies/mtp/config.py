@@ -1,6 +1,6 @@
 """Multi-token prediction against none, on the same data (report section 2.2)."""
 
-from experiments.studies.common.study import Claim, Study
+from experiments.studies.framework.study import Claim, Study
 
 STUDY = Study(
     name="mtp",

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from experiments.studies.common import plots, runner
+from experiments.studies.framework import plots, runner
 from experiments.studies.mtp.config import STUDY
 
 

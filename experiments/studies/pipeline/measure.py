@@ -17,9 +17,9 @@ import pathlib
 import statistics
 import time
 
-from deepseek_jax import command
+from deepseek_jax import cli
 from deepseek_jax.pipeline.schedule import NAMES
-from experiments.studies.common import runner
+from experiments.studies.framework import runner
 
 FILE = pathlib.Path(__file__).parent / "measured.json"
 ROWS = 2  # sequences of a micro-batch
@@ -49,7 +49,7 @@ def lowered_step(config):
     from jax.sharding import NamedSharding, PartitionSpec
 
     from deepseek_jax.parallel.mesh import spec
-    from deepseek_jax.training.devices import Devices
+    from deepseek_jax.parallel.runner import Devices
     from deepseek_jax.training.step import init_state, train_step
 
     devices, train = Devices(config), config.train
@@ -68,7 +68,7 @@ def lowered_step(config):
 
 def programs(args):
     """Compile time, size and memory of the step at 8 and 64 micro-batches, beside the slots of the schedule."""
-    from deepseek_jax.training.pipelined import schedule_of
+    from deepseek_jax.pipeline.model import schedule_of
 
     found = {}
     for name in args.schedules:
@@ -99,10 +99,10 @@ def _parts(config):
     import jax.numpy as jnp
 
     from deepseek_jax.model import DeepSeekV3
+    from deepseek_jax.pipeline import model
     from deepseek_jax.pipeline.split import split
-    from deepseek_jax.training import pipelined
 
-    c, held = config.model, pipelined.slots(config.model.num_moe_layers, pipelined.schedule_of(config))[1].shape[1]
+    c, held = config.model, model.slots(config.model.num_moe_layers, model.schedule_of(config))[1].shape[1]
     variables = jax.eval_shape(lambda: DeepSeekV3(c).init(jax.random.key(0), jnp.zeros((1, 8), jnp.int32),
                                                           logits=False))
     shape = ROWS, config.train.sequence_length
@@ -113,7 +113,7 @@ def _parts(config):
                    "bias": jax.ShapeDtypeStruct((held, c.num_experts), jnp.float32)},
                   {"batch": {"tokens_BT": jax.ShapeDtypeStruct(shape, jnp.int32), "positions_BT": None,
                              "segment_ids_BT": None}, "share": jax.ShapeDtypeStruct((), jnp.float32)}))
-    stage = lambda params, x, context: pipelined.stage(config, params, context[0], x, context[1])
+    stage = lambda params, x, context: model.stage(config, params, context[0], x, context[1])
     return split(stage, *arguments), arguments
 
 
@@ -212,8 +212,8 @@ def main():
         found = known.get(args.part, {}).get("found", {}) | result  # schedules may be measured one by one
         known[args.part] = {"command": f"python -m experiments.studies.pipeline.measure {args.part}", "found": found,
                             **runner.provenance()}
-        command.write_json(str(FILE), known)
+        cli.write_json(str(FILE), known)
 
 
 if __name__ == "__main__":
-    command.run(main)
+    cli.run(main)

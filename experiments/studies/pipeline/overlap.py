@@ -13,14 +13,14 @@ import argparse
 import dataclasses
 import pathlib
 
-from deepseek_jax import command
+from deepseek_jax import cli
 from deepseek_jax.config import model_config
 from deepseek_jax.pipeline.tables import tabulate
-from deepseek_jax.scale import hlo
+from deepseek_jax.scale.compile import hlo
 from deepseek_jax.scale.hardware import Measured, hardware
 from deepseek_jax.scale.layout import make_layout
 from deepseek_jax.scale.traffic import layer_traffic
-from experiments.studies.common import runner
+from experiments.studies.framework import runner
 
 TARGET, RANKS, LOCAL, MICROBATCHES, CAPACITY = "h100:128", 16, 8, 32, 1.25
 MODEL = model_config("v3_671b", num_layers=RANKS, num_experts=4 * LOCAL, num_dense_layers=0, mtp_depth=0,
@@ -49,7 +49,7 @@ def program(schedule, tokens, folder: pathlib.Path) -> str:
     """The compiled step, as text."""
     path = folder / f"{schedule}_{tokens}.hlo"
     if not path.exists():
-        from deepseek_jax.scale import aot
+        from deepseek_jax.scale.compile import aot
 
         compiled, facts = aot.compile_step(aot.config_of(MODEL, layout_of(schedule, tokens)), TARGET)
         size = sum(aot.bytes_of(compiled).values()) / 1e9
@@ -137,8 +137,8 @@ def main():
         print(f"{'':22}exposed: {row['exposed']:.0%}")
     result = {"command": f"python -m experiments.studies.pipeline.overlap --tokens {args.tokens}", "target": TARGET,
               "tokens": args.tokens, "rows": rows, **runner.provenance()}
-    command.write_json(str(pathlib.Path(__file__).parent / "overlap.json"), result)
+    cli.write_json(str(pathlib.Path(__file__).parent / "overlap.json"), result)
 
 
 if __name__ == "__main__":
-    command.run(main)
+    cli.run(main)

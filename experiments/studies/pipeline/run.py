@@ -6,9 +6,9 @@
 import argparse
 import pathlib
 
-from deepseek_jax import command
+from deepseek_jax import cli
 from deepseek_jax.pipeline.validate import compare
-from experiments.studies.common import plots, runner
+from experiments.studies.framework import plots, runner
 from experiments.studies.pipeline.config import CONFIG, COSTS, MICROBATCHES, RANKS
 
 WIDTHS = (6, 3, 4.5, 1.5, 2)  # some schedules lie on each other
@@ -48,7 +48,7 @@ def main():
     folder.mkdir(parents=True, exist_ok=True)
     rows = table()
     draw(rows, folder / "pipeline.png")
-    command.write_json(str(folder / "results.json"), {"config": CONFIG, "rows": rows, **runner.provenance()})
+    cli.write_json(str(folder / "results.json"), {"config": CONFIG, "rows": rows, **runner.provenance()})
     for row in rows["no overlap gains"]:
         if row["microbatches"] == 32:
             print(f"{row['schedule']:9s} idle {row['idle']:g} of {row['makespan']:g}, "
@@ -56,4 +56,4 @@ def main():
 
 
 if __name__ == "__main__":
-    command.run(main)
+    cli.run(main)

@@ -1,6 +1,6 @@
 """Node-limited routing: the best 1, 2, 4 of 8 groups of experts, or all of them (report section 2.1.2)."""
 
-from experiments.studies.common.study import Claim, Study
+from experiments.studies.framework.study import Claim, Study
 
 STUDY = Study(
     name="routing_limit",

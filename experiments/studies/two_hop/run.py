@@ -22,7 +22,7 @@ from deepseek_jax.model.experts import FP8_WIRE
 from deepseek_jax.model.router import select
 from deepseek_jax.parallel.dispatch import plan_hops, to_experts, traffic_per_token
 from deepseek_jax.parallel.mesh import make_mesh, spec
-from deepseek_jax.training.plots import plot_dispatch
+from deepseek_jax.plots.training import plot_dispatch
 
 HERE = pathlib.Path(__file__).parent
 MODEL = model_config("v3_671b")

@@ -1,0 +1,153 @@
+"""Arrays of converted checkpoints: zarr (version 3) folders whose chunks are plain bytes.
+
+A chunk holds one matrix of one layer and expert, or some rows of it, so that a checkpoint can be written in one pass
+without ever holding a stacked array, and read by any part. `meta.json` says of such a leaf where its folder lies:
+
+    {"shape", "dtype", "zarr": folder}        or, kept in FP8,        {..., "zarr": values, "scales": folder, "inputs"}
+
+FP8 values stay [..., out, in] as the released checkpoints hold them, with a scale for each block of 128 x 128; they
+are dequantized, transposed and split into our axes as they are read. `inputs` of ours are the checkpoint's `in`.
+"""
+
+import itertools
+import json
+import math
+import os
+import zlib
+
+import ml_dtypes
+import numpy as np
+import tensorstore
+
+BLOCK = 128  # rows and columns that share a scale
+FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
+_FLOAT_OF_BYTE = np.arange(256, dtype=np.uint8).view(FP8).astype(np.float32)
+
+
+def dequantize(values, scales, dtype, first_row=0, first_column=0):
+    """values[r, c] * scales[block of r, block of c], multiplied in float32, rounded once.
+
+    Args:
+      values: float8_e4m3fn [rows, columns], a part of a matrix that begins at (first_row, first_column).
+      scales: of the whole matrix, any float type; the blocks at its right and lower edge may be ragged.
+    """
+    out = np.empty(values.shape, dtype)
+    columns = (first_column + np.arange(values.shape[1])) // BLOCK
+    start = 0
+    while start < len(out):
+        block = (first_row + start) // BLOCK
+        stop = min((block + 1) * BLOCK - first_row, len(out))
+        strip = np.empty((stop - start, values.shape[1]), np.float32)
+        np.take(_FLOAT_OF_BYTE, values[start:stop].view(np.uint8), out=strip, mode="clip")  # the fast mode
+        strip *= scales[block].astype(np.float32)[columns][None]
+        out[start:stop] = strip
+        start = stop
+    return out
+
+
+def transposed(x):
+    """A contiguous transpose of a matrix, a strip of rows at a time: that much fits the cache."""
+    bits = x.view(f"u{x.itemsize}")
+    out = np.empty(bits.shape[::-1], bits.dtype)
+    for start in range(0, len(bits), BLOCK):
+        out[:, start:start + BLOCK] = bits[start:start + BLOCK].T
+    return out.view(x.dtype)
+
+
+class Writer:
+    """Writes the chunks of one array, in any order and from any thread.
+
+    Args:
+      folder: of this array, inside of `root`.
+      prints: {file relative to root: [length, CRC32]} grows by every file, as `manifest.commit` takes it.
+    """
+
+    def __init__(self, root, folder, shape, chunk, dtype, prints):
+        self.root, self.folder, self.chunk, self.dtype, self.prints = root, folder, chunk, np.dtype(dtype), prints
+        grid = {"name": "regular", "configuration": {"chunk_shape": list(chunk)}}
+        endian = {"configuration": {"endian": "little"}} if self.dtype.itemsize > 1 else {}
+        os.makedirs(os.path.join(root, folder))
+        self._file("zarr.json", json.dumps({
+            "zarr_format": 3, "node_type": "array", "shape": list(shape), "data_type": self.dtype.name,
+            "chunk_grid": grid, "fill_value": 0.0,
+            # One folder an array: nested ones would be a folder a chunk.
+            "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
+            "codecs": [{"name": "bytes", **endian}]}).encode())
+
+    def write(self, index, data):
+        """Writes chunk `index`; `data` may be shorter than a chunk along one axis, at the array's edge."""
+        if data.shape != self.chunk:  # on the disk every chunk has the full size
+            whole = np.zeros(self.chunk, self.dtype)
+            whole[tuple(map(slice, data.shape))] = data
+            data = whole
+        self._file(".".join(["c", *map(str, index)]), np.ascontiguousarray(data).reshape(-1).view(np.uint8))
+
+    def _file(self, name, data):
+        name = os.path.join(self.folder, name)
+        with open(os.path.join(self.root, name), "wb", buffering=0) as f:
+            view = memoryview(data)
+            while view:
+                view = view[f.write(view):]
+            os.fsync(f.fileno())
+        self.prints[name] = [len(data), zlib.crc32(data)]
+
+
+class Stored:
+    """The leaf `name` of a checkpoint at `path`, converted or written by Orbax, read by parts."""
+
+    def __init__(self, path, leaf, name=None):
+        self.shape, self.dtype = tuple(leaf["shape"]), np.dtype(leaf["dtype"])
+        self.values = _open(path, leaf["zarr"]) if "zarr" in leaf else _open_orbax(path, name)
+        self.scales = _open(path, leaf["scales"]) if "scales" in leaf else None
+        self.inputs = leaf.get("inputs", 0)
+
+    def __getitem__(self, index):
+        """NumPy array of the part that a tuple of slices (one an axis, step 1) cuts out."""
+        bounds = [range(n)[part] for n, part in zip(self.shape, index, strict=True)]
+        if self.scales is None:
+            return self.values[tuple(slice(b.start, b.stop) for b in bounds)].read().result()
+        stack = self.values.rank - 2
+        parts = [self._dequantized(place, bounds[stack:]) for place in itertools.product(*bounds[:stack])]
+        return np.stack(parts).reshape([len(b) for b in bounds])
+
+    def _dequantized(self, place, bounds):
+        """Our axes `bounds` of the matrix at `place` of the stack."""
+        shape = self.shape[len(place):]
+        ours, theirs = [], []  # per side (in, out): what to cut from what was read, and the range to read
+        for low, high in ((0, self.inputs), (self.inputs, len(shape))):
+            inner = math.prod(shape[low + 1:high])  # the outermost axis is cut on reading, the others after it
+            theirs.append((bounds[low].start * inner, bounds[low].stop * inner))
+            ours += [slice(None), *(slice(b.start, b.stop) for b in bounds[low + 1:high])]
+        (c0, c1), (r0, r1) = theirs
+        values = self.values[(*place, slice(r0, r1), slice(c0, c1))].read().result()
+        scales = self.scales[place].read().result()
+        matrix = dequantize(transposed(values), scales.T, self.dtype, c0, r0)  # bytes are transposed faster
+        outer = {0: len(bounds[0]), self.inputs: len(bounds[self.inputs])}
+        return matrix.reshape([outer.get(axis, n) for axis, n in enumerate(shape)])[tuple(ours)]
+
+
+def _open(path, folder):
+    spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": os.path.join(os.fspath(path), folder)}}
+    return tensorstore.open(spec, read=True).result()
+
+
+def _open_orbax(path, name):
+    """Orbax's arrays have a chunk for each device that wrote: chunks stay cached between parts of them."""
+    base = "file://" + os.path.join(os.fspath(path), "state", "")
+    spec = {"driver": "zarr", "kvstore": {"driver": "ocdbt", "base": base, "path": f"{name}/"},
+            "recheck_cached_data": False, "context": {"cache_pool": {"total_bytes_limit": 2**30}}}
+    return tensorstore.open(spec, read=True).result()
+
+
+def restore(stored, wanted):
+    """The jax.Array that `wanted` (jax.ShapeDtypeStruct) describes, cast to its dtype; each device reads its part."""
+    import jax
+    import jax.numpy as jnp
+
+    def part(index):
+        return stored[index].astype(wanted.dtype)
+
+    sharding = getattr(wanted, "sharding", None)
+    if sharding is None:  # uncommitted: goes with any mesh
+        return jnp.asarray(part((slice(None),) * len(stored.shape)))
+    return jax.make_array_from_callback(stored.shape, sharding, part)

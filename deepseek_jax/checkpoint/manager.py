@@ -1,0 +1,272 @@
+"""Checkpoints that survive kill -9, full disks and flipped bits.
+
+Orbax writes the arrays of `WORKDIR/checkpoints/STEP` in the background; `manifest` makes that directory appear only
+when it is whole, and its manifest is checked before anything is restored. The state may be any pytree. It is stored
+flat, leaf by leaf under its path ("params/embed/table"), so that other commands can read the parameters without
+knowing the optimizer.
+"""
+
+import concurrent.futures
+import errno
+import json
+import logging
+import math
+import os
+import pathlib
+import shutil
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+
+from deepseek_jax.checkpoint import arrays, manifest
+from deepseek_jax.config import ConfigError
+
+
+def _not_from_orbax(record):
+    inside = os.path.join("orbax", "checkpoint")
+    return inside not in record.pathname and inside not in record.getMessage()
+
+
+def _unraisable(unraisable, say=sys.unraisablehook):
+    # When one write fails, TensorStore still reports the others, to an event loop that Orbax has closed by then.
+    if str(unraisable.exc_value) != "Event loop is closed":
+        say(unraisable)
+
+
+# Orbax logs every phase, and a failure several times with tracebacks. What fails is raised here, as one line.
+for _name in ("absl", "asyncio"):
+    logging.getLogger(_name).addFilter(_not_from_orbax)
+sys.unraisablehook = _unraisable
+
+
+class CheckpointError(OSError):
+    """A checkpoint that could not be written: one line. Those written before it are untouched."""
+
+
+class Checkpoints:
+    """The newest `keep` checkpoints of one work directory; only the process that trains there may hold this."""
+
+    def __init__(self, workdir, keep: int = 3):
+        self.directory = _directory(workdir)
+        self.keep = keep
+        self._damaged = set()  # steps seen damaged by restore; the next commit removes them
+        self._attempts = 0
+        self._pending = None
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
+        if jax.process_index() == 0:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            manifest.clean_up(self.directory)
+
+    def save(self, step: int, state, meta: dict):
+        """Starts writing `state` and returns; its buffers may be donated at once.
+
+        Waits for the save before this one, so at most one is under way.
+
+        Args:
+          step: names the checkpoint; an older one of the same step is replaced.
+          state: any pytree of arrays, typed PRNG keys and numbers. Numbers come back as arrays.
+          meta: small and JSON-able: the data position, the config.
+
+        Raises:
+          CheckpointError: this save could not start, or the one before it failed.
+        """
+        self.wait()
+        arrays, leaves = _flatten(state)
+        self._attempts += 1
+        # A new name each time: what an attempt that failed still writes must not get into the next.
+        partial = self.directory / f"{step}.{self._attempts}.partial"
+        # Asynchronous creation of directories, if it fails, leaves Orbax threads waiting that delay the exit.
+        options = ocp.options.AsyncOptions(create_directories_asynchronously=False)
+        writer = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(), async_options=options)
+        try:
+            if jax.process_index() == 0:
+                manifest.clean_up(self.directory)
+                partial.mkdir()
+                manifest.write_json(partial / "meta.json", {"step": step, "meta": meta, "leaves": leaves})
+            writer.save(partial / "state", args=ocp.args.PyTreeSave(arrays))
+        except Exception as error:
+            raise self._failed(step, partial, error) from error
+        self._pending = self._thread.submit(self._commit, step, partial, writer)
+
+    def wait(self):
+        """Returns once the last save is committed. Raises CheckpointError, once, if it failed."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def restore(self, abstract_state):
+        """The newest undamaged checkpoint as (state, meta), or None if there is none yet.
+
+        Args:
+          abstract_state: the state's pytree, of jax.ShapeDtypeStruct (or arrays). A leaf with a sharding is read
+            straight into it; one without becomes an uncommitted array.
+
+        Raises:
+          ConfigError: the state differs in a leaf from the saved one, or every checkpoint is damaged.
+        """
+        self.wait()
+        path, damaged = manifest.newest(self.directory)
+        self._damaged = {int(p.name) for p, _ in damaged}
+        if path is None:
+            return None
+        if damaged:
+            names = ", ".join(f"{p.name} ({why})" for p, why in damaged)
+            print(f"Damaged checkpoint in {self.directory}: {names}; resuming from {path.name} instead.", flush=True)
+        saved = json.loads((path / "meta.json").read_text())
+        return _read(path, saved["leaves"], abstract_state), saved["meta"]
+
+    def steps(self) -> list[int]:
+        """Steps of the committed checkpoints, ascending."""
+        return manifest.steps(self.directory)
+
+    def close(self):
+        """Waits for the last save. Raises as `wait` does."""
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()
+
+    def _commit(self, step, partial, writer):
+        try:
+            writer.close()  # waits for the bytes, raises what went wrong with them
+            if jax.process_index() == 0:
+                manifest.commit(partial, self.directory / str(step))
+        except Exception as error:
+            raise self._failed(step, partial, error) from error
+        self._damaged.discard(step)
+        if jax.process_index() == 0:
+            self._retire(step)
+
+    def _retire(self, newest):
+        """Removes what the commit of `newest` made superfluous; never before that commit."""
+        whole = [step for step in self.steps() if step <= newest and step not in self._damaged]
+        for step in self._damaged.union(whole[:-self.keep]):
+            manifest.discard(self.directory / str(step))
+        self._damaged.clear()
+
+    def _failed(self, step, partial, error) -> CheckpointError:
+        shutil.rmtree(partial, ignore_errors=True)
+        why = str(error).strip().split("\n")[0] or type(error).__name__
+        if getattr(error, "errno", None) == errno.ENOSPC or "no space left" in str(error).lower():
+            why = "no space left on the disk; free some, or keep fewer with train.checkpoints_kept"
+        last = self.steps()
+        kept = f"The checkpoint of step {last[-1]} is untouched." if last else "There is no older one."
+        return CheckpointError(f"checkpoint {step} was not written to {self.directory}: {why}. {kept}")
+
+
+def restore_items(workdir, names=("params", "router"), abstract=None):
+    """Reads some entries of the newest undamaged state of a work directory, which another process may be training.
+
+    Args:
+      names: entries of the state's top level. One that the state lacks comes back as {}.
+      abstract: {name: pytree of jax.ShapeDtypeStruct} to check against and to take shardings from; None reads what
+        is there into nested dicts.
+
+    Returns:
+      ({name: pytree}, step, meta).
+
+    Raises:
+      ConfigError: no checkpoint there, none undamaged, or `abstract` differs in a leaf.
+    """
+    path, _ = manifest.newest(_directory(workdir))
+    if path is None:
+        raise ConfigError(f"{workdir} holds no checkpoint; give the --workdir of a run that has saved one.")
+    saved = json.loads((path / "meta.json").read_text())
+    leaves = {name: leaf for name, leaf in saved["leaves"].items() if name.split("/")[0] in names}
+    items = {name: {} for name in names}
+    if abstract is not None:
+        items |= _read(path, leaves, {name: abstract[name] for name in names if name in abstract})
+    else:
+        for name, value in _read(path, leaves, {name: _saved_shape(leaf) for name, leaf in leaves.items()}).items():
+            *parents, key = name.split("/")
+            node = items
+            for parent in parents:
+                node = node.setdefault(parent, {})
+            node[key] = value
+    return items, saved["step"], saved["meta"]
+
+
+def _directory(workdir):
+    return pathlib.Path(workdir).absolute() / "checkpoints"
+
+
+# Leaves: a state as {path: array}, and back.
+
+
+def _named(tree):
+    named, treedef = jax.tree_util.tree_flatten_with_path(tree)
+    leaves = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in named}
+    if len(leaves) != len(named):
+        raise ValueError("two leaves of the state have the same path; dict keys must not contain '/'.")
+    return leaves, treedef
+
+
+def _is_key(leaf):
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _flatten(state):
+    """-> ({path: array} for Orbax, {path: description} for meta.json)."""
+    arrays, leaves = {}, {}
+    for name, leaf in _named(state)[0].items():
+        # A copy of NumPy leaves: the caller may change them while the background thread still reads.
+        leaf = leaf if isinstance(leaf, jax.Array) else np.array(leaf) if hasattr(leaf, "dtype") else jnp.asarray(leaf)
+        leaves[name] = {"shape": list(leaf.shape), "dtype": str(leaf.dtype)}
+        if _is_key(leaf):
+            leaves[name]["key"] = str(jax.random.key_impl(leaf))
+            leaf = jax.random.key_data(leaf)
+        if leaf.size:  # Orbax refuses arrays without elements; their shape says all there is to know
+            arrays[name] = leaf
+    return arrays, leaves
+
+
+def _saved_shape(leaf):
+    dtype = jax.eval_shape(lambda: jax.random.key(0, impl=leaf["key"])).dtype if "key" in leaf else leaf["dtype"]
+    return jax.ShapeDtypeStruct(tuple(leaf["shape"]), dtype)
+
+
+def _read(path, leaves, abstract):
+    """Restores `abstract` from the checkpoint at `path`, whose leaves are `leaves`. Converted ones are cast to fit."""
+    wanted, treedef = _named(abstract)
+    wanted = {name: leaf if hasattr(leaf, "dtype") else jnp.asarray(leaf) for name, leaf in wanted.items()}
+    leaves = {name: leaf | {"dtype": str(wanted[name].dtype)} if "zarr" in leaf and name in wanted else leaf
+              for name, leaf in leaves.items()}
+    _check_fit(path, leaves, wanted)
+    shapes, how, read = {}, {}, {}
+    for name, leaf in wanted.items():
+        if "zarr" in leaves[name]:
+            read[name] = arrays.restore(arrays.Stored(path, leaves[name]), leaf)
+        elif math.prod(leaf.shape):
+            sharding = getattr(leaf, "sharding", None)
+            shapes[name] = jax.eval_shape(jax.random.key_data, leaf) if _is_key(leaf) else leaf
+            # Uncommitted arrays go with any mesh; Orbax by itself would ask for the devices of the run that saved.
+            how[name] = (ocp.ArrayRestoreArgs(restore_type=jax.Array, sharding=sharding) if sharding
+                         else ocp.RestoreArgs(restore_type=np.ndarray))
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        args = ocp.args.PyTreeRestore(shapes, restore_args=how, partial_restore=True)
+        read |= reader.restore(path / "state", args=args) if shapes else {}
+    return treedef.unflatten([_finish(leaf, leaves[name], read.get(name)) for name, leaf in wanted.items()])
+
+
+def _finish(wanted, saved, value):
+    if value is None:
+        value = jnp.zeros(wanted.shape, "uint32" if _is_key(wanted) else wanted.dtype)
+    if isinstance(value, np.ndarray) and jax.dtypes.canonicalize_dtype(value.dtype) == value.dtype:
+        value = jnp.array(value)  # 64 bits stay NumPy unless jax_enable_x64
+    return jax.random.wrap_key_data(value, impl=saved["key"]) if "key" in saved else value
+
+
+def _check_fit(path, leaves, wanted):
+    """Raises ConfigError for the first leaf in which the config's state differs from the saved one."""
+    for name in dict.fromkeys([*wanted, *leaves]):
+        saved, ours = "absent", "absent"
+        if name in leaves:
+            saved = f"{leaves[name]['dtype']}{leaves[name]['shape']}"
+        if name in wanted:
+            ours = f"{wanted[name].dtype}{list(wanted[name].shape)}"
+        if saved != ours:
+            raise ConfigError(f"checkpoint {path} does not fit this config: {name} is {saved} there and {ours} here; "
+                              "use the config it was saved with, or another --workdir.")

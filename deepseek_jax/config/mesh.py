@@ -1,0 +1,77 @@
+"""The shape of the machine: devices along each axis, and what they have to divide (no jax here)."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+from deepseek_jax.config.schema import Checked, ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig(Checked, section="mesh", positive="pipe replica node local tensor capacity",
+                 choices={"dispatch": ("two_hop", "flat"), "buffers": ("static", "ragged")}):
+    """How many devices along each axis, and how tokens travel between them (report section 3.2).
+
+    The report's 2048 GPUs are pipe=16, replica=2, node=8, local=8. All ones: one device. Not part of what a run is:
+    it may be resumed on another mesh.
+    """
+
+    pipe: int = 1
+    replica: int = 1  # copies of all experts
+    node: int = 1  # experts over nodes: the slow fabric
+    local: int = 1  # ... and over the devices of a node: the fast one
+    tensor: int = 1  # heads, dense feed-forward networks and vocabulary
+    dispatch: str = "two_hop"  # one copy a token and node, then on inside the node; "flat": straight to the devices
+    dispatch_fp8: bool = False  # values travel to the experts as E4M3 with a scale for 128 of them
+    buffers: str = "static"  # "ragged": only what is sent travels (TPU, GPU; not on a CPU)
+    capacity: float | None = None  # buffers in multiples of an even load: overflow is dropped. None: room for all
+
+    @property
+    def data_shards(self) -> int:
+        """Parts that the rows of a batch are split into."""
+        return self.replica * self.node * self.local
+
+    @property
+    def devices(self) -> int:
+        return self.pipe * self.data_shards * self.tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class PipelineConfig(Checked, section="pipeline", positive="microbatches", not_negative="deferred"):
+    """What the ranks of mesh.pipe do, and when (report section 3.2.1). Not part of what a run is either."""
+
+    schedule: str = "dualpipe"  # as `python -m deepseek_jax.pipeline` has them
+    microbatches: int = 8  # that a batch (train.batch_size / train.micro_batches sequences) is cut into
+    deferred: int | None = None  # weight gradients that may wait on a rank; None: as many as the schedule puts off
+
+
+def _divisors(*counts: int) -> list[int]:
+    common = math.gcd(*counts)
+    return [n for n in range(1, common + 1) if common % n == 0]
+
+
+def check_mesh(mesh: MeshConfig, c, train):
+    """Raises ConfigError where a size does not divide what it splits of the ModelConfig `c` or the TrainConfig."""
+    groups = c.num_groups if c.num_groups > 1 else c.num_experts
+    if groups % mesh.node:
+        what = "num_groups" if c.num_groups > 1 else "num_experts"
+        raise ConfigError(f"mesh.node={mesh.node} does not divide model.{what}={groups}, and a group of experts lives "
+                          f"on one node; take one of {_divisors(groups)}.")
+    if c.num_experts // mesh.node % mesh.local:
+        raise ConfigError(f"mesh.local={mesh.local} does not divide the {c.num_experts // mesh.node} experts of a node "
+                          f"(model.num_experts / mesh.node); take one of {_divisors(c.num_experts // mesh.node)}.")
+    split = {"num_heads": c.num_heads, "vocab_size": c.vocab_size,
+             "dense_ffn_dim": c.dense_ffn_dim if c.num_dense_layers else 0,
+             "num_shared_experts * expert_ffn_dim": c.num_shared_experts * c.expert_ffn_dim}
+    if wrong := [f"model.{name}={size}" for name, size in split.items() if size % mesh.tensor]:
+        raise ConfigError(f"mesh.tensor={mesh.tensor} does not divide {' and '.join(wrong)}; take one of "
+                          f"{_divisors(*split.values())}.")
+    rows = train.batch_size // train.micro_batches
+    if rows % mesh.data_shards:
+        raise ConfigError(f"mesh.replica * mesh.node * mesh.local={mesh.data_shards} does not divide the {rows} "
+                          "sequences of a micro-batch (train.batch_size / train.micro_batches); take a product of "
+                          f"{_divisors(rows)}, or {mesh.data_shards * train.micro_batches} sequences.")
+    if rows // mesh.data_shards * train.sequence_length % mesh.tensor:
+        raise ConfigError(f"mesh.tensor={mesh.tensor} does not divide the {rows // mesh.data_shards} x "
+                          f"{train.sequence_length} tokens of a device; make train.sequence_length a multiple of it.")

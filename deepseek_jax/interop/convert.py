@@ -1,0 +1,226 @@
+"""Conversion on the disk: a Hugging Face checkpoint into a work directory, and back.
+
+Streams pieces of single tensors through a few threads: read, dequantize, transpose, write, flush. What comes out is a
+checkpoint at step 0 of a run that was never trained, beside the checkpoint's own tokenizer, and `hf_layout.json`, which
+remembers the dtype and file of every tensor so that the way back is exact.
+"""
+
+import concurrent.futures
+import json
+import os
+import pathlib
+import shutil
+import threading
+
+import jax.numpy as jnp
+import numpy as np
+import tqdm
+
+from deepseek_jax.checkpoint import manifest
+from deepseek_jax.checkpoint.arrays import Stored, Writer
+from deepseek_jax.config import Config, ConfigError, as_dict, freeze
+from deepseek_jax.data.tokenizer import Tokenizer
+from deepseek_jax.interop import hf_config, safetensors_io, save
+from deepseek_jax.interop.load import SCALE, Checkpoint
+
+LAYOUT = "hf_layout.json"
+# What goes along unchanged, both ways.
+TEXT = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
+        "generation_config.json")
+THREADS = 4  # pieces under way at once, some waiting for the disk; each takes about five times names.PIECE of memory
+
+
+def from_hf(src: str, dst: str, dtype: str | None = None, keep_fp8: bool = False) -> list[str]:
+    """Converts a Hugging Face checkpoint into the work directory `dst`, which appears when it is whole.
+
+    Args:
+      dtype: "float32" or "bfloat16"; None: that of the files, bfloat16 for FP8.
+      keep_fp8: FP8 weights keep their bytes and scales, and are dequantized when they are read.
+
+    Returns:
+      Lines for the user.
+
+    Raises:
+      ConfigError: what is wrong with either side; nothing is left at `dst`.
+    """
+    with save.building(dst) as partial:
+        source = Checkpoint(src)
+        if keep_fp8 and source.halves:
+            raise ConfigError("--keep-fp8 keeps rows as stored, but rope_interleave=false needs them in another order; "
+                              "leave --keep-fp8 away.")
+        asked = None if dtype is None else np.dtype(jnp.dtype(dtype))
+        _write_checkpoint(source, pathlib.Path(partial, "checkpoints"), asked, keep_fp8)
+        wide = source.dtype_of("params/embedding", asked).itemsize > 2
+        cfg = hf_config.read(source.raw, source.cfg.mtp_depth, "float32" if wide else "bfloat16")
+        save.write_json(os.path.join(partial, "config.json"), as_dict(Config(model=cfg)))
+        files = {file: [_described(source.reader, name) for name in held] for file, held in source.reader.files.items()}
+        manifest.write_json(os.path.join(partial, LAYOUT), {
+            "config": source.raw, "files": files, "metadata": source.reader.metadata})
+        notes = source.notes
+        if not _copy_text(src, partial):
+            notes.append(f"{src} has no tokenizer.json; put one into {dst} before you evaluate or generate there.")
+        source.reader.close()
+    return notes
+
+
+def to_hf(src: str, dst: str, fp8: bool = False):
+    """Writes the newest checkpoint of the work directory `src` as a Hugging Face checkpoint in the folder `dst`.
+
+    Raises:
+      ConfigError: no checkpoint in `src`, `dst` exists, or no published model family has what the model has.
+    """
+    cfg, leaves = _leaves(src)
+    layout = None
+    if os.path.exists(os.path.join(src, LAYOUT)):
+        layout = _json(os.path.join(src, LAYOUT))
+        if not hf_config.same_model(cfg, hf_config.read(layout["config"], cfg.mtp_depth)):
+            layout = None  # the config was changed since: another model
+    with save.building(dst) as partial:
+        total = sum(item.nbytes for items in save.Export(cfg, leaves, fp8, layout).files().values() for item in items)
+        with tqdm.tqdm(total=total, desc="to-hf", unit="B", unit_scale=True) as bar:
+            save.export(partial, cfg, leaves, fp8, layout, None if layout else _special(src), bar.update)
+        _copy_text(src, partial)
+
+
+def _described(reader, name):
+    tensor = reader.stacked.get(name) or reader.tensors[name]
+    return name, safetensors_io.SPELLED[tensor.dtype], tensor.shape
+
+
+def _copy_text(src, dst) -> bool:
+    """Copies tokenizer and chat template as they are. Whether there was a tokenizer."""
+    for name in TEXT:
+        if os.path.isfile(os.path.join(src, name)):
+            shutil.copyfile(os.path.join(src, name), os.path.join(dst, name))
+    return os.path.isfile(os.path.join(dst, TEXT[0]))
+
+
+def _special(workdir):
+    """The ids that config.json names, from the tokenizer's special tokens."""
+    path = os.path.join(workdir, TEXT[0])
+    if not os.path.isfile(path):
+        return None
+    tokenizer = Tokenizer.load(path)
+    return {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos}
+
+
+def _json(path):
+    try:
+        with open(path) as f:
+            return json.load(f)
+    except ValueError as error:
+        raise ConfigError(f"{path} is not JSON ({error}); restore it from a backup.") from None
+
+
+def _leaves(workdir):
+    """-> (ModelConfig, {path: Stored}) of the newest checkpoint, converted or trained."""
+    path = pathlib.Path(workdir, "config.json")
+    if not path.is_file():
+        raise ConfigError(f"{workdir} holds no config.json; give a work directory of train or of convert from-hf.")
+    cfg = freeze(_json(path)).model
+    newest, _ = manifest.newest(pathlib.Path(workdir).absolute() / "checkpoints")
+    if newest is None:
+        raise ConfigError(f"{workdir} holds no checkpoint; give a work directory that has one.")
+    leaves = json.loads((newest / "meta.json").read_text())["leaves"]
+    return cfg, {name: Stored(str(newest), leaf, name) for name, leaf in leaves.items()
+                 if name.startswith(("params/", "router/"))}
+
+
+def _write_checkpoint(source, directory, dtype, keep_fp8):
+    """Writes DIRECTORY/0: zarr folders, meta.json, and the manifest that makes it count."""
+    partial = directory / "0.1.partial"
+    partial.mkdir(parents=True)
+    prints, leaves, jobs = {}, {}, []
+    for path, entries in source.leaves.items():
+        held = source.dtype_of(path, dtype)
+        if keep_fp8 and source.keeps_fp8(path):
+            leaves[path] = _describe_kept(source, path, held)
+            jobs += _kept_jobs(source, partial, path, entries, leaves[path], prints)
+        else:
+            leaves[path] = {"shape": source.shapes[path], "dtype": held.name, "zarr": f"state/{_folder(path)}"}
+            jobs += _jobs(source, partial, path, entries, leaves[path], prints)
+    # In the order of the bytes in the files.
+    jobs.sort(key=lambda job: (source.tensors[job[0]].file, source.tensors[job[0]].offset))
+    with tqdm.tqdm(total=sum(job[1] for job in jobs), desc="from-hf", unit="B", unit_scale=True) as bar:
+        _run(jobs, bar.update)
+    meta = {"step": 0, "meta": {"step": 0, "sequences": 0, "from": "Hugging Face"}, "leaves": leaves}
+    manifest.write_json(partial / "meta.json", meta)
+    manifest.commit(partial, directory / "0", prints)
+
+
+def _folder(path):
+    return path.replace("/", ".")
+
+
+def _describe_kept(source, path, dtype):
+    inputs = source.leaves[path][0].transform.inputs
+    return {"shape": source.shapes[path], "dtype": dtype.name, "zarr": f"state/{_folder(path)}.values",
+            "scales": f"state/{_folder(path)}.scales", "inputs": inputs}
+
+
+def _jobs(source, root, path, entries, leaf, prints):
+    """[(name, bytes to read, function)] that write one leaf, a piece of one tensor each."""
+    first, dtype = entries[0], np.dtype(leaf["dtype"])
+    axis, step = first.transform.axis, first.steps(dtype.itemsize)
+    piece = list(first.slice_shape)
+    piece[axis] = step
+    chunk = (1,) * len(first.index) + tuple(piece)
+    writer = Writer(str(root), leaf["zarr"], leaf["shape"], chunk, dtype, prints)
+
+    def job(entry, start):
+        def work():
+            stop = min(start + step, entry.slice_shape[axis])
+            data = source.piece(entry, start, stop, dtype)
+            place = [0] * len(entry.slice_shape)
+            place[axis] = start // step
+            writer.write((*entry.index, *place), data.reshape((1,) * len(entry.index) + data.shape))
+
+        end = entry.slice_shape[axis]
+        return entry.name, source.tensors[entry.name].nbytes * (min(start + step, end) - start) // end, work
+
+    return [job(entry, start) for entry in entries for start in range(0, first.slice_shape[axis], step)]
+
+
+def _kept_jobs(source, root, path, entries, leaf, prints):
+    """The same for a leaf kept in FP8: bytes and scales as stored, a matrix a chunk."""
+    stack = (1,) * len(entries[0].index)
+    jobs = []
+    for which, suffix in (("zarr", ""), ("scales", SCALE)):
+        first = source.tensors[entries[0].name + suffix]
+        shape = (*leaf["shape"][:len(stack)], *first.shape)
+        writer = Writer(str(root), leaf[which], shape, (*stack, *first.shape), first.dtype, prints)
+
+        def work(entry, writer=writer, suffix=suffix):
+            data = source.reader.rows(source.tensors[entry.name + suffix])
+            writer.write((*entry.index, 0, 0), data.reshape(stack + data.shape))
+
+        jobs += [(e.name + suffix, source.tensors[e.name + suffix].nbytes, lambda e=e, work=work: work(e))
+                 for e in entries]
+    return jobs
+
+
+def _run(jobs, progress):
+    """Runs the jobs on THREADS threads; the first failure stops the rest and is raised."""
+    todo, lock, stop = iter(jobs), threading.Lock(), threading.Event()
+
+    def worker():
+        while not stop.is_set():
+            with lock:
+                job = next(todo, None)
+            if job is None:
+                return
+            try:
+                job[2]()
+            except BaseException:
+                stop.set()
+                raise
+            with lock:
+                progress(job[1])
+
+    with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
+        running = [pool.submit(worker) for _ in range(THREADS)]
+        try:
+            for future in concurrent.futures.as_completed(running):
+                future.result()
+        finally:
+            stop.set()

@@ -1,0 +1,238 @@
+"""Writing Hugging Face checkpoints, a few rows of one tensor at a time.
+
+Where a layout is known (`hf_layout.json` of a converted checkpoint) every tensor gets its name, dtype and file back;
+otherwise tensors come in the order of the layers, in files of at most 5 GB.
+"""
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+
+import numpy as np
+
+from deepseek_jax.checkpoint.arrays import BLOCK, FP8
+from deepseek_jax.config import ConfigError
+from deepseek_jax.interop import hf_config, safetensors_io, tensor_map
+
+SCALE = "_scale_inv"
+SHARD = 5 * 10**9  # bytes a file
+
+
+def quantize(w):
+    """E4M3 blocks of 128 x 128 (report section 3.3.2): scale = amax / 448, with amax at least 1e-4.
+
+    Args:
+      w: [rows, columns], any float type; edge blocks may be ragged.
+    Returns:
+      float8_e4m3fn values, float32 scales [ceil(rows / 128), ceil(columns / 128)] that multiply.
+    """
+    rows, columns = w.shape
+    padded = np.zeros((-(-rows // BLOCK) * BLOCK, -(-columns // BLOCK) * BLOCK), np.float32)
+    padded[:rows, :columns] = w
+    blocks = padded.reshape(len(padded) // BLOCK, BLOCK, -1, BLOCK)
+    scales = np.maximum(np.abs(blocks).max(axis=(1, 3)), np.float32(1e-4)) / np.float32(448)
+    values = (blocks / scales[:, None, :, None]).astype(FP8)
+    return values.reshape(padded.shape)[:rows, :columns], scales
+
+
+class Held:
+    """A leaf in memory, read as `training.arrays.Stored` reads one from a converted checkpoint."""
+
+    def __init__(self, values, scales=None):
+        self.values, self.scales, self.dtype, self.shape = values, scales, np.dtype(values.dtype), values.shape
+
+    def __getitem__(self, index):
+        return np.asarray(self.values)[index]  # on a CPU a view; slicing a jax.Array would compile for every shape
+
+
+def in_memory(variables) -> dict[str, Held]:
+    """{path: leaf} of nested dicts; {"values", "scales"} is one leaf."""
+    found = {}
+
+    def visit(node, path):
+        if hasattr(node, "keys") and node.keys() == {"values", "scales"}:
+            found[path] = Held(node["values"], node["scales"])
+        elif hasattr(node, "items"):
+            for name, child in node.items():
+                visit(child, f"{path}/{name}" if path else name)
+        else:
+            found[path] = Held(node)
+
+    visit(variables, "")
+    return found
+
+
+def _read(array, index):
+    """A NumPy array of a part of a NumPy, JAX or TensorStore array."""
+    return array[index].read().result() if hasattr(array, "read") else np.asarray(array)[index]
+
+
+def _check_leaves(shapes, leaves):
+    """Without it a deeper model would go out cut off, since a layer that is not asked for is not missed."""
+    missing, unknown = shapes.keys() - leaves.keys(), leaves.keys() - shapes.keys()
+    if missing or unknown:
+        raise ConfigError(f"the variables do not fit the model; missing: "
+                          f"{tensor_map.listed(missing) or 'none'}, unknown: "
+                          f"{tensor_map.listed(unknown) or 'none'}.")
+    for path, shape in shapes.items():
+        if leaves[path].scales is None and tuple(leaves[path].shape) != tuple(shape):
+            raise ConfigError(f"the variables do not fit the model: {path} is {list(leaves[path].shape)}, and the "
+                              f"config asks for {list(shape)}.")
+
+
+class Export:
+    """What each tensor of theirs is made from.
+
+    Args:
+      leaves: {our path: Held or Stored}.
+      fp8: quantize what is not FP8 yet, where released checkpoints are FP8.
+      layout: the `hf_layout.json` of the checkpoint that this was converted from, or None.
+
+    Raises:
+      ConfigError: the leaves are not those of `cfg`, in name or shape.
+    """
+
+    def __init__(self, cfg, leaves, fp8=False, layout=None):
+        _check_leaves(tensor_map.leaves(cfg), leaves)
+        self.cfg, self.leaves, self.fp8, self.layout = cfg, leaves, fp8, layout
+        self.entries = tensor_map.entries(cfg)
+        self.raw = None if layout is None else layout["config"]
+        self.halves = 0 if layout is None else hf_config.halves(self.raw, cfg)
+        self._scales = {}  # of what was quantized, until they are written
+
+    def files(self) -> dict[str, list[safetensors_io.Item]]:
+        """The files to write and the tensors in them, in order."""
+        if self.layout is None:
+            items = [item for entry in self.entries.values() for item in self._items(entry)]
+            return safetensors_io.pack(items, SHARD)
+        files = {}
+        for file, tensors in self.layout["files"].items():
+            files[file] = [item for name, dtype, shape in tensors
+                           for item in self._as_before(name, safetensors_io.DTYPES[dtype], tuple(shape))]
+        return files
+
+    def quantized(self) -> bool:
+        return any(item.dtype == FP8 for items in self.files().values() for item in items)
+
+    def pieces(self, item):
+        """Arrays that together are the bytes of `item`."""
+        if item.name.endswith(SCALE):
+            yield self._scale(self.entries[item.name.removesuffix(SCALE)]).astype(item.dtype, copy=False)
+            return
+        for name, _ in safetensors_io.unstack(item) or [(item.name, item.shape)]:
+            entry = self.entries[name]
+            if self._kept(entry):
+                yield _read(self.leaves[entry.path].values, entry.index)
+            elif item.dtype == FP8:
+                yield from self._quantized(entry)
+            else:
+                for piece in self._rows(entry):
+                    yield piece.astype(item.dtype, copy=False)
+
+    def _kept(self, entry):
+        return self.leaves[entry.path].scales is not None
+
+    def _items(self, entry, before=None):
+        """The tensor of one entry, and its scales. `before`: its dtype in the checkpoint it once came from."""
+        held = self.leaves[entry.path].dtype
+        if not self._kept(entry) and not (self.fp8 and entry.fp8):
+            # What was widened on the way in gets its dtype back; what was narrowed stays as it is held.
+            narrower = before is not None and before != FP8 and before.itemsize <= held.itemsize
+            return [safetensors_io.Item(entry.name, before if narrower else held, entry.shape)]
+        blocks = tuple(-(-n // BLOCK) for n in entry.shape)
+        scales = np.dtype(self.leaves[entry.path].scales.dtype.name if self._kept(entry) else np.float32)
+        return [safetensors_io.Item(entry.name, FP8, entry.shape),
+                safetensors_io.Item(entry.name + SCALE, scales, blocks)]
+
+    def _as_before(self, name, dtype, shape):
+        """A tensor of the layout, as it can be written now."""
+        before = safetensors_io.Item(name, dtype, shape)
+        stacked = safetensors_io.unstack(before)
+        if name.endswith(SCALE):
+            weight = self.entries[name.removesuffix(SCALE)]
+            return [item for item in self._items(weight, FP8) if item.name == name]
+        if stacked:
+            items = [item for part, _ in stacked for item in self._items(self.entries[part], dtype)]
+            whole = len(items) == len(stacked)  # scales have no place in a stack
+            return [safetensors_io.Item(name, items[0].dtype, shape)] if whole else items
+        items = self._items(self.entries[name], dtype)
+        return items[:1] if dtype == FP8 else items
+
+    def _rows(self, entry):
+        """Their rows, a piece at a time, in the dtype held."""
+        leaf, transform = self.leaves[entry.path], entry.transform
+        end, step = entry.slice_shape[transform.axis], entry.steps(leaf.dtype.itemsize)
+        for start in range(0, end, step):
+            cut = [slice(None)] * len(entry.slice_shape)
+            cut[transform.axis] = slice(start, min(start + step, end))
+            part = leaf[(*(slice(i, i + 1) for i in entry.index), *cut)]
+            yield transform.to_theirs(part[(0,) * len(entry.index)], entry.slice_shape, self.halves)
+
+    def _quantized(self, entry):
+        values, scales = zip(*map(quantize, self._rows(entry)))
+        self._scales[entry.name] = np.concatenate(scales)
+        yield from values
+
+    def _scale(self, entry):
+        if self._kept(entry):
+            return _read(self.leaves[entry.path].scales, entry.index)
+        if entry.name not in self._scales:  # its file comes before that of the values
+            for _ in self._quantized(entry):
+                pass
+        return self._scales.pop(entry.name)
+
+
+def export(folder, cfg, leaves, fp8=False, layout=None, special=None, progress=lambda count: None):
+    """Writes the safetensors files and config.json into `folder`.
+
+    Args:
+      leaves: {our path: Held or Stored}, all of the model's.
+      special: bos_token_id and eos_token_id for config.json.
+      progress: told the bytes of every piece.
+    """
+    source = Export(cfg, leaves, fp8, layout)
+    dtype = leaves["params/embedding"].dtype.name
+    raw = hf_config.write(cfg, dtype, source.quantized(), special) if layout is None else dict(layout["config"])
+    if layout is not None:
+        raw.pop("quantization_config", None)
+        if source.quantized():
+            raw["quantization_config"] = layout["config"].get("quantization_config", hf_config.QUANTIZATION)
+
+    def pieces(item):
+        for piece in source.pieces(item):
+            progress(piece.nbytes)
+            yield piece
+
+    safetensors_io.write(folder, source.files(), pieces, layout and layout["metadata"])
+    write_json(os.path.join(folder, "config.json"), raw)
+
+
+def write_json(path, value):
+    with open(path, "w") as f:
+        json.dump(value, f, indent=2)
+        f.write("\n")
+
+
+@contextlib.contextmanager
+def building(path):
+    """A folder beside `path` that takes its place at the end; after an error nothing is left of it.
+
+    Raises:
+      ConfigError: `path` exists, cannot be made, or the disk is full.
+    """
+    path = os.path.abspath(path)
+    if os.path.lexists(path):
+        raise ConfigError(f"{path} exists already; take another destination, or remove it first.")
+    partial = path + ".partial"
+    try:
+        shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+        os.makedirs(partial)
+        yield partial
+        os.rename(partial, path)
+    except OSError as error:
+        why = "no space left on the disk" if error.errno == errno.ENOSPC else error.strerror or str(error)
+        raise ConfigError(f"{path} could not be written: {why}; nothing is left there.") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

@@ -1,0 +1,85 @@
+"""Where the arrays of a run lie: on one device, or spread over the mesh of the config (see `parallel.mesh`)."""
+
+import functools
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
+
+from deepseek_jax.config import Config, ConfigError
+from deepseek_jax.parallel.mesh import make_mesh, master_shardings, spec
+from deepseek_jax.parallel.processes import wait_for_all
+
+
+class Devices:
+    """The mesh of a run; with one device, all of this does nothing."""
+
+    def __init__(self, config: Config):
+        """Raises ConfigError when the mesh does not fit the devices."""
+        if config.mesh.buffers == "ragged" and jax.default_backend() == "cpu":
+            raise ConfigError("mesh.buffers='ragged' is not for a CPU, where XLA has no ragged all-to-all; take "
+                              "'static'.")
+        if config.mesh.devices == 1 and jax.process_count() > 1:
+            raise ConfigError(f"{jax.process_count()} processes with {jax.device_count()} devices need a mesh of as "
+                              f"many, and the config's has one; take --config.mesh.local={jax.device_count()}.")
+        self.mesh = make_mesh(config.mesh) if config.mesh.devices > 1 else None
+        self.rows = config.train.batch_size // config.train.micro_batches
+
+    def share(self) -> tuple[int, int]:
+        """(i, n): this process reads the i-th of n equal parts of every micro-batch."""
+        if self.mesh is None:
+            return 0, 1
+        held = NamedSharding(self.mesh, spec("batch")).addressable_devices_indices_map((self.rows,)).values()
+        starts, stops = zip(*(part.indices(self.rows)[:2] for part, in held))
+        rows = max(stops) - min(starts)
+        if self.rows % rows or min(starts) % rows or len(set(starts)) * (stops[0] - starts[0]) != rows:
+            raise ConfigError("a process must hold neighbouring rows of the batch; give every process the same number "
+                              "of devices, and make mesh.tensor a divisor of it.")
+        return min(starts) // rows, self.rows // rows
+
+    def place(self, batch: dict):
+        """This process's rows [..., rows, T + 1] -> global arrays."""
+        if self.mesh is None:
+            return batch
+        return {name: jax.make_array_from_process_local_data(self._split(np.ndim(x)), np.asarray(x))
+                for name, x in batch.items()}
+
+    def _split(self, rank):
+        return NamedSharding(self.mesh, spec(*[None] * (rank - 2), "batch") if rank else PartitionSpec())
+
+    def shardings(self, state):
+        """Of a state, or a part of one; None on one device."""
+        return None if self.mesh is None else master_shardings(state, self.mesh)
+
+    def placed(self, abstract):
+        """Shapes of a state, or of a part of one, that say where it lies."""
+        if self.mesh is None:
+            return abstract
+        return jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at),
+                            abstract, self.shardings(abstract))
+
+    def jit(self, f, state=None, **options):
+        """jax.jit on the mesh, for one shape. Outputs are whole everywhere, but the first one lies as `state` says."""
+        if self.mesh is None:
+            return jax.jit(f, **options)
+        whole = NamedSharding(self.mesh, PartitionSpec())
+        jitted = jax.jit(f, out_shardings=whole if state is None else (self.shardings(state), whole), **options)
+        compiled = []
+
+        @functools.wraps(f)
+        def run(*arguments):
+            with jax.set_mesh(self.mesh):
+                if not compiled:
+                    compiled.append(jitted.lower(*arguments).compile())
+                    wait_for_all("compiled")  # or the first to run would wait for the others' compilers: 30 seconds
+                return compiled[0](*arguments)
+
+        return run
+
+    def fetch(self, tree):
+        """Host copies, leaf by leaf, in every process."""
+        if self.mesh is None:
+            return tree
+        return jax.tree.map(lambda x: np.asarray(x) if x.is_fully_addressable else
+                            multihost_utils.process_allgather(x, tiled=True), tree)

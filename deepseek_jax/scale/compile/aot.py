@@ -1,0 +1,125 @@
+"""The real training step, compiled for machines that are not here: what XLA itself says it takes.
+
+The program is the one that training runs, traced on a mesh of described devices (`targets`); the chip's own compiler
+schedules it, assigns its buffers and, for GPUs, makes its kernels. Nothing runs.
+"""
+
+import dataclasses
+import functools
+import os
+import pathlib
+import resource
+import tempfile
+import time
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+
+from deepseek_jax.config import Config, ModelConfig, OptimizerConfig, PipelineConfig, TrainConfig
+from deepseek_jax.parallel.mesh import make_mesh, master_shardings, mesh_sizes, spec
+from deepseek_jax.pipeline.model import check
+from deepseek_jax.scale import memory
+from deepseek_jax.scale.compile import hlo, targets
+from deepseek_jax.scale.layout import Layout
+from deepseek_jax.training.step import init_state, train_step
+from kernels_pallas.tools import compile_report
+
+# The scheduler that puts products between a collective's start and its done; on by default in training on GPUs too.
+OPTIONS = {"gpu": {"xla_gpu_enable_latency_hiding_scheduler": True}, "tpu": {}}
+
+
+def config_of(model: ModelConfig, layout: Layout) -> Config:
+    """The experiment that trains `model` on `layout`. Raises ConfigError where that cannot be."""
+    rounds = 1 if layout.mesh.pipe > 1 else layout.microbatches
+    config = Config(
+        model=model, mesh=layout.mesh,
+        train=TrainConfig(batch_size=layout.microbatches * layout.rows * layout.mesh.data_shards, micro_batches=rounds,
+                          sequence_length=layout.sequence_length, ema_decay=0.999 if layout.ema else 0.0),
+        optimizer=OptimizerConfig(moment_dtype=layout.moment_dtype),
+        pipeline=PipelineConfig(layout.schedule, layout.microbatches if rounds == 1 else 8, layout.deferred))
+    check(config)
+    return config
+
+
+def _arguments(config: Config, mesh):
+    """Shapes of a state and a batch, and where they lie."""
+    state = jax.eval_shape(functools.partial(init_state, config))
+    train = config.train
+    shape = train.micro_batches, train.batch_size // train.micro_batches, train.sequence_length + 1
+    dtypes = {"tokens": jnp.int32, "weights": jnp.float32, "segment_ids": jnp.int32}
+    batch = {name: jax.ShapeDtypeStruct(shape, dtype) for name, dtype in dtypes.items()}
+    whole, rows = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, spec(None, "batch", None))
+    where = master_shardings(state, mesh), dict.fromkeys(batch, rows) | {"active": whole}
+    return (state, batch | {"active": jax.ShapeDtypeStruct((), jnp.int32)}), where, whole
+
+
+def compiled_program(lower, platform: str):
+    """Lowers and compiles.
+
+    Args:
+      lower: a function that gives what `jax.jit(...).lower` does.
+    Returns:
+      jax's compiled program; {"seconds": {"lowering", "compiling", "cpu"}, "compiler_gigabytes", "kernels": a row for
+      each of ours, with what ptxas says of its registers and spills}. cpu: of this process, as others may be busy too.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ |= {"MOSAIC_GPU_DUMP_TO": folder, "MOSAIC_GPU_DUMP_PTX": "1", "MOSAIC_GPU_DUMP_PTXAS": "1"}
+        start = time.time()
+        lowered = lower()
+        middle = time.time()
+        compiled = lowered.compile(compiler_options=OPTIONS[platform])
+        seconds = {"lowering": middle - start, "compiling": time.time() - middle, "cpu": time.process_time()}
+        kernels = kernels_in(pathlib.Path(folder))
+    return compiled, {"seconds": seconds, "kernels": kernels,
+                      "compiler_gigabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6}
+
+
+def kernels_in(folder: pathlib.Path) -> list[dict]:
+    """The Mosaic kernels that were dumped there: name, how many, and the most of each thing that one of them takes."""
+    rows: dict[str, dict] = {}
+    for name, found in compile_report.dumped(list(folder.iterdir())):
+        found = {field: n for field, n in found.items() if n is not None}
+        row = rows.setdefault(name, {"kernel": name, "count": 0} | dict.fromkeys(found, 0))
+        row |= {field: max(row[field], value) for field, value in found.items()}
+        row["count"] += 1
+    return list(rows.values())
+
+
+def compile_step(config: Config, target: str):
+    """Compiles one optimizer step for `target`. Returns what `compiled_program` does."""
+    devices = targets.devices_of(target)
+    mesh = make_mesh(config.mesh, devices)
+    arguments, where, whole = _arguments(config, mesh)
+    step = jax.jit(functools.partial(train_step, config), in_shardings=where, out_shardings=(where[0], whole),
+                   donate_argnums=0)
+    with jax.set_mesh(mesh):
+        return compiled_program(lambda: step.lower(*arguments), devices[0].platform)
+
+
+def bytes_of(compiled) -> dict[str, int]:
+    """Bytes per device by XLA's own analysis; donated arguments count once."""
+    found = compiled.memory_analysis()
+    return {"arguments": found.argument_size_in_bytes, "temporaries": found.temp_size_in_bytes,
+            "outputs": found.output_size_in_bytes - found.alias_size_in_bytes,
+            "code": found.generated_code_size_in_bytes}
+
+
+def report(model: ModelConfig, layout: Layout, target: str) -> dict:
+    """Compiles the step and says what it takes, beside what the planner foretold. JSON-able."""
+    config = config_of(model, layout)
+    compiled, made = compile_step(config, target)
+    found, planned = bytes_of(compiled), memory.bytes_per_device(model, layout, config.train.loss_chunk)
+    total, capacity = sum(found.values()), targets.memory_of(target)
+    collectives = hlo.collectives(compiled.as_text(), mesh_sizes(config.mesh))
+    cost = compiled.cost_analysis() or {}
+    return {"target": target, "devices": layout.mesh.devices, "layout": layout.name,
+            "mesh": dataclasses.asdict(layout.mesh), "schedule": layout.schedule if layout.mesh.pipe > 1 else None,
+            "micro_batches": layout.microbatches, "rows": layout.rows, "deferred": layout.deferred,
+            "sequence_length": layout.sequence_length, "fp8": model.fp8.enabled, "remat": model.remat,
+            "jax": jax.__version__, "bytes": found, "bytes_per_device": total, "memory": capacity,
+            "fits": total <= capacity,
+            "planned": planned, "planned_bytes_per_device": sum(planned.values()),
+            "planned_over_compiled": sum(planned.values()) / total,
+            "collectives": hlo.table(collectives), "exposed": sum(not one.products for one in collectives),
+            "flops_once": cost.get("flops"), **made}

@@ -1,0 +1,73 @@
+"""The real decode step, compiled for a machine that is not here: the program that `serving.engine` calls.
+
+Each device serves its own sequences with a whole copy of the model, as the engine does without a mesh; so the program
+of one device is that of all of them, and nothing is communicated.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+
+from deepseek_jax.config import ConfigError, FP8Config, MeshConfig, ModelConfig
+from deepseek_jax.model import DeepSeekV3
+from deepseek_jax.parallel.mesh import make_mesh
+from deepseek_jax.scale.compile import targets
+from deepseek_jax.scale.compile.aot import bytes_of, compiled_program
+from deepseek_jax.serving import decode as programs
+from deepseek_jax.serving import latent_cache as latents
+from deepseek_jax.serving.decode_model import Reach, prepare
+from deepseek_jax.serving.engine import widths
+from deepseek_jax.serving.sampling import Sampling
+from deepseek_jax.serving.speculative import no_drafts
+
+PAGE = 32
+STEPS = 8  # decoding steps that one call may run, as the engine has them
+
+
+def _shapes(cfg: ModelConfig, reach: Reach, sequences: int, depth: int):
+    """The groups of what `decode` is handed, as shapes."""
+    modules = min(depth, cfg.mtp_depth)
+    variables = jax.eval_shape(lambda: DeepSeekV3(cfg).init(jax.random.key(0), jnp.zeros((1, 8), jnp.int32)))
+    pages = reach.widths[-1] * sequences + 1
+    row = lambda dtype: jax.ShapeDtypeStruct((sequences,), dtype)
+    table = jax.ShapeDtypeStruct((sequences, reach.widths[-1]), jnp.int32)
+    batch = programs.Batch(row(jnp.int32), row(jnp.int32), row(jnp.int32), row(jnp.int32), row(jnp.bool), table)
+    asked = Sampling(row(jnp.float32), row(jnp.int32), row(jnp.float32), row(jnp.uint32), row(jnp.uint32))
+    scalar = functools.partial(jax.ShapeDtypeStruct, ())
+    return {"weights": jax.eval_shape(lambda v: prepare(cfg, v, modules), variables),
+            "cache": jax.eval_shape(lambda: latents.make(cfg, reach.kind, pages, PAGE, modules)),
+            "drafts": jax.eval_shape(lambda: no_drafts(cfg, sequences + 1, depth)),
+            "batch": (batch, asked, scalar(jnp.int32), scalar(jnp.bool))}
+
+
+def report(model: ModelConfig, target: str, sequences: int, length: int, depth: int = 0, kind: str | None = None):
+    """Compiles the step and says what it takes. JSON-able.
+
+    Args:
+      sequences: on one device. length: tokens of cache that each may fill.
+      depth: tokens drafted in a step; 0: none. kind: of cache; None: the model's dtype.
+    Raises:
+      ConfigError: there is nothing to draft with.
+    """
+    if depth and not model.mtp_depth:
+        raise ConfigError(f"--drafts {depth}: this model has no MTP module to draft with; leave it away.")
+    cfg = dataclasses.replace(model, fp8=FP8Config())  # the recipe is of training; see serving.engine
+    device = targets.devices_of(target)[0]
+    pages = -(-length // PAGE)
+    reach = Reach(kind or cfg.dtype, PAGE, widths(pages, PAGE))
+    groups = _shapes(cfg, reach, sequences, depth)
+    mesh = make_mesh(MeshConfig(), [device])  # in use while tracing, so that the device's own kernels are taken
+    here = NamedSharding(mesh, PartitionSpec())
+    on_device = lambda tree: jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here), tree)
+    arguments = map(on_device, (groups["weights"], groups["cache"], groups["drafts"], *groups["batch"]))
+    with jax.set_mesh(mesh):
+        compiled, made = compiled_program(lambda: programs.decode.lower(cfg, reach, STEPS, *arguments), device.platform)
+    found, capacity = bytes_of(compiled), targets.memory_of(target)
+    size = lambda tree: sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(tree))
+    return {"target": target, "program": "decode", "devices": targets.count(target), "sequences": sequences,
+            "length": length, "cache": reach.kind, "drafts": depth, "jax": jax.__version__, "bytes": found,
+            "given": {name: size(tree) for name, tree in groups.items()}, "bytes_per_device": sum(found.values()),
+            "memory": capacity, "fits": sum(found.values()) <= capacity, **made}

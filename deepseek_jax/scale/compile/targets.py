@@ -1,0 +1,65 @@
+"""Devices that are not here: what a program is compiled for.
+
+    h100:2048        GPUs, eight to a host        v5p:8x16x16, v6e:16x16, 7x:4x4x4        TPU slices
+
+XLA's compilers need a description of the chip, no chip. GPUs want the extra `aot`, TPUs libtpu.
+"""
+
+import math
+import os
+import re
+
+from deepseek_jax.config import ConfigError
+from kernels_pallas.tools import compile_report
+
+TPUS = {"v5p": "v5p", "v5e": "v5e", "v6e": "v6e", "7x": "TPU7x"}
+GPUS = ("h100", "h800")  # an H800 is an H100 with a slower NVLink; the programs are the same
+MEMORY = {"h100": 80e9, "h800": 80e9, "v5p": 95e9, "v5e": 16e9, "v6e": 32e9, "7x": 96e9}  # of one jax device
+
+
+def count(target: str) -> int:
+    """How many devices a target has. Raises ConfigError for one that does not read."""
+    name, _, shape = target.partition(":")
+    if name not in (*GPUS, *TPUS):
+        raise ConfigError(f"target {target!r} is unknown; take one of {', '.join((*GPUS, *TPUS))}, with its size: "
+                          "h100:2048, v5p:8x16x16.")
+    if not re.fullmatch(r"\d+" if name in GPUS else r"\d+(x\d+)*", shape) or 0 in map(int, shape.split("x")):
+        example = "h100:2048" if name in GPUS else "v5p:8x16x16"
+        raise ConfigError(f"target {target!r} lacks its size; say it as in {example}.")
+    number = math.prod(map(int, shape.split("x")))
+    if name in GPUS and number > 8 and number % 8:
+        raise ConfigError(f"target {target!r}: {number} GPUs are not whole hosts of 8; take {number // 8 * 8} or "
+                          f"{(number // 8 + 1) * 8}.")
+    return number * (2 if name == "7x" else 1)  # two jax devices a chip
+
+
+def memory_of(target: str) -> float:
+    """Bytes of one of its devices."""
+    return MEMORY[target.partition(":")[0]]
+
+
+def devices_of(target: str):
+    """Its devices. Raises ConfigError, with what to install, where no compiler for them is there."""
+    number = count(target)
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # read when the compiler is first asked for
+    import jax
+    from jax.experimental import topologies
+
+    jax.config.update("jax_platforms", "cpu")
+    name, _, shape = target.partition(":")
+    if name in GPUS:
+        hosts, each = (1, number) if number < 8 else (number // 8, 8)
+        try:
+            return compile_report.described(f"1x{hosts}x{each}")
+        except compile_report.NoCompiler as error:
+            raise ConfigError(str(error)) from error
+    try:
+        import libtpu
+    except ImportError as error:
+        raise ConfigError("compiling for TPUs needs libtpu; pip install libtpu brings it.") from error
+    os.environ.setdefault("TPU_LIBRARY_PATH", libtpu.get_library_path())
+    try:
+        return topologies.get_topology_desc(f"{TPUS[name]}:{shape}", platform="tpu").devices
+    except Exception as error:  # libtpu says in its own words which slices there are
+        words = str(error).splitlines()[0][:120]
+        raise ConfigError(f"target {target!r}: libtpu knows no such slice ({words}).") from error

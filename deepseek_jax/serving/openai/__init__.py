@@ -1,0 +1,1 @@
+"""The HTTP server: endpoints, streams of text and chat templates that clients of the OpenAI API know."""

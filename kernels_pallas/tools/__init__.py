@@ -1,0 +1,1 @@
+"""Command-line tools around the kernels: shapes, benchmark, compile reports."""

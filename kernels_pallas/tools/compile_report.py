@@ -1,0 +1,160 @@
+"""Compiles every Hopper kernel for sm_90a, without a GPU, and reads off what ptxas says of it.
+
+    python -m kernels_pallas.tools.compile_report --json FILE [--shapes v3-train v3-decode]
+
+Needs jax's CUDA plugin and ptxas (`pip install 'deepseek-jax[aot]'`), no driver. A kernel fails the report when it
+spills, when ptxas serializes its WGMMAs, when an FP8 product holds no `wgmma ... e4m3.e4m3`, or when a quantizer's
+maxima would skip a NaN (max.f32, not max.NaN.f32): exit code 1. Where nvdisasm lies beside ptxas, as the extra brings
+it, the tensor core's instructions are counted in the machine code too: QGMMA multiplies FP8, HGMMA bfloat16.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import pathlib
+import re
+import sys
+import tempfile
+
+FIELDS = ("registers", "spill_bytes", "shared_bytes", "stages", "wgmma_e4m3", "qgmma", "hgmma", "serialized",
+          "nan_skipped")
+# What XLA must know of the chip. An H800 is this one with a slower NVLink.
+H100 = """gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
+  shared_memory_per_core: 233472 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98
+  device_memory_size: 84978434048 shared_memory_per_block_optin: 232448
+  cuda_compute_capability { major: 9 minor: 0 } registers_per_core_limit: 65536 registers_per_block_limit: 65536
+}
+platform_name: "CUDA" dnn_version_info { major: 9 minor: 8 patch: 0 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+
+
+class NoCompiler(RuntimeError):
+    """What to install."""
+
+
+def described(topology="1x1x1"):
+    """H100s that are not here, hosts x each of them in `topology`'s last two numbers. Raises NoCompiler.
+
+    To be called before jax first compiles for anything: it reads the environment then.
+    """
+    os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"  # no driver here, and the compiler needs none
+    from jax.experimental import topologies
+
+    try:
+        return topologies.get_topology_desc("h100", platform="cuda", target_config=H100, topology=topology).devices
+    except NotImplementedError as error:  # no plugin knows "cuda"
+        raise NoCompiler("compiling for GPUs needs jax's CUDA plugin and ptxas; pip install 'deepseek-jax[aot]' brings "
+                         "both.") from error
+
+
+def read(ptx: str, ptxas: str, resources: str, sass: str | None = None) -> dict:
+    """What a kernel takes, from its PTX, what ptxas printed, Mosaic's list of resources and, if there, its SASS."""
+    count = lambda name: None if sass is None else len(re.findall(rf"\b{name}\.", sass))
+    numbers = lambda pattern, text: [int(n) for n in re.findall(pattern, text)]
+    return {"registers": sum(numbers(r"Used (\d+) registers", ptxas)),
+            "spill_bytes": sum(numbers(r"(\d+) bytes spill", ptxas)),
+            "shared_bytes": max(numbers(r"smem_scratch_bytes=(\d+)", resources), default=0),
+            "stages": max(numbers(r"num_barriers=(\d+)", resources), default=0),
+            "wgmma_e4m3": len(re.findall(r"wgmma\.mma_async\S*\.e4m3\.e4m3", ptx)),
+            "qgmma": count("QGMMA"), "hgmma": count("HGMMA"), "serialized": "serializ" in ptxas,
+            "nan_skipped": len(re.findall(r"\bmax\.f32", ptx))}
+
+
+def dumped(files):
+    """Yields (name, row) of every kernel among the files that Mosaic dumped.
+
+    It numbers lists of resources as it traces kernels, and the rest as it compiles them, in another order: what has one
+    name belongs together, and of several lists the largest numbers are taken.
+    """
+    name = lambda file: re.sub(r"_\d+$", "", file.name.partition(".")[0])
+    for ptx in sorted(file for file in files if file.suffix == ".ptx"):
+        resources = [f.read_text() for f in files if f.name.endswith(".resources.txt") and name(f) == name(ptx)]
+        sass = [f.read_text() for f in files if f.name.startswith(f"{ptx.stem}.sass")]
+        yield name(ptx), read(ptx.read_text(), ptx.with_suffix(".ptxas").read_text(), "".join(resources), *sass[:1])
+
+
+def faults(operation: str, row: dict) -> list[str]:
+    """What disqualifies a kernel."""
+    found = [f"spills {row['spill_bytes']} bytes"] if row["spill_bytes"] else []
+    found += ["its WGMMAs are serialized"] if row["serialized"] else []
+    if "matmul" in operation and not row["wgmma_e4m3"]:
+        found.append("has no wgmma e4m3.e4m3")
+    if "matmul" in operation and row["qgmma"] == 0:
+        found.append("has no QGMMA in its machine code")
+    if "quantize" in operation and row["nan_skipped"]:
+        found.append("takes maxima that skip NaN")
+    return found
+
+
+def _disassembler() -> bool:
+    """Whether nvdisasm is where Mosaic looks for it: among the wheels of CUDA's own tools."""
+    spec = importlib.util.find_spec("nvidia")
+    roots = spec.submodule_search_locations if spec else ()
+    return any(tool.is_file() for root in roots for tool in pathlib.Path(root).glob("*/bin/nvdisasm"))
+
+
+def _compile(case, here, folder):
+    """Compiles one case; the files that were dumped meanwhile."""
+    import jax
+
+    before = set(folder.iterdir())
+    place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here)
+    arguments = jax.tree.map(place, case.arguments())
+    jax.jit(case.call("hopper"), out_shardings=here).lower(*arguments).compile()
+    return set(folder.iterdir()) - before
+
+
+def report(names) -> list[dict]:
+    """A row for every kernel of every case of these shapes."""
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    devices = described()
+    folder = pathlib.Path(tempfile.mkdtemp(prefix="kernels_"))
+    os.environ |= {"MOSAIC_GPU_DUMP_TO": str(folder), "MOSAIC_GPU_DUMP_PTX": "1", "MOSAIC_GPU_DUMP_PTXAS": "1"}
+    if _disassembler():
+        os.environ["MOSAIC_GPU_DUMP_SASS"] = "1"
+    import jax
+    import numpy as np
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+    from kernels_pallas.api import OPERATIONS
+    from kernels_pallas.tools.shapes import SHAPES
+
+    jax.config.update("jax_enable_compilation_cache", False)  # a cached kernel would not be dumped
+    here = NamedSharding(Mesh(np.array(devices), ("x",)), PartitionSpec())
+    rows = []
+    for case in (case for name in names for case in SHAPES[name] if "hopper" in OPERATIONS[case.operation][1]):
+        for name, found in dumped(_compile(case, here, folder)):
+            row = {"operation": case.operation, "shape": str(case), "kernel": name} | found
+            row["faults"] = faults(case.operation, row)
+            rows.append(row)
+            print(f"{row['operation']:20} {row['shape']:34} {name:18}", *(f"{row[name]!s:>7}" for name in FIELDS),
+                  "; ".join(row["faults"]), flush=True)
+    return rows
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="python -m kernels_pallas.tools.compile_report", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", metavar="FILE", help="also write the rows there")
+    parser.add_argument("--shapes", nargs="+", default=["v3-train"], choices=["tiny", "v3-train", "v3-decode"])
+    args = parser.parse_args()
+    print(f"{'operation':20} {'shape':34} {'kernel':18}", *(f"{name[:7]:>7}" for name in FIELDS))
+    try:
+        rows = report(args.shapes)
+    except NoCompiler as error:
+        print(error, file=sys.stderr)
+        return 2
+    if args.json:
+        pathlib.Path(args.json).write_text(json.dumps(rows, indent=1) + "\n")
+    bad = [row for row in rows if row["faults"]]
+    print(f"{len(rows)} kernels compiled for sm_90a, {len(bad)} with faults")
+    return 1 if bad or not rows else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

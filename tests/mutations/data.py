@@ -1,0 +1,27 @@
+"""Mutations of data: each breaks one operation, and the tests named must go red."""
+
+from tests.mutations.row import Mutation
+
+MUTATIONS = [
+    Mutation(
+        name="FIM puts the middle before the suffix",
+        file="deepseek_jax/data/examples.py",
+        old="prefix, [fim.hole], suffix, [fim.end], middle,",
+        new="prefix, [fim.hole], middle, [fim.end], suffix,",
+        tests="data/test_examples.py",
+    ),
+    Mutation(
+        name="sequences start one token late",
+        file="deepseek_jax/data/examples.py",
+        old="stream.read(j * length, length + 1)",
+        new="stream.read(j * length + 1, length + 1)",
+        tests="data/test_loader.py",
+    ),
+    Mutation(
+        name="prompts are learned",
+        file="deepseek_jax/data/loader.py",
+        old="weights_MBT[m, row, 1:] = window.predicted_T[1:]",
+        new="weights_MBT[m, row, 1:] = 1",
+        tests="data/test_loader.py",
+    ),
+]

@@ -1,0 +1,132 @@
+"""Mutations of interop: each breaks one operation, and the tests named must go red."""
+
+from tests.mutations.row import Mutation
+
+MUTATIONS = [
+    Mutation(
+        name="eh_proj comes in with its halves exchanged",
+        file="deepseek_jax/interop/load.py",
+        old="theirs = self.rows(entry, start * unit, stop * unit, dtype)",
+        new=(
+            "theirs = self.rows(entry, start * unit, stop * unit, dtype)\n"
+            "        theirs = np.roll(theirs, theirs.shape[1] // 2, axis=1) if 'eh_proj' in entry.name "
+            "else theirs"),
+        tests="interop/test_parity.py",
+    ),
+    Mutation(
+        name="enorm and hnorm are exchanged",
+        file="deepseek_jax/interop/tensor_map.py",
+        old=(
+            '"{mtp}/embedding_norm/scale", SAME, False),\n'
+            '    (LAYER + "hnorm.weight", "{mtp}/hidden_norm/scale"'),
+        new=(
+            '"{mtp}/hidden_norm/scale", SAME, False),\n'
+            '    (LAYER + "hnorm.weight", "{mtp}/embedding_norm/scale"'),
+        tests="interop/test_parity.py",
+    ),
+    Mutation(
+        name="routing is rounded to the dtype of the model",
+        file="deepseek_jax/interop/load.py",
+        old='if path.startswith("router/") or path.endswith("router/weight"):',
+        new="if False:",
+        tests="interop/test_conversion.py",
+    ),
+    Mutation(
+        name="half-split rotary rows come in as they are",
+        file="deepseek_jax/interop/tensor_map.py",
+        old="np.arange(halves).reshape(2, -1).T.reshape(-1)",
+        new="np.arange(halves)",
+        tests="interop/test_tensor_map.py",
+    ),
+    Mutation(
+        name="empty blocks have tiny scales",
+        file="deepseek_jax/interop/save.py",
+        old="np.float32(1e-4))",
+        new="np.float32(1e-30))",
+        tests="interop/test_tensor_map.py",
+    ),
+    Mutation(
+        name="copies of the head may differ",
+        file="deepseek_jax/interop/load.py",
+        old="if not np.array_equal(here, there):",
+        new="if False:",
+        tests="interop/test_bad_input.py",
+    ),
+    Mutation(
+        name="unknown tensors are ignored",
+        file="deepseek_jax/interop/load.py",
+        old='("unknown tensors", unknown)',
+        new='("unknown tensors", set())',
+        tests="interop/test_bad_input.py",
+    ),
+    Mutation(
+        name="missing tensors are ignored",
+        file="deepseek_jax/interop/load.py",
+        old='("missing", expected - self.tensors.keys())',
+        new='("missing", set())',
+        tests="interop/test_bad_input.py",
+    ),
+    Mutation(
+        name="any far layer is an MTP module",
+        file="deepseek_jax/interop/load.py",
+        old="        return depth - first\n",
+        new=(
+            "        last = max(int(n.split('.')[2]) for n in self.tensors if "
+            "n.startswith('model.layers.'))\n"
+            "        return max(last + 1 - first, 0)\n"),
+        tests="interop/test_bad_input.py",
+    ),
+    Mutation(
+        name="a model goes out cut off",
+        file="deepseek_jax/interop/save.py",
+        old="        _check_leaves(names.leaves(cfg), leaves)\n",
+        new="",
+        tests="interop/test_bad_input.py",
+    ),
+    Mutation(
+        name="an index may name any file",
+        file="deepseek_jax/interop/safetensors_io.py",
+        old="or os.path.basename(file) != file or",
+        new="or",
+        tests="interop/test_bad_input.py",
+    ),
+    Mutation(
+        name="tensors of a file may overlap",
+        file="deepseek_jax/interop/safetensors_io.py",
+        old="if tensor.offset != end:",
+        new="if False:",
+        tests="interop/test_bad_input.py",
+    ),
+    Mutation(
+        name="numbers may be words",
+        file="deepseek_jax/interop/hf_config.py",
+        old="if value is not None and (type(value) not in (int, float)",
+        new="if value is not None and (False",
+        tests="interop/test_hf_config.py",
+    ),
+    Mutation(
+        name="a failed conversion leaves its half",
+        file="deepseek_jax/interop/save.py",
+        old=(
+            "    finally:\n"
+            "        shutil.rmtree(partial, ignore_errors=True)"),
+        new=(
+            "    finally:\n"
+            "        pass"),
+        tests="interop/test_bad_input.py",
+    ),
+    Mutation(
+        name="greedy routing looks at groups",
+        file="deepseek_jax/interop/hf_config.py",
+        old='raw.get("topk_method") in ("greedy", None):',
+        new='raw.get("topk_method") in ():',
+        tests="interop/test_hf_config.py",
+    ),
+    Mutation(
+        name="widened tensors go out wide",
+        file="deepseek_jax/interop/save.py",
+        old="before if narrower else held",
+        new="held",
+        tests="interop/test_conversion.py",
+    ),
+]

@@ -1,0 +1,164 @@
+"""Mutations of studies: each breaks one operation, and the tests named must go red."""
+
+from tests.mutations.row import Mutation
+
+MUTATIONS = [
+    Mutation(
+        name="transfers happen at the same time",
+        file="experiments/studies/pipeline/overlap.py",
+        old="max(now, network) + seconds",
+        new="now + seconds",
+        tests="experiments/test_overlap.py",
+    ),
+    Mutation(
+        name="waiting takes no time",
+        file="experiments/studies/pipeline/overlap.py",
+        old="now = max(now, ends)",
+        new="pass",
+        tests="experiments/test_overlap.py",
+    ),
+    Mutation(
+        name="products of all rows by every expert count in full",
+        file="experiments/studies/pipeline/overlap.py",
+        old="flops * LOCAL / MODEL.num_experts if expanded else flops",
+        new="flops",
+        tests="experiments/test_overlap.py",
+    ),
+    Mutation(
+        name="studies: a normal quantile for three seeds",
+        file="experiments/studies/framework/statistics.py",
+        old="student.ppf(0.975, len(values) - 1)",
+        new="1.96",
+        tests="experiments/test_statistics.py",
+    ),
+    Mutation(
+        name="studies: the spread of the sample, not of the population",
+        file="experiments/studies/framework/statistics.py",
+        old="values.std(ddof=1)",
+        new="values.std()",
+        tests="experiments/test_statistics.py",
+    ),
+    Mutation(
+        name="studies: a mean is as uncertain as a seed",
+        file="experiments/studies/framework/statistics.py",
+        old=" / math.sqrt(len(values))",
+        new="",
+        tests="experiments/test_statistics.py",
+    ),
+    Mutation(
+        name="studies: one seed is certain",
+        file="experiments/studies/framework/statistics.py",
+        old="Estimate(mean, -math.inf, math.inf)",
+        new="Estimate(mean, mean, mean)",
+        tests="experiments/test_statistics.py",
+    ),
+    Mutation(
+        name="studies: seeds are compared in any order",
+        file="experiments/studies/framework/statistics.py",
+        old="ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())",
+        new="a - b for a, b in zip(ours.values(), theirs.values())",
+        tests="experiments/test_statistics.py",
+    ),
+    Mutation(
+        name="studies: an interval that touches zero decides",
+        file="experiments/studies/framework/statistics.py",
+        old="found.high < 0, found.low > 0",
+        new="found.high <= 0, found.low >= 0",
+        tests="experiments/test_statistics.py",
+    ),
+    Mutation(
+        name="studies: the mean alone decides",
+        file="experiments/studies/framework/statistics.py",
+        old="found.high < 0, found.low > 0",
+        new="found.mean < 0, found.mean > 0",
+        tests="experiments/test_statistics.py",
+    ),
+    Mutation(
+        name="studies: any clear difference is a success",
+        file="experiments/studies/framework/statistics.py",
+        old='if below == (expected == "lower") else CONTRADICTED',
+        new="",
+        tests="experiments/test_statistics.py",
+    ),
+    Mutation(
+        name="studies: the hash forgets the config",
+        file="experiments/studies/framework/study.py",
+        old="parts = [config, self.probe",
+        new="parts = [arm, self.probe",
+        tests="experiments/test_studies.py",
+    ),
+    Mutation(
+        name="studies: all seeds are the first",
+        file="experiments/studies/framework/training.py",
+        old="self.start(jax.random.key(seed), ",
+        new="self.start(jax.random.key(0), ",
+        tests="experiments/test_studies.py",
+    ),
+    Mutation(
+        name="studies: arms of a seed start apart",
+        file="experiments/studies/framework/training.py",
+        old="self.start(jax.random.key(seed), ",
+        new="self.start(jax.random.key(seed + 100 * [*self.study.arms].index(self.arm)), ",
+        tests="experiments/test_studies.py",
+    ),
+    Mutation(
+        name="studies: finished runs are run again",
+        file="experiments/studies/framework/runner.py",
+        old="[s for s in seeds if not result_path(study, arm, s, quick, folder).exists()]",
+        new="list(seeds)",
+        tests="experiments/test_studies.py",
+    ),
+    Mutation(
+        name="studies: a phase begins anew",
+        file="experiments/studies/framework/training.py",
+        old="first and load(self._weights(first, seed))",
+        new="None",
+        tests="experiments/test_studies.py",
+    ),
+    Mutation(
+        name="studies: a phase does not know where it comes from",
+        file="experiments/studies/framework/study.py",
+        old=(
+            "if arm in self.after:\n"
+            "            parts"),
+        new=(
+            "if False:\n"
+            "            parts"),
+        tests="experiments/test_studies.py",
+    ),
+    Mutation(
+        name="studies: all phases at once",
+        file="experiments/studies/framework/study.py",
+        old="1 + depth(self.after[arm]) if arm in self.after else 0",
+        new="0",
+        tests="experiments/test_studies.py",
+    ),
+    Mutation(
+        name="long context: the needle is always at the beginning",
+        file="experiments/studies/long_context/measure.py",
+        old="at = int(depth * room)",
+        new="at = 0",
+        tests="experiments/test_studies.py",
+    ),
+    Mutation(
+        name="long context: any secret will do",
+        file="experiments/studies/long_context/measure.py",
+        old="(np.concatenate(best) == answer_N)",
+        new="(np.concatenate(best) > 0)",
+        tests="experiments/test_studies.py",
+    ),
+    Mutation(
+        name="fp8 study: the warm-up counts",
+        file="experiments/studies/fp8/run.py",
+        old="x[min(int(study.WARM_UP * steps), len(x) - 1):]",
+        new="x",
+        tests="experiments/test_studies.py",
+    ),
+    Mutation(
+        name="fp8 study: any seed of bfloat16",
+        file="experiments/studies/fp8/run.py",
+        old='smoothed(curves["bf16"][seed]) - 1, len(curve))',
+        new='smoothed(curves["bf16"][0]) - 1, len(curve))',
+        tests="experiments/test_studies.py",
+    ),
+]

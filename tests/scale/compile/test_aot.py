@@ -1,0 +1,62 @@
+"""Programs compiled for machines that are not here: what is compiled, and (slow) what the compiler says of it."""
+
+import dataclasses
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from deepseek_jax.config import ConfigError, FP8Config, MeshConfig, model_config
+from deepseek_jax.scale.compile.aot import config_of, kernels_in
+from deepseek_jax.scale.layout import Layout, make_layout
+
+
+def test_the_program_of_a_layout_is_the_training_run_that_it_describes():
+    c = model_config("v3_671b", fp8=FP8Config(enabled=True))
+    layout = make_layout(c, 2048, 16, 64, 8, 15360, dispatch_fp8=True, buffers="ragged", capacity=1.25)
+    config = config_of(c, layout)
+
+    assert (config.train.batch_size, config.train.micro_batches, config.train.sequence_length) == (15360, 1, 4096)
+    assert dataclasses.astuple(config.pipeline) == ("dualpipe", 120, None)
+    assert config.mesh == layout.mesh and config.optimizer.moment_dtype == "bfloat16"
+
+
+def test_without_a_pipeline_micro_batches_accumulate():
+    config = config_of(model_config("tiny"), Layout(MeshConfig(local=8), microbatches=4, rows=2, sequence_length=256))
+
+    assert (config.train.batch_size, config.train.micro_batches) == (64, 4)
+
+
+def test_a_layout_that_training_cannot_run_is_refused():
+    with pytest.raises(ConfigError, match="does not divide"):
+        config_of(model_config("tiny", num_heads=3), Layout(MeshConfig(pipe=2), "1f1b", 4, 1, 256))
+
+
+def test_kernels_of_a_program_are_counted_with_the_most_that_one_of_them_takes(tmp_path):
+    for n, registers in enumerate((168, 254)):
+        (tmp_path / f"kernel_{n}.ptx").write_text("wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 {};")
+        (tmp_path / f"kernel_{n}.ptxas").write_text(f"0 bytes spill stores\nUsed {registers} registers")
+    (tmp_path / "kernel_0.resources.txt").write_text("smem_scratch_bytes=1024 num_barriers=3")  # its equal has none
+
+    row, = kernels_in(tmp_path)
+
+    assert (row["kernel"], row["count"], row["registers"], row["spill_bytes"]) == ("kernel", 2, 254, 0)
+    assert row["shared_bytes"] == 1024
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("jax_cuda13_plugin") is None, reason="needs the extra aot")
+def test_a_step_compiles_for_eight_gpus_that_are_not_here(tmp_path):
+    command = [sys.executable, "-m", "deepseek_jax.compile", "--model", "tiny", "--target", "h100:8", "--expert", "8",
+               "--remat", "report", "--sequences", "16", "--sequence-length", "1024", "--json", tmp_path / "r.json"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads((tmp_path / "r.json").read_text())
+    rows = {row["kind"]: row for row in found["collectives"]}
+
+    assert found["fits"] and found["bytes_per_device"] > 1e8
+    assert rows["ragged-all-to-all"]["axes"] == ["local"]
+    assert rows["ragged-all-to-all"]["asynchronous"] == rows["ragged-all-to-all"]["count"] > 0

@@ -1,0 +1,136 @@
+"""Reading collectives off a scheduled program: kinds, axes, bytes, what hides them."""
+
+import pytest
+
+from deepseek_jax.scale.compile import hlo
+
+SIZES = {"pipe": 2, "replica": 1, "node": 2, "local": 4, "tensor": 1}
+PROGRAM = """HloModule jit_f, is_scheduled=true
+
+%dot_computation (a: bf16[8,8], b: bf16[8,8]) -> bf16[8,8] {
+  %a = bf16[8,8]{1,0} parameter(0)
+  %b = bf16[8,8]{1,0} parameter(1)
+  ROOT %d = bf16[8,8]{1,0} dot(%a, %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+
+%wrapped_scatter (p: f32[64]) -> f32[16] {
+  %p = f32[64]{0} parameter(0)
+  ROOT %rs = f32[16]{0} reduce-scatter(%p), replica_groups=[4,4]<=[16], dimensions={0}, to_apply=%add
+}
+
+%body (t: (s32[], bf16[8,8])) -> (s32[], bf16[8,8]) {
+  %t = (s32[], bf16[8,8]{1,0}) parameter(0)
+  %x = bf16[8,8]{1,0} get-tuple-element(%t), index=1
+  %a2a = bf16[8,8]{1,0} all-to-all(%x), replica_groups=[8,2]<=[2,2,4]T(0,2,1), dimensions={0}
+  ROOT %out = (s32[], bf16[8,8]{1,0}) tuple(%t, %a2a)
+}
+
+%branch_a (x: bf16[8,8]) -> bf16[8,8] {
+  %x = bf16[8,8]{1,0} parameter(0)
+  ROOT %cp = bf16[8,8]{1,0} collective-permute(%x), source_target_pairs={{0,8},{1,9}}
+}
+
+%branch_b (x: bf16[8,8]) -> bf16[8,8] {
+  ROOT %x = bf16[8,8]{1,0} parameter(0)
+}
+
+ENTRY %main (x: bf16[8,8], y: f32[64]) -> bf16[8,8] {
+  %x = bf16[8,8]{1,0} parameter(0)
+  %y = f32[64]{0} parameter(1)
+  %gather-start = (bf16[8,8]{1,0}, bf16[32,8]{1,0}) all-gather-start(%x), replica_groups={{0,1,2,3},{4,5,6,7}}
+  %scatter-start = ((f32[64]{0}), f32[16]{0}, u32[]) async-start(%y), calls=%wrapped_scatter
+  %f = bf16[8,8]{1,0} fusion(%x, %x), kind=kOutput, calls=%dot_computation
+  %gather-done = bf16[32,8]{1,0} all-gather-done(%gather-start)
+  %g = (bf16[8,4]{1,0}, s8[99]{0}) custom-call(%f, %k), custom_call_target="__cublas$gemm", NUMBERS
+  %scatter-done = f32[16]{0} async-done(%scatter-start), calls=%wrapped_scatter
+  %r-start = f32[16]{0} all-reduce-start(%scatter-done), replica_groups={}, to_apply=%add
+  %r-done = f32[16]{0} all-reduce-done(%r-start)
+  %w = (s32[], bf16[8,8]{1,0}) while(%t0), condition=%c, body=%body, backend_config={"known_trip_count":{"n":"26"}}
+  ROOT %last = bf16[8,8]{1,0} conditional(%i, %g, %g), branch_computations={%branch_a, %branch_b}
+}
+""".replace("NUMBERS", 'backend_config={"gemm_backend_config":{"dot_dimension_numbers":{'
+                       '"lhs_contracting_dimensions":["1"]}}}')
+
+
+def found():
+    return {one.kind: one for one in hlo.collectives(PROGRAM, SIZES)}
+
+
+def test_every_collective_is_found_once():
+    assert len(hlo.collectives(PROGRAM, SIZES)) == len(found()) == 5
+
+
+@pytest.mark.parametrize(("kind", "axes"), [("all-gather", ("local",)), ("reduce-scatter", ("local",)),
+                                            ("all-to-all", ("node",)), ("collective-permute", ("pipe",)),
+                                            ("all-reduce", ("pipe", "node", "local"))])
+def test_axes_are_those_along_which_a_group_differs(kind, axes):
+    assert found()[kind].axes == axes
+
+
+@pytest.mark.parametrize(("kind", "size"), [("all-gather", 32 * 8 * 2), ("reduce-scatter", 64 * 4),
+                                            ("all-to-all", 8 * 8 * 2), ("all-reduce", 16 * 4)])
+def test_bytes_are_the_larger_of_what_goes_in_and_what_comes_out(kind, size):
+    assert found()[kind].bytes == size
+
+
+def test_products_between_start_and_done_hide_and_nothing_else_does():
+    assert {kind: one.products for kind, one in found().items()} == {
+        "all-gather": 1, "reduce-scatter": 2, "all-reduce": 0, "all-to-all": None, "collective-permute": None}
+    rows = {row["kind"]: row for row in hlo.table(list(found().values()))}
+    assert {kind for kind, row in rows.items() if row["hidden"]} == {"all-gather", "reduce-scatter"}
+    assert rows["all-reduce"]["asynchronous"] == 1 and rows["all-reduce"]["exposed_bytes"] == 64
+
+
+def test_the_device_comes_to_starts_products_and_dones_in_order():
+    passed = [(s.what, s.flops or s.key) for s in hlo.steps(PROGRAM, SIZES, "ENTRY")]
+
+    assert passed[:6] == [("start", "%gather-start"), ("start", "%scatter-start"), ("work", 2 * 8 * 8 * 8),
+                          ("done", "%gather-start"), ("work", 2 * 8 * 4 * 8), ("done", "%scatter-start")]
+    assert passed[8:] == [("inner", "while"), ("inner", "conditional")]
+
+
+def test_a_loop_of_products_works_as_often_as_it_turns():
+    looped = PROGRAM.replace("all-to-all(%x), replica_groups=[8,2]<=[2,2,4]T(0,2,1), dimensions={0}",
+                             "dot(%x, %x), lhs_contracting_dims={1}, rhs_contracting_dims={0}")
+
+    assert [s.flops for s in hlo.steps(looped, SIZES, "ENTRY") if s.what == "work"][-1] == 26 * 2 * 8 * 8 * 8
+
+
+@pytest.mark.parametrize(("part", "widths"), [("forward", 192 + 128), ("dq", 2 * 192 + 128), ("dkv", 2 * (192 + 128))])
+def test_the_kernels_of_attention_multiply_half_of_a_square(part, widths):
+    program = """HloModule m
+
+ENTRY %main (q: bf16[2,64,4,192], v: bf16[2,64,4,128]) -> bf16[2,64,4,128] {
+  %q = bf16[2,64,4,192]{3,2,1,0} parameter(0)
+  %v = bf16[2,64,4,128]{3,2,1,0} parameter(1)
+  ROOT %o = bf16[2,64,4,128]{3,2,1,0} custom-call(%q, %q, %v), custom_call_target="mosaic_gpu_v2", """
+    program += f"""metadata={{op_name="jit(step)/attention_{part}/mpmd_map"}}
+}}
+"""
+    assert [s.flops for s in hlo.steps(program, SIZES, "ENTRY")] == [2 * 4 * 64 * 64 * widths]
+
+
+def test_branches_are_found_by_their_number():
+    assert hlo.branches(PROGRAM, 2) == ["%branch_a", "%branch_b"]
+    with pytest.raises(ValueError, match="no conditional has 3 branches"):
+        hlo.branches(PROGRAM, 3)
+
+
+def test_loops_multiply_and_branches_are_marked():
+    assert (found()["all-to-all"].times, found()["all-to-all"].branch) == (26, False)
+    assert (found()["collective-permute"].times, found()["collective-permute"].branch) == (1, True)
+
+
+@pytest.mark.parametrize(("text", "group"), [
+    ("replica_groups=[2,8]<=[16]", [0, 1, 2, 3, 4, 5, 6, 7]),
+    ("replica_groups=[8,2]<=[2,8]T(1,0)", [0, 8]),
+    ("replica_groups=[4,4]<=[2,2,4]T(2,0,1)", [0, 4, 8, 12]),
+    ("replica_groups={{3,7},{1,2}}", [3, 7]), ("replica_groups={}", [])])
+def test_groups_are_read_in_every_form(text, group):
+    assert hlo.first_group(text) == group
+
+
+@pytest.mark.parametrize(("shape", "size"), [("bf16[2,3]{1,0}", 12), ("(f32[4]{0}, pred[8]{0}, s32[])", 28),
+                                             ("f8e4m3fn[16]", 16), ("u8[3,5]", 15)])
+def test_the_size_of_a_type_is_that_of_its_arrays(shape, size):
+    assert hlo.size_of(shape) == size
