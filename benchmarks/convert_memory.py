@@ -10,7 +10,6 @@ side flushes what it wrote to the disk, and the sides take turns.
 import argparse
 import datetime
 import filecmp
-import json
 import math
 import os
 import pathlib
@@ -29,6 +28,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 from run import hardware  # noqa: E402
 
+from deepseek_jax import io
 from deepseek_jax.checkpoint.arrays import BLOCK, FP8  # noqa: E402
 from deepseek_jax.config import model_config  # noqa: E402
 from deepseek_jax.interop import hf_config, safetensors_io, save, tensor_map  # noqa: E402
@@ -60,7 +60,7 @@ def make(folder, experts):
     files = safetensors_io.pack(items, SHARD)
     folder.mkdir(parents=True)
     safetensors_io.write(str(folder), files, pieces)
-    save.write_json(folder / "config.json", hf_config.write(cfg, "bfloat16", fp8=True))
+    io.write_json(folder / "config.json", hf_config.write(cfg, "bfloat16", fp8=True))
     return sum(item.nbytes for item in items), len(files)
 
 
@@ -162,7 +162,7 @@ def main():
     print(f"| back to Hugging Face | {result['peak_gb']['to_hf']:.2f} GB | {exact} |")
     if args.json:
         pathlib.Path(args.json).parent.mkdir(parents=True, exist_ok=True)
-        pathlib.Path(args.json).write_text(json.dumps(result, indent=2) + "\n")
+        io.write_json(args.json, result)
 
 
 if __name__ == "__main__":

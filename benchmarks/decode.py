@@ -20,6 +20,8 @@ import time
 
 from run import HERE, PEER, hardware
 
+from deepseek_jax import io
+
 PROMPT, NEW, CONTEXTS = 32, 128, (64, 2048)
 
 
@@ -42,22 +44,21 @@ def answer(generate, context=None):
 
 
 def ours(folder, dtype, batches):
-    from deepseek_jax import cli
+    from deepseek_jax import runtime
 
-    cli.reuse_memory()
-    cli.tune_xla()
+    runtime.prepare()
     import jax
 
     from deepseek_jax.interop import load_hf
-    from deepseek_jax.serving.engine import Engine, Request
+    from deepseek_jax.serving.engine import Engine, EngineConfig, Request
 
     cfg, variables = load_hf(folder, dtype=dtype)
     variables = jax.tree.map(jax.numpy.asarray, variables)
-    engines = {batch: Engine(cfg, variables, max_sequences=batch, max_length=2304, most_steps=32)
+    engines = {batch: Engine(cfg, variables, EngineConfig(max_sequences=batch, max_length=2304, most_steps=32))
                for batch in batches}
 
     def generate(batch):
-        engines[batch].pool.forget()  # no round finds its prompts in the cache
+        engines[batch].pool.clear()  # no round finds its prompts in the cache
         made = [engines[batch].submit(Request(tuple(prompt), NEW)) for prompt in prompts(batch)]
         engines[batch].run()
         return [[t.id for t in s.made] for s in made]
@@ -172,7 +173,7 @@ def main():
         for side in sides:
             side.end()
     if args.json:
-        pathlib.Path(HERE.parent, args.json).write_text(json.dumps(report, indent=1) + "\n")
+        io.write_json(pathlib.Path(HERE.parent, args.json), report, indent=1)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from run import hardware, shown
 
-from deepseek_jax import cli
+from deepseek_jax import io, runtime
 from deepseek_jax.model import experts, layers
 
 SHAPES = ((8192, 256, 512, 32), (8192, 256, 128, 64), (16384, 512, 256, 64))  # tokens x k, D, F, E
@@ -105,8 +105,7 @@ def main():
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--json", metavar="FILE", help="also write the report here")
     args = parser.parse_args()
-    cli.reuse_memory()
-    cli.tune_xla()
+    runtime.prepare()
     print(f"{'(rows, D, F, experts)':42} {'dense':>8} {'cpu':>8} {'ragged':>8}   GFLOP/s")
     rows = []
     for shape in SHAPES:
@@ -120,7 +119,7 @@ def main():
               "command": shown(["python", "benchmarks/grouped_matmul.py", *sys.argv[1:]]), "rows": rows}
     if args.json:
         pathlib.Path(args.json).parent.mkdir(parents=True, exist_ok=True)
-        cli.write_json(args.json, report)
+        io.write_json(args.json, report)
 
 
 if __name__ == "__main__":

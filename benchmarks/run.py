@@ -21,6 +21,8 @@ import statistics
 import subprocess
 import sys
 
+from deepseek_jax import io
+
 HERE = pathlib.Path(__file__).resolve().parent
 PEER = HERE.parent / ".venv-peer" / "bin" / "python"
 
@@ -121,7 +123,7 @@ def main():
     print("\n".join(table(report)))
     if args.json:
         pathlib.Path(args.json).parent.mkdir(parents=True, exist_ok=True)
-        pathlib.Path(args.json).write_text(json.dumps(report, indent=1) + "\n")
+        io.write_json(args.json, report, indent=1)
 
 
 if __name__ == "__main__":

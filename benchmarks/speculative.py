@@ -15,7 +15,6 @@ Beyond the MTP modules that the run has, the last one is chained.
 
 import argparse
 import datetime
-import json
 import pathlib
 import statistics
 import time
@@ -23,12 +22,14 @@ import time
 import numpy as np
 from run import HERE, hardware
 
+from deepseek_jax import io
+
 
 def texts(workdir, tokenizer, count, length):
     """Beginnings of held-out files of the run's sources, as token ids."""
     from deepseek_jax.data import corpus
     from deepseek_jax.data.prepare import Source
-    from deepseek_jax.training.loop import load_workdir_config
+    from deepseek_jax.workdir import load_workdir_config
 
     data, rows = load_workdir_config(workdir).data, []
     for source in (Source(path, data.validation_fraction) for path, _ in data.sources):
@@ -61,32 +62,33 @@ def parts(engine):
 
     from deepseek_jax.model.layers import head_logits
     from deepseek_jax.serving import speculative
-    from deepseek_jax.serving.decode_model import Rows, forward
+    from deepseek_jax.serving.decode_attention import TokenSlots
+    from deepseek_jax.serving.decode_model import forward
     from deepseek_jax.serving.sampling import Sampling
 
-    cfg, reach, weights, depth, B = engine.cfg, engine.reach, engine.weights, engine.depth, engine.max_sequences
+    cfg, geometry, weights, depth, B = engine.cfg, engine.geometry, engine.weights, engine.depth, engine.max_sequences
     T, one = depth + 1, jnp.ones(B, jnp.int32)
-    table_BP = jnp.arange(1, B * reach.widths[-1] + 1, dtype=jnp.int32).reshape(B, -1)
+    table_BP = jnp.arange(1, B * geometry.widths[-1] + 1, dtype=jnp.int32).reshape(B, -1)
     greedy = Sampling(*(jnp.full(B, x, t) for x, t in ((0, np.float32), (0, np.int32), (1, np.float32),
                                                        (0, np.uint32), (0, np.uint32))))
 
     def verify(n, state):
         cache, tokens_BT, drafts, _ = state
-        rows = Rows((64 + n) * one[:, None] + jnp.arange(T)[None], jnp.ones((B, T), bool), table_BP)
-        hidden_BTD, cache, _ = forward(cfg, reach, weights, cache, tokens_BT, rows)
-        logits_BTW = head_logits(hidden_BTD, weights["head"])
+        slots = TokenSlots(tokens_BT, (64 + n) * one[:, None] + jnp.arange(T)[None], jnp.ones((B, T), bool), table_BP)
+        hidden_BTD, cache, _ = forward(cfg, geometry, weights, cache, slots)
+        logits_BTW = head_logits(hidden_BTD, weights.head)
         made_BT, _ = speculative.verify(greedy, logits_BTW, drafts, one * (65 + n))
         return cache, made_BT, drafts, hidden_BTD
 
     def draft(n, state):
         cache, tokens_BT, drafts, hidden_BTD = state
-        drafts, cache = speculative.draft(cfg, reach, weights, cache, greedy, depth, hidden_BTD, tokens_BT, 0 * one,
-                                          drafts, one * (64 + n), one * 10**6, table_BP)
+        settled = speculative.Settled(hidden_BTD, tokens_BT, 0 * one, one * (64 + n), one * 10**6, table_BP)
+        drafts, cache = speculative.draft(cfg, geometry, weights, cache, drafts, greedy, settled)
         return cache, jnp.concatenate([drafts.token_Bd, tokens_BT[:, :1]], axis=1), drafts, hidden_BTD
 
     # Other tokens for every sequence, so that they choose other experts.
     tokens_BT = jnp.arange(B * T, dtype=jnp.int32).reshape(B, T) * 97 % cfg.vocab_size
-    hidden_BTD = weights["embedding"][tokens_BT]
+    hidden_BTD = weights.embedding[tokens_BT]
     state = (tuple(map(jnp.copy, engine._cache)), tokens_BT, speculative.no_drafts(cfg, B, depth), hidden_BTD)
     return repeated(verify, *state), repeated(draft, *state) if depth else (lambda: 0.0)
 
@@ -117,9 +119,10 @@ def decoding(engine, prompts, new):
 
 def table(cfg, variables, batch, depths, prompts, new, rounds):
     """Plain tokens per second, and a row for each depth."""
-    from deepseek_jax.serving.engine import Engine
+    from deepseek_jax.serving.engine import Engine, EngineConfig
 
-    engines = {d: Engine(cfg, variables, max_sequences=batch, max_length=256, depth=d) for d in (0, *depths)}
+    engines = {d: Engine(cfg, variables, EngineConfig(
+        max_sequences=batch, max_length=256, depth=d)) for d in (0, *depths)}
     timers = {d: parts(engine) for d, engine in engines.items()}
     verified, drafted, passes = ({d: [] for d in engines} for _ in range(3))
     for n in range(rounds + 1):  # the first compiles
@@ -156,10 +159,9 @@ def main():
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: the run's own")
     parser.add_argument("--json", metavar="FILE")
     args = parser.parse_args()
-    from deepseek_jax import cli
+    from deepseek_jax import runtime
 
-    cli.reuse_memory()
-    cli.tune_xla()
+    runtime.prepare()
     import dataclasses
 
     from deepseek_jax.generate import load
@@ -171,7 +173,7 @@ def main():
               "batches": [table(cfg, variables, batch, args.depths, prompts, args.new, args.rounds)
                           for batch in args.batches]}
     if args.json:
-        pathlib.Path(HERE.parent, args.json).write_text(json.dumps(report, indent=1) + "\n")
+        io.write_json(pathlib.Path(HERE.parent, args.json), report, indent=1)
 
 
 if __name__ == "__main__":

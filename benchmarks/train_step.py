@@ -16,7 +16,7 @@ import time
 import jax
 import numpy as np
 
-from deepseek_jax import cli
+from deepseek_jax import runtime
 from deepseek_jax.config import Config, TrainConfig, model_config
 from deepseek_jax.training.step import init_state, train_step
 
@@ -32,8 +32,7 @@ def main():
     parser.add_argument("--mtp-depth", type=int, default=0)
     args = parser.parse_args()
 
-    cli.reuse_memory()
-    cli.tune_xla()
+    runtime.prepare()
     model = model_config("small", dtype=args.dtype, mtp_depth=args.mtp_depth)
     config = Config(model=model, train=TrainConfig(batch_size=args.batch, sequence_length=args.length))
     state = jax.jit(functools.partial(init_state, config))()
@@ -47,14 +46,14 @@ def main():
 
     for _ in range(1 + args.warmup):
         state, metrics = step(state, batch())
-        metrics["loss"].block_until_ready()
+        metrics.loss.block_until_ready()
     parameters = sum(x.size for x in jax.tree.leaves(state.params))
     for repeat in range(args.repeats):
         batches = [batch() for _ in range(args.steps_per_repeat)]
         start = time.perf_counter()
         for one in batches:
             state, metrics = step(state, one)
-            loss = float(metrics["loss"])
+            loss = float(metrics.loss)
         seconds = time.perf_counter() - start
         row = {"side": "deepseek_jax", "repeat": repeat, "seconds": round(seconds, 4), "loss": round(loss, 5),
                "tokens_per_second": round(args.batch * args.length * args.steps_per_repeat / seconds, 1),

@@ -9,7 +9,7 @@ analysis beside the planner's; every kind of collective: along which axes, how l
 their start and their done; and registers and spills of the kernels. Exit code 1: it compiles, and does not fit.
 """
 
-from deepseek_jax import cli
+from deepseek_jax import cli, io
 from deepseek_jax.scale import arguments
 from deepseek_jax.scale.compile import targets
 
@@ -42,7 +42,7 @@ def main():
     found |= {"model": args.model, "layers": model.num_layers}
     print(table(found))
     if args.json:
-        cli.write_json(args.json, found)
+        io.write_json(args.json, found)
     if args.plot:
         from deepseek_jax.scale.draw import draw_memory
 

@@ -4,7 +4,7 @@
     python -m deepseek_jax.evaluate --workdir run --data docs/ --compressors --json result.json
 """
 
-from deepseek_jax import cli
+from deepseek_jax import cli, io
 
 
 def parse():
@@ -20,13 +20,13 @@ def parse():
 def main():
     args = parse()
 
-    from deepseek_jax.training.summary import evaluate_workdir
+    from deepseek_jax.training.evaluate import evaluate_workdir
 
     result = evaluate_workdir(args.workdir, args.data, args.ema, args.compressors)
     for name, value in result.items():
         print(f"{name:38s} {value:.4f}" if isinstance(value, float) else f"{name:38s} {value}")
     if args.json:
-        cli.write_json(args.json, result)
+        io.write_json(args.json, result)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@
 """
 
 import math
-import os
 import sys
 
 from deepseek_jax import cli
@@ -39,32 +38,15 @@ def main():
         raise ConfigError("a Hugging Face checkpoint holds no moving average; leave --ema away.")
 
     from deepseek_jax.serving import generate
+    from deepseek_jax.workdir import load_model
 
-    cfg, variables, tokenizer = load(args.workdir, args.hf, args.ema)
+    cfg, variables, tokenizer = load_model(args.workdir, args.hf, args.ema)
     prompt = [tokenizer.bos, *tokenizer.encode(args.prompt)]
     made = generate(cfg, variables, [prompt], args.max_new_tokens, speculative=args.speculative,
                     temperature=args.temperature, seed=args.seed, eos_id=tokenizer.eos)
     print(tokenizer.decode([*prompt[1:], *made.tokens[0]]))
     if args.speculative:
         print(f"{made.accepted} of {made.drafted} drafted tokens were accepted.", file=sys.stderr)
-
-
-def load(workdir, hf, ema):
-    """(cfg, variables, tokenizer) of a run or of a Hugging Face checkpoint."""
-    from deepseek_jax.data.tokenizer import Tokenizer
-
-    vocabulary = os.path.join(hf or workdir, "tokenizer.json")
-    if hf:
-        from deepseek_jax.interop import load_hf
-
-        Tokenizer.load(vocabulary)  # before gigabytes are read
-        cfg, variables = load_hf(hf)
-    else:
-        from deepseek_jax.training.summary import load_trained
-
-        config, variables, _ = load_trained(workdir, ema)
-        cfg = config.model
-    return cfg, variables, Tokenizer.load(vocabulary, cfg.vocab_size)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ names. Exit code 1: the layout does not fit.
 
 import dataclasses
 
-from deepseek_jax import cli
+from deepseek_jax import cli, io
 from deepseek_jax.scale import arguments, decoding, plan, tables
 from deepseek_jax.scale.costs import conventions, parameters
 from deepseek_jax.scale.hardware import HARDWARE, Measured, hardware
@@ -66,7 +66,7 @@ def main():
         result["decode"] = decoding.published(model, machine)
         print(tables.decoded(result["decode"]))
     if args.json:
-        cli.write_json(args.json, result)
+        io.write_json(args.json, result)
     return code
 
 

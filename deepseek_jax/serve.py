@@ -42,16 +42,16 @@ def main():
         from deepseek_jax.serving.openai.server import serve
     except ModuleNotFoundError as error:
         raise ConfigError(f"serving needs {error.name}; pip install 'deepseek-jax[serve]'.") from None
-    from deepseek_jax.generate import load
-    from deepseek_jax.serving.engine import Engine
+    from deepseek_jax.serving.engine import Engine, EngineConfig
     from deepseek_jax.serving.openai import chat_template
     from deepseek_jax.serving.openai.stream import Service
+    from deepseek_jax.workdir import load_model
 
-    cfg, variables, tokenizer = load(args.workdir, args.hf, args.ema)
+    cfg, variables, tokenizer = load_model(args.workdir, args.hf, args.ema)
     spell = tokenizer.backend.id_to_token
     template = chat_template.read(args.workdir or args.hf, spell(tokenizer.bos), spell(tokenizer.eos))
     depth = min(1, cfg.mtp_depth) if args.depth is None else args.depth
-    engine = Engine(cfg, variables, args.max_sequences, args.max_length, depth, cache=args.cache)
+    engine = Engine(cfg, variables, EngineConfig(args.max_sequences, args.max_length, depth, cache=args.cache))
     print("compiling ...", flush=True)
     engine.warm_up()
     name = args.name or os.path.basename(os.path.abspath(args.workdir or args.hf))

@@ -28,14 +28,14 @@ def main():
         raise ConfigError("--coordinator, --processes and --process go together: give all three, or none.")
 
     # After the config is known to be good: these take seconds.
-    from deepseek_jax.parallel.processes import Group, joined
+    from deepseek_jax.parallel.processes import Group, is_first, joined
     from deepseek_jax.training.loop import train
-    from deepseek_jax.training.summary import finish
+    from deepseek_jax.training.summary import summarize
 
     with joined(Group(*group) if args.processes is not None else None):
-        done = train(config, args.workdir)
-        if done is not None:
-            finish(config, args.workdir, *done)
+        result = train(config, args.workdir)
+        if result.finished and is_first():
+            summarize(config, args.workdir, result.variables, result.tokenizer)
 
 
 if __name__ == "__main__":

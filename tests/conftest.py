@@ -42,9 +42,9 @@ for _name, _value in _DEFAULTS.items():
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
 sys.path.insert(0, str(ROOT))
 
-from deepseek_jax import cli  # noqa: E402
+from deepseek_jax import runtime  # noqa: E402
 
-cli.tune_xla()  # commands that a test starts and those it runs itself compute the same bits
+runtime.tune_xla()  # commands that a test starts and those it runs itself compute the same bits
 
 
 def pytest_configure(config):

@@ -22,7 +22,7 @@ from unittest import mock
 import jax
 import numpy as np
 
-from deepseek_jax import cli, evaluate, generate, train
+from deepseek_jax import cli, evaluate, generate, runtime, train
 from deepseek_jax.checkpoint import manifest
 from deepseek_jax.checkpoint.manager import restore_items
 from deepseek_jax.training.metrics import read_metrics
@@ -91,7 +91,7 @@ def run(name: str, *arguments) -> Result:
     root.handlers.clear()  # pytest's; the command puts in its own
     try:
         with (mock.patch.object(sys, "argv", [name, *map(str, arguments)]), contextlib.redirect_stdout(out),
-              contextlib.redirect_stderr(err), mock.patch.object(cli, "reuse_memory")):
+              contextlib.redirect_stderr(err), mock.patch.object(runtime, "reuse_memory")):
             cli.run(COMMANDS[name].main)
     except SystemExit as end:
         return Result(end.code, out.getvalue(), err.getvalue())

@@ -9,37 +9,18 @@ knowing the optimizer.
 import concurrent.futures
 import errno
 import json
-import logging
 import math
-import os
 import pathlib
 import shutil
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from deepseek_jax import io
 from deepseek_jax.checkpoint import arrays, manifest
 from deepseek_jax.config import ConfigError
-
-
-def _not_from_orbax(record):
-    inside = os.path.join("orbax", "checkpoint")
-    return inside not in record.pathname and inside not in record.getMessage()
-
-
-def _unraisable(unraisable, say=sys.unraisablehook):
-    # When one write fails, TensorStore still reports the others, to an event loop that Orbax has closed by then.
-    if str(unraisable.exc_value) != "Event loop is closed":
-        say(unraisable)
-
-
-# Orbax logs every phase, and a failure several times with tracebacks. What fails is raised here, as one line.
-for _name in ("absl", "asyncio"):
-    logging.getLogger(_name).addFilter(_not_from_orbax)
-sys.unraisablehook = _unraisable
 
 
 class CheckpointError(OSError):
@@ -85,7 +66,8 @@ class Checkpoints:
             if jax.process_index() == 0:
                 manifest.clean_up(self.directory)
                 partial.mkdir()
-                manifest.write_json(partial / "meta.json", {"step": step, "meta": meta, "leaves": leaves})
+                io.write_json(partial / "meta.json", {"step": step, "meta": meta, "leaves": leaves}, indent=None,
+                              sync=True)
             writer.save(partial / "state", args=ocp.args.PyTreeSave(arrays))
         except Exception as error:
             raise self._failed(step, partial, error) from error

@@ -10,6 +10,7 @@ import os
 import shutil
 import zlib
 
+from deepseek_jax import io
 from deepseek_jax.config import ConfigError
 
 
@@ -62,12 +63,12 @@ def commit(partial, final, known=None):
     """
     files = {str(p.relative_to(partial)): p for p in sorted(partial.rglob("*")) if p.is_file()}
     prints = {name: (known or {}).get(name) or _fingerprint(p, sync=True) for name, p in files.items()}
-    write_json(partial / "manifest.json", {"files": prints})
+    io.write_json(partial / "manifest.json", {"files": prints}, indent=None, sync=True)
     for folder in [partial, *(p for p in partial.rglob("*") if p.is_dir())]:
-        _sync(folder)
+        io.sync_file(folder)
     discard(final)
     partial.rename(final)
-    _sync(final.parent)
+    io.sync_file(final.parent)
 
 
 def _fingerprint(path, sync=False):
@@ -79,21 +80,6 @@ def _fingerprint(path, sync=False):
         while chunk := f.read(1 << 22):
             size, crc = size + len(chunk), zlib.crc32(chunk, crc)
     return [size, crc]
-
-
-def write_json(path, value):
-    with open(path, "w") as f:
-        json.dump(value, f)
-        f.flush()
-        os.fsync(f.fileno())
-
-
-def _sync(folder):
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def discard(path):

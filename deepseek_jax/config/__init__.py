@@ -20,6 +20,9 @@ import ml_collections
 from deepseek_jax.config.mesh import MeshConfig, PipelineConfig, check_mesh
 from deepseek_jax.config.schema import Checked, ConfigError, build, did_you_mean, key
 
+GROUP_LIMITED = "group_limited"  # top-k of the best groups of experts (report section 2.1.2)
+OWN = r"[A-Za-z_][\w.]*:[A-Za-z_]\w*"  # "package.module:name"
+
 
 @dataclasses.dataclass(frozen=True)
 class Yarn(Checked, section="model.yarn", positive="factor original_length beta_fast beta_slow"):
@@ -99,6 +102,8 @@ class ModelConfig(
     dtype: str = "bfloat16"  # of activations and products; parameters are float32 masters
     remat: str = "report"  # "none", "report" (norms, MLA up-projections, SwiGLU), "full"
     attention_block: int = 512  # query and key rows a block: memory grows with T * block, not T * T
+    router: str = GROUP_LIMITED  # the routing rule, or one's own as "package.module:function"
+    attention: str = "mla"  # or one's own module as "package.module:name"
     fp8: FP8Config = FP8Config()  # in config files a section of its own, `fp8`, beside `model`
 
     def __post_init__(self):
@@ -119,6 +124,10 @@ class ModelConfig(
 
 
 def _check_model(c: ModelConfig):
+    for name, value, builtin in (("router", c.router, GROUP_LIMITED), ("attention", c.attention, "mla")):
+        if value != builtin and not re.fullmatch(OWN, value):
+            raise ConfigError(f"model.{name}={value!r} is unknown; take {builtin!r}, or name your own as "
+                              "'package.module:name'.")
     if c.num_dense_layers > c.num_layers:
         raise ConfigError(f"model.num_dense_layers={c.num_dense_layers} is more than num_layers={c.num_layers}.")
     if c.rope_head_dim % 2:
@@ -190,17 +199,25 @@ class OptimizerConfig(Checked, section="optimizer", positive="learning_rate clip
                               f"got {', '.join(f'{m:g}' for m in marks[1:-1])}.")
 
 
+BIAS_RULES = ("sign", "proportional")
+
+
 @dataclasses.dataclass(frozen=True)
 class BalanceConfig(Checked, section="balance", fraction="bias_until",
-                    not_negative="bias_speed sequence_loss_weight aux_loss_weight",
-                    choices={"bias_rule": ("sign", "proportional")}):
+                    not_negative="bias_speed sequence_loss_weight aux_loss_weight"):
     """How expert loads are kept even (report section 2.1.2, arXiv 2408.15664)."""
 
-    bias_rule: str = "sign"  # or "proportional"
+    bias_rule: str = "sign"  # or "proportional", or one's own as "package.module:NAME"
     bias_speed: float = 0.001  # 0 freezes the bias
     bias_until: float = 0.966  # fraction of the run after which the speed is 0
     sequence_loss_weight: float = 1e-4
     aux_loss_weight: float = 0.0  # the classic batch-wise auxiliary loss, as a baseline
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.bias_rule not in BIAS_RULES and not re.fullmatch(OWN, self.bias_rule):
+            raise ConfigError(f"balance.bias_rule={self.bias_rule!r} is unknown; take one of "
+                              f"{', '.join(map(repr, BIAS_RULES))}, or name your own as 'package.module:NAME'.")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator
 
 import tokenizers
 
+from deepseek_jax import io
 from deepseek_jax.config import Config, ConfigError
 from deepseek_jax.data import corpus, token_shards
 from deepseek_jax.data.tokenizer import PATTERN, SPECIALS, Tokenizer, train_tokenizer
@@ -88,9 +89,7 @@ def claim_corpus(prepared: Prepared, workdir: str):
             raise ConfigError(f"the files of {', '.join(changed)} have changed since the run in {workdir} began; "
                               "restore them, or take another --workdir.")
         return
-    with open(path + ".new", "w") as f:
-        json.dump(digests, f, indent=1)
-    os.replace(path + ".new", path)
+    io.write_json(path, digests, indent=1)
 
 
 def prepare_evaluation(config: Config, workdir: str, path: str) -> Prepared:

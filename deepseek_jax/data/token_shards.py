@@ -22,6 +22,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 from tqdm import tqdm
 
+from deepseek_jax import io
 from deepseek_jax.data import corpus
 from deepseek_jax.data.tokenizer import Tokenizer, split_tokens
 
@@ -111,8 +112,7 @@ def write(folder: str, documents: Iterable[corpus.Document], tokenizer: Tokenize
                 writers["validation" if validation else "train"].add(ids_T, predicted_T, document.bytes)
                 line.update(document.bytes)
         meta = {**meta, "dtype": dtype, **{split: w.close() for split, w in writers.items()}}
-        with open(os.path.join(beside, "meta.json"), "w", encoding="utf-8") as f:
-            json.dump(meta, f, indent=1)
+        io.write_json(os.path.join(beside, "meta.json"), meta, indent=1)
         _publish(beside, folder)
     finally:
         for writer in writers.values():

@@ -17,6 +17,7 @@ import numpy as np
 import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
+from deepseek_jax import io
 from deepseek_jax.config import ConfigError
 
 # A word, three digits, punctuation with line breaks, line breaks, indentation up to the word, other white space.
@@ -77,11 +78,10 @@ class Tokenizer:
         return tokenizer
 
     def save(self, path: str):
-        """Writes beside `path`, then renames: a reader sees all of it or nothing."""
+        """Writes tokenizer.json."""
         os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-        beside = f"{path}.{os.getpid()}"
-        self.backend.save(beside, pretty=True)
-        os.replace(beside, path)
+        with io.replacing(path) as partial:
+            self.backend.save(partial, pretty=True)
 
     def encode(self, text: str) -> list[int]:
         return self.backend.encode(text, add_special_tokens=False).ids

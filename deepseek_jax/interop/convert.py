@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import tqdm
 
+from deepseek_jax import io
 from deepseek_jax.checkpoint import manifest
 from deepseek_jax.checkpoint.arrays import Stored, Writer
 from deepseek_jax.config import Config, ConfigError, as_dict, freeze
@@ -52,10 +53,10 @@ def from_hf(src: str, dst: str, dtype: str | None = None, keep_fp8: bool = False
         _write_checkpoint(source, pathlib.Path(partial, "checkpoints"), asked, keep_fp8)
         wide = source.dtype_of("params/embedding", asked).itemsize > 2
         cfg = hf_config.read(source.raw, source.cfg.mtp_depth, "float32" if wide else "bfloat16")
-        save.write_json(os.path.join(partial, "config.json"), as_dict(Config(model=cfg)))
+        io.write_json(os.path.join(partial, "config.json"), as_dict(Config(model=cfg)))
         files = {file: [_described(source.reader, name) for name in held] for file, held in source.reader.files.items()}
-        manifest.write_json(os.path.join(partial, LAYOUT), {
-            "config": source.raw, "files": files, "metadata": source.reader.metadata})
+        io.write_json(os.path.join(partial, LAYOUT), {
+            "config": source.raw, "files": files, "metadata": source.reader.metadata}, indent=None, sync=True)
         notes = source.notes
         if not _copy_text(src, partial):
             notes.append(f"{src} has no tokenizer.json; put one into {dst} before you evaluate or generate there.")
@@ -144,7 +145,7 @@ def _write_checkpoint(source, directory, dtype, keep_fp8):
     with tqdm.tqdm(total=sum(job[1] for job in jobs), desc="from-hf", unit="B", unit_scale=True) as bar:
         _run(jobs, bar.update)
     meta = {"step": 0, "meta": {"step": 0, "sequences": 0, "from": "Hugging Face"}, "leaves": leaves}
-    manifest.write_json(partial / "meta.json", meta)
+    io.write_json(partial / "meta.json", meta, indent=None, sync=True)
     manifest.commit(partial, directory / "0", prints)
 
 

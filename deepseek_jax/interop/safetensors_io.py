@@ -13,6 +13,7 @@ from typing import NamedTuple
 import ml_dtypes
 import numpy as np
 
+from deepseek_jax import io
 from deepseek_jax.config import ConfigError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -214,6 +215,5 @@ def write(folder, files: dict[str, list[Item]], pieces, metadata: dict | None = 
     if list(files) != [SINGLE]:
         total = sum(item.nbytes for items in files.values() for item in items)
         where = {item.name: file for file, items in files.items() for item in items}
-        with open(os.path.join(folder, INDEX), "w") as f:
-            json.dump({"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}, f, indent=2)
-            f.write("\n")
+        io.write_json(os.path.join(folder, INDEX), {"metadata": {"total_size": total},
+                                                    "weight_map": dict(sorted(where.items()))})

@@ -6,12 +6,12 @@ otherwise tensors come in the order of the layers, in files of at most 5 GB.
 
 import contextlib
 import errno
-import json
 import os
 import shutil
 
 import numpy as np
 
+from deepseek_jax import io
 from deepseek_jax.checkpoint.arrays import BLOCK, FP8
 from deepseek_jax.config import ConfigError
 from deepseek_jax.interop import hf_config, safetensors_io, tensor_map
@@ -206,13 +206,7 @@ def export(folder, cfg, leaves, fp8=False, layout=None, special=None, progress=l
             yield piece
 
     safetensors_io.write(folder, source.files(), pieces, layout and layout["metadata"])
-    write_json(os.path.join(folder, "config.json"), raw)
-
-
-def write_json(path, value):
-    with open(path, "w") as f:
-        json.dump(value, f, indent=2)
-        f.write("\n")
+    io.write_json(os.path.join(folder, "config.json"), raw)
 
 
 @contextlib.contextmanager
@@ -225,12 +219,9 @@ def building(path):
     path = os.path.abspath(path)
     if os.path.lexists(path):
         raise ConfigError(f"{path} exists already; take another destination, or remove it first.")
-    partial = path + ".partial"
     try:
-        shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
-        os.makedirs(partial)
-        yield partial
-        os.rename(partial, path)
+        with io.building(path) as partial:
+            yield partial
     except OSError as error:
         why = "no space left on the disk" if error.errno == errno.ENOSPC else error.strerror or str(error)
         raise ConfigError(f"{path} could not be written: {why}; nothing is left there.") from error

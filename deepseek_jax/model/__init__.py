@@ -1,5 +1,6 @@
 """The network: Flax linen modules around pure functions, one idea a file."""
 
-from deepseek_jax.model.transformer import DeepSeekV3, Output
+from deepseek_jax.model.transformer import BlockParts, DeepSeekV3
+from deepseek_jax.model.types import Output
 
-__all__ = ["DeepSeekV3", "Output"]
+__all__ = ["BlockParts", "DeepSeekV3", "Output"]

@@ -4,7 +4,10 @@ Parameters are float32 masters of shape [in, out]; products run in `cfg.dtype` a
 softmaxes run in float32. With x64 enabled and dtype float64 all of them are float64.
 """
 
+from __future__ import annotations
+
 import functools
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -13,43 +16,43 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.layout import Layout, with_layout_constraint
 
 from deepseek_jax import fp8
-from deepseek_jax.config import ModelConfig
-from deepseek_jax.parallel.mesh import constrain
+from deepseek_jax.config import FP8Config, ModelConfig
+from deepseek_jax.parallel.sharding import constrain
 
-# What is kept for the backward pass under remat="report" (report section 3.2.3): the residual stream, the compressed
+# What is saved for the backward pass under remat="report" (report section 3.2.3): the residual stream, the compressed
 # latents, the attention output, the scores, what arrived at the experts and the inputs of SwiGLU. Norms, MLA
 # up-projections and SwiGLU are recomputed; so are the experts' outputs, which only the gradient of the gates needs.
 SAVED_NAMES = ("residual", "latent", "attention", "ffn_in", "routing", "dispatched")
 
 
-def saved(x):
-    """Marks a SwiGLU input as kept for the backward pass."""
+def save_ffn_input(x: jax.Array) -> jax.Array:
+    """Marks a SwiGLU input as saved for the backward pass."""
     return checkpoint_name(x, "ffn_in")
 
 
-def wide(dtype):
+def wide(dtype: Any) -> jnp.dtype:
     """The accumulation dtype that belongs to `dtype`: float32, or float64 for float64."""
     return jnp.promote_types(dtype, jnp.float32)
 
 
-def row_major(x):
-    """On a CPU, lays `x` out row-major in memory; elsewhere does nothing.
+def row_major(x: jax.Array) -> jax.Array:
+    """On a CPU, stores `x` row-major in memory; elsewhere does nothing.
 
     XLA:CPU turns a transpose into a stride, and its bfloat16 product of a strided operand is 2-3 times slower than
     the product plus the copy.
     """
-    def place(x):
+    def stored(x):
         return with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim))))
 
-    return jax.lax.platform_dependent(x, cpu=place, default=lambda x: x)
+    return jax.lax.platform_dependent(x, cpu=stored, default=lambda x: x)
 
 
-def transpose(x):
+def transpose(x: jax.Array) -> jax.Array:
     """Swaps the last two axes, in memory where that pays."""
     return row_major(jnp.swapaxes(x, -1, -2))
 
 
-def matmul(a, b, dtype=None):
+def matmul(a: jax.Array, b: jax.Array, dtype: Any = None) -> jax.Array:
     """a @ b over leading batch axes in `dtype` (default: that of `a`), accumulated wide and rounded once."""
     return jnp.matmul(a, b, preferred_element_type=dtype or a.dtype)
 
@@ -63,8 +66,8 @@ def _linear_fwd(x_MI, w_IO):
     return _linear(x_MI, w_IO), (x_MI, w_IO)
 
 
-def _linear_bwd(kept, dy_MO):
-    x_MI, w_IO = kept
+def _linear_bwd(residuals, dy_MO):
+    x_MI, w_IO = residuals
     dx_MI = matmul(dy_MO, transpose(w_IO.astype(dy_MO.dtype)), x_MI.dtype)
     dw_IO = matmul(transpose(x_MI), dy_MO, w_IO.dtype)  # the gradient of a float32 master stays float32
     return dx_MI, dw_IO
@@ -73,56 +76,59 @@ def _linear_bwd(kept, dy_MO):
 _linear.defvjp(_linear_fwd, _linear_bwd)
 
 
-def linear(x, w, recipe=None, kept="e4m3", names=(None, None)):
+def linear(x: jax.Array, w: jax.Array, recipe: FP8Config | None = None, saved: str = "e4m3",
+           names: tuple[str | None, str | None] = (None, None)) -> jax.Array:
     """x[..., I] by w[I, ...] -> [..., ...] in x's dtype. The weight's gradient has the weight's dtype.
 
-    `recipe`, where it is enabled: the products run in FP8, `kept` is what the backward pass keeps of x, and `names` are
-    those of the dimensions of the output and of I (see `fp8.linear`).
+    `recipe`, where it is enabled: the products run in FP8, `saved` is what the backward pass saves of x, and `names`
+    are those of the dimensions of the output and of I (see `fp8.linear`).
     """
     w_IO = w.reshape(w.shape[0], -1)
     if recipe is not None and recipe.enabled:
-        y = fp8.linear(x, w_IO.T, recipe, kept, names)
+        y = fp8.linear(x, w_IO.T, recipe, saved, names)
     else:
         y = _linear(x.reshape(-1, x.shape[-1]), w_IO)
     return y.reshape(x.shape[:-1] + w.shape[1:])
 
 
-def head_logits(hidden, head_DW):
+def head_logits(hidden: jax.Array, head_DW: jax.Array) -> jax.Array:
     """hidden[..., D] by head[D, W], in float32: the product runs in hidden's dtype and is not rounded to it."""
     return matmul(hidden, head_DW.astype(hidden.dtype), wide(hidden.dtype))
 
 
-def rms_norm(x, scale, eps):
+def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     """x / rms(x) * scale over the last axis, computed in float32, returned in x's dtype."""
     y = x.astype(wide(x.dtype))
     y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + eps)
     return (y * scale.reshape((1,) * (x.ndim - 1) + (-1,))).astype(x.dtype)
 
 
-def swiglu(gate, up):
+def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
     """silu(gate) * up, computed in float32, returned in the inputs' dtype."""
     dtype = wide(gate.dtype)
     return (jax.nn.silu(gate.astype(dtype)) * up.astype(dtype)).astype(gate.dtype)
 
 
-def ffn(x_BTD, gate_DF, up_DF, down_FD):
+def ffn(x_BTD: jax.Array, gate_DF: jax.Array, up_DF: jax.Array, down_FD: jax.Array) -> jax.Array:
     """down(silu(gate x) * up x)."""
     split = functools.partial(constrain, names=("batch", None, "ffn"))
-    gate_BTF, up_BTF = saved(split(linear(x_BTD, gate_DF))), saved(split(linear(x_BTD, up_DF)))
+    gate_BTF, up_BTF = save_ffn_input(split(linear(x_BTD, gate_DF))), save_ffn_input(split(linear(x_BTD, up_DF)))
     return linear(swiglu(gate_BTF, up_BTF), down_FD)
 
 
-def weight(module: nn.Module, name: str, shape):
+def weight(module: Any, name: str, shape: tuple[int, ...]) -> jax.Array:
     """Declares a normal(0, init_std) weight, float32 (float64 for a float64 model)."""
     init = nn.initializers.normal(module.cfg.init_std)
     return module.param(name, init, shape, wide(module.cfg.dtype))
 
 
 class RMSNorm(nn.Module):
+    """Declares the scale of `rms_norm`."""
+
     cfg: ModelConfig
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: jax.Array) -> jax.Array:
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), wide(self.cfg.dtype))
         return rms_norm(x, scale, self.cfg.norm_eps)
 
@@ -134,7 +140,7 @@ class FFN(nn.Module):
     ffn_dim: int
 
     @nn.compact
-    def __call__(self, x_BTD):
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
         D, F = self.cfg.d_model, self.ffn_dim
         gate_DF, up_DF, down_FD = weight(self, "gate", (D, F)), weight(self, "up", (D, F)), weight(self, "down", (F, D))
         if self.cfg.fp8.enabled:

@@ -2,40 +2,49 @@
 
     h'_k[i] = M_k [norm(Emb(t[i+k])) ; norm(h_{k-1}[i])]      h_k = norm(block_k(h'_k))      logits = shared head(h_k)
 
-Embedding half first, as in the released weights. h_0 is the main model's output AFTER its final norm, and depth k
-hands on its own normed output. The chain is causal: position i sees tokens up to i + k and predicts t[i+k+1].
+h_0 is the main model's output after its final norm, and depth k passes on its own normed output. The chain is causal:
+position i sees tokens up to i + k and predicts t[i+k+1].
 """
 
+from __future__ import annotations
+
+from collections.abc import Callable
+
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
-from deepseek_jax.config import MeshConfig, ModelConfig
+from deepseek_jax.config import ModelConfig
+from deepseek_jax.model.block import mtp_block
 from deepseek_jax.model.layers import RMSNorm, linear, weight
+from deepseek_jax.model.types import RoutingStats, TokenContext
 
 
 class MTPModule(nn.Module):
-    """One depth. Takes h_{k-1} and the embeddings of the tokens k ahead; returns h_k and the block's routing stats."""
+    """One depth. `block` makes its transformer block."""
 
     cfg: ModelConfig
-    block: type[nn.Module]
-    capture: tuple[str, ...] = ()
-    mesh: MeshConfig = MeshConfig()
+    block: Callable[..., nn.Module]
 
     @nn.compact
-    def __call__(self, hidden_BTD, ahead_BTD, bias_E, rope, segment_ids_BT):
+    def __call__(self, hidden_BTD: jax.Array, ahead_BTD: jax.Array, bias_E: jax.Array | None,
+                 context: TokenContext) -> tuple[jax.Array, RoutingStats]:
+        """Takes h_{k-1} and the embeddings of the tokens k ahead; returns h_k and the block's routing stats."""
         cfg = self.cfg
-        x_BTD = join(RMSNorm(cfg, name="embedding_norm")(ahead_BTD), RMSNorm(cfg, name="hidden_norm")(hidden_BTD),
-                     weight(self, "projection", (2 * cfg.d_model, cfg.d_model)), cfg.fp8)
-        x_BTD, stats = self.block(cfg, moe=True, capture=self.capture, mesh=self.mesh, name="block")(
-            x_BTD, bias_E, rope, segment_ids_BT)
-        return RMSNorm(cfg, name="norm")(x_BTD), stats
+        embedding_norm, hidden_norm = RMSNorm(cfg, name="embedding_norm"), RMSNorm(cfg, name="hidden_norm")
+        projection = weight(self, "projection", (2 * cfg.d_model, cfg.d_model))
+        block = self.block(name="block")
+        return mtp_block(hidden_BTD, ahead_BTD, hidden_norm, embedding_norm,
+                         lambda x_BTX: linear(x_BTX, projection, cfg.fp8),
+                         lambda x_BTD: block(x_BTD, bias_E, context), RMSNorm(cfg, name="norm"))
 
 
-def join(ahead_BTD, hidden_BTD, projection, recipe):
-    """What a depth's block reads: both normed inputs side by side, projected to D by the FP8 `recipe` (or without)."""
-    return linear(jnp.concatenate([ahead_BTD, hidden_BTD], axis=-1), projection, recipe)
-
-
-def ahead(x_BT, k):
+def ahead(x_BT: jax.Array, k: int) -> jax.Array:
     """x[:, i + k] at position i. The last k positions hold what must be masked out of the loss."""
     return jnp.roll(x_BT, -k, axis=1)
+
+
+def tokens_ahead(context: TokenContext, k: int) -> TokenContext:
+    """The context of MTP module k, whose block reads the embeddings of the tokens k ahead."""
+    assert context.tokens_BT is not None
+    return context._replace(tokens_BT=ahead(context.tokens_BT, k))

@@ -5,7 +5,9 @@ frequencies alone, divides slow ones by `factor`, blends those between, and shar
 """
 
 import math
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -34,11 +36,12 @@ def mscale(factor: float, weight: float) -> float:
 
 
 def softmax_scale(cfg: ModelConfig) -> float:
+    """What attention scores are multiplied by, YaRN's factor included."""
     scale = cfg.qk_head_dim ** -0.5
     return scale if cfg.yarn is None else scale * mscale(cfg.yarn.factor, cfg.yarn.mscale_all_dim) ** 2
 
 
-def rope_table(cfg: ModelConfig, positions_BT, dtype):
+def rope_table(cfg: ModelConfig, positions_BT: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
     """cos and sin of positions * frequencies, [B, T, rope_head_dim / 2], in `dtype` (float32 or float64)."""
     y = cfg.yarn
     amplitude = 1.0 if y is None else mscale(y.factor, y.mscale) / mscale(y.factor, y.mscale_all_dim)
@@ -46,7 +49,7 @@ def rope_table(cfg: ModelConfig, positions_BT, dtype):
     return amplitude * jnp.cos(angle), amplitude * jnp.sin(angle)
 
 
-def rotate(x_BTHR, table):
+def rotate(x_BTHR: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
     """Rotates adjacent pairs of the last axis. Computed in the table's dtype, returned in x's."""
     cos, sin = (t[:, :, None] for t in table)
     even, odd = x_BTHR[..., 0::2], x_BTHR[..., 1::2]

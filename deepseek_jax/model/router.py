@@ -4,7 +4,15 @@ An expert's affinity s decides how much it contributes; affinity plus bias decid
 no parameter: once per optimizer step it moves by `speed` toward the experts that had too little to do.
 
     s = sigmoid(u W)    chosen = top-K of s + b within the best groups    gate = s[chosen] / sum s[chosen] * scale
+
+Another rule is one function with the signature of `route`, named in a config as model.router="package.module:function";
+another way to move the bias is a `BiasRule`, named as balance.bias_rule="package.module:NAME".
 """
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -12,26 +20,28 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from deepseek_jax.config import ModelConfig
+from deepseek_jax.config import GROUP_LIMITED, BalanceConfig, ConfigError, ModelConfig
 from deepseek_jax.model.layers import weight, wide
-from deepseek_jax.parallel.mesh import by_rows
+from deepseek_jax.model.types import Routing, RoutingContext
+from deepseek_jax.parallel.sharding import by_rows
+from deepseek_jax.plugin import load_object
 
 
-def affinities(cfg: ModelConfig, logits_NE):
+def affinities(cfg: ModelConfig, logits_NE: jax.Array) -> jax.Array:
     """Unbiased scores: sigmoid (V3) or softmax over the experts (V2)."""
     return jax.nn.sigmoid(logits_NE) if cfg.score == "sigmoid" else jax.nn.softmax(logits_NE, axis=-1)
 
 
-def biased(cfg: ModelConfig, scores_NE, bias_E):
+def biased(cfg: ModelConfig, scores_NE: jax.Array, bias_E: jax.Array | None) -> jax.Array:
     """The scores that selection sees. The bias is data: no gradient flows to it, or through selection."""
     scores_NE = lax.stop_gradient(scores_NE)
-    if not cfg.has_router_bias:
+    if not cfg.has_router_bias or bias_E is None:
         return scores_NE
     bias_1E = lax.stop_gradient(bias_E)[None]
     return scores_NE * bias_1E if cfg.router_bias == "multiplicative" else scores_NE + bias_1E
 
 
-def limit_to_groups(cfg: ModelConfig, scores_NE):
+def limit_to_groups(cfg: ModelConfig, scores_NE: jax.Array) -> jax.Array:
     """Sets the experts of all but the best groups to -inf.
 
     A group's score is the sum of its two best experts (sigmoid models) or its best one (softmax models).
@@ -48,13 +58,13 @@ def limit_to_groups(cfg: ModelConfig, scores_NE):
     return jnp.where(keep_NG[:, :, None], scores_NGX, -jnp.inf).reshape(N, E)
 
 
-def select(cfg: ModelConfig, scores_NE, bias_E):
+def select(cfg: ModelConfig, scores_NE: jax.Array, bias_E: jax.Array | None) -> jax.Array:
     """int32 [N, K]: the experts chosen for each token."""
     return by_rows(lambda biased_NE: lax.top_k(limit_to_groups(cfg, biased_NE), cfg.experts_per_token)[1],
                    biased(cfg, scores_NE, bias_E))
 
 
-def gates(cfg: ModelConfig, scores_NE, chosen_NK):
+def gates(cfg: ModelConfig, scores_NE: jax.Array, chosen_NK: jax.Array) -> jax.Array:
     """How much each chosen expert contributes, from the UNBIASED scores."""
     gate_NK = jnp.take_along_axis(scores_NE, chosen_NK, axis=1)
     if cfg.normalize_gates:
@@ -62,12 +72,12 @@ def gates(cfg: ModelConfig, scores_NE, chosen_NK):
     return gate_NK * cfg.route_scale
 
 
-def count_choices(chosen_NK, num_experts):
+def count_choices(chosen_NK: jax.Array, num_experts: int) -> jax.Array:
     """int32 [E]: how many tokens chose each expert."""
     return (chosen_NK[:, :, None] == jnp.arange(num_experts)[None, None]).sum(axis=(0, 1), dtype=jnp.int32)
 
 
-def sequence_loss(cfg: ModelConfig, scores_BTE):
+def sequence_loss(cfg: ModelConfig, scores_BTE: jax.Array) -> jax.Array:
     """The complementary sequence-wise loss sum_i f_i P_i, averaged over sequences, without its weight alpha.
 
     f_i counts the tokens for which expert i is among the top K of the unbiased scores, without group limits: so the
@@ -80,7 +90,7 @@ def sequence_loss(cfg: ModelConfig, scores_BTE):
     return (f_BE * p_BE).sum(axis=-1).mean()
 
 
-def auxiliary_loss(cfg: ModelConfig, scores_NE, counts_E):
+def auxiliary_loss(cfg: ModelConfig, scores_NE: jax.Array, counts_E: jax.Array) -> jax.Array:
     """The classic batch-wise balance loss sum_i f_i P_i (GShard, Switch), the baseline of arXiv 2408.15664."""
     N, E = scores_NE.shape
     f_E = counts_E * (E / (cfg.experts_per_token * N))
@@ -88,7 +98,38 @@ def auxiliary_loss(cfg: ModelConfig, scores_NE, counts_E):
     return (f_E * p_E).sum()
 
 
-def update_bias(bias_LE, counts_LE, speed, rule="sign"):
+class BiasRule(NamedTuple):
+    """How the routing biases move, once per optimizer step, in the manner of an optax transformation.
+
+    init: biases float32 [L, E] -> state, any pytree of arrays (() for none); it is part of the checkpoint.
+    update: (biases [L, E], counts int32 [L, E] summed over the WHOLE global batch, speed, state) -> (biases, state).
+    """
+
+    init: Callable[[jax.Array], Any]
+    update: Callable[[jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
+
+
+def load_error(counts_LE: jax.Array, dtype: Any) -> jax.Array:
+    """Mean load of each layer minus the load of each expert, [L, E] in `dtype`; positive: the expert had too little."""
+    E = counts_LE.shape[-1]
+    total_L1 = counts_LE.sum(axis=-1, keepdims=True)
+    # Whole numbers first: a float32 mean of more than 2^24 choices is off, and with it the sign of an even load.
+    return (total_L1 // E - counts_LE).astype(dtype) + (total_L1 % E).astype(dtype) / E
+
+
+def _sign(error_LE, counts_LE):
+    return jnp.sign(error_LE)
+
+
+def _proportional(error_LE, counts_LE):
+    mean_L1 = counts_LE.sum(axis=-1, keepdims=True) / counts_LE.shape[-1]
+    return error_LE / jnp.maximum(mean_L1, 1).astype(error_LE.dtype)
+
+
+STEPS = {"sign": _sign, "proportional": _proportional}  # the report's rule; by the error as a fraction of the mean load
+
+
+def update_bias(bias_LE: jax.Array, counts_LE: jax.Array, speed: jax.Array | float, rule: str = "sign") -> jax.Array:
     """Moves each expert's routing bias by `speed` against its load, once per optimizer step.
 
     Args:
@@ -98,33 +139,81 @@ def update_bias(bias_LE, counts_LE, speed, rule="sign"):
       speed: the report uses 0.001, and 0 for the last 500B tokens.
       rule: "sign", or "proportional" to the load error as a fraction of the mean load.
     """
-    E = counts_LE.shape[-1]
-    total_L1 = counts_LE.sum(axis=-1, keepdims=True)
-    # Whole numbers first: a float32 mean of more than 2^24 choices is off, and with it the sign of an even load.
-    error_LE = (total_L1 // E - counts_LE).astype(bias_LE.dtype) + (total_L1 % E).astype(bias_LE.dtype) / E
-    step_LE = jnp.sign(error_LE) if rule == "sign" else error_LE / jnp.maximum(total_L1 / E, 1).astype(bias_LE.dtype)
-    return bias_LE + speed * step_LE
+    return bias_LE + speed * STEPS[rule](load_error(counts_LE, bias_LE.dtype), counts_LE)
 
 
-def initial_bias(cfg: ModelConfig, shape):
+def bias_rule(cfg: BalanceConfig) -> BiasRule:
+    """The rule that balance.bias_rule names. Raises ConfigError where it names something else."""
+    name = cfg.bias_rule
+    if name in STEPS:
+        return BiasRule(lambda bias_LE: (), lambda bias_LE, counts_LE, speed, state: (
+            update_bias(bias_LE, counts_LE, speed, name), state))
+    rule = load_object("balance.bias_rule", name)
+    if not isinstance(rule, BiasRule):
+        raise ConfigError(f"balance.bias_rule={name!r} is no BiasRule; make one with model.router.BiasRule(init, "
+                          "update).")
+    return rule
+
+
+def initial_bias(cfg: ModelConfig, shape: tuple[int, ...]) -> jax.Array:
     """Zero, or one where the bias multiplies."""
     fill = 1.0 if cfg.router_bias == "multiplicative" else 0.0
     return jnp.full(shape, fill, wide(cfg.dtype))
 
 
-def route(cfg: ModelConfig, x_ND, w_DE, bias_E):
-    """Scores [N, E] and chosen experts [N, K] of N tokens: float32 throughout, whatever the model's dtype."""
+def route(cfg: ModelConfig, x_ND: jax.Array, weights: dict[str, jax.Array], bias_E: jax.Array | None,
+          context: RoutingContext) -> Routing:
+    """The report's rule for N tokens: float32 throughout, whatever the model's dtype.
+
+    Args:
+      weights: {"weight": float32 [D, E]}.
+      bias_E: float32; None for models without.
+      context: not read here.
+    """
+    w_DE = weights["weight"]
     # Accelerators would otherwise take bfloat16 passes, and near ties would flip.
     logits_NE = jnp.matmul(x_ND.astype(w_DE.dtype), w_DE, precision=lax.Precision.HIGHEST)
     scores_NE = checkpoint_name(affinities(cfg, logits_NE), "routing")
-    return scores_NE, select(cfg, scores_NE, bias_E)
+    chosen_NK = select(cfg, scores_NE, bias_E)
+    return Routing(scores_NE, chosen_NK, gates(cfg, scores_NE, chosen_NK))
+
+
+RoutingRule = Callable[[ModelConfig, jax.Array, dict[str, jax.Array], Any, RoutingContext], Routing]
+
+
+def across_tokens(rule: RoutingRule) -> RoutingRule:
+    """Marks a rule whose choice for a token depends on other tokens, such as expert choice.
+
+    It trains; decoding and pipelines refuse it, since they see other tokens at once than a training step does.
+    """
+    rule.across_tokens = True  # pyright: ignore[reportFunctionMemberAccess]
+    return rule
+
+
+def routing_rule(cfg: ModelConfig) -> RoutingRule:
+    """The rule that model.router names. Raises ConfigError where there is none."""
+    if cfg.router == GROUP_LIMITED:
+        return route
+    rule = load_object("model.router", cfg.router)
+    if not callable(rule):
+        raise ConfigError(f"model.router={cfg.router!r} is no function; give one with the signature of "
+                          "deepseek_jax.model.router.route.")
+    return rule
+
+
+def check_routes_alone(cfg: ModelConfig, where: str):
+    """Raises ConfigError where model.router decides over several tokens at once, which `where` cannot do."""
+    if getattr(routing_rule(cfg), "across_tokens", False):
+        raise ConfigError(f"model.router={cfg.router!r} chooses experts over all tokens of a batch, and {where} does "
+                          "not see them at once; take a rule that looks at each token alone.")
 
 
 class Router(nn.Module):
-    """Declares the weight of `route`."""
+    """Declares the weight of a routing rule and calls it."""
 
     cfg: ModelConfig
 
     @nn.compact
-    def __call__(self, x_ND, bias_E):
-        return route(self.cfg, x_ND, weight(self, "weight", (self.cfg.d_model, self.cfg.num_experts)), bias_E)
+    def __call__(self, x_ND: jax.Array, bias_E: jax.Array | None, context: RoutingContext) -> Routing:
+        w_DE = weight(self, "weight", (self.cfg.d_model, self.cfg.num_experts))
+        return routing_rule(self.cfg)(self.cfg, x_ND, {"weight": w_DE}, bias_E, context)

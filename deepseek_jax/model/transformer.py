@@ -1,53 +1,51 @@
 """DeepSeek-V3 (report section 2): embedding, dense blocks, MoE blocks, final norm, head, and the MTP modules.
 
 Layers of a kind are stacked along a leading axis; deep stacks are scanned, so compile time does not grow with depth.
-Collections:
-`params`, and `router` (the biases: `bias` [MoE layers, E] and `mtp_bias` [depth, E]; absent for models without).
+Collections: `params`, and `router` (the biases: `bias` [MoE layers, E] and `mtp_bias` [depth, E]; absent for models
+without).
 """
 
-from typing import Any
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import chex
 import flax.linen as nn
-import flax.struct
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 from deepseek_jax.config import MeshConfig, ModelConfig
-from deepseek_jax.model import router as routing
 from deepseek_jax.model.attention import MLA
+from deepseek_jax.model.block import residual_block
 from deepseek_jax.model.experts import MoE
 from deepseek_jax.model.layers import FFN, SAVED_NAMES, RMSNorm, head_logits, weight, wide
-from deepseek_jax.model.mtp import MTPModule, ahead
+from deepseek_jax.model.mtp import MTPModule, ahead, tokens_ahead
 from deepseek_jax.model.rope import rope_table
-from deepseek_jax.parallel.mesh import constrain
+from deepseek_jax.model.router import initial_bias
+from deepseek_jax.model.types import Output, RoutingStats, TokenContext
+from deepseek_jax.plugin import load_object
 
 UNROLLED_LAYERS = 8
 
 
-@flax.struct.dataclass
-class Output:
-    """What a forward pass gives. L counts MoE layers; MTP entries are absent (empty) at depth 0.
+class BlockParts(NamedTuple):
+    """Makers of a block's parts, modules with the signatures of those here; a study swaps one.
 
-    logits_BTW: float32; None with logits=False.
-    hidden_BTD: after the final norm, what the head multiplies. mtp_hidden[k - 1]: the same of depth k.
-    mtp_logits[k - 1][b, i]: for token i + k + 1; the last k positions saw wrapped-around tokens: mask them.
-    counts: {"bias": int32 [L, E], "mtp_bias": int32 [depth, E]}, tokens that chose each expert; keys as in `router`.
-    traffic: counters of `parallel.dispatch`, summed over MoE layers (MTP's included); empty on one device.
-    sequence_loss, auxiliary_loss: unweighted, float32, averaged over MoE layers (MTP's included).
-    captured: {"scores": [L, B, T, E], "chosen": [L, B, T, K]}, those that were asked for.
+    attention(cfg, name) -> module(x_BTD, rope, segment_ids_BT) -> y_BTD
+    dense_ffn(cfg, ffn_dim, name) -> module(x_BTD) -> y_BTD
+    moe(cfg, mesh, capture, name) -> module(x_BTD, bias_E, context) -> y_BTD, RoutingStats
     """
 
-    logits_BTW: jax.Array | None
-    hidden_BTD: jax.Array
-    mtp_logits: tuple
-    mtp_hidden: tuple
-    counts: dict[str, jax.Array]
-    traffic: dict[str, jax.Array]
-    sequence_loss: jax.Array
-    auxiliary_loss: jax.Array
-    captured: dict[str, Any]
+    attention: Callable[..., Any] = MLA
+    dense_ffn: Callable[..., Any] = FFN
+    moe: Callable[..., Any] = MoE
+
+
+def block_parts(cfg: ModelConfig) -> BlockParts:
+    """The parts that the config names. Raises ConfigError where model.attention cannot be found."""
+    return BlockParts() if cfg.attention == "mla" else BlockParts(load_object("model.attention", cfg.attention))
 
 
 class Block(nn.Module):
@@ -57,21 +55,28 @@ class Block(nn.Module):
     moe: bool
     capture: tuple[str, ...] = ()
     mesh: MeshConfig = MeshConfig()
+    parts: BlockParts | None = None  # None: those that cfg names
 
     @nn.compact
-    def __call__(self, x_BTD, bias_E, rope, segment_ids_BT):
-        x_BTD = x_BTD + MLA(self.cfg, name="attention")(
-            RMSNorm(self.cfg, name="attention_norm")(x_BTD), rope, segment_ids_BT)
-        x_BTD = checkpoint_name(constrain(x_BTD, ("batch", None, None)), "residual")
-        h_BTD = constrain(RMSNorm(self.cfg, name="ffn_norm")(x_BTD), ("batch", None, None))
-        if not self.moe:
-            y_BTD, stats = FFN(self.cfg, self.cfg.dense_ffn_dim, name="ffn")(h_BTD), None
+    def __call__(self, x_BTD: jax.Array, bias_E: jax.Array | None,
+                 context: TokenContext) -> tuple[jax.Array, RoutingStats | None]:
+        """Hidden states [B, T, D] and, of a MoE block, what routing did."""
+        cfg, parts = self.cfg, self.parts or block_parts(self.cfg)
+        attention = parts.attention(cfg, name="attention")
+        if self.moe:
+            ffn = parts.moe(cfg, self.mesh, self.capture, name="ffn")
+            feed_forward = lambda h_BTD: ffn(h_BTD, bias_E, context)
         else:
-            y_BTD, stats = MoE(self.cfg, self.mesh, self.capture, name="ffn")(h_BTD, bias_E)
-        return constrain(x_BTD + y_BTD, ("batch", None, None)), stats
+            ffn = parts.dense_ffn(cfg, cfg.dense_ffn_dim, name="ffn")
+            feed_forward = lambda h_BTD: (ffn(h_BTD), None)
+        x_BTD, _, stats = residual_block(
+            x_BTD, RMSNorm(cfg, name="attention_norm"),
+            lambda h_BTD: (attention(h_BTD, context.rope, context.segment_ids_BT), None),
+            RMSNorm(cfg, name="ffn_norm"), feed_forward)
+        return x_BTD, stats
 
 
-def rematerialized(block, cfg: ModelConfig, scanned: bool):
+def rematerialized(block: type[nn.Module], cfg: ModelConfig, scanned: bool) -> Any:
     """The block with cfg.remat's choice of what the backward pass recomputes.
 
     Outside a scan XLA must be kept from merging the recomputation with the first computation.
@@ -87,9 +92,11 @@ class DeepSeekV3(nn.Module):
 
     cfg: ModelConfig
     mesh: MeshConfig = MeshConfig()
+    parts: BlockParts | None = None  # of the blocks; None: those that cfg names
 
     @nn.compact
-    def __call__(self, tokens_BT, positions=None, segment_ids=None, logits=True, capture=()):
+    def __call__(self, tokens_BT: jax.Array, positions: jax.Array | None = None, segment_ids: jax.Array | None = None,
+                 logits: bool = True, capture: tuple[str, ...] = (), step: jax.Array | None = None) -> Output:
         """Runs the model and its MTP modules.
 
         Args:
@@ -98,6 +105,7 @@ class DeepSeekV3(nn.Module):
           segment_ids: int32 [B, T], attention stays inside equal ids; None: one segment a row.
           logits: False leaves them out (losses are computed in chunks from the hidden states).
           capture: any of "scores", "chosen".
+          step: int32 scalar, the optimizer step, for routing rules that read it; None outside of training.
         Returns:
           Output.
         """
@@ -111,18 +119,16 @@ class DeepSeekV3(nn.Module):
         head_DW = weight(self, "head", (cfg.d_model, cfg.vocab_size))
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
-        rope = rope_table(cfg, positions, wide(cfg.dtype))
+        context = TokenContext(rope_table(cfg, positions, wide(cfg.dtype)), segment_ids, tokens_BT, positions, step)
         # Gathered, then cast: a frequent token's gradient is summed in float32.
         x_BTD = embedding_WD[tokens_BT].astype(cfg.dtype)
         if cfg.num_dense_layers:
             dense = self._stack(cfg.num_dense_layers, "dense_layers", False, ())
-            x_BTD, _ = dense(x_BTD, None, rope, segment_ids)
-        stats = []
+            x_BTD, _ = dense(x_BTD, None, context)
+        stats: dict[str, RoutingStats] = {}
         if cfg.num_moe_layers:
             bias_LE = self._bias("bias", cfg.num_moe_layers)
-            x_BTD, main = self._stack(cfg.num_moe_layers, "layers", True, capture)(
-                x_BTD, bias_LE, rope, segment_ids)
-            stats.append(("bias", main))
+            x_BTD, stats["bias"] = self._stack(cfg.num_moe_layers, "layers", True, capture)(x_BTD, bias_LE, context)
         hidden_BTD = RMSNorm(cfg, name="norm")(x_BTD)
 
         mtp_hidden, mtp_stats = [], []
@@ -130,14 +136,15 @@ class DeepSeekV3(nn.Module):
         h_BTD = hidden_BTD
         for k in range(1, cfg.mtp_depth + 1):
             ahead_BTD = embedding_WD[ahead(tokens_BT, k)].astype(cfg.dtype)
-            module = MTPModule(cfg, rematerialized(Block, cfg, scanned=False), capture, self.mesh, name=f"mtp_{k}")
+            block = functools.partial(rematerialized(Block, cfg, scanned=False), cfg, moe=True, capture=capture,
+                                      mesh=self.mesh, parts=self.parts)
             bias_E = None if mtp_bias_KE is None else mtp_bias_KE[k - 1]
-            h_BTD, one = module(h_BTD, ahead_BTD, bias_E, rope, segment_ids)
+            h_BTD, one = MTPModule(cfg, block, name=f"mtp_{k}")(h_BTD, ahead_BTD, bias_E, tokens_ahead(context, k))
             mtp_hidden.append(h_BTD)
             mtp_stats.append(one)
         if mtp_stats:
-            stats.append(("mtp_bias", jax.tree.map(lambda *leaves: jnp.stack(leaves), *mtp_stats)))
-        return self._output(hidden_BTD, tuple(mtp_hidden), head_DW, dict(stats), logits)
+            stats["mtp_bias"] = jax.tree.map(lambda *leaves: jnp.stack(leaves), *mtp_stats)
+        return self._output(hidden_BTD, tuple(mtp_hidden), head_DW, stats, logits)
 
     def _stack(self, length, name, moe, capture):
         # A short stack is unrolled: a loop would copy all it keeps for the backward pass into stacked buffers.
@@ -145,25 +152,25 @@ class DeepSeekV3(nn.Module):
         bias_axis = 0 if moe and self.cfg.has_router_bias else nn.broadcast
         stack = nn.scan(rematerialized(Block, self.cfg, scanned), variable_axes={"params": 0},
                         split_rngs={"params": True}, length=length, unroll=1 if scanned else length,
-                        in_axes=(bias_axis, nn.broadcast, nn.broadcast))
-        return stack(self.cfg, moe=moe, capture=capture, mesh=self.mesh, name=name)
+                        in_axes=(bias_axis, nn.broadcast))
+        return stack(self.cfg, moe=moe, capture=capture, mesh=self.mesh, parts=self.parts, name=name)
 
     def _bias(self, name, layers):
-        """The routing biases [layers, E]: data that the step updates, never a parameter. None for models without."""
+        """The routing biases [layers, E]: data that the step updates, not a parameter. None for models without."""
         if not self.cfg.has_router_bias:
             return None
-        return self.variable("router", name, routing.initial_bias, self.cfg, (layers, self.cfg.num_experts)).value
+        return self.variable("router", name, initial_bias, self.cfg, (layers, self.cfg.num_experts)).value
 
-    def _output(self, hidden_BTD, mtp_hidden, head_DW, stats, logits):
+    def _output(self, hidden_BTD, mtp_hidden, head_DW, stats: dict[str, RoutingStats], logits):
         def mean(name):
-            values = [s[name].reshape(-1) for s in stats.values()]
+            values = [getattr(s, name).reshape(-1) for s in stats.values()]
             return jnp.concatenate(values).mean() if values else jnp.zeros((), wide(self.cfg.dtype))
 
         return Output(
             logits_BTW=head_logits(hidden_BTD, head_DW) if logits else None, hidden_BTD=hidden_BTD,
             mtp_logits=tuple(head_logits(h, head_DW) for h in mtp_hidden) if logits else (), mtp_hidden=mtp_hidden,
-            counts={name: s["counts"] for name, s in stats.items()},
+            counts={name: s.counts_E for name, s in stats.items()},
             traffic=jax.tree.map(lambda *counters: sum(c.sum() for c in counters),
-                                 *(s["traffic"] for s in stats.values())) if stats else {},
+                                 *(s.traffic for s in stats.values())) if stats else None,
             sequence_loss=mean("sequence_loss"), auxiliary_loss=mean("auxiliary_loss"),
-            captured=stats["bias"]["captured"] if "bias" in stats else {})
+            captured=stats["bias"].captured if "bias" in stats else {})

@@ -9,8 +9,11 @@ compared with. With a copy travel the choices that it still has to serve, and th
 sending gathers rows into slots, returning gathers slots into rows, and each is the gradient of the other.
 """
 
+from __future__ import annotations
+
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.struct
@@ -20,22 +23,54 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from deepseek_jax.config import MeshConfig, ModelConfig
-from deepseek_jax.parallel.mesh import AXES, spec
+from deepseek_jax.parallel.sharding import AXES, spec
 
 
 class Wire(NamedTuple):
-    """How values are written on the way to the experts. The way back is always in the dtype of the values."""
+    """How values travel to the experts. The way back is always in the dtype of the values."""
 
-    encode: Any  # [R, D] -> tuple of arrays [R, ...]
-    decode: Any  # (that tuple, dtype) -> [R, D]
+    encode: Callable[[jax.Array], tuple[jax.Array, ...]]  # [R, D] -> arrays [R, ...]
+    decode: Callable[[tuple[jax.Array, ...], Any], jax.Array]  # (those, dtype) -> [R, D]
 
 
 PLAIN = Wire(lambda x_RD: (x_RD,), lambda parts, dtype: parts[0])
 
 
+class Placement(NamedTuple):
+    """Where experts are: device (node, local) holds a contiguous share of num_experts, nodes first.
+
+    most_nodes: nodes that a token may go to, for capacities. wire: how values travel to the experts.
+    """
+
+    mesh: MeshConfig
+    num_experts: int
+    most_nodes: int
+    wire: Wire = PLAIN
+
+
+class Traffic(NamedTuple):
+    """Counters of dispatch. float32, since sums over the layers and micro-batches of a large step pass int32.
+
+    nodes: nodes that a token's experts are on, summed over tokens. left: tokens with an expert on another node.
+    across, inside: copies sent to another node, and to another device of the same one. flat_across: the first, had
+    every device got a copy of its own. choices and computed agree, over the mesh, unless a capacity dropped some;
+    dropped is their difference, int32, exact.
+    """
+
+    tokens: jax.Array
+    choices: jax.Array
+    computed: jax.Array
+    nodes: jax.Array
+    left: jax.Array
+    across: jax.Array
+    inside: jax.Array
+    flat_across: jax.Array
+    dropped: jax.Array
+
+
 @flax.struct.dataclass
 class Hop:
-    """Which row goes where. Each of R rows goes at most once to each of P places, whatever choices await it there.
+    """Which row goes where. Each of R rows goes at most once to each of P places, whatever its choices there.
 
     slot_RK: the slot of the copy that serves choice k; S where none is sent, or where an earlier choice has it.
     row_S: the row in each slot of the send buffer; R where the slot is empty.
@@ -52,8 +87,8 @@ class Hop:
     landed: int = flax.struct.field(pytree_node=False)  # rows of the receive buffer
 
 
-def plan_hop(place_RK, axis, places, room, ragged=False) -> Hop:
-    """Lays out one hop of R rows over a mesh axis.
+def plan_hop(place_RK: jax.Array, axis: str | tuple[str, ...], places: int, room: int, ragged: bool = False) -> Hop:
+    """Plans one hop of R rows over a mesh axis.
 
     Args:
       place_RK: int32, where each choice wants the row: an index along `axis`, or `places` for nowhere.
@@ -68,7 +103,7 @@ def plan_hop(place_RK, axis, places, room, ragged=False) -> Hop:
     if ragged:
         slots, landed = min(R * min(places, K), room), room
         start_P = jnp.cumsum(wanted_P) - wanted_P
-        moves = _meet(jnp.clip(slots - start_P, 0, wanted_P), jnp.minimum(start_P, slots), axis, room)
+        moves = _exchange_sizes(jnp.clip(slots - start_P, 0, wanted_P), jnp.minimum(start_P, slots), axis, room)
         sent_P = moves[1]
     else:
         slots = landed = places * room
@@ -84,8 +119,8 @@ def plan_hop(place_RK, axis, places, room, ragged=False) -> Hop:
     return Hop(slot_RK, row_S, sent_P, (wanted_P - sent_P).sum(), moves, axis, landed)
 
 
-def _meet(wanted_P, start_P, axis, room):
-    """All senders tell what they want to send; each receiver's buffer fills in their order, as far as it has room.
+def _exchange_sizes(wanted_P, start_P, axis, room):
+    """All senders publish what they want to send; each receiver's buffer fills in their order, up to its room.
 
     Returns:
       int32 [P] each: here offset and size by place sent to, and the offset it lands at there; then offset and size by
@@ -103,7 +138,7 @@ def _rows(x, index):
     return x.at[index].get(mode="fill", fill_value=0)
 
 
-def send(x, hop: Hop):
+def send(x: jax.Array, hop: Hop) -> jax.Array:
     """Copies rows [R, ...] to where the hop takes them -> [landed, ...]; slots that nothing came to are zero."""
     x_S = _rows(x, hop.row_S)
     if hop.ragged is None:
@@ -122,7 +157,7 @@ def _room(rows, x, arriving_P):
     return jnp.broadcast_to(jnp.minimum(arriving_P[0], 0).astype(x.dtype), (rows, *x.shape[1:]))
 
 
-def bring_back(y, hop: Hop):
+def bring_back(y: jax.Array, hop: Hop) -> jax.Array:
     """The reverse: [landed, ...] -> [R, ...], the sum over the copies of each row, added in float32."""
     if hop.ragged is None:
         y_S = lax.all_to_all(y, hop.axis, 0, 0, tiled=True)
@@ -134,8 +169,8 @@ def bring_back(y, hop: Hop):
     return sum(_rows(y_S, slot_R).astype(dtype) for slot_R in hop.slot_RK.T).astype(y.dtype)
 
 
-def kept(tree):
-    """Marks what would have to travel again, were it not kept for the backward pass."""
+def save_dispatched(tree: Any) -> Any:
+    """Marks what the backward pass must save, or it would have to travel again."""
     return jax.tree.map(lambda x: checkpoint_name(x, "dispatched"), tree)
 
 
@@ -143,17 +178,17 @@ def _dispatch(x_ND, hops, wire):
     parts = wire.encode(x_ND)
     for hop in hops:
         parts = tuple(send(part, hop) for part in parts)
-    return wire.decode(kept(parts), x_ND.dtype)
+    return wire.decode(save_dispatched(parts), x_ND.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def dispatch(x_ND, hops, wire=PLAIN):
-    """Sends rows along all hops. Its gradient is `combine`. They are kept as they came: in FP8 on an FP8 wire."""
+def dispatch(x_ND: jax.Array, hops: tuple[Hop, ...], wire: Wire = PLAIN) -> jax.Array:
+    """Sends rows along all hops. Its gradient is `combine`. What arrives is saved as it came: in FP8 on an FP8 wire."""
     return _dispatch(x_ND, hops, wire)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def combine(y_RD, hops, wire=PLAIN):
+def combine(y_RD: jax.Array, hops: tuple[Hop, ...], wire: Wire = PLAIN) -> jax.Array:
     """Brings rows back along all hops, adding up at each. Its gradient is `dispatch`, on the same wire."""
     for hop in reversed(hops):
         y_RD = bring_back(y_RD, hop)
@@ -166,22 +201,20 @@ combine.defvjp(lambda y, hops, wire: (combine(y, hops, wire), hops),
                lambda wire, hops, dx: (dispatch(dx, hops, wire), None))
 
 
-def plan_hops(cfg: MeshConfig, num_experts, most_nodes, chosen_NK):
+def plan_hops(placement: Placement, chosen_NK: jax.Array) -> tuple[tuple[Hop, ...], jax.Array]:
     """The hops of this device's tokens to their experts.
 
     Args:
-      num_experts: E in all; device (node, local) holds a contiguous share, nodes first.
-      most_nodes: how many nodes a token may go to, for capacities.
       chosen_NK: int32, the experts that each token chose.
     Returns:
       (hops, local_RK): for each row that arrives, int32 ids of its experts on this device, from 1; 0: none.
     """
-    N, K = chosen_NK.shape
+    (N, K), cfg, num_experts = chosen_NK.shape, placement.mesh, placement.num_experts
     E_node, E_device = num_experts // cfg.node, num_experts // (cfg.node * cfg.local)
     if cfg.dispatch == "flat":
         legs = [(("node", "local"), cfg.node * cfg.local, E_device, K)]
     else:
-        legs = [("node", cfg.node, E_node, min(K, most_nodes)), ("local", cfg.local, E_device, K)]
+        legs = [("node", cfg.node, E_node, min(K, placement.most_nodes)), ("local", cfg.local, E_device, K)]
     hops, id_RK = [], chosen_NK + 1
     for axis, places, size, copies in legs:
         if places == 1:
@@ -198,15 +231,9 @@ def plan_hops(cfg: MeshConfig, num_experts, most_nodes, chosen_NK):
     return tuple(hops), id_RK
 
 
-def count_traffic(cfg: MeshConfig, num_experts, chosen_NK, hops, computed):
-    """Counters of this device's tokens: what travels, what flat dispatch would send, what was computed here.
-
-    They are float32, as sums over the layers and micro-batches of a large step pass int32; `dropped` is int32, exact.
-    nodes: nodes that a token's experts lie on, summed over tokens. left: tokens with an expert on another node.
-    across, inside: copies sent to another node, and to another device of the same one. flat_across: the first, had
-    every device got a copy of its own. choices and computed agree, over the mesh, unless a capacity dropped some;
-    dropped is their difference.
-    """
+def count_traffic(cfg: MeshConfig, num_experts: int, chosen_NK: jax.Array, hops: tuple[Hop, ...],
+                  computed: jax.Array) -> Traffic:
+    """Counters of this device's tokens: what travels, what flat dispatch would send, what was computed here."""
     def visits(places):
         size = num_experts // places
         return ((chosen_NK // size)[:, :, None] == jnp.arange(places)[None, None]).any(axis=1)
@@ -226,26 +253,26 @@ def count_traffic(cfg: MeshConfig, num_experts, chosen_NK, hops, computed):
     counted = {"tokens": chosen_NK.shape[0], "choices": chosen_NK.size, "computed": computed,
                "nodes": nodes_NM.sum(), "left": (nodes_NM & away_M[None]).any(axis=1).sum(),
                "across": across, "inside": inside, "flat_across": (device_ML * away_M[:, None]).sum()}
-    return {name: jnp.asarray(n, jnp.float32) for name, n in counted.items()} | {
-        "dropped": jnp.asarray(chosen_NK.size - computed, jnp.int32)}
+    return Traffic(**{name: jnp.asarray(n, jnp.float32) for name, n in counted.items()},
+                   dropped=jnp.asarray(chosen_NK.size - computed, jnp.int32))
 
 
-def traffic_per_token(cfg: MeshConfig, model: ModelConfig, traffic) -> dict:
-    """What the counters say, on average over tokens and MoE layers; {} for those of one device.
+def traffic_per_token(cfg: MeshConfig, model: ModelConfig, traffic: Traffic | None) -> dict[str, float]:
+    """What the counters say, on average over tokens and MoE layers; {} for None, on one device.
 
-    nodes_per_token: nodes that its experts lie on. leaving_node: share of tokens with an expert on another one.
+    nodes_per_token: nodes that its experts are on. leaving_node: share of tokens with an expert on another one.
     cross_node_bytes, inside_node_bytes: that dispatch sends to other nodes, and to other devices of a node; values,
     choices and gates of the copies, without the empty slots of static buffers. flat_cross_node_bytes: the first,
     had every device got its own copy. dropped_choices: that found no room under a capacity, a sum.
     """
-    if not traffic:
+    if traffic is None:
         return {}
-    per_token = {name: float(n) / float(traffic["tokens"]) for name, n in traffic.items()}
+    per_token = {name: float(n) / float(traffic.tokens) for name, n in traffic._asdict().items()}
     size = copy_bytes(cfg, model)
     return {"nodes_per_token": per_token["nodes"], "leaving_node": per_token["left"],
             "cross_node_bytes": per_token["across"] * size, "inside_node_bytes": per_token["inside"] * size,
             "flat_cross_node_bytes": per_token["flat_across"] * size,
-            "dropped_choices": int(traffic["dropped"])}
+            "dropped_choices": int(traffic.dropped)}
 
 
 def copy_bytes(cfg: MeshConfig, model: ModelConfig) -> int:
@@ -255,8 +282,9 @@ def copy_bytes(cfg: MeshConfig, model: ModelConfig) -> int:
     return values + model.experts_per_token * (4 + max(width, 4))
 
 
-def to_experts(cfg: MeshConfig, num_experts, most_nodes, experts, x_ND, chosen_NK, gates_NK, weights, wire=PLAIN):
-    """Runs the experts where they live, on the tokens of the whole mesh.
+def to_experts(placement: Placement, experts: Callable[..., tuple[jax.Array, jax.Array]], x_ND: jax.Array,
+               chosen_NK: jax.Array, gates_NK: jax.Array, weights: Any) -> tuple[jax.Array, Traffic]:
+    """Runs the experts on the devices that hold them, on the tokens of the complete mesh.
 
     Inside a shard_map over (node, local) the arrays are this device's own; elsewhere they are global, and this opens
     one around itself, in which `tensor` splits tokens too.
@@ -265,22 +293,22 @@ def to_experts(cfg: MeshConfig, num_experts, most_nodes, experts, x_ND, chosen_N
       experts: (x_RD, id_RK, gates_RK, weights) -> (y_RD, computed): the gated sum of each row's experts, whose ids
         among those of this device count from 1 (0: none), and how many choices that were. Rows of zeros may come.
       chosen_NK: int32 global ids. gates_NK: float32. weights: arrays whose first dimension is that of the experts.
-      wire: how values travel to the experts.
     Returns:
       (y_ND, traffic): see `count_traffic`; summed over the mesh outside a shard_map.
     """
     def inside(x_ND, chosen_NK, gates_NK, weights):
-        hops, id_RK = kept(plan_hops(cfg, num_experts, most_nodes, chosen_NK))
-        x_RD, gates_RK = dispatch(x_ND, hops, wire), dispatch(gates_NK, hops)
+        hops, id_RK = save_dispatched(plan_hops(placement, chosen_NK))
+        x_RD, gates_RK = dispatch(x_ND, hops, placement.wire), dispatch(gates_NK, hops)
         y_RD, computed = experts(x_RD, id_RK, jnp.where(id_RK > 0, gates_RK, 0), weights)
-        return combine(y_RD, hops, wire), count_traffic(cfg, num_experts, chosen_NK, hops, computed)
+        traffic = count_traffic(placement.mesh, placement.num_experts, chosen_NK, hops, computed)
+        return combine(y_RD, hops, placement.wire), traffic
 
-    def whole(*arrays):
+    def over_mesh(*arrays):
         y_ND, traffic = inside(*arrays)
         return y_ND, lax.psum(traffic, AXES["tokens"])
 
     if jax.sharding.get_abstract_mesh().manual_axes:
         return inside(x_ND, chosen_NK, gates_NK, weights)
     tokens = spec("tokens")
-    return jax.shard_map(whole, in_specs=(tokens, tokens, tokens, spec("experts")), out_specs=(tokens, spec()),
+    return jax.shard_map(over_mesh, in_specs=(tokens, tokens, tokens, spec("experts")), out_specs=(tokens, spec()),
                          check_vma=False)(x_ND, chosen_NK, gates_NK, weights)

@@ -1,6 +1,10 @@
-"""Where the arrays of a run lie: on one device, or spread over the mesh of the config (see `parallel.mesh`)."""
+"""jit and device_put for a run: on one device, or on the mesh of the config (see `parallel.sharding`)."""
+
+from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -8,12 +12,13 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 from deepseek_jax.config import Config, ConfigError
-from deepseek_jax.parallel.mesh import make_mesh, master_shardings, spec
+from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.parallel.processes import wait_for_all
+from deepseek_jax.parallel.sharding import spec, storage_shardings
 
 
 class Devices:
-    """The mesh of a run; with one device, all of this does nothing."""
+    """Runs functions on the mesh of a run; with one device, all of this does nothing."""
 
     def __init__(self, config: Config):
         """Raises ConfigError when the mesh does not fit the devices."""
@@ -38,8 +43,8 @@ class Devices:
                               "of devices, and make mesh.tensor a divisor of it.")
         return min(starts) // rows, self.rows // rows
 
-    def place(self, batch: dict):
-        """This process's rows [..., rows, T + 1] -> global arrays."""
+    def place(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
+        """This process's rows [..., rows, T + 1] as global arrays."""
         if self.mesh is None:
             return batch
         return {name: jax.make_array_from_process_local_data(self._split(np.ndim(x)), np.asarray(x))
@@ -48,23 +53,24 @@ class Devices:
     def _split(self, rank):
         return NamedSharding(self.mesh, spec(*[None] * (rank - 2), "batch") if rank else PartitionSpec())
 
-    def shardings(self, state):
-        """Of a state, or a part of one; None on one device."""
-        return None if self.mesh is None else master_shardings(state, self.mesh)
+    def shardings(self, state: Any) -> Any:
+        """Those of a state, or of a part of one; None on one device."""
+        return None if self.mesh is None else storage_shardings(state, self.mesh)
 
-    def placed(self, abstract):
-        """Shapes of a state, or of a part of one, that say where it lies."""
+    def placed(self, abstract: Any) -> Any:
+        """Shapes of a state, or of a part of one, with their shardings."""
         if self.mesh is None:
             return abstract
         return jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at),
                             abstract, self.shardings(abstract))
 
-    def jit(self, f, state=None, **options):
-        """jax.jit on the mesh, for one shape. Outputs are whole everywhere, but the first one lies as `state` says."""
+    def jit(self, f: Callable[..., Any], state: Any = None, **options: Any) -> Callable[..., Any]:
+        """jax.jit on the mesh, for one shape. Outputs are replicated, but a first one is split as `state`."""
         if self.mesh is None:
             return jax.jit(f, **options)
-        whole = NamedSharding(self.mesh, PartitionSpec())
-        jitted = jax.jit(f, out_shardings=whole if state is None else (self.shardings(state), whole), **options)
+        replicated = NamedSharding(self.mesh, PartitionSpec())
+        jitted = jax.jit(f, **options,
+                         out_shardings=replicated if state is None else (self.shardings(state), replicated))
         compiled = []
 
         @functools.wraps(f)
@@ -77,7 +83,7 @@ class Devices:
 
         return run
 
-    def fetch(self, tree):
+    def fetch(self, tree: Any) -> Any:
         """Host copies, leaf by leaf, in every process."""
         if self.mesh is None:
             return tree

@@ -4,7 +4,7 @@
     python -m deepseek_jax.pipeline --schedule all --ranks 4,8,16 --microbatches 32,64 --json table.json
 """
 
-from deepseek_jax import cli
+from deepseek_jax import cli, io
 from deepseek_jax.config.schema import ConfigError
 from deepseek_jax.pipeline.schedule import NAMES, make_schedule
 from deepseek_jax.pipeline.validate import validate
@@ -76,7 +76,7 @@ def main():
             shown = " ".join(f"{v:g}" for v in value) if isinstance(value, tuple) else value
             print(f"{name:18s} {shown}")
     if args.json:
-        cli.write_json(args.json, result)
+        io.write_json(args.json, result)
 
 
 if __name__ == "__main__":

@@ -3,16 +3,21 @@
     enter: embedding, dense layers        stage: MoE layers        leave: norm, head, losses, MTP modules
 
 One SPMD program makes every rank wait for the slowest, so stages hold MoE layers alone, equally many; slots that are
-left over repeat a layer and throw its result away. What only one end needs all ranks of `pipe` compute together, each
-a part of the vocabulary, of the heads, of the dense feed-forward network, and of the tokens that go to MTP's experts.
+left over repeat a layer and discard its result. Embedding, head and MTP are sharded over all `pipe` ranks, although
+only the first or last stage needs their result: each rank has a part of the vocabulary, of the heads, of the dense
+feed-forward network, and of the tokens that go to MTP's experts.
 
 Masters, moments and checkpoints know nothing of this: a step takes the parameters as they are, layer after layer, and
-gives their gradients back in the same form.
+returns their gradients in the same form.
 """
+
+from __future__ import annotations
 
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,20 +26,35 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from deepseek_jax.config import Config, ConfigError
-from deepseek_jax.model import Output
-from deepseek_jax.model import router as routing
-from deepseek_jax.model.attention import MLA
-from deepseek_jax.model.experts import MoE
-from deepseek_jax.model.layers import FFN, RMSNorm, wide
-from deepseek_jax.model.mtp import ahead, join
+from deepseek_jax.model.block import mtp_block, residual_block
+from deepseek_jax.model.layers import RMSNorm, linear, wide
+from deepseek_jax.model.mtp import ahead, tokens_ahead
 from deepseek_jax.model.rope import rope_table
-from deepseek_jax.model.transformer import Block, rematerialized
-from deepseek_jax.parallel.mesh import DATA, on_the_way, paths, place
+from deepseek_jax.model.router import check_routes_alone, sequence_loss
+from deepseek_jax.model.transformer import Block, block_parts, rematerialized
+from deepseek_jax.model.types import Output, RoutingStats, TokenContext
+from deepseek_jax.parallel.sharding import DATA, constrain_to_stage, leaf_sharding, paths
 from deepseek_jax.pipeline import Schedule, make_schedule
 from deepseek_jax.pipeline.execute import Arguments, Model, pipelined, rows
 from deepseek_jax.training.losses import objective, token_losses
+from deepseek_jax.training.types import Batch, Normalizers, Sums
 
 PIPE = "pipe"
+
+
+class Inputs(NamedTuple):
+    """Of one micro-batch, or stacked along a leading axis for all; the step is an int32 scalar."""
+
+    batch: Batch
+    normalizers: Normalizers
+    step: jax.Array
+
+
+class StageCounts(NamedTuple):
+    """Of the slots of one stage: counts int32 [slots, E], traffic [slots] each."""
+
+    counts: jax.Array
+    traffic: Any
 
 
 def check(config: Config):
@@ -43,8 +63,9 @@ def check(config: Config):
     if mesh.pipe == 1:
         return
     schedule_of(config)
+    check_routes_alone(cfg, f"mesh.pipe={mesh.pipe}")
     for wrong, complaint in (
-            (mesh.tensor > 1, f"mesh.tensor={mesh.tensor} has no place in a pipeline; take mesh.tensor=1"),
+            (mesh.tensor > 1, f"mesh.tensor={mesh.tensor} has no leaf_sharding in a pipeline; take mesh.tensor=1"),
             (not cfg.num_moe_layers, "the stages of a pipeline are made of MoE layers, and the model has none; take "
                                      "mesh.pipe=1"),
             (config.balance.aux_loss_weight, "balance.aux_loss_weight is a loss of whole batches, which no stage "
@@ -68,14 +89,15 @@ def check(config: Config):
 
 
 def schedule_of(config: Config) -> Schedule:
+    """The schedule that the config asks for. Raises ConfigError."""
     pipeline = config.pipeline
     return make_schedule(pipeline.schedule, config.mesh.pipe, pipeline.microbatches, pipeline.deferred)
 
 
-def slots(layers, schedule: Schedule):
-    """Which MoE layer lies where: (int [stages, slots], bool [stages, slots]), rows as `pipe` shards them.
+def slots(layers: int, schedule: Schedule) -> tuple[np.ndarray, np.ndarray]:
+    """Which MoE layer is in which slot: (int [stages, slots], bool [stages, slots]), rows as `pipe` shards them.
 
-    False: there was nothing left for that slot, and it repeats a layer whose result is thrown away. A copy, not zeros:
+    False: there was nothing left for that slot, and it repeats a layer whose result is discarded. A copy, not zeros:
     its router spreads tokens over the experts as the layer's does.
     """
     stages = schedule.stages
@@ -86,7 +108,7 @@ def slots(layers, schedule: Schedule):
 
 
 def describe(config: Config) -> str:
-    """What the run's pipeline is, in one line, with what it wastes."""
+    """The run's pipeline in one line, with what it wastes."""
     schedule = schedule_of(config)
     _, real_SL = slots(config.model.num_moe_layers, schedule)
     return (f"Pipeline: {schedule.name} over {schedule.ranks} ranks, {schedule.microbatches} micro-batches in "
@@ -97,61 +119,58 @@ def describe(config: Config) -> str:
 # The three functions of one device.
 
 
-def stage(config: Config, layers, fixed, x_BTD, inputs):
-    """The MoE layers of one stage. -> (x_BTD, balance loss, {"counts" [slots, E], "traffic" [slots] each})"""
+def stage(config: Config, layers: Any, fixed: dict[str, jax.Array], x_BTD: jax.Array,
+          inputs: Inputs) -> tuple[jax.Array, jax.Array, StageCounts]:
+    """The MoE layers of one stage. Returns x_BTD, the balance loss, and counts."""
     cfg = config.model
     block = rematerialized(Block, cfg, scanned=False)(cfg, moe=True, mesh=_inside(config))
-    rope, segments = _positions(cfg, inputs)
+    context = _context(cfg, inputs)
     balance, counted = jnp.zeros((), wide(cfg.dtype)), []
     for i in range(fixed["real"].shape[0]):  # a loop in Python: `split` sorts its equations
         layer, at = jax.tree.map(lambda a, i=i: a[i], (layers, fixed))
-        y_BTD, stats = block.apply({"params": layer}, x_BTD, at.get("bias"), rope, segments)
+        y_BTD, stats = block.apply({"params": layer}, x_BTD, at.get("bias"), context)
         x_BTD = jnp.where(at["real"], y_BTD, x_BTD)
-        balance = balance + jnp.where(at["real"], stats["sequence_loss"], 0)
-        counted.append({name: stats[name] for name in ("counts", "traffic")})
-    balance = balance * (config.balance.sequence_loss_weight * inputs["share"] / _balanced_layers(cfg))
+        balance = balance + jnp.where(at["real"], stats.sequence_loss, 0)
+        counted.append(StageCounts(stats.counts_E, stats.traffic))
+    balance = balance * (config.balance.sequence_loss_weight * inputs.normalizers.share / _balanced_layers(cfg))
     return x_BTD, balance, jax.tree.map(lambda *slots: jnp.stack(slots), *counted)
 
 
-def enter(config: Config, shared, inputs):
+def enter(config: Config, shared: dict[str, Any], inputs: Inputs) -> jax.Array:
     """Embedding and dense layers, by all ranks together."""
     cfg = config.model
-    x_BTD = _embed(cfg, shared["embedding"], inputs["batch"]["tokens_BT"])
-    rope, segments = _positions(cfg, inputs)
+    x_BTD = _embed(cfg, shared["embedding"], inputs.batch.tokens_BT)
+    context = _context(cfg, inputs)
     for i in range(cfg.num_dense_layers):
         layer = jax.tree.map(lambda a, i=i: a[i], shared["dense_layers"])
-        x_BTD = _attention(cfg, layer, x_BTD, rope, segments)
-        h_BTD = _norm(cfg, layer["ffn_norm"], x_BTD)
-        part = FFN(cfg, cfg.dense_ffn_dim // lax.axis_size(PIPE)).apply({"params": layer["ffn"]}, h_BTD)
-        x_BTD = x_BTD + lax.psum(part, PIPE)
+        x_BTD, _, _ = _block(config, layer, x_BTD, context, functools.partial(_dense_ffn, config, layer["ffn"]))
     return x_BTD
 
 
-def leave(config: Config, shared, x_BTD, inputs):
-    """Norm, MTP modules, head and losses, by all ranks together. -> (this rank's part of the objective, sums)"""
-    cfg, batch = config.model, inputs["batch"]
-    rope, segments = _positions(cfg, inputs)
-    h_BTD = hidden_BTD = _norm(cfg, shared["norm"], x_BTD)
+def leave(config: Config, shared: dict[str, Any], x_BTD: jax.Array, inputs: Inputs) -> tuple[jax.Array, Sums]:
+    """Norm, MTP modules, head and losses, by all ranks together. Returns this rank's part of the objective, sums."""
+    cfg, batch = config.model, inputs.batch
+    context = _context(cfg, inputs)
+    h_BTD = hidden_BTD = _norm(cfg, shared["norm"])(x_BTD)
     mtp_hidden, mtp_stats = [], []
     for k in range(1, cfg.mtp_depth + 1):
-        ahead_BTD = _embed(cfg, shared["embedding"], ahead(batch["tokens_BT"], k))
+        ahead_BTD = _embed(cfg, shared["embedding"], ahead(batch.tokens_BT, k))
         bias_E = shared["mtp_bias"][k - 1] if cfg.has_router_bias else None
-        h_BTD, stats = _mtp_module(config, shared[f"mtp_{k}"], h_BTD, ahead_BTD, bias_E, rope, segments)
+        h_BTD, stats = _mtp_module(config, shared[f"mtp_{k}"], h_BTD, ahead_BTD, bias_E, tokens_ahead(context, k))
         mtp_hidden.append(h_BTD)
         mtp_stats.append(stats)
-    balance = sum((stats["sequence_loss"] for stats in mtp_stats), jnp.zeros((), wide(cfg.dtype)))
-    traffic = [stats["traffic"] for stats in mtp_stats]
+    balance = sum((stats.sequence_loss for stats in mtp_stats), jnp.zeros((), wide(cfg.dtype)))
+    traffic = [stats.traffic for stats in mtp_stats]
     output = Output(
         None, hidden_BTD, (), tuple(mtp_hidden), auxiliary_loss=jnp.zeros(()), captured={},
-        counts={"mtp_bias": jnp.stack([stats["counts"] for stats in mtp_stats])} if mtp_stats else {},
-        traffic=jax.tree.map(lambda *n: sum(n), *traffic) if traffic else {},
+        counts={"mtp_bias": jnp.stack([stats.counts_E for stats in mtp_stats])} if mtp_stats else {},
+        traffic=jax.tree.map(lambda *n: sum(n), *traffic) if traffic else None,
         sequence_loss=balance / _balanced_layers(cfg))
-    nats, weight, mtp_nats, mtp_weight = token_losses(output, shared["head"], batch, config.train.loss_chunk, PIPE)
-    loss = objective(output, nats, mtp_nats, inputs["normalizer"], inputs["mtp_normalizer"], inputs["mtp_weight"],
-                     config.balance, inputs["share"])
+    losses = token_losses(output, shared["head"], batch, config.train.loss_chunk, PIPE)
+    loss = objective(output, losses, inputs.normalizers, config.balance)
     first = lax.axis_index(PIPE) == 0  # every rank has counted the same tokens
-    return loss, {"nats": nats, "weight": weight * first, "mtp_nats": mtp_nats, "mtp_weight": mtp_weight * first,
-                  "counts": output.counts, "traffic": output.traffic}
+    losses = losses._replace(weight=losses.weight * first, mtp_weight_D=losses.mtp_weight_D * first)
+    return loss, Sums(losses, output.counts, output.traffic)
 
 
 def _inside(config):
@@ -163,17 +182,17 @@ def _balanced_layers(cfg):
     return cfg.num_moe_layers + cfg.mtp_depth
 
 
-def _positions(cfg, inputs):
-    """-> (rope table, segments or None)"""
-    batch = inputs["batch"]
-    positions_BT = batch["positions_BT"]
+def _context(cfg, inputs: Inputs) -> TokenContext:
+    batch = inputs.batch
+    positions_BT = batch.positions_BT
     if positions_BT is None:
-        positions_BT = jnp.broadcast_to(jnp.arange(batch["tokens_BT"].shape[1]), batch["tokens_BT"].shape)
-    return rope_table(cfg, positions_BT, wide(cfg.dtype)), batch["segment_ids_BT"]
+        positions_BT = jnp.broadcast_to(jnp.arange(batch.tokens_BT.shape[1]), batch.tokens_BT.shape)
+    rope = rope_table(cfg, positions_BT, wide(cfg.dtype))
+    return TokenContext(rope, batch.segment_ids_BT, batch.tokens_BT, positions_BT, inputs.step)
 
 
-def _norm(cfg, params, x_BTD):
-    return RMSNorm(cfg).apply({"params": params}, x_BTD)
+def _norm(cfg, params):
+    return lambda x_BTD: RMSNorm(cfg).apply({"params": params}, x_BTD)
 
 
 def _embed(cfg, embedding_VD, tokens_BT):
@@ -185,96 +204,109 @@ def _embed(cfg, embedding_VD, tokens_BT):
     return lax.psum(jnp.where(mine_BT[:, :, None], x_BTD, 0), PIPE)
 
 
-def _attention(cfg, block, x_BTD, rope, segments):
-    """x + attention(norm(x)), each rank with its part of the heads."""
+def _block(config, params, x_BTD, context: TokenContext, ffn):
+    """One block, each rank with its part of the heads; `ffn` adds up its own parts."""
+    cfg = config.model
     few = dataclasses.replace(cfg, num_heads=cfg.num_heads // lax.axis_size(PIPE))
-    part = MLA(few).apply({"params": block["attention"]}, _norm(cfg, block["attention_norm"], x_BTD), rope, segments)
-    return x_BTD + lax.psum(part, PIPE)
+    attention = block_parts(cfg).attention(few)
+
+    def attend(h_BTD):
+        part = attention.apply({"params": params["attention"]}, h_BTD, context.rope, context.segment_ids_BT)
+        return lax.psum(part, PIPE), None
+
+    return residual_block(x_BTD, _norm(cfg, params["attention_norm"]), attend, _norm(cfg, params["ffn_norm"]), ffn)
 
 
-def _mtp_module(config, module, hidden_BTD, ahead_BTD, bias_E, rope, segments):
-    """`model.mtp.MTPModule`, by all ranks together. -> (h_BTD, stats of this rank's tokens; its part of the loss)"""
-    cfg, block, ranks = config.model, module["block"], lax.axis_size(PIPE)
-    x_BTD = join(_norm(cfg, module["embedding_norm"], ahead_BTD), _norm(cfg, module["hidden_norm"], hidden_BTD),
-                 module["projection"], cfg.fp8)
-    x_BTD = _attention(cfg, block, x_BTD, rope, segments)
-    h_ND = _norm(cfg, block["ffn_norm"], x_BTD).reshape(-1, cfg.d_model)
+def _dense_ffn(config, params, h_BTD):
+    ffn = block_parts(config.model).dense_ffn(config.model, config.model.dense_ffn_dim // lax.axis_size(PIPE))
+    return lax.psum(ffn.apply({"params": params}, h_BTD), PIPE), None
+
+
+def _mtp_module(config, module, hidden_BTD, ahead_BTD, bias_E, context: TokenContext):
+    """`model.mtp.MTPModule`, by all ranks together. Returns h_BTD, and stats of this rank's tokens with its loss."""
+    cfg, params = config.model, module["block"]
+
+    def block(x_BTD):
+        x_BTD, _, stats = _block(config, params, x_BTD, context,
+                                 functools.partial(_shared_moe, config, params["ffn"], bias_E, context))
+        return x_BTD, stats
+
+    return mtp_block(hidden_BTD, ahead_BTD, _norm(cfg, module["hidden_norm"]), _norm(cfg, module["embedding_norm"]),
+                     lambda x_BTX: linear(x_BTX, module["projection"], cfg.fp8), block, _norm(cfg, module["norm"]))
+
+
+def _shared_moe(config, params, bias_E, context: TokenContext, h_BTD) -> tuple[jax.Array, RoutingStats]:
+    """A MoE layer of which each rank computes its part of the tokens."""
+    cfg, ranks = config.model, lax.axis_size(PIPE)
+    h_ND = h_BTD.reshape(-1, cfg.d_model)
     tokens = h_ND.shape[0] // ranks
-    mine_1ND = lax.dynamic_slice_in_dim(h_ND, lax.axis_index(PIPE) * tokens, tokens)[None]
-    y_1ND, stats = MoE(cfg, _inside(config), capture=("scores",)).apply({"params": block["ffn"]}, mine_1ND, bias_E)
-    y_ND, scores_NE = (lax.all_gather(a[0], PIPE, tiled=True) for a in (y_1ND, stats["captured"]["scores"]))
-    loss = routing.sequence_loss(cfg, scores_NE.reshape(*x_BTD.shape[:2], -1)) / ranks
-    return _norm(cfg, module["norm"], x_BTD + y_ND.reshape(x_BTD.shape)), stats | {"sequence_loss": loss}
+    mine = lambda x_N: lax.dynamic_slice_in_dim(x_N, lax.axis_index(PIPE) * tokens, tokens)[None]
+    of_mine = context._replace(tokens_BT=mine(context.tokens_BT.reshape(-1)),
+                               positions_BT=mine(context.positions_BT.reshape(-1)))
+    moe = block_parts(cfg).moe(cfg, _inside(config), capture=("scores",))
+    y_1ND, stats = moe.apply({"params": params}, mine(h_ND), bias_E, of_mine)
+    y_ND, scores_NE = (lax.all_gather(a[0], PIPE, tiled=True) for a in (y_1ND, stats.captured["scores"]))
+    loss = sequence_loss(cfg, scores_NE.reshape(*h_BTD.shape[:2], -1)) / ranks
+    return y_ND.reshape(h_BTD.shape), stats.replace(sequence_loss=loss)
 
 
 # The step.
 
 
-def gradients_of(config: Config, params, router):
-    """Brings the parameters to their ranks, and makes the function that a step calls once a round.
+def gradients_of(config: Config, params: dict[str, Any], router: dict[str, jax.Array],
+                 step: jax.Array) -> Callable[[Batch, Normalizers], tuple[dict[str, Any], Sums]]:
+    """Brings the parameters to their ranks, and makes the function that a step calls once a micro-batch.
 
     Args:
-      params, router: of the whole model, as a TrainState holds them. Inside jax.set_mesh.
+      params, router: of the complete model, as a TrainState holds them. Inside jax.set_mesh.
     Returns:
-      (batch, weights) -> (gradients like params, sums as `step.accumulate` has them). batch: what `split_batch` gives
-      of [rows, T], which are cut into pipeline.microbatches. weights: {"normalizer", "mtp_normalizer" [depth],
-      "mtp_weight", "share"}: as `losses.objective` takes them.
+      (batch [rows, T], which is cut into pipeline.microbatches, and its normalizers) -> gradients like params, sums.
     """
     schedule, mesh = schedule_of(config), jax.sharding.get_abstract_mesh()
-    params = _on_the_way(params, mesh)
+    params = constrain_to_stage(params, mesh)
     layer_SL, real_SL = slots(config.model.num_moe_layers, schedule)
     layers = jax.tree.map(lambda a: a[layer_SL], params["layers"])
     fixed = {"real": jnp.asarray(real_SL)} | ({"bias": router["bias"][layer_SL]} if "bias" in router else {})
     shared = {name: tree for name, tree in params.items() if name != "layers"}
     shared |= {"mtp_bias": router["mtp_bias"]} if "mtp_bias" in router else {}
     specs = Arguments(params=_stage_specs(params["layers"], mesh), fixed=P(PIPE), shared=_end_specs(shared, mesh),
-                      inputs={"batch": P(None, DATA), "normalizer": P(), "mtp_normalizer": P(), "mtp_weight": P(),
-                              "share": P()})
+                      inputs=Inputs(P(None, DATA), P(), P()))  # pyright: ignore[reportArgumentType]: a prefix tree
     model = Model(*(functools.partial(f, config) for f in (enter, stage, leave)))
-    step = pipelined(schedule, model, mesh, specs)
-    # Where each layer's gradient and counts are found among the slots; what padding gives is left.
+    run = pipelined(schedule, model, mesh, specs)
+    # Where each layer's gradient and counts are among the slots; the results of padding are dropped.
     found_L = np.flatnonzero(real_SL)[np.argsort(layer_SL[real_SL])]
     in_order = lambda a: a.reshape(-1, *a.shape[2:])[found_L]
 
-    def gradients(batch, weights):
+    def gradients(batch: Batch, normalizers: Normalizers) -> tuple[dict[str, Any], Sums]:
         micro = schedule.microbatches
-        weights = weights | {"share": weights["share"] / (micro * config.mesh.data_shards)}
-        inputs = {"batch": jax.tree.map(lambda a: a.reshape(micro, -1, *a.shape[1:]), batch)}
-        inputs |= jax.tree.map(lambda a: jnp.broadcast_to(a, (micro, *jnp.shape(a))), weights)
-        result = step(Arguments(layers, fixed, shared, inputs))
-        grads = _on_the_way({name: tree for name, tree in result.shared.items() if name != "mtp_bias"}, mesh)
-        grads["layers"] = jax.tree.map(in_order, _on_the_way({"layers": result.params}, mesh, stacked=True)["layers"])
+        normalizers = normalizers._replace(share=normalizers.share / (micro * config.mesh.data_shards))
+        of_micro = jax.tree.map(lambda a: a.reshape(micro, -1, *a.shape[1:]), batch)
+        rest = jax.tree.map(lambda a: jnp.broadcast_to(a, (micro, *jnp.shape(a))), (normalizers, jnp.asarray(step)))
+        result = run(Arguments(layers, fixed, shared, Inputs(of_micro, *rest)))
+        grads = constrain_to_stage({name: tree for name, tree in result.shared.items() if name != "mtp_bias"}, mesh)
+        stacked = constrain_to_stage({"layers": result.params}, mesh, stacked=True)
+        grads["layers"] = jax.tree.map(in_order, stacked["layers"])
         sums, of_layers = result.sums, jax.tree.map(in_order, result.stage_sums)
-        counts = {"bias": of_layers["counts"]} | sums["counts"]
-        traffic = jax.tree.map(lambda n_L: n_L.sum(), of_layers["traffic"])
-        traffic = jax.tree.map(jnp.add, traffic, sums["traffic"]) if sums["traffic"] else traffic
-        return grads, sums | {"counts": counts, "traffic": traffic}
+        traffic = jax.tree.map(lambda n_L: n_L.sum(), of_layers.traffic)
+        if sums.traffic is not None:
+            traffic = jax.tree.map(jnp.add, traffic, sums.traffic)
+        return grads, sums._replace(counts={"bias": of_layers.counts} | sums.counts, traffic=traffic)
 
     return gradients
 
 
-def _on_the_way(tree, mesh, stacked=False):
-    """Parameters or gradients as they lie between masters and stages. stacked: [stages, slots, ...] of layers."""
-    def constrained(path, a):
-        if not stacked:
-            return lax.with_sharding_constraint(a, on_the_way(path, a.shape, mesh))
-        return lax.with_sharding_constraint(a, P(None, *on_the_way(path, a.shape[1:], mesh)))
-
-    return jax.tree.map(constrained, paths(tree), tree)
-
-
 def _stage_specs(layers, mesh):
     """[stages, slots, ...]: stages over `pipe`, the rest as without a pipeline."""
-    where = lambda path, a: P(PIPE, *place(f"layers/{path}", a.shape, mesh).compute)
+    where = lambda path, a: P(PIPE, *leaf_sharding(f"layers/{path}", a.shape, mesh).compute)
     return jax.tree.map(where, paths(layers), layers)
 
 
 def _end_specs(shared, mesh):
-    """What `tensor` splits elsewhere `pipe` splits here, but for MTP's experts, whose tokens it splits."""
+    """What `tensor` splits elsewhere `pipe` splits here, except for MTP's experts, whose tokens it splits."""
     def where(path, a):
         if path == "mtp_bias":
             return P()
-        compute = place(path, a.shape, mesh).compute
+        compute = leaf_sharding(path, a.shape, mesh).compute
         return compute if "/block/ffn/" in path else P(*(PIPE if entry == "tensor" else entry for entry in compute))
 
     return jax.tree.map(where, paths(shared), shared)

@@ -2,9 +2,11 @@
 
 Prefill goes over all tokens of a prompt but the last; decoding feeds that one like any other. So a prompt can be cut
 into chunks of any length, or found in the cache, and one kind of step makes every token. All shapes are fixed by the
-batch and the chunk; what varies (lengths, pages, ways of sampling, steps to run) is data. On a mesh the experts are
-shared out, and all else is everywhere (`network.on_mesh`).
+batch and the chunk; what varies (lengths, pages, sampling, steps to run) is data. On a mesh the experts are split, and
+all else is replicated (`weights.on_mesh`).
 """
+
+from __future__ import annotations
 
 import functools
 from typing import NamedTuple
@@ -16,21 +18,40 @@ from jax import lax
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.layers import head_logits
 from deepseek_jax.serving import speculative
-from deepseek_jax.serving.decode_model import Reach, Rows, forward, on_mesh, predict_ahead
+from deepseek_jax.serving.decode_attention import CacheGeometry, TokenSlots
+from deepseek_jax.serving.decode_model import Cache, forward, predict_ahead
 from deepseek_jax.serving.sampling import Sampling
-from deepseek_jax.serving.speculative import Drafts
+from deepseek_jax.serving.speculative import Drafts, Settled
+from deepseek_jax.serving.weights import DecodeWeights, on_mesh
 
-ALTERNATIVES = 20  # likeliest tokens reported beside the chosen one
+ALTERNATIVES = 20  # likeliest tokens reported next to the chosen one
+
+
+class PromptChunk(NamedTuple):
+    """Of each of B prompts T tokens to read into the cache.
+
+    tokens_BX: int32, the T tokens, then one more for each MTP module.
+    position_B: int32, of the first; length_B: how many of the T count; known_B: tokens of the complete prompt.
+    slot_B: int32, where each sequence's drafts are stored between calls. table_BP: int32, the pages of each.
+    """
+
+    tokens_BX: jax.Array
+    position_B: jax.Array
+    length_B: jax.Array
+    known_B: jax.Array
+    slot_B: jax.Array
+    table_BP: jax.Array
 
 
 class Batch(NamedTuple):
-    """B sequences to go on with.
+    """B sequences to continue.
 
-    slot_B: int32, where each one's drafts are kept between calls.
+    slot_B: int32, where each one's drafts are stored between calls.
     token_B: int32, the last known token; position_B: its index, which is to be fed next.
     limit_B: int32, positions from here on are not fed: there the sequence ends. 0 fills up a batch.
-    fresh_B: bool, whether the drafts in the slot are another's.
-    table_BP: int32, the pages of each.
+    fresh_B: bool, whether the drafts in the slot are another sequence's.
+    table_BP: int32, the pages of each. sampling: of each.
+    steps: int32 scalar, how many to run at most. logprobs: bool scalar, whether to compute any.
     """
 
     slot_B: jax.Array
@@ -39,12 +60,15 @@ class Batch(NamedTuple):
     limit_B: jax.Array
     fresh_B: jax.Array
     table_BP: jax.Array
+    sampling: Sampling
+    steps: jax.Array
+    logprobs: jax.Array
 
 
 class Steps(NamedTuple):
     """What `decode` did, step by step; N steps fit.
 
-    tokens_NBT: the first count_NB of each row are new. drafted_NB, accepted_NB: drafts verified, and held.
+    tokens_NBT: the first count_NB of each row are new. drafted_NB, accepted_NB: drafts verified, and accepted.
     logprob_NBT: of each new token, by the model itself (temperature 1); zeros where none were asked for.
     best_NBTX, best_logprob_NBTX: the likeliest tokens at each place. counts_LE: tokens that chose each expert.
     """
@@ -60,101 +84,93 @@ class Steps(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(3, 4))
-def prefill(cfg: ModelConfig, reach: Reach, weights, cache, drafts: Drafts, tokens_BX, position_B, length_B, known_B,
-            slot_B, table_BP):
-    """Puts a chunk of each prompt into the cache, MTP modules included.
+def prefill(cfg: ModelConfig, geometry: CacheGeometry, weights: DecodeWeights, cache: Cache, drafts: Drafts,
+            chunk: PromptChunk) -> tuple[Cache, Drafts, jax.Array]:
+    """Reads a chunk of each prompt into the cache, MTP modules included.
 
-    Args:
-      tokens_BX: the T tokens of the chunk, then one more for each MTP module.
-      position_B: of the first; length_B: how many of the T count; known_B: tokens of the whole prompt.
     Returns:
       cache, drafts, counts int32 [MoE layers, E].
     """
-    return on_mesh(functools.partial(_prefill, cfg, reach), weights, cache, drafts, tokens_BX, position_B, length_B,
-                   known_B, slot_B, table_BP)
+    return on_mesh(functools.partial(_prefill, cfg, geometry), weights, cache, drafts, chunk)
 
 
-def _prefill(cfg, reach, weights, cache, drafts, tokens_BX, position_B, length_B, known_B, slot_B, table_BP):
-    modules = len(weights["mtp"])
-    T = tokens_BX.shape[1] - modules
+def _prefill(cfg, geometry, weights, cache, drafts, chunk: PromptChunk):
+    modules = len(weights.mtp)
+    T = chunk.tokens_BX.shape[1] - modules
     at_BT = jnp.arange(T)[None]
-    position_BT = position_B[:, None] + at_BT
-    rows = Rows(position_BT, at_BT < length_B[:, None], table_BP)
-    h_BTD, cache, counts_LE = forward(cfg, reach, weights, cache, tokens_BX[:, :T], rows)
+    position_BT = chunk.position_B[:, None] + at_BT
+    slots = TokenSlots(chunk.tokens_BX[:, :T], position_BT, at_BT < chunk.length_B[:, None], chunk.table_BP)
+    h_BTD, cache, counts_LE = forward(cfg, geometry, weights, cache, slots)
     behind = []
     for k in range(1, modules + 1):
         if k > 1:  # h_{k-1} at k - 1 before the last token, where decoding takes over
-            at_B = jnp.clip(known_B - k - position_B, 0, T - 1)
+            at_B = jnp.clip(chunk.known_B - k - chunk.position_B, 0, T - 1)
             h_BD = jnp.take_along_axis(h_BTD, at_B[:, None, None], axis=1)[:, 0]
-            behind.append(drafts.behind[k - 2].at[slot_B].set(h_BD))
-        known_BT = rows.valid_BT & (position_BT + k < known_B[:, None])
-        h_BTD, cache = predict_ahead(cfg, reach, weights, k, cache, h_BTD, tokens_BX[:, k:T + k],
-                                     rows._replace(valid_BT=known_BT))
+            behind.append(drafts.behind[k - 2].at[chunk.slot_B].set(h_BD))
+        known_BT = slots.valid_BT & (position_BT + k < chunk.known_B[:, None])
+        ahead = slots._replace(token_BT=chunk.tokens_BX[:, k:T + k], valid_BT=known_BT)
+        h_BTD, cache = predict_ahead(cfg, geometry, weights, k, cache, h_BTD, ahead)
     return cache, drafts._replace(behind=tuple(behind)), counts_LE
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(4, 5))
-def decode(cfg: ModelConfig, reach: Reach, most_steps: int, weights, cache, drafts: Drafts, batch: Batch,
-           sampling: Sampling, steps, logprobs):
-    """Runs up to `steps` (at most `most_steps`) steps, as long as a sequence goes on.
+def decode(cfg: ModelConfig, geometry: CacheGeometry, most_steps: int, weights: DecodeWeights, cache: Cache,
+           drafts: Drafts, batch: Batch) -> tuple[Cache, Drafts, Steps]:
+    """Runs up to batch.steps (at most `most_steps`) steps, as long as a sequence continues.
 
-    Each feeds every sequence its last token and the drafts behind it.
-
-    Args:
-      drafts: of all slots; its depth (0: plain decoding) is what each step drafts.
-      logprobs: bool scalar, whether to compute any.
-    Returns:
-      cache, drafts, Steps.
+    Each feeds every sequence its last token and the drafts after it. `drafts` are those of all slots; their depth (0:
+    plain decoding) is what each step drafts.
     """
-    return on_mesh(functools.partial(_decode, cfg, reach, most_steps), weights, cache, drafts, batch, sampling, steps,
-                   logprobs)
+    return on_mesh(functools.partial(_decode, cfg, geometry, most_steps), weights, cache, drafts, batch)
 
 
-def _decode(cfg, reach, most_steps, weights, cache, drafts, batch, sampling, steps, logprobs):
+def _decode(cfg, geometry, most_steps, weights, cache, drafts, batch: Batch):
     B, T = batch.slot_B.shape[0], drafts.token_Bd.shape[1] + 1
-    mine = jax.tree.map(lambda x: x[batch.slot_B], drafts)
-    mine = mine._replace(count_B=jnp.where(batch.fresh_B, 0, mine.count_B))
+    of_batch = jax.tree.map(lambda x: x[batch.slot_B], drafts)
+    of_batch = of_batch._replace(count_B=jnp.where(batch.fresh_B, 0, of_batch.count_B))
     made = Steps(*(jnp.zeros((most_steps, B, *shape), dtype) for shape, dtype in (
         ((T,), jnp.int32), ((), jnp.int32), ((), jnp.int32), ((), jnp.int32), ((T,), jnp.float32),
         ((T, ALTERNATIVES), jnp.int32), ((T, ALTERNATIVES), jnp.float32))),
         counts_LE=jnp.zeros((cfg.num_moe_layers, cfg.num_experts), jnp.int32))
 
-    def goes_on(carry):
+    def unfinished(carry):
         n, _, _, _, position_B, _ = carry
-        return (n < steps) & (position_B < batch.limit_B).any()
+        return (n < batch.steps) & (position_B < batch.limit_B).any()
 
     def step(carry):
-        n, cache, mine, token_B, position_B, made = carry
-        cache, mine, one = _step(cfg, reach, weights, cache, mine, batch, sampling, token_B, position_B, logprobs)
+        n, cache, of_batch, token_B, position_B, made = carry
+        now = batch._replace(token_B=token_B, position_B=position_B)
+        cache, of_batch, one = _step(cfg, geometry, weights, cache, of_batch, now)
         count_B = one.count_NB
         last_B = jnp.take_along_axis(one.tokens_NBT, jnp.maximum(count_B - 1, 0)[:, None], axis=1)[:, 0]
         made = Steps(*(x.at[n].set(y) for x, y in zip(made[:-1], one[:-1])), made.counts_LE + one.counts_LE)
-        return n + 1, cache, mine, jnp.where(count_B > 0, last_B, token_B), position_B + count_B, made
+        return n + 1, cache, of_batch, jnp.where(count_B > 0, last_B, token_B), position_B + count_B, made
 
-    _, cache, mine, _, _, made = lax.while_loop(
-        goes_on, step, (jnp.int32(0), cache, mine, batch.token_B, batch.position_B, made))
-    drafts = jax.tree.map(lambda x, y: x.at[batch.slot_B].set(y), drafts, mine)
+    _, cache, of_batch, _, _, made = lax.while_loop(
+        unfinished, step, (jnp.int32(0), cache, of_batch, batch.token_B, batch.position_B, made))
+    drafts = jax.tree.map(lambda x, y: x.at[batch.slot_B].set(y), drafts, of_batch)
     return cache, drafts, made
 
 
-def _step(cfg, reach, weights, cache, drafts, batch, sampling, token_B, position_B, logprobs):
-    """One step; the Steps it returns have no axis of steps."""
+def _step(cfg, geometry, weights, cache, drafts, batch: Batch):
+    """One step from batch.token_B at batch.position_B; the Steps it returns have no axis of steps."""
     depth = drafts.token_Bd.shape[1]
-    room_B = batch.limit_B - position_B  # tokens that may still be fed
+    room_B = batch.limit_B - batch.position_B  # tokens that may still be fed
     live_B = room_B > 0
     drafts = drafts._replace(count_B=jnp.clip(jnp.minimum(drafts.count_B, room_B - 1), 0))
-    tokens_BT = jnp.concatenate([token_B[:, None], drafts.token_Bd], axis=1)
+    tokens_BT = jnp.concatenate([batch.token_B[:, None], drafts.token_Bd], axis=1)
     at_BT = jnp.arange(depth + 1)[None]
-    rows = Rows(position_B[:, None] + at_BT, (at_BT <= drafts.count_B[:, None]) & live_B[:, None], batch.table_BP)
-    hidden_BTD, cache, counts_LE = forward(cfg, reach, weights, cache, tokens_BT, rows)
-    logits_BTW = head_logits(hidden_BTD, weights["head"])
-    made_BT, accepted_B = speculative.verify(sampling, logits_BTW, drafts, position_B + 1)
+    valid_BT = (at_BT <= drafts.count_B[:, None]) & live_B[:, None]
+    slots = TokenSlots(tokens_BT, batch.position_B[:, None] + at_BT, valid_BT, batch.table_BP)
+    hidden_BTD, cache, counts_LE = forward(cfg, geometry, weights, cache, slots)
+    logits_BTW = head_logits(hidden_BTD, weights.head)
+    made_BT, accepted_B = speculative.verify(batch.sampling, logits_BTW, drafts, batch.position_B + 1)
     drafted_B, count_B = drafts.count_B, jnp.where(live_B, accepted_B + 1, 0)
     if depth:
-        drafts, cache = speculative.draft(cfg, reach, weights, cache, sampling, depth, hidden_BTD, made_BT, accepted_B,
-                                          drafts, position_B, batch.limit_B, batch.table_BP)
-    said = lax.cond(logprobs, _logprobs, _no_logprobs, logits_BTW, made_BT)
-    return cache, drafts, Steps(made_BT, count_B, drafted_B, accepted_B, *said, counts_LE)
+        settled = Settled(hidden_BTD, made_BT, accepted_B, batch.position_B, batch.limit_B, batch.table_BP)
+        drafts, cache = speculative.draft(cfg, geometry, weights, cache, drafts, batch.sampling, settled)
+    reported = lax.cond(batch.logprobs, _logprobs, _no_logprobs, logits_BTW, made_BT)
+    return cache, drafts, Steps(made_BT, count_B, drafted_B, accepted_B, *reported, counts_LE)
 
 
 def _logprobs(logits_BTW, tokens_BT):

@@ -1,7 +1,7 @@
 """Continuous batching: sequences join and leave at any step, and share the pages of a common prefix.
 
 First come, first served. A sequence is admitted when there is a slot and all the pages that it could ever need, so
-that none that runs is ever stopped for want of room. Each `step` reads at most one chunk, of one prompt or shared by
+a running sequence is never preempted. Each `step` reads at most one chunk, of one prompt or shared by
 several short ones, then runs all others on: a long prompt delays the running streams by one chunk at a time.
 """
 
@@ -13,19 +13,21 @@ import dataclasses
 import math
 import threading
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from deepseek_jax.config import ConfigError, FP8Config, ModelConfig
-from deepseek_jax.serving import decode as programs
-from deepseek_jax.serving import latent_cache as latents
-from deepseek_jax.serving.decode_model import Reach, prepare, share_out
+from deepseek_jax.model.router import check_routes_alone
+from deepseek_jax.serving import latent_cache
+from deepseek_jax.serving.decode import Batch, PromptChunk, Steps, decode, prefill
+from deepseek_jax.serving.decode_attention import CacheGeometry
 from deepseek_jax.serving.expert_placement import Placement, apply
 from deepseek_jax.serving.page_pool import Pages, digests
 from deepseek_jax.serving.sampling import Sampling
 from deepseek_jax.serving.speculative import no_drafts
+from deepseek_jax.serving.weights import prepare, share_out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +55,7 @@ class Token(NamedTuple):
 
 
 class Sequence:
-    """A request under way. `finish` is None until it ends: "stop", "length" or "cancelled"."""
+    """A request in progress. `finish` is None until it ends: "stop", "length" or "cancelled"."""
 
     def __init__(self, request: Request, listen: Callable[[Sequence, list[Token]], bool] | None):
         self.request, self.listen = request, listen
@@ -63,10 +65,10 @@ class Sequence:
         self.cancelled = False
         self.drafted = self.accepted = self.steps = 0
         self.slot = -1
-        self.fresh = True  # the drafts in its slot are not its own yet
+        self.fresh = True  # the drafts in its slot are still another sequence's
         self.filled = 0  # positions in the cache
         self.pages: list[int] = []
-        self.promised = 0
+        self.reserved = 0
         self.registered, self.digest = 0, b""  # whole pages that others can find, and the digest of the last
         self.reused = 0  # tokens of the prompt that were found in the cache
 
@@ -76,23 +78,43 @@ class Sequence:
         return len(self.request.prompt) + self.request.max_new_tokens - 1
 
 
+@dataclasses.dataclass(frozen=True)
+class EngineConfig:
+    """What an engine has room for.
+
+    max_sequences: sequences that run at once.
+    max_length: tokens of prompt and continuation together, rounded up to full pages.
+    depth: tokens drafted in each step, by the MTP modules; 0: plain decoding.
+    pages: of the cache; None: as many as max_sequences of full length need.
+    cache: format of the latents: float32, bfloat16 or fp8; None: as the model computes.
+    chunk: most tokens of prompts read in one step.
+    most_steps: decoding steps run at once while no sequence waits: streams get their tokens that often.
+    """
+
+    max_sequences: int = 8
+    max_length: int = 2048
+    depth: int = 0
+    pages: int | None = None
+    page_size: int = 32
+    cache: str | None = None
+    chunk: int = 256
+    most_steps: int = 8
+
+
 class Engine:
     """Generation for one model. `step` is for one thread; `submit` and `cancel` are for any.
 
     Args:
-      max_sequences: sequences that run at once.
-      max_length: tokens of prompt and continuation together, rounded up to whole pages.
-      depth: tokens drafted in each step, by the MTP modules; 0: plain decoding.
-      pages: of the cache; None: as many as max_sequences of full length need.
-      cache: how latents are kept: float32, bfloat16 or fp8; None: as the model computes.
-      chunk: most tokens of prompts read in one step.
-      most_steps: decoding steps run at once while nobody waits: streams are heard that often.
-      mesh: a mesh of `parallel.make_mesh`, whose `node` and `local` axes share the experts; None: one device.
+      mesh: a mesh of `parallel.mesh.make_mesh`, whose `node` and `local` axes share the experts; None: one device.
+    Raises:
+      ConfigError: a model or a cache that cannot be served.
     """
 
-    def __init__(self, cfg: ModelConfig, variables, max_sequences: int = 8, max_length: int = 2048, depth: int = 0,
-                 pages: int | None = None, page_size: int = 32, cache: str | None = None, chunk: int = 256,
-                 most_steps: int = 8, mesh: jax.sharding.Mesh | None = None):
+    def __init__(self, cfg: ModelConfig, variables: dict[str, Any], options: EngineConfig = EngineConfig(),
+                 mesh: jax.sharding.Mesh | None = None):
+        depth, max_sequences, page_size, chunk = (options.depth, options.max_sequences, options.page_size,
+                                                  options.chunk)
+        check_servable(cfg)
         if depth and not cfg.mtp_depth:
             raise ConfigError("this model has no MTP module (model.mtp_depth=0), so there is nothing to draft with; "
                               "leave speculative decoding away.")
@@ -100,18 +122,19 @@ class Engine:
         self.cfg = cfg = dataclasses.replace(cfg, fp8=FP8Config())
         self.depth, self.max_sequences = depth, max_sequences
         self.modules = min(depth, cfg.mtp_depth)
-        width = -(-max_length // page_size)
+        width = -(-options.max_length // page_size)
         self.max_length = width * page_size
-        pages = width * max_sequences if pages is None else pages
-        latents.check_room(cfg, cache or cfg.dtype, pages * page_size, self.modules)
+        pages = width * max_sequences if options.pages is None else options.pages
+        kind = options.cache or cfg.dtype
+        latent_cache.check_room(cfg, kind, pages * page_size, self.modules)
         self.pool = Pages(pages, page_size)
-        self.reach = Reach(cache or cfg.dtype, page_size, widths(width, page_size))
+        self.geometry = CacheGeometry(kind, page_size, widths(width, page_size))
         self.chunks = tuple(sorted({min(c, chunk) for c in (16, 64, chunk)}))
         self.most_rows = {c: min(chunk // c, max_sequences) for c in self.chunks}  # prompts read at once
-        self.most_steps = most_steps
+        self.most_steps = options.most_steps
         self.mesh = mesh
         self.weights = share_out(prepare(cfg, variables, self.modules), mesh)
-        self._cache = share_out(latents.make(cfg, self.reach.kind, self.pool.total + 1, page_size, self.modules), mesh)
+        self._cache = share_out(latent_cache.make(cfg, kind, self.pool.total + 1, page_size, self.modules), mesh)
         self._drafts = share_out(no_drafts(cfg, max_sequences + 1, depth), mesh)  # the last slot fills up batches
         self._slots = list(range(max_sequences - 1, -1, -1))
         self.waiting: collections.deque[Sequence] = collections.deque()
@@ -121,7 +144,8 @@ class Engine:
         self.totals = collections.Counter()  # tokens, drafted, accepted, steps, prompt_tokens, reused_tokens
         self._news = threading.Condition()
 
-    def submit(self, request: Request, listen=None) -> Sequence:
+    def submit(self, request: Request,
+               listen: Callable[[Sequence, list[Token]], bool] | None = None) -> Sequence:
         """Queues a request. `listen(sequence, new tokens)` is called from `step`; what it returns ends the sequence.
 
         It is called once more, without tokens, when the sequence has ended. Raises ConfigError.
@@ -146,6 +170,7 @@ class Engine:
 
     @property
     def busy(self) -> bool:
+        """Whether any sequence waits, reads its prompt or runs."""
         return bool(self.waiting or self.reading or self.running)
 
     def wait(self, timeout: float | None = None):
@@ -177,7 +202,7 @@ class Engine:
             self._run([], size, 1, True)
 
     def place(self, placement: Placement):
-        """Lays the experts out as planned. With another number of places the next steps compile anew: `warm_up`."""
+        """Moves the experts to their places. With another number of places the next steps compile anew: `warm_up`."""
         self.weights = share_out(apply(self.weights, placement), self.mesh)
 
     def _in_use(self):
@@ -199,10 +224,10 @@ class Engine:
                 return
             for page in shared:
                 self.pool.share(page)
-            self.pool.promise(needed)
+            self.pool.reserve(needed)
             with self._news:
                 self.waiting.popleft()
-            sequence.pages, sequence.promised = shared, needed
+            sequence.pages, sequence.reserved = shared, needed
             sequence.slot, sequence.fresh = self._slots.pop(), True
             sequence.filled = sequence.reused = len(shared) * size
             sequence.registered = len(shared)
@@ -216,7 +241,7 @@ class Engine:
                 self.running.append(sequence)
 
     def _read(self):
-        """One chunk: as much of the first prompt as goes into it, and of others what finds room beside it."""
+        """One chunk: as much of the first prompt as goes into it, and of others what finds room next to it."""
         left = lambda s: len(s.request.prompt) - 1 - s.filled
         length = next(c for c in self.chunks if c >= min(left(self.reading[0]), self.chunks[-1]))
         rows = 1 if len(self.reading) == 1 else self.most_rows[length]
@@ -241,14 +266,15 @@ class Engine:
             row[:len(piece)] = piece
         of = lambda values, fill=0: np.array([*values, *[fill] * (rows - len(batch))], np.int32)
         with self._in_use():
-            self._cache, self._drafts, counts_LE = programs.prefill(
-                self.cfg, self.reach, self.weights, self._cache, self._drafts, tokens_BX, of(s.filled for s in batch),
-                of(counts), of(len(s.request.prompt) for s in batch), of((s.slot for s in batch), self.max_sequences),
-                self._tables(batch, rows))
+            piece = PromptChunk(tokens_BX, of(s.filled for s in batch), of(counts),
+                                of(len(s.request.prompt) for s in batch),
+                                of((s.slot for s in batch), self.max_sequences), self._tables(batch, rows))
+            self._cache, self._drafts, counts_LE = prefill(
+                self.cfg, self.geometry, self.weights, self._cache, self._drafts, piece)
         self.loads_LE += np.asarray(counts_LE)
 
     def _decode(self):
-        """Some steps of everybody who is past the prompt."""
+        """Some steps of every sequence that is past its prompt."""
         left = [s.limit + 1 - len(s.tokens) for s in self.running]
         steps = min(self.most_steps, max(left))
         if self.reading:
@@ -268,24 +294,24 @@ class Engine:
     def _run(self, batch, size, steps, logprobs):
         """Calls the compiled program on a batch filled up to `size`; results as NumPy arrays."""
         of = lambda get, dtype, fill=0: np.array([get(s) for s in batch] + [fill] * (size - len(batch)), dtype)
-        rows = programs.Batch(
-            slot_B=of(lambda s: s.slot, np.int32, self.max_sequences), token_B=of(lambda s: s.tokens[-1], np.int32),
-            position_B=of(lambda s: len(s.tokens) - 1, np.int32), limit_B=of(lambda s: s.limit, np.int32),
-            fresh_B=of(lambda s: s.fresh, bool, True), table_BP=self._tables(batch, size))
         asked = Sampling(*(of(lambda s, name=name: getattr(s.request, name), dtype, fill) for name, dtype, fill in (
             ("temperature", np.float32, 0), ("top_k", np.int32, 0), ("top_p", np.float32, 1), ("seed", np.uint32, 0),
             ("stream", np.uint32, 0))))
+        rows = Batch(
+            slot_B=of(lambda s: s.slot, np.int32, self.max_sequences), token_B=of(lambda s: s.tokens[-1], np.int32),
+            position_B=of(lambda s: len(s.tokens) - 1, np.int32), limit_B=of(lambda s: s.limit, np.int32),
+            fresh_B=of(lambda s: s.fresh, bool, True), table_BP=self._tables(batch, size),
+            sampling=asked, steps=np.int32(steps), logprobs=np.bool_(logprobs))
         with self._in_use():
-            self._cache, self._drafts, made = programs.decode(
-                self.cfg, self.reach, self.most_steps, self.weights, self._cache, self._drafts, rows, asked,
-                np.int32(steps), np.bool_(logprobs))
+            self._cache, self._drafts, made = decode(
+                self.cfg, self.geometry, self.most_steps, self.weights, self._cache, self._drafts, rows)
         made = made._replace(**{name: x if logprobs else None for name, x in made._asdict().items() if "prob" in name})
-        made = programs.Steps(*(None if x is None else np.asarray(x) for x in made))
+        made = Steps(*(None if x is None else np.asarray(x) for x in made))
         self.loads_LE += made.counts_LE
         return made
 
     def _take(self, sequence: Sequence, b: int, made, steps: int):
-        """Hands a sequence what was made for it, up to where it stops."""
+        """Gives a sequence the tokens that were made for it, up to where it stops."""
         request, new, finish = sequence.request, [], None
         for n in range(steps):
             count, drafted, accepted = (int(x[n, b]) for x in (made.count_NB, made.drafted_NB, made.accepted_NB))
@@ -323,10 +349,10 @@ class Engine:
             if sequence in queue:
                 with self._news:
                     queue.remove(sequence)
-        for page in reversed(sequence.pages):  # the end of a prefix is forgotten before its beginning
+        for page in reversed(sequence.pages):  # the end of a prefix is dropped before its beginning
             self.pool.release(page)
-        self.pool.break_promise(sequence.promised)
-        sequence.pages, sequence.promised = [], 0
+        self.pool.cancel(sequence.reserved)
+        sequence.pages, sequence.reserved = [], 0
         if sequence.slot >= 0:
             self._slots.append(sequence.slot)
             sequence.slot = -1
@@ -338,11 +364,11 @@ class Engine:
         """Takes the pages that the first `positions` positions need."""
         while len(sequence.pages) < self.pool.pages_of(positions):
             sequence.pages.append(self.pool.take())
-            sequence.promised -= 1
+            sequence.reserved -= 1
 
     def _tables(self, batch, size: int):
         """The pages of each sequence, filled up to `size` rows."""
-        table_BP = np.zeros((size, self.reach.widths[-1]), np.int32)
+        table_BP = np.zeros((size, self.geometry.widths[-1]), np.int32)
         for row, sequence in zip(table_BP, batch):
             row[:len(sequence.pages)] = sequence.pages
         return table_BP
@@ -357,6 +383,13 @@ class Engine:
             (sequence.digest,) = digests(sequence.tokens[start:start + size], size, sequence.digest)
             self.pool.register(sequence.pages[sequence.registered], sequence.digest)
             sequence.registered += 1
+
+
+def check_servable(cfg: ModelConfig):
+    """Raises ConfigError for a model whose own parts decoding does not have."""
+    if cfg.attention != "mla":
+        raise ConfigError(f"model.attention={cfg.attention!r} trains only: decoding reads a cache of MLA's latents.")
+    check_routes_alone(cfg, "decoding")
 
 
 def check(cfg: ModelConfig, request: Request):

@@ -5,11 +5,14 @@ busiest experts are duplicated, and the replicas packed onto devices of equal lo
 Plain NumPy on measured loads; `apply` lays weights out as planned, and no output changes by it.
 """
 
+from __future__ import annotations
+
 from typing import NamedTuple
 
 import numpy as np
 
 from deepseek_jax.config import ConfigError
+from deepseek_jax.serving.weights import DecodeWeights, Places
 
 
 class Placement(NamedTuple):
@@ -18,7 +21,7 @@ class Placement(NamedTuple):
     expert_LP: np.ndarray
     experts: int
 
-    def replicas(self, layer: int):
+    def replicas(self, layer: int) -> tuple[np.ndarray, np.ndarray]:
         """(places [E, X] of each expert, padded by repetition; how many it has [E])."""
         places = [np.flatnonzero(self.expert_LP[layer] == e) for e in range(self.experts)]
         most = max(map(len, places))
@@ -26,7 +29,7 @@ class Placement(NamedTuple):
                 np.array([len(p) for p in places], np.int32))
 
 
-def plan(loads_LE, places: int, groups: int, nodes: int, devices: int) -> Placement:
+def plan(loads_LE: np.ndarray, places: int, groups: int, nodes: int, devices: int) -> Placement:
     """Balances measured loads.
 
     Args:
@@ -66,7 +69,7 @@ def _place(load_E, places, groups, nodes, devices):
     return np.concatenate(out).astype(np.int32)
 
 
-def pack(weight_N, packs: int):
+def pack(weight_N: np.ndarray, packs: int) -> tuple[np.ndarray, np.ndarray]:
     """Items to packs of equal size, the heaviest first, each to the lightest pack that is not full.
 
     Returns (pack, rank inside it) of each item.
@@ -83,7 +86,7 @@ def pack(weight_N, packs: int):
     return pack_of, rank_of
 
 
-def replicate(weight_N, places: int):
+def replicate(weight_N: np.ndarray, places: int) -> tuple[np.ndarray, np.ndarray]:
     """Duplicates the item of the largest weight per replica until all places are taken.
 
     Returns (item of each place, replicas of each item).
@@ -96,8 +99,8 @@ def replicate(weight_N, places: int):
     return np.array(item_P), count_N
 
 
-def apply(weights, placement: Placement):
-    """Decoding weights (`network.prepare`) with every MoE layer's experts at their places.
+def apply(weights: DecodeWeights, placement: Placement) -> DecodeWeights:
+    """Decoding weights with every MoE layer's experts at their places.
 
     Weights that were placed before are placed anew. The router still chooses experts; which replica serves a token is a
     matter of its row. MTP modules are left alone.
@@ -105,18 +108,19 @@ def apply(weights, placement: Placement):
     Raises:
       ConfigError: a placement for other layers or experts, or one that leaves an expert without a place.
     """
-    layers, moe = list(weights["layers"]), [i for i, w in enumerate(weights["layers"]) if "router" in w]
+    layers, moe = list(weights.layers), [i for i, w in enumerate(weights.layers) if w.router is not None]
     if len(moe) != len(placement.expert_LP):
         raise ConfigError(f"a placement of {len(placement.expert_LP)} layers does not fit {len(moe)} MoE layers.")
     for layer, i in enumerate(moe):
         w, expert_P = layers[i], placement.expert_LP[layer]
-        experts = w["router"].shape[1]
+        assert w.router is not None
+        experts = w.router.shape[1]
         if placement.experts != experts or not np.array_equal(np.unique(expert_P), np.arange(experts)):
             raise ConfigError(f"a placement of {placement.experts} experts does not give each of the {experts} experts "
                               f"of MoE layer {layer} a place.")
-        # Where each expert lies now: its own number, until it is placed for the first time.
-        row_P = np.asarray(w["places"]["table_EX"])[expert_P, 0] if "places" in w else expert_P
+        # Where each expert is now: at its own number, until it is placed for the first time.
+        row_P = expert_P if w.places is None else np.asarray(w.places.table_EX)[expert_P, 0]
         table_EX, count_E = placement.replicas(layer)
-        placed = {name: w["ffn"][name][row_P] for name in ("gate", "up", "down")}
-        layers[i] = w | {"ffn": w["ffn"] | placed, "places": {"table_EX": table_EX, "count_E": count_E}}
-    return weights | {"layers": tuple(layers)}
+        placed = {name: w.ffn[name][row_P] for name in ("gate", "up", "down")}
+        layers[i] = w._replace(ffn=w.ffn | placed, places=Places(table_EX, count_E))
+    return weights._replace(layers=tuple(layers))

@@ -1,21 +1,27 @@
 """`generate`: continuations of prompts in one call, through an engine of its own."""
 
-from typing import NamedTuple
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from deepseek_jax.config import ModelConfig
-from deepseek_jax.serving.engine import Engine, Request, check
+from deepseek_jax.serving.engine import Engine, EngineConfig, Request, check
 
 MOST_SEQUENCES = 16  # of one call that run at once; the others wait
 
 
 class Generation(NamedTuple):
+    """Continuations, and how many tokens were drafted and accepted."""
+
     tokens: list[list[int]]  # the NEW ids of each prompt, without eos_id
     drafted: int
     accepted: int
 
 
-def generate(cfg: ModelConfig, variables, prompts, max_new_tokens, speculative=False, temperature=0.0, seed=0,
-             eos_id=None) -> Generation:
+def generate(cfg: ModelConfig, variables: dict[str, Any], prompts: Sequence[Sequence[int]], max_new_tokens: int,
+             speculative: bool = False, temperature: float = 0.0, seed: int = 0,
+             eos_id: int | None = None) -> Generation:
     """Continues each prompt.
 
     Args:
@@ -38,8 +44,9 @@ def generate(cfg: ModelConfig, variables, prompts, max_new_tokens, speculative=F
         return Generation([], 0, 0)
     longest = max(len(r.prompt) for r in requests) + max_new_tokens
     # Powers of two, so that calls that differ little share their compiled programs.
-    engine = Engine(cfg, variables, max_sequences=_round(min(len(requests), MOST_SEQUENCES)),
-                    max_length=_round(max(longest, 128)), depth=max(1, cfg.mtp_depth) if speculative else 0)
+    engine = Engine(cfg, variables, EngineConfig(
+        max_sequences=_round(min(len(requests), MOST_SEQUENCES)), max_length=_round(max(longest, 128)),
+        depth=max(1, cfg.mtp_depth) if speculative else 0))
     sequences = [engine.submit(request) for request in requests]
     engine.run()
     return Generation([[token.id for token in s.made] for s in sequences], sum(s.drafted for s in sequences),

@@ -1,13 +1,16 @@
 """The latent cache (report section 2.1.1): per token and layer the normed latent c and the rotated key k_pe, no more.
 
-Rows lie in pages of a fixed number of tokens, `pages_PSX` per layer; a sequence owns a table of page numbers, so that
-it grows without a copy and shares the pages of a common prefix. Page 0 belongs to nobody: what must not be kept is
-written there. A row is kept as numbers, or in the FP8 layout that the kernels read too, at kv rank 512 in 656 bytes:
+Rows are stored in pages of a fixed number of tokens, `pages_PSX` per layer; a sequence owns a table of page numbers, so
+that it grows without a copy and shares the pages of a common prefix. Page 0 is a scratch page; masked writes go there.
+A row is stored as numbers, or in the FP8 layout that the kernels read too, at kv rank 512 in 656 bytes:
 
     512 E4M3 values | 4 float32 scales, one for 128 values | 64 bfloat16 rotary values
 """
 
+from __future__ import annotations
+
 import os
+from typing import Any
 
 import chex
 import jax
@@ -20,7 +23,7 @@ from kernels_pallas import api
 FORMATS = ("float64", "float32", "bfloat16", "fp8")
 
 
-def row_shape(cfg: ModelConfig, kind: str):
+def row_shape(cfg: ModelConfig, kind: str) -> tuple[int, Any]:
     """(length, dtype) of one token's row in one layer."""
     C, R = cfg.kv_rank, cfg.rope_head_dim
     if kind not in FORMATS:
@@ -43,35 +46,36 @@ def check_room(cfg: ModelConfig, kind: str, tokens: int, mtp: int = 0):
                           "take fewer sequences at once, or a smaller length.")
 
 
-def make(cfg: ModelConfig, kind: str, pages: int, page_size: int, mtp: int = 0):
+def make(cfg: ModelConfig, kind: str, pages: int, page_size: int, mtp: int = 0) -> tuple[jax.Array, ...]:
     """An empty cache: one array [pages, page_size, row] for each layer, then one for each MTP module."""
     length, dtype = row_shape(cfg, kind)
     return tuple(jnp.zeros((pages, page_size, length), dtype) for _ in range(cfg.num_layers + mtp))
 
 
-def pack(kind: str, c_BTC, k_pe_BTR):
-    """Rows [B, T, X] as they are kept."""
+def pack(kind: str, c_BTC: jax.Array, k_pe_BTR: jax.Array) -> jax.Array:
+    """Rows [B, T, X] as they are stored."""
     rows_BTX = jnp.concatenate([c_BTC, k_pe_BTR], axis=-1)
     return api.pack_fp8(rows_BTX, k_pe_BTR.shape[-1]) if kind == "fp8" else rows_BTX.astype(kind)
 
 
-def unpack(cfg: ModelConfig, kind: str, rows_BSX):
+def unpack(cfg: ModelConfig, kind: str, rows_BSX: jax.Array) -> jax.Array:
     """[c | k_pe] as the model's numbers, [B, S, C + R]."""
     return api.unpack_fp8(rows_BSX, cfg.kv_rank, cfg.dtype) if kind == "fp8" else rows_BSX.astype(cfg.dtype)
 
 
-def write(pages_PSX, rows_BTX, page_BT, offset_BT):
-    """Puts each row at its place; page 0 takes what is to be forgotten."""
+def write(pages_PSX: jax.Array, rows_BTX: jax.Array, page_BT: jax.Array, offset_BT: jax.Array) -> jax.Array:
+    """Puts each row at its place; masked rows go to page 0."""
     chex.assert_equal_shape_prefix([rows_BTX, page_BT, offset_BT], 2)
     return pages_PSX.at[page_BT, offset_BT].set(rows_BTX)
 
 
-def places(table_BP, position_BT, valid_BT, page_size: int):
+def places(table_BP: jax.Array, position_BT: jax.Array, valid_BT: jax.Array,
+           page_size: int) -> tuple[jax.Array, jax.Array]:
     """(page, offset) of each position of each sequence; (0, .) where it is not valid."""
     page_BT = jnp.take_along_axis(table_BP, position_BT // page_size, axis=1, mode="clip")
     return jnp.where(valid_BT, page_BT, 0), position_BT % page_size
 
 
-def read(pages_PSX, table_BP):
+def read(pages_PSX: jax.Array, table_BP: jax.Array) -> jax.Array:
     """Rows [B, P * page_size, X] of the pages in each table, in order."""
     return lax.collapse(pages_PSX.at[table_BP].get(mode="promise_in_bounds"), 1, 3)

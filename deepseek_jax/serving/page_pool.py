@@ -1,19 +1,20 @@
 """Who owns which page of the cache: plain bookkeeping, no arrays.
 
-A page is free, owned by one or more sequences (counted), or kept: owned by nobody, but holding a prefix that a later
-prompt may begin with, until its room is needed. A prefix is known by the digest of all its tokens, page by page.
+A page is free, owned by one or more sequences (counted), or kept: not owned, but with a prefix that a later prompt may
+begin with, until its room is needed. A prefix is known by the digest of all its tokens, page by page.
 """
 
 from __future__ import annotations
 
 import collections
 import hashlib
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 
 class Pages:
-    """`total` pages of `page_size` tokens, numbered from 1: page 0 belongs to nobody."""
+    """`total` pages of `page_size` tokens, numbered from 1; page 0 is the scratch page."""
 
     def __init__(self, total: int, page_size: int):
         self.total, self.page_size = total, page_size
@@ -22,32 +23,35 @@ class Pages:
         self._kept = collections.OrderedDict()  # page -> digest; the longest unused first
         self._page_of = {}  # digest -> page
         self._digest_of = {}  # page -> digest, owned or kept
-        self.promised = 0  # pages that sequences may still take
+        self.reserved = 0  # pages that sequences may still take
 
     @property
     def available(self) -> int:
-        """Pages that nobody owns and nobody was promised."""
-        return len(self._free) + len(self._kept) - self.promised
+        """Pages that are neither owned nor reserved."""
+        return len(self._free) + len(self._kept) - self.reserved
 
     @property
     def owned(self) -> int:
+        """Pages that sequences own."""
         return len(self._owners)
 
     def pages_of(self, tokens: int) -> int:
+        """Pages that so many tokens fill or begin."""
         return -(-tokens // self.page_size)
 
-    def promise(self, count: int):
+    def reserve(self, count: int):
         """Sets `count` pages aside for a sequence to `take` as it grows."""
         if count > self.available:
             raise ValueError(f"{count} pages were asked for, {self.available} are available.")
-        self.promised += count
+        self.reserved += count
 
-    def break_promise(self, count: int):
-        self.promised -= count
+    def cancel(self, count: int):
+        """Gives back a reservation."""
+        self.reserved -= count
 
     def take(self) -> int:
-        """A page out of those promised."""
-        self.promised -= 1
+        """A page out of those reserved."""
+        self.reserved -= 1
         if self._free:
             page = self._free.pop()
         else:
@@ -76,7 +80,7 @@ class Pages:
         if digest not in self._page_of and page not in self._digest_of:
             self._page_of[digest], self._digest_of[page] = page, digest
 
-    def find(self, tokens) -> list[int]:
+    def find(self, tokens: Sequence[int]) -> list[int]:
         """The pages of the longest known prefix of `tokens`, whole pages."""
         found = []
         for digest in digests(tokens, self.page_size):
@@ -89,7 +93,7 @@ class Pages:
         """Whether sharing this page would take it out of the available ones."""
         return page in self._kept
 
-    def forget(self):
+    def clear(self):
         """Drops every kept prefix."""
         while self._kept:
             page, digest = self._kept.popitem()
@@ -97,7 +101,7 @@ class Pages:
             self._free.append(page)
 
 
-def digests(tokens, page_size: int, parent: bytes = b""):
+def digests(tokens: Sequence[int], page_size: int, parent: bytes = b"") -> Iterator[bytes]:
     """One digest for each whole page, of the page and of everything before it."""
     for start in range(0, len(tokens) - page_size + 1, page_size):
         page = np.asarray(tokens[start:start + page_size], np.int64).tobytes()

@@ -3,6 +3,8 @@
 So a sequence is continued the same whoever shares its batch, in whatever pieces its steps are run.
 """
 
+from __future__ import annotations
+
 from typing import NamedTuple
 
 import jax
@@ -22,7 +24,7 @@ class Sampling(NamedTuple):
     stream_B: jax.Array  # uint32: tells sequences of one seed apart
 
 
-def keys(sampling: Sampling, index_BT, use: int):
+def keys(sampling: Sampling, index_BT: jax.Array, use: int) -> jax.Array:
     """A key for each token index of each sequence."""
     def key(seed, stream, index):
         return jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), stream), index), use)
@@ -31,7 +33,7 @@ def keys(sampling: Sampling, index_BT, use: int):
     return jax.vmap(across)(sampling.seed_B, sampling.stream_B, index_BT)
 
 
-def likeliest(logits_BTW):
+def likeliest(logits_BTW: jax.Array) -> jax.Array:
     """int32 [B, T]: the first index of the largest. XLA:CPU finds a maximum eight times as fast as an argmax."""
     W = logits_BTW.shape[-1]
     is_best_BTW = logits_BTW == logits_BTW.max(axis=-1, keepdims=True)
@@ -39,7 +41,7 @@ def likeliest(logits_BTW):
     return jnp.minimum(at_BT, W - 1)  # of a NaN too, some token of the vocabulary
 
 
-def probabilities(sampling: Sampling, logits_BTW):
+def probabilities(sampling: Sampling, logits_BTW: jax.Array) -> jax.Array:
     """float32 [B, T, W]: softmax at the temperature, among the top k and within the top p; one-hot at temperature 0.
 
     Top p keeps the likeliest tokens until their sum reaches p: always one at least.
@@ -66,6 +68,6 @@ def probabilities(sampling: Sampling, logits_BTW):
     return jnp.where(greedy_B[:, None, None], one_hot_BTW, p_BTW)
 
 
-def draw(key_BT, p_BTW):
+def draw(key_BT: jax.Array, p_BTW: jax.Array) -> jax.Array:
     """int32 [B, T]: one token from each distribution, which need not sum to one."""
     return jax.vmap(jax.vmap(jax.random.categorical))(key_BT, jnp.log(p_BTW)).astype(jnp.int32)

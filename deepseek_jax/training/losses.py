@@ -1,10 +1,12 @@
-"""Cross-entropy in chunks of tokens, and the whole objective of the report.
+"""Cross-entropy in chunks of tokens, and the complete objective of the report.
 
 The logits of a chunk exist once: its loss and its gradients are computed together in the forward pass, so that
 neither [tokens, vocabulary] in float32 nor a second product is ever needed.
 
     loss = main + lambda / D * sum_k mtp_k + alpha * sequence-wise balance loss
 """
+
+from __future__ import annotations
 
 import functools
 
@@ -13,14 +15,16 @@ import jax.numpy as jnp
 from jax import lax
 
 from deepseek_jax.config import BalanceConfig
-from deepseek_jax.model import Output
 from deepseek_jax.model.layers import matmul, transpose, wide
 from deepseek_jax.model.mtp import ahead
-from deepseek_jax.parallel.mesh import data_shards
+from deepseek_jax.model.types import Output
+from deepseek_jax.parallel.sharding import data_shards
+from deepseek_jax.training.types import Batch, Normalizers, TokenLosses
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def cross_entropy(hidden_ND, head_DW, targets_N, weights_N, chunk, axis=None):
+def cross_entropy(hidden_ND: jax.Array, head_DW: jax.Array, targets_N: jax.Array, weights_N: jax.Array, chunk: int,
+                  axis: str | None = None) -> jax.Array:
     """Sum over tokens of weight * -log softmax(hidden @ head)[target], in nats, float32.
 
     Args:
@@ -37,7 +41,7 @@ def cross_entropy(hidden_ND, head_DW, targets_N, weights_N, chunk, axis=None):
 
 
 def _chunks(chunk, hidden_ND, targets_N, weights_N):
-    """Pads to whole chunks (weight 0) and splits: [N, ...] -> [N / chunk, chunk, ...] of each."""
+    """Pads to full chunks (weight 0) and splits: [N, ...] -> [N / chunk, chunk, ...] of each."""
     chunk = min(chunk, hidden_ND.shape[0])
     pad = -hidden_ND.shape[0] % chunk
 
@@ -91,7 +95,8 @@ def _cross_entropy_bwd(chunk, axis, gradients, dloss):
 cross_entropy.defvjp(_cross_entropy_fwd, _cross_entropy_bwd)
 
 
-def shifted_targets(targets_BT, weights_BT, segment_ids_BT, k):
+def shifted_targets(targets_BT: jax.Array, weights_BT: jax.Array, segment_ids_BT: jax.Array | None,
+                    k: int) -> tuple[jax.Array, jax.Array]:
     """Targets and weights of MTP depth k: position i predicts targets[i + k], if that exists and is the same segment.
 
     `segment_ids_BT` (None: one segment) are those of the input tokens.
@@ -103,15 +108,8 @@ def shifted_targets(targets_BT, weights_BT, segment_ids_BT, k):
     return ahead(targets_BT, k), ahead(weights_BT, k) * valid
 
 
-def token_losses(output: Output, head_DW, batch, chunk, axis=None):
-    """Summed main and MTP losses in nats, and the weights they are sums over.
-
-    Args:
-      batch: targets_BT int32, weights_BT float32, and segment_ids_BT int32 or None.
-      axis: as in `cross_entropy`.
-    Returns:
-      (main, main weight, mtp_D, mtp_D weights): float32 scalars and [depth] arrays.
-    """
+def token_losses(output: Output, head_DW: jax.Array, batch: Batch, chunk: int, axis: str | None = None) -> TokenLosses:
+    """Main and MTP losses of one micro-batch; `chunk` and `axis` as in `cross_entropy`."""
     def one(hidden_BTD, targets_BT, weights_BT):
         # Each device goes through its own tokens; [shards, tokens, ...] keeps them, and their part of dhead, apart.
         tokens = [x.reshape(data_shards(), -1, *x.shape[2:]) for x in (hidden_BTD, targets_BT, weights_BT)]
@@ -119,24 +117,21 @@ def token_losses(output: Output, head_DW, batch, chunk, axis=None):
         nats = jax.vmap(each)(*tokens).sum() if data_shards() > 1 else each(*(x[0] for x in tokens))
         return nats, weights_BT.sum()
 
-    targets_BT, weights_BT, segments = batch["targets_BT"], batch["weights_BT"], batch["segment_ids_BT"]
+    targets_BT, weights_BT, segments = batch.targets_BT, batch.weights_BT, batch.segment_ids_BT
     main, count = one(output.hidden_BTD, targets_BT, weights_BT)
     mtp = [one(h, *shifted_targets(targets_BT, weights_BT, segments, k + 1)) for k, h in enumerate(output.mtp_hidden)]
     zeros = jnp.zeros((0,), main.dtype)
-    return main, count, *(jnp.stack(x) if mtp else zeros for x in (zip(*mtp, strict=True) if mtp else ((), ())))
+    mtp_nats, mtp_weights = zip(*mtp, strict=True) if mtp else ((), ())
+    return TokenLosses(main, count, *(jnp.stack(x) if x else zeros for x in (mtp_nats, mtp_weights)))
 
 
-def objective(output: Output, main, mtp_D, normalizer, mtp_normalizer_D, mtp_weight, balance: BalanceConfig, share):
-    """The scalar that is differentiated, of one micro-batch.
-
-    `normalizer`s are the weights of the WHOLE batch, and `share` is this micro-batch's part of it, so that the sum
-    over micro-batches is the loss of one large batch.
-    """
-    loss = main / normalizer
-    if mtp_D.shape[0]:
-        loss = loss + mtp_weight * (mtp_D / mtp_normalizer_D).mean()
+def objective(output: Output, losses: TokenLosses, normalizers: Normalizers, balance: BalanceConfig) -> jax.Array:
+    """The scalar that is differentiated, of one micro-batch; their sum is the loss of one large batch."""
+    loss = losses.nats / normalizers.weight
+    if losses.mtp_nats_D.shape[0]:
+        loss = loss + normalizers.mtp_lambda * (losses.mtp_nats_D / normalizers.mtp_weight_D).mean()
     if balance.sequence_loss_weight:
-        loss = loss + balance.sequence_loss_weight * share * output.sequence_loss
+        loss = loss + balance.sequence_loss_weight * normalizers.share * output.sequence_loss
     if balance.aux_loss_weight:
-        loss = loss + balance.aux_loss_weight * share * output.auxiliary_loss
+        loss = loss + balance.aux_loss_weight * normalizers.share * output.auxiliary_loss
     return loss

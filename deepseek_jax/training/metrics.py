@@ -14,11 +14,14 @@ import shutil
 import socket
 import struct
 import time
+from typing import Any
 
 import numpy as np
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 from tensorboardX.record_writer import masked_crc32c
+
+from deepseek_jax import io
 
 
 def max_vio(counts_LE) -> float:
@@ -27,6 +30,11 @@ def max_vio(counts_LE) -> float:
         return 0.0
     mean_L = counts_LE.mean(-1)
     return float(((counts_LE.max(-1) - mean_L) / (mean_L + (mean_L == 0))).mean())  # a layer without tokens counts 0
+
+
+def all_layers(counts: dict[str, Any]) -> np.ndarray:
+    """Counts of the MoE layers and of the MTP modules, one array [layers, E]; [0, 0] for a dense model."""
+    return np.concatenate([np.asarray(c) for _, c in sorted(counts.items())]) if counts else np.zeros((0, 0), np.int32)
 
 
 class MetricsWriter:
@@ -70,7 +78,7 @@ class MetricsWriter:
         counts_LE = np.asarray(counts_LE, np.int32)
         if not (self._loads / "shape.json").exists():
             self._loads.mkdir(exist_ok=True)
-            _replace(self._loads / "shape.json", json.dumps(counts_LE.shape))
+            io.write_json(self._loads / "shape.json", counts_LE.shape, indent=None, sync=True)
         _append(self._loads / "counts.int32", np.concatenate([np.int32([step]), counts_LE.ravel()]).tobytes())
 
     def _add_event(self, **fields):
@@ -126,21 +134,11 @@ def _append(path, data):
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
-def _replace(path, text):
-    """Writes beside, then renames: a reader, or a kill, meets the old file or the new one."""
-    beside = path.with_name(path.name + ".new")
-    with open(beside, "w") as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-    beside.replace(path)
-
-
 def _drop_rows(path, last):
     """Drops rows after step `last`, and half rows; returns those that stay."""
     rows = [row for row in read_metrics(path.parent) if row["step"] <= last]
     if path.exists():
-        _replace(path, "".join(json.dumps(row) + "\n" for row in rows))
+        io.write_text(path, "".join(json.dumps(row) + "\n" for row in rows), sync=True)
     return rows
 
 

@@ -8,8 +8,8 @@ Nothing is compiled: the reports say what XLA counted, the planner is asked agai
 import json
 import pathlib
 
-from deepseek_jax.cli import write_json
 from deepseek_jax.config import FP8Config, MeshConfig, ModelConfig, model_config
+from deepseek_jax.io import write_json
 from deepseek_jax.scale import memory
 from deepseek_jax.scale.layout import Layout
 

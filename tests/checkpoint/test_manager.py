@@ -18,6 +18,7 @@ import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from deepseek_jax import io
 from deepseek_jax.checkpoint import manifest
 from deepseek_jax.checkpoint.manager import CheckpointError, Checkpoints, restore_items
 from deepseek_jax.config import ConfigError
@@ -267,8 +268,8 @@ def no_space(*_args, **_kwargs):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-@pytest.mark.parametrize("owner, name", [(manifest, "write_json"), (manifest, "_fingerprint"),
-                                         (ocp.AsyncCheckpointer, "save"), (manifest, "_sync")])
+@pytest.mark.parametrize("owner, name", [(io, "write_json"), (manifest, "_fingerprint"),
+                                         (ocp.AsyncCheckpointer, "save"), (io, "sync_file")])
 def test_a_full_disk_anywhere_in_a_save_is_one_line_and_leaves_the_older(tmp_path, monkeypatch, owner, name):
     save_steps(tmp_path, [1])
     checkpoints = Checkpoints(tmp_path, keep=1)

@@ -17,8 +17,8 @@ from deepseek_jax.checkpoint.manager import Checkpoints, restore_items
 from deepseek_jax.config import Config, as_dict, freeze
 from deepseek_jax.interop import dequantized, load_hf, save_hf
 from deepseek_jax.interop.convert import from_hf, to_hf
-from deepseek_jax.training.loop import load_workdir_config, starting_state
-from deepseek_jax.training.summary import load_trained
+from deepseek_jax.training.loop import starting_state
+from deepseek_jax.workdir import load_run, load_workdir_config
 from tests.interop import checkpoints
 from tests.model import naive
 
@@ -174,7 +174,7 @@ def test_routing_stays_in_float32(fp8_folder):
 def test_a_converted_checkpoint_is_what_load_hf_gives(tmp_path):
     from_hf(checkpoints.golden("mtp"), str(tmp_path / "run"))
 
-    config, variables, step = load_trained(str(tmp_path / "run"))
+    config, variables, step = load_run(str(tmp_path / "run"))
     cfg, loaded = load_hf(checkpoints.golden("mtp"))
     assert (step, config.model) == (0, cfg)
     assert_same_trees(variables, loaded)

@@ -188,7 +188,7 @@ def moe(cfg, p, x_BTD, bias_E):
             counts_E[e] += 1
             y_BTD[b, t] += g * ffn({name: p[name][e] for name in ("gate", "up", "down")}, x_BTD[b, t])
     scores_NE = scores_BTE.reshape(-1, cfg.num_experts)
-    return y_BTD, dict(counts=counts_E, sequence_loss=sequence_loss(cfg, scores_BTE),
+    return y_BTD, dict(counts_E=counts_E, sequence_loss=sequence_loss(cfg, scores_BTE),
                        auxiliary_loss=auxiliary_loss(cfg, scores_NE, chosen_NK))
 
 
@@ -230,6 +230,6 @@ def model(cfg, variables, tokens_BT, positions=None, segments=None):
     every = stats["bias"] + stats["mtp_bias"]
     return dict(logits=hidden @ p["head"], hidden=hidden, mtp_hidden=mtp_hidden,
                 mtp_logits=[h @ p["head"] for h in mtp_hidden],
-                counts={name: np.stack([s["counts"] for s in seen]) for name, seen in stats.items() if seen},
+                counts={name: np.stack([s["counts_E"] for s in seen]) for name, seen in stats.items() if seen},
                 sequence_loss=np.mean([s["sequence_loss"] for s in every]) if every else 0.0,
                 auxiliary_loss=np.mean([s["auxiliary_loss"] for s in every]) if every else 0.0)

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from deepseek_jax.config import Yarn
-from deepseek_jax.model.attention import MLA, attend
+from deepseek_jax.model.attention import MLA
+from deepseek_jax.model.blockwise import attend
 from deepseek_jax.model.rope import rope_table
 from tests.model import naive
 

@@ -10,6 +10,7 @@ import pytest
 from deepseek_jax.model import layers
 from deepseek_jax.model.rope import rope_table
 from deepseek_jax.model.transformer import Block, DeepSeekV3, rematerialized
+from deepseek_jax.model.types import TokenContext
 from tests.model import naive
 
 RNG = np.random.default_rng(0)
@@ -94,12 +95,13 @@ def kept(remat, moe):
     cfg = naive.tiny(remat=remat)
     x_BTD = np.zeros((2, 8, cfg.d_model), np.float32)
     bias_E = np.zeros(cfg.num_experts, np.float32) if moe else None
-    rope = rope_table(cfg, np.zeros((2, 8), np.int32), jnp.float32)
+    context = TokenContext(rope_table(cfg, np.zeros((2, 8), np.int32), jnp.float32), tokens_BT=np.zeros((2, 8), int),
+                           positions_BT=np.zeros((2, 8), int))
     block = rematerialized(Block, cfg, scanned=True)(cfg, moe=moe)
-    variables = jax.eval_shape(block.init, jax.random.key(0), x_BTD, bias_E, rope, None)
+    variables = jax.eval_shape(block.init, jax.random.key(0), x_BTD, bias_E, context)
 
     def pull(variables, x_BTD):
-        return jax.vjp(lambda v, x: block.apply(v, x, bias_E, rope, None)[0], variables, x_BTD)[1]
+        return jax.vjp(lambda v, x: block.apply(v, x, bias_E, context)[0], variables, x_BTD)[1]
 
     residuals = jax.tree.leaves(jax.eval_shape(pull, variables, x_BTD))
     return collections.Counter((str(r.dtype), r.shape) for r in residuals)

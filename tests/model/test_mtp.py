@@ -17,12 +17,7 @@ DEEP = naive.tiny(dtype="float64", mtp_depth=DEPTH, num_layers=2)
 class Nothing(nn.Module):
     """In the place of the transformer block: hands its input on."""
 
-    cfg: object
-    moe: bool
-    capture: tuple = ()
-    mesh: object = None
-
-    def __call__(self, x_BTD, bias_E, rope, segment_ids_BT):
+    def __call__(self, x_BTD, bias_E, context):
         return x_BTD, {}
 
 
@@ -30,9 +25,9 @@ def test_a_depth_projects_the_normed_embedding_and_the_normed_hidden_state_in_th
     cfg = naive.tiny()
     hidden, embedding = np.random.default_rng(0).standard_normal((2, 2, 3, cfg.d_model)).astype(np.float32)
     module = MTPModule(cfg, Nothing)
-    variables = naive.fill(jax.eval_shape(module.init, jax.random.key(0), hidden, embedding, None, None, None))
+    variables = naive.fill(jax.eval_shape(module.init, jax.random.key(0), hidden, embedding, None, None))
 
-    found, _ = module.apply(variables, hidden, embedding, None, None, None)
+    found, _ = module.apply(variables, hidden, embedding, None, None)
 
     p, D = variables["params"], cfg.d_model
     halves = naive.norm(embedding, p["embedding_norm"]), naive.norm(hidden, p["hidden_norm"])

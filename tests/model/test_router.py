@@ -121,7 +121,7 @@ def test_no_gradient_reaches_the_bias_while_the_router_weight_gets_one(kind):
 
     def total(variables, bias_E):
         y_BTD, stats = module.apply(variables, x_BTD, bias_E)
-        return (y_BTD**2).sum() + stats["sequence_loss"] + stats["auxiliary_loss"]
+        return (y_BTD**2).sum() + stats.sequence_loss + stats.auxiliary_loss
 
     grads, dbias_E = jax.jit(jax.grad(total, argnums=(0, 1)))(variables, bias_E)
 
@@ -134,8 +134,8 @@ def test_every_choice_is_counted_once():
 
     _, stats = jax.jit(module.apply)(variables, x_BTD, bias_E)
 
-    assert stats["counts"].sum() == 2 * 6 * module.cfg.experts_per_token
-    assert np.array_equal(stats["counts"], np.bincount(np.ravel(stats["captured"]["chosen"]), minlength=8))
+    assert stats.counts_E.sum() == 2 * 6 * module.cfg.experts_per_token
+    assert np.array_equal(stats.counts_E, np.bincount(np.ravel(stats.captured["chosen"]), minlength=8))
 
 
 def test_scores_are_float32_in_a_bfloat16_model():
@@ -143,7 +143,7 @@ def test_scores_are_float32_in_a_bfloat16_model():
 
     _, stats = jax.eval_shape(module.apply, variables, x_BTD.astype(jnp.bfloat16), bias_E)
 
-    assert stats["captured"]["scores"].dtype == jnp.float32
+    assert stats.captured["scores"].dtype == jnp.float32
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,8 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from deepseek_jax.config import BalanceConfig, Config, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
-from deepseek_jax.parallel import mesh as meshes
+from deepseek_jax.parallel.mesh import DATA, make_mesh
+from deepseek_jax.parallel.sharding import storage_shardings
 from deepseek_jax.training.step import init_state, train_step
 
 QUICKLY = {"xla_backend_optimization_level": 0}
@@ -23,7 +24,7 @@ MODEL = dict(vocab_size=VOCAB, d_model=32, num_layers=2, num_dense_layers=1, num
 
 @functools.cache
 def mesh_of(cfg: MeshConfig):
-    return meshes.make_mesh(cfg, jax.devices()[:cfg.devices])
+    return make_mesh(cfg, jax.devices()[:cfg.devices])
 
 
 def on(cfg: MeshConfig):
@@ -57,7 +58,7 @@ def place_batch(config, batch):
     if config.mesh.devices == 1:
         return batch
     mesh = mesh_of(config.mesh)
-    split = {name: PartitionSpec(*[None] * (x.ndim > 2), meshes.DATA) if x.ndim else PartitionSpec()
+    split = {name: PartitionSpec(*[None] * (x.ndim > 2), DATA) if x.ndim else PartitionSpec()
              for name, x in batch.items()}
     return {name: jax.device_put(x, NamedSharding(mesh, split[name])) for name, x in batch.items()}
 
@@ -74,7 +75,7 @@ def start(config):
     state = fresh_state(dataclasses.replace(config.model, remat="none"))
     if config.mesh.devices == 1:
         return jax.tree.map(jnp.asarray, state), None
-    shardings = meshes.master_shardings(state, mesh_of(config.mesh))
+    shardings = storage_shardings(state, mesh_of(config.mesh))
     return jax.device_put(state, shardings), shardings
 
 
@@ -94,5 +95,5 @@ def train(config, steps):
     run, (state, _), losses = compiled_step(config), start(config), []
     for step in range(steps):
         state, metrics = run(state, place_batch(config, batch_of(config, step)))
-        losses.append(float(metrics["loss"]))
+        losses.append(float(metrics.loss))
     return np.array(losses), jax.device_get(state.router), jax.device_get(metrics)

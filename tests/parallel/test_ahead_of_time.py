@@ -17,21 +17,21 @@ import jax, jax.numpy as jnp
 from jax.sharding import NamedSharding
 from deepseek_jax.config import MeshConfig, model_config
 from deepseek_jax.model import experts
-from deepseek_jax.parallel import mesh as meshes
+from deepseek_jax.parallel import mesh, sharding
 from kernels_pallas.tools.compile_report import described
 
 devices = described("1x2x8")
 cfg = MeshConfig(node=2, local=8, buffers="ragged", capacity=1.5)
 model = model_config("v3_671b", num_experts=64, d_model=1024, expert_ffn_dim=512)
 experts.implementation_here = lambda: "ragged"  # of the machine it is compiled for, not of this one
-mesh = meshes.make_mesh(cfg, devices)
+mesh = mesh.make_mesh(cfg, devices)
 x = jax.ShapeDtypeStruct((16, 1024, 1024), jnp.bfloat16)
 bias = jax.ShapeDtypeStruct((64,), jnp.float32)
 shapes = jax.eval_shape(experts.MoE(model).init, jax.random.key(0), x, bias)
 lie = lambda path, leaf: NamedSharding(
-    mesh, meshes.place(path.replace("params", "layers/ffn"), leaf.shape, mesh).compute)
-where = (jax.tree.map(lie, meshes.paths(shapes), shapes), NamedSharding(mesh, meshes.spec("batch", None, None)),
-         NamedSharding(mesh, meshes.spec(None)))
+    mesh, sharding.leaf_sharding(path.replace("params", "layers/ffn"), leaf.shape, mesh).compute)
+where = (jax.tree.map(lie, sharding.paths(shapes), shapes), NamedSharding(mesh, sharding.spec("batch", None, None)),
+         NamedSharding(mesh, sharding.spec(None)))
 def loss(variables, x, bias):
     return experts.MoE(model, cfg).apply(variables, x, bias)[0].astype(jnp.float32).sum()
 def compiled(f):

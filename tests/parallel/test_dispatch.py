@@ -16,7 +16,7 @@ from deepseek_jax.model import router as routing
 from deepseek_jax.model.experts import FP8_WIRE
 from deepseek_jax.parallel import dispatch
 from deepseek_jax.parallel.dispatch import copy_bytes
-from deepseek_jax.parallel.mesh import spec
+from deepseek_jax.parallel.sharding import spec
 from tests.parallel.meshes import QUICKLY, on
 
 N, K, E, D = 32, 3, 16, 4
@@ -55,7 +55,8 @@ def through(cfg, wire=dispatch.PLAIN):
     """(tokens, choices, gates, weights, dy) -> (output, traffic, gradients), jitted once a mesh."""
     def run(x_ND, chosen_NK, gates_NK, w_ED, dy_ND):
         def f(x_ND, gates_NK, w_ED):
-            return dispatch.to_experts(cfg, E, cfg.node, experts, x_ND, chosen_NK, gates_NK, (w_ED,), wire)
+            return dispatch.to_experts(dispatch.Placement(cfg, E, cfg.node, wire), experts, x_ND, chosen_NK, gates_NK,
+                                       (w_ED,))
 
         y_ND, pull, traffic = jax.vjp(f, x_ND, gates_NK, w_ED, has_aux=True)
         return y_ND, traffic, pull(dy_ND)
@@ -68,7 +69,7 @@ def dispatched(cfg, chosen_NK, **options):
     with on(cfg):
         y_ND, traffic, grads = jax.device_get(through(cfg, **options)(x_ND, chosen_NK.astype(np.int32), gates_NK, w_ED,
                                                                       dy_ND))
-    return y_ND, {name: int(n) for name, n in traffic.items()}, grads
+    return y_ND, jax.tree.map(int, traffic), grads
 
 
 def expected(chosen_NK):
@@ -83,7 +84,7 @@ def test_every_choice_is_served_once_and_gradients_come_back(name, routing):
     chosen_NK = ROUTINGS[routing]
     y_ND, traffic, grads = dispatched(MESHES[name], chosen_NK)
 
-    assert traffic["computed"] == traffic["choices"] == N * K and traffic["tokens"] == N  # conservation
+    assert traffic.computed == traffic.choices == N * K and traffic.tokens == N  # conservation
     same_ND, same_grads = expected(chosen_NK)
     np.testing.assert_allclose(y_ND, same_ND, rtol=1e-6)
     for found, right in zip(grads, same_grads):
@@ -110,8 +111,8 @@ def test_copies_are_those_that_the_nodes_and_devices_of_the_choices_ask_for(name
         else:
             counted["across"] += len(nodes - {here})
             counted["inside"] += sum(d % cfg.local != home % cfg.local for d in devices)
-    assert {name: traffic[name] for name in counted} == counted
-    assert traffic["nodes"] <= N * min(K, cfg.node)
+    assert {name: getattr(traffic, name) for name in counted} == counted
+    assert traffic.nodes <= N * min(K, cfg.node)
 
 
 def test_two_hops_are_the_flat_form_with_fewer_copies_between_nodes():
@@ -121,7 +122,7 @@ def test_two_hops_are_the_flat_form_with_fewer_copies_between_nodes():
 
     np.testing.assert_allclose(y_ND, flat_ND, rtol=1e-6)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), grads, flat_grads)
-    assert traffic["across"] < flat_traffic["across"] == traffic["flat_across"]
+    assert traffic.across < flat_traffic.across == traffic.flat_across
 
 
 def test_counters_of_a_step_with_billions_of_choices_do_not_wrap():
@@ -141,8 +142,8 @@ def test_a_capacity_counts_what_it_drops_and_drops_nothing_else(form):
     kept, dropped = ROUTINGS["mixed"], ROUTINGS["all on one device"]
     for chosen_NK in (kept, dropped):
         y_ND, traffic, _ = dispatched(cfg, chosen_NK)
-        missing = traffic["dropped"]
-        assert missing == traffic["choices"] - traffic["computed"]
+        missing = traffic.dropped
+        assert missing == traffic.choices - traffic.computed
         right_ND, _ = expected(chosen_NK)
         wrong = ~np.isclose(y_ND, right_ND, rtol=1e-5).all(axis=1)
         assert wrong.sum() <= missing <= wrong.sum() * K
@@ -153,7 +154,7 @@ def test_a_generous_capacity_is_exact():
     cfg = MeshConfig(node=2, local=4, capacity=8.0)
     y_ND, traffic, _ = dispatched(cfg, ROUTINGS["all on one device"])
 
-    assert traffic["computed"] == N * K
+    assert traffic.computed == N * K
     np.testing.assert_allclose(y_ND, expected(ROUTINGS["all on one device"])[0], rtol=1e-6)
 
 
@@ -213,7 +214,7 @@ def test_a_ragged_receiver_that_is_full_drops_what_comes_last_and_counts_it(ragg
     cfg = MeshConfig(node=2, local=4, buffers="ragged", capacity=1.0)
     for name, most_kept in (("mixed", True), ("all on one device", False)):
         y_ND, traffic, grads = dispatched(cfg, ROUTINGS[name])
-        missing = traffic["choices"] - traffic["computed"]
+        missing = traffic.choices - traffic.computed
         wrong = ~np.isclose(y_ND, expected(ROUTINGS[name])[0], rtol=1e-5).all(axis=1)
         assert (missing < N) == most_kept and wrong.sum() <= missing <= wrong.sum() * K
         assert all(np.isfinite(g).all() for g in grads)
@@ -291,15 +292,15 @@ def test_the_counters_of_a_64_device_mesh_measure_it():
     code = """
 import jax, jax.numpy as jnp, numpy as np
 from deepseek_jax.config import MeshConfig, model_config
-from deepseek_jax.parallel.dispatch import to_experts, traffic_per_token
+from deepseek_jax.parallel.dispatch import Placement, to_experts, traffic_per_token
 from deepseek_jax.parallel.mesh import make_mesh
 from tests.parallel.test_dispatch import v3_choices
 experts = lambda x, ids, gates, w: (x * gates.sum(1, keepdims=True), (ids > 0).sum())
 for form in ("two_hop", "flat"):
     cfg, chosen = MeshConfig(node=8, local=8, dispatch=form), v3_choices(512)
     with jax.set_mesh(make_mesh(cfg)):
-        traffic = jax.jit(lambda x: to_experts(cfg, 256, 4, experts, x, chosen, jnp.ones((512, 8)), ())[1])(
-            jnp.ones((512, 2)))
+        run = lambda x: to_experts(Placement(cfg, 256, 4), experts, x, chosen, jnp.ones((512, 8)), ())[1]
+        traffic = jax.jit(run)(jnp.ones((512, 2)))
     found = traffic_per_token(cfg, model_config("v3_671b"), jax.device_get(traffic))
     print(form, found["cross_node_bytes"], found["flat_cross_node_bytes"], found["nodes_per_token"],
           found["dropped_choices"])

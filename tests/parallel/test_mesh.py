@@ -12,9 +12,11 @@ from jax.sharding import PartitionSpec as P
 from deepseek_jax.checkpoint.manager import Checkpoints
 from deepseek_jax.config import ConfigError, MeshConfig, freeze, load_config, model_config
 from deepseek_jax.model import DeepSeekV3
-from deepseek_jax.parallel import mesh as meshes
-from deepseek_jax.parallel.mesh import abstract_mesh, bytes_per_device, make_mesh, place, spec
-from deepseek_jax.parallel.runner import Devices
+from deepseek_jax.parallel import capacity, sharding
+from deepseek_jax.parallel.capacity import parameter_bytes
+from deepseek_jax.parallel.mesh import abstract_mesh, make_mesh
+from deepseek_jax.parallel.runner import Runner
+from deepseek_jax.parallel.sharding import leaf_sharding, spec
 from deepseek_jax.training.step import init_state
 from tests.parallel.meshes import config_of, fresh_state, mesh_of
 
@@ -34,14 +36,14 @@ REPORT = MeshConfig(pipe=16, replica=2, node=8, local=8)  # the report's 2048 GP
      ("router/bias", (58, 256), P(None, None), P(None, None)),
      ("opt_state/1/count", (), P(), P()), ("rng", (), P(), P())])
 def test_a_leaf_lies_where_its_dimensions_say(path, shape, compute, master):
-    assert place(path, shape, abstract_mesh(REPORT)) == (compute, master)
+    assert leaf_sharding(path, shape, abstract_mesh(REPORT)) == (compute, master)
 
 
 def test_a_leaf_without_a_rule_is_an_error_that_names_it():
     for path, shape in (("params/layers/ffn/gates", (2, 8, 4)), ("opt_state/1/mu/layers/attention/q_c", (3, 3)),
                         ("params/head", (4,))):
         with pytest.raises(ValueError, match=path):
-            place(path, shape, abstract_mesh(REPORT))
+            leaf_sharding(path, shape, abstract_mesh(REPORT))
 
 
 def test_two_dimensions_cannot_be_split_over_one_axis():
@@ -56,7 +58,7 @@ def test_every_leaf_of_a_training_state_has_a_rule(name):
     config = freeze({"model": model_config(name), "train": {"ema_decay": 0.9}})
     state = jax.eval_shape(functools.partial(init_state, config))
 
-    assert len(jax.tree.leaves(meshes.master_shardings(state, abstract_mesh(REPORT)))) == len(jax.tree.leaves(state))
+    assert len(jax.tree.leaves(sharding.storage_shardings(state, abstract_mesh(REPORT)))) == len(jax.tree.leaves(state))
 
 
 @pytest.mark.parametrize("cfg", [REPORT, MeshConfig(replica=32, node=8, local=8)], ids=["pipe=16", "pipe=1"])
@@ -64,28 +66,28 @@ def test_on_2048_devices_nothing_that_should_be_split_is_whole(cfg):
     config = load_config("experiments/configs/v3_671b.py")
     state = jax.eval_shape(functools.partial(init_state, config))
     mesh, whole = abstract_mesh(cfg), []
-    leaves = zip(jax.tree.leaves(meshes.paths(state)), jax.tree.leaves(state))
+    leaves = zip(jax.tree.leaves(sharding.paths(state)), jax.tree.leaves(state))
     for path, leaf in leaves:
-        parts = math.prod(mesh.shape[axis] for entry in place(path, leaf.shape, mesh).master
-                          for axis in meshes.axes_of(entry))
+        parts = math.prod(mesh.shape[axis] for entry in leaf_sharding(path, leaf.shape, mesh).master
+                          for axis in sharding.axes_of(entry))
         if leaf.size > 1_000_000:
-            assert parts == cfg.devices, path  # experts by their place, all else by ZeRO-1
+            assert parts == cfg.devices, path  # experts by their leaf_sharding, all else by ZeRO-1
         elif parts == 1:
             whole += [path]
     assert {path.rsplit("/", 1)[-1] for path in whole} <= {"bias", "mtp_bias", "step", "rng", "count"}
-    expert = [place(path, leaf.shape, mesh).compute for path, leaf in zip(
-        jax.tree.leaves(meshes.paths(state.params)), jax.tree.leaves(state.params)) if leaf.size > 10**10]
+    expert = [leaf_sharding(path, leaf.shape, mesh).compute for path, leaf in zip(
+        jax.tree.leaves(sharding.paths(state.params)), jax.tree.leaves(state.params)) if leaf.size > 10**10]
     assert len(expert) == 3 and all(entry[1] == ("node", "local") for entry in expert)
 
 
 def test_the_table_of_bytes_adds_up_to_the_state():
     config = load_config("experiments/configs/v3_671b.py")
     state = jax.eval_shape(functools.partial(init_state, config))
-    table = bytes_per_device(state.params, abstract_mesh(REPORT))
+    table = parameter_bytes(state.params, abstract_mesh(REPORT))
 
     total = sum(leaf.size * 4 for leaf in jax.tree.leaves(state.params))
-    assert set(table) == {name for name, _ in meshes.GROUPS}
-    assert total / 2048 <= sum(row["master"] for row in table.values()) < 1.001 * total / 2048
+    assert set(table) == {name for name, _ in capacity.GROUPS}
+    assert total / 2048 <= sum(row["storage"] for row in table.values()) < 1.001 * total / 2048
     assert table["experts"]["compute"] == 4 * 3 * 4 * 7168 * 2048 * 4  # four experts of each of a stage's four layers
 
 
@@ -102,7 +104,7 @@ def traced(mesh):
 def test_the_full_model_traces_on_the_mesh_of_the_report():
     output = traced(MeshConfig(replica=32, node=8, local=8))
 
-    assert output.hidden_BTD.shape == (2048, 4096, 7168) and output.traffic["computed"].shape == ()
+    assert output.hidden_BTD.shape == (2048, 4096, 7168) and output.traffic.computed.shape == ()
 
 
 # Elastic: a checkpoint of one mesh is read on another.
@@ -113,7 +115,7 @@ def test_the_full_model_traces_on_the_mesh_of_the_report():
                                              (MeshConfig(), MeshConfig(node=4, local=2))])
 def test_a_checkpoint_of_one_mesh_is_read_on_another_to_the_bit(tmp_path, saved, read):
     state = fresh_state(config_of(dtype="float32").model)
-    on = lambda cfg: meshes.master_shardings(state, mesh_of(cfg))
+    on = lambda cfg: sharding.storage_shardings(state, mesh_of(cfg))
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(3, jax.device_put(state, on(saved)) if saved.devices > 1 else state, {})
     checkpoints.wait()
@@ -162,4 +164,4 @@ def test_sizes_that_do_not_divide_say_which_would(mesh, model, complaint):
 
 def test_ragged_buffers_on_a_cpu_say_what_to_take():
     with pytest.raises(ConfigError, match="mesh.buffers='ragged' is not for a CPU, .* take 'static'"):
-        Devices(config_of(MeshConfig(local=8, buffers="ragged")))
+        Runner(config_of(MeshConfig(local=8, buffers="ragged")))

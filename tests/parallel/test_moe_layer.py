@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from deepseek_jax.config import FP8Config, MeshConfig
-from deepseek_jax.model.experts import MoE, resident_experts, routed_experts
+from deepseek_jax.model.experts import ExpertWeights, MoE, resident_experts, routed_experts
 from deepseek_jax.model.layers import SAVED_NAMES
 from deepseek_jax.parallel.mesh import abstract_mesh
 from deepseek_jax.training.step import accumulate
@@ -49,8 +49,8 @@ def test_the_layer_is_the_layer_of_one_device_with_its_gradients():
     found, expected = layer(CFG, MESH), layer(CFG, MeshConfig())
 
     assert_close(found[:2], expected[:2], 2e-5)
-    np.testing.assert_array_equal(found[2]["counts"], expected[2]["counts"])
-    assert found[2]["traffic"]["computed"] == 64 * CFG.experts_per_token and expected[2]["traffic"] == {}
+    np.testing.assert_array_equal(found[2].counts_E, expected[2].counts_E)
+    assert found[2].traffic.computed == 64 * CFG.experts_per_token and expected[2].traffic is None
 
 
 def error(found, expected):
@@ -78,17 +78,18 @@ def test_experts_elsewhere_compute_in_fp8_as_experts_here_do():
 def test_experts_here_ignore_choices_that_are_served_elsewhere(implementation):
     rng = np.random.default_rng(1)
     weights = [rng.standard_normal(shape).astype(np.float32) for shape in ((4, 6, 5), (4, 6, 5), (4, 5, 6))]
-    weights = jax.tree.map(jnp.asarray, weights)
+    weights = ExpertWeights(*map(jnp.asarray, weights))
     x_ND, gates_NK = (jnp.asarray(x, jnp.float32) for x in (rng.standard_normal((40, 6)), rng.random((40, 3))))
     chosen_NK = rng.permuted(np.tile(np.arange(4), (40, 1)), axis=1)[:, :3].astype(np.int32)
     here_NK = rng.random((40, 3)) < 0.4
 
     def found(x_ND, *weights):
         id_NK, gate_NK = jnp.where(here_NK, chosen_NK + 1, 0), jnp.where(here_NK, gates_NK, 0)
-        return resident_experts(x_ND, id_NK, gate_NK, weights, 40, implementation=implementation)
+        return resident_experts(x_ND, id_NK, gate_NK, ExpertWeights(*weights), 40, implementation=implementation)
 
     def expected(x_ND, *weights):
-        return routed_experts(x_ND, chosen_NK, jnp.where(here_NK, gates_NK, 0), *weights, implementation="reference")
+        return routed_experts(x_ND, chosen_NK, jnp.where(here_NK, gates_NK, 0), ExpertWeights(*weights),
+                              "reference")
 
     (y_ND, computed), pull = jax.vjp(found, x_ND, *weights)
     same_ND, pull_same = jax.vjp(expected, x_ND, *weights)
@@ -99,7 +100,8 @@ def test_experts_here_ignore_choices_that_are_served_elsewhere(implementation):
 
 def test_experts_here_with_little_room_drop_the_last_rows_and_say_how_many():
     rng = np.random.default_rng(2)
-    weights = [rng.standard_normal(shape).astype(np.float32) for shape in ((2, 6, 5), (2, 6, 5), (2, 5, 6))]
+    shapes = ((2, 6, 5), (2, 6, 5), (2, 5, 6))
+    weights = ExpertWeights(*(rng.standard_normal(shape).astype(np.float32) for shape in shapes))
     x_ND = jnp.asarray(rng.standard_normal((64, 6)), jnp.float32)
     run = functools.partial(resident_experts, x_ND, jnp.ones((64, 1), jnp.int32), jnp.ones((64, 1)), weights, 32)
     (all_ND, everything), (some_ND, some) = run(), run(capacity=1.0)

@@ -36,7 +36,7 @@ def test_in_float64_twenty_steps_are_those_of_one_device(case, alone):
 
     np.testing.assert_allclose(losses, alone[0], rtol=1e-9)
     jax.tree.map(np.testing.assert_array_equal, router, alone[1])
-    assert metrics["traffic"]["computed"] == metrics["traffic"]["choices"] == 2 * 32 * 16 * 3
+    assert metrics.traffic.computed == metrics.traffic.choices == 2 * 32 * 16 * 3
 
 
 @pytest.mark.parametrize("case", ["node=2 local=4", "node=2 local=2 tensor=2"])

@@ -5,7 +5,7 @@ import json
 import matplotlib.axes
 import pytest
 
-from deepseek_jax import cli
+from deepseek_jax import cli, runtime
 from deepseek_jax.config.schema import ConfigError
 from deepseek_jax.pipeline import __main__ as pipeline
 from deepseek_jax.pipeline import make_schedule
@@ -50,7 +50,7 @@ def test_every_operation_is_drawn_once_in_each_half_and_none_on_top_of_another(
 
 def run(monkeypatch, capsys, *arguments):
     monkeypatch.setattr("sys.argv", ["pipeline", *arguments])
-    monkeypatch.setattr(cli, "reuse_memory", lambda: None)
+    monkeypatch.setattr(runtime, "reuse_memory", lambda: None)
     with pytest.raises(SystemExit) as stop:
         cli.run(pipeline.main)
     return stop.value.code, *capsys.readouterr()

@@ -11,11 +11,11 @@ import pytest
 
 from deepseek_jax.config import ConfigError, FP8Config, MeshConfig
 from deepseek_jax.config.mesh import PipelineConfig
-from deepseek_jax.parallel.runner import Devices
+from deepseek_jax.model.router import update_bias
+from deepseek_jax.parallel.runner import Runner
 from deepseek_jax.pipeline import make_schedule
 from deepseek_jax.pipeline.model import describe, slots
-from deepseek_jax.training import step as steps
-from deepseek_jax.training.step import accumulate
+from deepseek_jax.training.step import accumulate, eval_step
 from tests import runs
 from tests.model import naive
 from tests.parallel.meshes import QUICKLY, T, batch_of, config_of, on, place_batch
@@ -79,17 +79,18 @@ def distance(a, b):
 
 def assert_same_step(config, rtol, expected=None):
     (grads, sums), (same, expected) = accumulated(config), expected or alone(config)
-    for name in ("nats", "weight", "mtp_nats", "mtp_weight"):
-        np.testing.assert_allclose(sums[name], expected[name], rtol=rtol, err_msg=name)
+    for name, found, right in zip(sums.losses._fields, sums.losses, expected.losses):
+        np.testing.assert_allclose(found, right, rtol=rtol, err_msg=name)
     far = jax.tree_util.tree_map_with_path(
         lambda path, a, b: (distance(a, b), jax.tree_util.keystr(path)), grads, same)
     worst = max(jax.tree.leaves(far, is_leaf=lambda x: isinstance(x, tuple)))
     assert worst[0] < rtol, worst
-    jax.tree.map(np.testing.assert_array_equal, sums["counts"], expected["counts"])
+    jax.tree.map(np.testing.assert_array_equal, sums.counts, expected.counts)
     model = dataclasses.replace(config.model, remat="none")
     router = variables(model).get("router", {})
-    jax.tree.map(np.testing.assert_array_equal, *(steps._update_router(config, router, counts, jnp.int32(0))
-                                                  for counts in (sums["counts"], expected["counts"])))
+    for name, bias_LE in router.items():
+        np.testing.assert_array_equal(*(update_bias(bias_LE, counts[name], config.balance.bias_speed)
+                                        for counts in (sums.counts, expected.counts)))
     return sums
 
 
@@ -121,7 +122,7 @@ def test_in_float64_losses_gradients_and_loads_are_those_without_a_pipeline(name
     layers = case.model.num_moe_layers + case.model.mtp_depth
     for count in ("computed", "choices"):
         if case.mesh.data_shards > 1:
-            assert sums["traffic"][count] == layers * ROWS * T * case.model.experts_per_token
+            assert getattr(sums.traffic, count) == layers * ROWS * T * case.model.experts_per_token
 
 
 @pytest.mark.slow
@@ -143,7 +144,7 @@ def test_experts_and_attention_compute_in_fp8_as_without_a_pipeline():
 def test_validation_losses_are_those_of_one_device():
     """Between steps every rank of `pipe` has the whole model, and scores the same tokens."""
     def scored(config):
-        run = jax.jit(functools.partial(steps.eval_step, config), compiler_options=QUICKLY)
+        run = jax.jit(functools.partial(eval_step, config), compiler_options=QUICKLY)
         made = {name: x[0] for name, x in batch(config).items() if np.ndim(x)}
         held = variables(config.model)
         with on(config.mesh):
@@ -155,7 +156,7 @@ def test_validation_losses_are_those_of_one_device():
 
     for name in ("nats", "weight"):
         np.testing.assert_allclose(found[name], expected[name], rtol=1e-12)
-    jax.tree.map(np.testing.assert_array_equal, found["counts"], expected["counts"])
+    jax.tree.map(np.testing.assert_array_equal, found.counts, expected.counts)
 
 
 @pytest.mark.slow
@@ -245,7 +246,7 @@ def test_what_padding_wastes_is_said():
     ])
 def test_what_does_not_fit_the_pipeline_is_refused_with_what_would(changes, complaint):
     with pytest.raises(ConfigError, match=complaint) as error:
-        Devices(config(**changes))
+        Runner(config(**changes))
     assert "\n" not in str(error.value)
 
 
@@ -255,4 +256,4 @@ def test_losses_and_axes_that_a_pipeline_does_not_have_are_refused():
             (dict(mesh=MeshConfig(pipe=4, tensor=2)), "mesh.tensor=2 has no place in a pipeline"),
             (dict(balance=dataclasses.replace(made.balance, aux_loss_weight=0.1)), "aux_loss_weight is a loss")):
         with pytest.raises(ConfigError, match=complaint):
-            Devices(dataclasses.replace(made, **change))
+            Runner(dataclasses.replace(made, **change))

@@ -6,7 +6,8 @@ import pytest
 
 from deepseek_jax.config import MeshConfig, model_config
 from deepseek_jax.model import DeepSeekV3
-from deepseek_jax.parallel.mesh import abstract_mesh, bytes_per_device
+from deepseek_jax.parallel.capacity import parameter_bytes
+from deepseek_jax.parallel.mesh import abstract_mesh
 from deepseek_jax.scale import costs
 
 
@@ -30,7 +31,7 @@ def test_the_main_model_of_v3_is_counted_to_the_unit():
 def test_groups_of_parameters_are_those_of_the_arrays(name):
     c = model_config(name)
     shapes = jax.eval_shape(lambda: DeepSeekV3(c).init(jax.random.key(0), np.zeros((1, 8), np.int32)))["params"]
-    table = bytes_per_device(shapes, abstract_mesh(MeshConfig()))
+    table = parameter_bytes(shapes, abstract_mesh(MeshConfig()))
 
     counted = {group: n for group, n in costs.parameters(c).items() if n}
     assert counted == {group: row["compute"] // 4 for group, row in table.items()}

@@ -11,8 +11,9 @@ import pytest
 
 from deepseek_jax.config import FP8Config, MeshConfig, model_config
 from deepseek_jax.model import DeepSeekV3, transformer
-from deepseek_jax.parallel.dispatch import plan_hops
-from deepseek_jax.parallel.mesh import abstract_mesh, bytes_per_device, make_mesh
+from deepseek_jax.parallel.capacity import parameter_bytes
+from deepseek_jax.parallel.dispatch import Placement, plan_hops
+from deepseek_jax.parallel.mesh import abstract_mesh, make_mesh
 from deepseek_jax.scale import memory
 from deepseek_jax.scale.layout import Layout
 
@@ -82,10 +83,10 @@ def shapes(name):
                                             ("v3_671b", MeshConfig(replica=2, node=8, local=8)),
                                             ("small", MeshConfig(local=4, tensor=2))])
 def test_masters_and_what_is_computed_with_are_those_of_the_rule_table(name, mesh):
-    c, table = model_config(name), bytes_per_device(shapes(name), abstract_mesh(mesh))
+    c, table = model_config(name), parameter_bytes(shapes(name), abstract_mesh(mesh))
     layout = Layout(mesh)
 
-    masters = sum(row["master"] for row in table.values())
+    masters = sum(row["storage"] for row in table.values())
     compute = sum(row["compute"] for row in table.values())
     assert memory.state(c, layout)["masters"] == pytest.approx(masters, rel=1e-2)
     assert 4 * sum(memory.held_parameters(c, layout).values()) == pytest.approx(compute, rel=1e-2)
@@ -99,7 +100,7 @@ def test_rows_that_arrive_are_those_that_dispatch_has_room_for(buffers, capacity
     spec = jax.sharding.PartitionSpec(("node", "local"))
 
     def arriving(chosen_NK):
-        return plan_hops(mesh, c.num_experts, min(2, c.groups_kept), chosen_NK)[1]
+        return plan_hops(Placement(mesh, c.num_experts, min(2, c.groups_kept)), chosen_NK)[1]
 
     inside = jax.shard_map(arriving, mesh=devices, in_specs=spec, out_specs=spec, check_vma=False)
     try:

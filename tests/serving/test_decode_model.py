@@ -13,19 +13,11 @@ from deepseek_jax.interop import load_hf, save_hf
 from deepseek_jax.model import experts
 from deepseek_jax.model.layers import head_logits
 from deepseek_jax.model.rope import rope_table
-from deepseek_jax.serving import decode_model, generate
-from deepseek_jax.serving import latent_cache as latents
-from deepseek_jax.serving.decode_model import (
-    Reach,
-    Rows,
-    all_at_once,
-    choices_in_turn,
-    forward,
-    moe,
-    predict_ahead,
-    prepare,
-    tiles_in_turn,
-)
+from deepseek_jax.serving import decode_attention, generate, latent_cache
+from deepseek_jax.serving.decode_attention import CacheGeometry, TokenSlots
+from deepseek_jax.serving.decode_model import forward, predict_ahead
+from deepseek_jax.serving.decode_moe import all_at_once, choices_in_turn, moe, tiles_in_turn
+from deepseek_jax.serving.weights import prepare
 from kernels_pallas import api
 from tests.model import naive
 
@@ -39,12 +31,12 @@ TOKENS_BT = np.random.default_rng(0).integers(0, 64, (2, LENGTH)).astype(np.int3
 
 @functools.cache
 def program(name, kind):
-    cfg, reach = CASES[name], Reach(kind, SIZE, (2, 4, 6))
+    cfg, geometry = CASES[name], CacheGeometry(kind, SIZE, (2, 4, 6))
 
     @jax.jit
-    def run(weights, cache, tokens_BT, rows):
-        hidden_BTD, cache, counts_LE = forward(cfg, reach, weights, cache, tokens_BT, rows)
-        return hidden_BTD, head_logits(hidden_BTD, weights["head"]), cache, counts_LE
+    def run(weights, cache, slots):
+        hidden_BTD, cache, counts_LE = forward(cfg, geometry, weights, cache, slots)
+        return hidden_BTD, head_logits(hidden_BTD, weights.head), cache, counts_LE
 
     return run
 
@@ -53,7 +45,7 @@ def by_steps(name, pieces, kind="float32", delay=0):
     """Hidden states, logits and counts; at most 8 tokens a step, pages in no order; row 1 starts `delay` steps late."""
     cfg = CASES[name]
     weights = prepare(cfg, naive.variables_of(cfg), cfg.mtp_depth)
-    cache = latents.make(cfg, kind, 2 * LENGTH // SIZE + 1, SIZE, cfg.mtp_depth)
+    cache = latent_cache.make(cfg, kind, 2 * LENGTH // SIZE + 1, SIZE, cfg.mtp_depth)
     table_BP = 1 + np.random.default_rng(1).permutation(2 * LENGTH // SIZE).reshape(2, -1)
     hidden, logits = np.zeros((2, LENGTH, cfg.d_model)), np.zeros((2, LENGTH, cfg.vocab_size))
     counts, at = 0, np.zeros(2, int)
@@ -63,8 +55,8 @@ def by_steps(name, pieces, kind="float32", delay=0):
         tokens_BT = np.zeros((2, width), np.int32)
         for b in range(2):
             tokens_BT[b, :taken[b]] = TOKENS_BT[b, at[b]:at[b] + taken[b]]
-        rows = Rows(at[:, None] + np.arange(width), np.arange(width) < taken[:, None], table_BP)
-        h, w, cache, counts_LE = program(name, kind)(weights, cache, tokens_BT, jax.tree.map(jnp.asarray, rows))
+        slots = TokenSlots(tokens_BT, at[:, None] + np.arange(width), np.arange(width) < taken[:, None], table_BP)
+        h, w, cache, counts_LE = program(name, kind)(weights, cache, jax.tree.map(jnp.asarray, slots))
         for b in range(2):
             hidden[b, at[b]:at[b] + taken[b]], logits[b, at[b]:at[b] + taken[b]] = h[b, :taken[b]], w[b, :taken[b]]
         counts, at = counts + np.asarray(counts_LE), at + taken
@@ -98,12 +90,13 @@ def test_the_mtp_module_over_its_cache_predicts_as_in_training():
     cfg = CASES["V3"]
     whole = naive.forward(cfg)(naive.variables_of(cfg), TOKENS_BT)
     hidden, _, _, weights, cache, table_BP = by_steps("V3", [8, 8, 8])
-    run = jax.jit(functools.partial(predict_ahead, cfg, Reach("float32", SIZE, (6,)), weights, 1))
+    run = jax.jit(functools.partial(predict_ahead, cfg, CacheGeometry("float32", SIZE, (6,)), weights, 1))
 
     for start in range(0, LENGTH - 8, 8):  # position i takes the hidden state of i and token i + 1
-        rows = Rows(jnp.arange(start, start + 8)[None].repeat(2, 0), jnp.ones((2, 8), bool), jnp.asarray(table_BP))
-        h, cache = run(cache, jnp.asarray(hidden[:, start:start + 8], jnp.float32),
-                       TOKENS_BT[:, start + 1:start + 9], rows)
+        slots = TokenSlots(jnp.asarray(TOKENS_BT[:, start + 1:start + 9]),
+                           jnp.arange(start, start + 8)[None].repeat(2, 0), jnp.ones((2, 8), bool),
+                           jnp.asarray(table_BP))
+        h, cache = run(cache, jnp.asarray(hidden[:, start:start + 8], jnp.float32), slots)
         np.testing.assert_allclose(h, whole.mtp_hidden[0][:, start:start + 8], atol=1e-4)
 
 
@@ -115,7 +108,7 @@ def test_experts_for_few_tokens_are_the_routed_experts(way, tokens):
     chosen = np.stack([rng.permutation(9)[:3] for _ in range(tokens)]).astype(np.int32)
     weights = [rng.standard_normal(shape).astype(np.float32) for shape in ((9, 6, 5), (9, 6, 5), (9, 5, 6))]
 
-    expected = experts.routed_experts(jnp.asarray(x), chosen, gates, *weights, implementation="reference")
+    expected = experts.routed_experts(jnp.asarray(x), chosen, gates, experts.ExpertWeights(*weights), "reference")
 
     np.testing.assert_allclose(jax.jit(way)(x, chosen, gates, *weights), expected, rtol=1e-4, atol=1e-4)
 
@@ -141,10 +134,11 @@ def test_a_bfloat16_layer_is_the_float32_layer_rounded(tokens):
     variables = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16).astype(jnp.float32), naive.variables_of(cfg))
     x = jnp.asarray(np.random.default_rng(0).standard_normal((1, tokens, cfg.d_model)), jnp.bfloat16)
     exact = dataclasses.replace(cfg, dtype="float32")
-    valid = jnp.arange(tokens)[None] < tokens - 1
+    none = jnp.zeros((1, tokens), jnp.int32)
+    slots = TokenSlots(none, none, jnp.arange(tokens)[None] < tokens - 1, none)
 
-    found, counts = moe(cfg, prepare(cfg, variables)["layers"][1], x, valid)
-    expected, same = moe(exact, prepare(exact, variables)["layers"][1], x.astype(jnp.float32), valid)
+    found, counts = moe(cfg, prepare(cfg, variables).layers[1], x, slots)
+    expected, same = moe(exact, prepare(exact, variables).layers[1], x.astype(jnp.float32), slots)
 
     assert (counts == same).all() and counts.sum() == (tokens - 1) * cfg.experts_per_token
     error = np.asarray(found, np.float32) - expected
@@ -154,34 +148,34 @@ def test_a_bfloat16_layer_is_the_float32_layer_rounded(tokens):
 @pytest.mark.parametrize(("page_size", "taken"), [(8, True), (128, True), (12, False), (96, False)])
 def test_a_kernel_is_asked_for_pages_that_it_reads(monkeypatch, page_size, taken):
     cfg = naive.tiny(num_layers=2, kv_rank=512, rope_head_dim=64, dtype="bfloat16")
-    monkeypatch.setattr(decode_model.api, "chosen_here", lambda operation: "hopper")
+    monkeypatch.setattr(decode_attention.api, "chosen_here", lambda operation: "hopper")
 
-    assert decode_model._has_kernel(cfg, Reach("bfloat16", page_size, (1,)), 1) == taken
+    assert decode_attention._has_kernel(cfg, CacheGeometry("bfloat16", page_size, (1,)), 1) == taken
 
 
 @pytest.mark.parametrize("kind", ["bfloat16", "fp8"])
 def test_where_there_is_a_kernel_it_is_handed_what_it_takes(monkeypatch, kind):
     cfg = naive.tiny(num_layers=2, kv_rank=512, rope_head_dim=64, dtype="bfloat16")
     weights = prepare(cfg, naive.variables_of(cfg))
-    reach = Reach(kind, 8, (2, 4))
-    cache = latents.make(cfg, kind, 9, 8)
+    geometry = CacheGeometry(kind, 8, (2, 4))
+    cache = latent_cache.make(cfg, kind, 9, 8)
     rng, calls = np.random.default_rng(0), []
     table = jnp.asarray([[3, 1, 5, 0], [2, 8, 4, 7]], jnp.int32)
-    prompt = Rows(jnp.arange(20)[None].repeat(2, 0), jnp.arange(20)[None] < jnp.array([[11], [20]]), table)
-    _, cache, _ = jax.jit(functools.partial(forward, cfg, reach))(
-        weights, cache, jnp.asarray(rng.integers(0, 64, (2, 20))), prompt)
-    last = Rows(jnp.array([[11], [20]]), jnp.ones((2, 1), bool), table)
+    prompt = TokenSlots(jnp.asarray(rng.integers(0, 64, (2, 20))), jnp.arange(20)[None].repeat(2, 0),
+                        jnp.arange(20)[None] < jnp.array([[11], [20]]), table)
+    _, cache, _ = jax.jit(functools.partial(forward, cfg, geometry))(weights, cache, prompt)
+    last = TokenSlots(jnp.zeros((2, 1), jnp.int32), jnp.array([[11], [20]]), jnp.ones((2, 1), bool), table)
     x = jnp.asarray(rng.standard_normal((2, 1, cfg.d_model)), jnp.bfloat16)
     rope = rope_table(cfg, last.position_BT, jnp.float32)
-    step = lambda: jax.jit(functools.partial(decode_model.attention, cfg, reach))(
-        weights["layers"][0]["attention"], x, rope, cache[0], last)[0].astype(jnp.float32)
+    step = lambda: jax.jit(functools.partial(decode_attention.attention, cfg, geometry))(
+        weights.layers[0].attention, x, rope, cache[0], last)[0].astype(jnp.float32)
     expected = step()
 
     def twin(*args, **options):
         calls.append(args)
         return api.mla_decode(*args, **options, implementation="reference")
 
-    monkeypatch.setattr(decode_model, "api", types.SimpleNamespace(chosen_here=lambda _: "hopper", mla_decode=twin))
+    monkeypatch.setattr(decode_attention, "api", types.SimpleNamespace(chosen_here=lambda _: "hopper", mla_decode=twin))
     found = step()
 
     assert len(calls) == 1

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 
 from deepseek_jax.config import ConfigError
-from deepseek_jax.serving import decode as programs
-from deepseek_jax.serving import latent_cache as latents
-from deepseek_jax.serving.engine import Engine, Request
+from deepseek_jax.serving import latent_cache
+from deepseek_jax.serving.decode import decode, prefill
+from deepseek_jax.serving.engine import Engine, EngineConfig, Request
 from deepseek_jax.serving.latent_cache import bytes_per_token
 from deepseek_jax.serving.openai.detokenize import TextStream
 from tests.model import naive
@@ -21,7 +21,8 @@ LONG = tuple(rng.integers(0, 64, 40).tolist())
 @pytest.fixture(scope="module")
 def warm():
     """One engine for all tests here: nothing may be left in it."""
-    engine = Engine(CFG, VARIABLES, max_sequences=2, max_length=64, depth=1, page_size=4, chunk=8, most_steps=4)
+    engine = Engine(CFG, VARIABLES, EngineConfig(
+        max_sequences=2, max_length=64, depth=1, page_size=4, chunk=8, most_steps=4))
     engine.warm_up()
     return engine
 
@@ -30,8 +31,8 @@ def warm():
 def engine(warm):
     yield warm
     warm.run()
-    warm.pool.forget()
-    assert warm.pool.owned == 0 and warm.pool.promised == 0
+    warm.pool.clear()
+    assert warm.pool.owned == 0 and warm.pool.reserved == 0
     assert warm.pool.available == warm.pool.total and sorted(warm._slots) == [0, 1]
 
 
@@ -40,13 +41,13 @@ def ids(sequence):
 
 
 def test_nothing_is_compiled_after_the_warm_up_whatever_the_mix(engine):
-    before = programs.decode._cache_size(), programs.prefill._cache_size()
+    before = decode._cache_size(), prefill._cache_size()
     for i in range(12):
         engine.submit(Request(LONG[:1 + 3 * i], 1 + i, temperature=0.5 * (i % 3), top_k=i % 2, top_p=1 - 0.3 * (i % 2),
                               seed=i, logprobs=i % 4 == 0))
     engine.run()
 
-    assert (programs.decode._cache_size(), programs.prefill._cache_size()) == before
+    assert (decode._cache_size(), prefill._cache_size()) == before
 
 
 def test_a_sequence_that_joins_later_changes_nothing_for_the_others(engine):
@@ -112,7 +113,7 @@ def test_a_common_prefix_is_read_once_and_the_continuation_is_the_same(engine):
     assert (first.reused, second.reused, third.reused) == (0, 28, 20)
     assert engine.totals["prompt_tokens"] == read + 1 + 2
     assert ids(second) == ids(first)
-    engine.pool.forget()
+    engine.pool.clear()
     again = engine.submit(Request((*prompt[:20], 3, 3, 3), 8))
     engine.run()
     assert ids(again) == ids(third)
@@ -159,18 +160,18 @@ def test_the_bytes_of_the_cache_are_those_that_the_process_grows_by():
     held = lambda: sum(x.nbytes for x in jax.live_arrays())
     before, made = held(), []
     for pages in (8, 40):
-        made.append(latents.make(CFG, "bfloat16", pages, 4))
+        made.append(latent_cache.make(CFG, "bfloat16", pages, 4))
     grown = held() - before
     assert grown == 48 * 4 * bytes_per_token(CFG, "bfloat16") and len(made) == 2
 
 
 def test_more_work_than_pages_waits_and_finishes():
-    small = Engine(CFG, VARIABLES, max_sequences=2, max_length=64, depth=1, pages=12, page_size=4, chunk=8,
-                   most_steps=4)
+    small = Engine(CFG, VARIABLES, EngineConfig(max_sequences=2, max_length=64, depth=1, pages=12, page_size=4, chunk=8,
+                   most_steps=4))
     made = [small.submit(Request(LONG[:20 + i], 16)) for i in range(6)]
     while small.busy:
         small.step()
-        assert small.pool.owned + small.pool.promised <= 12
+        assert small.pool.owned + small.pool.reserved <= 12
     assert [len(s.made) for s in made] == [16] * 6 and small.pool.available == 12
 
 
@@ -214,12 +215,13 @@ def test_a_token_begins_where_the_text_before_it_ends_whether_given_out_or_held_
 
 
 def test_short_prompts_are_read_together():
-    engine = Engine(CFG, VARIABLES, max_sequences=2, max_length=64, depth=1, page_size=4, chunk=32, most_steps=4)
+    engine = Engine(CFG, VARIABLES, EngineConfig(
+        max_sequences=2, max_length=64, depth=1, page_size=4, chunk=32, most_steps=4))
     alone = []
     for prompt in (LONG[:14], LONG[20:29]):
         alone.append(engine.submit(Request(prompt, 6)))
         engine.run()
-    engine.pool.forget()
+    engine.pool.clear()
 
     together = [engine.submit(Request(prompt, 6)) for prompt in (LONG[:14], LONG[20:29])]
     engine.step()

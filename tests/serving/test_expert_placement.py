@@ -8,10 +8,10 @@ import pytest
 
 from deepseek_jax.config import ConfigError, MeshConfig
 from deepseek_jax.parallel.mesh import make_mesh
-from deepseek_jax.serving import decode as programs
-from deepseek_jax.serving.decode_model import prepare
-from deepseek_jax.serving.engine import Engine, Request
+from deepseek_jax.serving.decode import decode, prefill
+from deepseek_jax.serving.engine import Engine, EngineConfig, Request
 from deepseek_jax.serving.expert_placement import Placement, apply, pack, plan, replicate
+from deepseek_jax.serving.weights import prepare
 from tests.model import naive
 
 CFG = naive.tiny(num_layers=3)
@@ -60,34 +60,34 @@ def test_numbers_that_do_not_divide_say_so(arguments, message):
 
 
 def test_no_output_token_changes_when_experts_move_and_are_duplicated():
-    engine = Engine(CFG, naive.variables_of(CFG), max_sequences=2, max_length=64, chunk=16)
+    engine = Engine(CFG, naive.variables_of(CFG), EngineConfig(max_sequences=2, max_length=64, chunk=16))
     before = continuations(engine)
 
     placed = plan(engine.loads_LE, places=12, groups=4, nodes=2, devices=4)
     engine.place(placed)
 
-    assert engine.weights["layers"][1]["ffn"]["gate"].shape[0] == 12
+    assert engine.weights.layers[1].ffn["gate"].shape[0] == 12
     assert continuations(engine) == before
     assert max(placed.replicas(0)[1]) > 1
 
 
 def test_no_output_token_changes_on_a_mesh_whose_devices_share_the_experts_as_planned():
     mesh = make_mesh(MeshConfig(node=2, local=2), jax.devices()[:4])
-    make = functools.partial(Engine, CFG, naive.variables_of(CFG), max_sequences=2, max_length=64, chunk=16, depth=1)
+    make = functools.partial(Engine, CFG, naive.variables_of(CFG), EngineConfig(2, 64, depth=1, chunk=16))
     before = continuations(make())
 
-    engine = make(mesh=mesh)
+    engine = make(mesh)
     assert here(engine) == [CFG.num_experts // 4] * 4
     assert continuations(engine) == before
 
     for loads_LE in (engine.loads_LE, engine.loads_LE[:, ::-1]):
         engine.place(plan(loads_LE, places=12, groups=4, nodes=2, devices=4))
         engine.warm_up()
-        compiled = programs.decode._cache_size(), programs.prefill._cache_size()
+        compiled = decode._cache_size(), prefill._cache_size()
 
         assert here(engine) == [3] * 4
         assert continuations(engine) == before
-        assert (programs.decode._cache_size(), programs.prefill._cache_size()) == compiled
+        assert (decode._cache_size(), prefill._cache_size()) == compiled
 
 
 @pytest.mark.parametrize("before", [[7, 0, 1, 2, 3, 4, 5, 6], [7, 7, 6, 5, 4, 3, 2, 1, 1, 0]],
@@ -113,7 +113,7 @@ def test_a_placement_for_another_model_is_refused(expert_LP, experts, message):
 def test_experts_that_cannot_be_shared_out_evenly_say_so():
     mesh = make_mesh(MeshConfig(local=3), jax.devices()[:3])
     with pytest.raises(ConfigError, match="over 3 devices .*number of places"):
-        Engine(CFG, naive.variables_of(CFG), max_sequences=1, max_length=32, mesh=mesh)
+        Engine(CFG, naive.variables_of(CFG), EngineConfig(max_sequences=1, max_length=32), mesh=mesh)
 
 
 def continuations(engine):
@@ -124,4 +124,4 @@ def continuations(engine):
 
 def here(engine):
     """Experts of the second layer on each device."""
-    return [shard.data.shape[0] for shard in engine.weights["layers"][1]["ffn"]["gate"].addressable_shards]
+    return [shard.data.shape[0] for shard in engine.weights.layers[1].ffn["gate"].addressable_shards]

@@ -8,7 +8,7 @@ from deepseek_jax.serving.page_pool import Pages, digests
 
 def test_a_prefix_is_found_page_by_page_and_only_after_the_same_beginning():
     pool = Pages(4, 2)
-    pool.promise(2)
+    pool.reserve(2)
     first, second = pool.take(), pool.take()
     for page, digest in zip((first, second), digests([1, 2, 3, 4], 2)):
         pool.register(page, digest)
@@ -20,7 +20,7 @@ def test_a_prefix_is_found_page_by_page_and_only_after_the_same_beginning():
 
 def test_a_released_prefix_is_kept_until_its_room_is_needed_the_longest_unused_first():
     pool = Pages(2, 1)
-    pool.promise(2)
+    pool.reserve(2)
     pages = [pool.take(), pool.take()]
     for page, token in zip(pages, (7, 8)):
         pool.register(page, next(iter(digests([token], 1))))
@@ -28,28 +28,28 @@ def test_a_released_prefix_is_kept_until_its_room_is_needed_the_longest_unused_f
         pool.release(page)
 
     assert pool.available == 2 and pool.find([7]) and pool.find([8])
-    pool.promise(1)
+    pool.reserve(1)
     assert pool.take() == pages[0]
     assert pool.find([7]) == [] and pool.find([8]) == [pages[1]]
 
 
 def test_a_released_page_of_no_known_prefix_is_free_again():
     pool = Pages(1, 2)
-    pool.promise(1)
+    pool.reserve(1)
     page = pool.take()
 
     pool.release(page)
 
     assert (pool.available, pool.owned) == (1, 0)
-    pool.promise(1)
+    pool.reserve(1)
     assert pool.take() == page
 
 
 def test_more_than_there_is_cannot_be_promised():
     pool = Pages(3, 1)
-    pool.promise(2)
+    pool.reserve(2)
     with pytest.raises(ValueError, match="1 are available"):
-        pool.promise(2)
+        pool.reserve(2)
 
 
 def test_random_use_loses_no_page():
@@ -65,14 +65,14 @@ def test_random_use_loses_no_page():
             if new + sum(map(pool.idle, shared)) <= pool.available:
                 for page in shared:
                     pool.share(page)
-                pool.promise(new)
+                pool.reserve(new)
                 held.append(shared + [pool.take() for _ in range(new)])
                 for page, digest in zip(held[-1], digests(tokens, 2)):
                     pool.register(page, digest)
         owned = {page for pages in held for page in pages}
-        assert pool.owned == len(owned) and pool.available == 20 - len(owned) and pool.promised == 0
+        assert pool.owned == len(owned) and pool.available == 20 - len(owned) and pool.reserved == 0
     for pages in held:
         for page in pages:
             pool.release(page)
-    pool.forget()
+    pool.clear()
     assert pool.available == 20 and sorted(pool._free) == list(range(1, 21))

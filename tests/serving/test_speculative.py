@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deepseek_jax.serving import sampling as choosing
-from deepseek_jax.serving.engine import Engine, Request
-from deepseek_jax.serving.sampling import Sampling
+from deepseek_jax.serving import speculative
+from deepseek_jax.serving.engine import Engine, EngineConfig, Request
+from deepseek_jax.serving.sampling import ACCEPT, DRAFT, TOKEN, Sampling, draw, keys, probabilities
 from deepseek_jax.serving.speculative import Drafts, verify
 from tests.model import naive
 
@@ -32,8 +32,8 @@ def draw_and_verify(sampling, n):
     before, last = jnp.full(n, 1), jnp.full(n, 2)
     drafts, q = [], []
     for d in range(D):
-        q_BW = choosing.probabilities(sampling, jnp.log(jnp.asarray(Q))[before, last][:, None])[:, 0]
-        token = choosing.draw(choosing.keys(sampling, jnp.full((n, 1), 10 + d), choosing.DRAFT), q_BW[:, None])[:, 0]
+        q_BW = probabilities(sampling, jnp.log(jnp.asarray(Q))[before, last][:, None])[:, 0]
+        token = draw(keys(sampling, jnp.full((n, 1), 10 + d), DRAFT), q_BW[:, None])[:, 0]
         drafts.append(token), q.append(q_BW)
         before, last = last, token
     context = jnp.stack([jnp.full(n, 1), jnp.full(n, 2), *drafts], 1)
@@ -48,7 +48,7 @@ def test_what_is_kept_of_drafts_is_distributed_as_the_model_says(how):
     n = 10_000
     sampling = all_sampling(n, **how)
     made, accepted = (np.asarray(x) for x in draw_and_verify(sampling, n))
-    exact = np.asarray(choosing.probabilities(all_sampling(W * W, **how), LOG_P.reshape(W * W, 1, W))).reshape(W, W, W)
+    exact = np.asarray(probabilities(all_sampling(W * W, **how), LOG_P.reshape(W * W, 1, W))).reshape(W, W, W)
 
     def chi_squared(counts, p):
         assert counts[p == 0].sum() == 0
@@ -63,14 +63,14 @@ def test_what_is_kept_of_drafts_is_distributed_as_the_model_says(how):
 
 
 def test_verifying_takes_no_random_number_that_drafting_took(monkeypatch):
-    uses, keys = [], choosing.keys
-    monkeypatch.setattr(choosing, "keys", lambda *args: uses.append(args[-1]) or keys(*args))
+    uses = []
+    monkeypatch.setattr(speculative, "keys", lambda *args: uses.append(args[-1]) or keys(*args))
     drafts = Drafts(jnp.ones((1, D), jnp.int32), jnp.full(1, D), jnp.full((1, D, W), 1 / W), ())
 
     verify(all_sampling(1), jnp.zeros((1, D + 1, W)), drafts, jnp.full(1, 10))
 
-    assert sorted(uses) == sorted([choosing.ACCEPT, choosing.TOKEN])
-    assert len({choosing.ACCEPT, choosing.TOKEN, choosing.DRAFT}) == 3
+    assert sorted(uses) == sorted([ACCEPT, TOKEN])
+    assert len({ACCEPT, TOKEN, DRAFT}) == 3
 
 
 def test_greedy_keeps_drafts_up_to_the_first_that_differs():
@@ -110,7 +110,7 @@ def finish(engine, requests):
 @pytest.mark.parametrize(("depth", "modules"), [(1, 1), (3, 1), (2, 2), (3, 2)])
 def test_right_drafts_are_all_accepted_at_any_depth(depth, modules):
     cfg, variables = counting_model(mtp_depth=modules)
-    engine = Engine(cfg, variables, max_sequences=1, max_length=64, depth=depth, page_size=4, chunk=16)
+    engine = Engine(cfg, variables, EngineConfig(max_sequences=1, max_length=64, depth=depth, page_size=4, chunk=16))
 
     (made,) = finish(engine, [Request((1, 2, 3), 31)])
 
@@ -127,8 +127,8 @@ def test_greedy_is_the_same_token_for_token_over_many_prompts_and_page_boundarie
     rng = np.random.default_rng(0)
     requests = [Request(tuple(rng.integers(0, 24, rng.integers(1, 30)).tolist()), int(rng.integers(1, 25)))
                 for _ in range(60)]
-    make = functools.partial(Engine, cfg, variables, max_sequences=4, max_length=64, page_size=4, chunk=16)
-    plain, drafting = make(), make(depth=depth)
+    make = lambda depth: Engine(cfg, variables, EngineConfig(4, 64, depth, page_size=4, chunk=16))
+    plain, drafting = make(0), make(depth)
 
     expected, found = finish(plain, requests), finish(drafting, requests)
 
@@ -137,7 +137,7 @@ def test_greedy_is_the_same_token_for_token_over_many_prompts_and_page_boundarie
 
 
 def continuations(cfg, variables, requests, most, depth):
-    engine = Engine(cfg, variables, max_sequences=most, max_length=64, page_size=4, chunk=16, depth=depth)
+    engine = Engine(cfg, variables, EngineConfig(max_sequences=most, max_length=64, page_size=4, chunk=16, depth=depth))
     return [[t.id for t in s.made] for s in finish(engine, requests)]
 
 
@@ -179,7 +179,7 @@ def test_the_cache_of_the_modules_holds_the_true_tokens_whatever_was_drafted_bef
     cfg = naive.tiny(mtp_depth=2, num_layers=2, vocab_size=24)
     variables = naive.variables_of(cfg)
     prompt = tuple(np.random.default_rng(3).integers(0, 24, 9).tolist())
-    make = functools.partial(Engine, cfg, variables, max_sequences=1, max_length=48, page_size=4, chunk=16, depth=2)
+    make = lambda: Engine(cfg, variables, EngineConfig(1, 48, depth=2, page_size=4, chunk=16))
     spoken, read = make(), make()
 
     (made,) = finish(spoken, [Request(prompt, 20)])
@@ -195,8 +195,7 @@ def test_the_cache_of_the_modules_holds_the_true_tokens_whatever_was_drafted_bef
 
 def test_sampled_drafts_are_reproducible_whoever_shares_the_batch():
     cfg = naive.tiny(num_layers=2, vocab_size=24)
-    make = functools.partial(Engine, cfg, naive.variables_of(cfg), max_sequences=4, max_length=64, page_size=4,
-                             chunk=16, depth=1)
+    make = lambda: Engine(cfg, naive.variables_of(cfg), EngineConfig(4, 64, depth=1, page_size=4, chunk=16))
     mine = Request((1, 2, 3), 16, temperature=0.8, top_p=0.9, seed=11)
     others = [Request((4, 5), 9, temperature=1.2, seed=s) for s in range(2)] + [Request((6,), 5)]
 

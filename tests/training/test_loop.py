@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 
+from deepseek_jax import io
 from deepseek_jax.checkpoint import manifest
 from deepseek_jax.checkpoint.manager import restore_items
 from deepseek_jax.config import load_config
@@ -153,15 +154,15 @@ def test_a_dense_model_without_mtp_trains_and_is_drawn(config, tmp_path):
 
 
 def test_a_full_disk_while_saving_is_one_line_and_the_older_checkpoint_survives(config, whole, tmp_path, monkeypatch):
-    workdir, write_json = tmp_path / "run", manifest.write_json
+    workdir, write_json = tmp_path / "run", io.write_json
 
-    def full_from_step_9(path, value):
-        if value.get("step", 0) >= 9:
+    def full_from_step_9(path, value, **options):
+        if isinstance(value, dict) and value.get("step", 0) >= 9:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        write_json(path, value)
+        write_json(path, value, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(manifest, "write_json", full_from_step_9)
+        patch.setattr(io, "write_json", full_from_step_9)
         result = train(config, workdir)
     result.assert_error("checkpoint 9 was not written", "no space left", "The checkpoint of step 6 is untouched")
     assert runs.checkpoints(workdir) == [3, 6]

@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 from deepseek_jax.config import BalanceConfig
 from deepseek_jax.model import Output
 from deepseek_jax.training.losses import cross_entropy, objective, shifted_targets, token_losses
+from deepseek_jax.training.types import Batch, Normalizers, TokenLosses
 
 N, D, W = 24, 8, 67
 
@@ -118,7 +119,7 @@ def test_depth_k_predicts_k_further_inside_the_row_and_the_segment(segments, k):
 
 
 def output(hidden_BTD, *mtp_hidden):
-    return Output(None, hidden_BTD, (), mtp_hidden, {}, {}, jnp.float32(5), jnp.float32(7), {})
+    return Output(None, hidden_BTD, (), mtp_hidden, {}, None, jnp.float32(5), jnp.float32(7), {})
 
 
 @pytest.mark.parametrize("depth", [0, 1, 2])
@@ -127,7 +128,8 @@ def test_token_losses_are_sums_over_what_counts_at_each_depth(depth):
     hidden = rng.standard_normal((depth + 1, 2, 6, D)).astype(np.float32)
     _, head_DW, *_ = example()
     targets_BT, weights_BT = rng.integers(0, W, (2, 6)), np.array([[1] * 6, [1, 1, 0, 0, 1, 1]], np.float32)
-    batch = dict(targets_BT=jnp.asarray(targets_BT), weights_BT=jnp.asarray(weights_BT), segment_ids_BT=None)
+    targets = jnp.asarray(targets_BT)
+    batch = Batch(targets, targets, jnp.asarray(weights_BT), segment_ids_BT=None, positions_BT=None)
 
     main, count, mtp_D, mtp_count_D = token_losses(output(*hidden), head_DW, batch, 5)
 
@@ -154,6 +156,9 @@ def test_token_losses_are_sums_over_what_counts_at_each_depth(depth):
 def test_the_objective_adds_mtp_and_balance_in_their_shares(mtp, alpha, aux, expected):
     balance = BalanceConfig(sequence_loss_weight=alpha, aux_loss_weight=aux)
 
-    found = objective(output(None), jnp.float32(12), jnp.array(mtp), 4.0, jnp.arange(len(mtp)) + 2.0, 0.3, balance, 0.5)
+    losses = TokenLosses(jnp.float32(12), jnp.float32(4), jnp.array(mtp), jnp.arange(len(mtp)) + 2.0)
+    normalizers = Normalizers(jnp.float32(4), jnp.arange(len(mtp)) + 2.0, mtp_lambda=0.3, share=0.5)
+
+    found = objective(output(None), losses, normalizers, balance)
 
     np.testing.assert_allclose(found, expected, rtol=1e-6)

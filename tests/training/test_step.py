@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 
 from deepseek_jax.config import BalanceConfig, Config, DataConfig, OptimizerConfig, TrainConfig
+from deepseek_jax.model.router import update_bias
 from deepseek_jax.training import step as steps
 from deepseek_jax.training.step import accumulate, mtp_weight, split_batch, start_state, train_step
+from deepseek_jax.training.types import Sums, TokenLosses
 from tests.model import naive
 
 MODEL = naive.tiny(num_layers=2, mtp_depth=2, dtype="float32")
@@ -55,8 +57,8 @@ def assert_close(found, expected, rtol=2e-5):
 
 def objective_of(config, sums):
     """The loss that was differentiated, but for its balance term, from the sums of the batch."""
-    mtp = (sums["mtp_nats"] / sums["mtp_weight"]).mean()
-    return sums["nats"] / sums["weight"] + mtp_weight(config, 0) * mtp
+    mtp = (sums.losses.mtp_nats_D / sums.losses.mtp_weight_D).mean()
+    return sums.losses.nats / sums.losses.weight + mtp_weight(config, 0) * mtp
 
 
 def test_four_micro_batches_are_one_large_batch():
@@ -64,12 +66,11 @@ def test_four_micro_batches_are_one_large_batch():
 
     assert np.ptp(batch_of(4)["weights"].sum((1, 2))) > 10  # so that a mean of means would be wrong
     assert_close(parts[0], whole[0])
-    jax.tree.map(np.testing.assert_array_equal, parts[1]["counts"], whole[1]["counts"])
-    assert_close({k: v for k, v in parts[1].items() if k != "counts"},
-                 {k: v for k, v in whole[1].items() if k != "counts"})
-    for bias, counts, same in zip(*(jax.tree.leaves(x) for x in (variables()["router"], parts[1]["counts"],
-                                                                 whole[1]["counts"]))):
-        np.testing.assert_array_equal(steps.update_bias(bias, counts, 0.01), steps.update_bias(bias, same, 0.01))
+    jax.tree.map(np.testing.assert_array_equal, parts[1].counts, whole[1].counts)
+    assert_close(parts[1].losses, whole[1].losses)
+    for bias, counts, same in zip(*(jax.tree.leaves(x) for x in (variables()["router"], parts[1].counts,
+                                                                 whole[1].counts))):
+        np.testing.assert_array_equal(update_bias(bias, counts, 0.01), update_bias(bias, same, 0.01))
 
 
 def test_the_gradient_by_the_head_is_that_of_the_main_and_the_mtp_loss_by_their_weights():
@@ -84,7 +85,7 @@ def test_the_gradient_by_the_head_is_that_of_the_main_and_the_mtp_loss_by_their_
     @functools.partial(jax.jit, compiler_options=FAST)
     def sums(params):
         return steps.forward(config, params, variables()["router"],
-                             split_batch(config, **{k: batch[k][0] for k in ("tokens", "weights", "segment_ids")}))[1:]
+                             split_batch(config, **{k: batch[k][0] for k in ("tokens", "weights", "segment_ids")}))[1]
 
     def loss(size):
         nats, weight, mtp, mtp_weight_D = sums(jax.tree.map(lambda p, d: p + size * d, params, direction))
@@ -97,9 +98,9 @@ def test_the_gradient_by_the_head_is_that_of_the_main_and_the_mtp_loss_by_their_
 def test_every_token_is_counted_once_for_each_of_its_experts():
     _, sums = accumulated(config_of(4))(batch_of(4))
 
-    for counts_LE in sums["counts"].values():
+    for counts_LE in sums.counts.values():
         np.testing.assert_array_equal(counts_LE.sum(-1), ROWS * T * MODEL.experts_per_token)
-    assert {name: len(c) for name, c in sums["counts"].items()} == {"bias": MODEL.num_moe_layers, "mtp_bias": 2}
+    assert {name: len(c) for name, c in sums.counts.items()} == {"bias": MODEL.num_moe_layers, "mtp_bias": 2}
 
 
 def test_what_lies_in_micro_batches_that_the_ramp_leaves_out_has_no_influence():
@@ -110,7 +111,7 @@ def test_what_lies_in_micro_batches_that_the_ramp_leaves_out_has_no_influence():
     a, b = (accumulated(config_of(4))(x) for x in (zeros, garbage))
 
     jax.tree.map(np.testing.assert_array_equal, a, b)
-    assert a[1]["counts"]["bias"].sum() == ROWS / 2 * T * MODEL.experts_per_token * MODEL.num_moe_layers
+    assert a[1].counts["bias"].sum() == ROWS / 2 * T * MODEL.experts_per_token * MODEL.num_moe_layers
 
 
 def test_a_batch_seen_twice_has_the_gradient_of_the_batch():
@@ -128,7 +129,7 @@ def test_recomputing_changes_neither_loss_nor_gradient_nor_loads(remat):
     model = dataclasses.replace(MODEL, remat=remat)
     found, expected = (accumulated(config_of(1, model=m))(batch_of(1)) for m in (model, MODEL))
 
-    jax.tree.map(np.testing.assert_array_equal, found[1]["counts"], expected[1]["counts"])
+    jax.tree.map(np.testing.assert_array_equal, found[1].counts, expected[1].counts)
     np.testing.assert_allclose(objective_of(config_of(), found[1]), objective_of(config_of(), expected[1]), rtol=1e-6)
     assert_close(found[0], expected[0])
 
@@ -148,14 +149,14 @@ def test_steps_trace_once_and_move_the_biases_once_by_the_loads_of_the_batch_unt
         old, (state, metrics) = state, run(state, batch)
 
         assert state.step == index + 1
-        for name, counts_LE in metrics["counts"].items():
+        for name, counts_LE in metrics.counts.items():
             assert (counts_LE.sum(-1) == active * ROWS // 4 * T * MODEL.experts_per_token).all()
             mean_L1 = np.asarray(counts_LE).mean(-1, keepdims=True)
             moved = np.float32(0.01 if index < 5 else 0) * np.sign(mean_L1 - counts_LE).astype(np.float32)
             np.testing.assert_array_equal(state.router[name], old.router[name] + moved)
         jax.tree.map(lambda e, o, p: np.testing.assert_allclose(e, 0.75 * o + 0.25 * p, rtol=1e-5, atol=1e-7),
                      state.ema, old.ema, state.params)
-        assert all(np.isfinite(metrics[name]) for name in ("loss", "mtp_loss", "lr", "grad_norm"))
+        assert all(np.isfinite(getattr(metrics, name)) for name in ("loss", "mtp_loss", "lr", "grad_norm"))
 
 
 @pytest.fixture
@@ -164,9 +165,8 @@ def cheap_model(monkeypatch):
     def accumulate(config, params, router, batch, step):
         counts = {name: (jnp.arange(b.size).reshape(b.shape) * (3 + step) % 7).astype(jnp.int32)
                   for name, b in router.items()}
-        sums = {"nats": jnp.float32(6), "weight": jnp.float32(3), "mtp_nats": jnp.array([2.0, 8.0]),
-                "mtp_weight": jnp.array([2.0, 4.0]), "counts": counts, "traffic": {}}
-        return params, sums
+        losses = TokenLosses(jnp.float32(6), jnp.float32(3), jnp.array([2.0, 8.0]), jnp.array([2.0, 4.0]))
+        return params, Sums(losses, counts, None)
 
     monkeypatch.setattr(steps, "accumulate", accumulate)
 
@@ -199,9 +199,9 @@ def test_biases_are_untouched_by(cheap_model, optimizer, train):
 def test_metrics_are_means_over_what_counted(cheap_model):
     _, metrics = run_cheaply(config_of(), n=1)
 
-    assert (metrics["loss"], metrics["mtp_loss"]) == (2.0, 1.5)
-    np.testing.assert_allclose(metrics["grad_norm"], np.sqrt((np.linspace(-1, 1, 6) ** 2).sum() + 3), rtol=1e-6)
-    np.testing.assert_allclose(metrics["lr"], 2.2e-4, rtol=1e-6)
+    assert (metrics.loss, metrics.mtp_loss) == (2.0, 1.5)
+    np.testing.assert_allclose(metrics.grad_norm, np.sqrt((np.linspace(-1, 1, 6) ** 2).sum() + 3), rtol=1e-6)
+    np.testing.assert_allclose(metrics.lr, 2.2e-4, rtol=1e-6)
 
 
 def test_a_fresh_moving_average_is_a_copy_that_donation_cannot_take_along():
@@ -223,10 +223,10 @@ def test_without_masks_a_row_is_one_segment_and_every_weight_stays():
     batch = {name: x[0] for name, x in batch_of(1).items() if name != "active"}
     parts = split_batch(config_of(), **batch)
 
-    np.testing.assert_array_equal(parts["tokens_BT"], batch["tokens"][:, :-1])
-    np.testing.assert_array_equal(parts["targets_BT"], batch["tokens"][:, 1:])
-    np.testing.assert_array_equal(parts["weights_BT"], batch["weights"][:, 1:])
-    assert parts["segment_ids_BT"] is None and parts["positions_BT"] is None
+    np.testing.assert_array_equal(parts.tokens_BT, batch["tokens"][:, :-1])
+    np.testing.assert_array_equal(parts.targets_BT, batch["tokens"][:, 1:])
+    np.testing.assert_array_equal(parts.weights_BT, batch["weights"][:, 1:])
+    assert parts.segment_ids_BT is None and parts.positions_BT is None
 
 
 def test_with_masks_positions_start_again_and_no_document_predicts_the_next():
@@ -234,6 +234,6 @@ def test_with_masks_positions_start_again_and_no_document_predicts_the_next():
     segments = jnp.array([[1, 1, 1, 2, 2, 3, 4, 4], [1] * 8])
     parts = split_batch(config, jnp.zeros((2, 8), jnp.int32), jnp.full((2, 8), 0.5), segments)
 
-    np.testing.assert_array_equal(parts["positions_BT"], [[0, 1, 2, 0, 1, 0, 0], [0, 1, 2, 3, 4, 5, 6]])
-    np.testing.assert_array_equal(parts["weights_BT"], [[0.5, 0.5, 0, 0.5, 0, 0, 0.5], [0.5] * 7])
-    np.testing.assert_array_equal(parts["segment_ids_BT"], segments[:, :-1])
+    np.testing.assert_array_equal(parts.positions_BT, [[0, 1, 2, 0, 1, 0, 0], [0, 1, 2, 3, 4, 5, 6]])
+    np.testing.assert_array_equal(parts.weights_BT, [[0.5, 0.5, 0, 0.5, 0, 0, 0.5], [0.5] * 7])
+    np.testing.assert_array_equal(parts.segment_ids_BT, segments[:, :-1])

@@ -17,7 +17,8 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from deepseek_jax.config import Config, ModelConfig, OptimizerConfig, PipelineConfig, TrainConfig
-from deepseek_jax.parallel.mesh import make_mesh, master_shardings, mesh_sizes, spec
+from deepseek_jax.parallel.mesh import make_mesh, mesh_sizes
+from deepseek_jax.parallel.sharding import spec, storage_shardings
 from deepseek_jax.pipeline.model import check
 from deepseek_jax.scale import memory
 from deepseek_jax.scale.compile import hlo, targets
@@ -50,7 +51,7 @@ def _arguments(config: Config, mesh):
     dtypes = {"tokens": jnp.int32, "weights": jnp.float32, "segment_ids": jnp.int32}
     batch = {name: jax.ShapeDtypeStruct(shape, dtype) for name, dtype in dtypes.items()}
     whole, rows = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, spec(None, "batch", None))
-    where = master_shardings(state, mesh), dict.fromkeys(batch, rows) | {"active": whole}
+    where = storage_shardings(state, mesh), dict.fromkeys(batch, rows) | {"active": whole}
     return (state, batch | {"active": jax.ShapeDtypeStruct((), jnp.int32)}), where, whole
 
 

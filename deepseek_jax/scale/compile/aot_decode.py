@@ -6,6 +6,7 @@ of one device is that of all of them, and nothing is communicated.
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,35 +17,38 @@ from deepseek_jax.model import DeepSeekV3
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.scale.compile import targets
 from deepseek_jax.scale.compile.aot import bytes_of, compiled_program
-from deepseek_jax.serving import decode as programs
-from deepseek_jax.serving import latent_cache as latents
-from deepseek_jax.serving.decode_model import Reach, prepare
+from deepseek_jax.serving import latent_cache
+from deepseek_jax.serving.decode import Batch, decode
+from deepseek_jax.serving.decode_attention import CacheGeometry
 from deepseek_jax.serving.engine import widths
 from deepseek_jax.serving.sampling import Sampling
 from deepseek_jax.serving.speculative import no_drafts
+from deepseek_jax.serving.weights import prepare
 
 PAGE = 32
 STEPS = 8  # decoding steps that one call may run, as the engine has them
 
 
-def _shapes(cfg: ModelConfig, reach: Reach, sequences: int, depth: int):
-    """The groups of what `decode` is handed, as shapes."""
+def _shapes(cfg: ModelConfig, geometry: CacheGeometry, sequences: int, depth: int) -> dict[str, Any]:
+    """The arguments of `decode`, as shapes."""
     modules = min(depth, cfg.mtp_depth)
     variables = jax.eval_shape(lambda: DeepSeekV3(cfg).init(jax.random.key(0), jnp.zeros((1, 8), jnp.int32)))
-    pages = reach.widths[-1] * sequences + 1
+    pages = geometry.widths[-1] * sequences + 1
     row = lambda dtype: jax.ShapeDtypeStruct((sequences,), dtype)
-    table = jax.ShapeDtypeStruct((sequences, reach.widths[-1]), jnp.int32)
-    batch = programs.Batch(row(jnp.int32), row(jnp.int32), row(jnp.int32), row(jnp.int32), row(jnp.bool), table)
-    asked = Sampling(row(jnp.float32), row(jnp.int32), row(jnp.float32), row(jnp.uint32), row(jnp.uint32))
+    table = jax.ShapeDtypeStruct((sequences, geometry.widths[-1]), jnp.int32)
+    sampling = Sampling(row(jnp.float32), row(jnp.int32), row(jnp.float32), row(jnp.uint32), row(jnp.uint32))
     scalar = functools.partial(jax.ShapeDtypeStruct, ())
+    batch = Batch(row(jnp.int32), row(jnp.int32), row(jnp.int32), row(jnp.int32), row(jnp.bool), table, sampling,
+                  scalar(jnp.int32), scalar(jnp.bool))
     return {"weights": jax.eval_shape(lambda v: prepare(cfg, v, modules), variables),
-            "cache": jax.eval_shape(lambda: latents.make(cfg, reach.kind, pages, PAGE, modules)),
+            "cache": jax.eval_shape(lambda: latent_cache.make(cfg, geometry.kind, pages, PAGE, modules)),
             "drafts": jax.eval_shape(lambda: no_drafts(cfg, sequences + 1, depth)),
-            "batch": (batch, asked, scalar(jnp.int32), scalar(jnp.bool))}
+            "batch": batch}
 
 
-def report(model: ModelConfig, target: str, sequences: int, length: int, depth: int = 0, kind: str | None = None):
-    """Compiles the step and says what it takes. JSON-able.
+def report(model: ModelConfig, target: str, sequences: int, length: int, depth: int = 0,
+           kind: str | None = None) -> dict[str, Any]:
+    """Compiles the step and returns what it takes. JSON-able.
 
     Args:
       sequences: on one device. length: tokens of cache that each may fill.
@@ -57,17 +61,17 @@ def report(model: ModelConfig, target: str, sequences: int, length: int, depth: 
     cfg = dataclasses.replace(model, fp8=FP8Config())  # the recipe is of training; see serving.engine
     device = targets.devices_of(target)[0]
     pages = -(-length // PAGE)
-    reach = Reach(kind or cfg.dtype, PAGE, widths(pages, PAGE))
-    groups = _shapes(cfg, reach, sequences, depth)
+    geometry = CacheGeometry(kind or cfg.dtype, PAGE, widths(pages, PAGE))
+    groups = _shapes(cfg, geometry, sequences, depth)
     mesh = make_mesh(MeshConfig(), [device])  # in use while tracing, so that the device's own kernels are taken
     here = NamedSharding(mesh, PartitionSpec())
     on_device = lambda tree: jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here), tree)
-    arguments = map(on_device, (groups["weights"], groups["cache"], groups["drafts"], *groups["batch"]))
+    arguments = [on_device(groups[name]) for name in ("weights", "cache", "drafts", "batch")]
     with jax.set_mesh(mesh):
-        compiled, made = compiled_program(lambda: programs.decode.lower(cfg, reach, STEPS, *arguments), device.platform)
+        compiled, made = compiled_program(lambda: decode.lower(cfg, geometry, STEPS, *arguments), device.platform)
     found, capacity = bytes_of(compiled), targets.memory_of(target)
     size = lambda tree: sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(tree))
     return {"target": target, "program": "decode", "devices": targets.count(target), "sequences": sequences,
-            "length": length, "cache": reach.kind, "drafts": depth, "jax": jax.__version__, "bytes": found,
+            "length": length, "cache": geometry.kind, "drafts": depth, "jax": jax.__version__, "bytes": found,
             "given": {name: size(tree) for name, tree in groups.items()}, "bytes_per_device": sum(found.values()),
             "memory": capacity, "fits": sum(found.values()) <= capacity, **made}

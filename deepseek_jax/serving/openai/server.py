@@ -9,6 +9,7 @@ import asyncio
 import collections
 import contextlib
 import hmac
+import importlib.resources
 import json
 import secrets
 import signal
@@ -20,7 +21,6 @@ from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, S
 from starlette.routing import Route
 
 from deepseek_jax.serving.openai import requests
-from deepseek_jax.serving.openai.page import PAGE
 from deepseek_jax.serving.openai.requests import Asked, BadRequest
 from deepseek_jax.serving.openai.stream import Piece, Service, Stream
 
@@ -32,6 +32,7 @@ class Endpoints:
     def __init__(self, service: Service, api_key: str | None = None):
         self.service, self.api_key = service, api_key
         self.answered = collections.Counter()  # by path and status
+        self.chat_page = importlib.resources.files(__package__).joinpath("chat.html").read_text(encoding="utf-8")
 
     def app(self) -> Starlette:
         @contextlib.asynccontextmanager
@@ -67,7 +68,8 @@ class Endpoints:
         return guarded
 
     async def page(self, request):
-        return HTMLResponse(PAGE.replace("__MODEL__", json.dumps(self.service.model).replace("<", "\\u003c")))
+        name = json.dumps(self.service.model).replace("<", "\\u003c")  # a name cannot close the script
+        return HTMLResponse(self.chat_page.replace("__MODEL__", name))
 
     async def health(self, request):
         broken = self.service.failure is not None

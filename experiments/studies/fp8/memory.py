@@ -9,13 +9,13 @@ parameters, and rows that pad experts to 128, drop out: bytes a token, of the wh
 
 import argparse
 import collections
-import json
 import pathlib
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractDevice
 
+from deepseek_jax import io
 from deepseek_jax.config import FP8Config, MeshConfig, model_config
 from deepseek_jax.model import DeepSeekV3
 from deepseek_jax.parallel.mesh import abstract_mesh
@@ -81,7 +81,7 @@ def main():
             print(f"{name:36} {remat:8} {bf16:9.0f} {fp8:9.0f}  {100 * (1 - fp8 / bf16):.1f} % less", flush=True)
             for kind, k in largest.items() if args.list else ():
                 print("", *(f"{kind:>45} {size:9.0f}  {what}" for what, size in k.items()), sep="\n")
-    (HERE / "memory.json").write_text(json.dumps(rows, indent=1) + "\n")
+    io.write_json(HERE / "memory.json", rows, indent=1)
 
 
 if __name__ == "__main__":

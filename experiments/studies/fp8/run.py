@@ -13,7 +13,7 @@ import sys
 
 import numpy as np
 
-from deepseek_jax import cli
+from deepseek_jax import cli, io
 from experiments.studies.fp8 import config as study
 from experiments.studies.framework import plots, runner
 from experiments.studies.framework.statistics import difference, estimate, verdict
@@ -149,7 +149,7 @@ def main():
             results["settings"][setting] = {"compared": compared(curves), "losses": {
                 variant: {seed: [round(float(x), 4) for x in curve] for seed, curve in mine.items()}
                 for variant, mine in curves.items()}}
-    cli.write_json(str(folder / "results.json"), results)
+    io.write_json(str(folder / "results.json"), results)
     said = {name: found["compared"] for name, found in results["settings"].items()}
     print(json.dumps({"accumulation": results["accumulation"], **said}, indent=1))
 

@@ -23,7 +23,7 @@ import threading
 
 import tqdm
 
-from deepseek_jax import cli
+from deepseek_jax import cli, io, runtime
 from deepseek_jax.config import ConfigError
 from experiments.studies.framework import corpora
 from experiments.studies.framework.statistics import Estimate, difference, estimate, verdict
@@ -121,8 +121,7 @@ _queue = None  # of this worker process
 def _start_worker(queue):
     global _queue
     _queue = queue
-    cli.reuse_memory()
-    cli.tune_xla()
+    runtime.prepare()
 
 
 def _work(study, arm, seeds, quick, folder):
@@ -201,12 +200,10 @@ def cpu_model() -> str:
 
 
 def write_results(results: dict, folder: pathlib.Path, draw):
-    """results.json and the picture, each beside, then renamed."""
+    """results.json and the picture."""
     folder.mkdir(parents=True, exist_ok=True)
     draw(results, folder / f"{results['study']}.png")
-    beside = folder / "results.json.new"
-    beside.write_text(json.dumps(results, indent=1) + "\n")
-    beside.replace(folder / "results.json")
+    io.write_json(folder / "results.json", results, indent=1)
 
 
 def said(results: dict) -> list[str]:

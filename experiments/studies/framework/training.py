@@ -6,7 +6,6 @@ Runs in a worker process. What a seed gives is a dictionary that JSON can hold.
 import contextlib
 import functools
 import importlib
-import json
 import pathlib
 import time
 
@@ -16,10 +15,11 @@ import numpy as np
 import safetensors.numpy
 from flax import traverse_util
 
+from deepseek_jax import io
 from deepseek_jax.data.loader import Loader
 from deepseek_jax.model import DeepSeekV3
-from deepseek_jax.training.loop import all_layers, evaluate
-from deepseek_jax.training.metrics import max_vio
+from deepseek_jax.training.evaluate import evaluate
+from deepseek_jax.training.metrics import all_layers, max_vio
 from deepseek_jax.training.step import eval_step, start_state, train_step
 from experiments.studies.framework.corpora import located, prepare_data
 from experiments.studies.framework.runner import result_path, weights_path
@@ -65,8 +65,8 @@ class Arm:
         for index in range(steps):
             state, metrics = self.step(state, loader.batch(index))
             metrics = jax.device_get(metrics)
-            losses.append(float(metrics["loss"]))
-            vio.append(max_vio(all_layers(metrics["counts"])))
+            losses.append(float(metrics.loss))
+            vio.append(max_vio(all_layers(metrics.counts)))
             # At equal distances, the last one at the end.
             if self.probe and (index + 1) * self.study.probes // steps > index * self.study.probes // steps:
                 probes.add(index + 1, self.probe(config, state.params, state.router, loader, index + 1 == steps))
@@ -75,9 +75,8 @@ class Arm:
             raise FloatingPointError(f"{self.study.name}, {self.arm}, seed {seed}: the loss is not finite.")
         if self.arm in self.study.after.values():
             save(self._weights(self.arm, seed), {"params": state.params, "router": state.router})
-        scored = evaluate(config, loader, self.score, state.params, state.router, config.train.eval_batches)
-        return {"metrics": {"loss": scored["loss"], "bits_per_byte": scored["bits_per_byte"],
-                            "max_vio_global": scored["max_vio_global"], "max_vio_batch": float(np.mean(vio[-LAST:])),
+        scored = evaluate(loader, self.score, state.params, state.router, config.train.eval_batches)
+        return {"metrics": {**scored._asdict(), "max_vio_batch": float(np.mean(vio[-LAST:])),
                             "train_loss": float(np.mean(losses[-LAST:])), **probes.scalars()},
                 "curves": {"train_loss": thinned(losses), "max_vio_batch": thinned(vio)},
                 "probes": probes.curves(), "arrays": probes.arrays(),
@@ -89,10 +88,8 @@ class Arm:
 
 
 def save(path: pathlib.Path, weights):
-    """Beside, then renamed."""
-    beside = path.with_suffix(".new")
-    safetensors.numpy.save_file(traverse_util.flatten_dict(jax.device_get(weights), sep="/"), beside)
-    beside.replace(path)
+    with io.replacing(path) as partial:
+        safetensors.numpy.save_file(traverse_util.flatten_dict(jax.device_get(weights), sep="/"), partial)
 
 
 def load(path: pathlib.Path):
@@ -132,14 +129,12 @@ def thinned(values):
 
 
 def run_arm(study: Study, arm: str, seeds, quick: bool, workdir: pathlib.Path, tell=lambda steps: None):
-    """Runs the seeds of an arm and writes each one's file as it ends: beside, then renamed."""
+    """Runs the seeds of an arm and writes each one's file as it ends."""
     network = find(study.network)(arm) if study.network else contextlib.nullcontext()
     with network:
         compiled = Arm(study, arm, quick, workdir)
         for seed in seeds:
             result = {"arm": arm, "seed": seed, **compiled.run(seed, tell)}
             path = result_path(study, arm, seed, quick, workdir)
-            beside = path.with_suffix(".new")
-            beside.write_text(json.dumps(result) + "\n")
-            beside.replace(path)
+            io.write_json(path, result, indent=None)
 

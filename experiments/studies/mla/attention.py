@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model import transformer
-from deepseek_jax.model.attention import attend
+from deepseek_jax.model.blockwise import attend
 from deepseek_jax.model.layers import linear, weight
 from deepseek_jax.model.rope import rotate
 from experiments.studies.mla.config import VARIANTS

@@ -17,7 +17,7 @@ import pathlib
 import statistics
 import time
 
-from deepseek_jax import cli
+from deepseek_jax import cli, io
 from deepseek_jax.pipeline.schedule import NAMES
 from experiments.studies.framework import runner
 
@@ -48,11 +48,11 @@ def lowered_step(config):
     import jax.numpy as jnp
     from jax.sharding import NamedSharding, PartitionSpec
 
-    from deepseek_jax.parallel.mesh import spec
-    from deepseek_jax.parallel.runner import Devices
+    from deepseek_jax.parallel.runner import Runner
+    from deepseek_jax.parallel.sharding import spec
     from deepseek_jax.training.step import init_state, train_step
 
-    devices, train = Devices(config), config.train
+    devices, train = Runner(config), config.train
     initial = functools.partial(init_state, config)
     abstract = jax.eval_shape(initial)
     where, whole = devices.shardings(abstract), NamedSharding(devices.mesh, PartitionSpec())
@@ -189,7 +189,7 @@ def steps(args):
 
         def call(compiled=compiled, state=state, batch=batch, name=name):
             state[0], metrics = compiled(state[0], batch)
-            losses[name or "no pipeline"] = float(metrics["loss"])
+            losses[name or "no pipeline"] = float(metrics.loss)
             return state[0].step
 
         calls[name or "no pipeline"] = call
@@ -212,7 +212,7 @@ def main():
         found = known.get(args.part, {}).get("found", {}) | result  # schedules may be measured one by one
         known[args.part] = {"command": f"python -m experiments.studies.pipeline.measure {args.part}", "found": found,
                             **runner.provenance()}
-        cli.write_json(str(FILE), known)
+        io.write_json(str(FILE), known)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import argparse
 import dataclasses
 import pathlib
 
-from deepseek_jax import cli
+from deepseek_jax import cli, io
 from deepseek_jax.config import model_config
 from deepseek_jax.pipeline.tables import tabulate
 from deepseek_jax.scale.compile import hlo
@@ -137,7 +137,7 @@ def main():
         print(f"{'':22}exposed: {row['exposed']:.0%}")
     result = {"command": f"python -m experiments.studies.pipeline.overlap --tokens {args.tokens}", "target": TARGET,
               "tokens": args.tokens, "rows": rows, **runner.provenance()}
-    cli.write_json(str(pathlib.Path(__file__).parent / "overlap.json"), result)
+    io.write_json(str(pathlib.Path(__file__).parent / "overlap.json"), result)
 
 
 if __name__ == "__main__":

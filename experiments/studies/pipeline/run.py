@@ -6,7 +6,7 @@
 import argparse
 import pathlib
 
-from deepseek_jax import cli
+from deepseek_jax import cli, io
 from deepseek_jax.pipeline.validate import compare
 from experiments.studies.framework import plots, runner
 from experiments.studies.pipeline.config import CONFIG, COSTS, MICROBATCHES, RANKS
@@ -48,7 +48,7 @@ def main():
     folder.mkdir(parents=True, exist_ok=True)
     rows = table()
     draw(rows, folder / "pipeline.png")
-    cli.write_json(str(folder / "results.json"), {"config": CONFIG, "rows": rows, **runner.provenance()})
+    io.write_json(str(folder / "results.json"), {"config": CONFIG, "rows": rows, **runner.provenance()})
     for row in rows["no overlap gains"]:
         if row["microbatches"] == 32:
             print(f"{row['schedule']:9s} idle {row['idle']:g} of {row['makespan']:g}, "

@@ -17,11 +17,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from deepseek_jax import io
 from deepseek_jax.config import MeshConfig, model_config
 from deepseek_jax.model.experts import FP8_WIRE
 from deepseek_jax.model.router import select
-from deepseek_jax.parallel.dispatch import plan_hops, to_experts, traffic_per_token
-from deepseek_jax.parallel.mesh import make_mesh, spec
+from deepseek_jax.parallel.dispatch import Placement, plan_hops, to_experts, traffic_per_token
+from deepseek_jax.parallel.mesh import make_mesh
+from deepseek_jax.parallel.sharding import spec
 from deepseek_jax.plots.training import plot_dispatch
 
 HERE = pathlib.Path(__file__).parent
@@ -39,12 +41,16 @@ def choices():
 def sent(form, chosen_NK):
     """For each hop, [64, 64]: the copies that each device sends to each."""
     def inside(chosen_NK):
-        return [hop.sent_P[None] for hop in plan_hops(FORMS[form], MODEL.num_experts, MODEL.groups_kept, chosen_NK)[0]]
+        return [hop.sent_P[None] for hop in plan_hops(placement(form), chosen_NK)[0]]
 
     tokens = spec("tokens")
     with jax.set_mesh(make_mesh(FORMS[form])):
         hops = jax.jit(jax.shard_map(inside, in_specs=tokens, out_specs=tokens, check_vma=False))(chosen_NK)
     return [between_devices(axis, np.asarray(sent_DP)) for axis, sent_DP in zip(AXES[form], hops)]
+
+
+def placement(form):
+    return Placement(FORMS[form], MODEL.num_experts, MODEL.groups_kept)
 
 
 def between_devices(axis, sent_DP):
@@ -62,8 +68,8 @@ def counters(form, chosen_NK):
     experts = lambda x_RD, id_RK, gates_RK, weights: (x_RD, (id_RK > 0).sum())
     gates_NK = jnp.ones(chosen_NK.shape)
     with jax.set_mesh(make_mesh(FORMS[form])):
-        traffic = jax.jit(lambda x_ND: to_experts(FORMS[form], MODEL.num_experts, MODEL.groups_kept, experts, x_ND,
-                                                  chosen_NK, gates_NK, ())[1])(jnp.ones((len(chosen_NK), 1)))
+        run = lambda x_ND: to_experts(placement(form), experts, x_ND, chosen_NK, gates_NK, ())[1]
+        traffic = jax.jit(run)(jnp.ones((len(chosen_NK), 1)))
     return traffic_per_token(FORMS[form], MODEL, jax.device_get(traffic))
 
 
@@ -80,7 +86,7 @@ def main():
     ratio = found["two_hop"]["cross_node_bytes"] / found["flat"]["cross_node_bytes"]
     result = {"tokens": 64 * TOKENS, "bytes per token": found, "two hops / flat, across nodes": ratio,
               "relative error of FP8 dispatch": fp8_error()}
-    (HERE / "results.json").write_text(json.dumps(result, indent=2) + "\n")
+    io.write_json(HERE / "results.json", result)
     matrices = dict(zip(("hop 1: across nodes", "hop 2: inside a node", "flat: one hop"),
                         [*sent("two_hop", chosen_NK), *sent("flat", chosen_NK)]))
     plot_dispatch(matrices, 8, HERE.parents[2] / "docs" / "dispatch.png")

@@ -26,13 +26,14 @@ PROGRAM = """
 import sys
 from tests.model import naive
 from deepseek_jax.data.tokenizer import train_tokenizer
-from deepseek_jax.serving.engine import Engine
+from deepseek_jax.serving.engine import Engine, EngineConfig
 from deepseek_jax.serving.openai.server import serve
 from deepseek_jax.serving.openai.stream import Service
 
 tokenizer = train_tokenizer(["some text"] * 3, 262)
 cfg = naive.tiny(num_layers=2, vocab_size=262)
-engine = Engine(cfg, naive.variables_of(cfg), max_sequences=2, max_length=512, depth=1, page_size=8, chunk=16)
+engine = Engine(cfg, naive.variables_of(cfg), EngineConfig(
+    max_sequences=2, max_length=512, depth=1, page_size=8, chunk=16))
 engine.warm_up()
 serve(Service(engine, tokenizer, "random", most_waiting=70), "127.0.0.1", int(sys.argv[1]), "secret")
 """

@@ -10,8 +10,9 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from deepseek_jax.config import FP8Config, MeshConfig
-from deepseek_jax.model import attention
-from deepseek_jax.model.attention import MLA, attend
+from deepseek_jax.model import blockwise
+from deepseek_jax.model.attention import MLA
+from deepseek_jax.model.blockwise import attend
 from deepseek_jax.model.rope import rope_table
 from deepseek_jax.model.transformer import rematerialized
 from deepseek_jax.pipeline.split import split
@@ -32,7 +33,7 @@ def twins(monkeypatch):
         shapes[part].append(arrays[0].shape)
         return getattr(api, f"mla_attention_{part}")(*arrays, **options, implementation="reference")
 
-    monkeypatch.setattr(attention, "api", types.SimpleNamespace(
+    monkeypatch.setattr(blockwise, "api", types.SimpleNamespace(
         chosen_here=lambda operation: "hopper", mla_attention_forward=functools.partial(twin, "forward"),
         mla_attention_backward=functools.partial(twin, "backward")))
     return shapes
@@ -85,9 +86,9 @@ def test_the_kernel_takes_the_place_of_blocks_and_changes_nothing_but_roundings(
 )
 def test_other_heads_dtypes_and_devices_keep_the_blocks_bit_for_bit(monkeypatch, twins, arrays, chosen):
     f = lambda q, k, v: attend(q, k, v, None, SCALE, BLOCK)
-    monkeypatch.setattr(attention.api, "chosen_here", lambda operation: chosen)
+    monkeypatch.setattr(blockwise.api, "chosen_here", lambda operation: chosen)
     found = with_gradients(f, qkv(**arrays))
-    monkeypatch.setattr(attention, "_has_kernel", lambda *_: False)
+    monkeypatch.setattr(blockwise, "_has_kernel", lambda *_: False)
 
     jax.tree.map(np.testing.assert_array_equal, found, with_gradients(f, qkv(**arrays)))
     assert twins == {"forward": [], "backward": []}
@@ -96,9 +97,9 @@ def test_other_heads_dtypes_and_devices_keep_the_blocks_bit_for_bit(monkeypatch,
 def test_a_described_device_counts_and_a_kernel_is_asked_for_by_its_operation(monkeypatch):
     monkeypatch.setattr(api, "device_here", lambda: types.SimpleNamespace(platform="gpu", device_kind="NVIDIA H800"))
     q, k, v = qkv()
-    assert attention._has_kernel(q, v) and api.chosen_here("mla_decode") == "hopper"
+    assert blockwise._has_kernel(q, v) and api.chosen_here("mla_decode") == "hopper"
     monkeypatch.setattr(api, "device_here", lambda: types.SimpleNamespace(platform="gpu", device_kind="NVIDIA A100"))
-    assert not attention._has_kernel(q, v)
+    assert not blockwise._has_kernel(q, v)
     monkeypatch.setattr(api, "device_here", lambda: types.SimpleNamespace(platform="tpu", device_kind="TPU v5p"))
     assert (api.chosen_here("fp8_matmul"), api.chosen_here("mla_attention")) == ("tpu", "reference")
 

@@ -1,0 +1,98 @@
+"""The FP8 feed-forward network: gate, up and down products, SwiGLU computed again (report sections 3.3.1, 3.3.3)."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from deepseek_jax.config import FP8Config
+from deepseek_jax.fp8.products import (
+    RECIPE,
+    product,
+    quantize_activation,
+    quantize_along_rows,
+    quantize_gradient,
+    quantize_weight,
+    transposed,
+    weight_gradient,
+)
+from deepseek_jax.parallel.sharding import on_shards, spec
+from kernels_pallas import api
+from kernels_pallas.api import dequantize
+
+
+def _swiglu(gate, up):
+    gate, up = gate.astype(jnp.float32), up.astype(jnp.float32)
+    return jax.nn.silu(gate) * up
+
+
+def swiglu_ffn(x_MD: jax.Array, gate_FD: jax.Array, up_FD: jax.Array, down_DF: jax.Array,
+               recipe: FP8Config = RECIPE, sizes: jax.Array | None = None) -> jax.Array:
+    """down(silu(gate x) * up x) in FP8, of one network or, with `sizes`, of the experts.
+
+    Args:
+      x_MD: tokens; or rows sorted by expert, each expert's rows starting at a multiple of 128, empty rows zero.
+      gate_FD, up_FD, down_DF: masters [out, in]; with `sizes` [E, out, in].
+      sizes: int32 [E], rows of each expert, multiples of 128.
+    Returns:
+      [M, D] in the dtype of x. The backward pass saves x, gate x and up x in FP8.
+    """
+    return _swiglu_ffn(x_MD, gate_FD, up_FD, down_DF, sizes, recipe)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _swiglu_ffn(x_MD, gate_FD, up_FD, down_DF, sizes, recipe):
+    return _swiglu_ffn_fwd(x_MD, gate_FD, up_FD, down_DF, sizes, recipe)[0]
+
+
+def _exchanged(sizes):
+    """The scales of what travels between devices, tokens to experts and gradients back: powers of two."""
+    return None if sizes is None else "power_of_two"
+
+
+# How x and y, w [F, D], w [D, F] and what is between them are split. Experts come with each device's own rows.
+ROWS, WIDEN, NARROW, WIDE = spec("batch", None), spec("ffn", None), spec(None, "ffn"), spec("batch", "ffn")
+
+
+def _swiglu_ffn_fwd(x_MD, gate_FD, up_FD, down_DF, sizes, recipe):
+    def forward(x_MD, gate_FD, up_FD, down_DF):
+        q = quantize_activation(x_MD, recipe, _exchanged(sizes))
+        gate_MF, up_MF = (product(q, quantize_weight(w, recipe), sizes, recipe, x_MD.dtype) for w in (gate_FD, up_FD))
+        if recipe.tiles == "fine":
+            act = api.swiglu_quantize(gate_MF, up_MF, scale=recipe.scale, implementation=recipe.implementation)
+        else:
+            act = quantize_activation(_swiglu(gate_MF, up_MF), recipe)
+        y_MD = product(act, quantize_weight(down_DF, recipe), sizes, recipe, x_MD.dtype)
+        return y_MD, q, *(quantize_activation(x, recipe) for x in (gate_MF, up_MF))
+
+    y_MD, q, *inputs = on_shards(forward, (ROWS, WIDEN, WIDEN, NARROW), (ROWS, ROWS, WIDE, WIDE), x_MD, gate_FD, up_FD,
+                                down_DF, summed=("ffn", None, None, None))
+    inputs = jax.tree.map(lambda x: checkpoint_name(x, "ffn_in"), inputs)
+    return y_MD, (q, *inputs, gate_FD, up_FD, down_DF, sizes)
+
+
+def _swiglu_ffn_bwd(recipe, residuals, dy_MD):
+    *arrays, sizes = residuals
+
+    def backward(q, gate, up, gate_FD, up_FD, down_DF, dy_MD):
+        dtype, scale = dy_MD.dtype, _exchanged(sizes)
+        act_MF, pull_back = jax.vjp(_swiglu, dequantize(gate), dequantize(up))
+        ddown_DF = weight_gradient(dy_MD, quantize_along_rows(act_MF, recipe), sizes, recipe)
+        dact_MF = product(quantize_gradient(dy_MD, recipe, scale), transposed(quantize_weight(down_DF, recipe)), sizes,
+                          recipe, jnp.float32)
+        x_MD, dx_MD, dw = quantize_along_rows(dequantize(q), recipe, scale), 0, []
+        for d_MF, w_FD in zip(pull_back(dact_MF), (gate_FD, up_FD)):
+            dw.append(weight_gradient(d_MF, x_MD, sizes, recipe).astype(w_FD.dtype))
+            dx_MD += product(quantize_gradient(d_MF, recipe), transposed(quantize_weight(w_FD, recipe)), sizes, recipe,
+                             jnp.float32)
+        return dx_MD.astype(dtype), *dw, ddown_DF.astype(down_DF.dtype)
+
+    gradients = on_shards(backward, (ROWS, WIDE, WIDE, WIDEN, WIDEN, NARROW, ROWS), (ROWS, WIDEN, WIDEN, NARROW),
+                         *arrays, dy_MD, summed=("ffn", "batch", "batch", "batch"))
+    return *gradients, None
+
+
+_swiglu_ffn.defvjp(_swiglu_ffn_fwd, _swiglu_ffn_bwd)

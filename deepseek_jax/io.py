@@ -1,0 +1,74 @@
+"""The one way files and folders are written: next to their place under another name, then renamed (no jax here).
+
+A reader, or a kill, finds the old content or the new one, never a part of it. With `sync` the bytes are on the disk
+before the rename: a power cut cannot undo it either.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+Path = str | os.PathLike[str]
+
+
+@contextlib.contextmanager
+def replacing(path: Path, sync: bool = False) -> Iterator[str]:
+    """Yields the name of a file to write, which takes the place of `path` at the end; after an error it is removed."""
+    folder, name = os.path.split(os.path.abspath(path))
+    partial = os.path.join(folder, f".{name}.{os.getpid()}.new")
+    try:
+        yield partial
+        if sync:
+            sync_file(partial)
+        os.replace(partial, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(partial)
+        raise
+
+
+@contextlib.contextmanager
+def building(folder: Path) -> Iterator[str]:
+    """Yields a new folder to fill, which becomes `folder` at the end; after an error nothing is left of it.
+
+    What a killed process left of an earlier try is removed. Raises OSError where `folder` exists and is not empty.
+    """
+    folder = os.path.abspath(folder)
+    partial = folder + ".partial"
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        os.makedirs(partial)
+        yield partial
+        os.rename(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def write_bytes(path: Path, data: bytes, sync: bool = False):
+    """Replaces the file at `path`."""
+    with replacing(path, sync) as partial, open(partial, "wb") as f:
+        f.write(data)
+
+
+def write_text(path: Path, text: str, sync: bool = False):
+    """Replaces the file at `path`, in UTF-8."""
+    write_bytes(path, text.encode(), sync)
+
+
+def write_json(path: Path, value: Any, indent: int | None = 2, sync: bool = False):
+    """Replaces the file at `path` with JSON and a line break."""
+    write_text(path, json.dumps(value, indent=indent) + "\n", sync)
+
+
+def sync_file(path: Path):
+    """Brings a file, or the names in a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,132 @@
+"""Grouped products: each expert's rows by its own weights (report section 2.1.2), in three implementations.
+
+    y[r] = x[r] @ w[expert of r]     "reference": the oracle    "cpu": equal groups or tiles    "ragged": lax.ragged_dot
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from deepseek_jax.model.layers import matmul, transpose, wide
+from kernels_pallas import api
+
+
+def row_alignment(implementation: str, rows: int, num_experts: int) -> int:
+    """Rows that an expert's group must be a multiple of: up to half of the mean load, so that 1.5 of it is room."""
+    if implementation != "cpu":
+        return 1
+    half = max(rows // num_experts // 2, 1)
+    return max(1 << (half.bit_length() - 1), 8)
+
+
+def _reference(x_RD, w_EDF, sizes_E, align):
+    """Every row by every expert, with all but its own masked. The oracle: E times the work."""
+    row_R1 = jnp.arange(x_RD.shape[0])[:, None]
+    end_1E = jnp.cumsum(sizes_E)[None]
+    mine_RE = (row_R1 < end_1E) & (row_R1 >= end_1E - sizes_E[None])
+    y_ERF = jnp.einsum("RD,EDF->ERF", x_RD, w_EDF.astype(x_RD.dtype), preferred_element_type=wide(x_RD.dtype))
+    return jnp.einsum("ERF,RE->RF", y_ERF, mine_RE.astype(y_ERF.dtype)).astype(x_RD.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _ragged(x_RD, w_EDF, sizes_E, align):
+    return lax.ragged_dot(x_RD, w_EDF.astype(x_RD.dtype), sizes_E,
+                          preferred_element_type=wide(x_RD.dtype)).astype(x_RD.dtype)
+
+
+def _ragged_bwd(align, residuals, dy_RF):
+    x_RD, w_EDF, sizes_E = residuals
+    w_EFD = jnp.swapaxes(w_EDF, 1, 2).astype(dy_RF.dtype)
+    dx_RD = lax.ragged_dot(dy_RF, w_EFD, sizes_E, preferred_element_type=wide(dy_RF.dtype))
+    over_rows = lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), lhs_ragged_dimensions=[0],
+                                              rhs_group_dimensions=[])
+    dw_EDF = lax.ragged_dot_general(x_RD, dy_RF, sizes_E, over_rows, preferred_element_type=wide(dy_RF.dtype))
+    return dx_RD.astype(x_RD.dtype), dw_EDF.astype(w_EDF.dtype), None
+
+
+_ragged.defvjp(lambda x_RD, w_EDF, sizes_E, align: (_ragged(x_RD, w_EDF, sizes_E, align), (x_RD, w_EDF, sizes_E)),
+               _ragged_bwd)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _batched(x_RD, w_EDF, sizes_E, align):
+    """A batched product over experts where all have the same number of rows, otherwise over equal tiles of rows.
+
+    XLA:CPU has no fast ragged product. Tiles are exact and indifferent to skew, each with a copy of its expert's
+    weights; the first form needs no copy, and nearly balanced loads are what training has.
+    """
+    def product(x_TMD, w_TDF, expert_T):
+        return matmul(x_TMD, w_TDF).reshape(x_RD.shape[0], -1)
+
+    return _by_expert_or_tile(product, sizes_E, align, (x_RD,), w_EDF.astype(x_RD.dtype))
+
+
+def _batched_fwd(x_RD, w_EDF, sizes_E, align):
+    return _batched(x_RD, w_EDF, sizes_E, align), (x_RD, w_EDF, sizes_E)
+
+
+def _batched_bwd(align, residuals, dy_RF):
+    x_RD, w_EDF, sizes_E = residuals
+
+    def product(x_TMD, dy_TMF, w_TFD, expert_T):
+        dw_TDF = matmul(transpose(x_TMD), dy_TMF, wide(x_RD.dtype))
+        if expert_T is not None:
+            dw_TDF = jax.ops.segment_sum(dw_TDF, expert_T, w_EDF.shape[0], indices_are_sorted=True)
+        return matmul(dy_TMF, w_TFD, x_RD.dtype).reshape(x_RD.shape), dw_TDF
+
+    dx_RD, dw_EDF = _by_expert_or_tile(product, sizes_E, align, (x_RD, dy_RF), transpose(w_EDF.astype(dy_RF.dtype)))
+    return dx_RD, dw_EDF.astype(w_EDF.dtype), None
+
+
+_batched.defvjp(_batched_fwd, _batched_bwd)
+
+
+def _by_expert_or_tile(product, sizes_E, align, rows, w_EXY):
+    """product(*rows [T, M, ...], weights [T, ...], expert_T): T experts if their groups are equal, else T tiles."""
+    E, R = len(sizes_E), rows[0].shape[0]
+
+    def cut(count):
+        return [a.reshape(count, -1, a.shape[1]) for a in rows]
+
+    def by_tile():
+        expert_T = _expert_of_tile(sizes_E, align, R // align)
+        return product(*cut(R // align), jnp.asarray(w_EXY)[expert_T], expert_T)
+
+    if R % E:
+        return by_tile()
+    return lax.cond(jnp.all(sizes_E == R // E), lambda: product(*cut(E), w_EXY, None), by_tile)
+
+
+def _expert_of_tile(sizes_E, align, tiles):
+    """Tiles past the last group go to the last expert: their rows are zero, and so are their products."""
+    end_E = jnp.cumsum(sizes_E) // align
+    return jnp.minimum(jnp.searchsorted(end_E, jnp.arange(tiles), side="right"), sizes_E.shape[0] - 1)
+
+
+IMPLEMENTATIONS = {"reference": _reference, "cpu": _batched, "ragged": _ragged}
+
+
+def implementation_here() -> str:
+    """What `auto` means on the devices a program is made for: tiles on a CPU, XLA's ragged product elsewhere."""
+    return "cpu" if api.device_here().platform == "cpu" else "ragged"
+
+
+def grouped_matmul(x_RD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, align: int,
+                   implementation: str = "auto") -> jax.Array:
+    """Multiplies each expert's rows by its weights: y[r] = x[r] @ w[expert of r].
+
+    Args:
+      x_RD: rows sorted by expert, empty rows zero, as `permute.to_rows` makes them.
+      w_EDF: the experts' weights, float32 masters: the product runs in x's dtype, their gradient stays float32.
+      sizes_E: int32, rows of each expert, multiples of `align`; rows past their sum give zero.
+      align: what the groups are aligned to. "cpu" makes tiles of that many rows.
+      implementation: "reference", "cpu", "ragged" or "auto".
+    Returns:
+      [R, F] in the dtype of x, accumulated in float32.
+    """
+    name = implementation_here() if implementation == "auto" else implementation
+    return IMPLEMENTATIONS[name](x_RD, w_EDF, sizes_E, align)

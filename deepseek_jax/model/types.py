@@ -1,0 +1,91 @@
+"""What the parts of the model hand to each other, and the legend of array names.
+
+Array names end in their dimensions: B batch, T query position, S key position, D model, H head, Q query rank, C key-
+value rank, N non-rotary head dim (in attention) or token (elsewhere), R rotary head dim (in attention) or row sorted
+by expert (in experts), V value dim, A N + R, E expert, K chosen experts, G group, F feed-forward, W vocabulary, L
+layer, M micro-batch. A file that departs from this legend states its own at the top.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import flax.struct
+import jax
+
+from deepseek_jax.parallel.dispatch import Traffic
+
+
+class TokenContext(NamedTuple):
+    """What a block may know of its tokens, other than their hidden states.
+
+    rope: cos and sin of the positions, [B, T, rope_head_dim / 2] each. segment_ids_BT: int32, attention stays inside
+    equal ids; None: one segment. tokens_BT: int32, the tokens whose embeddings the block reads (in MTP module k those k
+    ahead). positions_BT: int32. step: int32 scalar, the optimizer step; None outside of training.
+    """
+
+    rope: tuple[jax.Array, jax.Array]
+    segment_ids_BT: jax.Array | None = None
+    tokens_BT: jax.Array | None = None
+    positions_BT: jax.Array | None = None
+    step: jax.Array | None = None
+
+
+class RoutingContext(NamedTuple):
+    """What a routing rule may know of the tokens that it routes: int32 [N] each; `step` as in TokenContext."""
+
+    tokens_N: jax.Array | None
+    positions_N: jax.Array | None
+    step: jax.Array | None = None
+
+
+class Routing(NamedTuple):
+    """What a routing rule decides.
+
+    scores_NE: unbiased affinities, not negative; the balance losses read them. chosen_NK: int32, the experts of each
+    token, all different. gates_NK: the weight of each chosen expert's output.
+    """
+
+    scores_NE: jax.Array
+    chosen_NK: jax.Array
+    gates_NK: jax.Array
+
+
+@flax.struct.dataclass
+class RoutingStats:
+    """What routing did in one MoE layer; stacked along a leading axis for several.
+
+    counts_E: int32, tokens that chose each expert. sequence_loss, auxiliary_loss: unweighted, float32.
+    traffic: counters of dispatch; None on one device. captured: {"scores": [B, T, E], "chosen": [B, T, K]},
+    those that were asked for.
+    """
+
+    counts_E: jax.Array
+    sequence_loss: jax.Array
+    auxiliary_loss: jax.Array
+    traffic: Traffic | None
+    captured: dict[str, jax.Array]
+
+
+@flax.struct.dataclass
+class Output:
+    """What a forward pass gives. L counts MoE layers; MTP entries are absent (empty) at depth 0.
+
+    logits_BTW: float32; None with logits=False.
+    hidden_BTD: after the final norm, what the head multiplies. mtp_hidden[k - 1]: the same of depth k.
+    mtp_logits[k - 1][b, i]: for token i + k + 1; the last k positions saw wrapped-around tokens: mask them.
+    counts: {"bias": int32 [L, E], "mtp_bias": int32 [depth, E]}, tokens that chose each expert; keys as in `router`.
+    traffic: counters of dispatch, summed over MoE layers (MTP's included); None on one device.
+    sequence_loss, auxiliary_loss: unweighted, float32, averaged over MoE layers (MTP's included).
+    captured: {"scores": [L, B, T, E], "chosen": [L, B, T, K]}, those that were asked for.
+    """
+
+    logits_BTW: jax.Array | None
+    hidden_BTD: jax.Array
+    mtp_logits: tuple[jax.Array, ...]
+    mtp_hidden: tuple[jax.Array, ...]
+    counts: dict[str, jax.Array]
+    traffic: Traffic | None
+    sequence_loss: jax.Array
+    auxiliary_loss: jax.Array
+    captured: dict[str, Any]

@@ -1,0 +1,100 @@
+"""Absorbed attention over the latent cache (report section 2.1.1), for T tokens of each of B sequences.
+
+Absorbed MLA never forms keys and values. Both up-projections move to the query's side, and all heads share the cached
+latent, so that a token of context costs kv_rank + rope_head_dim numbers to read:
+
+    q~ = q_nope W_UK    score = q~ c + q_pe k_pe    o = (softmax(score) c) W_UV
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from deepseek_jax.config import ModelConfig
+from deepseek_jax.model.attention import project
+from deepseek_jax.model.layers import linear, matmul, rms_norm, wide
+from deepseek_jax.model.rope import softmax_scale
+from deepseek_jax.serving import latent_cache
+from kernels_pallas import api
+
+
+class TokenSlots(NamedTuple):
+    """T tokens of each of B sequences, and where their latents go.
+
+    token_BT: int32; in MTP module k the tokens k ahead. position_BT: int32. valid_BT: bool; a token that is not valid
+    leaves no trace in the cache. table_BP: int32, each sequence's pages in order.
+    """
+
+    token_BT: jax.Array
+    position_BT: jax.Array
+    valid_BT: jax.Array
+    table_BP: jax.Array
+
+
+class CacheGeometry(NamedTuple):
+    """Static: the format of the cache, and the numbers of pages that attention is compiled for, ascending.
+
+    The smallest sufficient number runs; the last is the complete table.
+    """
+
+    kind: str
+    page_size: int
+    widths: tuple[int, ...]
+
+
+def per_head(x_BTHI: jax.Array, w_HIO: jax.Array) -> jax.Array:
+    """Each head by its own matrix, [B, T, H, O] in the dtype of x."""
+    B, T, H, I = x_BTHI.shape
+    y_HMO = matmul(x_BTHI.reshape(B * T, H, I).swapaxes(0, 1), w_HIO)
+    return y_HMO.swapaxes(0, 1).reshape(B, T, H, -1)
+
+
+def _has_kernel(cfg, geometry, T):
+    """Whether the device's own kernel does this attention: one query a sequence, rows of the published models, pages
+    that it can copy."""
+    rows = (cfg.kv_rank, cfg.rope_head_dim) == (512, 64) and geometry.kind in ("bfloat16", "fp8")
+    pages = geometry.page_size in (8, 16, 32) or geometry.page_size % 64 == 0
+    return T == 1 and rows and pages and cfg.dtype == "bfloat16" and api.chosen_here("mla_decode") == "hopper"
+
+
+def attention(cfg: ModelConfig, geometry: CacheGeometry, w: dict[str, jax.Array], x_BTD: jax.Array,
+              rope: tuple[jax.Array, jax.Array], pages_PSX: jax.Array,
+              slots: TokenSlots) -> tuple[jax.Array, jax.Array]:
+    """Absorbed MLA. Returns its output [B, T, D] and the layer's pages, with the latents of these tokens in them."""
+    norm = lambda name: lambda x: rms_norm(x, w[name], cfg.norm_eps)
+    q_BTHA, c_BTC, k_pe_BTR = project(cfg, x_BTD, rope, w, norm("q_norm"), norm("kv_norm"))
+    page_BT, offset_BT = latent_cache.places(slots.table_BP, slots.position_BT, slots.valid_BT, geometry.page_size)
+    pages_PSX = latent_cache.write(pages_PSX, latent_cache.pack(geometry.kind, c_BTC, k_pe_BTR), page_BT, offset_BT)
+    N, C, f32 = cfg.nope_head_dim, cfg.kv_rank, wide(cfg.dtype)
+    q_BTHX = jnp.concatenate([per_head(q_BTHA[..., :N], w["k_up_HNC"]), q_BTHA[..., N:]], axis=-1)
+
+    def attend(width, q_BTHX, pages_PSX, slots):
+        B, T, H, X = q_BTHX.shape
+        rows_BSX = latent_cache.unpack(cfg, geometry.kind, latent_cache.read(pages_PSX, slots.table_BP[:, :width]))
+        if B > 1 and api.device_here().platform == "cpu":  # which would widen them twice, once for each product
+            rows_BSX = rows_BSX.astype(f32)
+        # Rows times queries: the one order for which XLA:CPU neither widens nor turns the rows of a sequence.
+        q_BXY = jnp.swapaxes(q_BTHX.astype(rows_BSX.dtype).reshape(B, T * H, X), 1, 2)
+        s_BTHS = jnp.swapaxes(matmul(rows_BSX, q_BXY, f32), 1, 2).reshape(B, T, H, -1) * softmax_scale(cfg)
+        seen_BT1S = jnp.arange(rows_BSX.shape[1])[None, None, None] <= slots.position_BT[:, :, None, None]
+        p_BTHS = jax.nn.softmax(jnp.where(seen_BT1S, s_BTHS, -jnp.inf), axis=-1)
+        # Of whole rows, the rotated key's columns too: cutting the latents out first would copy them.
+        o_BYX = matmul(p_BTHS.astype(rows_BSX.dtype).reshape(B, T * H, -1), rows_BSX, f32)
+        return o_BYX[..., :C].reshape(B, T, H, C).astype(cfg.dtype)
+
+    if _has_kernel(cfg, geometry, q_BTHX.shape[1]):
+        lengths_B = jnp.where(slots.valid_BT, slots.position_BT, 0)[:, 0] + 1
+        o_BHC = api.mla_decode(q_BTHX[:, 0], pages_PSX, slots.table_BP, lengths_B, scale=softmax_scale(cfg))
+        o_BTHC = o_BHC[:, None]
+    else:
+        needed = jnp.where(slots.valid_BT, slots.position_BT, 0).max() // geometry.page_size
+        branch = jnp.searchsorted(jnp.array(geometry.widths), needed, side="right")
+        branches = [functools.partial(attend, width) for width in geometry.widths]
+        o_BTHC = lax.switch(branch, branches, q_BTHX, pages_PSX, slots)
+    o_BTHV = per_head(o_BTHC, w["v_up_HCV"])
+    return linear(o_BTHV.reshape(*o_BTHV.shape[:2], -1), w["o"]), pages_PSX

@@ -1,0 +1,54 @@
+"""Scoring a model: nats per token, bits per byte, and the balance of the experts over a complete set of documents."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from deepseek_jax.data.baselines import compressed_bits_per_byte
+from deepseek_jax.data.loader import Loader
+from deepseek_jax.data.prepare import prepare, prepare_evaluation
+from deepseek_jax.training.metrics import all_layers, max_vio
+from deepseek_jax.training.step import eval_step
+from deepseek_jax.training.types import Sums
+from deepseek_jax.workdir import load_run
+
+
+class Score(NamedTuple):
+    """loss: nats per token. max_vio_global: balance over all batches together (max / mean load - 1)."""
+
+    loss: float
+    bits_per_byte: float
+    max_vio_global: float
+
+
+def evaluate(loader: Loader, step: Callable[..., Sums], params: dict[str, Any], router: dict[str, jax.Array],
+             limit: int = 0) -> Score:
+    """Main-head loss over `limit` validation batches; 0: all of them. `step` is `eval_step` with its config."""
+    nats = weight = 0.0
+    counts = None
+    for micro in loader.validation_batches(loader.rows, limit):
+        sums = jax.device_get(step(params, router, micro))
+        nats, weight = nats + float(sums.losses.nats), weight + float(sums.losses.weight)
+        counts = sums.counts if counts is None else jax.tree.map(np.add, counts, sums.counts)
+    bits = nats / math.log(2)
+    return Score(nats / weight, bits / loader.validation_bytes(loader.rows, limit), max_vio(all_layers(counts or {})))
+
+
+def evaluate_workdir(workdir: str, data: str | None = None, ema: bool = False,
+                     compressors: bool = False) -> dict[str, float]:
+    """Scores a run on all of its held-out documents, or on all documents of `data`.
+
+    Raises ConfigError for a work directory or data that cannot be read.
+    """
+    config, variables, step = load_run(workdir, ema)
+    prepared = prepare(config, workdir) if data is None else prepare_evaluation(config, workdir, data)
+    loader = Loader(config, prepared)
+    compiled = jax.jit(lambda *args: eval_step(config, *args))
+    score = evaluate(loader, compiled, variables["params"], variables["router"])
+    result = {"step": step, **score._asdict()}
+    return result | (compressed_bits_per_byte(config.data, data) if compressors else {})

@@ -1,0 +1,64 @@
+"""What the parts of a training step hand to each other."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+
+from deepseek_jax.parallel.dispatch import Traffic
+
+
+class Batch(NamedTuple):
+    """Inputs and next-token targets of one micro-batch.
+
+    tokens_BT, targets_BT: int32. weights_BT: float32, 0 leaves a target out. segment_ids_BT, positions_BT: int32, where
+    documents are masked; None without masks.
+    """
+
+    tokens_BT: jax.Array
+    targets_BT: jax.Array
+    weights_BT: jax.Array
+    segment_ids_BT: jax.Array | None
+    positions_BT: jax.Array | None
+
+
+class TokenLosses(NamedTuple):
+    """Summed losses in nats of the main model and of each MTP depth [D], and the weights summed over; float32."""
+
+    nats: jax.Array
+    weight: jax.Array
+    mtp_nats_D: jax.Array
+    mtp_weight_D: jax.Array
+
+
+class Normalizers(NamedTuple):
+    """What turns sums over one micro-batch into its part of the loss of the complete batch.
+
+    weight, mtp_weight_D: summed weights of the COMPLETE batch. mtp_lambda: the weight of the MTP loss. share: this
+    micro-batch's part of the batch. float32.
+    """
+
+    weight: jax.Array
+    mtp_weight_D: jax.Array
+    mtp_lambda: jax.Array | float
+    share: jax.Array | float
+
+
+class Sums(NamedTuple):
+    """Sums over a batch. counts: int32 [L, E] under the names of the `router` collection."""
+
+    losses: TokenLosses
+    counts: dict[str, jax.Array]
+    traffic: Traffic | None
+
+
+class Metrics(NamedTuple):
+    """Of one step: float32 scalars, loss and mtp_loss in nats per token; counts int32 per layer."""
+
+    loss: jax.Array
+    mtp_loss: jax.Array
+    lr: jax.Array
+    grad_norm: jax.Array
+    counts: dict[str, jax.Array]
+    traffic: Traffic | None

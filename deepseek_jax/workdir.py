@@ -1,0 +1,115 @@
+"""A run's folder: who owns it, what it was configured as, and the model that it holds.
+
+    config.json  tokenizer.json  corpus.json  metrics.jsonl  expert_load/  tensorboard/  checkpoints/  cache/  *.png
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pathlib
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from deepseek_jax import io
+from deepseek_jax.config import Config, ConfigError, MeshConfig, ModelConfig, PipelineConfig, as_dict, freeze
+
+if TYPE_CHECKING:
+    from deepseek_jax.data.tokenizer import Tokenizer
+
+
+def claim_workdir(config: Config, workdir: str):
+    """Writes the config into a work directory that has none."""
+    path = pathlib.Path(workdir) / "config.json"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        io.write_json(path, as_dict(config))
+
+
+def check_workdir(config: Config, workdir: str):
+    """Raises ConfigError when the work directory holds another config; the message lists the differences."""
+    if not (pathlib.Path(workdir) / "config.json").exists():
+        return
+    elsewhere: Any = dict(mesh=MeshConfig(), pipeline=PipelineConfig())  # a run may continue on another mesh
+    ours, theirs = (as_dict(dataclasses.replace(c, **elsewhere)) for c in (config, load_workdir_config(workdir)))
+    differences = _differences(ours, theirs)
+    if differences:
+        raise ConfigError(f"{workdir} holds a run with another config: {'; '.join(differences)}; take that config "
+                          "or another --workdir.")
+
+
+def load_workdir_config(workdir: str) -> Config:
+    """The config of a run. Raises ConfigError when the directory holds none."""
+    path = pathlib.Path(workdir) / "config.json"
+    if not path.is_file():
+        raise ConfigError(f"{workdir} holds no config.json; give the --workdir of a run.")
+    try:
+        saved = json.loads(path.read_text())
+    except ValueError as error:  # no JSON, or no text
+        raise ConfigError(f"{path} is not JSON ({error}); restore it, or take another --workdir.") from error
+    return freeze(saved)
+
+
+def _differences(ours, theirs, prefix=""):
+    out = []
+    for key in sorted(ours.keys() | theirs.keys()):
+        a, b = ours.get(key), theirs.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            out += _differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            out.append(f"{prefix}{key} is {b!r} there, {a!r} here")
+    return out
+
+
+class LoadedRun(NamedTuple):
+    """The newest undamaged checkpoint of a run. variables: collections params and router."""
+
+    config: Config
+    variables: dict[str, Any]
+    step: int
+
+
+def load_run(workdir: str, ema: bool = False) -> LoadedRun:
+    """A run's config (on one device here) and variables; with `ema` the moving average of its weights.
+
+    Raises:
+      ConfigError: no run or no checkpoint there, or no moving average in it.
+    """
+    from deepseek_jax.checkpoint.manager import restore_items  # jax and Orbax: for those who read arrays
+
+    config = dataclasses.replace(load_workdir_config(workdir), mesh=MeshConfig())
+    items, step, _ = restore_items(workdir, names=("ema", "router") if ema else ("params", "router"))
+    params = items["ema" if ema else "params"]
+    if not params:
+        raise ConfigError(f"the run in {workdir} keeps no moving average; train with --config.train.ema_decay=0.999.")
+    return LoadedRun(config, {"params": params, "router": items["router"]}, step)
+
+
+class LoadedModel(NamedTuple):
+    """A model to generate with."""
+
+    cfg: ModelConfig
+    variables: dict[str, Any]
+    tokenizer: Tokenizer
+
+
+def load_model(workdir: str | None, hf: str | None = None, ema: bool = False) -> LoadedModel:
+    """The model of a run or of a Hugging Face checkpoint, one of the two.
+
+    Raises:
+      ConfigError: nothing usable there, or a tokenizer that does not fit.
+    """
+    from deepseek_jax.data.tokenizer import Tokenizer
+
+    folder = hf or workdir
+    assert folder is not None
+    vocabulary = os.path.join(folder, "tokenizer.json")
+    if hf:
+        from deepseek_jax.interop import load_hf
+
+        Tokenizer.load(vocabulary)  # before gigabytes are read
+        cfg, variables = load_hf(hf)
+    else:
+        run = load_run(folder, ema)
+        cfg, variables = run.config.model, run.variables
+    return LoadedModel(cfg, variables, Tokenizer.load(vocabulary, cfg.vocab_size))
