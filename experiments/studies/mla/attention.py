@@ -15,7 +15,9 @@ from deepseek_jax.model import transformer
 from deepseek_jax.model.attention import attend
 from deepseek_jax.model.layers import linear, weight
 from deepseek_jax.model.rope import rotate
-from experiments.studies.mla.config import VARIANTS
+
+# arm -> (heads of keys and values, width of a head); MLA is the model's own.
+VARIANTS = {"MHA": (4, 16), "GQA": (2, 20), "MQA": (1, 24)}
 
 
 class GroupedAttention(nn.Module):

@@ -19,7 +19,7 @@ import time
 
 from deepseek_jax import cli
 from deepseek_jax.pipeline.schedule import NAMES
-from experiments.studies.framework import runner
+from experiments.studies.framework.results import provenance
 
 FILE = pathlib.Path(__file__).parent / "measured.json"
 ROWS = 2  # sequences of a micro-batch
@@ -211,7 +211,7 @@ def main():
         known = json.loads(FILE.read_text()) if FILE.exists() else {}
         found = known.get(args.part, {}).get("found", {}) | result  # schedules may be measured one by one
         known[args.part] = {"command": f"python -m experiments.studies.pipeline.measure {args.part}", "found": found,
-                            **runner.provenance()}
+                            **provenance()}
         cli.write_json(str(FILE), known)
 
 
