@@ -52,9 +52,9 @@ lint: .venv/stamp
 	@touch $@
 
 bench: .venv/stamp .venv-peer/stamp
-	$(RUN) benchmarks/run.py --json benchmarks/results/train_cpu.json
-	$(RUN) benchmarks/grouped_matmul.py --json benchmarks/results/grouped_matmul.json
-	$(RUN) benchmarks/decode.py --json benchmarks/results/decode_cpu.json
+	$(RUN) -m benchmarks.run --json benchmarks/results/train_cpu.json
+	$(RUN) -m benchmarks.grouped_matmul --json benchmarks/results/grouped_matmul.json
+	$(RUN) -m benchmarks.decode --json benchmarks/results/decode_cpu.json
 
 STUDIES := load_balance mtp bias_rule routing_limit experts balance_scope mla long_context pipeline fp8
 studies-quick: .venv/stamp

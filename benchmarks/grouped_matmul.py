@@ -1,6 +1,6 @@
-"""The experts' grouped product on this machine, beside a dense product of the same FLOPs and `jax.lax.ragged_dot`.
+"""The experts' grouped product on this machine, next to a dense product of the same FLOPs and `jax.lax.ragged_dot`.
 
-    python benchmarks/grouped_matmul.py --json benchmarks/results/grouped_matmul.json
+    python -m benchmarks.grouped_matmul --json benchmarks/results/grouped_matmul.json
 
 Each row is forward and backward (the gradients of the rows and of the weights) from float32 masters. GFLOP/s count
 useful rows alone: what a tile is padded with is paid for and not counted. The sides take turns; medians over the turns.
@@ -10,16 +10,17 @@ import argparse
 import datetime
 import functools
 import os
-import pathlib
 import statistics
 import sys
 import time
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from run import hardware, shown
 
+from benchmarks.machine import hardware, shown, write_report
 from deepseek_jax import cli
 from deepseek_jax.model import experts, layers
 
@@ -27,7 +28,7 @@ SHAPES = ((8192, 256, 512, 32), (8192, 256, 128, 64), (16384, 512, 256, 64))  # 
 LOADS = ("balanced", "skewed")
 
 
-def loads(name, rows, num_experts):
+def loads(name: str, rows: int, num_experts: int) -> np.ndarray:
     """Rows of each expert. "skewed": falling with the square of the rank, the busiest at 3 times the mean."""
     share = np.ones(num_experts) if name == "balanced" else (1 - np.arange(num_experts) / num_experts) ** 2
     counts = np.floor(share / share.sum() * rows).astype(np.int32)
@@ -35,7 +36,7 @@ def loads(name, rows, num_experts):
     return counts
 
 
-def arranged(counts, align, even, draw, width):
+def arranged(counts: np.ndarray, align: int, even: bool, draw: np.random.Generator, width: int):
     """Random rows laid out by the experts' own plan, and the size of each expert's group."""
     chosen_NK = np.repeat(np.arange(len(counts), dtype=np.int32), counts)[:, None]
     plan = jax.jit(experts.plan, static_argnums=(1, 2, 3))(chosen_NK, len(counts), align, even)
@@ -43,7 +44,7 @@ def arranged(counts, align, even, draw, width):
     return draw.standard_normal((len(filled_R1), width), np.float32) * filled_R1, plan.sizes_E
 
 
-def sides(rows, d, f, num_experts, dtype, load):
+def sides(rows: int, d: int, f: int, num_experts: int, dtype: str, load: str) -> dict[str, Callable]:
     """name -> a function without arguments that runs that side once, forward and backward."""
     draw = np.random.default_rng(0)
     counts = loads(load, rows, num_experts)
@@ -68,7 +69,7 @@ def sides(rows, d, f, num_experts, dtype, load):
     return made
 
 
-def seconds(run, least=0.1):
+def seconds(run: Callable, least: float = 0.1) -> float:
     """Seconds a call, over as many calls as fill `least` seconds."""
     start, calls = time.perf_counter(), 0
     while calls == 0 or time.perf_counter() - start < least:
@@ -77,7 +78,7 @@ def seconds(run, least=0.1):
     return (time.perf_counter() - start) / calls
 
 
-def measure(shape, dtype, load, turns):
+def measure(shape: tuple[int, int, int, int], dtype: str, load: str, turns: int) -> dict[str, Any]:
     rows, d, f, _ = shape
     made = sides(*shape, dtype, load)
     for run in made.values():
@@ -93,14 +94,14 @@ def measure(shape, dtype, load, turns):
             "times_ragged_dot": round(speed["cpu"] / speed["ragged_dot"], 1)}
 
 
-def line(row):
+def line(row: dict[str, Any]) -> str:
     g = row["gflops_per_second"]
     shape = f"({row['rows']}, {row['D']}, {row['F']}, {row['experts']})"
     return (f"{shape:22} {row['dtype']:9} {row['load']:9} {g['dense']:8.0f} {g['cpu']:8.0f} {g['ragged_dot']:8.1f}"
             f"   {row['of_dense']:.2f} of dense   {row['times_ragged_dot']:.0f} x ragged_dot")
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--json", metavar="FILE", help="also write the report here")
@@ -117,10 +118,9 @@ def main():
     report = {"what": "grouped product of experts, forward and backward, useful GFLOP/s; medians",
               "date": datetime.date.today().isoformat(), "hardware": hardware(), "jax": jax.__version__,
               "load_at_end": round(os.getloadavg()[0], 2), "turns": args.turns,
-              "command": shown(["python", "benchmarks/grouped_matmul.py", *sys.argv[1:]]), "rows": rows}
+              "command": shown(["python", "-m", "benchmarks.grouped_matmul", *sys.argv[1:]]), "rows": rows}
     if args.json:
-        pathlib.Path(args.json).parent.mkdir(parents=True, exist_ok=True)
-        cli.write_json(args.json, report)
+        write_report(args.json, report)
 
 
 if __name__ == "__main__":
