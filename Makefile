@@ -52,11 +52,11 @@ lint: .venv/stamp
 	@touch $@
 
 bench: .venv/stamp .venv-peer/stamp
-	$(RUN) benchmarks/run.py --json benchmarks/results/train_cpu.json
-	$(RUN) benchmarks/grouped_matmul.py --json benchmarks/results/grouped_matmul.json
-	$(RUN) benchmarks/decode.py --json benchmarks/results/decode_cpu.json
+	$(RUN) -m benchmarks.run --json benchmarks/results/train_cpu.json
+	$(RUN) -m benchmarks.grouped_matmul --json benchmarks/results/grouped_matmul.json
+	$(RUN) -m benchmarks.decode --json benchmarks/results/decode_cpu.json
 
-STUDIES := load_balance mtp bias_rule routing_limit experts balance_scope mla long_context pipeline fp8
+STUDIES := load_balance mtp bias_rule routing_limit experts balance_scope mla long_context pipeline fp8 two_hop
 studies-quick: .venv/stamp
 	for s in $(STUDIES); do $(RUN) -m experiments.studies.$$s.run --quick || exit 1; done
 

@@ -1,6 +1,6 @@
-"""Peak memory and time of conversion, beside copying the files and beside writing as many bytes.
+"""Peak memory and time of conversion, next to copying the files and to writing as many bytes.
 
-    python benchmarks/convert_memory.py --dir /some/disk --json benchmarks/results/convert.json
+    python -m benchmarks.convert_memory --dir /some/disk --json benchmarks/results/convert.json
 
 Makes an FP8 checkpoint with the matrices of DeepSeek-V3 (two layers, 64 experts) of more than 4 GB in ten files,
 converts it in child processes, takes their peak resident memory from the kernel, and removes everything again. Every
@@ -20,23 +20,19 @@ import subprocess
 import sys
 import tempfile
 import time
+from typing import Any
 
 import numpy as np
 
-HERE = pathlib.Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent), str(HERE)]
-
-from run import hardware  # noqa: E402
-
-from deepseek_jax import io
-from deepseek_jax.checkpoint.arrays import BLOCK, FP8  # noqa: E402
-from deepseek_jax.config import model_config  # noqa: E402
-from deepseek_jax.interop import hf_config, safetensors_io, save, tensor_map  # noqa: E402
+from benchmarks.machine import ROOT, hardware, write_report
+from deepseek_jax.checkpoint.arrays import BLOCK, FP8
+from deepseek_jax.config import model_config
+from deepseek_jax.interop import hf_config, safetensors_io, save, tensor_map
 
 SHARD = 450 * 10**6
 
 
-def make(folder, experts):
+def make(folder: pathlib.Path, experts: int) -> tuple[int, int]:
     """Writes the checkpoint, a piece of a random buffer at a time. Returns (bytes, files)."""
     cfg = model_config("v3_671b", num_layers=2, num_dense_layers=1, mtp_depth=0, num_experts=experts,
                        vocab_size=16384)
@@ -60,19 +56,19 @@ def make(folder, experts):
     files = safetensors_io.pack(items, SHARD)
     folder.mkdir(parents=True)
     safetensors_io.write(str(folder), files, pieces)
-    io.write_json(folder / "config.json", hf_config.write(cfg, "bfloat16", fp8=True))
+    save.write_json(folder / "config.json", hf_config.write(cfg, "bfloat16", fp8=True))
     return sum(item.nbytes for item in items), len(files)
 
 
-def size(folder):
+def size(folder: pathlib.Path) -> int:
     return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
 
 
-def convert(*words):
+def convert(*words: str | pathlib.Path) -> dict[str, float]:
     """Runs deepseek_jax.convert. -> {"seconds", "peak_gb"}."""
     command = [sys.executable, "-m", "deepseek_jax.convert", *map(str, words)]
     start = time.perf_counter()
-    process = subprocess.Popen(command, cwd=HERE.parent, stderr=subprocess.DEVNULL,
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL,
                                env=os.environ | {"JAX_PLATFORMS": "cpu"})
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
@@ -81,7 +77,7 @@ def convert(*words):
     return {"seconds": time.perf_counter() - start, "peak_gb": usage.ru_maxrss * 1024 / 1e9}
 
 
-def copy(source, target):
+def copy(source: pathlib.Path, target: pathlib.Path) -> dict[str, float]:
     start = time.perf_counter()
     target.mkdir()
     for path in sorted(source.iterdir()):
@@ -90,7 +86,7 @@ def copy(source, target):
     return {"seconds": time.perf_counter() - start}
 
 
-def write_bytes(target, count):
+def write_bytes(target: pathlib.Path, count: int) -> dict[str, float]:
     """Writes `count` bytes of a buffer into files of the size that a shard has."""
     start, buffer = time.perf_counter(), np.arange(2**24, dtype=np.uint8).data
     target.mkdir()
@@ -103,13 +99,13 @@ def write_bytes(target, count):
     return {"seconds": time.perf_counter() - start}
 
 
-def flush(path):
+def flush(path: pathlib.Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)
 
 
-def measure(root, rounds, experts):
+def measure(root: pathlib.Path, rounds: int, experts: int) -> dict[str, Any]:
     source, out = root / "src", root / "out"
     total, files = make(source, experts)
     rows = {name: [] for name in ("copy", "keep_fp8", "write", "dequantize", "to_hf")}
@@ -140,7 +136,7 @@ def measure(root, rounds, experts):
             "dequantize_over_write": median["dequantize"] / median["write"], "runs": rows}
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dir", help="where to make the checkpoint (needs 17 GB; default: the temporary directory)")
     parser.add_argument("--rounds", type=int, default=1)
@@ -151,7 +147,7 @@ def main():
         result = measure(pathlib.Path(folder), args.rounds, args.experts)
     import jax
 
-    result |= {"command": " ".join(["python", "benchmarks/convert_memory.py", f"--rounds {args.rounds}"]),
+    result |= {"command": f"python -m benchmarks.convert_memory --rounds {args.rounds}",
                "date": datetime.date.today().isoformat(), "hardware": hardware(),
                "versions": {"python": platform.python_version(), "numpy": np.__version__, "jax": jax.__version__}}
     print(f"| {result['checkpoint_gb']:.2f} GB in {result['files']} files | peak resident | time |\n|---|---|---|")
@@ -161,8 +157,7 @@ def main():
     exact = "byte for byte" if result["round_trip_exact"] else "NOT the same bytes"
     print(f"| back to Hugging Face | {result['peak_gb']['to_hf']:.2f} GB | {exact} |")
     if args.json:
-        pathlib.Path(args.json).parent.mkdir(parents=True, exist_ok=True)
-        io.write_json(args.json, result)
+        write_report(args.json, result)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Greedy decoding beside transformers' generate: the same weights and prompts, on one machine, taking turns.
+"""Greedy decoding against transformers' generate: the same weights and prompts, on one machine, taking turns.
 
-    python benchmarks/decode.py --json benchmarks/results/decode_cpu.json
+    python -m benchmarks.decode --json benchmarks/results/decode_cpu.json
 
 The weights are the preset `small` without multi-token prediction at random values, exported for the peer. Each side is
 one process that warms up and then waits; in every round each side generates once, reading the prompts included.
@@ -11,26 +11,25 @@ token behind a context of 64 and of 2,048. Without .venv-peer, which `make bench
 import argparse
 import datetime
 import json
-import pathlib
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from typing import Any
 
-from run import HERE, PEER, hardware
-
-from deepseek_jax import io
+from benchmarks.machine import PEER, ROOT, hardware, write_report
 
 PROMPT, NEW, CONTEXTS = 32, 128, (64, 2048)
 
 
-def prompts(batch):
+def prompts(batch: int) -> list[list[int]]:
     """Fixed token ids, the same on both sides."""
     return [[(7919 * (b + 1) + 104729 * i) % 8000 + 100 for i in range(PROMPT)] for b in range(batch)]
 
 
-def answer(generate, context=None):
+def answer(generate: Callable, context: Callable | None = None) -> None:
     """A side's loop: for each line on stdin, {"batch", "context"}, one JSON row on stdout."""
     for line in sys.stdin:
         asked = json.loads(line)
@@ -43,7 +42,7 @@ def answer(generate, context=None):
         print(json.dumps(row), flush=True)
 
 
-def ours(folder, dtype, batches):
+def ours(folder: str, dtype: str, batches: list[int]) -> None:
     from deepseek_jax import runtime
 
     runtime.prepare()
@@ -54,7 +53,7 @@ def ours(folder, dtype, batches):
 
     cfg, variables = load_hf(folder, dtype=dtype)
     variables = jax.tree.map(jax.numpy.asarray, variables)
-    engines = {batch: Engine(cfg, variables, EngineConfig(max_sequences=batch, max_length=2304, most_steps=32))
+    engines = {batch: Engine(cfg, variables, EngineConfig(batch, 2304, most_steps=32))
                for batch in batches}
 
     def generate(batch):
@@ -80,13 +79,13 @@ def ours(folder, dtype, batches):
 class Side:
     """One process. Its first row, which compiles, does not count."""
 
-    def __init__(self, name, command):
+    def __init__(self, name: str, command: list[str]):
         self.name = name
         self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (as long as the process)
-        self.process = subprocess.Popen(command, cwd=HERE.parent, text=True, stdin=subprocess.PIPE,
+        self.process = subprocess.Popen(command, cwd=ROOT, text=True, stdin=subprocess.PIPE,
                                         stdout=subprocess.PIPE, stderr=self.log)
 
-    def ask(self, batch, context=None):
+    def ask(self, batch: int, context: int | None = None) -> dict[str, Any]:
         try:
             print(json.dumps({"batch": batch, "context": context}), file=self.process.stdin, flush=True)
             for line in self.process.stdout:
@@ -97,12 +96,12 @@ class Side:
         self.log.seek(0)
         sys.exit(f"{self.name} ended: {(self.log.read().strip() or 'it said nothing').splitlines()[-1]}")
 
-    def end(self):
+    def end(self) -> None:
         self.process.stdin.close()
         self.process.wait()
 
 
-def export(folder):
+def export(folder: str) -> None:
     import jax
     import numpy as np
 
@@ -115,7 +114,7 @@ def export(folder):
     save_hf(folder, cfg, init())
 
 
-def compare(sides, batch, rounds, contexts):
+def compare(sides: list[Side], batch: int, rounds: int, contexts: tuple[int, ...]) -> dict[str, Any]:
     """Medians, ratios, how many of the peer's tokens are ours, and what a long context costs."""
     rows = {side.name: [] for side in sides}
     steps = {side.name: {context: [] for context in contexts} for side in sides if side.name != "transformers"}
@@ -145,7 +144,7 @@ def compare(sides, batch, rounds, contexts):
     return report
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--rounds", type=int, default=5)
@@ -162,10 +161,10 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         export(folder + "/model")
         batches = ["--batches", *map(str, args.batches)]
-        sides = [Side(dtype, [sys.executable, "benchmarks/decode.py", "--side", folder + "/model", dtype, *batches])
+        sides = [Side(dtype, [sys.executable, "-m", "benchmarks.decode", "--side", folder + "/model", dtype, *batches])
                  for dtype in ("float32", "bfloat16")]
         if PEER.exists():
-            sides.append(Side("transformers", [str(PEER), "benchmarks/decode_transformers.py", folder + "/model"]))
+            sides.append(Side("transformers", [str(PEER), "-m", "benchmarks.decode_transformers", folder + "/model"]))
         for batch in args.batches:
             report["batches"][batch] = compare(sides, batch, args.rounds,
                                                CONTEXTS if batch == min(args.batches) else ())
@@ -173,7 +172,7 @@ def main():
         for side in sides:
             side.end()
     if args.json:
-        io.write_json(pathlib.Path(HERE.parent, args.json), report, indent=1)
+        write_report(args.json, report)
 
 
 if __name__ == "__main__":

@@ -8,10 +8,11 @@ import argparse
 
 import torch
 import transformers
-from decode import NEW, answer, prompts
+
+from benchmarks.decode import NEW, answer, prompts
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder")
     parser.add_argument("--attention", default="eager", choices=("sdpa", "eager"))

@@ -1,6 +1,6 @@
-"""The experts' grouped product on this machine, beside a dense product of the same FLOPs and `jax.lax.ragged_dot`.
+"""The experts' grouped product on this machine, next to a dense product of the same FLOPs and `jax.lax.ragged_dot`.
 
-    python benchmarks/grouped_matmul.py --json benchmarks/results/grouped_matmul.json
+    python -m benchmarks.grouped_matmul --json benchmarks/results/grouped_matmul.json
 
 Each row is forward and backward (the gradients of the rows and of the weights) from float32 masters. GFLOP/s count
 useful rows alone: what a tile is padded with is paid for and not counted. The sides take turns; medians over the turns.
@@ -10,24 +10,26 @@ import argparse
 import datetime
 import functools
 import os
-import pathlib
 import statistics
 import sys
 import time
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from run import hardware, shown
 
-from deepseek_jax import io, runtime
-from deepseek_jax.model import experts, layers
+from benchmarks.machine import hardware, shown, write_report
+from deepseek_jax import runtime
+from deepseek_jax.model import layers, permute
+from deepseek_jax.model.grouped_matmul import grouped_matmul, row_alignment
 
 SHAPES = ((8192, 256, 512, 32), (8192, 256, 128, 64), (16384, 512, 256, 64))  # tokens x k, D, F, E
 LOADS = ("balanced", "skewed")
 
 
-def loads(name, rows, num_experts):
+def loads(name: str, rows: int, num_experts: int) -> np.ndarray:
     """Rows of each expert. "skewed": falling with the square of the rank, the busiest at 3 times the mean."""
     share = np.ones(num_experts) if name == "balanced" else (1 - np.arange(num_experts) / num_experts) ** 2
     counts = np.floor(share / share.sum() * rows).astype(np.int32)
@@ -35,15 +37,15 @@ def loads(name, rows, num_experts):
     return counts
 
 
-def arranged(counts, align, even, draw, width):
-    """Random rows laid out by the experts' own plan, and the size of each expert's group."""
+def arranged(counts: np.ndarray, align: int, even: bool, draw: np.random.Generator, width: int):
+    """Random rows sorted as the experts' own, and the size of each expert's group."""
     chosen_NK = np.repeat(np.arange(len(counts), dtype=np.int32), counts)[:, None]
-    plan = jax.jit(experts.plan, static_argnums=(1, 2, 3))(chosen_NK, len(counts), align, even)
-    filled_R1 = np.asarray(plan.choice_R < len(chosen_NK))[:, None]
-    return draw.standard_normal((len(filled_R1), width), np.float32) * filled_R1, plan.sizes_E
+    sorted_rows = jax.jit(permute.sort_by_expert, static_argnums=(1, 2, 3))(chosen_NK, len(counts), align, even)
+    filled_R1 = np.asarray(sorted_rows.choice_R < len(chosen_NK))[:, None]
+    return draw.standard_normal((len(filled_R1), width), np.float32) * filled_R1, sorted_rows.sizes_E
 
 
-def sides(rows, d, f, num_experts, dtype, load):
+def sides(rows: int, d: int, f: int, num_experts: int, dtype: str, load: str) -> dict[str, Callable]:
     """name -> a function without arguments that runs that side once, forward and backward."""
     draw = np.random.default_rng(0)
     counts = loads(load, rows, num_experts)
@@ -60,15 +62,15 @@ def sides(rows, d, f, num_experts, dtype, load):
 
     made = {"dense": both_ways(layers.linear, jnp.asarray(draw.standard_normal((rows, d)), dtype), w[0])}
     for name, implementation in (("cpu", "cpu"), ("ragged_dot", "ragged")):
-        align = experts.row_alignment(implementation, rows, num_experts)
+        align = row_alignment(implementation, rows, num_experts)
         x, sizes = arranged(counts, align, align > 1, draw, d)
-        product = functools.partial(experts.grouped_matmul, align=align, implementation=implementation)
+        product = functools.partial(grouped_matmul, align=align, implementation=implementation)
         made[name] = both_ways(lambda x, w, sizes, product=product: product(x, w, sizes_E=sizes),
                                jnp.asarray(x, dtype), w, sizes)
     return made
 
 
-def seconds(run, least=0.1):
+def seconds(run: Callable, least: float = 0.1) -> float:
     """Seconds a call, over as many calls as fill `least` seconds."""
     start, calls = time.perf_counter(), 0
     while calls == 0 or time.perf_counter() - start < least:
@@ -77,7 +79,7 @@ def seconds(run, least=0.1):
     return (time.perf_counter() - start) / calls
 
 
-def measure(shape, dtype, load, turns):
+def measure(shape: tuple[int, int, int, int], dtype: str, load: str, turns: int) -> dict[str, Any]:
     rows, d, f, _ = shape
     made = sides(*shape, dtype, load)
     for run in made.values():
@@ -93,14 +95,14 @@ def measure(shape, dtype, load, turns):
             "times_ragged_dot": round(speed["cpu"] / speed["ragged_dot"], 1)}
 
 
-def line(row):
+def line(row: dict[str, Any]) -> str:
     g = row["gflops_per_second"]
     shape = f"({row['rows']}, {row['D']}, {row['F']}, {row['experts']})"
     return (f"{shape:22} {row['dtype']:9} {row['load']:9} {g['dense']:8.0f} {g['cpu']:8.0f} {g['ragged_dot']:8.1f}"
             f"   {row['of_dense']:.2f} of dense   {row['times_ragged_dot']:.0f} x ragged_dot")
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--json", metavar="FILE", help="also write the report here")
@@ -116,10 +118,9 @@ def main():
     report = {"what": "grouped product of experts, forward and backward, useful GFLOP/s; medians",
               "date": datetime.date.today().isoformat(), "hardware": hardware(), "jax": jax.__version__,
               "load_at_end": round(os.getloadavg()[0], 2), "turns": args.turns,
-              "command": shown(["python", "benchmarks/grouped_matmul.py", *sys.argv[1:]]), "rows": rows}
+              "command": shown(["python", "-m", "benchmarks.grouped_matmul", *sys.argv[1:]]), "rows": rows}
     if args.json:
-        pathlib.Path(args.json).parent.mkdir(parents=True, exist_ok=True)
-        io.write_json(args.json, report)
+        write_report(args.json, report)
 
 
 if __name__ == "__main__":

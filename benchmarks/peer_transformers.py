@@ -4,7 +4,7 @@ The shape is the preset `small` without multi-token prediction; a step is forwar
 8 x 512 random tokens. The defaults are the fastest of the settings below, so that the peer is shown at its best;
 every one of them can be turned from the command line. Prints one JSON object a line and repeat.
 
-    python benchmarks/peer_transformers.py --repeats 5 --steps-per-repeat 3 --warmup 2
+    python -m benchmarks.peer_transformers --repeats 5 --steps-per-repeat 3 --warmup 2
 """
 
 import argparse
@@ -12,12 +12,13 @@ import contextlib
 import json
 import platform
 import time
+from collections.abc import Callable
 
 import torch
 import transformers
 
 
-def peer_config(attention, experts):
+def peer_config(attention: str, experts: str) -> transformers.DeepseekV3Config:
     """The preset `small` of this project, in the words of transformers."""
     return transformers.DeepseekV3Config(
         vocab_size=8192, hidden_size=256, num_hidden_layers=6, first_k_dense_replace=1, intermediate_size=704,
@@ -28,12 +29,12 @@ def peer_config(attention, experts):
     )
 
 
-def make_optimizer(model, kind):
+def make_optimizer(model: torch.nn.Module, kind: str) -> torch.optim.Optimizer:
     how = {"fused": {"fused": True}, "foreach": {"foreach": True}, "loop": {"foreach": False}}[kind]
     return torch.optim.AdamW(model.parameters(), lr=2.2e-4, betas=(0.9, 0.95), weight_decay=0.1, **how)
 
 
-def make_step(model, optimizer, dtype):
+def make_step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, dtype: str) -> Callable:
     """One training step as a closure over the model; returns the loss before the update."""
     cast = torch.autocast("cpu", torch.bfloat16) if dtype == "bfloat16" else contextlib.nullcontext()
 
@@ -49,7 +50,7 @@ def make_step(model, optimizer, dtype):
     return step
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5, help="lines to print")
     parser.add_argument("--steps-per-repeat", type=int, default=3, help="steps timed together")

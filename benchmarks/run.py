@@ -1,11 +1,11 @@
-"""Times training commands beside each other, in the same run on the same machine.
+"""Times training commands against each other, in the same run on the same machine.
 
 Machines drift: neighbours, clocks, page caches. So each side is started several times and the sides take turns
 (A B A B ...), every start a fresh process that warms up and then prints JSON lines with `tokens_per_second`. What is
 reported is the median over all starts, and the first side's median over each other side's.
 
-    python benchmarks/run.py --json benchmarks/results/train_cpu.json
-    python benchmarks/run.py --side ours="python benchmarks/train_step.py" --side eager="... --experts eager"
+    python -m benchmarks.run --json benchmarks/results/train_cpu.json
+    python -m benchmarks.run --side ours="python -m benchmarks.train_step" --side eager="... --experts eager"
 
 Uses the standard library alone, since no side's environment is the other's.
 """
@@ -14,38 +14,34 @@ import argparse
 import datetime
 import json
 import os
-import pathlib
-import platform
 import shlex
 import statistics
 import subprocess
 import sys
+from collections.abc import Iterator
 
-from deepseek_jax import io
-
-HERE = pathlib.Path(__file__).resolve().parent
-PEER = HERE.parent / ".venv-peer" / "bin" / "python"
+from benchmarks.machine import PEER, ROOT, hardware, shown, write_report
 
 # glibc gives freed memory back to the kernel, which clears every page again. All sides keep theirs, in huge pages.
 ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "34359738368", "MALLOC_ARENA_MAX": "1",
              "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 
 
-def default_sides():
+def default_sides() -> dict[str, list[str]]:
     """Our step with bfloat16 and float32 products, and the peer where `make bench` could install it."""
-    ours = [sys.executable, "benchmarks/train_step.py"]
+    ours = [sys.executable, "-m", "benchmarks.train_step"]
     sides = {"deepseek_jax": [*ours, "--dtype=bfloat16"], "deepseek_jax_float32": [*ours, "--dtype=float32"]}
     if PEER.exists():
-        peer = [str(PEER), "benchmarks/peer_transformers.py"]
+        peer = [str(PEER), "-m", "benchmarks.peer_transformers"]
         sides |= {"transformers": [*peer, "--dtype=float32"], "transformers_autocast": [*peer, "--dtype=bfloat16"]}
     else:
         print("No .venv-peer with torch (make bench makes it where it can): timing our side alone.", file=sys.stderr)
     return sides
 
 
-def start(name, command):
+def start(name: str, command: list[str]) -> list[dict]:
     """Runs one side once and returns the rows it printed. Ends the program if the side fails."""
-    done = subprocess.run(command, cwd=HERE.parent, capture_output=True, text=True, stdin=subprocess.DEVNULL,
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL,
                           env=os.environ | ALLOCATOR)
     rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode or not rows:
@@ -54,26 +50,8 @@ def start(name, command):
     return rows
 
 
-def hardware():
-    """The machine in words."""
-    model = platform.processor()
-    cpuinfo, meminfo = pathlib.Path("/proc/cpuinfo"), pathlib.Path("/proc/meminfo")
-    if cpuinfo.exists():
-        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        model = names[0] if names else model
-    memory = int(meminfo.read_text().split()[1]) // 2**20 if meminfo.exists() else None
-    return {"cpu": model, "cores": os.cpu_count(), "memory_gib": memory, "system": platform.system()}
-
-
-def shown(command):
-    """The command without this machine's paths."""
-    words = [pathlib.Path(word) for word in command]
-    inside = [word.relative_to(HERE.parent) if word.is_relative_to(HERE.parent) else word.name for word in words]
-    return " ".join(str(part) if word.is_absolute() else str(word) for word, part in zip(words, inside))
-
-
-def summarize(name, command, starts):
-    """Median over the starts, each start being the median of its own repeats, and how far the starts lie apart."""
+def summarize(command: list[str], starts: list[list[dict]]) -> dict:
+    """Median over the starts, each start being the median of its own repeats, and the range of the starts."""
     speeds = [statistics.median(row["tokens_per_second"] for row in rows) for rows in starts]
     last = starts[-1][-1]
     facts = {key: last[key] for key in ("dtype", "threads", "parameters", "settings", "versions") if key in last}
@@ -81,7 +59,7 @@ def summarize(name, command, starts):
             "highest": max(speeds), "starts": speeds, "loss": last.get("loss"), **facts}
 
 
-def table(report):
+def table(report: dict) -> Iterator[str]:
     first = next(iter(report["sides"]))
     yield f"{'':22} {'tokens/s':>9} {'lowest':>9} {'highest':>9}   {first} is"
     for name, side in report["sides"].items():
@@ -90,7 +68,7 @@ def table(report):
                + (f"   {ratio:.2f} x as fast" if ratio else ""))
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--side", action="append", default=[], metavar="NAME=COMMAND", help="replaces the default ones")
     parser.add_argument("--starts", type=int, default=5, help="processes a side; the sides take turns")
@@ -115,15 +93,14 @@ def main():
     report = {"what": "training, tokens per second: forward, backward, clipping and AdamW; 8 x 512 tokens a step",
               "date": datetime.date.today().isoformat(), "hardware": hardware(),
               "environment": ALLOCATOR, "load_at_end": round(os.getloadavg()[0], 2),
-              "command": shown(["python", "benchmarks/run.py", *sys.argv[1:]]),
-              "sides": {name: summarize(name, sides[name], starts[name]) for name in sides}}
+              "command": shown(["python", "-m", "benchmarks.run", *sys.argv[1:]]),
+              "sides": {name: summarize(sides[name], starts[name]) for name in sides}}
     first, *others = report["sides"]
     report["ratios"] = {name: round(report["sides"][first]["tokens_per_second"]
                                     / report["sides"][name]["tokens_per_second"], 3) for name in others}
     print("\n".join(table(report)))
     if args.json:
-        pathlib.Path(args.json).parent.mkdir(parents=True, exist_ok=True)
-        io.write_json(args.json, report, indent=1)
+        write_report(args.json, report)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Speculative decoding on a trained run: how often MTP is right, what drafting and verifying cost, what it is worth.
 
-    python benchmarks/speculative.py --workdir run --batches 1 8 16 --json benchmarks/results/speculative_cpu.json
+    python -m benchmarks.speculative --workdir run --batches 1 8 16 --json benchmarks/results/speculative_cpu.json
 
 Prompts are beginnings of held-out files, continued greedily, a batch at a time. For each batch and depth of drafts:
 
@@ -15,17 +15,17 @@ Beyond the MTP modules that the run has, the last one is chained.
 
 import argparse
 import datetime
-import pathlib
 import statistics
 import time
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
-from run import HERE, hardware
 
-from deepseek_jax import io
+from benchmarks.machine import hardware, write_report
 
 
-def texts(workdir, tokenizer, count, length):
+def texts(workdir: str, tokenizer: Any, count: int, length: int) -> list[tuple[int, ...]]:
     """Beginnings of held-out files of the run's sources, as token ids."""
     from deepseek_jax.data import corpus
     from deepseek_jax.data.prepare import Source
@@ -41,7 +41,7 @@ def texts(workdir, tokenizer, count, length):
     return rows[::max(1, len(rows) // count)][:count]
 
 
-def repeated(body, *state, steps=32):
+def repeated(body: Callable, *state: Any, steps: int = 32) -> Callable[[], float]:
     """Seconds for one of `steps` calls in a row of body(n, state) -> state; a function that times them once more."""
     import jax
 
@@ -56,7 +56,7 @@ def repeated(body, *state, steps=32):
     return once
 
 
-def parts(engine):
+def parts(engine: Any) -> tuple[Callable[[], float], Callable[[], float]]:
     """(verify, draft): timers of the two parts of a full batch's step, behind a context of 64."""
     import jax.numpy as jnp
 
@@ -93,7 +93,7 @@ def parts(engine):
     return repeated(verify, *state), repeated(draft, *state) if depth else (lambda: 0.0)
 
 
-def decoding(engine, prompts, new):
+def decoding(engine: Any, prompts: list, new: int) -> tuple[float, int, int, int, int]:
     """One pass over all prompts, a batch at a time, as long as the batch is full.
 
     Returns (seconds after the first token of each, tokens, steps of sequences, drafted, accepted).
@@ -117,12 +117,12 @@ def decoding(engine, prompts, new):
     return seconds, tokens, steps, drafted, accepted
 
 
-def table(cfg, variables, batch, depths, prompts, new, rounds):
+def table(cfg: Any, variables: Any, batch: int, depths: list[int], prompts: list, new: int,
+          rounds: int) -> dict[str, Any]:
     """Plain tokens per second, and a row for each depth."""
     from deepseek_jax.serving.engine import Engine, EngineConfig
 
-    engines = {d: Engine(cfg, variables, EngineConfig(
-        max_sequences=batch, max_length=256, depth=d)) for d in (0, *depths)}
+    engines = {d: Engine(cfg, variables, EngineConfig(batch, 256, d)) for d in (0, *depths)}
     timers = {d: parts(engine) for d, engine in engines.items()}
     verified, drafted, passes = ({d: [] for d in engines} for _ in range(3))
     for n in range(rounds + 1):  # the first compiles
@@ -148,7 +148,7 @@ def table(cfg, variables, batch, depths, prompts, new, rounds):
     return {"batch": batch, "plain_tokens_per_second": speed[0], "depths": rows}
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workdir", required=True)
     parser.add_argument("--depths", type=int, nargs="+", default=[1, 2, 3])
@@ -173,7 +173,7 @@ def main():
               "batches": [table(cfg, variables, batch, args.depths, prompts, args.new, args.rounds)
                           for batch in args.batches]}
     if args.json:
-        io.write_json(pathlib.Path(HERE.parent, args.json), report, indent=1)
+        write_report(args.json, report)
 
 
 if __name__ == "__main__":

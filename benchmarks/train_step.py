@@ -3,7 +3,7 @@
 A step is forward, backward, clipping, AdamW and the bias update over 8 x 512 random tokens, without multi-token
 prediction (the peer trains none) unless --mtp-depth asks for it. Prints one JSON object a line and repeat.
 
-    python benchmarks/train_step.py --repeats 5 --steps-per-repeat 3 --warmup 2 --dtype bfloat16
+    python -m benchmarks.train_step --repeats 5 --steps-per-repeat 3 --warmup 2 --dtype bfloat16
 """
 
 import argparse
@@ -21,7 +21,7 @@ from deepseek_jax.config import Config, TrainConfig, model_config
 from deepseek_jax.training.step import init_state, train_step
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5, help="lines to print")
     parser.add_argument("--steps-per-repeat", type=int, default=3, help="steps timed together")

@@ -8,7 +8,7 @@ import re
 
 import pytest
 
-from experiments.studies.mla.config import CACHE
+from experiments.studies.mla.study import CACHE
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 # A number, and the word behind it that is its sign: "0.014 lower" is -0.014. The 32 of float32 is no number.

@@ -1,5 +1,6 @@
 """The studies: what their configs say, what is committed of them, and one of them run from end to end."""
 
+import dataclasses
 import importlib
 import json
 import pathlib
@@ -12,98 +13,143 @@ import numpy as np
 import pytest
 
 from deepseek_jax.config import ConfigError
-from experiments.studies.framework import corpora, runner
-from experiments.studies.framework.study import Claim, Study
-from experiments.studies.framework.training import Arm, Probes, thinned
+from experiments.studies.fp8 import study as fp8
+from experiments.studies.framework import corpora, results, runner
+from experiments.studies.framework.study import Claim, Job, Study
+from experiments.studies.framework.training import Arm, Probes, Training, thinned
+from experiments.studies.load_balance.study import draw
 from experiments.studies.long_context import measure as far
 
 FOLDER = pathlib.Path(__file__).resolve().parents[2] / "experiments" / "studies"
-# Two have runners of their own.
-NAMES = sorted({path.parent.name for path in FOLDER.glob("*/config.py")} - {"fp8", "pipeline"})
-STUDIES = {name: importlib.import_module(f"experiments.studies.{name}.config").STUDY for name in NAMES}
-FINISHED = [name for name in NAMES if (FOLDER / name / "results.json").exists()]
+STUDIES = {path.parent.name: importlib.import_module(f"experiments.studies.{path.parent.name}.study").STUDY
+           for path in sorted(FOLDER.glob("*/run.py"))}
+TRAINED = [name for name, study in STUDIES.items() if isinstance(study.measure, Training)]
+FINISHED = [name for name in TRAINED if (FOLDER / name / "results.json").exists()]
 # The least that trains, in two seeds of two arms.
 LEAST = Study(name="least", arms={"bias": {}, "none": {"balance.bias_speed": 0.0}}, quick_arms=("bias", "none"),
-              quick={"train.steps": 3, "model.d_model": 16, "train.batch_size": 2, "train.sequence_length": 32},
+              measure=Training(quick={"train.steps": 3, "model.d_model": 16, "train.batch_size": 2,
+                                      "train.sequence_length": 32}), draw=draw, quick=True,
               claims=(Claim("Balances.", "max_vio_global", "bias", "none", "lower"),))
 
 
-@pytest.mark.parametrize("name", NAMES)
+def test_every_folder_is_a_study_with_a_command():
+    folders = {path.name for path in FOLDER.iterdir() if path.is_dir()} - {"framework", "__pycache__"}
+    assert set(STUDIES) == folders
+    for name, study in STUDIES.items():
+        assert study.name == name and set(study.quick_arms) <= set(study.arms)
+
+
+@pytest.mark.parametrize("name", TRAINED)
 def test_every_arm_is_a_config_that_could_run(name):
     study = STUDIES[name]
-    assert study.name == name and set(study.quick_arms) <= set(study.arms) and len(study.seeds) >= 3
+    assert len(study.seeds) >= 3
     for arm in study.arms:
-        study.config(arm)
+        study.measure.config(study, arm)
     for arm in study.quick_arms:
-        assert study.config(arm, 1, quick=True).train.steps <= 20
+        assert study.measure.config(study.shortened(), arm, 1).train.steps <= 20
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", STUDIES)
 def test_a_study_has_its_page(name):
     text = (FOLDER / name / "README.md").read_text()
     assert f"python -m experiments.studies.{name}.run" in text and "report" in text.lower()
-    assert (name in FINISHED) == ("No full result yet" not in text)
+    assert (FOLDER / name / "results.json").exists() == ("No full result yet" not in text)
 
 
 @pytest.mark.parametrize("name", FINISHED)
 def test_results_are_those_of_the_config_that_is_there(name):
-    results, study = json.loads((FOLDER / name / "results.json").read_text()), STUDIES[name]
-    assert results["config_hash"] == study.config_hash() and not results["quick"]
-    assert list(results["arms"]) == list(study.arms) and tuple(results["seeds"]) == study.seeds
-    assert len(results["claims"]) == len(study.claims)
+    found, study = json.loads((FOLDER / name / "results.json").read_text()), STUDIES[name]
+    assert found["config_hash"] == study.config_hash() and not found["quick"]
+    assert list(found["arms"]) == list(study.arms) and tuple(found["seeds"]) == study.seeds
+    assert len(found["claims"]) == len(study.claims)
     assert (FOLDER / name / f"{name}.png").exists()
 
 
 @pytest.mark.parametrize("name", FINISHED)
 def test_verdicts_follow_from_the_committed_seeds(name):
-    results, study = json.loads((FOLDER / name / "results.json").read_text()), STUDIES[name]
+    committed, study = json.loads((FOLDER / name / "results.json").read_text()), STUDIES[name]
     runs = [{"arm": arm, "seed": seed, "metrics": {n: m["seeds"][str(seed)] for n, m in found["metrics"].items()}}
-            for arm, found in results["arms"].items() for seed in results["seeds"]]
-    assert runner.judged(study, runs) == results["claims"]
+            for arm, found in committed["arms"].items() for seed in committed["seeds"]]
+    assert results.judged(study, runs) == committed["claims"]
 
 
-def test_the_pipeline_study_is_what_its_tables_say():
-    pipeline = importlib.import_module("experiments.studies.pipeline.run")
-    results = json.loads((FOLDER / "pipeline" / "results.json").read_text())
-    assert results["config"] == pipeline.CONFIG and results["rows"] == pipeline.table()
+@pytest.mark.parametrize("name", FINISHED)
+def test_committed_results_are_what_is_written_of_their_runs(name):
+    """Byte for byte, from runs of which each has the mean curves of its arm."""
+    text = (FOLDER / name / "results.json").read_text()
+    committed, study = json.loads(text), STUDIES[name]
+    runs = [{"arm": arm, "seed": seed, "metrics": {n: m["seeds"][str(seed)] for n, m in found["metrics"].items()},
+             **{part: found[part] for part in ("curves", "probes", "arrays", "parameters")},
+             "corpus": committed["corpus"], "seconds": committed["training_seconds_on_one_core"]}
+            for arm, found in committed["arms"].items() for seed in committed["seeds"]]
+    with mock.patch.object(results, "_means", lambda curves: curves[0]):
+        again = results.by_arm(study, runs)
+
+    again |= {part: committed[part] for part in (*results.provenance(), "training_seconds_on_one_core")}
+    assert runner.as_json(study, again) == text
+
+
+@pytest.mark.parametrize("name", ["pipeline", "two_hop", "fp8"])
+def test_other_studies_keep_the_layout_of_their_results(name):
+    text = (FOLDER / name / "results.json").read_text()
+    assert runner.as_json(STUDIES[name], json.loads(text)) == text
+
+
+def test_the_pipeline_study_is_what_its_tables_say(tmp_path):
+    study, text = STUDIES["pipeline"], (FOLDER / "pipeline" / "results.json").read_text()
+    runs = [{"arm": arm, **run} for arm in study.arms
+            for run in study.measure.run(Job(study, arm, [0], tmp_path, lambda steps: None))]
+    made = {**runner.summarize(study, runs), **{part: json.loads(text)[part] for part in results.provenance()}}
+    assert runner.as_json(study, made) == text
 
 
 def test_the_fp8_study_is_what_its_config_and_its_losses_say():
-    study, run = (importlib.import_module(f"experiments.studies.fp8.{name}") for name in ("config", "run"))
-    results = json.loads((FOLDER / "fp8" / "results.json").read_text())
-    assert results["config"] == study.CONFIG and set(results["settings"]) == set(study.SETTINGS)
-    for setting, found in results["settings"].items():
+    committed = json.loads((FOLDER / "fp8" / "results.json").read_text())
+    assert committed["config"] == fp8.CONFIG and list(committed["settings"]) == list(fp8.SETTINGS)
+    for setting, found in committed["settings"].items():
         curves = {variant: {int(seed): np.array(curve) for seed, curve in mine.items()}
                   for variant, mine in found["losses"].items()}
-        assert {len(curve) for mine in curves.values() for curve in mine.values()} == {study.SETTINGS[setting][1]}
-        for variant, again in run.compared(curves).items():
+        assert {len(curve) for mine in curves.values() for curve in mine.values()} == {fp8.SETTINGS[setting][1]}
+        for variant, again in fp8.compared(curves).items():
             assert again["stays_below_the_limit"] == found["compared"][variant]["stays_below_the_limit"]
             assert again["largest"] == pytest.approx(found["compared"][variant]["largest"], abs=2e-5)  # 4 digits kept
 
 
+def test_the_fp8_study_gathers_its_sums_and_its_losses_in_the_order_of_the_committed_results():
+    study, committed = STUDIES["fp8"], json.loads((FOLDER / "fp8" / "results.json").read_text())
+    losses = lambda setting, variant, seed: committed["settings"][setting]["losses"][variant][str(seed)]
+    runs = [{"arm": name, "seed": seed,
+             **({"error": 0.5} if "group" in arm else {"losses": losses(**arm, seed=seed)})}
+            for name, arm in study.arms.items() for seed in study.seeds]
+    made = runner.summarize(study, runs)
+    order = lambda tree: [(key, order(value)) for key, value in tree.items()] if isinstance(tree, dict) else None
+    assert order(made) == order(committed)
+    assert [made["settings"][s]["losses"] for s in fp8.SETTINGS] == [committed["settings"][s]["losses"]
+                                                                      for s in fp8.SETTINGS]
+
+
 def test_fp8_is_compared_with_bfloat16_of_the_same_seed_after_warm_up():
-    run = importlib.import_module("experiments.studies.fp8.run")
     flat = np.full(200, 4.0)
     late, early = flat.copy(), flat.copy()
     late[150:] *= 1.01
     early[:20] *= 1.5  # gone from the mean of 40 steps when warm-up ends
 
-    found = run.compared({"bf16": {0: flat, 1: 2 * flat}, "fp8": {0: late, 1: 2 * early}})["fp8"]
+    found = fp8.compared({"bf16": {0: flat, 1: 2 * flat}, "fp8": {0: late, 1: 2 * early}})["fp8"]
 
     assert found["largest"] == pytest.approx({"0": 0.01, "1": 0.0}) and found["last"]["0"] == pytest.approx(0.01)
 
 
 def test_the_hash_of_an_arm_follows_its_config_and_not_its_seed():
-    other = Study(**{**vars(LEAST), "base": {"train.steps": 7}})
+    other = dataclasses.replace(LEAST, measure=Training(quick={"train.steps": 7}))
     assert other.arm_hash("bias") != LEAST.arm_hash("bias") != LEAST.arm_hash("none")
-    assert LEAST.config("bias", 1).train.seed == 1
-    assert Study(**{**vars(LEAST), "seeds": (3, 4, 5)}).arm_hash("bias") == LEAST.arm_hash("bias")
-    assert Study(**{**vars(LEAST), "seeds": (3, 4, 5)}).config_hash() != LEAST.config_hash()
+    assert LEAST.measure.config(LEAST, "bias", 1).train.seed == 1
+    seeds = dataclasses.replace(LEAST, quick_seeds=(3, 4, 5))
+    assert seeds.arm_hash("bias") == LEAST.arm_hash("bias") and seeds.config_hash() != LEAST.config_hash()
 
 
 def test_a_claim_about_an_arm_that_is_not_there_is_refused():
     with pytest.raises(ValueError, match="'bais', which is no arm; there are bias, none"):
-        Study(**{**vars(LEAST), "claims": (Claim("Balances.", "loss", "bais", "none", "lower"),)})
+        dataclasses.replace(LEAST, claims=(Claim("Balances.", "loss", "bais", "none", "lower"),))
 
 
 def test_curves_are_means_of_ten_steps():
@@ -144,19 +190,19 @@ class Here:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """(work directory, results) of LEAST."""
+    """(work directory, runs) of LEAST."""
     workdir = tmp_path_factory.mktemp("studies")
     with mock.patch.object(runner.concurrent.futures, "ProcessPoolExecutor", Here):
-        return workdir, runner.run(LEAST, True, workdir, 1)
+        return workdir, runner.run(LEAST, workdir, 1)
 
 
 def test_a_quick_study_ends_with_intervals_and_a_verdict(finished):
-    _, results = finished
-    loss = results["arms"]["bias"]["metrics"]["loss"]
+    found = runner.summarize(LEAST, finished[1])
+    loss = found["arms"]["bias"]["metrics"]["loss"]
     assert loss["low"] <= loss["mean"] <= loss["high"] and loss["seeds"].keys() == {"0", "1"}
     assert loss["seeds"]["0"] != loss["seeds"]["1"]
-    assert results["claims"][0]["verdict"] in ("reproduced", "not visible at this scale", "contradicted")
-    assert len(results["arms"]["none"]["curves"]["train_loss"]) == 1 and results["versions"]["jax"]
+    assert found["claims"][0]["verdict"] in ("reproduced", "not visible at this scale", "contradicted")
+    assert len(found["arms"]["none"]["curves"]["train_loss"]) == 1 and found["versions"]["jax"]
 
 
 def test_seeds_are_paired(finished):
@@ -174,7 +220,7 @@ def test_a_seed_begins_every_arm_with_the_same_weights_and_another_seed_with_oth
     workdir, _ = finished
     begun = {}
     for arm in LEAST.arms:
-        made = Arm(LEAST, arm, True, workdir / "least-quick")
+        made = Arm(LEAST.measure, Job(LEAST, arm, [0, 1], workdir / "least-quick", lambda steps: None))
         made.step = mock.Mock(side_effect=InterruptedError)
         for seed in (0, 1):
             with pytest.raises(InterruptedError):
@@ -187,57 +233,59 @@ def test_a_seed_begins_every_arm_with_the_same_weights_and_another_seed_with_oth
 
 
 def test_what_is_finished_is_not_run_again(finished):
-    workdir, results = finished
-    with mock.patch.object(runner, "train_all", side_effect=AssertionError("ran again")):
-        again = runner.run(LEAST, True, workdir, 1)
-    assert again["arms"] == results["arms"]
+    workdir, runs = finished
+    with mock.patch.object(runner, "measure_all", side_effect=AssertionError("ran again")):
+        assert runner.run(LEAST, workdir, 1) == runs
 
 
 def test_runs_that_read_other_texts_are_not_compared(finished):
-    workdir, _ = finished
-    runs = [json.loads(path.read_text()) for path in (workdir / "least-quick").glob("*.json")]
-    runs[0]["corpus"] = ["another"]
+    first, *others = finished[1]
     with pytest.raises(ConfigError, match="least: some of the finished runs read another text"):
-        runner.gather(LEAST, runs, True)
+        runner.summarize(LEAST, [{**first, "corpus": ["another"]}, *others])
+
+
+def test_a_study_without_a_run_has_nothing_to_report(tmp_path):
+    with pytest.raises(ConfigError, match="least: no run is finished yet; leave --report out to measure"):
+        runner.summarize(LEAST, runner.finished(LEAST, tmp_path))
 
 
 def test_only_what_is_missing_runs_and_gives_the_same_bits(finished):
-    workdir, results = finished
-    lost = runner.result_path(LEAST, "bias", 1, True, workdir / "least-quick")
+    workdir, _ = finished
+    lost = LEAST.run_path(workdir / "least-quick", "bias", 1)
     before = json.loads(lost.read_text())
     lost.unlink()
     with (mock.patch.object(runner.concurrent.futures, "ProcessPoolExecutor", Here),
-          mock.patch.object(runner, "train_all", wraps=runner.train_all) as train):
-        runner.run(LEAST, True, workdir, 1)
-    assert train.call_args.args[1] == {"bias": [1]}
+          mock.patch.object(runner, "measure_all", wraps=runner.measure_all) as measure):
+        runner.run(LEAST, workdir, 1)
+    assert measure.call_args.args[1] == {"bias": [1]}
     after = json.loads(lost.read_text())
     assert {**after, "seconds": 0} == {**before, "seconds": 0}
 
 
 # Two phases: the second begins with the weights that the first ends with.
-CHAIN = Study(**{**vars(LEAST), "name": "chain", "arms": {
-    "second": {"optimizer.learning_rate": 1e-9, "balance.bias_speed": 0.0}, "first": {}},
-                 "after": {"second": "first"}, "quick_arms": ("second", "first"), "claims": ()})
+CHAIN = dataclasses.replace(
+    LEAST, name="chain", quick_arms=("second", "first"), claims=(),
+    arms={"second": {"optimizer.learning_rate": 1e-9, "balance.bias_speed": 0.0}, "first": {}},
+    measure=dataclasses.replace(LEAST.measure, after={"second": "first"}))
 
 
 def test_an_arm_begins_with_the_weights_of_the_one_it_comes_after(tmp_path):
     with mock.patch.object(runner.concurrent.futures, "ProcessPoolExecutor", Here):
-        results = runner.run(CHAIN, True, tmp_path, 1)
+        loss = {(run["arm"], run["seed"]): run["metrics"]["loss"] for run in runner.run(CHAIN, tmp_path, 1)}
 
-    first, second = (results["arms"][arm]["metrics"]["loss"]["seeds"] for arm in ("first", "second"))
-    for seed in ("0", "1"):  # it hardly learns, so it ends where it began
-        assert second[seed] == pytest.approx(first[seed], abs=2e-6)
+    for seed in (0, 1):  # it hardly learns, so it ends where it began
+        assert loss["second", seed] == pytest.approx(loss["first", seed], abs=2e-6)
     assert len(list((tmp_path / "chain-quick").glob("first-*.safetensors"))) == 2
 
 
 def test_arms_run_in_waves_and_know_what_they_come_after():
-    three = Study(**{**vars(CHAIN), "arms": {"third": {}, "second": {}, "first": {}, "alone": {}},
-                     "after": {"second": "first", "third": "second"}, "quick_arms": ("first",)})
+    three = dataclasses.replace(CHAIN, arms={"third": {}, "second": {}, "first": {}, "alone": {}},
+                                measure=Training(after={"second": "first", "third": "second"}))
     assert three.waves(three.arms) == [["first", "alone"], ["second"], ["third"]]
     assert three.arm_hash("first") == three.arm_hash("alone")  # both are the base
     assert len({three.arm_hash(arm) for arm in three.arms}) == 3
     with pytest.raises(ValueError, match="'second' comes after 'fist', and one of them is no arm; there are second"):
-        Study(**{**vars(CHAIN), "after": {"second": "fist"}})
+        dataclasses.replace(CHAIN, measure=Training(after={"second": "fist"}))
 
 
 class Marked:
@@ -277,7 +325,7 @@ def test_a_model_that_looks_back_finds_every_needle_and_one_that_does_not_finds_
 
 
 def test_results_and_picture_are_written(finished, tmp_path):
-    from experiments.studies.load_balance.run import draw
-    runner.write_results(finished[1], tmp_path, draw)
-    assert json.loads((tmp_path / "results.json").read_text()) == finished[1]
-    assert (tmp_path / "least.png").stat().st_size > 10_000
+    found = runner.summarize(LEAST, finished[1])
+    runner.write_results(LEAST, found, finished[1], tmp_path)
+    assert json.loads((tmp_path / "results.json").read_text()) == found
+    assert (tmp_path / "load_balance.png").stat().st_size > 10_000

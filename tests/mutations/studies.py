@@ -82,9 +82,9 @@ MUTATIONS = [
     ),
     Mutation(
         name="studies: the hash forgets the config",
-        file="experiments/studies/framework/study.py",
-        old="parts = [config, self.probe",
-        new="parts = [arm, self.probe",
+        file="experiments/studies/framework/training.py",
+        old="parts = [config, _name(self.probe)",
+        new="parts = [arm, _name(self.probe)",
         tests="experiments/test_studies.py",
     ),
     Mutation(
@@ -98,26 +98,26 @@ MUTATIONS = [
         name="studies: arms of a seed start apart",
         file="experiments/studies/framework/training.py",
         old="self.start(jax.random.key(seed), ",
-        new="self.start(jax.random.key(seed + 100 * [*self.study.arms].index(self.arm)), ",
+        new="self.start(jax.random.key(seed + 100 * [*study.arms].index(arm)), ",
         tests="experiments/test_studies.py",
     ),
     Mutation(
         name="studies: finished runs are run again",
         file="experiments/studies/framework/runner.py",
-        old="[s for s in seeds if not result_path(study, arm, s, quick, folder).exists()]",
+        old="[seed for seed in seeds if not done(arm, seed)]",
         new="list(seeds)",
         tests="experiments/test_studies.py",
     ),
     Mutation(
         name="studies: a phase begins anew",
         file="experiments/studies/framework/training.py",
-        old="first and load(self._weights(first, seed))",
+        old="load(self._weights(after[arm], seed)) if arm in after else None",
         new="None",
         tests="experiments/test_studies.py",
     ),
     Mutation(
         name="studies: a phase does not know where it comes from",
-        file="experiments/studies/framework/study.py",
+        file="experiments/studies/framework/training.py",
         old=(
             "if arm in self.after:\n"
             "            parts"),
@@ -129,7 +129,7 @@ MUTATIONS = [
     Mutation(
         name="studies: all phases at once",
         file="experiments/studies/framework/study.py",
-        old="1 + depth(self.after[arm]) if arm in self.after else 0",
+        old="1 + depth(after[arm]) if arm in after else 0",
         new="0",
         tests="experiments/test_studies.py",
     ),
@@ -149,16 +149,16 @@ MUTATIONS = [
     ),
     Mutation(
         name="fp8 study: the warm-up counts",
-        file="experiments/studies/fp8/run.py",
-        old="x[min(int(study.WARM_UP * steps), len(x) - 1):]",
+        file="experiments/studies/fp8/study.py",
+        old="x[min(int(WARM_UP * steps), len(x) - 1):]",
         new="x",
         tests="experiments/test_studies.py",
     ),
     Mutation(
         name="fp8 study: any seed of bfloat16",
-        file="experiments/studies/fp8/run.py",
-        old='smoothed(curves["bf16"][seed]) - 1, len(curve))',
-        new='smoothed(curves["bf16"][0]) - 1, len(curve))',
+        file="experiments/studies/fp8/study.py",
+        old="smoothed(baseline[seed]) - 1, len(curve))",
+        new="smoothed(baseline[0]) - 1, len(curve))",
         tests="experiments/test_studies.py",
     ),
 ]

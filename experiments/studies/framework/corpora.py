@@ -1,32 +1,20 @@
-"""Where a study's text comes from: what every Python has, written into a folder that its sources name (no jax)."""
+"""The text of studies: what every Python has, copied into a folder that a config's sources name (no jax).
 
-import dataclasses
+Each function writes into `folder`, which sources name "corpus/..." (framework/training.py).
+"""
+
 import pathlib
 import random
 import re
 import shutil
 import sysconfig
 
-from deepseek_jax.config import Config
-from deepseek_jax.data.prepare import prepare
-from experiments.studies.framework.study import Study
-
-
-def write(study: Study, quick_run: bool, folder: pathlib.Path):
-    """Writes the texts of the sources named "corpus/...", and makes tokens of what all arms read, once."""
-    if quick_run:
-        quick(folder / "corpus")
-    if study.corpus:
-        globals()[study.corpus](folder / "corpus")
-    for arm in study.selected(quick_run)[0]:
-        prepare_data(study, arm, quick_run, folder)
-
 
 def _stdlib() -> pathlib.Path:
     return pathlib.Path(sysconfig.get_path("stdlib"))
 
 
-def quick(folder: pathlib.Path):
+def quick(folder: pathlib.Path) -> None:
     """Two packages of the standard library, for --quick."""
     for package in ("json", "email"):
         for path in sorted((_stdlib() / package).glob("*.py")):
@@ -35,7 +23,7 @@ def quick(folder: pathlib.Path):
             shutil.copy(path, target)
 
 
-def kinds(folder: pathlib.Path):
+def kinds(folder: pathlib.Path) -> None:
     """Three kinds of text in about equal shares: code; prose, the manual that help() prints; tables of characters."""
     for kind in ("code", "prose", "tables"):
         (folder / kind).mkdir(parents=True, exist_ok=True)
@@ -43,8 +31,8 @@ def kinds(folder: pathlib.Path):
         shutil.copy(path, folder / "code" / path.name)
     for path in sorted((_stdlib() / "encodings").glob("*.py")):
         shutil.copy(path, folder / "tables" / path.name)
-    # A dict of topics, with string literals as values: run here, it is data of Python itself.
-    topics = {}
+    # A module that assigns one dict of strings: data that comes with Python.
+    topics: dict = {}
     exec((_stdlib() / "pydoc_data" / "topics.py").read_text(), topics)
     for name, text in sorted(topics["topics"].items()):
         (folder / "prose" / f"{re.sub('[^a-zA-Z0-9]', '_', name)}.txt").write_text(text)
@@ -59,11 +47,11 @@ SECRETS = [
     "bronze", "plum"]
 
 
-def needles(folder: pathlib.Path):
-    """Code, and as many documents of words that mean nothing, in each of which one secret is told again and again.
+def needles(folder: pathlib.Path) -> None:
+    """Code, and documents of meaningless words that repeat one secret, in equal shares.
 
-    In half of those it is told every 8 words, which is where looking it up is learned; in the others every 8 to 1,000,
-    so that what is far away is needed too.
+    In half of the documents the secret comes every 8 words, which is where a model learns to look it up; in the others
+    every 8 to 1,000 words, which requires looking far back.
     """
     for name in ("code", "words"):
         (folder / name).mkdir(parents=True, exist_ok=True)
@@ -75,18 +63,3 @@ def needles(folder: pathlib.Path):
         words = [f"= {secret}" if rng.random() < 1 / apart else rng.choice(FILLING) for _ in range(2600)]
         (folder / "words" / f"{n:03d}.txt").write_text(" ".join(words) + "\n")
 
-
-def located(config: Config, workdir: pathlib.Path) -> Config:
-    """The config with its "corpus/..." sources and its caches inside the study's work directory."""
-    sources = tuple((str(workdir / path) if path.startswith("corpus/") else path, weight)
-                    for path, weight in config.data.sources)
-    data = dataclasses.replace(config.data, sources=sources, cache_dir=str(workdir.parent / "cache"))
-    return dataclasses.replace(config, data=data)
-
-
-def prepare_data(study: Study, arm: str, quick: bool, workdir: pathlib.Path):
-    """Tokens and their tokenizer: (Prepared, digests of the corpora)."""
-    config = located(study.config(arm, 0, quick), workdir)
-    # A directory for each vocabulary: it holds the tokenizer.
-    made = prepare(config, str(workdir / f"tokens-{config.model.vocab_size}"))
-    return made, [source["digest"] for source in made.report]

@@ -1,106 +1,120 @@
-"""Runs a study: what is missing of it, in parallel, then results.json, the picture and the verdicts (no jax here).
+"""Runs a study: measures what is missing, in parallel, then writes results.json and the pictures and prints verdicts.
 
-    python -m experiments.studies.load_balance.run            goes on where it was cut off
+    python -m experiments.studies.load_balance.run            resumes where it stopped
     python -m experiments.studies.load_balance.run --quick    everything once, tiny, within two minutes
+    python -m experiments.studies.load_balance.run --report   measures nothing: what the finished runs say so far
 
-A worker process takes an arm, compiles it once and runs its seeds. Every finished run is a file of its own in the
-work directory and is never run again while the config it came from stays. Only a whole study writes results.json.
+A worker process takes one arm and runs its seeds. Every finished run is a file of its own in the work directory and is
+not run again as long as its config stays the same. Only a complete study writes results.json.
 """
 
 import argparse
 import concurrent.futures
-import dataclasses
-import datetime
-import importlib.metadata
 import json
-import math
 import multiprocessing
 import os
 import pathlib
-import platform
 import sys
 import threading
+from typing import Any
 
 import tqdm
 
 from deepseek_jax import cli, io, runtime
 from deepseek_jax.config import ConfigError
-from experiments.studies.framework import corpora
-from experiments.studies.framework.statistics import Estimate, difference, estimate, verdict
-from experiments.studies.framework.study import Study
+from experiments.studies.framework.study import Job, Study
 
 STUDIES = pathlib.Path(__file__).resolve().parents[1]
 ROOT = STUDIES.parents[1]
-# One thread a worker: the numbers do not depend on how many run side by side.
-THREADS = {"NPROC": "1", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+# One thread a worker: the numbers do not depend on how many workers there are.
+ONE_CORE = {"NPROC": "1", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false",
+            "JAX_PLATFORMS": "cpu"}
 
 
-def main(study: Study, draw):
-    """The command line of one study. `draw(results, path)` makes its picture."""
-    cli.run(lambda: _main(study, draw))
+def main(study: Study) -> None:
+    """The command line of one study."""
+    cli.run(lambda: _main(study))
 
 
-def _main(study, draw):
+def _main(study: Study):
     parser = argparse.ArgumentParser(prog=f"python -m experiments.studies.{study.name}.run",
                                      description=f"Runs the study {study.name}, or what is missing of it.")
     parser.add_argument("--quick", action="store_true", help="tiny runs that show that all of it works")
+    parser.add_argument("--report", action="store_true", help="measure nothing: print what the finished runs say")
     parser.add_argument("--workdir", default=str(ROOT / ".cache" / "studies"), help="of all studies; finished runs")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes side by side")
     args = parser.parse_args()
-    results = run(study, args.quick, pathlib.Path(args.workdir).resolve(), args.workers)
-    folder = results_folder(study, args.quick, pathlib.Path(args.workdir).resolve())
-    write_results(results, folder, draw)
-    print("\n".join(["", *said(results), "", f"Written: {folder / 'results.json'}, {study.name}.png"]))
+    workdir = pathlib.Path(args.workdir).resolve()
+    study = study.shortened() if args.quick else study
+    if args.report:
+        print("\n".join(study.measure.lines(summarize(study, finished(study, run_folder(study, workdir))))))
+        return
+    runs = run(study, workdir, args.workers)
+    results, folder = summarize(study, runs), results_folder(study, workdir)
+    write_results(study, results, runs, folder)
+    print("\n".join(["", *study.measure.lines(results), "", f"Written: {folder / 'results.json'}"]))
 
 
-def results_folder(study: Study, quick: bool, workdir: pathlib.Path) -> pathlib.Path:
-    """Beside the study; a quick run's numbers mean nothing and stay in the work directory."""
-    return run_folder(study, quick, workdir) if quick else STUDIES / study.name
+def results_folder(study: Study, workdir: pathlib.Path) -> pathlib.Path:
+    """The study's own folder. A quick run's numbers mean nothing and stay in the work directory."""
+    return run_folder(study, workdir) if study.quick else STUDIES / study.name
 
 
-def run_folder(study: Study, quick: bool, workdir: pathlib.Path) -> pathlib.Path:
-    return workdir / (f"{study.name}-quick" if quick else study.name)
+def run_folder(study: Study, workdir: pathlib.Path) -> pathlib.Path:
+    return workdir / (f"{study.name}-quick" if study.quick else study.name)
 
 
-def run(study: Study, quick: bool, workdir: pathlib.Path, workers: int) -> dict:
-    """Runs what is missing, and gathers all of it."""
-    folder = run_folder(study, quick, workdir)
+def run(study: Study, workdir: pathlib.Path, workers: int) -> list[dict[str, Any]]:
+    """Measures what is missing, and returns all runs."""
+    folder = run_folder(study, workdir)
     folder.mkdir(parents=True, exist_ok=True)
-    arms, seeds = study.selected(quick)
-    missing = {arm: [s for s in seeds if not result_path(study, arm, s, quick, folder).exists()] for arm in arms}
+    arms, seeds = study.selected()
+    done = lambda arm, seed: study.measure.resumes and study.run_path(folder, arm, seed).exists()
+    missing = {arm: [seed for seed in seeds if not done(arm, seed)] for arm in arms}
     missing = {arm: todo for arm, todo in missing.items() if todo}
     if missing:
-        corpora.write(study, quick, folder)
-        train_all(study, missing, quick, folder, max(1, min(workers, len(missing))))
-    runs = [json.loads(result_path(study, arm, seed, quick, folder).read_text()) for arm in arms for seed in seeds]
-    return gather(study, runs, quick)
+        study.measure.prepare(study, folder)
+        measure_all(study, missing, folder, max(1, min(workers, len(missing))))
+    return finished(study, folder)
 
 
-def result_path(study: Study, arm: str, seed: int, quick: bool, folder: pathlib.Path) -> pathlib.Path:
-    """Where a finished run lies. The name holds the hash of its config: another config is another run."""
-    return folder / f"{arm.replace(' ', '_')}-{seed}-{study.arm_hash(arm, quick)}.json"
+def finished(study: Study, folder: pathlib.Path) -> list[dict[str, Any]]:
+    """The runs that are in the work directory, by arm and seed."""
+    arms, seeds = study.selected()
+    paths = [study.run_path(folder, arm, seed) for arm in arms for seed in seeds]
+    return [json.loads(path.read_text()) for path in paths if path.exists()]
 
 
-def weights_path(study: Study, arm: str, seed: int, quick: bool, folder: pathlib.Path) -> pathlib.Path:
-    """Where the weights lie that another arm begins with."""
-    return result_path(study, arm, seed, quick, folder).with_suffix(".safetensors")
+def summarize(study: Study, runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """The contents of results.json.
+
+    Raises:
+      ConfigError: there are no runs, or they do not belong together.
+    """
+    if not runs:
+        raise ConfigError(f"{study.name}: no run is finished yet; leave --report out to measure.")
+    return study.measure.summarize(study, runs)
 
 
-def train_all(study, missing, quick, folder, workers):
+def measure_all(study: Study, missing: dict[str, list[int]], folder: pathlib.Path, workers: int) -> None:
     """Runs {arm: seeds} in worker processes, with a bar over all of their steps and the time that is left."""
-    os.environ |= {name: value for name, value in THREADS.items() if name not in os.environ}
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder.parent / "compiled"))
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    ours = {"JAX_COMPILATION_CACHE_DIR": str(folder.parent / "compiled"), **({} if study.measure.alone else ONE_CORE)}
+    os.environ |= {name: value for name, value in ours.items() if name not in os.environ}
+    if study.measure.devices > 1:
+        os.environ["JAX_PLATFORMS"] = "cpu"
+        os.environ["XLA_FLAGS"] = (f"{os.environ.get('XLA_FLAGS', '')} "
+                                   f"--xla_force_host_platform_device_count={study.measure.devices}")
     context = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
     queue = context.Queue()
-    total = sum(study.config(arm, 0, quick).train.steps * len(seeds) for arm, seeds in missing.items())
+    total = sum(study.measure.steps(study, arm) * len(seeds) for arm, seeds in missing.items())
     with tqdm.tqdm(total=total, desc=study.name, unit="step", mininterval=1.0, file=sys.stderr) as bar:
         listener = threading.Thread(target=_listen, args=(queue, bar), daemon=True)
         listener.start()
+        workers = 1 if study.measure.alone else workers
         with concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker, (queue,)) as pool:
             try:
                 for wave in study.waves(missing):
-                    futures = [pool.submit(_work, study, arm, missing[arm], quick, folder) for arm in wave]
+                    futures = [pool.submit(_work, study, arm, missing[arm], folder) for arm in wave]
                     for future in concurrent.futures.as_completed(futures):
                         future.result()
             except BaseException:
@@ -115,7 +129,7 @@ def _listen(queue, bar):
         bar.update(steps)
 
 
-_queue = None  # of this worker process
+_queue: Any = None  # of this worker process
 
 
 def _start_worker(queue):
@@ -124,94 +138,18 @@ def _start_worker(queue):
     runtime.prepare()
 
 
-def _work(study, arm, seeds, quick, folder):
-    from experiments.studies.framework.training import run_arm  # jax, in workers only
-    run_arm(study, arm, seeds, quick, folder, _queue.put)
+def _work(study, arm, seeds, folder):
+    for result in study.measure.run(Job(study, arm, seeds, folder, _queue.put)):
+        io.write_json(study.run_path(folder, arm, result["seed"]), {"arm": arm, **result}, indent=None)
 
 
-def gather(study: Study, runs: list[dict], quick: bool) -> dict:
-    """What is known when all runs are there: results.json.
-
-    Raises:
-      ConfigError: the runs did not all read the same text.
-    """
-    if len({json.dumps(run["corpus"]) for run in runs}) > 1:
-        raise ConfigError(f"{study.name}: some of the finished runs read another text than the others (another Python, "
-                          "or corpora.py has changed); take another --workdir, or delete the study's folder in it.")
-    arms = {}
-    for arm in dict.fromkeys(run["arm"] for run in runs):
-        mine = {run["seed"]: run for run in runs if run["arm"] == arm}
-        first = next(iter(mine.values()))
-        arms[arm] = {
-            "config": study.arms[arm], "parameters": first["parameters"],
-            "metrics": {name: {**interval(estimate([run["metrics"][name] for run in mine.values()])),
-                               "seeds": {str(seed): run["metrics"][name] for seed, run in mine.items()}}
-                        for name in first["metrics"]},
-            "curves": {name: _means([run["curves"][name] for run in mine.values()]) for name in first["curves"]},
-            "probes": {name: _means([run["probes"][name] for run in mine.values()]) for name in first["probes"]},
-            "arrays": first["arrays"]}
-    seconds = sum(run["seconds"] for run in runs)
-    return {"study": study.name, "quick": quick, "config_hash": study.config_hash(quick),
-            "seeds": sorted({run["seed"] for run in runs}), "steps": study.config(runs[0]["arm"], 0, quick).train.steps,
-            "claims": judged(study, runs), "arms": arms, "corpus": runs[0]["corpus"],
-            "command": f"python -m experiments.studies.{study.name}.run" + (" --quick" if quick else ""),
-            "training_seconds_on_one_core": round(seconds), **provenance()}
-
-
-def judged(study: Study, runs) -> list[dict]:
-    """The claims whose arms are there, with the paired difference and what it allows to say."""
-    values = {}  # metric -> arm -> seed -> value
-    for run in runs:
-        for name, value in run["metrics"].items():
-            values.setdefault(name, {}).setdefault(run["arm"], {})[run["seed"]] = value
-    claims = []
-    for claim in study.claims:
-        there = values.get(claim.metric, {})
-        if claim.arm in there and (claim.against in there or not isinstance(claim.against, str)):
-            against = there[claim.against] if isinstance(claim.against, str) else claim.against
-            found = difference(there[claim.arm], against)
-            claims.append({**dataclasses.asdict(claim), "difference": interval(found),
-                           "verdict": verdict(found, claim.expected)})
-    return claims
-
-
-def interval(found: Estimate) -> dict:
-    bound = lambda x: x if math.isfinite(x) else None  # JSON has no infinity
-    return {"mean": found.mean, "low": bound(found.low), "high": bound(found.high)}
-
-
-def _means(curves):
-    return [sum(column) / len(column) for column in zip(*curves, strict=True)]
-
-
-def provenance() -> dict:
-    """Where and with what numbers were made."""
-    names = ("jax", "jaxlib", "flax", "optax", "numpy", "tokenizers")
-    return {"date": datetime.date.today().isoformat(), "hardware": f"{cpu_model()}, {os.cpu_count()} cores",
-            "versions": {"python": platform.python_version(), **{n: importlib.metadata.version(n) for n in names}}}
-
-
-def cpu_model() -> str:
-    try:
-        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def write_results(results: dict, folder: pathlib.Path, draw):
-    """results.json and the picture."""
+def write_results(study: Study, results: dict[str, Any], runs: list[dict[str, Any]], folder: pathlib.Path) -> None:
+    """The pictures and results.json, which is written atomically."""
     folder.mkdir(parents=True, exist_ok=True)
-    draw(results, folder / f"{results['study']}.png")
-    io.write_json(folder / "results.json", results, indent=1)
+    study.draw(results, runs, folder)
+    io.write_text(folder / "results.json", as_json(study, results))
 
 
-def said(results: dict) -> list[str]:
-    """The claims as lines to print."""
-    lines = []
-    for claim in results["claims"]:
-        d = claim["difference"]
-        interval = "no interval" if d["low"] is None else f"[{d['low']:+.4g}, {d['high']:+.4g}]"
-        lines.append(f"{claim['verdict'].upper()}: {claim['says']}\n  {claim['metric']} of {claim['arm']} minus "
-                     f"{claim['against']}: {d['mean']:+.4g} {interval} over {len(results['seeds'])} seeds")
-    return lines
+def as_json(study: Study, results: dict[str, Any]) -> str:
+    """The text of results.json."""
+    return json.dumps(results, indent=study.json_indent) + study.json_end

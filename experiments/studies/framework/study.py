@@ -1,45 +1,31 @@
-"""What a study is: arms that differ in a few config keys, the same seeds for all, claims about them (no jax).
+"""What a study is: arms that differ in one thing, the same seeds for all, a measurement, and claims (no jax).
 
-    Study(name, arms={"none": {...}, "bias": {"balance.bias_speed": 0.005}}, claims=(Claim(...), ...), seeds=(0, 1, 2))
+    Study(name, arms={"none": {...}, "bias": {"balance.bias_speed": 0.005}}, seeds=(0, 1, 2), measure=Training(...),
+          claims=(Claim(...), ...))
 
-Seeds are paired: seed s starts every arm from the same random numbers and the same order of text, so that what
-differs between two arms of a seed is what they differ in.
+Seeds are paired: seed s gives every arm the same random numbers, so that two arms of a seed differ only in what
+distinguishes the arms. A study that trains is measured by `training.Training`; one that computes has a `Measure` of its
+own.
 """
+
+from __future__ import annotations
 
 import dataclasses
 import hashlib
 import json
-from typing import Any
+import pathlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, ClassVar, NamedTuple
 
-from deepseek_jax.config import Config, as_dict, default_config, freeze
-
-# Small enough that an arm and seed takes under a minute on one core, its compilation aside; a whole DeepSeek-V3 still.
-MODEL = {"vocab_size": 1024, "d_model": 128, "num_layers": 3, "num_dense_layers": 1, "num_heads": 4, "q_rank": 48,
-         "kv_rank": 32, "nope_head_dim": 16, "rope_head_dim": 16, "v_head_dim": 16, "dense_ffn_dim": 256,
-         "expert_ffn_dim": 64, "num_experts": 16, "experts_per_token": 2, "num_groups": 1, "groups_kept": 1,
-         "mtp_depth": 0, "dtype": "float32", "attention_block": 128}
-BASE = {
-    **{f"model.{name}": value for name, value in MODEL.items()},
-    "data.validation_fraction": 0.15, "data.fim_rate": 0.0,
-    "data.split_punctuation_rate": 0.0,  # so that every seed reads the same tokens, in its own order
-    "train.steps": 300, "train.batch_size": 8, "train.sequence_length": 128,
-    "train.eval_batches": 48,  # 49,152 held-out tokens, the same ones for every arm and seed
-    "optimizer.learning_rate": 3e-3, "optimizer.warmup": 0.05, "optimizer.constant_until": 0.4,
-    "balance.bias_speed": 0.005,  # 0.001 could move a bias by only 0.4 in a run of this length
-    "balance.sequence_loss_weight": 0.0,  # arms differ in one way of balancing, not in two
-}
-# A run that shows that all of it works, in seconds; its numbers mean nothing.
-QUICK = {"model.vocab_size": 384, "model.d_model": 32, "model.num_layers": 2, "model.q_rank": 16, "model.kv_rank": 16,
-         "model.dense_ffn_dim": 64, "model.expert_ffn_dim": 32, "data.sources": (("corpus/quick", 1.0),),
-         "train.steps": 12, "train.batch_size": 4, "train.sequence_length": 64, "train.eval_batches": 2}
 QUICK_SEEDS = (0, 1)
 
 
 @dataclasses.dataclass(frozen=True)
 class Claim:
-    """The report's sentence as a comparison that an experiment can decide.
+    """A sentence of the report as a comparison that an experiment can decide.
 
-    says: the sentence. expected: how `metric` of `arm` lies to `against`, another arm of the same seeds or a number.
+    says: the sentence. expected: how `metric` of `arm` compares with `against`, another arm of the same seeds or a
+    number.
     """
 
     says: str
@@ -49,29 +35,78 @@ class Claim:
     expected: str  # "lower" or "higher"
 
 
+class Job(NamedTuple):
+    """One arm and the seeds to measure it with, in one worker process.
+
+    folder: the study's work directory. tell: is called with the number of steps that have been done.
+    """
+
+    study: Study
+    arm: str
+    seeds: list[int]
+    folder: pathlib.Path
+    tell: Callable[[int], None]
+
+
+class Measure:
+    """How the arms of a study are measured. Subclasses define `run` and `summarize`; the rest has defaults.
+
+    resumes: finished runs are kept and not measured again. False where measuring takes seconds.
+    alone: an arm gets the machine to itself. Otherwise arms run side by side, on one core each.
+    devices: of a worker process, virtual ones on a CPU.
+    after: {arm: the arm that it continues from, with the same seed}; that one runs first.
+    """
+
+    resumes: ClassVar[bool] = True
+    alone: ClassVar[bool] = False
+    devices: ClassVar[int] = 1
+    after: Mapping[str, str] = {}
+
+    def run(self, job: Job) -> Iterator[dict[str, Any]]:
+        """Yields a JSON-able result for each of the job's seeds, with the key "seed"."""
+        raise NotImplementedError
+
+    def summarize(self, study: Study, runs: list[dict[str, Any]]) -> dict[str, Any]:
+        """results.json from the finished runs, which are the results of `run` with the key "arm"."""
+        raise NotImplementedError
+
+    def lines(self, results: dict[str, Any]) -> list[str]:
+        """What a user reads at the end."""
+        return []
+
+    def identity(self, study: Study, arm: str) -> Any:
+        """JSON-able: everything that an arm's numbers depend on except machine, versions and code."""
+        return [study.arms[arm], study.quick]
+
+    def steps(self, study: Study, arm: str) -> int:
+        """Steps of a seed, for the progress bar."""
+        return 1
+
+    def prepare(self, study: Study, folder: pathlib.Path) -> None:
+        """What all arms share. Called once, before the workers start."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Study:
-    """One experiment. Keys of `base` and of the arms are those of config files, with dots.
+    """One experiment.
 
-    quick_arms: what --quick runs. probe: "module:function", what else is measured of the model while it trains and at
-    the end: function(config, params, router, loader, final) -> {name: float or nested list}. probes: how often.
-    corpus: a function of corpora.py that writes the texts of sources named "corpus/...".
-    network: "module:function", a context manager that puts other parts into the model: function(arm).
-    after: {arm: the arm whose weights, of the same seed, it begins with}; that one runs first.
+    arms: {name: what distinguishes it}, JSON-able and understood by `measure`.
+    draw: makes the pictures: draw(results, runs, folder).
+    quick_arms: the arms of `--quick`. quick: whether this is that short form, whose numbers mean nothing.
+    json_indent, json_end: the layout of results.json.
     """
 
     name: str
-    arms: dict[str, dict[str, Any]]
-    claims: tuple[Claim, ...]
+    arms: dict[str, Any]
+    measure: Measure
+    draw: Callable[[dict[str, Any], list[dict[str, Any]], pathlib.Path], None]
     quick_arms: tuple[str, ...]
+    claims: tuple[Claim, ...] = ()
     seeds: tuple[int, ...] = (0, 1, 2)
-    base: dict[str, Any] = dataclasses.field(default_factory=dict)
-    quick: dict[str, Any] = dataclasses.field(default_factory=dict)
-    probe: str | None = None
-    probes: int = 1
-    corpus: str | None = None
-    network: str | None = None
-    after: dict[str, str] = dataclasses.field(default_factory=dict)
+    quick_seeds: tuple[int, ...] = QUICK_SEEDS
+    quick: bool = False
+    json_indent: int = 1
+    json_end: str = "\n"
 
     def __post_init__(self):
         for claim in self.claims:
@@ -79,40 +114,39 @@ class Study:
                 if isinstance(arm, str) and arm not in self.arms:
                     raise ValueError(f"{self.name}: {claim.says!r} speaks of {arm!r}, which is no arm; there are "
                                      f"{', '.join(self.arms)}.")
-        if wrong := [arm for arm, first in self.after.items() if not {arm, first} <= self.arms.keys()]:
-            raise ValueError(f"{self.name}: {wrong[0]!r} comes after {self.after[wrong[0]]!r}, and one of them is no "
-                             f"arm; there are {', '.join(self.arms)}.")
+        after = self.measure.after
+        if wrong := [arm for arm, first in after.items() if not {arm, first} <= self.arms.keys()]:
+            raise ValueError(f"{self.name}: {wrong[0]!r} comes after {after[wrong[0]]!r}, and one of them is no arm; "
+                             f"there are {', '.join(self.arms)}.")
 
-    def config(self, arm: str, seed: int = 0, quick: bool = False) -> Config:
-        """The whole config of one run."""
-        config = default_config("tiny")
-        for part in (BASE, self.base, self.arms[arm], {**QUICK, **self.quick} if quick else {}):
-            for name, value in part.items():
-                section, key = name.split(".")
-                config[section][key] = value
-        config.train.seed = seed
-        return freeze(config)
+    def shortened(self) -> Study:
+        """The study as `--quick` runs it."""
+        return dataclasses.replace(self, quick=True)
 
-    def selected(self, quick: bool):
-        """(arms, seeds) of a whole run or a quick one."""
-        return (self.quick_arms, QUICK_SEEDS) if quick else (tuple(self.arms), self.seeds)
+    def selected(self) -> tuple[tuple[str, ...], tuple[int, ...]]:
+        """(arms, seeds) that run."""
+        return (self.quick_arms, self.quick_seeds) if self.quick else (tuple(self.arms), self.seeds)
 
-    def arm_hash(self, arm: str, quick: bool = False) -> str:
-        """Changes with everything that an arm's numbers depend on, machine, versions and code aside."""
-        config = as_dict(self.config(arm, 0, quick))
-        del config["pipeline"]  # arms run without one
-        parts = [config, self.probe, self.probes, self.corpus, self.network]
-        if arm in self.after:
-            parts.append(self.arm_hash(self.after[arm], quick))
-        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
-
-    def waves(self, arms) -> list[list[str]]:
-        """The arms in groups, each after all that its own begin with."""
-        depth = lambda arm: 1 + depth(self.after[arm]) if arm in self.after else 0
+    def waves(self, arms: list[str] | dict[str, Any]) -> list[list[str]]:
+        """The arms in groups, each after the groups that its arms continue from."""
+        after = self.measure.after
+        depth = lambda arm: 1 + depth(after[arm]) if arm in after else 0
         return [[arm for arm in arms if depth(arm) == n] for n in sorted({depth(arm) for arm in arms})]
 
-    def config_hash(self, quick: bool = False) -> str:
+    def arm_hash(self, arm: str) -> str:
+        """Changes with everything that an arm's numbers depend on except machine, versions and code."""
+        return _digest(self.measure.identity(self, arm))
+
+    def config_hash(self) -> str:
         """Of all arms, the seeds and the claims."""
-        arms, seeds = self.selected(quick)
-        parts = [{arm: self.arm_hash(arm, quick) for arm in arms}, seeds, [dataclasses.astuple(c) for c in self.claims]]
-        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+        arms, seeds = self.selected()
+        return _digest([{arm: self.arm_hash(arm) for arm in arms}, seeds,
+                        [dataclasses.astuple(claim) for claim in self.claims]])
+
+    def run_path(self, folder: pathlib.Path, arm: str, seed: int) -> pathlib.Path:
+        """The file of a finished run. Its name contains the arm's hash: another config is another run."""
+        return folder / f"{arm.replace(' ', '_')}-{seed}-{self.arm_hash(arm)}.json"
+
+
+def _digest(parts) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,13 +1,19 @@
-"""Trains one arm of a study, seed after seed: the library's own step, loader and evaluation, compiled once.
+"""Studies that train: the arms differ in config keys, and each seed of an arm is a complete run in one process.
 
-Runs in a worker process. What a seed gives is a dictionary that JSON can hold.
+    Training(base={"train.steps": 360}, probe=acceptance, probes=6)
+
+Step, loader and evaluation are the library's own, compiled once for all seeds of an arm. The result of a seed is a
+dictionary that JSON can represent.
 """
 
-import contextlib
+from __future__ import annotations
+
+import dataclasses
 import functools
-import importlib
 import pathlib
 import time
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,50 +22,153 @@ import safetensors.numpy
 from flax import traverse_util
 
 from deepseek_jax import io
+from deepseek_jax.config import Config, as_dict, default_config, freeze
 from deepseek_jax.data.loader import Loader
+from deepseek_jax.data.prepare import Prepared, prepare
 from deepseek_jax.model import DeepSeekV3
 from deepseek_jax.training.evaluate import evaluate
 from deepseek_jax.training.metrics import all_layers, max_vio
 from deepseek_jax.training.step import eval_step, start_state, train_step
-from experiments.studies.framework.corpora import located, prepare_data
-from experiments.studies.framework.runner import result_path, weights_path
-from experiments.studies.framework.study import Study
+from experiments.studies.framework import corpora
+from experiments.studies.framework.results import by_arm, verdict_lines
+from experiments.studies.framework.study import Job, Measure, Study
 
 EVERY = 10  # steps that a point of a curve averages
 LAST = 50  # steps whose mean is the balance of a batch at the end of a run
 
+# Small enough that one seed takes under a minute on one core, compilation aside, and still a complete DeepSeek-V3.
+MODEL = {"vocab_size": 1024, "d_model": 128, "num_layers": 3, "num_dense_layers": 1, "num_heads": 4, "q_rank": 48,
+         "kv_rank": 32, "nope_head_dim": 16, "rope_head_dim": 16, "v_head_dim": 16, "dense_ffn_dim": 256,
+         "expert_ffn_dim": 64, "num_experts": 16, "experts_per_token": 2, "num_groups": 1, "groups_kept": 1,
+         "mtp_depth": 0, "dtype": "float32", "attention_block": 128}
+BASE = {
+    **{f"model.{name}": value for name, value in MODEL.items()},
+    "data.validation_fraction": 0.15, "data.fim_rate": 0.0,
+    "data.split_punctuation_rate": 0.0,  # so that every seed reads the same tokens, in its own order
+    "train.steps": 300, "train.batch_size": 8, "train.sequence_length": 128,
+    "train.eval_batches": 48,  # 49,152 held-out tokens, the same for every arm and seed
+    "optimizer.learning_rate": 3e-3, "optimizer.warmup": 0.05, "optimizer.constant_until": 0.4,
+    "balance.bias_speed": 0.005,  # 0.001 could move a bias by only 0.4 in a run of this length
+    "balance.sequence_loss_weight": 0.0,  # arms differ in one way of balancing, not in two
+}
+QUICK = {"model.vocab_size": 384, "model.d_model": 32, "model.num_layers": 2, "model.q_rank": 16, "model.kv_rank": 16,
+         "model.dense_ffn_dim": 64, "model.expert_ffn_dim": 32, "data.sources": (("corpus/quick", 1.0),),
+         "train.steps": 12, "train.batch_size": 4, "train.sequence_length": 64, "train.eval_batches": 2}
 
-def find(name: str):
-    """"module:function" -> function."""
-    module, function = name.split(":")
-    return getattr(importlib.import_module(module), function)
+Probe = Callable[[Config, Any, Any, Loader, bool], dict[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Training(Measure):
+    """Trains each arm. Keys of `base`, `quick` and of the study's arms are those of config files, with dots.
+
+    probe: what else is measured of the model, at equal distances while it trains and at the end:
+      probe(config, params, router, loader, final) -> {name: float or nested list}. probes: how often.
+    corpus: a function of corpora.py that writes the texts of sources named "corpus/...".
+    network: network(arm) -> config keys of the parts that the arm's model is built with, such as model.attention.
+    after: {arm: the arm whose final weights, of the same seed, it starts from}.
+    """
+
+    base: dict[str, Any] = dataclasses.field(default_factory=dict)
+    quick: dict[str, Any] = dataclasses.field(default_factory=dict)
+    probe: Probe | None = None
+    probes: int = 1
+    corpus: Callable[[pathlib.Path], None] | None = None
+    network: Callable[[str], dict[str, str]] | None = None
+    after: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    def config(self, study: Study, arm: str, seed: int = 0) -> Config:
+        """The complete config of one run."""
+        config = default_config("tiny")
+        for part in (BASE, self.base, study.arms[arm], {**QUICK, **self.quick} if study.quick else {}):
+            for name, value in part.items():
+                section, key = name.split(".")
+                config[section][key] = value
+        config.train.seed = seed
+        return freeze(config)
+
+    def located(self, study: Study, arm: str, seed: int, folder: pathlib.Path) -> Config:
+        """The config with its "corpus/..." sources and its caches inside the study's work directory."""
+        config = self.config(study, arm, seed)
+        sources = tuple((str(folder / path) if path.startswith("corpus/") else path, weight)
+                        for path, weight in config.data.sources)
+        data = dataclasses.replace(config.data, sources=sources, cache_dir=str(folder.parent / "cache"))
+        network = self.network(arm) if self.network else {}
+        parts: Any = {name.removeprefix("model."): part for name, part in network.items()}
+        return dataclasses.replace(config, data=data, model=dataclasses.replace(config.model, **parts))
+
+    def prepared(self, study: Study, arm: str, folder: pathlib.Path) -> Prepared:
+        """The arm's tokens and their tokenizer."""
+        config = self.located(study, arm, 0, folder)
+        # A directory for each vocabulary, because it contains the tokenizer.
+        return prepare(config, str(folder / f"tokens-{config.model.vocab_size}"))
+
+    def identity(self, study: Study, arm: str) -> Any:
+        config = as_dict(self.config(study, arm))
+        del config["pipeline"]  # arms run without one
+        for name in ("router", "attention"):  # the name of `network` stands for them
+            del config["model"][name]
+        parts = [config, _name(self.probe), self.probes, self.corpus and self.corpus.__name__, _name(self.network)]
+        if arm in self.after:
+            parts.append(study.arm_hash(self.after[arm]))
+        return parts
+
+    def steps(self, study: Study, arm: str) -> int:
+        return self.config(study, arm).train.steps
+
+    def prepare(self, study: Study, folder: pathlib.Path) -> None:
+        """Writes the texts of the sources named "corpus/...", and tokenizes what the arms read, once."""
+        if study.quick:
+            corpora.quick(folder / "corpus")
+        if self.corpus:
+            self.corpus(folder / "corpus")
+        for arm in study.selected()[0]:
+            self.prepared(study, arm, folder)
+
+    def run(self, job: Job) -> Iterator[dict[str, Any]]:
+        arm = Arm(self, job)
+        for seed in job.seeds:
+            yield {"seed": seed, **arm.run(seed)}
+
+    def summarize(self, study: Study, runs: list[dict[str, Any]]) -> dict[str, Any]:
+        return by_arm(study, runs)
+
+    def lines(self, results: dict[str, Any]) -> list[str]:
+        return verdict_lines(results)
+
+
+def _name(function) -> str | None:
+    return function and f"{function.__module__}:{function.__name__}"
 
 
 class Arm:
     """The compiled programs of an arm."""
 
-    def __init__(self, study: Study, arm: str, quick: bool, workdir: pathlib.Path):
-        self.study, self.arm, self.quick, self.workdir = study, arm, quick, workdir
-        self.prepared, self.corpus = prepare_data(study, arm, quick, workdir)
-        config = located(study.config(arm, 0, quick), workdir)
+    def __init__(self, measure: Training, job: Job):
+        self.measure, self.job = measure, job
+        self.text = measure.prepared(job.study, job.arm, job.folder)
+        config = measure.located(job.study, job.arm, 0, job.folder)
 
         def start(key, weights=None):
             rng, init = jax.random.split(key)
             weights = weights or DeepSeekV3(config.model).init(init, jnp.zeros((1, 8), jnp.int32), logits=False)
             return start_state(config, weights["params"], weights.get("router", {}), rng)
 
-        # Nothing but the start and the order of the text depends on the seed.
+        # Only the initial state and the order of the text depend on the seed.
         self.start = jax.jit(start)
         self.step = jax.jit(functools.partial(train_step, config), donate_argnums=0)
         self.score = jax.jit(functools.partial(eval_step, config))
-        self.probe = find(study.probe) if study.probe else None
 
-    def run(self, seed: int, tell=lambda steps: None) -> dict:
-        """One whole run. `tell` hears of every step."""
-        config = located(self.study.config(self.arm, seed, self.quick), self.workdir)
-        loader, begun = Loader(config, self.prepared), time.perf_counter()
-        first = self.study.after.get(self.arm)
-        state = self.start(jax.random.key(seed), first and load(self._weights(first, seed)))
+    def run(self, seed: int) -> dict[str, Any]:
+        """One complete run.
+
+        Raises:
+          FloatingPointError: the loss is not finite.
+        """
+        measure, (study, arm, _, folder, tell) = self.measure, self.job
+        config, after = measure.located(study, arm, seed, folder), measure.after
+        loader, begun = Loader(config, self.text), time.perf_counter()
+        state = self.start(jax.random.key(seed), load(self._weights(after[arm], seed)) if arm in after else None)
         losses, vio, probes = [], [], Probes()
         steps = config.train.steps
         for index in range(steps):
@@ -68,31 +177,33 @@ class Arm:
             losses.append(float(metrics.loss))
             vio.append(max_vio(all_layers(metrics.counts)))
             # At equal distances, the last one at the end.
-            if self.probe and (index + 1) * self.study.probes // steps > index * self.study.probes // steps:
-                probes.add(index + 1, self.probe(config, state.params, state.router, loader, index + 1 == steps))
+            if measure.probe and (index + 1) * measure.probes // steps > index * measure.probes // steps:
+                probes.add(index + 1, measure.probe(config, state.params, state.router, loader, index + 1 == steps))
             tell(1)
         if not np.isfinite(losses).all():
-            raise FloatingPointError(f"{self.study.name}, {self.arm}, seed {seed}: the loss is not finite.")
-        if self.arm in self.study.after.values():
-            save(self._weights(self.arm, seed), {"params": state.params, "router": state.router})
+            raise FloatingPointError(f"{study.name}, {arm}, seed {seed}: the loss is not finite.")
+        if arm in after.values():
+            save(self._weights(arm, seed), {"params": state.params, "router": state.router})
         scored = evaluate(loader, self.score, state.params, state.router, config.train.eval_batches)
         return {"metrics": {**scored._asdict(), "max_vio_batch": float(np.mean(vio[-LAST:])),
                             "train_loss": float(np.mean(losses[-LAST:])), **probes.scalars()},
                 "curves": {"train_loss": thinned(losses), "max_vio_batch": thinned(vio)},
                 "probes": probes.curves(), "arrays": probes.arrays(),
-                "parameters": sum(x.size for x in jax.tree.leaves(state.params)),
-                "first_loss": losses[0], "corpus": self.corpus, "seconds": round(time.perf_counter() - begun, 1)}
+                "parameters": sum(x.size for x in jax.tree.leaves(state.params)), "first_loss": losses[0],
+                "corpus": [source["digest"] for source in self.text.report],
+                "seconds": round(time.perf_counter() - begun, 1)}
 
     def _weights(self, arm, seed):
-        return weights_path(self.study, arm, seed, self.quick, self.workdir)
+        return self.job.study.run_path(self.job.folder, arm, seed).with_suffix(".safetensors")
 
 
-def save(path: pathlib.Path, weights):
+def save(path: pathlib.Path, weights: dict[str, Any]) -> None:
+    """Writes a file of weights atomically."""
     with io.replacing(path) as partial:
         safetensors.numpy.save_file(traverse_util.flatten_dict(jax.device_get(weights), sep="/"), partial)
 
 
-def load(path: pathlib.Path):
+def load(path: pathlib.Path) -> dict[str, Any]:
     return traverse_util.unflatten_dict(safetensors.numpy.load_file(path), sep="/")
 
 
@@ -102,39 +213,27 @@ class Probes:
     def __init__(self):
         self.steps, self.found = [], {}
 
-    def add(self, step: int, values: dict):
+    def add(self, step: int, values: dict[str, Any]) -> None:
         self.steps.append(step)
         for name, value in values.items():
             self.found.setdefault(name, []).append(value)
 
-    def scalars(self) -> dict:
+    def scalars(self) -> dict[str, float]:
         """The last value of each float, and under NAME_gained what it gained since the first."""
         floats = {name: values for name, values in self.found.items() if isinstance(values[-1], float)}
         gained = {f"{name}_gained": values[-1] - values[0] for name, values in floats.items() if len(values) > 1}
         return {name: values[-1] for name, values in floats.items()} | gained
 
-    def curves(self) -> dict:
+    def curves(self) -> dict[str, list]:
         """The floats that were measured every time, by step."""
-        whole = {name: values for name, values in self.found.items()
-                 if isinstance(values[-1], float) and len(values) == len(self.steps)}
-        return {"step": self.steps, **whole} if whole else {}
+        complete = {name: values for name, values in self.found.items()
+                    if isinstance(values[-1], float) and len(values) == len(self.steps)}
+        return {"step": self.steps, **complete} if complete else {}
 
-    def arrays(self) -> dict:
+    def arrays(self) -> dict[str, list]:
         return {name: values[-1] for name, values in self.found.items() if not isinstance(values[-1], float)}
 
 
-def thinned(values):
-    """Means of EVERY steps, the rest at the end in one."""
+def thinned(values: list[float]) -> list[float]:
+    """Means of EVERY steps; the last one averages what remains."""
     return [float(np.mean(values[i:i + EVERY])) for i in range(0, len(values), EVERY)]
-
-
-def run_arm(study: Study, arm: str, seeds, quick: bool, workdir: pathlib.Path, tell=lambda steps: None):
-    """Runs the seeds of an arm and writes each one's file as it ends."""
-    network = find(study.network)(arm) if study.network else contextlib.nullcontext()
-    with network:
-        compiled = Arm(study, arm, quick, workdir)
-        for seed in seeds:
-            result = {"arm": arm, "seed": seed, **compiled.run(seed, tell)}
-            path = result_path(study, arm, seed, quick, workdir)
-            io.write_json(path, result, indent=None)
-

@@ -3,19 +3,19 @@
 As many key-value heads as query heads is MHA, one is MQA. The first rope_head_dim numbers of a head are rotated.
 """
 
-import contextlib
 import functools
-from unittest import mock
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from deepseek_jax.config import ModelConfig
-from deepseek_jax.model import transformer
 from deepseek_jax.model.blockwise import attend
 from deepseek_jax.model.layers import linear, weight
 from deepseek_jax.model.rope import rotate
-from experiments.studies.mla.config import VARIANTS
+
+# arm -> (heads of keys and values, width of a head); MLA is the model's own.
+VARIANTS = {"MHA": (4, 16), "GQA": (2, 20), "MQA": (1, 24)}
 
 
 class GroupedAttention(nn.Module):
@@ -26,7 +26,8 @@ class GroupedAttention(nn.Module):
     width: int
 
     @nn.compact
-    def __call__(self, x_BTD, rope, segment_ids_BT):
+    def __call__(self, x_BTD: jax.Array, rope: tuple[jax.Array, jax.Array],
+                 segment_ids_BT: jax.Array | None) -> jax.Array:
         D, H, A, R = self.cfg.d_model, self.cfg.num_heads, self.width, self.cfg.rope_head_dim
         turned = lambda x_BTHA: jnp.concatenate([rotate(x_BTHA[..., :R], rope), x_BTHA[..., R:]], axis=-1)
         q_BTHA = turned(linear(x_BTD, weight(self, "q", (D, H, A))))
@@ -37,9 +38,10 @@ class GroupedAttention(nn.Module):
         return linear(o_BTHA.reshape(*o_BTHA.shape[:2], H * A), weight(self, "o", (H * A, D)))
 
 
-def attention_of(arm):
-    """A context in which the model is built with the arm's attention."""
-    if arm not in VARIANTS:
-        return contextlib.nullcontext()
-    kv_heads, width = VARIANTS[arm]
-    return mock.patch.object(transformer, "MLA", functools.partial(GroupedAttention, kv_heads=kv_heads, width=width))
+MHA, GQA, MQA = (functools.partial(GroupedAttention, kv_heads=kv_heads, width=width)
+                 for kv_heads, width in VARIANTS.values())
+
+
+def attention_of(arm: str) -> dict[str, str]:
+    """The config keys of the arm's attention."""
+    return {"model.attention": f"{__name__}:{arm}"} if arm in VARIANTS else {}

@@ -19,7 +19,7 @@ import time
 
 from deepseek_jax import cli, io
 from deepseek_jax.pipeline.schedule import NAMES
-from experiments.studies.framework import runner
+from experiments.studies.framework.results import provenance
 
 FILE = pathlib.Path(__file__).parent / "measured.json"
 ROWS = 2  # sequences of a micro-batch
@@ -99,22 +99,26 @@ def _parts(config):
     import jax.numpy as jnp
 
     from deepseek_jax.model import DeepSeekV3
-    from deepseek_jax.pipeline import model
+    from deepseek_jax.pipeline.model import Inputs, schedule_of, slots, stage
     from deepseek_jax.pipeline.split import split
+    from deepseek_jax.training.types import Batch, Normalizers
 
-    c, held = config.model, model.slots(config.model.num_moe_layers, model.schedule_of(config))[1].shape[1]
+    c, held = config.model, slots(config.model.num_moe_layers, schedule_of(config))[1].shape[1]
     variables = jax.eval_shape(lambda: DeepSeekV3(c).init(jax.random.key(0), jnp.zeros((1, 8), jnp.int32),
                                                           logits=False))
     shape = ROWS, config.train.sequence_length
+    tokens, scalar = jax.ShapeDtypeStruct(shape, jnp.int32), jax.ShapeDtypeStruct((), jnp.float32)
+    batch = Batch(tokens, tokens, jax.ShapeDtypeStruct(shape, jnp.float32), None, None)
+    normalizers = Normalizers(scalar, jax.ShapeDtypeStruct((c.mtp_depth,), jnp.float32), scalar, scalar)
+    inputs = Inputs(batch, normalizers, jax.ShapeDtypeStruct((), jnp.int32))
     arguments = (jax.tree.map(lambda a: jax.ShapeDtypeStruct((held, *a.shape[1:]), a.dtype),
                               variables["params"]["layers"]),
                  jax.ShapeDtypeStruct((*shape, c.d_model), c.dtype),
                  ({"real": jax.ShapeDtypeStruct((held,), bool),
                    "bias": jax.ShapeDtypeStruct((held, c.num_experts), jnp.float32)},
-                  {"batch": {"tokens_BT": jax.ShapeDtypeStruct(shape, jnp.int32), "positions_BT": None,
-                             "segment_ids_BT": None}, "share": jax.ShapeDtypeStruct((), jnp.float32)}))
-    stage = lambda params, x, context: model.stage(config, params, context[0], x, context[1])
-    return split(stage, *arguments), arguments
+                  inputs))
+    run = lambda params, x, context: stage(config, params, context[0], x, context[1])
+    return split(run, *arguments), arguments
 
 
 def operations(config):
@@ -211,8 +215,8 @@ def main():
         known = json.loads(FILE.read_text()) if FILE.exists() else {}
         found = known.get(args.part, {}).get("found", {}) | result  # schedules may be measured one by one
         known[args.part] = {"command": f"python -m experiments.studies.pipeline.measure {args.part}", "found": found,
-                            **runner.provenance()}
-        io.write_json(str(FILE), known)
+                            **provenance()}
+        io.write_json(FILE, known)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from deepseek_jax.scale.compile import hlo
 from deepseek_jax.scale.hardware import Measured, hardware
 from deepseek_jax.scale.layout import make_layout
 from deepseek_jax.scale.traffic import layer_traffic
-from experiments.studies.framework import runner
+from experiments.studies.framework.results import provenance
 
 TARGET, RANKS, LOCAL, MICROBATCHES, CAPACITY = "h100:128", 16, 8, 32, 1.25
 MODEL = model_config("v3_671b", num_layers=RANKS, num_experts=4 * LOCAL, num_dense_layers=0, mtp_depth=0,
@@ -136,8 +136,8 @@ def main():
                   f"{t['flops'] / 1e12:15.2f}{1e3 * t['seconds']:14.3f}{1e3 * t['waited']:12.3f}")
         print(f"{'':22}exposed: {row['exposed']:.0%}")
     result = {"command": f"python -m experiments.studies.pipeline.overlap --tokens {args.tokens}", "target": TARGET,
-              "tokens": args.tokens, "rows": rows, **runner.provenance()}
-    io.write_json(str(pathlib.Path(__file__).parent / "overlap.json"), result)
+              "tokens": args.tokens, "rows": rows, **provenance()}
+    io.write_json(pathlib.Path(__file__).parent / "overlap.json", result)
 
 
 if __name__ == "__main__":

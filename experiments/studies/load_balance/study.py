@@ -1,8 +1,27 @@
 """Loss-free balancing beside the auxiliary loss at several weights, and beside nothing (report section 2.1.2)."""
 
+import pathlib
+
+from experiments.studies.framework import plots
 from experiments.studies.framework.study import Claim, Study
+from experiments.studies.framework.training import Training
 
 AUXILIARY = {"balance.bias_speed": 0.0}
+
+
+def draw(results: dict, runs: list[dict], folder: pathlib.Path) -> None:
+    made, (both, over_time) = plots.figure(10, 4.2, 2)
+    plots.scatter(both, results, "max_vio_global", "loss")
+    both.set_xscale("log")
+    both.legend(frameon=False, fontsize=8)
+    plots.finish(both, "Balance against loss: lower left is better", "MaxVio_global (0: even loads)",
+                 "held-out loss, nats per token")
+    plots.curves(over_time, results, "max_vio_batch")
+    plots.finish(over_time, "Balance while training", "step", "MaxVio of a batch, mean of 10 steps")
+    over_time.set_yscale("log")
+    plots.save(made, folder / "load_balance.png")
+
+
 STUDY = Study(
     name="load_balance",
     arms={
@@ -12,6 +31,8 @@ STUDY = Study(
         "aux 1e-2": {**AUXILIARY, "balance.aux_loss_weight": 1e-2},
         "aux 1e-1": {**AUXILIARY, "balance.aux_loss_weight": 1e-1},
     },
+    measure=Training(),
+    draw=draw,
     quick_arms=("loss-free", "none", "aux 1e-2"),
     claims=(
         Claim("The bias balances the experts.", "max_vio_global", "loss-free", "none", "lower"),

@@ -3,7 +3,11 @@
 Of the routed and shared units together there are 1056 in the arm of few large experts, 1088 in the others.
 """
 
+import pathlib
+
+from experiments.studies.framework import plots
 from experiments.studies.framework.study import Claim, Study
+from experiments.studies.framework.training import Training
 
 
 def _experts(number, active, width, shared):
@@ -11,12 +15,22 @@ def _experts(number, active, width, shared):
             "model.num_shared_experts": shared}
 
 
+def draw(results: dict, runs: list[dict], folder: pathlib.Path) -> None:
+    made, (loss, apart) = plots.figure(10, 3.6, 2)
+    plots.intervals(loss, results, "loss")
+    plots.finish(loss, "Loss at equal active parameters", "held-out loss, nats per token")
+    plots.differences(apart, results)
+    plots.finish(apart, "Differences, paired by seed", "nats per token")
+    plots.save(made, folder / "experts.png")
+
+
 STUDY = Study(
     name="experts",
     arms={"few large": _experts(11, 2, 96, 0), "fine": _experts(17, 3, 64, 0), "fine, shared": _experts(16, 2, 64, 1),
           "finer, shared": _experts(33, 5, 32, 1)},
+    measure=Training(quick={"model.expert_ffn_dim": 32}),
+    draw=draw,
     quick_arms=("few large", "fine, shared"),
-    quick={"model.expert_ffn_dim": 32},
     claims=(
         Claim("Smaller experts, more of them, learn better.", "loss", "fine", "few large", "lower"),
         Claim("A shared expert helps.", "loss", "fine, shared", "fine", "lower"),

@@ -4,15 +4,33 @@ The paper trains 40,000 steps at 1e-4 to 1e-2. Here 300 steps can move a bias by
 lie in (0, 1): speeds are larger by about the same factor.
 """
 
+import pathlib
+
+from experiments.studies.framework import plots
 from experiments.studies.framework.study import Claim, Study
+from experiments.studies.framework.training import Training
 
 SPEEDS = {"1e-3": 1e-3, "5e-3": 5e-3, "2e-2": 2e-2}
 RULES = {"sign": {}, "proportional": {"balance.bias_rule": "proportional"},
          "multiplicative": {"model.router_bias": "multiplicative"}}
+
+
+def draw(results: dict, runs: list[dict], folder: pathlib.Path) -> None:
+    made, (balance, loss) = plots.figure(10, 4, 2, sharey=True)
+    plots.intervals(balance, results, "max_vio_global")
+    balance.set_xscale("log")
+    plots.finish(balance, "Balance", "MaxVio_global (0: even loads)")
+    plots.intervals(loss, results, "loss")
+    plots.finish(loss, "Loss", "held-out loss, nats per token")
+    plots.save(made, folder / "bias_rule.png")
+
+
 STUDY = Study(
     name="bias_rule",
     arms={f"{rule} {name}": {**keys, "balance.bias_speed": speed}
           for rule, keys in RULES.items() for name, speed in SPEEDS.items()},
+    measure=Training(),
+    draw=draw,
     quick_arms=("sign 5e-3", "proportional 2e-2", "multiplicative 5e-3"),
     claims=(
         Claim("A speed that is too low has not balanced by the end.", "max_vio_global", "sign 1e-3", "sign 5e-3",

@@ -4,7 +4,14 @@ Half of the text is code; the other half tells one secret word again and again b
 that a small model learns to look it up, which code alone teaches only much larger ones.
 """
 
+import pathlib
+
+import numpy as np
+
+from experiments.studies.framework import corpora, plots
 from experiments.studies.framework.study import Claim, Study
+from experiments.studies.framework.training import Training
+from experiments.studies.long_context.measure import DEPTHS, ENDS, LENGTHS, far
 
 SHORT, MIDDLE, LONG = 64, 512, 2048
 # Factor 40 in both phases, as in the report: it covers 2,560 tokens.
@@ -14,17 +21,45 @@ PHASE = {"train.steps": 75, "optimizer.learning_rate": 1e-4, "optimizer.constant
 TO_MIDDLE = {**PHASE, "train.sequence_length": MIDDLE, "train.batch_size": 8}
 TO_LONG = {**PHASE, "train.sequence_length": LONG, "train.batch_size": 2}
 SOURCES = {"data.sources": (("corpus/code", 1.0), ("corpus/words", 1.0))}
+
+
+def draw(results: dict, runs: list[dict], folder: pathlib.Path) -> None:
+    arms = results["arms"]
+    shown = [arm for arm in ("64", "2048, plain", "2048, YaRN") if arm in arms]
+    made, axes = plots.figure(4.2 + 3 * len(shown), 3.6, 1 + len(shown),
+                              gridspec_kw={"width_ratios": [1.5] + [1] * len(shown)})
+    middles = np.sqrt(np.maximum(ENDS[:-1], 4) * np.array(ENDS[1:], float))
+    for colour, (arm, found) in zip(plots.COLOURS, arms.items()):
+        axes[0].plot(middles, found["arrays"]["by_position"], "o-", color=colour, markersize=3, label=arm)
+    for length in (SHORT, MIDDLE, LONG):
+        axes[0].axvline(length, color="0.8", zorder=0)
+    axes[0].set_xscale("log", base=2)
+    axes[0].legend(frameon=False, fontsize=8)
+    plots.finish(axes[0], f"Held-out code, seed {results['seeds'][0]}", "position", "nats a token")
+    for axis, arm in zip(axes[1:], shown):
+        axis.imshow(np.array(arms[arm]["arrays"]["needles"]).T, vmin=0, vmax=1, cmap="viridis", aspect="auto")
+        axis.set_xticks(range(len(LENGTHS)), LENGTHS, rotation=60)
+        axis.set_yticks(range(len(DEPTHS)), [f"{100 * depth:.0f} %" for depth in DEPTHS])
+        for (column, row), share in np.ndenumerate(arms[arm]["arrays"]["needles"]):
+            axis.text(column, row, f"{100 * share:.0f}", ha="center", va="center", fontsize=7,
+                      color="black" if share > 0.6 else "white")
+        axis.set_title(f"Needles found, %: {arm}", loc="left", fontsize=10)
+        axis.set_xlabel("tokens")
+    axes[1].set_ylabel("depth of the needle")
+    plots.save(made, folder / "long_context.png")
+
+
 STUDY = Study(
     name="long_context",
-    base={**SOURCES, "train.steps": 300, "train.sequence_length": SHORT, "train.batch_size": 32,
-          "train.eval_batches": 4, "model.init_std": 0.06},
-    quick=SOURCES,
-    corpus="needles",
     arms={"64": {}, "512, YaRN": {**YARN, **TO_MIDDLE}, "2048, YaRN": {**YARN, **TO_LONG}, "512, plain": TO_MIDDLE,
           "2048, plain": TO_LONG},
-    after={"512, YaRN": "64", "2048, YaRN": "512, YaRN", "512, plain": "64", "2048, plain": "512, plain"},
+    measure=Training(
+        base={**SOURCES, "train.steps": 300, "train.sequence_length": SHORT, "train.batch_size": 32,
+              "train.eval_batches": 4, "model.init_std": 0.06},
+        quick=SOURCES, corpus=corpora.needles, probe=far,
+        after={"512, YaRN": "64", "2048, YaRN": "512, YaRN", "512, plain": "64", "2048, plain": "512, plain"}),
+    draw=draw,
     quick_arms=("64", "512, YaRN"),
-    probe="experiments.studies.long_context.measure:far",
     claims=(
         Claim("Past its training length a model's loss is higher than inside it (64 tokens).", "past_inside", "64", 0.0,
               "higher"),

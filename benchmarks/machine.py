@@ -1,0 +1,39 @@
+"""What all benchmarks share: where the checkout and the peer's Python are, and what a report says of the machine.
+
+Standard library only, because the peer's environment imports it too.
+"""
+
+import json
+import os
+import pathlib
+import platform
+from collections.abc import Iterable
+from typing import Any
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+PEER = ROOT / ".venv-peer" / "bin" / "python"
+
+
+def hardware() -> dict[str, Any]:
+    """The machine in words."""
+    model = platform.processor()
+    cpuinfo, meminfo = pathlib.Path("/proc/cpuinfo"), pathlib.Path("/proc/meminfo")
+    if cpuinfo.exists():
+        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        model = names[0] if names else model
+    memory = int(meminfo.read_text().split()[1]) // 2**20 if meminfo.exists() else None
+    return {"cpu": model, "cores": os.cpu_count(), "memory_gib": memory, "system": platform.system()}
+
+
+def shown(command: Iterable[str]) -> str:
+    """The command without this machine's paths."""
+    words = [pathlib.Path(word) for word in command]
+    inside = [word.relative_to(ROOT) if word.is_relative_to(ROOT) else word.name for word in words]
+    return " ".join(str(part) if word.is_absolute() else str(word) for word, part in zip(words, inside))
+
+
+def write_report(path: str, report: dict[str, Any]) -> None:
+    """Writes what --json asks for; a relative path is relative to the checkout."""
+    file = ROOT / path
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(report, indent=1) + "\n")

@@ -1,0 +1,99 @@
+"""From finished runs to results.json: means with 95 % intervals, judged claims, and where the numbers come from."""
+
+import dataclasses
+import datetime
+import importlib.metadata
+import json
+import math
+import os
+import pathlib
+import platform
+from typing import Any
+
+from deepseek_jax.config import ConfigError
+from experiments.studies.framework.statistics import Estimate, difference, estimate, verdict
+from experiments.studies.framework.study import Study
+
+Runs = list[dict[str, Any]]
+
+
+def by_arm(study: Study, runs: Runs) -> dict[str, Any]:
+    """results.json of a study whose runs have metrics, curves, probes and arrays.
+
+    Raises:
+      ConfigError: the runs did not all read the same text.
+    """
+    if len({json.dumps(run["corpus"]) for run in runs}) > 1:
+        raise ConfigError(f"{study.name}: some of the finished runs read another text than the others (another Python, "
+                          "or corpora.py has changed); take another --workdir, or delete the study's folder in it.")
+    arms = {}
+    for arm in dict.fromkeys(run["arm"] for run in runs):
+        mine = {run["seed"]: run for run in runs if run["arm"] == arm}
+        first = next(iter(mine.values()))
+        arms[arm] = {
+            "config": study.arms[arm], "parameters": first["parameters"],
+            "metrics": {name: {**interval(estimate([run["metrics"][name] for run in mine.values()])),
+                               "seeds": {str(seed): run["metrics"][name] for seed, run in mine.items()}}
+                        for name in first["metrics"]},
+            "curves": {name: _means([run["curves"][name] for run in mine.values()]) for name in first["curves"]},
+            "probes": {name: _means([run["probes"][name] for run in mine.values()]) for name in first["probes"]},
+            "arrays": first["arrays"]}
+    seconds = sum(run["seconds"] for run in runs)
+    return {"study": study.name, "quick": study.quick, "config_hash": study.config_hash(),
+            "seeds": sorted({run["seed"] for run in runs}), "steps": study.measure.steps(study, runs[0]["arm"]),
+            "claims": judged(study, runs), "arms": arms, "corpus": runs[0]["corpus"],
+            "command": f"python -m experiments.studies.{study.name}.run" + (" --quick" if study.quick else ""),
+            "training_seconds_on_one_core": round(seconds), **provenance()}
+
+
+def judged(study: Study, runs: Runs) -> list[dict[str, Any]]:
+    """The claims whose arms have run, each with the paired difference and its verdict."""
+    values = {}  # metric -> arm -> seed -> value
+    for run in runs:
+        for name, value in run["metrics"].items():
+            values.setdefault(name, {}).setdefault(run["arm"], {})[run["seed"]] = value
+    claims = []
+    for claim in study.claims:
+        there = values.get(claim.metric, {})
+        if claim.arm in there and (claim.against in there or not isinstance(claim.against, str)):
+            against = there[claim.against] if isinstance(claim.against, str) else claim.against
+            found = difference(there[claim.arm], against)
+            claims.append({**dataclasses.asdict(claim), "difference": interval(found),
+                           "verdict": verdict(found, claim.expected)})
+    return claims
+
+
+def verdict_lines(results: dict[str, Any]) -> list[str]:
+    """The judged claims in words."""
+    lines = []
+    for claim in results["claims"]:
+        d = claim["difference"]
+        interval = "no interval" if d["low"] is None else f"[{d['low']:+.4g}, {d['high']:+.4g}]"
+        lines.append(f"{claim['verdict'].upper()}: {claim['says']}\n  {claim['metric']} of {claim['arm']} minus "
+                     f"{claim['against']}: {d['mean']:+.4g} {interval} over {len(results['seeds'])} seeds")
+    return lines
+
+
+def interval(found: Estimate) -> dict[str, float | None]:
+    """JSON-able: None stands for infinite, which JSON does not have."""
+    bound = lambda x: x if math.isfinite(x) else None
+    return {"mean": found.mean, "low": bound(found.low), "high": bound(found.high)}
+
+
+def _means(curves):
+    return [sum(column) / len(column) for column in zip(*curves, strict=True)]
+
+
+def provenance() -> dict[str, Any]:
+    """When, on what machine and with which versions numbers were made."""
+    names = ("jax", "jaxlib", "flax", "optax", "numpy", "tokenizers")
+    return {"date": datetime.date.today().isoformat(), "hardware": f"{_cpu_model()}, {os.cpu_count()} cores",
+            "versions": {"python": platform.python_version(), **{n: importlib.metadata.version(n) for n in names}}}
+
+
+def _cpu_model() -> str:
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())

@@ -1,0 +1,35 @@
+"""Node-limited routing: the best 1, 2, 4 of 8 groups of experts, or all of them (report section 2.1.2)."""
+
+import pathlib
+
+from experiments.studies.framework import plots
+from experiments.studies.framework.study import Claim, Study
+from experiments.studies.framework.training import Training
+from experiments.studies.routing_limit.measure import copies
+
+
+def draw(results: dict, runs: list[dict], folder: pathlib.Path) -> None:
+    made, (both, over_time) = plots.figure(10, 4, 2)
+    plots.scatter(both, results, "nodes_per_token", "loss")
+    both.legend(frameon=False, fontsize=8, title="nodes allowed")
+    plots.finish(both, "What a token may cost across nodes", "nodes a token is sent to",
+                 "held-out loss, nats per token")
+    plots.curves(over_time, results, "train_loss")
+    plots.finish(over_time, "Loss while training", "step", "nats per token, mean of 10 steps")
+    plots.save(made, folder / "routing_limit.png")
+
+
+STUDY = Study(
+    name="routing_limit",
+    arms={f"{kept} of 8": {"model.groups_kept": kept} for kept in (1, 2, 4, 8)},
+    measure=Training(base={"model.num_experts": 32, "model.experts_per_token": 4, "model.expert_ffn_dim": 32,
+                           "model.num_groups": 8}, probe=copies),
+    draw=draw,
+    quick_arms=("1 of 8", "8 of 8"),
+    claims=(
+        Claim("Two of eight nodes as the limit send fewer copies across nodes.", "nodes_per_token", "2 of 8", "8 of 8",
+              "lower"),
+        Claim("One node as the limit costs loss.", "loss", "1 of 8", "8 of 8", "higher"),
+        Claim("Half of the nodes as the limit costs loss (the report trains with it).", "loss", "4 of 8", "8 of 8",
+              "higher"),
+    ))
