@@ -17,7 +17,7 @@ from deepseek_jax.parallel.processes import wait_for_all
 from deepseek_jax.parallel.sharding import spec, storage_shardings
 
 
-class Devices:
+class Runner:
     """Runs functions on the mesh of a run; with one device, all of this does nothing."""
 
     def __init__(self, config: Config):

@@ -1,0 +1,32 @@
+"""A routing rule of your own: hash routing (Roller et al., arXiv 2106.04426). A token's id alone chooses its experts.
+
+    PYTHONPATH=. python -m deepseek_jax.train --config examples/own_router.py --workdir run_hash
+    PYTHONPATH=. python -m deepseek_jax.serve --workdir run_hash
+"""
+
+import jax
+import jax.numpy as jnp
+
+from deepseek_jax.config import ModelConfig, default_config
+from deepseek_jax.model.router import affinities
+from deepseek_jax.model.types import Routing, RoutingContext
+
+
+def hash_route(cfg: ModelConfig, x_ND: jax.Array, weights: dict, bias_E: jax.Array | None,
+               context: RoutingContext) -> Routing:
+    """K different experts for each token id, all with the same gate."""
+    E, K = cfg.num_experts, cfg.experts_per_token
+    first_N = context.tokens_N.astype(jnp.uint32) * jnp.uint32(2654435761) % E  # Knuth's multiplicative hash
+    chosen_NK = (first_N[:, None] + jnp.arange(K, dtype=jnp.uint32)[None] * (E // K)) % E
+    scores_NE = affinities(cfg, x_ND.astype(jnp.float32) @ weights["weight"])  # for the balance losses and for studies
+    gates_NK = jnp.full(chosen_NK.shape, cfg.route_scale / K, jnp.float32)
+    return Routing(scores_NE, chosen_NK.astype(jnp.int32), gates_NK)
+
+
+def get_config():
+    config = default_config("tiny")
+    config.model.router = "examples.own_router:hash_route"
+    config.model.router_bias = "none"
+    config.train.update(steps=360, batch_size=16, sequence_length=256)
+    config.optimizer.learning_rate = 3e-3
+    return config
