@@ -28,11 +28,21 @@ MOST_BYTES = 4 * 2**20  # of a request's body
 LOOK = 0.25  # seconds between looks whether a silent client is still there
 
 
+def chat_page(model: str) -> str:
+    """The page at `/`: chat.html with the model's name in place of "__MODEL__".
+
+    The page shows which tokens MTP had drafted, tokens per second, and the live load of the experts.
+    """
+    page = importlib.resources.files("deepseek_jax.serving.openai").joinpath("chat.html").read_text(encoding="utf-8")
+    # No "<" inside a script element: a name that contains "</script>" would end it.
+    return page.replace('"__MODEL__"', json.dumps(model).replace("<", "\\u003c"))
+
+
 class Endpoints:
     def __init__(self, service: Service, api_key: str | None = None):
         self.service, self.api_key = service, api_key
         self.answered = collections.Counter()  # by path and status
-        self.chat_page = importlib.resources.files(__package__).joinpath("chat.html").read_text(encoding="utf-8")
+        self.chat_page = chat_page(service.model)
 
     def app(self) -> Starlette:
         @contextlib.asynccontextmanager
@@ -68,8 +78,7 @@ class Endpoints:
         return guarded
 
     async def page(self, request):
-        name = json.dumps(self.service.model).replace("<", "\\u003c")  # a name cannot close the script
-        return HTMLResponse(self.chat_page.replace("__MODEL__", name))
+        return HTMLResponse(self.chat_page)
 
     async def health(self, request):
         broken = self.service.failure is not None

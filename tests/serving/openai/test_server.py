@@ -1,5 +1,6 @@
 """The server in a process of its own: what it answers, what it refuses, and that nothing of a client stays behind."""
 
+import asyncio
 import contextlib
 import functools
 import json
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 
 import pytest
 
@@ -241,6 +243,19 @@ def test_the_page_and_the_metrics_are_there(url):
     assert '"random"' in page and "__MODEL__" not in page and "src=" not in page
     text = httpx.get(url + "/metrics", headers=KEY).text
     assert "# TYPE deepseek_jax_tokens_total counter" in text and 'expert_load_total{layer="0",expert="7"}' in text
+
+
+def test_a_models_name_is_a_string_in_the_page_and_cannot_end_its_script():
+    from deepseek_jax.serving.openai import server
+
+    served = lambda name: asyncio.run(server.Endpoints(types.SimpleNamespace(model=name)).page(None)).body.decode()
+    source = (pathlib.Path(server.__file__).parent / "chat.html").read_text()
+    before, after = source.split('"__MODEL__"')
+
+    page = served('a</script><b>"\\ é')
+
+    assert page == before + r'"a\u003c/script>\u003cb>\"\\ \u00e9"' + after
+    assert page.count("</script>") == 1 and served("x") == before + '"x"' + after
 
 
 @pytest.mark.slow
