@@ -8,6 +8,7 @@ setup(
     description="DeepSeek-V3 in JAX: model, training and serving as the V3 technical report describes them",
     license="Apache-2.0",
     packages=find_packages(include=["deepseek_jax", "deepseek_jax.*", "kernels_pallas", "kernels_pallas.*"]),
+    package_data={"deepseek_jax.serving.openai": ["chat.html"]},
     python_requires=">=3.11,<3.14",
     install_requires=[
         "jax>=0.10.2,<0.13",

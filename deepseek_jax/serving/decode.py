@@ -1,6 +1,6 @@
-"""The two compiled programs of generation: `prefill` reads a chunk of prompts, `decode` runs steps of a whole batch.
+"""The two compiled programs of generation: `prefill` reads a chunk of prompts, `decode` runs steps of a batch.
 
-Prefill goes over all tokens of a prompt but the last; decoding feeds that one like any other. So a prompt can be cut
+Prefill runs over all tokens of a prompt but the last; decoding feeds that one like any other. So a prompt can be cut
 into chunks of any length, or found in the cache, and one kind of step makes every token. All shapes are fixed by the
 batch and the chunk; what varies (lengths, pages, sampling, steps to run) is data. On a mesh the experts are split, and
 all else is replicated (`weights.on_mesh`).
@@ -13,15 +13,15 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.layers import head_logits
-from deepseek_jax.serving import speculative
 from deepseek_jax.serving.decode_attention import CacheGeometry, TokenSlots
 from deepseek_jax.serving.decode_model import Cache, forward, predict_ahead
 from deepseek_jax.serving.sampling import Sampling
-from deepseek_jax.serving.speculative import Drafts, Settled
+from deepseek_jax.serving.speculative import Drafts, Settled, draft, verify
 from deepseek_jax.serving.weights import DecodeWeights, on_mesh
 
 ALTERNATIVES = 20  # likeliest tokens reported next to the chosen one
@@ -48,7 +48,7 @@ class Batch(NamedTuple):
 
     slot_B: int32, where each one's drafts are stored between calls.
     token_B: int32, the last known token; position_B: its index, which is to be fed next.
-    limit_B: int32, positions from here on are not fed: there the sequence ends. 0 fills up a batch.
+    limit_B: int32, positions from here on are not fed: there the sequence ends. 0 marks padding.
     fresh_B: bool, whether the drafts in the slot are another sequence's.
     table_BP: int32, the pages of each. sampling: of each.
     steps: int32 scalar, how many to run at most. logprobs: bool scalar, whether to compute any.
@@ -61,15 +61,15 @@ class Batch(NamedTuple):
     fresh_B: jax.Array
     table_BP: jax.Array
     sampling: Sampling
-    steps: jax.Array
-    logprobs: jax.Array
+    steps: jax.Array | np.integer
+    logprobs: jax.Array | np.bool_
 
 
 class Steps(NamedTuple):
     """What `decode` did, step by step; N steps fit.
 
     tokens_NBT: the first count_NB of each row are new. drafted_NB, accepted_NB: drafts verified, and accepted.
-    logprob_NBT: of each new token, by the model itself (temperature 1); zeros where none were asked for.
+    logprob_NBT: of each new token, by the model itself (temperature 1); zeros where none were requested.
     best_NBTX, best_logprob_NBTX: the likeliest tokens at each place. counts_LE: tokens that chose each expert.
     """
 
@@ -101,22 +101,22 @@ def _prefill(cfg, geometry, weights, cache, drafts, chunk: PromptChunk):
     position_BT = chunk.position_B[:, None] + at_BT
     slots = TokenSlots(chunk.tokens_BX[:, :T], position_BT, at_BT < chunk.length_B[:, None], chunk.table_BP)
     h_BTD, cache, counts_LE = forward(cfg, geometry, weights, cache, slots)
-    behind = []
+    previous_hidden = []
     for k in range(1, modules + 1):
         if k > 1:  # h_{k-1} at k - 1 before the last token, where decoding takes over
             at_B = jnp.clip(chunk.known_B - k - chunk.position_B, 0, T - 1)
             h_BD = jnp.take_along_axis(h_BTD, at_B[:, None, None], axis=1)[:, 0]
-            behind.append(drafts.behind[k - 2].at[chunk.slot_B].set(h_BD))
+            previous_hidden.append(drafts.previous_hidden[k - 2].at[chunk.slot_B].set(h_BD))
         known_BT = slots.valid_BT & (position_BT + k < chunk.known_B[:, None])
         ahead = slots._replace(token_BT=chunk.tokens_BX[:, k:T + k], valid_BT=known_BT)
         h_BTD, cache = predict_ahead(cfg, geometry, weights, k, cache, h_BTD, ahead)
-    return cache, drafts._replace(behind=tuple(behind)), counts_LE
+    return cache, drafts._replace(previous_hidden=tuple(previous_hidden)), counts_LE
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(4, 5))
 def decode(cfg: ModelConfig, geometry: CacheGeometry, most_steps: int, weights: DecodeWeights, cache: Cache,
            drafts: Drafts, batch: Batch) -> tuple[Cache, Drafts, Steps]:
-    """Runs up to batch.steps (at most `most_steps`) steps, as long as a sequence continues.
+    """Runs up to batch.steps (at most `most_steps`) steps, as long as any sequence is unfinished.
 
     Each feeds every sequence its last token and the drafts after it. `drafts` are those of all slots; their depth (0:
     plain decoding) is what each step drafts.
@@ -128,9 +128,11 @@ def _decode(cfg, geometry, most_steps, weights, cache, drafts, batch: Batch):
     B, T = batch.slot_B.shape[0], drafts.token_Bd.shape[1] + 1
     of_batch = jax.tree.map(lambda x: x[batch.slot_B], drafts)
     of_batch = of_batch._replace(count_B=jnp.where(batch.fresh_B, 0, of_batch.count_B))
-    made = Steps(*(jnp.zeros((most_steps, B, *shape), dtype) for shape, dtype in (
-        ((T,), jnp.int32), ((), jnp.int32), ((), jnp.int32), ((), jnp.int32), ((T,), jnp.float32),
-        ((T, ALTERNATIVES), jnp.int32), ((T, ALTERNATIVES), jnp.float32))),
+    zeros = lambda dtype, *shape: jnp.zeros((most_steps, B, *shape), dtype)
+    made = Steps(
+        tokens_NBT=zeros(jnp.int32, T), count_NB=zeros(jnp.int32), drafted_NB=zeros(jnp.int32),
+        accepted_NB=zeros(jnp.int32), logprob_NBT=zeros(jnp.float32, T),
+        best_NBTX=zeros(jnp.int32, T, ALTERNATIVES), best_logprob_NBTX=zeros(jnp.float32, T, ALTERNATIVES),
         counts_LE=jnp.zeros((cfg.num_moe_layers, cfg.num_experts), jnp.int32))
 
     def unfinished(carry):
@@ -143,7 +145,7 @@ def _decode(cfg, geometry, most_steps, weights, cache, drafts, batch: Batch):
         cache, of_batch, one = _step(cfg, geometry, weights, cache, of_batch, now)
         count_B = one.count_NB
         last_B = jnp.take_along_axis(one.tokens_NBT, jnp.maximum(count_B - 1, 0)[:, None], axis=1)[:, 0]
-        made = Steps(*(x.at[n].set(y) for x, y in zip(made[:-1], one[:-1])), made.counts_LE + one.counts_LE)
+        made = Steps._make([*(x.at[n].set(y) for x, y in zip(made[:-1], one[:-1])), made.counts_LE + one.counts_LE])
         return n + 1, cache, of_batch, jnp.where(count_B > 0, last_B, token_B), position_B + count_B, made
 
     _, cache, of_batch, _, _, made = lax.while_loop(
@@ -164,13 +166,13 @@ def _step(cfg, geometry, weights, cache, drafts, batch: Batch):
     slots = TokenSlots(tokens_BT, batch.position_B[:, None] + at_BT, valid_BT, batch.table_BP)
     hidden_BTD, cache, counts_LE = forward(cfg, geometry, weights, cache, slots)
     logits_BTW = head_logits(hidden_BTD, weights.head)
-    made_BT, accepted_B = speculative.verify(batch.sampling, logits_BTW, drafts, batch.position_B + 1)
+    made_BT, accepted_B = verify(batch.sampling, logits_BTW, drafts, batch.position_B + 1)
     drafted_B, count_B = drafts.count_B, jnp.where(live_B, accepted_B + 1, 0)
     if depth:
         settled = Settled(hidden_BTD, made_BT, accepted_B, batch.position_B, batch.limit_B, batch.table_BP)
-        drafts, cache = speculative.draft(cfg, geometry, weights, cache, drafts, batch.sampling, settled)
+        drafts, cache = draft(cfg, geometry, weights, cache, drafts, batch.sampling, settled)
     reported = lax.cond(batch.logprobs, _logprobs, _no_logprobs, logits_BTW, made_BT)
-    return cache, drafts, Steps(made_BT, count_B, drafted_B, accepted_B, *reported, counts_LE)
+    return cache, drafts, Steps._make([made_BT, count_B, drafted_B, accepted_B, *reported, counts_LE])
 
 
 def _logprobs(logits_BTW, tokens_BT):

@@ -55,8 +55,8 @@ def per_head(x_BTHI: jax.Array, w_HIO: jax.Array) -> jax.Array:
 
 
 def _has_kernel(cfg, geometry, T):
-    """Whether the device's own kernel does this attention: one query a sequence, rows of the published models, pages
-    that it can copy."""
+    """Whether the device's own kernel does this attention: one query per sequence, rows of the published models' sizes,
+    pages of a size that it can copy."""
     rows = (cfg.kv_rank, cfg.rope_head_dim) == (512, 64) and geometry.kind in ("bfloat16", "fp8")
     pages = geometry.page_size in (8, 16, 32) or geometry.page_size % 64 == 0
     return T == 1 and rows and pages and cfg.dtype == "bfloat16" and api.chosen_here("mla_decode") == "hopper"
@@ -78,12 +78,12 @@ def attention(cfg: ModelConfig, geometry: CacheGeometry, w: dict[str, jax.Array]
         rows_BSX = latent_cache.unpack(cfg, geometry.kind, latent_cache.read(pages_PSX, slots.table_BP[:, :width]))
         if B > 1 and api.device_here().platform == "cpu":  # which would widen them twice, once for each product
             rows_BSX = rows_BSX.astype(f32)
-        # Rows times queries: the one order for which XLA:CPU neither widens nor turns the rows of a sequence.
+        # Rows times queries: the one order for which XLA:CPU neither widens nor transposes the rows of a sequence.
         q_BXY = jnp.swapaxes(q_BTHX.astype(rows_BSX.dtype).reshape(B, T * H, X), 1, 2)
         s_BTHS = jnp.swapaxes(matmul(rows_BSX, q_BXY, f32), 1, 2).reshape(B, T, H, -1) * softmax_scale(cfg)
         seen_BT1S = jnp.arange(rows_BSX.shape[1])[None, None, None] <= slots.position_BT[:, :, None, None]
         p_BTHS = jax.nn.softmax(jnp.where(seen_BT1S, s_BTHS, -jnp.inf), axis=-1)
-        # Of whole rows, the rotated key's columns too: cutting the latents out first would copy them.
+        # Of complete rows, the rotated key's columns included: slicing the latents out first would copy them.
         o_BYX = matmul(p_BTHS.astype(rows_BSX.dtype).reshape(B, T * H, -1), rows_BSX, f32)
         return o_BYX[..., :C].reshape(B, T, H, C).astype(cfg.dtype)
 

@@ -74,8 +74,8 @@ def all_at_once(x_ND: jax.Array, chosen_NK: jax.Array, gates_NK: jax.Array, gate
     return matmul(jnp.swapaxes(h_ENF, 0, 1).reshape(N, E * F), down_EFD.reshape(E * F, D))
 
 
-def _devices():
-    """How many share the experts."""
+def _devices() -> int:
+    """How many devices share the experts."""
     return lax.axis_size(AXES["experts"]) if jax.sharding.get_abstract_mesh().manual_axes else 1
 
 
@@ -93,16 +93,16 @@ def moe(cfg: ModelConfig, w: LayerWeights, x_BTD: jax.Array, slots: TokenSlots) 
     if w.places is not None:  # experts with replicas: a token's row decides between them
         row_N1 = jnp.arange(chosen_NK.shape[0])[:, None]
         place_NK = w.places.table_EX[chosen_NK, row_N1 % w.places.count_E[chosen_NK]]
-    way = choices_in_turn
+    run = choices_in_turn
     if devices > 1 or 4 * place_NK.size > here:
         # A core multiplies 16 bfloat16 rows at once: fewer cost the same.
         narrow_and_many = x_ND.dtype == jnp.bfloat16 and x_ND.shape[0] <= 32 and place_NK.size >= here * devices
-        way = all_at_once if narrow_and_many else tiles_in_turn
+        run = all_at_once if narrow_and_many else tiles_in_turn
         if devices > 1:
             place_NK = place_NK - lax.axis_index(AXES["experts"]) * here
-        mine_NK = (place_NK >= 0) & (place_NK < here) & valid_BT.reshape(-1, 1)
-        place_NK = jnp.where(mine_NK, place_NK, here)
-    y_ND = way(x_ND, place_NK, gates_NK, f["gate"], f["up"], f["down"])
+        local_NK = (place_NK >= 0) & (place_NK < here) & valid_BT.reshape(-1, 1)
+        place_NK = jnp.where(local_NK, place_NK, here)
+    y_ND = run(x_ND, place_NK, gates_NK, f["gate"], f["up"], f["down"])
     if devices > 1:  # all of them have all tokens, and each has added up its own experts
         y_ND = lax.psum(y_ND.astype(wide(y_ND.dtype)), AXES["experts"]).astype(y_ND.dtype)
     if cfg.num_shared_experts:

@@ -1,8 +1,8 @@
 """Continuous batching: sequences join and leave at any step, and share the pages of a common prefix.
 
 First come, first served. A sequence is admitted when there is a slot and all the pages that it could ever need, so
-a running sequence is never preempted. Each `step` reads at most one chunk, of one prompt or shared by
-several short ones, then runs all others on: a long prompt delays the running streams by one chunk at a time.
+that a running sequence is never preempted. Each `step` reads at most one chunk, of one prompt or shared by several
+short ones, then decodes all other sequences: a long prompt delays the running streams by one chunk at a time.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import contextlib
 import dataclasses
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -32,7 +32,10 @@ from deepseek_jax.serving.weights import prepare, share_out
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What is asked for. Sampling as in `sampling.Sampling`; a token of `stop_tokens` ends it and is left out."""
+    """A prompt and how to continue it. Sampling as in `sampling.Sampling`.
+
+    stop_tokens: each ends the sequence, and is not part of it. logprobs: whether to report them.
+    """
 
     prompt: tuple[int, ...]
     max_new_tokens: int
@@ -51,7 +54,7 @@ class Token(NamedTuple):
     id: int
     draft: str
     logprob: float = 0.0
-    best: tuple[tuple[int, float], ...] = ()  # the likeliest tokens here and their logprobs, if asked for
+    best: tuple[tuple[int, float], ...] = ()  # the likeliest tokens here and their logprobs, if requested
 
 
 class Sequence:
@@ -69,7 +72,7 @@ class Sequence:
         self.filled = 0  # positions in the cache
         self.pages: list[int] = []
         self.reserved = 0
-        self.registered, self.digest = 0, b""  # whole pages that others can find, and the digest of the last
+        self.registered, self.digest = 0, b""  # full pages that others can find, and the digest of the last
         self.reused = 0  # tokens of the prompt that were found in the cache
 
     @property
@@ -117,7 +120,7 @@ class Engine:
         check_servable(cfg)
         if depth and not cfg.mtp_depth:
             raise ConfigError("this model has no MTP module (model.mtp_depth=0), so there is nothing to draft with; "
-                              "leave speculative decoding away.")
+                              "omit speculative decoding.")
         # The FP8 recipe is of training: absorbed products are not among those that it rounds.
         self.cfg = cfg = dataclasses.replace(cfg, fp8=FP8Config())
         self.depth, self.max_sequences = depth, max_sequences
@@ -146,11 +149,14 @@ class Engine:
 
     def submit(self, request: Request,
                listen: Callable[[Sequence, list[Token]], bool] | None = None) -> Sequence:
-        """Queues a request. `listen(sequence, new tokens)` is called from `step`; what it returns ends the sequence.
+        """Queues a request. `listen(sequence, new tokens)` is called from `step`; returning True ends the sequence.
 
-        It is called once more, without tokens, when the sequence has ended. Raises ConfigError.
+        It is called once more, without tokens, when the sequence has ended.
+
+        Raises:
+          ConfigError: a request that this engine can never run.
         """
-        check(self.cfg, request)
+        check_request(self.cfg, request)
         if len(request.prompt) + request.max_new_tokens > self.max_length:
             raise ConfigError(f"a prompt of {len(request.prompt)} tokens and {request.max_new_tokens} new ones are "
                               f"more than the {self.max_length} that this engine holds.")
@@ -162,7 +168,7 @@ class Engine:
             self._news.notify_all()
         return sequence
 
-    def cancel(self, sequence: Sequence):
+    def cancel(self, sequence: Sequence) -> None:
         """Ends a sequence before the next step."""
         with self._news:
             sequence.cancelled = True
@@ -173,18 +179,18 @@ class Engine:
         """Whether any sequence waits, reads its prompt or runs."""
         return bool(self.waiting or self.reading or self.running)
 
-    def wait(self, timeout: float | None = None):
-        """Sleeps until there is something to do."""
+    def wait(self, timeout: float | None = None) -> None:
+        """Sleeps until there is something to do, at most `timeout` seconds."""
         with self._news:
             self._news.wait_for(lambda: self.busy, timeout)
 
-    def run(self):
+    def run(self) -> None:
         """Steps until everything submitted has ended."""
         while self.busy:
             self.step()
 
-    def step(self):
-        """Ends what was cancelled, admits who fits, reads one chunk of a prompt, runs all others on."""
+    def step(self) -> None:
+        """Ends what was cancelled, admits what fits, reads one chunk of a prompt, decodes all others."""
         for sequence in [s for s in (*self.waiting, *self.reading, *self.running) if s.cancelled]:
             self._end(sequence, "cancelled")
         self._admit()
@@ -193,7 +199,7 @@ class Engine:
         if self.running:
             self._decode()
 
-    def warm_up(self):
+    def warm_up(self) -> None:
         """Compiles every program that any mix of requests can need."""
         for length in self.chunks:
             for rows in {1, self.most_rows[length]}:
@@ -201,7 +207,7 @@ class Engine:
         for size in _buckets(self.max_sequences):
             self._run([], size, 1, True)
 
-    def place(self, placement: Placement):
+    def place(self, placement: Placement) -> None:
         """Moves the experts to their places. With another number of places the next steps compile anew: `warm_up`."""
         self.weights = share_out(apply(self.weights, placement), self.mesh)
 
@@ -241,7 +247,7 @@ class Engine:
                 self.running.append(sequence)
 
     def _read(self):
-        """One chunk: as much of the first prompt as goes into it, and of others what finds room next to it."""
+        """One chunk: as much of the first prompt as fits, and of others what fits next to it."""
         left = lambda s: len(s.request.prompt) - 1 - s.filled
         length = next(c for c in self.chunks if c >= min(left(self.reading[0]), self.chunks[-1]))
         rows = 1 if len(self.reading) == 1 else self.most_rows[length]
@@ -258,19 +264,20 @@ class Engine:
                 self.running.append(sequence)
             self._register(sequence)
 
-    def _prefill(self, batch, counts, length, rows):
+    def _prefill(self, batch: list[Sequence], counts: list[int], length: int, rows: int):
         """Calls the compiled program on `counts` tokens of each prompt, filled up to `length` and `rows`."""
-        tokens_BX = np.zeros((rows, length + self.modules), np.int32)
+        tokens_BX: Any = np.zeros((rows, length + self.modules), np.int32)
         for row, sequence, count in zip(tokens_BX, batch, counts):
-            piece = sequence.request.prompt[sequence.filled:sequence.filled + count + self.modules]
-            row[:len(piece)] = piece
-        of = lambda values, fill=0: np.array([*values, *[fill] * (rows - len(batch))], np.int32)
+            part = sequence.request.prompt[sequence.filled:sequence.filled + count + self.modules]
+            row[:len(part)] = part
+        of = lambda values, fill=0: _padded(values, rows, np.int32, fill)
+        chunk = PromptChunk(
+            tokens_BX=tokens_BX, position_B=of(s.filled for s in batch), length_B=of(counts),
+            known_B=of(len(s.request.prompt) for s in batch), slot_B=of((s.slot for s in batch), self.max_sequences),
+            table_BP=self._tables(batch, rows))
         with self._in_use():
-            piece = PromptChunk(tokens_BX, of(s.filled for s in batch), of(counts),
-                                of(len(s.request.prompt) for s in batch),
-                                of((s.slot for s in batch), self.max_sequences), self._tables(batch, rows))
             self._cache, self._drafts, counts_LE = prefill(
-                self.cfg, self.geometry, self.weights, self._cache, self._drafts, piece)
+                self.cfg, self.geometry, self.weights, self._cache, self._drafts, chunk)
         self.loads_LE += np.asarray(counts_LE)
 
     def _decode(self):
@@ -291,26 +298,26 @@ class Engine:
             sequence.fresh = False
             self._take(sequence, b, made, steps)
 
-    def _run(self, batch, size, steps, logprobs):
-        """Calls the compiled program on a batch filled up to `size`; results as NumPy arrays."""
-        of = lambda get, dtype, fill=0: np.array([get(s) for s in batch] + [fill] * (size - len(batch)), dtype)
-        asked = Sampling(*(of(lambda s, name=name: getattr(s.request, name), dtype, fill) for name, dtype, fill in (
+    def _run(self, batch: list[Sequence], size: int, steps: int, logprobs: bool) -> Steps:
+        """Calls the compiled program on a batch padded to `size`; results as NumPy arrays, logprobs if requested."""
+        of = lambda get, dtype, fill=0: _padded(map(get, batch), size, dtype, fill)
+        sampling = Sampling(*(of(lambda s, name=name: getattr(s.request, name), dtype, fill) for name, dtype, fill in (
             ("temperature", np.float32, 0), ("top_k", np.int32, 0), ("top_p", np.float32, 1), ("seed", np.uint32, 0),
             ("stream", np.uint32, 0))))
         rows = Batch(
             slot_B=of(lambda s: s.slot, np.int32, self.max_sequences), token_B=of(lambda s: s.tokens[-1], np.int32),
             position_B=of(lambda s: len(s.tokens) - 1, np.int32), limit_B=of(lambda s: s.limit, np.int32),
             fresh_B=of(lambda s: s.fresh, bool, True), table_BP=self._tables(batch, size),
-            sampling=asked, steps=np.int32(steps), logprobs=np.bool_(logprobs))
+            sampling=sampling, steps=np.int32(steps), logprobs=np.bool_(logprobs))
         with self._in_use():
             self._cache, self._drafts, made = decode(
                 self.cfg, self.geometry, self.most_steps, self.weights, self._cache, self._drafts, rows)
-        made = made._replace(**{name: x if logprobs else None for name, x in made._asdict().items() if "prob" in name})
-        made = Steps(*(None if x is None else np.asarray(x) for x in made))
+        fetch = lambda name: logprobs or "prob" not in name  # logprobs that nobody requested stay on the device
+        made = made._replace(**{name: np.asarray(x) for name, x in made._asdict().items() if fetch(name)})
         self.loads_LE += made.counts_LE
         return made
 
-    def _take(self, sequence: Sequence, b: int, made, steps: int):
+    def _take(self, sequence: Sequence, b: int, made: Steps, steps: int):
         """Gives a sequence the tokens that were made for it, up to where it stops."""
         request, new, finish = sequence.request, [], None
         for n in range(steps):
@@ -323,11 +330,10 @@ class Engine:
                     finish = "stop"
                     break
                 draft = "accepted" if t < accepted else "rejected" if t < drafted else "none"
-                said = ()
+                new.append(Token(token, draft))
                 if request.logprobs:
                     best = zip(made.best_NBTX[n, b, t].tolist(), made.best_logprob_NBTX[n, b, t].tolist())
-                    said = float(made.logprob_NBT[n, b, t]), tuple(best)
-                new.append(Token(token, draft, *said))
+                    new[-1] = new[-1]._replace(logprob=float(made.logprob_NBT[n, b, t]), best=tuple(best))
                 sequence.tokens.append(token)
             self.totals["drafted"] += drafted
             self.totals["accepted"] += accepted
@@ -344,7 +350,7 @@ class Engine:
             self._end(sequence, finish)
 
     def _end(self, sequence: Sequence, finish: str):
-        """Gives back everything that a sequence holds."""
+        """Gives back everything that a sequence owns."""
         for queue in (self.waiting, self.reading, self.running):
             if sequence in queue:
                 with self._news:
@@ -366,8 +372,8 @@ class Engine:
             sequence.pages.append(self.pool.take())
             sequence.reserved -= 1
 
-    def _tables(self, batch, size: int):
-        """The pages of each sequence, filled up to `size` rows."""
+    def _tables(self, batch: list[Sequence], size: int) -> Any:
+        """The pages of each sequence, padded to `size` rows."""
         table_BP = np.zeros((size, self.geometry.widths[-1]), np.int32)
         for row, sequence in zip(table_BP, batch):
             row[:len(sequence.pages)] = sequence.pages
@@ -385,15 +391,15 @@ class Engine:
             sequence.registered += 1
 
 
-def check_servable(cfg: ModelConfig):
-    """Raises ConfigError for a model whose own parts decoding does not have."""
+def check_servable(cfg: ModelConfig) -> None:
+    """Raises ConfigError for a model with parts that decoding does not have."""
     if cfg.attention != "mla":
         raise ConfigError(f"model.attention={cfg.attention!r} trains only: decoding reads a cache of MLA's latents.")
     check_routes_alone(cfg, "decoding")
 
 
-def check(cfg: ModelConfig, request: Request):
-    """Raises ConfigError, naming the field, for what no engine of this model could do."""
+def check_request(cfg: ModelConfig, request: Request) -> None:
+    """Raises ConfigError, naming the field, for what no engine of this model can run."""
     r = request
     if not r.prompt or not all(0 <= t < cfg.vocab_size for t in r.prompt):
         raise ConfigError(f"a prompt must hold at least one token id, each in [0, {cfg.vocab_size}).")
@@ -404,6 +410,14 @@ def check(cfg: ModelConfig, request: Request):
         raise ConfigError(f"top_k={r.top_k} cannot be negative, and top_p={r.top_p} must lie in (0, 1].")
     if not 0 <= r.seed < 2**32:
         raise ConfigError(f"seed={r.seed} must lie in [0, 2^32).")
+
+
+def _padded(values: Iterable, size: int, dtype: Any, fill: Any) -> Any:
+    """A NumPy array of `size` values, which a compiled program takes like a jax.Array."""
+    array = np.full(size, fill, dtype)
+    for i, value in enumerate(values):
+        array[i] = value
+    return array
 
 
 def _buckets(most: int) -> list[int]:

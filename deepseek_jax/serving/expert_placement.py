@@ -1,14 +1,15 @@
-"""Which device holds which expert (report section 3.4; the EPLB repository): busy experts get a second home.
+"""Which device has which expert (report section 3.4; the EPLB repository): busy experts get replicas.
 
 With as many groups as fit the nodes, a group's experts stay on one node (a token visits few nodes); inside a node the
 busiest experts are duplicated, and the replicas packed onto devices of equal load. Otherwise all devices are one node.
-Plain NumPy on measured loads; `apply` lays weights out as planned, and no output changes by it.
+Plans are NumPy, from measured loads; `apply` moves the weights accordingly. Outputs stay the same.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
 from deepseek_jax.config import ConfigError
@@ -16,7 +17,7 @@ from deepseek_jax.serving.weights import DecodeWeights, Places
 
 
 class Placement(NamedTuple):
-    """expert_LP: the expert that each of P places holds, device by device; E: experts in all."""
+    """expert_LP: the expert at each of P places, device by device. experts: how many there are."""
 
     expert_LP: np.ndarray
     experts: int
@@ -35,7 +36,7 @@ def plan(loads_LE: np.ndarray, places: int, groups: int, nodes: int, devices: in
     Args:
       loads_LE: tokens that chose each expert, per MoE layer (the engine's `loads_LE`).
       places: experts with their replicas, a multiple of `devices`.
-      groups: expert groups of the router; kept whole on a node when they divide evenly among the nodes.
+      groups: expert groups of the router; kept on one node each when they divide evenly among the nodes.
     Raises:
       ConfigError: numbers that do not divide, or fewer places than experts.
     """
@@ -122,5 +123,5 @@ def apply(weights: DecodeWeights, placement: Placement) -> DecodeWeights:
         row_P = expert_P if w.places is None else np.asarray(w.places.table_EX)[expert_P, 0]
         table_EX, count_E = placement.replicas(layer)
         placed = {name: w.ffn[name][row_P] for name in ("gate", "up", "down")}
-        layers[i] = w._replace(ffn=w.ffn | placed, places=Places(table_EX, count_E))
+        layers[i] = w._replace(ffn=w.ffn | placed, places=Places(jnp.asarray(table_EX), jnp.asarray(count_E)))
     return weights._replace(layers=tuple(layers))

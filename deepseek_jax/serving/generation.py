@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from deepseek_jax.config import ModelConfig
-from deepseek_jax.serving.engine import Engine, EngineConfig, Request, check
+from deepseek_jax.serving.engine import Engine, EngineConfig, Request, check_request
 
 MOST_SEQUENCES = 16  # of one call that run at once; the others wait
 
@@ -39,7 +39,7 @@ def generate(cfg: ModelConfig, variables: dict[str, Any], prompts: Sequence[Sequ
     requests = [Request(tuple(map(int, prompt)), max_new_tokens, temperature, seed=seed, stream=i, stop_tokens=stop)
                 for i, prompt in enumerate(prompts)]
     for request in requests:
-        check(cfg, request)
+        check_request(cfg, request)
     if not requests:
         return Generation([], 0, 0)
     longest = max(len(r.prompt) for r in requests) + max_new_tokens

@@ -37,7 +37,7 @@ def bytes_per_token(cfg: ModelConfig, kind: str, mtp: int = 0) -> int:
     return (cfg.num_layers + mtp) * length * jnp.dtype(dtype).itemsize
 
 
-def check_room(cfg: ModelConfig, kind: str, tokens: int, mtp: int = 0):
+def check_room(cfg: ModelConfig, kind: str, tokens: int, mtp: int = 0) -> None:
     """Raises ConfigError for a cache that the device cannot hold."""
     size, stats = tokens * bytes_per_token(cfg, kind, mtp), jax.devices()[0].memory_stats() or {}
     room = stats.get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -59,7 +59,7 @@ def pack(kind: str, c_BTC: jax.Array, k_pe_BTR: jax.Array) -> jax.Array:
 
 
 def unpack(cfg: ModelConfig, kind: str, rows_BSX: jax.Array) -> jax.Array:
-    """[c | k_pe] as the model's numbers, [B, S, C + R]."""
+    """[c | k_pe] in cfg.dtype, [B, S, C + R]."""
     return api.unpack_fp8(rows_BSX, cfg.kv_rank, cfg.dtype) if kind == "fp8" else rows_BSX.astype(cfg.dtype)
 
 

@@ -36,16 +36,16 @@ class Pages:
         return len(self._owners)
 
     def pages_of(self, tokens: int) -> int:
-        """Pages that so many tokens fill or begin."""
+        """Pages that `tokens` tokens need."""
         return -(-tokens // self.page_size)
 
-    def reserve(self, count: int):
+    def reserve(self, count: int) -> None:
         """Sets `count` pages aside for a sequence to `take` as it grows."""
         if count > self.available:
             raise ValueError(f"{count} pages were asked for, {self.available} are available.")
         self.reserved += count
 
-    def cancel(self, count: int):
+    def cancel(self, count: int) -> None:
         """Gives back a reservation."""
         self.reserved -= count
 
@@ -60,12 +60,12 @@ class Pages:
         self._owners[page] = 1
         return page
 
-    def share(self, page: int):
+    def share(self, page: int) -> None:
         """One owner more of a page that is owned or kept."""
         self._kept.pop(page, None)
         self._owners[page] += 1
 
-    def release(self, page: int):
+    def release(self, page: int) -> None:
         """One owner less. Without owners a page of a known prefix is kept, any other is free."""
         self._owners[page] -= 1
         if self._owners[page] == 0:
@@ -75,13 +75,13 @@ class Pages:
             else:
                 self._free.append(page)
 
-    def register(self, page: int, digest: bytes):
+    def register(self, page: int, digest: bytes) -> None:
         """Makes an owned, filled page known as the end of the prefix that has this digest."""
         if digest not in self._page_of and page not in self._digest_of:
             self._page_of[digest], self._digest_of[page] = page, digest
 
     def find(self, tokens: Sequence[int]) -> list[int]:
-        """The pages of the longest known prefix of `tokens`, whole pages."""
+        """The pages of the longest known prefix of `tokens`, full pages only."""
         found = []
         for digest in digests(tokens, self.page_size):
             if digest not in self._page_of:
@@ -93,7 +93,7 @@ class Pages:
         """Whether sharing this page would take it out of the available ones."""
         return page in self._kept
 
-    def clear(self):
+    def clear(self) -> None:
         """Drops every kept prefix."""
         while self._kept:
             page, digest = self._kept.popitem()
@@ -102,7 +102,7 @@ class Pages:
 
 
 def digests(tokens: Sequence[int], page_size: int, parent: bytes = b"") -> Iterator[bytes]:
-    """One digest for each whole page, of the page and of everything before it."""
+    """One digest for each full page, of the page and of everything before it."""
     for start in range(0, len(tokens) - page_size + 1, page_size):
         page = np.asarray(tokens[start:start + page_size], np.int64).tobytes()
         parent = hashlib.blake2b(parent + page, digest_size=16).digest()

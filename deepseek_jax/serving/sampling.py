@@ -1,6 +1,6 @@
 """From logits to a token: temperature, top-k, top-p; draws that depend on (seed, index of the token) alone.
 
-So a sequence is continued the same whoever shares its batch, in whatever pieces its steps are run.
+So the continuation of a sequence depends neither on what shares its batch nor on how its steps are grouped into calls.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Sampling(NamedTuple):
 
 
 def keys(sampling: Sampling, index_BT: jax.Array, use: int) -> jax.Array:
-    """A key for each token index of each sequence."""
+    """A key for each token index of each sequence, [B, T]. `use`: TOKEN, ACCEPT or DRAFT."""
     def key(seed, stream, index):
         return jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), stream), index), use)
 

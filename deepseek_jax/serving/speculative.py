@@ -5,7 +5,7 @@ Modules draft the next tokens, the model reads all of them in one step, and keep
     accept draft x with probability min(1, p(x) / q(x)); at the first rejection draw from max(p - q, 0) instead
 
 p is the model's distribution, q the draft's. Either way the token is distributed as p; at temperature 0 both are
-one-hot, and what comes out is the greedy continuation. Without drafts the same step is plain decoding.
+one-hot, and the result is the greedy continuation. Without drafts the same step is plain decoding.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ class Drafts(NamedTuple):
     """What one step passes to the next, for each sequence.
 
     token_Bd: int32, drafts of the next d tokens; the first count_B of them are to be verified.
-    q_BdW: float32, the distributions they were drawn from; not kept up while all sequences are greedy.
-    behind: for each module k > 1, h_{k-1} [B, D] at k - 1 before the position that is fed next: a token that was a
-      draft when module k last saw that position is the true one now.
+    q_BdW: float32, the distributions they were drawn from; not updated while all sequences are greedy.
+    previous_hidden: for each module k > 1, h_{k-1} [B, D] at k - 1 before the position that is fed next: a token that
+      was a draft when module k last saw that position is the true one now.
     """
 
     token_Bd: jax.Array
     count_B: jax.Array
     q_BdW: jax.Array
-    behind: tuple[jax.Array, ...]
+    previous_hidden: tuple[jax.Array, ...]
 
 
 def no_drafts(cfg: ModelConfig, sequences: int, depth: int) -> Drafts:
@@ -61,8 +61,8 @@ def verify(sampling: Sampling, logits_BTW: jax.Array, drafts: Drafts,
     index_BT = index_B[:, None] + jnp.arange(T)[None]
     drafted_Bd = jnp.arange(T - 1)[None] < drafts.count_B[:, None]
 
-    def leading(held_Bd):
-        return jnp.cumprod((held_Bd & drafted_Bd).astype(jnp.int32), axis=1).sum(axis=1)
+    def leading(accepted_Bd):
+        return jnp.cumprod((accepted_Bd & drafted_Bd).astype(jnp.int32), axis=1).sum(axis=1)
 
     def greedy():
         best_BT = likeliest(logits_BTW)
@@ -75,7 +75,7 @@ def verify(sampling: Sampling, logits_BTW: jax.Array, drafts: Drafts,
         u_Bd = jax.vmap(jax.vmap(jax.random.uniform))(keys(sampling, index_BT[:, :-1], ACCEPT))
         accepted_B = leading(u_Bd * of_draft(drafts.q_BdW) < of_draft(p_BTW[:, :-1]))
         p_BW = _row(p_BTW, accepted_B)
-        # q of the draft that was rejected; nothing was drafted where the last one held.
+        # q of the draft that was rejected; nothing was drafted after the last one.
         q_BTW = jnp.pad(jnp.where(drafted_Bd[..., None], drafts.q_BdW, 0), ((0, 0), (0, 1), (0, 0)))
         rest_BW = jnp.maximum(p_BW - _row(q_BTW, accepted_B), 0)
         rest_BW = jnp.where(rest_BW.sum(axis=-1, keepdims=True) > 0, rest_BW, p_BW)
@@ -107,14 +107,14 @@ def draft(cfg: ModelConfig, geometry: CacheGeometry, weights: DecodeWeights, cac
           sampling: Sampling, settled: Settled) -> tuple[Drafts, Cache]:
     """Runs the MTP modules over the tokens that were just settled, and drafts as many more as `drafts` has places.
 
-    Module k goes over the positions p - (k - 1) .. p + T - 1, p being the first that was fed: so every position of its
+    Module k runs over the positions p - (k - 1) .. p + T - 1, p being the first that was fed: so every position of its
     cache ends up with the true token. Beyond the last module that module is chained: its own output takes the place of
     the hidden state, at the next position.
     """
     B, depth, modules = len(settled.position_B), drafts.token_Bd.shape[1], len(weights.mtp)
     accepted_B = settled.accepted_B
     ahead, h, start_B, last_B = settled.tokens_BT, settled.hidden_BTD, settled.position_B, accepted_B
-    drawn, behind = [], []
+    drawn, previous_hidden = [], []
 
     def slots_of(token_BT, position_BT, valid_BT):
         kept_BT = valid_BT & (position_BT >= 0) & (position_BT < settled.limit_B[:, None])
@@ -125,10 +125,10 @@ def draft(cfg: ModelConfig, geometry: CacheGeometry, weights: DecodeWeights, cac
             h, start_B, last_B = _row(h, last_B)[:, None], start_B + last_B + 1, jnp.zeros_like(last_B)
             ahead = drawn[-1][0][:, None]
         elif k > 1:
-            behind.append(_row(h, jnp.maximum(accepted_B, 0)))
-            h = jnp.concatenate([drafts.behind[k - 2][:, None], h], axis=1)
+            previous_hidden.append(_row(h, jnp.maximum(accepted_B, 0)))
+            h = jnp.concatenate([drafts.previous_hidden[k - 2][:, None], h], axis=1)
             start_B = start_B - 1
-            # The drafts so far stand behind the settled tokens.
+            # The drafts so far come after the settled tokens.
             ahead = jnp.pad(ahead, ((0, 0), (0, 1)))
             last_B = last_B + 1
             ahead = jnp.where(jnp.arange(ahead.shape[1])[None] == last_B[:, None], drawn[-1][0][:, None], ahead)
@@ -138,7 +138,7 @@ def draft(cfg: ModelConfig, geometry: CacheGeometry, weights: DecodeWeights, cac
         logits_B1W = head_logits(_row(h, last_B), weights.head)[:, None]
         drawn.append(_draw(sampling, logits_B1W, settled.position_B + accepted_B + 1 + k))
     token_Bd, q_BdW = (jnp.stack(part, axis=1) for part in zip(*drawn, strict=True))
-    return Drafts(token_Bd, jnp.full(B, depth, jnp.int32), q_BdW, tuple(behind)), cache
+    return Drafts(token_Bd, jnp.full(B, depth, jnp.int32), q_BdW, tuple(previous_hidden)), cache
 
 
 def _draw(sampling: Sampling, logits_B1W, index_B):

@@ -83,7 +83,7 @@ def prepare(cfg: ModelConfig, variables: dict[str, Any], modules: int = 0) -> De
                          params["norm"]["scale"], tuple(layers), tuple(mtp))
 
 
-def _dequantized(cfg, tree, name=""):
+def _dequantized(cfg: ModelConfig, tree: Any, name: str = "") -> Any:
     """A checkpoint's FP8 weights [..., out, in] in the model's layout."""
     if not isinstance(tree, dict):
         return tree
@@ -96,7 +96,7 @@ def _dequantized(cfg, tree, name=""):
     return w.reshape(w.shape[:-2] + split.get(name, w.shape[-2:]))
 
 
-def _layer(cfg, p, bias_E):
+def _layer(cfg: ModelConfig, p: dict[str, Any], bias_E: jax.Array | None) -> LayerWeights:
     narrow = functools.partial(jax.tree.map, lambda x: x.astype(cfg.dtype))
     attention = dict(p["attention"])
     kv_b = attention.pop("kv_b").astype(cfg.dtype)
@@ -121,9 +121,10 @@ def split(tree: Any) -> Any:
 
 
 def share_out(tree: Any, mesh: Mesh | None) -> Any:
-    """Moves a tree to a mesh as `split` says (None: leaves all where it is).
+    """Moves a tree to a mesh as `split` says (None: leaves everything where it is).
 
-    Raises ConfigError where devices would get unequal numbers of experts.
+    Raises:
+      ConfigError: devices would get unequal numbers of experts.
     """
     if mesh is None:
         return tree

@@ -5,7 +5,6 @@ of one device is that of all of them, and nothing is communicated.
 """
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -29,17 +28,23 @@ PAGE = 32
 STEPS = 8  # decoding steps that one call may run, as the engine has them
 
 
+def _of(dtype: Any, *shape: int) -> Any:
+    """An abstract array, for tuples of arrays."""
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
 def _shapes(cfg: ModelConfig, geometry: CacheGeometry, sequences: int, depth: int) -> dict[str, Any]:
     """The arguments of `decode`, as shapes."""
     modules = min(depth, cfg.mtp_depth)
     variables = jax.eval_shape(lambda: DeepSeekV3(cfg).init(jax.random.key(0), jnp.zeros((1, 8), jnp.int32)))
     pages = geometry.widths[-1] * sequences + 1
-    row = lambda dtype: jax.ShapeDtypeStruct((sequences,), dtype)
-    table = jax.ShapeDtypeStruct((sequences, geometry.widths[-1]), jnp.int32)
-    sampling = Sampling(row(jnp.float32), row(jnp.int32), row(jnp.float32), row(jnp.uint32), row(jnp.uint32))
-    scalar = functools.partial(jax.ShapeDtypeStruct, ())
-    batch = Batch(row(jnp.int32), row(jnp.int32), row(jnp.int32), row(jnp.int32), row(jnp.bool), table, sampling,
-                  scalar(jnp.int32), scalar(jnp.bool))
+    sampling = Sampling(_of(jnp.float32, sequences), _of(jnp.int32, sequences), _of(jnp.float32, sequences),
+                        _of(jnp.uint32, sequences), _of(jnp.uint32, sequences))
+    batch = Batch(
+        slot_B=_of(jnp.int32, sequences), token_B=_of(jnp.int32, sequences), position_B=_of(jnp.int32, sequences),
+        limit_B=_of(jnp.int32, sequences), fresh_B=_of(jnp.bool, sequences),
+        table_BP=_of(jnp.int32, sequences, geometry.widths[-1]), sampling=sampling, steps=_of(jnp.int32),
+        logprobs=_of(jnp.bool))
     return {"weights": jax.eval_shape(lambda v: prepare(cfg, v, modules), variables),
             "cache": jax.eval_shape(lambda: latent_cache.make(cfg, geometry.kind, pages, PAGE, modules)),
             "drafts": jax.eval_shape(lambda: no_drafts(cfg, sequences + 1, depth)),
@@ -57,7 +62,7 @@ def report(model: ModelConfig, target: str, sequences: int, length: int, depth: 
       ConfigError: there is nothing to draft with.
     """
     if depth and not model.mtp_depth:
-        raise ConfigError(f"--drafts {depth}: this model has no MTP module to draft with; leave it away.")
+        raise ConfigError(f"--drafts {depth}: this model has no MTP module to draft with; omit it.")
     cfg = dataclasses.replace(model, fp8=FP8Config())  # the recipe is of training; see serving.engine
     device = targets.devices_of(target)[0]
     pages = -(-length // PAGE)

@@ -1,4 +1,4 @@
-"""The chat template that a checkpoint brings along, as transformers renders it: Jinja, in a sandbox."""
+"""The chat template of a checkpoint, rendered as transformers does: Jinja, in a sandbox."""
 
 from __future__ import annotations
 
@@ -10,12 +10,11 @@ from deepseek_jax.config import ConfigError
 
 
 def read(folder: str, bos: str, eos: str) -> Callable[[list[dict]], str] | None:
-    """messages -> prompt, ready for the answer; None where `folder` brings no template.
+    """messages -> prompt, ready for the answer; None where `folder` has no template.
 
     Args:
-      folder: with chat_template.jinja, or tokenizer_config.json that holds "chat_template".
+      folder: with chat_template.jinja, or tokenizer_config.json with "chat_template" in it.
       bos, eos: the tokens that templates name.
-
     Raises:
       ConfigError: the template cannot be read, or jinja2 is not installed.
       ValueError: (of the function) the template refuses these messages.

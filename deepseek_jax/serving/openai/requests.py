@@ -1,16 +1,18 @@
-"""What a client may ask for, checked field by field: the completion and chat endpoints of the OpenAI API."""
+"""What a client may send, checked field by field: the completion and chat endpoints of the OpenAI API."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import secrets
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
 
 from deepseek_jax.config import did_you_mean
 from deepseek_jax.serving.decode import ALTERNATIVES
 from deepseek_jax.serving.engine import Request
 
-MOST_CHOICES = 16
+MAX_CHOICES = 16
 IGNORED = ("user", "metadata", "store", "service_tier", "parallel_tool_calls")
 SHARED = ("model", "max_tokens", "temperature", "top_p", "top_k", "n", "stream", "stream_options", "stop", "seed",
           "logprobs", "presence_penalty", "frequency_penalty", "return_drafts")
@@ -20,55 +22,108 @@ ROLES = {"system": None, "developer": None, "user": "<｜User｜>", "assistant":
 
 
 class BadRequest(Exception):
-    """A 4xx answer that names the field."""
+    """A 4xx response that names the field."""
 
-    def __init__(self, field, message, status=400, code="invalid_value"):
+    def __init__(self, field: str | None, message: str, status: int = 400, code: str = "invalid_value"):
         super().__init__(message)
         self.field, self.message, self.status, self.code = field, message, status, code
 
-    def body(self):
+    def body(self) -> dict[str, Any]:
+        """The error as clients of the OpenAI API read it, JSON-able."""
         kind = {401: "authentication_error", 429: "rate_limit_error"}.get(self.status, "invalid_request_error")
         field = self.field and self.field.encode(errors="backslashreplace").decode()  # half a character cannot be sent
         return {"error": {"message": self.message, "type": kind, "param": field, "code": self.code}}
 
 
-class Asked(NamedTuple):
-    """A checked request: engine requests, one for each choice, and how to answer."""
+class Tokenizer(Protocol):
+    """What the server needs of `data.tokenizer.Tokenizer`. backend: the `tokenizers.Tokenizer` below it."""
+
+    bos: int
+    eos: int
+    backend: Any
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def decode(self, ids: Any, specials: bool = False) -> str: ...
+
+
+class ServedModel(NamedTuple):
+    """What requests are checked against.
+
+    name: that clients ask for. max_length: tokens of prompt and answer.
+    template: messages -> prompt, as `chat_template.read` returns it; None: chats use DeepSeek's role tokens.
+    """
+
+    name: str
+    tokenizer: Tokenizer
+    vocab_size: int
+    max_length: int
+    template: Callable[[list[dict]], str] | None = None
+
+
+class CompletionRequest(NamedTuple):
+    """A checked request: engine requests, one for each choice, and how to answer.
+
+    alternatives: likeliest tokens to report next to each one; None: no logprobs.
+    """
 
     chat: bool
     requests: list[Request]
     stops: tuple[str, ...]
     stream: bool
     include_usage: bool
-    alternatives: int | None  # None: no logprobs
+    alternatives: int | None
     return_drafts: bool
 
 
-def read(body, chat: bool, tokenizer, vocab_size: int, model: str, max_length: int, template=None) -> Asked:
-    """Raises BadRequest for the first field that cannot be served. `template`: see `serving.chat_template`."""
+def read(body: Any, chat: bool, served: ServedModel) -> CompletionRequest:
+    """Checks the body of a request, parsed from JSON.
+
+    Raises:
+      BadRequest: for the first field that cannot be served.
+    """
     if not isinstance(body, dict):
         raise BadRequest(None, "the body must be a JSON object.", code="invalid_json")
+    _check_supported(body, chat, served.name)
+    n = _integer(body, "n", 1, 1, MAX_CHOICES)
+    if _integer(body, "best_of", n, 1, MAX_CHOICES) != n:
+        raise BadRequest("best_of", "best_of is not supported; it can only equal n.")
+    prompts = _chat(body, served) if chat else _prompts(body, served)
+    if len(prompts) * n > MAX_CHOICES:
+        raise BadRequest("n", f"{len(prompts)} prompts and n={n} make more than {MAX_CHOICES} choices.")
+    max_new_tokens = _max_new_tokens(body, chat, prompts, served.max_length)
+    alternatives = _alternatives(body, chat)
+    options = _get(body, "stream_options", dict, {})
+    common = Request(
+        prompt=(), max_new_tokens=max_new_tokens, temperature=_number(body, "temperature", 1.0, 0, 2),
+        top_p=_number(body, "top_p", 1.0, 0, 1, open_below=True), top_k=_integer(body, "top_k", 0, 0, 2**31 - 1),
+        seed=_integer(body, "seed", secrets.randbits(32), -2**63, 2**64 - 1) % 2**32,
+        stop_tokens=frozenset([served.tokenizer.eos]), logprobs=alternatives is not None)
+    return CompletionRequest(
+        chat=chat, stops=_stops(body), stream=_get(body, "stream", bool, False),
+        requests=[dataclasses.replace(common, prompt=tuple(prompt), stream=i) for prompt in prompts for i in range(n)],
+        include_usage=_get(options, "include_usage", bool, False), alternatives=alternatives,
+        return_drafts=_get(body, "return_drafts", bool, False))
+
+
+def _check_supported(body, chat, name):
     for field in body:
         if field not in FIELDS[chat] and field not in IGNORED:
             raise BadRequest(field, f"unknown field {field!r}; {did_you_mean(field, FIELDS[chat])}",
                              code="unknown_field")
-    asked_for = _get(body, "model", str, model)
-    if asked_for != model:
-        raise BadRequest("model", f"model {asked_for!r} is not here; this server has {model!r}.", 404,
-                         "model_not_found")
+    wanted = _get(body, "model", str, name)
+    if wanted != name:
+        raise BadRequest("model", f"model {wanted!r} is not here; this server has {name!r}.", 404, "model_not_found")
     for field in ("presence_penalty", "frequency_penalty"):
         if _number(body, field, 0.0, -2, 2):
             raise BadRequest(field, f"{field} is not supported; leave it 0.")
     for field in ("echo", "suffix"):
         if body.get(field):
-            raise BadRequest(field, f"{field} is not supported; leave it away.")
-    n = _integer(body, "n", 1, 1, MOST_CHOICES)
-    if _integer(body, "best_of", n, 1, MOST_CHOICES) != n:
-        raise BadRequest("best_of", "best_of is not supported; it can only equal n.")
+            raise BadRequest(field, f"{field} is not supported; omit it.")
 
-    prompts = _chat(body, tokenizer, template) if chat else _prompts(body, tokenizer, vocab_size)
-    if len(prompts) * n > MOST_CHOICES:
-        raise BadRequest("n", f"{len(prompts)} prompts and n={n} make more than {MOST_CHOICES} choices.")
+
+def _max_new_tokens(body, chat, prompts, max_length):
+    """How many tokens each choice may have, given that prompt and answer share max_length."""
     source = "messages" if chat else "prompt"
     longest = max(map(len, prompts))
     if longest >= max_length:
@@ -80,16 +135,7 @@ def read(body, chat: bool, tokenizer, vocab_size: int, model: str, max_length: i
         raise BadRequest(limit, f"{limit}={new} after {longest} tokens of {source} is more than the {max_length} that "
                          f"this server holds; ask for at most {max_length - longest}.",
                          code="context_length_exceeded")
-
-    alternatives = _alternatives(body, chat)
-    options = _get(body, "stream_options", dict, {})
-    how = dict(max_new_tokens=new, temperature=_number(body, "temperature", 1.0, 0, 2),
-               top_p=_number(body, "top_p", 1.0, 0, 1, open_below=True), top_k=_integer(body, "top_k", 0, 0, 2**31 - 1),
-               seed=_integer(body, "seed", secrets.randbits(32), -2**63, 2**64 - 1) % 2**32,
-               stop_tokens=frozenset([tokenizer.eos]), logprobs=alternatives is not None)
-    requests = [Request(tuple(prompt), stream=i, **how) for prompt in prompts for i in range(n)]
-    return Asked(chat, requests, _stops(body), _get(body, "stream", bool, False),
-                 _get(options, "include_usage", bool, False), alternatives, _get(body, "return_drafts", bool, False))
+    return new
 
 
 def _get(body, field, kind, default):
@@ -134,7 +180,8 @@ def _alternatives(body, chat):
     return _integer(body, "top_logprobs", 0, 0, ALTERNATIVES) if wanted else None
 
 
-def _prompts(body, tokenizer, vocab_size):
+def _prompts(body, served):
+    tokenizer, vocab_size = served.tokenizer, served.vocab_size
     prompt = body.get("prompt")
     texts = [prompt] if isinstance(prompt, str) else prompt
     if isinstance(texts, list) and texts and all(type(t) is int for t in texts):
@@ -153,13 +200,14 @@ def _prompts(body, tokenizer, vocab_size):
     return out
 
 
-def _chat(body, tokenizer, template):
+def _chat(body, served):
     """Without a template, roles are DeepSeek's tokens; a tokenizer that lacks them makes it plain text to continue."""
+    tokenizer, template = served.tokenizer, served.template
     messages = body.get("messages")
     if not isinstance(messages, list) or not messages:
         raise BadRequest("messages", "messages must be a list of one or more messages.")
     backend = tokenizer.backend
-    ids, plain, clean = [tokenizer.bos], [], []
+    ids, plain, checked = [tokenizer.bos], [], []
     for i, message in enumerate(messages):
         content, role = (message.get(k) for k in ("content", "role")) if isinstance(message, dict) else (None, None)
         if isinstance(content, list) and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in content):
@@ -171,10 +219,10 @@ def _chat(body, tokenizer, template):
         ids += [t for t in [backend.token_to_id(ROLES[role] or "")] if t is not None] + tokenizer.encode(content)
         ids += [tokenizer.eos] if role == "assistant" else []
         plain.append(content)
-        clean.append({"role": role, "content": content})
+        checked.append({"role": role, "content": content})
     if template is not None:
         try:
-            return [backend.encode(template(clean), add_special_tokens=False).ids]
+            return [backend.encode(template(checked), add_special_tokens=False).ids]
         except ValueError as error:
             raise BadRequest("messages", f"messages: the model's chat template refuses them: {error}") from None
     answer = backend.token_to_id(ROLES["assistant"])

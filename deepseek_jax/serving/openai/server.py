@@ -1,4 +1,4 @@
-"""HTTP: the completion endpoints that clients of the OpenAI API know, health, Prometheus metrics, a page to talk to.
+"""HTTP: the completion endpoints that clients of the OpenAI API know, health, Prometheus metrics, a chat page.
 
 Needs the extra `serve` (Starlette and uvicorn).
 """
@@ -14,27 +14,42 @@ import json
 import secrets
 import signal
 import time
+from collections.abc import AsyncIterator, Mapping
+from typing import Any
 
 import uvicorn
 from starlette.applications import Starlette
-from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, StreamingResponse
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from deepseek_jax.serving.openai import requests
-from deepseek_jax.serving.openai.requests import Asked, BadRequest
-from deepseek_jax.serving.openai.stream import Piece, Service, Stream
+from deepseek_jax.serving.openai.requests import BadRequest, CompletionRequest, read
+from deepseek_jax.serving.openai.stream import Delta, Service, Stream
 
-MOST_BYTES = 4 * 2**20  # of a request's body
-LOOK = 0.25  # seconds between looks whether a silent client is still there
+MAX_BODY_BYTES = 4 * 2**20
+DISCONNECT_CHECK_SECONDS = 0.25  # while there is nothing to send, how often to check that the client is still there
+
+
+def chat_page(model: str) -> str:
+    """The page at `/`: chat.html with the model's name in place of "__MODEL__".
+
+    The page shows which tokens MTP had drafted, tokens per second, and the live load of the experts.
+    """
+    page = importlib.resources.files("deepseek_jax.serving.openai").joinpath("chat.html").read_text(encoding="utf-8")
+    # No "<" inside a script element: a name that contains "</script>" would end it.
+    return page.replace('"__MODEL__"', json.dumps(model).replace("<", "\\u003c"))
 
 
 class Endpoints:
+    """Handlers of all paths. With an API key, all but the page and /health ask for it."""
+
     def __init__(self, service: Service, api_key: str | None = None):
         self.service, self.api_key = service, api_key
         self.answered = collections.Counter()  # by path and status
-        self.chat_page = importlib.resources.files(__package__).joinpath("chat.html").read_text(encoding="utf-8")
+        self.chat_page = chat_page(service.served.name)
 
     def app(self) -> Starlette:
+        """The application: starts the service's engine with the server and stops it after."""
         @contextlib.asynccontextmanager
         async def lifespan(app):
             self.service.start()
@@ -67,55 +82,55 @@ class Endpoints:
 
         return guarded
 
-    async def page(self, request):
-        name = json.dumps(self.service.model).replace("<", "\\u003c")  # a name cannot close the script
-        return HTMLResponse(self.chat_page.replace("__MODEL__", name))
+    async def page(self, request: Request) -> Response:
+        """The chat page."""
+        return HTMLResponse(self.chat_page)
 
-    async def health(self, request):
+    async def health(self, request: Request) -> Response:
+        """200 while the engine runs; 503 after it has failed."""
         broken = self.service.failure is not None
         return JSONResponse({"status": "failed" if broken else "ok"}, 503 if broken else 200)
 
-    async def models(self, request):
-        model = {"id": self.service.model, "object": "model", "created": int(self.service.started),
-                 "owned_by": "deepseek-jax"}
+    async def models(self, request: Request) -> Response:
+        """The one model, in a list or by its name."""
+        served = self.service.served.name
+        model = {"id": served, "object": "model", "created": int(self.service.started), "owned_by": "deepseek-jax"}
         name = request.path_params.get("name")
         if name is None:
             return JSONResponse({"object": "list", "data": [model]})
-        if name != self.service.model:
-            raise BadRequest("model", f"model {name!r} is not here; this server has {self.service.model!r}.", 404,
+        if name != served:
+            raise BadRequest("model", f"model {name!r} is not here; this server has {served!r}.", 404,
                              "model_not_found")
         return JSONResponse(model)
 
-    async def loads(self, request):
-        """Tokens that chose each expert so far, per MoE layer: the difference of two answers is the live load."""
+    async def loads(self, request: Request) -> Response:
+        """Tokens that chose each expert so far, per MoE layer: the difference of two responses is the live load."""
         return JSONResponse({"loads": self.service.engine.loads_LE.tolist()})
 
-    async def metrics(self, request):
+    async def metrics(self, request: Request) -> Response:
+        """Prometheus metrics."""
         return PlainTextResponse(metrics(self.service, self.answered), media_type="text/plain; version=0.0.4")
 
-    async def completions(self, request):
-        engine = self.service.engine
-        body = await _body(request)
-        asked = requests.read(body, request.url.path.startswith("/v1/chat"), self.service.tokenizer,
-                             engine.cfg.vocab_size,
-                         self.service.model, engine.max_length, self.service.template)
-        stream = self.service.submit(asked)
-        answer = Answer(self.service.model, asked, stream)
-        if asked.stream:
+    async def completions(self, request: Request) -> Response:
+        """Completions and chat completions, streamed or complete."""
+        completion = read(await _body(request), request.url.path.startswith("/v1/chat"), self.service.served)
+        stream = self.service.submit(completion)
+        answer = Answer(self.service.served.name, completion, stream)
+        if completion.stream:
             return StreamingResponse(answer.events(), media_type="text/event-stream",
                                      headers={"Cache-Control": "no-cache"})
         try:
-            return await answer.whole(request)
+            return await answer.complete(request)
         finally:
             stream.cancel()
 
 
-async def _body(request):
+async def _body(request: Request):
     data = bytearray()
     async for part in request.stream():
         data += part
-        if len(data) > MOST_BYTES:
-            raise BadRequest(None, f"the body is longer than {MOST_BYTES} bytes.", 413, "too_large")
+        if len(data) > MAX_BODY_BYTES:
+            raise BadRequest(None, f"the body is longer than {MAX_BODY_BYTES} bytes.", 413, "too_large")
     try:
         return json.loads(data)
     except (ValueError, RecursionError) as error:
@@ -123,81 +138,84 @@ async def _body(request):
 
 
 class Answer:
-    """Puts pieces into the words of the API."""
+    """Puts the deltas of a stream into the JSON of the API."""
 
-    def __init__(self, model: str, asked: Asked, stream: Stream):
-        self.asked, self.stream = asked, stream
-        kind = "chat.completion" if asked.chat else "text_completion"
-        self.head = {"id": f"{'chatcmpl' if asked.chat else 'cmpl'}-{secrets.token_hex(12)}",
-                     "object": kind + (".chunk" if asked.chat and asked.stream else ""),
+    def __init__(self, model: str, completion: CompletionRequest, stream: Stream):
+        self.completion, self.stream = completion, stream
+        kind = "chat.completion" if completion.chat else "text_completion"
+        self.head = {"id": f"{'chatcmpl' if completion.chat else 'cmpl'}-{secrets.token_hex(12)}",
+                     "object": kind + (".chunk" if completion.chat and completion.stream else ""),
                      "created": int(time.time()), "model": model}
 
-    async def events(self):
-        """Server-sent events. A client that goes away closes this generator, and its pages are freed."""
+    async def events(self) -> AsyncIterator[str]:
+        """Server-sent events. A client that disconnects closes this generator, and its pages are freed."""
         event = lambda data: f"data: {json.dumps(data)}\n\n"
-        usage = {"usage": None} if self.asked.include_usage else {}
+        usage = {"usage": None} if self.completion.include_usage else {}
         try:
-            if self.asked.chat:
+            if self.completion.chat:
                 for i in range(len(self.stream.sequences)):
-                    delta = {"index": i, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}
-                    yield event({**self.head, "choices": [delta], **usage})
+                    opening = {"index": i, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}
+                    yield event({**self.head, "choices": [opening], **usage})
             while self.stream.open:
-                piece = await self.stream.next()
-                if piece.end == "error":
+                delta = await self.stream.next()
+                if delta.finish_reason == "error":
                     yield event({"error": {"message": "the engine has failed.", "type": "server_error"}})
                     return
-                yield event({**self.head, "choices": [self.choice(piece, "delta")], **usage})
-            if self.asked.include_usage:
+                yield event({**self.head, "choices": [self.choice(delta, "delta")], **usage})
+            if self.completion.include_usage:
                 yield event({**self.head, "choices": [], "usage": self.stream.usage()})
             yield "data: [DONE]\n\n"
         finally:
             self.stream.cancel()
 
-    async def whole(self, request):
-        """One JSON answer; gives up when the client has."""
-        texts = [Piece(i, "", [], None) for i in range(len(self.stream.sequences))]
+    async def complete(self, request: Request) -> Response:
+        """One JSON response; gives up when the client has disconnected."""
+        choices = [Delta(i, "", [], None) for i in range(len(self.stream.sequences))]
         while self.stream.open:
-            piece = await self.stream.next(LOOK)
-            if piece is None:
+            new = await self.stream.next_within(DISCONNECT_CHECK_SECONDS)
+            if new is None:
                 if await request.is_disconnected():
                     return JSONResponse({}, 499)
                 continue
-            if piece.end == "error":
+            if new.finish_reason == "error":
                 raise BadRequest(None, "the engine has failed; see the server's log.", 500, "engine_failed")
-            old = texts[piece.choice]
-            texts[piece.choice] = Piece(piece.choice, old.text + piece.text, old.tokens + piece.tokens, piece.end)
-        return JSONResponse({**self.head, "choices": [self.choice(piece, "message") for piece in texts],
+            old = choices[new.choice]
+            choices[new.choice] = new._replace(text=old.text + new.text, tokens=old.tokens + new.tokens)
+        return JSONResponse({**self.head, "choices": [self.choice(delta, "message") for delta in choices],
                              "usage": self.stream.usage()})
 
-    def choice(self, piece: Piece, part: str):
-        out = {"index": piece.choice, "finish_reason": piece.end, "logprobs": self.logprobs(piece)}
-        if not self.asked.chat:
-            out["text"] = piece.text
+    def choice(self, delta: Delta, part: str) -> dict[str, Any]:
+        """A choice of a response. `part`: "message" or, in a stream, "delta"; text completions have neither."""
+        out: dict[str, Any] = {"index": delta.choice, "finish_reason": delta.finish_reason,
+                               "logprobs": self.logprobs(delta)}
+        if not self.completion.chat:
+            out["text"] = delta.text
         elif part == "message":
-            out["message"] = {"role": "assistant", "content": piece.text, "refusal": None}
+            out["message"] = {"role": "assistant", "content": delta.text, "refusal": None}
         else:
-            out["delta"] = {"content": piece.text} if piece.text or not piece.end else {}
-        if self.asked.return_drafts:
-            out["drafts"] = [[said.text, said.token.draft] for said in piece.tokens]
+            out["delta"] = {"content": delta.text} if delta.text or not delta.finish_reason else {}
+        if self.completion.return_drafts:
+            out["drafts"] = [[text, token.draft] for token, text, _ in delta.tokens]
         return out
 
-    def logprobs(self, piece: Piece):
-        most = self.asked.alternatives
-        if most is None or not piece.tokens:
+    def logprobs(self, delta: Delta) -> dict[str, Any] | None:
+        """Logprobs of the delta's tokens and the likeliest alternatives; None where none were requested."""
+        most = self.completion.alternatives
+        if most is None or not delta.tokens:
             return None
-        spell = lambda i: self.stream.service.tokenizer.decode([i], specials=True)
-        tokens = [said.token for said in piece.tokens]
-        if self.asked.chat:
+        spell = lambda i: self.stream.service.served.tokenizer.decode([i], specials=True)
+        tokens = [token for token, _, _ in delta.tokens]
+        if self.completion.chat:
             entry = lambda i, logprob: {"token": spell(i), "logprob": logprob, "bytes": list(spell(i).encode())}
             return {"content": [{**entry(t.id, t.logprob), "top_logprobs": [entry(*b) for b in t.best[:most]]}
                                 for t in tokens], "refusal": None}
         return {"tokens": [spell(t.id) for t in tokens], "token_logprobs": [t.logprob for t in tokens],
                 "top_logprobs": [{spell(i): logprob for i, logprob in t.best[:most]} for t in tokens],
-                "text_offset": [said.offset for said in piece.tokens]}
+                "text_offset": [offset for _, _, offset in delta.tokens]}
 
 
-def metrics(service: Service, answered) -> str:
-    """Prometheus text."""
+def metrics(service: Service, answered: Mapping[tuple[str, int], int]) -> str:
+    """Prometheus text. `answered`: responses by path and status."""
     engine, pool = service.engine, service.engine.pool
     rows = [("requests_total", "counter", [(f'{{path="{path}",status="{status}"}}', n)
                                            for (path, status), n in sorted(answered.items())])]
@@ -217,7 +235,7 @@ def metrics(service: Service, answered) -> str:
 
 
 class _Server(uvicorn.Server):
-    """SIGTERM and SIGINT let what runs finish, and end the process with 0; a second one does not wait."""
+    """SIGTERM and SIGINT let running requests finish, and end the process with 0; a second one does not wait."""
 
     @contextlib.contextmanager
     def capture_signals(self):
@@ -229,7 +247,7 @@ class _Server(uvicorn.Server):
                 signal.signal(number, handler)
 
 
-def serve(service: Service, host: str, port: int, api_key: str | None = None):
-    """Runs until a signal; then refuses new connections, finishes those there are, and returns."""
+def serve(service: Service, host: str, port: int, api_key: str | None = None) -> None:
+    """Runs until a signal; then refuses new connections, finishes the open ones, and returns."""
     app = Endpoints(service, api_key).app()
     _Server(uvicorn.Config(app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=None)).run()

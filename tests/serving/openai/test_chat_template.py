@@ -53,9 +53,10 @@ def test_a_request_is_the_rendered_template_token_for_token(tmp_path):
     here = tokenizer()
     template = chat_template.read(str(tmp_path), "<s>", "</s>")
 
-    asked = requests.read({"model": "m", "messages": CHAT, "max_tokens": 1}, True, here, 512, "m", 500, template)
+    completion = requests.read({"model": "m", "messages": CHAT, "max_tokens": 1}, True,
+                               requests.ServedModel("m", here, 512, 500, template))
 
-    assert list(asked.requests[0].prompt) == here.backend.encode(RENDERED, add_special_tokens=False).ids
+    assert list(completion.requests[0].prompt) == here.backend.encode(RENDERED, add_special_tokens=False).ids
 
 
 def test_what_a_template_refuses_is_a_bad_request_that_names_the_field():
@@ -63,5 +64,5 @@ def test_what_a_template_refuses_is_a_bad_request_that_names_the_field():
         raise ValueError("roles must alternate")
 
     with pytest.raises(requests.BadRequest, match="roles must alternate") as caught:
-        requests.read({"model": "m", "messages": CHAT}, True, tokenizer(), 512, "m", 500, refuse)
+        requests.read({"model": "m", "messages": CHAT}, True, requests.ServedModel("m", tokenizer(), 512, 500, refuse))
     assert caught.value.field == "messages"

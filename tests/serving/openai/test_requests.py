@@ -12,13 +12,13 @@ WRONG = [[], {}, "x", True, -1, 2**70, 1e300, float("nan"), float("inf"), [None]
 
 
 @functools.cache
-def tokenizer():
-    return train_tokenizer(["some text"] * 3, 262)
+def served():
+    return requests.ServedModel("random", train_tokenizer(["some text"] * 3, 262), vocab_size=262, max_length=64)
 
 
 def refusal(body, chat):
     with pytest.raises(requests.BadRequest) as caught:
-        requests.read(body, chat, tokenizer(), 262, "random", 64)
+        requests.read(body, chat, served())
     json.dumps(caught.value.body(), ensure_ascii=False).encode()
     return caught.value
 
@@ -29,7 +29,7 @@ def test_a_value_of_another_type_is_refused_or_read_never_an_error_of_ours(value
     for chat, fields in requests.FIELDS.items():
         for field in fields:
             try:
-                requests.read(good[chat] | {field: value}, chat, tokenizer(), 262, "random", 64)
+                requests.read(good[chat] | {field: value}, chat, served())
             except requests.BadRequest as bad:
                 assert bad.field.split("[")[0] == field or (field, bad.field) == ("best_of", "n")
 

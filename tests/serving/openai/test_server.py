@@ -35,7 +35,7 @@ cfg = naive.tiny(num_layers=2, vocab_size=262)
 engine = Engine(cfg, naive.variables_of(cfg), EngineConfig(
     max_sequences=2, max_length=512, depth=1, page_size=8, chunk=16))
 engine.warm_up()
-serve(Service(engine, tokenizer, "random", most_waiting=70), "127.0.0.1", int(sys.argv[1]), "secret")
+serve(Service(engine, tokenizer, "random", max_waiting=70), "127.0.0.1", int(sys.argv[1]), "secret")
 """
 
 
@@ -117,12 +117,12 @@ def test_a_stop_string_ends_the_text_before_it(url):
 def test_logprobs_say_where_each_token_begins_streamed_or_not(url):
     whole = ask(url, max_tokens=24, temperature=0, logprobs=2)[1]["choices"][0]
     with streaming(url, max_tokens=24, temperature=0, logprobs=2) as (_, events):
-        pieces = [e["choices"][0]["logprobs"] for e in events]
+        deltas = [e["choices"][0]["logprobs"] for e in events]
 
-    said = whole["logprobs"]
-    assert said["text_offset"][0] == 0 and said["text_offset"] == sorted(said["text_offset"])
-    assert 0 < said["text_offset"][-1] <= len(whole["text"]) and len(said["top_logprobs"][0]) == 2
-    assert [n for piece in pieces if piece for n in piece["text_offset"]] == said["text_offset"]
+    offsets = whole["logprobs"]["text_offset"]
+    assert offsets[0] == 0 and offsets == sorted(offsets)
+    assert 0 < offsets[-1] <= len(whole["text"]) and len(whole["logprobs"]["top_logprobs"][0]) == 2
+    assert [n for delta in deltas if delta for n in delta["text_offset"]] == offsets
 
 
 def test_chat_gives_logprobs_of_every_token(url):
@@ -241,6 +241,17 @@ def test_the_page_and_the_metrics_are_there(url):
     assert '"random"' in page and "__MODEL__" not in page and "src=" not in page
     text = httpx.get(url + "/metrics", headers=KEY).text
     assert "# TYPE deepseek_jax_tokens_total counter" in text and 'expert_load_total{layer="0",expert="7"}' in text
+
+
+def test_a_models_name_is_a_string_in_the_page_and_cannot_end_its_script():
+    from deepseek_jax.serving.openai import server
+
+    before, after = (pathlib.Path(server.__file__).parent / "chat.html").read_text().split('"__MODEL__"')
+
+    page = server.chat_page('a</script><b>"\\ é')
+
+    assert page == before + r'"a\u003c/script>\u003cb>\"\\ \u00e9"' + after
+    assert page.count("</script>") == 1 and server.chat_page("x") == before + '"x"' + after
 
 
 @pytest.mark.slow
