@@ -1,6 +1,6 @@
-"""How fast a model decodes: the network's bound, and what reading weights and caches makes of it (no jax).
+"""How fast a model decodes: the bound by the network, and by reading weights and caches (no jax).
 
-Two micro-batches take turns: one computes while the other's tokens are at the experts (report, section 3.4.2).
+Two micro-batches alternate: one computes while the other's tokens are at the experts (report, section 3.4.2).
 
     layer = 2 max(network of one micro-batch, work of one)      tokens/s of a user = tokens a step / (layers x layer)
 """
@@ -72,8 +72,8 @@ def decode(c: ModelConfig, hw: Hardware, serving: Serving, measured: Measured | 
 
 
 def published(c: ModelConfig, hw: Hardware) -> list[dict]:
-    """The layouts of the record, with and without MTP, beside what was published of them (DEEPSEEK-V3, section 3.4;
-    arXiv 2505.09343, section 2.3; open-infra-index)."""
+    """Published layouts, with and without MTP, next to the published figures (report, section 3.4; arXiv 2505.09343,
+    section 2.3; open-infra-index)."""
     cases = [
         ("network bound, 32 tokens a micro-batch", Serving(256, 64, 1), {"bound_a_user": 67.0}),
         ("report: 40 nodes, TP4, EP320", Serving(320, 64, 4096, tensor=4), {}),
