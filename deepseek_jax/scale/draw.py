@@ -33,4 +33,4 @@ def draw_memory(path: str, bars: dict[str, dict[str, float]], memory: float, tit
     axes.invert_yaxis()
     axes.set(xlabel=f"GB per device; the line is what it has, {memory / 1e9:.0f} GB", title=title)
     axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=8)
-    figure.savefig(path, dpi=130, format="png")
+    figure.savefig(path, dpi=130)
