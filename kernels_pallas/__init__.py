@@ -1,1 +1,1 @@
-"""Kernels of DeepSeek-V3, on jax alone: jnp twins, Pallas for Hopper, Pallas for TPU. `api` has the public operations."""
+"""Kernels of DeepSeek-V3, on jax alone: jnp twins, and Pallas for Hopper and TPU. `api` has the operations."""
