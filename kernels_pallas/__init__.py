@@ -1,1 +1,1 @@
-"""Kernels of DeepSeek-V3 on jax alone: plain-jnp twins, Pallas for Hopper, Pallas for TPU. `api` is the way in."""
+"""Kernels of DeepSeek-V3, on jax alone: jnp twins, and Pallas for Hopper and TPU. `api` has the operations."""

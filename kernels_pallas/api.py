@@ -1,16 +1,18 @@
-"""The public operations. `implementation` is a word: "reference" (plain jnp, anywhere), "hopper", "tpu", or "auto".
+"""The public operations. `implementation` is "reference" (plain jnp, anywhere), "hopper", "tpu" or "auto".
 
-"auto" takes what the device can run that the program is made for: hopper on an H100, H200 or H800, tpu where the
-operation has such a kernel, reference elsewhere; it says once, in the log, what it took. A kernel that is asked for by
-name and cannot run there raises ValueError.
+"auto" chooses by the device that the program is traced for: hopper on an H100, H200 or H800, tpu where the operation
+has such a kernel, reference elsewhere; it logs its choice once. An implementation that is requested by name and cannot
+run on that device raises ValueError.
 """
 
 import functools
 import importlib
 import logging
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from kernels_pallas.formats import E4M3, Accumulator, Quantized
 from kernels_pallas.reference.mla_decode import pack_fp8, packed_width, unpack_fp8
@@ -23,7 +25,7 @@ __all__ = ["E4M3", "OPERATIONS", "Accumulator", "Quantized", "chosen_here", "deq
 
 log = logging.getLogger(__name__)
 
-# operation -> (the module that holds it in each folder, the folders that have it)
+# operation -> (its module in each folder, the folders that have it)
 OPERATIONS = {
     "quantize": ("quantize", ("reference", "hopper")),
     "swiglu_quantize": ("quantize", ("reference", "hopper")),
@@ -38,8 +40,8 @@ NEEDS = {"hopper": "a Hopper GPU (H100, H200, H800)", "tpu": "a TPU"}
 HOPPER = ("H100", "H200", "H800", "GH200")
 
 
-def device_here():
-    """What a program is made for: a device of the mesh in use, which may be absent; without a mesh the first one here.
+def device_here() -> Any:
+    """The device that a program is traced for: one of the mesh in use, which may be absent, or the first one here.
 
     It has `platform` and `device_kind`.
     """
@@ -57,8 +59,8 @@ def runs_here() -> str:
     return "reference"
 
 
-def chosen_here(operation) -> str:
-    """What "auto" takes of an operation here: for a caller that has something better than the reference."""
+def chosen_here(operation: str) -> str:
+    """What "auto" chooses for an operation here: for a caller that has an alternative to the reference."""
     here = runs_here()
     return here if here in OPERATIONS[operation][1] else "reference"
 
@@ -69,7 +71,7 @@ def _log_once(operation, implementation):
 
 
 def _find(operation, implementation, part=None):
-    """The function of that name, or the `part` of the operation that its module has."""
+    """The function of that name, or another function, `part`, of its module."""
     module, folders = OPERATIONS[operation]
     here = runs_here()
     if implementation == "auto":
@@ -86,53 +88,66 @@ def _find(operation, implementation, part=None):
 
 
 def _studied(implementation, **models):
-    """Options that only the twins have, to study what the recipe is for. Raises ValueError for a kernel."""
+    """Options that only the twins have, for studies of the recipe.
+
+    Raises:
+      ValueError: a kernel was chosen.
+    """
     asked = {name: value for name, value in models.items() if value is not None}
     if asked and (runs_here() if implementation == "auto" else implementation) != "reference":
         raise ValueError(f"{', '.join(asked)} is a study, not what the kernels do; say implementation='reference'.")
     return asked
 
 
-def quantize(x, *, scale="float32", dtype=E4M3, transposed=False, share="tile", implementation="auto"):
-    """E4M3 in 1 x 128 tiles, optionally with the transposed copy: see reference/quantize.py."""
+def quantize(x: jax.Array, *, scale: str = "float32", dtype: DTypeLike = E4M3, transposed: bool | str = False,
+             share: str = "tile", implementation: str = "auto") -> Any:
+    """Quantized in 1 x 128 tiles; with `transposed` a pair with the transposed copy: see reference/quantize.py."""
     return _find("quantize", implementation)(x, scale=scale, dtype=dtype, transposed=transposed,
                                              **_studied(implementation, share=None if share == "tile" else share))
 
 
-def swiglu_quantize(gate, up, *, scale="float32", dtype=E4M3, implementation="auto") -> Quantized:
+def swiglu_quantize(gate: jax.Array, up: jax.Array, *, scale: str = "float32", dtype: DTypeLike = E4M3,
+                    implementation: str = "auto") -> Quantized:
     """quantize(silu(gate) * up) without a round trip through memory: see reference/quantize.py."""
     return _find("swiglu_quantize", implementation)(gate, up, scale=scale, dtype=dtype)
 
 
-def fp8_matmul(a, b, *, out_dtype=jnp.bfloat16, accumulator=None, implementation="auto"):
+def fp8_matmul(a: Quantized, b: Quantized, *, out_dtype: DTypeLike = jnp.bfloat16,
+               accumulator: Accumulator | None = None, implementation: str = "auto") -> jax.Array:
     """a [M, K] @ b [N, K].T, scales along K, accumulated in float32: see reference/fp8_matmul.py."""
     return _find("fp8_matmul", implementation)(a, b, out_dtype=out_dtype,
                                                **_studied(implementation, accumulator=accumulator))
 
 
-def fp8_grouped_matmul(a, b, sizes_E, *, out_dtype=jnp.bfloat16, accumulator=None, implementation="auto"):
+def fp8_grouped_matmul(a: Quantized, b: Quantized, sizes_E: jax.Array, *, out_dtype: DTypeLike = jnp.bfloat16,
+                       accumulator: Accumulator | None = None, implementation: str = "auto") -> jax.Array:
     """The experts' products, contiguous or K-grouped: see reference/fp8_grouped_matmul.py."""
     return _find("fp8_grouped_matmul", implementation)(a, b, sizes_E, out_dtype=out_dtype,
                                                        **_studied(implementation, accumulator=accumulator))
 
 
-def mla_attention(q_BTHA, k_BTHA, v_BTHV, segment_ids_BT=None, *, scale, implementation="auto"):
+def mla_attention(q_BTHA: jax.Array, k_BTHA: jax.Array, v_BTHV: jax.Array, segment_ids_BT: jax.Array | None = None, *,
+                  scale: float, implementation: str = "auto") -> jax.Array:
     """Causal attention with wide queries and narrow values, differentiable: see reference/mla_attention.py."""
     return _find("mla_attention", implementation)(q_BTHA, k_BTHA, v_BTHV, segment_ids_BT, scale=scale)
 
 
-def mla_attention_forward(q_BTHA, k_BTHA, v_BTHV, segment_ids_BT=None, *, scale, implementation="auto"):
-    """The same with what its gradient needs, for a caller who decides how that is kept: (o_BTHV, lse_BHT)."""
+def mla_attention_forward(q_BTHA: jax.Array, k_BTHA: jax.Array, v_BTHV: jax.Array,
+                          segment_ids_BT: jax.Array | None = None, *, scale: float,
+                          implementation: str = "auto") -> tuple[jax.Array, jax.Array]:
+    """The same with the residuals of its gradient, for a caller that saves them itself: (o_BTHV, lse_BHT)."""
     return _find("mla_attention", implementation, "forward")(q_BTHA, k_BTHA, v_BTHV, segment_ids_BT, scale=scale)
 
 
-def mla_attention_backward(q_BTHA, k_BTHA, v_BTHV, segment_ids_BT, o_BTHV, lse_BHT, do_BTHV, *, scale,
-                           implementation="auto"):
-    """(dq_BTHA, dk_BTHA, dv_BTHV) from what `mla_attention_forward` gave: see reference/mla_attention.py."""
+def mla_attention_backward(q_BTHA: jax.Array, k_BTHA: jax.Array, v_BTHV: jax.Array, segment_ids_BT: jax.Array | None,
+                           o_BTHV: jax.Array, lse_BHT: jax.Array, do_BTHV: jax.Array, *, scale: float,
+                           implementation: str = "auto") -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(dq_BTHA, dk_BTHA, dv_BTHV) from the results of `mla_attention_forward`: see reference/mla_attention.py."""
     return _find("mla_attention", implementation, "backward")(q_BTHA, k_BTHA, v_BTHV, segment_ids_BT, o_BTHV, lse_BHT,
                                                               do_BTHV, scale=scale)
 
 
-def mla_decode(q_BHX, cache, page_table_BP, lengths_B, *, scale, implementation="auto"):
+def mla_decode(q_BHX: jax.Array, cache: jax.Array, page_table_BP: jax.Array, lengths_B: jax.Array, *, scale: float,
+               implementation: str = "auto") -> jax.Array:
     """One absorbed query per sequence over a paged latent cache: see reference/mla_decode.py."""
     return _find("mla_decode", implementation)(q_BHX, cache, page_table_BP, lengths_B, scale=scale)

@@ -1,4 +1,4 @@
-"""Pipeline parallelism: schedules as tables that are proven, drawn and run.
+"""Pipeline parallelism: schedules as tables that are checked, drawn and run.
 
 No jax here: `pipeline.split` and `pipeline.execute` are imported by their own names.
 """

@@ -1,8 +1,12 @@
-"""Proves a pipeline schedule, says what it costs, and draws it.
+"""Checks a pipeline schedule, computes its costs, and draws it.
 
     python -m deepseek_jax.pipeline --schedule dualpipe --ranks 8 --microbatches 20 --plot dualpipe.png
     python -m deepseek_jax.pipeline --schedule all --ranks 4,8,16 --microbatches 32,64 --json table.json
 """
+
+import argparse
+from collections.abc import Callable
+from typing import Any
 
 from deepseek_jax import cli, io
 from deepseek_jax.config.schema import ConfigError
@@ -14,14 +18,15 @@ COLUMNS = {"schedule": "schedule", "ranks": "ranks", "microbatches": "micro-batc
            "deferred": "deferred W"}
 
 
-def numbers(text, name, kind):
+def numbers(text: str, name: str, kind: Callable[[str], Any]) -> list[Any]:
+    """The numbers of an option, which has commas between them."""
     try:
         return [kind(part) for part in text.split(",")]
     except ValueError:
         raise ConfigError(f"--{name} {text} should be numbers with commas between them.") from None
 
 
-def parse():
+def parse() -> argparse.Namespace:
     parser = cli.Parser("pipeline", __doc__)
     parser.add_argument("--schedule", required=True, help=f"one of {', '.join(NAMES)}, or all: a table")
     parser.add_argument("--ranks", required=True, help="devices along the pipeline; for the table several: 4,8")
@@ -39,8 +44,8 @@ def parse():
     return args
 
 
-def one(args):
-    """Figures of one schedule; draws it if that is asked for."""
+def one(args: argparse.Namespace) -> dict[str, Any]:
+    """Figures of one schedule, which is drawn if --plot is given."""
     if len(args.ranks) + len(args.microbatches) > 2:
         raise ConfigError("several --ranks or --microbatches make a table; say --schedule all.")
     schedule = make_schedule(args.schedule, args.ranks[0], args.microbatches[0])
@@ -55,7 +60,8 @@ def one(args):
             "peak_deferred": report.peak_deferred, "slots": schedule.slots._asdict()}
 
 
-def table(args):
+def table(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Figures of all schedules."""
     if args.plot:
         raise ConfigError("--plot draws one schedule; name it instead of --schedule all.")
     from deepseek_jax.pipeline.validate import compare
@@ -63,15 +69,16 @@ def table(args):
     return compare(args.ranks, args.microbatches, args.costs)
 
 
-def main():
+def main() -> None:
     args = parse()
-    result = table(args) if args.schedule == "all" else one(args)
     if args.schedule == "all":
+        result = table(args)
         print("  ".join(f"{title:>9s}" for title in COLUMNS.values()))
         for row in result:
             print("  ".join(f"{row[key]:>{max(9, len(title))}}" if isinstance(row[key], (str, int)) else
                             f"{row[key]:>{max(9, len(title))}.4g}" for key, title in COLUMNS.items()))
     else:
+        result = one(args)
         for name, value in result.items():
             shown = " ".join(f"{v:g}" for v in value) if isinstance(value, tuple) else value
             print(f"{name:18s} {shown}")

@@ -1,10 +1,11 @@
-"""A schedule as a picture: rank by time, each rank for itself and in lock step.
+"""A schedule as a picture, rank by time: free-running, and in lock step.
 
-Colour says which operation, its shade which direction; the number is the micro-batch. An overlapped cell shows its
+The colour shows the operation, its shade the direction, the number the micro-batch. An overlapped cell shows its
 forward pass above its backward pass.
 """
 
 import pathlib
+from collections.abc import Mapping
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
@@ -22,13 +23,14 @@ MEANING = {"F": "F forward", "B": "B backward", "Bi": "Bi gradient of the input"
 CELL = 0.3  # inches for the shortest cell, so that a micro-batch's number fits in
 
 
-def shade(kind, direction):
-    """The operation's colour; direction 1 is drawn paler."""
+def shade(kind: str, direction: int) -> tuple[float, float, float]:
+    """The operation's colour (red, green, blue); direction 1 is paler."""
     pale = 0.55 * direction
-    return tuple(c + (1 - c) * pale for c in to_rgb(COLORS[kind]))
+    red, green, blue = (c + (1 - c) * pale for c in to_rgb(COLORS[kind]))
+    return red, green, blue
 
 
-def draw(schedule: Schedule, path, costs=None):
+def draw(schedule: Schedule, path: str | pathlib.Path, costs: Mapping[str, float] | None = None) -> None:
     """Draws the schedule, free-running above and in lock step below, into a file (.png, .svg, .pdf).
 
     Args:

@@ -1,12 +1,13 @@
 """Runs a schedule: one `lax.scan` over its ticks, in one `shard_map` (report section 3.2.1).
 
-In a tick every rank looks up its cell in the schedule's table and takes that branch of a switch; then activations and
-gradients move one rank up and one down. What waits lies in slots of static buffers in the scan's carry: a branch takes
-one slot and gives one, and reads and writes stand outside it. Neither compile time nor memory knows how many
-micro-batches there are, beyond the inputs themselves (and what the schedule keeps).
+In each tick every rank looks up its cell in the schedule's table and takes the matching branch of a switch; then
+activations and gradients move to the neighbouring ranks. Residuals, pending weight gradients and messages are held in
+fixed-size buffers in the scan carry. The slot that a branch needs is read before the switch and written after it, so
+that a branch maps one slot to one slot and never sees a complete buffer. Compile time and memory do not depend on the
+number of micro-batches, apart from the inputs and the number of slots that the schedule needs.
 
-What happens at the ends of the pipeline happens outside the switch, on all ranks at once: one SPMD program makes every
-rank wait for the slowest, so embedding, head and loss are work to be shared, not to be given to one rank.
+Embedding, head and loss run outside the switch, on all ranks at once: in an SPMD program every rank waits for the
+slowest one, so the ranks share this work, although only the first or the last stage needs its result.
 """
 
 import dataclasses
@@ -27,17 +28,17 @@ from deepseek_jax.pipeline.validate import validate
 
 
 class Model(NamedTuple):
-    """The model, as three pure functions of one device's shards, run inside the shard_map.
+    """The model, as three pure functions of one device's shards. They run inside the shard_map.
 
-    They may use collectives over every mesh axis but for `pipe` in `stage`: there, ranks are in different branches.
-    The objective is the SUM of the losses that all devices return. A function that computes the same loss on several
-    devices returns a part of it on each, or all of it on one; its collectives are then transposed as they should be.
+    They may use collectives over every mesh axis, except over `pipe` in `stage`, because ranks take different branches
+    there. The objective is the SUM of the losses that all devices return. A function that computes the same loss on
+    several devices returns a part of it on each, or all of it on one; then its collectives are transposed correctly.
 
-    enter: (shared, inputs) -> x. On all ranks; the rank of the first stage uses its own result.
-    stage: (params, fixed, x, inputs) -> (y, loss, sums). The same program for every stage. y is like x. loss: what the
-      stage itself adds to the objective. sums, any pytree, are added up over micro-batches, stage by stage.
-      Remat is the stage's own: wrap it, or its layers, in `jax.checkpoint`.
-    leave: (shared, y, inputs) -> (loss, sums). On all ranks, each of which is given the last stage's y.
+    enter: (shared, inputs) -> x. Runs on all ranks; only the first stage's rank uses its result.
+    stage: (params, fixed, x, inputs) -> (y, loss, sums). The same program for every stage. y has the shape and dtype of
+      x. loss: the stage's own term of the objective. sums: any pytree, summed over micro-batches, stage by stage.
+      For remat, wrap the stage or its layers in `jax.checkpoint`.
+    leave: (shared, y, inputs) -> (loss, sums). Runs on all ranks, all of which receive the last stage's y.
     """
 
     enter: Callable
@@ -46,11 +47,11 @@ class Model(NamedTuple):
 
 
 class Arguments(NamedTuple):
-    """What a step takes: arrays, or what they are sharded by.
+    """The arguments of a step: arrays, or their PartitionSpecs.
 
     params: leaves [stages, ...], sharded over `pipe` along the first axis, in the order of `rows`.
-    fixed: like params, without gradients: routing biases, which layers are padding.
-    shared: what enter and leave need. inputs: leaves [micro-batches, ...], not sharded along the first axis.
+    fixed: like params, but without gradients, for example routing biases and which layers are padding.
+    shared: parameters of enter and leave. inputs: leaves [micro-batches, ...], not sharded along the first axis.
     """
 
     params: Any
@@ -60,10 +61,10 @@ class Arguments(NamedTuple):
 
 
 class Result(NamedTuple):
-    """Of a whole step, summed over micro-batches and over all devices that do not hold parts of the same thing.
+    """The result of a step, summed over micro-batches and over all devices that do not have shards of the same array.
 
-    loss: scalar.   params, shared: gradients, laid out like what they are gradients of.
-    stage_sums: leaves [stages, ...] in the order of `rows`.   sums: what leave gave.
+    loss: scalar.   params, shared: gradients, sharded like the parameters.
+    stage_sums: the stages' sums, leaves [stages, ...] in the order of `rows`.   sums: those of `leave`.
     """
 
     loss: Any
@@ -74,25 +75,27 @@ class Result(NamedTuple):
 
 
 def rows(schedule: Schedule) -> list[int]:
-    """Which stage each row of the stacked parameters belongs to, so that `pipe` shards them to the right ranks.
+    """The stage of each row of the stacked parameters, so that `pipe` shards them to the right ranks.
 
-    Natural order, but for a V, where a rank's two stages stand next to each other: `x[jnp.array(rows(schedule))]`.
+    The natural order, except in a V, where a rank's two stages are adjacent: `x[jnp.array(rows(schedule))]`.
     """
     route = schedule.route
-    held = range(2 if route.v_shaped else 1)
-    return [route.stage(rank, direction) for rank in range(schedule.ranks) for direction in held]
+    directions = range(2 if route.v_shaped else 1)
+    return [route.stage(rank, direction) for rank in range(schedule.ranks) for direction in directions]
 
 
-def pipelined(schedule: Schedule, model: Model, mesh, specs: Arguments, axis="pipe"):
-    """Makes the function of a step: Arguments -> Result. Differentiates; jit it.
+def pipelined(schedule: Schedule, model: Model, mesh: Any, specs: Arguments,
+              axis: str = "pipe") -> Callable[[Arguments], Result]:
+    """Makes the function of a step: Arguments -> Result, with gradients. Call it under jit.
 
     Args:
-      specs: of PartitionSpecs, trees or prefixes of trees. Gradients are summed over the mesh axes that a parameter's
-        spec does not name, sums over all axes (stage_sums: but for `pipe`).
+      mesh: jax.sharding.Mesh or AbstractMesh.
+      specs: PartitionSpecs, trees or prefixes of trees. Gradients are summed over the mesh axes that a parameter's spec
+        does not name, sums over all axes (stage_sums: all except `pipe`).
       axis: the mesh axis of the pipeline's ranks.
     Raises:
-      ScheduleError: the table is wrong.
-      ConfigError: mesh, parameters or inputs do not fit the schedule; a stage changes the shape of its activation.
+      ScheduleError: the schedule's table is wrong.
+      ConfigError: mesh, parameters or inputs do not fit the schedule, or a stage changes the shape of its activation.
     """
     validate(schedule)
     if mesh.shape[axis] != schedule.ranks:
@@ -167,30 +170,32 @@ def _where(condition, tree, other=None):
 
 
 class _Carry(NamedTuple):
-    activations: Any  # [slots, ...] of what F keeps
-    deferred: Any  # [slots, ...] of what Bi keeps
-    messages: Any  # [slots + 1, ...] of activations and gradients that arrived
-    result: Result  # sums so far, of this device
+    """The buffers of a device, each with its slots along the first axis, and the sums so far."""
+
+    residuals: Any  # [slots, ...]: what F saves for B or Bi
+    pending: Any  # [slots, ...]: what Bi saves for W, of pending weight gradients
+    messages: Any  # [slots + 1, ...]: activations and gradients that arrived; the last slot is scratch
+    result: Result
 
 
 class _Cell(NamedTuple):
-    """What a branch takes, beyond parameters."""
+    """What a branch reads besides parameters. Fields that it does not need have arbitrary values."""
 
     x: Any
     dy: Any
-    kept: Any
-    deferred: Any
-    forward: Any  # inputs of the micro-batch that goes forward
-    backward: Any
+    residuals: Any
+    pending: Any
+    forward: Any  # inputs of the forward pass's micro-batch
+    backward: Any  # inputs of the backward pass's micro-batch
 
 
 class _Done(NamedTuple):
-    """What every branch gives; where it has nothing new, what it took, or zero."""
+    """What every branch returns. Slots that it does not write keep their value; other fields are then zero."""
 
     y: Any
     dx: Any
-    kept: Any
-    deferred: Any
+    residuals: Any
+    pending: Any
     dparams: Any
     loss: Any
     sums: Any
@@ -210,7 +215,7 @@ class _Device:
         self.rank = lax.axis_index(self.axis)
         self.copies = 2 if self.schedule.route.both_ways else 1
         params = self._own(self.arguments.params)
-        # By direction. Each branch reads one of the two: which one is fixed when it is traced, so nothing is copied.
+        # One entry a direction. The entry that a branch reads is known when it is traced, so nothing is copied.
         self.fixed = self._with_mirror(self._own(self.arguments.fixed))
         self.inputs = self.arguments.inputs
         one = _at(self.inputs, 0)
@@ -223,11 +228,11 @@ class _Device:
 
     @property
     def mirrors(self):
-        """DualPipe: each rank also has its mirror rank's stage, for the other direction."""
+        """DualPipe: each rank also runs its mirror rank's stage, in the other direction."""
         return self.copies == 2 and not self.schedule.route.v_shaped
 
     def _own(self, tree):
-        """The stages whose parameters are here."""
+        """The stages whose parameters this rank stores."""
         return [jax.tree.map(lambda a, d=d: a[d], tree) for d in range(1 if self.mirrors else self.copies)]
 
     def _with_mirror(self, own):
@@ -235,6 +240,7 @@ class _Device:
         return own + [self._mirrored(own[0])] if self.mirrors else own
 
     def _mirrored(self, tree):
+        """The mirror rank's arrays."""
         last = self.schedule.ranks - 1
         pairs = [(rank, last - rank) for rank in range(last + 1)]
         return jax.tree.map(lambda a: lax.ppermute(a, self.axis, pairs), tree)
@@ -244,98 +250,98 @@ class _Device:
         result = Result(loss=jnp.zeros((), self.split.loss.dtype), params=_zeros(self.like_params, self.copies),
                         shared=_zeros(self.arguments.shared), stage_sums=_zeros(self.split.sums, self.copies),
                         sums=_zeros(self.leave_sums))
-        carry = _Carry(_zeros(self.split.kept, slots.activations), _zeros(self._deferred, slots.deferred),
+        carry = _Carry(_zeros(self.split.residuals, slots.activations), _zeros(self._pending, slots.deferred),
                        _zeros(self.x, slots.messages + 1), result)
         table = jax.tree.map(jnp.asarray, (self.tables.ranks, self.tables.ends))
         carry, _ = lax.scan(self._tick, carry, table)
         result = carry.result
         if self.mirrors:
-            # Each stage was trained in two places: what the mirror rank found belongs to this one's copy.
+            # Two ranks ran each stage: the mirror rank's sums for this rank's stage are added to its own.
             params, sums = (jax.tree.map(lambda a: a[:1] + self._mirrored(a[1:]), tree)
                             for tree in (result.params, result.stage_sums))
             result = result._replace(params=params, stage_sums=sums)
         return result
 
     @property
-    def _deferred(self):
-        return self.split.deferred if self.schedule.slots.deferred else ()
+    def _pending(self):
+        return self.split.pending if self.schedule.slots.deferred else ()
 
     def _tick(self, carry, row):
         ranks, ends = row
         mine = jax.tree.map(lambda column: column[self.rank], ranks)
         cell = _Cell(
-            x=self._entering(ends, _at(carry.messages, mine.forward_message)),
-            dy=_at(carry.messages, mine.backward_message), kept=_at(carry.activations, mine.activation_in),
-            deferred=_at(carry.deferred, mine.deferred), forward=_at(self.inputs, mine.forward),
+            x=self._enter(ends, _at(carry.messages, mine.forward_message)),
+            dy=_at(carry.messages, mine.backward_message), residuals=_at(carry.residuals, mine.activation_in),
+            pending=_at(carry.pending, mine.deferred), forward=_at(self.inputs, mine.forward),
             backward=_at(self.inputs, mine.backward))
         branches = [functools.partial(self._branch, branch) for branch in self.tables.branches]
         done = lax.switch(mine.branch, branches, cell)
 
         messages = self._exchange(carry.messages, mine.arrivals, done.y, done.dx)
-        result, messages = self._leaving(ends, done.y, carry.result, messages)
-        result = self._back_at_the_entrance(ends, done.dx, result)
-        # Which copy of the stage it was: where a cell has no such operation, zeros are added.
+        result, messages = self._leave(ends, done.y, carry.result, messages)
+        result = self._backward_of_enter(ends, done.dx, result)
+        # The direction, and with it the stage, of a cell's operations; if it has none, zeros are added.
         forward, backward = (jnp.asarray([dict(b).get(kind, 0) for b in self._directions])[mine.branch]
                              for kind in ("F", "B"))
         result = result._replace(
             loss=result.loss + done.loss, params=_add_at(result.params, backward, done.dparams),
             stage_sums=_add_at(result.stage_sums, forward, done.sums))
-        return _Carry(_put(carry.activations, mine.activation_out, done.kept),
-                      _put(carry.deferred, mine.deferred, done.deferred), messages, result), None
+        return _Carry(_put(carry.residuals, mine.activation_out, done.residuals),
+                      _put(carry.pending, mine.deferred, done.pending), messages, result), None
 
     @property
     def _directions(self):
-        """Of each branch, the directions of its forward and of its backward operation."""
+        """For each branch, (F or B, direction) of its operations; B stands for every part of a backward pass."""
         return [[("F" if kind == "F" else "B", direction) for kind, direction in branch]
                 for branch in self.tables.branches]
 
     def _branch(self, branch, cell: _Cell) -> _Done:
         """One kind of cell: `branch` is () or its operations, each (kind, direction)."""
         split = self.split
-        done = _Done(y=cell.x, dx=cell.dy, kept=cell.kept, deferred=cell.deferred, dparams=_zeros(self.like_params),
-                     loss=jnp.zeros((), split.loss.dtype), sums=_zeros(split.sums))
+        done = _Done(y=cell.x, dx=cell.dy, residuals=cell.residuals, pending=cell.pending,
+                     dparams=_zeros(self.like_params), loss=jnp.zeros((), split.loss.dtype), sums=_zeros(split.sums))
         dloss = jnp.ones((), split.loss.dtype)
         operations = {kind: (self.prepared[d], (self.fixed[d], cell.forward if kind == "F" else cell.backward))
                       for kind, d in branch}
-        # F and B of an overlapped cell know nothing of each other: the compiler is free to put the collectives of one
-        # around the products of the other, and does.
+        # F and B of an overlapped cell are independent, so the compiler can overlap the collectives of one with the
+        # products of the other, and does.
         for kind, (prepared, context) in operations.items():
             if kind == "F":
-                (y, loss, sums), kept = split.forward(prepared, cell.x, context)
-                done = done._replace(y=y, loss=loss, sums=sums, kept=kept)
+                (y, loss, sums), residuals = split.forward(prepared, cell.x, context)
+                done = done._replace(y=y, loss=loss, sums=sums, residuals=residuals)
             elif kind == "B":
-                dx, dparams = split.backward(prepared, context, cell.kept, cell.dy, dloss)
+                dx, dparams = split.backward(prepared, context, cell.residuals, cell.dy, dloss)
                 done = done._replace(dx=dx, dparams=dparams)
             elif kind == "Bi":
-                dx, deferred = split.backward_input(prepared, context, cell.kept, cell.dy, dloss)
-                done = done._replace(dx=dx, deferred=deferred)
+                dx, pending = split.backward_input(prepared, context, cell.residuals, cell.dy, dloss)
+                done = done._replace(dx=dx, pending=pending)
             else:
-                done = done._replace(dparams=split.backward_weights(prepared, context, cell.deferred))
+                done = done._replace(dparams=split.backward_weights(prepared, context, cell.pending))
         return done
 
     def _exchange(self, messages, arrivals, y, dx):
-        """Two neighbour permutations; what arrives goes where the table says, or into the slot that nobody reads."""
+        """Two permutations between neighbours. Arrivals go to the slots of the table, or to the scratch slot."""
         last = self.schedule.ranks - 1
         up, down = [(r, r + 1) for r in range(last)], [(r + 1, r) for r in range(last)]
         if self.copies == 1:
             from_before, from_after = (y, None), (None, dx)
-        else:  # activations of one direction and gradients of the other go the same way
+        else:  # activations of one direction travel the same way as gradients of the other
             from_before = from_after = (y, dx)
 
         def permuted(sent, pairs):
             return jax.tree.map(lambda a: lax.ppermute(a, self.axis, pairs), sent)
 
-        came_from_after = permuted(from_after, down)
-        if self.schedule.route.v_shaped:  # the turn
-            came_from_after = _where(self.rank == last, from_after, came_from_after)
-        came = (*permuted(from_before, up), *came_from_after)
-        for i, message in enumerate(came):
+        arrived_from_after = permuted(from_after, down)
+        if self.schedule.route.v_shaped:  # the last rank is its own neighbour
+            arrived_from_after = _where(self.rank == last, from_after, arrived_from_after)
+        arrived = (*permuted(from_before, up), *arrived_from_after)
+        for i, message in enumerate(arrived):
             if message is not None:
                 messages = _put(messages, arrivals[i], message)
         return messages
 
-    def _entering(self, ends, x):
-        """x, or on the rank where a micro-batch enters in this tick, that one."""
+    def _enter(self, ends, x):
+        """x, replaced by the embedding on the rank where a micro-batch enters in this tick."""
         for i, (_, rank) in enumerate(self.tables.entrances):
             def entered(m, x, rank=rank):
                 return _where(self.rank == rank, self.model.enter(self.arguments.shared, _at(self.inputs, m)), x)
@@ -343,8 +349,8 @@ class _Device:
             x = lax.cond(ends.enter[i] >= 0, entered, lambda m, x: x, ends.enter[i], x)
         return x
 
-    def _leaving(self, ends, y, result, messages):
-        """Loss and gradient of the micro-batches that came out of their last stage."""
+    def _leave(self, ends, y, result, messages):
+        """Loss and gradient of the micro-batches that left their last stage in this tick."""
         shared = self.arguments.shared
         for i, (_, rank) in enumerate(self.tables.exits):
             def left(m, y, rank=rank):
@@ -365,8 +371,8 @@ class _Device:
                                      shared=_add(result.shared, dshared))
         return result, messages
 
-    def _back_at_the_entrance(self, ends, dx, result):
-        """Gradients of what the entrance did: only the first stage's rank has one to give."""
+    def _backward_of_enter(self, ends, dx, result):
+        """Gradients of `enter` for the micro-batches whose dx left the first stage in this tick."""
         shared = self.arguments.shared
         for i, (_, rank) in enumerate(self.tables.entrances):
             def back(m, dx, rank=rank):

@@ -1,15 +1,15 @@
-"""In which order each rank of a pipeline does its work: five schedules (report section 3.2.1), standard library only.
+"""The order in which each rank of a pipeline works: five schedules (report section 3.2.1), standard library only.
 
 An operation is the forward pass F of one micro-batch through one stage, its backward pass B, or the two halves of B:
-Bi, the gradient of the input, which the stage before waits for, and W, the gradient of the weights, which nobody
+Bi, the gradient of the input, which the previous stage waits for, and W, the gradient of the weights, which nothing
 waits for. A cell is what a rank does at a time: one operation, or a forward and a backward pass of two micro-batches
 that overlap (F&B: while one computes, the other one's tokens travel).
 
     gpipe      all forward passes, then all backward passes
-    1f1b       a backward pass as soon as there is one: a stage holds at most as many micro-batches as stages follow
-    zb1p       1f1b with W put off into what would be idle time (ZB-H1, arXiv 2401.10241)
-    dualpipe   micro-batches enter at both ends; rank r holds stages r and R - 1 - r, and overlaps F and B of the two
-    dualpipev  the same on half of the ranks: rank r holds stages r and 2R - 1 - r, and every micro-batch passes twice
+    1f1b       a backward pass as soon as possible, which bounds the activations by the number of stages that follow
+    zb1p       1f1b with W deferred into what would be idle time (ZB-H1, arXiv 2401.10241)
+    dualpipe   micro-batches enter at both ends; rank r has stages r and R - 1 - r, and overlaps F and B of the two
+    dualpipev  the same on half of the ranks: rank r has stages r and 2R - 1 - r, and every micro-batch passes twice
 """
 
 from collections import deque
@@ -21,9 +21,9 @@ class Op(NamedTuple):
 
     kind: "F", "B", "Bi" or "W".   direction: 0 runs from rank 0 to the last, 1 back.   microbatch: 0 to C - 1.
     The rest are slots of the rank's buffers (`schedule.Slots`), -1 where the operation uses none:
-    message: where the input waits that came from another rank: an activation for F, a gradient for B and Bi.
-    activation: where F leaves what the backward pass needs; B and Bi read it.
-    deferred: where Bi leaves what W needs.
+    message: of the input from another rank: an activation for F, a gradient for B and Bi.
+    activation: of the residuals that F saves; B and Bi read them.
+    deferred: of what Bi saves for W.
     """
 
     kind: str
@@ -34,7 +34,10 @@ class Op(NamedTuple):
     deferred: int = -1
 
 
-def kind_of(cell):
+Cell = tuple[Op, ...]
+
+
+def kind_of(cell: Cell) -> str:
     """ "" of an idle cell, "F", "B", "Bi", "W", or "F&B"."""
     return "&".join(op.kind for op in cell)
 
@@ -42,7 +45,7 @@ def kind_of(cell):
 class Route(NamedTuple):
     """How micro-batches travel.
 
-    There is direction 1 if `both_ways`; in a V it goes on where direction 0 ended: the last rank hands over to itself.
+    Direction 1 exists if `both_ways`; in a V it starts where direction 0 ends: the last rank sends to itself.
     """
 
     ranks: int
@@ -50,25 +53,25 @@ class Route(NamedTuple):
     v_shaped: bool
 
     @property
-    def stages(self):
+    def stages(self) -> int:
         return self.ranks * (2 if self.v_shaped else 1)
 
     @property
-    def directions(self):
+    def directions(self) -> int:
         return 2 if self.both_ways else 1
 
-    def stage(self, rank, direction):
-        """Which stage this rank runs for that direction."""
+    def stage(self, rank: int, direction: int) -> int:
+        """The stage that this rank runs for that direction."""
         return rank if direction == 0 else self.stages - 1 - rank
 
-    def before(self, rank, direction):
-        """(rank, direction) of the stage before, or None at the first."""
+    def before(self, rank: int, direction: int) -> tuple[int, int] | None:
+        """(rank, direction) of the previous stage, or None at the first."""
         if direction == 0:
             return (rank - 1, 0) if rank else None
         return (rank + 1, 1) if rank < self.ranks - 1 else self._turn(0)
 
-    def after(self, rank, direction):
-        """(rank, direction) of the stage after, or None at the last."""
+    def after(self, rank: int, direction: int) -> tuple[int, int] | None:
+        """(rank, direction) of the next stage, or None at the last."""
         if direction == 1:
             return (rank - 1, 1) if rank else None
         return (rank + 1, 0) if rank < self.ranks - 1 else self._turn(1)
@@ -78,9 +81,9 @@ class Route(NamedTuple):
 
 
 class _Rank:
-    """Writes down one rank's cells; micro-batches of a direction go through in order, W takes the oldest deferred.
+    """Collects one rank's cells; micro-batches of a direction run in order, and W takes the oldest deferred one.
 
-    most: weight gradients that may wait at a time; a Bi too many becomes a B. None: all that the schedule puts off.
+    most: weight gradients that may be deferred at a time; a Bi beyond that becomes a B. None: no limit.
     """
 
     def __init__(self, first_microbatch, most=None):
@@ -101,7 +104,7 @@ class _Rank:
         self.cells.append(tuple(self._op("B" if kind == "Bi" and full else kind, d) for kind, d in ops))
 
     def weights(self):
-        """W of the oldest that waits, if one does."""
+        """W of the oldest deferred weight gradient, if there is one."""
         if not self._deferred:
             return
         _, direction, microbatch = self._deferred.popleft()[:3]
@@ -112,14 +115,14 @@ class _Rank:
         return len(self._deferred)
 
 
-def gpipe(rank, ranks, microbatches, most=None):
+def gpipe(rank: int, ranks: int, microbatches: int, most: int | None = None) -> list[Cell]:
     out = _Rank([0])
     for kind in ["F"] * microbatches + ["B"] * microbatches:
         out.add((kind, 0))
     return out.cells
 
 
-def one_forward_one_backward(rank, ranks, microbatches, most=None):
+def one_forward_one_backward(rank: int, ranks: int, microbatches: int, most: int | None = None) -> list[Cell]:
     out = _Rank([0])
     ahead = min(ranks - 1 - rank, microbatches)
     for kind in ["F"] * ahead + ["F", "B"] * (microbatches - ahead) + ["B"] * ahead:
@@ -127,8 +130,8 @@ def one_forward_one_backward(rank, ranks, microbatches, most=None):
     return out.cells
 
 
-def zero_bubble(rank, ranks, microbatches, most=None):
-    """Rank r puts `r` weight gradients off: as many as the last rank would otherwise idle at the end."""
+def zero_bubble(rank: int, ranks: int, microbatches: int, most: int | None = None) -> list[Cell]:
+    """Rank r defers `r` weight gradients, as many as the last rank would otherwise idle for at the end."""
     out = _Rank([0], most)
     ahead = min(ranks - 1 - rank, microbatches)
     for kind in ["F"] * ahead + ["F", "Bi"] * (microbatches - ahead) + ["Bi"] * ahead:
@@ -140,14 +143,14 @@ def zero_bubble(rank, ranks, microbatches, most=None):
     return out.cells
 
 
-def dualpipe(rank, ranks, microbatches, most=None):
+def dualpipe(rank: int, ranks: int, microbatches: int, most: int | None = None) -> list[Cell]:
     nearer_end = min(rank, ranks - 1 - rank)
     near = 0 if rank < ranks // 2 else 1
     return _both_ways(nearer_end, ranks // 2, microbatches // 2 - ranks + nearer_end + 1, near,
                       [0, microbatches // 2], most)
 
 
-def dualpipev(rank, ranks, microbatches, most=None):
+def dualpipev(rank: int, ranks: int, microbatches: int, most: int | None = None) -> list[Cell]:
     return _both_ways(rank, ranks, microbatches - 2 * ranks + rank + 1, 0, [0, 0], most)
 
 
@@ -156,7 +159,7 @@ def _both_ways(depth, half, steady, near, first_microbatch, most):
 
     Args:
       depth: ranks between this one and the end where direction `near` enters; `half` is where the directions meet.
-      steady: how often the two overlapped cells of step 4 come.
+      steady: how many times step 4 runs its two overlapped cells.
       first_microbatch: of each direction.
       most: see _Rank.
     """
@@ -181,7 +184,7 @@ def _both_ways(depth, half, steady, near, first_microbatch, most):
     for _ in range(inner):  # 5
         out.add(("B", far))
         out.add(("F", far), ("B", near))
-    for i in range(2 * (depth + 1)):  # 6: the second half of these puts its weight gradients off
+    for i in range(2 * (depth + 1)):  # 6: the second half of these defers its weight gradients
         out.add(("Bi" if i > depth else "B", near if i % 2 else far))
     for _ in range(inner):  # 7
         out.weights()

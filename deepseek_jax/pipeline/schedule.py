@@ -1,7 +1,7 @@
 """Pipeline schedules as tables (report section 3.2.1), standard library only.
 
-`make_schedule` writes down what every rank does at every tick and in which slot of its buffers each thing lies.
-`validate` proves such a table, `draw` draws it, and `execute` runs it in one `lax.scan`.
+`make_schedule` makes a table of what every rank does in every tick and which slots of its buffers it uses. `validate`
+checks such a table, `draw` draws it, and `execute` runs it in one `lax.scan`.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ NAMES = tuple(ORDERS)
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """A pipeline's whole step.
+    """One step of a pipeline.
 
     table: [tick][rank] -> the operations of that cell: none, one, or F and B of two micro-batches, overlapped.
     microbatches: all of them, 0 to C - 1. In DualPipe the first half enters at rank 0, the others at the last rank.
@@ -36,20 +36,24 @@ class Schedule:
     def stages(self) -> int:
         return self.route.stages
 
-    def microbatches_of(self, direction) -> range:
-        """The micro-batches that go in one direction; in a V all of them go both ways."""
+    def microbatches_of(self, direction: int) -> range:
+        """The micro-batches of one direction; in a V all of them are in both."""
         if self.name != "dualpipe":
             return range(self.microbatches)
         half = self.microbatches // 2
         return range(direction * half, (direction + 1) * half)
 
-    def order(self, rank) -> list[tuple[Op, ...]]:
-        """The rank's cells without the ticks in which it waits."""
+    def order(self, rank: int) -> list[tuple[Op, ...]]:
+        """The rank's cells, without idle ticks."""
         return [row[rank] for row in self.table if row[rank]]
 
 
-def check(name, ranks, microbatches):
-    """Raises ConfigError, with what would do, if there is no such schedule."""
+def check(name: str, ranks: int, microbatches: int) -> None:
+    """Checks that there is such a schedule.
+
+    Raises:
+      ConfigError: there is not; says what would work.
+    """
     if name not in NAMES:
         raise ConfigError(f"schedule {name!r} is unknown; take one of {', '.join(NAMES)}.")
     for what, value in (("ranks", ranks), ("microbatches", microbatches)):
@@ -74,8 +78,8 @@ def make_schedule(name: str, ranks: int, microbatches: int, deferred: int | None
       name: gpipe, 1f1b, zb1p, dualpipe or dualpipev.
       ranks: devices along the pipeline. There are as many stages, for dualpipev twice as many.
       microbatches: of the whole step, both directions together.
-      deferred: weight gradients that may wait on a rank; None: as many as the schedule puts off. What one waits with
-        is more than what a recomputed stage keeps, and a slot for it is taken on all ranks.
+      deferred: weight gradients that may be pending on a rank; None: as many as the schedule defers. A pending one
+        takes more memory than the residuals of a recomputed stage, and all ranks have as many slots.
     Raises:
       ConfigError: dualpipe takes even numbers; both bidirectional ones need at least two micro-batches a rank.
     """

@@ -1,18 +1,26 @@
 """A stage's forward pass F, and its backward pass B split into Bi and W (report section 3.2.1, arXiv 2401.10241).
 
-The equations of the stage's VJP are sorted, not computed again: those that the gradient of the input needs are Bi,
-which the stage before waits for; of the rest, those that depend on the gradient of the output are W, and can wait.
-What `jax.checkpoint` recomputes is recomputed once, in Bi, and W reads it; it begins when the gradient that it is for
-has come, so that one layer's is there at a time and not all layers'. What depends neither on the activation
-nor on a gradient (a table of positions) is computed where it is needed instead of being kept for every micro-batch;
-what depends on parameters alone and is smaller than they are (a weight that is rounded or quantized) is computed once
-a step, and the passes hold that in place of the parameters. A `lax.scan` over weights is one equation and falls into
-Bi as a whole: write the layers of a stage as a Python loop.
+The equations of the stage's VJP are divided between Bi and W; none is computed twice:
+
+    Bi    what the gradient of the input needs; the previous stage waits for it
+    W     of the rest, what depends on the gradient of the output; it can wait
+
+Further rules decide what is computed where, and so how much has to be saved:
+
+- What `jax.checkpoint` recomputes is recomputed once, in Bi, and W reads it. The recomputation of a layer starts only
+  when the gradient that needs it is available, so that the layers' residuals do not all exist at once.
+- What depends neither on the activation nor on a gradient (a table of positions) is computed where it is needed, not
+  saved for every micro-batch.
+- What depends only on parameters and is smaller than they are (a rounded or quantized weight) is computed once a step,
+  by `prepare`, and takes the place of the parameters in all passes.
+
+A `lax.scan` over weights is a single equation, so all of it is in Bi: write a stage's layers as a Python loop.
 """
 
 import collections
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -22,14 +30,13 @@ from jax.extend import core
 
 from deepseek_jax.config.schema import ConfigError
 
-# Calls that are no more than their body, once nobody differentiates them any more.
+# Calls that can be replaced by their body, because they are not differentiated again.
 CALLS = ("jit", "pjit", "closed_call", "core_call", "checkpoint", "remat", "remat2", "custom_jvp_call",
          "custom_vjp_call")
 
-
-# What W is there for. Everything else that it needs is done where fewer bytes have to wait.
+# The operations that W is meant for. For all others, the number of bytes that would be pending decides.
 PRODUCTS = ("dot_general", "ragged_dot_general", "conv_general_dilated", "pallas_call", "custom_vmap_call")
-DEFERRED = "deferred"  # jax.ad_checkpoint.checkpoint_name of what W waits with
+DEFERRED = "deferred"  # jax.ad_checkpoint.checkpoint_name of arrays that W should read
 
 
 _BARRIER = jax.make_jaxpr(lax.optimization_barrier)(0.0).eqns[0]
@@ -38,7 +45,7 @@ _BARRIER = jax.make_jaxpr(lax.optimization_barrier)(0.0).eqns[0]
 class Piece(NamedTuple):
     """Some of the equations, in order, and the atoms that are their results.
 
-    waits: of the results of barriers, what has to be there before them.
+    waits: {result of a barrier: the variables that must be computed before it}.
     """
 
     equations: tuple
@@ -50,60 +57,66 @@ class Piece(NamedTuple):
 class Split:
     """F, Bi, W and B of one stage as functions. Made by `split`.
 
-    Where they say `prepared`, they want what `prepare` makes of the parameters, once a step.
-    kept, deferred: shapes and dtypes of what F leaves for Bi, and Bi for W, for every micro-batch under way.
-    loss, sums: shapes and dtypes of what the stage gives besides y.
-    pieces: the equations of "F", "Bi", "W", of "B", which is Bi and W at once, and of "prepare".
+    `prepared` is the result of `prepare`, which is called once a step.
+    residuals: shapes and dtypes of what F saves for B or Bi, for every micro-batch in flight.
+    pending: shapes and dtypes of what Bi saves for W, for every pending weight gradient.
+    loss, sums: shapes and dtypes of the stage's other results.
+    pieces: the equations of "F", "Bi", "W", of "B", which is Bi and W in one, and of "prepare".
     """
 
-    kept: tuple[jax.ShapeDtypeStruct, ...]
-    deferred: tuple[jax.ShapeDtypeStruct, ...]
+    residuals: tuple[jax.ShapeDtypeStruct, ...]
+    pending: tuple[jax.ShapeDtypeStruct, ...]
     loss: jax.ShapeDtypeStruct
     sums: Any
     pieces: dict[str, Piece]
-    # Variables: what is made of parameters, and context, which every piece may read; then what only some read.
+    # Variables: of the parameters, of `prepared` and of the context, which every piece may read; then of single pieces.
     _params: tuple
     _prepared: tuple
     _context: tuple
     _x: tuple
-    _kept: tuple
+    _residuals: tuple
     _dy: tuple
-    _deferred: tuple
+    _pending: tuple
     _constants: dict
     _trees: dict
 
     @property
-    def kept_bytes(self) -> int:
-        return _bytes(self.kept)
+    def residual_bytes(self) -> int:
+        """Of one micro-batch."""
+        return _bytes(self.residuals)
 
     @property
-    def deferred_bytes(self) -> int:
-        return _bytes(self.deferred)
+    def pending_bytes(self) -> int:
+        """Of one weight gradient."""
+        return _bytes(self.pending)
 
-    def prepare(self, params):
-        """What the passes read of the parameters: them, or what is made of them alone."""
+    def prepare(self, params: Any) -> tuple[jax.Array, ...]:
+        """What the passes read instead of the parameters: the parameters, or arrays that depend only on them."""
         return tuple(_run(self.pieces["prepare"], dict(zip(self._params, jax.tree.leaves(params))) | self._constants))
 
-    def forward(self, prepared, x, context):
-        """F: (y, loss, sums), kept."""
+    def forward(self, prepared: tuple, x: Any, context: Any) -> tuple[Any, tuple[jax.Array, ...]]:
+        """F. Returns (y, loss, sums), residuals."""
         results = _run(self.pieces["F"], self._env(prepared, context, (self._x, x)))
-        width = len(results) - len(self.kept)
+        width = len(results) - len(self.residuals)
         return jax.tree.unflatten(self._trees["forward"], results[:width]), tuple(results[width:])
 
-    def backward_input(self, prepared, context, kept, dy, dloss):
-        """Bi: dx, deferred."""
-        results = _run(self.pieces["Bi"], self._env(prepared, context, (self._kept, kept), (self._dy, (dy, dloss))))
-        width = len(results) - len(self.deferred)
+    def backward_input(self, prepared: tuple, context: Any, residuals: tuple, dy: Any,
+                       dloss: jax.Array) -> tuple[Any, tuple[jax.Array, ...]]:
+        """Bi. Returns dx, pending."""
+        env = self._env(prepared, context, (self._residuals, residuals), (self._dy, (dy, dloss)))
+        results = _run(self.pieces["Bi"], env)
+        width = len(results) - len(self.pending)
         return jax.tree.unflatten(self._trees["x"], results[:width]), tuple(results[width:])
 
-    def backward_weights(self, prepared, context, deferred):
-        """W: dparams."""
-        results = _run(self.pieces["W"], self._env(prepared, context, (self._deferred, deferred)))
+    def backward_weights(self, prepared: tuple, context: Any, pending: tuple) -> Any:
+        """W. Returns dparams."""
+        results = _run(self.pieces["W"], self._env(prepared, context, (self._pending, pending)))
         return jax.tree.unflatten(self._trees["params"], results)
 
-    def backward(self, prepared, context, kept, dy, dloss):
-        """B: dx, dparams."""
-        results = _run(self.pieces["B"], self._env(prepared, context, (self._kept, kept), (self._dy, (dy, dloss))))
+    def backward(self, prepared: tuple, context: Any, residuals: tuple, dy: Any, dloss: jax.Array) -> tuple[Any, Any]:
+        """B. Returns dx, dparams."""
+        env = self._env(prepared, context, (self._residuals, residuals), (self._dy, (dy, dloss)))
+        results = _run(self.pieces["B"], env)
         return jax.tree.unflatten(self._trees["backward"], results)
 
     def _env(self, prepared, context, *more):
@@ -114,40 +127,40 @@ class Split:
         return env
 
 
-def split(stage, params, x, context) -> Split:
+def split(stage: Callable[[Any, Any, Any], tuple[Any, jax.Array, Any]], params: Any, x: Any, context: Any) -> Split:
     """Splits a stage.
 
     Args:
-      stage: pure; (params, x, context) -> (y, loss, sums). y has the shapes and dtypes of x; loss, a scalar, is what
-        the stage itself adds to the objective; sums, any pytree, has no gradient. What the forward pass keeps is what
-        `jax.vjp` keeps: wrap the stage in `jax.checkpoint`, with or without a policy, to keep less.
-      params: get gradients.   context: per micro-batch or fixed, without gradients.
+      stage: pure; (params, x, context) -> (y, loss, sums). y has the shapes and dtypes of x; loss, a scalar, is the
+        stage's own term of the objective; sums, any pytree, has no gradient. The residuals are those of `jax.vjp`:
+        wrap the stage in `jax.checkpoint`, with or without a policy, to save less.
+      params, x: pytrees that get gradients.   context: pytree without gradients.
         All three may be arrays, tracers or shapes with dtypes. Inside a shard_map the stage may use its axes.
     Raises:
       ConfigError: the stage changes the shape of its activation.
     """
     trees = {}
 
-    def ahead(params, x, context):
+    def forward(params, x, context):
         def differentiated(params, x):
             y, loss, sums = stage(params, x, context)
             return (y, loss), sums
 
         (y, loss), vjp, sums = jax.vjp(differentiated, params, x, has_aux=True)
-        kept, trees["vjp"] = jax.tree.flatten(vjp)
-        return (y, loss, sums), kept
+        residuals, trees["vjp"] = jax.tree.flatten(vjp)
+        return (y, loss, sums), residuals
 
-    def back(kept, dy, dloss):
-        dparams, dx = jax.tree.unflatten(trees["vjp"], kept)((dy, dloss))
+    def backward(residuals, dy, dloss):
+        dparams, dx = jax.tree.unflatten(trees["vjp"], residuals)((dy, dloss))
         return dx, dparams
 
-    ahead_jaxpr, (outputs, kept) = jax.make_jaxpr(ahead, return_shape=True)(params, x, context)
+    forward_jaxpr, (outputs, residuals) = jax.make_jaxpr(forward, return_shape=True)(params, x, context)
     y, loss, sums = outputs
     _check_shapes(x, y, loss)
-    back_jaxpr, gradients = jax.make_jaxpr(back, return_shape=True)(kept, y, loss)
+    backward_jaxpr, gradients = jax.make_jaxpr(backward, return_shape=True)(residuals, y, loss)
     trees |= {"x": jax.tree.structure(x), "params": jax.tree.structure(params),
               "forward": jax.tree.structure(outputs), "backward": jax.tree.structure(gradients)}
-    return _Sorter(ahead_jaxpr, back_jaxpr, params, x, outputs, len(kept)).split(trees, loss, sums)
+    return _Sorter(forward_jaxpr, backward_jaxpr, params, x, len(residuals)).split(trees, loss, sums)
 
 
 def _check_shapes(x, y, loss):
@@ -162,28 +175,28 @@ def _check_shapes(x, y, loss):
 
 
 class _Sorter:
-    """All equations of the VJP under one set of names, and for each variable what it depends on."""
+    """All equations of forward and backward pass with one set of variables, and what each variable depends on."""
 
-    def __init__(self, ahead_jaxpr, back_jaxpr, params, x, outputs, num_kept):
+    def __init__(self, forward_jaxpr, backward_jaxpr, params, x, num_residuals):
         self.equations, self.constants, self.waits = [], {}, {}
         first, size = len(jax.tree.leaves(params)), len(jax.tree.leaves(x))
-        arguments = [_fresh(v) for v in ahead_jaxpr.jaxpr.invars]
-        self.constant = set()  # what depends on nothing
-        self.of_params = set(arguments[:first])  # what depends on parameters and constants alone
-        ahead_results = self._inline(ahead_jaxpr, arguments)
-        self.num_ahead = len(self.equations)
-        width = len(ahead_results) - num_kept
-        self.dy = [_fresh(v) for v in back_jaxpr.jaxpr.invars[num_kept:]]
-        back_results = self._inline(back_jaxpr, ahead_results[width:] + self.dy)
+        arguments = [_fresh(v) for v in forward_jaxpr.jaxpr.invars]
+        self.constant = set()  # variables that depend on no argument
+        self.of_params = set(arguments[:first])  # variables that depend only on parameters
+        forward_results = self._inline(forward_jaxpr, arguments)
+        self.num_forward = len(self.equations)
+        width = len(forward_results) - num_residuals
+        self.dy = [_fresh(v) for v in backward_jaxpr.jaxpr.invars[num_residuals:]]
+        backward_results = self._inline(backward_jaxpr, forward_results[width:] + self.dy)
 
         self.x = arguments[first:first + size]
         self.params, self.context = arguments[:first], arguments[first + size:]
         same = self._merge_preparations()
-        self.outputs = [same.get(v, v) if isinstance(v, core.Var) else v for v in ahead_results[:width]]
-        self.dx, self.dparams = back_results[:size], back_results[size:]
+        self.outputs = [same.get(v, v) if isinstance(v, core.Var) else v for v in forward_results[:width]]
+        self.dx, self.dparams = backward_results[:size], backward_results[size:]
 
     def _inline(self, jaxpr, arguments):
-        """Appends the equations of `jaxpr` with fresh variables and bodies for calls; returns its results' atoms."""
+        """Appends the equations of `jaxpr`, with fresh variables and with calls inlined. Returns its results' atoms."""
         inner = getattr(jaxpr, "jaxpr", jaxpr)
         env = dict(zip(inner.invars, arguments))
         for v, value in zip(inner.constvars, getattr(jaxpr, "consts", ())):
@@ -199,7 +212,7 @@ class _Sorter:
             if equation.primitive.name in CALLS:
                 body = equation.params.get("call_jaxpr", equation.params.get("jaxpr"))
                 if equation.params.get("prevent_cse") and equation.params.get("differentiated"):
-                    taken = self._held_back(taken)
+                    taken = self._behind_barriers(taken)
                 given = self._inline(body, taken)
             else:
                 given = [_fresh(v) for v in equation.outvars]
@@ -213,10 +226,10 @@ class _Sorter:
         if rest <= self.of_params and not equation.effects:
             (self.of_params if rest else self.constant).update(equation.outvars)
 
-    def _held_back(self, atoms):
-        """What a recomputation reads, behind barriers that wait for the gradients among it.
+    def _behind_barriers(self, atoms):
+        """The inputs of a recomputation, each behind a barrier that waits for the gradients among the inputs.
 
-        jax puts one barrier around all of it, through which everything would depend on everything.
+        jax uses a single barrier for all inputs, which would make every result depend on every input.
         """
         behind = {v: _fresh(v) for v in _variables(atoms) if v not in self.of_params | self.constant}
         for v, fresh in behind.items():
@@ -225,9 +238,9 @@ class _Sorter:
         return [v if isinstance(v, core.Literal) else behind.get(v, v) for v in atoms]
 
     def _merge_preparations(self):
-        """Finds what is made of parameters alone, and makes twice the same thing (F and Bi quantize a weight each) one.
+        """Finds variables that depend only on parameters, and merges equal ones: F and Bi both quantize a weight.
 
-        Sets self.preparation, {variable: index of its equation}. Returns {variable: the same one, made earlier}.
+        Sets self.preparation, {variable: index of its equation}. Returns {variable: the earlier, equal one}.
         """
         self.preparation, same, first = {}, {}, {}
         for i, equation in enumerate(self.equations):
@@ -237,7 +250,7 @@ class _Sorter:
                 continue
             if equation.outvars[0] in self.of_params:
                 self.preparation |= dict.fromkeys(equation.outvars, i)
-            # A literal's text says nothing of its type: zeros in FP8 are not zeros in bfloat16.
+            # A literal's text does not include its type: zeros in FP8 are not zeros in bfloat16.
             atoms = ((str(v), str(v.aval)) if isinstance(v, core.Literal) else id(v) for v in taken)
             key = equation.primitive.name, str(equation.params), *atoms
             for v, earlier in zip(equation.outvars, first.setdefault(key, equation.outvars)):
@@ -246,14 +259,14 @@ class _Sorter:
         return same
 
     def _prepared(self, indices, results):
-        """What these equations and results read that is made of parameters alone, in its smallest form."""
+        """What these equations and results read of the preparations, in its smallest form."""
         outside = [v for i in sorted(indices) if self.equations[i].outvars[0] not in self.preparation
                    for v in _variables(self.equations[i].invars)] + _variables(results)
         made = set(self.params) | self.preparation.keys()
         return tuple(dict.fromkeys(self._smallest(v) for v in outside if v in made))
 
     def _smallest(self, v):
-        """v, or what it is a copy of in another shape, order or wider type."""
+        """v, or a variable of no more bytes that it is computed from by itself: a reshape, transpose or wider type."""
         while v in self.preparation:
             read = [u for u in _variables(self.equations[self.preparation[v]].invars) if u not in self.constant]
             if len(read) != 1 or _bytes(_structs(read)) > _bytes(_structs([v])):
@@ -270,7 +283,7 @@ class _Sorter:
         return reached
 
     def _needed(self, targets, known=()):
-        """Indices of the equations that compute `targets` from `known`, and from what no equation computes."""
+        """Indices of the equations that compute `targets` from `known` and from arguments."""
         wanted, found = set(_variables(targets)) - set(known), set()
         for i in reversed(range(len(self.equations))):
             if any(v in wanted for v in self.equations[i].outvars):
@@ -279,36 +292,38 @@ class _Sorter:
         return found
 
     def _piece(self, results, known):
-        """The equations that compute `results` from `known` and from what every piece may read."""
+        """The equations that compute `results` from `known` and from the context."""
         equations = tuple(self.equations[i] for i in sorted(self._needed(results, known)))
         return Piece(equations, tuple(results), self.waits)
 
-    def split(self, trees, loss, sums):
+    def split(self, trees: dict[str, Any], loss: Any, sums: Any) -> Split:
         on_x, on_dy = self._reached(self.x), self._reached(self.dy)
         self.waits = {v: tuple(u for u in among if u in on_dy) for v, among in self.waits.items()}
-        back = self._needed(self.dx + self.dparams) - set(range(self.num_ahead))
-        marked = [v for i in back for v in self.equations[i].outvars
+        backward = self._needed(self.dx + self.dparams) - set(range(self.num_forward))
+        marked = [v for i in backward for v in self.equations[i].outvars
                   if self.equations[i].primitive.name == "name" and self.equations[i].params["name"] == DEFERRED]
-        in_w = self._weight_gradients(back - self._needed(self.dx + marked), on_x, on_dy)
+        in_w = self._weight_gradients(backward - self._needed(self.dx + marked), on_x, on_dy)
         in_w -= self._shrinking(in_w, on_x | on_dy)
-        kept = self._across(back, self.dx + self.dparams, on_x - self._made(range(self.num_ahead, len(self.equations))))
-        deferred = self._across(in_w, self.dparams, (on_x | on_dy) - self._made(in_w))
-        wanted = {"F": ([*self.outputs, *kept], self.x), "Bi": ([*self.dx, *deferred], [*kept, *self.dy]),
-                  "W": (self.dparams, deferred), "B": ([*self.dx, *self.dparams], [*kept, *self.dy])}
+        residuals = self._across(backward, self.dx + self.dparams,
+                                 on_x - self._made(range(self.num_forward, len(self.equations))))
+        pending = self._across(in_w, self.dparams, (on_x | on_dy) - self._made(in_w))
+        # piece -> (its results, what it is given besides `prepared` and context)
+        wanted = {"F": ([*self.outputs, *residuals], self.x), "Bi": ([*self.dx, *pending], [*residuals, *self.dy]),
+                  "W": (self.dparams, pending), "B": ([*self.dx, *self.dparams], [*residuals, *self.dy])}
         prepared = tuple(dict.fromkeys(v for results, known in wanted.values()
                                        for v in self._prepared(self._needed(results, known), results)))
         pieces = {name: self._piece(results, [*known, *prepared]) for name, (results, known) in wanted.items()}
         pieces["prepare"] = self._piece(prepared, self.params)
-        return Split(kept=_structs(kept), deferred=_structs(deferred), loss=loss, sums=sums, pieces=pieces,
-                     _params=tuple(self.params), _prepared=prepared, _context=tuple(self.context),
-                     _x=tuple(self.x), _kept=kept, _dy=tuple(self.dy), _deferred=deferred, _constants=self.constants,
+        return Split(residuals=_structs(residuals), pending=_structs(pending), loss=loss, sums=sums, pieces=pieces,
+                     _params=tuple(self.params), _prepared=prepared, _context=tuple(self.context), _x=tuple(self.x),
+                     _residuals=residuals, _dy=tuple(self.dy), _pending=pending, _constants=self.constants,
                      _trees=trees)
 
     def _weight_gradients(self, candidates, on_x, on_dy):
-        """The equations of W: of those that the input's gradient does not need, what depends on the output's.
+        """The equations of W: those candidates, which dx does not need, that depend on dy.
 
-        What is recomputed for W alone is recomputed in Bi, unless W can do it from what it reads anyway, or from no
-        more bytes than the result has (a transposed input).
+        Recomputation that only W needs is done in Bi, except where W can do it from arrays that it reads anyway or from
+        no more bytes than the result has (a transposed input).
         """
         in_w = {i for i in candidates if any(v in on_dy for v in self.equations[i].outvars)}
         for i in sorted(candidates - in_w, reverse=True):
@@ -323,7 +338,10 @@ class _Sorter:
         return in_w
 
     def _shrinking(self, in_w, on_input):
-        """Those equations of W that are no products and give fewer bytes than they alone read: sums, rounding."""
+        """The equations of W, products excepted, whose result is smaller than what only they read: sums, rounding.
+
+        Done in Bi, they make the pending arrays smaller.
+        """
         readers = collections.Counter(v for i in in_w for v in set(_variables(self.equations[i].invars)))
         left = set(in_w)
         for i in sorted(in_w):
@@ -339,7 +357,7 @@ class _Sorter:
         return {v for i in indices for v in self.equations[i].outvars}
 
     def _across(self, indices, results, made):
-        """What these equations and results read of `made`, each once, in a fixed order."""
+        """The variables of `made` that these equations and results read, each once, in a fixed order."""
         read = [v for i in sorted(indices) for v in _variables(self.equations[i].invars)] + _variables(results)
         return tuple(dict.fromkeys(v for v in read if v in made))
 

@@ -1,23 +1,25 @@
-"""A schedule as arrays of integers, one row a tick, for a program that reads them while it runs (no jax here)."""
+"""A schedule as arrays of integers, one row a tick, which the executor reads while it runs (no jax here)."""
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 
+from deepseek_jax.pipeline.orders import Op
 from deepseek_jax.pipeline.schedule import Schedule
 from deepseek_jax.pipeline.ticks import message_source
 
 
 class Ranks(NamedTuple):
-    """int32 [ticks, ranks] each: what a rank does. Where there is nothing to read or write, an index that is harmless.
+    """int32 [ticks, ranks] each: what a rank does. If it reads or writes nothing, the index is a harmless one.
 
     branch: index into `Tables.branches`.
     forward, backward: micro-batch of F, and of B, Bi or W.
-    forward_message, backward_message: slots where their inputs wait.
-    activation_in, activation_out: the slot that the cell takes, and the one it gives: the same one where it does not
-      fill another. deferred: the slot it takes and gives.
-    arrivals: [ticks, ranks, 4], the message slots of what comes from the rank before (an activation, a gradient)
-      and from the rank after (an activation, a gradient); the slot after the last one takes what nobody reads.
+    forward_message, backward_message: the message slots of their inputs.
+    activation_in, activation_out: the slot of residuals that the cell reads, and the one that it writes: the same slot
+      if it fills none. deferred: the slot of a pending weight gradient that it reads and writes.
+    arrivals: [ticks, ranks, 4], the message slots for arrivals from the previous rank (an activation, a gradient) and
+      from the next rank (an activation, a gradient); the slot after the last one is scratch.
     """
 
     branch: np.ndarray
@@ -32,10 +34,10 @@ class Ranks(NamedTuple):
 
 
 class Ends(NamedTuple):
-    """int32 [ticks, ends] each, the same for all ranks: which micro-batch enters or leaves, -1 where none does.
+    """int32 [ticks, ends] each, the same for all ranks: the micro-batch that enters or leaves, or -1.
 
-    enter: before the tick.   left: came out of the last stage in this tick; gradient_slot: the message slot, on that
-    stage's rank, where the gradient of its loss goes.   back: its gradient came out of the first stage.
+    enter: enters the first stage in this tick.   left: leaves the last stage; gradient_slot: the message slot, on that
+    stage's rank, for the gradient of its loss.   back: its gradient leaves the first stage.
     """
 
     enter: np.ndarray
@@ -55,7 +57,7 @@ class Tables(NamedTuple):
 
 
 def tabulate(schedule: Schedule) -> Tables:
-    """Everything that the executor looks up."""
+    """The tables of a schedule."""
     route, ticks, trash = schedule.route, len(schedule.table), schedule.slots.messages
     places = [(direction, rank) for direction in range(route.directions) for rank in range(schedule.ranks)]
     entrances = tuple((d, r) for d, r in places if route.before(r, d) is None)
@@ -64,7 +66,7 @@ def tabulate(schedule: Schedule) -> Tables:
     branches = tuple(sorted({cell for row in kinds for cell in row}))
 
     ranks = Ranks(*(np.zeros((ticks, schedule.ranks), np.int32) for _ in Ranks._fields[:-1]),
-                  np.full((ticks, schedule.ranks, 4), trash, np.int32))
+                  np.full((ticks, schedule.ranks, 4), trash, np.int32))  # pyright: ignore[reportCallIssue] (9 fields)
     ends = Ends(*(np.full((ticks, n), -1, np.int32) for n in (len(entrances), len(exits), len(exits), len(entrances))))
     when = {(op.kind[0], rank, op.direction, op.microbatch): tick for tick, rank, op in operations(schedule)}
 
@@ -74,7 +76,7 @@ def tabulate(schedule: Schedule) -> Tables:
             ranks.branch[at] = branches.index(kinds[tick][rank])
             for op in cell:
                 _write_cell(ranks, at, op)
-            # A cell that fills no slot gives back the one it took.
+            # A cell that fills no slot writes the one that it read.
             if not any(op.kind == "F" for op in cell):
                 ranks.activation_out[at] = ranks.activation_in[at]
             elif len(cell) == 1:
@@ -93,14 +95,15 @@ def tabulate(schedule: Schedule) -> Tables:
         if op.kind != "F" and place in exits:
             ends.gradient_slot[when[source], exits.index(place)] = op.message
         else:
-            # Activations of direction 0 and gradients of direction 1 come from the rank before. At the turn of a V a
-            # rank hears from itself, in place of a rank after it.
+            # Activations of direction 0 and gradients of direction 1 come from the previous rank. At the end of a V a
+            # rank sends to itself, in place of a next rank.
             from_before = (op.kind == "F") == (op.direction == 0)
             ranks.arrivals[when[source], rank, 2 * (not from_before) + (op.kind != "F")] = op.message
     return Tables(branches, entrances, exits, ranks, ends)
 
 
-def operations(schedule):
+def operations(schedule: Schedule) -> Iterator[tuple[int, int, Op]]:
+    """(tick, rank, operation) of all operations."""
     return ((tick, rank, op) for tick, row in enumerate(schedule.table) for rank, cell in enumerate(row)
             for op in cell)
 

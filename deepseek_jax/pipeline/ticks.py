@@ -1,18 +1,19 @@
-"""Puts the cells of all ranks into ticks that every rank shares, and what they keep into slots of static buffers.
+"""Assigns the cells of all ranks to common ticks, and what they save to slots of fixed-size buffers.
 
 One SPMD program runs a pipeline in lock step: a tick lasts as long as its slowest cell. Starting every cell as soon
 as its inputs exist wastes up to an eighth of DualPipe, since short cells then fall into the same ticks as long ones.
-So the ticks are searched: at each one the only choice is how long it may last (whatever is ready and fits runs, for
-running it earlier cannot hurt), and the shortest path over "how far is each rank" is the placement.
+So the ticks are searched: at each one the only choice is how long it may last (whatever is ready and fits then runs,
+because running it earlier does no harm), and the placement is the shortest path over the ranks' progress.
 """
 
 import heapq
 import itertools
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
-from deepseek_jax.pipeline.orders import Op, Route, kind_of
+from deepseek_jax.pipeline.orders import Cell, Op, Route, kind_of
 
-# For these the bubbles of all five schedules are what the report's table says. Only their ratios matter here.
+# With these the bubbles of all five schedules are those of the report's table. Only the ratios matter here.
 NOMINAL = {"F": 1, "B": 2, "Bi": 1, "W": 1, "F&B": 3}
 BEAM = 32  # states kept per moment; all of them kept gives nothing shorter for up to 32 ranks (tests, LOG)
 
@@ -20,8 +21,8 @@ BEAM = 32  # states kept per moment; all of them kept gives nothing shorter for 
 class Slots(NamedTuple):
     """How many slots each rank's buffers have; the same on all ranks, since one program runs on all of them.
 
-    activations: what F leaves for the backward pass.   deferred: what Bi leaves for W.
-    messages: activations and gradients that arrived, and wait.
+    activations: residuals that F saves for the backward pass.   deferred: what Bi saves for W.
+    messages: activations and gradients that have arrived and are not used yet.
     """
 
     activations: int
@@ -29,8 +30,8 @@ class Slots(NamedTuple):
     messages: int
 
 
-def sources(op: Op, rank: int, route: Route):
-    """What must have run before: (kind, rank, direction, microbatch); "B" stands for B and Bi."""
+def sources(op: Op, rank: int, route: Route) -> list[tuple[str, int, int, int]]:
+    """The operations that must have run: (kind, rank, direction, microbatch); "B" stands for B and Bi."""
     _, direction, microbatch = op[:3]
     if op.kind == "W":
         return [("B", rank, direction, microbatch)]
@@ -85,11 +86,13 @@ class _Search:
             yield longest, tuple(i + (ready.get(rank, longest + 1) <= longest) for rank, i in enumerate(state))
 
 
-def place(orders, route: Route, beam=BEAM):
+def place(orders: list[list[Cell]], route: Route, beam: int = BEAM) -> list[list[Cell]]:
     """The shortest placement of these orders: rows of cells, one a rank, () where it waits."""
     search = _Search(orders, route)
-    start = (0,) * len(orders)
-    came_from, at, moments = {start: (0, None)}, {0: {start}}, [0]
+    start: tuple[int, ...] = (0,) * len(orders)
+    came_from: dict[tuple[int, ...], tuple[int, Any]] = {start: (0, None)}
+    at: dict[int, set[tuple[int, ...]]] = {0: {start}}
+    moments = [0]
     while True:
         now = heapq.heappop(moments)
         states = [s for s in at.pop(now) if came_from[s][0] == now]
@@ -111,8 +114,12 @@ def place(orders, route: Route, beam=BEAM):
             for before, after in itertools.pairwise(path)]
 
 
-def color(intervals):
-    """Gives every (key, first, last) a slot in which nothing else lives from first to last; uses as few as can be."""
+def color(intervals: Iterable[tuple[Any, int, int]]) -> tuple[dict[Any, int], int]:
+    """Gives every (key, first, last) a slot of its own from first to last, with as few slots as possible.
+
+    Returns:
+      {key: slot}, number of slots.
+    """
     slots, free, ends, used = {}, [], [], 0
     for key, first, last in sorted(intervals, key=lambda interval: interval[1:]):
         while ends and ends[0][0] < first:
@@ -125,7 +132,7 @@ def color(intervals):
     return slots, used
 
 
-def assign_slots(rows, route: Route):
+def assign_slots(rows: list[list[Cell]], route: Route) -> tuple[tuple[tuple[Cell, ...], ...], Slots]:
     """Writes slots into every operation: (rows, Slots)."""
     tick = {(op.kind[0], rank, op.direction, op.microbatch): t
             for t, row in enumerate(rows) for rank, cell in enumerate(row) for op in cell}
@@ -156,8 +163,9 @@ def assign_slots(rows, route: Route):
     return table, Slots(*(max(column) for column in zip(*counts)))
 
 
-def message_source(kind, rank, direction, microbatch, route: Route):
-    """Whose result the operation finds in its message slot; None for W, and for F of the first stage.
+def message_source(kind: str, rank: int, direction: int, microbatch: int,
+                   route: Route) -> tuple[str, int, int, int] | None:
+    """The operation whose result is in this one's message slot; None for W, and for F of the first stage.
 
     The gradient of the last stage's output comes from the loss, right after that stage's own forward pass.
     """

@@ -1,17 +1,18 @@
-"""Proves a schedule's table, and says what it costs (standard library only).
+"""Checks a schedule's table, and computes its costs (standard library only).
 
-Proven are: every operation is there once, at the place of its stage; in every rank's order alone no rank ends up
-waiting for ever; in ticks everything an operation reads was there a tick before; nothing is overwritten while somebody
-will still read it, neither in slots of activations and deferred weight gradients nor where messages wait.
+The checks prove that every operation is in the table once, at the rank of its stage; that the ranks' orders do not
+deadlock; that everything an operation reads was computed at least a tick before; and that no slot, of activations,
+deferred weight gradients or messages, is overwritten before its last read.
 """
 
 import dataclasses
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 from deepseek_jax.config.schema import ConfigError
-from deepseek_jax.pipeline.orders import kind_of
+from deepseek_jax.pipeline.orders import Cell, kind_of
 from deepseek_jax.pipeline.schedule import NAMES, Schedule, make_schedule
 from deepseek_jax.pipeline.ticks import message_source, sources
 
@@ -19,18 +20,18 @@ CELLS = ("", "F", "B", "Bi", "W", "F&B")
 
 
 class ScheduleError(ValueError):
-    """A table that would not compute what it should: one line that says where."""
+    """A table that would compute something else than the step; the message says where."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What a proven schedule costs, times in the unit of the given costs.
+    """The costs of a valid schedule, times in the unit of the given costs.
 
-    makespan: of the whole step when every rank starts a cell as soon as its inputs exist; messages travel in no time.
+    makespan: of the step if every rank starts a cell as soon as its inputs exist; messages take no time.
     lockstep_makespan: when all ranks share ticks, each as long as its slowest cell.
     idle: per rank, of the free-running makespan.
-    peak_activations: per rank, micro-batches whose backward pass has still to read what the forward pass left.
-    peak_deferred: per rank, weight gradients put off.
+    peak_activations: per rank, micro-batches whose residuals are saved.
+    peak_deferred: per rank, deferred weight gradients.
     bubble: idle time by the formula of the report's table, for comparison; exact where F = Bi = W and F&B = F + B.
     """
 
@@ -47,7 +48,7 @@ def cell_costs(costs: Mapping[str, float] | None = None) -> dict[str, float]:
     """Time of each kind of cell.
 
     Args:
-      costs: f, b (the full backward pass), w, and fb (F&B; f + b if it is left out). None: 1, 2, 1, 3.
+      costs: f, b (the full backward pass), w, and fb (F&B; f + b if it is missing). None: 1, 2, 1, 3.
     Raises:
       ConfigError: an unknown or missing key, a negative or infinite time, or w above b.
     """
@@ -66,7 +67,7 @@ def cell_costs(costs: Mapping[str, float] | None = None) -> dict[str, float]:
 
 
 def validate(schedule: Schedule, costs: Mapping[str, float] | None = None) -> Report:
-    """Proves the table and reports its costs.
+    """Checks the table and reports its costs.
 
     Args:
       costs: as `cell_costs` takes them.
@@ -89,12 +90,13 @@ def validate(schedule: Schedule, costs: Mapping[str, float] | None = None) -> Re
         bubble=bubble(schedule.name, schedule.stages, costs), ticks=len(schedule.table))
 
 
-def compare(ranks, microbatches, costs=None):
+def compare(ranks: Iterable[int], microbatches: Iterable[int],
+            costs: Mapping[str, float] | None = None) -> list[dict[str, Any]]:
     """Figures of all five schedules over ranks and micro-batches, where they exist: one dictionary each.
 
-    All of the same model on the same ranks: dualpipev's stages, twice as many, take half as long and keep half.
-    `activations` and `deferred` count the slots that every rank of one program has to have, in shares of a rank's
-    layers; `lockstep` is in ticks that all ranks share.
+    All of the same model on the same ranks: dualpipev has twice as many stages, which take half as long and save half.
+    `activations` and `deferred` count the slots that every rank has, in shares of a rank's layers; `lockstep` is the
+    makespan if all ranks share ticks.
     """
     rows = []
     for r, m, name in itertools.product(ranks, microbatches, NAMES):
@@ -112,7 +114,7 @@ def compare(ranks, microbatches, costs=None):
     return rows
 
 
-def bubble(name, stages, costs=None):
+def bubble(name: str, stages: int, costs: Mapping[str, float] | None = None) -> float:
     """Idle time per rank by the table of the report's section 3.2.1 (Table 2), and of GPipe."""
     time = cell_costs(costs)
     f, b, w, fb = (time[kind] for kind in ("F", "B", "W", "F&B"))
@@ -128,7 +130,7 @@ def _say(op, rank):
 
 
 def _complete(schedule):
-    """Every operation once and where it belongs; returns the tick of each, B and Bi under "B"."""
+    """Checks that every operation is there once, on its rank; returns the tick of each, B and Bi under "B"."""
     ticks, whole = {}, {}
     for tick, row in enumerate(schedule.table):
         if len(row) != schedule.ranks:
@@ -187,10 +189,11 @@ def _no_deadlock(schedule):
         pass
 
 
-def starts(schedule, costs=None):
+def starts(schedule: Schedule, costs: Mapping[str, float] | None = None) -> Iterator[tuple[float, int, Cell]]:
     """When each cell starts if every rank runs freely: yields (start, rank, cell)."""
     time = cell_costs(costs)
-    end, clock = {}, [0] * schedule.ranks
+    clock: list[float] = [0] * schedule.ranks
+    end: dict[tuple, float] = {}
     for rank, cell, needs in _runs(schedule):
         start = max([clock[rank], *(end[s] for s in needs)])
         clock[rank] = start + time[kind_of(cell)]

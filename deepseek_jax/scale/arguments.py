@@ -1,15 +1,16 @@
-"""The words that `plan` and `compile` share on the command line, and what they mean (no jax)."""
+"""Command-line options that `plan` and `compile` share, and what they mean (no jax)."""
 
 import argparse
+from typing import Any
 
 from deepseek_jax.config import FP8Config, ModelConfig, model_config
-from deepseek_jax.scale.layout import Layout, make_layout
+from deepseek_jax.scale.layout import Layout, Split, make_layout
 
 REPORT_SEQUENCES = 15360  # a step's, report section 4.2
 
 
-def add(parser, fp8=False):
-    """`fp8`: what holds without --fp8 and --no-fp8."""
+def add(parser: argparse.ArgumentParser, fp8: bool = False) -> None:
+    """Adds the options. fp8: the default of --fp8."""
     parser.add_argument("--model", required=True, help="tiny, small, v2_lite_16b, v2_236b or v3_671b")
     parser.add_argument("--layers", type=int, help="of the model, if fewer than it has")
     parser.add_argument("--pipe", type=int, default=1, help="ranks of the pipeline")
@@ -34,18 +35,27 @@ def _capacity(text):
     return None if text == "none" else float(text)
 
 
-def model(args) -> ModelConfig:
-    """Raises ConfigError for what the model does not have."""
+def model(args: argparse.Namespace) -> ModelConfig:
+    """The model.
+
+    Raises:
+      ConfigError: an option does not fit it.
+    """
     changes = {name: value for name, value in (("remat", args.remat), ("num_layers", args.layers)) if value is not None}
     return model_config(args.model, fp8=FP8Config(enabled=args.fp8), **changes)
 
 
-def layout(args, c: ModelConfig, devices: int, node_size: int) -> Layout:
-    """Raises ConfigError where the numbers do not fit each other."""
-    return make_layout(c, devices, args.pipe, args.expert, node_size, args.sequences, args.rows, args.tensor,
-                       args.schedule, args.sequence_length, args.deferred, **mesh(args))
+def layout(args: argparse.Namespace, c: ModelConfig, devices: int, node_size: int) -> Layout:
+    """The layout.
+
+    Raises:
+      ConfigError: the numbers do not divide each other or the model.
+    """
+    split = Split(devices, args.pipe, args.expert, args.tensor, node_size)
+    return make_layout(c, split, args.sequences, args.rows, args.sequence_length, args.schedule, args.deferred,
+                       **mesh(args))
 
 
-def mesh(args) -> dict:
-    """How tokens travel."""
+def mesh(args: argparse.Namespace) -> dict[str, Any]:
+    """How tokens travel: fields of MeshConfig."""
     return dict(dispatch=args.dispatch, buffers=args.buffers, capacity=args.capacity, dispatch_fp8=args.fp8)

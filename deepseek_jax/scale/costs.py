@@ -1,10 +1,12 @@
 """Parameters and FLOPs, counted from the config alone (no jax).
 
-Products only: a product of an [M, K] by a [K, N] matrix is 2 M K N operations; norms, softmax and rotations are left
-out, as the field does. Backward is twice forward: once for the input's gradient, once for the weight's.
+Products only: a product of an [M, K] by a [K, N] matrix is 2 M K N operations; norms, softmax and rotations do not
+count, as usual. Backward is twice forward: once for the input's gradient, once for the weight's.
 """
 
 from deepseek_jax.config import ModelConfig
+
+FP8_BLOCK = 128  # values that share a scale; kernels_pallas.formats.BLOCK, which imports jax
 
 
 def attention_parameters(c: ModelConfig) -> int:

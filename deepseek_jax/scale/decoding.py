@@ -1,6 +1,6 @@
-"""How fast a model decodes: the network's bound, and what reading weights and caches makes of it (no jax).
+"""How fast a model decodes: the bound by the network, and by reading weights and caches (no jax).
 
-Two micro-batches take turns: one computes while the other's tokens are at the experts (report, section 3.4.2).
+Two micro-batches alternate: one computes while the other's tokens are at the experts (report, section 3.4.2).
 
     layer = 2 max(network of one micro-batch, work of one)      tokens/s of a user = tokens a step / (layers x layer)
 """
@@ -58,7 +58,7 @@ def decode(c: ModelConfig, hw: Hardware, serving: Serving, measured: Measured | 
     read = m.memory * hw.memory_bandwidth
     attention, expert = attention_parameters(c), ffn_parameters(c, c.expert_ffn_dim)
     experts = -(-c.num_experts // serving.devices) + c.num_shared_experts
-    weights = (attention / serving.tensor + experts * expert) / read  # FP8: one byte per parameter
+    weights = (attention / serving.tensor + experts * expert) / read  # FP8: a byte a parameter
     products = 2 * tokens * (attention / serving.tensor + (c.experts_per_token + c.num_shared_experts) * expert)
     core = 2 * tokens * c.num_heads * (2 * c.kv_rank + c.rope_head_dim) * serving.context
     core = max(core / (m.attention * hw.bf16), sequences * serving.context * cache / read) / serving.tensor
@@ -72,8 +72,8 @@ def decode(c: ModelConfig, hw: Hardware, serving: Serving, measured: Measured | 
 
 
 def published(c: ModelConfig, hw: Hardware) -> list[dict]:
-    """The layouts of the record, with and without MTP, next to what was published of them (DEEPSEEK-V3, section 3.4;
-    arXiv 2505.09343, section 2.3; open-infra-index)."""
+    """Published layouts, with and without MTP, next to the published figures (report, section 3.4; arXiv 2505.09343,
+    section 2.3; open-infra-index)."""
     cases = [
         ("network bound, 32 tokens a micro-batch", Serving(256, 64, 1), {"bound_a_user": 67.0}),
         ("report: 40 nodes, TP4, EP320", Serving(320, 64, 4096, tensor=4), {}),

@@ -1,4 +1,4 @@
-"""What machines can do, one row each, with where every figure comes from (no jax).
+"""What machines can do, one row each, with the source of every figure (no jax).
 
 Bandwidths are bytes per second in one direction of one device. "report": DeepSeek-V3's report, section 3; "DeepEP",
 "DeepGEMM", "FlashMLA": those projects' published tables, measured on H800s; "sheet": the vendor's data sheet.
@@ -15,8 +15,8 @@ class Hardware:
 
     bf16, fp8: peak FLOP/s of dense products; fp8 None: no FP8 units, so such products run at bf16's rate.
     memory: bytes. memory_bandwidth: bytes/s. local_bandwidth: to the devices of its node (of a pod: over ICI);
-    node_bandwidth: to other nodes. node_size: devices that the fast fabric joins in one node of training.
-    price: dollars per device-hour; None: unknown, so that --price has to say it.
+    node_bandwidth: to other nodes. node_size: devices that the fast fabric joins to one node of training.
+    price: dollars per device-hour; None: unknown, so --price has to give it.
     """
 
     bf16: float
@@ -51,9 +51,22 @@ HARDWARE = {
         "local_bandwidth": _ICI, "node_bandwidth": _ICI}),
 }
 
+# Dense bfloat16 peak of one device, FLOP/s, by prefix of jax's `device_kind`; the last three are not planned for.
+PEAK_BFLOAT16 = {"NVIDIA H100": HARDWARE["h100"].bf16, "NVIDIA H200": HARDWARE["h200"].bf16,
+                 "NVIDIA H800": HARDWARE["h800"].bf16, "NVIDIA B200": HARDWARE["b200"].bf16,
+                 "TPU v5": HARDWARE["v5p"].bf16, "TPU v6 lite": HARDWARE["v6e"].bf16,
+                 "NVIDIA A100": 312e12, "TPU v4": 275e12, "TPU v5 lite": 197e12}
+# Bytes of one jax device of the targets that programs are compiled for; a 7x chip is two jax devices.
+DEVICE_MEMORY = {name: HARDWARE[name].memory for name in ("h100", "h800", "v5p", "v6e")} | {
+    "v5e": 16e9, "7x": HARDWARE["7x"].memory / 2}
+
 
 def hardware(name: str) -> Hardware:
-    """The row `name`. Raises ConfigError, with the names there are."""
+    """The row `name`.
+
+    Raises:
+      ConfigError: there is none; lists those there are.
+    """
     if name not in HARDWARE:
         raise ConfigError(f"hardware {name!r} is unknown; take one of {', '.join(HARDWARE)}.")
     return HARDWARE[name]
@@ -61,9 +74,9 @@ def hardware(name: str) -> Hardware:
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """What no data sheet says, each as a share of a peak or in its own unit, and who measured it on what.
+    """What no data sheet gives, each as a share of a peak or in its own unit, with who measured it on what.
 
-    product_bf16 is the one that nobody published for these shapes.
+    Only product_bf16 has not been published for these shapes.
     """
 
     product_fp8: float = 1250e12 / 1979e12  # DeepGEMM, H800: mean of the grouped products of V3, 1346 and 1214 TFLOP/s
@@ -74,7 +87,7 @@ class Measured:
     dispatch: float = 51 / 50  # DeepEP, H800, 64-way, of node_bandwidth
     combine: float = 50 / 50
     local: float = 153 / 160  # DeepEP, H800, 8-way, of local_bandwidth
-    reserved: float = 20 / 132  # report, 3.2.2: SMs that move tokens meanwhile
-    # All that is no product, no core of attention and no waiting for the network: quantizing, norms, SwiGLU, gathers,
-    # launches, and experts that have more to do than others. From the published 13.95 s of overlapped cells.
+    reserved: float = 20 / 132  # report, 3.2.2: SMs that move tokens at the same time
+    # Everything except products, attention's core and waiting for the network: quantizing, norms, SwiGLU, gathers,
+    # launches, and uneven loads of experts. Fitted to the published 13.95 s of overlapped cells.
     slowdown: float = 1.275

@@ -1,22 +1,23 @@
-"""How a model lies on devices and what a step does there: the planner's input (no jax)."""
+"""How a model is laid out on devices and what a step does: the planner's input (no jax)."""
 
 import dataclasses
 import math
+from typing import Any
 
 from deepseek_jax.config import ConfigError, MeshConfig, ModelConfig
 from deepseek_jax.pipeline.schedule import Schedule, make_schedule
 
-LONGEST = 8  # micro-batches a rank of a schedule that is worked out; more of them change neither bubble nor slots
+LONGEST = 8  # micro-batches a rank in a computed schedule; more of them change neither bubble nor slots
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
     """A mesh and the work of one step on it.
 
-    schedule: of the pipeline, as `deepseek_jax.pipeline` has them; without one (mesh.pipe = 1) it says nothing.
-    microbatches: that go through the pipeline in a step; without one, gradient accumulation.
+    schedule: of the pipeline, a name that `deepseek_jax.pipeline` knows; unused if mesh.pipe = 1.
+    microbatches: of the pipeline in a step; without a pipeline, of gradient accumulation.
     rows: sequences of a micro-batch on one device.
-    deferred: weight gradients that may wait on a rank of the pipeline; None: as many as the schedule puts off.
+    deferred: weight gradients that may be pending on a pipeline rank; None: as many as the schedule defers.
     """
 
     mesh: MeshConfig
@@ -39,7 +40,7 @@ class Layout:
 
     @property
     def pipeline(self) -> Schedule | None:
-        """The schedule; of a long one (but gpipe) as much as shows everything: its middle repeats itself."""
+        """The schedule. A long one, except gpipe, is shortened: its middle only repeats."""
         if self.mesh.pipe == 1:
             return None
         longest = LONGEST * self.mesh.pipe + self.microbatches % 2
@@ -48,7 +49,7 @@ class Layout:
 
     @property
     def copies(self) -> int:
-        """How many stages' weights a rank holds: DualPipe its mirror rank's as well."""
+        """Stages whose weights a rank has: with DualPipe its own and those of its mirror rank."""
         return 2 if self.mesh.pipe > 1 and self.schedule == "dualpipe" else 1
 
     @property
@@ -59,15 +60,28 @@ class Layout:
                 f"{self.microbatches} x {self.rows} sequences")
 
 
-def make_layout(c: ModelConfig, devices, pipe, expert, node_size, sequences, rows=1, tensor=1, schedule="dualpipe",
-                sequence_length=4096, deferred=None, **mesh) -> Layout:
-    """The layout that these numbers leave: experts over whole nodes, replicas from what is left over.
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """How devices are shared out: ranks of the pipeline, devices that share the experts, devices that share heads and
+    vocabulary. node_size: devices of a node."""
+
+    devices: int
+    pipe: int = 1
+    expert: int = 1
+    tensor: int = 1
+    node_size: int = 8
+
+
+def make_layout(c: ModelConfig, split: Split, sequences: int, rows: int = 1, sequence_length: int = 4096,
+                schedule: str = "dualpipe", deferred: int | None = None, **mesh: Any) -> Layout:
+    """Lays the model out: experts over complete nodes, replicas over the remaining devices.
 
     Args:
-      expert: devices that share the experts. node_size: devices of a node. sequences: of a step.
+      sequences: of a step. rows, sequence_length, schedule, deferred: see Layout. mesh: other fields of MeshConfig.
     Raises:
-      ConfigError: they do not divide each other, or not what the model has.
+      ConfigError: the numbers do not divide each other or the model.
     """
+    devices, pipe, expert, tensor = split.devices, split.pipe, split.expert, split.tensor
     for name, value in (("devices", devices), ("pipe", pipe), ("expert", expert), ("rows", rows), ("tensor", tensor),
                         ("sequences", sequences), ("sequence_length", sequence_length)):
         if value < 1:
@@ -76,7 +90,7 @@ def make_layout(c: ModelConfig, devices, pipe, expert, node_size, sequences, row
         fits = [e for e in _divisors(math.gcd(devices, c.num_experts)) if devices % (pipe * e * tensor) == 0]
         raise ConfigError(f"pipe={pipe} * expert={expert} * tensor={tensor} does not divide {devices} devices; with "
                           + (f"this pipe, expert can be {fits}." if fits else "none of them can pipe stay as it is."))
-    local = min(expert, max(1, node_size // tensor))
+    local = min(expert, max(1, split.node_size // tensor))
     if expert % local:
         raise ConfigError(f"expert={expert} does not fill nodes of {local} devices; take a multiple of {local}.")
     shape = MeshConfig(pipe=pipe, replica=devices // (pipe * expert * tensor), node=expert // local, local=local,

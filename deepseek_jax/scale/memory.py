@@ -1,34 +1,33 @@
 """Bytes on one device, by group: of this program as XLA lays it out, from the config alone (no jax).
 
-    state       masters, moments, averages: split over all devices that do not hold different parts anyway (ZeRO-1)
-    working     what a step computes with: float32 copies of masters that are split further than their products; of a
-                pipeline's stages, what is made of them once a step: weights in the products' own type
+    state       masters, moments, averages: sharded over all devices that would otherwise have copies (ZeRO-1)
+    working     weights that a step computes with: float32 copies of masters that are sharded further than their
+                products; of a pipeline's stages, weights cast once a step to the type of their products
     gradients   of one micro-batch, and their sum
-    kept        for the backward pass, by the remat policy: per token at home, and per row that arrives at the experts
-    passing     what exists for a moment: the larger of one layer's products or of the logits, and the sums of
-                attention's loops; in a pipeline the backward pass of one micro-batch's layer and the forward pass of
-                another's
+    kept        residuals of the backward pass, by the remat policy: per token, and per row that arrives at the experts
+    passing     temporaries: the larger of one layer's products or of the logits, and the sums of attention's loops; in
+                a pipeline the backward pass of one micro-batch's layer and the forward pass of another's
 """
 
 import math
 
 from deepseek_jax.config import ModelConfig
-from deepseek_jax.scale.costs import attention_parameters, parameters
+from deepseek_jax.scale.costs import FP8_BLOCK, attention_parameters, parameters
 from deepseek_jax.scale.layout import Layout
 
 FLOAT32 = 4
-UNROLLED_LAYERS = 8  # of model.transformer: more are a loop
+UNROLLED_LAYERS = 8  # as model.transformer has it: more layers than that run in a loop
 GROUPS = ("masters", "moments", "averages", "working", "gradients", "kept", "buffers", "experts' products", "passing")
 
 
 def rows_of_experts(c: ModelConfig, layout: Layout) -> tuple[int, int]:
     """(rows that arrive on a device for one layer and micro-batch, rows of its experts' products).
 
-    Without a capacity there is room for all tokens of all senders: nothing is dropped whatever the routing. FP8's
-    products want every expert's rows at a multiple of 128.
+    Without a capacity there is room for all tokens of all senders, so nothing is ever dropped. FP8's products require
+    every expert's rows to begin at a multiple of the block size.
     """
     mesh, N, K = layout.mesh, layout.tokens // layout.mesh.tensor, c.experts_per_token
-    align = 128 if c.fp8.enabled else 1
+    align = FP8_BLOCK if c.fp8.enabled else 1
     E = c.num_experts // (mesh.node * mesh.local)
     even, arriving = N * K, N
     for places, nodes in ((mesh.node, min(K, c.groups_kept if c.num_groups > 1 else mesh.node)), (mesh.local, K)):
@@ -51,12 +50,12 @@ def _width(c: ModelConfig) -> int:
 
 
 def kept_of_layer(c: ModelConfig, layout: Layout, moe: bool = True) -> float:
-    """Bytes that one layer keeps of one micro-batch for its backward pass."""
+    """Bytes of the residuals of one layer and micro-batch."""
     N, width, D, H = layout.tokens, _width(c), c.d_model, c.num_heads / layout.mesh.tensor
     if c.remat == "full":
         return N * D * width
-    small = 1 + 4 / 128 if c.fp8.enabled else width  # an FP8 value and its share of a scale
-    output = 1.5 + 4 / 128 if c.fp8.enabled else width
+    small = 1 + 4 / FP8_BLOCK if c.fp8.enabled else width  # an FP8 value and its share of a scale
+    output = 1.5 + 4 / FP8_BLOCK if c.fp8.enabled else width
     shared = c.num_shared_experts * c.expert_ffn_dim if moe else c.dense_ffn_dim
     latents = (c.q_rank or 0) + c.kv_rank + c.rope_head_dim
     token = 2 * D * width + latents * width + H * (c.v_head_dim * output + 4) + 2 * shared / layout.mesh.tensor * small
@@ -70,16 +69,17 @@ def kept_of_layer(c: ModelConfig, layout: Layout, moe: bool = True) -> float:
 
 
 def held_parameters(c: ModelConfig, layout: Layout) -> dict[str, float]:
-    """Parameters that a device computes with, of one pipeline rank: {"experts", "others"}; ends are shared by ranks."""
+    """Parameters that a device of one pipeline rank computes with: {"experts", "others"}; ranks share the ends."""
     mesh, group = layout.mesh, parameters(c)
     owners = mesh.node * mesh.local
     routed = 3 * c.d_model * c.expert_ffn_dim * c.num_experts
     mtp_experts = c.mtp_depth * routed
     split = _split_by_tensor(c)
     others = sum(group.values()) - group["experts"] - mtp_experts - split + split / mesh.tensor
-    if mesh.pipe == 1:
+    pipeline = layout.pipeline
+    if pipeline is None:
         return {"experts": (group["experts"] + mtp_experts) / owners, "others": others}
-    layers = -(-c.num_moe_layers // layout.pipeline.stages) * (2 if layout.schedule == "dualpipev" else 1)
+    layers = -(-c.num_moe_layers // pipeline.stages) * (2 if layout.schedule == "dualpipev" else 1)
     layer = attention_parameters(c) + 3 * c.d_model * c.expert_ffn_dim * c.num_shared_experts
     layer += c.d_model * (c.num_experts + 2)
     ends = group["embedding and head"] + group["dense ffn"] + c.num_dense_layers * attention_parameters(c)
@@ -89,7 +89,7 @@ def held_parameters(c: ModelConfig, layout: Layout) -> dict[str, float]:
 
 
 def _split_by_tensor(c: ModelConfig) -> int:
-    """Parameters that `tensor` splits: by heads, by feed-forward width, by vocabulary; not the way down to latents."""
+    """Parameters that `tensor` splits: by heads, feed-forward width or vocabulary; not the projections to latents."""
     latents = (c.q_rank or 0) + c.kv_rank
     heads = attention_parameters(c) - latents - c.d_model * (latents + c.rope_head_dim)
     shared = 3 * c.d_model * c.num_shared_experts * c.expert_ffn_dim
@@ -99,63 +99,63 @@ def _split_by_tensor(c: ModelConfig) -> int:
 
 
 def _masters(c: ModelConfig, layout: Layout) -> float:
-    """Parameters whose masters a device holds: over pipe and all data axes, and over `tensor` what it splits."""
+    """Parameters whose masters a device has: sharded over pipe and all data axes, and over `tensor` where it splits."""
     mesh, split = layout.mesh, _split_by_tensor(c)
     return (sum(parameters(c).values()) - split + split / mesh.tensor) / (mesh.pipe * mesh.data_shards)
 
 
 def state(c: ModelConfig, layout: Layout) -> dict[str, float]:
-    """The training state: it is there all the time, and a checkpoint is a copy of it."""
+    """The training state: it exists all the time, and a checkpoint is a copy of it."""
     mine = _masters(c, layout)
     moment = {"bfloat16": 2, "float32": 4}[layout.moment_dtype]
     return {"masters": FLOAT32 * mine, "moments": 2 * moment * mine, "averages": FLOAT32 * mine * layout.ema}
 
 
 def bytes_per_device(c: ModelConfig, layout: Layout, loss_chunk: int = 1024) -> dict[str, float]:
-    """{group: bytes}, the groups of GROUPS; their sum is what a step needs."""
+    """{group: bytes}, with the groups of GROUPS; their sum is what a step needs."""
     mesh, held = layout.mesh, held_parameters(c, layout)
     group = state(c, layout)
-    all_masters = _masters(c, layout)
-    if mesh.pipe == 1:
+    all_masters, pipeline = _masters(c, layout), layout.pipeline
+    if pipeline is None:
         gathered = held["others"] * (mesh.data_shards > 1) + held["experts"] * (mesh.replica > 1)
         once = held["experts"] + held["others"] / mesh.data_shards
         group["working"] = FLOAT32 * gathered
         group["gradients"] = FLOAT32 * (once + all_masters * (layout.microbatches > 1))
         group["kept"] = (c.num_moe_layers + c.mtp_depth) * kept_of_layer(c, layout)
         group["kept"] += c.num_dense_layers * kept_of_layer(c, layout, moe=False)
-        # XLA puts the kernels of FP8's weight gradients off to the end of all layers that it sees at once.
+        # XLA defers the kernels of FP8's weight gradients to the end of all layers that it compiles at once.
         seen = c.num_moe_layers if c.num_moe_layers <= UNROLLED_LAYERS else 1
         group["buffers"] = c.fp8.enabled * (seen - 1) * deferred_of_layer(c, layout)
     else:
-        pipeline, copies = layout.pipeline, layout.copies
-        stage, ends = held["experts"] + held["others"], held["ends"]
+        copies, stage, ends = layout.copies, held["experts"] + held["others"], held["ends"]
         layers, slots = -(-c.num_moe_layers // pipeline.stages), pipeline.slots
         prepared = FLOAT32 * held["routers"] + (1 if c.fp8.enabled else _width(c)) * (stage - held["routers"])
         group["working"] = copies * prepared + FLOAT32 * ends
-        # A tick's own, and the sums that it is added to; two slots beside the buffers: one is taken and one is given.
+        # A tick's own gradients and the sums that they are added to; two slots in addition to the buffers, because a
+        # branch reads one slot and returns one.
         group["gradients"] = FLOAT32 * ((copies + 1) * stage + 2 * ends)
         group["kept"] = (slots.activations + 2) * layers * kept_of_layer(c, layout)
         group["buffers"] = (slots.messages + 1) * layout.tokens * c.d_model * _width(c)
         if slots.deferred:
             group["buffers"] += (slots.deferred + 2) * layers * deferred_of_layer(c, layout)
-    copies = group["experts' products"] = product_copies(c, layout)
-    if mesh.pipe == 1:
-        group["passing"] = max(0.0, passing(c, layout, loss_chunk) - copies) + attention_sums(c, layout)
+    products = group["experts' products"] = product_copies(c, layout)
+    if pipeline is None:
+        group["passing"] = max(0.0, passing(c, layout, loss_chunk) - products) + attention_sums(c, layout)
     else:
         group["passing"] = overlapped(c, layout)
     return group
 
 
 def overlapped(c: ModelConfig, layout: Layout) -> float:
-    """Bytes of an F&B cell that are there at once: a MoE layer's rows going forward, and another one's going back."""
+    """Bytes of an F&B cell that exist at once: of a MoE layer's forward pass and of another one's backward pass."""
     arriving, rows = rows_of_experts(c, layout)
     D, F, width = c.d_model, c.expert_ffn_dim, _width(c)
     if c.fp8.enabled:
-        # Rows, quantized, results; gate and up and what is quantized of them and of their product.
+        # Rows, quantized rows, results; gate, up, and the quantized copies of them and of their product.
         forward = rows * ((2 * width + 1) * D + (2 * width + 3) * F)
     else:
         forward = rows * (2 * width * D + 3 * width * F)
-    # What comes from and goes to other devices, in buffers for sending and for landing, each way of both.
+    # Tokens from and to other devices: a send and a receive buffer for each direction of both passes.
     travelling = 6 * arriving * D * width
     return forward + going_back(c, rows) + travelling
 
@@ -164,29 +164,29 @@ def going_back(c: ModelConfig, rows: float) -> float:
     """Bytes of a MoE layer's rows in its backward pass."""
     D, F, width = c.d_model, c.expert_ffn_dim, _width(c)
     if c.fp8.enabled:
-        # Rows and gradients in bfloat16, each quantized both ways; in float32 what was dequantized and the sum of two
-        # products; of the inside, value and gradient of gate, up and product in float32, and quantized.
+        # Rows and gradients in bfloat16, each quantized along both axes; in float32 the dequantized rows and the sum of
+        # two products; inside, value and gradient of gate, up and product in float32, and quantized.
         return rows * ((3 * width + 3 + 3 * FLOAT32) * D + (4 * FLOAT32 + 5) * F)
     return rows * ((3 * width + FLOAT32) * D + (6 * width + FLOAT32) * F)
 
 
 def deferred_of_layer(c: ModelConfig, layout: Layout) -> float:
-    """Bytes that a put-off weight gradient waits with: inputs and output gradients of the layer's products, in FP8 if
-    they are; the router's in float32."""
+    """Bytes of a pending weight gradient: inputs and output gradients of the layer's products, in FP8 if those are;
+    the router's in float32."""
     from_experts = rows_of_experts(c, layout)[1] * (2 * c.d_model + 3 * c.expert_ffn_dim)
     inputs = 2 * c.d_model + (2 * (c.q_rank or 0)) + 2 * c.kv_rank + c.num_heads * (
         c.qk_head_dim + c.nope_head_dim + 2 * c.v_head_dim)
     shared = 2 * c.d_model + 3 * c.num_shared_experts * c.expert_ffn_dim
-    width = 1 + 4 / 128 if c.fp8.enabled else _width(c)
+    width = 1 + 4 / FP8_BLOCK if c.fp8.enabled else _width(c)
     router = FLOAT32 * layout.tokens * (c.d_model + c.num_experts)
     return (from_experts + layout.tokens * (inputs + shared)) * width + router
 
 
 def product_copies(c: ModelConfig, layout: Layout) -> float:
-    """Without FP8's kernels XLA:GPU multiplies rows by experts as one masked product: a copy of the rows an expert.
+    """Without FP8's kernels XLA:GPU computes experts as one masked product, with a copy of the rows for each expert.
 
-    Of rows as wide as the model there are three such copies at once, of rows as wide as an expert five: fitted to what
-    was compiled.
+    Three such copies of rows as wide as the model exist at once, and five of rows as wide as an expert: fitted to
+    compiled programs.
     """
     if c.fp8.enabled:
         return 0.0
@@ -195,8 +195,11 @@ def product_copies(c: ModelConfig, layout: Layout) -> float:
 
 
 def attention_sums(c: ModelConfig, layout: Layout) -> float:
-    """The float32 sums that attention's loops add to, forward and back: XLA:GPU makes those of all layers that it sees
-    at the beginning, be they one loop's. Hopper's kernel, for heads of the published models, needs none."""
+    """The float32 sums that attention's loops add to, forward and backward.
+
+    XLA:GPU allocates those of all layers that it compiles at once; layers of a loop share theirs. Hopper's kernel, for
+    the heads of the published models, needs none.
+    """
     if (c.qk_head_dim, c.v_head_dim, c.dtype) == (192, 128, "bfloat16"):
         return 0.0
     layers = sum(n if n <= UNROLLED_LAYERS else 1 for n in (c.num_dense_layers, c.num_moe_layers)) + c.mtp_depth
@@ -205,7 +208,7 @@ def attention_sums(c: ModelConfig, layout: Layout) -> float:
 
 
 def passing(c: ModelConfig, layout: Layout, loss_chunk: int) -> float:
-    """The largest of what exists for a moment: the backward pass of one layer, or the logits of one chunk."""
+    """The largest temporaries: of the backward pass of one layer, or the logits of one chunk."""
     N, width, H = layout.tokens, _width(c), c.num_heads / layout.mesh.tensor
     attention = N * H * (4 * c.qk_head_dim + 3 * c.v_head_dim) * FLOAT32 / 2 * width / 2
     rows = going_back(c, rows_of_experts(c, layout)[1])

@@ -1,26 +1,28 @@
-"""What it takes to train a model on a machine: memory, step time, MFU, hours, dollars, and which layout is best.
+"""What training a model takes on a machine: memory, step time, MFU, hours, dollars, and which layout is best.
 
 No jax, and nothing runs: counts from `costs`, bytes from `memory`, times from `timing`, whose measured terms are named
-in `hardware.Measured`; the schedule's bubble is that of the table which `pipeline.validate` proves.
+in `hardware.Measured`; the bubble is that of the schedule's table, checked by `pipeline.validate`.
 """
 
 import dataclasses
 import itertools
+from typing import Any
 
 from deepseek_jax.config import ConfigError, ModelConfig
 from deepseek_jax.scale import memory, timing
 from deepseek_jax.scale.costs import conventions, training_flops_per_token
 from deepseek_jax.scale.hardware import Hardware, Measured
-from deepseek_jax.scale.layout import Layout, make_layout
+from deepseek_jax.scale.layout import Layout, Split, make_layout
 
 TOKENS = 14.8e12  # report, section 4.2
-# GPU-hours that the report spent on top of pre-training (section 1, table 1): taken from there, not modelled.
+BEST = 5  # layouts that a search returns
+# GPU-hours that the report spent after pre-training (section 1, table 1): taken over, not modelled.
 AFTERWARDS = {"context extension": 119e3, "post-training": 5e3}
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """One layout, judged. `bytes` per device by group; `hours` of one device for so many tokens; `dollars` for them."""
+    """One layout, evaluated. `bytes` per device by group; `hours` of one device for all tokens; `dollars` for them."""
 
     layout: Layout
     step: timing.Step
@@ -39,9 +41,9 @@ class Plan:
         return self.total_bytes <= self.memory
 
 
-def plan(c: ModelConfig, hw: Hardware, layout: Layout, tokens=TOKENS, price=None, measured: Measured | None = None,
-         limited: bool = True) -> Plan:
-    """Judges one layout.
+def plan(c: ModelConfig, hw: Hardware, layout: Layout, tokens: float = TOKENS, price: float | None = None,
+         measured: Measured | None = None, limited: bool = True) -> Plan:
+    """Evaluates one layout.
 
     Args:
       tokens: of the whole training. price: dollars a device-hour; None: the machine's.
@@ -55,9 +57,9 @@ def plan(c: ModelConfig, hw: Hardware, layout: Layout, tokens=TOKENS, price=None
 
 
 def what_to_change(c: ModelConfig, layout: Layout, found: Plan) -> str:
-    """By how much a layout does not fit, and the change to try first: what shrinks its largest group."""
+    """How many bytes a layout lacks, and the change to try first: the one that shrinks its largest group."""
     over = (found.total_bytes - found.memory) / 1e9
-    largest = max(found.bytes, key=found.bytes.get)
+    largest = max(found.bytes, key=lambda group: found.bytes[group])
     first = {"kept": "a smaller capacity" if layout.mesh.capacity is None or layout.mesh.capacity > 1.25 else
              "remat=full" if c.remat != "full" else "fewer rows, or more devices along pipe or expert",
              "experts' products": "fp8, whose kernels make no such copies",
@@ -69,12 +71,13 @@ def what_to_change(c: ModelConfig, layout: Layout, found: Plan) -> str:
             f"{first}")
 
 
-def search(c: ModelConfig, hw: Hardware, devices: int, sequences: int, sequence_length=4096, best=5, price=None,
-           tokens=TOKENS, **mesh):
-    """The fastest layouts that fit, over pipe, expert, rows, remat and schedule; replicas are what is left.
+def search(c: ModelConfig, hw: Hardware, devices: int, sequences: int, sequence_length: int = 4096,
+           price: float | None = None, tokens: float = TOKENS,
+           **mesh: Any) -> tuple[list[tuple[str, Plan]], dict[str, tuple[int, tuple | None]]]:
+    """The fastest layouts that fit, over pipe, expert, rows, remat and schedule; the other devices are replicas.
 
     Returns:
-      (list of (remat, Plan), best first; {reason: (how many layouts, the one that came nearest)}).
+      (the BEST (remat, Plan), best first; {reason: (how many layouts failed, the one that came nearest)}).
     """
     powers = [2**i for i in range(13)]
     fitting: list[tuple[str, Plan]] = []
@@ -86,8 +89,8 @@ def search(c: ModelConfig, hw: Hardware, devices: int, sequences: int, sequence_
             continue
         for schedule in ("1f1b", "zb1p", "dualpipe", "dualpipev") if pipe > 1 else ("1f1b",):
             try:
-                layout = make_layout(model, devices, pipe, expert, hw.node_size, sequences, rows, schedule=schedule,
-                                     sequence_length=sequence_length, **mesh)
+                layout = make_layout(model, Split(devices, pipe, expert, node_size=hw.node_size), sequences, rows,
+                                     sequence_length, schedule, **mesh)
             except ConfigError as error:
                 _note(reasons, _kind(str(error)), None)
                 continue
@@ -97,7 +100,7 @@ def search(c: ModelConfig, hw: Hardware, devices: int, sequences: int, sequence_
                 continue
             fitting.append((remat, plan(model, hw, layout, tokens, price)))
     fitting.sort(key=lambda found: found[1].hours)
-    return fitting[:best], {name: (len(all_), min((x for x in all_ if x), default=None))
+    return fitting[:BEST], {name: (len(all_), min((x for x in all_ if x), default=None))
                             for name, all_ in sorted(reasons.items(), key=lambda item: -len(item[1]))}
 
 
@@ -106,7 +109,7 @@ def _note(reasons, name, nearest):
 
 
 def _kind(message: str) -> str:
-    """One word for a family of complaints, so that they can be counted."""
+    """A short name for a family of error messages, so that they can be counted."""
     for part, name in (("needs at least", "too few micro-batches for the schedule"),
                        ("do not fill nodes", "experts do not fill nodes"), ("do not fill", "too few sequences a step"),
                        ("MoE layers that stages", "more pipeline ranks than MoE layers"),
@@ -116,11 +119,11 @@ def _kind(message: str) -> str:
     return "the schedule's ranks or micro-batches are odd"
 
 
-def ablations(c: ModelConfig, hw: Hardware, layout: Layout, measured: Measured | None = None):
-    """What each of the report's inventions is worth: the layout with one of them taken away, then with all of them.
+def ablations(c: ModelConfig, hw: Hardware, layout: Layout, measured: Measured | None = None) -> list[dict[str, Any]]:
+    """What each of the report's inventions is worth: the layout without one of them, and without all of them.
 
     Returns:
-      [{"without", "seconds", "times", "mfu", "gigabytes"}]: a step's, and how many times as long as with all.
+      [{"without", "seconds", "times", "mfu", "gigabytes"}]: of a step; times: as long as with all of them.
     """
     bf16 = dataclasses.replace(c, fp8=dataclasses.replace(c.fp8, enabled=False))
     on = lambda **mesh: dataclasses.replace(layout, mesh=dataclasses.replace(layout.mesh, **mesh))
@@ -144,8 +147,8 @@ def ablations(c: ModelConfig, hw: Hardware, layout: Layout, measured: Measured |
     return rows
 
 
-def sparsity(c: ModelConfig, sequence_length=4096) -> dict[str, float]:
-    """What experts that most tokens do not visit are worth: FLOPs of a token were all parameters active, over ours."""
+def sparsity(c: ModelConfig, sequence_length: int = 4096) -> dict[str, float]:
+    """What sparsity is worth: FLOPs of a token if all parameters were active, over those of this model."""
     ours = training_flops_per_token(dataclasses.replace(c, mtp_depth=0), sequence_length)
     counted = conventions(c)
     idle = counted["main model"] - counted["active per token"]
@@ -153,7 +156,7 @@ def sparsity(c: ModelConfig, sequence_length=4096) -> dict[str, float]:
 
 
 def published(found: Plan) -> list[dict]:
-    """A plan of the report's run beside what was published of it (arXiv 2505.09343, table 4; report, section 1)."""
+    """A plan of the report's run next to the published figures (arXiv 2505.09343, table 4; report, section 1)."""
     cells, afterwards = found.step.cells, sum(AFTERWARDS.values())
     total = (found.hours_per_trillion * TOKENS / 1e12 + afterwards) / 1e6
     rows = [("step, s", 19.926, found.step.seconds, ""), ("F alone, s", 1.13, cells["F"], ""),

@@ -1,11 +1,14 @@
-"""What the planner found, as text and as plain dictionaries (no jax)."""
+"""The planner's results, as text and as plain dictionaries (no jax)."""
 
 import dataclasses
+from typing import Any
+
+from deepseek_jax.scale.plan import Plan
 
 REPORT = "pipe 16, expert 64 over 8 nodes, 2 replicas, dualpipe, 120 x 1 sequences"
 
 
-def flat(found) -> dict:
+def flat(found: Plan) -> dict[str, Any]:
     """A Plan, JSON-able."""
     return {"layout": found.layout.name, "mesh": dataclasses.asdict(found.layout.mesh),
             "step": dataclasses.asdict(found.step), "bytes": found.bytes, "bytes_per_device": found.total_bytes,
@@ -13,13 +16,13 @@ def flat(found) -> dict:
             "hours": found.hours, "dollars": found.dollars}
 
 
-def counts(result) -> str:
+def counts(result: dict[str, Any]) -> str:
     lines = [f"{result['model']}: parameters"]
     lines += [f"  {name:50} {n:19,}" for name, n in result["parameters"].items() if n]
     return "\n".join(lines + [""] + [f"  {name:50} {n:19,}" for name, n in result["conventions"].items()])
 
 
-def planned(found, advice) -> str:
+def planned(found: Plan, advice: str) -> str:
     step = found.step
     lines = ["", found.layout.name, ""]
     lines += [f"  {name:20} {size / 1e9:8.2f} GB" for name, size in found.bytes.items() if size]
@@ -35,13 +38,13 @@ def planned(found, advice) -> str:
     return "\n".join(lines)
 
 
-def published(rows) -> str:
+def published(rows: list[dict[str, Any]]) -> str:
     lines = ["", f"  {'':44} {'published':>10} {'planned':>10} {'ratio':>6}"]
     return "\n".join(lines + [f"  {r['what']:44} {r['published']:10.4g} {r['planned']:10.4g} {r['ratio']:6.2f}  "
                               f"{r['note']}".rstrip() for r in rows])
 
 
-def ablated(rows, sparsity) -> str:
+def ablated(rows: list[dict[str, Any]], sparsity: dict[str, float]) -> str:
     lines = ["", f"  {'a step without':36} {'s':>7} {'times':>6} {'MFU':>7} {'GB':>7}"]
     lines += [f"  {r['without']:36} {r['seconds']:7.2f} {r['times']:6.2f} {r['mfu']:7.1%} {r['gigabytes']:7.1f}"
               for r in rows]
@@ -50,7 +53,7 @@ def ablated(rows, sparsity) -> str:
     return "\n".join(lines)
 
 
-def searched(best, reasons) -> str:
+def searched(best: list[tuple[str, Plan]], reasons: dict[str, tuple[int, tuple | None]]) -> str:
     lines = ["", f"  {'layouts that fit, fastest first':86} {'remat':7} {'s':>7} {'MFU':>6} {'GB':>6}"]
     lines += [f"  {p.layout.name:86} {remat:7} {p.step.seconds:7.2f} {p.step.mfu['non-causal']:6.1%} "
               f"{p.total_bytes / 1e9:6.1f}" for remat, p in best]
@@ -63,7 +66,7 @@ def searched(best, reasons) -> str:
     return "\n".join(lines)
 
 
-def decoded(rows) -> str:
+def decoded(rows: list[dict[str, Any]]) -> str:
     lines = ["", f"  {'decoding':40} {'MTP':>4} {'network us':>10} {'work us':>8} {'/s user':>8} {'bound':>6} "
                  f"{'/s node':>8}"]
     for r in rows:

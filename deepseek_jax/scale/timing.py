@@ -1,15 +1,16 @@
-"""How long a step takes: products at measured rates, the network's share, and the schedule's bubble (no jax).
+"""How long a step takes: products at measured rates, the network, and the schedule's bubble (no jax).
 
-    F   = work + waiting for dispatch and combine            F&B = work of both on the SMs that are left, or the network
-    step = makespan of the proven schedule at these costs + optimizer and ZeRO's collectives
+    F   = work + waiting for dispatch and combine            F&B = work of both on the remaining SMs, or the network
+    step = makespan of the validated schedule at these costs + optimizer and ZeRO's collectives
 
-Work is even over the pipeline's ranks, ends included, as one that was balanced by hand comes close to.
+Work is uniform over the pipeline's ranks, ends included; a hand-balanced pipeline comes close to that.
 """
 
 import dataclasses
 
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.pipeline.orders import kind_of
+from deepseek_jax.pipeline.schedule import Schedule
 from deepseek_jax.pipeline.validate import cell_costs, validate
 from deepseek_jax.scale.costs import layer_flops, parameters, training_flops_per_token
 from deepseek_jax.scale.hardware import Hardware, Measured
@@ -19,7 +20,7 @@ from deepseek_jax.scale.traffic import layer_traffic, step_traffic
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """Seconds of one kind of cell: what the device works, and what it waits for the network if nothing else runs."""
+    """Seconds of one kind of cell: of the device's work, and of waiting for the network if nothing else runs."""
 
     work: float
     network: float = 0.0
@@ -31,7 +32,7 @@ class Cell:
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """A predicted step: seconds, the mean over ranks of those spent in each kind of cell, and what follows from them.
+    """A predicted step: seconds, the mean over ranks of those spent in each kind of cell, and derived figures.
 
     mfu: as published, of bf16's peak, MTP not counted: {"non-causal", "causal"}.
     """
@@ -165,7 +166,7 @@ def step(c: ModelConfig, hw: Hardware, layout: Layout, m: Measured | None = None
     return Step(seconds, spent, each, bubble, optimizer, mfu, done / seconds)
 
 
-def spent_in(schedule, each) -> dict[str, float]:
+def spent_in(schedule: Schedule, each: dict[str, float]) -> dict[str, float]:
     """Mean over ranks of the seconds in each kind of cell; Bi under B, as the published table has it."""
     time = cell_costs(each)
     total: dict[str, float] = {}

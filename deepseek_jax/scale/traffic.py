@@ -1,18 +1,18 @@
 """What travels between devices: copies of tokens, activations between stages, gradients and weights (no jax).
 
-Expected numbers, for routing that is even over the experts of the groups that a token keeps. A copy is counted where
-it leaves its node, or its device inside the node; what stays on a device does not travel.
+Expected numbers, for routing that is uniform over the experts of a token's groups. A copy counts where it leaves its
+node, or its device inside the node; what stays on a device does not count.
 """
 
 import math
 
 from deepseek_jax.config import ModelConfig
-from deepseek_jax.scale.costs import parameters
+from deepseek_jax.scale.costs import FP8_BLOCK, parameters
 from deepseek_jax.scale.layout import Layout
 
 
 def distinct(places: int, items_each: int, drawn: int) -> float:
-    """Expected number of places that `drawn` different items come from, each place holding `items_each`."""
+    """Expected number of places that `drawn` different items come from, if each place has `items_each`."""
     total = places * items_each
     if drawn > total - items_each:
         return float(places)
@@ -30,7 +30,7 @@ def copies(c: ModelConfig, layout: Layout, dispatch: str | None = None, limited:
     dispatch = dispatch or mesh.dispatch
     kept = c.groups_kept if limited else c.num_groups
     group = c.num_experts // c.num_groups
-    # Whole groups live on a node: the kept ones lie on so many nodes, and the choices on so many of those.
+    # A group is on one node: `reach` nodes have a kept group, and `nodes` of them a chosen expert.
     groups_a_node = max(1, c.num_groups // mesh.node)
     reach = distinct(mesh.node, groups_a_node, kept) if c.num_groups > 1 else mesh.node
     share = kept * group / max(reach, 1)  # experts to choose from, on each of those nodes
@@ -39,7 +39,7 @@ def copies(c: ModelConfig, layout: Layout, dispatch: str | None = None, limited:
     elsewhere = (mesh.node - 1) / mesh.node
     if dispatch == "two_hop":
         return {"nodes": nodes, "across": nodes * elsewhere, "inside": devices * (mesh.local - 1) / mesh.local}
-    # Straight to the devices: those of the own node are reached inside it.
+    # Directly to the devices; those of the sender's node are reached inside it.
     return {"nodes": nodes, "across": devices * elsewhere,
             "inside": devices / mesh.node * (mesh.local - 1) / mesh.local}
 
@@ -50,15 +50,15 @@ def _none_of(total, marked, drawn):
 
 
 def copy_bytes(c: ModelConfig, fp8: bool) -> float:
-    """Values of one copy; FP8 with a float32 scale for 128 of them."""
-    return c.d_model + 4 * math.ceil(c.d_model / 128) if fp8 else 2 * c.d_model
+    """Bytes of one copy of a token; in FP8 with a float32 scale for each block."""
+    return c.d_model + 4 * math.ceil(c.d_model / FP8_BLOCK) if fp8 else 2 * c.d_model
 
 
 def layer_traffic(c: ModelConfig, layout: Layout, limited: bool = True) -> dict[str, float]:
     """Bytes that a device sends for one MoE layer and micro-batch, one way: {"dispatch across", "combine inside", ...}.
 
-    A forward pass dispatches and combines once, a backward pass too: gradients of results go out as tokens did, those
-    of tokens come back as results did.
+    A forward pass dispatches and combines once, and so does a backward pass: gradients of results are dispatched like
+    tokens, gradients of tokens combined like results.
     """
     n = copies(c, layout, limited=limited)
     out, back = copy_bytes(c, layout.mesh.dispatch_fp8), copy_bytes(c, False)

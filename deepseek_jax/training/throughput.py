@@ -5,10 +5,7 @@ import time
 import jax
 import jax.numpy as jnp
 
-# Dense bfloat16 peak of one device, FLOP/s, from the vendors' data sheets; keys are prefixes of `device_kind`.
-PEAK_BFLOAT16 = {"NVIDIA H100": 989e12, "NVIDIA H200": 989e12, "NVIDIA H800": 989e12, "NVIDIA A100": 312e12,
-                 "NVIDIA B200": 2250e12, "TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5": 459e12,
-                 "TPU v6 lite": 918e12}
+from deepseek_jax.scale.hardware import PEAK_BFLOAT16
 
 
 def peak_flops(dtype: str, devices: int = 1) -> float:

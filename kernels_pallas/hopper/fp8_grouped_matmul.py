@@ -15,14 +15,15 @@ Nothing is padded to equal groups, and no size leaves the device.
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
-from kernels_pallas.formats import BLOCK, E4M3, blocks
+from kernels_pallas.formats import BLOCK, E4M3, Quantized, blocks
 from kernels_pallas.hopper.fp8_matmul import Tile, TuningConfig, k_blocks, k_major, scaled_matmul
 from kernels_pallas.reference.fp8_grouped_matmul import check_grouped, expert_of_tile
 
 
-def fp8_grouped_matmul(a, b, sizes_E, *, out_dtype=jnp.bfloat16, config: TuningConfig | None = None, num_sms=132,
-                       interpret=False):
+def fp8_grouped_matmul(a: Quantized, b: Quantized, sizes_E: jax.Array, *, out_dtype: DTypeLike = jnp.bfloat16,
+                       config: TuningConfig | None = None, num_sms: int = 132, interpret: bool = False) -> jax.Array:
     """See the twin. Rows past the last group are written as zeros, and so are the gradients of experts without rows."""
     check_grouped(a, b, sizes_E)
     if a[0].dtype != E4M3 or b[0].dtype != E4M3:

@@ -15,17 +15,21 @@ the other has the tensor core:
 Rows and columns past the edge are loaded as zeros and not stored: that is what TMA does.
 """
 
+# The stubs of Mosaic's transforms and ACC are wrong.
+# pyright: reportAbstractUsage=false, reportPrivateImportUsage=false
 import dataclasses
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
-from kernels_pallas.formats import BLOCK, E4M3, blocks, rows_of_scale
+from kernels_pallas.formats import BLOCK, E4M3, Quantized, blocks, rows_of_scale
 from kernels_pallas.hopper.tiles import tiled_shape, whole_tiles
 from kernels_pallas.reference.fp8_matmul import check_matmul
 
@@ -52,14 +56,14 @@ class TuningConfig:
     snake: int = 8
 
     @property
-    def block_m(self):
+    def block_m(self) -> int:
         return 64 * (COMPUTE if self.split == "rows" else 1)
 
     @property
-    def block_n(self):
+    def block_n(self) -> int:
         return self.tile_n * (COMPUTE if self.split == "columns" else 1)
 
-    def stages_for(self, out_dtype):
+    def stages_for(self, out_dtype: jnp.dtype) -> int:
         left = SHARED_BYTES - COMPUTE * 64 * self.tile_n * out_dtype.itemsize
         return self.stages or left // ((self.block_m + self.block_n) * BLOCK)
 
@@ -75,7 +79,8 @@ class Tile(NamedTuple):
     steps: jax.Array | int
 
 
-def scaled_matmul(a, b, tables, locate, tiles, out_type, config, num_sms=132, interpret=False):
+def scaled_matmul(a: Any, b: Any, tables: Any, locate: Callable, tiles: Any, out_type: jax.ShapeDtypeStruct,
+                  config: TuningConfig, num_sms: int = 132, interpret: bool = False) -> jax.Array:
     """The loop that dense and grouped products share.
 
     Args:
@@ -179,18 +184,19 @@ def scaled_matmul(a, b, tables, locate, tiles, out_type, config, num_sms=132, in
     )(a_MK, as_KM, b_ENK, bs, *tables)[:, :out_type.shape[1], :out_type.shape[2]]
 
 
-def k_major(q, block):
+def k_major(q: Quantized, block: int) -> Any:
     """(values [M, K], scales [K / 128, M]): values in whole tiles, scales for whole tiles of `block` rows."""
     values, scales = q
     return whole_tiles(values), jnp.pad(scales, ((0, -scales.shape[0] % block), (0, 0))).T
 
 
-def k_blocks(q):
+def k_blocks(q: Quantized) -> Any:
     """(values [E, N, K], scales [E, N / 128, K / 128]), values in whole tiles."""
     return whole_tiles(q[0]), q[1]
 
 
-def fp8_matmul(a, b, *, out_dtype=jnp.bfloat16, config: TuningConfig | None = None, num_sms=132, interpret=False):
+def fp8_matmul(a: Quantized, b: Quantized, *, out_dtype: DTypeLike = jnp.bfloat16, config: TuningConfig | None = None,
+               num_sms: int = 132, interpret: bool = False) -> jax.Array:
     """See the twin. `b` in blocks or in tiles; K, M and N need not divide the tiles."""
     check_matmul(a, b)
     if a[0].dtype != E4M3 or b[0].dtype != E4M3:
@@ -209,7 +215,7 @@ def fp8_matmul(a, b, *, out_dtype=jnp.bfloat16, config: TuningConfig | None = No
         values, scales = k_major(b, config.block_n)
         right = values[None], scales
     else:
-        right = k_blocks((b[0][None], b[1][None]))
+        right = k_blocks(Quantized(b[0][None], b[1][None]))
     run = functools.partial(scaled_matmul, tables=(), locate=locate, tiles=grid[0] * grid[1], config=config,
                             num_sms=num_sms, interpret=interpret)
     return run(k_major(a, config.block_m), right, out_type=jax.ShapeDtypeStruct((1, M, N), out_dtype))[0]

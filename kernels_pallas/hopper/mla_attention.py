@@ -48,27 +48,30 @@ class TuningConfig:
     dkv_stages: int = 4
 
 
-def mla_attention(q_BTHA, k_BTHA, v_BTHV, segment_ids_BT=None, *, scale, config: TuningConfig | None = None,
-                  interpret=False):
+def mla_attention(q_BTHA: jax.Array, k_BTHA: jax.Array, v_BTHV: jax.Array, segment_ids_BT: jax.Array | None = None, *,
+                  scale: float, config: TuningConfig | None = None, interpret: bool = False) -> jax.Array:
     """See the twin. bfloat16, A and V multiples of 64; T need not divide the blocks."""
     return _attention(q_BTHA, k_BTHA, v_BTHV, segment_ids_BT, scale, config, interpret)
 
 
-def forward(q, k, v, segments=None, *, scale, config: TuningConfig | None = None, interpret=False):
+def forward(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None = None, *, scale: float,
+            config: TuningConfig | None = None, interpret: bool = False) -> tuple[jax.Array, jax.Array]:
     """See the twin."""
     _check(q, k, v, segments)
     T = q.shape[1]
-    o, lse2 = _forward(*_tall(q, k, v), _padded(segments), scale, config or TuningConfig(), interpret)
+    o, lse2 = _forward(*_tall(q, k, v), _padded(segments), scale, config or TuningConfig(), interpret)  # pyright: ignore[reportCallIssue] (lengths)
     return o[:, :T], lse2[..., :T] * math.log(2)
 
 
-def backward(q, k, v, segments, o, lse, do, *, scale, config: TuningConfig | None = None, interpret=False):
+def backward(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None, o: jax.Array, lse: jax.Array,
+             do: jax.Array, *, scale: float, config: TuningConfig | None = None,
+             interpret: bool = False) -> tuple[jax.Array, jax.Array, jax.Array]:
     """See the twin."""
     delta = jnp.einsum("BTHV,BTHV->BHT", o, do, preferred_element_type=jnp.float32)
     # Past the edge lie zeros, which queries and gradients there are as well: what they add is zero.
     lse2, delta = (jnp.pad(x, ((0, 0), (0, 0), (0, -x.shape[-1] % ROWS))) for x in (lse * math.log2(math.e), delta))
     args = (*_tall(q, k, v, do), lse2, delta, _padded(segments), scale, config or TuningConfig(), interpret)
-    return tuple(x[:, :q.shape[1]] for x in (_backward_q(*args), *_backward_kv(*args)))
+    return tuple(x[:, :q.shape[1]] for x in (_backward_q(*args), *_backward_kv(*args)))  # pyright: ignore[reportCallIssue] (lengths)
 
 
 def _check(q, k, v, segments):
@@ -95,7 +98,7 @@ def _attention_fwd(q, k, v, segments, scale, config, interpret):
 
 
 def _attention_bwd(scale, config, interpret, kept, do):
-    return *backward(*kept, do, scale=scale, config=config, interpret=interpret), None
+    return *backward(*kept, do, scale=scale, config=config, interpret=interpret), None  # pyright: ignore[reportCallIssue] (lengths)
 
 
 _attention.defvjp(_attention_fwd, _attention_bwd)

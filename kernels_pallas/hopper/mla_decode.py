@@ -18,6 +18,8 @@ A token in 656 bytes crosses memory as it is, in three pieces, and becomes bfloa
 of the latent; from then on nothing differs. One block is on the way while the one before, dequantized, is multiplied.
 """
 
+# The stubs of Mosaic's transforms are wrong, and lengths of unpacked lists are not known.
+# pyright: reportAbstractUsage=false, reportPrivateImportUsage=false, reportCallIssue=false
 import dataclasses
 import math
 
@@ -53,8 +55,8 @@ class TuningConfig:
     packed_stages: int = 1
 
 
-def mla_decode(q_BHX, cache, page_table_BP, lengths_B, *, scale, rank=None, config: TuningConfig | None = None,
-               interpret=False):
+def mla_decode(q_BHX: jax.Array, cache: jax.Array, page_table_BP: jax.Array, lengths_B: jax.Array, *, scale: float,
+               rank: int | None = None, config: TuningConfig | None = None, interpret: bool = False) -> jax.Array:
     """See the twin. bfloat16 queries; a cache of bfloat16, or of 656 bytes a token; pages of 8, 16, 32 or a multiple
     of 64 tokens; any number of heads."""
     (B, H, X), config = q_BHX.shape, config or TuningConfig()

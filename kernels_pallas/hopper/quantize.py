@@ -13,11 +13,16 @@ There is nothing to tune: 128 x 128 is the least that holds whole tiles of both 
             g 0       g 1                   The SwiGLU form reads gate and up, and quantizes silu(gate) * up.
 """
 
+# The stubs of Mosaic's transforms and ACC are wrong.
+# pyright: reportAbstractUsage=false, reportPrivateImportUsage=false
+from typing import Any
+
 import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
 from kernels_pallas.formats import BLOCK, E4M3, Quantized, blocks
 from kernels_pallas.hopper.tiles import tiled_shape, whole_tiles
@@ -53,7 +58,7 @@ def _store(x, scale, half, values_smem, scales_smem, interpret):
     scales_smem[half] = s
 
 
-def _quantize(inputs, prepare, scale, transposed, interpret):
+def _quantize(inputs, prepare, scale, transposed, interpret) -> Any:
     """inputs: arrays [M, K] that `prepare` makes float32 tiles of. Scales come back as [K / 128, M]."""
     M, K = inputs[0].shape
     inputs = [whole_tiles(x) for x in inputs]
@@ -107,7 +112,8 @@ def _check(name, *inputs):
                              "cast, or take implementation='reference'.")
 
 
-def quantize(x, *, scale="float32", dtype=E4M3, transposed=False, interpret=False):
+def quantize(x: jax.Array, *, scale: str = "float32", dtype: DTypeLike = E4M3, transposed: bool | str = False,
+             interpret: bool = False) -> Any:
     """See the twin. bfloat16 [M, K] of any size."""
     _check("quantize", x)
     if dtype != E4M3:
@@ -116,7 +122,8 @@ def quantize(x, *, scale="float32", dtype=E4M3, transposed=False, interpret=Fals
     return q[1] if transposed == "only" else q
 
 
-def swiglu_quantize(gate, up, *, scale="float32", dtype=E4M3, interpret=False):
+def swiglu_quantize(gate: jax.Array, up: jax.Array, *, scale: str = "float32", dtype: DTypeLike = E4M3,
+                    interpret: bool = False) -> Quantized:
     """See the twin: within one step of E4M3 of it (the exponential is another one)."""
     _check("swiglu_quantize", gate, up)
     if dtype != E4M3:

@@ -1,5 +1,10 @@
 """What the attention kernels share: a ring of slots between one warpgroup that loads and two that multiply."""
 
+# The stubs of Mosaic's transforms and ACC are wrong.
+# pyright: reportAbstractUsage=false, reportPrivateImportUsage=false
+from __future__ import annotations
+
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +17,7 @@ COMPUTE = 2  # warpgroups that multiply
 LOWEST = -1e30  # a maximum before any score: finite, so that a block of masked scores subtracts no infinities
 
 
-def swizzled(columns):
+def swizzled(columns: int) -> tuple[Any, Any]:
     """How bfloat16 lies in shared memory for TMA and the tensor core: tiles of 8 rows and 64, 32 or 16 columns."""
     return plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(2 * columns)
 
@@ -20,7 +25,7 @@ def swizzled(columns):
 BF16 = swizzled(64)
 
 
-def roles(load, compute, registers=(24, 240)):
+def roles(load: Callable[[], None], compute: Callable[[Any], None], registers: tuple[int, int] = (24, 240)) -> None:
     """Runs `load()` in the last warpgroup and `compute(group)` in the others, with so many registers a thread."""
     group = lax.axis_index("group")
 
@@ -43,24 +48,24 @@ class Ring(NamedTuple):
     empty: Any
 
     @classmethod
-    def of(cls, stages, *shapes, transforms=BF16):
+    def of(cls, stages: int, *shapes: tuple[int, ...], transforms: Any = BF16) -> Ring:
         """Scratch types of a ring of `stages` slots; a slot holds a bfloat16 array of each shape."""
         return cls.holding(stages, *((shape, jnp.bfloat16, transforms) for shape in shapes))
 
     @classmethod
-    def holding(cls, stages, *arrays, parts=1):
+    def holding(cls, stages: int, *arrays: tuple, parts: int = 1) -> Ring:
         """The same of (shape, dtype, transforms), each of which comes in so many `parts`."""
         return cls([plgpu.SMEM((stages, *shape), dtype, transforms=transforms) for shape, dtype, transforms in arrays],
                    plgpu.Barrier(num_arrivals=parts * len(arrays), num_barriers=stages),
                    plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=stages))
 
-    def fill(self, n, *sources):
+    def fill(self, n: Any, *sources: Any) -> None:
         """Asks for what step n needs, an array for each of a slot's, as soon as the slot is free."""
         slot = self._free(n)
         for source, target in zip(sources, self.slots, strict=True):
             plgpu.copy_gmem_to_smem(source, target.at[slot], self.full.at[slot])
 
-    def fill_rows(self, n, sources, height):
+    def fill_rows(self, n: Any, sources: Any, height: int) -> None:
         """The same, `height` rows of each of a slot's arrays at a time: sources[part], an array for each."""
         slot = self._free(n)
         for part, arrays in enumerate(sources):
@@ -76,7 +81,7 @@ class Ring(NamedTuple):
 
         return slot
 
-    def use(self, n, function):
+    def use(self, n: Any, function: Callable) -> Any:
         """function(arrays of step n's slot), once they are there; gives the slot back."""
         slot = lax.rem(n, self.slots[0].shape[0])
         plgpu.barrier_wait(self.full.at[slot])
@@ -85,7 +90,7 @@ class Ring(NamedTuple):
         return result
 
 
-def multiply(a_smem, b_smem, interpret=False):
+def multiply(a_smem: Any, b_smem: Any, interpret: bool = False) -> jax.Array:
     """a @ b in float32, both in shared memory."""
     if interpret:  # whose race detector does not see what the tensor core reads
         a, b = a_smem[...], b_smem[...]
@@ -99,12 +104,12 @@ def multiply(a_smem, b_smem, interpret=False):
     return pl.run_scoped(run, plgpu.ACC((a_smem.shape[0], b_smem.shape[1]), jnp.float32))
 
 
-def rows(value, shape):
+def rows(value: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """A column of numbers [rows] over a tile [rows, columns]."""
     return lax.broadcast_in_dim(value, shape, (0,))
 
 
-def multiply_add(total, a, b_smem, interpret):
+def multiply_add(total: jax.Array, a: Any, b_smem: Any, interpret: bool) -> Any:
     """total + a @ b: a running sum, a in registers or shared memory, b in shared memory."""
     if interpret:  # which knows neither operands in registers nor sums that start from a value
         a, b = a if isinstance(a, jax.Array) else a[...], b_smem[...]

@@ -1,17 +1,19 @@
 """What TMA moves: swizzled tiles of 8 rows of 128 bytes. The interpreter takes any shape, the compiler whole tiles."""
 
+import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 ROWS, BYTES = 8, 128
 
 
-def tiled_shape(shape, dtype):
+def tiled_shape(shape: tuple[int, ...], dtype: DTypeLike) -> tuple[int, ...]:
     """The shape with its last two dimensions rounded up to whole tiles."""
     *stack, rows, columns = shape
     wide = BYTES // jnp.dtype(dtype).itemsize
     return (*stack, -(-rows // ROWS) * ROWS, -(-columns // wide) * wide)
 
 
-def whole_tiles(x):
+def whole_tiles(x: jax.Array) -> jax.Array:
     """x with zeros up to whole tiles; x itself where there is nothing to add, as for all shapes of V3."""
     return jnp.pad(x, [(0, whole - size) for whole, size in zip(tiled_shape(x.shape, x.dtype), x.shape)])

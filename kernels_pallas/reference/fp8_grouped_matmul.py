@@ -6,18 +6,20 @@
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from kernels_pallas.formats import BLOCK, Accumulator, Quantized, blocks, check
 from kernels_pallas.reference.fp8_matmul import product
 
 
-def expert_of_tile(sizes_E, tiles):
+def expert_of_tile(sizes_E: jax.Array, tiles: int) -> jax.Array:
     """int32 [tiles]: whose rows tile t of 128 rows holds; past the last group, E."""
     end_E = jnp.cumsum(sizes_E) // BLOCK
     return jnp.searchsorted(end_E, jnp.arange(tiles), side="right").astype(jnp.int32)
 
 
-def fp8_grouped_matmul(a, b, sizes_E, *, out_dtype=jnp.bfloat16, accumulator: Accumulator | None = None):
+def fp8_grouped_matmul(a: Quantized, b: Quantized, sizes_E: jax.Array, *, out_dtype: DTypeLike = jnp.bfloat16,
+                       accumulator: Accumulator | None = None) -> jax.Array:
     """Multiplies each group by its own matrix, or, where both operands are matrices, sums each group over its rows.
 
     Args:
@@ -51,7 +53,7 @@ def _k_grouped(a, b, sizes_E, accumulator):
     return jax.ops.segment_sum(product(a, b, accumulator), expert_T, len(sizes_E), indices_are_sorted=True)
 
 
-def check_grouped(a, b, sizes_E):
+def check_grouped(a: Quantized, b: Quantized, sizes_E: jax.Array) -> None:
     """Raises ValueError for operands that do not fit each other."""
     check(a, "a", 2)
     check(b, "b", 2 if b[0].ndim == 2 else 3)

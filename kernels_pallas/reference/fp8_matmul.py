@@ -3,21 +3,23 @@
 `accumulator` swaps float32 for a model of the tensor core's registers, to see what promotion is for.
 """
 
+import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
-from kernels_pallas.formats import Accumulator, check
+from kernels_pallas.formats import Accumulator, Quantized, check
 from kernels_pallas.reference.quantize import dequantize
 
 
-def product(a, b, accumulator: Accumulator | None = None):
+def product(a: Quantized, b: Quantized, accumulator: Accumulator | None = None) -> jax.Array:
     """a[..., M, K] by b[..., N, K] over K in float32, [..., M, N]."""
-    a, b = dequantize(a), dequantize(b)
+    x, y = dequantize(a), dequantize(b)
     if accumulator is not None:
-        return _accumulated(a, b, accumulator)
-    stack = tuple(range(a.ndim - 2))
-    contract = ((a.ndim - 1,), (a.ndim - 1,))
-    return lax.dot_general(a, b, (contract, (stack, stack)), precision=lax.Precision.HIGHEST)
+        return _accumulated(x, y, accumulator)
+    stack = tuple(range(x.ndim - 2))
+    contract = ((x.ndim - 1,), (x.ndim - 1,))
+    return lax.dot_general(x, y, (contract, (stack, stack)), precision=lax.Precision.HIGHEST)
 
 
 def _keep(x, bits):
@@ -47,7 +49,8 @@ def _accumulated(a, b, accumulator):
     return total + partial
 
 
-def fp8_matmul(a, b, *, out_dtype=jnp.bfloat16, accumulator: Accumulator | None = None):
+def fp8_matmul(a: Quantized, b: Quantized, *, out_dtype: DTypeLike = jnp.bfloat16,
+               accumulator: Accumulator | None = None) -> jax.Array:
     """a @ b.T of quantized matrices.
 
     Args:
@@ -61,7 +64,7 @@ def fp8_matmul(a, b, *, out_dtype=jnp.bfloat16, accumulator: Accumulator | None 
     return product(a, b, accumulator).astype(out_dtype)
 
 
-def check_matmul(a, b):
+def check_matmul(a: Quantized, b: Quantized) -> None:
     """Raises ValueError for operands that do not fit each other."""
     check(a, "a", 2)
     check(b, "b", 2)

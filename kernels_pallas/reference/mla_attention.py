@@ -3,14 +3,17 @@
     o[t] = softmax over s <= t, same segment, of (q[t] . k[s] * scale) @ v
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-HIGHEST = dict(precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
+HIGHEST: dict[str, Any] = dict(precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
 
 
-def mla_attention(q_BTHA, k_BTHA, v_BTHV, segment_ids_BT=None, *, scale):
+def mla_attention(q_BTHA: jax.Array, k_BTHA: jax.Array, v_BTHV: jax.Array, segment_ids_BT: jax.Array | None = None, *,
+                  scale: float) -> jax.Array:
     """Attends causally inside segments.
 
     Args:
@@ -23,7 +26,8 @@ def mla_attention(q_BTHA, k_BTHA, v_BTHV, segment_ids_BT=None, *, scale):
     return forward(q_BTHA, k_BTHA, v_BTHV, segment_ids_BT, scale=scale)[0]
 
 
-def forward(q_BTHA, k_BTHA, v_BTHV, segment_ids_BT=None, *, scale):
+def forward(q_BTHA: jax.Array, k_BTHA: jax.Array, v_BTHV: jax.Array, segment_ids_BT: jax.Array | None = None, *,
+            scale: float) -> tuple[jax.Array, jax.Array]:
     """The same, and the log-sum-exp of every query's scores: float32 [B, H, T]."""
     s_BHTS = _scores(q_BTHA, k_BTHA, segment_ids_BT, scale)
     p_BHTS = jax.nn.softmax(s_BHTS, axis=-1).astype(q_BTHA.dtype)
@@ -31,7 +35,9 @@ def forward(q_BTHA, k_BTHA, v_BTHV, segment_ids_BT=None, *, scale):
     return o_BTHV, jax.nn.logsumexp(s_BHTS, axis=-1)
 
 
-def backward(q_BTHA, k_BTHA, v_BTHV, segment_ids_BT, o_BTHV, lse_BHT, do_BTHV, *, scale):
+def backward(q_BTHA: jax.Array, k_BTHA: jax.Array, v_BTHV: jax.Array, segment_ids_BT: jax.Array | None,
+             o_BTHV: jax.Array, lse_BHT: jax.Array, do_BTHV: jax.Array, *,
+             scale: float) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The gradients of q, k and v, in their dtypes, from the output, its log-sum-exps and its gradient."""
     p_BHTS = jnp.exp(_scores(q_BTHA, k_BTHA, segment_ids_BT, scale) - lse_BHT[..., None])
     dp_BHTS = jnp.einsum("BTHV,BSHV->BHTS", do_BTHV, v_BTHV, **HIGHEST)

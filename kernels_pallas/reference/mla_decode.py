@@ -7,15 +7,18 @@ numbers in V3) or in the 656 bytes of FlashMLA's FP8 layout: 512 E4M3 values of 
 128), 64 bfloat16 of k_pe, which is too exact for FP8.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
 from kernels_pallas.formats import E4M3, Quantized, blocks
 from kernels_pallas.reference.quantize import dequantize, quantize
 
 
-def pack_fp8(tokens_X, rope_dim):
+def pack_fp8(tokens_X: jax.Array, rope_dim: int) -> jax.Array:
     """[..., C + R] of any float type to uint8 [..., C + 4 ceil(C / 128) + 2 R]."""
     c, k_pe = tokens_X[..., :-rope_dim], tokens_X[..., -rope_dim:]
     q = quantize(c)
@@ -24,7 +27,7 @@ def pack_fp8(tokens_X, rope_dim):
     return jnp.concatenate(as_bytes, axis=-1)
 
 
-def unpack_fp8(packed_Y, rank, dtype=jnp.bfloat16):
+def unpack_fp8(packed_Y: jax.Array, rank: int, dtype: DTypeLike = jnp.bfloat16) -> jax.Array:
     """The inverse, up to FP8's rounding: [..., C + R]."""
     values, scales, k_pe = jnp.split(packed_Y, [rank, rank + 4 * blocks(rank)], axis=-1)
     view = lambda x, dtype, width: lax.bitcast_convert_type(x.reshape(*x.shape[:-1], -1, width), dtype)
@@ -32,12 +35,13 @@ def unpack_fp8(packed_Y, rank, dtype=jnp.bfloat16):
     return jnp.concatenate([c, view(k_pe, jnp.bfloat16, 2).astype(dtype)], axis=-1)
 
 
-def packed_width(rank, rope_dim):
+def packed_width(rank: int, rope_dim: int) -> int:
     """Bytes of a token in the FP8 cache: 656 for 512 + 64."""
     return rank + 4 * blocks(rank) + 2 * rope_dim
 
 
-def mla_decode(q_BHX, cache, page_table_BP, lengths_B, *, scale, rank=None):
+def mla_decode(q_BHX: jax.Array, cache: jax.Array, page_table_BP: jax.Array, lengths_B: jax.Array, *, scale: float,
+               rank: int | None = None) -> jax.Array:
     """Attends from one query a sequence and head to the sequence's cached latents.
 
     Args:
@@ -59,7 +63,7 @@ def mla_decode(q_BHX, cache, page_table_BP, lengths_B, *, scale, rank=None):
     tokens_BPpY = cache[page_table_BP]
     tokens_BSY = tokens_BPpY.reshape(len(q_BHX), -1, width)
     tokens_BSX = unpack_fp8(tokens_BSY, rank) if cache.dtype == jnp.uint8 else tokens_BSY
-    highest = dict(precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
+    highest: dict[str, Any] = dict(precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
     s_BHS = jnp.einsum("BHX,BSX->BHS", q_BHX, tokens_BSX, **highest) * scale
     there = jnp.arange(s_BHS.shape[-1])[None, None] < lengths_B[:, None, None]
     p_BHS = jax.nn.softmax(jnp.where(there, s_BHS, -jnp.inf), axis=-1)

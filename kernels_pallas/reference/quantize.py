@@ -5,30 +5,33 @@
 An infinite or NaN element makes its tile NaN, and no other: the scale becomes infinite or NaN.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import ArrayLike, DTypeLike
 
 from kernels_pallas.formats import BLOCK, E4M3, Quantized, rows_of_scale
 
 SMALLEST_AMAX = 1e-4
 
 
-def power_of_two(s):
+def power_of_two(s: jax.Array) -> jax.Array:
     """The least power of two that is not below s, read off the bits; infinities and NaN stay."""
     bits = lax.bitcast_convert_type(s, jnp.uint32)
     up = lax.bitcast_convert_type((bits + jnp.uint32(0x7FFFFF)) & jnp.uint32(0xFF800000), jnp.float32)
     return jnp.where(jnp.isfinite(s), up, s)
 
 
-def scales_of(amax, largest, scale="float32"):
+def scales_of(amax: jax.Array, largest: ArrayLike, scale: str = "float32") -> jax.Array:
     """float32 scales of tiles with magnitudes up to `amax`, in a format of magnitudes up to `largest`."""
     # Behind a barrier, an array of it: XLA multiplies by 1 / 448 else, and half of the scales would be an ulp off.
     s = jnp.maximum(amax, SMALLEST_AMAX) / lax.optimization_barrier(jnp.full_like(amax, largest))
     return power_of_two(s) if scale == "power_of_two" else s
 
 
-def tile_amax(x, rows=1, columns=BLOCK):
+def tile_amax(x: jax.Array, rows: int = 1, columns: int = BLOCK) -> jax.Array:
     """The largest magnitude of every tile of `rows` x `columns` over the last two axes, float32; NaN beats all.
 
     Magnitudes are compared as integers, whose order is the same: XLA:CPU's float reduction may lose a NaN.
@@ -40,12 +43,12 @@ def tile_amax(x, rows=1, columns=BLOCK):
     return lax.bitcast_convert_type(tiles.max(axis=(-3, -1)), jnp.float32)
 
 
-def tile_scales(x, largest, scale="power_of_two"):
+def tile_scales(x: jax.Array, largest: ArrayLike, scale: str = "power_of_two") -> jax.Array:
     """The scales of x in 1 x 128 tiles of a format of magnitudes up to `largest`."""
     return scales_of(tile_amax(x), largest, scale)
 
 
-def spread(scales, shape, rows=1, columns=BLOCK):
+def spread(scales: jax.Array, shape: tuple[int, ...], rows: int = 1, columns: int = BLOCK) -> jax.Array:
     """scales[..., i, j] for every element of a `shape` that they cut into tiles of `rows` x `columns`."""
     out = jnp.repeat(scales, columns, axis=-1)[..., :shape[-1]] if columns > 1 else scales
     return jnp.repeat(out, rows, axis=-2)[..., :shape[-2], :] if rows > 1 else out
@@ -61,7 +64,8 @@ def _shared(amax, share):
     return amax
 
 
-def with_scales(x, scales, rows=1, dtype=E4M3, columns=BLOCK) -> Quantized:
+def with_scales(x: jax.Array, scales: jax.Array, rows: int = 1, dtype: DTypeLike = E4M3,
+                columns: int = BLOCK) -> Quantized:
     """x / scales in `dtype`, where the scales are known."""
     x = x.astype(jnp.float32)
     # XLA would multiply by the reciprocal of an array that it sees broadcast, or by 448 / amax: it sees a choice, which
@@ -70,7 +74,8 @@ def with_scales(x, scales, rows=1, dtype=E4M3, columns=BLOCK) -> Quantized:
     return Quantized((x / divisor).astype(dtype), scales)
 
 
-def quantize(x, *, scale="float32", dtype=E4M3, transposed=False, share="tile"):
+def quantize(x: jax.Array, *, scale: str = "float32", dtype: DTypeLike = E4M3, transposed: bool | str = False,
+             share: str = "tile") -> Any:
     """Quantizes activations or gradients in 1 x 128 tiles, over the last two axes.
 
     Args:
@@ -97,19 +102,20 @@ def quantize(x, *, scale="float32", dtype=E4M3, transposed=False, share="tile"):
     return {False: along_rows, "only": along_columns, True: lambda: (along_rows(), along_columns())}[transposed]()
 
 
-def quantize_blocks(w, *, scale="float32", dtype=E4M3, share="block") -> Quantized:
+def quantize_blocks(w: jax.Array, *, scale: str = "float32", dtype: DTypeLike = E4M3,
+                    share: str = "block") -> Quantized:
     """Quantizes weights [..., N, K] in 128 x 128 blocks: scales [..., ceil(N / 128), ceil(K / 128)]."""
     amax = _shared(tile_amax(w, BLOCK), "tile" if share == "block" else share)
     return with_scales(w, scales_of(amax, jnp.finfo(dtype).max, scale), BLOCK, dtype)
 
 
-def swiglu_quantize(gate, up, *, scale="float32", dtype=E4M3) -> Quantized:
+def swiglu_quantize(gate: jax.Array, up: jax.Array, *, scale: str = "float32", dtype: DTypeLike = E4M3) -> Quantized:
     """quantize(silu(gate) * up), computed in float32 and rounded once: [M, F] and [M, F] to Quantized [M, F]."""
     gate, up = gate.astype(jnp.float32), up.astype(jnp.float32)
     return quantize(jax.nn.silu(gate) * up, scale=scale, dtype=dtype)
 
 
-def dequantize(q, dtype=jnp.float32):
+def dequantize(q: Quantized, dtype: DTypeLike = jnp.float32) -> jax.Array:
     """values * scales, multiplied in float32, rounded once."""
     values, scales = q
     return (values.astype(jnp.float32) * spread(scales, values.shape, rows_of_scale(q))).astype(dtype)

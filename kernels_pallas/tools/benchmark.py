@@ -1,11 +1,11 @@
-"""Times the kernels on the GPU that is here, beside XLA's bfloat16 product, cuBLASLt's FP8 and torch's.
+"""Times the kernels on this machine's GPU, against XLA's bfloat16 product, cuBLASLt's FP8 product and torch's.
 
     python -m kernels_pallas.tools.benchmark --shapes v3-train --out FILE.json
     python -m kernels_pallas.tools.benchmark --shapes tiny --implementation reference   anywhere, to see that it runs
 
 Every kernel is checked against its twin first; one that is wrong or fails is not timed (exit code 1). Operands are
-random. Products are in TFLOP/s, quantizers in GB/s beside the bandwidth of a plain copy in the same run. Peers take
-turns with the kernel. torch and its `_scaled_mm` are timed where torch is installed with CUDA; what is missing is said.
+random. Products are in TFLOP/s, quantizers in GB/s, also as a share of the bandwidth of a plain copy in the same run.
+torch and its `_scaled_mm` are timed if torch is installed with CUDA; otherwise the row says what is missing.
 """
 
 import argparse
@@ -14,6 +14,8 @@ import pathlib
 import statistics
 import sys
 import time
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,8 +26,8 @@ from kernels_pallas.formats import E4M3
 from kernels_pallas.tools.shapes import SHAPES
 
 
-def seconds(function, arguments, rounds, calls):
-    """Median over rounds of the mean of `calls` calls that follow each other; compiled and warm."""
+def seconds(function: Callable, arguments: tuple, rounds: int, calls: int) -> float:
+    """Seconds of a call: median over rounds of the mean of `calls` consecutive calls, after one that compiles."""
     jax.block_until_ready(function(*arguments))
     times = []
     for _ in range(rounds):
@@ -35,8 +37,8 @@ def seconds(function, arguments, rounds, calls):
     return statistics.median(times)
 
 
-def worst_error(ours, theirs):
-    """The largest difference of two trees, relative to the largest magnitude; pairs by what they stand for."""
+def worst_error(ours: Any, theirs: Any) -> float:
+    """The largest difference of two trees, relative to the largest magnitude; Quantized is dequantized first."""
     def numbers(tree):
         is_pair = lambda x: isinstance(x, api.Quantized)
         return [np.asarray(api.dequantize(x) if is_pair(x) else x, np.float64)
@@ -45,8 +47,8 @@ def worst_error(ours, theirs):
     return max(np.abs(x - y).max() / max(np.abs(y).max(), 1e-30) for x, y in zip(numbers(ours), numbers(theirs)))
 
 
-def xla_peers(case, key):
-    """{name: (function, arguments)}: what XLA makes of the same product, in bfloat16 and in FP8 with one scale."""
+def xla_peers(case: Any, key: jax.Array) -> dict[str, tuple[Callable, tuple]]:
+    """{name: (function, arguments)}: the same product by XLA, in bfloat16 and in FP8 with one scale."""
     if case.operation.startswith("mla"):
         return {"xla": (jax.jit(case.call("reference")), case.random(key))}
     if case.operation != "fp8_matmul":
@@ -65,12 +67,12 @@ def xla_peers(case, key):
             "cublaslt_fp8_one_scale": (jax.jit(scaled), (a.astype(E4M3), b.astype(E4M3), jnp.float32(1)))}
 
 
-def torch_peers(case):
+def torch_peers(case: Any) -> dict[str, float | str]:
     """{name: seconds per call} of torch on the same GPU; or {"missing": why}."""
     if case.operation != "fp8_matmul":
         return {}
     try:
-        import torch
+        import torch  # pyright: ignore[reportMissingImports] (optional)
     except ImportError:
         return {"missing": "torch is not installed"}
     if not torch.cuda.is_available():
@@ -104,13 +106,13 @@ def torch_peers(case):
     return found
 
 
-def copy_bandwidth(rounds, calls):
+def copy_bandwidth(rounds: int, calls: int) -> float:
     """Bytes per second that a plain copy of 512 MiB reads and writes."""
     x = jnp.zeros((2**27,), jnp.float32) if jax.default_backend() != "cpu" else jnp.zeros((2**22,), jnp.float32)
     return 2 * x.nbytes / seconds(jax.jit(lambda x: x + 1), (x,), rounds, calls)
 
 
-def measure(case, implementation, rounds, calls, bandwidth):
+def measure(case: Any, implementation: str, rounds: int, calls: int, bandwidth: float) -> dict[str, Any]:
     """One row: error against the twin, time, rate, and the peers' times."""
     function = jax.jit(case.call(implementation))
     arguments = case.compared().random(jax.random.key(0))
@@ -132,8 +134,8 @@ def measure(case, implementation, rounds, calls, bandwidth):
     return row
 
 
-def attempt(case, *options):
-    """The same; of a kernel that fails, why: it must not take the other rows with it."""
+def attempt(case: Any, *options: Any) -> dict[str, Any]:
+    """The same, or the error of a kernel that fails, so that the other rows are still measured."""
     try:
         return measure(case, *options)
     except Exception as error:
@@ -142,7 +144,7 @@ def attempt(case, *options):
                 "failed": f"{type(error).__name__}: {why}"}
 
 
-def show(row):
+def show(row: dict[str, Any]) -> str:
     if "failed" in row:
         return f"FAILED: {row['failed']}"
     if not row["right"]:
@@ -154,7 +156,7 @@ def show(row):
     return f"{rate} {f'{share:.2f}' if share else '':>5}  {peers}"
 
 
-def main():
+def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m kernels_pallas.tools.benchmark", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=["v3-train"], choices=SHAPES)
@@ -175,7 +177,7 @@ def main():
     for case in (case for name in args.shapes for case in SHAPES[name]):
         rows.append(attempt(case, args.implementation, args.rounds, args.calls, bandwidth))
         print(f"{case.operation:20} {case!s:34} {show(rows[-1])}", flush=True)
-        if args.out:  # after every row: a run that is cut off leaves what it has
+        if args.out:  # after every row, so that an interrupted run leaves its rows
             pathlib.Path(args.out).write_text(json.dumps(
                 {"device": device.device_kind, "jax": jax.__version__, "implementation": args.implementation,
                  "copy_gb_per_second": bandwidth / 1e9, "rows": rows}, indent=1) + "\n")

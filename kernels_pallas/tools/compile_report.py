@@ -1,11 +1,11 @@
-"""Compiles every Hopper kernel for sm_90a, without a GPU, and reads off what ptxas says of it.
+"""Compiles every Hopper kernel for sm_90a, without a GPU, and reports registers, spills and instructions.
 
     python -m kernels_pallas.tools.compile_report --json FILE [--shapes v3-train v3-decode]
 
-Needs jax's CUDA plugin and ptxas (`pip install 'deepseek-jax[aot]'`), no driver. A kernel fails the report when it
-spills, when ptxas serializes its WGMMAs, when an FP8 product holds no `wgmma ... e4m3.e4m3`, or when a quantizer's
-maxima would skip a NaN (max.f32, not max.NaN.f32): exit code 1. Where nvdisasm lies beside ptxas, as the extra brings
-it, the tensor core's instructions are counted in the machine code too: QGMMA multiplies FP8, HGMMA bfloat16.
+Requires jax's CUDA plugin and ptxas (`pip install 'deepseek-jax[aot]'`), but no driver. A kernel fails if it spills,
+if ptxas serializes its WGMMAs, if an FP8 product has no `wgmma ... e4m3.e4m3`, or if a quantizer's maxima would skip a
+NaN (max.f32 instead of max.NaN.f32): exit code 1. If nvdisasm is installed next to ptxas, as by the extra, the tensor
+core's instructions are counted in the machine code too: QGMMA multiplies FP8, HGMMA bfloat16.
 """
 
 import argparse
@@ -16,10 +16,12 @@ import pathlib
 import re
 import sys
 import tempfile
+from collections.abc import Collection, Iterable, Iterator
+from typing import Any
 
 FIELDS = ("registers", "spill_bytes", "shared_bytes", "stages", "wgmma_e4m3", "qgmma", "hgmma", "serialized",
           "nan_skipped")
-# What XLA must know of the chip. An H800 is this one with a slower NVLink.
+# XLA's description of the chip. An H800 is the same chip with a slower NVLink.
 H100 = """gpu_device_info {
   threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
   shared_memory_per_core: 233472 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
@@ -34,13 +36,16 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 
 
 class NoCompiler(RuntimeError):
-    """What to install."""
+    """There is no compiler for GPUs; the message says what to install."""
 
 
-def described(topology="1x1x1"):
-    """H100s that are not here, hosts x each of them in `topology`'s last two numbers. Raises NoCompiler.
+def described(topology: str = "1x1x1") -> list[Any]:
+    """Descriptions of H100s; `topology` is "1 x hosts x GPUs of each".
 
-    To be called before jax first compiles for anything: it reads the environment then.
+    Must be called before jax first compiles anything, because jax reads the environment then.
+
+    Raises:
+      NoCompiler: jax has no CUDA plugin.
     """
     os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"  # no driver here, and the compiler needs none
     from jax.experimental import topologies
@@ -53,7 +58,7 @@ def described(topology="1x1x1"):
 
 
 def read(ptx: str, ptxas: str, resources: str, sass: str | None = None) -> dict:
-    """What a kernel takes, from its PTX, what ptxas printed, Mosaic's list of resources and, if there, its SASS."""
+    """A kernel's resources, from its PTX, the output of ptxas, Mosaic's list of resources and, if known, its SASS."""
     count = lambda name: None if sass is None else len(re.findall(rf"\b{name}\.", sass))
     numbers = lambda pattern, text: [int(n) for n in re.findall(pattern, text)]
     return {"registers": sum(numbers(r"Used (\d+) registers", ptxas)),
@@ -65,11 +70,11 @@ def read(ptx: str, ptxas: str, resources: str, sass: str | None = None) -> dict:
             "nan_skipped": len(re.findall(r"\bmax\.f32", ptx))}
 
 
-def dumped(files):
+def dumped(files: Collection[pathlib.Path]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yields (name, row) of every kernel among the files that Mosaic dumped.
 
-    It numbers lists of resources as it traces kernels, and the rest as it compiles them, in another order: what has one
-    name belongs together, and of several lists the largest numbers are taken.
+    Mosaic numbers lists of resources in the order of tracing and the other files in the order of compilation. So files
+    are matched by name without number, and of several lists the largest numbers count.
     """
     name = lambda file: re.sub(r"_\d+$", "", file.name.partition(".")[0])
     for ptx in sorted(file for file in files if file.suffix == ".ptx"):
@@ -94,12 +99,12 @@ def faults(operation: str, row: dict) -> list[str]:
 def _disassembler() -> bool:
     """Whether nvdisasm is where Mosaic looks for it: among the wheels of CUDA's own tools."""
     spec = importlib.util.find_spec("nvidia")
-    roots = spec.submodule_search_locations if spec else ()
+    roots = (spec.submodule_search_locations or ()) if spec else ()
     return any(tool.is_file() for root in roots for tool in pathlib.Path(root).glob("*/bin/nvdisasm"))
 
 
 def _compile(case, here, folder):
-    """Compiles one case; the files that were dumped meanwhile."""
+    """Compiles one case; returns the files that this dumped."""
     import jax
 
     before = set(folder.iterdir())
@@ -109,7 +114,7 @@ def _compile(case, here, folder):
     return set(folder.iterdir()) - before
 
 
-def report(names) -> list[dict]:
+def report(names: Iterable[str]) -> list[dict]:
     """A row for every kernel of every case of these shapes."""
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     devices = described()
@@ -137,7 +142,7 @@ def report(names) -> list[dict]:
     return rows
 
 
-def main():
+def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m kernels_pallas.tools.compile_report", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", metavar="FILE", help="also write the rows there")

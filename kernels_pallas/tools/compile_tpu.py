@@ -1,8 +1,9 @@
-"""Compiles every TPU kernel for chips that are not here, with the real compiler.
+"""Compiles every TPU kernel with the real compiler, for chips that this machine does not have.
 
     python -m kernels_pallas.tools.compile_tpu --json FILE [--chips v5p v6e tpu7x] [--shapes v3-train]
 
-Needs the libtpu that this jax asks for (`pip install 'jax[tpu]'`), no TPU. Exit code 1 if a kernel does not compile.
+Requires the libtpu of this version of jax (`pip install 'jax[tpu]'`), but no TPU.
+Exit code 1 if a kernel does not compile.
 """
 
 import argparse
@@ -10,11 +11,13 @@ import json
 import os
 import pathlib
 import sys
+from collections.abc import Iterable
+from typing import Any
 
-CHIPS = {"v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "TPU7x:2x2x1"}  # the smallest slices that there are
+CHIPS = {"v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "TPU7x:2x2x1"}  # the smallest slices
 
 
-def compiled(case, device):
+def compiled(case: Any, device: Any) -> Any:
     """{"compiles", "temporary_bytes" or "error"} of one case on one device."""
     import jax
     import numpy as np
@@ -26,15 +29,16 @@ def compiled(case, device):
         made = jax.jit(case.call("tpu"), out_shardings=here).lower(*arguments).compile()
     except jax.errors.JaxRuntimeError as error:
         return {"compiles": False, "error": str(error)[:300]}
-    return {"compiles": True, "temporary_bytes": made.memory_analysis().temp_size_in_bytes}
+    memory = made.memory_analysis()
+    return {"compiles": True, "temporary_bytes": memory.temp_size_in_bytes if memory else 0}
 
 
-def report(chips, names) -> list[dict]:
+def report(chips: Iterable[str], names: Iterable[str]) -> list[dict]:
     """A row for every chip and every case of these shapes that has a TPU kernel."""
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no machine to ask about
     try:
-        import libtpu
+        import libtpu  # pyright: ignore[reportMissingImports] (optional)
     except ImportError:
         print("compiling for TPU needs libtpu; pip install 'jax[tpu]' brings the one that fits.", file=sys.stderr)
         sys.exit(2)
@@ -57,7 +61,7 @@ def report(chips, names) -> list[dict]:
     return rows
 
 
-def main():
+def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m kernels_pallas.tools.compile_tpu", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", metavar="FILE", help="also write the rows there")

@@ -1,29 +1,50 @@
 """Named shapes that kernels are compiled for and timed at: those of DeepSeek-V3, and tiny ones for a CPU."""
 
+from __future__ import annotations
+
 import dataclasses
 import importlib
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from kernels_pallas import api
 from kernels_pallas.formats import BLOCK, E4M3, Quantized, blocks
 
 
 class _Case:
-    published = None
+    """An operation at one shape: its operands, as shapes or random, and a function of them."""
 
-    def compared(self):
+    operation: str
+    flops: Any
+    published: float | None = None
+
+    def arguments(self) -> tuple:
+        """jax.ShapeDtypeStructs of the operands."""
+        raise NotImplementedError
+
+    def call(self, implementation: str) -> Callable:
+        """The operation as a function of `arguments()`."""
+        raise NotImplementedError
+
+    def random(self, key: jax.Array) -> tuple:
+        """Random operands."""
+        raise NotImplementedError
+
+    def compared(self) -> _Case:
         """The case at which a kernel is compared with its twin."""
         return self
 
-    def bytes(self):
-        """What has to cross memory at least once: operands with their scales, and results."""
+    def bytes(self) -> int:
+        """Bytes that cross memory at least once: operands with their scales, and results."""
         size = lambda tree: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
         return size(self.arguments()) + size(jax.eval_shape(self.call("reference"), *self.arguments()))
 
-    def function(self, implementation):
-        """The operation. "hopper" is taken from its module, whatever machine this is."""
+    def function(self, implementation: str) -> Callable:
+        """The operation, from the module of the implementation, whatever machine this is."""
         module = importlib.import_module(f"kernels_pallas.{implementation}.{api.OPERATIONS[self.operation][0]}")
         return getattr(module, self.operation)
 
@@ -50,20 +71,19 @@ class Case(_Case):
         return f"{sizes}{f' in {self.groups} groups' if self.groups else ''}{' wgrad' if self.form == 'tiles' else ''}"
 
     @property
-    def flops(self):
+    def flops(self) -> int:
         return 2 * self.M * self.N * self.K
 
-    def compared(self):
+    def compared(self) -> Case:
         """With fewer rows a group: the twin copies a matrix for every 128 of them, 30 GB at V3's sizes."""
         few = min(self.K if self.form == "tiles" else self.M, 2 * BLOCK * self.groups)
         return dataclasses.replace(self, **{"K" if self.form == "tiles" else "M": few}) if self.groups else self
 
     @property
-    def out_dtype(self):
+    def out_dtype(self) -> DTypeLike:
         return jnp.float32 if self.form == "tiles" else jnp.bfloat16
 
-    def arguments(self):
-        """jax.ShapeDtypeStructs of the operands."""
+    def arguments(self) -> tuple:
         tiles = lambda rows, K: Quantized(_array((rows, K), E4M3), _array((rows, blocks(K)), jnp.float32))
         if self.operation in ("quantize", "swiglu_quantize"):
             return (_array((self.M, self.K), jnp.bfloat16),) * (1 if self.operation == "quantize" else 2)
@@ -76,14 +96,14 @@ class Case(_Case):
         sizes = (_array((self.groups,), jnp.int32),) if self.groups else ()
         return (tiles(self.M, self.K), b, *sizes)
 
-    def call(self, implementation):
+    def call(self, implementation: str) -> Callable:
         """The operation as a function of `arguments()`."""
         function = self.function(implementation)
         if self.operation in ("quantize", "swiglu_quantize"):
             return function
         return lambda *args: function(*args, out_dtype=self.out_dtype)
 
-    def random(self, key):
+    def random(self, key: jax.Array) -> tuple:
         """Operands of normal numbers, quantized as training would; groups of equal size."""
         keys = iter(jax.random.split(key, 8))
         normal = lambda shape: jax.random.normal(next(keys), shape, jnp.bfloat16)
@@ -118,27 +138,27 @@ class Attention(_Case):
         return f"{self.B}x{self.T} H={self.H} {self.A}/{self.V}{kind}"
 
     @property
-    def flops(self):
+    def flops(self) -> int:
         products = self.A + self.V + self.backward * (3 * self.A + 2 * self.V)
         return self.B * self.H * self.T**2 * products  # the causal half
 
-    def arguments(self):
+    def arguments(self) -> tuple:
         wide, narrow = (_array((self.B, self.T, self.H, n), jnp.bfloat16) for n in (self.A, self.V))
         ids = (_array((self.B, self.T), jnp.int32),) if self.segments else ()
         return (wide, wide, narrow, *((narrow,) if self.backward else ()), *ids)
 
-    def call(self, implementation):
+    def call(self, implementation: str) -> Callable:
         def attend(q, k, v, ids):
             return self.function(implementation)(q, k, v, ids, scale=self.A**-0.5)
 
         def gradients(q, k, v, do, ids):
-            o, pull_back = jax.vjp(lambda *qkv: attend(*qkv, ids), q, k, v)
+            o, pull_back = jax.vjp(lambda *qkv: attend(*qkv, ids), q, k, v)  # pyright: ignore[reportCallIssue] (lengths)
             return o, *pull_back(do)
 
-        run = gradients if self.backward else attend
+        run: Callable = gradients if self.backward else attend
         return run if self.segments else lambda *args: run(*args, None)
 
-    def random(self, key):
+    def random(self, key: jax.Array) -> tuple:
         ids = jnp.arange(self.T) // max(self.T // 3, 1)
         return tuple(jnp.broadcast_to(ids, x.shape).astype(x.dtype) if x.dtype == jnp.int32
                      else jax.random.normal(k, x.shape, x.dtype)
@@ -161,16 +181,16 @@ class Decode(_Case):
     def __str__(self):
         return f"{self.B}x{self.T} H={self.H} pages of {self.page}{' in FP8' if self.packed else ''}"
 
-    def arguments(self):
+    def arguments(self) -> tuple:
         X, pages = self.C + 64, -(-self.T // self.page)
         token = (api.packed_width(self.C, 64), jnp.uint8) if self.packed else (X, jnp.bfloat16)
         return (_array((self.B, self.H, X), jnp.bfloat16), _array((self.B * pages, self.page, token[0]), token[1]),
                 _array((self.B, pages), jnp.int32), _array((self.B,), jnp.int32))
 
-    def call(self, implementation):
+    def call(self, implementation: str) -> Callable:
         return lambda *args: self.function(implementation)(*args, scale=(self.C // 4 + 64) ** -0.5)
 
-    def random(self, key):
+    def random(self, key: jax.Array) -> tuple:
         q, cache, table, lengths = self.arguments()
         keys = jax.random.split(key, 3)
         tokens = jax.random.normal(keys[1], (*cache.shape[:2], q.shape[-1]), jnp.bfloat16)
@@ -179,7 +199,7 @@ class Decode(_Case):
                 jnp.full(lengths.shape, self.T, jnp.int32))
 
 
-def _array(shape, dtype):
+def _array(shape, dtype) -> Any:  # a shape where types say jax.Array
     return jax.ShapeDtypeStruct(shape, dtype)
 
 

@@ -9,8 +9,9 @@ import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.tpu as pltpu
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
-from kernels_pallas.formats import BLOCK, blocks
+from kernels_pallas.formats import BLOCK, Quantized, blocks
 from kernels_pallas.reference.fp8_grouped_matmul import check_grouped, expert_of_tile
 from kernels_pallas.tpu.fp8_matmul import (
     TuningConfig,
@@ -22,7 +23,8 @@ from kernels_pallas.tpu.fp8_matmul import (
 )
 
 
-def fp8_grouped_matmul(a, b, sizes_E, *, out_dtype=jnp.bfloat16, config: TuningConfig | None = None, interpret=False):
+def fp8_grouped_matmul(a: Quantized, b: Quantized, sizes_E: jax.Array, *, out_dtype: DTypeLike = jnp.bfloat16,
+                       config: TuningConfig | None = None, interpret: bool = False) -> jax.Array:
     """See the twin. Rows past the last group are written as zeros, and so are the gradients of experts without rows."""
     check_grouped(a, b, sizes_E)
     form = _k_grouped if b[0].ndim == 2 else _grouped

@@ -10,14 +10,17 @@ its matrix unit and still reads FP8 from memory. Rows and columns past the edge 
 """
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.tpu as pltpu
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
-from kernels_pallas.formats import BLOCK, blocks, rows_of_scale
+from kernels_pallas.formats import BLOCK, Quantized, blocks, rows_of_scale
 from kernels_pallas.reference.fp8_matmul import check_matmul
 
 
@@ -34,7 +37,7 @@ class TuningConfig:
     slices: int = 8
 
 
-def scaled_product(a_ref, sa_ref, b_ref, sb_ref):
+def scaled_product(a_ref: Any, sa_ref: Any, b_ref: Any, sb_ref: Any) -> Any:
     """float32 [m, n] of one step: a [m, slices * 128], sa [slices, m], b [n, slices * 128], sb [slices, n]."""
     total, sa = 0, sa_ref[...].T  # in memory rows of few numbers would be padded to 128
     for k in range(sb_ref.shape[0]):
@@ -44,7 +47,7 @@ def scaled_product(a_ref, sa_ref, b_ref, sb_ref):
     return total
 
 
-def accumulate(first, last, product, total_ref, out_ref):
+def accumulate(first: Any, last: Any, product: Callable[[], jax.Array], total_ref: Any, out_ref: Any) -> None:
     """Adds a step's product to the total; `first` and `last` say where an output begins and ends."""
     @pl.when(first)
     def _():
@@ -57,17 +60,17 @@ def accumulate(first, last, product, total_ref, out_ref):
         out_ref[...] = total_ref[...].astype(out_ref.dtype)
 
 
-def slices_of(K, most):
+def slices_of(K: int, most: int) -> int:
     """The largest number of slices up to `most` that divides K's."""
     return max(n for n in range(1, most + 1) if blocks(K) % n == 0)
 
 
-def whole_slices(values):
+def whole_slices(values: jax.Array) -> jax.Array:
     """K in whole slices of 128; what is added is zero."""
     return jnp.pad(values, [(0, 0)] * (values.ndim - 1) + [(0, -values.shape[-1] % BLOCK)])
 
 
-def by_slice(q, slices):
+def by_slice(q: Quantized, slices: int) -> jax.Array:
     """Scales of either operand, in blocks or tiles, as [..., steps, slices, rows]."""
     values, scales = q
     if rows_of_scale(q) == BLOCK:
@@ -76,7 +79,8 @@ def by_slice(q, slices):
     return jnp.moveaxis(scales, -1, -2).reshape(*stack, count // slices, slices, N)
 
 
-def fp8_matmul(a, b, *, out_dtype=jnp.bfloat16, config: TuningConfig | None = None, interpret=False):
+def fp8_matmul(a: Quantized, b: Quantized, *, out_dtype: DTypeLike = jnp.bfloat16, config: TuningConfig | None = None,
+               interpret: bool = False) -> jax.Array:
     """See the twin. E4M3 or E5M2; K, M and N need not divide the blocks."""
     check_matmul(a, b)
     config = config or TuningConfig()

@@ -32,7 +32,7 @@ def test_products_between_start_and_done_hide_a_transfer():
 
 
 def test_a_transfer_that_is_not_asynchronous_is_waited_for():
-    assert clocked(work(3), Step("whole", "a", TOKENS), work(3)) == [(0, 4)]
+    assert clocked(work(3), Step("synchronous", "a", TOKENS), work(3)) == [(0, 4)]
 
 
 def test_transfers_follow_each_other():
@@ -45,7 +45,7 @@ def test_what_the_device_waited_for_one_transfer_passes_for_the_next():
 
 
 def test_ids_and_gates_take_no_time():
-    assert clocked(started("i", IDS), Step("done", "i"), Step("whole", "j", IDS)) == []
+    assert clocked(started("i", IDS), Step("done", "i"), Step("synchronous", "j", IDS)) == []
 
 
 def test_products_over_the_rows_of_all_experts_count_once():

@@ -157,7 +157,7 @@ MUTATIONS = [
     Mutation(
         name="Bi does what W could",
         file="deepseek_jax/pipeline/split.py",
-        old="back - self._needed(self.dx + marked), on_x, on_dy)",
+        old="backward - self._needed(self.dx + marked), on_x, on_dy)",
         new="set(), on_x, on_dy)",
         tests="pipeline/test_split.py",
     ),
@@ -165,7 +165,7 @@ MUTATIONS = [
         name="what depends on parameters alone is kept",
         file="deepseek_jax/pipeline/split.py",
         old="on_x - self._made(range(",
-        new="set(self._made(range(self.num_ahead))) | on_x - self._made(range(",
+        new="set(self._made(range(self.num_forward))) | on_x - self._made(range(",
         tests="pipeline/test_split.py",
     ),
     Mutation(
@@ -220,7 +220,7 @@ MUTATIONS = [
     Mutation(
         name="messages do not turn around in a V",
         file="deepseek_jax/pipeline/execute.py",
-        old="if self.schedule.route.v_shaped:  # the turn",
+        old="if self.schedule.route.v_shaped:  # the last rank is its own neighbour",
         new="if False:",
         tests="pipeline/test_execute.py",
     ),
@@ -325,8 +325,8 @@ MUTATIONS = [
     Mutation(
         name="padding has a balance loss",
         file="deepseek_jax/pipeline/model.py",
-        old='jnp.where(at["real"], stats["sequence_loss"], 0)',
-        new='stats["sequence_loss"]',
+        old='jnp.where(at["real"], stats.sequence_loss, 0)',
+        new="stats.sequence_loss",
         tests="pipeline/test_model.py::test_in_float64_losses_gradients_and_loads_are_those_without_a_pipeline[1f1b]",
     ),
     Mutation(
@@ -339,8 +339,8 @@ MUTATIONS = [
     Mutation(
         name="MTP's balance loss counts once a rank",
         file="deepseek_jax/pipeline/model.py",
-        old="x_BTD.shape[:2], -1)) / ranks",
-        new="x_BTD.shape[:2], -1))",
+        old="h_BTD.shape[:2], -1)) / ranks",
+        new="h_BTD.shape[:2], -1))",
         tests="pipeline/test_model.py::test_in_float64_losses_gradients_and_loads_are_those_without_a_pipeline[1f1b]",
     ),
     Mutation(
@@ -353,15 +353,15 @@ MUTATIONS = [
     Mutation(
         name="every rank counts the weights",
         file="deepseek_jax/pipeline/model.py",
-        old='"weight": weight * first',
-        new='"weight": weight',
+        old="weight=losses.weight * first",
+        new="weight=losses.weight",
         tests="pipeline/test_model.py::test_in_float64_losses_gradients_and_loads_are_those_without_a_pipeline[1f1b]",
     ),
     Mutation(
         name="each rank keeps its own heads",
         file="deepseek_jax/pipeline/model.py",
-        old="return x_BTD + lax.psum(part, PIPE)",
-        new="return x_BTD + part",
+        old="return lax.psum(part, PIPE), None",
+        new="return part, None",
         tests="pipeline/test_model.py::test_in_float64_losses_gradients_and_loads_are_those_without_a_pipeline[1f1b]",
     ),
     Mutation(

@@ -251,7 +251,7 @@ MUTATIONS = [
     Mutation(
         name="logits are there beside the copies of rows",
         file="deepseek_jax/scale/memory.py",
-        old="max(0.0, passing(c, layout, loss_chunk) - copies)",
+        old="max(0.0, passing(c, layout, loss_chunk) - products)",
         new="passing(c, layout, loss_chunk)",
         tests="scale/test_memory.py",
     ),

@@ -100,7 +100,7 @@ def test_memory_grows_by_the_slots_that_the_schedule_says_and_nothing_else(name)
     a_slot = split(_stage_of_one_device, arguments.params, x, (arguments.fixed, arguments.inputs))
     message = 64 * toy.D * 4
 
-    grown = (slots[1].activations - slots[0].activations) * a_slot.kept_bytes + (
+    grown = (slots[1].activations - slots[0].activations) * a_slot.residual_bytes + (
         slots[1].messages - slots[0].messages) * message
 
     assert abs((memory[1] - memory[0]) - grown) <= 0.02 * memory[0]

@@ -50,13 +50,13 @@ def test_the_pieces_give_what_the_vjp_gives(remat):
 
         s = split(stage(remat), params, x, context)
         prepared = s.prepare(params)
-        out, kept = s.forward(prepared, x, context)
-        dx_first, deferred = s.backward_input(prepared, context, kept, dy, dloss)
+        out, residuals = s.forward(prepared, x, context)
+        dx_first, pending = s.backward_input(prepared, context, residuals, dy, dloss)
 
         assert_close(out, (y, loss, sums))
         assert_close(dx_first, dx)
-        assert_close(s.backward_weights(prepared, context, deferred), dparams)
-        assert_close(s.backward(prepared, context, kept, dy, dloss), (dx, dparams))
+        assert_close(s.backward_weights(prepared, context, pending), dparams)
+        assert_close(s.backward(prepared, context, residuals, dy, dloss), (dx, dparams))
 
 
 @pytest.mark.parametrize("remat", REMAT)
@@ -82,16 +82,16 @@ def test_what_crosses_is_the_layers_inputs_and_output_gradients():
         wide, narrow = toy.B * toy.F * 8, toy.B * toy.D * 8
         a_layer = 2 * narrow + 3 * wide  # x, dy of down; the input of down, dy of gate, dy of up
         loss = narrow + wide  # the layer's output, dy of the gate's second use
-        assert s.kept_bytes == narrow
+        assert s.residual_bytes == narrow
         # The first layer's output is the second one's input.
-        assert s.deferred_bytes == toy.LAYERS * (a_layer + loss) - (toy.LAYERS - 1) * narrow
+        assert s.pending_bytes == toy.LAYERS * (a_layer + loss) - (toy.LAYERS - 1) * narrow
 
 
 def test_keeping_less_is_the_stages_choice():
     with jax.enable_x64(True):
         params, x, context, _, _ = example()
 
-        kept = [split(stage(remat), params, x, context).kept_bytes for remat in REMAT]
+        kept = [split(stage(remat), params, x, context).residual_bytes for remat in REMAT]
 
         assert kept[0] > kept[1] > kept[2]
 
@@ -104,7 +104,7 @@ def test_what_depends_on_no_activation_is_not_kept():
     params, x, positions = {"w": jnp.eye(8)}, jnp.ones((4, 8)), jnp.arange(4.0)
     s = split(with_a_table, params, x, positions)
 
-    assert {(a.shape, a.dtype) for a in s.kept} == {(x.shape, x.dtype)}  # neither the cast weight nor the table
+    assert {(a.shape, a.dtype) for a in s.residuals} == {(x.shape, x.dtype)}  # neither the cast weight nor the table
 
 
 def test_the_gradient_of_a_stages_own_loss_is_split_like_any_other():
@@ -142,8 +142,8 @@ def test_w_waits_with_what_is_marked_and_not_with_what_it_was_made_from():
     params = jnp.ones((2, 8, 8), jnp.float32)
     s = split(products_in_fp8, (params[0], params[1]), jnp.ones((4, 8), jnp.float32), ())
 
-    assert {a.dtype for a in s.deferred} == {jnp.dtype(jnp.float8_e4m3fn)}
-    assert s.deferred_bytes == 4 * 4 * 8  # x and dy of two products
+    assert {a.dtype for a in s.pending} == {jnp.dtype(jnp.float8_e4m3fn)}
+    assert s.pending_bytes == 4 * 4 * 8  # x and dy of two products
     assert [count(s, piece) for piece in ("F", "Bi", "W")] == [2, 2, 2]
 
 
@@ -154,7 +154,7 @@ def test_what_shrinks_is_done_before_it_waits():
 
     s = split(normed, jnp.ones(8, jnp.float32), jnp.ones((64, 8), jnp.float32), ())
 
-    assert s.deferred_bytes == 8 * 4
+    assert s.pending_bytes == 8 * 4
 
 
 def test_what_is_marked_waits_as_it_is_and_not_what_it_was_made_of():
@@ -172,7 +172,7 @@ def test_what_is_marked_waits_as_it_is_and_not_what_it_was_made_of():
     linear.defvjp(lambda x, w: (x @ w, (x, w)), backward)
     s = split(lambda params, x, context: (linear(x, params), jnp.zeros(()), ()), jnp.eye(8), jnp.ones((64, 8)), ())
 
-    assert sorted((a.shape, str(a.dtype)) for a in s.deferred) == [
+    assert sorted((a.shape, str(a.dtype)) for a in s.pending) == [
         ((), "float32"), ((64, 8), "float32"), ((64, 8), "float8_e4m3fn")]
 
 
@@ -217,8 +217,8 @@ def test_what_is_recomputed_waits_for_the_gradient_that_it_is_for():
     with jax.enable_x64(True):
         params, x, context, dy, dloss = example()
         s = split(stage("full"), params, x, context)
-        _, kept = s.forward(s.prepare(params), x, context)
-        backward = jax.make_jaxpr(s.backward)(s.prepare(params), context, kept, dy, dloss)
+        _, residuals = s.forward(s.prepare(params), x, context)
+        backward = jax.make_jaxpr(s.backward)(s.prepare(params), context, residuals, dy, dloss)
 
     barriers = [e for e in backward.eqns if e.primitive.name == "optimization_barrier"]
     assert barriers and all(len(e.invars) > 1 for e in barriers)
@@ -232,12 +232,12 @@ def test_a_scan_over_weights_stays_whole():
         params, x, dy = jnp.ones((3, 4, 4)) / 4, jnp.ones((2, 4)), jnp.ones((2, 4))
         s = split(scanned, params, x, ())
         prepared, dloss = s.prepare(params), jnp.ones(())
-        _, kept = s.forward(prepared, x, ())
+        _, residuals = s.forward(prepared, x, ())
 
-        dx, deferred = s.backward_input(prepared, (), kept, dy, dloss)
+        dx, pending = s.backward_input(prepared, (), residuals, dy, dloss)
 
         _, vjp = jax.vjp(lambda p, x: scanned(p, x, ())[0], params, x)
-        assert_close((s.backward_weights(prepared, (), deferred), dx), vjp(dy))
+        assert_close((s.backward_weights(prepared, (), pending), dx), vjp(dy))
         names = [equation.primitive.name for equation in s.pieces["W"].equations]
         assert "scan" not in names
 
@@ -246,7 +246,7 @@ def test_shapes_are_enough_to_split():
     with jax.enable_x64(True):
         structs = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), example()[:3])
 
-        assert split(stage("full"), *structs).kept_bytes == toy.B * toy.D * 8
+        assert split(stage("full"), *structs).residual_bytes == toy.B * toy.D * 8
 
 
 @pytest.mark.parametrize(

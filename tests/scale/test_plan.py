@@ -12,7 +12,7 @@ import pytest
 from deepseek_jax.config import ConfigError, FP8Config, MeshConfig, model_config
 from deepseek_jax.scale import decoding, plan, timing, traffic
 from deepseek_jax.scale.hardware import HARDWARE, Measured, hardware
-from deepseek_jax.scale.layout import make_layout
+from deepseek_jax.scale.layout import Split, make_layout
 
 V3 = model_config("v3_671b", fp8=FP8Config(enabled=True), remat="report")
 H800 = hardware("h800")
@@ -20,7 +20,7 @@ H800 = hardware("h800")
 
 @functools.cache
 def of_report(**changes):
-    return make_layout(V3, 2048, 16, 64, 8, 15360, buffers="ragged", capacity=1.25, dispatch_fp8=True, **changes)
+    return make_layout(V3, Split(2048, 16, 64), 15360, buffers="ragged", capacity=1.25, dispatch_fp8=True, **changes)
 
 
 @functools.cache
@@ -121,7 +121,7 @@ def test_a_copy_travels_in_fp8_with_its_scales_and_comes_back_in_bf16():
 
 
 def test_without_replicas_and_pipeline_only_the_tokens_and_what_is_split_travel():
-    layout = make_layout(model_config("tiny"), 1, 1, 1, 8, 8)
+    layout = make_layout(model_config("tiny"), Split(1), 8)
 
     assert not any(traffic.step_traffic(model_config("tiny"), layout).values())
 
@@ -165,7 +165,8 @@ def test_what_does_not_fit_says_by_how_much_and_what_to_change_first():
      (dict(sequences=1280), "needs at least 32 micro-batches")])
 def test_a_layout_that_cannot_be_says_what_could(changes, complaint):
     with pytest.raises(ConfigError, match=complaint) as error:
-        make_layout(V3, **{**dict(devices=2048, pipe=16, expert=64, node_size=8, sequences=15360), **changes})
+        asked = dict(devices=2048, pipe=16, expert=64, sequences=15360) | changes
+        make_layout(V3, sequences=asked.pop("sequences"), split=Split(**asked))
     assert "\n" not in str(error.value)
 
 
@@ -220,7 +221,7 @@ def test_more_of_anything_that_is_needed_never_makes_a_step_slower():
 @pytest.mark.parametrize("schedule", ["1f1b", "dualpipe", "dualpipev"])
 def test_of_a_long_schedule_the_middle_is_counted_instead_of_worked_out(schedule, monkeypatch):
     c = model_config("tiny", num_layers=9)
-    layout = make_layout(c, 4, 4, 1, 8, 64, schedule=schedule, sequence_length=256)
+    layout = make_layout(c, Split(4, 4), 64, schedule=schedule, sequence_length=256)
     short = timing.step(c, H800, layout)
     assert layout.pipeline.microbatches == 32
     monkeypatch.setattr("deepseek_jax.scale.layout.LONGEST", 16)
@@ -232,7 +233,7 @@ def test_of_a_long_schedule_the_middle_is_counted_instead_of_worked_out(schedule
 
 def test_without_a_pipeline_a_step_is_micro_batches_one_after_the_other():
     c = model_config("v2_lite_16b")
-    layout = make_layout(c, 8, 1, 8, 8, 64)
+    layout = make_layout(c, Split(8, expert=8), 64)
     once, twice = (timing.step(c, hardware("h100"), dataclasses.replace(layout, microbatches=n)) for n in (4, 8))
 
     assert layout.mesh == MeshConfig(local=8) and once.bubble == 0

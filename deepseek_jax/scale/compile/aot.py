@@ -1,7 +1,7 @@
-"""The real training step, compiled for machines that are not here: what XLA itself says it takes.
+"""The real training step, compiled for machines that you don't have: what it takes according to XLA.
 
 The program is the one that training runs, traced on a mesh of described devices (`targets`); the chip's own compiler
-schedules it, assigns its buffers and, for GPUs, makes its kernels. Nothing runs.
+schedules it, assigns its buffers and, for GPUs, generates its kernels. Nothing runs.
 """
 
 import dataclasses
@@ -11,6 +11,8 @@ import pathlib
 import resource
 import tempfile
 import time
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,12 +28,16 @@ from deepseek_jax.scale.layout import Layout
 from deepseek_jax.training.step import init_state, train_step
 from kernels_pallas.tools import compile_report
 
-# The scheduler that puts products between a collective's start and its done; on by default in training on GPUs too.
+# The scheduler that puts products between a collective's start and its done, as in training on GPUs.
 OPTIONS = {"gpu": {"xla_gpu_enable_latency_hiding_scheduler": True}, "tpu": {}}
 
 
 def config_of(model: ModelConfig, layout: Layout) -> Config:
-    """The experiment that trains `model` on `layout`. Raises ConfigError where that cannot be."""
+    """The config that trains `model` on `layout`.
+
+    Raises:
+      ConfigError: that is impossible.
+    """
     rounds = 1 if layout.mesh.pipe > 1 else layout.microbatches
     config = Config(
         model=model, mesh=layout.mesh,
@@ -44,7 +50,7 @@ def config_of(model: ModelConfig, layout: Layout) -> Config:
 
 
 def _arguments(config: Config, mesh):
-    """Shapes of a state and a batch, and where they lie."""
+    """Shapes of a state and a batch, their shardings, and the sharding of an unsharded array."""
     state = jax.eval_shape(functools.partial(init_state, config))
     train = config.train
     shape = train.micro_batches, train.batch_size // train.micro_batches, train.sequence_length + 1
@@ -55,14 +61,14 @@ def _arguments(config: Config, mesh):
     return (state, batch | {"active": jax.ShapeDtypeStruct((), jnp.int32)}), where, whole
 
 
-def compiled_program(lower, platform: str):
+def compiled_program(lower: Callable[[], jax.stages.Lowered], platform: str) -> tuple[Any, dict[str, Any]]:
     """Lowers and compiles.
 
     Args:
-      lower: a function that gives what `jax.jit(...).lower` does.
+      lower: returns a lowered program.
     Returns:
       jax's compiled program; {"seconds": {"lowering", "compiling", "cpu"}, "compiler_gigabytes", "kernels": a row for
-      each of ours, with what ptxas says of its registers and spills}. cpu: of this process, as others may be busy too.
+      each Mosaic kernel, with its registers and spills according to ptxas}. cpu: of this process only.
     """
     with tempfile.TemporaryDirectory() as folder:
         os.environ |= {"MOSAIC_GPU_DUMP_TO": folder, "MOSAIC_GPU_DUMP_PTX": "1", "MOSAIC_GPU_DUMP_PTXAS": "1"}
@@ -77,7 +83,7 @@ def compiled_program(lower, platform: str):
 
 
 def kernels_in(folder: pathlib.Path) -> list[dict]:
-    """The Mosaic kernels that were dumped there: name, how many, and the most of each thing that one of them takes."""
+    """The Mosaic kernels that were dumped there: name, count, and the maximum of each figure over those of a name."""
     rows: dict[str, dict] = {}
     for name, found in compile_report.dumped(list(folder.iterdir())):
         found = {field: n for field, n in found.items() if n is not None}
@@ -87,8 +93,8 @@ def kernels_in(folder: pathlib.Path) -> list[dict]:
     return list(rows.values())
 
 
-def compile_step(config: Config, target: str):
-    """Compiles one optimizer step for `target`. Returns what `compiled_program` does."""
+def compile_step(config: Config, target: str) -> tuple[Any, dict[str, Any]]:
+    """Compiles one optimizer step for `target`. Returns the same as `compiled_program`."""
     devices = targets.devices_of(target)
     mesh = make_mesh(config.mesh, devices)
     arguments, where, whole = _arguments(config, mesh)
@@ -98,7 +104,7 @@ def compile_step(config: Config, target: str):
         return compiled_program(lambda: step.lower(*arguments), devices[0].platform)
 
 
-def bytes_of(compiled) -> dict[str, int]:
+def bytes_of(compiled: Any) -> dict[str, int]:
     """Bytes per device by XLA's own analysis; donated arguments count once."""
     found = compiled.memory_analysis()
     return {"arguments": found.argument_size_in_bytes, "temporaries": found.temp_size_in_bytes,
@@ -106,13 +112,13 @@ def bytes_of(compiled) -> dict[str, int]:
             "code": found.generated_code_size_in_bytes}
 
 
-def report(model: ModelConfig, layout: Layout, target: str) -> dict:
-    """Compiles the step and says what it takes, beside what the planner foretold. JSON-able."""
+def report(model: ModelConfig, layout: Layout, target: str) -> dict[str, Any]:
+    """Compiles the step; returns what it takes, and what the planner predicted. JSON-able."""
     config = config_of(model, layout)
     compiled, made = compile_step(config, target)
     found, planned = bytes_of(compiled), memory.bytes_per_device(model, layout, config.train.loss_chunk)
     total, capacity = sum(found.values()), targets.memory_of(target)
-    collectives = hlo.collectives(compiled.as_text(), mesh_sizes(config.mesh))
+    collectives = hlo.collectives(compiled.as_text() or "", mesh_sizes(config.mesh))
     cost = compiled.cost_analysis() or {}
     return {"target": target, "devices": layout.mesh.devices, "layout": layout.name,
             "mesh": dataclasses.asdict(layout.mesh), "schedule": layout.schedule if layout.mesh.pipe > 1 else None,

@@ -1,12 +1,13 @@
 """What a compiled program communicates, read off XLA's scheduled text (no jax).
 
-A collective is asynchronous when XLA gave it a start and a done, and hidden when products stand between them; all
-others the device waits for. The axes of one are those along which the devices of its first group differ.
+A collective is asynchronous if XLA gave it a start and a done, and hidden if there are products between them; the
+device waits for all others. Its axes are those along which the devices of its first group differ.
 """
 
 import dataclasses
 import math
 import re
+from collections.abc import Iterator
 from typing import NamedTuple
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
@@ -14,7 +15,7 @@ BITS = {"pred": 8, "s4": 4, "u4": 4, "bf16": 16, "f16": 16, "c64": 64}
 _HEAD = re.compile(r"\s*(?:ROOT )?(%?[\w.\-]+) = ")
 _PARENTHESES = re.compile(r"[()]")
 _OPERATION = re.compile(r" ([\w\-]+)\(")
-# Products outside of HLO's own, and what all of them write down of the dimensions that are summed over.
+# Products other than HLO's own, and how all of them state the contracted dimensions.
 _KERNEL = re.compile(r'custom_call_target="(__cublas|mosaic_gpu|tpu_custom_call)')
 _CONTRACTED = re.compile(r'(?:lhs_contracting_dims=\{|"lhs_contracting_dimensions":\[)([\d,"]*)')
 _ATTENTION = re.compile(r"/attention_(forward|dq|dkv)/")  # kernels_pallas.hopper.mla_attention, by name
@@ -25,9 +26,9 @@ _SHAPE = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\]")
 class Collective:
     """One collective of the program text.
 
-    bytes: the larger of what goes in and what comes out on a device. times: executions a step, as far as loops know
-    their trip counts. branch: it stands in a branch, so that not every one of those times happens.
-    products: matrix products between start and done; None where it is not asynchronous.
+    bytes: the larger of a device's input and output. times: executions a step, as far as loops know their trip counts.
+    branch: whether it is in a branch, so that not all of those executions happen.
+    products: matrix products between start and done; None if it is not asynchronous.
     """
 
     kind: str
@@ -48,11 +49,11 @@ def size_of(shape: str) -> int:
 
 
 def first_group(text: str) -> list[int]:
-    """The devices of the first of a collective's groups, in any of the forms that XLA writes them in."""
+    """The devices of the first of a collective's groups, in any of the forms that XLA writes."""
     if found := re.search(r"(?:replica_groups|source_target_pairs)=\{\{([\d,]+)\}", text):
         return [int(n) for n in found[1].split(",")]
     if found := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
-        groups, dims, order = ([int(n) for n in part.split(",")] if part else None for part in found.groups())
+        groups, dims, order = ([int(n) for n in part.split(",")] if part else [] for part in found.groups())
         order = order or list(range(len(dims)))
         return [_iota(i, dims, order) for i in range(math.prod(groups[1:]))]
     return []
@@ -84,8 +85,13 @@ def axes_of_group(group: list[int], sizes: dict[str, int]) -> tuple[str, ...]:
 
 
 def computations(text: str) -> dict[str, list[tuple]]:
-    """{name: [(result, type, operation, the rest of the line)]}, the entry under "ENTRY" too."""
-    found, lines = {}, None
+    """{name: [(result, type, operation, the rest of the line)]}; the entry is also under "ENTRY".
+
+    Raises:
+      ValueError: a line has no operation.
+    """
+    found: dict[str, list[tuple]] = {}
+    lines = None
     for line in text.splitlines():
         if line.endswith("{") and (head := re.match(r"(ENTRY )?(%?[\w.\-]+) .*->", line)):
             lines = found[head[2]] = []
@@ -94,12 +100,14 @@ def computations(text: str) -> dict[str, list[tuple]]:
         elif lines is not None and (head := _HEAD.match(line)):
             end = _end_of_type(line, head.end())
             operation = _OPERATION.match(line, end)
+            if operation is None:
+                raise ValueError(f"a line of the program has no operation: {line.strip()}")
             lines.append((head[1], line[head.end():end], operation[1], line[operation.end():]))
     return found
 
 
 def _end_of_type(line, at):
-    """Where the type that begins at `at` ends: at a space outside of its parentheses."""
+    """The end of the type that begins at `at`: a space outside of its parentheses."""
     if line[at] != "(":
         return line.index(" ", at)
     depth = 0
@@ -111,10 +119,10 @@ def _end_of_type(line, at):
 
 
 class Step(NamedTuple):
-    """A line of a program that communicates or multiplies, in the order in which the device comes to it.
+    """A line of a program that communicates or multiplies, in the order of execution.
 
-    what: "start" or "done" of an asynchronous collective (`key` says of which), "whole": a synchronous one, "work":
-    `products` matrix products of `flops` in all (of kernels in other languages than HLO's only attention's are known),
+    what: "start" or "done" of the asynchronous collective `key`; "synchronous": a collective that is not asynchronous;
+    "work": `products` matrix products with `flops` in total (of kernels not written in HLO only attention's are known);
     or "inner": the computations `inner`, run `trips` times, or one of them in a branch.
     """
 
@@ -134,9 +142,9 @@ class _Program:
         self._counted = {}
 
     def work(self, name) -> tuple[int, float]:
-        """(matrix products in a computation, their FLOPs), those it calls included; loops as often as they turn."""
+        """(matrix products in a computation, their FLOPs), with those of computations that it calls, times trips."""
         if name not in self._counted:
-            self._counted[name] = 0, 0.0  # a cycle cannot be
+            self._counted[name] = 0, 0.0  # there are no cycles
             each = [self.work_of(name, *line) for line in self.bodies.get(name, ())]
             self._counted[name] = sum(n for n, _ in each), sum(flops for _, flops in each)
         return self._counted[name]
@@ -162,7 +170,7 @@ class _Program:
         return 2.0 * math.prod(_dims(shape)) * summed
 
     def attention_flops(self, name, part, rest) -> float:
-        """Of one of attention's kernels, from q [B, T, H, A] and v [B, T, H, V]; half of the square is seen."""
+        """Of one of attention's kernels, from q [B, T, H, A] and v [B, T, H, V]; causal, so half of the square."""
         q, _, v = (_dims(self._types[name].get(operand, "")) for operand in _operands(rest)[:3])
         if len(q) != 4 or len(v) != 4:
             return 0.0
@@ -170,8 +178,8 @@ class _Program:
         widths = {"forward": A + V, "dq": 2 * A + V, "dkv": 2 * A + 2 * V}[part]
         return float(B * H * T * T * widths)
 
-    def steps(self, name, times=1, branch=False):
-        """What a computation does, as Steps."""
+    def steps(self, name, times=1, branch=False) -> Iterator[Step]:
+        """The Steps of a computation."""
         sizes = {result: size_of(shape) for result, shape in self._types.get(name, {}).items()}
         started = set()
         for result, shape, operation, rest in self.bodies.get(name, ()):
@@ -191,16 +199,16 @@ class _Program:
             if not kind and (work := self.work_of(name, result, shape, operation, rest))[0]:
                 yield Step("work", products=work[0], flops=work[1])
 
-    def walk(self, name, times=1, branch=False):
+    def walk(self, name, times=1, branch=False) -> Iterator[Collective]:
         """The collectives of a computation and of those that it calls."""
         waiting = {}  # key of a start -> (its Collective, products so far)
         for step in self.steps(name, times, branch):
-            if step.what == "start":
+            if step.what == "start" and step.collective:
                 waiting[step.key] = step.collective, 0
             elif step.what == "done":
                 one, products = waiting.pop(step.key)
                 yield dataclasses.replace(one, products=products)
-            elif step.what == "whole":
+            elif step.what == "synchronous" and step.collective:
                 yield step.collective
             elif step.what == "inner":
                 for inner in step.inner:
@@ -209,7 +217,7 @@ class _Program:
                 waiting = {key: (one, products + step.products) for key, (one, products) in waiting.items()}
 
     def kind(self, operation, rest):
-        """(kind of collective or None, "start", "done" or "whole")."""
+        """(kind of collective or None, "start", "done" or "synchronous")."""
         if operation in ("async-start", "async-done", "async-update"):
             inner = [line[2] for name in _called(rest) for line in self.bodies.get(name, ())]
             found = next((name for name in inner if name in KINDS), None)
@@ -219,10 +227,10 @@ class _Program:
         for phase in ("start", "done"):
             if operation.endswith("-" + phase) and operation.removesuffix("-" + phase) in KINDS:
                 return operation.removesuffix("-" + phase), phase
-        return (operation, "whole") if operation in KINDS else (None, "")
+        return (operation, "synchronous") if operation in KINDS else (None, "")
 
     def groups(self, rest):
-        """The line that names the groups: its own, or that of what an async-start wraps."""
+        """The line that names the groups: the operation's own, or that of the operation that an async-start wraps."""
         if "replica_groups=" in rest or "source_target_pairs=" in rest:
             return rest
         inner = [line[3] for name in _called(rest) for line in self.bodies.get(name, ()) if line[2] in KINDS]
@@ -270,14 +278,14 @@ def branches(text: str, number: int) -> list[str]:
 
 
 def steps(text: str, sizes: dict[str, int], name: str) -> list[Step]:
-    """What the device does in one computation, in order."""
+    """The Steps of one computation, in order."""
     return list(_Program(text, sizes).steps(name))
 
 
 def table(found: list[Collective]) -> list[dict]:
     """By kind and axes, JSON-able.
 
-    bytes: if each runs once; bytes_executed: as often as loops of known length make it. hidden: with products between
+    bytes: if each runs once; bytes_executed: times the trips of loops of known length. hidden: with products between
     start and done; exposed_bytes: of the others.
     """
     rows: dict[tuple, dict] = {}

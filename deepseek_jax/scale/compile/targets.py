@@ -1,24 +1,29 @@
-"""Devices that are not here: what a program is compiled for.
+"""Devices that this machine does not have: what a program is compiled for.
 
     h100:2048        GPUs, eight to a host        v5p:8x16x16, v6e:16x16, 7x:4x4x4        TPU slices
 
-XLA's compilers need a description of the chip, no chip. GPUs want the extra `aot`, TPUs libtpu.
+XLA's compilers need only a description of the chip. GPUs require the extra `aot`, TPUs libtpu.
 """
 
 import math
 import os
 import re
+from typing import Any
 
 from deepseek_jax.config import ConfigError
+from deepseek_jax.scale.hardware import DEVICE_MEMORY
 from kernels_pallas.tools import compile_report
 
 TPUS = {"v5p": "v5p", "v5e": "v5e", "v6e": "v6e", "7x": "TPU7x"}
 GPUS = ("h100", "h800")  # an H800 is an H100 with a slower NVLink; the programs are the same
-MEMORY = {"h100": 80e9, "h800": 80e9, "v5p": 95e9, "v5e": 16e9, "v6e": 32e9, "7x": 96e9}  # of one jax device
 
 
 def count(target: str) -> int:
-    """How many devices a target has. Raises ConfigError for one that does not read."""
+    """How many jax devices a target has.
+
+    Raises:
+      ConfigError: the target cannot be read.
+    """
     name, _, shape = target.partition(":")
     if name not in (*GPUS, *TPUS):
         raise ConfigError(f"target {target!r} is unknown; take one of {', '.join((*GPUS, *TPUS))}, with its size: "
@@ -34,12 +39,16 @@ def count(target: str) -> int:
 
 
 def memory_of(target: str) -> float:
-    """Bytes of one of its devices."""
-    return MEMORY[target.partition(":")[0]]
+    """Memory of one of its jax devices, bytes."""
+    return DEVICE_MEMORY[target.partition(":")[0]]
 
 
-def devices_of(target: str):
-    """Its devices. Raises ConfigError, with what to install, where no compiler for them is there."""
+def devices_of(target: str) -> list[Any]:
+    """Its devices, as descriptions that jax can compile for.
+
+    Raises:
+      ConfigError: no compiler for them is installed; says what to install.
+    """
     number = count(target)
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # read when the compiler is first asked for
     import jax
@@ -54,7 +63,7 @@ def devices_of(target: str):
         except compile_report.NoCompiler as error:
             raise ConfigError(str(error)) from error
     try:
-        import libtpu
+        import libtpu  # pyright: ignore[reportMissingImports] (optional)
     except ImportError as error:
         raise ConfigError("compiling for TPUs needs libtpu; pip install libtpu brings it.") from error
     os.environ.setdefault("TPU_LIBRARY_PATH", libtpu.get_library_path())

@@ -84,7 +84,7 @@ def programs(args):
                 "lowering_seconds": middle - start, "compile_seconds": time.perf_counter() - middle,
                 "compile_cpu_seconds": time.process_time() - cpu,
                 "temporary_bytes": compiled.memory_analysis().temp_size_in_bytes,
-                "slots": schedule_of(config).slots._asdict(), "kept_bytes": parts(config).kept_bytes})
+                "slots": schedule_of(config).slots._asdict(), "kept_bytes": parts(config).residual_bytes})
             print(name, found[name][-1], flush=True)
     return found
 

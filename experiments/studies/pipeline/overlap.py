@@ -18,7 +18,7 @@ from deepseek_jax.config import model_config
 from deepseek_jax.pipeline.tables import tabulate
 from deepseek_jax.scale.compile import hlo
 from deepseek_jax.scale.hardware import Measured, hardware
-from deepseek_jax.scale.layout import make_layout
+from deepseek_jax.scale.layout import Split, make_layout
 from deepseek_jax.scale.traffic import layer_traffic
 from experiments.studies.framework.results import provenance
 
@@ -41,8 +41,8 @@ class Transfer:
 
 
 def layout_of(schedule, tokens):
-    return make_layout(MODEL, RANKS * LOCAL, RANKS, LOCAL, LOCAL, MICROBATCHES * LOCAL, schedule=schedule,
-                       sequence_length=tokens, buffers="ragged", capacity=CAPACITY)
+    return make_layout(MODEL, Split(RANKS * LOCAL, RANKS, LOCAL, node_size=LOCAL), MICROBATCHES * LOCAL,
+                       sequence_length=tokens, schedule=schedule, buffers="ragged", capacity=CAPACITY)
 
 
 def program(schedule, tokens, folder: pathlib.Path) -> str:
@@ -80,7 +80,7 @@ def clocked(steps, of_tokens, seconds, rate) -> list[Transfer]:
     for step in steps:
         if step.what == "work":
             now, done = now + step.flops / rate, done + step.flops
-        elif step.what in ("start", "whole") and of_tokens(step.collective):
+        elif step.what in ("start", "synchronous") and of_tokens(step.collective):
             network = max(now, network) + seconds
             if step.what == "start":
                 under_way[step.key] = network, done

@@ -11,12 +11,12 @@ import pytest
 
 from deepseek_jax.config import ConfigError, FP8Config, MeshConfig, model_config
 from deepseek_jax.scale.compile.aot import config_of, kernels_in
-from deepseek_jax.scale.layout import Layout, make_layout
+from deepseek_jax.scale.layout import Layout, Split, make_layout
 
 
 def test_the_program_of_a_layout_is_the_training_run_that_it_describes():
     c = model_config("v3_671b", fp8=FP8Config(enabled=True))
-    layout = make_layout(c, 2048, 16, 64, 8, 15360, dispatch_fp8=True, buffers="ragged", capacity=1.25)
+    layout = make_layout(c, Split(2048, 16, 64), 15360, dispatch_fp8=True, buffers="ragged", capacity=1.25)
     config = config_of(c, layout)
 
     assert (config.train.batch_size, config.train.micro_batches, config.train.sequence_length) == (15360, 1, 4096)
