@@ -14,6 +14,7 @@ import math
 import os
 import re
 import traceback
+from typing import Any
 
 import ml_collections
 
@@ -330,7 +331,7 @@ def model_config(name: str, **overrides) -> ModelConfig:
     return build(ModelConfig, {**PRESETS[name], **overrides}, "model")
 
 
-def default_config(preset: str) -> ml_collections.ConfigDict:
+def default_config(preset: str) -> Any:
     """The whole experiment at its defaults around a model preset, ready to be changed by a config file."""
     return ml_collections.ConfigDict(as_dict(Config(model=model_config(preset))), type_safe=False)
 
