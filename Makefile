@@ -1,5 +1,5 @@
 # make train   from nothing: environment, tokenizer, a tiny model on real text, a sample, plots (in run/)
-# make test    the CPU suite          make lint    ruff
+# make test    the CPU suite          make lint    ruff, pyright
 # make bench   speed beside transformers, a dense product, ragged_dot: same machine, same run
 # make aot     compiles the Hopper kernels, and training steps up to 671B, for machines that are not here (two to four hours)
 # make studies-quick   every study in its short form         make notebooks   runs the notebooks
@@ -40,6 +40,7 @@ test: .venv/stamp
 
 lint: .venv/stamp
 	$(RUN) -m ruff check .
+	$(RUN) -m pyright --pythonpath $(RUN)
 
 # The peer needs a CPU wheel of torch, which is there for Python 3.11; without one, our side is timed alone.
 .venv-peer/stamp: benchmarks/peer.txt

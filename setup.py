@@ -1,14 +1,19 @@
 """Installs `deepseek_jax` and `kernels_pallas`; experiments, notebooks and benchmarks run from a checkout."""
 
+import pathlib
+import re
+
 from setuptools import find_packages, setup
 
 setup(
     name="deepseek-jax",
-    version="0.1.0",
+    version=re.search(r'__version__ = "(.*)"', pathlib.Path(__file__).with_name("deepseek_jax").joinpath(
+        "__init__.py").read_text())[1],
     description="DeepSeek-V3 in JAX: model, training and serving as the V3 technical report describes them",
     license="Apache-2.0",
     packages=find_packages(include=["deepseek_jax", "deepseek_jax.*", "kernels_pallas", "kernels_pallas.*"]),
-    package_data={"deepseek_jax.serving.openai": ["chat.html"]},
+    package_data={"deepseek_jax": ["py.typed"], "deepseek_jax.serving.openai": ["chat.html"],
+                  "kernels_pallas": ["py.typed"]},
     python_requires=">=3.11,<3.14",
     install_requires=[
         "jax>=0.10.2,<0.13",
@@ -34,6 +39,7 @@ setup(
             "pytest-xdist>=3.5",
             "hypothesis>=6.100",
             "ruff>=0.9",
+            "pyright[nodejs]>=1.1.400",
             "filelock>=3.12",  # lets test workers share jax's compilation cache
             "zstandard>=0.22",
             "pyarrow>=16",

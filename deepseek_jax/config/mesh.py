@@ -4,28 +4,34 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Annotated, Literal
 
-from deepseek_jax.config.schema import Checked, ConfigError
+from deepseek_jax.config.model import ModelConfig
+from deepseek_jax.config.schema import NOT_NEGATIVE, POSITIVE, Checked, ConfigError
+from deepseek_jax.config.training import TrainConfig
 
 
 @dataclasses.dataclass(frozen=True)
-class MeshConfig(Checked, section="mesh", positive="pipe replica node local tensor capacity",
-                 choices={"dispatch": ("two_hop", "flat"), "buffers": ("static", "ragged")}):
+class MeshConfig(Checked, section="mesh"):
     """How many devices along each axis, and how tokens travel between them (report section 3.2).
 
     The report's 2048 GPUs are pipe=16, replica=2, node=8, local=8. All ones: one device. Not part of what a run is:
     it may be resumed on another mesh.
     """
 
-    pipe: int = 1
-    replica: int = 1  # copies of all experts
-    node: int = 1  # experts over nodes: the slow fabric
-    local: int = 1  # ... and over the devices of a node: the fast one
-    tensor: int = 1  # heads, dense feed-forward networks and vocabulary
-    dispatch: str = "two_hop"  # one copy a token and node, then on inside the node; "flat": straight to the devices
-    dispatch_fp8: bool = False  # values travel to the experts as E4M3 with a scale for 128 of them
-    buffers: str = "static"  # "ragged": only what is sent travels (TPU, GPU; not on a CPU)
-    capacity: float | None = None  # buffers in multiples of an even load: overflow is dropped. None: room for all
+    pipe: Annotated[int, POSITIVE, "pipeline ranks"] = 1
+    replica: Annotated[int, POSITIVE, "copies of all experts"] = 1
+    node: Annotated[int, POSITIVE, "experts over nodes: the slow fabric"] = 1
+    local: Annotated[int, POSITIVE, "experts over the devices of a node: the fast one"] = 1
+    tensor: Annotated[int, POSITIVE, "heads, dense feed-forward networks and vocabulary"] = 1
+    dispatch: Annotated[Literal["two_hop", "flat"],
+                        "two_hop: one copy a token and node, then on inside the node; flat: straight to the "
+                        "devices"] = "two_hop"
+    dispatch_fp8: Annotated[bool, "values travel to the experts as E4M3 with a scale for 128 of them"] = False
+    buffers: Annotated[Literal["static", "ragged"],
+                       "ragged: only what is sent travels (TPU, GPU; not on a CPU)"] = "static"
+    capacity: Annotated[float | None, POSITIVE,
+                        "buffers in multiples of an even load: overflow is dropped; None: room for all"] = None
 
     @property
     def data_shards(self) -> int:
@@ -34,16 +40,19 @@ class MeshConfig(Checked, section="mesh", positive="pipe replica node local tens
 
     @property
     def devices(self) -> int:
+        """Devices of the mesh."""
         return self.pipe * self.data_shards * self.tensor
 
 
 @dataclasses.dataclass(frozen=True)
-class PipelineConfig(Checked, section="pipeline", positive="microbatches", not_negative="deferred"):
+class PipelineConfig(Checked, section="pipeline"):
     """What the ranks of mesh.pipe do, and when (report section 3.2.1). Not part of what a run is either."""
 
-    schedule: str = "dualpipe"  # as `python -m deepseek_jax.pipeline` has them
-    microbatches: int = 8  # that a batch (train.batch_size / train.micro_batches sequences) is cut into
-    deferred: int | None = None  # weight gradients that may wait on a rank; None: as many as the schedule puts off
+    schedule: Annotated[str, "as python -m deepseek_jax.pipeline has them"] = "dualpipe"
+    microbatches: Annotated[int, POSITIVE,
+                            "that a batch (train.batch_size / train.micro_batches sequences) is cut into"] = 8
+    deferred: Annotated[int | None, NOT_NEGATIVE,
+                        "weight gradients that may be pending on a rank; None: as many as the schedule defers"] = None
 
 
 def _divisors(*counts: int) -> list[int]:
@@ -51,8 +60,8 @@ def _divisors(*counts: int) -> list[int]:
     return [n for n in range(1, common + 1) if common % n == 0]
 
 
-def check_mesh(mesh: MeshConfig, c, train):
-    """Raises ConfigError where a size does not divide what it splits of the ModelConfig `c` or the TrainConfig."""
+def check_mesh(mesh: MeshConfig, c: ModelConfig, train: TrainConfig):
+    """Raises ConfigError where a size does not divide what it splits of the model or the batch."""
     groups = c.num_groups if c.num_groups > 1 else c.num_experts
     if groups % mesh.node:
         what = "num_groups" if c.num_groups > 1 else "num_experts"

@@ -1,16 +1,25 @@
-"""Frozen dataclasses that check themselves (no jax here): types from the annotations, ranges from one table a class.
+"""Frozen dataclasses that check themselves (no jax here). A field is its type, its range and one line of documentation:
 
-    class DataConfig(Checked, section="data", fraction="fim_rate", choices={"order": ("sorted", "random")}): ...
+    class DataConfig(Checked, section="data"):
+        fim_rate: Annotated[float, FRACTION, "share of documents rearranged prefix-suffix-middle"] = 0.1
+        order: Annotated[Literal["sorted", "random"], "of the documents"] = "random"
 
-A field that no range names may hold any finite number. Ints become floats and lists tuples where the annotation says
-so; everything else that does not fit raises ConfigError, in one line that says what would.
+A field without a range may have any finite number. Ints become floats and lists tuples where the annotation says so;
+everything else that does not fit raises ConfigError, in one line that says what would.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import math
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple, TypeVar
+
+T = TypeVar("T")
 
 
 class ConfigError(ValueError):
@@ -20,98 +29,129 @@ class ConfigError(ValueError):
         super().__init__(" ".join(message.splitlines()))
 
 
-RANGES = {  # name of a range -> (what it takes, what to say of what it does not)
-    "positive": (lambda x: x > 0, "must be positive"),
-    "not_negative": (lambda x: x >= 0, "cannot be negative; 0 leaves it out"),
-    "fraction": (lambda x: 0 <= x <= 1, "must lie in [0, 1]"),
-    "below_one": (lambda x: 0 <= x < 1, "must lie in [0, 1)"),
-    "between": (lambda x: 0 < x < 1, "must lie between 0 and 1"),
-}
-_SCALARS = {"int": int, "float": float, "str": str, "bool": bool}
+class Range(NamedTuple):
+    """What a number may be, what is said of one that may not, and how the reference page writes it."""
+
+    fits: Callable[[Any], bool]
+    complaint: str
+    shown: str
+
+
+POSITIVE = Range(lambda x: x > 0, "must be positive", "> 0")
+NOT_NEGATIVE = Range(lambda x: x >= 0, "cannot be negative; 0 leaves it out", ">= 0")
+FRACTION = Range(lambda x: 0 <= x <= 1, "must lie in [0, 1]", "[0, 1]")
+BELOW_ONE = Range(lambda x: 0 <= x < 1, "must lie in [0, 1)", "[0, 1)")
+BETWEEN = Range(lambda x: 0 < x < 1, "must lie between 0 and 1", "(0, 1)")
+
+
+class Field(NamedTuple):
+    """One field of a section, read off its annotation. key: its spelling in config files."""
+
+    name: str
+    key: str
+    kind: Any  # int, float, str, bool, a Checked class, or tuple[tuple[X, Y], ...]
+    optional: bool
+    range: Range | None
+    choices: tuple[str, ...]
+    doc: str
+    default: Any
 
 
 @dataclasses.dataclass(frozen=True)
 class Checked:
     """Base of every section. A subclass that overrides __post_init__ for what spans fields calls super() first."""
 
-    def __init_subclass__(cls, section: str = "", choices: dict[str, tuple[str, ...]] | None = None, **ranges: str):
-        cls._section, cls._choices = section, choices or {}
-        cls._ranges = {name: RANGES[r] for r, names in ranges.items() for name in names.split()}
+    _section: typing.ClassVar[str] = ""
+
+    def __init_subclass__(cls, section: str = ""):
+        cls._section = section
 
     def __post_init__(self):
-        for field in dataclasses.fields(self):
-            path = ".".join(filter(None, [self._section, key(field)]))
-            value = _typed(field.type, getattr(self, field.name), path, field.default)
-            if value is not None and field.name in self._ranges:
-                fits, complaint = self._ranges[field.name]
-                if not fits(value):
-                    none = ", or None" if "None" in field.type else ""
-                    raise ConfigError(f"{path}={value!r} {complaint}{none}.")
-            if value not in self._choices.get(field.name, (value,)):
-                options = ", ".join(map(repr, self._choices[field.name]))
+        for field in fields_of(type(self)):
+            path = ".".join(filter(None, [self._section, field.key]))
+            value = _typed(field.kind, field.optional, getattr(self, field.name), path, field.default)
+            if value is not None and field.range and not field.range.fits(value):
+                none = ", or None" if field.optional else ""
+                raise ConfigError(f"{path}={value!r} {field.range.complaint}{none}.")
+            if field.choices and value not in field.choices:
+                options = ", ".join(map(repr, field.choices))
                 raise ConfigError(f"{path}={value!r} is unknown; take one of {options}.")
             object.__setattr__(self, field.name, value)
 
 
-def key(field) -> str:
+@functools.cache
+def fields_of(cls: type[Checked]) -> tuple[Field, ...]:
+    """The fields of a section, in order."""
+    hints = typing.get_type_hints(cls, include_extras=True)
+    return tuple(_field(field, hints[field.name]) for field in dataclasses.fields(cls))
+
+
+def _field(field: dataclasses.Field[Any], hint: Any) -> Field:
+    notes = getattr(hint, "__metadata__", ())
+    kind = typing.get_args(hint)[0] if notes else hint
+    parts = typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, types.UnionType) else (kind,)
+    kind, choices = parts[0], ()
+    if typing.get_origin(kind) is typing.Literal:
+        kind, choices = str, typing.get_args(kind)
+    return Field(field.name, key(field), kind, type(None) in parts,
+                 next((note for note in notes if isinstance(note, Range)), None), choices,
+                 next((note for note in notes if isinstance(note, str)), ""), field.default)
+
+
+def key(field: Any) -> str:
     """How a field is spelled in config files: `from_`, a keyword of Python, is `from` there."""
     return field.name.rstrip("_")
 
 
-def did_you_mean(word, options) -> str:
+def did_you_mean(word: object, options: Iterable[object]) -> str:
     """The end of a sentence: the nearest of the options, or all of them."""
-    options = sorted(map(str, options))
-    close = difflib.get_close_matches(str(word), options, n=1, cutoff=0.5)
-    return f"did you mean {close[0]}?" if close else f"known are: {', '.join(options)}."
+    words = sorted(map(str, options))
+    close = difflib.get_close_matches(str(word), words, n=1, cutoff=0.5)
+    return f"did you mean {close[0]}?" if close else f"known are: {', '.join(words)}."
 
 
-def build(cls, values, path: str = ""):
-    """An instance of a Checked class from a mapping, whose unknown keys raise."""
+def build(cls: type[T], values: Any, path: str = "") -> T:
+    """An instance of a Checked class from a mapping, whose unknown keys raise ConfigError."""
     if not hasattr(values, "items"):
         raise ConfigError(f"{path or 'a config'}={values!r} should be a section with keys, not a single value.")
-    fields = {key(f): f.name for f in dataclasses.fields(cls)}
+    fields = {field.key: field for field in fields_of(typing.cast(type[Checked], cls))}
     for name in values:
         if name not in fields:
             raise ConfigError(f"unknown config key {'.'.join(filter(None, [path, str(name)]))}; "
                               f"{did_you_mean(name, fields)}")
-    for field in dataclasses.fields(cls):
-        if field.default is dataclasses.MISSING and key(field) not in values:
-            raise ConfigError(f"the config has no section {key(field)}; start from default_config(preset).")
-    return cls(**{fields[name]: value for name, value in values.items()})
+    for field in fields.values():
+        if field.default is dataclasses.MISSING and field.key not in values:
+            raise ConfigError(f"the config has no section {field.key}; start from default_config(preset).")
+    given: Mapping[str, Any] = {fields[name].name: value for name, value in values.items()}
+    return cls(**given)
 
 
-def _sections(cls=Checked) -> dict[str, type]:
-    return {c.__name__: c for direct in cls.__subclasses__() for c in [direct, *_sections(direct).values()]}
-
-
-def _typed(annotation: str, value, path: str, example):
-    """`value` as the annotation has it."""
-    kind, _, optional = annotation.partition(" | ")
+def _typed(kind: Any, optional: bool, value: Any, path: str, example: Any) -> Any:
+    """`value` as a field of this kind has it."""
     if value is None:
         if optional:
             return None
         raise ConfigError(f"{path} cannot be None.")
-    if kind in _sections():
-        cls = _sections()[kind]
-        return value if isinstance(value, cls) else build(cls, value, path)
-    if kind.startswith("tuple["):
+    if typing.get_origin(kind) is tuple:
         return _pairs(kind, value, path, example)
-    if kind == "float" and isinstance(value, int) and not isinstance(value, bool):
+    if issubclass(kind, Checked):
+        return value if isinstance(value, kind) else build(kind, value, path)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
         try:
             value = float(value)
         except OverflowError:
             raise ConfigError(f"{path} has {len(str(value))} digits, too many for a float.") from None
-    if not isinstance(value, _SCALARS[kind]) or (kind == "int" and isinstance(value, bool)):
-        raise ConfigError(f"{path}={value!r} should be {kind}, not {type(value).__name__}.")
-    if kind == "float" and not math.isfinite(value):
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise ConfigError(f"{path}={value!r} should be {kind.__name__}, not {type(value).__name__}.")
+    if kind is float and not math.isfinite(value):
         raise ConfigError(f"{path}={value!r} should be a finite number.")
     return value
 
 
 def _pairs(kind, value, path, example):
-    kinds = kind.removeprefix("tuple[tuple[").partition("]")[0].split(", ")
+    kinds = typing.get_args(typing.get_args(kind)[0])
     is_pair = lambda x: isinstance(x, (tuple, list)) and len(x) == 2
     if not isinstance(value, (tuple, list)) or not all(map(is_pair, value)):
         raise ConfigError(f"{path}={value!r} should be a tuple of pairs, such as {example!r}.")
-    return tuple(tuple(_typed(k, part, f"{path}[{i}][{j}]", None) for j, (k, part) in enumerate(zip(kinds, pair)))
-                 for i, pair in enumerate(value))
+    return tuple(tuple(_typed(k, False, part, f"{path}[{i}][{j}]", None)
+                       for j, (k, part) in enumerate(zip(kinds, pair))) for i, pair in enumerate(value))

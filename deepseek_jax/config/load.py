@@ -1,0 +1,128 @@
+"""One experiment, from a config file and the command line to a frozen config.
+
+Config files build an `ml_collections.ConfigDict` with `default_config(preset)` and change what they study; the
+command line overrides single keys (`--config.train.steps=50`); `freeze` turns the result into `Config`. What cannot
+work raises `ConfigError` there, in one line that says what would.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import importlib.util
+import os
+import re
+import traceback
+from collections.abc import Sequence
+from typing import Any
+
+from deepseek_jax.config.mesh import MeshConfig, PipelineConfig, check_mesh
+from deepseek_jax.config.model import FP8Config, ModelConfig
+from deepseek_jax.config.presets import model_config
+from deepseek_jax.config.schema import Checked, ConfigError, build, did_you_mean, key
+from deepseek_jax.config.training import BalanceConfig, DataConfig, InitConfig, OptimizerConfig, TrainConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(Checked):
+    """One experiment."""
+
+    model: ModelConfig
+    data: DataConfig = DataConfig()  # noqa: RUF009 (frozen)
+    train: TrainConfig = TrainConfig()  # noqa: RUF009 (frozen)
+    optimizer: OptimizerConfig = OptimizerConfig()  # noqa: RUF009 (frozen)
+    balance: BalanceConfig = BalanceConfig()  # noqa: RUF009 (frozen)
+    init: InitConfig = InitConfig()  # noqa: RUF009 (frozen)
+    mesh: MeshConfig = MeshConfig()  # noqa: RUF009 (frozen)
+    pipeline: PipelineConfig = PipelineConfig()  # noqa: RUF009 (frozen)
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_mesh(self.mesh, self.model, self.train)
+
+
+def default_config(preset: str) -> Any:
+    """A ConfigDict of the complete experiment at its defaults around a model preset, for a config file to change."""
+    import ml_collections  # needed by config files alone
+
+    return ml_collections.ConfigDict(as_dict(Config(model=model_config(preset))), type_safe=False)
+
+
+def as_dict(config: Any) -> dict[str, Any]:
+    """Nested plain dicts of a frozen config, in the spelling of config files. JSON-able."""
+    out = {}
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        out[key(f)] = as_dict(value) if dataclasses.is_dataclass(value) else value
+    if isinstance(config, Config):
+        out["fp8"] = out["model"].pop("fp8")
+    return out
+
+
+def freeze(config: Any) -> Config:
+    """Checks a ConfigDict (or nested dict) and freezes it. Raises ConfigError."""
+    if not hasattr(config, "items") or "fp8" not in config:
+        return build(Config, config)
+    sections = dict(config.items())
+    fp8, model = build(FP8Config, sections.pop("fp8"), "fp8"), sections.get("model")
+    if hasattr(model, "items"):
+        if "fp8" in model:
+            raise ConfigError("model.fp8 and fp8 are one section; say fp8 beside model, --config.fp8.enabled=True.")
+        sections["model"] = {**model, "fp8": fp8}
+    return build(Config, sections)
+
+
+def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
+    """Runs `get_config()` of a config file, applies `--config.a.b=value` overrides, freezes. Raises ConfigError."""
+    config = _run_file(path)
+    if not hasattr(config, "items"):
+        raise ConfigError(f"get_config() of {path} gave {config!r}; it must return what it made of default_config().")
+    for override in overrides:
+        _override(config, override)
+    return freeze(config)
+
+
+def _run_file(path):
+    if not os.path.isfile(path):
+        raise ConfigError(f"no config file {path}; those of this project lie in experiments/configs.")
+    if not path.endswith(".py"):
+        raise ConfigError(f"{path} is no Python file; a config file ends in .py and defines get_config().")
+    spec = importlib.util.spec_from_file_location("experiment_config", path)
+    assert spec is not None and spec.loader is not None  # for a file that ends in .py
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        if not hasattr(module, "get_config"):
+            raise ConfigError(f"{path} does not define get_config().")
+        return module.get_config()
+    except ConfigError:
+        raise
+    except Exception as error:  # whatever the file does
+        where = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+        line = f", line {where[-1]}" if where else ""
+        # What ml_collections says of a wrong name, on a line of its own.
+        near = re.search('Did you mean "(.*?)" instead of "(.*?)"', str(error))
+        what = f"unknown config key {near[2]}; did you mean {near[1]}?" if near else f"{type(error).__name__}: {error}"
+        raise ConfigError(f"{path}{line}: {what}") from error
+
+
+def _override(config, text: str):
+    if not text.startswith("--config.") or "=" not in text:
+        raise ConfigError(f"cannot read {text!r}; overrides look like --config.train.steps=50")
+    path, value = text.removeprefix("--config.").split("=", 1)
+    *parents, last = parts = path.split(".")
+    node = config
+    for depth, part in enumerate(parts):
+        above = ".".join(parts[:depth])
+        if node is None:
+            raise ConfigError(f"{above} is None in this config; give all of it: --config.{above}=\"{{{part!r}: "
+                              f"{value}}}\"")
+        if not hasattr(node, "keys"):
+            raise ConfigError(f"{above}={node!r} is a single value, so there is no {path}; say --config.{above}=VALUE.")
+        if part not in node:
+            raise ConfigError(f"unknown config key {'.'.join(parts[:depth + 1])}; {did_you_mean(part, node.keys())}")
+        node, section = node[part], node
+    try:
+        section[last] = ast.literal_eval(value)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # no literal: a word
+        section[last] = value

@@ -1,0 +1,34 @@
+"""Models by name: those of the reports, and two small ones."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from deepseek_jax.config.model import ModelConfig, Yarn
+from deepseek_jax.config.schema import ConfigError, build, did_you_mean
+
+_SMALL = dict(q_rank=96, kv_rank=64, nope_head_dim=32, rope_head_dim=16, v_head_dim=32, dense_ffn_dim=704,
+              expert_ffn_dim=128, num_experts=32, experts_per_token=4, num_groups=4, groups_kept=2,
+              vocab_size=8192, d_model=256, num_heads=4, init_std=0.02, attention_block=128)
+_V2 = dict(vocab_size=102400, num_dense_layers=1, score="softmax", router_bias="none", normalize_gates=False,
+           num_shared_experts=2, experts_per_token=6, mtp_depth=0,
+           yarn=Yarn(mscale=0.707, mscale_all_dim=0.707))
+
+PRESETS = {
+    # As `small`, but shallow: learns real text in minutes on two CPU cores.
+    "tiny": dict(_SMALL, num_layers=4, num_dense_layers=1, remat="none"),
+    # The shape that this project and its peers are timed at.
+    "small": dict(_SMALL, num_layers=6, num_dense_layers=1, remat="none", attention_block=256),
+    "v2_lite_16b": dict(_V2, d_model=2048, num_layers=27, num_heads=16, q_rank=None, dense_ffn_dim=10944,
+                        expert_ffn_dim=1408, num_experts=64, num_groups=1, groups_kept=1, route_scale=1.0),
+    "v2_236b": dict(_V2, d_model=5120, num_layers=60, num_heads=128, dense_ffn_dim=12288, expert_ffn_dim=1536,
+                    num_experts=160, num_groups=8, groups_kept=3, route_scale=16.0),
+    "v3_671b": dict(yarn=Yarn()),
+}
+
+
+def model_config(name: str, **overrides: Any) -> ModelConfig:
+    """The preset `name` with fields replaced. Raises ConfigError for an unknown name, field or an impossible shape."""
+    if name not in PRESETS:
+        raise ConfigError(f"unknown model {name!r}; {did_you_mean(name, PRESETS)}")
+    return build(ModelConfig, {**PRESETS[name], **overrides}, "model")

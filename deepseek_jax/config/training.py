@@ -1,0 +1,145 @@
+"""A run: its data, optimizer, balancing, length, and where its weights come from."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from typing import Annotated, Literal
+
+from deepseek_jax.config.model import OWN
+from deepseek_jax.config.schema import BELOW_ONE, BETWEEN, FRACTION, NOT_NEGATIVE, POSITIVE, Checked, ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig(Checked, section="data"):
+    """Where text comes from and how it becomes sequences (report section 4.1)."""
+
+    sources: Annotated[tuple[tuple[str, float], ...],
+                       "(path, weight) pairs; a path is a folder, a file or a glob, stdlib the running "
+                       "Python's own library"] = (("stdlib", 1.0),)
+    validation_fraction: Annotated[float, BETWEEN, "of the files, chosen by the hash of their relative path"] = 0.05
+    fim_rate: Annotated[float, FRACTION, "share of documents rearranged prefix-suffix-middle, before packing"] = 0.1
+    split_punctuation_rate: Annotated[float, FRACTION,
+                                      "of the tokens that join punctuation and line breaks: split at random"] = 0.1
+    mask_documents: Annotated[bool, "attend only inside a document; the report packs without such a mask"] = False
+    cache_dir: Annotated[str | None, "of token shards; None: inside the work directory"] = None
+    prefetch: Annotated[int, NOT_NEGATIVE, "batches read ahead"] = 4
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.sources:
+            raise ConfigError("data.sources is empty; give (path, weight) pairs, such as (('stdlib', 1.0),).")
+        for path, weight in self.sources:
+            if not path or weight <= 0:
+                raise ConfigError(f"data.sources: {(path, weight)!r} must be a path and a positive weight; leave out "
+                                  "what is not wanted.")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig(Checked, section="optimizer"):
+    """AdamW and the report's learning-rate shape, in fractions of the run (report section 4.2)."""
+
+    learning_rate: Annotated[float, POSITIVE, "the highest"] = 2.2e-4
+    warmup: Annotated[float, "share of the run in which the rate rises"] = 0.0085
+    constant_until: Annotated[float, "10T of 14.8T tokens"] = 0.676
+    cosine_until: Annotated[float, "14.3T of 14.8T tokens"] = 0.966
+    cosine_to: Annotated[float, NOT_NEGATIVE, "of learning_rate; held until tail_from"] = 0.1
+    tail_from: Annotated[float, "start of the last level"] = 0.989
+    tail_to: Annotated[float, NOT_NEGATIVE, "of learning_rate"] = 0.0332
+    b1: Annotated[float, BELOW_ONE, "AdamW's decay of the first moment"] = 0.9
+    b2: Annotated[float, BELOW_ONE, "AdamW's decay of the second moment"] = 0.95
+    weight_decay: Annotated[float, NOT_NEGATIVE, "decoupled; norms' scales are left alone"] = 0.1
+    clip_norm: Annotated[float, POSITIVE, "global norm of the gradients"] = 1.0
+    moment_dtype: Annotated[Literal["bfloat16", "float32", "float64"], "the report keeps bfloat16"] = "float32"
+
+    def __post_init__(self):
+        super().__post_init__()
+        marks = (0.0, self.warmup, self.constant_until, self.cosine_until, self.tail_from, 1.0)
+        if list(marks) != sorted(marks):
+            raise ConfigError("optimizer: 0 <= warmup <= constant_until <= cosine_until <= tail_from <= 1 must hold; "
+                              f"got {', '.join(f'{m:g}' for m in marks[1:-1])}.")
+
+
+BIAS_RULES = ("sign", "proportional")
+
+
+@dataclasses.dataclass(frozen=True)
+class BalanceConfig(Checked, section="balance"):
+    """How expert loads are kept even (report section 2.1.2, arXiv 2408.15664)."""
+
+    bias_rule: Annotated[str, "sign, proportional, or your own as package.module:NAME"] = "sign"
+    bias_speed: Annotated[float, NOT_NEGATIVE, "step of the bias; 0 freezes it"] = 0.001
+    bias_until: Annotated[float, FRACTION, "fraction of the run after which the speed is 0"] = 0.966
+    sequence_loss_weight: Annotated[float, NOT_NEGATIVE, "alpha of the sequence-wise balance loss"] = 1e-4
+    aux_loss_weight: Annotated[float, NOT_NEGATIVE, "of the classic batch-wise auxiliary loss, as a baseline"] = 0.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.bias_rule not in BIAS_RULES and not re.fullmatch(OWN, self.bias_rule):
+            raise ConfigError(f"balance.bias_rule={self.bias_rule!r} is unknown; take one of "
+                              f"{', '.join(map(repr, BIAS_RULES))}, or name your own as 'package.module:NAME'.")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig(Checked, section="train"):
+    """The run: how long, how much a step, what is saved."""
+
+    steps: Annotated[int, POSITIVE, "optimizer steps"] = 1000
+    batch_size: Annotated[int, POSITIVE, "sequences a step"] = 8
+    sequence_length: Annotated[int, POSITIVE, "tokens a sequence"] = 512
+    micro_batches: Annotated[int, POSITIVE, "gradient accumulation: batch_size is split into this many"] = 1
+    ramp_from: Annotated[int | None, POSITIVE, "sequences a step at the start; None: no ramp"] = None
+    ramp_until: Annotated[float, FRACTION, "fraction of the run (469B of 14.8T tokens)"] = 0.032
+    mtp_weights: Annotated[tuple[tuple[float, float], ...],
+                           "(from this fraction of the run on, lambda) pairs"] = ((0.0, 0.3), (0.676, 0.1))
+    ema_decay: Annotated[float, BELOW_ONE, "of the moving average of the weights; 0: none is kept"] = 0.0
+    loss_chunk: Annotated[int, POSITIVE, "tokens whose logits exist at once"] = 1024
+    seed: Annotated[int, "of weights and data order"] = 0
+    eval_every: Annotated[int, POSITIVE, "steps"] = 100
+    eval_batches: Annotated[int, NOT_NEGATIVE,
+                            "of the validation set, while training; the last evaluation takes all, as 0 does "
+                            "always"] = 0
+    checkpoint_every: Annotated[int, POSITIVE, "steps"] = 100
+    checkpoints_kept: Annotated[int, POSITIVE, "the newest so many"] = 3
+    sample_tokens: Annotated[int, NOT_NEGATIVE, "written at the end of a run; 0: no sample"] = 96
+    sample_prompt: Annotated[str, "what the sample continues"] = "def "
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.batch_size % self.micro_batches:
+            fits = [m for m in range(1, self.batch_size + 1) if self.batch_size % m == 0]
+            raise ConfigError(f"train.micro_batches={self.micro_batches} does not divide batch_size="
+                              f"{self.batch_size}; take one of {fits}.")
+        rows = self.batch_size // self.micro_batches
+        if self.ramp_from is not None and (self.ramp_from > self.batch_size or self.ramp_from % rows):
+            raise ConfigError(f"train.ramp_from={self.ramp_from} must be a multiple of the {rows} sequences of a "
+                              f"micro-batch, and at most batch_size={self.batch_size}.")
+        starts = [start for start, _ in self.mtp_weights]
+        if starts != sorted(starts) or any(not 0 <= start <= 1 or weight < 0 for start, weight in self.mtp_weights):
+            raise ConfigError(f"train.mtp_weights={self.mtp_weights!r} must be pairs of a fraction of the run, "
+                              "ascending in [0, 1], and a weight that is not negative.")
+        if not 0 <= self.seed < 2**32:
+            raise ConfigError(f"train.seed={self.seed} must lie in [0, 2^32).")
+
+    def micro_batches_at(self, step: int) -> int:
+        """Micro-batches of step `step`: the batch ramp moves in complete micro-batches, so that steps compile once."""
+        ramp_steps = math.ceil(self.ramp_until * self.steps)
+        if self.ramp_from is None or step >= ramp_steps:
+            return self.micro_batches
+        first = self.ramp_from * self.micro_batches // self.batch_size
+        return first + (self.micro_batches - first) * step // ramp_steps
+
+    def sequences_before(self, step: int) -> int:
+        """Sequences consumed by all steps before `step`: the data position."""
+        rows = self.batch_size // self.micro_batches
+        ramp_steps = math.ceil(self.ramp_until * self.steps) if self.ramp_from is not None else 0
+        ramped = sum(self.micro_batches_at(s) for s in range(min(step, ramp_steps)))
+        return rows * (ramped + self.micro_batches * max(0, step - ramp_steps))
+
+
+@dataclasses.dataclass(frozen=True)
+class InitConfig(Checked, section="init"):
+    """Where the weights come from. Spelled `init.from` in config files and on the command line."""
+
+    from_: Annotated[str | None, "a work directory: its parameters and router bias, with a fresh optimizer"] = None

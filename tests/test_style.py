@@ -1,0 +1,81 @@
+"""Habits that a reader relies on: types on every public function, few parameters, functions that fit a screen."""
+
+import ast
+import itertools
+import pathlib
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+PACKAGES = ("deepseek_jax", "kernels_pallas", "experiments", "benchmarks", "examples")
+MOST_PARAMETERS, MOST_LINES, LEAST_ANNOTATED = 8, 60, 0.95
+# Kernels take the arrays and tiles of one program as parameters, and are read top down.
+KERNELS = ("kernels_pallas/hopper", "kernels_pallas/tpu", "kernels_pallas/reference")
+
+
+def functions(source):
+    """(name, node, whether public) of every function; one inside another is private."""
+    def visit(node, prefix, public):
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.ClassDef):
+                yield from visit(child, f"{prefix}{child.name}.", public and not child.name.startswith("_"))
+            elif isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                inside = isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+                yield prefix + child.name, child, public and not inside and not child.name.startswith("_")
+                yield from visit(child, f"{prefix}{child.name}.", False)
+            else:
+                yield from visit(child, prefix, public)
+
+    yield from visit(ast.parse(source), "", True)
+
+
+def parameters(node):
+    every = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs, node.args.vararg, node.args.kwarg]
+    return [a for a in every if a is not None and a.arg not in ("self", "cls")]
+
+
+def files():
+    return sorted(p for package in PACKAGES for p in (ROOT / package).rglob("*.py"))
+
+
+def test_public_functions_have_types():
+    bare, total = [], 0
+    for path in files():
+        for name, node, public in functions(path.read_text()):
+            if public:
+                found = parameters(node)
+                total += len(found)
+                bare += [f"{path.relative_to(ROOT)}:{node.lineno} {name}({a.arg})" for a in found
+                         if a.annotation is None]
+    assert total > 1000
+    assert 1 - len(bare) / total >= LEAST_ANNOTATED, "\n".join(bare)
+
+
+def test_functions_are_short_and_take_few_parameters():
+    wrong = []
+    for path in files():
+        where = str(path.relative_to(ROOT))
+        for name, node, _ in functions(path.read_text()):
+            if len(parameters(node)) > MOST_PARAMETERS and not where.startswith(KERNELS):
+                wrong.append(f"{where}:{node.lineno} {name} has {len(parameters(node))} parameters")
+            if node.end_lineno - node.lineno >= MOST_LINES and not where.startswith(KERNELS):
+                wrong.append(f"{where}:{node.lineno} {name} has {node.end_lineno - node.lineno + 1} lines")
+    assert not wrong, "\n".join(["", *wrong])
+
+
+def test_our_modules_are_imported_under_their_own_names():
+    wrong = []
+    for path in files():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in PACKAGES:
+                wrong += [f"{path.relative_to(ROOT)}:{node.lineno} {a.name} as {a.asname}" for a in node.names
+                          if a.asname and a.asname != a.name]
+    assert not wrong, "\n".join(["", *wrong])
+
+
+@pytest.mark.parametrize(("source", "public", "count"), [
+    ("def f(a, *, b: int = 1): pass", True, 2), ("def _f(a): pass", False, 1),
+    ("class A:\n    def f(self, x): pass", True, 1), ("def f():\n    def g(x): pass", False, 1)])
+def test_functions_and_their_parameters_are_found(source, public, count):
+    *_, (_, node, found) = itertools.islice(functions(source), 2)
+    assert (found, len(parameters(node))) == (public, count)
