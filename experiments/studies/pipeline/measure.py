@@ -57,6 +57,7 @@ def lowered_step(config: Config) -> tuple[Any, Callable[[], Any], dict[str, Any]
     from deepseek_jax.training.step import init_state, train_step
 
     devices, train = Runner(config), config.train
+    assert devices.mesh is not None  # two devices
     initial = functools.partial(init_state, config)
     abstract = jax.eval_shape(initial)
     where, whole = devices.shardings(abstract), NamedSharding(devices.mesh, PartitionSpec())
@@ -111,7 +112,9 @@ def _parts(config):
     variables = jax.eval_shape(lambda: DeepSeekV3(c).init(jax.random.key(0), jnp.zeros((1, 8), jnp.int32),
                                                           logits=False))
     shape = ROWS, config.train.sequence_length
-    array: Callable[..., Any] = jax.ShapeDtypeStruct  # where types say jax.Array
+    def array(shape, dtype) -> Any:  # a shape, where types say jax.Array
+        return jax.ShapeDtypeStruct(shape, dtype)
+
     tokens, scalar = array(shape, jnp.int32), array((), jnp.float32)
     batch = Batch(tokens, tokens, array(shape, jnp.float32), None, None)
     normalizers = Normalizers(scalar, array((c.mtp_depth,), jnp.float32), scalar, scalar)
@@ -137,16 +140,17 @@ def operations(config: Config) -> dict[str, Callable[[], Any]]:
     fill = lambda a: (jnp.ones(a.shape, a.dtype) if a.dtype == bool else jnp.zeros(a.shape, a.dtype)
                       if jnp.issubdtype(a.dtype, jnp.integer) else jnp.asarray(rng.normal(size=a.shape) / 16, a.dtype))
     params, x, context = jax.tree.map(fill, shapes)
-    dloss = jnp.ones(())
-    kept = jax.jit(s.forward)(params, x, context)[1]
-    deferred = jax.jit(s.backward_input)(params, context, kept, x, dloss)[1]
+    prepared, dloss = jax.jit(s.prepare)(params), jnp.ones(())
+    residuals = jax.jit(s.forward)(prepared, x, context)[1]
+    pending = jax.jit(s.backward_input)(prepared, context, residuals, x, dloss)[1]
 
-    def both(params, x, context, kept, dloss):
-        return s.forward(params, x, context), s.backward(params, context, kept, x, dloss)
+    def both(prepared, x, context, residuals, dloss):
+        return s.forward(prepared, x, context), s.backward(prepared, context, residuals, x, dloss)
 
-    calls = {"F": (s.forward, params, x, context), "B": (s.backward, params, context, kept, x, dloss),
-             "Bi": (s.backward_input, params, context, kept, x, dloss),
-             "W": (s.backward_weights, params, context, deferred), "F&B": (both, params, x, context, kept, dloss)}
+    calls = {"F": (s.forward, prepared, x, context), "B": (s.backward, prepared, context, residuals, x, dloss),
+             "Bi": (s.backward_input, prepared, context, residuals, x, dloss),
+             "W": (s.backward_weights, prepared, context, pending),
+             "F&B": (both, prepared, x, context, residuals, dloss)}
     return {name: functools.partial(jax.jit(f).lower(*given).compile(), *given) for name, (f, *given) in calls.items()}
 
 
