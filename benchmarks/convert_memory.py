@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.machine import ROOT, hardware, write_report
+from deepseek_jax import io
 from deepseek_jax.checkpoint.arrays import BLOCK, FP8
 from deepseek_jax.config import model_config
 from deepseek_jax.interop import hf_config, safetensors_io, save, tensor_map
@@ -56,7 +57,7 @@ def make(folder: pathlib.Path, experts: int) -> tuple[int, int]:
     files = safetensors_io.pack(items, SHARD)
     folder.mkdir(parents=True)
     safetensors_io.write(str(folder), files, pieces)
-    save.write_json(folder / "config.json", hf_config.write(cfg, "bfloat16", fp8=True))
+    io.write_json(folder / "config.json", hf_config.write(cfg, "bfloat16", fp8=True))
     return sum(item.nbytes for item in items), len(files)
 
 

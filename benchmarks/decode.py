@@ -33,7 +33,7 @@ def answer(generate: Callable, context: Callable | None = None) -> None:
     """A side's loop: for each line on stdin, {"batch", "context"}, one JSON row on stdout."""
     for line in sys.stdin:
         asked = json.loads(line)
-        if asked["context"]:
+        if asked["context"] and context:
             row = {"seconds_per_step": context(**asked)}
         else:
             start = time.perf_counter()
@@ -84,11 +84,13 @@ class Side:
         self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (as long as the process)
         self.process = subprocess.Popen(command, cwd=ROOT, text=True, stdin=subprocess.PIPE,
                                         stdout=subprocess.PIPE, stderr=self.log)
+        assert self.process.stdin and self.process.stdout  # pipes
+        self.stdin, self.stdout = self.process.stdin, self.process.stdout
 
     def ask(self, batch: int, context: int | None = None) -> dict[str, Any]:
         try:
-            print(json.dumps({"batch": batch, "context": context}), file=self.process.stdin, flush=True)
-            for line in self.process.stdout:
+            print(json.dumps({"batch": batch, "context": context}), file=self.stdin, flush=True)
+            for line in self.stdout:
                 if line.startswith("{"):
                     return json.loads(line)
         except BrokenPipeError:
@@ -97,7 +99,7 @@ class Side:
         sys.exit(f"{self.name} ended: {(self.log.read().strip() or 'it said nothing').splitlines()[-1]}")
 
     def end(self) -> None:
-        self.process.stdin.close()
+        self.stdin.close()
         self.process.wait()
 
 
@@ -152,7 +154,8 @@ def main() -> None:
     parser.add_argument("--side", nargs=2, metavar=("FOLDER", "DTYPE"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.side:
-        ours(*args.side, args.batches)
+        folder, dtype = args.side
+        ours(folder, dtype, args.batches)
         return
     report = {"what": f"greedy decoding, {PROMPT} prompt and {NEW} new tokens, preset small without MTP",
               "date": datetime.date.today().isoformat(), "hardware": hardware(),

@@ -5,9 +5,10 @@ than bfloat16 with each of them.
 """
 
 import argparse
+from typing import Any
 
-import torch
-import transformers
+import torch  # pyright: ignore[reportMissingImports] (in .venv-peer)
+import transformers  # pyright: ignore[reportMissingImports] (in .venv-peer)
 
 from benchmarks.decode import NEW, answer, prompts
 
@@ -27,8 +28,9 @@ def main() -> None:
     def generate(batch):
         model.set_experts_implementation(args.experts or ("eager" if batch < 4 else "grouped_mm"))
         tokens_BT = torch.tensor(prompts(batch))
-        how = dict(max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False, use_cache=True, eos_token_id=None,
-                   pad_token_id=0, attention_mask=torch.ones_like(tokens_BT))
+        how: dict[str, Any] = dict(
+            max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False, use_cache=True, eos_token_id=None, pad_token_id=0,
+            attention_mask=torch.ones_like(tokens_BT))
         if args.cache == "static":
             how["cache_implementation"] = "static"
         with torch.inference_mode():

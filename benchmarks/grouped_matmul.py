@@ -37,7 +37,8 @@ def loads(name: str, rows: int, num_experts: int) -> np.ndarray:
     return counts
 
 
-def arranged(counts: np.ndarray, align: int, even: bool, draw: np.random.Generator, width: int):
+def arranged(counts: np.ndarray, align: int, even: bool, draw: np.random.Generator,
+             width: int) -> tuple[np.ndarray, jax.Array]:
     """Random rows sorted as the experts' own, and the size of each expert's group."""
     chosen_NK = np.repeat(np.arange(len(counts), dtype=np.int32), counts)[:, None]
     sorted_rows = jax.jit(permute.sort_by_expert, static_argnums=(1, 2, 3))(chosen_NK, len(counts), align, even)

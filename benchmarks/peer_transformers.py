@@ -14,8 +14,8 @@ import platform
 import time
 from collections.abc import Callable
 
-import torch
-import transformers
+import torch  # pyright: ignore[reportMissingImports] (in .venv-peer)
+import transformers  # pyright: ignore[reportMissingImports] (in .venv-peer)
 
 
 def peer_config(attention: str, experts: str) -> transformers.DeepseekV3Config:

@@ -11,15 +11,16 @@ import os
 import pathlib
 import sys
 import time
+from collections.abc import Iterator
 
-import nbformat
-from nbclient import NotebookClient
+import nbformat  # pyright: ignore[reportMissingImports] (extra notebooks)
+from nbclient import NotebookClient  # pyright: ignore[reportMissingImports] (extra notebooks)
 
 HERE = pathlib.Path(__file__).resolve().parent
 LONGEST_CELL = 40  # lines: a screen
 
 
-def faults(notebook):
+def faults(notebook: nbformat.NotebookNode) -> Iterator[str]:
     """What makes a notebook no lesson: code longer than a screen, warnings."""
     for number, cell in enumerate(c for c in notebook.cells if c.cell_type == "code"):
         if len(cell.source.splitlines()) > LONGEST_CELL:
@@ -29,7 +30,7 @@ def faults(notebook):
                 yield f"code cell {number} writes to stderr: {output.text.strip()[:200]}"
 
 
-def execute(path: pathlib.Path, write: bool):
+def execute(path: pathlib.Path, write: bool) -> list[str]:
     """Runs one notebook; returns its faults."""
     notebook = nbformat.read(path, as_version=4)
     client = NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(HERE)}})
@@ -42,7 +43,7 @@ def execute(path: pathlib.Path, write: bool):
     return found
 
 
-def main():
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="without .ipynb; none: all")
     parser.add_argument("--write", action="store_true", help="in full, and keep the outputs")

@@ -3,10 +3,12 @@
     python -m deepseek_jax.train --config experiments/configs/small.py --workdir run_small
 """
 
+from ml_collections import ConfigDict
+
 from deepseek_jax.config import default_config
 
 
-def get_config():
+def get_config() -> ConfigDict:
     config = default_config("small")
     config.train.steps = 4000
     config.train.batch_size = 8

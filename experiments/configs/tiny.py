@@ -3,10 +3,12 @@
     make train        or        python -m deepseek_jax.train --config experiments/configs/tiny.py --workdir run
 """
 
+from ml_collections import ConfigDict
+
 from deepseek_jax.config import default_config
 
 
-def get_config():
+def get_config() -> ConfigDict:
     config = default_config("tiny")
     config.data.validation_fraction = 0.15  # some 80 files: few files have few kinds of text, and odd loads
     config.train.steps = 360

@@ -5,10 +5,12 @@ It traces here (`jax.eval_shape`); it needs a cluster to run.
     python -m deepseek_jax.train --config experiments/configs/v3_671b.py --workdir DIR
 """
 
+from ml_collections import ConfigDict
+
 from deepseek_jax.config import default_config
 
 
-def get_config():
+def get_config() -> ConfigDict:
     config = default_config("v3_671b")
     config.train.steps = 240_000
     config.train.sequence_length = 4096

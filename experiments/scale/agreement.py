@@ -39,7 +39,7 @@ def row(name: str, report: dict) -> dict:
             "compiled": compiled, "planned_over_compiled": total / compiled, "fits": report["fits"], "groups": planned}
 
 
-def main():
+def main() -> None:
     rows = [row(name, report) for name, report in reports().items()]
     rows.sort(key=lambda one: one["compiled"])
     print(f"{'model':12} {'layers':>6} {'target':14} {'':5} {'remat':7} {'layout':82} {'planned':>9} {'XLA':>9}")

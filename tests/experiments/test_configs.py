@@ -27,4 +27,4 @@ def test_a_step_keeps_the_shape_of_its_state(path):
     state = jax.eval_shape(functools.partial(init_state, config))
     after, metrics = jax.eval_shape(functools.partial(train_step, config), state, batch)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
-    assert metrics["loss"].shape == ()
+    assert metrics.loss.shape == ()

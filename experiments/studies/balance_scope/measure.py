@@ -1,10 +1,13 @@
 """Which experts read which kind of text: loads by kind, and how far they lie from the loads of all kinds together."""
 
 import functools
+from typing import Any
 
 import jax
 import numpy as np
 
+from deepseek_jax.config import Config
+from deepseek_jax.data.loader import Loader
 from deepseek_jax.model import DeepSeekV3
 
 ROWS = 24  # of held-out text a kind
@@ -13,10 +16,11 @@ ROWS = 24  # of held-out text a kind
 @functools.lru_cache(maxsize=2)
 def _counts(cfg):
     return jax.jit(lambda params, router, tokens_BT: DeepSeekV3(cfg).apply(
-        {"params": params, "router": router}, tokens_BT, logits=False).counts["bias"])
+        {"params": params, "router": router}, tokens_BT, logits=False).counts["bias"])  # pyright: ignore[reportAttributeAccessIssue] (apply)
 
 
-def specialisation(config, params, router, loader, final):
+def specialisation(config: Config, params: dict[str, Any], router: dict[str, Any], loader: Loader,
+                   final: bool) -> dict[str, Any]:
     """Half of sum_e |share of a kind's choices - share of all|, mean of kinds and layers: 0 none, 1 nothing shared.
 
     The array `load_by_kind` is [kind, layer, expert], in multiples of an even load; kinds in the order of the sources.

@@ -30,7 +30,7 @@ MODELS = {"tiny": ("tiny", {}, {}), "small": ("small", {}, {}),
           "the same, experts on 8 devices": (*V3, dict(local=8, capacity=1.0))}
 
 
-def residuals(name, fp8, remat, batch, length):
+def residuals(name: str, fp8: bool, remat: str, batch: int, length: int) -> list[jax.ShapeDtypeStruct]:
     """jax.ShapeDtypeStructs of all that jax.vjp of the model's hidden states keeps."""
     preset, changes, axes = MODELS[name]
     cfg = model_config(preset, **changes, fp8=FP8Config(enabled=fp8), remat=remat)
@@ -42,7 +42,7 @@ def residuals(name, fp8, remat, batch, length):
     def pull_back(params, router, tokens):
         def hidden(params):
             output = DeepSeekV3(cfg, mesh).apply({"params": params, "router": router}, tokens, logits=False)
-            return output.hidden_BTD, output.mtp_hidden
+            return output.hidden_BTD, output.mtp_hidden  # pyright: ignore[reportAttributeAccessIssue] (apply)
 
         return jax.vjp(hidden, params)[1]
 
@@ -50,7 +50,7 @@ def residuals(name, fp8, remat, batch, length):
         return jax.tree.leaves(jax.eval_shape(pull_back, variables["params"], variables["router"], tokens))
 
 
-def bytes_per_token(name, fp8, remat, length=512):
+def bytes_per_token(name: str, fp8: bool, remat: str, length: int = 512) -> dict[tuple[str, int], float]:
     """{(dtype, last dimension): bytes a token}, from batches of 8 and 16 sequences."""
     def total(batch):
         sums = collections.Counter()
@@ -63,7 +63,7 @@ def bytes_per_token(name, fp8, remat, length=512):
     return {key: (large[key] - small[key]) / (8 * length) for key in large if large[key] != small[key]}
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--list", action="store_true", help="print what is kept, by dtype and last dimension")

@@ -146,7 +146,7 @@ def compared(curves: Curves) -> dict[str, Any]:
 def worst_error(seed: int, every: int, group: int) -> float:
     """The worst relative error of 32 x 32 sums of K products of numbers in [0, 1)."""
     rng = np.random.default_rng(seed)
-    a, b = (api.quantize(rng.random((32, K), np.float32), implementation="reference") for _ in range(2))
+    a, b = (api.quantize(jnp.asarray(rng.random((32, K), np.float32)), implementation="reference") for _ in range(2))
     model = api.Accumulator(bits=14, promote_every=every, group=group)
     y = jax.jit(lambda a, b: api.fp8_matmul(a, b, out_dtype=jnp.float32, accumulator=model,
                                             implementation="reference"))(a, b)

@@ -1,28 +1,33 @@
-"""What the pictures of studies share: one style, 95 % intervals as bars, one colour an arm."""
+"""The common style of the studies' pictures: 95 % intervals as bars, one colour an arm."""
+
+import pathlib
+from typing import Any
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-# Okabe and Ito's palette: told apart by every kind of colour vision.
+from deepseek_jax import io
+
+# Okabe and Ito's palette, which people with any colour vision can tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#777777", "#000000", "#B8A800")
 
 
-def figure(width, height, columns, rows=1, **options):
+def figure(width: float, height: float, columns: int, rows: int = 1, **options: Any) -> tuple[Figure, Any]:
     """(Figure, its axes in a flat array)."""
     made = Figure(figsize=(width, height), dpi=120, layout="constrained")
     FigureCanvasAgg(made)
     return made, made.subplots(rows, columns, squeeze=False, **options).ravel()
 
 
-def save(made, path):
-    """Beside, then renamed."""
-    beside = path.with_name(f".{path.name}.new")
-    made.savefig(beside, format="png")
-    beside.replace(path)
+def save(made: Figure, path: pathlib.Path) -> None:
+    """Writes a picture atomically."""
+    with io.replacing(path) as partial:
+        made.savefig(partial, format="png")
 
 
-def finish(axis, title="", x="", y=""):
+def finish(axis: Any, title: str = "", x: str = "", y: str = "") -> None:
+    """Title, labels and grid of finished axes."""
     axis.set_title(title, loc="left", fontsize=10)
     axis.set_xlabel(x)
     axis.set_ylabel(y)
@@ -31,13 +36,13 @@ def finish(axis, title="", x="", y=""):
 
 
 def _bars(metric):
-    """Mean and the distances to both ends, as errorbar takes them."""
+    """Mean and the distances to both ends of the interval, for errorbar."""
     low, high = (metric["mean"] if metric[end] is None else metric[end] for end in ("low", "high"))
     return metric["mean"], [[metric["mean"] - low], [high - metric["mean"]]]
 
 
-def scatter(axis, results, x, y):
-    """Every arm as a point with its intervals; its seeds as dots."""
+def scatter(axis: Any, results: dict[str, Any], x: str, y: str) -> None:
+    """Every arm as a point with its intervals, and its seeds as dots."""
     for colour, (arm, found) in zip(COLOURS, results["arms"].items()):
         a, b = found["metrics"][x], found["metrics"][y]
         (x_mean, x_error), (y_mean, y_error) = _bars(a), _bars(b)
@@ -45,7 +50,7 @@ def scatter(axis, results, x, y):
         axis.plot(list(a["seeds"].values()), list(b["seeds"].values()), ".", color=colour, alpha=0.4)
 
 
-def intervals(axis, results, metric):
+def intervals(axis: Any, results: dict[str, Any], metric: str) -> None:
     """One row an arm: mean, interval, and the seeds as dots."""
     arms = list(results["arms"])
     for row, (colour, arm) in enumerate(zip(COLOURS, arms)):
@@ -57,7 +62,7 @@ def intervals(axis, results, metric):
     axis.invert_yaxis()
 
 
-def curves(axis, results, name, every=10):
+def curves(axis: Any, results: dict[str, Any], name: str, every: int = 10) -> None:
     """Mean over the seeds of a curve, by step."""
     for colour, (arm, found) in zip(COLOURS, results["arms"].items()):
         values = found["curves"][name]
@@ -65,8 +70,8 @@ def curves(axis, results, name, every=10):
         axis.plot(steps, values, color=colour, label=arm, linewidth=1.6)
 
 
-def differences(axis, results):
-    """The claims: the difference's interval beside zero."""
+def differences(axis: Any, results: dict[str, Any]) -> None:
+    """The claims: intervals of the differences, and zero."""
     for row, claim in enumerate(results["claims"]):
         mean, error = _bars(claim["difference"])
         axis.errorbar(mean, row, xerr=error, color=COLOURS[0], marker="o", capsize=3)

@@ -1,12 +1,13 @@
-"""Means of few seeds with honest intervals, and what they allow to say (no jax).
+"""Means of few seeds with 95 % intervals, and the verdicts that they allow (no jax).
 
     mean +- t(0.975, n - 1) * s / sqrt(n)
 
-With 3 seeds t is 4.30, not 1.96. Between arms the differences of the same seed are averaged, so that what a seed
-makes, usually more than what an arm makes, drops out.
+With 3 seeds t is 4.30, not 1.96. Two arms are compared by the mean difference of equal seeds, so that the effect of the
+seed, which is often larger than that of the arm, cancels.
 """
 
 import math
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -26,8 +27,8 @@ class Estimate(NamedTuple):
         return f"{self.mean:.4g} [{self.low:.4g}, {self.high:.4g}]"
 
 
-def estimate(values) -> Estimate:
-    """Of one number a seed."""
+def estimate(values: Iterable[float]) -> Estimate:
+    """Mean and interval of one number a seed."""
     values = np.asarray(values, float)
     mean = float(values.mean())
     if len(values) < 2:
@@ -36,8 +37,8 @@ def estimate(values) -> Estimate:
     return Estimate(mean, mean - half, mean + half)
 
 
-def difference(ours: dict, theirs) -> Estimate:
-    """Of two arms, {seed: value} each, over the seeds that both have; or of an arm and a number.
+def difference(ours: dict, theirs: dict | float) -> Estimate:
+    """Mean difference of two arms, {seed: value} each, over the seeds that both have; or of an arm and a number.
 
     Raises:
       ValueError: no seed is in both.
@@ -51,7 +52,10 @@ def difference(ours: dict, theirs) -> Estimate:
 
 
 def verdict(found: Estimate, expected: str) -> str:
-    """What an interval of a difference allows to say of "lower" or "higher": nothing while it holds zero."""
+    """The verdict on a claim that a difference is "lower" or "higher" than zero.
+
+    If the interval contains zero, it is NOT_VISIBLE.
+    """
     if expected not in ("lower", "higher"):
         raise ValueError(f"expected={expected!r} is unknown; take 'lower' or 'higher'.")
     below, above = found.high < 0, found.low > 0

@@ -149,9 +149,11 @@ class Arm:
         self.text = measure.prepared(job.study, job.arm, job.folder)
         config = measure.located(job.study, job.arm, 0, job.folder)
 
+        initial: Callable[..., Any] = DeepSeekV3(config.model).init
+
         def start(key, weights=None):
             rng, init = jax.random.split(key)
-            weights = weights or DeepSeekV3(config.model).init(init, jnp.zeros((1, 8), jnp.int32), logits=False)
+            weights = weights or initial(init, jnp.zeros((1, 8), jnp.int32), logits=False)
             return start_state(config, weights["params"], weights.get("router", {}), rng)
 
         # Only the initial state and the order of the text depend on the seed.
@@ -200,7 +202,8 @@ class Arm:
 def save(path: pathlib.Path, weights: dict[str, Any]) -> None:
     """Writes a file of weights atomically."""
     with io.replacing(path) as partial:
-        safetensors.numpy.save_file(traverse_util.flatten_dict(jax.device_get(weights), sep="/"), partial)
+        flat: Any = traverse_util.flatten_dict(jax.device_get(weights), sep="/")
+        safetensors.numpy.save_file(flat, partial)
 
 
 def load(path: pathlib.Path) -> dict[str, Any]:

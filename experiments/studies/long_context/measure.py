@@ -8,12 +8,14 @@ import dataclasses
 import functools
 import itertools
 import random
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from deepseek_jax.config import Yarn
+from deepseek_jax.config import Config, ModelConfig, Yarn
+from deepseek_jax.data.loader import Loader
 from deepseek_jax.model import DeepSeekV3
 from experiments.studies.framework.corpora import FILLING, SECRETS
 
@@ -22,7 +24,7 @@ ASKED = 12  # needles of every length and depth
 ENDS = (0, 16, 32, 64, 128, 256, 512, 1024, 2048)  # of the ranges of positions
 
 
-def far(config, params, router, loader, final):
+def far(config: Config, params: dict[str, Any], router: dict[str, Any], loader: Loader, final: bool) -> dict[str, Any]:
     """Loss by position and needles found; of a model without YaRN also what YaRN alone would change."""
     variables = {"params": params, "router": router}
     by_position, found = loss_by_position(config.model, variables, loader), needles(config.model, variables, loader)
@@ -42,34 +44,34 @@ def far(config, params, router, loader, final):
 
 @functools.lru_cache(maxsize=4)
 def _model(cfg):
-    return jax.jit(lambda variables, tokens_BT: DeepSeekV3(cfg).apply(variables, tokens_BT).logits_BTW)
+    return jax.jit(lambda variables, tokens_BT: DeepSeekV3(cfg).apply(variables, tokens_BT).logits_BTW)  # pyright: ignore[reportAttributeAccessIssue] (apply)
 
 
 @functools.lru_cache(maxsize=4)
 def _nats(cfg):
     def run(variables, tokens_BT):
-        logits_BTW = DeepSeekV3(cfg).apply(variables, tokens_BT[:, :-1]).logits_BTW
+        logits_BTW = DeepSeekV3(cfg).apply(variables, tokens_BT[:, :-1]).logits_BTW  # pyright: ignore[reportAttributeAccessIssue] (apply)
         right_BT1 = jnp.take_along_axis(jax.nn.log_softmax(logits_BTW), tokens_BT[:, 1:, None], axis=-1)
         return -right_BT1[..., 0].mean(axis=0)
 
     return jax.jit(run)
 
 
-def documents(loader):
+def documents(loader: Loader) -> np.ndarray:
     """int32 [documents, 2049]: the beginnings of the held-out files of code that are long enough."""
     shard, length = loader.validation.shards[0], LENGTHS[-1] + 1
     starts = shard.offsets_N[:-1][shard.lengths_N >= length]
     return np.stack([np.asarray(shard.tokens[start:start + length], np.int32) for start in starts])
 
 
-def loss_by_position(cfg, variables, loader):
+def loss_by_position(cfg: ModelConfig, variables: dict[str, Any], loader: Loader) -> np.ndarray:
     """float64 [2048]: nats at each position, mean over the documents."""
     rows = [np.asarray(_nats(cfg)(variables, row[None]), np.float64) for row in documents(loader)]
     return np.mean(rows, axis=0)
 
 
 @functools.lru_cache(maxsize=1)
-def haystacks(tokenizer):
+def haystacks(tokenizer: Any) -> dict[int, tuple[np.ndarray, np.ndarray]]:
     """{length: (tokens [depths * ASKED, length], the secrets' tokens)}: the same for every model."""
     rng, word = random.Random(1), lambda text: tokenizer.encode(" " + text)
     made = {}
@@ -90,7 +92,7 @@ def haystacks(tokenizer):
     return made
 
 
-def needles(cfg, variables, loader):
+def needles(cfg: ModelConfig, variables: dict[str, Any], loader: Loader) -> np.ndarray:
     """float64 [lengths, depths]: how often the secret told is the likeliest of all secrets (by their first tokens)."""
     asked = len(loader.tokenizer.encode(" ="))
     candidates = np.array(sorted({loader.tokenizer.encode(f" = {secret}")[asked] for secret in SECRETS}))

@@ -6,11 +6,14 @@ sum_w min(p, q) when sampling (arXiv 2211.17192).
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from deepseek_jax.config import Config
+from deepseek_jax.data.loader import Loader
 from deepseek_jax.model import DeepSeekV3
 from deepseek_jax.serving import generate
 
@@ -22,7 +25,7 @@ PROMPTS, PROMPT_LENGTH, NEW_TOKENS = 16, 16, 48
 def _agreement(cfg):
     def run(params, router, tokens_BT):
         output = DeepSeekV3(cfg).apply({"params": params, "router": router}, tokens_BT)
-        main_BTW, draft_BTW = output.logits_BTW[:, 1:-1], output.mtp_logits[0][:, :-2]
+        main_BTW, draft_BTW = output.logits_BTW[:, 1:-1], output.mtp_logits[0][:, :-2]  # pyright: ignore[reportAttributeAccessIssue] (apply)
         p_BTW, q_BTW = (jax.nn.softmax(x, axis=-1) for x in (main_BTW, draft_BTW))
         best_BT = main_BTW.argmax(-1)
         return best_BT, draft_BTW.argmax(-1) == best_BT, jnp.minimum(p_BTW, q_BTW).sum(-1)
@@ -41,7 +44,8 @@ def _bigrams(loader):
     return table_WW.argmax(axis=1)
 
 
-def acceptance(config, params, router, loader, final):
+def acceptance(config: Config, params: dict[str, Any], router: dict[str, Any], loader: Loader,
+               final: bool) -> dict[str, float]:
     """Shares of drafts that are accepted; nothing for a model without a module."""
     if not config.model.mtp_depth:
         return {}
@@ -60,7 +64,7 @@ def acceptance(config, params, router, loader, final):
     return found
 
 
-def decoding(config, params, router, loader):
+def decoding(config: Config, params: dict[str, Any], router: dict[str, Any], loader: Loader) -> dict[str, float]:
     """Drafts kept and tokens a pass in greedy continuations of held-out text."""
     batch = next(iter(loader.validation_batches(PROMPTS, 1)))
     prompts = [list(map(int, row[:PROMPT_LENGTH])) for row in batch["tokens"]]

@@ -1,12 +1,12 @@
-"""The executor measured on this machine: programs, steps, and the operations that a schedule is made of.
+"""The executor measured on this machine: programs, steps, and the operations of a schedule.
 
     python -m experiments.studies.pipeline.measure programs     compile time and memory at two numbers of micro-batches
     python -m experiments.studies.pipeline.measure costs        seconds of F, B, Bi, W and F&B, and what follows at 4
                                                                 and 8 ranks
     python -m experiments.studies.pipeline.measure steps        seconds of a step on 2 devices, schedules in turn
 
-Each part writes its own into measured.json. Compile times are those of an empty cache. Run the last two on a machine
-that has nothing else to do; `--rounds 0` before only compiles, for the cache that JAX_COMPILATION_CACHE_DIR names.
+Each part writes its own entry of measured.json. Compile times are those with an empty cache. Run the last two on an
+idle machine, after `--rounds 0`, which only compiles into the cache of JAX_COMPILATION_CACHE_DIR.
 """
 
 import argparse
@@ -16,17 +16,21 @@ import os
 import pathlib
 import statistics
 import time
+from collections.abc import Callable
+from typing import Any
 
 from deepseek_jax import cli, io
+from deepseek_jax.config import Config
 from deepseek_jax.pipeline.schedule import NAMES
+from deepseek_jax.pipeline.split import Split
 from experiments.studies.framework.results import provenance
 
 FILE = pathlib.Path(__file__).parent / "measured.json"
 ROWS = 2  # sequences of a micro-batch
 
 
-def config_of(schedule, microbatches, ranks=2, **model):
-    """tiny with MoE layers alone in its middle. schedule None: the same two devices share every micro-batch."""
+def config_of(schedule: str | None, microbatches: int, ranks: int = 2, **model: Any) -> Config:
+    """The preset `tiny` with one dense layer and no MTP. schedule None: the devices share every micro-batch instead."""
     from deepseek_jax.config import default_config, freeze
 
     made = default_config("tiny")
@@ -42,8 +46,8 @@ def config_of(schedule, microbatches, ranks=2, **model):
     return freeze(made)
 
 
-def lowered_step(config):
-    """-> (the lowered step, a function that makes its state, shapes of its batch with where they lie)"""
+def lowered_step(config: Config) -> tuple[Any, Callable[[], Any], dict[str, Any]]:
+    """Returns the lowered step, a function that makes its state, and the shapes and shardings of its batch."""
     import jax
     import jax.numpy as jnp
     from jax.sharding import NamedSharding, PartitionSpec
@@ -53,6 +57,7 @@ def lowered_step(config):
     from deepseek_jax.training.step import init_state, train_step
 
     devices, train = Runner(config), config.train
+    assert devices.mesh is not None  # two devices
     initial = functools.partial(init_state, config)
     abstract = jax.eval_shape(initial)
     where, whole = devices.shardings(abstract), NamedSharding(devices.mesh, PartitionSpec())
@@ -66,8 +71,8 @@ def lowered_step(config):
         return step.lower(devices.placed(abstract), batch), jax.jit(initial, out_shardings=where), batch
 
 
-def programs(args):
-    """Compile time, size and memory of the step at 8 and 64 micro-batches, beside the slots of the schedule."""
+def programs(args: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
+    """Compile time, size and memory of the step at 8 and 64 micro-batches, and the slots of the schedule."""
     from deepseek_jax.pipeline.model import schedule_of
 
     found = {}
@@ -89,8 +94,8 @@ def programs(args):
     return found
 
 
-def parts(config):
-    """F, B, Bi and W of one stage on one device (`pipeline.split`), with arguments as `operations` takes them."""
+def parts(config: Config) -> Split:
+    """F, B, Bi and W of one stage on one device (`pipeline.split`)."""
     return _parts(config)[0]
 
 
@@ -107,10 +112,13 @@ def _parts(config):
     variables = jax.eval_shape(lambda: DeepSeekV3(c).init(jax.random.key(0), jnp.zeros((1, 8), jnp.int32),
                                                           logits=False))
     shape = ROWS, config.train.sequence_length
-    tokens, scalar = jax.ShapeDtypeStruct(shape, jnp.int32), jax.ShapeDtypeStruct((), jnp.float32)
-    batch = Batch(tokens, tokens, jax.ShapeDtypeStruct(shape, jnp.float32), None, None)
-    normalizers = Normalizers(scalar, jax.ShapeDtypeStruct((c.mtp_depth,), jnp.float32), scalar, scalar)
-    inputs = Inputs(batch, normalizers, jax.ShapeDtypeStruct((), jnp.int32))
+    def array(shape, dtype) -> Any:  # a shape, where types say jax.Array
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    tokens, scalar = array(shape, jnp.int32), array((), jnp.float32)
+    batch = Batch(tokens, tokens, array(shape, jnp.float32), None, None)
+    normalizers = Normalizers(scalar, array((c.mtp_depth,), jnp.float32), scalar, scalar)
+    inputs = Inputs(batch, normalizers, array((), jnp.int32))
     arguments = (jax.tree.map(lambda a: jax.ShapeDtypeStruct((held, *a.shape[1:]), a.dtype),
                               variables["params"]["layers"]),
                  jax.ShapeDtypeStruct((*shape, c.d_model), c.dtype),
@@ -121,7 +129,7 @@ def _parts(config):
     return split(run, *arguments), arguments
 
 
-def operations(config):
+def operations(config: Config) -> dict[str, Callable[[], Any]]:
     """{"F", "B", "Bi", "W", "F&B"} -> a compiled call without arguments, on one device."""
     import jax
     import jax.numpy as jnp
@@ -132,21 +140,22 @@ def operations(config):
     fill = lambda a: (jnp.ones(a.shape, a.dtype) if a.dtype == bool else jnp.zeros(a.shape, a.dtype)
                       if jnp.issubdtype(a.dtype, jnp.integer) else jnp.asarray(rng.normal(size=a.shape) / 16, a.dtype))
     params, x, context = jax.tree.map(fill, shapes)
-    dloss = jnp.ones(())
-    kept = jax.jit(s.forward)(params, x, context)[1]
-    deferred = jax.jit(s.backward_input)(params, context, kept, x, dloss)[1]
+    prepared, dloss = jax.jit(s.prepare)(params), jnp.ones(())
+    residuals = jax.jit(s.forward)(prepared, x, context)[1]
+    pending = jax.jit(s.backward_input)(prepared, context, residuals, x, dloss)[1]
 
-    def both(params, x, context, kept, dloss):
-        return s.forward(params, x, context), s.backward(params, context, kept, x, dloss)
+    def both(prepared, x, context, residuals, dloss):
+        return s.forward(prepared, x, context), s.backward(prepared, context, residuals, x, dloss)
 
-    calls = {"F": (s.forward, params, x, context), "B": (s.backward, params, context, kept, x, dloss),
-             "Bi": (s.backward_input, params, context, kept, x, dloss),
-             "W": (s.backward_weights, params, context, deferred), "F&B": (both, params, x, context, kept, dloss)}
+    calls = {"F": (s.forward, prepared, x, context), "B": (s.backward, prepared, context, residuals, x, dloss),
+             "Bi": (s.backward_input, prepared, context, residuals, x, dloss),
+             "W": (s.backward_weights, prepared, context, pending),
+             "F&B": (both, prepared, x, context, residuals, dloss)}
     return {name: functools.partial(jax.jit(f).lower(*given).compile(), *given) for name, (f, *given) in calls.items()}
 
 
-def in_turn(calls, rounds):
-    """{name: seconds of each round}, after one that warms up."""
+def in_turn(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """{name: seconds of each round}, without the first one, which warms up."""
     import jax
 
     seconds = {name: [] for name in calls}
@@ -158,8 +167,8 @@ def in_turn(calls, rounds):
     return seconds
 
 
-def costs(args):
-    """Seconds of each operation, on one core; and what the schedules of 4 and 8 ranks take at these."""
+def costs(args: argparse.Namespace) -> dict[str, Any] | None:
+    """Seconds of each operation on one core, and the resulting times of the schedules with 2, 4 and 8 ranks."""
     from deepseek_jax.pipeline.validate import compare
 
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
@@ -168,13 +177,13 @@ def costs(args):
         return None
     median = {name: statistics.median(times) for name, times in seconds.items()}
     given = {"f": median["F"], "b": median["B"], "w": median["W"], "fb": median["F&B"]}
-    # The validator's Bi is B - W; what a Bi takes beyond that is the price of splitting.
+    # The validator takes B - W for Bi; the rest of a measured Bi is the price of splitting.
     predicted = [row for ranks in (2, 4, 8) for row in compare([ranks], [4 * ranks], given)]
     return {"layers_a_stage": 1, "seconds": seconds, "median": median, "predicted": predicted}
 
 
-def steps(args):
-    """Seconds of whole steps at 2 ranks on 2 devices, and of the same two devices without a pipeline."""
+def steps(args: argparse.Namespace) -> dict[str, Any] | None:
+    """Seconds of complete steps with 2 ranks on 2 devices, and on the same devices without a pipeline."""
     import jax
     import numpy as np
 
@@ -202,7 +211,7 @@ def steps(args):
                             "median": {name: statistics.median(times) for name, times in seconds.items()}}
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m experiments.studies.pipeline.measure", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=("programs", "costs", "steps"))

@@ -1,24 +1,25 @@
-"""Does the compiler hide the experts' all-to-alls? Read off XLA's own schedule for 16 x 8 H100s that are not here.
+"""Does the compiler hide the experts' all-to-alls? Read off XLA's own schedule for 16 x 8 H100s, without having them.
 
     python -m experiments.studies.pipeline.overlap --programs FOLDER        (needs the extra `aot`; no GPU)
 
 One MoE layer a stage at v3_671b's widths, four experts a device as in the report's 64-way layout, bf16. For every
 all-to-all of tokens in the cells that fill a step (F&B of DualPipe, F and B of 1F1B): the products that XLA put between
-its start and its done. Two clocks, one of products and one of transfers, then say how long the device waits, at the
-rates of `scale.hardware`. What is no product takes no time here, which understates what hides. FOLDER keeps the
-programs; those that are there already are not compiled again.
+its start and its done. Two clocks, one of products and one of transfers, then show how long the device waits, at the
+rates of `scale.hardware`. Other operations take no time here, which underestimates how much is hidden. Programs that
+are in FOLDER already are not compiled again.
 """
 
 import argparse
 import dataclasses
 import pathlib
+from collections.abc import Callable, Iterable
 
 from deepseek_jax import cli, io
 from deepseek_jax.config import model_config
 from deepseek_jax.pipeline.tables import tabulate
 from deepseek_jax.scale.compile import hlo
 from deepseek_jax.scale.hardware import Measured, hardware
-from deepseek_jax.scale.layout import Split, make_layout
+from deepseek_jax.scale.layout import Layout, Split, make_layout
 from deepseek_jax.scale.traffic import layer_traffic
 from experiments.studies.framework.results import provenance
 
@@ -40,12 +41,12 @@ class Transfer:
     waited: float
 
 
-def layout_of(schedule, tokens):
+def layout_of(schedule: str, tokens: int) -> Layout:
     return make_layout(MODEL, Split(RANKS * LOCAL, RANKS, LOCAL, node_size=LOCAL), MICROBATCHES * LOCAL,
                        sequence_length=tokens, schedule=schedule, buffers="ragged", capacity=CAPACITY)
 
 
-def program(schedule, tokens, folder: pathlib.Path) -> str:
+def program(schedule: str, tokens: int, folder: pathlib.Path) -> str:
     """The compiled step, as text."""
     path = folder / f"{schedule}_{tokens}.hlo"
     if not path.exists():
@@ -59,28 +60,29 @@ def program(schedule, tokens, folder: pathlib.Path) -> str:
     return path.read_text()
 
 
-def worth(flops, tokens):
-    """FLOPs that a product is good for: of `ragged_dot`, XLA:GPU makes a product of all rows by every expert."""
+def worth(flops: float, tokens: int) -> float:
+    """Useful FLOPs of a product: XLA:GPU implements `ragged_dot` as a product of all rows by every expert."""
     rows = CAPACITY * tokens * MODEL.experts_per_token
     expanded = flops > 2 * rows * MODEL.d_model * MODEL.expert_ffn_dim * 1.5
     return flops * LOCAL / MODEL.num_experts if expanded else flops
 
 
-def clocked(steps, of_tokens, seconds, rate) -> list[Transfer]:
-    """Lets a device go through `steps`.
+def clocked(steps: Iterable[hlo.Step], of_tokens: Callable[[hlo.Collective], bool], seconds: float,
+            rate: float) -> list[Transfer]:
+    """Simulates a device that executes `steps`.
 
     Args:
-      of_tokens: which collectives are all-to-alls of tokens; no other takes time.
-      seconds: that one of those takes; they follow each other. rate: FLOP/s of products.
+      of_tokens: whether a collective is an all-to-all of tokens; the others take no time.
+      seconds: of one such transfer; they do not overlap each other. rate: FLOP/s of products.
     Returns:
-      the transfers, in the order in which the device is done with them.
+      the transfers, in the order of completion.
     """
     now = network = done = 0.0
     under_way, transfers = {}, []  # key -> (when it ends, FLOPs done before its start)
     for step in steps:
         if step.what == "work":
             now, done = now + step.flops / rate, done + step.flops
-        elif step.what in ("start", "synchronous") and of_tokens(step.collective):
+        elif step.what in ("start", "synchronous") and step.collective and of_tokens(step.collective):
             network = max(now, network) + seconds
             if step.what == "start":
                 under_way[step.key] = network, done
@@ -94,9 +96,10 @@ def clocked(steps, of_tokens, seconds, rate) -> list[Transfer]:
     return transfers
 
 
-def cells(schedule, text, tokens, machine) -> dict[str, list[Transfer]]:
+def cells(schedule: str, text: str, tokens: int, machine: str) -> dict[str, list[Transfer]]:
     """The transfers of each kind of cell that fills a step; of F&B's two directions, one."""
     layout, measured, hw = layout_of(schedule, tokens), Measured(), hardware(machine)
+    assert layout.pipeline is not None
     branches = tabulate(layout.pipeline).branches
     names = {"&".join(kind for kind, _ in branch): name
              for branch, name in zip(branches, hlo.branches(text, len(branches)), strict=True)}
@@ -110,7 +113,7 @@ def cells(schedule, text, tokens, machine) -> dict[str, list[Transfer]]:
     return found
 
 
-def report(programs, tokens) -> list[dict]:
+def report(programs: dict[str, str], tokens: int) -> list[dict]:
     """A row for each cell and machine. JSON-able."""
     rows = []
     for machine in MACHINES:
@@ -122,7 +125,7 @@ def report(programs, tokens) -> list[dict]:
     return rows
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m experiments.studies.pipeline.overlap", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--programs", required=True, type=pathlib.Path, metavar="FOLDER")
