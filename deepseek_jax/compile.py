@@ -9,6 +9,10 @@ analysis beside the planner's; every kind of collective: along which axes, how l
 their start and their done; and registers and spills of the kernels. Exit code 1: it compiles, and does not fit.
 """
 
+from __future__ import annotations
+
+from typing import Any
+
 from deepseek_jax import cli, io
 from deepseek_jax.scale import arguments
 from deepseek_jax.scale.compile import targets
@@ -52,7 +56,7 @@ def main():
     return 0 if found["fits"] else 1
 
 
-def table(found) -> str:
+def table(found: dict[str, Any]) -> str:
     giga = lambda n: f"{n / 1e9:9.2f} GB"
     what = found.get("layout") or f"a decode step of {found['sequences']} x {found['length']} tokens on each device"
     seconds = found["seconds"]

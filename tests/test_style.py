@@ -10,7 +10,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 PACKAGES = ("deepseek_jax", "kernels_pallas", "experiments", "benchmarks", "examples")
 MOST_PARAMETERS, MOST_LINES, LEAST_ANNOTATED = 8, 60, 0.95
 # Kernels take the arrays and tiles of one program as parameters, and are read top down.
-KERNELS = ("kernels_pallas/hopper", "kernels_pallas/tpu", "kernels_pallas/reference")
+KERNELS = ("kernels_pallas/api.py", "kernels_pallas/hopper", "kernels_pallas/tpu", "kernels_pallas/reference")
 
 
 def functions(source):

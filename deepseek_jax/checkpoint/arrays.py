@@ -9,11 +9,14 @@ FP8 values stay [..., out, in] as the released checkpoints hold them, with a sca
 are dequantized, transposed and split into our axes as they are read. `inputs` of ours are the checkpoint's `in`.
 """
 
+from __future__ import annotations
+
 import itertools
 import json
 import math
 import os
 import zlib
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -24,7 +27,7 @@ FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
 _FLOAT_OF_BYTE = np.arange(256, dtype=np.uint8).view(FP8).astype(np.float32)
 
 
-def dequantize(values, scales, dtype, first_row=0, first_column=0):
+def dequantize(values: np.ndarray, scales: np.ndarray, dtype: Any, first_row: int = 0, first_column: int = 0):
     """values[r, c] * scales[block of r, block of c], multiplied in float32, rounded once.
 
     Args:
@@ -45,7 +48,7 @@ def dequantize(values, scales, dtype, first_row=0, first_column=0):
     return out
 
 
-def transposed(x):
+def transposed(x: np.ndarray):
     """A contiguous transpose of a matrix, a strip of rows at a time: that much fits the cache."""
     bits = x.view(f"u{x.itemsize}")
     out = np.empty(bits.shape[::-1], bits.dtype)
@@ -74,7 +77,7 @@ class Writer:
             "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
             "codecs": [{"name": "bytes", **endian}]}).encode())
 
-    def write(self, index, data):
+    def write(self, index: tuple[Any, ...], data: np.ndarray):
         """Writes chunk `index`; `data` may be shorter than a chunk along one axis, at the array's edge."""
         if data.shape != self.chunk:  # on the disk every chunk has the full size
             whole = np.zeros(self.chunk, self.dtype)
@@ -139,7 +142,7 @@ def _open_orbax(path, name):
     return tensorstore.open(spec, read=True).result()
 
 
-def restore(stored, wanted):
+def restore(stored: Stored, wanted: Any):
     """The jax.Array that `wanted` (jax.ShapeDtypeStruct) describes, cast to its dtype; each device reads its part."""
     import jax
     import jax.numpy as jnp

@@ -6,12 +6,17 @@ flat, leaf by leaf under its path ("params/embed/table"), so that other commands
 knowing the optimizer.
 """
 
+from __future__ import annotations
+
 import concurrent.futures
 import errno
 import json
 import math
+import os
 import pathlib
 import shutil
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +46,7 @@ class Checkpoints:
             self.directory.mkdir(parents=True, exist_ok=True)
             manifest.clean_up(self.directory)
 
-    def save(self, step: int, state, meta: dict):
+    def save(self, step: int, state: Any, meta: dict):
         """Starts writing `state` and returns; its buffers may be donated at once.
 
         Waits for the save before this one, so at most one is under way.
@@ -79,7 +84,7 @@ class Checkpoints:
         if pending is not None:
             pending.result()
 
-    def restore(self, abstract_state):
+    def restore(self, abstract_state: Any):
         """The newest undamaged checkpoint as (state, meta), or None if there is none yet.
 
         Args:
@@ -139,7 +144,8 @@ class Checkpoints:
         return CheckpointError(f"checkpoint {step} was not written to {self.directory}: {why}. {kept}")
 
 
-def restore_items(workdir, names=("params", "router"), abstract=None):
+def restore_items(workdir: str | os.PathLike[str], names: Sequence[str] = ("params", "router"),
+                  abstract: dict[str, Any] | None = None) -> tuple[dict[str, Any], int, dict[str, Any]]:
     """Reads some entries of the newest undamaged state of a work directory, which another process may be training.
 
     Args:

@@ -5,8 +5,11 @@ everything to the disk, and only then renames it to `STEP`; what is to be remove
 without a suffix is a promise, and `damage` checks it byte by byte: a flipped bit, a missing file, a short one.
 """
 
+from __future__ import annotations
+
 import json
 import os
+import pathlib
 import shutil
 import zlib
 
@@ -14,12 +17,12 @@ from deepseek_jax import io
 from deepseek_jax.config import ConfigError
 
 
-def steps(directory) -> list[int]:
+def steps(directory: pathlib.Path) -> list[int]:
     """Steps of the committed checkpoints, ascending."""
     return sorted(int(p.name) for p in directory.glob("*") if p.name.isdecimal() and p.is_dir())
 
 
-def newest(directory):
+def newest(directory: pathlib.Path):
     """-> (newest undamaged checkpoint or None, [(newer but damaged, why)]). Raises ConfigError if all are damaged."""
     damaged = []
     for step in reversed(steps(directory)):
@@ -36,7 +39,7 @@ def newest(directory):
     return None, []
 
 
-def damage(path) -> str | None:
+def damage(path: pathlib.Path) -> str | None:
     """What is wrong with a checkpoint, in a few words; None if every byte is as it was written."""
     try:
         files = json.loads((path / "manifest.json").read_bytes())["files"]
@@ -55,7 +58,7 @@ def damage(path) -> str | None:
     return None
 
 
-def commit(partial, final, known=None):
+def commit(partial: pathlib.Path, final: pathlib.Path, known: dict[str, list[int]] | None = None):
     """Makes what lies in `partial` the checkpoint `final`, in one rename; an older `final` gives way.
 
     Args:
@@ -82,7 +85,7 @@ def _fingerprint(path, sync=False):
     return [size, crc]
 
 
-def discard(path):
+def discard(path: pathlib.Path):
     """Removes a checkpoint. Renamed first: one that is half removed must not look like one that is damaged."""
     if path.exists():
         trash = path.with_suffix(".trash")
@@ -91,7 +94,7 @@ def discard(path):
         shutil.rmtree(trash, ignore_errors=True)
 
 
-def clean_up(directory):
+def clean_up(directory: pathlib.Path):
     """Removes what a killed run left. A partial that only its last rename is missing from is finished instead."""
     for path in directory.glob("*.partial"):
         final = directory / path.name.split(".")[0]

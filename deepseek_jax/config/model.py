@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from deepseek_jax.config.schema import NOT_NEGATIVE, POSITIVE, Checked, ConfigError
 
 GROUP_LIMITED = "group_limited"  # top-k of the best groups of experts (report section 2.1.2)
+PARTS = {"router": GROUP_LIMITED, "attention": "mla"}  # of the published models
 OWN = r"[A-Za-z_][\w.]*:[A-Za-z_]\w*"  # "package.module:name"
 
 
@@ -115,7 +116,8 @@ class ModelConfig(Checked, section="model"):
 
 
 def _check_model(c: ModelConfig):
-    for name, value, builtin in (("router", c.router, GROUP_LIMITED), ("attention", c.attention, "mla")):
+    for name, builtin in PARTS.items():
+        value = getattr(c, name)
         if value != builtin and not re.fullmatch(OWN, value):
             raise ConfigError(f"model.{name}={value!r} is unknown; take {builtin!r}, or name your own as "
                               "'package.module:name'.")

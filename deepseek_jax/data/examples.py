@@ -59,7 +59,8 @@ def rearranged_before(epoch: int, eligible: int, rate: float) -> int:
     return math.floor(epoch * eligible * rate)
 
 
-def epoch_order(lengths_N, whole_N, fim_rate: float, seed: int, source: int, epoch: int) -> EpochOrder:
+def epoch_order(lengths_N: np.ndarray, whole_N: np.ndarray, fim_rate: float, seed: int, source: int,
+                epoch: int) -> EpochOrder:
     """The permutation of an epoch, and which documents are rearranged in it."""
     rng = np.random.default_rng([seed, source, epoch])
     order_N = rng.permutation(len(lengths_N))

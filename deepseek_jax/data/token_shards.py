@@ -18,6 +18,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -64,7 +65,7 @@ class Options:
     seed: int = 0
 
 
-def key(files_digest: str, tokenizer: Tokenizer, **options) -> str:
+def key(files_digest: str, tokenizer: Tokenizer, **options: Any) -> str:
     """The name of the shards that a corpus, a tokenizer and options make."""
     parts = json.dumps([_FORMAT, files_digest, tokenizer.digest, options], sort_keys=True)
     return hashlib.sha256(parts.encode()).hexdigest()[:16]

@@ -11,7 +11,8 @@ import functools
 import hashlib
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import tokenizers
@@ -89,7 +90,7 @@ class Tokenizer:
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         return [e.ids for e in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
 
-    def decode(self, ids, specials: bool = False) -> str:
+    def decode(self, ids: Sequence[int], specials: bool = False) -> str:
         """The text of `ids`; special tokens are spelled out only if `specials`."""
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=not specials)
 
@@ -133,7 +134,8 @@ class Tokenizer:
         return count_W, start_W, np.array(parts, np.int64)
 
 
-def split_tokens(ids_T: np.ndarray, splits, rate: float, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def split_tokens(ids_T: np.ndarray, splits: Any, rate: float,
+                 rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Replaces each splittable token, with probability `rate`, by its parts (report section 4.1).
 
     Args:

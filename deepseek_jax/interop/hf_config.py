@@ -10,7 +10,7 @@ import json
 import math
 import os
 
-from deepseek_jax.config import ConfigError, ModelConfig, Yarn
+from deepseek_jax.config import PARTS, ConfigError, ModelConfig, Yarn
 
 # theirs -> ours, where the value means the same
 FIELDS = {
@@ -185,7 +185,8 @@ def write(cfg: ModelConfig, dtype: str, fp8: bool = False, special: dict | None 
 
 
 def _check_writable(cfg):
-    wrong = []
+    wrong = [f"model.{name}={getattr(cfg, name)!r}" for name, published in PARTS.items()
+             if getattr(cfg, name) != published]
     if cfg.norm_eps != 1e-6:
         wrong.append(f"model.norm_eps={cfg.norm_eps} (transformers norms the latents with 1e-6 whatever it says)")
     if cfg.num_shared_experts == 0:

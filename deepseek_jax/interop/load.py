@@ -4,8 +4,11 @@
 used, and then gives rows of any tensor in any dtype, dequantized on the way. Conversion streams through it too.
 """
 
+from __future__ import annotations
+
 import functools
 import os
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -54,31 +57,31 @@ class Checkpoint:
             f"{folder}: config.json promises {promised} MTP module(s), the files hold {self.cfg.mtp_depth}; going on "
             f"with {self.cfg.mtp_depth}."]
 
-    def is_fp8(self, entry) -> bool:
+    def is_fp8(self, entry: tensor_map.Entry) -> bool:
         return self.tensors[entry.name].dtype == FP8
 
     def keeps_fp8(self, path: str) -> bool:
         """Whether a leaf can be kept as FP8 values and scales: all of it is stored so."""
         return all(entry.fp8 and self.is_fp8(entry) for entry in self.leaves[path])
 
-    def dtype_of(self, path: str, asked=None) -> np.dtype:
+    def dtype_of(self, path: str, asked: Any = None) -> np.dtype:
         """The dtype of a leaf: `asked`, or that of the files (bfloat16 for FP8); routing is always float32."""
         if path.startswith("router/") or path.endswith("router/weight"):
             return np.dtype(np.float32)
         stored = (jnp.bfloat16 if self.is_fp8(e) else self.tensors[e.name].dtype for e in self.leaves[path])
         return functools.reduce(np.promote_types, map(np.dtype, {asked} if asked is not None else stored))
 
-    def rows(self, entry, start: int, stop: int, dtype) -> np.ndarray:
+    def rows(self, entry: tensor_map.Entry, start: int, stop: int, dtype: Any) -> np.ndarray:
         """Rows of a tensor as they lie in the file, dequantized and in `dtype`."""
         x = self.reader.rows(self.tensors[entry.name], start, stop)
         if x.dtype == FP8:
             return dequantize(x, self.scales(entry), dtype, start)
         return x.astype(dtype, copy=False)
 
-    def scales(self, entry) -> np.ndarray:
+    def scales(self, entry: tensor_map.Entry) -> np.ndarray:
         return self.reader.rows(self.tensors[entry.name + SCALE])
 
-    def piece(self, entry, start: int, stop: int, dtype) -> np.ndarray:
+    def piece(self, entry: tensor_map.Entry, start: int, stop: int, dtype: Any) -> np.ndarray:
         """start..stop along `entry.transform.axis` of our slice."""
         unit = entry.transform.unit(entry.slice_shape)
         if self.is_fp8(entry) and entry.fp8 and not self.halves:  # bytes are transposed faster than wider numbers
@@ -88,7 +91,7 @@ class Checkpoint:
         theirs = self.rows(entry, start * unit, stop * unit, dtype)
         return entry.transform.to_ours(theirs, entry.slice_shape, self.halves)
 
-    def part(self, path: str, index, dtype) -> np.ndarray:
+    def part(self, path: str, index: tuple[Any, ...], dtype: Any) -> np.ndarray:
         """The part of a leaf that a tuple of slices cuts out; reads the rows that it needs."""
         bounds = [range(n)[part] for n, part in zip(self.shapes[path], index, strict=True)]
         out = np.empty([len(b) for b in bounds], dtype)
@@ -99,7 +102,7 @@ class Checkpoint:
                 out[place] = self._cut(entry, rest, dtype)
         return out
 
-    def kept_part(self, path: str, which: str, index) -> np.ndarray:
+    def kept_part(self, path: str, which: str, index: tuple[Any, ...]) -> np.ndarray:
         """The same of a leaf's FP8 "values" or "scales", as stored: [stack..., rows, columns]."""
         parts = []
         *stack, rows, columns = [range(n)[part] for n, part in zip(self.kept_shape(path, which), index, strict=True)]
@@ -175,7 +178,8 @@ class Checkpoint:
                                       "them, so the checkpoint cannot be represented.")
 
 
-def load_hf(path: str, dtype=None, mesh=None, keep_fp8: bool = False, sharding=None) -> tuple[ModelConfig, dict]:
+def load_hf(path: str, dtype: Any = None, mesh: Any = None, keep_fp8: bool = False,
+            sharding: Any = None) -> tuple[ModelConfig, dict[str, Any]]:
     """Loads a Hugging Face checkpoint of DeepSeek-V3 or V2.
 
     Args:
@@ -230,7 +234,7 @@ def _put(tree, path, value):
     tree[key] = value
 
 
-def dequantized(cfg: ModelConfig, variables, dtype=jnp.bfloat16):
+def dequantized(cfg: ModelConfig, variables: dict[str, Any], dtype: Any = jnp.bfloat16):
     """Variables with FP8 leaves {"values", "scales"} turned into arrays of `dtype` that the model takes."""
     out = {"params": {}, "router": {}}
     held = save.in_memory(variables)
@@ -244,7 +248,7 @@ def dequantized(cfg: ModelConfig, variables, dtype=jnp.bfloat16):
     return out
 
 
-def save_hf(path: str, cfg: ModelConfig, variables, fp8: bool = False):
+def save_hf(path: str, cfg: ModelConfig, variables: dict[str, Any], fp8: bool = False):
     """Writes `variables` as a Hugging Face checkpoint that transformers loads: safetensors, index, config.json.
 
     Args:

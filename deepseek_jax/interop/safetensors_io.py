@@ -5,10 +5,13 @@ is one file, or several and an index. Read here with `pread` instead of by mappi
 count as resident memory; and written here, because the library wants all tensors of a file in memory at once.
 """
 
+from __future__ import annotations
+
 import json
 import math
 import os
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -144,7 +147,7 @@ class Reader:
         return tensor
 
 
-def unstack(tensor):
+def unstack(tensor: Any):
     """The experts' own matrices [(name, shape)] inside of a stacked tensor, in the order of its bytes; else None.
 
     transformers keeps experts as `gate_up_proj` [E, 2 F, D] and `down_proj` [E, D, F], and some files do too.
@@ -185,7 +188,8 @@ def pack(items: list[Item], limit: int) -> dict[str, list[Item]]:
     return {f"model-{n:05d}-of-{len(packs):05d}.safetensors": pack for n, pack in enumerate(packs, 1)}
 
 
-def write(folder, files: dict[str, list[Item]], pieces, metadata: dict | None = None):
+def write(folder: str, files: dict[str, list[Item]], pieces: Callable[..., Iterable[np.ndarray]],
+          metadata: dict[str, Any] | None = None):
     """Writes the files and, for several, their index.
 
     Args:

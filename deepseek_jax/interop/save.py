@@ -4,23 +4,27 @@ Where a layout is known (`hf_layout.json` of a converted checkpoint) every tenso
 otherwise tensors come in the order of the layers, in files of at most 5 GB.
 """
 
+from __future__ import annotations
+
 import contextlib
 import errno
 import os
 import shutil
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
 from deepseek_jax import io
 from deepseek_jax.checkpoint.arrays import BLOCK, FP8
-from deepseek_jax.config import ConfigError
+from deepseek_jax.config import ConfigError, ModelConfig
 from deepseek_jax.interop import hf_config, safetensors_io, tensor_map
 
 SCALE = "_scale_inv"
 SHARD = 5 * 10**9  # bytes a file
 
 
-def quantize(w):
+def quantize(w: np.ndarray):
     """E4M3 blocks of 128 x 128 (report section 3.3.2): scale = amax / 448, with amax at least 1e-4.
 
     Args:
@@ -47,7 +51,7 @@ class Held:
         return np.asarray(self.values)[index]  # on a CPU a view; slicing a jax.Array would compile for every shape
 
 
-def in_memory(variables) -> dict[str, Held]:
+def in_memory(variables: dict[str, Any]) -> dict[str, Held]:
     """{path: leaf} of nested dicts; {"values", "scales"} is one leaf."""
     found = {}
 
@@ -116,7 +120,7 @@ class Export:
     def quantized(self) -> bool:
         return any(item.dtype == FP8 for items in self.files().values() for item in items)
 
-    def pieces(self, item):
+    def pieces(self, item: Any):
         """Arrays that together are the bytes of `item`."""
         if item.name.endswith(SCALE):
             yield self._scale(self.entries[item.name.removesuffix(SCALE)]).astype(item.dtype, copy=False)
@@ -184,7 +188,8 @@ class Export:
         return self._scales.pop(entry.name)
 
 
-def export(folder, cfg, leaves, fp8=False, layout=None, special=None, progress=lambda count: None):
+def export(folder: str, cfg: ModelConfig, leaves: Any, fp8: bool = False, layout: dict[str, Any] | None = None,
+           special: dict[str, int] | None = None, progress: Callable[[int], Any] = lambda count: None):
     """Writes the safetensors files and config.json into `folder`.
 
     Args:
@@ -210,7 +215,7 @@ def export(folder, cfg, leaves, fp8=False, layout=None, special=None, progress=l
 
 
 @contextlib.contextmanager
-def building(path):
+def building(path: str | os.PathLike[str]):
     """A folder beside `path` that takes its place at the end; after an error nothing is left of it.
 
     Raises:

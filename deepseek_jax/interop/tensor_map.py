@@ -5,9 +5,12 @@ A row is (their name, our path, transform, in FP8). Names are those of `Deepseek
 A row whose path the model at hand does not have (no query rank, no shared expert, softmax without bias) is silent.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -33,13 +36,13 @@ class Transform(NamedTuple):
     inputs: int | None = None
     rope: str | None = None
 
-    def their_shape(self, shape):
+    def their_shape(self, shape: tuple[int, ...]):
         """The shape of their tensor, given that of ours."""
         if self.inputs is None:
             return tuple(shape)
         return math.prod(shape[self.inputs:]), math.prod(shape[:self.inputs])
 
-    def unit(self, shape):
+    def unit(self, shape: tuple[int, ...]):
         """How many of their rows belong together: a piece of whole units is a piece of ours along `axis`."""
         return 1 if self.inputs is None else math.prod(shape[self.inputs + 1:])
 
@@ -48,11 +51,11 @@ class Transform(NamedTuple):
         """The axis of ours that pieces of their rows line up along."""
         return self.inputs or 0
 
-    def piece_shape(self, shape):
+    def piece_shape(self, shape: tuple[int, ...]):
         """The shape of a piece of ours, for `reshape`: of any length along `axis`."""
         return *shape[:self.axis], -1, *shape[self.axis + 1:]
 
-    def to_ours(self, theirs, shape, halves=0):
+    def to_ours(self, theirs: np.ndarray, shape: tuple[int, ...], halves: int = 0):
         """A piece of their rows as a piece of ours. `halves`: rotary dimension of a half-split checkpoint, else 0."""
         if self.inputs is None:
             return theirs
@@ -60,7 +63,7 @@ class Transform(NamedTuple):
             theirs = self._rotary(theirs, shape, np.arange(halves).reshape(2, -1).T.reshape(-1))
         return transposed(theirs).reshape(self.piece_shape(shape))
 
-    def to_theirs(self, ours, shape, halves=0):
+    def to_theirs(self, ours: np.ndarray, shape: tuple[int, ...], halves: int = 0):
         """The inverse of `to_ours`."""
         if self.inputs is None:
             return ours
@@ -224,7 +227,7 @@ def _tensors(name, layer, path, stack, shape, transform, fp8):
     return {n: Entry(n, path, (*stack, e), shape[len(stack) + 1:], transform, fp8) for e, n in named.items()}
 
 
-def listed(names) -> str:
+def listed(names: Sequence[str]) -> str:
     """The first few names, and how many more there are."""
     names = sorted(names)
     more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""

@@ -6,7 +6,7 @@ of `align`. Both directions are gathers: the gradient of a permutation is the in
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -49,7 +49,7 @@ def sort_by_expert(chosen_NK: jax.Array, num_experts: int, align: int = 1, even:
     return Permutation(choice_R, row_NK, sizes_E.astype(jnp.int32))
 
 
-def round_up(n, multiple: int):
+def round_up(n: Any, multiple: int):
     """The next multiple, of a number or of each element of an array."""
     return -(-n // multiple) * multiple
 

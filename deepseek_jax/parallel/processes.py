@@ -5,6 +5,8 @@ connection to the first one, from before JAX starts: the kernel closes it when a
 others stop with one line. A process that ends well says so first.
 """
 
+from __future__ import annotations
+
 import atexit
 import contextlib
 import os
@@ -13,7 +15,8 @@ import sys
 import threading
 import time
 import zlib
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -166,14 +169,14 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
-def first_then_others(make, name):
+def first_then_others(make: Callable[[], Any], name: str):
     """make(), in process 0 before the others: what it writes, they find."""
     made = make() if is_first() else None
     wait_for_all(name)
     return made if is_first() else make()
 
 
-def wait_for_all(name):
+def wait_for_all(name: str):
     """Returns once every process has come here.
 
     Not by an exchange between devices: before its first one, gloo waits for the others for 30 seconds only.

@@ -4,21 +4,21 @@ The colour shows the operation, its shade the direction, the number the micro-ba
 forward pass above its backward pass.
 """
 
+from __future__ import annotations
+
 import pathlib
 from collections.abc import Mapping
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
-from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from deepseek_jax.config.schema import ConfigError
 from deepseek_jax.pipeline.orders import kind_of
 from deepseek_jax.pipeline.schedule import Schedule
 from deepseek_jax.pipeline.validate import cell_costs, starts, validate
+from deepseek_jax.plots.style import BLUE, GREEN, ORANGE, SKY, new_figure, save_figure
 
-# Okabe and Ito's palette: told apart by every kind of colour vision.
-COLORS = {"F": "#E69F00", "B": "#0072B2", "Bi": "#56B4E9", "W": "#009E73"}
+COLORS = {"F": ORANGE, "B": BLUE, "Bi": SKY, "W": GREEN}
 MEANING = {"F": "F forward", "B": "B backward", "Bi": "Bi gradient of the input", "W": "W gradient of the weights"}
 CELL = 0.3  # inches for the shortest cell, so that a micro-batch's number fits in
 
@@ -43,8 +43,7 @@ def draw(schedule: Schedule, path: str | pathlib.Path, costs: Mapping[str, float
     width = max(report.lockstep_makespan, report.makespan) / shortest
     inches = min(max(width * CELL, 7), 60)
     height = 0.26 * schedule.ranks
-    figure = Figure(figsize=(inches + 0.9, 2 * height + 2.2), layout="constrained", dpi=110)
-    FigureCanvasAgg(figure)
+    figure = new_figure(inches + 0.9, 2 * height + 2.2, dpi=110)
     free, locked = figure.subplots(2, 1, sharex=True)
     size = min(7.5, 72 * 0.75 * inches / width / 1.3)  # points, for two digits
     for axes, placed in ((free, starts(schedule, costs)), (locked, _ticks(schedule, time))):
@@ -63,7 +62,7 @@ def draw(schedule: Schedule, path: str | pathlib.Path, costs: Mapping[str, float
     locked.set_xlabel("time")
     _legend(figure, schedule)
     try:
-        figure.savefig(pathlib.Path(path))
+        save_figure(figure, path)
     except ValueError as error:  # a format that matplotlib does not know
         raise ConfigError(f"cannot draw {path}: {error}.") from None
 

@@ -5,30 +5,30 @@ MoE layer and step how many tokens each expert got, as a multiple of the mean: w
 balancing should turn the early stripes white. Both read only what `metrics` wrote, so a running job can be drawn.
 """
 
+from __future__ import annotations
+
 import itertools
+import os
 import pathlib
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LogNorm, TwoSlopeNorm
-from matplotlib.figure import Figure
 
+from deepseek_jax.plots.style import BLUE, GREEN, GREY, VERMILION, new_figure, save_figure
 from deepseek_jax.training.metrics import read_expert_loads, read_metrics
 
-# Okabe and Ito's palette: told apart by every kind of colour vision.
-BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#777777"
 MAX_COLUMNS = 600  # steps drawn side by side in a heat map; longer runs are averaged into so many
 
 
-def plot_loss(workdir) -> pathlib.Path:
+def plot_loss(workdir: str | os.PathLike[str]) -> pathlib.Path:
     """Draws WORKDIR/loss.png from WORKDIR/metrics.jsonl; returns its path."""
     rows = read_metrics(workdir)
     evaluated = _series(rows, "eval_bits_per_byte")
     rates = _series(rows, "lr")
-    figure = _figure(9, 5.2)
+    figure = new_figure(9, 5.2)
     axes = figure.subplots(2, 2 if len(evaluated[0]) else 1, sharex=True, squeeze=False, height_ratios=(6, 1))
     losses, below = axes[0][0], axes[1]
-    for name, label, colour in (("mtp_loss", "token after next (MTP)", ORANGE), ("loss", "next token", BLUE)):
+    for name, label, colour in (("mtp_loss", "token after next (MTP)", VERMILION), ("loss", "next token", BLUE)):
         steps, values = _series(rows, name)
         if len(steps):
             losses.plot(steps, values, color=colour, alpha=0.22, linewidth=0.8)
@@ -47,16 +47,16 @@ def plot_loss(workdir) -> pathlib.Path:
             axis.set_yticks([0, rates[1].max()], ["0", f"{rates[1].max():.1e}".replace("e-0", "e-")])
         axis.set_xlabel("step")
     below[0].set_ylabel("learning\nrate")
-    return _save(figure, pathlib.Path(workdir) / "loss.png")
+    return _saved(figure, pathlib.Path(workdir) / "loss.png")
 
 
-def plot_expert_load(workdir) -> pathlib.Path:
+def plot_expert_load(workdir: str | os.PathLike[str]) -> pathlib.Path:
     """Draws WORKDIR/expert_load.png from WORKDIR/expert_load; returns its path."""
     steps, counts_SLE = read_expert_loads(workdir)
     S, L, E = counts_SLE.shape
     load_SLE = counts_SLE * E / np.maximum(counts_SLE.sum(-1, keepdims=True), 1)
     heights = [0.95 if L <= 8 else 0.35] * L + [2.3]
-    figure = _figure(9, sum(heights) + 0.3)
+    figure = new_figure(9, sum(heights) + 0.3)
     axes = figure.subplots(L + 1, 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
     if S:
         _heat_maps(figure, axes[:-1], steps, load_SLE)
@@ -64,16 +64,16 @@ def plot_expert_load(workdir) -> pathlib.Path:
     else:
         axes[-1].text(0.5, 0.5, "this run has recorded no expert loads", ha="center", transform=axes[-1].transAxes)
     axes[-1].set_xlabel("step")
-    return _save(figure, pathlib.Path(workdir) / "expert_load.png")
+    return _saved(figure, pathlib.Path(workdir) / "expert_load.png")
 
 
-def plot_dispatch(matrices, locals_per_node, path) -> pathlib.Path:
+def plot_dispatch(matrices: dict[str, np.ndarray], locals_per_node: int, path: str | os.PathLike[str]) -> pathlib.Path:
     """Draws how many copies each device sends to each, for each hop. Returns the path.
 
     Args:
       matrices: {title: int [senders, receivers]}; devices in the order of the mesh, nodes first.
     """
-    figure = _figure(4.2 * len(matrices) + 0.6, 5.3)
+    figure = new_figure(4.2 * len(matrices) + 0.6, 5.3)
     axes = figure.subplots(1, len(matrices), sharey=True, squeeze=False)[0]
     top = max(sent.max() for sent in matrices.values())
     for axis, (title, sent) in zip(axes, matrices.items()):
@@ -89,7 +89,7 @@ def plot_dispatch(matrices, locals_per_node, path) -> pathlib.Path:
         axis.set_xlabel("receiving device, by node")
     axes[0].set_ylabel("sending device, by node")
     figure.colorbar(picture, ax=list(axes), fraction=0.02, pad=0.01, label="copies of tokens")
-    return _save(figure, pathlib.Path(path))
+    return _saved(figure, pathlib.Path(path))
 
 
 def _heat_maps(figure, axes, steps, load_SLE):
@@ -117,13 +117,6 @@ def _max_vio_curves(axis, steps, vio_SL):
     axis.plot([], [], color=BLUE, alpha=0.3, linewidth=0.8, label="one layer")
     _finish(axis, "MaxVio: how far the busiest expert lies above the mean", "max / mean - 1", (0, None))
     axis.legend(frameon=False, ncols=2)
-
-
-def _figure(width, height):
-    # No pyplot: it keeps figures alive, and a training loop draws many.
-    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
 
 
 def _finish(axis, title, ylabel, limits=(None, None)):
@@ -165,9 +158,6 @@ def _pool(values_S):
     return np.stack([values_S[a:b].mean(0) for a, b in itertools.pairwise(edges)])
 
 
-def _save(figure, path):
-    """Beside, then renamed: whoever looks meanwhile sees the old picture or the new."""
-    beside = path.with_name(f".{path.name}.new")
-    figure.savefig(beside, format="png")
-    beside.replace(path)
+def _saved(figure, path):
+    save_figure(figure, path)
     return path

@@ -1,7 +1,10 @@
 """Bytes per device as a picture: a stacked bar for each way of counting, and a line at the size of the memory."""
 
+from __future__ import annotations
+
 import matplotlib
-from matplotlib.figure import Figure
+
+from deepseek_jax.plots.style import new_figure, save_figure
 
 COLOURS = [matplotlib.colormaps["tab20"](n) for n in range(20)]  # more groups than the common palette has
 
@@ -13,7 +16,7 @@ def draw_memory(path: str, bars: dict[str, dict[str, float]], memory: float, tit
       bars: {name of a bar: {group: bytes}}.
       memory: bytes of a device.
     """
-    figure = Figure(figsize=(9, 1.4 + 0.8 * len(bars)), layout="constrained")
+    figure = new_figure(9, 1.4 + 0.8 * len(bars), dpi=130)
     axes = figure.subplots()
     colours: dict[str, tuple] = {}
     for row, (name, groups) in enumerate(bars.items()):
@@ -33,4 +36,4 @@ def draw_memory(path: str, bars: dict[str, dict[str, float]], memory: float, tit
     axes.invert_yaxis()
     axes.set(xlabel=f"GB per device; the line is what it has, {memory / 1e9:.0f} GB", title=title)
     axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=8)
-    figure.savefig(path, dpi=130)
+    save_figure(figure, path)

@@ -8,7 +8,7 @@ import dataclasses
 import itertools
 from typing import Any
 
-from deepseek_jax.config import ConfigError, ModelConfig
+from deepseek_jax.config import PARTS, ConfigError, ModelConfig
 from deepseek_jax.scale import memory, timing
 from deepseek_jax.scale.costs import conventions, training_flops_per_token
 from deepseek_jax.scale.hardware import Hardware, Measured
@@ -41,6 +41,14 @@ class Plan:
         return self.total_bytes <= self.memory
 
 
+def check_known(c: ModelConfig):
+    """Raises ConfigError for a model with parts of its own, whose traffic and work the planner does not know."""
+    for name, published in PARTS.items():
+        if getattr(c, name) != published:
+            raise ConfigError(f"model.{name}={getattr(c, name)!r} is not known to the planner, which counts the "
+                              f"published models; plan with {published!r}.")
+
+
 def plan(c: ModelConfig, hw: Hardware, layout: Layout, tokens: float = TOKENS, price: float | None = None,
          measured: Measured | None = None, limited: bool = True) -> Plan:
     """Evaluates one layout.
@@ -49,6 +57,7 @@ def plan(c: ModelConfig, hw: Hardware, layout: Layout, tokens: float = TOKENS, p
       tokens: of the whole training. price: dollars a device-hour; None: the machine's.
       limited: see `timing.step`.
     """
+    check_known(c)
     step = timing.step(c, hw, layout, measured, limited)
     per_token = layout.mesh.devices / step.tokens_a_second / 3600
     price = hw.price if price is None else price

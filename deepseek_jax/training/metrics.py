@@ -6,6 +6,8 @@ resumes from step s first drops all that lies after s, so that in the end the fi
 interrupted, timings apart. The balance of a step is MaxVio = max load / mean load - 1 (arXiv 2408.15664).
 """
 
+from __future__ import annotations
+
 import json
 import math
 import os
@@ -24,7 +26,7 @@ from tensorboardX.record_writer import masked_crc32c
 from deepseek_jax import io
 
 
-def max_vio(counts_LE) -> float:
+def max_vio(counts_LE: np.ndarray) -> float:
     """How far the busiest expert lies above the mean load: (max - mean) / mean, averaged over the layers."""
     if not len(counts_LE):
         return 0.0
@@ -56,7 +58,7 @@ class MetricsWriter:
         self._add_event(file_version="brain.Event:2")
         self._add_event(step=last + 1, session_log=SessionLog(status=SessionLog.START))  # hides what lies after
 
-    def write(self, step: int, **values):
+    def write(self, step: int, **values: Any):
         """Appends one row, at once; a row of that step and kind which is there already stays.
 
         A row with a name that begins with `eval_` is the step's evaluation, any other its training. What is not a
@@ -71,7 +73,7 @@ class MetricsWriter:
                    for name in values if row[name] is not None]
         self._add_event(step=int(step), summary=Summary(value=scalars))
 
-    def write_expert_load(self, step: int, counts_LE):
+    def write_expert_load(self, step: int, counts_LE: np.ndarray):
         """Appends the tokens that chose each expert in this step, over the whole global batch."""
         if not self._is_new("load", step):
             return
@@ -96,7 +98,7 @@ class MetricsWriter:
         return new
 
 
-def read_metrics(workdir) -> list[dict]:
+def read_metrics(workdir: str | os.PathLike[str]) -> list[dict]:
     """All whole rows, in the order of writing. null comes back as None."""
     path = pathlib.Path(workdir) / "metrics.jsonl"
     rows = []
@@ -110,7 +112,7 @@ def read_metrics(workdir) -> list[dict]:
     return rows
 
 
-def read_expert_loads(workdir):
+def read_expert_loads(workdir: str | os.PathLike[str]):
     """-> (steps_S, counts_SLE); of length 0 if the run has recorded none, as a dense model's has not."""
     folder = pathlib.Path(workdir) / "expert_load"
     records, shape = _records(folder)

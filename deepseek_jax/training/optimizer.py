@@ -4,7 +4,10 @@ Warm-up, constant, cosine, then two constant tail levels, all as fractions of th
 one of 14.8T tokens have the same shape.
 """
 
+from __future__ import annotations
+
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +29,7 @@ def learning_rate(cfg: OptimizerConfig, steps: int):
     return rate
 
 
-def in_dtype(inner: optax.GradientTransformation, dtype) -> optax.GradientTransformation:
+def in_dtype(inner: optax.GradientTransformation, dtype: Any) -> optax.GradientTransformation:
     """Keeps the floating-point state of `inner` in `dtype` between updates; computes in the gradients' own dtype."""
     def cast(state, to):
         return jax.tree.map(lambda x: x.astype(to) if jnp.issubdtype(x.dtype, jnp.floating) else x, state)
@@ -39,7 +42,7 @@ def in_dtype(inner: optax.GradientTransformation, dtype) -> optax.GradientTransf
     return optax.GradientTransformation(lambda params: cast(inner.init(params), dtype), update)
 
 
-def decayed(params):
+def decayed(params: Any):
     """Which parameters weight decay shrinks: all but the norms' scales."""
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key != "scale", params)
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,9 @@ import numpy as np
 import pytest
 
 from deepseek_jax.config import ConfigError, MeshConfig, freeze, model_config
+from deepseek_jax.interop import hf_config
 from deepseek_jax.model import DeepSeekV3, router
+from deepseek_jax.scale import plan
 from deepseek_jax.serving import generate
 from deepseek_jax.serving.engine import Engine
 from deepseek_jax.training.loop import starting_state
@@ -77,7 +80,6 @@ def test_a_balancer_with_momentum_keeps_its_state_in_the_checkpoint_and_moves_by
     assert {"balancer/bias", "balancer/mtp_bias"} <= leaves.keys()
     with (tmp_path / "run" / "metrics.jsonl").open() as f:
         whole = [json.loads(line).get("loss") for line in f]
-    import shutil
     shutil.rmtree(tmp_path / "run/checkpoints/6")
     assert runs.run("train", "--config", config, "--workdir", tmp_path / "run", *change).code == 0
     with (tmp_path / "run" / "metrics.jsonl").open() as f:
@@ -156,3 +158,11 @@ def test_a_model_with_its_own_attention_trains_only():
     cfg = naive.tiny(attention="experiments.studies.mla.attention:MQA", router_bias="additive")
     with pytest.raises(ConfigError, match="trains only"):
         Engine(cfg, {})
+
+
+def test_export_and_planner_refuse_parts_that_the_published_models_do_not_have():
+    cfg = model_config("tiny", router=HASH)
+    with pytest.raises(ConfigError, match="model.router='examples.own_router:hash_route'"):
+        hf_config.write(cfg, "bfloat16")
+    with pytest.raises(ConfigError, match="model.router='examples.own_router:hash_route' is not known to the planner"):
+        plan.check_known(cfg)

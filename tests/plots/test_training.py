@@ -29,8 +29,8 @@ def write_run(workdir, steps, layers=2, skewed_until=0, evaluate=True):
 @pytest.fixture
 def saved(monkeypatch):
     """The figures that were saved, to look at what is in them."""
-    figures, save = [], plots._save
-    monkeypatch.setattr(plots, "_save", lambda figure, path: (figures.append(figure), save(figure, path))[1])
+    figures, save = [], plots.save_figure
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: (figures.append(figure), save(figure, path))[1])
     return figures
 
 
@@ -86,7 +86,7 @@ def test_smoothing_neither_lags_nor_shifts_a_straight_line():
 
 def test_drawing_leaves_no_pyplot_behind(tmp_path):
     write_run(tmp_path, 3)
-    program = ("import sys; from deepseek_jax.training import plots; plots.plot_loss(sys.argv[1]); "
+    program = ("import sys; from deepseek_jax.plots import training as plots; plots.plot_loss(sys.argv[1]); "
                "plots.plot_expert_load(sys.argv[1]); assert 'matplotlib.pyplot' not in sys.modules")
     subprocess.run([sys.executable, "-c", program, tmp_path], check=True)
 

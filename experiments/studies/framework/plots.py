@@ -4,26 +4,22 @@ import pathlib
 from typing import Any
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from deepseek_jax import io
+from deepseek_jax.plots.style import PALETTE, new_figure, save_figure
 
-# Okabe and Ito's palette, which people with any colour vision can tell apart.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#777777", "#000000", "#B8A800")
+COLOURS = PALETTE
 
 
 def figure(width: float, height: float, columns: int, rows: int = 1, **options: Any) -> tuple[Figure, Any]:
     """(Figure, its axes in a flat array)."""
-    made = Figure(figsize=(width, height), dpi=120, layout="constrained")
-    FigureCanvasAgg(made)
+    made = new_figure(width, height, dpi=120)
     return made, made.subplots(rows, columns, squeeze=False, **options).ravel()
 
 
 def save(made: Figure, path: pathlib.Path) -> None:
     """Writes a picture atomically."""
-    with io.replacing(path) as partial:
-        made.savefig(partial, format="png")
+    save_figure(made, path)
 
 
 def finish(axis: Any, title: str = "", x: str = "", y: str = "") -> None:
