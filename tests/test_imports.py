@@ -35,7 +35,8 @@ def test_the_public_names_are_there():
 # Third-party packages are imported first, since what they do to a process is not ours; then each module in a fork.
 WATCH = """
 import importlib, json, logging, os, pathlib, signal, sys, threading, warnings
-import absl.logging, chex, flax.linen, grain, httpx, jax, jax.numpy, scipy.stats, matplotlib.figure, ml_collections, numpy, optax
+import absl.logging, chex, flax.linen, grain, httpx, jax, jax.numpy, matplotlib.figure, ml_collections, numpy, optax
+import scipy.stats
 import orbax.checkpoint, safetensors.numpy, starlette.applications, tensorboardX, tensorstore, tokenizers, tqdm, uvicorn
 import jax.experimental.pallas.mosaic_gpu, jax.experimental.pallas.tpu, matplotlib.backends.backend_agg
 import jax.experimental.multihost_utils, jax.experimental.layout, jax.experimental.topologies

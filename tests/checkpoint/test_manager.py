@@ -287,7 +287,9 @@ def test_a_full_disk_anywhere_in_a_save_is_one_line_and_leaves_the_older(tmp_pat
 
 FILL_A_DISK = """
     import sys, jax.numpy as jnp, numpy as np
+    from deepseek_jax import runtime
     from deepseek_jax.checkpoint.manager import CheckpointError, Checkpoints
+    runtime.quiet_logs()  # as commands do: Orbax says of a failure more than is raised
     checkpoints = Checkpoints(sys.argv[1])
     noise = np.random.default_rng(0).standard_normal
     small, large = ({name: jnp.asarray(noise((n, 128))) for name in "abcd"} for n in (100, 8000))

@@ -16,6 +16,7 @@ from deepseek_jax.checkpoint.arrays import dequantize as stored_dequantize
 from deepseek_jax.config import ConfigError, FP8Config, MeshConfig, as_dict, default_config, freeze, model_config
 from deepseek_jax.model import DeepSeekV3
 from deepseek_jax.parallel.mesh import make_mesh
+from kernels_pallas import api
 
 E4M3 = ml_dtypes.float8_e4m3fn
 tiles = jax.jit(fp8.quantize_tiles, static_argnames=("scale", "axis"))
@@ -196,7 +197,7 @@ def test_the_three_products_of_a_linear_are_those_of_the_quantized_numbers(shape
     (M, N, K), scale = shape, "power_of_two" if kept == "e5m6" else "float32"
     x, w, dy = data((M, K), 1, 1.0), data((N, K), 2, 1.0), data((M, N), 3, 1.0)
 
-    y, (dx, dw) = value_and_gradients(functools.partial(fp8.linear, kept=kept), (x, w), dy)
+    y, (dx, dw) = value_and_gradients(functools.partial(fp8.linear, saved=kept), (x, w), dy)
 
     q_x, q_w = quantized64(x, scale=scale), quantized64(w, 128)
     close(y, q_x @ q_w.T)
@@ -269,13 +270,13 @@ def test_experts_are_feed_forward_networks_of_their_own_rows():
 
 def test_wgrad_reads_bfloat16_where_that_loses_nothing(monkeypatch):
     """The kernels read no other; of o_proj and of the experts' tokens the scales are powers of two."""
-    read, quantize = [], fp8.api.quantize
-    monkeypatch.setattr(fp8.api, "quantize", lambda x, **options: (
+    read, quantize = [], api.quantize
+    monkeypatch.setattr(api, "quantize", lambda x, **options: (
         read.append(x.dtype) if options.get("transposed") == "only" else None) or quantize(x, **options))
     x, w = (jnp.asarray(data((128, 128), n, 1.0), jnp.bfloat16) for n in range(2))
     sizes = jnp.array([128])
 
-    jax.vjp(functools.partial(fp8.linear, kept="e5m6"), x, w)[1](x)
+    jax.vjp(functools.partial(fp8.linear, saved="e5m6"), x, w)[1](x)
     jax.vjp(functools.partial(fp8.swiglu_ffn, sizes=sizes), x, w[None], w[None], w[None])[1](x)
 
     assert read.count(jnp.bfloat16) == 4 and read.count(jnp.float32) == 3  # dy and x, twice; d gate, d up, act
@@ -292,8 +293,8 @@ MESH = MeshConfig(replica=2, local=2, tensor=2)
 @pytest.fixture
 def products(monkeypatch):
     """The shapes of the left operands that a product was asked for."""
-    shapes, product = [], fp8.api.fp8_matmul
-    monkeypatch.setattr(fp8.api, "fp8_matmul", lambda a, b, **options: shapes.append(a[0].shape) or product(
+    shapes, product = [], api.fp8_matmul
+    monkeypatch.setattr(api, "fp8_matmul", lambda a, b, **options: shapes.append(a[0].shape) or product(
         a, b, **options))
     return shapes
 
@@ -308,10 +309,10 @@ def on_a_mesh(f, arguments, dy):
                                               ((None, "heads"), (512, 128))])
 def test_a_device_multiplies_its_own_rows_and_its_part_of_the_weight(names, parts, kept, products):
     x, w, dy = data((512, 256), 1, 1.0), data((512, 256), 2, 1.0), data((512, 512), 3, 1.0)
-    alone = value_and_gradients(functools.partial(fp8.linear, kept=kept), (x, w), dy)
+    alone = value_and_gradients(functools.partial(fp8.linear, saved=kept), (x, w), dy)
     products.clear()
 
-    y, (dx, dw) = on_a_mesh(functools.partial(fp8.linear, kept=kept, names=names), (x, w), dy)
+    y, (dx, dw) = on_a_mesh(functools.partial(fp8.linear, saved=kept, names=names), (x, w), dy)
 
     N, K = parts
     assert products == [(128, K), (128, N), (N, 128)]  # Fprop, Dgrad, Wgrad

@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import sys
 
-CONFIG = '''"""Started as `python -m deepseek_jax.train --config config.py --workdir run` from the folder of this file."""
+CONFIG = '''"""Started in this folder as `python -m deepseek_jax.train --config config.py --workdir run`."""
 
 from deepseek_jax.config import default_config
 

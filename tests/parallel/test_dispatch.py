@@ -244,7 +244,8 @@ def test_fp8_tokens_arrive_as_the_nearest_e4m3_and_gradients_of_outputs_too():
     def run(cfg, wire):
         def f(x_ND):
             double = lambda x_RD, id_RK, gates_RK, _: (x_RD * (id_RK > 0).sum(axis=1, keepdims=True), (id_RK > 0).sum())
-            return dispatch.to_experts(cfg, E, cfg.node, double, x_ND, chosen_NK, jnp.ones((N, K)), (), wire)[0]
+            placement = dispatch.Placement(cfg, E, cfg.node, wire)
+            return dispatch.to_experts(placement, double, x_ND, chosen_NK, jnp.ones((N, K)), ())[0]
 
         with on(cfg):
             y_ND, pull = jax.jit(lambda x: jax.vjp(f, x), compiler_options=QUICKLY)(x_ND)

@@ -68,10 +68,10 @@ def test_on_2048_devices_nothing_that_should_be_split_is_whole(cfg):
     mesh, whole = abstract_mesh(cfg), []
     leaves = zip(jax.tree.leaves(sharding.paths(state)), jax.tree.leaves(state))
     for path, leaf in leaves:
-        parts = math.prod(mesh.shape[axis] for entry in leaf_sharding(path, leaf.shape, mesh).master
+        parts = math.prod(mesh.shape[axis] for entry in leaf_sharding(path, leaf.shape, mesh).storage
                           for axis in sharding.axes_of(entry))
         if leaf.size > 1_000_000:
-            assert parts == cfg.devices, path  # experts by their leaf_sharding, all else by ZeRO-1
+            assert parts == cfg.devices, path  # experts by their axes, all else by ZeRO-1
         elif parts == 1:
             whole += [path]
     assert {path.rsplit("/", 1)[-1] for path in whole} <= {"bias", "mtp_bias", "step", "rng", "count"}

@@ -12,9 +12,8 @@ import pytest
 from deepseek_jax.config import ConfigError, FP8Config, MeshConfig
 from deepseek_jax.config.mesh import PipelineConfig
 from deepseek_jax.model.router import update_bias
-from deepseek_jax.parallel.runner import Runner
 from deepseek_jax.pipeline import make_schedule
-from deepseek_jax.pipeline.model import describe, slots
+from deepseek_jax.pipeline.model import check, describe, slots
 from deepseek_jax.training.step import accumulate, eval_step
 from tests import runs
 from tests.model import naive
@@ -155,7 +154,7 @@ def test_validation_losses_are_those_of_one_device():
         found, expected = scored(case), scored(dataclasses.replace(case, mesh=MeshConfig()))
 
     for name in ("nats", "weight"):
-        np.testing.assert_allclose(found[name], expected[name], rtol=1e-12)
+        np.testing.assert_allclose(getattr(found.losses, name), getattr(expected.losses, name), rtol=1e-12)
     jax.tree.map(np.testing.assert_array_equal, found.counts, expected.counts)
 
 
@@ -246,7 +245,7 @@ def test_what_padding_wastes_is_said():
     ])
 def test_what_does_not_fit_the_pipeline_is_refused_with_what_would(changes, complaint):
     with pytest.raises(ConfigError, match=complaint) as error:
-        Runner(config(**changes))
+        check(config(**changes))
     assert "\n" not in str(error.value)
 
 
@@ -256,4 +255,4 @@ def test_losses_and_axes_that_a_pipeline_does_not_have_are_refused():
             (dict(mesh=MeshConfig(pipe=4, tensor=2)), "mesh.tensor=2 has no place in a pipeline"),
             (dict(balance=dataclasses.replace(made.balance, aux_loss_weight=0.1)), "aux_loss_weight is a loss")):
         with pytest.raises(ConfigError, match=complaint):
-            Runner(dataclasses.replace(made, **change))
+            check(dataclasses.replace(made, **change))
