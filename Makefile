@@ -1,7 +1,7 @@
 # make train   from nothing: environment, tokenizer, a tiny model on real text, a sample, plots (in run/)
 # make test    the CPU suite          make lint    ruff, pyright
-# make bench   speed beside transformers, a dense product, ragged_dot: same machine, same run
-# make aot     compiles the Hopper kernels, and training steps up to 671B, for machines that are not here (two to four hours)
+# make bench   speed against transformers, a dense product, ragged_dot: same machine, same run
+# make aot     compiles the Hopper kernels, and training steps up to 671B, for hardware you don't have (two to four hours)
 # make studies-quick   every study in its short form         make notebooks   runs the notebooks
 # make clean   removes environments, caches and run/
 #
@@ -70,7 +70,7 @@ notebooks: .venv/stamp
 	@.venv-aot/bin/python -m pip install -qq --disable-pip-version-check -e '.[aot]'
 	@touch $@
 
-# From seconds to twenty minutes each but for the last; the last two need libtpu beside the extra, and are passed over without.
+# Seconds to twenty minutes each, except the last. The last two also need libtpu; without it their failure is ignored.
 COMPILE = .venv-aot/bin/python -m deepseek_jax.compile
 V3 := --model v3_671b --pipe 16 --expert 64 --remat full --deferred 0
 report = --json experiments/scale/$(1).json --plot experiments/scale/$(1).png

@@ -191,7 +191,7 @@ def _context(cfg, inputs: Inputs) -> TokenContext:
     return TokenContext(rope, batch.segment_ids_BT, batch.tokens_BT, positions_BT, inputs.step)
 
 
-def _norm(cfg, params):
+def _norm(cfg, params) -> Callable[[jax.Array], Any]:
     return lambda x_BTD: RMSNorm(cfg).apply({"params": params}, x_BTD)
 
 
@@ -238,6 +238,7 @@ def _mtp_module(config, module, hidden_BTD, ahead_BTD, bias_E, context: TokenCon
 def _shared_moe(config, params, bias_E, context: TokenContext, h_BTD) -> tuple[jax.Array, RoutingStats]:
     """A MoE layer of which each rank computes its part of the tokens."""
     cfg, ranks = config.model, lax.axis_size(PIPE)
+    assert context.tokens_BT is not None and context.positions_BT is not None  # `_context` has both
     h_ND = h_BTD.reshape(-1, cfg.d_model)
     tokens = h_ND.shape[0] // ranks
     mine = lambda x_N: lax.dynamic_slice_in_dim(x_N, lax.axis_index(PIPE) * tokens, tokens)[None]

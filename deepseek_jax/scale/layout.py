@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, Literal
 
 from deepseek_jax.config import ConfigError, MeshConfig, ModelConfig
 from deepseek_jax.pipeline.schedule import Schedule, make_schedule
@@ -25,7 +25,7 @@ class Layout:
     microbatches: int = 1
     rows: int = 1
     sequence_length: int = 4096
-    moment_dtype: str = "bfloat16"
+    moment_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     ema: bool = False
     deferred: int | None = None
 

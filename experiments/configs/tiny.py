@@ -1,4 +1,4 @@
-"""A whole DeepSeek-V3, small: MLA, 32 fine-grained experts with loss-free balancing, MTP. Learns Python's own library.
+"""DeepSeek-V3, complete but small: MLA, 32 fine-grained experts with loss-free balancing, MTP. Learns Python's library.
 
     make train        or        python -m deepseek_jax.train --config experiments/configs/tiny.py --workdir run
 """

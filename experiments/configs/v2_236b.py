@@ -1,4 +1,4 @@
-"""DeepSeek-V2, 236B: softmax routing over 160 experts in 8 groups of which 3 are kept, no MTP.
+"""DeepSeek-V2, 236B: softmax routing over 160 experts, restricted to 3 of 8 groups, no MTP.
 
 It traces here (`jax.eval_shape`); it needs a machine with accelerators to run.
 

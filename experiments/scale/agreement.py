@@ -1,8 +1,8 @@
-"""Planned bytes of a device beside the compiler's, for every compiled training step whose report lies here.
+"""Planned bytes of a device next to the compiler's, for every compiled training step with a report in this folder.
 
     python -m experiments.scale.agreement            # prints the table and writes agreement.json
 
-Nothing is compiled: the reports say what XLA counted, the planner is asked again.
+Nothing is compiled: the reports have the bytes that XLA counted, and the planner runs again.
 """
 
 import json
@@ -31,6 +31,7 @@ def described(report: dict) -> tuple[ModelConfig, Layout]:
 
 
 def row(name: str, report: dict) -> dict:
+    """One line of the table, JSON-able."""
     c, layout = described(report)
     planned = memory.bytes_per_device(c, layout)
     total, compiled = sum(planned.values()), report["bytes_per_device"]

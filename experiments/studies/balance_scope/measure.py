@@ -1,4 +1,4 @@
-"""Which experts read which kind of text: loads by kind, and how far they lie from the loads of all kinds together."""
+"""Which experts read which kind of text: loads by kind, and their distance from the loads of all kinds together."""
 
 import functools
 from typing import Any

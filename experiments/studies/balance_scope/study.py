@@ -1,6 +1,6 @@
-"""Balance inside every sequence, or only over a batch: what it does to experts' specialisation (report section 4.5.3).
+"""Balance inside every sequence or only over a batch, and experts' specialisation (report section 4.5.3).
 
-The text is of three kinds in equal shares: code, prose, tables.
+The text has equal shares of three kinds: code, prose, tables.
 """
 
 import pathlib

@@ -1,7 +1,7 @@
 """How the bias moves: by the sign of the load error, in proportion to it, or as a factor of the score (2408.15664).
 
 The paper trains 40,000 steps at 1e-4 to 1e-2. Here 300 steps can move a bias by 300 times the speed at most, and scores
-lie in (0, 1): speeds are larger by about the same factor.
+are in (0, 1), so speeds are larger by about the same factor.
 """
 
 import pathlib

@@ -1,6 +1,6 @@
-"""Many small experts and a shared one against few large ones: 192 hidden units active in a MoE layer in every arm.
+"""Many small experts and a shared one against few large ones: 192 active hidden units in a MoE layer in every arm.
 
-Of the routed and shared units together there are 1056 in the arm of few large experts, 1088 in the others.
+Routed and shared experts together have 1056 units in the arm of few large experts and 1088 in the others.
 """
 
 import pathlib

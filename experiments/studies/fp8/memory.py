@@ -1,10 +1,10 @@
-"""Bytes that the backward pass keeps, FP8 against bfloat16, from the shapes and dtypes of JAX's own residuals.
+"""Bytes of the backward pass's residuals, FP8 against bfloat16, from the shapes and dtypes of JAX's own residuals.
 
-    python experiments/studies/fp8/memory.py [--list]      writes memory.json beside this file
+    python experiments/studies/fp8/memory.py [--list]      writes memory.json next to this file
 
 Nothing is computed: `jax.vjp` is traced as for an H100, where experts' rows are not padded to the tiles of a CPU, and
-the leaves of the function that it returns are what is kept. The count is the difference of two batch sizes, so that
-parameters, and rows that pad experts to 128, drop out: bytes a token, of the whole mesh where there is one.
+the leaves of the function that it returns are the residuals. The count is the difference of two batch sizes, so that
+parameters and rows that pad experts to 128 cancel: bytes a token, of the complete mesh if there is one.
 """
 
 import argparse
@@ -24,14 +24,14 @@ HERE = pathlib.Path(__file__).resolve().parent
 H100 = AbstractDevice("NVIDIA H100 80GB HBM3", None, "gpu")
 # A dense and a MoE layer of V3's own sizes: the sum of 61 is the same mixture, but for the embedding.
 V3 = ("v3_671b", dict(num_layers=2, num_dense_layers=1, mtp_depth=0))
-# name -> (preset, changes of it, mesh). Where experts live elsewhere, what arrived at them is kept, as it came.
+# name -> (preset, changes of it, mesh). With experts on other devices, the tokens that arrived there are saved too.
 MODELS = {"tiny": ("tiny", {}, {}), "small": ("small", {}, {}),
           "a dense and a MoE layer of v3_671b": (*V3, {}),
           "the same, experts on 8 devices": (*V3, dict(local=8, capacity=1.0))}
 
 
 def residuals(name: str, fp8: bool, remat: str, batch: int, length: int) -> list[jax.ShapeDtypeStruct]:
-    """jax.ShapeDtypeStructs of all that jax.vjp of the model's hidden states keeps."""
+    """Shapes and dtypes of the residuals of jax.vjp of the model's hidden states."""
     preset, changes, axes = MODELS[name]
     cfg = model_config(preset, **changes, fp8=FP8Config(enabled=fp8), remat=remat)
     mesh = MeshConfig(**axes, dispatch_fp8=fp8)
@@ -66,7 +66,7 @@ def bytes_per_token(name: str, fp8: bool, remat: str, length: int = 512) -> dict
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
-    parser.add_argument("--list", action="store_true", help="print what is kept, by dtype and last dimension")
+    parser.add_argument("--list", action="store_true", help="print the residuals, by dtype and last dimension")
     args = parser.parse_args()
     rows = []
     print(f"{'model':36} {'remat':8} {'bf16':>9} {'FP8':>9}  bytes a token")

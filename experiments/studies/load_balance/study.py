@@ -1,4 +1,4 @@
-"""Loss-free balancing beside the auxiliary loss at several weights, and beside nothing (report section 2.1.2)."""
+"""Loss-free balancing against the auxiliary loss at several weights, and against nothing (report section 2.1.2)."""
 
 import pathlib
 

@@ -1,7 +1,7 @@
-"""How far a model sees: loss of code by position, and a secret word found among thousands that mean nothing.
+"""How far back a model looks: loss of code by position, and a secret word found among thousands of meaningless ones.
 
-The needle test asks once, at the end, for what was told once, at a depth: "... = copper ... ... = ?". Of 24 words the
-likeliest has to be the right one.
+In the needle test the secret occurs once, at some depth, and is asked for at the end: "... = copper ... ... = ?". The
+right one has to be the likeliest of 24 words.
 """
 
 import dataclasses
@@ -93,7 +93,7 @@ def haystacks(tokenizer: Any) -> dict[int, tuple[np.ndarray, np.ndarray]]:
 
 
 def needles(cfg: ModelConfig, variables: dict[str, Any], loader: Loader) -> np.ndarray:
-    """float64 [lengths, depths]: how often the secret told is the likeliest of all secrets (by their first tokens)."""
+    """float64 [lengths, depths]: how often the right secret is the likeliest of all secrets (by their first tokens)."""
     asked = len(loader.tokenizer.encode(" ="))
     candidates = np.array(sorted({loader.tokenizer.encode(f" = {secret}")[asked] for secret in SECRETS}))
     found = []

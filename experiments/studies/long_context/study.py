@@ -1,7 +1,7 @@
-"""Two phases of YaRN extension, 8 and 32 times the length of pre-training as in the report (section 4.3), and without.
+"""Two phases of YaRN extension, to 8 and 32 times the length of pre-training as in the report (section 4.3).
 
-Half of the text is code; the other half tells one secret word again and again between words that mean nothing: so often
-that a small model learns to look it up, which code alone teaches only much larger ones.
+Half of the text is code; the other half repeats one secret word among meaningless words, so often that a small model
+learns to look it up, which only much larger models learn from code alone.
 """
 
 import pathlib

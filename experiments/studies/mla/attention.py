@@ -19,7 +19,7 @@ VARIANTS = {"MHA": (4, 16), "GQA": (2, 20), "MQA": (1, 24)}
 
 
 class GroupedAttention(nn.Module):
-    """Takes MLA's place: the same arguments, the same result."""
+    """Replaces MLA: the same arguments, the same result."""
 
     cfg: ModelConfig
     kv_heads: int

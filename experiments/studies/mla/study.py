@@ -10,7 +10,7 @@ from experiments.studies.framework.study import Claim, Study
 from experiments.studies.framework.training import Training
 from experiments.studies.mla.attention import VARIANTS, attention_of
 
-# Numbers a token leaves in the cache of a layer: keys and values, or MLA's latent and its rotary key.
+# Numbers that a token takes in the cache of a layer: keys and values, or MLA's latent and its rotary key.
 CACHE = {"MLA": 32 + 16, **{arm: 2 * heads * width for arm, (heads, width) in VARIANTS.items()}}
 
 

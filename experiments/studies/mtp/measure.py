@@ -1,7 +1,7 @@
-"""How often the main model says what the MTP module drafted: on held-out text while training, in decoding at the end.
+"""How often the main model accepts the MTP module's drafts: on held-out text while training, in decoding at the end.
 
-On held-out text position i + 1 of the main model and position i of the module speak of the same token i + 2 and have
-both seen the same text, so acceptance needs no decoding: agreement of their first choices when decoding greedily,
+On held-out text, position i + 1 of the main model and position i of the module predict the same token i + 2 from the
+same text, so acceptance needs no decoding: agreement of their first choices when decoding greedily,
 sum_w min(p, q) when sampling (arXiv 2211.17192).
 """
 
@@ -46,7 +46,7 @@ def _bigrams(loader):
 
 def acceptance(config: Config, params: dict[str, Any], router: dict[str, Any], loader: Loader,
                final: bool) -> dict[str, float]:
-    """Shares of drafts that are accepted; nothing for a model without a module."""
+    """Shares of drafts that are accepted; empty for a model without a module."""
     if not config.model.mtp_depth:
         return {}
     greedy, sampled, bigram = [], [], []
@@ -65,7 +65,7 @@ def acceptance(config: Config, params: dict[str, Any], router: dict[str, Any], l
 
 
 def decoding(config: Config, params: dict[str, Any], router: dict[str, Any], loader: Loader) -> dict[str, float]:
-    """Drafts kept and tokens a pass in greedy continuations of held-out text."""
+    """Drafts accepted and tokens a pass in greedy continuations of held-out text."""
     batch = next(iter(loader.validation_batches(PROMPTS, 1)))
     prompts = [list(map(int, row[:PROMPT_LENGTH])) for row in batch["tokens"]]
     made = generate(config.model, {"params": params, "router": router}, prompts, NEW_TOKENS, speculative=True)

@@ -1,4 +1,4 @@
-"""How many nodes a token is sent to when every group of experts lives on a node of its own."""
+"""How many nodes a token is sent to if every group of experts is on a node of its own."""
 
 import functools
 from typing import Any

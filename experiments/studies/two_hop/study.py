@@ -35,7 +35,8 @@ class Traffic(Measure):
     resumes, alone, devices = False, True, DEVICES
 
     def run(self, job: Job) -> Iterator[dict[str, Any]]:
-        mesh = MeshConfig(node=8, local=8, dispatch=job.arm)
+        form: Any = job.study.arms[job.arm]
+        mesh = MeshConfig(node=8, local=8, **form)
         for seed in job.seeds:
             chosen_NK = choices(seed, DEVICES * (QUICK_TOKENS if job.study.quick else TOKENS))
             yield {"seed": seed, "tokens": len(chosen_NK), "bytes per token": counters(mesh, chosen_NK),
@@ -106,5 +107,12 @@ def draw(results: dict, runs: list[dict], folder: pathlib.Path) -> None:
     plot_dispatch(dict(zip(names, hops)), 8, (ROOT / "docs" if complete else folder) / "dispatch.png")
 
 
-STUDY = Study(name="two_hop", arms={form: {} for form in AXES}, measure=Traffic(), draw=draw, quick_arms=tuple(AXES),
-              seeds=(0,), quick_seeds=(0,), json_indent=2)
+STUDY = Study(
+    name="two_hop",
+    arms={form: {"dispatch": form} for form in AXES},
+    measure=Traffic(),
+    draw=draw,
+    quick_arms=tuple(AXES),
+    seeds=(0,),
+    quick_seeds=(0,),
+    json_indent=2)
