@@ -65,7 +65,7 @@ def check(config: Config):
     schedule_of(config)
     check_routes_alone(cfg, f"mesh.pipe={mesh.pipe}")
     for wrong, complaint in (
-            (mesh.tensor > 1, f"mesh.tensor={mesh.tensor} has no leaf_sharding in a pipeline; take mesh.tensor=1"),
+            (mesh.tensor > 1, f"mesh.tensor={mesh.tensor} has no place in a pipeline; take mesh.tensor=1"),
             (not cfg.num_moe_layers, "the stages of a pipeline are made of MoE layers, and the model has none; take "
                                      "mesh.pipe=1"),
             (config.balance.aux_loss_weight, "balance.aux_loss_weight is a loss of whole batches, which no stage "
