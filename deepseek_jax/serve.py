@@ -3,6 +3,8 @@
     python -m deepseek_jax.serve --workdir run --port 8000
 """
 
+from __future__ import annotations
+
 import os
 
 from deepseek_jax import cli
@@ -48,7 +50,7 @@ def main():
     from deepseek_jax.workdir import load_model
 
     cfg, variables, tokenizer = load_model(args.workdir, args.hf, args.ema)
-    spell = tokenizer.backend.id_to_token
+    spell = lambda token: tokenizer.backend.id_to_token(token) or ""
     template = chat_template.read(args.workdir or args.hf, spell(tokenizer.bos), spell(tokenizer.eos))
     depth = min(1, cfg.mtp_depth) if args.depth is None else args.depth
     engine = Engine(cfg, variables, EngineConfig(args.max_sequences, args.max_length, depth, cache=args.cache))

@@ -16,7 +16,7 @@ def hash_route(cfg: ModelConfig, x_ND: jax.Array, weights: dict, bias_E: jax.Arr
                context: RoutingContext) -> Routing:
     """K different experts for each token id, all with the same gate."""
     E, K = cfg.num_experts, cfg.experts_per_token
-    first_N = context.tokens_N.astype(jnp.uint32) * jnp.uint32(2654435761) % E  # Knuth's multiplicative hash
+    first_N = jnp.asarray(context.tokens_N, jnp.uint32) * jnp.uint32(2654435761) % E  # Knuth's multiplicative hash
     chosen_NK = (first_N[:, None] + jnp.arange(K, dtype=jnp.uint32)[None] * (E // K)) % E
     scores_NE = affinities(cfg, x_ND.astype(jnp.float32) @ weights["weight"])  # for the balance losses and for studies
     gates_NK = jnp.full(chosen_NK.shape, cfg.route_scale / K, jnp.float32)

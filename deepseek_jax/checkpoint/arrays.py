@@ -116,6 +116,7 @@ class Stored:
     def _dequantized(self, place, bounds):
         """Our axes `bounds` of the matrix at `place` of the stack."""
         shape = self.shape[len(place):]
+        assert self.scales is not None
         ours, theirs = [], []  # per side (in, out): what to cut from what was read, and the range to read
         for low, high in ((0, self.inputs), (self.inputs, len(shape))):
             inner = math.prod(shape[low + 1:high])  # the outermost axis is cut on reading, the others after it
@@ -125,8 +126,8 @@ class Stored:
         values = self.values[(*place, slice(r0, r1), slice(c0, c1))].read().result()
         scales = self.scales[place].read().result()
         matrix = dequantize(transposed(values), scales.T, self.dtype, c0, r0)  # bytes are transposed faster
-        outer = {0: len(bounds[0]), self.inputs: len(bounds[self.inputs])}
-        return matrix.reshape([outer.get(axis, n) for axis, n in enumerate(shape)])[tuple(ours)]
+        outer: dict[int, int] = {0: len(bounds[0]), self.inputs: len(bounds[self.inputs])}
+        return matrix.reshape([outer.get(axis, int(n)) for axis, n in enumerate(shape)])[tuple(ours)]
 
 
 def _open(path, folder):

@@ -244,7 +244,7 @@ def _finish(wanted, saved, value):
         value = jnp.zeros(wanted.shape, "uint32" if _is_key(wanted) else wanted.dtype)
     if isinstance(value, np.ndarray) and jax.dtypes.canonicalize_dtype(value.dtype) == value.dtype:
         value = jnp.array(value)  # 64 bits stay NumPy unless jax_enable_x64
-    return jax.random.wrap_key_data(value, impl=saved["key"]) if "key" in saved else value
+    return jax.random.wrap_key_data(jnp.asarray(value), impl=saved["key"]) if "key" in saved else value
 
 
 def _check_fit(path, leaves, wanted):

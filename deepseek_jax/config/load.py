@@ -64,7 +64,8 @@ def freeze(config: Any) -> Config:
     if not hasattr(config, "items") or "fp8" not in config:
         return build(Config, config)
     sections = dict(config.items())
-    fp8, model = build(FP8Config, sections.pop("fp8"), "fp8"), sections.get("model")
+    fp8: Any = build(FP8Config, sections.pop("fp8"), "fp8")
+    model: Any = sections.get("model")
     if hasattr(model, "items"):
         if "fp8" in model:
             raise ConfigError("model.fp8 and fp8 are one section; say fp8 beside model, --config.fp8.enabled=True.")

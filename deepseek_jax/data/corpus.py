@@ -17,7 +17,7 @@ import logging
 import os
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from deepseek_jax.config import ConfigError
 
@@ -113,7 +113,7 @@ def read_documents(files: list[File], counts: Counts | None = None,
       warn: called with one line for each file or row that is skipped; None says nothing.
     """
     counts = Counts() if counts is None else counts
-    warn = warn or (lambda line: None)
+    tell: Callable[[str], Any] = warn or (lambda line: None)
     for file in files:
         counts.files += 1
         try:
@@ -121,7 +121,7 @@ def read_documents(files: list[File], counts: Counts | None = None,
                 name = file.name if row is None else f"{file.name}#{row}"
                 if isinstance(parts, str):
                     counts.skipped += 1
-                    warn(f"skipped {name}: {parts}")
+                    tell(f"skipped {name}: {parts}")
                     continue
                 document = Document(name, tuple(part for part in parts if part[0]))
                 if not any(predicted for _, predicted in document.parts):
@@ -134,7 +134,7 @@ def read_documents(files: list[File], counts: Counts | None = None,
             raise
         except Exception as error:  # whatever a damaged file makes its reader raise
             counts.skipped += 1
-            warn(f"skipped {file.name}: {_first_line(error)}")
+            tell(f"skipped {file.name}: {_first_line(error)}")
 
 
 def _first_line(error: Exception) -> str:
@@ -186,7 +186,7 @@ def _read_jsonl(path, alone):
         for row, line in enumerate(lines):
             if line.strip():
                 try:
-                    yield row, _parts(json.loads(line.decode()))
+                    yield row, _parts(json.loads(line.decode() if isinstance(line, bytes) else line))
                 except ValueError as error:
                     yield row, _first_line(error)
 

@@ -7,6 +7,7 @@ within each micro-batch the hosts take contiguous shares: more hosts or a restar
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import grain
 import numpy as np
@@ -41,7 +42,7 @@ class Loader:
         stream, length = self.streams[source], self.train.sequence_length
         return sequence(stream, shuffled(stream, j, length), length)
 
-    def batch(self, step: int) -> dict[str, np.ndarray]:
+    def batch(self, step: int) -> dict[str, Any]:
         """This host's part of step `step`.
 
         Returns:

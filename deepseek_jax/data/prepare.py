@@ -59,8 +59,9 @@ class Source:
         return counts, cut
 
     def training_texts(self) -> Iterator[str]:
+        cut = self.survey[1]
         for document in corpus.read_documents(self.files):
-            if corpus.place(document.name) > self.survey[1]:
+            if cut is not None and corpus.place(document.name) > cut:
                 yield from (text for text, _ in document.parts)
 
 

@@ -83,12 +83,12 @@ def _swiglu_ffn_bwd(recipe, residuals, dy_MD):
         ddown_DF = weight_gradient(dy_MD, quantize_along_rows(act_MF, recipe), sizes, recipe)
         dact_MF = product(quantize_gradient(dy_MD, recipe, scale), transposed(quantize_weight(down_DF, recipe)), sizes,
                           recipe, jnp.float32)
-        x_MD, dx_MD, dw = quantize_along_rows(dequantize(q), recipe, scale), 0, []
+        x_MD, dx, dw = quantize_along_rows(dequantize(q), recipe, scale), [], []
         for d_MF, w_FD in zip(pull_back(dact_MF), (gate_FD, up_FD)):
             dw.append(weight_gradient(d_MF, x_MD, sizes, recipe).astype(w_FD.dtype))
-            dx_MD += product(quantize_gradient(d_MF, recipe), transposed(quantize_weight(w_FD, recipe)), sizes, recipe,
-                             jnp.float32)
-        return dx_MD.astype(dtype), *dw, ddown_DF.astype(down_DF.dtype)
+            dx.append(product(quantize_gradient(d_MF, recipe), transposed(quantize_weight(w_FD, recipe)), sizes, recipe,
+                              jnp.float32))
+        return (dx[0] + dx[1]).astype(dtype), *dw, ddown_DF.astype(down_DF.dtype)
 
     gradients = on_shards(backward, (ROWS, WIDE, WIDE, WIDEN, WIDEN, NARROW, ROWS), (ROWS, WIDEN, WIDEN, NARROW),
                          *arrays, dy_MD, summed=("ffn", "batch", "batch", "batch"))

@@ -5,10 +5,13 @@ Two dialects are read: that of the released files (`rope_theta` beside `rope_sca
 which this model does not have is an error that names it; nothing is ignored that changes the result.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import json
 import math
 import os
+from typing import Any
 
 from deepseek_jax.config import PARTS, ConfigError, ModelConfig, Yarn
 
@@ -79,15 +82,16 @@ def read(raw: dict, mtp_depth: int = 0, dtype: str = "bfloat16") -> ModelConfig:
     yarn, theta = _read_rope(raw, problems)
     if problems:
         raise ConfigError(f"config.json asks for what this model does not have: {', '.join(problems)}.")
-    values = {ours: NULL.get(theirs) if raw.get(theirs) is None else raw[theirs] for theirs, ours in FIELDS.items()}
+    values: dict[str, Any] = {ours: NULL.get(theirs) if raw.get(theirs) is None else raw[theirs]
+                              for theirs, ours in FIELDS.items()}
     values["normalize_gates"] = bool(raw.get("norm_topk_prob", family == "deepseek_v3"))
     if family == "deepseek_v2" and raw.get("topk_method") in ("greedy", None):  # groups are not looked at
         values |= {"num_groups": 1, "groups_kept": 1}
     score = FAMILIES[family][1]
     for name in ("route_scale", "norm_eps", "init_std"):
         values[name] = float(values[name])
-    return ModelConfig(**values, score=score, router_bias="additive" if score == "sigmoid" else "none",
-                       mtp_depth=mtp_depth, rope_theta=theta, yarn=yarn, dtype=dtype, remat="report")
+    values |= {"score": score, "router_bias": "additive" if score == "sigmoid" else "none", "dtype": dtype}
+    return ModelConfig(**values, mtp_depth=mtp_depth, rope_theta=theta, yarn=yarn, remat="report")
 
 
 def _mistyped(raw):
@@ -143,7 +147,8 @@ def _read_rope(raw, problems):
     values = {ours: rope[theirs] for theirs, ours in YARN.items() if rope.get(theirs) is not None}
     if not all(scales):
         values |= {"mscale": 1.0, "mscale_all_dim": 0.0}
-    return Yarn(**{k: int(v) if k == "original_length" else float(v) for k, v in values.items()}), theta
+    numbers: dict[str, Any] = {k: int(v) if k == "original_length" else float(v) for k, v in values.items()}
+    return Yarn(**numbers), theta
 
 
 def halves(raw: dict, cfg: ModelConfig) -> int:

@@ -241,7 +241,8 @@ def dequantized(cfg: ModelConfig, variables: dict[str, Any], dtype: Any = jnp.bf
     for path, shape in tensor_map.leaves(cfg).items():
         leaf = held[path]
         if leaf.scales is not None:
-            matrix = fp8.dequantize((jnp.asarray(leaf.values), jnp.asarray(leaf.scales, jnp.float32)), dtype)
+            quantized = fp8.Quantized(jnp.asarray(leaf.values), jnp.asarray(leaf.scales, jnp.float32))
+            matrix = fp8.dequantize(quantized, dtype)
             _put(out, path, jnp.swapaxes(matrix, -1, -2).reshape(shape))
         else:
             _put(out, path, leaf.values)

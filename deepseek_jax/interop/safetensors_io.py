@@ -47,7 +47,7 @@ class Reader:
 
     def __init__(self, folder: str):
         self.folder = folder
-        where = self._index()
+        where: Any = self._index()
         self.files, self.tensors, self.metadata, self._open = {}, {}, {}, {}
         for file in dict.fromkeys(where.values()) if where is not None else [SINGLE]:
             found = self._header(file)
@@ -67,7 +67,7 @@ class Reader:
         """Replaces a stack of experts by views of its matrices."""
         self.stacked[stacked.name] = self.tensors.pop(stacked.name)
         at = stacked.offset
-        for name, shape in unstack(stacked):
+        for name, shape in unstack(stacked) or ():
             self.tensors[name] = Tensor(name, stacked.dtype, shape, stacked.file, at)
             at += self.tensors[name].nbytes
 
@@ -89,7 +89,7 @@ class Reader:
             os.close(descriptor)
         self._open.clear()
 
-    def _index(self):
+    def _index(self) -> Any:
         """{name: file} of the index; None where there is a single file."""
         path = os.path.join(self.folder, INDEX)
         if not os.path.exists(path):
@@ -115,7 +115,7 @@ class Reader:
             with open(path, "rb") as f:
                 self._open[file] = os.dup(f.fileno())
                 length = int.from_bytes(f.read(8), "little")
-                header = json.loads(f.read(length)) if 0 < length < size else None
+                header: Any = json.loads(f.read(length)) if 0 < length < size else None
             self.metadata[file] = header.pop("__metadata__", None)
             found = {name: self._tensor(file, name, 8 + length, **about) for name, about in header.items()}
         except ConfigError:

@@ -103,7 +103,7 @@ class Export:
         self.cfg, self.leaves, self.fp8, self.layout = cfg, leaves, fp8, layout
         self.entries = tensor_map.entries(cfg)
         self.raw = None if layout is None else layout["config"]
-        self.halves = 0 if layout is None else hf_config.halves(self.raw, cfg)
+        self.halves = 0 if layout is None else hf_config.halves(layout["config"], cfg)
         self._scales = {}  # of what was quantized, until they are written
 
     def files(self) -> dict[str, list[safetensors_io.Item]]:
@@ -143,8 +143,9 @@ class Export:
         held = self.leaves[entry.path].dtype
         if not self._kept(entry) and not (self.fp8 and entry.fp8):
             # What was widened on the way in gets its dtype back; what was narrowed stays as it is held.
-            narrower = before is not None and before != FP8 and before.itemsize <= held.itemsize
-            return [safetensors_io.Item(entry.name, before if narrower else held, entry.shape)]
+            if before is not None and before != FP8 and before.itemsize <= held.itemsize:
+                held = before
+            return [safetensors_io.Item(entry.name, held, entry.shape)]
         blocks = tuple(-(-n // BLOCK) for n in entry.shape)
         scales = np.dtype(self.leaves[entry.path].scales.dtype.name if self._kept(entry) else np.float32)
         return [safetensors_io.Item(entry.name, FP8, entry.shape),

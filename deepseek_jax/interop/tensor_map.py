@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import jax
@@ -227,7 +227,7 @@ def _tensors(name, layer, path, stack, shape, transform, fp8):
     return {n: Entry(n, path, (*stack, e), shape[len(stack) + 1:], transform, fp8) for e, n in named.items()}
 
 
-def listed(names: Sequence[str]) -> str:
+def listed(names: Iterable[str]) -> str:
     """The first few names, and how many more there are."""
     names = sorted(names)
     more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""

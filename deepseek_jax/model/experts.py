@@ -57,8 +57,9 @@ def _how(implementation, recipe, rows, num_experts):
 
 def _ffn(x_ND, gates_NK, p: Permutation, weights: ExpertWeights, align, name, recipe):
     if recipe is not None and recipe.enabled:
-        swapped = (jnp.swapaxes(w, 1, 2) for w in weights)
-        return combine(fp8.swiglu_ffn(to_rows(x_ND, p), *swapped, recipe, p.sizes_E), gates_NK, p)
+        gate_EFD, up_EFD, down_EDF = (jnp.swapaxes(w, 1, 2) for w in weights)
+        y_RD = fp8.swiglu_ffn(to_rows(x_ND, p), gate_EFD, up_EFD, down_EDF, recipe, p.sizes_E)
+        return combine(y_RD, gates_NK, p)
     product = functools.partial(grouped_matmul, sizes_E=p.sizes_E, align=align, implementation=name)
     x_RD = to_rows(x_ND, p)
     gate_RF, up_RF = (save_ffn_input(product(x_RD, w)) for w in (weights.gate_EDF, weights.up_EDF))

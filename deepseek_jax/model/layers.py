@@ -7,6 +7,8 @@ softmaxes run in float32. With x64 enabled and dtype float64 all of them are flo
 from __future__ import annotations
 
 import functools
+import operator
+from collections.abc import Iterable
 from typing import Any
 
 import flax.linen as nn
@@ -89,6 +91,11 @@ def linear(x: jax.Array, w: jax.Array, recipe: FP8Config | None = None, saved: s
     else:
         y = _linear(x.reshape(-1, x.shape[-1]), w_IO)
     return y.reshape(x.shape[:-1] + w.shape[1:])
+
+
+def add_up(terms: Iterable[jax.Array]) -> jax.Array:
+    """The sum of one or more arrays, in their order."""
+    return functools.reduce(operator.add, terms)
 
 
 def head_logits(hidden: jax.Array, head_DW: jax.Array) -> jax.Array:

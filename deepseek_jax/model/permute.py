@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from deepseek_jax.model.layers import wide
+from deepseek_jax.model.layers import add_up, wide
 from deepseek_jax.model.router import count_choices
 
 
@@ -68,7 +68,7 @@ def to_rows(x_ND: jax.Array, permutation: Permutation) -> jax.Array:
 def _to_rows_bwd(permutation, dx_RD):
     dtype = wide(dx_RD.dtype)
     # One term a choice instead of a sum over an [N, K, D] array: XLA fuses the gathers.
-    dx_ND = sum(dx_RD[row_N].astype(dtype) for row_N in permutation.row_NK.T)
+    dx_ND = add_up(dx_RD[row_N].astype(dtype) for row_N in permutation.row_NK.T)
     return dx_ND.astype(dx_RD.dtype), None
 
 
@@ -80,7 +80,7 @@ def combine(y_RD: jax.Array, gates_NK: jax.Array, permutation: Permutation) -> j
     """sum over k of gates[n, k] * y[row of choice k], accumulated in float32. [R, D] -> [N, D]."""
     dtype = wide(y_RD.dtype)
     terms = (gate_N[:, None].astype(dtype) * y_RD[row_N] for gate_N, row_N in zip(gates_NK.T, permutation.row_NK.T))
-    return sum(terms).astype(y_RD.dtype)
+    return add_up(terms).astype(y_RD.dtype)
 
 
 def _combine_bwd(residuals, dy_ND):

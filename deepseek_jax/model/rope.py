@@ -4,6 +4,8 @@ Adjacent pairs (x0, x1), (x2, x3), ... rotate by position * frequency, as in the
 frequencies alone, divides slow ones by `factor`, blends those between, and sharpens the softmax by m(mscale_all_dim)^2.
 """
 
+from __future__ import annotations
+
 import math
 from typing import Any
 
@@ -18,16 +20,17 @@ def frequencies(cfg: ModelConfig) -> np.ndarray:
     """float64 [rope_head_dim / 2], radians per position."""
     R = cfg.rope_head_dim
     freq = cfg.rope_theta ** (-np.arange(0, R, 2, dtype=np.float64) / R)
-    if cfg.yarn is None:
+    yarn = cfg.yarn
+    if yarn is None:
         return freq
 
     def index_of(rotations):  # the (real) frequency index that turns this often within the original length
-        return R * math.log(cfg.yarn.original_length / (rotations * 2 * math.pi)) / (2 * math.log(cfg.rope_theta))
+        return R * math.log(yarn.original_length / (rotations * 2 * math.pi)) / (2 * math.log(cfg.rope_theta))
 
-    low = max(math.floor(index_of(cfg.yarn.beta_fast)), 0)
-    high = min(math.ceil(index_of(cfg.yarn.beta_slow)), R - 1)
+    low = max(math.floor(index_of(yarn.beta_fast)), 0)
+    high = min(math.ceil(index_of(yarn.beta_slow)), R - 1)
     slow = np.clip((np.arange(R // 2) - low) / max(high - low, 0.001), 0, 1)
-    return freq * (1 - slow) + freq / cfg.yarn.factor * slow
+    return freq * (1 - slow) + freq / yarn.factor * slow
 
 
 def mscale(factor: float, weight: float) -> float:

@@ -152,7 +152,7 @@ class DeepSeekV3(nn.Module):
         bias_axis = 0 if moe and self.cfg.has_router_bias else nn.broadcast
         stack = nn.scan(rematerialized(Block, self.cfg, scanned), variable_axes={"params": 0},
                         split_rngs={"params": True}, length=length, unroll=1 if scanned else length,
-                        in_axes=(bias_axis, nn.broadcast))
+                        in_axes=(bias_axis, nn.broadcast))  # pyright: ignore[reportArgumentType]: axes of a tree
         return stack(self.cfg, moe=moe, capture=capture, mesh=self.mesh, parts=self.parts, name=name)
 
     def _bias(self, name, layers):

@@ -166,7 +166,8 @@ def bring_back(y: jax.Array, hop: Hop) -> jax.Array:
         y_S = lax.ragged_all_to_all(y, _room(hop.row_S.shape[0], y, size), landing, arriving, start, size,
                                     axis_name=hop.axis)
     dtype = jnp.promote_types(y.dtype, jnp.float32)
-    return sum(_rows(y_S, slot_R).astype(dtype) for slot_R in hop.slot_RK.T).astype(y.dtype)
+    rows = (_rows(y_S, slot_R).astype(dtype) for slot_R in hop.slot_RK.T)
+    return functools.reduce(jnp.add, rows).astype(y.dtype)
 
 
 def save_dispatched(tree: Any) -> Any:
@@ -244,7 +245,7 @@ def count_traffic(cfg: MeshConfig, num_experts: int, chosen_NK: jax.Array, hops:
     device_ML = visits(cfg.node * cfg.local).sum(axis=0, dtype=jnp.int32).reshape(cfg.node, cfg.local)
     across = inside = jnp.zeros((), jnp.int32)
     for hop in hops:
-        shape = {"node": (cfg.node, 1), "local": (1, cfg.local)}.get(hop.axis, (cfg.node, cfg.local))
+        shape = (cfg.node if hop.axis != "local" else 1, cfg.local if hop.axis != "node" else 1)
         sent_ML = hop.sent_P.reshape(shape)
         there_M = away_M if hop.axis != "local" else jnp.zeros((1,), bool)
         elsewhere_L = jnp.arange(cfg.local) != lax.axis_index("local") if hop.axis != "node" else jnp.zeros((1,), bool)

@@ -1,6 +1,9 @@
 """The mesh of a run: devices along the axes pipe, replica, node, local and tensor (report section 3.2)."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -11,7 +14,7 @@ from deepseek_jax.config import ConfigError, MeshConfig
 DATA = ("replica", "node", "local")  # the axes that split a batch
 
 
-def make_mesh(cfg: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(cfg: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh of all devices, in the order of their processes: neighbours on `tensor` and `local` share a host.
 
     Raises:

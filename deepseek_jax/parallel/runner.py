@@ -36,7 +36,7 @@ class Runner:
         if self.mesh is None:
             return 0, 1
         held = NamedSharding(self.mesh, spec("batch")).addressable_devices_indices_map((self.rows,)).values()
-        starts, stops = zip(*(part.indices(self.rows)[:2] for part, in held))
+        starts, stops = zip(*(part[0].indices(self.rows)[:2] for part in held if part))
         rows = max(stops) - min(starts)
         if self.rows % rows or min(starts) % rows or len(set(starts)) * (stops[0] - starts[0]) != rows:
             raise ConfigError("a process must hold neighbouring rows of the batch; give every process the same number "
@@ -51,6 +51,7 @@ class Runner:
                 for name, x in batch.items()}
 
     def _split(self, rank):
+        assert self.mesh is not None
         return NamedSharding(self.mesh, spec(*[None] * (rank - 2), "batch") if rank else PartitionSpec())
 
     def shardings(self, state: Any) -> Any:

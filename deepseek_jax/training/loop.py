@@ -82,7 +82,7 @@ def train(config: Config, workdir: str) -> TrainResult:
     runner = Runner(config)
     check_same(repr(config))
     check_workdir(config, workdir)
-    prepared = first_then_others(lambda: prepare(config, workdir), "prepare")
+    prepared: Any = first_then_others(lambda: prepare(config, workdir), "prepare")
     loader = Loader(config, prepared, *runner.share())
     if is_first():
         claim_corpus(prepared, workdir)  # now that it is known to be good

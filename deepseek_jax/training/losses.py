@@ -35,8 +35,8 @@ def cross_entropy(hidden_ND: jax.Array, head_DW: jax.Array, targets_N: jax.Array
       axis: inside a shard_map, the mesh axis over which the vocabulary is split. The loss is then the sum of what its
         devices return; so is the gradient by `hidden_ND`.
     """
-    losses = lax.map(lambda part: _chunk(head_DW.astype(hidden_ND.dtype), *part, axis)[0].sum(),
-                     _chunks(chunk, hidden_ND, targets_N, weights_N))
+    w_DW = head_DW.astype(hidden_ND.dtype)
+    losses = lax.map(lambda part: _chunk(w_DW, part, axis)[0].sum(), _chunks(chunk, hidden_ND, targets_N, weights_N))
     return losses.sum()
 
 
@@ -52,8 +52,9 @@ def _chunks(chunk, hidden_ND, targets_N, weights_N):
     return split(hidden_ND), split(targets_N), split(weights_N)
 
 
-def _chunk(head_DW, hidden_MD, targets_M, weights_M, axis):
+def _chunk(head_DW, part, axis):
     """Weighted losses [M] and the gradient of their sum by the logits, [M, W] in hidden's dtype."""
+    hidden_MD, targets_M, weights_M = part
     logits_MW = matmul(hidden_MD, head_DW, wide(hidden_MD.dtype))
     lse_M = jax.nn.logsumexp(logits_MW, axis=-1)
     hit = jnp.arange(len(targets_M)), targets_M
@@ -77,7 +78,7 @@ def _cross_entropy_fwd(hidden_ND, head_DW, targets_N, weights_N, chunk, axis):
     w_WD = transpose(w_DW)
 
     def step(dhead_DW, part):
-        losses_M, dlogits_MW = _chunk(w_DW, *part, axis)
+        losses_M, dlogits_MW = _chunk(w_DW, part, axis)
         dhead_DW = dhead_DW + matmul(transpose(part[0]), dlogits_MW, dhead_DW.dtype)
         return dhead_DW, (losses_M.sum(), matmul(dlogits_MW, w_WD))
 

@@ -19,8 +19,8 @@ import time
 from typing import Any
 
 import numpy as np
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.proto.summary_pb2 import Summary
+from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]: protobuf
+from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]: protobuf
 from tensorboardX.record_writer import masked_crc32c
 
 from deepseek_jax import io
@@ -81,7 +81,7 @@ class MetricsWriter:
         if not (self._loads / "shape.json").exists():
             self._loads.mkdir(exist_ok=True)
             io.write_json(self._loads / "shape.json", counts_LE.shape, indent=None, sync=True)
-        _append(self._loads / "counts.int32", np.concatenate([np.int32([step]), counts_LE.ravel()]).tobytes())
+        _append(self._loads / "counts.int32", np.concatenate([np.array([step], np.int32), counts_LE.ravel()]).tobytes())
 
     def _add_event(self, **fields):
         # In this thread and at once: a writer of its own, as in SummaryWriter, loses on a kill what the checkpoint

@@ -34,12 +34,13 @@ def in_dtype(inner: optax.GradientTransformation, dtype: Any) -> optax.GradientT
     def cast(state, to):
         return jax.tree.map(lambda x: x.astype(to) if jnp.issubdtype(x.dtype, jnp.floating) else x, state)
 
-    def update(grads, state, params=None):
+    def update(grads: Any, state: Any, params: Any = None) -> Any:
         wide = jnp.result_type(*jax.tree.leaves(grads))
         grads, state = inner.update(grads, cast(state, wide), params)
         return grads, cast(state, dtype)
 
-    return optax.GradientTransformation(lambda params: cast(inner.init(params), dtype), update)
+    init = lambda params: cast(inner.init(params), dtype)
+    return optax.GradientTransformation(init, update)  # pyright: ignore[reportArgumentType]: optax takes any dtype
 
 
 def decayed(params: Any):

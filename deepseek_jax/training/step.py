@@ -39,7 +39,7 @@ class TrainState:
 def init_state(config: Config) -> TrainState:
     """A fresh state, a function of config.train.seed alone."""
     rng, key = jax.random.split(jax.random.key(config.train.seed))
-    variables = DeepSeekV3(config.model).init(key, jnp.zeros((1, 8), jnp.int32), logits=False)
+    variables: Any = DeepSeekV3(config.model).init(key, jnp.zeros((1, 8), jnp.int32), logits=False)
     return start_state(config, variables["params"], variables.get("router", {}), rng)
 
 
@@ -72,7 +72,7 @@ def _positions(segment_ids_BT):
 def forward(config: Config, params: dict[str, Any], router: dict[str, jax.Array], batch: Batch,
             step: jax.Array | None = None) -> tuple[Output, TokenLosses]:
     """Model and losses of one micro-batch."""
-    output = DeepSeekV3(config.model, config.mesh).apply(
+    output: Any = DeepSeekV3(config.model, config.mesh).apply(
         {"params": params, "router": router}, batch.tokens_BT, positions=batch.positions_BT,
         segment_ids=batch.segment_ids_BT, logits=False, step=step)
     return output, token_losses(output, params["head"], batch, config.train.loss_chunk)

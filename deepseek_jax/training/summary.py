@@ -12,8 +12,8 @@ from deepseek_jax.serving import generate
 from deepseek_jax.training.metrics import read_metrics
 
 
-def summarize(config: Config, workdir: str, variables: dict[str, Any], tokenizer: Tokenizer):
-    """Prints the last evaluation next to compressors, draws the pictures, prints a sample."""
+def summarize(config: Config, workdir: str, variables: dict[str, Any] | None, tokenizer: Tokenizer):
+    """Prints the last evaluation next to compressors, draws the pictures, prints a sample of `variables`."""
     rows = read_metrics(workdir)
     last, steps = [r for r in rows if "eval_loss" in r][-1], [r for r in rows if "loss" in r][-50:]
     scores = {"model": last["eval_bits_per_byte"]} | compressed_bits_per_byte(config.data)
@@ -27,7 +27,7 @@ def summarize(config: Config, workdir: str, variables: dict[str, Any], tokenizer
     if config.model.num_moe_layers or config.model.mtp_depth:
         pictures.append(plot_expert_load(workdir))
     print("Pictures: " + ", ".join(str(p) for p in pictures))
-    if config.train.sample_tokens:
+    if variables is not None:
         print("Sample:\n" + sample(config, variables, tokenizer))
 
 

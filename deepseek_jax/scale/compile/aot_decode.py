@@ -1,7 +1,7 @@
 """The real decode step, compiled for a machine that is not here: the program that `serving.engine` calls.
 
-Each device serves its own sequences with a complete copy of the model, as the engine does without a mesh; so the program
-of one device is that of all of them, and nothing is communicated.
+Each device serves its own sequences with a complete copy of the model, as the engine does without a mesh; so the
+program of one device is that of all of them, and nothing is communicated.
 """
 
 import dataclasses
