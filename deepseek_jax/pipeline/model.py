@@ -57,7 +57,7 @@ class StageCounts(NamedTuple):
     traffic: Any
 
 
-def check(config: Config):
+def check(config: Config) -> None:
     """Raises ConfigError where schedule, model or batch do not fit the pipeline of the mesh."""
     cfg, mesh, micro = config.model, config.mesh, config.pipeline.microbatches
     if mesh.pipe == 1:

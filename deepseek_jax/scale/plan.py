@@ -41,7 +41,7 @@ class Plan:
         return self.total_bytes <= self.memory
 
 
-def check_known(c: ModelConfig):
+def check_known(c: ModelConfig) -> None:
     """Raises ConfigError for a model with parts of its own, whose traffic and work the planner does not know."""
     for name, published in PARTS.items():
         if getattr(c, name) != published:

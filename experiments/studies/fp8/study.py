@@ -48,6 +48,9 @@ K, PROMOTED, GROUPS = 4096, (32, 64, 128, 256, 0), (32, 4)
 CONFIG = {"variants": VARIANTS, "settings": {name: list(setting) for name, setting in SETTINGS.items()},
           "seeds": list(SEEDS), "common": COMMON, "smoothing": SMOOTHING, "warm_up": WARM_UP, "limit": LIMIT,
           "accumulation": [K, list(PROMOTED), list(GROUPS)]}
+SUMS = {f"cut {group} promoted {every}": {"group": group, "promoted": every} for group in GROUPS for every in PROMOTED}
+ARMS = {**SUMS, **{f"{setting} {variant}": {"setting": setting, "variant": variant}
+                   for setting in SETTINGS for variant in VARIANTS}}
 Curves = dict[str, dict[int, np.ndarray]]  # {variant: {seed: losses}}
 
 
@@ -70,13 +73,10 @@ class Precision(Measure):
         return [study.arms[arm], study.quick, CONFIG]
 
     def summarize(self, study: Study, runs: list[dict[str, Any]]) -> dict[str, Any]:
-        errors, settings = {}, {}
+        errors = {}
         for run in runs:
             arm = study.arms[run["arm"]]
-            if "setting" in arm:
-                curves = settings.setdefault(arm["setting"], {}).setdefault(arm["variant"], {})
-                curves[run["seed"]] = np.array(run["losses"])
-            else:
+            if "group" in arm:
                 name = f"promoted every {arm['promoted']}" if arm["promoted"] else "never promoted"
                 errors.setdefault(f"cut every {arm['group']}", {}).setdefault(name, []).append(run["error"])
         return {"config": CONFIG,
@@ -84,12 +84,23 @@ class Precision(Measure):
                                  for group, by_name in errors.items()},
                 "settings": {name: {"compared": compared(curves), "losses": {
                     variant: {str(seed): [round(float(x), 4) for x in curve] for seed, curve in mine.items()}
-                    for variant, mine in curves.items()}} for name, curves in settings.items()},
+                    for variant, mine in curves.items()}} for name, curves in curves_of(runs).items()},
                 **provenance()}
 
     def lines(self, results: dict[str, Any]) -> list[str]:
         compared = {name: found["compared"] for name, found in results["settings"].items()}
         return [json.dumps({"accumulation": results["accumulation"], **compared}, indent=1)]
+
+
+def curves_of(runs: list[dict[str, Any]]) -> dict[str, Curves]:
+    """{setting: losses of its training runs}."""
+    settings: dict[str, Curves] = {}
+    for run in runs:
+        arm = ARMS[run["arm"]]
+        if "setting" in arm:
+            curves = settings.setdefault(arm["setting"], {})
+            curves.setdefault(arm["variant"], {})[run["seed"]] = np.array(run["losses"])
+    return settings
 
 
 def train(job: Job, setting: str, variant: str, seed: int) -> np.ndarray:
@@ -156,14 +167,12 @@ def worst_error(seed: int, every: int, group: int) -> float:
 
 def draw(results: dict, runs: list[dict], folder: pathlib.Path) -> None:
     """A picture for each setting: the losses, and their differences from bfloat16."""
-    for setting, found in results["settings"].items():
+    for setting, curves in curves_of(runs).items():
         model, _, options = SETTINGS[setting]
-        curves = {variant: {seed: np.array(curve) for seed, curve in mine.items()}
-                  for variant, mine in found["losses"].items()}
         draw_setting(curves, model + " at the report's rate" * bool(options), folder / f"loss_{setting}.png")
 
 
-def draw_setting(curves: dict[str, dict[str, np.ndarray]], title: str, path: pathlib.Path) -> None:
+def draw_setting(curves: Curves, title: str, path: pathlib.Path) -> None:
     figure, (top, bottom) = plots.figure(11, 3.9, 2)
     for colour, (variant, mine) in zip(plots.COLOURS, curves.items()):
         for n, (seed, curve) in enumerate(mine.items()):
@@ -180,11 +189,9 @@ def draw_setting(curves: dict[str, dict[str, np.ndarray]], title: str, path: pat
     plots.save(figure, path)
 
 
-SUMS = {f"cut {group} promoted {every}": {"group": group, "promoted": every} for group in GROUPS for every in PROMOTED}
 STUDY = Study(
     name="fp8",
-    arms={**SUMS, **{f"{setting} {variant}": {"setting": setting, "variant": variant}
-                     for setting in SETTINGS for variant in VARIANTS}},
+    arms=ARMS,
     measure=Precision(),
     draw=draw,
     quick_arms=(*SUMS, "tiny bf16", "tiny fp8"),
