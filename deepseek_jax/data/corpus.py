@@ -239,7 +239,7 @@ _READERS = {".txt": _read_text, ".md": _read_text, ".py": _read_text, ".jsonl": 
             ".jsonl.gz": _read_jsonl, ".jsonl.zst": _read_jsonl, ".parquet": _read_parquet}
 
 
-def _reader(name):
+def _reader(name: str) -> Any:
     return next((reader for ending, reader in _READERS.items() if name.endswith(ending)), None)
 
 

@@ -56,9 +56,10 @@ class Reader:
                 raise ConfigError(f"{folder}: {min(twice)} stands in {self.tensors[min(twice)].file} and in {file}.")
             self.files[file] = sorted(found, key=lambda name: found[name].offset)
             self.tensors |= found
-        absent = [n for n, file in (where or {}).items() if n not in self.tensors or self.tensors[n].file != file]
+        places: dict[str, str] = where or {}
+        absent = [n for n, file in places.items() if n not in self.tensors or self.tensors[n].file != file]
         if absent:
-            raise ConfigError(f"{folder}: {INDEX} promises {absent[0]} in {where[absent[0]]}, which does not hold it.")
+            raise ConfigError(f"{folder}: {INDEX} promises {absent[0]} in {places[absent[0]]}, which does not hold it.")
         self.stacked = {}
         for tensor in [t for t in self.tensors.values() if len(t.shape) == 3 and unstack(t)]:
             self._split(tensor)
