@@ -79,7 +79,7 @@ MUTATIONS = [
     Mutation(
         name="a model goes out cut off",
         file="deepseek_jax/interop/save.py",
-        old="        _check_leaves(names.leaves(cfg), leaves)\n",
+        old="        _check_leaves(tensor_map.leaves(cfg), leaves)\n",
         new="",
         tests="interop/test_bad_input.py",
     ),
@@ -125,8 +125,8 @@ MUTATIONS = [
     Mutation(
         name="widened tensors go out wide",
         file="deepseek_jax/interop/save.py",
-        old="before if narrower else held",
-        new="held",
+        old="                held = before\n",
+        new="                pass\n",
         tests="interop/test_conversion.py",
     ),
 ]

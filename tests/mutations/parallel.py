@@ -5,16 +5,16 @@ from tests.mutations.row import Mutation
 MUTATIONS = [
     Mutation(
         name="attention: every device attends to all rows and heads",
-        file="deepseek_jax/parallel/mesh.py",
-        old="jax.shard_map(whole, in_specs=in_specs, out_specs=out_specs, check_vma=False)(*arrays)",
+        file="deepseek_jax/parallel/sharding.py",
+        old="jax.shard_map(added_up, in_specs=in_specs, out_specs=out_specs, check_vma=False)(*arrays)",
         new="f(*arrays)",
-        tests="model/test_attention_kernel.py",
+        tests="model/test_blockwise.py",
     ),
     Mutation(
         name="fp8: what arrived at the experts is kept wide",
         file="deepseek_jax/parallel/dispatch.py",
-        old="wire.decode(kept(parts), x_ND.dtype)",
-        new="kept(wire.decode(parts, x_ND.dtype))",
+        old="wire.decode(save_dispatched(parts), x_ND.dtype)",
+        new="save_dispatched(wire.decode(parts, x_ND.dtype))",
         tests="parallel/test_moe_layer.py",
     ),
     Mutation(
@@ -41,8 +41,8 @@ MUTATIONS = [
     Mutation(
         name="results of one copy are lost",
         file="deepseek_jax/parallel/dispatch.py",
-        old="for slot_R in hop.slot_RK.T).astype(y.dtype)",
-        new="for slot_R in hop.slot_RK.T[:-1]).astype(y.dtype)",
+        old="for slot_R in hop.slot_RK.T)",
+        new="for slot_R in hop.slot_RK.T[:-1])",
         tests="parallel/test_dispatch.py",
     ),
     Mutation(
@@ -117,35 +117,35 @@ MUTATIONS = [
     ),
     Mutation(
         name="experts are whole on every device",
-        file="deepseek_jax/parallel/mesh.py",
+        file="deepseek_jax/parallel/sharding.py",
         old='"experts": ("node", "local"),',
         new='"experts": (),',
         tests="parallel/test_mesh.py",
     ),
     Mutation(
         name="masters are whole on every device",
-        file="deepseek_jax/parallel/mesh.py",
+        file="deepseek_jax/parallel/sharding.py",
         old="        if axes and fits:",
         new="        if False:",
         tests="parallel/test_mesh.py",
     ),
     Mutation(
         name="axes that do not divide one dimension split nothing",
-        file="deepseek_jax/parallel/mesh.py",
+        file="deepseek_jax/parallel/sharding.py",
         old="for axes in (free, *((axis,) for axis in free)):",
         new="for axes in (free,):",
         tests="parallel/test_mesh.py",
     ),
     Mutation(
         name="masters split over axes that they already use",
-        file="deepseek_jax/parallel/mesh.py",
+        file="deepseek_jax/parallel/sharding.py",
         old="if axis not in sum(split, ()) and mesh.shape[axis] > 1",
         new="if mesh.shape[axis] > 1",
         tests="parallel/test_mesh.py",
     ),
     Mutation(
         name="a leaf without a rule is whole",
-        file="deepseek_jax/parallel/mesh.py",
+        file="deepseek_jax/parallel/sharding.py",
         old='    raise ValueError(f"no rule says where',
         new=(
             "    return (None,) * rank\n"
@@ -154,7 +154,7 @@ MUTATIONS = [
     ),
     Mutation(
         name="two dimensions may share an axis",
-        file="deepseek_jax/parallel/mesh.py",
+        file="deepseek_jax/parallel/sharding.py",
         old="if clash := used.intersection(axes):",
         new="if clash := ():",
         tests="parallel/test_mesh.py",
@@ -196,7 +196,7 @@ MUTATIONS = [
     ),
     Mutation(
         name="the table of bytes forgets the pipeline",
-        file="deepseek_jax/parallel/mesh.py",
+        file="deepseek_jax/parallel/capacity.py",
         old="-(-part[0] // ranks)",
         new="part[0]",
         tests="parallel/test_mesh.py",
@@ -210,7 +210,7 @@ MUTATIONS = [
     ),
     Mutation(
         name="masters are whole along the pipeline",
-        file="deepseek_jax/parallel/mesh.py",
+        file="deepseek_jax/parallel/sharding.py",
         old='in ("pipe", *DATA) if axis',
         new="in DATA if axis",
         tests="parallel/test_mesh.py",

@@ -1,0 +1,79 @@
+"""The host stays one step ahead: metrics are fetched while the next step runs; a save waits for its step's check."""
+
+import types
+
+import jax.numpy as jnp
+import pytest
+
+from deepseek_jax.config import Config, ConfigError, TrainConfig
+from deepseek_jax.training import loop
+from deepseek_jax.training.types import Metrics
+from tests.model import naive
+
+
+class Bar:
+    """A progress bar that says nothing."""
+
+    def update(self):
+        pass
+
+    def write(self, words):
+        pass
+
+    def set_postfix_str(self, words, refresh):
+        pass
+
+
+def run_of(monkeypatch, losses, **train):
+    """(a Run over steps that are not computed, what it does in order)."""
+    done = []
+    config = Config(model=naive.tiny(), train=TrainConfig(steps=len(losses), batch_size=1, **train))
+
+    def step(state, batch):
+        done.append(f"dispatch {state + 1}")
+        return state + 1, Metrics(losses[state], 0.0, 1e-3, 1.0, {"bias": jnp.ones((1, 4))}, None)
+
+    def fetch(metrics):
+        done.append("fetch")
+        return metrics
+
+    monkeypatch.setattr(loop.jax, "device_get", fetch)
+    run = object.__new__(loop.Run)
+    run.config, run.state, run.step, run.writer, run.stopping, run.peak, run.flops = config, 0, 0, None, False, 1, 1
+    run.loader = types.SimpleNamespace(iterate=lambda start: ((i, {"active": 1}) for i in range(start, len(losses))))
+    run.runner = types.SimpleNamespace(place=lambda batch: batch, rows=1)
+    run.step_fn, run.eval_fn = step, None
+    run.checkpoints = types.SimpleNamespace(save=lambda step, *_: done.append(f"save {step}"), wait=lambda: None,
+                                            steps=list)
+    monkeypatch.setattr(loop.Run, "_evaluate", lambda self, bar: done.append("evaluate"))
+    return run, done
+
+
+def test_the_metrics_of_a_step_are_fetched_after_the_next_one_was_dispatched(monkeypatch):
+    run, done = run_of(monkeypatch, [3.0, 2.0, 1.0], eval_every=10, checkpoint_every=10)
+    assert run._steps(Bar())
+    assert done == ["dispatch 1", "dispatch 2", "fetch", "dispatch 3", "fetch", "fetch", "evaluate", "save 3"]
+
+
+def test_a_checkpoint_is_saved_after_the_check_of_its_own_step(monkeypatch):
+    run, done = run_of(monkeypatch, [3.0, 2.0, 1.0], eval_every=10, checkpoint_every=2)
+    assert run._steps(Bar())
+    assert done[:5] == ["dispatch 1", "dispatch 2", "fetch", "fetch", "save 2"]
+
+
+def test_a_diverged_step_is_never_saved(monkeypatch):
+    run, done = run_of(monkeypatch, [3.0, float("nan"), 1.0], eval_every=10, checkpoint_every=2)
+    with pytest.raises(loop.DivergedError, match="not finite at step 2"):
+        run._steps(Bar())
+    assert not [word for word in done if word.startswith("save")]
+
+
+def test_sigterm_saves_the_step_that_was_dispatched_last(monkeypatch):
+    run, done = run_of(monkeypatch, [3.0, 2.0, 1.0], eval_every=10, checkpoint_every=10)
+    run.stopping = True
+    assert not run._steps(Bar())
+    assert done == ["dispatch 1", "fetch", "save 1"]
+
+
+def test_a_diverged_run_is_a_config_error_for_the_command_line():
+    assert issubclass(loop.DivergedError, ConfigError)
