@@ -22,8 +22,8 @@ def parse():
     parser = cli.Parser("compile", __doc__)
     parser.add_argument("--target", required=True, help="such as h100:8, h100:2048, v5p:8x16x16")
     arguments.add(parser)
-    parser.add_argument("--decode", type=int, metavar="SEQUENCES", help="compile a decode step of so many sequences a "
-                        "device instead, each device with a whole copy of the model")
+    parser.add_argument("--decode", type=int, metavar="SEQUENCES", help="compile a decode step of SEQUENCES per device "
+                        "instead; each device has a complete copy of the model")
     parser.add_argument("--length", type=int, default=4096, help="with --decode: tokens of cache of a sequence")
     parser.add_argument("--drafts", type=int, default=0, help="with --decode: tokens drafted in a step, by MTP modules")
     parser.add_argument("--json", metavar="FILE", help="also write the report there")

@@ -18,7 +18,10 @@ Path = str | os.PathLike[str]
 
 @contextlib.contextmanager
 def replacing(path: Path, sync: bool = False) -> Iterator[str]:
-    """Yields the name of a file to write, which takes the place of `path` at the end; after an error it is removed."""
+    """Yields the name of a file to write, which takes the place of `path` at the end; after an error it is removed.
+
+    Raises OSError with the name `path` where it cannot be written.
+    """
     folder, name = os.path.split(os.path.abspath(path))
     partial = os.path.join(folder, f".{name}.{os.getpid()}.new")
     try:
@@ -26,9 +29,11 @@ def replacing(path: Path, sync: bool = False) -> Iterator[str]:
         if sync:
             sync_file(partial)
         os.replace(partial, path)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             os.unlink(partial)
+        if isinstance(error, OSError) and error.errno and error.filename in (partial, None):
+            raise OSError(error.errno, os.strerror(error.errno), os.fspath(path)) from error
         raise
 
 

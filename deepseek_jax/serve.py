@@ -25,7 +25,7 @@ def parse():
     parser.add_argument("--depth", type=int, help="tokens that MTP drafts in each step (default: 1 where there is a "
                         "module; 0: plain decoding)")
     parser.add_argument("--max-sequences", type=int, default=16, help="that run at once")
-    parser.add_argument("--max-waiting", type=int, default=64, help="that queue beside those; then 429")
+    parser.add_argument("--max-waiting", type=int, default=64, help="that wait in addition; more are refused with 429")
     parser.add_argument("--max-length", type=int, default=2048, help="tokens of prompt and answer")
     parser.add_argument("--cache", choices=("float32", "bfloat16", "fp8"), help="how latents are kept")
     return parser.parse_args()

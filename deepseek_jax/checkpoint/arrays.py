@@ -1,7 +1,7 @@
 """Arrays of converted checkpoints: zarr (version 3) folders whose chunks are plain bytes.
 
 A chunk holds one matrix of one layer and expert, or some rows of it, so that a checkpoint can be written in one pass
-without ever holding a stacked array, and read by any part. `meta.json` says of such a leaf where its folder lies:
+without ever holding a stacked array, and read by any part. `meta.json` names the folder of such a leaf:
 
     {"shape", "dtype", "zarr": folder}        or, kept in FP8,        {..., "zarr": values, "scales": folder, "inputs"}
 

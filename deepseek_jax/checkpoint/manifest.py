@@ -1,6 +1,6 @@
 """Directories that are either whole or not there (no jax here).
 
-One grows as `STEP.ATTEMPT.partial`. `commit` puts a manifest beside its files with the length and CRC32 of each, brings
+One grows as `STEP.ATTEMPT.partial`. `commit` adds a manifest with the length and CRC32 of each, brings
 everything to the disk, and only then renames it to `STEP`; what is to be removed becomes `STEP.trash` first. So a name
 without a suffix is a promise, and `damage` checks it byte by byte: a flipped bit, a missing file, a short one.
 """
@@ -59,10 +59,10 @@ def damage(path: pathlib.Path) -> str | None:
 
 
 def commit(partial: pathlib.Path, final: pathlib.Path, known: dict[str, list[int]] | None = None):
-    """Makes what lies in `partial` the checkpoint `final`, in one rename; an older `final` gives way.
+    """Makes the folder `partial` the checkpoint `final`, in one rename; an older `final` is replaced.
 
     Args:
-      known: {file: [length, CRC32]} of files that whoever wrote them has flushed already.
+      known: {file: [length, CRC32]} of files that are on the disk already.
     """
     files = {str(p.relative_to(partial)): p for p in sorted(partial.rglob("*")) if p.is_file()}
     prints = {name: (known or {}).get(name) or _fingerprint(p, sync=True) for name, p in files.items()}

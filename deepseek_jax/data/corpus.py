@@ -247,7 +247,7 @@ def _reader(name: str) -> Any:
 
 
 def place(name: str) -> int:
-    """Where a document stands in [0, 2^64): the same on every machine, Python and day."""
+    """A document's position in [0, 2^64): the same on every machine and in every Python."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
 
 

@@ -87,7 +87,7 @@ class Stream:
         return epoch * int(self.shard.offsets_N[-1]) + 3 * rearranged_before(epoch, self.eligible, self.fim.rate)
 
     def epoch_at(self, position: int) -> int:
-        """The epoch that a position lies in."""
+        """The epoch of a position."""
         epoch = int(position / (int(self.shard.offsets_N[-1]) + 3 * self.eligible * self.fim.rate))
         # Epochs begin at most three tokens before the mean length says, never after it.
         while self.epoch_start(epoch + 1) <= position:

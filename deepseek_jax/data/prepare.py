@@ -2,8 +2,8 @@
 
     config.data.sources -> files -> (training documents) tokenizer.json -> shards of training and validation
 
-A tokenizer.json that lies in the work directory is kept, so a resumed run reads the tokens it began with; a run that
-starts from another's weights takes that run's. The rest lies in the cache under names that hash what it depends on.
+A tokenizer.json in the work directory is kept, so a resumed run reads the tokens it began with; a run that
+starts from another's weights takes that run's. The rest is cached under names that hash what it depends on.
 """
 
 from __future__ import annotations

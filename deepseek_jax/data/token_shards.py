@@ -97,7 +97,7 @@ def write(folder: str, documents: Iterable[corpus.Document], tokenizer: Tokenize
     """Tokenizes `documents` into `folder`, which appears only when it is complete.
 
     Args:
-      meta: kept in meta.json beside what is counted here.
+      meta: kept in meta.json, with what is counted here.
       progress: what the progress line is called, and the bytes of text to expect.
     """
     os.makedirs(os.path.dirname(folder), exist_ok=True)
@@ -155,7 +155,7 @@ def _join(document, parts, tokenizer, split_rate, seed) -> tuple[np.ndarray, np.
     lengths = [1, *map(len, parts), 1]
     predicted_T = np.repeat([flags[0], *flags, flags[-1]], lengths)
     if split_rate > 0:
-        # Seeded by the name: a document is split the same way whatever stands beside it.
+        # Seeded by the name: a document is split the same way in every corpus.
         rng = np.random.default_rng([seed, corpus.place(document.name)])
         ids_T, origin_T = split_tokens(ids_T, tokenizer.splits, split_rate, rng)
         predicted_T = predicted_T[origin_T]

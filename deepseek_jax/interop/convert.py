@@ -1,7 +1,7 @@
 """Conversion on the disk: a Hugging Face checkpoint into a work directory, and back.
 
-Streams pieces of single tensors through a few threads: read, dequantize, transpose, write, flush. What comes out is a
-checkpoint at step 0 of a run that was never trained, beside the checkpoint's own tokenizer, and `hf_layout.json`, which
+Streams pieces of single tensors through a few threads: read, dequantize, transpose, write, flush. The result is
+a checkpoint at step 0 of a run that was never trained, the checkpoint's own tokenizer, and `hf_layout.json`, which
 remembers the dtype and file of every tensor so that the way back is exact.
 """
 

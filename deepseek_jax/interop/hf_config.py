@@ -1,6 +1,6 @@
 """config.json of Hugging Face and our ModelConfig, both ways.
 
-Two dialects are read: that of the released files (`rope_theta` beside `rope_scaling`) and that of transformers 5
+Two dialects are read: that of the released files (`rope_theta` and `rope_scaling`) and that of transformers 5
 (`rope_parameters`, `rope_interleave`). What is written carries the keys of both. A field that asks for a computation
 which this model does not have is an error that names it; nothing is ignored that changes the result.
 """

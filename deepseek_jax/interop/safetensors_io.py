@@ -42,7 +42,7 @@ class Reader:
     """All tensors of a checkpoint folder, by name. Reads nothing but headers until asked for rows.
 
     Raises:
-      ConfigError: no checkpoint there, a shard is missing, truncated or damaged, or the index lies.
+      ConfigError: no checkpoint there, a shard is missing, truncated or damaged, or the index is wrong.
     """
 
     def __init__(self, folder: str):

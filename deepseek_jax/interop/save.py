@@ -217,7 +217,7 @@ def export(folder: str, cfg: ModelConfig, leaves: Any, fp8: bool = False, layout
 
 @contextlib.contextmanager
 def building(path: str | os.PathLike[str]):
-    """A folder beside `path` that takes its place at the end; after an error nothing is left of it.
+    """A temporary folder that is renamed to `path` at the end; after an error nothing is left of it.
 
     Raises:
       ConfigError: `path` exists, cannot be made, or the disk is full.

@@ -16,7 +16,7 @@ BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, GREY, BLACK, OLIVE = PALETTE = (
 
 
 def new_figure(width: float, height: float, dpi: int = 150) -> Figure:
-    """An empty figure of so many inches."""
+    """An empty figure; `width` and `height` in inches."""
     figure = Figure(figsize=(width, height), dpi=dpi, layout="constrained")
     FigureCanvasAgg(figure)
     return figure

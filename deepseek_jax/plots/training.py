@@ -17,7 +17,7 @@ from matplotlib.colors import LogNorm, TwoSlopeNorm
 from deepseek_jax.plots.style import BLUE, GREEN, GREY, VERMILION, new_figure, save_figure
 from deepseek_jax.training.metrics import read_expert_loads, read_metrics
 
-MAX_COLUMNS = 600  # steps drawn side by side in a heat map; longer runs are averaged into so many
+MAX_COLUMNS = 600  # steps drawn side by side in a heat map; longer runs are averaged to as many
 
 
 def plot_loss(workdir: str | os.PathLike[str]) -> pathlib.Path:

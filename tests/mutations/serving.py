@@ -261,4 +261,11 @@ MUTATIONS = [
         new="for size in _buckets(self.max_sequences)[1:]:",
         tests="serving/test_engine.py serving/test_expert_placement.py",
     ),
+    Mutation(
+        name="a client that hung up is noticed only in a pause",
+        file="deepseek_jax/serving/openai/server.py",
+        old="if time.monotonic() - checked >= DISCONNECT_CHECK_SECONDS:",
+        new="if new is None:",
+        tests="serving/openai/test_server.py::test_a_client_that_hangs_up_is_noticed_while_choices_never_pause",
+    ),
 ]

@@ -1,5 +1,6 @@
 """The server in a process of its own: what it answers, what it refuses, and that nothing of a client stays behind."""
 
+import asyncio
 import contextlib
 import functools
 import json
@@ -12,12 +13,16 @@ import subprocess
 import sys
 import threading
 import time
+import types
 
 import pytest
 
 pytest.importorskip("starlette")
 pytest.importorskip("uvicorn")
 httpx = pytest.importorskip("httpx")
+
+from deepseek_jax.serving.openai import server  # noqa: E402
+from deepseek_jax.serving.openai.stream import Delta  # noqa: E402
 
 KEY = {"Authorization": "Bearer secret"}
 
@@ -181,6 +186,24 @@ def test_a_client_that_vanishes_frees_its_pages_within_a_second(url):
     assert_freed(url, second)
 
 
+def test_a_client_that_hangs_up_is_noticed_while_choices_never_pause(monkeypatch):
+    class NeverPausing:
+        open, sequences, taken = 1, [None], 0
+
+        async def next_within(self, seconds):
+            self.taken += 1
+            assert self.taken < 100, "the client left long ago"
+            return Delta(0, "a", [])
+
+    class Gone:
+        async def is_disconnected(self):
+            return True
+
+    monkeypatch.setattr(server, "DISCONNECT_CHECK_SECONDS", 0.0)
+    answer = server.Answer("tiny", types.SimpleNamespace(chat=False, stream=False), NeverPausing())
+    assert asyncio.run(answer.complete(Gone())).status_code == 499
+
+
 def together(jobs):
     threads = [threading.Thread(target=job) for job in jobs]
     for thread in threads:
@@ -244,8 +267,6 @@ def test_the_page_and_the_metrics_are_there(url):
 
 
 def test_a_models_name_is_a_string_in_the_page_and_cannot_end_its_script():
-    from deepseek_jax.serving.openai import server
-
     before, after = (pathlib.Path(server.__file__).parent / "chat.html").read_text().split('"__MODEL__"')
 
     page = server.chat_page('a</script><b>"\\ é')
