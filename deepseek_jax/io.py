@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Iterator
 from typing import Any
 
@@ -38,18 +39,25 @@ def replacing(path: Path, sync: bool = False) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def building(folder: Path) -> Iterator[str]:
+def building(folder: Path, shared: bool = False) -> Iterator[str]:
     """Yields a new folder to fill, which becomes `folder` at the end; after an error nothing is left of it.
 
-    What a killed process left of an earlier try is removed. Raises OSError where `folder` exists and is not empty.
+    What a killed process left of an earlier try is removed. With `shared` several processes may build the same content
+    at once, each under a name of its own; the first one's is kept.
+
+    Raises OSError where `folder` exists and is not empty, but with `shared`.
     """
     folder = os.path.abspath(folder)
-    partial = folder + ".partial"
+    partial = f"{folder}.{uuid.uuid4().hex[:8]}.partial" if shared else folder + ".partial"
     try:
         shutil.rmtree(partial, ignore_errors=True)
         os.makedirs(partial)
         yield partial
-        os.rename(partial, folder)
+        try:
+            os.rename(partial, folder)
+        except OSError:
+            if not (shared and os.path.isdir(folder)):
+                raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

@@ -39,14 +39,14 @@ def get_config():
         groups_kept=1, dtype="float32", attention_block=32))
     config.data.sources = (("CORPUS", 1.0),)
     config.data.validation_fraction = 0.2
-    config.train.update(dict(steps={STEPS}, batch_size=4, micro_batches=2, ramp_from=2, ramp_until=0.2,
+    config.train.update(dict(steps={STEPS}, batch_size=4, accumulation_steps=2, ramp_from=2, ramp_until=0.2,
                              sequence_length=32, eval_every=10, eval_batches=1, checkpoint_every={EVERY}, ema_decay=0.9,
                              loss_chunk=64, sample_tokens=4))
     config.optimizer.update(dict(learning_rate=1e-2, warmup=0.1))
     return config
 """
 # The least that trains: no experts, no MTP, one layer.
-DENSE = ["--config.model.num_layers=1", "--config.model.mtp_depth=0", "--config.train.micro_batches=1",
+DENSE = ["--config.model.num_layers=1", "--config.model.mtp_depth=0", "--config.train.accumulation_steps=1",
          "--config.train.ramp_from=None", "--config.train.ema_decay=0"]
 TIMINGS = ("tokens_per_second", "mfu")
 COMMANDS = {"train": train, "evaluate": evaluate, "generate": generate}

@@ -92,3 +92,12 @@ def test_a_folder_with_files_is_never_replaced(tmp_path):
     with pytest.raises(OSError), io.building(tmp_path):
         pass
     assert (tmp_path / "a").read_text() == "kept"
+
+
+def test_of_two_that_build_the_same_folder_the_first_wins_and_nothing_else_is_left(tmp_path):
+    folder = tmp_path / "made"
+    with io.building(folder, shared=True) as slow, io.building(folder, shared=True) as fast:
+        io.write_text(f"{slow}/a", "slow")
+        io.write_text(f"{fast}/a", "fast")
+    assert (folder / "a").read_text() == "fast"
+    assert [path.name for path in tmp_path.iterdir()] == ["made"]

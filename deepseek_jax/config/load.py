@@ -8,6 +8,7 @@ work raises `ConfigError` there, in one line that says what would.
 from __future__ import annotations
 
 import ast
+import copy
 import dataclasses
 import importlib.util
 import os
@@ -21,6 +22,8 @@ from deepseek_jax.config.model import FP8Config, ModelConfig
 from deepseek_jax.config.presets import model_config
 from deepseek_jax.config.schema import Checked, ConfigError, build, did_you_mean, key
 from deepseek_jax.config.training import BalanceConfig, DataConfig, InitConfig, OptimizerConfig, TrainConfig
+
+RENAMED = {"train.micro_batches": "train.accumulation_steps"}  # keys of earlier versions, still accepted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +64,10 @@ def as_dict(config: Any) -> dict[str, Any]:
 
 def freeze(config: Any) -> Config:
     """Checks a ConfigDict (or nested dict) and freezes it. Raises ConfigError."""
-    if not hasattr(config, "items") or "fp8" not in config:
+    if not hasattr(config, "items"):
+        return build(Config, config)
+    config = _with_new_names(config)
+    if "fp8" not in config:
         return build(Config, config)
     sections = dict(config.items())
     fp8: Any = build(FP8Config, sections.pop("fp8"), "fp8")
@@ -73,11 +79,29 @@ def freeze(config: Any) -> Config:
     return build(Config, sections)
 
 
+def _with_new_names(config):
+    """The config with what is written under an earlier name moved to the present one."""
+    for old, new in RENAMED.items():
+        section, old_name, new_name = old.split(".")[0], old.split(".")[1], new.split(".")[1]
+        values = config.get(section)
+        if not hasattr(values, "keys") or old_name not in values:
+            continue
+        config = copy.deepcopy(config)
+        value = config[section][old_name]
+        default = getattr(getattr(Config, section), new_name)
+        if config[section].get(new_name, default) not in (default, value):
+            raise ConfigError(f"{old} is the earlier name of {new}, and both are given; leave {old} out.")
+        config[section][new_name] = value
+        del config[section][old_name]
+    return config
+
+
 def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
     """Runs `get_config()` of a config file, applies `--config.a.b=value` overrides, freezes. Raises ConfigError."""
     config = _run_file(path)
     if not hasattr(config, "items"):
         raise ConfigError(f"get_config() of {path} gave {config!r}; it must return what it made of default_config().")
+    config = _with_new_names(config)  # first, so that an override wins
     for override in overrides:
         _override(config, override)
     return freeze(config)
@@ -111,6 +135,7 @@ def _override(config, text: str):
     if not text.startswith("--config.") or "=" not in text:
         raise ConfigError(f"cannot read {text!r}; overrides look like --config.train.steps=50")
     path, value = text.removeprefix("--config.").split("=", 1)
+    path = RENAMED.get(path, path)
     *parents, last = parts = path.split(".")
     node = config
     for depth, part in enumerate(parts):

@@ -50,7 +50,7 @@ class PipelineConfig(Checked, section="pipeline"):
 
     schedule: Annotated[str, "as python -m deepseek_jax.pipeline has them"] = "dualpipe"
     microbatches: Annotated[int, POSITIVE,
-                            "that a batch (train.batch_size / train.micro_batches sequences) is cut into"] = 8
+                            "that a batch (train.batch_size / train.accumulation_steps sequences) is cut into"] = 8
     deferred: Annotated[int | None, NOT_NEGATIVE,
                         "weight gradients that may be pending on a rank; None: as many as the schedule defers"] = None
 
@@ -76,11 +76,11 @@ def check_mesh(mesh: MeshConfig, c: ModelConfig, train: TrainConfig):
     if wrong := [f"model.{name}={size}" for name, size in split.items() if size % mesh.tensor]:
         raise ConfigError(f"mesh.tensor={mesh.tensor} does not divide {' and '.join(wrong)}; take one of "
                           f"{_divisors(*split.values())}.")
-    rows = train.batch_size // train.micro_batches
+    rows = train.batch_size // train.accumulation_steps
     if rows % mesh.data_shards:
         raise ConfigError(f"mesh.replica * mesh.node * mesh.local={mesh.data_shards} does not divide the {rows} "
-                          "sequences of a micro-batch (train.batch_size / train.micro_batches); take a product of "
-                          f"{_divisors(rows)}, or {mesh.data_shards * train.micro_batches} sequences.")
+                          "sequences of a micro-batch (train.batch_size / train.accumulation_steps); take a product of "
+                          f"{_divisors(rows)}, or {mesh.data_shards * train.accumulation_steps} sequences.")
     if rows // mesh.data_shards * train.sequence_length % mesh.tensor:
         raise ConfigError(f"mesh.tensor={mesh.tensor} does not divide the {rows // mesh.data_shards} x "
                           f"{train.sequence_length} tokens of a device; make train.sequence_length a multiple of it.")

@@ -88,7 +88,7 @@ class TrainConfig(Checked, section="train"):
     steps: Annotated[int, POSITIVE, "optimizer steps"] = 1000
     batch_size: Annotated[int, POSITIVE, "sequences a step"] = 8
     sequence_length: Annotated[int, POSITIVE, "tokens a sequence"] = 512
-    micro_batches: Annotated[int, POSITIVE, "gradient accumulation: batch_size is split into this many"] = 1
+    accumulation_steps: Annotated[int, POSITIVE, "micro-batches that batch_size is split into"] = 1
     ramp_from: Annotated[int | None, POSITIVE, "sequences a step at the start; None: no ramp"] = None
     ramp_until: Annotated[float, FRACTION, "fraction of the run (469B of 14.8T tokens)"] = 0.032
     mtp_weights: Annotated[tuple[tuple[float, float], ...],
@@ -101,17 +101,17 @@ class TrainConfig(Checked, section="train"):
                             "of the validation set, while training; the last evaluation takes all, as 0 does "
                             "always"] = 0
     checkpoint_every: Annotated[int, POSITIVE, "steps"] = 100
-    checkpoints_kept: Annotated[int, POSITIVE, "the newest so many"] = 3
+    checkpoints_kept: Annotated[int, POSITIVE, "how many of the newest checkpoints are kept"] = 3
     sample_tokens: Annotated[int, NOT_NEGATIVE, "written at the end of a run; 0: no sample"] = 96
     sample_prompt: Annotated[str, "what the sample continues"] = "def "
 
     def __post_init__(self):
         super().__post_init__()
-        if self.batch_size % self.micro_batches:
+        if self.batch_size % self.accumulation_steps:
             fits = [m for m in range(1, self.batch_size + 1) if self.batch_size % m == 0]
-            raise ConfigError(f"train.micro_batches={self.micro_batches} does not divide batch_size="
+            raise ConfigError(f"train.accumulation_steps={self.accumulation_steps} does not divide batch_size="
                               f"{self.batch_size}; take one of {fits}.")
-        rows = self.batch_size // self.micro_batches
+        rows = self.batch_size // self.accumulation_steps
         if self.ramp_from is not None and (self.ramp_from > self.batch_size or self.ramp_from % rows):
             raise ConfigError(f"train.ramp_from={self.ramp_from} must be a multiple of the {rows} sequences of a "
                               f"micro-batch, and at most batch_size={self.batch_size}.")
@@ -122,20 +122,20 @@ class TrainConfig(Checked, section="train"):
         if not 0 <= self.seed < 2**32:
             raise ConfigError(f"train.seed={self.seed} must lie in [0, 2^32).")
 
-    def micro_batches_at(self, step: int) -> int:
+    def accumulation_steps_at(self, step: int) -> int:
         """Micro-batches of step `step`: the batch ramp moves in complete micro-batches, so that steps compile once."""
         ramp_steps = math.ceil(self.ramp_until * self.steps)
         if self.ramp_from is None or step >= ramp_steps:
-            return self.micro_batches
-        first = self.ramp_from * self.micro_batches // self.batch_size
-        return first + (self.micro_batches - first) * step // ramp_steps
+            return self.accumulation_steps
+        first = self.ramp_from * self.accumulation_steps // self.batch_size
+        return first + (self.accumulation_steps - first) * step // ramp_steps
 
     def sequences_before(self, step: int) -> int:
         """Sequences consumed by all steps before `step`: the data position."""
-        rows = self.batch_size // self.micro_batches
+        rows = self.batch_size // self.accumulation_steps
         ramp_steps = math.ceil(self.ramp_until * self.steps) if self.ramp_from is not None else 0
-        ramped = sum(self.micro_batches_at(s) for s in range(min(step, ramp_steps)))
-        return rows * (ramped + self.micro_batches * max(0, step - ramp_steps))
+        ramped = sum(self.accumulation_steps_at(s) for s in range(min(step, ramp_steps)))
+        return rows * (ramped + self.accumulation_steps * max(0, step - ramp_steps))
 
 
 @dataclasses.dataclass(frozen=True)

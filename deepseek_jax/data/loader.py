@@ -24,10 +24,10 @@ class Loader:
     def __init__(self, config: Config, prepared: Prepared, host: int = 0, hosts: int = 1):
         train, tokenizer = config.train, prepared.tokenizer
         self.train, self.prefetch, self.host, self.hosts = train, config.data.prefetch, host, hosts
-        rows = train.batch_size // train.micro_batches
+        rows = train.batch_size // train.accumulation_steps
         if rows % hosts:
-            raise ConfigError(f"a micro-batch of {rows} sequences (train.batch_size / train.micro_batches) cannot be "
-                              f"shared by {hosts} hosts; make it a multiple.")
+            raise ConfigError(f"a micro-batch of {rows} sequences (train.batch_size / train.accumulation_steps) cannot "
+                              f"be shared by {hosts} hosts; make it a multiple.")
         self.tokenizer = tokenizer
         self.rows = rows // hosts
         self.validation = Validation(prepared.validation, train.sequence_length, tokenizer.byte_lengths_W)
@@ -46,15 +46,15 @@ class Loader:
         """This host's part of step `step`.
 
         Returns:
-          tokens, segment_ids: int32 [micro_batches, rows, T + 1]; segments count documents within a row, from 1.
+          tokens, segment_ids: int32 [accumulation_steps, rows, T + 1]; segments count documents within a row, from 1.
           weights: float32, same shape: 1 where a token is a target; 0 for prompts and for the first of a row, which
             is the last target of the sequence before.
           active: int32, how many of the micro-batches this step uses. The others are all zeros.
         """
-        shape = (self.train.micro_batches, self.rows, self.train.sequence_length + 1)
+        shape = (self.train.accumulation_steps, self.rows, self.train.sequence_length + 1)
         tokens_MBT, segments_MBT = np.zeros((2, *shape), np.int32)
         weights_MBT = np.zeros(shape, np.float32)
-        active, first = self.train.micro_batches_at(step), self.train.sequences_before(step)
+        active, first = self.train.accumulation_steps_at(step), self.train.sequences_before(step)
         for m in range(active):
             for row in range(self.rows):
                 window = self.sequence(first + (m * self.hosts + self.host) * self.rows + row)

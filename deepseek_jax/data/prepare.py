@@ -148,12 +148,12 @@ def sample(texts: Iterable[str], share: float) -> Iterator[str]:
 def _shards(source, tokenizer, config, workdir, split_rate) -> tuple[dict[str, token_shards.Shard], dict]:
     seed = config.train.seed if split_rate > 0 else 0  # without splitting, every seed has the same tokens
     key = token_shards.key(source.digest, tokenizer, validation_fraction=source.validation_fraction,
-                     split_rate=split_rate, seed=seed)
+                           split_rate=split_rate, seed=seed)
     folder = os.path.join(_cache(config, workdir), f"shards-{key}")
     if not os.path.isfile(os.path.join(folder, "meta.json")):
         counts, cut = source.survey
         meta = {"source": source.path, **dataclasses.asdict(counts)}
         token_shards.write(folder, corpus.read_documents(source.files), tokenizer,
-                           token_shards.Options(cut, split_rate, seed),
-                     meta, progress=(f"tokenizing {source.path}", counts.bytes))
+                           token_shards.Options(cut, split_rate, seed), meta,
+                           progress=(f"tokenizing {source.path}", counts.bytes))
     return token_shards.read(folder)

@@ -1,22 +1,21 @@
-"""Tokens of one source on disk, memory-mapped: what tokenization leaves behind, once per corpus and tokenizer.
+"""Tokens of one source on disk, memory-mapped: the result of tokenization, made once per corpus and tokenizer.
 
     shards-<key>/meta.json           counts and the options that made the key
     shards-<key>/{train,validation}/tokens.bin     flat uint16 or uint32: BOS tokens EOS, document after document
                                     documents.npy  int64 [N, 2]: tokens and UTF-8 bytes of each document
                                     predicted.bin  one bool a token, only where some part is not predicted
 
-The key hashes everything the tokens depend on, so what changed is made anew; the folder is written under another name
-and renamed when complete, so what was interrupted is never read.
+The key hashes everything the tokens depend on, so a change makes new shards; the folder is committed atomically, so an
+interrupted one is never read.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -100,11 +99,12 @@ def write(folder: str, documents: Iterable[corpus.Document], tokenizer: Tokenize
       meta: kept in meta.json, with what is counted here.
       progress: what the progress line is called, and the bytes of text to expect.
     """
-    os.makedirs(os.path.dirname(folder), exist_ok=True)
-    beside = tempfile.mkdtemp(prefix=os.path.basename(folder) + ".", dir=os.path.dirname(folder))
     dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
-    writers = {split: _Writer(os.path.join(beside, split), dtype) for split in SPLITS}
-    try:
+    with io.building(folder, shared=True) as partial, contextlib.ExitStack() as files:
+        writers = {}
+        for split in SPLITS:
+            writers[split] = _Writer(os.path.join(partial, split), dtype)
+            files.callback(writers[split].abandon)
         with tqdm(total=progress[1], desc=progress[0], unit="B", unit_scale=True, leave=False) as line:
             for document, parts in _tokenized(documents, tokenizer):
                 validation = options.cut is None or corpus.place(document.name) <= options.cut
@@ -113,21 +113,7 @@ def write(folder: str, documents: Iterable[corpus.Document], tokenizer: Tokenize
                 writers["validation" if validation else "train"].add(ids_T, predicted_T, document.bytes)
                 line.update(document.bytes)
         meta = {**meta, "dtype": dtype, **{split: w.close() for split, w in writers.items()}}
-        io.write_json(os.path.join(beside, "meta.json"), meta, indent=1)
-        _publish(beside, folder)
-    finally:
-        for writer in writers.values():
-            writer.abandon()
-        shutil.rmtree(beside, ignore_errors=True)
-
-
-def _publish(beside, folder):
-    try:
-        os.rename(beside, folder)
-    except OSError:
-        # Another process was faster; the same key means the same content.
-        if not os.path.isfile(os.path.join(folder, "meta.json")):
-            raise
+        io.write_json(os.path.join(partial, "meta.json"), meta, indent=1)
 
 
 def _tokenized(documents, tokenizer) -> Iterator[tuple[corpus.Document, list[list[int]]]]:

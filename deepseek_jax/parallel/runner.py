@@ -29,7 +29,7 @@ class Runner:
             raise ConfigError(f"{jax.process_count()} processes with {jax.device_count()} devices need a mesh of as "
                               f"many, and the config's has one; take --config.mesh.local={jax.device_count()}.")
         self.mesh = make_mesh(config.mesh) if config.mesh.devices > 1 else None
-        self.rows = config.train.batch_size // config.train.micro_batches
+        self.rows = config.train.batch_size // config.train.accumulation_steps
 
     def share(self) -> tuple[int, int]:
         """(i, n): this process reads the i-th of n equal parts of every micro-batch."""

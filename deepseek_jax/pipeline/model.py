@@ -72,12 +72,12 @@ def check(config: Config) -> None:
                                              "sees; set it to 0, or take mesh.pipe=1")):
         if wrong:
             raise ConfigError(f"mesh.pipe={mesh.pipe}: {complaint}.")
-    sequences, parts = config.train.batch_size // config.train.micro_batches, mesh.data_shards * micro
+    sequences, parts = config.train.batch_size // config.train.accumulation_steps, mesh.data_shards * micro
     if sequences % parts:
         raise ConfigError(
             f"pipeline.microbatches={micro} on mesh.replica * mesh.node * mesh.local={mesh.data_shards} cut a batch "
-            f"into {parts} parts, and it has {sequences} sequences (train.batch_size / train.micro_batches); make them "
-            f"a multiple of {parts}.")
+            f"into {parts} parts, and it has {sequences} sequences (train.batch_size / train.accumulation_steps); make "
+            f"them a multiple of {parts}.")
     heads = bool(cfg.num_dense_layers or cfg.mtp_depth)
     split = {"model.vocab_size": cfg.vocab_size, "model.num_heads": cfg.num_heads if heads else 0,
              "model.dense_ffn_dim": cfg.dense_ffn_dim if cfg.num_dense_layers else 0,

@@ -104,7 +104,7 @@ def accumulate(config: Config, params: dict[str, Any], router: dict[str, jax.Arr
       batch: tokens int32, weights float32, segment_ids int32, each [M, b, T + 1], and `active` int32, how many of
         the M micro-batches count (see `data.loader`).
     """
-    counted_M = jnp.arange(config.train.micro_batches) < batch["active"]
+    counted_M = jnp.arange(config.train.accumulation_steps) < batch["active"]
     parts = {name: batch[name] for name in ("tokens", "weights", "segment_ids")}
     parts["weights"] = jnp.where(counted_M[:, None, None], parts["weights"], 0)
     weight, mtp_weight_D = (w.sum(axis=0) for w in jax.vmap(lambda micro: _target_weights(config, micro))(parts))
@@ -116,7 +116,7 @@ def accumulate(config: Config, params: dict[str, Any], router: dict[str, jax.Arr
         grads, sums = gradients(split_batch(config, **jax.tree.map(lambda x: x[m], parts)))
         return constrain_to_storage(grads), sums
 
-    if config.train.micro_batches == 1:
+    if config.train.accumulation_steps == 1:
         return one(0)
     return jax.lax.fori_loop(1, batch["active"], lambda m, total: jax.tree.map(jnp.add, total, one(m)), one(0))
 

@@ -15,7 +15,7 @@ def get_config() -> ConfigDict:
     config.train.steps = 300_000
     config.train.sequence_length = 4096
     config.train.batch_size = 4608
-    config.train.micro_batches = 36
+    config.train.accumulation_steps = 36
     config.optimizer.learning_rate = 4.2e-4
     config.balance.sequence_loss_weight = 1e-3
     return config

@@ -15,7 +15,7 @@ def get_config() -> ConfigDict:
     config.train.steps = 240_000
     config.train.sequence_length = 4096
     config.train.batch_size = 15360
-    config.train.micro_batches = 120  # of 128 sequences: one for each data-parallel rank of the report
+    config.train.accumulation_steps = 120  # of 128 sequences: one for each data-parallel rank of the report
     config.train.ramp_from = 3072
     config.train.ramp_until = 0.052  # 469B tokens
     config.train.eval_every = 1000

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import importlib
 from collections.abc import Callable
@@ -15,24 +16,24 @@ from kernels_pallas import api
 from kernels_pallas.formats import BLOCK, E4M3, Quantized, blocks
 
 
-class _Case:
+class _Case(abc.ABC):
     """An operation at one shape: its operands, as shapes or random, and a function of them."""
 
     operation: str
     flops: Any
     published: float | None = None
 
+    @abc.abstractmethod
     def arguments(self) -> tuple:
         """jax.ShapeDtypeStructs of the operands."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def call(self, implementation: str) -> Callable:
         """The operation as a function of `arguments()`."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def random(self, key: jax.Array) -> tuple:
         """Random operands."""
-        raise NotImplementedError
 
     def compared(self) -> _Case:
         """The case at which a kernel is compared with its twin."""

@@ -76,10 +76,11 @@ def test_an_impossible_model_says_what_would_work(overrides, message):
 @pytest.mark.parametrize(
     ("section", "changes", "message"),
     [
-        ("train", dict(micro_batches=3), "micro_batches=3 does not divide batch_size=8; take one of [1, 2, 4, 8]"),
+        ("train", dict(accumulation_steps=3),
+         "accumulation_steps=3 does not divide batch_size=8; take one of [1, 2, 4, 8]"),
         ("train", dict(steps=0), "train.steps=0 must be positive"),
         ("train", dict(batch_size=-8), "train.batch_size=-8 must be positive"),
-        ("train", dict(micro_batches=4, ramp_from=3), "train.ramp_from=3 must be a multiple of the 2 sequences"),
+        ("train", dict(accumulation_steps=4, ramp_from=3), "train.ramp_from=3 must be a multiple of the 2 sequences"),
         ("train", dict(ramp_from=16), "at most batch_size=8"),
         ("train", dict(ema_decay=1.0), "train.ema_decay=1.0 must lie in [0, 1)"),
         ("optimizer", dict(warmup=0.9), "0 <= warmup <= constant_until"),
@@ -271,6 +272,24 @@ def test_overrides_reach_the_frozen_config(config_file, override, read, value):
     assert read(config) == value and type(read(config)) is type(value)
 
 
+@pytest.mark.parametrize("override", ["--config.train.micro_batches=4", "--config.train.accumulation_steps=4"])
+def test_a_key_of_an_earlier_version_is_its_present_one(tmp_path, override):
+    path = tmp_path / "config.py"
+    path.write_text("from deepseek_jax.config import default_config\n\n\ndef get_config():\n"
+                    "    c = default_config('tiny')\n    c.train.micro_batches = 2\n    return c\n")
+    assert configs.load_config(str(path)).train.accumulation_steps == 2
+    assert configs.load_config(str(path), [override]).train.accumulation_steps == 4
+    written = {"model": as_dict(model_config("tiny")), "train": {"micro_batches": 2}}
+    assert freeze(written).train.accumulation_steps == 2
+    assert written["train"] == {"micro_batches": 2}
+
+
+def test_a_key_under_both_of_its_names_is_refused():
+    train = {"micro_batches": 2, "accumulation_steps": 4}
+    with pytest.raises(ConfigError, match="train.micro_batches is the earlier name of train.accumulation_steps, and"):
+        freeze({"model": as_dict(model_config("tiny")), "train": train})
+
+
 def test_a_config_file_keeps_what_no_override_changes(config_file):
     config = configs.load_config(config_file, ["--config.train.seed=3"])
     assert (config.train.steps, config.train.seed) == (12, 3)
@@ -313,26 +332,26 @@ def test_config_works_without_jax():
 @st.composite
 def ramps(draw):
     """Any run that TrainConfig accepts: rows of a micro-batch, micro-batches, a ramp in whole micro-batches."""
-    rows, micro_batches = draw(st.integers(1, 8)), draw(st.integers(1, 16))
-    ramp_from = draw(st.one_of(st.none(), st.integers(1, micro_batches).map(lambda m: m * rows)))
-    return TrainConfig(steps=draw(st.integers(1, 400)), batch_size=rows * micro_batches, micro_batches=micro_batches,
-                       ramp_from=ramp_from, ramp_until=draw(st.floats(0, 1)))
+    rows, accumulation_steps = draw(st.integers(1, 8)), draw(st.integers(1, 16))
+    ramp_from = draw(st.one_of(st.none(), st.integers(1, accumulation_steps).map(lambda m: m * rows)))
+    return TrainConfig(steps=draw(st.integers(1, 400)), batch_size=rows * accumulation_steps,
+                       accumulation_steps=accumulation_steps, ramp_from=ramp_from, ramp_until=draw(st.floats(0, 1)))
 
 
 @given(ramps())
 def test_the_data_position_is_the_sum_of_all_batches_before(train):
-    rows, position = train.batch_size // train.micro_batches, 0
+    rows, position = train.batch_size // train.accumulation_steps, 0
     for step in range(train.steps + 2):
         assert train.sequences_before(step) == position
-        position += rows * train.micro_batches_at(step)
+        position += rows * train.accumulation_steps_at(step)
 
 
 @given(ramps())
 def test_the_ramp_rises_from_its_start_to_the_whole_batch(train):
-    counts = [train.micro_batches_at(step) for step in range(train.steps + 1)]
-    rows = train.batch_size // train.micro_batches
-    assert counts == sorted(counts) and counts[-1] == train.micro_batches
+    counts = [train.accumulation_steps_at(step) for step in range(train.steps + 1)]
+    rows = train.batch_size // train.accumulation_steps
+    assert counts == sorted(counts) and counts[-1] == train.accumulation_steps
     if train.ramp_from is None or train.ramp_until == 0:
-        assert counts[0] == train.micro_batches
+        assert counts[0] == train.accumulation_steps
     else:
         assert counts[0] * rows == train.ramp_from

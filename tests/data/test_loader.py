@@ -26,7 +26,7 @@ def test_a_batch_is_a_function_of_step_alone(make_loader, folder):
 
 
 def test_shapes_and_dtypes_are_those_promised(make_loader, folder):
-    batch = make_loader(folder, batch_size=6, micro_batches=3).batch(0)
+    batch = make_loader(folder, batch_size=6, accumulation_steps=3).batch(0)
     assert {k: (v.dtype.name, v.shape) for k, v in batch.items()} == {
         "tokens": ("int32", (3, 2, 65)), "weights": ("float32", (3, 2, 65)), "segment_ids": ("int32", (3, 2, 65)),
         "active": ("int32", ())}
@@ -44,7 +44,7 @@ def in_stream_order(rows, loader):
 
 
 def test_an_epoch_of_steps_is_the_stream_shuffled(make_loader, folder):
-    loader = make_loader(folder, batch_size=4, micro_batches=2)
+    loader = make_loader(folder, batch_size=4, accumulation_steps=2)
     size = len(loader.streams[0].shard.tokens) // 64
     rows = np.concatenate([loader.batch(step)["tokens"].reshape(4, 65) for step in range(2 * size // 4 + 1)])
     order = in_stream_order(rows[:2 * size], loader)
@@ -54,12 +54,12 @@ def test_an_epoch_of_steps_is_the_stream_shuffled(make_loader, folder):
 
 
 def test_micro_batches_divide_the_same_rows(make_loader, folder):
-    one, four = (make_loader(folder, micro_batches=m).batch(3)["tokens"].reshape(8, 65) for m in (1, 4))
+    one, four = (make_loader(folder, accumulation_steps=m).batch(3)["tokens"].reshape(8, 65) for m in (1, 4))
     np.testing.assert_array_equal(one, four)
 
 
 def test_hosts_partition_the_rows_of_every_micro_batch(make_loader, folder):
-    fields = dict(batch_size=8, micro_batches=2)
+    fields = dict(batch_size=8, accumulation_steps=2)
     whole = make_loader(folder, **fields).batch(5)
     parts = [make_loader(folder, host=h, hosts=2, **fields).batch(5) for h in range(2)]
     for name in ("tokens", "weights", "segment_ids"):
@@ -72,7 +72,7 @@ def test_hosts_that_cannot_share_a_micro_batch_are_a_config_error(make_loader, f
 
 
 def test_the_ramp_fills_only_active_micro_batches_and_skips_no_row(make_loader, folder):
-    loader = make_loader(folder, batch_size=8, micro_batches=4, ramp_from=2, ramp_until=0.3)
+    loader = make_loader(folder, batch_size=8, accumulation_steps=4, ramp_from=2, ramp_until=0.3)
     batches = [loader.batch(step) for step in range(8)]
     active = [int(b["active"]) for b in batches]
     assert active == [1, 1, 2, 2, 3, 3, 4, 4]

@@ -6,6 +6,7 @@ import os
 import numpy as np
 import pytest
 
+from deepseek_jax import io
 from deepseek_jax.config import ConfigError, InitConfig
 from deepseek_jax.data import token_shards
 from deepseek_jax.data.corpus import Document, place, read_documents
@@ -96,8 +97,8 @@ def test_interrupted_writing_leaves_nothing_behind(tmp_path, trained, texts):
 
 def test_a_folder_that_was_cut_off_is_not_read_and_does_not_disturb(tmp_path, trained, texts, monkeypatch):
     # A killed process cannot tidy up after itself.
-    monkeypatch.setattr(token_shards.shutil, "rmtree", lambda *a, **k: None)
-    monkeypatch.setattr(token_shards, "_publish", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(io.shutil, "rmtree", lambda *a, **k: None)
+    monkeypatch.setattr(io.os, "rename", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         written(tmp_path, documents(texts), trained)
     monkeypatch.undo()

@@ -20,7 +20,7 @@ def test_every_preset_has_a_config_file():
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_a_step_keeps_the_shape_of_its_state(path):
     config = load_config(str(path))
-    shape = (config.train.micro_batches, config.train.batch_size // config.train.micro_batches,
+    shape = (config.train.accumulation_steps, config.train.batch_size // config.train.accumulation_steps,
              config.train.sequence_length + 1)
     batch = {"tokens": jax.ShapeDtypeStruct(shape, jnp.int32), "weights": jax.ShapeDtypeStruct(shape, jnp.float32),
              "segment_ids": jax.ShapeDtypeStruct(shape, jnp.int32), "active": jax.ShapeDtypeStruct((), jnp.int32)}

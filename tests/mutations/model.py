@@ -75,9 +75,9 @@ MUTATIONS = [
     ),
     Mutation(
         name="bias moves by the mean of all layers",
-        file="experiments/studies/balance_scope/measure.py",
-        old="counts_LE.sum(axis=-1, keepdims=True)",
-        new="counts_LE.sum(axis=(0, 1), keepdims=True) // counts_LE.shape[0]",
+        file="deepseek_jax/model/router.py",
+        old="total_L1 = counts_LE.sum(axis=-1, keepdims=True)",
+        new="total_L1 = counts_LE.sum(axis=(0, 1), keepdims=True) // counts_LE.shape[0]",
         tests="model/test_router.py",
     ),
     Mutation(

@@ -88,7 +88,7 @@ MUTATIONS = [
         name="micro-batches that the ramp leaves out run",
         file="deepseek_jax/training/step.py",
         old='fori_loop(1, batch["active"],',
-        new="fori_loop(1, config.train.micro_batches,",
+        new="fori_loop(1, config.train.accumulation_steps,",
         tests="training/test_step.py",
     ),
     Mutation(

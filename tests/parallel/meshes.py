@@ -32,11 +32,11 @@ def on(cfg: MeshConfig):
     return contextlib.nullcontext() if cfg.devices == 1 else jax.set_mesh(mesh_of(cfg))
 
 
-def config_of(mesh=None, micro_batches=1, steps=20, rows=32, **model):
+def config_of(mesh=None, accumulation_steps=1, steps=20, rows=32, **model):
     """Losses that weigh so much that leaving one out would show; rates that move biases and weights far."""
     return Config(
         model=ModelConfig(**(MODEL | model)), mesh=mesh or MeshConfig(),
-        train=TrainConfig(batch_size=rows, micro_batches=micro_batches, sequence_length=T, steps=steps,
+        train=TrainConfig(batch_size=rows, accumulation_steps=accumulation_steps, sequence_length=T, steps=steps,
                           loss_chunk=12),
         optimizer=OptimizerConfig(learning_rate=1e-2, warmup=0.0, moment_dtype=model.get("dtype", "float64")),
         balance=BalanceConfig(sequence_loss_weight=0.5, bias_speed=0.01))
@@ -50,8 +50,8 @@ def batch_of(config, step):
     weights = rng.random((rows, T + 1)) < np.linspace(0.4, 1, rows)[:, None]
     made = {"tokens": tokens.astype(np.int32), "weights": weights.astype(np.float32),
             "segment_ids": np.ones_like(tokens, np.int32)}
-    made = {name: x.reshape(config.train.micro_batches, -1, T + 1) for name, x in made.items()}
-    return made | {"active": np.int32(config.train.micro_batches)}
+    made = {name: x.reshape(config.train.accumulation_steps, -1, T + 1) for name, x in made.items()}
+    return made | {"active": np.int32(config.train.accumulation_steps)}
 
 
 def place_batch(config, batch):

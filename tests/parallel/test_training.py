@@ -10,12 +10,12 @@ from tests.parallel.meshes import config_of, train
 STEPS = 20
 # Every mesh once, with one or four micro-batches and with or without recomputation.
 CASES = {
-    "local=8": dict(mesh=MeshConfig(local=8), micro_batches=4),
+    "local=8": dict(mesh=MeshConfig(local=8), accumulation_steps=4),
     "node=2 local=4": dict(mesh=MeshConfig(node=2, local=4), remat="report"),
-    "node=4 local=2": dict(mesh=MeshConfig(node=4, local=2), micro_batches=4, remat="report"),
+    "node=4 local=2": dict(mesh=MeshConfig(node=4, local=2), accumulation_steps=4, remat="report"),
     "replica=2 node=2 local=2": dict(mesh=MeshConfig(replica=2, node=2, local=2)),
     "node=2 local=2 tensor=2": dict(mesh=MeshConfig(node=2, local=2, tensor=2), remat="report"),
-    "flat": dict(mesh=MeshConfig(node=2, local=2, dispatch="flat"), micro_batches=4, remat="full"),
+    "flat": dict(mesh=MeshConfig(node=2, local=2, dispatch="flat"), accumulation_steps=4, remat="full"),
 }
 QUICK = list(CASES)[:-1]
 

@@ -25,7 +25,7 @@ FP8 = dict(fp8=FP8Config(enabled=True), num_dense_layers=0, mtp_depth=0)
 
 
 def config(schedule="dualpipe", mesh=(4, 1, 1), microbatches=8, rounds=1, masked=False, **model):
-    made = config_of(micro_batches=rounds, rows=ROWS, **(dict(num_layers=4, num_heads=4) | model))
+    made = config_of(accumulation_steps=rounds, rows=ROWS, **(dict(num_layers=4, num_heads=4) | model))
     pipe, node, local = mesh
     return dataclasses.replace(made, mesh=MeshConfig(pipe=pipe, node=node, local=local),
                                pipeline=PipelineConfig(schedule, microbatches),
@@ -136,7 +136,7 @@ def test_experts_and_attention_compute_in_fp8_as_without_a_pipeline():
     """The same tokens in every product: micro-batches of a device are those of the accumulation."""
     case = config("dualpipe", (2, 1, 1), 4, **FP8)
     with jax.enable_x64(True):
-        parts = dataclasses.replace(case, train=dataclasses.replace(case.train, micro_batches=4))
+        parts = dataclasses.replace(case, train=dataclasses.replace(case.train, accumulation_steps=4))
         assert_same_step(case, 1e-12, alone(parts))
 
 
@@ -179,7 +179,7 @@ def test_the_program_knows_the_number_of_micro_batches_only_by_what_the_schedule
 
 # Whole runs.
 
-RUN = ["--config.train.steps=6", "--config.train.batch_size=16", "--config.train.micro_batches=1",
+RUN = ["--config.train.steps=6", "--config.train.batch_size=16", "--config.train.accumulation_steps=1",
        "--config.train.ramp_from=None", "--config.train.sample_tokens=2", "--config.model.num_layers=3",
        "--config.mesh.replica=2"]
 PIPE = ["--config.mesh.pipe=2", "--config.mesh.local=2", "--config.pipeline.schedule=dualpipe",

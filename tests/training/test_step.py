@@ -21,9 +21,10 @@ ROWS, T = 8, 12
 FAST = {"xla_backend_optimization_level": 0}  # compiles in half the time
 
 
-def config_of(micro_batches=1, model=MODEL, optimizer=None, balance=None, **train):
+def config_of(accumulation_steps=1, model=MODEL, optimizer=None, balance=None, **train):
     """The balance losses weigh so much that leaving one out would show."""
-    train = dict(batch_size=ROWS, sequence_length=T, loss_chunk=7, steps=10, micro_batches=micro_batches) | train
+    train = dict(batch_size=ROWS, sequence_length=T, loss_chunk=7, steps=10,
+                 accumulation_steps=accumulation_steps) | train
     return Config(model=model, train=TrainConfig(**train), optimizer=OptimizerConfig(**(optimizer or {})),
                   balance=BalanceConfig(**{"sequence_loss_weight": 0.5, **(balance or {})}))
 

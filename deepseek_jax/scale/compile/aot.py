@@ -41,8 +41,9 @@ def config_of(model: ModelConfig, layout: Layout) -> Config:
     rounds = 1 if layout.mesh.pipe > 1 else layout.microbatches
     config = Config(
         model=model, mesh=layout.mesh,
-        train=TrainConfig(batch_size=layout.microbatches * layout.rows * layout.mesh.data_shards, micro_batches=rounds,
-                          sequence_length=layout.sequence_length, ema_decay=0.999 if layout.ema else 0.0),
+        train=TrainConfig(batch_size=layout.microbatches * layout.rows * layout.mesh.data_shards,
+                          accumulation_steps=rounds, sequence_length=layout.sequence_length,
+                          ema_decay=0.999 if layout.ema else 0.0),
         optimizer=OptimizerConfig(moment_dtype=layout.moment_dtype),
         pipeline=PipelineConfig(layout.schedule, layout.microbatches if rounds == 1 else 8, layout.deferred))
     check(config)
@@ -53,7 +54,7 @@ def _arguments(config: Config, mesh):
     """Shapes of a state and a batch, their shardings, and the sharding of an unsharded array."""
     state = jax.eval_shape(functools.partial(init_state, config))
     train = config.train
-    shape = train.micro_batches, train.batch_size // train.micro_batches, train.sequence_length + 1
+    shape = train.accumulation_steps, train.batch_size // train.accumulation_steps, train.sequence_length + 1
     dtypes = {"tokens": jnp.int32, "weights": jnp.float32, "segment_ids": jnp.int32}
     batch = {name: jax.ShapeDtypeStruct(shape, dtype) for name, dtype in dtypes.items()}
     whole, rows = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, spec(None, "batch", None))

@@ -10,6 +10,7 @@ own.
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import hashlib
 import json
@@ -48,7 +49,7 @@ class Job(NamedTuple):
     tell: Callable[[int], None]
 
 
-class Measure:
+class Measure(abc.ABC):
     """How the arms of a study are measured. Subclasses define `run` and `summarize`; the rest has defaults.
 
     resumes: finished runs are kept and not measured again. False where measuring takes seconds.
@@ -62,13 +63,13 @@ class Measure:
     devices: ClassVar[int] = 1
     after: Mapping[str, str] = {}
 
+    @abc.abstractmethod
     def run(self, job: Job) -> Iterator[dict[str, Any]]:
         """Yields a JSON-able result for each of the job's seeds, with the key "seed"."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def summarize(self, study: Study, runs: list[dict[str, Any]]) -> dict[str, Any]:
         """results.json from the finished runs, which are the results of `run` with the key "arm"."""
-        raise NotImplementedError
 
     def lines(self, results: dict[str, Any]) -> list[str]:
         """What a user reads at the end."""
@@ -82,7 +83,7 @@ class Measure:
         """Steps of a seed, for the progress bar."""
         return 1
 
-    def prepare(self, study: Study, folder: pathlib.Path) -> None:
+    def prepare(self, study: Study, folder: pathlib.Path) -> None:  # noqa: B027 (most studies prepare nothing)
         """What all arms share. Called once, before the workers start."""
 
 

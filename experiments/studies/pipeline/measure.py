@@ -35,12 +35,12 @@ def config_of(schedule: str | None, microbatches: int, ranks: int = 2, **model: 
 
     made = default_config("tiny")
     made.train.batch_size = ROWS * microbatches
-    made.train.sequence_length, made.train.micro_batches, made.train.ramp_from = 256, 1, None
+    made.train.sequence_length, made.train.accumulation_steps, made.train.ramp_from = 256, 1, None
     for name, value in (dict(num_layers=3, num_dense_layers=1, mtp_depth=0, dtype="float32", remat="none",
                              vocab_size=2048) | model).items():
         setattr(made.model, name, value)
     if schedule is None:
-        made.mesh.local, made.train.micro_batches = ranks, microbatches
+        made.mesh.local, made.train.accumulation_steps = ranks, microbatches
     else:
         made.mesh.pipe, made.pipeline.schedule, made.pipeline.microbatches = ranks, schedule, microbatches
     return freeze(made)
@@ -61,7 +61,7 @@ def lowered_step(config: Config) -> tuple[Any, Callable[[], Any], dict[str, Any]
     initial = functools.partial(init_state, config)
     abstract = jax.eval_shape(initial)
     where, whole = devices.shardings(abstract), NamedSharding(devices.mesh, PartitionSpec())
-    shape = train.micro_batches, train.batch_size // train.micro_batches, train.sequence_length + 1
+    shape = train.accumulation_steps, train.batch_size // train.accumulation_steps, train.sequence_length + 1
     rows = NamedSharding(devices.mesh, spec(None, "batch", None))
     batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=rows) for name, dtype in
              (("tokens", jnp.int32), ("weights", jnp.float32), ("segment_ids", jnp.int32))}
@@ -196,7 +196,7 @@ def steps(args: argparse.Namespace) -> dict[str, Any] | None:
             continue
         values = {n: np.ones(a.shape, a.dtype) for n, a in shapes.items()} | {
             "tokens": np.random.default_rng(0).integers(0, 2000, shapes["tokens"].shape, np.int32),
-            "active": np.int32(config.train.micro_batches)}
+            "active": np.int32(config.train.accumulation_steps)}
         batch = jax.tree.map(lambda x, a: jax.device_put(x, a.sharding), values, shapes)
         state = [initial()]
 

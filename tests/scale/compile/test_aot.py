@@ -19,7 +19,7 @@ def test_the_program_of_a_layout_is_the_training_run_that_it_describes():
     layout = make_layout(c, Split(2048, 16, 64), 15360, dispatch_fp8=True, buffers="ragged", capacity=1.25)
     config = config_of(c, layout)
 
-    assert (config.train.batch_size, config.train.micro_batches, config.train.sequence_length) == (15360, 1, 4096)
+    assert (config.train.batch_size, config.train.accumulation_steps, config.train.sequence_length) == (15360, 1, 4096)
     assert dataclasses.astuple(config.pipeline) == ("dualpipe", 120, None)
     assert config.mesh == layout.mesh and config.optimizer.moment_dtype == "bfloat16"
 
@@ -27,7 +27,7 @@ def test_the_program_of_a_layout_is_the_training_run_that_it_describes():
 def test_without_a_pipeline_micro_batches_accumulate():
     config = config_of(model_config("tiny"), Layout(MeshConfig(local=8), microbatches=4, rows=2, sequence_length=256))
 
-    assert (config.train.batch_size, config.train.micro_batches) == (64, 4)
+    assert (config.train.batch_size, config.train.accumulation_steps) == (64, 4)
 
 
 def test_a_layout_that_training_cannot_run_is_refused():
