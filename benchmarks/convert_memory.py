@@ -24,11 +24,12 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.machine import ROOT, hardware, write_report
+from benchmarks.machine import ROOT, hardware, write_results
 from deepseek_jax import io
-from deepseek_jax.checkpoint.arrays import BLOCK, FP8
+from deepseek_jax.checkpoint.arrays import FP8
 from deepseek_jax.config import model_config
 from deepseek_jax.interop import hf_config, safetensors_io, save, tensor_map
+from kernels_pallas.constants import BLOCK
 
 SHARD = 450 * 10**6
 
@@ -158,7 +159,7 @@ def main() -> None:
     exact = "byte for byte" if result["round_trip_exact"] else "NOT the same bytes"
     print(f"| back to Hugging Face | {result['peak_gb']['to_hf']:.2f} GB | {exact} |")
     if args.json:
-        write_report(args.json, result)
+        write_results(args.json, result)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks.machine import PEER, ROOT, hardware, write_report
+from benchmarks.machine import PEER, ROOT, hardware, write_results
 
 PROMPT, NEW, CONTEXTS = 32, 128, (64, 2048)
 
@@ -175,7 +175,7 @@ def main() -> None:
         for side in sides:
             side.end()
     if args.json:
-        write_report(args.json, report)
+        write_results(args.json, report)
 
 
 if __name__ == "__main__":

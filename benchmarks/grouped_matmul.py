@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.machine import hardware, shown, write_report
+from benchmarks.machine import hardware, shown, write_results
 from deepseek_jax import runtime
 from deepseek_jax.model import layers, permute
 from deepseek_jax.model.grouped_matmul import grouped_matmul, row_alignment
@@ -121,7 +121,7 @@ def main() -> None:
               "load_at_end": round(os.getloadavg()[0], 2), "turns": args.turns,
               "command": shown(["python", "-m", "benchmarks.grouped_matmul", *sys.argv[1:]]), "rows": rows}
     if args.json:
-        write_report(args.json, report)
+        write_results(args.json, report)
 
 
 if __name__ == "__main__":

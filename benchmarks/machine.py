@@ -32,7 +32,7 @@ def shown(command: Iterable[str]) -> str:
     return " ".join(str(part) if word.is_absolute() else str(word) for word, part in zip(words, inside))
 
 
-def write_report(path: str, report: dict[str, Any]) -> None:
+def write_results(path: str, report: dict[str, Any]) -> None:
     """Writes what --json asks for; a relative path is relative to the checkout."""
     file = ROOT / path
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -20,7 +20,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 
-from benchmarks.machine import PEER, ROOT, hardware, shown, write_report
+from benchmarks.machine import PEER, ROOT, hardware, shown, write_results
 
 # glibc gives freed memory back to the kernel, which clears every page again. All sides keep theirs, in huge pages.
 ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "34359738368", "MALLOC_ARENA_MAX": "1",
@@ -100,7 +100,7 @@ def main() -> None:
                                     / report["sides"][name]["tokens_per_second"], 3) for name in others}
     print("\n".join(table(report)))
     if args.json:
-        write_report(args.json, report)
+        write_results(args.json, report)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.machine import hardware, write_report
+from benchmarks.machine import hardware, write_results
 
 
 def texts(workdir: str, tokenizer: Any, count: int, length: int) -> list[tuple[int, ...]]:
@@ -34,8 +34,9 @@ def texts(workdir: str, tokenizer: Any, count: int, length: int) -> list[tuple[i
     data, rows = load_workdir_config(workdir).data, []
     for source in (Source(path, data.validation_fraction) for path, _ in data.sources):
         documents = list(corpus.read_documents(source.files))
-        cut = corpus.find_cut((corpus.place(d.name) for d in documents), source.validation_fraction, source.path)
-        held_out = (d for d in documents if cut is None or corpus.place(d.name) <= cut)
+        cut = corpus.find_cut((corpus.hash_position(d.name) for d in documents), source.validation_fraction,
+                              source.path)
+        held_out = (d for d in documents if cut is None or corpus.hash_position(d.name) <= cut)
         rows += [tuple([tokenizer.bos, *tokenizer.encode(d.parts[0][0][:20 * length])][:length]) for d in held_out]
     rows = [row for row in rows if len(row) == length]
     return rows[::max(1, len(rows) // count)][:count]
@@ -174,7 +175,7 @@ def main() -> None:
               "batches": [table(cfg, variables, batch, args.depths, prompts, args.new, args.rounds)
                           for batch in args.batches]}
     if args.json:
-        write_report(args.json, report)
+        write_results(args.json, report)
 
 
 if __name__ == "__main__":

@@ -36,13 +36,13 @@ def main():
     model = arguments.model(args)
     devices = targets.count(args.target)
     if args.decode is not None:
-        from deepseek_jax.scale.compile.aot_decode import report
+        from deepseek_jax.scale.compile.aot_decode import measure_decode
 
-        found = report(model, args.target, args.decode, args.length, args.drafts)
+        found = measure_decode(model, args.target, args.decode, args.length, args.drafts)
     else:
-        from deepseek_jax.scale.compile.aot import report
+        from deepseek_jax.scale.compile.aot import measure_step
 
-        found = report(model, arguments.layout(args, model, devices, node_size=8), args.target)
+        found = measure_step(model, arguments.layout(args, model, devices, node_size=8), args.target)
     found |= {"model": args.model, "layers": model.num_layers}
     print(table(found))
     if args.json:

@@ -20,7 +20,7 @@ def load_object(key: str, name: str) -> Any:
     module_name, _, attribute = name.partition(":")
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:  # whatever the module does
+    except (Exception, SystemExit) as error:  # whatever the module does
         raise ConfigError(f"{key}={name!r}: module {module_name} cannot be imported ({type(error).__name__}: {error}); "
                           "start from a folder where it can, or install it.") from error
     try:

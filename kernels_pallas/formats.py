@@ -10,7 +10,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-BLOCK = 128
+from kernels_pallas.constants import BLOCK
+
 E4M3 = jnp.float8_e4m3fn
 E5M2 = jnp.float8_e5m2
 

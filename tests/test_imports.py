@@ -32,7 +32,7 @@ def test_the_public_names_are_there():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
 
 
-# Third-party packages are imported first, since what they do to a process is not ours; then each module in a fork.
+# Third-party packages are imported first, since what they do to a process is not ours.
 WATCH = """
 import importlib, json, logging, os, pathlib, signal, sys, threading, warnings
 import absl.logging, chex, flax.linen, grain, httpx, jax, jax.numpy, matplotlib.figure, ml_collections, numpy, optax
@@ -57,27 +57,20 @@ def state():
 
 
 for module in sys.argv[1:]:
-    reader, writer = os.pipe()
-    if os.fork() == 0:
-        before = state()
-        try:
-            importlib.import_module(module)
-            changed = [name for name, now in state().items() if now != before[name]]
-        except ModuleNotFoundError as error:
-            changed = [] if error.name in ("torch", "transformers", "libtpu") else [repr(error)]
-        except BaseException as error:
-            changed = [repr(error)]
-        os.write(writer, json.dumps([module, changed]).encode())
-        os._exit(0)
-    os.close(writer)
-    print(os.read(reader, 1 << 16).decode(), flush=True)
-    os.close(reader)
-    os.wait()
+    before = state()
+    try:
+        importlib.import_module(module)
+        changed = [name for name, now in state().items() if now != before[name]]
+    except ModuleNotFoundError as error:
+        changed = [] if error.name in ("torch", "transformers", "libtpu") else [repr(error)]
+    except BaseException as error:
+        changed = [repr(error)]
+    print(json.dumps([module, changed]), flush=True)
 """
 
 
 def changes(modules, folder=ROOT):
-    """{module: what its import changed}, for those that changed something."""
+    """{module: what its import, with those of ours that it needs, changed}, for those that changed something."""
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", WATCH, *modules], capture_output=True, text=True,
                           cwd=folder)
     found = dict(json.loads(line) for line in done.stdout.splitlines())

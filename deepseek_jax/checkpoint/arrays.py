@@ -1,7 +1,7 @@
 """Arrays of converted checkpoints: zarr (version 3) folders whose chunks are plain bytes.
 
 A chunk holds one matrix of one layer and expert, or some rows of it, so that a checkpoint can be written in one pass
-without ever holding a stacked array, and read by any part. `meta.json` names the folder of such a leaf:
+without a stacked array in memory, and read in any parts. `meta.json` names the folder of such a leaf:
 
     {"shape", "dtype", "zarr": folder}        or, kept in FP8,        {..., "zarr": values, "scales": folder, "inputs"}
 
@@ -22,7 +22,8 @@ import ml_dtypes
 import numpy as np
 import tensorstore
 
-BLOCK = 128  # rows and columns that share a scale
+from kernels_pallas.constants import BLOCK
+
 FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
 _FLOAT_OF_BYTE = np.arange(256, dtype=np.uint8).view(FP8).astype(np.float32)
 
@@ -32,7 +33,7 @@ def dequantize(values: np.ndarray, scales: np.ndarray, dtype: Any, first_row: in
 
     Args:
       values: float8_e4m3fn [rows, columns], a part of a matrix that begins at (first_row, first_column).
-      scales: of the whole matrix, any float type; the blocks at its right and lower edge may be ragged.
+      scales: of the complete matrix, any float type; blocks at its right and lower edge may be smaller.
     """
     out = np.empty(values.shape, dtype)
     columns = (first_column + np.arange(values.shape[1])) // BLOCK
@@ -96,7 +97,7 @@ class Writer:
 
 
 class Stored:
-    """The leaf `name` of a checkpoint at `path`, converted or written by Orbax, read by parts."""
+    """The leaf `name` of a checkpoint at `path`, converted or written by Orbax; slices of it are read on demand."""
 
     def __init__(self, path, leaf, name=None):
         self.shape, self.dtype = tuple(leaf["shape"]), np.dtype(leaf["dtype"])

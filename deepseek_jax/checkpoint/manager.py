@@ -1,7 +1,7 @@
 """Checkpoints that survive kill -9, full disks and flipped bits.
 
-Orbax writes the arrays of `WORKDIR/checkpoints/STEP` in the background; `manifest` makes that directory appear only
-when it is whole, and its manifest is checked before anything is restored. The state may be any pytree. It is stored
+Orbax writes the arrays of `WORKDIR/checkpoints/STEP` in the background; `manifest` commits that directory
+atomically, and its manifest is checked before anything is restored. The state may be any pytree. It is stored
 flat, leaf by leaf under its path ("params/embed/table"), so that other commands can read the parameters without
 knowing the optimizer.
 """
@@ -128,7 +128,7 @@ class Checkpoints:
             self._retire(step)
 
     def _retire(self, newest):
-        """Removes what the commit of `newest` made superfluous; never before that commit."""
+        """Removes the checkpoints that are superfluous after the commit of `newest`."""
         whole = [step for step in self.steps() if step <= newest and step not in self._damaged]
         for step in self._damaged.union(whole[:-self.keep]):
             manifest.discard(self.directory / str(step))

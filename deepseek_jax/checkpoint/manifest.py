@@ -1,8 +1,8 @@
-"""Directories that are either whole or not there (no jax here).
+"""Directories that are committed atomically (no jax here).
 
-One grows as `STEP.ATTEMPT.partial`. `commit` adds a manifest with the length and CRC32 of each, brings
-everything to the disk, and only then renames it to `STEP`; what is to be removed becomes `STEP.trash` first. So a name
-without a suffix is a promise, and `damage` checks it byte by byte: a flipped bit, a missing file, a short one.
+A checkpoint is written as `STEP.ATTEMPT.partial`. `commit` adds the length and CRC32 of each file, flushes
+everything to disk, and then renames it to `STEP`; a removal renames it to `STEP.trash` first. So a name
+without a suffix is a committed checkpoint, and `damage` finds a flipped bit, a missing file or a short one.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def newest(directory: pathlib.Path):
         why = damage(path)
         if why is None:
             return path, damaged
-        if path.exists():  # else the run that trains here has just retired it
+        if path.exists():  # otherwise a training run has just removed it
             damaged.append((path, why))
     if damaged:
         names = ", ".join(f"{p.name} ({why})" for p, why in damaged)
@@ -86,7 +86,7 @@ def _fingerprint(path, sync=False):
 
 
 def discard(path: pathlib.Path):
-    """Removes a checkpoint. Renamed first: one that is half removed must not look like one that is damaged."""
+    """Removes a checkpoint. Renamed first, so that a partly removed one does not look damaged."""
     if path.exists():
         trash = path.with_suffix(".trash")
         shutil.rmtree(trash, ignore_errors=True)
@@ -95,7 +95,7 @@ def discard(path: pathlib.Path):
 
 
 def clean_up(directory: pathlib.Path):
-    """Removes what a killed run left. A partial that only its last rename is missing from is finished instead."""
+    """Removes what a killed run left behind. A partial that lacks only its last rename is committed instead."""
     for path in directory.glob("*.partial"):
         final = directory / path.name.split(".")[0]
         if not final.exists() and damage(path) is None:

@@ -122,12 +122,16 @@ def _run_file(path):
         return module.get_config()
     except ConfigError:
         raise
-    except Exception as error:  # whatever the file does
-        where = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+    except (Exception, SystemExit) as error:  # whatever the file does
+        frames = traceback.extract_tb(error.__traceback__)
+        where = [frame.lineno for frame in frames if frame.filename == os.path.abspath(path)]
         line = f", line {where[-1]}" if where else ""
         # What ml_collections says of a wrong name, on a line of its own.
         near = re.search('Did you mean "(.*?)" instead of "(.*?)"', str(error))
         what = f"unknown config key {near[2]}; did you mean {near[1]}?" if near else f"{type(error).__name__}: {error}"
+        for old, new in RENAMED.items():  # may be set, but not read
+            if str(error).strip("\"'") == old.split(".")[1]:
+                what = f"{old} is now {new}"
         raise ConfigError(f"{path}{line}: {what}") from error
 
 
@@ -135,7 +139,8 @@ def _override(config, text: str):
     if not text.startswith("--config.") or "=" not in text:
         raise ConfigError(f"cannot read {text!r}; overrides look like --config.train.steps=50")
     path, value = text.removeprefix("--config.").split("=", 1)
-    path = RENAMED.get(path, path)
+    for old, new in RENAMED.items():
+        path = re.sub(rf"^{re.escape(old)}(?=\.|$)", new, path)
     *parents, last = parts = path.split(".")
     node = config
     for depth, part in enumerate(parts):

@@ -10,6 +10,8 @@ from deepseek_jax.config.schema import NOT_NEGATIVE, POSITIVE, Checked, ConfigEr
 
 GROUP_LIMITED = "group_limited"  # top-k of the best groups of experts (report section 2.1.2)
 PARTS = {"router": GROUP_LIMITED, "attention": "mla"}  # of the published models
+UNROLLED_LAYERS = 8  # a stack of more layers runs as a loop over them
+KERNEL_HEADS = (192, 128)  # sizes of queries and values that the kernels are made for: those of the published models
 OWN = r"[A-Za-z_][\w.]*:[A-Za-z_]\w*"  # "package.module:name"
 
 

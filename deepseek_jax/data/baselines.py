@@ -27,8 +27,8 @@ def compressed_bits_per_byte(data: DataConfig, path: str | None = None) -> dict[
 
 def _held_out(source: Source):
     # Silent: whoever prepared the run has named what cannot be read.
-    places = (corpus.place(document.name) for document in corpus.read_documents(source.files))
+    places = (corpus.hash_position(document.name) for document in corpus.read_documents(source.files))
     cut = corpus.find_cut(places, source.validation_fraction, source.path)
     for document in corpus.read_documents(source.files):
-        if cut is None or corpus.place(document.name) <= cut:
+        if cut is None or corpus.hash_position(document.name) <= cut:
             yield "".join(text for text, _ in document.parts).encode()

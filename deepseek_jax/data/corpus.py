@@ -246,7 +246,7 @@ def _reader(name: str) -> Any:
 # Training and validation.
 
 
-def place(name: str) -> int:
+def hash_position(name: str) -> int:
     """A document's position in [0, 2^64): the same on every machine and in every Python."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
 

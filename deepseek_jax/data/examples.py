@@ -95,7 +95,7 @@ class Stream:
         return epoch
 
     def document(self, epoch: int, i: int) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens of document i as they stand in an epoch, and which of them are predicted."""
+        """Tokens of document i in an epoch, and which of them are predicted."""
         start, stop = (int(o) for o in self.shard.offsets_N[i:i + 2])
         ids_T = np.asarray(self.shard.tokens[start:stop], np.int32)
         if not self.epoch_order(epoch).rearranged_N[i]:
@@ -106,7 +106,7 @@ class Stream:
         return ids_T, np.ones(len(ids_T), bool)
 
     def read(self, position: int, count: int) -> Window:
-        """`count` tokens from `position` on, across documents and epochs."""
+        """`count` tokens starting at `position`, across documents and epochs."""
         tokens, predicted, segments = [], [], []
         epoch = self.epoch_at(position)
         skip = position - self.epoch_start(epoch)
@@ -158,7 +158,7 @@ class Mixture:
         self.counts_S = _shares(np.array(weights) / sum(weights), MIX_BLOCK)
         pattern = np.repeat(np.arange(len(weights)), self.counts_S)
         self.pattern_G = np.random.default_rng([seed, len(weights)]).permutation(pattern)
-        self.rank_G = np.zeros(MIX_BLOCK, np.int64)  # how many of the same source stand before in the block
+        self.rank_G = np.zeros(MIX_BLOCK, np.int64)  # sequences of the same source earlier in the block
         for s, n in enumerate(self.counts_S):
             self.rank_G[self.pattern_G == s] = np.arange(n)
 

@@ -1,4 +1,4 @@
-"""Batches: a pure function of the step, so that a resumed run goes on exactly where it would have been.
+"""Batches: a pure function of the step, so that a resumed run continues exactly where it stopped.
 
 Step s holds the global sequences that follow `train.sequences_before(s)`. They fill its micro-batches in order, and
 within each micro-batch the hosts take contiguous shares: more hosts or a restart change who reads a row, not which.

@@ -15,6 +15,7 @@ import json
 import logging
 import os
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import tokenizers
 
@@ -36,7 +37,7 @@ class Prepared:
     tokenizer: Tokenizer
     train: tuple[token_shards.Shard, ...]  # one a source
     validation: tuple[token_shards.Shard, ...]
-    report: tuple[dict, ...]  # one a source: what was read, skipped and made of it (JSON-able)
+    sources: tuple[dict, ...]  # one a source: what was read, skipped and made of it (JSON-able)
 
 
 class Source:
@@ -49,11 +50,12 @@ class Source:
 
     @functools.cached_property
     def survey(self) -> tuple[corpus.Counts, int | None]:
-        """Reads all of it once: the counts, and the cut between validation and training. Names what it skips."""
+        """Reads the source once: counts, and the cut between validation and training. Logs what it skips."""
         counts, warnings = corpus.Counts(), corpus.Warnings()
         documents = corpus.read_documents(self.files, counts, warnings)
         try:
-            cut = corpus.find_cut((corpus.place(d.name) for d in documents), self.validation_fraction, self.path)
+            positions = (corpus.hash_position(d.name) for d in documents)
+            cut = corpus.find_cut(positions, self.validation_fraction, self.path)
         finally:
             warnings.close()
         return counts, cut
@@ -61,12 +63,12 @@ class Source:
     def training_texts(self) -> Iterator[str]:
         cut = self.survey[1]
         for document in corpus.read_documents(self.files):
-            if cut is not None and corpus.place(document.name) > cut:
+            if cut is not None and corpus.hash_position(document.name) > cut:
                 yield from (text for text, _ in document.parts)
 
 
 def prepare(config: Config, workdir: str) -> Prepared:
-    """Makes what is missing, reads what is there. Raises ConfigError for a corpus or tokenizer that cannot work."""
+    """Creates what is missing and reads the rest. Raises ConfigError for an unusable corpus or tokenizer."""
     data = config.data
     sources = [Source(path, data.validation_fraction) for path, _ in data.sources]
     tokenizer = find_tokenizer(config, workdir, sources)
@@ -79,13 +81,12 @@ def claim_corpus(prepared: Prepared, workdir: str):
     """Notes in a new work directory what it is trained on, or checks that an old one's files are still the same.
 
     Raises:
-      ConfigError: they have changed, so that a resumed run would go on in another stream of text.
+      ConfigError: they have changed, so a resumed run would continue on different text.
     """
     path = os.path.join(workdir, "corpus.json")
-    digests = {meta["source"]: meta["digest"] for meta in prepared.report}
+    digests = {meta["source"]: meta["digest"] for meta in prepared.sources}
     if os.path.isfile(path):
-        with open(path) as f:
-            changed = [name for name, digest in json.load(f).items() if digests.get(name) != digest]
+        changed = [name for name, digest in _read_object(path).items() if digests.get(name) != digest]
         if changed:
             raise ConfigError(f"the files of {', '.join(changed)} have changed since the run in {workdir} began; "
                               "restore them, or take another --workdir.")
@@ -93,8 +94,20 @@ def claim_corpus(prepared: Prepared, workdir: str):
     io.write_json(path, digests, indent=1)
 
 
+def _read_object(path: str) -> dict[str, Any]:
+    """A JSON object. Raises ConfigError for a file that holds none."""
+    try:
+        with open(path, encoding="utf-8") as f:
+            found = json.load(f)
+    except ValueError as error:
+        raise ConfigError(f"{path} is not JSON ({error}); restore it, or take another --workdir.") from error
+    if not isinstance(found, dict):
+        raise ConfigError(f"{path} holds no JSON object; restore it, or take another --workdir.")
+    return found
+
+
 def prepare_evaluation(config: Config, workdir: str, path: str) -> Prepared:
-    """The whole of another corpus as validation documents, in the tokens of an existing run."""
+    """All of another corpus as validation documents, tokenized as in an existing run."""
     tokenizer = Tokenizer.load(os.path.join(workdir, "tokenizer.json"), config.model.vocab_size)
     made, meta = _shards(Source(path, None), tokenizer, config, workdir, 0.0)
     return Prepared(tokenizer, (), (made["validation"],), (meta,))
@@ -141,7 +154,7 @@ def sample(texts: Iterable[str], share: float) -> Iterator[str]:
             continue
         for start in range(0, len(text), _PIECE):
             piece = text[start:start + _PIECE]
-            if corpus.place(piece) < share * 2**64:
+            if corpus.hash_position(piece) < share * 2**64:
                 yield piece
 
 

@@ -107,7 +107,7 @@ def write(folder: str, documents: Iterable[corpus.Document], tokenizer: Tokenize
             files.callback(writers[split].abandon)
         with tqdm(total=progress[1], desc=progress[0], unit="B", unit_scale=True, leave=False) as line:
             for document, parts in _tokenized(documents, tokenizer):
-                validation = options.cut is None or corpus.place(document.name) <= options.cut
+                validation = options.cut is None or corpus.hash_position(document.name) <= options.cut
                 ids_T, predicted_T = _join(document, parts, tokenizer, 0.0 if validation else options.split_rate,
                                            options.seed)
                 writers["validation" if validation else "train"].add(ids_T, predicted_T, document.bytes)
@@ -117,7 +117,7 @@ def write(folder: str, documents: Iterable[corpus.Document], tokenizer: Tokenize
 
 
 def _tokenized(documents, tokenizer) -> Iterator[tuple[corpus.Document, list[list[int]]]]:
-    """Each document with the ids of its parts. Whole batches go to the library, which uses all cores."""
+    """Each document with the ids of its parts. The library tokenizes a batch at a time, on all cores."""
     batch, size = [], 0
     for document in documents:
         batch.append(document)
@@ -142,7 +142,7 @@ def _join(document, parts, tokenizer, split_rate, seed) -> tuple[np.ndarray, np.
     predicted_T = np.repeat([flags[0], *flags, flags[-1]], lengths)
     if split_rate > 0:
         # Seeded by the name: a document is split the same way in every corpus.
-        rng = np.random.default_rng([seed, corpus.place(document.name)])
+        rng = np.random.default_rng([seed, corpus.hash_position(document.name)])
         ids_T, origin_T = split_tokens(ids_T, tokenizer.splits, split_rate, rng)
         predicted_T = predicted_T[origin_T]
     return ids_T, predicted_T

@@ -37,7 +37,7 @@ SPECIALS = {"bos": ("<|bos|>", "<｜begin▁of▁sentence｜>"),
 class Tokenizer:
     """Text to ids and back. Ids of special tokens are attributes, None where the tokenizer has none.
 
-    Text never becomes a special token, whatever it spells: those are put in as ids.
+    Text is never parsed into special tokens; those are inserted as ids.
     """
 
     bos: int

@@ -27,7 +27,7 @@ class Validation:
         return int(self.starts[-1])
 
     def read(self, position: int, count: int) -> Window:
-        """`count` tokens from `position`, or what is left of them."""
+        """Up to `count` tokens starting at `position`."""
         parts, documents = [], 0
         for shard, start in zip(self.shards, self.starts):
             first, last = (min(max(p - int(start), 0), len(shard.tokens)) for p in (position, position + count))
@@ -38,7 +38,7 @@ class Validation:
         return Window(tokens_T, predicted_T, (document_T - document_T[:1] + 1).astype(np.int32))
 
     def row(self, r: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Tokens, weights and segment ids [T + 1] of row r; what fills up the last has weight and segment 0."""
+        """Tokens, weights and segment ids [T + 1] of row r; padding of the last row has weight and segment 0."""
         window = self.read(r % self.rows * self.length, self.length + 1)
         n = len(window.tokens_T)
         # Text, not one repeated token: the experts' loads are counted over the filling too.

@@ -14,9 +14,10 @@ from jax.ad_checkpoint import checkpoint_name
 from deepseek_jax.config import FP8Config
 from kernels_pallas import api
 from kernels_pallas.api import Accumulator, Quantized
+from kernels_pallas.constants import BLOCK
 
 RECIPE = FP8Config(enabled=True)
-GROUP_ALIGNMENT = 128  # an expert's group of rows starts at a multiple of it: no 128 x 1 tile spans two groups
+GROUP_ALIGNMENT = BLOCK  # an expert's group of rows starts at a multiple of it: no 128 x 1 tile spans two groups
 DEFERRED = "deferred"  # the checkpoint name by which `pipeline.split` finds what a deferred W saves
 GRADIENT_FORMATS = {"e4m3": jnp.float8_e4m3fn, "e5m2": jnp.float8_e5m2}
 

@@ -2,7 +2,7 @@
 
 Streams pieces of single tensors through a few threads: read, dequantize, transpose, write, flush. The result is
 a checkpoint at step 0 of a run that was never trained, the checkpoint's own tokenizer, and `hf_layout.json`, which
-remembers the dtype and file of every tensor so that the way back is exact.
+records the dtype and file of every tensor so that an export is exact.
 """
 
 import concurrent.futures
@@ -22,17 +22,18 @@ from deepseek_jax.checkpoint.arrays import Stored, Writer
 from deepseek_jax.config import Config, ConfigError, as_dict, freeze
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.interop import hf_config, safetensors_io, save
-from deepseek_jax.interop.load import SCALE, Checkpoint
+from deepseek_jax.interop.load import Checkpoint
+from deepseek_jax.interop.tensor_map import SCALE
 
 LAYOUT = "hf_layout.json"
-# What goes along unchanged, both ways.
+# Files that are copied unchanged in both directions.
 TEXT = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
         "generation_config.json")
-THREADS = 4  # pieces under way at once, some waiting for the disk; each takes about five times names.PIECE of memory
+THREADS = 4  # pieces in flight, some waiting for the disk; each takes about five times tensor_map.PIECE of memory
 
 
 def from_hf(src: str, dst: str, dtype: str | None = None, keep_fp8: bool = False) -> list[str]:
-    """Converts a Hugging Face checkpoint into the work directory `dst`, which appears when it is whole.
+    """Converts a Hugging Face checkpoint into the work directory `dst`, which is committed atomically.
 
     Args:
       dtype: "float32" or "bfloat16"; None: that of the files, bfloat16 for FP8.

@@ -14,6 +14,7 @@ import os
 from typing import Any
 
 from deepseek_jax.config import PARTS, ConfigError, ModelConfig, Yarn
+from kernels_pallas.constants import BLOCK
 
 # theirs -> ours, where the value means the same
 FIELDS = {
@@ -38,7 +39,8 @@ ONLY = {"attention_bias": (False,), "mlp_bias": (False,), "hidden_act": ("silu",
         "topk_method": {"deepseek_v3": ("noaux_tc",), "deepseek_v2": ("greedy", "group_limited_greedy")},
         # Released code would renormalise and drop the route scale; transformers does neither.
         "norm_topk_prob": {"deepseek_v3": (True, False), "deepseek_v2": (False, None)}}
-QUANTIZATION = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]}
+QUANTIZATION = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8",
+                "weight_block_size": [BLOCK, BLOCK]}
 YARN = {"factor": "factor", "original_max_position_embeddings": "original_length", "beta_fast": "beta_fast",
         "beta_slow": "beta_slow", "mscale": "mscale", "mscale_all_dim": "mscale_all_dim"}
 
@@ -62,7 +64,7 @@ def read(raw: dict, mtp_depth: int = 0, dtype: str = "bfloat16") -> ModelConfig:
     """The model that a config.json describes.
 
     Args:
-      mtp_depth: how many MTP modules the checkpoint really holds; the config may promise more.
+      mtp_depth: MTP modules that the checkpoint contains; its config may claim more.
       dtype: of activations.
 
     Raises:

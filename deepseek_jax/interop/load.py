@@ -1,7 +1,7 @@
 """Loading a Hugging Face checkpoint, and saving one.
 
-`Checkpoint` matches every tensor of the files to the table in `names`, checks all of it before a byte of a weight is
-used, and then gives rows of any tensor in any dtype, dequantized on the way. Conversion streams through it too.
+`Checkpoint` matches every tensor of the files to `tensor_map`, checks all of it before a byte of a weight is
+used, and then reads rows of any tensor in any dtype, dequantized if needed. Conversion streams through it too.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from deepseek_jax import fp8
-from deepseek_jax.checkpoint.arrays import BLOCK, FP8, dequantize, transposed
+from deepseek_jax.checkpoint.arrays import FP8, dequantize, transposed
 from deepseek_jax.config import ConfigError, ModelConfig
 from deepseek_jax.interop import hf_config, safetensors_io, save, tensor_map
+from deepseek_jax.interop.tensor_map import SCALE
+from kernels_pallas.constants import BLOCK
 
-SCALE = "_scale_inv"  # what the name of an FP8 weight's block scales ends in
 COMPARED = 64 * 2**20  # bytes of a copy that are compared at once
 
 
@@ -72,7 +73,7 @@ class Checkpoint:
         return functools.reduce(np.promote_types, map(np.dtype, {asked} if asked is not None else stored))
 
     def rows(self, entry: tensor_map.Entry, start: int, stop: int, dtype: Any) -> np.ndarray:
-        """Rows of a tensor as they lie in the file, dequantized and in `dtype`."""
+        """Rows of a tensor in the layout of the file, dequantized and in `dtype`."""
         x = self.reader.rows(self.tensors[entry.name], start, stop)
         if x.dtype == FP8:
             return dequantize(x, self.scales(entry), dtype, start)
@@ -120,7 +121,7 @@ class Checkpoint:
     def _cut(self, entry, bounds, dtype):
         axis = entry.transform.axis
         along = bounds[axis]
-        if self.halves and entry.transform.rope == "matrix":  # its rows are reordered as a whole
+        if self.halves and entry.transform.rope == "matrix":  # all of its rows are reordered together
             along = range(entry.slice_shape[axis])
         piece = self.piece(entry, along.start, along.stop, dtype)
         cut = [slice(b.start, b.stop) for b in bounds]
@@ -128,7 +129,7 @@ class Checkpoint:
         return piece[tuple(cut)]
 
     def _mtp_depth(self):
-        """How many layers behind the main ones, without a gap, hold something that only an MTP module has."""
+        """Number of consecutive layers after the main ones with a tensor that only MTP modules have."""
         first = depth = self.raw["num_hidden_layers"]
         own = ("eh_proj", "enorm", "hnorm")
         while any(f"model.layers.{depth}.{name}.weight" in self.tensors for name in own):
@@ -253,7 +254,7 @@ def save_hf(path: str, cfg: ModelConfig, variables: dict[str, Any], fp8: bool = 
     """Writes `variables` as a Hugging Face checkpoint that transformers loads: safetensors, index, config.json.
 
     Args:
-      path: a folder that does not exist yet; it appears when it is whole.
+      path: a folder that does not exist yet; it is committed atomically.
       variables: {"params", "router"}; FP8 leaves {"values", "scales"} are written as they are.
       fp8: quantizes, in blocks of 128 x 128, what the released checkpoints hold in FP8.
 

@@ -2,7 +2,7 @@
 
 The format: 8 bytes with the length of a JSON header, the header {name: dtype, shape, offsets}, the bytes. A checkpoint
 is one file, or several and an index. Read here with `pread` instead of by mapping, because the pages of a mapped file
-count as resident memory; and written here, because the library wants all tensors of a file in memory at once.
+count as resident memory; and written here because the library needs all tensors of a file in memory.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Tensor(NamedTuple):
 
 
 class Reader:
-    """All tensors of a checkpoint folder, by name. Reads nothing but headers until asked for rows.
+    """All tensors of a checkpoint folder, by name. Reads only headers until `rows` is called.
 
     Raises:
       ConfigError: no checkpoint there, a shard is missing, truncated or damaged, or the index is wrong.
@@ -103,7 +103,7 @@ class Reader:
                 where = dict(json.load(f)["weight_map"])
         except (OSError, ValueError, KeyError, TypeError):
             raise ConfigError(f"{path} is not an index of safetensors; fetch it again.") from None
-        # A way back writes files of the same names: none may lie elsewhere.
+        # Exporting writes files of the same names, so none may be outside this folder.
         for name, file in where.items():
             if not isinstance(file, str) or os.path.basename(file) != file or not file.endswith(".safetensors"):
                 raise ConfigError(f"{path} puts {name} into {file!r}, which is no safetensors file of this folder.")

@@ -9,18 +9,18 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import shutil
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from deepseek_jax import io
-from deepseek_jax.checkpoint.arrays import BLOCK, FP8
+from deepseek_jax.checkpoint.arrays import FP8
 from deepseek_jax.config import ConfigError, ModelConfig
 from deepseek_jax.interop import hf_config, safetensors_io, tensor_map
+from deepseek_jax.interop.tensor_map import SCALE
+from kernels_pallas.constants import BLOCK
 
-SCALE = "_scale_inv"
 SHARD = 5 * 10**9  # bytes a file
 
 
@@ -42,7 +42,7 @@ def quantize(w: np.ndarray):
 
 
 class Held:
-    """A leaf in memory, read as `training.arrays.Stored` reads one from a converted checkpoint."""
+    """A leaf in memory, with the interface of `checkpoint.arrays.Stored`."""
 
     def __init__(self, values, scales=None):
         self.values, self.scales, self.dtype, self.shape = values, scales, np.dtype(values.dtype), values.shape
@@ -74,7 +74,7 @@ def _read(array, index):
 
 
 def _check_leaves(shapes, leaves):
-    """Without it a deeper model would go out cut off, since a layer that is not asked for is not missed."""
+    """Checks names and shapes: layers beyond the config's would otherwise be dropped silently."""
     missing, unknown = shapes.keys() - leaves.keys(), leaves.keys() - shapes.keys()
     if missing or unknown:
         raise ConfigError(f"the variables do not fit the model; missing: "
@@ -87,7 +87,7 @@ def _check_leaves(shapes, leaves):
 
 
 class Export:
-    """What each tensor of theirs is made from.
+    """The files of an export, and the source of each tensor in them.
 
     Args:
       leaves: {our path: Held or Stored}.
@@ -231,5 +231,3 @@ def building(path: str | os.PathLike[str]):
     except OSError as error:
         why = "no space left on the disk" if error.errno == errno.ENOSPC else error.strerror or str(error)
         raise ConfigError(f"{path} could not be written: {why}; nothing is left there.") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)

@@ -1,8 +1,8 @@
-"""Every tensor of a Hugging Face checkpoint and where it lies here: one table, read in both directions.
+"""Every tensor of a Hugging Face checkpoint and its place in our parameters: one table, read in both directions.
 
 A row is (their name, our path, transform, in FP8). Names are those of `DeepseekV3ForCausalLM` and
 `DeepseekV2ForCausalLM`; MTP module k is stored as layer num_layers + k - 1, with its own copies of embedding and head.
-A row whose path the model at hand does not have (no query rank, no shared expert, softmax without bias) is silent.
+A row whose path a model does not have (no query rank, no shared expert, softmax without bias) is skipped.
 """
 
 from __future__ import annotations
@@ -17,11 +17,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from deepseek_jax.checkpoint.arrays import BLOCK, transposed
+from deepseek_jax.checkpoint.arrays import transposed
 from deepseek_jax.config import ConfigError, ModelConfig
 from deepseek_jax.model import DeepSeekV3
+from kernels_pallas.constants import BLOCK
 
 NAMED = 4  # how many names an error spells out
+SCALE = "_scale_inv"  # suffix of the names of block scales
 PIECE = 16 * 2**20  # bytes of a matrix that are converted at once
 
 
@@ -141,7 +143,7 @@ class Entry(NamedTuple):
         return self.transform.their_shape(self.slice_shape)
 
     def steps(self, itemsize: int) -> int:
-        """How far one piece of about PIECE bytes goes along our `transform.axis`: whole blocks of FP8 scales."""
+        """Length along our `transform.axis` of a piece of about PIECE bytes: complete blocks of FP8 scales."""
         rows, unit = self.shape[0], self.transform.unit(self.slice_shape)
         least = math.lcm(unit, BLOCK)
         step = max(PIECE // max(math.prod(self.shape[1:]) * itemsize * least, 1), 1) * least
@@ -196,7 +198,7 @@ def _entries(cfg):
 
 
 def _roots(cfg, layer):
-    """What the placeholders of the table stand for at `layer`: {kind: (path, index of the stack)}."""
+    """Values of the table's placeholders at `layer`: {kind: (path, index of the stack)}."""
     if layer is None:
         return {"params": ("params", ())}
     if layer < cfg.num_dense_layers:

@@ -15,6 +15,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from deepseek_jax import fp8
+from deepseek_jax.config.model import KERNEL_HEADS
 from deepseek_jax.model.layers import matmul, row_major, transpose, wide
 from deepseek_jax.parallel.sharding import on_shards, spec
 from kernels_pallas import api
@@ -48,7 +49,7 @@ def attend(q_BTHA: jax.Array, k_BTHA: jax.Array, v_BTHV: jax.Array, segment_ids_
 
 def _has_kernel(q_BTHA, v_BTHV):
     """Whether the device's own kernel does this attention: heads of the published models."""
-    heads = q_BTHA.dtype == jnp.bfloat16 and (q_BTHA.shape[-1], v_BTHV.shape[-1]) == (192, 128)
+    heads = q_BTHA.dtype == jnp.bfloat16 and (q_BTHA.shape[-1], v_BTHV.shape[-1]) == KERNEL_HEADS
     return heads and api.chosen_here("mla_attention") == "hopper"
 
 

@@ -23,7 +23,7 @@ from deepseek_jax.model.layers import FFN, save_ffn_input, swiglu, weight
 from deepseek_jax.model.permute import Permutation, combine, sort_by_expert, to_rows, truncate
 from deepseek_jax.model.router import Router, auxiliary_loss, count_choices, sequence_loss
 from deepseek_jax.model.types import Routing, RoutingContext, RoutingStats, TokenContext
-from deepseek_jax.parallel.dispatch import PLAIN, Placement, Wire, to_experts
+from deepseek_jax.parallel.dispatch import PLAIN, ExpertLayout, Wire, to_experts
 from deepseek_jax.parallel.sharding import constrain, data_shards, local_size
 
 
@@ -144,7 +144,7 @@ class MoE(nn.Module):
 
         # A group of experts is on one node.
         most_nodes = min(mesh.node, cfg.groups_kept) if cfg.num_groups > 1 else mesh.node
-        placement = Placement(mesh, cfg.num_experts, most_nodes, FP8_WIRE if mesh.dispatch_fp8 else PLAIN)
+        placement = ExpertLayout(mesh, cfg.num_experts, most_nodes, FP8_WIRE if mesh.dispatch_fp8 else PLAIN)
         return to_experts(placement, here, x_ND, routing.chosen_NK, routing.gates_NK, weights)
 
 

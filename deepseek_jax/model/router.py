@@ -208,6 +208,19 @@ def check_routes_alone(cfg: ModelConfig, where: str):
                           "not see them at once; take a rule that looks at each token alone.")
 
 
+def apply_rule(cfg: ModelConfig, x_ND: jax.Array, weights: dict[str, jax.Array], bias_E: jax.Array | None,
+               context: RoutingContext) -> Routing:
+    """Routes by the rule that model.router names. Raises ConfigError where it returns no Routing of these tokens."""
+    found = routing_rule(cfg)(cfg, x_ND, weights, bias_E, context)
+    N, E, K = len(x_ND), cfg.num_experts, cfg.experts_per_token
+    wanted = Routing(((N, E), jnp.floating), ((N, K), jnp.integer), ((N, K), jnp.floating))  # pyright: ignore
+    if not isinstance(found, Routing) or any(jnp.shape(x) != shape or not jnp.issubdtype(jnp.result_type(x), kind)
+                                             for x, (shape, kind) in zip(found, wanted)):
+        raise ConfigError(f"model.router={cfg.router!r} returned {found!r}; a rule returns Routing(scores, chosen, "
+                          f"gates): float [{N}, {E}], int [{N}, {K}], float [{N}, {K}].")
+    return found
+
+
 class Router(nn.Module):
     """Declares the weight of a routing rule and calls it."""
 
@@ -216,4 +229,4 @@ class Router(nn.Module):
     @nn.compact
     def __call__(self, x_ND: jax.Array, bias_E: jax.Array | None, context: RoutingContext) -> Routing:
         w_DE = weight(self, "weight", (self.cfg.d_model, self.cfg.num_experts))
-        return routing_rule(self.cfg)(self.cfg, x_ND, {"weight": w_DE}, bias_E, context)
+        return apply_rule(self.cfg, x_ND, {"weight": w_DE}, bias_E, context)

@@ -16,7 +16,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from deepseek_jax.config import MeshConfig, ModelConfig
+from deepseek_jax.config import ConfigError, MeshConfig, ModelConfig
+from deepseek_jax.config.model import UNROLLED_LAYERS
 from deepseek_jax.model.attention import MLA
 from deepseek_jax.model.block import residual_block
 from deepseek_jax.model.experts import MoE
@@ -26,8 +27,6 @@ from deepseek_jax.model.rope import rope_table
 from deepseek_jax.model.router import initial_bias
 from deepseek_jax.model.types import Output, RoutingStats, TokenContext
 from deepseek_jax.plugin import load_object
-
-UNROLLED_LAYERS = 8
 
 
 class BlockParts(NamedTuple):
@@ -44,8 +43,14 @@ class BlockParts(NamedTuple):
 
 
 def block_parts(cfg: ModelConfig) -> BlockParts:
-    """The parts that the config names. Raises ConfigError where model.attention cannot be found."""
-    return BlockParts() if cfg.attention == "mla" else BlockParts(load_object("model.attention", cfg.attention))
+    """The parts that the config names. Raises ConfigError where model.attention names none."""
+    if cfg.attention == "mla":
+        return BlockParts()
+    attention = load_object("model.attention", cfg.attention)
+    if not callable(attention):
+        raise ConfigError(f"model.attention={cfg.attention!r} is no module; give one with the signature of "
+                          "deepseek_jax.model.attention.MLA.")
+    return BlockParts(attention)
 
 
 class Block(nn.Module):

@@ -1,1 +1,1 @@
-"""Many devices: what lies where (`mesh`), and how tokens reach their experts (`dispatch`)."""
+"""Many devices: meshes and shardings (`mesh`, `sharding`), and how tokens reach their experts (`dispatch`)."""

@@ -1,4 +1,4 @@
-"""What a device holds: bytes of the parameters on a mesh, by group."""
+"""Bytes of the parameters on each device of a mesh, by group."""
 
 import fnmatch
 import math

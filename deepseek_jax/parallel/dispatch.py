@@ -5,7 +5,7 @@
     back:                 a node's partial sums are added before they cross again
 
 The flat form goes straight to the devices, one copy each, in one hop over both axes: the oracle, and what two hops are
-compared with. With a copy travel the choices that it still has to serve, and their gates. No value is scattered:
+compared with. A copy carries the choices that it still has to serve, and their gates. No value is scattered:
 sending gathers rows into slots, returning gathers slots into rows, and each is the gradient of the other.
 """
 
@@ -24,6 +24,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from deepseek_jax.config import MeshConfig, ModelConfig
 from deepseek_jax.parallel.sharding import AXES, spec
+from kernels_pallas.constants import BLOCK
 
 
 class Wire(NamedTuple):
@@ -36,7 +37,7 @@ class Wire(NamedTuple):
 PLAIN = Wire(lambda x_RD: (x_RD,), lambda parts, dtype: parts[0])
 
 
-class Placement(NamedTuple):
+class ExpertLayout(NamedTuple):
     """Where experts are: device (node, local) holds a contiguous share of num_experts, nodes first.
 
     most_nodes: nodes that a token may go to, for capacities. wire: how values travel to the experts.
@@ -87,7 +88,7 @@ class Hop:
     landed: int = flax.struct.field(pytree_node=False)  # rows of the receive buffer
 
 
-def plan_hop(place_RK: jax.Array, axis: str | tuple[str, ...], places: int, room: int, ragged: bool = False) -> Hop:
+def route_hop(place_RK: jax.Array, axis: str | tuple[str, ...], places: int, room: int, ragged: bool = False) -> Hop:
     """Plans one hop of R rows over a mesh axis.
 
     Args:
@@ -202,7 +203,7 @@ combine.defvjp(lambda y, hops, wire: (combine(y, hops, wire), hops),
                lambda wire, hops, dx: (dispatch(dx, hops, wire), None))
 
 
-def plan_hops(placement: Placement, chosen_NK: jax.Array) -> tuple[tuple[Hop, ...], jax.Array]:
+def route_hops(placement: ExpertLayout, chosen_NK: jax.Array) -> tuple[tuple[Hop, ...], jax.Array]:
     """The hops of this device's tokens to their experts.
 
     Args:
@@ -225,7 +226,7 @@ def plan_hops(placement: Placement, chosen_NK: jax.Array) -> tuple[tuple[Hop, ..
         if cfg.capacity is not None:  # of a load of K choices a token that is spread evenly
             even = N * copies if cfg.buffers == "ragged" else N * copies / places
             room = min(room, math.ceil(cfg.capacity * even))
-        hop = plan_hop(jnp.where(id_RK > 0, (id_RK - 1) // size, places), axis, places, room, cfg.buffers == "ragged")
+        hop = route_hop(jnp.where(id_RK > 0, (id_RK - 1) // size, places), axis, places, room, cfg.buffers == "ragged")
         id_RK = send(id_RK, hop) - lax.axis_index(axis) * size
         id_RK = jnp.where((id_RK > 0) & (id_RK <= size), id_RK, 0)
         hops.append(hop)
@@ -279,11 +280,11 @@ def traffic_per_token(cfg: MeshConfig, model: ModelConfig, traffic: Traffic | No
 def copy_bytes(cfg: MeshConfig, model: ModelConfig) -> int:
     """Bytes of one copy of a token on its way to the experts: values (and scales), choices and gates."""
     width = jnp.dtype(model.dtype).itemsize
-    values = model.d_model + 4 * -(-model.d_model // 128) if cfg.dispatch_fp8 else model.d_model * width
+    values = model.d_model + 4 * -(-model.d_model // BLOCK) if cfg.dispatch_fp8 else model.d_model * width
     return values + model.experts_per_token * (4 + max(width, 4))
 
 
-def to_experts(placement: Placement, experts: Callable[..., tuple[jax.Array, jax.Array]], x_ND: jax.Array,
+def to_experts(placement: ExpertLayout, experts: Callable[..., tuple[jax.Array, jax.Array]], x_ND: jax.Array,
                chosen_NK: jax.Array, gates_NK: jax.Array, weights: Any) -> tuple[jax.Array, Traffic]:
     """Runs the experts on the devices that hold them, on the tokens of the complete mesh.
 
@@ -298,7 +299,7 @@ def to_experts(placement: Placement, experts: Callable[..., tuple[jax.Array, jax
       (y_ND, traffic): see `count_traffic`; summed over the mesh outside a shard_map.
     """
     def inside(x_ND, chosen_NK, gates_NK, weights):
-        hops, id_RK = save_dispatched(plan_hops(placement, chosen_NK))
+        hops, id_RK = save_dispatched(route_hops(placement, chosen_NK))
         x_RD, gates_RK = dispatch(x_ND, hops, placement.wire), dispatch(gates_NK, hops)
         y_RD, computed = experts(x_RD, id_RK, jnp.where(id_RK > 0, gates_RK, 0), weights)
         traffic = count_traffic(placement.mesh, placement.num_experts, chosen_NK, hops, computed)

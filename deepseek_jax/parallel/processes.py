@@ -1,8 +1,8 @@
-"""A run of several processes, one command each: how they meet, agree, and learn that one of them is gone.
+"""A run of several processes, one command each: how they connect, agree, and notice that one has ended.
 
 JAX's own service notices a lost process only after a timeout, and then aborts. Here every process also holds a TCP
 connection to the first one, from before JAX starts: the kernel closes it when a process ends, however it ends, and the
-others stop with one line. A process that ends well says so first.
+others stop with one line. A process that ends normally sends one byte first.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from jax.experimental import multihost_utils
 
 from deepseek_jax.config import ConfigError
 
-FAREWELL = b"."
-PATIENCE = 300  # seconds to wait for the others to start
-LONGEST_WORK = 24 * 3600  # seconds that one may work alone while the others wait: a large corpus is made ready so
+DONE = b"."
+STARTUP_TIMEOUT = 300  # seconds to wait for the others to start
+LONGEST_WORK = 24 * 3600  # seconds that others wait for one, for example while it tokenizes a large corpus
 
 
 class Group(NamedTuple):
@@ -97,15 +97,15 @@ class Watch:
             threading.Thread(target=self._listen, args=(peer, connection), daemon=True).start()
 
     def part(self):
-        """Says farewell, and returns once those at the other ends have said it too."""
+        """Announces a normal end, and returns once all peers have announced theirs."""
         for connection in self.connections.values():
-            connection.sendall(FAREWELL)
+            connection.sendall(DONE)
         for peer, connection in self.connections.items():
             self.gone[peer].wait()
             connection.close()
 
     def _wait_for_all(self, host, port):
-        connections, deadline = {}, time.monotonic() + PATIENCE
+        connections, deadline = {}, time.monotonic() + STARTUP_TIMEOUT
         with socket.create_server(("", port), backlog=self.group.processes) as server:
             while len(connections) < self.group.processes - 1:
                 server.settimeout(max(deadline - time.monotonic(), 0.01))
@@ -114,7 +114,7 @@ class Watch:
                 if 0 < process < self.group.processes:
                     connections[process] = _kept_alive(connection)
                 else:
-                    connection.close()  # a stranger
+                    connection.close()  # not a process of this run
         return connections
 
     @staticmethod
@@ -129,7 +129,7 @@ class Watch:
             connection.settimeout(None)
 
     def _find_first(self, host, port):
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + STARTUP_TIMEOUT
         while True:
             try:
                 connection = socket.create_connection((host, port), timeout=5)
@@ -146,7 +146,7 @@ class Watch:
             last = connection.recv(1)
         except OSError:
             last = b""
-        if last == FAREWELL:
+        if last == DONE:
             self.gone[peer].set()
             return
         print(f"\nerror: process {peer} of {self.group.processes} has ended, so this one (process "
@@ -165,7 +165,7 @@ def _kept_alive(connection):
 
 
 def is_first() -> bool:
-    """Whether this process writes metrics and pictures and talks."""
+    """Whether this process writes metrics and pictures and prints."""
     return jax.process_index() == 0
 
 
@@ -177,7 +177,7 @@ def first_then_others(make: Callable[[], Any], name: str):
 
 
 def wait_for_all(name: str):
-    """Returns once every process has come here.
+    """Returns once every process has called this.
 
     Not by an exchange between devices: before its first one, gloo waits for the others for 30 seconds only.
     """

@@ -43,7 +43,7 @@ class Runner:
                               "of devices, and make mesh.tensor a divisor of it.")
         return min(starts) // rows, self.rows // rows
 
-    def place(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
+    def shard_batch(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
         """This process's rows [..., rows, T + 1] as global arrays."""
         if self.mesh is None:
             return batch
@@ -58,7 +58,7 @@ class Runner:
         """Those of a state, or of a part of one; None on one device."""
         return None if self.mesh is None else storage_shardings(state, self.mesh)
 
-    def placed(self, abstract: Any) -> Any:
+    def with_shardings(self, abstract: Any) -> Any:
         """Shapes of a state, or of a part of one, with their shardings."""
         if self.mesh is None:
             return abstract

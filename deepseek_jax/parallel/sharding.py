@@ -144,7 +144,7 @@ def constrain_to_storage(tree: Any) -> Any:
 def stage_spec(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
     """Between storage and the stages of a pipeline: not split over the data axes, still split over `pipe`.
 
-    The partitioner moves one axis between dimensions by an all-to-all; two at once it does by gathering everything.
+    The partitioner moves one axis between dimensions by an all-to-all, but gathers everything to move two at once.
     """
     compute, storage = leaf_sharding(path, shape, mesh)
     left = [tuple(axis for axis in axes_of(there) if axis == "pipe" or axis in axes_of(here))

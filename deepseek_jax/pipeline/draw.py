@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from matplotlib.colors import to_rgb
 from matplotlib.patches import Patch
 
-from deepseek_jax.config.schema import ConfigError
 from deepseek_jax.pipeline.orders import kind_of
 from deepseek_jax.pipeline.schedule import Schedule
 from deepseek_jax.pipeline.validate import cell_costs, starts, validate
@@ -61,10 +60,7 @@ def draw(schedule: Schedule, path: str | pathlib.Path, costs: Mapping[str, float
                      fontsize=10)
     locked.set_xlabel("time")
     _legend(figure, schedule)
-    try:
-        save_figure(figure, path)
-    except ValueError as error:  # a format that matplotlib does not know
-        raise ConfigError(f"cannot draw {path}: {error}.") from None
+    save_figure(figure, path)
 
 
 def _ticks(schedule, time):

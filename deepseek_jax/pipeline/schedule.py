@@ -9,7 +9,7 @@ import functools
 
 from deepseek_jax.config.schema import ConfigError
 from deepseek_jax.pipeline.orders import ORDERS, Op, Route
-from deepseek_jax.pipeline.ticks import Slots, assign_slots, place
+from deepseek_jax.pipeline.ticks import Slots, assign_slots, assign_ticks
 
 NAMES = tuple(ORDERS)
 
@@ -85,6 +85,6 @@ def make_schedule(name: str, ranks: int, microbatches: int, deferred: int | None
     """
     check(name, ranks, microbatches)
     empty = Schedule(name, ranks, microbatches, (), Slots(0, 0, 0))
-    rows = place([ORDERS[name](rank, ranks, microbatches, deferred) for rank in range(ranks)], empty.route)
+    rows = assign_ticks([ORDERS[name](rank, ranks, microbatches, deferred) for rank in range(ranks)], empty.route)
     table, slots = assign_slots(rows, empty.route)
     return dataclasses.replace(empty, table=table, slots=slots)

@@ -86,7 +86,7 @@ class _Search:
             yield longest, tuple(i + (ready.get(rank, longest + 1) <= longest) for rank, i in enumerate(state))
 
 
-def place(orders: list[list[Cell]], route: Route, beam: int = BEAM) -> list[list[Cell]]:
+def assign_ticks(orders: list[list[Cell]], route: Route, beam: int = BEAM) -> list[list[Cell]]:
     """The shortest placement of these orders: rows of cells, one a rank, () where it waits."""
     search = _Search(orders, route)
     start: tuple[int, ...] = (0,) * len(orders)

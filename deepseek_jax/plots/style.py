@@ -9,6 +9,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from deepseek_jax import io
+from deepseek_jax.config import ConfigError
 
 # Okabe and Ito's palette, which people with any colour vision can tell apart.
 BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, GREY, BLACK, OLIVE = PALETTE = (
@@ -23,7 +24,11 @@ def new_figure(width: float, height: float, dpi: int = 150) -> Figure:
 
 
 def save_figure(figure: Figure, path: str | os.PathLike[str], **options: Any):
-    """Writes a picture; its format follows the name."""
-    kind = os.path.splitext(path)[1].removeprefix(".") or "png"
+    """Writes a picture; its format follows the name. Raises ConfigError for a format that matplotlib cannot write."""
+    kind = os.path.splitext(path)[1].removeprefix(".").lower() or "png"
+    known = figure.canvas.get_supported_filetypes()
+    if kind not in known:
+        raise ConfigError(f"cannot draw {os.fspath(path)}: .{kind} is no format of pictures; take one of "
+                          f"{', '.join(sorted(known))}.")
     with io.replacing(path) as partial:
         figure.savefig(partial, format=kind, **options)

@@ -1,1 +1,1 @@
-"""What a model costs, and what it would cost on machines that are not here."""
+"""What a model costs: planning and compiling for hardware you don't have."""

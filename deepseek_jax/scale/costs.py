@@ -6,8 +6,6 @@ count, as usual. Backward is twice forward: once for the input's gradient, once 
 
 from deepseek_jax.config import ModelConfig
 
-FP8_BLOCK = 128  # values that share a scale; kernels_pallas.formats.BLOCK, which imports jax
-
 
 def attention_parameters(c: ModelConfig) -> int:
     """MLA of one layer, its two latent norms included."""
@@ -22,7 +20,7 @@ def ffn_parameters(c: ModelConfig, ffn_dim: int) -> int:
 
 
 def parameters(c: ModelConfig) -> dict[str, int]:
-    """All that is trained, by group; the groups are those of the table of bytes in `parallel.mesh`.
+    """Trained parameters by group; the groups are those of `parallel.capacity`.
 
     The routing biases are data, not parameters; `conventions` counts them where the published figures do.
     """

@@ -12,11 +12,12 @@
 import math
 
 from deepseek_jax.config import ModelConfig
-from deepseek_jax.scale.costs import FP8_BLOCK, attention_parameters, parameters
+from deepseek_jax.config.model import KERNEL_HEADS, UNROLLED_LAYERS
+from deepseek_jax.scale.costs import attention_parameters, parameters
 from deepseek_jax.scale.layout import Layout
+from kernels_pallas.constants import BLOCK
 
 FLOAT32 = 4
-UNROLLED_LAYERS = 8  # as model.transformer has it: more layers than that run in a loop
 GROUPS = ("masters", "moments", "averages", "working", "gradients", "kept", "buffers", "experts' products", "passing")
 
 
@@ -27,7 +28,7 @@ def rows_of_experts(c: ModelConfig, layout: Layout) -> tuple[int, int]:
     every expert's rows to begin at a multiple of the block size.
     """
     mesh, N, K = layout.mesh, layout.tokens // layout.mesh.tensor, c.experts_per_token
-    align = FP8_BLOCK if c.fp8.enabled else 1
+    align = BLOCK if c.fp8.enabled else 1
     E = c.num_experts // (mesh.node * mesh.local)
     even, arriving = N * K, N
     for places, nodes in ((mesh.node, min(K, c.groups_kept if c.num_groups > 1 else mesh.node)), (mesh.local, K)):
@@ -49,13 +50,13 @@ def _width(c: ModelConfig) -> int:
     return {"bfloat16": 2, "float32": 4, "float64": 8}[c.dtype]
 
 
-def kept_of_layer(c: ModelConfig, layout: Layout, moe: bool = True) -> float:
+def residuals_of_layer(c: ModelConfig, layout: Layout, moe: bool = True) -> float:
     """Bytes of the residuals of one layer and micro-batch."""
     N, width, D, H = layout.tokens, _width(c), c.d_model, c.num_heads / layout.mesh.tensor
     if c.remat == "full":
         return N * D * width
-    small = 1 + 4 / FP8_BLOCK if c.fp8.enabled else width  # an FP8 value and its share of a scale
-    output = 1.5 + 4 / FP8_BLOCK if c.fp8.enabled else width
+    small = 1 + 4 / BLOCK if c.fp8.enabled else width  # an FP8 value and its share of a scale
+    output = 1.5 + 4 / BLOCK if c.fp8.enabled else width
     shared = c.num_shared_experts * c.expert_ffn_dim if moe else c.dense_ffn_dim
     latents = (c.q_rank or 0) + c.kv_rank + c.rope_head_dim
     token = 2 * D * width + latents * width + H * (c.v_head_dim * output + 4) + 2 * shared / layout.mesh.tensor * small
@@ -68,7 +69,7 @@ def kept_of_layer(c: ModelConfig, layout: Layout, moe: bool = True) -> float:
     return N * token + arriving * D * width + rows * row
 
 
-def held_parameters(c: ModelConfig, layout: Layout) -> dict[str, float]:
+def parameters_per_device(c: ModelConfig, layout: Layout) -> dict[str, float]:
     """Parameters that a device of one pipeline rank computes with: {"experts", "others"}; ranks share the ends."""
     mesh, group = layout.mesh, parameters(c)
     owners = mesh.node * mesh.local
@@ -113,7 +114,7 @@ def state(c: ModelConfig, layout: Layout) -> dict[str, float]:
 
 def bytes_per_device(c: ModelConfig, layout: Layout, loss_chunk: int = 1024) -> dict[str, float]:
     """{group: bytes}, with the groups of GROUPS; their sum is what a step needs."""
-    mesh, held = layout.mesh, held_parameters(c, layout)
+    mesh, held = layout.mesh, parameters_per_device(c, layout)
     group = state(c, layout)
     all_masters, pipeline = _masters(c, layout), layout.pipeline
     if pipeline is None:
@@ -121,8 +122,8 @@ def bytes_per_device(c: ModelConfig, layout: Layout, loss_chunk: int = 1024) -> 
         once = held["experts"] + held["others"] / mesh.data_shards
         group["working"] = FLOAT32 * gathered
         group["gradients"] = FLOAT32 * (once + all_masters * (layout.microbatches > 1))
-        group["kept"] = (c.num_moe_layers + c.mtp_depth) * kept_of_layer(c, layout)
-        group["kept"] += c.num_dense_layers * kept_of_layer(c, layout, moe=False)
+        group["kept"] = (c.num_moe_layers + c.mtp_depth) * residuals_of_layer(c, layout)
+        group["kept"] += c.num_dense_layers * residuals_of_layer(c, layout, moe=False)
         # XLA defers the kernels of FP8's weight gradients to the end of all layers that it compiles at once.
         seen = c.num_moe_layers if c.num_moe_layers <= UNROLLED_LAYERS else 1
         group["buffers"] = c.fp8.enabled * (seen - 1) * deferred_of_layer(c, layout)
@@ -134,7 +135,7 @@ def bytes_per_device(c: ModelConfig, layout: Layout, loss_chunk: int = 1024) -> 
         # A tick's own gradients and the sums that they are added to; two slots in addition to the buffers, because a
         # branch reads one slot and returns one.
         group["gradients"] = FLOAT32 * ((copies + 1) * stage + 2 * ends)
-        group["kept"] = (slots.activations + 2) * layers * kept_of_layer(c, layout)
+        group["kept"] = (slots.activations + 2) * layers * residuals_of_layer(c, layout)
         group["buffers"] = (slots.messages + 1) * layout.tokens * c.d_model * _width(c)
         if slots.deferred:
             group["buffers"] += (slots.deferred + 2) * layers * deferred_of_layer(c, layout)
@@ -177,7 +178,7 @@ def deferred_of_layer(c: ModelConfig, layout: Layout) -> float:
     inputs = 2 * c.d_model + (2 * (c.q_rank or 0)) + 2 * c.kv_rank + c.num_heads * (
         c.qk_head_dim + c.nope_head_dim + 2 * c.v_head_dim)
     shared = 2 * c.d_model + 3 * c.num_shared_experts * c.expert_ffn_dim
-    width = 1 + 4 / FP8_BLOCK if c.fp8.enabled else _width(c)
+    width = 1 + 4 / BLOCK if c.fp8.enabled else _width(c)
     router = FLOAT32 * layout.tokens * (c.d_model + c.num_experts)
     return (from_experts + layout.tokens * (inputs + shared)) * width + router
 
@@ -200,7 +201,7 @@ def attention_sums(c: ModelConfig, layout: Layout) -> float:
     XLA:GPU allocates those of all layers that it compiles at once; layers of a loop share theirs. Hopper's kernel, for
     the heads of the published models, needs none.
     """
-    if (c.qk_head_dim, c.v_head_dim, c.dtype) == (192, 128, "bfloat16"):
+    if c.dtype == "bfloat16" and (c.qk_head_dim, c.v_head_dim) == KERNEL_HEADS:
         return 0.0
     layers = sum(n if n <= UNROLLED_LAYERS else 1 for n in (c.num_dense_layers, c.num_moe_layers)) + c.mtp_depth
     heads = c.num_heads / layout.mesh.tensor

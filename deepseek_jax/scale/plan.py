@@ -42,7 +42,7 @@ class Plan:
 
 
 def check_known(c: ModelConfig) -> None:
-    """Raises ConfigError for a model with parts of its own, whose traffic and work the planner does not know."""
+    """Raises ConfigError for a model with custom parts, whose traffic and work the planner does not know."""
     for name, published in PARTS.items():
         if getattr(c, name) != published:
             raise ConfigError(f"model.{name}={getattr(c, name)!r} is not known to the planner, which counts the "
@@ -54,7 +54,7 @@ def plan(c: ModelConfig, hw: Hardware, layout: Layout, tokens: float = TOKENS, p
     """Evaluates one layout.
 
     Args:
-      tokens: of the whole training. price: dollars a device-hour; None: the machine's.
+      tokens: of the complete training. price: dollars per device-hour; None: the machine's.
       limited: see `timing.step`.
     """
     check_known(c)

@@ -123,7 +123,7 @@ def costs(cell: dict[str, Cell], m: Measured) -> dict[str, float]:
 
 
 def optimizer_seconds(c: ModelConfig, hw: Hardware, layout: Layout, m: Measured) -> float:
-    """AdamW on the masters that a device holds, and ZeRO-1's scatter of gradients and gather of weights."""
+    """AdamW on a device's masters, and ZeRO-1's reduce-scatter of gradients and all-gather of weights."""
     sent = step_traffic(c, layout)
     devices = layout.mesh.devices
     moment = {"bfloat16": 2, "float32": 4}[layout.moment_dtype]

@@ -7,8 +7,9 @@ node, or its device inside the node; what stays on a device does not count.
 import math
 
 from deepseek_jax.config import ModelConfig
-from deepseek_jax.scale.costs import FP8_BLOCK, parameters
+from deepseek_jax.scale.costs import parameters
 from deepseek_jax.scale.layout import Layout
+from kernels_pallas.constants import BLOCK
 
 
 def distinct(places: int, items_each: int, drawn: int) -> float:
@@ -51,7 +52,7 @@ def _none_of(total, marked, drawn):
 
 def copy_bytes(c: ModelConfig, fp8: bool) -> float:
     """Bytes of one copy of a token; in FP8 with a float32 scale for each block."""
-    return c.d_model + 4 * math.ceil(c.d_model / FP8_BLOCK) if fp8 else 2 * c.d_model
+    return c.d_model + 4 * math.ceil(c.d_model / BLOCK) if fp8 else 2 * c.d_model
 
 
 def layer_traffic(c: ModelConfig, layout: Layout, limited: bool = True) -> dict[str, float]:

@@ -13,7 +13,7 @@ from jax import lax
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.layers import ffn, matmul, swiglu, wide
 from deepseek_jax.model.permute import combine, sort_by_expert, to_rows
-from deepseek_jax.model.router import count_choices, routing_rule
+from deepseek_jax.model.router import apply_rule, count_choices
 from deepseek_jax.model.types import RoutingContext
 from deepseek_jax.parallel.sharding import AXES
 from deepseek_jax.serving.decode_attention import TokenSlots
@@ -87,7 +87,7 @@ def moe(cfg: ModelConfig, w: LayerWeights, x_BTD: jax.Array, slots: TokenSlots) 
     x_ND = x_BTD.reshape(-1, cfg.d_model)
     context = RoutingContext(slots.token_BT.reshape(-1), slots.position_BT.reshape(-1))
     assert w.router is not None
-    _, chosen_NK, gates_NK = routing_rule(cfg)(cfg, x_ND, {"weight": w.router}, w.bias_E, context)
+    _, chosen_NK, gates_NK = apply_rule(cfg, x_ND, {"weight": w.router}, w.bias_E, context)
     f, valid_BT = w.ffn, slots.valid_BT
     place_NK, here, devices = chosen_NK, f["gate"].shape[0], _devices()
     if w.places is not None:  # experts with replicas: a token's row decides between them

@@ -19,6 +19,7 @@ import jax
 import numpy as np
 
 from deepseek_jax.config import ConfigError, FP8Config, ModelConfig
+from deepseek_jax.model.parts import check_parts
 from deepseek_jax.model.router import check_routes_alone
 from deepseek_jax.serving import latent_cache
 from deepseek_jax.serving.decode import Batch, PromptChunk, Steps, decode, prefill
@@ -207,8 +208,8 @@ class Engine:
         for size in _buckets(self.max_sequences):
             self._run([], size, 1, True)
 
-    def place(self, placement: Placement) -> None:
-        """Moves the experts to their places. With another number of places the next steps compile anew: `warm_up`."""
+    def apply_placement(self, placement: Placement) -> None:
+        """Applies a placement of experts. A different number of places recompiles the next steps; see `warm_up`."""
         self.weights = share_out(apply(self.weights, placement), self.mesh)
 
     def _in_use(self):
@@ -395,6 +396,7 @@ def check_servable(cfg: ModelConfig) -> None:
     """Raises ConfigError for a model with parts that decoding does not have."""
     if cfg.attention != "mla":
         raise ConfigError(f"model.attention={cfg.attention!r} trains only: decoding reads a cache of MLA's latents.")
+    check_parts(cfg)
     check_routes_alone(cfg, "decoding")
 
 

@@ -30,7 +30,7 @@ class Placement(NamedTuple):
                 np.array([len(p) for p in places], np.int32))
 
 
-def plan(loads_LE: np.ndarray, places: int, groups: int, nodes: int, devices: int) -> Placement:
+def balance_experts(loads_LE: np.ndarray, places: int, groups: int, nodes: int, devices: int) -> Placement:
     """Balances measured loads.
 
     Args:

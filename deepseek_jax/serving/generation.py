@@ -1,4 +1,4 @@
-"""`generate`: continuations of prompts in one call, through an engine of its own."""
+"""`generate`: continues prompts in one call, with its own engine."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def generate(cfg: ModelConfig, variables: dict[str, Any], prompts: Sequence[Sequ
       speculative: draft with the MTP modules, one token for each. The greedy continuation is the same, and so is the
         distribution of samples.
       temperature: 0 is greedy.
-      seed: of the samples; each prompt draws from a stream of its own.
+      seed: of the samples; each prompt has its own random stream.
       eos_id: ends a sequence; None never stops early.
     Raises:
       ConfigError: an empty prompt, an id outside the vocabulary, drafts without an MTP module.

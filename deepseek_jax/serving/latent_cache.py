@@ -69,7 +69,7 @@ def write(pages_PSX: jax.Array, rows_BTX: jax.Array, page_BT: jax.Array, offset_
     return pages_PSX.at[page_BT, offset_BT].set(rows_BTX)
 
 
-def places(table_BP: jax.Array, position_BT: jax.Array, valid_BT: jax.Array,
+def page_and_offset(table_BP: jax.Array, position_BT: jax.Array, valid_BT: jax.Array,
            page_size: int) -> tuple[jax.Array, jax.Array]:
     """(page, offset) of each position of each sequence; (0, .) where it is not valid."""
     page_BT = jnp.take_along_axis(table_BP, position_BT // page_size, axis=1, mode="clip")

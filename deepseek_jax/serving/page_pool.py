@@ -61,12 +61,12 @@ class Pages:
         return page
 
     def share(self, page: int) -> None:
-        """One owner more of a page that is owned or kept."""
+        """Adds an owner to an owned or kept page."""
         self._kept.pop(page, None)
         self._owners[page] += 1
 
     def release(self, page: int) -> None:
-        """One owner less. Without owners a page of a known prefix is kept, any other is free."""
+        """Removes an owner. A page without owners is kept if its prefix is known, and free otherwise."""
         self._owners[page] -= 1
         if self._owners[page] == 0:
             del self._owners[page]

@@ -25,6 +25,7 @@ from deepseek_jax.config import Config, ConfigError, as_dict
 from deepseek_jax.data.loader import Loader
 from deepseek_jax.data.prepare import claim_corpus, prepare
 from deepseek_jax.data.tokenizer import Tokenizer
+from deepseek_jax.model.parts import check_parts
 from deepseek_jax.parallel.dispatch import traffic_per_token
 from deepseek_jax.parallel.processes import anywhere, check_same, first_then_others, is_first, wait_for_all
 from deepseek_jax.parallel.runner import Runner
@@ -62,7 +63,7 @@ def starting_state(config: Config, runner: Runner | None = None) -> TrainState:
     where = runner.shardings(fresh)
     if config.init.from_ is None:
         return jax.jit(functools.partial(init_state, config), out_shardings=where)()
-    abstract = runner.placed({"params": fresh.params, "router": fresh.router})
+    abstract = runner.with_shardings({"params": fresh.params, "router": fresh.router})
     items, _, _ = restore_items(config.init.from_, abstract=abstract)
     begin = functools.partial(start_state, config)
     if where is not None:
@@ -71,7 +72,7 @@ def starting_state(config: Config, runner: Runner | None = None) -> TrainState:
 
 
 def train(config: Config, workdir: str) -> TrainResult:
-    """Trains to config.train.steps, resuming what the work directory holds.
+    """Trains to config.train.steps, resuming the run in the work directory if there is one.
 
     Raises:
       ConfigError: bad data, another config's work directory, or a mesh that does not fit.
@@ -79,6 +80,7 @@ def train(config: Config, workdir: str) -> TrainResult:
       CheckpointError: a checkpoint that could not be written.
     """
     check(config)
+    check_parts(config.model, config.balance)
     runner = Runner(config)
     check_same(repr(config))
     check_workdir(config, workdir)
@@ -114,7 +116,7 @@ class Run:
         if not (pathlib.Path(workdir) / "config.json").exists():  # which the first one wrote
             raise ConfigError(f"{workdir} is not the directory of process 0; give all processes the same --workdir, "
                               "on a disk that they share.")
-        abstract = runner.placed(jax.eval_shape(functools.partial(init_state, config)))
+        abstract = runner.with_shardings(jax.eval_shape(functools.partial(init_state, config)))
         restored = self.checkpoints.restore(abstract)
         self.state = starting_state(config, runner) if restored is None else restored[0]
         self.step = int(self.state.step)
@@ -129,7 +131,7 @@ class Run:
         traced_once = chex.assert_max_traces(lambda state, batch: train_step(config, state, batch), n=1)
         self.step_fn = runner.jit(traced_once, abstract, donate_argnums=0)
         scored = runner.jit(chex.assert_max_traces(lambda *args: eval_step(config, *args), n=1))
-        self.eval_fn = lambda params, router, micro: scored(params, router, runner.place(micro))
+        self.eval_fn = lambda params, router, micro: scored(params, router, runner.shard_batch(micro))
         self.peak = peak_flops(config.model.dtype, config.mesh.devices)
         self.flops = training_flops_per_token(config.model, config.train.sequence_length)
         self.stopping = False
@@ -158,7 +160,7 @@ class Run:
     def _steps(self, bar) -> bool:
         train, pending, self.clock = self.config.train, None, time.perf_counter()
         for index, batch in self.loader.iterate(self.step):
-            self.state, metrics = self.step_fn(self.state, self.runner.place(batch))
+            self.state, metrics = self.step_fn(self.state, self.runner.shard_batch(batch))
             self.step = index + 1
             if pending is not None:
                 self._record(pending, bar)  # while the devices work on the step after it

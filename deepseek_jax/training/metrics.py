@@ -1,8 +1,8 @@
-"""What a run writes down as it goes: numbers, and how many tokens each expert got.
+"""Metrics of a run: scalars, and the tokens of each expert.
 
 `WORKDIR/metrics.jsonl` holds one JSON object a line, at most one row for a step's training and one for its evaluation;
 TensorBoard gets the same scalars. `WORKDIR/expert_load/` holds the counts [layers, experts] of each step. A run that
-resumes from step s first drops all that lies after s, so that in the end the files are those of a run that was never
+resumes from step s first drops everything after s, so that in the end the files are those of a run that was never
 interrupted, timings apart. The balance of a step is MaxVio = max load / mean load - 1 (arXiv 2408.15664).
 """
 
@@ -27,7 +27,7 @@ from deepseek_jax import io
 
 
 def max_vio(counts_LE: np.ndarray) -> float:
-    """How far the busiest expert lies above the mean load: (max - mean) / mean, averaged over the layers."""
+    """How far the busiest expert is above the mean load: (max - mean) / mean, averaged over the layers."""
     if not len(counts_LE):
         return 0.0
     mean_L = counts_LE.mean(-1)
@@ -43,7 +43,7 @@ class MetricsWriter:
     """Writes the metrics of one work directory; in a run of several processes, only the first may hold one."""
 
     def __init__(self, workdir, resume_step: int | None):
-        """Opens the files and drops what lies after `resume_step`; None, for a run from the start, drops everything."""
+        """Opens the files and drops everything after `resume_step`; None (a run from the start) drops all."""
         workdir = pathlib.Path(workdir)
         workdir.mkdir(parents=True, exist_ok=True)
         last = -1 if resume_step is None else resume_step
@@ -56,10 +56,10 @@ class MetricsWriter:
         (workdir / "tensorboard").mkdir(exist_ok=True)
         self._events = workdir / "tensorboard" / f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}"
         self._add_event(file_version="brain.Event:2")
-        self._add_event(step=last + 1, session_log=SessionLog(status=SessionLog.START))  # hides what lies after
+        self._add_event(step=last + 1, session_log=SessionLog(status=SessionLog.START))  # hides later events
 
     def write(self, step: int, **values: Any):
-        """Appends one row, at once; a row of that step and kind which is there already stays.
+        """Appends one row immediately, unless there is one of that step and kind already.
 
         A row with a name that begins with `eval_` is the step's evaluation, any other its training. What is not a
         finite number becomes null: NaN is not JSON.
@@ -74,7 +74,7 @@ class MetricsWriter:
         self._add_event(step=int(step), summary=Summary(value=scalars))
 
     def write_expert_load(self, step: int, counts_LE: np.ndarray):
-        """Appends the tokens that chose each expert in this step, over the whole global batch."""
+        """Appends the number of tokens that chose each expert in this step, over the global batch."""
         if not self._is_new("load", step):
             return
         counts_LE = np.asarray(counts_LE, np.int32)
@@ -99,7 +99,7 @@ class MetricsWriter:
 
 
 def read_metrics(workdir: str | os.PathLike[str]) -> list[dict]:
-    """All whole rows, in the order of writing. null comes back as None."""
+    """All complete rows, in the order of writing. null becomes None."""
     path = pathlib.Path(workdir) / "metrics.jsonl"
     rows = []
     for line in path.read_text(errors="replace").split("\n") if path.exists() else ():

@@ -25,7 +25,7 @@ from deepseek_jax.training.types import Batch, Metrics, Normalizers, Sums, Token
 
 @flax.struct.dataclass
 class TrainState:
-    """All of a run's state besides its config. The data position is a function of `step`."""
+    """All of a run's state except its config. The data position is a function of `step`."""
 
     step: jax.Array  # int32: optimizer steps done
     params: dict[str, Any]

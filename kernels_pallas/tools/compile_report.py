@@ -114,7 +114,7 @@ def _compile(case, here, folder):
     return set(folder.iterdir()) - before
 
 
-def report(names: Iterable[str]) -> list[dict]:
+def compile_kernels(names: Iterable[str]) -> list[dict]:
     """A row for every kernel of every case of these shapes."""
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     devices = described()
@@ -150,7 +150,7 @@ def main() -> int:
     args = parser.parse_args()
     print(f"{'operation':20} {'shape':34} {'kernel':18}", *(f"{name[:7]:>7}" for name in FIELDS))
     try:
-        rows = report(args.shapes)
+        rows = compile_kernels(args.shapes)
     except NoCompiler as error:
         print(error, file=sys.stderr)
         return 2

@@ -33,7 +33,7 @@ def compiled(case: Any, device: Any) -> Any:
     return {"compiles": True, "temporary_bytes": memory.temp_size_in_bytes if memory else 0}
 
 
-def report(chips: Iterable[str], names: Iterable[str]) -> list[dict]:
+def compile_kernels(chips: Iterable[str], names: Iterable[str]) -> list[dict]:
     """A row for every chip and every case of these shapes that has a TPU kernel."""
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no machine to ask about
@@ -68,7 +68,7 @@ def main() -> int:
     parser.add_argument("--chips", nargs="+", default=list(CHIPS), choices=CHIPS)
     parser.add_argument("--shapes", nargs="+", default=["v3-train"], choices=["tiny", "v3-train", "v3-decode"])
     args = parser.parse_args()
-    rows = report(args.chips, args.shapes)
+    rows = compile_kernels(args.chips, args.shapes)
     if args.json:
         pathlib.Path(args.json).write_text(json.dumps(rows, indent=1) + "\n")
     bad = [row for row in rows if not row["compiles"]]

@@ -137,13 +137,13 @@ def test_stdlib_is_the_running_library_without_its_tests():
 
 
 def cut_of(names, fraction):
-    return corpus.find_cut((corpus.place(n) for n in names), fraction, "here")
+    return corpus.find_cut((corpus.hash_position(n) for n in names), fraction, "here")
 
 
 def test_validation_takes_its_fraction_of_many_documents():
     names = [f"file{i}" for i in range(4000)]
     cut = cut_of(names, 0.1)
-    assert 330 < sum(corpus.place(n) <= cut for n in names) < 470
+    assert 330 < sum(corpus.hash_position(n) <= cut for n in names) < 470
 
 
 def test_other_files_do_not_move_a_document():
@@ -152,17 +152,17 @@ def test_other_files_do_not_move_a_document():
 
 
 def test_the_split_is_the_same_in_another_process():
-    code = "from deepseek_jax.data.corpus import place; print(place('json/decoder.py'))"
+    code = "from deepseek_jax.data.corpus import hash_position; print(hash_position('json/decoder.py'))"
     out = [subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONHASHSEED": seed}, check=True,
                           capture_output=True, text=True).stdout for seed in "12"]
-    assert [int(o) for o in out] == [corpus.place("json/decoder.py")] * 2
-    assert corpus.place("json/decoder.py") == 0x3b2e3cb3d29d57a5
+    assert [int(o) for o in out] == [corpus.hash_position("json/decoder.py")] * 2
+    assert corpus.hash_position("json/decoder.py") == 0x3b2e3cb3d29d57a5
 
 
 @pytest.mark.parametrize("fraction", [0.001, 0.999])
 def test_two_documents_are_enough_for_both_sides(fraction):
     cut = cut_of("ab", fraction)
-    assert sorted(corpus.place(n) <= cut for n in "ab") == [False, True]
+    assert sorted(corpus.hash_position(n) <= cut for n in "ab") == [False, True]
 
 
 @pytest.mark.parametrize("names, fraction, message", [

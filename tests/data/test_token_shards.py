@@ -9,7 +9,7 @@ import pytest
 from deepseek_jax import io
 from deepseek_jax.config import ConfigError, InitConfig
 from deepseek_jax.data import token_shards
-from deepseek_jax.data.corpus import Document, place, read_documents
+from deepseek_jax.data.corpus import Document, hash_position, read_documents
 from deepseek_jax.data.prepare import Source, claim_corpus, prepare, prepare_evaluation, sample
 
 
@@ -26,8 +26,8 @@ def written(tmp_path, made, tokenizer, **options):
 def test_every_document_is_stored_between_bos_and_eos(tmp_path, trained, texts):
     made = documents(texts)
     found, meta = written(tmp_path, made, trained)
-    for split, wanted in (("train", [d for d in made if place(d.name) > 2**63]),
-                          ("validation", [d for d in made if place(d.name) <= 2**63])):
+    for split, wanted in (("train", [d for d in made if hash_position(d.name) > 2**63]),
+                          ("validation", [d for d in made if hash_position(d.name) <= 2**63])):
         shard = found[split]
         assert len(wanted) == len(shard.bytes_N) == meta[split]["documents"] > 0
         for i, document in enumerate(wanted):
@@ -119,9 +119,9 @@ def test_what_is_there_is_not_made_again(make_config, folder, tmp_path, monkeypa
     first = prepare(config, str(tmp_path / "work"))
     monkeypatch.setattr(token_shards, "write", None)
     again = prepare(config, str(tmp_path / "work"))
-    assert again.report == first.report
+    assert again.sources == first.sources
     assert again.tokenizer.digest == first.tokenizer.digest
-    assert first.report[0]["files"] == 40
+    assert first.sources[0]["files"] == 40
 
 
 def test_the_seed_makes_new_shards_only_where_tokens_are_split(make_config, folder, tmp_path):
@@ -137,7 +137,7 @@ def test_the_seed_makes_new_shards_only_where_tokens_are_split(make_config, fold
 def test_the_tokenizer_reads_training_documents_only(folder):
     source = Source(folder, 0.2)
     read = set(source.training_texts())
-    wanted = {d.parts[0][0] for d in read_documents(source.files) if place(d.name) > source.survey[1]}
+    wanted = {d.parts[0][0] for d in read_documents(source.files) if hash_position(d.name) > source.survey[1]}
     assert read == wanted and 20 < len(read) < 40
 
 
@@ -156,7 +156,7 @@ def test_a_changed_file_is_read_anew(make_config, tmp_path):
     (tmp_path / "0.txt").write_text("changed\n" * 50)
     after = prepare(config, str(tmp_path / "work"))
     assert after.tokenizer.digest == before.tokenizer.digest  # that of the work directory stays
-    assert after.report[0]["bytes"] == before.report[0]["bytes"] + 400 - len("document 0\n") * 20
+    assert after.sources[0]["bytes"] == before.sources[0]["bytes"] + 400 - len("document 0\n") * 20
 
 
 def test_a_run_from_others_weights_takes_their_tokenizer(make_config, folder, tmp_path, trained):
@@ -171,7 +171,7 @@ def test_an_evaluation_corpus_is_all_validation(make_config, folder, tmp_path):
     prepare(config, str(tmp_path / "work"))
     made = prepare_evaluation(config, str(tmp_path / "work"), folder)
     assert made.train == ()
-    assert len(made.validation[0].bytes_N) == made.report[0]["documents"] == 40
+    assert len(made.validation[0].bytes_N) == made.sources[0]["documents"] == 40
 
 
 def test_a_sample_is_about_its_share_and_the_same_again():

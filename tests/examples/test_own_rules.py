@@ -39,7 +39,7 @@ def hashed(tmp_path_factory):
     return folder / "run"
 
 
-def test_hash_routing_sends_equal_tokens_to_equal_experts_in_training_and_in_decoding(hashed):
+def test_hash_routing_sends_equal_tokens_to_equal_experts(hashed):
     cfg, variables, _ = (run := load_run(str(hashed))).config.model, run.variables, run.step
     tokens = np.array([[5, 9, 5, 7, 9, 5, 7, 7]], np.int32)
 
@@ -50,12 +50,33 @@ def test_hash_routing_sends_equal_tokens_to_equal_experts_in_training_and_in_dec
         assert (at == at[:, :1]).all()
     assert len(np.unique(chosen_LTK)) > cfg.experts_per_token
 
-    made = generate(cfg, variables, [tokens[0].tolist()], 3).tokens[0]
-    expected = tokens[0].tolist()
-    for _ in made:  # the decoder routes by the same token ids as the forward pass over all of them
-        logits = DeepSeekV3(cfg).apply(variables, jnp.array([expected], jnp.int32)).logits_BTW
-        expected.append(int(logits[0, -1].argmax()))
-    assert made == expected[len(tokens[0]):]
+
+def test_the_decoder_routes_by_the_tokens_that_the_forward_pass_sees():
+    cfg = naive.tiny(num_layers=2, router=HASH, router_bias="none")
+    variables = naive.variables_of(cfg)  # weights so large that another expert is another token
+    prompts = [[5, 9, 5, 7, 9], [3, 3, 4]]
+    made = generate(cfg, variables, prompts, 8)
+    for prompt, new in zip(prompts, made.tokens):
+        row = np.zeros((1, 16), np.int32)
+        row[0, :len(prompt) + 8] = prompt + new
+        logits = naive.forward(cfg)(variables, row).logits_BTW[0]
+        assert logits[len(prompt) - 1:len(prompt) + 7].argmax(-1).tolist() == new
+
+
+def by_token_and_place(cfg, x_ND, weights, bias_E, context):
+    tokens_N = context.tokens_N * (1 + context.positions_N)
+    return own_router.hash_route(cfg, x_ND, weights, bias_E, context._replace(tokens_N=tokens_N))
+
+
+def test_the_router_of_an_mtp_module_sees_the_tokens_ahead():
+    cfg = naive.tiny(router=f"{__name__}:by_token_and_place", mtp_depth=2)
+    tokens_T = np.array([5, 9, 5, 7, 9, 0, 1, 7])
+    counts = naive.forward(cfg)(naive.variables_of(cfg), tokens_T[None].astype(np.int32)).counts["mtp_bias"]
+    for k, counts_E in enumerate(counts, start=1):
+        first_T = np.roll(tokens_T, -k) * np.arange(1, 9) * 2654435761 % 2**32 % cfg.num_experts
+        chosen_TK = (first_T[:, None] + np.arange(cfg.experts_per_token) * (cfg.num_experts // cfg.experts_per_token))
+        expected_E = np.bincount((chosen_TK % cfg.num_experts).ravel(), minlength=cfg.num_experts)
+        np.testing.assert_array_equal(counts_E, expected_E)
 
 
 def test_a_speculative_continuation_by_hash_routing_is_the_plain_one(hashed):
@@ -73,7 +94,8 @@ def test_the_commands_generate_from_a_run_with_its_own_rule(hashed):
 
 def test_a_balancer_with_momentum_keeps_its_state_in_the_checkpoint_and_moves_by_it(tmp_path):
     config = runs.write_config(tmp_path)
-    change = [f"--config.balance.bias_rule={MOMENTUM}", "--config.train.steps=6", "--config.train.checkpoint_every=3"]
+    change = [f"--config.balance.bias_rule={MOMENTUM}", "--config.train.steps=6", "--config.train.checkpoint_every=3",
+              "--config.train.sample_tokens=0"]
     assert runs.run("train", "--config", config, "--workdir", tmp_path / "run", *change).code == 0
 
     leaves = json.loads((tmp_path / "run/checkpoints/6/meta.json").read_text())["leaves"]

@@ -85,7 +85,7 @@ def test_every_tiny_kernel_compiles_for_every_tpu():
 
 def test_without_libtpu_one_line_says_what_brings_it():
     code = ("import sys; sys.modules['libtpu'] = None; "
-            "from kernels_pallas.tools.compile_tpu import report; report([], [])")
+            "from kernels_pallas.tools.compile_tpu import compile_kernels; compile_kernels([], [])")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr == "compiling for TPU needs libtpu; pip install 'jax[tpu]' brings the one that fits.\n"

@@ -106,7 +106,7 @@ MUTATIONS = [
     ),
     Mutation(
         name="a failed conversion leaves its half",
-        file="deepseek_jax/interop/save.py",
+        file="deepseek_jax/io.py",
         old=(
             "    finally:\n"
             "        shutil.rmtree(partial, ignore_errors=True)"),

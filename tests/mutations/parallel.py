@@ -97,7 +97,7 @@ MUTATIONS = [
     Mutation(
         name="bytes forget the scales",
         file="deepseek_jax/parallel/dispatch.py",
-        old="model.d_model + 4 * -(-model.d_model // 128) if",
+        old="model.d_model + 4 * -(-model.d_model // BLOCK) if",
         new="model.d_model if",
         tests="parallel/test_dispatch.py",
     ),
@@ -169,7 +169,7 @@ MUTATIONS = [
     Mutation(
         name="nobody says farewell",
         file="deepseek_jax/parallel/processes.py",
-        old="            connection.sendall(FAREWELL)\n",
+        old="            connection.sendall(DONE)\n",
         new="            pass\n",
         tests="parallel/test_processes.py",
     ),
@@ -190,8 +190,8 @@ MUTATIONS = [
     Mutation(
         name="a process that is gone is not missed",
         file="deepseek_jax/parallel/processes.py",
-        old="if last == FAREWELL:",
-        new='if last in (FAREWELL, b""):',
+        old="if last == DONE:",
+        new='if last in (DONE, b""):',
         tests="parallel/test_processes.py",
     ),
     Mutation(

@@ -264,7 +264,7 @@ MUTATIONS = [
     ),
     Mutation(
         name="long stacks are unrolled too",
-        file="deepseek_jax/scale/memory.py",
+        file="deepseek_jax/config/model.py",
         old="UNROLLED_LAYERS = 8",
         new="UNROLLED_LAYERS = 99",
         tests="scale/test_memory.py",

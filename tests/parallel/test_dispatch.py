@@ -55,8 +55,8 @@ def through(cfg, wire=dispatch.PLAIN):
     """(tokens, choices, gates, weights, dy) -> (output, traffic, gradients), jitted once a mesh."""
     def run(x_ND, chosen_NK, gates_NK, w_ED, dy_ND):
         def f(x_ND, gates_NK, w_ED):
-            return dispatch.to_experts(dispatch.Placement(cfg, E, cfg.node, wire), experts, x_ND, chosen_NK, gates_NK,
-                                       (w_ED,))
+            return dispatch.to_experts(dispatch.ExpertLayout(cfg, E, cfg.node, wire), experts, x_ND, chosen_NK,
+                                       gates_NK, (w_ED,))
 
         y_ND, pull, traffic = jax.vjp(f, x_ND, gates_NK, w_ED, has_aux=True)
         return y_ND, traffic, pull(dy_ND)
@@ -225,7 +225,7 @@ def test_a_ragged_sender_has_no_more_room_than_a_receiver_and_counts_what_it_can
     with on(MeshConfig(local=8)):
         place_RK = jnp.tile(jnp.arange(2, dtype=jnp.int32), (8 * 16, 1))
         hops = jax.jit(jax.shard_map(
-            lambda place_RK: jax.tree.map(lambda a: a[None], dispatch.plan_hop(place_RK, "local", 8, 20, ragged=True)),
+            lambda place_RK: jax.tree.map(lambda a: a[None], dispatch.route_hop(place_RK, "local", 8, 20, ragged=True)),
             in_specs=spec("batch"), out_specs=spec("batch"), check_vma=False))(place_RK)
 
     assert hops.row_S.shape == (8, 20)
@@ -244,7 +244,7 @@ def test_fp8_tokens_arrive_as_the_nearest_e4m3_and_gradients_of_outputs_too():
     def run(cfg, wire):
         def f(x_ND):
             double = lambda x_RD, id_RK, gates_RK, _: (x_RD * (id_RK > 0).sum(axis=1, keepdims=True), (id_RK > 0).sum())
-            placement = dispatch.Placement(cfg, E, cfg.node, wire)
+            placement = dispatch.ExpertLayout(cfg, E, cfg.node, wire)
             return dispatch.to_experts(placement, double, x_ND, chosen_NK, jnp.ones((N, K)), ())[0]
 
         with on(cfg):
@@ -293,14 +293,14 @@ def test_the_counters_of_a_64_device_mesh_measure_it():
     code = """
 import jax, jax.numpy as jnp, numpy as np
 from deepseek_jax.config import MeshConfig, model_config
-from deepseek_jax.parallel.dispatch import Placement, to_experts, traffic_per_token
+from deepseek_jax.parallel.dispatch import ExpertLayout, to_experts, traffic_per_token
 from deepseek_jax.parallel.mesh import make_mesh
 from tests.parallel.test_dispatch import v3_choices
 experts = lambda x, ids, gates, w: (x * gates.sum(1, keepdims=True), (ids > 0).sum())
 for form in ("two_hop", "flat"):
     cfg, chosen = MeshConfig(node=8, local=8, dispatch=form), v3_choices(512)
     with jax.set_mesh(make_mesh(cfg)):
-        run = lambda x: to_experts(Placement(cfg, 256, 4), experts, x, chosen, jnp.ones((512, 8)), ())[1]
+        run = lambda x: to_experts(ExpertLayout(cfg, 256, 4), experts, x, chosen, jnp.ones((512, 8)), ())[1]
         traffic = jax.jit(run)(jnp.ones((512, 2)))
     found = traffic_per_token(cfg, model_config("v3_671b"), jax.device_get(traffic))
     print(form, found["cross_node_bytes"], found["flat_cross_node_bytes"], found["nodes_per_token"],

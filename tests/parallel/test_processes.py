@@ -104,7 +104,7 @@ def test_a_bad_group_is_one_line(group, complaint):
 
 
 def test_nobody_there_is_one_line(monkeypatch):
-    monkeypatch.setattr(processes, "PATIENCE", 0)
+    monkeypatch.setattr(processes, "STARTUP_TIMEOUT", 0)
     for process in (0, 1):
         with pytest.raises(ConfigError, match="could not meet the others"):
             Watch(Group(f"localhost:{free_port()}", 2, process))

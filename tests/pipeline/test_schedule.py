@@ -10,7 +10,7 @@ from deepseek_jax.config.schema import ConfigError
 from deepseek_jax.pipeline import make_schedule, validate
 from deepseek_jax.pipeline.orders import ORDERS, Route, kind_of
 from deepseek_jax.pipeline.schedule import NAMES
-from deepseek_jax.pipeline.ticks import NOMINAL, color, place, sources
+from deepseek_jax.pipeline.ticks import NOMINAL, assign_ticks, color, sources
 
 UNIT = {"f": 1, "b": 2, "w": 1, "fb": 3}
 
@@ -129,7 +129,7 @@ def orders_of(name, ranks, microbatches):
 def test_no_placement_of_the_orders_is_shorter(name, ranks, microbatches):
     """The beam finds what it finds when nothing is pruned; and every pruned tick ran all that fitted into it."""
     def length(beam):
-        rows = place(*orders_of(name, ranks, microbatches), beam=beam)
+        rows = assign_ticks(*orders_of(name, ranks, microbatches), beam=beam)
         return sum(max(NOMINAL[kind_of(cell)] for cell in row if cell) for row in rows)
 
     assert length(32) == length(10**9)

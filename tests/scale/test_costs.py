@@ -9,7 +9,6 @@ from deepseek_jax.model import DeepSeekV3
 from deepseek_jax.parallel.capacity import parameter_bytes
 from deepseek_jax.parallel.mesh import abstract_mesh
 from deepseek_jax.scale import costs
-from kernels_pallas import formats
 
 
 @pytest.mark.parametrize(
@@ -100,7 +99,3 @@ def test_full_remat_computes_the_forward_pass_again_and_none_only_the_scores():
 
     assert all(full[part]["again"] == full[part]["forward"] for part in ("attention", "shared", "experts", "dense"))
     assert [part for part in none if none[part]["again"]] == ["scores"]
-
-
-def test_the_planner_knows_the_block_size_of_the_kernels():
-    assert costs.FP8_BLOCK == formats.BLOCK

@@ -12,7 +12,7 @@ import pytest
 from deepseek_jax.config import FP8Config, MeshConfig, model_config
 from deepseek_jax.model import DeepSeekV3, transformer
 from deepseek_jax.parallel.capacity import parameter_bytes
-from deepseek_jax.parallel.dispatch import Placement, plan_hops
+from deepseek_jax.parallel.dispatch import ExpertLayout, route_hops
 from deepseek_jax.parallel.mesh import abstract_mesh, make_mesh
 from deepseek_jax.scale import memory
 from deepseek_jax.scale.layout import Layout
@@ -89,7 +89,7 @@ def test_masters_and_what_is_computed_with_are_those_of_the_rule_table(name, mes
     masters = sum(row["storage"] for row in table.values())
     compute = sum(row["compute"] for row in table.values())
     assert memory.state(c, layout)["masters"] == pytest.approx(masters, rel=1e-2)
-    assert 4 * sum(memory.held_parameters(c, layout).values()) == pytest.approx(compute, rel=1e-2)
+    assert 4 * sum(memory.parameters_per_device(c, layout).values()) == pytest.approx(compute, rel=1e-2)
 
 
 @pytest.mark.parametrize(("buffers", "capacity"), [("static", None), ("static", 1.5), ("ragged", 1.25)])
@@ -100,7 +100,7 @@ def test_rows_that_arrive_are_those_that_dispatch_has_room_for(buffers, capacity
     spec = jax.sharding.PartitionSpec(("node", "local"))
 
     def arriving(chosen_NK):
-        return plan_hops(Placement(mesh, c.num_experts, min(2, c.groups_kept)), chosen_NK)[1]
+        return route_hops(ExpertLayout(mesh, c.num_experts, min(2, c.groups_kept)), chosen_NK)[1]
 
     inside = jax.shard_map(arriving, mesh=devices, in_specs=spec, out_specs=spec, check_vma=False)
     try:
@@ -113,7 +113,7 @@ def test_rows_that_arrive_are_those_that_dispatch_has_room_for(buffers, capacity
 
 def test_each_policy_keeps_less_and_fp8_keeps_less():
     layout = Layout(MeshConfig(local=8, buffers="ragged", capacity=1.5))
-    kept = lambda **changes: memory.kept_of_layer(model_config("v2_lite_16b", **changes), layout)
+    kept = lambda **changes: memory.residuals_of_layer(model_config("v2_lite_16b", **changes), layout)
 
     assert kept(remat="none") > kept(remat="report") > kept(remat="full") == 4096 * 2048 * 2
     assert kept(fp8=FP8Config(enabled=True)) < kept()
@@ -123,6 +123,6 @@ def test_dualpipe_holds_two_stages_weights_and_1f1b_one():
     mesh = MeshConfig(pipe=4, local=2)
     c = model_config("tiny", num_layers=9)
     dual, single = (memory.bytes_per_device(c, Layout(mesh, name, 8, 1, 256)) for name in ("dualpipe", "1f1b"))
-    ends = 4 * memory.held_parameters(c, Layout(mesh, "1f1b", 8, 1, 256))["ends"]
+    ends = 4 * memory.parameters_per_device(c, Layout(mesh, "1f1b", 8, 1, 256))["ends"]
 
     assert dual["working"] - ends == pytest.approx(2 * (single["working"] - ends))

@@ -10,7 +10,7 @@ from deepseek_jax.config import ConfigError, MeshConfig
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.serving.decode import decode, prefill
 from deepseek_jax.serving.engine import Engine, EngineConfig, Request
-from deepseek_jax.serving.expert_placement import Placement, apply, pack, plan, replicate
+from deepseek_jax.serving.expert_placement import Placement, apply, balance_experts, pack, replicate
 from deepseek_jax.serving.weights import prepare
 from tests.model import naive
 
@@ -22,12 +22,12 @@ GLOBAL = [[10, 6, 10, 7, 0, 2, 11, 4, 5, 9, 5, 4, 8, 3, 1, 1], [1, 10, 2, 4, 5, 
 
 @pytest.mark.parametrize(("groups", "nodes", "expected"), [(4, 2, HIERARCHICAL), (1, 1, GLOBAL), (3, 2, GLOBAL)])
 def test_the_published_loads_are_placed_as_published(groups, nodes, expected):
-    assert plan(LOADS, places=16, groups=groups, nodes=nodes, devices=8).expert_LP.tolist() == expected
+    assert balance_experts(LOADS, places=16, groups=groups, nodes=nodes, devices=8).expert_LP.tolist() == expected
 
 
 def test_every_expert_has_a_place_and_no_device_holds_more_than_its_share():
     loads_LE = np.random.default_rng(0).pareto(1.0, (3, 32)) * 100
-    placed = plan(loads_LE, places=48, groups=8, nodes=4, devices=16)
+    placed = balance_experts(loads_LE, places=48, groups=8, nodes=4, devices=16)
 
     assert placed.expert_LP.shape == (3, 48)
     assert all(set(row) == set(range(32)) for row in placed.expert_LP.tolist())
@@ -37,7 +37,7 @@ def test_the_busiest_device_is_relieved():
     loads_E = np.r_[np.full(15, 10.0), 150.0]
     busiest = lambda expert_P, count_E: (loads_E / count_E)[expert_P].reshape(8, -1).sum(axis=1).max()
 
-    expert_P = plan([loads_E], places=24, groups=1, nodes=1, devices=8).expert_LP[0]
+    expert_P = balance_experts([loads_E], places=24, groups=1, nodes=1, devices=8).expert_LP[0]
 
     count_E = np.bincount(expert_P)
     assert count_E[15] > 4 and busiest(expert_P, count_E) < 0.5 * busiest(np.arange(16), np.ones(16))
@@ -56,15 +56,15 @@ def test_replicas_go_to_the_largest_load_per_replica():
     [(dict(places=10), "fewer than the 12"), (dict(places=17), "multiple of devices"), (dict(groups=5), "of groups=5")])
 def test_numbers_that_do_not_divide_say_so(arguments, message):
     with pytest.raises(ConfigError, match=message):
-        plan(LOADS, **{**dict(places=16, groups=4, nodes=2, devices=8), **arguments})
+        balance_experts(LOADS, **{**dict(places=16, groups=4, nodes=2, devices=8), **arguments})
 
 
 def test_no_output_token_changes_when_experts_move_and_are_duplicated():
     engine = Engine(CFG, naive.variables_of(CFG), EngineConfig(max_sequences=2, max_length=64, chunk=16))
     before = continuations(engine)
 
-    placed = plan(engine.loads_LE, places=12, groups=4, nodes=2, devices=4)
-    engine.place(placed)
+    placed = balance_experts(engine.loads_LE, places=12, groups=4, nodes=2, devices=4)
+    engine.apply_placement(placed)
 
     assert engine.weights.layers[1].ffn["gate"].shape[0] == 12
     assert continuations(engine) == before
@@ -81,7 +81,7 @@ def test_no_output_token_changes_on_a_mesh_whose_devices_share_the_experts_as_pl
     assert continuations(engine) == before
 
     for loads_LE in (engine.loads_LE, engine.loads_LE[:, ::-1]):
-        engine.place(plan(loads_LE, places=12, groups=4, nodes=2, devices=4))
+        engine.apply_placement(balance_experts(loads_LE, places=12, groups=4, nodes=2, devices=4))
         engine.warm_up()
         compiled = decode._cache_size(), prefill._cache_size()
 

@@ -61,7 +61,7 @@ def test_a_row_lies_where_its_table_says_and_what_is_not_valid_on_page_0():
     pages = jnp.zeros((5, 2, 1))
     table_BP = jnp.array([[3, 1], [2, 4]])
     position_BT, valid_BT = jnp.array([[1, 2], [0, 3]]), jnp.array([[True, True], [True, False]])
-    page_BT, offset_BT = latent_cache.places(table_BP, position_BT, valid_BT, 2)
+    page_BT, offset_BT = latent_cache.page_and_offset(table_BP, position_BT, valid_BT, 2)
 
     pages = latent_cache.write(pages, jnp.array([[[10.0], [11.0]], [[20.0], [99.0]]]), page_BT, offset_BT)
 

@@ -41,7 +41,7 @@ def run_of(monkeypatch, losses, **train):
     run = object.__new__(loop.Run)
     run.config, run.state, run.step, run.writer, run.stopping, run.peak, run.flops = config, 0, 0, None, False, 1, 1
     run.loader = types.SimpleNamespace(iterate=lambda start: ((i, {"active": 1}) for i in range(start, len(losses))))
-    run.runner = types.SimpleNamespace(place=lambda batch: batch, rows=1)
+    run.runner = types.SimpleNamespace(shard_batch=lambda batch: batch, rows=1)
     run.step_fn, run.eval_fn = step, None
     run.checkpoints = types.SimpleNamespace(save=lambda step, *_: done.append(f"save {step}"), wait=lambda: None,
                                             steps=list)

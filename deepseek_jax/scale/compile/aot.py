@@ -113,7 +113,7 @@ def bytes_of(compiled: Any) -> dict[str, int]:
             "code": found.generated_code_size_in_bytes}
 
 
-def report(model: ModelConfig, layout: Layout, target: str) -> dict[str, Any]:
+def measure_step(model: ModelConfig, layout: Layout, target: str) -> dict[str, Any]:
     """Compiles the step; returns what it takes, and what the planner predicted. JSON-able."""
     config = config_of(model, layout)
     compiled, made = compile_step(config, target)

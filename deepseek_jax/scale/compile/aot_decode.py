@@ -1,4 +1,4 @@
-"""The real decode step, compiled for a machine that is not here: the program that `serving.engine` calls.
+"""The decode step that `serving.engine` calls, compiled for hardware you don't have.
 
 Each device serves its own sequences with a complete copy of the model, as the engine does without a mesh; so the
 program of one device is that of all of them, and nothing is communicated.
@@ -51,7 +51,7 @@ def _shapes(cfg: ModelConfig, geometry: CacheGeometry, sequences: int, depth: in
             "batch": batch}
 
 
-def report(model: ModelConfig, target: str, sequences: int, length: int, depth: int = 0,
+def measure_decode(model: ModelConfig, target: str, sequences: int, length: int, depth: int = 0,
            kind: str | None = None) -> dict[str, Any]:
     """Compiles the step and returns what it takes. JSON-able.
 

@@ -1,4 +1,4 @@
-"""What a compiled program communicates, read off XLA's scheduled text (no jax).
+"""What a compiled program communicates, parsed from XLA's scheduled text (no jax).
 
 A collective is asynchronous if XLA gave it a start and a done, and hidden if there are products between them; the
 device waits for all others. Its axes are those along which the devices of its first group differ.

@@ -1,4 +1,4 @@
-"""The engine on a thread of its own, and streams of text that an event loop can wait for."""
+"""The engine on its own thread, and text streams for an event loop."""
 
 from __future__ import annotations
 

@@ -192,7 +192,7 @@ class Arm:
                 "curves": {"train_loss": thinned(losses), "max_vio_batch": thinned(vio)},
                 "probes": probes.curves(), "arrays": probes.arrays(),
                 "parameters": sum(x.size for x in jax.tree.leaves(state.params)), "first_loss": losses[0],
-                "corpus": [source["digest"] for source in self.text.report],
+                "corpus": [source["digest"] for source in self.text.sources],
                 "seconds": round(time.perf_counter() - begun, 1)}
 
     def _weights(self, arm, seed):

@@ -68,7 +68,7 @@ def lowered_step(config: Config) -> tuple[Any, Callable[[], Any], dict[str, Any]
     batch["active"] = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
     with jax.set_mesh(devices.mesh):
         step = jax.jit(functools.partial(train_step, config), out_shardings=(where, whole), donate_argnums=0)
-        return step.lower(devices.placed(abstract), batch), jax.jit(initial, out_shardings=where), batch
+        return step.lower(devices.with_shardings(abstract), batch), jax.jit(initial, out_shardings=where), batch
 
 
 def programs(args: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:

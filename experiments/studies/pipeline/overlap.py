@@ -113,7 +113,7 @@ def cells(schedule: str, text: str, tokens: int, machine: str) -> dict[str, list
     return found
 
 
-def report(programs: dict[str, str], tokens: int) -> list[dict]:
+def rows_of(programs: dict[str, str], tokens: int) -> list[dict]:
     """A row for each cell and machine. JSON-able."""
     rows = []
     for machine in MACHINES:
@@ -131,7 +131,7 @@ def main() -> None:
     parser.add_argument("--programs", required=True, type=pathlib.Path, metavar="FOLDER")
     parser.add_argument("--tokens", type=int, default=1024, help="of a micro-batch on one device")
     args = parser.parse_args()
-    rows = report({name: program(name, args.tokens, args.programs) for name in CELLS}, args.tokens)
+    rows = rows_of({name: program(name, args.tokens, args.programs) for name in CELLS}, args.tokens)
     print(f"{'':6}{'':10}{'cell':6}{'asynchronous':>13}{'TFLOP between':>15}{'transfer, ms':>14}{'waited, ms':>12}")
     for row in rows:
         for t in row["transfers"]:

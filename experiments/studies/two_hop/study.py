@@ -16,7 +16,7 @@ import numpy as np
 from deepseek_jax.config import MeshConfig, model_config
 from deepseek_jax.model.experts import FP8_WIRE
 from deepseek_jax.model.router import select
-from deepseek_jax.parallel.dispatch import Placement, plan_hops, to_experts, traffic_per_token
+from deepseek_jax.parallel.dispatch import ExpertLayout, route_hops, to_experts, traffic_per_token
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.parallel.sharding import spec
 from deepseek_jax.plots.training import plot_dispatch
@@ -62,8 +62,8 @@ def choices(seed: int, tokens: int) -> jax.Array:
 def sent(mesh: MeshConfig, chosen_NK: jax.Array) -> list[np.ndarray]:
     """For each hop, [64, 64]: the copies that each device sends to each other one."""
     def inside(chosen_NK):
-        placement = Placement(mesh, MODEL.num_experts, MODEL.groups_kept)
-        return [hop.sent_P[None] for hop in plan_hops(placement, chosen_NK)[0]]
+        placement = ExpertLayout(mesh, MODEL.num_experts, MODEL.groups_kept)
+        return [hop.sent_P[None] for hop in route_hops(placement, chosen_NK)[0]]
 
     tokens = spec("tokens")
     with jax.set_mesh(make_mesh(mesh)):
@@ -86,7 +86,7 @@ def counters(mesh: MeshConfig, chosen_NK: jax.Array) -> dict[str, float]:
     experts = lambda x_RD, id_RK, gates_RK, weights: (x_RD, (id_RK > 0).sum())
     gates_NK = jnp.ones(chosen_NK.shape)
     with jax.set_mesh(make_mesh(mesh)):
-        placement = Placement(mesh, MODEL.num_experts, MODEL.groups_kept)
+        placement = ExpertLayout(mesh, MODEL.num_experts, MODEL.groups_kept)
         run = lambda x_ND: to_experts(placement, experts, x_ND, chosen_NK, gates_NK, ())[1]
         traffic = jax.jit(run)(jnp.ones((len(chosen_NK), 1)))
     return traffic_per_token(mesh, MODEL, jax.device_get(traffic))
