@@ -52,7 +52,8 @@ def overhead(steps: int, seconds: float) -> float:
     loop.jax.device_get = fetch
     run.loader = types.SimpleNamespace(iterate=lambda start: ((i, {"active": 1}) for i in range(steps)))
     run.runner = types.SimpleNamespace(shard_batch=lambda batch: batch, rows=8)
-    run.step_fn, run.state, run.step, run.stopping, run.peak, run.flops = step, None, 0, False, 1e12, 1e6
+    run.step_fn, run.state, run.step, run.peak, run.flops = step, None, 0, 1e12, 1e6
+    run.stopping = run.agreed = False
     with tempfile.TemporaryDirectory() as workdir, tqdm.tqdm(total=steps, file=io.StringIO(), mininterval=1.0) as bar:
         run.writer = MetricsWriter(workdir, None)
         start = time.perf_counter()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
 import os
 import socket
 import sys
@@ -22,6 +23,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
 
 from deepseek_jax.config import ConfigError
 
@@ -192,6 +194,16 @@ def check_same(config: str):
                           "command, but for --process.")
 
 
-def anywhere(flag: bool) -> bool:
-    """Whether it is set in any process; the same answer in all."""
-    return flag if jax.process_count() == 1 else bool(np.any(multihost_utils.process_allgather(np.array(flag))))
+def any_process(flag: bool) -> bool | jax.Array:
+    """Whether it is set in any process; the same answer in all. An array, so that its reader decides when to wait."""
+    if jax.process_count() == 1:
+        return flag
+    mesh = jax.make_mesh((jax.device_count(),), ("all",))
+    flags = jax.make_array_from_process_local_data(NamedSharding(mesh, PartitionSpec("all")),
+                                                   np.full(jax.local_device_count(), flag))
+    return _any(flags, NamedSharding(mesh, PartitionSpec()))
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _any(flags, replicated):
+    return jax.lax.with_sharding_constraint(flags.any(), replicated)

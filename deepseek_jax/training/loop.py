@@ -27,7 +27,7 @@ from deepseek_jax.data.prepare import claim_corpus, prepare
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.model.parts import check_parts
 from deepseek_jax.parallel.dispatch import traffic_per_token
-from deepseek_jax.parallel.processes import anywhere, check_same, first_then_others, is_first, wait_for_all
+from deepseek_jax.parallel.processes import any_process, check_same, first_then_others, is_first, wait_for_all
 from deepseek_jax.parallel.runner import Runner
 from deepseek_jax.pipeline.model import check, describe
 from deepseek_jax.scale.costs import training_flops_per_token
@@ -104,6 +104,7 @@ class Pending(NamedTuple):
     step: int
     tokens: int
     metrics: Metrics
+    stopping: bool | jax.Array  # whether any process was asked to stop
 
 
 class Run:
@@ -134,7 +135,7 @@ class Run:
         self.eval_fn = lambda params, router, micro: scored(params, router, runner.shard_batch(micro))
         self.peak = peak_flops(config.model.dtype, config.mesh.devices)
         self.flops = training_flops_per_token(config.model, config.train.sequence_length)
-        self.stopping = False
+        self.stopping = self.agreed = False  # asked to stop; all processes know that one of them was
 
     def go(self) -> bool:
         """Runs the remaining steps. False when SIGTERM ended them."""
@@ -164,10 +165,13 @@ class Run:
             self.step = index + 1
             if pending is not None:
                 self._record(pending, bar)  # while the devices work on the step after it
-            pending = Pending(self.step, int(batch["active"]) * self.runner.rows * train.sequence_length, metrics)
-            stopping, last = anywhere(self.stopping), self.step == train.steps
+            tokens = int(batch["active"]) * self.runner.rows * train.sequence_length
+            pending = Pending(self.step, tokens, metrics, any_process(self.stopping))
+            if jax.process_count() == 1:
+                self.agreed = self.stopping
+            last = self.step == train.steps
             evaluating = last or self.step % train.eval_every == 0
-            saving = last or stopping or self.step % train.checkpoint_every == 0
+            saving = last or self.agreed or self.step % train.checkpoint_every == 0
             if evaluating or saving:
                 self._record(pending, bar)
                 pending = None
@@ -175,7 +179,7 @@ class Run:
                 self._evaluate(bar)
             if saving:
                 self._save()
-            if stopping:
+            if saving and self.agreed:
                 self.checkpoints.wait()
                 self._say(bar, f"Stopped by SIGTERM after step {self.step}; the same command goes on from there.")
                 return False
@@ -186,6 +190,7 @@ class Run:
     def _record(self, pending: Pending, bar):
         """Fetches the metrics of a step, checks them, writes them down and shows them."""
         metrics = jax.device_get(pending.metrics)
+        self.agreed |= bool(pending.stopping)
         now = time.perf_counter()
         tokens_per_second, self.clock = pending.tokens / (now - self.clock), now
         self._check_finite(pending.step, metrics)

@@ -230,13 +230,18 @@ def test_sections_check_themselves_however_they_are_made():
         ("get_config = 3", ["experiment.py: TypeError", "not callable"]),
         ("def get_config(name):\n    return name", ["experiment.py: TypeError", "missing 1 required"]),
         ("raise ValueError('two\\nlines')", ["experiment.py, line 1: ValueError: two lines"]),
+        ("raise SystemExit(5)", ["experiment.py, line 1: SystemExit: 5"]),
+        (CONFIG_FILE.replace("config.train.steps = 12", "config.train.steps = config.train.micro_batches"),
+         ["experiment.py, line 6: train.micro_batches is now train.accumulation_steps"]),
     ],
 )
-def test_a_config_file_that_fails_is_named_with_its_line(tmp_path, body, parts):
+def test_a_config_file_that_fails_is_named_with_its_line(tmp_path, monkeypatch, body, parts):
     (tmp_path / "experiment.py").write_text(body)
-    with pytest.raises(ConfigError) as error:
-        configs.load_config(str(tmp_path / "experiment.py"))
-    assert_one_line(error, *parts)
+    monkeypatch.chdir(tmp_path)
+    for path in (str(tmp_path / "experiment.py"), "experiment.py"):
+        with pytest.raises(ConfigError) as error:
+            configs.load_config(path)
+        assert_one_line(error, *parts)
 
 
 def test_a_config_file_that_is_not_python_is_named(tmp_path):

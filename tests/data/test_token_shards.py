@@ -166,6 +166,13 @@ def test_a_run_from_others_weights_takes_their_tokenizer(make_config, folder, tm
     assert (tmp_path / "work" / "tokenizer.json").exists()
 
 
+@pytest.mark.parametrize("text", ['{"a"', "[1]", "null"])
+def test_a_broken_note_of_the_corpus_is_named(make_config, folder, tmp_path, text):
+    (tmp_path / "corpus.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"corpus.json (is not JSON|holds no JSON object).*; restore it"):
+        claim_corpus(prepare(make_config(folder), str(tmp_path)), str(tmp_path))
+
+
 def test_an_evaluation_corpus_is_all_validation(make_config, folder, tmp_path):
     config = make_config(folder)
     prepare(config, str(tmp_path / "work"))

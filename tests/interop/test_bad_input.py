@@ -192,6 +192,15 @@ def test_a_destination_that_exists_is_left_alone(tmp_path):
     assert [p.name for p in (tmp_path / "dst").iterdir()] == ["mine"]
 
 
+def test_a_destination_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("x")
+    below = str(tmp_path / "file" / "dst")
+    with pytest.raises(ConfigError, match=r"dst could not be written: .*; nothing is left there"):
+        from_hf(checkpoints.golden("plain"), below)
+    with pytest.raises(ConfigError, match=r"dst could not be written: .*; nothing is left there"):
+        save_hf(below, *load_hf(checkpoints.golden("plain")))
+
+
 @pytest.mark.parametrize("module", [arrays, safetensors_io])
 def test_a_full_disk(tmp_path, monkeypatch, module):
     src = str(tmp_path / "src")

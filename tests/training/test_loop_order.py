@@ -42,7 +42,7 @@ def run_of(monkeypatch, losses, **train):
     run.config, run.state, run.step, run.writer, run.stopping, run.peak, run.flops = config, 0, 0, None, False, 1, 1
     run.loader = types.SimpleNamespace(iterate=lambda start: ((i, {"active": 1}) for i in range(start, len(losses))))
     run.runner = types.SimpleNamespace(shard_batch=lambda batch: batch, rows=1)
-    run.step_fn, run.eval_fn = step, None
+    run.step_fn, run.eval_fn, run.agreed = step, None, False
     run.checkpoints = types.SimpleNamespace(save=lambda step, *_: done.append(f"save {step}"), wait=lambda: None,
                                             steps=list)
     monkeypatch.setattr(loop.Run, "_evaluate", lambda self, bar: done.append("evaluate"))
@@ -73,6 +73,20 @@ def test_sigterm_saves_the_step_that_was_dispatched_last(monkeypatch):
     run.stopping = True
     assert not run._steps(Bar())
     assert done == ["dispatch 1", "fetch", "save 1"]
+
+
+def test_of_several_processes_a_stop_is_known_one_step_later_and_none_waits_for_it(monkeypatch):
+    run, done = run_of(monkeypatch, [3.0, 2.0, 1.0], eval_every=10, checkpoint_every=10)
+
+    class Asked:
+        def __bool__(self):
+            done.append("asked")
+            return True
+
+    monkeypatch.setattr(loop.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(loop, "any_process", lambda flag: Asked())
+    assert not run._steps(Bar())
+    assert done == ["dispatch 1", "dispatch 2", "fetch", "asked", "fetch", "asked", "save 2"]
 
 
 def test_a_diverged_run_is_a_config_error_for_the_command_line():
