@@ -4,6 +4,13 @@ from tests.mutations.row import Mutation
 
 MUTATIONS = [
     Mutation(
+        name="of two that write the same shards the slower fails",
+        file="deepseek_jax/io.py",
+        old="if not (shared and os.path.isdir(folder)):",
+        new="if True:",
+        tests="test_io.py data/test_token_shards.py",
+    ),
+    Mutation(
         name="FIM puts the middle before the suffix",
         file="deepseek_jax/data/examples.py",
         old="prefix, [fim.hole], suffix, [fim.end], middle,",

@@ -442,6 +442,20 @@ MUTATIONS = [
         tests="examples/test_own_rules.py",
     ),
     Mutation(
+        name="a routing rule may return anything",
+        file="deepseek_jax/model/router.py",
+        old="if not isinstance(found, Routing) or any(",
+        new="if False and any(",
+        tests="model/test_parts.py",
+    ),
+    Mutation(
+        name="a bias rule may return anything",
+        file="deepseek_jax/model/parts.py",
+        old="shape_of(found) != shape_of((bias_LE, state))",
+        new="False",
+        tests="model/test_parts.py",
+    ),
+    Mutation(
         name="the decoder routes by the token before",
         file="deepseek_jax/serving/decode_moe.py",
         old="RoutingContext(slots.token_BT.reshape(-1)",

@@ -55,7 +55,10 @@ def judge(mutation: Mutation, tree: pathlib.Path) -> Verdict:
         return Verdict(False, f"STALE: its text is there {source.count(mutation.old)} times in {mutation.file}, not "
                               "once")
     mutated = source.replace(mutation.old, mutation.new)
-    compile(mutated, mutation.file, "exec")
+    try:
+        compile(mutated, mutation.file, "exec")
+    except SyntaxError as error:
+        return Verdict(False, f"no Python: {error}")
     path.write_text(mutated)
     try:
         return run_tests(tree, mutation.tests)

@@ -20,6 +20,9 @@ def test_the_text_of_a_mutation_stands_in_its_file_once(file):
     stale = [name for name, where, old, new, _ in MUTATIONS
              if where == file and (source.count(old) != 1 or old == new)]
     assert not stale
+    for name, where, old, new, _ in MUTATIONS:
+        if where == file:
+            compile(source.replace(old, new), name, "exec")
 
 
 def test_the_tests_that_should_notice_exist():

@@ -218,6 +218,13 @@ MUTATIONS = [
         tests="training/test_loop.py",
     ),
     Mutation(
+        name="what other processes were asked is not heard",
+        file="deepseek_jax/training/loop.py",
+        old="self.agreed |= bool(pending.stopping)",
+        new="self.agreed |= self.stopping",
+        tests="training/test_loop_order.py",
+    ),
+    Mutation(
         name="SIGTERM does not save",
         file="deepseek_jax/training/loop.py",
         old="saving = last or stopping or",
