@@ -227,9 +227,9 @@ MUTATIONS = [
     Mutation(
         name="SIGTERM does not save",
         file="deepseek_jax/training/loop.py",
-        old="saving = last or stopping or",
+        old="saving = last or self.agreed or",
         new="saving = last or",
-        tests="training/test_loop.py",
+        tests="training/test_loop_order.py",
     ),
     Mutation(
         name="a work directory takes any config",
