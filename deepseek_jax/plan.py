@@ -21,8 +21,10 @@ def parse():
     parser.add_argument("--hardware", required=True, help=", ".join(HARDWARE))
     parser.add_argument("--devices", type=int, required=True)
     arguments.add(parser, fp8=True)
-    parser.add_argument("--tokens", type=float, default=plan.TOKENS, help="of all training (default: the report's)")
-    parser.add_argument("--price", type=float, help="dollars a device-hour (default: the machine's, where known)")
+    parser.add_argument("--tokens", type=arguments.positive, default=plan.TOKENS,
+                        help="of all training (default: the report's)")
+    parser.add_argument("--price", type=arguments.positive,
+                        help="dollars a device-hour (default: the machine's, where known)")
     parser.add_argument("--search", action="store_true", help="look for the fastest layouts that fit")
     parser.add_argument("--ablations", action="store_true", help="what each of the report's inventions is worth here")
     parser.add_argument("--decode", action="store_true", help="tokens a second when serving")

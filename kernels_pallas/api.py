@@ -139,6 +139,7 @@ def mla_attention_forward(q_BTHA: jax.Array, k_BTHA: jax.Array, v_BTHV: jax.Arra
     return _find("mla_attention", implementation, "forward")(q_BTHA, k_BTHA, v_BTHV, segment_ids_BT, scale=scale)
 
 
+# The operands of one attention kernel.
 def mla_attention_backward(q_BTHA: jax.Array, k_BTHA: jax.Array, v_BTHV: jax.Array, segment_ids_BT: jax.Array | None,
                            o_BTHV: jax.Array, lse_BHT: jax.Array, do_BTHV: jax.Array, *, scale: float,
                            implementation: str = "auto") -> tuple[jax.Array, jax.Array, jax.Array]:

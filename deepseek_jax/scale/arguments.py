@@ -1,6 +1,8 @@
 """Command-line options that `plan` and `compile` share, and what they mean (no jax)."""
 
 import argparse
+import contextlib
+import math
 from typing import Any
 
 from deepseek_jax.config import FP8Config, ModelConfig, model_config
@@ -17,7 +19,7 @@ def add(parser: argparse.ArgumentParser, fp8: bool = False) -> None:
     parser.add_argument("--expert", type=int, default=1, help="devices that share the experts")
     parser.add_argument("--tensor", type=int, default=1, help="devices that share heads and vocabulary")
     parser.add_argument("--schedule", default="dualpipe", help="gpipe, 1f1b, zb1p, dualpipe or dualpipev")
-    parser.add_argument("--deferred", type=int, help="weight gradients that may wait on a rank (default: the "
+    parser.add_argument("--deferred", type=_not_negative, help="weight gradients that may wait on a rank (default: the "
                         "schedule's); each takes memory, and fewer lengthen a long step little")
     parser.add_argument("--sequences", type=int, default=REPORT_SEQUENCES, help="of a step (default: the report's)")
     parser.add_argument("--rows", type=int, default=1, help="sequences of a micro-batch on one device")
@@ -31,8 +33,22 @@ def add(parser: argparse.ArgumentParser, fp8: bool = False) -> None:
                         help="of buffers, in even loads (default 1.25); none: room for all, and nothing is dropped")
 
 
+def positive(text: str) -> float:
+    """A finite number above 0, for argparse."""
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) < math.inf:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
+
+
+def _not_negative(text):
+    if text.isdecimal():
+        return int(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 on")
+
+
 def _capacity(text):
-    return None if text == "none" else float(text)
+    return None if text == "none" else positive(text)
 
 
 def model(args: argparse.Namespace) -> ModelConfig:

@@ -166,7 +166,8 @@ def sparsity(c: ModelConfig, sequence_length: int = 4096) -> dict[str, float]:
 
 def published(found: Plan) -> list[dict]:
     """A plan of the report's run next to the published figures (arXiv 2505.09343, table 4; report, section 1)."""
-    cells, afterwards = found.step.cells, sum(AFTERWARDS.values())
+    # A layout that defers no weight gradient has no W of its own: all of them are part of B.
+    cells, afterwards = {"W": 0.0, **found.step.cells}, sum(AFTERWARDS.values())
     total = (found.hours_per_trillion * TOKENS / 1e12 + afterwards) / 1e6
     rows = [("step, s", 19.926, found.step.seconds, ""), ("F alone, s", 1.13, cells["F"], ""),
             ("B alone, s", 1.99, cells["B"], ""), ("W alone, s", 0.48, cells["W"], ""),

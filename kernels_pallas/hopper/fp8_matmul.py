@@ -79,6 +79,7 @@ class Tile(NamedTuple):
     steps: jax.Array | int
 
 
+# One kernel and all that it names, read top down.
 def scaled_matmul(a: Any, b: Any, tables: Any, locate: Callable, tiles: Any, out_type: jax.ShapeDtypeStruct,
                   config: TuningConfig, num_sms: int = 132, interpret: bool = False) -> jax.Array:
     """The loop that dense and grouped products share.
@@ -99,6 +100,7 @@ def scaled_matmul(a: Any, b: Any, tables: Any, locate: Callable, tiles: Any, out
     swizzled = (plgpu.TilingTransform((8, BLOCK)), plgpu.SwizzleTransform(BLOCK))
     out_swizzle = (plgpu.TilingTransform((8, BLOCK // out_type.dtype.itemsize)), plgpu.SwizzleTransform(BLOCK))
 
+    # One kernel and all that it names, read top down.
     def fp8_products(a_gmem, as_gmem, b_gmem, bs_gmem, *refs):
         table_refs, (o_gmem, a_smem, b_smem, o_smem, full, empty) = refs[:len(tables)], refs[len(tables):]
         group = lax.axis_index("group")

@@ -63,6 +63,7 @@ def forward(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None
     return o[:, :T], lse2[..., :T] * math.log(2)
 
 
+# One kernel and all that it names, read top down.
 def backward(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None, o: jax.Array, lse: jax.Array,
              do: jax.Array, *, scale: float, config: TuningConfig | None = None,
              interpret: bool = False) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -138,6 +139,7 @@ def _zeros(shape):
     return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), WGMMA)
 
 
+# One kernel and all that it names, read top down.
 def _forward(q, k, v, segments, scale, config, interpret):
     B, T, H, A = q.shape
     V, tiles = v.shape[-1], _whole(T) // ROWS
@@ -210,6 +212,7 @@ def _launch(kernel, operands, grid, interpret, out_type, scratch_types):
         interpret=interpret)(*(x for x in operands if x is not None))
 
 
+# One kernel and all that it names, read top down.
 def _backward_q(q, k, v, do, lse, delta, segments, scale, config, interpret):
     B, T, H, A = q.shape
     V, tiles, width = v.shape[-1], _whole(T) // ROWS, config.dq_keys
@@ -269,6 +272,7 @@ def _backward_q(q, k, v, do, lse, delta, segments, scale, config, interpret):
          Ring.of(config.dq_stages, (width, V), transforms=swizzle)])
 
 
+# One kernel and all that it names, read top down.
 def _backward_kv(q, k, v, do, lse, delta, segments, scale, config, interpret):
     B, T, H, A = q.shape
     V, tiles, width = v.shape[-1], _whole(T) // ROWS, config.dkv_queries

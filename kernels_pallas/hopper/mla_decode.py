@@ -104,6 +104,7 @@ def _pieces(cache, rank):
             (of(jnp.bfloat16, 2), first // 2, (cache.shape[-1] - first) // 2, ())]
 
 
+# One kernel and all that it names, read top down.
 def _shares(q, cache, table, lengths, scale, rank, splits, tiles, config, interpret):
     """([B, splits, heads, C] float32, log-sum-exps in base 2 [B, splits, heads]), heads in whole tiles of 64."""
     B, _, X = q.shape
@@ -112,6 +113,7 @@ def _shares(q, cache, table, lengths, scale, rank, splits, tiles, config, interp
     copies = TOKENS // copied
     pieces, packed = _pieces(cache, rank), cache.dtype == jnp.uint8
 
+    # One kernel and all that it names, read top down.
     def decode(q_ref, table_ref, lengths_ref, *refs):
         piece_refs, (o_ref, lse_ref) = refs[:len(pieces)], refs[len(pieces):len(pieces) + 2]
         q_smem, p_smem, ring, q_full, met, said_smem, *block_smem = refs[len(pieces) + 2:]
@@ -136,6 +138,7 @@ def _shares(q, cache, table, lengths, scale, rank, splits, tiles, config, interp
                                     for ref, (_, column, width, _) in zip(piece_refs, pieces)])
                 ring.fill_rows(n, sources, copied)
 
+        # One kernel and all that it names, read top down.
         def compute(group):
             @pl.when(group == 0)
             def _():

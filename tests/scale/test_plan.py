@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+import math
 import subprocess
 import sys
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from deepseek_jax.config import ConfigError, FP8Config, MeshConfig, model_config
+from deepseek_jax.plan import parse
 from deepseek_jax.scale import decoding, plan, timing, traffic
 from deepseek_jax.scale.hardware import HARDWARE, Measured, hardware
 from deepseek_jax.scale.layout import Split, make_layout
@@ -43,6 +45,14 @@ def test_the_report_s_run_is_predicted_within_15_percent(what):
     row = next(row for row in plan.published(found()) if row["what"] == what)
 
     assert 0.85 < row["ratio"] < 1.15, row
+
+
+@pytest.mark.parametrize("deferred", [0, 1, 2, None])
+def test_the_published_figures_stand_next_to_any_layout_of_the_run(deferred):
+    layout = of_report(deferred=deferred)
+    rows = plan.published(plan.plan(V3, H800, layout))
+    assert ({row["what"]: row["planned"] for row in rows}["W alone, s"] == 0) == (deferred == 0)
+    assert all(math.isfinite(row["planned"]) for row in rows)
 
 
 def test_what_the_planner_misses_is_said_and_not_hidden():
@@ -168,6 +178,18 @@ def test_a_layout_that_cannot_be_says_what_could(changes, complaint):
         asked = dict(devices=2048, pipe=16, expert=64, sequences=15360) | changes
         make_layout(V3, sequences=asked.pop("sequences"), split=Split(**asked))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("option", "complaint"), [
+    *((f"--{name}={value}", f"argument --{name}: '{value}' is not a positive number")
+      for name in ("price", "tokens", "capacity") for value in ("nan", "inf", "-1", "0", "x")),
+    *((f"--deferred={value}", f"argument --deferred: '{value}' is not a whole number") for value in ("-1", "x", "1.5")),
+])
+def test_numbers_that_mean_nothing_are_refused(option, complaint, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["plan", "--model", "tiny", "--hardware", "h100", "--devices", "8", option])
+    with pytest.raises(ConfigError) as error:
+        parse()
+    assert complaint in str(error.value)
 
 
 def test_unknown_hardware_names_what_is_known_and_every_figure_has_a_source():
