@@ -28,7 +28,7 @@ def claim_workdir(config: Config, workdir: str):
 
 def check_workdir(config: Config, workdir: str):
     """Raises ConfigError when the work directory holds another config; the message lists the differences."""
-    if not (pathlib.Path(workdir) / "config.json").exists():
+    if not os.path.lexists(os.path.join(workdir, "config.json")):
         return
     elsewhere: Any = dict(mesh=MeshConfig(), pipeline=PipelineConfig())  # a run may continue on another mesh
     ours, theirs = (as_dict(dataclasses.replace(c, **elsewhere)) for c in (config, load_workdir_config(workdir)))
@@ -41,6 +41,8 @@ def check_workdir(config: Config, workdir: str):
 def load_workdir_config(workdir: str) -> Config:
     """The config of a run. Raises ConfigError when the directory holds none."""
     path = pathlib.Path(workdir) / "config.json"
+    if path.is_dir():
+        raise ConfigError(f"{path} is a folder, not the config of a run; take another --workdir.")
     if not path.is_file():
         raise ConfigError(f"{workdir} holds no config.json; give the --workdir of a run.")
     try:

@@ -100,7 +100,8 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
     """Runs `get_config()` of a config file, applies `--config.a.b=value` overrides, freezes. Raises ConfigError."""
     config = _run_file(path)
     if not hasattr(config, "items"):
-        raise ConfigError(f"get_config() of {path} gave {config!r}; it must return what it made of default_config().")
+        gave = type(config).__name__ if dataclasses.is_dataclass(config) else repr(config)
+        raise ConfigError(f"get_config() of {path} gave {gave}; it must return what it made of default_config().")
     config = _with_new_names(config)  # first, so that an override wins
     for override in overrides:
         _override(config, override)

@@ -11,8 +11,6 @@ from deepseek_jax.config import ModelConfig
 from deepseek_jax.scale.costs import attention_parameters, ffn_parameters
 from deepseek_jax.scale.hardware import Hardware, Measured
 
-CACHE_FP8 = 656  # bytes a token and layer of V3: FlashMLA's format; in bf16 2 (kv_rank + rope_head_dim)
-
 
 @dataclasses.dataclass(frozen=True)
 class Serving:

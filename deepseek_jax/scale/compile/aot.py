@@ -4,6 +4,7 @@ The program is the one that training runs, traced on a mesh of described devices
 schedules it, assigns its buffers and, for GPUs, generates its kernels. Nothing runs.
 """
 
+import contextlib
 import dataclasses
 import functools
 import os
@@ -62,6 +63,19 @@ def _arguments(config: Config, mesh):
     return (state, batch | {"active": jax.ShapeDtypeStruct((), jnp.int32)}), where, whole
 
 
+@contextlib.contextmanager
+def _environment(**values: str):
+    """Environment variables that are set inside only."""
+    before = {name: os.environ.pop(name) for name in values if name in os.environ}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name in values:
+            del os.environ[name]
+        os.environ.update(before)
+
+
 def compiled_program(lower: Callable[[], jax.stages.Lowered], platform: str) -> tuple[Any, dict[str, Any]]:
     """Lowers and compiles.
 
@@ -71,8 +85,8 @@ def compiled_program(lower: Callable[[], jax.stages.Lowered], platform: str) -> 
       jax's compiled program; {"seconds": {"lowering", "compiling", "cpu"}, "compiler_gigabytes", "kernels": a row for
       each Mosaic kernel, with its registers and spills according to ptxas}. cpu: of this process only.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ |= {"MOSAIC_GPU_DUMP_TO": folder, "MOSAIC_GPU_DUMP_PTX": "1", "MOSAIC_GPU_DUMP_PTXAS": "1"}
+    with tempfile.TemporaryDirectory() as folder, _environment(
+            MOSAIC_GPU_DUMP_TO=folder, MOSAIC_GPU_DUMP_PTX="1", MOSAIC_GPU_DUMP_PTXAS="1"):
         start = time.time()
         lowered = lower()
         middle = time.time()
