@@ -5,12 +5,27 @@ import re
 
 from setuptools import find_packages, setup
 
+HERE = pathlib.Path(__file__).resolve().parent
+
 setup(
     name="deepseek-jax",
-    version=re.search(r'__version__ = "(.*)"', pathlib.Path(__file__).with_name("deepseek_jax").joinpath(
-        "__init__.py").read_text())[1],
+    version=re.search(r'__version__ = "(.*)"', HERE.joinpath("deepseek_jax", "__init__.py").read_text())[1],
     description="DeepSeek-V3 in JAX: model, training and serving as the V3 technical report describes them",
+    long_description=HERE.joinpath("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    author="The deepseek-jax authors",
     license="Apache-2.0",
+    keywords="jax flax deepseek mixture-of-experts mla fp8 pallas dualpipe language-model",
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
+    entry_points={"console_scripts": ["deepseek-jax = deepseek_jax.__main__:main"]},
     packages=find_packages(include=["deepseek_jax", "deepseek_jax.*", "kernels_pallas", "kernels_pallas.*"]),
     package_data={"deepseek_jax": ["py.typed"], "deepseek_jax.serving.openai": ["chat.html"],
                   "kernels_pallas": ["py.typed"]},
@@ -28,10 +43,15 @@ setup(
         "tokenizers>=0.20",
         "safetensors>=0.5",
         "tqdm>=4.60",
+        "filelock>=3.12",  # which jax's bounded compilation cache needs
         "matplotlib>=3.8",
         "tensorboardX>=2.6.2",
     ],
     extras_require={
+        # jax for an accelerator, with all of its libraries; without one of these it runs on CPUs.
+        "cuda12": ["jax[cuda12]"],
+        "cuda13": ["jax[cuda13]"],
+        "tpu": ["jax[tpu]"],
         # Reading compressed and columnar text.
         "data": ["zstandard>=0.22", "pyarrow>=16"],
         "dev": [
@@ -40,7 +60,8 @@ setup(
             "hypothesis>=6.100",
             "ruff>=0.9",
             "pyright[nodejs]>=1.1.400",
-            "filelock>=3.12",  # lets test workers share jax's compilation cache
+            "build>=1.2",
+            "setuptools>=68",
             "zstandard>=0.22",
             "pyarrow>=16",
             "starlette>=0.40",

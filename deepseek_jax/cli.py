@@ -26,13 +26,20 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     """Sets up the process (`runtime.prepare`), calls main(), and exits.
 
     A mistake of the user's becomes one line on stderr and exit code 2, an interrupt 130. So does what the machine
-    refuses: a full disk, a directory without permission.
+    refuses (a full disk, a directory without permission) and a package that is not installed.
     """
     runtime.prepare()
     try:
         code = main() or 0
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
+        code = 2
+    except ModuleNotFoundError as error:
+        package = (error.name or "").split(".")[0]
+        if package in ("", "deepseek_jax", "kernels_pallas"):
+            raise
+        print(f"error: the Python package {package} is missing in {sys.prefix}; activate the environment that has it "
+              "(. .venv/bin/activate), or install it with the others: pip install -e .", file=sys.stderr)
         code = 2
     except OSError as error:
         what = error.strerror or str(error) or type(error).__name__

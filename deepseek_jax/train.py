@@ -1,6 +1,6 @@
 """Trains a model from a config file, or goes on with the run that the work directory holds.
 
-    python -m deepseek_jax.train --config experiments/configs/tiny.py --workdir run --config.train.steps=50
+    python -m deepseek_jax.train --config tiny --workdir run50 --config.train.steps=50
     python -m deepseek_jax.train --config ... --workdir run --config.mesh.node=2 --config.mesh.local=4
 """
 
@@ -10,7 +10,8 @@ from deepseek_jax.config import ConfigError, load_config
 
 def parse():
     parser = cli.Parser("train", __doc__)
-    parser.add_argument("--config", required=True, help="a Python file with get_config()")
+    parser.add_argument("--config", required=True, help="tiny, small, v2_lite_16b, v2_236b or v3_671b; a Python file "
+                        "with get_config(); or the config.json of a run")
     parser.add_argument("--workdir", required=True, help="checkpoints, metrics and pictures; run again to resume")
     group = parser.add_argument_group("several processes", "the same command for each, with its own number")
     group.add_argument("--coordinator", metavar="HOST:PORT", help="process 0; it listens there and on the next port")

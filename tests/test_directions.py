@@ -21,7 +21,8 @@ MODEL = ("model.attention", "model.blockwise", "model.block", "model.experts", "
 SHARDING = ("parallel.mesh", "parallel.sharding")
 MAY_IMPORT = {
     # Foundations: no jax.
-    "config": (),
+    "config": ("configs",),  # `--config NAME` runs a file of that folder
+    "configs": ("config",),
     "runtime": (),
     "cli": ("runtime", "config"),
     "io": (),
@@ -95,6 +96,7 @@ MAY_IMPORT = {
     "scale": ("pipeline.schedule", "pipeline.validate", "pipeline.orders", "plots.style", "kernels_pallas.constants",
               "config"),
     # Commands.
+    "__main__": (),
     "train": ("cli", "config", "parallel.processes", "training.loop", "training.summary"),
     "evaluate": ("cli", "io", "training.evaluate", "config"),
     "generate": ("cli", "serving", "workdir", "config"),
@@ -105,11 +107,11 @@ MAY_IMPORT = {
 }
 COMMANDS = ("train", "evaluate", "generate", "serve", "convert", "plan", "compile")
 
-WITHOUT_JAX = ("config", "cli", "runtime", "io", "plugin", "data", "workdir", "pipeline.orders", "pipeline.ticks",
-               "pipeline.schedule", "pipeline.validate", "pipeline.tables", "pipeline.draw", "pipeline.__main__",
-               "scale.costs", "scale.layout", "scale.traffic", "scale.memory", "scale.hardware", "scale.timing",
-               "scale.plan", "scale.decoding", "scale.tables", "scale.arguments", "scale.compile.hlo", "plots",
-               "plan", "generate", "serve")
+WITHOUT_JAX = ("config", "configs", "cli", "runtime", "io", "plugin", "data", "workdir", "pipeline.orders",
+               "pipeline.ticks", "pipeline.schedule", "pipeline.validate", "pipeline.tables", "pipeline.draw",
+               "pipeline.__main__", "scale.costs", "scale.layout", "scale.traffic", "scale.memory", "scale.hardware",
+               "scale.timing", "scale.plan", "scale.decoding", "scale.tables", "scale.arguments", "scale.compile.hlo",
+               "plots", "plan", "generate", "serve")
 JAX = ("jax", "jaxlib", "flax", "optax", "orbax", "chex")
 LONGEST_COMMAND = 99
 

@@ -11,15 +11,17 @@ import ast
 import copy
 import dataclasses
 import importlib.util
+import json
 import os
 import re
 import traceback
 from collections.abc import Sequence
 from typing import Any
 
+from deepseek_jax import configs
 from deepseek_jax.config.mesh import MeshConfig, PipelineConfig, check_mesh
 from deepseek_jax.config.model import FP8Config, ModelConfig
-from deepseek_jax.config.presets import model_config
+from deepseek_jax.config.presets import PRESETS, model_config
 from deepseek_jax.config.schema import Checked, ConfigError, build, did_you_mean, key
 from deepseek_jax.config.training import BalanceConfig, DataConfig, InitConfig, OptimizerConfig, TrainConfig
 
@@ -97,8 +99,20 @@ def _with_new_names(config):
 
 
 def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
-    """Runs `get_config()` of a config file, applies `--config.a.b=value` overrides, freezes. Raises ConfigError."""
-    config = _run_file(path)
+    """Reads a config, applies `--config.a.b=value` overrides, freezes.
+
+    Args:
+      path: a Python file with get_config(), the config.json of a work directory, or the name of one of
+        `deepseek_jax.configs`.
+    Raises:
+      ConfigError: it cannot be read, or describes no run.
+    """
+    if path in PRESETS and not os.path.exists(path):
+        path = os.path.join(os.path.dirname(configs.__file__), f"{path}.py")
+    if not os.path.isfile(path):
+        raise ConfigError(f"no config file {path}; take one of {', '.join(PRESETS)}, a Python file with get_config(), "
+                          "or the config.json of a run.")
+    config = _read_json(path) if path.endswith(".json") else _run_file(path)
     if not hasattr(config, "items"):
         gave = type(config).__name__ if dataclasses.is_dataclass(config) else repr(config)
         raise ConfigError(f"get_config() of {path} gave {gave}; it must return what it made of default_config().")
@@ -108,9 +122,21 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
     return freeze(config)
 
 
+def _read_json(path):
+    try:
+        with open(path, encoding="utf-8") as f:
+            config = json.load(f)
+    except ValueError as error:
+        raise ConfigError(f"{path} is not JSON ({error}).") from error
+    if not isinstance(config, dict) or "model" not in config:
+        theirs = isinstance(config, dict) and "model_type" in config
+        raise ConfigError(f"{path} is no config of a run; " + (
+            "it is a Hugging Face checkpoint's: python -m deepseek_jax.convert from-hf makes a work directory of that."
+            if theirs else "a work directory's config.json is one."))
+    return config
+
+
 def _run_file(path):
-    if not os.path.isfile(path):
-        raise ConfigError(f"no config file {path}; those of this project lie in experiments/configs.")
     if not path.endswith(".py"):
         raise ConfigError(f"{path} is no Python file; a config file ends in .py and defines get_config().")
     spec = importlib.util.spec_from_file_location("experiment_config", path)
@@ -130,6 +156,8 @@ def _run_file(path):
         # What ml_collections says of a wrong name, on a line of its own.
         near = re.search('Did you mean "(.*?)" instead of "(.*?)"', str(error))
         what = f"unknown config key {near[2]}; did you mean {near[1]}?" if near else f"{type(error).__name__}: {error}"
+        if isinstance(error, ModuleNotFoundError):
+            what += "; activate the environment that has it (. .venv/bin/activate), or install it"
         for old, new in RENAMED.items():  # may be set, but not read
             if str(error).strip("\"'") == old.split(".")[1]:
                 what = f"{old} is now {new}"

@@ -1,21 +1,5 @@
-"""The shape that this project and its peers are timed at (make bench), trained for an hour or two on two CPU cores.
+"""The config `small` of the package: deepseek_jax/configs/small.py."""
 
-    python -m deepseek_jax.train --config experiments/configs/small.py --workdir run_small
-"""
+from deepseek_jax.configs.small import get_config
 
-from ml_collections import ConfigDict
-
-from deepseek_jax.config import default_config
-
-
-def get_config() -> ConfigDict:
-    config = default_config("small")
-    config.train.steps = 4000
-    config.train.batch_size = 8
-    config.train.sequence_length = 512
-    config.train.eval_every = 500
-    config.train.eval_batches = 12
-    config.optimizer.learning_rate = 2e-3
-    config.optimizer.warmup = 0.02
-    config.balance.bias_speed = 0.005
-    return config
+__all__ = ["get_config"]

@@ -1,23 +1,5 @@
-"""DeepSeek-V3, complete but small: MLA, 32 fine-grained experts with loss-free balancing, MTP. Learns Python's library.
+"""The config `tiny` of the package: deepseek_jax/configs/tiny.py."""
 
-    make train        or        python -m deepseek_jax.train --config experiments/configs/tiny.py --workdir run
-"""
+from deepseek_jax.configs.tiny import get_config
 
-from ml_collections import ConfigDict
-
-from deepseek_jax.config import default_config
-
-
-def get_config() -> ConfigDict:
-    config = default_config("tiny")
-    config.data.validation_fraction = 0.15  # some 80 files: few files have few kinds of text, and odd loads
-    config.train.steps = 360
-    config.train.batch_size = 16
-    config.train.sequence_length = 256
-    config.train.eval_every = 100
-    config.train.eval_batches = 6
-    config.optimizer.learning_rate = 3e-3
-    config.optimizer.warmup = 0.05
-    config.optimizer.constant_until = 0.4
-    config.balance.bias_speed = 0.005  # 0.001 could move a bias by only 0.4 in a run of this length
-    return config
+__all__ = ["get_config"]

@@ -1,21 +1,5 @@
-"""DeepSeek-V2, 236B: softmax routing over 160 experts, restricted to 3 of 8 groups, no MTP.
+"""The config `v2_236b` of the package: deepseek_jax/configs/v2_236b.py."""
 
-It traces here (`jax.eval_shape`); it needs a machine with accelerators to run.
+from deepseek_jax.configs.v2_236b import get_config
 
-    python -m deepseek_jax.train --config experiments/configs/v2_236b.py --workdir DIR
-"""
-
-from ml_collections import ConfigDict
-
-from deepseek_jax.config import default_config
-
-
-def get_config() -> ConfigDict:
-    config = default_config("v2_236b")
-    config.train.steps = 300_000
-    config.train.sequence_length = 4096
-    config.train.batch_size = 9216
-    config.train.accumulation_steps = 72
-    config.optimizer.learning_rate = 2.4e-4
-    config.balance.sequence_loss_weight = 1e-3
-    return config
+__all__ = ["get_config"]

@@ -1,21 +1,5 @@
-"""DeepSeek-V2-Lite, 16B: softmax routing balanced by the auxiliary loss, no query latent, no MTP.
+"""The config `v2_lite_16b` of the package: deepseek_jax/configs/v2_lite_16b.py."""
 
-It traces here (`jax.eval_shape`); it needs a machine with accelerators to run.
+from deepseek_jax.configs.v2_lite_16b import get_config
 
-    python -m deepseek_jax.train --config experiments/configs/v2_lite_16b.py --workdir DIR
-"""
-
-from ml_collections import ConfigDict
-
-from deepseek_jax.config import default_config
-
-
-def get_config() -> ConfigDict:
-    config = default_config("v2_lite_16b")
-    config.train.steps = 300_000
-    config.train.sequence_length = 4096
-    config.train.batch_size = 4608
-    config.train.accumulation_steps = 36
-    config.optimizer.learning_rate = 4.2e-4
-    config.balance.sequence_loss_weight = 1e-3
-    return config
+__all__ = ["get_config"]

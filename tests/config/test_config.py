@@ -179,7 +179,7 @@ def test_an_unknown_model_is_answered_with_the_known_ones(name):
 def test_a_missing_config_file_is_named(tmp_path):
     with pytest.raises(ConfigError) as error:
         configs.load_config(str(tmp_path / "absent.py"))
-    assert_one_line(error, "absent.py", "experiments/configs")
+    assert_one_line(error, "absent.py", "take one of tiny, small")
 
 
 @pytest.mark.parametrize("config", [None, {}, [], 3, {"train": {}}, {1: 2}])
@@ -245,10 +245,35 @@ def test_a_config_file_that_fails_is_named_with_its_line(tmp_path, monkeypatch, 
 
 
 def test_a_config_file_that_is_not_python_is_named(tmp_path):
-    (tmp_path / "experiment.json").write_text("{}")
+    (tmp_path / "experiment.txt").write_text("{}")
     with pytest.raises(ConfigError) as error:
-        configs.load_config(str(tmp_path / "experiment.json"))
-    assert_one_line(error, "experiment.json is no Python file; a config file ends in .py")
+        configs.load_config(str(tmp_path / "experiment.txt"))
+    assert_one_line(error, "experiment.txt is no Python file; a config file ends in .py")
+
+
+@pytest.mark.parametrize("name", ["tiny", "v3_671b"])
+def test_a_config_of_the_package_is_found_by_its_name(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = configs.load_config(name, ["--config.train.steps=7"])
+    assert config.model == model_config(name) and config.train.steps == 7
+
+
+def test_the_config_of_a_run_is_a_config(tmp_path):
+    config = configs.load_config("tiny", ["--config.train.steps=7", "--config.data.sources=(('x', 2.0),)"])
+    (tmp_path / "config.json").write_text(json.dumps(as_dict(config)))
+    assert configs.load_config(str(tmp_path / "config.json")) == config
+    assert configs.load_config(str(tmp_path / "config.json"), ["--config.train.steps=8"]).train.steps == 8
+
+
+@pytest.mark.parametrize(("text", "part"), [
+    ("{", "is not JSON"), ("[]", "is no config of a run; a work directory's config.json is one"),
+    ('{"model_type": "deepseek_v3"}', "it is a Hugging Face checkpoint's: python -m deepseek_jax.convert from-hf"),
+])
+def test_another_json_file_is_named(tmp_path, text, part):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ConfigError) as error:
+        configs.load_config(str(tmp_path / "config.json"))
+    assert_one_line(error, "config.json", part)
 
 
 def test_a_config_file_without_get_config_is_named(tmp_path):

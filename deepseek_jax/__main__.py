@@ -1,0 +1,34 @@
+"""All commands under one name: `deepseek-jax train ...` is `python -m deepseek_jax.train ...`."""
+
+import runpy
+import sys
+
+COMMANDS = {
+    "train": "trains a model, or resumes a run",
+    "evaluate": "scores a run: loss, bits per byte, balance",
+    "generate": "continues a prompt",
+    "serve": "answers the OpenAI API, with a page to chat on",
+    "convert": "Hugging Face's checkpoints, in and out",
+    "plan": "what a model takes on a machine: memory, time, dollars",
+    "compile": "compiles a step for hardware you don't have",
+    "pipeline": "draws and proves a pipeline schedule",
+}
+USAGE = "\n".join(["usage: deepseek-jax COMMAND [options]      deepseek-jax COMMAND --help", "",
+                   *(f"  {name:9} {what}" for name, what in COMMANDS.items())])
+
+
+def main():
+    """Runs the command that the first argument names."""
+    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if name in ("-h", "--help"):
+        print(USAGE)
+    elif name not in COMMANDS:
+        print(f"error: there is no command {name}; take one of {', '.join(COMMANDS)}.", file=sys.stderr)
+        sys.exit(2)
+    else:
+        del sys.argv[1]
+        runpy.run_module(f"deepseek_jax.{name}", run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,68 @@
+"""The console script, and a wheel that has all that a run needs."""
+
+import os
+import pathlib
+import subprocess
+import sys
+import tarfile
+import zipfile
+
+import pytest
+
+from deepseek_jax import __main__ as main
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+
+def run(*arguments):
+    return subprocess.run([sys.executable, "-m", "deepseek_jax", *arguments], capture_output=True, text=True)
+
+
+def test_every_command_is_listed_and_runs():
+    listed = run("--help")
+    assert listed.returncode == 0 and run().stdout == listed.stdout
+    for name in main.COMMANDS:
+        assert f"  {name}" in listed.stdout
+    found = run("pipeline", "--schedule", "1f1b", "--ranks", "2", "--microbatches", "4")
+    assert found.returncode == 0 and found.stdout
+
+
+def test_an_unknown_command_and_a_bad_option_are_one_line():
+    for arguments, part in ((["trian"], "there is no command trian; take one of train"), (["train"], "--config")):
+        done = run(*arguments)
+        assert done.returncode == 2 and done.stderr.startswith("error: ") and part in done.stderr
+        assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_the_wheel_trains_tiny_from_another_folder(tmp_path):
+    build = [sys.executable, "-m", "pip", "wheel", "-qq", "--no-deps", "--no-build-isolation", "-w", str(tmp_path)]
+    subprocess.run([*build, str(ROOT)], check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as file:
+        file.extractall(tmp_path / "site")
+    assert not (tmp_path / "site" / "tests").exists()
+    sizes = ["--config.train.steps=2", "--config.train.batch_size=2", "--config.train.sequence_length=32",
+             "--config.train.eval_batches=1", "--config.train.sample_tokens=0",
+             "--config.data.sources=(('text', 1.0),)", "--config.data.validation_fraction=0.5",
+             "--config.model.vocab_size=300"]
+    (tmp_path / "text").mkdir()
+    for i in range(4):
+        (tmp_path / "text" / f"{i}.txt").write_text(f"Document {i} of a few that are read. " * 40)
+    command = [sys.executable, "-P", "-m", "deepseek_jax", "train", "--config", "tiny", "--workdir", "run", *sizes]
+    done = subprocess.run(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(tmp_path / "site")},
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "checkpoints" / "2").is_dir()
+
+
+@pytest.mark.slow
+def test_the_source_distribution_has_the_tests(tmp_path):
+    pytest.importorskip("build")
+    subprocess.run([sys.executable, "-m", "build", "--sdist", "--no-isolation", "-o", str(tmp_path), str(ROOT)],
+                   check=True, capture_output=True)
+    (path,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(path) as file:
+        names = {name.partition("/")[2] for name in file.getnames()}
+    assert {"tests/conftest.py", "tests/runs.py", "experiments/configs/tiny.py", "Makefile", "docs/config.md",
+            "examples/own_router.py", "deepseek_jax/configs/tiny.py"} <= names
