@@ -1,5 +1,5 @@
-"""The claims table of the README: every number of ours, in its place and with its sign, and every verdict, against the
-results of the study that its row names."""
+"""The claims tables of docs/claims.md and the README: every number of ours, in its place and with its sign, and every
+verdict, against the results of the study that its row names."""
 
 import itertools
 import json
@@ -116,8 +116,8 @@ TABLE = {
 
 
 def rows():
-    """{claim: (study, what is ours, verdict)} of the README."""
-    text = (ROOT / "README.md").read_text().split("| claim | report | ours", 1)[1]
+    """{claim: (study, what is ours, verdict)} of docs/claims.md."""
+    text = (ROOT / "docs" / "claims.md").read_text().split("| claim | report | ours", 1)[1]
     study, found = None, {}
     for line in itertools.takewhile(lambda line: line.startswith("|"), text.splitlines()[2:]):
         says, _, ours, verdict, command, _ = (cell.strip() for cell in line.strip("|").split("|"))
@@ -135,7 +135,7 @@ def results_of(study):
 
 
 def printed(value, sign, digits):
-    """`value` as the README prints it where it prints so many digits."""
+    """`value` as the table prints it where it prints so many digits."""
     if "e" in digits:
         return f"{value:.0e}".replace("e-0", "e-")
     text = f"{value:{'+' if sign == '+' else ''},.{len(digits.partition('.')[2])}f}"
@@ -159,18 +159,27 @@ def verdicts(text):
     return [word for word, _ in itertools.groupby(re.findall("reproduced|not visible|contradicted", text))]
 
 
-def test_every_row_of_the_readme_is_checked_here():
+def test_every_claim_is_checked_here():
     assert list(ROWS) == list(TABLE) and [row[0] for row in ROWS.values()] == [row[0] for row in TABLE.values()]
 
 
+def test_the_rows_of_the_readme_are_rows_of_the_claims():
+    text = (ROOT / "README.md").read_text().split("| claim | report | ours", 1)[1]
+    lines = list(itertools.takewhile(lambda line: line.startswith("|"), text.splitlines()[2:]))
+    assert len(lines) == 7
+    for line in lines:
+        says, _, ours, verdict = (cell.strip() for cell in line.strip("|").split("|"))
+        assert (ours, verdict) == ROWS[says][1:]
+
+
 @pytest.mark.parametrize("says", TABLE)
-def test_every_number_of_the_readme_is_that_of_the_results(says):
+def test_every_number_is_that_of_the_results(says):
     study, wording, figures, _ = TABLE[says]
     assert wrong(ROWS[says][1], wording, figures, results_of(study)) == []
 
 
 @pytest.mark.parametrize("says", [says for says, row in TABLE.items() if row[3]])
-def test_every_verdict_of_the_readme_is_that_of_the_results(says):
+def test_every_verdict_is_that_of_the_results(says):
     study, _, _, claims = TABLE[says]
     results = results_of(study)
     assert verdicts(ROWS[says][2]) == verdicts("; ".join(claim(results, *names)["verdict"] for names in claims))
