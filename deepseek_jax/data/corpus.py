@@ -35,6 +35,7 @@ _WARNINGS_SHOWN = 10
 class File(NamedTuple):
     name: str  # relative, with forward slashes: what hashes and orders it
     path: str
+    named: bool = False  # by the user: text, whatever its name ends in
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,23 +62,31 @@ class Counts:
 
 
 def list_files(path: str) -> list[File]:
-    """The readable files of a folder, file, glob or the word "stdlib", sorted by name. Raises ConfigError."""
+    """The readable files of a folder, file, glob or the word "stdlib", sorted by name. Raises ConfigError.
+
+    Files are chosen by their endings. One that is named is read in any case, and so are those of a glob that finds no
+    known ending. "~" is the home folder.
+    """
+    path = os.path.expanduser(path)
     if path == STDLIB:
         files = [f for f in _walk(sysconfig.get_path("stdlib"), _STDLIB_SKIPPED)
                  if f.name.endswith(".py") and not os.path.basename(f.name).startswith(_STDLIB_GENERATED)]
     elif os.path.isfile(path):
-        files = [File(os.path.basename(path), path)]
+        files = [File(os.path.basename(path), path, named=True)]
     elif os.path.isdir(path):
         files = _walk(path, set())
     elif glob.has_magic(path):
         root = os.path.dirname(path[:min(path.find(c) for c in "*?[" if c in path)]) or "."
         found = (p for p in glob.glob(path, recursive=True) if os.path.isfile(p))
         files = [File(os.path.relpath(p, root).replace(os.sep, "/"), p) for p in found]
+        if not any(_reader(file.name) for file in files):
+            files = [file._replace(named=True) for file in files]
     else:
         raise ConfigError(f"data.sources: there is no {path}; give a folder, a file, a glob or {STDLIB!r}.")
-    files = sorted(f for f in files if _reader(f.name))
+    files = sorted(f for f in files if f.named or _reader(f.name))
     if not files:
-        raise ConfigError(f"data.sources: {path} has no file that can be read; known are {' '.join(_READERS)}.")
+        raise ConfigError(f"data.sources: {path} has no file that can be read; known are {' '.join(_READERS)}, and a "
+                          f"glob such as {os.path.join(path, '*.1')!r} reads others as text.")
     return files
 
 
@@ -117,7 +126,7 @@ def read_documents(files: list[File], counts: Counts | None = None,
     for file in files:
         counts.files += 1
         try:
-            for row, parts in _reader(file.name)(file.path, len(files) == 1):
+            for row, parts in (_reader(file.name) or _read_text)(file.path, len(files) == 1):
                 name = file.name if row is None else f"{file.name}#{row}"
                 if isinstance(parts, str):
                     counts.skipped += 1

@@ -362,11 +362,8 @@ class _Sorter:
         return tuple(dict.fromkeys(v for v in read if v in made))
 
 
-_new = core.gensym()
-
-
 def _fresh(v):
-    return _new(v.aval)
+    return core.Var(v.aval)
 
 
 def _variables(atoms):

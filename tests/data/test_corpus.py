@@ -66,6 +66,16 @@ def test_folder_file_and_glob_find_the_same_text(tmp_path):
     assert [f.name for f in corpus.list_files(str(tmp_path / "deep/*"))] == ["c.txt"]
 
 
+def test_files_of_other_endings_are_text_if_they_are_named(tmp_path, monkeypatch):
+    for name in ("ls.1", "open.2", "enwik", "notes.txt"):
+        (tmp_path / name).write_text(name)
+    assert texts(tmp_path / "enwik") == ["enwik"]
+    assert texts(tmp_path / "*.[12]") == ["ls.1", "open.2"]
+    assert texts(tmp_path / "*") == ["notes.txt"]
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert [f.name for f in corpus.list_files("~/enwik")] == ["enwik"]
+
+
 def test_a_prompt_is_not_predicted_and_its_answer_is(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"prompt": "1+1=", "answer": "2"}\n{"prompt": "no answer", "answer": ""}\n')
     documents, counts, _ = read(tmp_path)
