@@ -19,6 +19,8 @@ import typing
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
+from deepseek_jax.config.names import OTHERS
+
 T = TypeVar("T")
 
 
@@ -104,8 +106,10 @@ def key(field: Any) -> str:
 
 
 def did_you_mean(word: object, options: Iterable[object]) -> str:
-    """The end of a sentence: the nearest of the options, or all of them."""
+    """The end of a sentence: the option that others call by this word, the nearest one, or all of them."""
     words = sorted(map(str, options))
+    if OTHERS.get(str(word)) in words:
+        return f"did you mean {OTHERS[str(word)]}?"
     close = difflib.get_close_matches(str(word), words, n=1, cutoff=0.5)
     return f"did you mean {close[0]}?" if close else f"known are: {', '.join(words)}."
 

@@ -14,19 +14,9 @@ import os
 from typing import Any
 
 from deepseek_jax.config import PARTS, ConfigError, ModelConfig, Yarn
+from deepseek_jax.config.names import HUGGING_FACE as FIELDS
 from kernels_pallas.constants import BLOCK
 
-# theirs -> ours, where the value means the same
-FIELDS = {
-    "vocab_size": "vocab_size", "hidden_size": "d_model", "num_hidden_layers": "num_layers",
-    "first_k_dense_replace": "num_dense_layers", "num_attention_heads": "num_heads", "q_lora_rank": "q_rank",
-    "kv_lora_rank": "kv_rank", "qk_nope_head_dim": "nope_head_dim", "qk_rope_head_dim": "rope_head_dim",
-    "v_head_dim": "v_head_dim", "intermediate_size": "dense_ffn_dim", "moe_intermediate_size": "expert_ffn_dim",
-    "n_routed_experts": "num_experts", "n_shared_experts": "num_shared_experts",
-    "num_experts_per_tok": "experts_per_token", "n_group": "num_groups", "topk_group": "groups_kept",
-    "routed_scaling_factor": "route_scale", "norm_topk_prob": "normalize_gates", "rms_norm_eps": "norm_eps",
-    "initializer_range": "init_std",
-}
 # Where null, or an absent key, has a meaning.
 NULL = {"q_lora_rank": None, "n_shared_experts": 0, "n_group": 1, "topk_group": 1, "initializer_range": 0.02,
         "first_k_dense_replace": 0, "rms_norm_eps": 1e-6}

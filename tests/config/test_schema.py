@@ -5,6 +5,8 @@ from typing import Annotated, Literal
 
 import pytest
 
+from deepseek_jax.config import ModelConfig, OptimizerConfig, TrainConfig
+from deepseek_jax.config.names import OTHERS
 from deepseek_jax.config.schema import (
     BELOW_ONE,
     BETWEEN,
@@ -107,3 +109,17 @@ def test_a_message_is_one_line():
 def test_the_nearest_word_or_all_of_them():
     assert did_you_mean("steps", ["step", "batch"]) == "did you mean step?"
     assert did_you_mean("zzz", ["b", "a"]) == "known are: a, b."
+
+
+@pytest.mark.parametrize(("section", "word", "ours"), [
+    (ModelConfig, "top_k", "experts_per_token"), (ModelConfig, "n_routed_experts", "num_experts"),
+    (ModelConfig, "n_group", "num_groups"), (ModelConfig, "topk_group", "groups_kept"),
+    (ModelConfig, "moe_intermediate_size", "expert_ffn_dim"), (ModelConfig, "hidden_size", "d_model"),
+    (OptimizerConfig, "lr", "learning_rate"), (TrainConfig, "gradient_accumulation_steps", "accumulation_steps")])
+def test_names_of_other_projects_lead_to_ours(section, word, ours):
+    assert did_you_mean(word, [field.key for field in fields_of(section)]) == f"did you mean {ours}?"
+
+
+def test_every_name_of_others_is_one_of_a_key():
+    keys = {field.key for section in (ModelConfig, OptimizerConfig, TrainConfig) for field in fields_of(section)}
+    assert set(OTHERS.values()) <= keys and not keys & OTHERS.keys() - {key for key in OTHERS if OTHERS[key] == key}
