@@ -98,8 +98,8 @@ class TrainConfig(Checked, section="train"):
     seed: Annotated[int, "of weights and data order"] = 0
     eval_every: Annotated[int, POSITIVE, "steps"] = 100
     eval_batches: Annotated[int, NOT_NEGATIVE,
-                            "of the validation set, while training; the last evaluation takes all, as 0 does "
-                            "always"] = 0
+                            "of the validation set, while training; 0: all"] = 0
+    final_eval_batches: Annotated[int, NOT_NEGATIVE, "of the validation set, at the end of the run; 0: all"] = 0
     checkpoint_every: Annotated[int, POSITIVE, "steps"] = 100
     checkpoints_kept: Annotated[int, POSITIVE, "how many of the newest checkpoints are kept"] = 3
     sample_tokens: Annotated[int, NOT_NEGATIVE, "written at the end of a run; 0: no sample"] = 96

@@ -73,6 +73,10 @@ class Loader:
         """tokens, weights, segment_ids [rows, T + 1] a host, `limit` of them, evenly spread (0: all)."""
         return self.validation.batches(rows, limit, self.host, self.hosts)
 
+    def validation_count(self, rows: int, limit: int = 0) -> int:
+        """How many batches `validation_batches(rows, limit)` gives."""
+        return len(self.validation.batch_numbers(rows * self.hosts, limit))
+
     def validation_bytes(self, rows: int, limit: int = 0) -> int:
         """UTF-8 bytes of the tokens that `validation_batches(rows, limit)` scores, over all hosts."""
         return self.validation.bytes(rows * self.hosts, limit)

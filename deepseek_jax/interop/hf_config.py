@@ -14,7 +14,7 @@ import os
 from typing import Any
 
 from deepseek_jax.config import PARTS, ConfigError, ModelConfig, Yarn
-from deepseek_jax.config.names import HUGGING_FACE as FIELDS
+from deepseek_jax.config.names import HUGGING_FACE
 from kernels_pallas.constants import BLOCK
 
 # Where null, or an absent key, has a meaning.
@@ -66,7 +66,7 @@ def read(raw: dict, mtp_depth: int = 0, dtype: str = "bfloat16") -> ModelConfig:
     mistyped = list(_mistyped(raw))
     if mistyped:
         raise ConfigError(f"config.json has values of a wrong type: {', '.join(mistyped)}.")
-    missing = [name for name in FIELDS if raw.get(name) is None and name not in NULL | ONLY.keys()]
+    missing = [name for name in HUGGING_FACE if raw.get(name) is None and name not in NULL | ONLY.keys()]
     if missing:
         raise ConfigError(f"config.json lacks {', '.join(missing)}.")
     problems = [f"{name}={raw[name]!r} (only {' or '.join(map(repr, allowed))})"
@@ -75,7 +75,7 @@ def read(raw: dict, mtp_depth: int = 0, dtype: str = "bfloat16") -> ModelConfig:
     if problems:
         raise ConfigError(f"config.json asks for what this model does not have: {', '.join(problems)}.")
     values: dict[str, Any] = {ours: NULL.get(theirs) if raw.get(theirs) is None else raw[theirs]
-                              for theirs, ours in FIELDS.items()}
+                              for theirs, ours in HUGGING_FACE.items()}
     values["normalize_gates"] = bool(raw.get("norm_topk_prob", family == "deepseek_v3"))
     if family == "deepseek_v2" and raw.get("topk_method") in ("greedy", None):  # groups are not looked at
         values |= {"num_groups": 1, "groups_kept": 1}
@@ -161,7 +161,7 @@ def write(cfg: ModelConfig, dtype: str, fp8: bool = False, special: dict | None 
     """
     family = "deepseek_v3" if cfg.score == "sigmoid" else "deepseek_v2"
     _check_writable(cfg)
-    raw = {theirs: getattr(cfg, ours) for theirs, ours in FIELDS.items()}
+    raw = {theirs: getattr(cfg, ours) for theirs, ours in HUGGING_FACE.items()}
     rope = {"rope_type": "default", "rope_theta": cfg.rope_theta}
     length = 4096
     if cfg.yarn is not None:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import tqdm
 
 from deepseek_jax.data.baselines import compressed_bits_per_byte
 from deepseek_jax.data.loader import Loader
@@ -27,11 +28,16 @@ class Score(NamedTuple):
 
 
 def evaluate(loader: Loader, step: Callable[..., Sums], params: dict[str, Any], router: dict[str, jax.Array],
-             limit: int = 0) -> Score:
-    """Main-head loss over `limit` validation batches; 0: all of them. `step` is `eval_step` with its config."""
+             limit: int = 0, progress: bool = False) -> Score:
+    """Main-head loss over `limit` validation batches; 0: all of them. `step` is `eval_step` with its config.
+
+    progress: show a bar.
+    """
     nats = weight = 0.0
     counts = None
-    for micro in loader.validation_batches(loader.rows, limit):
+    batches = loader.validation_batches(loader.rows, limit)
+    for micro in tqdm.tqdm(batches, "evaluate", loader.validation_count(loader.rows, limit), unit="batch", leave=False,
+                           disable=not progress):
         sums = jax.device_get(step(params, router, micro))
         nats, weight = nats + float(sums.losses.nats), weight + float(sums.losses.weight)
         counts = sums.counts if counts is None else jax.tree.map(np.add, counts, sums.counts)
@@ -49,6 +55,6 @@ def evaluate_workdir(workdir: str, data: str | None = None, ema: bool = False,
     prepared = prepare(config, workdir) if data is None else prepare_evaluation(config, workdir, data)
     loader = Loader(config, prepared)
     compiled = jax.jit(lambda *args: eval_step(config, *args))
-    score = evaluate(loader, compiled, variables["params"], variables["router"])
+    score = evaluate(loader, compiled, variables["params"], variables["router"], progress=True)
     result = {"step": step, **score._asdict()}
     return result | (compressed_bits_per_byte(config.data, data) if compressors else {})

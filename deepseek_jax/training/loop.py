@@ -213,8 +213,9 @@ class Run:
             bar.write(words)
 
     def _evaluate(self, bar):
-        limit = self.config.train.eval_batches if self.step < self.config.train.steps else 0  # the last takes all
-        score = evaluate(self.loader, self.eval_fn, self.state.params, self.state.router, limit)
+        train, last = self.config.train, self.step == self.config.train.steps
+        limit = train.final_eval_batches if last else train.eval_batches
+        score = evaluate(self.loader, self.eval_fn, self.state.params, self.state.router, limit, last and is_first())
         if self.writer:
             self.writer.write(self.step, eval_loss=score.loss, eval_bits_per_byte=score.bits_per_byte,
                               max_vio_global=score.max_vio_global)

@@ -14,7 +14,7 @@ import pytest
 
 from deepseek_jax.config import ConfigError
 from experiments.studies.fp8 import study as fp8
-from experiments.studies.framework import corpora, results, runner
+from experiments.studies.framework import corpora, results, runner, source
 from experiments.studies.framework.study import Claim, Job, Study
 from experiments.studies.framework.training import Arm, Probes, Training, thinned
 from experiments.studies.load_balance.study import draw
@@ -184,7 +184,10 @@ class Here:
 
     def submit(self, work, *arguments):
         future = Future()
-        future.set_result(work(*arguments))
+        try:
+            future.set_result(work(*arguments))
+        except Exception as error:
+            future.set_exception(error)
         return future
 
 
@@ -238,6 +241,60 @@ def test_what_is_finished_is_not_run_again(finished):
         assert runner.run(LEAST, workdir, 1) == runs
 
 
+def test_finished_runs_are_named_and_fresh_ones_are_measured(finished, capsys):
+    workdir, runs = finished
+    runner.run(LEAST, workdir, 1)
+    assert "4 of 4 runs are taken from" in capsys.readouterr().err
+    with mock.patch.object(runner, "measure_all") as measure:
+        runner.run(LEAST, workdir, 1, fresh=True)
+    assert measure.call_args.args[1] == {"bias": [0, 1], "none": [0, 1]}
+
+
+def test_runs_of_another_source_are_measured_again(finished, monkeypatch, capsys):
+    workdir, _ = finished
+    monkeypatch.setattr(source, "digest", lambda study: "another")
+    with mock.patch.object(runner, "measure_all") as measure:
+        assert runner.run(LEAST, workdir, 1) == []
+    assert measure.call_args.args[1] == {"bias": [0, 1], "none": [0, 1]}
+    assert "4 finished runs are measured again: the source" in capsys.readouterr().err
+
+
+def test_a_failed_arm_does_not_end_the_others(tmp_path, monkeypatch, capsys):
+    done = []
+
+    def work(study, arm, seeds, folder, code):
+        if arm == "first":
+            raise ValueError("of no use")
+        done.append(arm)
+
+    monkeypatch.setattr(runner, "_work", work)
+    monkeypatch.setattr(runner.concurrent.futures, "ProcessPoolExecutor", Here)
+    study = dataclasses.replace(CHAIN, arms={**CHAIN.arms, "alone": {}}, quick_arms=("second", "first", "alone"))
+    with pytest.raises(ConfigError, match="chain: 1 of 3 arms failed, .* are kept. first: ValueError: of no use"):
+        runner.measure_all(study, {arm: [0] for arm in study.quick_arms}, tmp_path, 1, "code")
+    assert done == ["alone"] and "Traceback" in capsys.readouterr().err  # "second" continues from "first"
+
+
+def test_the_source_of_a_run_is_all_that_it_imports_and_no_comment_of_it(tmp_path, monkeypatch):
+    (tmp_path / "own_study.py").write_text(
+        "from own_rule import rule\nfrom experiments.studies.framework.training import Training\n"
+        "MEASURE = Training(network=lambda arm: rule(arm))\n")
+    (tmp_path / "own_rule.py").write_text("def rule(arm):\n    return {'model.router': 'own_router:route'}\n")
+    (tmp_path / "own_router.py").write_text("SPEED = 1\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    import own_study  # pyright: ignore
+
+    study = dataclasses.replace(LEAST, measure=own_study.MEASURE)
+    names = {path.name for path in source.files(study)}
+    assert {"own_study.py", "own_rule.py", "own_router.py", "router.py", "step.py", "dispatch.py"} <= names
+    assert not names & {"server.py", "test_studies.py"}
+    before = source.digest(study)
+    (tmp_path / "own_router.py").write_text('"""A rule."""\n\nSPEED = 1  # of what\n')
+    assert source.digest(study) == before
+    (tmp_path / "own_router.py").write_text("SPEED = 2\n")
+    assert source.digest(study) != before
+
+
 def test_runs_that_read_other_texts_are_not_compared(finished):
     first, *others = finished[1]
     with pytest.raises(ConfigError, match="least: some of the finished runs read another text"):
@@ -246,7 +303,7 @@ def test_runs_that_read_other_texts_are_not_compared(finished):
 
 def test_a_study_without_a_run_has_nothing_to_report(tmp_path):
     with pytest.raises(ConfigError, match="least: no run is finished yet; leave --report out to measure"):
-        runner.summarize(LEAST, runner.finished(LEAST, tmp_path))
+        runner.summarize(LEAST, runner.finished(LEAST, tmp_path, "code"))
 
 
 def test_only_what_is_missing_runs_and_gives_the_same_bits(finished):

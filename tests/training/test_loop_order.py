@@ -7,6 +7,7 @@ import pytest
 
 from deepseek_jax.config import Config, ConfigError, TrainConfig
 from deepseek_jax.training import loop
+from deepseek_jax.training.evaluate import Score
 from deepseek_jax.training.types import Metrics
 from tests.model import naive
 
@@ -66,6 +67,18 @@ def test_a_diverged_step_is_never_saved(monkeypatch):
     with pytest.raises(loop.DivergedError, match="not finite at step 2"):
         run._steps(Bar())
     assert not [word for word in done if word.startswith("save")]
+
+
+def test_the_last_evaluation_has_a_bound_and_a_bar_of_its_own(monkeypatch):
+    evaluation = loop.Run._evaluate
+    run, _ = run_of(monkeypatch, [3.0, 2.0, 1.0], eval_every=1, eval_batches=2, final_eval_batches=5)
+    seen = []
+    monkeypatch.setattr(loop.Run, "_evaluate", evaluation)
+    monkeypatch.setattr(loop, "evaluate", lambda *arguments: seen.append(arguments[4:]) or Score(1.0, 1.0, 0.0))
+    run.state = types.SimpleNamespace(params=None, router=None)
+    run.step_fn = lambda state, batch: (state, Metrics(1.0, 0.0, 1e-3, 1.0, {"bias": jnp.ones((1, 4))}, None))
+    assert run._steps(Bar())
+    assert seen == [(2, False), (2, False), (5, True)]
 
 
 def test_sigterm_saves_the_step_that_was_dispatched_last(monkeypatch):

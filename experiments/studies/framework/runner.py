@@ -5,23 +5,27 @@
     python -m experiments.studies.load_balance.run --report   measures nothing: what the finished runs say so far
 
 A worker process takes one arm and runs its seeds. Every finished run is a file of its own in the work directory and is
-not run again as long as its config stays the same. Only a complete study writes results.json.
+not run again as long as its config and the source that it depends on stay the same (`source`). An arm that fails does
+not end the others. Only a complete study writes results.json.
 """
 
 import argparse
 import concurrent.futures
+import datetime
 import json
 import multiprocessing
 import os
 import pathlib
 import sys
 import threading
+import traceback
 from typing import Any
 
 import tqdm
 
 from deepseek_jax import cli, io, runtime
 from deepseek_jax.config import ConfigError
+from experiments.studies.framework import source
 from experiments.studies.framework.study import Job, Study
 
 STUDIES = pathlib.Path(__file__).resolve().parents[1]
@@ -42,47 +46,75 @@ def _main(study: Study):
     parser.add_argument("--quick", action="store_true", help="tiny runs that show that all of it works")
     parser.add_argument("--report", action="store_true", help="measure nothing: print what the finished runs say")
     parser.add_argument("--workdir", default=str(ROOT / ".cache" / "studies"), help="of all studies; finished runs")
+    parser.add_argument("--fresh", action="store_true", help="measure everything, whatever is finished")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes side by side")
     args = parser.parse_args()
     workdir = pathlib.Path(args.workdir).resolve()
     study = study.shortened() if args.quick else study
     if args.report:
-        print("\n".join(study.measure.lines(summarize(study, finished(study, run_folder(study, workdir))))))
+        runs = finished(study, run_folder(study, workdir), source.digest(study))
+        print("\n".join(study.measure.lines(summarize(study, runs))))
         return
-    runs = run(study, workdir, args.workers)
+    runs = run(study, workdir, args.workers, args.fresh)
     results, folder = summarize(study, runs), results_folder(study, workdir)
     write_results(study, results, runs, folder)
     print("\n".join(["", *study.measure.lines(results), "", f"Written: {folder / 'results.json'}"]))
 
 
 def results_folder(study: Study, workdir: pathlib.Path) -> pathlib.Path:
-    """The study's own folder. A quick run's numbers mean nothing and stay in the work directory."""
-    return run_folder(study, workdir) if study.quick else STUDIES / study.name
+    """The study's own folder: in the checkout, or where the script that runs it is.
+
+    A quick run's numbers mean nothing and stay in the work directory.
+    """
+    if study.quick:
+        return run_folder(study, workdir)
+    script = pathlib.Path(getattr(sys.modules["__main__"], "__file__", None) or "run.py").resolve()
+    return STUDIES / study.name if (STUDIES / study.name).is_dir() else script.parent
 
 
 def run_folder(study: Study, workdir: pathlib.Path) -> pathlib.Path:
     return workdir / (f"{study.name}-quick" if study.quick else study.name)
 
 
-def run(study: Study, workdir: pathlib.Path, workers: int) -> list[dict[str, Any]]:
-    """Measures what is missing, and returns all runs."""
+def run(study: Study, workdir: pathlib.Path, workers: int, fresh: bool = False) -> list[dict[str, Any]]:
+    """Measures what is missing (with `fresh`, everything), and returns all runs.
+
+    Raises:
+      ConfigError: some arms failed; the runs of the others are kept.
+    """
     folder = run_folder(study, workdir)
     folder.mkdir(parents=True, exist_ok=True)
-    arms, seeds = study.selected()
-    done = lambda arm, seed: study.measure.resumes and study.run_path(folder, arm, seed).exists()
-    missing = {arm: [seed for seed in seeds if not done(arm, seed)] for arm in arms}
+    (arms, seeds), code = study.selected(), source.digest(study)
+    taken = {} if fresh or not study.measure.resumes else {
+        (found["arm"], found["seed"]) for found in finished(study, folder, code)}
+    missing = {arm: [seed for seed in seeds if (arm, seed) not in taken] for arm in arms}
     missing = {arm: todo for arm, todo in missing.items() if todo}
+    if study.measure.resumes:
+        _tell(study, folder, len(taken))
     if missing:
         study.measure.prepare(study, folder)
-        measure_all(study, missing, folder, max(1, min(workers, len(missing))))
-    return finished(study, folder)
+        measure_all(study, missing, folder, max(1, min(workers, len(missing))), code)
+    return finished(study, folder, code)
 
 
-def finished(study: Study, folder: pathlib.Path) -> list[dict[str, Any]]:
-    """The runs that are in the work directory, by arm and seed."""
+def _tell(study, folder, taken):
+    arms, seeds = study.selected()
+    paths = [path for arm in arms for seed in seeds if (path := study.run_path(folder, arm, seed)).exists()]
+    if taken:
+        newest = datetime.datetime.fromtimestamp(max(path.stat().st_mtime for path in paths))
+        print(f"{taken} of {len(arms) * len(seeds)} runs are taken from {folder}, the newest of "
+              f"{newest:%Y-%m-%d %H:%M}; --fresh measures them again.", file=sys.stderr)
+    if len(paths) > taken:
+        print(f"{len(paths) - taken} finished runs are measured again: the source that they depend on has changed, or "
+              "--fresh was given.", file=sys.stderr)
+
+
+def finished(study: Study, folder: pathlib.Path, code: str) -> list[dict[str, Any]]:
+    """The runs of this source that are in the work directory, by arm and seed."""
     arms, seeds = study.selected()
     paths = [study.run_path(folder, arm, seed) for arm in arms for seed in seeds]
-    return [json.loads(path.read_text()) for path in paths if path.exists()]
+    runs = [json.loads(path.read_text()) for path in paths if path.exists()]
+    return [found for found in runs if found.get("code") == code]
 
 
 def summarize(study: Study, runs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -96,8 +128,12 @@ def summarize(study: Study, runs: list[dict[str, Any]]) -> dict[str, Any]:
     return study.measure.summarize(study, runs)
 
 
-def measure_all(study: Study, missing: dict[str, list[int]], folder: pathlib.Path, workers: int) -> None:
-    """Runs {arm: seeds} in worker processes, with a bar over all of their steps and the time that is left."""
+def measure_all(study: Study, missing: dict[str, list[int]], folder: pathlib.Path, workers: int, code: str) -> None:
+    """Runs {arm: seeds} in worker processes, with a bar over all of their steps and the time that is left.
+
+    Raises:
+      ConfigError: some arms failed.
+    """
     ours = {"JAX_COMPILATION_CACHE_DIR": str(folder.parent / "compiled"), **({} if study.measure.alone else ONE_CORE)}
     os.environ |= {name: value for name, value in ours.items() if name not in os.environ}
     if study.measure.devices > 1:
@@ -113,15 +149,29 @@ def measure_all(study: Study, missing: dict[str, list[int]], folder: pathlib.Pat
         workers = 1 if study.measure.alone else workers
         with concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker, (queue,)) as pool:
             try:
-                for wave in study.waves(missing):
-                    futures = [pool.submit(_work, study, arm, missing[arm], folder) for arm in wave]
-                    for future in concurrent.futures.as_completed(futures):
-                        future.result()
+                submit = lambda arm: pool.submit(_work, study, arm, missing[arm], folder, code)
+                failed = _run_waves(study, missing, submit)
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
         queue.put(None)
         listener.join()
+    if failed:
+        words = "; ".join(f"{arm}: {type(error).__name__}: {error}" for arm, error in failed.items())
+        raise ConfigError(f"{study.name}: {len(failed)} of {len(missing)} arms failed, and the runs of the others are "
+                          f"kept. {words}")
+
+
+def _run_waves(study, missing, submit) -> dict[str, BaseException]:
+    """{arm: what it raised} of the arms that failed; those that continue from one are left out."""
+    failed = {}
+    for wave in study.waves(missing):
+        futures = {submit(arm): arm for arm in wave if study.measure.after.get(arm) not in failed}
+        for future in concurrent.futures.as_completed(futures):
+            if error := future.exception():
+                traceback.print_exception(error)
+                failed[futures[future]] = error
+    return failed
 
 
 def _listen(queue, bar):
@@ -138,9 +188,9 @@ def _start_worker(queue):
     runtime.prepare()
 
 
-def _work(study, arm, seeds, folder):
+def _work(study, arm, seeds, folder, code):
     for result in study.measure.run(Job(study, arm, seeds, folder, _queue.put)):
-        io.write_json(study.run_path(folder, arm, result["seed"]), {"arm": arm, **result}, indent=None)
+        io.write_json(study.run_path(folder, arm, result["seed"]), {"arm": arm, "code": code, **result}, indent=None)
 
 
 def write_results(study: Study, results: dict[str, Any], runs: list[dict[str, Any]], folder: pathlib.Path) -> None:

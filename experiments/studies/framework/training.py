@@ -23,6 +23,7 @@ from flax import traverse_util
 
 from deepseek_jax import io
 from deepseek_jax.config import Config, as_dict, default_config, freeze
+from deepseek_jax.config.load import RENAMED
 from deepseek_jax.data.loader import Loader
 from deepseek_jax.data.prepare import Prepared, prepare
 from deepseek_jax.model import DeepSeekV3
@@ -105,7 +106,10 @@ class Training(Measure):
 
     def identity(self, study: Study, arm: str) -> Any:
         config = as_dict(self.config(study, arm))
-        del config["pipeline"]  # arms run without one
+        del config["pipeline"], config["train"]["final_eval_batches"]  # no part of an arm's run
+        for old, new in RENAMED.items():  # so that results of earlier versions stay those of their arms
+            section, name = old.split(".")
+            config[section][name] = config[section].pop(new.split(".")[1])
         for name in ("router", "attention"):  # the name of `network` stands for them
             del config["model"][name]
         parts = [config, _name(self.probe), self.probes, self.corpus and self.corpus.__name__, _name(self.network)]
