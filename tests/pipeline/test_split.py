@@ -157,6 +157,18 @@ def test_what_shrinks_is_done_before_it_waits():
     assert s.pending_bytes == 8 * 4
 
 
+def test_a_product_that_only_w_needs_is_done_before_it_waits_if_that_keeps_less():
+    @jax.checkpoint
+    def bottleneck(w, x, narrow):
+        return x + (x @ narrow) @ w
+
+    s = split(lambda params, x, context: (bottleneck(params, x, context), jnp.zeros(()), ()),
+              jnp.ones((2, 8)), jnp.ones((4, 8)), jnp.ones((8, 2)))
+
+    assert s.pending_bytes == 4 * (4 * 2 + 4 * 8)  # the narrow product and dy, not x and dy
+    assert [count(s, piece) for piece in ("F", "Bi", "W")] == [2, 3, 1]
+
+
 def test_what_is_marked_waits_as_it_is_and_not_what_it_was_made_of():
     """Quantizing reads its input twice (largest value, quotient), which no look at bytes would take for shrinking."""
     @jax.custom_vjp
