@@ -12,6 +12,7 @@ def parse():
     parser.add_argument("--workdir", required=True, help="a run of deepseek_jax.train")
     parser.add_argument("--data", help="a folder, file or glob to score all of, instead of the held-out files")
     parser.add_argument("--ema", action="store_true", help="score the moving average of the weights")
+    parser.add_argument("--step", type=int, help="of the checkpoint (default: the newest)")
     parser.add_argument("--compressors", action="store_true", help="also gzip -9 and xz -9 on the same files")
     parser.add_argument("--json", metavar="FILE", help="write the result there")
     return parser.parse_args()
@@ -22,7 +23,7 @@ def main():
 
     from deepseek_jax.training.evaluate import evaluate_workdir
 
-    result = evaluate_workdir(args.workdir, args.data, args.ema, args.compressors)
+    result = evaluate_workdir(args.workdir, args.data, args.ema, args.compressors, args.step)
     for name, value in result.items():
         print(f"{name:38s} {value:.4f}" if isinstance(value, float) else f"{name:38s} {value}")
     if args.json:

@@ -21,6 +21,7 @@ def parse():
     parser.add_argument("--speculative", action="store_true", help="draft with the MTP module; the text is the same")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--ema", action="store_true", help="use the moving average of the weights")
+    parser.add_argument("--step", type=int, help="of a run's checkpoint (default: the newest)")
     return parser.parse_args()
 
 
@@ -34,13 +35,13 @@ def main():
         raise ConfigError(f"--temperature={args.temperature} must be 0 (the likeliest token) or a positive number.")
     if not 0 <= args.seed < 2**32:
         raise ConfigError(f"--seed={args.seed} must lie in [0, 2^32).")
-    if args.hf and args.ema:
-        raise ConfigError("a Hugging Face checkpoint holds no moving average; leave --ema away.")
+    if args.hf and (args.ema or args.step is not None):
+        raise ConfigError("a Hugging Face checkpoint holds no moving average and no steps; omit --ema and --step.")
 
     from deepseek_jax.serving import generate
     from deepseek_jax.workdir import load_model
 
-    cfg, variables, tokenizer = load_model(args.workdir, args.hf, args.ema)
+    cfg, variables, tokenizer = load_model(args.workdir, args.hf, args.ema, args.step)
     prompt = [tokenizer.bos, *tokenizer.encode(args.prompt)]
     made = generate(cfg, variables, [prompt], args.max_new_tokens, speculative=args.speculative,
                     temperature=args.temperature, seed=args.seed, eos_id=tokenizer.eos)

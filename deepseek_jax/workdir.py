@@ -64,23 +64,25 @@ def _differences(ours, theirs, prefix=""):
 
 
 class LoadedRun(NamedTuple):
-    """The newest undamaged checkpoint of a run. variables: collections params and router."""
+    """A checkpoint of a run. variables: collections params and router."""
 
     config: Config
     variables: dict[str, Any]
     step: int
 
 
-def load_run(workdir: str, ema: bool = False) -> LoadedRun:
+def load_run(workdir: str, ema: bool = False, step: int | None = None) -> LoadedRun:
     """A run's config (on one device here) and variables; with `ema` the moving average of its weights.
 
+    Args:
+      step: of the checkpoint; None: the newest undamaged one.
     Raises:
-      ConfigError: no run or no checkpoint there, or no moving average in it.
+      ConfigError: no run or no such checkpoint there, or no moving average in it.
     """
     from deepseek_jax.checkpoint.manager import restore_items  # jax and Orbax: for those who read arrays
 
     config = dataclasses.replace(load_workdir_config(workdir), mesh=MeshConfig())
-    items, step, _ = restore_items(workdir, names=("ema", "router") if ema else ("params", "router"))
+    items, step, _ = restore_items(workdir, ("ema", "router") if ema else ("params", "router"), step=step)
     params = items["ema" if ema else "params"]
     if not params:
         raise ConfigError(f"the run in {workdir} keeps no moving average; train with --config.train.ema_decay=0.999.")
@@ -95,8 +97,9 @@ class LoadedModel(NamedTuple):
     tokenizer: Tokenizer
 
 
-def load_model(workdir: str | None, hf: str | None = None, ema: bool = False) -> LoadedModel:
-    """The model of a run or of a Hugging Face checkpoint, one of the two.
+def load_model(workdir: str | None, hf: str | None = None, ema: bool = False,
+               step: int | None = None) -> LoadedModel:
+    """The model of a run or of a Hugging Face checkpoint, one of the two. ema, step: of a run, as in `load_run`.
 
     Raises:
       ConfigError: nothing usable there, or a tokenizer that does not fit.
@@ -112,6 +115,6 @@ def load_model(workdir: str | None, hf: str | None = None, ema: bool = False) ->
         Tokenizer.load(vocabulary)  # before gigabytes are read
         cfg, variables = load_hf(hf)
     else:
-        run = load_run(folder, ema)
+        run = load_run(folder, ema, step)
         cfg, variables = run.config.model, run.variables
     return LoadedModel(cfg, variables, Tokenizer.load(vocabulary, cfg.vocab_size))

@@ -145,21 +145,24 @@ class Checkpoints:
 
 
 def restore_items(workdir: str | os.PathLike[str], names: Sequence[str] = ("params", "router"),
-                  abstract: dict[str, Any] | None = None) -> tuple[dict[str, Any], int, dict[str, Any]]:
-    """Reads some entries of the newest undamaged state of a work directory, which another process may be training.
+                  abstract: dict[str, Any] | None = None,
+                  step: int | None = None) -> tuple[dict[str, Any], int, dict[str, Any]]:
+    """Reads some entries of a state of a work directory, which another process may be training.
 
     Args:
       names: entries of the state's top level. One that the state lacks comes back as {}.
       abstract: {name: pytree of jax.ShapeDtypeStruct} to check against and to take shardings from; None reads what
         is there into nested dicts.
+      step: of the checkpoint; None: the newest undamaged one.
 
     Returns:
       ({name: pytree}, step, meta).
 
     Raises:
-      ConfigError: no checkpoint there, none undamaged, or `abstract` differs in a leaf.
+      ConfigError: no such checkpoint there, none undamaged, or `abstract` differs in a leaf.
     """
-    path, _ = manifest.newest(_directory(workdir))
+    directory = _directory(workdir)
+    path = manifest.newest(directory)[0] if step is None else manifest.of_step(directory, step)
     if path is None:
         raise ConfigError(f"{workdir} holds no checkpoint; give the --workdir of a run that has saved one.")
     saved = json.loads((path / "meta.json").read_text())

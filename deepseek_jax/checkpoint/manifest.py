@@ -39,6 +39,17 @@ def newest(directory: pathlib.Path):
     return None, []
 
 
+def of_step(directory: pathlib.Path, step: int) -> pathlib.Path:
+    """The checkpoint of a step. Raises ConfigError if it is not there, or damaged."""
+    path = directory / str(step)
+    if step not in (known := steps(directory)):
+        there = ", ".join(map(str, known)) or "none"
+        raise ConfigError(f"{directory} holds no checkpoint of step {step}; there are: {there}.")
+    if why := damage(path):
+        raise ConfigError(f"the checkpoint {path} is damaged: {why}; take another step.")
+    return path
+
+
 def damage(path: pathlib.Path) -> str | None:
     """What is wrong with a checkpoint, in a few words; None if every byte is as it was written."""
     try:

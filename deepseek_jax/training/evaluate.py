@@ -46,12 +46,12 @@ def evaluate(loader: Loader, step: Callable[..., Sums], params: dict[str, Any], 
 
 
 def evaluate_workdir(workdir: str, data: str | None = None, ema: bool = False,
-                     compressors: bool = False) -> dict[str, float]:
-    """Scores a run on all of its held-out documents, or on all documents of `data`.
+                     compressors: bool = False, step: int | None = None) -> dict[str, float]:
+    """Scores a checkpoint of a run (the newest, or that of `step`) on all held-out documents, or on those of `data`.
 
     Raises ConfigError for a work directory or data that cannot be read.
     """
-    config, variables, step = load_run(workdir, ema)
+    config, variables, step = load_run(workdir, ema, step)
     prepared = prepare(config, workdir) if data is None else prepare_evaluation(config, workdir, data)
     loader = Loader(config, prepared)
     compiled = jax.jit(lambda *args: eval_step(config, *args))

@@ -259,6 +259,17 @@ def test_parameters_are_read_into_a_given_structure_or_refused(two_checkpoints):
         restore_items(two_checkpoints, ("params",), {"params": abstract(make_state(2, width=8)["params"])})
 
 
+def test_a_checkpoint_is_read_by_its_step(two_checkpoints):
+    items, step, _ = restore_items(two_checkpoints, ("params",), step=1)
+    assert step == 1 and bits(items) == bits({"params": make_state(1)["params"]})
+    with pytest.raises(ConfigError, match="holds no checkpoint of step 7; there are: 1, 2."):
+        restore_items(two_checkpoints, step=7)
+    file = next(p for p in (two_checkpoints / "checkpoints" / "1").rglob("*") if p.is_file() and p.stat().st_size > 8)
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(ConfigError, match="1 is damaged: .*; take another step"):
+        restore_items(two_checkpoints, step=1)
+
+
 def test_reading_where_nothing_was_trained_is_a_one_line_error(tmp_path):
     with pytest.raises(ConfigError, match="holds no checkpoint"):
         restore_items(tmp_path / "nowhere")
