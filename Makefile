@@ -1,4 +1,5 @@
-# make train   from nothing: environment, tokenizer, a tiny model on real text, a sample, plots (in run/)
+# make train   from nothing: environment, tokenizer, a tiny model on real text, a sample, plots (in run/);
+#              ARGS="--config.train.steps=50" overrides
 # make test    the CPU suite          make lint    ruff, pyright
 # make bench   speed against transformers, a dense product, ragged_dot: same machine, same run
 # make aot     compiles the Hopper kernels, and training steps up to 671B, for hardware you don't have (two to four hours)
@@ -33,7 +34,7 @@ help:
 	@touch $@
 
 train: .venv/stamp
-	$(RUN) -m deepseek_jax.train --config experiments/configs/tiny.py --workdir run
+	$(RUN) -m deepseek_jax.train --config tiny --workdir run $(ARGS)
 
 test: .venv/stamp
 	JAX_PLATFORMS=cpu $(RUN) -m pytest -n 2 -m "not slow"
