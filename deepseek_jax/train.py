@@ -1,11 +1,14 @@
-"""Trains a model from a config file, or goes on with the run that the work directory holds.
+"""Trains a model, or resumes the run in the work directory.
 
     python -m deepseek_jax.train --config tiny --workdir run50 --config.train.steps=50
     python -m deepseek_jax.train --config ... --workdir run --config.mesh.node=2 --config.mesh.local=4
 """
 
+import sys
+
 from deepseek_jax import cli
 from deepseek_jax.config import ConfigError, load_config
+from deepseek_jax.config.advice import advice
 
 
 def parse():
@@ -27,6 +30,9 @@ def main():
     group = (args.coordinator, args.processes, args.process)
     if any(x is not None for x in group) and None in group:
         raise ConfigError("--coordinator, --processes and --process go together: give all three, or none.")
+
+    for note in advice(config) if not args.process else ():
+        print(f"note: {note}", file=sys.stderr)
 
     # After the config is known to be good: these take seconds.
     from deepseek_jax.parallel.processes import Group, is_first, joined

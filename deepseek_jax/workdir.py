@@ -35,7 +35,7 @@ def check_workdir(config: Config, workdir: str):
     differences = _differences(ours, theirs)
     if differences:
         raise ConfigError(f"{workdir} holds a run with another config: {'; '.join(differences)}; take that config "
-                          "or another --workdir.")
+                          f"or another --workdir, where --config.init.from={workdir} starts with this run's weights.")
 
 
 def load_workdir_config(workdir: str) -> Config:

@@ -1,0 +1,19 @@
+"""What is allowed in a config and rarely meant: one line each."""
+
+from __future__ import annotations
+
+from deepseek_jax.config.load import Config
+
+
+def advice(config: Config) -> list[str]:
+    """Notes on a config that can run, for the person who starts it."""
+    model, balance, notes = config.model, config.balance, []
+    moves = model.num_moe_layers > 0 and model.has_router_bias and balance.bias_speed > 0
+    if moves and model.score == "softmax":
+        notes.append(f"model.score='softmax' with a routing bias: the scores of {model.num_experts} experts are about "
+                     f"{1 / model.num_experts:.2g}, and the bias moves by balance.bias_speed={balance.bias_speed:g} a "
+                     "step; take model.router_bias='none' (as V2), or a smaller speed.")
+    if moves and balance.aux_loss_weight > 0:
+        notes.append("two balancers at once: the routing bias and balance.aux_loss_weight; take "
+                     "balance.bias_speed=0 for the loss alone, or balance.aux_loss_weight=0 for the bias alone.")
+    return notes
