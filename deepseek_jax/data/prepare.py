@@ -14,6 +14,7 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -22,7 +23,7 @@ import tokenizers
 from deepseek_jax import io
 from deepseek_jax.config import Config, ConfigError
 from deepseek_jax.data import corpus, token_shards
-from deepseek_jax.data.tokenizer import PATTERN, SPECIALS, Tokenizer, train_tokenizer
+from deepseek_jax.data.tokenizer import COMPANIONS, PATTERN, SPECIALS, Tokenizer, train_tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -118,12 +119,18 @@ def _cache(config, workdir):
 
 
 def find_tokenizer(config: Config, workdir: str, sources: list[Source]) -> Tokenizer:
-    """The work directory's tokenizer; else that of the run whose weights are taken; else one trained here."""
+    """The work directory's tokenizer; else that of the run whose weights are taken, with its companions; else one
+    trained here."""
     own = os.path.join(workdir, "tokenizer.json")
     if os.path.isfile(own):
         return Tokenizer.load(own, config.model.vocab_size)
     if config.init.from_ is not None:
         tokenizer = Tokenizer.load(os.path.join(config.init.from_, "tokenizer.json"), config.model.vocab_size)
+        for name in COMPANIONS:
+            if os.path.isfile(theirs := os.path.join(config.init.from_, name)):
+                os.makedirs(workdir, exist_ok=True)
+                with io.replacing(os.path.join(workdir, name)) as partial:
+                    shutil.copyfile(theirs, partial)
     else:
         tokenizer = _trained(config, workdir, sources)
     tokenizer.save(own)

@@ -21,6 +21,8 @@ from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 from deepseek_jax import io
 from deepseek_jax.config import ConfigError
 
+# Files of a Hugging Face checkpoint that say how to use its tokenizer; they go where it goes.
+COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json")
 # A word, three digits, punctuation with line breaks, line breaks, indentation up to the word, other white space.
 PATTERN = (r"[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 _PUNCTUATION_AND_BREAK = re.compile(r"( ?(?:[^\s\w]|_)+)([\r\n]+)")

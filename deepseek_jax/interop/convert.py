@@ -20,15 +20,14 @@ from deepseek_jax import io
 from deepseek_jax.checkpoint import manifest
 from deepseek_jax.checkpoint.arrays import Stored, Writer
 from deepseek_jax.config import Config, ConfigError, as_dict, freeze
-from deepseek_jax.data.tokenizer import Tokenizer
+from deepseek_jax.data.tokenizer import COMPANIONS, Tokenizer
 from deepseek_jax.interop import hf_config, safetensors_io, save
 from deepseek_jax.interop.load import Checkpoint
 from deepseek_jax.interop.tensor_map import SCALE
 
 LAYOUT = "hf_layout.json"
 # Files that are copied unchanged in both directions.
-TEXT = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
-        "generation_config.json")
+TEXT = ("tokenizer.json", *COMPANIONS)
 THREADS = 4  # pieces in flight, some waiting for the disk; each takes about five times tensor_map.PIECE of memory
 
 

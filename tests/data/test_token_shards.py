@@ -161,9 +161,13 @@ def test_a_changed_file_is_read_anew(make_config, tmp_path):
 
 def test_a_run_from_others_weights_takes_their_tokenizer(make_config, folder, tmp_path, trained):
     trained.save(str(tmp_path / "base" / "tokenizer.json"))
+    (tmp_path / "base" / "chat_template.jinja").write_text("{{ messages }}")
+    (tmp_path / "base" / "config.json").write_text("{}")
     config = dataclasses.replace(make_config(folder), init=InitConfig(str(tmp_path / "base")))
     assert prepare(config, str(tmp_path / "work")).tokenizer.digest == trained.digest
     assert (tmp_path / "work" / "tokenizer.json").exists()
+    assert (tmp_path / "work" / "chat_template.jinja").read_text() == "{{ messages }}"
+    assert not (tmp_path / "work" / "config.json").exists()
 
 
 @pytest.mark.parametrize("text", ['{"a"', "[1]", "null"])
