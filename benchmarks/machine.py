@@ -3,7 +3,6 @@
 Standard library only, because the peer's environment imports it too.
 """
 
-import json
 import os
 import pathlib
 import platform
@@ -34,6 +33,8 @@ def shown(command: Iterable[str]) -> str:
 
 def write_results(path: str, report: dict[str, Any]) -> None:
     """Writes what --json asks for; a relative path is relative to the checkout."""
+    from deepseek_jax import io  # which the environment of a peer does not have
+
     file = ROOT / path
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(report, indent=1) + "\n")
+    io.write_json(file, report, indent=1)

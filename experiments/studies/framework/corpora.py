@@ -9,6 +9,8 @@ import re
 import shutil
 import sysconfig
 
+from deepseek_jax import io
+
 
 def _stdlib() -> pathlib.Path:
     return pathlib.Path(sysconfig.get_path("stdlib"))
@@ -35,7 +37,7 @@ def kinds(folder: pathlib.Path) -> None:
     topics: dict = {}
     exec((_stdlib() / "pydoc_data" / "topics.py").read_text(), topics)
     for name, text in sorted(topics["topics"].items()):
-        (folder / "prose" / f"{re.sub('[^a-zA-Z0-9]', '_', name)}.txt").write_text(text)
+        io.write_text(folder / "prose" / f"{re.sub('[^a-zA-Z0-9]', '_', name)}.txt", text)
 
 
 FILLING = [
@@ -61,5 +63,5 @@ def needles(folder: pathlib.Path) -> None:
     for n in range(500):
         secret, apart = rng.choice(SECRETS), 8 if n % 2 else 8 * 125 ** rng.random()
         words = [f"= {secret}" if rng.random() < 1 / apart else rng.choice(FILLING) for _ in range(2600)]
-        (folder / "words" / f"{n:03d}.txt").write_text(" ".join(words) + "\n")
+        io.write_text(folder / "words" / f"{n:03d}.txt", " ".join(words) + "\n")
 

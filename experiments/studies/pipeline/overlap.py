@@ -56,7 +56,7 @@ def program(schedule: str, tokens: int, folder: pathlib.Path) -> str:
         size = sum(aot.bytes_of(compiled).values()) / 1e9
         print(f"{schedule}: compiled in {facts['seconds']['compiling']:.0f} s, {size:.1f} GB a device", flush=True)
         folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(compiled.as_text())
+        io.write_text(path, compiled.as_text())
     return path.read_text()
 
 
