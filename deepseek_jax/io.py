@@ -80,7 +80,12 @@ def write_json(path: Path, value: Any, indent: int | None = 2, sync: bool = Fals
 
 def sync_file(path: Path):
     """Brings a file, or the names in a folder, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except PermissionError:
+        if os.path.isdir(path):  # Windows opens no folders, and has nothing to bring there
+            return
+        raise
     try:
         os.fsync(descriptor)
     finally:

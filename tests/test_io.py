@@ -94,6 +94,18 @@ def test_a_folder_with_files_is_never_replaced(tmp_path):
     assert (tmp_path / "a").read_text() == "kept"
 
 
+def test_a_folder_that_cannot_be_opened_is_not_synced_and_a_file_is_an_error(tmp_path, monkeypatch):
+    """Windows opens no folders."""
+    def no_folders(path, flags):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    (tmp_path / "file").write_text("x")
+    monkeypatch.setattr(io.os, "open", no_folders)
+    io.sync_file(tmp_path)
+    with pytest.raises(PermissionError):
+        io.sync_file(tmp_path / "file")
+
+
 def test_of_two_that_build_the_same_folder_the_first_wins_and_nothing_else_is_left(tmp_path):
     folder = tmp_path / "made"
     with io.building(folder, shared=True) as slow, io.building(folder, shared=True) as fast:

@@ -9,6 +9,7 @@ A row is stored as numbers, or in the FP8 layout that the kernels read too, at k
 
 from __future__ import annotations
 
+import math
 import os
 from typing import Any
 
@@ -37,10 +38,18 @@ def bytes_per_token(cfg: ModelConfig, kind: str, mtp: int = 0) -> int:
     return (cfg.num_layers + mtp) * length * jnp.dtype(dtype).itemsize
 
 
+def _memory() -> float:
+    """Bytes of this machine's memory; infinite where the system does not say (Windows)."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError):
+        return math.inf
+
+
 def check_room(cfg: ModelConfig, kind: str, tokens: int, mtp: int = 0) -> None:
     """Raises ConfigError for a cache that the device cannot hold."""
     size, stats = tokens * bytes_per_token(cfg, kind, mtp), jax.devices()[0].memory_stats() or {}
-    room = stats.get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    room = stats.get("bytes_limit") or _memory()
     if size > room:
         raise ConfigError(f"a cache of {tokens:,} tokens takes {size / 1e9:,.0f} GB, and there are {room / 1e9:,.0f}; "
                           "take fewer sequences at once, or a smaller length.")

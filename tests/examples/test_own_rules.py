@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from deepseek_jax.checkpoint.manager import restore_items
 from deepseek_jax.config import ConfigError, MeshConfig, freeze, model_config
 from deepseek_jax.interop import hf_config
 from deepseek_jax.model import DeepSeekV3, router
@@ -100,6 +101,8 @@ def test_a_balancer_with_momentum_keeps_its_state_in_the_checkpoint_and_moves_by
 
     leaves = json.loads((tmp_path / "run/checkpoints/6/meta.json").read_text())["leaves"]
     assert {"balancer/bias", "balancer/mtp_bias"} <= leaves.keys()
+    state = restore_items(tmp_path / "run", ("balancer",))[0]["balancer"]
+    assert np.abs(state["bias"]).max() > 0 and np.abs(state["mtp_bias"]).max() > 0
     with (tmp_path / "run" / "metrics.jsonl").open() as f:
         whole = [json.loads(line).get("loss") for line in f]
     shutil.rmtree(tmp_path / "run/checkpoints/6")

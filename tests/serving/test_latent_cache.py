@@ -80,3 +80,9 @@ def test_a_cache_that_the_machine_cannot_hold_says_how_large_it_is(kind):
     latent_cache.check_room(naive.tiny(), kind, 1000)
     with pytest.raises(ConfigError, match=r"1,000,000,000,000 tokens takes [\d,]+ GB, and there are"):
         latent_cache.check_room(naive.tiny(), kind, 10**12)
+
+
+def test_where_the_system_does_not_say_its_memory_any_cache_may_be_tried(monkeypatch):
+    """Windows has no os.sysconf."""
+    monkeypatch.delattr(latent_cache.os, "sysconf")
+    latent_cache.check_room(naive.tiny(), "float32", 10**12)

@@ -7,9 +7,10 @@ schedules it, assigns its buffers and, for GPUs, generates its kernels. Nothing 
 import contextlib
 import dataclasses
 import functools
+import math
 import os
 import pathlib
-import resource
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -76,6 +77,15 @@ def _environment(**values: str):
         os.environ.update(before)
 
 
+def _peak_gigabytes() -> float:
+    """Of this process; NaN where the system does not say (Windows)."""
+    try:
+        import resource
+    except ImportError:
+        return math.nan
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
+
+
 def compiled_program(lower: Callable[[], jax.stages.Lowered], platform: str) -> tuple[Any, dict[str, Any]]:
     """Lowers and compiles.
 
@@ -94,7 +104,7 @@ def compiled_program(lower: Callable[[], jax.stages.Lowered], platform: str) -> 
         seconds = {"lowering": middle - start, "compiling": time.time() - middle, "cpu": time.process_time()}
         kernels = kernels_in(pathlib.Path(folder))
     return compiled, {"seconds": seconds, "kernels": kernels,
-                      "compiler_gigabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6}
+                      "compiler_gigabytes": _peak_gigabytes()}
 
 
 def kernels_in(folder: pathlib.Path) -> list[dict]:
