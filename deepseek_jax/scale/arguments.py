@@ -48,7 +48,10 @@ def _not_negative(text):
 
 
 def _capacity(text):
-    return None if text == "none" else positive(text)
+    try:
+        return None if text == "none" else float(text)  # the config says which numbers may be
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor none") from None
 
 
 def model(args: argparse.Namespace) -> ModelConfig:
