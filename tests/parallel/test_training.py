@@ -17,7 +17,7 @@ CASES = {
     "node=2 local=2 tensor=2": dict(mesh=MeshConfig(node=2, local=2, tensor=2), remat="report"),
     "flat": dict(mesh=MeshConfig(node=2, local=2, dispatch="flat"), accumulation_steps=4, remat="full"),
 }
-QUICK = list(CASES)[:-1]
+QUICK = ["local=8", "node=2 local=4", "replica=2 node=2 local=2", "node=2 local=2 tensor=2"]
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,8 @@ def alone():
     return losses, router
 
 
-@pytest.mark.parametrize("case", [*QUICK, pytest.param("flat", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("case", [*QUICK, *(pytest.param(case, marks=pytest.mark.slow)
+                                            for case in ("node=4 local=2", "flat"))])
 def test_in_float64_twenty_steps_are_those_of_one_device(case, alone):
     with jax.enable_x64(True):
         losses, router, metrics = train(config_of(**CASES[case]), STEPS)

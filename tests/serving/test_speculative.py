@@ -119,7 +119,8 @@ def test_right_drafts_are_all_accepted_at_any_depth(depth, modules):
     assert [t.draft for t in made.made][:2 + depth] == ["none"] + ["accepted"] * depth + ["none"]
 
 
-@pytest.mark.parametrize(("depth", "modules"), [(1, 1), (2, 1), (3, 2)])
+@pytest.mark.parametrize(("depth", "modules"), [
+    (1, 1), pytest.param(2, 1, marks=pytest.mark.slow), pytest.param(3, 2, marks=pytest.mark.slow)])
 def test_greedy_is_the_same_token_for_token_over_many_prompts_and_page_boundaries(depth, modules):
     cfg = naive.tiny(mtp_depth=modules, num_layers=2, vocab_size=24)
     variables = naive.variables_of(cfg)
