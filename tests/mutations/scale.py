@@ -264,9 +264,9 @@ MUTATIONS = [
     ),
     Mutation(
         name="long stacks are unrolled too",
-        file="deepseek_jax/config/model.py",
-        old="UNROLLED_LAYERS = 8",
-        new="UNROLLED_LAYERS = 99",
+        file="deepseek_jax/scale/memory.py",
+        old="sum(n if n <= UNROLLED_LAYERS else 1 for n in",
+        new="sum(n for n in",
         tests="scale/test_memory.py",
     ),
 ]
