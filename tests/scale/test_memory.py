@@ -126,3 +126,10 @@ def test_dualpipe_holds_two_stages_weights_and_1f1b_one():
     ends = 4 * memory.parameters_per_device(c, Layout(mesh, "1f1b", 8, 1, 256))["ends"]
 
     assert dual["working"] - ends == pytest.approx(2 * (single["working"] - ends))
+
+
+def test_layers_of_a_loop_share_the_sums_of_attention():
+    layout = Layout(MeshConfig(), "1f1b", 8, 1, 256)
+    sums = lambda layers: memory.attention_sums(model_config("tiny", num_layers=layers), layout)
+    assert sums(20) == sums(30) < sums(8)
+    assert sums(4) < sums(5)
