@@ -1,8 +1,11 @@
-"""Lets a trained model continue a prompt.
+"""Lets a trained model continue prompts, or answer in a chat.
 
     python -m deepseek_jax.generate --workdir run --prompt "def " --max-new-tokens 64 --temperature 0.8
+    python -m deepseek_jax.generate --hf checkpoint --chat --prompt "Why is the sky blue?" --top-p 0.95
+    python -m deepseek_jax.generate --workdir run --prompts questions.jsonl --stop $'\\n\\n' > answers.jsonl
 """
 
+import json
 import math
 import sys
 
@@ -15,9 +18,17 @@ def parse():
     model = parser.add_mutually_exclusive_group(required=True)
     model.add_argument("--workdir", help="a run of deepseek_jax.train, or what deepseek_jax.convert from-hf made")
     model.add_argument("--hf", metavar="DIR", help="a Hugging Face checkpoint: config.json, tokenizer.json, weights")
-    parser.add_argument("--prompt", required=True)
+    prompt = parser.add_mutually_exclusive_group(required=True)
+    prompt.add_argument("--prompt")
+    prompt.add_argument("--prompts", metavar="FILE", help='a prompt a line; or .jsonl rows with "prompt" or '
+                        '"messages". Each continuation is printed as a line of JSON')
+    parser.add_argument("--chat", action="store_true", help="prompts are what a user says; only the answer is printed")
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--temperature", type=float, default=0.0, help="0: always the likeliest token")
+    parser.add_argument("--top-p", type=float, default=1.0, help="only the likeliest tokens, up to this probability")
+    parser.add_argument("--top-k", type=int, default=0, help="only this many of the likeliest tokens; 0: all")
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="ends a continuation, and is not "
+                        "part of it; may be repeated")
     parser.add_argument("--speculative", action="store_true", help="draft with the MTP module; the text is the same")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--ema", action="store_true", help="use the moving average of the weights")
@@ -25,29 +36,63 @@ def parse():
     return parser.parse_args()
 
 
-def main():
-    args = parse()
-    if args.prompt.encode(errors="replace").decode() != args.prompt:  # half characters, from a wrong encoding
-        raise ConfigError("--prompt is not UTF-8; check the encoding of your terminal.")
+def check(args):
+    """Raises ConfigError for options that no model could follow; before the seconds that loading takes."""
     if args.max_new_tokens < 1:
         raise ConfigError(f"--max-new-tokens={args.max_new_tokens} must be positive.")
     if not 0 <= args.temperature < math.inf:
         raise ConfigError(f"--temperature={args.temperature} must be 0 (the likeliest token) or a positive number.")
+    if not 0 < args.top_p <= 1:
+        raise ConfigError(f"--top-p={args.top_p} must lie in (0, 1].")
+    if args.top_k < 0:
+        raise ConfigError(f"--top-k={args.top_k} must be 0 (all tokens) or positive.")
+    if "" in args.stop:
+        raise ConfigError("--stop is empty; give the text that ends a continuation.")
     if not 0 <= args.seed < 2**32:
         raise ConfigError(f"--seed={args.seed} must lie in [0, 2^32).")
-    if args.hf and (args.ema or args.step is not None):
-        raise ConfigError("a Hugging Face checkpoint holds no moving average and no steps; omit --ema and --step.")
+    if args.prompt is not None and args.prompt.encode(errors="replace").decode() != args.prompt:  # a wrong encoding
+        raise ConfigError("--prompt is not UTF-8; check the encoding of your terminal.")
 
-    from deepseek_jax.serving import generate
-    from deepseek_jax.workdir import load_model
 
-    cfg, variables, tokenizer = load_model(args.workdir, args.hf, args.ema, args.step)
-    prompt = [tokenizer.bos, *tokenizer.encode(args.prompt)]
-    made = generate(cfg, variables, [prompt], args.max_new_tokens, speculative=args.speculative,
-                    temperature=args.temperature, seed=args.seed, eos_id=tokenizer.eos)
-    print(tokenizer.decode([*prompt[1:], *made.tokens[0]]))
+def main():
+    args = parse()
+    check(args)
+
+    from deepseek_jax.serving import Request, run_requests
+    from deepseek_jax.serving.openai import chat_template
+    from deepseek_jax.serving.openai.prompts import Continuation, prompt_ids, read_prompts
+    from deepseek_jax.workdir import load
+
+    prompts = [args.prompt] if args.prompts is None else read_prompts(args.prompts)
+    if args.chat:
+        prompts = [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in prompts]
+    cfg, variables, tokenizer = load(args.hf or args.workdir, args.ema, args.step)
+    template = None
+    if any(isinstance(prompt, list) for prompt in prompts):
+        template = chat_template.of_folder(args.hf or args.workdir, tokenizer)
+    requests = [Request(tuple(prompt_ids(prompt, tokenizer, template)), args.max_new_tokens, args.temperature,
+                        args.top_k, args.top_p, args.seed, stream=i, stop_tokens=frozenset([tokenizer.eos]))
+                for i, prompt in enumerate(prompts)]
+    said = [Continuation(tokenizer, tuple(args.stop)) for _ in prompts]
+    made = run_requests(cfg, variables, requests, args.speculative, said)
+    if args.prompts is None:
+        print(said[0].text if args.chat else args.prompt + said[0].text)
+    else:
+        for prompt, answer in zip(prompts, said):
+            key = "prompt" if isinstance(prompt, str) else "messages"
+            print(json.dumps({key: prompt, "text": answer.text, "finish_reason": answer.finish}, ensure_ascii=False))
+    print(speed(made), file=sys.stderr)
     if args.speculative:
-        print(f"{made.accepted} of {made.drafted} drafted tokens were accepted.", file=sys.stderr)
+        accepted, drafted = (sum(getattr(s, name) for s in made.sequences) for name in ("accepted", "drafted"))
+        print(f"{accepted} of {drafted} drafted tokens were accepted.", file=sys.stderr)
+
+
+def speed(made) -> str:
+    """How fast it went, in one line; compilation is left out where there are steps without it."""
+    tokens = sum(len(sequence.made) for sequence in made.sequences)
+    if made.tokens_per_second is None:
+        return f"{tokens} tokens in {made.seconds:.1f} s, compilation included."
+    return f"{tokens} tokens in {made.seconds:.1f} s; once compiled, {made.tokens_per_second:.1f} tokens/s."
 
 
 if __name__ == "__main__":

@@ -47,16 +47,16 @@ def main():
     from deepseek_jax.serving.engine import Engine, EngineConfig
     from deepseek_jax.serving.openai import chat_template
     from deepseek_jax.serving.openai.stream import Service
-    from deepseek_jax.workdir import load_model
+    from deepseek_jax.workdir import load
 
-    cfg, variables, tokenizer = load_model(args.workdir, args.hf, args.ema)
-    spell = lambda token: tokenizer.backend.id_to_token(token) or ""
-    template = chat_template.read(args.workdir or args.hf, spell(tokenizer.bos), spell(tokenizer.eos))
+    folder = args.hf or args.workdir
+    cfg, variables, tokenizer = load(folder, args.ema)
+    template = chat_template.of_folder(folder, tokenizer)
     depth = min(1, cfg.mtp_depth) if args.depth is None else args.depth
     engine = Engine(cfg, variables, EngineConfig(args.max_sequences, args.max_length, depth, cache=args.cache))
     print("compiling ...", flush=True)
     engine.warm_up()
-    name = args.name or os.path.basename(os.path.abspath(args.workdir or args.hf))
+    name = args.name or os.path.basename(os.path.abspath(folder))
     print(f"serving {name} at http://{args.host}:{args.port}", flush=True)
     serve(Service(engine, tokenizer, name, args.max_waiting, template), args.host, args.port, args.api_key)
 

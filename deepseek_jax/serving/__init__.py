@@ -1,5 +1,6 @@
 """Generation from trained or converted models."""
 
-from deepseek_jax.serving.generation import Generation, generate
+from deepseek_jax.serving.engine import Request
+from deepseek_jax.serving.generation import Generation, generate, run_requests
 
-__all__ = ["Generation", "generate"]
+__all__ = ["Generation", "Request", "generate", "run_requests"]

@@ -182,7 +182,10 @@ MUTATIONS = [
         file="deepseek_jax/serving/decode.py",
         old="jnp.where(batch.fresh_B, 0, of_batch.count_B)",
         new="of_batch.count_B",
-        tests="serving/test_speculative.py",
+        tests=(
+            "serving/test_speculative.py::test_right_drafts_are_all_accepted_at_any_depth "
+            "serving/test_speculative.py::test_sampled_drafts_are_reproducible_whoever_shares_the_batch "
+            "serving/test_speculative.py"),
     ),
     Mutation(
         name="the end token does not end",
@@ -221,7 +224,7 @@ MUTATIONS = [
     ),
     Mutation(
         name="chats ignore the model's template",
-        file="deepseek_jax/serving/openai/requests.py",
+        file="deepseek_jax/serving/openai/chat.py",
         old="if template is not None:",
         new="if False:",
         tests="serving/openai/test_chat_template.py",
@@ -252,14 +255,14 @@ MUTATIONS = [
         file="deepseek_jax/serving/decode_attention.py",
         old="T == 1 and rows and pages and",
         new="T == 1 and rows and",
-        tests="serving/test_decode_model.py",
+        tests="serving/test_decode_model.py::test_a_kernel_is_asked_for_pages_that_it_reads",
     ),
     Mutation(
         name="the warm-up leaves a batch size out",
         file="deepseek_jax/serving/engine.py",
         old="for size in _buckets(self.max_sequences):",
         new="for size in _buckets(self.max_sequences)[1:]:",
-        tests="serving/test_engine.py serving/test_expert_placement.py",
+        tests="serving/test_engine.py::test_nothing_is_compiled_after_the_warm_up_whatever_the_mix",
     ),
     Mutation(
         name="a client that hung up is noticed only in a pause",

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
 
 from deepseek_jax.config import ConfigError
+from deepseek_jax.serving.openai.chat import Template, Tokenizer
 
 
-def read(folder: str, bos: str, eos: str) -> Callable[[list[dict]], str] | None:
+def read(folder: str, bos: str, eos: str) -> Template | None:
     """messages -> prompt, ready for the answer; None where `folder` has no template.
 
     Args:
@@ -44,6 +44,12 @@ def read(folder: str, bos: str, eos: str) -> Callable[[list[dict]], str] | None:
             raise ValueError(str(error)) from None
 
     return render
+
+
+def of_folder(folder: str, tokenizer: Tokenizer) -> Template | None:
+    """`read` with the special tokens of the folder's tokenizer."""
+    spell = lambda token: tokenizer.backend.id_to_token(token) or ""
+    return read(folder, spell(tokenizer.bos), spell(tokenizer.eos))
 
 
 def _source(folder):

@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import math
 import secrets
-from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from deepseek_jax.config import did_you_mean
 from deepseek_jax.serving.decode import ALTERNATIVES
 from deepseek_jax.serving.engine import Request
+from deepseek_jax.serving.openai.chat import BadMessages, Template, Tokenizer, chat_ids, is_unicode
 
 MAX_CHOICES = 16
 IGNORED = ("user", "metadata", "store", "service_tier", "parallel_tool_calls")
@@ -18,7 +18,6 @@ SHARED = ("model", "max_tokens", "temperature", "top_p", "top_k", "n", "stream",
           "logprobs", "presence_penalty", "frequency_penalty", "return_drafts")
 FIELDS = {False: (*SHARED, "prompt", "echo", "best_of", "suffix"),
           True: (*SHARED, "messages", "max_completion_tokens", "top_logprobs")}
-ROLES = {"system": None, "developer": None, "user": "<｜User｜>", "assistant": "<｜Assistant｜>"}
 
 
 class BadRequest(Exception):
@@ -35,18 +34,6 @@ class BadRequest(Exception):
         return {"error": {"message": self.message, "type": kind, "param": field, "code": self.code}}
 
 
-class Tokenizer(Protocol):
-    """What the server needs of `data.tokenizer.Tokenizer`. backend: the `tokenizers.Tokenizer` below it."""
-
-    bos: int
-    eos: int
-    backend: Any
-
-    def encode(self, text: str) -> list[int]: ...
-
-    def decode(self, ids: Any, specials: bool = False) -> str: ...
-
-
 class ServedModel(NamedTuple):
     """What requests are checked against.
 
@@ -58,7 +45,7 @@ class ServedModel(NamedTuple):
     tokenizer: Tokenizer
     vocab_size: int
     max_length: int
-    template: Callable[[list[dict]], str] | None = None
+    template: Template | None = None
 
 
 class CompletionRequest(NamedTuple):
@@ -201,39 +188,13 @@ def _prompts(body, served):
 
 
 def _chat(body, served):
-    """Without a template, roles are DeepSeek's tokens; a tokenizer that lacks them makes it plain text to continue."""
-    tokenizer, template = served.tokenizer, served.template
-    messages = body.get("messages")
-    if not isinstance(messages, list) or not messages:
-        raise BadRequest("messages", "messages must be a list of one or more messages.")
-    backend = tokenizer.backend
-    ids, plain, checked = [tokenizer.bos], [], []
-    for i, message in enumerate(messages):
-        content, role = (message.get(k) for k in ("content", "role")) if isinstance(message, dict) else (None, None)
-        if isinstance(content, list) and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in content):
-            content = "".join(part["text"] for part in content)
-        if not isinstance(role, str) or role not in ROLES or not isinstance(content, str):
-            raise BadRequest(f"messages[{i}]",
-                             f"messages[{i}] needs a role ({', '.join(ROLES)}) and a text as content.")
-        content = _utf8(f"messages[{i}]", content)
-        ids += [t for t in [backend.token_to_id(ROLES[role] or "")] if t is not None] + tokenizer.encode(content)
-        ids += [tokenizer.eos] if role == "assistant" else []
-        plain.append(content)
-        checked.append({"role": role, "content": content})
-    if template is not None:
-        try:
-            return [backend.encode(template(checked), add_special_tokens=False).ids]
-        except ValueError as error:
-            raise BadRequest("messages", f"messages: the model's chat template refuses them: {error}") from None
-    answer = backend.token_to_id(ROLES["assistant"])
-    if answer is None:
-        return [[tokenizer.bos, *tokenizer.encode("\n".join(plain))]]
-    return [ids + [answer]]
+    try:
+        return [chat_ids(body.get("messages"), served.tokenizer, served.template)]
+    except BadMessages as error:
+        raise BadRequest(error.field, str(error)) from None
 
 
 def _utf8(field, text):
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise BadRequest(field, f"{field} holds half a character (a lone surrogate); send valid Unicode.") from None
+    if not is_unicode(text):
+        raise BadRequest(field, f"{field} holds half a character (a lone surrogate); send valid Unicode.")
     return text

@@ -1,0 +1,75 @@
+"""Texts in, texts out: prompts and chats from files, their token ids, and the continuations as text."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from deepseek_jax.config import ConfigError
+from deepseek_jax.serving.engine import Sequence, Token
+from deepseek_jax.serving.openai.chat import BadMessages, Template, Tokenizer, chat_ids, is_unicode
+from deepseek_jax.serving.openai.detokenize import TextStream
+
+Prompt = str | list[dict[str, Any]]  # a text, or the messages of a chat
+
+
+def read_prompts(path: str) -> list[Prompt]:
+    """The prompts of a file: rows with "prompt" or "messages" where it ends in .jsonl, else one a line.
+
+    Raises:
+      ConfigError: no such file, no UTF-8, a row that is neither, or no prompt at all.
+    """
+    try:
+        with open(path, encoding="utf-8-sig") as f:
+            lines = [line.rstrip("\r\n") for line in f]
+    except OSError as error:
+        raise ConfigError(f"--prompts {path}: {error.strerror}; give a text or .jsonl file.") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"--prompts {path} is not UTF-8 (byte {error.start}); convert it.") from None
+    numbered = [(i, line) for i, line in enumerate(lines, 1) if line.strip()]
+    if not numbered:
+        raise ConfigError(f"--prompts {path} holds no prompt.")
+    return [_row(f"{path}:{i}", line) if path.endswith(".jsonl") else line for i, line in numbered]
+
+
+def _row(where: str, line: str) -> Prompt:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise ConfigError(f"{where} is not JSON ({error}).") from None
+    found = [row[key] for key in ("prompt", "messages") if key in row] if isinstance(row, dict) else []
+    if len(found) != 1 or not isinstance(found[0], (str, list)):
+        raise ConfigError(f'{where} needs "prompt", a text, or "messages", a list; it has one of them, not both.')
+    return found[0]
+
+
+def prompt_ids(prompt: Prompt, tokenizer: Tokenizer, template: Template | None) -> list[int]:
+    """Token ids of a text, after BOS, or of a chat up to where the answer begins.
+
+    Raises:
+      ConfigError: half characters, or messages that are none.
+    """
+    if isinstance(prompt, str):
+        if not is_unicode(prompt):
+            raise ConfigError("a prompt is not UTF-8; check the encoding of your terminal.")
+        return [tokenizer.bos, *tokenizer.encode(prompt)]
+    try:
+        return chat_ids(prompt, tokenizer, template)
+    except BadMessages as error:
+        raise ConfigError(f"{error} (chat prompt)") from None
+
+
+class Continuation:
+    """The text of a sequence, up to the first of `stops`: a listener of `run_requests`."""
+
+    def __init__(self, tokenizer: Tokenizer, stops: tuple[str, ...] = ()):
+        self.text, self.finish = "", ""
+        self._stream = TextStream(tokenizer.decode, stops)
+
+    def __call__(self, sequence: Sequence, new: list[Token]) -> bool:
+        for token in new:
+            self.text += self._stream.feed(token.id)
+        if not new:
+            self.text += "" if self._stream.stopped else self._stream.flush()
+            self.finish = "stop" if self._stream.stopped else sequence.finish or ""
+        return self._stream.stopped
