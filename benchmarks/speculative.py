@@ -165,9 +165,9 @@ def main() -> None:
     runtime.prepare()
     import dataclasses
 
-    from deepseek_jax.workdir import load_model
+    from deepseek_jax.workdir import load
 
-    cfg, variables, tokenizer = load_model(args.workdir)
+    cfg, variables, tokenizer = load(args.workdir)
     cfg = dataclasses.replace(cfg, dtype=args.dtype or cfg.dtype)
     prompts = texts(args.workdir, tokenizer, args.prompts, 32)
     report = {"what": f"greedy continuations of {len(prompts)} prompts by {args.new} tokens, {cfg.dtype}",

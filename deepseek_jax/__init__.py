@@ -15,16 +15,18 @@ if TYPE_CHECKING:
     from deepseek_jax.config import Config, ConfigError, ModelConfig, default_config, load_config, model_config
     from deepseek_jax.interop import load_hf, save_hf
     from deepseek_jax.model import DeepSeekV3, Output
-    from deepseek_jax.workdir import load_run
+    from deepseek_jax.routing import Routing, routing_of
+    from deepseek_jax.workdir import LoadedModel, load, load_run
 
-__all__ = ["Config", "ConfigError", "DeepSeekV3", "ModelConfig", "Output", "default_config", "load_config", "load_hf",
-           "load_run", "model_config", "save_hf"]
+__all__ = ["Config", "ConfigError", "DeepSeekV3", "LoadedModel", "ModelConfig", "Output", "Routing", "default_config",
+           "load", "load_config", "load_hf", "load_run", "model_config", "routing_of", "save_hf"]
 
 _HOMES = {
     "config": ("Config", "ConfigError", "ModelConfig", "default_config", "load_config", "model_config"),
     "interop": ("load_hf", "save_hf"),
     "model": ("DeepSeekV3", "Output"),
-    "workdir": ("load_run",),
+    "routing": ("Routing", "routing_of"),
+    "workdir": ("LoadedModel", "load", "load_run"),
 }
 
 

@@ -6,7 +6,8 @@ import sys
 COMMANDS = {
     "train": "trains a model, or resumes a run",
     "evaluate": "scores a run: loss, bits per byte, balance",
-    "generate": "continues a prompt",
+    "compare": "puts runs side by side: configs, losses, a picture",
+    "generate": "continues prompts, answers in a chat",
     "serve": "answers the OpenAI API, with a page to chat on",
     "convert": "Hugging Face's checkpoints, in and out",
     "plan": "what a model takes on a machine: memory, time, dollars",

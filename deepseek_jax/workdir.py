@@ -30,12 +30,17 @@ def check_workdir(config: Config, workdir: str):
     """Raises ConfigError when the work directory holds another config; the message lists the differences."""
     if not os.path.lexists(os.path.join(workdir, "config.json")):
         return
-    elsewhere: Any = dict(mesh=MeshConfig(), pipeline=PipelineConfig())  # a run may continue on another mesh
-    ours, theirs = (as_dict(dataclasses.replace(c, **elsewhere)) for c in (config, load_workdir_config(workdir)))
+    ours, theirs = (as_dict(_what_a_run_depends_on(c)) for c in (config, load_workdir_config(workdir)))
     differences = _differences(ours, theirs)
     if differences:
         raise ConfigError(f"{workdir} holds a run with another config: {'; '.join(differences)}; take that config "
                           f"or another --workdir, where --config.init.from={workdir} starts with this run's weights.")
+
+
+def _what_a_run_depends_on(config: Config) -> Config:
+    """A run may continue on another mesh, and end with another sample."""
+    train = dataclasses.replace(config.train, sample_prompt="", sample_tokens=0)
+    return dataclasses.replace(config, mesh=MeshConfig(), pipeline=PipelineConfig(), train=train)
 
 
 def load_workdir_config(workdir: str) -> Config:
@@ -90,31 +95,42 @@ def load_run(workdir: str, ema: bool = False, step: int | None = None) -> Loaded
 
 
 class LoadedModel(NamedTuple):
-    """A model to generate with."""
+    """A model to generate with. variables: collections params and router."""
 
     cfg: ModelConfig
     variables: dict[str, Any]
     tokenizer: Tokenizer
 
 
-def load_model(workdir: str | None, hf: str | None = None, ema: bool = False,
-               step: int | None = None) -> LoadedModel:
-    """The model of a run or of a Hugging Face checkpoint, one of the two. ema, step: of a run, as in `load_run`.
+def load(folder: str, ema: bool = False, step: int | None = None) -> LoadedModel:
+    """The model of a run's folder, or of a Hugging Face checkpoint's. ema, step: of a run, as in `load_run`.
 
     Raises:
       ConfigError: nothing usable there, or a tokenizer that does not fit.
     """
     from deepseek_jax.data.tokenizer import Tokenizer
 
-    folder = hf or workdir
-    assert folder is not None
+    folder = os.path.expanduser(folder)
     vocabulary = os.path.join(folder, "tokenizer.json")
-    if hf:
+    if is_hf_checkpoint(folder):
         from deepseek_jax.interop import load_hf
 
+        if ema or step is not None:
+            raise ConfigError(f"{folder} is a Hugging Face checkpoint, which holds no moving average and no steps; "
+                              "omit --ema and --step.")
         Tokenizer.load(vocabulary)  # before gigabytes are read
-        cfg, variables = load_hf(hf)
+        cfg, variables = load_hf(folder)
     else:
         run = load_run(folder, ema, step)
         cfg, variables = run.config.model, run.variables
     return LoadedModel(cfg, variables, Tokenizer.load(vocabulary, cfg.vocab_size))
+
+
+def is_hf_checkpoint(folder: str) -> bool:
+    """Whether the config.json there is one of Hugging Face's: it names its architecture."""
+    try:
+        with open(os.path.join(folder, "config.json"), encoding="utf-8") as f:
+            config = json.load(f)
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and bool({"model_type", "architectures"} & config.keys())

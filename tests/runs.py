@@ -22,7 +22,7 @@ from unittest import mock
 import jax
 import numpy as np
 
-from deepseek_jax import cli, evaluate, generate, runtime, train
+from deepseek_jax import cli, compare, evaluate, generate, runtime, train
 from deepseek_jax.checkpoint import manifest
 from deepseek_jax.checkpoint.manager import restore_items
 from deepseek_jax.training.metrics import read_metrics
@@ -41,7 +41,8 @@ def get_config():
     config.data.validation_fraction = 0.2
     config.train.update(dict(steps={STEPS}, batch_size=4, accumulation_steps=2, ramp_from=2, ramp_until=0.2,
                              sequence_length=32, eval_every=10, eval_batches=1, checkpoint_every={EVERY}, ema_decay=0.9,
-                             loss_chunk=64, sample_tokens=4))
+                             loss_chunk=64, sample_tokens=4,
+                             sample_prompt="def "))
     config.optimizer.update(dict(learning_rate=1e-2, warmup=0.1))
     return config
 """
@@ -49,7 +50,7 @@ def get_config():
 DENSE = ["--config.model.num_layers=1", "--config.model.mtp_depth=0", "--config.train.accumulation_steps=1",
          "--config.train.ramp_from=None", "--config.train.ema_decay=0"]
 TIMINGS = ("tokens_per_second", "mfu")
-COMMANDS = {"train": train, "evaluate": evaluate, "generate": generate}
+COMMANDS = {"train": train, "evaluate": evaluate, "compare": compare, "generate": generate}
 
 
 def write_corpus(folder: pathlib.Path, files=10):

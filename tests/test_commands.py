@@ -96,7 +96,7 @@ def test_a_corpus_shorter_than_a_sequence_says_how_long_one_may_be(config, tmp_p
         ("evaluate", ["--workdir", "BROKEN"], ["BROKEN/config.json is not JSON"]),
         ("evaluate", ["--workdir", "BYTES"], ["BYTES/config.json is not JSON"]),
         ("evaluate", ["--workdir", "LIST"], ["should be a section with keys"]),
-        ("generate", ["--workdir", "RUN"], ["required: --prompt"]),
+        ("generate", ["--workdir", "RUN"], ["one of the arguments --prompt --prompts is required"]),
         ("generate", ["--workdir", "absent", "--prompt", "a"], ["absent holds no config.json"]),
         ("generate", ["--workdir", "CLAIMED", "--prompt", "a"], ["CLAIMED holds no checkpoint"]),
         ("generate", ["--workdir", "RUN", "--prompt", "a", "--max-new-tokens", "x"], ["invalid int value: 'x'"]),
@@ -105,6 +105,16 @@ def test_a_corpus_shorter_than_a_sequence_says_how_long_one_may_be(config, tmp_p
         ("generate", ["--workdir", "RUN", "--prompt", "a", "--temperature=nan"], ["--temperature=nan must be 0"]),
         ("generate", ["--workdir", "RUN", "--prompt", "a", "--seed=-1"], ["--seed=-1 must lie in [0, 2^32)"]),
         ("generate", ["--workdir", "RUN", "--prompt", "a\udce9"], ["--prompt is not UTF-8"]),
+        ("generate", ["--workdir", "RUN", "--prompt", "a", "--top-p=0"], ["--top-p=0.0 must lie in (0, 1]"]),
+        ("generate", ["--workdir", "RUN", "--prompt", "a", "--top-p=nan"], ["--top-p=nan must lie in (0, 1]"]),
+        ("generate", ["--workdir", "RUN", "--prompt", "a", "--top-k=-1"], ["--top-k=-1 must be 0"]),
+        ("generate", ["--workdir", "RUN", "--prompt", "a", "--stop="], ["--stop is empty"]),
+        ("generate", ["--workdir", "RUN", "--prompt", "a", "--prompts", "b"], ["not allowed with argument --prompt"]),
+        ("generate", ["--workdir", "RUN", "--prompts", "absent.txt"], ["absent.txt: No such file"]),
+        ("compare", ["RUN"], ["two or more different runs"]),
+        ("compare", ["RUN", "RUN/"], ["two or more different runs"]),
+        ("compare", ["RUN", "absent"], ["absent holds no config.json"]),
+        ("compare", ["RUN", "CLAIMED"], ["CLAIMED has no metrics yet"]),
     ],
     ids=lambda x: " ".join(x)[:60].encode("ascii", "replace").decode() if isinstance(x, list) else str(x))
 def test_a_bad_question_to_a_run_is_one_line(workdir, tmp_path, monkeypatch, command, arguments, parts):
@@ -169,6 +179,48 @@ def test_a_prompt_is_continued_the_same_way_every_time(workdir):
     assert warm.out == again.out != other.out
 
 
+def test_a_file_of_prompts_becomes_a_line_of_json_each_as_if_it_were_alone(workdir, tmp_path):
+    (tmp_path / "prompts.txt").write_text("def \n\nclass \r\n", newline="")
+    ask = ["generate", "--workdir", workdir, "--max-new-tokens=8"]
+    alone = [runs.run(*ask, "--prompt", prompt).out[:-1] for prompt in ("def ", "class ")]
+
+    result = runs.run(*ask, "--prompts", tmp_path / "prompts.txt")
+    rows = [json.loads(line) for line in result.out.splitlines()]
+
+    assert [row["prompt"] + row["text"] for row in rows] == alone and len(rows) == 2
+    assert {row["finish_reason"] for row in rows} <= {"stop", "length"}
+    assert "tokens in" in result.err
+
+
+def test_a_chat_prints_the_answer_alone_and_a_stop_text_ends_it(workdir, tmp_path):
+    ask = ["generate", "--workdir", workdir, "--max-new-tokens=12"]
+    (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "def "}]}))
+    answer = runs.run(*ask, "--chat", "--prompt", "def ").out[:-1]
+    (row,) = map(json.loads, runs.run(*ask, "--prompts", tmp_path / "chat.jsonl").out.splitlines())
+    cut = runs.run(*ask, "--chat", "--prompt", "def ", "--stop", answer[3:5]).out[:-1]
+
+    assert row["text"] == answer and len(answer) > 6 and row["messages"][0]["role"] == "user"
+    assert cut == answer[:answer.index(answer[3:5])]
+
+
+def test_two_runs_side_by_side_show_where_they_differ_and_what_they_reached(workdir, tmp_path):
+    other = shutil.copytree(workdir, tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    config["optimizer"]["learning_rate"] = 0.5
+    (other / "config.json").write_text(json.dumps(config))
+
+    result = runs.run("compare", workdir, other, "--plot", tmp_path / "both.png", "--json", tmp_path / "both.json")
+    table = json.loads((tmp_path / "both.json").read_text())
+
+    assert result.code == 0 and "optimizer.learning_rate" in result.out and "model.d_model" not in result.out
+    rows = list(table.values())
+    assert [row.pop("optimizer.learning_rate") for row in rows] == [0.01, 0.5] and rows[0] == rows[1]
+    assert rows[0]["steps"] == f"{runs.STEPS} of {runs.STEPS}" and (tmp_path / "both.png").stat().st_size > 10_000
+    last = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert rows[0]["bits per byte"] == [r["eval_bits_per_byte"] for r in last if "eval_loss" in r][-1]
+    assert rows[0]["loss"] == pytest.approx(sum(r["loss"] for r in last if "loss" in r) / runs.STEPS)
+
+
 def test_an_empty_prompt_begins_a_document(workdir):
     result = runs.run("generate", "--workdir", workdir, "--prompt", "", "--max-new-tokens=5")
     assert result.code == 0 and result.out.strip()
@@ -180,7 +232,7 @@ def test_help_shows_an_example_that_could_be_typed(name):
     assert result.code == 0
     typed = f"    python -m deepseek_jax.{name} "
     example = next(line for line in result.out.splitlines() if line.startswith(typed))
-    assert "--workdir run" in example
+    assert " run" in example
     assert all(f"--{word.split('=')[0].split()[0]}" in result.out for word in example.split(" --")[1:])
 
 

@@ -82,7 +82,7 @@ MAY_IMPORT = {
     "training.loop": ("training.evaluate", "training.step", "training.types", "training.metrics",
                       "training.throughput", "pipeline.model", "model.parts", "parallel", "checkpoint", "data",
                       "scale.costs", "workdir", "config"),
-    "training.summary": ("training.metrics", "serving", "plots", "data", "config"),
+    "training.summary": ("training.loop", "training.metrics", "serving", "plots", "data", "config"),
     "training": (),
     "plots.style": ("io", "config"),
     "plots.training": ("plots.style", "training.metrics"),
@@ -99,13 +99,15 @@ MAY_IMPORT = {
     "__main__": (),
     "train": ("cli", "config", "parallel.processes", "training.loop", "training.summary"),
     "evaluate": ("cli", "io", "training.evaluate", "config"),
+    "routing": ("model", "workdir", "config"),
+    "compare": ("cli", "io", "plots", "training.metrics", "workdir", "config"),
     "generate": ("cli", "serving", "workdir", "config"),
     "serve": ("cli", "serving", "workdir", "config"),
     "convert": ("cli", "interop.convert", "config"),
     "plan": ("cli", "io", "scale", "config"),
     "compile": ("cli", "io", "scale", "config"),
 }
-COMMANDS = ("train", "evaluate", "generate", "serve", "convert", "plan", "compile")
+COMMANDS = ("train", "evaluate", "compare", "generate", "serve", "convert", "plan", "compile")
 
 WITHOUT_JAX = ("config", "configs", "cli", "runtime", "io", "plugin", "data", "workdir", "pipeline.orders",
                "pipeline.ticks", "pipeline.schedule", "pipeline.validate", "pipeline.tables", "pipeline.draw",

@@ -14,7 +14,7 @@ import pathlib
 import numpy as np
 from matplotlib.colors import LogNorm, TwoSlopeNorm
 
-from deepseek_jax.plots.style import BLUE, GREEN, GREY, VERMILION, new_figure, save_figure
+from deepseek_jax.plots.style import BLUE, GREEN, GREY, PALETTE, VERMILION, new_figure, save_figure
 from deepseek_jax.training.metrics import read_expert_loads, read_metrics
 
 MAX_COLUMNS = 600  # steps drawn side by side in a heat map; longer runs are averaged to as many
@@ -65,6 +65,33 @@ def plot_expert_load(workdir: str | os.PathLike[str]) -> pathlib.Path:
         axes[-1].text(0.5, 0.5, "this run has recorded no expert loads", ha="center", transform=axes[-1].transAxes)
     axes[-1].set_xlabel("step")
     return _saved(figure, pathlib.Path(workdir) / "expert_load.png")
+
+
+def plot_runs(runs: dict[str, list[dict]], path: str | os.PathLike[str]) -> pathlib.Path:
+    """Draws training loss and validation of several runs over the tokens that they have read. Returns the path.
+
+    Args:
+      runs: {name: rows of its metrics.jsonl}.
+    """
+    evaluated = any(row.get("eval_bits_per_byte") is not None for rows in runs.values() for row in rows)
+    figure = new_figure(9, 3.8)
+    axes = figure.subplots(1, 2 if evaluated else 1, squeeze=False)[0]
+    for i, (name, rows) in enumerate(runs.items()):
+        colour, tokens = PALETTE[i % len(PALETTE)], dict(_series(rows, "tokens").T)
+        million = lambda steps, tokens=tokens: np.array([tokens.get(step, np.nan) for step in steps]) / 1e6
+        steps, losses = _series(rows, "loss")
+        axes[0].plot(million(steps), losses, color=colour, alpha=0.18, linewidth=0.8)
+        axes[0].plot(million(steps), _smooth(losses), color=colour, linewidth=1.6, label=name)
+        if evaluated:
+            steps, bits = _series(rows, "eval_bits_per_byte")
+            axes[1].plot(million(steps), bits, color=colour, marker="o", markersize=3.5, linewidth=1.4)
+    _finish(axes[0], "Training: next token", "nats per token")
+    axes[0].legend(frameon=False)
+    if evaluated:
+        _finish(axes[1], "Validation", "bits per byte")
+    for axis in axes:
+        axis.set_xlabel("million tokens read")
+    return _saved(figure, pathlib.Path(path))
 
 
 def plot_dispatch(matrices: dict[str, np.ndarray], locals_per_node: int, path: str | os.PathLike[str]) -> pathlib.Path:

@@ -1,0 +1,84 @@
+"""Puts runs side by side: where their configs differ, and how far each one came.
+
+    python -m deepseek_jax.compare run50 run100
+    python -m deepseek_jax.compare runs/* --plot compare.png --json compare.json
+"""
+
+import os
+import pathlib
+import statistics
+from typing import Any
+
+from deepseek_jax import cli, io
+from deepseek_jax.config import ConfigError, as_dict
+
+LAST = 50  # steps whose mean is shown
+
+
+def parse():
+    parser = cli.Parser("compare", __doc__)
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="work directories of deepseek_jax.train")
+    parser.add_argument("--plot", metavar="FILE", help="draw losses and validation of all runs there")
+    parser.add_argument("--json", metavar="FILE", help="write the table there")
+    return parser.parse_args()
+
+
+def main():
+    args = parse()
+    if len(set(map(os.path.abspath, args.runs))) != len(args.runs) or len(args.runs) < 2:
+        raise ConfigError("give two or more different runs to compare.")
+    from deepseek_jax.training.metrics import read_metrics
+    from deepseek_jax.workdir import load_workdir_config
+
+    configs = {run: _flat(as_dict(load_workdir_config(run))) for run in args.runs}
+    rows = {run: read_metrics(run) for run in args.runs}
+    if empty := [run for run in args.runs if not any("loss" in row for row in rows[run])]:
+        raise ConfigError(f"{empty[0]} has no metrics yet; let it train a step, or leave it out.")
+    table = {run: _differing(configs, run) | summary(rows[run], configs[run]["train.steps"]) for run in args.runs}
+    _print(table)
+    if args.json:
+        io.write_json(args.json, table)
+    if args.plot:
+        from deepseek_jax.plots.training import plot_runs
+
+        print(f"Picture: {plot_runs({_name(run): rows[run] for run in args.runs}, args.plot)}")
+
+
+def summary(rows: list[dict], steps: int) -> dict[str, Any]:
+    """How far a run came. Loss in nats per token, the mean of its last 50 steps; None: not measured yet."""
+    trained, evaluated = ([row for row in rows if key in row] for key in ("loss", "eval_loss"))
+    mean = lambda key: statistics.fmean(values) if (
+        values := [row[key] for row in trained[-LAST:] if row.get(key) is not None]) else None
+    return {"steps": f"{trained[-1]['step']} of {steps}", "tokens": trained[-1]["tokens"], "loss": mean("loss"),
+            "bits per byte": evaluated[-1].get("eval_bits_per_byte") if evaluated else None,
+            "MaxVio": mean("max_vio"), "tokens/s": mean("tokens_per_second")}
+
+
+def _differing(configs, run):
+    """The config keys whose values are not the same in all runs."""
+    keys = sorted({key for config in configs.values() for key in config})
+    return {key: configs[run].get(key) for key in keys
+            if len({repr(config.get(key)) for config in configs.values()}) > 1}
+
+
+def _flat(tree, prefix=""):
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    return {k: v for key, value in tree.items() for k, v in _flat(value, f"{prefix}.{key}" if prefix else key).items()}
+
+
+def _name(run):
+    return pathlib.Path(os.path.abspath(run)).name
+
+
+def _print(table):
+    show = lambda value: "-" if value is None else f"{value:,.4g}" if isinstance(value, float) else f"{value}"
+    columns = [["", *next(iter(table.values()))],
+               *([_name(run), *map(show, of_run.values())] for run, of_run in table.items())]
+    widths = [max(map(len, column)) for column in columns]
+    for first, *rest in zip(*columns):
+        print("  ".join([first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(rest, widths[1:]))]))
+
+
+if __name__ == "__main__":
+    cli.run(main)

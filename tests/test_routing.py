@@ -1,0 +1,36 @@
+"""`load` and `routing_of`: a run or a checkpoint, and where it sends the tokens of a text."""
+
+import numpy as np
+import pytest
+
+import deepseek_jax
+from deepseek_jax.config import ConfigError
+from tests import runs
+
+
+@pytest.fixture(scope="module")
+def model():
+    return deepseek_jax.load(str(runs.finished_run()[1]))
+
+
+def test_the_routes_of_a_text_are_those_of_the_model_token_by_token(model):
+    routing = deepseek_jax.routing_of(model, "def value(17):")
+    cfg, variables, tokenizer = model
+
+    assert "".join(routing.tokens[1:]) == "def value(17):" and routing.ids_T[0] == tokenizer.bos
+    T, L, E, K = len(routing.tokens), cfg.num_moe_layers, cfg.num_experts, cfg.experts_per_token
+    assert routing.scores_LTE.shape == (L, T, E) and routing.chosen_LTK.shape == (L, T, K)
+    output = deepseek_jax.DeepSeekV3(cfg).apply(variables, routing.ids_T[None])
+    np.testing.assert_array_equal(routing.loads(), output.counts["bias"])
+    assert 0 < routing.scores_LTE.min() and routing.scores_LTE.max() < 1  # sigmoids
+
+
+def test_a_model_without_experts_says_so(model):
+    dense = model._replace(cfg=deepseek_jax.model_config("tiny", num_layers=1, num_dense_layers=1, mtp_depth=0))
+    with pytest.raises(ConfigError, match="no experts"):
+        deepseek_jax.routing_of(dense, "x")
+
+
+def test_what_is_neither_a_run_nor_a_checkpoint_is_named(tmp_path):
+    with pytest.raises(ConfigError, match="holds no config.json"):
+        deepseek_jax.load(str(tmp_path))
