@@ -10,14 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels_pallas import api
+from kernels_pallas.hopper import fp8_grouped_matmul as grouped
+from kernels_pallas.hopper import fp8_matmul as matmul
+from kernels_pallas.hopper import quantize as quantizers
 from kernels_pallas.tools.shapes import Attention, Case, Decode
-
-plgpu = pytest.importorskip("jax.experimental.pallas.mosaic_gpu")
-INTERPRET = plgpu.InterpretGPUParams(detect_races=True)
-
-from kernels_pallas.hopper import fp8_grouped_matmul as grouped  # noqa: E402
-from kernels_pallas.hopper import fp8_matmul as matmul  # noqa: E402
-from kernels_pallas.hopper import quantize as quantizers  # noqa: E402
+from tests.kernels.interpreter import INTERPRET
 
 
 def normal(shape, seed=0, dtype=jnp.float32):

@@ -6,12 +6,9 @@ import numpy as np
 import pytest
 
 from kernels_pallas import api
-
-plgpu = pytest.importorskip("jax.experimental.pallas.mosaic_gpu")
-INTERPRET = plgpu.InterpretGPUParams(detect_races=True)
-
-from kernels_pallas.hopper import mla_attention as attention  # noqa: E402
-from kernels_pallas.hopper import mla_decode as decode  # noqa: E402
+from kernels_pallas.hopper import mla_attention as attention
+from kernels_pallas.hopper import mla_decode as decode
+from tests.kernels.interpreter import INTERPRET
 
 # bfloat16 has 2^-8 to round with, once in the probabilities (or ds) and once in the output; of the largest number
 TOLERANCE = 2.0**-7

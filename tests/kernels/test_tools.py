@@ -97,7 +97,8 @@ TIMED = [case for case in SHAPES["tiny"] if case.operation in ("quantize", "fp8_
 @pytest.mark.parametrize("case", TIMED, ids=lambda case: case.operation)
 def test_a_first_run_on_a_gpu_goes_through_the_checks_and_the_clock(monkeypatch, case):
     # All but the chip: the interpreter stands in for it.
-    plgpu = pytest.importorskip("jax.experimental.pallas.mosaic_gpu")
+    from tests.kernels.interpreter import plgpu
+
     function = Case.function
     monkeypatch.setattr(Case, "function", lambda self, name: function(self, name) if name == "reference" else
                         functools.partial(function(self, name), interpret=plgpu.InterpretGPUParams()))
