@@ -85,21 +85,23 @@ MUTATIONS = [
         file="experiments/studies/framework/training.py",
         old="parts = [config, _name(self.probe)",
         new="parts = [arm, _name(self.probe)",
-        tests="experiments/test_studies.py",
+        tests="experiments/test_studies.py::test_the_hash_of_an_arm_follows_its_config_and_not_its_seed",
     ),
     Mutation(
         name="studies: all seeds are the first",
         file="experiments/studies/framework/training.py",
         old="self.start(jax.random.key(seed), ",
         new="self.start(jax.random.key(0), ",
-        tests="experiments/test_studies.py",
+        tests=(
+            "experiments/test_studies.py::test_a_seed_begins_every_arm_with_the_same_weights_and_another_seed_with_others"),
     ),
     Mutation(
         name="studies: arms of a seed start apart",
         file="experiments/studies/framework/training.py",
         old="self.start(jax.random.key(seed), ",
         new="self.start(jax.random.key(seed + 100 * [*study.arms].index(arm)), ",
-        tests="experiments/test_studies.py",
+        tests=(
+            "experiments/test_studies.py::test_a_seed_begins_every_arm_with_the_same_weights_and_another_seed_with_others"),
     ),
     Mutation(
         name="studies: runs of another source are taken",
@@ -120,14 +122,14 @@ MUTATIONS = [
         file="experiments/studies/framework/runner.py",
         old="[seed for seed in seeds if (arm, seed) not in taken]",
         new="list(seeds)",
-        tests="experiments/test_studies.py",
+        tests="experiments/test_studies.py::test_what_is_finished_is_not_run_again",
     ),
     Mutation(
         name="studies: a phase begins anew",
         file="experiments/studies/framework/training.py",
         old="load(self._weights(after[arm], seed)) if arm in after else None",
         new="None",
-        tests="experiments/test_studies.py",
+        tests="experiments/test_studies.py::test_an_arm_begins_with_the_weights_of_the_one_it_comes_after",
     ),
     Mutation(
         name="studies: a phase does not know where it comes from",
@@ -138,41 +140,42 @@ MUTATIONS = [
         new=(
             "if False:\n"
             "            parts"),
-        tests="experiments/test_studies.py",
+        tests="experiments/test_studies.py::test_arms_run_in_waves_and_know_what_they_come_after",
     ),
     Mutation(
         name="studies: all phases at once",
         file="experiments/studies/framework/study.py",
         old="1 + depth(after[arm]) if arm in after else 0",
         new="0",
-        tests="experiments/test_studies.py",
+        tests="experiments/test_studies.py::test_arms_run_in_waves_and_know_what_they_come_after",
     ),
     Mutation(
         name="long context: the needle is always at the beginning",
         file="experiments/studies/long_context/measure.py",
         old="at = int(depth * room)",
         new="at = 0",
-        tests="experiments/test_studies.py",
+        tests="experiments/test_studies.py::test_a_needle_is_told_once_at_its_depth_and_asked_for_at_the_end",
     ),
     Mutation(
         name="long context: any secret will do",
         file="experiments/studies/long_context/measure.py",
         old="(np.concatenate(best) == answer_N)",
         new="(np.concatenate(best) > 0)",
-        tests="experiments/test_studies.py",
+        tests=(
+            "experiments/test_studies.py::test_a_model_that_looks_back_finds_every_needle_and_one_that_does_not_finds_few"),
     ),
     Mutation(
         name="fp8 study: the warm-up counts",
         file="experiments/studies/fp8/study.py",
         old="x[min(int(WARM_UP * steps), len(x) - 1):]",
         new="x",
-        tests="experiments/test_studies.py",
+        tests="experiments/test_studies.py::test_fp8_is_compared_with_bfloat16_of_the_same_seed_after_warm_up",
     ),
     Mutation(
         name="fp8 study: any seed of bfloat16",
         file="experiments/studies/fp8/study.py",
         old="smoothed(baseline[seed]) - 1, len(curve))",
         new="smoothed(baseline[0]) - 1, len(curve))",
-        tests="experiments/test_studies.py",
+        tests="experiments/test_studies.py::test_fp8_is_compared_with_bfloat16_of_the_same_seed_after_warm_up",
     ),
 ]

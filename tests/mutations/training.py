@@ -250,7 +250,7 @@ MUTATIONS = [
         file="deepseek_jax/training/loop.py",
         old="    check_same(repr(config))\n",
         new="",
-        tests="parallel/test_processes.py",
+        tests="parallel/test_processes.py::test_processes_that_were_not_told_the_same_end_in_one_line",
     ),
     Mutation(
         name="every device counts the normalizer",
@@ -276,8 +276,8 @@ MUTATIONS = [
     Mutation(
         name="the state of a balancer is not carried on",
         file="deepseek_jax/training/step.py",
-        old="state.rng, balancer), _metrics(",
-        new="state.rng, state.balancer), _metrics(",
+        old="state.rng, balancer), metrics",
+        new="state.rng, state.balancer), metrics",
         tests="examples/test_own_rules.py",
     ),
     Mutation(
@@ -292,6 +292,6 @@ MUTATIONS = [
         file="deepseek_jax/training/loop.py",
         old="            if evaluating or saving:\n",
         new="            if True:\n",
-        tests="training/test_loop.py",
+        tests="training/test_loop_order.py",
     ),
 ]
