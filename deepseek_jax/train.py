@@ -42,7 +42,7 @@ def main():
     with joined(Group(*group) if args.processes is not None else None):
         result = train(config, args.workdir)
         if result.finished and is_first():
-            summarize(config, args.workdir, result.variables, result.tokenizer)
+            summarize(config, args.workdir, result)
 
 
 if __name__ == "__main__":

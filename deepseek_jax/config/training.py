@@ -103,7 +103,7 @@ class TrainConfig(Checked, section="train"):
     checkpoint_every: Annotated[int, POSITIVE, "steps"] = 100
     checkpoints_kept: Annotated[int, POSITIVE, "how many of the newest checkpoints are kept"] = 3
     sample_tokens: Annotated[int, NOT_NEGATIVE, "written at the end of a run; 0: no sample"] = 96
-    sample_prompt: Annotated[str, "what the sample continues"] = "def "
+    sample_prompt: Annotated[str, "what the sample continues; empty: the first words of the held-out text"] = ""
 
     def __post_init__(self):
         super().__post_init__()

@@ -31,6 +31,7 @@ class Loader:
         self.tokenizer = tokenizer
         self.rows = rows // hosts
         self.validation = Validation(prepared.validation, train.sequence_length, tokenizer.byte_lengths_W)
+        self.sources = [meta["source"] for meta in prepared.sources]
         self.streams = []
         if prepared.train:
             self.mixture = Mixture(tuple(weight for _, weight in config.data.sources), train.seed)
@@ -73,9 +74,16 @@ class Loader:
         """tokens, weights, segment_ids [rows, T + 1] a host, `limit` of them, evenly spread (0: all)."""
         return self.validation.batches(rows, limit, self.host, self.hosts)
 
-    def validation_count(self, rows: int, limit: int = 0) -> int:
-        """How many batches `validation_batches(rows, limit)` gives."""
-        return len(self.validation.batch_numbers(rows * self.hosts, limit))
+    def weights_by_source(self, batch: int, rows: int, weights_BT: np.ndarray) -> dict[str, np.ndarray]:
+        """The weights of validation batch number `batch`, apart for each source that it has targets of.
+
+        All hosts get the same sources, each with its own rows. Of a run with one source: none.
+        """
+        if len(self.sources) == 1:
+            return {}
+        inside = self.validation.sources_of(batch, rows * self.hosts)
+        first = (batch * self.hosts + self.host) * rows
+        return {self.sources[s]: self.validation.only(s, weights_BT, first) for s in inside}
 
     def validation_bytes(self, rows: int, limit: int = 0) -> int:
         """UTF-8 bytes of the tokens that `validation_batches(rows, limit)` scores, over all hosts."""

@@ -60,6 +60,17 @@ class Validation:
             made = zip(*(self.row(r) for r in range(first, first + rows)))
             yield {name: np.stack(x) for name, x in zip(("tokens", "weights", "segment_ids"), made)}
 
+    def sources_of(self, batch: int, rows: int) -> list[int]:
+        """The sources that targets of this batch come from; `rows` of it, over all hosts together."""
+        first, end = batch * rows * self.length + 1, min((batch + 1) * rows * self.length + 1, self.tokens)
+        return [s for s in range(len(self.shards)) if max(first, self.starts[s]) < min(end, self.starts[s + 1])]
+
+    def only(self, source: int, weights_BT: np.ndarray, first_row: int) -> np.ndarray:
+        """weights_BT of the rows from `first_row` on, 0 where a target comes from another source."""
+        position_BT = (first_row + np.arange(len(weights_BT)))[:, None] * self.length + np.arange(self.length + 1)
+        start, end = self.starts[source:source + 2]
+        return np.where((position_BT >= start) & (position_BT < end), weights_BT, 0).astype(weights_BT.dtype)
+
     def bytes(self, rows: int, limit: int = 0) -> int:
         """UTF-8 bytes that the scored tokens of those batches spell."""
         total = 0

@@ -50,11 +50,12 @@ class Inputs(NamedTuple):
     step: jax.Array
 
 
-class StageCounts(NamedTuple):
-    """Of the slots of one stage: counts int32 [slots, E], traffic [slots] each."""
+class StageSums(NamedTuple):
+    """Of the slots of one stage: counts int32 [slots, E]; traffic [slots] each; sequence_loss [slots], unweighted."""
 
     counts: jax.Array
     traffic: Any
+    sequence_loss: jax.Array
 
 
 def check(config: Config) -> None:
@@ -120,7 +121,7 @@ def describe(config: Config) -> str:
 
 
 def stage(config: Config, layers: Any, fixed: dict[str, jax.Array], x_BTD: jax.Array,
-          inputs: Inputs) -> tuple[jax.Array, jax.Array, StageCounts]:
+          inputs: Inputs) -> tuple[jax.Array, jax.Array, StageSums]:
     """The MoE layers of one stage. Returns x_BTD, the balance loss, and counts."""
     cfg = config.model
     block = rematerialized(Block, cfg, scanned=False)(cfg, moe=True, mesh=_inside(config))
@@ -131,7 +132,7 @@ def stage(config: Config, layers: Any, fixed: dict[str, jax.Array], x_BTD: jax.A
         y_BTD, stats = block.apply({"params": layer}, x_BTD, at.get("bias"), context)
         x_BTD = jnp.where(at["real"], y_BTD, x_BTD)
         balance = balance + jnp.where(at["real"], stats.sequence_loss, 0)
-        counted.append(StageCounts(stats.counts_E, stats.traffic))
+        counted.append(StageSums(stats.counts_E, stats.traffic, stats.sequence_loss))
     balance = balance * (config.balance.sequence_loss_weight * inputs.normalizers.share / _balanced_layers(cfg))
     return x_BTD, balance, jax.tree.map(lambda *slots: jnp.stack(slots), *counted)
 
@@ -170,7 +171,7 @@ def leave(config: Config, shared: dict[str, Any], x_BTD: jax.Array, inputs: Inpu
     loss = objective(output, losses, inputs.normalizers, config.balance)
     first = lax.axis_index(PIPE) == 0  # every rank has counted the same tokens
     losses = losses._replace(weight=losses.weight * first, mtp_weight_D=losses.mtp_weight_D * first)
-    return loss, Sums(losses, output.counts, output.traffic)
+    return loss, Sums(losses, output.counts, output.traffic, output.sequence_loss, output.auxiliary_loss)
 
 
 def _inside(config):
@@ -291,7 +292,9 @@ def gradients_of(config: Config, params: dict[str, Any], router: dict[str, jax.A
         traffic = jax.tree.map(lambda n_L: n_L.sum(), of_layers.traffic)
         if sums.traffic is not None:
             traffic = jax.tree.map(jnp.add, traffic, sums.traffic)
-        return grads, sums._replace(counts={"bias": of_layers.counts} | sums.counts, traffic=traffic)
+        balance = of_layers.sequence_loss.sum() / _balanced_layers(config.model) + sums.sequence_loss
+        return grads, sums._replace(counts={"bias": of_layers.counts} | sums.counts, traffic=traffic,
+                                    sequence_loss=balance / (micro * config.mesh.data_shards))
 
     return gradients
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -20,11 +21,16 @@ from deepseek_jax.workdir import load_run
 
 
 class Score(NamedTuple):
-    """loss: nats per token. max_vio_global: balance over all batches together (max / mean load - 1)."""
+    """Of a complete set of documents, or an even part of it.
+
+    loss: nats per token. max_vio_global: balance over all batches together (max / mean load - 1).
+    by_source: {source: its loss}, of a run with several; {} for one.
+    """
 
     loss: float
     bits_per_byte: float
     max_vio_global: float
+    by_source: dict[str, float]
 
 
 def evaluate(loader: Loader, step: Callable[..., Sums], params: dict[str, Any], router: dict[str, jax.Array],
@@ -33,16 +39,34 @@ def evaluate(loader: Loader, step: Callable[..., Sums], params: dict[str, Any], 
 
     progress: show a bar.
     """
-    nats = weight = 0.0
-    counts = None
-    batches = loader.validation_batches(loader.rows, limit)
-    for micro in tqdm.tqdm(batches, "evaluate", loader.validation_count(loader.rows, limit), unit="batch", leave=False,
-                           disable=not progress):
+    total, counts = _Total(), None
+    sources: dict[str, _Total] = {}
+    numbers = loader.validation.batch_numbers(loader.rows * loader.hosts, limit)
+    batches = zip(numbers, loader.validation_batches(loader.rows, limit))
+    for number, micro in tqdm.tqdm(batches, "evaluate", len(numbers), unit="batch", leave=False, disable=not progress):
         sums = jax.device_get(step(params, router, micro))
-        nats, weight = nats + float(sums.losses.nats), weight + float(sums.losses.weight)
+        total.add(sums)
         counts = sums.counts if counts is None else jax.tree.map(np.add, counts, sums.counts)
-    bits = nats / math.log(2)
-    return Score(nats / weight, bits / loader.validation_bytes(loader.rows, limit), max_vio(all_layers(counts or {})))
+        parts = loader.weights_by_source(number, loader.rows, micro["weights"])
+        for source, weights_BT in parts.items():
+            part = sums if len(parts) == 1 else jax.device_get(step(params, router, micro | {"weights": weights_BT}))
+            sources.setdefault(source, _Total()).add(part)
+    bits = total.nats / math.log(2)
+    return Score(total.loss, bits / loader.validation_bytes(loader.rows, limit), max_vio(all_layers(counts or {})),
+                 {source: part.loss for source, part in sources.items()})
+
+
+@dataclasses.dataclass
+class _Total:
+    nats: float = 0.0
+    weight: float = 0.0
+
+    def add(self, sums: Sums):
+        self.nats, self.weight = self.nats + float(sums.losses.nats), self.weight + float(sums.losses.weight)
+
+    @property
+    def loss(self) -> float:
+        return self.nats / self.weight if self.weight else math.nan  # prompts only
 
 
 def evaluate_workdir(workdir: str, data: str | None = None, ema: bool = False,
@@ -57,4 +81,5 @@ def evaluate_workdir(workdir: str, data: str | None = None, ema: bool = False,
     compiled = jax.jit(lambda *args: eval_step(config, *args))
     score = evaluate(loader, compiled, variables["params"], variables["router"], progress=True)
     result = {"step": step, **score._asdict()}
+    result |= {f"loss of {source}": loss for source, loss in result.pop("by_source").items()}
     return result | (compressed_bits_per_byte(config.data, data) if compressors else {})

@@ -23,6 +23,7 @@ import tqdm
 from deepseek_jax.checkpoint.manager import Checkpoints, restore_items
 from deepseek_jax.config import Config, ConfigError, as_dict
 from deepseek_jax.data.loader import Loader
+from deepseek_jax.data.overview import describe_sources
 from deepseek_jax.data.prepare import claim_corpus, prepare
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.model.parts import check_parts
@@ -32,11 +33,13 @@ from deepseek_jax.parallel.runner import Runner
 from deepseek_jax.pipeline.model import check, describe
 from deepseek_jax.scale.costs import training_flops_per_token
 from deepseek_jax.training.evaluate import evaluate
-from deepseek_jax.training.metrics import MetricsWriter, all_layers, max_vio
+from deepseek_jax.training.metrics import MetricsWriter, all_layers, balance_metrics
 from deepseek_jax.training.step import TrainState, eval_step, init_state, start_state, train_step
 from deepseek_jax.training.throughput import peak_flops
 from deepseek_jax.training.types import Metrics
 from deepseek_jax.workdir import check_workdir, claim_workdir
+
+BALANCE = ("sequence_loss", "auxiliary_loss", "bias_low", "bias_high")  # metrics of a model with experts
 
 
 class DivergedError(ConfigError):
@@ -48,12 +51,14 @@ class TrainResult(NamedTuple):
 
     finished: False when SIGTERM ended it early (its state is saved). step: steps done. variables: params and router for
     a sample, on the host where the run has a mesh; None unless it finished and train.sample_tokens asks for one.
+    held_out: the beginning of the validation text.
     """
 
     finished: bool
     step: int
     variables: dict[str, Any] | None
     tokenizer: Tokenizer
+    held_out: str
 
 
 def starting_state(config: Config, runner: Runner | None = None) -> TrainState:
@@ -89,11 +94,13 @@ def train(config: Config, workdir: str) -> TrainResult:
     if is_first():
         claim_corpus(prepared, workdir)  # now that it is known to be good
         claim_workdir(config, workdir)
+        print(describe_sources(config, prepared), flush=True)
     run = Run(config, workdir, loader, runner)
     try:
         finished = run.go()
         variables = run.sample_variables() if finished and config.train.sample_tokens else None
-        return TrainResult(finished, run.step, variables, loader.tokenizer)
+        held_out = loader.tokenizer.decode(loader.validation.read(0, 32).tokens_T.tolist())
+        return TrainResult(finished, run.step, variables, loader.tokenizer, held_out)
     finally:
         run.close()
 
@@ -198,7 +205,8 @@ class Run:
         row = {"tokens": train.sequences_before(pending.step) * train.sequence_length,
                "loss": float(metrics.loss), "mtp_loss": float(metrics.mtp_loss), "lr": float(metrics.lr),
                "grad_norm": float(metrics.grad_norm), "tokens_per_second": tokens_per_second,
-               "mfu": tokens_per_second * self.flops / self.peak, "max_vio": max_vio(counts_LE)}
+               "mfu": tokens_per_second * self.flops / self.peak, "max_vio": 0.0}
+        row |= balance_metrics(counts_LE) | {name: float(getattr(metrics, name)) for name in BALANCE if len(counts_LE)}
         row |= traffic_per_token(self.config.mesh, self.config.model, metrics.traffic)
         if self.writer:
             self.writer.write(pending.step, **row)
@@ -218,9 +226,11 @@ class Run:
         score = evaluate(self.loader, self.eval_fn, self.state.params, self.state.router, limit, last and is_first())
         if self.writer:
             self.writer.write(self.step, eval_loss=score.loss, eval_bits_per_byte=score.bits_per_byte,
-                              max_vio_global=score.max_vio_global)
+                              max_vio_global=score.max_vio_global,
+                              **{f"eval_loss/{source}": loss for source, loss in score.by_source.items()})
         self._say(bar, f"step {self.step}: validation loss {score.loss:.4f}, {score.bits_per_byte:.4f} bits per byte, "
-                       f"MaxVio_global {score.max_vio_global:.3f}")
+                       f"MaxVio_global {score.max_vio_global:.3f}"
+                       + "".join(f"\n  {source}: loss {loss:.4f}" for source, loss in score.by_source.items()))
 
     def _save(self):
         sequences = self.config.train.sequences_before(self.step)

@@ -34,6 +34,20 @@ def max_vio(counts_LE: np.ndarray) -> float:
     return float(((counts_LE.max(-1) - mean_L) / (mean_L + (mean_L == 0))).mean())  # a layer without tokens counts 0
 
 
+def balance_metrics(counts_LE: np.ndarray) -> dict[str, float]:
+    """How evenly one step used its experts; means over the layers, {} for a dense model.
+
+    max_vio: as above. load_entropy: of the shares of the load, over that of an even load: 1 is even, 0 is one expert
+    alone. idle_experts: the share of the experts that no token chose.
+    """
+    if not len(counts_LE):
+        return {}
+    share_LE = counts_LE / np.maximum(counts_LE.sum(-1, keepdims=True), 1)
+    entropy_L = -(share_LE * np.log(np.where(share_LE, share_LE, 1))).sum(-1) / np.log(max(2, counts_LE.shape[1]))
+    return {"max_vio": max_vio(counts_LE), "load_entropy": float(entropy_L.mean()),
+            "idle_experts": float((counts_LE == 0).mean())}
+
+
 def all_layers(counts: dict[str, Any]) -> np.ndarray:
     """Counts of the MoE layers and of the MTP modules, one array [layers, E]; [0, 0] for a dense model."""
     return np.concatenate([np.asarray(c) for _, c in sorted(counts.items())]) if counts else np.zeros((0, 0), np.int32)

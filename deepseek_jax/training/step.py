@@ -129,7 +129,7 @@ def _gradients(config, params, router, normalizers, step) -> Callable[[Batch], t
 
     def loss(params, batch):
         output, losses = forward(config, params, router, batch, step)
-        sums = Sums(losses, output.counts, output.traffic)
+        sums = _sums(output, losses)
         return objective(output, losses, normalizers, config.balance), sums
 
     working = constrain_to_compute(params)
@@ -152,18 +152,21 @@ def train_step(config: Config, state: TrainState, batch: dict[str, Any]) -> tupl
         decay = config.train.ema_decay
         ema = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, ema, params)
     router, balancer = _move_biases(config, state, sums.counts)
-    return TrainState(state.step + 1, params, opt_state, router, ema, state.rng, balancer), _metrics(
-        config, state.step, grads, sums)
+    metrics = _metrics(config, state.step, grads, sums, batch["active"], jax.tree.leaves(router))
+    return TrainState(state.step + 1, params, opt_state, router, ema, state.rng, balancer), metrics
 
 
-def _metrics(config, step, grads, sums: Sums) -> Metrics:
-    losses = sums.losses
+def _metrics(config, step, grads, sums: Sums, active, biases: list[jax.Array]) -> Metrics:
+    losses, none = sums.losses, jnp.zeros(())
     mtp_loss_D = losses.mtp_nats_D / jnp.maximum(losses.mtp_weight_D, 1)
     return Metrics(
         loss=losses.nats / jnp.maximum(losses.weight, 1),
-        mtp_loss=mtp_loss_D.mean() if config.model.mtp_depth else jnp.zeros(()),
-        lr=learning_rate(config.optimizer, config.train.steps)(step), grad_norm=_norm(grads), counts=sums.counts,
-        traffic=sums.traffic)
+        mtp_loss=mtp_loss_D.mean() if config.model.mtp_depth else none,
+        lr=learning_rate(config.optimizer, config.train.steps)(step), grad_norm=_norm(grads),
+        sequence_loss=sums.sequence_loss / active, auxiliary_loss=sums.auxiliary_loss / active,
+        bias_low=jnp.stack([b.min() for b in biases]).min() if biases else none,
+        bias_high=jnp.stack([b.max() for b in biases]).max() if biases else none,
+        counts=sums.counts, traffic=sums.traffic)
 
 
 def _norm(tree):
@@ -183,4 +186,8 @@ def _move_biases(config: Config, state: TrainState, counts) -> tuple[dict[str, j
 def eval_step(config: Config, params: dict[str, Any], router: dict[str, jax.Array], micro: dict[str, Any]) -> Sums:
     """Sums of one validation batch [b, T + 1]."""
     output, losses = forward(config, constrain_to_compute(params), router, split_batch(config, **micro))
-    return Sums(losses, output.counts, output.traffic)
+    return _sums(output, losses)
+
+
+def _sums(output: Output, losses: TokenLosses) -> Sums:
+    return Sums(losses, output.counts, output.traffic, output.sequence_loss, output.auxiliary_loss)

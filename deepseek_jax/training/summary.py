@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from deepseek_jax.config import Config
@@ -9,11 +10,14 @@ from deepseek_jax.data.baselines import compressed_bits_per_byte
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.plots.training import plot_expert_load, plot_loss
 from deepseek_jax.serving import generate
+from deepseek_jax.training.loop import TrainResult
 from deepseek_jax.training.metrics import read_metrics
 
+PROMPT_WORDS = 4
 
-def summarize(config: Config, workdir: str, variables: dict[str, Any] | None, tokenizer: Tokenizer):
-    """Prints the last evaluation next to compressors, draws the pictures, prints a sample of `variables`."""
+
+def summarize(config: Config, workdir: str, result: TrainResult):
+    """Prints the last evaluation next to compressors, draws the pictures, prints a sample if there are weights."""
     rows = read_metrics(workdir)
     last, steps = [r for r in rows if "eval_loss" in r][-1], [r for r in rows if "loss" in r][-50:]
     scores = {"model": last["eval_bits_per_byte"]} | compressed_bits_per_byte(config.data)
@@ -27,13 +31,14 @@ def summarize(config: Config, workdir: str, variables: dict[str, Any] | None, to
     if config.model.num_moe_layers or config.model.mtp_depth:
         pictures.append(plot_expert_load(workdir))
     print("Pictures: " + ", ".join(str(p) for p in pictures))
-    if variables is not None:
-        print("Sample:\n" + sample(config, variables, tokenizer))
+    if result.variables is not None:
+        print("Sample:\n" + sample(config, result.variables, result.tokenizer, result.held_out))
 
 
-def sample(config: Config, variables: dict[str, Any], tokenizer: Tokenizer) -> str:
-    """A continuation of config.train.sample_prompt, drawn at temperature 0.8."""
-    prompt = [tokenizer.bos, *tokenizer.encode(config.train.sample_prompt)]
+def sample(config: Config, variables: dict[str, Any], tokenizer: Tokenizer, held_out: str = "") -> str:
+    """A continuation of config.train.sample_prompt, or of the first words of `held_out`, drawn at temperature 0.8."""
+    words = re.findall(r"\s*\S+", held_out)[:PROMPT_WORDS]
+    prompt = [tokenizer.bos, *tokenizer.encode(config.train.sample_prompt or "".join(words))]
     made = generate(config.model, variables, [prompt], config.train.sample_tokens, temperature=0.8,
                     seed=config.train.seed, eos_id=tokenizer.eos)
     return tokenizer.decode([*prompt[1:], *made.tokens[0]])

@@ -46,19 +46,32 @@ class Normalizers(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """Sums over a batch. counts: int32 [L, E] under the names of the `router` collection."""
+    """Sums over a batch. counts: int32 [L, E] under the names of the `router` collection.
+
+    sequence_loss, auxiliary_loss: unweighted, float32, summed over micro-batches. A pipeline has no auxiliary loss: 0.
+    """
 
     losses: TokenLosses
     counts: dict[str, jax.Array]
     traffic: Traffic | None
+    sequence_loss: jax.Array
+    auxiliary_loss: jax.Array
 
 
 class Metrics(NamedTuple):
-    """Of one step: float32 scalars, loss and mtp_loss in nats per token; counts int32 per layer."""
+    """Of one step: float32 scalars, loss and mtp_loss in nats per token; counts int32 per layer.
+
+    sequence_loss, auxiliary_loss: unweighted, means over the micro-batches. bias_low, bias_high: the least and the
+    largest routing bias after the step; 0 where there is none.
+    """
 
     loss: jax.Array
     mtp_loss: jax.Array
     lr: jax.Array
     grad_norm: jax.Array
+    sequence_loss: jax.Array
+    auxiliary_loss: jax.Array
+    bias_low: jax.Array
+    bias_high: jax.Array
     counts: dict[str, jax.Array]
     traffic: Traffic | None

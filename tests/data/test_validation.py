@@ -102,6 +102,24 @@ def test_several_sources_make_one_stream(make_loader, folder, tmp_path):
     np.testing.assert_array_equal(got["segment_ids"][crossing], starts)
 
 
+def test_the_targets_of_each_source_are_told_apart(make_loader, folder, tmp_path):
+    for i in range(9):
+        (tmp_path / f"{i}.md").write_text(f"another source, document {i}\n" * 30)
+    loader = make_loader(folder, tmp_path)
+    scored = {source: [] for source in loader.sources}
+    several = 0
+    for number, batch in enumerate(loader.validation_batches(2)):
+        parts = loader.weights_by_source(number, 2, batch["weights"])
+        several += len(parts) > 1
+        np.testing.assert_array_equal(sum(parts.values()), batch["weights"])
+        for source, weights_BT in parts.items():
+            scored[source] += batch["tokens"][weights_BT > 0].tolist()
+
+    first, second = (shard.tokens.tolist() for shard in loader.validation.shards)
+    assert scored == {folder: first[1:], str(tmp_path): second} and several == 1
+    assert make_loader(folder).weights_by_source(0, 2, batch["weights"]) == {}
+
+
 def test_a_limit_spreads_what_it_scores_over_the_whole_set(make_loader, folder):
     loader = make_loader(folder)
     whole, some = list(loader.validation_batches(1)), list(loader.validation_batches(1, limit=3))

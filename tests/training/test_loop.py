@@ -59,8 +59,9 @@ def test_a_run_leaves_metrics_loads_pictures_and_checkpoints(whole):
     evaluated = [row for row in runs.rows(whole) if "eval_loss" in row]
 
     assert [row["step"] for row in trained] == list(range(1, runs.STEPS + 1))
-    assert {"step", "tokens", "loss", "mtp_loss", "lr", "tokens_per_second", "max_vio", "mfu",
-            "grad_norm"} == set(read_metrics(whole)[0])
+    assert {"step", "tokens", "loss", "mtp_loss", "lr", "tokens_per_second", "max_vio", "mfu", "grad_norm",
+            "load_entropy", "idle_experts", "sequence_loss", "auxiliary_loss", "bias_low",
+            "bias_high"} == set(read_metrics(whole)[0])
     assert trained[-1]["tokens"] == (6 * 2 + (runs.STEPS - 6) * 4) * 32  # two sequences a step while it ramps
     assert [row["step"] for row in evaluated] == [10, 20, 30]
     assert set(evaluated[0]) == {"step", "eval_loss", "eval_bits_per_byte", "max_vio_global"}
@@ -72,6 +73,7 @@ def test_a_run_leaves_metrics_loads_pictures_and_checkpoints(whole):
     for picture in ("loss.png", "expert_load.png"):
         assert (whole / picture).read_bytes().startswith(b"\x89PNG")
     assert any("tfevents" in p.name and p.stat().st_size for p in (whole / "tensorboard").iterdir())
+    assert "source" in said and "held out" in said and "epochs" in said
     assert "Sample:\ndef " in said and "gzip each" in said and "xz concatenated" in said
 
 

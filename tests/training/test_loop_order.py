@@ -32,7 +32,7 @@ def run_of(monkeypatch, losses, **train):
 
     def step(state, batch):
         done.append(f"dispatch {state + 1}")
-        return state + 1, Metrics(losses[state], 0.0, 1e-3, 1.0, {"bias": jnp.ones((1, 4))}, None)
+        return state + 1, Metrics(losses[state], 0.0, 1e-3, 1.0, 0.0, 0.0, 0.0, 0.0, {"bias": jnp.ones((1, 4))}, None)
 
     def fetch(metrics):
         done.append("fetch")
@@ -74,9 +74,10 @@ def test_the_last_evaluation_has_a_bound_and_a_bar_of_its_own(monkeypatch):
     run, _ = run_of(monkeypatch, [3.0, 2.0, 1.0], eval_every=1, eval_batches=2, final_eval_batches=5)
     seen = []
     monkeypatch.setattr(loop.Run, "_evaluate", evaluation)
-    monkeypatch.setattr(loop, "evaluate", lambda *arguments: seen.append(arguments[4:]) or Score(1.0, 1.0, 0.0))
+    monkeypatch.setattr(loop, "evaluate", lambda *arguments: seen.append(arguments[4:]) or Score(1.0, 1.0, 0.0, {}))
     run.state = types.SimpleNamespace(params=None, router=None)
-    run.step_fn = lambda state, batch: (state, Metrics(1.0, 0.0, 1e-3, 1.0, {"bias": jnp.ones((1, 4))}, None))
+    metrics = Metrics(1.0, 0.0, 1e-3, 1.0, 0.0, 0.0, 0.0, 0.0, {"bias": jnp.ones((1, 4))}, None)
+    run.step_fn = lambda state, batch: (state, metrics)
     assert run._steps(Bar())
     assert seen == [(2, False), (2, False), (5, True)]
 

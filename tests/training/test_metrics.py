@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
-from deepseek_jax.training.metrics import MetricsWriter, max_vio, read_expert_loads, read_metrics
+from deepseek_jax.training.metrics import MetricsWriter, balance_metrics, max_vio, read_expert_loads, read_metrics
 
 
 def counts_of(step):
@@ -119,6 +119,17 @@ def test_max_vio_is_the_busiest_expert_over_the_mean_averaged_over_layers(array)
     assert max_vio(array([[4, 4, 4, 4], [16, 0, 0, 0]])) == pytest.approx((0 + 3) / 2)
     assert max_vio(array([[0, 0]])) == 0
     assert isinstance(max_vio(array([[1, 2]])), float)
+
+
+def test_the_balance_of_a_step_has_its_spread_and_its_idle_experts():
+    even, alone, half = np.array([[5, 5, 5, 5]]), np.array([[7, 0, 0, 0]]), np.array([[3, 3, 0, 0]])
+
+    assert balance_metrics(even) == {"max_vio": 0, "load_entropy": pytest.approx(1), "idle_experts": 0}
+    assert balance_metrics(alone) == {"max_vio": 3, "load_entropy": 0, "idle_experts": 0.75}
+    both = balance_metrics(np.concatenate([even, half]))
+    assert both == {"max_vio": 0.5, "load_entropy": pytest.approx(0.75), "idle_experts": 0.25}
+    assert balance_metrics(np.zeros((1, 4))) == {"max_vio": 0, "load_entropy": 0, "idle_experts": 1}
+    assert balance_metrics(np.zeros((0, 0))) == {}
 
 
 def test_a_model_without_experts_has_no_loads_and_no_violation(tmp_path):

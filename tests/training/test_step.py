@@ -167,7 +167,7 @@ def cheap_model(monkeypatch):
         counts = {name: (jnp.arange(b.size).reshape(b.shape) * (3 + step) % 7).astype(jnp.int32)
                   for name, b in router.items()}
         losses = TokenLosses(jnp.float32(6), jnp.float32(3), jnp.array([2.0, 8.0]), jnp.array([2.0, 4.0]))
-        return params, Sums(losses, counts, None)
+        return params, Sums(losses, counts, None, jnp.float32(3), jnp.float32(5))
 
     monkeypatch.setattr(steps, "accumulate", accumulate)
 
@@ -176,7 +176,7 @@ def run_cheaply(config, n=3):
     params = {"w": jnp.linspace(-1, 1, 6).reshape(2, 3), "norm": {"scale": jnp.ones(3)}}
     state = start_state(config, params, {"bias": jnp.linspace(-0.1, 0.1, 16).reshape(2, 8)}, jax.random.key(0))
     for _ in range(n):
-        state, metrics = train_step(config, state, {})
+        state, metrics = train_step(config, state, {"active": np.int32(2)})
     return state, metrics
 
 
@@ -203,6 +203,13 @@ def test_metrics_are_means_over_what_counted(cheap_model):
     assert (metrics.loss, metrics.mtp_loss) == (2.0, 1.5)
     np.testing.assert_allclose(metrics.grad_norm, np.sqrt((np.linspace(-1, 1, 6) ** 2).sum() + 3), rtol=1e-6)
     np.testing.assert_allclose(metrics.lr, 2.2e-4, rtol=1e-6)
+    assert (metrics.sequence_loss, metrics.auxiliary_loss) == (1.5, 2.5)  # of two micro-batches
+
+
+def test_the_range_of_the_biases_is_that_after_the_step(cheap_model):
+    state, metrics = run_cheaply(config_of(), n=2)
+    assert (metrics.bias_low, metrics.bias_high) == (state.router["bias"].min(), state.router["bias"].max())
+    assert -0.11 < metrics.bias_low < -0.09 and 0.09 < metrics.bias_high < 0.11
 
 
 def test_a_fresh_moving_average_is_a_copy_that_donation_cannot_take_along():

@@ -107,7 +107,9 @@ class Training(Measure):
     def identity(self, study: Study, arm: str) -> Any:
         config = as_dict(self.config(study, arm))
         del config["pipeline"], config["train"]["final_eval_batches"]  # no part of an arm's run
-        for old, new in RENAMED.items():  # so that results of earlier versions stay those of their arms
+        # So that results of earlier versions stay those of their arms.
+        config["train"]["sample_prompt"] = "def "
+        for old, new in RENAMED.items():
             section, name = old.split(".")
             config[section][name] = config[section].pop(new.split(".")[1])
         for name in ("router", "attention"):  # the name of `network` stands for them
@@ -191,7 +193,8 @@ class Arm:
         if arm in after.values():
             save(self._weights(arm, seed), {"params": state.params, "router": state.router})
         scored = evaluate(loader, self.score, state.params, state.router, config.train.eval_batches)
-        return {"metrics": {**scored._asdict(), "max_vio_batch": float(np.mean(vio[-LAST:])),
+        return {"metrics": {"loss": scored.loss, "bits_per_byte": scored.bits_per_byte,
+                            "max_vio_global": scored.max_vio_global, "max_vio_batch": float(np.mean(vio[-LAST:])),
                             "train_loss": float(np.mean(losses[-LAST:])), **probes.scalars()},
                 "curves": {"train_loss": thinned(losses), "max_vio_batch": thinned(vio)},
                 "probes": probes.curves(), "arrays": probes.arrays(),

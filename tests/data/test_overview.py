@@ -1,0 +1,24 @@
+"""The table of sources that a run begins with."""
+
+from deepseek_jax.data.overview import describe_sources
+from deepseek_jax.data.prepare import prepare
+
+
+def test_the_table_says_what_is_read_how_much_of_it_and_how_often(make_config, folder, tmp_path):
+    for i in range(9):
+        (tmp_path / f"{i}.md").write_text(f"another source, document {i}\n" * 400)
+    (tmp_path / "broken.md").write_bytes(b"\xff\xfe")
+    config = make_config((folder, 3.0), (str(tmp_path), 1.0))
+    prepared = prepare(config, str(tmp_path / "work"))
+
+    head, *rows = (line.split("  ") for line in describe_sources(config, prepared).splitlines())
+    cells = [[cell.strip() for cell in row if cell.strip()] for row in rows]
+    assert [cell.strip() for cell in head if cell.strip()] == [
+        "source", "files", "MB", "skipped", "tokens", "held out", "share", "epochs"]
+    train = config.train
+    tokens = [len(shard.tokens) for shard in prepared.train]
+    read = train.steps * train.batch_size * train.sequence_length
+    for row, path, files, skipped, share, n, held in zip(
+            cells, (folder, str(tmp_path)), ("40", "10"), ("0", "1"), (0.75, 0.25), tokens, prepared.validation):
+        assert row[0] == path and row[1] == files and row[3] == skipped and row[6] == f"{share:.1%}"
+        assert row[4:6] == [f"{n:,}", f"{len(held.tokens):,}"] and row[7] == f"{share * read / n:.2f}"
