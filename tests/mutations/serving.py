@@ -182,10 +182,7 @@ MUTATIONS = [
         file="deepseek_jax/serving/decode.py",
         old="jnp.where(batch.fresh_B, 0, of_batch.count_B)",
         new="of_batch.count_B",
-        tests=(
-            "serving/test_speculative.py::test_right_drafts_are_all_accepted_at_any_depth "
-            "serving/test_speculative.py::test_sampled_drafts_are_reproducible_whoever_shares_the_batch "
-            "serving/test_speculative.py"),
+        tests="serving/test_speculative.py::test_right_drafts_are_all_accepted_at_any_depth[1-1]",
     ),
     Mutation(
         name="the end token does not end",

@@ -118,6 +118,10 @@ def test_right_drafts_are_all_accepted_at_any_depth(depth, modules):
     assert made.accepted == made.drafted and made.steps == 1 + -(-30 // (depth + 1))
     assert [t.draft for t in made.made][:2 + depth] == ["none"] + ["accepted"] * depth + ["none"]
 
+    (after,) = finish(engine, [Request((9, 10, 11), 31)])  # in the same slot, where drafts of the first one are left
+    assert [t.id for t in after.made] == [(12 + i) % 16 for i in range(31)]
+    assert [t.draft for t in after.made] == [t.draft for t in made.made] and after.steps == made.steps
+
 
 @pytest.mark.parametrize(("depth", "modules"), [
     (1, 1), pytest.param(2, 1, marks=pytest.mark.slow), pytest.param(3, 2, marks=pytest.mark.slow)])
