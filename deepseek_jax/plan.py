@@ -76,7 +76,8 @@ def training(args, machine, model):
         if args.plot:
             from deepseek_jax.scale.draw import draw_memory
 
-            draw_memory(args.plot, {"planned": found.bytes}, machine.memory, f"{args.model}: {layout.name}")
+            draw_memory(args.plot, {"planned, by what the bytes are for": found.bytes}, machine.memory,
+                        f"{args.model} on {args.hardware}\n{layout.name}")
     if args.decode:
         result["decode"] = decoding.published(model, machine)
         print(tables.decoded(result["decode"]))

@@ -24,8 +24,8 @@ GROUPS = ("masters", "moments", "averages", "working", "gradients", "kept", "buf
 LABELS = {"masters": "master weights, float32", "moments": "Adam's moments", "averages": "moving average of weights",
           "working": "weights gathered or cast for products", "gradients": "gradients, float32",
           "kept": "activations saved for the backward pass", "buffers": "buffers of the pipeline, pending gradients",
-          "experts' products": "copies of rows for the experts' products", "passing": "temporaries of one layer or of "
-          "the logits"}
+          "experts' products": "copies of rows for the experts' products", "passing": "temporaries of layers at "
+          "work, or of logits"}
 
 
 def rows_of_experts(c: ModelConfig, layout: Layout) -> tuple[int, int]:
