@@ -46,7 +46,8 @@ def main():
     result = {"model": args.model, "hardware": args.hardware, "parameters": parameters(model),
               "conventions": conventions(model), "sources": machine.sources}
     print(tables.counts(result))
-    found = training(args, machine, model) if args.devices else one_device.answer(args, machine, model)
+    alone = args.serve or args.finetune
+    found = one_device.answer(args, model) if alone else training(args, machine, model)
     result |= found
     if args.json:
         io.write_json(args.json, result)

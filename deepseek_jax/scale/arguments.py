@@ -76,7 +76,7 @@ def complete(args: argparse.Namespace, machine: Hardware) -> None:
     if args.fp8 is None:  # training for the report's layouts is in FP8 where it can be, and `train` is not
         args.fp8 = machine.fp8 is not None and not one_device
     if args.sequences is None:
-        args.sequences = 1 if one_device else REPORT_SEQUENCES
+        args.sequences = 1 if args.devices in (None, 1) else REPORT_SEQUENCES
     if args.rows is None:
         args.rows = args.sequences if one_device else 1
     if args.sequence_length < 1:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from deepseek_jax.config import ConfigError, ModelConfig
 from deepseek_jax.scale import memory
-from deepseek_jax.scale.hardware import HARDWARE, Hardware, smallest
+from deepseek_jax.scale.hardware import HARDWARE, Hardware, device, smallest
 from deepseek_jax.scale.layout import Layout, Split, make_layout
 from deepseek_jax.scale.serve import RESERVE
 
@@ -86,7 +86,7 @@ def instead(c: ModelConfig, hw: Hardware, step: Step, rows: list[Finetuned]) -> 
     fits = lambda machine, changed: any(row.fits for row in finetune(c, machine, changed))
     if step.moments != "bfloat16" and fits(hw, dataclasses.replace(step, moments="bfloat16")):
         would.append("--moments bfloat16 (train: --config.optimizer.moment_dtype=bfloat16)")
-    larger = [name for name, other in HARDWARE.items() if other.memory > hw.memory and fits(other, step)]
+    larger = [name for name in HARDWARE if device(name).memory > hw.memory and fits(device(name), step)]
     if larger:
         would.append(f"--hardware {smallest(larger)}")
     if devices := _devices(c, hw, step):

@@ -85,6 +85,15 @@ def hardware(name: str) -> Hardware:
     return HARDWARE[name]
 
 
+def device(name: str) -> Hardware:
+    """One jax device of the machine `name`: of a 7x half a chip, of all others the row itself. Raises ConfigError."""
+    row = hardware(name)
+    if name != "7x":
+        return row
+    halves = {figure: getattr(row, figure) / 2 for figure in ("bf16", "fp8", "memory", "memory_bandwidth")}
+    return dataclasses.replace(row, **halves)
+
+
 @dataclasses.dataclass(frozen=True)
 class Measured:
     """What no data sheet gives, each as a share of a peak or in its own unit, with who measured it on what.
@@ -107,8 +116,8 @@ class Measured:
 
 
 def smallest(names: list[str]) -> str:
-    """The machine with the least memory, and of several the slowest."""
-    return min(names, key=lambda name: (HARDWARE[name].memory, HARDWARE[name].memory_bandwidth))
+    """The machine whose device has the least memory, and of several the slowest."""
+    return min(names, key=lambda name: (device(name).memory, device(name).memory_bandwidth))
 
 
 def check_fp8(name: str, hw: Hardware) -> None:

@@ -6,12 +6,13 @@ from typing import Any
 
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.scale import finetune, serve, tables
-from deepseek_jax.scale.hardware import Hardware
+from deepseek_jax.scale.hardware import device
 
 
-def answer(args: argparse.Namespace, machine: Hardware, model: ModelConfig) -> dict[str, Any]:
+def answer(args: argparse.Namespace, model: ModelConfig) -> dict[str, Any]:
     """Prints the plan; returns it, JSON-able, with whether it "fits"."""
     print()
+    machine = device(args.hardware)
     return _serving(args, machine, model) if args.serve else _finetuning(args, machine, model)
 
 

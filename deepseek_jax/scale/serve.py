@@ -12,7 +12,7 @@ import math
 
 from deepseek_jax.config import PRESETS, ModelConfig, model_config
 from deepseek_jax.scale.costs import active_product_parameters, latent_core_products, parameters
-from deepseek_jax.scale.hardware import HARDWARE, Hardware, smallest
+from deepseek_jax.scale.hardware import HARDWARE, Hardware, device, smallest
 from deepseek_jax.scale.memory import FLOAT32, KINDS, cache_per_token, served_weights
 
 PAGE = 32  # tokens of a page of the engine's cache
@@ -123,7 +123,7 @@ def instead(c: ModelConfig, hw: Hardware, asked: Asked, found: Served) -> str:
                and serve(model_config(name), hw, asked).users]
     if smaller:
         would.append(f"--model {max(smaller, key=lambda name: sizes[name])}")
-    larger = [name for name, other in HARDWARE.items() if other.memory > hw.memory and serve(c, other, asked).users]
+    larger = [name for name in HARDWARE if device(name).memory > hw.memory and serve(c, device(name), asked).users]
     if larger:
         would.append(f"--hardware {smallest(larger)}")
     size = served_weights(c, computes_in(c, asked.dtype))

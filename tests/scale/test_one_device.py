@@ -68,7 +68,8 @@ def test_what_finetuning_names_instead_fits():
 
 
 @pytest.mark.parametrize(("arguments", "complaint"), [
-    (LITE, "--devices is missing"), ([*LITE, "--serve", "--finetune"], "not allowed with"),
+    (LITE, "--devices is missing"), ([*LITE, "--devices", "0"], "devices=0 must be positive"),
+    ([*LITE, "--serve", "--finetune"], "not allowed with"),
     ([*LITE, "--serve", "--devices", "4"], "leave out --devices 4"),
     ([*LITE, "--finetune", "--search"], "leave out --search"),
     ([*LITE, "--serve", "--dtype", "fp8"], "a100 has no FP8 units: products run in bfloat16"),
@@ -78,6 +79,10 @@ def test_what_finetuning_names_instead_fits():
     (["--model", "moonlight", *LITE[2:], "--serve"], "known are: small, tiny, v2_236b, v2_lite_16b, v3_671b. A fol")])
 def test_a_mistake_ends_in_one_line(arguments, complaint):
     run(*arguments).assert_error(complaint)
+
+
+def test_one_device_trains_one_sequence_a_step_unless_told_otherwise():
+    assert "no pipeline, 1 x 1 sequences" in run("--model", "small", *LITE[2:], "--devices", 1).out
 
 
 def test_training_is_in_bfloat16_where_there_is_no_fp8(tmp_path):

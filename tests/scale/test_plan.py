@@ -13,7 +13,7 @@ import pytest
 from deepseek_jax.config import ConfigError, FP8Config, MeshConfig, model_config
 from deepseek_jax.plan import parse
 from deepseek_jax.scale import decoding, plan, timing, traffic
-from deepseek_jax.scale.hardware import HARDWARE, Measured, check_fp8, hardware, smallest
+from deepseek_jax.scale.hardware import DEVICE_MEMORY, HARDWARE, Measured, check_fp8, device, hardware, smallest
 from deepseek_jax.scale.layout import Split, make_layout
 
 V3 = model_config("v3_671b", fp8=FP8Config(enabled=True), remat="report")
@@ -211,6 +211,12 @@ def test_fp8_is_refused_in_one_line_where_there_is_none_and_bfloat16_named(name)
 
 def test_a_card_without_bfloat16_computes_at_the_rate_of_float32_and_says_so():
     assert hardware("t4").bf16 == 8.1e12 and "float32" in hardware("t4").sources["bf16"]
+
+
+def test_of_a_7x_one_device_is_half_a_chip():
+    chip, half = hardware("7x"), device("7x")
+    assert half.memory == DEVICE_MEMORY["7x"] == chip.memory / 2 and half.memory_bandwidth == chip.memory_bandwidth / 2
+    assert device("v5p") == hardware("v5p")
 
 
 def test_of_machines_that_fit_the_smallest_is_named():
