@@ -48,11 +48,9 @@ def main():
     if args.json:
         io.write_json(args.json, found)
     if args.plot:
-        from deepseek_jax.scale.draw import draw_memory
+        from deepseek_jax.scale.draw import draw_report
 
-        bars = {name: found[of] for name, of in (("planned", "planned"), ("given", "given"), ("compiled", "bytes"))
-                if isinstance(found.get(of), dict)}
-        draw_memory(args.plot, bars, found["memory"], f"{args.model} on {args.target}: bytes per device")
+        draw_report(args.plot, found)
     return 0 if found["fits"] else 1
 
 

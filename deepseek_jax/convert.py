@@ -2,7 +2,7 @@
 
     python -m deepseek_jax.convert from-hf DeepSeek-V3 run --keep-fp8
     python -m deepseek_jax.generate --workdir run --prompt "def "
-    python -m deepseek_jax.convert to-hf run exported --fp8
+    python -m deepseek_jax.convert to-hf run exported --dtype bfloat16
 
 Both stream: memory stays small whatever the size. A way out after a way in gives every tensor back byte for byte.
 """
@@ -28,6 +28,8 @@ def parse():
     way.add_argument("src", help="a run of deepseek_jax.train, or what from-hf made")
     way.add_argument("dst", help="folder to make")
     way.add_argument("--fp8", action="store_true", help="quantize to FP8 in blocks of 128 x 128, as released")
+    way.add_argument("--dtype", choices=("bfloat16", "float32"), help="of what is not FP8; routing biases stay float32 "
+                     "(default: that of the checkpoint which SRC came from; float32 if it came from none)")
     return parser.parse_args()
 
 
@@ -37,8 +39,10 @@ def main():
     from deepseek_jax.interop.convert import from_hf, to_hf
 
     if args.way == "to-hf":
-        return to_hf(args.src, args.dst, args.fp8)
-    for note in from_hf(args.src, args.dst, args.dtype, args.keep_fp8):
+        notes = to_hf(args.src, args.dst, args.fp8, args.dtype)
+    else:
+        notes = from_hf(args.src, args.dst, args.dtype, args.keep_fp8)
+    for note in notes:
         print(note)
 
 

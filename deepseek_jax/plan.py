@@ -1,17 +1,20 @@
-"""What training a model takes on a machine: memory, step time, MFU, hours, dollars; and which layouts fit.
+"""What a model takes on a machine: training (memory, step time, MFU, hours, dollars), or one device to serve on.
 
+    python -m deepseek_jax.plan --model v2_lite_16b --hardware a100 --serve --context 4096
+    python -m deepseek_jax.plan --model small --hardware rtx4090 --finetune --sequences 8 --context 2048
     python -m deepseek_jax.plan --model v3_671b --hardware h800 --devices 2048 --pipe 16 --expert 64 --json plan.json
     python -m deepseek_jax.plan --model v2_lite_16b --hardware h100 --devices 8 --search --price 2.5
     python -m deepseek_jax.plan --model v3_671b --hardware h800 --devices 2048 --pipe 16 --expert 64 --ablations
 
 Counts are exact, bytes are this program's as XLA:GPU lays it out, times rest on published measurements that the output
-names. Exit code 1: the layout does not fit.
+names, and rates of serving are bounds. Exit code 1: it does not fit.
 """
 
 import dataclasses
+from typing import Any
 
 from deepseek_jax import cli, io
-from deepseek_jax.scale import arguments, decoding, plan, tables
+from deepseek_jax.scale import arguments, decoding, one_device, plan, tables
 from deepseek_jax.scale.costs import conventions, parameters
 from deepseek_jax.scale.hardware import HARDWARE, Measured, hardware
 
@@ -19,15 +22,16 @@ from deepseek_jax.scale.hardware import HARDWARE, Measured, hardware
 def parse():
     parser = cli.Parser("plan", __doc__)
     parser.add_argument("--hardware", required=True, help=", ".join(HARDWARE))
-    parser.add_argument("--devices", type=int, required=True)
-    arguments.add(parser, fp8=True)
+    parser.add_argument("--devices", type=int, help="of the training; --serve and --finetune plan one")
+    arguments.add(parser)
+    arguments.add_one_device(parser)
     parser.add_argument("--tokens", type=arguments.positive, default=plan.TOKENS,
                         help="of all training (default: the report's)")
     parser.add_argument("--price", type=arguments.positive,
                         help="dollars a device-hour (default: the machine's, where known)")
     parser.add_argument("--search", action="store_true", help="look for the fastest layouts that fit")
     parser.add_argument("--ablations", action="store_true", help="what each of the report's inventions is worth here")
-    parser.add_argument("--decode", action="store_true", help="tokens a second when serving")
+    parser.add_argument("--decode", action="store_true", help="the published layouts that serve v3_671b")
     parser.add_argument("--json", metavar="FILE", help="also write everything there")
     parser.add_argument("--plot", metavar="FILE", help="also draw memory by group there")
     return parser.parse_args()
@@ -35,23 +39,34 @@ def parse():
 
 def main():
     args = parse()
-    machine, model = hardware(args.hardware), arguments.model(args)
+    machine = hardware(args.hardware)
+    arguments.complete(args, machine)
+    model = arguments.model(args)
+    plan.check_known(model)
     result = {"model": args.model, "hardware": args.hardware, "parameters": parameters(model),
-              "conventions": conventions(model), "sources": machine.sources,
-              "measured": dataclasses.asdict(Measured())}
+              "conventions": conventions(model), "sources": machine.sources}
     print(tables.counts(result))
-    code = 0
+    alone = args.serve or args.finetune
+    found = one_device.answer(args, model) if alone else training(args, machine, model)
+    result |= found
+    if args.json:
+        io.write_json(args.json, result)
+    return 0 if found["fits"] else 1
+
+
+def training(args, machine, model):
+    result: dict[str, Any] = {"measured": dataclasses.asdict(Measured())}
     if args.search:
         best, reasons = plan.search(model, machine, args.devices, args.sequences, args.sequence_length,
                                     price=args.price, tokens=args.tokens, **arguments.mesh(args))
         result["search"] = {"best": [{"remat": remat} | tables.flat(found) for remat, found in best],
                             "others": {name: n for name, (n, _) in reasons.items()}}
         print(tables.searched(best, reasons))
-        code = 0 if best else 1
+        result["fits"] = bool(best)
     else:
         layout = arguments.layout(args, model, args.devices, machine.node_size)
         found = plan.plan(model, machine, layout, args.tokens, args.price)
-        result["plan"] = tables.flat(found)
+        result |= {"plan": tables.flat(found), "fits": found.fits}
         print(tables.planned(found, plan.what_to_change(model, layout, found)))
         if (args.model, args.hardware, layout.name) == ("v3_671b", "h800", tables.REPORT):
             result["published"] = plan.published(found)
@@ -62,14 +77,12 @@ def main():
         if args.plot:
             from deepseek_jax.scale.draw import draw_memory
 
-            draw_memory(args.plot, {"planned": found.bytes}, machine.memory, f"{args.model}: {layout.name}")
-        code = 0 if found.fits else 1
+            draw_memory(args.plot, {"planned, by what the bytes are for": found.bytes}, machine.memory,
+                        f"{args.model} on {args.hardware}\n{layout.name}")
     if args.decode:
         result["decode"] = decoding.published(model, machine)
         print(tables.decoded(result["decode"]))
-    if args.json:
-        io.write_json(args.json, result)
-    return code
+    return result
 
 
 if __name__ == "__main__":

@@ -94,7 +94,7 @@ MAY_IMPORT = {
     "scale.compile": ("scale", "training.step", "pipeline.model", "serving", "model", *SHARDING,
                       "kernels_pallas.tools.compile_report", "config"),
     "scale": ("pipeline.schedule", "pipeline.validate", "pipeline.orders", "plots.style", "kernels_pallas.constants",
-              "config"),
+              "interop.hf_config", "config"),
     # Commands.
     "__main__": (),
     "train": ("cli", "config", "parallel.processes", "training.loop", "training.summary"),
@@ -112,8 +112,8 @@ COMMANDS = ("train", "evaluate", "compare", "generate", "serve", "convert", "pla
 WITHOUT_JAX = ("config", "configs", "cli", "runtime", "io", "plugin", "data", "workdir", "pipeline.orders",
                "pipeline.ticks", "pipeline.schedule", "pipeline.validate", "pipeline.tables", "pipeline.draw",
                "pipeline.__main__", "scale.costs", "scale.layout", "scale.traffic", "scale.memory", "scale.hardware",
-               "scale.timing", "scale.plan", "scale.decoding", "scale.tables", "scale.arguments", "scale.compile.hlo",
-               "plots", "plan", "generate", "serve")
+               "scale.timing", "scale.plan", "scale.decoding", "scale.tables", "scale.arguments", "scale.serve",
+               "scale.finetune", "scale.one_device", "scale.compile.hlo", "plots", "plan", "generate", "serve")
 JAX = ("jax", "jaxlib", "flax", "optax", "orbax", "chex")
 LONGEST_COMMAND = 99
 

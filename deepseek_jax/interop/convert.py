@@ -5,6 +5,7 @@ a checkpoint at step 0 of a run that was never trained, the checkpoint's own tok
 records the dtype and file of every tensor so that an export is exact.
 """
 
+import collections
 import concurrent.futures
 import json
 import os
@@ -64,8 +65,16 @@ def from_hf(src: str, dst: str, dtype: str | None = None, keep_fp8: bool = False
     return notes
 
 
-def to_hf(src: str, dst: str, fp8: bool = False):
+def to_hf(src: str, dst: str, fp8: bool = False, dtype: str | None = None) -> list[str]:
     """Writes the newest checkpoint of the work directory `src` as a Hugging Face checkpoint in the folder `dst`.
+
+    Args:
+      fp8: quantizes what the released checkpoints hold in FP8.
+      dtype: "float32" or "bfloat16", of all else but the routing biases. None: that of the checkpoint which this one
+        was converted from, or fine-tuned from; a run that came from none goes out as it is held, in float32.
+
+    Returns:
+      Lines for the user.
 
     Raises:
       ConfigError: no checkpoint in `src`, `dst` exists, or no published model family has what the model has.
@@ -76,11 +85,33 @@ def to_hf(src: str, dst: str, fp8: bool = False):
         layout = _json(os.path.join(src, LAYOUT))
         if not hf_config.same_model(cfg, hf_config.read(layout["config"], cfg.mtp_depth)):
             layout = None  # the config was changed since: another model
+    if layout is None and dtype is None:
+        dtype = _dtype_of_origin(src)
     with save.building(dst) as partial:
-        total = sum(item.nbytes for items in save.Export(cfg, leaves, fp8, layout).files().values() for item in items)
+        source = save.Export(cfg, leaves, fp8, layout, None if dtype is None else jnp.dtype(dtype))
+        items = [item for items in source.files().values() for item in items]
+        total = sum(item.nbytes for item in items)
         with tqdm.tqdm(total=total, desc="to-hf", unit="B", unit_scale=True) as bar:
-            save.export(partial, cfg, leaves, fp8, layout, None if layout else _special(src), bar.update)
-        _copy_text(src, partial)
+            save.export(partial, source, None if layout else _special(src), bar.update)
+        has_tokenizer = _copy_text(src, partial)
+    sizes = collections.Counter()
+    for item in items:
+        sizes[item.dtype.name] += item.nbytes
+    return [f"{dst} holds {total / 1e9:,.2f} GB, mostly {sizes.most_common(1)[0][0]}. Next: transformers, or python -m "
+            f"deepseek_jax.serve --hf {dst}" + ("." if has_tokenizer else ", once it holds a tokenizer.json.")]
+
+
+def _dtype_of_origin(workdir: str) -> str | None:
+    """The dtype of the Hugging Face checkpoint that a run was fine-tuned from; None: of none that is still there."""
+    seen = set()
+    while workdir not in seen and os.path.isfile(os.path.join(workdir, "config.json")):
+        seen.add(workdir)
+        if os.path.isfile(os.path.join(workdir, LAYOUT)):
+            raw = _json(os.path.join(workdir, LAYOUT))["config"]
+            return next((raw[name] for name in ("dtype", "torch_dtype") if raw.get(name) in ("bfloat16", "float32")),
+                        None)
+        workdir = freeze(_json(os.path.join(workdir, "config.json"))).init.from_ or ""
+    return None
 
 
 def _described(reader, name):

@@ -263,4 +263,4 @@ def save_hf(path: str, cfg: ModelConfig, variables: dict[str, Any], fp8: bool = 
         family has what it has.
     """
     with save.building(path) as partial:
-        save.export(partial, cfg, save.in_memory(variables), fp8)
+        save.export(partial, save.Export(cfg, save.in_memory(variables), fp8))

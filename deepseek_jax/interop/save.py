@@ -16,7 +16,7 @@ import numpy as np
 
 from deepseek_jax import io
 from deepseek_jax.checkpoint.arrays import FP8
-from deepseek_jax.config import ConfigError, ModelConfig
+from deepseek_jax.config import ConfigError
 from deepseek_jax.interop import hf_config, safetensors_io, tensor_map
 from deepseek_jax.interop.tensor_map import SCALE
 from kernels_pallas.constants import BLOCK
@@ -93,14 +93,17 @@ class Export:
       leaves: {our path: Held or Stored}.
       fp8: quantize what is not FP8 yet, where released checkpoints are FP8.
       layout: the `hf_layout.json` of the checkpoint that this was converted from, or None.
+      dtype: of what is not FP8, and of all weights without `fp8`; None: that of the layout, or as held. Routing
+        biases are float32 whatever it says, as in the released checkpoints.
 
     Raises:
       ConfigError: the leaves are not those of `cfg`, in name or shape.
     """
 
-    def __init__(self, cfg, leaves, fp8=False, layout=None):
+    def __init__(self, cfg, leaves, fp8=False, layout=None, dtype=None):
         _check_leaves(tensor_map.leaves(cfg), leaves)
         self.cfg, self.leaves, self.fp8, self.layout = cfg, leaves, fp8, layout
+        self.dtype = None if dtype is None else np.dtype(dtype)
         self.entries = tensor_map.entries(cfg)
         self.raw = None if layout is None else layout["config"]
         self.halves = 0 if layout is None else hf_config.halves(layout["config"], cfg)
@@ -136,14 +139,17 @@ class Export:
                     yield piece.astype(item.dtype, copy=False)
 
     def _kept(self, entry):
-        return self.leaves[entry.path].scales is not None
+        """Whether its FP8 values go out as they are held."""
+        return self.leaves[entry.path].scales is not None and (self.dtype is None or self.fp8)
 
     def _items(self, entry, before=None):
         """The tensor of one entry, and its scales. `before`: its dtype in the checkpoint it once came from."""
         held = self.leaves[entry.path].dtype
         if not self._kept(entry) and not (self.fp8 and entry.fp8):
             # What was widened on the way in gets its dtype back; what was narrowed stays as it is held.
-            if before is not None and before != FP8 and before.itemsize <= held.itemsize:
+            if self.dtype is not None:
+                held = np.dtype(np.float32) if entry.path.startswith("router/") else self.dtype
+            elif before is not None and before != FP8 and before.itemsize <= held.itemsize:
                 held = before
             return [safetensors_io.Item(entry.name, held, entry.shape)]
         blocks = tuple(-(-n // BLOCK) for n in entry.shape)
@@ -189,19 +195,19 @@ class Export:
         return self._scales.pop(entry.name)
 
 
-def export(folder: str, cfg: ModelConfig, leaves: Any, fp8: bool = False, layout: dict[str, Any] | None = None,
-           special: dict[str, int] | None = None, progress: Callable[[int], Any] = lambda count: None):
+def export(folder: str, source: Export, special: dict[str, int] | None = None,
+           progress: Callable[[int], Any] = lambda count: None):
     """Writes the safetensors files and config.json into `folder`.
 
     Args:
-      leaves: {our path: Held or Stored}, all of the model's.
       special: bos_token_id and eos_token_id for config.json.
       progress: told the bytes of every piece.
     """
-    source = Export(cfg, leaves, fp8, layout)
-    dtype = leaves["params/embedding"].dtype.name
-    raw = hf_config.write(cfg, dtype, source.quantized(), special) if layout is None else dict(layout["config"])
+    layout, dtype = source.layout, (source.dtype or source.leaves["params/embedding"].dtype).name
+    raw = hf_config.write(source.cfg, dtype, source.quantized(), special) if layout is None else dict(layout["config"])
     if layout is not None:
+        if source.dtype is not None:
+            raw |= {name: dtype for name in ("dtype", "torch_dtype") if name in raw} or {"torch_dtype": dtype}
         raw.pop("quantization_config", None)
         if source.quantized():
             raw["quantization_config"] = layout["config"].get("quantization_config", hf_config.QUANTIZATION)

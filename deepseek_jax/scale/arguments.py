@@ -2,18 +2,24 @@
 
 import argparse
 import contextlib
+import dataclasses
+import json
 import math
+import os
 from typing import Any
 
-from deepseek_jax.config import FP8Config, ModelConfig, model_config
+from deepseek_jax.config import PRESETS, ConfigError, FP8Config, ModelConfig, did_you_mean, load_config, model_config
+from deepseek_jax.scale.decoding import check_published
+from deepseek_jax.scale.hardware import Hardware, check_fp8
 from deepseek_jax.scale.layout import Layout, Split, make_layout
 
 REPORT_SEQUENCES = 15360  # a step's, report section 4.2
 
 
-def add(parser: argparse.ArgumentParser, fp8: bool = False) -> None:
-    """Adds the options. fp8: the default of --fp8."""
-    parser.add_argument("--model", required=True, help="tiny, small, v2_lite_16b, v2_236b or v3_671b")
+def add(parser: argparse.ArgumentParser) -> None:
+    """Adds the options."""
+    parser.add_argument("--model", required=True, help=f"{', '.join(PRESETS)}; or the folder of a run, of what convert "
+                        "from-hf made, or of a Hugging Face checkpoint, of which only config.json is read")
     parser.add_argument("--layers", type=int, help="of the model, if fewer than it has")
     parser.add_argument("--pipe", type=int, default=1, help="ranks of the pipeline")
     parser.add_argument("--expert", type=int, default=1, help="devices that share the experts")
@@ -23,14 +29,58 @@ def add(parser: argparse.ArgumentParser, fp8: bool = False) -> None:
                         "schedule's); each takes memory, and fewer lengthen a long step little")
     parser.add_argument("--sequences", type=int, default=REPORT_SEQUENCES, help="of a step (default: the report's)")
     parser.add_argument("--rows", type=int, default=1, help="sequences of a micro-batch on one device")
-    parser.add_argument("--sequence-length", type=int, default=4096)
+    parser.add_argument("--sequence-length", "--context", type=int, default=4096, help="tokens (default 4096)")
     parser.add_argument("--remat", help="none, report or full (default: the model's)")
-    parser.add_argument("--fp8", action=argparse.BooleanOptionalAction, default=fp8,
+    parser.add_argument("--fp8", action=argparse.BooleanOptionalAction, default=False,
                         help="products, what is kept, and dispatch in FP8")
     parser.add_argument("--dispatch", default="two_hop", help="two_hop or flat")
     parser.add_argument("--buffers", default="ragged", help="ragged or static")
     parser.add_argument("--capacity", type=_capacity, default=1.25,
                         help="of buffers, in even loads (default 1.25); none: room for all, and nothing is dropped")
+
+
+def add_one_device(parser: argparse.ArgumentParser) -> None:
+    """Adds what `plan` is asked about a single device."""
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--serve", action="store_true", help="plan one device that serves: users of --context tokens")
+    what.add_argument("--finetune", action="store_true", help="plan one device that trains all parameters: --sequences "
+                      "(default 1) of --context tokens, all at once unless --rows says otherwise")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32", "fp8"), default="bfloat16", help="with --serve: of "
+                        "the checkpoint (default bfloat16; train writes float32)")
+    parser.add_argument("--cache", choices=("bfloat16", "float32", "fp8"), help="with --serve: of the latents "
+                        "(default: as the model computes)")
+    parser.add_argument("--moments", choices=("bfloat16", "float32"), default="float32", help="with --finetune: of "
+                        "Adam's moments (default float32, as train has it)")
+    parser.set_defaults(fp8=None, sequences=None, rows=None)
+
+
+def complete(args: argparse.Namespace, machine: Hardware) -> None:
+    """Fills in what `plan` was not told, which depends on what it is asked.
+
+    Raises:
+      ConfigError: options that do not go together, or FP8 where there is none.
+    """
+    one_device = args.serve or args.finetune
+    if one_device:
+        wrong = [name for name in ("search", "ablations", "decode", "plot") if getattr(args, name)]
+        if wrong or args.devices not in (None, 1):
+            raise ConfigError("--serve and --finetune plan one device; leave out "
+                              + (f"--{wrong[0]}." if wrong else f"--devices {args.devices}, or both of them."))
+        args.devices = None
+    elif args.devices is None:
+        raise ConfigError("--devices is missing: how many train together; for one device take --serve or --finetune.")
+    if args.decode:
+        check_published(args.model, args.devices)
+    if args.fp8 or (args.serve and args.dtype == "fp8"):
+        check_fp8(args.hardware, machine)
+    if args.fp8 is None:  # training for the report's layouts is in FP8 where it can be, and `train` is not
+        args.fp8 = machine.fp8 is not None and not one_device
+    if args.sequences is None:
+        args.sequences = 1 if args.devices in (None, 1) else REPORT_SEQUENCES
+    if args.rows is None:
+        args.rows = args.sequences if one_device else 1
+    if args.sequence_length < 1:
+        raise ConfigError(f"--context {args.sequence_length} must be positive.")
 
 
 def positive(text: str) -> float:
@@ -58,10 +108,28 @@ def model(args: argparse.Namespace) -> ModelConfig:
     """The model.
 
     Raises:
-      ConfigError: an option does not fit it.
+      ConfigError: an option does not fit it, or there is no such model.
     """
     changes = {name: value for name, value in (("remat", args.remat), ("num_layers", args.layers)) if value is not None}
-    return model_config(args.model, fp8=FP8Config(enabled=args.fp8), **changes)
+    changes["fp8"] = FP8Config(enabled=args.fp8)
+    if args.model in PRESETS:
+        return model_config(args.model, **changes)
+    return dataclasses.replace(_saved(args.model), **changes)
+
+
+def _saved(path: str) -> ModelConfig:
+    """The model that the config.json at `path`, or in the folder `path`, describes: ours or Hugging Face's."""
+    file = os.path.join(path, "config.json") if os.path.isdir(path) else path
+    if not os.path.isfile(file) or not file.endswith(".json"):
+        raise ConfigError(f"unknown model {path!r}; {did_you_mean(path, PRESETS)} A folder with a config.json is taken "
+                          "too: of a run, of what convert from-hf made, or of a Hugging Face checkpoint.")
+    with contextlib.suppress(ValueError), open(file, encoding="utf-8") as f:
+        raw = json.load(f)
+        if isinstance(raw, dict) and "model_type" in raw:
+            from deepseek_jax.interop import hf_config
+
+            return hf_config.read(raw, raw.get("num_nextn_predict_layers") or 0)
+    return load_config(file).model
 
 
 def layout(args: argparse.Namespace, c: ModelConfig, devices: int, node_size: int) -> Layout:

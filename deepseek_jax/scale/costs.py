@@ -88,6 +88,11 @@ def training_flops_per_token(c: ModelConfig, sequence_length: int, causal: bool 
     return int(6 * (sum(active_product_parameters(c).values()) + scores))
 
 
+def latent_core_products(c: ModelConfig, context: float) -> float:
+    """Multiplications of one token with the `context` latents of a cache, of one layer: absorbed, as decoding does."""
+    return c.num_heads * (2 * c.kv_rank + c.rope_head_dim) * context
+
+
 def layer_flops(c: ModelConfig, sequence_length: int) -> dict[str, dict[str, float]]:
     """Operations of one token in one layer, by part and pass; attention is causal.
 

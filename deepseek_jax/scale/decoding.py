@@ -7,9 +7,10 @@ Two micro-batches alternate: one computes while the other's tokens are at the ex
 
 import dataclasses
 
-from deepseek_jax.config import ModelConfig
-from deepseek_jax.scale.costs import attention_parameters, ffn_parameters
+from deepseek_jax.config import ConfigError, ModelConfig
+from deepseek_jax.scale.costs import attention_parameters, ffn_parameters, latent_core_products
 from deepseek_jax.scale.hardware import Hardware, Measured
+from deepseek_jax.scale.memory import cache_row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +50,7 @@ def decode(c: ModelConfig, hw: Hardware, serving: Serving, measured: Measured | 
       cache_bytes: of one token and layer; None: bf16.
     """
     m = measured or Measured()
-    cache = cache_bytes or 2 * (c.kv_rank + c.rope_head_dim)
+    cache = cache_bytes or cache_row(c, "bfloat16")
     each = 1 if accepted is None else 2
     sequences = serving.batch / 2  # of a micro-batch
     tokens = sequences * each
@@ -58,7 +59,7 @@ def decode(c: ModelConfig, hw: Hardware, serving: Serving, measured: Measured | 
     experts = -(-c.num_experts // serving.devices) + c.num_shared_experts
     weights = (attention / serving.tensor + experts * expert) / read  # FP8: a byte a parameter
     products = 2 * tokens * (attention / serving.tensor + (c.experts_per_token + c.num_shared_experts) * expert)
-    core = 2 * tokens * c.num_heads * (2 * c.kv_rank + c.rope_head_dim) * serving.context
+    core = 2 * tokens * latent_core_products(c, serving.context)
     core = max(core / (m.attention * hw.bf16), sequences * serving.context * cache / read) / serving.tensor
     work = m.slowdown * (max(weights, products / (m.product_fp8 * (hw.fp8 or hw.bf16))) + core)
     network = network_seconds(c, hw, tokens)
@@ -67,6 +68,13 @@ def decode(c: ModelConfig, hw: Hardware, serving: Serving, measured: Measured | 
     rate = lambda seconds: a_step / (2 * layers * seconds)
     user = rate(max(network, work))
     return Decoding(network, work, user, 8 * serving.batch * user, rate(network))
+
+
+def check_published(model: str, devices: int | None) -> None:
+    """Raises ConfigError for whom the published layouts say nothing: another model, or a single device."""
+    if model != "v3_671b" or devices == 1:
+        raise ConfigError("--decode compares with the published layouts of v3_671b, on 144 devices and more; for one "
+                          "device of yours take --serve.")
 
 
 def published(c: ModelConfig, hw: Hardware) -> list[dict]:

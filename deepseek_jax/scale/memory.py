@@ -18,7 +18,14 @@ from deepseek_jax.scale.layout import Layout
 from kernels_pallas.constants import BLOCK
 
 FLOAT32 = 4
+KINDS = {"bfloat16": 2, "float32": 4, "float64": 8}  # bytes of a number
 GROUPS = ("masters", "moments", "averages", "working", "gradients", "kept", "buffers", "experts' products", "passing")
+# What the groups are called where they are shown.
+LABELS = {"masters": "master weights, float32", "moments": "Adam's moments", "averages": "moving average of weights",
+          "working": "weights gathered or cast for products", "gradients": "gradients, float32",
+          "kept": "activations saved for the backward pass", "buffers": "buffers of the pipeline, pending gradients",
+          "experts' products": "copies of rows for the experts' products", "passing": "temporaries of layers at "
+          "work, or of logits"}
 
 
 def rows_of_experts(c: ModelConfig, layout: Layout) -> tuple[int, int]:
@@ -47,7 +54,7 @@ def rows_of_experts(c: ModelConfig, layout: Layout) -> tuple[int, int]:
 
 
 def _width(c: ModelConfig) -> int:
-    return {"bfloat16": 2, "float32": 4, "float64": 8}[c.dtype]
+    return KINDS[c.dtype]
 
 
 def residuals_of_layer(c: ModelConfig, layout: Layout, moe: bool = True) -> float:
@@ -108,7 +115,7 @@ def _masters(c: ModelConfig, layout: Layout) -> float:
 def state(c: ModelConfig, layout: Layout) -> dict[str, float]:
     """The training state: it exists all the time, and a checkpoint is a copy of it."""
     mine = _masters(c, layout)
-    moment = {"bfloat16": 2, "float32": 4}[layout.moment_dtype]
+    moment = KINDS[layout.moment_dtype]
     return {"masters": FLOAT32 * mine, "moments": 2 * moment * mine, "averages": FLOAT32 * mine * layout.ema}
 
 
@@ -216,3 +223,46 @@ def passing(c: ModelConfig, layout: Layout, loss_chunk: int) -> float:
     tensor = layout.mesh.tensor * layout.mesh.pipe
     logits = min(loss_chunk, N) * c.vocab_size / tensor * (2 * FLOAT32 + width)
     return max(attention, rows * c.fp8.enabled, logits)
+
+
+def cache_row(c: ModelConfig, kind: str) -> int:
+    """Bytes of one token's latent and rotated key in one layer of the cache.
+
+    Args:
+      kind: a type of numbers, or "fp8": FP8 latents with float32 scales, and bfloat16 keys.
+    """
+    if kind == "fp8":
+        return c.kv_rank + FLOAT32 * -(-c.kv_rank // BLOCK) + 2 * c.rope_head_dim
+    return (c.kv_rank + c.rope_head_dim) * KINDS[kind]
+
+
+def cache_per_token(c: ModelConfig, kind: str, modules: int = 0) -> int:
+    """Bytes of one token in the caches of all layers, and of `modules` MTP modules."""
+    return (c.num_layers + modules) * cache_row(c, kind)
+
+
+def served_weights(c: ModelConfig, dtype: str, modules: int = 0) -> dict[str, float]:
+    """Bytes of the weights that decoding computes with: {"experts": the routed ones, "embedding", "others"}.
+
+    Norms, routers and routing biases are float32. "fp8": what the released checkpoints have in FP8 takes a byte a
+    number, and four a block of 128 x 128 for its scale (edges not counted); embedding and head stay bfloat16.
+
+    Args:
+      modules: MTP modules that draft.
+    """
+    group = parameters(c)
+    wide = KINDS["bfloat16" if dtype == "fp8" else dtype]
+    small = 1 + FLOAT32 / BLOCK**2 if dtype == "fp8" else wide
+    table = c.vocab_size * c.d_model
+    experts = small * group["experts"]
+    others = small * (group["attention"] + group["shared experts"] + group["dense ffn"]) + wide * table
+    others += FLOAT32 * (group["norms"] + group["router"] + c.num_moe_layers * c.num_experts * c.has_router_bias)
+    if modules:
+        routed = c.num_experts * 3 * c.d_model * c.expert_ffn_dim
+        projection, router = 2 * c.d_model**2, c.d_model * c.num_experts
+        norms = 5 * c.d_model + c.kv_rank + (c.q_rank or 0)
+        products = group["mtp"] // c.mtp_depth - routed - projection - router - norms
+        experts += modules * small * routed
+        others += modules * (small * products + wide * projection
+                             + FLOAT32 * (router + norms + c.num_experts * c.has_router_bias))
+    return {"experts": experts, "embedding": wide * table, "others": others}

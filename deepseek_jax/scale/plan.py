@@ -76,8 +76,8 @@ def what_to_change(c: ModelConfig, layout: Layout, found: Plan) -> str:
              "passing": "fewer rows"}.get(largest, "more devices along pipe or expert")
     if largest == "kept" and layout.schedule == "gpipe" and layout.mesh.pipe > 1:
         first = "another schedule: gpipe keeps every micro-batch"
-    return (f"needs {over:.1f} GB more than there is; most is {largest} ({found.bytes[largest] / 1e9:.1f} GB): try "
-            f"{first}")
+    return (f"needs {over:.1f} GB more than there is; most is {memory.LABELS[largest]} "
+            f"({found.bytes[largest] / 1e9:.1f} GB): try {first}")
 
 
 def search(c: ModelConfig, hw: Hardware, devices: int, sequences: int, sequence_length: int = 4096,

@@ -3,7 +3,11 @@
 import dataclasses
 from typing import Any
 
+from deepseek_jax.scale.finetune import Finetuned, Step
+from deepseek_jax.scale.hardware import Hardware
+from deepseek_jax.scale.memory import LABELS
 from deepseek_jax.scale.plan import Plan
+from deepseek_jax.scale.serve import Asked, Served
 
 REPORT = "pipe 16, expert 64 over 8 nodes, 2 replicas, dualpipe, 120 x 1 sequences"
 
@@ -25,9 +29,9 @@ def counts(result: dict[str, Any]) -> str:
 def planned(found: Plan, advice: str) -> str:
     step = found.step
     lines = ["", found.layout.name, ""]
-    lines += [f"  {name:20} {size / 1e9:8.2f} GB" for name, size in found.bytes.items() if size]
+    lines += [f"  {LABELS[name]:44} {size / 1e9:8.2f} GB" for name, size in found.bytes.items() if size]
     verdict = "fits" if found.fits else f"DOES NOT FIT: {advice}"
-    lines += [f"  {'per device':20} {found.total_bytes / 1e9:8.2f} GB of {found.memory / 1e9:.0f}: {verdict}", "",
+    lines += [f"  {'per device':44} {found.total_bytes / 1e9:8.2f} GB of {found.memory / 1e9:.0f}: {verdict}", "",
               f"  step {step.seconds:.3g} s = " + " + ".join(
                   f"{t:.3g} {name}" for name, t in (*step.cells.items(), ("bubble", step.bubble),
                                                     ("optimizer", step.optimizer)) if t),
@@ -75,3 +79,51 @@ def decoded(rows: list[dict[str, Any]]) -> str:
                      f"{r['work'] * 1e6:8.0f} {r['tokens_a_user']:8.1f} {r['bound_a_user']:6.1f} "
                      f"{r['tokens_a_node']:8.0f}  {theirs}".rstrip())
     return "\n".join(lines)
+
+
+def _departures(name: str, hw: Hardware) -> list[str]:
+    """Where the machine's products are not what their name says."""
+    return [f"  {name}, {kind}: {hw.sources[kind]}" for kind in ("bf16", "fp8") if hw.sources[kind] != "sheet"]
+
+
+def served(name: str, hw: Hardware, asked: Asked, found: Served, advice: str) -> str:
+    """The plan of serving on one device; `advice`: what would fit, where this does not."""
+    rows = [("weights, laid out for decoding", found.weights), ("parameters as loaded, kept by serve", found.loaded),
+            ("reserve for programs and driver", found.reserve), ("left for the cache", found.room)]
+    lines = [f"serving on one {name}, {hw.memory / 1e9:.0f} GB; checkpoint in {asked.dtype}, cache in {asked.cache}",
+             ""]
+    lines += [f"  {what:38} {size / 1e9:10,.2f} GB" for what, size in rows if size]
+    lines += [f"  {'cache of one token, all layers':38} {found.token:10,} bytes",
+              f"  {f'cache of one user, {asked.context:,} tokens':38} {found.user / 1e9:10,.3f} GB", ""]
+    if not found.users:
+        return "\n".join([*lines, f"  DOES NOT FIT: {advice}"])
+    lines += [f"  fits: {found.users:,} users of {asked.context:,} tokens; room for {found.longest:,} in all", "",
+              "  upper bounds from data sheet and counts, not measurements; every user has a full context:",
+              f"  {'users':>7} {'experts touched a layer':>24} {'tokens/s by memory':>19} {'by FLOPs':>12} "
+              f"{'bound, all':>12} {'a user':>9}"]
+    lines += [f"  {b.batch:7,} {b.experts:24.1f} {b.by_memory:19,.0f} {b.by_flops:12,.0f} {b.tokens_a_second:12,.0f} "
+              f"{b.tokens_a_second / b.batch:9,.1f}" for b in found.bounds]
+    if asked.dtype == "fp8":
+        lines.append("  deepseek_jax.serve does not do this: it lays FP8 checkpoints out in bfloat16")
+    return "\n".join(lines + _departures(name, hw))
+
+
+def finetuned(name: str, hw: Hardware, step: Step, rows: list[Finetuned], advice: str) -> str:
+    """The plan of fine-tuning on one device, a column for each remat policy; `advice` where none of them fits."""
+    lines = [f"fine-tuning all parameters on one {name}, {hw.memory / 1e9:.0f} GB: {step.sequences} x {step.context:,} "
+             f"tokens a step, {step.rows} at once, moments in {step.moments}", "",
+             f"  {'GB, with remat':44}" + "".join(f" {row.remat:>10}" for row in rows)]
+    groups = [group for group in LABELS if any(row.bytes[group] for row in rows)]
+    lines += [f"  {LABELS[group]:44}" + "".join(f" {row.bytes[group] / 1e9:10,.2f}" for row in rows)
+              for group in groups]
+    most = lambda n: f"{n:,}" if n else "-"
+    per = lambda what, values: f"  {what:44}" + "".join(f" {value:>10}" for value in values)
+    lines += [per("in all", [f"{row.total / 1e9:,.2f}" for row in rows]),
+              per(f"of the usable {rows[0].usable / 1e9:.1f}, left",
+                  [f"{(row.usable - row.total) / 1e9:,.2f}" for row in rows]),
+              per("fits", ["yes" if row.fits else "no" for row in rows]),
+              per("longest context that fits", [most(row.longest) for row in rows]),
+              per("most sequences at once that fit", [most(row.most_sequences) for row in rows])]
+    if not any(row.fits for row in rows):
+        lines += ["", f"  DOES NOT FIT: {advice}"]
+    return "\n".join(lines + _departures(name, hw))

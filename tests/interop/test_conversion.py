@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from deepseek_jax.checkpoint import arrays
 from deepseek_jax.checkpoint.manager import Checkpoints, restore_items
-from deepseek_jax.config import Config, as_dict, freeze
+from deepseek_jax.config import Config, InitConfig, as_dict, freeze
 from deepseek_jax.interop import dequantized, load_hf, save_hf
 from deepseek_jax.interop.convert import from_hf, to_hf
 from deepseek_jax.training.loop import starting_state
@@ -99,6 +99,85 @@ def test_stacked_experts_come_in_and_go_out_stacked(tmp_path):
     from_hf(src, str(tmp_path / "run"))
     to_hf(str(tmp_path / "run"), str(tmp_path / "back"))
     assert_same_files(src, tmp_path / "back")
+
+
+# Other types than held
+
+
+def made_here(folder, cfg=None, start=None):
+    """A run of ours, in float32, that began from the run in `start`."""
+    cfg = cfg or naive.tiny()
+    saved = Checkpoints(folder)
+    saved.save(7, naive.variables_of(cfg), {})
+    saved.close()
+    config = as_dict(Config(model=cfg, init=InitConfig(from_=start)))
+    (folder / "config.json").write_text(json.dumps(config))
+    return str(folder)
+
+
+def assert_in_bfloat16_but_for_biases(folder, exact):
+    assert checkpoints.config(folder)["torch_dtype"] == "bfloat16"
+    tensors = checkpoints.tensors(folder)
+    assert tensors.keys() == exact.keys() and any(name.endswith("e_score_correction_bias") for name in tensors)
+    for name, tensor in tensors.items():
+        bias = name.endswith("e_score_correction_bias")
+        assert tensor.dtype == (np.float32 if bias else ml_dtypes.bfloat16), name
+        np.testing.assert_array_equal(tensor, exact[name].astype(tensor.dtype), err_msg=name)
+
+
+def test_a_run_of_ours_goes_out_in_bfloat16_where_that_is_asked_for(tmp_path):
+    src = made_here(tmp_path / "run")
+    to_hf(src, str(tmp_path / "wide"))
+    (line,) = to_hf(src, str(tmp_path / "narrow"), dtype="bfloat16")
+
+    assert checkpoints.config(tmp_path / "wide")["torch_dtype"] == "float32"
+    assert_in_bfloat16_but_for_biases(tmp_path / "narrow", checkpoints.tensors(tmp_path / "wide"))
+    size = sum(t.nbytes for t in checkpoints.tensors(tmp_path / "narrow").values())
+    assert line.startswith(f"{tmp_path / 'narrow'} holds {size / 1e9:.2f} GB, mostly bfloat16. Next: ")
+    assert line.endswith(f"serve --hf {tmp_path / 'narrow'}, once it holds a tokenizer.json.")
+
+
+def test_a_converted_checkpoint_goes_out_in_the_type_that_is_asked_for(tmp_path):
+    from_hf(checkpoints.golden("mtp"), str(tmp_path / "run"))
+    to_hf(str(tmp_path / "run"), str(tmp_path / "back"), dtype="bfloat16")
+
+    raw = checkpoints.config(tmp_path / "back")
+    assert raw == checkpoints.config(checkpoints.golden("mtp")) | {"dtype": "bfloat16"}  # as the original spells it
+    for name, tensor in checkpoints.tensors(tmp_path / "back").items():
+        assert tensor.dtype == (np.float32 if name.endswith("bias") else ml_dtypes.bfloat16), name
+
+
+def test_kept_fp8_is_dequantized_where_another_type_is_asked_for(tmp_path, fp8_folder):
+    from_hf(fp8_folder, str(tmp_path / "run"), keep_fp8=True)
+    to_hf(str(tmp_path / "run"), str(tmp_path / "back"), dtype="bfloat16")
+
+    raw, tensors = checkpoints.config(tmp_path / "back"), checkpoints.tensors(tmp_path / "back")
+    assert "quantization_config" not in raw and not any(name.endswith("_scale_inv") for name in tensors)
+    narrow = lambda folder: jax.tree.map(lambda x: x.astype(jnp.bfloat16), load_hf(str(folder), dtype=jnp.bfloat16)[1])
+    assert_same_trees(narrow(tmp_path / "back"), narrow(fp8_folder))
+
+
+def test_fp8_and_bfloat16_together_are_the_released_form(tmp_path):
+    to_hf(made_here(tmp_path / "run"), str(tmp_path / "out"), fp8=True, dtype="bfloat16")
+
+    tensors = checkpoints.tensors(tmp_path / "out")
+    assert {t.dtype.name for n, t in tensors.items() if not n.endswith(("_scale_inv", "_bias"))} == {
+        "float8_e4m3fn", "bfloat16"}
+    assert checkpoints.config(tmp_path / "out")["quantization_config"]["quant_method"] == "fp8"
+
+
+def test_a_fine_tuned_run_goes_out_in_the_type_of_the_checkpoint_that_it_began_from(tmp_path):
+    stored = checkpoints.as_stored(checkpoints.tensors(checkpoints.golden("mtp")), ml_dtypes.bfloat16)
+    raw = checkpoints.config(checkpoints.golden("mtp")) | {"dtype": "bfloat16"}
+    from_hf(checkpoints.write(tmp_path / "src", stored, raw), str(tmp_path / "start"))
+    cfg = load_workdir_config(str(tmp_path / "start")).model
+    first = made_here(tmp_path / "first", cfg, str(tmp_path / "start"))
+    second = made_here(tmp_path / "second", cfg, first)
+
+    for run in (first, second):
+        to_hf(run, run + "_out")
+        to_hf(run, run + "_wide", dtype="float32")
+        assert_in_bfloat16_but_for_biases(run + "_out", checkpoints.tensors(run + "_wide"))
 
 
 # FP8
@@ -195,12 +274,8 @@ def test_training_starts_from_a_converted_checkpoint_in_float32(tmp_path, fp8_fo
 def test_a_run_of_ours_is_exported_as_it_is(tmp_path):
     cfg = naive.tiny()
     variables = naive.variables_of(cfg)
-    saved = Checkpoints(tmp_path / "run")
-    saved.save(7, variables, {})
-    saved.close()
-    (tmp_path / "run/config.json").write_text(json.dumps(as_dict(Config(model=cfg))))
 
-    to_hf(str(tmp_path / "run"), str(tmp_path / "out"))
+    to_hf(made_here(tmp_path / "run"), str(tmp_path / "out"))
 
     back_cfg, back = load_hf(str(tmp_path / "out"))
     assert back_cfg.mtp_depth == cfg.mtp_depth

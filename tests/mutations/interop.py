@@ -129,4 +129,32 @@ MUTATIONS = [
         new="                pass\n",
         tests="interop/test_conversion.py",
     ),
+    Mutation(
+        name="routing biases go out narrow",
+        file="deepseek_jax/interop/save.py",
+        old='held = np.dtype(np.float32) if entry.path.startswith("router/") else self.dtype',
+        new='held = self.dtype',
+        tests="interop/test_conversion.py::test_a_run_of_ours_goes_out_in_bfloat16_where_that_is_asked_for",
+    ),
+    Mutation(
+        name="config.json keeps the old type",
+        file="deepseek_jax/interop/save.py",
+        old="        if source.dtype is not None:\n            raw |=",
+        new="        if False:\n            raw |=",
+        tests="interop/test_conversion.py::test_a_converted_checkpoint_goes_out_in_the_type_that_is_asked_for",
+    ),
+    Mutation(
+        name="kept FP8 goes out as it is",
+        file="deepseek_jax/interop/save.py",
+        old=" and (self.dtype is None or self.fp8)",
+        new="",
+        tests="interop/test_conversion.py::test_kept_fp8_is_dequantized_where_another_type_is_asked_for",
+    ),
+    Mutation(
+        name="a fine-tuned run forgets its origin",
+        file="deepseek_jax/interop/convert.py",
+        old='.init.from_ or ""',
+        new='.init.from_ and ""',
+        tests="interop/test_conversion.py::test_a_fine_tuned_run_goes_out_in_the_type_of_the_checkpoint_that_it_began_from",
+    ),
 ]

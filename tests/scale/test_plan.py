@@ -13,7 +13,7 @@ import pytest
 from deepseek_jax.config import ConfigError, FP8Config, MeshConfig, model_config
 from deepseek_jax.plan import parse
 from deepseek_jax.scale import decoding, plan, timing, traffic
-from deepseek_jax.scale.hardware import HARDWARE, Measured, hardware
+from deepseek_jax.scale.hardware import DEVICE_MEMORY, HARDWARE, Measured, check_fp8, device, hardware, smallest
 from deepseek_jax.scale.layout import Split, make_layout
 
 V3 = model_config("v3_671b", fp8=FP8Config(enabled=True), remat="report")
@@ -200,6 +200,29 @@ def test_unknown_hardware_names_what_is_known_and_every_figure_has_a_source():
     assert all(set(row.sources) == figures for row in HARDWARE.values())
 
 
+@pytest.mark.parametrize("name", ["a100", "t4", "v5p", "v6e"])
+def test_fp8_is_refused_in_one_line_where_there_is_none_and_bfloat16_named(name):
+    with pytest.raises(ConfigError, match=f"{name} has no FP8 units: products run in bfloat16") as error:
+        check_fp8(name, hardware(name))
+    assert "\n" not in str(error.value)
+    assert "bfloat16 is used" in hardware(name).sources["fp8"]
+    check_fp8("l40s", hardware("l40s"))
+
+
+def test_a_card_without_bfloat16_computes_at_the_rate_of_float32_and_says_so():
+    assert hardware("t4").bf16 == 8.1e12 and "float32" in hardware("t4").sources["bf16"]
+
+
+def test_of_a_7x_one_device_is_half_a_chip():
+    chip, half = hardware("7x"), device("7x")
+    assert half.memory == DEVICE_MEMORY["7x"] == chip.memory / 2 and half.memory_bandwidth == chip.memory_bandwidth / 2
+    assert device("v5p") == hardware("v5p")
+
+
+def test_of_machines_that_fit_the_smallest_is_named():
+    assert smallest(["h200", "h100", "a100", "b200"]) == "a100"
+
+
 # Decoding.
 
 
@@ -227,7 +250,7 @@ def test_production_is_bounded_from_above():
 
 
 @pytest.mark.parametrize("module", ["costs", "layout", "traffic", "memory", "timing", "hardware", "plan", "decoding",
-                                    "tables", "arguments"])
+                                    "tables", "arguments", "serve", "finetune", "one_device"])
 def test_the_planner_needs_no_jax(module):
     code = f"import sys, deepseek_jax.scale.{module}; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
