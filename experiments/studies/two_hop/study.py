@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from deepseek_jax.config import MeshConfig, model_config
+from deepseek_jax.config import ConfigError, MeshConfig, model_config
 from deepseek_jax.model.experts import FP8_WIRE
 from deepseek_jax.model.router import select
 from deepseek_jax.parallel.dispatch import ExpertLayout, route_hops, to_experts, traffic_per_token
@@ -101,6 +101,9 @@ def fp8_error(seed: int) -> float:
 
 def draw(results: dict, runs: list[dict], folder: pathlib.Path) -> None:
     """docs/dispatch.png, or, of a short run, a picture in its work directory."""
+    if not runs:
+        raise ConfigError("two_hop: results.json does not hold the copies between devices; leave --draw out, measuring "
+                          "takes a minute.")
     hops = [np.array(sent_DD) for run in runs for sent_DD in run["hops"]]
     names = ("hop 1: across nodes", "hop 2: inside a node", "flat: one hop")
     complete = folder == pathlib.Path(__file__).resolve().parent
