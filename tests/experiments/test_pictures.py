@@ -155,3 +155,20 @@ def test_what_cannot_be_drawn_again_says_what_to_do(monkeypatch, capsys, tmp_pat
     assert code == 2 and "there is no" in said and "leave --draw out to measure" in said and said.count("\n") == 1
     code, said = draw_again(monkeypatch, capsys, "two_hop")
     assert code == 2 and "does not hold the copies between devices" in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("fp8", "pipeline")])
+def test_a_short_form_with_fewer_arms_is_drawn_too(name, tmp_path):
+    results = results_of(name)
+    kept = study(name).quick_arms
+    results["arms"] = {arm: found for arm, found in results["arms"].items() if arm in kept}
+    results["claims"] = [claim for claim in results["claims"] if claim["arm"] in kept and claim["against"] in kept]
+    study(name).draw(results, [], tmp_path)
+    assert (tmp_path / f"{name}.png").stat().st_size > 10_000
+
+
+def test_fp8_is_drawn_from_two_variants_of_one_seed(tmp_path):
+    losses = results_of("fp8")["settings"]["tiny"]["losses"]
+    short = {variant: {"0": losses[variant]["0"][:4]} for variant in ("bf16", "fp8")}
+    study("fp8").draw({"settings": {"tiny": {"losses": short}}}, [], tmp_path)
+    assert (tmp_path / "loss_tiny.png").stat().st_size > 10_000
