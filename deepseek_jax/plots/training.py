@@ -2,17 +2,19 @@
 
 `loss.png` shows the training losses and, where the run was evaluated, bits per byte. `expert_load.png` shows for each
 MoE layer and step how many tokens each expert got, as a multiple of the mean: white is fair, and the report's
-balancing should turn the early stripes white. Both read only what `metrics` wrote, so a running job can be drawn.
+balancing should turn the early stripes white. Both read what `metrics` wrote, so a running job can be drawn; the
+run's config says which layers are MTP modules.
 """
 
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import pathlib
 
 import numpy as np
-from matplotlib.colors import LogNorm, TwoSlopeNorm
+from matplotlib.colors import TwoSlopeNorm
 
 from deepseek_jax.plots.style import BLUE, GREEN, GREY, PALETTE, VERMILION, new_figure, save_figure
 from deepseek_jax.training.metrics import read_expert_loads, read_metrics
@@ -24,11 +26,14 @@ def plot_loss(workdir: str | os.PathLike[str]) -> pathlib.Path:
     """Draws WORKDIR/loss.png from WORKDIR/metrics.jsonl; returns its path."""
     rows = read_metrics(workdir)
     evaluated = _series(rows, "eval_bits_per_byte")
-    rates = _series(rows, "lr")
+    rated, rates = _series(rows, "lr")
     figure = new_figure(9, 5.2)
-    axes = figure.subplots(2, 2 if len(evaluated[0]) else 1, sharex=True, squeeze=False, height_ratios=(6, 1))
-    losses, below = axes[0][0], axes[1]
-    for name, label, colour in (("mtp_loss", "token after next (MTP)", VERMILION), ("loss", "next token", BLUE)):
+    panels = figure.subplot_mosaic("LV\nRV" if len(evaluated[0]) else "L\nR", height_ratios=(6, 1))
+    losses, below = panels["L"], panels["R"]
+    losses.sharex(below)
+    losses.tick_params(labelbottom=False)
+    for name, label, colour in (("mtp_loss", "token after next, given the next (MTP)", VERMILION),
+                                ("loss", "next token", BLUE)):
         steps, values = _series(rows, name)
         if len(steps):
             losses.plot(steps, values, color=colour, alpha=0.22, linewidth=0.8)
@@ -37,21 +42,21 @@ def plot_loss(workdir: str | os.PathLike[str]) -> pathlib.Path:
     if losses.get_legend_handles_labels()[0]:
         losses.legend(frameon=False, reverse=True)
     if len(evaluated[0]):
-        axes[0][1].plot(*evaluated, color=GREEN, marker="o", markersize=4, linewidth=1.5)
-        _finish(axes[0][1], f"Validation: {evaluated[1][-1]:.3f} at step {evaluated[0][-1]:.0f}", "bits per byte")
-    for axis in below:
-        axis.fill_between(*rates, color=GREY, alpha=0.3, linewidth=0)
-        axis.plot(*rates, color=GREY, linewidth=1)
-        _finish(axis, "", "", (0, None))
-        if len(rates[1]):
-            axis.set_yticks([0, rates[1].max()], ["0", f"{rates[1].max():.1e}".replace("e-0", "e-")])
-        axis.set_xlabel("step")
-    below[0].set_ylabel("learning\nrate")
+        panels["V"].plot(*evaluated, color=GREEN, marker="o", markersize=4, linewidth=1.5)
+        _finish(panels["V"], f"Validation: {evaluated[1][-1]:.3f} at step {evaluated[0][-1]:.0f}", "bits per byte")
+        panels["V"].set_xlabel("step")
+        panels["V"].sharex(below)
+    below.fill_between(rated, rates, color=GREY, alpha=0.3, linewidth=0)
+    below.plot(rated, rates, color=GREY, linewidth=1)
+    _finish(below, "", "learning\nrate", (0, None))
+    if len(rates):
+        below.set_yticks([0, rates.max()], ["0", f"{rates.max():.1e}".replace("e-0", "e-")])
+    below.set_xlabel("step")
     return _saved(figure, pathlib.Path(workdir) / "loss.png")
 
 
 def plot_expert_load(workdir: str | os.PathLike[str]) -> pathlib.Path:
-    """Draws WORKDIR/expert_load.png from WORKDIR/expert_load; returns its path."""
+    """Draws WORKDIR/expert_load.png from WORKDIR/expert_load and the config there; returns its path."""
     steps, counts_SLE = read_expert_loads(workdir)
     S, L, E = counts_SLE.shape
     load_SLE = counts_SLE * E / np.maximum(counts_SLE.sum(-1, keepdims=True), 1)
@@ -59,7 +64,7 @@ def plot_expert_load(workdir: str | os.PathLike[str]) -> pathlib.Path:
     figure = new_figure(9, sum(heights) + 0.3)
     axes = figure.subplots(L + 1, 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
     if S:
-        _heat_maps(figure, axes[:-1], steps, load_SLE)
+        _heat_maps(figure, axes[:-1], steps, load_SLE, _layer_names(workdir, L))
         _max_vio_curves(axes[-1], steps, load_SLE.max(-1) - 1)
     else:
         axes[-1].text(0.5, 0.5, "this run has recorded no expert loads", ha="center", transform=axes[-1].transAxes)
@@ -94,47 +99,59 @@ def plot_runs(runs: dict[str, list[dict]], path: str | os.PathLike[str]) -> path
     return _saved(figure, pathlib.Path(path))
 
 
-def plot_dispatch(matrices: dict[str, np.ndarray], locals_per_node: int, path: str | os.PathLike[str]) -> pathlib.Path:
-    """Draws how many copies each device sends to each, for each hop. Returns the path.
+def plot_dispatch(matrices: dict[str, np.ndarray], locals_per_node: int, path: str | os.PathLike[str],
+                  note: str) -> pathlib.Path:
+    """Draws how many copies each device sends to each, for each hop: white is none, dark is many. Returns the path.
 
     Args:
       matrices: {title: int [senders, receivers]}; devices in the order of the mesh, nodes first.
+      note: what the patterns mean, below the picture.
     """
-    figure = new_figure(4.2 * len(matrices) + 0.6, 5.3)
+    figure = new_figure(9, 3.8)
     axes = figure.subplots(1, len(matrices), sharey=True, squeeze=False)[0]
     top = max(sent.max() for sent in matrices.values())
     for axis, (title, sent) in zip(axes, matrices.items()):
         node = np.arange(len(sent)) // locals_per_node
         across = sent[node[:, None] != node[None]].sum()
-        picture = axis.imshow(np.where(sent, sent, np.nan), cmap="viridis_r", norm=LogNorm(1, top),
-                              interpolation="nearest")
-        axis.set_title(f"{title}\n{across:,} copies cross nodes", loc="left")
-        marks = np.arange(0, len(sent), locals_per_node)
-        axis.set_xticks(marks - 0.5, node[marks])
-        axis.set_yticks(marks - 0.5, node[marks])
-        axis.grid(color=GREY, linewidth=0.4)
+        picture = axis.imshow(sent, cmap="Blues", vmin=0, vmax=top, interpolation="nearest")
+        axis.set_title(f"{title}\n{across:,} copies cross nodes", loc="left", fontsize=10)
+        first = np.arange(0, len(sent), locals_per_node)
+        for ticks in (axis.xaxis, axis.yaxis):
+            ticks.set_ticks(first + (locals_per_node - 1) / 2, node[first])
+            ticks.set_tick_params(length=0)
+        for edge in first[1:] - 0.5:
+            axis.axvline(edge, color=GREY, linewidth=0.4)
+            axis.axhline(edge, color=GREY, linewidth=0.4)
         axis.set_xlabel("receiving device, by node")
     axes[0].set_ylabel("sending device, by node")
-    figure.colorbar(picture, ax=list(axes), fraction=0.02, pad=0.01, label="copies of tokens")
+    figure.colorbar(picture, ax=list(axes), shrink=0.7, pad=0.01, label="copies of tokens")
+    figure.supxlabel(f"{len(node)} devices on {node[-1] + 1} nodes. {note}", x=0.01, ha="left", fontsize=8, color="0.3")
     return _saved(figure, pathlib.Path(path))
 
 
-def _heat_maps(figure, axes, steps, load_SLE):
+def _layer_names(workdir, L):
+    """MTP modules are the last ones."""
+    modules = json.loads((pathlib.Path(workdir) / "config.json").read_text())["model"]["mtp_depth"]
+    return [f"MoE {n + 1}" for n in range(L - modules)] + [f"MTP {n + 1}" if modules > 1 else "MTP"
+                                                           for n in range(modules)]
+
+
+def _heat_maps(figure, axes, steps, load_SLE, names):
     E = load_SLE.shape[-1]
     load_SLE = _pool(load_SLE)
     top = max(2.0, min(4.0, float(np.ceil(np.quantile(load_SLE, 0.995)))))
-    for layer, axis in enumerate(axes):
+    for layer, (name, axis) in enumerate(zip(names, axes)):
         picture = axis.imshow(load_SLE[:, layer].T, aspect="auto", origin="lower", interpolation="nearest",
                               cmap="RdBu_r", norm=TwoSlopeNorm(1, 0, top),
                               extent=(steps[0] - 0.5, steps[-1] + 0.5, -0.5, E - 0.5))
-        axis.set_ylabel(f"MoE {layer + 1}", rotation=0, ha="right", va="center", labelpad=8)
+        axis.set_ylabel(name, rotation=0, ha="right", va="center", labelpad=8)
         axis.set_yticks([0, E - 1] if len(axes) <= 8 else [])
         axis.tick_params(axis="x", bottom=False, labelbottom=False)
-        axis.tick_params(axis="y", labelsize=7, length=2)
-    axes[0].set_title("Load of each expert (a row) in each MoE layer, as a multiple of the mean", loc="left")
+        axis.tick_params(axis="y", labelsize=8, length=2)
+    axes[0].set_title("Load of each expert (a row) in each layer, as a multiple of the mean", loc="left")
     bar = figure.colorbar(picture, ax=list(axes), pad=0.015, fraction=0.025, aspect=24, extend="max",
                           ticks=np.arange(0, top + 1))
-    bar.ax.set_yticklabels(["idle", "fair", *(f"{n}×" for n in range(2, int(top) + 1))])
+    bar.ax.set_yticklabels(["idle", "mean", *(f"{n}×" for n in range(2, int(top) + 1))])
 
 
 def _max_vio_curves(axis, steps, vio_SL):
@@ -142,7 +159,7 @@ def _max_vio_curves(axis, steps, vio_SL):
         axis.plot(steps, _smooth(vio_S), color=BLUE, alpha=0.3, linewidth=0.8)
     axis.plot(steps, _smooth(vio_SL.mean(1)), color=BLUE, linewidth=2, label="mean of the layers")
     axis.plot([], [], color=BLUE, alpha=0.3, linewidth=0.8, label="one layer")
-    _finish(axis, "MaxVio: how far the busiest expert lies above the mean", "max / mean - 1", (0, None))
+    _finish(axis, "MaxVio: how far the busiest expert is above the mean", "max / mean - 1", (0, None))
     axis.legend(frameon=False, ncols=2)
 
 

@@ -134,10 +134,10 @@ MUTATIONS = [
         tests="pipeline/test_schedule.py",
     ),
     Mutation(
-        name="the lower picture is free-running too",
+        name="a cell that two lines share is on the first only",
         file="deepseek_jax/pipeline/draw.py",
-        old="(locked, _ticks(schedule, time))",
-        new="(locked, list(starts(schedule, costs))[1:])",
+        old="and start + width > line * span:",
+        new="and start >= line * span:",
         tests="pipeline/test_draw.py",
     ),
     Mutation(

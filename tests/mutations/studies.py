@@ -178,4 +178,18 @@ MUTATIONS = [
         new="smoothed(baseline[0]) - 1, len(curve))",
         tests="experiments/test_studies.py::test_fp8_is_compared_with_bfloat16_of_the_same_seed_after_warm_up",
     ),
+    Mutation(
+        name="a shared axis is inverted twice",
+        file="experiments/studies/framework/plots.py",
+        old="axis.set_ylim(max(len(labels), 1) - 0.4, -0.6)",
+        new="axis.invert_yaxis()",
+        tests="experiments/test_pictures.py",
+    ),
+    Mutation(
+        name="the MTP module is one more MoE layer",
+        file="deepseek_jax/plots/training.py",
+        old="range(L - modules)]",
+        new="range(L)]",
+        tests="plots/test_training.py",
+    ),
 ]

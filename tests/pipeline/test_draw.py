@@ -1,5 +1,6 @@
-"""The picture shows every operation once, where it runs; the command says what the validator found."""
+"""The picture shows every operation once, where it runs, legibly; the command says what the validator found."""
 
+import itertools
 import json
 
 import matplotlib.axes
@@ -8,44 +9,87 @@ import pytest
 from deepseek_jax import cli, runtime
 from deepseek_jax.config.schema import ConfigError
 from deepseek_jax.pipeline import __main__ as pipeline
+from deepseek_jax.pipeline import draw as drawing
 from deepseek_jax.pipeline import make_schedule
 from deepseek_jax.pipeline.draw import draw
+from deepseek_jax.pipeline.validate import validate
 
 
 def drawn(monkeypatch, path, schedule):
-    """Draws, and returns the (start, width, top, height, number) of every bar on both axes, in order."""
-    bars, texts = [], []
+    """Draws, and returns {(start, width, top, height): the lines that it is on} and the numbers' (line, x, label)."""
+    bars, texts, colours = {}, [], set()
     plain_bar, plain_text = matplotlib.axes.Axes.broken_barh, matplotlib.axes.Axes.text
 
     def bar(axes, xranges, yrange, **how):
-        bars.append((*xranges[0], *yrange, how["facecolor"]))
+        bars.setdefault((*xranges[0], *yrange), []).append(axes.get_xlim())
+        colours.add(how["facecolor"])
         return plain_bar(axes, xranges, yrange, **how)
 
     def text(axes, x, y, label, **how):
-        texts.append(label)
+        texts.append((axes.get_xlim(), x, label))
         return plain_text(axes, x, y, label, **how)
 
     monkeypatch.setattr(matplotlib.axes.Axes, "broken_barh", bar)
     monkeypatch.setattr(matplotlib.axes.Axes, "text", text)
     draw(schedule, path)
-    return list(zip(bars, texts))
+    return bars, texts, colours
 
 
-@pytest.mark.parametrize(("name", "ranks", "microbatches"), [("dualpipe", 4, 8), ("dualpipev", 2, 4), ("zb1p", 3, 4)])
-def test_every_operation_is_drawn_once_in_each_half_and_none_on_top_of_another(
-        tmp_path, monkeypatch, name, ranks, microbatches):
+SCHEDULES = [("dualpipe", 4, 8, 1), ("dualpipe", 4, 16, 2), ("dualpipev", 2, 4, 1), ("zb1p", 3, 30, 3)]
+
+
+@pytest.mark.parametrize(("name", "ranks", "microbatches", "lines"), SCHEDULES)
+def test_every_operation_is_drawn_and_numbered_once_and_none_on_top_of_another(
+        tmp_path, monkeypatch, name, ranks, microbatches, lines):
     schedule = make_schedule(name, ranks, microbatches)
     operations = [op for row in schedule.table for cell in row for op in cell]
 
-    bars = drawn(monkeypatch, tmp_path / "a.png", schedule)
+    bars, texts, colours = drawn(monkeypatch, tmp_path / "a.png", schedule)
 
     assert (tmp_path / "a.png").stat().st_size > 10_000
-    for half in (bars[:len(operations)], bars[len(operations):]):
-        assert sorted(label for _, label in half) == sorted(str(op.microbatch) for op in operations)
-        assert len({color for (*_, color), _ in half}) == len({(op.kind, op.direction) for op in operations})
-        for (a, _), (b, _) in ((x, y) for i, x in enumerate(half) for y in half[:i]):
-            apart = a[0] + a[1] <= b[0] or b[0] + b[1] <= a[0]
-            assert apart or a[2] + a[3] <= b[2] + 1e-9 or b[2] + b[3] <= a[2] + 1e-9
+    assert sorted(label for *_, label in texts) == sorted(str(op.microbatch) for op in operations)
+    assert len(bars) == len(operations)
+    assert len(colours) == len({(op.kind, op.direction) for op in operations})
+    for a, b in itertools.combinations(bars, 2):
+        apart = a[0] + a[1] <= b[0] or b[0] + b[1] <= a[0]
+        assert apart or a[2] + a[3] <= b[2] + 1e-9 or b[2] + b[3] <= a[2] + 1e-9
+
+
+@pytest.mark.parametrize(("name", "ranks", "microbatches", "lines"), SCHEDULES)
+def test_lines_follow_each_other_and_a_bar_is_on_each_that_it_reaches_into(
+        tmp_path, monkeypatch, name, ranks, microbatches, lines):
+    schedule = make_schedule(name, ranks, microbatches)
+
+    bars, texts, _ = drawn(monkeypatch, tmp_path / "a.png", schedule)
+
+    limits = sorted({limit for on in bars.values() for limit in on})
+    assert len(limits) == lines and limits[0][0] == 0 and limits[-1][1] == pytest.approx(validate(schedule).makespan)
+    assert all(a[1] == pytest.approx(b[0]) and b[1] - b[0] <= 36 for a, b in itertools.pairwise(limits))
+    for (start, width, *_), on in bars.items():
+        assert sorted(on) == [(low, high) for low, high in limits if start < high and start + width > low]
+    assert all(low <= x <= high for (low, high), x, _ in texts)
+
+
+def test_a_page_shows_the_numbers_and_a_legend_of_five(tmp_path, monkeypatch):
+    figures, save = [], drawing.save_figure
+    monkeypatch.setattr(drawing, "save_figure", lambda figure, path: (figures.append(figure), save(figure, path)))
+
+    draw(make_schedule("dualpipe", 8, 20), tmp_path / "a.png")
+
+    figure, = figures
+    legend = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert legend == [*drawing.MEANING.values(), "paler: other direction"]
+    assert "66 units of time (68 in lock step)" in figure.axes[0].get_title(loc="left")
+    assert figure.get_figwidth() == 9 and min(text.get_fontsize() for axes in figure.axes for text in axes.texts) >= 8
+    box, (width, height) = figure.get_tightbbox(), figure.get_size_inches()
+    assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= width and box.y1 <= height
+
+
+def test_very_unequal_costs_do_not_make_it_endless(tmp_path, monkeypatch):
+    saved = []
+    monkeypatch.setattr(drawing, "save_figure", lambda figure, path: saved.append(figure.get_figheight()))
+    draw(make_schedule("1f1b", 2, 4), tmp_path / "a.png", {"f": 0.001, "b": 2, "w": 0.5})
+    assert saved[0] <= 201
 
 
 def run(monkeypatch, capsys, *arguments):

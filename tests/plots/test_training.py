@@ -1,5 +1,6 @@
 """The pictures of a run: that they are drawn, from what, and that they show what they claim."""
 
+import json
 import os
 import subprocess
 import sys
@@ -12,8 +13,9 @@ from deepseek_jax.plots import training as plots
 from deepseek_jax.training.metrics import MetricsWriter
 
 
-def write_run(workdir, steps, layers=2, skewed_until=0, evaluate=True):
+def write_run(workdir, steps, layers=2, skewed_until=0, evaluate=True, mtp_depth=1):
     """A run whose expert 0 gets everything up to a step, and which is fair from there on."""
+    (workdir / "config.json").write_text(json.dumps({"model": {"mtp_depth": mtp_depth}}))
     writer = MetricsWriter(workdir, None)
     for step in range(1, steps + 1):
         writer.write(step, loss=8.0 / step, mtp_loss=9.0 / step if step != 2 else float("nan"), lr=1e-3)
@@ -48,9 +50,12 @@ def test_every_run_can_be_drawn_from_its_first_step_on(tmp_path, steps, layers, 
 def test_the_loss_picture_shows_training_mtp_and_bits_per_byte(tmp_path, saved):
     write_run(tmp_path, 6)
     plots.plot_loss(tmp_path)
-    training, validation = saved[0].axes[:2]
-    assert [text.get_text() for text in training.get_legend().get_texts()] == ["next token", "token after next (MTP)"]
-    assert validation.get_ylabel() == "bits per byte" and "0.333 at step 6" in validation.get_title(loc="left")
+    panels = {axis.get_ylabel(): axis for axis in saved[0].axes}
+    training, validation = panels["loss, nats per token"], panels["bits per byte"]
+    assert [text.get_text() for text in training.get_legend().get_texts()] == [
+        "next token", "token after next, given the next (MTP)"]
+    assert "0.333 at step 6" in validation.get_title(loc="left")
+    assert len(panels) == 3 and panels["learning\nrate"].get_shared_x_axes().joined(panels["learning\nrate"], training)
     assert list(validation.lines[0].get_xdata()) == [2, 4, 6]
     assert sorted(len(line.get_xdata()) for line in training.lines) == [5, 5, 6, 6]  # NaN is left out
 
@@ -67,6 +72,27 @@ def test_the_load_picture_is_dark_where_an_expert_is_overloaded_and_white_where_
     assert colours_ES4[1, 5, 2] > 2 * colours_ES4[1, 5, 0]  # expert 1, idle
     mean = next(line for line in saved[0].axes[2].lines if line.get_label() == "mean of the layers")
     assert mean.get_ydata()[0] == pytest.approx(7) and mean.get_ydata()[-1] == pytest.approx(0)
+
+
+@pytest.mark.parametrize("layers, mtp_depth, names", [(3, 1, ["MoE 1", "MoE 2", "MTP"]), (2, 0, ["MoE 1", "MoE 2"]),
+                                                      (3, 2, ["MoE 1", "MTP 1", "MTP 2"])])
+def test_the_load_picture_names_mtp_modules(tmp_path, saved, layers, mtp_depth, names):
+    write_run(tmp_path, 3, layers, mtp_depth=mtp_depth)
+    plots.plot_expert_load(tmp_path)
+    assert [axis.get_ylabel() for axis in saved[0].axes[:layers]] == names
+
+
+def test_the_picture_of_a_dispatch_is_dark_where_many_copies_go(tmp_path, saved):
+    sent_DD = np.zeros((4, 4), int)
+    sent_DD[0, 1], sent_DD[0, 2] = 5, 100
+    plots.plot_dispatch({"Hop 1": sent_DD}, 2, tmp_path / "a.png", "Diagonals.")
+    axis, *_ = saved[0].axes
+    picture = axis.images[0]
+    light_DD = picture.cmap(picture.norm(picture.get_array()))[..., :3].mean(-1)
+    assert light_DD[0, 2] < light_DD[0, 1] < light_DD[0, 0] and light_DD[0, 0] > 0.95
+    assert axis.get_title(loc="left") == "Hop 1\n100 copies cross nodes"
+    assert [tick.get_text() for tick in axis.get_xticklabels()] == ["0", "1"]
+    assert saved[0].get_supxlabel() == "4 devices on 2 nodes. Diagonals."
 
 
 def test_a_long_run_is_averaged_into_a_picture_of_bounded_width(tmp_path, saved, monkeypatch):

@@ -17,22 +17,24 @@ SOURCES = {"data.sources": tuple((f"corpus/{kind}", 1.0) for kind in KINDS)}
 
 def draw(results: dict, runs: list[dict], folder: pathlib.Path) -> None:
     arms = results["arms"]
-    made, axes = plots.figure(4 * len(arms), 5.2, len(arms), 2)
-    for axis, (arm, found) in zip(axes, arms.items()):
+    made, (above, below) = plots.parts(5.2, 2)
+    maps = above.subplots(1, len(arms), squeeze=False, sharey=True)[0]
+    for axis, (arm, found) in zip(maps, arms.items()):
         load_KE = [layers[-1] for layers in found["arrays"]["load_by_kind"]]
         picture = axis.imshow(load_KE, cmap="RdBu_r", vmin=0, vmax=2, aspect="auto")
+        plots.finish(axis, f"{arm}, seed {results['seeds'][0]}", "expert of the last layer")
+        axis.grid(visible=False)
         axis.set_yticks(range(3), KINDS)
-        axis.set_title(f"{arm}, seed {results['seeds'][0]}", loc="left", fontsize=10)
-        axis.set_xlabel("expert of the last layer")
-    made.colorbar(picture, ax=list(axes[:len(arms)]), label="load, 1 is fair", extend="max")
-    below = axes[len(arms):]
-    plots.intervals(below[0], results, "specialisation")
-    plots.finish(below[0], "Specialisation", "distance of a kind's loads from all")
-    plots.intervals(below[1], results, "loss")
-    plots.finish(below[1], "Loss", "held-out, nats per token")
-    for axis in below[2:]:
-        axis.axis("off")
-    plots.save(made, folder / "balance_scope.png")
+    bar = above.colorbar(picture, ax=list(maps), extend="max", ticks=(0, 1, 2))
+    bar.set_ticklabels(["none", "even share", "twice"], fontsize=plots.SMALL)
+    kinds, loss = below.subplots(1, 2, sharey=True)
+    plots.intervals(kinds, results, "specialisation")
+    plots.finish(kinds, "Specialisation", "0: all kinds of text choose the same experts")
+    kinds.set_xlim(left=0)
+    plots.intervals(loss, results, "loss")
+    plots.finish(loss, "Loss", "held-out loss, nats per token")
+    plots.save(made, folder / "balance_scope.png", f"Colours: tokens of a kind of text that choose an expert. "
+               f"{plots.INTERVALS}")
 
 
 STUDY = Study(

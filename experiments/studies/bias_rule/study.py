@@ -16,13 +16,15 @@ RULES = {"sign": {}, "proportional": {"balance.bias_rule": "proportional"},
 
 
 def draw(results: dict, runs: list[dict], folder: pathlib.Path) -> None:
-    made, (balance, loss) = plots.figure(10, 4, 2, sharey=True)
-    plots.intervals(balance, results, "max_vio_global")
-    balance.set_xscale("log")
-    plots.finish(balance, "Balance", "MaxVio_global (0: even loads)")
-    plots.intervals(loss, results, "loss")
-    plots.finish(loss, "Loss", "held-out loss, nats per token")
-    plots.save(made, folder / "bias_rule.png")
+    by_rule = dict(zip(RULES, plots.COLOURS))
+    colours = [by_rule[arm.split()[0]] for arm in results["arms"]]
+    made, (balance, loss) = plots.figure(4.2, 2, sharey=True)
+    plots.intervals(balance, results, "max_vio_global", colours)
+    plots.cut_at_zero(balance, results, "max_vio_global", colours)
+    plots.finish(balance, "Balance: left is better", "MaxVio_global (0: even loads)", "rule (colour) and speed")
+    plots.intervals(loss, results, "loss", colours)
+    plots.finish(loss, "Loss: left is better", "held-out loss, nats per token")
+    plots.save(made, folder / "bias_rule.png", f"{plots.INTERVALS} Arrow: the interval reaches zero.")
 
 
 STUDY = Study(

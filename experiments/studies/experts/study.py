@@ -15,13 +15,20 @@ def _experts(number, active, width, shared):
             "model.num_shared_experts": shared}
 
 
+def _label(arm, config):
+    shared = config["model.num_shared_experts"]
+    return (f"{arm}\n{config['model.experts_per_token']} of {config['model.num_experts']}{' + 1 shared' * shared}, "
+            f"{config['model.expert_ffn_dim']} wide")
+
+
 def draw(results: dict, runs: list[dict], folder: pathlib.Path) -> None:
-    made, (loss, apart) = plots.figure(10, 3.6, 2)
-    plots.intervals(loss, results, "loss")
+    made, (loss, apart) = plots.figure(3.8, 2)
+    plots.intervals(loss, results, "loss", labels=[_label(arm, found["config"])
+                                                   for arm, found in results["arms"].items()])
     plots.finish(loss, "Loss at equal active parameters", "held-out loss, nats per token")
-    plots.differences(apart, results)
-    plots.finish(apart, "Differences, paired by seed", "nats per token")
-    plots.save(made, folder / "experts.png")
+    plots.differences(apart, results, "loss", [(c["arm"], c["against"]) for c in results["claims"]])
+    plots.finish(apart, "Differences, paired by seed", "nats per token (left of 0: better)")
+    plots.save(made, folder / "experts.png", plots.INTERVALS)
 
 
 STUDY = Study(

@@ -5,6 +5,7 @@ model of a tensor core's accumulator. Every difference is relative to bfloat16 o
 """
 
 import json
+import math
 import pathlib
 import subprocess
 import sys
@@ -28,6 +29,8 @@ VARIANTS = {
     "fp8": ["--config.fp8.enabled=True"],
     "fp8_128x128": ["--config.fp8.enabled=True", "--config.fp8.gradient_tiles=128x128"],
 }
+LABELS = {"bf16": "bfloat16", "bf16_two_micro_batches": "Yardstick: bfloat16 in two micro-batches", "fp8": "FP8",
+          "fp8_128x128": "FP8, 128 x 128 on gradients"}
 # At its config's own rate (3e-3) a tiny model amplifies any rounding; the report's bound was found at its peak rate
 # (section 4.2).
 CALM = ["--config.optimizer.learning_rate=2.2e-4", "--config.optimizer.warmup=0.1"]
@@ -167,26 +170,41 @@ def worst_error(seed: int, every: int, group: int) -> float:
 
 def draw(results: dict, runs: list[dict], folder: pathlib.Path) -> None:
     """A picture for each setting: the losses, and their differences from bfloat16."""
-    for setting, curves in curves_of(runs).items():
+    for setting, found in results["settings"].items():
+        curves = {variant: {int(seed): np.array(curve) for seed, curve in mine.items()}
+                  for variant, mine in found["losses"].items()}
         model, _, options = SETTINGS[setting]
         draw_setting(curves, model + " at the report's rate" * bool(options), folder / f"loss_{setting}.png")
 
 
 def draw_setting(curves: Curves, title: str, path: pathlib.Path) -> None:
-    figure, (top, bottom) = plots.figure(11, 3.9, 2)
-    for colour, (variant, mine) in zip(plots.COLOURS, curves.items()):
-        for n, (seed, curve) in enumerate(mine.items()):
-            y = smoothed(curve)
-            x = np.arange(len(curve) - len(y), len(curve)) + 1
-            top.plot(x, y, color=colour, linewidth=1, label=variant.replace("_", " ") if n == 0 else None)
-            if variant != "bf16" and seed in curves["bf16"]:
-                bottom.plot(x, 100 * (y / smoothed(curves["bf16"][seed]) - 1), color=colour, linewidth=1)
-    bottom.axhspan(-100 * LIMIT, 100 * LIMIT, color="0.9", zorder=0)
-    bottom.axvline(WARM_UP * len(next(iter(curves["bf16"].values()))), color="0.7", linestyle=":")
-    top.legend(frameon=False, fontsize=8)
-    plots.finish(top, f"Loss of {title}, means of {SMOOTHING} steps", "step", "nats a token")
-    plots.finish(bottom, "Away from bfloat16 of the same seed", "step", "%")
-    plots.save(figure, path)
+    """The mean losses, and for each variant the differences of its seeds from bfloat16 of the same seed."""
+    steps, baseline = len(next(iter(curves["bf16"].values()))), curves["bf16"]
+    colours = dict(zip(curves, plots.COLOURS))
+    figure, (loss, *apart) = plots.figure(3 * math.ceil(len(curves) / 2), 2, math.ceil(len(curves) / 2))
+    for variant, mine in curves.items():
+        mean = np.mean([smoothed(curve) for curve in mine.values()], axis=0)
+        behind = {"linewidth": 4, "alpha": 0.35} if variant == "bf16" else {"linewidth": 1.4}
+        loss.plot(_steps(mean, steps), mean, color=colours[variant], label=LABELS[variant], **behind)
+    plots.legend(loss)
+    plots.finish(loss, f"Loss of {title}, mean of {len(baseline)} seeds", "step", "nats per token")
+    for axis, variant in zip(apart, [variant for variant in curves if variant != "bf16"]):
+        for style, (seed, curve) in zip(("-", "--", ":"), curves[variant].items()):
+            away = 100 * (smoothed(curve) / smoothed(baseline[seed]) - 1)
+            axis.plot(_steps(away, steps), away, style, color=colours[variant], linewidth=1.4)
+        axis.axhspan(-100 * LIMIT, 100 * LIMIT, color="0.9", zorder=0)
+        axis.axvline(WARM_UP * steps, color="0.5", linewidth=1)
+        plots.finish(axis, LABELS[variant], "step", "difference from bfloat16, %")
+    widest = max(np.abs(axis.get_ylim()).max() for axis in apart)
+    for axis in apart:
+        axis.set_ylim(-widest, widest)
+    plots.save(figure, path, f"Means of {SMOOTHING} steps. Solid, dashed, dotted: seeds. Grey: within "
+               f"{100 * LIMIT:g} %, the report's bound. Vertical line: compared from here on.")
+
+
+def _steps(y, steps):
+    """The last steps, one for each number of a moving average."""
+    return np.arange(steps - len(y), steps) + 1
 
 
 STUDY = Study(

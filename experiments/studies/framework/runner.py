@@ -3,6 +3,7 @@
     python -m experiments.studies.load_balance.run            resumes where it stopped
     python -m experiments.studies.load_balance.run --quick    everything once, tiny, within two minutes
     python -m experiments.studies.load_balance.run --report   measures nothing: what the finished runs say so far
+    python -m experiments.studies.load_balance.run --draw     measures nothing: draws results.json again
 
 A worker process takes one arm and runs its seeds. Every finished run is a file of its own in the work directory and is
 not run again as long as its config and the source that it depends on stay the same (`source`). An arm that fails does
@@ -45,6 +46,7 @@ def _main(study: Study):
                                      description=f"Runs the study {study.name}, or what is missing of it.")
     parser.add_argument("--quick", action="store_true", help="tiny runs that show that all of it works")
     parser.add_argument("--report", action="store_true", help="measure nothing: print what the finished runs say")
+    parser.add_argument("--draw", action="store_true", help="measure nothing: draw the pictures from results.json")
     parser.add_argument("--workdir", default=str(ROOT / ".cache" / "studies"), help="of all studies; finished runs")
     parser.add_argument("--fresh", action="store_true", help="measure everything, whatever is finished")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes side by side")
@@ -54,6 +56,9 @@ def _main(study: Study):
     if args.report:
         runs = finished(study, run_folder(study, workdir), source.digest(study))
         print("\n".join(study.measure.lines(summarize(study, runs))))
+        return
+    if args.draw:
+        draw_again(study, results_folder(study, workdir))
         return
     runs = run(study, workdir, args.workers, args.fresh)
     results, folder = summarize(study, runs), results_folder(study, workdir)
@@ -198,6 +203,18 @@ def write_results(study: Study, results: dict[str, Any], runs: list[dict[str, An
     folder.mkdir(parents=True, exist_ok=True)
     study.draw(results, runs, folder)
     io.write_text(folder / "results.json", as_json(study, results))
+
+
+def draw_again(study: Study, folder: pathlib.Path) -> None:
+    """Draws the pictures from the results.json in `folder`.
+
+    Raises:
+      ConfigError: there is none, or it does not hold what the study draws.
+    """
+    path = folder / "results.json"
+    if not path.exists():
+        raise ConfigError(f"{study.name}: there is no {path}; leave --draw out to measure.")
+    study.draw(json.loads(path.read_text()), [], folder)
 
 
 def as_json(study: Study, results: dict[str, Any]) -> str:

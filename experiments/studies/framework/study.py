@@ -92,7 +92,7 @@ class Study:
     """One experiment.
 
     arms: {name: what distinguishes it}, JSON-able and understood by `measure`.
-    draw: makes the pictures: draw(results, runs, folder).
+    draw: makes the pictures: draw(results, runs, folder); from `results` alone if it can, then `--draw` needs no runs.
     quick_arms: the arms of `--quick`. quick: whether this is that short form, whose numbers mean nothing.
     json_indent, json_end: the layout of results.json.
     """

@@ -10,16 +10,16 @@ AUXILIARY = {"balance.bias_speed": 0.0}
 
 
 def draw(results: dict, runs: list[dict], folder: pathlib.Path) -> None:
-    made, (both, over_time) = plots.figure(10, 4.2, 2)
+    made, (both, over_time) = plots.figure(4.2, 2)
     plots.scatter(both, results, "max_vio_global", "loss")
-    both.set_xscale("log")
-    both.legend(frameon=False, fontsize=8)
+    plots.logarithmic(both, "x")
+    plots.legend(both, loc="upper center")
     plots.finish(both, "Balance against loss: lower left is better", "MaxVio_global (0: even loads)",
                  "held-out loss, nats per token")
     plots.curves(over_time, results, "max_vio_batch")
+    plots.logarithmic(over_time, "y")
     plots.finish(over_time, "Balance while training", "step", "MaxVio of a batch, mean of 10 steps")
-    over_time.set_yscale("log")
-    plots.save(made, folder / "load_balance.png")
+    plots.save(made, folder / "load_balance.png", plots.INTERVALS)
 
 
 STUDY = Study(

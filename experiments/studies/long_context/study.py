@@ -5,6 +5,7 @@ learns to look it up, which only much larger models learn from code alone.
 """
 
 import pathlib
+from typing import Any
 
 import numpy as np
 
@@ -20,33 +21,51 @@ YARN = {"model.yarn": {"factor": 40.0, "original_length": SHORT}}
 PHASE = {"train.steps": 75, "optimizer.learning_rate": 1e-4, "optimizer.constant_until": 0.966}
 TO_MIDDLE = {**PHASE, "train.sequence_length": MIDDLE, "train.batch_size": 8}
 TO_LONG = {**PHASE, "train.sequence_length": LONG, "train.batch_size": 2}
+LABELS = {"64": "64", "512, YaRN": "64, then 512 with YaRN", "2048, YaRN": "64, 512, 2,048 with YaRN",
+          "512, plain": "64, then 512 without YaRN", "2048, plain": "64, 512, 2,048 without YaRN"}
 SOURCES = {"data.sources": (("corpus/code", 1.0), ("corpus/words", 1.0))}
 
 
 def draw(results: dict, runs: list[dict], folder: pathlib.Path) -> None:
-    arms = results["arms"]
-    shown = [arm for arm in ("64", "2048, plain", "2048, YaRN") if arm in arms]
-    made, axes = plots.figure(4.2 + 3 * len(shown), 3.6, 1 + len(shown),
-                              gridspec_kw={"width_ratios": [1.5] + [1] * len(shown)})
+    made, (above, below) = plots.parts(6, 2)
+    draw_loss(above.subplots(), results)
+    shown = [arm for arm in ("64", "2048, plain", "2048, YaRN") if arm in results["arms"]]
+    below.suptitle("Needles found, %, after training at", x=0.01, ha="left", fontsize=10)
+    axes = below.subplots(1, len(shown), sharey=True, squeeze=False)[0]
+    for axis, arm in zip(axes, shown):
+        draw_needles(axis, results["arms"][arm]["arrays"]["needles"], LABELS[arm])
+    axes[0].set_ylabel("depth of the needle", fontsize=9)
+    plots.save(made, folder / "long_context.png",
+               f"Seed {results['seeds'][0]}. Guessing finds 4 % of the needles.")
+
+
+def draw_loss(axis: Any, results: dict) -> None:
+    """Loss of code by position, and where each phase of training ends."""
     middles = np.sqrt(np.maximum(ENDS[:-1], 4) * np.array(ENDS[1:], float))
-    for colour, (arm, found) in zip(plots.COLOURS, arms.items()):
-        axes[0].plot(middles, found["arrays"]["by_position"], "o-", color=colour, markersize=3, label=arm)
-    for length in (SHORT, MIDDLE, LONG):
-        axes[0].axvline(length, color="0.8", zorder=0)
-    axes[0].set_xscale("log", base=2)
-    axes[0].legend(frameon=False, fontsize=8)
-    plots.finish(axes[0], f"Held-out code, seed {results['seeds'][0]}", "position", "nats a token")
-    for axis, arm in zip(axes[1:], shown):
-        axis.imshow(np.array(arms[arm]["arrays"]["needles"]).T, vmin=0, vmax=1, cmap="viridis", aspect="auto")
-        axis.set_xticks(range(len(LENGTHS)), LENGTHS, rotation=60)
-        axis.set_yticks(range(len(DEPTHS)), [f"{100 * depth:.0f} %" for depth in DEPTHS])
-        for (column, row), share in np.ndenumerate(arms[arm]["arrays"]["needles"]):
-            axis.text(column, row, f"{100 * share:.0f}", ha="center", va="center", fontsize=7,
-                      color="black" if share > 0.6 else "white")
-        axis.set_title(f"Needles found, %: {arm}", loc="left", fontsize=10)
-        axis.set_xlabel("tokens")
-    axes[1].set_ylabel("depth of the needle")
-    plots.save(made, folder / "long_context.png")
+    for colour, (arm, found) in zip(plots.COLOURS, results["arms"].items()):
+        axis.plot(middles, found["arrays"]["by_position"], "--" if "plain" in arm else "-", marker="o", color=colour,
+                  markersize=3, label=LABELS[arm])
+    axis.set_xscale("log", base=2)
+    for length, phase in ((SHORT, "pre-training"), (MIDDLE, "phase 1"), (LONG, "phase 2")):
+        axis.axvline(length, color="0.7", zorder=0)
+        axis.text(length * 0.96, 1, f"{phase}:\nto {length:,}", transform=axis.get_xaxis_transform(), ha="right",
+                  va="top", fontsize=plots.SMALL, color="0.3")
+    plots.finish(axis, "Loss of held-out code by position, after training at", "position", "nats per token")
+    axis.set_xticks(ENDS[1:], [f"{end:,}" for end in ENDS[1:]])
+    axis.minorticks_off()
+    plots.legend(axis, loc="center left", bbox_to_anchor=(1.01, 0.5))
+
+
+def draw_needles(axis: Any, found_LD: list[list[float]], title: str) -> None:
+    """Share of needles found, by length and depth."""
+    axis.imshow(np.array(found_LD).T, vmin=0, vmax=1, cmap="viridis", aspect="auto")
+    for (column, row), share in np.ndenumerate(found_LD):
+        axis.text(column, row, f"{100 * share:.0f}", ha="center", va="center", fontsize=plots.SMALL,
+                  color="black" if share > 0.6 else "white")
+    plots.finish(axis, title, "tokens")
+    axis.grid(visible=False)
+    axis.set_xticks(range(len(LENGTHS)), [f"{length:,}" for length in LENGTHS], fontsize=plots.SMALL)
+    axis.set_yticks(range(len(DEPTHS)), [f"{100 * depth:.0f} %" for depth in DEPTHS])
 
 
 STUDY = Study(

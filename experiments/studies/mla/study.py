@@ -15,16 +15,17 @@ CACHE = {"MLA": 32 + 16, **{arm: 2 * heads * width for arm, (heads, width) in VA
 
 
 def draw(results: dict, runs: list[dict], folder: pathlib.Path) -> None:
-    made, (both, apart) = plots.figure(10, 3.8, 2)
-    for colour, (arm, found) in zip(plots.COLOURS, results["arms"].items()):
-        for seed, loss in found["metrics"]["loss"]["seeds"].items():
-            both.plot(4 * CACHE[arm], loss, "o", color=colour, label=arm if seed == str(results["seeds"][0]) else None)
-    both.legend(frameon=False, fontsize=8)
-    plots.finish(both, "What a token leaves in the cache", "bytes a token and layer, float32",
-                 "held-out loss, nats per token")
-    plots.differences(apart, results)
-    plots.finish(apart, "Differences, paired by seed", "nats per token")
-    plots.save(made, folder / "mla.png")
+    made, (both, apart) = plots.figure(4, 2, gridspec_kw={"width_ratios": [1.15, 1]})
+    plots.scatter(both, results, CACHE, "loss")
+    plots.legend(both, loc="upper right")
+    plots.finish(both, "Loss against the size of the cache: lower left is better",
+                 "numbers that a token leaves in a layer's cache", "held-out loss, nats per token")
+    both.set_xlim(0, 1.1 * max(CACHE.values()))
+    both.set_xticks([0, *sorted(set(CACHE.values()))])
+    plots.differences(apart, results, "loss", [(c["arm"], c["against"]) for c in results["claims"]])
+    plots.finish(apart, "Differences, paired by seed", "nats per token (left of 0: MLA is better)")
+    plots.save(made, folder / "mla.png", f"{plots.INTERVALS} MQA's one head is 24 wide, so that its cache is as large "
+               "as MLA's.")
 
 
 STUDY = Study(

@@ -1,7 +1,7 @@
 """Idle time and activation memory of the five schedules, read off validated tables. Exact: one seed, no training."""
 
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from deepseek_jax.pipeline.validate import compare
@@ -14,8 +14,7 @@ MICROBATCHES = (16, 20, 32, 48, 64, 120)
 # What the parts of a stage take: forward, full backward, weight gradients, and F&B together.
 COSTS = {"no overlap gains": {"f": 1, "b": 2, "w": 1}, "a sixth is hidden": {"f": 1, "b": 2, "w": 1, "fb": 2.5}}
 CONFIG = {"ranks": RANKS, "microbatches": list(MICROBATCHES), "costs": COSTS}
-
-WIDTHS = (6, 3, 4.5, 1.5, 2)  # of the lines: some schedules coincide
+TITLES = {"no overlap gains": "Idle: F&B takes 3, as F + B", "a sixth is hidden": "Idle: F&B takes 2.5 instead of 3"}
 
 
 class Tables(Measure):
@@ -38,23 +37,30 @@ class Tables(Measure):
 
 
 def draw(results: dict, runs: list[dict], folder: pathlib.Path) -> None:
-    made, axes = plots.figure(13, 3.9, 3)
+    made, axes = plots.figure(3.9, 3)
+    idle = lambda row: 100 * row["idle"] / row["makespan"]
     for axis, (name, rows) in zip(axes, results["rows"].items()):
-        for width, colour, schedule in zip(WIDTHS, plots.COLOURS, dict.fromkeys(row["schedule"] for row in rows)):
-            mine = [row for row in rows if row["schedule"] == schedule]
-            axis.plot([r["microbatches"] for r in mine], [100 * r["idle"] / r["makespan"] for r in mine], "o-",
-                      color=colour, label=schedule, markersize=2, linewidth=width)
-        plots.finish(axis, f"Idle, {RANKS} ranks: {name}", "micro-batches", "% of the step")
-        axis.set_ylim(0, None)
-    axes[0].legend(frameon=False, fontsize=8)
-    rows = next(iter(results["rows"].values()))
-    for width, colour, schedule in zip(WIDTHS, plots.COLOURS, dict.fromkeys(row["schedule"] for row in rows)):
-        mine = [row for row in rows if row["schedule"] == schedule]
-        axes[2].plot([r["microbatches"] for r in mine], [r["activations"] for r in mine], "o-", color=colour,
-                     markersize=2, linewidth=width)
-    axes[2].set_yscale("log")
-    plots.finish(axes[2], "Activations kept", "micro-batches", "in shares of a rank's layers")
-    plots.save(made, folder / "pipeline.png")
+        draw_schedules(axis, rows, idle)
+        plots.finish(axis, TITLES[name], "micro-batches", "idle, % of the step")
+        axis.set_ylim(0, 35)
+        plots.legend(axis, loc="upper right")
+    draw_schedules(axes[2], next(iter(results["rows"].values())), lambda row: row["activations"])
+    plots.logarithmic(axes[2], "y")
+    plots.legend(axes[2], loc="center right")
+    plots.finish(axes[2], "Activations kept", "micro-batches", "in units of a rank's layers")
+    plots.save(made, folder / "pipeline.png", f"{RANKS} ranks; F takes 1, B 2, W 1. Schedules that are the same share "
+               "a line. F&B: a forward and a backward pass in one cell, in DualPipe and DualPipeV only.")
+
+
+def draw_schedules(axis: Any, rows: list[dict[str, Any]], value: Callable[[dict[str, Any]], float]) -> None:
+    """A line for each schedule by micro-batches; those that coincide share one, with both names."""
+    names = list(dict.fromkeys(row["schedule"] for row in rows))
+    same: dict[tuple, list[str]] = {}
+    for name in names:
+        same.setdefault(tuple((r["microbatches"], value(r)) for r in rows if r["schedule"] == name), []).append(name)
+    for points, together in same.items():
+        axis.plot(*zip(*points), "o-", color=plots.COLOURS[names.index(together[0])], markersize=3,
+                  label=", ".join(together))
 
 
 STUDY = Study(name="pipeline", arms=COSTS, measure=Tables(), draw=draw, quick_arms=tuple(COSTS), seeds=(0,),

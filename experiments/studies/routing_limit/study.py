@@ -9,14 +9,14 @@ from experiments.studies.routing_limit.measure import copies
 
 
 def draw(results: dict, runs: list[dict], folder: pathlib.Path) -> None:
-    made, (both, over_time) = plots.figure(10, 4, 2)
+    made, (both, apart) = plots.figure(4, 2)
     plots.scatter(both, results, "nodes_per_token", "loss")
-    both.legend(frameon=False, fontsize=8, title="nodes allowed")
-    plots.finish(both, "What a token may cost across nodes", "nodes a token is sent to",
+    plots.legend(both, title="nodes allowed", loc="upper left")
+    plots.finish(both, "Loss against copies: lower left is better", "nodes that a token is sent to",
                  "held-out loss, nats per token")
-    plots.curves(over_time, results, "train_loss")
-    plots.finish(over_time, "Loss while training", "step", "nats per token, mean of 10 steps")
-    plots.save(made, folder / "routing_limit.png")
+    plots.differences(apart, results, "loss", [(arm, "8 of 8") for arm in results["arms"] if arm != "8 of 8"])
+    plots.finish(apart, "What a limit costs, paired by seed", "nats per token (right of 0: the limit costs loss)")
+    plots.save(made, folder / "routing_limit.png", plots.INTERVALS)
 
 
 STUDY = Study(

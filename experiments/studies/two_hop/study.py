@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from deepseek_jax.config import MeshConfig, model_config
+from deepseek_jax.config import ConfigError, MeshConfig, model_config
 from deepseek_jax.model.experts import FP8_WIRE
 from deepseek_jax.model.router import select
 from deepseek_jax.parallel.dispatch import ExpertLayout, route_hops, to_experts, traffic_per_token
@@ -27,6 +27,8 @@ MODEL = model_config("v3_671b")
 DEVICES = 64
 AXES = {"two_hop": ("node", "local"), "flat": (("node", "local"),)}  # of each hop
 TOKENS, QUICK_TOKENS = 256, 16  # a device
+NOTE = ("Hop 1 sends only between devices that have the same place in their nodes (diagonals),\n"
+        "one copy a node; hop 2 sends it on inside the node (blocks). Flat sends straight to each device.")
 
 
 class Traffic(Measure):
@@ -101,10 +103,13 @@ def fp8_error(seed: int) -> float:
 
 def draw(results: dict, runs: list[dict], folder: pathlib.Path) -> None:
     """docs/dispatch.png, or, of a short run, a picture in its work directory."""
+    if not runs:
+        raise ConfigError("two_hop: results.json does not hold the copies between devices; leave --draw out, measuring "
+                          "takes a minute.")
     hops = [np.array(sent_DD) for run in runs for sent_DD in run["hops"]]
-    names = ("hop 1: across nodes", "hop 2: inside a node", "flat: one hop")
+    names = ("Hop 1: across nodes", "Hop 2: inside a node", "Flat: one hop")
     complete = folder == pathlib.Path(__file__).resolve().parent
-    plot_dispatch(dict(zip(names, hops)), 8, (ROOT / "docs" if complete else folder) / "dispatch.png")
+    plot_dispatch(dict(zip(names, hops)), 8, (ROOT / "docs" if complete else folder) / "dispatch.png", NOTE)
 
 
 STUDY = Study(
