@@ -71,8 +71,11 @@ def execute(name: str, before: dict[str, str], deadline: float) -> list[str]:
                 for number, cell in enumerate(notebook.cells):
                     begun = time.monotonic()
                     client.execute_cell(cell, number)
-                    if "REPO" in cell.source and time.monotonic() - begun > 4 * INSTALL_SECONDS:
-                        return [f"the first cell took {time.monotonic() - begun:.0f} s"]
+                    took = time.monotonic() - begun
+                    if cell.source.startswith("import numpy\nREPO"):
+                        print(f"     first cell of {name}: {took:.0f} s", flush=True)
+                        if took > 4 * INSTALL_SECONDS:
+                            return [f"the first cell took {took:.0f} s, more than {4 * INSTALL_SECONDS}"]
         except (CellExecutionError, CellTimeoutError) as error:
             return [str(error)[-2000:]]
     # pip's own notes about the index are no fault of the first cell.
