@@ -3,14 +3,15 @@
 # make test    the CPU suite          make lint    ruff, pyright
 # make bench   speed against transformers, a dense product, ragged_dot: same machine, same run
 # make aot     compiles the Hopper kernels, and training steps up to 671B, for hardware you don't have (two to four hours)
-# make studies-quick   every study in its short form         make notebooks   runs the notebooks
+# make studies-quick   every study in its short form
+# make notebooks   runs the notebooks      make colab   runs them with the versions that Colab preinstalls
 # make clean   removes environments, caches and run/
 #
 # Takes the newest of Python 3.12, 3.13, 3.11 that really runs; `make PYTHON=/path/to/python` overrides.
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help train test lint bench aot studies-quick notebooks clean
+.PHONY: help train test lint bench aot studies-quick notebooks colab clean
 
 # A version manager's shim may exist and fail, so each candidate has to import what an environment needs.
 find_python = for v in $(1); do for p in "$$(command -v python$$v)" $$(ls -d $$HOME/.pyenv/versions/*/bin/python$$v 2>/dev/null); do \
@@ -66,6 +67,19 @@ notebooks: .venv/stamp
 	$(RUN) -m pip install -qq --disable-pip-version-check -e '.[notebooks]'
 	$(RUN) notebooks/execute.py
 
+# base.txt names what Colab has: colab.py removes all else before each run. Without a Python or packages, nothing is run.
+.venv-colab/stamp: notebooks/colab_pins.txt
+	@python=$$($(call find_python,3.13 3.12 3.11)); rm -rf .venv-colab; \
+	if [ -z "$$python" ]; then echo "make colab skipped: no Python 3.13, 3.12 or 3.11 here." >&2; exit 0; fi; \
+	echo "Environment .venv-colab with $$("$$python" --version): installing Colab's versions (two minutes)"; \
+	"$$python" -m venv .venv-colab && \
+	.venv-colab/bin/python -m pip install -qq --disable-pip-version-check -r notebooks/colab_pins.txt nbclient nbformat && \
+	.venv-colab/bin/python -m pip freeze --all | sed 's/==.*//; s/ @ .*//' > .venv-colab/base.txt && touch $@ || \
+	{ echo "make colab skipped: the packages of notebooks/colab_pins.txt could not be installed." >&2; rm -rf .venv-colab; }
+
+colab: .venv-colab/stamp
+	@if [ -e $< ]; then .venv-colab/bin/python -m notebooks.colab; fi
+
 .venv-aot/stamp: setup.py
 	@rm -rf .venv-aot && "$(PYTHON)" -m venv .venv-aot
 	@.venv-aot/bin/python -m pip install -qq --disable-pip-version-check -e '.[aot]'
@@ -98,4 +112,4 @@ aot: .venv-aot/stamp
 	.venv-aot/bin/python -m experiments.scale.agreement
 
 clean:
-	rm -rf .venv .venv-peer .venv-aot .cache .pytest_cache .hypothesis .ruff_cache build run *.egg-info
+	rm -rf .venv .venv-peer .venv-aot .venv-colab .cache .pytest_cache .hypothesis .ruff_cache build run *.egg-info

@@ -31,9 +31,9 @@ setup(
                   "kernels_pallas": ["py.typed"]},
     python_requires=">=3.11,<3.14",
     install_requires=[
-        "jax>=0.10.2,<0.13",
+        "jax>=0.7.2,<0.13",  # the kernels need 0.10.2: kernels_pallas/api.py
         "numpy>=2.0",
-        "flax>=0.12",
+        "flax>=0.11.2",
         "optax>=0.2.6",
         "orbax-checkpoint>=0.11.30",
         "chex>=0.1.90",

@@ -35,8 +35,7 @@ OPERATIONS = {
     "mla_decode": ("mla_decode", ("reference", "hopper")),
 }
 NEEDS = {"hopper": "a Hopper GPU (H100, H200, H800)", "tpu": "a TPU"}
-
-
+NEEDS_JAX = (0, 10, 2)  # for the kernels alone; everything else runs on older versions
 HOPPER = ("H100", "H200", "H800", "GH200")
 
 
@@ -51,6 +50,8 @@ def device_here() -> Any:
 
 def runs_here() -> str:
     """The folder whose kernels `device_here` can run: "hopper", "tpu" or "reference"."""
+    if jax.__version_info__ < NEEDS_JAX:
+        return "reference"
     device = device_here()
     if device.platform == "tpu":
         return "tpu"
@@ -80,6 +81,10 @@ def _find(operation, implementation, part=None):
     if implementation not in folders:
         raise ValueError(f"{operation} has no implementation {implementation!r}; take one of 'auto', "
                          f"{', '.join(map(repr, folders))}.")
+    if implementation != "reference" and jax.__version_info__ < NEEDS_JAX:
+        raise ValueError(f"{operation}: implementation={implementation!r} needs jax {'.'.join(map(str, NEEDS_JAX))} or "
+                         f"newer, and this is {jax.__version__}; implementation='reference' computes the same in "
+                         "plain jnp.")
     if implementation not in ("reference", here):
         raise ValueError(f"{operation}: implementation={implementation!r} needs {NEEDS[implementation]}, and this "
                          f"machine has {device_here().device_kind!r}; implementation='reference' computes the same "

@@ -85,6 +85,7 @@ MAY_IMPORT = {
     "training.summary": ("training.loop", "training.metrics", "serving", "plots", "data", "config"),
     "training": (),
     "plots.style": ("io", "config"),
+    "plots.sliders": (),
     "plots.training": ("plots.style", "training.metrics"),
     "plots": (),
     # Serving.

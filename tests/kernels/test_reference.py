@@ -3,6 +3,7 @@
 import importlib
 import inspect
 import logging
+import types
 
 import jax
 import jax.numpy as jnp
@@ -142,6 +143,18 @@ def test_a_kernel_that_cannot_run_here_says_what_it_needs_in_one_line(operation)
             assert f"needs {api.NEEDS[folder]}" in str(error.value) and len(str(error.value).splitlines()) == 1
     with pytest.raises(ValueError, match="no implementation 'cuda'; take one of 'auto', 'reference'"):
         api._find(operation, "cuda")
+
+
+def test_an_older_jax_has_the_twins_and_names_what_a_kernel_needs(monkeypatch):
+    monkeypatch.setattr(api, "device_here", lambda: types.SimpleNamespace(platform="gpu", device_kind="NVIDIA H100"))
+    assert api.runs_here() == "hopper"
+    monkeypatch.setattr(api.jax, "__version_info__", (0, 7, 2))
+    monkeypatch.setattr(api.jax, "__version__", "0.7.2")
+    assert api.runs_here() == "reference"
+    assert api._find("fp8_matmul", "auto").__module__ == "kernels_pallas.reference.fp8_matmul"
+    with pytest.raises(ValueError, match=r"^fp8_matmul: implementation='hopper' needs jax 0.10.2 or newer, and this is "
+                                         r"0.7.2; implementation='reference' computes the same in plain jnp\.$"):
+        api._find("fp8_matmul", "hopper")
 
 
 def test_auto_says_once_what_it_took(caplog):
