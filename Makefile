@@ -67,14 +67,14 @@ notebooks: .venv/stamp
 	$(RUN) -m pip install -qq --disable-pip-version-check -e '.[notebooks]'
 	$(RUN) notebooks/execute.py
 
-# base.txt names what Colab has: colab.py removes all else before each run. Without a Python or packages, nothing is run.
+# base.txt lists what Colab has: colab.py removes all else before each run. Without a Python or packages, nothing is run.
 .venv-colab/stamp: notebooks/colab_pins.txt
 	@python=$$($(call find_python,3.13 3.12 3.11)); rm -rf .venv-colab; \
 	if [ -z "$$python" ]; then echo "make colab skipped: no Python 3.13, 3.12 or 3.11 here." >&2; exit 0; fi; \
 	echo "Environment .venv-colab with $$("$$python" --version): installing Colab's versions (two minutes)"; \
 	"$$python" -m venv .venv-colab && \
 	.venv-colab/bin/python -m pip install -qq --disable-pip-version-check -r notebooks/colab_pins.txt nbclient nbformat && \
-	.venv-colab/bin/python -m pip freeze --all | sed 's/==.*//; s/ @ .*//' > .venv-colab/base.txt && touch $@ || \
+	.venv-colab/bin/python -m pip freeze --all > .venv-colab/base.txt && touch $@ || \
 	{ echo "make colab skipped: the packages of notebooks/colab_pins.txt could not be installed." >&2; rm -rf .venv-colab; }
 
 colab: .venv-colab/stamp

@@ -25,23 +25,27 @@ from notebooks.execute import HERE, faults
 INSTALL_SECONDS = 30   # that the first cell promises; a busy machine gets four times as many
 CELL_SECONDS = 400
 ALL_SECONDS = 900      # no notebook is begun later: a machine with other work runs fewer of them
+ENVIRONMENT = HERE.parent / ".venv-colab"
 REPO = re.compile(r'^REPO = ".*"$', re.MULTILINE)
 
 
-def versions() -> dict[str, str]:
-    """Every package of this environment, with its version or address."""
+def parsed(freeze: str) -> dict[str, str]:
+    """The packages that `pip freeze` lists, with their versions or addresses."""
+    return dict(re.findall(r"^([\w.-]+)(?:==| @ )(.*)$", freeze, re.MULTILINE))
+
+
+def installed() -> dict[str, str]:
+    """The packages of this environment."""
     freeze = [sys.executable, "-m", "pip", "freeze", "--all"]
-    listed = subprocess.run(freeze, check=True, capture_output=True, text=True).stdout
-    return dict(re.findall(r"^([\w.-]+)(?:==| @ )(.*)$", listed, re.MULTILINE))
+    return parsed(subprocess.run(freeze, check=True, capture_output=True, text=True).stdout)
 
 
 def fresh() -> dict[str, str]:
     """Removes what an earlier run has added; returns the versions that Colab has."""
-    base, here = HERE.parent / ".venv-colab" / "base.txt", versions()
-    names = set(base.read_text().split())
-    if added := sorted(set(here) - names):
+    base = parsed((ENVIRONMENT / "base.txt").read_text())
+    if added := sorted(set(installed()) - set(base)):
         subprocess.run([sys.executable, "-m", "pip", "uninstall", "-qq", "-y", *added], check=True)
-    return {name: version for name, version in here.items() if name in names}
+    return base
 
 
 def changed(before: dict[str, str], after: dict[str, str]) -> Iterator[str]:
@@ -78,8 +82,10 @@ def execute(name: str, before: dict[str, str]) -> list[str]:
                             return [f"the first cell took {took:.0f} s, more than {4 * INSTALL_SECONDS}"]
         except (CellExecutionError, CellTimeoutError) as error:
             return [str(error)[-2000:]]
+    if replaced := list(changed(before, installed())):
+        (ENVIRONMENT / "stamp").unlink(missing_ok=True)  # `make colab` builds it again
     # pip's own notes about the index are no fault of the first cell.
-    return [*changed(before, versions()), *(fault for fault in faults(notebook) if "code cell 0 writes" not in fault)]
+    return [*replaced, *(fault for fault in faults(notebook) if "code cell 0 writes" not in fault)]
 
 
 def main() -> int:

@@ -26,7 +26,17 @@ def test_the_checkout_takes_the_place_of_the_address_and_numpy_is_there_first():
         colab.as_in_colab(types.SimpleNamespace(cells=[types.SimpleNamespace(cell_type="code", source="")]), "file:///")
 
 
-def test_versions_and_addresses_of_packages_are_read(monkeypatch):
-    listed = types.SimpleNamespace(stdout="numpy==2.1.3\ndeepseek-jax @ git+file:///here@1a2b\n# a remark\n")
-    monkeypatch.setattr(colab.subprocess, "run", lambda *args, **kwargs: listed)
-    assert colab.versions() == {"numpy": "2.1.3", "deepseek-jax": "git+file:///here@1a2b"}
+def test_what_an_earlier_run_added_is_removed_and_its_replacements_do_not_become_the_measure(monkeypatch, tmp_path):
+    commands = []
+    here = "numpy==2.5.5\ndeepseek-jax @ git+file:///here@1a2b\n# a remark\n"
+
+    def run(command, **options):
+        commands.append(command[3:])
+        return types.SimpleNamespace(stdout=here)
+
+    (tmp_path / "base.txt").write_text("numpy==2.1.3\n")
+    monkeypatch.setattr(colab, "ENVIRONMENT", tmp_path)
+    monkeypatch.setattr(colab.subprocess, "run", run)
+    assert colab.installed() == {"numpy": "2.5.5", "deepseek-jax": "git+file:///here@1a2b"}
+    assert colab.fresh() == {"numpy": "2.1.3"}
+    assert commands[-1] == ["uninstall", "-qq", "-y", "deepseek-jax"]
