@@ -87,7 +87,7 @@ def claim_corpus(prepared: Prepared, workdir: str):
     path = os.path.join(workdir, "corpus.json")
     digests = {meta["source"]: meta["digest"] for meta in prepared.sources}
     if os.path.isfile(path):
-        changed = [name for name, digest in _read_object(path).items() if digests.get(name) != digest]
+        changed = [name for name, digest in _read_object(path).items() if digest not in digests.values()]
         if changed:
             raise ConfigError(f"the files of {', '.join(changed)} have changed since the run in {workdir} began; "
                               "restore them, or take another --workdir.")
@@ -176,4 +176,5 @@ def _shards(source, tokenizer, config, workdir, split_rate) -> tuple[dict[str, t
         token_shards.write(folder, corpus.read_documents(source.files), tokenizer,
                            token_shards.Options(cut, split_rate, seed), meta,
                            progress=(f"tokenizing {source.path}", counts.bytes))
-    return token_shards.read(folder)
+    shards, meta = token_shards.read(folder)
+    return shards, meta | {"source": source.path}  # which may have been another where these were made
