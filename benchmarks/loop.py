@@ -43,7 +43,7 @@ def overhead(steps: int, seconds: float) -> float:
         nonlocal free
         free = max(free, time.perf_counter()) + seconds
         one = np.float32(1)
-        return state, Pending(free, Metrics(*[one] * 8, counts, None))  # pyright: ignore[reportArgumentType]
+        return state, Pending(free, Metrics(one, one, one, one, one, one, one, one, counts, None))  # pyright: ignore[reportArgumentType]
 
     def fetch(pending):
         time.sleep(max(0.0, pending.ready - time.perf_counter()))
