@@ -41,7 +41,7 @@ def main():
     if args.plot:
         from deepseek_jax.plots.training import plot_runs
 
-        print(f"Picture: {plot_runs({_name(run): rows[run] for run in args.runs}, args.plot)}")
+        print(f"Picture: {plot_runs({name: rows[run] for run, name in _names(args.runs).items()}, args.plot)}")
 
 
 def summary(rows: list[dict], steps: int) -> dict[str, Any]:
@@ -49,9 +49,9 @@ def summary(rows: list[dict], steps: int) -> dict[str, Any]:
     trained, evaluated = ([row for row in rows if key in row] for key in ("loss", "eval_loss"))
     mean = lambda key: statistics.fmean(values) if (
         values := [row[key] for row in trained[-LAST:] if row.get(key) is not None]) else None
-    return {"steps": f"{trained[-1]['step']} of {steps}", "tokens": trained[-1]["tokens"], "loss": mean("loss"),
-            "bits per byte": evaluated[-1].get("eval_bits_per_byte") if evaluated else None,
-            "MaxVio": mean("max_vio"), "tokens/s": mean("tokens_per_second")}
+    return {"step": trained[-1]["step"], "of": steps, "tokens": trained[-1]["tokens"], "loss": mean("loss"),
+            "bits_per_byte": evaluated[-1].get("eval_bits_per_byte") if evaluated else None,
+            "max_vio": mean("max_vio"), "tokens_per_second": mean("tokens_per_second")}
 
 
 def _differing(configs, run):
@@ -67,14 +67,21 @@ def _flat(tree, prefix=""):
     return {k: v for key, value in tree.items() for k, v in _flat(value, f"{prefix}.{key}" if prefix else key).items()}
 
 
-def _name(run):
-    return pathlib.Path(os.path.abspath(run)).name
+def _names(runs):
+    """{run: the name of its folder, or its path where two folders have one name}."""
+    short = {run: pathlib.Path(os.path.abspath(run)).name for run in runs}
+    return short if len(set(short.values())) == len(runs) else {run: run for run in runs}
 
 
 def _print(table):
-    show = lambda value: "-" if value is None else f"{value:,.4g}" if isinstance(value, float) else f"{value}"
+    def show(value):
+        if not isinstance(value, float):
+            return "-" if value is None else f"{value}"
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+    names = _names(table)
     columns = [["", *next(iter(table.values()))],
-               *([_name(run), *map(show, of_run.values())] for run, of_run in table.items())]
+               *([names[run], *map(show, of_run.values())] for run, of_run in table.items())]
     widths = [max(map(len, column)) for column in columns]
     for first, *rest in zip(*columns):
         print("  ".join([first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(rest, widths[1:]))]))

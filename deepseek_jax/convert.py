@@ -4,7 +4,7 @@
     python -m deepseek_jax.generate --workdir run --prompt "def "
     python -m deepseek_jax.convert to-hf run exported --dtype bfloat16
 
-Both stream: memory stays small whatever the size. A way out after a way in gives every tensor back byte for byte.
+Both stream: memory stays small whatever the size. An import followed by an export restores every tensor byte for byte.
 """
 
 from deepseek_jax import cli

@@ -44,8 +44,8 @@ def check(args):
         raise ConfigError(f"--temperature={args.temperature} must be 0 (the likeliest token) or a positive number.")
     if not 0 < args.top_p <= 1:
         raise ConfigError(f"--top-p={args.top_p} must lie in (0, 1].")
-    if args.top_k < 0:
-        raise ConfigError(f"--top-k={args.top_k} must be 0 (all tokens) or positive.")
+    if not 0 <= args.top_k < 2**31:
+        raise ConfigError(f"--top-k={args.top_k} must be 0 (all tokens) or positive, and less than 2^31.")
     if "" in args.stop:
         raise ConfigError("--stop is empty; give the text that ends a continuation.")
     if not 0 <= args.seed < 2**32:
@@ -66,10 +66,11 @@ def main():
     prompts = [args.prompt] if args.prompts is None else read_prompts(args.prompts)
     if args.chat:
         prompts = [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in prompts]
-    cfg, variables, tokenizer = load(args.hf or args.workdir, args.ema, args.step)
+    folder = args.hf or args.workdir
+    cfg, variables, tokenizer = load(folder, args.ema, args.step, hf=args.hf is not None)
     template = None
     if any(isinstance(prompt, list) for prompt in prompts):
-        template = chat_template.of_folder(args.hf or args.workdir, tokenizer)
+        template = chat_template.of_folder(folder, tokenizer)
     requests = [Request(tuple(prompt_ids(prompt, tokenizer, template)), args.max_new_tokens, args.temperature,
                         args.top_k, args.top_p, args.seed, stream=i, stop_tokens=frozenset([tokenizer.eos]))
                 for i, prompt in enumerate(prompts)]

@@ -38,8 +38,6 @@ def main():
             raise ConfigError(f"--{name.replace('_', '-')}={getattr(args, name)} must be positive.")
     if args.max_waiting < 0 or (args.depth or 0) < 0 or not 0 <= args.port < 2**16:
         raise ConfigError("--max-waiting and --depth cannot be negative, and --port must lie in [0, 65535].")
-    if args.hf and args.ema:
-        raise ConfigError("a Hugging Face checkpoint holds no moving average; leave --ema away.")
     try:
         from deepseek_jax.serving.openai.server import serve
     except ModuleNotFoundError as error:
@@ -50,7 +48,7 @@ def main():
     from deepseek_jax.workdir import load
 
     folder = args.hf or args.workdir
-    cfg, variables, tokenizer = load(folder, args.ema)
+    cfg, variables, tokenizer = load(folder, args.ema, hf=args.hf is not None)
     template = chat_template.of_folder(folder, tokenizer)
     depth = min(1, cfg.mtp_depth) if args.depth is None else args.depth
     engine = Engine(cfg, variables, EngineConfig(args.max_sequences, args.max_length, depth, cache=args.cache))

@@ -102,22 +102,23 @@ class LoadedModel(NamedTuple):
     tokenizer: Tokenizer
 
 
-def load(folder: str, ema: bool = False, step: int | None = None) -> LoadedModel:
+def load(folder: str, ema: bool = False, step: int | None = None, hf: bool | None = None) -> LoadedModel:
     """The model of a run's folder, or of a Hugging Face checkpoint's. ema, step: of a run, as in `load_run`.
 
+    Args:
+      hf: whether it is a Hugging Face checkpoint; None: its config.json shows.
     Raises:
       ConfigError: nothing usable there, or a tokenizer that does not fit.
     """
     from deepseek_jax.data.tokenizer import Tokenizer
 
-    folder = os.path.expanduser(folder)
     vocabulary = os.path.join(folder, "tokenizer.json")
-    if is_hf_checkpoint(folder):
+    if is_hf_checkpoint(folder) if hf is None else hf:
         from deepseek_jax.interop import load_hf
 
         if ema or step is not None:
             raise ConfigError(f"{folder} is a Hugging Face checkpoint, which holds no moving average and no steps; "
-                              "omit --ema and --step.")
+                              "ask for neither.")
         Tokenizer.load(vocabulary)  # before gigabytes are read
         cfg, variables = load_hf(folder)
     else:

@@ -111,6 +111,8 @@ def test_a_corpus_shorter_than_a_sequence_says_how_long_one_may_be(config, tmp_p
         ("generate", ["--workdir", "RUN", "--prompt", "a", "--stop="], ["--stop is empty"]),
         ("generate", ["--workdir", "RUN", "--prompt", "a", "--prompts", "b"], ["not allowed with argument --prompt"]),
         ("generate", ["--workdir", "RUN", "--prompts", "absent.txt"], ["absent.txt: No such file"]),
+        ("generate", ["--workdir", "RUN", "--prompt", "a", "--top-k=99999999999"], ["less than 2^31"]),
+        ("generate", ["--hf", "absent", "--prompt", "a"], ["there is no absent/tokenizer.json"]),
         ("compare", ["RUN"], ["two or more different runs"]),
         ("compare", ["RUN", "RUN/"], ["two or more different runs"]),
         ("compare", ["RUN", "absent"], ["absent holds no config.json"]),
@@ -202,7 +204,7 @@ def test_a_chat_prints_the_answer_alone_and_a_stop_text_ends_it(workdir, tmp_pat
 
 
 def test_two_runs_side_by_side_show_where_they_differ_and_what_they_reached(workdir, tmp_path):
-    other = shutil.copytree(workdir, tmp_path / "other")
+    other = shutil.copytree(workdir, tmp_path / workdir.name)  # two folders of one name
     config = json.loads((other / "config.json").read_text())
     config["optimizer"]["learning_rate"] = 0.5
     (other / "config.json").write_text(json.dumps(config))
@@ -213,9 +215,9 @@ def test_two_runs_side_by_side_show_where_they_differ_and_what_they_reached(work
     assert result.code == 0 and "optimizer.learning_rate" in result.out and "model.d_model" not in result.out
     rows = list(table.values())
     assert [row.pop("optimizer.learning_rate") for row in rows] == [0.01, 0.5] and rows[0] == rows[1]
-    assert rows[0]["steps"] == f"{runs.STEPS} of {runs.STEPS}" and (tmp_path / "both.png").stat().st_size > 10_000
+    assert rows[0]["step"] == rows[0]["of"] == runs.STEPS and (tmp_path / "both.png").stat().st_size > 10_000
     last = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    assert rows[0]["bits per byte"] == [r["eval_bits_per_byte"] for r in last if "eval_loss" in r][-1]
+    assert rows[0]["bits_per_byte"] == [r["eval_bits_per_byte"] for r in last if "eval_loss" in r][-1]
     assert rows[0]["loss"] == pytest.approx(sum(r["loss"] for r in last if "loss" in r) / runs.STEPS)
 
 

@@ -32,7 +32,7 @@ class ConfigError(ValueError):
 
 
 class Range(NamedTuple):
-    """What a number may be, what is said of one that may not, and how the reference page writes it."""
+    """The allowed values of a number, its error message, and its notation on the reference page."""
 
     fits: Callable[[Any], bool]
     complaint: str

@@ -49,7 +49,7 @@ def from_hf(src: str, dst: str, dtype: str | None = None, keep_fp8: bool = False
         source = Checkpoint(src)
         if keep_fp8 and source.halves:
             raise ConfigError("--keep-fp8 keeps rows as stored, but rope_interleave=false needs them in another order; "
-                              "leave --keep-fp8 away.")
+                              "omit --keep-fp8.")
         asked = None if dtype is None else np.dtype(jnp.dtype(dtype))
         _write_checkpoint(source, pathlib.Path(partial, "checkpoints"), asked, keep_fp8)
         wide = source.dtype_of("params/embedding", asked).itemsize > 2

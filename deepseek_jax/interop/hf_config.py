@@ -87,7 +87,7 @@ def read(raw: dict, mtp_depth: int = 0, dtype: str = "bfloat16") -> ModelConfig:
 
 
 def _mistyped(raw):
-    """What `read` could not calculate with, in words. ModelConfig looks at the rest."""
+    """Values that `read` cannot use, as text; ModelConfig checks the rest."""
     for name in ("rope_scaling", "rope_parameters", "quantization_config"):
         if not isinstance(raw.get(name) or {}, dict):
             yield f"{name}={raw[name]!r} (not an object)"

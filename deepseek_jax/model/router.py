@@ -80,8 +80,8 @@ def count_choices(chosen_NK: jax.Array, num_experts: int) -> jax.Array:
 def sequence_loss(cfg: ModelConfig, scores_BTE: jax.Array) -> jax.Array:
     """The complementary sequence-wise loss sum_i f_i P_i, averaged over sequences, without its weight alpha.
 
-    f_i counts the tokens for which expert i is among the top K of the unbiased scores, without group limits: so the
-    report's equation 18 reads. It is 1 for uniform loads and scores.
+    f_i counts the tokens for which expert i is among the top K of the unbiased scores, without group limits, as in
+    equation 18 of the report. It is 1 for uniform loads and scores.
     """
     _, T, E = scores_BTE.shape
     top_BTK = by_rows(lambda scores_BTE: lax.top_k(scores_BTE, cfg.experts_per_token)[1], scores_BTE)

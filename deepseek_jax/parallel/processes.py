@@ -152,7 +152,7 @@ class Watch:
             self.gone[peer].set()
             return
         print(f"\nerror: process {peer} of {self.group.processes} has ended, so this one (process "
-              f"{self.group.process}) stops; see what that one said, then start all of them again: the run goes on "
+              f"{self.group.process}) stops; see what that one said, then start all of them again: the run continues "
               "from its last checkpoint.", file=sys.stderr)
         _leave_at_once()
 
@@ -172,7 +172,7 @@ def is_first() -> bool:
 
 
 def first_then_others(make: Callable[[], Any], name: str):
-    """make(), in process 0 before the others: what it writes, they find."""
+    """Runs make() in process 0 first, so that the others find its files."""
     made = make() if is_first() else None
     wait_for_all(name)
     return made if is_first() else make()

@@ -408,8 +408,8 @@ def check_request(cfg: ModelConfig, request: Request) -> None:
     if r.max_new_tokens < 0 or not 0 <= r.temperature < math.inf:
         raise ConfigError(f"max_new_tokens={r.max_new_tokens}, temperature={r.temperature}: neither can be negative, "
                           "or infinite.")
-    if r.top_k < 0 or not 0 < r.top_p <= 1:
-        raise ConfigError(f"top_k={r.top_k} cannot be negative, and top_p={r.top_p} must lie in (0, 1].")
+    if not 0 <= r.top_k < 2**31 or not 0 < r.top_p <= 1:
+        raise ConfigError(f"top_k={r.top_k} must lie in [0, 2^31), and top_p={r.top_p} in (0, 1].")
     if not 0 <= r.seed < 2**32:
         raise ConfigError(f"seed={r.seed} must lie in [0, 2^32).")
 

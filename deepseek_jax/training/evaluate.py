@@ -81,5 +81,5 @@ def evaluate_workdir(workdir: str, data: str | None = None, ema: bool = False,
     compiled = jax.jit(lambda *args: eval_step(config, *args))
     score = evaluate(loader, compiled, variables["params"], variables["router"], progress=True)
     result = {"step": step, **score._asdict()}
-    result |= {f"loss of {source}": loss for source, loss in result.pop("by_source").items()}
+    result |= {f"loss/{source}": loss for source, loss in result.pop("by_source").items()}
     return result | (compressed_bits_per_byte(config.data, data) if compressors else {})

@@ -188,7 +188,7 @@ class Run:
                 self._save()
             if saving and self.agreed:
                 self.checkpoints.wait()
-                self._say(bar, f"Stopped by SIGTERM after step {self.step}; the same command goes on from there.")
+                self._say(bar, f"Stopped by SIGTERM after step {self.step}; the same command continues from there.")
                 return False
             if pending is None:
                 self.clock = time.perf_counter()

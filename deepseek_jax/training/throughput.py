@@ -9,7 +9,7 @@ from deepseek_jax.scale.hardware import PEAK_BFLOAT16
 
 
 def peak_flops(dtype: str, devices: int = 1) -> float:
-    """FLOP/s of so many devices: the data sheet's for accelerators; of CPUs a timed product's, a process.
+    """Peak FLOP/s of the devices: the data sheet's for accelerators, a timed product's per process for CPUs.
 
     An unknown accelerator is timed as well. The product is 1024^3 to 2048 x 2048 x 1024, the best of several.
     """

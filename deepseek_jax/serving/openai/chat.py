@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 ROLES = {"system": None, "developer": None, "user": "<｜User｜>", "assistant": "<｜Assistant｜>"}
 
+HALF_CHARACTER = "holds half a character (a lone surrogate); send valid Unicode."
 Template = Callable[[list[dict]], str]
 
 
@@ -47,8 +48,7 @@ def check_messages(messages: Any) -> list[dict[str, str]]:
             raise BadMessages(f"messages[{i}]",
                               f"messages[{i}] needs a role ({', '.join(ROLES)}) and a text as content.")
         if not is_unicode(content):
-            raise BadMessages(f"messages[{i}]", f"messages[{i}] holds half a character (a lone surrogate); send valid "
-                                                "Unicode.")
+            raise BadMessages(f"messages[{i}]", f"messages[{i}] {HALF_CHARACTER}")
         checked.append({"role": role, "content": content})
     return checked
 

@@ -7,7 +7,15 @@ from typing import Any
 
 from deepseek_jax.config import ConfigError
 from deepseek_jax.serving.engine import Sequence, Token
-from deepseek_jax.serving.openai.chat import BadMessages, Template, Tokenizer, chat_ids, is_unicode
+from deepseek_jax.serving.openai.chat import (
+    HALF_CHARACTER,
+    BadMessages,
+    Template,
+    Tokenizer,
+    chat_ids,
+    check_messages,
+    is_unicode,
+)
 from deepseek_jax.serving.openai.detokenize import TextStream
 
 Prompt = str | list[dict[str, Any]]  # a text, or the messages of a chat
@@ -17,7 +25,7 @@ def read_prompts(path: str) -> list[Prompt]:
     """The prompts of a file: rows with "prompt" or "messages" where it ends in .jsonl, else one a line.
 
     Raises:
-      ConfigError: no such file, no UTF-8, a row that is neither, or no prompt at all.
+      ConfigError: no such file, no UTF-8, a row that is neither (named by its line), or no prompt at all.
     """
     try:
         with open(path, encoding="utf-8-sig") as f:
@@ -37,26 +45,31 @@ def _row(where: str, line: str) -> Prompt:
         row = json.loads(line)
     except ValueError as error:
         raise ConfigError(f"{where} is not JSON ({error}).") from None
-    found = [row[key] for key in ("prompt", "messages") if key in row] if isinstance(row, dict) else []
-    if len(found) != 1 or not isinstance(found[0], (str, list)):
-        raise ConfigError(f'{where} needs "prompt", a text, or "messages", a list; it has one of them, not both.')
-    return found[0]
+    found = {key: row[key] for key in ("prompt", "messages") if key in row} if isinstance(row, dict) else {}
+    if len(found) != 1 or not isinstance(found.get("prompt", ""), str):
+        raise ConfigError(f'{where} needs "prompt", a text, or "messages", a list; one of them, not both.')
+    if "messages" in found:
+        try:
+            return check_messages(found["messages"])
+        except BadMessages as error:
+            raise ConfigError(f"{where}: {error}") from None
+    if not is_unicode(found["prompt"]):
+        raise ConfigError(f"{where}: {HALF_CHARACTER}")
+    return found["prompt"]
 
 
 def prompt_ids(prompt: Prompt, tokenizer: Tokenizer, template: Template | None) -> list[int]:
     """Token ids of a text, after BOS, or of a chat up to where the answer begins.
 
     Raises:
-      ConfigError: half characters, or messages that are none.
+      ConfigError: messages that the template refuses.
     """
     if isinstance(prompt, str):
-        if not is_unicode(prompt):
-            raise ConfigError("a prompt is not UTF-8; check the encoding of your terminal.")
         return [tokenizer.bos, *tokenizer.encode(prompt)]
     try:
         return chat_ids(prompt, tokenizer, template)
     except BadMessages as error:
-        raise ConfigError(f"{error} (chat prompt)") from None
+        raise ConfigError(str(error)) from None
 
 
 class Continuation:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from deepseek_jax.config import did_you_mean
 from deepseek_jax.serving.decode import ALTERNATIVES
 from deepseek_jax.serving.engine import Request
-from deepseek_jax.serving.openai.chat import BadMessages, Template, Tokenizer, chat_ids, is_unicode
+from deepseek_jax.serving.openai.chat import HALF_CHARACTER, BadMessages, Template, Tokenizer, chat_ids, is_unicode
 
 MAX_CHOICES = 16
 IGNORED = ("user", "metadata", "store", "service_tier", "parallel_tool_calls")
@@ -196,5 +196,5 @@ def _chat(body, served):
 
 def _utf8(field, text):
     if not is_unicode(text):
-        raise BadRequest(field, f"{field} holds half a character (a lone surrogate); send valid Unicode.")
+        raise BadRequest(field, f"{field} {HALF_CHARACTER}")
     return text

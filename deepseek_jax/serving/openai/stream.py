@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 
 from deepseek_jax.config import ConfigError
 from deepseek_jax.serving.engine import Engine, Sequence, Token
+from deepseek_jax.serving.openai.chat import Template, Tokenizer
 from deepseek_jax.serving.openai.detokenize import TextStream
-from deepseek_jax.serving.openai.requests import BadRequest, CompletionRequest, ServedModel, Tokenizer
+from deepseek_jax.serving.openai.requests import BadRequest, CompletionRequest, ServedModel
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +48,7 @@ class Service:
     """
 
     def __init__(self, engine: Engine, tokenizer: Tokenizer, model: str, max_waiting: int,
-                 template: Callable[[list[dict]], str] | None = None):
+                 template: Template | None = None):
         self.engine, self.max_waiting = engine, max_waiting
         self.served = ServedModel(model, tokenizer, engine.cfg.vocab_size, engine.max_length, template)
         self.started = time.time()

@@ -37,7 +37,7 @@ CALM = ["--config.optimizer.learning_rate=2.2e-4", "--config.optimizer.warmup=0.
 # setting -> (config file, steps, options)
 SETTINGS = {"tiny": ("tiny", 240, []), "small_calm": ("small", 150, CALM)}
 QUICK = {"tiny": ("tiny", 4, ["--config.model.num_layers=2", "--config.model.mtp_depth=0",
-                              "--config.model.vocab_size=1024"])}
+                              "--config.model.vocab_size=1024", "--config.train.final_eval_batches=1"])}
 COMMON = ["--config.train.batch_size=8", "--config.train.sequence_length=256", "--config.train.sample_tokens=0",
           "--config.train.eval_every=100000", "--config.train.checkpoint_every=60", "--config.train.checkpoints_kept=1"]
 SEEDS = (0, 1, 2)
