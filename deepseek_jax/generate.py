@@ -36,7 +36,7 @@ def parse():
     return parser.parse_args()
 
 
-def check(args):
+def check(args) -> None:
     """Raises ConfigError for options that no model could follow; before the seconds that loading takes."""
     if args.max_new_tokens < 1:
         raise ConfigError(f"--max-new-tokens={args.max_new_tokens} must be positive.")
@@ -68,9 +68,8 @@ def main():
         prompts = [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in prompts]
     folder = args.hf or args.workdir
     cfg, variables, tokenizer = load(folder, args.ema, args.step, hf=args.hf is not None)
-    template = None
-    if any(isinstance(prompt, list) for prompt in prompts):
-        template = chat_template.of_folder(folder, tokenizer)
+    chats = any(isinstance(prompt, list) for prompt in prompts)
+    template = chat_template.of_folder(folder, tokenizer) if chats else None
     requests = [Request(tuple(prompt_ids(prompt, tokenizer, template)), args.max_new_tokens, args.temperature,
                         args.top_k, args.top_p, args.seed, stream=i, stop_tokens=frozenset([tokenizer.eos]))
                 for i, prompt in enumerate(prompts)]

@@ -5,12 +5,14 @@ import pytest
 
 import deepseek_jax
 from deepseek_jax.config import ConfigError
-from tests import runs
+from deepseek_jax.data.tokenizer import train_tokenizer
+from tests.model import naive
 
 
 @pytest.fixture(scope="module")
 def model():
-    return deepseek_jax.load(str(runs.finished_run()[1]))
+    cfg = naive.tiny(vocab_size=288, num_layers=2)
+    return deepseek_jax.LoadedModel(cfg, naive.variables_of(cfg), train_tokenizer(["def value(17):\n"] * 20, 288))
 
 
 def test_the_routes_of_a_text_are_those_of_the_model_token_by_token(model):

@@ -38,4 +38,5 @@ def test_it_resumes_to_the_end_that_it_would_have_had(workdir):
     found = runs.rows(workdir)
     assert len(found) == len(expected)
     for row, same in zip(found, expected):
-        assert row.keys() == same.keys() and row == pytest.approx(same, rel=1e-4)
+        assert same.keys() <= row.keys()  # newer versions write down more
+        assert {key: row[key] for key in same} == pytest.approx(same, rel=1e-4)
