@@ -62,7 +62,7 @@ def overhead(steps: int, seconds: float) -> float:
     return (elapsed - (steps - 1) * seconds) / (steps - 1)  # the loop returns before the last step's metrics are due
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--milliseconds", type=float, default=50.0, help="of a step on the device")

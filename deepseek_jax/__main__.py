@@ -18,7 +18,7 @@ USAGE = "\n".join(["usage: deepseek-jax COMMAND [options]      deepseek-jax COMM
                    *(f"  {name:9} {what}" for name, what in COMMANDS.items())])
 
 
-def main():
+def main() -> None:
     """Runs the command that the first argument names."""
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in ("-h", "--help"):

@@ -4,6 +4,7 @@
     python -m deepseek_jax.compare runs/* --plot compare.png --json compare.json
 """
 
+import argparse
 import os
 import pathlib
 import statistics
@@ -11,11 +12,10 @@ from typing import Any
 
 from deepseek_jax import cli, io
 from deepseek_jax.config import ConfigError, as_dict
+from deepseek_jax.table import aligned
 
-LAST = 50  # steps whose mean is shown
 
-
-def parse():
+def parse() -> argparse.Namespace:
     parser = cli.Parser("compare", __doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="work directories of deepseek_jax.train")
     parser.add_argument("--plot", metavar="FILE", help="draw losses and validation of all runs there")
@@ -23,7 +23,7 @@ def parse():
     return parser.parse_args()
 
 
-def main():
+def main() -> None:
     args = parse()
     if len(set(map(os.path.abspath, args.runs))) != len(args.runs) or len(args.runs) < 2:
         raise ConfigError("give two or more different runs to compare.")
@@ -45,10 +45,12 @@ def main():
 
 
 def summary(rows: list[dict], steps: int) -> dict[str, Any]:
-    """How far a run came. Loss in nats per token, the mean of its last 50 steps; None: not measured yet."""
+    """How far a run came. Loss in nats per token; means over the last steps; None: not measured yet."""
+    from deepseek_jax.training.metrics import LAST_STEPS
+
     trained, evaluated = ([row for row in rows if key in row] for key in ("loss", "eval_loss"))
     mean = lambda key: statistics.fmean(values) if (
-        values := [row[key] for row in trained[-LAST:] if row.get(key) is not None]) else None
+        values := [row[key] for row in trained[-LAST_STEPS:] if row.get(key) is not None]) else None
     return {"step": trained[-1]["step"], "of": steps, "tokens": trained[-1]["tokens"], "loss": mean("loss"),
             "bits_per_byte": evaluated[-1].get("eval_bits_per_byte") if evaluated else None,
             "max_vio": mean("max_vio"), "tokens_per_second": mean("tokens_per_second")}
@@ -82,9 +84,7 @@ def _print(table):
     names = _names(table)
     columns = [["", *next(iter(table.values()))],
                *([names[run], *map(show, of_run.values())] for run, of_run in table.items())]
-    widths = [max(map(len, column)) for column in columns]
-    for first, *rest in zip(*columns):
-        print("  ".join([first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(rest, widths[1:]))]))
+    print(aligned(list(zip(*columns))))
 
 
 if __name__ == "__main__":

@@ -5,12 +5,13 @@
     python -m deepseek_jax.compile --model v2_lite_16b --target h100:8 --decode 32 --length 4096
 
 Targets: h100:N, h800:N (the extra `aot`), v5p:AxBxC, v6e:AxB, 7x:AxBxC (libtpu). Prints bytes per device by XLA's own
-analysis beside the planner's; every kind of collective: along which axes, how large, how many with products between
+analysis next to the planner's; every kind of collective: along which axes, how large, how many with products between
 their start and their done; and registers and spills of the kernels. Exit code 1: it compiles, and does not fit.
 """
 
 from __future__ import annotations
 
+import argparse
 from typing import Any
 
 from deepseek_jax import cli, io
@@ -18,7 +19,7 @@ from deepseek_jax.scale import arguments
 from deepseek_jax.scale.compile import targets
 
 
-def parse():
+def parse() -> argparse.Namespace:
     parser = cli.Parser("compile", __doc__)
     parser.add_argument("--target", required=True, help="such as h100:8, h100:2048, v5p:8x16x16")
     arguments.add(parser)
@@ -31,7 +32,7 @@ def parse():
     return parser.parse_args()
 
 
-def main():
+def main() -> int:
     args = parse()
     model = arguments.model(args)
     devices = targets.count(args.target)

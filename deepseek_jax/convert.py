@@ -7,6 +7,8 @@
 Both stream: memory stays small whatever the size. An import followed by an export restores every tensor byte for byte.
 """
 
+import argparse
+
 from deepseek_jax import cli
 
 
@@ -15,7 +17,7 @@ class _Way(cli.Parser):
         super().__init__(prog.rsplit(".", 1)[-1], __doc__)
 
 
-def parse():
+def parse() -> argparse.Namespace:
     parser = cli.Parser("convert", __doc__)
     ways = parser.add_subparsers(dest="way", required=True, metavar="from-hf | to-hf", parser_class=_Way)
     way = ways.add_parser("from-hf", help="Hugging Face -> work directory")
@@ -33,7 +35,7 @@ def parse():
     return parser.parse_args()
 
 
-def main():
+def main() -> None:
     args = parse()
 
     from deepseek_jax.interop.convert import from_hf, to_hf

@@ -4,10 +4,12 @@
     python -m deepseek_jax.evaluate --workdir run --data docs/ --compressors --json result.json
 """
 
+import argparse
+
 from deepseek_jax import cli, io
 
 
-def parse():
+def parse() -> argparse.Namespace:
     parser = cli.Parser("evaluate", __doc__)
     parser.add_argument("--workdir", required=True, help="a run of deepseek_jax.train")
     parser.add_argument("--data", help="a folder, file or glob to score all of, instead of the held-out files")
@@ -18,7 +20,7 @@ def parse():
     return parser.parse_args()
 
 
-def main():
+def main() -> None:
     args = parse()
 
     from deepseek_jax.training.evaluate import evaluate_workdir

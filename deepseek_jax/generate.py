@@ -5,6 +5,7 @@
     python -m deepseek_jax.generate --workdir run --prompts questions.jsonl --stop $'\\n\\n' > answers.jsonl
 """
 
+import argparse
 import json
 import math
 import sys
@@ -13,7 +14,7 @@ from deepseek_jax import cli
 from deepseek_jax.config import ConfigError
 
 
-def parse():
+def parse() -> argparse.Namespace:
     parser = cli.Parser("generate", __doc__)
     model = parser.add_mutually_exclusive_group(required=True)
     model.add_argument("--workdir", help="a run of deepseek_jax.train, or what deepseek_jax.convert from-hf made")
@@ -36,7 +37,7 @@ def parse():
     return parser.parse_args()
 
 
-def check(args) -> None:
+def check(args: argparse.Namespace) -> None:
     """Raises ConfigError for options that no model could follow; before the seconds that loading takes."""
     if args.max_new_tokens < 1:
         raise ConfigError(f"--max-new-tokens={args.max_new_tokens} must be positive.")
@@ -54,7 +55,7 @@ def check(args) -> None:
         raise ConfigError("--prompt is not UTF-8; check the encoding of your terminal.")
 
 
-def main():
+def main() -> None:
     args = parse()
     check(args)
 
@@ -81,18 +82,16 @@ def main():
         for prompt, answer in zip(prompts, said):
             key = "prompt" if isinstance(prompt, str) else "messages"
             print(json.dumps({key: prompt, "text": answer.text, "finish_reason": answer.finish}, ensure_ascii=False))
-    print(speed(made), file=sys.stderr)
+    print(speed(sum(len(s.made) for s in made.sequences), made.seconds, made.tokens_per_second), file=sys.stderr)
     if args.speculative:
         accepted, drafted = (sum(getattr(s, name) for s in made.sequences) for name in ("accepted", "drafted"))
         print(f"{accepted} of {drafted} drafted tokens were accepted.", file=sys.stderr)
 
 
-def speed(made) -> str:
+def speed(tokens: int, seconds: float, rate: float | None) -> str:
     """How fast it went, in one line; compilation is left out where there are steps without it."""
-    tokens = sum(len(sequence.made) for sequence in made.sequences)
-    if made.tokens_per_second is None:
-        return f"{tokens} tokens in {made.seconds:.1f} s, compilation included."
-    return f"{tokens} tokens in {made.seconds:.1f} s; once compiled, {made.tokens_per_second:.1f} tokens/s."
+    return f"{tokens} tokens in {seconds:.1f} s" + (
+        ", compilation included." if rate is None else f"; once compiled, {rate:.1f} tokens/s.")
 
 
 if __name__ == "__main__":

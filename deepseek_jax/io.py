@@ -62,23 +62,23 @@ def building(folder: Path, shared: bool = False) -> Iterator[str]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def write_bytes(path: Path, data: bytes, sync: bool = False):
+def write_bytes(path: Path, data: bytes, sync: bool = False) -> None:
     """Replaces the file at `path`."""
     with replacing(path, sync) as partial, open(partial, "wb") as f:
         f.write(data)
 
 
-def write_text(path: Path, text: str, sync: bool = False):
+def write_text(path: Path, text: str, sync: bool = False) -> None:
     """Replaces the file at `path`, in UTF-8."""
     write_bytes(path, text.encode(), sync)
 
 
-def write_json(path: Path, value: Any, indent: int | None = 2, sync: bool = False):
+def write_json(path: Path, value: Any, indent: int | None = 2, sync: bool = False) -> None:
     """Replaces the file at `path` with JSON and a line break."""
     write_text(path, json.dumps(value, indent=indent) + "\n", sync)
 
 
-def sync_file(path: Path):
+def sync_file(path: Path) -> None:
     """Brings a file, or the names in a folder, to the disk."""
     try:
         descriptor = os.open(path, os.O_RDONLY)

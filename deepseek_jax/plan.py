@@ -10,16 +10,18 @@ Counts are exact, bytes are this program's as XLA:GPU lays it out, times rest on
 names, and rates of serving are bounds. Exit code 1: it does not fit.
 """
 
+import argparse
 import dataclasses
 from typing import Any
 
 from deepseek_jax import cli, io
+from deepseek_jax.config import ModelConfig
 from deepseek_jax.scale import arguments, decoding, one_device, plan, tables
 from deepseek_jax.scale.costs import conventions, parameters
-from deepseek_jax.scale.hardware import HARDWARE, Measured, hardware
+from deepseek_jax.scale.hardware import HARDWARE, Hardware, Measured, hardware
 
 
-def parse():
+def parse() -> argparse.Namespace:
     parser = cli.Parser("plan", __doc__)
     parser.add_argument("--hardware", required=True, help=", ".join(HARDWARE))
     parser.add_argument("--devices", type=int, help="of the training; --serve and --finetune plan one")
@@ -34,10 +36,10 @@ def parse():
     parser.add_argument("--decode", action="store_true", help="the published layouts that serve v3_671b")
     parser.add_argument("--json", metavar="FILE", help="also write everything there")
     parser.add_argument("--plot", metavar="FILE", help="also draw memory by group there")
-    return parser.parse_args()
+    return arguments.checked(parser)
 
 
-def main():
+def main() -> int:
     args = parse()
     machine = hardware(args.hardware)
     arguments.complete(args, machine)
@@ -54,7 +56,7 @@ def main():
     return 0 if found["fits"] else 1
 
 
-def training(args, machine, model):
+def training(args: argparse.Namespace, machine: Hardware, model: ModelConfig) -> dict[str, Any]:
     result: dict[str, Any] = {"measured": dataclasses.asdict(Measured())}
     if args.search:
         best, reasons = plan.search(model, machine, args.devices, args.sequences, args.sequence_length,

@@ -13,7 +13,7 @@ CPU_FLAGS = {"--xla_cpu_prefer_vector_width": "512", "--xla_cpu_enable_fast_min_
 CACHE_BYTES = 4 << 30  # of compiled programs; the least recently used are removed
 
 
-def prepare():
+def prepare() -> None:
     """Sets up the process of a command. Call it before jax starts."""
     reuse_memory()
     tune_xla()
@@ -21,7 +21,7 @@ def prepare():
     quiet_logs()
 
 
-def reuse_memory():
+def reuse_memory() -> None:
     """Tells glibc to keep freed memory.
 
     By default it maps and unmaps every large buffer of every step, and the kernel clears the pages each time: up to
@@ -36,7 +36,7 @@ def reuse_memory():
         mallopt(option, value)
 
 
-def tune_xla():
+def tune_xla() -> None:
     """Adds CPU_FLAGS to XLA_FLAGS; flags that the user has set win."""
     theirs = os.environ.get("XLA_FLAGS", "").split()
     named = {flag.split("=")[0] for flag in theirs}
@@ -44,7 +44,7 @@ def tune_xla():
     os.environ["XLA_FLAGS"] = " ".join(theirs + added)
 
 
-def keep_compiled_programs():
+def keep_compiled_programs() -> None:
     """Turns on jax's persistent compilation cache, in the user's cache folder; settings of the user's win.
 
     A program that was compiled before then starts at once. JAX_ENABLE_COMPILATION_CACHE=false turns it off.
@@ -66,7 +66,7 @@ def keep_compiled_programs():
               "faster; JAX_COMPILATION_CACHE_DIR names another folder.", file=sys.stderr, flush=True)
 
 
-def quiet_logs():
+def quiet_logs() -> None:
     """Shows messages as plain lines, and of libraries only warnings.
 
     Orbax logs every phase of a save, and a failure several times with tracebacks; the checkpoint manager raises what

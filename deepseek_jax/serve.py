@@ -5,13 +5,14 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 
 from deepseek_jax import cli
 from deepseek_jax.config import ConfigError
 
 
-def parse():
+def parse() -> argparse.Namespace:
     parser = cli.Parser("serve", __doc__)
     model = parser.add_mutually_exclusive_group(required=True)
     model.add_argument("--workdir", help="a run of deepseek_jax.train, or what deepseek_jax.convert from-hf made")
@@ -31,7 +32,7 @@ def parse():
     return parser.parse_args()
 
 
-def main():
+def main() -> None:
     args = parse()
     for name in ("max_sequences", "max_length"):
         if getattr(args, name) < 1:

@@ -4,6 +4,7 @@
     python -m deepseek_jax.train --config ... --workdir run --config.mesh.node=2 --config.mesh.local=4
 """
 
+import argparse
 import sys
 
 from deepseek_jax import cli
@@ -11,7 +12,7 @@ from deepseek_jax.config import ConfigError, load_config
 from deepseek_jax.config.advice import advice
 
 
-def parse():
+def parse() -> tuple[argparse.Namespace, list[str]]:
     parser = cli.Parser("train", __doc__)
     parser.add_argument("--config", required=True, help="tiny, small, v2_lite_16b, v2_236b or v3_671b; a Python file "
                         "with get_config(); or the config.json of a run")
@@ -24,7 +25,7 @@ def parse():
     return parser.parse_known_args()
 
 
-def main():
+def main() -> None:
     args, overrides = parse()
     config = load_config(args.config, overrides)
     group = (args.coordinator, args.processes, args.process)

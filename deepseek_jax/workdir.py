@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from deepseek_jax.data.tokenizer import Tokenizer
 
 
-def claim_workdir(config: Config, workdir: str):
+def claim_workdir(config: Config, workdir: str) -> None:
     """Writes the config into a work directory that has none."""
     path = pathlib.Path(workdir) / "config.json"
     if not path.exists():
@@ -26,7 +26,7 @@ def claim_workdir(config: Config, workdir: str):
         io.write_json(path, as_dict(config))
 
 
-def check_workdir(config: Config, workdir: str):
+def check_workdir(config: Config, workdir: str) -> None:
     """Raises ConfigError when the work directory holds another config; the message lists the differences."""
     if not os.path.lexists(os.path.join(workdir, "config.json")):
         return

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from ml_collections import ConfigDict
 
 from deepseek_jax.config import default_config
 from deepseek_jax.model.router import BiasRule, load_error
@@ -24,7 +25,7 @@ def update(bias_LE: jax.Array, counts_LE: jax.Array, speed: jax.Array, state: An
 MOMENTUM = BiasRule(init=jnp.zeros_like, update=update)
 
 
-def get_config():
+def get_config() -> ConfigDict:
     config = default_config("tiny")
     config.balance.bias_rule = "examples.own_balancer:MOMENTUM"
     config.balance.bias_speed = 0.005

@@ -6,6 +6,7 @@
 
 import jax
 import jax.numpy as jnp
+from ml_collections import ConfigDict
 
 from deepseek_jax.config import ModelConfig, default_config
 from deepseek_jax.model.router import affinities
@@ -23,7 +24,7 @@ def hash_route(cfg: ModelConfig, x_ND: jax.Array, weights: dict, bias_E: jax.Arr
     return Routing(scores_NE, chosen_NK.astype(jnp.int32), gates_NK)
 
 
-def get_config():
+def get_config() -> ConfigDict:
     config = default_config("tiny")
     config.model.router = "examples.own_router:hash_route"
     config.model.router_bias = "none"

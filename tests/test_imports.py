@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-FOLDERS = ("deepseek_jax", "kernels_pallas", "experiments/studies", "benchmarks", "examples")
+FOLDERS = ("deepseek_jax", "kernels_pallas", "experiments", "benchmarks", "examples", "notebooks")
 
 
 def loaded(statement):
@@ -62,7 +62,7 @@ for module in sys.argv[1:]:
         importlib.import_module(module)
         changed = [name for name, now in state().items() if now != before[name]]
     except ModuleNotFoundError as error:
-        changed = [] if error.name in ("torch", "transformers", "libtpu") else [repr(error)]
+        changed = [] if error.name in ("torch", "transformers", "libtpu", "nbformat") else [repr(error)]
     except BaseException as error:
         changed = [repr(error)]
     print(json.dumps([module, changed]), flush=True)

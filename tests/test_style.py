@@ -7,7 +7,7 @@ import pathlib
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-PACKAGES = ("deepseek_jax", "kernels_pallas", "experiments", "benchmarks", "examples")
+PACKAGES = ("deepseek_jax", "kernels_pallas", "experiments", "benchmarks", "examples", "notebooks")
 MOST_PARAMETERS, MOST_LINES, LEAST_ANNOTATED = 8, 60, 0.95
 
 
@@ -37,7 +37,7 @@ def files():
 
 
 def test_public_functions_have_types():
-    bare, total = [], 0
+    bare, total, unsaid = [], 0, []
     for path in files():
         for name, node, public in functions(path.read_text()):
             if public:
@@ -45,8 +45,11 @@ def test_public_functions_have_types():
                 total += len(found)
                 bare += [f"{path.relative_to(ROOT)}:{node.lineno} {name}({a.arg})" for a in found
                          if a.annotation is None]
+                if node.returns is None and name.split(".")[-1] != "__init__":
+                    unsaid.append(f"{path.relative_to(ROOT)}:{node.lineno} {name}")
     assert total > 1000
     assert 1 - len(bare) / total >= LEAST_ANNOTATED, "\n".join(bare)
+    assert not unsaid, "what these return is not said:\n" + "\n".join(unsaid)
 
 
 def too_large(source):

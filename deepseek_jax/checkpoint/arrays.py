@@ -16,7 +16,7 @@ import json
 import math
 import os
 import zlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
 import numpy as np
@@ -24,11 +24,15 @@ import tensorstore
 
 from kernels_pallas.constants import BLOCK
 
+if TYPE_CHECKING:
+    import jax
+
 FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
 _FLOAT_OF_BYTE = np.arange(256, dtype=np.uint8).view(FP8).astype(np.float32)
 
 
-def dequantize(values: np.ndarray, scales: np.ndarray, dtype: Any, first_row: int = 0, first_column: int = 0):
+def dequantize(values: np.ndarray, scales: np.ndarray, dtype: Any, first_row: int = 0,
+               first_column: int = 0) -> np.ndarray:
     """values[r, c] * scales[block of r, block of c], multiplied in float32, rounded once.
 
     Args:
@@ -49,7 +53,7 @@ def dequantize(values: np.ndarray, scales: np.ndarray, dtype: Any, first_row: in
     return out
 
 
-def transposed(x: np.ndarray):
+def transposed(x: np.ndarray) -> np.ndarray:
     """A contiguous transpose of a matrix, a strip of rows at a time: that much fits the cache."""
     bits = x.view(f"u{x.itemsize}")
     out = np.empty(bits.shape[::-1], bits.dtype)
@@ -78,7 +82,7 @@ class Writer:
             "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
             "codecs": [{"name": "bytes", **endian}]}).encode())
 
-    def write(self, index: tuple[Any, ...], data: np.ndarray):
+    def write(self, index: tuple[Any, ...], data: np.ndarray) -> None:
         """Writes chunk `index`; `data` may be shorter than a chunk along one axis, at the array's edge."""
         if data.shape != self.chunk:  # on the disk every chunk has the full size
             whole = np.zeros(self.chunk, self.dtype)
@@ -144,7 +148,7 @@ def _open_orbax(path, name):
     return tensorstore.open(spec, read=True).result()
 
 
-def restore(stored: Stored, wanted: Any):
+def restore(stored: Stored, wanted: Any) -> jax.Array:
     """The jax.Array that `wanted` (jax.ShapeDtypeStruct) describes, cast to its dtype; each device reads its part."""
     import jax
     import jax.numpy as jnp

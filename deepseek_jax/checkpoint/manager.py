@@ -46,7 +46,7 @@ class Checkpoints:
             self.directory.mkdir(parents=True, exist_ok=True)
             manifest.clean_up(self.directory)
 
-    def save(self, step: int, state: Any, meta: dict):
+    def save(self, step: int, state: Any, meta: dict) -> None:
         """Starts writing `state` and returns; its buffers may be donated at once.
 
         Waits for the save before this one, so at most one is under way.
@@ -78,13 +78,13 @@ class Checkpoints:
             raise self._failed(step, partial, error) from error
         self._pending = self._thread.submit(self._commit, step, partial, writer)
 
-    def wait(self):
+    def wait(self) -> None:
         """Returns once the last save is committed. Raises CheckpointError, once, if it failed."""
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
 
-    def restore(self, abstract_state: Any):
+    def restore(self, abstract_state: Any) -> tuple[Any, dict[str, Any]] | None:
         """The newest undamaged checkpoint as (state, meta), or None if there is none yet.
 
         Args:
@@ -109,7 +109,7 @@ class Checkpoints:
         """Steps of the committed checkpoints, ascending."""
         return manifest.steps(self.directory)
 
-    def close(self):
+    def close(self) -> None:
         """Waits for the last save. Raises as `wait` does."""
         try:
             self.wait()

@@ -22,7 +22,7 @@ def steps(directory: pathlib.Path) -> list[int]:
     return sorted(int(p.name) for p in directory.glob("*") if p.name.isdecimal() and p.is_dir())
 
 
-def newest(directory: pathlib.Path):
+def newest(directory: pathlib.Path) -> tuple[pathlib.Path | None, list[tuple[pathlib.Path, str]]]:
     """-> (newest undamaged checkpoint or None, [(newer but damaged, why)]). Raises ConfigError if all are damaged."""
     damaged = []
     for step in reversed(steps(directory)):
@@ -69,7 +69,7 @@ def damage(path: pathlib.Path) -> str | None:
     return None
 
 
-def commit(partial: pathlib.Path, final: pathlib.Path, known: dict[str, list[int]] | None = None):
+def commit(partial: pathlib.Path, final: pathlib.Path, known: dict[str, list[int]] | None = None) -> None:
     """Makes the folder `partial` the checkpoint `final`, in one rename; an older `final` is replaced.
 
     Args:
@@ -96,7 +96,7 @@ def _fingerprint(path, sync=False):
     return [size, crc]
 
 
-def discard(path: pathlib.Path):
+def discard(path: pathlib.Path) -> None:
     """Removes a checkpoint. Renamed first, so that a partly removed one does not look damaged."""
     if path.exists():
         trash = path.with_suffix(".trash")
@@ -105,7 +105,7 @@ def discard(path: pathlib.Path):
         shutil.rmtree(trash, ignore_errors=True)
 
 
-def clean_up(directory: pathlib.Path):
+def clean_up(directory: pathlib.Path) -> None:
     """Removes what a killed run left behind. A partial that lacks only its last rename is committed instead."""
     for path in directory.glob("*.partial"):
         final = directory / path.name.split(".")[0]

@@ -60,7 +60,7 @@ def _divisors(*counts: int) -> list[int]:
     return [n for n in range(1, common + 1) if common % n == 0]
 
 
-def check_mesh(mesh: MeshConfig, c: ModelConfig, train: TrainConfig):
+def check_mesh(mesh: MeshConfig, c: ModelConfig, train: TrainConfig) -> None:
     """Raises ConfigError where a size does not divide what it splits of the model or the batch."""
     groups = c.num_groups if c.num_groups > 1 else c.num_experts
     if groups % mesh.node:

@@ -34,6 +34,9 @@ class DataConfig(Checked, section="data"):
             if not path or weight <= 0:
                 raise ConfigError(f"data.sources: {(path, weight)!r} must be a path and a positive weight; leave out "
                                   "what is not wanted.")
+        paths = [path for path, _ in self.sources]
+        if twice := [path for path in paths if paths.count(path) > 1]:
+            raise ConfigError(f"data.sources names {twice[0]!r} twice; name it once, with the sum of the weights.")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -163,7 +163,7 @@ class Warnings:
         if self.lines <= _WARNINGS_SHOWN:
             log.warning(line)
 
-    def close(self):
+    def close(self) -> None:
         if self.lines > _WARNINGS_SHOWN:
             log.warning("... and %d more", self.lines - _WARNINGS_SHOWN)
 

@@ -13,7 +13,7 @@ import grain
 import numpy as np
 
 from deepseek_jax.config import Config, ConfigError
-from deepseek_jax.data.examples import Fim, Mixture, Stream, sequence, shuffled
+from deepseek_jax.data.examples import Fim, Mixture, Stream, Window, sequence, shuffled
 from deepseek_jax.data.prepare import Prepared
 from deepseek_jax.data.validation import Validation
 
@@ -37,7 +37,7 @@ class Loader:
             self.mixture = Mixture(tuple(weight for _, weight in config.data.sources), train.seed)
             self.streams = _streams(config, prepared)
 
-    def sequence(self, g: int):
+    def sequence(self, g: int) -> Window:
         """The g-th sequence of the run, as a Window of T + 1 tokens."""
         source, j = self.mixture.locate(g)
         stream, length = self.streams[source], self.train.sequence_length

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from deepseek_jax.config import Config
 from deepseek_jax.data.prepare import Prepared
+from deepseek_jax.table import aligned
 
 HEAD = ("source", "files", "MB", "skipped", "tokens", "held out", "share", "epochs")
 
@@ -23,6 +24,4 @@ def describe_sources(config: Config, prepared: Prepared) -> str:
         epochs = share * sequences * train.sequence_length / tokens if tokens else 0.0
         rows.append((meta["source"], f"{meta['files']:,}", f"{meta['bytes'] / 1e6:.1f}", f"{meta['skipped']:,}",
                      f"{tokens:,}", f"{len(held.tokens):,}", f"{share:.1%}", f"{epochs:.2f}"))
-    widths = [max(len(row[i]) for row in rows) for i in range(len(HEAD))]
-    return "\n".join("  ".join([row[0].ljust(widths[0]), *(x.rjust(w) for x, w in zip(row[1:], widths[1:]))])
-                     for row in rows)
+    return aligned(rows)

@@ -78,7 +78,7 @@ def prepare(config: Config, workdir: str) -> Prepared:
     return Prepared(tokenizer, tuple(s["train"] for s, _ in pairs), tuple(s["validation"] for s, _ in pairs), report)
 
 
-def claim_corpus(prepared: Prepared, workdir: str):
+def claim_corpus(prepared: Prepared, workdir: str) -> None:
     """Notes in a new work directory what it is trained on, or checks that an old one's files are still the same.
 
     Raises:

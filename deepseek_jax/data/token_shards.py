@@ -92,7 +92,7 @@ def _map(path, dtype):
 
 
 def write(folder: str, documents: Iterable[corpus.Document], tokenizer: Tokenizer, options: Options, meta: dict,
-          progress: tuple[str, int] = ("", 0)):
+          progress: tuple[str, int] = ("", 0)) -> None:
     """Tokenizes `documents` into `folder`, which appears only when it is complete.
 
     Args:

@@ -80,7 +80,7 @@ class Tokenizer:
             raise ConfigError(f"{path} does not give text back byte for byte; take a byte-level BPE.")
         return tokenizer
 
-    def save(self, path: str):
+    def save(self, path: str) -> None:
         """Writes tokenizer.json."""
         os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
         with io.replacing(path) as partial:

@@ -235,7 +235,7 @@ def _put(tree, path, value):
     tree[key] = value
 
 
-def dequantized(cfg: ModelConfig, variables: dict[str, Any], dtype: Any = jnp.bfloat16):
+def dequantized(cfg: ModelConfig, variables: dict[str, Any], dtype: Any = jnp.bfloat16) -> dict[str, Any]:
     """Variables with FP8 leaves {"values", "scales"} turned into arrays of `dtype` that the model takes."""
     out = {"params": {}, "router": {}}
     held = save.in_memory(variables)
@@ -250,7 +250,7 @@ def dequantized(cfg: ModelConfig, variables: dict[str, Any], dtype: Any = jnp.bf
     return out
 
 
-def save_hf(path: str, cfg: ModelConfig, variables: dict[str, Any], fp8: bool = False):
+def save_hf(path: str, cfg: ModelConfig, variables: dict[str, Any], fp8: bool = False) -> None:
     """Writes `variables` as a Hugging Face checkpoint that transformers loads: safetensors, index, config.json.
 
     Args:

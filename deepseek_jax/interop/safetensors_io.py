@@ -34,7 +34,7 @@ class Tensor(NamedTuple):
     offset: int  # of its first byte in the file
 
     @property
-    def nbytes(self):
+    def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
@@ -85,7 +85,7 @@ class Reader:
             view, at = view[count:], at + count
         return out
 
-    def close(self):
+    def close(self) -> None:
         for descriptor in self._open.values():
             os.close(descriptor)
         self._open.clear()
@@ -148,7 +148,7 @@ class Reader:
         return tensor
 
 
-def unstack(tensor: Any):
+def unstack(tensor: Any) -> list[tuple[str, tuple[int, int]]] | None:
     """The experts' own matrices [(name, shape)] inside of a stacked tensor, in the order of its bytes; else None.
 
     transformers keeps experts as `gate_up_proj` [E, 2 F, D] and `down_proj` [E, D, F], and some files do too.
@@ -171,7 +171,7 @@ class Item(NamedTuple):
     shape: tuple[int, ...]
 
     @property
-    def nbytes(self):
+    def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
@@ -190,7 +190,7 @@ def pack(items: list[Item], limit: int) -> dict[str, list[Item]]:
 
 
 def write(folder: str, files: dict[str, list[Item]], pieces: Callable[..., Iterable[np.ndarray]],
-          metadata: dict[str, Any] | None = None):
+          metadata: dict[str, Any] | None = None) -> None:
     """Writes the files and, for several, their index.
 
     Args:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,7 @@ from kernels_pallas.constants import BLOCK
 SHARD = 5 * 10**9  # bytes a file
 
 
-def quantize(w: np.ndarray):
+def quantize(w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """E4M3 blocks of 128 x 128 (report section 3.3.2): scale = amax / 448, with amax at least 1e-4.
 
     Args:
@@ -123,7 +123,7 @@ class Export:
     def quantized(self) -> bool:
         return any(item.dtype == FP8 for items in self.files().values() for item in items)
 
-    def pieces(self, item: Any):
+    def pieces(self, item: Any) -> Iterator[np.ndarray]:
         """Arrays that together are the bytes of `item`."""
         if item.name.endswith(SCALE):
             yield self._scale(self.entries[item.name.removesuffix(SCALE)]).astype(item.dtype, copy=False)
@@ -196,7 +196,7 @@ class Export:
 
 
 def export(folder: str, source: Export, special: dict[str, int] | None = None,
-           progress: Callable[[int], Any] = lambda count: None):
+           progress: Callable[[int], Any] = lambda count: None) -> None:
     """Writes the safetensors files and config.json into `folder`.
 
     Args:
@@ -222,7 +222,7 @@ def export(folder: str, source: Export, special: dict[str, int] | None = None,
 
 
 @contextlib.contextmanager
-def building(path: str | os.PathLike[str]):
+def building(path: str | os.PathLike[str]) -> Iterator[str]:
     """A temporary folder that is renamed to `path` at the end; after an error nothing is left of it.
 
     Raises:

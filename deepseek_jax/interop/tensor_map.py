@@ -38,26 +38,26 @@ class Transform(NamedTuple):
     inputs: int | None = None
     rope: str | None = None
 
-    def their_shape(self, shape: tuple[int, ...]):
+    def their_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape of their tensor, given that of ours."""
         if self.inputs is None:
             return tuple(shape)
         return math.prod(shape[self.inputs:]), math.prod(shape[:self.inputs])
 
-    def unit(self, shape: tuple[int, ...]):
+    def unit(self, shape: tuple[int, ...]) -> int:
         """How many of their rows belong together: a piece of whole units is a piece of ours along `axis`."""
         return 1 if self.inputs is None else math.prod(shape[self.inputs + 1:])
 
     @property
-    def axis(self):
+    def axis(self) -> int:
         """The axis of ours that pieces of their rows line up along."""
         return self.inputs or 0
 
-    def piece_shape(self, shape: tuple[int, ...]):
+    def piece_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape of a piece of ours, for `reshape`: of any length along `axis`."""
         return *shape[:self.axis], -1, *shape[self.axis + 1:]
 
-    def to_ours(self, theirs: np.ndarray, shape: tuple[int, ...], halves: int = 0):
+    def to_ours(self, theirs: np.ndarray, shape: tuple[int, ...], halves: int = 0) -> np.ndarray:
         """A piece of their rows as a piece of ours. `halves`: rotary dimension of a half-split checkpoint, else 0."""
         if self.inputs is None:
             return theirs
@@ -65,7 +65,7 @@ class Transform(NamedTuple):
             theirs = self._rotary(theirs, shape, np.arange(halves).reshape(2, -1).T.reshape(-1))
         return transposed(theirs).reshape(self.piece_shape(shape))
 
-    def to_theirs(self, ours: np.ndarray, shape: tuple[int, ...], halves: int = 0):
+    def to_theirs(self, ours: np.ndarray, shape: tuple[int, ...], halves: int = 0) -> np.ndarray:
         """The inverse of `to_ours`."""
         if self.inputs is None:
             return ours
@@ -138,7 +138,7 @@ class Entry(NamedTuple):
     copy_of: str | None = None  # their name of the original
 
     @property
-    def shape(self):
+    def shape(self) -> tuple[int, ...]:
         """Of their tensor."""
         return self.transform.their_shape(self.slice_shape)
 

@@ -1,7 +1,7 @@
 """How a transformer block and an MTP module are put together, stated once (report sections 2 and 2.2).
 
 Pure functions of callables: the training modules, the stages of a pipeline and the decoder hand in their own norms,
-attention and feed-forward networks, which differ in what they read and return besides hidden states.
+attention and feed-forward networks, which differ in what else they read and return, apart from hidden states.
 
     block:  x = x + attention(norm(x))    x = x + ffn(norm(x))
     MTP:    x = M [norm(Emb(t[i+k])) ; norm(h_{k-1}[i])]    h_k = norm(block_k(x))
@@ -25,7 +25,7 @@ Part = Callable[[jax.Array], tuple[jax.Array, Any]]
 
 def residual_block(x_BTD: jax.Array, attention_norm: Norm, attention: Part, ffn_norm: Norm,
                    ffn: Part) -> tuple[jax.Array, Any, Any]:
-    """One block. Returns x [B, T, D], and what attention and the feed-forward network returned besides."""
+    """One block. Returns x [B, T, D], and what else attention and the feed-forward network returned."""
     y_BTD, of_attention = attention(attention_norm(x_BTD))
     x_BTD = checkpoint_name(constrain(x_BTD + y_BTD, ("batch", None, None)), "residual")
     y_BTD, of_ffn = ffn(constrain(ffn_norm(x_BTD), ("batch", None, None)))
@@ -34,7 +34,7 @@ def residual_block(x_BTD: jax.Array, attention_norm: Norm, attention: Part, ffn_
 
 def mtp_block(hidden_BTD: jax.Array, ahead_BTD: jax.Array, hidden_norm: Norm, embedding_norm: Norm, project: Norm,
               block: Part, norm: Norm) -> tuple[jax.Array, Any]:
-    """MTP module k. Returns h_k [B, T, D] after its norm, and what `block` returned besides.
+    """MTP module k. Returns h_k [B, T, D] after its norm, and what else `block` returned.
 
     Args:
       hidden_BTD: h_{k-1}; h_0 is the main model's output AFTER its final norm.

@@ -12,7 +12,7 @@ from deepseek_jax.model.router import bias_rule, routing_rule
 from deepseek_jax.model.transformer import DeepSeekV3, block_parts
 
 
-def check_parts(cfg: ModelConfig, balance: BalanceConfig | None = None):
+def check_parts(cfg: ModelConfig, balance: BalanceConfig | None = None) -> None:
     """Traces a model, and a step of the biases, with parts of the user's own.
 
     Raises:

@@ -49,7 +49,7 @@ def sort_by_expert(chosen_NK: jax.Array, num_experts: int, align: int = 1, even:
     return Permutation(choice_R, row_NK, sizes_E.astype(jnp.int32))
 
 
-def round_up(n: Any, multiple: int):
+def round_up(n: Any, multiple: int) -> Any:
     """The next multiple, of a number or of each element of an array."""
     return -(-n // multiple) * multiple
 

@@ -201,7 +201,7 @@ def routing_rule(cfg: ModelConfig) -> RoutingRule:
                       "deepseek_jax.model.router.route.")
 
 
-def check_routes_alone(cfg: ModelConfig, where: str):
+def check_routes_alone(cfg: ModelConfig, where: str) -> None:
     """Raises ConfigError where model.router decides over several tokens at once, which `where` cannot do."""
     if getattr(routing_rule(cfg), "across_tokens", False):
         raise ConfigError(f"model.router={cfg.router!r} chooses experts over all tokens of a batch, and {where} does "

@@ -152,8 +152,8 @@ def send(x: jax.Array, hop: Hop) -> jax.Array:
 def _room(rows, x, arriving_P):
     """Zeros for `rows` rows like those of x to land in, where `arriving_P` of them are known to come.
 
-    Plain zeros are a constant, and XLA:GPU fills the buffers of all layers at the beginning of a step: so they hang
-    on the counts, which are not negative, a thing that XLA cannot know.
+    Plain zeros are a constant, and XLA:GPU fills the buffers of all layers at the beginning of a step: so they
+    depend on the counts, which are never negative, but XLA does not know that.
     """
     return jnp.broadcast_to(jnp.minimum(arriving_P[0], 0).astype(x.dtype), (rows, *x.shape[1:]))
 

@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -40,8 +40,8 @@ class Group(NamedTuple):
     process: int
 
 
-def check(group: Group):
-    """Raises ConfigError for numbers or an address that cannot be."""
+def check(group: Group) -> None:
+    """Raises ConfigError for an address, or for numbers, that no group can have."""
     host, _, port = group.coordinator.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 65535:
         raise ConfigError(f"--coordinator={group.coordinator!r} should be HOST:PORT of process 0, such as "
@@ -52,7 +52,7 @@ def check(group: Group):
 
 
 @contextlib.contextmanager
-def joined(group: Group | None):
+def joined(group: Group | None) -> Iterator[None]:
     """Inside, JAX spans all processes of the group. Nothing happens without one.
 
     Raises:
@@ -98,7 +98,7 @@ class Watch:
         for peer, connection in self.connections.items():
             threading.Thread(target=self._listen, args=(peer, connection), daemon=True).start()
 
-    def part(self):
+    def part(self) -> None:
         """Announces a normal end, and returns once all peers have announced theirs."""
         for connection in self.connections.values():
             connection.sendall(DONE)
@@ -171,14 +171,14 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
-def first_then_others(make: Callable[[], Any], name: str):
+def first_then_others(make: Callable[[], Any], name: str) -> Any:
     """Runs make() in process 0 first, so that the others find its files."""
     made = make() if is_first() else None
     wait_for_all(name)
     return made if is_first() else make()
 
 
-def wait_for_all(name: str):
+def wait_for_all(name: str) -> None:
     """Returns once every process has called this.
 
     Not by an exchange between devices: before its first one, gloo waits for the others for 30 seconds only.
@@ -186,8 +186,8 @@ def wait_for_all(name: str):
     ocp.multihost.get_barrier_sync_fn()(key=name, timeout_ms=LONGEST_WORK * 1000)
 
 
-def check_same(config: str):
-    """Raises ConfigError, in all processes, where they were given different configs: they would wait for ever."""
+def check_same(config: str) -> None:
+    """Raises ConfigError, in all processes, where their configs differ: they would wait for each other for ever."""
     if jax.process_count() > 1 and len(set(multihost_utils.process_allgather(
             np.uint32(zlib.crc32(config.encode()))).tolist())) > 1:
         raise ConfigError("the processes of this run were given different configs; start all of them with the same "

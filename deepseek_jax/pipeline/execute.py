@@ -179,7 +179,7 @@ class _Carry(NamedTuple):
 
 
 class _Cell(NamedTuple):
-    """What a branch reads besides parameters. Fields that it does not need have arbitrary values."""
+    """What a branch reads, apart from parameters. Fields that it does not need have arbitrary values."""
 
     x: Any
     dy: Any

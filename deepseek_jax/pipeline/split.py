@@ -307,7 +307,7 @@ class _Sorter:
         residuals = self._across(backward, self.dx + self.dparams,
                                  on_x - self._made(range(self.num_forward, len(self.equations))))
         pending = self._across(in_w, self.dparams, (on_x | on_dy) - self._made(in_w))
-        # piece -> (its results, what it is given besides `prepared` and context)
+        # piece -> (its results, what it is given, apart from `prepared` and context)
         wanted = {"F": ([*self.outputs, *residuals], self.x), "Bi": ([*self.dx, *pending], [*residuals, *self.dy]),
                   "W": (self.dparams, pending), "B": ([*self.dx, *self.dparams], [*residuals, *self.dy])}
         prepared = tuple(dict.fromkeys(v for results, known in wanted.values()

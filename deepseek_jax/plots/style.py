@@ -23,7 +23,7 @@ def new_figure(width: float, height: float, dpi: int = 150) -> Figure:
     return figure
 
 
-def save_figure(figure: Figure, path: str | os.PathLike[str], **options: Any):
+def save_figure(figure: Figure, path: str | os.PathLike[str], **options: Any) -> None:
     """Writes a picture; its format follows the name. Raises ConfigError for a format that matplotlib cannot write."""
     kind = os.path.splitext(path)[1].removeprefix(".").lower() or "png"
     known = figure.canvas.get_supported_filetypes()

@@ -1,4 +1,4 @@
-"""Pictures: how well a run predicts, whom it asks, and what devices send each other.
+"""Pictures: how the loss falls, which experts are used, and how many bytes devices send each other.
 
 `loss.png` shows the training losses and, where the run was evaluated, bits per byte. `expert_load.png` shows for each
 MoE layer and step how many tokens each expert got, as a multiple of the mean: white is fair, and the report's

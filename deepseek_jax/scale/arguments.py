@@ -15,6 +15,12 @@ from deepseek_jax.scale.layout import Layout, Split, make_layout
 
 REPORT_SEQUENCES = 15360  # a step's, report section 4.2
 
+ALL = ("training", "--serve", "--finetune")  # what `plan` is asked
+READERS = {  # of its options; what is not here is of training on many devices
+    **dict.fromkeys(("model", "hardware", "layers", "sequence_length", "json", "serve", "finetune"), ALL),
+    **dict.fromkeys(("sequences", "rows", "fp8"), ("training", "--finetune")),
+    "dtype": ("--serve",), "cache": ("--serve",), "moments": ("--finetune",)}
+
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Adds the options."""
@@ -54,6 +60,23 @@ def add_one_device(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(fp8=None, sequences=None, rows=None)
 
 
+def checked(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The options of `plan`. Raises ConfigError for one that the question asked does not read."""
+    args = parser.parse_args()
+    question = "--serve" if args.serve else "--finetune" if args.finetune else "training"
+    for name, value in vars(args).items():
+        readers = READERS.get(name, ("training",))
+        if question in readers or value == parser.get_default(name):
+            continue
+        option = "--" + name.replace("_", "-") + (f" {value}" if type(value) in (int, str) else "")
+        if question == "training":
+            raise ConfigError(f"{option} goes with {' and '.join(readers)}; add {readers[0]}, or leave it out.")
+        if name != "devices" or value != 1:
+            raise ConfigError(f"{question} plans one device and does not read {option}; leave out {option}"
+                              + (", or --serve and --finetune." if name == "devices" else "."))
+    return args
+
+
 def complete(args: argparse.Namespace, machine: Hardware) -> None:
     """Fills in what `plan` was not told, which depends on what it is asked.
 
@@ -62,10 +85,6 @@ def complete(args: argparse.Namespace, machine: Hardware) -> None:
     """
     one_device = args.serve or args.finetune
     if one_device:
-        wrong = [name for name in ("search", "ablations", "decode", "plot") if getattr(args, name)]
-        if wrong or args.devices not in (None, 1):
-            raise ConfigError("--serve and --finetune plan one device; leave out "
-                              + (f"--{wrong[0]}." if wrong else f"--devices {args.devices}, or both of them."))
         args.devices = None
     elif args.devices is None:
         raise ConfigError("--devices is missing: how many train together; for one device take --serve or --finetune.")

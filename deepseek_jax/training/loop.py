@@ -156,7 +156,7 @@ class Run:
         finally:
             signal.signal(signal.SIGTERM, previous)
 
-    def close(self):
+    def close(self) -> None:
         """Waits for the last checkpoint."""
         self.checkpoints.close()
 

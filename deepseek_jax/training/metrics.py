@@ -25,6 +25,8 @@ from tensorboardX.record_writer import masked_crc32c
 
 from deepseek_jax import io
 
+LAST_STEPS = 50  # whose mean says how a run is doing
+
 
 def max_vio(counts_LE: np.ndarray) -> float:
     """How far the busiest expert is above the mean load: (max - mean) / mean, averaged over the layers."""
@@ -72,7 +74,7 @@ class MetricsWriter:
         self._add_event(file_version="brain.Event:2")
         self._add_event(step=last + 1, session_log=SessionLog(status=SessionLog.START))  # hides later events
 
-    def write(self, step: int, **values: Any):
+    def write(self, step: int, **values: Any) -> None:
         """Appends one row immediately, unless there is one of that step and kind already.
 
         A row with a name that begins with `eval_` is the step's evaluation, any other its training. What is not a
@@ -87,7 +89,7 @@ class MetricsWriter:
                    for name in values if row[name] is not None]
         self._add_event(step=int(step), summary=Summary(value=scalars))
 
-    def write_expert_load(self, step: int, counts_LE: np.ndarray):
+    def write_expert_load(self, step: int, counts_LE: np.ndarray) -> None:
         """Appends the number of tokens that chose each expert in this step, over the global batch."""
         if not self._is_new("load", step):
             return
@@ -126,7 +128,7 @@ def read_metrics(workdir: str | os.PathLike[str]) -> list[dict]:
     return rows
 
 
-def read_expert_loads(workdir: str | os.PathLike[str]):
+def read_expert_loads(workdir: str | os.PathLike[str]) -> tuple[np.ndarray, np.ndarray]:
     """-> (steps_S, counts_SLE); of length 0 if the run has recorded none, as a dense model's has not."""
     folder = pathlib.Path(workdir) / "expert_load"
     records, shape = _records(folder)

@@ -7,6 +7,7 @@ one of 14.8T tokens have the same shape.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,7 +17,7 @@ import optax
 from deepseek_jax.config import OptimizerConfig
 
 
-def learning_rate(cfg: OptimizerConfig, steps: int):
+def learning_rate(cfg: OptimizerConfig, steps: int) -> Callable[[Any], jax.Array]:
     """The schedule: step (int array, from 0) -> float32 rate."""
     def rate(step):
         at = (step + 1) / steps  # the first step already learns; the last one ends the run
@@ -43,7 +44,7 @@ def in_dtype(inner: optax.GradientTransformation, dtype: Any) -> optax.GradientT
     return optax.GradientTransformation(init, update)  # pyright: ignore[reportArgumentType]: optax takes any dtype
 
 
-def decayed(params: Any):
+def decayed(params: Any) -> Any:
     """Which parameters weight decay shrinks: all but the norms' scales."""
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key != "scale", params)
 

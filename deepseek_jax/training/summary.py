@@ -11,15 +11,15 @@ from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.plots.training import plot_expert_load, plot_loss
 from deepseek_jax.serving import generate
 from deepseek_jax.training.loop import TrainResult
-from deepseek_jax.training.metrics import read_metrics
+from deepseek_jax.training.metrics import LAST_STEPS, read_metrics
 
 PROMPT_WORDS = 4
 
 
-def summarize(config: Config, workdir: str, result: TrainResult):
+def summarize(config: Config, workdir: str, result: TrainResult) -> None:
     """Prints the last evaluation next to compressors, draws the pictures, prints a sample if there are weights."""
     rows = read_metrics(workdir)
-    last, steps = [r for r in rows if "eval_loss" in r][-1], [r for r in rows if "loss" in r][-50:]
+    last, steps = [r for r in rows if "eval_loss" in r][-1], [r for r in rows if "loss" in r][-LAST_STEPS:]
     scores = {"model": last["eval_bits_per_byte"]} | compressed_bits_per_byte(config.data)
     print("Bits per byte of the held-out files:")
     for name, value in scores.items():

@@ -106,6 +106,7 @@ def test_an_impossible_model_says_what_would_work(overrides, message):
         ("data", dict(sources=[]), "data.sources is empty"),
         ("data", dict(sources=[("", 1)]), "data.sources: ('', 1.0) must be a path and a positive weight"),
         ("data", dict(sources=[("a", -1)]), "must be a path and a positive weight"),
+        ("data", dict(sources=[("a", 1), ("b", 1), ("a", 2)]), "data.sources names 'a' twice; name it once"),
         ("data", dict(sources=[("a", float("inf"))]), "data.sources[0][1]=inf should be a finite number"),
         ("data", dict(sources=[("a", 1, 2)]), "should be a tuple of pairs"),
         ("optimizer", dict(learning_rate=float("nan")), "optimizer.learning_rate=nan should be a finite number"),

@@ -16,7 +16,7 @@ RULES = {"sign": {}, "proportional": {"balance.bias_rule": "proportional"},
 
 
 def draw(results: dict, runs: list[dict], folder: pathlib.Path) -> None:
-    by_rule = dict(zip(RULES, plots.COLOURS))
+    by_rule = dict(zip(RULES, plots.PALETTE))
     colours = [by_rule[arm.split()[0]] for arm in results["arms"]]
     made, (balance, loss) = plots.figure(4.2, 2, sharey=True)
     plots.intervals(balance, results, "max_vio_global", colours)

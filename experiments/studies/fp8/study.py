@@ -180,7 +180,7 @@ def draw(results: dict, runs: list[dict], folder: pathlib.Path) -> None:
 def draw_setting(curves: Curves, title: str, path: pathlib.Path) -> None:
     """The mean losses, and for each variant the differences of its seeds from bfloat16 of the same seed."""
     steps, baseline = len(next(iter(curves["bf16"].values()))), curves["bf16"]
-    colours = dict(zip(curves, plots.COLOURS))
+    colours = dict(zip(curves, plots.PALETTE))
     figure, (loss, *apart) = plots.figure(3 * math.ceil(len(curves) / 2), 2, math.ceil(len(curves) / 2))
     for variant, mine in curves.items():
         mean = np.mean([smoothed(curve) for curve in mine.values()], axis=0)

@@ -15,7 +15,6 @@ from deepseek_jax.plots.style import PALETTE, new_figure, save_figure
 from experiments.studies.framework.results import interval
 from experiments.studies.framework.statistics import difference
 
-COLOURS = PALETTE
 WIDTH = 9.0  # inches
 SMALL = 8  # points; legends, notes
 INTERVALS = "Large dots: means. Bars: their 95 % intervals. Small dots: seeds."
@@ -84,7 +83,7 @@ def _bars(metric):
 
 def scatter(axis: Any, results: dict[str, Any], x: str | Mapping[str, float], y: str) -> None:
     """Every arm as a point with its intervals, and its seeds as dots. `x` is a metric, or a number for each arm."""
-    for colour, (arm, found) in zip(COLOURS, results["arms"].items()):
+    for colour, (arm, found) in zip(PALETTE, results["arms"].items()):
         b = found["metrics"][y]
         if isinstance(x, str):
             a = found["metrics"][x]
@@ -96,7 +95,7 @@ def scatter(axis: Any, results: dict[str, Any], x: str | Mapping[str, float], y:
         axis.plot(list(a["seeds"].values()), list(b["seeds"].values()), ".", color=colour, alpha=0.5)
 
 
-def intervals(axis: Any, results: dict[str, Any], metric: str, colours: Sequence[str] = COLOURS,
+def intervals(axis: Any, results: dict[str, Any], metric: str, colours: Sequence[str] = PALETTE,
               labels: Sequence[str] | None = None) -> None:
     """One row an arm, the first on top: mean, interval, and below it the seeds as dots."""
     for row, (colour, found) in enumerate(zip(colours, results["arms"].values(), strict=False)):
@@ -107,7 +106,7 @@ def intervals(axis: Any, results: dict[str, Any], metric: str, colours: Sequence
     _rows(axis, labels or list(results["arms"]))
 
 
-def cut_at_zero(axis: Any, results: dict[str, Any], metric: str, colours: Sequence[str] = COLOURS) -> None:
+def cut_at_zero(axis: Any, results: dict[str, Any], metric: str, colours: Sequence[str] = PALETTE) -> None:
     """Makes the x axis of `intervals` logarithmic; an interval that reaches 0 ends in an arrow at its left end."""
     found = [arm["metrics"][metric] for arm in results["arms"].values()]
     shown = [x for one in found for x in (next(_ends(one)), *one["seeds"].values()) if x > 0]
@@ -121,7 +120,7 @@ def cut_at_zero(axis: Any, results: dict[str, Any], metric: str, colours: Sequen
 
 def curves(axis: Any, results: dict[str, Any], name: str, every: int = 10) -> None:
     """Mean over the seeds of a curve, by step."""
-    for colour, (arm, found) in zip(COLOURS, results["arms"].items()):
+    for colour, (arm, found) in zip(PALETTE, results["arms"].items()):
         values = found["curves"][name]
         steps = np.minimum((np.arange(len(values)) + 1) * every, results["steps"])
         axis.plot(steps, values, color=colour, label=arm, linewidth=1.6)

@@ -68,9 +68,9 @@ def verdict_lines(results: dict[str, Any]) -> list[str]:
     lines = []
     for claim in results["claims"]:
         d = claim["difference"]
-        interval = "no interval" if d["low"] is None else f"[{d['low']:+.4g}, {d['high']:+.4g}]"
+        bounds = "no interval" if d["low"] is None else f"[{d['low']:+.4g}, {d['high']:+.4g}]"
         lines.append(f"{claim['verdict'].upper()}: {claim['says']}\n  {claim['metric']} of {claim['arm']} minus "
-                     f"{claim['against']}: {d['mean']:+.4g} {interval} over {len(results['seeds'])} seeds")
+                     f"{claim['against']}: {d['mean']:+.4g} {bounds} over {len(results['seeds'])} seeds")
     return lines
 
 

@@ -28,14 +28,13 @@ from deepseek_jax.data.loader import Loader
 from deepseek_jax.data.prepare import Prepared, prepare
 from deepseek_jax.model import DeepSeekV3
 from deepseek_jax.training.evaluate import evaluate
-from deepseek_jax.training.metrics import all_layers, max_vio
+from deepseek_jax.training.metrics import LAST_STEPS, all_layers, max_vio
 from deepseek_jax.training.step import eval_step, start_state, train_step
 from experiments.studies.framework import corpora
 from experiments.studies.framework.results import by_arm, verdict_lines
 from experiments.studies.framework.study import Job, Measure, Study
 
 EVERY = 10  # steps that a point of a curve averages
-LAST = 50  # steps whose mean is the balance of a batch at the end of a run
 
 # Small enough that one seed takes under a minute on one core, compilation aside, and still a complete DeepSeek-V3.
 MODEL = {"vocab_size": 1024, "d_model": 128, "num_layers": 3, "num_dense_layers": 1, "num_heads": 4, "q_rank": 48,
@@ -194,8 +193,8 @@ class Arm:
             save(self._weights(arm, seed), {"params": state.params, "router": state.router})
         scored = evaluate(loader, self.score, state.params, state.router, config.train.eval_batches)
         return {"metrics": {"loss": scored.loss, "bits_per_byte": scored.bits_per_byte,
-                            "max_vio_global": scored.max_vio_global, "max_vio_batch": float(np.mean(vio[-LAST:])),
-                            "train_loss": float(np.mean(losses[-LAST:])), **probes.scalars()},
+                            "max_vio_global": scored.max_vio_global, "max_vio_batch": float(np.mean(vio[-LAST_STEPS:])),
+                            "train_loss": float(np.mean(losses[-LAST_STEPS:])), **probes.scalars()},
                 "curves": {"train_loss": thinned(losses), "max_vio_batch": thinned(vio)},
                 "probes": probes.curves(), "arrays": probes.arrays(),
                 "parameters": sum(x.size for x in jax.tree.leaves(state.params)), "first_loss": losses[0],

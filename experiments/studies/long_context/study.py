@@ -42,7 +42,7 @@ def draw(results: dict, runs: list[dict], folder: pathlib.Path) -> None:
 def draw_loss(axis: Any, results: dict) -> None:
     """Loss of code by position, and where each phase of training ends."""
     middles = np.sqrt(np.maximum(ENDS[:-1], 4) * np.array(ENDS[1:], float))
-    for colour, (arm, found) in zip(plots.COLOURS, results["arms"].items()):
+    for colour, (arm, found) in zip(plots.PALETTE, results["arms"].items()):
         axis.plot(middles, found["arrays"]["by_position"], "--" if "plain" in arm else "-", marker="o", color=colour,
                   markersize=3, label=LABELS[arm])
     axis.set_xscale("log", base=2)

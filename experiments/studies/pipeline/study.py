@@ -59,7 +59,7 @@ def draw_schedules(axis: Any, rows: list[dict[str, Any]], value: Callable[[dict[
     for name in names:
         same.setdefault(tuple((r["microbatches"], value(r)) for r in rows if r["schedule"] == name), []).append(name)
     for points, together in same.items():
-        axis.plot(*zip(*points), "o-", color=plots.COLOURS[names.index(together[0])], markersize=3,
+        axis.plot(*zip(*points), "o-", color=plots.PALETTE[names.index(together[0])], markersize=3,
                   label=", ".join(together))
 
 
