@@ -36,3 +36,10 @@ def test_a_model_without_experts_says_so(model):
 def test_what_is_neither_a_run_nor_a_checkpoint_is_named(tmp_path):
     with pytest.raises(ConfigError, match="holds no config.json"):
         deepseek_jax.load(str(tmp_path))
+
+
+def test_a_step_and_an_average_are_of_runs_alone(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "deepseek_v3"}')
+    for options in (dict(step=3), dict(ema=True)):
+        with pytest.raises(ConfigError, match="no moving average and no steps"):
+            deepseek_jax.load(str(tmp_path), **options)

@@ -24,4 +24,32 @@ MUTATIONS = [
         new="groups = c.num_experts",
         tests="parallel/test_mesh.py",
     ),
+    Mutation(
+        name="softmax scores with a bias pass unsaid",
+        file="deepseek_jax/config/advice.py",
+        old='model.score == "softmax"',
+        new='model.score == "sqrt"',
+        tests="config/test_advice.py::test_softmax_scores_with_a_bias_are_noted",
+    ),
+    Mutation(
+        name="a bias that never moves counts as a second balancer",
+        file="deepseek_jax/config/advice.py",
+        old="and balance.bias_speed > 0",
+        new="and balance.bias_speed >= 0",
+        tests="config/test_advice.py::test_two_balancers_are_noted",
+    ),
+    Mutation(
+        name="a source named twice is taken twice",
+        file="deepseek_jax/config/training.py",
+        old="if paths.count(path) > 1]",
+        new="if paths.count(path) > 2]",
+        tests="config/test_config.py",
+    ),
+    Mutation(
+        name="compiled programs are kept elsewhere than the user says",
+        file="deepseek_jax/runtime.py",
+        old='if "JAX_COMPILATION_CACHE_DIR" in os.environ:',
+        new='if False:',
+        tests="test_runtime.py::test_a_cache_of_the_user_s_wins",
+    ),
 ]

@@ -31,4 +31,18 @@ MUTATIONS = [
         new="weights_MBT[m, row, 1:] = 1",
         tests="data/test_loader.py",
     ),
+    Mutation(
+        name="epochs count every source as if it were alone",
+        file="deepseek_jax/data/overview.py",
+        old="epochs = share * sequences",
+        new="epochs = sequences",
+        tests="data/test_overview.py::test_the_table_says_what_is_read_how_much_of_it_and_how_often",
+    ),
+    Mutation(
+        name="a source"s loss is over every target of the batch",
+        file="deepseek_jax/data/loader.py",
+        old="self.validation.only(s, weights_BT, first) for s",
+        new="weights_BT for s",
+        tests="data/test_validation.py",
+    ),
 ]

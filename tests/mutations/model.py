@@ -469,4 +469,11 @@ MUTATIONS = [
         new="context.tokens_BT",
         tests="examples/test_own_rules.py",
     ),
+    Mutation(
+        name="routes are read without BOS",
+        file="deepseek_jax/routing.py",
+        old="[tokenizer.bos, *tokenizer.encode(text)]",
+        new="tokenizer.encode(text)",
+        tests="test_routing.py::test_the_routes_of_a_text_are_those_of_the_model_token_by_token",
+    ),
 ]

@@ -339,4 +339,11 @@ MUTATIONS = [
         new="if False",
         tests="scale/test_draw.py",
     ),
+    Mutation(
+        name="plan ignores an option that its question does not read",
+        file="deepseek_jax/scale/arguments.py",
+        old="if question in readers or value",
+        new="if question in ALL or value",
+        tests="scale/test_one_device.py::test_a_mistake_ends_in_one_line",
+    ),
 ]

@@ -268,4 +268,11 @@ MUTATIONS = [
         new="if new is None:",
         tests="serving/openai/test_server.py::test_a_client_that_hangs_up_is_noticed_while_choices_never_pause",
     ),
+    Mutation(
+        name="prompts are told apart by blank lines that were left out",
+        file="deepseek_jax/serving/openai/prompts.py",
+        old="for i, line in enumerate(lines, 1) if line.strip()]",
+        new="for i, line in enumerate(filter(str.strip, lines), 1)]",
+        tests="serving/openai/test_prompts.py::test_what_is_no_prompt_is_named_with_its_line",
+    ),
 ]

@@ -294,4 +294,32 @@ MUTATIONS = [
         new="            if True:\n",
         tests="training/test_loop_order.py",
     ),
+    Mutation(
+        name="runs are compared by all their steps",
+        file="deepseek_jax/compare.py",
+        old="trained[-LAST_STEPS:]",
+        new="trained",
+        tests="test_compare.py::test_a_run_is_summed_up_by_its_last_steps",
+    ),
+    Mutation(
+        name="compare shows every config key",
+        file="deepseek_jax/compare.py",
+        old="for config in configs.values()}) > 1}",
+        new="for config in configs.values()}) > 0}",
+        tests="test_compare.py::test_only_what_differs_is_shown_and_the_last_steps_alone_count",
+    ),
+    Mutation(
+        name="an expert that one token chose counts as idle",
+        file="deepseek_jax/training/metrics.py",
+        old="float((counts_LE == 0).mean())",
+        new="float((counts_LE <= 3).mean())",
+        tests="training/test_metrics.py::test_the_balance_of_a_step_has_its_spread_and_its_idle_experts",
+    ),
+    Mutation(
+        name="the entropy of loads is not that of shares",
+        file="deepseek_jax/training/metrics.py",
+        old="/ np.log(max(2, counts_LE.shape[1]))",
+        new="/ np.log(2)",
+        tests="training/test_metrics.py::test_the_balance_of_a_step_has_its_spread_and_its_idle_experts",
+    ),
 ]

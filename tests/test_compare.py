@@ -1,0 +1,47 @@
+"""`compare`: how far a run came, and where configs differ."""
+
+import json
+
+import pytest
+
+from deepseek_jax import compare
+from deepseek_jax.config import as_dict, load_config
+from deepseek_jax.table import aligned
+from deepseek_jax.training.metrics import LAST_STEPS
+from tests import runs
+
+
+@pytest.fixture
+def two(tmp_path):
+    """Two runs of 60 steps that differ in their learning rate."""
+    for name, rate in (("a", 1e-3), ("b", 2e-3)):
+        config = as_dict(load_config("tiny"))
+        config["optimizer"]["learning_rate"] = rate
+        rows = [dict(step=s, tokens=64 * s, loss=9.0 if s <= 10 else 5.0 + rate, max_vio=0.5) for s in range(1, 61)]
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path
+
+
+def test_a_run_is_summed_up_by_its_last_steps():
+    rows = [dict(step=s, tokens=10 * s, loss=float(s)) for s in range(1, 101)]
+    rows += [dict(step=s, eval_loss=1.0, eval_bits_per_byte=s / 100) for s in (50, 100)]
+    found = compare.summary(rows, 200)
+    assert (found["step"], found["of"], found["tokens"], found["bits_per_byte"]) == (100, 200, 1000, 1.0)
+    assert found["loss"] == sum(range(101 - LAST_STEPS, 101)) / LAST_STEPS and found["max_vio"] is None
+
+
+def test_only_what_differs_is_shown_and_the_last_steps_alone_count(two):
+    result = runs.run("compare", two / "a", two / "b", "--json", two / "table.json")
+
+    assert result.code == 0
+    head, first, *rest = (line.split() for line in result.out.splitlines())
+    assert head == ["a", "b"] and first == ["optimizer.learning_rate", "0.001", "0.002"]
+    assert ["loss", "5.001", "5.002"] in rest and ["tokens_per_second", "-", "-"] in rest
+    table = json.loads((two / "table.json").read_text())
+    assert [row["step"] for row in table.values()] == [60, 60]
+
+
+def test_columns_are_as_wide_as_their_longest_cell():
+    assert aligned([("", "one"), ("first", "2"), ("b", "3,000")]) == "         one\nfirst      2\nb      3,000"
