@@ -68,7 +68,7 @@ def main() -> None:
     if args.chat:
         prompts = [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in prompts]
     folder = args.hf or args.workdir
-    cfg, variables, tokenizer = load(folder, args.ema, args.step, hf=args.hf is not None)
+    cfg, variables, tokenizer = load(folder, args.ema, args.step, hf=args.hf is not None, on_host=True)
     chats = any(isinstance(prompt, list) for prompt in prompts)
     template = chat_template.of_folder(folder, tokenizer) if chats else None
     requests = [Request(tuple(prompt_ids(prompt, tokenizer, template)), args.max_new_tokens, args.temperature,

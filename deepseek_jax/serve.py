@@ -49,10 +49,11 @@ def main() -> None:
     from deepseek_jax.workdir import load
 
     folder = args.hf or args.workdir
-    cfg, variables, tokenizer = load(folder, args.ema, hf=args.hf is not None)
+    cfg, variables, tokenizer = load(folder, args.ema, hf=args.hf is not None, on_host=True)
     template = chat_template.of_folder(folder, tokenizer)
     depth = min(1, cfg.mtp_depth) if args.depth is None else args.depth
     engine = Engine(cfg, variables, EngineConfig(args.max_sequences, args.max_length, depth, cache=args.cache))
+    del variables  # the engine has its own
     print("compiling ...", flush=True)
     engine.warm_up()
     name = args.name or os.path.basename(os.path.abspath(folder))

@@ -102,29 +102,39 @@ class LoadedModel(NamedTuple):
     tokenizer: Tokenizer
 
 
-def load(folder: str, ema: bool = False, step: int | None = None, hf: bool | None = None) -> LoadedModel:
+def load(folder: str, ema: bool = False, step: int | None = None, hf: bool | None = None,
+         on_host: bool = False) -> LoadedModel:
     """The model of a run's folder, or of a Hugging Face checkpoint's. ema, step: of a run, as in `load_run`.
 
     Args:
       hf: whether it is a Hugging Face checkpoint; None: its config.json shows.
+      on_host: leave the variables in the host's memory, as NumPy arrays, for an engine to move a layer at a time.
     Raises:
       ConfigError: nothing usable there, or a tokenizer that does not fit.
     """
     from deepseek_jax.data.tokenizer import Tokenizer
 
     vocabulary = os.path.join(folder, "tokenizer.json")
-    if is_hf_checkpoint(folder) if hf is None else hf:
-        from deepseek_jax.interop import load_hf
-
+    hf = is_hf_checkpoint(folder) if hf is None else hf
+    if hf:
         if ema or step is not None:
             raise ConfigError(f"{folder} is a Hugging Face checkpoint, which holds no moving average and no steps; "
                               "ask for neither.")
         Tokenizer.load(vocabulary)  # before gigabytes are read
-        cfg, variables = load_hf(folder)
-    else:
-        run = load_run(folder, ema, step)
-        cfg, variables = run.config.model, run.variables
+    from deepseek_jax.checkpoint.arrays import as_numpy
+
+    read = as_numpy(_read) if on_host else _read
+    cfg, variables = read(folder, hf, ema, step)
     return LoadedModel(cfg, variables, Tokenizer.load(vocabulary, cfg.vocab_size))
+
+
+def _read(folder, hf, ema, step):
+    if hf:
+        from deepseek_jax.interop import load_hf
+
+        return load_hf(folder)
+    run = load_run(folder, ema, step)
+    return run.config.model, run.variables
 
 
 def is_hf_checkpoint(folder: str) -> bool:

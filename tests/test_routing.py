@@ -1,11 +1,15 @@
 """`load` and `routing_of`: a run or a checkpoint, and where it sends the tokens of a text."""
 
+import os
+
+import jax
 import numpy as np
 import pytest
 
 import deepseek_jax
 from deepseek_jax.config import ConfigError
 from deepseek_jax.data.tokenizer import train_tokenizer
+from deepseek_jax.interop import save_hf
 from tests.model import naive
 
 
@@ -36,6 +40,18 @@ def test_a_model_without_experts_says_so(model):
 def test_what_is_neither_a_run_nor_a_checkpoint_is_named(tmp_path):
     with pytest.raises(ConfigError, match="holds no config.json"):
         deepseek_jax.load(str(tmp_path))
+
+
+def test_on_the_host_the_same_variables_are_numpy_arrays(model, tmp_path):
+    folder = str(tmp_path / "hf")
+    save_hf(folder, model.cfg, model.variables)
+    model.tokenizer.save(os.path.join(folder, "tokenizer.json"))
+
+    found, expected = (deepseek_jax.load(folder, on_host=on_host).variables for on_host in (True, False))
+
+    assert all(type(x) is np.ndarray for x in jax.tree.leaves(found))
+    assert all(isinstance(x, jax.Array) for x in jax.tree.leaves(expected))
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
 def test_a_step_and_an_average_are_of_runs_alone(tmp_path):

@@ -11,11 +11,13 @@ are dequantized, transposed and split into our axes as they are read. `inputs` o
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import math
 import os
 import zlib
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
@@ -146,6 +148,21 @@ def _open_orbax(path, name):
     spec = {"driver": "zarr", "kvstore": {"driver": "ocdbt", "base": base, "path": f"{name}/"},
             "recheck_cached_data": False, "context": {"cache_pool": {"total_bytes_limit": 2**30}}}
     return tensorstore.open(spec, read=True).result()
+
+
+def as_numpy(read: Callable[..., Any]) -> Callable[..., Any]:
+    """`read` with the arrays that it returns in the host's memory, as NumPy's; no accelerator ever holds them."""
+    import jax
+
+    def on_host(*args):
+        try:
+            host = jax.default_device(jax.local_devices(backend="cpu")[0])
+        except RuntimeError:  # JAX_PLATFORMS names the accelerator alone
+            host = contextlib.nullcontext()
+        with host:
+            return jax.device_get(read(*args))
+
+    return on_host
 
 
 def restore(stored: Stored, wanted: Any) -> jax.Array:

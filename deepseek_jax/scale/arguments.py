@@ -17,9 +17,9 @@ REPORT_SEQUENCES = 15360  # a step's, report section 4.2
 
 ALL = ("training", "--serve", "--finetune")  # what `plan` is asked
 READERS = {  # of its options; what is not here is of training on many devices
-    **dict.fromkeys(("model", "hardware", "layers", "sequence_length", "json", "serve", "finetune"), ALL),
-    **dict.fromkeys(("sequences", "rows", "fp8"), ("training", "--finetune")),
-    "dtype": ("--serve",), "cache": ("--serve",), "moments": ("--finetune",)}
+    **dict.fromkeys(("model", "hardware", "layers", "sequence_length", "fp8", "json", "serve", "finetune"), ALL),
+    **dict.fromkeys(("sequences", "rows"), ("training", "--finetune")),
+    "cache": ("--serve",), "moments": ("--finetune",)}
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -38,7 +38,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sequence-length", "--context", type=int, default=4096, help="tokens (default 4096)")
     parser.add_argument("--remat", help="none, report or full (default: the model's)")
     parser.add_argument("--fp8", action=argparse.BooleanOptionalAction, default=False,
-                        help="products, what is kept, and dispatch in FP8")
+                        help="products, what is kept, and dispatch in FP8; with --serve: weights")
     parser.add_argument("--dispatch", default="two_hop", help="two_hop or flat")
     parser.add_argument("--buffers", default="ragged", help="ragged or static")
     parser.add_argument("--capacity", type=_capacity, default=1.25,
@@ -51,8 +51,6 @@ def add_one_device(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--serve", action="store_true", help="plan one device that serves: users of --context tokens")
     what.add_argument("--finetune", action="store_true", help="plan one device that trains all parameters: --sequences "
                       "(default 1) of --context tokens, all at once unless --rows says otherwise")
-    parser.add_argument("--dtype", choices=("bfloat16", "float32", "fp8"), default="bfloat16", help="with --serve: of "
-                        "the checkpoint (default bfloat16; train writes float32)")
     parser.add_argument("--cache", choices=("bfloat16", "float32", "fp8"), help="with --serve: of the latents "
                         "(default: as the model computes)")
     parser.add_argument("--moments", choices=("bfloat16", "float32"), default="float32", help="with --finetune: of "
@@ -90,7 +88,7 @@ def complete(args: argparse.Namespace, machine: Hardware) -> None:
         raise ConfigError("--devices is missing: how many train together; for one device take --serve or --finetune.")
     if args.decode:
         check_published(args.model, args.devices)
-    if args.fp8 or (args.serve and args.dtype == "fp8"):
+    if args.fp8:
         check_fp8(args.hardware, machine)
     if args.fp8 is None:  # training for the report's layouts is in FP8 where it can be, and `train` is not
         args.fp8 = machine.fp8 is not None and not one_device

@@ -17,7 +17,7 @@ def answer(args: argparse.Namespace, model: ModelConfig) -> dict[str, Any]:
 
 
 def _serving(args, machine, model):
-    asked = serve.Asked(args.sequence_length, args.dtype, args.cache or model.dtype)
+    asked = serve.Asked(args.sequence_length, args.fp8, args.cache or model.dtype)
     found = serve.serve(model, machine, asked)
     advice = "" if found.users else serve.instead(model, machine, asked, found)
     print(tables.served(args.hardware, machine, asked, found, advice))

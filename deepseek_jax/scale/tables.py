@@ -88,10 +88,10 @@ def _departures(name: str, hw: Hardware) -> list[str]:
 
 def served(name: str, hw: Hardware, asked: Asked, found: Served, advice: str) -> str:
     """The plan of serving on one device; `advice`: what would fit, where this does not."""
-    rows = [("weights, laid out for decoding", found.weights), ("parameters as loaded, kept by serve", found.loaded),
-            ("reserve for programs and driver", found.reserve), ("left for the cache", found.room)]
-    lines = [f"serving on one {name}, {hw.memory / 1e9:.0f} GB; checkpoint in {asked.dtype}, cache in {asked.cache}",
-             ""]
+    rows = [("weights, laid out for decoding", found.weights), ("reserve for programs and driver", found.reserve),
+            ("left for the cache", found.room)]
+    kind = "fp8" if asked.fp8 else "the model's type"
+    lines = [f"serving on one {name}, {hw.memory / 1e9:.0f} GB; weights in {kind}, cache in {asked.cache}", ""]
     lines += [f"  {what:38} {size / 1e9:10,.2f} GB" for what, size in rows if size]
     lines += [f"  {'cache of one token, all layers':38} {found.token:10,} bytes",
               f"  {f'cache of one user, {asked.context:,} tokens':38} {found.user / 1e9:10,.3f} GB", ""]
@@ -103,7 +103,7 @@ def served(name: str, hw: Hardware, asked: Asked, found: Served, advice: str) ->
               f"{'bound, all':>12} {'a user':>9}"]
     lines += [f"  {b.batch:7,} {b.experts:24.1f} {b.by_memory:19,.0f} {b.by_flops:12,.0f} {b.tokens_a_second:12,.0f} "
               f"{b.tokens_a_second / b.batch:9,.1f}" for b in found.bounds]
-    if asked.dtype == "fp8":
+    if asked.fp8:
         lines.append("  deepseek_jax.serve does not do this: it lays FP8 checkpoints out in bfloat16")
     return "\n".join(lines + _departures(name, hw))
 

@@ -58,15 +58,14 @@ class DecodeWeights(NamedTuple):
     mtp: tuple[MTPWeights, ...]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 2))
 def prepare(cfg: ModelConfig, variables: dict[str, Any], modules: int = 0) -> DecodeWeights:
-    """The variables laid out for decoding.
+    """The variables laid out for decoding, one layer after another: of NumPy arrays the device never holds two copies.
 
     Args:
       variables: also with weights kept in FP8, {"values", "scales"}, as `load_hf(keep_fp8=True)` leaves them.
       modules: MTP modules to include.
     """
-    params, router = _dequantized(cfg, variables["params"]), variables.get("router", {})
+    params, router = variables["params"], variables.get("router", {})
     layers = []
     for name, count in (("dense_layers", cfg.num_dense_layers), ("layers", cfg.num_moe_layers)):
         for i in range(count):
@@ -74,13 +73,10 @@ def prepare(cfg: ModelConfig, variables: dict[str, Any], modules: int = 0) -> De
             layers.append(_layer(cfg, jax.tree.map(lambda x, i=i: x[i], params[name]), bias_E))
     mtp = []
     for k in range(modules):
-        module = params[f"mtp_{k + 1}"]
         bias_E = router["mtp_bias"][k] if cfg.has_router_bias else None
-        mtp.append(MTPWeights(
-            _layer(cfg, module["block"], bias_E), module["norm"]["scale"], module["embedding_norm"]["scale"],
-            module["hidden_norm"]["scale"], module["projection"].astype(cfg.dtype)))
-    return DecodeWeights(params["embedding"].astype(cfg.dtype), params["head"].astype(cfg.dtype),
-                         params["norm"]["scale"], tuple(layers), tuple(mtp))
+        mtp.append(_module(cfg, params[f"mtp_{k + 1}"], bias_E))
+    embedding, head = (_narrow(cfg, params[name]) for name in ("embedding", "head"))
+    return DecodeWeights(embedding, head, jnp.asarray(params["norm"]["scale"]), tuple(layers), tuple(mtp))
 
 
 def _dequantized(cfg: ModelConfig, tree: Any, name: str = "") -> Any:
@@ -96,8 +92,21 @@ def _dequantized(cfg: ModelConfig, tree: Any, name: str = "") -> Any:
     return w.reshape(w.shape[:-2] + split.get(name, w.shape[-2:]))
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _narrow(cfg: ModelConfig, tree: Any) -> Any:
+    return jax.tree.map(lambda x: x.astype(cfg.dtype), _dequantized(cfg, tree))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _module(cfg: ModelConfig, module: dict[str, Any], bias_E: jax.Array | None) -> MTPWeights:
+    norm, embedding_norm, hidden_norm = (module[name]["scale"] for name in ("norm", "embedding_norm", "hidden_norm"))
+    return MTPWeights(_layer(cfg, module["block"], bias_E), norm, embedding_norm, hidden_norm,
+                      _narrow(cfg, module["projection"]))
+
+
+@functools.partial(jax.jit, static_argnums=0)
 def _layer(cfg: ModelConfig, p: dict[str, Any], bias_E: jax.Array | None) -> LayerWeights:
-    narrow = functools.partial(jax.tree.map, lambda x: x.astype(cfg.dtype))
+    narrow, p = functools.partial(_narrow, cfg), _dequantized(cfg, p)
     attention = dict(p["attention"])
     kv_b = attention.pop("kv_b").astype(cfg.dtype)
     norms = {name: attention.pop(name)["scale"] for name in ("q_norm", "kv_norm") if name in attention}

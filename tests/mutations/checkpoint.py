@@ -66,4 +66,11 @@ MUTATIONS = [
         new="        os.makedirs(partial, exist_ok=True)",
         tests="test_io.py",
     ),
+    Mutation(
+        name="what is read for the host stays where the device has it",
+        file="deepseek_jax/checkpoint/arrays.py",
+        old="return jax.device_get(read(*args))",
+        new="return read(*args)",
+        tests="test_routing.py::test_on_the_host_the_same_variables_are_numpy_arrays",
+    ),
 ]

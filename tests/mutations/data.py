@@ -39,7 +39,7 @@ MUTATIONS = [
         tests="data/test_overview.py::test_the_table_says_what_is_read_how_much_of_it_and_how_often",
     ),
     Mutation(
-        name="a source"s loss is over every target of the batch",
+        name="a source's loss is over every target of the batch",
         file="deepseek_jax/data/loader.py",
         old="self.validation.only(s, weights_BT, first) for s",
         new="weights_BT for s",

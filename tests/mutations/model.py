@@ -476,4 +476,11 @@ MUTATIONS = [
         new="tokenizer.encode(text)",
         tests="test_routing.py::test_the_routes_of_a_text_are_those_of_the_model_token_by_token",
     ),
+    Mutation(
+        name="one expert shard counts its experts from 1",
+        file="deepseek_jax/model/experts.py",
+        old="routed_experts(x_RD, id_RK - 1,",
+        new="routed_experts(x_RD, id_RK,",
+        tests="parallel/test_moe_layer.py::test_the_layer_is_the_layer_of_one_device_with_its_gradients",
+    ),
 ]

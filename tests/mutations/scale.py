@@ -291,13 +291,6 @@ MUTATIONS = [
         tests="scale/test_serve.py",
     ),
     Mutation(
-        name="what was loaded is given back",
-        file="deepseek_jax/scale/serve.py",
-        old="* hw.memory - weights - kept",
-        new="* hw.memory - weights",
-        tests="scale/test_serve.py",
-    ),
-    Mutation(
         name="users have no scratch page",
         file="deepseek_jax/scale/serve.py",
         old="(PAGE * token)) - 1, 0)",

@@ -45,8 +45,10 @@ def assert_close(found, expected, rtol):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=rtol * np.abs(b).max()), found, expected)
 
 
-def test_the_layer_is_the_layer_of_one_device_with_its_gradients():
-    found, expected = layer(CFG, MESH), layer(CFG, MeshConfig())
+@pytest.mark.parametrize("mesh", [MESH, MeshConfig(replica=4), MeshConfig(replica=2, tensor=2)], ids=[
+    "experts apart", "replicas", "replicas and tensor"])
+def test_the_layer_is_the_layer_of_one_device_with_its_gradients(mesh):
+    found, expected = layer(CFG, mesh), layer(CFG, MeshConfig())
 
     assert_close(found[:2], expected[:2], 2e-5)
     np.testing.assert_array_equal(found[2].counts_E, expected[2].counts_E)

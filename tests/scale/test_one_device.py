@@ -38,10 +38,10 @@ def test_a_model_that_cannot_be_served_is_one_line_and_exit_code_1():
 
 
 def test_weights_in_fp8_are_said_to_be_no_plan_of_this_program_s_server():
-    result = run("--model", "v2_lite_16b", "--hardware", "rtx4090", "--serve", "--dtype", "fp8")
+    result = run("--model", "v2_lite_16b", "--hardware", "rtx4090", "--serve", "--fp8")
 
     assert result.code == 0 and "deepseek_jax.serve does not do this" in result.out
-    assert "parameters as loaded" not in result.out
+    assert "weights in fp8" in result.out
 
 
 def test_finetuning_has_a_column_for_every_policy(tmp_path):
@@ -73,13 +73,12 @@ def test_what_finetuning_names_instead_fits():
     ([*LITE, "--serve", "--devices", "4"], "leave out --devices 4"),
     ([*LITE, "--finetune", "--search"], "--finetune plans one device and does not read --search"),
     ([*LITE, "--finetune", "--remat", "full"], "does not read --remat full"),
-    ([*LITE, "--serve", "--no-fp8"], "--serve plans one device and does not read --fp8"),
     ([*LITE, "--serve", "--pipe", "2"], "does not read --pipe 2"),
     ([*LITE, "--serve", "--price", "2"], "does not read --price"),
     ([*LITE, "--serve", "--moments", "bfloat16"], "does not read --moments bfloat16"),
-    ([*LITE, "--devices", "8", "--dtype", "float32"], "--dtype float32 goes with --serve; add --serve"),
+    ([*LITE, "--devices", "8", "--cache", "fp8"], "--cache fp8 goes with --serve; add --serve"),
     ([*LITE, "--devices", "8", "--moments", "bfloat16"], "goes with --finetune"),
-    ([*LITE, "--serve", "--dtype", "fp8"], "a100 has no FP8 units: products run in bfloat16"),
+    ([*LITE, "--serve", "--fp8"], "a100 has no FP8 units: products run in bfloat16"),
     ([*LITE, "--devices", "8", "--fp8"], "a100 has no FP8 units"),
     ([*LITE, "--serve", "--context", "0"], "--context 0 must be positive"),
     ([*LITE, "--devices", "1", "--decode"], "for one device of yours take --serve"),

@@ -25,7 +25,7 @@ def test_rows_of_json_are_texts_or_chats(tmp_path):
 
 @pytest.mark.parametrize(("text", "message"), [
     ("", "holds no prompt"), ("\n \n", "holds no prompt"), (b"\xff\n", "is not UTF-8"),
-    ('{"prompt": "a"}\n{"prompt"', r"p.jsonl:2 is not JSON"), ("[]", r"p.jsonl:1 needs \"prompt\""),
+    ('{"prompt": "a"}\n\n{"prompt"', r"p.jsonl:3 is not JSON"), ("[]", r"p.jsonl:1 needs \"prompt\""),
     ('{"text": "a"}', r"needs \"prompt\""), ('{"prompt": 3}', r"needs \"prompt\""),
     ('{"prompt": []}', r"p.jsonl:1 needs"), ('{"messages": "a"}', r"p.jsonl:1: messages must be a list"),
     ('{"messages": [{"role": "user"}]}', r"p.jsonl:1: messages\[0\] needs a role"),
