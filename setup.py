@@ -44,8 +44,8 @@ setup(
         "safetensors>=0.5",
         "tqdm>=4.60",
         "filelock>=3.12",  # which jax's bounded compilation cache needs
-        "matplotlib>=3.8",
-        "tensorboardX>=2.6.2",
+        "matplotlib>=3.9",
+        "tensorboardX>=2.6.2.2",
     ],
     extras_require={
         # jax for an accelerator, with all of its libraries; without one of these it runs on CPUs.

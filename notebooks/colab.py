@@ -22,9 +22,9 @@ from nbclient.exceptions import CellExecutionError, CellTimeoutError  # pyright:
 
 from notebooks.execute import HERE, faults
 
-INSTALL_SECONDS = 30   # that the first cell promises; a busy machine gets four times as many
+INSTALL_SECONDS = 30   # that the first cell promises; four times as many are an error
 CELL_SECONDS = 400
-ALL_SECONDS = 900      # no notebook is begun later: a machine with other work runs fewer of them
+ALL_SECONDS = 900      # no notebook is begun later than this
 ENVIRONMENT = HERE.parent / ".venv-colab"
 REPO = re.compile(r'^REPO = ".*"$', re.MULTILINE)
 

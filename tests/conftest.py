@@ -4,6 +4,7 @@ All of it is environment, set before jax is imported, so that commands which a t
 What is already set outside wins, but for the XLA flags that the suite cannot do without.
 """
 
+import importlib.metadata
 import os
 import pathlib
 import sys
@@ -19,6 +20,8 @@ _FLAGS = {
     # Tests compile far more than they compute: with LLVM's first level a training step compiles in 0.7 of the time.
     "--xla_backend_optimization_level": "1",
 }
+if int(importlib.metadata.version("jaxlib").split(".")[1]) < 8:  # 0.7 stops at a flag that it does not know
+    del _FLAGS["--xla_cpu_collective_call_terminate_timeout_seconds"]
 _kept = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if flag.split("=")[0] not in _FLAGS]
 os.environ["XLA_FLAGS"] = " ".join(_kept + [f"{name}={value}" for name, value in _FLAGS.items()])
 

@@ -10,6 +10,7 @@ from deepseek_jax.model.attention import MLA
 from deepseek_jax.model.blockwise import attend
 from deepseek_jax.model.rope import rope_table
 from tests.model import naive
+from tests.precision import float64
 
 SCALE = 0.4
 PACKED = [0, 0, 0, 1, 2, 2, 2, 2, 2, 3]
@@ -62,7 +63,7 @@ def with_gradients(f, arrays, dtype):
     ],
 )
 def test_attention_in_blocks_is_the_plain_softmax_and_so_are_its_gradients(T, block, segments):
-    with jax.enable_x64(True):
+    with float64():
         found = with_gradients(blockwise(block, segments), qkv(T), jnp.float64)
         expected = with_gradients(lambda *x: plain(*x, segments), qkv(T), jnp.float64)
 
@@ -118,7 +119,7 @@ def test_scores_far_below_zero_do_not_vanish_behind_masked_blocks():
 
     o, *_ = with_gradients(blockwise(4, PACKED), (q, k, v), jnp.float32)
 
-    with jax.enable_x64(True):
+    with float64():
         np.testing.assert_allclose(o, plain(q, k, v, PACKED), atol=1e-4)
 
 
@@ -151,7 +152,7 @@ def test_mla_is_the_naive_one_in_float64(overrides):
     x_BTD = rng.standard_normal((2, 7, cfg.d_model))
     positions = np.stack([np.arange(7), [0, 1, 2, 0, 1, 2, 3]])
     segments = np.array([[0] * 7, [0, 0, 0, 1, 1, 1, 1]])
-    with jax.enable_x64(True):
+    with float64():
         rope = jax.tree.map(np.asarray, rope_table(cfg, positions, jnp.float64))
         module = MLA(cfg)
         variables = naive.fill(jax.eval_shape(module.init, jax.random.key(0), x_BTD, rope, segments), np.float64)

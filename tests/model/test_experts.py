@@ -12,6 +12,7 @@ from deepseek_jax.model.grouped_matmul import IMPLEMENTATIONS
 from tests.model import naive
 from tests.model.test_grouped_matmul import weights
 from tests.model.test_permute import ROUTINGS, E, K
+from tests.precision import float64
 
 
 def dense(x_ND, chosen_NK, gates_NK, gate_EDF, up_EDF, down_EFD):
@@ -68,7 +69,7 @@ def test_the_layer_adds_its_shared_experts_to_the_routed_ones(shared):
     cfg = naive.tiny(num_shared_experts=shared, dtype="float64")
     rng = np.random.default_rng(8)
     x_BTD, bias_E = rng.standard_normal((2, 5, cfg.d_model)), rng.uniform(-8, -4, cfg.num_experts)
-    with jax.enable_x64(True):
+    with float64():
         module = MoE(cfg)
         variables = naive.fill(jax.eval_shape(module.init, jax.random.key(0), x_BTD, bias_E), np.float64)
 

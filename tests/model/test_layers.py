@@ -12,6 +12,7 @@ from deepseek_jax.model.rope import rope_table
 from deepseek_jax.model.transformer import Block, DeepSeekV3, rematerialized
 from deepseek_jax.model.types import TokenContext
 from tests.model import naive
+from tests.precision import float64
 
 RNG = np.random.default_rng(0)
 
@@ -64,7 +65,7 @@ def test_the_norm_of_zeros_is_zero_and_eps_counts_against_small_inputs():
 @pytest.mark.parametrize(
     ("dtype", "expected"), [("bfloat16", "float32"), ("float32", "float32"), ("float64", "float64")])
 def test_sums_are_kept_in_float32_or_wider(dtype, expected):
-    with jax.enable_x64(True):
+    with float64():
         assert layers.wide(dtype) == expected
 
 

@@ -9,6 +9,7 @@ import pytest
 from deepseek_jax.model import DeepSeekV3
 from deepseek_jax.model.mtp import MTPModule, ahead
 from tests.model import naive
+from tests.precision import float64
 
 DEPTH, T = 2, 7
 DEEP = naive.tiny(dtype="float64", mtp_depth=DEPTH, num_layers=2)
@@ -47,7 +48,7 @@ def dependence():
     """[depth + 1, T, T]: how much the logits at i change with token j; row 0 is the main model's."""
     tokens = np.random.default_rng(1).integers(0, 64, (1, T)).repeat(T + 1, axis=0).astype(np.int32)
     tokens[np.arange(T), np.arange(T)] = (tokens[T] + 1) % 64  # row j differs from the last one in token j
-    with jax.enable_x64(True):
+    with float64():
         output = naive.forward(DEEP)(naive.variables_of(DEEP), tokens)
         logits = np.stack([output.logits_BTW, *output.mtp_logits])
     return np.abs(logits[:, :T] - logits[:, T:]).max(-1).swapaxes(1, 2)
@@ -66,7 +67,7 @@ def test_depth_k_sees_the_tokens_up_to_k_ahead_and_none_beyond(dependence, depth
 
 def test_the_next_depth_gets_the_normed_state_of_the_one_before():
     tokens = np.arange(T * (T + 1), dtype=np.int32).reshape(T + 1, T)
-    with jax.enable_x64(True):
+    with float64():
         variables = naive.variables_of(DEEP)
         # Read before the weights change in place: jax may share NumPy's memory, and computes when it likes.
         before = np.asarray(naive.forward(DEEP)(variables, tokens).mtp_logits[1])

@@ -8,6 +8,7 @@ import pytest
 from deepseek_jax.config import Yarn, model_config
 from deepseek_jax.model import DeepSeekV3
 from tests.model import naive
+from tests.precision import float64
 
 TOKENS = np.random.default_rng(1).integers(0, 64, (2, 8)).astype(np.int32)
 SEGMENTS = np.array([[0] * 8, [0, 0, 0, 1, 1, 1, 1, 1]], np.int32)
@@ -28,7 +29,7 @@ MODELS = {
 @pytest.mark.parametrize("name", MODELS)
 def test_the_scanned_model_is_its_blocks_one_by_one_in_naive_float64(name):
     cfg = naive.tiny(dtype="float64", **MODELS[name])
-    with jax.enable_x64(True):
+    with float64():
         variables = naive.variables_of(cfg)
 
         output = naive.forward(cfg)(variables, TOKENS, POSITIONS, SEGMENTS)
@@ -50,7 +51,7 @@ def test_the_scanned_model_is_its_blocks_one_by_one_in_naive_float64(name):
 
 def test_a_float64_model_computes_nothing_in_less():
     cfg = naive.tiny(dtype="float64")
-    with jax.enable_x64(True):
+    with float64():
         shapes = jax.eval_shape(lambda: DeepSeekV3(cfg).init(jax.random.key(0), TOKENS))
         program = jax.jit(DeepSeekV3(cfg).apply).lower(shapes, TOKENS).as_text()
 

@@ -6,6 +6,7 @@ import pytest
 
 from deepseek_jax.config import FP8Config, MeshConfig
 from tests.parallel.meshes import config_of, train
+from tests.precision import float64
 
 STEPS = 20
 # Every mesh once, with one or four micro-batches and with or without recomputation.
@@ -23,7 +24,7 @@ QUICK = ["local=8", "node=2 local=4", "replica=2 node=2 local=2", "node=2 local=
 @pytest.fixture(scope="module")
 def alone():
     """Losses and biases of one device."""
-    with jax.enable_x64(True):
+    with float64():
         losses, router, _ = train(config_of(), STEPS)
     assert losses[-1] < losses[0] - 0.5 and max(np.abs(b).max() for b in router.values()) > 0.03  # it learns
     return losses, router
@@ -32,7 +33,7 @@ def alone():
 @pytest.mark.parametrize("case", [*QUICK, *(pytest.param(case, marks=pytest.mark.slow)
                                             for case in ("node=4 local=2", "flat"))])
 def test_in_float64_twenty_steps_are_those_of_one_device(case, alone):
-    with jax.enable_x64(True):
+    with float64():
         losses, router, metrics = train(config_of(**CASES[case]), STEPS)
 
     np.testing.assert_allclose(losses, alone[0], rtol=1e-9)

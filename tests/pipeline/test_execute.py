@@ -13,6 +13,7 @@ from deepseek_jax.pipeline import ScheduleError, make_schedule
 from deepseek_jax.pipeline.execute import Model, pipelined, rows
 from deepseek_jax.pipeline.split import split
 from tests.pipeline import toy
+from tests.precision import float64
 
 
 @functools.cache
@@ -61,7 +62,7 @@ def distance(a, b):
     ],
 )
 def test_loss_gradients_and_sums_are_those_of_the_serial_model(name, mesh, microbatches, remat):
-    with jax.enable_x64(True):
+    with float64():
         schedule = make_schedule(name, mesh[0], microbatches)
         (loss, sums), (dparams, dshared) = reference(schedule.stages, microbatches)
 

@@ -18,6 +18,7 @@ from deepseek_jax.training.step import accumulate, eval_step
 from tests import runs
 from tests.model import naive
 from tests.parallel.meshes import QUICKLY, T, batch_of, config_of, on, place_batch
+from tests.precision import float64
 
 ROWS = 16
 V2 = dict(score="softmax", router_bias="none", normalize_gates=False, q_rank=None, num_dense_layers=0, mtp_depth=0)
@@ -115,7 +116,7 @@ SLOW = {
 @pytest.mark.parametrize("name", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
 def test_in_float64_losses_gradients_and_loads_are_those_without_a_pipeline(name):
     case = (QUICK | SLOW)[name]
-    with jax.enable_x64(True):
+    with float64():
         sums = assert_same_step(case, 1e-12)
 
     layers = case.model.num_moe_layers + case.model.mtp_depth
@@ -135,7 +136,7 @@ def test_in_float32_they_agree_to_rounding(name):
 def test_experts_and_attention_compute_in_fp8_as_without_a_pipeline():
     """The same tokens in every product: micro-batches of a device are those of the accumulation."""
     case = config("dualpipe", (2, 1, 1), 4, **FP8)
-    with jax.enable_x64(True):
+    with float64():
         parts = dataclasses.replace(case, train=dataclasses.replace(case.train, accumulation_steps=4))
         assert_same_step(case, 1e-12, alone(parts))
 
@@ -150,7 +151,7 @@ def test_validation_losses_are_those_of_one_device():
             return jax.device_get(run(held["params"], held["router"], place_batch(config, made)))
 
     case = config("dualpipe", (2, 1, 2), 4, num_layers=3, masked=True)
-    with jax.enable_x64(True):
+    with float64():
         found, expected = scored(case), scored(dataclasses.replace(case, mesh=MeshConfig()))
 
     for name in ("nats", "weight"):

@@ -10,6 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 from deepseek_jax.config.schema import ConfigError
 from deepseek_jax.pipeline.split import DEFERRED, split
 from tests.pipeline import toy
+from tests.precision import float64
 
 REMAT = ("none", "layers", "full")
 PRODUCTS = 4 * toy.LAYERS  # gate, up, down, and the gate once more for the stage's own loss
@@ -41,7 +42,7 @@ def assert_close(a, b):
 
 @pytest.mark.parametrize("remat", REMAT)
 def test_the_pieces_give_what_the_vjp_gives(remat):
-    with jax.enable_x64(True):
+    with float64():
         params, x, context, dy, dloss = example()
         (y, loss), vjp, sums = jax.vjp(
             lambda p, x: (lambda y, loss, sums: ((y, loss), sums))(*stage(remat)(p, x, context)), params, x,
@@ -61,7 +62,7 @@ def test_the_pieces_give_what_the_vjp_gives(remat):
 
 @pytest.mark.parametrize("remat", REMAT)
 def test_no_product_is_computed_twice_beyond_remat(remat):
-    with jax.enable_x64(True):
+    with float64():
         params, x, context, dy, dloss = example()
 
         s = split(stage(remat), params, x, context)
@@ -74,7 +75,7 @@ def test_no_product_is_computed_twice_beyond_remat(remat):
 
 
 def test_what_crosses_is_the_layers_inputs_and_output_gradients():
-    with jax.enable_x64(True):
+    with float64():
         params, x, context, dy, dloss = example()
 
         s = split(stage("full"), params, x, context)
@@ -88,7 +89,7 @@ def test_what_crosses_is_the_layers_inputs_and_output_gradients():
 
 
 def test_keeping_less_is_the_stages_choice():
-    with jax.enable_x64(True):
+    with float64():
         params, x, context, _, _ = example()
 
         kept = [split(stage(remat), params, x, context).residual_bytes for remat in REMAT]
@@ -226,7 +227,7 @@ def test_constants_of_different_types_are_different():
 
 def test_what_is_recomputed_waits_for_the_gradient_that_it_is_for():
     """Or all layers of a stage would be recomputed at once, and all of what they keep would be there."""
-    with jax.enable_x64(True):
+    with float64():
         params, x, context, dy, dloss = example()
         s = split(stage("full"), params, x, context)
         _, residuals = s.forward(s.prepare(params), x, context)
@@ -240,7 +241,7 @@ def test_a_scan_over_weights_stays_whole():
     def scanned(params, x, context):
         return lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, params)[0], jnp.zeros(()), ()
 
-    with jax.enable_x64(True):
+    with float64():
         params, x, dy = jnp.ones((3, 4, 4)) / 4, jnp.ones((2, 4)), jnp.ones((2, 4))
         s = split(scanned, params, x, ())
         prepared, dloss = s.prepare(params), jnp.ones(())
@@ -255,7 +256,7 @@ def test_a_scan_over_weights_stays_whole():
 
 
 def test_shapes_are_enough_to_split():
-    with jax.enable_x64(True):
+    with float64():
         structs = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), example()[:3])
 
         assert split(stage("full"), *structs).residual_bytes == toy.B * toy.D * 8

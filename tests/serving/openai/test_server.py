@@ -175,7 +175,7 @@ def test_what_is_no_json_and_a_wrong_key_are_refused(url):
 def test_a_client_that_vanishes_frees_its_pages_within_a_second(url):
     start = time.monotonic()
     ask(url, max_tokens=64)
-    # Longer on a busy machine, where whole answers would take 60 times what one of 64 tokens does.
+    # A bound far from both: whole answers would take 60 times what one of 64 tokens does.
     second = max(1.0, 8 * (time.monotonic() - start))
     with streaming(url, max_tokens=480, n=16) as (_, events):
         next(events)
