@@ -38,7 +38,7 @@ setup(
         "orbax-checkpoint>=0.11.30",
         "chex>=0.1.90",
         "ml-collections>=1.0",
-        "tensorstore>=0.1.75",
+        "tensorstore>=0.1.85",
         "grain>=0.2.12",
         "tokenizers>=0.20",
         "safetensors>=0.5",

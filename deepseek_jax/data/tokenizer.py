@@ -35,6 +35,11 @@ SPECIALS = {"bos": ("<|bos|>", "<｜begin▁of▁sentence｜>"),
             "fim_hole": ("<|fim_hole|>", "<｜fim▁hole｜>"),
             "fim_end": ("<|fim_end|>", "<｜fim▁end｜>")}
 
+# The alphabet of byte-level BPE: bytes that print stand for themselves, the others for characters from 256 on.
+_PRINTED = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+BYTE_OF = {chr(byte): byte for byte in _PRINTED} | {
+    chr(256 + i): byte for i, byte in enumerate(sorted(set(range(256)) - set(_PRINTED)))}
+
 
 class Tokenizer:
     """Text to ids and back. Ids of special tokens are attributes, None where the tokenizer has none.
@@ -105,17 +110,34 @@ class Tokenizer:
         return hashlib.sha256(self.backend.to_str().encode()).hexdigest()
 
     @functools.cached_property
+    def _spellings(self):
+        added = {i: t.content for i, t in self.backend.get_added_tokens_decoder().items()}
+        spellings = [b""] * self.vocab_size
+        for token, i in self.backend.get_vocab(with_added_tokens=True).items():
+            # The byte-level alphabet spells every byte as one character; what is in no such letters is plain text.
+            plain = i in added or not all(character in BYTE_OF for character in token)
+            spellings[i] = added.get(i, token).encode() if plain else bytes(BYTE_OF[character] for character in token)
+        return spellings
+
+    @functools.cached_property
+    def specials(self) -> frozenset[int]:
+        """The tokens that are no part of a text."""
+        added = self.backend.get_added_tokens_decoder()
+        roles = {getattr(self, role) for role in SPECIALS} - {None}
+        return frozenset(roles | {i for i, token in added.items() if token.special})
+
+    def spelling(self, token: int) -> bytes:
+        """The UTF-8 bytes that a token is written with, a special one too; b"" for an id that is no token."""
+        return self._spellings[token] if token < self.vocab_size else b""  # a model's vocabulary may be padded
+
+    def bytes_of(self, token: int) -> bytes:
+        """What a token adds to a text: its spelling, and nothing if it is special."""
+        return b"" if token in self.specials else self.spelling(token)
+
+    @functools.cached_property
     def byte_lengths_W(self) -> np.ndarray:
         """int32: UTF-8 bytes each token stands for; 0 for special tokens. Sums to the bytes of any encoded text."""
-        special = {getattr(self, role) for role in SPECIALS}
-        special |= {i for i, t in self.backend.get_added_tokens_decoder().items() if t.special}
-        added = {i: t.content for i, t in self.backend.get_added_tokens_decoder().items()}
-        lengths_W = np.zeros(self.vocab_size, np.int32)
-        for token, i in self.backend.get_vocab(with_added_tokens=True).items():
-            if i not in special:
-                # The byte-level alphabet spells every byte as one character; added tokens are plain text.
-                lengths_W[i] = len(added[i].encode()) if i in added else len(token)
-        return lengths_W
+        return np.array([len(self.bytes_of(i)) for i in range(self.vocab_size)], np.int32)
 
     @functools.cached_property
     def splits(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

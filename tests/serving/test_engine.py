@@ -9,7 +9,6 @@ from deepseek_jax.serving import latent_cache
 from deepseek_jax.serving.decode import decode, prefill
 from deepseek_jax.serving.engine import Engine, EngineConfig, Request
 from deepseek_jax.serving.latent_cache import bytes_per_token
-from deepseek_jax.serving.openai.detokenize import TextStream
 from tests.model import naive
 
 CFG = naive.tiny(num_layers=2)
@@ -197,23 +196,6 @@ def test_random_traffic_leaks_no_page(engine):
         assert engine.pool.owned + len(engine.pool._free) + len(engine.pool._kept) == engine.pool.total
 
 
-def test_text_comes_in_whole_characters_and_without_any_part_of_a_stop_string():
-    decode = lambda ids: bytes(ids).decode(errors="replace")
-    stream = TextStream(decode, ("STOP", "\n\n"))
-    said = [stream.feed(b) for b in "naïve\nST☃O STOPPED".encode()]
-
-    assert "".join(said) == "naïve\nST☃O " and stream.stopped
-    assert all("\ufffd" not in part for part in said) and stream.flush() == ""
-
-
-def test_a_token_begins_where_the_text_before_it_ends_whether_given_out_or_held_back():
-    stream, text, offsets = TextStream(lambda ids: bytes(ids).decode(errors="replace"), ("STOP",)), "aSTé☃STx", []
-    for byte in text.encode():
-        offsets.append(stream.offset)
-        stream.feed(byte)
-    assert offsets == [text.index(c, i) for i, c in enumerate(text) for _ in c.encode()]
-
-
 def test_short_prompts_are_read_together():
     engine = Engine(CFG, VARIABLES, EngineConfig(
         max_sequences=2, max_length=64, depth=1, page_size=4, chunk=32, most_steps=4))
@@ -229,8 +211,3 @@ def test_short_prompts_are_read_together():
     assert all(s.made for s in together)
     engine.run()
     assert [ids(s) for s in together] == [ids(s) for s in alone]
-
-
-def test_text_held_back_for_a_stop_string_that_never_came_is_given_out_at_the_end():
-    stream = TextStream(lambda ids: bytes(ids).decode(errors="replace"), ("STOP",))
-    assert [stream.feed(b) for b in b"xSTO"] == ["x", "", "", ""] and stream.flush() == "STO"

@@ -22,6 +22,10 @@ class Tokenizer(Protocol):
 
     def decode(self, ids: Any, specials: bool = False) -> str: ...
 
+    def bytes_of(self, token: int) -> bytes: ...
+
+    def spelling(self, token: int) -> bytes: ...
+
 
 class BadMessages(ValueError):
     """Messages that no template can take. field: which, such as "messages[2]"."""

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Callable
-
-LONGEST_CHARACTER = 4  # bytes of UTF-8; as many tokens without a complete character are not text
 
 
 class TextStream:
-    """Text of a growing sequence.
+    """Text of a growing sequence: the pieces joined are the text of all tokens, up to the leftmost stop string.
 
     Args:
-      decode: ids to text, byte-level: an incomplete character becomes U+FFFD.
+      bytes_of: the UTF-8 bytes that a token stands for, any part of a character; what is no text becomes U+FFFD.
       stops: strings that end the text; neither they nor anything after them is returned.
     """
 
-    def __init__(self, decode: Callable[[list[int]], str], stops: tuple[str, ...] = ()):
-        self._decode, self._stops = decode, stops
-        self._ids: list[int] = []
+    def __init__(self, bytes_of: Callable[[int], bytes], stops: tuple[str, ...] = ()):
+        self._bytes_of, self._stops = bytes_of, [_Stop(stop) for stop in stops]
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._pending = ""  # may be the beginning of a stop string
         self._emitted = 0  # characters returned
+        self._found: int | None = None  # where the leftmost complete stop string begins
         self.stopped = False
 
     @property
@@ -29,33 +29,60 @@ class TextStream:
 
     def feed(self, token: int) -> str:
         """The text that this token completes; sets `stopped` if a stop string is complete."""
-        if self.stopped:
-            return ""
-        self._ids.append(token)
-        text = self._decode(self._ids)
-        if text.endswith("\ufffd") and len(self._ids) < LONGEST_CHARACTER:
-            return ""
-        self._ids.clear()
-        return self._settle(self._pending + text)
+        return "" if self.stopped else self._add(self._decoder.decode(self._bytes_of(token)))
 
     def flush(self) -> str:
         """At the end: the text that was held back."""
-        text = self._pending + (self._decode(self._ids) if self._ids else "")
-        self._ids.clear()
-        out = self._settle(text)
-        if not self.stopped:
-            out, self._pending, self._emitted = out + self._pending, "", self._emitted + len(self._pending)
+        if self.stopped:
+            return ""
+        out = self._add(self._decoder.decode(b"", final=True))
+        if self.stopped:
+            return out
+        self.stopped = self._found is not None
+        return out + self._return(self.offset if self._found is None else self._found)
+
+    def _add(self, text: str) -> str:
+        end = self.offset
+        self._pending += text
+        for character in text:
+            end += 1
+            found = [end - len(stop.text) for stop in self._stops if stop.read(character)]
+            if found:
+                self._found = min(found if self._found is None else [*found, self._found])
+            if self._found is not None and all(end - stop.matched >= self._found for stop in self._stops):
+                self.stopped = True  # no stop string can begin further left
+                out = self._return(self._found)
+                self._pending = ""
+                return out
+        # The longest suffix that may be the beginning of a stop string is held back.
+        held = end - max((stop.matched for stop in self._stops), default=0)
+        return self._return(held if self._found is None else min(held, self._found))
+
+    def _return(self, end: int) -> str:
+        cut = end - self._emitted
+        out, self._pending, self._emitted = self._pending[:cut], self._pending[cut:], end
         return out
 
-    def _settle(self, text: str) -> str:
-        found = [at for at in (text.find(stop) for stop in self._stops) if at >= 0]
-        if found:
-            self.stopped, self._pending = True, ""
-            self._emitted += min(found)
-            return text[:min(found)]
-        # The longest suffix that may be the beginning of a stop string is held back.
-        keep = max((n for stop in self._stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
-        cut = len(text) - keep
-        self._pending = text[cut:]
-        self._emitted += cut
-        return text[:cut]
+
+class _Stop:
+    """Finds one string in text read character by character, each in constant time on average (Knuth, Morris, Pratt)."""
+
+    def __init__(self, text: str):
+        self.text = text
+        self.matched = 0  # characters of the longest beginning of it that the text read so far ends with
+        self._shorter = [0]  # for each length of such a beginning, the next shorter one that ends the same way
+        for i in range(1, len(text)):
+            self._shorter.append(self._step(self._shorter[i - 1], text[i]))
+
+    def _step(self, matched, character):
+        while matched and self.text[matched] != character:
+            matched = self._shorter[matched - 1]
+        return matched + (self.text[matched] == character)
+
+    def read(self, character: str) -> bool:
+        """Whether the string is complete with this character."""
+        self.matched = self._step(self.matched, character)
+        if self.matched < len(self.text):
+            return False
+        self.matched = self._shorter[-1]
+        return True

@@ -77,7 +77,7 @@ class Continuation:
 
     def __init__(self, tokenizer: Tokenizer, stops: tuple[str, ...] = ()):
         self.text, self.finish = "", ""
-        self._stream = TextStream(tokenizer.decode, stops)
+        self._stream = TextStream(tokenizer.bytes_of, stops)
 
     def __call__(self, sequence: Sequence, new: list[Token]) -> bool:
         for token in new:

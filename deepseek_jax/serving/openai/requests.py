@@ -13,6 +13,7 @@ from deepseek_jax.serving.engine import Request
 from deepseek_jax.serving.openai.chat import HALF_CHARACTER, BadMessages, Template, Tokenizer, chat_ids, is_unicode
 
 MAX_CHOICES = 16
+LONGEST_STOP = 1024  # characters
 IGNORED = ("user", "metadata", "store", "service_tier", "parallel_tool_calls")
 SHARED = ("model", "max_tokens", "temperature", "top_p", "top_k", "n", "stream", "stream_options", "stop", "seed",
           "logprobs", "presence_penalty", "frequency_penalty", "return_drafts")
@@ -154,7 +155,9 @@ def _stops(body):
     stops = [] if stops is None else [stops] if isinstance(stops, str) else stops
     if not isinstance(stops, list) or len(stops) > 4 or not all(isinstance(s, str) and s for s in stops):
         raise BadRequest("stop", "stop must be a string, or a list of up to 4 of them, none empty.")
-    return tuple(stops)
+    if max(map(len, stops), default=0) > LONGEST_STOP:
+        raise BadRequest("stop", f"stop has more than {LONGEST_STOP} characters; a shorter part of it ends a text too.")
+    return tuple(_utf8("stop", stop) for stop in stops)
 
 
 def _alternatives(body, chat):

@@ -14,7 +14,7 @@ import json
 import secrets
 import signal
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from typing import Any
 
 import uvicorn
@@ -23,6 +23,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from deepseek_jax.serving.engine import Token
 from deepseek_jax.serving.openai.requests import BadRequest, CompletionRequest, read
 from deepseek_jax.serving.openai.stream import Delta, Service, Stream
 
@@ -207,15 +208,32 @@ class Answer:
         most = self.completion.alternatives
         if most is None or not delta.tokens:
             return None
-        spell = lambda i: self.stream.service.served.tokenizer.decode([i], specials=True)
+        spell = self.stream.service.served.tokenizer.spelling
         tokens = [token for token, _, _ in delta.tokens]
         if self.completion.chat:
-            entry = lambda i, logprob: {"token": spell(i), "logprob": logprob, "bytes": list(spell(i).encode())}
+            entry = lambda i, logprob: {"token": named(spell(i)), "logprob": logprob, "bytes": list(spell(i))}
             return {"content": [{**entry(t.id, t.logprob), "top_logprobs": [entry(*b) for b in t.best[:most]]}
                                 for t in tokens], "refusal": None}
-        return {"tokens": [spell(t.id) for t in tokens], "token_logprobs": [t.logprob for t in tokens],
-                "top_logprobs": [{spell(i): logprob for i, logprob in t.best[:most]} for t in tokens],
+        return {"tokens": [named(spell(t.id)) for t in tokens], "token_logprobs": [t.logprob for t in tokens],
+                "top_logprobs": [alternatives(spell, t, most) for t in tokens],
                 "text_offset": [offset for _, _, offset in delta.tokens]}
+
+
+def named(spelling: bytes) -> str:
+    """A token as the API writes it: its text, or its bytes where they are only part of a character."""
+    try:
+        return spelling.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in spelling)
+
+
+def alternatives(spell: Callable[[int], bytes], token: Token, most: int) -> dict[str, float]:
+    """Logprobs of the likeliest tokens and of the drawn one, by name; of two with equal names one is named by its id."""
+    found: dict[str, float] = {}
+    for i, logprob in dict([*token.best[:most], (token.id, token.logprob)]).items():
+        name = named(spell(i))
+        found[f"token_id:{i}" if name in found else name] = logprob
+    return found
 
 
 def metrics(service: Service, answered: Mapping[tuple[str, int], int]) -> str:

@@ -99,7 +99,7 @@ class Stream:
         self.open = len(completion.requests)  # choices that have not ended
         self.sequences: list[Sequence] = []
         for choice, request in enumerate(completion.requests):
-            listen = self._listener(choice, TextStream(service.served.tokenizer.decode, completion.stops))
+            listen = self._listener(choice, TextStream(service.served.tokenizer.bytes_of, completion.stops))
             service.live.add(listen)  # before the engine can end it
             try:
                 self.sequences.append(service.engine.submit(request, listen))
