@@ -228,7 +228,7 @@ def named(spelling: bytes) -> str:
 
 
 def alternatives(spell: Callable[[int], bytes], token: Token, most: int) -> dict[str, float]:
-    """Logprobs of the likeliest tokens and of the drawn one, by name; of two with equal names one is named by its id."""
+    """Logprobs of the likeliest tokens and the drawn one, by name; of two with equal names one is named by its id."""
     found: dict[str, float] = {}
     for i, logprob in dict([*token.best[:most], (token.id, token.logprob)]).items():
         name = named(spell(i))
