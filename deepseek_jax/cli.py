@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -41,6 +43,12 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         print(f"error: the Python package {package} is missing in {sys.prefix}; activate the environment that has it "
               "(. .venv/bin/activate), or install it with the others: pip install -e .", file=sys.stderr)
         code = 2
+    except (AssertionError, RuntimeError) as error:
+        if not _lacks_backend(error):
+            raise
+        print(f"error: this jax has no backend for JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS')}; install jax for it "
+              "(pip install -e '.[cuda12]', '.[cuda13]' or '.[tpu]'), or unset JAX_PLATFORMS.", file=sys.stderr)
+        code = 2
     except OSError as error:
         what = error.strerror or str(error) or type(error).__name__
         print(f"error: {error.filename}: {what}" if error.filename else f"error: {what}", file=sys.stderr)
@@ -49,3 +57,8 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         print("interrupted", file=sys.stderr)
         code = 130
     sys.exit(code)
+
+
+def _lacks_backend(error):
+    """Whether it comes from jax looking for its devices, which an assertion without words may end."""
+    return os.path.basename(traceback.extract_tb(error.__traceback__)[-1].filename) == "xla_bridge.py"

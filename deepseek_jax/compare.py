@@ -8,11 +8,14 @@ import argparse
 import os
 import pathlib
 import statistics
+import sys
 from typing import Any
 
 from deepseek_jax import cli, io
 from deepseek_jax.config import ConfigError, as_dict
 from deepseek_jax.table import aligned
+
+HELD_OUT = ("data.sources", "data.validation_fraction")
 
 
 def parse() -> argparse.Namespace:
@@ -36,6 +39,8 @@ def main() -> None:
         raise ConfigError(f"{empty[0]} has no metrics yet; let it train a step, or leave it out.")
     table = {run: _differing(configs, run) | summary(rows[run], configs[run]["train.steps"]) for run in args.runs}
     _print(table)
+    if len({str([config[key] for key in HELD_OUT]) for config in configs.values()}) > 1:
+        print("note: these runs hold out different texts, so their bits_per_byte cannot be compared.", file=sys.stderr)
     if args.json:
         io.write_json(args.json, table)
     if args.plot:

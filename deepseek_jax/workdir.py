@@ -5,11 +5,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import pathlib
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+import filelock
 
 from deepseek_jax import io
 from deepseek_jax.config import Config, ConfigError, MeshConfig, ModelConfig, PipelineConfig, as_dict, freeze
@@ -18,17 +22,38 @@ if TYPE_CHECKING:
     from deepseek_jax.data.tokenizer import Tokenizer
 
 
+@contextlib.contextmanager
+def alone_in(workdir: str) -> Iterator[None]:
+    """Inside, no other process trains in this work directory. Raises ConfigError where one does already."""
+    os.makedirs(workdir, exist_ok=True)
+    try:
+        lock = filelock.FileLock(os.path.join(workdir, ".lock"), timeout=0).acquire()
+    except filelock.Timeout:
+        raise ConfigError(f"{workdir} is being trained by another process; wait for it, stop it, or take another "
+                          "--workdir.") from None
+    except NotImplementedError:  # a file system without locks
+        lock = contextlib.nullcontext()
+    with lock:
+        yield
+
+
 def claim_workdir(config: Config, workdir: str) -> None:
-    """Writes the config into a work directory that has none."""
+    """Writes the config into a work directory that has none, or no checkpoint yet."""
     path = pathlib.Path(workdir) / "config.json"
-    if not path.exists():
+    if not path.exists() or not _has_checkpoint(workdir):
         path.parent.mkdir(parents=True, exist_ok=True)
         io.write_json(path, as_dict(config))
 
 
+def _has_checkpoint(workdir):
+    from deepseek_jax.checkpoint.manifest import steps
+
+    return bool(steps(pathlib.Path(workdir) / "checkpoints"))
+
+
 def check_workdir(config: Config, workdir: str) -> None:
-    """Raises ConfigError when the work directory holds another config; the message lists the differences."""
-    if not os.path.lexists(os.path.join(workdir, "config.json")):
+    """Raises ConfigError when a checkpoint there is of another config; the message lists the differences."""
+    if not os.path.lexists(os.path.join(workdir, "config.json")) or not _has_checkpoint(workdir):
         return
     ours, theirs = (as_dict(_what_a_run_depends_on(c)) for c in (config, load_workdir_config(workdir)))
     differences = _differences(ours, theirs)

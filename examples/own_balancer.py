@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from deepseek_jax.config import default_config
+from deepseek_jax.configs import tiny
 from deepseek_jax.model.router import BiasRule, load_error
 
 DECAY = 0.9
@@ -26,9 +26,6 @@ MOMENTUM = BiasRule(init=jnp.zeros_like, update=update)
 
 
 def get_config() -> ConfigDict:
-    config = default_config("tiny")
+    config: Any = tiny.get_config()
     config.balance.bias_rule = "examples.own_balancer:MOMENTUM"
-    config.balance.bias_speed = 0.005
-    config.train.update(steps=360, batch_size=16, sequence_length=256)
-    config.optimizer.learning_rate = 3e-3
     return config

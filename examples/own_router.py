@@ -4,11 +4,14 @@
     PYTHONPATH=. python -m deepseek_jax.serve --workdir run_hash
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from deepseek_jax.config import ModelConfig, default_config
+from deepseek_jax.config import ModelConfig
+from deepseek_jax.configs import tiny
 from deepseek_jax.model.router import affinities
 from deepseek_jax.model.types import Routing, RoutingContext
 
@@ -25,9 +28,7 @@ def hash_route(cfg: ModelConfig, x_ND: jax.Array, weights: dict, bias_E: jax.Arr
 
 
 def get_config() -> ConfigDict:
-    config = default_config("tiny")
+    config: Any = tiny.get_config()
     config.model.router = "examples.own_router:hash_route"
     config.model.router_bias = "none"
-    config.train.update(steps=360, batch_size=16, sequence_length=256)
-    config.optimizer.learning_rate = 3e-3
     return config

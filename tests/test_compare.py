@@ -43,5 +43,13 @@ def test_only_what_differs_is_shown_and_the_last_steps_alone_count(two):
     assert [row["step"] for row in table.values()] == [60, 60]
 
 
+def test_runs_that_hold_out_different_texts_are_noted(two):
+    assert "cannot be compared" not in runs.run("compare", two / "a", two / "b").err
+    config = json.loads((two / "a" / "config.json").read_text())
+    config["data"]["validation_fraction"] = 0.5
+    (two / "a" / "config.json").write_text(json.dumps(config))
+    assert "so their bits_per_byte cannot be compared" in runs.run("compare", two / "a", two / "b").err
+
+
 def test_columns_are_as_wide_as_their_longest_cell():
     assert aligned([("", "one"), ("first", "2"), ("b", "3,000")]) == "         one\nfirst      2\nb      3,000"

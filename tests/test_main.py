@@ -34,6 +34,14 @@ def test_an_unknown_command_and_a_bad_option_are_one_line():
         assert done.stderr.count("\n") == 1
 
 
+def test_a_platform_that_this_jax_lacks_is_one_line():
+    code = "from deepseek_jax import cli; import jax; cli.run(lambda: len(jax.devices()))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                          env=os.environ | {"JAX_PLATFORMS": "cuda"})
+    assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("error: this jax has no backend for")
+    assert "Traceback" not in done.stderr
+
+
 @pytest.mark.slow
 def test_the_wheel_trains_tiny_from_another_folder(tmp_path):
     build = [sys.executable, "-m", "pip", "wheel", "-qq", "--no-deps", "--no-build-isolation", "-w", str(tmp_path)]

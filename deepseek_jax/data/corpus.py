@@ -67,27 +67,34 @@ def list_files(path: str) -> list[File]:
     Files are chosen by their endings. One that is named is read in any case, and so are those of a glob that finds no
     known ending. "~" is the home folder.
     """
-    path = os.path.expanduser(path)
-    if path == STDLIB:
-        files = [f for f in _walk(sysconfig.get_path("stdlib"), _STDLIB_SKIPPED)
-                 if f.name.endswith(".py") and not os.path.basename(f.name).startswith(_STDLIB_GENERATED)]
-    elif os.path.isfile(path):
-        files = [File(os.path.basename(path), path, named=True)]
-    elif os.path.isdir(path):
-        files = _walk(path, set())
-    elif glob.has_magic(path):
-        root = os.path.dirname(path[:min(path.find(c) for c in "*?[" if c in path)]) or "."
-        found = (p for p in glob.glob(path, recursive=True) if os.path.isfile(p))
-        files = [File(os.path.relpath(p, root).replace(os.sep, "/"), p) for p in found]
-        if not any(_reader(file.name) for file in files):
-            files = [file._replace(named=True) for file in files]
-    else:
-        raise ConfigError(f"data.sources: there is no {path}; give a folder, a file, a glob or {STDLIB!r}.")
-    files = sorted(f for f in files if f.named or _reader(f.name))
+    files = sorted(f for f in _found(path) if f.named or _reader(f.name))
     if not files:
         raise ConfigError(f"data.sources: {path} has no file that can be read; known are {' '.join(_READERS)}, and a "
-                          f"glob such as {os.path.join(path, '*.1')!r} reads others as text.")
+                          f"glob such as {os.path.join(path, '*')!r} reads others as text.")
     return files
+
+
+def ignored_files(path: str) -> list[str]:
+    """The names of the files there that `list_files` leaves out for their endings."""
+    return [] if path == STDLIB else sorted(f.name for f in _found(path) if not (f.named or _reader(f.name)))
+
+
+def _found(path):
+    path = os.path.expanduser(path)
+    if path == STDLIB:
+        return [f for f in _walk(sysconfig.get_path("stdlib"), _STDLIB_SKIPPED)
+                if f.name.endswith(".py") and not os.path.basename(f.name).startswith(_STDLIB_GENERATED)]
+    if os.path.isfile(path):
+        return [File(os.path.basename(path), path, named=True)]
+    if os.path.isdir(path):
+        return _walk(path, set())
+    if not glob.has_magic(path):
+        raise ConfigError(f"data.sources: there is no {path}; give a folder, a file, a glob or {STDLIB!r}.")
+    root = os.path.dirname(path[:min(path.find(c) for c in "*?[" if c in path)]) or "."
+    found = (p for p in glob.glob(path, recursive=True) if os.path.isfile(p))
+    files = [File(os.path.relpath(p, root).replace(os.sep, "/"), p) for p in found]
+    unknown = not any(_reader(file.name) for file in files)
+    return [file._replace(named=True) for file in files] if unknown else files
 
 
 def _walk(root, skipped) -> list[File]:

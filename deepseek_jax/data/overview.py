@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+
 from deepseek_jax.config import Config
+from deepseek_jax.data.corpus import ignored_files
 from deepseek_jax.data.prepare import Prepared
 from deepseek_jax.table import aligned
 
 HEAD = ("source", "files", "MB", "skipped", "tokens", "held out", "share", "epochs")
+MOST_ENDINGS = 4  # that a note spells out
 
 
 def describe_sources(config: Config, prepared: Prepared) -> str:
@@ -14,7 +18,7 @@ def describe_sources(config: Config, prepared: Prepared) -> str:
 
     MB: of readable text, millions of bytes of UTF-8. skipped: files and rows that could not be read. tokens: of the
     training documents. held out: tokens for validation. share: of the run's sequences. epochs: how often the run reads
-    those tokens.
+    those tokens. A note below it counts files that are not read for their endings.
     """
     train, weights = config.train, [weight for _, weight in config.data.sources]
     sequences = train.sequences_before(train.steps)
@@ -24,4 +28,14 @@ def describe_sources(config: Config, prepared: Prepared) -> str:
         epochs = share * sequences * train.sequence_length / tokens if tokens else 0.0
         rows.append((meta["source"], f"{meta['files']:,}", f"{meta['bytes'] / 1e6:.1f}", f"{meta['skipped']:,}",
                      f"{tokens:,}", f"{len(held.tokens):,}", f"{share:.1%}", f"{epochs:.2f}"))
-    return aligned(rows)
+    return "\n".join([aligned(rows), *(note for path, _ in config.data.sources if (note := _left_out(path)))])
+
+
+def _left_out(path):
+    ignored = ignored_files(path)
+    if not ignored:
+        return ""
+    endings = sorted({os.path.splitext(name)[1] or "none" for name in ignored})
+    return (f"note: {path}: {len(ignored):,} more files have other endings ({', '.join(endings[:MOST_ENDINGS])}"
+            f"{', ...' if len(endings) > MOST_ENDINGS else ''}) and are not read; a source of its own reads them, such "
+            f"as a glob of that ending.")

@@ -49,9 +49,17 @@ class Validation:
         return np.concatenate([window.tokens_T, filling]).astype(np.int32), weights_T, segments_T
 
     def batch_numbers(self, rows: int, limit: int = 0) -> range | list[int]:
-        """Which batches of `rows` sequences are scored, over all hosts together: all, or `limit` evenly spread ones."""
+        """Which batches of `rows` sequences are scored, over all hosts together: all, or `limit` of them.
+
+        These are spread evenly, and a source that they would miss gets the batch in the middle of it in addition.
+        """
         batches = -(-self.rows // rows)
-        return [i * batches // limit for i in range(limit)] if 0 < limit < batches else range(batches)
+        if not 0 < limit < batches:
+            return range(batches)
+        chosen = {i * batches // limit for i in range(limit)}
+        missed = set(range(len(self.shards))).difference(*(self.sources_of(i, rows) for i in chosen))
+        middle = lambda s: int(self.starts[s:s + 2].sum()) // 2 // (rows * self.length)
+        return sorted(chosen | {middle(s) for s in missed if len(self.shards[s].tokens)})
 
     def batches(self, rows: int, limit: int = 0, host: int = 0, hosts: int = 1) -> Iterator[dict[str, np.ndarray]]:
         """tokens, weights, segment_ids [rows, T + 1] of this host, whose share of each batch is contiguous."""

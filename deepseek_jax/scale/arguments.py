@@ -140,13 +140,16 @@ def _saved(path: str) -> ModelConfig:
     if not os.path.isfile(file) or not file.endswith(".json"):
         raise ConfigError(f"unknown model {path!r}; {did_you_mean(path, PRESETS)} A folder with a config.json is taken "
                           "too: of a run, of what convert from-hf made, or of a Hugging Face checkpoint.")
-    with contextlib.suppress(ValueError), open(file, encoding="utf-8") as f:
-        raw = json.load(f)
-        if isinstance(raw, dict) and "model_type" in raw:
-            from deepseek_jax.interop import hf_config
+    try:
+        with open(file, encoding="utf-8") as f:
+            raw = json.load(f)
+    except ValueError:
+        raw = None
+    if isinstance(raw, dict) and "model_type" in raw:
+        from deepseek_jax.interop import hf_config
 
-            return hf_config.read(raw, raw.get("num_nextn_predict_layers") or 0)
-    return load_config(file).model
+        return hf_config.read(raw, raw.get("num_nextn_predict_layers") or 0)
+    return load_config(file).model  # says what is wrong with it
 
 
 def layout(args: argparse.Namespace, c: ModelConfig, devices: int, node_size: int) -> Layout:

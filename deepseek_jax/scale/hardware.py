@@ -123,5 +123,4 @@ def smallest(names: list[str]) -> str:
 def check_fp8(name: str, hw: Hardware) -> None:
     """Raises ConfigError where products in FP8 are asked for that the machine has no units for."""
     if hw.fp8 is None:
-        raise ConfigError(f"{name} has no FP8 units: products run in bfloat16 there; take --dtype bfloat16 with "
-                          "--serve, and --no-fp8 otherwise.")
+        raise ConfigError(f"{name} has no FP8 units: products run in bfloat16 there; leave out --fp8.")

@@ -9,10 +9,12 @@ waits for the check of its step.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import pathlib
 import signal
+import sys
 import time
 from typing import Any, NamedTuple
 
@@ -37,7 +39,7 @@ from deepseek_jax.training.metrics import MetricsWriter, all_layers, balance_met
 from deepseek_jax.training.step import TrainState, eval_step, init_state, start_state, train_step
 from deepseek_jax.training.throughput import peak_flops
 from deepseek_jax.training.types import Metrics
-from deepseek_jax.workdir import check_workdir, claim_workdir
+from deepseek_jax.workdir import alone_in, check_workdir, claim_workdir, is_hf_checkpoint
 
 BALANCE = ("sequence_loss", "auxiliary_loss", "bias_low", "bias_high")  # metrics of a model with experts
 
@@ -49,8 +51,8 @@ class DivergedError(ConfigError):
 class TrainResult(NamedTuple):
     """What a call of `train` did.
 
-    finished: False when SIGTERM ended it early (its state is saved). step: steps done. variables: params and router for
-    a sample, on the host where the run has a mesh; None unless it finished and train.sample_tokens asks for one.
+    finished: False when a signal ended it early (its state is saved). step: steps done. variables: params and router
+    for a sample, on the host where the run has a mesh; None unless it finished and train.sample_tokens asks for one.
     held_out: the beginning of the validation text.
     """
 
@@ -76,6 +78,14 @@ def starting_state(config: Config, runner: Runner | None = None) -> TrainState:
     return begin(items["params"], items["router"], jax.random.key(config.train.seed))
 
 
+def check_start(config: Config) -> None:
+    """Raises ConfigError for an init.from that no run can start from, before the corpus is read."""
+    folder = config.init.from_
+    if folder is not None and is_hf_checkpoint(folder):
+        raise ConfigError(f"init.from={folder} is a Hugging Face checkpoint; python -m deepseek_jax.convert from-hf "
+                          f"{folder} RUN makes a work directory of it, then --config.init.from=RUN.")
+
+
 def train(config: Config, workdir: str) -> TrainResult:
     """Trains to config.train.steps, resuming the run in the work directory if there is one.
 
@@ -89,12 +99,19 @@ def train(config: Config, workdir: str) -> TrainResult:
     runner = Runner(config)
     check_same(repr(config))
     check_workdir(config, workdir)
+    check_start(config)
     prepared: Any = first_then_others(lambda: prepare(config, workdir), "prepare")
     loader = Loader(config, prepared, *runner.share())
-    if is_first():
-        claim_corpus(prepared, workdir)  # now that it is known to be good
-        claim_workdir(config, workdir)
-        print(describe_sources(config, prepared), flush=True)
+    with contextlib.ExitStack() as held:
+        if is_first():
+            held.enter_context(alone_in(workdir))
+            claim_corpus(prepared, workdir)  # now that it is known to be good
+            claim_workdir(config, workdir)
+            print(describe_sources(config, prepared), flush=True)
+        return _trained(config, workdir, loader, runner)
+
+
+def _trained(config, workdir, loader, runner):
     run = Run(config, workdir, loader, runner)
     try:
         finished = run.go()
@@ -142,11 +159,12 @@ class Run:
         self.eval_fn = lambda params, router, micro: scored(params, router, runner.shard_batch(micro))
         self.peak = peak_flops(config.model.dtype, config.mesh.devices)
         self.flops = training_flops_per_token(config.model, config.train.sequence_length)
+        self.signal = "SIGTERM"  # where another process was the one
         self.stopping = self.agreed = False  # asked to stop; all processes know that one of them was
 
     def go(self) -> bool:
-        """Runs the remaining steps. False when SIGTERM ended them."""
-        previous = signal.signal(signal.SIGTERM, lambda *_: setattr(self, "stopping", True))
+        """Runs the remaining steps. False when SIGTERM or Ctrl-C (SIGINT) ended them."""
+        previous = {number: signal.signal(number, self._ask_to_stop) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             with tqdm.tqdm(total=self.config.train.steps, initial=self.step, desc="train", unit="step",
                            mininterval=1.0, disable=not is_first()) as bar:
@@ -154,7 +172,15 @@ class Run:
             self.checkpoints.wait()  # a second SIGTERM must not end what the first one asked for
             return finished
         finally:
-            signal.signal(signal.SIGTERM, previous)
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def _ask_to_stop(self, number, frame):
+        if number == signal.SIGINT:
+            if self.stopping:
+                raise KeyboardInterrupt
+            print("\nStopping after this step; Ctrl-C again stops at once and saves nothing.", file=sys.stderr)
+        self.stopping, self.signal = True, signal.Signals(number).name
 
     def close(self) -> None:
         """Waits for the last checkpoint."""
@@ -188,7 +214,8 @@ class Run:
                 self._save()
             if saving and self.agreed:
                 self.checkpoints.wait()
-                self._say(bar, f"Stopped by SIGTERM after step {self.step}; the same command continues from there.")
+                self._say(bar, f"Stopped by {self.signal} after step {self.step}; the same command continues from "
+                               "there.")
                 return False
             if pending is None:
                 self.clock = time.perf_counter()
@@ -203,9 +230,11 @@ class Run:
         self._check_finite(pending.step, metrics)
         train, counts_LE = self.config.train, all_layers(metrics.counts)
         row = {"tokens": train.sequences_before(pending.step) * train.sequence_length,
-               "loss": float(metrics.loss), "mtp_loss": float(metrics.mtp_loss), "lr": float(metrics.lr),
-               "grad_norm": float(metrics.grad_norm), "tokens_per_second": tokens_per_second,
+               "loss": float(metrics.loss), "lr": float(metrics.lr), "grad_norm": float(metrics.grad_norm),
+               "tokens_per_second": tokens_per_second,
                "mfu": tokens_per_second * self.flops / self.peak, "max_vio": 0.0}
+        if self.config.model.mtp_depth:
+            row["mtp_loss"] = float(metrics.mtp_loss)
         row |= balance_metrics(counts_LE) | {name: float(getattr(metrics, name)) for name in BALANCE if len(counts_LE)}
         row |= traffic_per_token(self.config.mesh, self.config.model, metrics.traffic)
         if self.writer:

@@ -20,7 +20,9 @@ def summarize(config: Config, workdir: str, result: TrainResult) -> None:
     """Prints the last evaluation next to compressors, draws the pictures, prints a sample if there are weights."""
     rows = read_metrics(workdir)
     last, steps = [r for r in rows if "eval_loss" in r][-1], [r for r in rows if "loss" in r][-LAST_STEPS:]
-    scores = {"model": last["eval_bits_per_byte"]} | compressed_bits_per_byte(config.data)
+    limit = config.train.final_eval_batches
+    name = f"model, {limit} batches" if limit else "model"
+    scores = {name: last["eval_bits_per_byte"]} | compressed_bits_per_byte(config.data)
     print("Bits per byte of the held-out files:")
     for name, value in scores.items():
         print(f"  {name.removesuffix('_bits_per_byte').replace('_', ' '):16s} {value:.3f}")

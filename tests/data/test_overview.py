@@ -8,10 +8,13 @@ def test_the_table_says_what_is_read_how_much_of_it_and_how_often(make_config, f
     for i in range(9):
         (tmp_path / f"{i}.md").write_text(f"another source, document {i}\n" * 400)
     (tmp_path / "broken.md").write_bytes(b"\xff\xfe")
+    (tmp_path / "notes.rst").write_text("not read")
     config = make_config((folder, 3.0), (str(tmp_path), 1.0))
     prepared = prepare(config, str(tmp_path / "work"))
 
-    head, *rows = (line.split("  ") for line in describe_sources(config, prepared).splitlines())
+    *table, note = describe_sources(config, prepared).splitlines()
+    head, *rows = (line.split("  ") for line in table)
+    assert note.startswith(f"note: {tmp_path}: 2 more files have other endings (.json, .rst) and are not read")
     cells = [[cell.strip() for cell in row if cell.strip()] for row in rows]
     assert [cell.strip() for cell in head if cell.strip()] == [
         "source", "files", "MB", "skipped", "tokens", "held out", "share", "epochs"]

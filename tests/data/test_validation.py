@@ -120,6 +120,18 @@ def test_the_targets_of_each_source_are_told_apart(make_loader, folder, tmp_path
     assert make_loader(folder).weights_by_source(0, 2, batch["weights"]) == {}
 
 
+def test_a_limit_leaves_no_source_out(make_loader, folder, tmp_path):
+    for i in range(9):
+        (tmp_path / f"{i}.md").write_text(f"another source, document {i}\n" * 30)
+    validation = make_loader(folder, tmp_path).validation
+    small, large = sorted(validation.shards, key=lambda shard: len(shard.tokens))
+    assert len(small.tokens) < len(large.tokens) / 3
+    for limit in (1, 2, 3):
+        chosen = validation.batch_numbers(2, limit)
+        assert {s for i in chosen for s in validation.sources_of(i, 2)} == {0, 1}
+        assert limit <= len(chosen) <= limit + 1 and chosen == sorted(set(chosen))
+
+
 def test_a_limit_spreads_what_it_scores_over_the_whole_set(make_loader, folder):
     loader = make_loader(folder)
     whole, some = list(loader.validation_batches(1)), list(loader.validation_batches(1, limit=3))

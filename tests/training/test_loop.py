@@ -108,9 +108,10 @@ def test_killed_many_times_a_run_ends_bit_identical(config, whole, tmp_path):
     kill_and_resume(config, whole, tmp_path / "run", kills=8)
 
 
-def test_sigterm_saves_ends_well_and_the_same_command_goes_on(config, whole, tmp_path):
-    code, out = signal_after(config, tmp_path / "run", 4, signal.SIGTERM)
-    assert code == 0 and "Stopped by SIGTERM after step" in out and "Traceback" not in out
+@pytest.mark.parametrize("which", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_ends_well_and_the_same_command_goes_on(config, whole, tmp_path, which):
+    code, out = signal_after(config, tmp_path / "run", 4, which)
+    assert code == 0 and f"Stopped by {which.name} after step" in out and "Traceback" not in out
     saved, rows = runs.checkpoints(tmp_path / "run"), read_metrics(tmp_path / "run")
     assert 4 <= saved[-1] == rows[-1]["step"] < runs.STEPS
 

@@ -3,7 +3,7 @@
 import functools
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from deepseek_jax.data.tokenizer import train_tokenizer
@@ -70,6 +70,8 @@ def test_any_tokens_give_what_the_tokenizer_decodes(ids):
 
 @given(st.text(alphabet="abé😀", max_size=24),
        st.lists(st.text(alphabet="abé😀", min_size=1, max_size=5), min_size=1, max_size=4))
+@example("aaab", ["aab"])
+@example("xabé", ["abé", "b"])
 def test_a_text_ends_at_its_leftmost_stop_string(text, stops):
     found = [at for at in map(text.find, stops) if at >= 0]
     pieces, stopped = through(tokenizer(262), tokenizer(262).encode(text), tuple(stops))

@@ -1,0 +1,42 @@
+"""A work directory: one process trains in it, and its config is what its checkpoints are of."""
+
+import pytest
+
+from deepseek_jax.config import ConfigError, load_config
+from deepseek_jax.training.loop import check_start
+from deepseek_jax.workdir import alone_in, check_workdir, claim_workdir, load_workdir_config
+
+
+@pytest.fixture
+def two():
+    return load_config("tiny"), load_config("tiny", ["--config.train.steps=7"])
+
+
+def test_two_processes_never_train_in_one_work_directory(tmp_path):
+    with alone_in(str(tmp_path)):
+        with pytest.raises(ConfigError, match="is being trained by another process"), alone_in(str(tmp_path)):
+            pass
+        with alone_in(str(tmp_path / "another")):
+            pass
+    with alone_in(str(tmp_path)):
+        pass
+
+
+def test_a_start_that_failed_before_its_first_checkpoint_binds_nobody(two, tmp_path):
+    claim_workdir(two[0], str(tmp_path))
+    check_workdir(two[1], str(tmp_path))
+    claim_workdir(two[1], str(tmp_path))
+    assert load_workdir_config(str(tmp_path)) == two[1]
+
+    (tmp_path / "checkpoints" / "3").mkdir(parents=True)
+    with pytest.raises(ConfigError, match="train.steps is 7 there, 360 here"):
+        check_workdir(two[0], str(tmp_path))
+    claim_workdir(two[0], str(tmp_path))
+    assert load_workdir_config(str(tmp_path)).train.steps == 7
+
+
+def test_a_checkpoint_of_hugging_face_is_no_start(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "deepseek_v3"}')
+    with pytest.raises(ConfigError, match="convert from-hf"):
+        check_start(load_config("tiny", [f"--config.init.from={tmp_path}"]))
+    check_start(load_config("tiny"))
