@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import socket
 
 from deepseek_jax import cli
 from deepseek_jax.config import ConfigError
@@ -32,6 +33,15 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def check_port(host: str, port: int) -> None:
+    """Raises ConfigError where nothing can listen there; before the minutes that compiling takes."""
+    try:
+        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+    except OSError as error:
+        why = str(error.strerror).partition(" (")[0]  # Python adds the address to it
+        raise ConfigError(f"cannot listen at {host}:{port} ({why}); take another --port or --host.") from None
+
+
 def main() -> None:
     args = parse()
     for name in ("max_sequences", "max_length"):
@@ -39,6 +49,7 @@ def main() -> None:
             raise ConfigError(f"--{name.replace('_', '-')}={getattr(args, name)} must be positive.")
     if args.max_waiting < 0 or (args.depth or 0) < 0 or not 0 <= args.port < 2**16:
         raise ConfigError("--max-waiting and --depth cannot be negative, and --port must lie in [0, 65535].")
+    check_port(args.host, args.port)
     try:
         from deepseek_jax.serving.openai.server import serve
     except ModuleNotFoundError as error:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 
 from deepseek_jax.config import ConfigError
-from deepseek_jax.serving.openai.chat import Template, Tokenizer
+from deepseek_jax.serving.openai.chat import ROLES, Template, Tokenizer
 
 
 def read(folder: str, bos: str, eos: str) -> Template | None:
@@ -47,9 +48,13 @@ def read(folder: str, bos: str, eos: str) -> Template | None:
 
 
 def of_folder(folder: str, tokenizer: Tokenizer) -> Template | None:
-    """`read` with the special tokens of the folder's tokenizer."""
+    """`read` with the special tokens of the folder's tokenizer. Notes on stderr that there is nothing to chat with."""
     spell = lambda token: tokenizer.backend.id_to_token(token) or ""
-    return read(folder, spell(tokenizer.bos), spell(tokenizer.eos))
+    template = read(folder, spell(tokenizer.bos), spell(tokenizer.eos))
+    if template is None and tokenizer.backend.token_to_id(ROLES["assistant"] or "") is None:
+        print(f"note: {folder} has no chat template; messages are joined, and the model continues them as plain text.",
+              file=sys.stderr)
+    return template
 
 
 def _source(folder):

@@ -21,6 +21,8 @@ pytest.importorskip("starlette")
 pytest.importorskip("uvicorn")
 httpx = pytest.importorskip("httpx")
 
+from deepseek_jax import serve  # noqa: E402
+from deepseek_jax.config import ConfigError  # noqa: E402
 from deepseek_jax.serving.openai import server  # noqa: E402
 from deepseek_jax.serving.openai.stream import Delta  # noqa: E402
 
@@ -282,3 +284,11 @@ def test_a_term_signal_lets_streams_finish_and_ends_with_zero():
         os.kill(process.pid, signal.SIGTERM)
         assert list(events)[-1]["choices"][0]["finish_reason"] in ("length", "stop")
         assert process.wait(10) == 0
+
+
+def test_a_port_that_is_taken_is_said_before_anything_is_loaded():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=rf"cannot listen at 127.0.0.1:{port} \(Address already in use\)"):
+            serve.check_port("127.0.0.1", port)
+    serve.check_port("127.0.0.1", 0)
