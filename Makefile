@@ -24,7 +24,7 @@ RUN := .venv/bin/python
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | sed -n '1,/overrides/p'
+	@sed -n 's/^# \{0,1\}//p;/^$$/q' Makefile
 
 .venv/stamp: setup.py
 	@"$(PYTHON)" -c 'import sys, venv, ensurepip; assert (3, 11) <= sys.version_info < (3, 14)' >/dev/null 2>&1 \

@@ -3,6 +3,8 @@
 import runpy
 import sys
 
+from deepseek_jax import __version__
+
 COMMANDS = {
     "train": "trains a model, or resumes a run",
     "evaluate": "scores a run: loss, bits per byte, balance",
@@ -23,6 +25,8 @@ def main() -> None:
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in ("-h", "--help"):
         print(USAGE)
+    elif name == "--version":
+        print(f"deepseek-jax {__version__}")
     elif name not in COMMANDS:
         print(f"error: there is no command {name}; take one of {', '.join(COMMANDS)}.", file=sys.stderr)
         sys.exit(2)

@@ -23,7 +23,7 @@ from deepseek_jax.scale.hardware import HARDWARE, Hardware, Measured, hardware
 
 def parse() -> argparse.Namespace:
     parser = cli.Parser("plan", __doc__)
-    parser.add_argument("--hardware", required=True, help=", ".join(HARDWARE))
+    parser.add_argument("--hardware", type=str.lower, required=True, help=", ".join(HARDWARE))
     parser.add_argument("--devices", type=int, help="of the training; --serve and --finetune plan one")
     arguments.add(parser)
     arguments.add_one_device(parser)

@@ -79,6 +79,9 @@ def load_workdir_config(workdir: str) -> Config:
         saved = json.loads(path.read_text())
     except ValueError as error:  # no JSON, or no text
         raise ConfigError(f"{path} is not JSON ({error}); restore it, or take another --workdir.") from error
+    if isinstance(saved, dict) and "model_type" in saved:
+        raise ConfigError(f"{workdir} is a Hugging Face checkpoint; take --hf {workdir}, or make a work directory of "
+                          f"it with python -m deepseek_jax.convert from-hf {workdir} RUN.")
     return freeze(saved)
 
 

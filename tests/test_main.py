@@ -9,6 +9,7 @@ import zipfile
 
 import pytest
 
+import deepseek_jax
 from deepseek_jax import __main__ as main
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -25,6 +26,10 @@ def test_every_command_is_listed_and_runs():
         assert f"  {name}" in listed.stdout
     found = run("pipeline", "--schedule", "1f1b", "--ranks", "2", "--microbatches", "4")
     assert found.returncode == 0 and found.stdout
+
+
+def test_the_version_is_that_of_the_package():
+    assert run("--version").stdout == f"deepseek-jax {deepseek_jax.__version__}\n"
 
 
 def test_an_unknown_command_and_a_bad_option_are_one_line():

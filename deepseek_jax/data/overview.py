@@ -26,8 +26,9 @@ def describe_sources(config: Config, prepared: Prepared) -> str:
     for weight, meta, made, held in zip(weights, prepared.sources, prepared.train, prepared.validation):
         share, tokens = weight / sum(weights), len(made.tokens)
         epochs = share * sequences * train.sequence_length / tokens if tokens else 0.0
+        shown = f"{epochs:.2f}" if epochs >= 0.1 else f"{epochs:.2g}"
         rows.append((meta["source"], f"{meta['files']:,}", f"{meta['bytes'] / 1e6:.1f}", f"{meta['skipped']:,}",
-                     f"{tokens:,}", f"{len(held.tokens):,}", f"{share:.1%}", f"{epochs:.2f}"))
+                     f"{tokens:,}", f"{len(held.tokens):,}", f"{share:.1%}", shown))
     return "\n".join([aligned(rows), *(note for path, _ in config.data.sources if (note := _left_out(path)))])
 
 

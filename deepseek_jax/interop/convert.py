@@ -94,6 +94,8 @@ def to_hf(src: str, dst: str, fp8: bool = False, dtype: str | None = None) -> li
         with tqdm.tqdm(total=total, desc="to-hf", unit="B", unit_scale=True) as bar:
             save.export(partial, source, None if layout else _special(src), bar.update)
         has_tokenizer = _copy_text(src, partial)
+        if layout is None and has_tokenizer:
+            _describe_tokenizer(partial)
     sizes = collections.Counter()
     for item in items:
         sizes[item.dtype.name] += item.nbytes
@@ -117,6 +119,15 @@ def _dtype_of_origin(workdir: str) -> str | None:
 def _described(reader, name):
     tensor = reader.stacked.get(name) or reader.tensors[name]
     return name, safetensors_io.SPELLED[tensor.dtype], tensor.shape
+
+
+def _describe_tokenizer(folder):
+    """Names the tokens that begin and end a text, if no file there does yet."""
+    path = os.path.join(folder, "tokenizer_config.json")
+    if not os.path.isfile(path):
+        tokenizer = Tokenizer.load(os.path.join(folder, "tokenizer.json"))
+        spelled = {f"{role}_token": tokenizer.backend.id_to_token(getattr(tokenizer, role)) for role in ("bos", "eos")}
+        io.write_json(path, {"tokenizer_class": "PreTrainedTokenizerFast"} | spelled)
 
 
 def _copy_text(src, dst) -> bool:

@@ -61,6 +61,8 @@ def read(raw: dict, mtp_depth: int = 0, dtype: str = "bfloat16") -> ModelConfig:
       ConfigError: fields that this model does not have, all of them in one line; or missing ones.
     """
     family = raw.get("model_type")
+    if family is None and "model" in raw:
+        raise ConfigError("config.json is that of a run of deepseek_jax.train; give its folder as --workdir.")
     if family not in list(FAMILIES):  # a list takes what cannot be hashed
         raise ConfigError(f"config.json: model_type={family!r} is not supported; only {' and '.join(FAMILIES)} are.")
     mistyped = list(_mistyped(raw))

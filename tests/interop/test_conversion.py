@@ -15,6 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from deepseek_jax.checkpoint import arrays
 from deepseek_jax.checkpoint.manager import Checkpoints, restore_items
 from deepseek_jax.config import Config, InitConfig, as_dict, freeze
+from deepseek_jax.data.tokenizer import train_tokenizer
 from deepseek_jax.interop import dequantized, load_hf, save_hf
 from deepseek_jax.interop.convert import from_hf, to_hf
 from deepseek_jax.training.loop import starting_state
@@ -135,6 +136,18 @@ def test_a_run_of_ours_goes_out_in_bfloat16_where_that_is_asked_for(tmp_path):
     size = sum(t.nbytes for t in checkpoints.tensors(tmp_path / "narrow").values())
     assert line.startswith(f"{tmp_path / 'narrow'} holds {size / 1e9:.2f} GB, mostly bfloat16. Next: ")
     assert line.endswith(f"serve --hf {tmp_path / 'narrow'}, once it holds a tokenizer.json.")
+
+
+def test_the_tokenizer_of_a_run_says_which_tokens_begin_and_end_a_text(tmp_path):
+    src = made_here(tmp_path / "run")
+    train_tokenizer(["some text"], 262).save(str(tmp_path / "run" / "tokenizer.json"))
+    to_hf(src, str(tmp_path / "out"))
+    found = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert found == {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|bos|>", "eos_token": "<|eos|>"}
+
+    (tmp_path / "run" / "tokenizer_config.json").write_text("{}")
+    to_hf(src, str(tmp_path / "again"))
+    assert (tmp_path / "again" / "tokenizer_config.json").read_text() == "{}"
 
 
 def test_a_converted_checkpoint_goes_out_in_the_type_that_is_asked_for(tmp_path):

@@ -87,21 +87,25 @@ class Measure(abc.ABC):
         """What all arms share. Called once, before the workers start."""
 
 
+def draw_nothing(results: dict[str, Any], runs: list[dict[str, Any]], folder: pathlib.Path) -> None:
+    """For a study without pictures."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Study:
     """One experiment.
 
     arms: {name: what distinguishes it}, JSON-able and understood by `measure`.
     draw: makes the pictures: draw(results, runs, folder); from `results` alone if it can, then `--draw` needs no runs.
-    quick_arms: the arms of `--quick`. quick: whether this is that short form, whose numbers mean nothing.
+    quick_arms: the arms of `--quick`; none: all. quick: whether this is that short form, whose numbers mean nothing.
     json_indent, json_end: the layout of results.json.
     """
 
     name: str
     arms: dict[str, Any]
     measure: Measure
-    draw: Callable[[dict[str, Any], list[dict[str, Any]], pathlib.Path], None]
-    quick_arms: tuple[str, ...]
+    draw: Callable[[dict[str, Any], list[dict[str, Any]], pathlib.Path], None] = draw_nothing
+    quick_arms: tuple[str, ...] = ()
     claims: tuple[Claim, ...] = ()
     seeds: tuple[int, ...] = (0, 1, 2)
     quick_seeds: tuple[int, ...] = QUICK_SEEDS
@@ -126,7 +130,7 @@ class Study:
 
     def selected(self) -> tuple[tuple[str, ...], tuple[int, ...]]:
         """(arms, seeds) that run."""
-        return (self.quick_arms, self.quick_seeds) if self.quick else (tuple(self.arms), self.seeds)
+        return (self.quick_arms or tuple(self.arms), self.quick_seeds) if self.quick else (tuple(self.arms), self.seeds)
 
     def waves(self, arms: list[str] | dict[str, Any]) -> list[list[str]]:
         """The arms in groups, each after the groups that its arms continue from."""
