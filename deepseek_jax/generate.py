@@ -69,10 +69,9 @@ def main() -> None:
         prompts = [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in prompts]
     folder = args.hf or args.workdir
     cfg, variables, tokenizer = load(folder, args.ema, args.step, hf=args.hf is not None, on_host=True)
-    chats = any(isinstance(prompt, list) for prompt in prompts)
-    template = chat_template.of_folder(folder, tokenizer) if chats else None
-    requests = [Request(tuple(prompt_ids(prompt, tokenizer, template)), args.max_new_tokens, args.temperature,
-                        args.top_k, args.top_p, args.seed, stream=i, stop_tokens=frozenset([tokenizer.eos]))
+    text = chat_template.of_folder(folder, tokenizer, any(isinstance(prompt, list) for prompt in prompts))
+    requests = [Request(tuple(prompt_ids(prompt, tokenizer, text)), args.max_new_tokens, args.temperature,
+                        args.top_k, args.top_p, args.seed, stream=i, stop_tokens=text.ends)
                 for i, prompt in enumerate(prompts)]
     said = [Continuation(tokenizer, tuple(args.stop)) for _ in prompts]
     made = run_requests(cfg, variables, requests, args.speculative, said)

@@ -61,7 +61,7 @@ def main() -> None:
 
     folder = args.hf or args.workdir
     cfg, variables, tokenizer = load(folder, args.ema, hf=args.hf is not None, on_host=True)
-    template = chat_template.of_folder(folder, tokenizer)
+    text = chat_template.of_folder(folder, tokenizer)
     depth = min(1, cfg.mtp_depth) if args.depth is None else args.depth
     engine = Engine(cfg, variables, EngineConfig(args.max_sequences, args.max_length, depth, cache=args.cache))
     del variables  # the engine has its own
@@ -69,7 +69,7 @@ def main() -> None:
     engine.warm_up()
     name = args.name or os.path.basename(os.path.abspath(folder))
     print(f"serving {name} at http://{args.host}:{args.port}", flush=True)
-    serve(Service(engine, tokenizer, name, args.max_waiting, template), args.host, args.port, args.api_key)
+    serve(Service(engine, tokenizer, name, args.max_waiting, text), args.host, args.port, args.api_key)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
 import os
 import re
 from collections.abc import Iterable, Sequence
@@ -41,10 +42,15 @@ BYTE_OF = {chr(byte): byte for byte in _PRINTED} | {
     chr(256 + i): byte for i, byte in enumerate(sorted(set(range(256)) - set(_PRINTED)))}
 
 
+# What chat templates mark roles, turns and tools with, whether a tokenizer.json calls it special or not.
+_MARKUP = re.compile(r"<.+>|\[[A-Za-z_]+\]")
+
+
 class Tokenizer:
     """Text to ids and back. Ids of special tokens are attributes, None where the tokenizer has none.
 
-    Text is never parsed into special tokens; those are inserted as ids.
+    Text is never parsed into special tokens or other markup; those are inserted as ids, or come from a chat template
+    (`encode_template`).
     """
 
     bos: int
@@ -92,10 +98,40 @@ class Tokenizer:
             self.backend.save(partial, pretty=True)
 
     def encode(self, text: str) -> list[int]:
-        return self.backend.encode(text, add_special_tokens=False).ids
+        return self._plain.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        return [e.ids for e in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
+        return [e.ids for e in self._plain.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def encode_template(self, text: str) -> list[int]:
+        """Of what a chat template wrote: markup becomes the ids of its tokens, as in transformers."""
+        return self._marked.encode(text, add_special_tokens=False).ids
+
+    def markup(self) -> dict[str, int]:
+        """{spelling: id} of the tokens that no text is parsed into."""
+        return self._markup
+
+    @functools.cached_property
+    def _markup(self):
+        added = self.backend.get_added_tokens_decoder()
+        return {t.content: i for i, t in added.items() if t.special or _MARKUP.fullmatch(t.content)}
+
+    @functools.cached_property
+    def _plain(self):
+        """The backend with all markup as special tokens, which it spells out instead of parsing them."""
+        raw = json.loads(self.backend.to_str())
+        missed = [t for t in raw["added_tokens"] if not t["special"] and t["content"] in self._markup]
+        if not missed:
+            return self.backend
+        for token in missed:
+            token["special"] = True
+        plain = tokenizers.Tokenizer.from_str(json.dumps(raw))
+        plain.encode_special_tokens = True
+        return plain
+
+    @functools.cached_property
+    def _marked(self):
+        return tokenizers.Tokenizer.from_str(self.backend.to_str())  # which parses all that its file says
 
     def decode(self, ids: Sequence[int], specials: bool = False) -> str:
         """The text of `ids`; special tokens are spelled out only if `specials`."""

@@ -1,11 +1,18 @@
-"""Messages to token ids: by the checkpoint's template, or by DeepSeek's role tokens."""
+"""Messages to token ids: by the checkpoint's template, or by DeepSeek's role tokens.
+
+A template's own markup becomes the ids of its tokens, as in transformers. What a message says never does: a user who
+spells a role token sends its letters.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Protocol
+import json
+import re
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, Protocol
 
 ROLES = {"system": None, "developer": None, "user": "<｜User｜>", "assistant": "<｜Assistant｜>"}
+KEPT = {"assistant": ("<think>", "</think>")}  # which templates look for in former answers, to leave reasoning out
 
 HALF_CHARACTER = "holds half a character (a lone surrogate); send valid Unicode."
 Template = Callable[[list[dict]], str]
@@ -20,11 +27,30 @@ class Tokenizer(Protocol):
 
     def encode(self, text: str) -> list[int]: ...
 
+    def encode_template(self, text: str) -> list[int]: ...
+
     def decode(self, ids: Any, specials: bool = False) -> str: ...
 
     def bytes_of(self, token: int) -> bytes: ...
 
     def spelling(self, token: int) -> bytes: ...
+
+    def markup(self) -> dict[str, int]: ...
+
+
+class Conventions(NamedTuple):
+    """What a checkpoint says about its text.
+
+    template: messages -> prompt; None: chats use DeepSeek's role tokens. ends: tokens that end an answer; none: the
+    tokenizer's EOS. begins: whether a text begins with BOS.
+    """
+
+    template: Template | None = None
+    ends: frozenset[int] = frozenset()
+    begins: bool = True
+
+
+PLAIN = Conventions()
 
 
 class BadMessages(ValueError):
@@ -36,10 +62,10 @@ class BadMessages(ValueError):
 
 
 def check_messages(messages: Any) -> list[dict[str, str]]:
-    """Messages with a role and a text each; a content of text parts becomes one text.
+    """Messages with a role and a text each, and perhaps a name; a content of text parts becomes one text.
 
     Raises:
-      BadMessages: the first that is none.
+      BadMessages: the first that is none, or that has more in it.
     """
     if not isinstance(messages, list) or not messages:
         raise BadMessages("messages", "messages must be a list of one or more messages.")
@@ -53,7 +79,12 @@ def check_messages(messages: Any) -> list[dict[str, str]]:
                               f"messages[{i}] needs a role ({', '.join(ROLES)}) and a text as content.")
         if not is_unicode(content):
             raise BadMessages(f"messages[{i}]", f"messages[{i}] {HALF_CHARACTER}")
-        checked.append({"role": role, "content": content})
+        others = {key: value for key, value in message.items() if key not in ("role", "content") and value}
+        name = others.pop("name", "")
+        if others or not isinstance(name, str) or not is_unicode(name):
+            field = f"messages[{i}].{next(iter(others), 'name')}"
+            raise BadMessages(field, f"{field[:80]} is not supported; leave it out.")
+        checked.append({"role": role, "content": content} | ({"name": name} if name else {}))
     return checked
 
 
@@ -68,7 +99,7 @@ def chat_ids(messages: Any, tokenizer: Tokenizer, template: Template | None) -> 
     checked, backend = check_messages(messages), tokenizer.backend
     if template is not None:
         try:
-            return backend.encode(template(checked), add_special_tokens=False).ids
+            return _rendered_ids(checked, tokenizer, template)
         except ValueError as error:
             raise BadMessages("messages", f"messages: the model's chat template refuses them: {error}") from None
     answer = backend.token_to_id(ROLES["assistant"])
@@ -81,6 +112,45 @@ def chat_ids(messages: Any, tokenizer: Tokenizer, template: Template | None) -> 
         ids += tokenizer.encode(message["content"])
         ids += [tokenizer.eos] if message["role"] == "assistant" else []
     return [*ids, answer]
+
+
+def _rendered_ids(messages, tokenizer, template):
+    """Ids of the rendered template. Markup that a message spells gets a mark inside, so that it is none to anybody."""
+    mark = _unused(json.dumps(messages, ensure_ascii=False))
+    spellings = sorted(tokenizer.markup(), key=len, reverse=True)
+    find = re.compile("|".join(map(re.escape, spellings)) or "(?!)")
+
+    def marked(text, kept=()):
+        return find.sub(lambda m: m[0] if m[0] in kept else m[0][0] + mark + m[0][1:], text)
+
+    rendered = template([{key: text if key == "role" else marked(text, KEPT.get(m["role"], ()))
+                          for key, text in m.items()} for m in messages])
+    rendered = rendered.replace(json.dumps(mark)[1:-1], mark)  # as tojson may write it
+    ids = []
+    for part in _parts(rendered, find, mark):
+        ids += tokenizer.encode(part.replace(mark, "")) if mark in part else tokenizer.encode_template(part)
+    return ids
+
+
+def _parts(text: str, markup: re.Pattern[str], mark: str) -> Iterator[str]:
+    """The text cut at real markup, so that a part with a mark in it holds no markup; the others stay together."""
+    together, position = "", 0
+    for found in [*markup.finditer(text), None]:
+        plain = text[position:len(text) if found is None else found.start()]
+        if mark in plain:
+            yield from filter(None, (together, plain))
+            together, plain = "", ""
+        together += plain
+        if found is not None:
+            together, position = together + found[0], found.end()
+    if together:
+        yield together
+
+
+def _unused(text: str) -> str:
+    """A character for private use that is not in a text, neither itself nor as JSON escapes it."""
+    private = map(chr, range(0xE000, 0xF900))
+    return next(c for c in private if c not in text and json.dumps(c)[1:-1].lower() not in text.lower())
 
 
 def is_unicode(text: str) -> bool:

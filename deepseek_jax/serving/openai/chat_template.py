@@ -1,17 +1,61 @@
-"""The chat template of a checkpoint, rendered as transformers does: Jinja, in a sandbox."""
+"""What the folder of a checkpoint says about its text: the chat template, rendered as transformers does (Jinja, in a
+sandbox), the tokens that end an answer, and whether a text begins with BOS."""
 
 from __future__ import annotations
 
 import json
 import os
 import sys
+from typing import Any
 
 from deepseek_jax.config import ConfigError
-from deepseek_jax.serving.openai.chat import ROLES, Template, Tokenizer
+from deepseek_jax.serving.openai.chat import ROLES, Conventions, Template, Tokenizer
+
+
+def of_folder(folder: str, tokenizer: Tokenizer, chats: bool = True) -> Conventions:
+    """Reads chat_template.jinja, tokenizer_config.json, generation_config.json and config.json, what there is of them.
+
+    Args:
+      chats: whether there will be any: notes on stderr that they have no template.
+    Raises:
+      ConfigError: a file that cannot be read, or a special token that the tokenizer does not have.
+    """
+    about = _json(folder, "tokenizer_config.json")
+    bos, eos = (_named(folder, tokenizer, about, role) for role in ("bos", "eos"))
+    template = read(folder, *(tokenizer.backend.id_to_token(token) or "" for token in (bos, eos)))
+    if chats and template is None and tokenizer.backend.token_to_id(ROLES["assistant"] or "") is None:
+        print(f"note: {folder} has no chat template; messages are joined, and the model continues them as plain text.",
+              file=sys.stderr)
+    return Conventions(template, frozenset(_ends(folder, eos)), about.get("add_bos_token") is not False)
+
+
+def _named(folder, tokenizer, about, role) -> int:
+    """The id of the token that tokenizer_config.json names; the tokenizer's own if it names none."""
+    spelled = about.get(f"{role}_token")
+    spelled = spelled.get("content") if isinstance(spelled, dict) else spelled
+    if not isinstance(spelled, str):
+        return getattr(tokenizer, role)
+    token = tokenizer.backend.token_to_id(spelled)
+    if token is None:
+        raise ConfigError(f"{folder}/tokenizer_config.json names {role}_token {spelled!r}, which tokenizer.json does "
+                          "not have; fetch both again.")
+    return token
+
+
+def _ends(folder, eos) -> list[int]:
+    """As transformers: of generation_config.json, else of config.json, else the tokenizer's."""
+    for name in ("generation_config.json", "config.json"):
+        found = _json(folder, name).get("eos_token_id")
+        found = found if isinstance(found, list) else [found]
+        if ends := [token for token in found if type(token) is int]:
+            return ends
+    return [eos]
 
 
 def read(folder: str, bos: str, eos: str) -> Template | None:
     """messages -> prompt, ready for the answer; None where `folder` has no template.
+
+    A developer's message goes to a template that does not know that role as the system's.
 
     Args:
       folder: with chat_template.jinja, or tokenizer_config.json with "chat_template" in it.
@@ -25,36 +69,40 @@ def read(folder: str, bos: str, eos: str) -> Template | None:
         return None
     try:
         import jinja2.sandbox
+
+        from deepseek_jax.serving.openai.jinja import environment
     except ImportError:
         raise ConfigError(f"{folder} has a chat template, which needs jinja2: pip install -e '.[serve]'.") from None
-
-    def refuse(why):
-        raise ValueError(str(why))
-
-    jinja = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-    jinja.globals["raise_exception"] = refuse
     try:
-        template = jinja.from_string(source)
+        template = environment().from_string(source)
     except jinja2.TemplateError as error:
         raise ConfigError(f"the chat template of {folder} is damaged ({error}); fetch it again.") from None
 
     def render(messages):
+        if "developer" not in source:
+            messages = [m | {"role": "system"} if m["role"] == "developer" else m for m in messages]
         try:
-            return template.render(messages=messages, bos_token=bos, eos_token=eos, add_generation_prompt=True)
-        except jinja2.TemplateError as error:
-            raise ValueError(str(error)) from None
+            return template.render(messages=messages, tools=None, documents=None, bos_token=bos, eos_token=eos,
+                                   add_generation_prompt=True)
+        except Exception as error:  # whatever a template's own arithmetic raises
+            raise ValueError(str(error) or type(error).__name__) from None
 
     return render
 
 
-def of_folder(folder: str, tokenizer: Tokenizer) -> Template | None:
-    """`read` with the special tokens of the folder's tokenizer. Notes on stderr that there is nothing to chat with."""
-    spell = lambda token: tokenizer.backend.id_to_token(token) or ""
-    template = read(folder, spell(tokenizer.bos), spell(tokenizer.eos))
-    if template is None and tokenizer.backend.token_to_id(ROLES["assistant"] or "") is None:
-        print(f"note: {folder} has no chat template; messages are joined, and the model continues them as plain text.",
-              file=sys.stderr)
-    return template
+def _json(folder, name) -> dict[str, Any]:
+    """A JSON file of the folder; {} where there is none."""
+    path = os.path.join(folder, name)
+    if not os.path.isfile(path):
+        return {}
+    try:
+        with open(path, encoding="utf-8") as f:
+            found = json.load(f)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise ConfigError(f"{path} is not a JSON object; fetch it again.")
+    return found
 
 
 def _source(folder):
@@ -62,14 +110,7 @@ def _source(folder):
     if os.path.isfile(path):
         with open(path, encoding="utf-8") as f:
             return f.read()
-    path = os.path.join(folder, "tokenizer_config.json")
-    if not os.path.isfile(path):
-        return None
-    try:
-        with open(path, encoding="utf-8") as f:
-            found = json.load(f).get("chat_template")
-    except (ValueError, AttributeError):
-        raise ConfigError(f"{path} is not a JSON object; fetch it again.") from None
+    found = _json(folder, "tokenizer_config.json").get("chat_template")
     if isinstance(found, list):  # several, by name
         found = {one.get("name"): one.get("template") for one in found if isinstance(one, dict)}.get("default")
     return found if isinstance(found, str) else None

@@ -10,7 +10,7 @@ from deepseek_jax.serving.engine import Sequence, Token
 from deepseek_jax.serving.openai.chat import (
     HALF_CHARACTER,
     BadMessages,
-    Template,
+    Conventions,
     Tokenizer,
     chat_ids,
     check_messages,
@@ -58,16 +58,16 @@ def _row(where: str, line: str) -> Prompt:
     return found["prompt"]
 
 
-def prompt_ids(prompt: Prompt, tokenizer: Tokenizer, template: Template | None) -> list[int]:
-    """Token ids of a text, after BOS, or of a chat up to where the answer begins.
+def prompt_ids(prompt: Prompt, tokenizer: Tokenizer, text: Conventions) -> list[int]:
+    """Token ids of a text, after BOS if texts begin with it, or of a chat up to where the answer begins.
 
     Raises:
       ConfigError: messages that the template refuses.
     """
     if isinstance(prompt, str):
-        return [tokenizer.bos, *tokenizer.encode(prompt)]
+        return [*([tokenizer.bos] if text.begins else []), *tokenizer.encode(prompt)]
     try:
-        return chat_ids(prompt, tokenizer, template)
+        return chat_ids(prompt, tokenizer, text.template)
     except BadMessages as error:
         raise ConfigError(str(error)) from None
 

@@ -10,7 +10,15 @@ from typing import Any, NamedTuple
 from deepseek_jax.config import did_you_mean
 from deepseek_jax.serving.decode import ALTERNATIVES
 from deepseek_jax.serving.engine import Request
-from deepseek_jax.serving.openai.chat import HALF_CHARACTER, BadMessages, Template, Tokenizer, chat_ids, is_unicode
+from deepseek_jax.serving.openai.chat import (
+    HALF_CHARACTER,
+    PLAIN,
+    BadMessages,
+    Conventions,
+    Tokenizer,
+    chat_ids,
+    is_unicode,
+)
 
 MAX_CHOICES = 16
 LONGEST_STOP = 1024  # characters
@@ -39,14 +47,19 @@ class ServedModel(NamedTuple):
     """What requests are checked against.
 
     name: that clients ask for. max_length: tokens of prompt and answer.
-    template: messages -> prompt, as `chat_template.read` returns it; None: chats use DeepSeek's role tokens.
+    text: what its checkpoint says about its text.
     """
 
     name: str
     tokenizer: Tokenizer
     vocab_size: int
     max_length: int
-    template: Template | None = None
+    text: Conventions = PLAIN
+
+    @property
+    def ends(self) -> frozenset[int]:
+        """The tokens that end an answer."""
+        return self.text.ends or frozenset([self.tokenizer.eos])
 
 
 class CompletionRequest(NamedTuple):
@@ -86,7 +99,7 @@ def read(body: Any, chat: bool, served: ServedModel) -> CompletionRequest:
         prompt=(), max_new_tokens=max_new_tokens, temperature=_number(body, "temperature", 1.0, 0, 2),
         top_p=_number(body, "top_p", 1.0, 0, 1, open_below=True), top_k=_integer(body, "top_k", 0, 0, 2**31 - 1),
         seed=_integer(body, "seed", secrets.randbits(32), -2**63, 2**64 - 1) % 2**32,
-        stop_tokens=frozenset([served.tokenizer.eos]), logprobs=alternatives is not None)
+        stop_tokens=served.ends, logprobs=alternatives is not None)
     return CompletionRequest(
         chat=chat, stops=_stops(body), stream=_get(body, "stream", bool, False),
         requests=[dataclasses.replace(common, prompt=tuple(prompt), stream=i) for prompt in prompts for i in range(n)],
@@ -181,7 +194,7 @@ def _prompts(body, served):
     out = []
     for text in texts:
         if isinstance(text, str):
-            out.append([tokenizer.bos, *tokenizer.encode(_utf8("prompt", text))])
+            out.append([*([tokenizer.bos] if served.text.begins else []), *tokenizer.encode(_utf8("prompt", text))])
         elif isinstance(text, list) and text and all(type(t) is int and 0 <= t < vocab_size for t in text):
             out.append(text)
         else:
@@ -192,7 +205,7 @@ def _prompts(body, served):
 
 def _chat(body, served):
     try:
-        return [chat_ids(body.get("messages"), served.tokenizer, served.template)]
+        return [chat_ids(body.get("messages"), served.tokenizer, served.text.template)]
     except BadMessages as error:
         raise BadRequest(error.field, str(error)) from None
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from deepseek_jax.config import ConfigError
 from deepseek_jax.serving.engine import Engine, Sequence, Token
-from deepseek_jax.serving.openai.chat import Template, Tokenizer
+from deepseek_jax.serving.openai.chat import PLAIN, Conventions, Tokenizer
 from deepseek_jax.serving.openai.detokenize import TextStream
 from deepseek_jax.serving.openai.requests import BadRequest, CompletionRequest, ServedModel
 
@@ -44,13 +44,13 @@ class Service:
 
     Args:
       model: its name. max_waiting: sequences that may wait in addition to those that run; one more is refused with 429.
-      template: of chats, as `chat_template.read` returns it.
+      text: what the checkpoint says about its text, as `chat_template.of_folder` returns it.
     """
 
     def __init__(self, engine: Engine, tokenizer: Tokenizer, model: str, max_waiting: int,
-                 template: Template | None = None):
+                 text: Conventions = PLAIN):
         self.engine, self.max_waiting = engine, max_waiting
-        self.served = ServedModel(model, tokenizer, engine.cfg.vocab_size, engine.max_length, template)
+        self.served = ServedModel(model, tokenizer, engine.cfg.vocab_size, engine.max_length, text)
         self.started = time.time()
         self.failure: Exception | None = None
         self.live: set[Callable] = set()  # the listeners of all sequences that run or wait
