@@ -45,4 +45,18 @@ MUTATIONS = [
         new="weights_BT for s",
         tests="data/test_validation.py",
     ),
+    Mutation(
+        name="a small source is not among the evaluated batches",
+        file="deepseek_jax/data/validation.py",
+        old="chosen | {middle(s) for s in missed if len(self.shards[s].tokens)}",
+        new="chosen",
+        tests="data/test_validation.py::test_a_limit_leaves_no_source_out",
+    ),
+    Mutation(
+        name="files of other endings are left out without a word",
+        file="deepseek_jax/data/overview.py",
+        old="if not ignored:",
+        new="if True:",
+        tests="data/test_overview.py",
+    ),
 ]

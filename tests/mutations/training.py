@@ -322,4 +322,18 @@ MUTATIONS = [
         new="/ np.log(2)",
         tests="training/test_metrics.py::test_the_balance_of_a_step_has_its_spread_and_its_idle_experts",
     ),
+    Mutation(
+        name="a start that failed binds its directory",
+        file="deepseek_jax/workdir.py",
+        old="if not path.exists() or not _has_checkpoint(workdir):",
+        new="if not path.exists():",
+        tests="test_workdir.py::test_a_start_that_failed_before_its_first_checkpoint_binds_nobody",
+    ),
+    Mutation(
+        name="two processes train in one work directory",
+        file="deepseek_jax/workdir.py",
+        old='".lock"), timeout=0)',
+        new='".lock" + os.urandom(4).hex()), timeout=0)',
+        tests="test_workdir.py::test_two_processes_never_train_in_one_work_directory",
+    ),
 ]
