@@ -132,7 +132,12 @@ class Pending(NamedTuple):
 
 
 class Run:
-    """The state of a run and the files it writes."""
+    """The state of a run and the files it writes.
+
+    asked_by: the signal that asked to stop; where it was another process that got one, it was a SIGTERM.
+    """
+
+    asked_by: str = "SIGTERM"
 
     def __init__(self, config: Config, workdir: str, loader: Loader, runner: Runner):
         self.config, self.loader, self.runner = config, loader, runner
@@ -159,7 +164,6 @@ class Run:
         self.eval_fn = lambda params, router, micro: scored(params, router, runner.shard_batch(micro))
         self.peak = peak_flops(config.model.dtype, config.mesh.devices)
         self.flops = training_flops_per_token(config.model, config.train.sequence_length)
-        self.signal = "SIGTERM"  # where another process was the one
         self.stopping = self.agreed = False  # asked to stop; all processes know that one of them was
 
     def go(self) -> bool:
@@ -180,7 +184,7 @@ class Run:
             if self.stopping:
                 raise KeyboardInterrupt
             print("\nStopping after this step; Ctrl-C again stops at once and saves nothing.", file=sys.stderr)
-        self.stopping, self.signal = True, signal.Signals(number).name
+        self.stopping, self.asked_by = True, signal.Signals(number).name
 
     def close(self) -> None:
         """Waits for the last checkpoint."""
@@ -214,7 +218,7 @@ class Run:
                 self._save()
             if saving and self.agreed:
                 self.checkpoints.wait()
-                self._say(bar, f"Stopped by {self.signal} after step {self.step}; the same command continues from "
+                self._say(bar, f"Stopped by {self.asked_by} after step {self.step}; the same command continues from "
                                "there.")
                 return False
             if pending is None:
