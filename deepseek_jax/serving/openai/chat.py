@@ -37,6 +37,8 @@ class Tokenizer(Protocol):
 
     def markup(self) -> dict[str, int]: ...
 
+    def longest(self) -> int: ...
+
 
 class Conventions(NamedTuple):
     """What a checkpoint says about its text.
@@ -80,6 +82,8 @@ def check_messages(messages: Any) -> list[dict[str, str]]:
         if not is_unicode(content):
             raise BadMessages(f"messages[{i}]", f"messages[{i}] {HALF_CHARACTER}")
         others = {key: value for key, value in message.items() if key not in ("role", "content") and value}
+        if others.get("type") == "text":  # which says no more than the content does
+            del others["type"]
         name = others.pop("name", "")
         if others or not isinstance(name, str) or not is_unicode(name):
             field = f"messages[{i}].{next(iter(others), 'name')}"
