@@ -67,6 +67,7 @@ class Sequence:
 
     finish: None until it ends: "stop", "length", "cancelled", or "error" where logits were no numbers.
     scored: of each token of the prompt but the first, where requested: its logprob and the likeliest ones.
+    end: the stop token that ended it, which is not part of it.
     submitted, admitted: when, in seconds of `time.monotonic`.
     """
 
@@ -85,6 +86,7 @@ class Sequence:
         self.registered, self.digest = 0, b""  # full pages that others can find, and the digest of the last
         self.reused = 0  # tokens of the prompt that were found in the cache
         self.scored: list[Token] = []
+        self.end: Token | None = None
         self.submitted, self.admitted = time.monotonic(), math.nan
 
     @property
@@ -370,15 +372,15 @@ class Engine:
                 break
             taken += [(len(new), drafted, accepted)] if count else []
             for t in range(count):
-                token = int(made.tokens_NBT[n, b, t])
-                if token in sequence.request.stop_tokens:
-                    finish = "stop"
-                    break
                 draft = "accepted" if t < accepted else "rejected" if t < drafted else "none"
-                new.append(Token(token, draft))
+                token = Token(int(made.tokens_NBT[n, b, t]), draft)
                 if sequence.request.logprobs:
-                    new[-1] = _scored(token, made.scores, (n, b, t), draft)
-                sequence.tokens.append(token)
+                    token = _scored(token.id, made.scores, (n, b, t), draft)
+                if token.id in sequence.request.stop_tokens:
+                    sequence.end, finish = token, "stop"
+                    break
+                new.append(token)
+                sequence.tokens.append(token.id)
             if finish:
                 break
         if finish is None and len(sequence.tokens) > sequence.limit:

@@ -261,3 +261,12 @@ def test_short_prompts_are_read_together():
     assert all(s.made for s in together)
     engine.run()
     assert [ids(s) for s in together] == [ids(s) for s in alone]
+
+
+def test_the_token_that_ends_a_sequence_is_kept_apart(engine):
+    first = engine.submit(Request((5, 6, 7), 1))
+    engine.run()
+    (token,) = ids(first)
+    ended = engine.submit(Request((5, 6, 7), 4, stop_tokens=frozenset([token]), logprobs=True))
+    engine.run()
+    assert (ended.made, ended.finish, ended.end.id) == ([], "stop", token) and ended.end.logprob < 0

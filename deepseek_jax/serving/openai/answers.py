@@ -76,7 +76,8 @@ class Answer:
             if new.finish_reason == "failed":
                 raise BadRequest(None, "the engine has failed; see the server's log.", 500, "engine_failed")
             old = choices[new.choice]
-            choices[new.choice] = new._replace(text=old.text + new.text, tokens=old.tokens + new.tokens)
+            choices[new.choice] = new._replace(text=old.text + new.text, tokens=old.tokens + new.tokens,
+                                               reasoning=old.reasoning + new.reasoning)
         return JSONResponse({**self.head, "choices": [self.choice(delta, "message") for delta in choices],
                              "usage": self.stream.usage()})
 
@@ -87,9 +88,12 @@ class Answer:
         if not self.completion.chat:
             out["text"] = delta.text
         elif part == "message":
-            out["message"] = {"role": "assistant", "content": delta.text, "refusal": None}
+            reasoning = {"reasoning_content": delta.reasoning} if delta.reasoning else {}
+            out["message"] = {"role": "assistant", "content": delta.text, **reasoning, "refusal": None}
         else:
-            out["delta"] = {"content": delta.text} if delta.text or not delta.finish_reason else {}
+            silent = not (delta.text or delta.reasoning or delta.finish_reason)  # such as half a character
+            parts = {"content": delta.text, "reasoning_content": delta.reasoning}
+            out["delta"] = {"content": ""} if silent else {name: part for name, part in parts.items() if part}
         if self.completion.return_drafts:
             out["drafts"] = [[text, token.draft] for token, text, _ in delta.tokens]
         return out

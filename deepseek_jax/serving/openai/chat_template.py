@@ -55,7 +55,9 @@ def _ends(folder, eos) -> list[int]:
 
 
 def read(folder: str, bos: str, eos: str) -> Template | None:
-    """messages -> prompt, ready for the answer; None where `folder` has no template.
+    """(messages, **options) -> prompt, ready for the answer; None where `folder` has no template.
+
+    Options are names of the template's own, such as `thinking` or `enable_thinking`.
 
     A developer's message goes to a template that does not know that role as the system's.
 
@@ -78,7 +80,8 @@ def read(folder: str, bos: str, eos: str) -> Template | None:
         raise ConfigError(f"the chat template of {folder} is damaged ({error}); fetch it again.") from None
     if "developer" in source:
         return rendered
-    return lambda messages: rendered([m | {"role": "system"} if m["role"] == "developer" else m for m in messages])
+    return lambda messages, **options: rendered(
+        [m | {"role": "system"} if m["role"] == "developer" else m for m in messages], **options)
 
 
 def _json(folder, name) -> dict[str, Any]:

@@ -70,8 +70,8 @@ def main() -> None:
 
     def rendered(line):
         assert template is not None
-        text = ""
-        for part in template.generate(messages=json.loads(line)["messages"], **about["names"]):
+        chat, text = json.loads(line), ""
+        for part in template.generate(**about["names"] | chat["names"] | {"messages": chat["messages"]}):
             text += part
             if len(text) > LONGEST:
                 raise ValueError(f"it makes more than {LONGEST} characters.")

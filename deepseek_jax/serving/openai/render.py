@@ -19,10 +19,10 @@ SECONDS = 2.0
 
 
 class Renderer:
-    """messages -> prompt, ready for the answer. Threads take turns.
+    """(messages, **options) -> prompt, ready for the answer. Threads take turns.
 
     Args:
-      source: the template. names: what it can refer to besides the messages.
+      source: the template. names: what it can refer to besides the messages and the options of a chat.
     Raises:
       ValueError: a template that is no Jinja; when called, one that refuses the messages or oversteps its limits.
     """
@@ -33,11 +33,11 @@ class Renderer:
         self._process: subprocess.Popen[bytes] | None = None
         self._start()
 
-    def __call__(self, messages: list[dict[str, Any]]) -> str:
+    def __call__(self, messages: list[dict[str, Any]], **options: Any) -> str:
         with self._lock:
             if self._process is None:
                 self._start()
-            return self._ask({"messages": messages}, SECONDS)
+            return self._ask({"messages": messages, "names": options}, SECONDS)
 
     def _start(self):
         # The same modules as here, and a session of its own: Ctrl-C is for the server.

@@ -21,7 +21,7 @@ from deepseek_jax.serving.openai.chat import (
     is_unicode,
 )
 
-LONGEST_STOP = 1024  # characters
+LONGEST_STOP, MOST_STOPS = 1024, 16  # characters; strings
 IGNORED = ("user", "metadata", "store", "service_tier", "parallel_tool_calls", "safety_identifier", "prompt_cache_key")
 # What is not supported, and the values that ask for nothing (null never does).
 UNSUPPORTED = {"tools": [[]], "functions": [[]], "tool_choice": ["none", "auto"], "function_call": ["none", "auto"],
@@ -31,7 +31,9 @@ UNSUPPORTED = {"tools": [[]], "functions": [[]], "tool_choice": ["none", "auto"]
 SHARED = ("model", "max_tokens", "temperature", "top_p", "top_k", "n", "stream", "stream_options", "stop", "seed",
           "logprobs", "return_drafts")
 FIELDS = {False: (*SHARED, "prompt", "echo", "best_of"),
-          True: (*SHARED, "messages", "max_completion_tokens", "top_logprobs")}
+          True: (*SHARED, "messages", "max_completion_tokens", "top_logprobs", "chat_template_kwargs")}
+# What a template is told by the server itself.
+RESERVED = ("messages", "tools", "documents", "bos_token", "eos_token", "add_generation_prompt")
 
 
 class BadRequest(Exception):
@@ -198,8 +200,8 @@ def _number(body, field, default, low, high, open_below=False):
 def _stops(body):
     stops = body.get("stop")
     stops = [] if stops is None else [stops] if isinstance(stops, str) else stops
-    if not isinstance(stops, list) or len(stops) > 4 or not all(isinstance(s, str) and s for s in stops):
-        raise BadRequest("stop", "stop must be a string, or a list of up to 4 of them, none empty.")
+    if not isinstance(stops, list) or len(stops) > MOST_STOPS or not all(isinstance(s, str) and s for s in stops):
+        raise BadRequest("stop", f"stop must be a string, or a list of up to {MOST_STOPS} of them, none empty.")
     if max(map(len, stops), default=0) > LONGEST_STOP:
         raise BadRequest("stop", f"stop has more than {LONGEST_STOP} characters; a shorter part of it ends a text too.")
     return tuple(_utf8("stop", stop) for stop in stops)
@@ -244,10 +246,15 @@ def _check_length(field, characters, served):
 
 
 def _chat(body, served):
+    options = _get(body, "chat_template_kwargs", dict, {})
+    if options and (served.text.template is None or any(name in RESERVED for name in options)):
+        raise BadRequest("chat_template_kwargs", "chat_template_kwargs are names of the model's own chat template, "
+                         "such as enable_thinking: " + (f"none of {', '.join(RESERVED)}." if served.text.template else
+                                                        "this model has none."))
     try:
         checked = check_messages(body.get("messages"))
         _check_length("messages", sum(len(message["content"]) for message in checked), served)
-        return [chat_ids(checked, served.tokenizer, served.text.template)]
+        return [chat_ids(checked, served.tokenizer, served.text.template, options)]
     except BadMessages as error:
         raise BadRequest(error.field, str(error)) from None
 

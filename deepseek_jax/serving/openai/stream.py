@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from deepseek_jax.config import ConfigError
 from deepseek_jax.serving.engine import Engine, Sequence, Token
-from deepseek_jax.serving.openai.chat import PLAIN, Conventions, Tokenizer
+from deepseek_jax.serving.openai.chat import PLAIN, Conventions, Tokenizer, thinking_marks
 from deepseek_jax.serving.openai.detokenize import TextStream
 from deepseek_jax.serving.openai.metrics import Metrics
 from deepseek_jax.serving.openai.requests import BadRequest, CompletionRequest, ServedModel
@@ -30,7 +30,7 @@ class TextToken(NamedTuple):
 
 
 class Delta(NamedTuple):
-    """New text of one choice, and the tokens it came with.
+    """New text of one choice, and the tokens it came with. reasoning: what of it came before the answer proper.
 
     finish_reason: None until the choice ends, then the engine's `Sequence.finish`, or "failed" if the engine has.
     """
@@ -39,6 +39,7 @@ class Delta(NamedTuple):
     text: str
     tokens: list[TextToken]
     finish_reason: str | None = None
+    reasoning: str = ""
 
 
 class Service:
@@ -162,31 +163,41 @@ class _Listener:
     def __init__(self, stream: Stream, choice: int):
         self._stream, self._choice, self._service = stream, choice, stream.service
         completion = stream.completion
-        self._text = TextStream(stream.service.served.tokenizer.bytes_of, completion.stops)
+        served, prompt = stream.service.served, completion.requests[choice].prompt
+        # [0] is the answer, [1] the reasoning before it, in chats with a model that marks it.
+        self._texts = [TextStream(served.tokenizer.bytes_of, completion.stops) for _ in range(2)]
+        self._marks = (thinking_marks(served.tokenizer) if completion.chat else None) or (-1, -1)
+        self._reasons = next((token == self._marks[0] for token in reversed(prompt) if token in self._marks), False)
         self._echo = completion.echo  # whether the prompt is still to come
         self._start = 0  # characters of the prompt
         self._last: float | None = None  # when the last tokens came
 
     def __call__(self, sequence: Sequence | None, new: list[Token]) -> int | None:
-        text, tokens, kept, finish = "", [], None, None
+        text, tokens, kept, finish = ["", ""], [], None, None
         if self._echo and sequence is not None:
-            text, tokens = self._prompt(sequence)
+            text[0], tokens = self._prompt(sequence)
         for i, token in enumerate(new, 1):
-            offset = self._start + self._text.offset
-            completed = self._text.feed(token.id)
-            text += completed
+            stream = self._texts[self._reasons]
+            offset = self._start + stream.offset
+            marks = token.id in self._marks
+            completed = stream.flush() if marks else stream.feed(token.id)
+            text[self._reasons] += completed
             tokens.append(TextToken(token, completed, offset))
-            if self._text.stopped:
+            self._reasons = token.id == self._marks[0] if marks else self._reasons
+            if stream.stopped:
                 kept = i
                 break
         if new and sequence is not None:
             self._time(sequence, len(new))
         if not new:
-            text += self._text.flush()
+            text[self._reasons] += self._texts[self._reasons].flush()
+            if self._stream.completion.echo and sequence is not None and sequence.end is not None:
+                # lm-eval takes the last logprob for that of a new token, and leaves it out.
+                tokens.append(TextToken(sequence.end, "", self._start + self._texts[0].offset))
             finish = "failed" if self._service.failure or sequence is None else sequence.finish
             self._service.live.discard(self)
-        if text or tokens or finish:
-            self._stream.put(Delta(self._choice, text, tokens, finish))
+        if any(text) or tokens or finish:
+            self._stream.put(Delta(self._choice, text[0], tokens, finish, text[1]))
         return kept
 
     def _prompt(self, sequence: Sequence) -> tuple[str, list[TextToken]]:

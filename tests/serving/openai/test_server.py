@@ -117,6 +117,7 @@ def test_chat_gives_logprobs_of_every_token(url):
         (dict(top_p=0), 400, "top_p"),
         (dict(n=1000), 400, "n"),
         (dict(stop=["", "a"]), 400, "stop"),
+        (dict(stop=["a"] * 17), 400, "stop"),
         (dict(logprobs=99), 400, "logprobs"),
         (dict(frequency_penalty=1), 400, "frequency_penalty"),
         (dict(temprature=1), 400, "temprature"),
