@@ -20,6 +20,7 @@ from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, S
 from starlette.routing import Mount, Route  # noqa: E402
 
 from deepseek_jax.serving.openai.server import chat_page  # noqa: E402
+from tests.serving.openai.test_server import running  # noqa: E402
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 DRIVER = shutil.which("chromedriver")
@@ -83,6 +84,9 @@ class Api:
         try:
             yield self.comments
             await asyncio.sleep(0.3 if self.comments else 0)
+            if "messages" in body:
+                opening = {"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}
+                yield f"data: {json.dumps({'choices': [opening]})}\n\n"
             pieces = iter(self.pieces)
             while (piece := next(pieces, "")) != "":
                 if piece is None:
@@ -124,6 +128,10 @@ class Browser:
 
     def js(self, script):
         return self.call("POST", self.session + "/execute/sync", script=script, args=[])
+
+    def width(self, pixels):
+        self.call("POST", self.session + "/goog/cdp/execute", cmd="Emulation.setDeviceMetricsOverride",
+                  params={"width": pixels, "height": 700, "deviceScaleFactor": 1, "mobile": False})
 
     def type(self, field, keys):
         [element] = self.call("POST", self.session + "/element", using="css selector", value=field).values()
@@ -374,11 +382,33 @@ def test_the_live_region_is_told_of_an_answer_once(api, page):
 
 
 def test_nothing_sticks_out_of_a_narrow_screen(api, page):
-    page.call("POST", page.session + "/window/rect", width=360, height=700)
+    page.width(360)
     try:
         api.pieces = ["x" * 400]
         page.type("#prompt", f"{'y' * 400}{ENTER}")
         page.answered()
+        assert page.js("return innerWidth") == 360
         assert page.js("return document.documentElement.scrollWidth - document.documentElement.clientWidth") == 0
     finally:
-        page.call("POST", page.session + "/window/rect", width=1000, height=700)
+        page.width(1000)
+
+
+@pytest.mark.parametrize("mode", ["chat", "text"])
+def test_the_server_itself_answers_the_page(window, real, mode):
+    window.open(real)
+    window.until("!document.querySelector('#unlock').hidden")  # it has a key, which the page finds out by itself
+    window.js(f"document.querySelector('#mode').value = '{mode}'; document.querySelector('#max_tokens').value = 9")
+    window.type("#key", f"secret{ENTER}")
+    window.until("document.querySelector('#unlock').hidden")
+    window.type("#prompt", f"hello{ENTER}")
+    window.answered()
+
+    assert window.texts(".error") == [] and window.texts("#state") == ["Ended at max tokens."]
+    assert len(window.texts(".answer .text span:is(.none, .accepted, .rejected)")) == 9
+    window.js("sessionStorage.clear(); addEventListener('pagehide', event => event.stopImmediatePropagation(), true)")
+
+
+@pytest.fixture(scope="module")
+def real():
+    with running() as (_, url):
+        yield url + "/"
