@@ -378,7 +378,7 @@ def test_the_live_region_is_told_of_an_answer_once(api, page):
 
     assert page.js("return told.length") < 6
     assert page.texts("#spoken") == ["word " * 100]
-    assert page.js("return document.querySelectorAll('[aria-live], [role=status], [role=log], [role=alert]').length") == 1
+    assert len(page.texts("[aria-live], [role=status], [role=log], [role=alert]")) == 1
 
 
 def test_nothing_sticks_out_of_a_narrow_screen(api, page):
@@ -393,22 +393,18 @@ def test_nothing_sticks_out_of_a_narrow_screen(api, page):
         page.width(1000)
 
 
-@pytest.mark.parametrize("mode", ["chat", "text"])
-def test_the_server_itself_answers_the_page(window, real, mode):
-    window.open(real)
-    window.until("!document.querySelector('#unlock').hidden")  # it has a key, which the page finds out by itself
-    window.js(f"document.querySelector('#mode').value = '{mode}'; document.querySelector('#max_tokens').value = 9")
-    window.type("#key", f"secret{ENTER}")
-    window.until("document.querySelector('#unlock').hidden")
-    window.type("#prompt", f"hello{ENTER}")
-    window.answered()
-
-    assert window.texts(".error") == [] and window.texts("#state") == ["Ended at max tokens."]
-    assert len(window.texts(".answer .text span:is(.none, .accepted, .rejected)")) == 9
-    window.js("sessionStorage.clear(); addEventListener('pagehide', event => event.stopImmediatePropagation(), true)")
-
-
-@pytest.fixture(scope="module")
-def real():
+@pytest.mark.slow
+def test_the_server_itself_answers_the_page_in_both_modes(window):
     with running() as (_, url):
-        yield url + "/"
+        window.open(url)
+        window.until("!document.querySelector('#unlock').hidden")  # it has a key, which the page finds out by itself
+        window.js("document.querySelector('#max_tokens').value = 9")
+        window.type("#key", f"secret{ENTER}")
+        window.until("document.querySelector('#unlock').hidden")
+        for mode in ("chat", "text"):
+            window.js(f"document.querySelector('#mode').value = '{mode}'")
+            window.type("#prompt", f"hello{ENTER}")
+            window.answered()
+            assert window.texts(".error") == [] and window.texts("#state") == ["Ended at max tokens."]
+            tokens = ".turn:last-child .answer .text span:is(.none, .accepted, .rejected)"
+            assert len(window.texts(tokens)) == 9
