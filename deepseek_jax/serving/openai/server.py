@@ -65,7 +65,9 @@ class Options:
 def chat_page(model: str) -> str:
     """The page at `/`: chat.html with the model's name in place of "__MODEL__".
 
-    The page shows which tokens MTP had drafted, tokens per second, and the live load of the experts.
+    It is one file without outside resources, asks only paths next to its own (so it works below a proxy's prefix),
+    and needs nothing more of a Content-Security-Policy than inline script and style, `connect-src 'self'` and
+    `img-src data:`.
     """
     page = importlib.resources.files("deepseek_jax.serving.openai").joinpath("chat.html").read_text(encoding="utf-8")
     # No "<" inside a script element: a name that contains "</script>" would end it.
