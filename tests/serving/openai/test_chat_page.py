@@ -23,8 +23,8 @@ from deepseek_jax.serving.openai.server import chat_page  # noqa: E402
 from tests.serving.openai.test_server import running  # noqa: E402
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-DRIVER = shutil.which("chromedriver")
-pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs chromium and chromedriver")
+pytestmark = pytest.mark.skipif(
+    not (CHROMIUM and shutil.which("chromedriver")), reason="needs chromium and chromedriver")
 
 PREFIX = "/models/tiny"
 POLICY = ("default-src 'none'; connect-src 'self'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
@@ -167,7 +167,7 @@ def served():
 
 @pytest.fixture(scope="module")
 def window(tmp_path_factory):
-    process = subprocess.Popen([DRIVER, f"--port={(number := port())}"], stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(["chromedriver", f"--port={(number := port())}"], stdout=subprocess.DEVNULL)
     driver = f"http://127.0.0.1:{number}"
     browser = None
     try:
