@@ -223,8 +223,8 @@ MUTATIONS = [
     Mutation(
         name="an echo has no text of the prompt",
         file="deepseek_jax/serving/openai/stream.py",
-        old="text, tokens = self._prompt(sequence)",
-        new='text, tokens = "", self._prompt(sequence)[1]',
+        old="text[0], tokens = self._prompt(sequence)",
+        new='tokens = self._prompt(sequence)[1]',
         tests="serving/openai/test_server.py::test_an_answer_can_begin_with_its_prompt_and_say_its_logprobs",
     ),
 ]

@@ -120,12 +120,14 @@ def test_the_server_gives_the_same_scores(model, folder, monkeypatch):
 
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
     with running() as (_, url):
+        # lm-eval keeps two places free: one for the token that it asks for, one for the prefix of a window.
         api = LocalCompletionsAPI(model="org/random", base_url=url + "/v1/completions", tokenizer_backend="None",
-                                  max_length=32)
+                                  max_length=34)
         # As with a server that has a tokenizer's endpoints; transformers, the alternative, is not needed here.
         api.tokenizer_backend, api.tokenized_requests, api.tokenizer = "remote", True, types.SimpleNamespace(
             encode=model.tok_encode, decode=model.tokens.decode, eos_token="<|eos|>", bos_token_id=model.tokens.bos,
             eos_token_id=model.tokens.eos)
+        api.custom_prefix_token_id = model.tokens.bos  # lm-eval takes a BOS of 0 for none
         found = simple_evaluate(api, tasks=list(TASKS), task_manager=TaskManager(include_path=folder),
                                 bootstrap_iters=0)["results"]
     here = evaluate_tasks(model, list(TASKS), folder)

@@ -95,7 +95,8 @@ class Answer:
             parts = {"content": delta.text, "reasoning_content": delta.reasoning}
             out["delta"] = {"content": ""} if silent else {name: part for name, part in parts.items() if part}
         if self.completion.return_drafts:
-            out["drafts"] = [[text, token.draft] for token, text, _ in delta.tokens]
+            out["drafts"] = [[text, token.draft, *([True] if reasoning else [])]
+                             for token, text, _, reasoning in delta.tokens]
         return out
 
     def logprobs(self, delta: Delta) -> dict[str, Any] | None:
@@ -104,7 +105,7 @@ class Answer:
         if most is None or not delta.tokens:
             return None
         spell = self.stream.service.served.tokenizer.spelling
-        tokens = [token for token, _, _ in delta.tokens]
+        tokens = [token.token for token in delta.tokens]
         if self.completion.chat:
             entry = lambda i, logprob: {"token": named(spell(i)), "logprob": max(logprob, LEAST_LOGPROB),
                                         "bytes": list(spell(i))}
@@ -114,7 +115,7 @@ class Answer:
         return {"tokens": [named(spell(t.id)) for t in tokens],
                 "token_logprobs": [None if first(t) else max(t.logprob, LEAST_LOGPROB) for t in tokens],
                 "top_logprobs": [None if first(t) else alternatives(spell, t, most) for t in tokens],
-                "text_offset": [offset for _, _, offset in delta.tokens]}
+                "text_offset": [token.offset for token in delta.tokens]}
 
 
 def named(spelling: bytes) -> str:

@@ -22,11 +22,13 @@ log = logging.getLogger(__name__)
 
 
 class TextToken(NamedTuple):
-    """A token, the text that it completed, and the offset at which it begins in the text of its choice."""
+    """A token, the text that it completed, the offset at which it begins in the text of its choice, and whether that is
+    the reasoning before the answer."""
 
     token: Token
     text: str
     offset: int
+    reasoning: bool = False
 
 
 class Delta(NamedTuple):
@@ -182,7 +184,7 @@ class _Listener:
             marks = token.id in self._marks
             completed = stream.flush() if marks else stream.feed(token.id)
             text[self._reasons] += completed
-            tokens.append(TextToken(token, completed, offset))
+            tokens.append(TextToken(token, completed, offset, self._reasons))
             self._reasons = token.id == self._marks[0] if marks else self._reasons
             if stream.stopped:
                 kept = i
