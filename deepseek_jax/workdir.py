@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import os
 import pathlib
 from collections.abc import Iterator
@@ -76,8 +75,8 @@ def load_workdir_config(workdir: str) -> Config:
     if not path.is_file():
         raise ConfigError(f"{workdir} holds no config.json; give the --workdir of a run.")
     try:
-        saved = json.loads(path.read_text())
-    except ValueError as error:  # no JSON, or no text
+        saved = io.read_json(path)
+    except ValueError as error:
         raise ConfigError(f"{path} is not JSON ({error}); restore it, or take another --workdir.") from error
     if isinstance(saved, dict) and "model_type" in saved:
         raise ConfigError(f"{workdir} is a Hugging Face checkpoint; take --hf {workdir}, or make a work directory of "
@@ -168,8 +167,7 @@ def _read(folder, hf, ema, step):
 def is_hf_checkpoint(folder: str) -> bool:
     """Whether the config.json there is one of Hugging Face's: it names its architecture."""
     try:
-        with open(os.path.join(folder, "config.json"), encoding="utf-8") as f:
-            config = json.load(f)
+        config = io.read_json(os.path.join(folder, "config.json"))
     except (OSError, ValueError):
         return False
     return isinstance(config, dict) and bool({"model_type", "architectures"} & config.keys())

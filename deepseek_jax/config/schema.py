@@ -31,6 +31,12 @@ class ConfigError(ValueError):
         super().__init__(" ".join(message.splitlines()))
 
 
+def shown(value: Any) -> str:
+    """A value in an error message: as Python spells it, but never a page of it."""
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
 class Range(NamedTuple):
     """The allowed values of a number, its error message, and its notation on the reference page."""
 
@@ -74,10 +80,10 @@ class Checked:
             value = _typed(field.kind, field.optional, getattr(self, field.name), path, field.default)
             if value is not None and field.range and not field.range.fits(value):
                 none = ", or None" if field.optional else ""
-                raise ConfigError(f"{path}={value!r} {field.range.complaint}{none}.")
+                raise ConfigError(f"{path}={shown(value)} {field.range.complaint}{none}.")
             if field.choices and value not in field.choices:
                 options = ", ".join(map(repr, field.choices))
-                raise ConfigError(f"{path}={value!r} is unknown; take one of {options}.")
+                raise ConfigError(f"{path}={shown(value)} is unknown; take one of {options}.")
             object.__setattr__(self, field.name, value)
 
 
@@ -117,7 +123,7 @@ def did_you_mean(word: object, options: Iterable[object]) -> str:
 def build(cls: type[T], values: Any, path: str = "") -> T:
     """An instance of a Checked class from a mapping, whose unknown keys raise ConfigError."""
     if not hasattr(values, "items"):
-        raise ConfigError(f"{path or 'a config'}={values!r} should be a section with keys, not a single value.")
+        raise ConfigError(f"{path or 'a config'}={shown(values)} should be a section with keys, not a single value.")
     fields = {field.key: field for field in fields_of(typing.cast(type[Checked], cls))}
     for name in values:
         if name not in fields:
@@ -146,9 +152,9 @@ def _typed(kind: Any, optional: bool, value: Any, path: str, example: Any) -> An
         except OverflowError:
             raise ConfigError(f"{path} has {len(str(value))} digits, too many for a float.") from None
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise ConfigError(f"{path}={value!r} should be {kind.__name__}, not {type(value).__name__}.")
+        raise ConfigError(f"{path}={shown(value)} should be {kind.__name__}, not {type(value).__name__}.")
     if kind is float and not math.isfinite(value):
-        raise ConfigError(f"{path}={value!r} should be a finite number.")
+        raise ConfigError(f"{path}={shown(value)} should be a finite number.")
     return value
 
 
@@ -156,6 +162,6 @@ def _pairs(kind, value, path, example):
     kinds = typing.get_args(typing.get_args(kind)[0])
     is_pair = lambda x: isinstance(x, (tuple, list)) and len(x) == 2
     if not isinstance(value, (tuple, list)) or not all(map(is_pair, value)):
-        raise ConfigError(f"{path}={value!r} should be a tuple of pairs, such as {example!r}.")
+        raise ConfigError(f"{path}={shown(value)} should be a tuple of pairs, such as {example!r}.")
     return tuple(tuple(_typed(k, False, part, f"{path}[{i}][{j}]", None)
                        for j, (k, part) in enumerate(zip(kinds, pair))) for i, pair in enumerate(value))

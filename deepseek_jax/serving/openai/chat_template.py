@@ -3,11 +3,11 @@ sandbox), the tokens that end an answer, and whether a text begins with BOS."""
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from typing import Any
 
+from deepseek_jax import io
 from deepseek_jax.config import ConfigError
 from deepseek_jax.serving.openai.chat import ROLES, Conventions, Template, Tokenizer
 
@@ -96,8 +96,7 @@ def _json(folder, name) -> dict[str, Any]:
     if not os.path.isfile(path):
         return {}
     try:
-        with open(path, encoding="utf-8") as f:
-            found = json.load(f)
+        found = io.read_json(path)
     except ValueError:
         found = None
     if not isinstance(found, dict):
@@ -108,8 +107,11 @@ def _json(folder, name) -> dict[str, Any]:
 def _source(folder):
     path = os.path.join(folder, "chat_template.jinja")
     if os.path.isfile(path):
-        with open(path, encoding="utf-8") as f:
-            return f.read()
+        try:
+            with io.open_regular(path) as f:
+                return f.read().decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{path} is not UTF-8 (byte {error.start}); fetch it again.") from None
     found = _json(folder, "tokenizer_config.json").get("chat_template")
     if isinstance(found, list):  # several, by name
         found = {one.get("name"): one.get("template") for one in found if isinstance(one, dict)}.get("default")
