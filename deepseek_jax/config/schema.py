@@ -25,10 +25,14 @@ T = TypeVar("T")
 
 
 class ConfigError(ValueError):
-    """A mistake of the person who wrote the config or the command line: one line, with what would work."""
+    """A mistake of the person who wrote the config or the command line: one line, with what would work.
+
+    What a terminal would obey, or could not print, is spelled with backslashes: messages quote files of others.
+    """
 
     def __init__(self, message: str):
-        super().__init__(" ".join(message.splitlines()))
+        line = " ".join(message.splitlines())
+        super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in line))
 
 
 def shown(value: Any) -> str:

@@ -8,7 +8,7 @@ import sys
 from typing import Any
 
 from deepseek_jax import io
-from deepseek_jax.config import ConfigError
+from deepseek_jax.config import ConfigError, shown
 from deepseek_jax.serving.openai.chat import ROLES, Conventions, Template, Tokenizer
 
 
@@ -35,10 +35,10 @@ def _named(folder, tokenizer, about, role) -> int:
     spelled = spelled.get("content") if isinstance(spelled, dict) else spelled
     if not isinstance(spelled, str):
         return getattr(tokenizer, role)
-    token = tokenizer.backend.token_to_id(spelled)
+    token = tokenizer.backend.get_vocab(with_added_tokens=True).get(spelled)
     if token is None:
-        raise ConfigError(f"{folder}/tokenizer_config.json names {role}_token {spelled!r}, which tokenizer.json does "
-                          "not have; fetch both again.")
+        raise ConfigError(f"{folder}/tokenizer_config.json names {role}_token {shown(spelled)}, which tokenizer.json "
+                          "does not have; fetch both again.")
     return token
 
 
