@@ -44,6 +44,12 @@ def claim_workdir(config: Config, workdir: str) -> None:
         io.write_json(path, as_dict(config))
 
 
+def _check_name(workdir):
+    from deepseek_jax.checkpoint.manifest import check_name
+
+    check_name(workdir)
+
+
 def _has_checkpoint(workdir):
     from deepseek_jax.checkpoint.manifest import steps
 
@@ -51,7 +57,9 @@ def _has_checkpoint(workdir):
 
 
 def check_workdir(config: Config, workdir: str) -> None:
-    """Raises ConfigError when a checkpoint there is of another config; the message lists the differences."""
+    """Raises ConfigError for a name that cannot hold checkpoints, and when one there is of another config; the message
+    lists the differences."""
+    _check_name(workdir)
     if not os.path.lexists(os.path.join(workdir, "config.json")) or not _has_checkpoint(workdir):
         return
     ours, theirs = (as_dict(_what_a_run_depends_on(c)) for c in (config, load_workdir_config(workdir)))
@@ -74,6 +82,7 @@ def load_workdir_config(workdir: str) -> Config:
         raise ConfigError(f"{path} is a folder, not the config of a run; take another --workdir.")
     if not path.is_file():
         raise ConfigError(f"{workdir} holds no config.json; give the --workdir of a run.")
+    _check_name(workdir)
     try:
         saved = io.read_json(path)
     except ValueError as error:

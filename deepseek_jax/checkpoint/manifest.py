@@ -16,6 +16,15 @@ from deepseek_jax import io
 from deepseek_jax.config import ConfigError
 
 
+def check_name(workdir: str | os.PathLike[str]) -> None:
+    """Raises ConfigError for a work directory that TensorStore cannot open."""
+    try:
+        os.path.abspath(workdir).encode()
+    except UnicodeEncodeError:
+        raise ConfigError(f"the name of the work directory {os.path.abspath(workdir)} is not UTF-8, which checkpoints "
+                          "need; rename it.") from None
+
+
 def steps(directory: pathlib.Path) -> list[int]:
     """Steps of the committed checkpoints, ascending."""
     return sorted(int(p.name) for p in directory.glob("*") if p.name.isdecimal() and p.is_dir())

@@ -181,6 +181,6 @@ def _override(config, text: str):
             raise ConfigError(f"unknown config key {'.'.join(parts[:depth + 1])}; {did_you_mean(part, node.keys())}")
         node, section = node[part], node
     try:
-        section[last] = ast.literal_eval(value)
+        section[last] = ast.literal_eval(value.encode(errors="backslashreplace").decode())  # names may be no UTF-8
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # no literal: a word
         section[last] = value

@@ -82,7 +82,7 @@ class Tokenizer:
     @classmethod
     def load(cls, path: str, vocab_size: int | None = None) -> Tokenizer:
         """Reads a tokenizer.json. Raises ConfigError where it does not fit a model of `vocab_size` tokens."""
-        if not os.path.isfile(path):
+        if not os.path.exists(path):
             raise ConfigError(f"there is no {path}; give a work directory that holds a tokenizer.json.")
         try:
             with io.open_regular(path) as f:

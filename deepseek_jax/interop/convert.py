@@ -45,6 +45,7 @@ def from_hf(src: str, dst: str, dtype: str | None = None, keep_fp8: bool = False
     Raises:
       ConfigError: what is wrong with either side; nothing is left at `dst`.
     """
+    manifest.check_name(dst)
     with save.building(dst) as partial, contextlib.ExitStack() as stack:
         source = Checkpoint(src)
         stack.callback(source.reader.close)
@@ -160,6 +161,7 @@ def _leaves(workdir):
     if not path.is_file():
         raise ConfigError(f"{workdir} holds no config.json; give a work directory of train or of convert from-hf.")
     cfg = freeze(_json(path)).model
+    manifest.check_name(workdir)
     newest, _ = manifest.newest(pathlib.Path(workdir).absolute() / "checkpoints")
     if newest is None:
         raise ConfigError(f"{workdir} holds no checkpoint; give a work directory that has one.")

@@ -93,10 +93,12 @@ def read(folder: str, bos: str, eos: str) -> Template | None:
 def _json(folder, name) -> dict[str, Any]:
     """A JSON file of the folder; {} where there is none."""
     path = os.path.join(folder, name)
-    if not os.path.isfile(path):
+    if not os.path.lexists(path):
         return {}
     try:
         found = io.read_json(path)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}.") from None
     except ValueError:
         found = None
     if not isinstance(found, dict):
