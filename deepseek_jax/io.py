@@ -17,7 +17,8 @@ import shutil
 import stat
 import uuid
 from collections.abc import Iterator
-from typing import Any, BinaryIO
+from io import BufferedReader
+from typing import Any
 
 Path = str | os.PathLike[str]
 
@@ -111,7 +112,7 @@ def check_regular(path: Path) -> None:
         raise OSError(errno.EINVAL, _KINDS.get(stat.S_IFMT(mode), "Is not a regular file"), os.fspath(path))
 
 
-def open_regular(path: Path) -> BinaryIO:
+def open_regular(path: Path) -> BufferedReader:
     """A regular file, open for reading. Raises OSError for anything else, without opening it."""
     check_regular(path)
     return open(path, "rb")

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import io
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from deepseek_jax.config import ConfigError
 
@@ -33,7 +33,8 @@ class _Frames(io.RawIOBase):
 
     def __init__(self, file, decompressor):
         self._file, self._decompressor = file, decompressor
-        self._frame, self._made = None, memoryview(b"")
+        self._frame: Any = None
+        self._made = memoryview(b"")
         self._rest = b""  # compressed bytes behind the last frame
 
     def readable(self) -> bool:
