@@ -49,6 +49,10 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         print(f"error: this jax has no backend for JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS')}; install jax for it "
               "(pip install -e '.[cuda12]', '.[cuda13]' or '.[tpu]'), or unset JAX_PLATFORMS.", file=sys.stderr)
         code = 2
+    except MemoryError as error:
+        print(f"error: the memory of this machine is too small ({str(error) or 'no more can be allocated'}).",
+              file=sys.stderr)
+        code = 2
     except OSError as error:
         what = error.strerror or str(error) or type(error).__name__
         print(f"error: {error.filename}: {what}" if error.filename else f"error: {what}", file=sys.stderr)

@@ -1,20 +1,31 @@
-"""The one way files and folders are written: next to their place under another name, then renamed (no jax here).
+"""The one way files are written, and files of others are read (no jax here).
 
-A reader, or a kill, finds the old content or the new one, never a part of it. With `sync` the bytes are on the disk
-before the rename: a power cut cannot undo it either.
+Written: next to their place under another name, then renamed. A reader, or a kill, finds the old content or the new
+one, never a part of it. With `sync` the bytes are on the disk before the rename: a power cut cannot undo it either.
+
+Read: only regular files, since a named pipe would be waited for forever; JSON with a bound on its size. What is wrong
+is an OSError or a ValueError, whose text fits behind the file's name.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
+import stat
 import uuid
 from collections.abc import Iterator
+from io import BufferedReader
 from typing import Any
 
 Path = str | os.PathLike[str]
+
+MOST_JSON = 100_000_000  # bytes; the library of safetensors allows its headers as many
+_MOST_LEVELS = 64  # of objects and lists in JSON; what is printed, compared and written again recurses into them
+_KINDS = {stat.S_IFIFO: "Is a named pipe, not a file", stat.S_IFSOCK: "Is a socket, not a file",
+          stat.S_IFCHR: "Is a device, not a file", stat.S_IFBLK: "Is a device, not a file"}
 
 
 @contextlib.contextmanager
@@ -90,3 +101,55 @@ def sync_file(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def check_regular(path: Path) -> None:
+    """Raises OSError, with a reason in its strerror, for anything but a regular file or a link to one."""
+    mode = os.stat(path).st_mode
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
+    if not stat.S_ISREG(mode):
+        raise OSError(errno.EINVAL, _KINDS.get(stat.S_IFMT(mode), "Is not a regular file"), os.fspath(path))
+
+
+def open_regular(path: Path) -> BufferedReader:
+    """A regular file, open for reading. Raises OSError for anything else, without opening it."""
+    check_regular(path)
+    return open(path, "rb")
+
+
+def read_json(path: Path) -> Any:
+    """The value in a JSON file. Raises OSError, and ValueError as `parse_json` does."""
+    with open_regular(path) as f:
+        return parse_json(f.read(MOST_JSON + 1))
+
+
+def parse_json(data: bytes) -> Any:
+    """The value that JSON in UTF-8 spells; a byte order mark before it is ignored.
+
+    Raises ValueError: not JSON, longer than MOST_JSON, nested too deeply, or an object names a key twice.
+    """
+    if len(data) > MOST_JSON:
+        raise ValueError(f"longer than {MOST_JSON:,} bytes")
+    try:
+        value = json.loads(data.decode("utf-8-sig"), object_pairs_hook=_object)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8, byte {error.start}") from None
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    level = [value]
+    for _ in range(_MOST_LEVELS):
+        level = [part for parts in level if isinstance(parts, (dict, list))
+                 for part in (parts.values() if isinstance(parts, dict) else parts)]
+    if level:
+        raise ValueError("nested too deeply")
+    return value
+
+
+def _object(pairs):
+    found = {}
+    for name, value in pairs:
+        if name in found:  # readers differ in which of the two counts
+            raise ValueError(f"{name[:80]!r} is there twice")
+        found[name] = value
+    return found

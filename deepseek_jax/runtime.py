@@ -2,6 +2,7 @@
 nothing."""
 
 import ctypes
+import io
 import logging
 import os
 import sys
@@ -19,6 +20,7 @@ def prepare() -> None:
     tune_xla()
     keep_compiled_programs()
     quiet_logs()
+    print_everything()
 
 
 def reuse_memory() -> None:
@@ -91,3 +93,9 @@ def _unraisable(unraisable):
     # When one write fails, TensorStore still reports the others, to an event loop that Orbax has closed by then.
     if str(unraisable.exc_value) != "Event loop is closed":
         sys.__unraisablehook__(unraisable)
+
+
+def print_everything() -> None:
+    """What the terminal's encoding lacks, such as the name of a file that is no UTF-8, is printed with backslashes."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import os
 import pathlib
 from collections.abc import Iterator
@@ -45,6 +44,12 @@ def claim_workdir(config: Config, workdir: str) -> None:
         io.write_json(path, as_dict(config))
 
 
+def _check_name(workdir):
+    from deepseek_jax.checkpoint.manifest import check_name
+
+    check_name(workdir)
+
+
 def _has_checkpoint(workdir):
     from deepseek_jax.checkpoint.manifest import steps
 
@@ -52,7 +57,9 @@ def _has_checkpoint(workdir):
 
 
 def check_workdir(config: Config, workdir: str) -> None:
-    """Raises ConfigError when a checkpoint there is of another config; the message lists the differences."""
+    """Raises ConfigError for a name that cannot hold checkpoints, and when one there is of another config; the message
+    lists the differences."""
+    _check_name(workdir)
     if not os.path.lexists(os.path.join(workdir, "config.json")) or not _has_checkpoint(workdir):
         return
     ours, theirs = (as_dict(_what_a_run_depends_on(c)) for c in (config, load_workdir_config(workdir)))
@@ -75,9 +82,10 @@ def load_workdir_config(workdir: str) -> Config:
         raise ConfigError(f"{path} is a folder, not the config of a run; take another --workdir.")
     if not path.is_file():
         raise ConfigError(f"{workdir} holds no config.json; give the --workdir of a run.")
+    _check_name(workdir)
     try:
-        saved = json.loads(path.read_text())
-    except ValueError as error:  # no JSON, or no text
+        saved = io.read_json(path)
+    except ValueError as error:
         raise ConfigError(f"{path} is not JSON ({error}); restore it, or take another --workdir.") from error
     if isinstance(saved, dict) and "model_type" in saved:
         raise ConfigError(f"{workdir} is a Hugging Face checkpoint; take --hf {workdir}, or make a work directory of "
@@ -168,8 +176,7 @@ def _read(folder, hf, ema, step):
 def is_hf_checkpoint(folder: str) -> bool:
     """Whether the config.json there is one of Hugging Face's: it names its architecture."""
     try:
-        with open(os.path.join(folder, "config.json"), encoding="utf-8") as f:
-            config = json.load(f)
+        config = io.read_json(os.path.join(folder, "config.json"))
     except (OSError, ValueError):
         return False
     return isinstance(config, dict) and bool({"model_type", "architectures"} & config.keys())

@@ -21,7 +21,7 @@ MODEL = ("model.attention", "model.blockwise", "model.block", "model.experts", "
 SHARDING = ("parallel.mesh", "parallel.sharding")
 MAY_IMPORT = {
     # Foundations: no jax.
-    "config": ("configs",),  # `--config NAME` runs a file of that folder
+    "config": ("configs", "io"),  # `--config NAME` runs a file of that folder
     "configs": ("config",),
     "runtime": (),
     "cli": ("runtime", "config"),
@@ -90,14 +90,14 @@ MAY_IMPORT = {
     "plots.training": ("plots.style", "training.metrics"),
     "plots": (),
     # Serving.
-    "serving.openai": ("serving.decode", "serving.engine", "config"),
+    "serving.openai": ("serving.decode", "serving.engine", "io", "config"),
     "serving.harness": ("serving.engine", "serving.generation", "serving.openai", "config"),
     "serving": ("model", "fp8", *SHARDING, "kernels_pallas.api", "config"),
     # Machines that are not here.
     "scale.compile": ("scale", "training.step", "pipeline.model", "serving", "model", *SHARDING,
                       "kernels_pallas.tools.compile_report", "config"),
     "scale": ("pipeline.schedule", "pipeline.validate", "pipeline.orders", "plots.style", "kernels_pallas.constants",
-              "interop.hf_config", "config"),
+              "interop.hf_config", "io", "config"),
     # Commands.
     "__main__": (),
     "train": ("cli", "config", "parallel.processes", "training.loop", "training.summary"),

@@ -113,3 +113,30 @@ def test_of_two_that_build_the_same_folder_the_first_wins_and_nothing_else_is_le
         io.write_text(f"{fast}/a", "fast")
     assert (folder / "a").read_text() == "fast"
     assert [path.name for path in tmp_path.iterdir()] == ["made"]
+
+
+@pytest.mark.parametrize("data, words", [
+    (b"{", "line 1"), (b"[" * 10**5, "nested too deeply"), (b"[" * 65 + b"]" * 65, "nested too deeply"),
+    (b'"\xe9"', "not UTF-8, byte 1"), (b'{"a": {"b": 1, "c": 2, "b": 3}}', "'b' is there twice"),
+    (b"1" * 5000, "5000 digits"), (b" " * 100_000_001, "longer than 100,000,000 bytes")])
+def test_json_that_no_reader_should_trust_is_refused(data, words):
+    with pytest.raises(ValueError, match=words):
+        io.parse_json(data)
+
+
+def test_json_may_begin_with_a_byte_order_mark(tmp_path):
+    (tmp_path / "a.json").write_bytes(b'\xef\xbb\xbf{"a": [1]}')
+    assert io.read_json(tmp_path / "a.json") == {"a": [1]}
+
+
+def test_only_regular_files_are_opened(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "file").write_text("text")
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    for path, why in ((tmp_path / "pipe", "Is a named pipe, not a file"), (tmp_path, "Is a directory"),
+                      ("/dev/null", "Is a device, not a file"), (tmp_path / "none", "No such file or directory")):
+        with pytest.raises(OSError) as caught:
+            io.open_regular(path)
+        assert (caught.value.strerror, caught.value.filename) == (why, str(path))
+    with io.open_regular(tmp_path / "link") as f:
+        assert f.read() == b"text"

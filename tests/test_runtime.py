@@ -74,3 +74,18 @@ def test_a_missing_package_is_one_line_with_its_remedy():
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert done.stderr.startswith("error: the Python package jax is missing in ")
     assert "pip install -e ." in done.stderr
+
+
+def test_names_that_are_no_utf8_are_printed():
+    code = "from deepseek_jax import cli; cli.run(lambda: print('caf\\udce9 \u2603'))"
+    for encoding, printed in (("utf-8", "caf\\udce9 \u2603\n"), ("latin-1", "caf\\udce9 \\u2603\n")):
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True,
+                              env=os.environ | {"PYTHONIOENCODING": encoding})
+        assert (done.returncode, done.stdout.decode(encoding)) == (0, printed)
+
+
+def test_too_little_memory_is_one_line():
+    code = "import numpy; from deepseek_jax import cli; cli.run(lambda: numpy.ones(2**57))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: the memory of this machine is too small (Unable to")
+    assert done.stderr.count("\n") == 1

@@ -1,5 +1,7 @@
 """A work directory: one process trains in it, and its config is what its checkpoints are of."""
 
+import os
+
 import pytest
 
 from deepseek_jax.config import ConfigError, load_config
@@ -40,3 +42,12 @@ def test_a_checkpoint_of_hugging_face_is_no_start(tmp_path):
     with pytest.raises(ConfigError, match="convert from-hf"):
         check_start(load_config("tiny", [f"--config.init.from={tmp_path}"]))
     check_start(load_config("tiny"))
+
+
+def test_a_name_that_is_not_utf8_is_refused_in_one_line(two, tmp_path):
+    workdir = os.path.join(tmp_path, os.fsdecode(b"caf\xe9"))
+    os.mkdir(workdir)
+    claim_workdir(two[0], workdir)
+    for use in (lambda: check_workdir(two[0], workdir), lambda: load_workdir_config(workdir)):
+        with pytest.raises(ConfigError, match=r"caf\\udce9 is not UTF-8"):
+            use()

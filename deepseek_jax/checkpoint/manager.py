@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import errno
-import json
 import math
 import os
 import pathlib
@@ -102,7 +101,7 @@ class Checkpoints:
         if damaged:
             names = ", ".join(f"{p.name} ({why})" for p, why in damaged)
             print(f"Damaged checkpoint in {self.directory}: {names}; resuming from {path.name} instead.", flush=True)
-        saved = json.loads((path / "meta.json").read_text())
+        saved = io.read_json(path / "meta.json")
         return _read(path, saved["leaves"], abstract_state), saved["meta"]
 
     def steps(self) -> list[int]:
@@ -165,7 +164,7 @@ def restore_items(workdir: str | os.PathLike[str], names: Sequence[str] = ("para
     path = manifest.newest(directory)[0] if step is None else manifest.of_step(directory, step)
     if path is None:
         raise ConfigError(f"{workdir} holds no checkpoint; give the --workdir of a run that has saved one.")
-    saved = json.loads((path / "meta.json").read_text())
+    saved = io.read_json(path / "meta.json")
     leaves = {name: leaf for name, leaf in saved["leaves"].items() if name.split("/")[0] in names}
     items = {name: {} for name in names}
     if abstract is not None:

@@ -7,7 +7,6 @@ without a suffix is a committed checkpoint, and `damage` finds a flipped bit, a 
 
 from __future__ import annotations
 
-import json
 import os
 import pathlib
 import shutil
@@ -15,6 +14,15 @@ import zlib
 
 from deepseek_jax import io
 from deepseek_jax.config import ConfigError
+
+
+def check_name(workdir: str | os.PathLike[str]) -> None:
+    """Raises ConfigError for a work directory that TensorStore cannot open."""
+    try:
+        os.path.abspath(workdir).encode()
+    except UnicodeEncodeError:
+        raise ConfigError(f"the name of the work directory {os.path.abspath(workdir)} is not UTF-8, which checkpoints "
+                          "need; rename it.") from None
 
 
 def steps(directory: pathlib.Path) -> list[int]:
@@ -53,7 +61,7 @@ def of_step(directory: pathlib.Path, step: int) -> pathlib.Path:
 def damage(path: pathlib.Path) -> str | None:
     """What is wrong with a checkpoint, in a few words; None if every byte is as it was written."""
     try:
-        files = json.loads((path / "manifest.json").read_bytes())["files"]
+        files = io.read_json(path / "manifest.json")["files"]
         expected = [(name, size, crc) for name, (size, crc) in files.items()]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return "manifest.json is unreadable"

@@ -11,14 +11,13 @@ import ast
 import copy
 import dataclasses
 import importlib.util
-import json
 import os
 import re
 import traceback
 from collections.abc import Sequence
 from typing import Any
 
-from deepseek_jax import configs
+from deepseek_jax import configs, io
 from deepseek_jax.config.mesh import MeshConfig, PipelineConfig, check_mesh
 from deepseek_jax.config.model import FP8Config, ModelConfig
 from deepseek_jax.config.presets import PRESETS, model_config
@@ -124,8 +123,7 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
 
 def _read_json(path):
     try:
-        with open(path, encoding="utf-8") as f:
-            config = json.load(f)
+        config = io.read_json(path)
     except ValueError as error:
         raise ConfigError(f"{path} is not JSON ({error}).") from error
     if not isinstance(config, dict) or "model" not in config:
@@ -183,6 +181,6 @@ def _override(config, text: str):
             raise ConfigError(f"unknown config key {'.'.join(parts[:depth + 1])}; {did_you_mean(part, node.keys())}")
         node, section = node[part], node
     try:
-        section[last] = ast.literal_eval(value)
+        section[last] = ast.literal_eval(value.encode(errors="backslashreplace").decode())  # names may be no UTF-8
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # no literal: a word
         section[last] = value

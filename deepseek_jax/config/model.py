@@ -6,12 +6,19 @@ import dataclasses
 import re
 from typing import Annotated, Literal
 
-from deepseek_jax.config.schema import NOT_NEGATIVE, POSITIVE, Checked, ConfigError
+from deepseek_jax.config.schema import NOT_NEGATIVE, POSITIVE, Checked, ConfigError, shown
 
 GROUP_LIMITED = "group_limited"  # top-k of the best groups of experts (report section 2.1.2)
 PARTS = {"router": GROUP_LIMITED, "attention": "mla"}  # of the published models
 UNROLLED_LAYERS = 8  # a stack of more layers runs as a loop over them
 KERNEL_HEADS = (192, 128)  # sizes of queries and values that the kernels are made for: those of the published models
+# Beyond these, far from any published model, a damaged or hostile config.json would fill the memory or never end.
+MOST_EXPERTS, MOST_MATRICES = 2**14, 2**20  # of a layer; of all experts of all layers
+MOST = {"vocab_size": 2**24, "num_layers": 2**12, "num_experts": MOST_EXPERTS, "num_shared_experts": 2**10,
+        "mtp_depth": 2**6, "num_heads": 2**14, "nope_head_dim": 2**14, "rope_head_dim": 2**14, "v_head_dim": 2**14,
+        "d_model": 2**20, "q_rank": 2**20, "kv_rank": 2**20, "dense_ffn_dim": 2**20, "expert_ffn_dim": 2**20}
+YARN_RANGES = {"factor": (1e-3, 1e6), "original_length": (1, 2**31 - 1), "beta_fast": (1e-6, 1e6),
+               "beta_slow": (1e-6, 1e6), "mscale": (0, 1e3), "mscale_all_dim": (0, 1e3)}
 OWN = r"[A-Za-z_][\w.]*:[A-Za-z_]\w*"  # "package.module:name"
 
 
@@ -23,8 +30,14 @@ class Yarn(Checked, section="model.yarn"):
     original_length: Annotated[int, POSITIVE, "tokens of context before"] = 4096
     beta_fast: Annotated[float, POSITIVE, "frequencies with more rotations than this stay"] = 32.0
     beta_slow: Annotated[float, POSITIVE, "frequencies with fewer rotations than this are divided by factor"] = 1.0
-    mscale: Annotated[float, "weight of the scale of queries and keys"] = 1.0
-    mscale_all_dim: Annotated[float, "weight of the scale of the softmax"] = 1.0
+    mscale: Annotated[float, NOT_NEGATIVE, "weight of the scale of queries and keys"] = 1.0
+    mscale_all_dim: Annotated[float, NOT_NEGATIVE, "weight of the scale of the softmax"] = 1.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name, (least, most) in YARN_RANGES.items():
+            if not least <= getattr(self, name) <= most:
+                raise ConfigError(f"model.yarn.{name}={getattr(self, name)!r} must lie in [{least:g}, {most:g}].")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,8 +136,17 @@ def _check_model(c: ModelConfig):
         if value != builtin and not re.fullmatch(OWN, value):
             raise ConfigError(f"model.{name}={value!r} is unknown; take {builtin!r}, or name your own as "
                               "'package.module:name'.")
+    for name, most in MOST.items():
+        if (getattr(c, name) or 0) > most:
+            raise ConfigError(f"model.{name}={shown(getattr(c, name))} is more than {most:,}, the most there may be.")
     if c.num_dense_layers > c.num_layers:
         raise ConfigError(f"model.num_dense_layers={c.num_dense_layers} is more than num_layers={c.num_layers}.")
+    matrices = (c.num_moe_layers + c.mtp_depth) * c.num_experts
+    if matrices > MOST_MATRICES:
+        raise ConfigError(f"model.num_layers={c.num_layers} times num_experts={c.num_experts} is {matrices:,} experts, "
+                          f"more than {MOST_MATRICES:,}, the most there may be.")
+    if c.yarn is not None and c.rope_theta <= 1:
+        raise ConfigError(f"model.rope_theta={c.rope_theta:g} must be more than 1: YaRN takes its logarithm.")
     if c.rope_head_dim % 2:
         raise ConfigError(f"model.rope_head_dim={c.rope_head_dim} must be even: RoPE rotates pairs.")
     if c.num_experts % c.num_groups:

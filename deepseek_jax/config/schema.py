@@ -25,10 +25,20 @@ T = TypeVar("T")
 
 
 class ConfigError(ValueError):
-    """A mistake of the person who wrote the config or the command line: one line, with what would work."""
+    """A mistake of the person who wrote the config or the command line: one line, with what would work.
+
+    What a terminal would obey, or could not print, is spelled with backslashes: messages quote files of others.
+    """
 
     def __init__(self, message: str):
-        super().__init__(" ".join(message.splitlines()))
+        line = " ".join(message.splitlines())
+        super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in line))
+
+
+def shown(value: Any) -> str:
+    """A value in an error message: as Python spells it, but never a page of it."""
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 class Range(NamedTuple):
@@ -74,10 +84,10 @@ class Checked:
             value = _typed(field.kind, field.optional, getattr(self, field.name), path, field.default)
             if value is not None and field.range and not field.range.fits(value):
                 none = ", or None" if field.optional else ""
-                raise ConfigError(f"{path}={value!r} {field.range.complaint}{none}.")
+                raise ConfigError(f"{path}={shown(value)} {field.range.complaint}{none}.")
             if field.choices and value not in field.choices:
                 options = ", ".join(map(repr, field.choices))
-                raise ConfigError(f"{path}={value!r} is unknown; take one of {options}.")
+                raise ConfigError(f"{path}={shown(value)} is unknown; take one of {options}.")
             object.__setattr__(self, field.name, value)
 
 
@@ -117,7 +127,7 @@ def did_you_mean(word: object, options: Iterable[object]) -> str:
 def build(cls: type[T], values: Any, path: str = "") -> T:
     """An instance of a Checked class from a mapping, whose unknown keys raise ConfigError."""
     if not hasattr(values, "items"):
-        raise ConfigError(f"{path or 'a config'}={values!r} should be a section with keys, not a single value.")
+        raise ConfigError(f"{path or 'a config'}={shown(values)} should be a section with keys, not a single value.")
     fields = {field.key: field for field in fields_of(typing.cast(type[Checked], cls))}
     for name in values:
         if name not in fields:
@@ -146,9 +156,9 @@ def _typed(kind: Any, optional: bool, value: Any, path: str, example: Any) -> An
         except OverflowError:
             raise ConfigError(f"{path} has {len(str(value))} digits, too many for a float.") from None
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise ConfigError(f"{path}={value!r} should be {kind.__name__}, not {type(value).__name__}.")
+        raise ConfigError(f"{path}={shown(value)} should be {kind.__name__}, not {type(value).__name__}.")
     if kind is float and not math.isfinite(value):
-        raise ConfigError(f"{path}={value!r} should be a finite number.")
+        raise ConfigError(f"{path}={shown(value)} should be a finite number.")
     return value
 
 
@@ -156,6 +166,6 @@ def _pairs(kind, value, path, example):
     kinds = typing.get_args(typing.get_args(kind)[0])
     is_pair = lambda x: isinstance(x, (tuple, list)) and len(x) == 2
     if not isinstance(value, (tuple, list)) or not all(map(is_pair, value)):
-        raise ConfigError(f"{path}={value!r} should be a tuple of pairs, such as {example!r}.")
+        raise ConfigError(f"{path}={shown(value)} should be a tuple of pairs, such as {example!r}.")
     return tuple(tuple(_typed(k, False, part, f"{path}[{i}][{j}]", None)
                        for j, (k, part) in enumerate(zip(kinds, pair))) for i, pair in enumerate(value))

@@ -8,18 +8,19 @@ A document belongs to validation by the hash of its name, so that other files co
 from __future__ import annotations
 
 import dataclasses
-import glob
 import gzip
 import hashlib
-import io
 import json
 import logging
 import os
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
+from deepseek_jax import io
 from deepseek_jax.config import ConfigError
+from deepseek_jax.data import zst
+from deepseek_jax.data.files import File, below, find
 
 log = logging.getLogger(__name__)
 
@@ -30,12 +31,6 @@ _STDLIB_SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test
 _STDLIB_GENERATED = "_sysconfigdata"  # build settings: machine paths, in one dict
 _LONE_PIECE = 16384  # characters; a corpus of one text file is cut at line ends into documents of about this size
 _WARNINGS_SHOWN = 10
-
-
-class File(NamedTuple):
-    name: str  # relative, with forward slashes: what hashes and orders it
-    path: str
-    named: bool = False  # by the user: text, whatever its name ends in
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +62,7 @@ def list_files(path: str) -> list[File]:
     Files are chosen by their endings. One that is named is read in any case, and so are those of a glob that finds no
     known ending. "~" is the home folder.
     """
-    files = sorted(f for f in _found(path) if f.named or _reader(f.name))
+    files = [f for f in _found(path) if f.named or _reader(f.name)]
     if not files:
         raise ConfigError(f"data.sources: {path} has no file that can be read; known are {' '.join(_READERS)}, and a "
                           f"glob such as {os.path.join(path, '*')!r} reads others as text.")
@@ -76,35 +71,15 @@ def list_files(path: str) -> list[File]:
 
 def ignored_files(path: str) -> list[str]:
     """The names of the files there that `list_files` leaves out for their endings."""
-    return [] if path == STDLIB else sorted(f.name for f in _found(path) if not (f.named or _reader(f.name)))
+    return [] if path == STDLIB else [f.name for f in _found(path) if not (f.named or _reader(f.name))]
 
 
 def _found(path):
-    path = os.path.expanduser(path)
-    if path == STDLIB:
-        return [f for f in _walk(sysconfig.get_path("stdlib"), _STDLIB_SKIPPED)
-                if f.name.endswith(".py") and not os.path.basename(f.name).startswith(_STDLIB_GENERATED)]
-    if os.path.isfile(path):
-        return [File(os.path.basename(path), path, named=True)]
-    if os.path.isdir(path):
-        return _walk(path, set())
-    if not glob.has_magic(path):
-        raise ConfigError(f"data.sources: there is no {path}; give a folder, a file, a glob or {STDLIB!r}.")
-    root = os.path.dirname(path[:min(path.find(c) for c in "*?[" if c in path)]) or "."
-    found = (p for p in glob.glob(path, recursive=True) if os.path.isfile(p))
-    files = [File(os.path.relpath(p, root).replace(os.sep, "/"), p) for p in found]
-    unknown = not any(_reader(file.name) for file in files)
-    return [file._replace(named=True) for file in files] if unknown else files
-
-
-def _walk(root, skipped) -> list[File]:
-    files = []
-    for folder, folders, names in os.walk(root):
-        # Hidden folders hold tools' own files (.git, .venv), not a corpus.
-        folders[:] = [f for f in folders if not f.startswith(".") and f != "__pycache__" and f not in skipped]
-        paths = (os.path.join(folder, n) for n in names if not n.startswith("."))
-        files += [File(os.path.relpath(p, root).replace(os.sep, "/"), p) for p in paths]
-    return files
+    if path != STDLIB:
+        return find(path, lambda name: _reader(name) is not None)
+    found = below(sysconfig.get_path("stdlib"), _STDLIB_SKIPPED)
+    return sorted(f for f in found
+                  if f.name.endswith(".py") and not os.path.basename(f.name).startswith(_STDLIB_GENERATED))
 
 
 def digest(files: Iterable[File]) -> str:
@@ -112,11 +87,11 @@ def digest(files: Iterable[File]) -> str:
     total = hashlib.sha256()
     for file in files:
         try:
-            with open(file.path, "rb") as f:
+            with io.open_regular(file.path) as f:
                 content = hashlib.file_digest(f, "sha256").hexdigest()
         except OSError:
             content = "unreadable"  # will be skipped and named when it is read
-        total.update(f"{file.name}\0{content}\n".encode())
+        total.update(_bytes(f"{file.name}\0{content}\n"))
     return total.hexdigest()
 
 
@@ -132,6 +107,10 @@ def read_documents(files: list[File], counts: Counts | None = None,
     tell: Callable[[str], Any] = warn or (lambda line: None)
     for file in files:
         counts.files += 1
+        if file.fault:
+            counts.skipped += 1
+            tell(f"skipped {file.name}: {file.fault}")
+            continue
         try:
             for row, parts in (_reader(file.name) or _read_text)(file.path, len(files) == 1):
                 name = file.name if row is None else f"{file.name}#{row}"
@@ -156,6 +135,8 @@ def read_documents(files: list[File], counts: Counts | None = None,
 def _first_line(error: Exception) -> str:
     if isinstance(error, UnicodeDecodeError):
         return f"not UTF-8 (byte {error.start})"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
@@ -180,8 +161,8 @@ class Warnings:
 
 
 def _read_text(path, alone):
-    with open(path, "rb") as f:
-        text = f.read().decode()  # not in text mode: line ends stay what they are, so bytes can be counted
+    with io.open_regular(path) as f:
+        text = f.read().decode("utf-8-sig")  # not in text mode: line ends stay what they are, so bytes can be counted
     if not alone:
         yield None, ((text, True),)
         return
@@ -202,23 +183,16 @@ def _read_jsonl(path, alone):
         for row, line in enumerate(lines):
             if line.strip():
                 try:
-                    yield row, _parts(json.loads(line.decode() if isinstance(line, bytes) else line))
-                except ValueError as error:
+                    yield row, _parts(json.loads(line.decode("utf-8" if row else "utf-8-sig")))
+                except (ValueError, RecursionError) as error:
                     yield row, _first_line(error)
 
 
-def _open(path):
+def _open(path) -> Any:
+    io.check_regular(path)
     if path.endswith(".gz"):
         return gzip.open(path, "rb")
-    if path.endswith(".zst"):
-        try:
-            import zstandard
-        except ImportError:
-            raise ConfigError(f"{path} needs a decompressor: pip install zstandard") from None
-        compressed = open(path, "rb")  # noqa: SIM115 (closed with the reader around it)
-        decompressor = zstandard.ZstdDecompressor()
-        return io.BufferedReader(decompressor.stream_reader(compressed, read_across_frames=True, closefd=True))
-    return open(path, "rb")
+    return zst.decompressed(open(path, "rb")) if path.endswith(".zst") else open(path, "rb")
 
 
 def _read_parquet(path, alone):
@@ -240,9 +214,9 @@ def _parts(record):
     """The parts of a row, or a sentence that says why it is none."""
     if not isinstance(record, dict):
         return "not an object with keys"
-    keys = ("text",) if "text" in record else ("prompt", "answer")
+    keys = ("prompt", "answer") if record.get("text") is None else ("text",)
     if not all(isinstance(record.get(key), str) for key in keys):
-        return 'has neither "text" nor "prompt" and "answer"'
+        return 'has neither "text" nor "prompt" and "answer" as strings'
     try:
         for key in keys:
             record[key].encode()
@@ -264,7 +238,12 @@ def _reader(name: str) -> Any:
 
 def hash_position(name: str) -> int:
     """A document's position in [0, 2^64): the same on every machine and in every Python."""
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
+    return int.from_bytes(hashlib.sha256(_bytes(name)).digest()[:8], "big")
+
+
+def _bytes(name):
+    """UTF-8; a file's name that is not has its own bytes."""
+    return name.encode(errors="surrogateescape")
 
 
 def find_cut(places: Iterable[int], validation_fraction: float | None, path: str) -> int | None:

@@ -98,8 +98,7 @@ def claim_corpus(prepared: Prepared, workdir: str) -> None:
 def _read_object(path: str) -> dict[str, Any]:
     """A JSON object. Raises ConfigError for a file that holds none."""
     try:
-        with open(path, encoding="utf-8") as f:
-            found = json.load(f)
+        found = io.read_json(path)
     except ValueError as error:
         raise ConfigError(f"{path} is not JSON ({error}); restore it, or take another --workdir.") from error
     if not isinstance(found, dict):

@@ -7,6 +7,7 @@ two ("token boundary bias"), so in training a share of such tokens is split at r
 
 from __future__ import annotations
 
+import codecs
 import functools
 import hashlib
 import json
@@ -21,6 +22,7 @@ from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
 from deepseek_jax import io
 from deepseek_jax.config import ConfigError
+from deepseek_jax.config.model import MOST
 
 # Files of a Hugging Face checkpoint that say how to use its tokenizer; they go where it goes.
 COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json")
@@ -41,6 +43,9 @@ _PRINTED = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 BYTE_OF = {chr(byte): byte for byte in _PRINTED} | {
     chr(256 + i): byte for i, byte in enumerate(sorted(set(range(256)) - set(_PRINTED)))}
 
+
+_PROBE = "naïve ☃:\n\n\tx = 12345  # \r\n"
+_MOST_IDS = MOST["vocab_size"]  # tables have an entry for each, and a damaged file can name any
 
 # What chat templates mark roles, turns and tools with, whether a tokenizer.json calls it special or not.
 _MARKUP = re.compile(r"<.+>|\[[A-Za-z_]+\]")
@@ -70,32 +75,44 @@ class Tokenizer:
             missing = " or ".join(SPECIALS["bos" if self.bos is None else "eos"])
             raise ConfigError(f"the tokenizer has no {missing}; add it as a special token.")
         self.vocab_size = 1 + max(backend.get_vocab(with_added_tokens=True).values())  # ids may have gaps
+        if self.vocab_size > _MOST_IDS:
+            raise ConfigError(f"the tokenizer has an id of {self.vocab_size - 1:,}, and {_MOST_IDS:,} is the most that "
+                              "a model may have.")
 
     @classmethod
     def load(cls, path: str, vocab_size: int | None = None) -> Tokenizer:
         """Reads a tokenizer.json. Raises ConfigError where it does not fit a model of `vocab_size` tokens."""
-        if not os.path.isfile(path):
+        if not os.path.exists(path):
             raise ConfigError(f"there is no {path}; give a work directory that holds a tokenizer.json.")
         try:
-            tokenizer = cls(tokenizers.Tokenizer.from_file(path))
+            with io.open_regular(path) as f:
+                tokenizer = cls(tokenizers.Tokenizer.from_buffer(f.read().removeprefix(codecs.BOM_UTF8)))
+            exact = tokenizer._is_exact()
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}") from None
-        except Exception as error:  # the library raises no narrower class
-            raise ConfigError(f"{path} is no tokenizer.json of the `tokenizers` library: {error}") from None
+        except OSError as error:
+            raise ConfigError(f"{path} cannot be read: {error.strerror}.") from None
+        except BaseException as error:  # the library raises no narrower class, and a panic of its Rust is no Exception
+            if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+                raise ConfigError(f"{path} is no tokenizer.json of the `tokenizers` library: "
+                                  f"{str(error)[:200]}") from None
+            raise
         if vocab_size is not None and tokenizer.vocab_size > vocab_size:
             raise ConfigError(f"{path} has {tokenizer.vocab_size} ids, more than model.vocab_size={vocab_size}; "
                               f"set model.vocab_size={-(-tokenizer.vocab_size // 128) * 128}.")
-        probe = "naïve ☃:\n\n\tx = 12345  # \r\n"
-        ids = tokenizer.encode(probe)
-        if tokenizer.decode(ids) != probe or tokenizer.byte_lengths_W[ids].sum() != len(probe.encode()):
+        if not exact:
             raise ConfigError(f"{path} does not give text back byte for byte; take a byte-level BPE.")
         return tokenizer
 
     def save(self, path: str) -> None:
         """Writes tokenizer.json."""
         os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-        with io.replacing(path) as partial:
-            self.backend.save(partial, pretty=True)
+        io.write_text(path, self.backend.to_str(pretty=True))
+
+    def _is_exact(self):
+        """Whether a text comes back byte for byte."""
+        ids = self.encode(_PROBE)
+        return self.decode(ids) == _PROBE and self.byte_lengths_W[ids].sum() == len(_PROBE.encode())
 
     def encode(self, text: str) -> list[int]:
         return self._plain.encode(text, add_special_tokens=False).ids

@@ -7,7 +7,7 @@ records the dtype and file of every tensor so that an export is exact.
 
 import collections
 import concurrent.futures
-import json
+import contextlib
 import os
 import pathlib
 import shutil
@@ -45,8 +45,10 @@ def from_hf(src: str, dst: str, dtype: str | None = None, keep_fp8: bool = False
     Raises:
       ConfigError: what is wrong with either side; nothing is left at `dst`.
     """
-    with save.building(dst) as partial:
+    manifest.check_name(dst)
+    with save.building(dst) as partial, contextlib.ExitStack() as stack:
         source = Checkpoint(src)
+        stack.callback(source.reader.close)
         if keep_fp8 and source.halves:
             raise ConfigError("--keep-fp8 keeps rows as stored, but rope_interleave=false needs them in another order; "
                               "omit --keep-fp8.")
@@ -61,7 +63,6 @@ def from_hf(src: str, dst: str, dtype: str | None = None, keep_fp8: bool = False
         notes = source.notes
         if not _copy_text(src, partial):
             notes.append(f"{src} has no tokenizer.json; put one into {dst} before you evaluate or generate there.")
-        source.reader.close()
     return notes
 
 
@@ -149,8 +150,7 @@ def _special(workdir):
 
 def _json(path):
     try:
-        with open(path) as f:
-            return json.load(f)
+        return io.read_json(path)
     except ValueError as error:
         raise ConfigError(f"{path} is not JSON ({error}); restore it from a backup.") from None
 
@@ -161,10 +161,11 @@ def _leaves(workdir):
     if not path.is_file():
         raise ConfigError(f"{workdir} holds no config.json; give a work directory of train or of convert from-hf.")
     cfg = freeze(_json(path)).model
+    manifest.check_name(workdir)
     newest, _ = manifest.newest(pathlib.Path(workdir).absolute() / "checkpoints")
     if newest is None:
         raise ConfigError(f"{workdir} holds no checkpoint; give a work directory that has one.")
-    leaves = json.loads((newest / "meta.json").read_text())["leaves"]
+    leaves = io.read_json(newest / "meta.json")["leaves"]
     return cfg, {name: Stored(str(newest), leaf, name) for name, leaf in leaves.items()
                  if name.startswith(("params/", "router/"))}
 

@@ -8,12 +8,11 @@ which this model does not have is an error that names it; nothing is ignored tha
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
 import os
 from typing import Any
 
-from deepseek_jax.config import PARTS, ConfigError, ModelConfig, Yarn
+from deepseek_jax import io
+from deepseek_jax.config import PARTS, ConfigError, ModelConfig, Yarn, shown
 from deepseek_jax.config.names import HUGGING_FACE
 from kernels_pallas.constants import BLOCK
 
@@ -31,6 +30,7 @@ ONLY = {"attention_bias": (False,), "mlp_bias": (False,), "hidden_act": ("silu",
         "norm_topk_prob": {"deepseek_v3": (True, False), "deepseek_v2": (False, None)}}
 QUANTIZATION = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8",
                 "weight_block_size": [BLOCK, BLOCK]}
+LARGEST = 1e15  # of a number whose range nothing else limits
 YARN = {"factor": "factor", "original_max_position_embeddings": "original_length", "beta_fast": "beta_fast",
         "beta_slow": "beta_slow", "mscale": "mscale", "mscale_all_dim": "mscale_all_dim"}
 
@@ -39,10 +39,11 @@ def load(folder: str) -> dict:
     """The config.json of a checkpoint. Raises ConfigError."""
     path = os.path.join(folder, "config.json")
     try:
-        with open(path) as f:
-            raw = json.load(f)
-    except OSError:
+        raw = io.read_json(path)
+    except FileNotFoundError:
         raise ConfigError(f"{folder} holds no config.json; give the folder of a Hugging Face checkpoint.") from None
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}.") from None
     except ValueError as error:
         raise ConfigError(f"{path} is not JSON ({error}); fetch it again.") from None
     if not isinstance(raw, dict):
@@ -64,14 +65,15 @@ def read(raw: dict, mtp_depth: int = 0, dtype: str = "bfloat16") -> ModelConfig:
     if family is None and "model" in raw:
         raise ConfigError("config.json is that of a run of deepseek_jax.train; give its folder as --workdir.")
     if family not in list(FAMILIES):  # a list takes what cannot be hashed
-        raise ConfigError(f"config.json: model_type={family!r} is not supported; only {' and '.join(FAMILIES)} are.")
+        raise ConfigError(f"config.json: model_type={shown(family)} is not supported; only "
+                          f"{' and '.join(FAMILIES)} are.")
     mistyped = list(_mistyped(raw))
     if mistyped:
         raise ConfigError(f"config.json has values of a wrong type: {', '.join(mistyped)}.")
     missing = [name for name in HUGGING_FACE if raw.get(name) is None and name not in NULL | ONLY.keys()]
     if missing:
         raise ConfigError(f"config.json lacks {', '.join(missing)}.")
-    problems = [f"{name}={raw[name]!r} (only {' or '.join(map(repr, allowed))})"
+    problems = [f"{name}={shown(raw[name])} (only {' or '.join(map(repr, allowed))})"
                 for name, allowed in _allowed(raw, family) if raw.get(name) is not None and raw[name] not in allowed]
     yarn, theta = _read_rope(raw, problems)
     if problems:
@@ -92,15 +94,20 @@ def _mistyped(raw):
     """Values that `read` cannot use, as text; ModelConfig checks the rest."""
     for name in ("rope_scaling", "rope_parameters", "quantization_config"):
         if not isinstance(raw.get(name) or {}, dict):
-            yield f"{name}={raw[name]!r} (not an object)"
+            yield f"{name}={shown(raw[name])} (not an object)"
             return
+    depth = raw.get("num_nextn_predict_layers")
+    if depth is not None and (type(depth) is not int or depth < 0):
+        yield f"num_nextn_predict_layers={shown(depth)} (not a whole number from 0 on)"
     numbers = {name: raw.get(name) for name in ("rope_theta", "routed_scaling_factor", "initializer_range")}
     for dialect in ("rope_scaling", "rope_parameters"):
         rope = raw.get(dialect) or {}
         numbers |= {f"{dialect}.{name}": rope.get(name) for name in ("rope_theta", *YARN)}
     for name, value in numbers.items():
-        if value is not None and (type(value) not in (int, float) or not math.isfinite(value)):
-            yield f"{name}={value!r} (not a number)"
+        if value is not None and (type(value) not in (int, float) or value != value):
+            yield f"{name}={shown(value)} (not a number)"
+        elif value is not None and abs(value) > LARGEST:
+            yield f"{name}={shown(value)} (beyond {LARGEST:g})"
         elif value is not None and name.endswith("original_max_position_embeddings") and value % 1:
             yield f"{name}={value!r} (not a whole number)"
 
@@ -123,12 +130,12 @@ def _read_rope(raw, problems):
     theta = next((float(held["rope_theta"]) for held in (rope, raw) if held.get("rope_theta") is not None), 10000.0)
     kind = rope.get("rope_type", rope.get("type", "default"))
     known = {"rope_type", "type", "rope_theta", *YARN}
-    problems += [f"rope {name}={value!r}" for name, value in rope.items()
+    problems += [f"rope {name}={shown(value)}" for name, value in rope.items()
                  if name not in known and value not in (None, {"truncate": True, "partial_rotary_factor": 1}.get(name))]
     if kind == "default":
         return None, theta
     if kind != "yarn":
-        problems.append(f"rope_type={kind!r} (only 'default' or 'yarn')")
+        problems.append(f"rope_type={shown(kind)} (only 'default' or 'yarn')")
         return None, theta
     lacking = [name for name in ("factor", "original_max_position_embeddings") if rope.get(name) is None]
     problems += [f"yarn without {name}" for name in lacking]

@@ -6,6 +6,7 @@ used, and then reads rows of any tensor in any dtype, dequantized if needed. Con
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 from typing import Any
@@ -41,14 +42,10 @@ class Checkpoint:
         self.raw = hf_config.load(folder)
         hf_config.read(self.raw)  # what the config asks for comes before what the files hold
         self.reader = safetensors_io.Reader(folder)
-        self.tensors = self.reader.tensors
-        self.cfg = hf_config.read(self.raw, self._mtp_depth())
-        self.halves = hf_config.halves(self.raw, self.cfg)
-        self.shapes = tensor_map.leaves(self.cfg)
-        self.entries = tensor_map.entries(self.cfg)
-        self._check_names()
-        self._check_shapes()
-        self._check_copies()
+        with contextlib.ExitStack() as on_error:
+            on_error.callback(self.reader.close)
+            self._match()
+            on_error.pop_all()
         self.leaves = {path: [] for path in self.shapes}
         for entry in self.entries.values():
             if entry.copy_of is None:
@@ -57,6 +54,17 @@ class Checkpoint:
         self.notes = [] if promised <= self.cfg.mtp_depth else [
             f"{folder}: config.json promises {promised} MTP module(s), the files hold {self.cfg.mtp_depth}; going on "
             f"with {self.cfg.mtp_depth}."]
+
+    def _match(self):
+        """Finds a place for every tensor, and a tensor for every place."""
+        self.tensors = self.reader.tensors
+        self.cfg = hf_config.read(self.raw, self._mtp_depth())
+        self.halves = hf_config.halves(self.raw, self.cfg)
+        self.shapes = tensor_map.leaves(self.cfg)
+        self.entries = tensor_map.entries(self.cfg)
+        self._check_names()
+        self._check_shapes()
+        self._check_copies()
 
     def is_fp8(self, entry: tensor_map.Entry) -> bool:
         return self.tensors[entry.name].dtype == FP8
@@ -201,13 +209,21 @@ def load_hf(path: str, dtype: Any = None, mesh: Any = None, keep_fp8: bool = Fal
     """
     if dtype is not None and str(getattr(dtype, "__name__", dtype)) not in ("bfloat16", "float32"):
         raise ConfigError(f"dtype={dtype!r}: parameters are held in bfloat16 or float32.")
-    source = Checkpoint(path)
-    for note in source.notes:
-        print(note, flush=True)
-    if keep_fp8 and source.halves:
-        raise ConfigError("rope_interleave=false needs rows in another order, so FP8 blocks cannot be kept as stored.")
     if sharding is None and mesh is not None:
         sharding = lambda path, shape: NamedSharding(mesh, PartitionSpec())
+    source = Checkpoint(path)
+    with contextlib.closing(source.reader):
+        for note in source.notes:
+            print(note, flush=True)
+        if keep_fp8 and source.halves:
+            raise ConfigError("rope_interleave=false needs rows in another order, so FP8 blocks cannot be kept as "
+                              "stored.")
+        tree = _read_leaves(source, dtype, keep_fp8, sharding)
+    dtype = source.dtype_of("params/embedding", dtype)
+    return hf_config.read(source.raw, source.cfg.mtp_depth, "float32" if dtype.itemsize > 2 else "bfloat16"), tree
+
+
+def _read_leaves(source, dtype, keep_fp8, sharding):
     tree = {"params": {}, "router": {}}
     for leaf in source.shapes:
         if keep_fp8 and source.keeps_fp8(leaf):
@@ -217,9 +233,7 @@ def load_hf(path: str, dtype: Any = None, mesh: Any = None, keep_fp8: bool = Fal
         else:
             read = functools.partial(source.part, leaf, dtype=source.dtype_of(leaf, dtype))
             _put(tree, leaf, _array(leaf, source.shapes[leaf], read, sharding))
-    source.reader.close()
-    dtype = source.dtype_of("params/embedding", dtype)
-    return hf_config.read(source.raw, source.cfg.mtp_depth, "float32" if dtype.itemsize > 2 else "bfloat16"), tree
+    return tree
 
 
 def _array(path, shape, read, sharding):

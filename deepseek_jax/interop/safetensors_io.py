@@ -3,10 +3,13 @@
 The format: 8 bytes with the length of a JSON header, the header {name: dtype, shape, offsets}, the bytes. A checkpoint
 is one file, or several and an index. Read here with `pread` instead of by mapping, because the pages of a mapped file
 count as resident memory; and written here because the library needs all tensors of a file in memory.
+
+A header may come from anybody: it is checked in full, against the size of its file, before anything is allocated.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -17,13 +20,15 @@ import ml_dtypes
 import numpy as np
 
 from deepseek_jax import io
-from deepseek_jax.config import ConfigError
+from deepseek_jax.config import ConfigError, shown
+from deepseek_jax.config.model import MOST_EXPERTS
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"F64": "f8", "F32": "f4", "F16": "f2", "BF16": ml_dtypes.bfloat16, "F8_E4M3": ml_dtypes.float8_e4m3fn,
           "F8_E8M0": ml_dtypes.float8_e8m0fnu}
 DTYPES = {name: np.dtype(dtype) for name, dtype in DTYPES.items()}
 SPELLED = {dtype: name for name, dtype in DTYPES.items()}
+_LONGEST_NAME, _MOST_AXES = 256, 8  # the published ones have up to 63 characters, and 3 axes
 
 
 class Tensor(NamedTuple):
@@ -47,22 +52,30 @@ class Reader:
 
     def __init__(self, folder: str):
         self.folder = folder
-        where: Any = self._index()
         self.files, self.tensors, self.metadata, self._open = {}, {}, {}, {}
+        with contextlib.ExitStack() as on_error:
+            on_error.callback(self.close)
+            self._read_headers()
+            on_error.pop_all()
+        self.stacked = {}
+        for tensor in [t for t in self.tensors.values() if unstack(t)]:
+            self._split(tensor)
+
+    def _read_headers(self):
+        where: Any = self._index()
         for file in dict.fromkeys(where.values()) if where is not None else [SINGLE]:
             found = self._header(file)
             twice = found.keys() & self.tensors.keys()
             if twice:
-                raise ConfigError(f"{folder}: {min(twice)} stands in {self.tensors[min(twice)].file} and in {file}.")
+                raise ConfigError(f"{self.folder}: {min(twice)} stands in {self.tensors[min(twice)].file} and in "
+                                  f"{file}.")
             self.files[file] = sorted(found, key=lambda name: found[name].offset)
             self.tensors |= found
         places: dict[str, str] = where or {}
         absent = [n for n, file in places.items() if n not in self.tensors or self.tensors[n].file != file]
         if absent:
-            raise ConfigError(f"{folder}: {INDEX} promises {absent[0]} in {places[absent[0]]}, which does not hold it.")
-        self.stacked = {}
-        for tensor in [t for t in self.tensors.values() if len(t.shape) == 3 and unstack(t)]:
-            self._split(tensor)
+            raise ConfigError(f"{self.folder}: {INDEX} promises {absent[0]} in {places[absent[0]]}, which does not "
+                              "hold it.")
 
     def _split(self, stacked):
         """Replaces a stack of experts by views of its matrices."""
@@ -75,19 +88,23 @@ class Reader:
     def rows(self, tensor: Tensor, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Rows start..stop (of a vector: elements) of a tensor."""
         stop = tensor.shape[0] if stop is None else stop
-        out = np.empty((stop - start, *tensor.shape[1:]), tensor.dtype)
+        try:
+            out = np.empty((stop - start, *tensor.shape[1:]), tensor.dtype)
+        except MemoryError:
+            raise ConfigError(f"{os.path.join(self.folder, tensor.file)}: {tensor.name} needs {tensor.nbytes:,} bytes "
+                              "of memory, more than there are.") from None
         row = math.prod(tensor.shape[1:]) * tensor.dtype.itemsize
         view, at = memoryview(out.reshape(-1).view(np.uint8)), tensor.offset + start * row
         while view:
-            count = os.preadv(self._open[tensor.file], [view], at)
+            count = os.preadv(self._open[tensor.file].fileno(), [view], at)
             if not count:
                 raise ConfigError(f"{os.path.join(self.folder, tensor.file)} ends inside of {tensor.name}.")
             view, at = view[count:], at + count
         return out
 
     def close(self) -> None:
-        for descriptor in self._open.values():
-            os.close(descriptor)
+        for file in self._open.values():
+            file.close()
         self._open.clear()
 
     def _index(self) -> Any:
@@ -99,26 +116,31 @@ class Reader:
                                   "Face checkpoint.")
             return None
         try:
-            with open(path) as f:
-                where = dict(json.load(f)["weight_map"])
-        except (OSError, ValueError, KeyError, TypeError):
+            where = io.read_json(path)["weight_map"]
+            names = [_checked_name(name) for name, _ in where.items()]
+        except OSError as error:
+            raise ConfigError(f"{path} cannot be read: {error.strerror}.") from None
+        except (ValueError, KeyError, TypeError, AttributeError):
             raise ConfigError(f"{path} is not an index of safetensors; fetch it again.") from None
+        if not names:
+            raise ConfigError(f"{path} names no tensors; fetch it again.")
         # Exporting writes files of the same names, so none may be outside this folder.
         for name, file in where.items():
-            if not isinstance(file, str) or os.path.basename(file) != file or not file.endswith(".safetensors"):
-                raise ConfigError(f"{path} puts {name} into {file!r}, which is no safetensors file of this folder.")
+            if not isinstance(file, str) or os.path.basename(file) != file or not (
+                    file.isprintable() and file.endswith(".safetensors")):
+                raise ConfigError(f"{path} puts {name} into {shown(file)}, which is no safetensors file of this "
+                                  "folder.")
         return where
 
     def _header(self, file):
+        """{name: Tensor} of one file, whose bytes they are: all of them, and each once."""
         path = os.path.join(self.folder, file)
         try:
-            size = os.path.getsize(path)
-            with open(path, "rb") as f:
-                self._open[file] = os.dup(f.fileno())
-                length = int.from_bytes(f.read(8), "little")
-                header: Any = json.loads(f.read(length)) if 0 < length < size else None
-            self.metadata[file] = header.pop("__metadata__", None)
-            found = {name: self._tensor(file, name, 8 + length, **about) for name, about in header.items()}
+            self._open[file] = f = io.open_regular(path)
+            size = os.fstat(f.fileno()).st_size
+            base, header = _read_header(f, size)
+            self.metadata[file] = _metadata(header.pop("__metadata__", None))
+            found = {name: self._tensor(file, _checked_name(name), base, **about) for name, about in header.items()}
         except ConfigError:
             raise
         except FileNotFoundError:
@@ -127,7 +149,7 @@ class Reader:
             raise ConfigError(f"{path} cannot be read: {error.strerror}.") from None
         except (ValueError, TypeError, AttributeError):
             raise ConfigError(f"{path} has no readable header: it is truncated or damaged; fetch it again.") from None
-        end = 8 + length
+        end = base
         for tensor in sorted(found.values(), key=lambda t: (t.offset, t.nbytes)):
             if tensor.offset != end:
                 raise ConfigError(f"{path}: {tensor.name} overlaps what lies before it, or leaves a gap; the file is "
@@ -139,13 +161,45 @@ class Reader:
         return found
 
     def _tensor(self, file, name, base, dtype, shape, data_offsets):
-        if dtype not in DTYPES:
-            raise ConfigError(f"{os.path.join(self.folder, file)}: {name} has dtype {dtype}; known are "
+        if dtype not in list(DTYPES):  # a list takes what cannot be hashed
+            raise ConfigError(f"{os.path.join(self.folder, file)}: {name} has dtype {shown(dtype)}; known are "
                               f"{', '.join(DTYPES)}.")
-        tensor = Tensor(name, DTYPES[dtype], tuple(shape), file, base + data_offsets[0])
-        if data_offsets[1] - data_offsets[0] != tensor.nbytes:
+        start, stop = data_offsets
+        if len(shape) > _MOST_AXES or any(type(n) is not int or n < 0 for n in (*shape, start, stop)):
+            raise ValueError("a shape is a few whole numbers, and so are offsets")
+        if 0 in shape:  # no published model has such a tensor, and its other sizes could be anything
+            raise ConfigError(f"{os.path.join(self.folder, file)}: {name} is {shown(shape)}, which is empty; "
+                              "fetch it again.")
+        tensor = Tensor(name, DTYPES[dtype], tuple(shape), file, base + start)
+        if stop - start != tensor.nbytes:
             raise ValueError("offsets do not fit the shape")
         return tensor
+
+
+def _read_header(f, size) -> tuple[int, dict]:
+    """-> (place of the first byte after the header, the header). Raises ValueError where there is none."""
+    length = int.from_bytes(f.read(8), "little")
+    if not 0 < length <= min(size - 8, io.MOST_JSON):
+        raise ValueError("the header is as long as nothing there")
+    header = io.parse_json(f.read(length))
+    if not isinstance(header, dict):
+        raise ValueError("the header is no object")
+    return 8 + length, header
+
+
+def _metadata(about: Any) -> dict[str, str] | None:
+    """What a file says about itself, for an export to repeat. Raises ValueError unless it is strings of UTF-8."""
+    if about is not None and not all(isinstance(text, str) and text.encode() is not None
+                                     for pair in about.items() for text in pair):
+        raise ValueError("metadata are strings")
+    return about
+
+
+def _checked_name(name: str) -> str:
+    """A tensor's name, fit for messages and files. Raises ValueError."""
+    if not name.isprintable() or len(name) > _LONGEST_NAME:
+        raise ValueError("not a name")
+    return name
 
 
 def unstack(tensor: Any) -> list[tuple[str, tuple[int, int]]] | None:
@@ -157,6 +211,8 @@ def unstack(tensor: Any) -> list[tuple[str, tuple[int, int]]] | None:
     if not dot or len(tensor.shape) != 3 or last not in ("gate_up_proj", "down_proj"):
         return None
     experts, rows, columns = tensor.shape
+    if experts > MOST_EXPERTS:
+        return None
     if last == "down_proj":
         return [(f"{root}.mlp.experts.{e}.down_proj.weight", (rows, columns)) for e in range(experts)]
     return [(f"{root}.mlp.experts.{e}.{part}_proj.weight", (rows // 2, columns))

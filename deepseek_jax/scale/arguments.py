@@ -3,11 +3,11 @@
 import argparse
 import contextlib
 import dataclasses
-import json
 import math
 import os
 from typing import Any
 
+from deepseek_jax import io
 from deepseek_jax.config import PRESETS, ConfigError, FP8Config, ModelConfig, did_you_mean, load_config, model_config
 from deepseek_jax.scale.decoding import check_published
 from deepseek_jax.scale.hardware import Hardware, check_fp8
@@ -141,8 +141,7 @@ def _saved(path: str) -> ModelConfig:
         raise ConfigError(f"unknown model {path!r}; {did_you_mean(path, PRESETS)} A folder with a config.json is taken "
                           "too: of a run, of what convert from-hf made, or of a Hugging Face checkpoint.")
     try:
-        with open(file, encoding="utf-8") as f:
-            raw = json.load(f)
+        raw = io.read_json(file)
     except ValueError:
         raw = None
     if isinstance(raw, dict) and "model_type" in raw:

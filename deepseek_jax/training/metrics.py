@@ -85,8 +85,10 @@ class MetricsWriter:
         if not self._is_new(kind, step):
             return
         _append(self._path, (json.dumps(row, allow_nan=False) + "\n").encode())
-        scalars = [Summary.Value(tag=f"{kind}/{name.removeprefix('eval_')}", simple_value=row[name])
-                   for name in values if row[name] is not None]
+        # Sources may have names that are no UTF-8.
+        tags = {name: f"{kind}/{name.removeprefix('eval_')}".encode(errors="backslashreplace") for name in values}
+        scalars = [Summary.Value(tag=tag.decode(), simple_value=row[name])
+                   for name, tag in tags.items() if row[name] is not None]
         self._add_event(step=int(step), summary=Summary(value=scalars))
 
     def write_expert_load(self, step: int, counts_LE: np.ndarray) -> None:

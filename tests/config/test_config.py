@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deepseek_jax import config as configs
-from deepseek_jax.config import Config, ConfigError, TrainConfig, as_dict, default_config, freeze, model_config
+from deepseek_jax.config import Config, ConfigError, TrainConfig, Yarn, as_dict, default_config, freeze, model_config
 
 CONFIG_FILE = """
 from deepseek_jax.config import default_config
@@ -48,6 +48,10 @@ def assert_one_line(error, *parts):
         (dict(num_dense_layers=-1), "num_dense_layers=-1 cannot be negative"),
         (dict(rope_head_dim=15), "rope_head_dim=15 must be even"),
         (dict(d_model=0), "d_model=0 must be positive"),
+        (dict(d_model=2**20 + 1), "d_model=1048577 is more than 1,048,576, the most there may be"),
+        (dict(num_experts=10**9, num_groups=3), "num_experts=1000000000 is more than 16,384"),
+        (dict(num_layers=4096, num_experts=16384, num_groups=1, groups_kept=1), "more than 1,048,576"),
+        (dict(yarn=Yarn(), rope_theta=1.0), "rope_theta=1 must be more than 1"),
         (dict(route_scale=0.0), "route_scale=0.0 must be positive"),
         (dict(q_rank=0), "q_rank=0 must be positive, or None"),
         (dict(mtp_depth=-1), "mtp_depth=-1 cannot be negative; 0 leaves it out"),
@@ -386,3 +390,14 @@ def test_the_ramp_rises_from_its_start_to_the_whole_batch(train):
         assert counts[0] == train.accumulation_steps
     else:
         assert counts[0] * rows == train.ramp_from
+
+
+def test_an_override_may_name_a_source_that_is_no_utf8():
+    config = configs.load_config("tiny", ["--config.data.sources=(('caf\udce9/', 2.0),)"])
+    assert config.data.sources == (("caf\udce9/", 2.0),)
+
+
+def test_a_config_nested_too_deeply_is_refused_in_one_line(tmp_path):
+    (tmp_path / "config.json").write_bytes(b'{"model": ' + b"[" * 10**5 + b"]" * 10**5 + b"}")
+    with pytest.raises(ConfigError, match="nested too deeply"):
+        configs.load_config(str(tmp_path / "config.json"))

@@ -106,6 +106,16 @@ def test_a_message_is_one_line():
     assert str(ConfigError("first\nsecond")) == "first second"
 
 
+def test_a_message_holds_nothing_that_a_terminal_obeys_or_cannot_print():
+    assert str(ConfigError("a\x1b[2J\tcaf\udce9 é 模型")) == r"a\x1b[2J\tcaf\udce9 é 模型"
+
+
+def test_a_message_never_quotes_a_page():
+    with pytest.raises(ConfigError) as caught:
+        ModelConfig(d_model=["x"] * 10**5)
+    assert len(str(caught.value)) < 300
+
+
 def test_the_nearest_word_or_all_of_them():
     assert did_you_mean("steps", ["step", "batch"]) == "did you mean step?"
     assert did_you_mean("zzz", ["b", "a"]) == "known are: a, b."

@@ -200,3 +200,80 @@ def test_the_digest_sees_names_and_contents(tmp_path):
     second = digest()
     (tmp_path / "a.txt").rename(tmp_path / "b.txt")
     assert len({first, second, digest()}) == 3
+
+
+MARKED = b'\xef\xbb\xbf{"text": "text"}\n'
+
+
+@pytest.mark.parametrize("name, raw", [
+    ("a.txt", b"\xef\xbb\xbftext"), ("a.unknown", b"\xef\xbb\xbftext"), ("a.jsonl", MARKED),
+    ("a.jsonl.gz", gzip.compress(MARKED)), ("a.jsonl.zst", zstandard.compress(MARKED))])
+def test_a_byte_order_mark_is_no_text(tmp_path, name, raw):
+    (tmp_path / name).write_bytes(raw)
+    documents, counts, warnings = read(tmp_path / name)
+    assert [d.parts for d in documents] == [(("text", True),)]
+    assert counts.bytes == 4 and not warnings
+
+
+def compressed(text, window_log):
+    how = zstandard.ZstdCompressionParameters.from_level(1, window_log=window_log, enable_ldm=True)
+    made = zstandard.ZstdCompressor(compression_params=how).compressobj()
+    return made.compress(text) + made.flush()
+
+
+def test_the_windows_of_zstd_long_are_read(tmp_path):
+    (tmp_path / "a.jsonl.zst").write_bytes(compressed(ROWS, 30))
+    assert texts(tmp_path / "a.jsonl.zst") == ["one é", "two"]
+
+
+def test_a_larger_window_is_named_skipped_and_counted(tmp_path):
+    raw = bytearray(compressed(ROWS, 30))
+    raw[5] = 22 << 3  # the window's exponent, less 10
+    (tmp_path / "a.jsonl.zst").write_bytes(raw)
+    _, counts, warnings = read(tmp_path / "a.jsonl.zst")
+    assert counts.skipped == 1 and "window is larger than 2 GiB" in warnings[0]
+
+
+@pytest.mark.parametrize("ending", ["gz", "zst"])
+def test_a_compressed_file_that_was_cut_off_is_named_and_counted(tmp_path, ending):
+    rows = b"".join(json.dumps({"text": f"{i}" * 50}).encode() + b"\n" for i in range(9999))
+    raw = gzip.compress(rows) if ending == "gz" else zstandard.compress(rows)
+    (tmp_path / f"a.jsonl.{ending}").write_bytes(raw[:len(raw) // 2])
+    documents, counts, warnings = read(tmp_path / f"a.jsonl.{ending}")
+    assert len(documents) < 9999 and counts.skipped == 1
+    assert len(warnings) == 1 and ("ended before the end" if ending == "gz" else "was cut off") in warnings[0]
+
+
+def test_frames_behind_one_another_are_one_file(tmp_path):
+    skippable = (0x184D2A50).to_bytes(4, "little") + (3).to_bytes(4, "little") + b"abc"
+    frames = [zstandard.compress(ROWS[i:i + 7]) for i in range(0, len(ROWS), 7)]
+    (tmp_path / "a.jsonl.zst").write_bytes(skippable + b"".join(frames) + skippable)
+    assert texts(tmp_path / "a.jsonl.zst") == ["one é", "two"]
+
+
+@pytest.mark.parametrize("columns", [
+    {"text": [None, "two"]}, {"text": [None, None], "prompt": [None, "tw"], "answer": ["x", "o"]},
+    {"text": [None, "two"], "prompt": [None, None], "answer": ["x", None]}])
+@pytest.mark.parametrize("form", ["parquet", "jsonl"])
+def test_null_text_is_skipped_and_counted(tmp_path, form, columns):
+    path = tmp_path / f"a.{form}"
+    if form == "parquet":
+        pyarrow.parquet.write_table(pyarrow.table(columns), path)
+    else:
+        path.write_text("\n".join(json.dumps(dict(zip(columns, row))) for row in zip(*columns.values())))
+    documents, counts, warnings = read(path)
+    assert ["".join(text for text, _ in d.parts) for d in documents] == ["two"]
+    assert (counts.skipped, counts.documents) == (1, 1) and warnings[0].startswith(f"skipped a.{form}#0: ")
+
+
+@pytest.mark.parametrize("table", [{"text": pyarrow.nulls(2)}, {"other": [1, 2]}])
+def test_a_table_without_any_text_is_counted_row_by_row(tmp_path, table):
+    pyarrow.parquet.write_table(pyarrow.table(table), tmp_path / "a.parquet")
+    documents, counts, _ = read(tmp_path / "a.parquet")
+    assert not documents and counts.skipped == 2
+
+
+def test_a_row_nested_too_deeply_does_not_end_its_file(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b"[" * 10**5 + b'\n{"text": "two"}\n')
+    documents, counts, _ = read(tmp_path / "a.jsonl")
+    assert [d.name for d in documents] == ["a.jsonl#1"] and counts.skipped == 1

@@ -137,3 +137,9 @@ def test_a_model_without_experts_has_no_loads_and_no_violation(tmp_path):
     steps, counts_SLE = read_expert_loads(tmp_path)
     assert len(steps) == 0 and counts_SLE.shape == (0, 0, 0)
     assert read_metrics(tmp_path) == []
+
+
+def test_a_source_whose_name_is_no_utf8_has_its_loss_in_both_files(tmp_path):
+    MetricsWriter(tmp_path, None).write(1, **{"eval_loss/caf\udce9": 2.0})
+    assert read_metrics(tmp_path) == [{"step": 1, "eval_loss/caf\udce9": 2.0}]
+    assert (1, r"eval/loss/caf\udce9", 2.0) in events(tmp_path)[0]

@@ -4,12 +4,12 @@ sandbox), the tokens that end an answer, and whether a text begins with BOS."""
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import sys
 from typing import Any
 
-from deepseek_jax.config import ConfigError
+from deepseek_jax import io
+from deepseek_jax.config import ConfigError, shown
 from deepseek_jax.serving.openai.chat import ROLES, Conventions, Template, Tokenizer
 from deepseek_jax.serving.openai.render import Renderer
 
@@ -37,10 +37,10 @@ def _named(folder, tokenizer, about, role) -> int:
     spelled = spelled.get("content") if isinstance(spelled, dict) else spelled
     if not isinstance(spelled, str):
         return getattr(tokenizer, role)
-    token = tokenizer.backend.token_to_id(spelled)
+    token = tokenizer.backend.get_vocab(with_added_tokens=True).get(spelled)
     if token is None:
-        raise ConfigError(f"{folder}/tokenizer_config.json names {role}_token {spelled!r}, which tokenizer.json does "
-                          "not have; fetch both again.")
+        raise ConfigError(f"{folder}/tokenizer_config.json names {role}_token {shown(spelled)}, which tokenizer.json "
+                          "does not have; fetch both again.")
     return token
 
 
@@ -87,11 +87,12 @@ def read(folder: str, bos: str, eos: str) -> Template | None:
 def _json(folder, name) -> dict[str, Any]:
     """A JSON file of the folder; {} where there is none."""
     path = os.path.join(folder, name)
-    if not os.path.isfile(path):
+    if not os.path.lexists(path):
         return {}
     try:
-        with open(path, encoding="utf-8") as f:
-            found = json.load(f)
+        found = io.read_json(path)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}.") from None
     except ValueError:
         found = None
     if not isinstance(found, dict):
@@ -102,8 +103,11 @@ def _json(folder, name) -> dict[str, Any]:
 def _source(folder):
     path = os.path.join(folder, "chat_template.jinja")
     if os.path.isfile(path):
-        with open(path, encoding="utf-8") as f:
-            return f.read()
+        try:
+            with io.open_regular(path) as f:
+                return f.read().decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{path} is not UTF-8 (byte {error.start}); fetch it again.") from None
     found = _json(folder, "tokenizer_config.json").get("chat_template")
     if isinstance(found, list):  # several, by name
         found = {one.get("name"): one.get("template") for one in found if isinstance(one, dict)}.get("default")

@@ -1,0 +1,121 @@
+"""The files of a source: those of a folder, of a glob, or a single one (no jax here).
+
+Links are followed, and each real file is there once, whatever leads to it: under its own name, if it is below the
+source's folder, or else under the first of its names. So a folder and a glob of all of it are the same corpus, a loop
+of links ends, and no text is both in training and in validation. What is no regular file is there with its fault.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator
+from typing import NamedTuple
+
+from deepseek_jax import io
+from deepseek_jax.config import ConfigError
+
+
+class File(NamedTuple):
+    name: str  # relative, with forward slashes: what hashes and orders it
+    path: str
+    named: bool = False  # by the user: text, whatever its name ends in
+    fault: str = ""  # why it cannot be read, as far as its folder knows
+
+
+def find(path: str, is_known: Callable[[str], bool]) -> list[File]:
+    """The files of a folder, a glob or a file's path, sorted by name; hidden ones are left out unless they are named.
+
+    Args:
+      is_known: whether files of that name can be read. A glob that finds no such files names them all.
+    Raises:
+      ConfigError: there is nothing, or no regular file, at a path that is no glob.
+    """
+    path = os.path.expanduser(path)
+    if os.path.isdir(path):
+        return _once(_below(path), path, is_known)
+    if os.path.lexists(path):
+        if why := _fault(path):
+            raise ConfigError(f"data.sources: {path} cannot be read: {why}.")
+        return [File(os.path.basename(path), path, named=True)]
+    if not glob.has_magic(path):
+        raise ConfigError(f"data.sources: there is no {path}; give a folder, a file, a glob or 'stdlib'.")
+    root = os.path.dirname(path[:min(path.find(c) for c in "*?[" if c in path)]) or "."
+    files = [_named(p, root) for p in _matching(path)]
+    unknown = not any(is_known(file.name) for file in files)
+    return _once([file._replace(named=True) for file in files] if unknown else files, root, is_known)
+
+
+def below(root: str, skipped: Collection[str]) -> list[File]:
+    """The files of a folder and those in it, without following links to folders, nor into folders of these names."""
+    folders = _folders([root], skipped, follow=False)
+    return [_named(os.path.join(folder, n), root) for folder, names in folders for n in names if not n.startswith(".")]
+
+
+def _named(path, root, fault=""):
+    return File(os.path.relpath(path, root).replace(os.sep, "/"), path, fault=fault)
+
+
+def _below(root):
+    """Every file below a folder; a folder that cannot be listed is there as a file with a fault."""
+    faults = []
+    for folder, names in _folders([root], onerror=faults.append):
+        yield from (_named(os.path.join(folder, name), root) for name in names if not name.startswith("."))
+    yield from (_named(error.filename, root, error.strerror)._replace(named=True) for error in faults)
+
+
+def _matching(pattern: str) -> Iterable[str]:
+    """The paths that match, without folders. `**` is as in `glob`, but comes to each real folder once."""
+    first, *rest = re.split(r"(?:^|(?<=/))\*\*(?:/+|$)", pattern.replace(os.sep, "/"))
+    found = glob.glob(first) if first else [os.curdir] if rest else []
+    for i, tail in enumerate(rest):
+        folders = list(_folders(p for p in found if os.path.isdir(p)))
+        if tail:
+            found = [p for folder, _ in folders for p in glob.glob(os.path.join(glob.escape(folder), tail))]
+        elif i + 1 < len(rest):
+            found = [folder for folder, _ in folders]
+        else:
+            found = [os.path.join(folder, n) for folder, names in folders for n in names if not n.startswith(".")]
+    return (p for p in found if not os.path.isdir(p))
+
+
+def _folders(roots: Iterable[str], skipped: Collection[str] = (), follow: bool = True,
+             onerror: Callable[[OSError], object] | None = None) -> Iterator[tuple[str, list[str]]]:
+    """(folder, names of files in it) of `roots` and all folders below: each real folder once, by way of links last."""
+    seen, queue = set(), sorted(roots)
+    while queue:
+        links = []
+        for root in queue:
+            for folder, folders, names in os.walk(root, onerror=onerror):
+                real = os.path.realpath(folder)
+                # Hidden folders hold tools' own files (.git, .venv), not a corpus.
+                folders[:] = [f for f in folders if not f.startswith(".") and f != "__pycache__" and f not in skipped]
+                if real in seen:
+                    folders.clear()
+                    continue
+                seen.add(real)
+                links += [path for f in folders if os.path.islink(path := os.path.join(folder, f))]
+                yield folder, names
+        queue = sorted(links) if follow else []
+
+
+def _once(files: Iterable[File], root: str, is_known: Callable[[str], bool]) -> list[File]:
+    """One name for each real file, sorted; with the fault of what is no regular file."""
+    base, kept = os.path.realpath(root), {}
+
+    def rank(file):
+        real = os.path.realpath(file.path)
+        return not (file.named or is_known(file.name)), _named(real, base).name != file.name, file.name, real
+
+    for *_, real, file in sorted((*rank(file), file) for file in files):
+        kept.setdefault(real, file if file.fault else file._replace(fault=_fault(file.path)))
+    return sorted(kept.values())
+
+
+def _fault(path):
+    try:
+        io.check_regular(path)
+    except OSError as error:
+        return error.strerror
+    return ""
