@@ -80,6 +80,7 @@ MAY_IMPORT = {
     "training.metrics": ("io",),
     "training.throughput": ("scale.hardware",),
     "training.evaluate": ("training.step", "training.types", "training.metrics", "data", "workdir", "config"),
+    "training.comparison": ("training.metrics",),
     "training.loop": ("training.evaluate", "training.step", "training.types", "training.metrics",
                       "training.throughput", "pipeline.model", "model.parts", "parallel", "checkpoint", "data",
                       "scale.costs", "workdir", "config"),
@@ -102,7 +103,7 @@ MAY_IMPORT = {
     "train": ("cli", "config", "parallel.processes", "training.loop", "training.summary"),
     "evaluate": ("cli", "io", "training.evaluate", "config"),
     "routing": ("model", "workdir", "config"),
-    "compare": ("cli", "io", "table", "plots", "training.metrics", "workdir", "config"),
+    "compare": ("cli", "io", "table", "plots", "training.comparison", "training.metrics", "workdir", "config"),
     "generate": ("cli", "serving", "workdir", "config"),
     "serve": ("cli", "serving", "workdir", "config"),
     "convert": ("cli", "interop.convert", "config"),
@@ -115,7 +116,7 @@ WITHOUT_JAX = ("config", "configs", "cli", "runtime", "io", "plugin", "data", "w
                "pipeline.ticks", "pipeline.schedule", "pipeline.validate", "pipeline.tables", "pipeline.draw",
                "pipeline.__main__", "scale.costs", "scale.layout", "scale.traffic", "scale.memory", "scale.hardware",
                "scale.timing", "scale.plan", "scale.decoding", "scale.tables", "scale.arguments", "scale.serve",
-               "scale.finetune", "scale.one_device", "scale.compile.hlo", "plots", "table", *COMMANDS)
+               "scale.finetune", "scale.one_device", "scale.compile.hlo", "plots", "table", "training.comparison", *COMMANDS)
 JAX = ("jax", "jaxlib", "flax", "optax", "orbax", "chex")
 LONGEST_COMMAND = 99
 
