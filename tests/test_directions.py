@@ -116,7 +116,8 @@ WITHOUT_JAX = ("config", "configs", "cli", "runtime", "io", "plugin", "data", "w
                "pipeline.ticks", "pipeline.schedule", "pipeline.validate", "pipeline.tables", "pipeline.draw",
                "pipeline.__main__", "scale.costs", "scale.layout", "scale.traffic", "scale.memory", "scale.hardware",
                "scale.timing", "scale.plan", "scale.decoding", "scale.tables", "scale.arguments", "scale.serve",
-               "scale.finetune", "scale.one_device", "scale.compile.hlo", "plots", "table", "training.comparison", *COMMANDS)
+               "scale.finetune", "scale.one_device", "scale.compile.hlo", "plots", "table", "training.comparison",
+               *COMMANDS)
 JAX = ("jax", "jaxlib", "flax", "optax", "orbax", "chex")
 LONGEST_COMMAND = 99
 
@@ -307,7 +308,7 @@ def draw(path):
         for a, b in sorted(pairs):
             axis.annotate("", xy=place[b], xytext=place[a], zorder=1, arrowprops=dict(
                 color="#0072B2", patchA=box[a], patchB=box[b], shrinkA=0, shrinkB=1, mutation_scale=12, **style))
-    axis.set_title("Rooms of deepseek_jax: arrows lead to what a room imports (dashed: parts of each import the other).\n"
+    axis.set_title("Rooms of deepseek_jax: arrows lead to what a room imports (dashed: parts of both do).\n"
                    "Left out: imports that a path of arrows shows, and those of the lowest row, which is open to all.",
                    loc="left")
     figure.savefig(path)

@@ -40,7 +40,7 @@ def test_lines_fit_a_terminal(page):
 def test_python_in_a_page_parses_and_imports_what_is_there(page):
     for block in re.findall(r"^```python\n(.*?)^```", page.read_text(), re.M | re.S):
         for node in ast.walk(ast.parse(block)):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in ("deepseek_jax", "experiments"):
+            if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] in ("deepseek_jax", "experiments"):
                 found = importlib.import_module(node.module)
                 assert not [alias.name for alias in node.names if not hasattr(found, alias.name)
                             and importlib.util.find_spec(f"{node.module}.{alias.name}") is None]

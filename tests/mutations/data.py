@@ -59,4 +59,11 @@ MUTATIONS = [
         new="if True:",
         tests="data/test_overview.py",
     ),
+    Mutation(
+        name="a source is named by the last part of its path, whatever others have",
+        file="deepseek_jax/data/loader.py",
+        old="if all(other[-n:] != own[-n:] for other in others))",
+        new=")",
+        tests="data/test_loader.py",
+    ),
 ]

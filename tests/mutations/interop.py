@@ -157,4 +157,11 @@ MUTATIONS = [
         new='.init.from_ and ""',
         tests="interop/test_conversion.py::test_a_fine_tuned_run_goes_out_in_the_type_of_the_checkpoint_that_it_began_from",
     ),
+    Mutation(
+        name="a converted checkpoint forgets its positions",
+        file="deepseek_jax/workdir.py",
+        old='.get("config", own)',
+        new='.get("nothing", own)',
+        tests="test_workdir.py",
+    ),
 ]

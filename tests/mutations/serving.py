@@ -359,4 +359,11 @@ MUTATIONS = [
         new='token["special"] = False',
         tests="serving/openai/test_chat_template.py",
     ),
+    Mutation(
+        name="a prompt takes no positions of the model",
+        file="deepseek_jax/serving/openai/prompts.py",
+        old="longest + new > positions",
+        new="new > positions",
+        tests="serving/openai/test_prompts.py",
+    ),
 ]

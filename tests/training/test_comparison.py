@@ -21,7 +21,7 @@ def test_losses_of_the_sources_that_all_runs_have_are_compared():
         return [dict(step=1, tokens=64, loss=5.0),
                 dict(step=1, eval_loss=4.0) | {f"eval_loss/{name}": loss for name, loss in by_source.items()}]
 
-    configs = dict.fromkeys(("a", "b"), {"train": {"steps": 1}})
+    configs = {run: {"train": {"steps": 1}} for run in "ab"}
     table = compare(configs, {"a": rows(code=1.0, prose=2.0), "b": rows(code=3.0)})
     assert [row["eval_loss/code"] for row in table.values()] == [1.0, 3.0]
     assert not any("eval_loss/prose" in row for row in table.values())
