@@ -73,11 +73,13 @@ setup(
             "uvicorn>=0.30",
             "httpx>=0.27",
             "jinja2>=3.1",
+            "prometheus-client>=0.20",
             "openai>=1.40",  # the client whose protocol the server speaks
         ],
         # Compiling for GPUs that are not here: the plugin and CUDA's own tools, without the libraries a run would need.
         "aot": ["jax-cuda13-plugin>=0.10.2,<0.13", "nvidia-cuda-nvcc>=13", "nvidia-cuda-nvdisasm>=13"],
-        "serve": ["starlette>=0.40", "uvicorn>=0.30", "jinja2>=3.1"],
+        "serve": ["starlette>=0.40", "uvicorn>=0.30", "jinja2>=3.1", "prometheus-client>=0.20"],
+        "eval": ["lm-eval[api]>=0.4.10"],
         "notebooks": ["nbclient>=0.10", "nbformat>=5.10", "ipykernel>=6.29", "ipywidgets>=8.1"],
     },
 )

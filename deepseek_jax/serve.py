@@ -29,29 +29,40 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--max-sequences", type=int, default=16, help="that run at once")
     parser.add_argument("--max-waiting", type=int, default=64, help="that wait in addition; more are refused with 429")
     parser.add_argument("--max-length", type=int, default=2048, help="tokens of prompt and answer")
+    parser.add_argument("--allow-origin", action="append", default=[], metavar="URL",
+                        help="a page elsewhere that may ask, such as https://chat.example; * for all; may be repeated")
+    parser.add_argument("--grace", type=int, default=30, help="seconds that running requests have after SIGTERM")
+    parser.add_argument("--expert-metrics", action="store_true", help="the load of each expert, at /metrics")
     parser.add_argument("--cache", choices=("float32", "bfloat16", "fp8"), help="how latents are kept")
     return parser.parse_args()
 
 
-def check_port(host: str, port: int) -> None:
-    """Raises ConfigError where nothing can listen there; before the minutes that compiling takes."""
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens there, before the minutes that loading takes. Raises ConfigError where nothing can."""
     try:
-        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:
         why = str(error.strerror).partition(" (")[0]  # Python adds the address to it
         raise ConfigError(f"cannot listen at {host}:{port} ({why}); take another --port or --host.") from None
 
 
-def main() -> None:
-    args = parse()
+def check(args: argparse.Namespace) -> None:
+    """Raises ConfigError for an option that cannot be meant."""
     for name in ("max_sequences", "max_length"):
         if getattr(args, name) < 1:
             raise ConfigError(f"--{name.replace('_', '-')}={getattr(args, name)} must be positive.")
-    if args.max_waiting < 0 or (args.depth or 0) < 0 or not 0 <= args.port < 2**16:
-        raise ConfigError("--max-waiting and --depth cannot be negative, and --port must lie in [0, 65535].")
-    check_port(args.host, args.port)
+    if min(args.max_waiting, args.depth or 0, args.grace) < 0 or not 0 <= args.port < 2**16:
+        raise ConfigError("--max-waiting, --depth and --grace cannot be negative, and --port must lie in [0, 65535].")
+    if args.api_key == "":
+        raise ConfigError("the API key is empty; unset DEEPSEEK_JAX_API_KEY, or say what clients must send.")
+
+
+def main() -> None:
+    args = parse()
+    check(args)
+    listening = listen(args.host, args.port)
     try:
-        from deepseek_jax.serving.openai.server import serve
+        from deepseek_jax.serving.openai.server import Options, serve
     except ModuleNotFoundError as error:
         raise ConfigError(f"serving needs {error.name}; pip install 'deepseek-jax[serve]'.") from None
     from deepseek_jax.serving.engine import Engine, EngineConfig
@@ -60,16 +71,19 @@ def main() -> None:
     from deepseek_jax.workdir import load
 
     folder = args.hf or args.workdir
-    cfg, variables, tokenizer = load(folder, args.ema, hf=args.hf is not None, on_host=True)
-    text = chat_template.of_folder(folder, tokenizer)
-    depth = min(1, cfg.mtp_depth) if args.depth is None else args.depth
-    engine = Engine(cfg, variables, EngineConfig(args.max_sequences, args.max_length, depth, cache=args.cache))
-    del variables  # the engine has its own
-    print("compiling ...", flush=True)
-    engine.warm_up()
     name = args.name or os.path.basename(os.path.abspath(folder))
-    print(f"serving {name} at http://{args.host}:{args.port}", flush=True)
-    serve(Service(engine, tokenizer, name, args.max_waiting, text), args.host, args.port, args.api_key)
+
+    def service(report):
+        cfg, variables, tokenizer = load(folder, args.ema, hf=args.hf is not None, on_host=True)
+        text = chat_template.of_folder(folder, tokenizer)
+        depth = min(1, cfg.mtp_depth) if args.depth is None else args.depth
+        engine = Engine(cfg, variables, EngineConfig(args.max_sequences, args.max_length, depth, cache=args.cache))
+        print("compiling ...", flush=True)
+        engine.warm_up(lambda done, of: report(f"compiled {done} of {of} programs"))
+        print(f"serving {name} at http://{args.host}:{listening.getsockname()[1]}", flush=True)
+        return Service(engine, tokenizer, name, args.max_waiting, text)
+
+    serve(service, name, listening, Options(args.api_key, tuple(args.allow_origin), args.grace, args.expert_metrics))
 
 
 if __name__ == "__main__":

@@ -92,6 +92,7 @@ MAY_IMPORT = {
     "plots": (),
     # Serving.
     "serving.openai": ("serving.decode", "serving.engine", "config"),
+    "serving.harness": ("serving.engine", "serving.generation", "serving.openai", "config"),
     "serving": ("model", "fp8", *SHARDING, "kernels_pallas.api", "config"),
     # Machines that are not here.
     "scale.compile": ("scale", "training.step", "pipeline.model", "serving", "model", *SHARDING,
@@ -101,7 +102,7 @@ MAY_IMPORT = {
     # Commands.
     "__main__": (),
     "train": ("cli", "config", "parallel.processes", "training.loop", "training.summary"),
-    "evaluate": ("cli", "io", "training.evaluate", "config"),
+    "evaluate": ("cli", "io", "training.evaluate", "serving", "workdir", "config"),
     "routing": ("model", "workdir", "config"),
     "compare": ("cli", "io", "table", "plots", "training.comparison", "training.metrics", "workdir", "config"),
     "generate": ("cli", "serving", "workdir", "config"),

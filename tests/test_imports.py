@@ -22,7 +22,7 @@ def test_the_package_loads_no_jax():
 
 
 def test_generating_loads_neither_training_nor_what_draws_and_logs_it():
-    modules = loaded("import deepseek_jax.generate, deepseek_jax.serving, deepseek_jax.workdir")
+    modules = loaded("import deepseek_jax.generate, deepseek_jax.serving.generation, deepseek_jax.workdir")
     assert "deepseek_jax.serving.engine" in modules
     assert not {m for m in modules if m.startswith(("deepseek_jax.training", "matplotlib", "tensorboardX"))}
 

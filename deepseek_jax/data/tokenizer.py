@@ -175,6 +175,10 @@ class Tokenizer:
         """int32: UTF-8 bytes each token stands for; 0 for special tokens. Sums to the bytes of any encoded text."""
         return np.array([len(self.bytes_of(i)) for i in range(self.vocab_size)], np.int32)
 
+    def longest(self) -> int:
+        """Bytes of the longest token: a text of n tokens has at most n times as many."""
+        return max(1, int(self.byte_lengths_W.max()))
+
     @functools.cached_property
     def splits(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Tokens that join punctuation and line breaks, as a table: (count_W, start_W, parts).

@@ -9,7 +9,7 @@ all else is replicated (`weights.on_mesh`).
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,9 +30,10 @@ ALTERNATIVES = 20  # likeliest tokens reported next to the chosen one
 class PromptChunk(NamedTuple):
     """Of each of B prompts T tokens to read into the cache.
 
-    tokens_BX: int32, the T tokens, then one more for each MTP module.
+    tokens_BX: int32, the T tokens, then those after them: one for each MTP module, at least one.
     position_B: int32, of the first; length_B: how many of the T count; known_B: tokens of the complete prompt.
     slot_B: int32, where each sequence's drafts are stored between calls. table_BP: int32, the pages of each.
+    scored: bool scalar, whether to compute the logprobs of the tokens after each.
     """
 
     tokens_BX: jax.Array
@@ -41,6 +42,7 @@ class PromptChunk(NamedTuple):
     known_B: jax.Array
     slot_B: jax.Array
     table_BP: jax.Array
+    scored: jax.Array | np.bool_
 
 
 class Batch(NamedTuple):
@@ -65,42 +67,53 @@ class Batch(NamedTuple):
     logprobs: jax.Array | np.bool_
 
 
+class Scores(NamedTuple):
+    """Logprobs by the model itself (temperature 1); zeros where none were requested.
+
+    logprob_BT: float32, of the token in question. best_BTX, best_logprob_BTX: the ALTERNATIVES likeliest ones there.
+    """
+
+    logprob_BT: Any
+    best_BTX: Any
+    best_logprob_BTX: Any
+
+
 class Steps(NamedTuple):
     """What `decode` did, step by step; N steps fit.
 
     tokens_NBT: the first count_NB of each row are new. drafted_NB, accepted_NB: drafts verified, and accepted.
-    logprob_NBT: of each new token, by the model itself (temperature 1); zeros where none were requested.
-    best_NBTX, best_logprob_NBTX: the likeliest tokens at each place. counts_LE: tokens that chose each expert.
+    finite_NB: whether all logits of the step were finite. scores: of each new token, with a first axis N.
+    counts_LE: tokens that chose each expert.
     """
 
     tokens_NBT: jax.Array
     count_NB: jax.Array
     drafted_NB: jax.Array
     accepted_NB: jax.Array
-    logprob_NBT: jax.Array
-    best_NBTX: jax.Array
-    best_logprob_NBTX: jax.Array
+    finite_NB: jax.Array
+    scores: Scores
     counts_LE: jax.Array
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(3, 4))
 def prefill(cfg: ModelConfig, geometry: CacheGeometry, weights: DecodeWeights, cache: Cache, drafts: Drafts,
-            chunk: PromptChunk) -> tuple[Cache, Drafts, jax.Array]:
+            chunk: PromptChunk) -> tuple[Cache, Drafts, jax.Array, Scores]:
     """Reads a chunk of each prompt into the cache, MTP modules included.
 
     Returns:
-      cache, drafts, counts int32 [MoE layers, E].
+      cache, drafts, counts int32 [MoE layers, E], scores of the token after each.
     """
     return on_mesh(functools.partial(_prefill, cfg, geometry), weights, cache, drafts, chunk)
 
 
 def _prefill(cfg, geometry, weights, cache, drafts, chunk: PromptChunk):
     modules = len(weights.mtp)
-    T = chunk.tokens_BX.shape[1] - modules
+    T = chunk.tokens_BX.shape[1] - max(1, modules)
     at_BT = jnp.arange(T)[None]
     position_BT = chunk.position_B[:, None] + at_BT
     slots = TokenSlots(chunk.tokens_BX[:, :T], position_BT, at_BT < chunk.length_B[:, None], chunk.table_BP)
     h_BTD, cache, counts_LE = forward(cfg, geometry, weights, cache, slots)
+    scores = _scores(chunk.scored, functools.partial(_token_by_token, weights.head), h_BTD, chunk.tokens_BX[:, 1:T + 1])
     previous_hidden = []
     for k in range(1, modules + 1):
         if k > 1:  # h_{k-1} at k - 1 before the last token, where decoding takes over
@@ -110,7 +123,7 @@ def _prefill(cfg, geometry, weights, cache, drafts, chunk: PromptChunk):
         known_BT = slots.valid_BT & (position_BT + k < chunk.known_B[:, None])
         ahead = slots._replace(token_BT=chunk.tokens_BX[:, k:T + k], valid_BT=known_BT)
         h_BTD, cache = predict_ahead(cfg, geometry, weights, k, cache, h_BTD, ahead)
-    return cache, drafts._replace(previous_hidden=tuple(previous_hidden)), counts_LE
+    return cache, drafts._replace(previous_hidden=tuple(previous_hidden)), counts_LE, scores
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(4, 5))
@@ -131,8 +144,8 @@ def _decode(cfg, geometry, most_steps, weights, cache, drafts, batch: Batch):
     zeros = lambda dtype, *shape: jnp.zeros((most_steps, B, *shape), dtype)
     made = Steps(
         tokens_NBT=zeros(jnp.int32, T), count_NB=zeros(jnp.int32), drafted_NB=zeros(jnp.int32),
-        accepted_NB=zeros(jnp.int32), logprob_NBT=zeros(jnp.float32, T),
-        best_NBTX=zeros(jnp.int32, T, ALTERNATIVES), best_logprob_NBTX=zeros(jnp.float32, T, ALTERNATIVES),
+        accepted_NB=zeros(jnp.int32), finite_NB=jnp.ones((most_steps, B), bool),
+        scores=Scores(zeros(jnp.float32, T), zeros(jnp.int32, T, ALTERNATIVES), zeros(jnp.float32, T, ALTERNATIVES)),
         counts_LE=jnp.zeros((cfg.num_moe_layers, cfg.num_experts), jnp.int32))
 
     def unfinished(carry):
@@ -145,7 +158,8 @@ def _decode(cfg, geometry, most_steps, weights, cache, drafts, batch: Batch):
         cache, of_batch, one = _step(cfg, geometry, weights, cache, of_batch, now)
         count_B = one.count_NB
         last_B = jnp.take_along_axis(one.tokens_NBT, jnp.maximum(count_B - 1, 0)[:, None], axis=1)[:, 0]
-        made = Steps._make([*(x.at[n].set(y) for x, y in zip(made[:-1], one[:-1])), made.counts_LE + one.counts_LE])
+        stacked = jax.tree.map(lambda x, y: x.at[n].set(y), made._replace(counts_LE=None), one._replace(counts_LE=None))
+        made = stacked._replace(counts_LE=made.counts_LE + one.counts_LE)
         return n + 1, cache, of_batch, jnp.where(count_B > 0, last_B, token_B), position_B + count_B, made
 
     _, cache, of_batch, _, _, made = lax.while_loop(
@@ -171,19 +185,34 @@ def _step(cfg, geometry, weights, cache, drafts, batch: Batch):
     if depth:
         settled = Settled(hidden_BTD, made_BT, accepted_B, batch.position_B, batch.limit_B, batch.table_BP)
         drafts, cache = draft(cfg, geometry, weights, cache, drafts, batch.sampling, settled)
-    reported = lax.cond(batch.logprobs, _logprobs, _no_logprobs, logits_BTW, made_BT)
-    return cache, drafts, Steps._make([made_BT, count_B, drafted_B, accepted_B, *reported, counts_LE])
+    finite_B = (jnp.isfinite(logits_BTW).all(axis=-1) | ~valid_BT).all(axis=1)
+    scores = _scores(batch.logprobs, _logprobs, logits_BTW, made_BT)
+    return cache, drafts, Steps(made_BT, count_B, drafted_B, accepted_B, finite_B, scores, counts_LE)
 
 
-def _logprobs(logits_BTW, tokens_BT):
+def _scores(requested, compute, x_BTX, tokens_BT) -> Scores:
+    """Those that `compute` finds; zeros unless requested."""
+    def nothing(x_BTX, tokens_BT):
+        zeros = jnp.zeros((*tokens_BT.shape, ALTERNATIVES))
+        return Scores(jnp.zeros(tokens_BT.shape), zeros.astype(jnp.int32), zeros)
+
+    return lax.cond(requested, compute, nothing, x_BTX, tokens_BT)
+
+
+def _logprobs(logits_BTW, tokens_BT) -> Scores:
     logprobs_BTW = jax.nn.log_softmax(logits_BTW.astype(jnp.float32), axis=-1)
     X = min(ALTERNATIVES, logits_BTW.shape[-1])
     best, which = lax.top_k(logprobs_BTW, X)
     fill = lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, ALTERNATIVES - X)))
     chosen_BT = jnp.take_along_axis(logprobs_BTW, tokens_BT[..., None], axis=-1)[..., 0]
-    return chosen_BT, fill(which), fill(best)
+    return Scores(chosen_BT, fill(which), fill(best))
 
 
-def _no_logprobs(logits_BTW, tokens_BT):
-    nothing = jnp.zeros((*tokens_BT.shape, ALTERNATIVES))
-    return jnp.zeros(tokens_BT.shape), nothing.astype(jnp.int32), nothing
+def _token_by_token(head, hidden_BTD, tokens_BT) -> Scores:
+    """`_logprobs` of one position at a time: the logits of a complete chunk would be [B, T, W]."""
+    def one(args):
+        hidden_BD, tokens_B = args
+        return jax.tree.map(lambda x: x[:, 0], _logprobs(head_logits(hidden_BD[:, None], head), tokens_B[:, None]))
+
+    scores = lax.map(one, (hidden_BTD.swapaxes(0, 1), tokens_BT.T), batch_size=min(8, tokens_BT.shape[1]))
+    return jax.tree.map(lambda x: x.swapaxes(0, 1), scores)

@@ -77,6 +77,9 @@ def attention(cfg: ModelConfig, geometry: CacheGeometry, w: dict[str, jax.Array]
     def attend(width, q_BTHX, pages_PSX, slots):
         B, T, H, X = q_BTHX.shape
         rows_BSX = latent_cache.unpack(cfg, geometry.kind, latent_cache.read(pages_PSX, slots.table_BP[:, :width]))
+        # What is not this sequence's counts nothing even where it is no number, which times zero would be none either.
+        last_B = jnp.where(slots.valid_BT, slots.position_BT, -1).max(axis=1)
+        rows_BSX = jnp.where((jnp.arange(rows_BSX.shape[1])[None] <= last_B[:, None])[..., None], rows_BSX, 0)
         if B > 1 and api.device_here().platform == "cpu":  # which would widen them twice, once for each product
             rows_BSX = rows_BSX.astype(f32)
         # Rows times queries: the one order for which XLA:CPU neither widens nor transposes the rows of a sequence.

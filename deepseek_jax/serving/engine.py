@@ -10,8 +10,10 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import functools
 import math
 import threading
+import time
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -22,7 +24,7 @@ from deepseek_jax.config import ConfigError, FP8Config, ModelConfig
 from deepseek_jax.model.parts import check_parts
 from deepseek_jax.model.router import check_routes_alone
 from deepseek_jax.serving import latent_cache
-from deepseek_jax.serving.decode import Batch, PromptChunk, Steps, decode, prefill
+from deepseek_jax.serving.decode import Batch, PromptChunk, Scores, Steps, decode, prefill
 from deepseek_jax.serving.decode_attention import CacheGeometry
 from deepseek_jax.serving.expert_placement import Placement, apply
 from deepseek_jax.serving.page_pool import Pages, digests
@@ -36,6 +38,7 @@ class Request:
     """A prompt and how to continue it. Sampling as in `sampling.Sampling`.
 
     stop_tokens: each ends the sequence, and is not part of it. logprobs: whether to report them.
+    prompt_logprobs: whether to report those of the prompt too; then all of it is read, whatever the cache holds.
     """
 
     prompt: tuple[int, ...]
@@ -47,6 +50,7 @@ class Request:
     stream: int = 0
     stop_tokens: frozenset[int] = frozenset()
     logprobs: bool = False
+    prompt_logprobs: bool = False
 
 
 class Token(NamedTuple):
@@ -59,9 +63,15 @@ class Token(NamedTuple):
 
 
 class Sequence:
-    """A request in progress. `finish` is None until it ends: "stop", "length" or "cancelled"."""
+    """A request in progress.
 
-    def __init__(self, request: Request, listen: Callable[[Sequence, list[Token]], bool] | None):
+    finish: None until it ends: "stop", "length", "cancelled", or "error" where logits were no numbers.
+    scored: of each token of the prompt but the first, where requested: its logprob and the likeliest ones.
+    end: the stop token that ended it, which is not part of it.
+    submitted, admitted: when, in seconds of `time.monotonic`.
+    """
+
+    def __init__(self, request: Request, listen: Listener | None):
         self.request, self.listen = request, listen
         self.tokens = list(request.prompt)
         self.made: list[Token] = []
@@ -75,11 +85,18 @@ class Sequence:
         self.reserved = 0
         self.registered, self.digest = 0, b""  # full pages that others can find, and the digest of the last
         self.reused = 0  # tokens of the prompt that were found in the cache
+        self.scored: list[Token] = []
+        self.end: Token | None = None
+        self.submitted, self.admitted = time.monotonic(), math.nan
 
     @property
     def limit(self) -> int:
         """The position at which it ends: the last token is never fed."""
         return len(self.request.prompt) + self.request.max_new_tokens - 1
+
+
+# Called with a sequence and its new tokens. A number ends it: that many of them are part of it. None: it goes on.
+Listener = Callable[[Sequence, list[Token]], int | None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,14 +162,12 @@ class Engine:
         self.reading: list[Sequence] = []
         self.running: list[Sequence] = []
         self.loads_LE = np.zeros((cfg.num_moe_layers, cfg.num_experts), np.int64)
-        self.totals = collections.Counter()  # tokens, drafted, accepted, steps, prompt_tokens, reused_tokens
+        # tokens, drafted, accepted, steps, prompt_tokens, reused_tokens, errors
+        self.totals = collections.Counter()
         self._news = threading.Condition()
 
-    def submit(self, request: Request,
-               listen: Callable[[Sequence, list[Token]], bool] | None = None) -> Sequence:
-        """Queues a request. `listen(sequence, new tokens)` is called from `step`; returning True ends the sequence.
-
-        It is called once more, without tokens, when the sequence has ended.
+    def submit(self, request: Request, listen: Listener | None = None) -> Sequence:
+        """Queues a request. `listen` is called from `step`, and once more, without tokens, when the sequence has ended.
 
         Raises:
           ConfigError: a request that this engine can never run.
@@ -174,6 +189,18 @@ class Engine:
         with self._news:
             sequence.cancelled = True
             self._news.notify_all()
+
+    def cancel_all(self) -> None:
+        """Ends every sequence before the next step."""
+        with self._news:
+            for sequence in (*self.waiting, *self.reading, *self.running):
+                sequence.cancelled = True
+            self._news.notify_all()
+
+    def place(self, sequence: Sequence) -> int:
+        """Its place among those that wait, from 1; 0 once it has been admitted."""
+        with self._news:
+            return self.waiting.index(sequence) + 1 if sequence in self.waiting else 0
 
     @property
     def busy(self) -> bool:
@@ -200,13 +227,15 @@ class Engine:
         if self.running:
             self._decode()
 
-    def warm_up(self) -> None:
-        """Compiles every program that any mix of requests can need."""
-        for length in self.chunks:
-            for rows in {1, self.most_rows[length]}:
-                self._prefill([], [], length, rows)
-        for size in _buckets(self.max_sequences):
-            self._run([], size, 1, True)
+    def warm_up(self, report: Callable[[int, int], None] = lambda done, of: None) -> None:
+        """Compiles every program that any mix of requests can need; `report(done, of)` after each."""
+        programs = [functools.partial(self._prefill, [], [], length, rows) for length in self.chunks
+                    for rows in sorted({1, self.most_rows[length]})]
+        programs += [functools.partial(self._run, [], size, 1, True) for size in _buckets(self.max_sequences)]
+        for i, program in enumerate(programs):
+            report(i, len(programs))
+            program()
+        report(len(programs), len(programs))
 
     def apply_placement(self, placement: Placement) -> None:
         """Applies a placement of experts. A different number of places recompiles the next steps; see `warm_up`."""
@@ -226,6 +255,8 @@ class Engine:
             prompt, size = sequence.request.prompt, self.pool.page_size
             # The last token is always fed; where a second module drafts, the one before it is read again for it.
             shared = self.pool.find(prompt)[:(len(prompt) - 1 - max(0, self.modules - 1)) // size]
+            if sequence.request.prompt_logprobs:  # which a page does not hold
+                shared = []
             needed = self.pool.pages_of(sequence.limit) - len(shared)
             if needed + sum(map(self.pool.idle, shared)) > self.pool.available:
                 return
@@ -235,14 +266,15 @@ class Engine:
             with self._news:
                 self.waiting.popleft()
             sequence.pages, sequence.reserved = shared, needed
-            sequence.slot, sequence.fresh = self._slots.pop(), True
+            sequence.slot, sequence.fresh, sequence.admitted = self._slots.pop(), True, time.monotonic()
             sequence.filled = sequence.reused = len(shared) * size
             sequence.registered = len(shared)
             sequence.digest = [b"", *digests(prompt[:sequence.filled], size)][-1]
             self.totals["reused_tokens"] += sequence.reused
-            if sequence.request.max_new_tokens == 0:
+            unread = sequence.filled < len(prompt) - 1
+            if sequence.request.max_new_tokens == 0 and not (unread and sequence.request.prompt_logprobs):
                 self._end(sequence, "length")
-            elif sequence.filled < len(prompt) - 1:
+            elif unread:
                 self.reading.append(sequence)
             else:
                 self.running.append(sequence)
@@ -260,26 +292,36 @@ class Engine:
         for sequence, count in zip(batch, counts):
             sequence.filled += count
             self.totals["prompt_tokens"] += count
-            if left(sequence) == 0:
+            self._register(sequence)
+            if left(sequence) > 0:
+                continue
+            if sequence.request.max_new_tokens == 0:
+                self._end(sequence, "length")
+            else:
                 self.reading.remove(sequence)
                 self.running.append(sequence)
-            self._register(sequence)
 
     def _prefill(self, batch: list[Sequence], counts: list[int], length: int, rows: int):
         """Calls the compiled program on `counts` tokens of each prompt, filled up to `length` and `rows`."""
-        tokens_BX: Any = np.zeros((rows, length + self.modules), np.int32)
+        ahead = max(1, self.modules)
+        tokens_BX: Any = np.zeros((rows, length + ahead), np.int32)
         for row, sequence, count in zip(tokens_BX, batch, counts):
-            part = sequence.request.prompt[sequence.filled:sequence.filled + count + self.modules]
+            part = sequence.request.prompt[sequence.filled:sequence.filled + count + ahead]
             row[:len(part)] = part
         of = lambda values, fill=0: _padded(values, rows, np.int32, fill)
         chunk = PromptChunk(
             tokens_BX=tokens_BX, position_B=of(s.filled for s in batch), length_B=of(counts),
             known_B=of(len(s.request.prompt) for s in batch), slot_B=of((s.slot for s in batch), self.max_sequences),
-            table_BP=self._tables(batch, rows))
+            table_BP=self._tables(batch, rows), scored=np.bool_(any(s.request.prompt_logprobs for s in batch)))
         with self._in_use():
-            self._cache, self._drafts, counts_LE = prefill(
+            self._cache, self._drafts, counts_LE, scores = prefill(
                 self.cfg, self.geometry, self.weights, self._cache, self._drafts, chunk)
         self.loads_LE += np.asarray(counts_LE)
+        if chunk.scored:
+            scores = Scores(*map(np.asarray, scores))
+            for b, (sequence, count) in enumerate(zip(batch, counts)):
+                if sequence.request.prompt_logprobs:
+                    sequence.scored += [_scored(tokens_BX[b, t + 1], scores, (b, t)) for t in range(count)]
 
     def _decode(self):
         """Some steps of every sequence that is past its prompt."""
@@ -313,40 +355,49 @@ class Engine:
         with self._in_use():
             self._cache, self._drafts, made = decode(
                 self.cfg, self.geometry, self.most_steps, self.weights, self._cache, self._drafts, rows)
-        fetch = lambda name: logprobs or "prob" not in name  # logprobs that nobody requested stay on the device
-        made = made._replace(**{name: np.asarray(x) for name, x in made._asdict().items() if fetch(name)})
+        fetch = lambda x: jax.tree.map(np.asarray, x)
+        # Logprobs that nobody requested stay on the device.
+        made = made._replace(scores=fetch(made.scores) if logprobs else made.scores,
+                             **{name: fetch(x) for name, x in made._asdict().items() if name != "scores"})
         self.loads_LE += made.counts_LE
         return made
 
     def _take(self, sequence: Sequence, b: int, made: Steps, steps: int):
-        """Gives a sequence the tokens that were made for it, up to where it stops."""
-        request, new, finish = sequence.request, [], None
+        """Gives a sequence the tokens that were made for it, up to where it stops or its listener stops it."""
+        new, finish, taken = [], None, []  # taken: of each step, its first token's index in `new`, drafted, accepted
         for n in range(steps):
             count, drafted, accepted = (int(x[n, b]) for x in (made.count_NB, made.drafted_NB, made.accepted_NB))
-            sequence.steps += count > 0
-            sequence.drafted, sequence.accepted = sequence.drafted + drafted, sequence.accepted + accepted
+            if not made.finite_NB[n, b]:
+                finish = "error"
+                break
+            taken += [(len(new), drafted, accepted)] if count else []
             for t in range(count):
-                token = int(made.tokens_NBT[n, b, t])
-                if token in request.stop_tokens:
-                    finish = "stop"
-                    break
                 draft = "accepted" if t < accepted else "rejected" if t < drafted else "none"
-                new.append(Token(token, draft))
-                if request.logprobs:
-                    best = zip(made.best_NBTX[n, b, t].tolist(), made.best_logprob_NBTX[n, b, t].tolist())
-                    new[-1] = new[-1]._replace(logprob=float(made.logprob_NBT[n, b, t]), best=tuple(best))
-                sequence.tokens.append(token)
-            self.totals["drafted"] += drafted
-            self.totals["accepted"] += accepted
+                token = Token(int(made.tokens_NBT[n, b, t]), draft)
+                if sequence.request.logprobs:
+                    token = _scored(token.id, made.scores, (n, b, t), draft)
+                if token.id in sequence.request.stop_tokens:
+                    sequence.end, finish = token, "stop"
+                    break
+                new.append(token)
+                sequence.tokens.append(token.id)
             if finish:
                 break
         if finish is None and len(sequence.tokens) > sequence.limit:
             finish = "length"
-        self.totals["tokens"] += len(new)
-        sequence.made += new
         self._register(sequence)
-        if new and sequence.listen is not None and sequence.listen(sequence, new):
-            finish = "stop"
+        if new and sequence.listen is not None:
+            kept = sequence.listen(sequence, new)
+            if kept is not None:  # what was made after it is neither part of it nor counted
+                taken = [(first, drafted, min(accepted, kept - first)) for first, drafted, accepted in taken
+                         if first < max(kept, 1)]
+                new, finish = new[:kept], "stop"
+        drafted, accepted = (sum(step[i] for step in taken) for i in (1, 2))
+        sequence.made += new
+        sequence.steps += len(taken)
+        sequence.drafted += drafted
+        sequence.accepted += accepted
+        self.totals.update(tokens=len(new), drafted=drafted, accepted=accepted, errors=finish == "error")
         if finish:
             self._end(sequence, finish)
 
@@ -390,6 +441,12 @@ class Engine:
             (sequence.digest,) = digests(sequence.tokens[start:start + size], size, sequence.digest)
             self.pool.register(sequence.pages[sequence.registered], sequence.digest)
             sequence.registered += 1
+
+
+def _scored(token: int, scores: Scores, at: tuple[int, ...], draft: str = "none") -> Token:
+    """A token with its logprob and the likeliest ones at that place."""
+    best = zip(scores.best_BTX[at].tolist(), scores.best_logprob_BTX[at].tolist())
+    return Token(int(token), draft, float(scores.logprob_BT[at]), tuple(best))
 
 
 def check_servable(cfg: ModelConfig) -> None:

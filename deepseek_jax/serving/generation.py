@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from deepseek_jax.config import ModelConfig
-from deepseek_jax.serving.engine import Engine, EngineConfig, Request, Sequence, Token, check_request
+from deepseek_jax.serving.engine import Engine, EngineConfig, Listener, Request, Sequence, check_request
 
 MOST_SEQUENCES = 16  # of one call that run at once; the others wait
-
-Listener = Callable[[Sequence, list[Token]], bool]
 
 
 class Generation(NamedTuple):

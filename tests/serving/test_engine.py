@@ -123,13 +123,63 @@ def test_a_listener_hears_every_token_once_and_can_end_the_sequence(engine):
 
     def listen(sequence, new):
         heard.append([token.id for token in new])
-        return sum(map(len, heard)) >= 7
+        before = sum(map(len, heard[:-1]))
+        return 7 - before if before + len(new) >= 7 else None
 
+    before = engine.totals["tokens"]
     sequence = engine.submit(Request((5, 6), 40), listen)
     engine.run()
 
-    assert [i for new in heard for i in new] == ids(sequence) and heard[-1] == [] and [] not in heard[:-1]
-    assert sequence.finish == "stop" and 7 <= len(ids(sequence)) < 16
+    assert [i for new in heard for i in new][:7] == ids(sequence) and heard[-1] == [] and [] not in heard[:-1]
+    assert sequence.finish == "stop" and len(ids(sequence)) == engine.totals["tokens"] - before == 7
+
+
+def test_what_is_made_after_a_listener_stops_counts_nowhere():
+    engine = Engine(CFG, VARIABLES, EngineConfig(max_sequences=2, max_length=64, depth=1, page_size=4, chunk=8))
+    sequence = engine.submit(Request((5, 6), 40), lambda sequence, new: 1 if new else None)
+    engine.run()
+
+    assert len(sequence.made) == engine.totals["tokens"] == 1 and sequence.steps == 1
+    assert sequence.drafted == engine.totals["drafted"] == 0  # a first step has no drafts
+
+
+@pytest.mark.parametrize("where", ["running", "reading"])
+def test_logits_that_are_no_numbers_end_a_sequence_with_an_error(where):
+    broken = jax.tree.map(np.array, VARIABLES)
+    broken["params"]["embedding"][9] = np.nan
+    engine = Engine(CFG, broken, EngineConfig(max_sequences=2, max_length=64, page_size=4, chunk=8, pages=16))
+    bad = engine.submit(Request((5, 9) if where == "running" else (9, 5, 6), 4))
+    good = engine.submit(Request((5, 6), 4))
+    engine.run()
+
+    assert (bad.finish, bad.made, good.finish, len(good.made)) == ("error", [], "length", 4)
+    assert engine.totals["errors"] == 1 and engine.pool.owned == 0
+    after = [engine.submit(Request((7, 5, 6, 1, 2, 3)[i:], 9)) for i in range(4)]  # on pages that held no numbers
+    engine.run()
+    whole = Engine(CFG, VARIABLES, EngineConfig(max_sequences=2, max_length=64, page_size=4, chunk=8))
+    expected = [whole.submit(sequence.request) for sequence in after]
+    whole.run()
+    assert [ids(sequence) for sequence in after] == [ids(sequence) for sequence in expected]
+
+
+@pytest.mark.parametrize("length", [2, 9, 40])
+def test_logprobs_of_a_prompt_are_the_models_own_whatever_the_cache_holds(engine, length):
+    prompt = tuple(int(i) for i in np.random.default_rng(length).integers(1, CFG.vocab_size, length))
+    for max_new_tokens in (0, 3):
+        engine.submit(Request(prompt, 1))
+        sequence = engine.submit(Request(prompt, max_new_tokens, prompt_logprobs=True))
+        others = [engine.submit(Request(prompt[1:] or (1,), 2)) for _ in range(2)]
+        engine.run()
+
+        row = np.zeros((1, 48), np.int32)
+        row[0, :length] = prompt
+        logits = np.asarray(naive.forward(CFG)(VARIABLES, row).logits_BTW[0, :length - 1], np.float64)
+        logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        assert [t.id for t in sequence.scored] == list(prompt[1:]) and len(sequence.made) == max_new_tokens
+        np.testing.assert_allclose([t.logprob for t in sequence.scored],
+                                   logprobs[range(length - 1), list(prompt[1:])], atol=1e-4)
+        assert [t.best[0][0] for t in sequence.scored] == logits.argmax(-1).tolist()
+        assert not any(other.scored for other in others)
 
 
 def test_logprobs_are_the_models_own(engine):
@@ -211,3 +261,12 @@ def test_short_prompts_are_read_together():
     assert all(s.made for s in together)
     engine.run()
     assert [ids(s) for s in together] == [ids(s) for s in alone]
+
+
+def test_the_token_that_ends_a_sequence_is_kept_apart(engine):
+    first = engine.submit(Request((5, 6, 7), 1))
+    engine.run()
+    (token,) = ids(first)
+    ended = engine.submit(Request((5, 6, 7), 4, stop_tokens=frozenset([token]), logprobs=True))
+    engine.run()
+    assert (ended.made, ended.finish, ended.end.id) == ([], "stop", token) and ended.end.logprob < 0

@@ -6,6 +6,7 @@ spells a role token sends its letters.
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ ROLES = {"system": None, "developer": None, "user": "<｜User｜>", "assistant":
 KEPT = {"assistant": ("<think>", "</think>")}  # which templates look for in former answers, to leave reasoning out
 
 HALF_CHARACTER = "holds half a character (a lone surrogate); send valid Unicode."
-Template = Callable[[list[dict]], str]
+Template = Callable[..., str]  # (messages, **options) -> prompt
 
 
 class Tokenizer(Protocol):
@@ -37,11 +38,13 @@ class Tokenizer(Protocol):
 
     def markup(self) -> dict[str, int]: ...
 
+    def longest(self) -> int: ...
+
 
 class Conventions(NamedTuple):
     """What a checkpoint says about its text.
 
-    template: messages -> prompt; None: chats use DeepSeek's role tokens. ends: tokens that end an answer; none: the
+    template: None: chats use DeepSeek's role tokens. ends: tokens that end an answer; none: the
     tokenizer's EOS. begins: whether a text begins with BOS.
     """
 
@@ -80,6 +83,8 @@ def check_messages(messages: Any) -> list[dict[str, str]]:
         if not is_unicode(content):
             raise BadMessages(f"messages[{i}]", f"messages[{i}] {HALF_CHARACTER}")
         others = {key: value for key, value in message.items() if key not in ("role", "content") and value}
+        if others.get("type") == "text":  # which says no more than the content does
+            del others["type"]
         name = others.pop("name", "")
         if others or not isinstance(name, str) or not is_unicode(name):
             field = f"messages[{i}].{next(iter(others), 'name')}"
@@ -88,18 +93,21 @@ def check_messages(messages: Any) -> list[dict[str, str]]:
     return checked
 
 
-def chat_ids(messages: Any, tokenizer: Tokenizer, template: Template | None) -> list[int]:
+def chat_ids(messages: Any, tokenizer: Tokenizer, template: Template | None,
+             options: dict[str, Any] | None = None) -> list[int]:
     """The prompt of a chat, up to where the answer begins.
 
     Without a template, roles are DeepSeek's tokens; a tokenizer that lacks them makes it plain text to continue.
 
+    Args:
+      options: of the template.
     Raises:
       BadMessages: messages that are none, or that the template refuses.
     """
     checked, backend = check_messages(messages), tokenizer.backend
     if template is not None:
         try:
-            return _rendered_ids(checked, tokenizer, template)
+            return _rendered_ids(checked, tokenizer, functools.partial(template, **options or {}))
         except ValueError as error:
             raise BadMessages("messages", f"messages: the model's chat template refuses them: {error}") from None
     answer = backend.token_to_id(ROLES["assistant"])
@@ -151,6 +159,12 @@ def _unused(text: str) -> str:
     """A character for private use that is not in a text, neither itself nor as JSON escapes it."""
     private = map(chr, range(0xE000, 0xF900))
     return next(c for c in private if c not in text and json.dumps(c)[1:-1].lower() not in text.lower())
+
+
+def thinking_marks(tokenizer: Tokenizer) -> tuple[int, int] | None:
+    """The ids of <think> and </think>, between which a model reasons; None where they are no tokens."""
+    opens, closes = (tokenizer.backend.token_to_id(mark) for mark in KEPT["assistant"])
+    return None if opens is None or closes is None else (opens, closes)
 
 
 def is_unicode(text: str) -> bool:

@@ -3,6 +3,7 @@ sandbox), the tokens that end an answer, and whether a text begins with BOS."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import sys
@@ -10,6 +11,7 @@ from typing import Any
 
 from deepseek_jax.config import ConfigError
 from deepseek_jax.serving.openai.chat import ROLES, Conventions, Template, Tokenizer
+from deepseek_jax.serving.openai.render import Renderer
 
 
 def of_folder(folder: str, tokenizer: Tokenizer, chats: bool = True) -> Conventions:
@@ -53,7 +55,9 @@ def _ends(folder, eos) -> list[int]:
 
 
 def read(folder: str, bos: str, eos: str) -> Template | None:
-    """messages -> prompt, ready for the answer; None where `folder` has no template.
+    """(messages, **options) -> prompt, ready for the answer; None where `folder` has no template.
+
+    Options are names of the template's own, such as `thinking` or `enable_thinking`.
 
     A developer's message goes to a template that does not know that role as the system's.
 
@@ -67,27 +71,17 @@ def read(folder: str, bos: str, eos: str) -> Template | None:
     source = _source(folder)
     if source is None:
         return None
+    if importlib.util.find_spec("jinja2") is None:
+        raise ConfigError(f"{folder} has a chat template, which needs jinja2: pip install -e '.[serve]'.")
     try:
-        import jinja2.sandbox
-
-        from deepseek_jax.serving.openai.jinja import environment
-    except ImportError:
-        raise ConfigError(f"{folder} has a chat template, which needs jinja2: pip install -e '.[serve]'.") from None
-    try:
-        template = environment().from_string(source)
-    except jinja2.TemplateError as error:
+        rendered = Renderer(source, {"tools": None, "documents": None, "bos_token": bos, "eos_token": eos,
+                                     "add_generation_prompt": True})
+    except ValueError as error:
         raise ConfigError(f"the chat template of {folder} is damaged ({error}); fetch it again.") from None
-
-    def render(messages):
-        if "developer" not in source:
-            messages = [m | {"role": "system"} if m["role"] == "developer" else m for m in messages]
-        try:
-            return template.render(messages=messages, tools=None, documents=None, bos_token=bos, eos_token=eos,
-                                   add_generation_prompt=True)
-        except Exception as error:  # whatever a template's own arithmetic raises
-            raise ValueError(str(error) or type(error).__name__) from None
-
-    return render
+    if "developer" in source:
+        return rendered
+    return lambda messages, **options: rendered(
+        [m | {"role": "system"} if m["role"] == "developer" else m for m in messages], **options)
 
 
 def _json(folder, name) -> dict[str, Any]:

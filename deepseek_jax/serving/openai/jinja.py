@@ -1,15 +1,27 @@
-"""The language of chat templates, as transformers has it: Jinja in a sandbox, and the few names that they rely on."""
+"""The language of chat templates, as transformers has it: Jinja in a sandbox, and the few names that they rely on.
+
+As a program (`python -m deepseek_jax.serving.openai.jinja`) it renders for `render.Renderer`, which see.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import functools
 import json
+import resource
+import sys
+from collections.abc import Callable
 from typing import Any, ClassVar, NoReturn
 
 from jinja2 import nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+MEMORY_MB = 512  # of the process that renders
+LONGEST = 4 * 2**20  # characters of a rendered chat
+CPU_SECONDS = 60  # should nobody be left to end the process
 
 
 class Generation(Extension):
@@ -43,3 +55,44 @@ def _refuse(why: Any) -> NoReturn:
 def _to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
     """Jinja's own escapes what HTML would, and sorts keys."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def main() -> None:
+    """Reads lines of JSON, the template first, then chats; answers each with its text or the error."""
+    with contextlib.suppress(ValueError, OSError):  # macOS has no such limit
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY_MB << 20, MEMORY_MB << 20))
+    about, template = json.loads(sys.stdin.readline()), None
+
+    def compiled():
+        nonlocal template
+        template = environment().from_string(about["source"])
+        return ""
+
+    def rendered(line):
+        assert template is not None
+        chat, text = json.loads(line), ""
+        for part in template.generate(**about["names"] | chat["names"] | {"messages": chat["messages"]}):
+            text += part
+            if len(text) > LONGEST:
+                raise ValueError(f"it makes more than {LONGEST} characters.")
+        return text
+
+    _reply(compiled)
+    for line in sys.stdin:
+        _reply(functools.partial(rendered, line))
+
+
+def _reply(work: Callable[[], str]):
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    resource.setrlimit(resource.RLIMIT_CPU, (int(used.ru_utime + used.ru_stime) + CPU_SECONDS, resource.RLIM_INFINITY))
+    try:
+        answer = {"text": work()}
+    except MemoryError:
+        answer = {"error": f"it takes more than {MEMORY_MB} MB of memory."}
+    except Exception as error:  # whatever a template's own arithmetic raises
+        answer = {"error": str(error)[:1000] or type(error).__name__}
+    print(json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    main()

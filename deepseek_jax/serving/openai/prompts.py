@@ -88,10 +88,12 @@ class Continuation:
         self.text, self.finish = "", ""
         self._stream = TextStream(tokenizer.bytes_of, stops)
 
-    def __call__(self, sequence: Sequence, new: list[Token]) -> bool:
-        for token in new:
+    def __call__(self, sequence: Sequence, new: list[Token]) -> int | None:
+        for i, token in enumerate(new, 1):
             self.text += self._stream.feed(token.id)
+            if self._stream.stopped:
+                return i
         if not new:
             self.text += "" if self._stream.stopped else self._stream.flush()
             self.finish = "stop" if self._stream.stopped else sequence.finish or ""
-        return self._stream.stopped
+        return None

@@ -17,16 +17,23 @@ from deepseek_jax.serving.openai.chat import (
     Conventions,
     Tokenizer,
     chat_ids,
+    check_messages,
     is_unicode,
 )
 
-MAX_CHOICES = 16
-LONGEST_STOP = 1024  # characters
-IGNORED = ("user", "metadata", "store", "service_tier", "parallel_tool_calls")
+LONGEST_STOP, MOST_STOPS = 1024, 16  # characters; strings
+IGNORED = ("user", "metadata", "store", "service_tier", "parallel_tool_calls", "safety_identifier", "prompt_cache_key")
+# What is not supported, and the values that ask for nothing (null never does).
+UNSUPPORTED = {"tools": [[]], "functions": [[]], "tool_choice": ["none", "auto"], "function_call": ["none", "auto"],
+               "response_format": [{"type": "text"}], "modalities": [["text"]], "logit_bias": [{}], "suffix": [""],
+               "presence_penalty": [0], "frequency_penalty": [0], "audio": [], "prediction": [], "reasoning_effort": [],
+               "verbosity": [], "web_search_options": []}
 SHARED = ("model", "max_tokens", "temperature", "top_p", "top_k", "n", "stream", "stream_options", "stop", "seed",
-          "logprobs", "presence_penalty", "frequency_penalty", "return_drafts")
-FIELDS = {False: (*SHARED, "prompt", "echo", "best_of", "suffix"),
-          True: (*SHARED, "messages", "max_completion_tokens", "top_logprobs")}
+          "logprobs", "return_drafts")
+FIELDS = {False: (*SHARED, "prompt", "echo", "best_of"),
+          True: (*SHARED, "messages", "max_completion_tokens", "top_logprobs", "chat_template_kwargs")}
+# What a template is told by the server itself.
+RESERVED = ("messages", "tools", "documents", "bos_token", "eos_token", "add_generation_prompt")
 
 
 class BadRequest(Exception):
@@ -38,7 +45,8 @@ class BadRequest(Exception):
 
     def body(self) -> dict[str, Any]:
         """The error as clients of the OpenAI API read it, JSON-able."""
-        kind = {401: "authentication_error", 429: "rate_limit_error"}.get(self.status, "invalid_request_error")
+        kind = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}.get(
+            self.status, "server_error" if self.status >= 500 else "invalid_request_error")
         field = self.field and self.field.encode(errors="backslashreplace").decode()  # half a character cannot be sent
         return {"error": {"message": self.message, "type": kind, "param": field, "code": self.code}}
 
@@ -46,7 +54,7 @@ class BadRequest(Exception):
 class ServedModel(NamedTuple):
     """What requests are checked against.
 
-    name: that clients ask for. max_length: tokens of prompt and answer.
+    name: that clients ask for. max_length: tokens of prompt and answer. most_choices: of one request.
     text: what its checkpoint says about its text.
     """
 
@@ -55,26 +63,35 @@ class ServedModel(NamedTuple):
     vocab_size: int
     max_length: int
     text: Conventions = PLAIN
+    most_choices: int = 16
 
     @property
     def ends(self) -> frozenset[int]:
         """The tokens that end an answer."""
         return self.text.ends or frozenset([self.tokenizer.eos])
 
+    @property
+    def longest_text(self) -> int:
+        """Characters that a prompt can have at all: as many of the longest token as fit."""
+        return self.max_length * self.tokenizer.longest()
+
 
 class CompletionRequest(NamedTuple):
     """A checked request: engine requests, one for each choice, and how to answer.
 
-    alternatives: likeliest tokens to report next to each one; None: no logprobs.
+    prompts: how many; each has as many choices. alternatives: likeliest tokens to report next to each one; None: no
+    logprobs. echo: whether an answer begins with its prompt.
     """
 
     chat: bool
+    prompts: int
     requests: list[Request]
     stops: tuple[str, ...]
     stream: bool
     include_usage: bool
     alternatives: int | None
     return_drafts: bool
+    echo: bool = False
 
 
 def read(body: Any, chat: bool, served: ServedModel) -> CompletionRequest:
@@ -86,52 +103,69 @@ def read(body: Any, chat: bool, served: ServedModel) -> CompletionRequest:
     if not isinstance(body, dict):
         raise BadRequest(None, "the body must be a JSON object.", code="invalid_json")
     _check_supported(body, chat, served.name)
-    n = _integer(body, "n", 1, 1, MAX_CHOICES)
-    if _integer(body, "best_of", n, 1, MAX_CHOICES) != n:
+    n = _integer(body, "n", 1, 1, served.most_choices)
+    if _integer(body, "best_of", n, 1, served.most_choices) != n:
         raise BadRequest("best_of", "best_of is not supported; it can only equal n.")
     prompts = _chat(body, served) if chat else _prompts(body, served)
-    if len(prompts) * n > MAX_CHOICES:
-        raise BadRequest("n", f"{len(prompts)} prompts and n={n} make more than {MAX_CHOICES} choices.")
-    max_new_tokens = _max_new_tokens(body, chat, prompts, served.max_length)
+    if len(prompts) * n > served.most_choices:
+        raise BadRequest("n", f"{len(prompts)} prompts and n={n} make more than the {served.most_choices} choices that "
+                         "this server has room for.")
+    echo = _get(body, "echo", bool, False)
+    max_new_tokens = _max_new_tokens(body, chat, prompts, served.max_length, 0 if echo else 1)
     alternatives = _alternatives(body, chat)
-    options = _get(body, "stream_options", dict, {})
     common = Request(
         prompt=(), max_new_tokens=max_new_tokens, temperature=_number(body, "temperature", 1.0, 0, 2),
         top_p=_number(body, "top_p", 1.0, 0, 1, open_below=True), top_k=_integer(body, "top_k", 0, 0, 2**31 - 1),
         seed=_integer(body, "seed", secrets.randbits(32), -2**63, 2**64 - 1) % 2**32,
-        stop_tokens=served.ends, logprobs=alternatives is not None)
+        stop_tokens=served.ends, logprobs=alternatives is not None,
+        prompt_logprobs=echo and alternatives is not None)
+    stream = _get(body, "stream", bool, False)
     return CompletionRequest(
-        chat=chat, stops=_stops(body), stream=_get(body, "stream", bool, False),
+        chat=chat, prompts=len(prompts), stops=_stops(body), stream=stream,
         requests=[dataclasses.replace(common, prompt=tuple(prompt), stream=i) for prompt in prompts for i in range(n)],
-        include_usage=_get(options, "include_usage", bool, False), alternatives=alternatives,
-        return_drafts=_get(body, "return_drafts", bool, False))
+        include_usage=_include_usage(body, stream), alternatives=alternatives,
+        return_drafts=_get(body, "return_drafts", bool, False), echo=echo)
 
 
 def _check_supported(body, chat, name):
-    for field in body:
-        if field not in FIELDS[chat] and field not in IGNORED:
-            raise BadRequest(field, f"unknown field {field!r}; {did_you_mean(field, FIELDS[chat])}",
+    for field, value in body.items():
+        short = field[:80]
+        if field in UNSUPPORTED:
+            if value is not None and value not in UNSUPPORTED[field]:
+                raise BadRequest(field, f"{field} is not supported; leave it out.", code="unsupported_parameter")
+        elif field not in FIELDS[chat] and field not in IGNORED:
+            raise BadRequest(short, f"unknown field {short!r}; {did_you_mean(short, FIELDS[chat])}",
                              code="unknown_field")
     wanted = _get(body, "model", str, name)
     if wanted != name:
-        raise BadRequest("model", f"model {wanted!r} is not here; this server has {name!r}.", 404, "model_not_found")
-    for field in ("presence_penalty", "frequency_penalty"):
-        if _number(body, field, 0.0, -2, 2):
-            raise BadRequest(field, f"{field} is not supported; leave it 0.")
-    for field in ("echo", "suffix"):
-        if body.get(field):
-            raise BadRequest(field, f"{field} is not supported; omit it.")
+        raise BadRequest("model", f"model {wanted[:80]!r} is not here; this server has {name!r}.", 404,
+                         "model_not_found")
 
 
-def _max_new_tokens(body, chat, prompts, max_length):
-    """How many tokens each choice may have, given that prompt and answer share max_length."""
+def _include_usage(body, stream):
+    options = _get(body, "stream_options", dict, None)
+    if options is None:
+        return False
+    if not stream:
+        raise BadRequest("stream_options", "stream_options needs stream=true.")
+    if unknown := [str(key)[:80] for key in options if key not in ("include_usage", "include_obfuscation")]:
+        raise BadRequest(f"stream_options.{unknown[0]}", f"unknown option {unknown[0]!r}; there is include_usage.",
+                         code="unknown_field")
+    return _get(options, "include_usage", bool, False)
+
+
+def _max_new_tokens(body, chat, prompts, max_length, least):
+    """How many tokens each choice may have, at least `least`, given that prompt and answer share max_length."""
     source = "messages" if chat else "prompt"
     longest = max(map(len, prompts))
     if longest >= max_length:
         raise BadRequest(source, f"{source} has {longest} tokens; this server holds {max_length} with the answer.",
                          code="context_length_exceeded")
-    limit = "max_completion_tokens" if body.get("max_completion_tokens") is not None else "max_tokens"
-    new = _integer(body, limit, max_length - longest if chat else 16, 1, 10**9)
+    both = [name for name in ("max_completion_tokens", "max_tokens") if body.get(name) is not None]
+    if len(both) == 2 and body[both[0]] != body[both[1]]:
+        raise BadRequest("max_tokens", "max_tokens and max_completion_tokens differ; give one of them.")
+    limit = (*both, "max_tokens")[0]
+    new = _integer(body, limit, max_length - longest if chat else 16, least, 10**9)
     if longest + new > max_length:
         raise BadRequest(limit, f"{limit}={new} after {longest} tokens of {source} is more than the {max_length} that "
                          f"this server holds; ask for at most {max_length - longest}.",
@@ -166,8 +200,8 @@ def _number(body, field, default, low, high, open_below=False):
 def _stops(body):
     stops = body.get("stop")
     stops = [] if stops is None else [stops] if isinstance(stops, str) else stops
-    if not isinstance(stops, list) or len(stops) > 4 or not all(isinstance(s, str) and s for s in stops):
-        raise BadRequest("stop", "stop must be a string, or a list of up to 4 of them, none empty.")
+    if not isinstance(stops, list) or len(stops) > MOST_STOPS or not all(isinstance(s, str) and s for s in stops):
+        raise BadRequest("stop", f"stop must be a string, or a list of up to {MOST_STOPS} of them, none empty.")
     if max(map(len, stops), default=0) > LONGEST_STOP:
         raise BadRequest("stop", f"stop has more than {LONGEST_STOP} characters; a shorter part of it ends a text too.")
     return tuple(_utf8("stop", stop) for stop in stops)
@@ -194,6 +228,7 @@ def _prompts(body, served):
     out = []
     for text in texts:
         if isinstance(text, str):
+            _check_length("prompt", len(text), served)
             out.append([*([tokenizer.bos] if served.text.begins else []), *tokenizer.encode(_utf8("prompt", text))])
         elif isinstance(text, list) and text and all(type(t) is int and 0 <= t < vocab_size for t in text):
             out.append(text)
@@ -203,9 +238,23 @@ def _prompts(body, served):
     return out
 
 
+def _check_length(field, characters, served):
+    """Before the text is tokenized."""
+    if characters > served.longest_text:
+        raise BadRequest(field, f"{field} has {characters} characters, more than {served.max_length} tokens can hold; "
+                         "this server holds so many with the answer.", code="context_length_exceeded")
+
+
 def _chat(body, served):
+    options = _get(body, "chat_template_kwargs", dict, {})
+    if options and (served.text.template is None or any(name in RESERVED for name in options)):
+        raise BadRequest("chat_template_kwargs", "chat_template_kwargs are names of the model's own chat template, "
+                         "such as enable_thinking: " + (f"none of {', '.join(RESERVED)}." if served.text.template else
+                                                        "this model has none."))
     try:
-        return [chat_ids(body.get("messages"), served.tokenizer, served.text.template)]
+        checked = check_messages(body.get("messages"))
+        _check_length("messages", sum(len(message["content"]) for message in checked), served)
+        return [chat_ids(checked, served.tokenizer, served.text.template, options)]
     except BadMessages as error:
         raise BadRequest(error.field, str(error)) from None
 

@@ -6,29 +6,60 @@ Needs the extra `serve` (Starlette and uvicorn).
 from __future__ import annotations
 
 import asyncio
-import collections
 import contextlib
+import dataclasses
 import hmac
 import importlib.resources
 import json
-import secrets
+import logging
+import os
 import signal
+import socket
+import sys
+import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import uvicorn
 from starlette.applications import Starlette
-from starlette.requests import Request
-from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from deepseek_jax.serving.engine import Token
-from deepseek_jax.serving.openai.requests import BadRequest, CompletionRequest, read
-from deepseek_jax.serving.openai.stream import Delta, Service, Stream
+from deepseek_jax.serving.openai.answers import Answer
+from deepseek_jax.serving.openai.connections import Connection
+from deepseek_jax.serving.openai.guard import Guard, is_loopback
+from deepseek_jax.serving.openai.metrics import Metrics
+from deepseek_jax.serving.openai.requests import BadRequest, read
+from deepseek_jax.serving.openai.stream import Service
+
+log = logging.getLogger(__name__)
 
 MAX_BODY_BYTES = 4 * 2**20
-DISCONNECT_CHECK_SECONDS = 0.25  # how often a complete response checks, before it is sent, that its client is there
+READERS = 2  # threads that parse requests and tokenize prompts
+STALLED_SECONDS = 60.0  # a step that takes longer will hardly end
+STOP_SECONDS = 2.0  # for the engine to end its step, after the grace for running requests
+
+Report = Callable[[str], None]  # is told how far a start has come
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How to serve.
+
+    api_key: what clients must send, for all but the page and /health. origins: of other pages that may ask
+    (`guard.Guard`). grace: seconds that running requests have to end after SIGTERM. per_expert: whether /metrics has
+    the load of each expert of each layer.
+    """
+
+    api_key: str | None = None
+    origins: tuple[str, ...] = ()
+    grace: int = 30
+    per_expert: bool = False
 
 
 def chat_page(model: str) -> str:
@@ -41,219 +72,191 @@ def chat_page(model: str) -> str:
     return page.replace('"__MODEL__"', json.dumps(model).replace("<", "\\u003c"))
 
 
-class Endpoints:
-    """Handlers of all paths. With an API key, all but the page and /health ask for it."""
+class EventStream(StreamingResponse):
+    """Server-sent events that proxies hand on at once; ends what they come from, even if none was ever sent."""
 
-    def __init__(self, service: Service, api_key: str | None = None):
-        self.service, self.api_key = service, api_key
-        self.answered = collections.Counter()  # by path and status
-        self.chat_page = chat_page(service.served.name)
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncIterator[str], end: Callable[[], None]):
+        super().__init__(events, headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        self.end = end
+
+    async def __call__(self, scope, receive, send) -> None:
+        """Sends them."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self.end()
+
+
+class Endpoints:
+    """Handlers of all paths, from before the model is there.
+
+    Args:
+      load: returns the service; may take minutes, on a thread of its own.
+      name: of the model. local: whether the server is bound to loopback. ended: called if `load` fails.
+    """
+
+    def __init__(self, load: Callable[[Report], Service], name: str, options: Options = Options(), local: bool = True,
+                 ended: Callable[[], None] = lambda: None):
+        self.options, self.local, self.name = options, local, name
+        self.service: Service | None = None
+        self.failure: BaseException | None = None  # of `load`
+        self.progress = "loading"
+        self.started = time.time()
+        self.metrics = Metrics(options.per_expert)
+        self.chat_page = chat_page(name)
+        self._load, self._ended = load, ended
+        self._readers = ThreadPoolExecutor(READERS, "reader")
 
     def app(self) -> Starlette:
-        """The application: starts the service's engine with the server and stops it after."""
+        """The application: starts to load with the server, and stops the engine after."""
         @contextlib.asynccontextmanager
         async def lifespan(app):
-            self.service.start()
+            threading.Thread(target=self._start, name="load", daemon=True).start()
             yield
-            await asyncio.to_thread(self.service.stop)
+            if self.service is not None and not await asyncio.to_thread(self.service.stop, STOP_SECONDS):
+                log.error("the engine's step does not end; leaving it.")
 
-        def route(path, handler, method, key=True):
+        def route(path, handler, method="GET", key=True):
             return Route(path, self._guarded(path, handler, key), methods=[method])
 
-        return Starlette(lifespan=lifespan, routes=[
-            route("/", self.page, "GET", key=False), route("/health", self.health, "GET", key=False),
-            route("/metrics", self.metrics, "GET"), route("/loads", self.loads, "GET"),
-            route("/v1/models", self.models, "GET"), route("/v1/models/{name}", self.models, "GET"),
+        async def failed(request, error):
+            return JSONResponse(BadRequest(None, f"{error.detail}: {request.method} {request.url.path[:80]}.",
+                                           error.status_code, "no_such_path").body(), error.status_code, error.headers)
+
+        async def broken(request, error):
+            return JSONResponse(BadRequest(None, "the server has failed; see its log.", 500, "failed").body(), 500)
+
+        return Starlette(lifespan=lifespan, exception_handlers={HTTPException: failed, Exception: broken}, middleware=[
+            Middleware(Guard, local=self.local, origins=self.options.origins)], routes=[
+            route("/", self.page, key=False), route("/health", self.health, key=False),
+            route("/metrics", self.metrics_text), route("/loads", self.loads),
+            route("/v1/models", self.models), route("/v1/models/{name:path}", self.models),
             route("/v1/completions", self.completions, "POST"),
             route("/v1/chat/completions", self.completions, "POST")])
+
+    def _start(self):
+        def report(progress):
+            self.progress = progress
+
+        try:
+            service = self._load(report)
+            service.metrics = self.metrics
+            self.metrics.watch(service.engine)
+            service.start()
+            self.service = service
+        except BaseException as error:
+            self.failure = error
+            self._ended()
 
     def _guarded(self, path, handler, key):
         async def guarded(request):
             try:
-                given = request.headers.get("authorization", "").removeprefix("Bearer ")
-                if key and self.api_key and not hmac.compare_digest(given.encode(), self.api_key.encode()):
-                    raise BadRequest("Authorization", "the API key is missing or wrong; send Authorization: Bearer "
-                                     "KEY.", 401, "invalid_api_key")
+                if key and self.options.api_key:
+                    self._check_key(request)
                 response = await handler(request)
             except BadRequest as bad:
-                retry = {"Retry-After": "1"} if bad.status == 429 else None
+                retry = {"Retry-After": "1"} if bad.status in (429, 503) else None
                 response = JSONResponse(bad.body(), bad.status, headers=retry)
-            self.answered[path, response.status_code] += 1
+            except ClientDisconnect:
+                response = Response(status_code=499)  # to nobody
+            self.metrics.answered.labels(path, str(response.status_code)).inc()
             return response
 
         return guarded
+
+    def _check_key(self, request):
+        scheme, _, given = request.headers.get("authorization", "").partition(" ")
+        right = hmac.compare_digest(given.strip().encode(), (self.options.api_key or "").encode())
+        if scheme.lower() != "bearer" or not right:
+            raise BadRequest("Authorization", "the API key is missing or wrong; send Authorization: Bearer KEY.", 401,
+                             "invalid_api_key")
+
+    def _ready(self) -> Service:
+        if self.service is None:
+            raise BadRequest(None, f"the model is not there yet ({self.progress}); try again soon.", 503, "starting")
+        return self.service
 
     async def page(self, request: Request) -> Response:
         """The chat page."""
         return HTMLResponse(self.chat_page)
 
     async def health(self, request: Request) -> Response:
-        """200 while the engine runs; 503 after it has failed."""
-        broken = self.service.failure is not None
-        return JSONResponse({"status": "failed" if broken else "ok"}, 503 if broken else 200)
+        """200 while the engine runs; 503 before, after it has failed, and while a step of it does not end."""
+        if self.service is None:
+            return JSONResponse({"status": "starting", "progress": self.progress}, 503)
+        if self.service.failure is not None:
+            return JSONResponse({"status": "failed"}, 503)
+        if self.service.step_seconds > STALLED_SECONDS:
+            return JSONResponse({"status": "stalled", "seconds": round(self.service.step_seconds)}, 503)
+        return JSONResponse({"status": "ok"})
 
     async def models(self, request: Request) -> Response:
         """The one model, in a list or by its name."""
-        served = self.service.served.name
-        model = {"id": served, "object": "model", "created": int(self.service.started), "owned_by": "deepseek-jax"}
+        served = self._ready().served
+        model = {"id": served.name, "object": "model", "created": int(self.started), "owned_by": "deepseek-jax",
+                 "max_model_len": served.max_length}
         name = request.path_params.get("name")
         if name is None:
             return JSONResponse({"object": "list", "data": [model]})
-        if name != served:
-            raise BadRequest("model", f"model {name!r} is not here; this server has {served!r}.", 404,
+        if name != served.name:
+            raise BadRequest("model", f"model {name[:80]!r} is not here; this server has {served.name!r}.", 404,
                              "model_not_found")
         return JSONResponse(model)
 
     async def loads(self, request: Request) -> Response:
         """Tokens that chose each expert so far, per MoE layer: the difference of two responses is the live load."""
-        return JSONResponse({"loads": self.service.engine.loads_LE.tolist()})
+        return JSONResponse({"loads": self._ready().engine.loads_LE.tolist()})
 
-    async def metrics(self, request: Request) -> Response:
+    async def metrics_text(self, request: Request) -> Response:
         """Prometheus metrics."""
-        return PlainTextResponse(metrics(self.service, self.answered), media_type="text/plain; version=0.0.4")
+        return Response(self.metrics.text(), media_type="text/plain; version=0.0.4")
 
     async def completions(self, request: Request) -> Response:
         """Completions and chat completions, streamed or complete."""
-        completion = read(await _body(request), request.url.path.startswith("/v1/chat"), self.service.served)
-        stream = self.service.submit(completion)
-        answer = Answer(self.service.served.name, completion, stream)
+        service, began = self._ready(), time.monotonic()
+        body, chat = await _body(request), request.url.path.endswith("/chat/completions")
+        completion = await asyncio.get_running_loop().run_in_executor(
+            self._readers, lambda: read(_parsed(body), chat, service.served))
+        stream = service.submit(completion)
+        answer = Answer(service.served.name, completion, stream)
+
+        def end():
+            stream.cancel()
+            used = stream.usage()
+            log.info("%s prompt_tokens=%d completion_tokens=%d choices=%d seconds=%.2f", request.url.path,
+                     used["prompt_tokens"], used["completion_tokens"], len(stream.sequences),
+                     time.monotonic() - began)
+
         if completion.stream:
-            return StreamingResponse(answer.events(), media_type="text/event-stream",
-                                     headers={"Cache-Control": "no-cache"})
+            return EventStream(answer.events(), end)
         try:
             return await answer.complete(request)
         finally:
-            stream.cancel()
+            end()
 
 
-async def _body(request: Request):
+async def _body(request: Request) -> bytes:
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        raise BadRequest("Content-Type", f"send application/json, not {kind[:80]!r}.", 415, "unsupported_media_type")
     data = bytearray()
     async for part in request.stream():
         data += part
         if len(data) > MAX_BODY_BYTES:
             raise BadRequest(None, f"the body is longer than {MAX_BODY_BYTES} bytes.", 413, "too_large")
+    return bytes(data)
+
+
+def _parsed(data: bytes) -> Any:
+    def no_number(name):
+        raise ValueError(f"{name} is no number")
+
     try:
-        return json.loads(data)
+        return json.loads(data, parse_constant=no_number)
     except (ValueError, RecursionError) as error:
         raise BadRequest(None, f"the body is not JSON: {error}.", code="invalid_json") from None
-
-
-class Answer:
-    """Puts the deltas of a stream into the JSON of the API."""
-
-    def __init__(self, model: str, completion: CompletionRequest, stream: Stream):
-        self.completion, self.stream = completion, stream
-        kind = "chat.completion" if completion.chat else "text_completion"
-        self.head = {"id": f"{'chatcmpl' if completion.chat else 'cmpl'}-{secrets.token_hex(12)}",
-                     "object": kind + (".chunk" if completion.chat and completion.stream else ""),
-                     "created": int(time.time()), "model": model}
-
-    async def events(self) -> AsyncIterator[str]:
-        """Server-sent events. A client that disconnects closes this generator, and its pages are freed."""
-        event = lambda data: f"data: {json.dumps(data)}\n\n"
-        usage = {"usage": None} if self.completion.include_usage else {}
-        try:
-            if self.completion.chat:
-                for i in range(len(self.stream.sequences)):
-                    opening = {"index": i, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}
-                    yield event({**self.head, "choices": [opening], **usage})
-            while self.stream.open:
-                delta = await self.stream.next()
-                if delta.finish_reason == "error":
-                    yield event({"error": {"message": "the engine has failed.", "type": "server_error"}})
-                    return
-                yield event({**self.head, "choices": [self.choice(delta, "delta")], **usage})
-            if self.completion.include_usage:
-                yield event({**self.head, "choices": [], "usage": self.stream.usage()})
-            yield "data: [DONE]\n\n"
-        finally:
-            self.stream.cancel()
-
-    async def complete(self, request: Request) -> Response:
-        """One JSON response; gives up when the client has disconnected."""
-        choices = [Delta(i, "", [], None) for i in range(len(self.stream.sequences))]
-        checked = time.monotonic()
-        while self.stream.open:
-            new = await self.stream.next_within(DISCONNECT_CHECK_SECONDS)
-            # By the clock: while many choices run there is always a delta to take.
-            if time.monotonic() - checked >= DISCONNECT_CHECK_SECONDS:
-                if await request.is_disconnected():
-                    return JSONResponse({}, 499)
-                checked = time.monotonic()
-            if new is None:
-                continue
-            if new.finish_reason == "error":
-                raise BadRequest(None, "the engine has failed; see the server's log.", 500, "engine_failed")
-            old = choices[new.choice]
-            choices[new.choice] = new._replace(text=old.text + new.text, tokens=old.tokens + new.tokens)
-        return JSONResponse({**self.head, "choices": [self.choice(delta, "message") for delta in choices],
-                             "usage": self.stream.usage()})
-
-    def choice(self, delta: Delta, part: str) -> dict[str, Any]:
-        """A choice of a response. `part`: "message" or, in a stream, "delta"; text completions have neither."""
-        out: dict[str, Any] = {"index": delta.choice, "finish_reason": delta.finish_reason,
-                               "logprobs": self.logprobs(delta)}
-        if not self.completion.chat:
-            out["text"] = delta.text
-        elif part == "message":
-            out["message"] = {"role": "assistant", "content": delta.text, "refusal": None}
-        else:
-            out["delta"] = {"content": delta.text} if delta.text or not delta.finish_reason else {}
-        if self.completion.return_drafts:
-            out["drafts"] = [[text, token.draft] for token, text, _ in delta.tokens]
-        return out
-
-    def logprobs(self, delta: Delta) -> dict[str, Any] | None:
-        """Logprobs of the delta's tokens and the likeliest alternatives; None where none were requested."""
-        most = self.completion.alternatives
-        if most is None or not delta.tokens:
-            return None
-        spell = self.stream.service.served.tokenizer.spelling
-        tokens = [token for token, _, _ in delta.tokens]
-        if self.completion.chat:
-            entry = lambda i, logprob: {"token": named(spell(i)), "logprob": logprob, "bytes": list(spell(i))}
-            return {"content": [{**entry(t.id, t.logprob), "top_logprobs": [entry(*b) for b in t.best[:most]]}
-                                for t in tokens], "refusal": None}
-        return {"tokens": [named(spell(t.id)) for t in tokens], "token_logprobs": [t.logprob for t in tokens],
-                "top_logprobs": [alternatives(spell, t, most) for t in tokens],
-                "text_offset": [offset for _, _, offset in delta.tokens]}
-
-
-def named(spelling: bytes) -> str:
-    """A token as the API writes it: its text, or its bytes where they are only part of a character."""
-    try:
-        return spelling.decode()
-    except UnicodeDecodeError:
-        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in spelling)
-
-
-def alternatives(spell: Callable[[int], bytes], token: Token, most: int) -> dict[str, float]:
-    """Logprobs of the likeliest tokens and the drawn one, by name; of two with equal names one is named by its id."""
-    found: dict[str, float] = {}
-    for i, logprob in dict([*token.best[:most], (token.id, token.logprob)]).items():
-        name = named(spell(i))
-        found[f"token_id:{i}" if name in found else name] = logprob
-    return found
-
-
-def metrics(service: Service, answered: Mapping[tuple[str, int], int]) -> str:
-    """Prometheus text. `answered`: responses by path and status."""
-    engine, pool = service.engine, service.engine.pool
-    rows = [("requests_total", "counter", [(f'{{path="{path}",status="{status}"}}', n)
-                                           for (path, status), n in sorted(answered.items())])]
-    for name in ("tokens", "prompt_tokens", "reused_tokens", "drafted", "accepted", "steps"):
-        rows.append((f"{name}_total", "counter", [("", engine.totals[name])]))
-    rows += [("sequences", "gauge", [(f'{{state="{state}"}}', len(getattr(engine, state)))
-                                     for state in ("running", "reading", "waiting")]),
-             ("cache_pages", "gauge", [('{state="owned"}', pool.owned), ('{state="all"}', pool.total)]),
-             ("cache_live_bytes", "gauge", [("", engine.live_bytes())]),
-             ("expert_load_total", "counter", [(f'{{layer="{i}",expert="{e}"}}', int(n))
-                                               for i, row in enumerate(engine.loads_LE) for e, n in enumerate(row)])]
-    lines = []
-    for name, kind, values in rows:
-        lines.append(f"# TYPE deepseek_jax_{name} {kind}")
-        lines += [f"deepseek_jax_{name}{labels} {value}" for labels, value in values]
-    return "\n".join(lines) + "\n"
 
 
 class _Server(uvicorn.Server):
@@ -268,8 +271,35 @@ class _Server(uvicorn.Server):
             for number, handler in before.items():
                 signal.signal(number, handler)
 
+    def handle_exit(self, sig: int, frame: Any) -> None:
+        if self.should_exit:
+            os._exit(128 + sig)  # whatever threads do; there is nothing to save
+        self.should_exit = True
 
-def serve(service: Service, host: str, port: int, api_key: str | None = None) -> None:
-    """Runs until a signal; then refuses new connections, finishes the open ones, and returns."""
-    app = Endpoints(service, api_key).app()
-    _Server(uvicorn.Config(app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=None)).run()
+
+def serve(load: Callable[[Report], Service], name: str, listening: socket.socket,
+          options: Options = Options()) -> None:
+    """Answers at once, with 503 until `load` has returned; runs until a signal.
+
+    Then it refuses new connections, gives the open ones `options.grace` seconds, and ends the process with 0.
+
+    Args:
+      load: makes the service; it is handed a function that takes how far it has come.
+      name: of the model. listening: a bound socket.
+    Raises:
+      whatever `load` raises.
+    """
+    def ended():
+        server.should_exit = True
+
+    endpoints = Endpoints(load, name, options, is_loopback(listening.getsockname()[0]), ended)
+    server = _Server(uvicorn.Config(
+        endpoints.app(), http=Connection, ws="none", log_config=None, access_log=False, server_header=False,
+        timeout_graceful_shutdown=options.grace))
+    logging.getLogger("uvicorn").setLevel(logging.CRITICAL)  # it warns of every odd request, with a traceback
+    server.run([listening])
+    if endpoints.failure is not None:
+        raise endpoints.failure
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # threads may still be inside a program of XLA's, which an orderly end would pull from under them

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -12,8 +13,9 @@ from typing import Any, NamedTuple
 
 from deepseek_jax.config import ConfigError
 from deepseek_jax.serving.engine import Engine, Sequence, Token
-from deepseek_jax.serving.openai.chat import PLAIN, Conventions, Tokenizer
+from deepseek_jax.serving.openai.chat import PLAIN, Conventions, Tokenizer, thinking_marks
 from deepseek_jax.serving.openai.detokenize import TextStream
+from deepseek_jax.serving.openai.metrics import Metrics
 from deepseek_jax.serving.openai.requests import BadRequest, CompletionRequest, ServedModel
 
 log = logging.getLogger(__name__)
@@ -28,15 +30,16 @@ class TextToken(NamedTuple):
 
 
 class Delta(NamedTuple):
-    """New text of one choice, and the tokens it came with.
+    """New text of one choice, and the tokens it came with. reasoning: what of it came before the answer proper.
 
-    finish_reason: None until the choice ends, then the engine's `Sequence.finish`, or "error" if the engine failed.
+    finish_reason: None until the choice ends, then the engine's `Sequence.finish`, or "failed" if the engine has.
     """
 
     choice: int
     text: str
     tokens: list[TextToken]
     finish_reason: str | None = None
+    reasoning: str = ""
 
 
 class Service:
@@ -49,12 +52,13 @@ class Service:
 
     def __init__(self, engine: Engine, tokenizer: Tokenizer, model: str, max_waiting: int,
                  text: Conventions = PLAIN):
-        self.engine, self.max_waiting = engine, max_waiting
-        self.served = ServedModel(model, tokenizer, engine.cfg.vocab_size, engine.max_length, text)
-        self.started = time.time()
+        self.engine, self.capacity = engine, engine.max_sequences + max_waiting
+        self.served = ServedModel(model, tokenizer, engine.cfg.vocab_size, engine.max_length, text, self.capacity)
+        self.metrics: Metrics | None = None
         self.failure: Exception | None = None
         self.live: set[Callable] = set()  # the listeners of all sequences that run or wait
         self._stopping = False
+        self._step_began: float | None = None
         self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -62,16 +66,26 @@ class Service:
         """Starts the engine's thread."""
         self._thread.start()
 
-    def stop(self) -> None:
-        """Ends the thread after every sequence in the engine has ended."""
+    def stop(self, seconds: float) -> bool:
+        """Cancels what is still in the engine and ends its thread; whether it did within `seconds`."""
         self._stopping = True
-        self._thread.join()
+        self.engine.cancel_all()
+        self._thread.join(seconds)
+        return not self._thread.is_alive()
+
+    @property
+    def step_seconds(self) -> float:
+        """How long the engine's present step has taken; 0 between steps."""
+        began = self._step_began
+        return 0.0 if began is None else time.monotonic() - began
 
     def _run(self):
         try:
             while not (self._stopping and not self.engine.busy):
                 self.engine.wait(0.1)
+                self._step_began = time.monotonic()
                 self.engine.step()
+                self._step_began = None
         except Exception as error:  # no client will get anything that it waits for
             log.exception("the engine failed")
             self.failure = error
@@ -83,8 +97,7 @@ class Service:
         if self.failure:
             raise BadRequest(None, "the engine has failed; see the server's log.", 500, "engine_failed")
         with self._lock:
-            room = self.engine.max_sequences + self.max_waiting - len(self.live)
-            if len(completion.requests) > room:
+            if len(completion.requests) > self.capacity - len(self.live):
                 raise BadRequest(None, f"{len(self.live)} sequences run or wait; try again later.", 429,
                                  "over_capacity")
             return Stream(self, completion)
@@ -94,12 +107,12 @@ class Stream:
     """The answer to one request: deltas from all its choices, in the order they come."""
 
     def __init__(self, service: Service, completion: CompletionRequest):
-        self.service = service
+        self.service, self.completion = service, completion
         self.loop, self.queue = asyncio.get_running_loop(), asyncio.Queue()
         self.open = len(completion.requests)  # choices that have not ended
         self.sequences: list[Sequence] = []
         for choice, request in enumerate(completion.requests):
-            listen = self._listener(choice, TextStream(service.served.tokenizer.bytes_of, completion.stops))
+            listen = _Listener(self, choice)
             service.live.add(listen)  # before the engine can end it
             try:
                 self.sequences.append(service.engine.submit(request, listen))
@@ -108,44 +121,23 @@ class Stream:
                 self.cancel()
                 raise BadRequest("max_tokens", str(error)) from None
 
-    def _listener(self, choice: int, text: TextStream):
-        """What the engine's thread calls with new tokens; without any when the sequence has ended."""
-        def listen(sequence: Sequence | None, new: list[Token]) -> bool:
-            new_text, tokens = "", []
-            for token in new:
-                if text.stopped:
-                    break
-                offset = text.offset
-                completed = text.feed(token.id)
-                new_text += completed
-                tokens.append(TextToken(token, completed, offset))
-            finish_reason = None
-            if not new:
-                new_text += "" if text.stopped else text.flush()
-                finish_reason = "error" if self.service.failure or sequence is None else sequence.finish
-                self.service.live.discard(listen)
-            if new_text or tokens or finish_reason:
-                self._put(Delta(choice, new_text, tokens, finish_reason))
-            return text.stopped
-
-        return listen
-
-    def _put(self, delta: Delta):
+    def put(self, delta: Delta) -> None:
+        """From the engine's thread."""
         with contextlib.suppress(RuntimeError):  # the loop is closed, and with it the connection
             self.loop.call_soon_threadsafe(self.queue.put_nowait, delta)
-
-    async def next(self) -> Delta:
-        """The next delta, however long it takes."""
-        delta = await self.queue.get()
-        self.open -= delta.finish_reason is not None
-        return delta
 
     async def next_within(self, seconds: float) -> Delta | None:
         """The next delta; None when there was none in time."""
         try:
-            return await asyncio.wait_for(self.next(), seconds)
+            delta = await asyncio.wait_for(self.queue.get(), seconds)
         except TimeoutError:
             return None
+        self.open -= delta.finish_reason is not None
+        return delta
+
+    def place(self) -> int:
+        """How many choices stand before its first one and with it in the queue; 0 once that has been admitted."""
+        return self.service.engine.place(self.sequences[0])
 
     def cancel(self) -> None:
         """Ends the sequences that still run; harmless when all have ended."""
@@ -154,11 +146,79 @@ class Stream:
                 self.service.engine.cancel(sequence)
 
     def usage(self) -> dict[str, Any]:
-        """Token counts of all choices, as the API names them."""
-        total = lambda count: sum(map(count, self.sequences))
-        prompts, made = total(lambda s: len(s.request.prompt)), total(lambda s: len(s.made))
+        """Token counts as the API names them: each prompt once, and what was handed over of each choice."""
+        total = lambda count, sequences=self.sequences: sum(map(count, sequences))
+        firsts = self.sequences[::len(self.sequences) // self.completion.prompts]
+        prompts, made = total(lambda s: len(s.request.prompt), firsts), total(lambda s: len(s.made))
         drafted, accepted = total(lambda s: s.drafted), total(lambda s: s.accepted)
         return {"prompt_tokens": prompts, "completion_tokens": made, "total_tokens": prompts + made,
-                "prompt_tokens_details": {"cached_tokens": total(lambda s: s.reused)},
+                "prompt_tokens_details": {"cached_tokens": total(lambda s: s.reused, firsts)},
                 "completion_tokens_details": {"accepted_prediction_tokens": accepted,
                                               "rejected_prediction_tokens": drafted - accepted}}
+
+
+class _Listener:
+    """What the engine's thread calls with new tokens of a choice; without any when the sequence has ended."""
+
+    def __init__(self, stream: Stream, choice: int):
+        self._stream, self._choice, self._service = stream, choice, stream.service
+        completion = stream.completion
+        served, prompt = stream.service.served, completion.requests[choice].prompt
+        # [0] is the answer, [1] the reasoning before it, in chats with a model that marks it.
+        self._texts = [TextStream(served.tokenizer.bytes_of, completion.stops) for _ in range(2)]
+        self._marks = (thinking_marks(served.tokenizer) if completion.chat else None) or (-1, -1)
+        self._reasons = next((token == self._marks[0] for token in reversed(prompt) if token in self._marks), False)
+        self._echo = completion.echo  # whether the prompt is still to come
+        self._start = 0  # characters of the prompt
+        self._last: float | None = None  # when the last tokens came
+
+    def __call__(self, sequence: Sequence | None, new: list[Token]) -> int | None:
+        text, tokens, kept, finish = ["", ""], [], None, None
+        if self._echo and sequence is not None:
+            text[0], tokens = self._prompt(sequence)
+        for i, token in enumerate(new, 1):
+            stream = self._texts[self._reasons]
+            offset = self._start + stream.offset
+            marks = token.id in self._marks
+            completed = stream.flush() if marks else stream.feed(token.id)
+            text[self._reasons] += completed
+            tokens.append(TextToken(token, completed, offset))
+            self._reasons = token.id == self._marks[0] if marks else self._reasons
+            if stream.stopped:
+                kept = i
+                break
+        if new and sequence is not None:
+            self._time(sequence, len(new))
+        if not new:
+            text[self._reasons] += self._texts[self._reasons].flush()
+            if self._stream.completion.echo and sequence is not None and sequence.end is not None:
+                # lm-eval takes the last logprob for that of a new token, and leaves it out.
+                tokens.append(TextToken(sequence.end, "", self._start + self._texts[0].offset))
+            finish = "failed" if self._service.failure or sequence is None else sequence.finish
+            self._service.live.discard(self)
+        if any(text) or tokens or finish:
+            self._stream.put(Delta(self._choice, text[0], tokens, finish, text[1]))
+        return kept
+
+    def _prompt(self, sequence: Sequence) -> tuple[str, list[TextToken]]:
+        """The prompt's text and tokens, with their logprobs where they were requested; NaN for the first one."""
+        self._echo = False
+        text, tokens = TextStream(self._service.served.tokenizer.bytes_of), []
+        scored = sequence.scored or [Token(i, "none") for i in sequence.request.prompt[1:]]
+        for token in (Token(sequence.request.prompt[0], "none", math.nan), *scored):
+            offset = text.offset
+            tokens.append(TextToken(token, text.feed(token.id), offset))
+        tail = text.flush()
+        self._start = text.offset
+        return "".join(token.text for token in tokens) + tail, tokens
+
+    def _time(self, sequence: Sequence, count: int):
+        metrics, now = self._service.metrics, time.monotonic()
+        if metrics is not None:
+            if self._last is None:
+                metrics.queue.observe(sequence.admitted - sequence.submitted)
+                metrics.first_token.observe(now - sequence.submitted)
+            else:
+                for _ in range(count):
+                    metrics.between.observe((now - self._last) / count)
+        self._last = now

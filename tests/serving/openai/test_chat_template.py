@@ -215,3 +215,20 @@ def test_the_checkpoint_says_which_tokens_end_an_answer_and_what_templates_call_
 def test_what_does_not_fit_the_tokenizer_is_named(tmp_path, files, message):
     with pytest.raises(ConfigError, match=message):
         write(tmp_path, **files)
+
+
+def test_a_chat_can_set_names_of_its_template(tmp_path):
+    (tmp_path / "chat_template.jinja").write_text(
+        "{{ messages[0].content }}{{ '<think>' if enable_thinking is not defined or enable_thinking else 'no' }}")
+    here = published()
+    served = requests.ServedModel("m", here, 512, 500, chat_template.of_folder(str(tmp_path), here))
+    body = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 1}
+    ids = lambda **fields: list(requests.read(body | fields, True, served).requests[0].prompt)
+
+    think = here.backend.token_to_id("<think>")
+    assert ids() == ids(chat_template_kwargs={"enable_thinking": True}) == [*here.encode("hello"), think]
+    assert ids(chat_template_kwargs={"enable_thinking": False}) == here.encode("hellono")
+    for bad, where in (({"messages": []}, served), ({"bos_token": "x"}, served),
+                       ({"a": 1}, served._replace(text=Conventions()))):
+        with pytest.raises(requests.BadRequest, match="chat_template_kwargs are names"):
+            requests.read(body | {"chat_template_kwargs": bad}, True, where)

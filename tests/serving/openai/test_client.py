@@ -9,17 +9,15 @@ pytest.importorskip("starlette")
 pytest.importorskip("uvicorn")
 pytest.importorskip("httpx")
 
-from tests.serving.openai.test_server import running  # noqa: E402
 
-
-@pytest.fixture(scope="module")
-def client():
-    with running() as (_, url), openai.OpenAI(base_url=url + "/v1", api_key="secret", max_retries=0) as client:
+@pytest.fixture
+def client(url):
+    with openai.OpenAI(base_url=url + "/v1", api_key="secret", max_retries=0) as client:
         yield client
 
 
 def test_completions_stream_and_count(client):
-    ask = functools.partial(client.completions.create, model="random", prompt="hello", max_tokens=24, seed=3,
+    ask = functools.partial(client.completions.create, model="org/random", prompt="hello", max_tokens=24, seed=3,
                             temperature=0.7, logprobs=1)
     whole = ask()
     events = list(ask(stream=True, stream_options={"include_usage": True}))
@@ -30,7 +28,7 @@ def test_completions_stream_and_count(client):
 
 
 def test_chat_streams_and_gives_logprobs(client):
-    ask = functools.partial(client.chat.completions.create, model="random", max_tokens=5, temperature=0,
+    ask = functools.partial(client.chat.completions.create, model="org/random", max_tokens=5, temperature=0,
                             messages=[{"role": "user", "content": "hello"}])
     whole = ask(logprobs=True, top_logprobs=3).choices[0]
     deltas = [e.choices[0].delta.content or "" for e in ask(stream=True)]
@@ -39,12 +37,12 @@ def test_chat_streams_and_gives_logprobs(client):
 
 
 def test_models_and_errors_have_the_types_that_the_client_knows(client):
-    assert [model.id for model in client.models.list()] == ["random"]
+    assert [model.id for model in client.models.list()] == ["org/random"]
     with pytest.raises(openai.NotFoundError) as caught:
         client.completions.create(model="gpt", prompt="a")
     assert caught.value.body["param"] == "model"
     with pytest.raises(openai.AuthenticationError):
-        client.with_options(api_key="wrong").completions.create(model="random", prompt="a")
+        client.with_options(api_key="wrong").completions.create(model="org/random", prompt="a")
     with pytest.raises(openai.BadRequestError) as caught:
-        client.completions.create(model="random", prompt="a", max_tokens=-1)
+        client.completions.create(model="org/random", prompt="a", max_tokens=-1)
     assert caught.value.body["param"] == "max_tokens"

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from deepseek_jax.data.tokenizer import train_tokenizer
 from deepseek_jax.serving.engine import Token
+from deepseek_jax.serving.openai.answers import alternatives, named
 from deepseek_jax.serving.openai.detokenize import TextStream
-from deepseek_jax.serving.openai.server import alternatives, named
 
 SCRIPTS = {
     "Latin": "naïve façade — “quoted”",

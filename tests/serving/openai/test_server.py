@@ -9,8 +9,6 @@ import pathlib
 import random
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 import types
@@ -23,58 +21,15 @@ httpx = pytest.importorskip("httpx")
 
 from deepseek_jax import serve  # noqa: E402
 from deepseek_jax.config import ConfigError  # noqa: E402
-from deepseek_jax.serving.openai import server  # noqa: E402
+from deepseek_jax.serving.openai import answers, server  # noqa: E402
 from deepseek_jax.serving.openai.stream import Delta  # noqa: E402
+from tests.serving.openai.conftest import IDLE, LOADING, running  # noqa: E402
 
 KEY = {"Authorization": "Bearer secret"}
 
-# Serves a random model behind a tokenizer of bytes, so that no run is needed.
-PROGRAM = """
-import sys
-from tests.model import naive
-from deepseek_jax.data.tokenizer import train_tokenizer
-from deepseek_jax.serving.engine import Engine, EngineConfig
-from deepseek_jax.serving.openai.server import serve
-from deepseek_jax.serving.openai.stream import Service
-
-tokenizer = train_tokenizer(["some text"] * 3, 262)
-cfg = naive.tiny(num_layers=2, vocab_size=262)
-engine = Engine(cfg, naive.variables_of(cfg), EngineConfig(
-    max_sequences=2, max_length=512, depth=1, page_size=8, chunk=16))
-engine.warm_up()
-serve(Service(engine, tokenizer, "random", max_waiting=70), "127.0.0.1", int(sys.argv[1]), "secret")
-"""
-
-
-@contextlib.contextmanager
-def running():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    process = subprocess.Popen([sys.executable, "-c", PROGRAM, str(port)], cwd=pathlib.Path(__file__).parents[3])
-    url = f"http://127.0.0.1:{port}"
-    try:
-        for _ in range(600):
-            with contextlib.suppress(httpx.TransportError):
-                if httpx.get(url + "/health").json() == {"status": "ok"}:
-                    break
-            assert process.poll() is None
-            time.sleep(0.1)
-        yield process, url
-    finally:
-        process.kill()
-        process.wait()
-
-
-@pytest.fixture(scope="module")
-def url():
-    with running() as (_, url):
-        yield url
-
-
 def ask(url, endpoint="completions", **fields):
     """(status, JSON) of one whole answer."""
-    fields = {"model": "random"} | ({"prompt": "hello"} if endpoint == "completions" else {}) | fields
+    fields = {"model": "org/random"} | ({"prompt": "hello"} if endpoint == "completions" else {}) | fields
     answer = httpx.post(f"{url}/v1/{endpoint}", json=fields, headers=KEY, timeout=120)
     return answer.status_code, answer.json()
 
@@ -82,15 +37,15 @@ def ask(url, endpoint="completions", **fields):
 @contextlib.contextmanager
 def streaming(url, **fields):
     """(status, events as they come) of a stream; leaving it hangs up."""
-    fields = {"model": "random", "prompt": "hello", "stream": True} | fields
+    fields = {"model": "org/random", "prompt": "hello", "stream": True} | fields
     with httpx.stream("POST", url + "/v1/completions", json=fields, headers=KEY, timeout=120) as answer:
-        lines = (line.removeprefix("data: ") for line in answer.iter_lines() if line)
+        lines = (line.removeprefix("data: ") for line in answer.iter_lines() if line.startswith("data: "))
         yield answer.status_code, (json.loads(line) for line in lines if line != "[DONE]")
 
 
 def owned(url):
     text = httpx.get(url + "/metrics", headers=KEY).text
-    return int(next(line for line in text.splitlines() if 'cache_pages{state="owned"}' in line).split()[-1])
+    return float(next(line for line in text.splitlines() if 'cache_pages{state="owned"}' in line).split()[-1])
 
 
 def assert_freed(url, seconds=10.0):
@@ -149,6 +104,12 @@ def test_chat_gives_logprobs_of_every_token(url):
         (dict(prompt="x" * 4000), 400, "prompt"),
         (dict(max_tokens=-1), 400, "max_tokens"),
         (dict(max_tokens=0), 400, "max_tokens"),
+        (dict(max_tokens=1, max_completion_tokens=2), 400, "max_completion_tokens"),
+        (dict(stream_options={}), 400, "stream_options"),
+        (dict(stream=True, stream_options={"usage": True}), 400, "stream_options.usage"),
+        (dict(tools=[{}]), 400, "tools"),
+        (dict(response_format={"type": "json_object"}), 400, "response_format"),
+        (dict(n=73), 400, "n"),
         (dict(max_tokens=10**12), 400, "max_tokens"),
         (dict(max_tokens="many"), 400, "max_tokens"),
         (dict(temperature=-0.1), 400, "temperature"),
@@ -156,6 +117,7 @@ def test_chat_gives_logprobs_of_every_token(url):
         (dict(top_p=0), 400, "top_p"),
         (dict(n=1000), 400, "n"),
         (dict(stop=["", "a"]), 400, "stop"),
+        (dict(stop=["a"] * 17), 400, "stop"),
         (dict(logprobs=99), 400, "logprobs"),
         (dict(frequency_penalty=1), 400, "frequency_penalty"),
         (dict(temprature=1), 400, "temprature"),
@@ -167,8 +129,9 @@ def test_a_bad_field_is_named(url, fields, status, field):
 
 def test_what_is_no_json_and_a_wrong_key_are_refused(url):
     post = lambda body, key="secret": httpx.post(url + "/v1/completions", content=body,
-                                                 headers={"Authorization": f"Bearer {key}"})
-    assert [post(body).status_code for body in (b"{", b"[1]", b"\xff", b"")] == [400] * 4
+                                                 headers={"Authorization": f"bearer {key}",
+                                                          "Content-Type": "application/json"})
+    assert [post(body).status_code for body in (b"{", b"[1]", b"\xff", b"", b'{"user": NaN}')] == [400] * 5
     assert post(b"{}", "wrong").status_code == 401
     assert httpx.get(url + "/v1/models").status_code == 401
     assert httpx.get(url + "/").status_code == httpx.get(url + "/health").status_code == 200
@@ -201,8 +164,8 @@ def test_a_client_that_hangs_up_is_noticed_while_choices_never_pause(monkeypatch
         async def is_disconnected(self):
             return True
 
-    monkeypatch.setattr(server, "DISCONNECT_CHECK_SECONDS", 0.0)
-    answer = server.Answer("tiny", types.SimpleNamespace(chat=False, stream=False), NeverPausing())
+    monkeypatch.setattr(answers, "DISCONNECT_CHECK_SECONDS", 0.0)
+    answer = answers.Answer("tiny", types.SimpleNamespace(chat=False, stream=False), NeverPausing())
     assert asyncio.run(answer.complete(Gone())).status_code == 499
 
 
@@ -263,9 +226,10 @@ def test_random_requests_for_minutes_leave_no_page_behind(url):
 
 def test_the_page_and_the_metrics_are_there(url):
     page = httpx.get(url + "/").text
-    assert '"random"' in page and "__MODEL__" not in page and "src=" not in page
+    assert '"org/random"' in page and "__MODEL__" not in page and "src=" not in page
     text = httpx.get(url + "/metrics", headers=KEY).text
-    assert "# TYPE deepseek_jax_tokens_total counter" in text and 'expert_load_total{layer="0",expert="7"}' in text
+    assert "# TYPE deepseek_jax_tokens_total counter" in text and 'expert_load_total{expert="7",layer="0"}' in text
+    assert "# HELP deepseek_jax_queue_seconds " in text and 'time_to_first_token_seconds_bucket{le="0.1"}' in text
 
 
 def test_a_models_name_is_a_string_in_the_page_and_cannot_end_its_script():
@@ -290,5 +254,111 @@ def test_a_port_that_is_taken_is_said_before_anything_is_loaded():
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(ConfigError, match=rf"cannot listen at 127.0.0.1:{port} \(Address already in use\)"):
-            serve.check_port("127.0.0.1", port)
-    serve.check_port("127.0.0.1", 0)
+            serve.listen("127.0.0.1", port)
+    serve.listen("127.0.0.1", 0).close()
+
+
+def test_a_prompt_that_cannot_fit_is_refused_before_it_is_tokenized(url):
+    began = time.monotonic()
+    status, answer = ask(url, prompt="x" * 4_000_000)
+    assert status == 400 and "more than 512 tokens can hold" in answer["error"]["message"]
+    assert time.monotonic() - began < 5
+
+
+def test_an_answer_can_begin_with_its_prompt_and_say_its_logprobs(url):
+    how = dict(prompt="hello", max_tokens=4, temperature=0, logprobs=2, echo=True)
+    _, whole = ask(url, **how)
+    with streaming(url, **how) as (_, events):
+        choices = [e["choices"][0] for e in events]
+    echoed, plain = whole["choices"][0], ask(url, **how | {"echo": False})[1]["choices"][0]
+
+    assert echoed["text"] == "hello" + plain["text"] == "".join(c["text"] for c in choices)
+    scores, new = echoed["logprobs"], plain["logprobs"]
+    assert scores["tokens"][:6] == ["<|bos|>", *"hello"]
+    assert scores["token_logprobs"][0] is scores["top_logprobs"][0] is None
+    assert all(logprob < 0 for logprob in scores["token_logprobs"][1:]) and len(scores["tokens"]) == 10
+    assert scores["tokens"][6:] == new["tokens"] and scores["text_offset"] == [0, 0, 1, 2, 3, 4, *(
+        5 + offset for offset in new["text_offset"])]
+    assert [n for c in choices if c["logprobs"] for n in c["logprobs"]["token_logprobs"]] == scores["token_logprobs"]
+
+
+def test_a_prompt_of_ids_is_scored_without_a_new_token(url):
+    text = ask(url, max_tokens=3, temperature=0, logprobs=0)[1]["choices"][0]
+    ids = [1, 2, 3, 4]
+    scored = ask(url, prompt=[ids, ids], max_tokens=0, logprobs=1, echo=True)[1]
+    first, second = (choice["logprobs"] for choice in scored["choices"])
+    assert first == second and len(first["token_logprobs"]) == 4 and scored["usage"]["completion_tokens"] == 0
+    assert len(first["top_logprobs"][1]) in (1, 2) and text["finish_reason"] == "length"
+
+
+def test_usage_counts_a_prompt_once_and_what_was_handed_over(url):
+    text = ask(url, max_tokens=40, temperature=0)[1]["choices"][0]["text"]
+    usage = ask(url, max_tokens=40, temperature=0, n=3, stop=[text[1]])[1]["usage"]
+    alone = ask(url, max_tokens=40, temperature=0, stop=[text[1]])[1]["usage"]
+    assert usage["prompt_tokens"] == 6 and usage["completion_tokens"] == 3 * alone["completion_tokens"] <= 3 * 8
+    details = usage["completion_tokens_details"]
+    assert sum(details.values()) <= 2 * usage["completion_tokens"]
+
+
+def test_errors_of_paths_are_the_apis_too(url):
+    for answer, status in ((httpx.get(url + "/v1/nothing", headers=KEY), 404),
+                           (httpx.get(url + "/v1/completions", headers=KEY), 405),
+                           (httpx.post(url + "/v1/completions", content="{}", headers=KEY), 415)):
+        assert answer.status_code == status and set(answer.json()["error"]) == {"message", "type", "param", "code"}
+    assert httpx.get(url + "/v1/models/org/random", headers=KEY).json()["max_model_len"] == 512
+
+
+def test_a_stream_that_waits_says_its_place(url):
+    busy = [functools.partial(ask, url, max_tokens=480, n=4) for _ in range(2)]
+    threads = [threading.Thread(target=job) for job in busy]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.5)
+    fields = {"model": "org/random", "prompt": "hello", "stream": True, "max_tokens": 2}
+    with httpx.stream("POST", url + "/v1/completions", json=fields, headers=KEY, timeout=120) as answer:
+        assert answer.headers["x-accel-buffering"] == "no"
+        lines = [line for line in answer.iter_lines() if line]
+    for thread in threads:
+        thread.join()
+    places = [int(line.split()[-1]) for line in lines if line.startswith(": waiting")]
+    assert places == sorted(places, reverse=True) and lines[-1] == "data: [DONE]"
+    assert places or "data" in lines[0]  # where the others were quick
+
+
+def test_before_the_model_is_there_health_says_how_far_it_is_and_a_signal_ends_it():
+    with running(LOADING, "starting") as (process, url):
+        health = httpx.get(url + "/health")
+        assert health.status_code == 503 and health.json()["progress"] == "compiled 1 of 7 programs"
+        refused = httpx.get(url + "/v1/models")
+        assert refused.status_code == 503 and "not there yet" in refused.json()["error"]["message"]
+        os.kill(process.pid, signal.SIGTERM)
+        assert process.wait(10) == 0
+
+
+HALF = (b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        b"Content-Length: 100\r\n\r\n{")
+
+
+@pytest.mark.parametrize(("grace", "signals", "code"), [(1, 1, 0), (1000, 2, 128 + signal.SIGTERM)],
+                         ids=["ends within its grace", "a second signal does not wait"])
+def test_a_client_with_half_a_body_holds_no_server_up(grace, signals, code):
+    with (running(IDLE.replace("GRACE", str(grace))) as (process, url),
+          socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))) as client):
+        client.sendall(HALF)
+        time.sleep(0.5)
+        for _ in range(signals):
+            assert process.poll() is None
+            os.kill(process.pid, signal.SIGTERM)
+            time.sleep(0.5)
+        assert process.wait(10) == code
+
+
+@pytest.mark.parametrize(("state", "status", "said"), [
+    (dict(failure=RuntimeError(), step_seconds=0.0), 503, "failed"),
+    (dict(failure=None, step_seconds=server.STALLED_SECONDS + 1), 503, "stalled"),
+    (dict(failure=None, step_seconds=1.0), 200, "ok")], ids=["failed", "stalled", "ok"])
+def test_health_is_that_of_the_engine(state, status, said):
+    endpoints = server.Endpoints(lambda report: None, "tiny")
+    endpoints.service = types.SimpleNamespace(**state)
+    answer = asyncio.run(endpoints.health(None))
+    assert (answer.status_code, json.loads(answer.body)["status"]) == (status, said)

@@ -1,0 +1,121 @@
+"""Tasks of lm-eval on our own engine (extra `eval`): multiple choice and perplexity by logprobs, generation by text.
+
+Texts become tokens as lm-eval's own class for transformers makes them: without BOS, a context that is empty or begins
+a rolling window has the prefix token before it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lm_eval import simple_evaluate, utils  # pyright: ignore[reportMissingImports]
+from lm_eval.api.instance import Instance  # pyright: ignore[reportMissingImports]
+from lm_eval.api.model import TemplateLM  # pyright: ignore[reportMissingImports]
+from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
+
+from deepseek_jax.config import ConfigError, ModelConfig
+from deepseek_jax.serving.engine import Request, Sequence
+from deepseek_jax.serving.generation import run_requests
+from deepseek_jax.serving.openai.chat import Conventions, Tokenizer
+from deepseek_jax.serving.openai.prompts import Continuation
+
+MOST_AT_ONCE = 256  # requests of one call: what they found is kept until all have ended
+
+
+class EngineLM(TemplateLM):
+    """A model as lm-eval asks it.
+
+    Args:
+      variables: {"params", "bias"} of the model. text: what its checkpoint says about its text.
+      max_length: tokens of context and continuation; of longer ones the beginning is left out.
+    """
+
+    backend = "causal"
+
+    def __init__(self, cfg: ModelConfig, variables: dict[str, Any], tokenizer: Tokenizer, text: Conventions,
+                 max_length: int = 2048):
+        super().__init__()
+        self.cfg, self.variables, self.tokens, self.text, self.max_length = cfg, variables, tokenizer, text, max_length
+
+    @property
+    def eot_token_id(self) -> int:
+        """What ends a text."""
+        return self.tokens.eos
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What stands before a text without a context: BOS, as for transformers."""
+        return self.tokens.bos
+
+    def tok_encode(self, string: str, **options: Any) -> list[int]:
+        """Ids of a text, without BOS."""
+        return self.tokens.encode(string)
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """Logprob of each text as a whole, in windows of max_length that share no predicted token."""
+        windows = []
+        for i, request in enumerate(requests):
+            rolling = utils.get_rolling_token_windows(self.tok_encode(request.args[0]), self.prefix_token_id,
+                                                      self.max_length, context_len=1)
+            windows += [(i, *utils.make_disjoint_window(window)) for window in rolling]
+        totals = [0.0] * len(requests)
+        scores = self._loglikelihood_tokens([((None, None), context, new) for _, context, new in windows])
+        for (i, *_), (logprob, _) in zip(windows, scores, strict=True):
+            totals[i] += logprob
+        return totals
+
+    def _loglikelihood_tokens(self, requests: list[Any], **options: Any) -> list[tuple[float, bool]]:
+        """(logprob, whether greedy) of each continuation, given ((context, continuation), their ids)."""
+        asked = []
+        for _, context, new in requests:
+            ids = [*context, *new][-(self.max_length + 1):]
+            asked.append(Request(tuple(ids), 0, prompt_logprobs=True))
+        found = []
+        for (_, _, new), sequence in zip(requests, self._run(asked), strict=True):
+            scored = sequence.scored[-len(new):]
+            found.append((sum(token.logprob for token in scored),
+                          all(token.id == token.best[0][0] for token in scored)))
+        return found
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """The continuation of each context, up to the first of its stop strings, or to an end token."""
+        asked, texts = [], []
+        for request in requests:
+            context, how = request.args
+            until, most = how.get("until") or [], int(how.get("max_gen_toks", 256))
+            ids = self.tok_encode(context)[-max(1, self.max_length - most):] or [self.prefix_token_id]
+            asked.append(Request(tuple(ids), most, stop_tokens=self.text.ends or frozenset([self.tokens.eos]),
+                                 temperature=float(how.get("temperature", 0.0)) if how.get("do_sample") else 0.0))
+            texts.append(Continuation(self.tokens, tuple([until] if isinstance(until, str) else until)))
+        self._run(asked, texts)
+        return [text.text for text in texts]
+
+    def _run(self, asked: list[Request], listeners: list[Continuation] | None = None) -> list[Sequence]:
+        """Long prompts first, so that those of a batch are of about one length; results in the order of `asked`."""
+        order = sorted(range(len(asked)), key=lambda i: -len(asked[i].prompt))
+        ended: dict[int, Sequence] = {}
+        for start in range(0, len(order), MOST_AT_ONCE):
+            some = order[start:start + MOST_AT_ONCE]
+            made = run_requests(self.cfg, self.variables, [asked[i] for i in some], listeners=[
+                listeners[i] for i in some] if listeners else ())
+            ended |= dict(zip(some, made.sequences, strict=True))
+        return [ended[i] for i in range(len(asked))]
+
+
+def evaluate_tasks(model: EngineLM, tasks: list[str], folder: str | None = None, shots: int | None = None,
+                   limit: int | None = None) -> dict[str, Any]:
+    """Scores of each task, as lm-eval names them: {task: {metric: value}}.
+
+    Args:
+      tasks: names. folder: with task files of one's own (YAML). shots: examples before each question; None: as each
+        task says. limit: questions of each task; None: all.
+    Raises:
+      ConfigError: a task that there is not.
+    """
+    manager = TaskManager(include_path=folder)
+    if unknown := [name for name in tasks if name not in manager.all_tasks]:
+        raise ConfigError(f"there is no task {unknown[0]!r}; `lm-eval ls tasks` lists them, --task-folder adds others.")
+    result = simple_evaluate(model, tasks=tasks, task_manager=manager, num_fewshot=shots, limit=limit,
+                             bootstrap_iters=0, log_samples=False)
+    assert result is not None  # on the first process
+    return result["results"]

@@ -1,0 +1,135 @@
+"""Tasks of lm-eval, on local files: scores are those of a plain forward pass, in process and over the server's API."""
+
+import json
+import types
+
+import numpy as np
+import pytest
+
+pytest.importorskip("lm_eval")
+
+from deepseek_jax.config import ConfigError
+from deepseek_jax.data.tokenizer import train_tokenizer
+from deepseek_jax.serving.harness import EngineLM, evaluate_tasks
+from deepseek_jax.serving.openai.chat import PLAIN
+from tests.model import naive
+from tests.serving.openai.conftest import running
+
+CFG = naive.tiny(num_layers=2, vocab_size=262)
+VARIABLES = naive.variables_of(CFG)
+ROWS = [{"q": "import os\nos.path.", "choices": ["join", "banana", "x"], "label": 0},
+        {"q": "for i in ", "choices": ["range", "apples and pears", " "], "label": 1},
+        {"q": "", "choices": ["nothing", "before it"], "label": 1}]
+TASKS = {"choice": """
+task: choice
+dataset_path: json
+dataset_kwargs: {data_files: {test: DATA}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{q}}"
+doc_to_choice: choices
+doc_to_target: label
+target_delimiter: ""
+metric_list: [{metric: acc}, {metric: acc_norm}]
+""", "perplexity": """
+task: perplexity
+dataset_path: json
+dataset_kwargs: {data_files: {test: DATA}}
+test_split: test
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{q * 3}}some text"
+metric_list: [{metric: word_perplexity}, {metric: byte_perplexity}, {metric: bits_per_byte}]
+""", "writing": """
+task: writing
+dataset_path: json
+dataset_kwargs: {data_files: {test: DATA}}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{q}}a"
+doc_to_target: "{{choices[0]}}"
+generation_kwargs: {until: ["zq"], max_gen_toks: 5, do_sample: false}
+metric_list: [{metric: exact_match}]
+"""}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return EngineLM(CFG, VARIABLES, train_tokenizer(["some text"] * 3, 262), PLAIN, max_length=32)
+
+
+def logprobs_of(ids):
+    """Of each token but the first, by a plain forward pass; and whether each is the likeliest."""
+    row = np.zeros((1, 64), np.int32)
+    row[0, :len(ids)] = ids
+    logits = np.asarray(naive.forward(CFG)(VARIABLES, row).logits_BTW[0, :len(ids) - 1], np.float64)
+    logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    return logprobs[range(len(ids) - 1), ids[1:]], logits.argmax(-1) == ids[1:]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tasks")
+    (path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    for name, text in TASKS.items():
+        (path / f"{name}.yaml").write_text(text.replace("DATA", str(path / "rows.jsonl")))
+    return str(path)
+
+
+def test_continuations_have_the_logprobs_of_a_plain_pass(model):
+    pairs = [("for i in ", "range"), ("", "nothing"), ("a", "b"), ("x" * 60, "some text")]
+    asked = [(("", ""), *((model._encode_pair(a, b)) if a else ([model.prefix_token_id], model.tok_encode(b))))
+             for a, b in pairs]
+    for (_, context, new), (logprob, greedy) in zip(asked, model._loglikelihood_tokens(asked), strict=True):
+        expected, likeliest = logprobs_of([*context, *new][-33:])
+        assert logprob == pytest.approx(expected[-len(new):].sum(), abs=1e-4)
+        assert greedy == likeliest[-len(new):].all()
+
+
+def test_tasks_of_ones_own_are_scored(model, folder):
+    found = evaluate_tasks(model, list(TASKS), folder)
+    score = lambda context, new: logprobs_of([*(model.tok_encode(context) or [model.prefix_token_id]),
+                                              *model.tok_encode(new)])[0][-len(model.tok_encode(new)):].sum()
+    right = [int(np.argmax([score(row["q"], c) for c in row["choices"]]) == row["label"]) for row in ROWS]
+    assert found["choice"]["acc,none"] == pytest.approx(np.mean(right))
+    nats = 0.0
+    texts = [row["q"] * 3 + "some text" for row in ROWS]
+    for text in texts:
+        ids = [model.prefix_token_id, *model.tok_encode(text)]
+        for start in range(0, len(ids) - 1, 32):  # windows of 32 predictions; the last has as much context as fits
+            end = min(start + 32, len(ids) - 1)
+            begin = max(0, end - 32)
+            nats -= logprobs_of(ids[begin:end + 1])[0][start - begin:].sum()
+    assert found["perplexity"]["bits_per_byte,none"] == pytest.approx(
+        nats / np.log(2) / sum(len(text.encode()) for text in texts), rel=1e-5)
+    assert found["writing"]["exact_match,none"] == 0.0
+
+
+def test_a_task_that_there_is_not_is_named(model):
+    with pytest.raises(ConfigError, match="there is no task 'hellaswagg'"):
+        evaluate_tasks(model, ["hellaswagg"])
+
+
+def test_the_server_gives_the_same_scores(model, folder, monkeypatch):
+    """By lm-eval's own client, which sends ids and asks for an echo with logprobs."""
+    for needed in ("aiohttp", "tenacity", "requests"):
+        pytest.importorskip(needed)
+    from lm_eval import simple_evaluate
+    from lm_eval.models.openai_completions import LocalCompletionsAPI
+    from lm_eval.tasks import TaskManager
+
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    with running() as (_, url):
+        api = LocalCompletionsAPI(model="org/random", base_url=url + "/v1/completions", tokenizer_backend="None",
+                                  max_length=32)
+        # As with a server that has a tokenizer's endpoints; transformers, the alternative, is not needed here.
+        api.tokenizer_backend, api.tokenized_requests, api.tokenizer = "remote", True, types.SimpleNamespace(
+            encode=model.tok_encode, decode=model.tokens.decode, eos_token="<|eos|>", bos_token_id=model.tokens.bos,
+            eos_token_id=model.tokens.eos)
+        found = simple_evaluate(api, tasks=list(TASKS), task_manager=TaskManager(include_path=folder),
+                                bootstrap_iters=0)["results"]
+    here = evaluate_tasks(model, list(TASKS), folder)
+    for task, scores in here.items():
+        for metric, value in scores.items():
+            if isinstance(value, float):
+                assert found[task][metric] == pytest.approx(value, rel=1e-5), (task, metric)
