@@ -275,11 +275,4 @@ MUTATIONS = [
         new="chunk.tokens_BX[:, :T]",
         tests="serving/test_engine.py::test_logprobs_of_a_prompt_are_the_models_own_whatever_the_cache_holds",
     ),
-    Mutation(
-        name="a prompt takes no positions of the model",
-        file="deepseek_jax/serving/openai/prompts.py",
-        old="longest + new > positions",
-        new="new > positions",
-        tests="serving/openai/test_prompts.py",
-    ),
 ]
