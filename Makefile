@@ -26,11 +26,12 @@ export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 help:
 	@sed -n 's/^# \{0,1\}//p;/^$$/q' Makefile
 
+# An environment that runs is kept when setup.py changes, with what was added to it; `make clean` removes it.
 .venv/stamp: setup.py
 	@"$(PYTHON)" -c 'import sys, venv, ensurepip; assert (3, 11) <= sys.version_info < (3, 14)' >/dev/null 2>&1 \
 	|| { echo "No working Python 3.12, 3.13 or 3.11 (with venv and ensurepip) found; install one, or say make PYTHON=/path/to/python." >&2; exit 2; }
-	@echo "Environment .venv with $$("$(PYTHON)" --version): installing (a minute or two)"
-	@rm -rf .venv && "$(PYTHON)" -m venv .venv
+	@$(RUN) -c '' 2>/dev/null || { rm -rf .venv && "$(PYTHON)" -m venv .venv; }
+	@echo "Environment .venv with $$($(RUN) --version): installing (a minute or two)"
 	@$(RUN) -m pip install -qq --disable-pip-version-check -e '.[dev]'
 	@touch $@
 
@@ -81,7 +82,7 @@ colab: .venv-colab/stamp
 	@if [ -e $< ]; then .venv-colab/bin/python -m notebooks.colab; fi
 
 .venv-aot/stamp: setup.py
-	@rm -rf .venv-aot && "$(PYTHON)" -m venv .venv-aot
+	@.venv-aot/bin/python -c '' 2>/dev/null || { rm -rf .venv-aot && "$(PYTHON)" -m venv .venv-aot; }
 	@.venv-aot/bin/python -m pip install -qq --disable-pip-version-check -e '.[aot]'
 	@touch $@
 

@@ -6,6 +6,7 @@ import re
 from setuptools import find_packages, setup
 
 HERE = pathlib.Path(__file__).resolve().parent
+REPOSITORY = "https://github.com/OWNER/deepseek-jax"  # the one place that names it: docs/notebooks.md
 
 setup(
     name="deepseek-jax",
@@ -14,7 +15,11 @@ setup(
     long_description=HERE.joinpath("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     author="The deepseek-jax authors",
-    license="Apache-2.0",
+    license_expression="Apache-2.0",
+    license_files=["LICENSE"],
+    url=REPOSITORY,
+    project_urls={"Documentation": f"{REPOSITORY}/tree/main/docs", "Changelog": f"{REPOSITORY}/blob/main/LOG.md",
+                  "Issues": f"{REPOSITORY}/issues"},
     keywords="jax flax deepseek mixture-of-experts mla fp8 pallas dualpipe language-model",
     classifiers=[
         "Development Status :: 4 - Beta",
@@ -61,7 +66,7 @@ setup(
             "ruff>=0.9",
             "pyright[nodejs]>=1.1.400",
             "build>=1.2",
-            "setuptools>=68",
+            "setuptools>=77",
             "zstandard>=0.22",
             "pyarrow>=16",
             "starlette>=0.40",

@@ -7,15 +7,13 @@
 import argparse
 import os
 import pathlib
-import statistics
 import sys
-from typing import Any
 
 from deepseek_jax import cli, io
 from deepseek_jax.config import ConfigError, as_dict
 from deepseek_jax.table import aligned
 
-HELD_OUT = ("data.sources", "data.validation_fraction")
+HELD_OUT = ("sources", "validation_fraction")  # keys of the section data
 
 
 def parse() -> argparse.Namespace:
@@ -30,48 +28,27 @@ def main() -> None:
     args = parse()
     if len(set(map(os.path.abspath, args.runs))) != len(args.runs) or len(args.runs) < 2:
         raise ConfigError("give two or more different runs to compare.")
+    from deepseek_jax.training.comparison import compare
     from deepseek_jax.training.metrics import read_metrics
     from deepseek_jax.workdir import load_workdir_config
 
-    configs = {run: _flat(as_dict(load_workdir_config(run))) for run in args.runs}
+    configs = {run: as_dict(load_workdir_config(run)) for run in args.runs}
     rows = {run: read_metrics(run) for run in args.runs}
     if empty := [run for run in args.runs if not any("loss" in row for row in rows[run])]:
         raise ConfigError(f"{empty[0]} has no metrics yet; let it train a step, or leave it out.")
-    table = {run: _differing(configs, run) | summary(rows[run], configs[run]["train.steps"]) for run in args.runs}
+    table = compare(configs, rows)
     _print(table)
-    if len({str([config[key] for key in HELD_OUT]) for config in configs.values()}) > 1:
+    if len({str([config["data"][key] for key in HELD_OUT]) for config in configs.values()}) > 1:
         print("note: these runs hold out different texts, so their bits_per_byte cannot be compared.", file=sys.stderr)
+    elif len({row["eval_share"] for row in table.values()}) > 1:
+        print("note: eval_share says how much of the held-out text each run has scored; compare bits_per_byte where it "
+              "is the same.", file=sys.stderr)
     if args.json:
         io.write_json(args.json, table)
     if args.plot:
         from deepseek_jax.plots.training import plot_runs
 
         print(f"Picture: {plot_runs({name: rows[run] for run, name in _names(args.runs).items()}, args.plot)}")
-
-
-def summary(rows: list[dict], steps: int) -> dict[str, Any]:
-    """How far a run came. Loss in nats per token; means over the last steps; None: not measured yet."""
-    from deepseek_jax.training.metrics import LAST_STEPS
-
-    trained, evaluated = ([row for row in rows if key in row] for key in ("loss", "eval_loss"))
-    mean = lambda key: statistics.fmean(values) if (
-        values := [row[key] for row in trained[-LAST_STEPS:] if row.get(key) is not None]) else None
-    return {"step": trained[-1]["step"], "of": steps, "tokens": trained[-1]["tokens"], "loss": mean("loss"),
-            "bits_per_byte": evaluated[-1].get("eval_bits_per_byte") if evaluated else None,
-            "max_vio": mean("max_vio"), "tokens_per_second": mean("tokens_per_second")}
-
-
-def _differing(configs, run):
-    """The config keys whose values are not the same in all runs."""
-    keys = sorted({key for config in configs.values() for key in config})
-    return {key: configs[run].get(key) for key in keys
-            if len({repr(config.get(key)) for config in configs.values()}) > 1}
-
-
-def _flat(tree, prefix=""):
-    if not isinstance(tree, dict):
-        return {prefix: tree}
-    return {k: v for key, value in tree.items() for k, v in _flat(value, f"{prefix}.{key}" if prefix else key).items()}
 
 
 def _names(runs):
@@ -86,8 +63,10 @@ def _print(table):
             return "-" if value is None else f"{value}"
         return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
+    from deepseek_jax.training.comparison import label
+
     names = _names(table)
-    columns = [["", *next(iter(table.values()))],
+    columns = [["", *map(label, next(iter(table.values())))],
                *([names[run], *map(show, of_run.values())] for run, of_run in table.items())]
     print(aligned(list(zip(*columns))))
 

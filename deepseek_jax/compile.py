@@ -29,7 +29,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--drafts", type=int, default=0, help="with --decode: tokens drafted in a step, by MTP modules")
     parser.add_argument("--json", metavar="FILE", help="also write the report there")
     parser.add_argument("--plot", metavar="FILE", help="also draw memory by group there")
-    return parser.parse_args()
+    args = parser.parse_args()
+    arguments.check_counts(args)
+    return args
 
 
 def main() -> int:

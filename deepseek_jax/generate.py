@@ -1,7 +1,7 @@
 """Lets a trained model continue prompts, or answer in a chat.
 
     python -m deepseek_jax.generate --workdir run --prompt "def " --max-new-tokens 64 --temperature 0.8
-    python -m deepseek_jax.generate --hf checkpoint --chat --prompt "Why is the sky blue?" --top-p 0.95
+    python -m deepseek_jax.generate --hf checkpoint --chat --prompt "Why is the sky blue?"
     python -m deepseek_jax.generate --workdir run --prompts questions.jsonl --stop $'\\n\\n' > answers.jsonl
 """
 
@@ -26,10 +26,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--chat", action="store_true", help="prompts are what a user says; only the answer is printed")
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--temperature", type=float, default=0.0, help="0: always the likeliest token")
-    parser.add_argument("--top-p", type=float, default=1.0, help="only the likeliest tokens, up to this probability")
-    parser.add_argument("--top-k", type=int, default=0, help="only this many of the likeliest tokens; 0: all")
-    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="ends a continuation, and is not "
-                        "part of it; may be repeated")
+    parser.add_argument("--top-p", type=float, default=1.0, help="samples: the likeliest tokens up to this probability")
+    parser.add_argument("--top-k", type=int, default=0, help="samples: this many of the likeliest tokens; 0: all")
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="ends the text; may be repeated")
     parser.add_argument("--speculative", action="store_true", help="draft with the MTP module; the text is the same")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--ema", action="store_true", help="use the moving average of the weights")
@@ -47,6 +46,8 @@ def check(args: argparse.Namespace) -> None:
         raise ConfigError(f"--top-p={args.top_p} must lie in (0, 1].")
     if not 0 <= args.top_k < 2**31:
         raise ConfigError(f"--top-k={args.top_k} must be 0 (all tokens) or positive, and less than 2^31.")
+    if args.temperature == 0 and (args.top_p, args.top_k) != (1, 0):
+        raise ConfigError("--top-p and --top-k change nothing at --temperature 0; add --temperature 1, or omit them.")
     if "" in args.stop:
         raise ConfigError("--stop is empty; give the text that ends a continuation.")
     if not 0 <= args.seed < 2**32:
@@ -61,8 +62,8 @@ def main() -> None:
 
     from deepseek_jax.serving import Request, run_requests
     from deepseek_jax.serving.openai import chat_template
-    from deepseek_jax.serving.openai.prompts import Continuation, prompt_ids, read_prompts
-    from deepseek_jax.workdir import load
+    from deepseek_jax.serving.openai.prompts import Continuation, check_room, prompt_ids, read_prompts
+    from deepseek_jax.workdir import load, most_positions
 
     prompts = [args.prompt] if args.prompts is None else read_prompts(args.prompts)
     if args.chat:
@@ -70,9 +71,10 @@ def main() -> None:
     folder = args.hf or args.workdir
     cfg, variables, tokenizer = load(folder, args.ema, args.step, hf=args.hf is not None, on_host=True)
     text = chat_template.of_folder(folder, tokenizer, any(isinstance(prompt, list) for prompt in prompts))
-    requests = [Request(tuple(prompt_ids(prompt, tokenizer, text)), args.max_new_tokens, args.temperature,
-                        args.top_k, args.top_p, args.seed, stream=i, stop_tokens=text.ends)
-                for i, prompt in enumerate(prompts)]
+    ids = [prompt_ids(prompt, tokenizer, text) for prompt in prompts]
+    check_room(ids, args.max_new_tokens, most_positions(folder))
+    requests = [Request(tuple(prompt), args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed,
+                        stream=i, stop_tokens=text.ends) for i, prompt in enumerate(ids)]
     said = [Continuation(tokenizer, tuple(args.stop)) for _ in prompts]
     made = run_requests(cfg, variables, requests, args.speculative, said)
     if args.prompts is None:

@@ -175,8 +175,30 @@ def _read(folder, hf, ema, step):
 
 def is_hf_checkpoint(folder: str) -> bool:
     """Whether the config.json there is one of Hugging Face's: it names its architecture."""
+    return bool({"model_type", "architectures"} & _object(os.path.join(folder, "config.json")).keys())
+
+
+def most_positions(folder: str) -> int | None:
+    """How many tokens, of prompt and answer together, the model in a folder was made for; None: nothing there says.
+
+    That is max_position_embeddings of a Hugging Face checkpoint, or of the one that a work directory was converted
+    from; of any other run what its YaRN extends the context to.
+    """
+    from deepseek_jax.interop.convert import LAYOUT
+
+    own = _object(os.path.join(folder, "config.json"))
+    source = _object(os.path.join(folder, LAYOUT)).get("config", own)
+    stated = source.get("max_position_embeddings")
+    if type(stated) is int and stated > 0:
+        return stated
+    yarn = freeze(own).model.yarn if "model" in own else None
+    return None if yarn is None else int(yarn.factor * yarn.original_length)
+
+
+def _object(path: str) -> dict[str, Any]:
+    """A file's JSON object; {} where there is none."""
     try:
-        config = io.read_json(os.path.join(folder, "config.json"))
+        found = io.read_json(path)
     except (OSError, ValueError):
-        return False
-    return isinstance(config, dict) and bool({"model_type", "architectures"} & config.keys())
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -4,10 +4,8 @@ import json
 
 import pytest
 
-from deepseek_jax import compare
 from deepseek_jax.config import as_dict, load_config
 from deepseek_jax.table import aligned
-from deepseek_jax.training.metrics import LAST_STEPS
 from tests import runs
 
 
@@ -24,21 +22,14 @@ def two(tmp_path):
     return tmp_path
 
 
-def test_a_run_is_summed_up_by_its_last_steps():
-    rows = [dict(step=s, tokens=10 * s, loss=float(s)) for s in range(1, 101)]
-    rows += [dict(step=s, eval_loss=1.0, eval_bits_per_byte=s / 100) for s in (50, 100)]
-    found = compare.summary(rows, 200)
-    assert (found["step"], found["of"], found["tokens"], found["bits_per_byte"]) == (100, 200, 1000, 1.0)
-    assert found["loss"] == sum(range(101 - LAST_STEPS, 101)) / LAST_STEPS and found["max_vio"] is None
-
-
 def test_only_what_differs_is_shown_and_the_last_steps_alone_count(two):
     result = runs.run("compare", two / "a", two / "b", "--json", two / "table.json")
 
     assert result.code == 0
     head, first, *rest = (line.split() for line in result.out.splitlines())
     assert head == ["a", "b"] and first == ["optimizer.learning_rate", "0.001", "0.002"]
-    assert ["loss", "5.001", "5.002"] in rest and ["tokens_per_second", "-", "-"] in rest
+    assert ["loss,", "last", "50", "steps", "5.001", "5.002"] in rest
+    assert ["tokens_per_second,", "last", "50", "steps", "-", "-"] in rest and ["step", "60", "60"] in rest
     table = json.loads((two / "table.json").read_text())
     assert [row["step"] for row in table.values()] == [60, 60]
 
@@ -49,6 +40,15 @@ def test_runs_that_hold_out_different_texts_are_noted(two):
     config["data"]["validation_fraction"] = 0.5
     (two / "a" / "config.json").write_text(json.dumps(config))
     assert "so their bits_per_byte cannot be compared" in runs.run("compare", two / "a", two / "b").err
+
+
+def test_runs_that_scored_different_shares_of_the_text_are_noted(two):
+    for name, share in (("a", 0.25), ("b", 1.0)):
+        with open(two / name / "metrics.jsonl", "a") as f:
+            f.write(json.dumps(dict(step=60, eval_loss=1.0, eval_bits_per_byte=2.0, eval_share=share)) + "\n")
+    result = runs.run("compare", two / "a", two / "b")
+    assert result.err.startswith("note: eval_share") and result.err.count("\n") == 1
+    assert ["eval_share", "0.25", "1"] in [line.split() for line in result.out.splitlines()]
 
 
 def test_columns_are_as_wide_as_their_longest_cell():

@@ -80,6 +80,7 @@ MAY_IMPORT = {
     "training.metrics": ("io",),
     "training.throughput": ("scale.hardware",),
     "training.evaluate": ("training.step", "training.types", "training.metrics", "data", "workdir", "config"),
+    "training.comparison": ("training.metrics",),
     "training.loop": ("training.evaluate", "training.step", "training.types", "training.metrics",
                       "training.throughput", "pipeline.model", "model.parts", "parallel", "checkpoint", "data",
                       "scale.costs", "workdir", "config"),
@@ -103,7 +104,7 @@ MAY_IMPORT = {
     "train": ("cli", "config", "parallel.processes", "training.loop", "training.summary"),
     "evaluate": ("cli", "io", "training.evaluate", "serving", "workdir", "config"),
     "routing": ("model", "workdir", "config"),
-    "compare": ("cli", "io", "table", "plots", "training.metrics", "workdir", "config"),
+    "compare": ("cli", "io", "table", "plots", "training.comparison", "training.metrics", "workdir", "config"),
     "generate": ("cli", "serving", "workdir", "config"),
     "serve": ("cli", "serving", "workdir", "config"),
     "convert": ("cli", "interop.convert", "config"),
@@ -116,7 +117,8 @@ WITHOUT_JAX = ("config", "configs", "cli", "runtime", "io", "plugin", "data", "w
                "pipeline.ticks", "pipeline.schedule", "pipeline.validate", "pipeline.tables", "pipeline.draw",
                "pipeline.__main__", "scale.costs", "scale.layout", "scale.traffic", "scale.memory", "scale.hardware",
                "scale.timing", "scale.plan", "scale.decoding", "scale.tables", "scale.arguments", "scale.serve",
-               "scale.finetune", "scale.one_device", "scale.compile.hlo", "plots", "table", *COMMANDS)
+               "scale.finetune", "scale.one_device", "scale.compile.hlo", "plots", "table", "training.comparison",
+               *COMMANDS)
 JAX = ("jax", "jaxlib", "flax", "optax", "orbax", "chex")
 LONGEST_COMMAND = 99
 
@@ -267,45 +269,82 @@ def test_an_import_along_the_arrows_is_allowed(tmp_path):
     assert not list(violations(tmp_path))
 
 
+def test_the_rooms_can_be_drawn(tmp_path):
+    draw(tmp_path / "rooms.png")
+    graph = room_graph()
+    height = heights(graph)
+    assert (tmp_path / "rooms.png").stat().st_size > 50_000
+    assert all(height[room] > height[other] for room in graph for other in graph[room] if room not in graph[other])
+
+
 FOUNDATIONS = ("config", "io", "cli", "table", "runtime", "plugin")  # which any room may use: drawn without arrows
 
 
 def draw(path):
-    """The rooms as boxes, each above all that it imports, with an arrow for every import between rooms."""
+    """The rooms as boxes, each above what it imports. An import that a path of other arrows shows has no own arrow."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    graph = room_graph()
+    height = heights(graph)
+    down = {room: {r for r in imported if height[r] < height[room]} for room, imported in graph.items()}
+    below = {}
+    for room in sorted(graph, key=height.get):
+        below[room] = down[room].union(*(below[r] for r in down[room]))
+    arrows = {(room, r) for room in graph for r in down[room]
+              if not any(r in below[other] for other in down[room] - {r})}  # the rest is on a longer path
+    mutual = {(a, b) for a in graph for b in down[a] if a in graph[b]}
+    place = placed(height | dict.fromkeys(FOUNDATIONS, 0), arrows)
+    figure = Figure(figsize=(11, 8), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axis = figure.subplots()
+    axis.set_xlim(0, 1)
+    axis.set_ylim(-0.5, max(height.values()) + 0.5)
+    axis.set_axis_off()
+    style = dict(boxstyle="round,pad=0.4", fc="#eaf2f8", ec="#0072B2")
+    box = {room: axis.text(x, y, room, ha="center", va="center", bbox=style).get_bbox_patch()
+           for room, (x, y) in place.items()}
+    figure.draw_without_rendering()  # now the boxes have their sizes
+    for pairs, style in ((arrows - mutual, dict(arrowstyle="-|>")), (mutual, dict(arrowstyle="<|-|>", linestyle="--"))):
+        for a, b in sorted(pairs):
+            axis.annotate("", xy=place[b], xytext=place[a], zorder=1, arrowprops=dict(
+                color="#0072B2", patchA=box[a], patchB=box[b], shrinkA=0, shrinkB=1, mutation_scale=12, **style))
+    axis.set_title("Rooms of deepseek_jax: arrows lead to what a room imports (dashed: parts of both do).\n"
+                   "Left out: imports that a path of arrows shows, and those of the lowest row, which is open to all.",
+                   loc="left")
+    figure.savefig(path)
+
+
+def room_graph():
+    """{room: the rooms that it imports}, of the top level, without those that any may import."""
     graph = {}
     for file in sorted((ROOT / "deepseek_jax").rglob("*.py")):
         room = short(module_of(file, ROOT)).split(".")[0]
         names = {short(imported).split(".")[0] for imported, _ in imports(file, ROOT)
                  if imported.split(".")[0] in PACKAGES}
         graph.setdefault(room or "__init__", set()).update(names - {room, "", *FOUNDATIONS})
-    graph = {room: graph.get(room, set()) for room in {*graph, "kernels_pallas"} - {"__init__", *FOUNDATIONS}}
-    # Folders may import each other where their modules do not: such a pair is ordered by the others alone.
+    return {room: graph.get(room, set()) for room in {*graph, "kernels_pallas"} - {"__init__", *FOUNDATIONS}}
+
+
+def heights(graph):
+    """{room: its row}, above those of all that it imports; of two that import each other, the others alone decide."""
     height = dict.fromkeys(graph, 1)
     for _ in graph:
         for room, imported in graph.items():
             height[room] = max([height[room], *(height[r] + 1 for r in imported if room not in graph[r])])
-    top = max(height.values())
-    height |= dict.fromkeys(COMMANDS, top + 1) | dict.fromkeys(FOUNDATIONS, 0)
-    place = {}
-    for level in sorted(set(height.values())):
-        rooms = sorted(room for room in height if height[room] == level)
-        place |= {room: ((k + 0.5 + 0.2 * (level % 2)) / len(rooms), level) for k, room in enumerate(rooms)}
-    figure = Figure(figsize=(11, 9), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    axis = figure.subplots()
-    for room, imported in graph.items():
-        for other in imported:
-            axis.annotate("", xy=place[other], xytext=place[room], arrowprops=dict(
-                arrowstyle="->", color="#0072B2", alpha=0.35, shrinkA=14, shrinkB=14))
-    for room, (x, y) in place.items():
-        axis.text(x, y, room, ha="center", va="center", bbox=dict(boxstyle="round,pad=0.4", fc="#eaf2f8", ec="#0072B2"))
-    axis.set_ylim(-0.5, top + 1.5)
-    axis.set_axis_off()
-    axis.set_title("Rooms of deepseek_jax and what they import; the lowest row is open to all", loc="left")
-    figure.savefig(path)
+    return height | dict.fromkeys(COMMANDS, max(height.values()) + 1)
+
+
+def placed(height, arrows):
+    """{room: (x, y)}: within a row, each near the mean of those that arrows connect it with."""
+    rows = {y: sorted(room for room in height if height[room] == y) for y in sorted(set(height.values()))}
+    x = {room: (k + 0.5) / len(row) for row in rows.values() for k, room in enumerate(row)}
+    for _ in range(20):
+        for row in rows.values():
+            near = {room: [x[b if a == room else a] for a, b in arrows if room in (a, b)] for room in row}
+            row.sort(key=lambda room: sum(near[room]) / len(near[room]) if near[room] else x[room])
+            x |= {room: (k + 0.5) / len(row) for k, room in enumerate(row)}
+    return {room: (x[room] + 0.03 * (-1) ** y * (y > 0), y) for room, y in height.items()}
 
 
 if __name__ == "__main__":

@@ -55,6 +55,9 @@ def test_the_wheel_trains_tiny_from_another_folder(tmp_path):
     with zipfile.ZipFile(wheel) as file:
         file.extractall(tmp_path / "site")
     assert not (tmp_path / "site" / "tests").exists()
+    (about,) = (tmp_path / "site").glob("*.dist-info")
+    assert (about / "licenses" / "LICENSE").read_bytes() == (ROOT / "LICENSE").read_bytes()
+    assert "\nLicense-Expression: Apache-2.0\n" in (about / "METADATA").read_text()
     sizes = ["--config.train.steps=2", "--config.train.batch_size=2", "--config.train.sequence_length=32",
              "--config.train.eval_batches=1", "--config.train.sample_tokens=0",
              "--config.data.sources=(('text', 1.0),)", "--config.data.validation_fraction=0.5",
@@ -78,4 +81,5 @@ def test_the_source_distribution_has_the_tests(tmp_path):
     with tarfile.open(path) as file:
         names = {name.partition("/")[2] for name in file.getnames()}
     assert {"tests/conftest.py", "tests/runs.py", "experiments/configs/tiny.py", "Makefile", "docs/config.md",
-            "examples/own_router.py", "deepseek_jax/configs/tiny.py"} <= names
+            "examples/own_router.py", "deepseek_jax/configs/tiny.py", "LICENSE"} <= names
+    assert path.stat().st_size < 7 << 20

@@ -1,12 +1,13 @@
 """A work directory: one process trains in it, and its config is what its checkpoints are of."""
 
+import json
 import os
 
 import pytest
 
-from deepseek_jax.config import ConfigError, load_config
+from deepseek_jax.config import Config, ConfigError, as_dict, load_config, model_config
 from deepseek_jax.training.loop import check_start
-from deepseek_jax.workdir import alone_in, check_workdir, claim_workdir, load_workdir_config
+from deepseek_jax.workdir import alone_in, check_workdir, claim_workdir, load_workdir_config, most_positions
 
 
 @pytest.fixture
@@ -51,3 +52,18 @@ def test_a_name_that_is_not_utf8_is_refused_in_one_line(two, tmp_path):
     for use in (lambda: check_workdir(two[0], workdir), lambda: load_workdir_config(workdir)):
         with pytest.raises(ConfigError, match=r"caf\\udce9 is not UTF-8"):
             use()
+
+
+@pytest.mark.parametrize(("files", "positions"), [
+    ({}, None), ({"config.json": {"model_type": "deepseek_v3", "max_position_embeddings": 8192}}, 8192),
+    ({"config.json": {"model_type": "deepseek_v3", "max_position_embeddings": "many"}}, None),
+    ({"config.json": as_dict(Config(model=model_config("tiny")))}, None),
+    ({"config.json": as_dict(Config(model=model_config("tiny"))),
+      "hf_layout.json": {"config": {"max_position_embeddings": 2048}}}, 2048),
+    ({"config.json": as_dict(Config(model=model_config(
+        "tiny", yarn={"factor": 4.0, "original_length": 64})))}, 256)],
+    ids=["none", "hugging face", "no number", "a run", "converted", "yarn"])
+def test_a_model_has_as_many_positions_as_its_checkpoint_or_its_yarn_says(tmp_path, files, positions):
+    for name, content in files.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    assert most_positions(str(tmp_path)) == positions

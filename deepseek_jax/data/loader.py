@@ -6,7 +6,8 @@ within each micro-batch the hosts take contiguous shares: more hosts or a restar
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import pathlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import grain
@@ -31,7 +32,7 @@ class Loader:
         self.tokenizer = tokenizer
         self.rows = rows // hosts
         self.validation = Validation(prepared.validation, train.sequence_length, tokenizer.byte_lengths_W)
-        self.sources = [meta["source"] for meta in prepared.sources]
+        self.sources = short_names([meta["source"] for meta in prepared.sources])
         self.streams = []
         if prepared.train:
             self.mixture = Mixture(tuple(weight for _, weight in config.data.sources), train.seed)
@@ -88,6 +89,22 @@ class Loader:
     def validation_bytes(self, rows: int, limit: int = 0) -> int:
         """UTF-8 bytes of the tokens that `validation_batches(rows, limit)` scores, over all hosts."""
         return self.validation.bytes(rows * self.hosts, limit)
+
+
+def short_names(paths: Sequence[str]) -> list[str]:
+    """Names for different paths that do not depend on their order: of each, the fewest last parts that no other has.
+
+    A path whose parts do not tell it apart keeps its full name.
+    """
+    parts = [pathlib.PurePath(path).parts for path in paths]
+
+    def name(path, own):
+        others = [other for other, theirs in zip(parts, paths) if theirs != path]
+        enough = (n for n in range(1, len(own) + 1) if all(other[-n:] != own[-n:] for other in others))
+        n = next(enough, None)
+        return path if n is None else pathlib.PurePath(*own[-n:]).as_posix()
+
+    return [name(path, own) for path, own in zip(paths, parts)]
 
 
 def _streams(config, prepared) -> list[Stream]:

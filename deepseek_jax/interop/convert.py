@@ -10,6 +10,7 @@ import concurrent.futures
 import contextlib
 import os
 import pathlib
+import shlex
 import shutil
 import threading
 
@@ -63,7 +64,11 @@ def from_hf(src: str, dst: str, dtype: str | None = None, keep_fp8: bool = False
         notes = source.notes
         if not _copy_text(src, partial):
             notes.append(f"{src} has no tokenizer.json; put one into {dst} before you evaluate or generate there.")
-    return notes
+    run = shlex.quote(dst)
+    return [*notes, f"{dst} is a work directory. Next, one of",
+            f"  python -m deepseek_jax.generate --workdir {run} --prompt TEXT",
+            f"  python -m deepseek_jax.serve --workdir {run}",
+            f"  python -m deepseek_jax.train --config {run}/config.json --workdir tuned --config.init.from={run}"]
 
 
 def to_hf(src: str, dst: str, fp8: bool = False, dtype: str | None = None) -> list[str]:

@@ -42,7 +42,7 @@ def plot_loss(workdir: str | os.PathLike[str]) -> pathlib.Path:
     if losses.get_legend_handles_labels()[0]:
         losses.legend(frameon=False, reverse=True)
     if len(evaluated[0]):
-        panels["V"].plot(*evaluated, color=GREEN, marker="o", markersize=4, linewidth=1.5)
+        _evaluations(panels["V"], rows, evaluated[0], GREEN)
         _finish(panels["V"], f"Validation: {evaluated[1][-1]:.3f} at step {evaluated[0][-1]:.0f}", "bits per byte")
         panels["V"].set_xlabel("step")
         panels["V"].sharex(below)
@@ -88,8 +88,7 @@ def plot_runs(runs: dict[str, list[dict]], path: str | os.PathLike[str]) -> path
         axes[0].plot(million(steps), losses, color=colour, alpha=0.18, linewidth=0.8)
         axes[0].plot(million(steps), _smooth(losses), color=colour, linewidth=1.6, label=name)
         if evaluated:
-            steps, bits = _series(rows, "eval_bits_per_byte")
-            axes[1].plot(million(steps), bits, color=colour, marker="o", markersize=3.5, linewidth=1.4)
+            _evaluations(axes[1], rows, million(_series(rows, "eval_bits_per_byte")[0]), colour)
     _finish(axes[0], "Training: next token", "nats per token")
     axes[0].legend(frameon=False)
     if evaluated:
@@ -161,6 +160,19 @@ def _max_vio_curves(axis, steps, vio_SL):
     axis.plot([], [], color=BLUE, alpha=0.3, linewidth=0.8, label="one layer")
     _finish(axis, "MaxVio: how far the busiest expert is above the mean", "max / mean - 1", (0, None))
     axis.legend(frameon=False, ncols=2)
+
+
+def _evaluations(axis, rows, x, colour):
+    """Bits per byte at the places `x`; hollow where they are of a part of the held-out text."""
+    scored = [row for row in rows if row.get("eval_bits_per_byte") is not None]
+    pairs = [(row["eval_bits_per_byte"], (row.get("eval_share") or 1) < 1) for row in scored]
+    bits, partial = np.array(pairs, float).reshape(-1, 2).T
+    axis.plot(x, bits, color=colour, linewidth=1.5)
+    for hollow, label in ((1, "part of the held-out text"), (0, "all of it")):
+        axis.plot(x[partial == hollow], bits[partial == hollow], "o", color=colour, markersize=4,
+                  markerfacecolor="white" if hollow else colour, label=label)
+    if partial.any() and not axis.get_legend():  # several runs share one legend
+        axis.legend(*(some[:2] for some in axis.get_legend_handles_labels()), frameon=False)
 
 
 def _finish(axis, title, ylabel, limits=(None, None)):

@@ -61,6 +61,7 @@ def add_one_device(parser: argparse.ArgumentParser) -> None:
 def checked(parser: argparse.ArgumentParser) -> argparse.Namespace:
     """The options of `plan`. Raises ConfigError for one that the question asked does not read."""
     args = parser.parse_args()
+    check_counts(args)
     question = "--serve" if args.serve else "--finetune" if args.finetune else "training"
     for name, value in vars(args).items():
         readers = READERS.get(name, ("training",))
@@ -73,6 +74,15 @@ def checked(parser: argparse.ArgumentParser) -> argparse.Namespace:
             raise ConfigError(f"{question} plans one device and does not read {option}; leave out {option}"
                               + (", or --serve and --finetune." if name == "devices" else "."))
     return args
+
+
+def check_counts(args: argparse.Namespace) -> None:
+    """Raises ConfigError, which names the option, for a number below 1 of what has to be there."""
+    for name in ("devices", "layers", "pipe", "expert", "tensor", "sequences", "rows", "sequence_length", "decode",
+                 "length"):
+        if type(value := getattr(args, name, None)) is int and value < 1:  # --decode is a switch of plan
+            option = "context" if name == "sequence_length" else name
+            raise ConfigError(f"--{option} {value} must be positive.")
 
 
 def complete(args: argparse.Namespace, machine: Hardware) -> None:
@@ -96,8 +106,6 @@ def complete(args: argparse.Namespace, machine: Hardware) -> None:
         args.sequences = 1 if args.devices in (None, 1) else REPORT_SEQUENCES
     if args.rows is None:
         args.rows = args.sequences if one_device else 1
-    if args.sequence_length < 1:
-        raise ConfigError(f"--context {args.sequence_length} must be positive.")
 
 
 def positive(text: str) -> float:

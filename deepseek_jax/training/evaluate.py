@@ -24,13 +24,14 @@ class Score(NamedTuple):
     """Of a complete set of documents, or an even part of it.
 
     loss: nats per token. max_vio_global: balance over all batches together (max / mean load - 1).
-    by_source: {source: its loss}, of a run with several; {} for one.
+    by_source: {source: its loss}, of a run with several; {} for one. share: of the documents' batches; 1: all.
     """
 
     loss: float
     bits_per_byte: float
     max_vio_global: float
     by_source: dict[str, float]
+    share: float = 1.0
 
 
 def evaluate(loader: Loader, step: Callable[..., Sums], params: dict[str, Any], router: dict[str, jax.Array],
@@ -53,7 +54,8 @@ def evaluate(loader: Loader, step: Callable[..., Sums], params: dict[str, Any], 
             sources.setdefault(source, _Total()).add(part)
     bits = total.nats / math.log(2)
     return Score(total.loss, bits / loader.validation_bytes(loader.rows, limit), max_vio(all_layers(counts or {})),
-                 {source: part.loss for source, part in sources.items()})
+                 {source: part.loss for source, part in sources.items()},
+                 len(numbers) / max(1, len(loader.validation.batch_numbers(loader.rows * loader.hosts))))
 
 
 @dataclasses.dataclass
@@ -81,5 +83,6 @@ def evaluate_workdir(workdir: str, data: str | None = None, ema: bool = False,
     compiled = jax.jit(lambda *args: eval_step(config, *args))
     score = evaluate(loader, compiled, variables["params"], variables["router"], progress=True)
     result = {"step": step, **score._asdict()}
+    del result["share"]  # all
     result |= {f"loss/{source}": loss for source, loss in result.pop("by_source").items()}
     return result | (compressed_bits_per_byte(config.data, data) if compressors else {})

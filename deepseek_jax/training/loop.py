@@ -259,7 +259,7 @@ class Run:
         score = evaluate(self.loader, self.eval_fn, self.state.params, self.state.router, limit, last and is_first())
         if self.writer:
             self.writer.write(self.step, eval_loss=score.loss, eval_bits_per_byte=score.bits_per_byte,
-                              max_vio_global=score.max_vio_global,
+                              eval_share=score.share, max_vio_global=score.max_vio_global,
                               **{f"eval_loss/{source}": loss for source, loss in score.by_source.items()})
         self._say(bar, f"step {self.step}: validation loss {score.loss:.4f}, {score.bits_per_byte:.4f} bits per byte, "
                        f"MaxVio_global {score.max_vio_global:.3f}"

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from deepseek_jax.config import ConfigError
+from deepseek_jax.data.loader import short_names
 
 FIELDS = ("tokens", "weights", "segment_ids", "active")
 
@@ -32,6 +33,15 @@ def test_shapes_and_dtypes_are_those_promised(make_loader, folder):
         "active": ("int32", ())}
     assert not batch["weights"][..., 0].any() and (batch["weights"][..., 1:] == 1).all()
     assert (batch["segment_ids"][..., 0] == 1).all()
+
+
+@pytest.mark.parametrize(("paths", "names"), [
+    (["stdlib"], ["stdlib"]), (["/data/web/", "~/code"], ["web", "code"]),
+    (["/data/a/text", "/data/b/text", "c"], ["a/text", "b/text", "c"]), (["/a/*.md", "/a/*.txt"], ["*.md", "*.txt"]),
+    (["text", "/a/text"], ["text", "a/text"]), (["/text", "text"], ["/text", "text"]), (["a", "a/"], ["a", "a/"])])
+def test_a_source_is_named_by_the_end_of_its_path_that_no_other_has(paths, names):
+    assert short_names(paths) == names
+    assert short_names(paths[::-1]) == names[::-1]
 
 
 def in_stream_order(rows, loader):

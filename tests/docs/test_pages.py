@@ -1,5 +1,7 @@
 """The README and the pages of docs: their links lead somewhere, their lines fit, and the commands in them exist."""
 
+import ast
+import importlib.util
 import pathlib
 import re
 
@@ -32,6 +34,16 @@ def test_lines_fit_a_terminal(page):
         if len(line) > 100 and not line.startswith("|") and "](" not in line:
             long.append(number)
     assert not long
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_python_in_a_page_parses_and_imports_what_is_there(page):
+    for block in re.findall(r"^```python\n(.*?)^```", page.read_text(), re.M | re.S):
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] in ("deepseek_jax", "experiments"):
+                found = importlib.import_module(node.module)
+                assert not [alias.name for alias in node.names if not hasattr(found, alias.name)
+                            and importlib.util.find_spec(f"{node.module}.{alias.name}") is None]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

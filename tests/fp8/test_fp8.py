@@ -208,7 +208,7 @@ def test_the_three_products_of_a_linear_are_those_of_the_quantized_numbers(shape
 
 def test_a_linear_takes_the_frozen_weights_of_a_checkpoint():
     x, w, dy = data((64, 200), 1, 1.0), data((130, 200), 2, 1.0), data((64, 130), 3, 1.0)
-    held = fp8.quantize_blocks(w)
+    held = jax.jit(fp8.quantize_blocks)(w)  # as linear does: outside jit, jax 0.7.2 rounds differently
 
     y, (dx, _) = value_and_gradients(fp8.linear, (x, held), dy)
 

@@ -1,14 +1,17 @@
 """The command lines, from a checkpoint folder to text and back."""
 
+import importlib
+import shlex
 import sys
 
 import numpy as np
 import pytest
 
 from deepseek_jax import convert, generate
-from deepseek_jax.config import ConfigError
+from deepseek_jax.config import ConfigError, load_config
 from deepseek_jax.data.tokenizer import train_tokenizer
 from deepseek_jax.interop import save_hf
+from deepseek_jax.workdir import load_workdir_config
 from tests.model import naive
 
 TEXT = "def value(self):\n    return print(other, 1234)\n\nclass While:\n    pass\n"
@@ -41,6 +44,31 @@ def test_a_converted_checkpoint_says_what_the_folder_itself_says(tmp_path, monke
     said.append(capsys.readouterr().out)
 
     assert said[0].startswith("def value") and len(set(said)) == 1
+
+
+def test_a_conversion_ends_with_commands_that_work(tmp_path, monkeypatch, capsys, folder):
+    run(monkeypatch, convert, "from-hf", folder, tmp_path / "a run")
+    said = [shlex.split(line) for line in capsys.readouterr().out.splitlines() if line.startswith("  python")]
+
+    names = [words[2].removeprefix("deepseek_jax.") for words in said]
+    assert names == ["generate", "serve", "train"]
+    for name, words in zip(names, said):
+        monkeypatch.setattr(sys, "argv", words[2:])
+        args = importlib.import_module(f"deepseek_jax.{name}").parse()
+        if name == "train":
+            args, overrides = args
+            config = load_config(args.config, overrides)
+            assert config.model == load_workdir_config(args.config[:-len("/config.json")]).model
+            assert config.init.from_ == str(tmp_path / "a run")
+        else:
+            assert args.workdir == str(tmp_path / "a run")
+
+
+def test_more_tokens_than_the_model_has_positions_are_one_line(tmp_path, monkeypatch, folder):
+    run(monkeypatch, convert, "from-hf", folder, tmp_path / "run")
+    for where in (("--hf", folder), ("--workdir", tmp_path / "run")):
+        with pytest.raises(ConfigError, match="exceed the 4,096 positions"):
+            run(monkeypatch, generate, *where, "--prompt", "def", "--max-new-tokens", 4096)
 
 
 def test_to_hf_of_dequantized_weights_is_bfloat16_or_fp8_again(tmp_path, monkeypatch, folder):

@@ -108,4 +108,11 @@ MUTATIONS = [
         new='if "text" not in record else',
         tests="data/test_corpus.py::test_null_text_is_skipped_and_counted",
     ),
+    Mutation(
+        name="a source is named by the last part of its path, whatever others have",
+        file="deepseek_jax/data/loader.py",
+        old="if all(other[-n:] != own[-n:] for other in others))",
+        new=")",
+        tests="data/test_loader.py",
+    ),
 ]

@@ -206,4 +206,11 @@ MUTATIONS = [
         new="        if False:",
         tests="test_io.py::test_json_that_no_reader_should_trust_is_refused",
     ),
+    Mutation(
+        name="a converted checkpoint forgets its positions",
+        file="deepseek_jax/workdir.py",
+        old='.get("config", own)',
+        new='.get("nothing", own)',
+        tests="test_workdir.py",
+    ),
 ]

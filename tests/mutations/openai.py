@@ -227,4 +227,11 @@ MUTATIONS = [
         new='tokens = self._prompt(sequence)[1]',
         tests="serving/openai/test_server.py::test_an_answer_can_begin_with_its_prompt_and_say_its_logprobs",
     ),
+    Mutation(
+        name="a prompt takes no positions of the model",
+        file="deepseek_jax/serving/openai/prompts.py",
+        old="longest + new > positions",
+        new="new > positions",
+        tests="serving/openai/test_prompts.py",
+    ),
 ]

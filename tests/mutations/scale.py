@@ -339,4 +339,11 @@ MUTATIONS = [
         new="if question in ALL or value",
         tests="scale/test_one_device.py::test_a_mistake_ends_in_one_line",
     ),
+    Mutation(
+        name="plan names its own argument instead of the option",
+        file="deepseek_jax/scale/arguments.py",
+        old="is int and value < 1:",
+        new="is int and value < 0:",
+        tests="scale/test_one_device.py::test_a_mistake_ends_in_one_line",
+    ),
 ]

@@ -192,4 +192,11 @@ MUTATIONS = [
         new="range(L)]",
         tests="plots/test_training.py",
     ),
+    Mutation(
+        name="an evaluation of a part is drawn like one of all",
+        file="deepseek_jax/plots/training.py",
+        old="(row.get(\"eval_share\") or 1) < 1",
+        new="False",
+        tests="plots/test_training.py",
+    ),
 ]

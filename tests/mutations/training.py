@@ -296,17 +296,24 @@ MUTATIONS = [
     ),
     Mutation(
         name="runs are compared by all their steps",
-        file="deepseek_jax/compare.py",
+        file="deepseek_jax/training/comparison.py",
         old="trained[-LAST_STEPS:]",
         new="trained",
-        tests="test_compare.py::test_a_run_is_summed_up_by_its_last_steps",
+        tests="training/test_comparison.py::test_a_run_is_summed_up_by_its_last_steps",
     ),
     Mutation(
         name="compare shows every config key",
-        file="deepseek_jax/compare.py",
+        file="deepseek_jax/training/comparison.py",
         old="for config in configs.values()}) > 1}",
         new="for config in configs.values()}) > 0}",
         tests="test_compare.py::test_only_what_differs_is_shown_and_the_last_steps_alone_count",
+    ),
+    Mutation(
+        name="a source's loss is shown though a run has none",
+        file="deepseek_jax/training/comparison.py",
+        old="if key not in lacking}",
+        new="}",
+        tests="training/test_comparison.py",
     ),
     Mutation(
         name="an expert that one token chose counts as idle",

@@ -8,12 +8,13 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-FIRST_CELL = '''\
-REPO = "https://github.com/OWNER/deepseek-jax"
+REPOSITORY = re.search(r'^REPOSITORY = "https://github.com/(.*?)"', (ROOT / "setup.py").read_text(), re.M)[1]
+FIRST_CELL = f'''\
+REPO = "https://github.com/{REPOSITORY}"
 import importlib.util
 
 if importlib.util.find_spec("deepseek_jax") is None:  # in Colab: adds what is missing, replaces nothing
-    %pip install -q --no-deps "git+{REPO}" "chex==0.1.90" toolz ml-collections tensorboardX
+    %pip install -q --no-deps "git+{{REPO}}" "chex==0.1.90" toolz ml-collections tensorboardX
 '''
 
 
@@ -30,7 +31,7 @@ def test_the_top_says_how_long_it_takes_and_for_whom_and_opens_in_colab(notebook
     name, content = notebook
     top = sources(content, "markdown")[0]
     assert content["cells"][0]["cell_type"] == "markdown" and top.startswith("# ")
-    assert (f"(https://colab.research.google.com/github/OWNER/deepseek-jax/blob/main/notebooks/{name}.ipynb)") in top
+    assert f"(https://colab.research.google.com/github/{REPOSITORY}/blob/main/notebooks/{name}.ipynb)" in top
     assert re.search(r"\*\*Takes\*\* [\w ]+ (seconds|minutes?) on two CPU cores", top) and "**For** " in top
 
 
@@ -38,9 +39,8 @@ def test_the_first_cell_installs_what_is_missing(notebook):
     assert sources(notebook[1], "code")[0].startswith(FIRST_CELL)
 
 
-def test_one_address_is_used_everywhere(notebook):
-    owners = set(re.findall(r"github(?:\.com)?/([\w-]+)/deepseek-jax", json.dumps(notebook[1])))
-    assert owners == {"OWNER"}
+def test_the_address_of_setup_py_is_used_everywhere(notebook):
+    assert set(re.findall(r"github(?:\.com)?/([\w-]+/deepseek-jax)", json.dumps(notebook[1]))) == {REPOSITORY}
 
 
 def test_a_kernel_is_named(notebook):

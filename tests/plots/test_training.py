@@ -60,6 +60,21 @@ def test_the_loss_picture_shows_training_mtp_and_bits_per_byte(tmp_path, saved):
     assert sorted(len(line.get_xdata()) for line in training.lines) == [5, 5, 6, 6]  # NaN is left out
 
 
+def test_an_evaluation_of_a_part_of_the_text_is_hollow(tmp_path, saved):
+    rows = [dict(step=s, tokens=s, loss=3.0, lr=1e-3) for s in (1, 2, 3)]
+    rows += [dict(step=s, eval_loss=1.0, eval_bits_per_byte=2.0, eval_share=share) for s, share in ((2, 0.1), (3, 1))]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    plots.plot_loss(tmp_path)
+    plots.plot_runs({"a": rows, "b": rows[:3]}, tmp_path / "both.png")
+
+    (validation,) = (axis for axis in saved[0].axes if axis.get_ylabel() == "bits per byte")
+    points = {line.get_markerfacecolor(): list(line.get_xdata()) for line in validation.lines[1:3]}
+    assert points.pop("white") == [2] and list(points.values()) == [[3]]
+    assert [text.get_text() for text in validation.get_legend().get_texts()] == [
+        "part of the held-out text", "all of it"]
+    assert [line.get_markerfacecolor() for line in saved[1].axes[1].lines].count("white") == 2
+
+
 def test_the_load_picture_is_dark_where_an_expert_is_overloaded_and_white_where_all_is_fair(tmp_path, saved):
     write_run(tmp_path, 40, skewed_until=20)
     plots.plot_expert_load(tmp_path)

@@ -68,7 +68,7 @@ def test_what_finetuning_names_instead_fits():
 
 
 @pytest.mark.parametrize(("arguments", "complaint"), [
-    (LITE, "--devices is missing"), ([*LITE, "--devices", "0"], "devices=0 must be positive"),
+    (LITE, "--devices is missing"), ([*LITE, "--devices", "0"], "--devices 0 must be positive"),
     ([*LITE, "--serve", "--finetune"], "not allowed with"),
     ([*LITE, "--serve", "--devices", "4"], "leave out --devices 4"),
     ([*LITE, "--finetune", "--search"], "--finetune plans one device and does not read --search"),
@@ -81,6 +81,8 @@ def test_what_finetuning_names_instead_fits():
     ([*LITE, "--serve", "--fp8"], "a100 has no FP8 units: products run in bfloat16"),
     ([*LITE, "--devices", "8", "--fp8"], "a100 has no FP8 units"),
     ([*LITE, "--serve", "--context", "0"], "--context 0 must be positive"),
+    ([*LITE, "--finetune", "--sequences", "0"], "--sequences 0 must be positive"),
+    ([*LITE, "--devices", "8", "--expert", "-8"], "--expert -8 must be positive"),
     ([*LITE, "--devices", "1", "--decode"], "for one device of yours take --serve"),
     (["--model", "moonlight", *LITE[2:], "--serve"], "known are: small, tiny, v2_236b, v2_lite_16b, v3_671b. A fol")])
 def test_a_mistake_ends_in_one_line(arguments, complaint):

@@ -64,7 +64,8 @@ def test_a_run_leaves_metrics_loads_pictures_and_checkpoints(whole):
             "bias_high"} == set(read_metrics(whole)[0])
     assert trained[-1]["tokens"] == (6 * 2 + (runs.STEPS - 6) * 4) * 32  # two sequences a step while it ramps
     assert [row["step"] for row in evaluated] == [10, 20, 30]
-    assert set(evaluated[0]) == {"step", "eval_loss", "eval_bits_per_byte", "max_vio_global"}
+    assert set(evaluated[0]) == {"step", "eval_loss", "eval_bits_per_byte", "eval_share", "max_vio_global"}
+    assert evaluated[0]["eval_share"] == evaluated[1]["eval_share"] < evaluated[2]["eval_share"] == 1
     assert trained[-1]["loss"] < trained[0]["loss"] - 1
     steps, counts_SLE = read_expert_loads(whole)
     assert list(steps) == list(range(1, runs.STEPS + 1)) and counts_SLE.shape[1:] == (2, 8)  # one MoE layer, one MTP

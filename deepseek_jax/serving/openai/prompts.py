@@ -72,6 +72,15 @@ def prompt_ids(prompt: Prompt, tokenizer: Tokenizer, text: Conventions) -> list[
         raise ConfigError(str(error)) from None
 
 
+def check_room(prompts: list[list[int]], new: int, positions: int | None) -> None:
+    """Raises ConfigError where the longest prompt (token ids) and `new` tokens exceed `positions`; None: unlimited."""
+    longest = max(map(len, prompts))
+    if positions is not None and longest + new > positions:
+        mend = f"lower it to {positions - longest}" if longest < positions else "shorten the prompt"
+        raise ConfigError(f"a prompt of {longest:,} tokens and --max-new-tokens={new} exceed the {positions:,} "
+                          f"positions that this model was made for; {mend}.")
+
+
 class Continuation:
     """The text of a sequence, up to the first of `stops`: a listener of `run_requests`."""
 

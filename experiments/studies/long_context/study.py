@@ -21,7 +21,7 @@ YARN = {"model.yarn": {"factor": 40.0, "original_length": SHORT}}
 PHASE = {"train.steps": 75, "optimizer.learning_rate": 1e-4, "optimizer.constant_until": 0.966}
 TO_MIDDLE = {**PHASE, "train.sequence_length": MIDDLE, "train.batch_size": 8}
 TO_LONG = {**PHASE, "train.sequence_length": LONG, "train.batch_size": 2}
-LABELS = {"64": "64", "512, YaRN": "64, then 512 with YaRN", "2048, YaRN": "64, 512, 2,048 with YaRN",
+LABELS = {"64": "64 tokens", "512, YaRN": "64, then 512 with YaRN", "2048, YaRN": "64, 512, 2,048 with YaRN",
           "512, plain": "64, then 512 without YaRN", "2048, plain": "64, 512, 2,048 without YaRN"}
 SOURCES = {"data.sources": (("corpus/code", 1.0), ("corpus/words", 1.0))}
 
@@ -30,7 +30,8 @@ def draw(results: dict, runs: list[dict], folder: pathlib.Path) -> None:
     made, (above, below) = plots.parts(6, 2)
     draw_loss(above.subplots(), results)
     shown = [arm for arm in ("64", "2048, plain", "2048, YaRN") if arm in results["arms"]]
-    below.suptitle("Needles found, %, after training at", x=0.01, ha="left", fontsize=10)
+    below.suptitle("Needles found, %, by length of the text and depth in it; above each: lengths trained at", x=0.01,
+                   ha="left", fontsize=10)
     axes = below.subplots(1, len(shown), sharey=True, squeeze=False)[0]
     for axis, arm in zip(axes, shown):
         draw_needles(axis, results["arms"][arm]["arrays"]["needles"], LABELS[arm])
@@ -50,10 +51,11 @@ def draw_loss(axis: Any, results: dict) -> None:
         axis.axvline(length, color="0.7", zorder=0)
         axis.text(length * 0.96, 1, f"{phase}:\nto {length:,}", transform=axis.get_xaxis_transform(), ha="right",
                   va="top", fontsize=plots.SMALL, color="0.3")
-    plots.finish(axis, "Loss of held-out code by position, after training at", "position", "nats per token")
+    plots.finish(axis, "Loss of held-out code by position in the sequence", "position", "nats per token")
     axis.set_xticks(ENDS[1:], [f"{end:,}" for end in ENDS[1:]])
     axis.minorticks_off()
-    plots.legend(axis, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    plots.legend(axis, loc="center left", bbox_to_anchor=(1.01, 0.5), title="trained on sequences of",
+                 alignment="left")
 
 
 def draw_needles(axis: Any, found_LD: list[list[float]], title: str) -> None:

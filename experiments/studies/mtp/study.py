@@ -18,14 +18,14 @@ MEASURED = {"tiny": "benchmarks/results/speculative_cpu.json",
 
 
 def draw(results: dict, runs: list[dict], folder: pathlib.Path) -> None:
-    made, (rising, losses, speed) = plots.figure(3.9, 3, gridspec_kw={"width_ratios": [1, 0.8, 1.2]})
+    made, (rising, losses, speed) = plots.figure(4.5, 3, gridspec_kw={"width_ratios": [1, 0.8, 1.2]})
     probes = results["arms"]["MTP"]["probes"]
     for colour, name, label in zip(plots.PALETTE, ("sampled", "greedy", "bigrams"),
                                    ("sampling, temperature 1", "greedy", "greedy, table of bigrams")):
         rising.plot(probes["step"], np.multiply(100, probes[f"acceptance_{name}"]), "o-", color=colour, label=label)
     rising.axhspan(85, 90, color="0.88", label="the report")
     rising.set_ylim(0, 100)
-    plots.legend(rising, loc="lower left")
+    plots.legend(rising, loc="upper center", bbox_to_anchor=(0.5, -0.17))
     plots.finish(rising, "Drafts accepted, held-out text", "step", "%")
     plots.intervals(losses, results, "loss", labels=("without", "with\nMTP"))
     plots.finish(losses, "Loss of the next token", "nats per token")
@@ -37,16 +37,16 @@ def draw_speed(axis: Any, acceptance: dict[str, Any]) -> None:
     """The speed-up that acceptance allows at most, and what was measured on a CPU."""
     low, high = (acceptance["mean"] if acceptance[end] is None else acceptance[end] for end in ("low", "high"))
     axis.axvspan(100 * low, 100 * high, color=plots.PALETTE[1], alpha=0.2, linewidth=0,
-                 label="acceptance in this study")
+                 label="this study's acceptance")
     share = np.array([0.4, 1])
-    axis.plot(100 * share, 1 + share, color="0.4", label="bound: if drafts cost nothing")
+    axis.plot(100 * share, 1 + share, color="0.4", label="bound: drafts cost nothing")
     axis.axhline(1, color="0.4", linestyle=":", label="no gain")
     for colour, marker, (name, file) in zip(plots.PALETTE[3:], "os", MEASURED.items()):
         found = [batch["depths"][0] for batch in json.loads((ROOT / file).read_text())["batches"]]
         axis.plot([100 * one["acceptance"] for one in found], [one["measured_speedup"] for one in found], marker,
                   color=colour, alpha=0.8, label=f"measured: {name}")
-    axis.set_ylim(0.6, 2.7)  # room for the legend
-    plots.legend(axis, loc="upper left")
+    axis.set_ylim(0.8, 2.05)
+    plots.legend(axis, loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=2, columnspacing=1.0)
     plots.finish(axis, "Speed-up of decoding by one draft", "drafts accepted, greedy, %", "times as fast")
 
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from deepseek_jax.config import ConfigError
-from deepseek_jax.serving.openai.prompts import read_prompts
+from deepseek_jax.serving.openai.prompts import check_room, read_prompts
 
 
 def written(folder, text, name="p.jsonl"):
@@ -34,3 +34,12 @@ def test_rows_of_json_are_texts_or_chats(tmp_path):
 def test_what_is_no_prompt_is_named_with_its_line(tmp_path, text, message):
     with pytest.raises(ConfigError, match=message):
         read_prompts(written(tmp_path, text))
+
+
+def test_prompt_and_answer_together_have_as_many_tokens_as_the_model_has_positions():
+    check_room([[1], [1, 2, 3]], 5, 8)
+    check_room([[1] * 100], 100, None)
+    with pytest.raises(ConfigError, match="--max-new-tokens=6 exceed the 8 positions .* lower it to 5"):
+        check_room([[1], [1, 2, 3]], 6, 8)
+    with pytest.raises(ConfigError, match="a prompt of 8 tokens .* shorten the prompt"):
+        check_room([[1] * 8], 1, 8)
