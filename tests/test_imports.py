@@ -62,7 +62,7 @@ for module in sys.argv[1:]:
         importlib.import_module(module)
         changed = [name for name, now in state().items() if now != before[name]]
     except ModuleNotFoundError as error:
-        changed = [] if error.name in ("torch", "transformers", "libtpu", "nbformat") else [repr(error)]
+        changed = [] if error.name in ("torch", "transformers", "libtpu", "nbformat", "lm_eval") else [repr(error)]
     except BaseException as error:
         changed = [repr(error)]
     print(json.dumps([module, changed]), flush=True)

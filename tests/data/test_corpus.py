@@ -34,7 +34,7 @@ def write_parquet(path):
 
 @pytest.mark.parametrize("name, write", [
     ("a.jsonl", lambda p: p.write_bytes(ROWS)),
-    ("a.jsonl.gz", lambda p: p.write_bytes(gzip.compress(ROWS))),
+    ("a.jsonl.gz", lambda p: p.write_bytes(gzip.compress(ROWS, mtime=0))),
     ("a.jsonl.zst", lambda p: p.write_bytes(zstandard.compress(ROWS[:9]) + zstandard.compress(ROWS[9:]))),
     ("a.parquet", write_parquet),
 ])
@@ -207,7 +207,7 @@ MARKED = b'\xef\xbb\xbf{"text": "text"}\n'
 
 @pytest.mark.parametrize("name, raw", [
     ("a.txt", b"\xef\xbb\xbftext"), ("a.unknown", b"\xef\xbb\xbftext"), ("a.jsonl", MARKED),
-    ("a.jsonl.gz", gzip.compress(MARKED)), ("a.jsonl.zst", zstandard.compress(MARKED))])
+    ("a.jsonl.gz", gzip.compress(MARKED, mtime=0)), ("a.jsonl.zst", zstandard.compress(MARKED))])
 def test_a_byte_order_mark_is_no_text(tmp_path, name, raw):
     (tmp_path / name).write_bytes(raw)
     documents, counts, warnings = read(tmp_path / name)
@@ -237,7 +237,7 @@ def test_a_larger_window_is_named_skipped_and_counted(tmp_path):
 @pytest.mark.parametrize("ending", ["gz", "zst"])
 def test_a_compressed_file_that_was_cut_off_is_named_and_counted(tmp_path, ending):
     rows = b"".join(json.dumps({"text": f"{i}" * 50}).encode() + b"\n" for i in range(9999))
-    raw = gzip.compress(rows) if ending == "gz" else zstandard.compress(rows)
+    raw = gzip.compress(rows, mtime=0) if ending == "gz" else zstandard.compress(rows)
     (tmp_path / f"a.jsonl.{ending}").write_bytes(raw[:len(raw) // 2])
     documents, counts, warnings = read(tmp_path / f"a.jsonl.{ending}")
     assert len(documents) < 9999 and counts.skipped == 1

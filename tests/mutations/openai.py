@@ -111,8 +111,8 @@ MUTATIONS = [
     Mutation(
         name="what a developer says is dropped",
         file="deepseek_jax/serving/openai/chat_template.py",
-        old='if "developer" not in source:',
-        new="if False:",
+        old='if "developer" in source:',
+        new="if True:",
         tests="serving/openai/test_chat_template.py",
     ),
     Mutation(

@@ -187,7 +187,7 @@ MUTATIONS = [
     Mutation(
         name="the end token does not end",
         file="deepseek_jax/serving/engine.py",
-        old="if token in sequence.request.stop_tokens:",
+        old="if token.id in sequence.request.stop_tokens:",
         new="if False:",
         tests="serving/test_generation.py",
     ),
