@@ -22,6 +22,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import prometheus_client
 import uvicorn
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -294,6 +295,7 @@ def serve(load: Callable[[Report], Service], name: str, listening: socket.socket
     def ended():
         server.should_exit = True
 
+    prometheus_client.disable_created_metrics()  # a second series for each of ours
     endpoints = Endpoints(load, name, options, is_loopback(listening.getsockname()[0]), ended)
     server = _Server(uvicorn.Config(
         endpoints.app(), http=Connection, ws="none", log_config=None, access_log=False, server_header=False,
