@@ -34,7 +34,7 @@ def execute(path: pathlib.Path, write: bool) -> list[str]:
     """Runs one notebook; returns its faults."""
     notebook = nbformat.read(path, as_version=4)
     # A kernel with widgets sometimes misses the end of a cell, and the client then waits for all of the limit.
-    client = NotebookClient(notebook, timeout=600 if write else 120, kernel_name="python3",
+    client = NotebookClient(notebook, timeout=600 if write else 300, kernel_name="python3",
                             resources={"metadata": {"path": str(HERE)}})
     client.execute()
     found = list(faults(notebook))
