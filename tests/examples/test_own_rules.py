@@ -119,6 +119,7 @@ def test_the_example_of_a_balancer_is_the_formula():
     np.testing.assert_array_equal(moved_LE, [[-0.5, 0, 0, 0.5]])
 
 
+@pytest.mark.slow
 def test_a_study_compares_a_rule_with_the_report_s(tmp_path):
     study = Study(name="hashes", arms={"bias": {}, "hash": {}}, quick_arms=("bias", "hash"), quick_seeds=(0,),
                   measure=Training(network=lambda arm: {"model.router": HASH} if arm == "hash" else {}),

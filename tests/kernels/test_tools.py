@@ -94,7 +94,8 @@ def test_without_libtpu_one_line_says_what_brings_it():
 TIMED = [case for case in SHAPES["tiny"] if case.operation in ("quantize", "fp8_matmul") and case.form == "blocks"]
 
 
-@pytest.mark.parametrize("case", TIMED, ids=lambda case: case.operation)
+@pytest.mark.parametrize("case", [pytest.param(case, marks=pytest.mark.slow if case.operation == "fp8_matmul" else ())
+                                  for case in TIMED], ids=[case.operation for case in TIMED])
 def test_a_first_run_on_a_gpu_goes_through_the_checks_and_the_clock(monkeypatch, case):
     # All but the chip: the interpreter stands in for it.
     from tests.kernels.interpreter import plgpu
