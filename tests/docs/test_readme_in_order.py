@@ -80,12 +80,13 @@ def test_every_command_works_in_the_order_of_the_readme(clone):
         deadline = time.monotonic() + 300
         while True:
             try:
-                page = urllib.request.urlopen("http://127.0.0.1:8123/", timeout=5).read()
+                urllib.request.urlopen("http://127.0.0.1:8123/health", timeout=5).close()  # an error until it is ready
                 break
             except OSError:
                 assert server.poll() is None and time.monotonic() < deadline, server.stdout.read()
                 time.sleep(1)
-        assert b"<html" in page.lower()
+        with urllib.request.urlopen("http://127.0.0.1:8123/", timeout=5) as page:
+            assert b"<html" in page.read().lower()
     finally:
         os.killpg(server.pid, signal.SIGTERM)
-        server.wait(60)
+        server.communicate(timeout=60)
