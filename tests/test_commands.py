@@ -87,7 +87,7 @@ def test_a_corpus_shorter_than_a_sequence_says_how_long_one_may_be(config, tmp_p
 @pytest.mark.parametrize(
     ("command", "arguments", "parts"),
     [
-        ("evaluate", [], ["required: --workdir", "see python -m deepseek_jax.evaluate --help"]),
+        ("evaluate", [], ["--workdir --hf is required", "see python -m deepseek_jax.evaluate --help"]),
         ("evaluate", ["--workdir", "absent"], ["absent holds no config.json; give the --workdir of a run"]),
         ("evaluate", ["--workdir", "RUN", "--dat", "x"], ["unrecognized arguments: --dat x"]),
         ("evaluate", ["--workdir", "RUN", "--data", "absent"], ["there is no absent"]),

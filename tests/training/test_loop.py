@@ -150,7 +150,7 @@ def test_a_dense_model_without_mtp_trains_and_is_drawn(config, tmp_path):
 
     assert result.code == 0, result
     rows = runs.rows(tmp_path / "run")
-    assert rows[-1]["max_vio_global"] == 0 and rows[-2]["mtp_loss"] == 0
+    assert rows[-1]["max_vio_global"] == 0 and not any("mtp_loss" in row for row in rows)
     assert rows[-2]["loss"] < rows[0]["loss"] - 1
     assert (tmp_path / "run/loss.png").exists() and not (tmp_path / "run/expert_load.png").exists()
     score = runs.run("evaluate", "--workdir", tmp_path / "run")
