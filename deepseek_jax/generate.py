@@ -30,6 +30,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--top-k", type=int, default=0, help="samples: this many of the likeliest tokens; 0: all")
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="ends the text; may be repeated")
     parser.add_argument("--speculative", action="store_true", help="draft with the MTP module; the text is the same")
+    parser.add_argument("--deterministic", action="store_true", help="in bfloat16 too, no text depends on the others")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--ema", action="store_true", help="use the moving average of the weights")
     parser.add_argument("--step", type=int, help="of a run's checkpoint (default: the newest)")
@@ -59,7 +60,6 @@ def check(args: argparse.Namespace) -> None:
 def main() -> None:
     args = parse()
     check(args)
-
     from deepseek_jax.serving import Request, run_requests
     from deepseek_jax.serving.openai import chat_template
     from deepseek_jax.serving.openai.prompts import Continuation, check_room, prompt_ids, read_prompts
@@ -76,13 +76,13 @@ def main() -> None:
     requests = [Request(tuple(prompt), args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed,
                         stream=i, stop_tokens=text.ends) for i, prompt in enumerate(ids)]
     said = [Continuation(tokenizer, tuple(args.stop)) for _ in prompts]
-    made = run_requests(cfg, variables, requests, args.speculative, said)
+    made = run_requests(cfg, variables, requests, args.speculative, said, args.deterministic)
     if args.prompts is None:
         print(said[0].text if args.chat else args.prompt + said[0].text)
     else:
         for prompt, answer in zip(prompts, said):
-            key = "prompt" if isinstance(prompt, str) else "messages"
-            print(json.dumps({key: prompt, "text": answer.text, "finish_reason": answer.finish}, ensure_ascii=False))
+            row = {"prompt" if isinstance(prompt, str) else "messages": prompt, "text": answer.text}
+            print(json.dumps(row | {"finish_reason": answer.finish}, ensure_ascii=False))
     print(speed(sum(len(s.made) for s in made.sequences), made.seconds, made.tokens_per_second), file=sys.stderr)
     if args.speculative:
         accepted, drafted = (sum(getattr(s, name) for s in made.sequences) for name in ("accepted", "drafted"))

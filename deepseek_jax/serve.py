@@ -33,6 +33,7 @@ def parse() -> argparse.Namespace:
                         help="a page elsewhere that may ask, such as https://chat.example; * for all; may be repeated")
     parser.add_argument("--grace", type=int, default=30, help="seconds that running requests have after SIGTERM")
     parser.add_argument("--expert-metrics", action="store_true", help="the load of each expert, at /metrics")
+    parser.add_argument("--deterministic", action="store_true", help="in bfloat16 too, no answer depends on what else runs")
     parser.add_argument("--cache", choices=("float32", "bfloat16", "fp8"), help="how latents are kept")
     return parser.parse_args()
 
@@ -77,7 +78,8 @@ def main() -> None:
         cfg, variables, tokenizer = load(folder, args.ema, hf=args.hf is not None, on_host=True)
         text = chat_template.of_folder(folder, tokenizer)
         depth = min(1, cfg.mtp_depth) if args.depth is None else args.depth
-        engine = Engine(cfg, variables, EngineConfig(args.max_sequences, args.max_length, depth, cache=args.cache))
+        engine = Engine(cfg, variables, EngineConfig(args.max_sequences, args.max_length, depth, cache=args.cache,
+                                                     deterministic=args.deterministic))
         print("compiling ...", flush=True)
         engine.warm_up(lambda done, of: report(f"compiled {done} of {of} programs"))
         print(f"serving {name} at http://{args.host}:{listening.getsockname()[1]}", flush=True)

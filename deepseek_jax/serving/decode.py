@@ -19,9 +19,10 @@ from jax import lax
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.layers import head_logits
 from deepseek_jax.serving.decode_attention import CacheGeometry, TokenSlots
-from deepseek_jax.serving.decode_model import Cache, forward, predict_ahead
+from deepseek_jax.serving.decode_model import Cache, forward, logits, predict_ahead
 from deepseek_jax.serving.sampling import Sampling
 from deepseek_jax.serving.speculative import Drafts, Settled, draft, verify
+from deepseek_jax.serving.tiles import map_tiles
 from deepseek_jax.serving.weights import DecodeWeights, on_mesh
 
 ALTERNATIVES = 20  # likeliest tokens reported next to the chosen one
@@ -113,7 +114,9 @@ def _prefill(cfg, geometry, weights, cache, drafts, chunk: PromptChunk):
     position_BT = chunk.position_B[:, None] + at_BT
     slots = TokenSlots(chunk.tokens_BX[:, :T], position_BT, at_BT < chunk.length_B[:, None], chunk.table_BP)
     h_BTD, cache, counts_LE = forward(cfg, geometry, weights, cache, slots)
-    scores = _scores(chunk.scored, functools.partial(_token_by_token, weights.head), h_BTD, chunk.tokens_BX[:, 1:T + 1])
+    # In tiles: the logits of a complete chunk would be [B, T, W].
+    score = lambda h_M1D, token_M1: _logprobs(head_logits(h_M1D, weights.head), token_M1)
+    scores = _scores(chunk.scored, functools.partial(map_tiles, score), h_BTD, chunk.tokens_BX[:, 1:T + 1])
     previous_hidden = []
     for k in range(1, modules + 1):
         if k > 1:  # h_{k-1} at k - 1 before the last token, where decoding takes over
@@ -179,7 +182,7 @@ def _step(cfg, geometry, weights, cache, drafts, batch: Batch):
     valid_BT = (at_BT <= drafts.count_B[:, None]) & live_B[:, None]
     slots = TokenSlots(tokens_BT, batch.position_B[:, None] + at_BT, valid_BT, batch.table_BP)
     hidden_BTD, cache, counts_LE = forward(cfg, geometry, weights, cache, slots)
-    logits_BTW = head_logits(hidden_BTD, weights.head)
+    logits_BTW = logits(geometry, weights, hidden_BTD)
     made_BT, accepted_B = verify(batch.sampling, logits_BTW, drafts, batch.position_B + 1)
     drafted_B, count_B = drafts.count_B, jnp.where(live_B, accepted_B + 1, 0)
     if depth:
@@ -206,13 +209,3 @@ def _logprobs(logits_BTW, tokens_BT) -> Scores:
     fill = lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, ALTERNATIVES - X)))
     chosen_BT = jnp.take_along_axis(logprobs_BTW, tokens_BT[..., None], axis=-1)[..., 0]
     return Scores(chosen_BT, fill(which), fill(best))
-
-
-def _token_by_token(head, hidden_BTD, tokens_BT) -> Scores:
-    """`_logprobs` of one position at a time: the logits of a complete chunk would be [B, T, W]."""
-    def one(args):
-        hidden_BD, tokens_B = args
-        return jax.tree.map(lambda x: x[:, 0], _logprobs(head_logits(hidden_BD[:, None], head), tokens_B[:, None]))
-
-    scores = lax.map(one, (hidden_BTD.swapaxes(0, 1), tokens_BT.T), batch_size=min(8, tokens_BT.shape[1]))
-    return jax.tree.map(lambda x: x.swapaxes(0, 1), scores)

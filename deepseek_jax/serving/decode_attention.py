@@ -39,12 +39,14 @@ class TokenSlots(NamedTuple):
 class CacheGeometry(NamedTuple):
     """Static: the format of the cache, and the numbers of pages that attention is compiled for, ascending.
 
-    The smallest sufficient number runs; the last is the complete table.
+    The smallest sufficient number runs; the last is the complete table. deterministic: blocks of the first number run
+    instead, as many as there are, and everything else in tiles of one shape (see `tiles`).
     """
 
     kind: str
     page_size: int
     widths: tuple[int, ...]
+    deterministic: bool = False
 
 
 def per_head(x_BTHI: jax.Array, w_HIO: jax.Array) -> jax.Array:
@@ -59,7 +61,9 @@ def _has_kernel(cfg, geometry, T):
     pages of a size that it can copy."""
     rows = (cfg.kv_rank, cfg.rope_head_dim) == (512, 64) and geometry.kind in ("bfloat16", "fp8")
     pages = geometry.page_size in (8, 16, 32) or geometry.page_size % 64 == 0
-    return T == 1 and rows and pages and cfg.dtype == "bfloat16" and api.chosen_here("mla_decode") == "hopper"
+    # The kernel cuts a context into shares by how many sequences there are: their sums are rounded by the company.
+    alone = T == 1 and not geometry.deterministic
+    return alone and rows and pages and cfg.dtype == "bfloat16" and api.chosen_here("mla_decode") == "hopper"
 
 
 def attention(cfg: ModelConfig, geometry: CacheGeometry, w: dict[str, jax.Array], x_BTD: jax.Array,
@@ -71,34 +75,76 @@ def attention(cfg: ModelConfig, geometry: CacheGeometry, w: dict[str, jax.Array]
     page_BT, offset_BT = latent_cache.page_and_offset(slots.table_BP, slots.position_BT, slots.valid_BT,
                                                       geometry.page_size)
     pages_PSX = latent_cache.write(pages_PSX, latent_cache.pack(geometry.kind, c_BTC, k_pe_BTR), page_BT, offset_BT)
-    N, C, f32 = cfg.nope_head_dim, cfg.kv_rank, wide(cfg.dtype)
+    N, C = cfg.nope_head_dim, cfg.kv_rank
     q_BTHX = jnp.concatenate([per_head(q_BTHA[..., :N], w["k_up_HNC"]), q_BTHA[..., N:]], axis=-1)
-
-    def attend(width, q_BTHX, pages_PSX, slots):
-        B, T, H, X = q_BTHX.shape
-        rows_BSX = latent_cache.unpack(cfg, geometry.kind, latent_cache.read(pages_PSX, slots.table_BP[:, :width]))
-        # What is not this sequence's counts nothing even where it is no number, which times zero would be none either.
-        last_B = jnp.where(slots.valid_BT, slots.position_BT, -1).max(axis=1)
-        rows_BSX = jnp.where((jnp.arange(rows_BSX.shape[1])[None] <= last_B[:, None])[..., None], rows_BSX, 0)
-        if B > 1 and api.device_here().platform == "cpu":  # which would widen them twice, once for each product
-            rows_BSX = rows_BSX.astype(f32)
-        # Rows times queries: the one order for which XLA:CPU neither widens nor transposes the rows of a sequence.
-        q_BXY = jnp.swapaxes(q_BTHX.astype(rows_BSX.dtype).reshape(B, T * H, X), 1, 2)
-        s_BTHS = jnp.swapaxes(matmul(rows_BSX, q_BXY, f32), 1, 2).reshape(B, T, H, -1) * softmax_scale(cfg)
-        seen_BT1S = jnp.arange(rows_BSX.shape[1])[None, None, None] <= slots.position_BT[:, :, None, None]
-        p_BTHS = jax.nn.softmax(jnp.where(seen_BT1S, s_BTHS, -jnp.inf), axis=-1)
-        # Of complete rows, the rotated key's columns included: slicing the latents out first would copy them.
-        o_BYX = matmul(p_BTHS.astype(rows_BSX.dtype).reshape(B, T * H, -1), rows_BSX, f32)
-        return o_BYX[..., :C].reshape(B, T, H, C).astype(cfg.dtype)
-
     if _has_kernel(cfg, geometry, q_BTHX.shape[1]):
         lengths_B = jnp.where(slots.valid_BT, slots.position_BT, 0)[:, 0] + 1
         o_BHC = api.mla_decode(q_BTHX[:, 0], pages_PSX, slots.table_BP, lengths_B, scale=softmax_scale(cfg))
         o_BTHC = o_BHC[:, None]
     else:
-        needed = jnp.where(slots.valid_BT, slots.position_BT, 0).max() // geometry.page_size
-        branch = jnp.searchsorted(jnp.array(geometry.widths), needed, side="right")
-        branches = [functools.partial(attend, width) for width in geometry.widths]
-        o_BTHC = lax.switch(branch, branches, q_BTHX, pages_PSX, slots)
+        reach = jnp.where(slots.valid_BT, slots.position_BT, 0).max() // geometry.page_size  # pages but the last
+        attend = _in_blocks if geometry.deterministic else _at_once
+        o_BTHC = attend(cfg, geometry, q_BTHX, pages_PSX, slots, reach)[..., :C].astype(cfg.dtype)
     o_BTHV = per_head(o_BTHC, w["v_up_HCV"])
     return linear(o_BTHV.reshape(*o_BTHV.shape[:2], -1), w["o"]), pages_PSX
+
+
+def _at_once(cfg, geometry, q_BTHX, pages_PSX, slots, reach):
+    """softmax(scores) rows over the smallest sufficient part of the tables, [B, T, H, X]."""
+    def attend(width, q_BTHX, pages_PSX, slots):
+        rows_BSX = _rows(cfg, geometry, pages_PSX, slots, slots.table_BP[:, :width], 0)
+        return _mix(jax.nn.softmax(_scores(cfg, q_BTHX, rows_BSX, slots, 0), axis=-1), rows_BSX)
+
+    branch = jnp.searchsorted(jnp.array(geometry.widths), reach, side="right")
+    branches = [functools.partial(attend, width) for width in geometry.widths]
+    return lax.switch(branch, branches, q_BTHX, pages_PSX, slots)
+
+
+def _in_blocks(cfg, geometry, q_BTHX, pages_PSX, slots, reach):
+    """The same in blocks of one size, with a running maximum: a block past a token's own position changes no bit."""
+    width, f32 = geometry.widths[0], wide(cfg.dtype)
+    table_BP = jnp.pad(slots.table_BP, ((0, 0), (0, -slots.table_BP.shape[1] % width)))
+
+    def block(i, carry):
+        most_BTH1, sum_BTH1, o_BTHX = carry
+        first = i * width * geometry.page_size
+        rows_BSX = _rows(cfg, geometry, pages_PSX, slots, lax.dynamic_slice_in_dim(table_BP, i * width, width, 1), first)
+        s_BTHS = _scores(cfg, q_BTHX, rows_BSX, slots, first)
+        new_BTH1 = jnp.maximum(most_BTH1, s_BTHS.max(axis=-1, keepdims=True))
+        p_BTHS, kept_BTH1 = jnp.exp(s_BTHS - new_BTH1), jnp.exp(most_BTH1 - new_BTH1)
+        return (new_BTH1, sum_BTH1 * kept_BTH1 + p_BTHS.sum(axis=-1, keepdims=True),
+                o_BTHX * kept_BTH1 + _mix(p_BTHS, rows_BSX))
+
+    start_BTH1 = jnp.zeros((*q_BTHX.shape[:3], 1), f32)
+    _, sum_BTH1, o_BTHX = lax.fori_loop(
+        0, reach // width + 1, block, (start_BTH1 - jnp.inf, start_BTH1, jnp.zeros(q_BTHX.shape, f32)))
+    return o_BTHX / sum_BTH1
+
+
+def _rows(cfg, geometry, pages_PSX, slots, table_BP, first):
+    """The rows of those pages, [B, S, X]; first: the position of the first of them."""
+    rows_BSX = latent_cache.unpack(cfg, geometry.kind, latent_cache.read(pages_PSX, table_BP))
+    # What is not this sequence's counts nothing even where it is no number, which times zero would be none either.
+    last_B = jnp.where(slots.valid_BT, slots.position_BT, -1).max(axis=1)
+    at_S = first + jnp.arange(rows_BSX.shape[1])
+    rows_BSX = jnp.where((at_S[None] <= last_B[:, None])[..., None], rows_BSX, 0)
+    if len(rows_BSX) > 1 and api.device_here().platform == "cpu":  # which would widen them twice, once a product
+        rows_BSX = rows_BSX.astype(wide(cfg.dtype))
+    return rows_BSX
+
+
+def _scores(cfg, q_BTHX, rows_BSX, slots, first):
+    """[B, T, H, S] in float32; -inf after a token's own position."""
+    B, T, H, X = q_BTHX.shape
+    # Rows times queries: the one order for which XLA:CPU neither widens nor transposes the rows of a sequence.
+    q_BXY = jnp.swapaxes(q_BTHX.astype(rows_BSX.dtype).reshape(B, T * H, X), 1, 2)
+    s_BTHS = jnp.swapaxes(matmul(rows_BSX, q_BXY, wide(cfg.dtype)), 1, 2).reshape(B, T, H, -1) * softmax_scale(cfg)
+    at_S = first + jnp.arange(rows_BSX.shape[1])
+    return jnp.where(at_S[None, None, None] <= slots.position_BT[:, :, None, None], s_BTHS, -jnp.inf)
+
+
+def _mix(p_BTHS, rows_BSX):
+    """p rows, [B, T, H, X]. Of complete rows, the rotated key's columns included: slicing them off would copy them."""
+    B, T, H, S = p_BTHS.shape
+    o_BYX = matmul(p_BTHS.astype(rows_BSX.dtype).reshape(B, T * H, S), rows_BSX, p_BTHS.dtype)
+    return o_BYX.reshape(B, T, H, -1)

@@ -6,15 +6,18 @@ tokens; these are functions of arrays, over weights that `weights.prepare` lays 
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.block import mtp_block, residual_block
-from deepseek_jax.model.layers import ffn, linear, rms_norm, wide
+from deepseek_jax.model.layers import ffn, head_logits, linear, rms_norm, wide
 from deepseek_jax.model.rope import rope_table
 from deepseek_jax.serving.decode_attention import CacheGeometry, TokenSlots, attention
 from deepseek_jax.serving.decode_moe import moe
+from deepseek_jax.serving.tiles import in_tiles, map_tiles
 from deepseek_jax.serving.weights import DecodeWeights, LayerWeights
 
 Cache = tuple[jax.Array, ...]  # pages of each layer, then of each MTP module
@@ -43,6 +46,11 @@ def forward(cfg: ModelConfig, geometry: CacheGeometry, weights: DecodeWeights, c
     Returns:
       hidden states [B, T, D] after the final norm, the cache with these tokens in it, counts int32 [MoE layers, E].
     """
+    run = functools.partial(_forward, cfg, geometry, weights)
+    return in_tiles(run, cache, slots) if geometry.deterministic else run(cache, slots)
+
+
+def _forward(cfg, geometry, weights, cache, slots):
     rope = rope_table(cfg, slots.position_BT, wide(cfg.dtype))
     x_BTD = weights.embedding[slots.token_BT]
     pages, counts = list(cache), []
@@ -63,6 +71,12 @@ def predict_ahead(cfg: ModelConfig, geometry: CacheGeometry, weights: DecodeWeig
     Returns:
       h_k [B, T, D] after the module's norm, for the shared head; the cache.
     """
+    run = functools.partial(_predict_ahead, cfg, geometry, weights, k)
+    made = in_tiles(run, cache, slots, hidden_BTD) if geometry.deterministic else run(cache, slots, hidden_BTD)
+    return made[:2]
+
+
+def _predict_ahead(cfg, geometry, weights, k, cache, slots, hidden_BTD):
     w, layer = weights.mtp[k - 1], cfg.num_layers + k - 1
     rope = rope_table(cfg, slots.position_BT, wide(cfg.dtype))
     norm = lambda scale: lambda x_BTD: rms_norm(x_BTD, scale, cfg.norm_eps)
@@ -74,4 +88,10 @@ def predict_ahead(cfg: ModelConfig, geometry: CacheGeometry, weights: DecodeWeig
     h_BTD, pages_PSX = mtp_block(hidden_BTD, weights.embedding[slots.token_BT], norm(w.hidden_norm),
                                  norm(w.embedding_norm), lambda x_BTX: linear(x_BTX, w.projection, cfg.fp8),
                                  mtp_layer, norm(w.norm))
-    return h_BTD, (*cache[:layer], pages_PSX, *cache[layer + 1:])
+    return h_BTD, (*cache[:layer], pages_PSX, *cache[layer + 1:]), ()
+
+
+def logits(geometry: CacheGeometry, weights: DecodeWeights, hidden_BTD: jax.Array) -> jax.Array:
+    """float32 [B, T, W] of hidden states that `forward` or `predict_ahead` returned."""
+    run = lambda hidden_BTD: head_logits(hidden_BTD, weights.head)
+    return map_tiles(run, hidden_BTD) if geometry.deterministic else run(hidden_BTD)

@@ -30,6 +30,7 @@ from deepseek_jax.serving.expert_placement import Placement, apply
 from deepseek_jax.serving.page_pool import Pages, digests
 from deepseek_jax.serving.sampling import Sampling
 from deepseek_jax.serving.speculative import no_drafts
+from deepseek_jax.serving.tiles import TILE
 from deepseek_jax.serving.weights import prepare, share_out
 
 
@@ -110,6 +111,8 @@ class EngineConfig:
     cache: format of the latents: float32, bfloat16 or fp8; None: as the model computes.
     chunk: most tokens of prompts read in one step.
     most_steps: decoding steps run at once while no sequence waits: streams get their tokens that often.
+    deterministic: what a sequence is told does not depend, to the last bit, on what else runs, on chunks, on the cache
+      or, at temperature 0, on drafts; slower (see `tiles`). Without it that holds up to rounding.
     """
 
     max_sequences: int = 8
@@ -120,6 +123,7 @@ class EngineConfig:
     cache: str | None = None
     chunk: int = 256
     most_steps: int = 8
+    deterministic: bool = False
 
 
 class Engine:
@@ -149,7 +153,8 @@ class Engine:
         kind = options.cache or cfg.dtype
         latent_cache.check_room(cfg, kind, pages * page_size, self.modules)
         self.pool = Pages(pages, page_size)
-        self.geometry = CacheGeometry(kind, page_size, widths(width, page_size))
+        self.geometry = CacheGeometry(kind, page_size, widths(width, page_size), options.deterministic)
+        self.sizes = batch_sizes(max_sequences, TILE if options.deterministic else 1)
         self.chunks = tuple(sorted({min(c, chunk) for c in (16, 64, chunk)}))
         self.most_rows = {c: min(chunk // c, max_sequences) for c in self.chunks}  # prompts read at once
         self.most_steps = options.most_steps
@@ -231,7 +236,7 @@ class Engine:
         """Compiles every program that any mix of requests can need; `report(done, of)` after each."""
         programs = [functools.partial(self._prefill, [], [], length, rows) for length in self.chunks
                     for rows in sorted({1, self.most_rows[length]})]
-        programs += [functools.partial(self._run, [], size, 1, True) for size in _buckets(self.max_sequences)]
+        programs += [functools.partial(self._run, [], size, 1, True) for size in self.sizes]
         for i, program in enumerate(programs):
             report(i, len(programs))
             program()
@@ -334,7 +339,7 @@ class Engine:
         batch = list(self.running)
         for sequence in batch:
             self._grow(sequence, min(sequence.limit, len(sequence.tokens) - 1 + steps * (self.depth + 1)))
-        size = next(b for b in _buckets(self.max_sequences) if b >= len(batch))
+        size = next(b for b in self.sizes if b >= len(batch))
         made = self._run(batch, size, steps, any(s.request.logprobs for s in batch))
         self.totals["steps"] += int((made.count_NB > 0).any(axis=1).sum())
         for b, sequence in enumerate(batch):
@@ -479,9 +484,10 @@ def _padded(values: Iterable, size: int, dtype: Any, fill: Any) -> Any:
     return array
 
 
-def _buckets(most: int) -> list[int]:
-    """Batch sizes that are compiled: powers of two, and the largest."""
-    return sorted({min(1 << i, most) for i in range(most.bit_length() + 1)})
+def batch_sizes(most: int, unit: int = 1) -> tuple[int, ...]:
+    """Those that are compiled: powers of two and the largest, each times `unit`; enough for `most` sequences."""
+    most = -(-most // unit)
+    return tuple(unit * size for size in sorted({min(1 << i, most) for i in range(most.bit_length() + 1)}))
 
 
 def widths(pages: int, page_size: int) -> tuple[int, ...]:

@@ -57,11 +57,12 @@ def generate(cfg: ModelConfig, variables: dict[str, Any], prompts: Iterable[Iter
 
 
 def run_requests(cfg: ModelConfig, variables: dict[str, Any], requests: list[Request], speculative: bool = False,
-                 listeners: Iterable[Listener | None] = ()) -> Continued:
+                 listeners: Iterable[Listener | None] = (), deterministic: bool = False) -> Continued:
     """Runs requests to their ends, at most MOST_SEQUENCES at once. speculative: as in `generate`.
 
     Args:
       listeners: one a request, called as `Engine.submit` says; none: nobody listens.
+      deterministic: as `EngineConfig` says.
     Raises:
       ConfigError: as `generate`.
     """
@@ -73,7 +74,7 @@ def run_requests(cfg: ModelConfig, variables: dict[str, Any], requests: list[Req
     # Powers of two, so that calls that differ little share their compiled programs.
     engine = Engine(cfg, variables, EngineConfig(
         max_sequences=_round(min(len(requests), MOST_SEQUENCES)), max_length=_round(max(longest, 128)),
-        depth=max(1, cfg.mtp_depth) if speculative else 0))
+        depth=max(1, cfg.mtp_depth) if speculative else 0, deterministic=deterministic))
     listeners = list(listeners) or [None] * len(requests)
     sequences = [engine.submit(request, listen) for request, listen in zip(requests, listeners, strict=True)]
     timed = [_timed_step(engine) for _ in iter(lambda: engine.busy, False)]

@@ -1,6 +1,7 @@
 """From logits to a token: temperature, top-k, top-p; draws that depend on (seed, index of the token) alone.
 
-So the continuation of a sequence depends neither on what shares its batch nor on how its steps are grouped into calls.
+So a continuation depends neither on what shares its batch nor on how its steps are grouped into calls, as far as the
+logits do not: in float32 up to near ties, in bfloat16 where decoding is deterministic (see `tiles`).
 """
 
 from __future__ import annotations

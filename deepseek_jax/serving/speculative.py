@@ -17,9 +17,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from deepseek_jax.config import ModelConfig
-from deepseek_jax.model.layers import head_logits
 from deepseek_jax.serving.decode_attention import CacheGeometry, TokenSlots
-from deepseek_jax.serving.decode_model import Cache, predict_ahead
+from deepseek_jax.serving.decode_model import Cache, logits, predict_ahead
 from deepseek_jax.serving.sampling import ACCEPT, DRAFT, TOKEN, Sampling, draw, keys, likeliest, probabilities
 from deepseek_jax.serving.weights import DecodeWeights
 
@@ -135,7 +134,7 @@ def draft(cfg: ModelConfig, geometry: CacheGeometry, weights: DecodeWeights, cac
         at_BT = jnp.arange(h.shape[1])[None]
         slots = slots_of(ahead, start_B[:, None] + at_BT, at_BT <= last_B[:, None])
         h, cache = predict_ahead(cfg, geometry, weights, min(k, modules), cache, h, slots)
-        logits_B1W = head_logits(_row(h, last_B), weights.head)[:, None]
+        logits_B1W = logits(geometry, weights, _row(h, last_B)[:, None])
         drawn.append(_draw(sampling, logits_B1W, settled.position_B + accepted_B + 1 + k))
     token_Bd, q_BdW = (jnp.stack(part, axis=1) for part in zip(*drawn, strict=True))
     return Drafts(token_Bd, jnp.full(B, depth, jnp.int32), q_BdW, tuple(previous_hidden)), cache

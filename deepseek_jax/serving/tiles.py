@@ -1,0 +1,67 @@
+"""Deterministic decoding: a token's numbers, to the last bit, do not depend on its company.
+
+How a product is rounded depends on its shape, and the shape on how many sequences share a step, how long a chunk is,
+how many drafts are read. Here all of them are cut into tiles of TILE tokens, each a row with a page table of its own,
+so that prompts, steps and drafts run through products of one shape. Within such a product a row is computed like any
+other (a property of the libraries, which the tests hold).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from deepseek_jax.serving.decode_attention import TokenSlots
+
+TILE = 16  # a core multiplies that many rows of bfloat16 at once: fewer cost the same
+
+
+def _cut(x_BT: jax.Array) -> jax.Array:
+    """[B, T, ...] -> [tiles, TILE, 1, ...], tokens in order, filled up with zeros."""
+    x_N = lax.collapse(x_BT, 0, 2)
+    x_N = jnp.pad(x_N, [(0, -len(x_N) % TILE)] + [(0, 0)] * (x_N.ndim - 1))
+    return x_N.reshape(-1, TILE, 1, *x_N.shape[1:])
+
+
+def _joined(x_IM1: jax.Array, B: int, T: int) -> jax.Array:
+    """`_cut` undone."""
+    x_N = lax.collapse(x_IM1, 0, 3)
+    return x_N[:B * T].reshape(B, T, *x_N.shape[1:])
+
+
+def in_tiles(run: Callable[..., tuple[jax.Array, Any, Any]], cache: Any, slots: TokenSlots,
+             *hidden_BTD: jax.Array) -> tuple[jax.Array, Any, Any]:
+    """run(cache, slots, *hidden) -> (hidden, cache, counts) on tiles, one after the other.
+
+    A tile finds the latents of those before it in the cache, and tokens of one tile find each other's: `run` writes
+    before it reads. Tiles without a valid token are left out.
+    """
+    B, T = slots.token_BT.shape
+    tables_BTP = jnp.broadcast_to(slots.table_BP[:, None], (B, T, slots.table_BP.shape[1]))
+    tiles = TokenSlots(*map(_cut, (slots.token_BT, slots.position_BT, slots.valid_BT, tables_BTP)))
+    tiles, xs = tiles._replace(table_BP=tiles.table_BP[:, :, 0]), tuple(map(_cut, hidden_BTD))
+    used_I = tiles.valid_BT.any(axis=(1, 2))
+    order_I = jnp.argsort(~used_I, stable=True)
+
+    def tile(i, carry):
+        h_IM1D, cache, counts = carry
+        slots, *x = jax.tree.map(lambda part: part[order_I[i]], (tiles, *xs))
+        h_M1D, cache, more = run(cache, slots, *x)
+        return h_IM1D.at[order_I[i]].set(h_M1D), cache, jax.tree.map(jnp.add, counts, more)
+
+    h, _, counts = jax.eval_shape(run, cache, *jax.tree.map(lambda part: part[0], (tiles, *xs)))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), counts)
+    start = jnp.zeros((len(used_I), *h.shape), h.dtype)
+    # The number of turns is data: a loop of one known turn would be merged with what surrounds it.
+    h_IM1D, cache, counts = lax.fori_loop(0, used_I.sum(), tile, (start, cache, zeros))
+    return _joined(h_IM1D, B, T), cache, counts
+
+
+def map_tiles(run: Callable[..., Any], *x_BT: jax.Array) -> Any:
+    """run on tiles [TILE, 1, ...] of arrays [B, T, ...]; what it returns, arrays [B, T, ...]."""
+    made = lax.map(lambda parts: run(*parts), tuple(map(_cut, x_BT)))
+    return jax.tree.map(lambda part: _joined(part, *x_BT[0].shape[:2]), made)
