@@ -33,7 +33,8 @@ def parse() -> argparse.Namespace:
                         help="a page elsewhere that may ask, such as https://chat.example; * for all; may be repeated")
     parser.add_argument("--grace", type=int, default=30, help="seconds that running requests have after SIGTERM")
     parser.add_argument("--expert-metrics", action="store_true", help="the load of each expert, at /metrics")
-    parser.add_argument("--deterministic", action="store_true", help="in bfloat16 too, no answer depends on what else runs")
+    parser.add_argument("--deterministic", action="store_true",
+                        help="in bfloat16 too, no answer depends on what else runs")
     parser.add_argument("--cache", choices=("float32", "bfloat16", "fp8"), help="how latents are kept")
     return parser.parse_args()
 

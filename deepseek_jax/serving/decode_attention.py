@@ -108,7 +108,8 @@ def _in_blocks(cfg, geometry, q_BTHX, pages_PSX, slots, reach):
     def block(i, carry):
         most_BTH1, sum_BTH1, o_BTHX = carry
         first = i * width * geometry.page_size
-        rows_BSX = _rows(cfg, geometry, pages_PSX, slots, lax.dynamic_slice_in_dim(table_BP, i * width, width, 1), first)
+        pages_BW = lax.dynamic_slice_in_dim(table_BP, i * width, width, axis=1)
+        rows_BSX = _rows(cfg, geometry, pages_PSX, slots, pages_BW, first)
         s_BTHS = _scores(cfg, q_BTHX, rows_BSX, slots, first)
         new_BTH1 = jnp.maximum(most_BTH1, s_BTHS.max(axis=-1, keepdims=True))
         p_BTHS, kept_BTH1 = jnp.exp(s_BTHS - new_BTH1), jnp.exp(most_BTH1 - new_BTH1)

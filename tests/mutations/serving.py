@@ -13,8 +13,8 @@ MUTATIONS = [
     Mutation(
         name="attention reads one page too few",
         file="deepseek_jax/serving/decode_attention.py",
-        old='needed, side="right")',
-        new='needed, side="left")',
+        old='reach, side="right")',
+        new='reach, side="left")',
         tests="serving/test_decode_model.py",
     ),
     Mutation(
@@ -227,13 +227,6 @@ MUTATIONS = [
         tests="serving/test_tiles.py::test_company_changes_no_bit_of_a_bfloat16_continuation",
     ),
     Mutation(
-        name="deterministic logits are products of the batch's shape",
-        file="deepseek_jax/serving/decode_model.py",
-        old="return map_tiles(run, hidden_BTD) if geometry.deterministic else run(hidden_BTD)",
-        new="return run(hidden_BTD)",
-        tests="serving/test_tiles.py::test_company_changes_no_bit_of_a_bfloat16_continuation",
-    ),
-    Mutation(
         name="deterministic steps run through products of the batch's shape",
         file="deepseek_jax/serving/decode_model.py",
         old="return in_tiles(run, cache, slots) if geometry.deterministic else run(cache, slots)",
@@ -264,7 +257,7 @@ MUTATIONS = [
     Mutation(
         name="what another sequence left in a page counts zero times",
         file="deepseek_jax/serving/decode_attention.py",
-        old="rows_BSX = jnp.where((jnp.arange(rows_BSX.shape[1])[None] <= last_B[:, None])[..., None], rows_BSX, 0)",
+        old="rows_BSX = jnp.where((at_S[None] <= last_B[:, None])[..., None], rows_BSX, 0)",
         new="pass",
         tests="serving/test_engine.py::test_logits_that_are_no_numbers_end_a_sequence_with_an_error",
     ),

@@ -14,14 +14,14 @@ from tests.model import naive
 
 CFG = naive.tiny(num_layers=2, dtype="bfloat16")
 VARIABLES = naive.variables_of(CFG)
-OPTIONS = EngineConfig(max_sequences=4, max_length=96, page_size=4, chunk=32, most_steps=4, deterministic=True)
+OPTIONS = EngineConfig(max_sequences=4, max_length=160, page_size=4, chunk=32, most_steps=4, deterministic=True)
 
 
 def requests_of(count, new_tokens=12):
     """Prompts of many lengths, every fifth beginning like the one before it; every second is sampled."""
     rng, made = np.random.default_rng(0), []
     for i in range(count):
-        prompt = tuple(rng.integers(0, CFG.vocab_size, rng.integers(1, 50)).tolist())
+        prompt = tuple(rng.integers(0, CFG.vocab_size, rng.integers(1, 100)).tolist())
         prompt = made[-1].prompt + prompt[:5] if i % 5 == 4 else prompt
         made.append(Request(prompt, new_tokens, temperature=float(i % 2), seed=i, logprobs=True))
     return made
