@@ -220,11 +220,11 @@ MUTATIONS = [
         tests="serving/test_decode_model.py::test_a_kernel_is_asked_for_pages_that_it_reads",
     ),
     Mutation(
-        name="deterministic attention reads as far as the longest sequence of its tile",
+        name="a block of attention is not brought to the new maximum",
         file="deepseek_jax/serving/decode_attention.py",
-        old="attend = _in_blocks if geometry.deterministic else _at_once",
-        new="attend = _at_once",
-        tests="serving/test_tiles.py::test_company_changes_no_bit_of_a_bfloat16_continuation",
+        old="o_BTHX * kept_BTH1 + _mix(p_BTHS, rows_BSX)",
+        new="o_BTHX + _mix(p_BTHS, rows_BSX)",
+        tests="serving/test_decode_model.py::test_cached_logits_are_those_of_the_whole_forward_pass",
     ),
     Mutation(
         name="deterministic steps run through products of the batch's shape",

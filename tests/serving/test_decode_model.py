@@ -30,8 +30,8 @@ TOKENS_BT = np.random.default_rng(0).integers(0, 64, (2, LENGTH)).astype(np.int3
 
 
 @functools.cache
-def program(name, kind):
-    cfg, geometry = CASES[name], CacheGeometry(kind, SIZE, (2, 4, 6))
+def program(name, kind, deterministic=False):
+    cfg, geometry = CASES[name], CacheGeometry(kind, SIZE, (2, 4, 6), deterministic)
 
     @jax.jit
     def run(weights, cache, slots):
@@ -41,7 +41,7 @@ def program(name, kind):
     return run
 
 
-def by_steps(name, pieces, kind="float32", delay=0):
+def by_steps(name, pieces, kind="float32", delay=0, deterministic=False):
     """Hidden states, logits and counts; at most 8 tokens a step, pages in no order; row 1 starts `delay` steps late."""
     cfg = CASES[name]
     weights = prepare(cfg, naive.variables_of(cfg), cfg.mtp_depth)
@@ -56,7 +56,7 @@ def by_steps(name, pieces, kind="float32", delay=0):
         for b in range(2):
             tokens_BT[b, :taken[b]] = TOKENS_BT[b, at[b]:at[b] + taken[b]]
         slots = TokenSlots(tokens_BT, at[:, None] + np.arange(width), np.arange(width) < taken[:, None], table_BP)
-        h, w, cache, counts_LE = program(name, kind)(weights, cache, jax.tree.map(jnp.asarray, slots))
+        h, w, cache, counts_LE = program(name, kind, deterministic)(weights, cache, jax.tree.map(jnp.asarray, slots))
         for b in range(2):
             hidden[b, at[b]:at[b] + taken[b]], logits[b, at[b]:at[b] + taken[b]] = h[b, :taken[b]], w[b, :taken[b]]
         counts, at = counts + np.asarray(counts_LE), at + taken
@@ -67,10 +67,11 @@ def by_steps(name, pieces, kind="float32", delay=0):
 @pytest.mark.parametrize(
     ("pieces", "delay"), [([8, 8, 8], 0), ([1] * LENGTH, 0), ([5, 1, 7, 3, 8], 0), ([3, 8, 1, 1, 8, 3], 2)],
     ids=["in whole chunks", "token by token", "in uneven chunks", "one joins later"])
-def test_cached_logits_are_those_of_the_whole_forward_pass(name, pieces, delay):
+@pytest.mark.parametrize("deterministic", [False, True], ids=["", "in tiles"])
+def test_cached_logits_are_those_of_the_whole_forward_pass(name, pieces, delay, deterministic):
     whole = naive.forward(CASES[name])(naive.variables_of(CASES[name]), TOKENS_BT)
 
-    _, logits, counts, *_ = by_steps(name, pieces, delay=delay)
+    _, logits, counts, *_ = by_steps(name, pieces, delay=delay, deterministic=deterministic)
 
     assert np.abs(whole.logits_BTW).max() > 1
     np.testing.assert_allclose(logits, whole.logits_BTW, atol=1e-4)
