@@ -74,6 +74,7 @@ setup(
             "httpx>=0.27",
             "jinja2>=3.1",
             "prometheus-client>=0.20",
+            "jsonschema>=4.20",
             "openai>=1.40",  # the client whose protocol the server speaks
         ],
         # Compiling for GPUs that are not here: the plugin and CUDA's own tools, without the libraries a run would need.

@@ -221,6 +221,20 @@ MUTATIONS = [
         tests="serving/openai/test_server.py::test_errors_of_paths_are_the_apis_too",
     ),
     Mutation(
+        name="a whole number written with a point is none",
+        file="deepseek_jax/serving/openai/server.py",
+        old="return int(value) if value.is_integer() else value",
+        new="return value",
+        tests="serving/openai/test_schema.py::test_a_whole_number_may_be_written_with_a_point",
+    ),
+    Mutation(
+        name="the description lets other fields in",
+        file="deepseek_jax/serving/openai/schema.py",
+        old="others, closed=True, **known, **others)",
+        new="others, **known, **others)",
+        tests="serving/openai/test_schema.py::test_the_description_has_every_field_that_is_read_and_no_other",
+    ),
+    Mutation(
         name="an echo has no text of the prompt",
         file="deepseek_jax/serving/openai/stream.py",
         old="text[0], tokens = self._prompt(sequence)",

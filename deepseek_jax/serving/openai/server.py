@@ -36,6 +36,7 @@ from deepseek_jax.serving.openai.connections import Connection
 from deepseek_jax.serving.openai.guard import Guard, is_loopback
 from deepseek_jax.serving.openai.metrics import Metrics
 from deepseek_jax.serving.openai.requests import BadRequest, read
+from deepseek_jax.serving.openai.schema import openapi
 from deepseek_jax.serving.openai.stream import Service
 
 log = logging.getLogger(__name__)
@@ -134,7 +135,8 @@ class Endpoints:
         return Starlette(lifespan=lifespan, exception_handlers={HTTPException: failed, Exception: broken}, middleware=[
             Middleware(Guard, local=self.local, origins=self.options.origins)], routes=[
             route("/", self.page, key=False), route("/health", self.health, key=False),
-            route("/metrics", self.metrics_text), route("/loads", self.loads),
+            route("/openapi.json", self.openapi, key=False), route("/metrics", self.metrics_text),
+            route("/loads", self.loads),
             route("/v1/models", self.models), route("/v1/models/{name:path}", self.models),
             route("/v1/completions", self.completions, "POST"),
             route("/v1/chat/completions", self.completions, "POST")])
@@ -195,6 +197,10 @@ class Endpoints:
             return JSONResponse({"status": "stalled", "seconds": round(self.service.step_seconds)}, 503)
         return JSONResponse({"status": "ok"})
 
+    async def openapi(self, request: Request) -> Response:
+        """What all of this takes and answers, as OpenAPI."""
+        return JSONResponse(openapi(self.name, self.options.api_key is not None))
+
     async def models(self, request: Request) -> Response:
         """The one model, in a list or by its name."""
         served = self._ready().served
@@ -253,11 +259,15 @@ async def _body(request: Request) -> bytes:
 
 
 def _parsed(data: bytes) -> Any:
+    def number(digits):
+        value = float(digits)
+        return int(value) if value.is_integer() else value  # JSON has one kind of number: 3.0 is a whole one
+
     def no_number(name):
         raise ValueError(f"{name} is no number")
 
     try:
-        return json.loads(data, parse_constant=no_number)
+        return json.loads(data, parse_float=number, parse_constant=no_number)
     except (ValueError, RecursionError) as error:
         raise BadRequest(None, f"the body is not JSON: {error}.", code="invalid_json") from None
 

@@ -1,6 +1,7 @@
 """Text as it comes, token by token: whole characters, the whole text, nothing of a stop string, and token names."""
 
 import functools
+import random
 
 import pytest
 from hypothesis import example, given
@@ -56,6 +57,23 @@ def test_the_pieces_of_every_script_are_its_text(script, vocab_size):
     pieces, stopped = through(here, here.encode(SCRIPTS[script]))
     assert "".join(pieces) == SCRIPTS[script] and not stopped
     assert not any("\ufffd" in piece for piece in pieces)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("vocab_size", [280, 5_000, 130_000])
+def test_a_thousand_strings_come_out_as_they_went_in_over_vocabularies_of_every_size(vocab_size):
+    rng = random.Random(0)
+    letters = {script: sorted(set(text) - {" "}) for script, text in SCRIPTS.items()}
+    word = lambda: "".join(rng.choices(rng.choice(list(letters.values())), k=rng.randint(1, 8)))
+    here = train_tokenizer([" ".join(word() for _ in range(200)) for _ in range(1_000)], vocab_size)
+    assert here.backend.get_vocab_size() == vocab_size
+    whole = lambda: chr(rng.choice([rng.randrange(0xD800), rng.randrange(0xE000, 0x110000)]))
+    for _ in range(1_000):
+        text = " ".join(rng.choice([word, whole, lambda: rng.choice(list(SCRIPTS.values()))])() for _ in range(9))
+        ids = here.encode(text)
+        pieces, _ = through(here, ids)
+        assert "".join(pieces) == here.decode(ids) == text
+        assert sum(piece.count("\ufffd") for piece in pieces) == text.count("\ufffd")
 
 
 @given(st.text(alphabet=LETTERS, max_size=24), st.sampled_from([262, 300, 500]))
