@@ -29,6 +29,7 @@ def parse() -> argparse.Namespace:
     tasks.add_argument("--task-folder", metavar="DIR", help="with task files of your own")
     tasks.add_argument("--shots", type=int, help="examples before each question (default: as the task says)")
     tasks.add_argument("--limit", type=int, help="questions of each task (default: all)")
+    tasks.add_argument("--chat", action="store_true", help="ask in the form of the model's chat template")
     tasks.add_argument("--max-length", type=int, default=2048, help="tokens of context and continuation")
     return parser.parse_args()
 
@@ -39,8 +40,8 @@ def check(args: argparse.Namespace) -> None:
         raise ConfigError("--hf is for --tasks; a corpus is scored by a run (deepseek_jax.convert from-hf makes one).")
     if args.tasks and (args.data or args.compressors or args.step is not None):
         raise ConfigError("--data, --compressors and --step do not go with --tasks; score one at a time.")
-    for name in ("task_folder", "shots", "limit"):
-        if getattr(args, name) is not None and not args.tasks:
+    for name in ("task_folder", "shots", "limit", "chat"):
+        if getattr(args, name) not in (None, False) and not args.tasks:
             raise ConfigError(f"--{name.replace('_', '-')} is for --tasks.")
     if min(args.shots or 0, (args.limit or 1) - 1, args.max_length - 2) < 0:
         raise ConfigError("--shots cannot be negative, --limit must be positive, and --max-length at least 2.")
@@ -57,9 +58,9 @@ def by_tasks(args: argparse.Namespace) -> dict[str, Any]:
 
     folder = args.hf or args.workdir
     cfg, variables, tokenizer = load(folder, args.ema, hf=args.hf is not None, on_host=True)
-    text = chat_template.of_folder(folder, tokenizer, chats=False)
-    scores = evaluate_tasks(EngineLM(cfg, variables, tokenizer, text, args.max_length), args.tasks.split(","),
-                            args.task_folder, args.shots, args.limit)
+    text = chat_template.of_folder(folder, tokenizer, chats=args.chat)
+    model = EngineLM(cfg, variables, tokenizer, text, args.max_length, args.chat)
+    scores = evaluate_tasks(model, args.tasks.split(","), args.task_folder, args.shots, args.limit)
     return {f"{task} {metric.removesuffix(',none')}": value for task, found in scores.items()
             for metric, value in found.items() if isinstance(value, (int, float))}
 

@@ -1,11 +1,13 @@
 """Tasks of lm-eval on our own engine (extra `eval`): multiple choice and perplexity by logprobs, generation by text.
 
 Texts become tokens as lm-eval's own class for transformers makes them: without BOS, a context that is empty or begins
-a rolling window has the prefix token before it.
+a rolling window has the prefix token before it. As a chat, a context is messages, to which the checkpoint's template is
+applied.
 """
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from lm_eval import simple_evaluate, utils  # pyright: ignore[reportMissingImports]
@@ -16,7 +18,7 @@ from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
 from deepseek_jax.config import ConfigError, ModelConfig
 from deepseek_jax.serving.engine import Request, Sequence
 from deepseek_jax.serving.generation import run_requests
-from deepseek_jax.serving.openai.chat import Conventions, Tokenizer
+from deepseek_jax.serving.openai.chat import Conventions, Tokenizer, chat_ids
 from deepseek_jax.serving.openai.prompts import Continuation
 
 MOST_AT_ONCE = 256  # requests of one call: what they found is kept until all have ended
@@ -28,14 +30,16 @@ class EngineLM(TemplateLM):
     Args:
       variables: {"params", "bias"} of the model. text: what its checkpoint says about its text.
       max_length: tokens of context and continuation; of longer ones the beginning is left out.
+      chat: whether contexts are chats, of whose answers there are texts and no logprobs.
     """
 
     backend = "causal"
 
     def __init__(self, cfg: ModelConfig, variables: dict[str, Any], tokenizer: Tokenizer, text: Conventions,
-                 max_length: int = 2048):
+                 max_length: int = 2048, chat: bool = False):
         super().__init__()
-        self.cfg, self.variables, self.tokens, self.text, self.max_length = cfg, variables, tokenizer, text, max_length
+        self.cfg, self.variables, self.tokens, self.text = cfg, variables, tokenizer, text
+        self.max_length, self.chat = max_length, chat
 
     @property
     def eot_token_id(self) -> int:
@@ -50,6 +54,15 @@ class EngineLM(TemplateLM):
     def tok_encode(self, string: str, **options: Any) -> list[int]:
         """Ids of a text, without BOS."""
         return self.tokens.encode(string)
+
+    @property
+    def tokenizer_name(self) -> str:
+        """What lm-eval tells caches of rendered chats apart by; here they hold messages, whatever the tokenizer."""
+        return "messages"
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """The messages as text, which `generate_until` reads: ids of a template's markup are no text."""
+        return json.dumps(chat_history)
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Logprob of each text as a whole, in windows of max_length that share no predicted token."""
@@ -66,6 +79,8 @@ class EngineLM(TemplateLM):
 
     def _loglikelihood_tokens(self, requests: list[Any], **options: Any) -> list[tuple[float, bool]]:
         """(logprob, whether greedy) of each continuation, given ((context, continuation), their ids)."""
+        if self.chat:
+            raise ConfigError("--chat is for tasks that generate; leave it out for multiple choice and perplexity.")
         asked = []
         for _, context, new in requests:
             ids = [*context, *new][-(self.max_length + 1):]
@@ -83,7 +98,8 @@ class EngineLM(TemplateLM):
         for request in requests:
             context, how = request.args
             until, most = how.get("until") or [], int(how.get("max_gen_toks", 256))
-            ids = self.tok_encode(context)[-max(1, self.max_length - most):] or [self.prefix_token_id]
+            ids = (chat_ids(json.loads(context), self.tokens, self.text.template) if self.chat else
+                   self.tok_encode(context))[-max(1, self.max_length - most):] or [self.prefix_token_id]
             asked.append(Request(tuple(ids), most, stop_tokens=self.text.ends or frozenset([self.tokens.eos]),
                                  temperature=float(how.get("temperature", 0.0)) if how.get("do_sample") else 0.0))
             texts.append(Continuation(self.tokens, tuple([until] if isinstance(until, str) else until)))
@@ -110,12 +126,12 @@ def evaluate_tasks(model: EngineLM, tasks: list[str], folder: str | None = None,
       tasks: names. folder: with task files of one's own (YAML). shots: examples before each question; None: as each
         task says. limit: questions of each task; None: all.
     Raises:
-      ConfigError: a task that there is not.
+      ConfigError: a task that there is not, or that no chat can be asked.
     """
     manager = TaskManager(include_path=folder)
     if unknown := [name for name in tasks if name not in manager.all_tasks]:
         raise ConfigError(f"there is no task {unknown[0]!r}; `lm-eval ls tasks` lists them, --task-folder adds others.")
     result = simple_evaluate(model, tasks=tasks, task_manager=manager, num_fewshot=shots, limit=limit,
-                             bootstrap_iters=0, log_samples=False)
+                             apply_chat_template=model.chat, bootstrap_iters=0, log_samples=False)
     assert result is not None  # on the first process
     return result["results"]

@@ -58,6 +58,11 @@ def model():
     return EngineLM(CFG, VARIABLES, train_tokenizer(["some text"] * 3, 262), PLAIN, max_length=32)
 
 
+@pytest.fixture(scope="module")
+def chat():
+    return EngineLM(CFG, VARIABLES, train_tokenizer(["some text"] * 3, 262), PLAIN, max_length=32, chat=True)
+
+
 def logprobs_of(ids):
     """Of each token but the first, by a plain forward pass; and whether each is the likeliest."""
     row = np.zeros((1, 64), np.int32)
@@ -110,12 +115,18 @@ def test_a_task_that_there_is_not_is_named(model):
         evaluate_tasks(model, ["hellaswagg"])
 
 
-def test_the_server_gives_the_same_scores(model, folder, monkeypatch):
+def test_chats_are_asked_where_answers_are_texts(chat, folder):
+    assert evaluate_tasks(chat, ["writing"], folder)["writing"]["exact_match,none"] == 0.0
+    with pytest.raises(ConfigError, match="--chat is for tasks that generate"):
+        evaluate_tasks(chat, ["choice"], folder)
+
+
+def test_the_server_gives_the_same_scores(model, chat, folder, monkeypatch):
     """By lm-eval's own client, which sends ids and asks for an echo with logprobs."""
     for needed in ("aiohttp", "tenacity", "requests"):
         pytest.importorskip(needed)
     from lm_eval import simple_evaluate
-    from lm_eval.models.openai_completions import LocalCompletionsAPI
+    from lm_eval.models.openai_completions import LocalChatCompletion, LocalCompletionsAPI
     from lm_eval.tasks import TaskManager
 
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
@@ -130,6 +141,13 @@ def test_the_server_gives_the_same_scores(model, folder, monkeypatch):
         api.custom_prefix_token_id = model.tokens.bos  # lm-eval takes a BOS of 0 for none
         found = simple_evaluate(api, tasks=list(TASKS), task_manager=TaskManager(include_path=folder),
                                 bootstrap_iters=0)["results"]
+        api = LocalChatCompletion(model="org/random", base_url=url + "/v1/chat/completions")
+        chats = simple_evaluate(api, tasks=["writing"], task_manager=TaskManager(include_path=folder),
+                                apply_chat_template=True, bootstrap_iters=0, log_samples=True)["samples"]["writing"]
+    answers = [sample["resps"][0][0] for sample in sorted(chats, key=lambda sample: sample["doc_id"])]
+    assert answers == chat.generate_until([types.SimpleNamespace(args=(
+        chat.apply_chat_template([{"role": "user", "content": row["q"] + "a"}]), {"until": ["zq"], "max_gen_toks": 5}))
+        for row in ROWS]) and any(answers)
     here = evaluate_tasks(model, list(TASKS), folder)
     for task, scores in here.items():
         for metric, value in scores.items():
