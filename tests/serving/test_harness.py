@@ -13,6 +13,7 @@ from deepseek_jax.data.tokenizer import train_tokenizer
 from deepseek_jax.serving.harness import EngineLM, evaluate_tasks
 from deepseek_jax.serving.openai.chat import PLAIN
 from tests.model import naive
+from tests.serving.lm_eval_tasks import TASKS
 from tests.serving.openai.conftest import running
 
 CFG = naive.tiny(num_layers=2, vocab_size=262)
@@ -20,37 +21,6 @@ VARIABLES = naive.variables_of(CFG)
 ROWS = [{"q": "import os\nos.path.", "choices": ["join", "banana", "x"], "label": 0},
         {"q": "for i in ", "choices": ["range", "apples and pears", " "], "label": 1},
         {"q": "", "choices": ["nothing", "before it"], "label": 1}]
-TASKS = {"choice": """
-task: choice
-dataset_path: json
-dataset_kwargs: {data_files: {test: DATA}}
-test_split: test
-output_type: multiple_choice
-doc_to_text: "{{q}}"
-doc_to_choice: choices
-doc_to_target: label
-target_delimiter: ""
-metric_list: [{metric: acc}, {metric: acc_norm}]
-""", "perplexity": """
-task: perplexity
-dataset_path: json
-dataset_kwargs: {data_files: {test: DATA}}
-test_split: test
-output_type: loglikelihood_rolling
-doc_to_text: ""
-doc_to_target: "{{q * 3}}some text"
-metric_list: [{metric: word_perplexity}, {metric: byte_perplexity}, {metric: bits_per_byte}]
-""", "writing": """
-task: writing
-dataset_path: json
-dataset_kwargs: {data_files: {test: DATA}}
-test_split: test
-output_type: generate_until
-doc_to_text: "{{q}}a"
-doc_to_target: "{{choices[0]}}"
-generation_kwargs: {until: ["zq"], max_gen_toks: 5, do_sample: false}
-metric_list: [{metric: exact_match}]
-"""}
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,75 @@
+"""Scores of lm-eval tasks by our engine next to transformers in float32, on the same weights.
+
+    python -m tests.serving.lm_eval_transformers DIR
+
+DIR is a Hugging Face checkpoint (`convert to-hf --dtype float32`). Needs lm-eval, transformers and torch. The tasks are
+made from the lines of this project: which end a line has, bits per byte of its files, and the next 16 tokens.
+"""
+
+import argparse
+import json
+import pathlib
+import random
+import sys
+import tempfile
+
+from lm_eval import simple_evaluate
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+
+import deepseek_jax
+from deepseek_jax.serving.harness import EngineLM
+from deepseek_jax.serving.openai import chat_template
+from deepseek_jax.workdir import load
+from tests.serving.lm_eval_tasks import TASKS
+
+LENGTH = 256  # tokens of context and continuation
+
+
+def rows(count: int) -> list[dict]:
+    """Lines cut in two, each with three ends of which one is its own."""
+    rng = random.Random(0)
+    files = sorted(pathlib.Path(deepseek_jax.__file__).parent.rglob("*.py"))
+    lines = [line for path in files for line in path.read_text(encoding="utf-8").splitlines() if 40 < len(line) < 100]
+    chosen = []
+    for line in rng.sample(lines, count):
+        cut = rng.randint(len(line) // 3, 2 * len(line) // 3)
+        ends = [line[cut:], *(other[len(other) // 2:] for other in rng.sample(lines, 2))]
+        label = rng.randrange(3)
+        ends[0], ends[label] = ends[label], ends[0]
+        chosen.append({"q": line[:cut], "choices": ends, "label": label})
+    return chosen
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint")
+    parser.add_argument("--rows", type=int, default=100)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        data = pathlib.Path(folder, "rows.jsonl")
+        data.write_text("".join(json.dumps(row) + "\n" for row in rows(args.rows)))
+        for name, text in TASKS.items():
+            pathlib.Path(folder, f"{name}.yaml").write_text(text.replace("DATA", str(data)))
+        cfg, variables, tokenizer = load(args.checkpoint, hf=True, on_host=True)
+        model = EngineLM(cfg, variables, tokenizer, chat_template.of_folder(args.checkpoint, tokenizer, chats=False),
+                         LENGTH)
+        peer = HFLM(args.checkpoint, dtype="float32", device="cpu", max_length=LENGTH, batch_size=1)
+        ours, theirs = (simple_evaluate(one, tasks=list(TASKS), task_manager=TaskManager(include_path=folder),
+                                        bootstrap_iters=0, log_samples=True) for one in (model, peer))
+    differ = 0
+    for task, scores in ours["results"].items():
+        for metric, value in scores.items():
+            if isinstance(value, float):
+                other = theirs["results"][task][metric]
+                differ += int(abs(value - other) > 1e-5 * abs(other))
+                print(f"{task:12s}{metric.removesuffix(',none'):18s}{value:18.6f}{other:18.6f}")
+    texts = [[sample["resps"] for sample in sorted(found["samples"]["writing"], key=lambda sample: sample["doc_id"])]
+             for found in (ours, theirs)]
+    written = sum(a != b for a, b in zip(*texts, strict=True))
+    print(f"{differ} scores differ by more than 1e-5 of their size, {written} of {len(texts[0])} texts written.")
+    sys.exit(1 if differ or written else 0)
+
+
+if __name__ == "__main__":
+    main()
