@@ -53,12 +53,12 @@ def by_tasks(args: argparse.Namespace) -> dict[str, Any]:
         from deepseek_jax.serving.harness import EngineLM, evaluate_tasks
     except ModuleNotFoundError as error:
         raise ConfigError(f"--tasks needs {error.name}; pip install 'deepseek-jax[eval]'.") from None
-    from deepseek_jax.serving.openai import chat_template
+    from deepseek_jax.chat.template import of_folder
     from deepseek_jax.workdir import load
 
     folder = args.hf or args.workdir
     cfg, variables, tokenizer = load(folder, args.ema, hf=args.hf is not None, on_host=True)
-    text = chat_template.of_folder(folder, tokenizer, chats=args.chat)
+    text = of_folder(folder, tokenizer, chats=args.chat)
     model = EngineLM(cfg, variables, tokenizer, text, args.max_length, args.chat)
     scores = evaluate_tasks(model, args.tasks.split(","), args.task_folder, args.shots, args.limit)
     return {f"{task} {metric.removesuffix(',none')}": value for task, found in scores.items()

@@ -60,8 +60,8 @@ def check(args: argparse.Namespace) -> None:
 def main() -> None:
     args = parse()
     check(args)
+    from deepseek_jax.chat.template import of_folder
     from deepseek_jax.serving import Request, run_requests
-    from deepseek_jax.serving.openai import chat_template
     from deepseek_jax.serving.openai.prompts import Continuation, check_room, prompt_ids, read_prompts
     from deepseek_jax.workdir import load, most_positions
 
@@ -70,7 +70,7 @@ def main() -> None:
         prompts = [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in prompts]
     folder = args.hf or args.workdir
     cfg, variables, tokenizer = load(folder, args.ema, args.step, hf=args.hf is not None, on_host=True)
-    text = chat_template.of_folder(folder, tokenizer, any(isinstance(prompt, list) for prompt in prompts))
+    text = of_folder(folder, tokenizer, any(isinstance(prompt, list) for prompt in prompts))
     ids = [prompt_ids(prompt, tokenizer, text) for prompt in prompts]
     check_room(ids, args.max_new_tokens, most_positions(folder))
     requests = [Request(tuple(prompt), args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed,

@@ -67,8 +67,8 @@ def main() -> None:
         from deepseek_jax.serving.openai.server import Options, serve
     except ModuleNotFoundError as error:
         raise ConfigError(f"serving needs {error.name}; pip install 'deepseek-jax[serve]'.") from None
+    from deepseek_jax.chat.template import of_folder
     from deepseek_jax.serving.engine import Engine, EngineConfig
-    from deepseek_jax.serving.openai import chat_template
     from deepseek_jax.serving.openai.stream import Service
     from deepseek_jax.workdir import load
 
@@ -77,7 +77,7 @@ def main() -> None:
 
     def service(report):
         cfg, variables, tokenizer = load(folder, args.ema, hf=args.hf is not None, on_host=True)
-        text = chat_template.of_folder(folder, tokenizer)
+        text = of_folder(folder, tokenizer)
         depth = min(1, cfg.mtp_depth) if args.depth is None else args.depth
         engine = Engine(cfg, variables, EngineConfig(args.max_sequences, args.max_length, depth, cache=args.cache,
                                                      deterministic=args.deterministic))

@@ -67,7 +67,8 @@ MAY_IMPORT = {
     "pipeline.__main__": ("pipeline.schedule", "pipeline.validate", "pipeline.draw", "pipeline", "cli", "io", "config"),
     "pipeline": ("pipeline.schedule", "pipeline.validate"),
     # Text, files, checkpoints.
-    "data": ("io", "table", "config"),
+    "chat": ("io", "config"),
+    "data": ("chat", "io", "table", "config"),
     "checkpoint": ("io", "config", "kernels_pallas.constants"),
     "interop": ("model", "fp8", "checkpoint", "data.tokenizer", "io", "kernels_pallas.constants", "config"),
     "workdir": ("checkpoint", "interop", "data.tokenizer", "io", "config"),
@@ -91,8 +92,8 @@ MAY_IMPORT = {
     "plots.training": ("plots.style", "training.metrics"),
     "plots": (),
     # Serving.
-    "serving.openai": ("serving.decode", "serving.engine", "io", "config"),
-    "serving.harness": ("serving.engine", "serving.generation", "serving.openai", "config"),
+    "serving.openai": ("serving.decode", "serving.engine", "chat", "io", "config"),
+    "serving.harness": ("serving.engine", "serving.generation", "serving.openai", "chat", "config"),
     "serving": ("model", "fp8", *SHARDING, "kernels_pallas.api", "config"),
     # Machines that are not here.
     "scale.compile": ("scale", "training.step", "pipeline.model", "serving", "model", *SHARDING,
@@ -102,18 +103,18 @@ MAY_IMPORT = {
     # Commands.
     "__main__": (),
     "train": ("cli", "config", "parallel.processes", "training.loop", "training.summary"),
-    "evaluate": ("cli", "io", "training.evaluate", "serving", "workdir", "config"),
+    "evaluate": ("cli", "io", "training.evaluate", "serving", "chat", "workdir", "config"),
     "routing": ("model", "workdir", "config"),
     "compare": ("cli", "io", "table", "plots", "training.comparison", "training.metrics", "workdir", "config"),
-    "generate": ("cli", "serving", "workdir", "config"),
-    "serve": ("cli", "serving", "workdir", "config"),
+    "generate": ("cli", "serving", "chat", "workdir", "config"),
+    "serve": ("cli", "serving", "chat", "workdir", "config"),
     "convert": ("cli", "interop.convert", "config"),
     "plan": ("cli", "io", "scale", "config"),
     "compile": ("cli", "io", "scale", "config"),
 }
 COMMANDS = ("train", "evaluate", "compare", "generate", "serve", "convert", "plan", "compile")
 
-WITHOUT_JAX = ("config", "configs", "cli", "runtime", "io", "plugin", "data", "workdir", "pipeline.orders",
+WITHOUT_JAX = ("config", "configs", "cli", "runtime", "io", "plugin", "chat", "data", "workdir", "pipeline.orders",
                "pipeline.ticks", "pipeline.schedule", "pipeline.validate", "pipeline.tables", "pipeline.draw",
                "pipeline.__main__", "scale.costs", "scale.layout", "scale.traffic", "scale.memory", "scale.hardware",
                "scale.timing", "scale.plan", "scale.decoding", "scale.tables", "scale.arguments", "scale.serve",

@@ -11,10 +11,10 @@ import signal
 
 import pytest
 
+from deepseek_jax.chat import template as chat_template
 from deepseek_jax.config import ConfigError
 from deepseek_jax.data.tokenizer import Tokenizer, train_tokenizer
 from deepseek_jax.interop import load_hf, safetensors_io
-from deepseek_jax.serving.openai import chat_template
 from deepseek_jax.workdir import load_workdir_config
 from tests.interop import checkpoints
 

@@ -245,7 +245,7 @@ MUTATIONS = [
         file="deepseek_jax/data/tokenizer.py",
         old='token["special"] = True',
         new='token["special"] = False',
-        tests="serving/openai/test_chat_template.py",
+        tests="chat/test_template.py",
     ),
     Mutation(
         name="logits that are no numbers are sampled from",

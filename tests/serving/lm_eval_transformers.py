@@ -18,8 +18,8 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 import deepseek_jax
+from deepseek_jax.chat import template as chat_template
 from deepseek_jax.serving.harness import EngineLM
-from deepseek_jax.serving.openai import chat_template
 from deepseek_jax.workdir import load
 from tests.serving.lm_eval_tasks import TASKS
 

@@ -8,10 +8,10 @@ import pytest
 
 pytest.importorskip("lm_eval")
 
+from deepseek_jax.chat.messages import PLAIN
 from deepseek_jax.config import ConfigError
 from deepseek_jax.data.tokenizer import train_tokenizer
 from deepseek_jax.serving.harness import EngineLM, evaluate_tasks
-from deepseek_jax.serving.openai.chat import PLAIN
 from tests.model import naive
 from tests.serving.lm_eval_tasks import TASKS
 from tests.serving.openai.conftest import running

@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from deepseek_jax.config import ConfigError
-from deepseek_jax.serving.engine import Sequence, Token
-from deepseek_jax.serving.openai.chat import (
+from deepseek_jax.chat.messages import (
     HALF_CHARACTER,
     BadMessages,
     Conventions,
@@ -16,6 +14,8 @@ from deepseek_jax.serving.openai.chat import (
     check_messages,
     is_unicode,
 )
+from deepseek_jax.config import ConfigError
+from deepseek_jax.serving.engine import Sequence, Token
 from deepseek_jax.serving.openai.detokenize import TextStream
 
 Prompt = str | list[dict[str, Any]]  # a text, or the messages of a chat

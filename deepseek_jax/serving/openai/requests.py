@@ -7,10 +7,7 @@ import math
 import secrets
 from typing import Any, NamedTuple
 
-from deepseek_jax.config import did_you_mean
-from deepseek_jax.serving.decode import ALTERNATIVES
-from deepseek_jax.serving.engine import Request
-from deepseek_jax.serving.openai.chat import (
+from deepseek_jax.chat.messages import (
     HALF_CHARACTER,
     PLAIN,
     BadMessages,
@@ -20,6 +17,9 @@ from deepseek_jax.serving.openai.chat import (
     check_messages,
     is_unicode,
 )
+from deepseek_jax.config import did_you_mean
+from deepseek_jax.serving.decode import ALTERNATIVES
+from deepseek_jax.serving.engine import Request
 
 LONGEST_STOP, MOST_STOPS = 1024, 16  # characters; strings
 IGNORED = ("user", "metadata", "store", "service_tier", "parallel_tool_calls", "safety_identifier", "prompt_cache_key")

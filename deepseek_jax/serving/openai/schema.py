@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from deepseek_jax import __version__
+from deepseek_jax.chat.messages import ROLES
 from deepseek_jax.serving.decode import ALTERNATIVES
-from deepseek_jax.serving.openai.chat import ROLES
 from deepseek_jax.serving.openai.requests import IGNORED, LONGEST_STOP, MOST_STOPS, UNSUPPORTED
 
 Schema = dict[str, Any]

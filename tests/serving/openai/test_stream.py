@@ -8,7 +8,7 @@ import pytest
 from deepseek_jax.serving.engine import Request, Token
 from deepseek_jax.serving.openai.requests import CompletionRequest, ServedModel
 from deepseek_jax.serving.openai.stream import _Listener
-from tests.serving.openai.test_chat_template import published
+from tests.chat.test_template import published
 
 
 def heard(prompt, ids, together=1, finish="stop", end=None, **how):

@@ -8,10 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken
 
+from deepseek_jax.chat import template as chat_template
+from deepseek_jax.chat.messages import BadMessages, Conventions, chat_ids
 from deepseek_jax.config import ConfigError
 from deepseek_jax.data.tokenizer import Tokenizer, train_tokenizer
-from deepseek_jax.serving.openai import chat_template, requests
-from deepseek_jax.serving.openai.chat import BadMessages, Conventions, chat_ids
+from deepseek_jax.serving.openai import requests
 
 # The shape of DeepSeek-V3's own template.
 TEMPLATE = """{% if not add_generation_prompt is defined %}{% set add_generation_prompt = false %}{% endif -%}

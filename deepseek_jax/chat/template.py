@@ -9,9 +9,9 @@ import sys
 from typing import Any
 
 from deepseek_jax import io
+from deepseek_jax.chat.messages import ROLES, Conventions, Template, Tokenizer
+from deepseek_jax.chat.render import Renderer
 from deepseek_jax.config import ConfigError, shown
-from deepseek_jax.serving.openai.chat import ROLES, Conventions, Template, Tokenizer
-from deepseek_jax.serving.openai.render import Renderer
 
 
 def of_folder(folder: str, tokenizer: Tokenizer, chats: bool = True) -> Conventions:

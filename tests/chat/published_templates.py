@@ -1,6 +1,6 @@
 """Compares the ids of chats with those of transformers, for chat templates that checkpoints are published with.
 
-    python -m tests.serving.openai.published_templates DIR
+    python -m tests.chat.published_templates DIR
 
 DIR has templates, NAME.jinja, which are not part of this project. Needs transformers.
 """
@@ -14,9 +14,9 @@ from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 from transformers import PreTrainedTokenizerFast
 
+from deepseek_jax.chat import template as chat_template
+from deepseek_jax.chat.messages import chat_ids
 from deepseek_jax.data.tokenizer import Tokenizer, train_tokenizer
-from deepseek_jax.serving.openai import chat_template
-from deepseek_jax.serving.openai.chat import chat_ids
 
 MARKUP = re.compile(r"<[｜|][^<>'\"]+[｜|]>|<think>|</think>|\[gMASK\]|<sop>|\[BOS\]")
 SAY = lambda *texts: [{"role": role, "content": text} for role, text in zip(("user", "assistant") * 9, texts)]

@@ -4,8 +4,8 @@ import time
 
 import pytest
 
-from deepseek_jax.serving.openai import render
-from deepseek_jax.serving.openai.render import Renderer
+from deepseek_jax.chat.render import Renderer
+from deepseek_jax.chat import render
 
 CHAT = [{"role": "user", "content": "hi"}]
 HOSTILE = {

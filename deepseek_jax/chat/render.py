@@ -42,7 +42,7 @@ class Renderer:
     def _start(self):
         # The same modules as here, and a session of its own: Ctrl-C is for the server.
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-        self._process = subprocess.Popen([sys.executable, "-m", "deepseek_jax.serving.openai.jinja"], env=environment,
+        self._process = subprocess.Popen([sys.executable, "-m", "deepseek_jax.chat.jinja"], env=environment,
                                          stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
                                          start_new_session=True)
         self._end = weakref.finalize(self, _end, self._process)

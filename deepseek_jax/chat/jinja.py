@@ -1,6 +1,6 @@
 """The language of chat templates, as transformers has it: Jinja in a sandbox, and the few names that they rely on.
 
-As a program (`python -m deepseek_jax.serving.openai.jinja`) it renders for `render.Renderer`, which see.
+As a program (`python -m deepseek_jax.chat.jinja`) it renders for `render.Renderer`, which see.
 """
 
 from __future__ import annotations
