@@ -6,7 +6,6 @@ spells a role token sends its letters.
 
 from __future__ import annotations
 
-import functools
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -106,10 +105,7 @@ def chat_ids(messages: Any, tokenizer: Tokenizer, template: Template | None,
     """
     checked, backend = check_messages(messages), tokenizer.backend
     if template is not None:
-        try:
-            return _rendered_ids(checked, tokenizer, functools.partial(template, **options or {}))
-        except ValueError as error:
-            raise BadMessages("messages", f"messages: the model's chat template refuses them: {error}") from None
+        return rendered_ids(checked, tokenizer, template, options or {})
     answer = backend.token_to_id(ROLES["assistant"])
     if answer is None:
         return [tokenizer.bos, *tokenizer.encode("\n".join(m["content"] for m in checked))]
@@ -122,8 +118,10 @@ def chat_ids(messages: Any, tokenizer: Tokenizer, template: Template | None,
     return [*ids, answer]
 
 
-def _rendered_ids(messages, tokenizer, template):
-    """Ids of the rendered template. Markup that a message spells gets a mark inside, so that it is none to anybody."""
+def rendered_ids(messages: list[dict[str, str]], tokenizer: Tokenizer, template: Template,
+                 options: dict[str, Any]) -> list[int]:
+    """Ids of what the template makes of checked messages. Raises BadMessages where it refuses them."""
+    # Markup that a message spells gets a mark inside, so that it is none to anybody.
     mark = _unused(json.dumps(messages, ensure_ascii=False))
     spellings = sorted(tokenizer.markup(), key=len, reverse=True)
     find = re.compile("|".join(map(re.escape, spellings)) or "(?!)")
@@ -131,8 +129,11 @@ def _rendered_ids(messages, tokenizer, template):
     def marked(text, kept=()):
         return find.sub(lambda m: m[0] if m[0] in kept else m[0][0] + mark + m[0][1:], text)
 
-    rendered = template([{key: text if key == "role" else marked(text, KEPT.get(m["role"], ()))
-                          for key, text in m.items()} for m in messages])
+    try:
+        rendered = template([{key: text if key == "role" else marked(text, KEPT.get(m["role"], ()))
+                              for key, text in m.items()} for m in messages], **options)
+    except ValueError as error:
+        raise BadMessages("messages", f"messages: the model's chat template refuses them: {error}") from None
     rendered = rendered.replace(json.dumps(mark)[1:-1], mark)  # as tojson may write it
     ids = []
     for part in _parts(rendered, find, mark):

@@ -106,8 +106,9 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
     Raises:
       ConfigError: it cannot be read, or describes no run.
     """
-    if path in PRESETS and not os.path.exists(path):
-        path = os.path.join(os.path.dirname(configs.__file__), f"{path}.py")
+    named = os.path.join(os.path.dirname(configs.__file__), f"{path}.py")
+    if re.fullmatch(r"[a-z]\w*", path) and os.path.isfile(named) and not os.path.exists(path):
+        path = named
     if not os.path.isfile(path):
         raise ConfigError(f"no config file {path}; take one of {', '.join(PRESETS)}, a Python file with get_config(), "
                           "or the config.json of a run.")
@@ -118,7 +119,20 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
     config = _with_new_names(config)  # first, so that an override wins
     for override in overrides:
         _override(config, override)
-    return freeze(config)
+    return freeze(_with_model(config, path))
+
+
+def _with_model(config, path):
+    """The config; where its model is None, with that of the run which init.from names."""
+    if "model" not in config or config["model"] is not None:
+        return config
+    run = (config.get("init") or {}).get("from")
+    if not run:
+        raise ConfigError(f"{path} takes its model from another run; name it: --config.init.from=RUN.")
+    theirs = os.path.join(run, "config.json")
+    if not os.path.isfile(theirs):
+        raise ConfigError(f"init.from={run} holds no config.json; give the work directory of a run.")
+    return dict(config.items()) | {"model": _with_new_names(_read_json(theirs))["model"]}
 
 
 def _read_json(path):

@@ -23,6 +23,9 @@ class DataConfig(Checked, section="data"):
     split_punctuation_rate: Annotated[float, FRACTION,
                                       "of the tokens that join punctuation and line breaks: split at random"] = 0.1
     mask_documents: Annotated[bool, "attend only inside a document; the report packs without such a mask"] = False
+    packing: Annotated[Literal["stream", "whole"],
+                       "stream: documents one after another, cut where a sequence ends; whole: none is cut, as "
+                       "conversations need it"] = "stream"
     cache_dir: Annotated[str | None, "of token shards; None: inside the work directory"] = None
     prefetch: Annotated[int, NOT_NEGATIVE, "batches read ahead"] = 4
 
@@ -34,6 +37,11 @@ class DataConfig(Checked, section="data"):
             if not path or weight <= 0:
                 raise ConfigError(f"data.sources: {(path, weight)!r} must be a path and a positive weight; leave out "
                                   "what is not wanted.")
+        if self.packing == "whole" and not self.mask_documents:
+            raise ConfigError("data.packing='whole' packs documents that must not see each other; set "
+                              "data.mask_documents=True.")
+        if self.packing == "whole" and self.fim_rate:
+            raise ConfigError("data.fim_rate rearranges a stream; with data.packing='whole' set data.fim_rate=0.")
         paths = [path for path, _ in self.sources]
         if twice := [path for path in paths if paths.count(path) > 1]:
             raise ConfigError(f"data.sources names {twice[0]!r} twice; name it once, with the sum of the weights.")

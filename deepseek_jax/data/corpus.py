@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from deepseek_jax import io
+from deepseek_jax.chat.messages import BadMessages, check_messages
 from deepseek_jax.config import ConfigError
 from deepseek_jax.data import zst
 from deepseek_jax.data.files import File, below, find
@@ -35,10 +36,14 @@ _WARNINGS_SHOWN = 10
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-    """A text in parts; a part that is not predicted (a prompt) is read by the model without a loss."""
+    """A text in parts; a part that is not predicted (a prompt) is read by the model without a loss.
+
+    messages: of a conversation; its parts are what they say, and a chat template makes its tokens.
+    """
 
     name: str
     parts: tuple[tuple[str, bool], ...]
+    messages: tuple[dict[str, Any], ...] | None = None
 
     @property
     def bytes(self) -> int:
@@ -118,7 +123,8 @@ def read_documents(files: list[File], counts: Counts | None = None,
                     counts.skipped += 1
                     tell(f"skipped {name}: {parts}")
                     continue
-                document = Document(name, tuple(part for part in parts if part[0]))
+                messages = parts.messages if isinstance(parts, _Conversation) else None
+                document = Document(name, tuple(part for part in parts if part[0]), messages)
                 if not any(predicted for _, predicted in document.parts):
                     counts.empty += 1
                     continue
@@ -202,7 +208,7 @@ def _read_parquet(path, alone):
     except ImportError:
         raise ConfigError(f"{path} needs a reader of parquet: pip install pyarrow") from None
     with pyarrow.parquet.ParquetFile(path) as file:
-        columns = [c for c in ("text", "prompt", "answer") if c in file.schema_arrow.names]
+        columns = [c for c in ("text", "prompt", "answer", "messages") if c in file.schema_arrow.names]
         row = 0
         for batch in file.iter_batches(batch_size=1024, columns=columns):
             for record in batch.to_pylist():
@@ -214,15 +220,39 @@ def _parts(record):
     """The parts of a row, or a sentence that says why it is none."""
     if not isinstance(record, dict):
         return "not an object with keys"
+    if record.get("messages") is not None:
+        return _conversation(record["messages"])
     keys = ("prompt", "answer") if record.get("text") is None else ("text",)
     if not all(isinstance(record.get(key), str) for key in keys):
-        return 'has neither "text" nor "prompt" and "answer" as strings'
+        return 'has neither "text" nor "prompt" and "answer" as strings, nor "messages"'
     try:
         for key in keys:
             record[key].encode()
     except UnicodeEncodeError:
         return "holds half a surrogate pair, which is no text"  # JSON can spell it, UTF-8 cannot
     return tuple((record[key], key != "prompt") for key in keys)
+
+
+class _Conversation(tuple):
+    """Parts that are turns of a chat."""
+
+    messages: tuple[dict[str, Any], ...]
+
+
+def _conversation(messages):
+    if not isinstance(messages, list):
+        return "messages must be a list of one or more messages"
+    # Of parquet, whose rows all have the same keys: those without a value are none.
+    given = [{k: v for k, v in m.items() if v is not None} if isinstance(m, dict) else m for m in messages]
+    try:
+        checked = check_messages(given)
+    except BadMessages as error:
+        return str(error)
+    if not any(m["role"] == "assistant" for m in checked):
+        return "messages have no answer (of the role assistant)"
+    parts = _Conversation((m["content"], m["role"] == "assistant") for m in checked)
+    parts.messages = tuple(checked)
+    return parts
 
 
 _READERS = {".txt": _read_text, ".md": _read_text, ".py": _read_text, ".jsonl": _read_jsonl,

@@ -15,8 +15,9 @@ import numpy as np
 
 from deepseek_jax.config import Config, ConfigError
 from deepseek_jax.data.examples import Fim, Mixture, Stream, Window, sequence, shuffled
+from deepseek_jax.data.packing import WholeDocuments
 from deepseek_jax.data.prepare import Prepared
-from deepseek_jax.data.validation import Validation
+from deepseek_jax.data.validation import Validation, WholeValidation
 
 
 class Loader:
@@ -31,7 +32,7 @@ class Loader:
                               f"be shared by {hosts} hosts; make it a multiple.")
         self.tokenizer = tokenizer
         self.rows = rows // hosts
-        self.validation = Validation(prepared.validation, train.sequence_length, tokenizer.byte_lengths_W)
+        self.validation = _validation(config, prepared)
         self.sources = short_names([meta["source"] for meta in prepared.sources])
         self.streams = []
         if prepared.train:
@@ -42,13 +43,16 @@ class Loader:
         """The g-th sequence of the run, as a Window of T + 1 tokens."""
         source, j = self.mixture.locate(g)
         stream, length = self.streams[source], self.train.sequence_length
+        if isinstance(stream, WholeDocuments):
+            return stream.sequence(j)
         return sequence(stream, shuffled(stream, j, length), length)
 
     def batch(self, step: int) -> dict[str, Any]:
         """This host's part of step `step`.
 
         Returns:
-          tokens, segment_ids: int32 [accumulation_steps, rows, T + 1]; segments count documents within a row, from 1.
+          tokens, segment_ids: int32 [accumulation_steps, rows, T + 1]; segments count documents within a row, from 1;
+            0 is filling.
           weights: float32, same shape: 1 where a token is a target; 0 for prompts and for the first of a row, which
             is the last target of the sequence before.
           active: int32, how many of the micro-batches this step uses. The others are all zeros.
@@ -107,8 +111,23 @@ def short_names(paths: Sequence[str]) -> list[str]:
     return [name(path, own) for path, own in zip(paths, parts)]
 
 
-def _streams(config, prepared) -> list[Stream]:
+def _validation(config, prepared) -> Validation:
+    length, byte_lengths_W = config.train.sequence_length, prepared.tokenizer.byte_lengths_W
+    if config.data.packing == "stream":
+        return Validation(prepared.validation, length, byte_lengths_W)
+    return WholeValidation([WholeDocuments(shard, 0, 0, length) for shard in prepared.validation], length,
+                           byte_lengths_W)
+
+
+def _streams(config, prepared) -> list[Stream] | list[WholeDocuments]:
     data, train, tokenizer = config.data, config.train, prepared.tokenizer
+    if data.packing == "whole":
+        made = [WholeDocuments(shard, train.seed, i, train.sequence_length) for i, shard in enumerate(prepared.train)]
+        for (path, _), source in zip(data.sources, made):
+            if not source.rows:
+                raise ConfigError(f"data.sources: {path} has no training document of at most "
+                                  f"train.sequence_length={train.sequence_length} tokens; raise it, or add some.")
+        return made
     fim = Fim()
     if data.fim_rate > 0:
         if not tokenizer.has_fim:

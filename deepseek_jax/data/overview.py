@@ -6,6 +6,7 @@ import os
 
 from deepseek_jax.config import Config
 from deepseek_jax.data.corpus import ignored_files
+from deepseek_jax.data.packing import pack
 from deepseek_jax.data.prepare import Prepared
 from deepseek_jax.table import aligned
 
@@ -25,11 +26,24 @@ def describe_sources(config: Config, prepared: Prepared) -> str:
     rows: list[tuple[str, ...]] = [HEAD]
     for weight, meta, made, held in zip(weights, prepared.sources, prepared.train, prepared.validation):
         share, tokens = weight / sum(weights), len(made.tokens)
-        epochs = share * sequences * train.sequence_length / tokens if tokens else 0.0
+        of_text = train.sequence_length
+        if config.data.packing == "whole":
+            of_text = tokens / max(1, len(pack(made.lengths_N, train.sequence_length + 1)))
+        epochs = share * sequences * of_text / tokens if tokens else 0.0
         shown = f"{epochs:.2f}" if epochs >= 0.1 else f"{epochs:.2g}"
         rows.append((meta["source"], f"{meta['files']:,}", f"{meta['bytes'] / 1e6:.1f}", f"{meta['skipped']:,}",
                      f"{tokens:,}", f"{len(held.tokens):,}", f"{share:.1%}", shown))
-    return "\n".join([aligned(rows), *(note for path, _ in config.data.sources if (note := _left_out(path)))])
+    notes = [note for path, _ in config.data.sources if (note := _left_out(path))]
+    if config.data.packing == "whole":
+        notes += [note for meta, *made in zip(prepared.sources, prepared.train, prepared.validation)
+                  if (note := _too_long(meta["source"], made, train.sequence_length))]
+    return "\n".join([aligned(rows), *notes])
+
+
+def _too_long(source, shards, length):
+    count = sum(int((shard.lengths_N > length + 1).sum()) for shard in shards)
+    return count and (f"note: {source}: {count:,} documents are longer than train.sequence_length={length} and are left "
+                      "out; raise it to train on them.")
 
 
 def _left_out(path):

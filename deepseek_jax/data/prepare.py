@@ -21,6 +21,7 @@ from typing import Any
 import tokenizers
 
 from deepseek_jax import io
+from deepseek_jax.chat.template import of_folder
 from deepseek_jax.config import Config, ConfigError
 from deepseek_jax.data import corpus, token_shards
 from deepseek_jax.data.tokenizer import COMPANIONS, PATTERN, SPECIALS, Tokenizer, train_tokenizer
@@ -73,7 +74,8 @@ def prepare(config: Config, workdir: str) -> Prepared:
     data = config.data
     sources = [Source(path, data.validation_fraction) for path, _ in data.sources]
     tokenizer = find_tokenizer(config, workdir, sources)
-    pairs = [_shards(source, tokenizer, config, workdir, data.split_punctuation_rate) for source in sources]
+    text = of_folder(workdir, tokenizer, chats=False)
+    pairs = [_shards(source, tokenizer, config, workdir, data.split_punctuation_rate, text) for source in sources]
     report = tuple(meta | {"digest": source.digest} for source, (_, meta) in zip(sources, pairs))
     return Prepared(tokenizer, tuple(s["train"] for s, _ in pairs), tuple(s["validation"] for s, _ in pairs), report)
 
@@ -109,7 +111,8 @@ def _read_object(path: str) -> dict[str, Any]:
 def prepare_evaluation(config: Config, workdir: str, path: str) -> Prepared:
     """All of another corpus as validation documents, tokenized as in an existing run."""
     tokenizer = Tokenizer.load(os.path.join(workdir, "tokenizer.json"), config.model.vocab_size)
-    made, meta = _shards(Source(path, None), tokenizer, config, workdir, 0.0)
+    text = of_folder(workdir, tokenizer, chats=False)
+    made, meta = _shards(Source(path, None), tokenizer, config, workdir, 0.0, text)
     return Prepared(tokenizer, (), (made["validation"],), (meta,))
 
 
@@ -164,16 +167,28 @@ def sample(texts: Iterable[str], share: float) -> Iterator[str]:
                 yield piece
 
 
-def _shards(source, tokenizer, config, workdir, split_rate) -> tuple[dict[str, token_shards.Shard], dict]:
+def _about_chats(workdir) -> dict[str, str]:
+    """A hash of what the work directory says about chats; nothing where it says nothing."""
+    files = [path for name in COMPANIONS if os.path.isfile(path := os.path.join(workdir, name))]
+    if not files:
+        return {}
+    total = hashlib.sha256()
+    for path in files:
+        with io.open_regular(path) as f:
+            total.update(f.read())
+    return {"chats": total.hexdigest()}
+
+
+def _shards(source, tokenizer, config, workdir, split_rate, text) -> tuple[dict[str, token_shards.Shard], dict]:
     seed = config.train.seed if split_rate > 0 else 0  # without splitting, every seed has the same tokens
     key = token_shards.key(source.digest, tokenizer, validation_fraction=source.validation_fraction,
-                           split_rate=split_rate, seed=seed)
+                           split_rate=split_rate, seed=seed, **_about_chats(workdir))
     folder = os.path.join(_cache(config, workdir), f"shards-{key}")
     if not os.path.isfile(os.path.join(folder, "meta.json")):
         counts, cut = source.survey
         meta = {"source": source.path, **dataclasses.asdict(counts)}
         token_shards.write(folder, corpus.read_documents(source.files), tokenizer,
-                           token_shards.Options(cut, split_rate, seed), meta,
+                           token_shards.Options(cut, split_rate, seed, text), meta,
                            progress=(f"tokenizing {source.path}", counts.bytes))
     shards, meta = token_shards.read(folder)
     return shards, meta | {"source": source.path}  # which may have been another where these were made

@@ -23,6 +23,8 @@ import numpy as np
 from tqdm import tqdm
 
 from deepseek_jax import io
+from deepseek_jax.chat.conversation import conversation_ids
+from deepseek_jax.chat.messages import PLAIN, BadMessages, Conventions
 from deepseek_jax.data import corpus
 from deepseek_jax.data.tokenizer import Tokenizer, split_tokens
 
@@ -62,6 +64,7 @@ class Options:
     cut: int | None  # documents placed up to here are validation (corpus.find_cut); None: all of them
     split_rate: float = 0.0  # of punctuation-newline tokens, in training documents
     seed: int = 0
+    text: Conventions = PLAIN  # what the checkpoint says about chats
 
 
 def key(files_digest: str, tokenizer: Tokenizer, **options: Any) -> str:
@@ -97,10 +100,13 @@ def write(folder: str, documents: Iterable[corpus.Document], tokenizer: Tokenize
 
     Args:
       meta: kept in meta.json, with what is counted here.
+        A conversation that the chat template cannot take is logged, and counted as skipped.
       progress: what the progress line is called, and the bytes of text to expect.
     """
     dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
+    warn, meta = corpus.Warnings(), dict(meta)
     with io.building(folder, shared=True) as partial, contextlib.ExitStack() as files:
+        files.callback(warn.close)
         writers = {}
         for split in SPLITS:
             writers[split] = _Writer(os.path.join(partial, split), dtype)
@@ -108,8 +114,12 @@ def write(folder: str, documents: Iterable[corpus.Document], tokenizer: Tokenize
         with tqdm(total=progress[1], desc=progress[0], unit="B", unit_scale=True, leave=False) as line:
             for document, parts in _tokenized(documents, tokenizer):
                 validation = options.cut is None or corpus.hash_position(document.name) <= options.cut
-                ids_T, predicted_T = _join(document, parts, tokenizer, 0.0 if validation else options.split_rate,
-                                           options.seed)
+                try:
+                    ids_T, predicted_T = _ids(document, parts, tokenizer, options, validation)
+                except BadMessages as error:
+                    warn(f"skipped {document.name}: {error}")
+                    meta |= {"skipped": meta.get("skipped", 0) + 1, "documents": meta.get("documents", 1) - 1}
+                    continue
                 writers["validation" if validation else "train"].add(ids_T, predicted_T, document.bytes)
                 line.update(document.bytes)
         meta = {**meta, "dtype": dtype, **{split: w.close() for split, w in writers.items()}}
@@ -132,6 +142,13 @@ def _tokenize_batch(batch, tokenizer):
     ids = iter(tokenizer.encode_batch([text for document in batch for text, _ in document.parts]))
     for document in batch:
         yield document, [next(ids) for _ in document.parts]
+
+
+def _ids(document, parts, tokenizer, options: Options, validation) -> tuple[np.ndarray, np.ndarray]:
+    if document.messages is None:
+        return _join(document, parts, tokenizer, 0.0 if validation else options.split_rate, options.seed)
+    ids, predicted = conversation_ids(list(document.messages), tokenizer, options.text)
+    return np.array(ids, np.int64), np.array(predicted)
 
 
 def _join(document, parts, tokenizer, split_rate, seed) -> tuple[np.ndarray, np.ndarray]:

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from deepseek_jax.data.examples import Window
+from deepseek_jax.data.packing import WholeDocuments
 from deepseek_jax.data.token_shards import Shard
 
 
@@ -58,8 +59,11 @@ class Validation:
             return range(batches)
         chosen = {i * batches // limit for i in range(limit)}
         missed = set(range(len(self.shards))).difference(*(self.sources_of(i, rows) for i in chosen))
-        middle = lambda s: int(self.starts[s:s + 2].sum()) // 2 // (rows * self.length)
-        return sorted(chosen | {middle(s) for s in missed if len(self.shards[s].tokens)})
+        return sorted(chosen | {row // rows for s in missed if (row := self._middle(s)) is not None})
+
+    def _middle(self, source) -> int | None:
+        """The row in the middle of a source; None of one without text."""
+        return int(self.starts[source:source + 2].sum()) // 2 // self.length if len(self.shards[source].tokens) else None
 
     def batches(self, rows: int, limit: int = 0, host: int = 0, hosts: int = 1) -> Iterator[dict[str, np.ndarray]]:
         """tokens, weights, segment_ids [rows, T + 1] of this host, whose share of each batch is contiguous."""
@@ -85,4 +89,56 @@ class Validation:
         for i in self.batch_numbers(rows, limit):
             window = self.read(i * rows * self.length + 1, rows * self.length)
             total += int((self.byte_lengths_W[window.tokens_T] * window.predicted_T).sum(dtype=np.int64))
+        return total
+
+
+class WholeValidation(Validation):
+    """The same of sequences of whole documents (`packing`): documents that are longer are not scored.
+
+    Args:
+      sources: of the held-out documents, one a source.
+    """
+
+    def __init__(self, sources: Sequence[WholeDocuments], sequence_length: int, byte_lengths_W: np.ndarray):
+        super().__init__([source.shard for source in sources], sequence_length, byte_lengths_W)
+        self.sources = sources
+        self.first_rows = np.cumsum([0, *(len(source.rows) for source in sources)])
+        self.rows = int(self.first_rows[-1])
+
+    def _row(self, r: int) -> tuple[int, Window]:
+        """The source of row r, and its tokens."""
+        source = int(np.searchsorted(self.first_rows, r, side="right")) - 1
+        return source, self.sources[source].row(r - int(self.first_rows[source]))
+
+    def row(self, r: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Tokens, weights and segment ids [T + 1] of row r; weight and segment of filling are 0."""
+        _, window = self._row(r % self.rows)
+        weights_T = window.predicted_T.astype(np.float32)
+        weights_T[0] = 0
+        if r < self.rows:
+            return window.tokens_T, weights_T, window.segments_T
+        return window.tokens_T, np.zeros_like(weights_T), np.zeros_like(window.segments_T)
+
+    def _middle(self, source):
+        first, end = (int(row) for row in self.first_rows[source:source + 2])
+        return (first + end) // 2 if first < end else None
+
+    def sources_of(self, batch: int, rows: int) -> list[int]:
+        """The sources of the sequences of this batch; `rows` of it, over all hosts together."""
+        return sorted({self._row(r)[0] for r in range(batch * rows, min((batch + 1) * rows, self.rows))})
+
+    def only(self, source: int, weights_BT: np.ndarray, first_row: int) -> np.ndarray:
+        """weights_BT of the rows from `first_row` on, 0 in those of other sources."""
+        row_B = first_row + np.arange(len(weights_BT))
+        mine_B = (row_B >= self.first_rows[source]) & (row_B < self.first_rows[source + 1])
+        return np.where(mine_B[:, None], weights_BT, 0).astype(weights_BT.dtype)
+
+    def bytes(self, rows: int, limit: int = 0) -> int:
+        """UTF-8 bytes that the scored tokens of those batches spell."""
+        total = 0
+        for i in self.batch_numbers(rows, limit):
+            for r in range(i * rows, min((i + 1) * rows, self.rows)):
+                tokens_T, weights_T, segments_T = self.row(r)
+                scored_T = (weights_T[1:] > 0) & (segments_T[1:] == segments_T[:-1])
+                total += int((self.byte_lengths_W[tokens_T[1:]] * scored_T).sum(dtype=np.int64))
         return total

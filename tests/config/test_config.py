@@ -331,6 +331,25 @@ def test_a_config_file_keeps_what_no_override_changes(config_file):
     assert config.model == model_config("tiny")
 
 
+def test_a_config_without_a_model_takes_that_of_the_run_it_starts_from(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(as_dict(Config(model=model_config("tiny", num_layers=2)))))
+    config = configs.load_config("sft", [f"--config.init.from={tmp_path}"])
+    assert config.model == model_config("tiny", num_layers=2) and config.balance.bias_speed == 0
+    with pytest.raises(ConfigError, match="takes its model from another run; name it: --config.init.from=RUN"):
+        configs.load_config("sft")
+    with pytest.raises(ConfigError, match="holds no config.json; give the work directory of a run"):
+        configs.load_config("sft", ["--config.init.from=nowhere"])
+
+
+@pytest.mark.parametrize("overrides, error", [
+    (dict(packing="whole", fim_rate=0.0), "set data.mask_documents=True"),
+    (dict(packing="whole", mask_documents=True), "set data.fim_rate=0"),
+    (dict(packing="dense"), "data.packing='dense'")])
+def test_whole_documents_ask_for_what_they_need(overrides, error):
+    with pytest.raises(ConfigError, match=error):
+        freeze({"model": as_dict(model_config("tiny")), "data": overrides})
+
+
 @pytest.mark.parametrize("name", sorted(configs.PRESETS))
 def test_a_config_survives_freezing_and_json(name):
     config = Config(model=model_config(name))

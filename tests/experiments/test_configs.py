@@ -1,25 +1,32 @@
 """Every config file is a run that can at least be traced: its whole optimizer step, at full size, without memory."""
 
 import functools
+import json
 import pathlib
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from deepseek_jax.config import PRESETS, load_config
+import deepseek_jax.configs
+from deepseek_jax.config import PRESETS, as_dict, load_config
 from deepseek_jax.training.step import init_state, train_step
 
 FILES = sorted((pathlib.Path(__file__).resolve().parents[2] / "experiments" / "configs").glob("*.py"))
 
 
-def test_every_preset_has_a_config_file():
-    assert {path.stem for path in FILES} == set(PRESETS)
+def test_every_config_of_the_package_has_a_file_here_and_every_preset_is_one():
+    inside = pathlib.Path(deepseek_jax.configs.__file__).parent.glob("*.py")
+    assert {path.stem for path in FILES} == {path.stem for path in inside} - {"__init__"} > set(PRESETS)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_a_step_keeps_the_shape_of_its_state(path):
-    config = load_config(str(path))
+def test_a_step_keeps_the_shape_of_its_state(path, tmp_path):
+    overrides = []
+    if path.stem not in PRESETS:  # it takes the model of a run
+        (tmp_path / "config.json").write_text(json.dumps(as_dict(load_config("tiny"))))
+        overrides = [f"--config.init.from={tmp_path}"]
+    config = load_config(str(path), overrides)
     shape = (config.train.accumulation_steps, config.train.batch_size // config.train.accumulation_steps,
              config.train.sequence_length + 1)
     batch = {"tokens": jax.ShapeDtypeStruct(shape, jnp.int32), "weights": jax.ShapeDtypeStruct(shape, jnp.float32),

@@ -30,7 +30,8 @@ def rows(count: int) -> list[dict]:
     """Lines cut in two, each with three ends of which one is its own."""
     rng = random.Random(0)
     files = sorted(pathlib.Path(deepseek_jax.__file__).parent.rglob("*.py"))
-    lines = [line for path in files for line in path.read_text(encoding="utf-8").splitlines() if 40 < len(line) < 100]
+    lines = [line.strip() for path in files for line in path.read_text(encoding="utf-8").splitlines()]
+    lines = [line for line in lines if 40 < len(line) < 100]
     chosen = []
     for line in rng.sample(lines, count):
         cut = rng.randint(len(line) // 3, 2 * len(line) // 3)

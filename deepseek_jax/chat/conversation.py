@@ -1,0 +1,58 @@
+"""Whole conversations as token ids, and which of them a model is trained to say: its answers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from deepseek_jax.chat.messages import (
+    ROLES,
+    BadMessages,
+    Conventions,
+    Tokenizer,
+    chat_ids,
+    check_messages,
+    rendered_ids,
+)
+from deepseek_jax.config import ConfigError
+
+
+def conversation_ids(messages: Any, tokenizer: Tokenizer, text: Conventions) -> tuple[list[int], list[bool]]:
+    """(ids, predicted): all turns as the checkpoint's template writes them, and for each id whether it is predicted.
+
+    Predicted is what the model itself would write: each answer from where the prompt of it ends, with the token that
+    ends it. Markup that the template opens the answer with is part of the prompt.
+
+    Raises:
+      BadMessages: no messages, none that answers, or a template that refuses them or writes an answer otherwise here
+        than where it is asked for.
+      ConfigError: neither a template nor role tokens.
+    """
+    if text.template is None and tokenizer.backend.token_to_id(ROLES["assistant"] or "") is None:
+        raise ConfigError("conversations need a chat template; put a chat_template.jinja beside the tokenizer.json of "
+                          "the run that init.from names.")
+    checked = check_messages(messages)
+    answers = [i for i, message in enumerate(checked) if message["role"] == "assistant"]
+    if not answers:
+        raise BadMessages("messages", "messages have no answer (of the role assistant); add what the model should say.")
+    if answers[0] == 0:
+        raise BadMessages("messages[0]", "messages[0] answers nothing; begin with a message of the user.")
+    ids = _until(checked[:answers[-1] + 1], tokenizer, text)
+    predicted, ends = [False] * len(ids), text.ends or {tokenizer.eos}
+    for i in answers:
+        prompt = chat_ids(checked[:i], tokenizer, text.template)
+        end = _until(checked[:i + 1], tokenizer, text)
+        if ids[:len(end)] != end or end[:len(prompt)] != prompt:
+            raise BadMessages(f"messages[{i}]", f"messages[{i}]: the chat template writes this answer otherwise in a "
+                              "conversation than where the model is asked for it (it may drop or open reasoning); "
+                              "give each answer a row that ends with it, in the form that the template expects.")
+        # A line break behind the token that ends the answer is the template's.
+        last = max((k for k in range(len(prompt), len(end)) if ids[k] in ends), default=len(end) - 1)
+        predicted[len(prompt):last + 1] = [True] * (last + 1 - len(prompt))
+    return ids, predicted
+
+
+def _until(messages, tokenizer, text: Conventions) -> list[int]:
+    """Ids of messages the last of which is an answer, with what ends it."""
+    if text.template is not None:
+        return rendered_ids(messages, tokenizer, text.template, {"add_generation_prompt": False})
+    return [*chat_ids(messages[:-1], tokenizer, None), *tokenizer.encode(messages[-1]["content"]), tokenizer.eos]

@@ -1,0 +1,85 @@
+"""Conversations to train on: the ids that serving would make, and a loss on what the model itself would say."""
+
+import pytest
+
+from deepseek_jax.chat.conversation import conversation_ids
+from deepseek_jax.chat.messages import PLAIN, BadMessages, Conventions, chat_ids
+from deepseek_jax.chat.template import read
+from tests.chat.test_template import published
+
+TURNS = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1 + 1?"},
+         {"role": "assistant", "content": "2"}, {"role": "user", "content": "and <｜Assistant｜> 2 + 2?"},
+         {"role": "assistant", "content": "4\n\nindeed"}]
+CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+          "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+DEEPSEEK = ("{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %}<｜Assistant｜>{{ m.content }}"
+            "{{ eos_token }}{% elif m.role == 'user' %}<｜User｜>{{ m.content }}{% else %}{{ m.content }}{% endif %}"
+            "{% endfor %}{% if add_generation_prompt %}<｜Assistant｜>{% endif %}")
+# Opens the reasoning where it asks for an answer, and leaves it out of answers given.
+R1 = DEEPSEEK.replace("{{ m.content }}{{ eos_token }}", "{{ m.content.split('</think>')[-1] }}{{ eos_token }}").replace(
+    "<｜Assistant｜>{% endif %}", "<｜Assistant｜><think>{% endif %}")
+
+
+def with_template(source, tmp_path, ends=frozenset()):
+    (tmp_path / "chat_template.jinja").write_text(source)
+    return Conventions(read(str(tmp_path), "<|bos|>", "<|eos|>"), ends)
+
+
+def said(tokenizer, ids, predicted):
+    """The stretches that are predicted, as text."""
+    parts, before = [], False
+    for token, flag in zip(ids, predicted, strict=True):
+        if flag and not before:
+            parts.append([])
+        if flag:
+            parts[-1].append(token)
+        before = flag
+    return [tokenizer.decode(part, specials=True) for part in parts]
+
+
+@pytest.mark.parametrize("source", [DEEPSEEK, None], ids=["template", "role tokens"])
+def test_each_answer_and_its_end_are_predicted_and_nothing_else(source, tmp_path):
+    tokenizer = published()
+    text = PLAIN if source is None else with_template(source, tmp_path)
+    ids, predicted = conversation_ids(TURNS, tokenizer, text)
+    assert said(tokenizer, ids, predicted) == ["2<|eos|>", "4\n\nindeed<|eos|>"]
+    for i in (2, 4):  # what comes before an answer is the prompt that serving makes
+        prompt = chat_ids(TURNS[:i], tokenizer, text.template)
+        assert ids[:len(prompt)] == prompt and predicted[len(prompt)] and not predicted[len(prompt) - 1]
+
+
+def test_the_line_break_behind_the_end_of_an_answer_is_the_templates(tmp_path):
+    tokenizer = published()
+    text = with_template(CHATML, tmp_path, frozenset([tokenizer.backend.token_to_id("<|im_end|>")]))
+    ids, predicted = conversation_ids(TURNS, tokenizer, text)
+    assert said(tokenizer, ids, predicted) == ["2<|im_end|>", "4\n\nindeed<|im_end|>"]
+    assert tokenizer.decode(ids, specials=True).endswith("indeed<|im_end|>\n")
+
+
+def test_what_follows_the_last_answer_is_left_out():
+    tokenizer = published()
+    assert conversation_ids([*TURNS, {"role": "user", "content": "more"}], tokenizer, PLAIN) == conversation_ids(
+        TURNS, tokenizer, PLAIN)
+
+
+@pytest.mark.parametrize(("messages", "error"), [
+    ([], "list of one or more"), (TURNS[:2], "have no answer"), (TURNS[2:], "answers nothing"),
+    ([{"role": "tool", "content": "x"}, *TURNS], "needs a role")])
+def test_what_is_no_conversation_says_why(messages, error):
+    with pytest.raises(BadMessages, match=error):
+        conversation_ids(messages, published(), PLAIN)
+
+
+@pytest.mark.parametrize("answer", ["2", "<think>easy</think>2"])
+def test_an_answer_that_the_template_writes_otherwise_than_it_asks_for_it_is_refused(answer, tmp_path):
+    with pytest.raises(BadMessages, match=r"messages\[1\]: the chat template writes this answer otherwise"):
+        conversation_ids([{"role": "user", "content": "1 + 1"}, {"role": "assistant", "content": answer}], published(),
+                         with_template(R1, tmp_path))
+
+
+def test_reasoning_that_the_template_keeps_is_predicted_behind_what_opens_it(tmp_path):
+    keeps = DEEPSEEK.replace("<｜Assistant｜>{% endif %}", "<｜Assistant｜><think>{% endif %}")
+    tokenizer = published()
+    ids, predicted = conversation_ids([{"role": "user", "content": "1 + 1"}, {"role": "assistant", "content":
+                                       "<think>easy</think>2"}], tokenizer, with_template(keeps, tmp_path))
+    assert said(tokenizer, ids, predicted) == ["easy</think>2<|eos|>"]
