@@ -36,7 +36,7 @@ setup(
                   "kernels_pallas": ["py.typed"]},
     python_requires=">=3.11,<3.14",
     install_requires=[
-        "jax>=0.7.2,<0.13",  # the kernels need 0.10.2: kernels_pallas/api.py
+        "jax>=0.7.2,<0.13",  # the kernels need 0.11.2: kernels_pallas/api.py
         "numpy>=2.0",
         "flax>=0.11.2",
         "optax>=0.2.6",
@@ -78,7 +78,7 @@ setup(
             "openai>=1.40",  # the client whose protocol the server speaks
         ],
         # Compiling for GPUs that are not here: the plugin and CUDA's own tools, without the libraries a run would need.
-        "aot": ["jax-cuda13-plugin>=0.10.2,<0.13", "nvidia-cuda-nvcc>=13", "nvidia-cuda-nvdisasm>=13"],
+        "aot": ["jax-cuda13-plugin>=0.11.2,<0.13", "nvidia-cuda-nvcc>=13", "nvidia-cuda-nvdisasm>=13"],
         "serve": ["starlette>=0.40", "uvicorn>=0.30", "jinja2>=3.1", "prometheus-client>=0.20"],
         "eval": ["lm-eval[api]>=0.4.10"],
         "notebooks": ["nbclient>=0.10", "nbformat>=5.10", "ipykernel>=6.29", "ipywidgets>=8.1"],

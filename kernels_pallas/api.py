@@ -35,7 +35,7 @@ OPERATIONS = {
     "mla_decode": ("mla_decode", ("reference", "hopper")),
 }
 NEEDS = {"hopper": "a Hopper GPU (H100, H200, H800)", "tpu": "a TPU"}
-NEEDS_JAX = (0, 10, 2)  # for the kernels alone; everything else runs on older versions
+NEEDS_JAX = (0, 11, 2)  # for the kernels alone; everything else runs on older versions
 HOPPER = ("H100", "H200", "H800", "GH200")
 
 

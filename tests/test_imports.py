@@ -21,6 +21,14 @@ def test_the_package_loads_no_jax():
     assert not modules & {"jax", "flax", "ml_collections", "matplotlib"}
 
 
+def test_only_a_config_file_needs_ml_collections():
+    code = ("import sys; sys.modules['ml_collections'] = None; from deepseek_jax.config import Config, model_config; "
+            "import deepseek_jax.training.step, deepseek_jax.serving.engine, deepseek_jax.train, deepseek_jax.generate; "
+            "import deepseek_jax.serve, benchmarks.train_step; print(Config(model=model_config('small')).train.steps)")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.strip() == "1000", done.stderr
+
+
 def test_generating_loads_neither_training_nor_what_draws_and_logs_it():
     modules = loaded("import deepseek_jax.generate, deepseek_jax.serving.generation, deepseek_jax.workdir")
     assert "deepseek_jax.serving.engine" in modules

@@ -41,8 +41,8 @@ SHARED_BYTES = 223 * 1024  # of a block's 227 KiB: the rest is for barriers, ali
 class TuningConfig:
     """How the output is cut up.
 
-    tile_n: columns of a warpgroup's tile of 64 rows. 128: the sum in float32 and the partial sum take 64 registers
-      each of the 232 there are; 64 x 256 spills.
+    tile_n: columns of a warpgroup's tile of 64 rows, 64 or 128. 128: the sum in float32 and the partial sum take 64
+      registers each of the 232 there are; 64 x 256 spills.
     stages: slices of 128 of K in flight, 32 KiB each (40 with split="columns"); None: as many as leave room for the
       output in the 227 KiB that there are: 5 with bfloat16 and 4 with float32; by columns 4 and 3.
     split: "rows", both warpgroups share b's slice; "columns", they share a's: for M <= 64, where half of a would be
@@ -54,6 +54,12 @@ class TuningConfig:
     stages: int | None = None
     split: str = "rows"
     snake: int = 8
+
+    def __post_init__(self):
+        # A tile has one scale of a block of 128 x 128, and leaves by swizzled rows of 128 bytes.
+        if self.tile_n not in (64, BLOCK) or self.split not in ("rows", "columns"):
+            raise ValueError(f"tile_n={self.tile_n} and split={self.split!r} make no tile of this kernel; tile_n is 64 "
+                             f"or {BLOCK}, so that a tile lies in one block of scales, and split 'rows' or 'columns'.")
 
     @property
     def block_m(self) -> int:
@@ -145,9 +151,10 @@ def scaled_matmul(a: Any, b: Any, tables: Any, locate: Callable, tiles: Any, out
                     step, total = carry
                     slot = lax.rem(step, stages)
                     # Scales go to registers, and are asked for before the wait: the product hides their latency.
-                    scale_a = plgpu.load(as_gmem.at[k, mine_rows], layout=plgpu.Layout.WGMMA.reduce(1))
+                    scale_a = plgpu.load(as_gmem.at[k, mine_rows], layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
                     if by_column:
-                        scale_b = plgpu.load(bs_gmem.at[k, mine_columns], layout=plgpu.Layout.WGMMA.reduce(0))
+                        scale_b = plgpu.load(bs_gmem.at[k, mine_columns], layout=plgpu.Layout.WGMMA.reduce(0),
+                                             optimized=False)
                     else:
                         # A tile past the edge has no block of its own, and needs none.
                         scale_a *= bs_gmem[tile.b, jnp.minimum(lax.div(first_column, BLOCK), bs.shape[1] - 1), k]

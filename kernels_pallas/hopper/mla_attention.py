@@ -128,7 +128,8 @@ def _mask(s, other, query, key, segments_ref, batch, transposed=False):
     seen = iota(q_axis) + (query - key) >= iota(1 - q_axis)
     if segments_ref is not None:
         def ids(start, axis):
-            part = plgpu.load(segments_ref.at[batch, pl.ds(start, s.shape[axis])], layout=WGMMA.reduce(1 - axis))
+            part = plgpu.load(segments_ref.at[batch, pl.ds(start, s.shape[axis])], layout=WGMMA.reduce(1 - axis),
+                              optimized=False)
             return lax.broadcast_in_dim(part, s.shape, (axis,))
 
         seen = seen & (ids(query, q_axis) == ids(key, 1 - q_axis))
@@ -237,7 +238,7 @@ def _backward_q(q, k, v, do, lse, delta, segments, scale, config, interpret):
             mine = (batch, pl.ds(first, 64), head)
             plgpu.copy_gmem_to_smem(q_ref.at[mine], q_smem.at[group], full.at[group])
             plgpu.copy_gmem_to_smem(do_ref.at[mine], do_smem.at[group], full.at[group])
-            lse, delta = (plgpu.load(ref.at[batch, head, pl.ds(first, 64)], layout=WGMMA.reduce(1))
+            lse, delta = (plgpu.load(ref.at[batch, head, pl.ds(first, 64)], layout=WGMMA.reduce(1), optimized=False)
                           for ref in (lse_ref, delta_ref))
             plgpu.barrier_wait(full.at[group])
 
@@ -302,7 +303,8 @@ def _backward_kv(q, k, v, do, lse, delta, segments, scale, config, interpret):
                 dk, dv = carry
                 query = (start + n) * width
                 columns = lambda ref: lax.broadcast_in_dim(
-                    plgpu.load(ref.at[batch, head, pl.ds(query, width)], layout=WGMMA.reduce(0)), (64, width), (1,))
+                    plgpu.load(ref.at[batch, head, pl.ds(query, width)], layout=WGMMA.reduce(0), optimized=False),
+                    (64, width), (1,))
                 lse = columns(lse_ref)
 
                 def with_queries(q_slot, do_slot):

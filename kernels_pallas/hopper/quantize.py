@@ -1,4 +1,7 @@
-"""Quantizing to E4M3 on Hopper, in one pass over memory. Twin: reference/quantize.py, bit for bit.
+"""Quantizing to E4M3 on Hopper, in one pass over memory. Twin: reference/quantize.py.
+
+Scales that are powers of two are the twin's bit for bit, and so are their values: no division is involved. The chip
+divides within 2 ulp, so float32 scales may differ from the twin's by that much, and values by one step of E4M3.
 
 Each block of threads takes a tile of 128 x 128 and reads it once. Two warpgroups share it: each quantizes 64 rows, and,
 where the transposed copy is wanted too, 64 columns. Several blocks share an SM, and hide each other's latency.
@@ -33,13 +36,16 @@ WGMMA = plgpu.Layout.WGMMA
 
 
 def _scales(amax, scale):
-    # Behind a barrier, as in the twin: a product with 1 / 448 is not the quotient.
-    s = jnp.maximum(amax, SMALLEST_AMAX) / lax.optimization_barrier(jnp.full_like(amax, 448))
-    if scale == "power_of_two":
-        bits = lax.bitcast_convert_type(s, jnp.int32)
-        up = lax.bitcast_convert_type((bits + 0x7FFFFF) & -0x800000, jnp.float32)
-        s = jnp.where(s < jnp.inf, up, s)
-    return s
+    """(scales, what x is multiplied by), or (scales, None) where x is to be divided."""
+    amax = jnp.maximum(amax, SMALLEST_AMAX)
+    if scale == "float32":
+        # Behind a barrier, as in the twin: a product with 1 / 448 is not the quotient.
+        return amax / lax.optimization_barrier(jnp.full_like(amax, 448)), None
+    from_bits = lambda bits: lax.bitcast_convert_type(bits, jnp.float32)
+    # 448 = 1.75 * 2^8: a larger mantissa needs the next power. The reciprocal of a power of two negates its exponent.
+    s = ((lax.bitcast_convert_type(amax, jnp.int32) + 0x1FFFFF) & -0x800000) - (8 << 23)
+    inverse = jnp.where(amax == jnp.inf, 0.0, jnp.where(amax < jnp.inf, from_bits((254 << 23) - s), amax))
+    return jnp.where(amax < jnp.inf, from_bits(s), amax), inverse
 
 
 def _amax(x, interpret):
@@ -53,8 +59,9 @@ def _amax(x, interpret):
 
 def _store(x, scale, half, values_smem, scales_smem, interpret):
     """Quantizes x [64, 128] along its rows into shared memory."""
-    s = _scales(_amax(x, interpret), scale)
-    values_smem[half] = (x / lax.broadcast_in_dim(s, x.shape, (0,))).astype(E4M3)
+    s, inverse = _scales(_amax(x, interpret), scale)
+    each = lambda row: lax.broadcast_in_dim(row, x.shape, (0,))
+    values_smem[half] = (x / each(s) if inverse is None else x * each(inverse)).astype(E4M3)
     scales_smem[half] = s
 
 

@@ -1,34 +1,41 @@
 """Quantizing to FP8, online: a tile's scale is its largest magnitude over the largest number of the format.
 
-    s = max(amax, 1e-4) / 448        values = E4M3(x / s)        power of two: s = 2^ceil(log2 s)
+    s = max(amax, 1e-4) / 448        values = E4M3(x / s)        power of two: 2^ceil(log2 s), from the bits of amax
 
 An infinite or NaN element makes its tile NaN, and no other: the scale becomes infinite or NaN.
 """
 
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import DTypeLike
 
 from kernels_pallas.formats import BLOCK, E4M3, Quantized, rows_of_scale
 
 SMALLEST_AMAX = 1e-4
 
 
-def power_of_two(s: jax.Array) -> jax.Array:
-    """The least power of two that is not below s, read off the bits; infinities and NaN stay."""
-    bits = lax.bitcast_convert_type(s, jnp.uint32)
-    up = lax.bitcast_convert_type((bits + jnp.uint32(0x7FFFFF)) & jnp.uint32(0xFF800000), jnp.float32)
-    return jnp.where(jnp.isfinite(s), up, s)
+def power_of_two(amax: jax.Array, largest: float) -> jax.Array:
+    """The least power of two that is not below amax / largest, for normal float32; infinities and NaN stay.
+
+    Read off the bits: an accelerator's division is within 2 ulp, and one ulp too much is a power of two too much.
+    """
+    mantissa, exponent = math.frexp(largest)
+    bits = lax.bitcast_convert_type(amax, jnp.int32) + (2**24 - 1 - int(mantissa * 2**24))
+    up = lax.bitcast_convert_type((bits & -(2**23)) - ((exponent - 1) << 23), jnp.float32)
+    return jnp.where(jnp.isfinite(amax), up, amax)
 
 
-def scales_of(amax: jax.Array, largest: ArrayLike, scale: str = "float32") -> jax.Array:
+def scales_of(amax: jax.Array, largest: float, scale: str = "float32") -> jax.Array:
     """float32 scales of tiles with magnitudes up to `amax`, in a format of magnitudes up to `largest`."""
+    amax = jnp.maximum(amax, SMALLEST_AMAX)
+    if scale == "power_of_two":
+        return power_of_two(amax, largest)
     # Behind a barrier, an array of it: XLA multiplies by 1 / 448 else, and half of the scales would be an ulp off.
-    s = jnp.maximum(amax, SMALLEST_AMAX) / lax.optimization_barrier(jnp.full_like(amax, largest))
-    return power_of_two(s) if scale == "power_of_two" else s
+    return amax / lax.optimization_barrier(jnp.full_like(amax, largest))
 
 
 def tile_amax(x: jax.Array, rows: int = 1, columns: int = BLOCK) -> jax.Array:
@@ -43,7 +50,7 @@ def tile_amax(x: jax.Array, rows: int = 1, columns: int = BLOCK) -> jax.Array:
     return lax.bitcast_convert_type(tiles.max(axis=(-3, -1)), jnp.float32)
 
 
-def tile_scales(x: jax.Array, largest: ArrayLike, scale: str = "power_of_two") -> jax.Array:
+def tile_scales(x: jax.Array, largest: float, scale: str = "power_of_two") -> jax.Array:
     """The scales of x in 1 x 128 tiles of a format of magnitudes up to `largest`."""
     return scales_of(tile_amax(x), largest, scale)
 
@@ -87,13 +94,15 @@ def quantize(x: jax.Array, *, scale: str = "float32", dtype: DTypeLike = E4M3, t
     Returns:
       Quantized, values in `dtype` and scales [..., M, ceil(K / 128)]; with transposed=True a pair of them.
     """
+    largest = float(jnp.finfo(dtype).max)
+
     def along_rows():
         amax = _shared(tile_amax(x), share)
-        return with_scales(x, scales_of(amax, jnp.finfo(dtype).max, scale), dtype=dtype)
+        return with_scales(x, scales_of(amax, largest, scale), dtype=dtype)
 
     def along_columns():
         amax_T = _shared(jnp.swapaxes(tile_amax(x, BLOCK, 1), -1, -2), share)
-        scales = jnp.swapaxes(scales_of(amax_T, jnp.finfo(dtype).max, scale), -1, -2)
+        scales = jnp.swapaxes(scales_of(amax_T, largest, scale), -1, -2)
         # Quantized where it lies, then transposed as bytes: XLA:CPU is fast at both, and at neither with FP8.
         values = with_scales(x, scales, BLOCK, dtype, 1).values
         bytes_T = jnp.swapaxes(lax.bitcast_convert_type(values, jnp.uint8), -1, -2)
@@ -106,7 +115,7 @@ def quantize_blocks(w: jax.Array, *, scale: str = "float32", dtype: DTypeLike = 
                     share: str = "block") -> Quantized:
     """Quantizes weights [..., N, K] in 128 x 128 blocks: scales [..., ceil(N / 128), ceil(K / 128)]."""
     amax = _shared(tile_amax(w, BLOCK), "tile" if share == "block" else share)
-    return with_scales(w, scales_of(amax, jnp.finfo(dtype).max, scale), BLOCK, dtype)
+    return with_scales(w, scales_of(amax, float(jnp.finfo(dtype).max), scale), BLOCK, dtype)
 
 
 def swiglu_quantize(gate: jax.Array, up: jax.Array, *, scale: str = "float32", dtype: DTypeLike = E4M3) -> Quantized:

@@ -3,8 +3,9 @@
     python -m kernels_pallas.tools.compile_report --json FILE [--shapes v3-train v3-decode]
 
 Requires jax's CUDA plugin and ptxas (`pip install 'deepseek-jax[aot]'`), but no driver. A kernel fails if it spills,
-if ptxas serializes its WGMMAs, if an FP8 product has no `wgmma ... e4m3.e4m3`, or if a quantizer's maxima would skip a
-NaN (max.f32 instead of max.NaN.f32): exit code 1. If nvdisasm is installed next to ptxas, as by the extra, the tensor
+if ptxas serializes its WGMMAs, if an FP8 product has no `wgmma ... e4m3.e4m3`, if a quantizer's maxima would skip a
+NaN (max.f32 instead of max.NaN.f32), if one with scales of powers of two divides (the chip's division is within 2 ulp),
+or if it does not compile, which takes no other row with it: exit code 1. If nvdisasm is installed next to ptxas, as by the extra, the tensor
 core's instructions are counted in the machine code too: QGMMA multiplies FP8, HGMMA bfloat16.
 """
 
@@ -20,7 +21,7 @@ from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 FIELDS = ("registers", "spill_bytes", "shared_bytes", "stages", "wgmma_e4m3", "qgmma", "hgmma", "serialized",
-          "nan_skipped")
+          "nan_skipped", "divisions")
 # XLA's description of the chip. An H800 is the same chip with a slower NVLink.
 H100 = """gpu_device_info {
   threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
@@ -62,12 +63,14 @@ def read(ptx: str, ptxas: str, resources: str, sass: str | None = None) -> dict:
     count = lambda name: None if sass is None else len(re.findall(rf"\b{name}\.", sass))
     numbers = lambda pattern, text: [int(n) for n in re.findall(pattern, text)]
     return {"registers": sum(numbers(r"Used (\d+) registers", ptxas)),
-            "spill_bytes": sum(numbers(r"(\d+) bytes spill", ptxas)),
+            # Of the line of facts alone: a warning repeats the numbers.
+            "spill_bytes": sum(int(n) for pair in re.findall(r"frame, (\d+) bytes spill stores, (\d+) bytes", ptxas)
+                               for n in pair),
             "shared_bytes": max(numbers(r"smem_scratch_bytes=(\d+)", resources), default=0),
             "stages": max(numbers(r"num_barriers=(\d+)", resources), default=0),
             "wgmma_e4m3": len(re.findall(r"wgmma\.mma_async\S*\.e4m3\.e4m3", ptx)),
             "qgmma": count("QGMMA"), "hgmma": count("HGMMA"), "serialized": "serializ" in ptxas,
-            "nan_skipped": len(re.findall(r"\bmax\.f32", ptx))}
+            "nan_skipped": len(re.findall(r"\bmax\.f32", ptx)), "divisions": len(re.findall(r"\bdiv\.\w+\.f32", ptx))}
 
 
 def dumped(files: Collection[pathlib.Path]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -83,8 +86,8 @@ def dumped(files: Collection[pathlib.Path]) -> Iterator[tuple[str, dict[str, Any
         yield name(ptx), read(ptx.read_text(), ptx.with_suffix(".ptxas").read_text(), "".join(resources), *sass[:1])
 
 
-def faults(operation: str, row: dict) -> list[str]:
-    """What disqualifies a kernel."""
+def faults(operation: str, row: dict, scale: str = "float32") -> list[str]:
+    """What disqualifies a kernel; scale: of the quantizer that it is."""
     found = [f"spills {row['spill_bytes']} bytes"] if row["spill_bytes"] else []
     found += ["its WGMMAs are serialized"] if row["serialized"] else []
     if "matmul" in operation and not row["wgmma_e4m3"]:
@@ -93,6 +96,8 @@ def faults(operation: str, row: dict) -> list[str]:
         found.append("has no QGMMA in its machine code")
     if "quantize" in operation and row["nan_skipped"]:
         found.append("takes maxima that skip NaN")
+    if operation == "quantize" and scale == "power_of_two" and row["divisions"]:
+        found.append("divides where scales are powers of two")
     return found
 
 
@@ -133,9 +138,17 @@ def compile_kernels(names: Iterable[str]) -> list[dict]:
     here = NamedSharding(Mesh(np.array(devices), ("x",)), PartitionSpec())
     rows = []
     for case in (case for name in names for case in SHAPES[name] if "hopper" in OPERATIONS[case.operation][1]):
-        for name, found in dumped(_compile(case, here, folder)):
-            row = {"operation": case.operation, "shape": str(case), "kernel": name} | found
-            row["faults"] = faults(case.operation, row)
+        named = {"operation": case.operation, "shape": str(case)}
+        try:
+            found = list(dumped(_compile(case, here, folder)))
+        except Exception as error:  # of tracing, lowering or ptxas: this version cannot compile it
+            why = (str(error).strip() or "no message").splitlines()[0][:200]
+            rows.append(named | {"kernel": None, "faults": [f"{type(error).__name__}: {why}"]})
+            print(f"{case.operation:20} {case!s:34} {rows[-1]['faults'][0]}", flush=True)
+            continue
+        for name, read_off in found:
+            row = named | {"kernel": name} | read_off
+            row["faults"] = faults(case.operation, row, getattr(case, "scale", "float32"))
             rows.append(row)
             print(f"{row['operation']:20} {row['shape']:34} {name:18}", *(f"{row[name]!s:>7}" for name in FIELDS),
                   "; ".join(row["faults"]), flush=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import functools
 import importlib
 from collections.abc import Callable
 from typing import Any
@@ -55,7 +56,8 @@ class Case(_Case):
     """One operation at one shape.
 
     M, N, K: of the product [M, K] @ [N, K].T; quantizers take [M, K]. With `groups` the rows M (or, with form="tiles",
-    K) are split evenly over that many experts. form: of b's scales; "tiles" is Wgrad, in float32.
+    K) are split evenly over that many experts. form: of b's scales; "tiles" is Wgrad, in float32; of quantizers, which
+    copies: "both", "only" the transposed one, or else the one in rows. scale: of quantizers.
     published: TFLOP/s of DeepGEMM on an H800 (March 2025), where there is such a number.
     """
 
@@ -66,10 +68,13 @@ class Case(_Case):
     groups: int = 0
     form: str = "blocks"
     published: float | None = None
+    scale: str = "float32"
 
     def __str__(self):
         sizes = "x".join(str(n) for n in (self.M, self.N, self.K) if n)
-        return f"{sizes}{f' in {self.groups} groups' if self.groups else ''}{' wgrad' if self.form == 'tiles' else ''}"
+        groups = f" in {self.groups} groups" if self.groups else ""
+        form = {"tiles": " wgrad", "both": " both copies", "only": " transposed"}.get(self.form, "")
+        return f"{sizes}{groups}{form}{'' if self.scale == 'float32' else ' 2^n'}"
 
     @property
     def flops(self) -> int:
@@ -100,8 +105,11 @@ class Case(_Case):
     def call(self, implementation: str) -> Callable:
         """The operation as a function of `arguments()`."""
         function = self.function(implementation)
-        if self.operation in ("quantize", "swiglu_quantize"):
-            return function
+        if self.operation == "quantize":
+            transposed = {"both": True, "only": "only"}.get(self.form, False)
+            return functools.partial(function, scale=self.scale, transposed=transposed)
+        if self.operation == "swiglu_quantize":
+            return functools.partial(function, scale=self.scale)
         return lambda *args: function(*args, out_dtype=self.out_dtype)
 
     def random(self, key: jax.Array) -> tuple:
@@ -210,13 +218,16 @@ _MATMULS = {(2112, 7168): (206, 352, 1009), (24576, 1536): (289, 535, 1125), (32
 
 SHAPES = {
     "tiny": (
-        Case("quantize", 256, 256), Case("swiglu_quantize", 256, 256), Case("fp8_matmul", 256, 256, 128),
+        Case("quantize", 256, 256), Case("quantize", 256, 256, form="only", scale="power_of_two"),
+        Case("swiglu_quantize", 256, 256), Case("fp8_matmul", 256, 256, 128),
         Case("fp8_matmul", 256, 256, 128, form="tiles"), Case("fp8_grouped_matmul", 512, 256, 128, groups=2),
         Case("fp8_grouped_matmul", 128, 512, 128, groups=2, form="tiles"),
         Attention(1, 128, 1, backward=True), Decode(1, 128, 2, page=32, C=128),
         Decode(1, 128, 2, page=32, packed=True)),
     "v3-train": (
-        Case("quantize", 4096, 7168), Case("swiglu_quantize", 32768, 2048),
+        Case("quantize", 4096, 7168), Case("quantize", 4096, 7168, form="both"),
+        Case("quantize", 4096, 7168, form="only", scale="power_of_two"),
+        Case("swiglu_quantize", 32768, 2048), Case("swiglu_quantize", 32768, 2048, scale="power_of_two"),
         *(Case("fp8_matmul", 4096, K, N, published=speed[2]) for (N, K), speed in _MATMULS.items()),
         Case("fp8_matmul", 7168, 4096, 2112, form="tiles", published=920),
         Case("fp8_matmul", 16384, 4096, 7168, form="tiles", published=994),

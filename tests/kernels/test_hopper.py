@@ -76,6 +76,14 @@ def test_swiglu_is_quantized_within_a_step_of_e4m3_of_the_twin():
 DENSE = [((128, 128, 256), "rows", 2), ((200, 136, 400), "rows", 3), ((40, 264, 256), "columns", 2)]
 
 
+@pytest.mark.parametrize("split", ["rows", "columns"])
+def test_narrow_tiles_share_their_block_of_scales(split):
+    a, b = api.quantize(normal((64, 256))), api.quantize_blocks(normal((200, 256), 1))
+    config = matmul.TuningConfig(tile_n=64, split=split, stages=2)
+    ours = matmul.fp8_matmul(a, b, out_dtype=jnp.float32, config=config, num_sms=2, interpret=INTERPRET)
+    close(ours, api.fp8_matmul(a, b, out_dtype=jnp.float32))
+
+
 @pytest.mark.parametrize("form", ["blocks", "tiles"])
 @pytest.mark.parametrize(("shape", "split", "stages"), DENSE)
 def test_matmuls_are_their_twins(form, shape, split, stages):
@@ -128,6 +136,9 @@ def test_k_grouped_products_are_their_twin_and_zero_for_an_empty_group():
         (lambda: grouped.fp8_grouped_matmul(
             api.quantize(jnp.ones((128, 128))), api.quantize_blocks(jnp.ones((1, 8, 128))), jnp.ones(1, jnp.int32),
             config=matmul.TuningConfig(split="columns")), "config.split must be 'rows'"),
+        (lambda: matmul.TuningConfig(tile_n=192), "tile_n=192 and split='rows' make no tile of this kernel; tile_n is 64"),
+        (lambda: matmul.TuningConfig(tile_n=32), "tile_n=32 and split='rows' make no tile"),
+        (lambda: matmul.TuningConfig(split="column"), "split 'rows' or 'columns'."),
     ],
 )
 def test_what_a_kernel_cannot_do_is_refused_in_one_line(call, message):
@@ -138,7 +149,8 @@ def test_what_a_kernel_cannot_do_is_refused_in_one_line(call, message):
 
 # The interpreter takes any shape; the compiler refuses tiles that an array ends in the middle of.
 @pytest.mark.parametrize("case", [
-    Case("quantize", 100, 96), Case("swiglu_quantize", 12, 704), Case("fp8_matmul", 300, 256, 80),
+    Case("quantize", 100, 96), Case("quantize", 100, 90, form="both"),
+    Case("quantize", 100, 90, form="only", scale="power_of_two"), Case("swiglu_quantize", 12, 704), Case("fp8_matmul", 300, 256, 80),
     Case("fp8_matmul", 12, 96, 190), Case("fp8_matmul", 250, 300, 80, form="tiles"),
     Case("fp8_grouped_matmul", 512, 200, 90, groups=2),
     Case("fp8_grouped_matmul", 100, 512, 90, groups=2, form="tiles"),
@@ -146,8 +158,3 @@ def test_what_a_kernel_cannot_do_is_refused_in_one_line(call, message):
     ids=lambda case: f"{case.operation}-{case}")
 def test_ragged_shapes_lower_for_the_real_machine_too(case):
     jax.jit(case.call("hopper")).trace(*case.arguments()).lower(lowering_platforms=("cuda",))
-
-
-def test_ragged_copies_lower_for_the_real_machine_too():
-    run = jax.jit(functools.partial(quantizers.quantize, transposed=True))
-    run.trace(jax.ShapeDtypeStruct((100, 90), jnp.bfloat16)).lower(lowering_platforms=("cuda",))

@@ -152,7 +152,7 @@ def test_an_older_jax_has_the_twins_and_names_what_a_kernel_needs(monkeypatch):
     monkeypatch.setattr(api.jax, "__version__", "0.7.2")
     assert api.runs_here() == "reference"
     assert api._find("fp8_matmul", "auto").__module__ == "kernels_pallas.reference.fp8_matmul"
-    with pytest.raises(ValueError, match=r"^fp8_matmul: implementation='hopper' needs jax 0.10.2 or newer, and this is "
+    with pytest.raises(ValueError, match=r"^fp8_matmul: implementation='hopper' needs jax 0.11.2 or newer, and this is "
                                          r"0.7.2; implementation='reference' computes the same in plain jnp\.$"):
         api._find("fp8_matmul", "hopper")
 

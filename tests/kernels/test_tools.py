@@ -28,7 +28,7 @@ RESOURCES = "Resources(smem_scratch_bytes=163840, barrier_counts=Counter({Barrie
 def test_a_clean_kernel_is_read_off_ptxas():
     row = compile_report.read(PTX, PTXAS, RESOURCES)
     assert row == {"registers": 168, "spill_bytes": 0, "shared_bytes": 163840, "stages": 4, "wgmma_e4m3": 4,
-                   "qgmma": None, "hgmma": None, "serialized": False, "nan_skipped": 0}
+                   "qgmma": None, "hgmma": None, "serialized": False, "nan_skipped": 0, "divisions": 0}
     assert compile_report.faults("fp8_matmul", row) == []
 
 
@@ -64,6 +64,36 @@ def test_where_there_is_machine_code_its_tensor_core_instructions_are_counted():
 def test_a_kernel_that_is_not_what_was_meant_has_a_fault(ptx, ptxas, fault):
     found = compile_report.faults("fp8_matmul", compile_report.read(ptx, ptxas, RESOURCES))
     assert len(found) == 1 and fault in found[0]
+
+
+def test_spills_are_counted_once_although_ptxas_warns_of_them_again():
+    said = PTXAS.replace("0 bytes spill stores, 0 bytes", "116 bytes spill stores, 80 bytes") + (
+        "ptxas warning : Registers are spilled to local memory in function 'k', 116 bytes spill stores, "
+        "80 bytes spill loads\n")
+    assert compile_report.read(PTX, said, RESOURCES)["spill_bytes"] == 196
+
+
+def test_a_quantizer_that_divides_where_scales_are_powers_of_two_has_a_fault():
+    row = compile_report.read("div.full.f32 %r1, %r2, %r3;\n", PTXAS, RESOURCES)
+    assert row["divisions"] == 1 and compile_report.faults("quantize", row) == []
+    assert compile_report.faults("quantize", row, "power_of_two") == ["divides where scales are powers of two"]
+
+
+def test_a_kernel_that_does_not_compile_is_a_row_and_takes_no_other_with_it(monkeypatch, capsys):
+    def compile_one(case, here, folder):
+        if case.operation == "fp8_matmul":
+            raise NotImplementedError("Only optimized transfers\nare there")
+        return ()
+
+    devices = jax.devices()
+    for name in ("MOSAIC_GPU_DUMP_TO", "MOSAIC_GPU_DUMP_PTX", "MOSAIC_GPU_DUMP_PTXAS", "MOSAIC_GPU_DUMP_SASS"):
+        monkeypatch.setenv(name, "")  # so that it is restored
+    monkeypatch.setattr(compile_report, "described", lambda: devices[:1])
+    monkeypatch.setattr(compile_report, "_compile", compile_one)
+    monkeypatch.setattr("jax.config.update", lambda *_: None)
+    rows = compile_report.compile_kernels(["tiny"])
+    assert [(row["operation"], row["faults"]) for row in rows] == 2 * [
+        ("fp8_matmul", ["NotImplementedError: Only optimized transfers"])]
 
 
 def test_a_quantizer_whose_maxima_skip_nan_has_a_fault():

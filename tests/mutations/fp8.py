@@ -152,8 +152,8 @@ MUTATIONS = [
     Mutation(
         name="fp8: powers of two round down",
         file="kernels_pallas/reference/quantize.py",
-        old="(bits + jnp.uint32(0x7FFFFF))",
-        new="bits",
+        old=" + (2**24 - 1 - int(mantissa * 2**24))",
+        new="",
         tests="fp8/test_fp8.py",
     ),
     Mutation(
@@ -278,8 +278,8 @@ MUTATIONS = [
     Mutation(
         name="hopper: powers of two round down",
         file="kernels_pallas/hopper/quantize.py",
-        old="(bits + 0x7FFFFF)",
-        new="bits",
+        old="jnp.int32) + 0x1FFFFF)",
+        new="jnp.int32))",
         tests="kernels/test_hopper.py",
     ),
     Mutation(
