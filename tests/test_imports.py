@@ -23,8 +23,9 @@ def test_the_package_loads_no_jax():
 
 def test_only_a_config_file_needs_ml_collections():
     code = ("import sys; sys.modules['ml_collections'] = None; from deepseek_jax.config import Config, model_config; "
-            "import deepseek_jax.training.step, deepseek_jax.serving.engine, deepseek_jax.train, deepseek_jax.generate; "
-            "import deepseek_jax.serve, benchmarks.train_step; print(Config(model=model_config('small')).train.steps)")
+            "import deepseek_jax.training.step, deepseek_jax.serving.engine, deepseek_jax.train; "
+            "import deepseek_jax.generate, deepseek_jax.serve, benchmarks.train_step; "
+            "print(Config(model=model_config('small')).train.steps)")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout.strip() == "1000", done.stderr
 

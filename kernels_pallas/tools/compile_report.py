@@ -5,8 +5,8 @@
 Requires jax's CUDA plugin and ptxas (`pip install 'deepseek-jax[aot]'`), but no driver. A kernel fails if it spills,
 if ptxas serializes its WGMMAs, if an FP8 product has no `wgmma ... e4m3.e4m3`, if a quantizer's maxima would skip a
 NaN (max.f32 instead of max.NaN.f32), if one with scales of powers of two divides (the chip's division is within 2 ulp),
-or if it does not compile, which takes no other row with it: exit code 1. If nvdisasm is installed next to ptxas, as by the extra, the tensor
-core's instructions are counted in the machine code too: QGMMA multiplies FP8, HGMMA bfloat16.
+or if it does not compile, which takes no other row with it: exit code 1. If nvdisasm is installed next to ptxas, as by
+the extra, the tensor core's instructions are counted in the machine code too: QGMMA multiplies FP8, HGMMA bfloat16.
 """
 
 import argparse

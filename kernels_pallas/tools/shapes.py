@@ -46,9 +46,18 @@ class _Case(abc.ABC):
         return size(self.arguments()) + size(jax.eval_shape(self.call("reference"), *self.arguments()))
 
     def function(self, implementation: str) -> Callable:
-        """The operation, from the module of the implementation, whatever machine this is."""
-        module = importlib.import_module(f"kernels_pallas.{implementation}.{api.OPERATIONS[self.operation][0]}")
-        return getattr(module, self.operation)
+        """The operation, from the module of the implementation, whatever machine this is.
+
+        "interpreter": hopper's kernels on Mosaic's interpreter, which runs on a CPU.
+        """
+        folder = "hopper" if implementation == "interpreter" else implementation
+        module = importlib.import_module(f"kernels_pallas.{folder}.{api.OPERATIONS[self.operation][0]}")
+        function = getattr(module, self.operation)
+        if implementation != "interpreter":
+            return function
+        from jax.experimental.pallas import mosaic_gpu
+
+        return functools.partial(function, interpret=mosaic_gpu.InterpretGPUParams())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,9 +90,9 @@ class Case(_Case):
         return 2 * self.M * self.N * self.K
 
     def compared(self) -> Case:
-        """With fewer rows a group: the twin copies a matrix for every 128 of them, 30 GB at V3's sizes."""
-        few = min(self.K if self.form == "tiles" else self.M, 2 * BLOCK * self.groups)
-        return dataclasses.replace(self, **{"K" if self.form == "tiles" else "M": few}) if self.groups else self
+        """With fewer rows, or rows a group: the twin copies a matrix for every 128 of them, 30 GB at V3's sizes."""
+        few = min(self.K if self.form == "tiles" else self.M, 2 * BLOCK * max(self.groups, 1))
+        return dataclasses.replace(self, **{"K" if self.form == "tiles" else "M": few}) if self.N else self
 
     @property
     def out_dtype(self) -> DTypeLike:
@@ -151,6 +160,10 @@ class Attention(_Case):
         products = self.A + self.V + self.backward * (3 * self.A + 2 * self.V)
         return self.B * self.H * self.T**2 * products  # the causal half
 
+    def compared(self) -> Attention:
+        """With fewer tokens and heads: the twin has all scores at once."""
+        return dataclasses.replace(self, T=min(self.T, 1024), H=min(self.H, 8))
+
     def arguments(self) -> tuple:
         wide, narrow = (_array((self.B, self.T, self.H, n), jnp.bfloat16) for n in (self.A, self.V))
         ids = (_array((self.B, self.T), jnp.int32),) if self.segments else ()
@@ -185,7 +198,14 @@ class Decode(_Case):
     C: int = 512
     packed: bool = False
     operation: str = "mla_decode"
-    flops = 0  # reading the cache is what takes the time
+
+    @property
+    def flops(self) -> int:
+        return 2 * self.B * self.H * self.T * (2 * self.C + 64)
+
+    def compared(self) -> Decode:
+        """With fewer sequences: the twin copies their pages."""
+        return dataclasses.replace(self, B=min(self.B, 8))
 
     def __str__(self):
         return f"{self.B}x{self.T} H={self.H} pages of {self.page}{' in FP8' if self.packed else ''}"
@@ -234,7 +254,8 @@ SHAPES = {
         *(Case("fp8_grouped_matmul", 32768, K, N, groups=g, published=speed)
           for g in (4, 8) for N, K, speed in ((4096, 7168, 1346), (7168, 2048, 1214))),
         Case("fp8_grouped_matmul", 4096, 32768, 7168, groups=8, form="tiles"),
-        Attention(1, 4096, 128, backward=True), Attention(1, 4096, 128, backward=True, segments=True)),
+        Attention(1, 4096, 128), Attention(1, 4096, 128, backward=True),
+        Attention(1, 4096, 128, backward=True, segments=True)),
     "v3-decode": (
         *(Case("fp8_matmul", M, K, N, published=speed[n])
           for (N, K), speed in _MATMULS.items() for n, M in enumerate((64, 128))),

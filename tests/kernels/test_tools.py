@@ -1,20 +1,22 @@
 """The compile report and the benchmark: what they read, what they refuse, what they count."""
 
-import functools
 import json
 import subprocess
 import sys
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.experimental import topologies
 
 from deepseek_jax.config import ConfigError
 from deepseek_jax.scale.compile import targets
 from kernels_pallas import api
-from kernels_pallas.tools import benchmark, compile_report
-from kernels_pallas.tools.shapes import SHAPES, Case
+from kernels_pallas.tools import benchmark, compile_report, peers
+from kernels_pallas.tools.compare import compare
+from kernels_pallas.tools.shapes import SHAPES, Attention, Case, Decode
+from kernels_pallas.tools.timing import summarize
 
 PTX = "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 {%r1}, ...;\n" * 4
 PTXAS = """ptxas info    : Compiling entry function 'k' for 'sm_90a'
@@ -126,21 +128,17 @@ TIMED = [case for case in SHAPES["tiny"] if case.operation in ("quantize", "fp8_
 
 @pytest.mark.parametrize("case", [pytest.param(case, marks=pytest.mark.slow if case.operation == "fp8_matmul" else ())
                                   for case in TIMED], ids=[case.operation for case in TIMED])
-def test_a_first_run_on_a_gpu_goes_through_the_checks_and_the_clock(monkeypatch, case):
-    # All but the chip: the interpreter stands in for it.
-    from tests.kernels.interpreter import plgpu
+def test_a_first_run_on_a_gpu_goes_through_the_checks_and_the_clock(case):
+    from tests.kernels import interpreter  # noqa: F401 (skips where jax has none)
 
-    function = Case.function
-    monkeypatch.setattr(Case, "function", lambda self, name: function(self, name) if name == "reference" else
-                        functools.partial(function(self, name), interpret=plgpu.InterpretGPUParams()))
-    row = benchmark.measure(case, "hopper", 1, 1, 1.0)
+    row = benchmark.measure(case, "interpreter", 2, 1.0)
     assert row["right"] and row["seconds"] > 0
     assert json.loads(json.dumps(row)) == row and "WRONG" not in benchmark.show(row)
 
 
 def test_the_benchmark_writes_a_row_for_every_tiny_shape(monkeypatch, tmp_path, capsys):
     out = tmp_path / "rows.json"
-    options = "--shapes tiny --implementation reference --rounds 1 --calls 1 --out"
+    options = "--shapes tiny --implementation reference --calls 2 --out"
     monkeypatch.setattr("sys.argv", ["benchmark", *options.split(), str(out)])
     assert benchmark.main() == 0
     rows = json.loads(out.read_text())["rows"]
@@ -153,7 +151,7 @@ def test_a_wrong_kernel_is_not_timed(monkeypatch):
     spoil = lambda f: lambda *args: jax.tree.map(lambda x: x * jnp.ones((), x.dtype) * 1.5, f(*args))
     monkeypatch.setattr(Case, "call", lambda self, name: (spoil if name == "broken" else lambda f: f)(
         right(self, "reference")))
-    row = benchmark.measure(Case("fp8_matmul", 128, 128, 128), "broken", 1, 1, 1.0)
+    row = benchmark.measure(Case("fp8_matmul", 128, 128, 128), "broken", 2, 1.0)
     assert not row["right"] and "seconds" not in row and "WRONG" in benchmark.show(row)
 
 
@@ -161,23 +159,77 @@ def test_a_kernel_that_fails_does_not_take_the_other_rows_with_it(monkeypatch, t
     def measure(case, *_):
         if case.operation == "quantize":
             raise RuntimeError("out of memory\nand more")
-        return {"operation": case.operation, "right": True, "seconds": 1.0, "peers": {}, "tflops": 1.0}
+        return {"operation": case.operation, "right": True, "seconds": 1.0, "peers": {}, "tflops": 1.0, "of_copy": 1.0}
 
     out = tmp_path / "rows.json"
     monkeypatch.setattr(benchmark, "measure", measure)
-    monkeypatch.setattr("sys.argv", ["benchmark", "--shapes", "tiny", "--implementation", "reference", "--rounds", "1",
-                                     "--calls", "1", "--out", str(out)])
+    monkeypatch.setattr("sys.argv", ["benchmark", "--shapes", "tiny", "--implementation", "reference", "--calls", "2",
+                                     "--out", str(out)])
     assert benchmark.main() == 1
-    first, *others = json.loads(out.read_text())["rows"]
-    assert first["failed"] == "RuntimeError: out of memory" and all(row["right"] for row in others)
+    first, second, *others = json.loads(out.read_text())["rows"]
+    assert first["failed"] == second["failed"] == "RuntimeError: out of memory" and all(row["right"] for row in others)
     assert "FAILED: RuntimeError: out of memory" in capsys.readouterr().out
 
 
-def test_grouped_products_are_compared_at_few_rows_and_timed_at_all():
+def quantized(values, scales):
+    return api.Quantized(jnp.asarray(values, jnp.float8_e4m3fn), jnp.asarray(scales, jnp.float32))
+
+
+ONES = np.ones((8, 128 * 100), np.float32)
+SCALES = np.ones((8, 100), np.float32)
+
+
+@pytest.mark.parametrize(("values", "scales", "right"), [
+    ({}, 2, True),  # 2 ulp
+    ({}, 3, False),
+    ({(0, 0): 1.125}, 0, True),  # a step of E4M3, of one value in 100,000
+    ({(0, 0): 1.25}, 0, False),  # two steps
+    ({(0, n): 1.125 for n in range(20)}, 0, False),  # more than one in 10,000
+    ({(0, 0): -1.0}, 0, False)])
+def test_a_quantizer_may_round_otherwise_by_a_step_now_and_then(values, scales, right):
+    x = ONES.copy()
+    for place, value in values.items():
+        x[place] = value
+    off = (SCALES.view(np.int32) + scales).view(np.float32)
+    assert compare(quantized(x, off), quantized(ONES, SCALES))["right"] is right
+
+
+def test_a_result_with_nan_or_of_another_shape_is_wrong():
+    ones = jnp.ones((4, 4), jnp.bfloat16)
+    assert compare(ones, ones)["right"]
+    assert not compare(ones.at[0, 0].set(jnp.nan), ones)["right"]
+    assert not compare(ones[:1], ones)["right"]
+
+
+def test_kernels_are_summed_by_name_without_the_one_that_flushes_the_cache():
+    rounds = [[("wrapped_not", 9.0), ("quantizer", 2.0 + n), ("transpose", 1.0)] for n in (0, 1, 2)]
+    timing = summarize(rounds)
+    assert timing.clock == "cupti" and timing.kernels == pytest.approx({"quantizer": 3e-3, "transpose": 1e-3})
+    assert timing.seconds == pytest.approx(4e-3) and timing.rounds == pytest.approx([3e-3, 4e-3, 5e-3])
+    with pytest.raises(RuntimeError, match="kernels of a call flush the cache, not one"):
+        summarize([pairs[1:] for pairs in rounds])
+
+
+@pytest.mark.parametrize(("text", "name"), [
+    ('custom_call_target="__cublas$lt$matmul$f8"', "cublaslt_fp8"), ('"__cublas$lt$matmul"', "cublaslt"),
+    ('"__cublas$gemm"', "cublas"), ("kind=__triton_gemm", "triton"), ("fusion", "xla")])
+def test_a_product_is_named_after_what_the_compiled_program_calls(text, name):
+    assert peers.library(text) == name
+
+
+def test_an_absent_peer_is_a_word_that_says_why(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    found = peers.peers(Case("fp8_matmul", 128, 128, 128), jax.random.key(0), 2)
+    assert found["torch"] == "missing: torch is not installed"
+    assert {type(value) for name, value in found.items() if name != "torch"} <= {float, str} and len(found) == 3
+
+
+def test_products_are_compared_at_few_rows_and_timed_at_all():
     case = Case("fp8_grouped_matmul", 32768, 7168, 4096, groups=8)
     wgrad = Case("fp8_grouped_matmul", 4096, 32768, 7168, groups=8, form="tiles")
     assert (case.compared().M, case.compared().K, wgrad.compared().M, wgrad.compared().K) == (2048, 7168, 4096, 2048)
     assert all(case.compared() == case for case in SHAPES["tiny"])
+    assert Attention(1, 4096, 128).compared() == Attention(1, 1024, 8)
 
 
 def test_a_machine_without_the_gpu_is_told_what_runs_there(monkeypatch, capsys):
@@ -191,6 +243,7 @@ def test_a_case_counts_its_flops_and_bytes():
     assert case.flops == 2 * 64 * 256 * 128
     assert case.bytes() == 64 * 256 + 64 * 2 * 4 + 128 * 256 + 2 * 4 + 64 * 128 * 2
     assert Case("quantize", 64, 256).bytes() == 64 * 256 * 3 + 64 * 2 * 4
+    assert Decode(2, 4096, 16).flops == 2 * 2 * 16 * 4096 * (576 + 512)
 
 
 def test_every_kernel_has_named_shapes():
