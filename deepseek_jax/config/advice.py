@@ -16,4 +16,7 @@ def advice(config: Config) -> list[str]:
     if moves and balance.aux_loss_weight > 0:
         notes.append("two balancers at once: the routing bias and balance.aux_loss_weight; take "
                      "balance.bias_speed=0 for the loss alone, or balance.aux_loss_weight=0 for the bias alone.")
+    if balance.force_balanced:
+        notes.append("balance.force_balanced=True is for measuring speed: experts take turns, and no routing is "
+                     "learnt.")
     return notes

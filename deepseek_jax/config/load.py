@@ -19,7 +19,7 @@ from typing import Any
 
 from deepseek_jax import configs, io
 from deepseek_jax.config.mesh import MeshConfig, PipelineConfig, check_mesh
-from deepseek_jax.config.model import FP8Config, ModelConfig
+from deepseek_jax.config.model import GROUP_LIMITED, IN_TURN, FP8Config, ModelConfig
 from deepseek_jax.config.presets import PRESETS, model_config
 from deepseek_jax.config.schema import Checked, ConfigError, build, did_you_mean, key
 from deepseek_jax.config.training import BalanceConfig, DataConfig, InitConfig, OptimizerConfig, TrainConfig
@@ -42,6 +42,11 @@ class Config(Checked):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.balance.force_balanced:
+            if self.model.router not in (GROUP_LIMITED, IN_TURN):
+                raise ConfigError(f"balance.force_balanced=True takes the place of model.router={self.model.router!r}; "
+                                  "omit one of them.")
+            object.__setattr__(self, "model", dataclasses.replace(self.model, router=IN_TURN))
         check_mesh(self.mesh, self.model, self.train)
 
 

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from deepseek_jax.config.schema import NOT_NEGATIVE, POSITIVE, Checked, ConfigError, shown
 
 GROUP_LIMITED = "group_limited"  # top-k of the best groups of experts (report section 2.1.2)
+IN_TURN = "deepseek_jax.model.router:in_turn"  # the rule of balance.force_balanced
 PARTS = {"router": GROUP_LIMITED, "attention": "mla"}  # of the published models
 UNROLLED_LAYERS = 8  # a stack of more layers runs as a loop over them
 KERNEL_HEADS = (192, 128)  # sizes of queries and values that the kernels are made for: those of the published models

@@ -84,6 +84,8 @@ class BalanceConfig(Checked, section="balance"):
     bias_until: Annotated[float, FRACTION, "fraction of the run after which the speed is 0"] = 0.966
     sequence_loss_weight: Annotated[float, NOT_NEGATIVE, "alpha of the sequence-wise balance loss"] = 1e-4
     aux_loss_weight: Annotated[float, NOT_NEGATIVE, "of the classic batch-wise auxiliary loss, as a baseline"] = 0.0
+    force_balanced: Annotated[bool, "for measuring speed only: tokens take the experts in turn, whatever the router "
+                                    "says, and no routing is learnt"] = False
 
     def __post_init__(self):
         super().__post_init__()

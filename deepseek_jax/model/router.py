@@ -178,6 +178,20 @@ def route(cfg: ModelConfig, x_ND: jax.Array, weights: dict[str, jax.Array], bias
     return Routing(scores_NE, chosen_NK, gates(cfg, scores_NE, chosen_NK))
 
 
+def in_turn(cfg: ModelConfig, x_ND: jax.Array, weights: dict[str, jax.Array], bias_E: jax.Array | None,
+            context: RoutingContext) -> Routing:
+    """Even loads by construction, for measuring speed (balance.force_balanced): token n takes experts n K, n K + 1, ...
+
+    Scores and gates are those of `route`, at its cost. Loads differ by one at most; all of a token's experts are
+    neighbours, so that fewer nodes take part than the group limit would allow.
+    """
+    scores_NE, chosen_NK, _ = route(cfg, x_ND, weights, bias_E, context)
+    turn_NK = jnp.arange(chosen_NK.size, dtype=jnp.int32).reshape(chosen_NK.shape) % cfg.num_experts
+    # Read and thrown away, so that the compiler keeps the selection that a real step has.
+    chosen_NK = turn_NK + jnp.minimum(chosen_NK, 0)
+    return Routing(scores_NE, chosen_NK, gates(cfg, scores_NE, chosen_NK))
+
+
 RoutingRule = Callable[[ModelConfig, jax.Array, dict[str, jax.Array], Any, RoutingContext], Routing]
 
 

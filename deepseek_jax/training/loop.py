@@ -241,12 +241,14 @@ class Run:
             row["mtp_loss"] = float(metrics.mtp_loss)
         row |= balance_metrics(counts_LE) | {name: float(getattr(metrics, name)) for name in BALANCE if len(counts_LE)}
         row |= traffic_per_token(self.config.mesh, self.config.model, metrics.traffic)
+        forced = self.config.balance.force_balanced
+        row |= {"force_balanced": 1} if forced else {}
         if self.writer:
             self.writer.write(pending.step, **row)
             self.writer.write_expert_load(pending.step, counts_LE)
         dropped = f", {n} CHOICES DROPPED" if (n := row.get("dropped_choices")) else ""
         bar.set_postfix_str(f"loss {row['loss']:.3f}, {row['tokens_per_second']:.0f} tok/s, MFU {row['mfu']:.0%}, "
-                            f"MaxVio {row['max_vio']:.2f}{dropped}", refresh=False)
+                            f"MaxVio {row['max_vio']:.2f}{dropped}{', FORCED BALANCE' if forced else ''}", refresh=False)
         bar.update()
 
     def _say(self, bar, words):

@@ -29,8 +29,8 @@ class _Case(abc.ABC):
         """jax.ShapeDtypeStructs of the operands."""
 
     @abc.abstractmethod
-    def call(self, implementation: str) -> Callable:
-        """The operation as a function of `arguments()`."""
+    def call(self, implementation: str, **options: Any) -> Callable:
+        """The operation as a function of `arguments()`; options: `config`, of kernels that can be tuned."""
 
     @abc.abstractmethod
     def random(self, key: jax.Array) -> tuple:
@@ -111,9 +111,8 @@ class Case(_Case):
         sizes = (_array((self.groups,), jnp.int32),) if self.groups else ()
         return (tiles(self.M, self.K), b, *sizes)
 
-    def call(self, implementation: str) -> Callable:
-        """The operation as a function of `arguments()`."""
-        function = self.function(implementation)
+    def call(self, implementation: str, **options: Any) -> Callable:
+        function = functools.partial(self.function(implementation), **options)
         if self.operation == "quantize":
             transposed = {"both": True, "only": "only"}.get(self.form, False)
             return functools.partial(function, scale=self.scale, transposed=transposed)
@@ -169,9 +168,9 @@ class Attention(_Case):
         ids = (_array((self.B, self.T), jnp.int32),) if self.segments else ()
         return (wide, wide, narrow, *((narrow,) if self.backward else ()), *ids)
 
-    def call(self, implementation: str) -> Callable:
+    def call(self, implementation: str, **options: Any) -> Callable:
         def attend(q, k, v, ids):
-            return self.function(implementation)(q, k, v, ids, scale=self.A**-0.5)
+            return self.function(implementation)(q, k, v, ids, scale=self.A**-0.5, **options)
 
         def gradients(q, k, v, do, ids):
             o, pull_back = jax.vjp(lambda *qkv: attend(*qkv, ids), q, k, v)  # pyright: ignore[reportCallIssue] (lengths)
@@ -216,8 +215,8 @@ class Decode(_Case):
         return (_array((self.B, self.H, X), jnp.bfloat16), _array((self.B * pages, self.page, token[0]), token[1]),
                 _array((self.B, pages), jnp.int32), _array((self.B,), jnp.int32))
 
-    def call(self, implementation: str) -> Callable:
-        return lambda *args: self.function(implementation)(*args, scale=(self.C // 4 + 64) ** -0.5)
+    def call(self, implementation: str, **options: Any) -> Callable:
+        return lambda *args: self.function(implementation)(*args, scale=(self.C // 4 + 64) ** -0.5, **options)
 
     def random(self, key: jax.Array) -> tuple:
         q, cache, table, lengths = self.arguments()

@@ -26,3 +26,8 @@ def test_two_balancers_are_noted():
     (note,) = notes(aux_loss_weight=1e-3)
     assert note.startswith("two balancers at once")
     assert notes(aux_loss_weight=1e-3, bias_speed=0.0) == []
+
+
+def test_forced_balance_is_noted():
+    (note,) = notes(force_balanced=True)
+    assert note.startswith("balance.force_balanced=True is for measuring speed")

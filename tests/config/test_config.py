@@ -420,3 +420,11 @@ def test_a_config_nested_too_deeply_is_refused_in_one_line(tmp_path):
     (tmp_path / "config.json").write_bytes(b'{"model": ' + b"[" * 10**5 + b"]" * 10**5 + b"}")
     with pytest.raises(ConfigError, match="nested too deeply"):
         configs.load_config(str(tmp_path / "config.json"))
+
+
+def test_forced_balance_is_a_rule_of_the_model_and_comes_back_from_its_own_file():
+    config = freeze({"model": model_config("tiny"), "balance": {"force_balanced": True}})
+    assert config.model.router.endswith(":in_turn") and freeze(as_dict(config)) == config
+    with pytest.raises(ConfigError, match="^balance.force_balanced=True takes the place of model.router='my.own:rule'; "
+                                          "omit one of them.$"):
+        freeze({"model": {"router": "my.own:rule"}, "balance": {"force_balanced": True}})

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from deepseek_jax.config import freeze
 from deepseek_jax.model import router
 from deepseek_jax.model.experts import MoE
 from tests.model import naive
@@ -235,3 +236,17 @@ def test_the_sequence_loss_pushes_a_favourite_down():
     grad_TE = jax.grad(lambda x: router.sequence_loss(cfg, router.affinities(cfg, x)[None]))(logits_TE)
 
     assert (grad_TE[:, 3] > 0).all()
+
+
+@pytest.mark.parametrize(("tokens", "experts_per_token"), [(64, 5), (7, 4), (1, 2)])
+def test_forced_balance_gives_every_expert_the_same_load_and_a_token_different_experts(tokens, experts_per_token):
+    cfg = freeze({"model": naive.TINY | WIDE | dict(experts_per_token=experts_per_token),
+                  "balance": {"force_balanced": True}}).model
+    x_ND = jnp.asarray(np.random.default_rng(0).standard_normal((tokens, cfg.d_model)), jnp.float32)
+    weights = {"weight": jnp.asarray(np.random.default_rng(1).standard_normal((cfg.d_model, 16)), jnp.float32)}
+    bias_E = jnp.full(16, -3.0).at[0].set(9.0)  # which would send every token to expert 0
+    found = jax.jit(lambda x_ND: router.apply_rule(cfg, x_ND, weights, bias_E, None))(x_ND)
+    counts_E = np.asarray(router.count_choices(found.chosen_NK, 16))
+    assert counts_E.max() - counts_E.min() <= 1
+    assert all(len(set(row)) == experts_per_token for row in np.asarray(found.chosen_NK))
+    np.testing.assert_array_equal(found.gates_NK, router.gates(cfg, found.scores_NE, found.chosen_NK))

@@ -246,3 +246,11 @@ def test_fine_tuning_from_where_nothing_was_trained_says_so(config, tmp_path):
 def test_the_config_of_a_run_is_json_that_any_program_reads(whole):
     saved = json.loads((whole / "config.json").read_text())
     assert saved["train"]["steps"] == runs.STEPS and saved["init"] == {"from": None}
+
+
+def test_forced_balance_is_named_in_every_row_and_loads_are_even(config, tmp_path):
+    done = train(config, tmp_path / "run", "--config.balance.force_balanced=True", "--config.train.steps=2")
+    assert done.code == 0, done
+    trained = [row for row in runs.rows(tmp_path / "run") if "loss" in row]
+    assert len(trained) == 2 and all(row["force_balanced"] == 1 for row in trained)
+    assert all(row["max_vio"] < 0.01 and row["idle_experts"] == 0 for row in trained)

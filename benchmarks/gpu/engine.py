@@ -1,0 +1,64 @@
+"""Decoding through the engine, with mla_decode and without, by batch and context.
+
+The slim V2-Lite of training.py with random weights; prompts differ, so that no pages are shared. Pages of 48 tokens are
+a size that the kernel cannot copy: with them attention is plain products of XLA, and nothing else differs.
+"""
+
+import functools
+import time
+from typing import Any
+
+from benchmarks.gpu.stages import Cases
+from deepseek_jax.config import ModelConfig, model_config
+
+PAGES = {"mla_decode": 64, "plain products": 48}
+SIZES = ((1, 1024), (16, 1024), (128, 1024), (1, 8192), (16, 8192), (1, 32768))  # sequences, tokens of context
+NEW = 128
+
+
+def model(rehearse: bool) -> ModelConfig:
+    if rehearse:
+        return model_config("tiny", num_layers=2, mtp_depth=0)
+    return model_config("v2_lite_16b", num_layers=4, num_experts=16)
+
+
+def cases(rehearse: bool) -> Cases:
+    for batch, context in ((2, 64),) if rehearse else SIZES:
+        for kind, page in PAGES.items():
+            yield (f"{batch} x {context}, {kind}",
+                   functools.partial(measure, model(rehearse), batch, context, page, 8 if rehearse else NEW))
+
+
+@functools.cache
+def _variables(cfg):
+    import jax
+    import numpy as np
+
+    from deepseek_jax.model import DeepSeekV3
+
+    return jax.jit(lambda: DeepSeekV3(cfg).init(jax.random.key(0), np.zeros((1, 4), np.int32)))()
+
+
+def measure(cfg: ModelConfig, batch: int, context: int, page: int, new: int) -> dict[str, Any]:
+    """Seconds of a decoding step behind `context` tokens, and of reading the prompts; a first round compiles."""
+    from deepseek_jax import runtime
+
+    runtime.prepare()
+    from deepseek_jax.serving.engine import Engine, EngineConfig, Request
+
+    options = EngineConfig(batch, context + 2 * new, page_size=page, chunk=min(context, 2048), most_steps=32)
+    engine = Engine(cfg, _variables(cfg), options)
+    row: dict[str, Any] = {}
+    for turn in range(2):
+        prompts = [[1 + (i * (b + 3) + turn) % (cfg.vocab_size - 1) for i in range(context)] for b in range(batch)]
+        made = [engine.submit(Request(tuple(prompt), new)) for prompt in prompts]
+        start = time.perf_counter()
+        while any(not s.made for s in made):
+            engine.step()
+        reading = time.perf_counter()
+        before = sum(len(s.made) for s in made)
+        engine.run()
+        took, tokens = time.perf_counter() - reading, sum(len(s.made) for s in made) - before
+        row = {"seconds_per_step": took * batch / tokens, "tokens_per_second": tokens / took,
+               "prompt_tokens_per_second": batch * context / (reading - start), "tokens": tokens, "page": page}
+    return row

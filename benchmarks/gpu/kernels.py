@@ -1,0 +1,97 @@
+"""The kernels: right at small shapes, then timed at V3's, each next to its peers; last, other tuning configs."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from benchmarks.gpu.stages import Cases
+from kernels_pallas.hopper.fp8_matmul import TuningConfig as MatmulTuning
+from kernels_pallas.hopper.mla_decode import TuningConfig as DecodeTuning
+from kernels_pallas.tools import benchmark
+from kernels_pallas.tools.shapes import SHAPES, Case, Decode
+from kernels_pallas.tools.timing import time_calls
+
+CALLS = 20
+MATMULS = (Case("fp8_matmul", 4096, 7168, 4096), Case("fp8_matmul", 4096, 7168, 2112),
+           Case("fp8_matmul", 64, 7168, 4096))
+DECODES = (Decode(128, 4096, 128), Decode(4, 32768, 128), Decode(128, 4096, 16, packed=True))
+
+
+def implementation(rehearse: bool) -> str:
+    return "interpreter" if rehearse else "hopper"
+
+
+def smoke(rehearse: bool) -> Cases:
+    """Every kernel at its tiny shapes, compared with its twin, not timed."""
+    for case in SHAPES["tiny"]:
+        yield name(case), functools.partial(benchmark.check, case, implementation(rehearse))
+
+
+def name(case: Any) -> str:
+    return f"{case.operation} {case}"
+
+
+def _timed(operations: tuple[str, ...], rehearse: bool) -> Cases:
+    sets = ("tiny",) if rehearse else ("v3-train", "v3-decode")
+    chosen = [case for shapes in sets for case in SHAPES[shapes] if case.operation in operations]
+    for case in chosen[:1] if rehearse else chosen:
+        yield name(case), functools.partial(_measure, case, rehearse)
+
+
+@functools.cache
+def _bandwidth():
+    return benchmark.copy_bandwidth(CALLS)
+
+
+def _measure(case, rehearse):
+    return benchmark.measure(case, implementation(rehearse), 2 if rehearse else CALLS, _bandwidth())
+
+
+def fp8_matmul(rehearse: bool) -> Cases:
+    return _timed(("fp8_matmul",), rehearse)
+
+
+def fp8_grouped_matmul(rehearse: bool) -> Cases:
+    return _timed(("fp8_grouped_matmul",), rehearse)
+
+
+def quantize(rehearse: bool) -> Cases:
+    return _timed(("quantize", "swiglu_quantize"), rehearse)
+
+
+def attention(rehearse: bool) -> Cases:
+    return _timed(("mla_attention",), rehearse)
+
+
+def decode(rehearse: bool) -> Cases:
+    return _timed(("mla_decode",), rehearse)
+
+
+def sweep(rehearse: bool) -> Cases:
+    """Tuning configs next to the default, without comparing: that the default is right is known by now."""
+    for case in MATMULS:
+        split = "columns" if case.M <= 64 else "rows"
+        for changes in ({}, {"tile_n": 64}, {"stages": 3}, {"stages": 4}, {"snake": 1}, {"snake": 4}, {"snake": 16},
+                        {"tile_n": 64, "snake": 16}):
+            yield from _tuned(case, MatmulTuning(split=split), changes, rehearse)
+    for case in DECODES:
+        for splits in (None, 1, 2, 4, 8, 16, 33):
+            yield from _tuned(case, DecodeTuning(), {"splits": splits}, rehearse)
+
+
+def _tuned(case, default, changes, rehearse) -> Cases:
+    config = dataclasses.replace(default, **changes)
+    if rehearse and changes:
+        return
+    small = case if not rehearse else next(c for c in SHAPES["tiny"] if c.operation == case.operation)
+    words = " ".join(f"{key}={value}" for key, value in changes.items()) or "default"
+    yield f"{name(case)}: {words}", functools.partial(_time, small, config, rehearse)
+
+
+def _time(case: Any, config: Any, rehearse: bool) -> dict[str, Any]:
+    run: Callable = case.call(implementation(rehearse), config=config)
+    timing = time_calls(jax.jit(run), jax.jit(case.random)(jax.random.key(0)), 2 if rehearse else CALLS)
+    return timing._asdict() | {"tflops": case.flops / timing.seconds / 1e12}

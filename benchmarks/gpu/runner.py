@@ -1,0 +1,120 @@
+"""Runs stages one after another, each in children that are killed when they are late or silent. No jax here."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from benchmarks.gpu.stage import AGAIN, read
+from benchmarks.gpu.stages import Stage
+from benchmarks.machine import ROOT
+from deepseek_jax import io
+
+LEAST = 10  # seconds: with less left no stage is started
+POLL = 0.1
+
+
+def environment(rehearse: bool) -> dict[str, str]:
+    """Of a stage. torch shares the GPU, so jax takes memory as it needs it; what fell back to a CPU is no result."""
+    ours = {"JAX_PLATFORMS": "cpu"} if rehearse else {"JAX_PLATFORMS": os.environ.get("JAX_PLATFORMS", "cuda,cpu"),
+                                                      "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return os.environ | ours | {"PYTHONPATH": os.pathsep.join(paths)}
+
+
+def run_stage(stage: Stage, out: pathlib.Path, deadline: float, rehearse: bool) -> dict[str, Any]:
+    """Runs what is left of a stage until `deadline` (of time.monotonic) or its own limit.
+
+    Returns {"state": "done", "out of time" or "failed", "seconds", how many cases are in each state, "why" if failed}.
+    """
+    path, log, start = out / f"{stage.name}.json", out / f"{stage.name}.log", time.monotonic()
+    deadline = min(deadline, start + stage.limit)
+    state, why = "out of time", {}
+    while deadline - time.monotonic() > LEAST or rehearse:
+        end = _watch(stage, path, log, deadline, rehearse)
+        running = _settle(path, end)
+        if end == 0:
+            state = "done"
+            break
+        if end == "late":
+            break
+        if not running and end != AGAIN:  # between cases, or before the first
+            state, why = "failed", {"why": _last_line(log) or f"exit code {end}"}
+            break
+    counts: dict[str, int] = {}
+    for row in read(str(path)).values():
+        counts[row["state"]] = counts.get(row["state"], 0) + 1
+    return {"state": state, "seconds": round(time.monotonic() - start, 1), "cases": counts} | why
+
+
+def _watch(stage, path, log, deadline, rehearse):
+    """Starts a child. Returns its exit code, or "late" or "silent" when it had to be killed."""
+    command = [sys.executable, "-m", "benchmarks.gpu.stage", stage.cases, str(path), *["--rehearse"] * rehearse]
+    with open(log, "a") as out:
+        child = subprocess.Popen(command, cwd=ROOT, env=environment(rehearse), stdout=out, stderr=subprocess.STDOUT,
+                                 stdin=subprocess.DEVNULL, start_new_session=True)
+        try:
+            heard = time.monotonic()
+            changed = _changed(path)
+            while child.poll() is None:
+                now = time.monotonic()
+                if changed != (changed := _changed(path)):
+                    heard = now
+                if not rehearse and now > deadline:
+                    return "late"
+                if now - heard > stage.silence * (20 if rehearse else 1):
+                    return "silent"
+                time.sleep(POLL)
+            return child.returncode
+        finally:  # also when this process is interrupted
+            if child.poll() is None:
+                os.killpg(child.pid, signal.SIGKILL)
+                child.wait()
+
+
+def _changed(path):
+    return path.stat().st_mtime_ns if path.exists() else None
+
+
+def _settle(path, end):
+    """Says what became of the case that was running, if one was; of one that the clock cut off nothing is kept."""
+    rows = read(str(path))
+    running = [name for name, row in rows.items() if row["state"] == "running"]
+    for name in running:
+        if end == "late":
+            del rows[name]
+        elif end == "silent":
+            rows[name] = {"state": "hung", "why": "no result within the time limit of a case"}
+        else:
+            rows[name] = {"state": "crashed", "why": f"the process ended with {end}"}
+    if running:
+        io.write_json(path, rows, indent=1)
+    return bool(running)
+
+
+def _last_line(log):
+    lines = log.read_text(errors="replace").strip().splitlines()
+    return lines[-1][:300] if lines else ""
+
+
+def run_all(stages: Sequence[Stage], out: pathlib.Path, minutes: float, rehearse: bool, facts: dict[str, Any]) -> bool:
+    """Runs the stages and writes out/summary.json after each. Returns whether all ended, and no case went wrong."""
+    deadline = time.monotonic() + 60 * minutes
+    summary = facts | {"stages": {}}
+    for stage in stages:
+        print(f"{stage.name} ...", flush=True)
+        summary["stages"][stage.name] = found = run_stage(stage, out, deadline, rehearse)
+        io.write_json(out / "summary.json", summary, indent=1)
+        cases = ", ".join(f"{count} {state}" for state, count in found["cases"].items()) or "no case"
+        print(f"{stage.name}: {found['state']} after {found['seconds']} s: {cases}{_reason(found)}", flush=True)
+    return all(found["state"] == "done" and set(found["cases"]) <= {"done"} for found in summary["stages"].values())
+
+
+def _reason(found):
+    return f" ({found['why']})" if "why" in found else ""

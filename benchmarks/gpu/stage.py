@@ -1,0 +1,65 @@
+"""One stage in its own process: `python -m benchmarks.gpu.stage CASES FILE [--rehearse]`, started by runner.py.
+
+Each case is a row of FILE, written before it starts ("running") and when it has ended. Cases that FILE has are left
+alone. After a case that raised, the process ends with AGAIN: an illegal access would fail all others of its context.
+"""
+
+import argparse
+import importlib
+import json
+import sys
+import time
+import traceback
+from typing import Any
+
+from benchmarks.gpu.stages import Cases
+from deepseek_jax import io
+
+AGAIN = 75
+
+
+def run(cases: Cases, path: str) -> int:
+    """0: all cases have rows. AGAIN: one raised, and others are left."""
+    rows = read(path)
+    for name, measure in cases:
+        if name in rows:
+            continue
+        start = time.time()
+        rows[name] = {"state": "running", "began": start}
+        io.write_json(path, rows, indent=1)
+        try:
+            found = measure()
+            found = json.loads(json.dumps(found), parse_constant=str)  # NaN is no JSON
+            rows[name] = {"state": "done" if found.get("right", True) else "wrong", **found}
+        except Exception as error:
+            traceback.print_exc()
+            why = (str(error).strip() or "no message").splitlines()[0][:300]
+            rows[name] = {"state": "failed", "why": f"{type(error).__name__}: {why}"}
+        rows[name]["seconds_in_all"] = round(time.time() - start, 2)
+        io.write_json(path, rows, indent=1)
+        print(f"{name}: {rows[name]['state']}", flush=True)
+        if rows[name]["state"] == "failed":
+            return AGAIN
+    return 0
+
+
+def read(path: str) -> dict[str, Any]:
+    """The rows of a stage so far; none where there is no file."""
+    try:
+        return io.read_json(path)
+    except FileNotFoundError:
+        return {}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cases", help="module:function of (rehearse) -> Cases")
+    parser.add_argument("file")
+    parser.add_argument("--rehearse", action="store_true")
+    args = parser.parse_args()
+    module, function = args.cases.split(":")
+    return run(getattr(importlib.import_module(module), function)(args.rehearse), args.file)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

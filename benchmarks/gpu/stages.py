@@ -1,0 +1,36 @@
+"""The stages, in the order of their worth. No jax here: the cases of a stage are imported in its own process.
+
+Their limits add up to more than there is: what comes late gets what is left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+Cases = Iterable[tuple[str, Callable[[], dict[str, Any]]]]  # (name, what measures it and returns a row)
+
+
+class Stage(NamedTuple):
+    """cases: module:function of (rehearse) -> Cases. limit: seconds of all. silence: seconds of one, then it hangs."""
+
+    name: str
+    cases: str
+    limit: int
+    silence: int
+
+
+MACHINE = Stage("machine", "benchmarks.gpu.machine:cases", 60, 60)
+SMOKE = Stage("smoke", "benchmarks.gpu.kernels:smoke", 120, 60)
+STAGES = (
+    SMOKE,
+    Stage("tests", "benchmarks.gpu.suite:cases", 240, 240),
+    Stage("fp8_matmul", "benchmarks.gpu.kernels:fp8_matmul", 240, 60),
+    Stage("fp8_grouped_matmul", "benchmarks.gpu.kernels:fp8_grouped_matmul", 120, 60),
+    Stage("quantize", "benchmarks.gpu.kernels:quantize", 60, 40),
+    Stage("attention", "benchmarks.gpu.kernels:attention", 120, 60),
+    Stage("decode", "benchmarks.gpu.kernels:decode", 120, 60),
+    Stage("training", "benchmarks.gpu.training:cases", 480, 300),
+    Stage("engine", "benchmarks.gpu.engine:cases", 240, 120),
+    Stage("sweep", "benchmarks.gpu.kernels:sweep", 600, 60),
+)

@@ -1,0 +1,70 @@
+"""Training steps in bfloat16 and FP8: `small`, and a slim V2-Lite whose heads are those that the kernels are made for.
+
+bfloat16's experts run through `lax.ragged_dot`, which XLA for GPUs makes E products of, so that the row's FP8 next to
+bfloat16 says little about FP8: every row names what multiplied the experts.
+"""
+
+import functools
+import statistics
+import time
+from typing import Any
+
+from benchmarks.gpu.stages import Cases
+from deepseek_jax.config import BalanceConfig, Config, ModelConfig, TrainConfig, model_config
+
+STEPS = 10
+
+
+def models(rehearse: bool) -> dict[str, ModelConfig]:
+    """Few layers: each is compiled by itself, in minutes of the time that there is."""
+    if rehearse:
+        return {"tiny": model_config("tiny", num_layers=2, mtp_depth=0, num_experts=8, num_groups=2, groups_kept=1)}
+    return {"small, 3 layers": model_config("small", num_layers=3, mtp_depth=0),
+            "V2-Lite, 4 layers, 16 experts": model_config("v2_lite_16b", num_layers=4, num_experts=16)}
+
+
+def cases(rehearse: bool) -> Cases:
+    for name, model in models(rehearse).items():
+        for kind in ("bfloat16", "fp8"):
+            yield f"{name}, {kind}", functools.partial(measure, model, kind == "fp8", rehearse)
+
+
+def measure(model: ModelConfig, fp8: bool, rehearse: bool) -> dict[str, Any]:
+    """Tokens a second of the step that training runs, on random tokens and with even routing."""
+    import dataclasses
+
+    import jax
+    import numpy as np
+
+    from deepseek_jax import runtime
+    from deepseek_jax.training.step import init_state, train_step
+
+    runtime.prepare()
+    model = dataclasses.replace(model, fp8=dataclasses.replace(model.fp8, enabled=fp8))
+    rows, length = (2, 128) if rehearse else (8, 2048)
+    config = Config(model=model, train=TrainConfig(batch_size=rows, sequence_length=length),
+                    balance=BalanceConfig(force_balanced=True))
+    state = jax.jit(functools.partial(init_state, config))()
+    shape = (1, rows, length + 1)
+    batch = {"tokens": np.random.default_rng(0).integers(0, model.vocab_size, shape, np.int32),
+             "weights": np.ones(shape, np.float32), "segment_ids": np.ones(shape, np.int32), "active": np.int32(1)}
+    start = time.perf_counter()
+    step = jax.jit(functools.partial(train_step, config), donate_argnums=0).lower(state, batch).compile()
+    compiling, seconds, loss = time.perf_counter() - start, [], float("nan")
+    for _ in range(2 if rehearse else STEPS + 2):
+        start = time.perf_counter()
+        state, metrics = step(state, batch)
+        loss = float(metrics.loss)
+        seconds.append(time.perf_counter() - start)
+    took = statistics.median(seconds[0 if rehearse else 2:])
+    return {"right": bool(np.isfinite(loss)), "tokens_per_second": rows * length / took, "seconds": took,
+            "all_seconds": seconds, "compile_seconds": compiling, "loss": loss, "force_balanced": True,
+            "experts": "fp8_grouped_matmul" if fp8 else "lax.ragged_dot (E-fold on a GPU)",
+            "parameters": sum(x.size for x in jax.tree.leaves(state.params)), "tokens": rows * length,
+            "memory": _memory(step)}
+
+
+def _memory(step):
+    found = step.memory_analysis()
+    return None if found is None else {"arguments": found.argument_size_in_bytes,
+                                       "temporaries": found.temp_size_in_bytes}

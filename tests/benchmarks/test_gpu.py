@@ -1,0 +1,153 @@
+"""The hour on a GPU, without one: what hangs, crashes, fails or comes late costs its own case, and nothing is lost."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from benchmarks.gpu import report, runner, stage
+from benchmarks.gpu.stages import MACHINE, STAGES, Stage
+from benchmarks.machine import ROOT
+
+CASES = """
+import os, pathlib, time
+
+def log(name):
+    with open("{log}", "a") as f:
+        f.write(name + " ")
+
+def good(name):
+    def measure():
+        log(name)
+        return {{"seconds": 1.0, "nan": float("nan")}}
+    return name, measure
+
+def bad(name, action):
+    def measure():
+        log(name)
+        action()
+    return name, measure
+
+def fail():
+    raise RuntimeError("CUDA_ERROR_ILLEGAL_ADDRESS\\nand more")
+
+def cases(rehearse):
+    yield good("first")
+    yield bad("raises", fail)
+    yield "wrong", lambda: {{"right": False}}
+    yield bad("dies", os.abort)
+    yield bad("hangs", lambda: time.sleep(600))
+    yield good("last")
+
+def slow(rehearse):
+    yield good("quick")
+    yield bad("slow", lambda: time.sleep(600))
+
+def broken(rehearse):
+    raise ImportError("no such wheel")
+"""
+
+
+@pytest.fixture
+def made(tmp_path, monkeypatch):
+    """Stages with made-up cases, and the file in which each case that ran left its name."""
+    log = tmp_path / "ran"
+    (tmp_path / "made_up_cases.py").write_text(CASES.format(log=log))
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    monkeypatch.setattr(runner, "LEAST", 0)
+    return lambda name, limit=120, silence=10: Stage(name, f"made_up_cases:{name}", limit, silence), log
+
+
+def states(folder, name):
+    return {case: row["state"] for case, row in stage.read(str(folder / f"{name}.json")).items()}
+
+
+def test_a_case_that_fails_dies_or_hangs_costs_that_case_alone(made, tmp_path):
+    stage_of, log = made
+    found = runner.run_stage(stage_of("cases"), tmp_path, time.monotonic() + 120, False)
+    assert states(tmp_path, "cases") == {"first": "done", "raises": "failed", "wrong": "wrong", "dies": "crashed",
+                                         "hangs": "hung", "last": "done"}
+    assert found["state"] == "done" and found["cases"] == {"done": 2, "failed": 1, "wrong": 1, "crashed": 1, "hung": 1}
+    rows = json.loads((tmp_path / "cases.json").read_text(), parse_constant=pytest.fail)
+    assert rows["raises"]["why"] == "RuntimeError: CUDA_ERROR_ILLEGAL_ADDRESS" and rows["first"]["nan"] == "NaN"
+    runner.run_stage(stage_of("cases"), tmp_path, time.monotonic() + 120, False)
+    assert log.read_text().split() == ["first", "raises", "dies", "hangs", "last"]  # a second run measures none again
+
+
+def test_what_the_clock_cuts_off_is_measured_by_the_next_run(made, tmp_path):
+    stage_of, log = made
+    late = stage_of("slow", silence=100)
+    found = runner.run_stage(late, tmp_path, time.monotonic() + 8, False)
+    assert found["state"] == "out of time" and states(tmp_path, "slow") == {"quick": "done"}
+    (tmp_path / "made_up_cases.py").write_text(CASES.format(log=log).replace("sleep(600)", "sleep(0)"))
+    runner.run_stage(late, tmp_path, time.monotonic() + 60, False)
+    assert set(states(tmp_path, "slow")) == {"quick", "slow"} and log.read_text().split()[0::2] == ["quick", "slow"]
+
+
+def test_a_stage_that_cannot_start_says_why_and_the_next_one_runs(made, tmp_path):
+    stage_of, _ = made
+    stages = [stage_of("broken"), stage_of("slow", silence=5)]
+    assert not runner.run_all(stages, tmp_path, 1, False, {"date": "today"})
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["stages"]["broken"]["why"] == "ImportError: no such wheel" and summary["date"] == "today"
+    assert summary["stages"]["slow"]["cases"] == {"done": 1, "hung": 1}
+
+
+def test_an_interrupted_run_ends_its_child(made, tmp_path):
+    stage_of, _ = made
+    code = ("import pathlib, signal, sys; from benchmarks.gpu import runner; from benchmarks.gpu.stages import Stage; "
+            "signal.signal(signal.SIGTERM, lambda *_: sys.exit(143)); "
+            f"runner.run_stage(Stage(*{tuple(stage_of('slow', silence=100))!r}), pathlib.Path({str(tmp_path)!r}), "
+            "float('inf'), False)")
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
+    while "slow" not in states(tmp_path, "slow"):
+        time.sleep(0.1)
+        assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 143
+    found = subprocess.run(["pgrep", "-f", str(tmp_path / "slow.json")], capture_output=True, text=True)
+    assert found.stdout == ""
+
+
+def command(*words):
+    done = subprocess.run([sys.executable, "-m", "benchmarks.gpu", *map(str, words)], cwd=ROOT, capture_output=True,
+                          text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"})
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_without_a_gpu_one_line_says_what_runs_there(tmp_path):
+    code, _, said = command("--out", tmp_path / "out")
+    assert code == 2 and len(said.strip().splitlines()) == 1
+    assert "needs a Hopper GPU" in said and "--rehearse runs the same stages anywhere" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_results_of_another_machine_are_not_mixed_with_these(tmp_path):
+    (tmp_path / "machine.json").write_text(json.dumps({"machine": {"device": "NVIDIA H100", "rehearse": True}}))
+    code, _, said = command("--out", tmp_path, "--rehearse", "--smoke")
+    assert code == 2 and "has results of a run with another device" in said and len(said.strip().splitlines()) == 1
+
+
+def test_a_time_that_is_none_is_refused(tmp_path):
+    code, _, said = command("--out", tmp_path, "--minutes", "nan")
+    assert code == 2 and "--minutes nan leaves no time" in said
+
+
+def test_the_cheap_stages_are_rehearsed(tmp_path):
+    cheap = [s for s in STAGES if s.name in ("quantize", "tests")]
+    assert runner.run_all(cheap, tmp_path, 25, True, {})
+    report.write(tmp_path)
+    page = (tmp_path / "report.md").read_text()
+    assert "| quantize 256x256 | done |" in page and "by the host's clock" in page and "skipped" in page
+
+
+@pytest.mark.slow
+def test_the_rehearsal_is_green_from_end_to_end(tmp_path):
+    code, said, wrong = command("--out", tmp_path, "--rehearse")
+    assert code == 0, said + wrong
+    for one in (MACHINE, *STAGES):
+        assert set(states(tmp_path, one.name).values()) == {"done"}, one.name
