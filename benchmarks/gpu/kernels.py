@@ -8,8 +8,7 @@ from typing import Any
 import jax
 
 from benchmarks.gpu.stages import Cases
-from kernels_pallas.hopper.fp8_matmul import TuningConfig as MatmulTuning
-from kernels_pallas.hopper.mla_decode import TuningConfig as DecodeTuning
+from kernels_pallas.hopper import fp8_matmul, mla_decode
 from kernels_pallas.tools import benchmark
 from kernels_pallas.tools.shapes import SHAPES, Case, Decode
 from kernels_pallas.tools.timing import time_calls
@@ -50,15 +49,15 @@ def _measure(case, rehearse):
     return benchmark.measure(case, implementation(rehearse), 2 if rehearse else CALLS, _bandwidth())
 
 
-def fp8_matmul(rehearse: bool) -> Cases:
+def dense(rehearse: bool) -> Cases:
     return _timed(("fp8_matmul",), rehearse)
 
 
-def fp8_grouped_matmul(rehearse: bool) -> Cases:
+def grouped(rehearse: bool) -> Cases:
     return _timed(("fp8_grouped_matmul",), rehearse)
 
 
-def quantize(rehearse: bool) -> Cases:
+def quantizers(rehearse: bool) -> Cases:
     return _timed(("quantize", "swiglu_quantize"), rehearse)
 
 
@@ -76,10 +75,10 @@ def sweep(rehearse: bool) -> Cases:
         split = "columns" if case.M <= 64 else "rows"
         for changes in ({}, {"tile_n": 64}, {"stages": 3}, {"stages": 4}, {"snake": 1}, {"snake": 4}, {"snake": 16},
                         {"tile_n": 64, "snake": 16}):
-            yield from _tuned(case, MatmulTuning(split=split), changes, rehearse)
+            yield from _tuned(case, fp8_matmul.TuningConfig(split=split), changes, rehearse)
     for case in DECODES:
         for splits in (None, 1, 2, 4, 8, 16, 33):
-            yield from _tuned(case, DecodeTuning(), {"splits": splits}, rehearse)
+            yield from _tuned(case, mla_decode.TuningConfig(), {"splits": splits}, rehearse)
 
 
 def _tuned(case, default, changes, rehearse) -> Cases:

@@ -25,9 +25,9 @@ SMOKE = Stage("smoke", "benchmarks.gpu.kernels:smoke", 120, 60)
 STAGES = (
     SMOKE,
     Stage("tests", "benchmarks.gpu.suite:cases", 240, 240),
-    Stage("fp8_matmul", "benchmarks.gpu.kernels:fp8_matmul", 240, 60),
-    Stage("fp8_grouped_matmul", "benchmarks.gpu.kernels:fp8_grouped_matmul", 120, 60),
-    Stage("quantize", "benchmarks.gpu.kernels:quantize", 60, 40),
+    Stage("fp8_matmul", "benchmarks.gpu.kernels:dense", 240, 60),
+    Stage("fp8_grouped_matmul", "benchmarks.gpu.kernels:grouped", 120, 60),
+    Stage("quantize", "benchmarks.gpu.kernels:quantizers", 60, 40),
     Stage("attention", "benchmarks.gpu.kernels:attention", 120, 60),
     Stage("decode", "benchmarks.gpu.kernels:decode", 120, 60),
     Stage("training", "benchmarks.gpu.training:cases", 480, 300),

@@ -185,11 +185,11 @@ def in_turn(cfg: ModelConfig, x_ND: jax.Array, weights: dict[str, jax.Array], bi
     Scores and gates are those of `route`, at its cost. Loads differ by one at most; all of a token's experts are
     neighbours, so that fewer nodes take part than the group limit would allow.
     """
-    scores_NE, chosen_NK, _ = route(cfg, x_ND, weights, bias_E, context)
-    turn_NK = jnp.arange(chosen_NK.size, dtype=jnp.int32).reshape(chosen_NK.shape) % cfg.num_experts
+    found = route(cfg, x_ND, weights, bias_E, context)
+    turn_NK = jnp.arange(found.chosen_NK.size, dtype=jnp.int32).reshape(found.chosen_NK.shape) % cfg.num_experts
     # Read and thrown away, so that the compiler keeps the selection that a real step has.
-    chosen_NK = turn_NK + jnp.minimum(chosen_NK, 0)
-    return Routing(scores_NE, chosen_NK, gates(cfg, scores_NE, chosen_NK))
+    turn_NK += jnp.minimum(found.chosen_NK, 0)
+    return Routing(found.scores_NE, turn_NK, gates(cfg, found.scores_NE, turn_NK))
 
 
 RoutingRule = Callable[[ModelConfig, jax.Array, dict[str, jax.Array], Any, RoutingContext], Routing]

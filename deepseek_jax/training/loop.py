@@ -36,6 +36,7 @@ from deepseek_jax.pipeline.model import check, describe
 from deepseek_jax.scale.costs import training_flops_per_token
 from deepseek_jax.training.evaluate import evaluate
 from deepseek_jax.training.metrics import MetricsWriter, all_layers, balance_metrics
+from deepseek_jax.training.selfcheck import check_device
 from deepseek_jax.training.step import TrainState, eval_step, init_state, start_state, train_step
 from deepseek_jax.training.throughput import peak_flops
 from deepseek_jax.training.types import Metrics
@@ -97,6 +98,7 @@ def train(config: Config, workdir: str) -> TrainResult:
     check(config)
     check_parts(config.model, config.balance)
     runner = Runner(config)
+    check_device(config, runner.mesh)
     check_same(repr(config))
     check_workdir(config, workdir)
     check_start(config)
@@ -246,9 +248,10 @@ class Run:
         if self.writer:
             self.writer.write(pending.step, **row)
             self.writer.write_expert_load(pending.step, counts_LE)
-        dropped = f", {n} CHOICES DROPPED" if (n := row.get("dropped_choices")) else ""
+        loud = f", {n} CHOICES DROPPED" if (n := row.get("dropped_choices")) else ""
+        loud += ", FORCED BALANCE" if forced else ""
         bar.set_postfix_str(f"loss {row['loss']:.3f}, {row['tokens_per_second']:.0f} tok/s, MFU {row['mfu']:.0%}, "
-                            f"MaxVio {row['max_vio']:.2f}{dropped}{', FORCED BALANCE' if forced else ''}", refresh=False)
+                            f"MaxVio {row['max_vio']:.2f}{loud}", refresh=False)
         bar.update()
 
     def _say(self, bar, words):

@@ -29,7 +29,9 @@ def compare(ours: Any, theirs: Any) -> dict[str, Any]:
 @jax.jit
 def _difference(x, y):
     x, y = x.astype(jnp.float32), y.astype(jnp.float32)
-    return jnp.abs(x - y).max() / jnp.maximum(jnp.abs(y).max(), 1e-30)
+    apart = jnp.abs(x - y)
+    # Not left to the maximum, which may lose a NaN.
+    return jnp.where(jnp.isfinite(apart).all(), apart.max() / jnp.maximum(jnp.abs(y).max(), 1e-30), jnp.inf)
 
 
 def _numbers(x, y):

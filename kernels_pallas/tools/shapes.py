@@ -48,7 +48,7 @@ class _Case(abc.ABC):
     def function(self, implementation: str) -> Callable:
         """The operation, from the module of the implementation, whatever machine this is.
 
-        "interpreter": hopper's kernels on Mosaic's interpreter, which runs on a CPU.
+        "interpreter": hopper's kernels on Mosaic's interpreter, which runs on a CPU; products on 2 SMs.
         """
         folder = "hopper" if implementation == "interpreter" else implementation
         module = importlib.import_module(f"kernels_pallas.{folder}.{api.OPERATIONS[self.operation][0]}")
@@ -57,7 +57,8 @@ class _Case(abc.ABC):
             return function
         from jax.experimental.pallas import mosaic_gpu
 
-        return functools.partial(function, interpret=mosaic_gpu.InterpretGPUParams())
+        few = {"num_sms": 2} if "matmul" in self.operation else {}
+        return functools.partial(function, interpret=mosaic_gpu.InterpretGPUParams(), **few)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -483,4 +483,11 @@ MUTATIONS = [
         new="routed_experts(x_RD, id_RK,",
         tests="parallel/test_moe_layer.py::test_the_layer_is_the_layer_of_one_device_with_its_gradients",
     ),
+    Mutation(
+        name="forced balance: few experts take turns",
+        file="deepseek_jax/model/router.py",
+        old="% cfg.num_experts\n",
+        new="% cfg.experts_per_token\n",
+        tests="model/test_router.py",
+    ),
 ]

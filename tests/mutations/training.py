@@ -343,4 +343,18 @@ MUTATIONS = [
         new='".lock" + os.urandom(4).hex()), timeout=0)',
         tests="test_workdir.py::test_two_processes_never_train_in_one_work_directory",
     ),
+    Mutation(
+        name="self-check: a product that is not its twin passes",
+        file="deepseek_jax/training/selfcheck.py",
+        old="if not difference <= LARGEST:",
+        new="if False:",
+        tests="training/test_selfcheck.py",
+    ),
+    Mutation(
+        name="self-check: NaN is no difference",
+        file="deepseek_jax/training/selfcheck.py",
+        old="jnp.isfinite(apart).all()",
+        new="True",
+        tests="training/test_selfcheck.py",
+    ),
 ]

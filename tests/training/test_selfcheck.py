@@ -1,0 +1,67 @@
+"""The check at the start of a run on an accelerator: what differs from its twin ends the run in one line."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from deepseek_jax.config import ConfigError, MeshConfig, freeze
+from deepseek_jax.model import grouped_matmul
+from deepseek_jax.training import selfcheck
+from tests.model import naive
+from tests.parallel.meshes import on
+from tests.parallel.test_dispatch import ragged_all_to_all
+
+FP8 = {"model": naive.TINY, "fp8": {"enabled": True}}
+
+
+@pytest.fixture
+def accelerator(monkeypatch):
+    monkeypatch.setattr(selfcheck.jax, "default_backend", lambda: "gpu")
+
+
+def test_on_a_cpu_nothing_is_checked(monkeypatch):
+    monkeypatch.setattr(selfcheck, "grouped_difference", lambda: pytest.fail("a CPU was checked"))
+    selfcheck.check_device(freeze(FP8), None)
+
+
+def test_products_that_are_their_twins_pass(accelerator):
+    selfcheck.check_device(freeze(FP8), None)
+    assert selfcheck.grouped_difference("ragged") < selfcheck.LARGEST
+
+
+@pytest.mark.parametrize("spoil", [lambda y: y * 1.1, lambda y: y.at[0, 0].set(jnp.nan)])
+def test_a_product_that_is_not_its_twin_ends_the_run_in_one_line(accelerator, monkeypatch, spoil):
+    right = grouped_matmul.IMPLEMENTATIONS["cpu"]
+    monkeypatch.setitem(grouped_matmul.IMPLEMENTATIONS, "cpu", lambda *args: spoil(right(*args)))
+    with pytest.raises(ConfigError, match=r"^the experts' grouped product \(lax.ragged_dot\) is not its twin on") as e:
+        selfcheck.check_device(freeze(FP8), None)
+    assert len(str(e.value).splitlines()) == 1
+
+
+def test_an_fp8_product_that_is_not_its_twin_names_the_reference(accelerator, monkeypatch):
+    monkeypatch.setattr(selfcheck, "fp8_grouped_difference", lambda name: 0.5)
+    with pytest.raises(ConfigError, match="take --config.fp8.implementation=reference"):
+        selfcheck.check_device(freeze(FP8), None)
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_a_dispatch_whose_gradients_are_corrupt_names_the_flag_of_xla(accelerator, monkeypatch, wrong):
+    calls = []
+
+    def carry(*args, **options):
+        calls.append(None)
+        moved = ragged_all_to_all(*args, **options)
+        return moved * 1.5 if wrong and len(calls) > 4 and moved.dtype == jnp.float32 else moved  # not the first ones
+
+    monkeypatch.setattr(jax.lax, "ragged_all_to_all", carry)
+    cfg = MeshConfig(local=4, buffers="ragged")
+    with on(cfg):
+        found = selfcheck.dispatch_difference(cfg)
+    assert (found > selfcheck.LARGEST) == wrong
+    config = freeze({"model": naive.TINY, "mesh": {"local": 4, "buffers": "ragged"}, "train": {"batch_size": 8}})
+    monkeypatch.setattr(selfcheck, "dispatch_difference", lambda cfg: found)
+    if wrong:
+        with pytest.raises(ConfigError, match="xla_gpu_enable_latency_hiding_scheduler=false to XLA_FLAGS, or take"):
+            selfcheck.check_device(config, jax.make_mesh((1,), ("x",)))
+    else:
+        selfcheck.check_device(config, jax.make_mesh((1,), ("x",)))
