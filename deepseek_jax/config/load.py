@@ -87,6 +87,10 @@ def freeze(config: Any) -> Config:
 
 def _with_new_names(config):
     """The config with what is written under an earlier name moved to the present one."""
+    model = config.get("model")
+    if hasattr(model, "keys") and "norm_eps" in model and "latent_norm_eps" not in model:  # was one number
+        config = copy.deepcopy(config)
+        config["model"]["latent_norm_eps"] = config["model"]["norm_eps"]
     for old, new in RENAMED.items():
         section, old_name, new_name = old.split(".")[0], old.split(".")[1], new.split(".")[1]
         values = config.get(section)

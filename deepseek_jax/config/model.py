@@ -99,7 +99,9 @@ class ModelConfig(Checked, section="model"):
     mtp_depth: Annotated[int, NOT_NEGATIVE, "multi-token prediction modules"] = 1
     rope_theta: Annotated[float, POSITIVE, "base of the rotary frequencies"] = 10000.0
     yarn: Annotated[Yarn | None, "context extension; None: without"] = None
-    norm_eps: Annotated[float, POSITIVE, "of RMSNorm"] = 1e-6
+    norm_eps: Annotated[float, POSITIVE, "of RMSNorm, but for the latents"] = 1e-6
+    latent_norm_eps: Annotated[float, POSITIVE, "of RMSNorm of both latents; transformers has 1e-6 whatever norm_eps "
+                                                "is"] = 1e-6
     init_std: Annotated[float, POSITIVE, "of all weights at the start"] = 0.006
     dtype: Annotated[Literal["bfloat16", "float32", "float64"], "of activations and products; parameters are float32 "
                                                                 "masters"] = "bfloat16"

@@ -39,8 +39,9 @@ class MLA(nn.Module):
         else:
             w = {"q_a": weight(self, "q_a", (D, Q)), "q_b": weight(self, "q_b", (Q, H, N + R))}
         w["kv_a"] = weight(self, "kv_a", (D, C + R))
-        q_norm = None if Q is None else RMSNorm(cfg, name="q_norm")
-        q_BTHA, c_BTC, k_pe_BTR = project(cfg, x_BTD, rope, w, q_norm, RMSNorm(cfg, name="kv_norm"))
+        norm = functools.partial(RMSNorm, cfg, cfg.latent_norm_eps)
+        q_norm = None if Q is None else norm(name="q_norm")
+        q_BTHA, c_BTC, k_pe_BTR = project(cfg, x_BTD, rope, w, q_norm, norm(name="kv_norm"))
         split = functools.partial(constrain, names=("batch", None, "heads", None))
         kv_BTHX = linear(c_BTC, weight(self, "kv_b", (C, H, N + V)), cfg.fp8, names=HEADS_OUT)
         q_BTHA, kv_BTHX = split(q_BTHA), split(kv_BTHX)

@@ -130,14 +130,15 @@ def weight(module: Any, name: str, shape: tuple[int, ...]) -> jax.Array:
 
 
 class RMSNorm(nn.Module):
-    """Declares the scale of `rms_norm`."""
+    """Declares the scale of `rms_norm`. eps: None: that of the config."""
 
     cfg: ModelConfig
+    eps: float | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), wide(self.cfg.dtype))
-        return rms_norm(x, scale, self.cfg.norm_eps)
+        return rms_norm(x, scale, self.cfg.norm_eps if self.eps is None else self.eps)
 
 
 class FFN(nn.Module):

@@ -319,6 +319,15 @@ def test_a_key_of_an_earlier_version_is_its_present_one(tmp_path, override):
     assert written["train"] == {"micro_batches": 2}
 
 
+def test_a_run_from_before_the_latents_had_an_eps_of_their_own_keeps_its_numbers():
+    model = as_dict(model_config("tiny", norm_eps=1e-5))
+    del model["latent_norm_eps"]
+
+    assert freeze({"model": model}).model.latent_norm_eps == 1e-5
+    assert "latent_norm_eps" not in model
+    assert model_config("tiny", norm_eps=1e-5).latent_norm_eps == 1e-6
+
+
 def test_a_key_under_both_of_its_names_is_refused():
     train = {"micro_batches": 2, "accumulation_steps": 4}
     with pytest.raises(ConfigError, match="train.micro_batches is the earlier name of train.accumulation_steps, and"):

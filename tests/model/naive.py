@@ -109,10 +109,10 @@ def amplitude(cfg):
 def mla(cfg, p, x_TD, positions_T, segments_T):
     T, N, C, V = len(x_TD), cfg.nope_head_dim, cfg.kv_rank, cfg.v_head_dim
     kv_TX = x_TD @ p["kv_a"]
-    c_TC = norm(kv_TX[:, :C], p["kv_norm"])
+    c_TC = norm(kv_TX[:, :C], p["kv_norm"], cfg.latent_norm_eps)
     turn = lambda x_TR: amplitude(cfg) * np.stack([rotate(cfg, x, t) for x, t in zip(x_TR, positions_T)])
     k_pe_TR = turn(kv_TX[:, C:])
-    latent = x_TD if cfg.q_rank is None else norm(x_TD @ p["q_a"], p["q_norm"])
+    latent = x_TD if cfg.q_rank is None else norm(x_TD @ p["q_a"], p["q_norm"], cfg.latent_norm_eps)
     w_q = p["q"] if cfg.q_rank is None else p["q_b"]
     y_TD = np.zeros_like(x_TD)
     for h in range(cfg.num_heads):
@@ -193,9 +193,9 @@ def moe(cfg, p, x_BTD, bias_E):
 
 
 def block(cfg, p, x_BTD, bias_E, positions, segments, is_moe):
-    h_BTD = norm(x_BTD, p["attention_norm"])
+    h_BTD = norm(x_BTD, p["attention_norm"], cfg.norm_eps)
     x_BTD = x_BTD + np.stack([mla(cfg, p["attention"], *row) for row in zip(h_BTD, positions, segments)])
-    h_BTD = norm(x_BTD, p["ffn_norm"])
+    h_BTD = norm(x_BTD, p["ffn_norm"], cfg.norm_eps)
     if not is_moe:
         return x_BTD + ffn(p["ffn"], h_BTD), None
     y_BTD, stats = moe(cfg, p["ffn"], h_BTD, bias_E)
@@ -216,16 +216,17 @@ def model(cfg, variables, tokens_BT, positions=None, segments=None):
         bias_E = router.get("bias", no_bias)[index] if is_moe else None
         x, seen = block(cfg, own, x, bias_E, positions, segments, is_moe)
         stats["bias"] += [seen] if is_moe else []
-    h = hidden = norm(x, p["norm"])
+    h = hidden = norm(x, p["norm"], cfg.norm_eps)
     mtp_hidden = []
     for k in range(1, cfg.mtp_depth + 1):
         m = p[f"mtp_{k}"]
         ahead = p["embedding"][np.roll(tokens_BT, -k, axis=1)]
-        both = np.concatenate([norm(ahead, m["embedding_norm"]), norm(h, m["hidden_norm"])], -1)
+        both = np.concatenate([norm(ahead, m["embedding_norm"], cfg.norm_eps),
+                               norm(h, m["hidden_norm"], cfg.norm_eps)], -1)
         y, seen = block(cfg, m["block"], both @ m["projection"], router.get("mtp_bias", no_bias)[k - 1], positions,
                         segments, True)
         stats["mtp_bias"].append(seen)
-        h = norm(y, m["norm"])
+        h = norm(y, m["norm"], cfg.norm_eps)
         mtp_hidden.append(h)
     every = stats["bias"] + stats["mtp_bias"]
     return dict(logits=hidden @ p["head"], hidden=hidden, mtp_hidden=mtp_hidden,

@@ -141,10 +141,11 @@ def test_memory_grows_with_the_sequence_and_not_with_its_square():
     [
         dict(),
         dict(q_rank=None),
+        dict(latent_norm_eps=0.5, norm_eps=2.0, v_head_dim=14),
         dict(yarn=Yarn(original_length=32), rope_theta=100.0, rope_head_dim=8),
         dict(yarn=Yarn(original_length=32, mscale=0.707, mscale_all_dim=0.5), rope_theta=100.0, rope_head_dim=8),
     ],
-    ids=["plain", "no_q_rank", "yarn", "yarn_two_mscales"],
+    ids=["plain", "no_q_rank", "eps_of_latents", "yarn", "yarn_two_mscales"],
 )
 def test_mla_is_the_naive_one_in_float64(overrides):
     cfg = naive.tiny(dtype="float64", **overrides)

@@ -20,6 +20,7 @@ MODELS = {
     "v2": dict(naive.V2, q_rank=None, mtp_depth=1, num_dense_layers=2),
     "yarn_multiplicative": dict(yarn=Yarn(original_length=32, mscale=0.707, mscale_all_dim=0.707), rope_theta=100.0,
                                 rope_head_dim=8, router_bias="multiplicative", mtp_depth=0, num_shared_experts=0),
+    "norms_with_two_eps": dict(norm_eps=0.3, latent_norm_eps=0.05, mtp_depth=1),
     "all_dense": dict(num_dense_layers=3),
     "all_dense_without_mtp": dict(num_dense_layers=3, mtp_depth=0),
     "all_moe_one_group": dict(num_dense_layers=0, num_groups=1, groups_kept=1, mtp_depth=0, remat="report"),

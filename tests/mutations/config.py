@@ -4,6 +4,13 @@ from tests.mutations.row import Mutation
 
 MUTATIONS = [
     Mutation(
+        name="an old run's latents get another eps",
+        file="deepseek_jax/config/load.py",
+        old='"norm_eps" in model and "latent_norm_eps" not in model:',
+        new="False:",
+        tests="config/test_config.py::test_a_run_from_before_the_latents_had_an_eps_of_their_own_keeps_its_numbers",
+    ),
+    Mutation(
         name="an earlier key is forgotten",
         file="deepseek_jax/config/load.py",
         old="config[section][new_name] = value",

@@ -4,6 +4,13 @@ from tests.mutations.row import Mutation
 
 MUTATIONS = [
     Mutation(
+        name="latents are normed like the rest",
+        file="deepseek_jax/model/attention.py",
+        old="functools.partial(RMSNorm, cfg, cfg.latent_norm_eps)",
+        new="functools.partial(RMSNorm, cfg, cfg.norm_eps)",
+        tests="model/test_attention.py::test_mla_is_the_naive_one_in_float64",
+    ),
+    Mutation(
         name="dropped groups are 0.0 instead of -inf",
         file="deepseek_jax/model/router.py",
         old="scores_NGX, -jnp.inf)",

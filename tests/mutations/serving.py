@@ -4,6 +4,13 @@ from tests.mutations.row import Mutation
 
 MUTATIONS = [
     Mutation(
+        name="a decoder norms latents like the rest",
+        file="deepseek_jax/serving/decode_attention.py",
+        old="rms_norm(x, w[name], cfg.latent_norm_eps)",
+        new="rms_norm(x, w[name], cfg.norm_eps)",
+        tests="serving/test_decode_model.py::test_cached_logits_are_those_of_the_whole_forward_pass",
+    ),
+    Mutation(
         name="cached keys are seen before their time",
         file="deepseek_jax/serving/decode_attention.py",
         old="<= slots.position_BT[:, :, None, None]",
