@@ -26,6 +26,10 @@ def parse() -> argparse.Namespace:
     way.add_argument("--dtype", choices=("bfloat16", "float32"),
                      help="of the parameters (default: that of the files, bfloat16 for FP8)")
     way.add_argument("--keep-fp8", action="store_true", help="keep FP8 values and scales; dequantize when reading")
+    way.add_argument("--without-mtp", action="store_true", help="leave MTP modules out, such as one whose copies of "
+                     "embedding and head are stale")
+    way.add_argument("--files", metavar="NAME", help="the .safetensors file or the index to read, where SRC holds two "
+                     "checkpoints")
     way = ways.add_parser("to-hf", help="work directory -> Hugging Face")
     way.add_argument("src", help="a run of deepseek_jax.train, or what from-hf made")
     way.add_argument("dst", help="folder to make")
@@ -43,7 +47,7 @@ def main() -> None:
     if args.way == "to-hf":
         notes = to_hf(args.src, args.dst, args.fp8, args.dtype)
     else:
-        notes = from_hf(args.src, args.dst, args.dtype, args.keep_fp8)
+        notes = from_hf(args.src, args.dst, args.dtype, args.keep_fp8, args.without_mtp, args.files)
     for note in notes:
         print(note)
 

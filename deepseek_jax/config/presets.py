@@ -1,4 +1,4 @@
-"""Models by name: those of the reports, and two small ones."""
+"""Models by name: those of the reports, open models of the same architecture, and two small ones."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ _SMALL = dict(q_rank=96, kv_rank=64, nope_head_dim=32, rope_head_dim=16, v_head_
 _V2 = dict(vocab_size=102400, num_dense_layers=1, score="softmax", router_bias="none", normalize_gates=False,
            num_shared_experts=2, experts_per_token=6, mtp_depth=0,
            yarn=Yarn(mscale=0.707, mscale_all_dim=0.707))
+# Open models that compute as V3 does: no groups of experts.
+_OPEN = dict(num_dense_layers=1, num_groups=1, groups_kept=1, init_std=0.02)
 
 PRESETS = {
     # As `small`, but shallow: learns real text in minutes on two CPU cores.
@@ -24,6 +26,14 @@ PRESETS = {
     "v2_236b": dict(_V2, d_model=5120, num_layers=60, num_heads=128, dense_ffn_dim=12288, expert_ffn_dim=1536,
                     num_experts=160, num_groups=8, groups_kept=3, route_scale=16.0),
     "v3_671b": dict(yarn=Yarn()),
+    "moonlight_16b": dict(_OPEN, vocab_size=163840, d_model=2048, num_layers=27, num_heads=16, q_rank=None,
+                          dense_ffn_dim=11264, expert_ffn_dim=1408, num_experts=64, num_shared_experts=2,
+                          experts_per_token=6, route_scale=2.446, mtp_depth=0, rope_theta=50000.0, norm_eps=1e-5),
+    "kimi_k2_1t": dict(_OPEN, vocab_size=163840, num_heads=64, num_experts=384, route_scale=2.827, mtp_depth=0,
+                       rope_theta=50000.0, yarn=Yarn(factor=32.0, beta_fast=1.0)),
+    "glm_4_7_flash": dict(_OPEN, vocab_size=154880, d_model=2048, num_layers=47, num_heads=20, q_rank=768,
+                          nope_head_dim=192, v_head_dim=256, dense_ffn_dim=10240, expert_ffn_dim=1536, num_experts=64,
+                          experts_per_token=4, route_scale=1.8, rope_theta=1e6, norm_eps=1e-5),
 }
 
 

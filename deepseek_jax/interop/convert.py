@@ -33,12 +33,15 @@ TEXT = ("tokenizer.json", *COMPANIONS)
 THREADS = 4  # pieces in flight, some waiting for the disk; each takes about five times tensor_map.PIECE of memory
 
 
-def from_hf(src: str, dst: str, dtype: str | None = None, keep_fp8: bool = False) -> list[str]:
+def from_hf(src: str, dst: str, dtype: str | None = None, keep_fp8: bool = False, without_mtp: bool = False,
+            files: str | None = None) -> list[str]:
     """Converts a Hugging Face checkpoint into the work directory `dst`, which is committed atomically.
 
     Args:
-      dtype: "float32" or "bfloat16"; None: that of the files, bfloat16 for FP8.
+      dtype: "float32" or "bfloat16"; None: that of the files, bfloat16 for FP8, int4 and float16.
       keep_fp8: FP8 weights keep their bytes and scales, and are dequantized when they are read.
+      without_mtp: leaves MTP modules out.
+      files: which checkpoint of a folder that holds two: a .safetensors file, or an index.
 
     Returns:
       Lines for the user.
@@ -48,7 +51,7 @@ def from_hf(src: str, dst: str, dtype: str | None = None, keep_fp8: bool = False
     """
     manifest.check_name(dst)
     with save.building(dst) as partial, contextlib.ExitStack() as stack:
-        source = Checkpoint(src)
+        source = Checkpoint(src, without_mtp, files)
         stack.callback(source.reader.close)
         if keep_fp8 and source.halves:
             raise ConfigError("--keep-fp8 keeps rows as stored, but rope_interleave=false needs them in another order; "
@@ -58,10 +61,11 @@ def from_hf(src: str, dst: str, dtype: str | None = None, keep_fp8: bool = False
         wide = source.dtype_of("params/embedding", asked).itemsize > 2
         cfg = hf_config.read(source.raw, source.cfg.mtp_depth, "float32" if wide else "bfloat16")
         io.write_json(os.path.join(partial, "config.json"), as_dict(Config(model=cfg)))
-        files = {file: [_described(source.reader, name) for name in held] for file, held in source.reader.files.items()}
+        held = {file: [_described(source.reader, name) for name in names] for file, names in
+                source.reader.files.items()}
         io.write_json(os.path.join(partial, LAYOUT), {
-            "config": source.raw, "files": files, "metadata": source.reader.metadata}, indent=None, sync=True)
-        notes = source.notes
+            "config": source.raw, "files": held, "metadata": source.reader.metadata}, indent=None, sync=True)
+        notes = source.notes + source.rounding(asked)
         if not _copy_text(src, partial):
             notes.append(f"{src} has no tokenizer.json; put one into {dst} before you evaluate or generate there.")
     run = shlex.quote(dst)
@@ -91,10 +95,13 @@ def to_hf(src: str, dst: str, fp8: bool = False, dtype: str | None = None) -> li
         layout = _json(os.path.join(src, LAYOUT))
         if not hf_config.same_model(cfg, hf_config.read(layout["config"], cfg.mtp_depth)):
             layout = None  # the config was changed since: another model
+    origin = _origin(src) or {}
     if layout is None and dtype is None:
-        dtype = _dtype_of_origin(src)
+        dtype = next((origin[name] for name in ("dtype", "torch_dtype") if origin.get(name) in ("bfloat16", "float32")),
+                     None)
+    scales = (origin.get("quantization_config") or {}).get("scale_fmt")
     with save.building(dst) as partial:
-        source = save.Export(cfg, leaves, fp8, layout, None if dtype is None else jnp.dtype(dtype))
+        source = save.Export(cfg, leaves, fp8, layout, None if dtype is None else jnp.dtype(dtype), scales == "ue8m0")
         items = [item for items in source.files().values() for item in items]
         total = sum(item.nbytes for item in items)
         with tqdm.tqdm(total=total, desc="to-hf", unit="B", unit_scale=True) as bar:
@@ -109,22 +116,22 @@ def to_hf(src: str, dst: str, fp8: bool = False, dtype: str | None = None) -> li
             f"deepseek_jax.serve --hf {dst}" + ("." if has_tokenizer else ", once it holds a tokenizer.json.")]
 
 
-def _dtype_of_origin(workdir: str) -> str | None:
-    """The dtype of the Hugging Face checkpoint that a run was fine-tuned from; None: of none that is still there."""
+def _origin(workdir: str) -> dict | None:
+    """The config.json of the Hugging Face checkpoint that a run was converted or fine-tuned from; None: of none that is
+    still there."""
     seen = set()
     while workdir not in seen and os.path.isfile(os.path.join(workdir, "config.json")):
         seen.add(workdir)
         if os.path.isfile(os.path.join(workdir, LAYOUT)):
-            raw = _json(os.path.join(workdir, LAYOUT))["config"]
-            return next((raw[name] for name in ("dtype", "torch_dtype") if raw.get(name) in ("bfloat16", "float32")),
-                        None)
+            return _json(os.path.join(workdir, LAYOUT))["config"]
         workdir = freeze(_json(os.path.join(workdir, "config.json"))).init.from_ or ""
     return None
 
 
 def _described(reader, name):
     tensor = reader.stacked.get(name) or reader.tensors[name]
-    return name, safetensors_io.SPELLED[tensor.dtype], tensor.shape
+    # Four bits come in as bfloat16, and go out so.
+    return name, safetensors_io.SPELLED.get(tensor.dtype, "BF16"), tensor.shape
 
 
 def _describe_tokenizer(folder):

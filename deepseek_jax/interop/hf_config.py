@@ -1,8 +1,10 @@
 """config.json of Hugging Face and our ModelConfig, both ways.
 
 Two dialects are read: that of the released files (`rope_theta` and `rope_scaling`) and that of transformers 5
-(`rope_parameters`, `rope_interleave`). What is written carries the keys of both. A field that asks for a computation
-which this model does not have is an error that names it; nothing is ignored that changes the result.
+(`rope_parameters`); where a file has both, `rope_scaling` counts, as in transformers. Written is the released one,
+which all readers know. Models that others named anew but compute as DeepSeek-V3 does are read as it. A field that
+asks for a computation which this model does not have is an error that names it; nothing is ignored that changes the
+result.
 """
 
 from __future__ import annotations
@@ -14,22 +16,38 @@ from typing import Any
 from deepseek_jax import io
 from deepseek_jax.config import PARTS, ConfigError, ModelConfig, Yarn, shown
 from deepseek_jax.config.names import HUGGING_FACE
+from deepseek_jax.interop import int4
 from kernels_pallas.constants import BLOCK
 
-# Where null, or an absent key, has a meaning.
+# Where null, or an absent key, has a meaning; and where that is another one.
 NULL = {"q_lora_rank": None, "n_shared_experts": 0, "n_group": 1, "topk_group": 1, "initializer_range": 0.02,
         "first_k_dense_replace": 0, "rms_norm_eps": 1e-6}
+NULLS = {"glm4_moe_lite": {"first_k_dense_replace": 1, "rms_norm_eps": 1e-5}}
 FAMILIES = {"deepseek_v3": ("DeepseekV3ForCausalLM", "sigmoid"), "deepseek_v2": ("DeepseekV2ForCausalLM", "softmax")}
+# Other names of deepseek_v3, and whether transformers knows them; the fields decide whether a model is one.
+ALIASES = {"kimi_k2": False, "joyai_llm_flash": False, "glm4_moe_lite": True}
+WRAPPERS = ("kimi_k25", "kimi_vl")  # a vision model and a language model, which is their text_config
+# What looks alike by its name.
+OTHERS = {
+    "deepseek_v32": "DeepSeek-V3.2, whose attention is sparse", "glm_moe_dsa": "GLM-5, whose attention is sparse",
+    "deepseek_v4": "DeepSeek-V4, another architecture", "glm5_next": "GLM-5.3-Flash, another architecture",
+    "glm4_moe": "GLM-4.5, whose attention has no latents", "kimi_linear": "Kimi-Linear, with linear attention",
+    "longcat_flash": "LongCat, some of whose experts compute nothing", "axk1": "A.X-K1, which has one more norm",
+    "mistral_large4": "Mistral Large, with softmax gates and another scaling of positions"}
+LATENT_EPS = 1e-6  # of the norms of the latents in transformers, whatever rms_norm_eps says
 # Fields that this model has one answer to: the values that agree with it. Absent keys do.
 ONLY = {"attention_bias": (False,), "mlp_bias": (False,), "hidden_act": ("silu",), "tie_word_embeddings": (False,),
         "moe_layer_freq": (1,), "attention_dropout": (0,), "partial_rotary_factor": (1,), "sliding_window": (None,),
-        # transformers norms the latents with 1e-6 whatever this says, so that another value would mean two.
-        "rms_norm_eps": (1e-6,), "scoring_func": {"deepseek_v3": ("sigmoid",), "deepseek_v2": ("softmax",)},
+        "index_topk": (None,), "zero_expert_num": (0,), "quantization": (None,),
+        "scoring_func": {"deepseek_v3": ("sigmoid",), "deepseek_v2": ("softmax",)},
         "topk_method": {"deepseek_v3": ("noaux_tc",), "deepseek_v2": ("greedy", "group_limited_greedy")},
         # Released code would renormalise and drop the route scale; transformers does neither.
         "norm_topk_prob": {"deepseek_v3": (True, False), "deepseek_v2": (False, None)}}
 QUANTIZATION = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8",
                 "weight_block_size": [BLOCK, BLOCK]}
+POWER_OF_TWO = {"scale_fmt": "ue8m0"}  # V3.1: block scales are powers of two
+# compressed-tensors: how the routed experts of Kimi-K2-Thinking and its successors are packed.
+INT4 = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": int4.GROUP}
 LARGEST = 1e15  # of a number whose range nothing else limits
 YARN = {"factor": "factor", "original_max_position_embeddings": "original_length", "beta_fast": "beta_fast",
         "beta_slow": "beta_slow", "mscale": "mscale", "mscale_all_dim": "mscale_all_dim"}
@@ -61,25 +79,25 @@ def read(raw: dict, mtp_depth: int = 0, dtype: str = "bfloat16") -> ModelConfig:
     Raises:
       ConfigError: fields that this model does not have, all of them in one line; or missing ones.
     """
-    family = raw.get("model_type")
-    if family is None and "model" in raw:
-        raise ConfigError("config.json is that of a run of deepseek_jax.train; give its folder as --workdir.")
-    if family not in list(FAMILIES):  # a list takes what cannot be hashed
-        raise ConfigError(f"config.json: model_type={shown(family)} is not supported; only "
-                          f"{' and '.join(FAMILIES)} are.")
+    raw = text_config(raw)
+    family = _family(raw)
+    null = NULL | NULLS.get(raw["model_type"], {})
     mistyped = list(_mistyped(raw))
     if mistyped:
         raise ConfigError(f"config.json has values of a wrong type: {', '.join(mistyped)}.")
-    missing = [name for name in HUGGING_FACE if raw.get(name) is None and name not in NULL | ONLY.keys()]
+    missing = [name for name in HUGGING_FACE if raw.get(name) is None and name not in null | ONLY.keys()]
     if missing:
         raise ConfigError(f"config.json lacks {', '.join(missing)}.")
     problems = [f"{name}={shown(raw[name])} (only {' or '.join(map(repr, allowed))})"
                 for name, allowed in _allowed(raw, family) if raw.get(name) is not None and raw[name] not in allowed]
+    problems += _quantization_problems(raw.get("quantization_config") or {})
+    dense = _dense_layers(raw, null["first_k_dense_replace"], problems)
     yarn, theta = _read_rope(raw, problems)
     if problems:
         raise ConfigError(f"config.json asks for what this model does not have: {', '.join(problems)}.")
-    values: dict[str, Any] = {ours: NULL.get(theirs) if raw.get(theirs) is None else raw[theirs]
+    values: dict[str, Any] = {ours: null.get(theirs) if raw.get(theirs) is None else raw[theirs]
                               for theirs, ours in HUGGING_FACE.items()}
+    values |= {"num_dense_layers": dense, "latent_norm_eps": LATENT_EPS}
     values["normalize_gates"] = bool(raw.get("norm_topk_prob", family == "deepseek_v3"))
     if family == "deepseek_v2" and raw.get("topk_method") in ("greedy", None):  # groups are not looked at
         values |= {"num_groups": 1, "groups_kept": 1}
@@ -90,8 +108,41 @@ def read(raw: dict, mtp_depth: int = 0, dtype: str = "bfloat16") -> ModelConfig:
     return ModelConfig(**values, mtp_depth=mtp_depth, rope_theta=theta, yarn=yarn, remat="report")
 
 
+def text_config(raw: dict) -> dict:
+    """The config.json of the language model: `raw` itself, or the part of it in a model that has a vision model too.
+
+    Raises ConfigError where that part is missing.
+    """
+    if raw.get("model_type") not in list(WRAPPERS):  # a list takes what cannot be hashed
+        return raw
+    text = raw.get("text_config")
+    if not isinstance(text, dict):
+        raise ConfigError(f"config.json: text_config={shown(text)} of model_type={raw['model_type']} is not an object; "
+                          "fetch it again.")
+    text = {"model_type": "deepseek_v3"} | text
+    around = {name: raw[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id", "quantization_config",
+                                           "dtype", "torch_dtype") if raw.get(name) is not None}
+    return around | {name: value for name, value in text.items() if value is not None or name not in around}
+
+
+def _family(raw):
+    """deepseek_v3 or deepseek_v2. Raises ConfigError for another model."""
+    kind = raw.get("model_type")
+    if kind is None and "model" in raw:
+        raise ConfigError("config.json is that of a run of deepseek_jax.train; give its folder as --workdir.")
+    if kind in list(OTHERS):
+        raise ConfigError(f"config.json: model_type={shown(kind)} is not supported: it is {OTHERS[kind]}.")
+    if kind not in [*FAMILIES, *ALIASES]:
+        raise ConfigError(f"config.json: model_type={shown(kind)} is not supported; only "
+                          f"{', '.join([*FAMILIES, *ALIASES, *WRAPPERS])} are.")
+    return kind if kind in FAMILIES else "deepseek_v3"
+
+
 def _mistyped(raw):
     """Values that `read` cannot use, as text; ModelConfig checks the rest."""
+    if not isinstance(raw.get("mlp_layer_types") or [], list):
+        yield f"mlp_layer_types={shown(raw['mlp_layer_types'])} (not a list)"
+        return
     for name in ("rope_scaling", "rope_parameters", "quantization_config"):
         if not isinstance(raw.get(name) or {}, dict):
             yield f"{name}={shown(raw[name])} (not an object)"
@@ -99,7 +150,8 @@ def _mistyped(raw):
     depth = raw.get("num_nextn_predict_layers")
     if depth is not None and (type(depth) is not int or depth < 0):
         yield f"num_nextn_predict_layers={shown(depth)} (not a whole number from 0 on)"
-    numbers = {name: raw.get(name) for name in ("rope_theta", "routed_scaling_factor", "initializer_range")}
+    numbers = {name: raw.get(name) for name in ("rope_theta", "routed_scaling_factor", "initializer_range",
+                                               "rms_norm_eps")}
     for dialect in ("rope_scaling", "rope_parameters"):
         rope = raw.get(dialect) or {}
         numbers |= {f"{dialect}.{name}": rope.get(name) for name in ("rope_theta", *YARN)}
@@ -116,17 +168,52 @@ def _allowed(raw, family):
     for name, allowed in ONLY.items():
         yield name, allowed[family] if isinstance(allowed, dict) else allowed
     yield "num_key_value_heads", (raw.get("num_attention_heads"), None)
-    if raw.get("quantization_config"):
-        quantization = raw["quantization_config"]
-        wrong = {k: quantization.get(k) for k, v in QUANTIZATION.items()
-                 if k != "activation_scheme" and quantization.get(k, v) != v}
-        if wrong:
-            yield "quantization_config", (QUANTIZATION,)
+
+
+def _quantization_problems(quantization):
+    """What of a quantization_config is neither FP8 as released nor the int4 of compressed-tensors."""
+    method = quantization.get("quant_method")
+    if not quantization:
+        return
+    if method == "fp8":
+        found, wanted = quantization, {k: v for k, v in QUANTIZATION.items() if k != "activation_scheme"}
+        yield from _unlike("quantization_config", {k: found.get(k, v) for k, v in wanted.items()}, wanted)
+    elif method == "compressed-tensors":
+        yield from _unlike("quantization_config", quantization, {"format": "pack-quantized"})
+        groups = quantization.get("config_groups")
+        for group in groups.values() if isinstance(groups, dict) and groups else [None]:
+            weights = group.get("weights") if isinstance(group, dict) else None
+            yield from _unlike("quantization_config.config_groups.weights", weights, INT4)
+    else:
+        yield f"quantization_config.quant_method={shown(method)} (only 'fp8' or 'compressed-tensors')"
+
+
+def _unlike(path, found, wanted):
+    if not isinstance(found, dict):
+        yield f"{path}={shown(found)} (not an object)"
+        return
+    for name, value in wanted.items():
+        if found.get(name) != value:
+            yield f"{path}.{name}={shown(found.get(name))} (only {value!r})"
+
+
+def _dense_layers(raw, absent, problems):
+    """How many first layers have no experts: first_k_dense_replace, or the same as a list of words."""
+    stated, kinds, layers = raw.get("first_k_dense_replace"), raw.get("mlp_layer_types"), raw["num_hidden_layers"]
+    if not kinds:
+        return absent if stated is None else stated
+    dense = kinds.index("sparse") if "sparse" in kinds else len(kinds)
+    if kinds != ["dense"] * dense + ["sparse"] * (len(kinds) - dense) or len(kinds) != layers:
+        problems.append(f"mlp_layer_types={shown(kinds)} (only 'dense' for the first layers and 'sparse' for the rest, "
+                        f"num_hidden_layers={shown(layers)} words)")
+    if stated not in (None, dense):
+        problems.append(f"first_k_dense_replace={shown(stated)} against {dense} dense layers in mlp_layer_types")
+    return dense
 
 
 def _read_rope(raw, problems):
-    """-> (Yarn or None, theta). Both dialects; appends what is not supported to `problems`."""
-    rope = {**(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}
+    """-> (Yarn or None, theta), as transformers reads both dialects; appends what is not supported to `problems`."""
+    rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     theta = next((float(held["rope_theta"]) for held in (rope, raw) if held.get("rope_theta") is not None), 10000.0)
     kind = rope.get("rope_type", rope.get("type", "default"))
     known = {"rope_type", "type", "rope_theta", *YARN}
@@ -163,7 +250,7 @@ def write(cfg: ModelConfig, dtype: str, fp8: bool = False, special: dict | None 
     Args:
       dtype: of the weights, and what computes with them.
       fp8: the checkpoint holds FP8 weights.
-      special: bos_token_id and eos_token_id.
+      special: bos_token_id and eos_token_id, an id or a list of them.
 
     Raises:
       ConfigError: the model has something that no published family has.
@@ -171,15 +258,13 @@ def write(cfg: ModelConfig, dtype: str, fp8: bool = False, special: dict | None 
     family = "deepseek_v3" if cfg.score == "sigmoid" else "deepseek_v2"
     _check_writable(cfg)
     raw = {theirs: getattr(cfg, ours) for theirs, ours in HUGGING_FACE.items()}
-    rope = {"rope_type": "default", "rope_theta": cfg.rope_theta}
-    length = 4096
+    rope, length = None, 4096
     if cfg.yarn is not None:
-        numbers = {theirs: getattr(cfg.yarn, ours) for theirs, ours in YARN.items()}
-        rope |= {"rope_type": "yarn", **numbers}
+        rope = {"type": "yarn", "rope_type": "yarn"}
+        rope |= {theirs: getattr(cfg.yarn, ours) for theirs, ours in YARN.items()}
         length = int(cfg.yarn.factor * cfg.yarn.original_length)
     raw |= {"architectures": [FAMILIES[family][0]], "model_type": family, "max_position_embeddings": length,
-            "num_key_value_heads": cfg.num_heads, "rope_parameters": rope, "rope_theta": cfg.rope_theta,
-            "rope_scaling": None if cfg.yarn is None else {"type": "yarn", **rope},
+            "num_key_value_heads": cfg.num_heads, "rope_theta": cfg.rope_theta, "rope_scaling": rope,
             "hidden_act": "silu", "attention_bias": False, "attention_dropout": 0.0, "tie_word_embeddings": False,
             "moe_layer_freq": 1, "scoring_func": cfg.score, "torch_dtype": dtype, "dtype": dtype,
             "bos_token_id": None, "eos_token_id": None, **(special or {})}
@@ -190,11 +275,26 @@ def write(cfg: ModelConfig, dtype: str, fp8: bool = False, special: dict | None 
     return raw | ({"quantization_config": QUANTIZATION} if fp8 else {})
 
 
+def again(raw: dict) -> dict:
+    """The config.json of a checkpoint as its export carries it: one that transformers opens without code of others.
+
+    A name that transformers does not know becomes deepseek_v3, and of two RoPE dialects the one that counts stays.
+    """
+    raw = dict(raw)
+    if not ALIASES.get(raw["model_type"], True):
+        raw |= {"model_type": "deepseek_v3", "architectures": [FAMILIES["deepseek_v3"][0]]}
+        raw.pop("auto_map", None)
+    if raw.get("rope_scaling") and "rope_parameters" in raw:
+        del raw["rope_parameters"]
+    return raw
+
+
 def _check_writable(cfg):
     wrong = [f"model.{name}={getattr(cfg, name)!r}" for name, published in PARTS.items()
              if getattr(cfg, name) != published]
-    if cfg.norm_eps != 1e-6:
-        wrong.append(f"model.norm_eps={cfg.norm_eps} (transformers norms the latents with 1e-6 whatever it says)")
+    if cfg.latent_norm_eps != LATENT_EPS:
+        wrong.append(f"model.latent_norm_eps={cfg.latent_norm_eps} (transformers has {LATENT_EPS} whatever config.json "
+                     "says)")
     if cfg.num_shared_experts == 0:
         wrong.append("model.num_shared_experts=0")
     if cfg.score == "sigmoid" and cfg.router_bias != "additive":

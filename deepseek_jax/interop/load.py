@@ -19,7 +19,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from deepseek_jax import fp8
 from deepseek_jax.checkpoint.arrays import FP8, dequantize, transposed
 from deepseek_jax.config import ConfigError, ModelConfig
-from deepseek_jax.interop import hf_config, safetensors_io, save, tensor_map
+from deepseek_jax.interop import hf_config, int4, safetensors_io, save, tensor_map
+from deepseek_jax.interop.selection import Selection
 from deepseek_jax.interop.tensor_map import SCALE
 from kernels_pallas.constants import BLOCK
 
@@ -29,21 +30,31 @@ COMPARED = 64 * 2**20  # bytes of a copy that are compared at once
 class Checkpoint:
     """A Hugging Face checkpoint folder as our model.
 
+    Args:
+      without_mtp: leave its MTP modules out.
+      files: which checkpoint, where the folder holds two (see `safetensors_io.Reader`).
+
     Attributes:
-      raw: its config.json. cfg: the model, with as many MTP modules as the files hold.
+      raw: its config.json, of the language model. cfg: the model, with as many MTP modules as the files hold.
       leaves: {our path: its entries}. shapes: {our path: shape}.
-      notes: lines for the user: what the config promised and the files lack.
+      notes: lines for the user: what was left out, and what the config promised and the files lack.
 
     Raises:
       ConfigError: anything that keeps it from being read completely and exactly; one line.
     """
 
-    def __init__(self, folder: str):
-        self.raw = hf_config.load(folder)
+    def __init__(self, folder: str, without_mtp: bool = False, files: str | None = None):
+        self.raw = hf_config.text_config(hf_config.load(folder))
         hf_config.read(self.raw)  # what the config asks for comes before what the files hold
-        self.reader = safetensors_io.Reader(folder)
+        selection = Selection(self.raw["num_hidden_layers"] if without_mtp else None)
+        if without_mtp and self.raw.get("num_nextn_predict_layers"):
+            self.raw |= {"num_nextn_predict_layers": 0}
+        self.reader = safetensors_io.Reader(folder, files)
         with contextlib.ExitStack() as on_error:
             on_error.callback(self.reader.close)
+            self.notes = selection.notes(folder, (name for held in self.reader.files.values() for name in held))
+            self.reader.select(selection.named)
+            self.packed = int4.take(self.reader)
             self._match()
             on_error.pop_all()
         self.leaves = {path: [] for path in self.shapes}
@@ -51,9 +62,9 @@ class Checkpoint:
             if entry.copy_of is None:
                 self.leaves[entry.path].append(entry)
         promised = self.raw.get("num_nextn_predict_layers") or 0
-        self.notes = [] if promised <= self.cfg.mtp_depth else [
-            f"{folder}: config.json promises {promised} MTP module(s), the files hold {self.cfg.mtp_depth}; going on "
-            f"with {self.cfg.mtp_depth}."]
+        if promised > self.cfg.mtp_depth:
+            self.notes.append(f"{folder}: config.json promises {promised} MTP module(s), the files hold "
+                              f"{self.cfg.mtp_depth}; going on with {self.cfg.mtp_depth}.")
 
     def _match(self):
         """Finds a place for every tensor, and a tensor for every place."""
@@ -74,14 +85,28 @@ class Checkpoint:
         return all(entry.fp8 and self.is_fp8(entry) for entry in self.leaves[path])
 
     def dtype_of(self, path: str, asked: Any = None) -> np.dtype:
-        """The dtype of a leaf: `asked`, or that of the files (bfloat16 for FP8); routing is always float32."""
+        """The dtype of a leaf: `asked`, or that of the files (bfloat16 for FP8, int4 and float16); routing is always
+        float32."""
         if path.startswith("router/") or path.endswith("router/weight"):
             return np.dtype(np.float32)
-        stored = (jnp.bfloat16 if self.is_fp8(e) else self.tensors[e.name].dtype for e in self.leaves[path])
+        as_bfloat16 = (FP8, int4.DTYPE, np.float16)
+        dtypes = (self.tensors[entry.name].dtype for entry in self.leaves[path])
+        stored = (jnp.bfloat16 if dtype in as_bfloat16 else dtype for dtype in dtypes)
         return functools.reduce(np.promote_types, map(np.dtype, {asked} if asked is not None else stored))
+
+    def rounding(self, asked: Any = None) -> list[str]:
+        """A line for the user if values of float16 lose bits on their way in."""
+        count = sum(tensor.dtype == np.float16 for tensor in self.tensors.values())
+        if not count or (asked is not None and np.dtype(asked) == np.float32):
+            return []
+        return [f"{self.reader.folder}: {count:,} tensors in float16, in which this model does not compute, are "
+                "rounded to bfloat16 as by transformers with dtype=bfloat16; --dtype float32 keeps every bit."]
 
     def rows(self, entry: tensor_map.Entry, start: int, stop: int, dtype: Any) -> np.ndarray:
         """Rows of a tensor in the layout of the file, dequantized and in `dtype`."""
+        if entry.name in self.packed:
+            read = [self.reader.rows(tensor, start, stop) for tensor in self.packed[entry.name]]
+            return int4.unpack(*read, dtype)
         x = self.reader.rows(self.tensors[entry.name], start, stop)
         if x.dtype == FP8:
             return dequantize(x, self.scales(entry), dtype, start)
@@ -166,6 +191,9 @@ class Checkpoint:
             else:
                 wanted = self.entries[name].shape
                 why = f"config.json asks for {list(wanted)}"
+                if tensor.dtype.kind in "iu":
+                    raise ConfigError(f"{os.path.join(self.reader.folder, tensor.file)}: {name} is in {tensor.dtype}, "
+                                      "which no weight is; fetch it again.")
             if tensor.dtype == FP8 and len(tensor.shape) != 2:
                 raise ConfigError(f"{os.path.join(self.reader.folder, tensor.file)}: {name} is in FP8, but no matrix; "
                                   f"blocks of {BLOCK} x {BLOCK} need one.")
@@ -184,22 +212,23 @@ class Checkpoint:
                 here, there = (self.rows(e, start, min(start + step, rows), np.float32) for e in (entry, original))
                 if not np.array_equal(here, there):
                     raise ConfigError(f"{self.reader.folder}: {name} differs from {entry.copy_of}; this model shares "
-                                      "them, so the checkpoint cannot be represented.")
+                                      "them. Leave the MTP module out: convert from-hf with --without-mtp.")
 
 
-def load_hf(path: str, dtype: Any = None, mesh: Any = None, keep_fp8: bool = False,
-            sharding: Any = None) -> tuple[ModelConfig, dict[str, Any]]:
-    """Loads a Hugging Face checkpoint of DeepSeek-V3 or V2.
+def load_hf(path: str, dtype: Any = None, mesh: Any = None, keep_fp8: bool = False, sharding: Any = None,
+            without_mtp: bool = False) -> tuple[ModelConfig, dict[str, Any]]:
+    """Loads a Hugging Face checkpoint of DeepSeek-V3, V2, or a model that computes as they do.
 
     Args:
       path: the folder with config.json and the safetensors files.
-      dtype: of parameters and activations, bfloat16 or float32; None: that of the files, bfloat16 for FP8. Routing
-        stays float32.
+      dtype: of parameters and activations, bfloat16 or float32; None: that of the files, bfloat16 for FP8,
+        int4 and float16. Routing stays float32.
       mesh: None: the default device. Else every parameter is replicated over it, unless `sharding` says otherwise;
         each device reads its rows only.
       keep_fp8: FP8 weights become {"values": float8_e4m3fn [..., out, in], "scales"} instead of arrays; `dequantized`
         turns them into what the model takes.
       sharding: (path such as "params/layers/ffn/gate", shape) -> jax.sharding.Sharding.
+      without_mtp: leave MTP modules out.
 
     Returns:
       (cfg, {"params", "router"}).
@@ -211,9 +240,9 @@ def load_hf(path: str, dtype: Any = None, mesh: Any = None, keep_fp8: bool = Fal
         raise ConfigError(f"dtype={dtype!r}: parameters are held in bfloat16 or float32.")
     if sharding is None and mesh is not None:
         sharding = lambda path, shape: NamedSharding(mesh, PartitionSpec())
-    source = Checkpoint(path)
+    source = Checkpoint(path, without_mtp)
     with contextlib.closing(source.reader):
-        for note in source.notes:
+        for note in source.notes + source.rounding(dtype):
             print(note, flush=True)
         if keep_fp8 and source.halves:
             raise ConfigError("rope_interleave=false needs rows in another order, so FP8 blocks cannot be kept as "

@@ -25,7 +25,7 @@ from deepseek_jax.config.model import MOST_EXPERTS
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"F64": "f8", "F32": "f4", "F16": "f2", "BF16": ml_dtypes.bfloat16, "F8_E4M3": ml_dtypes.float8_e4m3fn,
-          "F8_E8M0": ml_dtypes.float8_e8m0fnu}
+          "F8_E8M0": ml_dtypes.float8_e8m0fnu, "I32": "i4", "I64": "i8"}
 DTYPES = {name: np.dtype(dtype) for name, dtype in DTYPES.items()}
 SPELLED = {dtype: name for name, dtype in DTYPES.items()}
 _LONGEST_NAME, _MOST_AXES = 256, 8  # the published ones have up to 63 characters, and 3 axes
@@ -46,12 +46,16 @@ class Tensor(NamedTuple):
 class Reader:
     """All tensors of a checkpoint folder, by name. Reads only headers until `rows` is called.
 
+    Args:
+      files: which checkpoint of a folder that holds two: a .safetensors file, or an index.
+
     Raises:
-      ConfigError: no checkpoint there, a shard is missing, truncated or damaged, or the index is wrong.
+      ConfigError: no checkpoint there, or two; a shard is missing, truncated or damaged, or the index is wrong.
     """
 
-    def __init__(self, folder: str):
-        self.folder = folder
+    def __init__(self, folder: str, files: str | None = None):
+        self.folder, self.single, self.index = folder, *_start(folder, files)
+        self.chosen = files is not None
         self.files, self.tensors, self.metadata, self._open = {}, {}, {}, {}
         with contextlib.ExitStack() as on_error:
             on_error.callback(self.close)
@@ -63,7 +67,7 @@ class Reader:
 
     def _read_headers(self):
         where: Any = self._index()
-        for file in dict.fromkeys(where.values()) if where is not None else [SINGLE]:
+        for file in dict.fromkeys(where.values()) if where is not None else [self.single]:
             found = self._header(file)
             twice = found.keys() & self.tensors.keys()
             if twice:
@@ -74,8 +78,23 @@ class Reader:
         places: dict[str, str] = where or {}
         absent = [n for n, file in places.items() if n not in self.tensors or self.tensors[n].file != file]
         if absent:
-            raise ConfigError(f"{self.folder}: {INDEX} promises {absent[0]} in {places[absent[0]]}, which does not "
+            raise ConfigError(f"{self.folder}: {self.index} promises {absent[0]} in {places[absent[0]]}, which does not "
                               "hold it.")
+
+    def select(self, named: Callable[[str], str | None]) -> None:
+        """Renames every tensor to named(its name), and forgets those whose name that is None.
+
+        Raises ConfigError where two get one name.
+        """
+        for tensors in (self.tensors, self.stacked):
+            for name in list(tensors):
+                tensor, new = tensors.pop(name), named(name)
+                if new in tensors:
+                    raise ConfigError(f"{self.folder} holds {new} twice, once as {name}; fetch the checkpoint again.")
+                if new is not None:
+                    tensors[new] = tensor._replace(name=new)
+        here = {file: [new for name in names if (new := named(name)) is not None] for file, names in self.files.items()}
+        self.files = {file: names for file, names in here.items() if names}
 
     def _split(self, stacked):
         """Replaces a stack of experts by views of its matrices."""
@@ -109,12 +128,9 @@ class Reader:
 
     def _index(self) -> Any:
         """{name: file} of the index; None where there is a single file."""
-        path = os.path.join(self.folder, INDEX)
-        if not os.path.exists(path):
-            if not os.path.exists(os.path.join(self.folder, SINGLE)):
-                raise ConfigError(f"{self.folder} holds neither {SINGLE} nor {INDEX}; give the folder of a Hugging "
-                                  "Face checkpoint.")
+        if self.index is None:
             return None
+        path = os.path.join(self.folder, self.index)
         try:
             where = io.read_json(path)["weight_map"]
             names = [_checked_name(name) for name, _ in where.items()]
@@ -130,6 +146,10 @@ class Reader:
                     file.isprintable() and file.endswith(".safetensors")):
                 raise ConfigError(f"{path} puts {name} into {shown(file)}, which is no safetensors file of this "
                                   "folder.")
+        if not self.chosen and SINGLE not in where.values() and os.path.exists(os.path.join(self.folder, SINGLE)):
+            raise ConfigError(f"{self.folder} holds two checkpoints, {SINGLE} and the {len(set(where.values()))} files "
+                              f"of {INDEX}; convert from-hf takes one of them with --files {SINGLE} or --files "
+                              f"{INDEX}.")
         return where
 
     def _header(self, file):
@@ -144,7 +164,7 @@ class Reader:
         except ConfigError:
             raise
         except FileNotFoundError:
-            raise ConfigError(f"{path} is missing, but {INDEX} names it; fetch it again.") from None
+            raise ConfigError(f"{path} is missing, but {self.index} names it; fetch it again.") from None
         except OSError as error:
             raise ConfigError(f"{path} cannot be read: {error.strerror}.") from None
         except (ValueError, TypeError, AttributeError):
@@ -174,6 +194,21 @@ class Reader:
         if stop - start != tensor.nbytes:
             raise ValueError("offsets do not fit the shape")
         return tensor
+
+
+def _start(folder, files) -> tuple[str, str | None]:
+    """-> (the single file, the index) that a checkpoint begins with; one of them is "" or None.
+
+    An index that nobody asked for counts before a single file next to it, which `_index` then finds.
+    """
+    name = files or (INDEX if os.path.lexists(os.path.join(folder, INDEX)) else SINGLE)
+    if os.path.basename(name) != name or not name.endswith((".safetensors", ".index.json")):
+        raise ConfigError(f"--files={shown(name)} is no file name that ends in .safetensors or .index.json; give one "
+                          f"of {folder}.")
+    if not os.path.lexists(os.path.join(folder, name)):
+        what = f"no {name}" if files else f"neither {SINGLE} nor {INDEX}"
+        raise ConfigError(f"{folder} holds {what}; give the folder of a Hugging Face checkpoint.")
+    return (name, None) if name.endswith(".safetensors") else ("", name)
 
 
 def _read_header(f, size) -> tuple[int, dict]:

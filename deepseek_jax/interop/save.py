@@ -24,11 +24,12 @@ from kernels_pallas.constants import BLOCK
 SHARD = 5 * 10**9  # bytes a file
 
 
-def quantize(w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def quantize(w: np.ndarray, power_of_two: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """E4M3 blocks of 128 x 128 (report section 3.3.2): scale = amax / 448, with amax at least 1e-4.
 
     Args:
       w: [rows, columns], any float type; edge blocks may be ragged.
+      power_of_two: the next one up as the scale, as in V3.1 (`scale_fmt: ue8m0`).
     Returns:
       float8_e4m3fn values, float32 scales [ceil(rows / 128), ceil(columns / 128)] that multiply.
     """
@@ -37,6 +38,9 @@ def quantize(w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     padded[:rows, :columns] = w
     blocks = padded.reshape(len(padded) // BLOCK, BLOCK, -1, BLOCK)
     scales = np.maximum(np.abs(blocks).max(axis=(1, 3)), np.float32(1e-4)) / np.float32(448)
+    if power_of_two:
+        fraction, exponent = np.frexp(scales)
+        scales = np.ldexp(np.float32(1), exponent - (fraction == 0.5))
     values = (blocks / scales[:, None, :, None]).astype(FP8)
     return values.reshape(padded.shape)[:rows, :columns], scales
 
@@ -93,6 +97,7 @@ class Export:
       leaves: {our path: Held or Stored}.
       fp8: quantize what is not FP8 yet, where released checkpoints are FP8.
       layout: the `hf_layout.json` of the checkpoint that this was converted from, or None.
+      power_of_two: what `fp8` quantizes gets scales that are powers of two.
       dtype: of what is not FP8, and of all weights without `fp8`; None: that of the layout, or as held. Routing
         biases are float32 whatever it says, as in the released checkpoints.
 
@@ -100,9 +105,9 @@ class Export:
       ConfigError: the leaves are not those of `cfg`, in name or shape.
     """
 
-    def __init__(self, cfg, leaves, fp8=False, layout=None, dtype=None):
+    def __init__(self, cfg, leaves, fp8=False, layout=None, dtype=None, power_of_two=False):
         _check_leaves(tensor_map.leaves(cfg), leaves)
-        self.cfg, self.leaves, self.fp8, self.layout = cfg, leaves, fp8, layout
+        self.cfg, self.leaves, self.fp8, self.layout, self.power_of_two = cfg, leaves, fp8, layout, power_of_two
         self.dtype = None if dtype is None else np.dtype(dtype)
         self.entries = tensor_map.entries(cfg)
         self.raw = None if layout is None else layout["config"]
@@ -149,7 +154,7 @@ class Export:
             # What was widened on the way in gets its dtype back; what was narrowed stays as it is held.
             if self.dtype is not None:
                 held = np.dtype(np.float32) if entry.path.startswith("router/") else self.dtype
-            elif before is not None and before != FP8 and before.itemsize <= held.itemsize:
+            elif before is not None and before != FP8 and np.can_cast(before, held):
                 held = before
             return [safetensors_io.Item(entry.name, held, entry.shape)]
         blocks = tuple(-(-n // BLOCK) for n in entry.shape)
@@ -182,7 +187,7 @@ class Export:
             yield transform.to_theirs(part[(0,) * len(entry.index)], entry.slice_shape, self.halves)
 
     def _quantized(self, entry):
-        values, scales = zip(*map(quantize, self._rows(entry)))
+        values, scales = zip(*(quantize(rows, self.power_of_two) for rows in self._rows(entry)))
         self._scales[entry.name] = np.concatenate(scales)
         yield from values
 
@@ -204,13 +209,17 @@ def export(folder: str, source: Export, special: dict[str, int] | None = None,
       progress: told the bytes of every piece.
     """
     layout, dtype = source.layout, (source.dtype or source.leaves["params/embedding"].dtype).name
-    raw = hf_config.write(source.cfg, dtype, source.quantized(), special) if layout is None else dict(layout["config"])
-    if layout is not None:
-        if source.dtype is not None:
+    if layout is None:
+        raw = hf_config.write(source.cfg, dtype, source.quantized(), special)
+    else:
+        raw = hf_config.again(layout["config"])
+        if source.dtype is not None or (raw.get("dtype") or raw.get("torch_dtype")) == "float16" != dtype:
             raw |= {name: dtype for name in ("dtype", "torch_dtype") if name in raw} or {"torch_dtype": dtype}
-        raw.pop("quantization_config", None)
+        before = raw.pop("quantization_config", None) or {}
         if source.quantized():
-            raw["quantization_config"] = layout["config"].get("quantization_config", hf_config.QUANTIZATION)
+            raw["quantization_config"] = before if before.get("quant_method") == "fp8" else hf_config.QUANTIZATION
+    if source.power_of_two and source.quantized():
+        raw["quantization_config"] = raw["quantization_config"] | hf_config.POWER_OF_TWO
 
     def pieces(item):
         for piece in source.pieces(item):

@@ -31,12 +31,81 @@ RELEASED_V2_LITE = {
     "rope_scaling": {**YARN, "type": "yarn", "mscale": 0.707, "mscale_all_dim": 0.707}, "rope_theta": 10000,
     "routed_scaling_factor": 1.0, "scoring_func": "softmax", "seq_aux": True, "topk_group": 1, "topk_method": "greedy",
     "v_head_dim": 128, "vocab_size": 102400}
+WEIGHTS = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32, "actorder": None}
+INT4 = {"quant_method": "compressed-tensors", "format": "pack-quantized", "ignore": ["lm_head"],
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": WEIGHTS}}}
+SHARED = {**RELEASED_V3, "n_group": 1, "topk_group": 1, "rope_scaling": None, "quantization_config": None}
+RELEASED_MOONLIGHT = SHARED | {
+    "first_k_dense_replace": 1, "hidden_size": 2048, "intermediate_size": 11264, "moe_intermediate_size": 1408,
+    "n_routed_experts": 64, "n_shared_experts": 2, "num_attention_heads": 16, "num_experts_per_tok": 6,
+    "num_hidden_layers": 27, "num_key_value_heads": 16, "num_nextn_predict_layers": 0, "q_lora_rank": None,
+    "rms_norm_eps": 1e-5, "rope_theta": 50000.0, "routed_scaling_factor": 2.446, "vocab_size": 163840}
+RELEASED_KIMI_K2 = SHARED | {
+    "model_type": "kimi_k2", "first_k_dense_replace": 1, "n_routed_experts": 384, "num_attention_heads": 64,
+    "num_key_value_heads": 64, "num_nextn_predict_layers": 0, "rope_scaling": {**YARN, "beta_fast": 1.0,
+    "factor": 32.0, "type": "yarn"}, "rope_theta": 50000.0, "routed_scaling_factor": 2.827, "vocab_size": 163840}
+RELEASED_GLM = SHARED | {
+    "model_type": "glm4_moe_lite", "hidden_size": 2048, "intermediate_size": 10240, "moe_intermediate_size": 1536,
+    "mlp_layer_types": ["dense"] + ["sparse"] * 46, "first_k_dense_replace": None, "n_routed_experts": 64,
+    "num_attention_heads": 20, "num_experts_per_tok": 4, "num_hidden_layers": 47, "num_key_value_heads": 20,
+    "partial_rotary_factor": 1.0, "q_lora_rank": 768, "qk_nope_head_dim": 192, "rms_norm_eps": 1e-5,
+    "rope_theta": 1000000, "routed_scaling_factor": 1.8, "v_head_dim": 256, "vocab_size": 154880,
+    "eos_token_id": [154820, 154827, 154829]}
+RELEASED_JOYAI = SHARED | {
+    "model_type": "joyai_llm_flash", "first_k_dense_replace": 1, "hidden_size": 2048, "moe_intermediate_size": 768,
+    "num_hidden_layers": 40, "rope_theta": 32000000.0}
 
 
 @pytest.mark.parametrize(("raw", "preset", "depth"), [
-    (RELEASED_V3, "v3_671b", 1), (RELEASED_V2_LITE, "v2_lite_16b", 0)])
+    (RELEASED_V3, "v3_671b", 1), (RELEASED_V2_LITE, "v2_lite_16b", 0), (RELEASED_MOONLIGHT, "moonlight_16b", 0),
+    (RELEASED_KIMI_K2, "kimi_k2_1t", 0), (RELEASED_GLM, "glm_4_7_flash", 1)])
 def test_released_configs_are_the_presets(raw, preset, depth):
     assert hf_config.same_model(hf_config.read(raw, depth), model_config(preset))
+
+
+def test_a_name_of_others_for_the_same_fields_is_the_same_model():
+    plain = hf_config.read(RELEASED_JOYAI | {"model_type": "deepseek_v3"}, 1)
+
+    assert hf_config.read(RELEASED_JOYAI, 1) == plain
+    assert (plain.norm_eps, plain.latent_norm_eps) == (1e-6, 1e-6)
+
+
+def test_a_model_with_a_vision_model_is_read_for_its_language_model():
+    whole = {"model_type": "kimi_k25", "vision_config": {"hidden_size": 1152}, "eos_token_id": 163586,
+             "tie_word_embeddings": True, "text_config": RELEASED_KIMI_K2 | {"eos_token_id": None}}
+
+    assert hf_config.read(whole) == hf_config.read(RELEASED_KIMI_K2)
+    text = hf_config.text_config(whole)
+    assert (text["eos_token_id"], text["model_type"]) == (163586, "kimi_k2")
+    assert hf_config.text_config(text) is text
+
+
+def test_int4_of_compressed_tensors_is_read():
+    assert hf_config.read(RELEASED_KIMI_K2 | {"quantization_config": INT4}) == hf_config.read(RELEASED_KIMI_K2)
+
+
+@pytest.mark.parametrize(("kind", "eps", "dense"), [("deepseek_v3", 1e-6, 0), ("glm4_moe_lite", 1e-5, 1)])
+def test_absent_keys_mean_what_the_class_of_transformers_says(kind, eps, dense):
+    absent = {"rms_norm_eps": None, "first_k_dense_replace": None, "mlp_layer_types": None}
+    cfg = hf_config.read(RELEASED_GLM | absent | {"model_type": kind}, 1)
+
+    assert (cfg.norm_eps, cfg.latent_norm_eps, cfg.num_dense_layers) == (eps, 1e-6, dense)
+
+
+def test_of_two_dialects_of_rope_the_released_one_counts_and_goes_out_alone():
+    raw = RELEASED_V3 | {"rope_parameters": {"rope_type": "default", "rope_theta": 5.0}}
+
+    assert hf_config.read(raw, 1) == hf_config.read(RELEASED_V3, 1)
+    assert hf_config.again(raw) == RELEASED_V3
+
+
+@pytest.mark.parametrize(("raw", "kind"), [(RELEASED_KIMI_K2, "deepseek_v3"), (RELEASED_JOYAI, "deepseek_v3"),
+                                           (RELEASED_GLM, "glm4_moe_lite"), (RELEASED_V3, "deepseek_v3")])
+def test_a_name_that_transformers_does_not_know_goes_out_as_deepseek_v3(raw, kind):
+    again = hf_config.again(raw | {"auto_map": {"AutoConfig": "configuration_deepseek.DeepseekV3Config"}})
+
+    assert again["model_type"] == kind
+    assert ("auto_map" in again) == (raw["model_type"] == kind)
 
 
 def test_both_dialects_say_the_same():
@@ -50,10 +119,11 @@ def test_both_dialects_say_the_same():
 def test_what_is_written_is_read_again_in_either_dialect(preset):
     cfg = model_config(preset)
     raw = json.loads(json.dumps(hf_config.write(cfg, "bfloat16", fp8=True)))
-    old = {k: v for k, v in raw.items() if k not in ("rope_parameters", "rope_interleave")}
     new = {k: v for k, v in raw.items() if k not in ("rope_scaling", "rope_theta")}
+    new["rope_parameters"] = {"rope_type": "default", "rope_theta": raw["rope_theta"], **(raw["rope_scaling"] or {})}
 
-    for dialect in (raw, old, new):
+    assert "rope_parameters" not in raw  # one dialect, which all readers know
+    for dialect in (raw, new):
         assert hf_config.same_model(hf_config.read(dialect, cfg.mtp_depth), cfg)
 
 
@@ -82,7 +152,6 @@ def test_yarn_without_mscale_keeps_the_amplitude_and_leaves_the_softmax_alone():
     ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
     ({"moe_layer_freq": 2}, "moe_layer_freq=2"),
     ({"tie_word_embeddings": True}, "tie_word_embeddings=True"),
-    ({"rms_norm_eps": 1e-5}, "rms_norm_eps=1e-05"),
     ({"num_key_value_heads": 8}, "num_key_value_heads=8"),
     ({"scoring_func": "softmax"}, "scoring_func='softmax'"),
     ({"topk_method": "greedy"}, "topk_method='greedy'"),
@@ -91,9 +160,26 @@ def test_yarn_without_mscale_keeps_the_amplitude_and_leaves_the_softmax_alone():
     ({"rope_scaling": {**YARN, "type": "yarn", "truncate": False}}, "rope truncate=False"),
     ({"rope_scaling": {**YARN, "type": "yarn", "mscale": 0.7, "mscale_all_dim": 0}}, "only one of mscale"),
     ({"rope_scaling": {"type": "yarn", "factor": 40}}, "yarn without original_max_position_embeddings"),
-    ({"quantization_config": {"quant_method": "awq"}}, "quantization_config={'quant_method': 'awq'}"),
+    ({"quantization_config": {"quant_method": "awq"}}, "quantization_config.quant_method='awq'"),
+    ({"quantization_config": {"group_size": 64, "bits": 4}}, "quantization_config.quant_method=None"),
+    ({"quantization": {"group_size": 64, "bits": 4}}, "quantization={'group_size': 64"),
+    ({"quantization_config": {"quant_method": "modelopt", "quant_algo": "NVFP4"}}, "quant_method='modelopt'"),
+    ({"quantization_config": {"quant_method": "mxfp4"}}, "quant_method='mxfp4'"),
+    ({"quantization_config": INT4 | {"format": "nvfp4-pack-quantized"}}, "format='nvfp4-pack-quantized'"),
+    ({"quantization_config": INT4 | {"config_groups": {"group_0": {"weights": WEIGHTS | {"num_bits": 8}}}}},
+     "config_groups.weights.num_bits=8 (only 4)"),
+    ({"quantization_config": INT4 | {"config_groups": {"group_0": {"weights": WEIGHTS | {"group_size": 128}}}}},
+     "group_size=128 (only 32)"),
+    ({"quantization_config": INT4 | {"config_groups": None}}, "config_groups.weights=None"),
+    ({"index_topk": 2048}, "index_topk=2048"),
+    ({"zero_expert_num": 64}, "zero_expert_num=64"),
+    ({"mlp_layer_types": ["sparse", "dense"]}, "mlp_layer_types=['sparse', 'dense']"),
+    ({"mlp_layer_types": ["dense"] * 2 + ["sparse"] * 59}, "first_k_dense_replace=3 against 2 dense layers"),
     ({"quantization_config": hf_config.QUANTIZATION | {"weight_block_size": [64, 64]}}, "quantization_config"),
-    ({"model_type": "deepseek_v32"}, "model_type='deepseek_v32'"),
+    ({"model_type": "deepseek_v32"}, "model_type='deepseek_v32' is not supported: it is DeepSeek-V3.2, whose attention"),
+    ({"model_type": "kimi_k3"}, "model_type='kimi_k3' is not supported; only deepseek_v3, deepseek_v2, kimi_k2, "),
+    ({"model_type": "kimi_k25", "text_config": ["x"]}, "text_config=['x'] of model_type=kimi_k25 is not an object"),
+    *[({"model_type": kind}, f"model_type={kind!r} is not supported: it is ") for kind in hf_config.OTHERS],
     ({"hidden_size": None}, "lacks hidden_size"),
 ])
 def test_what_is_not_supported_is_named_in_one_line(fields, named):
@@ -105,6 +191,8 @@ def test_what_is_not_supported_is_named_in_one_line(fields, named):
 
 @pytest.mark.parametrize(("fields", "named"), [
     ({"rope_scaling": "yarn"}, "rope_scaling='yarn' (not an object)"),
+    ({"mlp_layer_types": "dense"}, "mlp_layer_types='dense' (not a list)"),
+    ({"rms_norm_eps": "1e-5"}, "rms_norm_eps='1e-5' (not a number)"),
     ({"quantization_config": ["fp8"]}, "quantization_config=['fp8'] (not an object)"),
     ({"rope_theta": "10000"}, "rope_theta='10000' (not a number)"),
     ({"routed_scaling_factor": [2.5]}, "routed_scaling_factor=[2.5] (not a number)"),
@@ -131,7 +219,7 @@ def test_renormalised_softmax_gates_are_refused():
 
 
 @pytest.mark.parametrize(("fields", "named"), [
-    ({"norm_eps": 1e-5}, "norm_eps"), ({"router_bias": "multiplicative"}, "router_bias='multiplicative'"),
+    ({"latent_norm_eps": 1e-5}, "latent_norm_eps=1e-05"), ({"router_bias": "multiplicative"}, "router_bias='multiplicative'"),
     ({"router_bias": "none"}, "router_bias='none'"), ({"num_shared_experts": 0}, "num_shared_experts=0"),
     ({"score": "softmax", "router_bias": "none"}, "normalize_gates=True with softmax scores, model.mtp_depth=1")])
 def test_a_model_that_no_family_has_is_not_exported(fields, named):
