@@ -1,6 +1,7 @@
-"""Does transformers load what `save_hf` wrote, and give our logits? Two halves, in two environments:
+"""Does transformers load what `save_hf` and `to_hf` wrote, and give our logits? Two halves, in two environments:
 
-    python -m tests.golden.check_export write DIR     ours: exports models of random weights, and their logits
+    python -m tests.golden.check_export write DIR     ours: exports models of random weights, and their logits; and the
+                                                      golden checkpoints, through a work directory and out again
     python tests/golden/check_export.py check DIR     in the environment of benchmarks/peer.txt
 
 The tests do without torch, so this runs by hand. Prints a line a model; exits with 1 if one is further off than 1e-5,
@@ -9,6 +10,7 @@ lacks a weight or has one too many.
 
 import pathlib
 import sys
+import tempfile
 
 import numpy as np
 
@@ -19,17 +21,24 @@ def write(folder):
     import jax
 
     from deepseek_jax.interop import load_hf, save_hf
+    from deepseek_jax.interop.convert import from_hf, to_hf
     from deepseek_jax.model import DeepSeekV3
     from tests.interop.checkpoints import CASES, golden
     from tests.model import naive
 
-    tokens_BT = np.random.default_rng(0).integers(0, 60, (2, 24))
+    tokens_BT = np.random.default_rng(0).integers(0, 48, (2, 24))
     for seed, case in enumerate(CASES):
         cfg = load_hf(golden(case))[0]
         variables = naive.variables_of(cfg, seed)
         logits_BTW = jax.jit(lambda v, cfg=cfg: DeepSeekV3(cfg).apply(v, tokens_BT).logits_BTW)(variables)
         save_hf(str(folder / case), cfg, variables)
         np.savez(folder / case / "ours.npz", tokens_BT=tokens_BT, logits_BTW=np.asarray(logits_BTW))
+        with tempfile.TemporaryDirectory() as run:
+            from_hf(golden(case), f"{run}/run")
+            to_hf(f"{run}/run", str(folder / f"{case}_again"))
+        expected = np.load(f"{golden(case)}/expected.npz")
+        np.savez(folder / f"{case}_again" / "ours.npz", tokens_BT=expected["tokens_BT"],
+                 logits_BTW=expected["logits_BTW"])
 
 
 def check(folder) -> bool:

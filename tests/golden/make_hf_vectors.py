@@ -6,17 +6,23 @@ Each case holds `model.safetensors` and `config.json` as save_pretrained writes 
     hidden_BTD       float32 [2, 24, D], after the final norm
     chosen_LBTK      int32, the experts of each MoE layer, ascending
     prompt, greedy   int32 [8] and [32]: the prompt and its greedy continuation
-    mtp_logits_BTW   float32 [2, 23, W] (case `mtp` only): row t has seen tokens 0..t+1 and predicts token t+2
+    mtp_logits_BTW   float32 [2, 23, W] (where there is an MTP module): row t has seen tokens 0..t+1 and predicts token t+2
 
 Weights are large enough for routing, masks and norms to matter, norms are not ones, and no two candidates for a
 choice of the router or of greedy decoding lie closer than MARGIN, so that float32 noise cannot change the answer.
 
-Made in a Python 3.11 environment with benchmarks/peer.txt:  python tests/golden/make_hf_vectors.py [case ...]
+Cases named after a published checkpoint have its details (FORMATS): names, dtypes and keys that differ from V3's.
+
+Made in a Python 3.11 environment with benchmarks/peer.txt and, for `kimi_k2_thinking` and `kimi_k2_5`,
+compressed-tensors:  python tests/golden/make_hf_vectors.py [case ...]
 """
 
 import itertools
+import json
 import pathlib
+import re
 import sys
+import tempfile
 
 import numpy as np
 import torch
@@ -42,6 +48,10 @@ def yarn(mscale):
             "beta_fast": 32.0, "beta_slow": 1.0, "mscale": mscale, "mscale_all_dim": mscale}
 
 
+ONE_GROUP = dict(n_group=1, topk_group=1)
+INT4_SIZES = dict(ONE_GROUP, num_hidden_layers=2, hidden_size=64, moe_intermediate_size=32, n_routed_experts=4,
+                  num_experts_per_tok=2, vocab_size=48)
+
 # case -> (model, what differs from TINY)
 CASES = {
     "plain": ("v3", {}),
@@ -55,6 +65,21 @@ CASES = {
     "two_dense_two_shared": ("v3", dict(first_k_dense_replace=2, n_shared_experts=2)),
     "mtp": ("v3", dict(num_mtp_layers=1, num_hidden_layers=2, vocab_size=64, n_routed_experts=4, n_group=2,
                        topk_group=1, num_experts_per_tok=2)),
+    "v3_1": ("v3", dict(num_hidden_layers=2, hidden_size=132, n_routed_experts=4, n_group=2, num_experts_per_tok=2,
+                        intermediate_size=130, vocab_size=48)),
+    "moonlight": ("v3", dict(ONE_GROUP, q_lora_rank=None, n_shared_experts=2, routed_scaling_factor=2.446,
+                             rms_norm_eps=1e-5, rope_parameters={"rope_type": "default", "rope_theta": 50000.0})),
+    "kimi_k2": ("v3", dict(ONE_GROUP, routed_scaling_factor=2.827, qk_rope_head_dim=8, max_position_embeddings=1024,
+                           rope_parameters=yarn(1.0) | {"beta_fast": 1.0, "factor": 32.0})),
+    "glm_4_7_flash": ("glm", dict(ONE_GROUP, num_hidden_layers=2, v_head_dim=16, qk_nope_head_dim=12,
+                                  routed_scaling_factor=1.8, rms_norm_eps=1e-5, eos_token_id=[7, 9, 11], vocab_size=64,
+                                  rope_parameters={"rope_type": "default", "rope_theta": 1e6})),
+    "joyai_llm_flash": ("v3", dict(ONE_GROUP, num_hidden_layers=2, vocab_size=64, num_mtp_layers=1,
+                                   rope_parameters={"rope_type": "default", "rope_theta": 32e6})),
+    "gigachat3": ("v3", dict(ONE_GROUP, num_hidden_layers=2, vocab_size=64, num_mtp_layers=1, q_lora_rank=None,
+                             v_head_dim=12)),
+    "kimi_k2_thinking": ("v3", INT4_SIZES),
+    "kimi_k2_5": ("v3", INT4_SIZES),
 }
 
 
@@ -82,12 +107,17 @@ def randomize(module, draw):
 def build(case, seed):
     family, changes = CASES[case]
     classes = {"v3": (transformers.DeepseekV3Config, transformers.DeepseekV3ForCausalLM),
+               "glm": (transformers.Glm4MoeLiteConfig, transformers.Glm4MoeLiteForCausalLM),
                "v2": (transformers.DeepseekV2Config, transformers.DeepseekV2ForCausalLM)}
     make_config, make_model = classes[family]
     numbers = TINY | ({"num_mtp_layers": 0} if family == "v3" else {}) | changes
     config = make_config(**numbers, attn_implementation="eager", experts_implementation="eager")
     model = make_model(config).float().eval()
     randomize(model, torch.Generator().manual_seed(seed))
+    if config.rms_norm_eps != 1e-6:  # small inputs and latents: the eps of either norm shows in the logits
+        for name, p in model.named_parameters():
+            if re.search(r"embed_tokens|q_a_proj|kv_a_proj", name):
+                p.data *= 0.03
     return model
 
 
@@ -128,14 +158,26 @@ def greedy(model, prompt, count):
     return ids[0, len(prompt):].numpy(), margin
 
 
+def with_mtp(model):
+    """A model that transformers has MTP modules for: itself, or the V3 of the same numbers and weights."""
+    if isinstance(model, transformers.DeepseekV3ForCausalLM):
+        return model
+    numbers = {k: v for k, v in model.config.to_dict().items() if k not in ("model_type", "mlp_layer_types")}
+    config = transformers.DeepseekV3Config(**numbers | {"first_k_dense_replace": 1, "num_mtp_layers": 1},
+                                           attn_implementation="eager", experts_implementation="eager")
+    twin = transformers.DeepseekV3ForCausalLM(config).float().eval()
+    twin.load_state_dict(model.state_dict())
+    return twin
+
+
 def add_mtp(model, folder, tokens_BT, hidden_BTD, seed):
     """Appends one MTP module to the checkpoint in the released layout, and answers with its logits."""
-    mtp = MtpModel(model, 1).float().eval()
+    mtp = MtpModel(with_mtp(model), 1).float().eval()
     block = mtp.layers[0]
     randomize(block, torch.Generator().manual_seed(seed + 1))
     calls = watch_routers(mtp)
     positions_BT = torch.arange(1, tokens_BT.shape[1])[None]
-    cache = transformers.cache_utils.MtpCache(config=model.config.get_mtp_config())
+    cache = transformers.cache_utils.MtpCache(config=mtp.config)
     out_BTD = mtp.forward_layer(0, hidden_BTD[:, :-1], positions_BT, cache, input_ids=tokens_BT[:, 1:])
 
     # Released checkpoints keep the module as one more layer, with its own copies of embedding and head.
@@ -155,33 +197,139 @@ def add_mtp(model, folder, tokens_BT, hidden_BTD, seed):
     return {"mtp_logits_BTW": model.lm_head(out_BTD).numpy(), "mtp_chosen_BTK": calls[0][0].numpy()}, calls[0][1]
 
 
+def fp8(name, weight):
+    """A weight in FP8 with power-of-two scales, as V3.1 stores it -> (its tensors, what they say)."""
+    blocks = torch.nn.functional.pad(weight, (0, -weight.shape[1] % 128, 0, -weight.shape[0] % 128))
+    blocks = blocks.unflatten(1, (-1, 128)).unflatten(0, (-1, 128)).transpose(1, 2)
+    scale = torch.exp2(torch.ceil(torch.log2(blocks.abs().amax((2, 3)) / 448)))
+    spread = scale.repeat_interleave(128, 0).repeat_interleave(128, 1)[:weight.shape[0], :weight.shape[1]]
+    values = (weight / spread).to(torch.float8_e4m3fn)
+    return {name: values, name + "_scale_inv": scale}, values.float() * spread
+
+
+def int4(name, weight):
+    """A weight in four bits as compressed-tensors packs it -> (its tensors, what the library reads from them)."""
+    from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor as Packer
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+
+    scheme = QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(**WEIGHTS))
+    scale = (weight.unflatten(1, (-1, 32)).abs().amax(-1) / 7).bfloat16()
+    packed = Packer.compress({"weight": weight.bfloat16(), "weight_scale": scale}, scheme)
+    packed["weight_shape"] = packed["weight_shape"].to(torch.int32)
+    said = Packer.decompress(packed, scheme)["weight"].float()
+    return {f"{name.removesuffix('weight')}{part}": value.contiguous() for part, value in packed.items()}, said
+
+
+WEIGHTS = dict(num_bits=4, type="int", symmetric=True, strategy="group", group_size=32)
+ROUNDED = {"v3_1": (fp8, r"(self_attn|mlp)\..*proj.*\.weight"),
+           "kimi_k2_thinking": (int4, r"mlp\.experts\.\d+\..*\.weight"),
+           "kimi_k2_5": (int4, r"mlp\.experts\.\d+\..*\.weight")}
+
+
+def rounded(case, model):
+    """The model with the weights that its format can hold, and all tensors in that format, or None."""
+    if case == "moonlight":
+        for bias in (b for name, b in model.named_buffers() if name.endswith("e_score_correction_bias")):
+            bias.copy_(bias.bfloat16().float())
+    if case not in ROUNDED:
+        return model, None
+    store, names = ROUNDED[case]
+    with tempfile.TemporaryDirectory() as folder:
+        path = pathlib.Path(folder, "model.safetensors")
+        model.save_pretrained(folder)
+        weights, tensors = load_file(path), {}
+        for name, weight in weights.items():
+            if re.search(names, name):
+                held, weights[name] = store(name, weight)
+                tensors |= held
+            else:
+                tensors[name] = weight
+        save_file(weights, path, metadata={"format": "pt"})
+        again = type(model).from_pretrained(folder, attn_implementation="eager", experts_implementation="eager",
+                                            dtype=torch.float32)
+    return again.eval(), tensors
+
+
+def as_published(folder, change):
+    """Rewrites a checkpoint in place: change(tensors, config) is what its publisher does differently."""
+    tensors, path = load_file(folder / "model.safetensors"), folder / "config.json"
+    raw = json.loads(path.read_text())
+    raw = change(tensors, raw) or raw
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    path.write_text(json.dumps(raw, indent=2) + "\n")
+
+
+def moonlight(tensors, raw):
+    for layer in range(raw["num_hidden_layers"]):
+        tensors[f"model.layers.{layer}.self_attn.rotary_emb.inv_freq"] = torch.arange(2.0)
+    for name in [n for n in tensors if n.endswith("e_score_correction_bias")]:
+        tensors[name] = tensors[name].bfloat16()
+
+
+def kimi_k2(tensors, raw):
+    rope = raw.pop("rope_parameters")
+    raw |= {"model_type": "kimi_k2", "rope_theta": rope.pop("rope_theta"), "rope_scaling": rope}
+
+
+def glm(tensors, raw):
+    raw["num_nextn_predict_layers"] = 1
+
+
+def kimi_k2_thinking(tensors, raw):
+    raw |= {"model_type": "kimi_k2", "quantization_config": {
+        "quant_method": "compressed-tensors", "format": "pack-quantized", "ignore": ["lm_head", "re:.*self_attn.*"],
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": WEIGHTS, "input_activations": None}}}}
+
+
+def kimi_k2_5(tensors, raw):
+    kimi_k2_thinking(tensors, raw)
+    for name in list(tensors):
+        tensors["language_model." + name] = tensors.pop(name)
+    tensors |= {"vision_tower.patch_embed.proj.weight": torch.ones(4, 3, 2, 2), "mm_projector.proj.0.bias": torch.ones(6)}
+    return {"architectures": ["KimiK25ForConditionalGeneration"], "model_type": "kimi_k25", "text_config": raw,
+            "vision_config": {"hidden_size": 4}, "eos_token_id": 5, "tie_word_embeddings": False}
+
+
+FORMATS = {"v3_1": lambda tensors, raw: raw | {"quantization_config": {
+               "activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "scale_fmt": "ue8m0",
+               "weight_block_size": [128, 128]}},
+           "moonlight": moonlight, "kimi_k2": kimi_k2, "glm_4_7_flash": glm, "kimi_k2_5": kimi_k2_5,
+           "joyai_llm_flash": lambda tensors, raw: raw | {"model_type": "joyai_llm_flash"},
+           "kimi_k2_thinking": kimi_k2_thinking}
+
+
 @torch.no_grad()
 def make(case):
     """Writes one case, at the first seed whose choices are all clear."""
     folder = HERE / f"hf_{case}"
     for seed in itertools.count(1):
         model, draw = build(case, seed), torch.Generator().manual_seed(1000 + seed)
+        model, stored = rounded(case, model)
         calls = watch_routers(model)
         tokens_BT = torch.randint(0, model.config.vocab_size, (2, 24), generator=draw)
         prompt = torch.randint(0, model.config.vocab_size, (8,), generator=draw).tolist()
         out = model(input_ids=tokens_BT, output_hidden_states=True, use_cache=False)
         hidden_BTD = out.hidden_states[-1]  # after the final norm; what an MTP module of transformers is given too
         torch.testing.assert_close(model.lm_head(hidden_BTD), out.logits)
-        layers = model.config.num_hidden_layers - model.config.first_k_dense_replace
+        layers = model.config.num_hidden_layers - getattr(model.config, "first_k_dense_replace", 1)
         chosen_LBTK = torch.stack([chosen for chosen, _ in calls[:layers]]).unflatten(1, tokens_BT.shape)
         continuation, token_margin = greedy(model, prompt, 32)
         if min(token_margin, *(margin for _, margin in calls)) < MARGIN:
             continue
         model.save_pretrained(folder)
+        if stored:
+            save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
         expected = {"tokens_BT": tokens_BT.numpy(), "logits_BTW": out.logits.numpy(), "hidden_BTD": hidden_BTD.numpy(),
                     "chosen_LBTK": chosen_LBTK.numpy(), "prompt": np.array(prompt), "greedy": continuation}
-        if getattr(model.config, "num_mtp_layers", 0):
+        if getattr(model.config, "num_mtp_layers", 0) or case == "glm_4_7_flash":
             extra, margin = add_mtp(model, folder, tokens_BT, hidden_BTD, seed)
             expected |= extra
             if margin < MARGIN:
                 continue
         np.savez_compressed(folder / "expected.npz",
                             **{k: v.astype(np.int32) if v.dtype.kind == "i" else v for k, v in expected.items()})
+        if case in FORMATS:
+            as_published(folder, FORMATS[case])
         (folder / "generation_config.json").unlink(missing_ok=True)
         used = len(np.unique(expected["chosen_LBTK"][0]))  # a router that always says the same would prove little
         size = sum(f.stat().st_size for f in folder.iterdir())

@@ -40,7 +40,7 @@ def mtp_loss(cfg, variables, tokens_BT):
     return -np.take_along_axis(log_p_BTW, tokens_BT[:, 2:, None], axis=-1).mean()
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", sorted(set(CASES) - {"kimi_k2_5", "kimi_k2_thinking", "moonlight", "v3_1"}))
 def test_an_export_has_the_names_shapes_and_values_of_transformers(tmp_path, case):
     cfg, variables = load_hf(golden(case))
 
