@@ -213,7 +213,8 @@ def export(folder: str, source: Export, special: dict[str, int] | None = None,
         raw = hf_config.write(source.cfg, dtype, source.quantized(), special)
     else:
         raw = hf_config.again(layout["config"])
-        if source.dtype is not None or (raw.get("dtype") or raw.get("torch_dtype")) == "float16" != dtype:
+        narrowed = (raw.get("dtype") or raw.get("torch_dtype")) == "float16" and dtype == "bfloat16"
+        if source.dtype is not None or narrowed:
             raw |= {name: dtype for name in ("dtype", "torch_dtype") if name in raw} or {"torch_dtype": dtype}
         before = raw.pop("quantization_config", None) or {}
         if source.quantized():

@@ -84,7 +84,7 @@ def test_what_finetuning_names_instead_fits():
     ([*LITE, "--finetune", "--sequences", "0"], "--sequences 0 must be positive"),
     ([*LITE, "--devices", "8", "--expert", "-8"], "--expert -8 must be positive"),
     ([*LITE, "--devices", "1", "--decode"], "for one device of yours take --serve"),
-    (["--model", "moonlight", *LITE[2:], "--serve"], "known are: small, tiny, v2_236b, v2_lite_16b, v3_671b. A fol")])
+    (["--model", "moonlight", *LITE[2:], "--serve"], "did you mean moonlight_16b? A fol")])
 def test_a_mistake_ends_in_one_line(arguments, complaint):
     run(*arguments).assert_error(complaint)
 
