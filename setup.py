@@ -80,6 +80,7 @@ setup(
         # Compiling for GPUs that are not here: the plugin and CUDA's own tools, without the libraries a run would need.
         "aot": ["jax-cuda13-plugin>=0.11.2,<0.13", "nvidia-cuda-nvcc>=13", "nvidia-cuda-nvdisasm>=13"],
         "serve": ["starlette>=0.40", "uvicorn>=0.30", "jinja2>=3.1", "prometheus-client>=0.20"],
+        "rl": ["reasoning-gym>=0.1"],  # more tasks for reinforcement learning
         "eval": ["lm-eval[api]>=0.4.10"],
         "notebooks": ["nbclient>=0.10", "nbformat>=5.10", "ipykernel>=6.29", "ipywidgets>=8.1"],
     },

@@ -1,0 +1,135 @@
+"""Rewards that a rule decides (report section 5.2.1): a function of prompt, answer and reference.
+
+Rules look at what a model wrote, which can be anything, so they never evaluate it. A rule that fails on an answer costs
+that answer its reward and nothing else: `score_all` counts what went wrong.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import math
+import re
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from fractions import Fraction
+from typing import Any, NamedTuple
+
+from deepseek_jax.posttraining.sandbox import passes_tests
+
+Rule = Callable[[str, str, Any], float]  # prompt, answer, reference -> reward
+
+_NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d{1,400})(?:\.\d{1,400})?(?:/\d{1,400})?")
+
+
+def exact(prompt: str, answer: str, reference: str) -> float:
+    """1 where the answer is the reference, white space around it aside."""
+    return float(answer.strip() == reference.strip())
+
+
+def numeric(prompt: str, answer: str, reference: str | int | float) -> float:
+    """1 where the last number in the answer equals the reference: 1,000 is 1000, 0.5 is 1/2.
+
+    Raises ValueError for a reference that is no number.
+    """
+    wanted = _number(str(reference))
+    if wanted is None:
+        raise ValueError(f"the reference {reference!r} is no number")
+    found = _NUMBER.findall(answer)
+    return float(bool(found) and _number(found[-1]) == wanted)
+
+
+def _number(text: str) -> Fraction | None:
+    with contextlib.suppress(ValueError, ZeroDivisionError):
+        over, _, under = text.replace(",", "").strip().partition("/")
+        return Fraction(over) / Fraction(under or 1)
+    return None
+
+
+def boxed(prompt: str, answer: str, reference: str) -> float:
+    r"""1 where the content of the last \boxed{...} is the reference, as text without white space or as a number."""
+    content = last_box(answer)
+    if content is None:
+        return 0.0
+    if "".join(content.split()) == "".join(str(reference).split()):
+        return 1.0
+    return float(_number(content) is not None and _number(content) == _number(str(reference)))
+
+
+def last_box(text: str) -> str | None:
+    r"""What the last \boxed{...} holds, with its inner braces; None without one that is closed."""
+    _, found, rest = text.rpartition(r"\boxed{")
+    depth = 1
+    for at, character in enumerate(rest):
+        depth += {"{": 1, "}": -1}.get(character, 0)
+        if found and depth == 0:
+            return rest[:at]
+    return None
+
+
+def thinks_first(prompt: str, answer: str, reference: Any) -> float:
+    """1 for the form `<think>...</think>...` with one thought, and something before and after its end."""
+    before, opened, rest = answer.partition("<think>")
+    thought, closed, said = rest.partition("</think>")
+    once = "<think>" not in thought + said and "</think>" not in said
+    return float(bool(not before.strip() and opened and closed and once and thought.strip() and said.strip()))
+
+
+def unit_tests(prompt: str, answer: str, reference: str) -> float:
+    """1 where the code in the answer passes the tests in the reference; see `sandbox`."""
+    return float(passes_tests(code_of(answer), reference))
+
+
+def code_of(answer: str) -> str:
+    """The last block between ``` lines, or all of an answer without one."""
+    blocks = re.findall(r"^```[^\n]*\n(.*?)^```", answer, re.DOTALL | re.MULTILINE)
+    return blocks[-1] if blocks else answer
+
+
+RULES: dict[str, Rule] = {"exact": exact, "numeric": numeric, "boxed": boxed, "format": thinks_first,
+                          "unit_tests": unit_tests}
+
+
+class Scores(NamedTuple):
+    """Rewards, and how often each kind of failure cost an answer its reward: {"TimeoutError": 2, "no number": 1}."""
+
+    rewards: list[float]
+    faults: collections.Counter[str]
+
+
+def score_all(scorers: Iterable[Callable[[], float]], seconds: float = 10.0) -> Scores:
+    """Calls each scorer. One that takes longer, raises or returns no finite number is a fault, with reward 0."""
+    rewards, faults = [], collections.Counter()
+    for scorer in scorers:
+        reward = 0.0
+        try:
+            with _limited(seconds):
+                reward = float(scorer())
+            if not math.isfinite(reward):
+                faults["no finite number"] += 1
+                reward = 0.0
+        except (Exception, SystemExit) as error:  # whatever a rule does with what a model wrote
+            faults[type(error).__name__] += 1
+            reward = 0.0
+        rewards.append(reward)
+    return Scores(rewards, faults)
+
+
+@contextlib.contextmanager
+def _limited(seconds: float) -> Iterator[None]:
+    """Raises TimeoutError inside after so many seconds, where there are alarms: in the main thread, not on Windows."""
+    if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def ring(number, frame):
+        raise TimeoutError
+
+    previous = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)

@@ -1,0 +1,103 @@
+"""Running code that a model wrote against unit tests: in a process of its own, with little to harm.
+
+The kernel limits processor time, memory, the size of files and, but for root, the number of processes; where it allows
+a network namespace, the process gets one without a network. Inside, an audit hook refuses sockets, processes, signals,
+native libraries and every change of a file. The process starts in an empty folder without the environment, in a session
+of its own, and the group is killed at the end. This stops the accidents of a model in training. It does not stop an
+attacker: run the trainer in a container for that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import tempfile
+
+from deepseek_jax.config import ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """Of one run: seconds of wall and of processor time, bytes of memory."""
+
+    seconds: int = 5
+    memory: int = 1 << 30
+
+
+# Runs in the new process. An answer can end it early with exit code 0, so success is not that, but a random word that is
+# written after the tests.
+_LAUNCHER = """
+import ctypes, json, os, resource, sys
+code, tests, word, seconds, memory = json.load(sys.stdin)
+try:
+    ctypes.CDLL(None).unshare(0x10000000 | 0x40000000)  # CLONE_NEWUSER | CLONE_NEWNET, where they are allowed
+except Exception:
+    pass
+for name, limit in (("CPU", seconds), ("AS", memory), ("FSIZE", 0), ("NPROC", 0), ("CORE", 0), ("NOFILE", 64)):
+    try:
+        resource.setrlimit(getattr(resource, "RLIMIT_" + name), (limit, limit))
+    except (AttributeError, ValueError, OSError):
+        pass
+answer = os.dup(1)
+os.dup2(2, 1)
+refused = ("socket.", "subprocess.", "ctypes.", "shutil.", "tempfile.", "os.fork", "os.forkpty", "os.exec", "os.spawn",
+           "os.posix_spawn", "os.system", "os.startfile", "os.kill", "os.killpg", "os.remove", "os.rename", "os.rmdir",
+           "os.mkdir", "os.link", "os.symlink", "os.truncate", "os.chmod", "os.chown", "os.utime", "os.putenv",
+           "signal.pthread_kill", "pty.", "fcntl.", "winreg.", "resource.", "sys.setprofile", "sys.settrace")
+
+
+def hook(event, arguments):
+    writes = event == "open" and (
+        isinstance(arguments[1], str) and set(arguments[1]) & set("wax+")
+        or isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC))
+    if writes or event.startswith(refused):
+        raise PermissionError(event)
+
+
+def main():
+    sys.addaudithook(hook)
+    names = {"__name__": "answer"}
+    exec(compile(code, "answer", "exec"), names)
+    exec(compile(tests, "tests", "exec"), names)
+    os.write(answer, word.encode())
+
+
+main()
+"""
+
+
+def passes_tests(code: str, tests: str, limits: Limits = Limits()) -> bool:
+    """Whether `tests`, run after `code` in the same module, end without an exception and within the limits.
+
+    Raises:
+      ConfigError: this system has no limits for processes (Windows).
+      TimeoutError: it took longer than `limits.seconds`.
+    """
+    if os.name != "posix":
+        raise ConfigError("the reward 'unit_tests' runs code under limits that this system lacks; take a POSIX system "
+                          "such as Linux, or another rule.")
+    word = secrets.token_hex(16)
+    given = json.dumps([code, tests, word, limits.seconds, limits.memory])
+    with tempfile.TemporaryDirectory(prefix="answer-") as folder:
+        process = subprocess.Popen([sys.executable, "-I", "-B", "-c", _LAUNCHER], cwd=folder, env={},
+                                   stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                                   start_new_session=True, text=True, errors="replace")
+        try:
+            said, _ = process.communicate(given, timeout=limits.seconds)
+        except subprocess.TimeoutExpired:
+            raise TimeoutError from None
+        finally:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            for pipe in (process.stdin, process.stdout):
+                if pipe is not None:
+                    with contextlib.suppress(OSError):
+                        pipe.close()
+    return said == word
