@@ -7,6 +7,7 @@ from deepseek_jax import __version__
 
 COMMANDS = {
     "train": "trains a model, or resumes a run",
+    "reinforce": "trains a run on by rewards that rules decide (GRPO)",
     "evaluate": "scores a run: loss, bits per byte, balance",
     "compare": "puts runs side by side: configs, losses, a picture",
     "generate": "continues prompts, answers in a chat",

@@ -107,6 +107,7 @@ MAY_IMPORT = {
     # Commands.
     "__main__": (),
     "train": ("cli", "config", "parallel.processes", "training.loop", "training.summary"),
+    "reinforce": ("cli", "posttraining.loop", "config"),
     "evaluate": ("cli", "io", "training.evaluate", "serving", "chat", "workdir", "config"),
     "routing": ("model", "workdir", "config"),
     "compare": ("cli", "io", "table", "plots", "training.comparison", "training.metrics", "workdir", "config"),
@@ -116,7 +117,7 @@ MAY_IMPORT = {
     "plan": ("cli", "io", "scale", "config"),
     "compile": ("cli", "io", "scale", "config"),
 }
-COMMANDS = ("train", "evaluate", "compare", "generate", "serve", "convert", "plan", "compile")
+COMMANDS = ("train", "reinforce", "evaluate", "compare", "generate", "serve", "convert", "plan", "compile")
 
 WITHOUT_JAX = ("config", "configs", "cli", "runtime", "io", "plugin", "chat", "data", "workdir", "pipeline.orders",
                "pipeline.ticks", "pipeline.schedule", "pipeline.validate", "pipeline.tables", "pipeline.draw",

@@ -20,6 +20,7 @@ from typing import Any
 from deepseek_jax import configs, io
 from deepseek_jax.config.mesh import MeshConfig, PipelineConfig, check_mesh
 from deepseek_jax.config.model import GROUP_LIMITED, IN_TURN, FP8Config, ModelConfig
+from deepseek_jax.config.posttraining import GrpoConfig, RolloutConfig
 from deepseek_jax.config.presets import PRESETS, model_config
 from deepseek_jax.config.schema import Checked, ConfigError, build, did_you_mean, key
 from deepseek_jax.config.training import BalanceConfig, DataConfig, InitConfig, OptimizerConfig, TrainConfig
@@ -39,6 +40,8 @@ class Config(Checked):
     init: InitConfig = InitConfig()  # noqa: RUF009 (frozen)
     mesh: MeshConfig = MeshConfig()  # noqa: RUF009 (frozen)
     pipeline: PipelineConfig = PipelineConfig()  # noqa: RUF009 (frozen)
+    rollout: RolloutConfig = RolloutConfig()  # noqa: RUF009 (frozen)
+    grpo: GrpoConfig = GrpoConfig()  # noqa: RUF009 (frozen)
 
     def __post_init__(self):
         super().__post_init__()

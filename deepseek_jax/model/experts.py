@@ -154,4 +154,6 @@ def _of_tokens(context: TokenContext | None) -> RoutingContext:
     """The context of B * T tokens in one row."""
     if context is None or context.tokens_BT is None or context.positions_BT is None:
         return RoutingContext(None, None, None)
-    return RoutingContext(context.tokens_BT.reshape(-1), context.positions_BT.reshape(-1), context.step)
+    chosen_BTK = context.chosen_BTK
+    chosen_NK = None if chosen_BTK is None else chosen_BTK.reshape(-1, chosen_BTK.shape[-1])
+    return RoutingContext(context.tokens_BT.reshape(-1), context.positions_BT.reshape(-1), context.step, chosen_NK)

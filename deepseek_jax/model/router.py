@@ -168,13 +168,15 @@ def route(cfg: ModelConfig, x_ND: jax.Array, weights: dict[str, jax.Array], bias
     Args:
       weights: {"weight": float32 [D, E]}.
       bias_E: float32; None for models without.
-      context: not read here.
+      context: of it only `chosen_NK` is read.
     """
     w_DE = weights["weight"]
     # Accelerators would otherwise take bfloat16 passes, and near ties would flip.
     logits_NE = jnp.matmul(x_ND.astype(w_DE.dtype), w_DE, precision=lax.Precision.HIGHEST)
     scores_NE = checkpoint_name(affinities(cfg, logits_NE), "routing")
     chosen_NK = select(cfg, scores_NE, bias_E)
+    if context.chosen_NK is not None:
+        chosen_NK = jnp.where(context.chosen_NK >= 0, context.chosen_NK, chosen_NK)
     return Routing(scores_NE, chosen_NK, gates(cfg, scores_NE, chosen_NK))
 
 

@@ -63,9 +63,10 @@ class Block(nn.Module):
     parts: BlockParts | None = None  # None: those that cfg names
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, bias_E: jax.Array | None,
-                 context: TokenContext) -> tuple[jax.Array, RoutingStats | None]:
-        """Hidden states [B, T, D] and, of a MoE block, what routing did."""
+    def __call__(self, x_BTD: jax.Array, bias_E: jax.Array | None, context: TokenContext,
+                 chosen_BTK: jax.Array | None = None) -> tuple[jax.Array, RoutingStats | None]:
+        """Hidden states [B, T, D] and, of a MoE block, what routing did. chosen_BTK: experts to replay, if any."""
+        context = context._replace(chosen_BTK=chosen_BTK)
         cfg, parts = self.cfg, self.parts or block_parts(self.cfg)
         attention = parts.attention(cfg, name="attention")
         if self.moe:
@@ -101,7 +102,8 @@ class DeepSeekV3(nn.Module):
 
     @nn.compact
     def __call__(self, tokens_BT: jax.Array, positions: jax.Array | None = None, segment_ids: jax.Array | None = None,
-                 logits: bool = True, capture: tuple[str, ...] = (), step: jax.Array | None = None) -> Output:
+                 logits: bool = True, capture: tuple[str, ...] = (), step: jax.Array | None = None,
+                 chosen: jax.Array | None = None) -> Output:
         """Runs the model and its MTP modules.
 
         Args:
@@ -111,6 +113,8 @@ class DeepSeekV3(nn.Module):
           logits: False leaves them out (losses are computed in chunks from the hidden states).
           capture: any of "scores", "chosen".
           step: int32 scalar, the optimizer step, for routing rules that read it; None outside of training.
+          chosen: int32 [MoE layers, B, T, K], experts to take again (router replay); negative: the router decides, as
+            it does in the MTP modules. Rules of one's own have to read it.
         Returns:
           Output.
         """
@@ -128,12 +132,13 @@ class DeepSeekV3(nn.Module):
         # Gathered, then cast: a frequent token's gradient is summed in float32.
         x_BTD = embedding_WD[tokens_BT].astype(cfg.dtype)
         if cfg.num_dense_layers:
-            dense = self._stack(cfg.num_dense_layers, "dense_layers", False, ())
-            x_BTD, _ = dense(x_BTD, None, context)
+            dense = self._stack(cfg.num_dense_layers, "dense_layers", False)
+            x_BTD, _ = dense(x_BTD, None, context, None)
         stats: dict[str, RoutingStats] = {}
         if cfg.num_moe_layers:
             bias_LE = self._bias("bias", cfg.num_moe_layers)
-            x_BTD, stats["bias"] = self._stack(cfg.num_moe_layers, "layers", True, capture)(x_BTD, bias_LE, context)
+            layers = self._stack(cfg.num_moe_layers, "layers", True, capture, chosen is not None)
+            x_BTD, stats["bias"] = layers(x_BTD, bias_LE, context, chosen)
         hidden_BTD = RMSNorm(cfg, name="norm")(x_BTD)
 
         mtp_hidden, mtp_stats = [], []
@@ -151,13 +156,14 @@ class DeepSeekV3(nn.Module):
             stats["mtp_bias"] = jax.tree.map(lambda *leaves: jnp.stack(leaves), *mtp_stats)
         return self._output(hidden_BTD, tuple(mtp_hidden), head_DW, stats, logits)
 
-    def _stack(self, length, name, moe, capture):
+    def _stack(self, length, name, moe, capture=(), replay=False):
         # A short stack is unrolled: a loop would copy all it keeps for the backward pass into stacked buffers.
         scanned = length > UNROLLED_LAYERS
         bias_axis = 0 if moe and self.cfg.has_router_bias else nn.broadcast
+        chosen_axis = 0 if replay else nn.broadcast
         stack = nn.scan(rematerialized(Block, self.cfg, scanned), variable_axes={"params": 0},
                         split_rngs={"params": True}, length=length, unroll=1 if scanned else length,
-                        in_axes=(bias_axis, nn.broadcast))  # pyright: ignore[reportArgumentType]: axes of a tree
+                        in_axes=(bias_axis, nn.broadcast, chosen_axis))  # pyright: ignore[reportArgumentType]: axes of a tree
         return stack(self.cfg, moe=moe, capture=capture, mesh=self.mesh, parts=self.parts, name=name)
 
     def _bias(self, name, layers):

@@ -21,7 +21,8 @@ class TokenContext(NamedTuple):
 
     rope: cos and sin of the positions, [B, T, rope_head_dim / 2] each. segment_ids_BT: int32, attention stays inside
     equal ids; None: one segment. tokens_BT: int32, the tokens whose embeddings the block reads (in MTP module k those k
-    ahead). positions_BT: int32. step: int32 scalar, the optimizer step; None outside of training.
+    ahead). positions_BT: int32. step: int32 scalar, the optimizer step; None outside of training. chosen_BTK: int32,
+    the experts to take in this layer; see RoutingContext.
     """
 
     rope: tuple[jax.Array, jax.Array]
@@ -29,14 +30,20 @@ class TokenContext(NamedTuple):
     tokens_BT: jax.Array | None = None
     positions_BT: jax.Array | None = None
     step: jax.Array | None = None
+    chosen_BTK: jax.Array | None = None
 
 
 class RoutingContext(NamedTuple):
-    """What a routing rule may know of the tokens that it routes: int32 [N] each; `step` as in TokenContext."""
+    """What a routing rule may know of the tokens that it routes: int32 [N] each; `step` as in TokenContext.
+
+    chosen_NK: int32, experts that were chosen before and are to be taken again (router replay); the gates are still
+    those of the rule's own scores. Negative where the rule decides; None: it decides everywhere.
+    """
 
     tokens_N: jax.Array | None
     positions_N: jax.Array | None
     step: jax.Array | None = None
+    chosen_NK: jax.Array | None = None
 
 
 class Routing(NamedTuple):

@@ -30,8 +30,8 @@ class Limits:
     memory: int = 1 << 30
 
 
-# Runs in the new process. An answer can end it early with exit code 0, so success is not that, but a random word that is
-# written after the tests.
+# Runs in the new process. An answer can end it early with exit code 0, so success is a random word that is written
+# after the tests.
 _LAUNCHER = """
 import ctypes, json, os, resource, sys
 code, tests, word, seconds, memory = json.load(sys.stdin)

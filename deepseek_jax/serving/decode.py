@@ -20,6 +20,7 @@ from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.layers import head_logits
 from deepseek_jax.serving.decode_attention import CacheGeometry, TokenSlots
 from deepseek_jax.serving.decode_model import Cache, forward, logits, predict_ahead
+from deepseek_jax.serving.decode_moe import Routed
 from deepseek_jax.serving.sampling import Sampling
 from deepseek_jax.serving.speculative import Drafts, Settled, draft, verify
 from deepseek_jax.serving.tiles import map_tiles
@@ -84,7 +85,8 @@ class Steps(NamedTuple):
 
     tokens_NBT: the first count_NB of each row are new. drafted_NB, accepted_NB: drafts verified, and accepted.
     finite_NB: whether all logits of the step were finite. scores: of each new token, with a first axis N.
-    counts_LE: tokens that chose each expert.
+    counts_LE: tokens that chose each expert. chosen_NBTLK: experts of the tokens that were fed, of which the first
+    count_NB of each row count; None where the geometry does not ask for them.
     """
 
     tokens_NBT: jax.Array
@@ -94,15 +96,16 @@ class Steps(NamedTuple):
     finite_NB: jax.Array
     scores: Scores
     counts_LE: jax.Array
+    chosen_NBTLK: jax.Array | None
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(3, 4))
 def prefill(cfg: ModelConfig, geometry: CacheGeometry, weights: DecodeWeights, cache: Cache, drafts: Drafts,
-            chunk: PromptChunk) -> tuple[Cache, Drafts, jax.Array, Scores]:
+            chunk: PromptChunk) -> tuple[Cache, Drafts, Routed, Scores]:
     """Reads a chunk of each prompt into the cache, MTP modules included.
 
     Returns:
-      cache, drafts, counts int32 [MoE layers, E], scores of the token after each.
+      cache, drafts, what routing did, scores of the token after each.
     """
     return on_mesh(functools.partial(_prefill, cfg, geometry), weights, cache, drafts, chunk)
 
@@ -113,7 +116,7 @@ def _prefill(cfg, geometry, weights, cache, drafts, chunk: PromptChunk):
     at_BT = jnp.arange(T)[None]
     position_BT = chunk.position_B[:, None] + at_BT
     slots = TokenSlots(chunk.tokens_BX[:, :T], position_BT, at_BT < chunk.length_B[:, None], chunk.table_BP)
-    h_BTD, cache, counts_LE = forward(cfg, geometry, weights, cache, slots)
+    h_BTD, cache, routed = forward(cfg, geometry, weights, cache, slots)
     # In tiles: the logits of a complete chunk would be [B, T, W].
     score = lambda h_M1D, token_M1: _logprobs(head_logits(h_M1D, weights.head), token_M1)
     scores = _scores(chunk.scored, functools.partial(map_tiles, score), h_BTD, chunk.tokens_BX[:, 1:T + 1])
@@ -126,7 +129,7 @@ def _prefill(cfg, geometry, weights, cache, drafts, chunk: PromptChunk):
         known_BT = slots.valid_BT & (position_BT + k < chunk.known_B[:, None])
         ahead = slots._replace(token_BT=chunk.tokens_BX[:, k:T + k], valid_BT=known_BT)
         h_BTD, cache = predict_ahead(cfg, geometry, weights, k, cache, h_BTD, ahead)
-    return cache, drafts._replace(previous_hidden=tuple(previous_hidden)), counts_LE, scores
+    return cache, drafts._replace(previous_hidden=tuple(previous_hidden)), routed, scores
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(4, 5))
@@ -149,7 +152,9 @@ def _decode(cfg, geometry, most_steps, weights, cache, drafts, batch: Batch):
         tokens_NBT=zeros(jnp.int32, T), count_NB=zeros(jnp.int32), drafted_NB=zeros(jnp.int32),
         accepted_NB=zeros(jnp.int32), finite_NB=jnp.ones((most_steps, B), bool),
         scores=Scores(zeros(jnp.float32, T), zeros(jnp.int32, T, ALTERNATIVES), zeros(jnp.float32, T, ALTERNATIVES)),
-        counts_LE=jnp.zeros((cfg.num_moe_layers, cfg.num_experts), jnp.int32))
+        counts_LE=jnp.zeros((cfg.num_moe_layers, cfg.num_experts), jnp.int32),
+        chosen_NBTLK=zeros(jnp.int32, T, cfg.num_moe_layers, cfg.experts_per_token)
+        if geometry.routes and cfg.num_moe_layers else None)
 
     def unfinished(carry):
         n, _, _, _, position_B, _ = carry
@@ -181,7 +186,7 @@ def _step(cfg, geometry, weights, cache, drafts, batch: Batch):
     at_BT = jnp.arange(depth + 1)[None]
     valid_BT = (at_BT <= drafts.count_B[:, None]) & live_B[:, None]
     slots = TokenSlots(tokens_BT, batch.position_B[:, None] + at_BT, valid_BT, batch.table_BP)
-    hidden_BTD, cache, counts_LE = forward(cfg, geometry, weights, cache, slots)
+    hidden_BTD, cache, routed = forward(cfg, geometry, weights, cache, slots)
     logits_BTW = logits(geometry, weights, hidden_BTD)
     made_BT, accepted_B = verify(batch.sampling, logits_BTW, drafts, batch.position_B + 1)
     drafted_B, count_B = drafts.count_B, jnp.where(live_B, accepted_B + 1, 0)
@@ -190,7 +195,7 @@ def _step(cfg, geometry, weights, cache, drafts, batch: Batch):
         drafts, cache = draft(cfg, geometry, weights, cache, drafts, batch.sampling, settled)
     finite_B = (jnp.isfinite(logits_BTW).all(axis=-1) | ~valid_BT).all(axis=1)
     scores = _scores(batch.logprobs, _logprobs, logits_BTW, made_BT)
-    return cache, drafts, Steps(made_BT, count_B, drafted_B, accepted_B, finite_B, scores, counts_LE)
+    return cache, drafts, Steps(made_BT, count_B, drafted_B, accepted_B, finite_B, scores, *routed)
 
 
 def _scores(requested, compute, x_BTX, tokens_BT) -> Scores:

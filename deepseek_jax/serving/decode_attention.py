@@ -40,13 +40,15 @@ class CacheGeometry(NamedTuple):
     """Static: the format of the cache, and the numbers of pages that attention is compiled for, ascending.
 
     The smallest sufficient number runs; the last is the complete table. deterministic: blocks of the first number run
-    instead, as many as there are, and everything else in tiles of one shape (see `tiles`).
+    instead, as many as there are, and everything else in tiles of one shape (see `tiles`). routes: whether to report
+    the experts that each token chose.
     """
 
     kind: str
     page_size: int
     widths: tuple[int, ...]
     deterministic: bool = False
+    routes: bool = False
 
 
 def per_head(x_BTHI: jax.Array, w_HIO: jax.Array) -> jax.Array:

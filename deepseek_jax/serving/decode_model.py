@@ -16,7 +16,7 @@ from deepseek_jax.model.block import mtp_block, residual_block
 from deepseek_jax.model.layers import ffn, head_logits, linear, rms_norm, wide
 from deepseek_jax.model.rope import rope_table
 from deepseek_jax.serving.decode_attention import CacheGeometry, TokenSlots, attention
-from deepseek_jax.serving.decode_moe import moe
+from deepseek_jax.serving.decode_moe import Routed, moe
 from deepseek_jax.serving.tiles import in_tiles, map_tiles
 from deepseek_jax.serving.weights import DecodeWeights, LayerWeights
 
@@ -25,8 +25,8 @@ Cache = tuple[jax.Array, ...]  # pages of each layer, then of each MTP module
 
 def block(cfg: ModelConfig, geometry: CacheGeometry, w: LayerWeights, x_BTD: jax.Array,
           rope: tuple[jax.Array, jax.Array], pages_PSX: jax.Array,
-          slots: TokenSlots) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """One transformer block. Returns x [B, T, D], the layer's pages, and counts int32 [E]; None for a dense one."""
+          slots: TokenSlots) -> tuple[jax.Array, jax.Array, Routed | None]:
+    """One transformer block. Returns x [B, T, D], the layer's pages, and what routing did; None for a dense one."""
     norm = lambda scale: lambda x_BTD: rms_norm(x_BTD, scale, cfg.norm_eps)
 
     def feed_forward(h_BTD):
@@ -40,26 +40,29 @@ def block(cfg: ModelConfig, geometry: CacheGeometry, w: LayerWeights, x_BTD: jax
 
 
 def forward(cfg: ModelConfig, geometry: CacheGeometry, weights: DecodeWeights, cache: Cache,
-            slots: TokenSlots) -> tuple[jax.Array, Cache, jax.Array]:
+            slots: TokenSlots) -> tuple[jax.Array, Cache, Routed]:
     """The main model on T tokens of each sequence, whose earlier latents are in the cache.
 
     Returns:
-      hidden states [B, T, D] after the final norm, the cache with these tokens in it, counts int32 [MoE layers, E].
+      hidden states [B, T, D] after the final norm, the cache with these tokens in it, what the MoE layers' routing did.
     """
     run = functools.partial(_forward, cfg, geometry, weights)
-    return in_tiles(run, cache, slots) if geometry.deterministic else run(cache, slots)
+    made = in_tiles(run, cache, slots) if geometry.deterministic else run(cache, slots)
+    (hidden_BTD, chosen_BTLK), cache, counts_LE = made
+    return hidden_BTD, cache, Routed(counts_LE, chosen_BTLK)
 
 
 def _forward(cfg, geometry, weights, cache, slots):
     rope = rope_table(cfg, slots.position_BT, wide(cfg.dtype))
     x_BTD = weights.embedding[slots.token_BT]
-    pages, counts = list(cache), []
+    pages, routed = list(cache), []
     for i, w in enumerate(weights.layers):
-        x_BTD, pages[i], counts_E = block(cfg, geometry, w, x_BTD, rope, pages[i], slots)
-        if counts_E is not None:
-            counts.append(counts_E)
-    counts_LE = jnp.stack(counts) if counts else jnp.zeros((0, cfg.num_experts), jnp.int32)
-    return rms_norm(x_BTD, weights.norm, cfg.norm_eps), tuple(pages), counts_LE
+        x_BTD, pages[i], one = block(cfg, geometry, w, x_BTD, rope, pages[i], slots)
+        if one is not None:
+            routed.append(one)
+    counts_LE = jnp.stack([r.counts for r in routed]) if routed else jnp.zeros((0, cfg.num_experts), jnp.int32)
+    chosen_BTLK = jnp.stack([r.chosen for r in routed], axis=2) if routed and geometry.routes else None
+    return (rms_norm(x_BTD, weights.norm, cfg.norm_eps), chosen_BTLK), tuple(pages), counts_LE
 
 
 def predict_ahead(cfg: ModelConfig, geometry: CacheGeometry, weights: DecodeWeights, k: int, cache: Cache,

@@ -6,6 +6,8 @@ on how many choices there are for each expert here.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -18,6 +20,16 @@ from deepseek_jax.model.types import RoutingContext
 from deepseek_jax.parallel.sharding import AXES
 from deepseek_jax.serving.decode_attention import TokenSlots
 from deepseek_jax.serving.weights import LayerWeights
+
+
+class Routed(NamedTuple):
+    """What routing did: tokens that chose each expert, int32 [E]; each token's experts, int32 [B, T, K].
+
+    Of several layers: [L, E], and [B, T, L, K] where the experts are reported, else None.
+    """
+
+    counts: jax.Array
+    chosen: jax.Array | None
 
 
 def choices_in_turn(x_ND: jax.Array, chosen_NK: jax.Array, gates_NK: jax.Array, gate_EDF: jax.Array,
@@ -79,8 +91,8 @@ def _devices() -> int:
     return lax.axis_size(AXES["experts"]) if jax.sharding.get_abstract_mesh().manual_axes else 1
 
 
-def moe(cfg: ModelConfig, w: LayerWeights, x_BTD: jax.Array, slots: TokenSlots) -> tuple[jax.Array, jax.Array]:
-    """Routed and shared experts; also how many valid tokens chose each expert, int32 [E].
+def moe(cfg: ModelConfig, w: LayerWeights, x_BTD: jax.Array, slots: TokenSlots) -> tuple[jax.Array, Routed]:
+    """Routed and shared experts; also what routing did. Only valid tokens are counted.
 
     Inside `weights.on_mesh` the routed experts are those of this device.
     """
@@ -108,5 +120,6 @@ def moe(cfg: ModelConfig, w: LayerWeights, x_BTD: jax.Array, slots: TokenSlots) 
     if cfg.num_shared_experts:
         shared = f["shared"]
         y_ND = y_ND + ffn(x_ND, shared["gate"], shared["up"], shared["down"])
+    chosen_BTK = chosen_NK.reshape(*valid_BT.shape, -1)
     chosen_NK = jnp.where(valid_BT.reshape(-1, 1), chosen_NK, cfg.num_experts)  # not counted
-    return y_ND.reshape(x_BTD.shape), count_choices(chosen_NK, cfg.num_experts)
+    return y_ND.reshape(x_BTD.shape), Routed(count_choices(chosen_NK, cfg.num_experts), chosen_BTK)

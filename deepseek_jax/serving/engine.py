@@ -68,6 +68,7 @@ class Sequence:
 
     finish: None until it ends: "stop", "length", "cancelled", or "error" where logits were no numbers.
     scored: of each token of the prompt but the first, where requested: its logprob and the likeliest ones.
+    routes: of each token that was fed, in order, where the engine reports them: its experts, int32 [MoE layers, K].
     end: the stop token that ended it, which is not part of it.
     submitted, admitted: when, in seconds of `time.monotonic`.
     """
@@ -87,6 +88,7 @@ class Sequence:
         self.registered, self.digest = 0, b""  # full pages that others can find, and the digest of the last
         self.reused = 0  # tokens of the prompt that were found in the cache
         self.scored: list[Token] = []
+        self.routes: list[np.ndarray] = []
         self.end: Token | None = None
         self.submitted, self.admitted = time.monotonic(), math.nan
 
@@ -113,6 +115,7 @@ class EngineConfig:
     most_steps: decoding steps run at once while no sequence waits: streams get their tokens that often.
     deterministic: what a sequence is told does not depend, to the last bit, on what else runs, on chunks, on the cache
       or, at temperature 0, on drafts; slower (see `tiles`). Without it that holds up to rounding.
+    routes: whether to report the experts of every token; then prompts are read anew, whatever the cache holds.
     """
 
     max_sequences: int = 8
@@ -124,6 +127,7 @@ class EngineConfig:
     chunk: int = 256
     most_steps: int = 8
     deterministic: bool = False
+    routes: bool = False
 
 
 class Engine:
@@ -153,7 +157,8 @@ class Engine:
         kind = options.cache or cfg.dtype
         latent_cache.check_room(cfg, kind, pages * page_size, self.modules)
         self.pool = Pages(pages, page_size)
-        self.geometry = CacheGeometry(kind, page_size, widths(width, page_size), options.deterministic)
+        self.geometry = CacheGeometry(kind, page_size, widths(width, page_size), options.deterministic,
+                                      options.routes)
         self.sizes = batch_sizes(max_sequences, TILE if options.deterministic else 1)
         self.chunks = tuple(sorted({min(c, chunk) for c in (16, 64, chunk)}))
         self.most_rows = {c: min(chunk // c, max_sequences) for c in self.chunks}  # prompts read at once
@@ -260,7 +265,7 @@ class Engine:
             prompt, size = sequence.request.prompt, self.pool.page_size
             # The last token is always fed; where a second module drafts, the one before it is read again for it.
             shared = self.pool.find(prompt)[:(len(prompt) - 1 - max(0, self.modules - 1)) // size]
-            if sequence.request.prompt_logprobs:  # which a page does not hold
+            if sequence.request.prompt_logprobs or self.geometry.routes:  # which a page does not hold
                 shared = []
             needed = self.pool.pages_of(sequence.limit) - len(shared)
             if needed + sum(map(self.pool.idle, shared)) > self.pool.available:
@@ -319,9 +324,12 @@ class Engine:
             known_B=of(len(s.request.prompt) for s in batch), slot_B=of((s.slot for s in batch), self.max_sequences),
             table_BP=self._tables(batch, rows), scored=np.bool_(any(s.request.prompt_logprobs for s in batch)))
         with self._in_use():
-            self._cache, self._drafts, counts_LE, scores = prefill(
+            self._cache, self._drafts, routed, scores = prefill(
                 self.cfg, self.geometry, self.weights, self._cache, self._drafts, chunk)
-        self.loads_LE += np.asarray(counts_LE)
+        self.loads_LE += np.asarray(routed.counts)
+        if routed.chosen is not None:
+            for sequence, count, chosen_TLK in zip(batch, counts, np.asarray(routed.chosen)):
+                sequence.routes += list(chosen_TLK[:count])
         if chunk.scored:
             scores = Scores(*map(np.asarray, scores))
             for b, (sequence, count) in enumerate(zip(batch, counts)):
@@ -376,6 +384,8 @@ class Engine:
                 finish = "error"
                 break
             taken += [(len(new), drafted, accepted)] if count else []
+            if made.chosen_NBTLK is not None:
+                sequence.routes += list(made.chosen_NBTLK[n, b, :count])
             for t in range(count):
                 draft = "accepted" if t < accepted else "rejected" if t < drafted else "none"
                 token = Token(int(made.tokens_NBT[n, b, t]), draft)

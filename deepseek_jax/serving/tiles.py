@@ -33,9 +33,9 @@ def _joined(x_IM1: jax.Array, B: int, T: int) -> jax.Array:
     return x_N[:B * T].reshape(B, T, *x_N.shape[1:])
 
 
-def in_tiles(run: Callable[..., tuple[jax.Array, Any, Any]], cache: Any, slots: TokenSlots,
-             *hidden_BTD: jax.Array) -> tuple[jax.Array, Any, Any]:
-    """run(cache, slots, *hidden) -> (hidden, cache, counts) on tiles, one after the other.
+def in_tiles(run: Callable[..., tuple[Any, Any, Any]], cache: Any, slots: TokenSlots,
+             *hidden_BTD: jax.Array) -> tuple[Any, Any, Any]:
+    """run(cache, slots, *hidden) -> (arrays [B, T, ...], cache, counts) on tiles, one after the other.
 
     A tile finds the latents of those before it in the cache, and tokens of one tile find each other's: `run` writes
     before it reads. Tiles without a valid token are left out.
@@ -48,17 +48,18 @@ def in_tiles(run: Callable[..., tuple[jax.Array, Any, Any]], cache: Any, slots: 
     order_I = jnp.argsort(~used_I, stable=True)
 
     def tile(i, carry):
-        h_IM1D, cache, counts = carry
+        made_IM1, cache, counts = carry
         slots, *x = jax.tree.map(lambda part: part[order_I[i]], (tiles, *xs))
-        h_M1D, cache, more = run(cache, slots, *x)
-        return h_IM1D.at[order_I[i]].set(h_M1D), cache, jax.tree.map(jnp.add, counts, more)
+        made_M1, cache, more = run(cache, slots, *x)
+        made_IM1 = jax.tree.map(lambda all_IM1, one_M1: all_IM1.at[order_I[i]].set(one_M1), made_IM1, made_M1)
+        return made_IM1, cache, jax.tree.map(jnp.add, counts, more)
 
-    h, _, counts = jax.eval_shape(run, cache, *jax.tree.map(lambda part: part[0], (tiles, *xs)))
+    made, _, counts = jax.eval_shape(run, cache, *jax.tree.map(lambda part: part[0], (tiles, *xs)))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), counts)
-    start = jnp.zeros((len(used_I), *h.shape), h.dtype)
+    start = jax.tree.map(lambda x: jnp.zeros((len(used_I), *x.shape), x.dtype), made)
     # The number of turns is data: a loop of one known turn would be merged with what surrounds it.
-    h_IM1D, cache, counts = lax.fori_loop(0, used_I.sum(), tile, (start, cache, zeros))
-    return _joined(h_IM1D, B, T), cache, counts
+    made_IM1, cache, counts = lax.fori_loop(0, used_I.sum(), tile, (start, cache, zeros))
+    return jax.tree.map(lambda x_IM1: _joined(x_IM1, B, T), made_IM1), cache, counts
 
 
 def map_tiles(run: Callable[..., Any], *x_BT: jax.Array) -> Any:

@@ -16,6 +16,7 @@ import pathlib
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import chex
@@ -37,7 +38,15 @@ from deepseek_jax.scale.costs import training_flops_per_token
 from deepseek_jax.training.evaluate import evaluate
 from deepseek_jax.training.metrics import MetricsWriter, all_layers, balance_metrics
 from deepseek_jax.training.selfcheck import check_device
-from deepseek_jax.training.step import TrainState, eval_step, init_state, start_state, train_step
+from deepseek_jax.training.step import (
+    Loss,
+    TrainState,
+    eval_step,
+    init_state,
+    next_token_loss,
+    start_state,
+    train_step,
+)
 from deepseek_jax.training.throughput import peak_flops
 from deepseek_jax.training.types import Metrics
 from deepseek_jax.workdir import alone_in, check_workdir, claim_workdir, is_hf_checkpoint
@@ -134,14 +143,18 @@ class Pending(NamedTuple):
 
 
 class Run:
-    """The state of a run and the files it writes.
+    """The state of a run and the files it writes. Another kind of training overrides `loss`, `batches` and `row`.
 
+    loss: of a step. name: of the progress bar. together: steps that share a batch; a run stops and saves between them.
     asked_by: the signal that asked to stop; where it was another process that got one, it was a SIGTERM.
     """
 
+    loss: Loss = staticmethod(next_token_loss)
+    name: str = "train"
+    together: int = 1
     asked_by: str = "SIGTERM"
 
-    def __init__(self, config: Config, workdir: str, loader: Loader, runner: Runner):
+    def __init__(self, config: Config, workdir: str, loader: Any, runner: Runner):
         self.config, self.loader, self.runner = config, loader, runner
         self.checkpoints = Checkpoints(workdir, config.train.checkpoints_kept)
         wait_for_all("checkpoints")  # the first one has cleaned up
@@ -160,7 +173,7 @@ class Run:
         # Whatever the data, a step compiles once: a second trace is a bug and raises. chex counts by the place in the
         # source, which an earlier run in this process shares.
         chex.clear_trace_counter()
-        traced_once = chex.assert_max_traces(lambda state, batch: train_step(config, state, batch), n=1)
+        traced_once = chex.assert_max_traces(lambda state, batch: train_step(config, state, batch, self.loss), n=1)
         self.step_fn = runner.jit(traced_once, abstract, donate_argnums=0)
         scored = runner.jit(chex.assert_max_traces(lambda *args: eval_step(config, *args), n=1))
         self.eval_fn = lambda params, router, micro: scored(params, router, runner.shard_batch(micro))
@@ -172,7 +185,7 @@ class Run:
         """Runs the remaining steps. False when SIGTERM or Ctrl-C (SIGINT) ended them."""
         previous = {number: signal.signal(number, self._ask_to_stop) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
-            with tqdm.tqdm(total=self.config.train.steps, initial=self.step, desc="train", unit="step",
+            with tqdm.tqdm(total=self.config.train.steps, initial=self.step, desc=self.name, unit="step",
                            mininterval=1.0, disable=not is_first()) as bar:
                 finished = self._steps(bar)
             self.checkpoints.wait()  # a second SIGTERM must not end what the first one asked for
@@ -197,9 +210,13 @@ class Run:
         params, router = self.runner.fetch((self.state.params, self.state.router))
         return {"params": params, "router": router}
 
+    def batches(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        """(step, batch) of the remaining steps; each is asked for after the step before it."""
+        return self.loader.iterate(self.step)
+
     def _steps(self, bar) -> bool:
         train, pending, self.clock = self.config.train, None, time.perf_counter()
-        for index, batch in self.loader.iterate(self.step):
+        for index, batch in self.batches():
             self.state, metrics = self.step_fn(self.state, self.runner.shard_batch(batch))
             self.step = index + 1
             if pending is not None:
@@ -210,7 +227,8 @@ class Run:
                 self.agreed = self.stopping
             last = self.step == train.steps
             evaluating = last or self.step % train.eval_every == 0
-            saving = last or self.agreed or self.step % train.checkpoint_every == 0
+            between = self.step % self.together == 0
+            saving = between and (last or self.agreed or self.step % train.checkpoint_every == 0)
             if evaluating or saving:
                 self._record(pending, bar)
                 pending = None
@@ -234,6 +252,15 @@ class Run:
         now = time.perf_counter()
         tokens_per_second, self.clock = pending.tokens / (now - self.clock), now
         self._check_finite(pending.step, metrics)
+        row = self.row(pending, metrics, tokens_per_second)
+        if self.writer:
+            self.writer.write(pending.step, **row)
+            self.writer.write_expert_load(pending.step, all_layers(metrics.counts))
+        bar.set_postfix_str(self.words(row), refresh=False)
+        bar.update()
+
+    def row(self, pending: Pending, metrics: Metrics, tokens_per_second: float) -> dict[str, float]:
+        """The metrics of a step by name."""
         train, counts_LE = self.config.train, all_layers(metrics.counts)
         row = {"tokens": train.sequences_before(pending.step) * train.sequence_length,
                "loss": float(metrics.loss), "lr": float(metrics.lr), "grad_norm": float(metrics.grad_norm),
@@ -242,17 +269,15 @@ class Run:
         if self.config.model.mtp_depth:
             row["mtp_loss"] = float(metrics.mtp_loss)
         row |= balance_metrics(counts_LE) | {name: float(getattr(metrics, name)) for name in BALANCE if len(counts_LE)}
-        row |= traffic_per_token(self.config.mesh, self.config.model, metrics.traffic)
-        forced = self.config.balance.force_balanced
-        row |= {"force_balanced": 1} if forced else {}
-        if self.writer:
-            self.writer.write(pending.step, **row)
-            self.writer.write_expert_load(pending.step, counts_LE)
+        row |= {"force_balanced": 1} if self.config.balance.force_balanced else {}
+        return row | traffic_per_token(self.config.mesh, self.config.model, metrics.traffic)
+
+    def words(self, row: dict[str, float]) -> str:
+        """What the progress bar shows of a row."""
         loud = f", {n} CHOICES DROPPED" if (n := row.get("dropped_choices")) else ""
-        loud += ", FORCED BALANCE" if forced else ""
-        bar.set_postfix_str(f"loss {row['loss']:.3f}, {row['tokens_per_second']:.0f} tok/s, MFU {row['mfu']:.0%}, "
-                            f"MaxVio {row['max_vio']:.2f}{loud}", refresh=False)
-        bar.update()
+        loud += ", FORCED BALANCE" if row.get("force_balanced") else ""
+        return (f"loss {row['loss']:.3f}, {row['tokens_per_second']:.0f} tok/s, MFU {row['mfu']:.0%}, "
+                f"MaxVio {row['max_vio']:.2f}{loud}")
 
     def _say(self, bar, words):
         if is_first():

@@ -40,7 +40,7 @@ def cross_entropy(hidden_ND: jax.Array, head_DW: jax.Array, targets_N: jax.Array
     return losses.sum()
 
 
-def _chunks(chunk, hidden_ND, targets_N, weights_N):
+def _chunks(chunk, hidden_ND, *others):
     """Pads to full chunks (weight 0) and splits: [N, ...] -> [N / chunk, chunk, ...] of each."""
     chunk = min(chunk, hidden_ND.shape[0])
     pad = -hidden_ND.shape[0] % chunk
@@ -49,7 +49,7 @@ def _chunks(chunk, hidden_ND, targets_N, weights_N):
         x = jnp.pad(x, ((0, pad),) + ((0, 0),) * (x.ndim - 1))
         return x.reshape((-1, chunk) + x.shape[1:])
 
-    return split(hidden_ND), split(targets_N), split(weights_N)
+    return tuple(map(split, (hidden_ND, *others)))
 
 
 def _chunk(head_DW, part, axis):
@@ -94,6 +94,26 @@ def _cross_entropy_bwd(chunk, axis, gradients, dloss):
 
 
 cross_entropy.defvjp(_cross_entropy_fwd, _cross_entropy_bwd)
+
+
+def token_logprobs(hidden_BTD: jax.Array, head_DW: jax.Array, targets_BT: jax.Array, chunk: int) -> jax.Array:
+    """log softmax(hidden @ head)[target] of each token, float32 [B, T] (float64 where hidden is).
+
+    Both passes make the logits of `chunk` tokens at a time; arguments as in `cross_entropy`.
+    """
+    @jax.checkpoint  # or the backward pass would find the logits of all chunks
+    def of_chunk(part):
+        hidden_MD, targets_M = part
+        logits_MW = matmul(hidden_MD, head_DW.astype(hidden_MD.dtype), wide(hidden_MD.dtype))
+        return logits_MW[jnp.arange(len(targets_M)), targets_M] - jax.nn.logsumexp(logits_MW, axis=-1)
+
+    def one(hidden_ND, targets_N):
+        return lax.map(of_chunk, _chunks(chunk, hidden_ND, targets_N)).reshape(-1)[:len(targets_N)]
+
+    # Each device goes through its own tokens, as in `token_losses`.
+    parts = [x.reshape(data_shards(), -1, *x.shape[2:]) for x in (hidden_BTD, targets_BT)]
+    each = jax.vmap(one)(*parts) if data_shards() > 1 else one(*(x[0] for x in parts))
+    return each.reshape(targets_BT.shape)
 
 
 def shifted_targets(targets_BT: jax.Array, weights_BT: jax.Array, segment_ids_BT: jax.Array | None,

@@ -6,8 +6,9 @@ accumulation never touch them (report section 2.1.2).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
@@ -69,18 +70,54 @@ def _positions(segment_ids_BT):
     return index_T - jax.lax.cummax(jnp.where(starts, index_T, 0), axis=1)
 
 
+def run_model(config: Config, params: dict[str, Any], router: dict[str, jax.Array], batch: Batch,
+              **options: Any) -> Output:
+    """The model on one micro-batch, without logits; `options` as in `DeepSeekV3.__call__`."""
+    output: Any = DeepSeekV3(config.model, config.mesh).apply(
+        {"params": params, "router": router}, batch.tokens_BT, positions=batch.positions_BT,
+        segment_ids=batch.segment_ids_BT, logits=False, **options)
+    return output
+
+
 def forward(config: Config, params: dict[str, Any], router: dict[str, jax.Array], batch: Batch,
             step: jax.Array | None = None) -> tuple[Output, TokenLosses]:
     """Model and losses of one micro-batch."""
-    output: Any = DeepSeekV3(config.model, config.mesh).apply(
-        {"params": params, "router": router}, batch.tokens_BT, positions=batch.positions_BT,
-        segment_ids=batch.segment_ids_BT, logits=False, step=step)
+    output = run_model(config, params, router, batch, step=step)
     return output, token_losses(output, params["head"], batch, config.train.loss_chunk)
+
+
+class Inputs(NamedTuple):
+    """What a loss is a function of, apart from the parameters.
+
+    micro: arrays of one micro-batch, whose last two axes are sequences and tokens: those of `split_batch`, and what
+    else the loss reads. normalizers: of the complete batch. step: int32 scalar.
+    """
+
+    router: dict[str, jax.Array]
+    micro: dict[str, jax.Array]
+    normalizers: Normalizers
+    step: jax.Array
+
+
+# (config, params, inputs) -> the scalar that is differentiated, and the sums of one micro-batch.
+Loss = Callable[[Config, dict[str, Any], Inputs], tuple[jax.Array, Sums]]
+
+
+def of_rows(config: Config, micro: dict[str, jax.Array]) -> Batch:
+    """`split_batch` of one micro-batch, whatever else it holds."""
+    return split_batch(config, micro["tokens"], micro["weights"], micro["segment_ids"])
+
+
+def next_token_loss(config: Config, params: dict[str, Any], inputs: Inputs) -> tuple[jax.Array, Sums]:
+    """The report's objective: next tokens, MTP, balance."""
+    router, micro, normalizers, step = inputs
+    output, losses = forward(config, params, router, of_rows(config, micro), step)
+    return objective(output, losses, normalizers, config.balance), sums_of(output, losses)
 
 
 def _target_weights(config: Config, micro):
     """Summed weights of one micro-batch: main, and per MTP depth."""
-    batch = split_batch(config, **micro)
+    batch = of_rows(config, micro)
     depths = [shifted_targets(batch.targets_BT, batch.weights_BT, batch.segment_ids_BT, k + 1)[1].sum()
               for k in range(config.model.mtp_depth)]
     return batch.weights_BT.sum(), jnp.stack(depths) if depths else jnp.zeros((0,))
@@ -95,25 +132,26 @@ def mtp_weight(config: Config, step: jax.Array | int) -> jax.Array | float:
 
 
 def accumulate(config: Config, params: dict[str, Any], router: dict[str, jax.Array], batch: dict[str, Any],
-               step: jax.Array) -> tuple[dict[str, Any], Sums]:
+               step: jax.Array, loss: Loss = next_token_loss) -> tuple[dict[str, Any], Sums]:
     """Gradients and sums over the active micro-batches; equal to those of one large batch.
 
     Except for the auxiliary loss, whose two factors are means over a micro-batch, as in the frameworks that use it.
 
     Args:
       batch: tokens int32, weights float32, segment_ids int32, each [M, b, T + 1], and `active` int32, how many of
-        the M micro-batches count (see `data.loader`).
+        the M micro-batches count (see `data.loader`). Others that `loss` reads: as Inputs says, after an axis M.
+      loss: of one micro-batch; a pipeline computes `next_token_loss` alone.
     """
     counted_M = jnp.arange(config.train.accumulation_steps) < batch["active"]
-    parts = {name: batch[name] for name in ("tokens", "weights", "segment_ids")}
+    parts = {name: x for name, x in batch.items() if name != "active"}
     parts["weights"] = jnp.where(counted_M[:, None, None], parts["weights"], 0)
     weight, mtp_weight_D = (w.sum(axis=0) for w in jax.vmap(lambda micro: _target_weights(config, micro))(parts))
     normalizers = Normalizers(jnp.maximum(weight, 1), jnp.maximum(mtp_weight_D, 1), mtp_weight(config, step),
                               1 / batch["active"])
-    gradients = _gradients(config, params, router, normalizers, step)
+    gradients = _gradients(config, params, router, normalizers, step, loss)
 
     def one(m):
-        grads, sums = gradients(split_batch(config, **jax.tree.map(lambda x: x[m], parts)))
+        grads, sums = gradients(jax.tree.map(lambda x: x[m], parts))
         return constrain_to_storage(grads), sums
 
     if config.train.accumulation_steps == 1:
@@ -121,29 +159,26 @@ def accumulate(config: Config, params: dict[str, Any], router: dict[str, jax.Arr
     return jax.lax.fori_loop(1, batch["active"], lambda m, total: jax.tree.map(jnp.add, total, one(m)), one(0))
 
 
-def _gradients(config, params, router, normalizers, step) -> Callable[[Batch], tuple[dict[str, Any], Sums]]:
+def _gradients(config, params, router, normalizers, step,
+               loss: Loss) -> Callable[[dict[str, jax.Array]], tuple[dict[str, Any], Sums]]:
     """The function of one micro-batch, with or without a pipeline."""
     if config.mesh.pipe > 1:
         pipeline = gradients_of(config, params, router, step)
-        return lambda batch: pipeline(batch, normalizers)
-
-    def loss(params, batch):
-        output, losses = forward(config, params, router, batch, step)
-        sums = _sums(output, losses)
-        return objective(output, losses, normalizers, config.balance), sums
-
+        return lambda micro: pipeline(of_rows(config, micro), normalizers)
     working = constrain_to_compute(params)
 
-    def gradients(batch):
-        (_, sums), grads = jax.value_and_grad(loss, has_aux=True)(working, batch)
+    def gradients(micro):
+        inputs = Inputs(router, micro, normalizers, step)
+        (_, sums), grads = jax.value_and_grad(functools.partial(loss, config), has_aux=True)(working, inputs)
         return grads, sums
 
     return gradients
 
 
-def train_step(config: Config, state: TrainState, batch: dict[str, Any]) -> tuple[TrainState, Metrics]:
+def train_step(config: Config, state: TrainState, batch: dict[str, Any],
+               loss: Loss = next_token_loss) -> tuple[TrainState, Metrics]:
     """Takes one step. Pure; jit it with `config` closed over and the state donated."""
-    grads, sums = accumulate(config, state.params, state.router, batch, state.step)
+    grads, sums = accumulate(config, state.params, state.router, batch, state.step, loss)
     optimizer = make_optimizer(config.optimizer, config.train.steps)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = jax.tree.map(jnp.add, state.params, updates)
@@ -166,7 +201,8 @@ def _metrics(config, step, grads, sums: Sums, active, biases: list[jax.Array]) -
         sequence_loss=sums.sequence_loss / active, auxiliary_loss=sums.auxiliary_loss / active,
         bias_low=jnp.stack([b.min() for b in biases]).min() if biases else none,
         bias_high=jnp.stack([b.max() for b in biases]).max() if biases else none,
-        counts=sums.counts, traffic=sums.traffic)
+        counts=sums.counts, traffic=sums.traffic,
+        own={name: total / jnp.maximum(losses.weight, 1) for name, total in sums.own.items()})
 
 
 def _norm(tree):
@@ -185,9 +221,10 @@ def _move_biases(config: Config, state: TrainState, counts) -> tuple[dict[str, j
 
 def eval_step(config: Config, params: dict[str, Any], router: dict[str, jax.Array], micro: dict[str, Any]) -> Sums:
     """Sums of one validation batch [b, T + 1]."""
-    output, losses = forward(config, constrain_to_compute(params), router, split_batch(config, **micro))
-    return _sums(output, losses)
+    output, losses = forward(config, constrain_to_compute(params), router, of_rows(config, micro))
+    return sums_of(output, losses)
 
 
-def _sums(output: Output, losses: TokenLosses) -> Sums:
-    return Sums(losses, output.counts, output.traffic, output.sequence_loss, output.auxiliary_loss)
+def sums_of(output: Output, losses: TokenLosses, own: dict[str, jax.Array] | None = None) -> Sums:
+    """The sums of one micro-batch. own: as Sums has it."""
+    return Sums(losses, output.counts, output.traffic, output.sequence_loss, output.auxiliary_loss, own or {})

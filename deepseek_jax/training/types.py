@@ -49,6 +49,7 @@ class Sums(NamedTuple):
     """Sums over a batch. counts: int32 [L, E] under the names of the `router` collection.
 
     sequence_loss, auxiliary_loss: unweighted, float32, summed over micro-batches. A pipeline has no auxiliary loss: 0.
+    own: what else the loss measures by name, weighted like its tokens.
     """
 
     losses: TokenLosses
@@ -56,13 +57,14 @@ class Sums(NamedTuple):
     traffic: Traffic | None
     sequence_loss: jax.Array
     auxiliary_loss: jax.Array
+    own: dict[str, jax.Array] = {}  # noqa: RUF012 (never written to)
 
 
 class Metrics(NamedTuple):
     """Of one step: float32 scalars, loss and mtp_loss in nats per token; counts int32 per layer.
 
     sequence_loss, auxiliary_loss: unweighted, means over the micro-batches. bias_low, bias_high: the least and the
-    largest routing bias after the step; 0 where there is none.
+    largest routing bias after the step; 0 where there is none. own: weighted means of what else the loss measures.
     """
 
     loss: jax.Array
@@ -75,3 +77,4 @@ class Metrics(NamedTuple):
     bias_high: jax.Array
     counts: dict[str, jax.Array]
     traffic: Traffic | None
+    own: dict[str, jax.Array] = {}  # noqa: RUF012 (never written to)

@@ -374,8 +374,8 @@ MUTATIONS = [
     Mutation(
         name="all layers share the first bias",
         file="deepseek_jax/model/transformer.py",
-        old="(x_BTD, bias_LE, context)",
-        new="(x_BTD, 0 * bias_LE + bias_LE[:1], context)",
+        old="(x_BTD, bias_LE, context, chosen)",
+        new="(x_BTD, 0 * bias_LE + bias_LE[:1], context, chosen)",
         tests="model/test_transformer.py",
     ),
     Mutation(

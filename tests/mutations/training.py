@@ -227,8 +227,8 @@ MUTATIONS = [
     Mutation(
         name="SIGTERM does not save",
         file="deepseek_jax/training/loop.py",
-        old="saving = last or self.agreed or",
-        new="saving = last or",
+        old="(last or self.agreed or",
+        new="(last or",
         tests="training/test_loop_order.py",
     ),
     Mutation(

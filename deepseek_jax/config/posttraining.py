@@ -1,0 +1,38 @@
+"""Reinforcement learning: the answers that are drawn, and the objective that they are learned by."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Annotated, Literal
+
+from deepseek_jax.config.schema import NOT_NEGATIVE, POSITIVE, Checked
+
+
+@dataclasses.dataclass(frozen=True)
+class RolloutConfig(Checked, section="rollout"):
+    """Prompts and answers of deepseek_jax.reinforce (docs/posttraining.md).
+
+    Answers are drawn at temperature 1, so that their log-probabilities are those of the policy.
+    """
+
+    task: Annotated[str, "reverse, sort, addition, countdown, reasoning_gym:NAME, or your own as "
+                         "package.module:NAME"] = "reverse"
+    size: Annotated[int, POSITIVE, "letters, words, digits or numbers of a problem"] = 4
+    group_size: Annotated[int, POSITIVE, "answers to each prompt; train.batch_size counts answers"] = 8
+    max_new_tokens: Annotated[int, POSITIVE, "of an answer"] = 32
+    draft: Annotated[bool, "by the MTP modules, where the model has them"] = True
+    replay_routes: Annotated[bool, "training takes the experts that were chosen while sampling"] = True
+
+
+@dataclasses.dataclass(frozen=True)
+class GrpoConfig(Checked, section="grpo"):
+    """The objective of deepseek_jax.reinforce: group relative policy optimization (arXiv 2402.03300)."""
+
+    updates: Annotated[int, POSITIVE, "optimizer steps on each batch of answers"] = 1
+    clip_low: Annotated[float, POSITIVE, "ratios below 1 - clip_low no longer count"] = 0.2
+    clip_high: Annotated[float, POSITIVE, "ratios above 1 + clip_high no longer count; DAPO: 0.28"] = 0.2
+    advantage: Annotated[Literal["std", "mean"], "std: deviation from the group's mean in standard deviations; mean: "
+                                                 "not divided, as in Dr. GRPO"] = "std"
+    mean: Annotated[Literal["sequence", "token"], "sequence: over the tokens of an answer, then over answers; token: "
+                                                  "over all tokens of the batch, as in DAPO"] = "sequence"
+    kl_weight: Annotated[float, NOT_NEGATIVE, "beta of the KL divergence from the weights of init.from"] = 0.0

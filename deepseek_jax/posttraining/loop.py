@@ -1,0 +1,170 @@
+"""The run of reinforcement learning: the training loop with rollouts in the place of a corpus.
+
+    weights of init.from -> answers -> rewards -> advantages -> steps of the policy -> answers of the new policy ...
+
+Optimizer, mesh, checkpoints, signals and metrics are those of `training.loop`. A rollout is a function of weights, seed
+and step, so a run resumes to the bit without saving any answer: it stops and saves only between rollouts.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from deepseek_jax.checkpoint.manager import restore_items
+from deepseek_jax.config import GROUP_LIMITED, Config, ConfigError
+from deepseek_jax.data.prepare import find_tokenizer
+from deepseek_jax.data.tokenizer import Tokenizer
+from deepseek_jax.model.parts import check_parts
+from deepseek_jax.parallel.runner import Runner
+from deepseek_jax.posttraining import rollout
+from deepseek_jax.posttraining.tasks import Task, find_task
+from deepseek_jax.posttraining.update import policy_loss, view
+from deepseek_jax.serving.engine import check_servable
+from deepseek_jax.training.loop import Pending, Run, check_start
+from deepseek_jax.training.step import init_state
+from deepseek_jax.training.types import Metrics
+from deepseek_jax.workdir import alone_in, check_workdir, claim_workdir
+
+
+def reinforce(config: Config, workdir: str) -> bool:
+    """Trains to config.train.steps, resuming the run in the work directory. False: a signal ended it early.
+
+    Raises:
+      ConfigError: a config without a start or a task, another config's work directory, a mesh that does not fit.
+      DivergedError: a loss that is not finite.
+      CheckpointError: a checkpoint that could not be written.
+    """
+    check_reinforce(config)
+    check_parts(config.model, config.balance)
+    check_servable(config.model)
+    task = find_task(config.rollout.task, config.rollout.size)
+    runner = Runner(config)
+    check_workdir(config, workdir)
+    check_start(config)
+    with alone_in(workdir):
+        tokenizer = find_tokenizer(config, workdir, [])
+        claim_workdir(config, workdir)
+        run = ReinforceRun(config, workdir, task, tokenizer, runner)
+        try:
+            return run.go()
+        finally:
+            run.close()
+
+
+def check_reinforce(config: Config) -> None:
+    """Raises ConfigError for what reinforcement learning cannot run with."""
+    train, answers = config.train, config.rollout
+    if config.init.from_ is None:
+        raise ConfigError("reinforcement learning starts from the weights of a run; add --config.init.from=RUN.")
+    if config.mesh.pipe > 1:
+        raise ConfigError(f"mesh.pipe={config.mesh.pipe}: pipelines train next tokens alone; take mesh.pipe=1.")
+    if answers.group_size < 2 or train.batch_size % answers.group_size:
+        fits = [g for g in range(2, train.batch_size + 1) if train.batch_size % g == 0]
+        raise ConfigError(f"rollout.group_size={answers.group_size} must be at least 2 and divide train.batch_size="
+                          f"{train.batch_size}, which counts answers; take one of {fits}.")
+    if train.ramp_from is not None:
+        raise ConfigError("train.ramp_from is for pre-training; take None: all rollouts have one size.")
+    for name in ("steps", "checkpoint_every"):
+        if getattr(train, name) % config.grpo.updates:
+            raise ConfigError(f"train.{name}={getattr(train, name)} must be a multiple of grpo.updates="
+                              f"{config.grpo.updates}: a run stops and saves between rollouts.")
+    if answers.replay_routes and config.model.router != GROUP_LIMITED:
+        raise ConfigError(f"model.router={config.model.router!r} cannot replay routes; take "
+                          "--config.rollout.replay_routes=False.")
+
+
+class ReinforceRun(Run):
+    """A run whose batches are answers of its own policy."""
+
+    loss = staticmethod(policy_loss)
+    name = "reinforce"
+
+    def __init__(self, config: Config, workdir: str, task: Task, tokenizer: Tokenizer, runner: Runner):
+        super().__init__(config, workdir, None, runner)
+        self.task, self.tokenizer = task, tokenizer
+        self.together = config.grpo.updates
+        seen = runner.jit(functools.partial(view, config))
+        self.view = lambda variables, micro: jax.device_get(
+            seen(variables["params"], variables["router"], runner.shard_batch(micro)))
+        self.reference = self._reference_variables() if config.grpo.kl_weight else None
+        self.measured: dict[int, dict[str, float]] = {}  # of rollouts, by the step that used them first
+        self.faults: dict[int, str] = {}
+
+    def _reference_variables(self) -> dict[str, Any]:
+        """Where the run began, whatever it has become."""
+        fresh = jax.eval_shape(functools.partial(init_state, self.config))
+        abstract = self.runner.with_shardings({"params": fresh.params, "router": fresh.router})
+        return restore_items(str(self.config.init.from_), abstract=abstract)[0]
+
+    def batches(self) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+        """Draws a rollout whenever it is asked for the first step of one: by then the step before has been taken."""
+        for first in range(self.step, self.config.train.steps, self.together):
+            batch = self._rollout(first)
+            for step in range(first, first + self.together):
+                yield step, batch
+
+    def _rollout(self, step: int) -> dict[str, np.ndarray]:
+        config = self.config
+        groups = config.train.batch_size // config.rollout.group_size
+        drawn = rollout.draw_problems(config, self.task, self.tokenizer, rollout.TRAINING, step, groups)
+        problems = [problem for problem in drawn for _ in range(config.rollout.group_size)]
+        answers = rollout.answer(config, self.sample_variables(), self.task, self.tokenizer, problems, step)
+        batch = rollout.batch_of(config, answers)
+        views = [self.view({"params": self.state.params, "router": self.state.router}, micro)
+                 for micro in _micro_batches(batch)]
+        chosen = None if views[0].chosen_LBTK is None else np.stack([v.chosen_LBTK for v in views])
+        self.measured[step + 1] = rollout.measures(config, answers) | rollout.disagreement(
+            batch, np.stack([v.logprob_BT for v in views]), chosen)
+        if answers.faults:
+            self.faults[step + 1] = ", ".join(f"{n} x {kind}" for kind, n in sorted(answers.faults.items()))
+        if self.reference is not None:
+            reference_MBT = np.stack([self.view(self.reference, micro).logprob_BT for micro in _micro_batches(batch)])
+            batch["reference"] = np.pad(reference_MBT, ((0, 0), (0, 0), (1, 0)))
+        if not config.rollout.replay_routes:
+            batch.pop("routes", None)
+        return batch
+
+    def row(self, pending: Pending, metrics: Metrics, tokens_per_second: float) -> dict[str, float]:
+        """That of training, and what the rollout and the objective measured."""
+        row = super().row(pending, metrics, tokens_per_second)
+        row.pop("mtp_loss", None)  # not trained here
+        own = {name: float(value) for name, value in metrics.own.items()}
+        return row | own | self.measured.pop(pending.step, {})
+
+    def words(self, row: dict[str, float]) -> str:
+        """What the progress bar shows of a row."""
+        if "reward" not in row:
+            return f"loss {row['loss']:.3f}"
+        return f"reward {row['reward']:.3f}, {row['answer_tokens']:.1f} tokens, MaxVio {row['max_vio']:.2f}"
+
+    def _record(self, pending: Pending, bar):
+        super()._record(pending, bar)
+        if found := self.faults.pop(pending.step, None):
+            self._say(bar, f"step {pending.step}: answers without a reward, counted as 0: {found}")
+
+    def _steps(self, bar) -> bool:
+        if self.step == 0:
+            self._evaluate(bar)
+        return super()._steps(bar)
+
+    def _evaluate(self, bar):
+        """The likeliest answers to problems that are the same each time."""
+        config = self.config
+        count = max(1, config.train.eval_batches) * config.train.batch_size
+        problems = rollout.draw_problems(config, self.task, self.tokenizer, rollout.EVALUATION, 0, count)
+        answers = rollout.answer(config, self.sample_variables(), self.task, self.tokenizer, problems)
+        reward = float(np.mean(answers.rewards))
+        if self.writer:
+            self.writer.write(self.step, eval_reward=reward, eval_faults=sum(answers.faults.values()))
+        self._say(bar, f"step {self.step}: reward {reward:.3f} of the likeliest answers to {count} held-out problems")
+
+
+def _micro_batches(batch):
+    """Of each micro-batch what `view` reads."""
+    return [{name: batch[name][m] for name in ("tokens", "weights", "segment_ids")}
+            for m in range(int(batch["active"]))]

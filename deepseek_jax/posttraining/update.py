@@ -1,0 +1,69 @@
+"""The policy loss of one micro-batch, and the trainer's view of answers: what `training.step` takes in the place of
+next-token prediction.
+
+A batch holds what every step's batch holds (`training.step.accumulate`), and of each token, at its own place:
+
+    weights      of its loss (`grpo.token_weights`); 0 for prompts and padding
+    advantages   of its answer
+    sampled      its log-probability when it was drawn
+    reference    that of the reference policy; only where grpo.kl_weight > 0
+    routes       [MoE layers, K, rows, T + 1]: its experts when it was fed, -1 where that is unknown; only for replay
+
+MTP modules get no gradient: they go on drafting for a policy that moves.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from deepseek_jax.config import Config
+from deepseek_jax.model.types import Output
+from deepseek_jax.parallel.sharding import constrain_to_compute
+from deepseek_jax.posttraining.grpo import token_losses
+from deepseek_jax.training.losses import objective, token_logprobs
+from deepseek_jax.training.step import Inputs, of_rows, run_model, sums_of
+from deepseek_jax.training.types import Sums, TokenLosses
+
+
+def policy_loss(config: Config, params: dict[str, Any], inputs: Inputs) -> tuple[jax.Array, Sums]:
+    """GRPO's loss and the balance losses of one micro-batch; a `training.step.Loss`."""
+    micro, weights_BT = inputs.micro, inputs.micro["weights"][:, 1:]
+    logprob_BT, output = _logprobs(config, params, inputs.router, micro, replayed(micro), inputs.step)
+    of_targets = {name: micro[name][:, 1:] for name in ("sampled", "advantages", "reference") if name in micro}
+    loss_BT, watched = token_losses(config.grpo, logprob_BT, of_targets["sampled"], of_targets["advantages"],
+                                    weights_BT, of_targets.get("reference"))
+    weighted = lambda x_BT: (x_BT * weights_BT).sum()
+    none_D = jnp.zeros_like(inputs.normalizers.mtp_weight_D)
+    losses = TokenLosses(weighted(loss_BT), weights_BT.sum(), none_D, none_D)
+    sums = sums_of(output, losses, {name: weighted(x_BT) for name, x_BT in watched.items()})
+    return objective(output, losses, inputs.normalizers, config.balance), sums
+
+
+def replayed(micro: dict[str, jax.Array]) -> jax.Array | None:
+    """The recorded experts of the tokens that the model reads, as it takes them: [MoE layers, B, T, K]."""
+    return jnp.moveaxis(micro["routes"][..., :-1], 1, -1) if "routes" in micro else None
+
+
+class View(NamedTuple):
+    """How the trainer sees tokens by itself, without replay.
+
+    logprob_BT: float32, of each target. chosen_LBTK: int32, the experts of each token read; None in a dense model.
+    """
+
+    logprob_BT: jax.Array
+    chosen_LBTK: jax.Array | None
+
+
+def view(config: Config, params: dict[str, Any], router: dict[str, jax.Array], micro: dict[str, Any]) -> View:
+    """The trainer's log-probabilities and routes of one micro-batch: tokens, weights, segment_ids."""
+    logprob_BT, output = _logprobs(config, constrain_to_compute(params), router, micro, None, None)
+    return View(logprob_BT, output.captured.get("chosen"))
+
+
+def _logprobs(config, params, router, micro, chosen, step) -> tuple[jax.Array, Output]:
+    batch = of_rows(config, micro)
+    output = run_model(config, params, router, batch, chosen=chosen, step=step, capture=("chosen",))
+    return token_logprobs(output.hidden_BTD, params["head"], batch.targets_BT, config.train.loss_chunk), output

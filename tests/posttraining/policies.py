@@ -1,0 +1,41 @@
+"""A tiny policy with a real tokenizer, for the tests of this room."""
+
+import dataclasses
+import functools
+import pathlib
+
+from deepseek_jax.checkpoint.manager import Checkpoints
+from deepseek_jax.config import Config, GrpoConfig, OptimizerConfig, RolloutConfig, TrainConfig
+from deepseek_jax.config.training import BalanceConfig, InitConfig
+from deepseek_jax.data.tokenizer import Tokenizer, train_tokenizer
+from deepseek_jax.training.step import init_state
+from deepseek_jax.workdir import claim_workdir
+from tests.model import naive
+
+MODEL = dict(vocab_size=288, num_layers=2, num_dense_layers=1)
+
+
+def config_of(model=None, rollout=None, grpo=None, **train) -> Config:
+    return Config(
+        model=naive.tiny(**(MODEL | (model or {}))),
+        rollout=RolloutConfig(**(dict(size=2, group_size=4, max_new_tokens=6) | (rollout or {}))),
+        grpo=GrpoConfig(**(grpo or {})), balance=BalanceConfig(bias_speed=0.0, sequence_loss_weight=0.0),
+        optimizer=OptimizerConfig(learning_rate=1e-3, warmup=0.0, weight_decay=0.0),
+        train=TrainConfig(**(dict(steps=4, batch_size=8, sequence_length=24, accumulation_steps=2, loss_chunk=16,
+                                  checkpoint_every=2, eval_every=4) | train)))
+
+
+@functools.cache
+def tokenizer() -> Tokenizer:
+    return train_tokenizer(["reverse a b c d = d c b a"] * 4, 288)
+
+
+def start_run(folder: pathlib.Path, config: Config) -> Config:
+    """A run with random weights in `folder`, and the config that starts from it."""
+    config = dataclasses.replace(config, init=InitConfig())
+    claim_workdir(config, str(folder))
+    tokenizer().save(str(folder / "tokenizer.json"))
+    checkpoints = Checkpoints(folder)
+    checkpoints.save(1, init_state(config), {})
+    checkpoints.close()
+    return dataclasses.replace(config, init=InitConfig(str(folder)))
