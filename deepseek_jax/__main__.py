@@ -7,7 +7,8 @@ from deepseek_jax import __version__
 
 COMMANDS = {
     "train": "trains a model, or resumes a run",
-    "reinforce": "trains a run on by rewards that rules decide (GRPO)",
+    "reinforce": "trains a run further, by rewards that rules decide",
+    "posttraining": "writes problems with answers, for reinforce and what comes before it",
     "evaluate": "scores a run: loss, bits per byte, balance",
     "compare": "puts runs side by side: configs, losses, a picture",
     "generate": "continues prompts, answers in a chat",
@@ -18,7 +19,7 @@ COMMANDS = {
     "pipeline": "draws and proves a pipeline schedule",
 }
 USAGE = "\n".join(["usage: deepseek-jax COMMAND [options]      deepseek-jax COMMAND --help", "",
-                   *(f"  {name:9} {what}" for name, what in COMMANDS.items())])
+                   *(f"  {name:12} {what}" for name, what in COMMANDS.items())])
 
 
 def main() -> None:

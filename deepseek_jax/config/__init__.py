@@ -12,6 +12,6 @@ from deepseek_jax.config.schema import Checked, ConfigError, build, did_you_mean
 from deepseek_jax.config.training import BalanceConfig, DataConfig, InitConfig, OptimizerConfig, TrainConfig
 
 __all__ = ["GROUP_LIMITED", "PARTS", "PRESETS", "BalanceConfig", "Checked", "Config", "ConfigError", "DataConfig",
-           "FP8Config", "GrpoConfig", "InitConfig", "MeshConfig", "ModelConfig", "OptimizerConfig",
-           "PipelineConfig", "RolloutConfig", "TrainConfig", "Yarn", "as_dict", "build", "default_config",
-           "did_you_mean", "freeze", "key", "load_config", "model_config", "shown"]
+           "FP8Config", "GrpoConfig", "InitConfig", "MeshConfig", "ModelConfig", "OptimizerConfig", "PipelineConfig",
+           "RolloutConfig", "TrainConfig", "Yarn", "as_dict", "build", "default_config", "did_you_mean", "freeze",
+           "key", "load_config", "model_config", "shown"]

@@ -8,9 +8,13 @@ from deepseek_jax.checkpoint.manager import Checkpoints
 from deepseek_jax.config import Config, GrpoConfig, OptimizerConfig, RolloutConfig, TrainConfig
 from deepseek_jax.config.training import BalanceConfig, InitConfig
 from deepseek_jax.data.tokenizer import Tokenizer, train_tokenizer
+from deepseek_jax.posttraining.tasks import Task
 from deepseek_jax.training.step import init_state
 from deepseek_jax.workdir import claim_workdir
 from tests.model import naive
+
+# Rewards that answers of random weights get now and then.
+EVEN = Task(lambda rng: (f"say {rng.integers(9)}", None), lambda answer, reference: float(len(answer.encode()) % 2 == 0))
 
 MODEL = dict(vocab_size=288, num_layers=2, num_dense_layers=1)
 

@@ -270,3 +270,16 @@ def test_the_token_that_ends_a_sequence_is_kept_apart(engine):
     ended = engine.submit(Request((5, 6, 7), 4, stop_tokens=frozenset([token]), logprobs=True))
     engine.run()
     assert (ended.made, ended.finish, ended.end.id) == ([], "stop", token) and ended.end.logprob < 0
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_routes_are_those_of_every_token_that_was_fed(deterministic):
+    engine = Engine(CFG, VARIABLES, EngineConfig(max_sequences=1, max_length=64, depth=1, page_size=4, chunk=16,
+                                                 most_steps=4, deterministic=deterministic, routes=True))
+    first, again = (engine.submit(Request(LONG[:13], 8)) for _ in range(2))  # the second finds pages of the first
+    engine.run()
+    routes = np.stack(first.routes[:20])
+    assert routes.shape == (20, CFG.num_moe_layers, CFG.experts_per_token)
+    np.testing.assert_array_equal(routes, np.stack(again.routes[:20]))
+    own = naive.forward(CFG, ("chosen",))(VARIABLES, np.array([[*LONG[:13], *ids(first)]])).captured["chosen"]
+    np.testing.assert_array_equal(np.sort(routes), np.sort(np.moveaxis(np.asarray(own[:, 0, :20]), 0, 1)))
