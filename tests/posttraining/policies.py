@@ -14,7 +14,8 @@ from deepseek_jax.workdir import claim_workdir
 from tests.model import naive
 
 # Rewards that answers of random weights get now and then.
-EVEN = Task(lambda rng: (f"say {rng.integers(9)}", None), lambda answer, reference: float(len(answer.encode()) % 2 == 0))
+EVEN = Task(lambda rng: (f"say {rng.integers(9)}", None),
+            lambda answer, reference: float(len(answer.encode()) % 2 == 0))
 
 MODEL = dict(vocab_size=288, num_layers=2, num_dense_layers=1)
 

@@ -121,7 +121,8 @@ def run_command(folder, workdir, start):
     (folder / "config.py").write_text(CONFIG_FILE)
     return subprocess.Popen([sys.executable, "-m", "deepseek_jax.reinforce", "--config", str(folder / "config.py"),
                              "--workdir", str(workdir), f"--config.init.from={start.init.from_}"], text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=dict(os.environ, PYTHONUNBUFFERED="1"))
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                            env=os.environ | {"PYTHONUNBUFFERED": "1"})
 
 
 @pytest.mark.slow

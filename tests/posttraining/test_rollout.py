@@ -72,7 +72,8 @@ def test_a_rollout_is_a_function_of_seed_and_number():
 def sequence(prompt, made, end=None, finish="stop", logprob=-1.0, routes=()):
     token = lambda i: Token(i, "none", logprob)
     return types.SimpleNamespace(request=types.SimpleNamespace(prompt=prompt), made=list(map(token, made)),
-                                 finish=finish, end=None if end is None else token(end), routes=list(routes), drafted=4, accepted=1)
+                                 finish=finish, end=None if end is None else token(end), routes=list(routes),
+                                 drafted=4, accepted=1)
 
 
 def test_a_batch_holds_prompt_answer_and_the_token_that_ended_it():
