@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from fractions import Fraction
 from typing import Any, NamedTuple
 
+from deepseek_jax.config import ConfigError
 from deepseek_jax.posttraining.sandbox import passes_tests
 
 Rule = Callable[[str, str, Any], float]  # prompt, answer, reference -> reward
@@ -99,7 +100,10 @@ class Scores(NamedTuple):
 
 
 def score_all(scorers: Iterable[Callable[[], float]], seconds: float = 10.0) -> Scores:
-    """Calls each scorer. One that takes longer, raises or returns no finite number is a fault, with reward 0."""
+    """Calls each scorer. One that takes longer, raises or returns no finite number is a fault, with reward 0.
+
+    Raises ConfigError where a scorer does: then no answer can be scored here.
+    """
     rewards, faults = [], collections.Counter()
     for scorer in scorers:
         reward = 0.0
@@ -109,6 +113,8 @@ def score_all(scorers: Iterable[Callable[[], float]], seconds: float = 10.0) -> 
             if not math.isfinite(reward):
                 faults["no finite number"] += 1
                 reward = 0.0
+        except ConfigError:  # of a rule that cannot run here, whatever the answer
+            raise
         except (Exception, SystemExit) as error:  # whatever a rule does with what a model wrote
             faults[type(error).__name__] += 1
             reward = 0.0

@@ -20,7 +20,7 @@ from tests import runs
 from tests.posttraining import policies
 
 SMALL = dict(model=dict(num_layers=1, num_dense_layers=0, mtp_depth=0),
-             rollout=dict(task="tests.posttraining.policies:EVEN"))
+             rollout=dict(task="tests.posttraining.policies:EVEN"), grpo=dict(updates=2, kl_weight=0.1))
 
 
 @pytest.fixture(scope="module")
@@ -42,11 +42,13 @@ def test_a_run_leaves_rewards_ratios_and_routes_of_every_step(start, whole):
     trained = [row for row in rows if "loss" in row]
     assert [row["step"] for row in trained] == [1, 2, 3, 4]
     assert [row["step"] for row in rows if "eval_reward" in row] == [0, 4]
+    assert ["reward" in row for row in trained] == [True, False, True, False]  # of two updates
     assert {"reward", "mixed_groups", "answer_tokens", "finished", "entropy", "accepted", "reward_faults",
             "ratio_least", "ratio_mean", "ratio_largest", "tokens_rerouted", "routers_rerouted", "clipped",
-            "ratio_error", "grad_norm", "max_vio"} <= trained[0].keys()
-    assert all(abs(row["ratio_error"]) < 1e-5 and row["tokens_rerouted"] == 0 for row in trained)
-    assert any(row["mixed_groups"] > 0 for row in trained)
+            "ratio_error", "kl", "grad_norm", "max_vio"} <= trained[0].keys()
+    assert all(row["ratio_error"] < 1e-5 and row["tokens_rerouted"] == 0 for row in trained[::2])
+    assert trained[1]["ratio_error"] > 1e-5 and trained[0]["kl"] < 1e-9 < trained[2]["kl"]
+    assert any(row["mixed_groups"] > 0 for row in trained[::2])
     assert runs.checkpoints(whole) == [2, 4] and (whole / "tokenizer.json").exists()
 
 
@@ -105,14 +107,12 @@ def test_the_command_says_in_one_line_what_is_missing(monkeypatch):
 
 
 CONFIG_FILE = """
-from tests.posttraining import policies
+from tests.posttraining import policies, test_loop
 from deepseek_jax.config import as_dict
 
 def get_config():
     import ml_collections
-    config = policies.config_of(model=dict(num_layers=1, num_dense_layers=0, mtp_depth=0), steps=12,
-                                rollout=dict(task="tests.posttraining.policies:EVEN"),
-                                grpo=dict(updates=2, kl_weight=0.1))
+    config = policies.config_of(**test_loop.SMALL, steps=12)
     return ml_collections.ConfigDict(as_dict(config), type_safe=False)
 """
 

@@ -4,6 +4,7 @@ import time
 
 import pytest
 
+from deepseek_jax.config import ConfigError
 from deepseek_jax.posttraining import sandbox
 from deepseek_jax.posttraining.rewards import RULES, last_box, score_all
 
@@ -87,8 +88,8 @@ def test_code_that_never_ends_is_killed_in_time():
 
 def test_a_system_without_limits_refuses_to_run_code(monkeypatch):
     monkeypatch.setattr(sandbox.os, "name", "nt")
-    with pytest.raises(ValueError, match="take a POSIX system"):
-        sandbox.passes_tests("", "")
+    with pytest.raises(ConfigError, match="take a POSIX system"):
+        score_all([lambda: RULES["unit_tests"]("", "", "")])
 
 
 def test_a_reward_that_misbehaves_costs_its_own_answer_and_is_counted():
