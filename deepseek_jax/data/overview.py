@@ -42,8 +42,8 @@ def describe_sources(config: Config, prepared: Prepared) -> str:
 
 def _too_long(source, shards, length):
     count = sum(int((shard.lengths_N > length + 1).sum()) for shard in shards)
-    return count and (f"note: {source}: {count:,} documents are longer than train.sequence_length={length} and are left "
-                      "out; raise it to train on them.")
+    return count and (f"note: {source}: {count:,} documents are longer than train.sequence_length={length} and are "
+                      "left out; raise it to train on them.")
 
 
 def _left_out(path):

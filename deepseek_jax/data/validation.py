@@ -63,7 +63,8 @@ class Validation:
 
     def _middle(self, source) -> int | None:
         """The row in the middle of a source; None of one without text."""
-        return int(self.starts[source:source + 2].sum()) // 2 // self.length if len(self.shards[source].tokens) else None
+        first, end = (int(position) for position in self.starts[source:source + 2])
+        return (first + end) // 2 // self.length if first < end else None
 
     def batches(self, rows: int, limit: int = 0, host: int = 0, hosts: int = 1) -> Iterator[dict[str, np.ndarray]]:
         """tokens, weights, segment_ids [rows, T + 1] of this host, whose share of each batch is contiguous."""

@@ -4,8 +4,8 @@ import time
 
 import pytest
 
-from deepseek_jax.chat.render import Renderer
 from deepseek_jax.chat import render
+from deepseek_jax.chat.render import Renderer
 
 CHAT = [{"role": "user", "content": "hi"}]
 HOSTILE = {
