@@ -147,17 +147,20 @@ def scaled_matmul(a: Any, b: Any, tables: Any, locate: Callable, tiles: Any, out
                 first_column = tile.column + mine_n
                 mine_rows, mine_columns = pl.ds(tile.row + mine_m, 64), pl.ds(first_column, tile_n)
 
-                def add(k, carry):
-                    step, total = carry
-                    slot = lax.rem(step, stages)
-                    # Scales go to registers, and are asked for before the wait: the product hides their latency.
+                def scales(k):
+                    k = jnp.minimum(k, as_gmem.shape[0] - 1)  # past the last slice: loaded, not used
                     scale_a = plgpu.load(as_gmem.at[k, mine_rows], layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
                     if by_column:
-                        scale_b = plgpu.load(bs_gmem.at[k, mine_columns], layout=plgpu.Layout.WGMMA.reduce(0),
-                                             optimized=False)
-                    else:
-                        # A tile past the edge has no block of its own, and needs none.
-                        scale_a *= bs_gmem[tile.b, jnp.minimum(lax.div(first_column, BLOCK), bs.shape[1] - 1), k]
+                        return scale_a, plgpu.load(bs_gmem.at[k, mine_columns], layout=plgpu.Layout.WGMMA.reduce(0),
+                                                   optimized=False)
+                    # A tile past the edge has no block of its own, and needs none.
+                    return scale_a, bs_gmem[tile.b, jnp.minimum(lax.div(first_column, BLOCK), bs.shape[1] - 1), k]
+
+                def add(k, carry):
+                    step, total, (scale_a, scale_b) = carry
+                    slot = lax.rem(step, stages)
+                    # Asked for a slice ahead, and touched only then: the tensor core never waits for device memory.
+                    ahead = scales(k + 1)
                     plgpu.barrier_wait(full.at[slot])
 
                     def multiply(part):
@@ -170,10 +173,13 @@ def scaled_matmul(a: Any, b: Any, tables: Any, locate: Callable, tiles: Any, out
                     plgpu.barrier_arrive(empty.at[slot])
                     if by_column:
                         part *= lax.broadcast_in_dim(scale_b, (64, tile_n), (1,))
-                    return step + 1, total + part * lax.broadcast_in_dim(scale_a, (64, tile_n), (0,))
+                    else:
+                        scale_a *= scale_b
+                    return step + 1, total + part * lax.broadcast_in_dim(scale_a, (64, tile_n), (0,)), ahead
 
                 zero = plgpu.layout_cast(jnp.zeros((64, tile_n), jnp.float32), plgpu.Layout.WGMMA)
-                step, total = lax.fori_loop(tile.first, tile.first + tile.steps, add, (step, zero))
+                start = step, zero, scales(tile.first)
+                step, total, _ = lax.fori_loop(tile.first, tile.first + tile.steps, add, start)
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 o_smem[group] = total.astype(out_type.dtype)
                 plgpu.commit_smem()

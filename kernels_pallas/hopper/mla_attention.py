@@ -305,7 +305,7 @@ def _backward_kv(q, k, v, do, lse, delta, segments, scale, config, interpret):
                 columns = lambda ref: lax.broadcast_in_dim(
                     plgpu.load(ref.at[batch, head, pl.ds(query, width)], layout=WGMMA.reduce(0), optimized=False),
                     (64, width), (1,))
-                lse = columns(lse_ref)
+                lse, delta = columns(lse_ref), columns(delta_ref)  # both before the wait, which hides their latency
 
                 def with_queries(q_slot, do_slot):
                     s = multiply(k_smem.at[group], q_slot.transpose((1, 0))) * scale2
@@ -313,7 +313,7 @@ def _backward_kv(q, k, v, do, lse, delta, segments, scale, config, interpret):
                     p = _mask(jnp.exp2(s - lse), 0.0, query, first, segments_ref, batch, transposed=True)
                     # In this order the bfloat16 copy of p is gone when dp comes.
                     new_dv = multiply_add(dv, p.astype(jnp.bfloat16), do_slot, interpret)
-                    ds = p * (multiply(v_smem.at[group], do_slot.transpose((1, 0))) - columns(delta_ref))
+                    ds = p * (multiply(v_smem.at[group], do_slot.transpose((1, 0))) - delta)
                     return multiply_add(dk, ds.astype(jnp.bfloat16), q_slot, interpret), new_dv
 
                 return ring.use(n, with_queries)

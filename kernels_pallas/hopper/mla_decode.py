@@ -206,8 +206,9 @@ def _shares(q, cache, table, lengths, scale, rank, splits, tiles, config, interp
 
     outs = [jax.ShapeDtypeStruct((B, splits, tiles * HEADS, rank), jnp.float32),
             jax.ShapeDtypeStruct((B, splits, tiles * HEADS), jnp.float32)]
+    # The last axis runs fastest: the tiles of a sequence's heads are neighbours, and read its tokens from the L2 cache.
     return plgpu.kernel(
-        decode, out_type=outs, grid=(tiles, splits, B), grid_names=("tile", "split", "sequence"),
+        decode, out_type=outs, grid=(B, splits, tiles), grid_names=("sequence", "split", "tile"),
         num_threads=COMPUTE + 1, thread_name="group", interpret=interpret,
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
         scratch_types=[plgpu.SMEM((HEADS, X), jnp.bfloat16, transforms=LAID),

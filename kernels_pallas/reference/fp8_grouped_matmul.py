@@ -15,7 +15,8 @@ from kernels_pallas.reference.fp8_matmul import product
 def expert_of_tile(sizes_E: jax.Array, tiles: int) -> jax.Array:
     """int32 [tiles]: whose rows tile t of 128 rows holds; past the last group, E."""
     end_E = jnp.cumsum(sizes_E) // BLOCK
-    return jnp.searchsorted(end_E, jnp.arange(tiles), side="right").astype(jnp.int32)
+    # Compared with all: a binary search would be a loop of XLA in front of every grouped product.
+    return jnp.searchsorted(end_E, jnp.arange(tiles), side="right", method="compare_all").astype(jnp.int32)
 
 
 def fp8_grouped_matmul(a: Quantized, b: Quantized, sizes_E: jax.Array, *, out_dtype: DTypeLike = jnp.bfloat16,
