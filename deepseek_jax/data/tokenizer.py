@@ -37,6 +37,8 @@ SPECIALS = {"bos": ("<|bos|>", "<｜begin▁of▁sentence｜>"),
             "fim_begin": ("<|fim_begin|>", "<｜fim▁begin｜>"),
             "fim_hole": ("<|fim_hole|>", "<｜fim▁hole｜>"),
             "fim_end": ("<|fim_end|>", "<｜fim▁end｜>")}
+# Of other publishers (Kimi, GLM, GigaChat), if there is none of those.
+_OTHERS = {"bos": ("[BOS]", "[gMASK]", "<s>"), "eos": ("[EOS]", "<|endoftext|>", "</s>"), "pad": ("[PAD]",)}
 
 # The alphabet of byte-level BPE: bytes that print stand for themselves, the others for characters from 256 on.
 _PRINTED = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
@@ -69,7 +71,7 @@ class Tokenizer:
         self.backend = backend
         self.backend.encode_special_tokens = True
         for role, spellings in SPECIALS.items():
-            found = (backend.token_to_id(s) for s in spellings)
+            found = (backend.token_to_id(s) for s in (*spellings, *_OTHERS.get(role, ())))
             setattr(self, role, next((i for i in found if i is not None), None))
         if self.bos is None or self.eos is None:
             missing = " or ".join(SPECIALS["bos" if self.bos is None else "eos"])

@@ -23,11 +23,12 @@ from deepseek_jax.checkpoint import manifest
 from deepseek_jax.checkpoint.arrays import Stored, Writer
 from deepseek_jax.config import Config, ConfigError, as_dict, freeze
 from deepseek_jax.data.tokenizer import COMPANIONS, Tokenizer
-from deepseek_jax.interop import hf_config, safetensors_io, save
+from deepseek_jax.interop import hf_config, ranks, safetensors_io, save
 from deepseek_jax.interop.load import Checkpoint
 from deepseek_jax.interop.tensor_map import SCALE
 
 LAYOUT = "hf_layout.json"
+GENERATION = "generation_config.json"
 # Files that are copied unchanged in both directions.
 TEXT = ("tokenizer.json", *COMPANIONS)
 THREADS = 4  # pieces in flight, some waiting for the disk; each takes about five times tensor_map.PIECE of memory
@@ -66,7 +67,10 @@ def from_hf(src: str, dst: str, dtype: str | None = None, keep_fp8: bool = False
         io.write_json(os.path.join(partial, LAYOUT), {
             "config": source.raw, "files": held, "metadata": source.reader.metadata}, indent=None, sync=True)
         notes = source.notes + source.rounding(asked)
-        if not _copy_text(src, partial):
+        has_tokenizer = _copy_text(src, partial)
+        if not has_tokenizer and os.path.lexists(os.path.join(src, ranks.FILE)):
+            notes.append(ranks.convert(src, partial, cfg.vocab_size))
+        elif not has_tokenizer:
             notes.append(f"{src} has no tokenizer.json; put one into {dst} before you evaluate or generate there.")
     run = shlex.quote(dst)
     return [*notes, f"{dst} is a work directory. Next, one of",
@@ -105,10 +109,11 @@ def to_hf(src: str, dst: str, fp8: bool = False, dtype: str | None = None) -> li
         items = [item for items in source.files().values() for item in items]
         total = sum(item.nbytes for item in items)
         with tqdm.tqdm(total=total, desc="to-hf", unit="B", unit_scale=True) as bar:
-            save.export(partial, source, None if layout else _special(src), bar.update)
+            special = None if layout else _special(src, origin)
+            save.export(partial, source, special, bar.update)
         has_tokenizer = _copy_text(src, partial)
         if layout is None and has_tokenizer:
-            _describe_tokenizer(partial)
+            _describe_tokenizer(partial, special or {})
     sizes = collections.Counter()
     for item in items:
         sizes[item.dtype.name] += item.nbytes
@@ -134,8 +139,10 @@ def _described(reader, name):
     return name, safetensors_io.SPELLED.get(tensor.dtype, "BF16"), tensor.shape
 
 
-def _describe_tokenizer(folder):
+def _describe_tokenizer(folder, special):
     """Names the tokens that begin and end a text, if no file there does yet."""
+    if not os.path.isfile(os.path.join(folder, GENERATION)):
+        io.write_json(os.path.join(folder, GENERATION), special)
     path = os.path.join(folder, "tokenizer_config.json")
     if not os.path.isfile(path):
         tokenizer = Tokenizer.load(os.path.join(folder, "tokenizer.json"))
@@ -151,13 +158,18 @@ def _copy_text(src, dst) -> bool:
     return os.path.isfile(os.path.join(dst, TEXT[0]))
 
 
-def _special(workdir):
-    """The ids that config.json names, from the tokenizer's special tokens."""
+def _special(workdir, origin):
+    """The ids that config.json names: of the tokenizer's special tokens, or all that end a text in the checkpoint that
+    the run began from."""
     path = os.path.join(workdir, TEXT[0])
     if not os.path.isfile(path):
         return None
     tokenizer = Tokenizer.load(path)
-    return {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos}
+    settings = os.path.join(workdir, GENERATION)
+    stated = _json(settings) if os.path.isfile(settings) else {}
+    ends = next((held["eos_token_id"] for held in (stated, origin) if isinstance(held, dict)
+                 and held.get("eos_token_id") is not None), tokenizer.eos)
+    return {"bos_token_id": tokenizer.bos, "eos_token_id": ends}
 
 
 def _json(path):

@@ -150,6 +150,23 @@ def test_the_tokenizer_of_a_run_says_which_tokens_begin_and_end_a_text(tmp_path)
     assert (tmp_path / "again" / "tokenizer_config.json").read_text() == "{}"
 
 
+@pytest.mark.parametrize("stated", [None, {"eos_token_id": [3, 4], "temperature": 0.6}])
+def test_all_tokens_that_end_a_text_go_out_with_a_fine_tuned_run(tmp_path, stated):
+    start = str(tmp_path / "start")
+    from_hf(checkpoints.golden("glm_4_7_flash"), start)
+    src = made_here(tmp_path / "run", load_workdir_config(start).model, start)
+    train_tokenizer(["some text"], 262).save(f"{src}/tokenizer.json")
+    if stated:
+        pathlib.Path(src, "generation_config.json").write_text(json.dumps(stated))
+
+    to_hf(src, str(tmp_path / "out"))
+
+    ends = stated["eos_token_id"] if stated else [7, 9, 11]
+    assert checkpoints.config(tmp_path / "out")["eos_token_id"] == ends
+    settings = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert settings == (stated or {"bos_token_id": 0, "eos_token_id": ends})
+
+
 def test_a_converted_checkpoint_goes_out_in_the_type_that_is_asked_for(tmp_path):
     from_hf(checkpoints.golden("mtp"), str(tmp_path / "run"))
     to_hf(str(tmp_path / "run"), str(tmp_path / "back"), dtype="bfloat16")
