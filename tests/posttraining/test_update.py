@@ -18,6 +18,7 @@ from tests.posttraining import policies
 CONFIG = policies.config_of()
 MODEL, T, ROWS = CONFIG.model, CONFIG.train.sequence_length, 4
 VARIABLES = naive.variables_of(MODEL)
+DEEP = policies.config_of(model=dict(num_layers=3, mtp_depth=0)).model  # with two layers of experts
 LAYERS, K = MODEL.num_moe_layers, MODEL.experts_per_token
 
 
@@ -43,7 +44,7 @@ def gradients():
 
 @functools.cache
 def apply():
-    return jax.jit(lambda variables, tokens, chosen: DeepSeekV3(MODEL).apply(
+    return jax.jit(lambda variables, tokens, chosen: DeepSeekV3(DEEP).apply(
         variables, tokens, logits=False, capture=("chosen",), chosen=chosen))
 
 
@@ -70,9 +71,9 @@ def test_replaying_its_own_routes_changes_no_bit():
 def test_others_routes_are_taken_exactly_and_gates_are_of_its_own_scores():
     rng = np.random.default_rng(1)
     tokens = jnp.asarray(micro_of()["tokens"][:, :-1])
-    theirs = np.argsort(rng.random((LAYERS, ROWS, T, MODEL.num_experts)), axis=-1)[..., :K].astype(np.int32)
+    theirs = np.argsort(rng.random((2, ROWS, T, DEEP.num_experts)), axis=-1)[..., :K].astype(np.int32)
     theirs[:, 1:, 3] = -1  # not recorded: the router decides
-    output, own = (apply()(VARIABLES, tokens, jnp.asarray(x)) for x in (theirs, -np.ones_like(theirs)))
+    output, own = (apply()(naive.variables_of(DEEP), tokens, jnp.asarray(x)) for x in (theirs, -np.ones_like(theirs)))
     known = theirs[..., :1] >= 0
     np.testing.assert_array_equal(np.where(known, output.captured["chosen"], -1), np.where(known, theirs, -1))
     assert (np.asarray(output.hidden_BTD) != own.hidden_BTD).mean() > 0.9
