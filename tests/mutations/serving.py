@@ -236,8 +236,8 @@ MUTATIONS = [
     Mutation(
         name="deterministic steps run through products of the batch's shape",
         file="deepseek_jax/serving/decode_model.py",
-        old="return in_tiles(run, cache, slots) if geometry.deterministic else run(cache, slots)",
-        new="return run(cache, slots)",
+        old="made = in_tiles(run, cache, slots) if geometry.deterministic else run(cache, slots)",
+        new="made = run(cache, slots)",
         tests="serving/test_tiles.py::test_company_changes_no_bit_of_a_bfloat16_continuation",
     ),
     Mutation(
@@ -285,8 +285,8 @@ MUTATIONS = [
     Mutation(
         name="a scored prompt is taken from the cache",
         file="deepseek_jax/serving/engine.py",
-        old="if sequence.request.prompt_logprobs:  # which",
-        new="if False:  # which",
+        old="if sequence.request.prompt_logprobs or self.geometry.routes:  # which",
+        new="if self.geometry.routes:  # which",
         tests="serving/test_engine.py::test_logprobs_of_a_prompt_are_the_models_own_whatever_the_cache_holds",
     ),
     Mutation(
