@@ -64,8 +64,8 @@ def answer(config: Config, variables: dict[str, Any], task: Task, tokenizer: Tok
         max_sequences=min(len(problems), MOST_SEQUENCES), max_length=config.train.sequence_length + 1,
         depth=cfg.mtp_depth if config.rollout.draft else 0, routes=cfg.num_moe_layers > 0))
     seed = 0 if number is None else int(np.random.SeedSequence([config.train.seed, number]).generate_state(1)[0])
-    how = dict(temperature=0.0 if number is None else 1.0, seed=seed, logprobs=number is not None,
-               stop_tokens=frozenset([tokenizer.eos]))
+    how: dict[str, Any] = dict(temperature=0.0 if number is None else 1.0, seed=seed, logprobs=number is not None,
+                               stop_tokens=frozenset([tokenizer.eos]))
     sequences = [engine.submit(Request(problem.prompt, config.rollout.max_new_tokens, stream=i, **how))
                  for i, problem in enumerate(problems)]
     engine.run()
@@ -75,17 +75,19 @@ def answer(config: Config, variables: dict[str, Any], task: Task, tokenizer: Tok
     return Answers(sequences, scores.rewards, scores.faults)
 
 
-def batch_of(config: Config, answers: Answers) -> dict[str, np.ndarray]:
+def batch_of(config: Config, answers: Answers) -> dict[str, Any]:
     """The batch of `update`, without reference log-probabilities: [M, rows, T + 1] of each, answers in order.
 
     Rows are a prompt, its answer with the token that ended it, and padding. A sequence whose logits were no numbers
     counts as an empty answer.
     """
     model, T = config.model, config.train.sequence_length
-    rewards_PG = np.asarray(answers.rewards, np.float32).reshape(-1, config.rollout.group_size)
+    rewards_PG: Any = np.asarray(answers.rewards, np.float32).reshape(-1, config.rollout.group_size)
     advantages_B1 = np.asarray(advantages(config.grpo, rewards_PG)).reshape(-1, 1)
     B = len(answers.sequences)
-    tokens_BT, counted_BT, sampled_BT = np.zeros((B, T + 1), np.int32), *np.zeros((2, B, T + 1), np.float32)
+    tokens_BT = np.zeros((B, T + 1), np.int32)
+    counted_BT: Any = np.zeros((B, T + 1), np.float32)
+    sampled_BT = np.zeros((B, T + 1), np.float32)
     routes_LKBT = np.full((model.num_moe_layers, model.experts_per_token, B, T + 1), -1, np.int32)
     for b, sequence in enumerate(answers.sequences):
         made = drawn(sequence)
@@ -95,7 +97,7 @@ def batch_of(config: Config, answers: Answers) -> dict[str, np.ndarray]:
         sampled_BT[b, first:end] = [token.logprob for token in made]
         fed = sequence.routes[:end - 1]  # the last token is never fed
         if fed:
-            routes_LKBT[:, :, b, :len(fed)] = np.moveaxis(fed, 0, -1)
+            routes_LKBT[:, :, b, :len(fed)] = np.moveaxis(np.stack(fed), 0, -1)
     batch = {"tokens": tokens_BT, "weights": np.asarray(token_weights(config.grpo, counted_BT), np.float32),
              "segment_ids": np.ones_like(tokens_BT), "sampled": sampled_BT,
              "advantages": np.broadcast_to(advantages_B1, tokens_BT.shape).astype(np.float32)}

@@ -385,7 +385,7 @@ class Engine:
                 break
             taken += [(len(new), drafted, accepted)] if count else []
             if made.chosen_NBTLK is not None:
-                sequence.routes += list(made.chosen_NBTLK[n, b, :count])
+                sequence.routes += list(np.asarray(made.chosen_NBTLK[n, b, :count]))
             for t in range(count):
                 draft = "accepted" if t < accepted else "rejected" if t < drafted else "none"
                 token = Token(int(made.tokens_NBT[n, b, t]), draft)
