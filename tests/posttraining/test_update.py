@@ -78,6 +78,7 @@ def test_others_routes_are_taken_exactly_and_gates_are_of_its_own_scores():
     np.testing.assert_array_equal(np.where(known, output.captured["chosen"], -1), np.where(known, theirs, -1))
     assert (np.asarray(output.hidden_BTD) != own.hidden_BTD).mean() > 0.9
     np.testing.assert_array_equal(output.captured["chosen"][0, 1:, 3], own.captured["chosen"][0, 1:, 3])
+    assert (np.diff(np.sort(own.captured["chosen"])) > 0).all()  # different experts, chosen by the router
 
 
 def test_the_router_learns_through_the_gates_of_replayed_experts():

@@ -35,8 +35,8 @@ def program(name, kind, deterministic=False):
 
     @jax.jit
     def run(weights, cache, slots):
-        hidden_BTD, cache, counts_LE = forward(cfg, geometry, weights, cache, slots)
-        return hidden_BTD, head_logits(hidden_BTD, weights.head), cache, counts_LE
+        hidden_BTD, cache, routed = forward(cfg, geometry, weights, cache, slots)
+        return hidden_BTD, head_logits(hidden_BTD, weights.head), cache, routed.counts
 
     return run
 
@@ -138,8 +138,8 @@ def test_a_bfloat16_layer_is_the_float32_layer_rounded(tokens):
     none = jnp.zeros((1, tokens), jnp.int32)
     slots = TokenSlots(none, none, jnp.arange(tokens)[None] < tokens - 1, none)
 
-    found, counts = moe(cfg, prepare(cfg, variables).layers[1], x, slots)
-    expected, same = moe(exact, prepare(exact, variables).layers[1], x.astype(jnp.float32), slots)
+    found, (counts, _) = moe(cfg, prepare(cfg, variables).layers[1], x, slots)
+    expected, (same, _) = moe(exact, prepare(exact, variables).layers[1], x.astype(jnp.float32), slots)
 
     assert (counts == same).all() and counts.sum() == (tokens - 1) * cfg.experts_per_token
     error = np.asarray(found, np.float32) - expected
