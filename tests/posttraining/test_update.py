@@ -153,7 +153,7 @@ def test_replay_runs_on_a_mesh():
     from deepseek_jax.parallel.runner import Runner
 
     config = policies.config_of()
-    on_mesh = dataclasses.replace(config, mesh=MeshConfig(node=2, local=2))
+    on_mesh = dataclasses.replace(config, mesh=MeshConfig(node=2, local=2, tensor=2))
     variables = naive.variables_of(config.model)
     theirs = np.zeros((LAYERS, ROWS, T, K), np.int32) + np.arange(K, dtype=np.int32)
     batch = jax.tree.map(lambda *x: np.stack(x), *[m | routes_of(theirs, m) for m in map(micro_of, (0, 1))])
