@@ -216,7 +216,7 @@ MUTATIONS = [
     Mutation(
         name="config.json keeps the old type",
         file="deepseek_jax/interop/save.py",
-        old="        if source.dtype is not None:\n            raw |=",
+        old="        if source.dtype is not None or narrowed:\n            raw |=",
         new="        if False:\n            raw |=",
         tests="interop/test_conversion.py::test_a_converted_checkpoint_goes_out_in_the_type_that_is_asked_for",
     ),
