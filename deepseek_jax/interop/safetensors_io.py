@@ -78,8 +78,8 @@ class Reader:
         places: dict[str, str] = where or {}
         absent = [n for n, file in places.items() if n not in self.tensors or self.tensors[n].file != file]
         if absent:
-            raise ConfigError(f"{self.folder}: {self.index} promises {absent[0]} in {places[absent[0]]}, which does not "
-                              "hold it.")
+            raise ConfigError(f"{self.folder}: {self.index} promises {absent[0]} in {places[absent[0]]}, which does "
+                              "not hold it.")
 
     def select(self, named: Callable[[str], str | None]) -> None:
         """Renames every tensor to named(its name), and forgets those whose name that is None.

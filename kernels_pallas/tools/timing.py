@@ -56,7 +56,7 @@ def summarize(rounds: Any) -> Timing:
     if flushes != {1}:
         raise RuntimeError(f"{flushes or 'no'} kernels of a call flush the cache, not one.")
     calls = [[(name, ms / 1000) for name, ms in pairs if FLUSH not in name] for pairs in rounds]
-    seconds = [sum(s for _, s in pairs) for pairs in calls]
+    seconds = [sum((s for _, s in pairs), 0.0) for pairs in calls]
     names = dict.fromkeys(name for name, _ in calls[0])
     kernels = {name: statistics.median(sum(s for n, s in pairs if n == name) for pairs in calls) for name in names}
     return Timing(statistics.median(seconds), "cupti", kernels, seconds)

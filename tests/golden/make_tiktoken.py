@@ -1,7 +1,7 @@
 """Makes `tiktoken/`: a small made-up vocabulary in tiktoken's format, and the ids that tiktoken gives mixed text.
 
     python tests/golden/make_tiktoken.py write                       makes the folder
-    python tests/golden/make_tiktoken.py check TOKENIZER FOLDER ...  ids of a tokenizer.json made of it against tiktoken's,
+    python tests/golden/make_tiktoken.py check TOKENIZER FOLDER ...  ids of a tokenizer.json made of it, and tiktoken's,
                                                                      for all text files below the folders
 
 In an environment with tiktoken and tokenizers.
@@ -40,7 +40,8 @@ def write():
         pre_tokenizers.Split(tokenizers.Regex(PATTERN), "isolated"),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    bpe.train_from_iterator([text], trainers.BpeTrainer(vocab_size=TOKENS, initial_alphabet=letters, show_progress=False))
+    trainer = trainers.BpeTrainer(vocab_size=TOKENS, initial_alphabet=letters, show_progress=False)
+    bpe.train_from_iterator([text], trainer)
     printed = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     bytes_of = {chr(b): b for b in printed} | {
         chr(256 + i): b for i, b in enumerate(sorted(set(range(256)) - set(printed)))}

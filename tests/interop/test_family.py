@@ -29,7 +29,8 @@ def through(src, tmp_path, held=None, **how):
 def test_rotary_frequencies_are_left_out_and_counted_and_bfloat16_biases_come_back(tmp_path):
     back, notes = through(checkpoints.golden("moonlight"), tmp_path)
 
-    assert f"{checkpoints.golden('moonlight')}: left out 3 tensors rotary_emb.inv_freq, which config.json gives." in notes
+    assert (f"{checkpoints.golden('moonlight')}: left out 3 tensors rotary_emb.inv_freq, which config.json gives."
+            in notes)
     theirs, ours = checkpoints.tensors(checkpoints.golden("moonlight")), checkpoints.tensors(back)
     assert ours.keys() == {name for name in theirs if not name.endswith("inv_freq")}
     for name, value in ours.items():
@@ -58,7 +59,8 @@ def test_four_bit_experts_are_value_times_scale_in_bfloat16(tmp_path):
     back, _ = through(checkpoints.golden("kimi_k2_thinking"), tmp_path)
 
     np.testing.assert_array_equal(checkpoints.tensors(back)[EXPERT], expected)
-    np.testing.assert_array_equal(load_hf(checkpoints.golden("kimi_k2_thinking"))[1]["params"]["layers"]["ffn"]["up"][0, 0],
+    up_LEDF = load_hf(checkpoints.golden("kimi_k2_thinking"))[1]["params"]["layers"]["ffn"]["up"]
+    np.testing.assert_array_equal(up_LEDF[0, 0],
                                   expected.T)
     assert not any(name.endswith(("_packed", "_scale", "_shape")) for name in checkpoints.tensors(back))
 
@@ -81,7 +83,8 @@ def test_rows_of_four_bit_weights_are_read_from_anywhere(tmp_path):
     (lambda a: a.update({EXPERT + "_scale": a[EXPERT + "_scale"][:-1]}), f"{EXPERT}_scale is [31, 2]"),
     (lambda a: a.update({EXPERT + "_packed": a[EXPERT + "_packed"][:, :-1]}), "in a multiple of 32"),
     (lambda a: a.update({EXPERT + "_packed": a[EXPERT + "_packed"].astype(np.int64)}), "in int64, and int4 is packed"),
-    (lambda a: a.update({"model.norm.weight": np.ones(64, np.int32)}), "model.norm.weight is in int32, which no weight"),
+    (lambda a: a.update({"model.norm.weight": np.ones(64, np.int32)}),
+     "model.norm.weight is in int32, which no weight"),
 ])
 def test_four_bit_weights_that_do_not_fit_are_one_line(tmp_path, change, words):
     src = checkpoints.changed(tmp_path / "src", "kimi_k2_thinking", change)
@@ -103,7 +106,8 @@ def test_float16_comes_in_as_bfloat16_with_a_line_or_exactly_as_float32(tmp_path
     stored = checkpoints.as_stored(checkpoints.tensors(checkpoints.golden("mtp")), np.float16)
     stored["lm_head.weight"][0, 0] = 65504  # bfloat16 rounds it to 65536, which float16 does not hold
     stored["model.layers.2.shared_head.head.weight"][0, 0] = 65504
-    src = checkpoints.write(tmp_path / "src", stored, checkpoints.config(checkpoints.golden("mtp")) | {"dtype": "float16"})
+    raw = checkpoints.config(checkpoints.golden("mtp")) | {"dtype": "float16"}
+    src = checkpoints.write(tmp_path / "src", stored, raw)
     (tmp_path / "wide").mkdir()
 
     narrow, notes = through(src, tmp_path)
@@ -187,7 +191,7 @@ def test_an_fp8_export_of_a_power_of_two_checkpoint_has_powers_of_two_again(tmp_
     assert checkpoints.config(tmp_path / "back")["quantization_config"]["scale_fmt"] == "ue8m0"
     assert scales and all(np.array_equal(np.frexp(s)[0], np.full(s.shape, 0.5)) for s in scales)
     theirs = checkpoints.tensors(checkpoints.golden("v3_1"))
-    for name, value in checkpoints.tensors(tmp_path / "back").items():  # the same numbers, so the same bytes
+    for name in checkpoints.tensors(tmp_path / "back"):  # the same numbers, so the same bytes
         if theirs[name].dtype == ml_dtypes.float8_e4m3fn:
             exact = lambda t, n=name: t[n].astype(np.float32) * t[n + "_scale_inv"].repeat(128, 0).repeat(
                 128, 1)[:t[n].shape[0], :t[n].shape[1]]

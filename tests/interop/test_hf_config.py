@@ -176,7 +176,8 @@ def test_yarn_without_mscale_keeps_the_amplitude_and_leaves_the_softmax_alone():
     ({"mlp_layer_types": ["sparse", "dense"]}, "mlp_layer_types=['sparse', 'dense']"),
     ({"mlp_layer_types": ["dense"] * 2 + ["sparse"] * 59}, "first_k_dense_replace=3 against 2 dense layers"),
     ({"quantization_config": hf_config.QUANTIZATION | {"weight_block_size": [64, 64]}}, "quantization_config"),
-    ({"model_type": "deepseek_v32"}, "model_type='deepseek_v32' is not supported: it is DeepSeek-V3.2, whose attention"),
+    ({"model_type": "deepseek_v32"},
+     "model_type='deepseek_v32' is not supported: it is DeepSeek-V3.2, whose attention"),
     ({"model_type": "kimi_k3"}, "model_type='kimi_k3' is not supported; only deepseek_v3, deepseek_v2, kimi_k2, "),
     ({"model_type": "kimi_k25", "text_config": ["x"]}, "text_config=['x'] of model_type=kimi_k25 is not an object"),
     *[({"model_type": kind}, f"model_type={kind!r} is not supported: it is ") for kind in hf_config.OTHERS],
@@ -219,7 +220,8 @@ def test_renormalised_softmax_gates_are_refused():
 
 
 @pytest.mark.parametrize(("fields", "named"), [
-    ({"latent_norm_eps": 1e-5}, "latent_norm_eps=1e-05"), ({"router_bias": "multiplicative"}, "router_bias='multiplicative'"),
+    ({"latent_norm_eps": 1e-5}, "latent_norm_eps=1e-05"),
+    ({"router_bias": "multiplicative"}, "router_bias='multiplicative'"),
     ({"router_bias": "none"}, "router_bias='none'"), ({"num_shared_experts": 0}, "num_shared_experts=0"),
     ({"score": "softmax", "router_bias": "none"}, "normalize_gates=True with softmax scores, model.mtp_depth=1")])
 def test_a_model_that_no_family_has_is_not_exported(fields, named):

@@ -1,4 +1,4 @@
-"""tiktoken.model as a tokenizer.json: the ids are tiktoken's. tests/golden/make_tiktoken.py says how those were made."""
+"""tiktoken.model as a tokenizer.json: the ids are tiktoken's (made by tests/golden/make_tiktoken.py)."""
 
 import base64
 import json
@@ -82,7 +82,8 @@ def test_a_damaged_vocabulary_is_one_line_and_leaves_nothing(tmp_path, source, l
 
 
 @pytest.mark.parametrize(("config", "words"), [
-    ("[]", "is not a JSON object"), ("{", "is not JSON"), ('{"added_tokens_decoder": [1]}', "added_tokens_decoder names"),
+    ("[]", "is not a JSON object"), ("{", "is not JSON"),
+    ('{"added_tokens_decoder": [1]}', "added_tokens_decoder names"),
     ('{"added_tokens_decoder": {"5": {"content": "x"}}}', f"with an id from {FIRST:,} on"),
     ('{"added_tokens_decoder": {"99999": {"content": "x"}}}', "below vocab_size=720"),
     ('{"added_tokens_decoder": {"705": {"content": 3}}}', "added_tokens_decoder names '705': {'content': 3}"),
