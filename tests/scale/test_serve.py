@@ -126,7 +126,7 @@ def test_more_users_are_more_tokens_and_fewer_for_each():
 
 @pytest.mark.parametrize(("model", "machine", "words"), [
     ("v2_lite_16b", "rtx4090", ("--fp8", "--hardware l40s", "2 devices")),
-    ("v3_671b", "h200", ("--model v2_lite_16b", "16 devices that share the experts"))])
+    ("v3_671b", "h200", ("--model glm_4_7_flash", "16 devices that share the experts"))])
 def test_what_does_not_fit_says_by_how_much_and_what_would(model, machine, words):
     c, hw = model_config(model), hardware(machine)
     found = serve.serve(c, hw, Asked())
