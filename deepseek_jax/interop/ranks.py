@@ -98,8 +98,8 @@ def convert(source: str, folder: str, vocab_size: int) -> str:
     made = tokenizer(ranks, added, vocab_size)
     for i, token in added.items():
         if made.token_to_id(token["content"]) != i:
-            raise ConfigError(f"{about}: added_tokens_decoder names {i} {shown(token['content'])}, which has another "
-                              "id already; fetch it again.")
+            raise ConfigError(f"{about}: added_tokens_decoder names {i} {shown(token['content'])}, which has "
+                              "another id already; fetch it again.")
     io.write_text(os.path.join(folder, "tokenizer.json"), made.to_str(pretty=True))
     kept = {name: value for name, value in config.items() if name not in ("auto_map", "vocab_file")}
     io.write_json(os.path.join(folder, "tokenizer_config.json"), kept | {"tokenizer_class": "PreTrainedTokenizerFast"})
@@ -122,12 +122,10 @@ def _added(path, config, first, vocab_size):
     """{id: {"content", "special"}} of the tokens that tokenizer_config.json adds to the ranks."""
     found = {}
     named = config.get("added_tokens_decoder") or {}
-    for key, about in named.items() if isinstance(named, dict) else [(shown(named), {})]:
-        about = about if isinstance(about, dict) else {}
-        content = about.get("content")
+    for key, about in named.items() if isinstance(named, dict) else [(shown(named), None)]:
+        content = about.get("content") if isinstance(about, dict) else None
         if not (key.isdecimal() and first <= int(key[:12]) < vocab_size and isinstance(content, str) and content):
             raise ConfigError(f"{path}: added_tokens_decoder names {shown(key)}: {shown(about)}, which is no token "
-                              f"with an id from {first:,} on, the first after {FILE}, and below "
-                              f"vocab_size={vocab_size:,}.")
+                              f"with an id from {first:,} on, the first after {FILE}, and below vocab_size={vocab_size:,}.")
         found[int(key)] = {"content": content, "special": about.get("special") is not False}
     return found

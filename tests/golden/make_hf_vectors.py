@@ -6,7 +6,7 @@ Each case holds `model.safetensors` and `config.json` as save_pretrained writes 
     hidden_BTD       float32 [2, 24, D], after the final norm
     chosen_LBTK      int32, the experts of each MoE layer, ascending
     prompt, greedy   int32 [8] and [32]: the prompt and its greedy continuation
-    mtp_logits_BTW   float32 [2, 23, W] (where there is an MTP module): row t has seen tokens 0..t+1 and predicts t+2
+    mtp_logits_BTW   float32 [2, 23, W] (with an MTP module): row t has seen tokens 0..t+1 and predicts token t+2
 
 Weights are large enough for routing, masks and norms to matter, norms are not ones, and no two candidates for a
 choice of the router or of greedy decoding lie closer than MARGIN, so that float32 noise cannot change the answer.

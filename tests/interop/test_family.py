@@ -29,8 +29,8 @@ def through(src, tmp_path, held=None, **how):
 def test_rotary_frequencies_are_left_out_and_counted_and_bfloat16_biases_come_back(tmp_path):
     back, notes = through(checkpoints.golden("moonlight"), tmp_path)
 
-    assert (f"{checkpoints.golden('moonlight')}: left out 3 tensors rotary_emb.inv_freq, which config.json gives."
-            in notes)
+    said = "left out 3 tensors rotary_emb.inv_freq, which config.json gives."
+    assert f"{checkpoints.golden('moonlight')}: {said}" in notes
     theirs, ours = checkpoints.tensors(checkpoints.golden("moonlight")), checkpoints.tensors(back)
     assert ours.keys() == {name for name in theirs if not name.endswith("inv_freq")}
     for name, value in ours.items():
@@ -59,9 +59,8 @@ def test_four_bit_experts_are_value_times_scale_in_bfloat16(tmp_path):
     back, _ = through(checkpoints.golden("kimi_k2_thinking"), tmp_path)
 
     np.testing.assert_array_equal(checkpoints.tensors(back)[EXPERT], expected)
-    up_LEDF = load_hf(checkpoints.golden("kimi_k2_thinking"))[1]["params"]["layers"]["ffn"]["up"]
-    np.testing.assert_array_equal(up_LEDF[0, 0],
-                                  expected.T)
+    params = load_hf(checkpoints.golden("kimi_k2_thinking"))[1]["params"]
+    np.testing.assert_array_equal(params["layers"]["ffn"]["up"][0, 0], expected.T)
     assert not any(name.endswith(("_packed", "_scale", "_shape")) for name in checkpoints.tensors(back))
 
 
@@ -83,8 +82,7 @@ def test_rows_of_four_bit_weights_are_read_from_anywhere(tmp_path):
     (lambda a: a.update({EXPERT + "_scale": a[EXPERT + "_scale"][:-1]}), f"{EXPERT}_scale is [31, 2]"),
     (lambda a: a.update({EXPERT + "_packed": a[EXPERT + "_packed"][:, :-1]}), "in a multiple of 32"),
     (lambda a: a.update({EXPERT + "_packed": a[EXPERT + "_packed"].astype(np.int64)}), "in int64, and int4 is packed"),
-    (lambda a: a.update({"model.norm.weight": np.ones(64, np.int32)}),
-     "model.norm.weight is in int32, which no weight"),
+    (lambda a: a.update({"model.norm.weight": np.ones(64, np.int32)}), "model.norm.weight is in int32, which no"),
 ])
 def test_four_bit_weights_that_do_not_fit_are_one_line(tmp_path, change, words):
     src = checkpoints.changed(tmp_path / "src", "kimi_k2_thinking", change)

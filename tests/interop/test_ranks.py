@@ -1,4 +1,4 @@
-"""tiktoken.model as a tokenizer.json: the ids are tiktoken's (made by tests/golden/make_tiktoken.py)."""
+"""tiktoken.model as a tokenizer.json: the ids are those of tiktoken, as tests/golden/make_tiktoken.py stored them."""
 
 import base64
 import json
