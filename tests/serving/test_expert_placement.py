@@ -71,6 +71,7 @@ def test_no_output_token_changes_when_experts_move_and_are_duplicated():
     assert max(placed.replicas(0)[1]) > 1
 
 
+@pytest.mark.slow
 def test_no_output_token_changes_on_a_mesh_whose_devices_share_the_experts_as_planned():
     mesh = make_mesh(MeshConfig(node=2, local=2), jax.devices()[:4])
     make = functools.partial(Engine, CFG, naive.variables_of(CFG), EngineConfig(2, 64, depth=1, chunk=16))
