@@ -105,8 +105,8 @@ class Checkpoint:
     def rows(self, entry: tensor_map.Entry, start: int, stop: int, dtype: Any) -> np.ndarray:
         """Rows of a tensor in the layout of the file, dequantized and in `dtype`."""
         if entry.name in self.packed:
-            values, scales = (self.reader.rows(tensor, start, stop) for tensor in self.packed[entry.name])
-            return int4.unpack(values, scales, dtype)
+            words, scales = (self.reader.rows(tensor, start, stop) for tensor in self.packed[entry.name])
+            return int4.unpack(words, scales, dtype)
         x = self.reader.rows(self.tensors[entry.name], start, stop)
         if x.dtype == FP8:
             return dequantize(x, self.scales(entry), dtype, start)

@@ -123,9 +123,11 @@ def _added(path, config, first, vocab_size):
     found = {}
     named = config.get("added_tokens_decoder") or {}
     for key, about in named.items() if isinstance(named, dict) else [(shown(named), None)]:
-        content = about.get("content") if isinstance(about, dict) else None
-        if not (key.isdecimal() and first <= int(key[:12]) < vocab_size and isinstance(content, str) and content):
+        about = about if isinstance(about, dict) else {}
+        content, is_id = about.get("content"), key.isdecimal() and len(key) < 12
+        if not (is_id and first <= int(key) < vocab_size and isinstance(content, str) and content):
             raise ConfigError(f"{path}: added_tokens_decoder names {shown(key)}: {shown(about)}, which is no token "
-                              f"with an id from {first:,} on, the first after {FILE}, and below vocab_size={vocab_size:,}.")
+                              f"with an id from {first:,} on, the first after {FILE}, and below vocab_size="
+                              f"{vocab_size:,}.")
         found[int(key)] = {"content": content, "special": about.get("special") is not False}
     return found
