@@ -115,8 +115,11 @@ def _validation(config, prepared) -> Validation:
     length, byte_lengths_W = config.train.sequence_length, prepared.tokenizer.byte_lengths_W
     if config.data.packing == "stream":
         return Validation(prepared.validation, length, byte_lengths_W)
-    return WholeValidation([WholeDocuments(shard, 0, 0, length) for shard in prepared.validation], length,
-                           byte_lengths_W)
+    held_out = [WholeDocuments(shard, 0, 0, length) for shard in prepared.validation]
+    if not any(source.rows for source in held_out):
+        raise ConfigError(f"data.sources: no held-out document has at most train.sequence_length={length} tokens; "
+                          "raise it, or add some.")
+    return WholeValidation(held_out, length, byte_lengths_W)
 
 
 def _streams(config, prepared) -> list[Stream] | list[WholeDocuments]:

@@ -74,7 +74,7 @@ def prepare(config: Config, workdir: str) -> Prepared:
     data = config.data
     sources = [Source(path, data.validation_fraction) for path, _ in data.sources]
     tokenizer = find_tokenizer(config, workdir, sources)
-    text = of_folder(workdir, tokenizer, chats=False)
+    text = functools.cache(lambda: of_folder(workdir, tokenizer, chats=False))
     pairs = [_shards(source, tokenizer, config, workdir, data.split_punctuation_rate, text) for source in sources]
     report = tuple(meta | {"digest": source.digest} for source, (_, meta) in zip(sources, pairs))
     return Prepared(tokenizer, tuple(s["train"] for s, _ in pairs), tuple(s["validation"] for s, _ in pairs), report)
@@ -111,7 +111,7 @@ def _read_object(path: str) -> dict[str, Any]:
 def prepare_evaluation(config: Config, workdir: str, path: str) -> Prepared:
     """All of another corpus as validation documents, tokenized as in an existing run."""
     tokenizer = Tokenizer.load(os.path.join(workdir, "tokenizer.json"), config.model.vocab_size)
-    text = of_folder(workdir, tokenizer, chats=False)
+    text = functools.cache(lambda: of_folder(workdir, tokenizer, chats=False))
     made, meta = _shards(Source(path, None), tokenizer, config, workdir, 0.0, text)
     return Prepared(tokenizer, (), (made["validation"],), (meta,))
 

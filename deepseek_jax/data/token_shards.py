@@ -16,7 +16,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -64,7 +64,7 @@ class Options:
     cut: int | None  # documents placed up to here are validation (corpus.find_cut); None: all of them
     split_rate: float = 0.0  # of punctuation-newline tokens, in training documents
     seed: int = 0
-    text: Conventions = PLAIN  # what the checkpoint says about chats
+    text: Callable[[], Conventions] = lambda: PLAIN  # what the checkpoint says about chats; asked if there are any
 
 
 def key(files_digest: str, tokenizer: Tokenizer, **options: Any) -> str:
@@ -147,7 +147,7 @@ def _tokenize_batch(batch, tokenizer):
 def _ids(document, parts, tokenizer, options: Options, validation) -> tuple[np.ndarray, np.ndarray]:
     if document.messages is None:
         return _join(document, parts, tokenizer, 0.0 if validation else options.split_rate, options.seed)
-    ids, predicted = conversation_ids(list(document.messages), tokenizer, options.text)
+    ids, predicted = conversation_ids(list(document.messages), tokenizer, options.text())
     return np.array(ids, np.int64), np.array(predicted)
 
 

@@ -125,5 +125,16 @@ def test_chats_without_a_template_are_an_error_that_says_where_it_belongs(make_l
 
 def test_documents_longer_than_a_sequence_are_an_error_if_there_are_no_others(chat_loader, tmp_path):
     path = chats(tmp_path / "rows.jsonl", answer=lambda i: "very long " * 200)
-    with pytest.raises(ConfigError, match="no training document of at most train.sequence_length=64 tokens"):
+    with pytest.raises(ConfigError, match="no held-out document has at most train.sequence_length=64 tokens"):
         chat_loader(path)
+    mixed = chats(tmp_path / "mixed.jsonl")
+    with pytest.raises(ConfigError, match="rows.jsonl has no training document of at most train.sequence_length=64"):
+        chat_loader(mixed, path)
+
+
+def test_texts_are_read_without_a_look_at_the_chat_template(make_loader, tmp_path, folder):
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "chat_template.jinja").write_text("{% damaged")
+    assert make_loader(folder).batch(0)["tokens"].any()
+    with pytest.raises(ConfigError, match="is damaged"):
+        make_loader(chats(tmp_path / "rows.jsonl"))
