@@ -10,6 +10,7 @@ import pytest
 from deepseek_jax.config import freeze
 from deepseek_jax.model import router
 from deepseek_jax.model.experts import MoE
+from deepseek_jax.model.types import RoutingContext
 from tests.model import naive
 
 WIDE = dict(num_experts=16, num_groups=4, groups_kept=2, experts_per_token=5)
@@ -245,7 +246,8 @@ def test_forced_balance_gives_every_expert_the_same_load_and_a_token_different_e
     x_ND = jnp.asarray(np.random.default_rng(0).standard_normal((tokens, cfg.d_model)), jnp.float32)
     weights = {"weight": jnp.asarray(np.random.default_rng(1).standard_normal((cfg.d_model, 16)), jnp.float32)}
     bias_E = jnp.full(16, -3.0).at[0].set(9.0)  # which would send every token to expert 0
-    found = jax.jit(lambda x_ND: router.apply_rule(cfg, x_ND, weights, bias_E, None))(x_ND)
+    nothing = RoutingContext(None, None, None)
+    found = jax.jit(lambda x_ND: router.apply_rule(cfg, x_ND, weights, bias_E, nothing))(x_ND)
     counts_E = np.asarray(router.count_choices(found.chosen_NK, 16))
     assert counts_E.max() - counts_E.min() <= 1
     assert all(len(set(row)) == experts_per_token for row in np.asarray(found.chosen_NK))
