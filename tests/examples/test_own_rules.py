@@ -93,6 +93,7 @@ def test_the_commands_generate_from_a_run_with_its_own_rule(hashed):
     assert runs.run("evaluate", "--workdir", hashed).code == 0
 
 
+@pytest.mark.slow
 def test_a_balancer_with_momentum_keeps_its_state_in_the_checkpoint_and_moves_by_it(tmp_path):
     config = runs.write_config(tmp_path)
     change = [f"--config.balance.bias_rule={MOMENTUM}", "--config.train.steps=6", "--config.train.checkpoint_every=3",

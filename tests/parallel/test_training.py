@@ -41,7 +41,8 @@ def test_in_float64_twenty_steps_are_those_of_one_device(case, alone):
     assert metrics.traffic.computed == metrics.traffic.choices == 2 * 32 * 16 * 3
 
 
-@pytest.mark.parametrize("case", [pytest.param("node=2 local=4", marks=pytest.mark.slow), "node=2 local=2 tensor=2"])
+@pytest.mark.slow  # in float64 the quick cases hold more
+@pytest.mark.parametrize("case", ["node=2 local=4", "node=2 local=2 tensor=2"])
 def test_in_float32_the_first_step_agrees(case):
     (loss, router, _), (other, other_router, _) = (
         train(config_of(dtype="float32", **options), 1) for options in ({}, CASES[case]))
