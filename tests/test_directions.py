@@ -97,8 +97,8 @@ MAY_IMPORT = {
     "serving.harness": ("serving.engine", "serving.generation", "serving.openai", "chat", "config"),
     "serving": ("model", "fp8", *SHARDING, "kernels_pallas.api", "config"),
     # After pre-training.
-    "posttraining": ("training", "serving", "parallel", "model", "checkpoint", "data", "workdir", "cli", "plugin", "io",
-                     "config"),
+    "posttraining": ("training", "serving", "chat", "parallel", "model", "checkpoint", "data", "workdir", "cli",
+                     "plugin", "io", "config"),
     # Machines that are not here.
     "scale.compile": ("scale", "training.step", "pipeline.model", "serving", "model", *SHARDING,
                       "kernels_pallas.tools.compile_report", "config"),

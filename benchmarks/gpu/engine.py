@@ -40,25 +40,35 @@ def _variables(cfg):
 
 
 def measure(cfg: ModelConfig, batch: int, context: int, page: int, new: int) -> dict[str, Any]:
-    """Seconds of a decoding step behind `context` tokens, and of reading the prompts; a first round compiles."""
+    """Seconds of a step of the full batch behind `context` tokens, and of reading; a first round compiles.
+
+    `right`: all sequences came to their end. Prompts are read one chunk a step, while those before decode: all get so
+    many tokens more that `new` are left when the last one is read.
+    """
     from deepseek_jax import runtime
 
     runtime.prepare()
     from deepseek_jax.serving.engine import Engine, EngineConfig, Request
 
-    options = EngineConfig(batch, context + 2 * new, page_size=page, chunk=min(context, 2048), most_steps=32)
+    chunk, most_steps = min(context, 2048), 32
+    more = new + batch * -(-context // chunk)
+    options = EngineConfig(batch, context + more + new, page_size=page, chunk=chunk, most_steps=most_steps)
     engine = Engine(cfg, _variables(cfg), options)
     row: dict[str, Any] = {}
     for turn in range(2):
         prompts = [[1 + (i * (b + 3) + turn) % (cfg.vocab_size - 1) for i in range(context)] for b in range(batch)]
-        made = [engine.submit(Request(tuple(prompt), new)) for prompt in prompts]
+        made = [engine.submit(Request(tuple(prompt), more)) for prompt in prompts]
         start = time.perf_counter()
-        while any(not s.made for s in made):
+        while engine.busy and any(not s.made for s in made):
             engine.step()
         reading = time.perf_counter()
         before = sum(len(s.made) for s in made)
-        engine.run()
+        while engine.busy and all(len(s.made) < more - most_steps for s in made):
+            engine.step()
         took, tokens = time.perf_counter() - reading, sum(len(s.made) for s in made) - before
-        row = {"seconds_per_step": took * batch / tokens, "tokens_per_second": tokens / took,
-               "prompt_tokens_per_second": batch * context / (reading - start), "tokens": tokens, "page": page}
+        engine.run()
+        row = {"right": all(s.finish == "length" for s in made), "page": page, "tokens": tokens,
+               "seconds_per_step": took * batch / max(tokens, 1), "tokens_per_second": tokens / took}
+        if batch == 1:  # of more, decoding runs in between
+            row["prompt_tokens_per_second"] = context / (reading - start)
     return row

@@ -55,6 +55,9 @@ def _said(*command):
     """The last line that a program prints; None where it is not there or fails."""
     if not shutil.which(command[0]):
         return None
-    done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    except subprocess.TimeoutExpired:
+        return None
     lines = done.stdout.strip().splitlines()
     return lines[-1] if done.returncode == 0 and lines else None

@@ -24,6 +24,9 @@ def environment(rehearse: bool) -> dict[str, str]:
     """Of a stage. torch shares the GPU, so jax takes memory as it needs it; what fell back to a CPU is no result."""
     ours = {"JAX_PLATFORMS": "cpu"} if rehearse else {"JAX_PLATFORMS": os.environ.get("JAX_PLATFORMS", "cuda,cpu"),
                                                       "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    # A stage that is started again, after a crash or by the next run, compiles nothing twice.
+    ours |= {"JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "gpu"),
+             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1"}
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     return os.environ | ours | {"PYTHONPATH": os.pathsep.join(paths)}
 
@@ -35,6 +38,7 @@ def run_stage(stage: Stage, out: pathlib.Path, deadline: float, rehearse: bool) 
     """
     path, log, start = out / f"{stage.name}.json", out / f"{stage.name}.log", time.monotonic()
     deadline = min(deadline, start + stage.limit)
+    _settle(path, "late")  # of a run that was killed
     state, why = "out of time", {}
     while deadline - time.monotonic() > LEAST or rehearse:
         end = _watch(stage, path, log, deadline, rehearse)
@@ -75,7 +79,10 @@ def _watch(stage, path, log, deadline, rehearse):
         finally:  # also when this process is interrupted
             if child.poll() is None:
                 os.killpg(child.pid, signal.SIGKILL)
-                child.wait()
+                try:
+                    child.wait(timeout=20)
+                except subprocess.TimeoutExpired:  # it hangs in the driver
+                    print(f"{stage.name}: process {child.pid} does not end.", flush=True)
 
 
 def _changed(path):

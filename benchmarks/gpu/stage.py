@@ -5,6 +5,7 @@ alone. After a case that raised, the process ends with AGAIN: an illegal access 
 """
 
 import argparse
+import ctypes
 import importlib
 import json
 import sys
@@ -51,12 +52,20 @@ def read(path: str) -> dict[str, Any]:
         return {}
 
 
+def end_with_parent() -> None:
+    """On Linux, a killed parent takes this process along: it would keep the GPU, and write into the next run's file."""
+    parent_died, kill = 1, 9  # PR_SET_PDEATHSIG, SIGKILL
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(parent_died, kill)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", help="module:function of (rehearse) -> Cases")
     parser.add_argument("file")
     parser.add_argument("--rehearse", action="store_true")
     args = parser.parse_args()
+    end_with_parent()
     module, function = args.cases.split(":")
     return run(getattr(importlib.import_module(module), function)(args.rehearse), args.file)
 

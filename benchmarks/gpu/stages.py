@@ -20,11 +20,11 @@ class Stage(NamedTuple):
     silence: int
 
 
-MACHINE = Stage("machine", "benchmarks.gpu.machine:cases", 60, 60)
+MACHINE = Stage("machine", "benchmarks.gpu.machine:cases", 150, 150)
 SMOKE = Stage("smoke", "benchmarks.gpu.kernels:smoke", 120, 60)
 STAGES = (
     SMOKE,
-    Stage("tests", "benchmarks.gpu.suite:cases", 240, 240),
+    Stage("tests", "benchmarks.gpu.suite:cases", 240, 120),
     Stage("fp8_matmul", "benchmarks.gpu.kernels:dense", 240, 60),
     Stage("fp8_grouped_matmul", "benchmarks.gpu.kernels:grouped", 120, 60),
     Stage("quantize", "benchmarks.gpu.kernels:quantizers", 60, 40),

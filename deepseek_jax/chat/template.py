@@ -23,12 +23,22 @@ def of_folder(folder: str, tokenizer: Tokenizer, chats: bool = True) -> Conventi
       ConfigError: a file that cannot be read, or a special token that the tokenizer does not have.
     """
     about = _json(folder, "tokenizer_config.json")
-    bos, eos = (_named(folder, tokenizer, about, role) for role in ("bos", "eos"))
-    template = read(folder, *(tokenizer.backend.id_to_token(token) or "" for token in (bos, eos)))
+    names = (tokenizer.backend.id_to_token(_named(folder, tokenizer, about, role)) or "" for role in ("bos", "eos"))
+    template = read(folder, *names)
     if chats and template is None and tokenizer.backend.token_to_id(ROLES["assistant"] or "") is None:
         print(f"note: {folder} has no chat template; messages are joined, and the model continues them as plain text.",
               file=sys.stderr)
-    return Conventions(template, frozenset(_ends(folder, eos)), about.get("add_bos_token") is not False)
+    return without_template(folder, tokenizer)._replace(template=template)
+
+
+def without_template(folder: str, tokenizer: Tokenizer) -> Conventions:
+    """What the folder says about texts that are no chats: where they end, and whether they begin with BOS.
+
+    Raises ConfigError as `of_folder`.
+    """
+    about = _json(folder, "tokenizer_config.json")
+    ends = frozenset(_ends(folder, _named(folder, tokenizer, about, "eos")))
+    return Conventions(None, ends, about.get("add_bos_token") is not False)
 
 
 def _named(folder, tokenizer, about, role) -> int:

@@ -50,6 +50,9 @@ class Config(Checked):
                 raise ConfigError(f"balance.force_balanced=True takes the place of model.router={self.model.router!r}; "
                                   "omit one of them.")
             object.__setattr__(self, "model", dataclasses.replace(self.model, router=IN_TURN))
+        elif self.model.router == IN_TURN:
+            raise ConfigError(f"model.router={IN_TURN!r} is that of balance.force_balanced=True, which measures speed; "
+                              f"take --config.model.router={GROUP_LIMITED} with the rest of that run's config.")
         check_mesh(self.mesh, self.model, self.train)
 
 
@@ -138,8 +141,9 @@ def _with_model(config, path):
     """The config; where its model is None, with that of the run which init.from names."""
     if "model" not in config or config["model"] is not None:
         return config
-    run = (config.get("init") or {}).get("from")
-    if not run:
+    init = config.get("init")
+    run = init.get("from") if hasattr(init, "get") else None
+    if not isinstance(run, str) or not run:
         raise ConfigError(f"{path} takes its model from another run; name it: --config.init.from=RUN.")
     theirs = os.path.join(run, "config.json")
     if not os.path.isfile(theirs):

@@ -12,6 +12,7 @@ from deepseek_jax.config import default_config
 
 def get_config() -> ConfigDict:
     config = default_config("tiny")
+    config.model = None  # that of init.from
     config.rollout.task = "reverse"
     config.rollout.max_new_tokens = 12
     config.train.steps = 50

@@ -220,7 +220,7 @@ def _parts(record):
     """The parts of a row, or a sentence that says why it is none."""
     if not isinstance(record, dict):
         return "not an object with keys"
-    if record.get("messages") is not None:
+    if record.get("messages") is not None and all(record.get(key) is None for key in ("text", "answer")):
         return _conversation(record["messages"])
     keys = ("prompt", "answer") if record.get("text") is None else ("text",)
     if not all(isinstance(record.get(key), str) for key in keys):

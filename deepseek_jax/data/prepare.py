@@ -121,10 +121,11 @@ def _cache(config, workdir):
 
 
 def find_tokenizer(config: Config, workdir: str, sources: list[Source]) -> Tokenizer:
-    """The work directory's tokenizer; else that of the run whose weights are taken, with its companions; else one
-    trained here."""
-    own = os.path.join(workdir, "tokenizer.json")
-    if os.path.isfile(own):
+    """Until there is a checkpoint, that of the run whose weights are taken, with its companions; else the work
+    directory's; without either, one trained here."""
+    own, checkpoints = (os.path.join(workdir, name) for name in ("tokenizer.json", "checkpoints"))
+    begun = os.path.isdir(checkpoints) and any(name.isdecimal() for name in os.listdir(checkpoints))
+    if os.path.isfile(own) and (begun or config.init.from_ is None):
         return Tokenizer.load(own, config.model.vocab_size)
     if config.init.from_ is not None:
         tokenizer = Tokenizer.load(os.path.join(config.init.from_, "tokenizer.json"), config.model.vocab_size)

@@ -28,7 +28,7 @@ from deepseek_jax.chat.messages import PLAIN, BadMessages, Conventions
 from deepseek_jax.data import corpus
 from deepseek_jax.data.tokenizer import Tokenizer, split_tokens
 
-_FORMAT = 1  # raise when the layout or the meaning of the files changes
+_FORMAT = 2  # raise when the layout or the meaning of the files changes
 _BATCH_BYTES = 4 << 20  # text tokenized at once
 SPLITS = ("train", "validation")
 

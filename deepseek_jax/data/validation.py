@@ -106,6 +106,11 @@ class WholeValidation(Validation):
         self.first_rows = np.cumsum([0, *(len(source.rows) for source in sources)])
         self.rows = int(self.first_rows[-1])
 
+    @property
+    def left_out(self) -> int:
+        """Documents that are longer than a sequence."""
+        return sum(source.left_out for source in self.sources)
+
     def _row(self, r: int) -> tuple[int, Window]:
         """The source of row r, and its tokens."""
         source = int(np.searchsorted(self.first_rows, r, side="right")) - 1

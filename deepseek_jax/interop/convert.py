@@ -58,6 +58,7 @@ def from_hf(src: str, dst: str, dtype: str | None = None, keep_fp8: bool = False
             raise ConfigError("--keep-fp8 keeps rows as stored, but rope_interleave=false needs them in another order; "
                               "omit --keep-fp8.")
         asked = None if dtype is None else np.dtype(jnp.dtype(dtype))
+        text = _text(src, dst, partial, source.cfg.vocab_size)  # what can fail in seconds comes before the weights
         _write_checkpoint(source, pathlib.Path(partial, "checkpoints"), asked, keep_fp8)
         wide = source.dtype_of("params/embedding", asked).itemsize > 2
         cfg = hf_config.read(source.raw, source.cfg.mtp_depth, "float32" if wide else "bfloat16")
@@ -66,17 +67,21 @@ def from_hf(src: str, dst: str, dtype: str | None = None, keep_fp8: bool = False
                 source.reader.files.items()}
         io.write_json(os.path.join(partial, LAYOUT), {
             "config": source.raw, "files": held, "metadata": source.reader.metadata}, indent=None, sync=True)
-        notes = source.notes + source.rounding(asked)
-        has_tokenizer = _copy_text(src, partial)
-        if not has_tokenizer and os.path.lexists(os.path.join(src, ranks.FILE)):
-            notes.append(ranks.convert(src, partial, cfg.vocab_size))
-        elif not has_tokenizer:
-            notes.append(f"{src} has no tokenizer.json; put one into {dst} before you evaluate or generate there.")
+        notes = [*source.notes, *source.rounding(asked), *text]
     run = shlex.quote(dst)
     return [*notes, f"{dst} is a work directory. Next, one of",
             f"  python -m deepseek_jax.generate --workdir {run} --prompt TEXT",
             f"  python -m deepseek_jax.serve --workdir {run}",
             f"  python -m deepseek_jax.train --config {run}/config.json --workdir tuned --config.init.from={run}"]
+
+
+def _text(src, dst, partial, vocab_size) -> list[str]:
+    """Copies the tokenizer and its companions, or makes them of tiktoken's ranks. Lines for the user."""
+    if _copy_text(src, partial):
+        return []
+    if os.path.lexists(os.path.join(src, ranks.FILE)):
+        return [ranks.convert(src, partial, vocab_size)]
+    return [f"{src} has no tokenizer.json; put one into {dst} before you evaluate or generate there."]
 
 
 def to_hf(src: str, dst: str, fp8: bool = False, dtype: str | None = None) -> list[str]:

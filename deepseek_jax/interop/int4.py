@@ -40,6 +40,8 @@ def take(reader: Reader) -> dict[str, Packed]:
     found = {}
     for name in [n for n in reader.tensors if n.endswith(f".weight{_PACKED}")]:
         weight = name.removesuffix(_PACKED)
+        if weight in reader.tensors:
+            raise ConfigError(f"{reader.folder} holds {weight} twice, also as {name}; fetch the checkpoint again.")
         values, scales, shape = (reader.tensors.pop(weight + part, None) for part in (_PACKED, _SCALE, _SHAPE))
         if scales is None or shape is None:
             raise ConfigError(f"{reader.folder}: {name} is without {weight}{_SCALE if scales is None else _SHAPE}; "

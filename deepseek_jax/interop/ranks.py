@@ -93,6 +93,8 @@ def convert(source: str, folder: str, vocab_size: int) -> str:
     """
     path, about = os.path.join(source, FILE), os.path.join(source, "tokenizer_config.json")
     ranks = read(path)
+    if len(ranks) > vocab_size:
+        raise ConfigError(f"{path} has {len(ranks):,} ids, more than vocab_size={vocab_size:,}; fetch both again.")
     config = _config(about)
     added = _added(about, config, len(ranks), vocab_size)
     made = tokenizer(ranks, added, vocab_size)
@@ -125,7 +127,8 @@ def _added(path, config, first, vocab_size):
     for key, about in named.items() if isinstance(named, dict) else [(shown(named), None)]:
         about = about if isinstance(about, dict) else {}
         content, is_id = about.get("content"), key.isdecimal() and len(key) < 12
-        if not (is_id and first <= int(key) < vocab_size and isinstance(content, str) and content):
+        is_text = isinstance(content, str) and content and not any("\ud800" <= c <= "\udfff" for c in content)
+        if not (is_id and first <= int(key) < vocab_size and is_text):
             raise ConfigError(f"{path}: added_tokens_decoder names {shown(key)}: {shown(about)}, which is no token "
                               f"with an id from {first:,} on, the first after {FILE}, and below vocab_size="
                               f"{vocab_size:,}.")

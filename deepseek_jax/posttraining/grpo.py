@@ -27,7 +27,9 @@ EPSILON = 1e-6  # next to std: rewards that differ by rounding alone must not be
 
 def advantages(cfg: GrpoConfig, rewards_PG: jax.Array) -> jax.Array:
     """[P, G]: how much better each answer was rewarded than its group. 0 for a group of equal rewards."""
-    deviation_PG = rewards_PG - rewards_PG.mean(axis=1, keepdims=True)
+    low_P1, high_P1 = rewards_PG.min(axis=1, keepdims=True), rewards_PG.max(axis=1, keepdims=True)
+    # Equal rewards have a mean that is rounded: they would differ from it, and from a std as small.
+    deviation_PG = jnp.where(low_P1 == high_P1, 0, rewards_PG - rewards_PG.mean(axis=1, keepdims=True))
     if cfg.advantage == "mean":
         return deviation_PG
     return deviation_PG / (rewards_PG.std(axis=1, keepdims=True) + EPSILON)

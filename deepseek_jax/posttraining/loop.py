@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from deepseek_jax.chat.template import without_template
 from deepseek_jax.checkpoint.manager import restore_items
 from deepseek_jax.config import GROUP_LIMITED, Config, ConfigError
 from deepseek_jax.data.prepare import find_tokenizer
@@ -26,6 +27,7 @@ from deepseek_jax.posttraining.tasks import Task, find_task
 from deepseek_jax.posttraining.update import policy_loss, view
 from deepseek_jax.serving.engine import check_servable
 from deepseek_jax.training.loop import Pending, Run, check_start
+from deepseek_jax.training.selfcheck import check_device
 from deepseek_jax.training.step import init_state
 from deepseek_jax.training.types import Metrics
 from deepseek_jax.workdir import alone_in, check_workdir, claim_workdir
@@ -44,6 +46,7 @@ def reinforce(config: Config, workdir: str) -> bool:
     check_servable(config.model)
     task = find_task(config.rollout.task, config.rollout.size)
     runner = Runner(config)
+    check_device(config, runner.mesh)
     check_workdir(config, workdir)
     check_start(config)
     with alone_in(workdir):
@@ -61,6 +64,9 @@ def check_reinforce(config: Config) -> None:
     train, answers = config.train, config.rollout
     if config.init.from_ is None:
         raise ConfigError("reinforcement learning starts from the weights of a run; add --config.init.from=RUN.")
+    if jax.process_count() > 1:
+        raise ConfigError("reinforcement learning runs in one process; start it on one machine, without "
+                          "jax.distributed.")
     if config.mesh.pipe > 1:
         raise ConfigError(f"mesh.pipe={config.mesh.pipe}: pipelines train next tokens alone; take mesh.pipe=1.")
     if answers.group_size < 2 or train.batch_size % answers.group_size:
@@ -87,6 +93,7 @@ class ReinforceRun(Run):
     def __init__(self, config: Config, workdir: str, task: Task, tokenizer: Tokenizer, runner: Runner):
         super().__init__(config, workdir, None, runner)
         self.task, self.tokenizer = task, tokenizer
+        self.conventions = without_template(workdir, tokenizer)
         self.together = config.grpo.updates
         seen = runner.jit(functools.partial(view, config))
         self.view = lambda variables, micro: jax.device_get(
@@ -111,9 +118,11 @@ class ReinforceRun(Run):
     def _rollout(self, step: int) -> dict[str, np.ndarray]:
         config = self.config
         groups = config.train.batch_size // config.rollout.group_size
-        drawn = rollout.draw_problems(config, self.task, self.tokenizer, rollout.TRAINING, step, groups)
+        drawn = rollout.draw_problems(config, self.task, self.tokenizer, rollout.TRAINING, step, groups,
+                                      self.conventions)
         problems = [problem for problem in drawn for _ in range(config.rollout.group_size)]
-        answers = rollout.answer(config, self.sample_variables(), self.task, self.tokenizer, problems, step)
+        answers = rollout.answer(config, self.sample_variables(), self.task, self.tokenizer, problems, step,
+                                 self.conventions)
         batch = rollout.batch_of(config, answers)
         views = [self.view({"params": self.state.params, "router": self.state.router}, micro)
                  for micro in _micro_batches(batch)]
@@ -156,8 +165,10 @@ class ReinforceRun(Run):
         """The likeliest answers to problems that are the same each time."""
         config = self.config
         count = max(1, config.train.eval_batches) * config.train.batch_size
-        problems = rollout.draw_problems(config, self.task, self.tokenizer, rollout.EVALUATION, 0, count)
-        answers = rollout.answer(config, self.sample_variables(), self.task, self.tokenizer, problems)
+        problems = rollout.draw_problems(config, self.task, self.tokenizer, rollout.EVALUATION, 0, count,
+                                         self.conventions)
+        answers = rollout.answer(config, self.sample_variables(), self.task, self.tokenizer, problems,
+                                 conventions=self.conventions)
         reward = float(np.mean(answers.rewards))
         if self.writer:
             self.writer.write(self.step, eval_reward=reward, eval_faults=sum(answers.faults.values()))

@@ -21,7 +21,10 @@ from deepseek_jax.posttraining.sandbox import passes_tests
 
 Rule = Callable[[str, str, Any], float]  # prompt, answer, reference -> reward
 
-_NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d{1,400})(?:\.\d{1,400})?(?:/\d{1,400})?")
+# A sign belongs to a number only where none ends before it: 10-3 holds 10 and 3.
+_NUMBER = re.compile(r"(?:(?<![\w.)])[-+])?(?:(?:\d{1,3}(?:,\d{3})+|\d{1,400})(?:\.\d{1,400})?|\.\d{1,400})"
+                     r"(?:[eE][-+]?\d{1,3}|/\d{1,400})?")
+_LONGEST = 400  # characters of what is read as a number: 1e999999999 would be written out
 
 
 def exact(prompt: str, answer: str, reference: str) -> float:
@@ -42,6 +45,8 @@ def numeric(prompt: str, answer: str, reference: str | int | float) -> float:
 
 
 def _number(text: str) -> Fraction | None:
+    if len(text) > _LONGEST * 3 or re.search(r"[eE][-+]?\d{4}", text):
+        return None
     with contextlib.suppress(ValueError, ZeroDivisionError):
         over, _, under = text.replace(",", "").strip().partition("/")
         return Fraction(over) / Fraction(under or 1)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from deepseek_jax.chat.messages import PLAIN, Conventions
 from deepseek_jax.config import Config, ConfigError
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.posttraining.grpo import advantages, token_weights
@@ -30,13 +31,14 @@ class Problem(NamedTuple):
     reference: Any
 
 
-def draw_problems(config: Config, task: Task, tokenizer: Tokenizer, use: int, number: int, count: int) -> list[Problem]:
+def draw_problems(config: Config, task: Task, tokenizer: Tokenizer, use: int, number: int, count: int,
+                  conventions: Conventions = PLAIN) -> list[Problem]:
     """The `count` problems of rollout `number`. Raises ConfigError for a prompt that leaves no room for an answer."""
     rng, problems = np.random.default_rng([config.train.seed, use, number]), []
     room = config.train.sequence_length + 1 - config.rollout.max_new_tokens
     for _ in range(count):
         text, reference = task.draw(rng)
-        prompt = (tokenizer.bos, *tokenizer.encode(text))
+        prompt = (*([tokenizer.bos] if conventions.begins else []), *tokenizer.encode(text))
         if len(prompt) > room:
             raise ConfigError(f"a prompt has {len(prompt)} tokens, and train.sequence_length="
                               f"{config.train.sequence_length} leaves {max(0, room)} next to rollout.max_new_tokens="
@@ -57,19 +59,22 @@ class Answers(NamedTuple):
 
 
 def answer(config: Config, variables: dict[str, Any], task: Task, tokenizer: Tokenizer, problems: list[Problem],
-           number: int | None = None) -> Answers:
-    """One answer to each problem, drawn at temperature 1; `number`, with train.seed, decides how. None: greedily."""
+           number: int | None = None, conventions: Conventions = PLAIN) -> Answers:
+    """One answer to each problem, drawn at temperature 1; `number`, with train.seed, decides how. None: greedily.
+
+    An answer ends where the checkpoint says that one does (`conventions`), or with EOS.
+    """
     cfg = config.model
     engine = Engine(cfg, variables, EngineConfig(
         max_sequences=min(len(problems), MOST_SEQUENCES), max_length=config.train.sequence_length + 1,
         depth=cfg.mtp_depth if config.rollout.draft else 0, routes=cfg.num_moe_layers > 0))
     seed = 0 if number is None else int(np.random.SeedSequence([config.train.seed, number]).generate_state(1)[0])
     how: dict[str, Any] = dict(temperature=0.0 if number is None else 1.0, seed=seed, logprobs=number is not None,
-                               stop_tokens=frozenset([tokenizer.eos]))
+                               stop_tokens=conventions.ends | {tokenizer.eos})
     sequences = [engine.submit(Request(problem.prompt, config.rollout.max_new_tokens, stream=i, **how))
                  for i, problem in enumerate(problems)]
     engine.run()
-    texts = [tokenizer.decode([token.id for token in s.made]) for s in sequences]
+    texts = ["" if s.finish == "error" else tokenizer.decode([token.id for token in s.made]) for s in sequences]
     scores = score_all(lambda text=text, reference=problem.reference: task.score(text, reference)
                        for text, problem in zip(texts, problems))
     return Answers(sequences, scores.rewards, scores.faults)
@@ -78,8 +83,8 @@ def answer(config: Config, variables: dict[str, Any], task: Task, tokenizer: Tok
 def batch_of(config: Config, answers: Answers) -> dict[str, Any]:
     """The batch of `update`, without reference log-probabilities: [M, rows, T + 1] of each, answers in order.
 
-    Rows are a prompt, its answer with the token that ended it, and padding. A sequence whose logits were no numbers
-    counts as an empty answer.
+    Rows are a prompt, its answer with the token that ended it, and padding: the same again, since routers count it. A
+    sequence whose logits were no numbers counts as an empty answer.
     """
     model, T = config.model, config.train.sequence_length
     rewards_PG: Any = np.asarray(answers.rewards, np.float32).reshape(-1, config.rollout.group_size)
@@ -92,7 +97,7 @@ def batch_of(config: Config, answers: Answers) -> dict[str, Any]:
     for b, sequence in enumerate(answers.sequences):
         made = drawn(sequence)
         first, end = len(sequence.request.prompt), len(sequence.request.prompt) + len(made)
-        tokens_BT[b, :end] = [*sequence.request.prompt, *(token.id for token in made)]
+        tokens_BT[b] = np.resize([*sequence.request.prompt, *(token.id for token in made)], T + 1)
         counted_BT[b, first:end] = sequence.finish != "error"
         sampled_BT[b, first:end] = [token.logprob for token in made]
         fed = sequence.routes[:end - 1]  # the last token is never fed

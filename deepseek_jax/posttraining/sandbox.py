@@ -2,7 +2,7 @@
 
 The kernel limits processor time, memory, the size of files and, but for root, the number of processes; where it allows
 a network namespace, the process gets one without a network. Inside, an audit hook refuses sockets, processes, signals,
-native libraries and every change of a file. The process starts in an empty folder without the environment, in a session
+native libraries and changes of files. The process starts in an empty folder without the environment, in a session
 of its own, and the group is killed at the end. This stops the accidents of a model in training. It does not stop an
 attacker: run the trainer in a container for that.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import secrets
@@ -31,41 +32,60 @@ class Limits:
 
 
 # Runs in the new process. An answer can end it early with exit code 0, so success is a random word that is written
-# after the tests.
+# after the tests. Tests, word and rules are locals of functions and the tests are compiled first, so that no answer
+# finds them by a name; one that looks through the interpreter's frames does.
 _LAUNCHER = """
-import ctypes, json, os, resource, sys
-code, tests, word, seconds, memory = json.load(sys.stdin)
-try:
-    ctypes.CDLL(None).unshare(0x10000000 | 0x40000000)  # CLONE_NEWUSER | CLONE_NEWNET, where they are allowed
-except Exception:
-    pass
-for name, limit in (("CPU", seconds), ("AS", memory), ("FSIZE", 0), ("NPROC", 0), ("CORE", 0), ("NOFILE", 64)):
+import ctypes, json, os, resource, signal, sys, types
+
+
+def limit(seconds, memory):
     try:
-        resource.setrlimit(getattr(resource, "RLIMIT_" + name), (limit, limit))
-    except (AttributeError, ValueError, OSError):
+        ctypes.CDLL(None).unshare(0x10000000 | 0x40000000)  # CLONE_NEWUSER | CLONE_NEWNET, where they are allowed
+    except Exception:
         pass
-answer = os.dup(1)
-os.dup2(2, 1)
-refused = ("socket.", "subprocess.", "ctypes.", "shutil.", "tempfile.", "os.fork", "os.forkpty", "os.exec", "os.spawn",
-           "os.posix_spawn", "os.system", "os.startfile", "os.kill", "os.killpg", "os.remove", "os.rename", "os.rmdir",
-           "os.mkdir", "os.link", "os.symlink", "os.truncate", "os.chmod", "os.chown", "os.utime", "os.putenv",
-           "signal.pthread_kill", "pty.", "fcntl.", "winreg.", "resource.", "sys.setprofile", "sys.settrace")
+    for name, limit in (("CPU", seconds), ("AS", memory), ("FSIZE", 0), ("NPROC", 0), ("CORE", 0), ("NOFILE", 64)):
+        try:
+            resource.setrlimit(getattr(resource, "RLIMIT_" + name), (limit, limit))
+        except (AttributeError, ValueError, OSError):
+            pass
+    # Of these no hook hears.
+    for module, names in ((os, ("setpriority", "mkfifo", "mknod", "sched_setaffinity", "pidfd_open")),
+                          (signal, ("pidfd_send_signal",))):
+        for name in names:
+            if hasattr(module, name):
+                delattr(module, name)
 
 
-def hook(event, arguments):
-    writes = event == "open" and (
-        isinstance(arguments[1], str) and set(arguments[1]) & set("wax+")
-        or isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC))
-    if writes or event.startswith(refused):
-        raise PermissionError(event)
+def guard():
+    refused = (
+        "socket.", "subprocess.", "ctypes.", "shutil.", "tempfile.", "os.fork", "os.forkpty", "os.exec", "os.spawn",
+        "os.posix_spawn", "os.system", "os.startfile", "os.kill", "os.killpg", "os.remove", "os.rename", "os.rmdir",
+        "os.mkdir", "os.link", "os.symlink", "os.truncate", "os.chmod", "os.chown", "os.utime", "os.putenv",
+        "signal.pthread_kill", "pty.", "fcntl.", "winreg.", "resource.", "sys.setprofile", "sys.settrace")
+    writing = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
+
+    def hook(event, arguments, refused=refused, writing=writing, isinstance=isinstance, str=str, int=int, set=set,
+             error=PermissionError):
+        writes = event == "open" and (
+            isinstance(arguments[1], str) and set(arguments[1]) & set("wax+")
+            or isinstance(arguments[2], int) and arguments[2] & writing)
+        if writes or event.startswith(refused):
+            raise error(event)
+
+    sys.addaudithook(hook)
 
 
 def main():
-    sys.addaudithook(hook)
-    names = {"__name__": "answer"}
-    exec(compile(code, "answer", "exec"), names)
-    exec(compile(tests, "tests", "exec"), names)
-    os.write(answer, word.encode())
+    code, tests, word, seconds, memory = json.load(sys.stdin)
+    answer, run, write = os.dup(1), exec, os.write
+    os.dup2(2, 1)
+    tests, word = compile(tests, "tests", "exec"), word.encode()
+    module = sys.modules["answer"] = types.ModuleType("answer")
+    limit(seconds, memory)
+    guard()
+    run(compile(code, "answer", "exec"), module.__dict__)
+    run(tests, module.__dict__)
+    write(answer, word)
 
 
 main()
@@ -76,12 +96,26 @@ def passes_tests(code: str, tests: str, limits: Limits = Limits()) -> bool:
     """Whether `tests`, run after `code` in the same module, end without an exception and within the limits.
 
     Raises:
-      ConfigError: this system has no limits for processes (Windows).
+      ConfigError: no code can be run here: a system without limits for processes (Windows), or a Python that does not
+        start without its environment.
       TimeoutError: it took longer than `limits.seconds`.
     """
     if os.name != "posix":
         raise ConfigError("the reward 'unit_tests' runs code under limits that this system lacks; take a POSIX system "
                           "such as Linux, or another rule.")
+    if not _works():
+        raise ConfigError(f"the reward 'unit_tests' cannot start {sys.executable} with an empty environment and a "
+                          "limited memory; take a Python that does (no LD_LIBRARY_PATH), or another rule.")
+    return _passes(code, tests, limits)
+
+
+@functools.cache
+def _works() -> bool:
+    """Whether an empty answer passes empty tests: otherwise every answer would fail without a sign."""
+    return _passes("", "", Limits(seconds=60))
+
+
+def _passes(code: str, tests: str, limits: Limits) -> bool:
     word = secrets.token_hex(16)
     given = json.dumps([code, tests, word, limits.seconds, limits.memory])
     with tempfile.TemporaryDirectory(prefix="answer-") as folder:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ import tqdm
 from deepseek_jax.data.baselines import compressed_bits_per_byte
 from deepseek_jax.data.loader import Loader
 from deepseek_jax.data.prepare import prepare, prepare_evaluation
+from deepseek_jax.data.validation import WholeValidation
 from deepseek_jax.training.metrics import all_layers, max_vio
 from deepseek_jax.training.step import eval_step
 from deepseek_jax.training.types import Sums
@@ -80,6 +82,9 @@ def evaluate_workdir(workdir: str, data: str | None = None, ema: bool = False,
     config, variables, step = load_run(workdir, ema, step)
     prepared = prepare(config, workdir) if data is None else prepare_evaluation(config, workdir, data)
     loader = Loader(config, prepared)
+    if isinstance(loader.validation, WholeValidation) and (count := loader.validation.left_out):
+        print(f"note: {count:,} documents are longer than train.sequence_length={config.train.sequence_length} and are "
+              "not scored.", file=sys.stderr)
     compiled = jax.jit(lambda *args: eval_step(config, *args))
     score = evaluate(loader, compiled, variables["params"], variables["router"], progress=True)
     result = {"step": step, **score._asdict()}

@@ -66,6 +66,8 @@ def _torch(case) -> dict[str, float | str]:
         import torch  # pyright: ignore[reportMissingImports] (optional)
     except ImportError:
         return {"torch": "missing: torch is not installed"}
+    except Exception as error:  # its libraries may clash with those of jax
+        return {"torch": f"missing: {first_line(error)}"}
     if not torch.cuda.is_available():
         return {"torch": "missing: torch has no CUDA here"}
     found = {}

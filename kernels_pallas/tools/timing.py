@@ -32,7 +32,7 @@ def time_calls(function: Callable, arguments: tuple, calls: int) -> Timing:
         try:
             return _by_kernels(function, arguments, calls)
         except (ImportError, AttributeError, RuntimeError) as error:
-            if "CUDA" in str(error):  # of the kernel itself
+            if "CUDA_ERROR" in str(error):  # of the kernel itself
                 raise
     return _by_the_host(function, arguments, calls)
 

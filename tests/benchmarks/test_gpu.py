@@ -97,8 +97,9 @@ def test_a_stage_that_cannot_start_says_why_and_the_next_one_runs(made, tmp_path
     assert summary["stages"]["slow"]["cases"] == {"done": 1, "hung": 1}
 
 
-def test_an_interrupted_run_ends_its_child(made, tmp_path):
-    stage_of, _ = made
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_an_interrupted_run_ends_its_child_and_the_next_one_measures_what_it_did_not(number, made, tmp_path):
+    stage_of, log = made
     code = ("import pathlib, signal, sys; from benchmarks.gpu import runner; from benchmarks.gpu.stages import Stage; "
             "signal.signal(signal.SIGTERM, lambda *_: sys.exit(143)); "
             f"runner.run_stage(Stage(*{tuple(stage_of('slow', silence=100))!r}), pathlib.Path({str(tmp_path)!r}), "
@@ -107,10 +108,14 @@ def test_an_interrupted_run_ends_its_child(made, tmp_path):
     while "slow" not in states(tmp_path, "slow"):
         time.sleep(0.1)
         assert process.poll() is None
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(30) == 143
+    process.send_signal(number)
+    assert process.wait(30) == (143 if number == signal.SIGTERM else -signal.SIGKILL)
+    time.sleep(0.2)
     found = subprocess.run(["pgrep", "-f", str(tmp_path / "slow.json")], capture_output=True, text=True)
     assert found.stdout == ""
+    (tmp_path / "made_up_cases.py").write_text(CASES.format(log=log).replace("sleep(600)", "sleep(0)"))
+    runner.run_stage(stage_of("slow", silence=100), tmp_path, time.monotonic() + 60, False)
+    assert log.read_text().split() == ["quick", "slow", "slow"]
 
 
 def command(*words):

@@ -1,5 +1,6 @@
 """Sequences of whole documents: nothing is cut, nothing is lost, nothing is seen twice in an epoch."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -8,8 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deepseek_jax.config import ConfigError
+from deepseek_jax.config.training import InitConfig
 from deepseek_jax.data.packing import WholeDocuments, pack
+from deepseek_jax.data.prepare import find_tokenizer, prepare
 from deepseek_jax.data.token_shards import Shard
+from deepseek_jax.data.tokenizer import train_tokenizer
+
+TEMPLATE = ("{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}{% if m.role == 'assistant' %}"
+            "{{ eos_token }}{% endif %}{{ '\n' }}{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}")
 
 
 def shard_of(lengths):
@@ -60,9 +67,7 @@ def chats(path, count=30, answer=lambda i: f"it is {i}"):
 @pytest.fixture
 def chat_loader(make_loader, tmp_path):
     (tmp_path / "work").mkdir()
-    (tmp_path / "work" / "chat_template.jinja").write_text(
-        "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}{% if m.role == 'assistant' %}"
-        "{{ eos_token }}{% endif %}{{ '\n' }}{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}")
+    (tmp_path / "work" / "chat_template.jinja").write_text(TEMPLATE)
     options = dict(packing="whole", mask_documents=True, fim_rate=0.0, split_punctuation_rate=0.0)
     return lambda *paths, **more: make_loader(*paths, **options | more)
 
@@ -138,3 +143,33 @@ def test_texts_are_read_without_a_look_at_the_chat_template(make_loader, tmp_pat
     assert make_loader(folder).batch(0)["tokens"].any()
     with pytest.raises(ConfigError, match="is damaged"):
         make_loader(chats(tmp_path / "rows.jsonl"))
+
+
+def test_a_template_that_was_missing_is_taken_when_it_is_there(make_config, trained, tmp_path):
+    base, work = tmp_path / "base", tmp_path / "work"
+    trained.save(str(base / "tokenizer.json"))
+    config = dataclasses.replace(make_config(chats(tmp_path / "rows.jsonl")), init=InitConfig(str(base)))
+    with pytest.raises(ConfigError, match="put a chat_template.jinja beside"):
+        prepare(config, str(work))
+    (base / "chat_template.jinja").write_text(TEMPLATE)
+    assert prepare(config, str(work)).train[0].predicted is not None
+
+
+def test_a_run_that_has_begun_keeps_its_tokenizer(make_config, trained, tmp_path):
+    base, work = tmp_path / "base", tmp_path / "work"
+    trained.save(str(base / "tokenizer.json"))
+    config = dataclasses.replace(make_config(chats(tmp_path / "rows.jsonl")), init=InitConfig(str(base)))
+    first = find_tokenizer(config, str(work), [])
+    train_tokenizer(["other text"] * 3, 300).save(str(base / "tokenizer.json"))
+    assert find_tokenizer(config, str(work), []).digest != first.digest  # nothing was learned with the first
+    (work / "checkpoints" / "5").mkdir(parents=True)
+    kept = find_tokenizer(config, str(work), []).digest
+    trained.save(str(base / "tokenizer.json"))
+    assert find_tokenizer(config, str(work), []).digest == kept != first.digest
+
+
+def test_a_row_with_a_text_is_that_text_whatever_else_it_has(make_loader, tmp_path):
+    rows = [{"text": f"text {i} " * 40, "messages": [{"role": "user", "tool_calls": i}]} for i in range(20)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    loader = make_loader(tmp_path / "rows.jsonl", fim_rate=0.0)
+    assert "text" in loader.tokenizer.decode(loader.batch(0)["tokens"][0, 0].tolist())

@@ -82,6 +82,7 @@ def test_rows_of_four_bit_weights_are_read_from_anywhere(tmp_path):
     (lambda a: a.update({EXPERT + "_scale": a[EXPERT + "_scale"][:-1]}), f"{EXPERT}_scale is [31, 2]"),
     (lambda a: a.update({EXPERT + "_packed": a[EXPERT + "_packed"][:, :-1]}), "in a multiple of 32"),
     (lambda a: a.update({EXPERT + "_packed": a[EXPERT + "_packed"].astype(np.int64)}), "in int64, and int4 is packed"),
+    (lambda a: a.update({EXPERT: np.ones((32, 64), np.float32)}), f"holds {EXPERT} twice, also as {EXPERT}_packed"),
     (lambda a: a.update({"model.norm.weight": np.ones(64, np.int32)}), "model.norm.weight is in int32, which no"),
 ])
 def test_four_bit_weights_that_do_not_fit_are_one_line(tmp_path, change, words):

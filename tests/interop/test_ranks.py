@@ -86,6 +86,7 @@ def test_a_damaged_vocabulary_is_one_line_and_leaves_nothing(tmp_path, source, l
     ('{"added_tokens_decoder": [1]}', "added_tokens_decoder names"),
     ('{"added_tokens_decoder": {"5": {"content": "x"}}}', f"with an id from {FIRST:,} on"),
     ('{"added_tokens_decoder": {"99999": {"content": "x"}}}', "below vocab_size=720"),
+    ('{"added_tokens_decoder": {"705": {"content": "\\ud800"}}}', "added_tokens_decoder names '705'"),
     ('{"added_tokens_decoder": {"705": {"content": 3}}}', "added_tokens_decoder names '705': {'content': 3}"),
     ('{"added_tokens_decoder": {"705": {"content": "<x>"}, "706": {"content": "<x>"}}}', "names 706 '<x>', which has"),
     ('{"added_tokens_decoder": {"705": {"content": "x"}}}', "names 705 'x', which has another id already"),
@@ -98,3 +99,8 @@ def test_added_tokens_that_fit_no_model_are_one_line(tmp_path, source, config, w
         from_hf(str(source), str(tmp_path / "run"))
 
     assert words in str(error.value) and "\n" not in str(error.value) and not list(tmp_path.glob("run*"))
+
+
+def test_more_ranks_than_the_model_has_ids_are_one_line(tmp_path):
+    with pytest.raises(ConfigError, match=f"has {FIRST:,} ids, more than vocab_size={FIRST - 1}"):
+        ranks.convert(str(GOLDEN), str(tmp_path), FIRST - 1)

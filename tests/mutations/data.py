@@ -53,6 +53,20 @@ MUTATIONS = [
         tests="data/test_validation.py::test_a_limit_leaves_no_source_out",
     ),
     Mutation(
+        name="a template that was missing at first is never taken",
+        file="deepseek_jax/data/prepare.py",
+        old="if os.path.isfile(own) and (begun or config.init.from_ is None):",
+        new="if os.path.isfile(own):",
+        tests="data/test_packing.py::test_a_template_that_was_missing_is_taken_when_it_is_there",
+    ),
+    Mutation(
+        name="messages count before a text",
+        file="deepseek_jax/data/corpus.py",
+        old='all(record.get(key) is None for key in ("text", "answer"))',
+        new="True",
+        tests="data/test_packing.py::test_a_row_with_a_text_is_that_text_whatever_else_it_has",
+    ),
+    Mutation(
         name="a whole document is put where there is no room",
         file="deepseek_jax/data/packing.py",
         old="place = bisect.bisect_left(free, length)",

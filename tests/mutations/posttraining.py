@@ -112,6 +112,27 @@ MUTATIONS = [
         tests="serving/test_engine.py::test_routes_are_those_of_every_token_that_was_fed",
     ),
     Mutation(
+        name="equal rewards are advantages by their rounding",
+        file="deepseek_jax/posttraining/grpo.py",
+        old="jnp.where(low_P1 == high_P1, 0, rewards_PG",
+        new="jnp.where(False, 0, rewards_PG",
+        tests="posttraining/test_grpo.py::test_advantages_have_no_mean_and_equal_rewards_have_none",
+    ),
+    Mutation(
+        name="answers end with EOS alone",
+        file=ROLLOUT,
+        old="stop_tokens=conventions.ends | {tokenizer.eos}",
+        new="stop_tokens=frozenset([tokenizer.eos])",
+        tests="posttraining/test_rollout.py::test_an_answer_ends_and_a_prompt_begins_as_the_checkpoint_says",
+    ),
+    Mutation(
+        name="an answer finds the tests by their name",
+        file="deepseek_jax/posttraining/sandbox.py",
+        old="    code, tests, word, seconds, memory = json.load(sys.stdin)\n",
+        new="    global tests\n    code, tests, word, seconds, memory = json.load(sys.stdin)\n",
+        tests="posttraining/test_rewards.py::test_code_is_rewarded_for_passing_its_tests",
+    ),
+    Mutation(
         name="a token that ends an answer is not learned",
         file=ROLLOUT,
         old="return sequence.made + ([sequence.end] if sequence.end is not None else [])",

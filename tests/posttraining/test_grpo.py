@@ -106,7 +106,9 @@ def test_advantages_have_no_mean_and_equal_rewards_have_none():
     rewards = np.float32([[0, 1, 1, 0], [0.1, 0.1, 0.1, 0.1], [0, 0, 0, 1]])
     found = advantages(GrpoConfig(), rewards)
     np.testing.assert_allclose(found[0], [-1, 1, 1, -1], rtol=1e-5)
-    assert np.abs(found[1]).max() < 0.1 and np.abs(found.mean(axis=1)).max() < 1e-6 and found[2, 3] > 1.7
+    assert np.abs(found.mean(axis=1)).max() < 1e-6 and found[2, 3] > 1.7
+    for rewards_of_all, group in ((0.1, 4), (0.9, 12), (5.3, 12), (100.7, 6)):  # whose means are rounded
+        assert not np.asarray(advantages(GrpoConfig(), np.full((1, group), rewards_of_all, np.float32))).any()
     np.testing.assert_allclose(advantages(GrpoConfig(advantage="mean"), rewards)[0], [-0.5, 0.5, 0.5, -0.5])
 
 

@@ -95,15 +95,16 @@ def test_what_cannot_be_reinforced_is_one_line(change, said):
         check_reinforce(config)
 
 
-def test_the_named_config_freezes_the_biases_and_fits_its_batch():
-    config = load_config("grpo_reverse", ["--config.init.from=run"])
+def test_the_named_config_freezes_the_biases_and_fits_its_batch(start):
+    config = load_config("grpo_reverse", [f"--config.init.from={start.init.from_}"])
+    assert config.model == start.model
     check_reinforce(config)
     assert config.balance.bias_speed == 0 and config.optimizer.weight_decay == 0
 
 
 def test_the_command_says_in_one_line_what_is_missing(monkeypatch):
     monkeypatch.setitem(runs.COMMANDS, "reinforce", command)
-    runs.run("reinforce", "--config", "grpo_reverse", "--workdir", "x").assert_error("add --config.init.from=RUN")
+    runs.run("reinforce", "--config", "grpo_reverse", "--workdir", "x").assert_error("name it: --config.init.from=RUN")
 
 
 CONFIG_FILE = """

@@ -1,5 +1,6 @@
 """Rewards: what each rule accepts, and that no answer costs more than its own reward."""
 
+import socket
 import time
 
 import pytest
@@ -15,7 +16,10 @@ ADD = "assert add(2, 3) == 5\n"
     ("exact", " c b a\n", "c b a", 1), ("exact", "c b a d", "c b a", 0), ("exact", "", "a", 0),
     ("numeric", "so 3 + 4 = 7.", "7", 1), ("numeric", "it is 1,000.50", "1000.5", 1), ("numeric", "7, no: 8", "7", 0),
     ("numeric", "-3", -3, 1), ("numeric", "1/3", "2/6", 1), ("numeric", "1/0", "1", 0), ("numeric", "none", "0", 0),
-    ("numeric", "9" * 5000, "9", 0),
+    ("numeric", "9" * 5000, "9", 0), ("numeric", "it is .5", "1/2", 1), ("numeric", "it is .5", "5", 0),
+    ("numeric", "-.5", "-0.5", 1), ("numeric", "1e3", "1000", 1), ("numeric", "1e3", "3", 0),
+    ("numeric", "10-3", "3", 1), ("numeric", "10-3", "-3", 0), ("numeric", "5.0e-3", "0.005", 1),
+    ("boxed", r"\boxed{1e999999999}", "7", 0),
     ("boxed", r"so \boxed{7}", "7", 1), ("boxed", r"\boxed{1} or \boxed{2}", "2", 1), ("boxed", "7", "7", 0),
     ("boxed", r"\boxed{\frac{1}{2}}", r"\frac{1} {2}", 1), ("boxed", r"\boxed{7", "7", 0),
     ("boxed", r"\boxed{0.50}", "1/2", 1), ("boxed", r"\boxed{8}", "7", 0),
@@ -44,6 +48,14 @@ def test_the_last_closed_box_counts():
     ("import sys; sys.exit(0)", 0),
     ("import os; os._exit(0)", 0),
     ("print('passed')", 0),
+    ("import __main__; __main__.tests = ''", 0),
+    ("__builtins__['exec'] = print", 0),
+    ("import builtins; builtins.exec = builtins.compile = print", 0),
+    ("import __main__ as m, os; os.write(m.answer, m.word.encode()); os._exit(0)", 0),
+    ("import sys; sys._getframe(1).f_globals['tests'] = ''", 0),
+    ("import __main__, os; __main__.refused = (); os.system('true')\ndef add(a, b):\n    return a + b", 0),
+    ("from __future__ import annotations\nimport dataclasses\n@dataclasses.dataclass\nclass A:\n    x: int = 2\n"
+     "def add(a, b):\n    return A(a).x + b", 1),
     ("import math, re, collections\ndef add(a, b):\n    return int(math.fsum([a, b]))", 1),
 ])
 def test_code_is_rewarded_for_passing_its_tests(code, reward):
@@ -56,7 +68,9 @@ def test_code_is_rewarded_for_passing_its_tests(code, reward):
     "import os; os.system('true')",
     "import os; os.posix_spawn('/bin/true', ['true'], {})",
     "import socket; socket.socket()",
-    "import urllib.request; urllib.request.urlopen('http://127.0.0.1')",
+    "import os; os.mkfifo('FOLDER/new')",
+    "import os, signal; signal.pidfd_send_signal(os.pidfd_open(os.getppid()), 0)",
+    "import os; os.setpriority(os.PRIO_PROCESS, os.getppid(), 19)",
     "open('FOLDER/new', 'w')",
     "open('FOLDER/old', 'a')",
     "import os; os.open('FOLDER/new', os.O_CREAT | os.O_WRONLY)",
@@ -84,6 +98,21 @@ def test_code_that_never_ends_is_killed_in_time():
     with pytest.raises(TimeoutError):
         sandbox.passes_tests("while True: pass", "", sandbox.Limits(seconds=1))
     assert time.monotonic() - start < 5
+
+
+def test_code_that_connects_reaches_nobody():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(0.1)
+        code = f"import socket; socket.create_connection(('127.0.0.1', {server.getsockname()[1]}))\nadd = int.__add__"
+        assert RULES["unit_tests"]("", code, ADD) == 0
+        with pytest.raises(TimeoutError):
+            server.accept()
+
+
+def test_a_python_that_does_not_start_there_is_an_error_and_no_reward(monkeypatch):
+    monkeypatch.setattr(sandbox, "_works", lambda: False)
+    with pytest.raises(ConfigError, match="with an empty environment"):
+        score_all([lambda: RULES["unit_tests"]("", "", "")])
 
 
 def test_a_system_without_limits_refuses_to_run_code(monkeypatch):

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 
+from deepseek_jax.chat.messages import Conventions
 from deepseek_jax.config import ConfigError
 from deepseek_jax.posttraining import rollout
 from deepseek_jax.posttraining.rollout import Answers, batch_of, disagreement, drawn, measures
@@ -83,14 +84,22 @@ def test_a_batch_holds_prompt_answer_and_the_token_that_ended_it():
     config = policies.config_of(sequence_length=7)
     batch = batch_of(config, Answers([*some, *some], [1, 0, 0, 0, 0.5, 0.5, 0.5, 0.5], collections.Counter()))
     assert batch["tokens"].shape == (2, 4, 8) and batch["routes"].shape == (2, 1, 3, 4, 8) and batch["active"] == 2
-    assert batch["tokens"][0].tolist() == [[1, 2, 3, 4, 5, 0, 0, 0], [1, 2, 6, 0, 0, 0, 0, 0],
-                                           [1, 2, 5, 0, 0, 0, 0, 0], [1, 2, 7, 8, 0, 0, 0, 0]]
+    assert batch["tokens"][0].tolist() == [[1, 2, 3, 4, 5, 1, 2, 3], [1, 2, 6, 1, 2, 6, 1, 2],
+                                           [1, 2, 5, 1, 2, 5, 1, 2], [1, 2, 7, 8, 1, 2, 7, 8]]
     np.testing.assert_allclose(batch["weights"][0], np.float32([
         [0, 0, 1 / 3, 1 / 3, 1 / 3, 0, 0, 0], [0, 0, 1] + [0] * 5, [0, 0, 1] + [0] * 5, [0] * 8]))
     assert batch["sampled"][0, 0].tolist() == [0, 0, -1, -1, -1, 0, 0, 0]
     assert batch["routes"][0, 0, 1, 0].tolist() == [0, 1, 2, 3, -1, -1, -1, -1]
     assert (batch["routes"][:, 0, 0, 1] < 0).all()
     assert batch["advantages"][0, 0, 0] > 1.5 and not batch["advantages"][1].any()
+
+
+def test_an_answer_ends_and_a_prompt_begins_as_the_checkpoint_says():
+    text = Conventions(None, frozenset(range(2, 288)), begins=False)  # everything but two tokens ends an answer
+    problems = rollout.draw_problems(CONFIG, TASK, policies.tokenizer(), rollout.TRAINING, 0, 4, text)
+    assert all(problem.prompt[0] != policies.tokenizer().bos for problem in problems)
+    found = rollout.answer(CONFIG, naive.variables_of(CONFIG.model), TASK, policies.tokenizer(), problems, 0, text)
+    assert all(s.finish == "stop" and len(drawn(s)) < 6 for s in found.sequences)
 
 
 def test_what_a_rollout_measures():
