@@ -42,7 +42,7 @@ def _variables(cfg):
 def measure(cfg: ModelConfig, batch: int, context: int, page: int, new: int) -> dict[str, Any]:
     """Seconds of a step of the full batch behind `context` tokens, and of reading; a first round compiles.
 
-    `right`: all sequences came to their end. Prompts are read one chunk a step, while those before decode: all get so
+    `right`: all sequences came to their end, and steps of all were timed. Prompts are read one chunk a step, while those before decode: all get so
     many tokens more that `new` are left when the last one is read.
     """
     from deepseek_jax import runtime
@@ -50,7 +50,7 @@ def measure(cfg: ModelConfig, batch: int, context: int, page: int, new: int) -> 
     runtime.prepare()
     from deepseek_jax.serving.engine import Engine, EngineConfig, Request
 
-    chunk, most_steps = min(context, 2048), 32
+    chunk, most_steps = min(context, 2048), new // 4
     more = new + batch * -(-context // chunk)
     options = EngineConfig(batch, context + more + new, page_size=page, chunk=chunk, most_steps=most_steps)
     engine = Engine(cfg, _variables(cfg), options)
@@ -67,7 +67,7 @@ def measure(cfg: ModelConfig, batch: int, context: int, page: int, new: int) -> 
             engine.step()
         took, tokens = time.perf_counter() - reading, sum(len(s.made) for s in made) - before
         engine.run()
-        row = {"right": all(s.finish == "length" for s in made), "page": page, "tokens": tokens,
+        row = {"right": tokens > 0 and all(s.finish == "length" for s in made), "page": page, "tokens": tokens,
                "seconds_per_step": took * batch / max(tokens, 1), "tokens_per_second": tokens / took}
         if batch == 1:  # of more, decoding runs in between
             row["prompt_tokens_per_second"] = context / (reading - start)
