@@ -42,8 +42,8 @@ def _variables(cfg):
 def measure(cfg: ModelConfig, batch: int, context: int, page: int, new: int) -> dict[str, Any]:
     """Seconds of a step of the full batch behind `context` tokens, and of reading; a first round compiles.
 
-    `right`: all sequences came to their end, and steps of all were timed. Prompts are read one chunk a step, while those before decode: all get so
-    many tokens more that `new` are left when the last one is read.
+    `right`: all sequences came to their end, and steps of all were timed. Prompts are read one chunk a step, while those
+    before decode: all get so many tokens more that `new` are left when the last one is read.
     """
     from deepseek_jax import runtime
 
@@ -67,7 +67,8 @@ def measure(cfg: ModelConfig, batch: int, context: int, page: int, new: int) -> 
             engine.step()
         took, tokens = time.perf_counter() - reading, sum(len(s.made) for s in made) - before
         engine.run()
-        row = {"right": tokens > 0 and all(s.finish == "length" for s in made), "page": page, "tokens": tokens,
+        right = tokens > 0 and all(s.finish == "length" for s in made)
+        row = {"right": right, "page": page, "tokens": tokens,
                "seconds_per_step": took * batch / max(tokens, 1), "tokens_per_second": tokens / took}
         if batch == 1:  # of more, decoding runs in between
             row["prompt_tokens_per_second"] = context / (reading - start)
