@@ -43,9 +43,12 @@ def limit(seconds, memory):
         ctypes.CDLL(None).unshare(0x10000000 | 0x40000000)  # CLONE_NEWUSER | CLONE_NEWNET, where they are allowed
     except Exception:
         pass
-    for name, limit in (("CPU", seconds), ("AS", memory), ("FSIZE", 0), ("NPROC", 0), ("CORE", 0), ("NOFILE", 64)):
+    # At the first limit of its time a process is sent SIGXCPU, which tells the parent; at the second it is killed.
+    limits = (("CPU", (seconds, seconds + 1)), ("AS", (memory, memory)), ("FSIZE", (0, 0)), ("NPROC", (0, 0)),
+              ("CORE", (0, 0)), ("NOFILE", (64, 64)))
+    for name, pair in limits:
         try:
-            resource.setrlimit(getattr(resource, "RLIMIT_" + name), (limit, limit))
+            resource.setrlimit(getattr(resource, "RLIMIT_" + name), pair)
         except (AttributeError, ValueError, OSError):
             pass
     # Of these no hook hears.
@@ -98,7 +101,7 @@ def passes_tests(code: str, tests: str, limits: Limits = Limits()) -> bool:
     Raises:
       ConfigError: no code can be run here: a system without limits for processes (Windows), or a Python that does not
         start without its environment.
-      TimeoutError: it took longer than `limits.seconds`.
+      TimeoutError: it took longer than `limits.seconds` of wall or of processor time.
     """
     if os.name != "posix":
         raise ConfigError("the reward 'unit_tests' runs code under limits that this system lacks; take a POSIX system "
@@ -134,4 +137,6 @@ def _passes(code: str, tests: str, limits: Limits) -> bool:
                 if pipe is not None:
                     with contextlib.suppress(OSError):
                         pipe.close()
+    if process.returncode == -signal.SIGXCPU:  # its processor time ended before the wait did
+        raise TimeoutError
     return said == word

@@ -93,10 +93,12 @@ def test_what_code_prints_is_dropped_and_its_environment_is_empty():
     assert RULES["unit_tests"]("", code, ADD) == 1
 
 
-def test_code_that_never_ends_is_killed_in_time():
+@pytest.mark.parametrize("code", ["while True: pass", "import time; time.sleep(60)",
+                                  "import signal; signal.raise_signal(signal.SIGXCPU)"])
+def test_code_out_of_wall_or_processor_time_is_killed_and_reported(code):
     start = time.monotonic()
     with pytest.raises(TimeoutError):
-        sandbox.passes_tests("while True: pass", "", sandbox.Limits(seconds=1))
+        sandbox.passes_tests(code, "", sandbox.Limits(seconds=1))
     assert time.monotonic() - start < 5
 
 
