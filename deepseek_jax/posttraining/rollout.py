@@ -74,7 +74,9 @@ def answer(config: Config, variables: dict[str, Any], task: Task, tokenizer: Tok
     sequences = [engine.submit(Request(problem.prompt, config.rollout.max_new_tokens, stream=i, **how))
                  for i, problem in enumerate(problems)]
     engine.run()
-    texts = ["" if s.finish == "error" else tokenizer.decode([token.id for token in s.made]) for s in sequences]
+    # Special tokens are part of what was written: in many tokenizers <think> is one.
+    texts = ["" if s.finish == "error" else tokenizer.decode([token.id for token in s.made], specials=True)
+             for s in sequences]
     scores = score_all(lambda text=text, reference=problem.reference: task.score(text, reference)
                        for text, problem in zip(texts, problems))
     return Answers(sequences, scores.rewards, scores.faults)

@@ -102,6 +102,16 @@ def test_an_answer_ends_and_a_prompt_begins_as_the_checkpoint_says():
     assert all(s.finish == "stop" and len(drawn(s)) < 6 for s in found.sequences)
 
 
+def test_special_tokens_are_part_of_the_answer_that_is_scored(monkeypatch):
+    tokenizer, scored = policies.tokenizer(), []
+    made = sequence((1, 2), (tokenizer.fim_hole, *tokenizer.encode("b a")), tokenizer.eos)
+    engine = types.SimpleNamespace(submit=lambda request: made, run=lambda: None)
+    monkeypatch.setattr(rollout, "Engine", lambda *args: engine)
+    task = TASK._replace(score=lambda answer, reference: scored.append(answer) or 1.0)
+    rollout.answer(CONFIG, {}, task, tokenizer, [rollout.Problem((1, 2), " b a")], 0)
+    assert scored == ["<|fim_hole|>b a"]
+
+
 def test_what_a_rollout_measures():
     some = [sequence((1,), (3, 4), 5), sequence((1,), (6,), finish="length")] * 4
     found = measures(policies.config_of(), Answers(some, [1, 0, 0, 0, 0, 0, 0, 0], collections.Counter(ValueError=2)))
