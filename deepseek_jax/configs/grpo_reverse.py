@@ -23,6 +23,7 @@ def get_config() -> ConfigDict:
     config.train.checkpoint_every = 10
     config.optimizer.learning_rate = 1e-4
     config.optimizer.warmup = 0.0
+    config.optimizer.constant_until = config.optimizer.cosine_until = config.optimizer.tail_from = 1.0
     config.optimizer.weight_decay = 0.0  # it would shrink the MTP module, which has no gradient here
     config.balance.bias_speed = 0.0  # a small, skewed batch must not move the routes
     config.balance.sequence_loss_weight = 0.0

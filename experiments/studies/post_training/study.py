@@ -1,0 +1,66 @@
+"""From pre-training to reinforcement learning on a task that a rule checks (report sections 5.1 and 5.2)."""
+
+import pathlib
+
+import numpy as np
+
+from experiments.studies.framework import plots
+from experiments.studies.framework.study import Claim, Study
+from experiments.studies.post_training.measure import PostTraining
+
+RL = {"kind": "reinforced"}
+ARMS = {
+    "pre-trained": {"kind": "pretrained"},
+    "fine-tuned": {"kind": "tuned"},
+    "GRPO": RL,
+    "fine-tuned, GRPO": RL,
+    "KL 0.04": {**RL, "grpo.kl_weight": 0.04},
+    "groups of 4": {**RL, "rollout.group_size": 4},
+    "groups of 16": {**RL, "rollout.group_size": 16},
+    "biases move": {**RL, "balance.bias_speed": 0.005},
+    "bfloat16": {**RL, "model.dtype": "bfloat16"},
+    "bfloat16, no replay": {**RL, "model.dtype": "bfloat16", "rollout.replay_routes": False},
+}
+AFTER = {arm: "fine-tuned" if arm == "fine-tuned, GRPO" else "pre-trained" for arm in ARMS if arm != "pre-trained"}
+VARIANTS = [arm for arm in ARMS if arm in AFTER and arm not in ("fine-tuned", "GRPO", "fine-tuned, GRPO")]
+
+
+def draw(results: dict, runs: list[dict], folder: pathlib.Path) -> None:
+    arms = results["arms"]
+    made, (final, rising, apart) = plots.figure(4.2, 3, gridspec_kw={"width_ratios": [1, 1.1, 1]})
+    first = {arm: arms[arm] for arm in ("pre-trained", "fine-tuned", "GRPO", "fine-tuned, GRPO") if arm in arms}
+    plots.intervals(final, {"arms": first}, "reward")
+    final.set_xlim(-0.02, 1.02)
+    plots.finish(final, "Right answers, temperature 1", "share")
+    for colour, arm in zip(plots.PALETTE, ("GRPO", *VARIANTS)):
+        if arm in arms:
+            reward = arms[arm]["curves"]["reward"]
+            rising.plot(np.arange(1, len(reward) + 1), reward, color=colour, label=arm, linewidth=1.4)
+    rising.set_ylim(-0.02, 1.02)
+    plots.legend(rising, loc="lower right")
+    plots.finish(rising, "Reward while GRPO trains", "step", "mean of the step's answers")
+    plots.differences(apart, results, "mean_reward", [(arm, "GRPO") for arm in VARIANTS])
+    plots.finish(apart, "Mean reward of all steps", "difference")
+    plots.save(made, folder / "post_training.png", plots.INTERVALS)
+
+
+STUDY = Study(
+    name="post_training",
+    arms=ARMS,
+    measure=PostTraining(after=AFTER),
+    draw=draw,
+    quick_arms=("pre-trained", "GRPO"),
+    quick_seeds=(0,),
+    claims=(
+        Claim("Before reinforcement learning at most a tenth of the answers is right.", "reward", "pre-trained", 0.1,
+              "lower"),
+        Claim("Afterwards at least seven of ten are.", "reward", "GRPO", 0.7, "higher"),
+        Claim("Fine-tuning on 1,000 right answers helps.", "reward", "fine-tuned", "pre-trained", "higher"),
+        Claim("Reinforcement learning after it helps more.", "reward", "fine-tuned, GRPO", "fine-tuned", "higher"),
+        Claim("A KL term to the start slows learning down.", "mean_reward", "KL 0.04", "GRPO", "lower"),
+        Claim("Groups of 16 learn faster than groups of 4, from as many answers.", "mean_reward", "groups of 16",
+              "groups of 4", "higher"),
+        Claim("Biases that move slow it down.", "mean_reward", "biases move", "GRPO", "lower"),
+        Claim("In bfloat16, replaying the sampler's routes learns faster.", "mean_reward",
+              "bfloat16", "bfloat16, no replay", "higher"),
+    ))
