@@ -8,11 +8,18 @@ from setuptools import find_packages, setup
 HERE = pathlib.Path(__file__).resolve().parent
 REPOSITORY = "https://github.com/OWNER/deepseek-jax"  # the one place that names it: docs/notebooks.md
 
+
+def absolute_links(page: str) -> str:
+    """A page of the repository as others can show it: pictures and links lead there."""
+    page = re.sub(r"(!\[[^]]*\])\((?!https?:|#)", rf"\1({REPOSITORY}/raw/main/", page)
+    return re.sub(r"(?<!\))(\]\()(?!https?:|#)", rf"\1{REPOSITORY}/blob/main/", page)
+
+
 setup(
     name="deepseek-jax",
     version=re.search(r'__version__ = "(.*)"', HERE.joinpath("deepseek_jax", "__init__.py").read_text())[1],
     description="DeepSeek-V3 in JAX: model, training and serving as the V3 technical report describes them",
-    long_description=HERE.joinpath("README.md").read_text(encoding="utf-8"),
+    long_description=absolute_links(HERE.joinpath("README.md").read_text(encoding="utf-8")),
     long_description_content_type="text/markdown",
     author="The deepseek-jax authors",
     license_expression="Apache-2.0",

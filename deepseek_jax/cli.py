@@ -7,10 +7,21 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from deepseek_jax import runtime
-from deepseek_jax.config import ConfigError
+from deepseek_jax.config import ConfigError, did_you_mean
+
+PATHS = ("workdir", "hf", "config", "data", "prompts", "json", "plot")  # options whose ~ a shell leaves: --hf=~/x
+
+
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Says the default of each option that has one, unless its help already does."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        said = action.help or ""
+        known = action.option_strings and action.default not in (None, False, argparse.SUPPRESS, [])
+        return said if not known or "default" in said else f"{said} (default: %(default)s)"
 
 
 class Parser(argparse.ArgumentParser):
@@ -18,9 +29,21 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, name: str, doc: str | None):
         super().__init__(prog=f"python -m deepseek_jax.{name}", description=doc, allow_abbrev=False,
-                         formatter_class=argparse.RawDescriptionHelpFormatter)
+                         formatter_class=_Help)
+
+    def parse_known_args(self, *args: Any, **options: Any) -> Any:
+        found, rest = super().parse_known_args(*args, **options)
+        for name in PATHS:
+            if isinstance(value := getattr(found, name, None), str):
+                setattr(found, name, os.path.expanduser(value))
+        return found, rest
 
     def error(self, message: str) -> NoReturn:
+        if message.startswith("the following arguments are required"):  # perhaps one was given and misspelled
+            words = [word.split("=")[0] for word in sys.argv[1:] if word.startswith("--")]
+            wrong = [word for word in words if word not in self._option_string_actions and "." not in word]
+            if wrong:
+                raise ConfigError(f"there is no {wrong[0]}; {did_you_mean(wrong[0], self._option_string_actions)}")
         raise ConfigError(f"{message}; see {self.prog} --help.")
 
 

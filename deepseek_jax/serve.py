@@ -20,7 +20,7 @@ def parse() -> argparse.Namespace:
     model.add_argument("--hf", metavar="DIR", help="a Hugging Face checkpoint: config.json, tokenizer.json, weights")
     parser.add_argument("--ema", action="store_true", help="use the moving average of the weights")
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in; then set a key")
-    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--port", type=int, default=8000, help="0: any that is free")
     parser.add_argument("--api-key", default=os.environ.get("DEEPSEEK_JAX_API_KEY"),
                         help="what clients must send; by default DEEPSEEK_JAX_API_KEY, or none")
     parser.add_argument("--name", help="of the model; by default that of its folder")
@@ -53,8 +53,11 @@ def check(args: argparse.Namespace) -> None:
     for name in ("max_sequences", "max_length"):
         if getattr(args, name) < 1:
             raise ConfigError(f"--{name.replace('_', '-')}={getattr(args, name)} must be positive.")
-    if min(args.max_waiting, args.depth or 0, args.grace) < 0 or not 0 <= args.port < 2**16:
-        raise ConfigError("--max-waiting, --depth and --grace cannot be negative, and --port must lie in [0, 65535].")
+    for name in ("max_waiting", "depth", "grace"):
+        if (getattr(args, name) or 0) < 0:
+            raise ConfigError(f"--{name.replace('_', '-')}={getattr(args, name)} cannot be negative.")
+    if not 0 <= args.port < 2**16:
+        raise ConfigError(f"--port={args.port} must lie in [0, 65535].")
     if args.api_key == "":
         raise ConfigError("the API key is empty; unset DEEPSEEK_JAX_API_KEY, or say what clients must send.")
 

@@ -8,13 +8,13 @@ import argparse
 import sys
 
 from deepseek_jax import cli
-from deepseek_jax.config import PRESETS, ConfigError, load_config
+from deepseek_jax.config import ConfigError, load_config, named_configs
 from deepseek_jax.config.advice import advice
 
 
 def parse() -> tuple[argparse.Namespace, list[str]]:
     parser = cli.Parser("train", __doc__)
-    parser.add_argument("--config", required=True, help=f"{', '.join(PRESETS)}; a Python file "
+    parser.add_argument("--config", required=True, help=f"{', '.join(named_configs())}; a Python file "
                         "with get_config(); or the config.json of a run")
     parser.add_argument("--workdir", required=True, help="checkpoints, metrics and pictures; run again to resume")
     group = parser.add_argument_group("several processes", "the same command for each, with its own number")

@@ -150,6 +150,7 @@ def load(folder: str, ema: bool = False, step: int | None = None, hf: bool | Non
     """
     from deepseek_jax.data.tokenizer import Tokenizer
 
+    folder = os.path.expanduser(folder)
     vocabulary = os.path.join(folder, "tokenizer.json")
     hf = is_hf_checkpoint(folder) if hf is None else hf
     if hf:

@@ -38,7 +38,7 @@ def assert_only_error(result, *parts):
         (["--config", "CONFIG"], ["the following arguments are required: --workdir"]),
         (["--config", "CONFIG", "--workdir"], ["argument --workdir: expected one argument"]),
         (["--config", "absent.py", "--workdir", "W"], ["no config file absent.py"]),
-        (["--config", "CORPUS", "--workdir", "W"], ["no config file", "take one of tiny"]),
+        (["--config", "CORPUS", "--workdir", "W"], ["no config file", "take one of glm"]),
         (["CONFIG.train.stepz=3"], ["cannot read", "overrides look like --config.train.steps=50"]),
         (["--config.train.stepz=3"], ["unknown config key train.stepz; did you mean steps?"]),
         (["--config.trian.steps=3"], ["unknown config key trian; did you mean train?"]),

@@ -3,7 +3,7 @@
     python -m deepseek_jax.config       prints the reference page of all keys
 """
 
-from deepseek_jax.config.load import Config, as_dict, default_config, freeze, load_config
+from deepseek_jax.config.load import Config, as_dict, default_config, freeze, load_config, named_configs
 from deepseek_jax.config.mesh import MeshConfig, PipelineConfig
 from deepseek_jax.config.model import GROUP_LIMITED, PARTS, FP8Config, ModelConfig, Yarn
 from deepseek_jax.config.posttraining import GrpoConfig, RolloutConfig
@@ -14,4 +14,4 @@ from deepseek_jax.config.training import BalanceConfig, DataConfig, InitConfig, 
 __all__ = ["GROUP_LIMITED", "PARTS", "PRESETS", "BalanceConfig", "Checked", "Config", "ConfigError", "DataConfig",
            "FP8Config", "GrpoConfig", "InitConfig", "MeshConfig", "ModelConfig", "OptimizerConfig", "PipelineConfig",
            "RolloutConfig", "TrainConfig", "Yarn", "as_dict", "build", "default_config", "did_you_mean", "freeze",
-           "key", "load_config", "model_config", "shown"]
+           "key", "load_config", "model_config", "named_configs", "shown"]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import copy
 import dataclasses
+import difflib
 import importlib.util
 import os
 import re
@@ -21,7 +22,7 @@ from deepseek_jax import configs, io
 from deepseek_jax.config.mesh import MeshConfig, PipelineConfig, check_mesh
 from deepseek_jax.config.model import GROUP_LIMITED, IN_TURN, FP8Config, ModelConfig
 from deepseek_jax.config.posttraining import GrpoConfig, RolloutConfig
-from deepseek_jax.config.presets import PRESETS, model_config
+from deepseek_jax.config.presets import model_config
 from deepseek_jax.config.schema import Checked, ConfigError, build, did_you_mean, key
 from deepseek_jax.config.training import BalanceConfig, DataConfig, InitConfig, OptimizerConfig, TrainConfig
 
@@ -125,8 +126,11 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
     if re.fullmatch(r"[a-z]\w*", path) and os.path.isfile(named) and not os.path.exists(path):
         path = named
     if not os.path.isfile(path):
-        raise ConfigError(f"no config file {path}; take one of {', '.join(PRESETS)}, a Python file with get_config(), "
-                          "or the config.json of a run.")
+        names = named_configs()
+        close = difflib.get_close_matches(path, names, n=1)
+        raise ConfigError(f"no config file {path}; " + (f"did you mean {close[0]}?" if close else
+                          f"take one of {', '.join(names)}, a Python file with get_config(), or the config.json of a "
+                          "run."))
     config = _read_json(path) if path.endswith(".json") else _run_file(path)
     if not hasattr(config, "items"):
         gave = type(config).__name__ if dataclasses.is_dataclass(config) else repr(config)
@@ -135,6 +139,11 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
     for override in overrides:
         _override(config, override)
     return freeze(_with_model(config, path))
+
+
+def named_configs() -> list[str]:
+    """The configs that come with the package."""
+    return sorted(name[:-3] for name in os.listdir(os.path.dirname(configs.__file__)) if name[0] not in "_.")
 
 
 def _with_model(config, path):

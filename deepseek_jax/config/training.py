@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import re
 from typing import Annotated, Literal
 
@@ -156,3 +157,8 @@ class InitConfig(Checked, section="init"):
     """Where the weights come from. Spelled `init.from` in config files and on the command line."""
 
     from_: Annotated[str | None, "a work directory: its parameters and router bias, with a fresh optimizer"] = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.from_ is not None:  # a shell leaves the ~ of --config.init.from=~/run alone
+            object.__setattr__(self, "from_", os.path.expanduser(self.from_))

@@ -1,9 +1,9 @@
 """Reinforcement learning on a task that a rule checks: letters are to be reversed. Starts from a run of config `tiny`.
 
     python -m deepseek_jax.posttraining reverse --examples 20000 > reverse.jsonl
-    python -m deepseek_jax.train --config tiny --workdir run --config.data.sources="[('reverse.jsonl', 1)]" \
+    python -m deepseek_jax.train --config tiny --workdir run_reverse --config.data.sources="[('reverse.jsonl', 1)]" \
         --config.data.packing=whole --config.data.mask_documents=True
-    python -m deepseek_jax.reinforce --config grpo_reverse --workdir rl --config.init.from=run
+    python -m deepseek_jax.reinforce --config grpo_reverse --workdir rl --config.init.from=run_reverse
 """
 
 from ml_collections import ConfigDict

@@ -117,7 +117,7 @@ def prepare_evaluation(config: Config, workdir: str, path: str) -> Prepared:
 
 
 def _cache(config, workdir):
-    return config.data.cache_dir or os.path.join(workdir, "cache")
+    return os.path.expanduser(config.data.cache_dir or "") or os.path.join(workdir, "cache")
 
 
 def find_tokenizer(config: Config, workdir: str, sources: list[Source]) -> Tokenizer:

@@ -85,7 +85,7 @@ class Tokenizer:
     def load(cls, path: str, vocab_size: int | None = None) -> Tokenizer:
         """Reads a tokenizer.json. Raises ConfigError where it does not fit a model of `vocab_size` tokens."""
         if not os.path.exists(path):
-            raise ConfigError(f"there is no {path}; give a work directory that holds a tokenizer.json.")
+            raise ConfigError(f"there is no {path}; give a run's folder or a checkpoint's, which holds one.")
         try:
             with io.open_regular(path) as f:
                 tokenizer = cls(tokenizers.Tokenizer.from_buffer(f.read().removeprefix(codecs.BOM_UTF8)))

@@ -122,7 +122,8 @@ def to_hf(src: str, dst: str, fp8: bool = False, dtype: str | None = None) -> li
     sizes = collections.Counter()
     for item in items:
         sizes[item.dtype.name] += item.nbytes
-    return [f"{dst} holds {total / 1e9:,.2f} GB, mostly {sizes.most_common(1)[0][0]}. Next: transformers, or python -m "
+    size = f"{total / 1e9:,.2f} GB" if total >= 1e8 else f"{total / 1e6:,.2f} MB"
+    return [f"{dst} holds {size}, mostly {sizes.most_common(1)[0][0]}. Next: transformers, or python -m "
             f"deepseek_jax.serve --hf {dst}" + ("." if has_tokenizer else ", once it holds a tokenizer.json.")]
 
 

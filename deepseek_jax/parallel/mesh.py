@@ -27,9 +27,9 @@ def make_mesh(cfg: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
         rest, other = cfg.devices // cfg.local, len(devices) // (cfg.devices // cfg.local)
         fit = (f"mesh.local={other}" if other and rest * other == len(devices) else
                f"sizes whose product is {len(devices)}")
-        raise ConfigError(f"the mesh {axes} is for {cfg.devices} devices, and {len(devices)} are here; take {fit}, or "
-                          f"start {cfg.devices} (on a CPU: XLA_FLAGS=--xla_force_host_platform_device_count="
-                          f"{cfg.devices}).")
+        here = f"{len(devices)} {'is' if len(devices) == 1 else 'are'} here"
+        raise ConfigError(f"the mesh {axes} is for {cfg.devices} devices, and {here}; take {fit}, or start "
+                          f"{cfg.devices} (on a CPU: XLA_FLAGS=--xla_force_host_platform_device_count={cfg.devices}).")
     return Mesh(np.asarray(devices).reshape(tuple(sizes.values())), tuple(sizes), axis_types=(AxisType.Auto,) * 5)
 
 

@@ -1,7 +1,7 @@
 """Writes problems of a task with their answers, to pre-train or fine-tune on before reinforcement learning.
 
     python -m deepseek_jax.posttraining reverse --size 4 --examples 20000 > reverse.jsonl
-    python -m deepseek_jax.train --config tiny --workdir run --config.data.sources="[('reverse.jsonl', 1)]" \
+    python -m deepseek_jax.train --config tiny --workdir run_reverse --config.data.sources="[('reverse.jsonl', 1)]" \
         --config.data.packing=whole --config.data.mask_documents=True
 """
 

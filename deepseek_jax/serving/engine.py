@@ -146,7 +146,7 @@ class Engine:
         check_servable(cfg)
         if depth and not cfg.mtp_depth:
             raise ConfigError("this model has no MTP module (model.mtp_depth=0), so there is nothing to draft with; "
-                              "omit speculative decoding.")
+                              "draft none (--depth 0, or no --speculative).")
         # The FP8 recipe is of training: absorbed products are not among those that it rounds.
         self.cfg = cfg = dataclasses.replace(cfg, fp8=FP8Config())
         self.depth, self.max_sequences = depth, max_sequences

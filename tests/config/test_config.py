@@ -184,7 +184,10 @@ def test_an_unknown_model_is_answered_with_the_known_ones(name):
 def test_a_missing_config_file_is_named(tmp_path):
     with pytest.raises(ConfigError) as error:
         configs.load_config(str(tmp_path / "absent.py"))
-    assert_one_line(error, "absent.py", "take one of tiny, small")
+    assert_one_line(error, "absent.py", "take one of", "grpo_reverse", "tiny")
+    with pytest.raises(ConfigError) as error:
+        configs.load_config("grpo_revers")
+    assert_one_line(error, "no config file grpo_revers; did you mean grpo_reverse?")
 
 
 @pytest.mark.parametrize("config", [None, {}, [], 3, {"train": {}}, {1: 2}])

@@ -134,7 +134,7 @@ def test_a_run_of_ours_goes_out_in_bfloat16_where_that_is_asked_for(tmp_path):
     assert checkpoints.config(tmp_path / "wide")["torch_dtype"] == "float32"
     assert_in_bfloat16_but_for_biases(tmp_path / "narrow", checkpoints.tensors(tmp_path / "wide"))
     size = sum(t.nbytes for t in checkpoints.tensors(tmp_path / "narrow").values())
-    assert line.startswith(f"{tmp_path / 'narrow'} holds {size / 1e9:.2f} GB, mostly bfloat16. Next: ")
+    assert line.startswith(f"{tmp_path / 'narrow'} holds {size / 1e6:.2f} MB, mostly bfloat16. Next: ")
     assert line.endswith(f"serve --hf {tmp_path / 'narrow'}, once it holds a tokenizer.json.")
 
 

@@ -1,0 +1,39 @@
+"""What all commands share: help that says defaults, paths with a ~, words that were misspelled."""
+
+import pytest
+
+from deepseek_jax import cli
+from deepseek_jax.config import ConfigError, InitConfig
+
+
+@pytest.fixture
+def parser():
+    made = cli.Parser("try", "Tries.")
+    made.add_argument("--workdir", required=True)
+    made.add_argument("--port", type=int, default=8000, help="of the server")
+    made.add_argument("--depth", type=int, help="of drafts (default: the model's)")
+    made.add_argument("--stop", action="append", default=[], help="ends a text")
+    made.add_argument("--ema", action="store_true", help="of the weights")
+    return made
+
+
+def test_help_says_each_default_once(parser):
+    text = " ".join(parser.format_help().split())
+    assert "of the server (default: 8000)" in text and text.count("(default") == 2
+    assert "of drafts (default: the model's)" in text and "ends a text --ema of the weights" in text
+
+
+def test_a_tilde_in_a_path_is_the_users_folder_and_no_folder_of_that_name(parser, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/somebody")
+    assert parser.parse_args(["--workdir=~/run"]).workdir == "/home/somebody/run"
+    assert parser.parse_known_args(["--workdir", "~/run", "--other"])[0].workdir == "/home/somebody/run"
+    assert InitConfig("~/run").from_ == "/home/somebody/run"
+
+
+def test_a_misspelled_option_is_named_before_the_one_that_is_missing(parser, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["try", "--wrkdir=run", "--config.train.steps=3"])
+    with pytest.raises(ConfigError, match="there is no --wrkdir; did you mean --workdir?"):
+        parser.parse_known_args()
+    monkeypatch.setattr("sys.argv", ["try", "--port", "1"])
+    with pytest.raises(ConfigError, match="required: --workdir; see"):
+        parser.parse_known_args()
