@@ -15,6 +15,7 @@ import argparse
 from typing import Any
 
 from deepseek_jax import cli, io
+from deepseek_jax.config import LoraConfig
 from deepseek_jax.scale import arguments
 from deepseek_jax.scale.compile import targets
 
@@ -23,6 +24,7 @@ def parse() -> argparse.Namespace:
     parser = cli.Parser("compile", __doc__)
     parser.add_argument("--target", required=True, help="such as h100:8, h100:2048, v5p:8x16x16")
     arguments.add(parser)
+    parser.add_argument("--lora", type=int, metavar="RANK", help="train adapters of that rank alone, of a frozen base")
     parser.add_argument("--decode", type=int, metavar="SEQUENCES", help="compile a decode step of SEQUENCES per device "
                         "instead; each device has a complete copy of the model")
     parser.add_argument("--length", type=int, default=4096, help="with --decode: tokens of cache of a sequence")
@@ -45,7 +47,8 @@ def main() -> int:
     else:
         from deepseek_jax.scale.compile.aot import measure_step
 
-        found = measure_step(model, arguments.layout(args, model, devices, node_size=8), args.target)
+        layout = arguments.layout(args, model, devices, node_size=8)
+        found = measure_step(model, layout, args.target, LoraConfig(args.lora))
     found |= {"model": args.model, "layers": model.num_layers}
     print(table(found))
     if args.json:

@@ -36,6 +36,7 @@ def parse() -> argparse.Namespace:
     way.add_argument("--fp8", action="store_true", help="quantize to FP8 in blocks of 128 x 128, as released")
     way.add_argument("--dtype", choices=("bfloat16", "float32"), help="of what is not FP8; routing biases stay float32 "
                      "(default: that of the checkpoint which SRC came from; float32 if it came from none)")
+    way.add_argument("--merge", action="store_true", help="add the adapters of a run of config `lora` to its base")
     return parser.parse_args()
 
 
@@ -45,7 +46,7 @@ def main() -> None:
     from deepseek_jax.interop.convert import from_hf, to_hf
 
     if args.way == "to-hf":
-        notes = to_hf(args.src, args.dst, args.fp8, args.dtype)
+        notes = to_hf(args.src, args.dst, args.fp8, args.dtype, args.merge)
     else:
         notes = from_hf(args.src, args.dst, args.dtype, args.keep_fp8, args.without_mtp, args.files)
     for note in notes:

@@ -15,7 +15,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import filelock
 
 from deepseek_jax import io
-from deepseek_jax.config import Config, ConfigError, MeshConfig, ModelConfig, PipelineConfig, as_dict, freeze
+from deepseek_jax.config import (
+    Config,
+    ConfigError,
+    LoraConfig,
+    MeshConfig,
+    ModelConfig,
+    PipelineConfig,
+    as_dict,
+    freeze,
+)
 
 if TYPE_CHECKING:
     from deepseek_jax.data.tokenizer import Tokenizer
@@ -113,21 +122,21 @@ class LoadedRun(NamedTuple):
 
 
 def load_run(workdir: str, ema: bool = False, step: int | None = None) -> LoadedRun:
-    """A run's config (on one device here) and variables; with `ema` the moving average of its weights.
+    """A run's config (on one device here) and variables; with `ema` the moving average of its weights. Adapters are
+    merged into their base.
 
     Args:
       step: of the checkpoint; None: the newest undamaged one.
     Raises:
       ConfigError: no run or no such checkpoint there, or no moving average in it.
     """
-    from deepseek_jax.checkpoint.manager import restore_items  # jax and Orbax: for those who read arrays
+    from deepseek_jax.checkpoint.adapters import restore_weights  # jax and Orbax: for those who read arrays
 
     config = dataclasses.replace(load_workdir_config(workdir), mesh=MeshConfig())
-    items, step, _ = restore_items(workdir, ("ema", "router") if ema else ("params", "router"), step=step)
-    params = items["ema" if ema else "params"]
-    if not params:
+    variables, step = restore_weights(workdir, ema=ema, step=step)
+    if not variables["params"]:
         raise ConfigError(f"the run in {workdir} keeps no moving average; train with --config.train.ema_decay=0.999.")
-    return LoadedRun(config, {"params": params, "router": items["router"]}, step)
+    return LoadedRun(dataclasses.replace(config, lora=LoraConfig()), variables, step)
 
 
 class LoadedModel(NamedTuple):

@@ -17,7 +17,7 @@ PACKAGES = ("deepseek_jax", "kernels_pallas")
 
 # room -> the rooms it may import, besides itself. "serving" stands for all of serving, and so on.
 MODEL = ("model.attention", "model.blockwise", "model.block", "model.experts", "model.grouped_matmul", "model.layers",
-         "model.mtp", "model.permute", "model.rope", "model.router", "model.types")
+         "model.lora", "model.mtp", "model.permute", "model.rope", "model.router", "model.types")
 SHARDING = ("parallel.mesh", "parallel.sharding")
 MAY_IMPORT = {
     # Foundations: no jax.
@@ -48,6 +48,7 @@ MAY_IMPORT = {
     "model.attention": ("model.blockwise", "model.layers", "model.rope", *SHARDING, "config"),
     "model.experts": ("model.grouped_matmul", "model.layers", "model.permute", "model.router", "model.types", "fp8",
                       "parallel.dispatch", *SHARDING, "config"),
+    "model.lora": ("model.layers", "config"),
     "model.block": SHARDING,
     "model.mtp": ("model.block", "model.layers", "model.types", "config"),
     "model.transformer": (*MODEL, "plugin", "config"),
@@ -79,13 +80,14 @@ MAY_IMPORT = {
     "training.step": ("training.types", "training.losses", "training.optimizer", "pipeline.model", "model", *SHARDING,
                       "config"),
     "training.metrics": ("io",),
+    "training.base": ("training.step", "model", "parallel", "checkpoint", "config"),
     "training.throughput": ("scale.hardware",),
     "training.evaluate": ("training.step", "training.types", "training.metrics", "data", "workdir", "config"),
     "training.comparison": ("training.metrics",),
     "training.selfcheck": ("model.grouped_matmul", "parallel.dispatch", "kernels_pallas.api", "config"),
-    "training.loop": ("training.evaluate", "training.selfcheck", "training.step", "training.types", "training.metrics",
-                      "training.throughput", "pipeline.model", "model.parts", "parallel", "checkpoint", "data",
-                      "scale.costs", "workdir", "config"),
+    "training.loop": ("training.evaluate", "training.selfcheck", "training.base", "training.step", "training.types",
+                      "training.metrics", "training.throughput", "pipeline.model", "model.parts", "parallel",
+                      "checkpoint", "data", "scale.costs", "workdir", "config"),
     "training.summary": ("training.loop", "training.metrics", "serving", "plots", "data", "config"),
     "training": (),
     "plots.style": ("io", "config"),
@@ -100,7 +102,7 @@ MAY_IMPORT = {
     "posttraining": ("training", "serving", "chat", "parallel", "model", "checkpoint", "data", "workdir", "cli",
                      "plugin", "io", "config"),
     # Machines that are not here.
-    "scale.compile": ("scale", "training.step", "pipeline.model", "serving", "model", *SHARDING,
+    "scale.compile": ("scale", "training.base", "training.step", "pipeline.model", "serving", "model", *SHARDING,
                       "kernels_pallas.tools.compile_report", "config"),
     "scale": ("pipeline.schedule", "pipeline.validate", "pipeline.orders", "plots.style", "kernels_pallas.constants",
               "interop.hf_config", "io", "config"),

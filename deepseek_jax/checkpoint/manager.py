@@ -143,6 +143,15 @@ class Checkpoints:
         return CheckpointError(f"checkpoint {step} was not written to {self.directory}: {why}. {kept}")
 
 
+def find_checkpoint(workdir: str | os.PathLike[str], step: int | None = None) -> pathlib.Path:
+    """The folder of a step's checkpoint; None: of the newest undamaged one. Raises ConfigError where there is none."""
+    directory = _directory(workdir)
+    path = manifest.newest(directory)[0] if step is None else manifest.of_step(directory, step)
+    if path is None:
+        raise ConfigError(f"{workdir} holds no checkpoint; give the --workdir of a run that has saved one.")
+    return path
+
+
 def restore_items(workdir: str | os.PathLike[str], names: Sequence[str] = ("params", "router"),
                   abstract: dict[str, Any] | None = None,
                   step: int | None = None) -> tuple[dict[str, Any], int, dict[str, Any]]:
@@ -160,15 +169,17 @@ def restore_items(workdir: str | os.PathLike[str], names: Sequence[str] = ("para
     Raises:
       ConfigError: no such checkpoint there, none undamaged, or `abstract` differs in a leaf.
     """
-    directory = _directory(workdir)
-    path = manifest.newest(directory)[0] if step is None else manifest.of_step(directory, step)
-    if path is None:
-        raise ConfigError(f"{workdir} holds no checkpoint; give the --workdir of a run that has saved one.")
+    return read_items(find_checkpoint(workdir, step), names, abstract)
+
+
+def read_items(path: pathlib.Path, names: Sequence[str], abstract: dict[str, Any] | None = None,
+               cast: bool = False) -> tuple[dict[str, Any], int, dict[str, Any]]:
+    """`restore_items` of the checkpoint in a folder. cast: leaves become what `abstract` says, whatever their dtype."""
     saved = io.read_json(path / "meta.json")
     leaves = {name: leaf for name, leaf in saved["leaves"].items() if name.split("/")[0] in names}
     items = {name: {} for name in names}
     if abstract is not None:
-        items |= _read(path, leaves, {name: abstract[name] for name in names if name in abstract})
+        items |= _read(path, leaves, {name: abstract[name] for name in names if name in abstract}, cast)
     else:
         for name, value in _read(path, leaves, {name: _saved_shape(leaf) for name, leaf in leaves.items()}).items():
             *parents, key = name.split("/")
@@ -218,11 +229,12 @@ def _saved_shape(leaf):
     return jax.ShapeDtypeStruct(tuple(leaf["shape"]), dtype)
 
 
-def _read(path, leaves, abstract):
-    """Restores `abstract` from the checkpoint at `path`, whose leaves are `leaves`. Converted ones are cast to fit."""
+def _read(path, leaves, abstract, cast=False):
+    """Restores `abstract` from the checkpoint at `path`, whose leaves are `leaves`. Converted ones are cast to fit, and
+    with `cast` all of them."""
     wanted, treedef = _named(abstract)
     wanted = {name: leaf if hasattr(leaf, "dtype") else jnp.asarray(leaf) for name, leaf in wanted.items()}
-    leaves = {name: leaf | {"dtype": str(wanted[name].dtype)} if "zarr" in leaf and name in wanted else leaf
+    leaves = {name: leaf | {"dtype": str(wanted[name].dtype)} if (cast or "zarr" in leaf) and name in wanted else leaf
               for name, leaf in leaves.items()}
     _check_fit(path, leaves, wanted)
     shapes, how, read = {}, {}, {}
@@ -233,8 +245,9 @@ def _read(path, leaves, abstract):
             sharding = getattr(leaf, "sharding", None)
             shapes[name] = jax.eval_shape(jax.random.key_data, leaf) if _is_key(leaf) else leaf
             # Uncommitted arrays go with any mesh; Orbax by itself would ask for the devices of the run that saved.
-            how[name] = (ocp.ArrayRestoreArgs(restore_type=jax.Array, sharding=sharding) if sharding
-                         else ocp.RestoreArgs(restore_type=np.ndarray))
+            dtype = leaf.dtype if cast else None
+            how[name] = (ocp.ArrayRestoreArgs(restore_type=jax.Array, sharding=sharding, dtype=dtype) if sharding
+                         else ocp.RestoreArgs(restore_type=np.ndarray, dtype=dtype))
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
         args = ocp.args.PyTreeRestore(shapes, restore_args=how, partial_restore=True)
         read |= reader.restore(path / "state", args=args) if shapes else {}

@@ -21,7 +21,7 @@ from typing import Any
 from deepseek_jax import configs, io
 from deepseek_jax.config.mesh import MeshConfig, PipelineConfig, check_mesh
 from deepseek_jax.config.model import GROUP_LIMITED, IN_TURN, FP8Config, ModelConfig
-from deepseek_jax.config.posttraining import GrpoConfig, RolloutConfig
+from deepseek_jax.config.posttraining import GrpoConfig, LoraConfig, RolloutConfig
 from deepseek_jax.config.presets import model_config
 from deepseek_jax.config.schema import Checked, ConfigError, build, did_you_mean, key
 from deepseek_jax.config.training import BalanceConfig, DataConfig, InitConfig, OptimizerConfig, TrainConfig
@@ -41,6 +41,7 @@ class Config(Checked):
     init: InitConfig = InitConfig()  # noqa: RUF009 (frozen)
     mesh: MeshConfig = MeshConfig()  # noqa: RUF009 (frozen)
     pipeline: PipelineConfig = PipelineConfig()  # noqa: RUF009 (frozen)
+    lora: LoraConfig = LoraConfig()  # noqa: RUF009 (frozen)
     rollout: RolloutConfig = RolloutConfig()  # noqa: RUF009 (frozen)
     grpo: GrpoConfig = GrpoConfig()  # noqa: RUF009 (frozen)
 
@@ -55,6 +56,18 @@ class Config(Checked):
             raise ConfigError(f"model.router={IN_TURN!r} is that of balance.force_balanced=True, which measures speed; "
                               f"take --config.model.router={GROUP_LIMITED} with the rest of that run's config.")
         check_mesh(self.mesh, self.model, self.train)
+        if self.lora.rank is not None:
+            self._check_lora()
+
+    def _check_lora(self):
+        if self.model.fp8.enabled:
+            raise ConfigError("lora.rank trains adapters of a base that is not in FP8; take fp8.enabled=False.")
+        if self.mesh.pipe > 1:
+            raise ConfigError(f"mesh.pipe={self.mesh.pipe}: pipelines train all parameters; take mesh.pipe=1, or "
+                              "lora.rank=None.")
+        if self.model.attention != "mla" and self.lora.targets != "experts":
+            raise ConfigError(f"lora.targets={self.lora.targets!r} knows the weights of model.attention='mla' alone, "
+                              f"not those of {self.model.attention!r}; take lora.targets='experts'.")
 
 
 def default_config(preset: str) -> Any:

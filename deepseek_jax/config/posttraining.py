@@ -1,4 +1,4 @@
-"""Reinforcement learning: the answers that are drawn, and the objective that they are learned by."""
+"""After pre-training: adapters in the place of weights; reinforcement learning, its answers and its objective."""
 
 from __future__ import annotations
 
@@ -6,6 +6,23 @@ import dataclasses
 from typing import Annotated, Literal
 
 from deepseek_jax.config.schema import NOT_NEGATIVE, POSITIVE, Checked
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig(Checked, section="lora"):
+    """Low-rank adapters (arXiv 2106.09685): what is trained in the place of the weights of init.from."""
+
+    rank: Annotated[int | None, POSITIVE, "of the adapters; None: all parameters are trained"] = None
+    alpha: Annotated[float, POSITIVE, "their product counts alpha / rank times"] = 16.0
+    targets: Annotated[Literal["attention", "experts", "all"],
+                       "weights that get adapters; experts: every feed-forward network, dense, shared and routed; "
+                       "router, embedding, head and norms get none"] = "all"
+
+    @property
+    def scale(self) -> float:
+        """What the product of the adapters is multiplied by."""
+        assert self.rank is not None
+        return self.alpha / self.rank
 
 
 @dataclasses.dataclass(frozen=True)

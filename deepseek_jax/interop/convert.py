@@ -20,6 +20,7 @@ import tqdm
 
 from deepseek_jax import io
 from deepseek_jax.checkpoint import manifest
+from deepseek_jax.checkpoint.adapters import Merged, base_of, identify
 from deepseek_jax.checkpoint.arrays import Stored, Writer
 from deepseek_jax.config import Config, ConfigError, as_dict, freeze
 from deepseek_jax.data.tokenizer import COMPANIONS, Tokenizer
@@ -84,13 +85,14 @@ def _text(src, dst, partial, vocab_size) -> list[str]:
     return [f"{src} has no tokenizer.json; put one into {dst} before you evaluate or generate there."]
 
 
-def to_hf(src: str, dst: str, fp8: bool = False, dtype: str | None = None) -> list[str]:
+def to_hf(src: str, dst: str, fp8: bool = False, dtype: str | None = None, merge: bool = False) -> list[str]:
     """Writes the newest checkpoint of the work directory `src` as a Hugging Face checkpoint in the folder `dst`.
 
     Args:
       fp8: quantizes what the released checkpoints hold in FP8.
       dtype: "float32" or "bfloat16", of all else but the routing biases. None: that of the checkpoint which this one
         was converted from, or fine-tuned from; a run that came from none goes out as it is held, in float32.
+      merge: adds the adapters that a run trained to the weights of its base.
 
     Returns:
       Lines for the user.
@@ -98,7 +100,7 @@ def to_hf(src: str, dst: str, fp8: bool = False, dtype: str | None = None) -> li
     Raises:
       ConfigError: no checkpoint in `src`, `dst` exists, or no published model family has what the model has.
     """
-    cfg, leaves = _leaves(src)
+    cfg, leaves = _leaves(src, merge)
     layout = None
     if os.path.exists(os.path.join(src, LAYOUT)):
         layout = _json(os.path.join(src, LAYOUT))
@@ -185,8 +187,8 @@ def _json(path):
         raise ConfigError(f"{path} is not JSON ({error}); restore it from a backup.") from None
 
 
-def _leaves(workdir):
-    """-> (ModelConfig, {path: Stored}) of the newest checkpoint, converted or trained."""
+def _leaves(workdir, merge=False):
+    """-> (ModelConfig, {path: Stored or Merged}) of the newest checkpoint, converted or trained."""
     path = pathlib.Path(workdir, "config.json")
     if not path.is_file():
         raise ConfigError(f"{workdir} holds no config.json; give a work directory of train or of convert from-hf.")
@@ -195,9 +197,24 @@ def _leaves(workdir):
     newest, _ = manifest.newest(pathlib.Path(workdir).absolute() / "checkpoints")
     if newest is None:
         raise ConfigError(f"{workdir} holds no checkpoint; give a work directory that has one.")
-    leaves = io.read_json(newest / "meta.json")["leaves"]
-    return cfg, {name: Stored(str(newest), leaf, name) for name, leaf in leaves.items()
-                 if name.startswith(("params/", "router/"))}
+    if (base_of(newest) is not None) != merge:
+        raise ConfigError(f"{workdir} holds adapters, which no published checkpoint has; add --merge." if not merge else
+                          f"{workdir} holds all weights of its model; leave out --merge.")
+    return cfg, _stored(newest)
+
+
+def _stored(checkpoint):
+    """{path: Stored or Merged} of the weights of a checkpoint."""
+    base, leaves = base_of(checkpoint), io.read_json(checkpoint / "meta.json")["leaves"]
+    own = {name: Stored(str(checkpoint), leaf, name) for name, leaf in leaves.items()
+           if name.startswith(("params/", "router/"))}
+    if base is None:
+        return own
+    below = _stored(identify(base.folder, base.scale, base)[1])
+    router = {name: leaf for name, leaf in own.items() if name.startswith("router/")}
+    adapted = {name: Merged(below[name], own[f"{name}/a"], own[f"{name}/b"], base.scale)
+               for name in below if f"{name}/a" in own}
+    return below | router | adapted
 
 
 def _write_checkpoint(source, directory, dtype, keep_fp8):

@@ -16,7 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.blockwise import attend
-from deepseek_jax.model.layers import RMSNorm, linear, weight
+from deepseek_jax.model.layers import RMSNorm, linear, weight, with_flat_inputs
 from deepseek_jax.model.rope import rotate, softmax_scale
 from deepseek_jax.parallel.sharding import constrain
 
@@ -49,9 +49,8 @@ class MLA(nn.Module):
         k_BTHA = jnp.concatenate([kv_BTHX[..., :N], k_pe_BTHR], axis=-1)
         o_BTHV = attend(q_BTHA, k_BTHA, kv_BTHX[..., N:], segment_ids_BT, softmax_scale(cfg), cfg.attention_block,
                         "e5m6" if cfg.fp8.enabled else None)
-        w_HVD = weight(self, "o", (H, V, D))
-        return linear(o_BTHV.reshape(o_BTHV.shape[:2] + (H * V,)), w_HVD.reshape(H * V, D), cfg.fp8, saved="e5m6",
-                      names=HEADS_IN)
+        return linear(o_BTHV.reshape(o_BTHV.shape[:2] + (H * V,)), with_flat_inputs(weight(self, "o", (H, V, D))),
+                      cfg.fp8, saved="e5m6", names=HEADS_IN)
 
 
 def project(cfg: ModelConfig, x_BTD: jax.Array, rope: tuple[jax.Array, jax.Array], w: dict[str, jax.Array],

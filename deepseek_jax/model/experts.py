@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from deepseek_jax import fp8
 from deepseek_jax.config import FP8Config, MeshConfig, ModelConfig
 from deepseek_jax.model.grouped_matmul import grouped_matmul, implementation_here, row_alignment
-from deepseek_jax.model.layers import FFN, save_ffn_input, swiglu, weight
+from deepseek_jax.model.layers import FFN, Weight, save_ffn_input, swiglu, weight
 from deepseek_jax.model.permute import Permutation, combine, sort_by_expert, to_rows, truncate
 from deepseek_jax.model.router import Router, auxiliary_loss, count_choices, sequence_loss
 from deepseek_jax.model.types import Routing, RoutingContext, RoutingStats, TokenContext
@@ -30,9 +30,9 @@ from deepseek_jax.parallel.sharding import constrain, data_shards, local_size
 class ExpertWeights(NamedTuple):
     """The experts' masters, float32, stacked along E."""
 
-    gate_EDF: jax.Array
-    up_EDF: jax.Array
-    down_EFD: jax.Array
+    gate_EDF: Weight
+    up_EDF: Weight
+    down_EFD: Weight
 
 
 def routed_experts(x_ND: jax.Array, chosen_NK: jax.Array, gates_NK: jax.Array, weights: ExpertWeights,

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from deepseek_jax.model.layers import matmul, transpose, wide
+from deepseek_jax.model.layers import LowRank, Weight, matmul, transpose, wide
 from kernels_pallas import api
 
 
@@ -115,13 +115,14 @@ def implementation_here() -> str:
     return "cpu" if api.device_here().platform == "cpu" else "ragged"
 
 
-def grouped_matmul(x_RD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, align: int,
+def grouped_matmul(x_RD: jax.Array, w_EDF: Weight, sizes_E: jax.Array, align: int,
                    implementation: str = "auto") -> jax.Array:
     """Multiplies each expert's rows by its weights: y[r] = x[r] @ w[expert of r].
 
     Args:
       x_RD: rows sorted by expert, empty rows zero, as `permute.to_rows` makes them.
-      w_EDF: the experts' weights, float32 masters: the product runs in x's dtype, their gradient stays float32.
+      w_EDF: the experts' weights, float32 masters: the product runs in x's dtype, their gradient stays float32. A
+        LowRank has adapters of each expert.
       sizes_E: int32, rows of each expert, multiples of `align`; rows past their sum give zero.
       align: what the groups are aligned to. "cpu" makes tiles of that many rows.
       implementation: "reference", "cpu", "ragged" or "auto".
@@ -129,4 +130,7 @@ def grouped_matmul(x_RD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, align:
       [R, F] in the dtype of x, accumulated in float32.
     """
     name = implementation_here() if implementation == "auto" else implementation
+    if isinstance(w_EDF, LowRank):
+        product = functools.partial(grouped_matmul, sizes_E=sizes_E, align=align, implementation=name)
+        return product(x_RD, w_EDF.w_IO) + product(product(x_RD, w_EDF.a_IR), w_EDF.b_RO)
     return IMPLEMENTATIONS[name](x_RD, w_EDF, sizes_E, align)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -78,13 +78,34 @@ def _linear_bwd(residuals, dy_MO):
 _linear.defvjp(_linear_fwd, _linear_bwd)
 
 
-def linear(x: jax.Array, w: jax.Array, recipe: FP8Config | None = None, saved: str = "e4m3",
+class LowRank(NamedTuple):
+    """A weight and a product of low rank that is added to it, never made: x W + (x A) B (arXiv 2106.09685).
+
+    w_IO [..., I, ..., O, ...]: any weight here, after the axes of layers and experts. a_IR, b_RO: its adapters, with
+    the same leading axes. Parameters hold one in the place of a weight (`model.lora.attach`).
+    """
+
+    w_IO: jax.Array
+    a_IR: jax.Array
+    b_RO: jax.Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.w_IO.shape
+
+
+Weight = jax.Array | LowRank
+
+
+def linear(x: jax.Array, w: Weight, recipe: FP8Config | None = None, saved: str = "e4m3",
            names: tuple[str | None, str | None] = (None, None)) -> jax.Array:
     """x[..., I] by w[I, ...] -> [..., ...] in x's dtype. The weight's gradient has the weight's dtype.
 
     `recipe`, where it is enabled: the products run in FP8, `saved` is what the backward pass saves of x, and `names`
     are those of the dimensions of the output and of I (see `fp8.linear`).
     """
+    if isinstance(w, LowRank):
+        return linear(x, w.w_IO, recipe, saved, names) + linear(linear(x, w.a_IR), w.b_RO)
     w_IO = w.reshape(w.shape[0], -1)
     if recipe is not None and recipe.enabled:
         y = fp8.linear(x, w_IO.T, recipe, saved, names)
@@ -123,8 +144,16 @@ def ffn(x_BTD: jax.Array, gate_DF: jax.Array, up_DF: jax.Array, down_FD: jax.Arr
     return linear(swiglu(gate_BTF, up_BTF), down_FD)
 
 
-def weight(module: Any, name: str, shape: tuple[int, ...]) -> jax.Array:
-    """Declares a normal(0, init_std) weight, float32 (float64 for a float64 model)."""
+def with_flat_inputs(w_XYO: Weight) -> Any:
+    """A weight with two axes of inputs, as one with a single axis."""
+    flat = lambda x: x.reshape(-1, *x.shape[2:])
+    return w_XYO._replace(w_IO=flat(w_XYO.w_IO), a_IR=flat(w_XYO.a_IR)) if isinstance(w_XYO, LowRank) else flat(w_XYO)
+
+
+def weight(module: Any, name: str, shape: tuple[int, ...]) -> Any:
+    """Declares a normal(0, init_std) weight, float32 (float64 for a float64 model). A LowRank in its place is taken."""
+    if isinstance(held := module.get_variable("params", name), LowRank):
+        return held
     init = nn.initializers.normal(module.cfg.init_std)
     return module.param(name, init, shape, wide(module.cfg.dtype))
 

@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from deepseek_jax.config import Config, ConfigError
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.parallel.processes import wait_for_all
-from deepseek_jax.parallel.sharding import spec, storage_shardings
+from deepseek_jax.parallel.sharding import compute_shardings, spec, storage_shardings
 
 
 class Runner:
@@ -58,12 +58,12 @@ class Runner:
         """Those of a state, or of a part of one; None on one device."""
         return None if self.mesh is None else storage_shardings(state, self.mesh)
 
-    def with_shardings(self, abstract: Any) -> Any:
-        """Shapes of a state, or of a part of one, with their shardings."""
+    def with_shardings(self, abstract: Any, frozen: bool = False) -> Any:
+        """Shapes of a state, or of a part of one, with their shardings; of a frozen one those of a step."""
         if self.mesh is None:
             return abstract
-        return jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at),
-                            abstract, self.shardings(abstract))
+        where = compute_shardings(abstract, self.mesh) if frozen else self.shardings(abstract)
+        return jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), abstract, where)
 
     def jit(self, f: Callable[..., Any], state: Any = None, **options: Any) -> Callable[..., Any]:
         """jax.jit on the mesh, for one shape. Outputs are replicated, but a first one is split as `state`."""

@@ -26,6 +26,7 @@ AXES = {  # name of a dimension -> the mesh axes that split it
     "experts": ("node", "local"),
     "heads": ("tensor",), "ffn": ("tensor",), "vocab": ("tensor",),
     "layers": (), "model": (), "q_rank": (), "kv_rank": (), "head_dim": (), "expert_ffn": (), "scored": (), "norm": (),
+    "rank": (),  # of adapters
 }
 
 # The end of a leaf's path -> the names of its last dimensions, after those of stacked layers. The first match wins.
@@ -46,6 +47,20 @@ PARAMETERS = {
     "projection": "model model",
     "scale": "norm",
 }
+
+
+def _of_adapters(pattern: str, dims: str) -> dict[str, str]:
+    """Low-rank adapters [..., inputs, rank] and [..., rank, outputs] are split as their weight is."""
+    names = dims.split()
+    stack, inputs = int(names[0] == "experts"), 2 if pattern == "attention/o" else 1
+    lead, ins, outs = names[:stack], names[stack:stack + inputs], names[stack + inputs:]
+    return {f"{pattern}/a": " ".join([*lead, *ins, "rank"]), f"{pattern}/b": " ".join([*lead, "rank", *outs])}
+
+
+for _pattern, _dims in tuple(PARAMETERS.items()):
+    if _pattern.startswith("attention/") or _pattern.endswith(("/gate", "/up", "/down")):
+        PARAMETERS |= _of_adapters(_pattern, _dims)
+
 # Leaves of a training state that are complete on every device.
 REPLICATED = {"router/bias": "layers scored", "router/mtp_bias": "layers scored", "balancer/*": "", "step": "",
               "rng": "", "count": ""}
@@ -128,6 +143,12 @@ def paths(tree: Any) -> Any:
 def storage_shardings(tree: Any, mesh: Mesh) -> Any:
     """Shardings of a training state, or of a part of one that begins at its parameters."""
     where = lambda path, x: NamedSharding(mesh, leaf_sharding(path, x.shape, mesh).storage)
+    return jax.tree.map(where, paths(tree), tree)
+
+
+def compute_shardings(tree: Any, mesh: Mesh) -> Any:
+    """Shardings of parameters that nothing but steps read: as a step computes with them."""
+    where = lambda path, x: NamedSharding(mesh, leaf_sharding(path, x.shape, mesh).compute)
     return jax.tree.map(where, paths(tree), tree)
 
 

@@ -13,10 +13,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from deepseek_jax.chat.template import without_template
-from deepseek_jax.checkpoint.manager import restore_items
+from deepseek_jax.checkpoint.adapters import restore_weights
 from deepseek_jax.config import GROUP_LIMITED, Config, ConfigError
 from deepseek_jax.data.prepare import find_tokenizer
 from deepseek_jax.data.tokenizer import Tokenizer
@@ -97,16 +98,18 @@ class ReinforceRun(Run):
         self.together = config.grpo.updates
         seen = runner.jit(functools.partial(view, config))
         self.view = lambda variables, micro: jax.device_get(
-            seen(variables["params"], variables["router"], runner.shard_batch(micro)))
+            seen(variables["params"], variables["router"], runner.shard_batch(micro), self.frozen_params))
         self.reference = self._reference_variables() if config.grpo.kl_weight else None
         self.measured: dict[int, dict[str, float]] = {}  # of rollouts, by the step that used them first
         self.faults: dict[int, str] = {}
 
     def _reference_variables(self) -> dict[str, Any]:
-        """Where the run began, whatever it has become."""
+        """Where the run began, whatever it has become; with adapters, a base to which they add 0."""
+        if self.frozen is not None:
+            return {"params": jax.tree.map(jnp.zeros_like, self.state.params), "router": self.frozen["router"]}
         fresh = jax.eval_shape(functools.partial(init_state, self.config))
         abstract = self.runner.with_shardings({"params": fresh.params, "router": fresh.router})
-        return restore_items(str(self.config.init.from_), abstract=abstract)[0]
+        return restore_weights(str(self.config.init.from_), abstract)[0]
 
     def batches(self) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
         """Draws a rollout whenever it is asked for the first step of one: by then the step before has been taken."""

@@ -24,7 +24,7 @@ from deepseek_jax.model.types import Output
 from deepseek_jax.parallel.sharding import constrain_to_compute
 from deepseek_jax.posttraining.grpo import token_losses
 from deepseek_jax.training.losses import objective, token_logprobs
-from deepseek_jax.training.step import Inputs, of_rows, run_model, sums_of
+from deepseek_jax.training.step import Inputs, complete, of_rows, run_model, sums_of
 from deepseek_jax.training.types import Sums, TokenLosses
 
 
@@ -57,9 +57,12 @@ class View(NamedTuple):
     chosen_LBTK: jax.Array | None
 
 
-def view(config: Config, params: dict[str, Any], router: dict[str, jax.Array], micro: dict[str, Any]) -> View:
-    """The trainer's log-probabilities and routes of one micro-batch: tokens, weights, segment_ids."""
-    logprob_BT, output = _logprobs(config, constrain_to_compute(params), router, micro, None, None)
+def view(config: Config, params: dict[str, Any], router: dict[str, jax.Array], micro: dict[str, Any],
+         base: dict[str, Any] | None = None) -> View:
+    """The trainer's log-probabilities and routes of one micro-batch: tokens, weights, segment_ids. base: of adapters,
+    as in `training.step.accumulate`."""
+    params = complete(config, constrain_to_compute(params), base)
+    logprob_BT, output = _logprobs(config, params, router, micro, None, None)
     return View(logprob_BT, output.captured.get("chosen"))
 
 

@@ -79,13 +79,14 @@ def score_products(c: ModelConfig, sequence_length: int, causal: bool = True) ->
     return c.num_heads * (c.qk_head_dim + c.v_head_dim) * (sequence_length / 2 if causal else sequence_length)
 
 
-def training_flops_per_token(c: ModelConfig, sequence_length: int, causal: bool = True) -> int:
+def training_flops_per_token(c: ModelConfig, sequence_length: int, causal: bool = True, frozen: bool = False) -> int:
     """Forward and backward products of one token, MTP modules included.
 
-    Attention scores and values count half of the sequence when `causal`, all of it otherwise.
+    Attention scores and values count half of the sequence when `causal`, all of it otherwise. Weights that are
+    `frozen`, under adapters whose own products do not count, have no gradient.
     """
     scores = score_products(c, sequence_length, causal) * (c.num_layers + c.mtp_depth)
-    return int(6 * (sum(active_product_parameters(c).values()) + scores))
+    return int((4 if frozen else 6) * sum(active_product_parameters(c).values()) + 6 * scores)
 
 
 def latent_core_products(c: ModelConfig, context: float) -> float:

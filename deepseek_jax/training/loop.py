@@ -21,9 +21,11 @@ from typing import Any, NamedTuple
 
 import chex
 import jax
+import jax.numpy as jnp
 import tqdm
 
-from deepseek_jax.checkpoint.manager import Checkpoints, restore_items
+from deepseek_jax.checkpoint.adapters import Base, merge, restore_weights
+from deepseek_jax.checkpoint.manager import Checkpoints
 from deepseek_jax.config import Config, ConfigError, as_dict
 from deepseek_jax.data.loader import Loader
 from deepseek_jax.data.overview import describe_sources
@@ -35,6 +37,7 @@ from deepseek_jax.parallel.processes import any_process, check_same, first_then_
 from deepseek_jax.parallel.runner import Runner
 from deepseek_jax.pipeline.model import check, describe
 from deepseek_jax.scale.costs import training_flops_per_token
+from deepseek_jax.training.base import load_base
 from deepseek_jax.training.evaluate import evaluate
 from deepseek_jax.training.metrics import MetricsWriter, all_layers, balance_metrics
 from deepseek_jax.training.selfcheck import check_device
@@ -73,24 +76,33 @@ class TrainResult(NamedTuple):
     held_out: str
 
 
-def starting_state(config: Config, runner: Runner | None = None) -> TrainState:
-    """A fresh state, or one around the weights of the run that config.init.from names."""
+def starting_state(config: Config, runner: Runner | None = None, frozen: dict[str, Any] | None = None) -> TrainState:
+    """A fresh state, or one around the weights of the run that config.init.from names. frozen: those of a base that
+    adapters are trained of; its biases are the first."""
     runner = runner or Runner(config)
     fresh = jax.eval_shape(functools.partial(init_state, config))
     where = runner.shardings(fresh)
     if config.init.from_ is None:
         return jax.jit(functools.partial(init_state, config), out_shardings=where)()
-    abstract = runner.with_shardings({"params": fresh.params, "router": fresh.router})
-    items, _, _ = restore_items(config.init.from_, abstract=abstract)
+    key = jax.random.key(config.train.seed)
+    if frozen is not None:
+        # A copy of the biases: the state is donated to every step, and the base outlives them.
+        adapted = lambda router: start_state(config, init_state(config).params, jax.tree.map(jnp.copy, router), key)
+        return jax.jit(adapted, out_shardings=where)(frozen["router"])
+    weights, _ = restore_weights(config.init.from_, runner.with_shardings({"params": fresh.params,
+                                                                           "router": fresh.router}))
     begin = functools.partial(start_state, config)
     if where is not None:
         begin = jax.jit(begin, out_shardings=where)
-    return begin(items["params"], items["router"], jax.random.key(config.train.seed))
+    return begin(weights["params"], weights["router"], key)
 
 
 def check_start(config: Config) -> None:
     """Raises ConfigError for an init.from that no run can start from, before the corpus is read."""
     folder = config.init.from_
+    if folder is None and config.lora.rank is not None:
+        raise ConfigError("lora.rank trains adapters of the weights of a run; add --config.init.from=RUN, or take "
+                          "lora.rank=None.")
     if folder is not None and is_hf_checkpoint(folder):
         raise ConfigError(f"init.from={folder} is a Hugging Face checkpoint; python -m deepseek_jax.convert from-hf "
                           f"{folder} RUN makes a work directory of it, then --config.init.from=RUN.")
@@ -163,7 +175,13 @@ class Run:
                               "on a disk that they share.")
         abstract = runner.with_shardings(jax.eval_shape(functools.partial(init_state, config)))
         restored = self.checkpoints.restore(abstract)
-        self.state = starting_state(config, runner) if restored is None else restored[0]
+        self.base: Base | None = None
+        self.frozen: dict[str, Any] | None = None  # {"params", "router"} of the base of adapters
+        if config.lora.rank is not None:
+            known = None if restored is None else Base(**restored[1]["lora"])
+            self.frozen, self.base = load_base(config, runner, known)
+        self.frozen_params = self.frozen and self.frozen["params"]
+        self.state = starting_state(config, runner, self.frozen) if restored is None else restored[0]
         self.step = int(self.state.step)
         self.writer = MetricsWriter(workdir, self.step if restored is not None else None) if is_first() else None
         if restored is not None and is_first():
@@ -173,12 +191,15 @@ class Run:
         # Whatever the data, a step compiles once: a second trace is a bug and raises. chex counts by the place in the
         # source, which an earlier run in this process shares.
         chex.clear_trace_counter()
-        traced_once = chex.assert_max_traces(lambda state, batch: train_step(config, state, batch, self.loss), n=1)
+        traced_once = chex.assert_max_traces(
+            lambda state, batch, base: train_step(config, state, batch, base, self.loss), n=1)
         self.step_fn = runner.jit(traced_once, abstract, donate_argnums=0)
         scored = runner.jit(chex.assert_max_traces(lambda *args: eval_step(config, *args), n=1))
-        self.eval_fn = lambda params, router, micro: scored(params, router, runner.shard_batch(micro))
+        self.eval_fn = lambda params, router, micro: scored(params, router, runner.shard_batch(micro),
+                                                            self.frozen_params)
         self.peak = peak_flops(config.model.dtype, config.mesh.devices)
-        self.flops = training_flops_per_token(config.model, config.train.sequence_length)
+        self.flops = training_flops_per_token(config.model, config.train.sequence_length,
+                                              frozen=self.frozen is not None)
         self.stopping = self.agreed = False  # asked to stop; all processes know that one of them was
 
     def go(self) -> bool:
@@ -207,8 +228,8 @@ class Run:
 
     def sample_variables(self) -> dict[str, Any]:
         """Params and router that a sample is drawn from."""
-        params, router = self.runner.fetch((self.state.params, self.state.router))
-        return {"params": params, "router": router}
+        params, router, base = self.runner.fetch((self.state.params, self.state.router, self.frozen_params))
+        return {"params": params if base is None else merge(base, params, self.config.lora.scale), "router": router}
 
     def batches(self) -> Iterator[tuple[int, dict[str, Any]]]:
         """(step, batch) of the remaining steps; each is asked for after the step before it."""
@@ -217,7 +238,7 @@ class Run:
     def _steps(self, bar) -> bool:
         train, pending, self.clock = self.config.train, None, time.perf_counter()
         for index, batch in self.batches():
-            self.state, metrics = self.step_fn(self.state, self.runner.shard_batch(batch))
+            self.state, metrics = self.step_fn(self.state, self.runner.shard_batch(batch), self.frozen_params)
             self.step = index + 1
             if pending is not None:
                 self._record(pending, bar)  # while the devices work on the step after it
@@ -297,8 +318,10 @@ class Run:
 
     def _save(self):
         sequences = self.config.train.sequences_before(self.step)
-        self.checkpoints.save(self.step, self.state, {"step": self.step, "sequences": sequences,
-                                                      "config": as_dict(self.config)})
+        meta: dict[str, Any] = {"step": self.step, "sequences": sequences, "config": as_dict(self.config)}
+        if self.base is not None:
+            meta["lora"] = self.base._asdict()
+        self.checkpoints.save(self.step, self.state, meta)
 
     def _check_finite(self, step: int, metrics: Metrics):
         if all(math.isfinite(x) for x in (metrics.loss, metrics.mtp_loss, metrics.grad_norm)):

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from deepseek_jax.config import Config
-from deepseek_jax.model import DeepSeekV3, Output
+from deepseek_jax.model import DeepSeekV3, Output, lora
 from deepseek_jax.model.router import bias_rule
 from deepseek_jax.parallel.sharding import constrain_to_compute, constrain_to_storage
 from deepseek_jax.pipeline.model import gradients_of
@@ -29,7 +29,7 @@ class TrainState:
     """All of a run's state except its config. The data position is a function of `step`."""
 
     step: jax.Array  # int32: optimizer steps done
-    params: dict[str, Any]
+    params: dict[str, Any]  # all that is trained: the model's parameters, or adapters (`model.lora`) of a base
     opt_state: Any
     router: dict[str, jax.Array]  # routing biases
     ema: dict[str, Any]  # moving average of params; empty without one
@@ -41,7 +41,10 @@ def init_state(config: Config) -> TrainState:
     """A fresh state, a function of config.train.seed alone."""
     rng, key = jax.random.split(jax.random.key(config.train.seed))
     variables: Any = DeepSeekV3(config.model).init(key, jnp.zeros((1, 8), jnp.int32), logits=False)
-    return start_state(config, variables["params"], variables.get("router", {}), rng)
+    params = variables["params"]
+    if config.lora.rank is not None:
+        params = lora.fresh(config.lora, key, params)
+    return start_state(config, params, variables.get("router", {}), rng)
 
 
 def start_state(config: Config, params: dict[str, Any], router: dict[str, jax.Array], rng: jax.Array) -> TrainState:
@@ -115,6 +118,11 @@ def next_token_loss(config: Config, params: dict[str, Any], inputs: Inputs) -> t
     return objective(output, losses, normalizers, config.balance), sums_of(output, losses)
 
 
+def complete(config: Config, params: dict[str, Any], base: dict[str, Any] | None) -> dict[str, Any]:
+    """What the model takes: the parameters that are trained, or their base with them as adapters."""
+    return params if base is None else lora.attach(config.lora, base, params)
+
+
 def _target_weights(config: Config, micro):
     """Summed weights of one micro-batch: main, and per MTP depth."""
     batch = of_rows(config, micro)
@@ -132,7 +140,8 @@ def mtp_weight(config: Config, step: jax.Array | int) -> jax.Array | float:
 
 
 def accumulate(config: Config, params: dict[str, Any], router: dict[str, jax.Array], batch: dict[str, Any],
-               step: jax.Array, loss: Loss = next_token_loss) -> tuple[dict[str, Any], Sums]:
+               step: jax.Array, loss: Loss = next_token_loss,
+               base: dict[str, Any] | None = None) -> tuple[dict[str, Any], Sums]:
     """Gradients and sums over the active micro-batches; equal to those of one large batch.
 
     Except for the auxiliary loss, whose two factors are means over a micro-batch, as in the frameworks that use it.
@@ -141,6 +150,7 @@ def accumulate(config: Config, params: dict[str, Any], router: dict[str, jax.Arr
       batch: tokens int32, weights float32, segment_ids int32, each [M, b, T + 1], and `active` int32, how many of
         the M micro-batches count (see `data.loader`). Others that `loss` reads: as Inputs says, after an axis M.
       loss: of one micro-batch; a pipeline computes `next_token_loss` alone.
+      base: frozen parameters that `params` are adapters of; None: there are none.
     """
     counted_M = jnp.arange(config.train.accumulation_steps) < batch["active"]
     parts = {name: x for name, x in batch.items() if name != "active"}
@@ -148,7 +158,8 @@ def accumulate(config: Config, params: dict[str, Any], router: dict[str, jax.Arr
     weight, mtp_weight_D = (w.sum(axis=0) for w in jax.vmap(lambda micro: _target_weights(config, micro))(parts))
     normalizers = Normalizers(jnp.maximum(weight, 1), jnp.maximum(mtp_weight_D, 1), mtp_weight(config, step),
                               1 / batch["active"])
-    gradients = _gradients(config, params, router, normalizers, step, loss)
+    gradients = _gradients(config, params, router, normalizers, step,
+                           lambda config, params, inputs: loss(config, complete(config, params, base), inputs))
 
     def one(m):
         grads, sums = gradients(jax.tree.map(lambda x: x[m], parts))
@@ -175,10 +186,10 @@ def _gradients(config, params, router, normalizers, step,
     return gradients
 
 
-def train_step(config: Config, state: TrainState, batch: dict[str, Any],
+def train_step(config: Config, state: TrainState, batch: dict[str, Any], base: dict[str, Any] | None = None,
                loss: Loss = next_token_loss) -> tuple[TrainState, Metrics]:
-    """Takes one step. Pure; jit it with `config` closed over and the state donated."""
-    grads, sums = accumulate(config, state.params, state.router, batch, state.step, loss)
+    """Takes one step. Pure; jit it with `config` closed over and the state donated. base: as in `accumulate`."""
+    grads, sums = accumulate(config, state.params, state.router, batch, state.step, loss, base)
     optimizer = make_optimizer(config.optimizer, config.train.steps)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = jax.tree.map(jnp.add, state.params, updates)
@@ -219,9 +230,11 @@ def _move_biases(config: Config, state: TrainState, counts) -> tuple[dict[str, j
     return router, balancer
 
 
-def eval_step(config: Config, params: dict[str, Any], router: dict[str, jax.Array], micro: dict[str, Any]) -> Sums:
-    """Sums of one validation batch [b, T + 1]."""
-    output, losses = forward(config, constrain_to_compute(params), router, of_rows(config, micro))
+def eval_step(config: Config, params: dict[str, Any], router: dict[str, jax.Array], micro: dict[str, Any],
+              base: dict[str, Any] | None = None) -> Sums:
+    """Sums of one validation batch [b, T + 1]. base: as in `accumulate`."""
+    params = complete(config, constrain_to_compute(params), base)
+    output, losses = forward(config, params, router, of_rows(config, micro))
     return sums_of(output, losses)
 
 

@@ -20,29 +20,31 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from deepseek_jax.config import Config, ModelConfig, OptimizerConfig, PipelineConfig, TrainConfig
+from deepseek_jax.config import Config, LoraConfig, ModelConfig, OptimizerConfig, PipelineConfig, TrainConfig
 from deepseek_jax.parallel.mesh import make_mesh, mesh_sizes
-from deepseek_jax.parallel.sharding import spec, storage_shardings
+from deepseek_jax.parallel.sharding import compute_shardings, spec, storage_shardings
 from deepseek_jax.pipeline.model import check
 from deepseek_jax.scale import memory
 from deepseek_jax.scale.compile import hlo, targets
 from deepseek_jax.scale.layout import Layout
+from deepseek_jax.training.base import frozen_shapes
 from deepseek_jax.training.step import init_state, train_step
 from kernels_pallas.tools import compile_report
 
+EVERYTHING = LoraConfig()  # is trained, and there are no adapters
 # The scheduler that puts products between a collective's start and its done, as in training on GPUs.
 OPTIONS = {"gpu": {"xla_gpu_enable_latency_hiding_scheduler": True}, "tpu": {}}
 
 
-def config_of(model: ModelConfig, layout: Layout) -> Config:
-    """The config that trains `model` on `layout`.
+def config_of(model: ModelConfig, layout: Layout, lora: LoraConfig = EVERYTHING) -> Config:
+    """The config that trains `model`, or adapters of it, on `layout`.
 
     Raises:
       ConfigError: that is impossible.
     """
     rounds = 1 if layout.mesh.pipe > 1 else layout.microbatches
     config = Config(
-        model=model, mesh=layout.mesh,
+        model=model, mesh=layout.mesh, lora=lora,
         train=TrainConfig(batch_size=layout.microbatches * layout.rows * layout.mesh.data_shards,
                           accumulation_steps=rounds, sequence_length=layout.sequence_length,
                           ema_decay=0.999 if layout.ema else 0.0),
@@ -53,15 +55,17 @@ def config_of(model: ModelConfig, layout: Layout) -> Config:
 
 
 def _arguments(config: Config, mesh):
-    """Shapes of a state and a batch, their shardings, and the sharding of an unsharded array."""
+    """Shapes of a state, a batch and the base of adapters, their shardings, and the sharding of an unsharded array."""
     state = jax.eval_shape(functools.partial(init_state, config))
     train = config.train
     shape = train.accumulation_steps, train.batch_size // train.accumulation_steps, train.sequence_length + 1
     dtypes = {"tokens": jnp.int32, "weights": jnp.float32, "segment_ids": jnp.int32}
     batch = {name: jax.ShapeDtypeStruct(shape, dtype) for name, dtype in dtypes.items()}
     whole, rows = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, spec(None, "batch", None))
-    where = storage_shardings(state, mesh), dict.fromkeys(batch, rows) | {"active": whole}
-    return (state, batch | {"active": jax.ShapeDtypeStruct((), jnp.int32)}), where, whole
+    base = None if config.lora.rank is None else frozen_shapes(config)["params"]
+    frozen = None if base is None else compute_shardings(base, mesh)
+    where = storage_shardings(state, mesh), dict.fromkeys(batch, rows) | {"active": whole}, frozen
+    return (state, batch | {"active": jax.ShapeDtypeStruct((), jnp.int32)}, base), where, whole
 
 
 @contextlib.contextmanager
@@ -137,11 +141,13 @@ def bytes_of(compiled: Any) -> dict[str, int]:
             "code": found.generated_code_size_in_bytes}
 
 
-def measure_step(model: ModelConfig, layout: Layout, target: str) -> dict[str, Any]:
-    """Compiles the step; returns what it takes, and what the planner predicted. JSON-able."""
-    config = config_of(model, layout)
+def measure_step(model: ModelConfig, layout: Layout, target: str, lora: LoraConfig = EVERYTHING) -> dict[str, Any]:
+    """Compiles the step; returns what it takes, and what the planner predicted where all is trained. JSON-able."""
+    config = config_of(model, layout, lora)
     compiled, made = compile_step(config, target)
-    found, planned = bytes_of(compiled), memory.bytes_per_device(model, layout, config.train.loss_chunk)
+    found, planned = bytes_of(compiled), {}
+    if lora.rank is None:
+        planned = memory.bytes_per_device(model, layout, config.train.loss_chunk)
     total, capacity = sum(found.values()), targets.memory_of(target)
     collectives = hlo.collectives(compiled.as_text() or "", mesh_sizes(config.mesh))
     cost = compiled.cost_analysis() or {}
@@ -151,7 +157,7 @@ def measure_step(model: ModelConfig, layout: Layout, target: str) -> dict[str, A
             "sequence_length": layout.sequence_length, "fp8": model.fp8.enabled, "remat": model.remat,
             "jax": jax.__version__, "bytes": found, "bytes_per_device": total, "memory": capacity,
             "fits": total <= capacity,
-            "planned": planned, "planned_bytes_per_device": sum(planned.values()),
-            "planned_over_compiled": sum(planned.values()) / total,
+            **({"planned": planned, "planned_bytes_per_device": sum(planned.values()),
+                "planned_over_compiled": sum(planned.values()) / total} if planned else {"lora": lora.rank}),
             "collectives": hlo.table(collectives), "exposed": sum(not one.products for one in collectives),
             "flops_once": cost.get("flops"), **made}

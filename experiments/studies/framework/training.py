@@ -110,6 +110,8 @@ class Training(Measure):
         config = as_dict(self.config(study, arm))
         del config["pipeline"], config["train"]["final_eval_batches"]  # no part of an arm's run
         del config["rollout"], config["grpo"]
+        if config["lora"]["rank"] is None:
+            del config["lora"]
         # So that results of earlier versions stay those of their arms.
         for section, key, value in SINCE:
             if config[section][key] == value:

@@ -1,0 +1,135 @@
+"""The checkpoints of runs that train low-rank adapters: adapters alone, and which checkpoint they are adapters of.
+
+    W + alpha / rank * A B        merged when they are read, so that every reader finds the weights of a model
+
+meta.json of such a checkpoint has "lora": the base's folder, its step, a digest of its manifest, and alpha / rank. A
+base that is gone, or is another one by now, is refused.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import math
+import os
+import pathlib
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+
+from deepseek_jax import io
+from deepseek_jax.checkpoint.manager import find_checkpoint, read_items
+from deepseek_jax.config import ConfigError
+
+
+class Base(NamedTuple):
+    """The checkpoint that adapters belong to. digest: of its files' lengths and check sums."""
+
+    folder: str
+    step: int
+    digest: str
+    scale: float
+
+
+def identify(folder: str, scale: float, known: Base | None = None) -> tuple[Base, pathlib.Path]:
+    """The base in `folder` as it is now, and its checkpoint: the newest, or that of `known`.
+
+    Raises:
+      ConfigError: there is none, or it is not `known`.
+    """
+    try:
+        path = find_checkpoint(folder, None if known is None else known.step)
+    except ConfigError as error:
+        raise ConfigError(f"the base of the adapters, init.from={folder}, cannot be read: {error}") from error
+    files = io.read_json(path / "manifest.json")["files"]
+    base = Base(folder, int(path.name), hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest(), scale)
+    if known is not None and base.digest != known.digest:
+        raise ConfigError(f"the base of the adapters, step {known.step} in init.from={folder}, is another checkpoint "
+                          "than the one that they were trained on; put that one back.")
+    return base, path
+
+
+def base_of(path: pathlib.Path) -> Base | None:
+    """What the adapters in a checkpoint belong to; None: it holds all weights."""
+    found = io.read_json(path / "meta.json")["meta"].get("lora")
+    return None if found is None else Base(**found)
+
+
+def restore_weights(workdir: str | os.PathLike[str], abstract: dict[str, Any] | None = None, ema: bool = False,
+                    step: int | None = None) -> tuple[dict[str, Any], int]:
+    """All weights of a run, whatever it trains.
+
+    Args:
+      abstract, step: as in `restore_items`, of {"params", "router"}.
+      ema: the moving average of the weights; {} where the run keeps none.
+    Returns:
+      {"params", "router"}, step.
+    Raises:
+      ConfigError: no such checkpoint there, one that does not fit, or a base that is not there any more.
+    """
+    path = find_checkpoint(workdir, step)
+    return read_weights(path, abstract, ema), int(path.name)
+
+
+def read_weights(path: pathlib.Path, abstract: dict[str, Any] | None = None, ema: bool = False,
+                 cast: bool = False) -> dict[str, Any]:
+    """`restore_weights` of the checkpoint in a folder. cast: as in `manager.read_items`."""
+    base, name = base_of(path), "ema" if ema else "params"
+    if base is None:
+        wanted = abstract and {name: abstract["params"], "router": abstract["router"]}
+        items = read_items(path, (name, "router"), wanted, cast)[0]
+        return {"params": items[name], "router": items["router"]}
+    router = read_items(path, ("router",), abstract and {"router": abstract["router"]})[0]["router"]
+    adapters = read_items(path, (name,))[0][name]
+    if not adapters:
+        return {"params": {}, "router": router}
+    below = read_weights(identify(base.folder, base.scale, base)[1], abstract, cast=cast)
+    return {"params": merge(below["params"], adapters, base.scale), "router": router}
+
+
+def merge(params: Any, adapters: Any, scale: float) -> Any:
+    """The parameters with their adapters added to them; those that have none are the same arrays."""
+    if not adapters:
+        return params
+    if isinstance(params, dict):
+        return {name: merge(part, adapters.get(name), scale) for name, part in params.items()}
+    if isinstance(params, np.ndarray):
+        return merged(params, np.asarray(adapters["a"]), np.asarray(adapters["b"]), scale)
+    where = params.sharding if isinstance(params.sharding, NamedSharding) else None
+    return jax.jit(merged, static_argnums=3, out_shardings=where)(params, adapters["a"], adapters["b"], scale)
+
+
+def merged(w: Any, a: Any, b: Any, scale: float) -> Any:
+    """w + scale * a b in w's dtype, added in that of the adapters. NumPy or JAX arrays.
+
+    w: [..., I, ..., O, ...], after axes that a [..., I, ..., R] and b [..., R, O, ...] have as well.
+    """
+    stack = a.ndim + b.ndim - w.ndim - 2
+    rank, lead = a.shape[-1], w.shape[:stack]
+    inputs = math.prod(a.shape[stack:-1])
+    multiply = np.matmul if isinstance(w, np.ndarray) else functools.partial(jnp.matmul, precision="highest")
+    product = multiply(a.reshape(*lead, inputs, rank) * a.dtype.type(scale), b.reshape(*lead, rank, -1))
+    return (w.astype(product.dtype) + product.reshape(w.shape)).astype(w.dtype)
+
+
+class Merged:
+    """A leaf of the base with its adapters added, read in parts like `checkpoint.arrays.Stored`."""
+
+    scales = None
+
+    def __init__(self, w: Any, a: Any, b: Any, scale: float):
+        self.w, self.a, self.b, self.scale = w, a, b, scale
+        self.shape, self.dtype = w.shape, w.dtype
+
+    def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
+        """NumPy array of the part that a tuple of slices (one an axis, step 1) cuts out."""
+        ranks = len(self.a.shape), len(self.b.shape)
+        stack, every = sum(ranks) - len(self.shape) - 2, slice(None)
+        outputs = len(self.shape) - (ranks[1] - stack - 1)
+        a = self.a[(*index[:outputs], every)]
+        b = self.b[(*index[:stack], every, *index[outputs:])]
+        return merged(self.w[index], a, b, self.scale)

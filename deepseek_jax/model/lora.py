@@ -1,0 +1,72 @@
+"""Low-rank adapters (arXiv 2106.09685): a frozen base, and next to its weights two thin matrices that are trained.
+
+    y = x W + alpha / rank * (x A) B        B = 0 at the start, where the model is its base
+
+Adapters are a tree that mirrors `params`, with {"a", "b"} at each adapted weight: attention's projections, dense
+feed-forward networks, shared and routed experts (adapters of each), those of MTP modules included. Merging them is
+`checkpoint.adapters`' business: here W and A B are never added.
+
+I and O are a weight's axes of inputs and outputs, R is the rank.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from deepseek_jax.config import LoraConfig, ModelConfig
+from deepseek_jax.model.layers import LowRank, wide
+
+# How many axes of inputs and of outputs a weight has; those before them are layers and experts.
+ATTENTION = {"q": (1, 2), "q_a": (1, 1), "q_b": (1, 2), "kv_a": (1, 1), "kv_b": (1, 2), "o": (2, 1)}
+FEED_FORWARD = {"gate": (1, 1), "up": (1, 1), "down": (1, 1)}
+
+
+def axes_of(cfg: LoraConfig, path: tuple[str, ...]) -> tuple[int, int] | None:
+    """The axes of inputs and outputs of the parameter at `path` of the tree; None: it gets no adapters."""
+    if path[-2:-1] == ("attention",) and cfg.targets != "experts":
+        return ATTENTION.get(path[-1])
+    if path[-2:-1] in (("ffn",), ("shared",)) and cfg.targets != "attention":
+        return FEED_FORWARD.get(path[-1])
+    return None
+
+
+def fresh(cfg: LoraConfig, key: jax.Array, params: dict[str, Any]) -> dict[str, Any]:
+    """Adapters at the start: A normal, so that x A is as large as x, and B = 0. float32 (float64 for such a model).
+
+    params: of the model, or their shapes.
+    """
+    rank, adapters = cfg.rank, {}
+    assert rank is not None
+    leaves = jax.tree_util.tree_flatten_with_path(params)[0]
+    for i, (keys, w) in enumerate(leaves):
+        path = tuple(key.key for key in keys)
+        axes = axes_of(cfg, path)
+        if axes is None:
+            continue
+        stack, inputs = len(w.shape) - sum(axes), w.shape[len(w.shape) - sum(axes):len(w.shape) - axes[1]]
+        lead, outputs = w.shape[:stack], w.shape[len(w.shape) - axes[1]:]
+        a = jax.random.normal(jax.random.fold_in(key, i), (*lead, *inputs, rank), wide(w.dtype))
+        node = adapters
+        for name in path:
+            node = node.setdefault(name, {})
+        node |= {"a": a / math.sqrt(math.prod(inputs)), "b": jnp.zeros((*lead, rank, *outputs), a.dtype)}
+    return adapters
+
+
+def attach(cfg: LoraConfig, base: Any, adapters: Any) -> Any:
+    """Parameters that the model takes: those of the base, with a LowRank in the place of each adapted weight."""
+    if not adapters:
+        return base
+    if not isinstance(base, dict):
+        return LowRank(base, adapters["a"], adapters["b"] * cfg.scale)
+    return {name: attach(cfg, part, adapters.get(name)) for name, part in base.items()}
+
+
+def held(cfg: ModelConfig, path: tuple[str, ...], dtype: Any) -> jnp.dtype:
+    """What a frozen parameter is kept in: the dtype that the model computes with, which for norms and the router's
+    weights is their own."""
+    return jnp.dtype(dtype if path[-1] == "scale" or path[-2:] == ("router", "weight") else cfg.dtype)

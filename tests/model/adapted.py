@@ -1,0 +1,48 @@
+"""Tiny models with adapters, and the weights that they amount to: NumPy, float64, written from the definition alone."""
+
+import functools
+
+import jax
+import numpy as np
+
+from deepseek_jax.config import LoraConfig
+from deepseek_jax.model import lora
+from tests.model import naive
+
+CFG = naive.tiny(num_layers=2)
+SMALL = dict(num_layers=1, num_dense_layers=0, mtp_depth=0)
+LORA = LoraConfig(rank=3, alpha=6.0)
+# How a weight is W[inputs, outputs], as an einsum of A and B; L and E are layers and experts.
+PRODUCTS = {"q_a": "LDR,LRQ->LDQ", "q_b": "LQR,LRHA->LQHA", "kv_a": "LDR,LRC->LDC", "kv_b": "LCR,LRHX->LCHX",
+            "o": "LHVR,LRD->LHVD", "ffn": "LXR,LRY->LXY", "experts": "LEXR,LERY->LEXY"}
+
+
+variables = functools.cache(naive.variables_of)
+
+
+def adapters_of(cfg, settings=LORA, seed=1, size=1.0):
+    """As training leaves them: neither A nor B is 0. B is `size` times as large as A."""
+    shapes = jax.eval_shape(lambda: lora.fresh(settings, jax.random.key(0), variables(cfg)["params"]))
+    rng = np.random.default_rng(seed)
+    dtype = np.float64 if cfg.dtype == "float64" else np.float32
+
+    def leaf(path, x):
+        return (0.3 * (size if path[-1].key == "b" else 1) * rng.standard_normal(x.shape)).astype(dtype)
+
+    return jax.tree_util.tree_map_with_path(leaf, shapes)
+
+
+def merged(params, adapters, scale):
+    """W + scale * A B, weight by weight."""
+    def visit(node, extra, name, stacked):
+        if extra is None:
+            return node
+        if isinstance(node, dict):
+            return {key: visit(part, extra.get(key), key, stacked) for key, part in node.items()}
+        a, b = np.asarray(extra["a"], np.float64), np.asarray(extra["b"], np.float64)
+        attention = name in PRODUCTS
+        rule = PRODUCTS[name if attention else "experts" if node.ndim - stacked == 3 else "ffn"]
+        rule = rule if stacked else rule.replace("L", "")
+        return node + scale * np.einsum(rule, a, b)
+
+    return {key: visit(part, adapters.get(key), key, not key.startswith("mtp_")) for key, part in params.items()}
