@@ -4,6 +4,9 @@ from tests.mutations.row import Mutation
 
 GRPO, UPDATE, ROLLOUT = (f"deepseek_jax/posttraining/{name}.py" for name in ("grpo", "update", "rollout"))
 ORACLE = "posttraining/test_grpo.py"
+LORA, ADAPTERS, BASE = "deepseek_jax/model/lora.py", "deepseek_jax/checkpoint/adapters.py", "training/test_base.py"
+NAIVE = ("model/test_lora.py::test_the_model_is_the_naive_one_with_alpha_over_rank_times_a_b_added_to_its_weights")
+PART = "model/test_lora.py::test_a_part_of_a_merged_weight_is_that_part"
 
 MUTATIONS = [
     Mutation(
@@ -159,5 +162,90 @@ MUTATIONS = [
         old="return said == word",
         new="return process.returncode == 0",
         tests="posttraining/test_rewards.py::test_code_is_rewarded_for_passing_its_tests",
+    ),
+    Mutation(
+        name="adapters do not count alpha / rank times",
+        file=LORA,
+        old='adapters["b"] * cfg.scale',
+        new='adapters["b"]',
+        tests=NAIVE,
+    ),
+    Mutation(
+        name="experts have no adapters",
+        file="deepseek_jax/model/grouped_matmul.py",
+        old="return product(x_RD, w_EDF.w_IO) + product(product(x_RD, w_EDF.a_IR), w_EDF.b_RO)",
+        new="return product(x_RD, w_EDF.w_IO)",
+        tests=NAIVE,
+    ),
+    Mutation(
+        name="adapters add something at the start",
+        file=LORA,
+        old="jnp.zeros((*lead, rank, *outputs)",
+        new="jnp.ones((*lead, rank, *outputs)",
+        tests="model/test_lora.py::test_a_is_as_large_as_keeps_the_size_of_inputs_and_b_is_zero",
+    ),
+    Mutation(
+        name="attention alone gets adapters of experts",
+        file=LORA,
+        old='cfg.targets != "attention"',
+        new="True",
+        tests="model/test_lora.py::test_targets_say_which_weights_get_adapters_and_router_norms_embedding_and_head_"
+              "never_do",
+    ),
+    Mutation(
+        name="merging forgets the scale",
+        file=ADAPTERS,
+        old=" * a.dtype.type(scale)",
+        new="",
+        tests=PART,
+    ),
+    Mutation(
+        name="a part of a merged weight has the outputs of another",
+        file=ADAPTERS,
+        old="b = self.b[(*index[:stack], every, *index[outputs:])]",
+        new="b = self.b[(*index[:stack], every)][..., :self.w[index].shape[-1]]",
+        tests=PART,
+    ),
+    Mutation(
+        name="the base is trained, not the adapters",
+        file="deepseek_jax/training/step.py",
+        old="if config.lora.rank is not None:",
+        new="if False:",
+        tests=f"{BASE}::test_the_bytes_of_what_is_trained_are_those_of_two_thin_matrices_a_weight",
+    ),
+    Mutation(
+        name="the base of adapters keeps its masters",
+        file=LORA,
+        old="else cfg.dtype)",
+        new="else dtype)",
+        tests=f"{BASE}::test_the_base_is_kept_as_the_model_computes_with_it",
+    ),
+    Mutation(
+        name="routers of a base are rounded",
+        file=LORA,
+        old='path[-1] == "scale" or path[-2:] == ("router", "weight")',
+        new='path[-1] == "scale"',
+        tests=f"{BASE}::test_the_base_is_kept_as_the_model_computes_with_it",
+    ),
+    Mutation(
+        name="another base takes the place of the one that was trained on",
+        file=ADAPTERS,
+        old="if known is not None and base.digest != known.digest:",
+        new="if False:",
+        tests=f"{BASE}::test_a_base_that_is_gone_or_another_by_now_is_refused",
+    ),
+    Mutation(
+        name="readers of a run of adapters find its base alone",
+        file=ADAPTERS,
+        old='merge(below["params"], adapters, base.scale)',
+        new='below["params"]',
+        tests=f"{BASE}::test_readers_find_the_merged_model",
+    ),
+    Mutation(
+        name="adapters of experts are not split as the experts are",
+        file="deepseek_jax/parallel/sharding.py",
+        old='int(names[0] == "experts")',
+        new="0",
+        tests="parallel/test_mesh.py::test_a_leaf_lies_where_its_dimensions_say",
     ),
 ]

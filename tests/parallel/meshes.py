@@ -9,11 +9,20 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from deepseek_jax.config import BalanceConfig, Config, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
+from deepseek_jax.config import (
+    BalanceConfig,
+    Config,
+    LoraConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
 from deepseek_jax.parallel.mesh import DATA, make_mesh
-from deepseek_jax.parallel.sharding import storage_shardings
+from deepseek_jax.parallel.sharding import compute_shardings, storage_shardings
 from deepseek_jax.training.step import init_state, train_step
 
+ALL = LoraConfig()  # parameters are trained
 QUICKLY = {"xla_backend_optimization_level": 0}
 T, VOCAB = 16, 64
 MODEL = dict(vocab_size=VOCAB, d_model=32, num_layers=2, num_dense_layers=1, num_heads=2, q_rank=12, kv_rank=16,
@@ -32,10 +41,10 @@ def on(cfg: MeshConfig):
     return contextlib.nullcontext() if cfg.devices == 1 else jax.set_mesh(mesh_of(cfg))
 
 
-def config_of(mesh=None, accumulation_steps=1, steps=20, rows=32, **model):
+def config_of(mesh=None, accumulation_steps=1, steps=20, rows=32, lora=ALL, **model):
     """Losses that weigh so much that leaving one out would show; rates that move biases and weights far."""
     return Config(
-        model=ModelConfig(**(MODEL | model)), mesh=mesh or MeshConfig(),
+        model=ModelConfig(**(MODEL | model)), mesh=mesh or MeshConfig(), lora=lora,
         train=TrainConfig(batch_size=rows, accumulation_steps=accumulation_steps, sequence_length=T, steps=steps,
                           loss_chunk=12),
         optimizer=OptimizerConfig(learning_rate=1e-2, warmup=0.0, moment_dtype=model.get("dtype", "float64")),
@@ -64,36 +73,46 @@ def place_batch(config, batch):
 
 
 @functools.cache
-def fresh_state(model):
+def fresh_state(model, lora=ALL):
     """Of one device, as host arrays; made once a model."""
-    config = Config(model=model, optimizer=OptimizerConfig(moment_dtype=model.dtype))
+    config = Config(model=model, lora=lora, optimizer=OptimizerConfig(moment_dtype=model.dtype))
     return jax.device_get(jax.jit(functools.partial(init_state, config), compiler_options=QUICKLY)())
 
 
 def start(config):
     """The same fresh state on any mesh, whatever is rematerialized. -> (state, its shardings or None)"""
-    state = fresh_state(dataclasses.replace(config.model, remat="none"))
+    state = fresh_state(dataclasses.replace(config.model, remat="none"), config.lora)
     if config.mesh.devices == 1:
         return jax.tree.map(jnp.asarray, state), None
     shardings = storage_shardings(state, mesh_of(config.mesh))
     return jax.device_put(state, shardings), shardings
 
 
+def base_of(config):
+    """The frozen parameters of a config that trains adapters, where a step computes with them; else None."""
+    if config.lora.rank is None:
+        return None
+    params = fresh_state(dataclasses.replace(config.model, remat="none")).params
+    if config.mesh.devices == 1:
+        return jax.tree.map(jnp.asarray, params)
+    return jax.device_put(params, compute_shardings(params, mesh_of(config.mesh)))
+
+
 def compiled_step(config):
-    """(state, batch) -> (state, metrics), compiled for the mesh of the config."""
+    """(state, batch, base) -> (state, metrics), compiled for the mesh of the config."""
     state, shardings = start(config)
     out = {}
     if shardings is not None:
         out = dict(out_shardings=(shardings, NamedSharding(mesh_of(config.mesh), PartitionSpec())))
     with on(config.mesh):
         return jax.jit(functools.partial(train_step, config), compiler_options=QUICKLY, **out).lower(
-            state, place_batch(config, batch_of(config, 0))).compile()
+            state, place_batch(config, batch_of(config, 0)), base_of(config)).compile()
 
 
 def train(config, steps):
     """-> (losses, router biases, metrics of the last step)."""
-    run, (state, _), losses = compiled_step(config), start(config), []
+    run, (state, _), base, losses = compiled_step(config), start(config), base_of(config), []
     for step in range(steps):
-        state, metrics = run(state, place_batch(config, batch_of(config, step)))
+        state, metrics = run(state, place_batch(config, batch_of(config, step)), base)
         losses.append(float(metrics.loss))
     return np.array(losses), jax.device_get(state.router), jax.device_get(metrics)

@@ -33,6 +33,12 @@ REPORT = MeshConfig(pipe=16, replica=2, node=8, local=8)  # the report's 2048 GP
       P(("tensor", "pipe", "replica", "node"), "local")),
      ("params/mtp_1/block/ffn/shared/down", (2048, 7168), P("tensor", None),
       P(("tensor", "pipe", "replica", "node", "local"), None)),
+     ("params/layers/ffn/gate/a", (58, 256, 7168, 16), P(None, ("node", "local"), None, None),
+      P(None, ("node", "local"), ("pipe", "replica"), None)),
+     ("params/layers/attention/o/a", (58, 128, 128, 16), P(None, "tensor", None, None),
+      P(None, ("tensor", "pipe", "replica"), ("node", "local"), None)),
+     ("params/layers/attention/q_b/b", (58, 16, 128, 192), P(None, None, "tensor", None),
+      P(None, "pipe", ("tensor", "replica", "node", "local"), None)),
      ("router/bias", (58, 256), P(None, None), P(None, None)),
      ("opt_state/1/count", (), P(), P()), ("rng", (), P(), P())])
 def test_a_leaf_lies_where_its_dimensions_say(path, shape, compute, master):

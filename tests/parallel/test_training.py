@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from deepseek_jax.config import FP8Config, MeshConfig
+from deepseek_jax.config import FP8Config, LoraConfig, MeshConfig
 from tests.parallel.meshes import config_of, train
 from tests.precision import float64
 
@@ -59,3 +59,13 @@ def test_in_fp8_a_mesh_trains_as_one_device_does():
 
     assert on_one[-1] < on_one[0] - 0.05
     np.testing.assert_allclose(on_mesh, on_one, rtol=2e-3)
+
+
+@pytest.mark.slow
+def test_adapters_of_a_split_base_train_as_on_one_device():
+    adapters = LoraConfig(rank=3)
+    with float64():
+        (on_one, *_), (on_mesh, *_) = (train(config_of(mesh, lora=adapters, mtp_depth=0, rows=8), 4)
+                                       for mesh in (None, MeshConfig(node=2, local=2, tensor=2)))
+
+    np.testing.assert_allclose(on_mesh, on_one, rtol=1e-9)
