@@ -16,8 +16,9 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 PACKAGES = ("deepseek_jax", "kernels_pallas")
 
 # room -> the rooms it may import, besides itself. "serving" stands for all of serving, and so on.
-MODEL = ("model.attention", "model.blockwise", "model.block", "model.experts", "model.grouped_matmul", "model.layers",
-         "model.lora", "model.mtp", "model.permute", "model.rope", "model.router", "model.types")
+MODEL = ("model.attention", "model.blockwise", "model.block", "model.experts", "model.grouped_matmul", "model.indexer",
+         "model.layers", "model.lora", "model.mtp", "model.permute", "model.rope", "model.router", "model.sparse_attention",
+         "model.types")
 SHARDING = ("parallel.mesh", "parallel.sharding")
 MAY_IMPORT = {
     # Foundations: no jax.
@@ -46,6 +47,9 @@ MAY_IMPORT = {
     "model.grouped_matmul": ("model.layers", "kernels_pallas.api"),
     "model.blockwise": ("model.layers", "fp8", *SHARDING, "kernels_pallas.api", "config"),
     "model.attention": ("model.blockwise", "model.layers", "model.rope", *SHARDING, "config"),
+    "model.indexer": ("model.layers", "model.rope", "config"),
+    "model.sparse_attention": ("model.attention", "model.indexer", "model.layers", "model.rope", "model.types",
+                               *SHARDING, "config"),
     "model.experts": ("model.grouped_matmul", "model.layers", "model.permute", "model.router", "model.types", "fp8",
                       "parallel.dispatch", *SHARDING, "config"),
     "model.lora": ("model.layers", "config"),

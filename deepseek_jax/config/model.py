@@ -17,7 +17,8 @@ KERNEL_HEADS = (192, 128)  # sizes of queries and values that the kernels are ma
 MOST_EXPERTS, MOST_MATRICES = 2**14, 2**20  # of a layer; of all experts of all layers
 MOST = {"vocab_size": 2**24, "num_layers": 2**12, "num_experts": MOST_EXPERTS, "num_shared_experts": 2**10,
         "mtp_depth": 2**6, "num_heads": 2**14, "nope_head_dim": 2**14, "rope_head_dim": 2**14, "v_head_dim": 2**14,
-        "d_model": 2**20, "q_rank": 2**20, "kv_rank": 2**20, "dense_ffn_dim": 2**20, "expert_ffn_dim": 2**20}
+        "d_model": 2**20, "q_rank": 2**20, "kv_rank": 2**20, "dense_ffn_dim": 2**20, "expert_ffn_dim": 2**20,
+        "index_topk": 2**31 - 1, "index_heads": 2**14, "index_head_dim": 2**14}
 YARN_RANGES = {"factor": (1e-3, 1e6), "original_length": (1, 2**31 - 1), "beta_fast": (1e-6, 1e6),
                "beta_slow": (1e-6, 1e6), "mscale": (0, 1e3), "mscale_all_dim": (0, 1e3)}
 OWN = r"[A-Za-z_][\w.]*:[A-Za-z_]\w*"  # "package.module:name"
@@ -111,6 +112,12 @@ class ModelConfig(Checked, section="model"):
                                               "T * T"] = 512
     router: Annotated[str, "routing rule: group_limited, or your own as package.module:function"] = GROUP_LIMITED
     attention: Annotated[str, "attention: mla, or your own module as package.module:name"] = "mla"
+    index_topk: Annotated[int | None, POSITIVE, "tokens that a token attends to, chosen by the indexer of V3.2; None: "
+                                                "all, as in V3"] = None
+    index_heads: Annotated[int, POSITIVE, "heads of the indexer"] = 64
+    index_head_dim: Annotated[int, POSITIVE, "dims of a head of the indexer; the first rope_head_dim have RoPE"] = 128
+    index_warmup: Annotated[bool, "train the indexer alone: attention stays dense, all other weights as they "
+                                  "are"] = False
     fp8: Annotated[FP8Config, "in config files a section of its own, next to model"] = FP8Config()
 
     def __post_init__(self):
@@ -158,6 +165,7 @@ def _check_model(c: ModelConfig):
                           f"take one of {fits}.")
     if c.groups_kept > c.num_groups:
         raise ConfigError(f"model.groups_kept={c.groups_kept} is more than num_groups={c.num_groups}.")
+    _check_indexer(c)
     group = c.num_experts // c.num_groups
     if c.score == "sigmoid" and 1 < c.num_groups and group < 2:
         raise ConfigError(f"model.num_groups={c.num_groups} leaves {group} expert a group; the group score adds the "
@@ -166,3 +174,20 @@ def _check_model(c: ModelConfig):
         raise ConfigError(f"model.experts_per_token={c.experts_per_token} asks for more than the "
                           f"{group * c.groups_kept} experts that the {c.groups_kept} kept groups hold; "
                           "lower it or raise groups_kept.")
+
+
+def _check_indexer(c: ModelConfig):
+    if c.index_topk is None:
+        if c.index_warmup:
+            raise ConfigError("model.index_warmup=True trains the indexer; with model.index_topk=None there is none; "
+                              "set it.")
+        return
+    for wrong, complaint in (
+            (c.q_rank is None, "reads the query latent, and model.q_rank=None leaves it out; set model.q_rank"),
+            (c.index_head_dim <= c.rope_head_dim,
+             f"rotates the first {c.rope_head_dim} dims (rope_head_dim) of its heads, which have "
+             f"model.index_head_dim={c.index_head_dim}; take more"),
+            (c.attention != PARTS["attention"],
+             f"is part of {PARTS['attention']!r}, not of model.attention={c.attention!r}; take index_topk=None")):
+        if wrong:
+            raise ConfigError(f"model.index_topk={c.index_topk}: the indexer {complaint}.")

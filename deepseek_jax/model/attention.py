@@ -32,30 +32,49 @@ class MLA(nn.Module):
     def __call__(self, x_BTD: jax.Array, rope: tuple[jax.Array, jax.Array],
                  segment_ids_BT: jax.Array | None) -> jax.Array:
         cfg = self.cfg
-        D, H, Q, C = cfg.d_model, cfg.num_heads, cfg.q_rank, cfg.kv_rank
-        N, R, V = cfg.nope_head_dim, cfg.rope_head_dim, cfg.v_head_dim
-        if Q is None:
-            w = {"q": weight(self, "q", (D, H, N + R))}
-        else:
-            w = {"q_a": weight(self, "q_a", (D, Q)), "q_b": weight(self, "q_b", (Q, H, N + R))}
-        w["kv_a"] = weight(self, "kv_a", (D, C + R))
-        norm = functools.partial(RMSNorm, cfg, cfg.latent_norm_eps)
-        q_norm = None if Q is None else norm(name="q_norm")
-        q_BTHA, c_BTC, k_pe_BTR = project(cfg, x_BTD, rope, w, q_norm, norm(name="kv_norm"))
-        split = functools.partial(constrain, names=("batch", None, "heads", None))
-        kv_BTHX = linear(c_BTC, weight(self, "kv_b", (C, H, N + V)), cfg.fp8, names=HEADS_OUT)
-        q_BTHA, kv_BTHX = split(q_BTHA), split(kv_BTHX)
-        k_pe_BTHR = jnp.broadcast_to(k_pe_BTR[:, :, None], kv_BTHX.shape[:3] + (R,))
-        k_BTHA = jnp.concatenate([kv_BTHX[..., :N], k_pe_BTHR], axis=-1)
-        o_BTHV = attend(q_BTHA, k_BTHA, kv_BTHX[..., N:], segment_ids_BT, softmax_scale(cfg), cfg.attention_block,
+        q_BTHA, k_BTHA, v_BTHV, _ = queries_keys_values(self, x_BTD, rope)
+        o_BTHV = attend(q_BTHA, k_BTHA, v_BTHV, segment_ids_BT, softmax_scale(cfg), cfg.attention_block,
                         "e5m6" if cfg.fp8.enabled else None)
-        return linear(o_BTHV.reshape(o_BTHV.shape[:2] + (H * V,)), with_flat_inputs(weight(self, "o", (H, V, D))),
-                      cfg.fp8, saved="e5m6", names=HEADS_IN)
+        return output(self, o_BTHV)
+
+
+def queries_keys_values(module: nn.Module, x_BTD: jax.Array, rope: tuple[jax.Array, jax.Array],
+                        ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
+    """q and k [B, T, H, N + R], v [B, T, H, V], and the normed query latent [B, T, Q] (None where there is none).
+
+    Declares in `module`, which is being called, the weights that they need.
+    """
+    cfg: ModelConfig = module.cfg  # pyright: ignore[reportAttributeAccessIssue]: of MLA and SparseMLA
+    D, H, Q, C = cfg.d_model, cfg.num_heads, cfg.q_rank, cfg.kv_rank
+    N, R, V = cfg.nope_head_dim, cfg.rope_head_dim, cfg.v_head_dim
+    if Q is None:
+        w = {"q": weight(module, "q", (D, H, N + R))}
+    else:
+        w = {"q_a": weight(module, "q_a", (D, Q)), "q_b": weight(module, "q_b", (Q, H, N + R))}
+    w["kv_a"] = weight(module, "kv_a", (D, C + R))
+    norm = functools.partial(RMSNorm, cfg, cfg.latent_norm_eps)
+    q_norm = None if Q is None else norm(name="q_norm")
+    q_BTHA, c_BTC, k_pe_BTR, latent_BTQ = project(cfg, x_BTD, rope, w, q_norm, norm(name="kv_norm"))
+    split = functools.partial(constrain, names=("batch", None, "heads", None))
+    kv_BTHX = linear(c_BTC, weight(module, "kv_b", (C, H, N + V)), cfg.fp8, names=HEADS_OUT)
+    q_BTHA, kv_BTHX = split(q_BTHA), split(kv_BTHX)
+    k_pe_BTHR = jnp.broadcast_to(k_pe_BTR[:, :, None], kv_BTHX.shape[:3] + (R,))
+    k_BTHA = jnp.concatenate([kv_BTHX[..., :N], k_pe_BTHR], axis=-1)
+    return q_BTHA, k_BTHA, kv_BTHX[..., N:], latent_BTQ
+
+
+def output(module: nn.Module, o_BTHV: jax.Array) -> jax.Array:
+    """What attention adds to the residual stream, [B, T, D]. Declares W_O in `module`."""
+    cfg: ModelConfig = module.cfg  # pyright: ignore[reportAttributeAccessIssue]: of MLA and SparseMLA
+    H, V, D = cfg.num_heads, cfg.v_head_dim, cfg.d_model
+    return linear(o_BTHV.reshape(o_BTHV.shape[:2] + (H * V,)), with_flat_inputs(weight(module, "o", (H, V, D))),
+                  cfg.fp8, saved="e5m6", names=HEADS_IN)
 
 
 def project(cfg: ModelConfig, x_BTD: jax.Array, rope: tuple[jax.Array, jax.Array], w: dict[str, jax.Array],
             q_norm: Callable[[jax.Array], jax.Array] | None,
-            kv_norm: Callable[[jax.Array], jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+            kv_norm: Callable[[jax.Array], jax.Array],
+            ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
     """What both forms of MLA start from.
 
     Args:
@@ -63,14 +82,14 @@ def project(cfg: ModelConfig, x_BTD: jax.Array, rope: tuple[jax.Array, jax.Array
       q_norm, kv_norm: RMSNorm of the query latent (not read where there is none) and of the key-value latent.
     Returns:
       queries [B, T, H, N + R], rotated; the normed latent c [B, T, C]; the rotated key k_pe [B, T, R] of all heads.
-      The last two are what a cache holds.
+      These two are what a cache holds. Last the normed query latent [B, T, Q]; None where there is none.
     """
     N, C = cfg.nope_head_dim, cfg.kv_rank
     if cfg.q_rank is None or q_norm is None:
-        q_BTHA = linear(x_BTD, w["q"], cfg.fp8, names=HEADS_OUT)
+        latent_BTQ, q_BTHA = None, linear(x_BTD, w["q"], cfg.fp8, names=HEADS_OUT)
     else:
-        q_BTQ = checkpoint_name(linear(x_BTD, w["q_a"], cfg.fp8), "latent")
-        q_BTHA = linear(q_norm(q_BTQ), w["q_b"], cfg.fp8, names=HEADS_OUT)
+        latent_BTQ = q_norm(checkpoint_name(linear(x_BTD, w["q_a"], cfg.fp8), "latent"))
+        q_BTHA = linear(latent_BTQ, w["q_b"], cfg.fp8, names=HEADS_OUT)
     q_BTHA = jnp.concatenate([q_BTHA[..., :N], rotate(q_BTHA[..., N:], rope)], axis=-1)
     kv_BTX = checkpoint_name(linear(x_BTD, w["kv_a"], cfg.fp8), "latent")
-    return q_BTHA, kv_norm(kv_BTX[..., :C]), rotate(kv_BTX[..., None, C:], rope)[:, :, 0]
+    return q_BTHA, kv_norm(kv_BTX[..., :C]), rotate(kv_BTX[..., None, C:], rope)[:, :, 0], latent_BTQ

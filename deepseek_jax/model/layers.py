@@ -131,6 +131,15 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     return (y * scale.reshape((1,) * (x.ndim - 1) + (-1,))).astype(x.dtype)
 
 
+def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float) -> jax.Array:
+    """(x - mean(x)) / std(x) * scale + bias over the last axis, computed in float32, returned in x's dtype."""
+    y = x.astype(wide(x.dtype))
+    variance = y.var(axis=-1, keepdims=True)
+    y = (y - y.mean(axis=-1, keepdims=True)) * jax.lax.rsqrt(variance + eps)
+    scale, bias = (w.reshape((1,) * (x.ndim - 1) + (-1,)) for w in (scale, bias))
+    return (y * scale + bias).astype(x.dtype)
+
+
 def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
     """silu(gate) * up, computed in float32, returned in the inputs' dtype."""
     dtype = wide(gate.dtype)
@@ -168,6 +177,19 @@ class RMSNorm(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), wide(self.cfg.dtype))
         return rms_norm(x, scale, self.cfg.norm_eps if self.eps is None else self.eps)
+
+
+class LayerNorm(nn.Module):
+    """Declares scale and bias [dim] of `layer_norm`, and returns them."""
+
+    cfg: ModelConfig
+    dim: int
+
+    @nn.compact
+    def __call__(self) -> dict[str, jax.Array]:
+        shape, dtype = (self.dim,), wide(self.cfg.dtype)
+        return {"scale": self.param("scale", nn.initializers.ones, shape, dtype),
+                "bias": self.param("bias", nn.initializers.zeros, shape, dtype)}
 
 
 class FFN(nn.Module):

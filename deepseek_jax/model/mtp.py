@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.block import mtp_block
 from deepseek_jax.model.layers import RMSNorm, linear, weight
-from deepseek_jax.model.types import RoutingStats, TokenContext
+from deepseek_jax.model.types import BlockStats, TokenContext
 
 
 class MTPModule(nn.Module):
@@ -28,8 +28,8 @@ class MTPModule(nn.Module):
 
     @nn.compact
     def __call__(self, hidden_BTD: jax.Array, ahead_BTD: jax.Array, bias_E: jax.Array | None,
-                 context: TokenContext) -> tuple[jax.Array, RoutingStats]:
-        """Takes h_{k-1} and the embeddings of the tokens k ahead; returns h_k and the block's routing stats."""
+                 context: TokenContext) -> tuple[jax.Array, BlockStats]:
+        """Takes h_{k-1} and the embeddings of the tokens k ahead; returns h_k and what the block reports."""
         cfg = self.cfg
         embedding_norm, hidden_norm = RMSNorm(cfg, name="embedding_norm"), RMSNorm(cfg, name="hidden_norm")
         projection = weight(self, "projection", (2 * cfg.d_model, cfg.d_model))

@@ -58,3 +58,10 @@ def rotate(x_BTHR: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
     even, odd = x_BTHR[..., 0::2], x_BTHR[..., 1::2]
     pairs = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
     return pairs.reshape(x_BTHR.shape).astype(x_BTHR.dtype)
+
+
+def rotate_halves(x_BTHR: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """The same of the pairs (x0, x[R/2]), (x1, x[R/2 + 1]), ...: the order of V3.2's indexer."""
+    cos, sin = (t[:, :, None] for t in table)
+    first, second = jnp.split(x_BTHR, 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, first * sin + second * cos], axis=-1).astype(x_BTHR.dtype)

@@ -25,14 +25,15 @@ from deepseek_jax.model.layers import FFN, SAVED_NAMES, RMSNorm, head_logits, we
 from deepseek_jax.model.mtp import MTPModule, ahead, tokens_ahead
 from deepseek_jax.model.rope import rope_table
 from deepseek_jax.model.router import initial_bias
-from deepseek_jax.model.types import Output, RoutingStats, TokenContext
+from deepseek_jax.model.sparse_attention import SparseMLA
+from deepseek_jax.model.types import BlockStats, Output, TokenContext
 from deepseek_jax.plugin import load_object
 
 
 class BlockParts(NamedTuple):
     """Makers of a block's parts, modules with the signatures of those here; a study swaps one.
 
-    attention(cfg, name) -> module(x_BTD, rope, segment_ids_BT) -> y_BTD
+    attention(cfg, name) -> module(x_BTD, rope, segment_ids_BT) -> y_BTD (with cfg.index_topk: y_BTD, IndexerStats)
     dense_ffn(cfg, ffn_dim, name) -> module(x_BTD) -> y_BTD
     moe(cfg, mesh, capture, name) -> module(x_BTD, bias_E, context) -> y_BTD, RoutingStats
     """
@@ -45,7 +46,7 @@ class BlockParts(NamedTuple):
 def block_parts(cfg: ModelConfig) -> BlockParts:
     """The parts that the config names. Raises ConfigError where model.attention names none."""
     if cfg.attention == "mla":
-        return BlockParts()
+        return BlockParts(MLA if cfg.index_topk is None else SparseMLA)
     attention = load_object("model.attention", cfg.attention)
     if not callable(attention):
         raise ConfigError(f"model.attention={cfg.attention!r} is no module; give one with the signature of "
@@ -64,8 +65,8 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array, bias_E: jax.Array | None, context: TokenContext,
-                 chosen_BTK: jax.Array | None = None) -> tuple[jax.Array, RoutingStats | None]:
-        """Hidden states [B, T, D] and, of a MoE block, what routing did. chosen_BTK: experts to replay, if any."""
+                 chosen_BTK: jax.Array | None = None) -> tuple[jax.Array, BlockStats]:
+        """Hidden states [B, T, D], and what routing and indexer did. chosen_BTK: experts to replay, if any."""
         context = context._replace(chosen_BTK=chosen_BTK)
         cfg, parts = self.cfg, self.parts or block_parts(self.cfg)
         attention = parts.attention(cfg, name="attention")
@@ -75,11 +76,14 @@ class Block(nn.Module):
         else:
             ffn = parts.dense_ffn(cfg, cfg.dense_ffn_dim, name="ffn")
             feed_forward = lambda h_BTD: (ffn(h_BTD), None)
-        x_BTD, _, stats = residual_block(
-            x_BTD, RMSNorm(cfg, name="attention_norm"),
-            lambda h_BTD: (attention(h_BTD, context.rope, context.segment_ids_BT), None),
-            RMSNorm(cfg, name="ffn_norm"), feed_forward)
-        return x_BTD, stats
+
+        def attend(h_BTD):
+            made = attention(h_BTD, context.rope, context.segment_ids_BT)
+            return (made, None) if cfg.index_topk is None else made
+
+        x_BTD, indexer, routing = residual_block(
+            x_BTD, RMSNorm(cfg, name="attention_norm"), attend, RMSNorm(cfg, name="ffn_norm"), feed_forward)
+        return x_BTD, BlockStats(routing, indexer)
 
 
 def rematerialized(block: type[nn.Module], cfg: ModelConfig, scanned: bool) -> Any:
@@ -131,10 +135,10 @@ class DeepSeekV3(nn.Module):
         context = TokenContext(rope_table(cfg, positions, wide(cfg.dtype)), segment_ids, tokens_BT, positions, step)
         # Gathered, then cast: a frequent token's gradient is summed in float32.
         x_BTD = embedding_WD[tokens_BT].astype(cfg.dtype)
+        stats: dict[str, BlockStats] = {}
         if cfg.num_dense_layers:
             dense = self._stack(cfg.num_dense_layers, "dense_layers", False)
-            x_BTD, _ = dense(x_BTD, None, context, None)
-        stats: dict[str, RoutingStats] = {}
+            x_BTD, stats["dense"] = dense(x_BTD, None, context, None)
         if cfg.num_moe_layers:
             bias_LE = self._bias("bias", cfg.num_moe_layers)
             layers = self._stack(cfg.num_moe_layers, "layers", True, capture, chosen is not None)
@@ -172,16 +176,21 @@ class DeepSeekV3(nn.Module):
             return None
         return self.variable("router", name, initial_bias, self.cfg, (layers, self.cfg.num_experts)).value
 
-    def _output(self, hidden_BTD, mtp_hidden, head_DW, stats: dict[str, RoutingStats], logits):
-        def mean(name):
-            values = [getattr(s, name).reshape(-1) for s in stats.values()]
+    def _output(self, hidden_BTD, mtp_hidden, head_DW, stats: dict[str, BlockStats], logits):
+        routing = {name: of.routing for name, of in stats.items() if of.routing is not None}
+
+        def mean(of_stacks):
+            values = [x.reshape(-1) for x in of_stacks]
             return jnp.concatenate(values).mean() if values else jnp.zeros((), wide(self.cfg.dtype))
 
         return Output(
             logits_BTW=head_logits(hidden_BTD, head_DW) if logits else None, hidden_BTD=hidden_BTD,
             mtp_logits=tuple(head_logits(h, head_DW) for h in mtp_hidden) if logits else (), mtp_hidden=mtp_hidden,
-            counts={name: s.counts_E for name, s in stats.items()},
+            counts={name: s.counts_E for name, s in routing.items()},
             traffic=jax.tree.map(lambda *counters: sum(c.sum() for c in counters),
-                                 *(s.traffic for s in stats.values())) if stats else None,
-            sequence_loss=mean("sequence_loss"), auxiliary_loss=mean("auxiliary_loss"),
-            captured=stats["bias"].captured if "bias" in stats else {})
+                                 *(s.traffic for s in routing.values())) if routing else None,
+            sequence_loss=mean(s.sequence_loss for s in routing.values()),
+            auxiliary_loss=mean(s.auxiliary_loss for s in routing.values()),
+            captured=routing["bias"].captured if "bias" in routing else {},
+            # Of a dense model there is nothing to map over, and the trees are None.
+            indexer=jax.tree.map(lambda *parts: mean(parts), *(s.indexer for s in stats.values())))

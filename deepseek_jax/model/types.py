@@ -74,6 +74,24 @@ class RoutingStats:
     captured: dict[str, jax.Array]
 
 
+class IndexerStats(NamedTuple):
+    """What the indexer of one layer did; float32 scalars, means over its tokens.
+
+    loss: KL divergence from the attention of all heads together to the softmax of the index scores, in nats. recall:
+    the share of what attention over all tokens would put on those that the indexer chooses.
+    """
+
+    loss: jax.Array
+    recall: jax.Array
+
+
+class BlockStats(NamedTuple):
+    """What the parts of one block report. routing: None in a dense block. indexer: None without one."""
+
+    routing: RoutingStats | None
+    indexer: IndexerStats | None
+
+
 @flax.struct.dataclass
 class Output:
     """What a forward pass gives. L counts MoE layers; MTP entries are absent (empty) at depth 0.
@@ -85,6 +103,7 @@ class Output:
     traffic: counters of dispatch, summed over MoE layers (MTP's included); None on one device.
     sequence_loss, auxiliary_loss: unweighted, float32, averaged over MoE layers (MTP's included).
     captured: {"scores": [L, B, T, E], "chosen": [L, B, T, K]}, those that were asked for.
+    indexer: averaged over all layers (MTP's included); None for models without.
     """
 
     logits_BTW: jax.Array | None
@@ -96,3 +115,4 @@ class Output:
     sequence_loss: jax.Array
     auxiliary_loss: jax.Array
     captured: dict[str, Any]
+    indexer: IndexerStats | None = None

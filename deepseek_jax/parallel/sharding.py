@@ -27,6 +27,7 @@ AXES = {  # name of a dimension -> the mesh axes that split it
     "heads": ("tensor",), "ffn": ("tensor",), "vocab": ("tensor",),
     "layers": (), "model": (), "q_rank": (), "kv_rank": (), "head_dim": (), "expert_ffn": (), "scored": (), "norm": (),
     "rank": (),  # of adapters
+    "index_heads": (),
 }
 
 # The end of a leaf's path -> the names of its last dimensions, after those of stacked layers. The first match wins.
@@ -39,6 +40,9 @@ PARAMETERS = {
     "attention/kv_a": "model kv_rank",
     "attention/kv_b": "kv_rank heads head_dim",
     "attention/o": "heads head_dim model",
+    "indexer/wq_b": "q_rank index_heads head_dim",
+    "indexer/wk": "model head_dim",
+    "indexer/weights_proj": "model index_heads",
     "router/weight": "model scored",
     "shared/gate": "model ffn", "shared/up": "model ffn", "shared/down": "ffn model",
     "dense_layers/ffn/gate": "model ffn", "dense_layers/ffn/up": "model ffn", "dense_layers/ffn/down": "ffn model",
@@ -46,6 +50,7 @@ PARAMETERS = {
     "ffn/down": "experts expert_ffn model",
     "projection": "model model",
     "scale": "norm",
+    "k_norm/bias": "norm",
 }
 
 

@@ -67,6 +67,8 @@ def check(config: Config) -> None:
     check_routes_alone(cfg, f"mesh.pipe={mesh.pipe}")
     for wrong, complaint in (
             (mesh.tensor > 1, f"mesh.tensor={mesh.tensor} has no place in a pipeline; take mesh.tensor=1"),
+            (cfg.index_topk is not None, f"model.index_topk={cfg.index_topk} brings a loss of the indexer, which "
+                                         "stages do not hand on; take mesh.pipe=1"),
             (not cfg.num_moe_layers, "the stages of a pipeline are made of MoE layers, and the model has none; take "
                                      "mesh.pipe=1"),
             (config.balance.aux_loss_weight, "balance.aux_loss_weight is a loss of whole batches, which no stage "
@@ -129,7 +131,7 @@ def stage(config: Config, layers: Any, fixed: dict[str, jax.Array], x_BTD: jax.A
     balance, counted = jnp.zeros((), wide(cfg.dtype)), []
     for i in range(fixed["real"].shape[0]):  # a loop in Python: `split` sorts its equations
         layer, at = jax.tree.map(lambda a, i=i: a[i], (layers, fixed))
-        y_BTD, stats = block.apply({"params": layer}, x_BTD, at.get("bias"), context)
+        y_BTD, (stats, _) = block.apply({"params": layer}, x_BTD, at.get("bias"), context)
         x_BTD = jnp.where(at["real"], y_BTD, x_BTD)
         balance = balance + jnp.where(at["real"], stats.sequence_loss, 0)
         counted.append(StageSums(stats.counts_E, stats.traffic, stats.sequence_loss))

@@ -73,7 +73,7 @@ def attention(cfg: ModelConfig, geometry: CacheGeometry, w: dict[str, jax.Array]
               slots: TokenSlots) -> tuple[jax.Array, jax.Array]:
     """Absorbed MLA. Returns its output [B, T, D] and the layer's pages, with the latents of these tokens in them."""
     norm = lambda name: lambda x: rms_norm(x, w[name], cfg.latent_norm_eps)
-    q_BTHA, c_BTC, k_pe_BTR = project(cfg, x_BTD, rope, w, norm("q_norm"), norm("kv_norm"))
+    q_BTHA, c_BTC, k_pe_BTR, _ = project(cfg, x_BTD, rope, w, norm("q_norm"), norm("kv_norm"))
     page_BT, offset_BT = latent_cache.page_and_offset(slots.table_BP, slots.position_BT, slots.valid_BT,
                                                       geometry.page_size)
     pages_PSX = latent_cache.write(pages_PSX, latent_cache.pack(geometry.kind, c_BTC, k_pe_BTR), page_BT, offset_BT)

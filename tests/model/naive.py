@@ -29,6 +29,8 @@ def fill(shapes, dtype=np.float32, seed=0):
 
     def leaf(path, s):
         names = [p.key for p in path]
+        if names[-2:] == ["k_norm", "bias"]:
+            return (0.3 * rng.standard_normal(s.shape)).astype(dtype)
         if names[-1] == "scale":
             return (1 + 0.3 * rng.standard_normal(s.shape)).astype(dtype)
         if names[0] == "router":
@@ -114,12 +116,17 @@ def mla(cfg, p, x_TD, positions_T, segments_T):
     k_pe_TR = turn(kv_TX[:, C:])
     latent = x_TD if cfg.q_rank is None else norm(x_TD @ p["q_a"], p["q_norm"], cfg.latent_norm_eps)
     w_q = p["q"] if cfg.q_rank is None else p["q_b"]
+    seen_T = [[s for s in range(t + 1) if segments_T[s] == segments_T[t]] for t in range(T)]
+    if cfg.index_topk is not None:
+        score_TS = index_scores(cfg, p["indexer"], x_TD, latent, positions_T)
+        seen_T = [sorted(sorted(seen, key=lambda s: -score_TS[t, s])[:cfg.index_topk])
+                  for t, seen in enumerate(seen_T)]
     y_TD = np.zeros_like(x_TD)
     for h in range(cfg.num_heads):
         q_TA, kv_TY = latent @ w_q[:, h], c_TC @ p["kv_b"][:, h]
         q_pe_TR = turn(q_TA[:, N:])
         for t in range(T):
-            seen = [s for s in range(t + 1) if segments_T[s] == segments_T[t]]
+            seen = seen_T[t]
             score = np.array([q_TA[t, :N] @ kv_TY[s, :N] + q_pe_TR[t] @ k_pe_TR[s] for s in seen]) * scale_of(cfg)
             share = np.exp(score - score.max())
             share /= share.sum()
@@ -127,6 +134,28 @@ def mla(cfg, p, x_TD, positions_T, segments_T):
             assert o_V.shape == (V,)
             y_TD[t] += o_V @ p["o"][h]
     return y_TD
+
+
+def index_scores(cfg, p, x_TD, latent_TQ, positions_T):
+    """V3.2's score of every earlier token for every token, [T, S]; of RoPE's pairs the first members come first."""
+    R, T = cfg.rope_head_dim, len(x_TD)
+    in_halves = np.r_[0:R:2, 1:R:2]
+
+    def turn(v_I, t):
+        pairs_R = np.empty(R)
+        pairs_R[in_halves] = v_I[:R]
+        return np.concatenate([amplitude(cfg) * rotate(cfg, pairs_R, t)[in_halves], v_I[R:]])
+
+    def normed(v_I):
+        return (v_I - v_I.mean()) / np.sqrt(v_I.var() + 1e-6) * p["k_norm"]["scale"] + p["k_norm"]["bias"]
+
+    k_TI = np.stack([turn(normed(x @ p["wk"]), t) for x, t in zip(x_TD, positions_T)])
+    score_TS = np.zeros((T, T))
+    for t, s in np.ndindex(T, T):
+        for j in range(cfg.index_heads):
+            product = turn(latent_TQ[t] @ p["wq_b"][:, j], positions_T[t]) @ k_TI[s] / math.sqrt(cfg.index_head_dim)
+            score_TS[t, s] += x_TD[t] @ p["weights_proj"][:, j] / math.sqrt(cfg.index_heads) * max(product, 0)
+    return score_TS
 
 
 def route(cfg, scores_E, bias_E):

@@ -113,3 +113,14 @@ def test_the_table_computes_and_the_result_keeps_its_dtype():
 
     assert y.dtype == jnp.bfloat16 and table[0].dtype == jnp.float32
     np.testing.assert_allclose(y.astype(jnp.float32), rope.rotate(x.astype(jnp.float32), table), atol=0.01)
+
+
+def test_the_indexer_rotates_the_same_pairs_in_another_order():
+    cfg, R = naive.tiny(rope_head_dim=8), 8
+    x_TR, positions = RNG.standard_normal((5, R)).astype(np.float32), np.arange(5)
+    halves_of_pairs = np.r_[0:R:2, 1:R:2]
+
+    table = rope.rope_table(cfg, positions[None], jnp.float32)
+    halves_TR = rope.rotate_halves(jnp.asarray(x_TR[:, halves_of_pairs])[None, :, None], table)[0, :, 0]
+
+    np.testing.assert_allclose(halves_TR, rotated(cfg, x_TR, positions)[:, halves_of_pairs], atol=1e-6)

@@ -56,7 +56,9 @@ QUICK = {"model.vocab_size": 384, "model.d_model": 32, "model.num_layers": 2, "m
          "train.steps": 12, "train.batch_size": 4, "train.sequence_length": 64, "train.eval_batches": 2}
 
 # Keys that the committed results are older than, with the values that say what was done before.
-SINCE = (("data", "packing", "stream"), ("balance", "force_balanced", False), ("model", "latent_norm_eps", 1e-6))
+SINCE = (("data", "packing", "stream"), ("balance", "force_balanced", False), ("model", "latent_norm_eps", 1e-6),
+         ("model", "index_topk", None), ("model", "index_heads", 64), ("model", "index_head_dim", 128),
+         ("model", "index_warmup", False))
 
 Probe = Callable[[Config, Any, Any, Loader, bool], dict[str, Any]]
 

@@ -1,0 +1,90 @@
+"""The indexer of DeepSeek-V3.2's sparse attention: which earlier tokens a token attends to (V3.2 report, section 2.1).
+
+A few small heads j of queries share one key a token; a token attends to the topk tokens of the highest score
+
+    I[t, s] = sum_j w[t, j] / sqrt(J) * relu(q[t, j] k[s] / sqrt(I))        q = W_q c_q   k = norm(W_k x)   w = W_w x
+
+c_q is the normed query latent of MLA. RoPE rotates the first rope_head_dim dims of q and k, by halves. The released
+code also rotates both by a Hadamard matrix, which cancels in the product and only serves its FP8 kernel.
+
+In names of arrays J is a head of the indexer and I a dimension of it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from deepseek_jax.config import ModelConfig
+from deepseek_jax.model.layers import LayerNorm, layer_norm, linear, weight, wide
+from deepseek_jax.model.rope import rotate_halves
+
+K_NORM_EPS = 1e-6
+
+
+class IndexTerms(NamedTuple):
+    """What scores are made of: q_BTJI and k_BTI in the model's dtype, weight_BTJ in float32.
+
+    Only k would ever be cached.
+    """
+
+    q_BTJI: jax.Array
+    k_BTI: jax.Array
+    weight_BTJ: jax.Array
+
+
+class Indexer(nn.Module):
+    """Declares the weights of `index_terms`, by the names of the released ones."""
+
+    cfg: ModelConfig
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array, latent_BTQ: jax.Array, rope: tuple[jax.Array, jax.Array]) -> IndexTerms:
+        cfg = self.cfg
+        assert cfg.q_rank is not None  # the config checks it
+        D, Q, J, I = cfg.d_model, cfg.q_rank, cfg.index_heads, cfg.index_head_dim
+        w = {"wq_b": weight(self, "wq_b", (Q, J, I)), "wk": weight(self, "wk", (D, I)),
+             "weights_proj": weight(self, "weights_proj", (D, J)),
+             "k_norm": LayerNorm(cfg, I, name="k_norm")()}
+        return index_terms(cfg, x_BTD, latent_BTQ, rope, w)
+
+
+def index_terms(cfg: ModelConfig, x_BTD: jax.Array, latent_BTQ: jax.Array, rope: tuple[jax.Array, jax.Array],
+                w: dict[str, Any]) -> IndexTerms:
+    """Queries, keys and head weights of these tokens.
+
+    Args:
+      x_BTD: what attention reads. latent_BTQ: the normed query latent.
+      w: the weights by name; "k_norm" is {"scale", "bias"}.
+    """
+    R = cfg.rope_head_dim
+    turn = lambda x_BTJI: jnp.concatenate([rotate_halves(x_BTJI[..., :R], rope), x_BTJI[..., R:]], axis=-1)
+    k_BTI = layer_norm(linear(x_BTD, w["wk"]), w["k_norm"]["scale"], w["k_norm"]["bias"], K_NORM_EPS)
+    # In float32, as in the released code: the weights decide between scores that are close.
+    weight_BTJ = linear(x_BTD.astype(wide(cfg.dtype)), w["weights_proj"])
+    return IndexTerms(turn(linear(latent_BTQ, w["wq_b"])), turn(k_BTI[:, :, None])[:, :, 0], weight_BTJ)
+
+
+def index_scores(q_BTJI: jax.Array, weight_BTJ: jax.Array, k_BSI: jax.Array) -> jax.Array:
+    """I[t, s] of every query and key, float32 [B, T, S]; what may be seen is the caller's business."""
+    J, I = q_BTJI.shape[2:]
+    s_BTJS = jnp.einsum("BTJI,BSI->BTJS", q_BTJI, k_BSI, preferred_element_type=weight_BTJ.dtype)
+    score_BTS = jnp.einsum("BTJ,BTJS->BTS", weight_BTJ * J ** -0.5, jax.nn.relu(s_BTJS * I ** -0.5))
+    return jnp.where(score_BTS == 0, 0, score_BTS)  # a sort would put 0.0 before -0.0, and both are common
+
+
+def chosen_mask(score_BTS: jax.Array, topk: int) -> jax.Array:
+    """bool [B, T, S]: the topk highest of each row (all, if there are fewer), of equal ones the first.
+
+    The same ones as `lax.top_k` finds: a row has more than topk candidates, the last of which may tie.
+    """
+    if topk >= score_BTS.shape[-1]:
+        return jnp.ones(score_BTS.shape, bool)
+    least_BT1 = lax.top_k(score_BTS, topk)[0][..., -1:]
+    above_BTS, equal_BTS = score_BTS > least_BT1, score_BTS == least_BT1
+    left_BT1 = topk - above_BTS.sum(axis=-1, keepdims=True)
+    return above_BTS | (equal_BTS & (jnp.cumsum(equal_BTS, axis=-1) <= left_BT1))
