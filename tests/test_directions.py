@@ -17,8 +17,8 @@ PACKAGES = ("deepseek_jax", "kernels_pallas")
 
 # room -> the rooms it may import, besides itself. "serving" stands for all of serving, and so on.
 MODEL = ("model.attention", "model.blockwise", "model.block", "model.experts", "model.grouped_matmul", "model.indexer",
-         "model.layers", "model.lora", "model.mtp", "model.permute", "model.rope", "model.router", "model.sparse_attention",
-         "model.types")
+         "model.layers", "model.lora", "model.mtp", "model.permute", "model.rope", "model.router",
+         "model.sparse_attention", "model.types")
 SHARDING = ("parallel.mesh", "parallel.sharding")
 MAY_IMPORT = {
     # Foundations: no jax.

@@ -10,7 +10,8 @@ HUGGING_FACE = {
     "routed_scaling_factor": "route_scale", "norm_topk_prob": "normalize_gates", "rms_norm_eps": "norm_eps",
     "initializer_range": "init_std",
 }
-OTHERS = HUGGING_FACE | {
+INDEXER = {"index_topk": "index_topk", "index_n_heads": "index_heads", "index_head_dim": "index_head_dim"}  # of V3.2
+OTHERS = HUGGING_FACE | INDEXER | {
     "top_k": "experts_per_token", "n_experts": "num_experts", "num_shared": "num_shared_experts",
     "n_layers": "num_layers", "n_heads": "num_heads", "hidden_dim": "d_model", "dim": "d_model",
     "lr": "learning_rate", "grad_clip": "clip_norm", "max_grad_norm": "clip_norm", "wd": "weight_decay",

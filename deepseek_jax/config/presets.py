@@ -25,7 +25,11 @@ PRESETS = {
                         expert_ffn_dim=1408, num_experts=64, num_groups=1, groups_kept=1, route_scale=1.0),
     "v2_236b": dict(_V2, d_model=5120, num_layers=60, num_heads=128, dense_ffn_dim=12288, expert_ffn_dim=1536,
                     num_experts=160, num_groups=8, groups_kept=3, route_scale=16.0),
+    # As `tiny`, with the sparse attention of V3.2.
+    "tiny_dsa": dict(_SMALL, num_layers=4, num_dense_layers=1, remat="none", index_topk=64, index_heads=8,
+                     index_head_dim=32),
     "v3_671b": dict(yarn=Yarn()),
+    "v3_2_671b": dict(yarn=Yarn(), index_topk=2048),
     "moonlight_16b": dict(_OPEN, vocab_size=163840, d_model=2048, num_layers=27, num_heads=16, q_rank=None,
                           dense_ffn_dim=11264, expert_ffn_dim=1408, num_experts=64, num_shared_experts=2,
                           experts_per_token=6, route_scale=2.446, mtp_depth=0, rope_theta=50000.0, norm_eps=1e-5),

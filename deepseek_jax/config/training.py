@@ -107,6 +107,7 @@ class TrainConfig(Checked, section="train"):
     ramp_until: Annotated[float, FRACTION, "fraction of the run (469B of 14.8T tokens)"] = 0.032
     mtp_weights: Annotated[tuple[tuple[float, float], ...],
                            "(from this fraction of the run on, lambda) pairs"] = ((0.0, 0.3), (0.676, 0.1))
+    indexer_loss_weight: Annotated[float, NOT_NEGATIVE, "of the loss of the indexer (model.index_topk)"] = 1.0
     ema_decay: Annotated[float, BELOW_ONE, "of the moving average of the weights; 0: none is kept"] = 0.0
     loss_chunk: Annotated[int, POSITIVE, "tokens whose logits exist at once"] = 1024
     seed: Annotated[int, "of weights and data order"] = 0

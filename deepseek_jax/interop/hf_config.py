@@ -15,7 +15,7 @@ from typing import Any
 
 from deepseek_jax import io
 from deepseek_jax.config import PARTS, ConfigError, ModelConfig, Yarn, shown
-from deepseek_jax.config.names import HUGGING_FACE
+from deepseek_jax.config.names import HUGGING_FACE, INDEXER
 from deepseek_jax.interop import int4
 from kernels_pallas.constants import BLOCK
 
@@ -23,26 +23,29 @@ from kernels_pallas.constants import BLOCK
 NULL = {"q_lora_rank": None, "n_shared_experts": 0, "n_group": 1, "topk_group": 1, "initializer_range": 0.02,
         "first_k_dense_replace": 0, "rms_norm_eps": 1e-6}
 NULLS = {"glm4_moe_lite": {"first_k_dense_replace": 1, "rms_norm_eps": 1e-5}}
-FAMILIES = {"deepseek_v3": ("DeepseekV3ForCausalLM", "sigmoid"), "deepseek_v2": ("DeepseekV2ForCausalLM", "softmax")}
+FAMILIES = {"deepseek_v3": ("DeepseekV3ForCausalLM", "sigmoid"), "deepseek_v2": ("DeepseekV2ForCausalLM", "softmax"),
+            "deepseek_v32": ("DeepseekV32ForCausalLM", "sigmoid")}
 # Other names of deepseek_v3, and whether transformers knows them; the fields decide whether a model is one.
 ALIASES = {"kimi_k2": False, "joyai_llm_flash": False, "glm4_moe_lite": True}
 WRAPPERS = ("kimi_k25", "kimi_vl")  # a vision model and a language model, which is their text_config
 # What looks alike by its name.
 OTHERS = {
-    "deepseek_v32": "DeepSeek-V3.2, whose attention is sparse", "glm_moe_dsa": "GLM-5, whose attention is sparse",
+    "glm_moe_dsa": "GLM-5, whose layers share indexers",
     "deepseek_v4": "DeepSeek-V4, another architecture", "glm5_next": "GLM-5.3-Flash, another architecture",
     "glm4_moe": "GLM-4.5, whose attention has no latents", "kimi_linear": "Kimi-Linear, with linear attention",
     "longcat_flash": "LongCat, some of whose experts compute nothing", "axk1": "A.X-K1, which has one more norm",
     "mistral_large4": "Mistral Large, with softmax gates and another scaling of positions"}
 LATENT_EPS = 1e-6  # of the norms of the latents in transformers, whatever rms_norm_eps says
-# Fields that this model has one answer to: the values that agree with it. Absent keys do.
+# Fields with one answer here: the values that agree with it, in all families or by family. Absent keys do.
 ONLY = {"attention_bias": (False,), "mlp_bias": (False,), "hidden_act": ("silu",), "tie_word_embeddings": (False,),
         "moe_layer_freq": (1,), "attention_dropout": (0,), "partial_rotary_factor": (1,), "sliding_window": (None,),
-        "index_topk": (None,), "zero_expert_num": (0,), "quantization": (None,),
-        "scoring_func": {"deepseek_v3": ("sigmoid",), "deepseek_v2": ("softmax",)},
-        "topk_method": {"deepseek_v3": ("noaux_tc",), "deepseek_v2": ("greedy", "group_limited_greedy")},
+        "zero_expert_num": (0,), "quantization": (None,), "index_topk": {"deepseek_v3": (None,), "deepseek_v2": (None,)},
+        "rope_interleave": {"deepseek_v32": (True,)},
+        "scoring_func": {"deepseek_v3": ("sigmoid",), "deepseek_v2": ("softmax",), "deepseek_v32": ("sigmoid",)},
+        "topk_method": {"deepseek_v3": ("noaux_tc",), "deepseek_v2": ("greedy", "group_limited_greedy"),
+                        "deepseek_v32": ("noaux_tc",)},
         # Released code would renormalise and drop the route scale; transformers does neither.
-        "norm_topk_prob": {"deepseek_v3": (True, False), "deepseek_v2": (False, None)}}
+        "norm_topk_prob": {"deepseek_v3": (True, False), "deepseek_v2": (False, None), "deepseek_v32": (True, False)}}
 QUANTIZATION = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8",
                 "weight_block_size": [BLOCK, BLOCK]}
 POWER_OF_TWO = {"scale_fmt": "ue8m0"}  # V3.1: block scales are powers of two
@@ -85,7 +88,8 @@ def read(raw: dict, mtp_depth: int = 0, dtype: str = "bfloat16") -> ModelConfig:
     mistyped = list(_mistyped(raw))
     if mistyped:
         raise ConfigError(f"config.json has values of a wrong type: {', '.join(mistyped)}.")
-    missing = [name for name in HUGGING_FACE if raw.get(name) is None and name not in null | ONLY.keys()]
+    names = HUGGING_FACE | (INDEXER if family == "deepseek_v32" else {})
+    missing = [name for name in names if raw.get(name) is None and (name in INDEXER or name not in null | ONLY.keys())]
     if missing:
         raise ConfigError(f"config.json lacks {', '.join(missing)}.")
     problems = [f"{name}={shown(raw[name])} (only {' or '.join(map(repr, allowed))})"
@@ -96,9 +100,9 @@ def read(raw: dict, mtp_depth: int = 0, dtype: str = "bfloat16") -> ModelConfig:
     if problems:
         raise ConfigError(f"config.json asks for what this model does not have: {', '.join(problems)}.")
     values: dict[str, Any] = {ours: null.get(theirs) if raw.get(theirs) is None else raw[theirs]
-                              for theirs, ours in HUGGING_FACE.items()}
+                              for theirs, ours in names.items()}
     values |= {"num_dense_layers": dense, "latent_norm_eps": LATENT_EPS}
-    values["normalize_gates"] = bool(raw.get("norm_topk_prob", family == "deepseek_v3"))
+    values["normalize_gates"] = bool(raw.get("norm_topk_prob", family != "deepseek_v2"))
     if family == "deepseek_v2" and raw.get("topk_method") in ("greedy", None):  # groups are not looked at
         values |= {"num_groups": 1, "groups_kept": 1}
     score = FAMILIES[family][1]
@@ -126,7 +130,7 @@ def text_config(raw: dict) -> dict:
 
 
 def _family(raw):
-    """deepseek_v3 or deepseek_v2. Raises ConfigError for another model."""
+    """deepseek_v3, deepseek_v2 or deepseek_v32. Raises ConfigError for another model."""
     kind = raw.get("model_type")
     if kind is None and "model" in raw:
         raise ConfigError("config.json is that of a run of deepseek_jax.train; give its folder as --workdir.")
@@ -166,7 +170,10 @@ def _mistyped(raw):
 
 def _allowed(raw, family):
     for name, allowed in ONLY.items():
-        yield name, allowed[family] if isinstance(allowed, dict) else allowed
+        if not isinstance(allowed, dict):
+            yield name, allowed
+        elif family in allowed:
+            yield name, allowed[family]
     yield "num_key_value_heads", (raw.get("num_attention_heads"), None)
 
 
@@ -255,9 +262,11 @@ def write(cfg: ModelConfig, dtype: str, fp8: bool = False, special: dict | None 
     Raises:
       ConfigError: the model has something that no published family has.
     """
-    family = "deepseek_v3" if cfg.score == "sigmoid" else "deepseek_v2"
+    sparse = cfg.index_topk is not None
+    family = "deepseek_v2" if cfg.score == "softmax" else "deepseek_v32" if sparse else "deepseek_v3"
     _check_writable(cfg)
-    raw = {theirs: getattr(cfg, ours) for theirs, ours in HUGGING_FACE.items()}
+    names = HUGGING_FACE | (INDEXER if sparse else {})
+    raw = {theirs: getattr(cfg, ours) for theirs, ours in names.items()}
     rope, length = None, 4096
     if cfg.yarn is not None:
         rope = {"type": "yarn", "rope_type": "yarn"}
@@ -268,8 +277,9 @@ def write(cfg: ModelConfig, dtype: str, fp8: bool = False, special: dict | None 
             "hidden_act": "silu", "attention_bias": False, "attention_dropout": 0.0, "tie_word_embeddings": False,
             "moe_layer_freq": 1, "scoring_func": cfg.score, "torch_dtype": dtype, "dtype": dtype,
             "bos_token_id": None, "eos_token_id": None, **(special or {})}
-    if family == "deepseek_v3":
-        raw |= {"topk_method": "noaux_tc", "rope_interleave": True, "num_nextn_predict_layers": cfg.mtp_depth}
+    if family != "deepseek_v2":
+        raw |= {"topk_method": "noaux_tc", "num_nextn_predict_layers": cfg.mtp_depth}
+        raw |= {} if sparse else {"rope_interleave": True}
     else:
         raw |= {"topk_method": "greedy" if cfg.num_groups == 1 else "group_limited_greedy"}
     return raw | ({"quantization_config": QUANTIZATION} if fp8 else {})
@@ -303,7 +313,8 @@ def _check_writable(cfg):
         wrong += [f"{what} with softmax scores" for what, has in (
             (f"model.router_bias={cfg.router_bias!r}", cfg.has_router_bias),
             ("model.normalize_gates=True", cfg.normalize_gates),
-            (f"model.mtp_depth={cfg.mtp_depth}", cfg.mtp_depth > 0)) if has]
+            (f"model.mtp_depth={cfg.mtp_depth}", cfg.mtp_depth > 0),
+            (f"model.index_topk={cfg.index_topk}", cfg.index_topk is not None)) if has]
     if cfg.yarn is not None and not cfg.yarn.mscale_all_dim and cfg.yarn.mscale != 1:
         wrong.append(f"model.yarn.mscale={cfg.yarn.mscale} without mscale_all_dim")
     if wrong:
@@ -312,5 +323,5 @@ def _check_writable(cfg):
 
 def same_model(a: ModelConfig, b: ModelConfig) -> bool:
     """Whether two configs compute the same, up to precision and how the work is scheduled."""
-    how = dict(dtype="float32", remat="none", attention_block=1, init_std=1.0)
+    how = dict(dtype="float32", remat="none", attention_block=1, init_std=1.0, index_warmup=False)
     return dataclasses.replace(a, **how) == dataclasses.replace(b, **how)

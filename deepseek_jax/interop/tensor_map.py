@@ -1,8 +1,9 @@
 """Every tensor of a Hugging Face checkpoint and its place in our parameters: one table, read in both directions.
 
-A row is (their name, our path, transform, in FP8). Names are those of `DeepseekV3ForCausalLM` and
-`DeepseekV2ForCausalLM`; MTP module k is stored as layer num_layers + k - 1, with its own copies of embedding and head.
-A row whose path a model does not have (no query rank, no shared expert, softmax without bias) is skipped.
+A row is (their name, our path, transform, in FP8). Names are those of `DeepseekV3ForCausalLM`, `DeepseekV2ForCausalLM`
+and `DeepseekV32ForCausalLM`; MTP module k is stored as layer num_layers + k - 1, with its own copies of embedding and
+head. A row whose path a model does not have (no query rank, no indexer, no shared expert, softmax without bias) is
+skipped.
 """
 
 from __future__ import annotations
@@ -102,6 +103,11 @@ TABLE = (
     (LAYER + "self_attn.kv_a_layernorm.weight", "{block}/attention/kv_norm/scale", SAME, False),
     (LAYER + "self_attn.kv_b_proj.weight", "{block}/attention/kv_b", LINEAR, True),
     (LAYER + "self_attn.o_proj.weight", "{block}/attention/o", HEADS_IN, True),
+    (LAYER + "self_attn.indexer.wq_b.weight", "{block}/attention/indexer/wq_b", LINEAR, True),
+    (LAYER + "self_attn.indexer.wk.weight", "{block}/attention/indexer/wk", LINEAR, True),
+    (LAYER + "self_attn.indexer.k_norm.weight", "{block}/attention/indexer/k_norm/scale", SAME, False),
+    (LAYER + "self_attn.indexer.k_norm.bias", "{block}/attention/indexer/k_norm/bias", SAME, False),
+    (LAYER + "self_attn.indexer.weights_proj.weight", "{block}/attention/indexer/weights_proj", LINEAR, False),
     (LAYER + "mlp.gate_proj.weight", "{dense}/ffn/gate", LINEAR, True),
     (LAYER + "mlp.up_proj.weight", "{dense}/ffn/up", LINEAR, True),
     (LAYER + "mlp.down_proj.weight", "{dense}/ffn/down", LINEAR, True),
@@ -158,7 +164,7 @@ def leaves(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 def _plain(cfg):
     """The config without what changes no name and no shape."""
-    return dataclasses.replace(cfg, dtype="float32", remat="none", attention_block=8)
+    return dataclasses.replace(cfg, dtype="float32", remat="none", attention_block=8, index_warmup=False)
 
 
 @functools.lru_cache(maxsize=8)

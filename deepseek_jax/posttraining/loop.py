@@ -145,8 +145,7 @@ class ReinforceRun(Run):
         """That of training, and what the rollout and the objective measured."""
         row = super().row(pending, metrics, tokens_per_second)
         row.pop("mtp_loss", None)  # not trained here
-        own = {name: float(value) for name, value in metrics.own.items()}
-        return row | own | self.measured.pop(pending.step, {})
+        return row | self.measured.pop(pending.step, {})
 
     def words(self, row: dict[str, float]) -> str:
         """What the progress bar shows of a row."""

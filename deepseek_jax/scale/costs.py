@@ -7,12 +7,25 @@ count, as usual. Backward is twice forward: once for the input's gradient, once 
 from deepseek_jax.config import ModelConfig
 
 
+def norm_parameters(c: ModelConfig) -> int:
+    """Scales (and a bias) of the norms inside attention: of both latents, and of the indexer's keys."""
+    return c.kv_rank + (c.q_rank or 0) + (0 if c.index_topk is None else 2 * c.index_head_dim)
+
+
+def indexer_products(c: ModelConfig) -> int:
+    """Weights of the indexer of one layer, without its norm; 0 for a dense model."""
+    if c.index_topk is None or c.q_rank is None:
+        return 0
+    return c.index_heads * (c.q_rank * c.index_head_dim + c.d_model) + c.d_model * c.index_head_dim
+
+
 def attention_parameters(c: ModelConfig) -> int:
-    """MLA of one layer, its two latent norms included."""
+    """MLA of one layer, with its norms and its indexer."""
     H, qk = c.num_heads, c.qk_head_dim
     query = c.d_model * H * qk if c.q_rank is None else c.q_rank * (c.d_model + 1 + H * qk)
     kv = c.d_model * (c.kv_rank + c.rope_head_dim) + c.kv_rank + c.kv_rank * H * (c.nope_head_dim + c.v_head_dim)
-    return query + kv + H * c.v_head_dim * c.d_model
+    indexer = indexer_products(c) + norm_parameters(c) - c.kv_rank - (c.q_rank or 0)
+    return query + kv + H * c.v_head_dim * c.d_model + indexer
 
 
 def ffn_parameters(c: ModelConfig, ffn_dim: int) -> int:
@@ -24,7 +37,7 @@ def parameters(c: ModelConfig) -> dict[str, int]:
 
     The routing biases are data, not parameters; `conventions` counts them where the published figures do.
     """
-    latents = c.kv_rank + (c.q_rank or 0)
+    latents = norm_parameters(c)
     attention = attention_parameters(c) - latents
     expert = ffn_parameters(c, c.expert_ffn_dim)
     router, moe = c.d_model * c.num_experts, (c.num_experts + c.num_shared_experts) * expert
@@ -64,7 +77,7 @@ def active_product_parameters(c: ModelConfig) -> dict[str, int]:
     expert = ffn_parameters(c, c.expert_ffn_dim)
     router = c.d_model * c.num_experts
     moe = (c.experts_per_token + c.num_shared_experts) * expert + router
-    norms = c.kv_rank + (c.q_rank or 0)
+    norms = norm_parameters(c)
     attention = attention_parameters(c) - norms
     head = c.d_model * c.vocab_size
     return {"attention": c.num_layers * attention,
@@ -75,8 +88,17 @@ def active_product_parameters(c: ModelConfig) -> dict[str, int]:
 
 
 def score_products(c: ModelConfig, sequence_length: int, causal: bool = True) -> float:
-    """Multiplications of one token with keys and values, of one layer: half of the sequence when `causal`."""
-    return c.num_heads * (c.qk_head_dim + c.v_head_dim) * (sequence_length / 2 if causal else sequence_length)
+    """Multiplications of one token with keys and values, of one layer: half of the sequence when `causal`.
+
+    Of sparse attention, those with the chosen tokens and of the indexer with all: what it takes, not what the training
+    form computes, which masks.
+    """
+    seen = sequence_length / 2 if causal else sequence_length
+    if c.index_topk is None:
+        return c.num_heads * (c.qk_head_dim + c.v_head_dim) * seen
+    attended = seen if c.index_warmup else min(seen, c.index_topk)
+    return (c.num_heads * (c.qk_head_dim + c.v_head_dim) * attended
+            + c.index_heads * (c.index_head_dim + 1) * seen)
 
 
 def training_flops_per_token(c: ModelConfig, sequence_length: int, causal: bool = True, frozen: bool = False) -> int:
@@ -102,7 +124,7 @@ def layer_flops(c: ModelConfig, sequence_length: int) -> dict[str, dict[str, flo
       pass, of the gradients of inputs and of weights, and of what the backward pass computes again under c.remat. A
       MoE layer is the first four, a dense one the first two and the last.
     """
-    latents = c.kv_rank + (c.q_rank or 0)
+    latents = norm_parameters(c)
     expert = ffn_parameters(c, c.expert_ffn_dim)
     weights = {"attention": attention_parameters(c) - latents, "scores": score_products(c, sequence_length),
                "shared": c.num_shared_experts * expert + c.d_model * c.num_experts,

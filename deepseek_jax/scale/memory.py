@@ -13,7 +13,7 @@ import math
 
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.config.model import KERNEL_HEADS, UNROLLED_LAYERS
-from deepseek_jax.scale.costs import attention_parameters, parameters
+from deepseek_jax.scale.costs import attention_parameters, indexer_products, norm_parameters, parameters
 from deepseek_jax.scale.layout import Layout
 from kernels_pallas.constants import BLOCK
 
@@ -99,7 +99,7 @@ def parameters_per_device(c: ModelConfig, layout: Layout) -> dict[str, float]:
 def _split_by_tensor(c: ModelConfig) -> int:
     """Parameters that `tensor` splits: by heads, feed-forward width or vocabulary; not the projections to latents."""
     latents = (c.q_rank or 0) + c.kv_rank
-    heads = attention_parameters(c) - latents - c.d_model * (latents + c.rope_head_dim)
+    heads = attention_parameters(c) - norm_parameters(c) - indexer_products(c) - c.d_model * (latents + c.rope_head_dim)
     shared = 3 * c.d_model * c.num_shared_experts * c.expert_ffn_dim
     group = parameters(c)
     return ((c.num_layers + c.mtp_depth) * heads + (c.num_moe_layers + c.mtp_depth) * shared + group["dense ffn"]
@@ -236,9 +236,18 @@ def cache_row(c: ModelConfig, kind: str) -> int:
     return (c.kv_rank + c.rope_head_dim) * KINDS[kind]
 
 
+def index_row(c: ModelConfig, kind: str) -> int:
+    """Bytes of one token's key of the indexer in one layer of the cache; 0 for a dense model."""
+    if c.index_topk is None:
+        return 0
+    if kind == "fp8":
+        return c.index_head_dim + FLOAT32 * -(-c.index_head_dim // BLOCK)
+    return c.index_head_dim * KINDS[kind]
+
+
 def cache_per_token(c: ModelConfig, kind: str, modules: int = 0) -> int:
     """Bytes of one token in the caches of all layers, and of `modules` MTP modules."""
-    return (c.num_layers + modules) * cache_row(c, kind)
+    return (c.num_layers + modules) * (cache_row(c, kind) + index_row(c, kind))
 
 
 def served_weights(c: ModelConfig, dtype: str, modules: int = 0) -> dict[str, float]:
@@ -260,7 +269,7 @@ def served_weights(c: ModelConfig, dtype: str, modules: int = 0) -> dict[str, fl
     if modules:
         routed = c.num_experts * 3 * c.d_model * c.expert_ffn_dim
         projection, router = 2 * c.d_model**2, c.d_model * c.num_experts
-        norms = 5 * c.d_model + c.kv_rank + (c.q_rank or 0)
+        norms = 5 * c.d_model + norm_parameters(c)
         products = group["mtp"] // c.mtp_depth - routed - projection - router - norms
         experts += modules * small * routed
         others += modules * (small * products + wide * projection

@@ -87,7 +87,8 @@ def _dequantized(cfg: ModelConfig, tree: Any, name: str = "") -> Any:
         return {key: _dequantized(cfg, part, key) for key, part in tree.items()}
     w = jnp.swapaxes(fp8.dequantize(fp8.Quantized(tree["values"], tree["scales"]), cfg.dtype), -1, -2)
     heads = (cfg.num_heads, -1)
-    split = {"q": (w.shape[-2], *heads), "q_b": (w.shape[-2], *heads), "kv_b": (w.shape[-2], *heads),
+    split = {"wq_b": (w.shape[-2], cfg.index_heads, -1),
+             "q": (w.shape[-2], *heads), "q_b": (w.shape[-2], *heads), "kv_b": (w.shape[-2], *heads),
              "o": (*heads, w.shape[-1])}
     return w.reshape(w.shape[:-2] + split.get(name, w.shape[-2:]))
 

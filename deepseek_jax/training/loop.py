@@ -23,6 +23,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import tqdm
+from flax import traverse_util
 
 from deepseek_jax.checkpoint.adapters import Base, merge, restore_weights
 from deepseek_jax.checkpoint.manager import Checkpoints
@@ -52,7 +53,7 @@ from deepseek_jax.training.step import (
 )
 from deepseek_jax.training.throughput import peak_flops
 from deepseek_jax.training.types import Metrics
-from deepseek_jax.workdir import alone_in, check_workdir, claim_workdir, is_hf_checkpoint
+from deepseek_jax.workdir import alone_in, check_workdir, claim_workdir, is_hf_checkpoint, load_workdir_config
 
 BALANCE = ("sequence_loss", "auxiliary_loss", "bias_low", "bias_high")  # metrics of a model with experts
 
@@ -89,12 +90,29 @@ def starting_state(config: Config, runner: Runner | None = None, frozen: dict[st
         # A copy of the biases: the state is donated to every step, and the base outlives them.
         adapted = lambda router: start_state(config, init_state(config).params, jax.tree.map(jnp.copy, router), key)
         return jax.jit(adapted, out_shardings=where)(frozen["router"])
-    weights, _ = restore_weights(config.init.from_, runner.with_shardings({"params": fresh.params,
-                                                                           "router": fresh.router}))
+    abstract = runner.with_shardings({"params": fresh.params, "router": fresh.router})
+    missing = traverse_util.flatten_dict(_fresh_indexer(config, abstract["params"]))
+    found = {path: x for path, x in traverse_util.flatten_dict(abstract["params"]).items() if path not in missing}
+    abstract["params"] = traverse_util.unflatten_dict(found)
+    weights, _ = restore_weights(config.init.from_, abstract)
+    weights["params"] = traverse_util.unflatten_dict(traverse_util.flatten_dict(weights["params"]) | missing)
     begin = functools.partial(start_state, config)
     if where is not None:
         begin = jax.jit(begin, out_shardings=where)
     return begin(weights["params"], weights["router"], key)
+
+
+def _fresh_indexer(config: Config, params: dict[str, Any]) -> dict[str, Any]:
+    """The parameters of the indexers, drawn anew, where the model has some and the run of init.from has none; or {}."""
+    if config.model.index_topk is None or load_workdir_config(str(config.init.from_)).model.index_topk is not None:
+        return {}
+    of_indexer = lambda tree: traverse_util.unflatten_dict(
+        {path: x for path, x in traverse_util.flatten_dict(tree).items() if "indexer" in path})
+    if is_first():
+        print(f"init.from={config.init.from_} has dense attention: the indexers start with new weights.", flush=True)
+    where = jax.tree.map(lambda x: x.sharding, of_indexer(params))
+    make = lambda: of_indexer(init_state(config).params)
+    return jax.jit(make, out_shardings=where if jax.tree.leaves(where) else None)()
 
 
 def check_start(config: Config) -> None:
@@ -290,6 +308,7 @@ class Run:
         if self.config.model.mtp_depth:
             row["mtp_loss"] = float(metrics.mtp_loss)
         row |= balance_metrics(counts_LE) | {name: float(getattr(metrics, name)) for name in BALANCE if len(counts_LE)}
+        row |= {name: float(value) for name, value in metrics.own.items()}
         row |= {"force_balanced": 1} if self.config.balance.force_balanced else {}
         return row | traffic_per_token(self.config.mesh, self.config.model, metrics.traffic)
 

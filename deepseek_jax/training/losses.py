@@ -3,7 +3,7 @@
 The logits of a chunk exist once: its loss and its gradients are computed together in the forward pass, so that
 neither [tokens, vocabulary] in float32 nor a second product is ever needed.
 
-    loss = main + lambda / D * sum_k mtp_k + alpha * sequence-wise balance loss
+    loss = main + lambda / D * sum_k mtp_k + alpha * sequence-wise balance loss (+ loss of the indexer, in V3.2)
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from deepseek_jax.config import BalanceConfig
+from deepseek_jax.config import BalanceConfig, Config
 from deepseek_jax.model.layers import matmul, transpose, wide
 from deepseek_jax.model.mtp import ahead
 from deepseek_jax.model.types import Output
@@ -156,3 +156,17 @@ def objective(output: Output, losses: TokenLosses, normalizers: Normalizers, bal
     if balance.aux_loss_weight:
         loss = loss + balance.aux_loss_weight * normalizers.share * output.auxiliary_loss
     return loss
+
+
+def with_indexer(config: Config, loss: jax.Array, output: Output, losses: TokenLosses,
+                 normalizers: Normalizers) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The objective with the loss of the indexer, or in its warm-up that loss alone; and what `Sums.own` holds of it.
+
+    As it reaches the indexer alone, its weight matters only next to the norm at which gradients are clipped.
+    """
+    if output.indexer is None:
+        return loss, {}
+    of_indexer = config.train.indexer_loss_weight * normalizers.share * output.indexer.loss
+    watched = {"indexer_loss": output.indexer.loss, "indexer_recall": output.indexer.recall}
+    return (of_indexer if config.model.index_warmup else loss + of_indexer,
+            {name: x * losses.weight for name, x in watched.items()})

@@ -45,8 +45,14 @@ def in_dtype(inner: optax.GradientTransformation, dtype: Any) -> optax.GradientT
 
 
 def decayed(params: Any) -> Any:
-    """Which parameters weight decay shrinks: all but the norms' scales."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key != "scale", params)
+    """Which parameters weight decay shrinks: all but the norms' scales and biases."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in ("scale", "bias"), params)
+
+
+def only_indexer(updates: Any) -> Any:
+    """The updates of the indexers of sparse attention; zero for all other parameters."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, x: x if any(part.key == "indexer" for part in path) else jnp.zeros_like(x), updates)
 
 
 def make_optimizer(cfg: OptimizerConfig, steps: int) -> optax.GradientTransformation:

@@ -19,8 +19,8 @@ from deepseek_jax.model import DeepSeekV3, Output, lora
 from deepseek_jax.model.router import bias_rule
 from deepseek_jax.parallel.sharding import constrain_to_compute, constrain_to_storage
 from deepseek_jax.pipeline.model import gradients_of
-from deepseek_jax.training.losses import objective, shifted_targets, token_losses
-from deepseek_jax.training.optimizer import learning_rate, make_optimizer
+from deepseek_jax.training.losses import objective, shifted_targets, token_losses, with_indexer
+from deepseek_jax.training.optimizer import learning_rate, make_optimizer, only_indexer
 from deepseek_jax.training.types import Batch, Metrics, Normalizers, Sums, TokenLosses
 
 
@@ -112,10 +112,12 @@ def of_rows(config: Config, micro: dict[str, jax.Array]) -> Batch:
 
 
 def next_token_loss(config: Config, params: dict[str, Any], inputs: Inputs) -> tuple[jax.Array, Sums]:
-    """The report's objective: next tokens, MTP, balance."""
+    """The report's objective: next tokens, MTP, balance; and the indexer's, where there is one."""
     router, micro, normalizers, step = inputs
     output, losses = forward(config, params, router, of_rows(config, micro), step)
-    return objective(output, losses, normalizers, config.balance), sums_of(output, losses)
+    loss = objective(output, losses, normalizers, config.balance)
+    loss, own = with_indexer(config, loss, output, losses, normalizers)
+    return loss, sums_of(output, losses, own)
 
 
 def complete(config: Config, params: dict[str, Any], base: dict[str, Any] | None) -> dict[str, Any]:
@@ -192,6 +194,8 @@ def train_step(config: Config, state: TrainState, batch: dict[str, Any], base: d
     grads, sums = accumulate(config, state.params, state.router, batch, state.step, loss, base)
     optimizer = make_optimizer(config.optimizer, config.train.steps)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    if config.model.index_warmup:  # weight decay would move the others
+        updates = only_indexer(updates)
     params = jax.tree.map(jnp.add, state.params, updates)
     ema = state.ema
     if config.train.ema_decay:
@@ -221,6 +225,8 @@ def _norm(tree):
 
 
 def _move_biases(config: Config, state: TrainState, counts) -> tuple[dict[str, jax.Array], dict[str, Any]]:
+    if config.model.index_warmup:
+        return state.router, state.balancer
     balance, rule = config.balance, bias_rule(config.balance)
     speed = jnp.where(state.step < balance.bias_until * config.train.steps, balance.bias_speed, 0.0)
     router, balancer = {}, {}

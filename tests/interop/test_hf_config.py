@@ -54,9 +54,11 @@ RELEASED_GLM = SHARED | {
 RELEASED_JOYAI = SHARED | {
     "model_type": "joyai_llm_flash", "first_k_dense_replace": 1, "hidden_size": 2048, "moe_intermediate_size": 768,
     "num_hidden_layers": 40, "rope_theta": 32000000.0}
+V32 = {"model_type": "deepseek_v32", "index_topk": 2048, "index_n_heads": 64, "index_head_dim": 128}
 
 
 @pytest.mark.parametrize(("raw", "preset", "depth"), [
+    (RELEASED_V3 | V32, "v3_2_671b", 1),
     (RELEASED_V3, "v3_671b", 1), (RELEASED_V2_LITE, "v2_lite_16b", 0), (RELEASED_MOONLIGHT, "moonlight_16b", 0),
     (RELEASED_KIMI_K2, "kimi_k2_1t", 0), (RELEASED_GLM, "glm_4_7_flash", 1)])
 def test_released_configs_are_the_presets(raw, preset, depth):
@@ -176,8 +178,12 @@ def test_yarn_without_mscale_keeps_the_amplitude_and_leaves_the_softmax_alone():
     ({"mlp_layer_types": ["sparse", "dense"]}, "mlp_layer_types=['sparse', 'dense']"),
     ({"mlp_layer_types": ["dense"] * 2 + ["sparse"] * 59}, "first_k_dense_replace=3 against 2 dense layers"),
     ({"quantization_config": hf_config.QUANTIZATION | {"weight_block_size": [64, 64]}}, "quantization_config"),
-    ({"model_type": "deepseek_v32"}, "model_type='deepseek_v32' is not supported: it is DeepSeek-V3.2, whose"),
-    ({"model_type": "kimi_k3"}, "model_type='kimi_k3' is not supported; only deepseek_v3, deepseek_v2, kimi_k2, "),
+    ({"model_type": "deepseek_v32"}, "lacks index_topk, index_n_heads, index_head_dim"),
+    (V32 | {"rope_interleave": False}, "rope_interleave=False (only True)"),
+    (V32 | {"index_topk": "2048"}, "model.index_topk='2048'"),
+    (V32 | {"index_head_dim": 64}, "model.index_head_dim=64; take more"),
+    (V32 | {"q_lora_rank": None}, "set model.q_rank"),
+    ({"model_type": "kimi_k3"}, "model_type='kimi_k3' is not supported; only deepseek_v3, deepseek_v2, deepseek_v32, "),
     ({"model_type": "kimi_k25", "text_config": ["x"]}, "text_config=['x'] of model_type=kimi_k25 is not an object"),
     *[({"model_type": kind}, f"model_type={kind!r} is not supported: it is ") for kind in hf_config.OTHERS],
     ({"hidden_size": None}, "lacks hidden_size"),

@@ -187,7 +187,8 @@ def test_a_moe_layer_of_v3_has_the_published_number_of_parameters_and_a_routed_e
 
 @pytest.mark.parametrize(
     ("name", "main", "mtp"),
-    [("v3_671b", 671_026_419_200, 11_610_068_224), ("v2_lite_16b", 15_706_484_224, 0), ("v2_236b", 235_741_434_880, 0),
+    [("v3_671b", 671_026_419_200, 11_610_068_224), ("v3_2_671b", 671_877_944_064, 11_624_027_648),
+     ("v2_lite_16b", 15_706_484_224, 0), ("v2_236b", 235_741_434_880, 0),
      ("moonlight_16b", 15_960_110_208, 0), ("kimi_k2_1t", 1_026_408_232_448, 0),
      ("glm_4_7_flash", 29_943_393_920, 643_706_176)])
 def test_presets_have_the_published_number_of_parameters(name, main, mtp):

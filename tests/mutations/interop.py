@@ -290,4 +290,18 @@ MUTATIONS = [
         new='.get("nothing", own)',
         tests="test_workdir.py",
     ),
+    Mutation(
+        name="a V3.2 without index_topk is read as dense",
+        file="deepseek_jax/interop/hf_config.py",
+        old="(name in INDEXER or name not in null | ONLY.keys())",
+        new="name not in null | ONLY.keys()",
+        tests="interop/test_hf_config.py",
+    ),
+    Mutation(
+        name="a sparse model goes out as V3",
+        file="deepseek_jax/interop/hf_config.py",
+        old='"deepseek_v32" if sparse else "deepseek_v3"',
+        new='"deepseek_v3"',
+        tests="interop/test_hf_config.py",
+    ),
 ]

@@ -357,4 +357,32 @@ MUTATIONS = [
         new="True",
         tests="training/test_selfcheck.py",
     ),
+    Mutation(
+        name="the warm-up of the indexer moves all weights",
+        file="deepseek_jax/training/step.py",
+        old="updates = only_indexer(updates)",
+        new="pass",
+        tests="training/test_indexer.py",
+    ),
+    Mutation(
+        name="the warm-up of the indexer moves the routing biases",
+        file="deepseek_jax/training/step.py",
+        old="return state.router, state.balancer",
+        new="pass",
+        tests="training/test_indexer.py",
+    ),
+    Mutation(
+        name="the warm-up of the indexer learns next tokens too",
+        file="deepseek_jax/training/losses.py",
+        old="return (of_indexer if config.model.index_warmup else loss + of_indexer,",
+        new="return (loss + of_indexer,",
+        tests="training/test_indexer.py",
+    ),
+    Mutation(
+        name="continued training draws the indexer of the run before anew",
+        file="deepseek_jax/training/loop.py",
+        old="if config.model.index_topk is None or load_workdir_config(",
+        new="if config.model.index_topk is None and load_workdir_config(",
+        tests="training/test_indexer.py",
+    ),
 ]
