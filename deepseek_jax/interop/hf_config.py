@@ -39,7 +39,8 @@ LATENT_EPS = 1e-6  # of the norms of the latents in transformers, whatever rms_n
 # Fields with one answer here: the values that agree with it, in all families or by family. Absent keys do.
 ONLY = {"attention_bias": (False,), "mlp_bias": (False,), "hidden_act": ("silu",), "tie_word_embeddings": (False,),
         "moe_layer_freq": (1,), "attention_dropout": (0,), "partial_rotary_factor": (1,), "sliding_window": (None,),
-        "zero_expert_num": (0,), "quantization": (None,), "index_topk": {"deepseek_v3": (None,), "deepseek_v2": (None,)},
+        "zero_expert_num": (0,), "quantization": (None,),
+        "index_topk": {"deepseek_v3": (None,), "deepseek_v2": (None,)},
         "rope_interleave": {"deepseek_v32": (True,)},
         "scoring_func": {"deepseek_v3": ("sigmoid",), "deepseek_v2": ("softmax",), "deepseek_v32": ("sigmoid",)},
         "topk_method": {"deepseek_v3": ("noaux_tc",), "deepseek_v2": ("greedy", "group_limited_greedy"),

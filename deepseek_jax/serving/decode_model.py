@@ -7,6 +7,7 @@ tokens; these are functions of arrays, over weights that `weights.prepare` lays 
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,15 +18,18 @@ from deepseek_jax.model.layers import ffn, head_logits, linear, rms_norm, wide
 from deepseek_jax.model.rope import rope_table
 from deepseek_jax.serving.decode_attention import CacheGeometry, TokenSlots, attention
 from deepseek_jax.serving.decode_moe import Routed, moe
+from deepseek_jax.serving.decode_sparse import sparse_attention
+from deepseek_jax.serving.latent_cache import SparsePages
 from deepseek_jax.serving.tiles import in_tiles, map_tiles
 from deepseek_jax.serving.weights import DecodeWeights, LayerWeights
 
-Cache = tuple[jax.Array, ...]  # pages of each layer, then of each MTP module
+Pages = jax.Array | SparsePages
+Cache = tuple[Pages, ...]  # pages of each layer, then of each MTP module
 
 
 def block(cfg: ModelConfig, geometry: CacheGeometry, w: LayerWeights, x_BTD: jax.Array,
-          rope: tuple[jax.Array, jax.Array], pages_PSX: jax.Array,
-          slots: TokenSlots) -> tuple[jax.Array, jax.Array, Routed | None]:
+          rope: tuple[jax.Array, jax.Array], pages: Pages,
+          slots: TokenSlots) -> tuple[jax.Array, Pages, Routed | None]:
     """One transformer block. Returns x [B, T, D], the layer's pages, and what routing did; None for a dense one."""
     norm = lambda scale: lambda x_BTD: rms_norm(x_BTD, scale, cfg.norm_eps)
 
@@ -34,8 +38,9 @@ def block(cfg: ModelConfig, geometry: CacheGeometry, w: LayerWeights, x_BTD: jax
             return moe(cfg, w, h_BTD, slots)
         return ffn(h_BTD, *(w.ffn[name] for name in ("gate", "up", "down"))), None
 
+    attend: Any = attention if cfg.index_topk is None else sparse_attention  # each with pages of its own kind
     return residual_block(x_BTD, norm(w.attention_norm),
-                          lambda h_BTD: attention(cfg, geometry, w.attention, h_BTD, rope, pages_PSX, slots),
+                          lambda h_BTD: attend(cfg, geometry, w.attention, h_BTD, rope, pages, slots),
                           norm(w.ffn_norm), feed_forward)
 
 
@@ -85,13 +90,13 @@ def _predict_ahead(cfg, geometry, weights, k, cache, slots, hidden_BTD):
     norm = lambda scale: lambda x_BTD: rms_norm(x_BTD, scale, cfg.norm_eps)
 
     def mtp_layer(x_BTD):
-        x_BTD, pages_PSX, _ = block(cfg, geometry, w.block, x_BTD, rope, cache[layer], slots)
-        return x_BTD, pages_PSX
+        x_BTD, pages, _ = block(cfg, geometry, w.block, x_BTD, rope, cache[layer], slots)
+        return x_BTD, pages
 
-    h_BTD, pages_PSX = mtp_block(hidden_BTD, weights.embedding[slots.token_BT], norm(w.hidden_norm),
+    h_BTD, pages = mtp_block(hidden_BTD, weights.embedding[slots.token_BT], norm(w.hidden_norm),
                                  norm(w.embedding_norm), lambda x_BTX: linear(x_BTX, w.projection, cfg.fp8),
                                  mtp_layer, norm(w.norm))
-    return h_BTD, (*cache[:layer], pages_PSX, *cache[layer + 1:]), ()
+    return h_BTD, (*cache[:layer], pages, *cache[layer + 1:]), ()
 
 
 def logits(geometry: CacheGeometry, weights: DecodeWeights, hidden_BTD: jax.Array) -> jax.Array:

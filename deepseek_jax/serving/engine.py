@@ -149,6 +149,8 @@ class Engine:
                               "draft none (--depth 0, or no --speculative).")
         # The FP8 recipe is of training: absorbed products are not among those that it rounds.
         self.cfg = cfg = dataclasses.replace(cfg, fp8=FP8Config())
+        if cfg.index_warmup:  # whose attention is dense
+            self.cfg = cfg = dataclasses.replace(cfg, index_topk=None, index_warmup=False)
         self.depth, self.max_sequences = depth, max_sequences
         self.modules = min(depth, cfg.mtp_depth)
         width = -(-options.max_length // page_size)
@@ -256,7 +258,7 @@ class Engine:
 
     def live_bytes(self) -> int:
         """Bytes of the pages that sequences own."""
-        row = sum(math.prod(pages.shape[2:]) * pages.dtype.itemsize for pages in self._cache)
+        row = sum(math.prod(pages.shape[2:]) * pages.dtype.itemsize for pages in jax.tree.leaves(self._cache))
         return self.pool.owned * self.pool.page_size * row
 
     def _admit(self):

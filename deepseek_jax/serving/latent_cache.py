@@ -5,13 +5,16 @@ that it grows without a copy and shares the pages of a common prefix. Page 0 is 
 A row is stored as numbers, or in the FP8 layout that the kernels read too, at kv rank 512 in 656 bytes:
 
     512 E4M3 values | 4 float32 scales, one for 128 values | 64 bfloat16 rotary values
+
+Sparse attention keeps the indexer's key of each token on pages of the same numbers: index_head_dim numbers more, in FP8
+128 E4M3 values and a float32 scale.
 """
 
 from __future__ import annotations
 
 import math
 import os
-from typing import Any
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -24,6 +27,13 @@ from kernels_pallas import api
 FORMATS = ("float64", "float32", "bfloat16", "fp8")
 
 
+class SparsePages(NamedTuple):
+    """Pages of one layer with sparse attention: of latents, and of the indexer's keys."""
+
+    latents_PSX: jax.Array
+    keys_PSX: jax.Array
+
+
 def row_shape(cfg: ModelConfig, kind: str) -> tuple[int, Any]:
     """(length, dtype) of one token's row in one layer."""
     C, R = cfg.kv_rank, cfg.rope_head_dim
@@ -32,10 +42,16 @@ def row_shape(cfg: ModelConfig, kind: str) -> tuple[int, Any]:
     return (api.packed_width(C, R), jnp.uint8) if kind == "fp8" else (C + R, jnp.dtype(kind))
 
 
+def key_shape(cfg: ModelConfig, kind: str) -> tuple[int, Any]:
+    """(length, dtype) of one token's key of the indexer in one layer."""
+    I = cfg.index_head_dim
+    return (api.packed_width(I, 0), jnp.uint8) if kind == "fp8" else (I, jnp.dtype(kind))
+
+
 def bytes_per_token(cfg: ModelConfig, kind: str, mtp: int = 0) -> int:
     """Bytes of one token in all layers, and in `mtp` MTP modules, which have an attention of their own."""
-    length, dtype = row_shape(cfg, kind)
-    return (cfg.num_layers + mtp) * length * jnp.dtype(dtype).itemsize
+    shapes = [row_shape(cfg, kind), *([] if cfg.index_topk is None else [key_shape(cfg, kind)])]
+    return (cfg.num_layers + mtp) * sum(length * jnp.dtype(dtype).itemsize for length, dtype in shapes)
 
 
 def _memory() -> float:
@@ -55,10 +71,16 @@ def check_room(cfg: ModelConfig, kind: str, tokens: int, mtp: int = 0) -> None:
                           "take fewer sequences at once, or a smaller length.")
 
 
-def make(cfg: ModelConfig, kind: str, pages: int, page_size: int, mtp: int = 0) -> tuple[jax.Array, ...]:
+def make(cfg: ModelConfig, kind: str, pages: int, page_size: int, mtp: int = 0) -> tuple[jax.Array | SparsePages, ...]:
     """An empty cache: one array [pages, page_size, row] for each layer, then one for each MTP module."""
-    length, dtype = row_shape(cfg, kind)
-    return tuple(jnp.zeros((pages, page_size, length), dtype) for _ in range(cfg.num_layers + mtp))
+    def empty(length, dtype):
+        return jnp.zeros((pages, page_size, length), dtype)
+
+    def layer():
+        latents_PSX = empty(*row_shape(cfg, kind))
+        return latents_PSX if cfg.index_topk is None else SparsePages(latents_PSX, empty(*key_shape(cfg, kind)))
+
+    return tuple(layer() for _ in range(cfg.num_layers + mtp))
 
 
 def pack(kind: str, c_BTC: jax.Array, k_pe_BTR: jax.Array) -> jax.Array:
@@ -70,6 +92,16 @@ def pack(kind: str, c_BTC: jax.Array, k_pe_BTR: jax.Array) -> jax.Array:
 def unpack(cfg: ModelConfig, kind: str, rows_BSX: jax.Array) -> jax.Array:
     """[c | k_pe] in cfg.dtype, [B, S, C + R]."""
     return api.unpack_fp8(rows_BSX, cfg.kv_rank, cfg.dtype) if kind == "fp8" else rows_BSX.astype(cfg.dtype)
+
+
+def pack_key(kind: str, k_BTI: jax.Array) -> jax.Array:
+    """Keys of the indexer as they are stored."""
+    return api.pack_fp8(k_BTI, 0) if kind == "fp8" else k_BTI.astype(kind)
+
+
+def unpack_key(cfg: ModelConfig, kind: str, rows_BSX: jax.Array) -> jax.Array:
+    """Keys of the indexer in cfg.dtype, [B, S, I]."""
+    return api.unpack_fp8(rows_BSX, cfg.index_head_dim, cfg.dtype) if kind == "fp8" else rows_BSX.astype(cfg.dtype)
 
 
 def write(pages_PSX: jax.Array, rows_BTX: jax.Array, page_BT: jax.Array, offset_BT: jax.Array) -> jax.Array:

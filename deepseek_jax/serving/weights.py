@@ -111,6 +111,9 @@ def _layer(cfg: ModelConfig, p: dict[str, Any], bias_E: jax.Array | None) -> Lay
     attention = dict(p["attention"])
     kv_b = attention.pop("kv_b").astype(cfg.dtype)
     norms = {name: attention.pop(name)["scale"] for name in ("q_norm", "kv_norm") if name in attention}
+    if "indexer" in attention:  # its norm and the weights of its heads stay float32, as in training
+        indexer = attention.pop("indexer")
+        norms["indexer"] = indexer | narrow({name: indexer[name] for name in ("wq_b", "wk")})
     attention = narrow(attention) | norms | {
         "k_up_HNC": kv_b[..., :cfg.nope_head_dim].transpose(1, 2, 0), "v_up_HCV": kv_b[..., cfg.nope_head_dim:]
         .transpose(1, 0, 2), "o": attention["o"].astype(cfg.dtype).reshape(-1, cfg.d_model)}

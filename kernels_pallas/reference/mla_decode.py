@@ -20,7 +20,8 @@ from kernels_pallas.reference.quantize import dequantize, quantize
 
 def pack_fp8(tokens_X: jax.Array, rope_dim: int) -> jax.Array:
     """[..., C + R] of any float type to uint8 [..., C + 4 ceil(C / 128) + 2 R]."""
-    c, k_pe = tokens_X[..., :-rope_dim], tokens_X[..., -rope_dim:]
+    rank = tokens_X.shape[-1] - rope_dim
+    c, k_pe = tokens_X[..., :rank], tokens_X[..., rank:]
     q = quantize(c)
     parts = (q.values, q.scales, k_pe.astype(jnp.bfloat16))
     as_bytes = [lax.bitcast_convert_type(x, jnp.uint8).reshape(*tokens_X.shape[:-1], -1) for x in parts]

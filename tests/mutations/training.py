@@ -171,7 +171,7 @@ MUTATIONS = [
     Mutation(
         name="norm scales are decayed",
         file="deepseek_jax/training/optimizer.py",
-        old='path[-1].key != "scale"',
+        old='path[-1].key not in ("scale", "bias")',
         new="True",
         tests="training/test_optimizer.py",
     ),

@@ -25,13 +25,15 @@ CASES = {
     "V3": naive.tiny(norm_eps=0.3, latent_norm_eps=0.05),
     "V2, without a query latent": naive.tiny(**naive.V2, q_rank=None, num_groups=1, groups_kept=1),
 }
+SPARSE = dict(index_topk=5, index_heads=3, index_head_dim=7, num_layers=2, num_dense_layers=2, mtp_depth=0)
+MODELS = CASES | {"V3.2": naive.tiny(**SPARSE), "V3.2 in float64": naive.tiny(dtype="float64", **SPARSE)}
 LENGTH, SIZE = 24, 4
 TOKENS_BT = np.random.default_rng(0).integers(0, 64, (2, LENGTH)).astype(np.int32)
 
 
 @functools.cache
 def program(name, kind, deterministic=False):
-    cfg, geometry = CASES[name], CacheGeometry(kind, SIZE, (2, 4, 6), deterministic)
+    cfg, geometry = MODELS[name], CacheGeometry(kind, SIZE, (2, 4, 6), deterministic)
 
     @jax.jit
     def run(weights, cache, slots):
@@ -43,7 +45,7 @@ def program(name, kind, deterministic=False):
 
 def by_steps(name, pieces, kind="float32", delay=0, deterministic=False):
     """Hidden states, logits and counts; at most 8 tokens a step, pages in no order; row 1 starts `delay` steps late."""
-    cfg = CASES[name]
+    cfg = MODELS[name]
     weights = prepare(cfg, naive.variables_of(cfg), cfg.mtp_depth)
     cache = latent_cache.make(cfg, kind, 2 * LENGTH // SIZE + 1, SIZE, cfg.mtp_depth)
     table_BP = 1 + np.random.default_rng(1).permutation(2 * LENGTH // SIZE).reshape(2, -1)
