@@ -57,10 +57,11 @@ def measure(contexts: list[int], topk: int, heads: int, rounds: int, dtype: str)
     geometry = CacheGeometry(dtype, PAGE, tuple(sorted(-(-(context + 1) // PAGE) for context in contexts)))
     sides = {}
     for kind, chosen in (("dense", None), ("sparse", topk)):
-        cfg = model_config("small", num_layers=2, num_heads=heads, mtp_depth=0, dtype=dtype, index_topk=chosen, index_heads=8,
-                           index_head_dim=32)
+        cfg = model_config("small", num_layers=2, num_heads=heads, mtp_depth=0, dtype=dtype, index_topk=chosen,
+                           index_heads=8, index_head_dim=32)
         shapes = jax.eval_shape(DeepSeekV3(cfg).init, jax.random.key(0), jnp.zeros((1, 8), jnp.int32))
-        draw, rng = lambda x: 0.02 * rng.standard_normal(x.shape, np.float32), np.random.default_rng(0)
+        rng = np.random.default_rng(0)
+        draw = lambda x, rng=rng: 0.02 * rng.standard_normal(x.shape, np.float32)
         weights = prepare(cfg, jax.tree.map(draw, shapes))
         cache = jax.tree.map(lambda x: jax.random.normal(jax.random.key(1), x.shape, x.dtype),
                              latent_cache.make(cfg, dtype, pages + 1, PAGE))

@@ -65,6 +65,8 @@ class Config(Checked):
         if self.mesh.pipe > 1:
             raise ConfigError(f"mesh.pipe={self.mesh.pipe}: pipelines train all parameters; take mesh.pipe=1, or "
                               "lora.rank=None.")
+        if self.model.index_warmup:
+            raise ConfigError("model.index_warmup trains the indexer alone, and lora.rank adapters alone; take one.")
         if self.model.attention != "mla" and self.lora.targets != "experts":
             raise ConfigError(f"lora.targets={self.lora.targets!r} knows the weights of model.attention='mla' alone, "
                               f"not those of {self.model.attention!r}; take lora.targets='experts'.")
