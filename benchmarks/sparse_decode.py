@@ -2,8 +2,8 @@
 
     python -m benchmarks.sparse_decode --json benchmarks/results/sparse_decode_cpu.json
 
-The model is two layers of the preset `small` with `--heads` heads and an indexer that chooses `--topk` tokens, all at
-random values; the cache is full of random numbers. Contexts and kinds of attention take turns; reported are medians.
+The model is two layers of the preset `small`, with `--heads` heads and an indexer that chooses `--topk` tokens; weights
+and cache are random numbers. Contexts and kinds of attention take turns; reported are medians.
 """
 
 import argparse
@@ -55,14 +55,12 @@ def measure(contexts: list[int], topk: int, heads: int, rounds: int, dtype: str)
 
     pages = -(-(max(contexts) + 1) // PAGE)
     geometry = CacheGeometry(dtype, PAGE, tuple(sorted(-(-(context + 1) // PAGE) for context in contexts)))
-    sides = {}
+    sides, rng = {}, np.random.default_rng(0)
     for kind, chosen in (("dense", None), ("sparse", topk)):
         cfg = model_config("small", num_layers=2, num_heads=heads, mtp_depth=0, dtype=dtype, index_topk=chosen,
                            index_heads=8, index_head_dim=32)
         shapes = jax.eval_shape(DeepSeekV3(cfg).init, jax.random.key(0), jnp.zeros((1, 8), jnp.int32))
-        rng = np.random.default_rng(0)
-        draw = lambda x, rng=rng: 0.02 * rng.standard_normal(x.shape, np.float32)
-        weights = prepare(cfg, jax.tree.map(draw, shapes))
+        weights = prepare(cfg, jax.tree.map(lambda x: 0.02 * rng.standard_normal(x.shape, np.float32), shapes))
         cache = jax.tree.map(lambda x: jax.random.normal(jax.random.key(1), x.shape, x.dtype),
                              latent_cache.make(cfg, dtype, pages + 1, PAGE))
         step = jax.jit(functools.partial(forward, cfg, geometry), donate_argnums=1)
