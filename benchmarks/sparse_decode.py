@@ -22,22 +22,25 @@ def main() -> None:
     parser.add_argument("--contexts", type=int, nargs="+", default=[1024, 8192])
     parser.add_argument("--topk", type=int, default=256)
     parser.add_argument("--heads", type=int, default=16)
+    parser.add_argument("--index-heads", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--json", metavar="FILE", help="writes the results there")
     args = parser.parse_args()
-    times = measure(args.contexts, args.topk, args.heads, args.rounds, args.dtype)
+    attention = {"num_heads": args.heads, "index_heads": args.index_heads, "index_head_dim": 32}
+    times = measure(args.contexts, args.topk, attention, args.rounds, args.dtype)
     rows = [{"attention": kind, "context": context, "milliseconds": 1000 * statistics.median(taken)}
             for (kind, context), taken in times.items()]
     for row in rows:
         print(f"{row['attention']:6s} context {row['context']:6,}: {row['milliseconds']:.2f} ms a token")
     if args.json:
         about = {"date": datetime.date.today().isoformat(), "hardware": hardware(), "model": "small, 2 layers",
-                 "heads": args.heads, "topk": args.topk, "dtype": args.dtype}
+                 "topk": args.topk, "dtype": args.dtype} | attention
         write_results(args.json, about | {"rows": rows})
 
 
-def measure(contexts: list[int], topk: int, heads: int, rounds: int, dtype: str) -> dict[tuple[str, int], list[float]]:
+def measure(contexts: list[int], topk: int, attention: dict[str, int], rounds: int,
+            dtype: str) -> dict[tuple[str, int], list[float]]:
     """{(attention, context): seconds of each step}."""
     from deepseek_jax import runtime
 
@@ -57,8 +60,7 @@ def measure(contexts: list[int], topk: int, heads: int, rounds: int, dtype: str)
     geometry = CacheGeometry(dtype, PAGE, tuple(sorted(-(-(context + 1) // PAGE) for context in contexts)))
     sides, rng = {}, np.random.default_rng(0)
     for kind, chosen in (("dense", None), ("sparse", topk)):
-        cfg = model_config("small", num_layers=2, num_heads=heads, mtp_depth=0, dtype=dtype, index_topk=chosen,
-                           index_heads=8, index_head_dim=32)
+        cfg = model_config("small", num_layers=2, mtp_depth=0, dtype=dtype, index_topk=chosen, **attention)
         shapes = jax.eval_shape(DeepSeekV3(cfg).init, jax.random.key(0), jnp.zeros((1, 8), jnp.int32))
         weights = prepare(cfg, jax.tree.map(lambda x: 0.02 * rng.standard_normal(x.shape, np.float32), shapes))
         cache = jax.tree.map(lambda x: jax.random.normal(jax.random.key(1), x.shape, x.dtype),
