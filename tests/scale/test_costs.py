@@ -27,7 +27,7 @@ def test_the_main_model_of_v3_is_counted_to_the_unit():
     assert costs.conventions(model_config("v3_671b"))["main model"] == 671_026_419_200
 
 
-@pytest.mark.parametrize("name", ["tiny", "v2_lite_16b", "v2_236b", "v3_671b"])
+@pytest.mark.parametrize("name", ["tiny", "v2_lite_16b", "v2_236b", "v3_671b", "v3_2_671b"])
 def test_groups_of_parameters_are_those_of_the_arrays(name):
     c = model_config(name)
     shapes = jax.eval_shape(lambda: DeepSeekV3(c).init(jax.random.key(0), np.zeros((1, 8), np.int32)))["params"]

@@ -39,7 +39,7 @@ def test_a_token_of_v3_takes_70272_bytes_of_cache():
     assert memory.cache_per_token(model_config("tiny"), "float32") == 4 * (64 + 16) * 4
 
 
-@pytest.mark.parametrize("name", ["tiny", "v2_lite_16b", "v3_671b"])
+@pytest.mark.parametrize("name", ["tiny", "v2_lite_16b", "v3_671b", "v3_2_671b"])
 @pytest.mark.parametrize("kind", ["bfloat16", "float32", "fp8"])
 @pytest.mark.parametrize("modules", [0, 1])
 def test_the_cache_is_counted_as_the_server_stores_it(name, kind, modules):
