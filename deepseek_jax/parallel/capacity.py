@@ -12,8 +12,8 @@ from deepseek_jax.parallel.sharding import leaf_sharding, paths
 GROUPS = (  # (group, pattern of paths); the first match wins
     ("mtp", "*/mtp_*"), ("experts", "*/layers/ffn/gate"), ("experts", "*/layers/ffn/up"),
     ("experts", "*/layers/ffn/down"), ("shared experts", "*/shared/*"), ("router", "*/router/*"),
-    ("norms", "*/scale"), ("norms", "*/k_norm/bias"), ("attention", "*/attention/*"), ("dense ffn", "*/dense_layers/ffn/*"),
-    ("embedding and head", "*"))
+    ("norms", "*/scale"), ("norms", "*/k_norm/bias"), ("attention", "*/attention/*"),
+    ("dense ffn", "*/dense_layers/ffn/*"), ("embedding and head", "*"))
 
 
 def parameter_bytes(params: Any, mesh: Mesh | AbstractMesh) -> dict[str, dict[str, int]]:
