@@ -3,16 +3,22 @@
     python -m deepseek_jax.posttraining reverse --size 4 --examples 20000 > reverse.jsonl
     python -m deepseek_jax.train --config tiny --workdir run_reverse --config.data.sources="[('reverse.jsonl', 1)]" \
         --config.data.packing=whole --config.data.mask_documents=True
+
+Answers are the task's own, or those of a teacher that the task's rule finds right (distillation):
+
+    python -m deepseek_jax.posttraining reverse --examples 1000 --teacher rl --max-new-tokens 16 > distilled.jsonl
 """
 
 import argparse
 import json
+import sys
+from collections.abc import Iterator
 
 import numpy as np
 
 from deepseek_jax import cli
 from deepseek_jax.config import ConfigError
-from deepseek_jax.posttraining.tasks import find_task
+from deepseek_jax.posttraining.tasks import Task, find_task
 
 
 def parse() -> argparse.Namespace:
@@ -21,20 +27,45 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--size", type=int, default=4, help="letters, words, digits or numbers of a problem")
     parser.add_argument("--examples", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--teacher", metavar="WORKDIR", help="the run that answers; only right answers are written")
+    parser.add_argument("--attempts", type=int, default=1, help="of the teacher at each problem (default 1)")
+    parser.add_argument("--max-new-tokens", type=int, default=64, help="of a teacher's answer (default 64)")
+    parser.add_argument("--least", type=float, default=1.0, help="reward of a right answer (default 1)")
     return parser.parse_args()
 
 
 def main() -> None:
     args = parse()
-    if min(args.size, args.examples) < 1 or args.seed < 0:
-        raise ConfigError("--size and --examples must be positive, and --seed cannot be negative.")
+    if min(args.size, args.examples, args.attempts, args.max_new_tokens) < 1 or args.seed < 0:
+        raise ConfigError("--size, --examples, --attempts and --max-new-tokens must be positive, and --seed cannot be "
+                          "negative.")
     task = find_task(args.task, args.size)
+    for prompt, answer in solved(args, task) if args.teacher is None else taught(args, task):
+        print(json.dumps({"prompt": prompt, "answer": answer}, ensure_ascii=False))
+
+
+def solved(args: argparse.Namespace, task: Task) -> Iterator[tuple[str, str]]:
+    """Problems with the task's own answers."""
     if task.solve is None:
-        raise ConfigError(f"{args.task} has no answers to give; its Task has no `solve`.")
+        raise ConfigError(f"{args.task} has no answers to give; its Task has no `solve`. Take --teacher RUN.")
     rng = np.random.default_rng(args.seed)
     for _ in range(args.examples):
         prompt, reference = task.draw(rng)
-        print(json.dumps({"prompt": prompt, "answer": task.solve(reference)}, ensure_ascii=False))
+        yield prompt, task.solve(reference)
+
+
+def taught(args: argparse.Namespace, task: Task) -> Iterator[tuple[str, str]]:
+    """Problems that the teacher answered well; says on stderr how many those are."""
+    from deepseek_jax.posttraining.distill import Asking, teacher_answers
+
+    kept = 0
+    for row in teacher_answers(args.teacher, task, args.examples,
+                               Asking(args.attempts, args.max_new_tokens, args.least, args.seed)):
+        if row.answer is not None:
+            kept += 1
+            yield row.prompt, row.answer
+    print(f"{kept} of {args.examples} problems have an answer that was rewarded with at least {args.least:g}.",
+          file=sys.stderr)
 
 
 if __name__ == "__main__":

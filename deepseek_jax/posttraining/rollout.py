@@ -34,28 +34,31 @@ class Problem(NamedTuple):
 def draw_problems(config: Config, task: Task, tokenizer: Tokenizer, use: int, number: int, count: int,
                   conventions: Conventions = PLAIN) -> list[Problem]:
     """The `count` problems of rollout `number`. Raises ConfigError for a prompt that leaves no room for an answer."""
-    rng, problems = np.random.default_rng([config.train.seed, use, number]), []
+    rng = np.random.default_rng([config.train.seed, use, number])
+    return [problem_of(config, tokenizer, conventions, *task.draw(rng)) for _ in range(count)]
+
+
+def problem_of(config: Config, tokenizer: Tokenizer, conventions: Conventions, text: str, reference: Any) -> Problem:
+    """A prompt of a task as the model reads it. Raises ConfigError for one that leaves no room for an answer."""
     room = config.train.sequence_length + 1 - config.rollout.max_new_tokens
-    for _ in range(count):
-        text, reference = task.draw(rng)
-        prompt = (*([tokenizer.bos] if conventions.begins else []), *tokenizer.encode(text))
-        if len(prompt) > room:
-            raise ConfigError(f"a prompt has {len(prompt)} tokens, and train.sequence_length="
-                              f"{config.train.sequence_length} leaves {max(0, room)} next to rollout.max_new_tokens="
-                              f"{config.rollout.max_new_tokens}; raise the first or lower the second.")
-        problems.append(Problem(prompt, reference))
-    return problems
+    prompt = (*([tokenizer.bos] if conventions.begins else []), *tokenizer.encode(text))
+    if len(prompt) > room:
+        raise ConfigError(f"a prompt has {len(prompt)} tokens, and train.sequence_length="
+                          f"{config.train.sequence_length} leaves {max(0, room)} next to rollout.max_new_tokens="
+                          f"{config.rollout.max_new_tokens}; raise the first or lower the second.")
+    return Problem(prompt, reference)
 
 
 class Answers(NamedTuple):
     """Answers to problems, in order, with their rewards.
 
-    faults: failures of the reward by kind (`rewards.score_all`).
+    faults: failures of the reward by kind (`rewards.score_all`). texts: what was scored.
     """
 
     sequences: list[Sequence]
     rewards: list[float]
     faults: collections.Counter[str]
+    texts: tuple[str, ...] = ()
 
 
 def answer(config: Config, variables: dict[str, Any], task: Task, tokenizer: Tokenizer, problems: list[Problem],
@@ -79,7 +82,7 @@ def answer(config: Config, variables: dict[str, Any], task: Task, tokenizer: Tok
              for s in sequences]
     scores = score_all(lambda text=text, reference=problem.reference: task.score(text, reference)
                        for text, problem in zip(texts, problems))
-    return Answers(sequences, scores.rewards, scores.faults)
+    return Answers(sequences, scores.rewards, scores.faults, tuple(texts))
 
 
 def batch_of(config: Config, answers: Answers) -> dict[str, Any]:

@@ -46,6 +46,7 @@ from deepseek_jax.training.step import (
     Loss,
     TrainState,
     eval_step,
+    fresh_adapters,
     init_state,
     next_token_loss,
     start_state,
@@ -87,8 +88,9 @@ def starting_state(config: Config, runner: Runner | None = None, frozen: dict[st
         return jax.jit(functools.partial(init_state, config), out_shardings=where)()
     key = jax.random.key(config.train.seed)
     if frozen is not None:
+        shapes = jax.eval_shape(lambda: frozen["params"])
         # A copy of the biases: the state is donated to every step, and the base outlives them.
-        adapted = lambda router: start_state(config, init_state(config).params, jax.tree.map(jnp.copy, router), key)
+        adapted = lambda router: start_state(config, fresh_adapters(config, shapes), jax.tree.map(jnp.copy, router), key)
         return jax.jit(adapted, out_shardings=where)(frozen["router"])
     abstract = runner.with_shardings({"params": fresh.params, "router": fresh.router})
     missing = traverse_util.flatten_dict(_fresh_indexer(config, abstract["params"]))

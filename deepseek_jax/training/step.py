@@ -43,8 +43,13 @@ def init_state(config: Config) -> TrainState:
     variables: Any = DeepSeekV3(config.model).init(key, jnp.zeros((1, 8), jnp.int32), logits=False)
     params = variables["params"]
     if config.lora.rank is not None:
-        params = lora.fresh(config.lora, key, params)
+        params = fresh_adapters(config, params)
     return start_state(config, params, variables.get("router", {}), rng)
+
+
+def fresh_adapters(config: Config, params: dict[str, Any]) -> dict[str, Any]:
+    """Adapters of parameters, or of their shapes: a function of config.train.seed alone."""
+    return lora.fresh(config.lora, jax.random.split(jax.random.key(config.train.seed))[1], params)
 
 
 def start_state(config: Config, params: dict[str, Any], router: dict[str, jax.Array], rng: jax.Array) -> TrainState:

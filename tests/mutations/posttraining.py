@@ -248,4 +248,18 @@ MUTATIONS = [
         new="0",
         tests="parallel/test_mesh.py::test_a_leaf_lies_where_its_dimensions_say",
     ),
+    Mutation(
+        name="a student learns answers that were cut off",
+        file="deepseek_jax/posttraining/distill.py",
+        old="reward >= asking.least and sequence.end is not None",
+        new="reward >= asking.least",
+        tests="posttraining/test_distill.py::test_right_answers_that_ended_are_kept_and_no_others",
+    ),
+    Mutation(
+        name="a student learns what the rule rejected",
+        file="deepseek_jax/posttraining/distill.py",
+        old="reward >= asking.least and sequence.end is not None",
+        new="sequence.end is not None",
+        tests="posttraining/test_distill.py::test_right_answers_that_ended_are_kept_and_no_others",
+    ),
 ]

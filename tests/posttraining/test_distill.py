@@ -1,0 +1,62 @@
+"""What a teacher wrote is kept where the task's rule finds it right, and a student can be tuned on it."""
+
+import json
+import sys
+
+import pytest
+
+from deepseek_jax.config import ConfigError
+from deepseek_jax.posttraining import __main__ as command
+from deepseek_jax.posttraining.distill import Asking, teacher_answers
+from deepseek_jax.posttraining.tasks import Task
+from tests.posttraining import policies
+
+SMALL = dict(num_layers=1, num_dense_layers=0, mtp_depth=0)
+ASKING = Asking(attempts=2, max_new_tokens=8)
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    """A run with random weights: what it writes is noise, that ends now and then."""
+    folder = tmp_path_factory.mktemp("teacher")
+    policies.start_run(folder, policies.config_of(SMALL))
+    return str(folder)
+
+
+def scored(good):
+    """A task whose rule records what it is shown."""
+    seen = []
+
+    def score(answer, reference):
+        seen.append((answer, reference))
+        return float(good(answer))
+
+    return Task(lambda rng: (f"say {rng.integers(9)}", int(rng.integers(9))), score), seen
+
+
+def test_right_answers_that_ended_are_kept_and_no_others(teacher):
+    even = lambda answer: len(answer) % 2 == 0
+    task, seen = scored(even)
+    rows = list(teacher_answers(teacher, task, 16, ASKING))
+
+    assert len(rows) == 16 and len(seen) == 32 and all(row.prompt.startswith("say ") for row in rows)
+    for i, row in enumerate(rows):
+        assert row.answer is None or row.answer in [answer for answer, _ in seen[2 * i:2 * i + 2] if even(answer)]
+    kept = sum(row.answer is not None for row in rows)
+    right = sum(any(even(answer) for answer, _ in seen[2 * i:2 * i + 2]) for i in range(16))
+    assert kept < right  # of random weights few answers end within their tokens: nobody should learn to write those
+    assert rows == list(teacher_answers(teacher, scored(even)[0], 16, ASKING))
+
+
+def test_the_command_writes_rows_and_says_how_many(teacher, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["posttraining", "addition", "--size", "1", "--examples", "16", "--attempts", "2",
+                                      "--teacher", teacher, "--max-new-tokens", "8", "--least", "0"])
+    command.main()
+    out, err = capsys.readouterr()
+    assert all(json.loads(line).keys() == {"prompt", "answer"} for line in out.splitlines())
+    assert f"{len(out.splitlines())} of 16 problems have an answer that was rewarded with at least 0." in err
+
+
+def test_answers_without_room_are_one_line(teacher):
+    with pytest.raises(ConfigError, match="a prompt has 6 tokens, and train.sequence_length=24 leaves 1 next to"):
+        list(teacher_answers(teacher, scored(lambda answer: True)[0], 1, Asking(max_new_tokens=24)))
