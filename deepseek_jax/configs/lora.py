@@ -7,13 +7,15 @@
 Rows of chats.jsonl: as for `sft`. The work directory holds adapters alone: keep `run`.
 """
 
+from typing import Any
+
 from ml_collections import ConfigDict
 
 from deepseek_jax.configs import sft
 
 
 def get_config() -> ConfigDict:
-    config = sft.get_config()
+    config: Any = sft.get_config()
     config.lora.rank = 16
     config.lora.alpha = 32.0
     config.optimizer.learning_rate = 2e-4  # adapters begin at 0 and are few: they take far more than weights do

@@ -90,7 +90,8 @@ def starting_state(config: Config, runner: Runner | None = None, frozen: dict[st
     if frozen is not None:
         shapes = jax.eval_shape(lambda: frozen["params"])
         # A copy of the biases: the state is donated to every step, and the base outlives them.
-        adapted = lambda router: start_state(config, fresh_adapters(config, shapes), jax.tree.map(jnp.copy, router), key)
+        adapted = lambda router: start_state(config, fresh_adapters(config, shapes), jax.tree.map(jnp.copy, router),
+                                             key)
         return jax.jit(adapted, out_shardings=where)(frozen["router"])
     abstract = runner.with_shardings({"params": fresh.params, "router": fresh.router})
     missing = traverse_util.flatten_dict(_fresh_indexer(config, abstract["params"]))
