@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import flax.linen as nn
 import jax
@@ -57,8 +57,8 @@ def _how(implementation, recipe, rows, num_experts):
 
 def _ffn(x_ND, gates_NK, p: Permutation, weights: ExpertWeights, align, name, recipe):
     if recipe is not None and recipe.enabled:
-        arrays: tuple[Any, ...] = weights  # the config lets no adapters into FP8
-        gate_EFD, up_EFD, down_EDF = (jnp.swapaxes(w, 1, 2) for w in arrays)
+        # The config lets no adapters into FP8.
+        gate_EFD, up_EFD, down_EDF = (jnp.swapaxes(cast(jax.Array, w), 1, 2) for w in weights)
         y_RD = fp8.swiglu_ffn(to_rows(x_ND, p), gate_EFD, up_EFD, down_EDF, recipe, p.sizes_E)
         return combine(y_RD, gates_NK, p)
     product = functools.partial(grouped_matmul, sizes_E=p.sizes_E, align=align, implementation=name)
