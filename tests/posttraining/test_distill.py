@@ -46,6 +46,8 @@ def test_right_answers_that_ended_are_kept_and_no_others(teacher):
     right = sum(any(even(answer) for answer, _ in seen[2 * i:2 * i + 2]) for i in range(16))
     assert kept < right  # of random weights few answers end within their tokens: nobody should learn to write those
     assert rows == list(teacher_answers(teacher, scored(even)[0], 16, ASKING))
+    rejected = scored(lambda answer: False)[0]
+    assert kept and all(row.answer is None for row in teacher_answers(teacher, rejected, 16, ASKING))
 
 
 def test_the_command_writes_rows_and_says_how_many(teacher, monkeypatch, capsys):
