@@ -17,9 +17,10 @@ ASKING = Asking(attempts=2, max_new_tokens=8)
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
-    """A run with random weights: what it writes is noise, that ends now and then."""
+    """A run with random weights, whose answers end with any of many tokens: some do, early or late, some do not."""
     folder = tmp_path_factory.mktemp("teacher")
     policies.start_run(folder, policies.config_of(SMALL))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, *range(10, 288, 8)]}))
     return str(folder)
 
 
@@ -44,7 +45,7 @@ def test_right_answers_that_ended_are_kept_and_no_others(teacher):
         assert row.answer is None or row.answer in [answer for answer, _ in seen[2 * i:2 * i + 2] if even(answer)]
     kept = sum(row.answer is not None for row in rows)
     right = sum(any(even(answer) for answer, _ in seen[2 * i:2 * i + 2]) for i in range(16))
-    assert kept < right  # of random weights few answers end within their tokens: nobody should learn to write those
+    assert 0 < kept < right  # some that are right did not end: nobody should learn to write those
     assert rows == list(teacher_answers(teacher, scored(even)[0], 16, ASKING))
     rejected = scored(lambda answer: False)[0]
     assert kept and all(row.answer is None for row in teacher_answers(teacher, rejected, 16, ASKING))
