@@ -10,6 +10,7 @@ import pytest
 
 import deepseek_jax.configs
 from deepseek_jax.config import PRESETS, as_dict, load_config
+from deepseek_jax.training.base import frozen_shapes
 from deepseek_jax.training.step import init_state, train_step
 
 FILES = sorted((pathlib.Path(__file__).resolve().parents[2] / "experiments" / "configs").glob("*.py"))
@@ -32,6 +33,7 @@ def test_a_step_keeps_the_shape_of_its_state(path, tmp_path):
     batch = {"tokens": jax.ShapeDtypeStruct(shape, jnp.int32), "weights": jax.ShapeDtypeStruct(shape, jnp.float32),
              "segment_ids": jax.ShapeDtypeStruct(shape, jnp.int32), "active": jax.ShapeDtypeStruct((), jnp.int32)}
     state = jax.eval_shape(functools.partial(init_state, config))
-    after, metrics = jax.eval_shape(functools.partial(train_step, config), state, batch)
+    base = frozen_shapes(config)["params"] if config.lora.rank is not None else None
+    after, metrics = jax.eval_shape(functools.partial(train_step, config), state, batch, base)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
     assert metrics.loss.shape == ()
