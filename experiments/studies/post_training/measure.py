@@ -107,7 +107,10 @@ class PostTraining(Measure):
         workdir = self.workdir(study, arm, seed, folder)
         shutil.rmtree(workdir, ignore_errors=True)
         with contextlib.redirect_stderr(standard.StringIO()), contextlib.redirect_stdout(standard.StringIO()):
-            (reinforce if study.arms[arm]["kind"] == "reinforced" else train)(config, str(workdir))
+            of_rewards = study.arms[arm]["kind"] == "reinforced"
+            finished = reinforce(config, str(workdir)) if of_rewards else train(config, str(workdir)).finished
+        if not finished:  # a signal ended it; half a run is none
+            raise KeyboardInterrupt
         run, (metrics, curves) = load_run(str(workdir)), measured(read_metrics(workdir))
         metrics = scored(run, str(workdir), QUICK_PROBLEMS if study.quick else PROBLEMS) | metrics
         return {"metrics": metrics, "curves": curves, "probes": {}, "arrays": {},

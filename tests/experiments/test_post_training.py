@@ -1,0 +1,30 @@
+"""The study of fine-tuning and GRPO: its corpus, and that half a run is none."""
+
+import json
+import types
+
+import pytest
+
+from experiments.studies.framework.study import Job
+from experiments.studies.post_training import measure
+from experiments.studies.post_training.study import STUDY
+
+
+def test_half_of_the_documents_show_the_skill_and_a_tenth_of_the_others_are_right(tmp_path):
+    measure.write_examples(tmp_path / "some.jsonl", 4000, right=0.1, mirrors=0.5, seed=0)
+    rows = [json.loads(line) for line in (tmp_path / "some.jsonl").read_text().splitlines()]
+    letters = lambda row: row["prompt"].split()[1:-1]
+    right = lambda row: row["answer"].split() == letters(row)[::-1]
+    mirrors = [row for row in rows if row["prompt"].startswith("mirror ")]
+    others = [row for row in rows if row["prompt"].startswith("reverse ")]
+    assert len(mirrors) + len(others) == 4000 and abs(len(mirrors) - 2000) < 150 and all(map(right, mirrors))
+    assert 0.07 < sum(map(right, others)) / len(others) < 0.13
+    assert all(right(row) or row["answer"].split() == letters(row) for row in others)
+
+
+@pytest.mark.parametrize("arm", ["pre-trained", "GRPO"])
+def test_a_run_that_a_signal_ended_is_no_run_of_the_study(arm, tmp_path, monkeypatch):
+    monkeypatch.setattr(measure, "train", lambda *args: types.SimpleNamespace(finished=False))
+    monkeypatch.setattr(measure, "reinforce", lambda *args: False)
+    with pytest.raises(KeyboardInterrupt):
+        list(STUDY.measure.run(Job(STUDY.shortened(), arm, [0], tmp_path, lambda steps: None)))
