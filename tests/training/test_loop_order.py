@@ -44,7 +44,7 @@ def run_of(monkeypatch, losses, **train):
     run.loader = types.SimpleNamespace(iterate=lambda start: ((i, {"active": 1}) for i in range(start, len(losses))))
     run.runner = types.SimpleNamespace(shard_batch=lambda batch: batch, rows=1)
     run.step_fn, run.eval_fn, run.agreed = step, None, False
-    run.frozen_params = None
+    run.base, run.frozen, run.frozen_params = None, None, None
     run.checkpoints = types.SimpleNamespace(save=lambda step, *_: done.append(f"save {step}"), wait=lambda: None,
                                             steps=list)
     monkeypatch.setattr(loop.Run, "_evaluate", lambda self, bar: done.append("evaluate"))
