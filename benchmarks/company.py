@@ -26,7 +26,7 @@ SPEED_NEW, SPEED_PROMPT = 96, 32  # tokens
 
 def requests(workdir: str, tokenizer: Any, count: int) -> list[Any]:
     """`count` requests of 1 to 89 prompt tokens; every fifth continues the prompt before it, for reused pages."""
-    from deepseek_jax.serving.engine import Request
+    from deepseek_jax.serving.sequence import Request
 
     rng, found = np.random.default_rng(0), texts(workdir, tokenizer, count, 96)
     made = []
@@ -70,7 +70,8 @@ def speeds(batches: list[int], rounds: int) -> dict[int, dict[str, Any]]:
 
     from deepseek_jax.config import model_config
     from deepseek_jax.model import DeepSeekV3
-    from deepseek_jax.serving.engine import Engine, EngineConfig, Request
+    from deepseek_jax.serving.engine import Engine, EngineConfig
+    from deepseek_jax.serving.sequence import Request
 
     cfg = model_config("small", mtp_depth=0)
     variables = jax.jit(lambda: DeepSeekV3(cfg).init(jax.random.key(0), jnp.zeros((1, 8), jnp.int32)))()

@@ -49,7 +49,8 @@ def ours(folder: str, dtype: str, batches: list[int]) -> None:
     import jax
 
     from deepseek_jax.interop import load_hf
-    from deepseek_jax.serving.engine import Engine, EngineConfig, Request
+    from deepseek_jax.serving.engine import Engine, EngineConfig
+    from deepseek_jax.serving.sequence import Request
 
     cfg, variables = load_hf(folder, dtype=dtype)
     variables = jax.tree.map(jax.numpy.asarray, variables)

@@ -99,7 +99,7 @@ def decoding(engine: Any, prompts: list, new: int) -> tuple[float, int, int, int
 
     Returns (seconds after the first token of each, tokens, steps of sequences, drafted, accepted).
     """
-    from deepseek_jax.serving.engine import Request
+    from deepseek_jax.serving.sequence import Request
 
     seconds = tokens = steps = drafted = accepted = 0
     for start in range(0, len(prompts), engine.max_sequences):

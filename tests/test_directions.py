@@ -99,8 +99,8 @@ MAY_IMPORT = {
     "plots.training": ("plots.style", "training.metrics"),
     "plots": (),
     # Serving.
-    "serving.openai": ("serving.decode", "serving.engine", "chat", "io", "config"),
-    "serving.harness": ("serving.engine", "serving.generation", "serving.openai", "chat", "config"),
+    "serving.openai": ("serving.decode", "serving.engine", "serving.sequence", "chat", "io", "config"),
+    "serving.harness": ("serving.engine", "serving.generation", "serving.openai", "serving.sequence", "chat", "config"),
     "serving": ("model", "fp8", *SHARDING, "kernels_pallas.api", "config"),
     # After pre-training.
     "posttraining": ("training", "serving", "chat", "parallel", "model", "checkpoint", "data", "workdir", "cli",

@@ -48,7 +48,8 @@ def measure(cfg: ModelConfig, batch: int, context: int, page: int, new: int) -> 
     from deepseek_jax import runtime
 
     runtime.prepare()
-    from deepseek_jax.serving.engine import Engine, EngineConfig, Request
+    from deepseek_jax.serving.engine import Engine, EngineConfig
+    from deepseek_jax.serving.sequence import Request
 
     chunk, most_steps = min(context, 2048), new // 4
     more = new + batch * -(-context // chunk)

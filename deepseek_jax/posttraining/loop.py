@@ -70,6 +70,9 @@ def check_reinforce(config: Config) -> None:
                           "jax.distributed.")
     if config.mesh.pipe > 1:
         raise ConfigError(f"mesh.pipe={config.mesh.pipe}: pipelines train next tokens alone; take mesh.pipe=1.")
+    if config.model.index_warmup:
+        raise ConfigError("model.index_warmup=True trains the indexer alone, by a loss that rewards do not have; take "
+                          "--config.model.index_warmup=False.")
     if answers.group_size < 2 or train.batch_size % answers.group_size:
         fits = [g for g in range(2, train.batch_size + 1) if train.batch_size % g == 0]
         raise ConfigError(f"rollout.group_size={answers.group_size} must be at least 2 and divide train.batch_size="

@@ -18,7 +18,8 @@ from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.posttraining.grpo import advantages, token_weights
 from deepseek_jax.posttraining.rewards import score_all
 from deepseek_jax.posttraining.tasks import Task
-from deepseek_jax.serving.engine import Engine, EngineConfig, Request, Sequence
+from deepseek_jax.serving.engine import Engine, EngineConfig
+from deepseek_jax.serving.sequence import Request, Sequence
 
 MOST_SEQUENCES = 64  # answers drawn at once; the others wait
 TRAINING, EVALUATION = range(2)  # what a random number is for: the two share no problem by design

@@ -6,8 +6,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from deepseek_jax.serving.engine import Request
     from deepseek_jax.serving.generation import Generation, generate, run_requests
+    from deepseek_jax.serving.sequence import Request
 
 __all__ = ["Generation", "Request", "generate", "run_requests"]
 

@@ -15,7 +15,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -29,77 +29,10 @@ from deepseek_jax.serving.decode_attention import CacheGeometry
 from deepseek_jax.serving.expert_placement import Placement, apply
 from deepseek_jax.serving.page_pool import Pages, digests
 from deepseek_jax.serving.sampling import Sampling
+from deepseek_jax.serving.sequence import Listener, Request, Sequence, Token
 from deepseek_jax.serving.speculative import no_drafts
 from deepseek_jax.serving.tiles import TILE
 from deepseek_jax.serving.weights import prepare, share_out
-
-
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """A prompt and how to continue it. Sampling as in `sampling.Sampling`.
-
-    stop_tokens: each ends the sequence, and is not part of it. logprobs: whether to report them.
-    prompt_logprobs: whether to report those of the prompt too; then all of it is read, whatever the cache holds.
-    """
-
-    prompt: tuple[int, ...]
-    max_new_tokens: int
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int = 0
-    stream: int = 0
-    stop_tokens: frozenset[int] = frozenset()
-    logprobs: bool = False
-    prompt_logprobs: bool = False
-
-
-class Token(NamedTuple):
-    """A new token. `draft`: "accepted", or "rejected" (another was drafted in its place), or "none"."""
-
-    id: int
-    draft: str
-    logprob: float = 0.0
-    best: tuple[tuple[int, float], ...] = ()  # the likeliest tokens here and their logprobs, if requested
-
-
-class Sequence:
-    """A request in progress.
-
-    finish: None until it ends: "stop", "length", "cancelled", or "error" where logits were no numbers.
-    scored: of each token of the prompt but the first, where requested: its logprob and the likeliest ones.
-    routes: of each token that was fed, in order, where the engine reports them: its experts, int32 [MoE layers, K].
-    end: the stop token that ended it, which is not part of it.
-    submitted, admitted: when, in seconds of `time.monotonic`.
-    """
-
-    def __init__(self, request: Request, listen: Listener | None):
-        self.request, self.listen = request, listen
-        self.tokens = list(request.prompt)
-        self.made: list[Token] = []
-        self.finish: str | None = None
-        self.cancelled = False
-        self.drafted = self.accepted = self.steps = 0
-        self.slot = -1
-        self.fresh = True  # the drafts in its slot are still another sequence's
-        self.filled = 0  # positions in the cache
-        self.pages: list[int] = []
-        self.reserved = 0
-        self.registered, self.digest = 0, b""  # full pages that others can find, and the digest of the last
-        self.reused = 0  # tokens of the prompt that were found in the cache
-        self.scored: list[Token] = []
-        self.routes: list[np.ndarray] = []
-        self.end: Token | None = None
-        self.submitted, self.admitted = time.monotonic(), math.nan
-
-    @property
-    def limit(self) -> int:
-        """The position at which it ends: the last token is never fed."""
-        return len(self.request.prompt) + self.request.max_new_tokens - 1
-
-
-# Called with a sequence and its new tokens. A number ends it: that many of them are part of it. None: it goes on.
-Listener = Callable[[Sequence, list[Token]], int | None]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,8 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from deepseek_jax.config import ModelConfig
-from deepseek_jax.serving.engine import Engine, EngineConfig, Listener, Request, Sequence, check_request
+from deepseek_jax.serving.engine import Engine, EngineConfig, check_request
+from deepseek_jax.serving.sequence import Listener, Request, Sequence
 
 MOST_SEQUENCES = 16  # of one call that run at once; the others wait
 

@@ -17,9 +17,9 @@ from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
 
 from deepseek_jax.chat.messages import Conventions, Tokenizer, chat_ids
 from deepseek_jax.config import ConfigError, ModelConfig
-from deepseek_jax.serving.engine import Request, Sequence
 from deepseek_jax.serving.generation import run_requests
 from deepseek_jax.serving.openai.prompts import Continuation
+from deepseek_jax.serving.sequence import Request, Sequence
 
 MOST_AT_ONCE = 256  # requests of one call: what they found is kept until all have ended
 

@@ -59,4 +59,25 @@ MUTATIONS = [
         new='if False:',
         tests="test_runtime.py::test_a_cache_of_the_user_s_wins",
     ),
+    Mutation(
+        name="a ~ in an option stays",
+        file="deepseek_jax/cli.py",
+        old="setattr(found, name, os.path.expanduser(value))",
+        new="setattr(found, name, value)",
+        tests="test_cli.py::test_a_tilde_in_a_path_is_the_users_folder_and_no_folder_of_that_name",
+    ),
+    Mutation(
+        name="a ~ in init.from stays",
+        file="deepseek_jax/config/training.py",
+        old='object.__setattr__(self, "from_", os.path.expanduser(self.from_))',
+        new="pass",
+        tests="test_cli.py::test_a_tilde_in_a_path_is_the_users_folder_and_no_folder_of_that_name",
+    ),
+    Mutation(
+        name="help says no defaults",
+        file="deepseek_jax/cli.py",
+        old='return said if not known or "default" in said else',
+        new="return said if True else",
+        tests="test_cli.py::test_help_says_each_default_once",
+    ),
 ]

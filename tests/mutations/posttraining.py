@@ -262,4 +262,25 @@ MUTATIONS = [
         new="sequence.end is not None",
         tests="posttraining/test_distill.py::test_right_answers_that_ended_are_kept_and_no_others",
     ),
+    Mutation(
+        name="rules do not see special tokens",
+        file="deepseek_jax/posttraining/rollout.py",
+        old="[token.id for token in s.made], specials=True)",
+        new="[token.id for token in s.made])",
+        tests="posttraining/test_rollout.py::test_special_tokens_are_part_of_the_answer_that_is_scored",
+    ),
+    Mutation(
+        name="code out of processor time is a wrong answer",
+        file="deepseek_jax/posttraining/sandbox.py",
+        old="if process.returncode == -signal.SIGXCPU:",
+        new="if False:",
+        tests="posttraining/test_rewards.py::test_code_out_of_wall_or_processor_time_is_killed_and_reported",
+    ),
+    Mutation(
+        name="a warm-up of the indexer is reinforced",
+        file="deepseek_jax/posttraining/loop.py",
+        old="if config.model.index_warmup:",
+        new="if False:",
+        tests="posttraining/test_loop.py::test_what_cannot_be_reinforced_is_one_line",
+    ),
 ]

@@ -199,4 +199,11 @@ MUTATIONS = [
         new="False",
         tests="plots/test_training.py",
     ),
+    Mutation(
+        name="half a run of post_training counts as one",
+        file="experiments/studies/post_training/measure.py",
+        old="if not finished:",
+        new="if False:",
+        tests="experiments/test_post_training.py::test_a_run_that_a_signal_ended_is_no_run_of_the_study",
+    ),
 ]

@@ -14,7 +14,7 @@ from deepseek_jax.posttraining import rollout
 from deepseek_jax.posttraining.rollout import Answers, batch_of, disagreement, drawn, measures
 from deepseek_jax.posttraining.tasks import find_task
 from deepseek_jax.posttraining.update import view
-from deepseek_jax.serving.engine import Token
+from deepseek_jax.serving.sequence import Token
 from tests.model import naive
 from tests.posttraining import policies
 

@@ -6,7 +6,8 @@ import pytest
 
 from deepseek_jax.config import model_config
 from deepseek_jax.serving import latent_cache
-from deepseek_jax.serving.engine import Engine, EngineConfig, Request
+from deepseek_jax.serving.engine import Engine, EngineConfig
+from deepseek_jax.serving.sequence import Request
 from tests.model import naive
 from tests.precision import float64
 from tests.serving.test_decode_model import LENGTH, MODELS, SPARSE, TOKENS_BT, by_steps

@@ -7,8 +7,9 @@ import pytest
 from deepseek_jax.config import ConfigError
 from deepseek_jax.serving import latent_cache
 from deepseek_jax.serving.decode import decode, prefill
-from deepseek_jax.serving.engine import Engine, EngineConfig, Request
+from deepseek_jax.serving.engine import Engine, EngineConfig
 from deepseek_jax.serving.latent_cache import bytes_per_token
+from deepseek_jax.serving.sequence import Request
 from tests.model import naive
 
 CFG = naive.tiny(num_layers=2)

@@ -9,8 +9,9 @@ import pytest
 from deepseek_jax.config import ConfigError, MeshConfig
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.serving.decode import decode, prefill
-from deepseek_jax.serving.engine import Engine, EngineConfig, Request
+from deepseek_jax.serving.engine import Engine, EngineConfig
 from deepseek_jax.serving.expert_placement import Placement, apply, balance_experts, pack, replicate
+from deepseek_jax.serving.sequence import Request
 from deepseek_jax.serving.weights import prepare
 from tests.model import naive
 

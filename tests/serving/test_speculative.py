@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from deepseek_jax.serving import speculative
-from deepseek_jax.serving.engine import Engine, EngineConfig, Request
+from deepseek_jax.serving.engine import Engine, EngineConfig
 from deepseek_jax.serving.sampling import ACCEPT, DRAFT, TOKEN, Sampling, draw, keys, probabilities
+from deepseek_jax.serving.sequence import Request
 from deepseek_jax.serving.speculative import Drafts, verify
 from tests.model import naive
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from deepseek_jax.serving.decode_attention import TokenSlots
-from deepseek_jax.serving.engine import Engine, EngineConfig, Request
+from deepseek_jax.serving.engine import Engine, EngineConfig
+from deepseek_jax.serving.sequence import Request
 from deepseek_jax.serving.tiles import TILE, in_tiles
 from tests.model import naive
 

@@ -12,9 +12,9 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from deepseek_jax.serving.engine import Token
 from deepseek_jax.serving.openai.requests import BadRequest, CompletionRequest
 from deepseek_jax.serving.openai.stream import Delta, Stream
+from deepseek_jax.serving.sequence import Token
 
 DISCONNECT_CHECK_SECONDS = 0.25  # how often a complete response checks, before it is sent, that its client is there
 COMMENT_SECONDS = 10.0  # a stream without news sends a comment so often: proxies end silent connections

@@ -15,8 +15,8 @@ from deepseek_jax.chat.messages import (
     is_unicode,
 )
 from deepseek_jax.config import ConfigError
-from deepseek_jax.serving.engine import Sequence, Token
 from deepseek_jax.serving.openai.detokenize import TextStream
+from deepseek_jax.serving.sequence import Sequence, Token
 
 Prompt = str | list[dict[str, Any]]  # a text, or the messages of a chat
 

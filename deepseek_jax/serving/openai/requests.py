@@ -19,7 +19,7 @@ from deepseek_jax.chat.messages import (
 )
 from deepseek_jax.config import did_you_mean
 from deepseek_jax.serving.decode import ALTERNATIVES
-from deepseek_jax.serving.engine import Request
+from deepseek_jax.serving.sequence import Request
 
 LONGEST_STOP, MOST_STOPS = 1024, 16  # characters; strings
 IGNORED = ("user", "metadata", "store", "service_tier", "parallel_tool_calls", "safety_identifier", "prompt_cache_key")

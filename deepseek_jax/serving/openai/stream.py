@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 
 from deepseek_jax.chat.messages import PLAIN, Conventions, Tokenizer, thinking_marks
 from deepseek_jax.config import ConfigError
-from deepseek_jax.serving.engine import Engine, Sequence, Token
+from deepseek_jax.serving.engine import Engine
 from deepseek_jax.serving.openai.detokenize import TextStream
 from deepseek_jax.serving.openai.metrics import Metrics
 from deepseek_jax.serving.openai.requests import BadRequest, CompletionRequest, ServedModel
+from deepseek_jax.serving.sequence import Sequence, Token
 
 log = logging.getLogger(__name__)
 

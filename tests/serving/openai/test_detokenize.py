@@ -8,9 +8,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from deepseek_jax.data.tokenizer import train_tokenizer
-from deepseek_jax.serving.engine import Token
 from deepseek_jax.serving.openai.answers import alternatives, named
 from deepseek_jax.serving.openai.detokenize import TextStream
+from deepseek_jax.serving.sequence import Token
 
 SCRIPTS = {
     "Latin": "naïve façade — “quoted”",

@@ -5,9 +5,9 @@ import types
 
 import pytest
 
-from deepseek_jax.serving.engine import Request, Token
 from deepseek_jax.serving.openai.requests import CompletionRequest, ServedModel
 from deepseek_jax.serving.openai.stream import _Listener
+from deepseek_jax.serving.sequence import Request, Token
 from tests.chat.test_template import published
 
 
