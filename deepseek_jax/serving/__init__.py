@@ -15,5 +15,5 @@ __all__ = ["Generation", "Request", "generate", "run_requests"]
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'deepseek_jax.serving' has no attribute {name!r}")
-    home = "engine" if name == "Request" else "generation"
+    home = "sequence" if name == "Request" else "generation"
     return getattr(importlib.import_module(f"deepseek_jax.serving.{home}"), name)
