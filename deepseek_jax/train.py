@@ -38,11 +38,12 @@ def main() -> None:
     # After the config is known to be good: these take seconds.
     from deepseek_jax.parallel.processes import Group, is_first, joined
     from deepseek_jax.training.loop import train
-    from deepseek_jax.training.summary import summarize
 
     with joined(Group(*group) if args.processes is not None else None):
         result = train(config, args.workdir)
         if result.finished and is_first():
+            from deepseek_jax.training.summary import summarize  # a second for its pictures, which no start waits for
+
             summarize(config, args.workdir, result)
 
 

@@ -45,7 +45,8 @@ def device_here() -> Any:
     It has `platform` and `device_kind`.
     """
     absent = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
-    return jax.devices()[0] if absent is None else absent
+    # jax 0.7 describes a device without its platform, and has no kernels to choose.
+    return absent if hasattr(absent, "platform") else jax.devices()[0]
 
 
 def runs_here() -> str:

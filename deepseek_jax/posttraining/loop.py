@@ -29,7 +29,7 @@ from deepseek_jax.posttraining.update import policy_loss, view
 from deepseek_jax.serving.engine import check_servable
 from deepseek_jax.training.loop import Pending, Run, check_start
 from deepseek_jax.training.selfcheck import check_device
-from deepseek_jax.training.step import init_state
+from deepseek_jax.training.step import fresh_state
 from deepseek_jax.training.types import Metrics
 from deepseek_jax.workdir import alone_in, check_workdir, claim_workdir
 
@@ -110,7 +110,7 @@ class ReinforceRun(Run):
         """Where the run began, whatever it has become; with adapters, a base to which they add 0."""
         if self.frozen is not None:
             return {"params": jax.tree.map(jnp.zeros_like, self.state.params), "router": self.frozen["router"]}
-        fresh = jax.eval_shape(functools.partial(init_state, self.config))
+        fresh = jax.eval_shape(fresh_state(self.config))
         abstract = self.runner.with_shardings({"params": fresh.params, "router": fresh.router})
         return restore_weights(str(self.config.init.from_), abstract)[0]
 

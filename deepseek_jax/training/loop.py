@@ -47,6 +47,7 @@ from deepseek_jax.training.step import (
     TrainState,
     eval_step,
     fresh_adapters,
+    fresh_state,
     init_state,
     next_token_loss,
     start_state,
@@ -82,10 +83,10 @@ def starting_state(config: Config, runner: Runner | None = None, frozen: dict[st
     """A fresh state, or one around the weights of the run that config.init.from names. frozen: those of a base that
     adapters are trained of; its biases are the first."""
     runner = runner or Runner(config)
-    fresh = jax.eval_shape(functools.partial(init_state, config))
+    fresh = jax.eval_shape(fresh_state(config))
     where = runner.shardings(fresh)
     if config.init.from_ is None:
-        return jax.jit(functools.partial(init_state, config), out_shardings=where)()
+        return jax.jit(fresh_state(config), out_shardings=where)()
     key = jax.random.key(config.train.seed)
     if frozen is not None:
         shapes = jax.eval_shape(lambda: frozen["params"])
@@ -194,7 +195,7 @@ class Run:
         if not (pathlib.Path(workdir) / "config.json").exists():  # which the first one wrote
             raise ConfigError(f"{workdir} is not the directory of process 0; give all processes the same --workdir, "
                               "on a disk that they share.")
-        abstract = runner.with_shardings(jax.eval_shape(functools.partial(init_state, config)))
+        abstract = runner.with_shardings(jax.eval_shape(fresh_state(config)))
         restored = self.checkpoints.restore(abstract)
         self.base: Base | None = None
         self.frozen: dict[str, Any] | None = None  # {"params", "router"} of the base of adapters

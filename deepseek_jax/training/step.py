@@ -47,6 +47,12 @@ def init_state(config: Config) -> TrainState:
     return start_state(config, params, variables.get("router", {}), rng)
 
 
+@functools.lru_cache(maxsize=1)
+def fresh_state(config: Config) -> Callable[[], TrainState]:
+    """`init_state` of a config as the same object each time: jax traces it once for its shapes and for its values."""
+    return functools.partial(init_state, config)
+
+
 def fresh_adapters(config: Config, params: dict[str, Any]) -> dict[str, Any]:
     """Adapters of parameters, or of their shapes: a function of config.train.seed alone."""
     return lora.fresh(config.lora, jax.random.split(jax.random.key(config.train.seed))[1], params)

@@ -147,6 +147,7 @@ def test_a_kernel_that_cannot_run_here_says_what_it_needs_in_one_line(operation)
 
 def test_an_older_jax_has_the_twins_and_names_what_a_kernel_needs(monkeypatch):
     monkeypatch.setattr(api, "device_here", lambda: types.SimpleNamespace(platform="gpu", device_kind="NVIDIA H100"))
+    monkeypatch.setattr(api.jax, "__version_info__", api.NEEDS_JAX)
     assert api.runs_here() == "hopper"
     monkeypatch.setattr(api.jax, "__version_info__", (0, 7, 2))
     monkeypatch.setattr(api.jax, "__version__", "0.7.2")

@@ -7,6 +7,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from deepseek_jax.config import (
@@ -18,7 +19,7 @@ from deepseek_jax.config import (
     OptimizerConfig,
     TrainConfig,
 )
-from deepseek_jax.parallel.mesh import DATA, make_mesh
+from deepseek_jax.parallel.mesh import DATA, abstract_mesh, make_mesh
 from deepseek_jax.parallel.sharding import compute_shardings, storage_shardings
 from deepseek_jax.training.step import init_state, train_step
 
@@ -116,3 +117,10 @@ def train(config, steps):
         state, metrics = run(state, place_batch(config, batch_of(config, step)), base)
         losses.append(float(metrics.loss))
     return np.array(losses), jax.device_get(state.router), jax.device_get(metrics)
+
+
+def without_devices(cfg: MeshConfig) -> contextlib.AbstractContextManager[None]:
+    """A mesh of no devices, to trace on. Skips the test where jax cannot split arrays over one (0.7)."""
+    if jax.__version_info__ < (0, 8):
+        pytest.skip("jax 0.7 splits arrays over devices only")
+    return jax.sharding.use_abstract_mesh(abstract_mesh(cfg))

@@ -18,7 +18,7 @@ from deepseek_jax.parallel.mesh import abstract_mesh, make_mesh
 from deepseek_jax.parallel.runner import Runner
 from deepseek_jax.parallel.sharding import leaf_sharding, spec
 from deepseek_jax.training.step import init_state
-from tests.parallel.meshes import config_of, fresh_state, mesh_of
+from tests.parallel.meshes import config_of, fresh_state, mesh_of, without_devices
 
 REPORT = MeshConfig(pipe=16, replica=2, node=8, local=8)  # the report's 2048 GPUs
 
@@ -102,7 +102,7 @@ def traced(mesh):
     """The forward pass of v3_671b, traced on an abstract mesh."""
     cfg = model_config("v3_671b")
     shapes = jax.eval_shape(lambda: DeepSeekV3(cfg).init(jax.random.key(0), jnp.zeros((1, 8), jnp.int32)))
-    with jax.sharding.use_abstract_mesh(abstract_mesh(mesh)):
+    with without_devices(mesh):
         return jax.eval_shape(lambda variables, tokens: DeepSeekV3(cfg, mesh).apply(variables, tokens, logits=False),
                               shapes, jax.ShapeDtypeStruct((mesh.data_shards, 4096), jnp.int32))
 

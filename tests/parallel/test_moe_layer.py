@@ -10,10 +10,9 @@ import pytest
 from deepseek_jax.config import FP8Config, MeshConfig
 from deepseek_jax.model.experts import ExpertWeights, MoE, resident_experts, routed_experts
 from deepseek_jax.model.layers import SAVED_NAMES
-from deepseek_jax.parallel.mesh import abstract_mesh
 from deepseek_jax.training.step import accumulate
 from tests.model import naive
-from tests.parallel.meshes import QUICKLY, batch_of, config_of, fresh_state, on
+from tests.parallel.meshes import QUICKLY, batch_of, config_of, fresh_state, on, without_devices
 
 MESH = MeshConfig(node=2, local=4)
 CFG = naive.tiny(num_experts=16, d_model=128, expert_ffn_dim=64)
@@ -126,7 +125,7 @@ def equations(jaxpr):
 def test_a_capacity_bounds_the_rows_that_experts_compute():
     variables, x_BTD, bias_E = arguments(CFG)
     mesh = MeshConfig(node=2, local=4, capacity=1.0)
-    with jax.sharding.use_abstract_mesh(abstract_mesh(mesh)):
+    with without_devices(mesh):
         jaxpr = jax.make_jaxpr(lambda v, x: MoE(CFG, mesh).apply(v, x, bias_E)[0])(variables, x_BTD).jaxpr
     rows = {v.aval.shape[0] for e in equations(jaxpr) if e.primitive.name == "logistic"
             for v in e.outvars if v.aval.shape[1:] == (CFG.expert_ffn_dim,)}
@@ -140,7 +139,7 @@ def test_what_arrived_at_the_experts_is_kept_as_it_came(wire, dtype):
     mesh = MeshConfig(node=2, local=4, dispatch_fp8=wire)
     layer = jax.checkpoint(lambda v, x: MoE(CFG, mesh).apply(v, x, bias_E)[0],
                            policy=jax.checkpoint_policies.save_only_these_names(*SAVED_NAMES))
-    with jax.sharding.use_abstract_mesh(abstract_mesh(mesh)):
+    with without_devices(mesh):
         kept = jax.tree.leaves(jax.eval_shape(lambda v, x: jax.vjp(layer, v, x)[1], variables, x_BTD))
     arrived = {x.dtype.name for x in kept if x.ndim == 2 and x.shape[0] > 64 and x.shape[1] == CFG.d_model}
     assert arrived == {dtype}
@@ -150,7 +149,7 @@ def test_what_arrived_at_the_experts_is_kept_as_it_came(wire, dtype):
 def test_nothing_travels_twice(remat):
     config = config_of(MESH, remat=remat, dtype="float32")
     state = fresh_state(config_of(dtype="float32").model)
-    with jax.sharding.use_abstract_mesh(abstract_mesh(MESH)):
+    with without_devices(MESH):
         jaxpr = jax.make_jaxpr(lambda params, batch: accumulate(config, params, state.router, batch, 0))(
             state.params, batch_of(config, 0))
 
@@ -161,7 +160,7 @@ def test_nothing_travels_twice(remat):
 
 def test_the_shared_expert_waits_for_no_token_that_travels():
     variables, x_BTD, bias_E = arguments(CFG)
-    with jax.sharding.use_abstract_mesh(abstract_mesh(MESH)):
+    with without_devices(MESH):
         jaxpr = jax.make_jaxpr(lambda v, x: MoE(CFG, MESH).apply(v, x, bias_E)[0])(variables, x_BTD).jaxpr
 
     late, products = set(), 0
