@@ -19,9 +19,9 @@ from kernels_pallas.reference.mla_decode import pack_fp8, packed_width, unpack_f
 from kernels_pallas.reference.quantize import dequantize, quantize_blocks, spread, tile_scales
 
 __all__ = ["E4M3", "OPERATIONS", "Accumulator", "Quantized", "chosen_here", "dequantize", "device_here",
-           "fp8_grouped_matmul", "fp8_matmul", "mla_attention", "mla_attention_backward", "mla_attention_forward",
-           "mla_decode", "pack_fp8", "packed_width", "quantize", "quantize_blocks", "runs_here", "spread",
-           "swiglu_quantize", "tile_scales", "unpack_fp8"]
+           "fp8_grouped_matmul", "fp8_matmul", "grouped_matmul", "grouped_matmul_weights", "mla_attention",
+           "mla_attention_backward", "mla_attention_forward", "mla_decode", "pack_fp8", "packed_width", "quantize",
+           "quantize_blocks", "runs_here", "spread", "swiglu_quantize", "tile_scales", "unpack_fp8"]
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +31,8 @@ OPERATIONS = {
     "swiglu_quantize": ("quantize", ("reference", "hopper")),
     "fp8_matmul": ("fp8_matmul", ("reference", "hopper", "tpu")),
     "fp8_grouped_matmul": ("fp8_grouped_matmul", ("reference", "hopper", "tpu")),
-    "mla_attention": ("mla_attention", ("reference", "hopper")),
+    "grouped_matmul": ("grouped_matmul", ("reference", "tpu")),
+    "mla_attention": ("mla_attention", ("reference", "hopper", "tpu")),
     "mla_decode": ("mla_decode", ("reference", "hopper")),
 }
 NEEDS = {"hopper": "a Hopper GPU (H100, H200, H800)", "tpu": "a TPU"}
@@ -90,7 +91,11 @@ def _find(operation, implementation, part=None):
         raise ValueError(f"{operation}: implementation={implementation!r} needs {NEEDS[implementation]}, and this "
                          f"machine has {device_here().device_kind!r}; implementation='reference' computes the same "
                          "in plain jnp.")
-    return getattr(importlib.import_module(f"kernels_pallas.{implementation}.{module}"), part or operation)
+    found = importlib.import_module(f"kernels_pallas.{implementation}.{module}")
+    if not hasattr(found, part or operation):
+        raise ValueError(f"{operation}: implementation={implementation!r} has no {part} of its own; "
+                         "it is differentiable as a whole.")
+    return getattr(found, part or operation)
 
 
 def _studied(implementation, **models):
@@ -130,6 +135,18 @@ def fp8_grouped_matmul(a: Quantized, b: Quantized, sizes_E: jax.Array, *, out_dt
     """The experts' products, contiguous or K-grouped: see reference/fp8_grouped_matmul.py."""
     return _find("fp8_grouped_matmul", implementation)(a, b, sizes_E, out_dtype=out_dtype,
                                                        **_studied(implementation, accumulator=accumulator))
+
+
+def grouped_matmul(x_RD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, *, transposed: bool = False,
+                   implementation: str = "auto") -> jax.Array:
+    """The experts' products in the dtype of the operands: see reference/grouped_matmul.py."""
+    return _find("grouped_matmul", implementation)(x_RD, w_EDF, sizes_E, transposed=transposed)
+
+
+def grouped_matmul_weights(x_RD: jax.Array, dy_RF: jax.Array, sizes_E: jax.Array, *,
+                           implementation: str = "auto") -> jax.Array:
+    """The gradient of their weights, float32: see reference/grouped_matmul.py."""
+    return _find("grouped_matmul", implementation, "weights")(x_RD, dy_RF, sizes_E)
 
 
 def mla_attention(q_BTHA: jax.Array, k_BTHA: jax.Array, v_BTHV: jax.Array, segment_ids_BT: jax.Array | None = None, *,

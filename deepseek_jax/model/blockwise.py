@@ -33,8 +33,12 @@ def attend(q_BTHA: jax.Array, k_BTHA: jax.Array, v_BTHV: jax.Array, segment_ids_
     Returns:
       [B, T, H, V] in the dtype of q.
     """
-    if _has_kernel(q_BTHA, v_BTHV):
+    kernel = _kernel_here(q_BTHA, v_BTHV, saved)
+    if kernel == "hopper":
         return _by_kernel(q_BTHA, k_BTHA, v_BTHV, segment_ids_BT, scale, saved)
+    if kernel == "tpu":
+        return on_shards(functools.partial(api.mla_attention, scale=scale), (WIDE, WIDE, WIDE, IDS), WIDE,
+                         q_BTHA, k_BTHA, v_BTHV, segment_ids_BT)
     B, T, H, _ = q_BTHA.shape
     block = min(block, T)
     pad = -T % block
@@ -47,10 +51,14 @@ def attend(q_BTHA: jax.Array, k_BTHA: jax.Array, v_BTHV: jax.Array, segment_ids_
     return o_BHTV.swapaxes(1, 2)[:, :T]
 
 
-def _has_kernel(q_BTHA, v_BTHV):
-    """Whether the device's own kernel does this attention: heads of the published models."""
-    heads = q_BTHA.dtype == jnp.bfloat16 and (q_BTHA.shape[-1], v_BTHV.shape[-1]) == KERNEL_HEADS
-    return heads and api.chosen_here("mla_attention") == "hopper"
+def _kernel_here(q_BTHA, v_BTHV, saved):
+    """The device's own kernel for this attention, "hopper" or "tpu"; None where it has none for such heads."""
+    if q_BTHA.dtype != jnp.bfloat16:
+        return None
+    heads, here = (q_BTHA.shape[-1], v_BTHV.shape[-1]), api.chosen_here("mla_attention")
+    # The TPU's keeps its own residuals, and stores values of whole vectors.
+    runs = {"hopper": heads == KERNEL_HEADS, "tpu": saved is None and heads[1] % 128 == 0}
+    return here if runs.get(here) else None
 
 
 WIDE, LONG, IDS = spec("batch", None, "heads", None), spec("batch", "heads", None), spec("batch", None)

@@ -1,6 +1,7 @@
 """Grouped products: each expert's rows by its own weights (report section 2.1.2), in three implementations.
 
-    y[r] = x[r] @ w[expert of r]     "reference": the oracle    "cpu": equal groups or tiles    "ragged": lax.ragged_dot
+    y[r] = x[r] @ w[expert of r]     "reference": the oracle    "cpu": equal groups or tiles    "ragged": the device's
+                                     kernel (TPU), or lax.ragged_dot
 """
 
 from __future__ import annotations
@@ -34,17 +35,13 @@ def _reference(x_RD, w_EDF, sizes_E, align):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _ragged(x_RD, w_EDF, sizes_E, align):
-    return lax.ragged_dot(x_RD, w_EDF.astype(x_RD.dtype), sizes_E,
-                          preferred_element_type=wide(x_RD.dtype)).astype(x_RD.dtype)
+    return api.grouped_matmul(x_RD, w_EDF.astype(x_RD.dtype), sizes_E)
 
 
 def _ragged_bwd(align, residuals, dy_RF):
     x_RD, w_EDF, sizes_E = residuals
-    w_EFD = jnp.swapaxes(w_EDF, 1, 2).astype(dy_RF.dtype)
-    dx_RD = lax.ragged_dot(dy_RF, w_EFD, sizes_E, preferred_element_type=wide(dy_RF.dtype))
-    over_rows = lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), lhs_ragged_dimensions=[0],
-                                              rhs_group_dimensions=[])
-    dw_EDF = lax.ragged_dot_general(x_RD, dy_RF, sizes_E, over_rows, preferred_element_type=wide(dy_RF.dtype))
+    dx_RD = api.grouped_matmul(dy_RF, w_EDF.astype(dy_RF.dtype), sizes_E, transposed=True)
+    dw_EDF = api.grouped_matmul_weights(x_RD, dy_RF, sizes_E)
     return dx_RD.astype(x_RD.dtype), dw_EDF.astype(w_EDF.dtype), None
 
 
@@ -111,7 +108,7 @@ IMPLEMENTATIONS = {"reference": _reference, "cpu": _batched, "ragged": _ragged}
 
 
 def implementation_here() -> str:
-    """What `auto` means on the devices a program is made for: tiles on a CPU, XLA's ragged product elsewhere."""
+    """What `auto` means on the devices a program is made for: tiles on a CPU, a ragged product elsewhere."""
     return "cpu" if api.device_here().platform == "cpu" else "ragged"
 
 

@@ -139,6 +139,36 @@ class Case(_Case):
 
 
 @dataclasses.dataclass(frozen=True)
+class Grouped(_Case):
+    """grouped_matmul of R rows, [R, D] by [groups, D, F], in bfloat16."""
+
+    R: int
+    D: int
+    F: int
+    groups: int
+    operation: str = "grouped_matmul"
+
+    @property
+    def flops(self) -> int:
+        return 2 * self.R * self.D * self.F
+
+    def __str__(self):
+        return f"{self.R}x{self.D}x{self.F} groups={self.groups}"
+
+    def arguments(self) -> tuple:
+        rows, matrices = _array((self.R, self.D), jnp.bfloat16), _array((self.groups, self.D, self.F), jnp.bfloat16)
+        return rows, matrices, _array((self.groups,), jnp.int32)
+
+    def call(self, implementation: str, **options: Any) -> Callable:
+        return functools.partial(self.function(implementation), **options)
+
+    def random(self, key: jax.Array) -> tuple:
+        rows, matrices, _ = (jax.random.normal(k, x.shape, jnp.bfloat16)
+                             for k, x in zip(jax.random.split(key, 3), self.arguments()))
+        return rows, matrices, jnp.full(self.groups, self.R // self.groups, jnp.int32)
+
+
+@dataclasses.dataclass(frozen=True)
 class Attention(_Case):
     """mla_attention of B sequences of T tokens and H heads, or, with backward=True, its gradients as well."""
 
@@ -261,4 +291,7 @@ SHAPES = {
           for (N, K), speed in _MATMULS.items() for n, M in enumerate((64, 128))),
         *(Decode(*shape, packed=packed) for packed in (False, True)
           for shape in ((128, 4096, 128), (128, 4096, 16), (4, 32768, 128, 32)))),
+    "tpu": (  # which no other device has a kernel for: experts of V3, 8 on a device, and of V2-Lite
+        Grouped(32768, 7168, 2048, groups=8), Grouped(32768, 2048, 7168, groups=8),
+        Grouped(98304, 2048, 1408, groups=64), Grouped(98304, 1408, 2048, groups=64)),
 }

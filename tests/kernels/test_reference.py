@@ -135,7 +135,8 @@ def test_kernels_have_the_name_and_arguments_of_their_twin(operation):
 
 
 @pytest.mark.parametrize("operation", api.OPERATIONS)
-def test_a_kernel_that_cannot_run_here_says_what_it_needs_in_one_line(operation):
+def test_a_kernel_that_cannot_run_here_says_what_it_needs_in_one_line(operation, monkeypatch):
+    monkeypatch.setattr(api, "NEEDS_JAX", (0,))  # whatever is installed here
     for folder in api.OPERATIONS[operation][1]:
         if folder != "reference":
             with pytest.raises(ValueError, match="'cpu'; implementation='reference' computes the same") as error:
@@ -143,6 +144,13 @@ def test_a_kernel_that_cannot_run_here_says_what_it_needs_in_one_line(operation)
             assert f"needs {api.NEEDS[folder]}" in str(error.value) and len(str(error.value).splitlines()) == 1
     with pytest.raises(ValueError, match="no implementation 'cuda'; take one of 'auto', 'reference'"):
         api._find(operation, "cuda")
+
+
+def test_a_kernel_that_keeps_its_residuals_to_itself_has_no_halves(monkeypatch):
+    monkeypatch.setattr(api, "device_here", lambda: types.SimpleNamespace(platform="tpu", device_kind="TPU v5p"))
+    q = jnp.ones((1, 128, 1, 192))
+    with pytest.raises(ValueError, match="'tpu' has no forward of its own; it is differentiable as a whole"):
+        api.mla_attention_forward(q, q, q[..., :128], scale=1.0)
 
 
 def test_an_older_jax_has_the_twins_and_names_what_a_kernel_needs(monkeypatch):

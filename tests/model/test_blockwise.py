@@ -81,14 +81,15 @@ def test_the_kernel_takes_the_place_of_blocks_and_changes_nothing_but_roundings(
         (dict(A=128), "hopper"),
         (dict(V=64), "hopper"),
         (dict(), "reference"),
-        (dict(), "tpu"),
+        (dict(V=64), "tpu"),
+        (dict(dtype=jnp.float32), "tpu"),
     ],
 )
 def test_other_heads_dtypes_and_devices_keep_the_blocks_bit_for_bit(monkeypatch, twins, arrays, chosen):
     f = lambda q, k, v: attend(q, k, v, None, SCALE, BLOCK)
     monkeypatch.setattr(blockwise.api, "chosen_here", lambda operation: chosen)
     found = with_gradients(f, qkv(**arrays))
-    monkeypatch.setattr(blockwise, "_has_kernel", lambda *_: False)
+    monkeypatch.setattr(blockwise, "_kernel_here", lambda *_: None)
 
     jax.tree.map(np.testing.assert_array_equal, found, with_gradients(f, qkv(**arrays)))
     assert twins == {"forward": [], "backward": []}
@@ -98,11 +99,31 @@ def test_a_described_device_counts_and_a_kernel_is_asked_for_by_its_operation(mo
     monkeypatch.setattr(api, "NEEDS_JAX", (0,))  # whatever is installed here
     monkeypatch.setattr(api, "device_here", lambda: types.SimpleNamespace(platform="gpu", device_kind="NVIDIA H800"))
     q, k, v = qkv()
-    assert blockwise._has_kernel(q, v) and api.chosen_here("mla_decode") == "hopper"
+    assert blockwise._kernel_here(q, v, "e5m6") == "hopper" and api.chosen_here("mla_decode") == "hopper"
     monkeypatch.setattr(api, "device_here", lambda: types.SimpleNamespace(platform="gpu", device_kind="NVIDIA A100"))
-    assert not blockwise._has_kernel(q, v)
+    assert blockwise._kernel_here(q, v, None) is None
     monkeypatch.setattr(api, "device_here", lambda: types.SimpleNamespace(platform="tpu", device_kind="TPU v5p"))
-    assert (api.chosen_here("fp8_matmul"), api.chosen_here("mla_attention")) == ("tpu", "reference")
+    assert (api.chosen_here("fp8_matmul"), api.chosen_here("mla_decode")) == ("tpu", "reference")
+    assert blockwise._kernel_here(q, v, None) == "tpu" and blockwise._kernel_here(q, v, "e5m6") is None
+
+
+def test_on_a_tpu_attention_is_one_differentiable_kernel_of_each_devices_rows_and_heads(monkeypatch):
+    arrays, ids = qkv(B=4, T=24, H=4), jnp.arange(24, dtype=jnp.int32)[None].repeat(4, 0) // 9
+    f = lambda q, k, v: attend(q, k, v, ids, SCALE, BLOCK)
+    expected, shapes = with_gradients(f, arrays), []
+
+    def twin(q, k, v, ids, *, scale):
+        shapes.append(q.shape)
+        return api.mla_attention(q, k, v, ids, scale=scale, implementation="reference")
+
+    monkeypatch.setattr(blockwise, "api", types.SimpleNamespace(chosen_here=lambda operation: "tpu",
+                                                                mla_attention=twin))
+    with jax.set_mesh(mesh_of(MeshConfig(node=2, local=2, tensor=2))):
+        found = with_gradients(f, arrays)
+
+    assert set(shapes) == {(1, 24, 2, 192)}
+    for name, a, b in zip(("o", "dq", "dk", "dv"), found, expected):
+        assert distance(a, b) < 2.0**-7, name
 
 
 @pytest.mark.parametrize("segmented", [False, True])
