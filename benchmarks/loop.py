@@ -39,7 +39,7 @@ def overhead(steps: int, seconds: float) -> float:
     run.config = Config(model=cfg, train=TrainConfig(steps=steps + 1, eval_every=10**6, checkpoint_every=10**6))
     free = 0.0  # when the device has done all it was given
 
-    def step(state, batch):
+    def step(state, batch, base, reference):
         nonlocal free
         free = max(free, time.perf_counter()) + seconds
         one = np.float32(1)
@@ -54,6 +54,7 @@ def overhead(steps: int, seconds: float) -> float:
     run.runner = types.SimpleNamespace(shard_batch=lambda batch: batch, rows=8)
     run.step_fn, run.state, run.step, run.peak, run.flops = step, None, 0, 1e12, 1e6
     run.stopping = run.agreed = False
+    run.base = run.frozen_params = run.reference = run.compared = None
     with tempfile.TemporaryDirectory() as workdir, tqdm.tqdm(total=steps, file=io.StringIO(), mininterval=1.0) as bar:
         run.writer = MetricsWriter(workdir, None)
         start = time.perf_counter()

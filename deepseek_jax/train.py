@@ -37,9 +37,13 @@ def main() -> None:
 
     # After the config is known to be good: these take seconds.
     from deepseek_jax.parallel.processes import Group, is_first, joined
+    from deepseek_jax.posttraining.preferences import train_on_pairs
     from deepseek_jax.training.loop import train
 
     with joined(Group(*group) if args.processes is not None else None):
+        if config.preference.objective is not None:
+            train_on_pairs(config, args.workdir)
+            return
         result = train(config, args.workdir)
         if result.finished and is_first():
             from deepseek_jax.training.summary import summarize  # a second for its pictures, which no start waits for

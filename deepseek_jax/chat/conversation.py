@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from deepseek_jax.chat.messages import (
     ROLES,
@@ -27,9 +27,7 @@ def conversation_ids(messages: Any, tokenizer: Tokenizer, text: Conventions) -> 
         than where it is asked for.
       ConfigError: neither a template nor role tokens.
     """
-    if text.template is None and tokenizer.backend.token_to_id(ROLES["assistant"] or "") is None:
-        raise ConfigError("conversations need a chat template; put a chat_template.jinja beside the tokenizer.json of "
-                          "the run that init.from names.")
+    check_template(tokenizer, text)
     checked = check_messages(messages)
     answers = [i for i, message in enumerate(checked) if message["role"] == "assistant"]
     if not answers:
@@ -37,18 +35,46 @@ def conversation_ids(messages: Any, tokenizer: Tokenizer, text: Conventions) -> 
     if answers[0] == 0:
         raise BadMessages("messages[0]", "messages[0] answers nothing; begin with a message of the user.")
     ids = _until(checked[:answers[-1] + 1], tokenizer, text)
-    predicted, ends = [False] * len(ids), text.ends or {tokenizer.eos}
+    predicted = [False] * len(ids)
     for i in answers:
-        prompt = chat_ids(checked[:i], tokenizer, text.template)
-        end = _until(checked[:i + 1], tokenizer, text)
-        if ids[:len(end)] != end or end[:len(prompt)] != prompt:
-            raise BadMessages(f"messages[{i}]", f"messages[{i}]: the chat template writes this answer otherwise in a "
-                              "conversation than where the model is asked for it (it may drop or open reasoning); "
-                              "give each answer a row that ends with it, in the form that the template expects.")
-        # A line break behind the token that ends the answer is the template's.
-        last = max((k for k in range(len(prompt), len(end)) if ids[k] in ends), default=len(end) - 1)
-        predicted[len(prompt):last + 1] = [True] * (last + 1 - len(prompt))
+        turn = last_turn(checked[:i + 1], tokenizer, text)
+        if ids[:len(turn.ids)] != turn.ids:
+            raise _otherwise(i)
+        predicted[turn.start:turn.stop] = [True] * (turn.stop - turn.start)
     return ids, predicted
+
+
+class Turn(NamedTuple):
+    """A conversation up to an answer: the model itself would write ids[start:stop]."""
+
+    ids: list[int]
+    start: int
+    stop: int
+
+
+def last_turn(checked: list[dict[str, str]], tokenizer: Tokenizer, text: Conventions) -> Turn:
+    """Checked messages the last of which is an answer, as the template writes them. Raises BadMessages for an answer
+    that it writes otherwise here than where it is asked for."""
+    prompt = chat_ids(checked[:-1], tokenizer, text.template)
+    ids, ends = _until(checked, tokenizer, text), text.ends or {tokenizer.eos}
+    if ids[:len(prompt)] != prompt:
+        raise _otherwise(len(checked) - 1)
+    # A line break behind the token that ends the answer is the template's.
+    last = max((k for k in range(len(prompt), len(ids)) if ids[k] in ends), default=len(ids) - 1)
+    return Turn(ids, len(prompt), last + 1)
+
+
+def check_template(tokenizer: Tokenizer, text: Conventions) -> None:
+    """Raises ConfigError where nothing says how a conversation is written: neither a template nor role tokens."""
+    if text.template is None and tokenizer.backend.token_to_id(ROLES["assistant"] or "") is None:
+        raise ConfigError("conversations need a chat template; put a chat_template.jinja beside the tokenizer.json of "
+                          "the run that init.from names.")
+
+
+def _otherwise(i: int) -> BadMessages:
+    return BadMessages(f"messages[{i}]", f"messages[{i}]: the chat template writes this answer otherwise in a "
+                       "conversation than where the model is asked for it (it may drop or open reasoning); "
+                       "give each answer a row that ends with it, in the form that the template expects.")
 
 
 def _until(messages, tokenizer, text: Conventions) -> list[int]:

@@ -27,7 +27,10 @@ from deepseek_jax.config import ConfigError
 
 
 class Base(NamedTuple):
-    """The checkpoint that adapters belong to. digest: of its files' lengths and check sums."""
+    """The checkpoint that a run depends on, such as the one that adapters belong to.
+
+    digest: of its files' lengths and check sums. scale: of adapters; 1 for any other.
+    """
 
     folder: str
     step: int
@@ -35,21 +38,23 @@ class Base(NamedTuple):
     scale: float
 
 
-def identify(folder: str, scale: float, known: Base | None = None) -> tuple[Base, pathlib.Path]:
+def identify(folder: str, scale: float, known: Base | None = None,
+             what: str = "the base of the adapters, init.from") -> tuple[Base, pathlib.Path]:
     """The base in `folder` as it is now, and its checkpoint: the newest, or that of `known`.
 
+    what: it is called in messages, with the config key of the folder.
     Raises:
       ConfigError: there is none, or it is not `known`.
     """
     try:
         path = find_checkpoint(folder, None if known is None else known.step)
     except ConfigError as error:
-        raise ConfigError(f"the base of the adapters, init.from={folder}, cannot be read: {error}") from error
+        raise ConfigError(f"{what}={folder}, cannot be read: {error}") from error
     files = io.read_json(path / "manifest.json")["files"]
     base = Base(folder, int(path.name), hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest(), scale)
     if known is not None and base.digest != known.digest:
-        raise ConfigError(f"the base of the adapters, step {known.step} in init.from={folder}, is another checkpoint "
-                          "than the one that they were trained on; put that one back.")
+        raise ConfigError(f"{what}={folder}, is another checkpoint of step {known.step} than the one that the training "
+                          "began with; put that one back.")
     return base, path
 
 

@@ -1,4 +1,5 @@
-"""After pre-training: adapters in the place of weights; reinforcement learning, its answers and its objective."""
+"""After pre-training: adapters in the place of weights; preference pairs; reinforcement learning, its answers and its
+objective."""
 
 from __future__ import annotations
 
@@ -23,6 +24,15 @@ class LoraConfig(Checked, section="lora"):
         """What the product of the adapters is multiplied by."""
         assert self.rank is not None
         return self.alpha / self.rank
+
+
+@dataclasses.dataclass(frozen=True)
+class PreferenceConfig(Checked, section="preference"):
+    """Training on pairs of answers, one of which is preferred, in the place of next tokens (docs/posttraining.md)."""
+
+    objective: Annotated[Literal["dpo"] | None, "dpo: direct preference optimization (arXiv 2305.18290); None: next "
+                                                "tokens"] = None
+    beta: Annotated[float, POSITIVE, "of dpo: what a nat of distance from init.from costs"] = 0.1
 
 
 @dataclasses.dataclass(frozen=True)

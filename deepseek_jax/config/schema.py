@@ -85,7 +85,7 @@ class Checked:
             if value is not None and field.range and not field.range.fits(value):
                 none = ", or None" if field.optional else ""
                 raise ConfigError(f"{path}={shown(value)} {field.range.complaint}{none}.")
-            if field.choices and value not in field.choices:
+            if value is not None and field.choices and value not in field.choices:
                 options = ", ".join(map(repr, field.choices))
                 raise ConfigError(f"{path}={shown(value)} is unknown; take one of {options}.")
             object.__setattr__(self, field.name, value)

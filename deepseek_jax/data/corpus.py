@@ -185,7 +185,7 @@ def _read_text(path, alone):
 
 def _read_jsonl(path, alone):
     del alone
-    with _open(path) as lines:
+    with open_lines(path) as lines:
         for row, line in enumerate(lines):
             if line.strip():
                 try:
@@ -194,7 +194,8 @@ def _read_jsonl(path, alone):
                     yield row, _first_line(error)
 
 
-def _open(path) -> Any:
+def open_lines(path: str) -> Any:
+    """The file in binary, decompressed where its ending says so."""
     io.check_regular(path)
     if path.endswith(".gz"):
         return gzip.open(path, "rb")

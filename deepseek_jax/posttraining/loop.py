@@ -65,6 +65,8 @@ def check_reinforce(config: Config) -> None:
     train, answers = config.train, config.rollout
     if config.init.from_ is None:
         raise ConfigError("reinforcement learning starts from the weights of a run; add --config.init.from=RUN.")
+    if config.preference.objective is not None:
+        raise ConfigError(f"preference.objective={config.preference.objective!r} is for deepseek_jax.train; take None.")
     if jax.process_count() > 1:
         raise ConfigError("reinforcement learning runs in one process; start it on one machine, without "
                           "jax.distributed.")

@@ -1,7 +1,8 @@
-"""The frozen base of low-rank adapters: read once, never trained and never saved.
+"""Frozen models of a run, read once, never trained and never saved: the base of low-rank adapters, and the model that
+a loss compares with (a reference policy, a teacher).
 
-Its weights are kept in the dtype that the model computes with and where a step computes with them: there is no master,
-no moment and no gradient of them.
+Their weights are kept in the dtype that the model computes with and where a step computes with them: there is no
+master, no moment and no gradient of them.
 """
 
 from __future__ import annotations
@@ -36,3 +37,17 @@ def load_base(config: Config, runner: Runner, known: Base | None = None) -> tupl
     """
     base, path = identify(str(config.init.from_), config.lora.scale, known)
     return read_weights(path, runner.with_shardings(frozen_shapes(config), frozen=True), cast=True), base
+
+
+def load_reference(config: Config, runner: Runner, folder: str, known: Base | None,
+                   what: str) -> tuple[dict[str, Any], Base]:
+    """The weights of the run in `folder`, {"params", "router"}, and which they are.
+
+    Args:
+      config: a config whose model is that of the run there.
+      known: those that the run compared with so far. what: as in `identify`.
+    Raises:
+      ConfigError: others are there now, or none.
+    """
+    reference, path = identify(folder, 1.0, known, what)
+    return read_weights(path, runner.with_shardings(frozen_shapes(config), frozen=True), cast=True), reference

@@ -138,6 +138,9 @@ def train(config: Config, workdir: str) -> TrainResult:
       DivergedError: a loss that is not finite.
       CheckpointError: a checkpoint that could not be written.
     """
+    if config.preference.objective is not None:
+        raise ConfigError(f"preference.objective={config.preference.objective!r} trains on pairs, by "
+                          "posttraining.preferences.train_on_pairs, not on documents.")
     check(config)
     check_parts(config.model, config.balance)
     runner = Runner(config)
@@ -180,6 +183,7 @@ class Run:
     """The state of a run and the files it writes. Another kind of training overrides `loss`, `batches` and `row`.
 
     loss: of a step. name: of the progress bar. together: steps that share a batch; a run stops and saves between them.
+    reference: variables of the frozen model that the loss compares with, and compared: which checkpoint they are.
     asked_by: the signal that asked to stop; where it was another process that got one, it was a SIGTERM.
     """
 
@@ -203,6 +207,8 @@ class Run:
             known = None if restored is None else Base(**restored[1]["lora"])
             self.frozen, self.base = load_base(config, runner, known)
         self.frozen_params = self.frozen and self.frozen["params"]
+        known = None if restored is None or "reference" not in restored[1] else Base(**restored[1]["reference"])
+        self.reference, self.compared = self.find_reference(known)
         self.state = starting_state(config, runner, self.frozen) if restored is None else restored[0]
         self.step = int(self.state.step)
         self.writer = MetricsWriter(workdir, self.step if restored is not None else None) if is_first() else None
@@ -214,7 +220,7 @@ class Run:
         # source, which an earlier run in this process shares.
         chex.clear_trace_counter()
         traced_once = chex.assert_max_traces(
-            lambda state, batch, base: train_step(config, state, batch, base, self.loss), n=1)
+            lambda state, batch, base, reference: train_step(config, state, batch, base, self.loss, reference), n=1)
         self.step_fn = runner.jit(traced_once, abstract, donate_argnums=0)
         scored = runner.jit(chex.assert_max_traces(lambda *args: eval_step(config, *args), n=1))
         self.eval_fn = lambda params, router, micro: scored(params, router, runner.shard_batch(micro),
@@ -223,6 +229,10 @@ class Run:
         self.flops = training_flops_per_token(config.model, config.train.sequence_length,
                                               frozen=self.frozen is not None)
         self.stopping = self.agreed = False  # asked to stop; all processes know that one of them was
+
+    def find_reference(self, known: Base | None) -> tuple[dict[str, Any] | None, Base | None]:
+        """The frozen model that the loss compares with, and which it is. known: the one of the run so far."""
+        return None, None
 
     def go(self) -> bool:
         """Runs the remaining steps. False when SIGTERM or Ctrl-C (SIGINT) ended them."""
@@ -260,7 +270,8 @@ class Run:
     def _steps(self, bar) -> bool:
         train, pending, self.clock = self.config.train, None, time.perf_counter()
         for index, batch in self.batches():
-            self.state, metrics = self.step_fn(self.state, self.runner.shard_batch(batch), self.frozen_params)
+            self.state, metrics = self.step_fn(self.state, self.runner.shard_batch(batch), self.frozen_params,
+                                               self.reference)
             self.step = index + 1
             if pending is not None:
                 self._record(pending, bar)  # while the devices work on the step after it
@@ -344,6 +355,8 @@ class Run:
         meta: dict[str, Any] = {"step": self.step, "sequences": sequences, "config": as_dict(self.config)}
         if self.base is not None:
             meta["lora"] = self.base._asdict()
+        if self.compared is not None:
+            meta["reference"] = self.compared._asdict()
         self.checkpoints.save(self.step, self.state, meta)
 
     def _check_finite(self, step: int, metrics: Metrics):

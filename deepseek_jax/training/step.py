@@ -104,13 +104,15 @@ class Inputs(NamedTuple):
     """What a loss is a function of, apart from the parameters.
 
     micro: arrays of one micro-batch, whose last two axes are sequences and tokens: those of `split_batch`, and what
-    else the loss reads. normalizers: of the complete batch. step: int32 scalar.
+    else the loss reads. normalizers: of the complete batch. step: int32 scalar. reference: variables of the frozen
+    model that the loss compares with, {"params", "router"}; None: it compares with none.
     """
 
     router: dict[str, jax.Array]
     micro: dict[str, jax.Array]
     normalizers: Normalizers
     step: jax.Array
+    reference: dict[str, Any] | None = None
 
 
 # (config, params, inputs) -> the scalar that is differentiated, and the sums of one micro-batch.
@@ -124,7 +126,7 @@ def of_rows(config: Config, micro: dict[str, jax.Array]) -> Batch:
 
 def next_token_loss(config: Config, params: dict[str, Any], inputs: Inputs) -> tuple[jax.Array, Sums]:
     """The report's objective: next tokens, MTP, balance; and the indexer's, where there is one."""
-    router, micro, normalizers, step = inputs
+    router, micro, normalizers, step, _ = inputs
     output, losses = forward(config, params, router, of_rows(config, micro), step)
     loss = objective(output, losses, normalizers, config.balance)
     loss, own = with_indexer(config, loss, output, losses, normalizers)
@@ -153,8 +155,8 @@ def mtp_weight(config: Config, step: jax.Array | int) -> jax.Array | float:
 
 
 def accumulate(config: Config, params: dict[str, Any], router: dict[str, jax.Array], batch: dict[str, Any],
-               step: jax.Array, loss: Loss = next_token_loss,
-               base: dict[str, Any] | None = None) -> tuple[dict[str, Any], Sums]:
+               step: jax.Array, loss: Loss = next_token_loss, base: dict[str, Any] | None = None,
+               reference: dict[str, Any] | None = None) -> tuple[dict[str, Any], Sums]:
     """Gradients and sums over the active micro-batches; equal to those of one large batch.
 
     Except for the auxiliary loss, whose two factors are means over a micro-batch, as in the frameworks that use it.
@@ -164,6 +166,7 @@ def accumulate(config: Config, params: dict[str, Any], router: dict[str, jax.Arr
         the M micro-batches count (see `data.loader`). Others that `loss` reads: as Inputs says, after an axis M.
       loss: of one micro-batch; a pipeline computes `next_token_loss` alone.
       base: frozen parameters that `params` are adapters of; None: there are none.
+      reference: as Inputs has it.
     """
     counted_M = jnp.arange(config.train.accumulation_steps) < batch["active"]
     parts = {name: x for name, x in batch.items() if name != "active"}
@@ -172,7 +175,8 @@ def accumulate(config: Config, params: dict[str, Any], router: dict[str, jax.Arr
     normalizers = Normalizers(jnp.maximum(weight, 1), jnp.maximum(mtp_weight_D, 1), mtp_weight(config, step),
                               1 / batch["active"])
     gradients = _gradients(config, params, router, normalizers, step,
-                           lambda config, params, inputs: loss(config, complete(config, params, base), inputs))
+                           lambda config, params, inputs: loss(config, complete(config, params, base),
+                                                               inputs._replace(reference=reference)))
 
     def one(m):
         grads, sums = gradients(jax.tree.map(lambda x: x[m], parts))
@@ -200,9 +204,10 @@ def _gradients(config, params, router, normalizers, step,
 
 
 def train_step(config: Config, state: TrainState, batch: dict[str, Any], base: dict[str, Any] | None = None,
-               loss: Loss = next_token_loss) -> tuple[TrainState, Metrics]:
-    """Takes one step. Pure; jit it with `config` closed over and the state donated. base: as in `accumulate`."""
-    grads, sums = accumulate(config, state.params, state.router, batch, state.step, loss, base)
+               loss: Loss = next_token_loss, reference: dict[str, Any] | None = None) -> tuple[TrainState, Metrics]:
+    """Takes one step. Pure; jit it with `config` closed over and the state donated. base, reference: as in
+    `accumulate`."""
+    grads, sums = accumulate(config, state.params, state.router, batch, state.step, loss, base, reference)
     optimizer = make_optimizer(config.optimizer, config.train.steps)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     if config.model.index_warmup:  # weight decay would move the others

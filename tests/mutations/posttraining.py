@@ -5,6 +5,7 @@ from tests.mutations.row import Mutation
 GRPO, UPDATE, ROLLOUT = (f"deepseek_jax/posttraining/{name}.py" for name in ("grpo", "update", "rollout"))
 ORACLE = "posttraining/test_grpo.py"
 LORA, ADAPTERS, BASE = "deepseek_jax/model/lora.py", "deepseek_jax/checkpoint/adapters.py", "training/test_base.py"
+DPO, PAIRS, PREFERENCES = (f"deepseek_jax/posttraining/{name}.py" for name in ("dpo", "pairs", "preferences"))
 NAIVE = ("model/test_lora.py::test_the_model_is_the_naive_one_with_alpha_over_rank_times_a_b_added_to_its_weights")
 PART = "model/test_lora.py::test_a_part_of_a_merged_weight_is_that_part"
 
@@ -282,5 +283,77 @@ MUTATIONS = [
         old="if config.model.index_warmup:",
         new="if False:",
         tests="posttraining/test_loop.py::test_what_cannot_be_reinforced_is_one_line",
+    ),
+    Mutation(
+        name="DPO learns what was rejected",
+        file=DPO,
+        old="reward_P2[:, 0] - reward_P2[:, 1]\n    return",
+        new="reward_P2[:, 1] - reward_P2[:, 0]\n    return",
+        tests="posttraining/test_dpo.py",
+    ),
+    Mutation(
+        name="DPO forgets its reference",
+        file=DPO,
+        old="beta * (policy_P2 - reference_P2)",
+        new="beta * policy_P2",
+        tests="posttraining/test_dpo.py",
+    ),
+    Mutation(
+        name="the log-probability of an answer has that of its prompt",
+        file=DPO,
+        old="jnp.where(counted_BT != 0, logprob_BT, 0)",
+        new="logprob_BT",
+        tests="posttraining/test_dpo.py",
+    ),
+    Mutation(
+        name="half a pair is another pair's",
+        file=DPO,
+        old=".sum(axis=1).reshape(-1, 2)",
+        new=".sum(axis=1).reshape(2, -1).T",
+        tests="posttraining/test_dpo.py",
+    ),
+    Mutation(
+        name="filling of held-out batches counts as pairs",
+        file=PREFERENCES,
+        old="jnp.where(counted_P, x_P, 0).sum()",
+        new="x_P.sum()",
+        tests="posttraining/test_preferences.py::test_what_stands_behind_an_answer_or_in_rows_without_a_pair_has_no_"
+              "loss",
+    ),
+    Mutation(
+        name="pairs weigh as much as their answers have tokens",
+        file=PREFERENCES,
+        old="normalizers = inputs.normalizers._replace(weight=len(loss_P) / inputs.normalizers.share)",
+        new="normalizers = inputs.normalizers",
+        tests="posttraining/test_preferences.py::test_a_loss_is_the_mean_over_the_pairs_of_a_step",
+    ),
+    Mutation(
+        name="held-out pairs are trained on",
+        file=PAIRS,
+        old="if not out],",
+        new="],",
+        tests="posttraining/test_pairs.py::test_every_epoch_has_each_pair_once_in_another_order_and_no_held_out_one",
+    ),
+    Mutation(
+        name="prompts of pairs are learned",
+        file=PAIRS,
+        old="weights_BT[b, turn.start:turn.stop] = 1",
+        new="weights_BT[b, :turn.stop] = 1",
+        tests="posttraining/test_pairs.py::test_a_batch_has_each_pair_in_two_rows_and_counts_the_answers_alone",
+    ),
+    Mutation(
+        name="hosts read the same pairs",
+        file=PAIRS,
+        old="self.pair(first + (m * self.hosts + self.host) * self.pairs + i)",
+        new="self.pair(first + m * self.hosts * self.pairs + i)",
+        tests="posttraining/test_pairs.py::test_two_hosts_share_what_one_reads",
+    ),
+    Mutation(
+        name="a run on pairs continues with another reference",
+        file="deepseek_jax/training/loop.py",
+        old='Base(**restored[1]["reference"])',
+        new="None",
+        tests="posttraining/test_preferences.py::test_another_reference_or_other_pairs_are_refused_when_a_run_"
+              "continues",
     ),
 ]

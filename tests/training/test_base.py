@@ -153,7 +153,7 @@ def test_a_base_that_is_gone_or_another_by_now_is_refused(start, whole, away):
     checkpoints.save(1, jax.tree.map(lambda x: jnp.ones(x.shape), {"params": weights.params}), {})
     checkpoints.close()
     for read in (lambda: load_run(str(whole)), lambda: train(start, str(whole))):
-        with pytest.raises(ConfigError, match="is another checkpoint than the one that they were trained on"):
+        with pytest.raises(ConfigError, match="is another checkpoint of step 1 than the one that"):
             read()
 
 

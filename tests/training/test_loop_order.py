@@ -30,7 +30,7 @@ def run_of(monkeypatch, losses, **train):
     done = []
     config = Config(model=naive.tiny(), train=TrainConfig(steps=len(losses), batch_size=1, **train))
 
-    def step(state, batch, base):
+    def step(state, batch, base, reference):
         done.append(f"dispatch {state + 1}")
         return state + 1, Metrics(losses[state], 0.0, 1e-3, 1.0, 0.0, 0.0, 0.0, 0.0, {"bias": jnp.ones((1, 4))}, None)
 
@@ -44,7 +44,7 @@ def run_of(monkeypatch, losses, **train):
     run.loader = types.SimpleNamespace(iterate=lambda start: ((i, {"active": 1}) for i in range(start, len(losses))))
     run.runner = types.SimpleNamespace(shard_batch=lambda batch: batch, rows=1)
     run.step_fn, run.eval_fn, run.agreed = step, None, False
-    run.base, run.frozen, run.frozen_params = None, None, None
+    run.base, run.frozen, run.frozen_params, run.reference, run.compared = None, None, None, None, None
     run.checkpoints = types.SimpleNamespace(save=lambda step, *_: done.append(f"save {step}"), wait=lambda: None,
                                             steps=list)
     monkeypatch.setattr(loop.Run, "_evaluate", lambda self, bar: done.append("evaluate"))
@@ -78,7 +78,7 @@ def test_the_last_evaluation_has_a_bound_and_a_bar_of_its_own(monkeypatch):
     monkeypatch.setattr(loop, "evaluate", lambda *arguments: seen.append(arguments[4:]) or Score(1.0, 1.0, 0.0, {}))
     run.state = types.SimpleNamespace(params=None, router=None)
     metrics = Metrics(1.0, 0.0, 1e-3, 1.0, 0.0, 0.0, 0.0, 0.0, {"bias": jnp.ones((1, 4))}, None)
-    run.step_fn = lambda state, batch, base: (state, metrics)
+    run.step_fn = lambda state, batch, base, reference: (state, metrics)
     assert run._steps(Bar())
     assert seen == [(2, False), (2, False), (5, True)]
 
