@@ -37,6 +37,7 @@ def main() -> None:
 
     # After the config is known to be good: these take seconds.
     from deepseek_jax.parallel.processes import Group, is_first, joined
+    from deepseek_jax.posttraining.distill_logits import distill
     from deepseek_jax.posttraining.preferences import train_on_pairs
     from deepseek_jax.training.loop import train
 
@@ -44,7 +45,7 @@ def main() -> None:
         if config.preference.objective is not None:
             train_on_pairs(config, args.workdir)
             return
-        result = train(config, args.workdir)
+        result = (distill if config.distill.from_ is not None else train)(config, args.workdir)
         if result.finished and is_first():
             from deepseek_jax.training.summary import summarize  # a second for its pictures, which no start waits for
 

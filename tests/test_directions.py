@@ -112,7 +112,8 @@ MAY_IMPORT = {
               "interop.hf_config", "io", "config"),
     # Commands.
     "__main__": (),
-    "train": ("cli", "config", "parallel.processes", "posttraining.preferences", "training.loop", "training.summary"),
+    "train": ("cli", "config", "parallel.processes", "posttraining.distill_logits", "posttraining.preferences",
+              "training.loop", "training.summary"),
     "reinforce": ("cli", "posttraining.loop", "config"),
     "evaluate": ("cli", "io", "training.evaluate", "serving", "chat", "workdir", "config"),
     "routing": ("model", "workdir", "config"),

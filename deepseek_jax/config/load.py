@@ -21,7 +21,7 @@ from typing import Any
 from deepseek_jax import configs, io
 from deepseek_jax.config.mesh import MeshConfig, PipelineConfig, check_mesh
 from deepseek_jax.config.model import GROUP_LIMITED, IN_TURN, FP8Config, ModelConfig
-from deepseek_jax.config.posttraining import GrpoConfig, LoraConfig, PreferenceConfig, RolloutConfig
+from deepseek_jax.config.posttraining import DistillConfig, GrpoConfig, LoraConfig, PreferenceConfig, RolloutConfig
 from deepseek_jax.config.presets import model_config
 from deepseek_jax.config.schema import Checked, ConfigError, build, did_you_mean, key
 from deepseek_jax.config.training import BalanceConfig, DataConfig, InitConfig, OptimizerConfig, TrainConfig
@@ -42,6 +42,7 @@ class Config(Checked):
     mesh: MeshConfig = MeshConfig()  # noqa: RUF009 (frozen)
     pipeline: PipelineConfig = PipelineConfig()  # noqa: RUF009 (frozen)
     lora: LoraConfig = LoraConfig()  # noqa: RUF009 (frozen)
+    distill: DistillConfig = DistillConfig()  # noqa: RUF009 (frozen)
     preference: PreferenceConfig = PreferenceConfig()  # noqa: RUF009 (frozen)
     rollout: RolloutConfig = RolloutConfig()  # noqa: RUF009 (frozen)
     grpo: GrpoConfig = GrpoConfig()  # noqa: RUF009 (frozen)

@@ -1,12 +1,13 @@
-"""After pre-training: adapters in the place of weights; preference pairs; reinforcement learning, its answers and its
-objective."""
+"""After pre-training: adapters in the place of weights; a teacher; preference pairs; reinforcement learning, its
+answers and its objective."""
 
 from __future__ import annotations
 
 import dataclasses
+import os
 from typing import Annotated, Literal
 
-from deepseek_jax.config.schema import NOT_NEGATIVE, POSITIVE, Checked
+from deepseek_jax.config.schema import FRACTION, NOT_NEGATIVE, POSITIVE, Checked, ConfigError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +25,22 @@ class LoraConfig(Checked, section="lora"):
         """What the product of the adapters is multiplied by."""
         assert self.rank is not None
         return self.alpha / self.rank
+
+
+@dataclasses.dataclass(frozen=True)
+class DistillConfig(Checked, section="distill"):
+    """A teacher whose distribution is learned, next to the tokens of data.sources (docs/posttraining.md)."""
+
+    from_: Annotated[str | None, "the work directory of the teacher, with the same tokenizer; None: no teacher"] = None
+    weight: Annotated[float, FRACTION, "of KL(teacher || student); cross-entropy has the rest"] = 0.5
+    temperature: Annotated[float, POSITIVE, "that softens both before they are compared"] = 1.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.from_ == "":
+            raise ConfigError("distill.from names no teacher; add --config.distill.from=RUN.")
+        if self.from_ is not None:  # a shell leaves the ~ of --config.distill.from=~/run alone
+            object.__setattr__(self, "from_", os.path.expanduser(self.from_))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -121,16 +121,17 @@ def _cache(config, workdir):
 
 
 def find_tokenizer(config: Config, workdir: str, sources: list[Source]) -> Tokenizer:
-    """Until there is a checkpoint, that of the run whose weights are taken, with its companions; else the work
-    directory's; without either, one trained here."""
+    """Until there is a checkpoint, that of the run whose weights are taken or that teaches, with its companions; else
+    the work directory's; without either, one trained here."""
     own, checkpoints = (os.path.join(workdir, name) for name in ("tokenizer.json", "checkpoints"))
     begun = os.path.isdir(checkpoints) and any(name.isdecimal() for name in os.listdir(checkpoints))
-    if os.path.isfile(own) and (begun or config.init.from_ is None):
+    source = config.init.from_ or config.distill.from_
+    if os.path.isfile(own) and (begun or source is None):
         return Tokenizer.load(own, config.model.vocab_size)
-    if config.init.from_ is not None:
-        tokenizer = Tokenizer.load(os.path.join(config.init.from_, "tokenizer.json"), config.model.vocab_size)
+    if source is not None:
+        tokenizer = Tokenizer.load(os.path.join(source, "tokenizer.json"), config.model.vocab_size)
         for name in COMPANIONS:
-            if os.path.isfile(theirs := os.path.join(config.init.from_, name)):
+            if os.path.isfile(theirs := os.path.join(source, name)):
                 os.makedirs(workdir, exist_ok=True)
                 with io.replacing(os.path.join(workdir, name)) as partial:
                     shutil.copyfile(theirs, partial)

@@ -67,6 +67,8 @@ def check_reinforce(config: Config) -> None:
         raise ConfigError("reinforcement learning starts from the weights of a run; add --config.init.from=RUN.")
     if config.preference.objective is not None:
         raise ConfigError(f"preference.objective={config.preference.objective!r} is for deepseek_jax.train; take None.")
+    if config.distill.from_ is not None:
+        raise ConfigError("distill.from is for deepseek_jax.train; take None.")
     if jax.process_count() > 1:
         raise ConfigError("reinforcement learning runs in one process; start it on one machine, without "
                           "jax.distributed.")

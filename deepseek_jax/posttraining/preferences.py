@@ -9,7 +9,6 @@ low-rank adapters it is their base. Optimizer, mesh, checkpoints, resumption and
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -28,7 +27,7 @@ from deepseek_jax.parallel.runner import Runner
 from deepseek_jax.parallel.sharding import constrain_to_compute
 from deepseek_jax.posttraining.dpo import answer_logprobs, pair_losses
 from deepseek_jax.posttraining.pairs import PairLoader, hold
-from deepseek_jax.training.base import load_reference
+from deepseek_jax.training.base import load_reference, main_model
 from deepseek_jax.training.loop import Pending, Run, TrainResult, check_start
 from deepseek_jax.training.losses import objective, token_logprobs
 from deepseek_jax.training.selfcheck import check_device
@@ -75,6 +74,8 @@ def check_preferences(config: Config) -> None:
     """Raises ConfigError for what pairs cannot train."""
     if config.init.from_ is None:
         raise ConfigError("preference.objective starts from the weights of a run; add --config.init.from=RUN.")
+    if config.distill.from_ is not None:
+        raise ConfigError("distill.from is for documents, and preference.objective for pairs; take one.")
     if config.mesh.pipe > 1:
         raise ConfigError(f"mesh.pipe={config.mesh.pipe}: pipelines train next tokens alone; take mesh.pipe=1.")
     if config.model.index_warmup:
@@ -90,7 +91,7 @@ def dpo_loss(config: Config, params: dict[str, Any], inputs: Inputs) -> tuple[ja
     batch, reference = of_rows(config, inputs.micro), inputs.reference
     assert reference is not None
     now_BT, output = _logprobs(config, params, inputs.router, batch, inputs.step)
-    before_BT, _ = _logprobs(_main_model(config), reference["params"], reference["router"], batch)
+    before_BT, _ = _logprobs(main_model(config), reference["params"], reference["router"], batch)
     policy_P2, before_P2 = (answer_logprobs(x_BT, batch.weights_BT) for x_BT in (now_BT, before_BT))
     loss_P, watched = pair_losses(config.preference.beta, policy_P2, before_P2)
     tokens_P2 = batch.weights_BT.sum(axis=1).reshape(-1, 2)
@@ -114,11 +115,6 @@ def _logprobs(config: Config, params: dict[str, Any], router: dict[str, jax.Arra
               step: jax.Array | None = None) -> tuple[jax.Array, Output]:
     output = run_model(config, params, router, batch, step=step)
     return token_logprobs(output.hidden_BTD, params["head"], batch.targets_BT, config.train.loss_chunk), output
-
-
-def _main_model(config: Config) -> Config:
-    """The config without MTP modules, which a frozen model need not run."""
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, mtp_depth=0))
 
 
 class PreferenceRun(Run):

@@ -30,6 +30,11 @@ def frozen_shapes(config: Config) -> dict[str, Any]:
     return {"params": jax.tree_util.tree_map_with_path(kept, model.params), "router": model.router}
 
 
+def main_model(config: Config) -> Config:
+    """The config without MTP modules, which a frozen model need not run."""
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, mtp_depth=0))
+
+
 def load_base(config: Config, runner: Runner, known: Base | None = None) -> tuple[dict[str, Any], Base]:
     """The weights of init.from, {"params", "router"}, and which they are.
 

@@ -130,8 +130,8 @@ def check_start(config: Config) -> None:
                           f"{folder} RUN makes a work directory of it, then --config.init.from=RUN.")
 
 
-def train(config: Config, workdir: str) -> TrainResult:
-    """Trains to config.train.steps, resuming the run in the work directory if there is one.
+def train(config: Config, workdir: str, kind: type[Run] | None = None) -> TrainResult:
+    """Trains to config.train.steps, resuming the run in the work directory if there is one. kind: None: a `Run`.
 
     Raises:
       ConfigError: bad data, another config's work directory, or a mesh that does not fit.
@@ -141,6 +141,8 @@ def train(config: Config, workdir: str) -> TrainResult:
     if config.preference.objective is not None:
         raise ConfigError(f"preference.objective={config.preference.objective!r} trains on pairs, by "
                           "posttraining.preferences.train_on_pairs, not on documents.")
+    if config.distill.from_ is not None and kind is None:
+        raise ConfigError("distill.from names a teacher, which posttraining.distill_logits.distill trains with.")
     check(config)
     check_parts(config.model, config.balance)
     runner = Runner(config)
@@ -156,11 +158,11 @@ def train(config: Config, workdir: str) -> TrainResult:
             claim_corpus(prepared, workdir)  # now that it is known to be good
             claim_workdir(config, workdir)
             print(describe_sources(config, prepared), flush=True)
-        return _trained(config, workdir, loader, runner)
+        return _trained(config, workdir, loader, runner, kind or Run)
 
 
-def _trained(config, workdir, loader, runner):
-    run = Run(config, workdir, loader, runner)
+def _trained(config, workdir, loader, runner, kind: type[Run]):
+    run = kind(config, workdir, loader, runner)
     try:
         finished = run.go()
         variables = run.sample_variables() if finished and config.train.sample_tokens else None

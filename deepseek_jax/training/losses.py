@@ -36,11 +36,11 @@ def cross_entropy(hidden_ND: jax.Array, head_DW: jax.Array, targets_N: jax.Array
         devices return; so is the gradient by `hidden_ND`.
     """
     w_DW = head_DW.astype(hidden_ND.dtype)
-    losses = lax.map(lambda part: _chunk(w_DW, part, axis)[0].sum(), _chunks(chunk, hidden_ND, targets_N, weights_N))
+    losses = lax.map(lambda part: _chunk(w_DW, part, axis)[0].sum(), in_chunks(chunk, hidden_ND, targets_N, weights_N))
     return losses.sum()
 
 
-def _chunks(chunk, hidden_ND, *others):
+def in_chunks(chunk: int, hidden_ND: jax.Array, *others: jax.Array) -> tuple[jax.Array, ...]:
     """Pads to full chunks (weight 0) and splits: [N, ...] -> [N / chunk, chunk, ...] of each."""
     chunk = min(chunk, hidden_ND.shape[0])
     pad = -hidden_ND.shape[0] % chunk
@@ -83,7 +83,7 @@ def _cross_entropy_fwd(hidden_ND, head_DW, targets_N, weights_N, chunk, axis):
         return dhead_DW, (losses_M.sum(), matmul(dlogits_MW, w_WD))
 
     dhead_DW, (losses, dhidden) = lax.scan(step, jnp.zeros(head_DW.shape, head_DW.dtype),
-                                           _chunks(chunk, hidden_ND, targets_N, weights_N))
+                                           in_chunks(chunk, hidden_ND, targets_N, weights_N))
     dhidden_ND = dhidden.reshape(-1, hidden_ND.shape[1])[:hidden_ND.shape[0]]
     return losses.sum(), (dhidden_ND, dhead_DW)
 
@@ -108,7 +108,7 @@ def token_logprobs(hidden_BTD: jax.Array, head_DW: jax.Array, targets_BT: jax.Ar
         return logits_MW[jnp.arange(len(targets_M)), targets_M] - jax.nn.logsumexp(logits_MW, axis=-1)
 
     def one(hidden_ND, targets_N):
-        return lax.map(of_chunk, _chunks(chunk, hidden_ND, targets_N)).reshape(-1)[:len(targets_N)]
+        return lax.map(of_chunk, in_chunks(chunk, hidden_ND, targets_N)).reshape(-1)[:len(targets_N)]
 
     # Each device goes through its own tokens, as in `token_losses`.
     parts = [x.reshape(data_shards(), -1, *x.shape[2:]) for x in (hidden_BTD, targets_BT)]
@@ -131,19 +131,28 @@ def shifted_targets(targets_BT: jax.Array, weights_BT: jax.Array, segment_ids_BT
 
 def token_losses(output: Output, head_DW: jax.Array, batch: Batch, chunk: int, axis: str | None = None) -> TokenLosses:
     """Main and MTP losses of one micro-batch; `chunk` and `axis` as in `cross_entropy`."""
-    def one(hidden_BTD, targets_BT, weights_BT):
-        # Each device goes through its own tokens; [shards, tokens, ...] keeps them, and their part of dhead, apart.
-        tokens = [x.reshape(data_shards(), -1, *x.shape[2:]) for x in (hidden_BTD, targets_BT, weights_BT)]
-        each = lambda h_ND, targets_N, weights_N: cross_entropy(h_ND, head_DW, targets_N, weights_N, chunk, axis)
-        nats = jax.vmap(each)(*tokens).sum() if data_shards() > 1 else each(*(x[0] for x in tokens))
-        return nats, weights_BT.sum()
+    main = _summed(output.hidden_BTD, head_DW, batch.targets_BT, batch.weights_BT, chunk, axis)
+    return TokenLosses(main, batch.weights_BT.sum(), *mtp_losses(output, head_DW, batch, chunk, axis))
 
-    targets_BT, weights_BT, segments = batch.targets_BT, batch.weights_BT, batch.segment_ids_BT
-    main, count = one(output.hidden_BTD, targets_BT, weights_BT)
-    mtp = [one(h, *shifted_targets(targets_BT, weights_BT, segments, k + 1)) for k, h in enumerate(output.mtp_hidden)]
-    zeros = jnp.zeros((0,), main.dtype)
-    mtp_nats, mtp_weights = zip(*mtp, strict=True) if mtp else ((), ())
-    return TokenLosses(main, count, *(jnp.stack(x) if x else zeros for x in (mtp_nats, mtp_weights)))
+
+def mtp_losses(output: Output, head_DW: jax.Array, batch: Batch, chunk: int,
+               axis: str | None = None) -> tuple[jax.Array, jax.Array]:
+    """(nats, weights) of each MTP depth, [D]; arguments as in `token_losses`."""
+    shifted = [shifted_targets(batch.targets_BT, batch.weights_BT, batch.segment_ids_BT, k + 1)
+               for k in range(len(output.mtp_hidden))]
+    if not shifted:
+        none_D = jnp.zeros((0,), wide(output.hidden_BTD.dtype))
+        return none_D, none_D
+    nats = [_summed(h_BTD, head_DW, *of, chunk, axis) for h_BTD, of in zip(output.mtp_hidden, shifted, strict=True)]
+    return jnp.stack(nats), jnp.stack([weights_BT.sum() for _, weights_BT in shifted])
+
+
+def _summed(hidden_BTD, head_DW, targets_BT, weights_BT, chunk, axis):
+    """`cross_entropy` of a micro-batch."""
+    # Each device goes through its own tokens; [shards, tokens, ...] keeps them, and their part of dhead, apart.
+    tokens = [x.reshape(data_shards(), -1, *x.shape[2:]) for x in (hidden_BTD, targets_BT, weights_BT)]
+    each = lambda h_ND, targets_N, weights_N: cross_entropy(h_ND, head_DW, targets_N, weights_N, chunk, axis)
+    return jax.vmap(each)(*tokens).sum() if data_shards() > 1 else each(*(x[0] for x in tokens))
 
 
 def objective(output: Output, losses: TokenLosses, normalizers: Normalizers, balance: BalanceConfig) -> jax.Array:

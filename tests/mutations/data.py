@@ -97,8 +97,8 @@ MUTATIONS = [
     Mutation(
         name="the prompt of an answer is predicted",
         file="deepseek_jax/chat/conversation.py",
-        old="predicted[len(prompt):last + 1] = [True] * (last + 1 - len(prompt))",
-        new="predicted[:last + 1] = [True] * (last + 1)",
+        old="predicted[turn.start:turn.stop] = [True] * (turn.stop - turn.start)",
+        new="predicted[:turn.stop] = [True] * turn.stop",
         tests="chat/test_conversation.py::test_each_answer_and_its_end_are_predicted_and_nothing_else",
     ),
     Mutation(
@@ -111,7 +111,7 @@ MUTATIONS = [
     Mutation(
         name="answers that the template rewrites are trained on",
         file="deepseek_jax/chat/conversation.py",
-        old="if ids[:len(end)] != end or end[:len(prompt)] != prompt:",
+        old="if ids[:len(prompt)] != prompt:",
         new="if False:",
         tests="chat/test_conversation.py::test_an_answer_that_the_template_writes_otherwise_than_it_asks_for_it_is_refused",
     ),

@@ -5,6 +5,7 @@ from tests.mutations.row import Mutation
 GRPO, UPDATE, ROLLOUT = (f"deepseek_jax/posttraining/{name}.py" for name in ("grpo", "update", "rollout"))
 ORACLE = "posttraining/test_grpo.py"
 LORA, ADAPTERS, BASE = "deepseek_jax/model/lora.py", "deepseek_jax/checkpoint/adapters.py", "training/test_base.py"
+DISTILL = "deepseek_jax/posttraining/distill_logits.py"
 DPO, PAIRS, PREFERENCES = (f"deepseek_jax/posttraining/{name}.py" for name in ("dpo", "pairs", "preferences"))
 NAIVE = ("model/test_lora.py::test_the_model_is_the_naive_one_with_alpha_over_rank_times_a_b_added_to_its_weights")
 PART = "model/test_lora.py::test_a_part_of_a_merged_weight_is_that_part"
@@ -355,5 +356,33 @@ MUTATIONS = [
         new="None",
         tests="posttraining/test_preferences.py::test_another_reference_or_other_pairs_are_refused_when_a_run_"
               "continues",
+    ),
+    Mutation(
+        name="a student's gradient forgets the temperature",
+        file=DISTILL,
+        old="T * (jnp.exp(soft_MW) - jnp.exp(wanted_MW))",
+        new="jnp.exp(soft_MW) - jnp.exp(wanted_MW)",
+        tests="posttraining/test_distill_logits.py::test_loss_and_gradient_are_those_of_the_oracle",
+    ),
+    Mutation(
+        name="the KL divergence is that of the other direction",
+        file=DISTILL,
+        old="(jnp.exp(wanted_MW) * (wanted_MW - soft_MW))",
+        new="(jnp.exp(soft_MW) * (soft_MW - wanted_MW))",
+        tests="posttraining/test_distill_logits.py::test_loss_and_gradient_are_those_of_the_oracle",
+    ),
+    Mutation(
+        name="tokens without a loss are learned from the teacher",
+        file=DISTILL,
+        old="dlogits_MW = weights_M[:, None] * (",
+        new="dlogits_MW = 1.0 * (",
+        tests="posttraining/test_distill_logits.py::test_tokens_without_a_weight_have_no_gradient",
+    ),
+    Mutation(
+        name="a teacher with another tokenizer is taken",
+        file=DISTILL,
+        old='if Tokenizer.load(f"{folder}/tokenizer.json").digest != loader.tokenizer.digest:',
+        new="if False:",
+        tests="posttraining/test_distill_logits.py::test_a_teacher_with_another_tokenizer_is_one_line",
     ),
 ]

@@ -112,7 +112,7 @@ class Training(Measure):
     def identity(self, study: Study, arm: str) -> Any:
         config = as_dict(self.config(study, arm))
         del config["pipeline"], config["train"]["final_eval_batches"]  # no part of an arm's run
-        del config["preference"], config["rollout"], config["grpo"]
+        del config["distill"], config["preference"], config["rollout"], config["grpo"]
         if config["lora"]["rank"] is None:
             del config["lora"]
         # So that results of earlier versions stay those of their arms.
