@@ -241,8 +241,8 @@ MUTATIONS = [
     Mutation(
         name="a device's loss leaves out the others' tokens",
         file="deepseek_jax/training/losses.py",
-        old="nats = jax.vmap(each)(*tokens).sum() if",
-        new="nats = jax.vmap(each)(*tokens)[0] if",
+        old="return jax.vmap(each)(*tokens).sum() if",
+        new="return jax.vmap(each)(*tokens)[0] if",
         tests="parallel/test_training.py",
     ),
     Mutation(
