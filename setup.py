@@ -40,7 +40,7 @@ setup(
     entry_points={"console_scripts": ["deepseek-jax = deepseek_jax.__main__:main"]},
     packages=find_packages(include=["deepseek_jax", "deepseek_jax.*", "kernels_pallas", "kernels_pallas.*"]),
     package_data={"deepseek_jax": ["py.typed"], "deepseek_jax.serving.openai": ["chat.html"],
-                  "kernels_pallas": ["py.typed"]},
+                  "deepseek_jax.chat": ["*.jinja"], "kernels_pallas": ["py.typed"]},
     python_requires=">=3.11,<3.14",
     install_requires=[
         "jax>=0.7.2,<0.13",  # the kernels need 0.11.2: kernels_pallas/api.py

@@ -34,10 +34,11 @@ def conversation_ids(messages: Any, tokenizer: Tokenizer, text: Conventions) -> 
         raise BadMessages("messages", "messages have no answer (of the role assistant); add what the model should say.")
     if answers[0] == 0:
         raise BadMessages("messages[0]", "messages[0] answers nothing; begin with a message of the user.")
-    ids = _until(checked[:answers[-1] + 1], tokenizer, text)
+    options = _reasoning(checked)
+    ids = _until(checked[:answers[-1] + 1], tokenizer, text, options)
     predicted = [False] * len(ids)
     for i in answers:
-        turn = last_turn(checked[:i + 1], tokenizer, text)
+        turn = last_turn(checked[:i + 1], tokenizer, text, options)
         if ids[:len(turn.ids)] != turn.ids:
             raise _otherwise(i)
         predicted[turn.start:turn.stop] = [True] * (turn.stop - turn.start)
@@ -52,11 +53,16 @@ class Turn(NamedTuple):
     stop: int
 
 
-def last_turn(checked: list[dict[str, str]], tokenizer: Tokenizer, text: Conventions) -> Turn:
-    """Checked messages the last of which is an answer, as the template writes them. Raises BadMessages for an answer
-    that it writes otherwise here than where it is asked for."""
-    prompt = chat_ids(checked[:-1], tokenizer, text.template)
-    ids, ends = _until(checked, tokenizer, text), text.ends or {tokenizer.eos}
+def last_turn(checked: list[dict[str, str]], tokenizer: Tokenizer, text: Conventions,
+              options: dict[str, bool] | None = None) -> Turn:
+    """Checked messages the last of which is an answer, as the template writes them.
+
+    options: of the template; None: those that the messages themselves call for. Raises BadMessages for an answer that
+    it writes otherwise here than where it is asked for.
+    """
+    options = _reasoning(checked) if options is None else options
+    prompt = chat_ids(checked[:-1], tokenizer, text.template, options)
+    ids, ends = _until(checked, tokenizer, text, options), text.ends or {tokenizer.eos}
     if ids[:len(prompt)] != prompt:
         raise _otherwise(len(checked) - 1)
     # A line break behind the token that ends the answer is the template's.
@@ -77,8 +83,14 @@ def _otherwise(i: int) -> BadMessages:
                        "give each answer a row that ends with it, in the form that the template expects.")
 
 
-def _until(messages, tokenizer, text: Conventions) -> list[int]:
+def _reasoning(checked) -> dict[str, bool]:
+    """Options of templates that reason when asked to, which name it either way, for messages that hold reasoning."""
+    reasons = any("reasoning_content" in message for message in checked)
+    return {"thinking": True, "enable_thinking": True} if reasons else {}
+
+
+def _until(messages, tokenizer, text: Conventions, options: dict[str, bool]) -> list[int]:
     """Ids of messages the last of which is an answer, with what ends it."""
     if text.template is not None:
-        return rendered_ids(messages, tokenizer, text.template, {"add_generation_prompt": False})
+        return rendered_ids(messages, tokenizer, text.template, options | {"add_generation_prompt": False})
     return [*chat_ids(messages[:-1], tokenizer, None), *tokenizer.encode(messages[-1]["content"]), tokenizer.eos]

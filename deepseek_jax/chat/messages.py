@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 
 ROLES = {"system": None, "developer": None, "user": "<｜User｜>", "assistant": "<｜Assistant｜>"}
 KEPT = {"assistant": ("<think>", "</think>")}  # which templates look for in former answers, to leave reasoning out
+EXTRA = {"assistant": ("reasoning_content",)}  # fields that a template has to know
 
 HALF_CHARACTER = "holds half a character (a lone surrogate); send valid Unicode."
 Template = Callable[..., str]  # (messages, **options) -> prompt
@@ -66,6 +67,8 @@ class BadMessages(ValueError):
 def check_messages(messages: Any) -> list[dict[str, str]]:
     """Messages with a role and a text each, and perhaps a name; a content of text parts becomes one text.
 
+    Answers may have a reasoning_content, for templates that know it.
+
     Raises:
       BadMessages: the first that is none, or that has more in it.
     """
@@ -84,12 +87,15 @@ def check_messages(messages: Any) -> list[dict[str, str]]:
         others = {key: value for key, value in message.items() if key not in ("role", "content") and value}
         if others.get("type") == "text":  # which says no more than the content does
             del others["type"]
-        name = others.pop("name", "")
-        if others or not isinstance(name, str) or not is_unicode(name):
-            field = f"messages[{i}].{next(iter(others), 'name')}"
-            raise BadMessages(field, f"{field[:80]} is not supported; leave it out.")
-        checked.append({"role": role, "content": content} | ({"name": name} if name else {}))
+        texts = {key: others.pop(key) for key in ("name", *EXTRA.get(role, ())) if key in others}
+        if unfit := [*others, *(key for key, text in texts.items() if not isinstance(text, str) or not is_unicode(text))]:
+            raise _unsupported(f"messages[{i}].{unfit[0]}")
+        checked.append({"role": role, "content": content} | texts)
     return checked
+
+
+def _unsupported(field):
+    return BadMessages(field, f"{field[:80]} is not supported; leave it out.")
 
 
 def chat_ids(messages: Any, tokenizer: Tokenizer, template: Template | None,
@@ -106,6 +112,10 @@ def chat_ids(messages: Any, tokenizer: Tokenizer, template: Template | None,
     checked, backend = check_messages(messages), tokenizer.backend
     if template is not None:
         return rendered_ids(checked, tokenizer, template, options or {})
+    for i, message in enumerate(checked):
+        for field in EXTRA.get(message["role"], ()):
+            if field in message:
+                raise _unsupported(f"messages[{i}].{field}")
     answer = backend.token_to_id(ROLES["assistant"])
     if answer is None:
         return [tokenizer.bos, *tokenizer.encode("\n".join(m["content"] for m in checked))]
@@ -130,7 +140,8 @@ def rendered_ids(messages: list[dict[str, str]], tokenizer: Tokenizer, template:
         return find.sub(lambda m: m[0] if m[0] in kept else m[0][0] + mark + m[0][1:], text)
 
     try:
-        rendered = template([{key: text if key == "role" else marked(text, KEPT.get(m["role"], ()))
+        rendered = template([{key: text if key == "role" else marked(text, KEPT.get(m["role"], ())
+                                                                     if key == "content" else ())
                               for key, text in m.items()} for m in messages], **options)
     except ValueError as error:
         raise BadMessages("messages", f"messages: the model's chat template refuses them: {error}") from None

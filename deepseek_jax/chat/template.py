@@ -3,16 +3,19 @@ sandbox), the tokens that end an answer, and whether a text begins with BOS."""
 
 from __future__ import annotations
 
+import importlib.resources
 import importlib.util
 import os
 import sys
 from typing import Any
 
 from deepseek_jax import io
-from deepseek_jax.chat.messages import ROLES, Conventions, Template, Tokenizer
+from deepseek_jax.chat.messages import KEPT, ROLES, Conventions, Template, Tokenizer
 from deepseek_jax.chat.render import Renderer
 from deepseek_jax.config import ConfigError, shown
 
+FILE = "chat_template.jinja"
+_V32_MARKS = {ROLES["user"], ROLES["assistant"], *KEPT["assistant"]}
 
 def of_folder(folder: str, tokenizer: Tokenizer, chats: bool = True) -> Conventions:
     """Reads chat_template.jinja, tokenizer_config.json, generation_config.json and config.json, what there is of them.
@@ -24,11 +27,35 @@ def of_folder(folder: str, tokenizer: Tokenizer, chats: bool = True) -> Conventi
     """
     about = _json(folder, "tokenizer_config.json")
     names = (tokenizer.backend.id_to_token(_named(folder, tokenizer, about, role)) or "" for role in ("bos", "eos"))
-    template = read(folder, *names)
+    template = read(folder, *names, default=built_in(folder))
     if chats and template is None and tokenizer.backend.token_to_id(ROLES["assistant"] or "") is None:
         print(f"note: {folder} has no chat template; messages are joined, and the model continues them as plain text.",
               file=sys.stderr)
     return without_template(folder, tokenizer)._replace(template=template)
+
+
+def built_in(folder: str) -> str | None:
+    """Our template of DeepSeek-V3.2, for a Hugging Face checkpoint of it that has none, as it is published.
+
+    None for other models, and where the tokenizer lacks the tokens of roles and reasoning.
+
+    Raises ConfigError for a file that cannot be read.
+    """
+    if _json(folder, "config.json").get("model_type") != "deepseek_v32" or _source(folder) is not None:
+        return None
+    added = _json(folder, "tokenizer.json").get("added_tokens")
+    spelled = {token.get("content") for token in added if isinstance(token, dict)} if isinstance(added, list) else set()
+    if not spelled >= _V32_MARKS:
+        return None
+    return importlib.resources.files("deepseek_jax.chat").joinpath("deepseek_v32.jinja").read_text(encoding="utf-8")
+
+
+def keep_built_in(src: str, dst: str) -> None:
+    """Gives a run made of the checkpoint `src` the template that this project has for it, if any."""
+    source = built_in(src)
+    if source is not None:
+        with open(os.path.join(dst, FILE), "w", encoding="utf-8") as f:
+            f.write(source)
 
 
 def without_template(folder: str, tokenizer: Tokenizer) -> Conventions:
@@ -64,8 +91,8 @@ def _ends(folder, eos) -> list[int]:
     return [eos]
 
 
-def read(folder: str, bos: str, eos: str) -> Template | None:
-    """(messages, **options) -> prompt, ready for the answer; None where `folder` has no template.
+def read(folder: str, bos: str, eos: str, default: str | None = None) -> Template | None:
+    """(messages, **options) -> prompt, ready for the answer; None where there is no template.
 
     Options are names of the template's own, such as `thinking` or `enable_thinking`.
 
@@ -73,12 +100,12 @@ def read(folder: str, bos: str, eos: str) -> Template | None:
 
     Args:
       folder: with chat_template.jinja, or tokenizer_config.json with "chat_template" in it.
-      bos, eos: the tokens that templates name.
+      bos, eos: the tokens that templates name. default: the template of a folder that has none.
     Raises:
       ConfigError: the template cannot be read, or jinja2 is not installed.
       ValueError: (of the function) the template refuses these messages.
     """
-    source = _source(folder)
+    source = _source(folder) or default
     if source is None:
         return None
     if importlib.util.find_spec("jinja2") is None:
@@ -88,10 +115,15 @@ def read(folder: str, bos: str, eos: str) -> Template | None:
                                      "add_generation_prompt": True})
     except ValueError as error:
         raise ConfigError(f"the chat template of {folder} is damaged ({error}); fetch it again.") from None
-    if "developer" in source:
-        return rendered
-    return lambda messages, **options: rendered(
-        [m | {"role": "system"} if m["role"] == "developer" else m for m in messages], **options)
+
+    def template(messages, **options):
+        if "developer" not in source:
+            messages = [m | {"role": "system"} if m["role"] == "developer" else m for m in messages]
+        if "reasoning_content" not in source and any("reasoning_content" in m for m in messages):
+            raise ValueError("it knows no reasoning_content; leave it out.")
+        return rendered(messages, **options)
+
+    return template
 
 
 def _json(folder, name) -> dict[str, Any]:
@@ -111,7 +143,7 @@ def _json(folder, name) -> dict[str, Any]:
 
 
 def _source(folder):
-    path = os.path.join(folder, "chat_template.jinja")
+    path = os.path.join(folder, FILE)
     if os.path.isfile(path):
         try:
             with io.open_regular(path) as f:

@@ -21,7 +21,7 @@ from typing import Any
 import tokenizers
 
 from deepseek_jax import io
-from deepseek_jax.chat.template import of_folder
+from deepseek_jax.chat.template import keep_built_in, of_folder
 from deepseek_jax.config import Config, ConfigError
 from deepseek_jax.data import corpus, token_shards
 from deepseek_jax.data.tokenizer import COMPANIONS, PATTERN, SPECIALS, Tokenizer, train_tokenizer
@@ -130,11 +130,12 @@ def find_tokenizer(config: Config, workdir: str, sources: list[Source]) -> Token
         return Tokenizer.load(own, config.model.vocab_size)
     if source is not None:
         tokenizer = Tokenizer.load(os.path.join(source, "tokenizer.json"), config.model.vocab_size)
+        os.makedirs(workdir, exist_ok=True)
         for name in COMPANIONS:
             if os.path.isfile(theirs := os.path.join(source, name)):
-                os.makedirs(workdir, exist_ok=True)
                 with io.replacing(os.path.join(workdir, name)) as partial:
                     shutil.copyfile(theirs, partial)
+        keep_built_in(source, workdir)
     else:
         tokenizer = _trained(config, workdir, sources)
     tokenizer.save(own)

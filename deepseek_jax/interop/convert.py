@@ -23,6 +23,7 @@ from deepseek_jax.checkpoint import manifest
 from deepseek_jax.checkpoint.adapters import Merged, base_of, identify
 from deepseek_jax.checkpoint.arrays import Stored, Writer
 from deepseek_jax.config import Config, ConfigError, as_dict, freeze
+from deepseek_jax.chat.template import keep_built_in
 from deepseek_jax.data.tokenizer import COMPANIONS, Tokenizer
 from deepseek_jax.interop import hf_config, ranks, safetensors_io, save
 from deepseek_jax.interop.load import Checkpoint
@@ -79,6 +80,7 @@ def from_hf(src: str, dst: str, dtype: str | None = None, keep_fp8: bool = False
 def _text(src, dst, partial, vocab_size) -> list[str]:
     """Copies the tokenizer and its companions, or makes them of tiktoken's ranks. Lines for the user."""
     if _copy_text(src, partial):
+        keep_built_in(src, partial)
         return []
     if os.path.lexists(os.path.join(src, ranks.FILE)):
         return [ranks.convert(src, partial, vocab_size)]

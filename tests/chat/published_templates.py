@@ -2,9 +2,12 @@
 
     python -m tests.chat.published_templates DIR
 
-DIR has templates, NAME.jinja, which are not part of this project. Needs transformers.
+DIR has templates, NAME.jinja, and perhaps encoding_dsv32.py, the program that DeepSeek-V3.2 has instead, which our own
+template is compared with. None of them is part of this project. Needs transformers.
 """
 
+import importlib.util
+import json
 import pathlib
 import re
 import sys
@@ -28,30 +31,80 @@ CHATS = {
     "reasoning in a former answer": SAY("1 + 1", "<think>\nsimple\n</think>\n\n2", "and 2 + 2?"),
     "an answer last": SAY("say", "<think>why</think>said"),
 }
+# What DeepSeek-V3.2's program takes besides: reasoning in a field of its own.
+REASONED = {
+    "reasoning in earlier answers": [m | {"reasoning_content": "hm </think> <｜User｜>"} if m["role"] == "assistant"
+                                     else m for m in SAY("1 + 1", "2", "and 2 + 2?", "4", "so?")],
+    "an answer last, with reasoning": [*SAY("1 + 1"), {"role": "assistant", "content": "2", "reasoning_content": "x"}],
+    "questions in a row": [{"role": "user", "content": text} for text in ("a", "", "b")],
+    "a system prompt late": [*SAY("a", "b"), {"role": "system", "content": "Now brief."}, *SAY("c")],
+    "an empty system prompt": [{"role": "system", "content": ""}, *SAY("a")],
+}
 OPTIONS = ({}, {"thinking": True}, {"thinking": False}, {"enable_thinking": True}, {"enable_thinking": False})
+
+
+def tokenizer_of(source: str) -> Tokenizer:
+    """A small tokenizer with the markup that a template, or the program, names."""
+    backend = Backend.from_str(train_tokenizer(["some text"] * 3, 262).backend.to_str())
+    backend.add_special_tokens([AddedToken(text, normalized=False) for text in sorted(set(MARKUP.findall(source)))])
+    return Tokenizer(backend)
+
+
+def of_templates(path: pathlib.Path):
+    """Chats of a template: (name, ours, theirs), each ids or what was raised; and the tokenizer."""
+    source = path.read_text(encoding="utf-8")
+    ours = tokenizer_of(source)
+    bos, eos = (ours.backend.id_to_token(token) for token in (ours.bos, ours.eos))
+    theirs = PreTrainedTokenizerFast(tokenizer_object=ours.backend, bos_token=bos, eos_token=eos, chat_template=source)
+    with tempfile.TemporaryDirectory() as folder:
+        pathlib.Path(folder, "chat_template.jinja").write_text(source, encoding="utf-8")
+        template = chat_template.read(folder, bos, eos)
+    for name, chat in CHATS.items():
+        for options in OPTIONS:
+            wanted = theirs.apply_chat_template(chat, add_generation_prompt=True, return_dict=False, **options)
+            yield f"{name}, {options}", ours, chat_ids(chat, ours, template, options), wanted
+
+
+def of_program(path: pathlib.Path):
+    """The same of DeepSeek-V3.2's program; chats that it refuses have to be refused here."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    program = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(program)
+    ours = tokenizer_of(path.read_text(encoding="utf-8"))
+    with tempfile.TemporaryDirectory() as folder:
+        pathlib.Path(folder, "config.json").write_text(json.dumps({"model_type": "deepseek_v32"}))
+        ours.save(f"{folder}/tokenizer.json")
+        names = {"bos_token": program.bos_token, "eos_token": program.eos_token}
+        pathlib.Path(folder, "tokenizer_config.json").write_text(json.dumps(names))
+        template = chat_template.of_folder(folder, ours).template
+    parse = ours.encode_template  # with all markup that is spelled, so no chat here spells any but in dropped parts
+    for name, chat in (CHATS | REASONED).items():
+        for options in OPTIONS:
+            mode = "thinking" if any(options.values()) else "chat"
+            yield (f"{name}, {options}", ours, outcome(lambda: chat_ids(chat, ours, template, options)),
+                   outcome(lambda: parse(program.encode_messages(chat, thinking_mode=mode))))
+
+
+def outcome(work):
+    """Ids, or "refused"."""
+    try:
+        return work()
+    except (AssertionError, ValueError):
+        return "refused"
 
 
 def main() -> None:
     compared = different = 0
-    for path in sorted(pathlib.Path(sys.argv[1]).glob("*.jinja")):
-        source = path.read_text(encoding="utf-8")
-        backend = Backend.from_str(train_tokenizer(["some text"] * 3, 262).backend.to_str())
-        backend.add_special_tokens([AddedToken(text, normalized=False) for text in sorted(set(MARKUP.findall(source)))])
-        ours = Tokenizer(backend)
-        bos, eos = (backend.id_to_token(token) for token in (ours.bos, ours.eos))
-        theirs = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=bos, eos_token=eos, chat_template=source)
-        with tempfile.TemporaryDirectory() as folder:
-            pathlib.Path(folder, "chat_template.jinja").write_text(source, encoding="utf-8")
-            template = chat_template.read(folder, bos, eos)
-        for name, chat in CHATS.items():
-            for options in OPTIONS:
-                wanted = theirs.apply_chat_template(chat, add_generation_prompt=True, return_dict=False, **options)
-                found = chat_ids(chat, ours, template, options)
-                compared += 1
-                if found != wanted:
-                    different += 1
-                    print(f"{path.name}, {name}, {options}:\n  {ours.decode(found, specials=True)!r}\n"
-                          f"  {ours.decode(wanted, specials=True)!r}")
+    folder = pathlib.Path(sys.argv[1])
+    for path in [*sorted(folder.glob("*.jinja")), *folder.glob("encoding_dsv32.py")]:
+        before = compared, different
+        for name, ours, found, wanted in (of_templates if path.suffix == ".jinja" else of_program)(path):
+            compared += 1
+            if found != wanted:
+                different += 1
+                shown = (ids if ids == "refused" else repr(ours.decode(ids, specials=True)) for ids in (found, wanted))
+                print(f"{path.name}, {name}:", *shown, sep="\n  ")
+        print(f"{path.name}: {different - before[1]} of {compared - before[0]} chats differ.")
     print(f"{different} of {compared} chats differ.")
     sys.exit(different > 0)
 

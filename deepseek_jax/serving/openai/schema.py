@@ -58,8 +58,11 @@ COMPLETION: dict[str, Schema] = BOTH | {
     "best_of": {"type": "integer", "minimum": 1, "description": "Can only equal n."},
     "logprobs": {"type": "integer", "minimum": 0, "maximum": ALTERNATIVES},
 }
-MESSAGE = _object("name", closed=True, role={"enum": list(ROLES)}, name=TEXT, content={
-    "anyOf": [TEXT, _array(_object(closed=True, type={"const": "text"}, text=TEXT))]})
+SAID = {"anyOf": [TEXT, _array(_object(closed=True, type={"const": "text"}, text=TEXT))]}
+MESSAGE = {"anyOf": [
+    _object("name", closed=True, role={"enum": list(ROLES)}, name=TEXT, content=SAID),
+    _object("name", "reasoning_content", closed=True, role={"const": "assistant"}, name=TEXT, content=SAID,
+            reasoning_content=TEXT | {"description": "For models whose chat template knows it."})]}
 CHAT: dict[str, Schema] = BOTH | {
     "messages": _array(MESSAGE, minItems=1),
     "max_completion_tokens": BOTH["max_tokens"] | {"minimum": 1},

@@ -1,0 +1,100 @@
+"""The chats of DeepSeek-V3.2, whose checkpoints have no template: as its published encoding writes them."""
+
+import json
+import os
+
+import pytest
+
+from deepseek_jax.chat import template as chat_template
+from deepseek_jax.chat.conversation import conversation_ids
+from deepseek_jax.chat.messages import BadMessages, chat_ids, check_messages
+from deepseek_jax.serving.openai import requests
+from tests.chat.test_conversation import said
+from tests.chat.test_template import published, tokenizer
+
+TURNS = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1 + 1?"},
+         {"role": "assistant", "content": "2", "reasoning_content": "easy"}, {"role": "user", "content": "and 2 + 2?"}]
+BEGINS = "<|bos|>Be brief.<｜User｜>1 + 1?<｜Assistant｜></think>2<|eos|><｜User｜>and 2 + 2?<｜Assistant｜>"
+
+
+def checkpoint(folder, model_type="deepseek_v32", tokens=published):
+    (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
+    tokens().save(str(folder / "tokenizer.json"))
+    return str(folder)
+
+
+@pytest.fixture(params=["checkpoint", "run"])
+def text(request, tmp_path):
+    folder = checkpoint(tmp_path)
+    if request.param == "run":
+        folder = str(tmp_path / "run")
+        os.mkdir(folder)
+        chat_template.keep_built_in(str(tmp_path), folder)
+    return chat_template.of_folder(folder, published())
+
+
+@pytest.mark.parametrize(("options", "ends"), [
+    ({}, "</think>"), ({"thinking": True}, "<think>"), ({"enable_thinking": True}, "<think>"),
+    ({"thinking": False}, "</think>")])
+def test_the_last_question_opens_the_reasoning_and_that_of_earlier_answers_is_left_out(text, options, ends):
+    ids = chat_ids(TURNS, published(), text.template, options)
+    assert published().decode(ids, specials=True) == BEGINS + ends
+    assert ids[-2:] == [published().backend.token_to_id(mark) for mark in ("<｜Assistant｜>", ends)]
+
+
+def test_every_question_is_asked_and_an_answer_at_the_end_is_ended(text):
+    render = lambda *turns, **options: text.template([{"role": role, "content": said} for role, said in turns], **options)
+    assert render(("user", "a"), ("user", "b"), thinking=True) == (
+        "<|bos|><｜User｜>a<｜Assistant｜></think><｜User｜>b<｜Assistant｜><think>")
+    assert render(("user", "a"), ("assistant", "b"), ("system", "c")) == (
+        "<|bos|><｜User｜>a<｜Assistant｜></think>b<|eos|>c")
+    assert render(("user", "a"), add_generation_prompt=False) == "<|bos|><｜User｜>a"
+    answered = [*TURNS, {"role": "assistant", "content": "4", "reasoning_content": "hm"}]
+    assert text.template(answered, thinking=True) == BEGINS + "<think>hm</think>4<|eos|>"
+
+
+@pytest.mark.parametrize(("messages", "error"), [
+    ([{"role": "developer", "content": "a"}], "say it as the system"),
+    ([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "needs its reasoning_content")])
+def test_what_the_encoding_has_no_form_for_is_refused(text, messages, error):
+    with pytest.raises(BadMessages, match=error):
+        chat_ids(messages, published(), text.template, {"thinking": True})
+
+
+def test_a_template_of_the_checkpoints_own_is_preferred_and_other_models_get_none(tmp_path):
+    assert chat_template.built_in(checkpoint(tmp_path))
+    (tmp_path / "chat_template.jinja").write_text("own")
+    assert chat_template.of_folder(str(tmp_path), published()).template(TURNS[:2]) == "own"
+    (tmp_path / "chat_template.jinja").unlink()
+    assert chat_template.built_in(checkpoint(tmp_path, tokens=tokenizer)) is None  # which has no role tokens
+    assert chat_template.built_in(checkpoint(tmp_path, "deepseek_v3")) is None
+
+
+def test_answers_are_trained_on_with_or_without_reasoning(text):
+    here = published()
+    plain = [{key: part for key, part in turn.items() if key != "reasoning_content"} for turn in TURNS]
+    rows = {"4<|eos|>": plain[3:], "2<|eos|>": plain}
+    for answer, row in rows.items():
+        ids, predicted = conversation_ids([*row, {"role": "assistant", "content": "4"}], here, text)
+        assert said(here, ids, predicted)[0] == answer
+    row = [TURNS[3], {"role": "assistant", "content": "4", "reasoning_content": "hm <think>"}]
+    ids, predicted = conversation_ids(row, here, text)
+    assert said(here, ids, predicted) == ["hm <think></think>4<|eos|>"]
+    assert ids.count(here.backend.token_to_id("<think>")) == 1  # what is said in the reasoning is letters
+
+
+def test_a_request_may_hold_the_reasoning_of_earlier_answers(text):
+    served = requests.ServedModel("m", published(), 512, 500, text)
+    body = {"messages": TURNS, "max_tokens": 1, "chat_template_kwargs": {"thinking": True}}
+    ids = requests.read(body, True, served).requests[0].prompt
+    assert published().decode(list(ids), specials=True) == BEGINS + "<think>"
+
+
+def test_reasoning_is_refused_where_the_template_knows_none(tmp_path):
+    (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    with pytest.raises(BadMessages, match="knows no reasoning_content; leave it out"):
+        chat_ids(TURNS, published(), chat_template.of_folder(str(tmp_path), published()).template)
+    with pytest.raises(BadMessages, match=r"messages\[2\].reasoning_content is not supported"):
+        chat_ids(TURNS, published(), None)
+    with pytest.raises(BadMessages, match=r"messages\[0\].reasoning_content is not supported"):
+        check_messages([{"role": "user", "content": "a", "reasoning_content": "b"}])
