@@ -8,9 +8,13 @@ import pytest
 from deepseek_jax.chat import template as chat_template
 from deepseek_jax.chat.conversation import conversation_ids
 from deepseek_jax.chat.messages import BadMessages, chat_ids, check_messages
+from deepseek_jax.config import default_config, freeze
+from deepseek_jax.data.prepare import find_tokenizer
+from deepseek_jax.interop.convert import from_hf, to_hf
 from deepseek_jax.serving.openai import requests
 from tests.chat.test_conversation import said
 from tests.chat.test_template import published, tokenizer
+from tests.interop import checkpoints
 
 TURNS = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1 + 1?"},
          {"role": "assistant", "content": "2", "reasoning_content": "easy"}, {"role": "user", "content": "and 2 + 2?"}]
@@ -68,6 +72,28 @@ def test_a_template_of_the_checkpoints_own_is_preferred_and_other_models_get_non
     (tmp_path / "chat_template.jinja").unlink()
     assert chat_template.built_in(checkpoint(tmp_path, tokens=tokenizer)) is None  # which has no role tokens
     assert chat_template.built_in(checkpoint(tmp_path, "deepseek_v3")) is None
+
+
+def test_a_converted_run_has_it_and_hands_it_back(tmp_path):
+    src = checkpoints.changed(tmp_path / "src", "v3_2")
+    published().save(f"{src}/tokenizer.json")
+
+    from_hf(src, str(tmp_path / "run"))
+    to_hf(str(tmp_path / "run"), str(tmp_path / "back"))
+
+    written = chat_template.built_in(src)
+    assert written and (tmp_path / "run/chat_template.jinja").read_text() == written
+    assert (tmp_path / "back/chat_template.jinja").read_text() == written
+
+
+def test_fine_tuning_that_begins_with_a_checkpoint_takes_it(tmp_path):
+    config = default_config("tiny")
+    config.init["from"] = checkpoint(tmp_path)
+    config.model.vocab_size = published().vocab_size
+    find_tokenizer(freeze(config), str(tmp_path / "work"), [])
+
+    text = chat_template.of_folder(str(tmp_path / "work"), published())
+    assert chat_ids(TURNS[:2], published(), text.template)[-1] == published().backend.token_to_id("</think>")
 
 
 def test_answers_are_trained_on_with_or_without_reasoning(text):
