@@ -38,6 +38,9 @@ PRESETS = {
     "glm_4_7_flash": dict(_OPEN, vocab_size=154880, d_model=2048, num_layers=47, num_heads=20, q_rank=768,
                           nope_head_dim=192, v_head_dim=256, dense_ffn_dim=10240, expert_ffn_dim=1536, num_experts=64,
                           experts_per_token=4, route_scale=1.8, rope_theta=1e6, norm_eps=1e-5),
+    "gigachat3_10b": dict(_OPEN, vocab_size=128256, d_model=1536, num_layers=26, num_heads=32, q_rank=None,
+                          v_head_dim=192, dense_ffn_dim=8960, expert_ffn_dim=1280, num_experts=64, experts_per_token=4,
+                          route_scale=1.0, rope_theta=100000.0),
 }
 
 

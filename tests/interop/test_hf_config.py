@@ -54,13 +54,19 @@ RELEASED_GLM = SHARED | {
 RELEASED_JOYAI = SHARED | {
     "model_type": "joyai_llm_flash", "first_k_dense_replace": 1, "hidden_size": 2048, "moe_intermediate_size": 768,
     "num_hidden_layers": 40, "rope_theta": 32000000.0}
+RELEASED_GIGACHAT = SHARED | {
+    "first_k_dense_replace": 1, "hidden_size": 1536, "intermediate_size": 8960, "moe_intermediate_size": 1280,
+    "n_routed_experts": 64, "num_attention_heads": 32, "num_experts_per_tok": 4, "num_hidden_layers": 26,
+    "num_key_value_heads": 32, "q_lora_rank": None, "rope_theta": 100000, "routed_scaling_factor": 1,
+    "v_head_dim": 192, "vocab_size": 128256}
 V32 = {"model_type": "deepseek_v32", "index_topk": 2048, "index_n_heads": 64, "index_head_dim": 128}
 
 
 @pytest.mark.parametrize(("raw", "preset", "depth"), [
     (RELEASED_V3 | V32, "v3_2_671b", 1),
     (RELEASED_V3, "v3_671b", 1), (RELEASED_V2_LITE, "v2_lite_16b", 0), (RELEASED_MOONLIGHT, "moonlight_16b", 0),
-    (RELEASED_KIMI_K2, "kimi_k2_1t", 0), (RELEASED_GLM, "glm_4_7_flash", 1)])
+    (RELEASED_KIMI_K2, "kimi_k2_1t", 0), (RELEASED_GLM, "glm_4_7_flash", 1),
+    (RELEASED_GIGACHAT, "gigachat3_10b", 1)])
 def test_released_configs_are_the_presets(raw, preset, depth):
     assert hf_config.same_model(hf_config.read(raw, depth), model_config(preset))
 

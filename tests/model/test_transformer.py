@@ -190,7 +190,7 @@ def test_a_moe_layer_of_v3_has_the_published_number_of_parameters_and_a_routed_e
     [("v3_671b", 671_026_419_200, 11_610_068_224), ("v3_2_671b", 671_877_944_064, 11_624_027_648),
      ("v2_lite_16b", 15_706_484_224, 0), ("v2_236b", 235_741_434_880, 0),
      ("moonlight_16b", 15_960_110_208, 0), ("kimi_k2_1t", 1_026_408_232_448, 0),
-     ("glm_4_7_flash", 29_943_393_920, 643_706_176)])
+     ("glm_4_7_flash", 29_943_393_920, 643_706_176), ("gigachat3_10b", 10_672_535_616, 413_212_736)])
 def test_presets_have_the_published_number_of_parameters(name, main, mtp):
     found = sizes(name)
 
@@ -200,3 +200,20 @@ def test_presets_have_the_published_number_of_parameters(name, main, mtp):
 
 def test_the_released_checkpoint_of_v3_is_the_model_and_copies_of_embedding_and_head(v3):
     assert sum(v3.values()) + 2 * EMBEDDING == 684_489_845_504
+
+
+def test_gigachat3_has_the_parameters_that_its_published_files_have():
+    D, F, experts, layers, vocabulary = 1536, 1280, 64, 26, 128_256
+    attention = D * 32 * 192 + D * 576 + 512 + 512 * 32 * (128 + 192) + 32 * 192 * D  # no query latent
+    moe = (experts + 1) * 3 * D * F + experts * D
+    layer = attention + 2 * D
+    main = 2 * vocabulary * D + D + layers * layer + 3 * D * 8960 + (layers - 1) * moe
+    module = layer + moe + 2 * D * D + 3 * D
+
+    found = sizes("gigachat3_10b")
+    biases = sum(n for path, n in found.items() if path.startswith("router/"))
+    assert biases == layers * experts
+    assert sum(found.values()) - biases == main + module
+    assert main == 10_672_534_016  # what a published copy without the MTP module counts, biases left out
+    # Layer 26 of the published files, in bfloat16, with the module's copies of embedding and head.
+    assert 2 * (module + experts + 2 * vocabulary * D) == 1_614_430_336
