@@ -5,6 +5,7 @@
     python -m benchmarks.decode               greedy decoding, against transformers
     python -m benchmarks.speculative          speculative decoding of a trained run, against plain decoding
     python -m benchmarks.convert_memory       conversion of a checkpoint, against copying its files
+    python -m benchmarks.convert_limits moonlight kimi_int4     its memory at the sizes of published checkpoints
 
 The `peer_*` and `decode_transformers` sides run in the environment of peer.txt, which `make bench` makes.
 """

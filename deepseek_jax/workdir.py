@@ -198,7 +198,8 @@ def most_positions(folder: str) -> int | None:
 
     own = _object(os.path.join(folder, "config.json"))
     source = _object(os.path.join(folder, LAYOUT)).get("config", own)
-    stated = source.get("max_position_embeddings")
+    within = source.get("text_config")  # of a model that has a vision model too
+    stated = (within if isinstance(within, dict) else source).get("max_position_embeddings")
     if type(stated) is int and stated > 0:
         return stated
     yarn = freeze(own).model.yarn if "model" in own else None

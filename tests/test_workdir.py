@@ -60,9 +60,10 @@ def test_a_name_that_is_not_utf8_is_refused_in_one_line(two, tmp_path):
     ({"config.json": as_dict(Config(model=model_config("tiny")))}, None),
     ({"config.json": as_dict(Config(model=model_config("tiny"))),
       "hf_layout.json": {"config": {"max_position_embeddings": 2048}}}, 2048),
+    ({"config.json": {"model_type": "kimi_k25", "text_config": {"max_position_embeddings": 4096}}}, 4096),
     ({"config.json": as_dict(Config(model=model_config(
         "tiny", yarn={"factor": 4.0, "original_length": 64})))}, 256)],
-    ids=["none", "hugging face", "no number", "a run", "converted", "yarn"])
+    ids=["none", "hugging face", "no number", "a run", "converted", "with vision", "yarn"])
 def test_a_model_has_as_many_positions_as_its_checkpoint_or_its_yarn_says(tmp_path, files, positions):
     for name, content in files.items():
         (tmp_path / name).write_text(json.dumps(content))

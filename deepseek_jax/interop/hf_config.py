@@ -52,6 +52,7 @@ QUANTIZATION = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "
 POWER_OF_TWO = {"scale_fmt": "ue8m0"}  # V3.1: block scales are powers of two
 # compressed-tensors: how the routed experts of Kimi-K2-Thinking and its successors are packed.
 INT4 = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": int4.GROUP}
+FLOATS = ("routed_scaling_factor", "initializer_range", "rms_norm_eps")
 LARGEST = 1e15  # of a number whose range nothing else limits
 YARN = {"factor": "factor", "original_max_position_embeddings": "original_length", "beta_fast": "beta_fast",
         "beta_slow": "beta_slow", "mscale": "mscale", "mscale_all_dim": "mscale_all_dim"}
@@ -155,8 +156,7 @@ def _mistyped(raw):
     depth = raw.get("num_nextn_predict_layers")
     if depth is not None and (type(depth) is not int or depth < 0):
         yield f"num_nextn_predict_layers={shown(depth)} (not a whole number from 0 on)"
-    numbers = {name: raw.get(name) for name in ("rope_theta", "routed_scaling_factor", "initializer_range",
-                                               "rms_norm_eps")}
+    numbers = {name: raw.get(name) for name in ("rope_theta", *FLOATS)}
     for dialect in ("rope_scaling", "rope_parameters"):
         rope = raw.get(dialect) or {}
         numbers |= {f"{dialect}.{name}": rope.get(name) for name in ("rope_theta", *YARN)}
@@ -289,12 +289,16 @@ def write(cfg: ModelConfig, dtype: str, fp8: bool = False, special: dict | None 
 def again(raw: dict) -> dict:
     """The config.json of a checkpoint as its export carries it: one that transformers opens without code of others.
 
-    A name that transformers does not know becomes deepseek_v3, and of two RoPE dialects the one that counts stays.
+    A name that transformers does not know becomes deepseek_v3, and of two RoPE dialects the one that counts stays. The
+    architecture is named, and numbers that transformers wants as floats are.
     """
     raw = dict(raw)
     if not ALIASES.get(raw["model_type"], True):
         raw |= {"model_type": "deepseek_v3", "architectures": [FAMILIES["deepseek_v3"][0]]}
         raw.pop("auto_map", None)
+    if raw["model_type"] in FAMILIES and not raw.get("architectures"):  # the text part of a model that sees
+        raw["architectures"] = [FAMILIES[raw["model_type"]][0]]
+    raw |= {name: float(raw[name]) for name in FLOATS if type(raw.get(name)) is int}  # transformers takes no int there
     if raw.get("rope_scaling") and "rope_parameters" in raw:
         del raw["rope_parameters"]
     return raw

@@ -280,6 +280,19 @@ def pack(items: list[Item], limit: int) -> dict[str, list[Item]]:
     return {f"model-{n:05d}-of-{len(packs):05d}.safetensors": pack for n, pack in enumerate(packs, 1)}
 
 
+def header(items: list[Item], about: dict[str, str] | None) -> bytes:
+    """What a file of these tensors begins with: the length of the header, and the header. about: strings on the file;
+    None: none."""
+    found, at = {} if about is None else {"__metadata__": about}, 0
+    for item in items:
+        found[item.name] = {"dtype": SPELLED[item.dtype], "shape": list(item.shape),
+                            "data_offsets": [at, at + item.nbytes]}
+        at += item.nbytes
+    text = json.dumps(found, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
 def write(folder: str, files: dict[str, list[Item]], pieces: Callable[..., Iterable[np.ndarray]],
           metadata: dict[str, Any] | None = None) -> None:
     """Writes the files and, for several, their index.
@@ -289,27 +302,23 @@ def write(folder: str, files: dict[str, list[Item]], pieces: Callable[..., Itera
       metadata: {file: the strings that go with it}.
     """
     for file, items in files.items():
-        header, at = {}, 0
-        about = (metadata or {}).get(file, {"format": "pt"})
-        if about is not None:
-            header["__metadata__"] = about
-        for item in items:
-            header[item.name] = {"dtype": SPELLED[item.dtype], "shape": list(item.shape),
-                                 "data_offsets": [at, at + item.nbytes]}
-            at += item.nbytes
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        text += b" " * (-len(text) % 8)
+        text = header(items, (metadata or {}).get(file, {"format": "pt"}))
         with open(os.path.join(folder, file), "wb") as f:
-            f.write(len(text).to_bytes(8, "little") + text)
+            f.write(text)
             for item in items:
                 for piece in pieces(item):
                     f.write(np.ascontiguousarray(piece).reshape(-1).view(np.uint8))
             f.flush()
             os.fsync(f.fileno())
-            if f.tell() != 8 + len(text) + at:
+            if f.tell() != len(text) + sum(item.nbytes for item in items):
                 raise AssertionError(f"{file} has another size than its header says")
     if list(files) != [SINGLE]:
-        total = sum(item.nbytes for items in files.values() for item in items)
-        where = {item.name: file for file, items in files.items() for item in items}
-        io.write_json(os.path.join(folder, INDEX), {"metadata": {"total_size": total},
-                                                    "weight_map": dict(sorted(where.items()))})
+        write_index(folder, files)
+
+
+def write_index(folder: str, files: dict[str, list[Item]]) -> None:
+    """Writes the index of several files."""
+    total = sum(item.nbytes for items in files.values() for item in items)
+    where = {item.name: file for file, items in files.items() for item in items}
+    io.write_json(os.path.join(folder, INDEX), {"metadata": {"total_size": total},
+                                                "weight_map": dict(sorted(where.items()))})

@@ -116,6 +116,15 @@ def test_a_name_that_transformers_does_not_know_goes_out_as_deepseek_v3(raw, kin
     assert ("auto_map" in again) == (raw["model_type"] == kind)
 
 
+def test_an_export_names_its_architecture_and_has_floats_where_transformers_takes_nothing_else():
+    bare = {k: v for k, v in RELEASED_GIGACHAT.items() if k != "architectures"}  # as the text part of a vision model
+
+    again = hf_config.again(bare)
+    assert again["architectures"] == ["DeepseekV3ForCausalLM"]
+    assert type(again["routed_scaling_factor"]) is float and again["routed_scaling_factor"] == 1
+    assert hf_config.read(again, 1) == hf_config.read(RELEASED_GIGACHAT, 1)
+
+
 def test_both_dialects_say_the_same():
     new = {k: v for k, v in RELEASED_V3.items() if k not in ("rope_scaling", "rope_theta")}
     new |= {"rope_parameters": {**YARN, "rope_type": "yarn", "rope_theta": 10000.0}, "rope_interleave": True}

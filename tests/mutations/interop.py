@@ -60,6 +60,29 @@ MUTATIONS = [
         tests="interop/test_hf_config.py::test_a_name_that_transformers_does_not_know_goes_out_as_deepseek_v3",
     ),
     Mutation(
+        name="the text part of a vision model goes out without an architecture",
+        file="deepseek_jax/interop/hf_config.py",
+        old='if raw["model_type"] in FAMILIES and not raw.get("architectures"):',
+        new="if False:",
+        tests="interop/test_hf_config.py::test_an_export_names_its_architecture_and_has_floats_where_transformers_takes"
+              "_nothing_else",
+    ),
+    Mutation(
+        name="a whole scaling factor goes out as an int",
+        file="deepseek_jax/interop/hf_config.py",
+        old="for name in FLOATS if type(raw.get(name)) is int}",
+        new="for name in FLOATS if False}",
+        tests="interop/test_hf_config.py::test_an_export_names_its_architecture_and_has_floats_where_transformers_takes"
+              "_nothing_else",
+    ),
+    Mutation(
+        name="positions of a model with vision are not found",
+        file="deepseek_jax/workdir.py",
+        old="(within if isinstance(within, dict) else source)",
+        new="source",
+        tests="test_workdir.py::test_a_model_has_as_many_positions_as_its_checkpoint_or_its_yarn_says",
+    ),
+    Mutation(
         name="a pair of tiktoken is merged in any order",
         file="deepseek_jax/interop/ranks.py",
         old="    for token in ranks:\n        pairs",
