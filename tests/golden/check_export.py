@@ -5,7 +5,7 @@
     python tests/golden/check_export.py check DIR     in the environment of benchmarks/peer.txt
 
 The tests do without torch, so this runs by hand. Prints a line a model; exits with 1 if one is further off than 1e-5,
-lacks a weight or has one too many.
+lacks a weight or has one too many. MTP modules are read by transformers as `generate(use_mtp=True)` reads them.
 """
 
 import pathlib
@@ -30,20 +30,24 @@ def write(folder):
     for seed, case in enumerate(CASES):
         cfg = load_hf(golden(case))[0]
         variables = naive.variables_of(cfg, seed)
-        logits_BTW = jax.jit(lambda v, cfg=cfg: DeepSeekV3(cfg).apply(v, tokens_BT).logits_BTW)(variables)
+        output = jax.jit(lambda v, cfg=cfg: DeepSeekV3(cfg).apply(v, tokens_BT))(variables)
         save_hf(str(folder / case), cfg, variables)
-        np.savez(folder / case / "ours.npz", tokens_BT=tokens_BT, logits_BTW=np.asarray(logits_BTW))
+        ours = {"tokens_BT": tokens_BT, "logits_BTW": np.asarray(output.logits_BTW)}
+        if output.mtp_logits:
+            ours["mtp_logits_BTW"] = np.asarray(output.mtp_logits[0])[:, :-1]
+        np.savez(folder / case / "ours.npz", **ours)
         with tempfile.TemporaryDirectory() as run:
             from_hf(golden(case), f"{run}/run")
             to_hf(f"{run}/run", str(folder / f"{case}_again"))
         expected = np.load(f"{golden(case)}/expected.npz")
-        np.savez(folder / f"{case}_again" / "ours.npz", tokens_BT=expected["tokens_BT"],
-                 logits_BTW=expected["logits_BTW"])
+        kept = {name: expected[name] for name in ("tokens_BT", "logits_BTW", "mtp_logits_BTW") if name in expected}
+        np.savez(folder / f"{case}_again" / "ours.npz", **kept)
 
 
 def check(folder) -> bool:
     import torch
     import transformers
+    from make_hf_vectors import drafting, mtp_logits
 
     good = True
     for path in sorted(p for p in folder.iterdir() if p.is_dir()):
@@ -58,7 +62,14 @@ def check(folder) -> bool:
         left = [name for what in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in about[what]
                 if not str(name).startswith(layer)]
         good &= bool(error <= TOLERANCE and not left)
-        print(f"{path.name:22s} {type(model).__name__:24s} max relative error {error:.1e}  left or missing: {left}")
+        line = f"{path.name:22s} {type(model).__name__:24s} max relative error {error:.1e}  left or missing: {left}"
+        if "mtp_logits_BTW" in ours and getattr(model.config, "num_mtp_layers", 0):
+            with torch.no_grad():
+                theirs_BTW = mtp_logits(*drafting(path), torch.tensor(ours["tokens_BT"].astype(np.int64))).numpy()
+            error = np.abs(ours["mtp_logits_BTW"] - theirs_BTW).max() / np.abs(theirs_BTW).max()
+            good &= bool(error <= TOLERANCE)
+            line += f"  MTP {error:.1e}"
+        print(line)
     return good
 
 

@@ -7,6 +7,8 @@ Each case holds `model.safetensors` and `config.json` as save_pretrained writes 
     chosen_LBTK      int32, the experts of each MoE layer, ascending
     prompt, greedy   int32 [8] and [32]: the prompt and its greedy continuation
     mtp_logits_BTW   float32 [2, 23, W] (with an MTP module): row t has seen tokens 0..t+1 and predicts token t+2
+    drafts           int32 [n, 2] (with an MTP module that transformers drafts with): tokens known, and the next but one
+                     that `generate(use_mtp=True)` drafted on its way from `prompt` to `greedy`
 
 Weights are large enough for routing, masks and norms to matter, norms are not ones, and no two candidates for a
 choice of the router or of greedy decoding lie closer than MARGIN, so that float32 noise cannot change the answer.
@@ -28,6 +30,7 @@ import numpy as np
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from transformers.generation.candidate_generator import MTPCandidateGenerator
 from transformers.modeling_layers import MtpModel
 
 HERE = pathlib.Path(__file__).resolve().parent
@@ -213,6 +216,54 @@ def add_mtp(model, folder, tokens_BT, hidden_BTD, seed):
     return {"mtp_logits_BTW": model.lm_head(out_BTD).numpy(), "mtp_chosen_BTK": calls[0][0].numpy()}, calls[0][1]
 
 
+def drafting(folder):
+    """The model of a folder, and its MTP module as transformers itself reads it from there.
+
+    transformers looks for the module at V3's layer 61 only; here it looks behind the last layer.
+    """
+    how = dict(attn_implementation="eager", experts_implementation="eager", dtype=torch.float32)
+    model = transformers.DeepseekV3ForCausalLM.from_pretrained(folder, **how).eval()
+    model._keys_to_ignore_on_load_unexpected = [rf"model\.layers\.{model.config.num_hidden_layers}\..*"]
+    return model, MtpModel.from_pretrained(model).eval()
+
+
+def mtp_logits(model, mtp, tokens_BT):
+    """Row t has seen tokens 0..t+1."""
+    hidden_BTD = model(input_ids=tokens_BT, output_hidden_states=True, use_cache=False).hidden_states[-1]
+    positions_BT, cache = torch.arange(1, tokens_BT.shape[1])[None], transformers.cache_utils.MtpCache(config=mtp.config)
+    return model.lm_head(mtp.forward_layer(0, hidden_BTD[:, :-1], positions_BT, cache, input_ids=tokens_BT[:, 1:]))
+
+
+def drafts(folder, expected):
+    """What `generate(use_mtp=True)` drafts, as `expected` has it, and by how much the closest draft leads.
+
+    Checks that logits and continuation are those that `expected` holds.
+    """
+    model, mtp = drafting(folder)
+    found = mtp_logits(model, mtp, torch.tensor(expected["tokens_BT"].astype(np.int64)))
+    np.testing.assert_allclose(found.numpy(), expected["mtp_logits_BTW"], atol=1e-5)
+    seen, margin, ask = [], float("inf"), MTPCandidateGenerator.get_candidates
+
+    def watched(self, input_ids, *rest, **named):
+        nonlocal margin
+        candidates, logits = answer = ask(self, input_ids, *rest, **named)
+        if logits is not None:
+            seen.append((input_ids.shape[1], candidates[0, -1].item()))
+            best = logits[0, -1].topk(2).values
+            margin = min(margin, (best[0] - best[1]).item())
+        return answer
+
+    MTPCandidateGenerator.get_candidates = watched
+    try:
+        prompt = torch.tensor(expected["prompt"].astype(np.int64))[None]
+        said = model.generate(prompt, max_new_tokens=len(expected["greedy"]), do_sample=False, use_mtp=True,
+                              eos_token_id=None, pad_token_id=0)
+    finally:
+        MTPCandidateGenerator.get_candidates = ask
+    np.testing.assert_array_equal(said[0, len(expected["prompt"]):].numpy(), expected["greedy"])
+    return np.array(seen), margin
+
+
 def fp8(name, weight):
     """A weight in FP8 with power-of-two scales, as V3.1 stores it -> (its tensors, what they say)."""
     blocks = torch.nn.functional.pad(weight, (0, -weight.shape[1] % 128, 0, -weight.shape[0] % 128))
@@ -344,6 +395,10 @@ def make(case):
         if getattr(model.config, "num_mtp_layers", 0) or case == "glm_4_7_flash":
             extra, margin = add_mtp(model, folder, tokens_BT, hidden_BTD, seed)
             expected |= extra
+            if margin < MARGIN:
+                continue
+        if getattr(model.config, "num_mtp_layers", 0):
+            expected["drafts"], margin = drafts(folder, expected)
             if margin < MARGIN:
                 continue
         np.savez_compressed(folder / "expected.npz",

@@ -36,24 +36,32 @@ def greedy(cfg, variables, prompt, count) -> list[int]:
 
 
 def measure(case) -> dict:
-    """{"logits": relative error, "mtp": that of the MTP logits or None, "tokens": how many of 32 agree}."""
+    """{"logits": relative error, "mtp": that of the MTP logits or None, "tokens": how many of 32 agree, "drafts": (how
+    many agree with those of transformers' `generate(use_mtp=True)`, of how many) or None}."""
     cfg, variables = load_hf(golden(case))
     expected = np.load(f"{golden(case)}/expected.npz")
     logits_BTW, mtp = answers(cfg, variables, expected["tokens_BT"])
     tokens = greedy(cfg, variables, expected["prompt"].tolist(), len(expected["greedy"]))
     # A row sees one token more than the main model, so that the last one has nothing to see.
     mtp_error = relative_error(mtp[0][:, :-1], expected["mtp_logits_BTW"]) if mtp else None
+    drafts = None
+    if "drafts" in expected:
+        known = np.concatenate([expected["prompt"], expected["greedy"]])[None]
+        best_T = answers(cfg, variables, known)[1][0][0].argmax(-1)
+        drafts = sum(best_T[count - 2] == token for count, token in expected["drafts"]), len(expected["drafts"])
     return {"logits": relative_error(logits_BTW, expected["logits_BTW"]), "mtp": mtp_error,
-            "tokens": int((np.array(tokens) == expected["greedy"]).sum())}
+            "tokens": int((np.array(tokens) == expected["greedy"]).sum()), "drafts": drafts}
 
 
 def main():
     jax.config.update("jax_platforms", "cpu")
-    print("| model | logits, max relative error | MTP logits | greedy tokens equal |\n|---|---|---|---|")
+    print("| model | logits, max relative error | MTP logits | greedy tokens equal | drafts equal |\n"
+          "|---|---|---|---|---|")
     for case in CASES:
         row = measure(case)
         mtp = "" if row["mtp"] is None else f"{row['mtp']:.1e}"
-        print(f"| {case} | {row['logits']:.1e} | {mtp} | {row['tokens']} of 32 |", flush=True)
+        drafts = "" if row["drafts"] is None else "{} of {}".format(*row["drafts"])
+        print(f"| {case} | {row['logits']:.1e} | {mtp} | {row['tokens']} of 32 | {drafts} |", flush=True)
 
 
 if __name__ == "__main__":

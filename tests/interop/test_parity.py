@@ -16,10 +16,13 @@ def test_logits_and_greedy_tokens_are_those_of_transformers(case):
     assert row["logits"] <= 1e-5
     assert row["tokens"] == 32
     assert row["mtp"] is None or row["mtp"] <= 1e-5
+    assert row["drafts"] is None or row["drafts"][0] == row["drafts"][1] >= 30
 
 
-def test_there_is_a_case_with_mtp():
-    assert measure("mtp")["mtp"] is not None
+def test_there_are_cases_with_mtp_and_with_the_drafts_of_transformers():
+    row = measure("mtp")
+
+    assert row["mtp"] is not None and row["drafts"] is not None
 
 
 def test_a_model_made_here_has_the_same_mtp_loss_after_export(tmp_path):
