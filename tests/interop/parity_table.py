@@ -3,10 +3,13 @@
     python -m tests.interop.parity_table                prints a table for the README
 """
 
+import dataclasses
+
 import jax
 import numpy as np
 
 from deepseek_jax.interop import load_hf
+from deepseek_jax.interop.agreement import Agreement, agreement
 from tests.interop.checkpoints import CASES, golden
 from tests.model import naive
 
@@ -53,15 +56,24 @@ def measure(case) -> dict:
             "tokens": int((np.array(tokens) == expected["greedy"]).sum()), "drafts": drafts}
 
 
+def in_bfloat16(case) -> Agreement:
+    """The model computing in bfloat16, against the float32 of transformers."""
+    cfg, variables = load_hf(golden(case))
+    expected = np.load(f"{golden(case)}/expected.npz")
+    return agreement(dataclasses.replace(cfg, dtype="bfloat16"), variables, *(
+        expected[name] for name in ("tokens_BT", "logits_BTW", "chosen_LBTK")))
+
+
 def main():
     jax.config.update("jax_platforms", "cpu")
-    print("| model | logits, max relative error | MTP logits | greedy tokens equal | drafts equal |\n"
-          "|---|---|---|---|---|")
+    print("| model | logits, max relative error | MTP logits | greedy tokens equal | drafts equal | bfloat16: KL | KL, "
+          "routes pinned | choices flipped |\n|---|---|---|---|---|---|---|---|")
     for case in CASES:
-        row = measure(case)
+        row, low = measure(case), in_bfloat16(case)
         mtp = "" if row["mtp"] is None else f"{row['mtp']:.1e}"
         drafts = "" if row["drafts"] is None else "{} of {}".format(*row["drafts"])
-        print(f"| {case} | {row['logits']:.1e} | {mtp} | {row['tokens']} of 32 | {drafts} |", flush=True)
+        print(f"| {case} | {row['logits']:.1e} | {mtp} | {row['tokens']} of 32 | {drafts} | {low.free:.1e} | "
+              f"{low.pinned:.1e} | {low.flipped:.1%} |", flush=True)
 
 
 if __name__ == "__main__":

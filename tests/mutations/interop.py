@@ -83,6 +83,20 @@ MUTATIONS = [
         tests="test_workdir.py::test_a_model_has_as_many_positions_as_its_checkpoint_or_its_yarn_says",
     ),
     Mutation(
+        name="the reference's experts are not forced on the model",
+        file="deepseek_jax/interop/agreement.py",
+        old='capture=("chosen",), chosen=chosen_LBTK)',
+        new='capture=("chosen",))',
+        tests="interop/test_agreement.py::test_pinning_the_routes_takes_flipped_experts_out_of_the_divergence",
+    ),
+    Mutation(
+        name="the divergence is weighted by the wrong side",
+        file="deepseek_jax/interop/agreement.py",
+        old="(np.exp(theirs) * (theirs - ours))",
+        new="(np.exp(ours) * (theirs - ours))",
+        tests="interop/test_agreement.py::test_the_divergence_is_that_of_the_definition",
+    ),
+    Mutation(
         name="a pair of tiktoken is merged in any order",
         file="deepseek_jax/interop/ranks.py",
         old="    for token in ranks:\n        pairs",
