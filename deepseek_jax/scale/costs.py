@@ -112,8 +112,22 @@ def training_flops_per_token(c: ModelConfig, sequence_length: int, causal: bool 
 
 
 def latent_core_products(c: ModelConfig, context: float) -> float:
-    """Multiplications of one token with the `context` latents of a cache, of one layer: absorbed, as decoding does."""
-    return c.num_heads * (2 * c.kv_rank + c.rope_head_dim) * context
+    """Multiplications of one token with the `context` latents of a cache, of one layer: absorbed, as decoding does.
+
+    Of sparse attention, those with the chosen latents and of the indexer with all keys.
+    """
+    core = c.num_heads * (2 * c.kv_rank + c.rope_head_dim) * attended(c, context)
+    return core + (c.index_heads * (c.index_head_dim + 1) * context if decodes_sparsely(c) else 0)
+
+
+def decodes_sparsely(c: ModelConfig) -> bool:
+    """Whether decoding chooses tokens: not during the warm-up of the indexer."""
+    return c.index_topk is not None and not c.index_warmup
+
+
+def attended(c: ModelConfig, context: float) -> float:
+    """Latents that decoding one token reads in a layer, of `context` in the cache."""
+    return min(context, c.index_topk) if c.index_topk is not None and decodes_sparsely(c) else context
 
 
 def layer_flops(c: ModelConfig, sequence_length: int) -> dict[str, dict[str, float]]:

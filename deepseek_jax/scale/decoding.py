@@ -8,9 +8,15 @@ Two micro-batches alternate: one computes while the other's tokens are at the ex
 import dataclasses
 
 from deepseek_jax.config import ConfigError, ModelConfig
-from deepseek_jax.scale.costs import attention_parameters, ffn_parameters, latent_core_products
+from deepseek_jax.scale.costs import (
+    attended,
+    attention_parameters,
+    decodes_sparsely,
+    ffn_parameters,
+    latent_core_products,
+)
 from deepseek_jax.scale.hardware import Hardware, Measured
-from deepseek_jax.scale.memory import cache_row
+from deepseek_jax.scale.memory import cache_row, index_row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +53,7 @@ def decode(c: ModelConfig, hw: Hardware, serving: Serving, measured: Measured | 
     Args:
       accepted: share of MTP's drafts that are right; each step then verifies two tokens of every sequence and runs the
         MTP layer. None: without MTP.
-      cache_bytes: of one token and layer; None: bf16.
+      cache_bytes: of one token's latent and rotated key in one layer; None: bf16.
     """
     m = measured or Measured()
     cache = cache_bytes or cache_row(c, "bfloat16")
@@ -60,7 +66,9 @@ def decode(c: ModelConfig, hw: Hardware, serving: Serving, measured: Measured | 
     weights = (attention / serving.tensor + experts * expert) / read  # FP8: a byte a parameter
     products = 2 * tokens * (attention / serving.tensor + (c.experts_per_token + c.num_shared_experts) * expert)
     core = 2 * tokens * latent_core_products(c, serving.context)
-    core = max(core / (m.attention * hw.bf16), sequences * serving.context * cache / read) / serving.tensor
+    cached = attended(c, serving.context) * cache
+    cached += serving.context * index_row(c, "bfloat16") if decodes_sparsely(c) else 0
+    core = max(core / (m.attention * hw.bf16), sequences * cached / read) / serving.tensor
     work = m.slowdown * (max(weights, products / (m.product_fp8 * (hw.fp8 or hw.bf16))) + core)
     network = network_seconds(c, hw, tokens)
     layers = c.num_layers + (accepted is not None)

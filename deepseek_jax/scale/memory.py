@@ -13,7 +13,14 @@ import math
 
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.config.model import KERNEL_HEADS, UNROLLED_LAYERS
-from deepseek_jax.scale.costs import attention_parameters, indexer_products, norm_parameters, parameters
+from deepseek_jax.scale.costs import (
+    attended,
+    attention_parameters,
+    decodes_sparsely,
+    indexer_products,
+    norm_parameters,
+    parameters,
+)
 from deepseek_jax.scale.layout import Layout
 from kernels_pallas.constants import BLOCK
 
@@ -248,6 +255,13 @@ def index_row(c: ModelConfig, kind: str) -> int:
 def cache_per_token(c: ModelConfig, kind: str, modules: int = 0) -> int:
     """Bytes of one token in the caches of all layers, and of `modules` MTP modules."""
     return (c.num_layers + modules) * (cache_row(c, kind) + index_row(c, kind))
+
+
+def cache_read(c: ModelConfig, kind: str, context: float) -> float:
+    """Bytes of the caches of all layers that decoding one token reads: of sparse attention the keys of the indexer, and
+    the latents of the chosen tokens."""
+    keys = index_row(c, kind) * context if decodes_sparsely(c) else 0
+    return c.num_layers * (cache_row(c, kind) * attended(c, context) + keys)
 
 
 def served_weights(c: ModelConfig, dtype: str, modules: int = 0) -> dict[str, float]:

@@ -13,7 +13,7 @@ import math
 from deepseek_jax.config import PRESETS, ModelConfig, model_config
 from deepseek_jax.scale.costs import active_product_parameters, latent_core_products, parameters
 from deepseek_jax.scale.hardware import HARDWARE, Hardware, device, smallest
-from deepseek_jax.scale.memory import cache_per_token, served_weights
+from deepseek_jax.scale.memory import cache_per_token, cache_read, served_weights
 
 PAGE = 32  # tokens of a page of the engine's cache
 PUBLISHED = 1e9  # parameters: presets with fewer are this project's own, and no replacement
@@ -71,7 +71,7 @@ def bound(c: ModelConfig, hw: Hardware, batch: int, asked: Asked) -> Bound:
     """The bounds of steps of `batch` users, each with a full context."""
     size = served_weights(c, weights_in(c, asked.fp8))
     share = 1 - (1 - c.experts_per_token / c.num_experts)**batch
-    read = size["others"] + share * size["experts"] + batch * asked.context * cache_per_token(c, asked.cache)
+    read = size["others"] + share * size["experts"] + batch * cache_read(c, asked.cache, asked.context)
     active = active_product_parameters(c)
     products = 2 * (sum(active.values()) - active["mtp"])
     core = 2 * c.num_layers * latent_core_products(c, asked.context)

@@ -300,7 +300,7 @@ MUTATIONS = [
     Mutation(
         name="the cache costs no bandwidth",
         file="deepseek_jax/scale/serve.py",
-        old=" + batch * asked.context * cache_per_token(c, asked.cache)",
+        old=" + batch * cache_read(c, asked.cache, asked.context)",
         new="",
         tests="scale/test_serve.py",
     ),
@@ -345,5 +345,26 @@ MUTATIONS = [
         old="is int and value < 1:",
         new="is int and value < 0:",
         tests="scale/test_one_device.py::test_a_mistake_ends_in_one_line",
+    ),
+    Mutation(
+        name="sparse decoding reads all latents",
+        file="deepseek_jax/scale/costs.py",
+        old="return min(context, c.index_topk) if",
+        new="return context if",
+        tests="scale/test_serve.py::test_sparse_decoding_reads_all_keys_of_the_indexer_and_the_chosen_latents",
+    ),
+    Mutation(
+        name="sparse decoding does not scan the keys of the indexer",
+        file="deepseek_jax/scale/memory.py",
+        old="keys = index_row(c, kind) * context if",
+        new="keys = 0 if",
+        tests="scale/test_serve.py::test_sparse_decoding_reads_all_keys_of_the_indexer_and_the_chosen_latents",
+    ),
+    Mutation(
+        name="the layout of a decode step attends to all latents",
+        file="deepseek_jax/scale/decoding.py",
+        old="cached = attended(c, serving.context) * cache",
+        new="cached = serving.context * cache",
+        tests="scale/test_serve.py::test_a_decode_step_of_v3_2_overtakes_v3_as_contexts_grow",
     ),
 ]

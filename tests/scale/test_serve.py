@@ -11,6 +11,8 @@ import pytest
 from deepseek_jax.config import model_config
 from deepseek_jax.model import DeepSeekV3
 from deepseek_jax.scale import memory, serve
+from deepseek_jax.scale.costs import latent_core_products
+from deepseek_jax.scale.decoding import Serving, decode
 from deepseek_jax.scale.hardware import HARDWARE, hardware
 from deepseek_jax.scale.serve import Asked
 from deepseek_jax.serving import latent_cache
@@ -116,6 +118,26 @@ def test_one_user_s_bound_is_the_bandwidth_over_what_one_token_reads():
     assert found.tokens_a_second == found.by_memory == pytest.approx(2.039e12 / read)
     # Twice the products' parameters, and two operations for every number of 16 heads that a latent is multiplied with.
     assert found.by_flops == pytest.approx(312e12 / (2 * (2_451_435_008 - 126_464) + 2 * 27 * 16 * 1088 * 4096))
+
+
+def test_sparse_decoding_reads_all_keys_of_the_indexer_and_the_chosen_latents():
+    c, context = model_config("v3_2_671b"), 32_768
+    assert memory.cache_read(c, "bfloat16", context) == 61 * (2048 * 576 * 2 + context * 128 * 2)
+    assert memory.cache_read(c, "fp8", context) == 61 * (2048 * 656 + context * 132)
+    assert memory.cache_read(c, "bfloat16", 1024) == 61 * 1024 * (576 + 128) * 2  # all are chosen
+
+    dense, warm = model_config("v3_671b"), dataclasses.replace(c, index_warmup=True)  # a warm-up is served dense
+    assert memory.cache_read(dense, "bfloat16", context) == memory.cache_read(warm, "bfloat16", context) == (
+        61 * context * 576 * 2)
+    scan = 64 * (128 + 1) * context
+    assert latent_core_products(c, context) == 128 * (2 * 512 + 64) * 2048 + scan
+    assert latent_core_products(warm, context) == latent_core_products(dense, context)
+
+
+def test_a_decode_step_of_v3_2_overtakes_v3_as_contexts_grow():
+    work = lambda name, context: decode(model_config(name), hardware("h800"), Serving(144, 88, context)).work
+    assert work("v3_2_671b", 1024) > work("v3_671b", 1024)
+    assert work("v3_2_671b", 131_072) < work("v3_671b", 131_072) / 2
 
 
 def test_more_users_are_more_tokens_and_fewer_for_each():
