@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from deepseek_jax.config import ConfigError
-from deepseek_jax.interop import int4, load_hf, safetensors_io
+from deepseek_jax.interop import hf_config, int4, load_hf, safetensors_io
 from deepseek_jax.interop.convert import from_hf, to_hf
+from deepseek_jax.interop.save import quantize
 from deepseek_jax.workdir import load_workdir_config
 from tests.interop import checkpoints
 
@@ -199,8 +200,6 @@ def test_an_fp8_export_of_a_power_of_two_checkpoint_has_powers_of_two_again(tmp_
 
 @pytest.mark.parametrize("amax", [448.0, 449.0, 0.3, 2.0**-20])
 def test_the_power_of_two_of_a_scale_is_the_next_one_up(amax):
-    from deepseek_jax.interop.save import quantize
-
     _, exact = quantize(np.full((2, 2), amax, np.float32))
     _, scale = quantize(np.full((2, 2), amax, np.float32), power_of_two=True)
 
@@ -212,3 +211,26 @@ def test_a_list_of_eos_ids_comes_back_as_a_list(tmp_path):
 
     assert checkpoints.config(back) == checkpoints.config(checkpoints.golden("glm_4_7_flash"))
     assert checkpoints.config(back)["eos_token_id"] == [7, 9, 11]
+
+
+def test_an_indexer_in_fp8_is_dequantized_exactly_and_goes_out_byte_for_byte(tmp_path):
+    def released(arrays):  # wq_b and wk as the files of V3.2 hold them; weights_proj and k_norm stay
+        for name in [n for n in arrays if n.endswith(("indexer.wq_b.weight", "indexer.wk.weight"))]:
+            arrays[name], arrays[name + "_scale_inv"] = quantize(arrays[name])
+
+    src = checkpoints.changed(tmp_path / "src", "v3_2", released, quantization_config=hf_config.QUANTIZATION)
+    theirs, name = checkpoints.tensors(src), "model.layers.1.self_attn.indexer.{}.weight"
+    assert theirs[name.format("wk")].dtype == theirs[name.format("wq_b")].dtype == ml_dtypes.float8_e4m3fn
+
+    cfg, variables = load_hf(src, dtype="float32")
+    held = variables["params"]["layers"]["attention"]["indexer"]
+    for which in ("wk", "wq_b"):
+        values, scales = theirs[name.format(which)], theirs[name.format(which) + "_scale_inv"]
+        exact = values.astype(np.float32) * scales.repeat(128, 0).repeat(128, 1)[:values.shape[0], :values.shape[1]]
+        np.testing.assert_array_equal(np.asarray(held[which])[0].reshape(len(exact.T), -1), exact.T)
+
+    from_hf(src, str(tmp_path / "run"), keep_fp8=True)
+    to_hf(str(tmp_path / "run"), str(tmp_path / "back"))
+    ours = checkpoints.tensors(tmp_path / "back")
+    assert ours.keys() == theirs.keys()
+    assert all(ours[n].tobytes() == theirs[n].tobytes() and ours[n].dtype == theirs[n].dtype for n in theirs)

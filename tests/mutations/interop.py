@@ -97,6 +97,13 @@ MUTATIONS = [
         tests="interop/test_agreement.py::test_the_divergence_is_that_of_the_definition",
     ),
     Mutation(
+        name="an indexer in FP8 is not taken for FP8",
+        file="deepseek_jax/interop/tensor_map.py",
+        old='"{block}/attention/indexer/wk", LINEAR, True)',
+        new='"{block}/attention/indexer/wk", LINEAR, False)',
+        tests="interop/test_family.py::test_an_indexer_in_fp8_is_dequantized_exactly_and_goes_out_byte_for_byte",
+    ),
+    Mutation(
         name="a pair of tiktoken is merged in any order",
         file="deepseek_jax/interop/ranks.py",
         old="    for token in ranks:\n        pairs",
