@@ -80,6 +80,8 @@ def residuals_of_layer(c: ModelConfig, layout: Layout, moe: bool = True) -> floa
     if c.remat == "none":
         token += (2 * D + latents + H * (2 * c.qk_head_dim + c.v_head_dim) + shared / layout.mesh.tensor) * width
         row += (c.expert_ffn_dim + 2 * D) * width
+        if c.index_topk is not None:  # queries and keys of the indexer, and the weights of its heads
+            token += (c.index_heads + 1) * c.index_head_dim * width + c.index_heads * FLOAT32
     return N * token + arriving * D * width + rows * row
 
 
@@ -213,13 +215,26 @@ def attention_sums(c: ModelConfig, layout: Layout) -> float:
     """The float32 sums that attention's loops add to, forward and backward.
 
     XLA:GPU allocates those of all layers that it compiles at once; layers of a loop share theirs. Hopper's kernel, for
-    the heads of the published models, needs none.
+    the heads of the published models, needs none; sparse attention has no kernel.
     """
-    if c.dtype == "bfloat16" and (c.qk_head_dim, c.v_head_dim) == KERNEL_HEADS:
+    if c.index_topk is None and c.dtype == "bfloat16" and (c.qk_head_dim, c.v_head_dim) == KERNEL_HEADS:
         return 0.0
     layers = sum(n if n <= UNROLLED_LAYERS else 1 for n in (c.num_dense_layers, c.num_moe_layers)) + c.mtp_depth
     heads = c.num_heads / layout.mesh.tensor
     return layers * layout.tokens * heads * 2 * (c.qk_head_dim + c.v_head_dim) * FLOAT32
+
+
+def sparse_scores(c: ModelConfig, layout: Layout) -> float:
+    """Bytes of the scores of one block of queries with all keys, in the backward pass of sparse attention; 0 if dense.
+
+    The training form masks. Each head has scores, probabilities and a gradient of either in float32, and probabilities
+    in the type of the products; each head of the indexer its scores and two gradients, and scores in that type.
+    """
+    if c.index_topk is None:
+        return 0.0
+    T, width = layout.sequence_length, _width(c)
+    a_pair = c.num_heads / layout.mesh.tensor * (4 * FLOAT32 + width) + c.index_heads * (3 * FLOAT32 + width)
+    return layout.tokens * min(c.attention_block, T) * a_pair
 
 
 def passing(c: ModelConfig, layout: Layout, loss_chunk: int) -> float:
@@ -229,7 +244,7 @@ def passing(c: ModelConfig, layout: Layout, loss_chunk: int) -> float:
     rows = going_back(c, rows_of_experts(c, layout)[1])
     tensor = layout.mesh.tensor * layout.mesh.pipe
     logits = min(loss_chunk, N) * c.vocab_size / tensor * (2 * FLOAT32 + width)
-    return max(attention, rows * c.fp8.enabled, logits)
+    return max(attention + sparse_scores(c, layout), rows * c.fp8.enabled, logits)
 
 
 def cache_row(c: ModelConfig, kind: str) -> int:
