@@ -1,6 +1,6 @@
 """Peak resident memory of a conversion at the sizes of published checkpoints, against a limit.
 
-    python -m benchmarks.convert_limits moonlight kimi_int4 --dir /some/disk --json benchmarks/results/convert_limits.json
+    python -m benchmarks.convert_limits moonlight kimi_int4 --json benchmarks/results/convert_limits.json
 
 `moonlight`: all tensors of Moonlight-16B-A3B in BF16. `kimi_int4`: the matrices of Kimi-K2-Thinking, routed experts in
 four bits, with fewer layers, experts and words. Names, shapes and dtypes are those of the published files; the weights
@@ -96,8 +96,8 @@ def main() -> None:
     args = parser.parse_args()
     found = {name: measure(name, args.dir) for name in args.cases}
     for name, row in found.items():
-        print(f"{name}: {row['checkpoint_gb']:.2f} GB in {row['files']:.0f} files, {row['written_gb']:.2f} GB written in "
-              f"{row['seconds']:.0f} s, {row['peak_gb']:.2f} GB resident (limit {row['limit_gb']})", flush=True)
+        print(f"{name}: {row['checkpoint_gb']:.2f} GB in {row['files']:.0f} files, {row['written_gb']:.2f} GB written "
+              f"in {row['seconds']:.0f} s, {row['peak_gb']:.2f} GB resident (limit {row['limit_gb']})", flush=True)
     if args.json:
         write_results(args.json, {"command": f"python -m benchmarks.convert_limits {' '.join(args.cases)}",
                                   "date": datetime.date.today().isoformat(), "hardware": hardware(), "cases": found})

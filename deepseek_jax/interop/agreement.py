@@ -45,7 +45,7 @@ def agreement(cfg: ModelConfig, variables: dict[str, Any], tokens_BT: np.ndarray
       tokens_BT: int32. logits_BTW: of the reference. chosen_LBTK: int32, its experts in the MoE layers, in any order.
     """
     def forward(variables, tokens_BT, chosen_LBTK):
-        output = DeepSeekV3(cfg).apply(variables, tokens_BT, capture=("chosen",), chosen=chosen_LBTK)
+        output: Any = DeepSeekV3(cfg).apply(variables, tokens_BT, capture=("chosen",), chosen=chosen_LBTK)
         return output.logits_BTW, output.captured["chosen"]
 
     run = jax.jit(forward)

@@ -283,7 +283,8 @@ def pack(items: list[Item], limit: int) -> dict[str, list[Item]]:
 def header(items: list[Item], about: dict[str, str] | None) -> bytes:
     """What a file of these tensors begins with: the length of the header, and the header. about: strings on the file;
     None: none."""
-    found, at = {} if about is None else {"__metadata__": about}, 0
+    found: dict[str, Any] = {} if about is None else {"__metadata__": about}
+    at = 0
     for item in items:
         found[item.name] = {"dtype": SPELLED[item.dtype], "shape": list(item.shape),
                             "data_offsets": [at, at + item.nbytes]}

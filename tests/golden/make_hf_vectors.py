@@ -230,7 +230,8 @@ def drafting(folder):
 def mtp_logits(model, mtp, tokens_BT):
     """Row t has seen tokens 0..t+1."""
     hidden_BTD = model(input_ids=tokens_BT, output_hidden_states=True, use_cache=False).hidden_states[-1]
-    positions_BT, cache = torch.arange(1, tokens_BT.shape[1])[None], transformers.cache_utils.MtpCache(config=mtp.config)
+    positions_BT = torch.arange(1, tokens_BT.shape[1])[None]
+    cache = transformers.cache_utils.MtpCache(config=mtp.config)
     return model.lm_head(mtp.forward_layer(0, hidden_BTD[:, :-1], positions_BT, cache, input_ids=tokens_BT[:, 1:]))
 
 

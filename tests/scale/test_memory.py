@@ -1,6 +1,5 @@
 """Planned bytes: against the arrays' own shardings, and against what compilers counted in the committed reports."""
 
-import dataclasses
 import functools
 import json
 import pathlib
