@@ -379,6 +379,6 @@ MUTATIONS = [
         file="deepseek_jax/scale/memory.py",
         old="max(attention + sparse_scores(c, layout), rows",
         new="max(attention, rows",
-        tests="scale/test_memory.py",
+        tests="scale/test_memory.py::test_sparse_training_is_planned_with_its_scores_and_dense_training_without",
     ),
 ]
