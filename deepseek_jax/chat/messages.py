@@ -88,8 +88,9 @@ def check_messages(messages: Any) -> list[dict[str, str]]:
         if others.get("type") == "text":  # which says no more than the content does
             del others["type"]
         texts = {key: others.pop(key) for key in ("name", *EXTRA.get(role, ())) if key in others}
-        if unfit := [*others, *(key for key, text in texts.items() if not isinstance(text, str) or not is_unicode(text))]:
-            raise _unsupported(f"messages[{i}].{unfit[0]}")
+        odd = [key for key, text in texts.items() if not isinstance(text, str) or not is_unicode(text)]
+        if others or odd:
+            raise _unsupported(f"messages[{i}].{[*others, *odd][0]}")
         checked.append({"role": role, "content": content} | texts)
     return checked
 

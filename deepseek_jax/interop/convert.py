@@ -19,11 +19,11 @@ import numpy as np
 import tqdm
 
 from deepseek_jax import io
+from deepseek_jax.chat.template import keep_built_in
 from deepseek_jax.checkpoint import manifest
 from deepseek_jax.checkpoint.adapters import Merged, base_of, identify
 from deepseek_jax.checkpoint.arrays import Stored, Writer
 from deepseek_jax.config import Config, ConfigError, as_dict, freeze
-from deepseek_jax.chat.template import keep_built_in
 from deepseek_jax.data.tokenizer import COMPANIONS, Tokenizer
 from deepseek_jax.interop import hf_config, ranks, safetensors_io, save
 from deepseek_jax.interop.load import Checkpoint

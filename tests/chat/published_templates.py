@@ -77,18 +77,19 @@ def of_program(path: pathlib.Path):
         names = {"bos_token": program.bos_token, "eos_token": program.eos_token}
         pathlib.Path(folder, "tokenizer_config.json").write_text(json.dumps(names))
         template = chat_template.of_folder(folder, ours).template
-    parse = ours.encode_template  # with all markup that is spelled, so no chat here spells any but in dropped parts
+    # With all markup that is spelled, so no chat here spells any but in dropped parts.
+    parse = lambda encode, chat, mode: ours.encode_template(encode(chat, thinking_mode=mode))
     for name, chat in (CHATS | REASONED).items():
         for options in OPTIONS:
             mode = "thinking" if any(options.values()) else "chat"
-            yield (f"{name}, {options}", ours, outcome(lambda: chat_ids(chat, ours, template, options)),
-                   outcome(lambda: parse(program.encode_messages(chat, thinking_mode=mode))))
+            yield (f"{name}, {options}", ours, outcome(chat_ids, chat, ours, template, options),
+                   outcome(parse, program.encode_messages, chat, mode))
 
 
-def outcome(work):
+def outcome(work, *args):
     """Ids, or "refused"."""
     try:
-        return work()
+        return work(*args)
     except (AssertionError, ValueError):
         return "refused"
 

@@ -47,7 +47,7 @@ def test_the_last_question_opens_the_reasoning_and_that_of_earlier_answers_is_le
 
 
 def test_every_question_is_asked_and_an_answer_at_the_end_is_ended(text):
-    render = lambda *turns, **options: text.template([{"role": role, "content": said} for role, said in turns], **options)
+    render = lambda *turns, **options: text.template([{"role": role, "content": x} for role, x in turns], **options)
     assert render(("user", "a"), ("user", "b"), thinking=True) == (
         "<|bos|><｜User｜>a<｜Assistant｜></think><｜User｜>b<｜Assistant｜><think>")
     assert render(("user", "a"), ("assistant", "b"), ("system", "c")) == (

@@ -125,8 +125,8 @@ MUTATIONS = [
     Mutation(
         name="tool calls of a message are dropped",
         file="deepseek_jax/chat/messages.py",
-        old="if others or not isinstance(name, str)",
-        new="if not isinstance(name, str)",
+        old="if others or odd:",
+        new="if odd:",
         tests="chat/test_template.py",
     ),
     Mutation(

@@ -56,7 +56,8 @@ def judge(mutation: Mutation, tree: pathlib.Path) -> Verdict:
                               "once")
     mutated = source.replace(mutation.old, mutation.new)
     try:
-        compile(mutated, mutation.file, "exec")
+        if path.suffix == ".py":
+            compile(mutated, mutation.file, "exec")
     except SyntaxError as error:
         return Verdict(False, f"no Python: {error}")
     path.write_text(mutated)

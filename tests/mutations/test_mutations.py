@@ -23,7 +23,7 @@ def test_the_text_of_a_mutation_stands_in_its_file_once(file):
              if where == file and (source.count(old) != 1 or old == new)]
     assert not stale
     for name, where, old, new, _ in MUTATIONS:
-        if where == file:
+        if where == file and file.endswith(".py"):
             compile(source.replace(old, new), name, "exec")
 
 
