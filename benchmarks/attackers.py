@@ -162,8 +162,8 @@ def main() -> None:
         for name in args.attacks * args.rounds:
             row = {"alone": measure(port, None), "attacked": measure(port, name)}
             found[name].append(row)
-            print(f"{name:20s}", *(f"{side}: {x['tokens_per_second']:.0f} tokens/s, /health {x['longest_health']:.2f} s,"
-                                   f" {x['failed']:.0f} failed;" for side, x in row.items()), flush=True)
+            print(name, *(f"{side}: {x['tokens_per_second']:.0f} tokens/s, /health {x['longest_health']:.2f} s, "
+                          f"{x['failed']:.0f} failed" for side, x in row.items()), sep="; ", flush=True)
     if args.json:
         write_results(args.json, {
             "what": f"{STREAMS} streams of {NEW} tokens, alone and with {ATTACKERS} attackers of one kind at a time",
