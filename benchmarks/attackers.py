@@ -162,8 +162,9 @@ def main() -> None:
         for name in args.attacks * args.rounds:
             row = {"alone": measure(port, None), "attacked": measure(port, name)}
             found[name].append(row)
-            print(name, *(f"{side}: {x['tokens_per_second']:.0f} tokens/s, /health {x['longest_health']:.2f} s, "
-                          f"{x['failed']:.0f} failed" for side, x in row.items()), sep="; ", flush=True)
+            said = (f"{side}: {x['tokens_per_second']:.0f} tokens/s, /health {x['longest_health']:.2f} s, "
+                    f"{x['failed']:.0f} failed" for side, x in row.items())
+            print(name, *said, sep="; ", flush=True)
     if args.json:
         write_results(args.json, {
             "what": f"{STREAMS} streams of {NEW} tokens, alone and with {ATTACKERS} attackers of one kind at a time",
