@@ -75,7 +75,7 @@ MAY_IMPORT = {
     "chat": ("io", "config"),
     "data": ("chat", "io", "table", "config"),
     "checkpoint": ("io", "config", "kernels_pallas.constants"),
-    "interop": ("model", "fp8", "checkpoint", "data.tokenizer", "io", "kernels_pallas.constants", "config"),
+    "interop": ("model", "fp8", "checkpoint", "data.tokenizer", "chat", "io", "kernels_pallas.constants", "config"),
     "workdir": ("checkpoint", "interop", "data.tokenizer", "io", "config"),
     # Training.
     "training.types": ("parallel.dispatch",),

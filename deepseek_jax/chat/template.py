@@ -54,8 +54,7 @@ def keep_built_in(src: str, dst: str) -> None:
     """Gives a run made of the checkpoint `src` the template that this project has for it, if any."""
     source = built_in(src)
     if source is not None:
-        with open(os.path.join(dst, FILE), "w", encoding="utf-8") as f:
-            f.write(source)
+        io.write_text(os.path.join(dst, FILE), source)
 
 
 def without_template(folder: str, tokenizer: Tokenizer) -> Conventions:

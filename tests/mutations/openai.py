@@ -111,8 +111,8 @@ MUTATIONS = [
     Mutation(
         name="what a developer says is dropped",
         file="deepseek_jax/chat/template.py",
-        old='if "developer" in source:',
-        new="if True:",
+        old='if "developer" not in source:',
+        new="if False:",
         tests="chat/test_template.py",
     ),
     Mutation(
@@ -174,7 +174,7 @@ MUTATIONS = [
     Mutation(
         name="fine-tuning lacks the template that there is for its checkpoint",
         file="deepseek_jax/data/prepare.py",
-        old="keep_built_in(config.init.from_, workdir)",
+        old="keep_built_in(source, workdir)",
         new="pass",
         tests="chat/test_deepseek_v32.py",
     ),
