@@ -35,17 +35,22 @@ def main() -> None:
     for note in advice(config) if not args.process else ():
         print(f"note: {note}", file=sys.stderr)
 
-    # After the config is known to be good: these take seconds.
+    # After the config is known to be good, and each where it is needed: these take seconds.
     from deepseek_jax.parallel.processes import Group, is_first, joined
-    from deepseek_jax.posttraining.distill_logits import distill
-    from deepseek_jax.posttraining.preferences import train_on_pairs
     from deepseek_jax.training.loop import train
 
     with joined(Group(*group) if args.processes is not None else None):
         if config.preference.objective is not None:
+            from deepseek_jax.posttraining.preferences import train_on_pairs
+
             train_on_pairs(config, args.workdir)
             return
-        result = (distill if config.distill.from_ is not None else train)(config, args.workdir)
+        if config.distill.from_ is not None:
+            from deepseek_jax.posttraining.distill_logits import distill
+
+            result = distill(config, args.workdir)
+        else:
+            result = train(config, args.workdir)
         if result.finished and is_first():
             from deepseek_jax.training.summary import summarize  # a second for its pictures, which no start waits for
 
