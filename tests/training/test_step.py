@@ -163,7 +163,7 @@ def test_steps_trace_once_and_move_the_biases_once_by_the_loads_of_the_batch_unt
 @pytest.fixture
 def cheap_model(monkeypatch):
     """In the place of the model: gradients that are the parameters, and loads that depend on the step alone."""
-    def accumulate(config, params, router, batch, step, loss, base):
+    def accumulate(config, params, router, batch, step, loss, base, reference):
         counts = {name: (jnp.arange(b.size).reshape(b.shape) * (3 + step) % 7).astype(jnp.int32)
                   for name, b in router.items()}
         losses = TokenLosses(jnp.float32(6), jnp.float32(3), jnp.array([2.0, 8.0]), jnp.array([2.0, 4.0]))
