@@ -31,7 +31,7 @@ OPERATIONS = {
     "swiglu_quantize": ("quantize", ("reference", "hopper")),
     "fp8_matmul": ("fp8_matmul", ("reference", "hopper", "tpu")),
     "fp8_grouped_matmul": ("fp8_grouped_matmul", ("reference", "hopper", "tpu")),
-    "grouped_matmul": ("grouped_matmul", ("reference", "tpu")),
+    "grouped_matmul": ("grouped_matmul", ("reference", "hopper", "tpu")),
     "mla_attention": ("mla_attention", ("reference", "hopper", "tpu")),
     "mla_decode": ("mla_decode", ("reference", "hopper")),
 }
@@ -140,13 +140,20 @@ def fp8_grouped_matmul(a: Quantized, b: Quantized, sizes_E: jax.Array, *, out_dt
 def grouped_matmul(x_RD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, *, transposed: bool = False,
                    implementation: str = "auto") -> jax.Array:
     """The experts' products in the dtype of the operands: see reference/grouped_matmul.py."""
+    implementation = _that_takes(x_RD, implementation)
     return _find("grouped_matmul", implementation)(x_RD, w_EDF, sizes_E, transposed=transposed)
 
 
 def grouped_matmul_weights(x_RD: jax.Array, dy_RF: jax.Array, sizes_E: jax.Array, *,
                            implementation: str = "auto") -> jax.Array:
     """The gradient of their weights, float32: see reference/grouped_matmul.py."""
-    return _find("grouped_matmul", implementation, "weights")(x_RD, dy_RF, sizes_E)
+    return _find("grouped_matmul", _that_takes(x_RD, implementation), "weights")(x_RD, dy_RF, sizes_E)
+
+
+def _that_takes(x, implementation):
+    """"auto", or "reference" in its place where the device's own experts do not multiply this dtype."""
+    only_bfloat16 = implementation == "auto" and chosen_here("grouped_matmul") == "hopper"
+    return "reference" if only_bfloat16 and x.dtype != jnp.bfloat16 else implementation
 
 
 def mla_attention(q_BTHA: jax.Array, k_BTHA: jax.Array, v_BTHV: jax.Array, segment_ids_BT: jax.Array | None = None, *,

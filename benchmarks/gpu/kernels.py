@@ -8,14 +8,15 @@ from typing import Any
 import jax
 
 from benchmarks.gpu.stages import Cases
-from kernels_pallas.hopper import fp8_matmul, mla_decode
+from kernels_pallas.hopper import fp8_matmul, grouped_matmul, mla_decode
 from kernels_pallas.tools import benchmark
-from kernels_pallas.tools.shapes import SHAPES, Case, Decode
+from kernels_pallas.tools.shapes import SHAPES, Case, Decode, Grouped
 from kernels_pallas.tools.timing import time_calls
 
 CALLS = 20
 MATMULS = (Case("fp8_matmul", 4096, 7168, 4096), Case("fp8_matmul", 4096, 7168, 2112),
            Case("fp8_matmul", 64, 7168, 4096))
+GROUPED = Grouped(32768, 7168, 2048, groups=8), Grouped(32768, 2048, 7168, groups=8, form="weights")
 DECODES = (Decode(128, 4096, 128), Decode(4, 32768, 128), Decode(128, 4096, 16, packed=True))
 
 
@@ -54,7 +55,7 @@ def dense(rehearse: bool) -> Cases:
 
 
 def grouped(rehearse: bool) -> Cases:
-    return _timed(("fp8_grouped_matmul",), rehearse)
+    return _timed(("fp8_grouped_matmul", "grouped_matmul"), rehearse)
 
 
 def quantizers(rehearse: bool) -> Cases:
@@ -76,6 +77,9 @@ def sweep(rehearse: bool) -> Cases:
         for changes in ({}, {"tile_n": 64}, {"stages": 3}, {"stages": 4}, {"snake": 1}, {"snake": 4}, {"snake": 16},
                         {"tile_n": 64, "snake": 16}):
             yield from _tuned(case, fp8_matmul.TuningConfig(split=split), changes, rehearse)
+    for case in GROUPED:
+        for changes in ({}, {"tile_n": 128, "stages": 4}, {"tile_n": 128}, {"snake": 1}, {"snake": 16}):
+            yield from _tuned(case, grouped_matmul.TuningConfig(), changes, rehearse)
     for case in DECODES:
         for splits in (None, 1, 2, 4, 8, 16, 33):
             yield from _tuned(case, mla_decode.TuningConfig(), {"splits": splits}, rehearse)

@@ -90,10 +90,10 @@ def faults(operation: str, row: dict, scale: str = "float32") -> list[str]:
     """What disqualifies a kernel; scale: of the quantizer that it is."""
     found = [f"spills {row['spill_bytes']} bytes"] if row["spill_bytes"] else []
     found += ["its WGMMAs are serialized"] if row["serialized"] else []
-    if "matmul" in operation and not row["wgmma_e4m3"]:
+    if operation.startswith("fp8") and not row["wgmma_e4m3"]:
         found.append("has no wgmma e4m3.e4m3")
-    if "matmul" in operation and row["qgmma"] == 0:
-        found.append("has no QGMMA in its machine code")
+    if "matmul" in operation and row["qgmma" if operation.startswith("fp8") else "hgmma"] == 0:
+        found.append(f"has no {'QGMMA' if operation.startswith('fp8') else 'HGMMA'} in its machine code")
     if "quantize" in operation and row["nan_skipped"]:
         found.append("takes maxima that skip NaN")
     if operation == "quantize" and scale == "power_of_two" and row["divisions"]:

@@ -1,6 +1,6 @@
 """Compiles every TPU kernel with the real compiler, for chips that this machine does not have.
 
-    python -m kernels_pallas.tools.compile_tpu --json FILE [--chips v5p v6e tpu7x] [--shapes v3-train tpu]
+    python -m kernels_pallas.tools.compile_tpu --json FILE [--chips v5p v6e tpu7x] [--shapes v3-train]
 
 Requires the libtpu of this version of jax (`pip install 'jax[tpu]'`), but no TPU.
 Exit code 1 if a kernel does not compile.
@@ -66,8 +66,7 @@ def main() -> int:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", metavar="FILE", help="also write the rows there")
     parser.add_argument("--chips", nargs="+", default=list(CHIPS), choices=CHIPS)
-    parser.add_argument("--shapes", nargs="+", default=["v3-train", "tpu"],
-                        choices=["tiny", "v3-train", "v3-decode", "tpu"])
+    parser.add_argument("--shapes", nargs="+", default=["v3-train"], choices=["tiny", "v3-train", "v3-decode"])
     args = parser.parse_args()
     rows = compile_kernels(args.chips, args.shapes)
     if args.json:

@@ -32,6 +32,12 @@ def library(text: str) -> str:
 
 
 def _xla(case, key, calls):
+    if case.operation == "grouped_matmul":  # the twin is XLA's own ragged product
+        try:
+            arguments = jax.jit(case.random)(key)
+            return {"xla_ragged_dot": time_calls(jax.jit(case.call("reference")), arguments, calls).seconds}
+        except Exception as error:  # E times the rows may not fit
+            return {"xla_ragged_dot": f"refused: {first_line(error)}"}
     if case.operation != "fp8_matmul":
         return {}
     a, b = (jax.random.normal(k, shape, jnp.bfloat16)
@@ -59,7 +65,7 @@ def first_line(error: BaseException) -> str:
 
 
 def _torch(case) -> dict[str, float | str]:
-    runs = {"fp8_matmul": _scaled_mm, "mla_attention": _sdpa}.get(case.operation)
+    runs = {"fp8_matmul": _scaled_mm, "grouped_matmul": _grouped_mm, "mla_attention": _sdpa}.get(case.operation)
     if runs is None:
         return {}
     try:
@@ -107,6 +113,14 @@ def _scaled_mm(torch, case):
               "torch_scaled_mm_one_scale": (ones(()), ones(()), True)}
     return {name: lambda sa=sa, sb=sb, fast=fast: torch._scaled_mm(
         a, b.t(), sa, sb, out_dtype=torch.bfloat16, use_fast_accum=fast) for name, (sa, sb, fast) in scales.items()}
+
+
+def _grouped_mm(torch, case):
+    made = [torch.randn(x.shape, device="cuda", dtype=torch.bfloat16) for x in case.arguments()[:2]]
+    ends = (torch.arange(case.groups, device="cuda", dtype=torch.int32) + 1) * (case.R // case.groups)
+    a, b = (made[0].t() if case.form == "weights" else made[0],
+            made[1].transpose(1, 2) if case.form == "transposed" else made[1])
+    return {"torch_grouped_mm": lambda: torch._grouped_mm(a, b, offs=ends, out_dtype=torch.bfloat16)}
 
 
 def _sdpa(torch, case):

@@ -24,6 +24,11 @@ class _Case(abc.ABC):
     flops: Any
     published: float | None = None
 
+    @property
+    def part(self) -> str | None:
+        """Another function of the operation's module, if the case is of that."""
+        return None
+
     @abc.abstractmethod
     def arguments(self) -> tuple:
         """jax.ShapeDtypeStructs of the operands."""
@@ -52,7 +57,7 @@ class _Case(abc.ABC):
         """
         folder = "hopper" if implementation == "interpreter" else implementation
         module = importlib.import_module(f"kernels_pallas.{folder}.{api.OPERATIONS[self.operation][0]}")
-        function = getattr(module, self.operation)
+        function = getattr(module, self.part or self.operation)
         if implementation != "interpreter":
             return function
         from jax.experimental.pallas import mosaic_gpu
@@ -140,12 +145,16 @@ class Case(_Case):
 
 @dataclasses.dataclass(frozen=True)
 class Grouped(_Case):
-    """grouped_matmul of R rows, [R, D] by [groups, D, F], in bfloat16."""
+    """grouped_matmul of R rows, [R, D] by [groups, D, F], in bfloat16; groups are equal, and end anywhere.
+
+    form: "transposed", the matrices are [groups, F, D]; "weights", the gradient of the matrices.
+    """
 
     R: int
     D: int
     F: int
     groups: int
+    form: str = ""
     operation: str = "grouped_matmul"
 
     @property
@@ -153,14 +162,24 @@ class Grouped(_Case):
         return 2 * self.R * self.D * self.F
 
     def __str__(self):
-        return f"{self.R}x{self.D}x{self.F} groups={self.groups}"
+        return f"{self.R}x{self.D}x{self.F} in {self.groups} groups{f' {self.form}' if self.form else ''}"
+
+    @property
+    def part(self) -> str | None:
+        return "weights" if self.form == "weights" else None
+
+    def compared(self) -> Grouped:
+        """With fewer rows a group: the twin multiplies a copy of all rows by every matrix."""
+        return dataclasses.replace(self, R=min(self.R, 300 * self.groups))
 
     def arguments(self) -> tuple:
-        rows, matrices = _array((self.R, self.D), jnp.bfloat16), _array((self.groups, self.D, self.F), jnp.bfloat16)
-        return rows, matrices, _array((self.groups,), jnp.int32)
+        right = {"": (self.groups, self.D, self.F), "transposed": (self.groups, self.F, self.D),
+                 "weights": (self.R, self.F)}[self.form]
+        return _array((self.R, self.D), jnp.bfloat16), _array(right, jnp.bfloat16), _array((self.groups,), jnp.int32)
 
     def call(self, implementation: str, **options: Any) -> Callable:
-        return functools.partial(self.function(implementation), **options)
+        how = {"transposed": True} if self.form == "transposed" else {}
+        return functools.partial(self.function(implementation), **how, **options)
 
     def random(self, key: jax.Array) -> tuple:
         rows, matrices, _ = (jax.random.normal(k, x.shape, jnp.bfloat16)
@@ -272,6 +291,7 @@ SHAPES = {
         Case("swiglu_quantize", 256, 256), Case("fp8_matmul", 256, 256, 128),
         Case("fp8_matmul", 256, 256, 128, form="tiles"), Case("fp8_grouped_matmul", 512, 256, 128, groups=2),
         Case("fp8_grouped_matmul", 128, 512, 128, groups=2, form="tiles"),
+        *(Grouped(100, 64, 128, groups=3, form=form) for form in ("", "transposed", "weights")),
         Attention(1, 128, 1, backward=True), Decode(1, 128, 2, page=32, C=128),
         Decode(1, 128, 2, page=32, packed=True)),
     "v3-train": (
@@ -284,6 +304,9 @@ SHAPES = {
         *(Case("fp8_grouped_matmul", 32768, K, N, groups=g, published=speed)
           for g in (4, 8) for N, K, speed in ((4096, 7168, 1346), (7168, 2048, 1214))),
         Case("fp8_grouped_matmul", 4096, 32768, 7168, groups=8, form="tiles"),
+        Grouped(32768, 7168, 2048, groups=8), Grouped(32768, 2048, 7168, groups=8),
+        *(Grouped(32768, 2048, 7168, groups=8, form=form) for form in ("transposed", "weights")),
+        *(Grouped(98304, 2048, 1408, groups=64, form=form) for form in ("", "weights")),  # V2-Lite's experts
         Attention(1, 4096, 128), Attention(1, 4096, 128, backward=True),
         Attention(1, 4096, 128, backward=True, segments=True)),
     "v3-decode": (
@@ -291,7 +314,4 @@ SHAPES = {
           for (N, K), speed in _MATMULS.items() for n, M in enumerate((64, 128))),
         *(Decode(*shape, packed=packed) for packed in (False, True)
           for shape in ((128, 4096, 128), (128, 4096, 16), (4, 32768, 128, 32)))),
-    "tpu": (  # which no other device has a kernel for: experts of V3, 8 on a device, and of V2-Lite
-        Grouped(32768, 7168, 2048, groups=8), Grouped(32768, 2048, 7168, groups=8),
-        Grouped(98304, 2048, 1408, groups=64), Grouped(98304, 1408, 2048, groups=64)),
 }

@@ -43,7 +43,8 @@ def grouped_matmul(x_RD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, *, tra
 def weights(x_RD: jax.Array, dy_RF: jax.Array, sizes_E: jax.Array, *, config: TuningConfig | None = None,
             interpret: bool = False) -> jax.Array:
     """See the twin."""
-    config = config or TuningConfig()
+    # A tile of the output is float32 and held three times: with 1024 columns, beyond the 16 MiB that a kernel may have.
+    config = config or TuningConfig(columns=512)
     D, F = x_RD.shape[1], dy_RF.shape[1]
     x_RD, dy_RF = _whole_tiles(config, x_RD, dy_RF)
     return tgmm(x_RD.swapaxes(0, 1), dy_RF, sizes_E.astype(jnp.int32), jnp.float32, config.tiling(len(x_RD), D, F),
