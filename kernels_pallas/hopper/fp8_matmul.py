@@ -17,6 +17,8 @@ Rows and columns past the edge are loaded as zeros and not stored: that is what 
 
 # The stubs of Mosaic's transforms and ACC are wrong.
 # pyright: reportAbstractUsage=false, reportPrivateImportUsage=false
+from __future__ import annotations
+
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -34,6 +36,7 @@ from kernels_pallas.hopper.tiles import tiled_shape, whole_tiles
 from kernels_pallas.reference.fp8_matmul import check_matmul
 
 COMPUTE, MEMORY = 2, 1  # warpgroups
+WIDTHS = (BLOCK, 64, 32, 16)  # of a warpgroup's tile
 SHARED_BYTES = 223 * 1024  # of a block's 227 KiB: the rest is for barriers, alignment and Mosaic's own
 
 
@@ -41,7 +44,7 @@ SHARED_BYTES = 223 * 1024  # of a block's 227 KiB: the rest is for barriers, ali
 class TuningConfig:
     """How the output is cut up.
 
-    tile_n: columns of a warpgroup's tile of 64 rows, 64 or 128. 128: the sum in float32 and the partial sum take 64
+    tile_n: columns of a warpgroup's tile of 64 rows, 16 to 128. 128: the sum in float32 and the partial sum take 64
       registers each of the 232 there are; 64 x 256 spills.
     stages: slices of 128 of K in flight, 32 KiB each (40 with split="columns"); None: as many as leave room for the
       output in the 227 KiB that there are: 5 with bfloat16 and 4 with float32; by columns 4 and 3.
@@ -57,9 +60,21 @@ class TuningConfig:
 
     def __post_init__(self):
         # A tile has one scale of a block of 128 x 128, and leaves by swizzled rows of 128 bytes.
-        if self.tile_n not in (64, BLOCK) or self.split not in ("rows", "columns"):
-            raise ValueError(f"tile_n={self.tile_n} and split={self.split!r} make no tile of this kernel; tile_n is 64 "
-                             f"or {BLOCK}, so that a tile lies in one block of scales, and split 'rows' or 'columns'.")
+        if self.tile_n not in WIDTHS or self.split not in ("rows", "columns"):
+            raise ValueError(f"tile_n={self.tile_n} and split={self.split!r} make no tile of this kernel; tile_n is "
+                             f"{', '.join(map(str, WIDTHS))}, so that a tile lies in one block of scales, and split "
+                             "'rows' or 'columns'.")
+
+    @classmethod
+    def of_shape(cls, M: int, N: int, num_sms: int = 132) -> TuningConfig:
+        """The tiles with which the busiest SM loads least: narrow where there are few rows, so that all SMs work."""
+        configs = [cls(tile_n=width, split="columns" if M <= 64 else "rows") for width in WIDTHS]
+
+        def loaded(config):
+            tiles = -(-M // config.block_m) * -(-N // config.block_n)
+            return -(-tiles // num_sms) * (config.block_m + config.block_n)
+
+        return min(configs, key=loaded)
 
     @property
     def block_m(self) -> int:
@@ -104,7 +119,8 @@ def scaled_matmul(a: Any, b: Any, tables: Any, locate: Callable, tiles: Any, out
     block_m, block_n, tile_n = config.block_m, config.block_n, config.tile_n
     stages = config.stages_for(out_type.dtype)
     swizzled = (plgpu.TilingTransform((8, BLOCK)), plgpu.SwizzleTransform(BLOCK))
-    out_swizzle = (plgpu.TilingTransform((8, BLOCK // out_type.dtype.itemsize)), plgpu.SwizzleTransform(BLOCK))
+    out_bytes = min(BLOCK, tile_n * out_type.dtype.itemsize)  # of a row that is swizzled as one
+    out_swizzle = (plgpu.TilingTransform((8, out_bytes // out_type.dtype.itemsize)), plgpu.SwizzleTransform(out_bytes))
 
     # One kernel and all that it names, read top down.
     def fp8_products(a_gmem, as_gmem, b_gmem, bs_gmem, *refs):
@@ -218,7 +234,7 @@ def fp8_matmul(a: Quantized, b: Quantized, *, out_dtype: DTypeLike = jnp.bfloat1
         raise ValueError(f"hopper multiplies E4M3 by E4M3, not {a[0].dtype} by {b[0].dtype}; "
                          "implementation='reference' takes E5M2 too.")
     (M, K), N = a[0].shape, b[0].shape[0]
-    config = config or TuningConfig(split="columns" if M <= 64 else "rows")
+    config = config or TuningConfig.of_shape(M, N, num_sms)
     grid = (-(-M // config.block_m), -(-N // config.block_n))
     steps = blocks(K)
 

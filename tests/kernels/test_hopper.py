@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 from kernels_pallas import api
 from kernels_pallas.hopper import fp8_grouped_matmul as grouped
 from kernels_pallas.hopper import fp8_matmul as matmul
+from kernels_pallas.hopper import grouped_matmul as experts
 from kernels_pallas.hopper import quantize as quantizers
-from kernels_pallas.tools.shapes import Attention, Case, Decode
+from kernels_pallas.reference import grouped_matmul as reference_experts
+from kernels_pallas.tools.shapes import Attention, Case, Decode, Grouped
 from tests.kernels.interpreter import INTERPRET
 
 
@@ -76,10 +78,10 @@ def test_swiglu_is_quantized_within_a_step_of_e4m3_of_the_twin():
 DENSE = [((128, 128, 256), "rows", 2), ((200, 136, 400), "rows", 3), ((40, 264, 256), "columns", 2)]
 
 
-@pytest.mark.parametrize("split", ["rows", "columns"])
-def test_narrow_tiles_share_their_block_of_scales(split):
+@pytest.mark.parametrize(("tile_n", "split"), [(64, "rows"), (64, "columns"), (16, "columns")])
+def test_narrow_tiles_share_their_block_of_scales(tile_n, split):
     a, b = api.quantize(normal((64, 256))), api.quantize_blocks(normal((200, 256), 1))
-    config = matmul.TuningConfig(tile_n=64, split=split, stages=2)
+    config = matmul.TuningConfig(tile_n=tile_n, split=split, stages=2)
     ours = matmul.fp8_matmul(a, b, out_dtype=jnp.float32, config=config, num_sms=2, interpret=INTERPRET)
     close(ours, api.fp8_matmul(a, b, out_dtype=jnp.float32))
 
@@ -99,6 +101,14 @@ def test_matmuls_are_their_twins(form, shape, split, stages):
                                                         ("columns", "bfloat16", 4), ("columns", "float32", 3)])
 def test_a_ring_takes_what_the_output_leaves_of_shared_memory(split, dtype, stages):
     assert matmul.TuningConfig(split=split).stages_for(jnp.dtype(dtype)) == stages
+
+
+@pytest.mark.parametrize(("M", "N", "tile_n", "tiles"), [
+    (64, 2112, 16, 66), (64, 4096, 16, 128), (64, 7168, 32, 112), (64, 32768, 128, 128), (128, 4096, 32, 128),
+    (4096, 4096, 128, 1024)])
+def test_few_rows_have_narrow_tiles_so_that_all_sms_work(M, N, tile_n, tiles):
+    config = matmul.TuningConfig.of_shape(M, N)
+    assert config.tile_n == tile_n and -(-M // config.block_m) * -(-N // config.block_n) == tiles
 
 
 def test_a_matmul_rounds_once_to_its_output():
@@ -126,9 +136,56 @@ def test_k_grouped_products_are_their_twin_and_zero_for_an_empty_group():
     assert not np.asarray(ours)[1].any()
 
 
+# Groups that begin and end inside tiles and their 8 rows, an empty one, and rows of none.
+UNEVEN = jnp.array([69, 0, 5, 150], jnp.int32)
+FEW = dict(config=experts.TuningConfig(tile_n=128, stages=2), num_sms=2, interpret=INTERPRET)
+
+
+def bfloat16(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.bfloat16)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_experts_products_are_their_twin_and_zero_past_the_last_group(transposed):
+    x_RD, w_EDF = bfloat16(260, 72), bfloat16(4, *((136, 72) if transposed else (72, 136)), seed=1)
+    x_RD = x_RD.at[224:].set(jnp.nan)  # rows of no expert may hold anything
+    ours = experts.grouped_matmul(x_RD, w_EDF, UNEVEN, transposed=transposed, **FEW)
+    theirs = reference_experts.grouped_matmul(x_RD.at[224:].set(0), w_EDF, UNEVEN, transposed=transposed)
+    assert ours.dtype == jnp.bfloat16
+    close(ours, theirs, 2.0**-8)
+    assert not np.asarray(ours)[224:].any()
+
+
+def test_the_gradient_of_experts_is_its_twin_and_zero_for_an_empty_group():
+    x_RD, dy_RF = bfloat16(260, 72), bfloat16(260, 136, seed=1)
+    x_RD = x_RD.at[224:].set(jnp.nan)
+    ours = experts.weights(x_RD, dy_RF, UNEVEN, **FEW)
+    close(ours, reference_experts.weights(x_RD.at[224:].set(0), dy_RF, UNEVEN))
+    assert ours.dtype == jnp.float32 and not np.asarray(ours)[1].any()
+
+
+tiles_of_groups = jax.jit(experts.tiles_of_groups, static_argnums=(1, 2))
+
+
+@given(ends=st.lists(st.integers(0, 500), min_size=4, max_size=4))
+@settings(max_examples=50, deadline=None, derandomize=True)
+def test_tiles_hold_every_row_once_under_its_expert(ends):
+    E, R, sizes = 4, 500, np.diff([0, *sorted(ends)])
+    tiles = (R + (E + 1) * (experts.ROWS + experts.ALIGN - 2)) // experts.ROWS
+    found = np.full(R, -1)
+    for expert, row, begin, end in zip(*map(np.asarray, tiles_of_groups(jnp.asarray(sizes), R, tiles))):
+        assert row % experts.ALIGN == 0
+        assert (found[row + begin:row + end] == -1).all()
+        found[row + begin:row + end] = expert
+    np.testing.assert_array_equal(found, np.repeat(np.arange(E + 1), [*sizes, R - sizes.sum()]))
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
+        (lambda: experts.TuningConfig(tile_n=64), "tile_n=64 makes no tile of this kernel; tile_n is 128 or 256."),
+        (lambda: experts.grouped_matmul(jnp.ones((8, 64)), jnp.ones((1, 64, 64)), jnp.ones(1, jnp.int32)),
+         "multiply bfloat16, not float32; implementation='reference' takes it."),
         (lambda: quantizers.quantize(jnp.ones((8, 128))), "takes bfloat16 matrices"),
         (lambda: quantizers.quantize(jnp.ones((8, 16), jnp.bfloat16), dtype=jnp.float8_e5m2), "makes E4M3, not float8"),
         (lambda: matmul.fp8_matmul(api.quantize(jnp.ones((8, 128)), dtype=jnp.float8_e5m2),
@@ -137,7 +194,7 @@ def test_k_grouped_products_are_their_twin_and_zero_for_an_empty_group():
             api.quantize(jnp.ones((128, 128))), api.quantize_blocks(jnp.ones((1, 8, 128))), jnp.ones(1, jnp.int32),
             config=matmul.TuningConfig(split="columns")), "config.split must be 'rows'"),
         (lambda: matmul.TuningConfig(tile_n=192), "tile_n=192 and split='rows' make no tile of this kernel; tile_n is"),
-        (lambda: matmul.TuningConfig(tile_n=32), "tile_n=32 and split='rows' make no tile"),
+        (lambda: matmul.TuningConfig(tile_n=8), "tile_n=8 and split='rows' make no tile"),
         (lambda: matmul.TuningConfig(split="column"), "split 'rows' or 'columns'."),
     ],
 )
@@ -154,6 +211,7 @@ def test_what_a_kernel_cannot_do_is_refused_in_one_line(call, message):
     Case("fp8_matmul", 300, 256, 80), Case("fp8_matmul", 12, 96, 190), Case("fp8_matmul", 250, 300, 80, form="tiles"),
     Case("fp8_grouped_matmul", 512, 200, 90, groups=2),
     Case("fp8_grouped_matmul", 100, 512, 90, groups=2, form="tiles"),
+    *(Grouped(101, 90, 76, groups=3, form=form) for form in ("", "transposed", "weights")),
     Attention(2, 100, 2, backward=True, segments=True), Decode(3, 100, 20), Decode(3, 100, 20, page=16, packed=True)],
     ids=lambda case: f"{case.operation}-{case}")
 def test_ragged_shapes_lower_for_the_real_machine_too(case):

@@ -3,6 +3,8 @@
     JAX_PLATFORMS=cuda python -m pytest tests/kernels/test_on_gpu.py       skipped elsewhere
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +13,7 @@ import pytest
 from kernels_pallas import api
 from kernels_pallas.hopper import fp8_grouped_matmul as grouped
 from kernels_pallas.hopper import fp8_matmul as matmul
+from kernels_pallas.hopper import grouped_matmul as experts
 from kernels_pallas.hopper import mla_decode as decode
 from kernels_pallas.hopper import quantize as quantizers
 from kernels_pallas.tools.compare import compare
@@ -100,6 +103,22 @@ def test_grouped_products_are_their_twins_with_empty_groups_and_rows_of_no_group
         a, b = (api.quantize(normal((n, 512), n), implementation="reference") for n in (136, 72))
     ours = twice_and_often(lambda a, b, s: grouped.fp8_grouped_matmul(a, b, s, out_dtype=jnp.float32), a, b, sizes_E)
     assert_right(ours, api.fp8_grouped_matmul(a, b, sizes_E, out_dtype=jnp.float32, implementation="reference"))
+
+
+@pytest.mark.parametrize("sizes", [[69, 0, 5, 150], [0, 0, 0, 0], [260, 0, 0, 0], [1, 7, 8, 9], [64, 64, 65, 63]])
+@pytest.mark.parametrize("form", ["", "transposed", "weights"])
+def test_experts_products_are_their_twins_wherever_groups_end(sizes, form):
+    sizes_E, bfloat16 = jnp.asarray(sizes, jnp.int32), jnp.bfloat16
+    x, dy = normal((260, 72), dtype=bfloat16), normal((260, 136), 1, bfloat16)
+    if form == "weights":
+        ours, theirs = experts.weights, lambda *a: api.grouped_matmul_weights(*a, implementation="reference")
+        arguments = x, dy, sizes_E
+    else:
+        how = dict(transposed=form == "transposed")
+        ours = functools.partial(experts.grouped_matmul, **how)
+        theirs = functools.partial(api.grouped_matmul, implementation="reference", **how)
+        arguments = x, normal((4, 136, 72) if form else (4, 72, 136), 2, bfloat16), sizes_E
+    assert_right(twice_and_often(ours, *arguments), theirs(*arguments))
 
 
 @pytest.mark.parametrize("segments", [False, True])

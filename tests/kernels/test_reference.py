@@ -166,6 +166,13 @@ def test_an_older_jax_has_the_twins_and_names_what_a_kernel_needs(monkeypatch):
         api._find("fp8_matmul", "hopper")
 
 
+def test_hopper_multiplies_experts_in_bfloat16_and_leaves_other_dtypes_to_the_twin(monkeypatch):
+    monkeypatch.setattr(api, "device_here", lambda: types.SimpleNamespace(platform="gpu", device_kind="NVIDIA H100"))
+    x, w, sizes = jnp.ones((8, 4)), jnp.ones((1, 4, 4)), jnp.full(1, 8, jnp.int32)
+    assert (api.grouped_matmul(x, w, sizes) == 4).all() and (api.grouped_matmul_weights(x, x, sizes) == 8).all()
+    assert api._that_takes(x.astype(jnp.bfloat16), "auto") == "auto" and api._that_takes(x, "hopper") == "hopper"
+
+
 def test_auto_says_once_what_it_took(caplog):
     api._log_once.cache_clear()
     with caplog.at_level(logging.INFO, logger="kernels_pallas.api"):

@@ -447,4 +447,32 @@ MUTATIONS = [
         new="if False",
         tests="benchmarks/test_gpu.py",
     ),
+    Mutation(
+        name="hopper experts: a tile stores the rows of the group before",
+        file="kernels_pallas/hopper/grouped_matmul.py",
+        old="return group, row, own(start_G), own(start_G + sizes)",
+        new="return group, row, own(first_G), own(start_G + sizes)",
+        tests="kernels/test_hopper.py",
+    ),
+    Mutation(
+        name="hopper experts: a gradient sums its neighbours' rows",
+        file="kernels_pallas/hopper/grouped_matmul.py",
+        old="own = (row >= begin) & (row < end)",
+        new="own = row >= 0",
+        tests="kernels/test_hopper.py",
+    ),
+    Mutation(
+        name="hopper experts: pieces of a tile leave from its start",
+        file="kernels_pallas/hopper/grouped_matmul.py",
+        old="at = begin + (count & -(2 * size))",
+        new="at = begin",
+        tests="kernels/test_hopper.py",
+    ),
+    Mutation(
+        name="hopper experts: float32 goes to a kernel of bfloat16",
+        file="kernels_pallas/api.py",
+        old='return "reference" if only_bfloat16 and x.dtype != jnp.bfloat16 else implementation',
+        new="return implementation",
+        tests="kernels/test_reference.py",
+    ),
 ]
