@@ -18,6 +18,7 @@ There is nothing to tune: 128 x 128 is the least that holds whole tiles of both 
 
 # The stubs of Mosaic's transforms and ACC are wrong.
 # pyright: reportAbstractUsage=false, reportPrivateImportUsage=false
+import functools
 from typing import Any
 
 import jax
@@ -48,20 +49,22 @@ def _scales(amax, scale):
     return jnp.where(amax < jnp.inf, from_bits(s), amax), inverse
 
 
-def _amax(x, interpret):
+def _amax(parts, interpret):
     """The largest magnitude of each row; NaN beats all, as in the twin."""
     if not interpret:  # max.NaN.f32, as the report of compiled kernels checks
-        return jnp.max(jnp.abs(x), axis=1)
+        return functools.reduce(jnp.maximum, (jnp.max(jnp.abs(x), axis=1) for x in parts))
     # The interpreter's maximum skips NaN. Integers have the order of magnitudes; on the chip they cost 11 registers.
-    bits = lax.bitcast_convert_type(x, jnp.int32) & 0x7FFFFFFF
-    return lax.bitcast_convert_type(jnp.max(bits, axis=1), jnp.float32)
+    bits = (lax.bitcast_convert_type(x, jnp.int32) & 0x7FFFFFFF for x in parts)
+    return lax.bitcast_convert_type(functools.reduce(jnp.maximum, (jnp.max(b, axis=1) for b in bits)), jnp.float32)
 
 
-def _store(x, scale, half, values_smem, scales_smem, interpret):
-    """Quantizes x [64, 128] along its rows into shared memory."""
-    s, inverse = _scales(_amax(x, interpret), scale)
-    each = lambda row: lax.broadcast_in_dim(row, x.shape, (0,))
-    values_smem[half] = (x / each(s) if inverse is None else x * each(inverse)).astype(E4M3)
+def _store(parts, scale, half, values_smem, scales_smem, interpret):
+    """Quantizes 64 rows of 128 numbers, which come in parts of some columns, into shared memory."""
+    s, inverse = _scales(_amax(parts, interpret), scale)
+    each = lambda row: lax.broadcast_in_dim(row, (HALF, BLOCK // len(parts)), (0,))
+    for n, x in enumerate(parts):
+        scaled = x / each(s) if inverse is None else x * each(inverse)
+        values_smem[half, :, n * x.shape[1]:(n + 1) * x.shape[1]] = scaled.astype(E4M3)
     scales_smem[half] = s
 
 
@@ -69,8 +72,11 @@ def _quantize(inputs, prepare, scale, transposed, interpret) -> Any:
     """inputs: arrays [M, K] that `prepare` makes float32 tiles of. Scales come back as [K / 128, M]."""
     M, K = inputs[0].shape
     inputs = [whole_tiles(x) for x in inputs]
-    bf16 = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
-    fp8 = (plgpu.TilingTransform((8, 128)), plgpu.SwizzleTransform(128))
+    # A row comes in parts: with both operands of whole rows, SwiGLU took all registers, and one block filled an SM.
+    count = 2 if len(inputs) == 1 else 4
+    wide = BLOCK // count
+    bf16 = (plgpu.TilingTransform((8, wide)), plgpu.SwizzleTransform(2 * wide))
+    fp8 = (plgpu.TilingTransform((8, wide)), plgpu.SwizzleTransform(wide))
     outs = [out for m, k in ((M, K), (K, M))[:1 + transposed]
             for out in (jax.ShapeDtypeStruct(tiled_shape((m, k), E4M3), E4M3),
                         jax.ShapeDtypeStruct((blocks(k), blocks(m) * BLOCK), jnp.float32))]
@@ -83,29 +89,35 @@ def _quantize(inputs, prepare, scale, transposed, interpret) -> Any:
 
         @pl.when(group == 0)
         def _():
-            for n, source in enumerate(sources):
-                plgpu.copy_gmem_to_smem(source.at[rows, columns], x_smem.at[n], arrived)
+            for k in range(count):
+                for n, source in enumerate(sources):
+                    source_part = source.at[rows, pl.ds(j * BLOCK + k * wide, wide)]
+                    plgpu.copy_gmem_to_smem(source_part, x_smem.at[k, n], arrived.at[k])
 
-        plgpu.barrier_wait(arrived)
-        mine = pl.ds(group * HALF, HALF)
-        tiles = [plgpu.load(x_smem.at[n, mine], layout=WGMMA) for n in range(len(inputs))]
-        _store(prepare(*tiles), scale, group, held[0], held[1], interpret)
-        if transposed:
-            tiles = [plgpu.load(x_smem.at[n, :, mine].transpose((1, 0)), layout=WGMMA) for n in range(len(inputs))]
-            _store(prepare(*tiles), scale, group, held[2], held[3], interpret)
+        def part(k, half, turned=False):
+            refs = [x_smem.at[k, n, pl.ds(half * HALF, HALF)] for n in range(len(inputs))]
+            return prepare(*(plgpu.load(ref.transpose((1, 0)) if turned else ref, layout=WGMMA) for ref in refs))
+
+        def arriving(k):
+            plgpu.barrier_wait(arrived.at[k])  # which also keeps ptxas from loading all parts first
+            return part(k, group)
+
+        _store([arriving(k) for k in range(count)], scale, group, held[0], held[1], interpret)
+        if transposed:  # of one input: a part is a group's columns, and its halves the parts of their rows
+            _store([part(group, half, turned=True) for half in range(2)], scale, group, held[2], held[3], interpret)
         plgpu.commit_smem()
         places = [(pl.ds(i * BLOCK + group * HALF, HALF), columns), (j, pl.ds(i * BLOCK + group * HALF, HALF)),
                   (pl.ds(j * BLOCK + group * HALF, HALF), rows), (i, pl.ds(j * BLOCK + group * HALF, HALF))]
         for smem, target, place in zip(held, targets, places):
             plgpu.copy_smem_to_gmem(smem.at[group], target.at[place])
-        plgpu.wait_smem_to_gmem(0)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     held = [plgpu.SMEM((2, HALF, BLOCK), E4M3, transforms=fp8), plgpu.SMEM((2, HALF), jnp.float32)]
     made = plgpu.kernel(
         quantizer, out_type=outs, grid=(blocks(M), blocks(K)), grid_names=("row", "column"), num_threads=2,
         thread_name="group", interpret=interpret,
-        scratch_types=[plgpu.SMEM((len(inputs), BLOCK, BLOCK), jnp.bfloat16, transforms=bf16),
-                       *held * (2 if transposed else 1), plgpu.Barrier(num_arrivals=len(inputs))],
+        scratch_types=[plgpu.SMEM((count, len(inputs), BLOCK, wide), jnp.bfloat16, transforms=bf16),
+                       *held * (2 if transposed else 1), plgpu.Barrier(num_arrivals=len(inputs), num_barriers=count)],
     )(*inputs)
     # One tile in the other direction is scaled by what lies past the edge too: zeros, which change no amax.
     q = Quantized(made[0][:M, :K], made[1][:, :M].T)
