@@ -22,6 +22,7 @@ from typing import Any
 
 FIELDS = ("registers", "spill_bytes", "shared_bytes", "stages", "wgmma_e4m3", "qgmma", "hgmma", "serialized",
           "nan_skipped", "divisions")
+INSTRUCTION = r"/\*[0-9a-f]{4,}\*/ +\S"  # of machine code: its address, and what it is
 # XLA's description of the chip. An H800 is the same chip with a slower NVLink.
 H100 = """gpu_device_info {
   threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
@@ -70,7 +71,21 @@ def read(ptx: str, ptxas: str, resources: str, sass: str | None = None) -> dict:
             "stages": max(numbers(r"num_barriers=(\d+)", resources), default=0),
             "wgmma_e4m3": len(re.findall(r"wgmma\.mma_async\S*\.e4m3\.e4m3", ptx)),
             "qgmma": count("QGMMA"), "hgmma": count("HGMMA"), "serialized": "serializ" in ptxas,
-            "nan_skipped": len(re.findall(r"\bmax\.f32", ptx)), "divisions": len(re.findall(r"\bdiv\.\w+\.f32", ptx))}
+            "nan_skipped": len(re.findall(r"\bmax\.f32", ptx)), "divisions": len(re.findall(r"\bdiv\.\w+\.f32", ptx)),
+            "instructions": sass and len(re.findall(INSTRUCTION, sass)), "loop_instructions": sass and loop(sass)}
+
+
+def loop(sass: str) -> int:
+    """Instructions of the shortest loop of a kernel that has one of the tensor core's; 0: there is none."""
+    lines, labels, found = sass.splitlines(), {}, []
+    for n, line in enumerate(lines):
+        if label := re.match(r"(\.L_x_\d+):", line):
+            labels[label[1]] = n
+        back = re.search(r"\bBRA\b.*?(\.L_x_\d+)", line)
+        if back and back[1] in labels:
+            inside = [text for text in lines[labels[back[1]]:n + 1] if re.search(INSTRUCTION, text)]
+            found += [len(inside)] if any("GMMA." in text for text in inside) else []
+    return min(found, default=0)
 
 
 def dumped(files: Collection[pathlib.Path]) -> Iterator[tuple[str, dict[str, Any]]]:

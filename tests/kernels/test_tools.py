@@ -13,7 +13,7 @@ from jax.experimental import topologies
 from deepseek_jax.config import ConfigError
 from deepseek_jax.scale.compile import targets
 from kernels_pallas import api
-from kernels_pallas.tools import benchmark, compile_report, peers
+from kernels_pallas.tools import benchmark, compile_report, peers, predict
 from kernels_pallas.tools.compare import compare
 from kernels_pallas.tools.shapes import SHAPES, Attention, Case, Decode
 from kernels_pallas.tools.timing import summarize
@@ -263,3 +263,45 @@ def test_without_the_compiler_for_gpus_both_reports_say_what_to_install(monkeypa
     with pytest.raises(ConfigError) as error:
         targets.devices_of("h100:8")
     assert str(error.value) == said
+
+
+LOOPS = """
+.L_x_0:
+        /*0010*/   IADD3 R1, R1, R2 ;
+.L_x_1:
+        /*0020*/   QGMMA.64x128x32.F32.E4M3.E4M3 R24, gdesc[UR12], R24 ;
+        /*0030*/   FFMA R3, R24, R2, R3 ;
+        /*0040*/   @P0 BRA `(.L_x_1) ;
+        /*0050*/   @P1 BRA `(.L_x_0) ;
+        /*0060*/   BRA `(.L_x_2) ;
+.L_x_2:
+"""
+
+
+def test_the_machine_code_says_how_long_a_products_loop_is():
+    row = compile_report.read("", PTXAS, RESOURCES, LOOPS)
+    assert (row["instructions"], row["loop_instructions"]) == (6, 3)
+    assert compile_report.loop(LOOPS.replace("QGMMA", "FADD")) == 0
+
+
+def test_a_prediction_is_of_what_takes_longest():
+    def clocks(tiles, instructions):
+        return predict.CLOCK * predict.product(tiles, (128, 128), 10, 128, 1, 2, instructions)
+
+    leaves = 128 * 128 * 2 / 32 + predict.LATENCY
+    full = 256 * 128 / (5120 / 132)  # bytes of a slice, at an SM's share of the L2 cache
+    assert clocks(132, 100) == pytest.approx(10 * full + leaves)
+    assert clocks(1, 10) == pytest.approx(10 * 512 + leaves)  # alone, an SM loads 64 bytes a clock
+    assert clocks(1, 400) == pytest.approx(10 * 800 + leaves)  # issue slots of two warps
+    assert clocks(133, 100) == pytest.approx(2 * clocks(132, 100))  # one more tile is one more wave
+
+
+def test_predictions_come_from_the_rows_of_compiled_kernels(tmp_path, capsys, monkeypatch):
+    case = next(c for c in SHAPES["v3-train"] if c.operation == "fp8_matmul" and c.published == 1265)
+    rows = [{"operation": "fp8_matmul", "shape": str(case), "instructions": 500, "loop_instructions": 128}]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    monkeypatch.setattr("sys.argv", ["predict", "--shapes", "v3-train", "--rows", str(tmp_path / "rows.json")])
+    assert predict.main() == 0
+    (found,) = predict.predict(["v3-train"], rows)
+    assert found["tflops"] == pytest.approx(case.flops / found["seconds"] / 1e12)
+    assert f"{found['tflops']:.0f} TFLOP/s" in capsys.readouterr().out

@@ -1,6 +1,7 @@
 """Grouped products: each implementation against a loop over experts, and their gradients."""
 
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from deepseek_jax.model.grouped_matmul import IMPLEMENTATIONS, grouped_matmul, row_alignment
+from kernels_pallas import api
 from tests.model.test_permute import ROUTINGS, E, K, N, sort_by_expert
 
 # implementation, alignment, equal groups where they fit
@@ -71,3 +73,29 @@ def test_the_gradient_of_a_float32_master_stays_float32_in_a_bfloat16_model(impl
 
     np.testing.assert_array_equal(dw_EDF, 16.0078125)  # bfloat16 would make it 16
     assert dw_EDF.dtype == jnp.float32
+
+
+@pytest.mark.skipif(jax.__version_info__ < api.NEEDS_JAX, reason="kernels need a newer jax")
+def test_on_a_hopper_bfloat16_experts_are_kernels_and_never_a_product_with_every_expert(monkeypatch):
+    monkeypatch.setattr(api, "device_here", lambda: types.SimpleNamespace(platform="gpu", device_kind="NVIDIA H100"))
+    x_RD, w_EDF = jax.ShapeDtypeStruct((300, 64), jnp.bfloat16), jax.ShapeDtypeStruct((4, 64, 128), jnp.float32)
+
+    def product_and_gradients(x_RD, w_EDF, sizes_E):
+        y_RF, pull = jax.vjp(lambda x, w: grouped_matmul(x, w, sizes_E, 1), x_RD, w_EDF)
+        return y_RF, *pull(y_RF)
+
+    traced = jax.jit(product_and_gradients).trace(x_RD, w_EDF, jax.ShapeDtypeStruct((4,), jnp.int32))
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("custom_call @mosaic_gpu") == 3 and "dot" not in text
+
+
+@pytest.mark.parametrize(("rows", "experts"), [(32768, 8), (98304, 64)], ids=["V3, 8 here", "V2-Lite, all here"])
+def test_hopper_multiplies_at_most_a_tenth_more_rows_than_there_are(rows, experts):
+    pytest.importorskip("jax.experimental.pallas.mosaic_gpu")
+    from kernels_pallas.hopper.grouped_matmul import ROWS, tiles_of_groups
+
+    sizes = np.random.default_rng(0).multinomial(rows, np.random.default_rng(1).dirichlet([20] * experts))
+    tables = tiles_of_groups(jnp.asarray(sizes), rows, rows // ROWS + 2 * experts)
+    group, _, begin, end = map(np.asarray, tables)
+    multiplied = ROWS * ((group < experts) & (begin < end)).sum()
+    assert rows <= multiplied <= 1.1 * rows

@@ -475,4 +475,25 @@ MUTATIONS = [
         new="return implementation",
         tests="kernels/test_reference.py",
     ),
+    Mutation(
+        name="hopper experts: the gradient of weights is XLA's, by every expert",
+        file="deepseek_jax/model/grouped_matmul.py",
+        old="dw_EDF = api.grouped_matmul_weights(x_RD, dy_RF, sizes_E)",
+        new='dw_EDF = api.grouped_matmul_weights(x_RD, dy_RF, sizes_E, implementation="reference")',
+        tests="model/test_grouped_matmul.py",
+    ),
+    Mutation(
+        name="hopper: few rows have wide tiles",
+        file="kernels_pallas/hopper/fp8_matmul.py",
+        old="return min(configs, key=loaded)",
+        new="return configs[0]",
+        tests="kernels/test_hopper.py",
+    ),
+    Mutation(
+        name="predictions: tiles do not come in waves",
+        file="kernels_pallas/tools/predict.py",
+        old="return math.ceil(tiles / SMS) * (slices",
+        new="return tiles / SMS * (slices",
+        tests="kernels/test_tools.py",
+    ),
 ]
