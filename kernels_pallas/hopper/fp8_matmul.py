@@ -68,7 +68,7 @@ class TuningConfig:
     @classmethod
     def of_shape(cls, M: int, N: int, num_sms: int = 132) -> TuningConfig:
         """The tiles with which the busiest SM loads least: narrow where there are few rows, so that all SMs work."""
-        configs = [cls(tile_n=width, split="columns" if M <= 64 else "rows") for width in WIDTHS]
+        configs = [cls(tile_n=width, split=split) for width in WIDTHS for split in ("rows", "columns")]
 
         def loaded(config):
             tiles = -(-M // config.block_m) * -(-N // config.block_n)

@@ -148,7 +148,7 @@ def _forward(q, k, v, segments, scale, config, interpret):
 
     def attention_forward(q_ref, k_ref, v_ref, *refs):
         segments_ref = refs[0] if segments is not None else None
-        o_ref, lse_ref, q_smem, lse_smem, q_full, done, k_ring, v_ring = refs[-8:]
+        o_ref, lse_ref, q_smem, lse_smem, q_full, done, turn, k_ring, v_ring = refs[-9:]
         batch, head = lax.axis_index("batch"), lax.axis_index("head")
         tile = tiles - 1 - lax.axis_index("tile")  # the longest first
 
@@ -165,10 +165,18 @@ def _forward(q, k, v, segments, scale, config, interpret):
             plgpu.copy_gmem_to_smem(q_ref.at[mine], q_smem.at[group], q_full.at[group])
             plgpu.barrier_wait(q_full.at[group])
 
+            def meet():
+                plgpu.barrier_arrive(turn)
+                plgpu.barrier_wait(turn)
+
+            # The groups take turns: one has the tensor core while the other computes its softmax.
+            pl.when(group == 1)(meet)
+
             def attend(n, carry, masked):
                 o, top, total = carry
                 with_k = lambda k_smem: multiply(q_smem.at[group], k_smem.transpose((1, 0)))
                 s = k_ring.use(n, with_k) * scale2
+                meet()
                 if masked:
                     s = _mask(s, -jnp.inf, first, n * ROWS, segments_ref, batch)
                 new_top = jnp.maximum(top, s.max(axis=1))
@@ -176,6 +184,7 @@ def _forward(q, k, v, segments, scale, config, interpret):
                 p = jnp.exp2(s - rows(new_top, s.shape))
                 total = total * shrink + p.sum(axis=1)
                 o = o * rows(shrink, o.shape)
+                meet()
                 o = v_ring.use(n, lambda v_smem: multiply_add(o, p.astype(jnp.bfloat16), v_smem, interpret))
                 return o, new_top, total
 
@@ -184,6 +193,7 @@ def _forward(q, k, v, segments, scale, config, interpret):
             free = tile if segments is None else 0  # blocks that need no mask
             carry = lax.fori_loop(0, free, functools.partial(attend, masked=False), carry)
             o, top, total = lax.fori_loop(free, tile + 1, functools.partial(attend, masked=True), carry)
+            pl.when(group == 0)(meet)
             # The output leaves through a slot of values, when both groups have done with it.
             plgpu.barrier_arrive(done)
             plgpu.barrier_wait(done)
@@ -201,7 +211,7 @@ def _forward(q, k, v, segments, scale, config, interpret):
         attention_forward, (q, k, v, segments), (H, tiles, B), interpret,
         [jax.ShapeDtypeStruct(v.shape, v.dtype), jax.ShapeDtypeStruct((B, H, _whole(T)), jnp.float32)],
         [plgpu.SMEM((COMPUTE, 64, A), jnp.bfloat16, transforms=BF16), plgpu.SMEM((COMPUTE, 64), jnp.float32),
-         plgpu.Barrier(num_barriers=COMPUTE), plgpu.Barrier(num_arrivals=COMPUTE),
+         plgpu.Barrier(num_barriers=COMPUTE), plgpu.Barrier(num_arrivals=COMPUTE), plgpu.Barrier(num_arrivals=COMPUTE),
          Ring.of(config.stages, (ROWS, A)), Ring.of(config.stages, (ROWS, V))])
 
 

@@ -104,8 +104,8 @@ def test_a_ring_takes_what_the_output_leaves_of_shared_memory(split, dtype, stag
 
 
 @pytest.mark.parametrize(("M", "N", "tile_n", "tiles"), [
-    (64, 2112, 16, 66), (64, 4096, 16, 128), (64, 7168, 32, 112), (64, 32768, 128, 128), (128, 4096, 32, 128),
-    (4096, 4096, 128, 1024)])
+    (64, 2112, 16, 66), (64, 4096, 16, 128), (64, 7168, 32, 112), (64, 32768, 128, 128), (128, 2112, 16, 132),
+    (128, 4096, 32, 128), (4096, 4096, 128, 1024)])
 def test_few_rows_have_narrow_tiles_so_that_all_sms_work(M, N, tile_n, tiles):
     config = matmul.TuningConfig.of_shape(M, N)
     assert config.tile_n == tile_n and -(-M // config.block_m) * -(-N // config.block_n) == tiles
