@@ -40,11 +40,12 @@ class Renderer:
             return self._ask({"messages": messages, "names": options}, SECONDS)
 
     def _start(self):
-        # The same modules as here, and a session of its own: Ctrl-C is for the server.
+        # The same modules as here. A process group of its own, since Ctrl-C is for the server, but no session: Linux
+        # shares the processor out by sessions, and niceness counts within one.
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         self._process = subprocess.Popen([sys.executable, "-m", "deepseek_jax.chat.jinja"], env=environment,
                                          stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                                         start_new_session=True)
+                                         process_group=0)
         self._end = weakref.finalize(self, _end, self._process)
         self._ask(self._about, START_SECONDS)
 

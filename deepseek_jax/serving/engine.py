@@ -112,7 +112,8 @@ class Engine:
         self._news = threading.Condition()
 
     def submit(self, request: Request, listen: Listener | None = None) -> Sequence:
-        """Queues a request. `listen` is called from `step`, and once more, without tokens, when the sequence has ended.
+        """Queues a request. `listen` is called from `step`, and once more, without tokens, when the sequence has ended
+        (from `cancel` where that ends it while it waits).
 
         Raises:
           ConfigError: a request that this engine can never run.
@@ -130,17 +131,20 @@ class Engine:
         return sequence
 
     def cancel(self, sequence: Sequence) -> None:
-        """Ends a sequence before the next step."""
+        """Ends a sequence: one that waits at once, so that its place is free, others before the next step."""
         with self._news:
             sequence.cancelled = True
+            waits = sequence in self.waiting
+            if waits:
+                self.waiting.remove(sequence)
             self._news.notify_all()
+        if waits:
+            _finish(sequence, "cancelled")
 
     def cancel_all(self) -> None:
         """Ends every sequence before the next step."""
-        with self._news:
-            for sequence in (*self.waiting, *self.reading, *self.running):
-                sequence.cancelled = True
-            self._news.notify_all()
+        for sequence in (*self.waiting, *self.reading, *self.running):
+            self.cancel(sequence)
 
     def place(self, sequence: Sequence) -> int:
         """Its place among those that wait, from 1; 0 once it has been admitted."""
@@ -164,7 +168,7 @@ class Engine:
 
     def step(self) -> None:
         """Ends what was cancelled, admits what fits, reads one chunk of a prompt, decodes all others."""
-        for sequence in [s for s in (*self.waiting, *self.reading, *self.running) if s.cancelled]:
+        for sequence in [s for s in (*self.reading, *self.running) if s.cancelled]:
             self._end(sequence, "cancelled")
         self._admit()
         if self.reading:
@@ -194,9 +198,12 @@ class Engine:
         row = sum(math.prod(pages.shape[2:]) * pages.dtype.itemsize for pages in jax.tree.leaves(self._cache))
         return self.pool.owned * self.pool.page_size * row
 
+    def _next(self) -> Sequence | None:
+        with self._news:
+            return self.waiting[0] if self.waiting else None
+
     def _admit(self):
-        while self.waiting and self._slots:
-            sequence = self.waiting[0]
+        while self._slots and (sequence := self._next()) is not None:
             prompt, size = sequence.request.prompt, self.pool.page_size
             # The last token is always fed; where a second module drafts, the one before it is read again for it.
             shared = self.pool.find(prompt)[:(len(prompt) - 1 - max(0, self.modules - 1)) // size]
@@ -205,11 +212,13 @@ class Engine:
             needed = self.pool.pages_of(sequence.limit) - len(shared)
             if needed + sum(map(self.pool.idle, shared)) > self.pool.available:
                 return
+            with self._news:
+                if sequence.cancelled:  # and with that out of the queue
+                    continue
+                self.waiting.popleft()
             for page in shared:
                 self.pool.share(page)
             self.pool.reserve(needed)
-            with self._news:
-                self.waiting.popleft()
             sequence.pages, sequence.reserved = shared, needed
             sequence.slot, sequence.fresh, sequence.admitted = self._slots.pop(), True, time.monotonic()
             sequence.filled = sequence.reused = len(shared) * size
@@ -353,10 +362,9 @@ class Engine:
 
     def _end(self, sequence: Sequence, finish: str):
         """Gives back everything that a sequence owns."""
-        for queue in (self.waiting, self.reading, self.running):
+        for queue in (self.reading, self.running):
             if sequence in queue:
-                with self._news:
-                    queue.remove(sequence)
+                queue.remove(sequence)
         for page in reversed(sequence.pages):  # the end of a prefix is dropped before its beginning
             self.pool.release(page)
         self.pool.cancel(sequence.reserved)
@@ -364,9 +372,7 @@ class Engine:
         if sequence.slot >= 0:
             self._slots.append(sequence.slot)
             sequence.slot = -1
-        sequence.finish = finish
-        if sequence.listen is not None:
-            sequence.listen(sequence, [])
+        _finish(sequence, finish)
 
     def _grow(self, sequence: Sequence, positions: int):
         """Takes the pages that the first `positions` positions need."""
@@ -391,6 +397,12 @@ class Engine:
             (sequence.digest,) = digests(sequence.tokens[start:start + size], size, sequence.digest)
             self.pool.register(sequence.pages[sequence.registered], sequence.digest)
             sequence.registered += 1
+
+
+def _finish(sequence: Sequence, finish: str):
+    sequence.finish = finish
+    if sequence.listen is not None:
+        sequence.listen(sequence, [])
 
 
 def _scored(token: int, scores: Scores, at: tuple[int, ...], draft: str = "none") -> Token:

@@ -38,11 +38,13 @@ from deepseek_jax.serving.openai.metrics import Metrics
 from deepseek_jax.serving.openai.requests import BadRequest, read
 from deepseek_jax.serving.openai.schema import openapi
 from deepseek_jax.serving.openai.stream import Service
+from deepseek_jax.serving.openai.turns import Turns
 
 log = logging.getLogger(__name__)
 
 MAX_BODY_BYTES = 4 * 2**20
-READERS = 2  # threads that parse requests and tokenize prompts
+TURN_BYTES = 2**18  # of a body, that are read for one turn: what the event loop receives at once
+READERS = 2  # threads that parse completions and tokenize prompts; as many for chats
 STALLED_SECONDS = 60.0  # a step that takes longer will hardly end
 STOP_SECONDS = 2.0  # for the engine to end its step, after the grace for running requests
 
@@ -111,7 +113,8 @@ class Endpoints:
         self.metrics = Metrics(options.per_expert)
         self.chat_page = chat_page(name)
         self._load, self._ended = load, ended
-        self._readers = ThreadPoolExecutor(READERS, "reader")
+        # Of completions, and of chats: those wait for their template, which may take its time.
+        self._readers = {chat: ThreadPoolExecutor(READERS, "reader") for chat in (False, True)}
 
     def app(self) -> Starlette:
         """The application: starts to load with the server, and stops the engine after."""
@@ -225,9 +228,9 @@ class Endpoints:
     async def completions(self, request: Request) -> Response:
         """Completions and chat completions, streamed or complete."""
         service, began = self._ready(), time.monotonic()
-        body, chat = await _body(request), request.url.path.endswith("/chat/completions")
+        body, chat = await _body(request, service.turns), request.url.path.endswith("/chat/completions")
         completion = await asyncio.get_running_loop().run_in_executor(
-            self._readers, lambda: read(_parsed(body), chat, service.served))
+            self._readers[chat], lambda: read(_parsed(body), chat, service.served))
         stream = service.submit(completion)
         answer = Answer(service.served.name, completion, stream)
 
@@ -246,15 +249,27 @@ class Endpoints:
             end()
 
 
-async def _body(request: Request) -> bytes:
+async def _body(request: Request, turns: Turns) -> bytes:
+    """The body of a request, read when it has a turn; a long one needs several."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise BadRequest("Content-Type", f"send application/json, not {kind[:80]!r}.", 415, "unsupported_media_type")
-    data = bytearray()
-    async for part in request.stream():
-        data += part
-        if len(data) > MAX_BODY_BYTES:
-            raise BadRequest(None, f"the body is longer than {MAX_BODY_BYTES} bytes.", 413, "too_large")
+    too_large = BadRequest(None, f"the body is longer than {MAX_BODY_BYTES} bytes.", 413, "too_large")
+    if int(request.headers.get("content-length", 0)) > MAX_BODY_BYTES:  # the protocol lets digits alone through
+        raise too_large
+    await turns.take()
+    data, paid = bytearray(), TURN_BYTES
+    try:
+        async for part in request.stream():
+            data += part
+            if len(data) > MAX_BODY_BYTES:
+                raise too_large
+            while len(data) > paid:
+                await turns.take()
+                paid += TURN_BYTES
+    except ClientDisconnect:
+        turns.give_back()
+        raise
     return bytes(data)
 
 

@@ -17,6 +17,7 @@ from deepseek_jax.serving.engine import Engine
 from deepseek_jax.serving.openai.detokenize import TextStream
 from deepseek_jax.serving.openai.metrics import Metrics
 from deepseek_jax.serving.openai.requests import BadRequest, CompletionRequest, ServedModel
+from deepseek_jax.serving.openai.turns import Turns
 from deepseek_jax.serving.sequence import Sequence, Token
 
 log = logging.getLogger(__name__)
@@ -59,6 +60,7 @@ class Service:
         self.served = ServedModel(model, tokenizer, engine.cfg.vocab_size, engine.max_length, text, self.capacity)
         self.metrics: Metrics | None = None
         self.failure: Exception | None = None
+        self.turns = Turns(engine.max_sequences)  # of requests that are to be read
         self.live: set[Callable] = set()  # the listeners of all sequences that run or wait
         self._stopping = False
         self._step_began: float | None = None
@@ -89,11 +91,14 @@ class Service:
                 self._step_began = time.monotonic()
                 self.engine.step()
                 self._step_began = None
+                self.turns.renew()
         except Exception as error:  # no client will get anything that it waits for
             log.exception("the engine failed")
             self.failure = error
             for listen in list(self.live):
                 listen(None, [])
+        finally:
+            self.turns.end()
 
     def submit(self, completion: CompletionRequest) -> Stream:
         """Queues all choices of a request, or none. Raises BadRequest (429) above capacity."""
