@@ -1,121 +1,39 @@
 """What hostile clients cost the others: 64 streams of a served run next to one kind of attacker at a time.
 
-    python -m benchmarks.attackers --workdir run --json benchmarks/results/attackers_cpu.json
+    python -m benchmarks.attackers --workdir run --rounds 3 --json benchmarks/results/attackers_cpu.json
 
-For each kind, in turns: 64 streams alone, then with the attackers. Printed are the streams' tokens per second both ways
-and the longest that /health took, which a process of its own asks for every 50 ms. All share the machine's cores.
+For each kind, in turns: 64 streams alone, with the attackers, and with the attackers at an idle server on another port,
+which is what they cost by sharing the machine's cores. Printed are the streams' tokens per second and the longest that
+/health took, which a process of its own asks for every 50 ms.
 """
 
 import argparse
 import asyncio
 import contextlib
 import datetime
-import json
 import multiprocessing
-import os
-import pathlib
-import socket
-import subprocess
-import sys
-import tempfile
+import statistics
 import time
-from collections.abc import Awaitable, Callable, Iterator
-from typing import Any
 
-from benchmarks.machine import ROOT, hardware, write_results
-
-STREAMS, NEW, ATTACKERS = 64, 60, 16
-PAUSE = 0.05  # seconds between two looks at /health
-ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
-LONG = "word " * 780_000  # 3.9 MB
+from benchmarks import hostile_clients as clients
+from benchmarks.hostile_clients import ATTACKERS, ATTACKS, NEW, STREAMS, process
+from benchmarks.machine import hardware, write_results
 
 
-def request(path: str, length: int | None = None, **body: Any) -> bytes:
-    """A POST of JSON; `length`: promised in place of the body's own."""
-    data = json.dumps(body).encode()
-    return (f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nConnection: close\r\n"
-            f"Content-Length: {length or len(data)}\r\n\r\n").encode() + data
+def measure(port: int, attacker: str | None = None, attacked: int | None = None) -> dict[str, float]:
+    """Tokens per second of all streams together, how many of them failed, and the longest /health in seconds.
 
-
-def completion(**fields: Any) -> bytes:
-    """A streamed completion of NEW tokens."""
-    return request("/v1/completions", **{"prompt": "def ", "max_tokens": NEW, "stream": True} | fields)
-
-
-async def ask(port: int, sent: bytes, limit: int = -1, seconds: float = 0.0) -> bytes:
-    """Sends, waits, reads at most `limit` bytes (-1: all there is) and hangs up."""
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    try:
-        writer.write(sent)
-        await writer.drain()
-        await asyncio.sleep(seconds)
-        return await reader.read(limit)
-    finally:
-        writer.transport.abort()
-
-
-ATTACKS: dict[str, Callable[[int], Awaitable[bytes]]] = {
-    "long stops": lambda port: ask(port, completion(stop=[f"{i:02}" * 512 for i in range(16)])),
-    "prompts of 3.9 MB": lambda port: ask(port, completion(prompt=LONG)),
-    "half bodies": lambda port: ask(port, request("/v1/completions", length=4_000_000, prompt="x" * 1000)),
-    "stalled readers": lambda port: ask(port, completion(logprobs=20, max_tokens=200), 0, seconds=60),
-    "a cancel storm": lambda port: ask(port, completion(), 200),
-    "a hostile template": lambda port: ask(port, request("/v1/chat/completions", messages=[
-        {"role": "user", "content": "hi"}]))}
-
-
-def attack(name: str, port: int) -> None:
-    """Never ends by itself. A refused or broken connection is part of it."""
-    async def one():
-        while True:
-            with contextlib.suppress(OSError):
-                await ATTACKS[name](port)
-
-    async def together():
-        await asyncio.gather(*(one() for _ in range(ATTACKERS)))
-
-    asyncio.run(together())
-
-
-def healthy(port: int) -> bool:
-    """Whether /health says 200."""
-    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=60) as sock:
-        sock.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
-        return b" 200 " in sock.recv(4096)
-    return False
-
-
-def probe(port: int, longest: Any) -> None:
-    """Keeps the longest answer of /health, in seconds."""
-    while True:
-        start = time.monotonic()
-        healthy(port)
-        longest.value = max(longest.value, time.monotonic() - start)
-        time.sleep(PAUSE)
-
-
-@contextlib.contextmanager
-def process(work: Callable, *args: Any) -> Iterator[None]:
-    """Runs it in a process of its own, next to what is inside."""
-    started = multiprocessing.get_context("spawn").Process(target=work, args=args, daemon=True)
-    started.start()
-    try:
-        yield
-    finally:
-        started.kill()
-        started.join()
-
-
-def measure(port: int, attacker: str | None) -> dict[str, float]:
-    """Tokens per second of all streams together, how many of them failed, and the longest /health in seconds."""
+    attacked: the port that the attackers go for.
+    """
     async def streams():
-        return await asyncio.gather(*(ask(port, completion(seed=i)) for i in range(STREAMS)), return_exceptions=True)
+        asked = (clients.ask(port, clients.completion(seed=i)) for i in range(STREAMS))
+        return await asyncio.gather(*asked, return_exceptions=True)
 
     longest = multiprocessing.get_context("spawn").Value("d", 0.0)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(process(probe, port, longest))
+        stack.enter_context(process(clients.probe, port, longest))
         if attacker is not None:
-            stack.enter_context(process(attack, attacker, port))
+            stack.enter_context(process(clients.attack, attacker, attacked))
         time.sleep(2)  # until both are at work
         start = time.monotonic()
         answers = asyncio.run(streams())
@@ -123,30 +41,6 @@ def measure(port: int, attacker: str | None) -> dict[str, float]:
     time.sleep(1)
     failed = sum(not isinstance(answer, bytes) or b"data: [DONE]" not in answer for answer in answers)
     return {"tokens_per_second": STREAMS * NEW / seconds, "failed": failed, "longest_health": longest.value}
-
-
-@contextlib.contextmanager
-def served(workdir: str) -> Iterator[int]:
-    """The port of a server of the run, with a chat template that never ends."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    with tempfile.TemporaryDirectory() as folder:
-        for path in pathlib.Path(workdir).resolve().iterdir():
-            if path.name != "chat_template.jinja":
-                os.symlink(path, os.path.join(folder, path.name))
-        pathlib.Path(folder, "chat_template.jinja").write_text(ENDLESS)
-        command = [sys.executable, "-m", "deepseek_jax.serve", "--workdir", folder, "--port", str(port),
-                   "--max-length=256", f"--max-waiting={STREAMS + 2 * ATTACKERS}"]
-        server = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        try:
-            while not healthy(port):
-                if server.poll() is not None:
-                    sys.exit(f"the server has ended with {server.returncode}; try it: {' '.join(command)}")
-                time.sleep(1)
-            yield port
-        finally:
-            server.kill()
-            server.wait()
 
 
 def main() -> None:
@@ -157,18 +51,23 @@ def main() -> None:
     parser.add_argument("--json", metavar="FILE")
     args = parser.parse_args()
     found: dict[str, list[dict[str, dict[str, float]]]] = {name: [] for name in args.attacks}
-    with served(args.workdir) as port:
-        measure(port, None)
+    elsewhere = clients.free_port()
+    with clients.served(args.workdir) as port, process(clients.idle, elsewhere):
+        measure(port)
         for name in args.attacks * args.rounds:
-            row = {"alone": measure(port, None), "attacked": measure(port, name)}
-            found[name].append(row)
-            said = (f"{side}: {x['tokens_per_second']:.0f} tokens/s, /health {x['longest_health']:.2f} s, "
-                    f"{x['failed']:.0f} failed" for side, x in row.items())
-            print(name, *said, sep="; ", flush=True)
+            found[name].append({"alone": measure(port), "attacked": measure(port, name, port),
+                                "idle server attacked": measure(port, name, elsewhere)})
+            print(name, *(f"{side}: {x['tokens_per_second']:.0f} tokens/s, /health {x['longest_health']:.2f} s, "
+                          f"{x['failed']:.0f} failed" for side, x in found[name][-1].items()), sep="; ", flush=True)
+    share = lambda rows, side: statistics.median(
+        row[side]["tokens_per_second"] / row["alone"]["tokens_per_second"] for row in rows)
     if args.json:
         write_results(args.json, {
             "what": f"{STREAMS} streams of {NEW} tokens, alone and with {ATTACKERS} attackers of one kind at a time",
-            "date": datetime.date.today().isoformat(), "hardware": hardware(), "attacks": found})
+            "date": datetime.date.today().isoformat(), "hardware": hardware(), "attacks": found,
+            "median share of the tokens per second alone": {
+                name: {side: share(rows, side) for side in ("attacked", "idle server attacked")}
+                for name, rows in found.items()}})
 
 
 if __name__ == "__main__":

@@ -1,0 +1,145 @@
+"""A server and its hostile clients, each kind in a process of its own, for `attackers`."""
+
+import asyncio
+import contextlib
+import json
+import multiprocessing
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from typing import Any
+
+from benchmarks.machine import ROOT
+
+STREAMS, NEW, ATTACKERS = 64, 60, 16  # streams to be served, tokens of each; connections of an attack
+PAUSE = 0.05  # seconds between two looks at /health
+ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+LONG = "word " * 780_000  # 3.9 MB
+
+
+def request(path: str, length: int | None = None, **body: Any) -> bytes:
+    """A POST of JSON; `length`: promised in place of the body's own."""
+    data = json.dumps(body).encode()
+    return (f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nConnection: close\r\n"
+            f"Content-Length: {length or len(data)}\r\n\r\n").encode() + data
+
+
+def completion(**fields: Any) -> bytes:
+    """A streamed completion of NEW tokens."""
+    return request("/v1/completions", **{"prompt": "def ", "max_tokens": NEW, "stream": True} | fields)
+
+
+async def ask(port: int, sent: bytes, limit: int = -1, seconds: float = 0.0) -> bytes:
+    """Sends, waits, reads at most `limit` bytes (-1: all there is) and hangs up."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    try:
+        writer.write(sent)
+        await writer.drain()
+        await asyncio.sleep(seconds)
+        return await reader.read(limit)
+    finally:
+        writer.transport.abort()
+
+
+ATTACKS: dict[str, Callable[[int], Awaitable[bytes]]] = {
+    "long stops": lambda port: ask(port, completion(stop=[f"{i:02}" * 512 for i in range(16)])),
+    "prompts of 3.9 MB": lambda port: ask(port, completion(prompt=LONG)),
+    "half bodies": lambda port: ask(port, request("/v1/completions", length=4_000_000, prompt="x" * 1000)),
+    "stalled readers": lambda port: ask(port, completion(logprobs=20, max_tokens=200), 0, seconds=60),
+    "a cancel storm": lambda port: ask(port, completion(), 200),
+    "a hostile template": lambda port: ask(port, request("/v1/chat/completions", messages=[
+        {"role": "user", "content": "hi"}]))}
+
+
+def attack(name: str, port: int) -> None:
+    """Never ends by itself. A refused or broken connection is part of it."""
+    async def one():
+        while True:
+            with contextlib.suppress(OSError):
+                await ATTACKS[name](port)
+
+    async def together():
+        await asyncio.gather(*(one() for _ in range(ATTACKERS)))
+
+    asyncio.run(together())
+
+
+def healthy(port: int) -> bool:
+    """Whether /health says 200."""
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=60) as sock:
+        sock.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+        return b" 200 " in sock.recv(4096)
+    return False
+
+
+def probe(port: int, longest: Any) -> None:
+    """Keeps the longest answer of /health, in seconds."""
+    while True:
+        start = time.monotonic()
+        healthy(port)
+        longest.value = max(longest.value, time.monotonic() - start)
+        time.sleep(PAUSE)
+
+
+@contextlib.contextmanager
+def process(work: Callable, *args: Any) -> Iterator[None]:
+    """Runs it in a process of its own, next to what is inside."""
+    started = multiprocessing.get_context("spawn").Process(target=work, args=args, daemon=True)
+    started.start()
+    try:
+        yield
+    finally:
+        started.kill()
+        started.join()
+
+
+def idle(port: int) -> None:
+    """Answers 400 to whatever it is sent: attacked in place of a server, it shows what the attackers alone cost."""
+    async def answer(reader, writer):
+        with contextlib.suppress(OSError, asyncio.IncompleteReadError):
+            head = await reader.readuntil(b"\r\n\r\n")
+            length = int(head.lower().partition(b"content-length:")[2].split(b"\r")[0])
+            await reader.readexactly(length)
+            writer.write(b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\nContent-Length: 0\r\n\r\n")
+            await writer.drain()
+        writer.close()
+
+    async def serve():
+        async with await asyncio.start_server(answer, "127.0.0.1", port) as server:
+            await server.serve_forever()
+
+    asyncio.run(serve())
+
+
+def free_port() -> int:
+    """One that nobody listens at."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return free.getsockname()[1]
+
+
+@contextlib.contextmanager
+def served(workdir: str) -> Iterator[int]:
+    """The port of a server of the run, with a chat template that never ends."""
+    port = free_port()
+    with tempfile.TemporaryDirectory() as folder:
+        for path in pathlib.Path(workdir).resolve().iterdir():
+            if path.name != "chat_template.jinja":
+                os.symlink(path, os.path.join(folder, path.name))
+        pathlib.Path(folder, "chat_template.jinja").write_text(ENDLESS)
+        command = [sys.executable, "-m", "deepseek_jax.serve", "--workdir", folder, "--port", str(port),
+                   "--max-length=256", f"--max-waiting={STREAMS + 2 * ATTACKERS}"]
+        server = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            while not healthy(port):
+                if server.poll() is not None:
+                    sys.exit(f"the server has ended with {server.returncode}; try it: {' '.join(command)}")
+                time.sleep(1)
+            yield port
+        finally:
+            server.kill()
+            server.wait()
