@@ -83,13 +83,10 @@ def test_a_long_prompt_delays_a_running_stream_by_one_chunk_at_a_time(engine):
         assert len(running.made) > before or running.finish
 
 
-@pytest.mark.parametrize("when", ["waiting", "reading", "running"])
+@pytest.mark.parametrize("when", ["reading", "running"])
 def test_a_cancelled_sequence_ends_at_the_next_step_and_gives_its_pages_back(engine, when):
-    if when == "waiting":
-        others = [engine.submit(Request((i,), 30)) for i in range(2)]
-        engine.step()
     sequence = engine.submit(Request(LONG, 20))
-    for _ in range({"waiting": 1, "reading": 1, "running": 6}[when]):
+    for _ in range({"reading": 1, "running": 6}[when]):
         engine.step()
     assert sequence in getattr(engine, when)
 
@@ -97,7 +94,29 @@ def test_a_cancelled_sequence_ends_at_the_next_step_and_gives_its_pages_back(eng
     engine.step()
 
     assert sequence.finish == "cancelled" and sequence.pages == []
-    assert engine.pool.owned == (sum(len(s.pages) for s in others) if when == "waiting" else 0)
+    assert engine.pool.owned == 0
+
+
+def test_a_cancelled_sequence_that_waits_frees_its_place_before_any_step(engine):
+    heard, sequence = [], None
+    for i in range(2):
+        engine.submit(Request((i,), 30))
+    engine.step()
+    sequence = engine.submit(Request(LONG, 20), lambda s, new: heard.append((s, new)))
+
+    engine.cancel(sequence)
+
+    assert sequence.finish == "cancelled" and heard == [(sequence, [])] and not engine.waiting
+
+
+def test_a_sequence_cancelled_while_it_is_being_admitted_takes_nothing(engine, monkeypatch):
+    sequence = engine.submit(Request(LONG, 20))
+    find = engine.pool.find
+    monkeypatch.setattr(engine.pool, "find", lambda prompt: engine.cancel(sequence) or find(prompt))
+
+    engine.step()
+
+    assert sequence.finish == "cancelled" and sequence.slot == -1 and not engine.busy
 
 
 def test_a_common_prefix_is_read_once_and_the_continuation_is_the_same(engine):

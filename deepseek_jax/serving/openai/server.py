@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import gc
 import hmac
 import importlib.resources
 import json
@@ -152,6 +153,9 @@ class Endpoints:
             service = self._load(report)
             service.metrics = self.metrics
             self.metrics.watch(service.engine)
+            # What is there by now stays. A collection that looks at all of it stops every thread for half a second.
+            gc.collect()
+            gc.freeze()
             service.start()
             self.service = service
         except BaseException as error:

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import functools
+import gc
 import json
 import os
 import pathlib
@@ -20,9 +21,12 @@ pytest.importorskip("uvicorn")
 httpx = pytest.importorskip("httpx")
 
 from deepseek_jax import serve  # noqa: E402
+from deepseek_jax.chat.messages import Conventions  # noqa: E402
 from deepseek_jax.config import ConfigError  # noqa: E402
+from deepseek_jax.data.tokenizer import train_tokenizer  # noqa: E402
 from deepseek_jax.serving.openai import answers, server  # noqa: E402
-from deepseek_jax.serving.openai.stream import Delta  # noqa: E402
+from deepseek_jax.serving.openai.stream import Delta, Service  # noqa: E402
+from deepseek_jax.serving.openai.turns import Turns  # noqa: E402
 from tests.serving.openai.conftest import IDLE, LOADING, running  # noqa: E402
 
 KEY = {"Authorization": "Bearer secret"}
@@ -337,6 +341,98 @@ def test_before_the_model_is_there_health_says_how_far_it_is_and_a_signal_ends_i
 
 HALF = (b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         b"Content-Length: 100\r\n\r\n{")
+
+
+class Sent:
+    """A request whose body comes in parts; the client leaves in the end unless it `stays`."""
+
+    def __init__(self, parts, headers=(), stays=True):
+        self.headers, self.parts, self.stays = {"content-type": "application/json", **dict(headers)}, parts, stays
+
+    async def stream(self):
+        for part in self.parts:
+            yield part
+        if not self.stays:
+            raise server.ClientDisconnect
+
+
+class Counted(Turns):
+    """Counts the turns that were taken."""
+
+    taken = 0
+
+    async def take(self):
+        self.taken += 1
+
+
+@pytest.mark.parametrize(("size", "turns"), [(2, 1), (server.TURN_BYTES, 1), (4 * server.TURN_BYTES - 1, 4)])
+def test_a_long_body_takes_several_turns(size, turns):
+    counted, step = Counted(1), 50_000
+    body = asyncio.run(server._body(Sent([b"x" * min(step, size - i) for i in range(0, size, step)]), counted))
+    assert body == b"x" * size and counted.taken == turns
+
+
+def test_a_body_that_says_it_is_too_long_is_not_read():
+    counted = Counted(1)
+    with pytest.raises(server.BadRequest, match="longer than"):
+        asyncio.run(server._body(Sent([b"x"], {"content-length": str(server.MAX_BODY_BYTES + 1)}), counted))
+    assert counted.taken == 0
+
+
+def test_a_client_that_left_before_its_turn_gives_it_back():
+    async def leave_twice():
+        turns = Turns(1)
+        for _ in range(2):
+            with pytest.raises(server.ClientDisconnect):
+                await asyncio.wait_for(server._body(Sent([b"x"], stays=False), turns), 10)
+
+    asyncio.run(leave_twice())
+
+
+def test_chats_that_wait_for_their_template_hold_up_no_completion():
+    waiting, released = threading.Semaphore(0), threading.Event()
+
+    def endless(messages, **options):
+        waiting.release()
+        released.wait(60)
+        raise ValueError("too late")
+
+    class Engine:
+        cfg, max_length, max_sequences = types.SimpleNamespace(vocab_size=262), 64, 8
+
+    service = Service(Engine, train_tokenizer(["some text"] * 3, 262), "m", 8, Conventions(endless))
+    service.submit = lambda completion: (_ for _ in ()).throw(server.BadRequest(None, "read", 418))
+    endpoints = server.Endpoints(lambda report: None, "m")
+    endpoints.service = service
+
+    async def asked():
+        transport = httpx.ASGITransport(endpoints.app())
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+            chat = {"messages": [{"role": "user", "content": "hi"}]}
+            chats = [asyncio.create_task(client.post("/v1/chat/completions", json=chat))
+                     for _ in range(server.READERS + 2)]
+            while not waiting.acquire(blocking=False):
+                await asyncio.sleep(0.01)
+            answer = await asyncio.wait_for(client.post("/v1/completions", json={"prompt": "hi"}), 20)
+            released.set()
+            await asyncio.gather(*chats)
+            return answer.status_code
+
+    try:
+        assert asyncio.run(asked()) == 418
+    finally:
+        released.set()
+
+
+def test_what_is_there_at_the_start_is_not_collected_again_and_again():
+    service = types.SimpleNamespace(engine=None, start=lambda: None)
+    endpoints = server.Endpoints(lambda report: service, "m")
+    endpoints.metrics = types.SimpleNamespace(watch=lambda engine: None)
+    try:
+        endpoints._start()
+        assert not any(kept is service for kept in gc.get_objects())  # which has all but what is kept for good
+    finally:
+        gc.unfreeze()
 
 
 @pytest.mark.parametrize(("grace", "signals", "code"), [(1, 1, 0), (1000, 2, 128 + signal.SIGTERM)],
