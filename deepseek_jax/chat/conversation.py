@@ -20,7 +20,9 @@ def conversation_ids(messages: Any, tokenizer: Tokenizer, text: Conventions) -> 
     """(ids, predicted): all turns as the checkpoint's template writes them, and for each id whether it is predicted.
 
     Predicted is what the model itself would write: each answer from where the prompt of it ends, with the token that
-    ends it. Markup that the template opens the answer with is part of the prompt.
+    ends it. Markup that the template opens the answer with is part of the prompt. Thinking is on for an answer that
+    has a reasoning_content. Where a template leaves the reasoning of an earlier answer out (DeepSeek-V3.2's does, once
+    another question follows), what it leaves of that answer is context, not predicted.
 
     Raises:
       BadMessages: no messages, none that answers, or a template that refuses them or writes an answer otherwise here
@@ -34,14 +36,14 @@ def conversation_ids(messages: Any, tokenizer: Tokenizer, text: Conventions) -> 
         raise BadMessages("messages", "messages have no answer (of the role assistant); add what the model should say.")
     if answers[0] == 0:
         raise BadMessages("messages[0]", "messages[0] answers nothing; begin with a message of the user.")
-    options = _reasoning(checked)
-    ids = _until(checked[:answers[-1] + 1], tokenizer, text, options)
+    ids = _until(checked[:answers[-1] + 1], tokenizer, text)
     predicted = [False] * len(ids)
     for i in answers:
-        turn = last_turn(checked[:i + 1], tokenizer, text, options)
-        if ids[:len(turn.ids)] != turn.ids:
+        turn = last_turn(checked[:i + 1], tokenizer, text)
+        if ids[:len(turn.ids)] == turn.ids:
+            predicted[turn.start:turn.stop] = [True] * (turn.stop - turn.start)
+        elif "reasoning_content" not in checked[i]:
             raise _otherwise(i)
-        predicted[turn.start:turn.stop] = [True] * (turn.stop - turn.start)
     return ids, predicted
 
 
@@ -53,16 +55,13 @@ class Turn(NamedTuple):
     stop: int
 
 
-def last_turn(checked: list[dict[str, str]], tokenizer: Tokenizer, text: Conventions,
-              options: dict[str, bool] | None = None) -> Turn:
+def last_turn(checked: list[dict[str, str]], tokenizer: Tokenizer, text: Conventions) -> Turn:
     """Checked messages the last of which is an answer, as the template writes them.
 
-    options: of the template; None: those that the messages themselves call for. Raises BadMessages for an answer that
-    it writes otherwise here than where it is asked for.
+    Raises BadMessages for an answer that it writes otherwise here than where it is asked for.
     """
-    options = _reasoning(checked) if options is None else options
-    prompt = chat_ids(checked[:-1], tokenizer, text.template, options)
-    ids, ends = _until(checked, tokenizer, text, options), text.ends or {tokenizer.eos}
+    prompt = chat_ids(checked[:-1], tokenizer, text.template, _reasoning(checked[-1]))
+    ids, ends = _until(checked, tokenizer, text), text.ends or {tokenizer.eos}
     if ids[:len(prompt)] != prompt:
         raise _otherwise(len(checked) - 1)
     # A line break behind the token that ends the answer is the template's.
@@ -83,14 +82,14 @@ def _otherwise(i: int) -> BadMessages:
                        "give each answer a row that ends with it, in the form that the template expects.")
 
 
-def _reasoning(checked) -> dict[str, bool]:
-    """Options of templates that reason when asked to, which name it either way, for messages that hold reasoning."""
-    reasons = any("reasoning_content" in message for message in checked)
-    return {"thinking": True, "enable_thinking": True} if reasons else {}
+def _reasoning(answer: dict[str, str]) -> dict[str, bool]:
+    """Options of templates that reason when asked to, which name it either way, for an answer that reasons."""
+    return {"thinking": True, "enable_thinking": True} if "reasoning_content" in answer else {}
 
 
-def _until(messages, tokenizer, text: Conventions, options: dict[str, bool]) -> list[int]:
+def _until(messages, tokenizer, text: Conventions) -> list[int]:
     """Ids of messages the last of which is an answer, with what ends it."""
     if text.template is not None:
-        return rendered_ids(messages, tokenizer, text.template, options | {"add_generation_prompt": False})
+        return rendered_ids(messages, tokenizer, text.template,
+                            _reasoning(messages[-1]) | {"add_generation_prompt": False})
     return [*chat_ids(messages[:-1], tokenizer, None), *tokenizer.encode(messages[-1]["content"]), tokenizer.eos]

@@ -109,6 +109,18 @@ def test_answers_are_trained_on_with_or_without_reasoning(text):
     assert ids.count(here.backend.token_to_id("<think>")) == 1  # what is said in the reasoning is letters
 
 
+@pytest.mark.parametrize("last", ["hm", None])
+@pytest.mark.parametrize("first", ["easy", None])
+def test_of_several_answers_the_reasoning_before_the_last_question_is_left_out_and_what_remains_is_context(
+        text, first, last):
+    here, turn = published(), lambda content, why: {"role": "assistant", "content": content} | (
+        {"reasoning_content": why} if why else {})
+    ids, predicted = conversation_ids([*TURNS[:2], turn("2", first), TURNS[3], turn("4", last)], here, text)
+    assert here.decode(ids, specials=True) == BEGINS + (f"<think>{last}</think>" if last else "</think>") + "4<|eos|>"
+    answer = f"{last}</think>4<|eos|>" if last else "4<|eos|>"
+    assert said(here, ids, predicted) == ([answer] if first else ["2<|eos|>", answer])
+
+
 def test_a_request_may_hold_the_reasoning_of_earlier_answers(text):
     served = requests.ServedModel("m", published(), 512, 500, text)
     body = {"messages": TURNS, "max_tokens": 1, "chat_template_kwargs": {"thinking": True}}
