@@ -1,10 +1,12 @@
 """Templates are rendered under limits: none holds up or ends the program that asked."""
 
+import os
 import time
 
 import pytest
 
 from deepseek_jax.chat import render
+from deepseek_jax.chat.jinja import NICENESS
 from deepseek_jax.chat.render import Renderer
 
 CHAT = [{"role": "user", "content": "hi"}]
@@ -56,3 +58,12 @@ def test_threads_take_turns():
 def test_text_goes_there_and_back_unchanged():
     text = "ü \u2028 \x00 😀 \n\r\t \" \\"
     assert Renderer("{{ messages[0].content }}", {})([{"role": "user", "content": text}]) == text
+
+
+def test_a_template_yields_the_processor_to_the_server():
+    rendered = Renderer("{{ messages[0].content }}", {})
+    rendered(CHAT)
+    process = rendered._process.pid
+    assert os.getpriority(os.PRIO_PROCESS, process) == min(19, os.getpriority(os.PRIO_PROCESS, 0) + NICENESS)
+    assert os.getsid(process) == os.getsid(0)  # Linux weighs niceness within a session alone
+    assert os.getpgid(process) != os.getpgid(0)  # Ctrl-C is for the server

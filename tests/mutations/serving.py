@@ -338,4 +338,18 @@ MUTATIONS = [
         new="if False:",
         tests="serving/test_decode_sparse.py::test_a_model_in_its_warm_up_is_served_dense",
     ),
+    Mutation(
+        name="a cancelled sequence keeps its place in the queue",
+        file="deepseek_jax/serving/engine.py",
+        old="                self.waiting.remove(sequence)\n",
+        new="                pass\n",
+        tests="serving/test_engine.py::test_a_cancelled_sequence_that_waits_frees_its_place_before_any_step",
+    ),
+    Mutation(
+        name="who cancels while it is admitted is admitted",
+        file="deepseek_jax/serving/engine.py",
+        old="if sequence.cancelled:  # and",
+        new="if False:  # and",
+        tests="serving/test_engine.py::test_a_sequence_cancelled_while_it_is_being_admitted_takes_nothing",
+    ),
 ]

@@ -48,9 +48,10 @@ IDLE = """
 import sys, types
 from deepseek_jax.serve import listen
 from deepseek_jax.serving.openai.server import Options, serve
+from deepseek_jax.serving.openai.turns import Turns
 
 def load(report):
-    return types.SimpleNamespace(engine=None, failure=None, step_seconds=0.0, start=lambda: None,
+    return types.SimpleNamespace(engine=None, failure=None, step_seconds=0.0, turns=Turns(1), start=lambda: None,
                                  stop=lambda seconds: True)
 
 serve(load, "idle", listen("127.0.0.1", int(sys.argv[1])), Options(grace=GRACE))
