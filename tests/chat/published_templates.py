@@ -31,16 +31,22 @@ CHATS = {
     "reasoning in a former answer": SAY("1 + 1", "<think>\nsimple\n</think>\n\n2", "and 2 + 2?"),
     "an answer last": SAY("say", "<think>why</think>said"),
 }
-# What DeepSeek-V3.2's program takes besides: reasoning in a field of its own.
-REASONED = {
-    "reasoning in earlier answers": [m | {"reasoning_content": "hm </think> <｜User｜>"} if m["role"] == "assistant"
-                                     else m for m in SAY("1 + 1", "2", "and 2 + 2?", "4", "so?")],
-    "an answer last, with reasoning": [*SAY("1 + 1"), {"role": "assistant", "content": "2", "reasoning_content": "x"}],
-    "questions in a row": [{"role": "user", "content": text} for text in ("a", "", "b")],
-    "a system prompt late": [*SAY("a", "b"), {"role": "system", "content": "Now brief."}, *SAY("c")],
-    "an empty system prompt": [{"role": "system", "content": ""}, *SAY("a")],
-}
 OPTIONS = ({}, {"thinking": True}, {"thinking": False}, {"enable_thinking": True}, {"enable_thinking": False})
+TOOL = {"type": "function", "function": {"name": "add", "description": "ü < 1", "parameters": {
+    "type": "object", "properties": {"a": {"type": "number"}}, "required": ["a"]}}}
+
+
+def reasoned(why: str) -> dict[str, list[dict[str, str]]]:
+    """Chats for what knows reasoning in a field of its own; `why`: that of answers before the last question."""
+    return {
+        "reasoning in earlier answers": [m | {"reasoning_content": why} if m["role"] == "assistant" else m
+                                         for m in SAY("1 + 1", "2", "and 2 + 2?", "4", "so?")],
+        "an answer last, with reasoning": [*SAY("1 + 1"),
+                                           {"role": "assistant", "content": "2", "reasoning_content": "x"}],
+        "questions in a row": [{"role": "user", "content": text} for text in ("a", "", "b")],
+        "a system prompt late": [*SAY("a", "b"), {"role": "system", "content": "Now brief."}, *SAY("c")],
+        "an empty system prompt": [{"role": "system", "content": ""}, *SAY("a")],
+    }
 
 
 def tokenizer_of(source: str) -> Tokenizer:
@@ -59,8 +65,10 @@ def of_templates(path: pathlib.Path):
     with tempfile.TemporaryDirectory() as folder:
         pathlib.Path(folder, "chat_template.jinja").write_text(source, encoding="utf-8")
         template = chat_template.read(folder, bos, eos)
-    for name, chat in CHATS.items():
-        for options in OPTIONS:
+    knows = lambda name: re.search(rf"\b{name}\b", source) is not None
+    for name, chat in (CHATS | (reasoned("hm,\n\nwell ") if knows("reasoning_content") else {})).items():
+        for options in (*OPTIONS, *([{"clear_thinking": False}] if knows("clear_thinking") else ()),
+                        *([{"tools": [TOOL]}] if knows("tools") else ())):
             wanted = theirs.apply_chat_template(chat, add_generation_prompt=True, return_dict=False, **options)
             yield f"{name}, {options}", ours, chat_ids(chat, ours, template, options), wanted
 
@@ -77,9 +85,9 @@ def of_program(path: pathlib.Path):
         names = {"bos_token": program.bos_token, "eos_token": program.eos_token}
         pathlib.Path(folder, "tokenizer_config.json").write_text(json.dumps(names))
         template = chat_template.of_folder(folder, ours).template
-    # With all markup that is spelled, so no chat here spells any but in dropped parts.
+    # With all markup that is spelled, so no chat here spells any but in reasoning, which is dropped.
     parse = lambda encode, chat, mode: ours.encode_template(encode(chat, thinking_mode=mode))
-    for name, chat in (CHATS | REASONED).items():
+    for name, chat in (CHATS | reasoned("hm </think> <｜User｜>")).items():
         for options in OPTIONS:
             mode = "thinking" if any(options.values()) else "chat"
             yield (f"{name}, {options}", ours, outcome(chat_ids, chat, ours, template, options),
