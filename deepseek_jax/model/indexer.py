@@ -80,11 +80,10 @@ def index_scores(q_BTJI: jax.Array, weight_BTJ: jax.Array, k_BSI: jax.Array) -> 
 def chosen_mask(score_BTS: jax.Array, topk: int) -> jax.Array:
     """bool [B, T, S]: the topk highest of each row (all, if there are fewer), of equal ones the first.
 
-    The same ones as `lax.top_k` finds: a row has more than topk candidates, the last of which may tie.
+    Those that `lax.top_k` finds: all above the last one that it lists, and those equal to that one up to its place.
     """
     if topk >= score_BTS.shape[-1]:
         return jnp.ones(score_BTS.shape, bool)
-    least_BT1 = lax.top_k(score_BTS, topk)[0][..., -1:]
-    above_BTS, equal_BTS = score_BTS > least_BT1, score_BTS == least_BT1
-    left_BT1 = topk - above_BTS.sum(axis=-1, keepdims=True)
-    return above_BTS | (equal_BTS & (jnp.cumsum(equal_BTS, axis=-1) <= left_BT1))
+    least_BT1, last_BT1 = (x_BTK[..., -1:] for x_BTK in lax.top_k(score_BTS, topk))
+    at_BTS = lax.broadcasted_iota(jnp.int32, score_BTS.shape, score_BTS.ndim - 1)
+    return (score_BTS > least_BT1) | ((score_BTS == least_BT1) & (at_BTS <= last_BT1))

@@ -139,8 +139,8 @@ MUTATIONS = [
     Mutation(
         name="ties beyond index_topk are all chosen",
         file="deepseek_jax/model/indexer.py",
-        old="(equal_BTS & (jnp.cumsum(equal_BTS, axis=-1) <= left_BT1))",
-        new="equal_BTS",
+        old="(score_BTS == least_BT1) & (at_BTS <= last_BT1)",
+        new="score_BTS == least_BT1",
         tests="model/test_sparse_attention.py",
     ),
     Mutation(
