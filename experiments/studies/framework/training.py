@@ -72,7 +72,8 @@ class Training(Measure):
       probe(config, params, router, loader, final) -> {name: float or nested list}. probes: how often.
     corpus: a function of corpora.py that writes the texts of sources named "corpus/...".
     network: network(arm) -> config keys of the parts that the arm's model is built with, such as model.attention.
-    after: {arm: the arm whose final weights, of the same seed, it starts from}.
+    after: {arm: the arm whose final weights, of the same seed, it starts from}. Parts that only it has, such as the
+      indexer of sparse attention, are drawn anew.
     """
 
     base: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -170,7 +171,8 @@ class Arm:
 
         def start(key, weights=None):
             rng, init = jax.random.split(key)
-            weights = weights or initial(init, jnp.zeros((1, 8), jnp.int32), logits=False)
+            drawn = initial(init, jnp.zeros((1, 8), jnp.int32), logits=False)
+            weights = over(drawn, weights or {})
             return start_state(config, weights["params"], weights.get("router", {}), rng)
 
         # Only the initial state and the order of the text depend on the seed.
@@ -226,6 +228,12 @@ def save(path: pathlib.Path, weights: dict[str, Any]) -> None:
 
 def load(path: pathlib.Path) -> dict[str, Any]:
     return traverse_util.unflatten_dict(safetensors.numpy.load_file(path), sep="/")
+
+
+def over(drawn: dict[str, Any], weights: dict[str, Any]) -> dict[str, Any]:
+    """`weights`, and of `drawn` what they do not have."""
+    flat = traverse_util.flatten_dict
+    return traverse_util.unflatten_dict(flat(drawn) | flat(weights))
 
 
 class Probes:

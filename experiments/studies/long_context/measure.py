@@ -92,12 +92,13 @@ def haystacks(tokenizer: Any) -> dict[int, tuple[np.ndarray, np.ndarray]]:
     return made
 
 
-def needles(cfg: ModelConfig, variables: dict[str, Any], loader: Loader) -> np.ndarray:
+def needles(cfg: ModelConfig, variables: dict[str, Any], loader: Loader,
+            lengths: tuple[int, ...] = LENGTHS) -> np.ndarray:
     """float64 [lengths, depths]: how often the right secret is the likeliest of all secrets (by their first tokens)."""
     asked = len(loader.tokenizer.encode(" ="))
     candidates = np.array(sorted({loader.tokenizer.encode(f" = {secret}")[asked] for secret in SECRETS}))
     found = []
-    for tokens_NT, answer_N in haystacks(loader.tokenizer).values():
+    for tokens_NT, answer_N in map(haystacks(loader.tokenizer).get, lengths):
         rows = max(1, 4096 // tokens_NT.shape[1])
         best = [candidates[np.asarray(_model(cfg)(variables, tokens_NT[i:i + rows]))[:, -1][:, candidates].argmax(-1)]
                 for i in range(0, len(tokens_NT), rows)]

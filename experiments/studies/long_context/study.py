@@ -24,6 +24,8 @@ TO_LONG = {**PHASE, "train.sequence_length": LONG, "train.batch_size": 2}
 LABELS = {"64": "64 tokens", "512, YaRN": "64, then 512 with YaRN", "2048, YaRN": "64, 512, 2,048 with YaRN",
           "512, plain": "64, then 512 without YaRN", "2048, plain": "64, 512, 2,048 without YaRN"}
 SOURCES = {"data.sources": (("corpus/code", 1.0), ("corpus/words", 1.0))}
+PRETRAINING = {**SOURCES, "train.steps": 300, "train.sequence_length": SHORT, "train.batch_size": 32,
+               "train.eval_batches": 4, "model.init_std": 0.06}
 
 
 def draw(results: dict, runs: list[dict], folder: pathlib.Path) -> None:
@@ -75,8 +77,7 @@ STUDY = Study(
     arms={"64": {}, "512, YaRN": {**YARN, **TO_MIDDLE}, "2048, YaRN": {**YARN, **TO_LONG}, "512, plain": TO_MIDDLE,
           "2048, plain": TO_LONG},
     measure=Training(
-        base={**SOURCES, "train.steps": 300, "train.sequence_length": SHORT, "train.batch_size": 32,
-              "train.eval_batches": 4, "model.init_std": 0.06},
+        base=PRETRAINING,
         quick=SOURCES, corpus=corpora.needles, probe=far,
         after={"512, YaRN": "64", "2048, YaRN": "512, YaRN", "512, plain": "64", "2048, plain": "512, plain"}),
     draw=draw,
