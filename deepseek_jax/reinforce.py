@@ -1,4 +1,4 @@
-"""Trains a model by reinforcement learning (GRPO), or resumes the run in the work directory.
+"""Trains a model on its own answers, by rewards (GRPO) or by a teacher, or resumes the run in the work directory.
 
     python -m deepseek_jax.reinforce --config grpo_reverse --workdir rl --config.init.from=run
     python -m deepseek_jax.reinforce --config my_config.py --workdir rl --config.rollout.task=my_package:TASK
@@ -14,7 +14,7 @@ from deepseek_jax.config.advice import advice
 
 def parse() -> tuple[argparse.Namespace, list[str]]:
     parser = cli.Parser("reinforce", __doc__)
-    parser.add_argument("--config", required=True, help="grpo_reverse; a Python file with get_config(); or the "
+    parser.add_argument("--config", required=True, help="grpo_reverse or distill_on_policy; a Python file with get_config(); or the "
                         "config.json of a run")
     parser.add_argument("--workdir", required=True, help="checkpoints and metrics; run again to resume")
     parser.epilog = "Any key of the config can be overridden: --config.rollout.group_size=16 --config.grpo.updates=2"

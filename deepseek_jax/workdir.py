@@ -113,6 +113,14 @@ def _differences(ours, theirs, prefix=""):
     return out
 
 
+def check_speaks(config: Config, folder: str) -> None:
+    """Raises ConfigError for the config of a reward model, whose weights no longer write text."""
+    if config.preference.objective == "reward":
+        raise ConfigError(f"{folder} is a reward model, which scores answers and writes none: "
+                          f"--config.rollout.reward=model:{folder} is what it is for; take the run that it began "
+                          f"from, {config.init.from_}.")
+
+
 class LoadedRun(NamedTuple):
     """A checkpoint of a run. variables: collections params and router."""
 
@@ -128,11 +136,12 @@ def load_run(workdir: str, ema: bool = False, step: int | None = None) -> Loaded
     Args:
       step: of the checkpoint; None: the newest undamaged one.
     Raises:
-      ConfigError: no run or no such checkpoint there, or no moving average in it.
+      ConfigError: no run or no such checkpoint there, no moving average in it, or a reward model.
     """
     from deepseek_jax.checkpoint.adapters import restore_weights  # jax and Orbax: for those who read arrays
 
     config = dataclasses.replace(load_workdir_config(workdir), mesh=MeshConfig())
+    check_speaks(config, workdir)
     variables, step = restore_weights(workdir, ema=ema, step=step)
     if not variables["params"]:
         raise ConfigError(f"the run in {workdir} keeps no moving average; train with --config.train.ema_decay=0.999.")

@@ -84,7 +84,7 @@ MAY_IMPORT = {
     "training.step": ("training.types", "training.losses", "training.optimizer", "pipeline.model", "model", *SHARDING,
                       "config"),
     "training.metrics": ("io",),
-    "training.base": ("training.step", "model", "parallel", "checkpoint", "config"),
+    "training.base": ("training.step", "model", "parallel", "checkpoint", "data.tokenizer", "workdir", "config"),
     "training.throughput": ("scale.hardware",),
     "training.evaluate": ("training.step", "training.types", "training.metrics", "data", "workdir", "config"),
     "training.comparison": ("training.metrics",),

@@ -47,8 +47,9 @@ class DistillConfig(Checked, section="distill"):
 class PreferenceConfig(Checked, section="preference"):
     """Training on pairs of answers, one of which is preferred, in the place of next tokens (docs/posttraining.md)."""
 
-    objective: Annotated[Literal["dpo"] | None, "dpo: direct preference optimization (arXiv 2305.18290); None: next "
-                                                "tokens"] = None
+    objective: Annotated[Literal["dpo", "reward"] | None,
+                         "dpo: direct preference optimization (arXiv 2305.18290); reward: a reward model, which scores "
+                         "answers (Bradley-Terry); None: next tokens"] = None
     beta: Annotated[float, POSITIVE, "of dpo: what a nat of distance from init.from costs"] = 0.1
 
 
@@ -62,10 +63,23 @@ class RolloutConfig(Checked, section="rollout"):
     task: Annotated[str, "reverse, sort, addition, countdown, reasoning_gym:NAME, or your own as "
                          "package.module:NAME"] = "reverse"
     size: Annotated[int, POSITIVE, "letters, words, digits or numbers of a problem"] = 4
+    reward: Annotated[str, "task: the task's own rule; majority: the votes of the group; model:RUN, a reward model"] = (
+        "task")
     group_size: Annotated[int, POSITIVE, "answers to each prompt; train.batch_size counts answers"] = 8
     max_new_tokens: Annotated[int, POSITIVE, "of an answer"] = 32
     draft: Annotated[bool, "by the MTP modules, where the model has them"] = True
     replay_routes: Annotated[bool, "training takes the experts that were chosen while sampling"] = True
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.reward not in ("task", "majority") and not self.reward_model:
+            raise ConfigError(f"rollout.reward={self.reward!r} is unknown; take 'task', 'majority' or 'model:RUN'.")
+
+    @property
+    def reward_model(self) -> str | None:
+        """The work directory of the reward model that rollout.reward names; None: it names none."""
+        kind, _, folder = self.reward.partition(":")
+        return os.path.expanduser(folder) if kind == "model" and folder else None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -67,6 +67,7 @@ def attach(cfg: LoraConfig, base: Any, adapters: Any) -> Any:
 
 
 def held(cfg: ModelConfig, path: tuple[str, ...], dtype: Any) -> jnp.dtype:
-    """What a frozen parameter is kept in: the dtype that the model computes with, which for norms and the router's
-    weights is their own."""
-    return jnp.dtype(dtype if path[-1] == "scale" or path[-2:] == ("router", "weight") else cfg.dtype)
+    """What a frozen parameter is kept in: the dtype that the model computes with, which for norms, the router's weights
+    and the head of a reward model is their own."""
+    own = path[-1] in ("scale", "reward_head") or path[-2:] == ("router", "weight")
+    return jnp.dtype(dtype if own else cfg.dtype)

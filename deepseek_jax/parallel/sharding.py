@@ -34,6 +34,7 @@ AXES = {  # name of a dimension -> the mesh axes that split it
 PARAMETERS = {
     "embedding": "vocab model",
     "head": "model vocab",
+    "reward_head": "model",
     "attention/q": "model heads head_dim",
     "attention/q_a": "model q_rank",
     "attention/q_b": "q_rank heads head_dim",

@@ -8,7 +8,6 @@ batch. Logits of both exist for `train.loss_chunk` tokens at a time. MTP modules
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -17,17 +16,19 @@ import jax.numpy as jnp
 from jax import lax
 
 from deepseek_jax.checkpoint.adapters import Base
-from deepseek_jax.config import Config, ConfigError, DistillConfig, FP8Config, LoraConfig
-from deepseek_jax.data.tokenizer import Tokenizer
+from deepseek_jax.config import Config, ConfigError, DistillConfig
 from deepseek_jax.model.layers import matmul, transpose, wide
-from deepseek_jax.model.parts import check_parts
+from deepseek_jax.parallel.runner import Runner
 from deepseek_jax.parallel.sharding import data_shards
-from deepseek_jax.training.base import load_reference, main_model
+from deepseek_jax.training.base import check_tokenizer, load_reference, main_model, read_as
 from deepseek_jax.training.loop import Run, TrainResult, train
 from deepseek_jax.training.losses import in_chunks, mtp_losses, objective, with_indexer
 from deepseek_jax.training.step import Inputs, of_rows, run_model, sums_of
 from deepseek_jax.training.types import Sums, TokenLosses
-from deepseek_jax.workdir import load_workdir_config
+from deepseek_jax.workdir import check_speaks, load_workdir_config
+
+TEACHER = "the teacher distill.from"
+OTHER_TOKENS = "the student; distillation by text takes any (docs/posttraining.md)"
 
 
 class Teacher(NamedTuple):
@@ -127,17 +128,14 @@ def teacher_of(config: Config) -> Config:
                           "distill.from=None.")
     if config.model.index_warmup:
         raise ConfigError("model.index_warmup=True trains the indexer alone; take distill.from=None.")
-    model = load_workdir_config(folder).model
-    if model.vocab_size != config.model.vocab_size:
-        raise ConfigError(f"the teacher distill.from={folder} has a vocabulary of {model.vocab_size}, and the student "
-                          f"one of {config.model.vocab_size}; take the same tokenizer and model.vocab_size.")
-    model = dataclasses.replace(model, fp8=FP8Config())
-    try:
-        teacher = dataclasses.replace(config, model=model, lora=LoraConfig())
-        check_parts(model, config.balance)
-    except ConfigError as error:
-        raise ConfigError(f"the teacher distill.from={folder}: {error}") from error
+    teacher = read_as(config, folder, TEACHER, "the student")
+    check_speaks(load_workdir_config(folder), folder)
     return teacher
+
+
+def load_teacher(teacher: Config, runner: Runner, known: Base | None) -> tuple[dict[str, Any], Base]:
+    """The weights of the teacher, {"params", "router"}, and which they are; arguments as in `load_reference`."""
+    return load_reference(teacher, runner, str(teacher.distill.from_), known, "the teacher, distill.from")
 
 
 class DistillRun(Run):
@@ -147,16 +145,13 @@ class DistillRun(Run):
 
     def __init__(self, config: Config, workdir: str, loader: Any, runner: Any):
         self.teacher, folder = teacher_of(config), str(config.distill.from_)
-        if Tokenizer.load(f"{folder}/tokenizer.json").digest != loader.tokenizer.digest:
-            raise ConfigError(f"the teacher distill.from={folder} has another tokenizer than the student; distillation "
-                              "by text takes any (docs/posttraining.md).")
+        check_tokenizer(folder, loader.tokenizer, TEACHER, OTHER_TOKENS)
         self.loss = functools.partial(distill_loss, self.teacher)
         super().__init__(config, workdir, loader, runner)
 
     def find_reference(self, known: Base | None) -> tuple[dict[str, Any] | None, Base | None]:
         """The teacher."""
-        return load_reference(self.teacher, self.runner, str(self.config.distill.from_), known,
-                              "the teacher, distill.from")
+        return load_teacher(self.teacher, self.runner, known)
 
 
 def distill(config: Config, workdir: str) -> TrainResult:

@@ -33,13 +33,13 @@ def pair_losses(beta: float, policy_P2: jax.Array, reference_P2: jax.Array) -> t
       losses; {"accuracy": 1 where the chosen answer has the larger reward, "margin": by how much, "reward_chosen",
       "reward_rejected"}.
     """
-    reward_P2 = beta * (policy_P2 - reference_P2)
-    margin_P = reward_P2[:, 0] - reward_P2[:, 1]
-    return -jax.nn.log_sigmoid(margin_P), watched(reward_P2)
+    return bradley_terry(beta * (policy_P2 - reference_P2))
 
 
-def watched(reward_P2: jax.Array) -> dict[str, jax.Array]:
-    """What is worth watching of the rewards of pairs, each [P]; see `pair_losses`."""
+def bradley_terry(reward_P2: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """-log sigmoid(reward of the chosen - reward of the rejected) of each pair, and what `pair_losses` watches."""
     chosen_P, rejected_P = reward_P2[:, 0], reward_P2[:, 1]
-    return {"accuracy": (chosen_P > rejected_P).astype(chosen_P.dtype), "margin": chosen_P - rejected_P,
-            "reward_chosen": chosen_P, "reward_rejected": rejected_P}
+    margin_P = chosen_P - rejected_P
+    return -jax.nn.log_sigmoid(margin_P), {
+        "accuracy": (margin_P > 0).astype(margin_P.dtype), "margin": margin_P,
+        "reward_chosen": chosen_P, "reward_rejected": rejected_P}

@@ -17,21 +17,23 @@ import jax.numpy as jnp
 import numpy as np
 
 from deepseek_jax.chat.template import without_template
-from deepseek_jax.checkpoint.adapters import restore_weights
+from deepseek_jax.checkpoint.adapters import Base, restore_weights
 from deepseek_jax.config import GROUP_LIMITED, Config, ConfigError
 from deepseek_jax.data.prepare import find_tokenizer
 from deepseek_jax.data.tokenizer import Tokenizer
-from deepseek_jax.model.parts import check_parts
 from deepseek_jax.parallel.runner import Runner
 from deepseek_jax.posttraining import rollout
+from deepseek_jax.posttraining.distill_logits import OTHER_TOKENS, TEACHER, load_teacher, teacher_of
+from deepseek_jax.posttraining.distill_on_policy import check_on_policy, on_policy_loss
+from deepseek_jax.posttraining.reward_model import RewardModel, reward_config
 from deepseek_jax.posttraining.tasks import Task, find_task
 from deepseek_jax.posttraining.update import policy_loss, view
 from deepseek_jax.serving.engine import check_servable
-from deepseek_jax.training.loop import Pending, Run, check_start
-from deepseek_jax.training.selfcheck import check_device
+from deepseek_jax.training.base import check_tokenizer
+from deepseek_jax.training.loop import Pending, Run, check_run
 from deepseek_jax.training.step import fresh_state
 from deepseek_jax.training.types import Metrics
-from deepseek_jax.workdir import alone_in, check_workdir, claim_workdir
+from deepseek_jax.workdir import alone_in, claim_workdir
 
 
 def reinforce(config: Config, workdir: str) -> bool:
@@ -43,13 +45,13 @@ def reinforce(config: Config, workdir: str) -> bool:
       CheckpointError: a checkpoint that could not be written.
     """
     check_reinforce(config)
-    check_parts(config.model, config.balance)
     check_servable(config.model)
     task = find_task(config.rollout.task, config.rollout.size)
-    runner = Runner(config)
-    check_device(config, runner.mesh)
-    check_workdir(config, workdir)
-    check_start(config)
+    runner = check_run(config, workdir)
+    if config.rollout.reward_model is not None:  # before anything is written
+        reward_config(config)
+    if config.distill.from_ is not None:
+        teacher_of(config)
     with alone_in(workdir):
         tokenizer = find_tokenizer(config, workdir, [])
         claim_workdir(config, workdir)
@@ -68,7 +70,7 @@ def check_reinforce(config: Config) -> None:
     if config.preference.objective is not None:
         raise ConfigError(f"preference.objective={config.preference.objective!r} is for deepseek_jax.train; take None.")
     if config.distill.from_ is not None:
-        raise ConfigError("distill.from is for deepseek_jax.train; take None.")
+        check_on_policy(config)
     if jax.process_count() > 1:
         raise ConfigError("reinforcement learning runs in one process; start it on one machine, without "
                           "jax.distributed.")
@@ -81,6 +83,8 @@ def check_reinforce(config: Config) -> None:
         fits = [g for g in range(2, train.batch_size + 1) if train.batch_size % g == 0]
         raise ConfigError(f"rollout.group_size={answers.group_size} must be at least 2 and divide train.batch_size="
                           f"{train.batch_size}, which counts answers; take one of {fits}.")
+    if answers.reward == "majority" and answers.group_size < 3:
+        raise ConfigError("rollout.reward='majority' needs groups of three or more: two answers agree, or tie.")
     if train.ramp_from is not None:
         raise ConfigError("train.ramp_from is for pre-training; take None: all rollouts have one size.")
     for name in ("steps", "checkpoint_every"):
@@ -99,19 +103,34 @@ class ReinforceRun(Run):
     name = "reinforce"
 
     def __init__(self, config: Config, workdir: str, task: Task, tokenizer: Tokenizer, runner: Runner):
-        super().__init__(config, workdir, None, runner)
         self.task, self.tokenizer = task, tokenizer
+        self.reward = rollout.votes(config.rollout.group_size) if config.rollout.reward == "majority" else None
+        if config.distill.from_ is not None:
+            self.teacher = teacher_of(config)
+            check_tokenizer(config.distill.from_, tokenizer, TEACHER, OTHER_TOKENS)
+            self.loss = functools.partial(on_policy_loss, self.teacher)
+        super().__init__(config, workdir, None, runner)
         self.conventions = without_template(workdir, tokenizer)
         self.together = config.grpo.updates
         seen = runner.jit(functools.partial(view, config))
         self.view = lambda variables, micro: jax.device_get(
             seen(variables["params"], variables["router"], runner.shard_batch(micro), self.frozen_params))
-        self.reference = self._reference_variables() if config.grpo.kl_weight else None
+        self.start = self._start_variables() if config.grpo.kl_weight else None
         self.measured: dict[int, dict[str, float]] = {}  # of rollouts, by the step that used them first
         self.faults: dict[int, str] = {}
 
-    def _reference_variables(self) -> dict[str, Any]:
-        """Where the run began, whatever it has become; with adapters, a base to which they add 0."""
+    def find_reference(self, known: Base | None) -> tuple[dict[str, Any] | None, Base | None]:
+        """The teacher, or which reward model it is."""
+        if self.config.distill.from_ is not None:
+            return load_teacher(self.teacher, self.runner, known)
+        if self.config.rollout.reward_model is None:
+            return None, None
+        self.reward = RewardModel(self.config, self.runner, self.tokenizer, known)
+        return None, self.reward.base
+
+    def _start_variables(self) -> dict[str, Any]:
+        """The reference of the KL term: where the run began, whatever it has become; with adapters, a base to which
+        they add 0."""
         if self.frozen is not None:
             return {"params": jax.tree.map(jnp.zeros_like, self.state.params), "router": self.frozen["router"]}
         fresh = jax.eval_shape(fresh_state(self.config))
@@ -132,7 +151,7 @@ class ReinforceRun(Run):
                                       self.conventions)
         problems = [problem for problem in drawn for _ in range(config.rollout.group_size)]
         answers = rollout.answer(config, self.sample_variables(), self.task, self.tokenizer, problems, step,
-                                 self.conventions)
+                                 self.conventions, self.reward)
         batch = rollout.batch_of(config, answers)
         views = [self.view({"params": self.state.params, "router": self.state.router}, micro)
                  for micro in _micro_batches(batch)]
@@ -141,8 +160,8 @@ class ReinforceRun(Run):
             batch, np.stack([v.logprob_BT for v in views]), chosen)
         if answers.faults:
             self.faults[step + 1] = ", ".join(f"{n} x {kind}" for kind, n in sorted(answers.faults.items()))
-        if self.reference is not None:
-            reference_MBT = np.stack([self.view(self.reference, micro).logprob_BT for micro in _micro_batches(batch)])
+        if self.start is not None:
+            reference_MBT = np.stack([self.view(self.start, micro).logprob_BT for micro in _micro_batches(batch)])
             batch["reference"] = np.pad(reference_MBT, ((0, 0), (0, 0), (1, 0)))
         if not config.rollout.replay_routes:
             batch.pop("routes", None)
@@ -171,7 +190,7 @@ class ReinforceRun(Run):
         return super()._steps(bar)
 
     def _evaluate(self, bar):
-        """The likeliest answers to problems that are the same each time."""
+        """The likeliest answers to problems that are the same each time, by the task's rule whatever is rewarded."""
         config = self.config
         count = max(1, config.train.eval_batches) * config.train.batch_size
         problems = rollout.draw_problems(config, self.task, self.tokenizer, rollout.EVALUATION, 0, count,

@@ -54,12 +54,21 @@ def read_pairs(source: Source, tokenizer: Tokenizer, text: Callable[[], Conventi
                 where = f"{file.path}, line {number}"
                 try:
                     row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-                    yield Pair(f"{file.name}#{number}", *(turn_of(row, side, tokenizer, text()) for side in SIDES))
+                    yield pair_of(f"{file.name}#{number}", row, tokenizer, text())
                 except (BadMessages, ValueError, RecursionError) as error:
                     if isinstance(error, ConfigError):
                         raise
                     raise ConfigError(f"{where}: {str(error).removesuffix('.')}; a pair is an object with prompt, "
                                       "chosen and rejected, either messages or strings.") from error
+
+
+def pair_of(name: str, row: Any, tokenizer: Tokenizer, text: Conventions) -> Pair:
+    """A row as a pair. Raises as `turn_of`, and for answers that the template asks for unlike prompts."""
+    chosen, rejected = (turn_of(row, side, tokenizer, text) for side in SIDES)
+    if chosen.ids[:chosen.start] != rejected.ids[:rejected.start]:
+        raise ValueError("the chat template opens the two answers unlike, because reasoning_content is in one alone; "
+                         "give it to both, or to neither")
+    return Pair(name, chosen, rejected)
 
 
 def turn_of(row: Any, side: str, tokenizer: Tokenizer, text: Conventions) -> Turn:
@@ -88,13 +97,14 @@ class Held(NamedTuple):
     left_out: int
 
 
-def hold(source: Source, tokenizer: Tokenizer, text: Callable[[], Conventions], length: int) -> Held:
-    """Reads the pairs of a source. length: train.sequence_length. Raises ConfigError where none is left to train on."""
+def hold(source: Source, tokenizer: Tokenizer, text: Callable[[], Conventions], longest: int) -> Held:
+    """Reads the pairs of a source that have at most `longest` tokens. Raises ConfigError where none is left to train
+    on."""
     pairs = list(read_pairs(source, tokenizer, text))
-    fits = [pair for pair in pairs if max(len(pair.chosen.ids), len(pair.rejected.ids)) <= length + 1]
+    fits = [pair for pair in pairs if max(len(pair.chosen.ids), len(pair.rejected.ids)) <= longest]
     if pairs and not fits:
-        raise ConfigError(f"data.sources: {source.path} has no pair of at most train.sequence_length={length} tokens; "
-                          "raise it.")
+        raise ConfigError(f"data.sources: {source.path} has no pair of at most {longest} tokens; raise "
+                          "train.sequence_length.")
     cut = find_cut((hash_position(pair.name) for pair in fits), source.validation_fraction, source.path)
     assert cut is not None  # sources of a training run have a fraction
     held_out = [hash_position(pair.name) <= cut for pair in fits]

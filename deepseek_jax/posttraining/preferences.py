@@ -1,9 +1,11 @@
-"""The run that learns from preference pairs: the training loop with pairs in the place of documents.
+"""The runs that learn from preference pairs: the training loop with pairs in the place of documents.
 
-    weights of init.from -> pairs -> log-probabilities of policy and reference -> steps
+    dpo      weights of init.from -> pairs -> log-probabilities of policy and reference -> steps
+    reward   weights of init.from and a new head -> pairs -> two numbers -> steps
 
-The reference is the run that `init.from` names, read once and run on each batch by the same program as the policy; of
-low-rank adapters it is their base. Optimizer, mesh, checkpoints, resumption and metrics are those of `training.loop`.
+The reference of DPO is the run that `init.from` names, read once and run on each batch by the same program as the
+policy; of low-rank adapters it is their base. Optimizer, mesh, checkpoints, resumption and metrics are those of
+`training.loop`.
 """
 
 from __future__ import annotations
@@ -20,20 +22,19 @@ from deepseek_jax.chat.template import of_folder
 from deepseek_jax.checkpoint.adapters import Base
 from deepseek_jax.config import Config, ConfigError
 from deepseek_jax.data.prepare import Prepared, Source, claim_corpus, find_tokenizer
-from deepseek_jax.model.parts import check_parts
 from deepseek_jax.model.types import Output
-from deepseek_jax.parallel.processes import check_same, first_then_others, is_first
+from deepseek_jax.parallel.processes import first_then_others, is_first
 from deepseek_jax.parallel.runner import Runner
 from deepseek_jax.parallel.sharding import constrain_to_compute
-from deepseek_jax.posttraining.dpo import answer_logprobs, pair_losses
+from deepseek_jax.posttraining.dpo import answer_logprobs, bradley_terry, pair_losses
 from deepseek_jax.posttraining.pairs import PairLoader, hold
+from deepseek_jax.posttraining.reward_model import row_rewards
 from deepseek_jax.training.base import load_reference, main_model
-from deepseek_jax.training.loop import Pending, Run, TrainResult, check_start
+from deepseek_jax.training.loop import Pending, Run, TrainResult, check_run
 from deepseek_jax.training.losses import objective, token_logprobs
-from deepseek_jax.training.selfcheck import check_device
 from deepseek_jax.training.step import Inputs, Loss, complete, of_rows, run_model, sums_of
 from deepseek_jax.training.types import Batch, Metrics, Normalizers, Sums, TokenLosses
-from deepseek_jax.workdir import alone_in, check_workdir, claim_workdir
+from deepseek_jax.workdir import alone_in, claim_workdir
 
 
 def train_on_pairs(config: Config, workdir: str) -> TrainResult:
@@ -42,16 +43,12 @@ def train_on_pairs(config: Config, workdir: str) -> TrainResult:
     Raises: as `training.loop.train`.
     """
     check_preferences(config)
-    check_parts(config.model, config.balance)
-    runner = Runner(config)
-    check_device(config, runner.mesh)
-    check_same(repr(config))
-    check_workdir(config, workdir)
-    check_start(config)
+    runner = check_run(config, workdir)
+    kind = {"dpo": DpoRun, "reward": RewardRun}[str(config.preference.objective)]
     sources = [Source(path, config.data.validation_fraction) for path, _ in config.data.sources]
     tokenizer: Any = first_then_others(lambda: find_tokenizer(config, workdir, sources), "tokenizer")
     text = functools.cache(lambda: of_folder(workdir, tokenizer, chats=False))
-    held = [hold(source, tokenizer, text, config.train.sequence_length) for source in sources]
+    held = [hold(source, tokenizer, text, kind.longest(config)) for source in sources]
     loader = PairLoader(config, held, tokenizer, *runner.share())
     with contextlib.ExitStack() as owned:
         if is_first():
@@ -63,7 +60,7 @@ def train_on_pairs(config: Config, workdir: str) -> TrainResult:
                 print(f"{source.path}: {len(pairs.train):,} pairs, {len(pairs.validation):,} held out"
                       + (f", {pairs.left_out:,} too long for train.sequence_length" if pairs.left_out else "") + ".",
                       flush=True)
-        run = PreferenceRun(config, workdir, loader, runner)
+        run = kind(config, workdir, loader, runner)
         try:
             return TrainResult(run.go(), run.step, None, tokenizer, "")
         finally:
@@ -74,6 +71,8 @@ def check_preferences(config: Config) -> None:
     """Raises ConfigError for what pairs cannot train."""
     if config.init.from_ is None:
         raise ConfigError("preference.objective starts from the weights of a run; add --config.init.from=RUN.")
+    if config.preference.objective == "reward" and config.lora.rank is not None:
+        raise ConfigError("lora.rank: the head of a reward model is trained with all weights; take lora.rank=None.")
     if config.distill.from_ is not None:
         raise ConfigError("distill.from is for documents, and preference.objective for pairs; take one.")
     if config.mesh.pipe > 1:
@@ -99,6 +98,13 @@ def dpo_loss(config: Config, params: dict[str, Any], inputs: Inputs) -> tuple[ja
     return of_pairs(config, inputs, output, tokens_P2[:, 0] > 0, loss_P, watched)
 
 
+def reward_loss(config: Config, params: dict[str, Any], inputs: Inputs) -> tuple[jax.Array, Sums]:
+    """The Bradley-Terry loss and the balance losses of one micro-batch of pairs; a `training.step.Loss`."""
+    rewards_B, output = row_rewards(config, params, inputs.router, inputs.micro, inputs.step)
+    counted_P2 = (inputs.micro["weights"] != 0).any(axis=1).reshape(-1, 2)
+    return of_pairs(config, inputs, output, counted_P2[:, 0], *bradley_terry(rewards_B.reshape(-1, 2)))
+
+
 def of_pairs(config: Config, inputs: Inputs, output: Output, counted_P: jax.Array, loss_P: jax.Array,
              watched: dict[str, jax.Array]) -> tuple[jax.Array, Sums]:
     """What a `training.step.Loss` returns of losses that are means over pairs. counted_P: bool, False for filling."""
@@ -120,21 +126,16 @@ def _logprobs(config: Config, params: dict[str, Any], router: dict[str, jax.Arra
 class PreferenceRun(Run):
     """A run whose batches are pairs of answers."""
 
-    loss = staticmethod(dpo_loss)
-    name = "preferences"
-
     def __init__(self, config: Config, workdir: str, loader: PairLoader, runner: Runner):
         super().__init__(config, workdir, loader, runner)
         scored = runner.jit(functools.partial(score, config, self.loss))
         self.score: Callable[[dict[str, Any]], Sums] = lambda micro: jax.device_get(scored(
             self.state.params, self.state.router, runner.shard_batch(micro), self.frozen_params, self.reference))
 
-    def find_reference(self, known: Base | None) -> tuple[dict[str, Any] | None, Base | None]:
-        """Where the run began, whatever it has become; of adapters their base, which is there already."""
-        if self.frozen is not None:
-            return self.frozen, None
-        return load_reference(self.config, self.runner, str(self.config.init.from_), known,
-                              "the reference of preference.objective, init.from")
+    @staticmethod
+    def longest(config: Config) -> int:
+        """Tokens of the longest answer with its prompt: of the last one only the probability is looked at."""
+        return config.train.sequence_length + 1
 
     def row(self, pending: Pending, metrics: Metrics, tokens_per_second: float) -> dict[str, float]:
         """That of training, and what the objective watches."""
@@ -163,6 +164,32 @@ class PreferenceRun(Run):
             self.writer.write(self.step, **{f"eval_{name}": float(x) for name, x in means.items()})
         self._say(bar, f"step {self.step}: {int(weight)} held-out pairs, loss {means['loss']:.4f}, accuracy "
                        f"{means['accuracy']:.3f}, margin {means['margin']:.3f}")
+
+
+class DpoRun(PreferenceRun):
+    """Direct preference optimization."""
+
+    loss = staticmethod(dpo_loss)
+    name = "preferences"
+
+    def find_reference(self, known: Base | None) -> tuple[dict[str, Any] | None, Base | None]:
+        """Where the run began, whatever it has become; of adapters their base, which is there already."""
+        if self.frozen is not None:
+            return self.frozen, None
+        return load_reference(self.config, self.runner, str(self.config.init.from_), known,
+                              "the reference of preference.objective, init.from")
+
+
+class RewardRun(PreferenceRun):
+    """A reward model, which is compared with no other."""
+
+    loss = staticmethod(reward_loss)
+    name = "reward model"
+
+    @staticmethod
+    def longest(config: Config) -> int:
+        """The model reads the last token of an answer as well."""
+        return config.train.sequence_length
 
 
 def score(config: Config, loss: Loss, params: dict[str, Any], router: dict[str, jax.Array], micro: dict[str, Any],

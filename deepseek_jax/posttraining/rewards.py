@@ -93,6 +93,28 @@ def code_of(answer: str) -> str:
     return blocks[-1] if blocks else answer
 
 
+def majority(answers: list[str]) -> list[float]:
+    """1 for each answer of a group whose `final_value` is the most common one; 0 for all where two values tie.
+
+    The model's own votes as its reward (arXiv 2504.16084): no reference is read. An empty answer has no vote.
+    """
+    values = [final_value(answer) for answer in answers]
+    ranked = collections.Counter(value for value in values if value is not None).most_common(2)
+    tied = len(ranked) == 2 and ranked[0][1] == ranked[1][1]
+    return [float(not tied and bool(ranked) and value == ranked[0][0]) for value in values]
+
+
+def final_value(answer: str) -> str | Fraction | None:
+    r"""What an answer comes to, by itself: the content of its last \boxed{...}, or all of it behind a thought.
+
+    White space does not count, and a number is its value: 1,000 is 1000. None: nothing.
+    """
+    box = last_box(answer)
+    text = "".join((answer.rpartition("</think>")[2] if box is None else box).split())
+    number = _number(text)
+    return (text or None) if number is None else number
+
+
 RULES: dict[str, Rule] = {"exact": exact, "numeric": numeric, "boxed": boxed, "format": thinks_first,
                           "unit_tests": unit_tests}
 

@@ -8,6 +8,7 @@ found in its cache.
 from __future__ import annotations
 
 import collections
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,7 +17,7 @@ from deepseek_jax.chat.messages import PLAIN, Conventions
 from deepseek_jax.config import Config, ConfigError
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.posttraining.grpo import advantages, token_weights
-from deepseek_jax.posttraining.rewards import score_all
+from deepseek_jax.posttraining.rewards import Scores, majority, score_all
 from deepseek_jax.posttraining.tasks import Task
 from deepseek_jax.serving.engine import Engine, EngineConfig
 from deepseek_jax.serving.sequence import Request, Sequence
@@ -62,11 +63,20 @@ class Answers(NamedTuple):
     texts: tuple[str, ...] = ()
 
 
+Reward = Callable[[list[Sequence], list[str]], Scores]  # of all answers of a rollout at once, groups in order
+
+
+def votes(group_size: int) -> Reward:
+    """The reward "majority": what most answers of a group come to is right."""
+    return lambda sequences, texts: Scores([reward for at in range(0, len(texts), group_size)
+                                            for reward in majority(texts[at:at + group_size])], collections.Counter())
+
+
 def answer(config: Config, variables: dict[str, Any], task: Task, tokenizer: Tokenizer, problems: list[Problem],
-           number: int | None = None, conventions: Conventions = PLAIN) -> Answers:
+           number: int | None = None, conventions: Conventions = PLAIN, reward: Reward | None = None) -> Answers:
     """One answer to each problem, drawn at temperature 1; `number`, with train.seed, decides how. None: greedily.
 
-    An answer ends where the checkpoint says that one does (`conventions`), or with EOS.
+    An answer ends where the checkpoint says that one does (`conventions`), or with EOS. reward: None: the task's rule.
     """
     cfg = config.model
     engine = Engine(cfg, variables, EngineConfig(
@@ -81,8 +91,9 @@ def answer(config: Config, variables: dict[str, Any], task: Task, tokenizer: Tok
     # Special tokens are part of what was written: in many tokenizers <think> is one.
     texts = ["" if s.finish == "error" else tokenizer.decode([token.id for token in s.made], specials=True)
              for s in sequences]
-    scores = score_all(lambda text=text, reference=problem.reference: task.score(text, reference)
-                       for text, problem in zip(texts, problems))
+    scores = reward(sequences, texts) if reward else score_all(
+        lambda text=text, reference=problem.reference: task.score(text, reference)
+        for text, problem in zip(texts, problems))
     return Answers(sequences, scores.rewards, scores.faults, tuple(texts))
 
 

@@ -35,6 +35,14 @@ def policy_loss(config: Config, params: dict[str, Any], inputs: Inputs) -> tuple
     of_targets = {name: micro[name][:, 1:] for name in ("sampled", "advantages", "reference") if name in micro}
     loss_BT, watched = token_losses(config.grpo, logprob_BT, of_targets["sampled"], of_targets["advantages"],
                                     weights_BT, of_targets.get("reference"))
+    return of_tokens(config, inputs, output, loss_BT, watched)
+
+
+def of_tokens(config: Config, inputs: Inputs, output: Output, loss_BT: jax.Array,
+              watched: dict[str, jax.Array]) -> tuple[jax.Array, Sums]:
+    """What a `training.step.Loss` returns of the losses of answers' tokens, and of what is watched of each. The MTP
+    modules have none."""
+    weights_BT = inputs.micro["weights"][:, 1:]
     weighted = lambda x_BT: (x_BT * weights_BT).sum()
     none_D = jnp.zeros_like(inputs.normalizers.mtp_weight_D)
     losses = TokenLosses(weighted(loss_BT), weights_BT.sum(), none_D, none_D)

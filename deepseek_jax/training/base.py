@@ -14,10 +14,13 @@ from typing import Any
 import jax
 
 from deepseek_jax.checkpoint.adapters import Base, identify, read_weights
-from deepseek_jax.config import Config, LoraConfig
+from deepseek_jax.config import Config, ConfigError, FP8Config, LoraConfig
+from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.model import lora
+from deepseek_jax.model.parts import check_parts
 from deepseek_jax.parallel.runner import Runner
 from deepseek_jax.training.step import init_state
+from deepseek_jax.workdir import load_workdir_config
 
 
 def frozen_shapes(config: Config) -> dict[str, Any]:
@@ -33,6 +36,32 @@ def frozen_shapes(config: Config) -> dict[str, Any]:
 def main_model(config: Config) -> Config:
     """The config without MTP modules, which a frozen model need not run."""
     return dataclasses.replace(config, model=dataclasses.replace(config.model, mtp_depth=0))
+
+
+def read_as(config: Config, folder: str, what: str, reader: str) -> Config:
+    """The config that the run in `folder` is read and run with here: its own model, without FP8 and adapters.
+
+    what, reader: the frozen model and the one that is trained, in messages.
+    Raises:
+      ConfigError: no run there, one of another vocabulary, or one that does not fit the mesh.
+    """
+    theirs = load_workdir_config(folder)
+    if theirs.model.vocab_size != config.model.vocab_size:
+        raise ConfigError(f"{what}={folder} has a vocabulary of {theirs.model.vocab_size}, and {reader} one of "
+                          f"{config.model.vocab_size}; take the same tokenizer and model.vocab_size.")
+    model = dataclasses.replace(theirs.model, fp8=FP8Config())
+    try:
+        check_parts(model, config.balance)
+        return dataclasses.replace(config, model=model, preference=theirs.preference, lora=LoraConfig())
+    except ConfigError as error:
+        raise ConfigError(f"{what}={folder}: {error}") from error
+
+
+def check_tokenizer(folder: str, tokenizer: Tokenizer, what: str, reader: str) -> None:
+    """Raises ConfigError where the run in `folder` reads other tokens than `tokenizer`. what, reader: as in `read_as`;
+    the second ends the message."""
+    if Tokenizer.load(f"{folder}/tokenizer.json").digest != tokenizer.digest:
+        raise ConfigError(f"{what}={folder} has another tokenizer than {reader}.")
 
 
 def load_base(config: Config, runner: Runner, known: Base | None = None) -> tuple[dict[str, Any], Base]:

@@ -55,7 +55,14 @@ from deepseek_jax.training.step import (
 )
 from deepseek_jax.training.throughput import peak_flops
 from deepseek_jax.training.types import Metrics
-from deepseek_jax.workdir import alone_in, check_workdir, claim_workdir, is_hf_checkpoint, load_workdir_config
+from deepseek_jax.workdir import (
+    alone_in,
+    check_speaks,
+    check_workdir,
+    claim_workdir,
+    is_hf_checkpoint,
+    load_workdir_config,
+)
 
 BALANCE = ("sequence_loss", "auxiliary_loss", "bias_low", "bias_high")  # metrics of a model with experts
 
@@ -95,7 +102,7 @@ def starting_state(config: Config, runner: Runner | None = None, frozen: dict[st
                                              key)
         return jax.jit(adapted, out_shardings=where)(frozen["router"])
     abstract = runner.with_shardings({"params": fresh.params, "router": fresh.router})
-    missing = traverse_util.flatten_dict(_fresh_indexer(config, abstract["params"]))
+    missing = traverse_util.flatten_dict(_fresh_parts(config, abstract["params"]))
     found = {path: x for path, x in traverse_util.flatten_dict(abstract["params"]).items() if path not in missing}
     abstract["params"] = traverse_util.unflatten_dict(found)
     weights, _ = restore_weights(config.init.from_, abstract)
@@ -106,16 +113,23 @@ def starting_state(config: Config, runner: Runner | None = None, frozen: dict[st
     return begin(weights["params"], weights["router"], key)
 
 
-def _fresh_indexer(config: Config, params: dict[str, Any]) -> dict[str, Any]:
-    """The parameters of the indexers, drawn anew, where the model has some and the run of init.from has none; or {}."""
-    if config.model.index_topk is None or load_workdir_config(str(config.init.from_)).model.index_topk is not None:
+def _fresh_parts(config: Config, params: dict[str, Any]) -> dict[str, Any]:
+    """The parameters that this run has and that of init.from has not, drawn anew: indexers, the head of a reward model;
+    {} where there are none."""
+    theirs, parts = load_workdir_config(str(config.init.from_)), set()
+    if config.model.index_topk is not None and theirs.model.index_topk is None:
+        parts.add("indexer")
+        if is_first():
+            print(f"init.from={config.init.from_} has dense attention: the indexers start with new weights.",
+                  flush=True)
+    if config.preference.objective == "reward" != theirs.preference.objective:
+        parts.add("reward_head")
+    if not parts:
         return {}
-    of_indexer = lambda tree: traverse_util.unflatten_dict(
-        {path: x for path, x in traverse_util.flatten_dict(tree).items() if "indexer" in path})
-    if is_first():
-        print(f"init.from={config.init.from_} has dense attention: the indexers start with new weights.", flush=True)
-    where = jax.tree.map(lambda x: x.sharding, of_indexer(params))
-    make = lambda: of_indexer(init_state(config).params)
+    of_parts = lambda tree: traverse_util.unflatten_dict(
+        {path: x for path, x in traverse_util.flatten_dict(tree).items() if parts & set(path)})
+    where = jax.tree.map(lambda x: x.sharding, of_parts(params))
+    make = lambda: of_parts(init_state(config).params)
     return jax.jit(make, out_shardings=where if jax.tree.leaves(where) else None)()
 
 
@@ -128,6 +142,22 @@ def check_start(config: Config) -> None:
     if folder is not None and is_hf_checkpoint(folder):
         raise ConfigError(f"init.from={folder} is a Hugging Face checkpoint; python -m deepseek_jax.convert from-hf "
                           f"{folder} RUN makes a work directory of it, then --config.init.from=RUN.")
+    if folder is not None and config.preference.objective != "reward":
+        check_speaks(load_workdir_config(folder), folder)
+
+
+def check_run(config: Config, workdir: str) -> Runner:
+    """The mesh of a run that can begin or continue in the work directory; the same in every process.
+
+    Raises ConfigError for one that cannot: parts, mesh, devices, another config's work directory, init.from.
+    """
+    check_parts(config.model, config.balance)
+    runner = Runner(config)
+    check_device(config, runner.mesh)
+    check_same(repr(config))
+    check_workdir(config, workdir)
+    check_start(config)
+    return runner
 
 
 def train(config: Config, workdir: str, kind: type[Run] | None = None) -> TrainResult:
@@ -144,12 +174,7 @@ def train(config: Config, workdir: str, kind: type[Run] | None = None) -> TrainR
     if config.distill.from_ is not None and kind is None:
         raise ConfigError("distill.from names a teacher, which posttraining.distill_logits.distill trains with.")
     check(config)
-    check_parts(config.model, config.balance)
-    runner = Runner(config)
-    check_device(config, runner.mesh)
-    check_same(repr(config))
-    check_workdir(config, workdir)
-    check_start(config)
+    runner = check_run(config, workdir)
     prepared: Any = first_then_others(lambda: prepare(config, workdir), "prepare")
     loader = Loader(config, prepared, *runner.share())
     with contextlib.ExitStack() as held:

@@ -42,6 +42,8 @@ def init_state(config: Config) -> TrainState:
     rng, key = jax.random.split(jax.random.key(config.train.seed))
     variables: Any = DeepSeekV3(config.model).init(key, jnp.zeros((1, 8), jnp.int32), logits=False)
     params = variables["params"]
+    if config.preference.objective == "reward":  # 0: no answer is better than another
+        params = params | {"reward_head": jnp.zeros(config.model.d_model, params["head"].dtype)}
     if config.lora.rank is not None:
         params = fresh_adapters(config, params)
     return start_state(config, params, variables.get("router", {}), rng)

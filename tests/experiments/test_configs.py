@@ -26,7 +26,8 @@ def test_a_step_keeps_the_shape_of_its_state(path, tmp_path):
     overrides = []
     if path.stem not in PRESETS:  # it takes the model of a run
         (tmp_path / "config.json").write_text(json.dumps(as_dict(load_config("tiny"))))
-        overrides = [f"--config.{'distill' if path.stem == 'distill' else 'init'}.from={tmp_path}"]
+        named = {"distill": ("distill",), "distill_on_policy": ("init", "distill")}.get(path.stem, ("init",))
+        overrides = [f"--config.{section}.from={tmp_path}" for section in named]
     config = load_config(str(path), overrides)
     shape = (config.train.accumulation_steps, config.train.batch_size // config.train.accumulation_steps,
              config.train.sequence_length + 1)

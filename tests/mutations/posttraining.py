@@ -7,6 +7,8 @@ ORACLE = "posttraining/test_grpo.py"
 LORA, ADAPTERS, BASE = "deepseek_jax/model/lora.py", "deepseek_jax/checkpoint/adapters.py", "training/test_base.py"
 DISTILL = "deepseek_jax/posttraining/distill_logits.py"
 DPO, PAIRS, PREFERENCES = (f"deepseek_jax/posttraining/{name}.py" for name in ("dpo", "pairs", "preferences"))
+REWARD_MODEL, REWARDS, ON_POLICY = (f"deepseek_jax/posttraining/{name}.py" for name in
+                                    ("reward_model", "rewards", "distill_on_policy"))
 NAIVE = ("model/test_lora.py::test_the_model_is_the_naive_one_with_alpha_over_rank_times_a_b_added_to_its_weights")
 PART = "model/test_lora.py::test_a_part_of_a_merged_weight_is_that_part"
 
@@ -286,10 +288,10 @@ MUTATIONS = [
         tests="posttraining/test_loop.py::test_what_cannot_be_reinforced_is_one_line",
     ),
     Mutation(
-        name="DPO learns what was rejected",
+        name="DPO and reward models learn what was rejected",
         file=DPO,
-        old="reward_P2[:, 0] - reward_P2[:, 1]\n    return",
-        new="reward_P2[:, 1] - reward_P2[:, 0]\n    return",
+        old="margin_P = chosen_P - rejected_P",
+        new="margin_P = rejected_P - chosen_P",
         tests="posttraining/test_dpo.py",
     ),
     Mutation(
@@ -380,9 +382,88 @@ MUTATIONS = [
     ),
     Mutation(
         name="a teacher with another tokenizer is taken",
-        file=DISTILL,
-        old='if Tokenizer.load(f"{folder}/tokenizer.json").digest != loader.tokenizer.digest:',
+        file="deepseek_jax/training/base.py",
+        old='if Tokenizer.load(f"{folder}/tokenizer.json").digest != tokenizer.digest:',
         new="if False:",
         tests="posttraining/test_distill_logits.py::test_a_teacher_with_another_tokenizer_is_one_line",
+    ),
+    Mutation(
+        name="an answer's reward is read at its first token",
+        file=REWARD_MODEL,
+        old="jnp.cumsum(counted_BT[:, ::-1], axis=1)[:, ::-1]",
+        new="jnp.cumsum(counted_BT, axis=1)",
+        tests="posttraining/test_reward_model.py::test_loss_and_gradient_are_those_of_the_oracle",
+    ),
+    Mutation(
+        name="a reward is read off the whole row",
+        file=REWARD_MODEL,
+        old="jnp.where(last_BT[..., None], hidden_BTD, 0)",
+        new="hidden_BTD",
+        tests="posttraining/test_reward_model.py::test_a_reward_is_read_at_the_end_of_an_answer_whatever_the_rest_holds",
+    ),
+    Mutation(
+        name="the longest answers are read before they end",
+        file=PREFERENCES,
+        old="        return config.train.sequence_length\n",
+        new="        return config.train.sequence_length + 1\n",
+        tests="posttraining/test_reward_model.py::test_a_reward_model_reads_the_last_token_of_the_longest_answer",
+    ),
+    Mutation(
+        name="a policy's answers are scored without their last token",
+        file=REWARD_MODEL,
+        old="weights_BT[b, first:first + len(made)] = 1",
+        new="weights_BT[b, first:first + len(made) - 1] = 1",
+        tests="posttraining/test_reward_model.py::test_answers_that_were_drawn_get_the_rewards_that_were_trained",
+    ),
+    Mutation(
+        name="a reward model writes text",
+        file="deepseek_jax/workdir.py",
+        old='if config.preference.objective == "reward":',
+        new="if False:",
+        tests="posttraining/test_reward_model.py::test_what_is_no_reward_model_and_what_a_reward_model_is_not_is_one_line",
+    ),
+    Mutation(
+        name="two values that tie are both right",
+        file=REWARDS,
+        old="float(not tied and bool(ranked) and value == ranked[0][0])",
+        new="float(bool(ranked) and value in (ranked[0][0], ranked[-1][0] if tied else ranked[0][0]))",
+        tests="posttraining/test_rewards.py::test_the_votes_of_a_group_reward_what_most_answers_come_to",
+    ),
+    Mutation(
+        name="an empty answer has a vote",
+        file=REWARDS,
+        old="collections.Counter(value for value in values if value is not None)",
+        new="collections.Counter(values)",
+        tests="posttraining/test_rewards.py::test_the_votes_of_a_group_reward_what_most_answers_come_to",
+    ),
+    Mutation(
+        name="all answers of a rollout vote as one group",
+        file=ROLLOUT,
+        old="for at in range(0, len(texts), group_size)",
+        new="for at in range(0, len(texts), len(texts))",
+        tests="posttraining/test_rollout.py::test_each_group_votes_by_itself_and_reads_no_reference",
+    ),
+    Mutation(
+        name="the divergence of a student's own answers is the forward one",
+        file=ON_POLICY,
+        old="(jnp.exp(ours_MW) * (ours_MW - wanted_MW))",
+        new="(jnp.exp(wanted_MW) * (wanted_MW - ours_MW))",
+        tests="posttraining/test_distill_on_policy.py::test_loss_and_gradient_are_those_of_the_oracle_and_the_teacher_"
+              "has_none",
+    ),
+    Mutation(
+        name="a teacher is moved toward its student",
+        file=ON_POLICY,
+        old="lax.stop_gradient(Teacher(hidden_BTE, head_EW))",
+        new="Teacher(hidden_BTE, head_EW)",
+        tests="posttraining/test_distill_on_policy.py::test_loss_and_gradient_are_those_of_the_oracle_and_the_teacher_"
+              "has_none",
+    ),
+    Mutation(
+        name="answers that the template opens unlike are a pair",
+        file=PAIRS,
+        old="if chosen.ids[:chosen.start] != rejected.ids[:rejected.start]:",
+        new="if False:",
+        tests="posttraining/test_pairs.py::test_answers_that_the_template_opens_unlike_are_refused",
     ),
 ]

@@ -1,14 +1,21 @@
 """A tiny policy with a real tokenizer, for the tests of this room."""
 
+import contextlib
 import dataclasses
 import functools
 import pathlib
+from collections.abc import Iterator
+from unittest import mock
+
+import numpy as np
+import pytest
 
 from deepseek_jax.checkpoint.manager import Checkpoints
 from deepseek_jax.config import Config, GrpoConfig, OptimizerConfig, RolloutConfig, TrainConfig
 from deepseek_jax.config.training import BalanceConfig, InitConfig
 from deepseek_jax.data.tokenizer import Tokenizer, train_tokenizer
 from deepseek_jax.posttraining.tasks import Task
+from deepseek_jax.training.metrics import read_metrics
 from deepseek_jax.training.step import init_state
 from deepseek_jax.workdir import claim_workdir
 from tests.model import naive
@@ -18,6 +25,7 @@ EVEN = Task(lambda rng: (f"say {rng.integers(9)}", None),
             lambda answer, reference: float(len(answer.encode()) % 2 == 0))
 
 MODEL = dict(vocab_size=288, num_layers=2, num_dense_layers=1)
+SMALL = dict(num_layers=1, num_dense_layers=0, mtp_depth=0)  # the least with experts
 
 
 def config_of(model=None, rollout=None, grpo=None, **train) -> Config:
@@ -30,9 +38,30 @@ def config_of(model=None, rollout=None, grpo=None, **train) -> Config:
                                   checkpoint_every=2, eval_every=4) | train)))
 
 
+def assert_alike(one: pathlib.Path, other: pathlib.Path, names: tuple[str, ...]) -> None:
+    """Two runs in float32 took the same steps, whatever the order of their sums was."""
+    first, second = ([row for row in read_metrics(folder) if "loss" in row] for folder in (one, other))
+    assert len(first) == len(second) > 0
+    for a, b in zip(first, second):
+        np.testing.assert_allclose([a[name] for name in names], [b[name] for name in names], rtol=1e-3, atol=1e-5)
+
+
 @functools.cache
 def tokenizer() -> Tokenizer:
     return train_tokenizer(["reverse a b c d = d c b a"] * 4, 288)
+
+
+@contextlib.contextmanager
+def ended_at_the_first_save() -> Iterator[None]:
+    """Inside, a run ends as by Ctrl-C as soon as its first checkpoint is written."""
+    def stops(self, *arguments):
+        saves(self, *arguments)
+        self.wait()
+        raise KeyboardInterrupt
+
+    saves = Checkpoints.save
+    with mock.patch.object(Checkpoints, "save", stops), pytest.raises(KeyboardInterrupt):
+        yield
 
 
 def start_run(folder: pathlib.Path, config: Config) -> Config:

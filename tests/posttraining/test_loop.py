@@ -19,14 +19,14 @@ from deepseek_jax.training.metrics import read_metrics
 from tests import runs
 from tests.posttraining import policies
 
-SMALL = dict(model=dict(num_layers=1, num_dense_layers=0, mtp_depth=0),
+SMALL = dict(model=policies.SMALL,
              rollout=dict(task="tests.posttraining.policies:EVEN"), grpo=dict(updates=2, kl_weight=0.1))
 
 
 @pytest.fixture(scope="module")
-def start(tmp_path_factory):
-    """A config that starts from a run with random weights."""
-    return policies.start_run(tmp_path_factory.mktemp("start"), policies.config_of(**SMALL))
+def start(small_run):
+    """Answers that are rewarded now and then."""
+    return dataclasses.replace(policies.config_of(**SMALL), init=small_run.init)
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from deepseek_jax.chat.messages import PLAIN, Conventions, chat_ids
+from deepseek_jax.chat.template import read
 from deepseek_jax.config import ConfigError
 from deepseek_jax.config.training import DataConfig
 from deepseek_jax.data.prepare import Source
@@ -127,5 +128,21 @@ def test_a_pair_that_is_too_long_on_either_side_is_left_out_and_counted(tmp_path
     held = hold(written(tmp_path / "a.jsonl", *[TEXT | {"prompt": f"{i}"} for i in range(4)], long),
                 policies.tokenizer(), lambda: PLAIN, LENGTH)
     assert held.left_out == 1 and len(held.train) + len(held.validation) == 4
-    with pytest.raises(ConfigError, match="has no pair of at most train.sequence_length=24 tokens; raise it"):
+    with pytest.raises(ConfigError, match=r"has no pair of at most 24 tokens; raise train\.sequence_length"):
         hold(written(tmp_path / "b.jsonl", long), policies.tokenizer(), lambda: PLAIN, LENGTH)
+
+
+def test_answers_that_the_template_opens_unlike_are_refused(tmp_path):
+    template = ("{% for m in messages %}[{{ m['role'] }}]{% if m['role'] == 'assistant' and thinking %}<think>"
+                "{{ m['reasoning_content'] }}</think>{% endif %}{{ m['content'] }}"
+                "{% if m['role'] == 'assistant' %}<|eos|>{% endif %}{% endfor %}"
+                "{% if add_generation_prompt %}[assistant]{% if thinking %}<think>{% endif %}"
+                "{% endif %}")
+    (tmp_path / "chat_template.jinja").write_text(template)
+    text = Conventions(read(str(tmp_path), "<|bos|>", "<|eos|>"))
+    thought = TWO | {"reasoning_content": "1 and 1"}
+    row = {"prompt": [ASK], "chosen": [thought], "rejected": [THREE | {"reasoning_content": "no"}]}
+    (pair,) = read_pairs(written(tmp_path / "a.jsonl", row), published(), lambda: text)
+    assert pair.chosen.ids[:pair.chosen.start] == pair.rejected.ids[:pair.rejected.start]
+    with pytest.raises(ConfigError, match=r"line 1: .* reasoning_content is in one alone; give it to both, or to"):
+        list(read_pairs(written(tmp_path / "b.jsonl", row | {"rejected": [THREE]}), published(), lambda: text))

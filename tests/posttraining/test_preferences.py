@@ -14,7 +14,7 @@ import pytest
 
 from deepseek_jax.chat.messages import PLAIN
 from deepseek_jax.checkpoint.manager import Checkpoints, restore_items
-from deepseek_jax.config import ConfigError, LoraConfig, PreferenceConfig, load_config
+from deepseek_jax.config import ConfigError, LoraConfig, MeshConfig, PreferenceConfig, load_config
 from deepseek_jax.config.training import DataConfig, InitConfig
 from deepseek_jax.model.types import Output
 from deepseek_jax.posttraining import preferences
@@ -30,20 +30,18 @@ from tests.model import naive
 from tests.posttraining import policies
 from tests.posttraining.test_pairs import many
 
-SMALL = dict(model=dict(num_layers=1, num_dense_layers=0, mtp_depth=0))
+SMALL = dict(model=policies.SMALL)
 
 
-def of_pairs(config, source, **changes):
+def of_pairs(config, source):
     return dataclasses.replace(config, preference=PreferenceConfig("dpo"), data=DataConfig(
-        sources=((source.path, 1.0),), validation_fraction=0.3), **changes)
+        sources=((source.path, 1.0),), validation_fraction=0.3))
 
 
 @pytest.fixture(scope="module")
-def start(tmp_path_factory):
-    """A config that starts from a run with random weights, on pairs that prefer one answer to all others."""
-    folder = tmp_path_factory.mktemp("start")
-    config = policies.start_run(folder / "base", policies.config_of(**SMALL))
-    return of_pairs(config, many(folder / "pairs.jsonl", 16))
+def start(small_run, tmp_path_factory):
+    """Pairs that prefer one letter to all digits."""
+    return of_pairs(small_run, many(tmp_path_factory.mktemp("pairs") / "pairs.jsonl", 16))
 
 
 @pytest.fixture(scope="module")
@@ -76,15 +74,8 @@ def test_frozen_biases_keep_their_bits_and_the_weights_move(start, whole):
     assert not np.array_equal(before["params"]["head"], after["params"]["head"])
 
 
-def test_a_run_that_was_stopped_continues_to_the_bit(start, whole, tmp_path, monkeypatch):
-    def stops(self, *arguments):
-        saves(self, *arguments)
-        self.wait()
-        raise KeyboardInterrupt
-
-    saves = Checkpoints.save
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Checkpoints, "save", stops)
+def test_a_run_that_was_stopped_continues_to_the_bit(start, whole, tmp_path):
+    with policies.ended_at_the_first_save():
         train_on_pairs(start, str(tmp_path / "run"))
     assert runs.checkpoints(tmp_path / "run") == [2]
     assert train_on_pairs(start, str(tmp_path / "run")).finished
@@ -118,12 +109,25 @@ def test_another_reference_or_other_pairs_are_refused_when_a_run_continues(start
 
 
 @pytest.mark.slow
-def test_of_adapters_the_base_is_the_reference(start, tmp_path):
-    config = dataclasses.replace(start, lora=LoraConfig(rank=2), train=dataclasses.replace(start.train, steps=2))
-    assert train_on_pairs(config, str(tmp_path / "run")).finished
-    first, second = [row for row in read_metrics(tmp_path / "run") if "loss" in row]
+def test_of_adapters_the_base_is_the_reference_and_they_continue_to_the_bit(start, tmp_path):
+    config = dataclasses.replace(start, lora=LoraConfig(rank=2))
+    assert train_on_pairs(config, str(tmp_path / "whole")).finished
+    first, second, *_ = [row for row in read_metrics(tmp_path / "whole") if "loss" in row]
     np.testing.assert_allclose(first["loss"], np.log(2), rtol=1e-6)
     assert first["grad_norm"] > 0 and second["margin"] != 0
+    with policies.ended_at_the_first_save():
+        train_on_pairs(config, str(tmp_path / "run"))
+    assert train_on_pairs(config, str(tmp_path / "run")).finished
+    runs.assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_a_mesh_learns_from_pairs_as_one_device_does(start, tmp_path):
+    once = dataclasses.replace(start, train=dataclasses.replace(start.train, batch_size=16, accumulation_steps=1))
+    assert train_on_pairs(once, str(tmp_path / "one")).finished
+    mesh = dataclasses.replace(once, mesh=MeshConfig(node=2, local=4))
+    assert train_on_pairs(mesh, str(tmp_path / "eight")).finished
+    policies.assert_alike(tmp_path / "one", tmp_path / "eight", ("loss", "margin", "grad_norm"))
 
 
 @functools.cache

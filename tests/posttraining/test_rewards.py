@@ -2,12 +2,13 @@
 
 import socket
 import time
+from fractions import Fraction
 
 import pytest
 
 from deepseek_jax.config import ConfigError
 from deepseek_jax.posttraining import sandbox
-from deepseek_jax.posttraining.rewards import RULES, last_box, score_all
+from deepseek_jax.posttraining.rewards import RULES, final_value, last_box, majority, score_all
 
 ADD = "assert add(2, 3) == 5\n"
 
@@ -136,3 +137,24 @@ def test_a_reward_that_misbehaves_costs_its_own_answer_and_is_counted():
     assert scores.rewards == [1, 0, 0, 0, 0, 0, 0.5, 0]
     assert scores.faults == {"TimeoutError": 1, "ZeroDivisionError": 1, "no finite number": 2, "SystemExit": 1,
                              "ValueError": 1}
+
+
+@pytest.mark.parametrize(("answers", "rewards"), [
+    (["a b", "c", "ab "], [1, 0, 1]),
+    ([r"so \boxed{1,000}", "1000.0", "it is 1000", "2"], [1, 1, 0, 0]),
+    (["<think>2, or 3?</think> 2", "2", "3"], [1, 1, 0]),
+    (["1", "2"], [0, 0]),  # a tie says nothing
+    (["1", "1", "2", "2", "3"], [0, 0, 0, 0, 0]),
+    (["", " ", "5"], [0, 0, 1]),  # nothing has no vote
+    (["", ""], [0, 0]),
+])
+def test_the_votes_of_a_group_reward_what_most_answers_come_to(answers, rewards):
+    assert majority(answers) == rewards
+
+
+@pytest.mark.parametrize(("answer", "value"), [
+    (r"\boxed{1/2} then \boxed{ 0.5 }", Fraction(1, 2)), (" c b a ", "cba"), ("5 2", 52), ("<think>7</think>", None),
+    (r"\boxed{}", None),
+])
+def test_an_answer_comes_to_its_box_or_to_all_of_it(answer, value):
+    assert final_value(answer) == value

@@ -11,7 +11,8 @@ import pytest
 from deepseek_jax.chat.messages import Conventions
 from deepseek_jax.config import ConfigError
 from deepseek_jax.posttraining import rollout
-from deepseek_jax.posttraining.rollout import Answers, batch_of, disagreement, drawn, measures
+from deepseek_jax.posttraining.rewards import majority
+from deepseek_jax.posttraining.rollout import Answers, Problem, batch_of, disagreement, drawn, measures
 from deepseek_jax.posttraining.tasks import find_task
 from deepseek_jax.posttraining.update import view
 from deepseek_jax.serving.sequence import Token
@@ -129,3 +130,14 @@ def test_training_and_evaluation_draw_different_problems():
     draw = lambda use, number: rollout.draw_problems(CONFIG, TASK, policies.tokenizer(), use, number, 8)
     assert draw(rollout.TRAINING, 0) != draw(rollout.EVALUATION, 0) != draw(rollout.TRAINING, 1)
     assert draw(rollout.TRAINING, 3) == draw(rollout.TRAINING, 3)
+
+
+def test_each_group_votes_by_itself_and_reads_no_reference():
+    texts = ["a", "a", "b", "b", "b", "a"]
+    scores = rollout.votes(3)(answers().sequences[:6], texts)
+    assert scores.rewards == [1, 1, 0, 1, 1, 0] and not scores.faults
+    unread = TASK._replace(score=None)
+    problems = [Problem((5, 6, 7), None)] * 4
+    voted = rollout.answer(CONFIG, naive.variables_of(CONFIG.model), unread, policies.tokenizer(), problems, 0,
+                           reward=rollout.votes(4))
+    assert voted.rewards == majority(list(voted.texts))

@@ -87,7 +87,10 @@ class PostTraining(Measure):
 
     def identity(self, study: Study, arm: str) -> Any:
         first = self.after.get(arm)
-        return [as_dict(self.config(study, arm)), RIGHT, DOCUMENTS, EXAMPLES, first and study.arm_hash(first)]
+        config = as_dict(self.config(study, arm))
+        if config["rollout"]["reward"] == "task":  # as it was before there were others
+            del config["rollout"]["reward"]
+        return [config, RIGHT, DOCUMENTS, EXAMPLES, first and study.arm_hash(first)]
 
     def steps(self, study: Study, arm: str) -> int:
         return self.config(study, arm).train.steps
