@@ -16,7 +16,7 @@ from tests.posttraining import policies
 from tests.precision import float64
 
 B, T, D, E, W = 2, 4, 3, 5, 6
-TEACHER = policies.config_of(model=dict(num_layers=2, num_dense_layers=1, d_model=48))
+TEACHER = policies.config_of(model=policies.SMALL | dict(d_model=48))
 
 
 def case(seed=0):
@@ -57,7 +57,7 @@ def test_a_student_that_is_its_teacher_learns_nothing():
 
 @pytest.fixture(scope="module")
 def pupil(small_run, tmp_path_factory):
-    """A config with a teacher of another width and depth."""
+    """A config with a teacher of another width."""
     folder = tmp_path_factory.mktemp("teacher") / "run"
     policies.start_run(folder, TEACHER)
     return dataclasses.replace(
