@@ -14,8 +14,8 @@ from deepseek_jax.config.advice import advice
 
 def parse() -> tuple[argparse.Namespace, list[str]]:
     parser = cli.Parser("reinforce", __doc__)
-    parser.add_argument("--config", required=True, help="grpo_reverse or distill_on_policy; a Python file with get_config(); or the "
-                        "config.json of a run")
+    parser.add_argument("--config", required=True, help="grpo_reverse or distill_on_policy; a Python file with "
+                        "get_config(); or the config.json of a run")
     parser.add_argument("--workdir", required=True, help="checkpoints and metrics; run again to resume")
     parser.epilog = "Any key of the config can be overridden: --config.rollout.group_size=16 --config.grpo.updates=2"
     return parser.parse_known_args()

@@ -7,10 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from deepseek_jax.checkpoint.manager import Checkpoints
 from deepseek_jax.config import ConfigError, DistillConfig, load_config
 from deepseek_jax.posttraining.distill_on_policy import reverse_kl
 from deepseek_jax.posttraining.loop import check_reinforce, reinforce
 from deepseek_jax.training.metrics import read_metrics
+from deepseek_jax.training.step import init_state
 from tests import runs
 from tests.posttraining import policies
 from tests.precision import float64
@@ -57,9 +59,12 @@ def test_a_student_that_is_its_teacher_learns_nothing():
 
 @pytest.fixture(scope="module")
 def pupil(small_run, tmp_path_factory):
-    """A config with a teacher of another width."""
+    """A config with a teacher of another width that prefers some words."""
     folder = tmp_path_factory.mktemp("teacher") / "run"
     policies.start_run(folder, TEACHER)
+    state, checkpoints = init_state(TEACHER), Checkpoints(folder)
+    checkpoints.save(2, state.replace(params=state.params | {"head": 20 * state.params["head"]}), {})
+    checkpoints.close()
     return dataclasses.replace(
         small_run, distill=DistillConfig(str(folder), 1.0), optimizer=dataclasses.replace(
             small_run.optimizer, learning_rate=1e-2),
