@@ -408,4 +408,11 @@ MUTATIONS = [
         new="        return config.train.sequence_length + 1\n",
         tests="posttraining/test_reward_model.py::test_a_reward_model_reads_the_last_token_of_the_longest_answer",
     ),
+    Mutation(
+        name="a policy's answers are scored without their last token",
+        file=REWARD_MODEL,
+        old="weights_BT[b, first:first + len(made)] = 1",
+        new="weights_BT[b, first:first + len(made) - 1] = 1",
+        tests="posttraining/test_reward_model.py::test_answers_that_were_drawn_get_the_rewards_that_were_trained",
+    ),
 ]
