@@ -100,8 +100,8 @@ MUTATIONS = [
     Mutation(
         name="the policy loss ignores its weights",
         file=UPDATE,
-        old='inputs.micro["weights"][:, 1:]',
-        new='1 + 0 * inputs.micro["weights"][:, 1:]',
+        old="weighted = lambda x_BT: (x_BT * weights_BT).sum()",
+        new="weighted = lambda x_BT: x_BT.sum()",
         tests="posttraining/test_update.py::test_prompts_and_padding_have_no_loss",
     ),
     Mutation(
@@ -227,8 +227,8 @@ MUTATIONS = [
     Mutation(
         name="routers of a base are rounded",
         file=LORA,
-        old='path[-1] == "scale" or path[-2:] == ("router", "weight")',
-        new='path[-1] == "scale"',
+        old='path[-1] in ("scale", "reward_head") or path[-2:] == ("router", "weight")',
+        new='path[-1] in ("scale", "reward_head")',
         tests=f"{BASE}::test_the_base_is_kept_as_the_model_computes_with_it",
     ),
     Mutation(

@@ -381,8 +381,8 @@ MUTATIONS = [
     Mutation(
         name="continued training draws the indexer of the run before anew",
         file="deepseek_jax/training/loop.py",
-        old="if config.model.index_topk is None or load_workdir_config(",
-        new="if config.model.index_topk is None and load_workdir_config(",
+        old="if config.model.index_topk is not None and theirs.model.index_topk is None:",
+        new="if config.model.index_topk is not None:",
         tests="training/test_indexer.py::test_a_run_takes_the_indexer_of_the_run_before_or_starts_one",
     ),
 ]
