@@ -15,7 +15,7 @@ import multiprocessing
 import statistics
 import time
 
-from benchmarks import hostile_clients as clients
+from benchmarks import hostile_clients
 from benchmarks.hostile_clients import ATTACKERS, ATTACKS, NEW, STREAMS, process
 from benchmarks.machine import hardware, write_results
 
@@ -26,14 +26,14 @@ def measure(port: int, attacker: str | None = None, attacked: int | None = None)
     attacked: the port that the attackers go for.
     """
     async def streams():
-        asked = (clients.ask(port, clients.completion(seed=i)) for i in range(STREAMS))
+        asked = (hostile_clients.ask(port, hostile_clients.completion(seed=i)) for i in range(STREAMS))
         return await asyncio.gather(*asked, return_exceptions=True)
 
     longest = multiprocessing.get_context("spawn").Value("d", 0.0)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(process(clients.probe, port, longest))
+        stack.enter_context(process(hostile_clients.probe, port, longest))
         if attacker is not None:
-            stack.enter_context(process(clients.attack, attacker, attacked))
+            stack.enter_context(process(hostile_clients.attack, attacker, attacked))
         time.sleep(2)  # until both are at work
         start = time.monotonic()
         answers = asyncio.run(streams())
@@ -51,8 +51,8 @@ def main() -> None:
     parser.add_argument("--json", metavar="FILE")
     args = parser.parse_args()
     found: dict[str, list[dict[str, dict[str, float]]]] = {name: [] for name in args.attacks}
-    elsewhere = clients.free_port()
-    with clients.served(args.workdir) as port, process(clients.idle, elsewhere):
+    elsewhere = hostile_clients.free_port()
+    with hostile_clients.served(args.workdir) as port, process(hostile_clients.idle, elsewhere):
         measure(port)
         for name in args.attacks * args.rounds:
             found[name].append({"alone": measure(port), "attacked": measure(port, name, port),

@@ -211,6 +211,7 @@ def _store_rows(stages, part, out, group, tile, columns):
             pl.when(count & size != 0)(functools.partial(leave, size))
 
 
+# One kernel and all that it names, read top down.
 def _products(a, b, tables, tiles, form: Form, out: jax.ShapeDtypeStruct, config: TuningConfig, num_sms, interpret):
     """The loop over tiles that both share."""
     stages, tile_n = config.stages, config.tile_n

@@ -14,7 +14,6 @@ from kernels_pallas.hopper import fp8_grouped_matmul as grouped
 from kernels_pallas.hopper import fp8_matmul as matmul
 from kernels_pallas.hopper import grouped_matmul as experts
 from kernels_pallas.hopper import quantize as quantizers
-from kernels_pallas.reference import grouped_matmul as reference_experts
 from kernels_pallas.tools.shapes import Attention, Case, Decode, Grouped
 from tests.kernels.interpreter import INTERPRET
 
@@ -134,50 +133,6 @@ def test_k_grouped_products_are_their_twin_and_zero_for_an_empty_group():
     ours = grouped.fp8_grouped_matmul(a, b, SIZES, out_dtype=jnp.float32, num_sms=2, interpret=INTERPRET)
     close(ours, api.fp8_grouped_matmul(a, b, SIZES, out_dtype=jnp.float32))
     assert not np.asarray(ours)[1].any()
-
-
-# Groups that begin and end inside tiles and their 8 rows, an empty one, and rows of none.
-UNEVEN = jnp.array([69, 0, 5, 150], jnp.int32)
-FEW = dict(config=experts.TuningConfig(tile_n=128, stages=2), num_sms=2, interpret=INTERPRET)
-
-
-def bfloat16(*shape, seed=0):
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.bfloat16)
-
-
-@pytest.mark.parametrize("transposed", [False, True])
-def test_experts_products_are_their_twin_and_zero_past_the_last_group(transposed):
-    x_RD, w_EDF = bfloat16(260, 72), bfloat16(4, *((136, 72) if transposed else (72, 136)), seed=1)
-    x_RD = x_RD.at[224:].set(jnp.nan)  # rows of no expert may hold anything
-    ours = experts.grouped_matmul(x_RD, w_EDF, UNEVEN, transposed=transposed, **FEW)
-    theirs = reference_experts.grouped_matmul(x_RD.at[224:].set(0), w_EDF, UNEVEN, transposed=transposed)
-    assert ours.dtype == jnp.bfloat16
-    close(ours, theirs, 2.0**-8)
-    assert not np.asarray(ours)[224:].any()
-
-
-def test_the_gradient_of_experts_is_its_twin_and_zero_for_an_empty_group():
-    x_RD, dy_RF = bfloat16(260, 72), bfloat16(260, 136, seed=1)
-    x_RD = x_RD.at[224:].set(jnp.nan)
-    ours = experts.weights(x_RD, dy_RF, UNEVEN, **FEW)
-    close(ours, reference_experts.weights(x_RD.at[224:].set(0), dy_RF, UNEVEN))
-    assert ours.dtype == jnp.float32 and not np.asarray(ours)[1].any()
-
-
-tiles_of_groups = jax.jit(experts.tiles_of_groups, static_argnums=(1, 2))
-
-
-@given(ends=st.lists(st.integers(0, 500), min_size=4, max_size=4))
-@settings(max_examples=50, deadline=None, derandomize=True)
-def test_tiles_hold_every_row_once_under_its_expert(ends):
-    E, R, sizes = 4, 500, np.diff([0, *sorted(ends)])
-    tiles = (R + (E + 1) * (experts.ROWS + experts.ALIGN - 2)) // experts.ROWS
-    found = np.full(R, -1)
-    for expert, row, begin, end in zip(*map(np.asarray, tiles_of_groups(jnp.asarray(sizes), R, tiles))):
-        assert row % experts.ALIGN == 0
-        assert (found[row + begin:row + end] == -1).all()
-        found[row + begin:row + end] = expert
-    np.testing.assert_array_equal(found, np.repeat(np.arange(E + 1), [*sizes, R - sizes.sum()]))
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,8 @@ RESOURCES = "Resources(smem_scratch_bytes=163840, barrier_counts=Counter({Barrie
 def test_a_clean_kernel_is_read_off_ptxas():
     row = compile_report.read(PTX, PTXAS, RESOURCES)
     assert row == {"registers": 168, "spill_bytes": 0, "shared_bytes": 163840, "stages": 4, "wgmma_e4m3": 4,
-                   "qgmma": None, "hgmma": None, "serialized": False, "nan_skipped": 0, "divisions": 0}
+                   "qgmma": None, "hgmma": None, "serialized": False, "nan_skipped": 0, "divisions": 0,
+                   "instructions": None, "loop_instructions": None}
     assert compile_report.faults("fp8_matmul", row) == []
 
 

@@ -271,8 +271,8 @@ MUTATIONS = [
     Mutation(
         name="hopper: the transposed copy is not transposed",
         file="kernels_pallas/hopper/quantize.py",
-        old=".transpose((1, 0)), layout=WGMMA)",
-        new=", layout=WGMMA)",
+        old="ref.transpose((1, 0)) if turned else ref",
+        new="ref",
         tests="kernels/test_hopper.py",
     ),
     Mutation(
@@ -408,7 +408,7 @@ MUTATIONS = [
     Mutation(
         name="hopper: a tile has one scale for two blocks",
         file="kernels_pallas/hopper/fp8_matmul.py",
-        old="self.tile_n not in (64, BLOCK) or ",
+        old="self.tile_n not in WIDTHS or ",
         new="",
         tests="kernels/test_hopper.py",
     ),
@@ -452,21 +452,21 @@ MUTATIONS = [
         file="kernels_pallas/hopper/grouped_matmul.py",
         old="return group, row, own(start_G), own(start_G + sizes)",
         new="return group, row, own(first_G), own(start_G + sizes)",
-        tests="kernels/test_hopper.py",
+        tests="kernels/test_hopper_experts.py",
     ),
     Mutation(
         name="hopper experts: a gradient sums its neighbours' rows",
         file="kernels_pallas/hopper/grouped_matmul.py",
         old="own = (row >= begin) & (row < end)",
         new="own = row >= 0",
-        tests="kernels/test_hopper.py",
+        tests="kernels/test_hopper_experts.py",
     ),
     Mutation(
         name="hopper experts: pieces of a tile leave from its start",
         file="kernels_pallas/hopper/grouped_matmul.py",
         old="at = begin + (count & -(2 * size))",
         new="at = begin",
-        tests="kernels/test_hopper.py",
+        tests="kernels/test_hopper_experts.py",
     ),
     Mutation(
         name="hopper experts: float32 goes to a kernel of bfloat16",

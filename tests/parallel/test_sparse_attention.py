@@ -26,8 +26,8 @@ def trained(config):
     return np.array(seen), jax.device_get(state.params)
 
 
-@pytest.mark.parametrize("case", ["sparse training", *(pytest.param(case, marks=pytest.mark.slow) for case in
-                                                       ("its warm-up", "tokens cross two hops"))])
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
 def test_in_float64_a_mesh_trains_the_indexer_as_one_device_does(case):
     model, mesh = CASES[case]
     with float64():

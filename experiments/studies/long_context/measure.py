@@ -98,7 +98,7 @@ def needles(cfg: ModelConfig, variables: dict[str, Any], loader: Loader,
     asked = len(loader.tokenizer.encode(" ="))
     candidates = np.array(sorted({loader.tokenizer.encode(f" = {secret}")[asked] for secret in SECRETS}))
     found = []
-    for tokens_NT, answer_N in map(haystacks(loader.tokenizer).get, lengths):
+    for tokens_NT, answer_N in (haystacks(loader.tokenizer)[length] for length in lengths):
         rows = max(1, 4096 // tokens_NT.shape[1])
         best = [candidates[np.asarray(_model(cfg)(variables, tokens_NT[i:i + rows]))[:, -1][:, candidates].argmax(-1)]
                 for i in range(0, len(tokens_NT), rows)]
