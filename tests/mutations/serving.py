@@ -339,10 +339,10 @@ MUTATIONS = [
         tests="serving/test_decode_sparse.py::test_a_model_in_its_warm_up_is_served_dense",
     ),
     Mutation(
-        name="a cancelled sequence keeps its place in the queue",
+        name="who is cancelled while it waits is not told",
         file="deepseek_jax/serving/engine.py",
-        old="                self.waiting.remove(sequence)\n",
-        new="                pass\n",
+        old='_finish(sequence, "cancelled")',
+        new="pass",
         tests="serving/test_engine.py::test_a_cancelled_sequence_that_waits_frees_its_place_before_any_step",
     ),
     Mutation(
