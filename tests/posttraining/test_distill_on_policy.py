@@ -71,6 +71,7 @@ def pupil(small_run, tmp_path_factory):
         rollout=dataclasses.replace(small_run.rollout, task="tests.posttraining.policies:EVEN"))
 
 
+@pytest.mark.slow
 def test_a_student_comes_nearer_to_its_teacher_on_its_own_answers_and_resumes_to_the_bit(pupil, tmp_path):
     assert reinforce(pupil, str(tmp_path / "whole"))
     rows = [row for row in read_metrics(tmp_path / "whole") if "loss" in row]
