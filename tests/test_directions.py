@@ -103,7 +103,7 @@ MAY_IMPORT = {
     "serving.harness": ("serving.engine", "serving.generation", "serving.openai", "serving.sequence", "chat", "config"),
     "serving": ("model", "fp8", *SHARDING, "kernels_pallas.api", "config"),
     # After pre-training.
-    "posttraining": ("training", "serving", "chat", "parallel", "model", "checkpoint", "data", "workdir", "cli",
+    "posttraining": ("training", "serving", "chat", "parallel", "model", "fp8", "checkpoint", "data", "workdir", "cli",
                      "plugin", "io", "config"),
     # Machines that are not here.
     "scale.compile": ("scale", "training.base", "training.step", "pipeline.model", "serving", "model", *SHARDING,

@@ -69,6 +69,7 @@ class RolloutConfig(Checked, section="rollout"):
     max_new_tokens: Annotated[int, POSITIVE, "of an answer"] = 32
     draft: Annotated[bool, "by the MTP modules, where the model has them"] = True
     replay_routes: Annotated[bool, "training takes the experts that were chosen while sampling"] = True
+    fp8: Annotated[bool, "draws answers to train on with weights and a cache in FP8, as a server might"] = False
 
     def __post_init__(self):
         super().__post_init__()

@@ -16,6 +16,7 @@ import numpy as np
 from deepseek_jax.chat.messages import PLAIN, Conventions
 from deepseek_jax.config import Config, ConfigError
 from deepseek_jax.data.tokenizer import Tokenizer
+from deepseek_jax.posttraining.fp8_sampler import as_fp8
 from deepseek_jax.posttraining.grpo import advantages, token_weights
 from deepseek_jax.posttraining.rewards import Scores, majority, score_all
 from deepseek_jax.posttraining.tasks import Task
@@ -77,11 +78,13 @@ def answer(config: Config, variables: dict[str, Any], task: Task, tokenizer: Tok
     """One answer to each problem, drawn at temperature 1; `number`, with train.seed, decides how. None: greedily.
 
     An answer ends where the checkpoint says that one does (`conventions`), or with EOS. reward: None: the task's rule.
+    Greedy answers measure the policy, so rollout.fp8 is not for them.
     """
-    cfg = config.model
-    engine = Engine(cfg, variables, EngineConfig(
+    cfg, in_fp8 = config.model, config.rollout.fp8 and number is not None
+    engine = Engine(cfg, as_fp8(variables) if in_fp8 else variables, EngineConfig(
         max_sequences=min(len(problems), MOST_SEQUENCES), max_length=config.train.sequence_length + 1,
-        depth=cfg.mtp_depth if config.rollout.draft else 0, routes=cfg.num_moe_layers > 0))
+        depth=cfg.mtp_depth if config.rollout.draft else 0, cache="fp8" if in_fp8 else None,
+        routes=cfg.num_moe_layers > 0))
     seed = 0 if number is None else int(np.random.SeedSequence([config.train.seed, number]).generate_state(1)[0])
     how: dict[str, Any] = dict(temperature=0.0 if number is None else 1.0, seed=seed, logprobs=number is not None,
                                stop_tokens=conventions.ends | {tokenizer.eos})

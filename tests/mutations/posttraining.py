@@ -274,6 +274,20 @@ MUTATIONS = [
         tests="posttraining/test_rollout.py::test_special_tokens_are_part_of_the_answer_that_is_scored",
     ),
     Mutation(
+        name="FP8 rounds the output projection by heads",
+        file="deepseek_jax/posttraining/fp8_sampler.py",
+        old='"o": (2, 1)}',
+        new='"o": (1, 1)}',
+        tests="posttraining/test_fp8_sampler.py::test_the_weights_are_those_of_an_fp8_checkpoint_to_the_bit",
+    ),
+    Mutation(
+        name="likeliest answers are drawn in FP8",
+        file="deepseek_jax/posttraining/rollout.py",
+        old="config.rollout.fp8 and number is not None",
+        new="config.rollout.fp8",
+        tests="posttraining/test_fp8_sampler.py::test_only_answers_to_train_on_are_drawn_in_fp8",
+    ),
+    Mutation(
         name="code out of processor time is a wrong answer",
         file="deepseek_jax/posttraining/sandbox.py",
         old="if process.returncode == -signal.SIGXCPU:",

@@ -23,6 +23,7 @@ from deepseek_jax.chat.template import without_template
 from deepseek_jax.config import Config, as_dict, default_config, freeze
 from deepseek_jax.data.prepare import find_tokenizer
 from deepseek_jax.posttraining import rollout
+from deepseek_jax.posttraining.distill import Asking, teacher_answers
 from deepseek_jax.posttraining.loop import reinforce
 from deepseek_jax.posttraining.tasks import find_task
 from deepseek_jax.training.loop import train
@@ -53,6 +54,8 @@ TRAINED = {
 }
 TUNED = {"data.sources": (("corpus/right.jsonl", 1.0),), "train.steps": 20, "train.eval_every": 20,
          "train.checkpoint_every": 20, "optimizer.learning_rate": 1e-4, "balance.bias_speed": 0.0}
+DISTILLED = {"train.steps": 30, "train.eval_every": 30, "train.checkpoint_every": 30,
+             "optimizer.learning_rate": 3e-4, "balance.bias_speed": 0.0}
 REINFORCED = {
     "rollout.task": TASK, "rollout.size": SIZE, "rollout.group_size": 8, "rollout.max_new_tokens": 8,
     "train.steps": 30, "train.batch_size": 128, "train.sequence_length": 24,
@@ -68,17 +71,22 @@ QUICK_RUN = {**{key: value for key, value in QUICK.items() if key.startswith("mo
 
 @dataclasses.dataclass(frozen=True)
 class PostTraining(Measure):
-    """Trains each arm: {"kind": "pretrained", "tuned" or "reinforced", and keys of its config, with dots}."""
+    """Trains each arm: {"kind": "pretrained", "tuned", "distilled" or "reinforced", and keys of its config, with dots}.
+
+    after: {arm: the one whose weights it starts from}; of a student, the one that teaches it.
+    students: {arm that learns from answers of another: the one whose weights it starts from}.
+    """
 
     after: dict[str, str] = dataclasses.field(default_factory=dict)
+    students: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def config(self, study: Study, arm: str, seed: int = 0) -> Config:
         """The complete config of one run, but for the folders that it reads."""
         own = dict(study.arms[arm])
         kind, config = own.pop("kind"), default_config("tiny")
         model = {f"model.{name}": value for name, value in {**MODEL, "vocab_size": 384, "mtp_depth": 1}.items()}
-        parts = (model, COMMON, TRAINED, {"pretrained": {}, "tuned": TUNED, "reinforced": REINFORCED}[kind],
-                 QUICK_RUN if study.quick else {}, own)
+        kinds = {"pretrained": {}, "tuned": TUNED, "distilled": DISTILLED, "reinforced": REINFORCED}
+        parts = (model, COMMON, TRAINED, kinds[kind], QUICK_RUN if study.quick else {}, own)
         for name, value in (pair for part in parts for pair in part.items()):
             section, key = name.split(".")
             config[section][key] = value
@@ -88,9 +96,12 @@ class PostTraining(Measure):
     def identity(self, study: Study, arm: str) -> Any:
         first = self.after.get(arm)
         config = as_dict(self.config(study, arm))
-        if config["rollout"]["reward"] == "task":  # as it was before there were others
-            del config["rollout"]["reward"]
-        return [config, RIGHT, DOCUMENTS, EXAMPLES, first and study.arm_hash(first)]
+        for key, value in (("reward", "task"), ("fp8", False)):  # as it was before there were others
+            if config["rollout"][key] == value:
+                del config["rollout"][key]
+        start = self.students.get(arm)
+        return [config, RIGHT, DOCUMENTS, EXAMPLES, first and study.arm_hash(first),
+                *([study.arm_hash(start)] if start else [])]
 
     def steps(self, study: Study, arm: str) -> int:
         return self.config(study, arm).train.steps
@@ -109,6 +120,8 @@ class PostTraining(Measure):
         begun, config = time.perf_counter(), self.located(study, arm, seed, folder)
         workdir = self.workdir(study, arm, seed, folder)
         shutil.rmtree(workdir, ignore_errors=True)
+        if arm in self.students:
+            teach(self.workdir(study, self.after[arm], seed, folder), self.lessons(study, arm, seed, folder))
         with contextlib.redirect_stderr(standard.StringIO()), contextlib.redirect_stdout(standard.StringIO()):
             of_rewards = study.arms[arm]["kind"] == "reinforced"
             finished = reinforce(config, str(workdir)) if of_rewards else train(config, str(workdir)).finished
@@ -124,8 +137,10 @@ class PostTraining(Measure):
         """The config with the folders of the study's work directory."""
         config = self.config(study, arm, seed)
         sources = tuple((str(folder / path), weight) for path, weight in config.data.sources)
+        if arm in self.students:
+            sources = ((str(self.lessons(study, arm, seed, folder)), 1.0),)
         if arm in self.after:
-            start = self.workdir(study, self.after[arm], seed, folder)
+            start = self.workdir(study, self.students.get(arm, self.after[arm]), seed, folder)
             config = dataclasses.replace(config, init=dataclasses.replace(config.init, from_=str(start)))
         return dataclasses.replace(config, data=dataclasses.replace(
             config.data, sources=sources, cache_dir=str(folder.parent / "cache")))
@@ -133,6 +148,10 @@ class PostTraining(Measure):
     def workdir(self, study: Study, arm: str, seed: int, folder: pathlib.Path) -> pathlib.Path:
         """Of one run. The name contains the arm's hash."""
         return study.run_path(folder, arm, seed).with_suffix("")
+
+    def lessons(self, study: Study, arm: str, seed: int, folder: pathlib.Path) -> pathlib.Path:
+        """What a student reads: the right answers of its teacher."""
+        return folder / "corpus" / f"{self.workdir(study, self.after[arm], seed, folder).name}.jsonl"
 
     def summarize(self, study: Study, runs: list[dict[str, Any]]) -> dict[str, Any]:
         return by_arm(study, runs)
@@ -158,9 +177,17 @@ def write_examples(path: pathlib.Path, count: int, right: float, mirrors: float,
     io.write_text(path, "\n".join(lines) + "\n")
 
 
+def teach(teacher: pathlib.Path, path: pathlib.Path) -> None:
+    """As many problems as fine-tuning has, with what the teacher answered at temperature 1; wrong answers left out."""
+    asking = Asking(max_new_tokens=REINFORCED["rollout.max_new_tokens"], seed=2)
+    answered = teacher_answers(str(teacher), find_task(TASK, SIZE), EXAMPLES, asking)
+    io.write_text(path, "".join(json.dumps({"prompt": row.prompt, "answer": row.answer}) + "\n"
+                                for row in answered if row.answer is not None))
+
+
 def scored(run: LoadedRun, workdir: str, count: int) -> dict[str, float]:
     """Mean reward on problems that no arm has trained on: of answers drawn at temperature 1, and of the likeliest."""
-    answers = {**REINFORCED, "rollout.group_size": 1}
+    answers = {**REINFORCED, "rollout.group_size": 1, "rollout.fp8": False}
     config = dataclasses.replace(run.config, **{
         section: dataclasses.replace(getattr(run.config, section), **{
             key.split(".")[1]: value for key, value in answers.items() if key.startswith(section)})

@@ -1,0 +1,32 @@
+"""A policy as a server in FP8 would sample it: the weights that an FP8 checkpoint of it would hold.
+
+The trainer keeps its own precision, so that the two disagree as they do wherever a faster program draws the answers.
+"""
+
+import math
+from typing import Any
+
+import jax
+
+from deepseek_jax import fp8
+
+# What released checkpoints hold in FP8, with the axes of an input and of an output: heads are one with what they hold.
+MATRICES = {**dict.fromkeys(("q_a", "kv_a", "wk", "gate", "up", "down"), (1, 1)),
+            **dict.fromkeys(("q", "q_b", "kv_b", "wq_b"), (1, 2)), "o": (2, 1)}
+
+
+@jax.jit
+def as_fp8(variables: dict[str, Any]) -> dict[str, Any]:
+    """The variables, with the matrices of all blocks rounded to E4M3 with a scale for each 128 x 128 of them.
+
+    Embedding, head, norms, routers and the MTP projection stay as they are, and so do all dtypes.
+    """
+    def rounded(path, w):
+        inputs, outputs = MATRICES.get(path[-1].key, (0, 0))
+        if not inputs:
+            return w
+        stack, rest = w.shape[:w.ndim - inputs - outputs], w.shape[w.ndim - inputs - outputs:]
+        matrix = w.reshape(*stack, math.prod(rest[:inputs]), math.prod(rest[inputs:]))
+        return fp8.dequantize(fp8.quantize_blocks(matrix), w.dtype).reshape(w.shape)
+
+    return jax.tree_util.tree_map_with_path(rounded, variables)
