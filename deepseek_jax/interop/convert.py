@@ -194,7 +194,10 @@ def _leaves(workdir, merge=False):
     path = pathlib.Path(workdir, "config.json")
     if not path.is_file():
         raise ConfigError(f"{workdir} holds no config.json; give a work directory of train or of convert from-hf.")
-    cfg = freeze(_json(path)).model
+    config = freeze(_json(path))
+    if config.preference.objective == "reward":
+        raise ConfigError(f"{workdir} is a reward model, whose head no published format has; give a run that writes "
+                          f"text, such as the one that it began from, {config.init.from_}.")
     manifest.check_name(workdir)
     newest, _ = manifest.newest(pathlib.Path(workdir).absolute() / "checkpoints")
     if newest is None:
@@ -202,7 +205,7 @@ def _leaves(workdir, merge=False):
     if (base_of(newest) is not None) != merge:
         raise ConfigError(f"{workdir} holds adapters, which no published checkpoint has; add --merge." if not merge else
                           f"{workdir} holds all weights of its model; leave out --merge.")
-    return cfg, _stored(newest)
+    return config.model, _stored(newest)
 
 
 def _stored(checkpoint):

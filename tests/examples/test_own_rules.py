@@ -80,6 +80,7 @@ def test_the_router_of_an_mtp_module_sees_the_tokens_ahead():
         np.testing.assert_array_equal(counts_E, expected_E)
 
 
+@pytest.mark.slow
 def test_a_speculative_continuation_by_hash_routing_is_the_plain_one(hashed):
     run = load_run(str(hashed))
     plain, drafted = (generate(run.config.model, run.variables, [[1, 2, 3], [4, 5]], 6, speculative=s)

@@ -15,13 +15,16 @@ from deepseek_jax.training.step import init_state, train_step
 
 FILES = sorted((pathlib.Path(__file__).resolve().parents[2] / "experiments" / "configs").glob("*.py"))
 
+TRACED = ("tiny", "v2_lite_16b", "v3_671b", "v3_2_671b", "lora")  # one of each kind of step; the others are slow
+
 
 def test_every_config_of_the_package_has_a_file_here_and_every_preset_is_one():
     inside = pathlib.Path(deepseek_jax.configs.__file__).parent.glob("*.py")
     assert {path.stem for path in FILES} == {path.stem for path in inside} - {"__init__"} > set(PRESETS)
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [path if path.stem in TRACED else pytest.param(path, marks=pytest.mark.slow)
+                                  for path in FILES], ids=lambda path: path.stem)
 def test_a_step_keeps_the_shape_of_its_state(path, tmp_path):
     overrides = []
     if path.stem not in PRESETS:  # it takes the model of a run

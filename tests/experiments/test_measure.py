@@ -2,10 +2,12 @@
 
 import jax
 import numpy as np
+import pytest
 
 from experiments.studies.pipeline import measure
 
 
+@pytest.mark.slow
 def test_the_operations_of_a_stage_run_and_bi_with_w_gives_what_b_gives():
     config = measure.config_of("1f1b", 4, vocab_size=512, d_model=32, num_experts=4, num_groups=1, groups_kept=1)
     calls = measure.operations(config)

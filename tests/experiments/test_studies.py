@@ -326,6 +326,7 @@ CHAIN = dataclasses.replace(
     measure=dataclasses.replace(LEAST.measure, after={"second": "first"}))
 
 
+@pytest.mark.slow
 def test_an_arm_begins_with_the_weights_of_the_one_it_comes_after(tmp_path):
     with mock.patch.object(runner.concurrent.futures, "ProcessPoolExecutor", Here):
         loss = {(run["arm"], run["seed"]): run["metrics"]["loss"] for run in runner.run(CHAIN, tmp_path, 1)}

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from deepseek_jax.checkpoint import arrays
-from deepseek_jax.config import Config, ConfigError, as_dict
+from deepseek_jax.config import Config, ConfigError, PreferenceConfig, as_dict, load_config
+from deepseek_jax.config.training import InitConfig
 from deepseek_jax.interop import load_hf, safetensors_io, save, save_hf
 from deepseek_jax.interop.convert import from_hf, to_hf
 from tests.interop import checkpoints
@@ -246,6 +247,13 @@ def test_a_work_directory_without_a_checkpoint(tmp_path):
     with pytest.raises(ConfigError, match="holds no config.json"):
         to_hf(str(tmp_path), str(tmp_path / "dst"))
     assert not list(tmp_path.glob("dst*"))
+
+
+def test_a_reward_model_is_not_exported(tmp_path):
+    config = Config(load_config("tiny").model, init=InitConfig("tuned"), preference=PreferenceConfig(objective="reward"))
+    (tmp_path / "config.json").write_text(json.dumps(as_dict(config)))
+    with pytest.raises(ConfigError, match="is a reward model, whose head no published format has.*began from, tuned"):
+        to_hf(str(tmp_path), str(tmp_path / "dst"))
 
 
 @pytest.mark.parametrize(("field", "value", "words"), [

@@ -137,6 +137,7 @@ def test_a_first_run_on_a_gpu_goes_through_the_checks_and_the_clock(case):
     assert json.loads(json.dumps(row)) == row and "WRONG" not in benchmark.show(row)
 
 
+@pytest.mark.slow
 def test_the_benchmark_writes_a_row_for_every_tiny_shape(monkeypatch, tmp_path, capsys):
     out = tmp_path / "rows.json"
     options = "--shapes tiny --implementation reference --calls 2 --out"

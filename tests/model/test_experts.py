@@ -57,7 +57,8 @@ def test_routed_experts_are_the_sum_over_experts_and_so_are_their_gradients(rout
 
 @pytest.mark.parametrize(
     ("tokens", "num_experts"),
-    [(1, 8), (43, 8), (171, 8), (350, 8), (160, 8), (320, 16)])  # 160: 60 rows an expert, 67 with room for padding
+    [(1, 8), (43, 8), (350, 8), (160, 8),  # 160: 60 rows an expert, 67 with room for padding
+     pytest.param(171, 8, marks=pytest.mark.slow), pytest.param(320, 16, marks=pytest.mark.slow)])
 def test_tiles_are_exact_for_any_number_of_tokens(tokens, num_experts):
     chosen_NK = np.random.default_rng(7).permuted(np.tile(np.arange(num_experts), (tokens, 1)), axis=1)[:, :K]
 

@@ -429,4 +429,62 @@ MUTATIONS = [
         new="weights_BT[b, first:first + len(made) - 1] = 1",
         tests="posttraining/test_reward_model.py::test_answers_that_were_drawn_get_the_rewards_that_were_trained",
     ),
+    Mutation(
+        name="a reward model writes text",
+        file="deepseek_jax/workdir.py",
+        old='if config.preference.objective == "reward":',
+        new="if False:",
+        tests="posttraining/test_reward_model.py::test_what_is_no_reward_model_and_what_a_reward_model_is_not_is_one_line",
+    ),
+    Mutation(
+        name="a reward model goes out as a language model",
+        file="deepseek_jax/interop/convert.py",
+        old='if config.preference.objective == "reward":',
+        new="if False:",
+        tests="interop/test_bad_input.py::test_a_reward_model_is_not_exported",
+    ),
+    Mutation(
+        name="two values that tie are both right",
+        file=REWARDS,
+        old="float(not tied and bool(ranked) and value == ranked[0][0])",
+        new="float(bool(ranked) and value in (ranked[0][0], ranked[-1][0] if tied else ranked[0][0]))",
+        tests="posttraining/test_rewards.py::test_the_votes_of_a_group_reward_what_most_answers_come_to",
+    ),
+    Mutation(
+        name="an empty answer has a vote",
+        file=REWARDS,
+        old="collections.Counter(value for value in values if value is not None)",
+        new="collections.Counter(values)",
+        tests="posttraining/test_rewards.py::test_the_votes_of_a_group_reward_what_most_answers_come_to",
+    ),
+    Mutation(
+        name="all answers of a rollout vote as one group",
+        file=ROLLOUT,
+        old="for at in range(0, len(texts), group_size)",
+        new="for at in range(0, len(texts), len(texts))",
+        tests="posttraining/test_rollout.py::test_each_group_votes_by_itself_and_reads_no_reference",
+    ),
+    Mutation(
+        name="the divergence of a student's own answers is the forward one",
+        file=ON_POLICY,
+        old="(jnp.exp(ours_MW) * (ours_MW - wanted_MW))",
+        new="(jnp.exp(wanted_MW) * (wanted_MW - ours_MW))",
+        tests="posttraining/test_distill_on_policy.py::test_loss_and_gradient_are_those_of_the_oracle_and_the_teacher_"
+              "has_none",
+    ),
+    Mutation(
+        name="a teacher is moved toward its student",
+        file=ON_POLICY,
+        old="lax.stop_gradient(Teacher(hidden_BTE, head_EW))",
+        new="Teacher(hidden_BTE, head_EW)",
+        tests="posttraining/test_distill_on_policy.py::test_loss_and_gradient_are_those_of_the_oracle_and_the_teacher_"
+              "has_none",
+    ),
+    Mutation(
+        name="answers that the template opens unlike are a pair",
+        file=PAIRS,
+        old="if chosen.ids[:chosen.start] != rejected.ids[:rejected.start]:",
+        new="if False:",
+        tests="posttraining/test_pairs.py::test_answers_that_the_template_opens_unlike_are_refused",
+    ),
 ]

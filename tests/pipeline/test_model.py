@@ -96,10 +96,11 @@ def assert_same_step(config, rtol, expected=None):
 
 # Pairwise, not all. Five and seven MoE layers on four ranks leave slots over, so do three.
 QUICK = {
-    "dualpipe": config(),
+    "dualpipe": config("dualpipe", (2, 1, 1), 4),
     "1f1b": config("1f1b", (4, 1, 2), 4, remat="report"),
 }
 SLOW = {
+    "dualpipe on four ranks": config(),
     "gpipe": config("gpipe", (2, 2, 1), 4, remat="full"),
     "gpipe of V2": config("gpipe", (4, 1, 1), 4, num_layers=7, **V2),
     "1f1b of five layers": config("1f1b", (2, 2, 1), 4, num_layers=6, masked=True),

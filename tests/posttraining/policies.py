@@ -7,6 +7,7 @@ import pathlib
 from collections.abc import Iterator
 from unittest import mock
 
+import numpy as np
 import pytest
 
 from deepseek_jax.checkpoint.manager import Checkpoints
@@ -14,6 +15,7 @@ from deepseek_jax.config import Config, GrpoConfig, OptimizerConfig, RolloutConf
 from deepseek_jax.config.training import BalanceConfig, InitConfig
 from deepseek_jax.data.tokenizer import Tokenizer, train_tokenizer
 from deepseek_jax.posttraining.tasks import Task
+from deepseek_jax.training.metrics import read_metrics
 from deepseek_jax.training.step import init_state
 from deepseek_jax.workdir import claim_workdir
 from tests.model import naive
@@ -34,6 +36,14 @@ def config_of(model=None, rollout=None, grpo=None, **train) -> Config:
         optimizer=OptimizerConfig(learning_rate=1e-3, warmup=0.0, weight_decay=0.0),
         train=TrainConfig(**(dict(steps=4, batch_size=8, sequence_length=24, accumulation_steps=2, loss_chunk=16,
                                   checkpoint_every=2, eval_every=4) | train)))
+
+
+def assert_alike(one: pathlib.Path, other: pathlib.Path, names: tuple[str, ...]) -> None:
+    """Two runs in float32 took the same steps, whatever the order of their sums was."""
+    first, second = ([row for row in read_metrics(folder) if "loss" in row] for folder in (one, other))
+    assert len(first) == len(second) > 0
+    for a, b in zip(first, second):
+        np.testing.assert_allclose([a[name] for name in names], [b[name] for name in names], rtol=1e-3, atol=1e-5)
 
 
 @functools.cache

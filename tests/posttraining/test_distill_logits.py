@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deepseek_jax.config import ConfigError, DistillConfig
+from deepseek_jax.config import ConfigError, DistillConfig, MeshConfig
 from deepseek_jax.config.training import DataConfig, InitConfig
 from deepseek_jax.data.tokenizer import train_tokenizer
 from deepseek_jax.posttraining.distill_logits import DistillRun, Teacher, distances, distill, teacher_of
@@ -134,3 +134,24 @@ def test_a_student_of_another_shape_comes_nearer_to_its_teacher_and_resumes_to_t
         distill(pupil, str(tmp_path / "run"))
     assert distill(pupil, str(tmp_path / "run")).finished
     runs.assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_a_mesh_learns_from_a_teacher_as_one_device_does(pupil, tmp_path):
+    policies.start_run(pathlib.Path(str(pupil.distill.from_)), TEACHER)
+    once = dataclasses.replace(pupil, train=dataclasses.replace(pupil.train, accumulation_steps=1))
+    assert distill(once, str(tmp_path / "one")).finished
+    assert distill(dataclasses.replace(once, mesh=MeshConfig(node=2, local=4)), str(tmp_path / "eight")).finished
+    policies.assert_alike(tmp_path / "one", tmp_path / "eight", ("loss", "kl", "cross_entropy", "grad_norm"))
+
+
+@pytest.mark.slow
+def test_the_command_trains_the_named_config(pupil, tmp_path):
+    policies.start_run(pathlib.Path(str(pupil.distill.from_)), TEACHER)
+    done = runs.run("train", "--config", "distill", "--workdir", tmp_path / "run",
+                    f"--config.distill.from={pupil.distill.from_}", f"--config.data.sources={pupil.data.sources!r}",
+                    "--config.data.validation_fraction=0.2", "--config.model.vocab_size=288",
+                    "--config.model.num_layers=1", "--config.model.num_dense_layers=0", "--config.model.mtp_depth=0",
+                    "--config.model.dtype=float32", "--config.train.steps=1", "--config.train.batch_size=4",
+                    "--config.train.sequence_length=32", "--config.train.sample_tokens=0")
+    assert done.code == 0 and "kl" in read_metrics(tmp_path / "run")[0], done

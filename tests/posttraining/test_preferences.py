@@ -14,7 +14,7 @@ import pytest
 
 from deepseek_jax.chat.messages import PLAIN
 from deepseek_jax.checkpoint.manager import Checkpoints, restore_items
-from deepseek_jax.config import ConfigError, LoraConfig, PreferenceConfig, load_config
+from deepseek_jax.config import ConfigError, LoraConfig, MeshConfig, PreferenceConfig, load_config
 from deepseek_jax.config.training import DataConfig, InitConfig
 from deepseek_jax.model.types import Output
 from deepseek_jax.posttraining import preferences
@@ -109,12 +109,25 @@ def test_another_reference_or_other_pairs_are_refused_when_a_run_continues(start
 
 
 @pytest.mark.slow
-def test_of_adapters_the_base_is_the_reference(start, tmp_path):
-    config = dataclasses.replace(start, lora=LoraConfig(rank=2), train=dataclasses.replace(start.train, steps=2))
-    assert train_on_pairs(config, str(tmp_path / "run")).finished
-    first, second = [row for row in read_metrics(tmp_path / "run") if "loss" in row]
+def test_of_adapters_the_base_is_the_reference_and_they_continue_to_the_bit(start, tmp_path):
+    config = dataclasses.replace(start, lora=LoraConfig(rank=2))
+    assert train_on_pairs(config, str(tmp_path / "whole")).finished
+    first, second, *_ = [row for row in read_metrics(tmp_path / "whole") if "loss" in row]
     np.testing.assert_allclose(first["loss"], np.log(2), rtol=1e-6)
     assert first["grad_norm"] > 0 and second["margin"] != 0
+    with policies.ended_at_the_first_save():
+        train_on_pairs(config, str(tmp_path / "run"))
+    assert train_on_pairs(config, str(tmp_path / "run")).finished
+    runs.assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_a_mesh_learns_from_pairs_as_one_device_does(start, tmp_path):
+    once = dataclasses.replace(start, train=dataclasses.replace(start.train, batch_size=16, accumulation_steps=1))
+    assert train_on_pairs(once, str(tmp_path / "one")).finished
+    mesh = dataclasses.replace(once, mesh=MeshConfig(node=2, local=4))
+    assert train_on_pairs(mesh, str(tmp_path / "eight")).finished
+    policies.assert_alike(tmp_path / "one", tmp_path / "eight", ("loss", "margin", "grad_norm"))
 
 
 @functools.cache

@@ -11,7 +11,7 @@ import pytest
 
 from deepseek_jax.chat.messages import PLAIN
 from deepseek_jax.checkpoint.manager import restore_items
-from deepseek_jax.config import ConfigError, LoraConfig, PreferenceConfig, RolloutConfig, load_config
+from deepseek_jax.config import ConfigError, LoraConfig, MeshConfig, PreferenceConfig, RolloutConfig, load_config
 from deepseek_jax.config.training import DataConfig, InitConfig
 from deepseek_jax.data.prepare import Source
 from deepseek_jax.parallel.runner import Runner
@@ -35,7 +35,7 @@ from deepseek_jax.workdir import load_run
 from tests import runs
 from tests.model import naive
 from tests.posttraining import policies
-from tests.posttraining.test_pairs import many
+from tests.posttraining.test_pairs import many, written
 from tests.precision import float64
 
 P, T, D = 3, 5, 4
@@ -212,6 +212,30 @@ def test_rows_without_a_pair_and_what_stands_behind_an_answer_have_no_loss(tmp_p
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * (1e-6 + np.abs(a).max())), grads, after)
     (_, none), zero = value(params, micro | {"weights": 0 * micro["weights"]})
     assert none.losses.weight == 0 and not any(np.asarray(g).any() for g in jax.tree.leaves(zero))
+
+
+@pytest.mark.slow
+def test_a_mesh_learns_as_one_device_does(start, tmp_path):
+    once = dataclasses.replace(start, train=dataclasses.replace(start.train, batch_size=16, accumulation_steps=1))
+    assert train_on_pairs(once, str(tmp_path / "one")).finished
+    assert train_on_pairs(dataclasses.replace(once, mesh=MeshConfig(node=2, local=4)), str(tmp_path / "8")).finished
+    policies.assert_alike(tmp_path / "one", tmp_path / "8", ("loss", "margin", "grad_norm"))
+
+
+@pytest.mark.slow
+def test_accuracy_rises_on_pairs_that_prefer_what_is_sorted(small_run, tmp_path):
+    rng, rows = np.random.default_rng(0), []
+    for _ in range(400):
+        letters = list(rng.permutation(list("abcd"))[:3])
+        if letters != sorted(letters):
+            rows.append({"prompt": "say ", "chosen": " ".join(sorted(letters)), "rejected": " ".join(letters)})
+    written(tmp_path / "pairs.jsonl", *rows)
+    config = of_pairs(small_run, tmp_path / "pairs.jsonl")
+    config = dataclasses.replace(config, train=dataclasses.replace(
+        config.train, steps=60, batch_size=32, eval_every=60, checkpoint_every=60, accumulation_steps=1))
+    assert train_on_pairs(config, str(tmp_path / "run")).finished
+    scored = [row for row in read_metrics(tmp_path / "run") if "eval_accuracy" in row]
+    assert scored[0]["eval_accuracy"] == 0 and scored[-1]["eval_accuracy"] > 0.9
 
 
 def test_the_named_config_freezes_the_biases(start):

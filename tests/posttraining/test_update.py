@@ -49,8 +49,9 @@ def apply():
 
 
 def changed(tree, other):
+    tree, other = jax.device_get((tree, other))  # compared by NumPy: nothing is compiled for it
     return [jax.tree_util.keystr(path) for (path, a), b in
-            zip(jax.tree_util.tree_leaves_with_path(tree), jax.tree.leaves(other)) if (np.asarray(a) != b).any()]
+            zip(jax.tree_util.tree_leaves_with_path(tree), jax.tree.leaves(other)) if (a != b).any()]
 
 
 def routes_of(chosen_LBTK, micro):
