@@ -250,7 +250,8 @@ def test_a_work_directory_without_a_checkpoint(tmp_path):
 
 
 def test_a_reward_model_is_not_exported(tmp_path):
-    config = Config(load_config("tiny").model, init=InitConfig("tuned"), preference=PreferenceConfig(objective="reward"))
+    config = dataclasses.replace(load_config("tiny"), init=InitConfig("tuned"),
+                                 preference=PreferenceConfig(objective="reward"))
     (tmp_path / "config.json").write_text(json.dumps(as_dict(config)))
     with pytest.raises(ConfigError, match="is a reward model, whose head no published format has.*began from, tuned"):
         to_hf(str(tmp_path), str(tmp_path / "dst"))
