@@ -67,6 +67,7 @@ def test_tokens_that_travel_in_fp8_err_by_percents():
     assert 1e-3 < error(found[1], expected[1]) < 0.05
 
 
+@pytest.mark.slow
 def test_experts_elsewhere_compute_in_fp8_as_experts_here_do():
     cfg = naive.tiny(num_experts=16, d_model=128, expert_ffn_dim=64, fp8=FP8Config(enabled=True))
     found, expected = layer(cfg, MESH), layer(cfg, MeshConfig())
