@@ -5,6 +5,7 @@ import types
 
 import pytest
 
+from deepseek_jax.posttraining.distill import Answered
 from experiments.studies.framework.study import Job
 from experiments.studies.post_training import measure
 from experiments.studies.post_training.study import STUDY
@@ -28,3 +29,30 @@ def test_a_run_that_a_signal_ended_is_no_run_of_the_study(arm, tmp_path, monkeyp
     monkeypatch.setattr(measure, "reinforce", lambda *args: False)
     with pytest.raises(KeyboardInterrupt):
         list(STUDY.measure.run(Job(STUDY.shortened(), arm, [0], tmp_path, lambda steps: None)))
+
+
+def test_a_student_reads_what_its_teacher_had_right_and_begins_small(tmp_path, monkeypatch):
+    arm, of = "small, distilled", STUDY.measure
+    config, teacher = of.located(STUDY, arm, 1, tmp_path), of.workdir(STUDY, "GRPO", 1, tmp_path)
+    assert config.init.from_ == str(of.workdir(STUDY, "small", 1, tmp_path))
+    assert config.data.sources == ((str(of.lessons(STUDY, arm, 1, tmp_path)), 1.0),)
+    asked = []
+    monkeypatch.setattr(measure, "teacher_answers", lambda workdir, task, count, asking: asked.append(
+        (workdir, count)) or [Answered("reverse a b =", " b a"), Answered("reverse c d =", None)])
+    (tmp_path / "corpus").mkdir()
+    measure.teach(teacher, of.lessons(STUDY, arm, 1, tmp_path))
+    assert asked == [(str(teacher), measure.EXAMPLES)]
+    assert (tmp_path / "corpus" / f"{teacher.name}.jsonl").read_text() == (
+        '{"prompt": "reverse a b =", "answer": " b a"}\n')
+
+
+def test_arms_are_scored_in_the_precision_that_they_are_trained_in(monkeypatch):
+    run = types.SimpleNamespace(config=STUDY.measure.config(STUDY, "FP8 rollouts"), variables={})
+    seen = []
+    monkeypatch.setattr(measure, "find_tokenizer", lambda *args: None)
+    monkeypatch.setattr(measure, "without_template", lambda *args: None)
+    monkeypatch.setattr(measure.rollout, "draw_problems", lambda *args: [])
+    monkeypatch.setattr(measure.rollout, "answer", lambda config, *args: seen.append(
+        config.rollout.fp8) or types.SimpleNamespace(rewards=[1.0, 0.0]))
+    assert run.config.rollout.fp8
+    assert measure.scored(run, "workdir", 2) == {"reward": 0.5, "greedy_reward": 0.5} and seen == [False, False]

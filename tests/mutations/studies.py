@@ -200,6 +200,13 @@ MUTATIONS = [
         tests="plots/test_training.py",
     ),
     Mutation(
+        name="wrong answers of a teacher are lessons",
+        file="experiments/studies/post_training/measure.py",
+        old="for row in answered if row.answer is not None))",
+        new="for row in answered))",
+        tests="experiments/test_post_training.py::test_a_student_reads_what_its_teacher_had_right_and_begins_small",
+    ),
+    Mutation(
         name="half a run of post_training counts as one",
         file="experiments/studies/post_training/measure.py",
         old="if not finished:",
