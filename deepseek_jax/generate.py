@@ -2,6 +2,7 @@
 
     python -m deepseek_jax.generate --workdir run --prompt "def " --max-new-tokens 64 --temperature 0.8
     python -m deepseek_jax.generate --hf checkpoint --chat --prompt "Why is the sky blue?"
+    python -m deepseek_jax.generate --hf checkpoint --chat --prompt "2 + 2?" --chat-template-kwargs '{"thinking": true}'
     python -m deepseek_jax.generate --workdir run --prompts questions.jsonl --stop $'\\n\\n' > answers.jsonl
 """
 
@@ -24,6 +25,8 @@ def parse() -> argparse.Namespace:
     prompt.add_argument("--prompts", metavar="FILE", help='a prompt a line; or .jsonl rows with "prompt" or '
                         '"messages". Each continuation is printed as a line of JSON')
     parser.add_argument("--chat", action="store_true", help="prompts are what a user says; only the answer is printed")
+    parser.add_argument("--chat-template-kwargs", metavar="JSON", help="of chats: names of the checkpoint's template, "
+                        "such as enable_thinking; reasoning is printed on stderr, or as reasoning_content of a line")
     parser.add_argument("--max-new-tokens", type=int, default=64, help="at most")
     parser.add_argument("--temperature", type=float, default=0.0, help="0: always the likeliest token")
     parser.add_argument("--top-p", type=float, default=1.0, help="samples: the likeliest tokens up to this probability")
@@ -62,37 +65,32 @@ def main() -> None:
     check(args)
     from deepseek_jax.chat.template import of_folder
     from deepseek_jax.serving import Request, run_requests
-    from deepseek_jax.serving.openai.prompts import Continuation, check_room, prompt_ids, read_prompts
+    from deepseek_jax.serving.openai.prompts import Continuation, check_room, prompt_ids, read_options, read_prompts
     from deepseek_jax.workdir import load, most_positions
 
     prompts = [args.prompt] if args.prompts is None else read_prompts(args.prompts)
     if args.chat:
         prompts = [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in prompts]
-    folder = args.hf or args.workdir
+    options, folder = read_options(args.chat_template_kwargs, prompts), args.hf or args.workdir
     cfg, variables, tokenizer = load(folder, args.ema, args.step, hf=args.hf is not None, on_host=True)
     text = of_folder(folder, tokenizer, any(isinstance(prompt, list) for prompt in prompts))
-    ids = [prompt_ids(prompt, tokenizer, text) for prompt in prompts]
+    ids = [prompt_ids(prompt, tokenizer, text, options) for prompt in prompts]
     check_room(ids, args.max_new_tokens, most_positions(folder))
     requests = [Request(tuple(prompt), args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed,
                         stream=i, stop_tokens=text.ends) for i, prompt in enumerate(ids)]
-    said = [Continuation(tokenizer, tuple(args.stop)) for _ in prompts]
+    said = [Continuation(tokenizer, tuple(args.stop), row if isinstance(prompt, list) else None)
+            for prompt, row in zip(prompts, ids)]
     made = run_requests(cfg, variables, requests, args.speculative, said, args.deterministic)
     if args.prompts is None:
+        print(said[0].reasoning, file=sys.stderr, end="\n" if said[0].reasoning else "")
         print(said[0].text if args.chat else args.prompt + said[0].text)
     else:
         for prompt, answer in zip(prompts, said):
-            row = {"prompt" if isinstance(prompt, str) else "messages": prompt, "text": answer.text}
-            print(json.dumps(row | {"finish_reason": answer.finish}, ensure_ascii=False))
-    print(speed(sum(len(s.made) for s in made.sequences), made.seconds, made.tokens_per_second), file=sys.stderr)
+            print(json.dumps(answer.row(prompt), ensure_ascii=False))
+    print(made.speed(), file=sys.stderr)
     if args.speculative:
         accepted, drafted = (sum(getattr(s, name) for s in made.sequences) for name in ("accepted", "drafted"))
         print(f"{accepted} of {drafted} drafted tokens were accepted.", file=sys.stderr)
-
-
-def speed(tokens: int, seconds: float, rate: float | None) -> str:
-    """How fast it went, in one line; compilation is left out where there are steps without it."""
-    return f"{tokens} tokens in {seconds:.1f} s" + (
-        ", compilation included." if rate is None else f"; once compiled, {rate:.1f} tokens/s.")
 
 
 if __name__ == "__main__":

@@ -111,6 +111,9 @@ def test_a_corpus_shorter_than_a_sequence_says_how_long_one_may_be(config, tmp_p
         ("generate", ["--workdir", "RUN", "--prompt", "a", "--stop="], ["--stop is empty"]),
         ("generate", ["--workdir", "RUN", "--prompt", "a", "--prompts", "b"], ["not allowed with argument --prompt"]),
         ("generate", ["--workdir", "RUN", "--prompts", "absent.txt"], ["absent.txt: No such file"]),
+        ("generate", ["--workdir", "RUN", "--prompt", "a", "--chat-template-kwargs", "{}"], ["is for chats"]),
+        ("generate", ["--workdir", "RUN", "--prompt", "a", "--chat", "--chat-template-kwargs", '{"thinking": true}'],
+         ["chat_template_kwargs are names", "this model has none"]),
         ("generate", ["--workdir", "RUN", "--prompt", "a", "--top-k=99999999999"], ["less than 2^31"]),
         ("generate", ["--workdir", "RUN", "--prompt", "a", "--top-p=0.5"], ["change nothing at --temperature 0"]),
         ("generate", ["--workdir", "RUN", "--prompt", "a", "--top-k=5"], ["change nothing at --temperature 0"]),
@@ -203,6 +206,14 @@ def test_a_chat_prints_the_answer_alone_and_a_stop_text_ends_it(workdir, tmp_pat
 
     assert row["text"] == answer and len(answer) > 6 and row["messages"][0]["role"] == "user"
     assert cut == answer[:answer.index(answer[3:5])]
+
+
+def test_a_chat_sets_names_of_its_template(workdir, tmp_path):
+    copy = shutil.copytree(workdir, tmp_path / "run")
+    (copy / "chat_template.jinja").write_text("{{ bos_token }}{{ 'def ' if thinking else messages[0].content }}")
+    ask = ["generate", "--workdir", copy, "--max-new-tokens=8", "--prompt"]
+    plain = runs.run(*ask, "def ").out
+    assert plain == "def " + runs.run(*ask, "class", "--chat", "--chat-template-kwargs", '{"thinking": true}').out
 
 
 def test_two_runs_side_by_side_show_where_they_differ_and_what_they_reached(workdir, tmp_path):

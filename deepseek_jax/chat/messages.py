@@ -15,6 +15,9 @@ ROLES = {"system": None, "developer": None, "user": "<｜User｜>", "assistant":
 KEPT = {"assistant": ("<think>", "</think>")}  # which templates look for in former answers, to leave reasoning out
 EXTRA = {"assistant": ("reasoning_content",)}  # fields that a template has to know
 
+# What a template is told by us.
+RESERVED = ("messages", "tools", "documents", "bos_token", "eos_token", "add_generation_prompt")
+
 HALF_CHARACTER = "holds half a character (a lone surrogate); send valid Unicode."
 Template = Callable[..., str]  # (messages, **options) -> prompt
 
@@ -108,8 +111,9 @@ def chat_ids(messages: Any, tokenizer: Tokenizer, template: Template | None,
     Args:
       options: of the template.
     Raises:
-      BadMessages: messages that are none, or that the template refuses.
+      BadMessages: messages that are none, or that the template refuses, and options that it cannot have.
     """
+    check_options(options or {}, template)
     checked, backend = check_messages(messages), tokenizer.backend
     if template is not None:
         return rendered_ids(checked, tokenizer, template, options or {})
@@ -127,6 +131,14 @@ def chat_ids(messages: Any, tokenizer: Tokenizer, template: Template | None,
         ids += tokenizer.encode(message["content"])
         ids += [tokenizer.eos] if message["role"] == "assistant" else []
     return [*ids, answer]
+
+
+def check_options(options: dict[str, Any], template: Template | None) -> None:
+    """Raises BadMessages for options of a chat that has no template, and for names that are not the user's to set."""
+    if options and (template is None or any(name in RESERVED for name in options)):
+        raise BadMessages("chat_template_kwargs", "chat_template_kwargs are names of the model's own chat template, "
+                          "such as enable_thinking: " + (f"none of {', '.join(RESERVED)}." if template else
+                                                         "this model has none."))
 
 
 def rendered_ids(messages: list[dict[str, str]], tokenizer: Tokenizer, template: Template,

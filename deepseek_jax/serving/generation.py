@@ -32,6 +32,12 @@ class Continued(NamedTuple):
     seconds: float
     tokens_per_second: float | None
 
+    def speed(self) -> str:
+        """How fast it went, in one line; compilation is left out where there are steps without it."""
+        tokens, rate = sum(len(sequence.made) for sequence in self.sequences), self.tokens_per_second
+        return f"{tokens} tokens in {self.seconds:.1f} s" + (
+            ", compilation included." if rate is None else f"; once compiled, {rate:.1f} tokens/s.")
+
 
 def generate(cfg: ModelConfig, variables: dict[str, Any], prompts: Iterable[Iterable[int]], max_new_tokens: int,
              speculative: bool = False, temperature: float = 0.0, seed: int = 0,

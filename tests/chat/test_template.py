@@ -231,5 +231,6 @@ def test_a_chat_can_set_names_of_its_template(tmp_path):
     assert ids(chat_template_kwargs={"enable_thinking": False}) == here.encode("hellono")
     for bad, where in (({"messages": []}, served), ({"bos_token": "x"}, served),
                        ({"a": 1}, served._replace(text=Conventions()))):
-        with pytest.raises(requests.BadRequest, match="chat_template_kwargs are names"):
+        with pytest.raises(requests.BadRequest, match="chat_template_kwargs are names") as refused:
             requests.read(body | {"chat_template_kwargs": bad}, True, where)
+        assert refused.value.field == "chat_template_kwargs"

@@ -18,6 +18,21 @@ MUTATIONS = [
         tests="serving/openai/test_detokenize.py",
     ),
     Mutation(
+        name="a stop string is prepared to its end before there is any text",
+        file="deepseek_jax/serving/openai/detokenize.py",
+        old="for each length of such a beginning, the next shorter one that ends the same way\n",
+        new="\n        for character in text[1:]:\n            self._shorter.append(self._step(self._shorter[-1], "
+            "character))\n",
+        tests="serving/openai/test_detokenize.py::test_a_long_stop_string_costs_nothing_until_the_text_is_like_it",
+    ),
+    Mutation(
+        name="the table of a stop string does not grow with what matches",
+        file="deepseek_jax/serving/openai/detokenize.py",
+        old="self._shorter.append(self._step(self._shorter[-1], character))",
+        new="self._shorter.append(0)",
+        tests="serving/openai/test_detokenize.py::test_a_text_ends_at_its_leftmost_stop_string",
+    ),
+    Mutation(
         name="the first stop string that is complete wins",
         file="deepseek_jax/serving/openai/detokenize.py",
         old="and all(end - stop.matched >= self._found for stop in self._stops):",
@@ -282,6 +297,27 @@ MUTATIONS = [
         old="return int(value) if value.is_integer() else value",
         new="return value",
         tests="serving/openai/test_schema.py::test_a_whole_number_may_be_written_with_a_point",
+    ),
+    Mutation(
+        name="what a chat's model reasons is in its text",
+        file="deepseek_jax/serving/openai/prompts.py",
+        old="thinking_marks(tokenizer)\n",
+        new="None\n",
+        tests="serving/openai/test_prompts.py",
+    ),
+    Mutation(
+        name="options do not reach the template of generate",
+        file="deepseek_jax/serving/openai/prompts.py",
+        old="chat_ids(prompt, tokenizer, text.template, options)",
+        new="chat_ids(prompt, tokenizer, text.template)",
+        tests="serving/openai/test_prompts.py",
+    ),
+    Mutation(
+        name="options may set what the template is told by us",
+        file="deepseek_jax/chat/messages.py",
+        old="or any(name in RESERVED for name in options)",
+        new="",
+        tests="chat/test_template.py::test_a_chat_can_set_names_of_its_template",
     ),
     Mutation(
         name="the description lets other fields in",

@@ -1,9 +1,9 @@
-"""Tokens to text as they come: complete characters only, and nothing of a stop string."""
+"""Tokens to text as they come: complete characters only, nothing of a stop string, reasoning apart from the answer."""
 
 from __future__ import annotations
 
 import codecs
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 
 class TextStream:
@@ -64,15 +64,54 @@ class TextStream:
         return out
 
 
+class AnswerStream:
+    """Text of an answer, and of the reasoning in it, each up to its own leftmost stop string.
+
+    Args:
+      bytes_of, stops: as of TextStream.
+      marks: the tokens that open and close reasoning, which are in neither text; None: there is no reasoning.
+      prompt: the answer's, whose last mark says how it begins.
+    """
+
+    def __init__(self, bytes_of: Callable[[int], bytes], stops: tuple[str, ...] = (),
+                 marks: tuple[int, int] | None = None, prompt: Sequence[int] = ()):
+        self._texts = [TextStream(bytes_of, stops) for _ in range(2)]  # of the answer, of the reasoning
+        self._marks = marks or (-1, -1)
+        self.reasons = next((token == self._marks[0] for token in reversed(prompt) if token in self._marks), False)
+
+    def feed(self, token: int) -> tuple[str, int, bool]:
+        """The text that this token completes, the offset at which it begins, and whether that is reasoning."""
+        reasons, stream = self.reasons, self._texts[self.reasons]
+        offset, marks = stream.offset, token in self._marks
+        text = stream.flush() if marks else stream.feed(token)
+        self.reasons = token == self._marks[0] if marks else reasons
+        return text, offset, reasons
+
+    def flush(self) -> str:
+        """At the end: what was held back, of the reasoning if `reasons`."""
+        return self._texts[self.reasons].flush()
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string is complete."""
+        return any(text.stopped for text in self._texts)
+
+    @property
+    def offset(self) -> int:
+        """Where in the answer proper the next token begins."""
+        return self._texts[0].offset
+
+
 class _Stop:
-    """Finds one string in text read character by character, each in constant time on average (Knuth, Morris, Pratt)."""
+    """Finds one string in text read character by character, each in constant time on average (Knuth, Morris, Pratt).
+
+    Its table grows with what has matched: most texts never come near the end of a long stop string.
+    """
 
     def __init__(self, text: str):
         self.text = text
         self.matched = 0  # characters of the longest beginning of it that the text read so far ends with
         self._shorter = [0]  # for each length of such a beginning, the next shorter one that ends the same way
-        for i in range(1, len(text)):
-            self._shorter.append(self._step(self._shorter[i - 1], text[i]))
 
     def _step(self, matched, character):
         while matched and self.text[matched] != character:
@@ -82,6 +121,8 @@ class _Stop:
     def read(self, character: str) -> bool:
         """Whether the string is complete with this character."""
         self.matched = self._step(self.matched, character)
+        if self.matched > len(self._shorter):
+            self._shorter.append(self._step(self._shorter[-1], character))
         if self.matched < len(self.text):
             return False
         self.matched = self._shorter[-1]

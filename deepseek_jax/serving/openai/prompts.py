@@ -13,9 +13,10 @@ from deepseek_jax.chat.messages import (
     chat_ids,
     check_messages,
     is_unicode,
+    thinking_marks,
 )
 from deepseek_jax.config import ConfigError
-from deepseek_jax.serving.openai.detokenize import TextStream
+from deepseek_jax.serving.openai.detokenize import AnswerStream
 from deepseek_jax.serving.sequence import Sequence, Token
 
 Prompt = str | list[dict[str, Any]]  # a text, or the messages of a chat
@@ -58,16 +59,38 @@ def _row(where: str, line: str) -> Prompt:
     return found["prompt"]
 
 
-def prompt_ids(prompt: Prompt, tokenizer: Tokenizer, text: Conventions) -> list[int]:
-    """Token ids of a text, after BOS if texts begin with it, or of a chat up to where the answer begins.
+def read_options(text: str | None, prompts: list[Prompt]) -> dict[str, Any]:
+    """Options of the chat template: a JSON object with names of its own, such as enable_thinking; {} for None.
 
     Raises:
-      ConfigError: messages that the template refuses.
+      ConfigError: no JSON object, or no chat among the prompts.
+    """
+    if text is None:
+        return {}
+    if all(isinstance(prompt, str) for prompt in prompts):
+        raise ConfigError("--chat-template-kwargs is for chats; add --chat, or give rows with \"messages\".")
+    try:
+        options = json.loads(text)
+    except (ValueError, RecursionError):
+        options = None
+    if not isinstance(options, dict):
+        raise ConfigError(f"--chat-template-kwargs {text[:80]} is no JSON object; write it as "
+                          "'{\"enable_thinking\": true}'.")
+    return options
+
+
+def prompt_ids(prompt: Prompt, tokenizer: Tokenizer, text: Conventions, options: dict[str, Any]) -> list[int]:
+    """Token ids of a text, after BOS if texts begin with it, or of a chat up to where the answer begins.
+
+    Args:
+      options: of the chat template.
+    Raises:
+      ConfigError: messages or options that the template refuses.
     """
     if isinstance(prompt, str):
         return [*([tokenizer.bos] if text.begins else []), *tokenizer.encode(prompt)]
     try:
-        return chat_ids(prompt, tokenizer, text.template)
+        return chat_ids(prompt, tokenizer, text.template, options)
     except BadMessages as error:
         raise ConfigError(str(error)) from None
 
@@ -82,18 +105,36 @@ def check_room(prompts: list[list[int]], new: int, positions: int | None) -> Non
 
 
 class Continuation:
-    """The text of a sequence, up to the first of `stops`: a listener of `run_requests`."""
+    """The text of a sequence, up to the first of `stops`: a listener of `run_requests`.
 
-    def __init__(self, tokenizer: Tokenizer, stops: tuple[str, ...] = ()):
-        self.text, self.finish = "", ""
-        self._stream = TextStream(tokenizer.bytes_of, stops)
+    Args:
+      answers: token ids of a chat; what the model reasons before its answer is then in `reasoning`, not in `text`.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stops: tuple[str, ...] = (), answers: list[int] | None = None):
+        self.text, self.reasoning, self.finish = "", "", ""
+        marks = None if answers is None else thinking_marks(tokenizer)
+        self._stream = AnswerStream(tokenizer.bytes_of, stops, marks, answers or ())
 
     def __call__(self, sequence: Sequence, new: list[Token]) -> int | None:
         for i, token in enumerate(new, 1):
-            self.text += self._stream.feed(token.id)
+            text, _, reasoning = self._stream.feed(token.id)
+            self._add(text, reasoning)
             if self._stream.stopped:
                 return i
         if not new:
-            self.text += "" if self._stream.stopped else self._stream.flush()
+            self._add(self._stream.flush(), self._stream.reasons)
             self.finish = "stop" if self._stream.stopped else sequence.finish or ""
         return None
+
+    def _add(self, text, reasoning):
+        if reasoning:
+            self.reasoning += text
+        else:
+            self.text += text
+
+    def row(self, prompt: Prompt) -> dict[str, Any]:
+        """The prompt and what became of it, JSON-able."""
+        reasoning = {"reasoning_content": self.reasoning} if self.reasoning else {}
+        return {"prompt" if isinstance(prompt, str) else "messages": prompt, "text": self.text, **reasoning,
+                "finish_reason": self.finish}

@@ -32,8 +32,6 @@ SHARED = ("model", "max_tokens", "temperature", "top_p", "top_k", "n", "stream",
           "logprobs", "return_drafts")
 FIELDS = {False: (*SHARED, "prompt", "echo", "best_of"),
           True: (*SHARED, "messages", "max_completion_tokens", "top_logprobs", "chat_template_kwargs")}
-# What a template is told by the server itself.
-RESERVED = ("messages", "tools", "documents", "bos_token", "eos_token", "add_generation_prompt")
 
 
 class BadRequest(Exception):
@@ -247,10 +245,6 @@ def _check_length(field, characters, served):
 
 def _chat(body, served):
     options = _get(body, "chat_template_kwargs", dict, {})
-    if options and (served.text.template is None or any(name in RESERVED for name in options)):
-        raise BadRequest("chat_template_kwargs", "chat_template_kwargs are names of the model's own chat template, "
-                         "such as enable_thinking: " + (f"none of {', '.join(RESERVED)}." if served.text.template else
-                                                        "this model has none."))
     try:
         checked = check_messages(body.get("messages"))
         _check_length("messages", sum(len(message["content"]) for message in checked), served)

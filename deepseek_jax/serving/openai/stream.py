@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from deepseek_jax.chat.messages import PLAIN, Conventions, Tokenizer, thinking_marks
 from deepseek_jax.config import ConfigError
 from deepseek_jax.serving.engine import Engine
-from deepseek_jax.serving.openai.detokenize import TextStream
+from deepseek_jax.serving.openai.detokenize import AnswerStream, TextStream
 from deepseek_jax.serving.openai.metrics import Metrics
 from deepseek_jax.serving.openai.requests import BadRequest, CompletionRequest, ServedModel
 from deepseek_jax.serving.openai.turns import Turns
@@ -172,10 +172,8 @@ class _Listener:
         self._stream, self._choice, self._service = stream, choice, stream.service
         completion = stream.completion
         served, prompt = stream.service.served, completion.requests[choice].prompt
-        # [0] is the answer, [1] the reasoning before it, in chats with a model that marks it.
-        self._texts = [TextStream(served.tokenizer.bytes_of, completion.stops) for _ in range(2)]
-        self._marks = (thinking_marks(served.tokenizer) if completion.chat else None) or (-1, -1)
-        self._reasons = next((token == self._marks[0] for token in reversed(prompt) if token in self._marks), False)
+        self._text = AnswerStream(served.tokenizer.bytes_of, completion.stops,
+                                  thinking_marks(served.tokenizer) if completion.chat else None, prompt)
         self._echo = completion.echo  # whether the prompt is still to come
         self._start = 0  # characters of the prompt
         self._last: float | None = None  # when the last tokens came
@@ -185,23 +183,19 @@ class _Listener:
         if self._echo and sequence is not None:
             text[0], tokens = self._prompt(sequence)
         for i, token in enumerate(new, 1):
-            stream = self._texts[self._reasons]
-            offset = self._start + stream.offset
-            marks = token.id in self._marks
-            completed = stream.flush() if marks else stream.feed(token.id)
-            text[self._reasons] += completed
-            tokens.append(TextToken(token, completed, offset, self._reasons))
-            self._reasons = token.id == self._marks[0] if marks else self._reasons
-            if stream.stopped:
+            completed, offset, reasoning = self._text.feed(token.id)
+            text[reasoning] += completed
+            tokens.append(TextToken(token, completed, self._start + offset, reasoning))
+            if self._text.stopped:
                 kept = i
                 break
         if new and sequence is not None:
             self._time(sequence, len(new))
         if not new:
-            text[self._reasons] += self._texts[self._reasons].flush()
+            text[self._text.reasons] += self._text.flush()
             if self._stream.completion.echo and sequence is not None and sequence.end is not None:
                 # lm-eval takes the last logprob for that of a new token, and leaves it out.
-                tokens.append(TextToken(sequence.end, "", self._start + self._texts[0].offset))
+                tokens.append(TextToken(sequence.end, "", self._start + self._text.offset))
             finish = "failed" if self._service.failure or sequence is None else sequence.finish
             self._service.live.discard(self)
         if any(text) or tokens or finish:

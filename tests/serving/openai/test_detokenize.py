@@ -2,6 +2,7 @@
 
 import functools
 import random
+import time
 
 import pytest
 from hypothesis import example, given
@@ -100,6 +101,13 @@ def test_long_stop_strings_cost_no_more_than_their_length():
     stops = tuple("a" * 200_000 + end for end in "bcde")  # each prefix is one of every suffix
     stream = TextStream(lambda token: b"a", stops)
     assert "".join(stream.feed(0) for _ in range(20_000)) == "" and stream.flush() == "a" * 20_000
+
+
+def test_a_long_stop_string_costs_nothing_until_the_text_is_like_it():
+    stops, start = tuple("a" * 20_000 + end for end in "bcde"), time.process_time()
+    streams = [TextStream(one_byte, stops) for _ in range(200)]
+    assert "".join(stream.feed(ord("b")) for stream in streams) == "b" * 200
+    assert time.process_time() - start < 1  # 16 million characters to prepare would take five seconds or more
 
 
 def one_byte(token):

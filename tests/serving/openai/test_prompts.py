@@ -1,11 +1,15 @@
 """Files of prompts: what is read, and the line that is named where it cannot be."""
 
 import json
+import types
 
 import pytest
 
+from deepseek_jax.chat.messages import PLAIN, Conventions
 from deepseek_jax.config import ConfigError
-from deepseek_jax.serving.openai.prompts import check_room, read_prompts
+from deepseek_jax.serving.openai.prompts import Continuation, check_room, prompt_ids, read_options, read_prompts
+from deepseek_jax.serving.sequence import Token
+from tests.chat.test_template import published
 
 
 def written(folder, text, name="p.jsonl"):
@@ -43,3 +47,49 @@ def test_prompt_and_answer_together_have_as_many_tokens_as_the_model_has_positio
         check_room([[1], [1, 2, 3]], 6, 8)
     with pytest.raises(ConfigError, match="a prompt of 8 tokens .* shorten the prompt"):
         check_room([[1] * 8], 1, 8)
+
+
+CHAT = [{"role": "user", "content": "hello"}]
+
+
+def test_options_of_a_chat_are_names_of_its_template():
+    here, text = published(), Conventions(lambda messages, thinking=False: "there" if thinking else "fine")
+    assert prompt_ids(CHAT, here, text, {}) == here.encode("fine")
+    assert prompt_ids(CHAT, here, text, read_options('{"thinking": true}', [CHAT])) == here.encode("there")
+    assert prompt_ids("hello", here, text, {"thinking": True}) == [here.bos, *here.encode("hello")]
+    for options, of, message in (({"bos_token": "x"}, text, "names of the model's own .* none of messages, tools"),
+                                 ({"thinking": True}, PLAIN, "this model has none")):
+        with pytest.raises(ConfigError, match=message):
+            prompt_ids(CHAT, here, of, options)
+
+
+@pytest.mark.parametrize(("written", "prompts", "message"), [
+    ("{}", ["hello"], "is for chats; add --chat"), ("thinking", [CHAT], "thinking is no JSON object; write it as"),
+    ("[1]", ["hello", CHAT], "no JSON object"), ("[" * 10**5, [CHAT], "no JSON object")])
+def test_options_that_are_none_are_refused(written, prompts, message):
+    with pytest.raises(ConfigError, match=message):
+        read_options(written, prompts)
+    assert read_options(None, prompts) == {}
+
+
+@pytest.mark.parametrize("opened", [True, False])
+def test_what_a_chat_reasons_is_apart_from_its_answer(opened):
+    here = published()
+    opens, closes = map(here.backend.token_to_id, ("<think>", "</think>"))
+    (hello,) = here.encode("hello")
+    reasoned = [hello, closes, *here.encode("there fine")]
+    made = [Token(i, "none") for i in (reasoned if opened else [opens, *reasoned])]
+    ended = types.SimpleNamespace(finish="stop")
+
+    def row(prompt, *answers, stops=()):
+        said = Continuation(here, stops, *answers)
+        assert said(ended, made) == (1 + (not opened) if stops else None) and said(ended, []) is None
+        return said.row(prompt)
+
+    ids = [*here.encode("fine"), *([opens] if opened else [])]
+    assert row(CHAT, ids) == {"messages": CHAT, "text": "there fine", "reasoning_content": "hello",
+                              "finish_reason": "stop"}
+    assert row(CHAT, ids, stops=("lo",)) == {"messages": CHAT, "text": "", "reasoning_content": "hel",
+                                             "finish_reason": "stop"}
+    assert row("hello") == {"prompt": "hello", "text": ("" if opened else "<think>") + "hello</think>there fine",
+                            "finish_reason": "stop"}
