@@ -3,8 +3,9 @@
     python -m benchmarks.attackers --workdir run --rounds 3 --json benchmarks/results/attackers_cpu.json
 
 For each kind, in turns: 64 streams alone, with the attackers, and with the attackers at an idle server on another port,
-which is what they cost by sharing the machine's cores. Printed are the streams' tokens per second and the longest that
-/health took, which a process of its own asks for every 50 ms.
+which is what they cost by sharing the machine's cores. Measured are the streams' tokens per second, those that the
+server hands to streams and attackers together, the processor time of both sides while the streams run, and the longest
+that /health took, which a process of its own asks for every 50 ms. Linux only.
 """
 
 import argparse
@@ -20,10 +21,14 @@ from benchmarks.hostile_clients import ATTACKERS, ATTACKS, NEW, STREAMS, process
 from benchmarks.machine import hardware, write_results
 
 
-def measure(port: int, attacker: str | None = None, attacked: int | None = None) -> dict[str, float]:
+def measure(port: int, server: int, attacker: str | None = None, attacked: int | None = None) -> dict[str, float]:
     """Tokens per second of all streams together, how many of them failed, and the longest /health in seconds.
 
-    attacked: the port that the attackers go for.
+    all_tokens_per_second: of streams and attackers, from the request of the first stream to the end of the last.
+    server_cpu, attackers_cpu: processor seconds in that time; a core gives one a second.
+
+    Args:
+      server: its process id. attacked: the port that the attackers go for.
     """
     async def streams():
         asked = (hostile_clients.ask(port, hostile_clients.completion(seed=i)) for i in range(STREAMS))
@@ -32,15 +37,21 @@ def measure(port: int, attacker: str | None = None, attacked: int | None = None)
     longest = multiprocessing.get_context("spawn").Value("d", 0.0)
     with contextlib.ExitStack() as stack:
         stack.enter_context(process(hostile_clients.probe, port, longest))
+        pids = {"server_cpu": server}
         if attacker is not None:
-            stack.enter_context(process(hostile_clients.attack, attacker, attacked))
+            pids["attackers_cpu"] = stack.enter_context(process(hostile_clients.attack, attacker, attacked))
         time.sleep(2)  # until both are at work
-        start = time.monotonic()
+        read = lambda: {"all_tokens_per_second": hostile_clients.tokens_of(port)} | {
+            name: hostile_clients.cpu_seconds(pid) for name, pid in pids.items()}
+        before, start = read(), time.monotonic()
         answers = asyncio.run(streams())
         seconds = time.monotonic() - start
+        used = {name: value - before[name] for name, value in read().items()}
     time.sleep(1)
     failed = sum(not isinstance(answer, bytes) or b"data: [DONE]" not in answer for answer in answers)
-    return {"tokens_per_second": STREAMS * NEW / seconds, "failed": failed, "longest_health": longest.value}
+    used["all_tokens_per_second"] /= seconds
+    return {"tokens_per_second": STREAMS * NEW / seconds, "failed": failed, "longest_health": longest.value,
+            "seconds": seconds} | used
 
 
 def main() -> None:
@@ -52,22 +63,26 @@ def main() -> None:
     args = parser.parse_args()
     found: dict[str, list[dict[str, dict[str, float]]]] = {name: [] for name in args.attacks}
     elsewhere = hostile_clients.free_port()
-    with hostile_clients.served(args.workdir) as port, process(hostile_clients.idle, elsewhere):
-        measure(port)
+    with hostile_clients.served(args.workdir) as (port, server), process(hostile_clients.idle, elsewhere):
+        measure(port, server)
         for name in args.attacks * args.rounds:
-            found[name].append({"alone": measure(port), "attacked": measure(port, name, port),
-                                "idle server attacked": measure(port, name, elsewhere)})
-            print(name, *(f"{side}: {x['tokens_per_second']:.0f} tokens/s, /health {x['longest_health']:.2f} s, "
-                          f"{x['failed']:.0f} failed" for side, x in found[name][-1].items()), sep="; ", flush=True)
-    share = lambda rows, side: statistics.median(
-        row[side]["tokens_per_second"] / row["alone"]["tokens_per_second"] for row in rows)
+            found[name].append({"alone": measure(port, server), "attacked": measure(port, server, name, port),
+                                "idle server attacked": measure(port, server, name, elsewhere)})
+            print(name, *(f"{side}: {x['tokens_per_second']:.0f} of {x['all_tokens_per_second']:.0f} tokens/s, /health "
+                          f"{x['longest_health']:.2f} s, {x['failed']:.0f} failed, processor {x['server_cpu']:.1f} + "
+                          f"{x.get('attackers_cpu', 0.0):.1f} s of {x['seconds']:.1f}"
+                          for side, x in found[name][-1].items()), sep="; ", flush=True)
+    share = lambda rows, side, rate="tokens_per_second": statistics.median(
+        row[side][rate] / row["alone"][rate] for row in rows)
     if args.json:
         write_results(args.json, {
             "what": f"{STREAMS} streams of {NEW} tokens, alone and with {ATTACKERS} attackers of one kind at a time",
             "date": datetime.date.today().isoformat(), "hardware": hardware(), "attacks": found,
             "median share of the tokens per second alone": {
                 name: {side: share(rows, side) for side in ("attacked", "idle server attacked")}
-                for name, rows in found.items()}})
+                for name, rows in found.items()},
+            "median share with the attackers' own tokens": {
+                name: share(rows, "attacked", "all_tokens_per_second") for name, rows in found.items()}})
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
@@ -46,11 +47,20 @@ async def ask(port: int, sent: bytes, limit: int = -1, seconds: float = 0.0) -> 
         writer.transport.abort()
 
 
+async def read_all(port: int) -> bytes:
+    """What the stalled readers ask for, read as it comes: what their requests cost if they are honest."""
+    answer = await ask(port, LONG_ANSWER)
+    await asyncio.sleep(60)
+    return answer
+
+
+LONG_ANSWER = completion(logprobs=20, max_tokens=200)
 ATTACKS: dict[str, Callable[[int], Awaitable[bytes]]] = {
     "long stops": lambda port: ask(port, completion(stop=[f"{i:02}" * 512 for i in range(16)])),
     "prompts of 3.9 MB": lambda port: ask(port, completion(prompt=LONG)),
     "half bodies": lambda port: ask(port, request("/v1/completions", length=4_000_000, prompt="x" * 1000)),
-    "stalled readers": lambda port: ask(port, completion(logprobs=20, max_tokens=200), 0, seconds=60),
+    "stalled readers": lambda port: ask(port, LONG_ANSWER, 0, seconds=60),
+    "readers of the same": read_all,
     "a cancel storm": lambda port: ask(port, completion(), 200),
     "a hostile template": lambda port: ask(port, request("/v1/chat/completions", messages=[
         {"role": "user", "content": "hi"}]))}
@@ -77,6 +87,19 @@ def healthy(port: int) -> bool:
     return False
 
 
+def tokens_of(port: int) -> float:
+    """Tokens that the server has handed over so far, to anybody."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=60) as answer:
+        lines = answer.read().decode().splitlines()
+    return next(float(line.split()[1]) for line in lines if line.startswith("deepseek_jax_tokens_total "))
+
+
+def cpu_seconds(pid: int) -> float:
+    """Processor time of a process so far, its threads together."""
+    fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK")
+
+
 def probe(port: int, longest: Any) -> None:
     """Keeps the longest answer of /health, in seconds."""
     while True:
@@ -87,12 +110,13 @@ def probe(port: int, longest: Any) -> None:
 
 
 @contextlib.contextmanager
-def process(work: Callable, *args: Any) -> Iterator[None]:
-    """Runs it in a process of its own, next to what is inside."""
+def process(work: Callable, *args: Any) -> Iterator[int]:
+    """Runs it in a process of its own, next to what is inside; its id."""
     started = multiprocessing.get_context("spawn").Process(target=work, args=args, daemon=True)
     started.start()
     try:
-        yield
+        assert started.pid is not None
+        yield started.pid
     finally:
         started.kill()
         started.join()
@@ -123,8 +147,8 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def served(workdir: str) -> Iterator[int]:
-    """The port of a server of the run, with a chat template that never ends."""
+def served(workdir: str) -> Iterator[tuple[int, int]]:
+    """The port and the process id of a server of the run, with a chat template that never ends."""
     port = free_port()
     with tempfile.TemporaryDirectory() as folder:
         for path in pathlib.Path(workdir).resolve().iterdir():
@@ -139,7 +163,7 @@ def served(workdir: str) -> Iterator[int]:
                 if server.poll() is not None:
                     sys.exit(f"the server has ended with {server.returncode}; try it: {' '.join(command)}")
                 time.sleep(1)
-            yield port
+            yield port, server.pid
         finally:
             server.kill()
             server.wait()

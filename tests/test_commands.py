@@ -112,8 +112,6 @@ def test_a_corpus_shorter_than_a_sequence_says_how_long_one_may_be(config, tmp_p
         ("generate", ["--workdir", "RUN", "--prompt", "a", "--prompts", "b"], ["not allowed with argument --prompt"]),
         ("generate", ["--workdir", "RUN", "--prompts", "absent.txt"], ["absent.txt: No such file"]),
         ("generate", ["--workdir", "RUN", "--prompt", "a", "--chat-template-kwargs", "{}"], ["is for chats"]),
-        ("generate", ["--workdir", "RUN", "--prompt", "a", "--chat", "--chat-template-kwargs", '{"thinking": true}'],
-         ["chat_template_kwargs are names", "this model has none"]),
         ("generate", ["--workdir", "RUN", "--prompt", "a", "--top-k=99999999999"], ["less than 2^31"]),
         ("generate", ["--workdir", "RUN", "--prompt", "a", "--top-p=0.5"], ["change nothing at --temperature 0"]),
         ("generate", ["--workdir", "RUN", "--prompt", "a", "--top-k=5"], ["change nothing at --temperature 0"]),
