@@ -111,9 +111,8 @@ def chat_ids(messages: Any, tokenizer: Tokenizer, template: Template | None,
     Args:
       options: of the template.
     Raises:
-      BadMessages: messages that are none, or that the template refuses, and options that it cannot have.
+      BadMessages: messages that are none, or that the template refuses.
     """
-    check_options(options or {}, template)
     checked, backend = check_messages(messages), tokenizer.backend
     if template is not None:
         return rendered_ids(checked, tokenizer, template, options or {})
@@ -134,7 +133,7 @@ def chat_ids(messages: Any, tokenizer: Tokenizer, template: Template | None,
 
 
 def check_options(options: dict[str, Any], template: Template | None) -> None:
-    """Raises BadMessages for options of a chat that has no template, and for names that are not the user's to set."""
+    """Raises BadMessages for options of a user's where there is no template, or that are not the user's to set."""
     if options and (template is None or any(name in RESERVED for name in options)):
         raise BadMessages("chat_template_kwargs", "chat_template_kwargs are names of the model's own chat template, "
                           "such as enable_thinking: " + (f"none of {', '.join(RESERVED)}." if template else

@@ -313,6 +313,13 @@ MUTATIONS = [
         tests="serving/openai/test_prompts.py",
     ),
     Mutation(
+        name="generate lets options set what the template is told by us",
+        file="deepseek_jax/serving/openai/prompts.py",
+        old="        check_options(options, text.template)\n",
+        new="",
+        tests="serving/openai/test_prompts.py::test_options_of_a_chat_are_names_of_its_template",
+    ),
+    Mutation(
         name="options may set what the template is told by us",
         file="deepseek_jax/chat/messages.py",
         old="or any(name in RESERVED for name in options)",

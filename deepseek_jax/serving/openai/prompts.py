@@ -12,6 +12,7 @@ from deepseek_jax.chat.messages import (
     Tokenizer,
     chat_ids,
     check_messages,
+    check_options,
     is_unicode,
     thinking_marks,
 )
@@ -90,6 +91,7 @@ def prompt_ids(prompt: Prompt, tokenizer: Tokenizer, text: Conventions, options:
     if isinstance(prompt, str):
         return [*([tokenizer.bos] if text.begins else []), *tokenizer.encode(prompt)]
     try:
+        check_options(options, text.template)
         return chat_ids(prompt, tokenizer, text.template, options)
     except BadMessages as error:
         raise ConfigError(str(error)) from None

@@ -15,6 +15,7 @@ from deepseek_jax.chat.messages import (
     Tokenizer,
     chat_ids,
     check_messages,
+    check_options,
     is_unicode,
 )
 from deepseek_jax.config import did_you_mean
@@ -246,6 +247,7 @@ def _check_length(field, characters, served):
 def _chat(body, served):
     options = _get(body, "chat_template_kwargs", dict, {})
     try:
+        check_options(options, served.text.template)
         checked = check_messages(body.get("messages"))
         _check_length("messages", sum(len(message["content"]) for message in checked), served)
         return [chat_ids(checked, served.tokenizer, served.text.template, options)]
