@@ -9,6 +9,7 @@ batches, both ways in turns, of a random model of the preset `small`.
 
 import argparse
 import datetime
+import importlib.metadata
 import statistics
 import time
 from typing import Any
@@ -112,12 +113,16 @@ def main() -> None:
 
     cfg, variables, tokenizer = load(args.workdir, on_host=True)
     asked = requests(args.workdir, tokenizer, args.continuations)
-    report = {"what": f"{len(asked)} continuations by {NEW} tokens, {cfg.dtype}: how many change between running alone "
-                      f"and in company; tokens per second of {SPEED_NEW} new tokens, preset small",
-              "date": datetime.date.today().isoformat(), "hardware": hardware(), "rounds": args.rounds,
-              "changed": {name: changed(cfg, variables, asked, on)
-                          for name, on in (("default", False), ("deterministic", True))},
-              "tokens_per_second": speeds(args.batches, args.rounds)}
+    report: dict[str, Any] = {
+        "what": f"{len(asked)} continuations by {NEW} tokens, {cfg.dtype}: how many change between running alone and "
+                f"in company; tokens per second of {SPEED_NEW} new tokens, preset small",
+        "date": datetime.date.today().isoformat(), "hardware": hardware(), "jax": importlib.metadata.version("jax"),
+        "rounds": args.rounds, "changed": {}}
+    for name, on in (("default", False), ("deterministic", True)):
+        report["changed"][name] = changed(cfg, variables, asked, on)
+        if args.json:  # what is known by now
+            write_results(args.json, report)
+    report["tokens_per_second"] = speeds(args.batches, args.rounds)
     if args.json:
         write_results(args.json, report)
 
