@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from typing import Any
 
 from deepseek_jax.chat.messages import (
@@ -60,7 +61,7 @@ def _row(where: str, line: str) -> Prompt:
     return found["prompt"]
 
 
-def read_options(text: str | None, prompts: list[Prompt]) -> dict[str, Any]:
+def read_options(text: str | None, prompts: Iterable[Prompt]) -> dict[str, Any]:
     """Options of the chat template: a JSON object with names of its own, such as enable_thinking; {} for None.
 
     Raises:
