@@ -4,7 +4,7 @@
     python -m tests.serving.lm_eval_transformers DIR --server http://127.0.0.1:8000
 
 DIR is a Hugging Face checkpoint (`convert to-hf --dtype float32`). Needs lm-eval (`[api]`), transformers and torch. The
-tasks are made from the lines of this project: which end a line has, bits per byte of its files, the next 16 tokens.
+tasks are made from lines of this project: which end a line has, bits per byte of its beginning, the next 16 tokens.
 """
 
 import argparse
