@@ -1,14 +1,13 @@
 """Files of prompts: what is read, and the line that is named where it cannot be."""
 
 import json
-import types
 
 import pytest
 
 from deepseek_jax.chat.messages import PLAIN, Conventions
 from deepseek_jax.config import ConfigError
 from deepseek_jax.serving.openai.prompts import Continuation, check_room, prompt_ids, read_options, read_prompts
-from deepseek_jax.serving.sequence import Token
+from deepseek_jax.serving.sequence import Request, Sequence, Token
 from tests.chat.test_template import published
 
 
@@ -79,7 +78,8 @@ def test_what_a_chat_reasons_is_apart_from_its_answer(opened):
     (hello,) = here.encode("hello")
     reasoned = [hello, closes, *here.encode("there fine")]
     made = [Token(i, "none") for i in (reasoned if opened else [opens, *reasoned])]
-    ended = types.SimpleNamespace(finish="stop")
+    ended = Sequence(Request((1,), 1))
+    ended.finish = "stop"
 
     def row(prompt, *answers, stops=()):
         said = Continuation(here, stops, *answers)
