@@ -78,7 +78,7 @@ def test_what_a_chat_reasons_is_apart_from_its_answer(opened):
     (hello,) = here.encode("hello")
     reasoned = [hello, closes, *here.encode("there fine")]
     made = [Token(i, "none") for i in (reasoned if opened else [opens, *reasoned])]
-    ended = Sequence(Request((1,), 1))
+    ended = Sequence(Request((1,), 1), None)
     ended.finish = "stop"
 
     def row(prompt, *answers, stops=()):
