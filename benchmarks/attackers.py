@@ -21,14 +21,15 @@ from benchmarks.hostile_clients import ATTACKERS, ATTACKS, NEW, STREAMS, process
 from benchmarks.machine import hardware, write_results
 
 
-def measure(port: int, server: int, attacker: str | None = None, attacked: int | None = None) -> dict[str, float]:
+def measure(port: int, server: int, attacker: str | None = None, attacked: int | None = None,
+            count: int = ATTACKERS) -> dict[str, float]:
     """Tokens per second of all streams together, how many of them failed, and the longest /health in seconds.
 
     all_tokens_per_second: of streams and attackers, from the request of the first stream to the end of the last.
     server_cpu, attackers_cpu: processor seconds in that time; a core gives one a second.
 
     Args:
-      server: its process id. attacked: the port that the attackers go for.
+      server: its process id. attacked: the port that the `count` attackers go for.
     """
     async def streams():
         asked = (hostile_clients.ask(port, hostile_clients.completion(seed=i)) for i in range(STREAMS))
@@ -39,7 +40,7 @@ def measure(port: int, server: int, attacker: str | None = None, attacked: int |
         stack.enter_context(process(hostile_clients.probe, port, longest))
         pids = {"server_cpu": server}
         if attacker is not None:
-            pids["attackers_cpu"] = stack.enter_context(process(hostile_clients.attack, attacker, attacked))
+            pids["attackers_cpu"] = stack.enter_context(process(hostile_clients.attack, attacker, attacked, count))
         time.sleep(2)  # until both are at work
         read = lambda: {"all_tokens_per_second": hostile_clients.tokens_of(port)} | {
             name: hostile_clients.cpu_seconds(pid) for name, pid in pids.items()}
@@ -58,6 +59,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workdir", required=True, help="a run of deepseek_jax.train")
     parser.add_argument("--attacks", nargs="+", choices=ATTACKS, default=list(ATTACKS))
+    parser.add_argument("--attackers", type=int, default=ATTACKERS, help="connections of an attack at a time")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--json", metavar="FILE")
     args = parser.parse_args()
@@ -66,8 +68,9 @@ def main() -> None:
     with hostile_clients.served(args.workdir) as (port, server), process(hostile_clients.idle, elsewhere):
         measure(port, server)
         for name in args.attacks * args.rounds:
-            found[name].append({"alone": measure(port, server), "attacked": measure(port, server, name, port),
-                                "idle server attacked": measure(port, server, name, elsewhere)})
+            found[name].append({"alone": measure(port, server),
+                                "attacked": measure(port, server, name, port, args.attackers),
+                                "idle server attacked": measure(port, server, name, elsewhere, args.attackers)})
             print(name, *(f"{side}: {x['tokens_per_second']:.0f} of {x['all_tokens_per_second']:.0f} tokens/s, /health "
                           f"{x['longest_health']:.2f} s, {x['failed']:.0f} failed, processor {x['server_cpu']:.1f} + "
                           f"{x.get('attackers_cpu', 0.0):.1f} s of {x['seconds']:.1f}"
@@ -76,7 +79,7 @@ def main() -> None:
         row[side][rate] / row["alone"][rate] for row in rows)
     if args.json:
         write_results(args.json, {
-            "what": f"{STREAMS} streams of {NEW} tokens, alone and with {ATTACKERS} attackers of one kind at a time",
+            "what": f"{STREAMS} streams of {NEW} tokens, alone and next to attackers, {args.attackers} of a kind",
             "date": datetime.date.today().isoformat(), "hardware": hardware(), "attacks": found,
             "median share of the tokens per second alone": {
                 name: {side: share(rows, side) for side in ("attacked", "idle server attacked")}

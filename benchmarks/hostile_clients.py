@@ -17,7 +17,7 @@ from typing import Any
 
 from benchmarks.machine import ROOT
 
-STREAMS, NEW, ATTACKERS = 64, 60, 16  # streams to be served, tokens of each; connections of an attack
+STREAMS, NEW, ATTACKERS = 64, 60, 16  # streams to be served, tokens of each; usual connections of an attack
 PAUSE = 0.05  # seconds between two looks at /health
 ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
 LONG = "word " * 780_000  # 3.9 MB
@@ -66,7 +66,7 @@ ATTACKS: dict[str, Callable[[int], Awaitable[bytes]]] = {
         {"role": "user", "content": "hi"}]))}
 
 
-def attack(name: str, port: int) -> None:
+def attack(name: str, port: int, count: int) -> None:
     """Never ends by itself. A refused or broken connection is part of it."""
     async def one():
         while True:
@@ -74,7 +74,7 @@ def attack(name: str, port: int) -> None:
                 await ATTACKS[name](port)
 
     async def together():
-        await asyncio.gather(*(one() for _ in range(ATTACKERS)))
+        await asyncio.gather(*(one() for _ in range(count)))
 
     asyncio.run(together())
 
