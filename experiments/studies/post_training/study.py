@@ -34,6 +34,7 @@ BEGUN = {"fine-tuned, GRPO": "fine-tuned", "small, GRPO": "small", "small, disti
 AFTER = {arm: BEGUN.get(arm, "pre-trained") for arm in ARMS if arm not in ("pre-trained", "small")}
 SHARES = ("pre-trained", "fine-tuned", "GRPO", "fine-tuned, GRPO", "small", "small, GRPO", "small, distilled")
 VARIANTS = [arm for arm in ARMS if arm not in SHARES]
+RISING = ("GRPO", "groups of 4", "groups of 16", "FP8 rollouts", "adapters")  # the other curves cover that of GRPO
 
 
 def draw(results: dict, runs: list[dict], folder: pathlib.Path) -> None:
@@ -43,7 +44,7 @@ def draw(results: dict, runs: list[dict], folder: pathlib.Path) -> None:
     plots.intervals(final, {"arms": first}, "reward")
     final.set_xlim(-0.02, 1.02)
     plots.finish(final, "Right answers, temperature 1", "share")
-    for colour, arm in zip(plots.PALETTE, ("GRPO", *VARIANTS)):
+    for colour, arm in zip(plots.PALETTE, RISING):
         if arm in arms:
             reward = arms[arm]["curves"]["reward"]
             rising.plot(np.arange(1, len(reward) + 1), reward, color=colour, label=arm, linewidth=1.4)
