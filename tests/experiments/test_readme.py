@@ -20,6 +20,11 @@ def of(metric, arm, times=1):
     return lambda results: [times * results["arms"][arm]["metrics"][metric][x] for x in ("mean", "low", "high")]
 
 
+def each(metric, arm):
+    """Of every seed, in per cent."""
+    return lambda results: [100 * x for x in results["arms"][arm]["metrics"][metric]["seeds"].values()]
+
+
 def claim(results, metric, arm, against):
     return next(c for c in results["claims"] if (c["metric"], c["arm"], c["against"]) == (metric, arm, against))
 
@@ -110,6 +115,16 @@ TABLE = {
     "a tensor core's 14 bits lose much of a sum of 4,096": (
         "fp8", "# % [#, #]; moved to float32 every #: # % [#, #]",
         [fp8_sum("never promoted"), 128, fp8_sum("promoted every 128")], None),
+    "GRPO with rewards of rules improves a model that was pre-trained or fine-tuned (5.2)": (
+        "post_training",
+        "right answers # % [#, #] to # % [#, #] after # steps; fine-tuned # % [#, #] to # % [#, #]",
+        [of("reward", "pre-trained", 100), of("reward", "GRPO", 100), 30, of("reward", "fine-tuned", 100),
+         of("reward", "fine-tuned, GRPO", 100)],
+        [("reward", "GRPO", 0.7), ("reward", "fine-tuned, GRPO", "fine-tuned")]),
+    "a small model learns more from a large one's answers than by reinforcement learning (R1)": (
+        "post_training", "#, # and # % right against #, # and # %",
+        [each("reward", "small, distilled"), each("reward", "small, GRPO")],
+        [("reward", "small, distilled", "small, GRPO")]),
     "DualPipe idles less than ZB1P and 1F1B, at PP + 1 activations": (
         "pipeline", "#, #, # of about # at # ranks, # micro-batches; exact, computed", [schedules], None),
 }
