@@ -35,10 +35,15 @@ help:
 	@$(RUN) -m pip install -qq --disable-pip-version-check -e '.[dev]'
 	@touch $@
 
+# What only tests need: lm-eval, whose tasks the engine and the server are asked.
+.venv/eval-stamp: .venv/stamp
+	@$(RUN) -m pip install -qq --disable-pip-version-check -e '.[eval]'
+	@touch $@
+
 train: .venv/stamp
 	$(RUN) -m deepseek_jax.train --config tiny --workdir run $(ARGS)
 
-test: .venv/stamp
+test: .venv/stamp .venv/eval-stamp
 	JAX_PLATFORMS=cpu $(RUN) -m pytest -n 2 -m "not slow"
 
 lint: .venv/stamp
