@@ -9,42 +9,54 @@ from deepseek_jax.chat.messages import (
     BadMessages,
     Conventions,
     Tokenizer,
-    chat_ids,
     check_messages,
+    check_plain,
+    check_tools,
+    prompt_ids,
     rendered_ids,
 )
 from deepseek_jax.config import ConfigError
 
 
-def conversation_ids(messages: Any, tokenizer: Tokenizer, text: Conventions) -> tuple[list[int], list[bool]]:
+def conversation_ids(messages: Any, tokenizer: Tokenizer, text: Conventions,
+                     tools: Any = None) -> tuple[list[int], list[bool]]:
     """(ids, predicted): all turns as the checkpoint's template writes them, and for each id whether it is predicted.
 
     Predicted is what the model itself would write: each answer from where the prompt of it ends, with the token that
     ends it. Markup that the template opens the answer with is part of the prompt. Thinking is on for an answer that
     has a reasoning_content. Where a template leaves the reasoning of an earlier answer out (DeepSeek-V3.2's does, once
-    another question follows), what it leaves of that answer is context, not predicted.
+    another question follows), what it leaves of that answer is context, not predicted. Calls of tools are answers too;
+    what the tools returned (role tool) is not predicted.
 
+    Args:
+      tools: that the model is told of, as OpenAI's API describes them; None: none.
     Raises:
-      BadMessages: no messages, none that answers, or a template that refuses them or writes an answer otherwise here
-        than where it is asked for.
+      BadMessages: no messages, none that answers, or a template that refuses them, knows no tools, or writes an answer
+        otherwise here than where it is asked for.
       ConfigError: neither a template nor role tokens.
     """
     check_template(tokenizer, text)
-    checked = check_messages(messages)
+    checked = check_messages(messages, calls=True)
     answers = [i for i, message in enumerate(checked) if message["role"] == "assistant"]
     if not answers:
         raise BadMessages("messages", "messages have no answer (of the role assistant); add what the model should say.")
     if answers[0] == 0:
         raise BadMessages("messages[0]", "messages[0] answers nothing; begin with a message of the user.")
-    ids = _until(checked[:answers[-1] + 1], tokenizer, text)
+    told = told_of(tools)
+    ids = _until(checked[:answers[-1] + 1], tokenizer, text, told)
     predicted = [False] * len(ids)
     for i in answers:
-        turn = last_turn(checked[:i + 1], tokenizer, text)
+        turn = last_turn(checked[:i + 1], tokenizer, text, told)
         if ids[:len(turn.ids)] == turn.ids:
             predicted[turn.start:turn.stop] = [True] * (turn.stop - turn.start)
         elif "reasoning_content" not in checked[i]:
             raise _otherwise(i)
     return ids, predicted
+
+
+def told_of(tools: Any) -> dict[str, Any]:
+    """What a template is told of a row's tools: nothing if there are none. Raises BadMessages."""
+    return {"tools": check_tools(tools)} if tools else {}
 
 
 class Turn(NamedTuple):
@@ -55,13 +67,17 @@ class Turn(NamedTuple):
     stop: int
 
 
-def last_turn(checked: list[dict[str, str]], tokenizer: Tokenizer, text: Conventions) -> Turn:
+def last_turn(checked: list[dict[str, Any]], tokenizer: Tokenizer, text: Conventions,
+              told: dict[str, Any]) -> Turn:
     """Checked messages the last of which is an answer, as the template writes them.
+
+    Args:
+      told: `told_of` the row's tools.
 
     Raises BadMessages for an answer that it writes otherwise here than where it is asked for.
     """
-    prompt = chat_ids(checked[:-1], tokenizer, text.template, _reasoning(checked[-1]))
-    ids, ends = _until(checked, tokenizer, text), text.ends or {tokenizer.eos}
+    prompt = prompt_ids(checked[:-1], tokenizer, text.template, _reasoning(checked[-1]) | told)
+    ids, ends = _until(checked, tokenizer, text, told), text.ends or {tokenizer.eos}
     if ids[:len(prompt)] != prompt:
         raise _otherwise(len(checked) - 1)
     # A line break behind the token that ends the answer is the template's.
@@ -82,14 +98,17 @@ def _otherwise(i: int) -> BadMessages:
                        "give each answer a row that ends with it, in the form that the template expects.")
 
 
-def _reasoning(answer: dict[str, str]) -> dict[str, bool]:
+def _reasoning(answer: dict[str, Any]) -> dict[str, bool]:
     """Options of templates that reason when asked to, which name it either way, for an answer that reasons."""
     return {"thinking": True, "enable_thinking": True} if "reasoning_content" in answer else {}
 
 
-def _until(messages, tokenizer, text: Conventions) -> list[int]:
+def _until(messages, tokenizer, text: Conventions, told) -> list[int]:
     """Ids of messages the last of which is an answer, with what ends it."""
     if text.template is not None:
         return rendered_ids(messages, tokenizer, text.template,
-                            _reasoning(messages[-1]) | {"add_generation_prompt": False})
-    return [*chat_ids(messages[:-1], tokenizer, None), *tokenizer.encode(messages[-1]["content"]), tokenizer.eos]
+                            _reasoning(messages[-1]) | told | {"add_generation_prompt": False})
+    if told:
+        raise BadMessages("tools", "tools need a chat template that knows them; leave them out.")
+    check_plain(messages)
+    return [*prompt_ids(messages[:-1], tokenizer, None, {}), *tokenizer.encode(messages[-1]["content"]), tokenizer.eos]

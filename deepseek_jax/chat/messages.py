@@ -13,7 +13,8 @@ from typing import Any, NamedTuple, Protocol
 
 ROLES = {"system": None, "developer": None, "user": "<｜User｜>", "assistant": "<｜Assistant｜>"}
 KEPT = {"assistant": ("<think>", "</think>")}  # which templates look for in former answers, to leave reasoning out
-EXTRA = {"assistant": ("reasoning_content",)}  # fields that a template has to know
+TOOL = "tool"  # the role of what a tool returned, in conversations that may call some
+EXTRA = {"assistant": ("reasoning_content",), TOOL: ("tool_call_id",)}  # fields with a text
 
 # What a template is told by us.
 RESERVED = ("messages", "tools", "documents", "bos_token", "eos_token", "add_generation_prompt")
@@ -67,35 +68,67 @@ class BadMessages(ValueError):
         self.field = field
 
 
-def check_messages(messages: Any) -> list[dict[str, str]]:
+def check_messages(messages: Any, calls: bool = False) -> list[dict[str, Any]]:
     """Messages with a role and a text each, and perhaps a name; a content of text parts becomes one text.
 
     Answers may have a reasoning_content, for templates that know it.
 
+    Args:
+      calls: whether answers may call tools (`tool_calls`, as OpenAI's API has them, and perhaps no content), and
+        messages of the role tool say what came of it.
     Raises:
       BadMessages: the first that is none, or that has more in it.
     """
     if not isinstance(messages, list) or not messages:
         raise BadMessages("messages", "messages must be a list of one or more messages.")
-    checked = []
-    for i, message in enumerate(messages):
-        content, role = (message.get(k) for k in ("content", "role")) if isinstance(message, dict) else (None, None)
-        if isinstance(content, list) and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in content):
-            content = "".join(part["text"] for part in content)
-        if not isinstance(role, str) or role not in ROLES or not isinstance(content, str):
-            raise BadMessages(f"messages[{i}]",
-                              f"messages[{i}] needs a role ({', '.join(ROLES)}) and a text as content.")
-        if not is_unicode(content):
-            raise BadMessages(f"messages[{i}]", f"messages[{i}] {HALF_CHARACTER}")
-        others = {key: value for key, value in message.items() if key not in ("role", "content") and value}
-        if others.get("type") == "text":  # which says no more than the content does
-            del others["type"]
-        texts = {key: others.pop(key) for key in ("name", *EXTRA.get(role, ())) if key in others}
-        odd = [key for key, text in texts.items() if not isinstance(text, str) or not is_unicode(text)]
-        if others or odd:
-            raise _unsupported(f"messages[{i}].{[*others, *odd][0]}")
-        checked.append({"role": role, "content": content} | texts)
-    return checked
+    return [_checked(f"messages[{i}]", message, calls) for i, message in enumerate(messages)]
+
+
+def _checked(field: str, message: Any, calls: bool) -> dict[str, Any]:
+    content, role = (message.get(k) for k in ("content", "role")) if isinstance(message, dict) else (None, None)
+    if isinstance(content, list) and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in content):
+        content = "".join(part["text"] for part in content)
+    roles = (*ROLES, TOOL) if calls else tuple(ROLES)
+    called = _calls(field, message) if calls and role == "assistant" else []
+    if content is None and called:  # which some templates would write as None, and others cannot add to
+        content = ""
+    if role not in roles or not isinstance(content, str):
+        raise BadMessages(field, f"{field} needs a role ({', '.join(roles)}) and a text as content.")
+    others = {key: value for key, value in message.items() if key not in ("role", "content") and value}
+    if others.get("type") == "text":  # which says no more than the content does
+        del others["type"]
+    if called:
+        del others["tool_calls"]
+    texts = {key: others.pop(key) for key in ("name", *EXTRA.get(role, ())) if key in others}
+    odd = [key for key, text in texts.items() if not isinstance(text, str) or not is_unicode(text)]
+    if others or odd:
+        raise _unsupported(f"{field}.{[*others, *odd][0]}")
+    if not is_unicode(json.dumps([content, called], ensure_ascii=False)):
+        raise BadMessages(field, f"{field} {HALF_CHARACTER}")
+    return {"role": role, "content": content} | texts | ({"tool_calls": called} if called else {})
+
+
+def _calls(field: str, message: dict[str, Any]) -> list[dict[str, Any]]:
+    """The tools that an answer calls, each with the name of a function and what it is given."""
+    given = message.get("tool_calls") or []
+    for call in given if isinstance(given, list) else [given]:
+        function = call.get("function") if isinstance(call, dict) else None
+        if not (isinstance(function, dict) and isinstance(function.get("name"), str)
+                and isinstance(function.get("arguments"), str | dict)):
+            raise BadMessages(f"{field}.tool_calls", f"{field}.tool_calls needs a list of calls, each with a function "
+                              "that has a name and arguments.")
+    return given
+
+
+def check_tools(tools: Any) -> list[dict[str, Any]]:
+    """Tools as OpenAI's API describes them to a model. Raises BadMessages for what is no list of functions."""
+    named = [t.get("function", t).get("name") if isinstance(t, dict) and isinstance(t.get("function", t), dict)
+             else None for t in tools] if isinstance(tools, list) else [None]
+    if not all(isinstance(name, str) for name in named):
+        raise BadMessages("tools", "tools must be a list of functions with a name each.")
+    if not is_unicode(json.dumps(tools, ensure_ascii=False)):
+        raise BadMessages("tools", f"tools: one {HALF_CHARACTER}")
+    return tools
 
 
 def _unsupported(field):
@@ -113,23 +146,35 @@ def chat_ids(messages: Any, tokenizer: Tokenizer, template: Template | None,
     Raises:
       BadMessages: messages that are none, or that the template refuses.
     """
-    checked, backend = check_messages(messages), tokenizer.backend
+    return prompt_ids(check_messages(messages), tokenizer, template, options or {})
+
+
+def prompt_ids(messages: list[dict[str, Any]], tokenizer: Tokenizer, template: Template | None,
+               options: dict[str, Any]) -> list[int]:
+    """The same of checked messages."""
     if template is not None:
-        return rendered_ids(checked, tokenizer, template, options or {})
-    for i, message in enumerate(checked):
-        for field in EXTRA.get(message["role"], ()):
-            if field in message:
-                raise _unsupported(f"messages[{i}].{field}")
-    answer = backend.token_to_id(ROLES["assistant"])
+        return rendered_ids(messages, tokenizer, template, options)
+    check_plain(messages)
+    answer = tokenizer.backend.token_to_id(ROLES["assistant"])
     if answer is None:
-        return [tokenizer.bos, *tokenizer.encode("\n".join(m["content"] for m in checked))]
+        return [tokenizer.bos, *tokenizer.encode("\n".join(m["content"] for m in messages))]
     ids = [tokenizer.bos]
-    for message in checked:
-        role = backend.token_to_id(ROLES[message["role"]] or "")
+    for message in messages:
+        role = tokenizer.backend.token_to_id(ROLES[message["role"]] or "")
         ids += [role] if role is not None else []
         ids += tokenizer.encode(message["content"])
         ids += [tokenizer.eos] if message["role"] == "assistant" else []
     return [*ids, answer]
+
+
+def check_plain(messages: list[dict[str, Any]]) -> None:
+    """Raises BadMessages for checked messages with more than DeepSeek's role tokens say: tools, or reasoning apart."""
+    for i, message in enumerate(messages):
+        if message["role"] == TOOL:
+            raise BadMessages(f"messages[{i}]", f"messages[{i}] is of the role {TOOL}, which needs a chat template.")
+        for field in (*EXTRA.get(message["role"], ()), "tool_calls"):
+            if field in message:
+                raise _unsupported(f"messages[{i}].{field}")
 
 
 def check_options(options: dict[str, Any], template: Template | None) -> None:
@@ -140,24 +185,31 @@ def check_options(options: dict[str, Any], template: Template | None) -> None:
                                                          "this model has none."))
 
 
-def rendered_ids(messages: list[dict[str, str]], tokenizer: Tokenizer, template: Template,
+def rendered_ids(messages: list[dict[str, Any]], tokenizer: Tokenizer, template: Template,
                  options: dict[str, Any]) -> list[int]:
     """Ids of what the template makes of checked messages. Raises BadMessages where it refuses them."""
     # Markup that a message spells gets a mark inside, so that it is none to anybody.
-    mark = _unused(json.dumps(messages, ensure_ascii=False))
+    mark = _unused(json.dumps([messages, options], ensure_ascii=False))
     spellings = sorted(tokenizer.markup(), key=len, reverse=True)
     find = re.compile("|".join(map(re.escape, spellings)) or "(?!)")
 
-    def marked(text, kept=()):
-        return find.sub(lambda m: m[0] if m[0] in kept else m[0][0] + mark + m[0][1:], text)
+    def marked(value, kept=()):
+        if isinstance(value, str):
+            return find.sub(lambda m: m[0] if m[0] in kept else m[0][0] + mark + m[0][1:], value)
+        if isinstance(value, dict):
+            return {marked(key): marked(inner) for key, inner in value.items()}
+        return [marked(inner) for inner in value] if isinstance(value, list) else value
 
     try:
-        rendered = template([{key: text if key == "role" else marked(text, KEPT.get(m["role"], ())
-                                                                     if key == "content" else ())
-                              for key, text in m.items()} for m in messages], **options)
+        rendered = template([{key: value if key == "role" else marked(value, KEPT.get(m["role"], ())
+                                                                      if key == "content" else ())
+                              for key, value in m.items()} for m in messages], **marked(options))
     except ValueError as error:
         raise BadMessages("messages", f"messages: the model's chat template refuses them: {error}") from None
     rendered = rendered.replace(json.dumps(mark)[1:-1], mark)  # as tojson may write it
+    for i, message in enumerate(messages):
+        if any(marked(call["function"]["name"]) not in rendered for call in message.get("tool_calls", ())):
+            raise BadMessages(f"messages[{i}]", f"messages[{i}]: the model's chat template leaves its tool_calls out.")
     ids = []
     for part in _parts(rendered, find, mark):
         ids += tokenizer.encode(part.replace(mark, "")) if mark in part else tokenizer.encode_template(part)

@@ -6,11 +6,13 @@ from __future__ import annotations
 import importlib.resources
 import importlib.util
 import os
+import re
 import sys
+from itertools import chain
 from typing import Any
 
 from deepseek_jax import io
-from deepseek_jax.chat.messages import KEPT, ROLES, Conventions, Template, Tokenizer
+from deepseek_jax.chat.messages import KEPT, ROLES, TOOL, Conventions, Template, Tokenizer
 from deepseek_jax.chat.render import Renderer
 from deepseek_jax.config import ConfigError, shown
 
@@ -118,8 +120,12 @@ def read(folder: str, bos: str, eos: str, default: str | None = None) -> Templat
     def template(messages, **options):
         if "developer" not in source:
             messages = [m | {"role": "system"} if m["role"] == "developer" else m for m in messages]
-        if "reasoning_content" not in source and any("reasoning_content" in m for m in messages):
-            raise ValueError("it knows no reasoning_content; leave it out.")
+        used = {*chain.from_iterable(messages)} | {"tools" for _ in options.get("tools") or ()}
+        for field in ("reasoning_content", "tool_calls", "tools"):
+            if field in used and field not in source:
+                raise ValueError(f"it knows no {field}; leave it out.")
+        if any(m["role"] == TOOL for m in messages) and not re.search(rf"[\"']{TOOL}[\"']", source):
+            raise ValueError(f"it knows no messages of the role {TOOL}; leave them out.")
         return rendered(messages, **options)
 
     return template

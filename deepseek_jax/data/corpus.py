@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from deepseek_jax import io
-from deepseek_jax.chat.messages import BadMessages, check_messages
+from deepseek_jax.chat.messages import BadMessages, check_messages, check_tools
 from deepseek_jax.config import ConfigError
 from deepseek_jax.data import zst
 from deepseek_jax.data.files import File, below, find
@@ -39,11 +39,13 @@ class Document:
     """A text in parts; a part that is not predicted (a prompt) is read by the model without a loss.
 
     messages: of a conversation; its parts are what they say, and a chat template makes its tokens.
+    tools: that the conversation may call.
     """
 
     name: str
     parts: tuple[tuple[str, bool], ...]
     messages: tuple[dict[str, Any], ...] | None = None
+    tools: tuple[dict[str, Any], ...] = ()
 
     @property
     def bytes(self) -> int:
@@ -123,8 +125,8 @@ def read_documents(files: list[File], counts: Counts | None = None,
                     counts.skipped += 1
                     tell(f"skipped {name}: {parts}")
                     continue
-                messages = parts.messages if isinstance(parts, _Conversation) else None
-                document = Document(name, tuple(part for part in parts if part[0]), messages)
+                chat = (parts.messages, parts.tools) if isinstance(parts, _Conversation) else ()
+                document = Document(name, tuple(part for part in parts if part[0]), *chat)
                 if not any(predicted for _, predicted in document.parts):
                     counts.empty += 1
                     continue
@@ -209,11 +211,11 @@ def _read_parquet(path, alone):
     except ImportError:
         raise ConfigError(f"{path} needs a reader of parquet: pip install pyarrow") from None
     with pyarrow.parquet.ParquetFile(path) as file:
-        columns = [c for c in ("text", "prompt", "answer", "messages") if c in file.schema_arrow.names]
+        columns = [c for c in ("text", "prompt", "answer", "messages", "tools") if c in file.schema_arrow.names]
         row = 0
         for batch in file.iter_batches(batch_size=1024, columns=columns):
             for record in batch.to_pylist():
-                yield row, _parts(record)
+                yield row, _parts(_without_none(record))
                 row += 1
 
 
@@ -222,7 +224,7 @@ def _parts(record):
     if not isinstance(record, dict):
         return "not an object with keys"
     if record.get("messages") is not None and all(record.get(key) is None for key in ("text", "answer")):
-        return _conversation(record["messages"])
+        return _conversation(record["messages"], record.get("tools") or [])
     keys = ("prompt", "answer") if record.get("text") is None else ("text",)
     if not all(isinstance(record.get(key), str) for key in keys):
         return 'has neither "text" nor "prompt" and "answer" as strings, nor "messages"'
@@ -238,22 +240,36 @@ class _Conversation(tuple):
     """Parts that are turns of a chat."""
 
     messages: tuple[dict[str, Any], ...]
+    tools: tuple[dict[str, Any], ...]
 
 
-def _conversation(messages):
+def _conversation(messages, tools):
     if not isinstance(messages, list):
         return "messages must be a list of one or more messages"
-    # Of parquet, whose rows all have the same keys: those without a value are none.
     given = [{k: v for k, v in m.items() if v is not None} if isinstance(m, dict) else m for m in messages]
     try:
-        checked = check_messages(given)
+        checked, described = check_messages(given, calls=True), check_tools(tools)
     except BadMessages as error:
         return str(error)
     if not any(m["role"] == "assistant" for m in checked):
         return "messages have no answer (of the role assistant)"
-    parts = _Conversation((m["content"], m["role"] == "assistant") for m in checked)
-    parts.messages = tuple(checked)
+    parts = _Conversation([*((json.dumps(tool, ensure_ascii=False), False) for tool in described),
+                           *((text, m["role"] == "assistant") for m in checked for text in _said(m))])
+    parts.messages, parts.tools = tuple(checked), tuple(described)
     return parts
+
+
+def _said(message):
+    """The text of a message, and that of its calls."""
+    calls = message.get("tool_calls", ())
+    return message["content"], *(json.dumps(call["function"], ensure_ascii=False) for call in calls)
+
+
+def _without_none(value):
+    """A row of parquet, where all objects have the same keys: those without a value are none."""
+    if isinstance(value, dict):
+        return {key: _without_none(inner) for key, inner in value.items() if inner is not None}
+    return [_without_none(inner) for inner in value] if isinstance(value, list) else value
 
 
 _READERS = {".txt": _read_text, ".md": _read_text, ".py": _read_text, ".jsonl": _read_jsonl,

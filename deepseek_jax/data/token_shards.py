@@ -28,7 +28,7 @@ from deepseek_jax.chat.messages import PLAIN, BadMessages, Conventions
 from deepseek_jax.data import corpus
 from deepseek_jax.data.tokenizer import Tokenizer, split_tokens
 
-_FORMAT = 2  # raise when the layout or the meaning of the files changes
+_FORMAT = 3  # raise when the layout or the meaning of the files changes
 _BATCH_BYTES = 4 << 20  # text tokenized at once
 SPLITS = ("train", "validation")
 
@@ -147,7 +147,7 @@ def _tokenize_batch(batch, tokenizer):
 def _ids(document, parts, tokenizer, options: Options, validation) -> tuple[np.ndarray, np.ndarray]:
     if document.messages is None:
         return _join(document, parts, tokenizer, 0.0 if validation else options.split_rate, options.seed)
-    ids, predicted = conversation_ids(list(document.messages), tokenizer, options.text())
+    ids, predicted = conversation_ids(list(document.messages), tokenizer, options.text(), list(document.tools))
     return np.array(ids, np.int64), np.array(predicted)
 
 

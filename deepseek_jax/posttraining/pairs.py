@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from deepseek_jax.chat.conversation import Turn, check_template, last_turn
+from deepseek_jax.chat.conversation import Turn, check_template, last_turn, told_of
 from deepseek_jax.chat.messages import BadMessages, Conventions, check_messages, is_unicode
 from deepseek_jax.config import Config, ConfigError
 from deepseek_jax.data.corpus import find_cut, hash_position, open_lines
@@ -85,7 +85,8 @@ def turn_of(row: Any, side: str, tokenizer: Tokenizer, text: Conventions) -> Tur
     check_template(tokenizer, text)
     if len(answer) != 1 or not isinstance(answer[0], dict) or answer[0].get("role") != "assistant":
         raise ValueError(f"{side} is not one message of the role assistant")
-    turn = last_turn(check_messages([*prompt, *answer]), tokenizer, text)
+    checked = check_messages([*prompt, *answer], calls=True)
+    turn = last_turn(checked, tokenizer, text, told_of(row.get("tools")))
     return turn._replace(ids=turn.ids[:turn.stop])
 
 

@@ -7,18 +7,20 @@ template is compared with. None of them is part of this project. Needs transform
 """
 
 import importlib.util
+import itertools
 import json
 import pathlib
 import re
 import sys
 import tempfile
 
+from jinja2 import TemplateError
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 from transformers import PreTrainedTokenizerFast
 
 from deepseek_jax.chat import template as chat_template
-from deepseek_jax.chat.messages import chat_ids
+from deepseek_jax.chat.messages import chat_ids, check_messages, prompt_ids
 from deepseek_jax.data.tokenizer import Tokenizer, train_tokenizer
 
 MARKUP = re.compile(r"<[｜|][^<>'\"]+[｜|]>|<think>|</think>|\[gMASK\]|<sop>|\[BOS\]")
@@ -34,6 +36,13 @@ CHATS = {
 OPTIONS = ({}, {"thinking": True}, {"thinking": False}, {"enable_thinking": True}, {"enable_thinking": False})
 TOOL = {"type": "function", "function": {"name": "add", "description": "ü < 1", "parameters": {
     "type": "object", "properties": {"a": {"type": "number"}}, "required": ["a"]}}}
+
+
+def calling(content: str, arguments: str | dict) -> list[dict]:
+    """A chat in which a tool was called and has returned."""
+    call = {"id": "functions.add:0", "type": "function", "function": {"name": "add", "arguments": arguments}}
+    return [*SAY("1 + 1"), {"role": "assistant", "content": content, "tool_calls": [call, call]},
+            *({"role": "tool", "tool_call_id": call["id"], "content": text} for text in ("2", "ü {{ x }}"))]
 
 
 def reasoned(why: str) -> dict[str, list[dict[str, str]]]:
@@ -71,6 +80,13 @@ def of_templates(path: pathlib.Path):
                         *([{"tools": [TOOL]}] if knows("tools") else ())):
             wanted = theirs.apply_chat_template(chat, add_generation_prompt=True, return_dict=False, **options)
             yield f"{name}, {options}", ours, chat_ids(chat, ours, template, options), wanted
+    for given in itertools.product(("", "so"), ('{"a": 1}', {"a": 1, "b": "<x>"})) if knows("tool_calls") else ():
+        for options in ({}, *([{"tools": [TOOL]}] if knows("tools") else ())):
+            chat = calling(*given)
+            wanted = outcome(theirs.apply_chat_template, chat, add_generation_prompt=True, return_dict=False,
+                             **options)
+            found = outcome(prompt_ids, check_messages(chat, calls=True), ours, template, options)
+            yield f"tools called with {given}, {options}", ours, found, wanted
 
 
 def of_program(path: pathlib.Path):
@@ -94,11 +110,11 @@ def of_program(path: pathlib.Path):
                    outcome(parse, program.encode_messages, chat, mode))
 
 
-def outcome(work, *args):
+def outcome(work, *args, **options):
     """Ids, or "refused"."""
     try:
-        return work(*args)
-    except (AssertionError, ValueError):
+        return work(*args, **options)
+    except (AssertionError, TypeError, ValueError, TemplateError):
         return "refused"
 
 

@@ -1,5 +1,7 @@
 """Conversations to train on: the ids that serving would make, and a loss on what the model itself would say."""
 
+import json
+
 import pytest
 
 from deepseek_jax.chat.conversation import conversation_ids
@@ -64,7 +66,7 @@ def test_what_follows_the_last_answer_is_left_out():
 
 @pytest.mark.parametrize(("messages", "error"), [
     ([], "list of one or more"), (TURNS[:2], "have no answer"), (TURNS[2:], "answers nothing"),
-    ([{"role": "tool", "content": "x"}, *TURNS], "needs a role")])
+    ([{"role": "narrator", "content": "x"}, *TURNS], "needs a role")])
 def test_what_is_no_conversation_says_why(messages, error):
     with pytest.raises(BadMessages, match=error):
         conversation_ids(messages, published(), PLAIN)
@@ -83,3 +85,70 @@ def test_reasoning_that_the_template_keeps_is_predicted_behind_what_opens_it(tmp
     ids, predicted = conversation_ids([{"role": "user", "content": "1 + 1"}, {"role": "assistant", "content":
                                        "<think>easy</think>2"}], tokenizer, with_template(keeps, tmp_path))
     assert said(tokenizer, ids, predicted) == ["easy</think>2<|eos|>"]
+
+
+GIVEN = {"a": 1, "b": None, "why": "<｜User｜>"}
+CALL = {"id": "0", "type": "function", "function": {"name": "add", "arguments": GIVEN}}
+TOOLS = [{"type": "function", "function": {"name": "add", "description": "sums <|eos|>", "parameters": {}}}]
+CALLING = [{"role": "user", "content": "1 + 1"}, {"role": "assistant", "content": None, "tool_calls": [CALL]},
+           {"role": "tool", "content": "2<｜Assistant｜>", "tool_call_id": "0"},
+           {"role": "assistant", "content": "it is 2"}]
+KNOWS = ("{{ bos_token }}{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}"
+         "{% if m.role == 'assistant' %}<｜Assistant｜>{{ m.content }}{% for c in m.tool_calls or [] %}"
+         "{{ c.function.name + c.function.arguments | tojson }}{% endfor %}{{ eos_token }}"
+         "{% elif m.role == 'tool' %}{{ m.tool_call_id + ': ' + m.content }}"
+         "{% else %}<｜User｜>{{ m.content }}{% endif %}{% endfor %}"
+         "{% if add_generation_prompt %}<｜Assistant｜>{% endif %}")
+
+
+def test_calls_of_tools_are_predicted_and_neither_their_description_nor_what_they_return(tmp_path):
+    tokenizer = published()
+    ids, predicted = conversation_ids(CALLING, tokenizer, with_template(KNOWS, tmp_path), TOOLS)
+    assert said(tokenizer, ids, predicted) == [f"add{json.dumps(GIVEN, ensure_ascii=False)}<|eos|>", "it is 2<|eos|>"]
+    told, user, *_ = tokenizer.decode(ids, specials=True).removeprefix("<|bos|>").split("<｜User｜>")
+    assert json.loads(told) == TOOLS and user == "1 + 1<｜Assistant｜>add{\"a\": 1, \"b\": null, \"why\": \""
+    # What tools, calls and results spell is letters: one of each token is the template's own.
+    count = lambda spelled: ids.count(tokenizer.backend.token_to_id(spelled))
+    assert [count(spelled) for spelled in ("<｜User｜>", "<｜Assistant｜>", "<|eos|>")] == [1, 2, 2]
+
+
+@pytest.mark.parametrize(("messages", "tools", "error"), [
+    (CALLING, None, "it knows no tool_calls"), (TURNS, TOOLS, "it knows no tools"),
+    ([*TURNS[:2], CALLING[2], TURNS[2]], None, "it knows no messages of the role tool")])
+def test_tools_are_refused_by_templates_that_would_drop_them(messages, tools, error, tmp_path):
+    with pytest.raises(BadMessages, match=error):
+        conversation_ids(messages, published(), with_template(DEEPSEEK, tmp_path), tools)
+
+
+def test_calls_that_a_template_leaves_out_in_this_place_are_not_dropped(tmp_path):
+    text = with_template(KNOWS.replace("in m.tool_calls or []", "in m.tool_calls if m.content is none"), tmp_path)
+    with pytest.raises(BadMessages, match=r"messages\[1\]: the model's chat template leaves its tool_calls out"):
+        conversation_ids(CALLING, published(), text)
+
+
+@pytest.mark.parametrize(("messages", "tools", "error"), [
+    (CALLING[:2], None, r"messages\[1\]\.tool_calls is not supported"), (TURNS, TOOLS, "tools need a chat template"),
+    ([TURNS[1], CALLING[2], TURNS[2]], None, r"messages\[1\] is of the role tool, which needs a chat template")])
+def test_role_tokens_have_no_tools(messages, tools, error):
+    with pytest.raises(BadMessages, match=error):
+        conversation_ids(messages, published(), PLAIN, tools)
+
+
+@pytest.mark.parametrize(("calls", "tools", "error"), [
+    ([{"function": {"name": "add"}}], TOOLS, r"messages\[1\]\.tool_calls needs a list of calls"),
+    ("add", TOOLS, "needs a list of calls"), (["add"], TOOLS, "needs a list of calls"),
+    ([{"function": {"name": "a", "arguments": "\ud800"}}], TOOLS, "half a character"),
+    ([CALL], "add", "tools must be a list of functions with a name"),
+    ([CALL], [{"function": {}}], "tools must be a list of functions with a name"),
+    ([CALL], [{"name": "\ud800"}], "tools: one holds half a character")])
+def test_calls_that_are_none_say_what_they_need(calls, tools, error, tmp_path):
+    with pytest.raises(BadMessages, match=error):
+        conversation_ids([CALLING[0], CALLING[1] | {"tool_calls": calls}], published(), with_template(KNOWS, tmp_path),
+                         tools)
+
+
+def test_calls_are_no_chat_that_the_server_takes(tmp_path):
+    with pytest.raises(BadMessages, match="needs a role"):
+        chat_ids(CALLING[:2], published(), with_template(KNOWS, tmp_path).template)
+    with pytest.raises(BadMessages, match=r"messages\[1\]\.tool_calls is not supported"):
+        chat_ids([CALLING[0], CALLING[1] | {"content": ""}], published(), with_template(KNOWS, tmp_path).template)

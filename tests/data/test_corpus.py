@@ -277,3 +277,33 @@ def test_a_row_nested_too_deeply_does_not_end_its_file(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b"[" * 10**5 + b'\n{"text": "two"}\n')
     documents, counts, _ = read(tmp_path / "a.jsonl")
     assert [d.name for d in documents] == ["a.jsonl#1"] and counts.skipped == 1
+
+
+ADD = {"name": "add", "description": None, "strict": True}
+CALLING = {"tools": [{"type": "function", "function": ADD}], "messages": [
+    {"role": "user", "content": "1 + 1", "tool_calls": None},
+    {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "add", "arguments": '{"a": null}'}}]},
+    {"role": "tool", "content": "2", "tool_calls": None}, {"role": "assistant", "content": "two", "tool_calls": None}]}
+
+
+@pytest.mark.parametrize("form", ["parquet", "jsonl"])
+def test_a_conversation_may_call_tools(tmp_path, form):
+    path = tmp_path / f"a.{form}"
+    if form == "parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist([CALLING]), path)
+    else:
+        path.write_text(json.dumps(CALLING))
+    (document,), _, warnings = read(path)
+    assert not warnings and [m["role"] for m in document.messages] == ["user", "assistant", "tool", "assistant"]
+    call, = document.messages[1]["tool_calls"]
+    assert call["function"] == {"name": "add", "arguments": '{"a": null}'} and document.messages[1]["content"] == ""
+    tool, = document.tools  # in JSON null is a value, in parquet none at all
+    assert tool["function"] == (ADD if form == "jsonl" else {"name": "add", "strict": True})
+    assert [predicted for _, predicted in document.parts] == [False, False, True, False, True]
+
+
+def test_tools_that_are_none_are_named(tmp_path):
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(CALLING | {"tools": tools}) for tools in ("add", None, [1])))
+    documents, _, warnings = read(tmp_path / "a.jsonl")
+    assert len(documents) == 1 and [w.split(": ", 1)[1] for w in warnings] == [
+        "tools must be a list of functions with a name each."] * 2

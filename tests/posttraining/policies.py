@@ -1,10 +1,10 @@
 """A tiny policy with a real tokenizer, for the tests of this room."""
 
-import contextlib
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -18,6 +18,7 @@ from deepseek_jax.posttraining.tasks import Task
 from deepseek_jax.training.metrics import read_metrics
 from deepseek_jax.training.step import init_state
 from deepseek_jax.workdir import claim_workdir
+from tests import runs
 from tests.model import naive
 
 # Rewards that answers of random weights get now and then.
@@ -51,9 +52,10 @@ def tokenizer() -> Tokenizer:
     return train_tokenizer(["reverse a b c d = d c b a"] * 4, 288)
 
 
-@contextlib.contextmanager
-def ended_at_the_first_save() -> Iterator[None]:
-    """Inside, a run ends as by Ctrl-C as soon as its first checkpoint is written."""
+def assert_continues(train: Callable[[Config, str], Any], config: Config, folder: pathlib.Path,
+                     whole: pathlib.Path) -> None:
+    """A run in `folder` that ends, as by Ctrl-C, once its first checkpoint is written, and is started again, is to the
+    bit the uninterrupted one in `whole`."""
     def stops(self, *arguments):
         saves(self, *arguments)
         self.wait()
@@ -61,7 +63,10 @@ def ended_at_the_first_save() -> Iterator[None]:
 
     saves = Checkpoints.save
     with mock.patch.object(Checkpoints, "save", stops), pytest.raises(KeyboardInterrupt):
-        yield
+        train(config, str(folder))
+    assert runs.checkpoints(folder) == [config.train.checkpoint_every]
+    train(config, str(folder))
+    runs.assert_same_run(folder, whole)
 
 
 def start_run(folder: pathlib.Path, config: Config) -> Config:

@@ -13,7 +13,6 @@ from deepseek_jax.posttraining.distill_on_policy import reverse_kl
 from deepseek_jax.posttraining.loop import check_reinforce, reinforce
 from deepseek_jax.training.metrics import read_metrics
 from deepseek_jax.training.step import init_state
-from tests import runs
 from tests.posttraining import policies
 from tests.precision import float64
 
@@ -77,10 +76,7 @@ def test_a_student_comes_nearer_to_its_teacher_on_its_own_answers_and_resumes_to
     rows = [row for row in read_metrics(tmp_path / "whole") if "loss" in row]
     assert [row["loss"] for row in rows] == pytest.approx([row["reverse_kl"] for row in rows])
     assert rows[3]["reverse_kl"] < rows[0]["reverse_kl"] and "reward" in rows[0] and "kl" not in rows[0]
-    with policies.ended_at_the_first_save():
-        reinforce(pupil, str(tmp_path / "run"))
-    assert reinforce(pupil, str(tmp_path / "run"))
-    runs.assert_same_run(tmp_path / "run", tmp_path / "whole")
+    policies.assert_continues(reinforce, pupil, tmp_path / "run", tmp_path / "whole")
 
 
 @pytest.mark.parametrize(("change", "said"), [

@@ -75,11 +75,7 @@ def test_frozen_biases_keep_their_bits_and_the_weights_move(start, whole):
 
 
 def test_a_run_that_was_stopped_continues_to_the_bit(start, whole, tmp_path):
-    with policies.ended_at_the_first_save():
-        train_on_pairs(start, str(tmp_path / "run"))
-    assert runs.checkpoints(tmp_path / "run") == [2]
-    assert train_on_pairs(start, str(tmp_path / "run")).finished
-    runs.assert_same_run(tmp_path / "run", whole)
+    policies.assert_continues(train_on_pairs, start, tmp_path / "run", whole)
 
 
 def test_another_reference_or_other_pairs_are_refused_when_a_run_continues(start, whole, tmp_path):
@@ -115,10 +111,7 @@ def test_of_adapters_the_base_is_the_reference_and_they_continue_to_the_bit(star
     first, second, *_ = [row for row in read_metrics(tmp_path / "whole") if "loss" in row]
     np.testing.assert_allclose(first["loss"], np.log(2), rtol=1e-6)
     assert first["grad_norm"] > 0 and second["margin"] != 0
-    with policies.ended_at_the_first_save():
-        train_on_pairs(config, str(tmp_path / "run"))
-    assert train_on_pairs(config, str(tmp_path / "run")).finished
-    runs.assert_same_run(tmp_path / "run", tmp_path / "whole")
+    policies.assert_continues(train_on_pairs, config, tmp_path / "run", tmp_path / "whole")
 
 
 @pytest.mark.slow

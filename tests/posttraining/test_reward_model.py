@@ -32,7 +32,6 @@ from deepseek_jax.training.metrics import read_metrics
 from deepseek_jax.training.step import Inputs
 from deepseek_jax.training.types import Normalizers
 from deepseek_jax.workdir import load_run
-from tests import runs
 from tests.model import naive
 from tests.posttraining import policies
 from tests.posttraining.test_pairs import many, written
@@ -116,10 +115,7 @@ def test_a_run_begins_at_log_2_and_learns_the_preference(start, whole):
 
 
 def test_a_run_that_was_stopped_continues_to_the_bit(start, whole, tmp_path):
-    with policies.ended_at_the_first_save():
-        train_on_pairs(start, str(tmp_path / "run"))
-    assert train_on_pairs(start, str(tmp_path / "run")).finished
-    runs.assert_same_run(tmp_path / "run", whole)
+    policies.assert_continues(train_on_pairs, start, tmp_path / "run", whole)
 
 
 def sequence_of(turn, ended=True):
