@@ -43,12 +43,14 @@ def test_the_public_names_are_there():
 
 # Third-party packages are imported first, since what they do to a process is not ours.
 WATCH = """
-import importlib, json, logging, os, pathlib, signal, sys, threading, warnings
+import importlib.util, json, logging, os, pathlib, signal, sys, threading, warnings
 import absl.logging, chex, flax.linen, grain, httpx, jax, jax.numpy, matplotlib.figure, ml_collections, numpy, optax
 import scipy.stats
 import orbax.checkpoint, safetensors.numpy, starlette.applications, tensorboardX, tensorstore, tokenizers, tqdm, uvicorn
 import jax.experimental.pallas.mosaic_gpu, jax.experimental.pallas.tpu, matplotlib.backends.backend_agg
 import jax.experimental.multihost_utils, jax.experimental.layout, jax.experimental.topologies
+if importlib.util.find_spec("lm_eval"):
+    import lm_eval.api.model, lm_eval.tasks
 
 
 def state():

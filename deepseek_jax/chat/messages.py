@@ -92,7 +92,7 @@ def _checked(field: str, message: Any, calls: bool) -> dict[str, Any]:
     called = _calls(field, message) if calls and role == "assistant" else []
     if content is None and called:  # which some templates would write as None, and others cannot add to
         content = ""
-    if role not in roles or not isinstance(content, str):
+    if not isinstance(role, str) or role not in roles or not isinstance(content, str):
         raise BadMessages(field, f"{field} needs a role ({', '.join(roles)}) and a text as content.")
     others = {key: value for key, value in message.items() if key not in ("role", "content") and value}
     if others.get("type") == "text":  # which says no more than the content does
