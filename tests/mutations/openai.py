@@ -161,8 +161,8 @@ MUTATIONS = [
     Mutation(
         name="reasoning is dropped where the template knows none",
         file="deepseek_jax/chat/template.py",
-        old='if "reasoning_content" not in source and',
-        new="if False and",
+        old='for field in ("reasoning_content", "tool_calls", "tools"):',
+        new='for field in ("tool_calls", "tools"):',
         tests="chat/test_deepseek_v32.py",
     ),
     Mutation(
@@ -420,8 +420,8 @@ MUTATIONS = [
     Mutation(
         name="all answers are asked for as the last one is",
         file="deepseek_jax/chat/conversation.py",
-        old="text.template, _reasoning(checked[-1]))",
-        new="text.template, {})",
+        old="text.template, _reasoning(checked[-1]) | told)",
+        new="text.template, told)",
         tests="chat/test_deepseek_v32.py",
     ),
     Mutation(
