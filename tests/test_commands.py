@@ -38,7 +38,7 @@ def assert_only_error(result, *parts):
         (["--config", "CONFIG"], ["the following arguments are required: --workdir"]),
         (["--config", "CONFIG", "--workdir"], ["argument --workdir: expected one argument"]),
         (["--config", "absent.py", "--workdir", "W"], ["no config file absent.py"]),
-        (["--config", "CORPUS", "--workdir", "W"], ["no config file", "take one of glm"]),
+        (["--config", "CORPUS", "--workdir", "W"], ["no config file", "take one of distill", "small, tiny"]),
         (["CONFIG.train.stepz=3"], ["cannot read", "overrides look like --config.train.steps=50"]),
         (["--config.train.stepz=3"], ["unknown config key train.stepz; did you mean steps?"]),
         (["--config.trian.steps=3"], ["unknown config key trian; did you mean train?"]),
@@ -57,7 +57,7 @@ def assert_only_error(result, *parts):
         (["--config.data.sources=[('EMPTY', 1)]"], ["EMPTY has no file that can be read"]),
         (["--config.data.sources=[('BLANK', 1)]"], ["BLANK holds no text; give files with some"]),
         (["--config.data.sources=[('ONE', 1)]"], ["ONE holds one document, too few for training and validation"]),
-        (["--config.init.from=absent"], ["there is no absent/tokenizer.json"]),
+        (["--config.init.from=absent"], ["absent holds no config.json; give the --workdir of a run"]),
         (["--workdir", "CONFIG"], ["config.py", "Not a directory"]),
     ],
     ids=lambda x: " ".join(x)[:60] if isinstance(x, list) else str(x))
