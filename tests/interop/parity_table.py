@@ -4,13 +4,17 @@
 """
 
 import dataclasses
+import json
+import pathlib
+from unittest import mock
 
 import jax
 import numpy as np
 
 from deepseek_jax.interop import load_hf
-from deepseek_jax.interop.agreement import Agreement, agreement
-from tests.interop.checkpoints import CASES, golden
+from deepseek_jax.interop.agreement import Agreement, agreement, divergence
+from deepseek_jax.model import DeepSeekV3, sparse_attention
+from tests.interop.checkpoints import CASES, GOLDEN, golden
 from tests.model import naive
 
 LENGTH = 40  # one compiled program a case: the prompt of 8 and its 32 tokens; shorter rows are padded, unseen
@@ -64,16 +68,54 @@ def in_bfloat16(case) -> Agreement:
         expected[name] for name in ("tokens_BT", "logits_BTW", "chosen_LBTK")))
 
 
+def tokens_pinned() -> float:
+    """The same of V3.2 with the reference's experts and with the tokens that its indexer chooses in float32."""
+    cfg, variables = load_hf(golden("v3_2"))
+    expected = np.load(f"{golden('v3_2')}/expected.npz")
+    chosen_mask = sparse_attention.chosen_mask
+
+    def answer(cfg, masks=None):
+        """Logits, and the mask of each layer; those of `masks` are attended to."""
+        found = []
+
+        def replace(mask_BTS):
+            found.append(np.array(mask_BTS))
+            return found[-1] if masks is None else masks[len(found) - 1]
+
+        def watched(score_BTS, topk):
+            mask_BTS = chosen_mask(score_BTS, topk)
+            return jax.pure_callback(replace, jax.ShapeDtypeStruct(mask_BTS.shape, mask_BTS.dtype), mask_BTS)
+
+        # Without rematerialization, through which no callback goes; a layer waits for the one before it.
+        with mock.patch.object(jax, "checkpoint", lambda f: f), \
+                mock.patch.object(sparse_attention, "chosen_mask", watched):
+            model = DeepSeekV3(dataclasses.replace(cfg, remat="none"))
+            run = jax.jit(lambda variables, *given: model.apply(variables, given[0], chosen=given[1]).logits_BTW)
+            return np.asarray(run(variables, expected["tokens_BT"], expected["chosen_LBTK"])), found
+
+    reference_BTW, masks = answer(cfg)
+    assert relative_error(reference_BTW, expected["logits_BTW"]) < 1e-5 and len(masks) == cfg.num_layers
+    low_BTW, _ = answer(dataclasses.replace(cfg, dtype="bfloat16"), masks)
+    return float(divergence(expected["logits_BTW"], low_BTW).mean())
+
+
+def of_transformers() -> dict[str, dict[str, float]]:
+    """What transformers in bfloat16 has itself, by tests/golden/make_bfloat16.py."""
+    return json.loads(pathlib.Path(GOLDEN, "bfloat16.json").read_text())
+
+
 def main():
     jax.config.update("jax_platforms", "cpu")
     print("| model | logits, max relative error | MTP logits | greedy tokens equal | drafts equal | bfloat16: KL | KL, "
-          "routes pinned | choices flipped |\n|---|---|---|---|---|---|---|---|")
+          "routes pinned | that of transformers | choices flipped |\n|---|---|---|---|---|---|---|---|---|")
+    theirs = of_transformers()
     for case in CASES:
         row, low = measure(case), in_bfloat16(case)
         mtp = "" if row["mtp"] is None else f"{row['mtp']:.1e}"
         drafts = "" if row["drafts"] is None else "{} of {}".format(*row["drafts"])
         print(f"| {case} | {row['logits']:.1e} | {mtp} | {row['tokens']} of 32 | {drafts} | {low.free:.1e} | "
-              f"{low.pinned:.1e} | {low.flipped:.1%} |", flush=True)
+              f"{low.pinned:.1e} | {theirs[case]['pinned']:.1e} | {low.flipped:.1%} |", flush=True)
+    print(f"\nv3_2 with the indexer's tokens pinned too: {tokens_pinned():.1e}")
 
 
 if __name__ == "__main__":
