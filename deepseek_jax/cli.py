@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 import traceback
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from deepseek_jax import runtime
+from deepseek_jax import runtime, stop
 from deepseek_jax.config import ConfigError, did_you_mean
 
 PATHS = ("workdir", "hf", "config", "data", "prompts", "json", "plot")  # options whose ~ a shell leaves: --hf=~/x
@@ -47,43 +48,53 @@ class Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message}; see {self.prog} --help.")
 
 
-def run(main: Callable[[], int | None]) -> NoReturn:
+def run(main: Callable[[], int | None], resumes: bool = False) -> NoReturn:
     """Sets up the process (`runtime.prepare`), calls main(), and exits.
 
     A mistake of the user's becomes one line on stderr and exit code 2, an interrupt 130. So does what the machine
     refuses (a full disk, a directory without permission) and a package that is not installed.
+
+    Args:
+      resumes: the command saves and resumes; SIGTERM and SIGUSR1 end it with `stop.STOPPED` from here on.
     """
+    with stop.ended_by_signals() if resumes else contextlib.nullcontext():
+        code = _run(main)
+        if code and stop.farewells:  # other processes wait for this one, and have to hear how it ends
+            stop.leave(code)
+    sys.exit(code)
+
+
+def _run(main):
     runtime.prepare()
     try:
-        code = main() or 0
+        return main() or 0
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
-        code = 2
+        return stop.exit_code(error)
     except ModuleNotFoundError as error:
         package = (error.name or "").split(".")[0]
         if package in ("", "deepseek_jax", "kernels_pallas"):
             raise
         print(f"error: the Python package {package} is missing in {sys.prefix}; activate the environment that has it "
               "(. .venv/bin/activate), or install it with the others: pip install -e .", file=sys.stderr)
-        code = 2
+        return stop.MISTAKE
     except (AssertionError, RuntimeError) as error:
         if not _lacks_backend(error):
             raise
         print(f"error: this jax has no backend for JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS')}; install jax for it "
               "(pip install -e '.[cuda12]', '.[cuda13]' or '.[tpu]'), or unset JAX_PLATFORMS.", file=sys.stderr)
-        code = 2
+        return stop.MISTAKE
     except MemoryError as error:
         print(f"error: the memory of this machine is too small ({str(error) or 'no more can be allocated'}).",
               file=sys.stderr)
-        code = 2
+        return stop.MISTAKE
     except OSError as error:
         what = error.strerror or str(error) or type(error).__name__
         print(f"error: {error.filename}: {what}" if error.filename else f"error: {what}", file=sys.stderr)
-        code = 2
+        return stop.MISTAKE
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        code = 130
-    sys.exit(code)
+        return stop.INTERRUPTED
 
 
 def _lacks_backend(error):

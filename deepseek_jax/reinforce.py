@@ -7,9 +7,10 @@
 import argparse
 import sys
 
-from deepseek_jax import cli
+from deepseek_jax import cli, stop
 from deepseek_jax.config import load_config
 from deepseek_jax.config.advice import advice
+from deepseek_jax.parallel import cluster
 
 
 def parse() -> tuple[argparse.Namespace, list[str]]:
@@ -17,21 +18,23 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--config", required=True, help="grpo_reverse or distill_on_policy; a Python file with "
                         "get_config(); or the config.json of a run")
     parser.add_argument("--workdir", required=True, help="checkpoints and metrics; run again to resume")
-    parser.epilog = "Any key of the config can be overridden: --config.rollout.group_size=16 --config.grpo.updates=2"
+    parser.epilog = ("Any key of the config can be overridden: --config.rollout.group_size=16 --config.grpo.updates=2\n"
+                     + stop.CODES)
     return parser.parse_known_args()
 
 
-def main() -> None:
+def main() -> int:
     args, overrides = parse()
     config = load_config(args.config, overrides)
+    cluster.check_alone()
     for note in advice(config):
         print(f"note: {note}", file=sys.stderr)
 
     # After the config is known to be good: it takes seconds.
     from deepseek_jax.posttraining.loop import reinforce
 
-    reinforce(config, args.workdir)
+    return stop.DONE if reinforce(config, args.workdir) else stop.STOPPED
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, resumes=True)

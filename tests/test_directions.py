@@ -25,7 +25,8 @@ MAY_IMPORT = {
     "config": ("configs", "io"),  # `--config NAME` runs a file of that folder
     "configs": ("config",),
     "runtime": (),
-    "cli": ("runtime", "config"),
+    "stop": ("config",),
+    "cli": ("runtime", "stop", "config"),
     "io": (),
     "table": (),
     "plugin": ("config",),
@@ -34,7 +35,10 @@ MAY_IMPORT = {
     "parallel.sharding": ("parallel.mesh",),
     "parallel.capacity": ("parallel.sharding",),
     "parallel.dispatch": (*SHARDING, "kernels_pallas.constants", "config"),
-    "parallel.processes": ("config",),
+    "parallel.meeting": ("stop", "config"),
+    "parallel.watch": ("parallel.meeting", "stop"),
+    "parallel.cluster": ("parallel.meeting", "config"),
+    "parallel.processes": ("parallel.meeting", "parallel.watch", "stop", "config"),
     "parallel.runner": (*SHARDING, "parallel.processes", "config"),
     "parallel": (),
     # The network.
@@ -91,7 +95,7 @@ MAY_IMPORT = {
     "training.selfcheck": ("model.grouped_matmul", "parallel.dispatch", "kernels_pallas.api", "config"),
     "training.loop": ("training.evaluate", "training.selfcheck", "training.base", "training.step", "training.types",
                       "training.metrics", "training.throughput", "pipeline.model", "model.parts", "parallel",
-                      "checkpoint", "data", "scale.costs", "workdir", "config"),
+                      "checkpoint", "data", "scale.costs", "workdir", "stop", "config"),
     "training.summary": ("training.loop", "training.metrics", "serving", "plots", "data", "config"),
     "training": (),
     "plots.style": ("io", "config"),
@@ -112,9 +116,9 @@ MAY_IMPORT = {
               "interop.hf_config", "io", "config"),
     # Commands.
     "__main__": (),
-    "train": ("cli", "config", "parallel.processes", "posttraining.distill_logits", "posttraining.preferences",
-              "training.loop", "training.summary"),
-    "reinforce": ("cli", "posttraining.loop", "config"),
+    "train": ("cli", "stop", "config", "parallel.cluster", "parallel.processes", "posttraining.distill_logits",
+              "posttraining.preferences", "training.loop", "training.summary"),
+    "reinforce": ("cli", "stop", "parallel.cluster", "posttraining.loop", "config"),
     "evaluate": ("cli", "io", "training.evaluate", "serving", "chat", "workdir", "config"),
     "routing": ("model", "workdir", "config"),
     "compare": ("cli", "io", "table", "plots", "training.comparison", "training.metrics", "workdir", "config"),
@@ -126,12 +130,12 @@ MAY_IMPORT = {
 }
 COMMANDS = ("train", "reinforce", "evaluate", "compare", "generate", "serve", "convert", "plan", "compile")
 
-WITHOUT_JAX = ("config", "configs", "cli", "runtime", "io", "plugin", "chat", "data", "workdir", "pipeline.orders",
-               "pipeline.ticks", "pipeline.schedule", "pipeline.validate", "pipeline.tables", "pipeline.draw",
-               "pipeline.__main__", "scale.costs", "scale.layout", "scale.traffic", "scale.memory", "scale.hardware",
-               "scale.timing", "scale.plan", "scale.decoding", "scale.tables", "scale.arguments", "scale.serve",
-               "scale.finetune", "scale.one_device", "scale.compile.hlo", "plots", "table", "training.comparison",
-               *COMMANDS)
+WITHOUT_JAX = ("config", "configs", "cli", "runtime", "stop", "io", "parallel.meeting", "parallel.watch", "plugin",
+               "chat", "data", "workdir", "pipeline.orders", "pipeline.ticks", "pipeline.schedule",
+               "pipeline.validate", "pipeline.tables", "pipeline.draw", "pipeline.__main__", "scale.costs",
+               "scale.layout", "scale.traffic", "scale.memory", "scale.hardware", "scale.timing", "scale.plan",
+               "scale.decoding", "scale.tables", "scale.arguments", "scale.serve", "scale.finetune",
+               "scale.one_device", "scale.compile.hlo", "plots", "table", "training.comparison", *COMMANDS)
 JAX = ("jax", "jaxlib", "flax", "optax", "orbax", "chex")
 LONGEST_COMMAND = 99
 

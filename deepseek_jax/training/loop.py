@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import tqdm
 from flax import traverse_util
 
+from deepseek_jax import stop
 from deepseek_jax.checkpoint.adapters import Base, merge, restore_weights
 from deepseek_jax.checkpoint.manager import Checkpoints
 from deepseek_jax.config import Config, ConfigError, as_dict
@@ -262,8 +263,8 @@ class Run:
         return None, None
 
     def go(self) -> bool:
-        """Runs the remaining steps. False when SIGTERM or Ctrl-C (SIGINT) ended them."""
-        previous = {number: signal.signal(number, self._ask_to_stop) for number in (signal.SIGTERM, signal.SIGINT)}
+        """Runs the remaining steps. False when SIGTERM, SIGUSR1 or Ctrl-C (SIGINT) ended them."""
+        previous = {number: signal.signal(number, self._ask_to_stop) for number in (*stop.SIGNALS, signal.SIGINT)}
         try:
             with tqdm.tqdm(total=self.config.train.steps, initial=self.step, desc=self.name, unit="step",
                            mininterval=1.0, disable=not is_first()) as bar:

@@ -1,132 +1,19 @@
-"""Several processes: how they meet and part, what the others do when one is gone, and whole runs of two."""
+"""Whole runs of two processes: the losses of one, and how they end when one of them does."""
 
-import contextlib
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
-import threading
 import time
 
 import numpy as np
 import pytest
 
-from deepseek_jax.config import ConfigError
-from deepseek_jax.parallel import processes
-from deepseek_jax.parallel.processes import Group, Watch, check
+from deepseek_jax import stop
 from deepseek_jax.training.metrics import read_metrics
 from tests import runs
-
-
-def free_port():
-    """The first of two neighbouring ports that are free."""
-    while True:
-        with socket.socket() as first, socket.socket() as second:
-            first.bind(("localhost", 0))
-            port = first.getsockname()[1]
-            try:
-                second.bind(("localhost", port + 1))
-                return port
-            except (OSError, OverflowError):
-                continue
-
-
-def watches(count):
-    """The connections of a whole group, in this one process."""
-    address, made = f"localhost:{free_port()}", [None] * count
-
-    def meet(i):
-        made[i] = Watch(Group(address, count, i))
-
-    threads = [threading.Thread(target=meet, args=(i,)) for i in range(count)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(timeout=20)
-    return made
-
-
-@pytest.fixture
-def left(monkeypatch):
-    """Counts who would have left at once."""
-    times = []
-    monkeypatch.setattr(processes, "_leave_at_once", lambda: times.append(time.monotonic()))
-    return times
-
-
-@pytest.fixture
-def group():
-    made = watches(3)
-    yield made
-    for watch in made:
-        for connection in watch.connections.values():
-            connection.close()
-
-
-def part(group):
-    """Whether all do, within seconds."""
-    threads = [threading.Thread(target=watch.part, daemon=True) for watch in reversed(group)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(timeout=10)
-    return not any(thread.is_alive() for thread in threads)
-
-
-def test_processes_that_say_farewell_part_in_peace(left, group, capsys):
-    assert part(group) and not left
-    assert capsys.readouterr().err == ""
-
-
-@pytest.mark.parametrize("victim", [0, 2])
-def test_when_one_is_gone_those_connected_to_it_say_so_and_leave(left, group, capsys, victim):
-    for connection in group[victim].connections.values():
-        connection.shutdown(socket.SHUT_RDWR)  # as the kernel does when a process ends
-    ends = 2 * len(group[victim].connections)  # its own too: none may leave after this test, when that is real
-    deadline = time.monotonic() + 60
-    while len(left) < ends and time.monotonic() < deadline:
-        time.sleep(0.01)
-
-    said = capsys.readouterr().err
-    assert f"error: process {victim} of 3 has ended" in said and "from its last checkpoint" in said
-    assert len(left) == ends
-
-
-@pytest.mark.parametrize(
-    ("group", "complaint"),
-    [(("localhost", 2, 0), "should be HOST:PORT"), (("localhost:x", 2, 0), "should be HOST:PORT"),
-     (("localhost:9900", 2, 2), r"--process=2 must lie in \[0, 2\)"), (("localhost:9900", 0, 0), "must lie in")])
-def test_a_bad_group_is_one_line(group, complaint):
-    with pytest.raises(ConfigError, match=complaint):
-        check(Group(*group))
-
-
-def test_nobody_there_is_one_line(monkeypatch):
-    monkeypatch.setattr(processes, "STARTUP_TIMEOUT", 0)
-    for process in (0, 1):
-        with pytest.raises(ConfigError, match="could not meet the others"):
-            Watch(Group(f"localhost:{free_port()}", 2, process))
-
-
-def test_a_stranger_who_connects_is_not_taken_for_a_process(left):
-    address = f"localhost:{free_port()}"
-    first = threading.Thread(target=lambda: made.append(Watch(Group(address, 2, 0))))
-    made = []
-    first.start()
-    while True:
-        with contextlib.suppress(OSError), socket.create_connection(("localhost", int(address[10:]) + 1)) as stranger:
-            stranger.sendall(b"GET / HTTP/1.1")
-            break
-    made.append(Watch(Group(address, 2, 1)))
-    first.join(timeout=20)
-
-    assert sorted(peer for watch in made for peer in watch.connections) == [0, 1]
-    assert part(made) and not left
-
-
-# Whole runs.
+from tests.parallel.groups import free_port
 
 OVERRIDES = ["--config.train.steps=12", "--config.train.batch_size=16", "--config.train.ramp_from=None",
              "--config.train.sample_tokens=2"]
@@ -188,7 +75,7 @@ def test_when_one_is_killed_the_other_ends_with_a_clear_line_and_both_resume(con
     said, _ = both[1 - victim].communicate(timeout=60)
     both[victim].communicate()
 
-    assert time.monotonic() - killed < 60 and both[1 - victim].returncode == 2, said
+    assert time.monotonic() - killed < 60 and both[1 - victim].returncode == stop.PEER_LOST, said
     assert f"error: process {victim} of 2 has ended" in said and "start all of them again" in said
 
     again = start_two(config, tmp_path / "run")
@@ -206,7 +93,7 @@ def test_sigterm_to_one_saves_and_ends_both(config, tmp_path):
     both[1].send_signal(signal.SIGTERM)
     said = [process.communicate(timeout=120)[0] for process in both]
 
-    assert [process.returncode for process in both] == [0, 0], said
+    assert [process.returncode for process in both] == [stop.STOPPED] * 2, said
     assert "Stopped by SIGTERM after step" in said[0]
     assert runs.checkpoints(tmp_path / "run")[-1] == read_metrics(tmp_path / "run")[-1]["step"]
 
@@ -216,7 +103,7 @@ def test_a_mesh_of_too_many_devices_ends_all_processes_in_one_line(config, tmp_p
     both = start_two(config, tmp_path / "run", devices=2)
     said = [process.communicate(timeout=120)[0] for process in both]
 
-    assert [process.returncode for process in both] == [2, 2], said
+    assert [process.returncode for process in both] == [stop.MISTAKE] * 2, said
     assert any("is for 8 devices, and 4 are here" in words for words in said)
     assert all("Traceback" not in words for words in said), said
 
@@ -228,7 +115,7 @@ def test_processes_that_were_not_told_the_same_end_in_one_line(config, tmp_path,
     both = start_two(config, tmp_path / "run", second=[second.replace("elsewhere", str(tmp_path / "elsewhere"))])
     said = [process.communicate(timeout=300)[0] for process in both]
 
-    assert [process.returncode for process in both] == [2, 2], said
+    assert [process.returncode for process in both] == [stop.MISTAKE] * 2, said
     assert complaint in said[1] and all("Traceback" not in words for words in said), said
 
 

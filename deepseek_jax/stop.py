@@ -1,0 +1,93 @@
+"""How a run ends: exit codes that a scheduler can tell apart, and what a signal does while there is nothing to save.
+
+    0 done    2 a mistake of the user's    75 stopped by a signal    76 a process of the run was lost
+
+A scheduler restarts a job by its code: the same command continues after 75 (EX_TEMPFAIL) and 76, and not after 2.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterator
+
+from deepseek_jax.config import ConfigError
+
+DONE, MISTAKE, STOPPED, PEER_LOST, INTERRUPTED = 0, 2, 75, 76, 130
+# What schedulers send: SIGTERM (Slurm, Kubernetes), and SIGUSR1 where they are asked to (sbatch --signal=USR1@300).
+SIGNALS = (signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else []))
+
+CODES = ("Exit codes: 0 done; 2 a mistake of yours; 75 stopped by a signal, and 76 a process of the run was lost: the "
+         "same command continues.")
+
+farewells: list[Callable[[int], None]] = []  # called with the exit code before a process ends at once
+
+
+class PeerLostError(ConfigError):
+    """Another process of the run has ended, or did not come."""
+
+
+def exit_code(error: BaseException) -> int:
+    """The exit code of a command that ends with this exception."""
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else int(error.code is not None)
+    if isinstance(error, PeerLostError):
+        return PEER_LOST
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED
+    return MISTAKE if isinstance(error, (ConfigError, ModuleNotFoundError, MemoryError, OSError)) else 1
+
+
+def leave(code: int) -> None:
+    """Ends this process now, whatever its threads do."""
+    for farewell in farewells:
+        farewell(code)
+    end(code)
+
+
+def end(code: int) -> None:
+    """The same without a word to others."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+@contextlib.contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """Inside, SIGTERM and SIGUSR1 end the process at once with `STOPPED`, until a loop that can save catches them.
+
+    A thread ends it: Python runs handlers only between its own instructions, and one call compiles for minutes. Where
+    this is not the main thread, which alone may catch signals, nothing happens.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    ours, theirs = socket.socketpair()
+    theirs.setblocking(False)
+    previous = {number: signal.signal(number, _left_to_the_thread) for number in SIGNALS}
+    before = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
+    threading.Thread(target=_listen, args=(ours,), daemon=True).start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+        theirs.close()  # which ends the thread
+
+
+def _left_to_the_thread(number, frame):
+    pass
+
+
+def _listen(numbers):
+    with numbers:
+        while number := numbers.recv(1):
+            if signal.getsignal(number[0]) is _left_to_the_thread:
+                print(f"\nStopped by {signal.Signals(number[0]).name} with nothing new to save; the same command "
+                      "starts again.", file=sys.stderr)
+                leave(STOPPED)

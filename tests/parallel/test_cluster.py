@@ -1,0 +1,109 @@
+"""Which processes a run has, by flags and by the variables of schedulers, as real ones set them."""
+
+import argparse
+
+import pytest
+
+from deepseek_jax.config import ConfigError
+from deepseek_jax.parallel import cluster
+from deepseek_jax.parallel.meeting import Group
+
+STEP = {  # of `srun` in a job of four tasks on two nodes: the second task of the first node
+    "SLURM_JOB_ID": "9", "SLURM_NTASKS": "4", "SLURM_JOB_NUM_NODES": "2", "SLURM_NODEID": "0", "SLURM_PROCID": "1",
+    "SLURM_LOCALID": "1", "SLURM_STEP_NODELIST": "n[1-2]", "SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_NUM_TASKS": "4",
+    "SLURM_STEP_TASKS_PER_NODE": "2(x2)"}
+BODY = {  # of the script that sbatch runs
+    "SLURM_JOB_ID": "9", "SLURM_NTASKS": "4", "SLURM_JOB_NUM_NODES": "2", "SLURM_NODEID": "0", "SLURM_PROCID": "0",
+    "SLURM_LOCALID": "0"}
+MPIRUN = {"OMPI_MCA_orte_hnp_uri": "8192000.0;tcp://10.0.0.7:34911", "OMPI_COMM_WORLD_SIZE": "4",
+          "OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_LOCAL_RANK": "3", "OMPI_COMM_WORLD_LOCAL_SIZE": "4"}
+
+
+@pytest.fixture
+def find(monkeypatch):
+    """find_group with these variables and flags, on a machine without GPUs of its own."""
+    monkeypatch.setattr(cluster.glob, "glob", lambda _: [])
+    parser = argparse.ArgumentParser()
+    cluster.add_flags(parser)
+
+    def call(environ, *flags):
+        for name, value in environ.items():
+            monkeypatch.setenv(name, value)
+        return cluster.find_group(parser.parse_args(flags))
+
+    return call
+
+
+def test_srun_starts_a_run_without_flags(find):
+    assert find(STEP) == Group("n1:61458", 4, 1)
+
+
+def test_mpirun_starts_a_run_without_flags(find):
+    assert find(MPIRUN | BODY) == Group("10.0.0.7:65440", 4, 3)  # within a job of Slurm too
+
+
+def test_a_launcher_without_others_is_a_run_alone(find):
+    assert find(STEP | {"SLURM_NTASKS": "1", "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}) is None
+    assert find(MPIRUN | BODY | {"OMPI_COMM_WORLD_SIZE": "1"}) is None
+
+
+@pytest.mark.parametrize("environ", [
+    BODY, {"SLURM_JOB_ID": "9", "SLURM_JOB_NUM_NODES": "2"},
+    STEP | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}])  # the last: salloc's shell where that is a step
+def test_a_job_of_several_tasks_outside_of_srun_is_refused_at_once(find, environ):
+    with pytest.raises(ConfigError, match="srun did not start this process; start it with srun, or alone with --proc"):
+        find(environ)
+    assert find(environ, "--processes=1") is None
+
+
+@pytest.mark.parametrize("environ", [{"PMI_SIZE": "4"}, {"TPU_WORKER_HOSTNAMES": "a,b"}, {"JOB_COMPLETION_INDEX": "0"},
+                                     {"SLURM_NTASKS": "2"}])
+def test_one_of_several_that_jax_cannot_join_is_refused(find, environ):
+    with pytest.raises(ConfigError, match="jax cannot join.*--coordinator, --processes and --process.*, or alone"):
+        find(environ)
+
+
+def test_when_jax_no_longer_has_its_readers_a_scheduler_is_refused_and_flags_work(find, monkeypatch):
+    monkeypatch.setattr("jax._src.clusters.ClusterEnv._cluster_types", [])
+    with pytest.raises(ConfigError, match="SLURM_NTASKS=4: this is one of several tasks"):
+        find(STEP)
+    flags = ["--coordinator=a:9900", "--processes=2", "--process=1"]
+    assert find(STEP, *flags) == Group("a:9900", 2, 1)
+
+
+def test_jaxs_readers_have_what_is_asked_of_them():
+    from jax._src.clusters import ClusterEnv
+
+    for each in ClusterEnv._cluster_types:
+        for name in ("name", "opt_in_only_method", "is_env_present", "get_process_count", "get_process_id",
+                     "get_local_process_id", "get_coordinator_address"):
+            assert hasattr(each, name)
+
+
+@pytest.mark.parametrize(("tasks", "visible", "expected"), [
+    ("2(x2)", "0,1", (1,)), ("2(x2)", "0,1,2,3", (2, 3)), ("2(x2)", "5", None), ("1(x4)", "0,1,2,3", None),
+    ("2(x2)", None, None)])
+def test_tasks_of_one_machine_share_its_gpus_and_one_task_has_all(find, monkeypatch, tasks, visible, expected):
+    environ = STEP | {"SLURM_STEP_TASKS_PER_NODE": tasks}
+    assert find(environ | ({"CUDA_VISIBLE_DEVICES": visible} if visible else {})).devices == expected
+    assert find(environ, "--local-devices=3,1").devices == (3, 1)
+
+
+def test_variables_for_jax_are_taken_as_they_are(find):
+    assert find(STEP | {"JAX_COORDINATOR_PORT": "7000"}).coordinator == "n1:7000"
+    assert find({"JAX_COORDINATOR_ADDRESS": "head:8000"}).coordinator == "head:8000"
+    assert find({"CUDA_VISIBLE_DEVICES": "0,1", "JAX_LOCAL_DEVICE_IDS": "0"}).devices is None  # jax reads it itself
+
+
+def test_neighbouring_jobs_on_one_machine_have_ports_apart(find):
+    ports = [int(find(STEP | {"SLURM_JOB_ID": str(job)}).coordinator.split(":")[1]) for job in range(2040, 2060)]
+    assert all(61440 <= port < 65535 for port in ports)
+    assert len({p for port in ports for p in (port, port + 1)}) == 2 * len(ports)
+
+
+@pytest.mark.parametrize(("flags", "words"), [
+    (["--coordinator=a:9900"], "give all three, or none"), (["--processes=2"], "give all three, or none"),
+    (["--coordinator=a:9900", "--processes=2", "--process=0", "--local-devices=a"], "should be numbers of GPUs")])
+def test_flags_that_say_too_little_are_one_line(find, flags, words):
+    with pytest.raises(ConfigError, match=words):
+        find({}, *flags)
