@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import functools
+import itertools
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -17,7 +17,6 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
-from jax.sharding import NamedSharding, PartitionSpec
 
 from deepseek_jax import stop
 from deepseek_jax.config import ConfigError
@@ -88,16 +87,53 @@ def check_same(config: str) -> None:
                           "command, but for --process.")
 
 
-def any_process(flag: bool) -> bool | jax.Array:
-    """Whether it is set in any process; the same answer in all. An array, so that its reader decides when to wait."""
-    if jax.process_count() == 1:
-        return flag
-    mesh = jax.make_mesh((jax.device_count(),), ("all",))
-    flags = jax.make_array_from_process_local_data(NamedSharding(mesh, PartitionSpec("all")),
-                                                   np.full(jax.local_device_count(), flag))
-    return _any(flags, NamedSharding(mesh, PartitionSpec()))
+class StopAgreement:
+    """The step after which all processes stop, once one of them was asked to.
+
+    That one says so in the key-value store of JAX's coordination service. Process 0 looks there after each step, and
+    publishes two steps on as the last. None can be past it: a process comes to the end of step n + 2 with the metrics
+    of step n + 1, which all devices compute together, and process 0 starts that step after it has published. So a
+    read of the store, of about a millisecond, replaces an exchange between all devices in every step.
+    """
+
+    def __init__(self):
+        self.prefix = f"deepseek_jax/stop/{next(_agreements)}/"  # the next run in this process makes its own
+        self.last: tuple[int, str] | None = None
+        self.said = False
+
+    def stopped_by(self, step: int, asked: str | None) -> str | None:
+        """The signal that ends the run with this step or an earlier one, the same in all processes; None: none does.
+
+        Args:
+          step: just dispatched; the metrics of the one before have been fetched.
+          asked: the signal that this process got, if it did.
+        """
+        if jax.process_count() == 1:
+            return asked
+        if self.last is None:
+            self._decide(step, asked) if is_first() else self._hear(asked)
+        return self.last[1] if self.last is not None and step >= self.last[0] else None
+
+    def _decide(self, step, asked):
+        asked = asked or next((name for _, name in _store().key_value_dir_get(f"{self.prefix}asked")), None)
+        if asked is not None:
+            self.last = step + 2, asked
+            _store().key_value_set(f"{self.prefix}last/step", f"{step + 2} {asked}")
+
+    def _hear(self, asked):
+        if asked is not None and not self.said:
+            _store().key_value_set(f"{self.prefix}asked/{jax.process_index()}", asked)
+            self.said = True
+        for _, words in _store().key_value_dir_get(f"{self.prefix}last"):
+            step, name = words.split()
+            self.last = int(step), name
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def _any(flags, replicated):
-    return jax.lax.with_sharding_constraint(flags.any(), replicated)
+_agreements = itertools.count()
+
+
+def _store() -> Any:
+    """The client of JAX's coordination service. Private to jax, which has no public way to it; Orbax takes the same."""
+    from jax._src import distributed
+
+    return distributed.global_state.client

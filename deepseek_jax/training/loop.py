@@ -35,7 +35,7 @@ from deepseek_jax.data.prepare import claim_corpus, prepare
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.model.parts import check_parts
 from deepseek_jax.parallel.dispatch import traffic_per_token
-from deepseek_jax.parallel.processes import any_process, check_same, first_then_others, is_first, wait_for_all
+from deepseek_jax.parallel.processes import StopAgreement, check_same, first_then_others, is_first, wait_for_all
 from deepseek_jax.parallel.runner import Runner
 from deepseek_jax.pipeline.model import check, describe
 from deepseek_jax.scale.costs import training_flops_per_token
@@ -204,7 +204,6 @@ class Pending(NamedTuple):
     step: int
     tokens: int
     metrics: Metrics
-    stopping: bool | jax.Array  # whether any process was asked to stop
 
 
 class Run:
@@ -212,13 +211,13 @@ class Run:
 
     loss: of a step. name: of the progress bar. together: steps that share a batch; a run stops and saves between them.
     reference: variables of the frozen model that the loss compares with, and compared: which checkpoint they are.
-    asked_by: the signal that asked to stop; where it was another process that got one, it was a SIGTERM.
+    asked: the signal that asked this process to stop.
     """
 
     loss: Loss = staticmethod(next_token_loss)
     name: str = "train"
     together: int = 1
-    asked_by: str = "SIGTERM"
+    asked: str | None = None
 
     def __init__(self, config: Config, workdir: str, loader: Any, runner: Runner):
         self.config, self.loader, self.runner = config, loader, runner
@@ -256,7 +255,7 @@ class Run:
         self.peak = peak_flops(config.model.dtype, config.mesh.devices)
         self.flops = training_flops_per_token(config.model, config.train.sequence_length,
                                               frozen=self.frozen is not None)
-        self.stopping = self.agreed = False  # asked to stop; all processes know that one of them was
+        self.agreement = StopAgreement()
 
     def find_reference(self, known: Base | None) -> tuple[dict[str, Any] | None, Base | None]:
         """The frozen model that the loss compares with, and which it is. known: the one of the run so far."""
@@ -277,10 +276,10 @@ class Run:
 
     def _ask_to_stop(self, number, frame):
         if number == signal.SIGINT:
-            if self.stopping:
+            if self.asked:
                 raise KeyboardInterrupt
             print("\nStopping after this step; Ctrl-C again stops at once and saves nothing.", file=sys.stderr)
-        self.stopping, self.asked_by = True, signal.Signals(number).name
+        self.asked = signal.Signals(number).name
 
     def close(self) -> None:
         """Waits for the last checkpoint."""
@@ -304,13 +303,12 @@ class Run:
             if pending is not None:
                 self._record(pending, bar)  # while the devices work on the step after it
             tokens = int(batch["active"]) * self.runner.rows * train.sequence_length
-            pending = Pending(self.step, tokens, metrics, any_process(self.stopping))
-            if jax.process_count() == 1:
-                self.agreed = self.stopping
+            pending = Pending(self.step, tokens, metrics)
+            stopped_by = self.agreement.stopped_by(self.step, self.asked)
             last = self.step == train.steps
             evaluating = last or self.step % train.eval_every == 0
             between = self.step % self.together == 0
-            saving = between and (last or self.agreed or self.step % train.checkpoint_every == 0)
+            saving = between and (last or stopped_by or self.step % train.checkpoint_every == 0)
             if evaluating or saving:
                 self._record(pending, bar)
                 pending = None
@@ -318,9 +316,9 @@ class Run:
                 self._evaluate(bar)
             if saving:
                 self._save()
-            if saving and self.agreed:
+            if saving and stopped_by:
                 self.checkpoints.wait()
-                self._say(bar, f"Stopped by {self.asked_by} after step {self.step}; the same command continues from "
+                self._say(bar, f"Stopped by {stopped_by} after step {self.step}; the same command continues from "
                                "there.")
                 return False
             if pending is None:
@@ -330,7 +328,6 @@ class Run:
     def _record(self, pending: Pending, bar):
         """Fetches the metrics of a step, checks them, writes them down and shows them."""
         metrics = jax.device_get(pending.metrics)
-        self.agreed |= bool(pending.stopping)
         now = time.perf_counter()
         tokens_per_second, self.clock = pending.tokens / (now - self.clock), now
         self._check_finite(pending.step, metrics)

@@ -220,14 +220,14 @@ MUTATIONS = [
     Mutation(
         name="what other processes were asked is not heard",
         file="deepseek_jax/training/loop.py",
-        old="self.agreed |= bool(pending.stopping)",
-        new="self.agreed |= self.stopping",
+        old="self.agreement.stopped_by(self.step, self.asked)",
+        new="self.asked",
         tests="training/test_loop_order.py",
     ),
     Mutation(
         name="SIGTERM does not save",
         file="deepseek_jax/training/loop.py",
-        old="(last or self.agreed or",
+        old="(last or stopped_by or",
         new="(last or",
         tests="training/test_loop_order.py",
     ),

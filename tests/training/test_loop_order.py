@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import pytest
 
 from deepseek_jax.config import Config, ConfigError, TrainConfig
+from deepseek_jax.parallel.processes import StopAgreement
 from deepseek_jax.training import loop
 from deepseek_jax.training.evaluate import Score
 from deepseek_jax.training.types import Metrics
@@ -40,10 +41,10 @@ def run_of(monkeypatch, losses, **train):
 
     monkeypatch.setattr(loop.jax, "device_get", fetch)
     run = object.__new__(loop.Run)
-    run.config, run.state, run.step, run.writer, run.stopping, run.peak, run.flops = config, 0, 0, None, False, 1, 1
+    run.config, run.state, run.step, run.writer, run.peak, run.flops = config, 0, 0, None, 1, 1
     run.loader = types.SimpleNamespace(iterate=lambda start: ((i, {"active": 1}) for i in range(start, len(losses))))
     run.runner = types.SimpleNamespace(shard_batch=lambda batch: batch, rows=1)
-    run.step_fn, run.eval_fn, run.agreed = step, None, False
+    run.step_fn, run.eval_fn, run.agreement = step, None, StopAgreement()
     run.base, run.frozen, run.frozen_params, run.reference, run.compared = None, None, None, None, None
     run.checkpoints = types.SimpleNamespace(save=lambda step, *_: done.append(f"save {step}"), wait=lambda: None,
                                             steps=list)
@@ -85,23 +86,17 @@ def test_the_last_evaluation_has_a_bound_and_a_bar_of_its_own(monkeypatch):
 
 def test_sigterm_saves_the_step_that_was_dispatched_last(monkeypatch):
     run, done = run_of(monkeypatch, [3.0, 2.0, 1.0], eval_every=10, checkpoint_every=10)
-    run.stopping = True
+    run.asked = "SIGTERM"
     assert not run._steps(Bar())
     assert done == ["dispatch 1", "fetch", "save 1"]
 
 
-def test_of_several_processes_a_stop_is_known_one_step_later_and_none_waits_for_it(monkeypatch):
+def test_of_several_processes_each_asks_when_the_step_before_is_fetched_and_saves_the_step_they_agree_on(monkeypatch):
     run, done = run_of(monkeypatch, [3.0, 2.0, 1.0], eval_every=10, checkpoint_every=10)
-
-    class Asked:
-        def __bool__(self):
-            done.append("asked")
-            return True
-
-    monkeypatch.setattr(loop.jax, "process_count", lambda: 2)
-    monkeypatch.setattr(loop, "any_process", lambda flag: Asked())
+    run.agreement = types.SimpleNamespace(
+        stopped_by=lambda step, asked: done.append(f"ask {step}") or ("SIGUSR1" if step == 2 else None))
     assert not run._steps(Bar())
-    assert done == ["dispatch 1", "dispatch 2", "fetch", "asked", "fetch", "asked", "save 2"]
+    assert done == ["dispatch 1", "ask 1", "dispatch 2", "fetch", "ask 2", "fetch", "save 2"]
 
 
 def test_a_diverged_run_is_a_config_error_for_the_command_line():

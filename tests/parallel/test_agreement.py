@@ -1,0 +1,79 @@
+"""All processes stop after the same step, whichever was asked to, and however far apart they are."""
+
+import os
+import subprocess
+import sys
+import types
+
+import pytest
+
+from deepseek_jax.parallel import processes
+from tests.parallel.groups import free_port
+
+# Runs of steps whose metrics all devices compute together, as those of training are: before step n + 2 each process
+# fetches those of step n. Process `who` is asked in step 3 of each run, and a slow one lags behind.
+STEPS = """
+import sys, time
+import jax, numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from deepseek_jax.parallel.processes import Group, StopAgreement, joined
+me = int(sys.argv[2])
+with joined(Group(sys.argv[1], 2, me)):
+    mesh = jax.make_mesh((2,), ("all",))
+    step = jax.jit(lambda x: x.sum(), out_shardings=NamedSharding(mesh, PartitionSpec()))
+    ones = jax.make_array_from_process_local_data(NamedSharding(mesh, PartitionSpec("all")), np.ones(1))
+    for who, slow in ((0, 0), (0, 1), (1, 0), (1, 1), (None, 1)):
+        agreement, pending, stopped = StopAgreement(), None, None
+        for n in range(1, 30):
+            metrics = step(ones)
+            if pending is not None:
+                jax.device_get(pending)
+            pending = metrics
+            if me == slow:
+                time.sleep(0.01)
+            stopped = agreement.stopped_by(n, "SIGUSR1" if me == who and n >= 3 else None)
+            if stopped:
+                break
+        print("run", who, slow, n, stopped, flush=True)
+"""
+
+
+def test_two_processes_stop_after_one_step_whoever_is_asked():
+    address = f"localhost:{free_port()}"
+    both = [subprocess.Popen([sys.executable, "-c", STEPS, address, str(i)], text=True, stdout=subprocess.PIPE,
+                             stderr=subprocess.STDOUT, env=os.environ | {"XLA_FLAGS": ""}) for i in range(2)]
+    said = [process.communicate(timeout=120)[0] for process in both]
+    runs = [[line for line in words.splitlines() if line.startswith("run")] for words in said]
+    assert runs[0] == runs[1] and len(runs[0]) == 5, said
+    steps = [int(line.split()[3]) for line in runs[0]]
+    assert steps[:2] == [5, 5] and all(5 <= n <= 8 for n in steps[2:4]) and steps[4] == 29, runs
+    assert all(line.endswith("SIGUSR1") for line in runs[0][:4])
+
+
+@pytest.fixture
+def store(monkeypatch):
+    """A store that notes in which order it is read and written."""
+    kept = {}
+    client = types.SimpleNamespace(key_value_set=kept.__setitem__, kept=kept, key_value_dir_get=lambda under: [
+        (key, value) for key, value in kept.items() if key.startswith(under + "/")])
+    monkeypatch.setattr(processes, "_store", lambda: client)
+    monkeypatch.setattr(processes.jax, "process_count", lambda: 3)
+    return client
+
+
+def test_one_that_is_asked_stops_no_earlier_than_the_others(store, monkeypatch):
+    agreements = [processes.StopAgreement() for _ in range(3)]
+    for each in agreements:
+        each.prefix = "x/"
+
+    def ask(process, step, asked=None):
+        monkeypatch.setattr(processes.jax, "process_index", lambda: process)
+        return agreements[process].stopped_by(step, asked)
+
+    assert [ask(1, 7, "SIGTERM"), ask(2, 7), ask(0, 7), ask(1, 8, "SIGTERM"), ask(0, 8)] == [None] * 5
+    assert [ask(i, 9) for i in range(3)] == ["SIGTERM"] * 3
+    assert ask(2, 10) == "SIGTERM"  # a run that saves every second step only
+
+
+def test_a_process_alone_stops_at_once():
+    assert processes.StopAgreement().stopped_by(1, "SIGTERM") == "SIGTERM"
