@@ -9,6 +9,8 @@ import contextlib
 import dataclasses
 import os
 import pathlib
+import socket
+import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -32,17 +34,32 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def alone_in(workdir: str) -> Iterator[None]:
-    """Inside, no other process trains in this work directory. Raises ConfigError where one does already."""
+    """Inside, no other process trains in this work directory. Raises ConfigError where one does already.
+
+    The kernel, or the server of a shared disk, lets go of the lock when its holder ends, however it ends.
+    """
     os.makedirs(workdir, exist_ok=True)
+    holder = pathlib.Path(workdir) / ".holder"
     try:
         lock = filelock.FileLock(os.path.join(workdir, ".lock"), timeout=0).acquire()
     except filelock.Timeout:
-        raise ConfigError(f"{workdir} is being trained by another process; wait for it, stop it, or take another "
-                          "--workdir.") from None
+        raise ConfigError(f"{workdir} is being trained by another process{_holder(holder)}; wait for it, stop it, or "
+                          "take another --workdir.") from None
     except NotImplementedError:  # a file system without locks
         lock = contextlib.nullcontext()
     with lock:
-        yield
+        io.write_json(holder, {"host": socket.gethostname(), "pid": os.getpid(),
+                               "since": time.strftime("%Y-%m-%d %H:%M:%S %z")})
+        try:
+            yield
+        finally:
+            holder.unlink(missing_ok=True)
+
+
+def _holder(path):
+    """" (process 7 of host a, since ...)", where the holder of the lock has said so."""
+    said = _object(str(path))
+    return f" (process {said['pid']} of {said['host']}, since {said['since']})" if len(said) == 3 else ""
 
 
 def claim_workdir(config: Config, workdir: str) -> None:

@@ -2,6 +2,9 @@
 
 import json
 import os
+import socket
+import subprocess
+import sys
 
 import pytest
 
@@ -17,10 +20,21 @@ def two():
 
 def test_two_processes_never_train_in_one_work_directory(tmp_path):
     with alone_in(str(tmp_path)):
-        with pytest.raises(ConfigError, match="is being trained by another process"), alone_in(str(tmp_path)):
+        who = rf"is being trained by another process \(process {os.getpid()} of {socket.gethostname()}, since 20"
+        with pytest.raises(ConfigError, match=who), alone_in(str(tmp_path)):
             pass
         with alone_in(str(tmp_path / "another")):
             pass
+    with alone_in(str(tmp_path)):
+        pass
+    assert not (tmp_path / ".holder").exists()
+
+
+def test_a_lock_whose_holder_was_killed_holds_nobody(tmp_path):
+    code = (f"import os; from deepseek_jax.workdir import alone_in\n"
+            f"with alone_in({str(tmp_path)!r}): os.kill(os.getpid(), 9)")
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -9
+    assert (tmp_path / ".holder").exists()
     with alone_in(str(tmp_path)):
         pass
 
