@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from deepseek_jax.config import ConfigError, MeshConfig
@@ -15,10 +17,11 @@ DATA = ("replica", "node", "local")  # the axes that split a batch
 
 
 def make_mesh(cfg: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """The mesh of all devices, in the order of their processes: neighbours on `tensor` and `local` share a host.
+    """The mesh of all devices: in the order of their processes, so that neighbours on `tensor` and `local` share a
+    host; on TPUs in that of the torus, so that they share a link.
 
     Raises:
-      ConfigError: the axes do not multiply to the number of devices.
+      ConfigError: the axes do not multiply to the number of devices, or not to that of TPU slices.
     """
     devices = jax.devices() if devices is None else list(devices)
     sizes = mesh_sizes(cfg)
@@ -30,7 +33,27 @@ def make_mesh(cfg: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
         here = f"{len(devices)} {'is' if len(devices) == 1 else 'are'} here"
         raise ConfigError(f"the mesh {axes} is for {cfg.devices} devices, and {here}; take {fit}, or start "
                           f"{cfg.devices} (on a CPU: XLA_FLAGS=--xla_force_host_platform_device_count={cfg.devices}).")
-    return Mesh(np.asarray(devices).reshape(tuple(sizes.values())), tuple(sizes), axis_types=(AxisType.Auto,) * 5)
+    arranged = _on_torus(cfg, devices) if devices[0].platform == "tpu" else np.asarray(devices)
+    return Mesh(arranged.reshape(tuple(sizes.values())), tuple(sizes), axis_types=(AxisType.Auto,) * 5)
+
+
+def _on_torus(cfg, devices):
+    """TPU devices in the shape of the mesh: its axes along those of the torus, slices along `pipe`, then `replica`."""
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    by_pipe = math.gcd(cfg.pipe, slices)
+    by_replica = slices // by_pipe
+    if cfg.replica % by_replica:
+        raise ConfigError(f"{slices} TPU slices, with a slow network between them, hold whole stages or replicas: "
+                          f"mesh.pipe={cfg.pipe} times mesh.replica={cfg.replica} must be a multiple of {slices}.")
+    inside = (cfg.pipe // by_pipe, cfg.replica // by_replica, cfg.node, cfg.local, cfg.tensor)
+    between = (by_pipe, by_replica, 1, 1, 1)
+    for split in (False, True):  # a mesh axis over a part of a physical one only where there is no other way
+        try:
+            return mesh_utils.create_hybrid_device_mesh(inside, between, devices, allow_split_physical_axes=split) \
+                if slices > 1 else mesh_utils.create_device_mesh(inside, devices, allow_split_physical_axes=split)
+        except NotImplementedError:
+            continue
+    return np.asarray(devices)  # a torus whose axes are no product of these
 
 
 def abstract_mesh(cfg: MeshConfig) -> AbstractMesh:

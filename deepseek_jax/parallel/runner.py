@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +14,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 from deepseek_jax.config import Config, ConfigError
-from deepseek_jax.parallel.mesh import make_mesh
+from deepseek_jax.parallel.mesh import DATA, make_mesh
 from deepseek_jax.parallel.processes import wait_for_all
 from deepseek_jax.parallel.sharding import compute_shardings, spec, storage_shardings
 
@@ -35,20 +37,42 @@ class Runner:
         """(i, n): this process reads the i-th of n equal parts of every micro-batch."""
         if self.mesh is None:
             return 0, 1
-        held = NamedSharding(self.mesh, spec("batch")).addressable_devices_indices_map((self.rows,)).values()
-        starts, stops = zip(*(part[0].indices(self.rows)[:2] for part in held if part))
-        rows = max(stops) - min(starts)
-        if self.rows % rows or min(starts) % rows or len(set(starts)) * (stops[0] - starts[0]) != rows:
-            raise ConfigError("a process must hold neighbouring rows of the batch; give every process the same number "
-                              "of devices, and make mesh.tensor a divisor of it.")
-        return min(starts) // rows, self.rows // rows
+        held, parts = self._pieces, sorted(set(self._pieces.values()))
+        if len({len(part) for part in parts}) > 1 or len({n for part in parts for n in part}) < sum(map(len, parts)):
+            raise ConfigError("two processes must hold the same rows of the batch or none in common; give every process "
+                              "the same number of devices, and make mesh.tensor a divisor of it.")
+        return parts.index(held[jax.process_index()]), len(parts)
+
+    @functools.cached_property
+    def _pieces(self):
+        """{process: numbers of the pieces of a batch that its devices hold, one of data_shards each}. On a torus those
+        of one process need not be neighbours."""
+        assert self.mesh is not None
+        count = math.prod(self.mesh.shape[axis] for axis in DATA)
+        pieces = collections.defaultdict(set)
+        for device, index in NamedSharding(self.mesh, spec("batch")).devices_indices_map((count,)).items():
+            pieces[device.process_index].add(index[0].indices(count)[0])
+        return {process: tuple(sorted(found)) for process, found in pieces.items()}
 
     def shard_batch(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
-        """This process's rows [..., rows, T + 1] as global arrays."""
+        """This process's rows [..., rows, T + 1] as global arrays, each piece on the devices that hold it."""
         if self.mesh is None:
             return batch
-        return {name: jax.make_array_from_process_local_data(self._split(np.ndim(x)), np.asarray(x))
-                for name, x in batch.items()}
+        return {name: self._placed(np.asarray(x)) for name, x in batch.items()}
+
+    def _placed(self, x):
+        where = self._split(np.ndim(x))
+        if not np.ndim(x):
+            return jax.make_array_from_process_local_data(where, x)
+        own = self._pieces[jax.process_index()]
+        size = x.shape[-2] // len(own)
+        rows = size * math.prod(self.mesh.shape[axis] for axis in DATA)
+
+        def piece(index):
+            first = own.index(index[-2].indices(rows)[0] // size) * size
+            return x[..., first:first + size, :]
+
+        return jax.make_array_from_callback((*x.shape[:-2], rows, x.shape[-1]), where, piece)
 
     def _split(self, rank):
         assert self.mesh is not None

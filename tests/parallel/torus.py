@@ -1,0 +1,37 @@
+"""TPU devices that are not here: what jax reads of one when it arranges them."""
+
+import math
+from typing import NamedTuple
+
+
+class Chip(NamedTuple):
+    """A chip of a v5p; `slice_index` as a TPU of several slices has it."""
+
+    id: int
+    process_index: int
+    coords: tuple[int, int, int]
+    slice_index: int = 0
+    core_on_chip: int = 0
+    platform: str = "tpu"
+    device_kind: str = "TPU v5p"
+
+
+def chips(x, y, z, slices=1):
+    """Machines of 2 x 2 x 1 chips, in the order of jax.devices(): process by process."""
+    made = []
+    for s in range(slices):
+        for process, (pz, py, px) in enumerate((c, b, a) for c in range(z) for b in range(y // 2) for a in range(x // 2)):
+            for dy in (0, 1):
+                for dx in (0, 1):
+                    made.append(Chip(len(made), s * x * y * z // 4 + process, (2 * px + dx, 2 * py + dy, pz), s))
+    return made
+
+
+def hops(a, b, sizes):
+    """Links between two chips of a torus."""
+    return sum(min(abs(p - q), n - abs(p - q)) for p, q, n in zip(a.coords, b.coords, sizes, strict=True))
+
+
+def ring(devices, sizes):
+    """The most links between neighbours of a row, its ends being neighbours too."""
+    return max(hops(a, b, sizes) for a, b in zip(devices, [*devices[1:], devices[0]])) if math.prod(sizes) > 1 else 0
