@@ -1,6 +1,7 @@
 # make train   from nothing: environment, tokenizer, a tiny model on real text, a sample, plots (in run/);
 #              ARGS="--config.train.steps=50" overrides
 # make test    the CPU suite          make lint    ruff, pyright
+# make cluster Slurm and Open MPI, where they are installed, start runs of several processes
 # make bench   speed against transformers, a dense product, ragged_dot: same machine, same run
 # make aot     compiles the Hopper kernels, and training steps up to 671B, for hardware you don't have (two to four hours)
 # make studies-quick   every study in its short form
@@ -11,7 +12,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help train test lint bench aot studies-quick notebooks colab clean
+.PHONY: help train test cluster lint bench aot studies-quick notebooks colab clean
 
 # A version manager's shim may exist and fail, so each candidate has to import what an environment needs.
 find_python = for v in $(1); do for p in "$$(command -v python$$v)" $$(ls -d $$HOME/.pyenv/versions/*/bin/python$$v 2>/dev/null); do \
@@ -45,6 +46,9 @@ train: .venv/stamp
 
 test: .venv/stamp .venv/eval-stamp
 	JAX_PLATFORMS=cpu $(RUN) -m pytest -n 2 -m "not slow"
+
+cluster: .venv/stamp
+	JAX_PLATFORMS=cpu $(RUN) -m pytest -rs -m slow tests/examples/test_cluster.py
 
 lint: .venv/stamp
 	$(RUN) -m ruff check .

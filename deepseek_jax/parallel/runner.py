@@ -39,8 +39,8 @@ class Runner:
             return 0, 1
         held, parts = self._pieces, sorted(set(self._pieces.values()))
         if len({len(part) for part in parts}) > 1 or len({n for part in parts for n in part}) < sum(map(len, parts)):
-            raise ConfigError("two processes must hold the same rows of the batch or none in common; give every process "
-                              "the same number of devices, and make mesh.tensor a divisor of it.")
+            raise ConfigError("two processes must hold the same rows of the batch or none in common; give every "
+                              "process the same number of devices, and make mesh.tensor a divisor of it.")
         return parts.index(held[jax.process_index()]), len(parts)
 
     @functools.cached_property

@@ -19,11 +19,11 @@ class Chip(NamedTuple):
 def chips(x, y, z, slices=1):
     """Machines of 2 x 2 x 1 chips, in the order of jax.devices(): process by process."""
     made = []
-    for s in range(slices):
-        for process, (pz, py, px) in enumerate((c, b, a) for c in range(z) for b in range(y // 2) for a in range(x // 2)):
-            for dy in (0, 1):
-                for dx in (0, 1):
-                    made.append(Chip(len(made), s * x * y * z // 4 + process, (2 * px + dx, 2 * py + dy, pz), s))
+    machines = [(s, px, py, pz) for s in range(slices) for pz in range(z) for py in range(0, y, 2)
+                for px in range(0, x, 2)]
+    for process, (s, px, py, pz) in enumerate(machines):
+        for dy, dx in ((0, 0), (0, 1), (1, 0), (1, 1)):
+            made.append(Chip(len(made), process, (px + dx, py + dy, pz), s))
     return made
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from deepseek_jax import reinforce as command
+from deepseek_jax import stop
 from deepseek_jax.checkpoint.manager import restore_items
 from deepseek_jax.config import ConfigError, load_config
 from deepseek_jax.config.training import InitConfig
@@ -132,7 +133,7 @@ def test_killed_or_asked_to_stop_in_the_middle_a_run_ends_bit_identical(start, t
     uninterrupted = run_command(tmp_path, tmp_path / "whole", start)
     out, _ = uninterrupted.communicate(timeout=900)
     assert uninterrupted.returncode == 0, out
-    for which, rows, expected in ((signal.SIGKILL, 4, -signal.SIGKILL), (signal.SIGTERM, 7, 0)):
+    for which, rows, expected in ((signal.SIGKILL, 4, -signal.SIGKILL), (signal.SIGTERM, 7, stop.STOPPED)):
         process = run_command(tmp_path, tmp_path / "run", start)
         while process.poll() is None and len(read_metrics(tmp_path / "run")) < rows:
             time.sleep(0.01)

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from deepseek_jax import io
+from deepseek_jax import io, stop
 from deepseek_jax.checkpoint import manifest
 from deepseek_jax.checkpoint.manager import restore_items
 from deepseek_jax.config import load_config
@@ -109,10 +109,10 @@ def test_killed_many_times_a_run_ends_bit_identical(config, whole, tmp_path):
     kill_and_resume(config, whole, tmp_path / "run", kills=8)
 
 
-@pytest.mark.parametrize("which", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("which", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_a_signal_saves_ends_well_and_the_same_command_goes_on(config, whole, tmp_path, which):
     code, out = signal_after(config, tmp_path / "run", 4, which)
-    assert code == 0 and f"Stopped by {which.name} after step" in out and "Traceback" not in out
+    assert code == stop.STOPPED and f"Stopped by {which.name} after step" in out and "Traceback" not in out
     saved, rows = runs.checkpoints(tmp_path / "run"), read_metrics(tmp_path / "run")
     assert 4 <= saved[-1] == rows[-1]["step"] < runs.STEPS
 
