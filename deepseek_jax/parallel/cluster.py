@@ -12,7 +12,6 @@ import os
 import re
 import warnings
 from collections.abc import Mapping
-from typing import Any
 
 from deepseek_jax.config import ConfigError
 from deepseek_jax.parallel.meeting import STARTUP_TIMEOUT, Group
@@ -51,10 +50,7 @@ def find_group(args: argparse.Namespace) -> Group | None:
         group = Group(*told)
     else:
         _refuse_outside_of_srun(os.environ)
-        found = _reader()
-        if found is None:
-            _refuse_one_of_several(os.environ)
-        group = found and _detected(found, os.environ, args.startup_timeout)
+        group = _detected(os.environ, args.startup_timeout)
         if group is None:
             return None
     if args.local_devices is None:
@@ -66,51 +62,36 @@ def find_group(args: argparse.Namespace) -> Group | None:
 
 def check_alone() -> None:
     """Raises ConfigError where a scheduler started this process as one of several."""
-    found = _reader()
-    group = found and _detected(found, os.environ, STARTUP_TIMEOUT)
+    group = _detected(os.environ, STARTUP_TIMEOUT)
     if group is not None:
         raise ConfigError(f"this is process {group.process} of {group.processes}, and the command runs in one; start "
                           "it once.")
 
 
-def _detected(found: Any, environ: Mapping[str, str], timeout: int) -> Group | None:
-    """What one of jax's readers says of its scheduler; None: that it has started one task."""
-    try:
-        processes, process, local = found.get_process_count(), found.get_process_id(), found.get_local_process_id()
-        if processes == 1:
-            return None
-        own_port = environ.get("JAX_COORDINATOR_PORT")
-        address = environ.get("JAX_COORDINATOR_ADDRESS") or found.get_coordinator_address(
-            timeout_secs=timeout, override_coordinator_port=own_port)
-    except Exception as error:  # of a web server, of a parser, of a missing package: whatever jax meets
-        raise ConfigError(f"this is one of several processes ({found.name}), and jax cannot tell which: {error}; "
-                          f"{FLAGS}.") from error
-    if not own_port and "JAX_COORDINATOR_ADDRESS" not in environ:
-        address = _with_room_for_two(address)
-    return Group(address, processes, process, _devices(environ, local))
+def _detected(environ: Mapping[str, str], timeout: int) -> Group | None:
+    """What jax reads of the scheduler; None: that there is none, or that it has started one task.
 
-
-def _reader() -> Any:
-    """The class with which jax reads the scheduler that started this process, or None.
-
-    `jax.distributed.initialize` would read it too, but says nothing of it: here the processes meet before. The class
-    is private to jax; without it a scheduler is refused below, and the flags are left.
+    `jax.distributed.initialize` reads it in the same way, but says nothing of it, and the processes meet before.
     """
+    address = environ.get("JAX_COORDINATOR_ADDRESS")
+    processes = process = local = why = None
     try:
-        from jax._src.clusters import ClusterEnv
+        from jax._src.clusters import ClusterEnv  # private to jax: without it the flags are left
 
-        known = [each for each in ClusterEnv._cluster_types if not each.opt_in_only_method]
-    except (ImportError, AttributeError):
-        return None
-    for each in known:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of a pod without the package kubernetes: it may be a pod alone
-            try:
-                if each.is_env_present():
-                    return each
-            except Exception:  # no server of metadata, or no account that may ask: not such a cluster
-                continue
-    return None
+            warnings.simplefilter("ignore")  # of a pod without the package kubernetes, which may be a pod alone
+            found = ClusterEnv.auto_detect_unset_distributed_params(address, None, None, None, None, timeout)
+        address, processes, process, local = found
+    except Exception as error:  # of a web server, a parser, a missing package, a changed signature
+        why = error
+    if processes is None or process is None or address is None:
+        _refuse_one_of_several(environ, why)
+        return None
+    if processes == 1:
+        return None
+    if not {"JAX_COORDINATOR_PORT", "JAX_COORDINATOR_ADDRESS"} & environ.keys():
+        address = _with_room_for_two(address)
+    return Group(address, processes, process, _devices(environ, local[0] if local else None))
 
 
 def _with_room_for_two(address):
@@ -155,15 +136,16 @@ def _refuse_outside_of_srun(environ) -> None:
                               f"{ALONE}.")
 
 
-def _refuse_one_of_several(environ) -> None:
-    """Raises ConfigError where variables say that there are several tasks, and jax knows none."""
+def _refuse_one_of_several(environ, why) -> None:
+    """Raises ConfigError where variables say that there are several tasks, and jax knows none. why: what it raised."""
+    itself = "by itself" if why is None else f"by itself ({' '.join(str(why).split())})"
     for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_NTASKS", "MEGASCALE_NUM_SLICES", "TPU_WORKER_HOSTNAMES"):
         if _several(environ, name):
-            raise ConfigError(f"{name}={environ[name]}: this is one of several tasks, and jax cannot join them by "
-                              f"itself; {FLAGS}, {ALONE}.")
+            raise ConfigError(f"{name}={environ[name]}: this is one of several tasks, and jax cannot join them "
+                              f"{itself}; {FLAGS}, {ALONE}.")
     if "JOB_COMPLETION_INDEX" in environ:  # Kubernetes does not say of how many
-        raise ConfigError("this is a pod of an indexed Job, and jax cannot join the others by itself; "
-                          f"{FLAGS} $JOB_COMPLETION_INDEX, {ALONE}.")
+        raise ConfigError(f"this is a pod of an indexed Job, and jax cannot join the others {itself}; {FLAGS} "
+                          f"$JOB_COMPLETION_INDEX, {ALONE}.")
 
 
 def _several(environ, name) -> bool:

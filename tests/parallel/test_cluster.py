@@ -1,8 +1,10 @@
 """Which processes a run has, by flags and by the variables of schedulers, as real ones set them."""
 
 import argparse
+import inspect
 
 import pytest
+from jax._src.clusters import ClusterEnv
 
 from deepseek_jax.config import ConfigError
 from deepseek_jax.parallel import cluster
@@ -63,21 +65,30 @@ def test_one_of_several_that_jax_cannot_join_is_refused(find, environ):
         find(environ)
 
 
-def test_when_jax_no_longer_has_its_readers_a_scheduler_is_refused_and_flags_work(find, monkeypatch):
-    monkeypatch.setattr("jax._src.clusters.ClusterEnv._cluster_types", [])
+@pytest.mark.parametrize("broken", [lambda *_: (None,) * 4, lambda: None])
+def test_when_jax_reads_schedulers_in_another_way_they_are_refused_and_flags_work(find, monkeypatch, broken):
+    monkeypatch.setattr("jax._src.clusters.ClusterEnv.auto_detect_unset_distributed_params", broken)
     with pytest.raises(ConfigError, match="SLURM_NTASKS=4: this is one of several tasks"):
         find(STEP)
-    flags = ["--coordinator=a:9900", "--processes=2", "--process=1"]
-    assert find(STEP, *flags) == Group("a:9900", 2, 1)
+    assert find(STEP, "--coordinator=a:9900", "--processes=2", "--process=1") == Group("a:9900", 2, 1)
 
 
-def test_jaxs_readers_have_what_is_asked_of_them():
-    from jax._src.clusters import ClusterEnv
+def test_what_jax_misses_is_said(find, monkeypatch):
+    def fails(*_):
+        raise RuntimeError("Open MPI 5\nneeds mpi4py")
 
-    for each in ClusterEnv._cluster_types:
-        for name in ("name", "opt_in_only_method", "is_env_present", "get_process_count", "get_process_id",
-                     "get_local_process_id", "get_coordinator_address"):
-            assert hasattr(each, name)
+    monkeypatch.setattr("jax._src.clusters.ClusterEnv.auto_detect_unset_distributed_params", fails)
+    assert find({}) is None
+    with pytest.raises(ConfigError, match=r"_SIZE=4: .* by itself \(Open MPI 5 needs mpi4py\); give"):
+        find(MPIRUN)
+
+
+def test_a_command_of_one_process_is_refused_in_several(monkeypatch):
+    cluster.check_alone()
+    for name, value in STEP.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match="this is process 1 of 4, and the command runs in one"):
+        cluster.check_alone()
 
 
 @pytest.mark.parametrize(("tasks", "visible", "expected"), [
@@ -90,8 +101,9 @@ def test_tasks_of_one_machine_share_its_gpus_and_one_task_has_all(find, monkeypa
 
 
 def test_variables_for_jax_are_taken_as_they_are(find):
-    assert find(STEP | {"JAX_COORDINATOR_PORT": "7000"}).coordinator == "n1:7000"
-    assert find({"JAX_COORDINATOR_ADDRESS": "head:8000"}).coordinator == "head:8000"
+    if "override_coordinator_port" in inspect.signature(ClusterEnv.get_coordinator_address).parameters:  # jax 0.8
+        assert find(STEP | {"JAX_COORDINATOR_PORT": "7000"}).coordinator == "n1:7000"
+    assert find(STEP | {"JAX_COORDINATOR_ADDRESS": "head:8000"}).coordinator == "head:8000"
     assert find({"CUDA_VISIBLE_DEVICES": "0,1", "JAX_LOCAL_DEVICE_IDS": "0"}).devices is None  # jax reads it itself
 
 
