@@ -127,7 +127,7 @@ class _Reception:
                 connection, _ = server.accept()
                 connection.setblocking(False)
                 self.unnamed[connection] = time.monotonic(), b""
-                self.ready.register(connection, selectors.EVENT_READ)
+                self.ready.register(connection, selectors.EVENT_READ, connection)
 
     def read(self, connection: socket.socket) -> None:
         """Reads what a connection says of itself."""
@@ -178,7 +178,7 @@ def _wait_for_all(group, port, deadline):
         reported = time.monotonic()
         while missing := at.missing():
             for key, _ in at.ready.select(timeout=0.5):
-                at.accept(server) if key.fileobj is server else at.read(key.fileobj)
+                at.read(key.data) if key.data else at.accept(server)
             at.close_silent(SILENCE)
             now = time.monotonic()
             if now > deadline:

@@ -61,6 +61,7 @@ class Runner:
         return {name: self._placed(np.asarray(x)) for name, x in batch.items()}
 
     def _placed(self, x):
+        assert self.mesh is not None
         where = self._split(np.ndim(x))
         if not np.ndim(x):
             return jax.make_array_from_process_local_data(where, x)

@@ -58,7 +58,7 @@ class Watch:
                 ready.register(connection, selectors.EVENT_READ, peer)
             while ready.get_map():
                 for key, _ in ready.select():
-                    word, process = received(key.fileobj) or (stop.PEER_LOST, key.data)
+                    word, process = received(self.connections[key.data]) or (stop.PEER_LOST, key.data)
                     ready.unregister(key.fileobj)  # who has said how it ends says nothing else
                     if word == stop.DONE:
                         self.parted[key.data].set()

@@ -101,7 +101,7 @@ def test_tasks_of_one_machine_share_its_gpus_and_one_task_has_all(find, monkeypa
 
 
 def test_variables_for_jax_are_taken_as_they_are(find):
-    if "override_coordinator_port" in inspect.signature(ClusterEnv.get_coordinator_address).parameters:  # jax 0.8
+    if "override_coordinator_port" in inspect.signature(ClusterEnv.get_coordinator_address).parameters:  # not jax 0.7
         assert find(STEP | {"JAX_COORDINATOR_PORT": "7000"}).coordinator == "n1:7000"
     assert find(STEP | {"JAX_COORDINATOR_ADDRESS": "head:8000"}).coordinator == "head:8000"
     assert find({"CUDA_VISIBLE_DEVICES": "0,1", "JAX_LOCAL_DEVICE_IDS": "0"}).devices is None  # jax reads it itself
