@@ -142,7 +142,7 @@ class _Reception:
             return
         self._release(connection)
         magic, process, processes = HELLO.unpack(said) if len(said) == HELLO.size else (b"", 0, 0)
-        if magic != MAGIC:
+        if magic != MAGIC or not process:
             connection.close()  # not a process of a run
             return
         connection.setblocking(True)
@@ -173,6 +173,7 @@ class _Reception:
 
 def _wait_for_all(group, port, deadline):
     _allow_files(group.processes)
+    _server(port - 1).close()  # JAX's service listens there, and ends with a traceback where it cannot
     with _server(port) as server, _Reception(group) as at:
         at.ready.register(server, selectors.EVENT_READ)
         reported = time.monotonic()

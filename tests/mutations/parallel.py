@@ -176,7 +176,7 @@ MUTATIONS = [
     Mutation(
         name="a stranger is taken for a process",
         file="deepseek_jax/parallel/meeting.py",
-        old="if magic != MAGIC:",
+        old="if magic != MAGIC or not process:",
         new="if False:",
         tests="parallel/test_meeting.py",
     ),

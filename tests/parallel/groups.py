@@ -45,6 +45,9 @@ def watches(count):
 
 
 def close(group):
+    """Ends them without a word: none may end this process after its test."""
+    for watch in group:
+        watch.leaving = True
     for watch in group:
         for connection in watch.connections.values():
             connection.close()

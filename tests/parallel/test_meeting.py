@@ -109,9 +109,10 @@ def test_whoever_else_connects_is_not_taken_for_a_process_and_delays_none(said):
     close(first, second, dict(enumerate(others)))
 
 
-def test_a_port_that_is_taken_is_one_line():
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_port_that_is_taken_is_one_line(which):
     with socket.create_server(("", 0)) as taken:
-        port = taken.getsockname()[1] - 1
+        port = taken.getsockname()[1] - which
         with pytest.raises(ConfigError, match="in use.*two ports that are free"):
             meet(Group(f"localhost:{port}", 2, 0), 5)
 
