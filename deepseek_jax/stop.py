@@ -8,6 +8,7 @@ A scheduler restarts a job by its code: the same command continues after 75 (EX_
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import signal
 import socket
@@ -71,6 +72,7 @@ def ended_by_signals() -> Iterator[None]:
     previous = {number: signal.signal(number, _left_to_the_thread) for number in SIGNALS}
     before = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
     threading.Thread(target=_listen, args=(ours,), daemon=True).start()
+    _leave_children_alone()
     try:
         yield
     finally:
@@ -82,6 +84,18 @@ def ended_by_signals() -> Iterator[None]:
 
 def _left_to_the_thread(number, frame):
     pass
+
+
+@functools.cache
+def _leave_children_alone():
+    """A forked worker ends by its own signals, and its signals do not end this process."""
+    def as_new():
+        signal.set_wakeup_fd(-1)
+        for number in SIGNALS:
+            if signal.getsignal(number) is _left_to_the_thread:
+                signal.signal(number, signal.SIG_DFL)
+
+    os.register_at_fork(after_in_child=as_new)
 
 
 def _listen(numbers):

@@ -43,6 +43,26 @@ def test_a_signal_with_nothing_to_save_ends_a_command_at_once_in_one_line(number
     assert "Traceback" not in err
 
 
+FORKS = """
+import os, signal, time
+from deepseek_jax import cli
+def main():
+    if not (child := os.fork()):
+        time.sleep(60)
+    time.sleep(0.3)
+    os.kill(child, signal.SIGTERM)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+    time.sleep(0.3)
+cli.run(main, resumes=True)
+"""
+
+
+def test_a_signal_to_a_forked_worker_ends_the_worker_alone():
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", FORKS], capture_output=True, text=True, timeout=60,
+                          check=False)
+    assert done.returncode == 0 and done.stdout == f"{-signal.SIGTERM}\n", done
+
+
 def test_what_caught_signals_before_catches_them_again():
     before = [signal.getsignal(number) for number in stop.SIGNALS]
     with stop.ended_by_signals():
