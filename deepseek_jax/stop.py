@@ -95,7 +95,8 @@ def _leave_children_alone():
             if signal.getsignal(number) is _left_to_the_thread:
                 signal.signal(number, signal.SIG_DFL)
 
-    os.register_at_fork(after_in_child=as_new)
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=as_new)
 
 
 def _listen(numbers):

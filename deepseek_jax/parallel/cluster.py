@@ -40,36 +40,43 @@ def find_group(args: argparse.Namespace) -> Group | None:
     Raises:
       ConfigError: flags that do not go together, or a scheduler that started several tasks which jax cannot join.
     """
-    told = (args.coordinator, args.processes, args.process)
-    if told == (None, 1, None):
-        return None
-    if any(x is not None for x in told):
-        if None in told:
-            raise ConfigError("--coordinator, --processes and --process go together: give all three, or none; "
-                              "--processes=1 alone is a run of one process.")
-        group = Group(*told)
-    else:
-        _refuse_outside_of_srun(os.environ)
-        group = _detected(os.environ, args.startup_timeout)
-        if group is None:
-            return None
+    group = _told_or_detected(args)
     if args.local_devices is None:
         return group
+    if group is None:
+        raise ConfigError("--local-devices is for several processes; one alone takes CUDA_VISIBLE_DEVICES="
+                          f"{args.local_devices}.")
     if not re.fullmatch(r"\d+(,\d+)*", args.local_devices):
         raise ConfigError(f"--local-devices={args.local_devices!r} should be numbers of GPUs, such as 0,1.")
     return group._replace(devices=tuple(map(int, args.local_devices.split(","))))
 
 
+def _told_or_detected(args):
+    told = (args.coordinator, args.processes, args.process)
+    if told == (None, 1, None):
+        return None
+    if None not in told:
+        return Group(*told)
+    if any(x is not None for x in told):
+        raise ConfigError("--coordinator, --processes and --process go together: give all three, or none; "
+                          "--processes=1 alone is a run of one process.")
+    _refuse_outside_of_srun(os.environ)
+    group, why = _detected(os.environ, args.startup_timeout)
+    if group is None:
+        _refuse_one_of_several(os.environ, why)
+    return group if group and group.processes > 1 else None
+
+
 def check_alone() -> None:
     """Raises ConfigError where a scheduler started this process as one of several."""
-    group = _detected(os.environ, STARTUP_TIMEOUT)
-    if group is not None:
+    group, _ = _detected(os.environ, STARTUP_TIMEOUT)
+    if group and group.processes > 1:
         raise ConfigError(f"this is process {group.process} of {group.processes}, and the command runs in one; start "
                           "it once.")
 
 
-def _detected(environ: Mapping[str, str], timeout: int) -> Group | None:
-    """What jax reads of the scheduler; None: that there is none, or that it has started one task.
+def _detected(environ: Mapping[str, str], timeout: int) -> tuple[Group | None, Exception | None]:
+    """What jax reads of the scheduler, None where it knows none; and what it raised, if it did.
 
     `jax.distributed.initialize` reads it in the same way, but says nothing of it, and the processes meet before.
     """
@@ -85,13 +92,10 @@ def _detected(environ: Mapping[str, str], timeout: int) -> Group | None:
     except Exception as error:  # of a web server, a parser, a missing package, a changed signature
         why = error
     if processes is None or process is None or address is None:
-        _refuse_one_of_several(environ, why)
-        return None
-    if processes == 1:
-        return None
+        return None, why
     if not {"JAX_COORDINATOR_PORT", "JAX_COORDINATOR_ADDRESS"} & environ.keys():
         address = _with_room_for_two(address)
-    return Group(address, processes, process, _devices(environ, local[0] if local else None))
+    return Group(address, processes, process, _devices(environ, local[0] if local else None)), None
 
 
 def _with_room_for_two(address):

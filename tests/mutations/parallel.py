@@ -239,8 +239,8 @@ MUTATIONS = [
     Mutation(
         name="one of several trains alone",
         file="deepseek_jax/parallel/cluster.py",
-        old="        _refuse_one_of_several(environ, why)\n",
-        new="",
+        old="        _refuse_one_of_several(os.environ, why)\n",
+        new="        pass\n",
         tests="parallel/test_cluster.py",
     ),
     Mutation(

@@ -84,6 +84,7 @@ def test_what_jax_misses_is_said(find, monkeypatch):
 
 
 def test_a_command_of_one_process_is_refused_in_several(monkeypatch):
+    monkeypatch.setenv("JOB_COMPLETION_INDEX", "0")  # of perhaps one pod
     cluster.check_alone()
     for name, value in STEP.items():
         monkeypatch.setenv(name, value)
@@ -119,3 +120,8 @@ def test_neighbouring_jobs_on_one_machine_have_ports_apart(find):
 def test_flags_that_say_too_little_are_one_line(find, flags, words):
     with pytest.raises(ConfigError, match=words):
         find({}, *flags)
+
+
+def test_a_process_alone_is_not_told_its_devices_in_vain(find):
+    with pytest.raises(ConfigError, match="one alone takes CUDA_VISIBLE_DEVICES=1"):
+        find({}, "--local-devices=1")
