@@ -232,7 +232,7 @@ MUTATIONS = [
     Mutation(
         name="a job without srun waits for its tasks",
         file="deepseek_jax/parallel/cluster.py",
-        old="        _refuse_outside_of_srun(os.environ)\n",
+        old="    _refuse_outside_of_srun(os.environ)\n",
         new="",
         tests="parallel/test_cluster.py",
     ),
