@@ -42,13 +42,16 @@ def conversation_ids(messages: Any, tokenizer: Tokenizer, text: Conventions,
         raise BadMessages("messages", "messages have no answer (of the role assistant); add what the model should say.")
     if answers[0] == 0:
         raise BadMessages("messages[0]", "messages[0] answers nothing; begin with a message of the user.")
-    told = told_of(tools)
+    told, ends = told_of(tools), text.ends or {tokenizer.eos}
     ids = _until(checked[:answers[-1] + 1], tokenizer, text, told)
     predicted = [False] * len(ids)
     for i in answers:
         turn = last_turn(checked[:i + 1], tokenizer, text, told)
         if ids[:len(turn.ids)] == turn.ids:
-            predicted[turn.start:turn.stop] = [True] * (turn.stop - turn.start)
+            # Where the template lets the next message's first token end an answer, as GLM's does, it is predicted too.
+            ended = ids[turn.stop - 1] in ends or ids[turn.stop:turn.stop + 1] not in [[end] for end in ends]
+            stop = turn.stop + (not ended)
+            predicted[turn.start:stop] = [True] * (stop - turn.start)
         elif "reasoning_content" not in checked[i]:
             raise _otherwise(i)
     return ids, predicted
@@ -76,12 +79,17 @@ def last_turn(checked: list[dict[str, Any]], tokenizer: Tokenizer, text: Convent
 
     Raises BadMessages for an answer that it writes otherwise here than where it is asked for.
     """
-    prompt = prompt_ids(checked[:-1], tokenizer, text.template, _reasoning(checked[-1]) | told)
     ids, ends = _until(checked, tokenizer, text, told), text.ends or {tokenizer.eos}
-    if ids[:len(prompt)] != prompt:
+    for options in (_reasoning(checked[-1]), {"thinking": False, "enable_thinking": False}):
+        prompt = prompt_ids(checked[:-1], tokenizer, text.template, options | told)
+        if ids[:len(prompt)] == prompt:
+            break
+        if "reasoning_content" in checked[-1] or text.template is None:
+            raise _otherwise(len(checked) - 1)
+    else:  # it reasons where it is not told not to, and when it is told
         raise _otherwise(len(checked) - 1)
-    # A line break behind the token that ends the answer is the template's.
-    last = max((k for k in range(len(prompt), len(ids)) if ids[k] in ends), default=len(ids) - 1)
+    # What stands behind the token that ends the answer, such as a line break, is the template's.
+    last = next((k for k in range(len(prompt), len(ids)) if ids[k] in ends), len(ids) - 1)
     return Turn(ids, len(prompt), last + 1)
 
 

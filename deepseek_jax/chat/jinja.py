@@ -74,7 +74,7 @@ def main() -> None:
     def rendered(line):
         assert template is not None
         chat, text = json.loads(line), ""
-        for part in template.generate(**about["names"] | chat["names"] | {"messages": chat["messages"]}):
+        for part in template.generate(about["names"] | chat["names"] | {"messages": chat["messages"]}):
             text += part
             if len(text) > LONGEST:
                 raise ValueError(f"it makes more than {LONGEST} characters.")

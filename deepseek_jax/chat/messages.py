@@ -6,6 +6,7 @@ spells a role token sends its letters.
 
 from __future__ import annotations
 
+import collections
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -86,15 +87,19 @@ def check_messages(messages: Any, calls: bool = False) -> list[dict[str, Any]]:
 
 def _checked(field: str, message: Any, calls: bool) -> dict[str, Any]:
     content, role = (message.get(k) for k in ("content", "role")) if isinstance(message, dict) else (None, None)
-    if isinstance(content, list) and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in content):
+    if isinstance(content, list) and all(isinstance(p, dict) and p.get("type", "text") == "text"
+                                         and isinstance(p.get("text"), str) for p in content):
         content = "".join(part["text"] for part in content)
     roles = (*ROLES, TOOL) if calls else tuple(ROLES)
     called = _calls(field, message) if calls and role == "assistant" else []
+    if content is None and not calls and isinstance(message, dict) and message.get("tool_calls"):
+        raise _unsupported(f"{field}.tool_calls")
     if content is None and called:  # which some templates would write as None, and others cannot add to
         content = ""
     if not isinstance(role, str) or role not in roles or not isinstance(content, str):
         raise BadMessages(field, f"{field} needs a role ({', '.join(roles)}) and a text as content.")
-    others = {key: value for key, value in message.items() if key not in ("role", "content") and value}
+    others = {key: value for key, value in message.items()
+              if key not in ("role", "content") and value not in (None, "", [], {})}
     if others.get("type") == "text":  # which says no more than the content does
         del others["type"]
     if called:
@@ -103,32 +108,42 @@ def _checked(field: str, message: Any, calls: bool) -> dict[str, Any]:
     odd = [key for key, text in texts.items() if not isinstance(text, str) or not is_unicode(text)]
     if others or odd:
         raise _unsupported(f"{field}.{[*others, *odd][0]}")
-    if not is_unicode(json.dumps([content, called], ensure_ascii=False)):
-        raise BadMessages(field, f"{field} {HALF_CHARACTER}")
+    _check_values(field, [content, called])
     return {"role": role, "content": content} | texts | ({"tool_calls": called} if called else {})
 
 
 def _calls(field: str, message: dict[str, Any]) -> list[dict[str, Any]]:
     """The tools that an answer calls, each with the name of a function and what it is given."""
     given = message.get("tool_calls") or []
-    for call in given if isinstance(given, list) else [given]:
-        function = call.get("function") if isinstance(call, dict) else None
-        if not (isinstance(function, dict) and isinstance(function.get("name"), str)
-                and isinstance(function.get("arguments"), str | dict)):
-            raise BadMessages(f"{field}.tool_calls", f"{field}.tool_calls needs a list of calls, each with a function "
-                              "that has a name and arguments.")
+    functions = [call.get("function") if isinstance(call, dict) else None
+                 for call in (given if isinstance(given, list) else [None])]
+    if not all(isinstance(function, dict) and isinstance(function.get("name"), str) and function["name"]
+               and isinstance(function.get("arguments"), str | dict) for function in functions):
+        raise BadMessages(f"{field}.tool_calls", f"{field}.tool_calls needs a list of calls, each with a function "
+                          "that has a name and arguments.")
     return given
 
 
 def check_tools(tools: Any) -> list[dict[str, Any]]:
     """Tools as OpenAI's API describes them to a model. Raises BadMessages for what is no list of functions."""
-    named = [t.get("function", t).get("name") if isinstance(t, dict) and isinstance(t.get("function", t), dict)
-             else None for t in tools] if isinstance(tools, list) else [None]
-    if not all(isinstance(name, str) for name in named):
+    functions = [tool.get("function", tool) if isinstance(tool, dict) else None
+                 for tool in (tools if isinstance(tools, list) else [None])]
+    if not all(isinstance(f, dict) and isinstance(f.get("name"), str) and f["name"] for f in functions):
         raise BadMessages("tools", "tools must be a list of functions with a name each.")
-    if not is_unicode(json.dumps(tools, ensure_ascii=False)):
-        raise BadMessages("tools", f"tools: one {HALF_CHARACTER}")
+    _check_values("tools", tools)
     return tools
+
+
+def _check_values(field: str, value: Any) -> None:
+    """Raises BadMessages for what JSON cannot say, such as a date of parquet, NaN, or half a character."""
+    try:
+        written = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise BadMessages(field, f"{field} holds what is no JSON ({error}).") from None
+    except RecursionError:
+        raise BadMessages(field, f"{field} is nested too deep.") from None
+    if not is_unicode(written):
+        raise BadMessages(field, f"{field} {HALF_CHARACTER}")
 
 
 def _unsupported(field):
@@ -187,7 +202,35 @@ def check_options(options: dict[str, Any], template: Template | None) -> None:
 
 def rendered_ids(messages: list[dict[str, Any]], tokenizer: Tokenizer, template: Template,
                  options: dict[str, Any]) -> list[int]:
-    """Ids of what the template makes of checked messages. Raises BadMessages where it refuses them."""
+    """Ids of what the template makes of checked messages. Raises BadMessages where it refuses them, or leaves tools,
+    calls of them or what they returned out."""
+    try:
+        try:
+            return _rendered_ids(messages, tokenizer, template, options)
+        except BadMessages as error:
+            if not error.field.endswith("tool_calls"):
+                raise
+            parsed = [_with_objects(message) for message in messages]
+            if parsed == messages:
+                raise
+            return _rendered_ids(parsed, tokenizer, template, options)
+    except RecursionError:
+        raise BadMessages("messages", "messages, or the options of their template, are nested too deep.") from None
+
+
+def _with_objects(message):
+    """The message with the arguments of its calls as objects, which GLM's template wants; OpenAI's API has texts."""
+    calls = []
+    for call in message.get("tool_calls", ()):
+        try:
+            arguments = json.loads(call["function"]["arguments"])
+        except (TypeError, ValueError):
+            return message
+        calls.append(call | {"function": call["function"] | {"arguments": arguments}})
+    return message | ({"tool_calls": calls} if calls else {})
+
+
+def _rendered_ids(messages, tokenizer, template, options):
     # Markup that a message spells gets a mark inside, so that it is none to anybody.
     mark = _unused(json.dumps([messages, options], ensure_ascii=False))
     spellings = sorted(tokenizer.markup(), key=len, reverse=True)
@@ -200,20 +243,59 @@ def rendered_ids(messages: list[dict[str, Any]], tokenizer: Tokenizer, template:
             return {marked(key): marked(inner) for key, inner in value.items()}
         return [marked(inner) for inner in value] if isinstance(value, list) else value
 
+    told = [{key: value if key == "role" else marked(value, KEPT.get(m["role"], ()) if key == "content" else ())
+             for key, value in m.items()} for m in messages]
+    told_options: Any = marked(options)
     try:
-        rendered = template([{key: value if key == "role" else marked(value, KEPT.get(m["role"], ())
-                                                                      if key == "content" else ())
-                              for key, value in m.items()} for m in messages], **marked(options))
+        rendered = template(told, **told_options)
     except ValueError as error:
         raise BadMessages("messages", f"messages: the model's chat template refuses them: {error}") from None
     rendered = rendered.replace(json.dumps(mark)[1:-1], mark)  # as tojson may write it
-    for i, message in enumerate(messages):
-        if any(marked(call["function"]["name"]) not in rendered for call in message.get("tool_calls", ())):
-            raise BadMessages(f"messages[{i}]", f"messages[{i}]: the model's chat template leaves its tool_calls out.")
+    if left_out := _left_out(rendered, told, told_options.get("tools") or []):
+        raise BadMessages(left_out, f"the model's chat template leaves {left_out} out, or writes it otherwise.")
     ids = []
     for part in _parts(rendered, find, mark):
         ids += tokenizer.encode(part.replace(mark, "")) if mark in part else tokenizer.encode_template(part)
     return ids
+
+
+def _left_out(rendered: str, messages: list[dict[str, Any]], tools: list[dict[str, Any]]) -> str | None:
+    """The first of what belongs to tools that a rendered chat does not hold; None if it holds all.
+
+    A template that knows tools may still want the arguments of a call as an object, or a call without a content.
+    """
+    names = collections.Counter(tool.get("function", tool)["name"] for tool in tools)
+    if any(_count(rendered, name) < count for name, count in names.items()):
+        return "tools"
+    for i, message in enumerate(messages):
+        calls = [call["function"] for call in message.get("tool_calls", ())]
+        names.update(call["name"] for call in calls)
+        texts = [text for call in calls for text in _texts(call["arguments"])]
+        if (calls and any(_count(rendered, text) < 1 for text in texts)) or any(
+                _count(rendered, call["name"]) < names[call["name"]] for call in calls):
+            return f"messages[{i}].tool_calls"
+        if (calls or message["role"] == TOOL) and _count(rendered, message["content"].strip()) < 1:
+            return f"messages[{i}].content"
+    return None
+
+
+def _count(rendered, text) -> int:
+    """How often a text is there, as it is or as JSON writes it."""
+    return max(rendered.count(form) for form in (text, json.dumps(text, ensure_ascii=False)[1:-1],
+                                                 json.dumps(text)[1:-1]))
+
+
+def _texts(value) -> Iterator[str]:
+    """All keys and texts in arguments of a call."""
+    if isinstance(value, str):
+        yield value.strip()
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            yield key
+            yield from _texts(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _texts(inner)
 
 
 def _parts(text: str, markup: re.Pattern[str], mark: str) -> Iterator[str]:
@@ -233,8 +315,11 @@ def _parts(text: str, markup: re.Pattern[str], mark: str) -> Iterator[str]:
 
 def _unused(text: str) -> str:
     """A character for private use that is not in a text, neither itself nor as JSON escapes it."""
-    private = map(chr, range(0xE000, 0xF900))
-    return next(c for c in private if c not in text and json.dumps(c)[1:-1].lower() not in text.lower())
+    used = {*text, *(chr(int(code, 16)) for code in re.findall(r"\\u([0-9a-fA-F]{4})", text))}
+    for c in map(chr, range(0xE000, 0xF900)):
+        if c not in used:
+            return c
+    raise BadMessages("messages", "messages hold all characters for private use (U+E000 to U+F8FF); leave one out.")
 
 
 def thinking_marks(tokenizer: Tokenizer) -> tuple[int, int] | None:

@@ -33,7 +33,7 @@ class Renderer:
         self._process: subprocess.Popen[bytes] | None = None
         self._start()
 
-    def __call__(self, messages: list[dict[str, Any]], **options: Any) -> str:
+    def __call__(self, messages: list[dict[str, Any]], /, **options: Any) -> str:
         with self._lock:
             if self._process is None:
                 self._start()

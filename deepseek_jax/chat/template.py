@@ -117,7 +117,7 @@ def read(folder: str, bos: str, eos: str, default: str | None = None) -> Templat
     except ValueError as error:
         raise ConfigError(f"the chat template of {folder} is damaged ({error}); fetch it again.") from None
 
-    def template(messages, **options):
+    def template(messages, /, **options):
         if "developer" not in source:
             messages = [m | {"role": "system"} if m["role"] == "developer" else m for m in messages]
         used = {*chain.from_iterable(messages)} | {"tools" for _ in options.get("tools") or ()}

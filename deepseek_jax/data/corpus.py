@@ -266,7 +266,9 @@ def _said(message):
 
 
 def _without_none(value):
-    """A row of parquet, where all objects have the same keys: those without a value are none."""
+    """A row of parquet, where all objects have the same keys: those without a value are none. A map is an object."""
+    if isinstance(value, list) and value and all(isinstance(pair, tuple) for pair in value):
+        value = dict(value)
     if isinstance(value, dict):
         return {key: _without_none(inner) for key, inner in value.items() if inner is not None}
     return [_without_none(inner) for inner in value] if isinstance(value, list) else value

@@ -160,8 +160,12 @@ def find_task(name: str, size: int) -> Task:
         raise ConfigError(f"rollout.task={name!r} is unknown; {did_you_mean(name, TASKS)} Others are named as "
                           f"{GYM}NAME, or your own as package.module:NAME.")
     made = load_object("rollout.task", name)
-    task = made(size) if callable(made) else made
+    try:
+        task = made(size) if callable(made) else made
+        found = type(task).__name__
+    except Exception as error:  # of what may be any function
+        task, found = None, f"{type(error).__name__} ({error})"
     if not isinstance(task, Task):
-        raise ConfigError(f"rollout.task={name!r} gave {type(task).__name__}; name a function of the size that returns "
+        raise ConfigError(f"rollout.task={name!r} gave {found}; name a function of the size that returns "
                           "a deepseek_jax.posttraining.tasks.Task(draw, score).")
     return task

@@ -6,6 +6,7 @@ DIR has templates, NAME.jinja, and perhaps encoding_dsv32.py, the program that D
 template is compared with. None of them is part of this project. Needs transformers.
 """
 
+import functools
 import importlib.util
 import itertools
 import json
@@ -33,6 +34,7 @@ CHATS = {
     "reasoning in a former answer": SAY("1 + 1", "<think>\nsimple\n</think>\n\n2", "and 2 + 2?"),
     "an answer last": SAY("say", "<think>why</think>said"),
 }
+TEXT = '{"a": 1}'
 OPTIONS = ({}, {"thinking": True}, {"thinking": False}, {"enable_thinking": True}, {"enable_thinking": False})
 TOOL = {"type": "function", "function": {"name": "add", "description": "ü < 1", "parameters": {
     "type": "object", "properties": {"a": {"type": "number"}}, "required": ["a"]}}}
@@ -80,11 +82,14 @@ def of_templates(path: pathlib.Path):
                         *([{"tools": [TOOL]}] if knows("tools") else ())):
             wanted = theirs.apply_chat_template(chat, add_generation_prompt=True, return_dict=False, **options)
             yield f"{name}, {options}", ours, chat_ids(chat, ours, template, options), wanted
-    for given in itertools.product(("", "so"), ('{"a": 1}', {"a": 1, "b": "<x>"})) if knows("tool_calls") else ():
+    for given in itertools.product(("", "so"), (TEXT, {"a": 1, "b": "<x>"})) if knows("tool_calls") else ():
         for options in ({}, *([{"tools": [TOOL]}] if knows("tools") else ())):
             chat = calling(*given)
-            wanted = outcome(theirs.apply_chat_template, chat, add_generation_prompt=True, return_dict=False,
-                             **options)
+            render = functools.partial(outcome, theirs.apply_chat_template, add_generation_prompt=True,
+                                       return_dict=False, **options)
+            wanted = render(chat)
+            if given[1] == TEXT and wanted != "refused" and TEXT not in theirs.decode(wanted):
+                wanted = render(calling(given[0], json.loads(TEXT)))  # which it wants as an object
             found = outcome(prompt_ids, check_messages(chat, calls=True), ours, template, options)
             yield f"tools called with {given}, {options}", ours, found, wanted
 

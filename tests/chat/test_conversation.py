@@ -122,7 +122,7 @@ def test_tools_are_refused_by_templates_that_would_drop_them(messages, tools, er
 
 def test_calls_that_a_template_leaves_out_in_this_place_are_not_dropped(tmp_path):
     text = with_template(KNOWS.replace("in m.tool_calls or []", "in m.tool_calls if m.content is none"), tmp_path)
-    with pytest.raises(BadMessages, match=r"messages\[1\]: the model's chat template leaves its tool_calls out"):
+    with pytest.raises(BadMessages, match=r"chat template leaves messages\[1\]\.tool_calls out"):
         conversation_ids(CALLING, published(), text)
 
 
@@ -140,7 +140,7 @@ def test_role_tokens_have_no_tools(messages, tools, error):
     ([{"function": {"name": "a", "arguments": "\ud800"}}], TOOLS, "half a character"),
     ([CALL], "add", "tools must be a list of functions with a name"),
     ([CALL], [{"function": {}}], "tools must be a list of functions with a name"),
-    ([CALL], [{"name": "\ud800"}], "tools: one holds half a character")])
+    ([CALL], [{"name": "\ud800"}], "tools holds half a character")])
 def test_calls_that_are_none_say_what_they_need(calls, tools, error, tmp_path):
     with pytest.raises(BadMessages, match=error):
         conversation_ids([CALLING[0], CALLING[1] | {"tool_calls": calls}], published(), with_template(KNOWS, tmp_path),
@@ -148,7 +148,100 @@ def test_calls_that_are_none_say_what_they_need(calls, tools, error, tmp_path):
 
 
 def test_calls_are_no_chat_that_the_server_takes(tmp_path):
+    for content in (None, ""):
+        with pytest.raises(BadMessages, match=r"messages\[1\]\.tool_calls is not supported"):
+            chat_ids([CALLING[0], CALLING[1] | {"content": content}], published(),
+                     with_template(KNOWS, tmp_path).template)
     with pytest.raises(BadMessages, match="needs a role"):
-        chat_ids(CALLING[:2], published(), with_template(KNOWS, tmp_path).template)
-    with pytest.raises(BadMessages, match=r"messages\[1\]\.tool_calls is not supported"):
-        chat_ids([CALLING[0], CALLING[1] | {"content": ""}], published(), with_template(KNOWS, tmp_path).template)
+        chat_ids([CALLING[0], CALLING[2]], published(), with_template(KNOWS, tmp_path).template)
+
+
+@pytest.mark.parametrize(("change", "left"), [
+    (("c.function.arguments | tojson", "''"), r"messages\[1\]\.tool_calls"),
+    (("m.tool_calls or []", "(m.tool_calls or [])[:1]"), r"messages\[1\]\.tool_calls"),
+    (("': ' + m.content", "': '"), r"messages\[2\]\.content")])
+def test_what_belongs_to_tools_is_in_what_the_template_writes(change, left, tmp_path):
+    twice = [CALLING[0], CALLING[1] | {"tool_calls": [CALL, CALL]}, *CALLING[2:]]
+    conversation_ids(twice, published(), with_template(KNOWS, tmp_path), TOOLS)
+    with pytest.raises(BadMessages, match=f"leaves {left} out, or writes it otherwise"):
+        conversation_ids(twice, published(), with_template(KNOWS.replace(*change), tmp_path), TOOLS)
+
+
+def test_arguments_as_a_text_are_an_object_to_a_template_that_wants_one(tmp_path):
+    each = KNOWS.replace("c.function.arguments | tojson", "(c.function.arguments.items() | list | tojson "
+                         "if c.function.arguments is mapping else '')")
+    call = CALL | {"function": CALL["function"] | {"arguments": json.dumps(GIVEN)}}
+    as_text = [CALLING[0], CALLING[1] | {"tool_calls": [call]}, *CALLING[2:]]
+    text = with_template(each, tmp_path)
+    assert conversation_ids(as_text, published(), text) == conversation_ids(CALLING, published(), text)
+
+
+def test_a_template_that_only_names_tools_leaves_them_out(tmp_path):
+    text = with_template(KNOWS.replace("{{ tools | tojson }}", "{{ tools | length }}"), tmp_path)
+    with pytest.raises(BadMessages, match="leaves tools out"):
+        conversation_ids(TURNS, published(), text, TOOLS)
+
+
+@pytest.mark.parametrize("name", ['say "a"', "ü", "<|eos|>"])
+def test_a_name_may_be_written_as_json_writes_it(name, tmp_path):
+    call = {"function": {"name": name, "arguments": {}}}
+    text = with_template(KNOWS.replace("c.function.name +", "c.function.name | tojson +"), tmp_path)
+    conversation_ids([CALLING[0], {"role": "assistant", "tool_calls": [call]}], published(), text)
+
+
+def test_an_answer_that_the_next_message_ends_learns_its_end(tmp_path):
+    bare = DEEPSEEK.replace("{{ eos_token }}", "")
+    tokenizer = published()
+    text = with_template(bare, tmp_path, frozenset([tokenizer.backend.token_to_id("<｜User｜>")]))
+    ids, predicted = conversation_ids(TURNS, tokenizer, text)
+    assert said(tokenizer, ids, predicted) == ["2<｜User｜>", "4\n\nindeed"]
+
+
+def test_nothing_behind_the_first_end_is_predicted(tmp_path):
+    more = DEEPSEEK.replace("{{ eos_token }}", "{{ eos_token }}more{{ eos_token }}")
+    tokenizer = published()
+    ids, predicted = conversation_ids(TURNS, tokenizer, with_template(more, tmp_path))
+    assert said(tokenizer, ids, predicted) == ["2<|eos|>", "4\n\nindeed<|eos|>"]
+
+
+def test_an_answer_without_reasoning_is_asked_for_without_where_reasoning_is_the_default(tmp_path):
+    thinks = (DEEPSEEK.replace("<｜Assistant｜>{{ m.content }}", "<｜Assistant｜></think>{{ m.content }}")
+              .replace("<｜Assistant｜>{% endif %}", "<｜Assistant｜>{{ '</think>' if enable_thinking is false else "
+                       "'<think>' }}{% endif %}"))
+    tokenizer = published()
+    ids, predicted = conversation_ids(TURNS, tokenizer, with_template(thinks, tmp_path))
+    assert said(tokenizer, ids, predicted) == ["2<|eos|>", "4\n\nindeed<|eos|>"]
+
+
+@pytest.mark.parametrize(("message", "error"), [
+    ({"weight": 0}, r"messages\[1\]\.weight is not supported"), ({"train": False}, r"messages\[1\]\.train is not"),
+    ({"content": [{"type": "image_url", "text": "see"}]}, "a text as content"),
+    ({"tool_calls": {"function": {"name": "a", "arguments": "{}"}}}, "needs a list of calls"),
+    ({"tool_calls": [{"function": {"name": "a", "arguments": {"x": float("nan")}}}]}, "holds what is no JSON"),
+    ({"tool_calls": [{"function": {"name": "a", "arguments": {"x": b""}}}]}, "holds what is no JSON")])
+def test_what_would_be_dropped_or_cannot_be_said_is_refused_by_name(message, error, tmp_path):
+    with pytest.raises(BadMessages, match=error):
+        conversation_ids([TURNS[1], TURNS[2] | message], published(), with_template(KNOWS, tmp_path))
+
+
+def test_arguments_nested_without_end_are_refused(tmp_path):
+    deep = {}
+    for _ in range(980):
+        deep = {"a": deep}
+    call = {"function": {"name": "add", "arguments": deep}}
+    with pytest.raises(BadMessages, match="nested too deep"):
+        conversation_ids([TURNS[1], {"role": "assistant", "tool_calls": [call]}], published(),
+                         with_template(KNOWS, tmp_path))
+
+
+def test_all_characters_for_private_use_leave_none_to_mark_with(tmp_path):
+    everything = {"role": "user", "content": "".join(map(chr, range(0xE000, 0xF900)))}
+    with pytest.raises(BadMessages, match="hold all characters for private use"):
+        chat_ids([everything], published(), with_template(DEEPSEEK, tmp_path).template)
+    with pytest.raises(BadMessages, match="hold all characters for private use"):
+        chat_ids(TURNS, published(), with_template(DEEPSEEK, tmp_path).template, {"x": everything["content"]})
+
+
+def test_an_option_may_have_any_name(tmp_path):
+    plain = chat_ids(TURNS[:2], published(), with_template(DEEPSEEK, tmp_path).template)
+    assert chat_ids(TURNS[:2], published(), with_template(DEEPSEEK, tmp_path).template, {"self": 1}) == plain

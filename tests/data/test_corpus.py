@@ -307,3 +307,24 @@ def test_tools_that_are_none_are_named(tmp_path):
     documents, _, warnings = read(tmp_path / "a.jsonl")
     assert len(documents) == 1 and [w.split(": ", 1)[1] for w in warnings] == [
         "tools must be a list of functions with a name each."] * 2
+
+
+def test_a_map_of_parquet_is_an_object(tmp_path):
+    kind = pyarrow.map_(pyarrow.string(), pyarrow.string())
+    call = pyarrow.struct([("function", pyarrow.struct([("name", pyarrow.string()), ("arguments", kind)]))])
+    message = pyarrow.struct([("role", pyarrow.string()), ("content", pyarrow.string()),
+                              ("tool_calls", pyarrow.list_(call))])
+    rows = [[{"role": "user", "content": "x"},
+             {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": [("<|eos|>", "1")]}}]}]]
+    pyarrow.parquet.write_table(pyarrow.table({"messages": pyarrow.array(rows, pyarrow.list_(message))}),
+                                tmp_path / "a.parquet")
+    (document,), _, warnings = read(tmp_path / "a.parquet")
+    assert not warnings
+    assert document.messages[1]["tool_calls"][0]["function"]["arguments"] == {"<|eos|>": "1"}
+
+
+def test_a_row_that_no_json_can_say_is_skipped_alone(tmp_path):
+    rows = [CALLING, CALLING | {"tools": [{"function": {"name": "f", "at": 1}}]}]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(row) for row in rows).replace('"at": 1', '"at": NaN'))
+    documents, counts, warnings = read(tmp_path / "a.jsonl")
+    assert len(documents) == 1 and counts.skipped == 1 and "tools holds what is no JSON" in warnings[0]

@@ -420,8 +420,8 @@ MUTATIONS = [
     Mutation(
         name="all answers are asked for as the last one is",
         file="deepseek_jax/chat/conversation.py",
-        old="text.template, _reasoning(checked[-1]) | told)",
-        new="text.template, told)",
+        old='for options in (_reasoning(checked[-1]), {"thinking"',
+        new='for options in ({}, {"thinking"',
         tests="chat/test_deepseek_v32.py",
     ),
     Mutation(

@@ -53,6 +53,7 @@ def test_countdown_takes_any_expression_of_its_numbers(answer, right):
 
 @pytest.mark.parametrize(("name", "said"), [
     ("revers", "did you mean reverse?"), ("no.such.module:TASK", "cannot be imported"), ("json:dumps", "gave str"),
+    ("json:loads", r"gave TypeError \(the JSON object must be"),
 ])
 def test_a_task_that_is_not_there_is_one_line(name, said):
     with pytest.raises(ConfigError, match=said.replace("?", r"\?")):

@@ -52,6 +52,8 @@ def _row(where: str, line: str) -> Prompt:
     if len(found) != 1 or not isinstance(found.get("prompt", ""), str):
         raise ConfigError(f'{where} needs "prompt", a text, or "messages", a list; one of them, not both.')
     if "messages" in found:
+        if row.get("tools"):
+            raise ConfigError(f"{where}: tools are not supported; leave them out.")
         try:
             return check_messages(found["messages"])
         except BadMessages as error:

@@ -47,6 +47,7 @@ MAX_BODY_BYTES = 4 * 2**20
 TURN_BYTES = 2**18  # of a body, that are read for one turn: what the event loop receives at once
 READERS = 2  # threads that parse completions and tokenize prompts; as many for chats
 STALLED_SECONDS = 60.0  # a step that takes longer will hardly end
+FAILED = BadRequest(None, "the server has failed; see its log.", 500, "failed")
 STOP_SECONDS = 2.0  # for the engine to end its step, after the grace for running requests
 
 Report = Callable[[str], None]  # is told how far a start has come
@@ -134,7 +135,8 @@ class Endpoints:
                                            error.status_code, "no_such_path").body(), error.status_code, error.headers)
 
         async def broken(request, error):
-            return JSONResponse(BadRequest(None, "the server has failed; see its log.", 500, "failed").body(), 500)
+            log.error("%s has failed:", request.url.path, exc_info=error)
+            return JSONResponse(FAILED.body(), FAILED.status)
 
         return Starlette(lifespan=lifespan, exception_handlers={HTTPException: failed, Exception: broken}, middleware=[
             Middleware(Guard, local=self.local, origins=self.options.origins)], routes=[
@@ -173,6 +175,9 @@ class Endpoints:
                 response = JSONResponse(bad.body(), bad.status, headers=retry)
             except ClientDisconnect:
                 response = Response(status_code=499)  # to nobody
+            except Exception:  # a fault of ours
+                log.exception("%s has failed:", path)
+                response = JSONResponse(FAILED.body(), FAILED.status)
             self.metrics.answered.labels(path, str(response.status_code)).inc()
             return response
 

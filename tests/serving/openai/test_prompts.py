@@ -32,6 +32,7 @@ def test_rows_of_json_are_texts_or_chats(tmp_path):
     ('{"text": "a"}', r"needs \"prompt\""), ('{"prompt": 3}', r"needs \"prompt\""),
     ('{"prompt": []}', r"p.jsonl:1 needs"), ('{"messages": "a"}', r"p.jsonl:1: messages must be a list"),
     ('{"messages": [{"role": "user"}]}', r"p.jsonl:1: messages\[0\] needs a role"),
+    ('{"messages": [{"role": "user", "content": "a"}], "tools": [{"name": "f"}]}', "1: tools are not supported"),
     ('{"prompt": "\\ud800"}', r"p.jsonl:1: holds half a character"),
     ('{"prompt": "a", "messages": []}', "not both")])
 def test_what_is_no_prompt_is_named_with_its_line(tmp_path, text, message):

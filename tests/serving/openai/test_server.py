@@ -458,3 +458,18 @@ def test_health_is_that_of_the_engine(state, status, said):
     endpoints.service = types.SimpleNamespace(**state)
     answer = asyncio.run(endpoints.health(None))
     assert (answer.status_code, json.loads(answer.body)["status"]) == (status, said)
+
+
+def test_a_fault_of_the_server_is_answered_logged_and_counted(caplog):
+    endpoints = server.Endpoints(lambda report: None, "tiny")
+    endpoints.health = lambda request: 1 / 0
+
+    async def asked():
+        transport = httpx.ASGITransport(endpoints.app(), raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+            return await client.get("/health"), (await client.get("/metrics")).text
+
+    answer, metrics = asyncio.run(asked())
+    assert answer.status_code == 500 and answer.json()["error"]["code"] == "failed"
+    assert "/health has failed" in caplog.text and "ZeroDivisionError" in caplog.text
+    assert 'path="/health",status="500"' in metrics
