@@ -231,14 +231,17 @@ def _with_objects(message):
 
 
 def _rendered_ids(messages, tokenizer, template, options):
-    # Markup that a message spells gets a mark inside, so that it is none to anybody.
+    # Markup that a message spells gets a mark inside, so that it is none to anybody; and a text that ends where markup
+    # might go on, one behind it, since what the template writes next may be another text.
     mark = _unused(json.dumps([messages, options], ensure_ascii=False))
     spellings = sorted(tokenizer.markup(), key=len, reverse=True)
     find = re.compile("|".join(map(re.escape, spellings)) or "(?!)")
+    begun = tuple({spelling[:end] for spelling in spellings for end in range(1, len(spelling))})
 
     def marked(value, kept=()):
         if isinstance(value, str):
-            return find.sub(lambda m: m[0] if m[0] in kept else m[0][0] + mark + m[0][1:], value)
+            value = find.sub(lambda m: m[0] if m[0] in kept else m[0][0] + mark + m[0][1:], value)
+            return value + mark if value.endswith(begun) else value
         if isinstance(value, dict):
             return {marked(key): marked(inner) for key, inner in value.items()}
         return [marked(inner) for inner in value] if isinstance(value, list) else value

@@ -242,6 +242,21 @@ def test_all_characters_for_private_use_leave_none_to_mark_with(tmp_path):
         chat_ids(TURNS, published(), with_template(DEEPSEEK, tmp_path).template, {"x": everything["content"]})
 
 
+def test_two_texts_side_by_side_make_no_markup(tmp_path):
+    text, tokenizer = with_template(KNOWS, tmp_path), published()
+    call = {"function": {"name": "os|>", "arguments": {}}}
+    ids, predicted = conversation_ids([TURNS[1], {"role": "assistant", "content": "<|e", "tool_calls": [call]}],
+                                      tokenizer, text)
+    assert said(tokenizer, ids, predicted) == ["<|eos|>{}<|eos|>"] and ids.count(tokenizer.eos) == 1
+
+
+def test_a_text_that_ends_where_markup_begins_has_the_ids_of_the_text(tmp_path):
+    here = published()
+    found = chat_ids([{"role": "user", "content": "a < b <|"}], here, with_template(DEEPSEEK, tmp_path).template)
+    name = here.backend.token_to_id
+    assert found == [here.bos, name("<｜User｜>"), *here.encode("a < b <|"), name("<｜Assistant｜>")]
+
+
 def test_an_option_may_have_any_name(tmp_path):
     plain = chat_ids(TURNS[:2], published(), with_template(DEEPSEEK, tmp_path).template)
     assert chat_ids(TURNS[:2], published(), with_template(DEEPSEEK, tmp_path).template, {"self": 1}) == plain

@@ -123,6 +123,13 @@ MUTATIONS = [
         tests="chat/test_conversation.py::test_calls_of_tools_are_predicted_and_neither_their_description_nor_what_they_return",
     ),
     Mutation(
+        name="two texts side by side make markup",
+        file="deepseek_jax/chat/messages.py",
+        old="return value + mark if value.endswith(begun) else value",
+        new="return value",
+        tests="chat/test_conversation.py::test_two_texts_side_by_side_make_no_markup",
+    ),
+    Mutation(
         name="a template that knows no tools drops them",
         file="deepseek_jax/chat/template.py",
         old="if field in used and field not in source:",
