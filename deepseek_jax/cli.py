@@ -11,9 +11,9 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from deepseek_jax import runtime, stop
-from deepseek_jax.config import ConfigError, did_you_mean
+from deepseek_jax.config import ConfigError, did_you_mean, local_path
 
-PATHS = ("workdir", "hf", "config", "data", "prompts", "json", "plot")  # options whose ~ a shell leaves: --hf=~/x
+PATHS = ("workdir", "hf", "config", "data", "prompts", "json", "plot", "teacher", "task_folder", "src", "dst")
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):
@@ -36,7 +36,8 @@ class Parser(argparse.ArgumentParser):
         found, rest = super().parse_known_args(*args, **options)
         for name in PATHS:
             if isinstance(value := getattr(found, name, None), str):
-                setattr(found, name, os.path.expanduser(value))
+                option = "--" + name.replace("_", "-")
+                setattr(found, name, local_path(option if option in self._option_string_actions else name, value))
         return found, rest
 
     def error(self, message: str) -> NoReturn:

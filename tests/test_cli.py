@@ -1,9 +1,11 @@
 """What all commands share: help that says defaults, paths with a ~, words that were misspelled."""
 
+import re
+
 import pytest
 
 from deepseek_jax import cli
-from deepseek_jax.config import ConfigError, InitConfig
+from deepseek_jax.config import ConfigError, DataConfig, DistillConfig, InitConfig, RolloutConfig
 
 
 @pytest.fixture
@@ -28,6 +30,17 @@ def test_a_tilde_in_a_path_is_the_users_folder_and_no_folder_of_that_name(parser
     assert parser.parse_args(["--workdir=~/run"]).workdir == "/home/somebody/run"
     assert parser.parse_known_args(["--workdir", "~/run", "--other"])[0].workdir == "/home/somebody/run"
     assert InitConfig("~/run").from_ == "/home/somebody/run"
+
+
+@pytest.mark.parametrize("address", ["gs://bucket/run", "s3://bucket/run", "hf://owner/data/*.parquet"])
+def test_an_address_is_refused_before_a_folder_of_its_name_is_made(parser, address):
+    for key, ask in (("--workdir", lambda: parser.parse_args([f"--workdir={address}"])),
+                     ("init.from", lambda: InitConfig(address)), ("distill.from", lambda: DistillConfig(address)),
+                     ("rollout.reward", lambda: RolloutConfig(reward=f"model:{address}")),
+                     ("data.sources", lambda: DataConfig(sources=((address, 1.0),))),
+                     ("data.cache_dir", lambda: DataConfig(cache_dir=address))):
+        with pytest.raises(ConfigError, match=f"{key}={re.escape(address)} is an address, and only paths of this"):
+            ask()
 
 
 def test_a_misspelled_option_is_named_before_the_one_that_is_missing(parser, monkeypatch):

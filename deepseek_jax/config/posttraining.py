@@ -4,10 +4,9 @@ answers and its objective."""
 from __future__ import annotations
 
 import dataclasses
-import os
 from typing import Annotated, Literal
 
-from deepseek_jax.config.schema import FRACTION, NOT_NEGATIVE, POSITIVE, Checked, ConfigError
+from deepseek_jax.config.schema import FRACTION, NOT_NEGATIVE, POSITIVE, Checked, ConfigError, local_path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +39,7 @@ class DistillConfig(Checked, section="distill"):
         if self.from_ == "":
             raise ConfigError("distill.from names no teacher; add --config.distill.from=RUN.")
         if self.from_ is not None:  # a shell leaves the ~ of --config.distill.from=~/run alone
-            object.__setattr__(self, "from_", os.path.expanduser(self.from_))
+            object.__setattr__(self, "from_", local_path("distill.from", self.from_))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +79,7 @@ class RolloutConfig(Checked, section="rollout"):
     def reward_model(self) -> str | None:
         """The work directory of the reward model that rollout.reward names; None: it names none."""
         kind, _, folder = self.reward.partition(":")
-        return os.path.expanduser(folder) if kind == "model" and folder else None
+        return local_path("rollout.reward", folder) if kind == "model" and folder else None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,6 +14,8 @@ import dataclasses
 import difflib
 import functools
 import math
+import os
+import re
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
@@ -33,6 +35,17 @@ class ConfigError(ValueError):
     def __init__(self, message: str):
         line = " ".join(message.splitlines())
         super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in line))
+
+
+def local_path(name: str, path: str) -> str:
+    """The path, with the home folder for a ~, which a shell leaves in --hf=~/x. name: of the option or key.
+
+    Raises ConfigError for the address of a bucket, which as a path would be a folder `gs:` here.
+    """
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", path):
+        raise ConfigError(f"{name}={path} is an address, and only paths of this machine are read and written; copy it "
+                          "here, or mount it as a file system.")
+    return os.path.expanduser(path)
 
 
 def shown(value: Any) -> str:

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 import re
 from typing import Annotated, Literal
 
 from deepseek_jax.config.model import OWN
-from deepseek_jax.config.schema import BELOW_ONE, BETWEEN, FRACTION, NOT_NEGATIVE, POSITIVE, Checked, ConfigError
+from deepseek_jax.config.schema import (
+    BELOW_ONE,
+    BETWEEN,
+    FRACTION,
+    NOT_NEGATIVE,
+    POSITIVE,
+    Checked,
+    ConfigError,
+    local_path,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +46,9 @@ class DataConfig(Checked, section="data"):
             if not path or weight <= 0:
                 raise ConfigError(f"data.sources: {(path, weight)!r} must be a path and a positive weight; leave out "
                                   "what is not wanted.")
+            local_path("data.sources", path)
+        if self.cache_dir is not None:
+            local_path("data.cache_dir", self.cache_dir)
         if self.packing == "whole" and not self.mask_documents:
             raise ConfigError("data.packing='whole' packs documents that must not see each other; set "
                               "data.mask_documents=True.")
@@ -162,4 +173,4 @@ class InitConfig(Checked, section="init"):
     def __post_init__(self):
         super().__post_init__()
         if self.from_ is not None:  # a shell leaves the ~ of --config.init.from=~/run alone
-            object.__setattr__(self, "from_", os.path.expanduser(self.from_))
+            object.__setattr__(self, "from_", local_path("init.from", self.from_))

@@ -80,4 +80,11 @@ MUTATIONS = [
         new="return said if True else",
         tests="test_cli.py::test_help_says_each_default_once",
     ),
+    Mutation(
+        name="a bucket is a folder of its name",
+        file="deepseek_jax/config/schema.py",
+        old='if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", path):',
+        new="if False:",
+        tests="test_cli.py::test_an_address_is_refused_before_a_folder_of_its_name_is_made",
+    ),
 ]
