@@ -149,9 +149,12 @@ class _Reception:
         if processes != self.group.processes:
             self._refuse(connection, f"process {process} was told --processes={processes}, and process 0 "
                                      f"--processes={self.group.processes}; start all with the same number.")
-        if process in self.found and not has_ended(self.found[process]):
-            self._refuse(connection, f"two processes are --process={process} of {processes}; give each a number of its "
-                                     "own.")
+        if before := self.found.pop(process, None):
+            with before:
+                if not has_ended(before):
+                    tell([before], stop.MISTAKE, 0)
+                    self._refuse(connection, f"two processes are --process={process} of {processes}; give each a "
+                                             "number of its own.")
         self.found[process] = _kept_alive(connection)
 
     def _refuse(self, connection, complaint):

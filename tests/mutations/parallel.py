@@ -225,8 +225,8 @@ MUTATIONS = [
     Mutation(
         name="two processes share a number",
         file="deepseek_jax/parallel/meeting.py",
-        old="if process in self.found and not",
-        new="if False and not",
+        old="if not has_ended(before):",
+        new="if False:",
         tests="parallel/test_meeting.py",
     ),
     Mutation(

@@ -4,6 +4,7 @@ import resource
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -78,16 +79,19 @@ def test_two_processes_with_one_number_are_refused():
 
 
 def test_a_process_that_was_started_again_takes_the_place_of_the_one_before():
-    address = f"localhost:{free_port()}"
+    address, gone = f"localhost:{free_port()}", threading.Event()
 
     def ends_and_comes_again():
         with connect(int(address[10:]) + 1) as before:
             before.sendall(HELLO.pack(MAGIC, 1, 3))
-        time.sleep(0.5)
+        gone.set()
         return meet(Group(address, 3, 1), 20)
 
-    meets = [lambda i=i: meet(Group(address, 3, i), 20) for i in (0, 2)]
-    first, third, second = in_threads([*meets, ends_and_comes_again])
+    def comes_later():  # so that not all have met before the one has ended
+        gone.wait()
+        return meet(Group(address, 3, 2), 20)
+
+    first, second, third = in_threads([lambda: meet(Group(address, 3, 0), 20), ends_and_comes_again, comes_later])
     assert sorted(first) == [1, 2] and list(second) == list(third) == [0]
     close(first, second, third)
 
@@ -95,7 +99,7 @@ def test_a_process_that_was_started_again_takes_the_place_of_the_one_before():
 @pytest.mark.parametrize("said", [b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", MAGIC, b"", MESSAGE.pack(0, 1)])
 def test_whoever_else_connects_is_not_taken_for_a_process_and_delays_none(said):
     address = f"localhost:{free_port()}"
-    begun, others = time.monotonic(), []
+    others = []
 
     def comes_last():
         for _ in range(60):
@@ -103,9 +107,9 @@ def test_whoever_else_connects_is_not_taken_for_a_process_and_delays_none(said):
             others[-1].sendall(said)
         return meet(Group(address, 2, 1), 20)
 
+    # One after the other, each would take meeting.SILENCE, ten minutes in all.
     first, second = in_threads([lambda: meet(Group(address, 2, 0), 20), comes_last])
     assert list(first) == [1] and list(second) == [0]
-    assert time.monotonic() - begun < meeting.SILENCE  # one after the other would take that for each
     close(first, second, dict(enumerate(others)))
 
 
