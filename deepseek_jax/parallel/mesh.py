@@ -51,7 +51,7 @@ def _on_torus(cfg, devices):
         try:
             return mesh_utils.create_hybrid_device_mesh(inside, between, devices, allow_split_physical_axes=split) \
                 if slices > 1 else mesh_utils.create_device_mesh(inside, devices, allow_split_physical_axes=split)
-        except NotImplementedError:
+        except NotImplementedError:  # jax's word for a torus whose axes do not divide so
             continue
     return np.asarray(devices)  # a torus whose axes are no product of these
 

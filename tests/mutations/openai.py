@@ -438,4 +438,25 @@ MUTATIONS = [
         new="start_new_session=True)",
         tests="chat/test_render.py::test_a_template_yields_the_processor_to_the_server",
     ),
+    Mutation(
+        name="faults of the server are not counted",
+        file="deepseek_jax/serving/openai/server.py",
+        old="except Exception:  # a fault of ours",
+        new="except ():",
+        tests="serving/openai/test_server.py::test_a_fault_of_the_server_is_answered_logged_and_counted",
+    ),
+    Mutation(
+        name="an option named self is the renderer's",
+        file="deepseek_jax/chat/jinja.py",
+        old='template.generate(about["names"] |',
+        new='template.generate(**about["names"] |',
+        tests="chat/test_conversation.py::test_an_option_may_have_any_name",
+    ),
+    Mutation(
+        name="what stands behind the first end of an answer is predicted",
+        file="deepseek_jax/chat/conversation.py",
+        old="last = next((k for k in range(len(prompt), len(ids)) if",
+        new="last = next((k for k in reversed(range(len(prompt), len(ids))) if",
+        tests="chat/test_conversation.py::test_nothing_behind_the_first_end_is_predicted",
+    ),
 ]
