@@ -25,6 +25,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--target", required=True, help="such as h100:8, h100:2048, v5p:8x16x16")
     arguments.add(parser)
     parser.add_argument("--lora", type=int, metavar="RANK", help="train adapters of that rank alone, of a frozen base")
+    parser.add_argument("--lora-fp8", action="store_true", help="with --lora: the base is kept in FP8")
     parser.add_argument("--decode", type=int, metavar="SEQUENCES", help="compile a decode step of SEQUENCES per device "
                         "instead; each device has a complete copy of the model")
     parser.add_argument("--length", type=int, default=4096, help="with --decode: tokens of cache of a sequence")
@@ -48,7 +49,7 @@ def main() -> int:
         from deepseek_jax.scale.compile.aot import measure_step
 
         layout = arguments.layout(args, model, devices, node_size=8)
-        found = measure_step(model, layout, args.target, LoraConfig(args.lora))
+        found = measure_step(model, layout, args.target, LoraConfig(args.lora, fp8=args.lora_fp8))
     found |= {"model": args.model, "layers": model.num_layers}
     print(table(found))
     if args.json:

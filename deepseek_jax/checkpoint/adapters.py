@@ -14,35 +14,41 @@ import json
 import math
 import os
 import pathlib
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import NamedSharding
 
 from deepseek_jax import io
-from deepseek_jax.checkpoint.manager import find_checkpoint, read_items
+from deepseek_jax.checkpoint.arrays import Stored, restore
+from deepseek_jax.checkpoint.blocks import in_blocks
+from deepseek_jax.checkpoint.manager import check_fit, find_checkpoint, read_items
 from deepseek_jax.config import ConfigError
 
 
 class Base(NamedTuple):
     """The checkpoint that a run depends on, such as the one that adapters belong to.
 
-    digest: of its files' lengths and check sums. scale: of adapters; 1 for any other.
+    digest: of its files' lengths and check sums. scale: of adapters; 1 for any other. fp8: they were trained next to
+    weights in FP8 (`checkpoint.blocks`).
     """
 
     folder: str
     step: int
     digest: str
     scale: float
+    fp8: bool = False
 
 
-def identify(folder: str, scale: float, known: Base | None = None,
-             what: str = "the base of the adapters, init.from") -> tuple[Base, pathlib.Path]:
+def identify(folder: str, scale: float, known: Base | None = None, what: str = "the base of the adapters, init.from",
+             fp8: bool = False) -> tuple[Base, pathlib.Path]:
     """The base in `folder` as it is now, and its checkpoint: the newest, or that of `known`.
 
-    what: it is called in messages, with the config key of the folder.
+    what: it is called in messages, with the config key of the folder. scale, fp8: as Base has them.
     Raises:
       ConfigError: there is none, or it is not `known`.
     """
@@ -51,7 +57,8 @@ def identify(folder: str, scale: float, known: Base | None = None,
     except ConfigError as error:
         raise ConfigError(f"{what}={folder}, cannot be read: {error}") from error
     files = io.read_json(path / "manifest.json")["files"]
-    base = Base(folder, int(path.name), hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest(), scale)
+    digest = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+    base = Base(folder, int(path.name), digest, scale, fp8)
     if known is not None and base.digest != known.digest:
         raise ConfigError(f"{what}={folder}, is another checkpoint of step {known.step} than the one that the training "
                           "began with; put that one back.")
@@ -88,12 +95,45 @@ def read_weights(path: pathlib.Path, abstract: dict[str, Any] | None = None, ema
         wanted = abstract and {name: abstract["params"], "router": abstract["router"]}
         items = read_items(path, (name, "router"), wanted, cast)[0]
         return {"params": items[name], "router": items["router"]}
+    return read_leaves(path, stored(path, name), abstract)
+
+
+def read_leaves(path: pathlib.Path, leaves: dict[str, Any], abstract: dict[str, Any] | None = None,
+                read: Callable[[Any, Any], Any] = restore) -> dict[str, Any]:
+    """{"params", "router"} of the checkpoint at `path`, whose parameters are `leaves`, cast to what is wanted.
+
+    Args:
+      leaves: {"params/...": leaf}, as `stored` returns them.
+      abstract: shapes, dtypes and shardings of both; None: arrays as they are stored, on one device.
+      read: makes an array of a leaf and what is wanted of it.
+    Raises:
+      ConfigError: they are not those that are wanted, in name or shape.
+    """
     router = read_items(path, ("router",), abstract and {"router": abstract["router"]})[0]["router"]
-    adapters = read_items(path, (name,))[0][name]
-    if not adapters:
-        return {"params": {}, "router": router}
-    below = read_weights(identify(base.folder, base.scale, base)[1], abstract, cast=cast)
-    return {"params": merge(below["params"], adapters, base.scale), "router": router}
+    found = {tuple(name.split("/")[1:]): leaf for name, leaf in leaves.items()}
+    asked = {keys: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for keys, leaf in found.items()} if abstract is None \
+        else flatten_dict(abstract["params"])
+    named = lambda tree: {"/".join(("params", *keys)): tuple(x.shape) for keys, x in tree.items()}
+    check_fit(path, named(found), named(asked))
+    params = unflatten_dict({keys: read(found[keys], x) for keys, x in asked.items()})
+    return {"params": params, "router": router}
+
+
+def stored(checkpoint: pathlib.Path, name: str = "params") -> dict[str, Any]:
+    """{"params/...": leaf} of all parameters of the run with that checkpoint, each to be read in parts.
+
+    name: "ema": the moving average of the parameters; there may be none.
+    """
+    base, leaves = base_of(checkpoint), io.read_json(checkpoint / "meta.json")["leaves"]
+    own = {path.replace(f"{name}/", "params/", 1): Stored(str(checkpoint), leaf, path) for path, leaf in leaves.items()
+           if path.startswith(f"{name}/")}
+    if base is None or not own:
+        return own
+    below = stored(identify(base.folder, base.scale, base)[1])
+    if base.fp8:
+        below = in_blocks(below)
+    return below | {path: Merged(leaf, own[f"{path}/a"], own[f"{path}/b"], base.scale)
+                    for path, leaf in below.items() if f"{path}/a" in own}
 
 
 def merge(params: Any, adapters: Any, scale: float) -> Any:

@@ -55,6 +55,27 @@ def dequantize(values: np.ndarray, scales: np.ndarray, dtype: Any, first_row: in
     return out
 
 
+def quantize(w: np.ndarray, power_of_two: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """E4M3 blocks of 128 x 128 (report section 3.3.2): scale = amax / 448, with amax at least 1e-4.
+
+    Args:
+      w: [rows, columns], any float type; edge blocks may be ragged.
+      power_of_two: the next one up as the scale, as in V3.1 (`scale_fmt: ue8m0`).
+    Returns:
+      float8_e4m3fn values, float32 scales [ceil(rows / 128), ceil(columns / 128)] that multiply.
+    """
+    rows, columns = w.shape
+    padded = np.zeros((-(-rows // BLOCK) * BLOCK, -(-columns // BLOCK) * BLOCK), np.float32)
+    padded[:rows, :columns] = w
+    blocks = padded.reshape(len(padded) // BLOCK, BLOCK, -1, BLOCK)
+    scales = np.maximum(np.abs(blocks).max(axis=(1, 3)), np.float32(1e-4)) / np.float32(448)
+    if power_of_two:
+        fraction, exponent = np.frexp(scales)
+        scales = np.ldexp(np.float32(1), exponent - (fraction == 0.5))
+    values = (blocks / scales[:, None, :, None]).astype(FP8)
+    return values.reshape(padded.shape)[:rows, :columns], scales
+
+
 def transposed(x: np.ndarray) -> np.ndarray:
     """A contiguous transpose of a matrix, a strip of rows at a time: that much fits the cache."""
     bits = x.view(f"u{x.itemsize}")

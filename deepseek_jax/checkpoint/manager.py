@@ -236,7 +236,8 @@ def _read(path, leaves, abstract, cast=False):
     wanted = {name: leaf if hasattr(leaf, "dtype") else jnp.asarray(leaf) for name, leaf in wanted.items()}
     leaves = {name: leaf | {"dtype": str(wanted[name].dtype)} if (cast or "zarr" in leaf) and name in wanted else leaf
               for name, leaf in leaves.items()}
-    _check_fit(path, leaves, wanted)
+    check_fit(path, {name: f"{leaf['dtype']}{leaf['shape']}" for name, leaf in leaves.items()},
+              {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in wanted.items()})
     shapes, how, read = {}, {}, {}
     for name, leaf in wanted.items():
         if "zarr" in leaves[name]:
@@ -262,14 +263,13 @@ def _finish(wanted, saved, value):
     return jax.random.wrap_key_data(jnp.asarray(value), impl=saved["key"]) if "key" in saved else value
 
 
-def _check_fit(path, leaves, wanted):
-    """Raises ConfigError for the first leaf in which the config's state differs from the saved one."""
-    for name in dict.fromkeys([*wanted, *leaves]):
-        saved, ours = "absent", "absent"
-        if name in leaves:
-            saved = f"{leaves[name]['dtype']}{leaves[name]['shape']}"
-        if name in wanted:
-            ours = f"{wanted[name].dtype}{list(wanted[name].shape)}"
-        if saved != ours:
-            raise ConfigError(f"checkpoint {path} does not fit this config: {name} is {saved} there and {ours} here; "
+def check_fit(path: pathlib.Path, saved: dict[str, Any], ours: dict[str, Any]) -> None:
+    """Raises ConfigError for the first leaf of the config's state that differs from the one saved at `path`.
+
+    saved, ours: {path of a leaf: what must be equal}, such as its shape.
+    """
+    for name in dict.fromkeys([*ours, *saved]):
+        there, here = saved.get(name, "absent"), ours.get(name, "absent")
+        if there != here:
+            raise ConfigError(f"checkpoint {path} does not fit this config: {name} is {there} there and {here} here; "
                               "use the config it was saved with, or another --workdir.")

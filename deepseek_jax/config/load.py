@@ -60,15 +60,22 @@ class Config(Checked):
         check_mesh(self.mesh, self.model, self.train)
         if self.lora.rank is not None:
             self._check_lora()
+        elif self.lora.fp8:
+            raise ConfigError("lora.fp8=True keeps the base of adapters in FP8, and lora.rank=None trains none; add "
+                              "--config.lora.rank=16, or take fp8.enabled=True to train in FP8.")
 
     def _check_lora(self):
         if self.model.fp8.enabled:
-            raise ConfigError("lora.rank trains adapters of a base that is not in FP8; take fp8.enabled=False.")
+            raise ConfigError("fp8.enabled=True is for training all weights; take fp8.enabled=False, and lora.fp8=True "
+                              "for a base that is kept in FP8.")
         if self.mesh.pipe > 1:
             raise ConfigError(f"mesh.pipe={self.mesh.pipe}: pipelines train all parameters; take mesh.pipe=1, or "
                               "lora.rank=None.")
         if self.model.index_warmup:
             raise ConfigError("model.index_warmup trains the indexer alone, and lora.rank adapters alone; take one.")
+        if self.model.attention != "mla" and self.lora.fp8:
+            raise ConfigError(f"lora.fp8=True knows the weights of model.attention='mla' alone, not those of "
+                              f"{self.model.attention!r}; take lora.fp8=False.")
         if self.model.attention != "mla" and self.lora.targets != "experts":
             raise ConfigError(f"lora.targets={self.lora.targets!r} knows the weights of model.attention='mla' alone, "
                               f"not those of {self.model.attention!r}; take lora.targets='experts'.")

@@ -18,6 +18,8 @@ class LoraConfig(Checked, section="lora"):
     targets: Annotated[Literal["attention", "experts", "all"],
                        "weights that get adapters; experts: every feed-forward network, dense, shared and routed; "
                        "router, embedding, head and norms get none"] = "all"
+    fp8: Annotated[bool, "keep the frozen base in E4M3, in blocks of 128 x 128 as published checkpoints do; products "
+                         "dequantize it"] = False
 
     @property
     def scale(self) -> float:

@@ -10,11 +10,12 @@ output projection is saved in E5M6. Weights are [out, in], as in the checkpoints
 multiplies its own rows: no tile holds tokens of two devices.
 """
 
+from deepseek_jax.fp8.blocks import Blocks, shape_of_scales
 from deepseek_jax.fp8.e5m6 import E5M6, from_e5m6, to_e5m6
 from deepseek_jax.fp8.ffn import swiglu_ffn
 from deepseek_jax.fp8.linear import linear
 from deepseek_jax.fp8.products import DEFERRED, GROUP_ALIGNMENT, RECIPE, quantize_blocks, quantize_tiles
 from kernels_pallas.api import Quantized, dequantize
 
-__all__ = ["DEFERRED", "E5M6", "GROUP_ALIGNMENT", "RECIPE", "Quantized", "dequantize", "from_e5m6", "linear",
-           "quantize_blocks", "quantize_tiles", "swiglu_ffn", "to_e5m6"]
+__all__ = ["DEFERRED", "E5M6", "GROUP_ALIGNMENT", "RECIPE", "Blocks", "Quantized", "dequantize", "from_e5m6", "linear",
+           "quantize_blocks", "quantize_tiles", "shape_of_scales", "swiglu_ffn", "to_e5m6"]

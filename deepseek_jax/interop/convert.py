@@ -21,7 +21,7 @@ import tqdm
 from deepseek_jax import io
 from deepseek_jax.chat.template import keep_built_in
 from deepseek_jax.checkpoint import manifest
-from deepseek_jax.checkpoint.adapters import Merged, base_of, identify
+from deepseek_jax.checkpoint.adapters import base_of, stored
 from deepseek_jax.checkpoint.arrays import Stored, Writer
 from deepseek_jax.config import Config, ConfigError, as_dict, freeze
 from deepseek_jax.data.tokenizer import COMPANIONS, Tokenizer
@@ -205,21 +205,9 @@ def _leaves(workdir, merge=False):
     if (base_of(newest) is not None) != merge:
         raise ConfigError(f"{workdir} holds adapters, which no published checkpoint has; add --merge." if not merge else
                           f"{workdir} holds all weights of its model; leave out --merge.")
-    return config.model, _stored(newest)
-
-
-def _stored(checkpoint):
-    """{path: Stored or Merged} of the weights of a checkpoint."""
-    base, leaves = base_of(checkpoint), io.read_json(checkpoint / "meta.json")["leaves"]
-    own = {name: Stored(str(checkpoint), leaf, name) for name, leaf in leaves.items()
-           if name.startswith(("params/", "router/"))}
-    if base is None:
-        return own
-    below = _stored(identify(base.folder, base.scale, base)[1])
-    router = {name: leaf for name, leaf in own.items() if name.startswith("router/")}
-    adapted = {name: Merged(below[name], own[f"{name}/a"], own[f"{name}/b"], base.scale)
-               for name in below if f"{name}/a" in own}
-    return below | router | adapted
+    leaves = io.read_json(newest / "meta.json")["leaves"]
+    router = {name: Stored(str(newest), leaf, name) for name, leaf in leaves.items() if name.startswith("router/")}
+    return config.model, stored(newest) | router
 
 
 def _write_checkpoint(source, directory, dtype, keep_fp8):

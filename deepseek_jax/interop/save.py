@@ -15,34 +15,13 @@ from typing import Any
 import numpy as np
 
 from deepseek_jax import io
-from deepseek_jax.checkpoint.arrays import FP8
+from deepseek_jax.checkpoint.arrays import FP8, quantize
 from deepseek_jax.config import ConfigError
 from deepseek_jax.interop import hf_config, safetensors_io, tensor_map
 from deepseek_jax.interop.tensor_map import SCALE
 from kernels_pallas.constants import BLOCK
 
 SHARD = 5 * 10**9  # bytes a file
-
-
-def quantize(w: np.ndarray, power_of_two: bool = False) -> tuple[np.ndarray, np.ndarray]:
-    """E4M3 blocks of 128 x 128 (report section 3.3.2): scale = amax / 448, with amax at least 1e-4.
-
-    Args:
-      w: [rows, columns], any float type; edge blocks may be ragged.
-      power_of_two: the next one up as the scale, as in V3.1 (`scale_fmt: ue8m0`).
-    Returns:
-      float8_e4m3fn values, float32 scales [ceil(rows / 128), ceil(columns / 128)] that multiply.
-    """
-    rows, columns = w.shape
-    padded = np.zeros((-(-rows // BLOCK) * BLOCK, -(-columns // BLOCK) * BLOCK), np.float32)
-    padded[:rows, :columns] = w
-    blocks = padded.reshape(len(padded) // BLOCK, BLOCK, -1, BLOCK)
-    scales = np.maximum(np.abs(blocks).max(axis=(1, 3)), np.float32(1e-4)) / np.float32(448)
-    if power_of_two:
-        fraction, exponent = np.frexp(scales)
-        scales = np.ldexp(np.float32(1), exponent - (fraction == 0.5))
-    values = (blocks / scales[:, None, :, None]).astype(FP8)
-    return values.reshape(padded.shape)[:rows, :columns], scales
 
 
 class Held:

@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from deepseek_jax.model.layers import LowRank, Weight, matmul, transpose, wide
+from deepseek_jax import fp8
+from deepseek_jax.model.layers import LowRank, Weight, matmul, transpose, wide, with_frozen
 from kernels_pallas import api
 
 
@@ -119,7 +120,7 @@ def grouped_matmul(x_RD: jax.Array, w_EDF: Weight, sizes_E: jax.Array, align: in
     Args:
       x_RD: rows sorted by expert, empty rows zero, as `permute.to_rows` makes them.
       w_EDF: the experts' weights, float32 masters: the product runs in x's dtype, their gradient stays float32. A
-        LowRank has adapters of each expert.
+        LowRank has adapters of each expert, Blocks are frozen.
       sizes_E: int32, rows of each expert, multiples of `align`; rows past their sum give zero.
       align: what the groups are aligned to. "cpu" makes tiles of that many rows.
       implementation: "reference", "cpu", "ragged" or "auto".
@@ -130,4 +131,6 @@ def grouped_matmul(x_RD: jax.Array, w_EDF: Weight, sizes_E: jax.Array, align: in
     if isinstance(w_EDF, LowRank):
         product = functools.partial(grouped_matmul, sizes_E=sizes_E, align=align, implementation=name)
         return product(x_RD, w_EDF.w_IO) + product(product(x_RD, w_EDF.a_IR), w_EDF.b_RO)
+    if isinstance(w_EDF, fp8.Blocks):
+        return with_frozen(lambda x, w: IMPLEMENTATIONS[name](x, w, sizes_E, align), x_RD, w_EDF)
     return IMPLEMENTATIONS[name](x_RD, w_EDF, sizes_E, align)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -85,7 +85,7 @@ class LowRank(NamedTuple):
     the same leading axes. Parameters hold one in the place of a weight (`model.lora.attach`).
     """
 
-    w_IO: jax.Array
+    w_IO: jax.Array | fp8.Blocks
     a_IR: jax.Array
     b_RO: jax.Array
 
@@ -94,7 +94,12 @@ class LowRank(NamedTuple):
         return self.w_IO.shape
 
 
-Weight = jax.Array | LowRank
+Weight = jax.Array | fp8.Blocks | LowRank
+
+
+def with_frozen(product: Callable[[jax.Array, jax.Array], jax.Array], x: jax.Array, w: fp8.Blocks) -> jax.Array:
+    """product(x, w), for which w is dequantized into x's dtype, and again in the backward pass: only FP8 is kept."""
+    return jax.checkpoint(lambda x, w: product(x, w.dequantized(x.dtype)))(x, w)
 
 
 def linear(x: jax.Array, w: Weight, recipe: FP8Config | None = None, saved: str = "e4m3",
@@ -106,6 +111,8 @@ def linear(x: jax.Array, w: Weight, recipe: FP8Config | None = None, saved: str 
     """
     if isinstance(w, LowRank):
         return linear(x, w.w_IO, recipe, saved, names) + linear(linear(x, w.a_IR), w.b_RO)
+    if isinstance(w, fp8.Blocks):
+        return with_frozen(linear, x, w)
     w_IO = w.reshape(w.shape[0], -1)
     if recipe is not None and recipe.enabled:
         y = fp8.linear(x, w_IO.T, recipe, saved, names)
@@ -155,13 +162,17 @@ def ffn(x_BTD: jax.Array, gate_DF: jax.Array, up_DF: jax.Array, down_FD: jax.Arr
 
 def with_flat_inputs(w_XYO: Weight) -> Any:
     """A weight with two axes of inputs, as one with a single axis."""
-    flat = lambda x: x.reshape(-1, *x.shape[2:])
-    return w_XYO._replace(w_IO=flat(w_XYO.w_IO), a_IR=flat(w_XYO.a_IR)) if isinstance(w_XYO, LowRank) else flat(w_XYO)
+    if isinstance(w_XYO, LowRank):
+        return w_XYO._replace(w_IO=with_flat_inputs(w_XYO.w_IO), a_IR=with_flat_inputs(w_XYO.a_IR))
+    if isinstance(w_XYO, fp8.Blocks):
+        return w_XYO._replace(values=with_flat_inputs(w_XYO.values))
+    return w_XYO.reshape(-1, *w_XYO.shape[2:])
 
 
 def weight(module: Any, name: str, shape: tuple[int, ...]) -> Any:
-    """Declares a normal(0, init_std) weight, float32 (float64 for a float64 model). A LowRank in its place is taken."""
-    if isinstance(held := module.get_variable("params", name), LowRank):
+    """Declares a normal(0, init_std) weight, float32 (float64 for a float64 model). A LowRank or Blocks in its place is
+    taken."""
+    if isinstance(held := module.get_variable("params", name), LowRank | fp8.Blocks):
         return held
     init = nn.initializers.normal(module.cfg.init_std)
     return module.param(name, init, shape, wide(module.cfg.dtype))

@@ -28,6 +28,7 @@ AXES = {  # name of a dimension -> the mesh axes that split it
     "layers": (), "model": (), "q_rank": (), "kv_rank": (), "head_dim": (), "expert_ffn": (), "scored": (), "norm": (),
     "rank": (),  # of adapters
     "index_heads": (),
+    "blocks": (),  # of a weight in FP8
 }
 
 # The end of a leaf's path -> the names of its last dimensions, after those of stacked layers. The first match wins.
@@ -63,9 +64,17 @@ def _of_adapters(pattern: str, dims: str) -> dict[str, str]:
     return {f"{pattern}/a": " ".join([*lead, *ins, "rank"]), f"{pattern}/b": " ".join([*lead, "rank", *outs])}
 
 
+def _in_fp8(pattern: str, dims: str) -> dict[str, str]:
+    """Values of a frozen weight in FP8 are split as the weight is; scales are complete, but for those of experts."""
+    stack = ["experts"] if dims.startswith("experts") else []
+    return {f"{pattern}/values": dims, f"{pattern}/scales": " ".join([*stack, "blocks", "blocks"])}
+
+
 for _pattern, _dims in tuple(PARAMETERS.items()):
     if _pattern.startswith("attention/") or _pattern.endswith(("/gate", "/up", "/down")):
         PARAMETERS |= _of_adapters(_pattern, _dims)
+    if _pattern.startswith(("attention/", "indexer/w")) or _pattern.endswith(("/gate", "/up", "/down")):
+        PARAMETERS |= _in_fp8(_pattern, _dims)
 
 # Leaves of a training state that are complete on every device.
 REPLICATED = {"router/bias": "layers scored", "router/mtp_bias": "layers scored", "balancer/*": "", "step": "",

@@ -9,10 +9,7 @@ from typing import Any
 import jax
 
 from deepseek_jax import fp8
-
-# What released checkpoints hold in FP8, with the axes of an input and of an output: heads are one with what they hold.
-MATRICES = {**dict.fromkeys(("q_a", "kv_a", "wk", "gate", "up", "down"), (1, 1)),
-            **dict.fromkeys(("q", "q_b", "kv_b", "wq_b"), (1, 2)), "o": (2, 1)}
+from deepseek_jax.checkpoint.blocks import MATRICES
 
 
 @jax.jit

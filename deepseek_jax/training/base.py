@@ -1,8 +1,8 @@
 """Frozen models of a run, read once, never trained and never saved: the base of low-rank adapters, and the model that
 a loss compares with (a reference policy, a teacher).
 
-Their weights are kept in the dtype that the model computes with and where a step computes with them: there is no
-master, no moment and no gradient of them.
+Their weights are kept in the dtype that the model computes with, or in FP8, and where a step computes with them: there
+is no master, no moment and no gradient of them.
 """
 
 from __future__ import annotations
@@ -12,8 +12,12 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
-from deepseek_jax.checkpoint.adapters import Base, identify, read_weights
+from deepseek_jax import fp8
+from deepseek_jax.checkpoint.adapters import Base, identify, read_leaves, read_weights, stored
+from deepseek_jax.checkpoint.arrays import restore
+from deepseek_jax.checkpoint.blocks import MATRICES, Values, in_blocks
 from deepseek_jax.config import Config, ConfigError, FP8Config, LoraConfig
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.model import lora
@@ -28,9 +32,29 @@ def frozen_shapes(config: Config) -> dict[str, Any]:
     model = jax.eval_shape(functools.partial(init_state, dataclasses.replace(config, lora=LoraConfig())))
 
     def kept(keys, x):
-        return jax.ShapeDtypeStruct(x.shape, lora.held(config.model, tuple(key.key for key in keys), x.dtype))
+        path = tuple(key.key for key in keys)
+        if config.lora.fp8 and path[-1] in MATRICES:
+            return fp8.Blocks(jax.ShapeDtypeStruct(x.shape, jnp.float8_e4m3fn),
+                              jax.ShapeDtypeStruct(fp8.shape_of_scales(x.shape, *MATRICES[path[-1]]), jnp.float32))
+        return jax.ShapeDtypeStruct(x.shape, lora.held(config.model, path, x.dtype))
 
     return {"params": jax.tree_util.tree_map_with_path(kept, model.params), "router": model.router}
+
+
+def in_full(config: Config, params: Any) -> Any:
+    """Frozen parameters with what is in FP8 in the dtype that the model computes with."""
+    def full(keys, x):
+        return x.dequantized(config.model.dtype, MATRICES[keys[-1].key][0]) if isinstance(x, fp8.Blocks) else x
+
+    return jax.tree_util.tree_map_with_path(full, params, is_leaf=lambda x: isinstance(x, fp8.Blocks))
+
+
+def _blocks(leaf: Any, wanted: Any) -> Any:
+    """The array or, where they are wanted, the Blocks of a leaf."""
+    if not isinstance(wanted, fp8.Blocks):
+        return restore(leaf, wanted)
+    values = Values(leaf)
+    return fp8.Blocks(restore(values, wanted.values), restore(values.scales, wanted.scales))
 
 
 def main_model(config: Config) -> Config:
@@ -69,8 +93,11 @@ def load_base(config: Config, runner: Runner, known: Base | None = None) -> tupl
 
     known: those that the adapters were trained on so far. Raises ConfigError where others are there now, or none.
     """
-    base, path = identify(str(config.init.from_), config.lora.scale, known)
-    return read_weights(path, runner.with_shardings(frozen_shapes(config), frozen=True), cast=True), base
+    base, path = identify(str(config.init.from_), config.lora.scale, known, fp8=config.lora.fp8)
+    shapes = runner.with_shardings(frozen_shapes(config), frozen=True)
+    if not config.lora.fp8:
+        return read_weights(path, shapes, cast=True), base
+    return read_leaves(path, in_blocks(stored(path)), shapes, _blocks), base
 
 
 def load_reference(config: Config, runner: Runner, folder: str, known: Base | None,

@@ -39,7 +39,7 @@ from deepseek_jax.parallel.processes import StopAgreement, check_same, first_the
 from deepseek_jax.parallel.runner import Runner
 from deepseek_jax.pipeline.model import check, describe
 from deepseek_jax.scale.costs import training_flops_per_token
-from deepseek_jax.training.base import load_base
+from deepseek_jax.training.base import in_full, load_base
 from deepseek_jax.training.evaluate import evaluate
 from deepseek_jax.training.metrics import MetricsWriter, all_layers, balance_metrics
 from deepseek_jax.training.selfcheck import check_device
@@ -97,7 +97,7 @@ def starting_state(config: Config, runner: Runner | None = None, frozen: dict[st
         return jax.jit(fresh_state(config), out_shardings=where)()
     key = jax.random.key(config.train.seed)
     if frozen is not None:
-        shapes = jax.eval_shape(lambda: frozen["params"])
+        shapes = jax.eval_shape(lambda: in_full(config, frozen["params"]))
         # A copy of the biases: the state is donated to every step, and the base outlives them.
         adapted = lambda router: start_state(config, fresh_adapters(config, shapes), jax.tree.map(jnp.copy, router),
                                              key)
@@ -288,7 +288,9 @@ class Run:
     def sample_variables(self) -> dict[str, Any]:
         """Params and router that a sample is drawn from."""
         params, router, base = self.runner.fetch((self.state.params, self.state.router, self.frozen_params))
-        return {"params": params if base is None else merge(base, params, self.config.lora.scale), "router": router}
+        if base is not None:
+            params = merge(in_full(self.config, base), params, self.config.lora.scale)
+        return {"params": params, "router": router}
 
     def batches(self) -> Iterator[tuple[int, dict[str, Any]]]:
         """(step, batch) of the remaining steps; each is asked for after the step before it."""

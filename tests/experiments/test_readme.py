@@ -109,6 +109,20 @@ TABLE = {
         "long_context", "# nats lower [# lower, # lower]; without YaRN # nats lower [# lower, # higher] still",
         [change(FAR, "2048, YaRN", "64"), fall(FAR, "2048, YaRN", "2048, plain")],
         [(FAR, "2048, YaRN", "64"), (FAR, "2048, YaRN", "2048, plain")]),
+    "attending to few chosen tokens costs loss far into a text (V3.2)": (
+        "sparse_attention", "#, # and # of # tokens: # nats [#, #], # [#, #] and # [#, #]",
+        [256, 128, 64, 2048, *(change(FAR, f"k = {k}", "dense") for k in (256, 128, 64))],
+        [(FAR, f"k = {k}", "dense") for k in (256, 128, 64)]),
+    "... and needles": (
+        "sparse_attention", "# tokens find # % [#, #] in #, dense attention # % [#, #]",
+        [64, of("needle_2048", "k = 64", 100), 2048, of("needle_2048", "dense", 100)],
+        [("needle_2048", "k = 64", "dense")]),
+    "... which training with the choice in force lowers": (
+        "sparse_attention", "# tokens: # nats lower [# lower, # higher] after # steps",
+        [64, change(FAR, "k = 64", "warm-up"), 40], [(FAR, "k = 64", "warm-up")]),
+    "the indexer finds what dense attention looks at": (
+        "sparse_attention", "its # of # tokens hold # % [#, #] of it, at random # of #",
+        [64, 2048, of("recall", "k = 64", 100), 1, 32], [("recall", "k = 64", 1 / 32)]),
     "FP8 trains as bfloat16 does": (
         "fp8", "`small` at the report's learning rate: #, # and # % apart at most, mean # % [#, #]", [fp8_losses],
         None),

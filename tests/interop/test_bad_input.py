@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from deepseek_jax.checkpoint import arrays
+from deepseek_jax.checkpoint.arrays import quantize
 from deepseek_jax.config import Config, ConfigError, PreferenceConfig, as_dict, load_config
 from deepseek_jax.config.training import InitConfig
-from deepseek_jax.interop import load_hf, safetensors_io, save, save_hf
+from deepseek_jax.interop import load_hf, safetensors_io, save_hf
 from deepseek_jax.interop.convert import from_hf, to_hf
 from tests.interop import checkpoints
 
@@ -143,7 +144,7 @@ def test_a_config_that_is_not_json(tmp_path):
 
 
 def fp8(arrays):
-    arrays[Q], arrays[Q + "_scale_inv"] = save.quantize(arrays[Q])
+    arrays[Q], arrays[Q + "_scale_inv"] = quantize(arrays[Q])
 
 
 @pytest.mark.parametrize(("change", "words"), [

@@ -9,10 +9,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from deepseek_jax.checkpoint.arrays import quantize
 from deepseek_jax.config import ConfigError
 from deepseek_jax.interop import hf_config, int4, load_hf, safetensors_io
 from deepseek_jax.interop.convert import from_hf, to_hf
-from deepseek_jax.interop.save import quantize
 from deepseek_jax.workdir import load_workdir_config
 from tests.interop import checkpoints
 

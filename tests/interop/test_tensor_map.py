@@ -5,10 +5,9 @@ import math
 import numpy as np
 import pytest
 
-from deepseek_jax.checkpoint.arrays import dequantize
+from deepseek_jax.checkpoint.arrays import dequantize, quantize
 from deepseek_jax.config import PRESETS, model_config
 from deepseek_jax.interop import load_hf, tensor_map
-from deepseek_jax.interop.save import quantize
 from tests.interop import checkpoints
 
 

@@ -1,10 +1,14 @@
 """Tiny models with adapters, and the weights that they amount to: NumPy, float64, written from the definition alone."""
 
 import functools
+import math
 
 import jax
 import numpy as np
 
+from deepseek_jax import fp8
+from deepseek_jax.checkpoint.arrays import quantize
+from deepseek_jax.checkpoint.blocks import MATRICES
 from deepseek_jax.config import LoraConfig
 from deepseek_jax.model import lora
 from tests.model import naive
@@ -30,6 +34,20 @@ def adapters_of(cfg, settings=LORA, seed=1, size=1.0):
         return (0.3 * (size if path[-1].key == "b" else 1) * rng.standard_normal(x.shape)).astype(dtype)
 
     return jax.tree_util.tree_map_with_path(leaf, shapes)
+
+
+def in_blocks(params):
+    """The parameters as a base in FP8 holds them, by NumPy."""
+    def held(path, w):
+        inputs, outputs = MATRICES.get(path[-1].key, (0, 0))
+        if not inputs:
+            return w
+        stack, rest = w.shape[:w.ndim - inputs - outputs], w.shape[w.ndim - inputs - outputs:]
+        matrices = np.asarray(w).reshape(-1, math.prod(rest[:inputs]), math.prod(rest[inputs:]))
+        values, scales = zip(*map(quantize, matrices))
+        return fp8.Blocks(np.stack(values).reshape(w.shape), np.stack(scales).reshape(*stack, *scales[0].shape))
+
+    return jax.tree_util.tree_map_with_path(held, params)
 
 
 def merged(params, adapters, scale):

@@ -10,6 +10,10 @@ import pytest
 from deepseek_jax.checkpoint.adapters import Merged, merge
 from deepseek_jax.config import LoraConfig
 from deepseek_jax.model import lora
+from deepseek_jax.model.grouped_matmul import grouped_matmul
+from deepseek_jax.model.layers import linear
+from deepseek_jax.model.transformer import DeepSeekV3
+from deepseek_jax.posttraining.fp8_sampler import as_fp8
 from tests.model import adapted, naive
 from tests.precision import float64
 
@@ -93,3 +97,34 @@ def test_a_is_as_large_as_keeps_the_size_of_inputs_and_b_is_zero():
 
     assert pair["a"].shape == (2, 8, 64, 32) and pair["b"].shape == (2, 32, 16)
     assert abs(float(pair["a"].std()) * np.sqrt(8 * 64) - 1) < 0.05 and not pair["b"].any()
+
+
+def test_a_base_in_fp8_is_the_base_that_is_rounded_to_it_forward_and_backward():
+    cfg = naive.tiny(**adapted.SMALL, d_model=160)  # blocks that are cut off
+    variables, adapters = adapted.variables(cfg), adapted.adapters_of(cfg, size=0.1)
+    held = adapted.in_blocks(variables["params"])
+
+    def loss(adapters, base):
+        params = lora.attach(adapted.LORA, base, adapters)
+        output = DeepSeekV3(cfg).apply({"params": params, "router": variables["router"]}, TOKENS)
+        return jnp.square(output.logits_BTW).mean()
+
+    run = jax.jit(jax.value_and_grad(loss), compiler_options=naive.QUICKLY)
+    found, rounded, whole = (run(adapters, base) for base in (held, as_fp8(variables)["params"], variables["params"]))
+    np.testing.assert_allclose(found[0], rounded[0], rtol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7), found[1], rounded[1])
+    assert abs(whole[0] - rounded[0]) > 1e-3 * rounded[0]
+
+
+@pytest.mark.parametrize("experts", [False, True])
+def test_the_backward_pass_keeps_a_base_in_fp8_alone(experts):
+    """Not what it was dequantized into, which would be two or four times as large."""
+    x = np.ones((256, 128), np.float32)
+    w = adapted.in_blocks({"gate": np.random.default_rng(0).standard_normal((2, 128, 384)).astype(np.float32)})["gate"]
+    if experts:
+        product = lambda x: grouped_matmul(x, w, jnp.array([128, 128]), 128, "cpu")
+    else:
+        w = jax.tree.map(lambda a: a[0], w)
+        product = lambda x: linear(x, w)
+    kept = {a.dtype for a in jax.tree.leaves(jax.vjp(product, x)[1]) if a.shape[-2:] == (128, 384)}
+    assert kept == {jnp.dtype(jnp.float8_e4m3fn)}

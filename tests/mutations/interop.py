@@ -47,7 +47,7 @@ MUTATIONS = [
     ),
     Mutation(
         name="scales of V3.1 go out as any number",
-        file="deepseek_jax/interop/save.py",
+        file="deepseek_jax/checkpoint/arrays.py",
         old="    if power_of_two:",
         new="    if False:",
         tests="interop/test_family.py::test_an_fp8_export_of_a_power_of_two_checkpoint_has_powers_of_two_again",

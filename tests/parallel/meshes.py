@@ -22,6 +22,7 @@ from deepseek_jax.config import (
 from deepseek_jax.parallel.mesh import DATA, abstract_mesh, make_mesh
 from deepseek_jax.parallel.sharding import compute_shardings, storage_shardings
 from deepseek_jax.training.step import init_state, train_step
+from tests.model import adapted
 
 ALL = LoraConfig()  # parameters are trained
 QUICKLY = {"xla_backend_optimization_level": 0}
@@ -94,6 +95,8 @@ def base_of(config):
     if config.lora.rank is None:
         return None
     params = fresh_state(dataclasses.replace(config.model, remat="none")).params
+    if config.lora.fp8:
+        params = adapted.in_blocks(params)
     if config.mesh.devices == 1:
         return jax.tree.map(jnp.asarray, params)
     return jax.device_put(params, compute_shardings(params, mesh_of(config.mesh)))

@@ -39,6 +39,11 @@ REPORT = MeshConfig(pipe=16, replica=2, node=8, local=8)  # the report's 2048 GP
       P(None, ("tensor", "pipe", "replica"), ("node", "local"), None)),
      ("params/layers/attention/q_b/b", (58, 16, 128, 192), P(None, None, "tensor", None),
       P(None, "pipe", ("tensor", "replica", "node", "local"), None)),
+     ("params/layers/ffn/gate/scales", (58, 256, 56, 16), P(None, ("node", "local"), None, None),
+      P(None, ("node", "local", "replica"), None, "pipe")),
+     ("params/layers/attention/o/values", (58, 128, 128, 7168), P(None, "tensor", None, None),
+      P(None, ("tensor", "pipe", "replica"), ("node", "local"), None)),
+     ("params/layers/attention/indexer/wq_b/scales", (58, 12, 64), P(None, None, None), P(None, "replica", "pipe")),
      ("router/bias", (58, 256), P(None, None), P(None, None)),
      ("opt_state/1/count", (), P(), P()), ("rng", (), P(), P())])
 def test_a_leaf_lies_where_its_dimensions_say(path, shape, compute, master):

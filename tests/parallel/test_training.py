@@ -63,8 +63,9 @@ def test_in_fp8_a_mesh_trains_as_one_device_does():
 
 
 @pytest.mark.slow
-def test_adapters_of_a_split_base_train_as_on_one_device():
-    adapters = LoraConfig(rank=3)
+@pytest.mark.parametrize("fp8", [False, True])
+def test_adapters_of_a_split_base_train_as_on_one_device(fp8):
+    adapters = LoraConfig(rank=3, fp8=fp8)
     with float64():
         (on_one, *_), (on_mesh, *_) = (train(config_of(mesh, lora=adapters, mtp_depth=0, rows=8), 4)
                                        for mesh in (None, MeshConfig(node=2, local=2, tensor=2)))

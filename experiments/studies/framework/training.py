@@ -59,7 +59,7 @@ QUICK = {"model.vocab_size": 384, "model.d_model": 32, "model.num_layers": 2, "m
 SINCE = (("data", "packing", "stream"), ("balance", "force_balanced", False), ("model", "latent_norm_eps", 1e-6),
          ("model", "index_topk", None), ("model", "index_heads", 64), ("model", "index_head_dim", 128),
          ("model", "index_warmup", False),
-         ("train", "indexer_loss_weight", 1.0))
+         ("train", "indexer_loss_weight", 1.0), ("lora", "fp8", False))
 
 Probe = Callable[[Config, Any, Any, Loader, bool], dict[str, Any]]
 
@@ -114,12 +114,12 @@ class Training(Measure):
         config = as_dict(self.config(study, arm))
         del config["pipeline"], config["train"]["final_eval_batches"]  # no part of an arm's run
         del config["distill"], config["preference"], config["rollout"], config["grpo"]
-        if config["lora"]["rank"] is None:
-            del config["lora"]
         # So that results of earlier versions stay those of their arms.
         for section, key, value in SINCE:
             if config[section][key] == value:
                 del config[section][key]
+        if config["lora"]["rank"] is None:
+            del config["lora"]
         config["train"]["sample_prompt"] = "def "
         for old, new in RENAMED.items():
             section, name = old.split(".")

@@ -96,9 +96,10 @@ class PostTraining(Measure):
     def identity(self, study: Study, arm: str) -> Any:
         first = self.after.get(arm)
         config = as_dict(self.config(study, arm))
-        for key, value in (("reward", "task"), ("fp8", False)):  # as it was before there were others
-            if config["rollout"][key] == value:
-                del config["rollout"][key]
+        # As it was before there were others.
+        for section, key, value in (("rollout", "reward", "task"), ("rollout", "fp8", False), ("lora", "fp8", False)):
+            if config[section][key] == value:
+                del config[section][key]
         start = self.students.get(arm)
         return [config, RIGHT, DOCUMENTS, EXAMPLES, first and study.arm_hash(first),
                 *([study.arm_hash(start)] if start else [])]

@@ -67,7 +67,7 @@ def draw_costs(axis: Any) -> None:
         axis.plot(CONTEXTS, counted[f"{name}, MB"], marker="o", markersize=3, color=colour, label=name)
     plots.logarithmic(axis, "y")
     axis.set_xscale("log", base=2)
-    plots.finish(axis, "Counted: cache read for a token of V3 and V3.2, FP8", "context, tokens", "MB")
+    plots.finish(axis, "Counted: cache read for a token, FP8", "context, tokens", "MB")
     axis.set_xticks(CONTEXTS[::2], [f"{n // 1024}K" for n in CONTEXTS[::2]])
     axis.minorticks_off()
     plots.legend(axis)

@@ -1,0 +1,80 @@
+"""Leaves of a checkpoint as a model that keeps them in FP8 has them: E4M3 in blocks of 128 x 128."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from deepseek_jax.checkpoint.arrays import FP8, dequantize, quantize, transposed
+from kernels_pallas.constants import BLOCK
+
+# What released checkpoints hold in FP8, with the axes of an input and of an output: heads are one with what they hold.
+MATRICES = {**dict.fromkeys(("q_a", "kv_a", "wk", "gate", "up", "down"), (1, 1)),
+            **dict.fromkeys(("q", "q_b", "kv_b", "wq_b"), (1, 2)), "o": (2, 1)}
+
+
+class InBlocks:
+    """A leaf rounded to FP8, read in parts like `checkpoint.arrays.Stored`.
+
+    leaf: of all weights. One that its checkpoint keeps in FP8 stays what it is, to the bit. inputs, outputs: how many
+    axes of each it ends with.
+    """
+
+    scales = None
+
+    def __init__(self, leaf: Any, inputs: int, outputs: int):
+        self.leaf, self.shape, self.dtype = leaf, tuple(leaf.shape), leaf.dtype
+        self.inputs, self.stack = inputs, len(self.shape) - inputs - outputs
+
+    def matrix(self, place: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+        """float8_e4m3fn [inputs, outputs] and the float32 scales of its blocks; place: its layer, or layer and expert.
+        """
+        if self.leaf.scales is not None:
+            values, scales = (x[place].read().result() for x in (self.leaf.values, self.leaf.scales))
+            return transposed(values), scales.astype(np.float32).T
+        rest = self.shape[self.stack:]
+        w = self.leaf[(*(slice(i, i + 1) for i in place), *[slice(None)] * len(rest))]
+        return quantize(np.asarray(w).reshape(math.prod(rest[:self.inputs]), -1))
+
+    def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
+        """NumPy array of the part that a tuple of slices (one an axis, step 1) cuts out."""
+        return self.of_matrices(index, self.dtype, lambda place: dequantize(*self.matrix(place), self.dtype))
+
+    def of_matrices(self, index: tuple[slice, ...], dtype: Any, read: Callable[[tuple[int, ...]], np.ndarray],
+                    ) -> np.ndarray:
+        """The part that `index` cuts out of the matrices that `read` returns for their places."""
+        bounds = [range(n)[part] for n, part in zip(self.shape, index, strict=True)]
+        out, lead = np.empty([len(b) for b in bounds], dtype), bounds[:self.stack]
+        for at, place in zip(np.ndindex(*map(len, lead)), itertools.product(*lead)):
+            out[at] = read(place).reshape(self.shape[self.stack:])[index[self.stack:]]
+        return out
+
+
+class Values:
+    """The float8_e4m3fn values of an InBlocks, read in parts.
+
+    scales: float32 [..., blocks of inputs, blocks of outputs], of the matrices that parts were read of.
+    """
+
+    def __init__(self, leaf: InBlocks):
+        rest = leaf.shape[leaf.stack:]
+        sides = math.prod(rest[:leaf.inputs]), math.prod(rest[leaf.inputs:])
+        self.leaf, self.shape = leaf, leaf.shape
+        self.scales = np.zeros((*leaf.shape[:leaf.stack], *(-(-side // BLOCK) for side in sides)), np.float32)
+
+    def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
+        return self.leaf.of_matrices(index, FP8, self._matrix)
+
+    def _matrix(self, place):
+        values, self.scales[place] = self.leaf.matrix(place)
+        return values
+
+
+def in_blocks(leaves: dict[str, Any]) -> dict[str, Any]:
+    """{path: leaf} with those in FP8 that released checkpoints hold so."""
+    return {path: InBlocks(leaf, *MATRICES[name]) if (name := path.rsplit("/", 1)[-1]) in MATRICES else leaf
+            for path, leaf in leaves.items()}
