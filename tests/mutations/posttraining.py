@@ -322,7 +322,7 @@ MUTATIONS = [
     ),
     Mutation(
         name="FP8 rounds the output projection by heads",
-        file="deepseek_jax/posttraining/fp8_sampler.py",
+        file="deepseek_jax/checkpoint/blocks.py",
         old='"o": (2, 1)}',
         new='"o": (1, 1)}',
         tests="posttraining/test_fp8_sampler.py::test_the_weights_are_those_of_an_fp8_checkpoint_to_the_bit",

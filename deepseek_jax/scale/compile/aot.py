@@ -158,6 +158,7 @@ def measure_step(model: ModelConfig, layout: Layout, target: str, lora: LoraConf
             "jax": jax.__version__, "bytes": found, "bytes_per_device": total, "memory": capacity,
             "fits": total <= capacity,
             **({"planned": planned, "planned_bytes_per_device": sum(planned.values()),
-                "planned_over_compiled": sum(planned.values()) / total} if planned else {"lora": lora.rank, "base_fp8": lora.fp8}),
+                "planned_over_compiled": sum(planned.values()) / total} if planned else
+               {"lora": lora.rank, "base_fp8": lora.fp8}),
             "collectives": hlo.table(collectives), "exposed": sum(not one.products for one in collectives),
             "flops_once": cost.get("flops"), **made}
