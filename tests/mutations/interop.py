@@ -161,7 +161,7 @@ MUTATIONS = [
     ),
     Mutation(
         name="empty blocks have tiny scales",
-        file="deepseek_jax/interop/save.py",
+        file="deepseek_jax/checkpoint/arrays.py",
         old="np.float32(1e-4))",
         new="np.float32(1e-30))",
         tests="interop/test_tensor_map.py",
