@@ -1,10 +1,10 @@
 """Runs a schedule: one `lax.scan` over its ticks, in one `shard_map` (report section 3.2.1).
 
 In each tick every rank looks up its cell in the schedule's table and takes the matching branch of a switch; then
-activations and gradients move to the neighbouring ranks. Residuals, pending weight gradients and messages are held in
-fixed-size buffers in the scan carry. The slot that a branch needs is read before the switch and written after it, so
-that a branch maps one slot to one slot and never sees a complete buffer. Compile time and memory do not depend on the
-number of micro-batches, apart from the inputs and the number of slots that the schedule needs.
+activations and gradients move to the neighbouring ranks. Residuals, pending weight gradients, messages and sums of
+gradients are held in fixed-size buffers in the scan carry. A branch reads and writes slots of the buffers themselves,
+which XLA does in place: no copy of a slot exists, nor a gradient next to its sum. Compile time and memory do not depend
+on the number of micro-batches, apart from the inputs and the number of slots that the schedule needs.
 
 Embedding, head and loss run outside the switch, on all ranks at once: in an SPMD program every rank waits for the
 slowest one, so the ranks share this work, although only the first or the last stage needs its result.
@@ -23,7 +23,7 @@ from jax.sharding import PartitionSpec as P
 from deepseek_jax.config.schema import ConfigError
 from deepseek_jax.pipeline.schedule import Schedule
 from deepseek_jax.pipeline.split import split
-from deepseek_jax.pipeline.tables import Tables, tabulate
+from deepseek_jax.pipeline.tables import Ranks, Tables, tabulate
 from deepseek_jax.pipeline.validate import validate
 
 
@@ -169,34 +169,41 @@ def _where(condition, tree, other=None):
     return jax.tree.map(functools.partial(jnp.where, condition), tree, other)
 
 
-class _Carry(NamedTuple):
-    """The buffers of a device, each with its slots along the first axis, and the sums so far."""
+class _Held(NamedTuple):
+    """The buffers that branches update in place."""
 
     residuals: Any  # [slots, ...]: what F saves for B or Bi
     pending: Any  # [slots, ...]: what Bi saves for W, of pending weight gradients
-    messages: Any  # [slots + 1, ...]: activations and gradients that arrived; the last slot is scratch
+    dparams: list  # the sums of the stages' gradients so far, one entry a direction
+
+
+class _Carry(NamedTuple):
+    """The buffers of a device, with their slots along the first axis, and the sums so far.
+
+    messages: [slots + 1, ...], activations and gradients that arrived; the last slot is scratch.
+    result: without `params`, which are `held.dparams`.
+    """
+
+    held: _Held
+    messages: Any
     result: Result
 
 
 class _Cell(NamedTuple):
-    """What a branch reads, apart from parameters. Fields that it does not need have arbitrary values."""
+    """What a branch reads, apart from parameters and buffers. Fields that it does not need have arbitrary values."""
 
     x: Any
     dy: Any
-    residuals: Any
-    pending: Any
+    at: Ranks  # its slots
     forward: Any  # inputs of the forward pass's micro-batch
     backward: Any  # inputs of the backward pass's micro-batch
 
 
 class _Done(NamedTuple):
-    """What every branch returns. Slots that it does not write keep their value; other fields are then zero."""
+    """What every branch returns in addition to the buffers; zero where it has none."""
 
     y: Any
     dx: Any
-    residuals: Any
-    pending: Any
-    dparams: Any
     loss: Any
     sums: Any
 
@@ -247,20 +254,19 @@ class _Device:
 
     def run(self) -> Result:
         slots = self.schedule.slots
-        result = Result(loss=jnp.zeros((), self.split.loss.dtype), params=_zeros(self.like_params, self.copies),
-                        shared=_zeros(self.arguments.shared), stage_sums=_zeros(self.split.sums, self.copies),
-                        sums=_zeros(self.leave_sums))
-        carry = _Carry(_zeros(self.split.residuals, slots.activations), _zeros(self._pending, slots.deferred),
-                       _zeros(self.x, slots.messages + 1), result)
+        result = Result(loss=jnp.zeros((), self.split.loss.dtype), params=(), shared=_zeros(self.arguments.shared),
+                        stage_sums=_zeros(self.split.sums, self.copies), sums=_zeros(self.leave_sums))
+        held = _Held(_zeros(self.split.residuals, slots.activations), _zeros(self._pending, slots.deferred),
+                     [_zeros(self.like_params) for _ in range(self.copies)])
+        carry = _Carry(held, _zeros(self.x, slots.messages + 1), result)
         table = jax.tree.map(jnp.asarray, (self.tables.ranks, self.tables.ends))
         carry, _ = lax.scan(self._tick, carry, table)
-        result = carry.result
+        dparams, sums = carry.held.dparams, carry.result.stage_sums
         if self.mirrors:
             # Two ranks ran each stage: the mirror rank's sums for this rank's stage are added to its own.
-            params, sums = (jax.tree.map(lambda a: a[:1] + self._mirrored(a[1:]), tree)
-                            for tree in (result.params, result.stage_sums))
-            result = result._replace(params=params, stage_sums=sums)
-        return result
+            dparams = [_add(dparams[0], self._mirrored(dparams[1]))]
+            sums = jax.tree.map(lambda a: a[:1] + self._mirrored(a[1:]), sums)
+        return carry.result._replace(params=jax.tree.map(lambda *own: jnp.stack(own), *dparams), stage_sums=sums)
 
     @property
     def _pending(self):
@@ -269,55 +275,50 @@ class _Device:
     def _tick(self, carry, row):
         ranks, ends = row
         mine = jax.tree.map(lambda column: column[self.rank], ranks)
-        cell = _Cell(
-            x=self._enter(ends, _at(carry.messages, mine.forward_message)),
-            dy=_at(carry.messages, mine.backward_message), residuals=_at(carry.residuals, mine.activation_in),
-            pending=_at(carry.pending, mine.deferred), forward=_at(self.inputs, mine.forward),
-            backward=_at(self.inputs, mine.backward))
+        cell = _Cell(x=self._enter(ends, _at(carry.messages, mine.forward_message)),
+                     dy=_at(carry.messages, mine.backward_message), at=mine,
+                     forward=_at(self.inputs, mine.forward), backward=_at(self.inputs, mine.backward))
         branches = [functools.partial(self._branch, branch) for branch in self.tables.branches]
-        done = lax.switch(mine.branch, branches, cell)
+        done, held = lax.switch(mine.branch, branches, cell, carry.held)
 
         messages = self._exchange(carry.messages, mine.arrivals, done.y, done.dx)
         result, messages = self._leave(ends, done.y, carry.result, messages)
         result = self._backward_of_enter(ends, done.dx, result)
-        # The direction, and with it the stage, of a cell's operations; if it has none, zeros are added.
-        forward, backward = (jnp.asarray([dict(b).get(kind, 0) for b in self._directions])[mine.branch]
-                             for kind in ("F", "B"))
-        result = result._replace(
-            loss=result.loss + done.loss, params=_add_at(result.params, backward, done.dparams),
-            stage_sums=_add_at(result.stage_sums, forward, done.sums))
-        return _Carry(_put(carry.residuals, mine.activation_out, done.residuals),
-                      _put(carry.pending, mine.deferred, done.pending), messages, result), None
+        # The direction, and with it the stage, of a cell's forward pass; if it has none, zeros are added.
+        forward = jnp.asarray([dict(branch).get("F", 0) for branch in self.tables.branches])[mine.branch]
+        result = result._replace(loss=result.loss + done.loss,
+                                 stage_sums=_add_at(result.stage_sums, forward, done.sums))
+        return _Carry(held, messages, result), None
 
-    @property
-    def _directions(self):
-        """For each branch, (F or B, direction) of its operations; B stands for every part of a backward pass."""
-        return [[("F" if kind == "F" else "B", direction) for kind, direction in branch]
-                for branch in self.tables.branches]
-
-    def _branch(self, branch, cell: _Cell) -> _Done:
+    def _branch(self, branch, cell: _Cell, held: _Held) -> tuple[_Done, _Held]:
         """One kind of cell: `branch` is () or its operations, each (kind, direction)."""
-        split = self.split
-        done = _Done(y=cell.x, dx=cell.dy, residuals=cell.residuals, pending=cell.pending,
-                     dparams=_zeros(self.like_params), loss=jnp.zeros((), split.loss.dtype), sums=_zeros(split.sums))
+        split, at = self.split, cell.at
+        done = _Done(y=cell.x, dx=cell.dy, loss=jnp.zeros((), split.loss.dtype), sums=_zeros(split.sums))
         dloss = jnp.ones((), split.loss.dtype)
-        operations = {kind: (self.prepared[d], (self.fixed[d], cell.forward if kind == "F" else cell.backward))
-                      for kind, d in branch}
+        kinds = dict(branch)
+        read = ()
+        if "B" in kinds or "Bi" in kinds:
+            read = _at(held.residuals, at.activation_in)
         # F and B of an overlapped cell are independent, so the compiler can overlap the collectives of one with the
         # products of the other, and does.
-        for kind, (prepared, context) in operations.items():
+        for kind, d in branch:
+            prepared, context = self.prepared[d], (self.fixed[d], cell.forward if kind == "F" else cell.backward)
             if kind == "F":
                 (y, loss, sums), residuals = split.forward(prepared, cell.x, context)
-                done = done._replace(y=y, loss=loss, sums=sums, residuals=residuals)
-            elif kind == "B":
-                dx, dparams = split.backward(prepared, context, cell.residuals, cell.dy, dloss)
-                done = done._replace(dx=dx, dparams=dparams)
+                done = done._replace(y=y, loss=loss, sums=sums)
+                held = held._replace(residuals=_put(held.residuals, at.activation_out, residuals))
             elif kind == "Bi":
-                dx, pending = split.backward_input(prepared, context, cell.residuals, cell.dy, dloss)
-                done = done._replace(dx=dx, pending=pending)
+                dx, pending = split.backward_input(prepared, context, read, cell.dy, dloss)
+                done, held = done._replace(dx=dx), held._replace(pending=_put(held.pending, at.deferred, pending))
             else:
-                done = done._replace(dparams=split.backward_weights(prepared, context, cell.pending))
-        return done
+                if kind == "B":
+                    dx, dparams = split.backward(prepared, context, read, cell.dy, dloss)
+                    done = done._replace(dx=dx)
+                else:
+                    dparams = split.backward_weights(prepared, context, _at(held.pending, at.deferred))
+                sums = [_add(sum_, dparams) if i == d else sum_ for i, sum_ in enumerate(held.dparams)]
+                held = held._replace(dparams=sums)
+        return done, held
 
     def _exchange(self, messages, arrivals, y, dx):
         """Two permutations between neighbours. Arrivals go to the slots of the table, or to the scratch slot."""
@@ -353,32 +354,30 @@ class _Device:
         """Loss and gradient of the micro-batches that left their last stage in this tick."""
         shared = self.arguments.shared
         for i, (_, rank) in enumerate(self.tables.exits):
-            def left(m, y, rank=rank):
+            def left(m, y, summed, rank=rank):
                 y = lax.psum(_where(self.rank == rank, y), self.axis)
                 (loss, sums), (dshared, dy) = jax.value_and_grad(self.model.leave, argnums=(0, 1), has_aux=True)(
                     shared, y, _at(self.inputs, m))
-                return loss, sums, dshared, lax.psum(dy, self.axis)
+                return loss, sums, lax.psum(dy, self.axis), _add(summed, dshared)
 
-            def nothing(m, y):
-                loss = jnp.zeros((), self.split.loss.dtype)
-                return loss, _zeros(self.leave_sums), _zeros(shared), _zeros(self.x)
+            def nothing(m, y, summed):
+                return jnp.zeros((), self.split.loss.dtype), _zeros(self.leave_sums), _zeros(self.x), summed
 
-            loss, sums, dshared, dy = lax.cond(ends.left[i] >= 0, left, nothing, ends.left[i], y)
+            loss, sums, dy, summed = lax.cond(ends.left[i] >= 0, left, nothing, ends.left[i], y, result.shared)
             here = (self.rank == rank) & (ends.left[i] >= 0)
             slot = jnp.where(here, ends.gradient_slot[i], self.schedule.slots.messages)
             messages = _put(messages, slot, dy)
-            result = result._replace(loss=result.loss + loss, sums=_add(result.sums, sums),
-                                     shared=_add(result.shared, dshared))
+            result = result._replace(loss=result.loss + loss, sums=_add(result.sums, sums), shared=summed)
         return result, messages
 
     def _backward_of_enter(self, ends, dx, result):
         """Gradients of `enter` for the micro-batches whose dx left the first stage in this tick."""
         shared = self.arguments.shared
         for i, (_, rank) in enumerate(self.tables.entrances):
-            def back(m, dx, rank=rank):
+            def back(m, dx, summed, rank=rank):
                 _, vjp = jax.vjp(lambda s: self.model.enter(s, _at(self.inputs, m)), shared)
-                return vjp(_where(self.rank == rank, dx))[0]
+                return _add(summed, vjp(_where(self.rank == rank, dx))[0])
 
-            dshared = lax.cond(ends.back[i] >= 0, back, lambda m, dx: _zeros(shared), ends.back[i], dx)
-            result = result._replace(shared=_add(result.shared, dshared))
+            summed = lax.cond(ends.back[i] >= 0, back, lambda m, dx, summed: summed, ends.back[i], dx, result.shared)
+            result = result._replace(shared=summed)
         return result
