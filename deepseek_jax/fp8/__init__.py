@@ -14,8 +14,17 @@ from deepseek_jax.fp8.blocks import Blocks, shape_of_scales
 from deepseek_jax.fp8.e5m6 import E5M6, from_e5m6, to_e5m6
 from deepseek_jax.fp8.ffn import swiglu_ffn
 from deepseek_jax.fp8.linear import linear
-from deepseek_jax.fp8.products import DEFERRED, GROUP_ALIGNMENT, RECIPE, quantize_blocks, quantize_tiles
+from deepseek_jax.fp8.products import (
+    DEFERRED,
+    GROUP_ALIGNMENT,
+    RECIPE,
+    exponents_of,
+    powers_of_two,
+    quantize_blocks,
+    quantize_tiles,
+)
 from kernels_pallas.api import Quantized, dequantize
 
-__all__ = ["DEFERRED", "E5M6", "GROUP_ALIGNMENT", "RECIPE", "Blocks", "Quantized", "dequantize", "from_e5m6", "linear",
-           "quantize_blocks", "quantize_tiles", "shape_of_scales", "swiglu_ffn", "to_e5m6"]
+__all__ = ["DEFERRED", "E5M6", "GROUP_ALIGNMENT", "RECIPE", "Blocks", "Quantized", "dequantize", "exponents_of",
+           "from_e5m6", "linear", "powers_of_two", "quantize_blocks", "quantize_tiles", "shape_of_scales", "swiglu_ffn",
+           "to_e5m6"]

@@ -6,6 +6,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from deepseek_jax.config import FP8Config
@@ -22,6 +23,7 @@ from deepseek_jax.fp8.products import (
 from deepseek_jax.parallel.sharding import on_shards, spec
 from kernels_pallas import api
 from kernels_pallas.api import dequantize
+from kernels_pallas.constants import BLOCK
 
 
 def _swiglu(gate, up):
@@ -74,6 +76,33 @@ def _swiglu_ffn_fwd(x_MD, gate_FD, up_FD, down_DF, sizes, recipe):
     return y_MD, (q, *inputs, gate_FD, up_FD, down_DF, sizes)
 
 
+COLUMNS = 4  # parts in which the gradient of the experts' rows is made
+
+
+def _input_gradient(gradients, weights, sizes, recipe, dtype):
+    """The sum of d [M, F] @ w [F, D] over pairs of both, added in float32: [M, D] in `dtype`.
+
+    Of the experts a quarter of the columns at a time, or two float32 arrays of all rows would be the largest
+    temporaries of a step. Columns are independent, so the numbers are the same.
+    """
+    gradients = [quantize_gradient(d, recipe) for d in gradients]
+    weights = [quantize_weight(w, recipe) for w in weights]
+
+    def columns(weights):
+        parts = [product(d, transposed(w), sizes, recipe, jnp.float32) for d, w in zip(gradients, weights)]
+        return functools.reduce(jnp.add, parts).astype(dtype)
+
+    if sizes is None or weights[0].values.shape[-1] % (COLUMNS * BLOCK) or recipe.tiles == "tensor":
+        return columns(weights)
+
+    def part(c):
+        width = lambda a: a.shape[-1] // COLUMNS
+        return columns(jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, c * width(a), width(a), axis=-1), weights))
+
+    y_CMX = lax.map(part, jnp.arange(COLUMNS))
+    return jnp.swapaxes(y_CMX, 0, 1).reshape(y_CMX.shape[1], -1)
+
+
 def _swiglu_ffn_bwd(recipe, residuals, dy_MD):
     *arrays, sizes = residuals
 
@@ -83,12 +112,11 @@ def _swiglu_ffn_bwd(recipe, residuals, dy_MD):
         ddown_DF = weight_gradient(dy_MD, quantize_along_rows(act_MF, recipe), sizes, recipe)
         dact_MF = product(quantize_gradient(dy_MD, recipe, scale), transposed(quantize_weight(down_DF, recipe)), sizes,
                           recipe, jnp.float32)
-        x_MD, dx, dw = quantize_along_rows(dequantize(q), recipe, scale), [], []
-        for d_MF, w_FD in zip(pull_back(dact_MF), (gate_FD, up_FD)):
-            dw.append(weight_gradient(d_MF, x_MD, sizes, recipe).astype(w_FD.dtype))
-            dx.append(product(quantize_gradient(d_MF, recipe), transposed(quantize_weight(w_FD, recipe)), sizes, recipe,
-                              jnp.float32))
-        return (dx[0] + dx[1]).astype(dtype), *dw, ddown_DF.astype(down_DF.dtype)
+        x_MD, between = quantize_along_rows(dequantize(q), recipe, scale), pull_back(dact_MF)
+        dw = [weight_gradient(d_MF, x_MD, sizes, recipe).astype(w_FD.dtype)
+              for d_MF, w_FD in zip(between, (gate_FD, up_FD))]
+        return (_input_gradient(between, (gate_FD, up_FD), sizes, recipe, dtype), *dw,
+                ddown_DF.astype(down_DF.dtype))
 
     gradients = on_shards(backward, (ROWS, WIDE, WIDE, WIDEN, WIDEN, NARROW, ROWS), (ROWS, WIDEN, WIDEN, NARROW),
                          *arrays, dy_MD, summed=("ffn", "batch", "batch", "batch"))

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from deepseek_jax.config import FP8Config
@@ -39,6 +40,16 @@ def quantize_tiles(x_MK: jax.Array, *, scale: str = "float32", axis: int = -1) -
 def quantize_blocks(w_NK: jax.Array, *, scale: str = "float32") -> Quantized:
     """E4M3 in 128 x 128 blocks: (values [N, K], float32 scales [ceil(N / 128), ceil(K / 128)])."""
     return api.quantize_blocks(w_NK, scale=scale)
+
+
+def exponents_of(scales: jax.Array) -> jax.Array:
+    """The exponents of float32 powers of two, or zeros, as float32 has them: uint8, a quarter of the bytes."""
+    return (lax.bitcast_convert_type(scales, jnp.uint32) >> 23).astype(jnp.uint8)
+
+
+def powers_of_two(exponents: jax.Array) -> jax.Array:
+    """The reverse of `exponents_of`: float32."""
+    return lax.bitcast_convert_type(exponents.astype(jnp.uint32) << 23, jnp.float32)
 
 
 def quantize_activation(x: jax.Array, recipe: FP8Config, scale: str | None = None, dtype: Any = jnp.float8_e4m3fn,

@@ -145,17 +145,21 @@ def send(x: jax.Array, hop: Hop) -> jax.Array:
     if hop.ragged is None:
         return lax.all_to_all(x_S, hop.axis, 0, 0, tiled=True)
     start, size, landing, _, arriving, _ = hop.ragged
-    return lax.ragged_all_to_all(x_S, _room(hop.landed, x, arriving), start, size, landing, arriving,
+    return lax.ragged_all_to_all(x_S, _room(hop.landed, x_S, arriving), start, size, landing, arriving,
                                  axis_name=hop.axis)
 
 
-def _room(rows, x, arriving_P):
-    """Zeros for `rows` rows like those of x to land in, where `arriving_P` of them are known to come.
+def _room(rows, sent, arriving_P):
+    """Zeros for `rows` rows like those of `sent` to land in, where `arriving_P` of them are known to come.
 
-    Plain zeros are a constant, and XLA:GPU fills the buffers of all layers at the beginning of a step: so they
-    depend on the counts, which are never negative, but XLA does not know that.
+    Plain zeros are a constant, and XLA:GPU fills the buffers of all layers at the beginning of a step; zeros that
+    depend on the counts alone it fills when tokens are routed, long before gradients travel. So these depend on the
+    counts and on what is sent: the smallest of two numbers that are never negative, but XLA does not know that.
     """
-    return jnp.broadcast_to(jnp.minimum(arriving_P[0], 0).astype(x.dtype), (rows, *x.shape[1:]))
+    bits = lax.bitcast_convert_type(sent.ravel()[0], f"uint{8 * sent.dtype.itemsize}")
+    never_negative = (bits >> (8 * sent.dtype.itemsize - 8)).astype(jnp.int32)
+    zero = jnp.minimum(jnp.minimum(arriving_P[0], never_negative), 0)
+    return jnp.broadcast_to(zero.astype(sent.dtype), (rows, *sent.shape[1:]))
 
 
 def bring_back(y: jax.Array, hop: Hop) -> jax.Array:
@@ -278,9 +282,9 @@ def traffic_per_token(cfg: MeshConfig, model: ModelConfig, traffic: Traffic | No
 
 
 def copy_bytes(cfg: MeshConfig, model: ModelConfig) -> int:
-    """Bytes of one copy of a token on its way to the experts: values (and scales), choices and gates."""
+    """Bytes of one copy of a token on its way to the experts: values (and exponents of scales), choices and gates."""
     width = jnp.dtype(model.dtype).itemsize
-    values = model.d_model + 4 * -(-model.d_model // BLOCK) if cfg.dispatch_fp8 else model.d_model * width
+    values = model.d_model + -(-model.d_model // BLOCK) if cfg.dispatch_fp8 else model.d_model * width
     return values + model.experts_per_token * (4 + max(width, 4))
 
 
