@@ -1,7 +1,7 @@
 """Compiles a training or decode step for a machine that is not here, and reads off what it takes and communicates.
 
     python -m deepseek_jax.compile --model v2_lite_16b --target h100:8 --expert 8 --sequences 512 --json lite.json
-    python -m deepseek_jax.compile --model v3_671b --target h100:2048 --pipe 16 --expert 64 --fp8 --remat full
+    python -m deepseek_jax.compile --layout report
     python -m deepseek_jax.compile --model v2_lite_16b --target h100:8 --decode 32 --length 4096
 
 Targets: h100:N, h800:N (the extra `aot`), v5p:AxBxC, v6e:AxB, 7x:AxBxC (libtpu). Prints bytes per device by XLA's own
@@ -18,6 +18,7 @@ from deepseek_jax import cli, io
 from deepseek_jax.config import LoraConfig
 from deepseek_jax.scale import arguments
 from deepseek_jax.scale.compile import targets
+from deepseek_jax.scale.hardware import hardware
 
 
 def parse() -> argparse.Namespace:
@@ -32,7 +33,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--drafts", type=int, default=0, help="with --decode: tokens drafted in a step, by MTP modules")
     parser.add_argument("--json", metavar="FILE", help="also write the report there")
     parser.add_argument("--plot", metavar="FILE", help="also draw memory by group there")
-    args = parser.parse_args()
+    args = arguments.parse(parser)
     arguments.check_counts(args)
     return args
 
@@ -49,6 +50,7 @@ def main() -> int:
         from deepseek_jax.scale.compile.aot import measure_step
 
         layout = arguments.layout(args, model, devices, node_size=8)
+        model = arguments.with_remat(args, model, hardware(args.target.partition(":")[0]), layout)
         found = measure_step(model, layout, args.target, LoraConfig(args.lora, fp8=args.lora_fp8))
     found |= {"model": args.model, "layers": model.num_layers}
     print(table(found))

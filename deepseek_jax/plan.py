@@ -2,9 +2,9 @@
 
     python -m deepseek_jax.plan --model v2_lite_16b --hardware a100 --serve --context 4096
     python -m deepseek_jax.plan --model small --hardware rtx4090 --finetune --sequences 8 --context 2048
-    python -m deepseek_jax.plan --model v3_671b --hardware h800 --devices 2048 --pipe 16 --expert 64 --json plan.json
+    python -m deepseek_jax.plan --layout report --json plan.json
     python -m deepseek_jax.plan --model v2_lite_16b --hardware h100 --devices 8 --search --price 2.5
-    python -m deepseek_jax.plan --model v3_671b --hardware h800 --devices 2048 --pipe 16 --expert 64 --ablations
+    python -m deepseek_jax.plan --layout report --ablations
 
 Counts are exact, bytes are this program's as XLA:GPU lays it out, times rest on published measurements that the output
 names, and rates of serving are bounds. Exit code 1: it does not fit.
@@ -67,10 +67,13 @@ def training(args: argparse.Namespace, machine: Hardware, model: ModelConfig) ->
         result["fits"] = bool(best)
     else:
         layout = arguments.layout(args, model, args.devices, machine.node_size)
+        model = arguments.with_remat(args, model, machine, layout)
         found = plan.plan(model, machine, layout, args.tokens, args.price)
         result |= {"plan": tables.flat(found), "fits": found.fits}
-        print(tables.planned(found, plan.what_to_change(model, layout, found)))
-        if (args.model, args.hardware, layout.name) == ("v3_671b", "h800", tables.REPORT):
+        advice = "" if found.fits else "; ".join(filter(None, (
+            plan.what_to_change(model, layout, found), plan.what_fits(model, machine, found))))
+        print(tables.planned(found, advice))
+        if arguments.is_report(args, model, layout):
             result["published"] = plan.published(found)
             print(tables.published(result["published"]))
         if args.ablations:

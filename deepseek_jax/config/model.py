@@ -12,6 +12,11 @@ GROUP_LIMITED = "group_limited"  # top-k of the best groups of experts (report s
 IN_TURN = "deepseek_jax.model.router:in_turn"  # the rule of balance.force_balanced
 PARTS = {"router": GROUP_LIMITED, "attention": "mla"}  # of the published models
 UNROLLED_LAYERS = 8  # a stack of more layers runs as a loop over them
+REPORT_RECOMPUTES = ("norms", "mla_up", "swiglu")  # report section 3.2.3
+# What else the backward pass can recompute, and the checkpoint name of what is then not saved: the latents' projections,
+# the router's scores, attention's output projection, SwiGLU's inputs, attention itself, and dispatch.
+RECOMPUTABLE = {"latents": "latent", "router": "routing", "output": "residual", "swiglu_inputs": "ffn_in",
+                "attention": "attention", "dispatch": "dispatched"}
 KERNEL_HEADS = (192, 128)  # sizes of queries and values that the kernels are made for: those of the published models
 # Beyond these, far from any published model, a damaged or hostile config.json would fill the memory or never end.
 MOST_EXPERTS, MOST_MATRICES = 2**14, 2**20  # of a layer; of all experts of all layers
@@ -106,8 +111,8 @@ class ModelConfig(Checked, section="model"):
     init_std: Annotated[float, POSITIVE, "of all weights at the start"] = 0.006
     dtype: Annotated[Literal["bfloat16", "float32", "float64"], "of activations and products; parameters are float32 "
                                                                 "masters"] = "bfloat16"
-    remat: Annotated[Literal["none", "report", "full"], "what the backward pass recomputes; report: norms, MLA "
-                                                        "up-projections, SwiGLU"] = "report"
+    remat: Annotated[str, "what the backward pass recomputes: none, report (norms, mla_up, swiglu), full, or names of "
+                          "what is recomputed in addition to the report's, such as latents,router"] = "report"
     attention_block: Annotated[int, POSITIVE, "query and key rows a block: memory grows with T * block, not "
                                               "T * T"] = 512
     router: Annotated[str, "routing rule: group_limited, or your own as package.module:function"] = GROUP_LIMITED
@@ -135,6 +140,14 @@ class ModelConfig(Checked, section="model"):
         return self.nope_head_dim + self.rope_head_dim
 
     @property
+    def recomputed(self) -> frozenset[str]:
+        """The names of what the backward pass recomputes; of "full" all, and everything else besides."""
+        if self.remat == "full":
+            return frozenset((*REPORT_RECOMPUTES, *RECOMPUTABLE))
+        names = {"none": (), "report": REPORT_RECOMPUTES}
+        return frozenset(names.get(self.remat, (*REPORT_RECOMPUTES, *self.remat.split(","))))
+
+    @property
     def has_router_bias(self) -> bool:
         """Whether selection adds or multiplies a bias."""
         return self.router_bias != "none"
@@ -146,6 +159,11 @@ def _check_model(c: ModelConfig):
         if value != builtin and not re.fullmatch(OWN, value):
             raise ConfigError(f"model.{name}={value!r} is unknown; take {builtin!r}, or name your own as "
                               "'package.module:name'.")
+    known = (*REPORT_RECOMPUTES, *RECOMPUTABLE)
+    if wrong := [name for name in c.remat.split(",") if name not in known]:
+        if c.remat not in ("none", "report", "full"):
+            raise ConfigError(f"model.remat={shown(c.remat)}: {shown(wrong[0])} is unknown; take none, report or full, "
+                              f"or names, with commas between, of {', '.join(known)}.")
     for name, most in MOST.items():
         if (getattr(c, name) or 0) > most:
             raise ConfigError(f"model.{name}={shown(getattr(c, name))} is more than {most:,}, the most there may be.")

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from deepseek_jax.config import ConfigError, MeshConfig, ModelConfig
-from deepseek_jax.config.model import UNROLLED_LAYERS
+from deepseek_jax.config.model import RECOMPUTABLE, UNROLLED_LAYERS
 from deepseek_jax.model.attention import MLA
 from deepseek_jax.model.block import residual_block
 from deepseek_jax.model.experts import MoE
@@ -93,7 +93,8 @@ def rematerialized(block: type[nn.Module], cfg: ModelConfig, scanned: bool) -> A
     """
     if cfg.remat == "none":
         return block
-    policy = jax.checkpoint_policies.save_only_these_names(*SAVED_NAMES) if cfg.remat == "report" else None
+    saved = set(SAVED_NAMES) - {RECOMPUTABLE.get(name) for name in cfg.recomputed}
+    policy = jax.checkpoint_policies.save_only_these_names(*saved) if saved else None
     return nn.remat(block, policy=policy, prevent_cse=not scanned)
 
 

@@ -9,11 +9,19 @@ from typing import Any
 
 from deepseek_jax import io
 from deepseek_jax.config import PRESETS, ConfigError, FP8Config, ModelConfig, did_you_mean, load_config, model_config
+from deepseek_jax.config.model import RECOMPUTABLE
+from deepseek_jax.scale import plan, tables
 from deepseek_jax.scale.decoding import check_published
 from deepseek_jax.scale.hardware import Hardware, check_fp8
 from deepseek_jax.scale.layout import Layout, Split, make_layout
 
+AUTO = "auto"  # --remat: `plan.cheapest_remat` chooses
 REPORT_SEQUENCES = 15360  # a step's, report section 4.2
+
+# The report's layout (section 4.2): FP8, 16-way pipeline, 64-way experts on 8 nodes, what it recomputes; buffers for 1.25
+# times the mean load. No weight gradient waits: each that does takes 6 GB.
+LAYOUTS = {"report": {"model": "v3_671b", "hardware": "h800", "devices": 2048, "target": "h100:2048", "pipe": 16,
+                      "expert": 64, "fp8": True, "remat": "report", "capacity": 1.25, "deferred": 0}}
 
 ALL = ("training", "--serve", "--finetune")  # what `plan` is asked
 READERS = {  # of its options; what is not here is of training on many devices
@@ -27,22 +35,37 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help=f"{', '.join(PRESETS)}; or the folder of a run, of what convert "
                         "from-hf made, or of a Hugging Face checkpoint, of which only config.json is read")
     parser.add_argument("--layers", type=int, help="of the model, if fewer than it has")
+    parser.add_argument("--layout", choices=tuple(LAYOUTS), help="a preset of these options, any of which may be "
+                        "given besides: the report's run, v3_671b in FP8 on 2,048 GPUs, pipe 16, expert 64")
     parser.add_argument("--pipe", type=int, default=1, help="ranks of the pipeline")
     parser.add_argument("--expert", type=int, default=1, help="devices that share the experts")
     parser.add_argument("--tensor", type=int, default=1, help="devices that share heads and vocabulary")
     parser.add_argument("--schedule", default="dualpipe", help="gpipe, 1f1b, zb1p, dualpipe or dualpipev")
-    parser.add_argument("--deferred", type=_not_negative, help="weight gradients that may wait on a rank (default: the "
-                        "schedule's); each takes memory, and fewer lengthen a long step little")
+    parser.add_argument("--deferred", type=_not_negative, default=0, help="weight gradients that may wait on a rank "
+                        "(default 0); each takes memory, and fewer lengthen a long step little")
     parser.add_argument("--sequences", type=int, default=REPORT_SEQUENCES, help="of a step (default: the report's)")
     parser.add_argument("--rows", type=int, default=1, help="sequences of a micro-batch on one device")
     parser.add_argument("--sequence-length", "--context", type=int, default=4096, help="tokens (default 4096)")
-    parser.add_argument("--remat", help="none, report or full (default: the model's)")
+    parser.add_argument("--remat", help="none, report, full, names of what is recomputed in addition to the report's "
+                        f"({', '.join(RECOMPUTABLE)}; with commas between), or auto: the cheapest that fits (default: "
+                        "the model's)")
     parser.add_argument("--fp8", action=argparse.BooleanOptionalAction, default=False,
                         help="products, what is kept, and dispatch in FP8; with --serve: weights")
     parser.add_argument("--dispatch", default="two_hop", help="two_hop or flat")
     parser.add_argument("--buffers", default="ragged", help="ragged or static")
     parser.add_argument("--capacity", type=_capacity, default=1.25,
                         help="of buffers, in even loads (default 1.25); none: room for all, and nothing is dropped")
+
+
+def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The options. Those of a --layout are the defaults of the others."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--layout")
+    given = LAYOUTS.get(first.parse_known_args()[0].layout, {})
+    for action in parser._actions:
+        if action.dest in given:
+            action.required, action.default = False, given[action.dest]
+    return parser.parse_args()
 
 
 def add_one_device(parser: argparse.ArgumentParser) -> None:
@@ -60,7 +83,7 @@ def add_one_device(parser: argparse.ArgumentParser) -> None:
 
 def checked(parser: argparse.ArgumentParser) -> argparse.Namespace:
     """The options of `plan`. Raises ConfigError for one that the question asked does not read."""
-    args = parser.parse_args()
+    args = parse(parser)
     check_counts(args)
     question = "--serve" if args.serve else "--finetune" if args.finetune else "training"
     for name, value in vars(args).items():
@@ -135,7 +158,8 @@ def model(args: argparse.Namespace) -> ModelConfig:
     Raises:
       ConfigError: an option does not fit it, or there is no such model.
     """
-    changes = {name: value for name, value in (("remat", args.remat), ("num_layers", args.layers)) if value is not None}
+    remat = "report" if args.remat == AUTO else args.remat
+    changes = {name: value for name, value in (("remat", remat), ("num_layers", args.layers)) if value is not None}
     changes["fp8"] = FP8Config(enabled=args.fp8)
     if args.model in PRESETS:
         return model_config(args.model, **changes)
@@ -157,6 +181,21 @@ def _saved(path: str) -> ModelConfig:
 
         return hf_config.read(raw, raw.get("num_nextn_predict_layers") or 0)
     return load_config(file).model  # says what is wrong with it
+
+
+def with_remat(args: argparse.Namespace, c: ModelConfig, machine: Hardware, layout: Layout) -> ModelConfig:
+    """The model, under --remat auto with the cheapest choice that fits; prints how it was chosen."""
+    if args.remat != AUTO:
+        return c
+    tried = plan.cheapest_remat(c, machine, layout)
+    print(tables.chosen_remat(tried))
+    return dataclasses.replace(c, remat=tried[-1].remat)
+
+
+def is_report(args: argparse.Namespace, c: ModelConfig, layout: Layout) -> bool:
+    """Whether these are the settings of the report's run, to which its published figures belong."""
+    asked = args.model, args.hardware, layout.name, layout.sequence_length, args.layers
+    return asked == ("v3_671b", "h800", tables.REPORT, 4096, None) and c.fp8.enabled and c.remat == "report"
 
 
 def layout(args: argparse.Namespace, c: ModelConfig, devices: int, node_size: int) -> Layout:

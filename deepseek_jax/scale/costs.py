@@ -130,6 +130,21 @@ def attended(c: ModelConfig, context: float) -> float:
     return min(context, c.index_topk) if c.index_topk is not None and decodes_sparsely(c) else context
 
 
+def _recomputed(c: ModelConfig, up: float, weights: dict[str, float]) -> dict[str, float]:
+    """Multiplications of one token that the backward pass does again in one layer, by part, under names in c.remat."""
+    of_name = {"mla_up": {"attention": up},
+               "latents": {"attention": c.d_model * ((c.q_rank or 0) + c.kv_rank + c.rope_head_dim)},
+               "output": {"attention": c.num_heads * c.v_head_dim * c.d_model},
+               "attention": {"scores": weights["scores"]}, "router": {"shared": c.d_model * c.num_experts},
+               "swiglu_inputs": {"shared": 2 * c.d_model * c.num_shared_experts * c.expert_ffn_dim,
+                                 "experts": weights["experts"] * 2 / 3, "dense": weights["dense"] * 2 / 3}}
+    again: dict[str, float] = {}
+    for name in sorted(c.recomputed & of_name.keys()):
+        for part, n in of_name[name].items():
+            again[part] = again.get(part, 0) + n
+    return again
+
+
 def layer_flops(c: ModelConfig, sequence_length: int) -> dict[str, dict[str, float]]:
     """Operations of one token in one layer, by part and pass; attention is causal.
 
@@ -144,7 +159,7 @@ def layer_flops(c: ModelConfig, sequence_length: int) -> dict[str, dict[str, flo
                "shared": c.num_shared_experts * expert + c.d_model * c.num_experts,
                "experts": c.experts_per_token * expert, "dense": ffn_parameters(c, c.dense_ffn_dim)}
     up = c.num_heads * (c.qk_head_dim * (c.q_rank or c.d_model) + c.kv_rank * (c.nope_head_dim + c.v_head_dim))
-    again = {"none": {}, "report": {"attention": up}, "full": weights}[c.remat]
+    again = weights if c.remat == "full" else _recomputed(c, up, weights)
     table = {}
     for part, n in weights.items():
         table[part] = {"forward": 2 * n, "input": 2 * n, "weight": 2 * n, "again": 2 * again.get(part, 0)}

@@ -73,16 +73,20 @@ def residuals_of_layer(c: ModelConfig, layout: Layout, moe: bool = True) -> floa
     output = 1.5 + 4 / BLOCK if c.fp8.enabled else width
     shared = c.num_shared_experts * c.expert_ffn_dim if moe else c.dense_ffn_dim
     latents = (c.q_rank or 0) + c.kv_rank + c.rope_head_dim
-    token = 2 * D * width + latents * width + H * (c.v_head_dim * output + 4) + 2 * shared / layout.mesh.tensor * small
     arriving, rows = rows_of_experts(c, layout) if moe else (0, 0)
-    token += c.num_experts * FLOAT32 * moe
-    row = 2 * c.expert_ffn_dim * small
+    travelled = D + math.ceil(D / BLOCK) if layout.mesh.dispatch_fp8 else D * width  # values, and exponents of scales
+    kept = {"output": D * width, "latents": latents * width, "attention": H * (c.v_head_dim * output + 4),
+            "swiglu_inputs": 2 * shared / layout.mesh.tensor * small, "router": c.num_experts * FLOAT32 * moe}
+    kept_row = {"swiglu_inputs": rows * 2 * c.expert_ffn_dim * small, "dispatch": arriving * (
+        travelled + 2 * FLOAT32 * c.experts_per_token)}  # ids and gates travel too
+    token = D * width + sum(size for name, size in kept.items() if name not in c.recomputed)
+    of_rows = sum(size for name, size in kept_row.items() if name not in c.recomputed)
     if c.remat == "none":
         token += (2 * D + latents + H * (2 * c.qk_head_dim + c.v_head_dim) + shared / layout.mesh.tensor) * width
-        row += (c.expert_ffn_dim + 2 * D) * width
+        of_rows += rows * (c.expert_ffn_dim + 2 * D) * width
         if c.index_topk is not None:  # queries and keys of the indexer, and the weights of its heads
             token += (c.index_heads + 1) * c.index_head_dim * width + c.index_heads * FLOAT32
-    return N * token + arriving * D * width + rows * row
+    return N * token + of_rows
 
 
 def parameters_per_device(c: ModelConfig, layout: Layout) -> dict[str, float]:

@@ -9,6 +9,7 @@ import itertools
 from typing import Any
 
 from deepseek_jax.config import PARTS, ConfigError, ModelConfig
+from deepseek_jax.config.model import RECOMPUTABLE
 from deepseek_jax.scale import memory, timing
 from deepseek_jax.scale.costs import conventions, training_flops_per_token
 from deepseek_jax.scale.hardware import Hardware, Measured
@@ -65,6 +66,43 @@ def plan(c: ModelConfig, hw: Hardware, layout: Layout, tokens: float = TOKENS, p
                 None if price is None else price * tokens * per_token)
 
 
+@dataclasses.dataclass(frozen=True)
+class Remat:
+    """A choice of what to recompute: ModelConfig.remat, bytes per device, seconds of a step, and whether that fits."""
+
+    remat: str
+    bytes: float
+    seconds: float
+    fits: bool
+
+
+def cheapest_remat(c: ModelConfig, hw: Hardware, layout: Layout) -> list[Remat]:
+    """What to recompute so that a layout fits: more and more, most bytes saved for a second spent first.
+
+    Returns:
+      The choices in turn, "none" first. The last one fits, or nothing does.
+    """
+    def of(remat):
+        model = dataclasses.replace(c, remat=remat)
+        needed = sum(memory.bytes_per_device(model, layout).values())
+        return Remat(remat, needed, timing.step(model, hw, layout).seconds, needed <= hw.memory)
+
+    tried, left, names = [of("none")], list(RECOMPUTABLE), []
+    if not tried[-1].fits:
+        tried.append(of("report"))
+    while left and not tried[-1].fits:
+        before = tried[-1]
+        choices = [(of(",".join([*names, name])), name) for name in left]
+        best, name = max(choices, key=lambda one: (before.bytes - one[0].bytes) /
+                         max(one[0].seconds - before.seconds, 1e-9))
+        tried.append(best)
+        names.append(name)
+        left.remove(name)
+    if not tried[-1].fits:
+        tried.append(of("full"))
+    return tried
+
+
 def what_to_change(c: ModelConfig, layout: Layout, found: Plan) -> str:
     """How many bytes a layout lacks, and the change to try first: the one that shrinks its largest group."""
     over = (found.total_bytes - found.memory) / 1e9
@@ -78,6 +116,16 @@ def what_to_change(c: ModelConfig, layout: Layout, found: Plan) -> str:
         first = "another schedule: gpipe keeps every micro-batch"
     return (f"needs {over:.1f} GB more than there is; most is {memory.LABELS[largest]} "
             f"({found.bytes[largest] / 1e9:.1f} GB): try {first}")
+
+
+def what_fits(c: ModelConfig, hw: Hardware, found: Plan) -> str:
+    """The cheapest recomputation with which a layout that does not fit would, and what that costs; "" if there is none.
+    """
+    last = cheapest_remat(c, hw, found.layout)[-1]
+    if not last.fits:
+        return ""
+    return (f"--remat {last.remat} fits: {last.bytes / 1e9:.1f} GB, and {last.seconds - found.step.seconds:+.2f} s a "
+            "step")
 
 
 def search(c: ModelConfig, hw: Hardware, devices: int, sequences: int, sequence_length: int = 4096,

@@ -6,7 +6,7 @@ from typing import Any
 from deepseek_jax.scale.finetune import Finetuned, Step
 from deepseek_jax.scale.hardware import Hardware
 from deepseek_jax.scale.memory import LABELS
-from deepseek_jax.scale.plan import Plan
+from deepseek_jax.scale.plan import Plan, Remat
 from deepseek_jax.scale.serve import Asked, Served
 
 REPORT = "pipe 16, expert 64 over 8 nodes, 2 replicas, dualpipe, 120 x 1 sequences"
@@ -39,6 +39,14 @@ def planned(found: Plan, advice: str) -> str:
               f"{step.tokens_a_second:,.0f} tokens/s",
               f"  {found.hours_per_trillion:,.0f} device-hours per trillion tokens, {found.hours:,.0f} in all"
               + (f", ${found.dollars:,.0f}" if found.dollars is not None else " (give --price for dollars)")]
+    return "\n".join(lines)
+
+
+def chosen_remat(tried: list[Remat]) -> str:
+    """How `plan.cheapest_remat` chose, and what each step cost."""
+    lines = ["", f"  {'--remat auto, by bytes saved for seconds spent':62} {'GB':>7} {'s':>7} {'+ s':>6}"]
+    for before, one in zip((tried[0], *tried), tried):
+        lines.append(f"  {one.remat:62} {one.bytes / 1e9:7.1f} {one.seconds:7.2f} {one.seconds - before.seconds:6.2f}")
     return "\n".join(lines)
 
 

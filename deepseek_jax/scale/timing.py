@@ -95,19 +95,23 @@ def cells(c: ModelConfig, hw: Hardware, layout: Layout, m: Measured, limited: bo
     # A sum of gradients is read and written in float32.
     held = sum(parameters(c).values()) - parameters(c)["experts"] * (1 - 1 / (layout.mesh.node * layout.mesh.local))
     work["weight"] += 8 * held / layout.mesh.pipe / layout.mesh.tensor / (m.memory * hw.memory_bandwidth)
-    network = layers / layout.mesh.pipe * network_seconds(c, hw, layout, m, limited)
+    mine = layers / layout.mesh.pipe
+    dispatch, combine = network_seconds(c, hw, layout, m, limited)
+    network = mine * (dispatch + combine)
     if layout.mesh.pipe > 1:
         network += layout.tokens * c.d_model * 2 / hw.node_bandwidth
-    return {"F": Cell(work["forward"], network), "Bi": Cell(work["input"], network), "W": Cell(work["weight"])}
+    again = mine * dispatch * ("dispatch" in c.recomputed)
+    return {"F": Cell(work["forward"], network), "Bi": Cell(work["input"], network + again), "W": Cell(work["weight"])}
 
 
-def network_seconds(c: ModelConfig, hw: Hardware, layout: Layout, m: Measured, limited: bool = True) -> float:
-    """Dispatch and combine of one layer and micro-batch, one way each: the slower of the two fabrics, since the hops
-    of different tokens go at the same time."""
+def network_seconds(c: ModelConfig, hw: Hardware, layout: Layout, m: Measured,
+                    limited: bool = True) -> tuple[float, float]:
+    """(Dispatch, combine) of one layer and micro-batch: the slower of the two fabrics each, since the hops of different
+    tokens go at the same time."""
     sent = layer_traffic(c, layout, limited)
-    return sum(max(sent[f"{way} across"] / (share * hw.node_bandwidth),
-                   sent[f"{way} inside"] / (m.local * hw.local_bandwidth))
-               for way, share in (("dispatch", m.dispatch), ("combine", m.combine)))
+    of = lambda way, share: max(sent[f"{way} across"] / (share * hw.node_bandwidth),
+                                sent[f"{way} inside"] / (m.local * hw.local_bandwidth))
+    return of("dispatch", m.dispatch), of("combine", m.combine)
 
 
 def costs(cell: dict[str, Cell], m: Measured) -> dict[str, float]:
