@@ -151,6 +151,13 @@ def _put(tree, index, value):
     return jax.tree.map(lambda a, v: lax.dynamic_update_index_in_dim(a, v, index, 0), tree, value)
 
 
+def _take(tree, index):
+    """tree[index], and the tree to use afterwards: a buffer is written after the read, or XLA would copy all of it."""
+    taken = jax.tree.map(lambda a: lax.optimization_barrier((lax.dynamic_index_in_dim(a, index, keepdims=False), a)),
+                         tree)
+    return (jax.tree.map(lambda _, pair: pair[i], tree, taken) for i in range(2))
+
+
 def _add_at(tree, index, value):
     return _put(tree, index, _add(_at(tree, index), value))  # `a.at[index].add` would be a scatter
 
@@ -298,7 +305,8 @@ class _Device:
         kinds = dict(branch)
         read = ()
         if "B" in kinds or "Bi" in kinds:
-            read = _at(held.residuals, at.activation_in)
+            read, residuals = _take(held.residuals, at.activation_in)
+            held = held._replace(residuals=residuals)
         # F and B of an overlapped cell are independent, so the compiler can overlap the collectives of one with the
         # products of the other, and does.
         for kind, d in branch:

@@ -51,7 +51,7 @@ def _none_of(total, marked, drawn):
 
 
 def copy_bytes(c: ModelConfig, fp8: bool) -> float:
-    """Bytes of one copy of a token; in FP8 with a float32 scale for each block."""
+    """Bytes of one copy of a token; in FP8 with the exponent of a scale for each block."""
     return c.d_model + math.ceil(c.d_model / BLOCK) if fp8 else 2 * c.d_model
 
 

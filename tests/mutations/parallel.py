@@ -97,7 +97,7 @@ MUTATIONS = [
     Mutation(
         name="bytes forget the scales",
         file="deepseek_jax/parallel/dispatch.py",
-        old="model.d_model + 4 * -(-model.d_model // BLOCK) if",
+        old="model.d_model + -(-model.d_model // BLOCK) if",
         new="model.d_model if",
         tests="parallel/test_dispatch.py",
     ),

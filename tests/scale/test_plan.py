@@ -126,8 +126,8 @@ def test_a_token_that_may_go_anywhere_visits_all_nodes_it_can():
 def test_a_copy_travels_in_fp8_with_its_scales_and_comes_back_in_bf16():
     sent = traffic.layer_traffic(V3, of_report())
 
-    assert traffic.copy_bytes(V3, True) == 7168 + 4 * 56
-    assert sent["combine across"] / sent["dispatch across"] == pytest.approx(2 * 7168 / (7168 + 4 * 56))
+    assert traffic.copy_bytes(V3, True) == 7168 + 56
+    assert sent["combine across"] / sent["dispatch across"] == pytest.approx(2 * 7168 / (7168 + 56))
 
 
 def test_without_replicas_and_pipeline_only_the_tokens_and_what_is_split_travel():
