@@ -85,7 +85,7 @@ def loss_and_gradients(remat):
 
 
 def test_remat_changes_neither_loss_nor_gradients():
-    expected, *others = (loss_and_gradients(remat) for remat in REMATS)
+    expected, *others = (loss_and_gradients(remat) for remat in (*REMATS, "latents,router,output,swiglu_inputs"))
 
     for found in others:
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), found, expected)
@@ -133,6 +133,16 @@ def test_the_report_remat_keeps_latents_attention_and_swiglu_inputs_and_recomput
     assert found == {**ATTENTION, **ffn}
     # Gate and up of the routed experts, 10 columns each, side by side or not; not their product.
     assert sum(shape[1] * count for shape, count in routed.items()) == (20 if moe else 0)
+
+
+@pytest.mark.parametrize(("name", "shapes"), [
+    ("latents", {(2, 8, 12): 1, (2, 8, 20): 1}), ("attention", {(2, 2, 8, 6): 1, (2, 2, 8): 1}),
+    ("output", {(2, 8, 32): 1}), ("swiglu_inputs", {(2, 8, 24): 2}), ("norms", {})])
+def test_what_a_name_recomputes_is_not_kept_and_all_else_is(name, shapes):
+    spared = kept("report", False) - kept(name, False)
+
+    assert {shape: count for (_, shape), count in spared.items()} == shapes
+    assert not kept(name, False) - kept("report", False)
 
 
 def test_without_remat_norms_up_projections_and_swiglu_are_kept_too():

@@ -163,6 +163,28 @@ def test_what_does_not_fit_says_by_how_much_and_what_to_change_first():
     assert f"needs {(bad.total_bytes - 80e9) / 1e9:.1f} GB more" in words and "try remat=full" in words
 
 
+def test_the_report_s_layout_is_a_preset_whose_options_may_be_given_besides(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["plan", "--layout", "report", "--remat=full"])
+    args = parse()
+    asked = {name: getattr(args, name) for name in ("model", "hardware", "devices", "pipe", "expert", "deferred")}
+
+    assert asked == {"model": "v3_671b", "hardware": "h800", "devices": 2048, "pipe": 16, "expert": 64, "deferred": 0}
+    assert (args.fp8, args.capacity, args.remat) == (True, 1.25, "full")
+
+
+def test_auto_recomputes_what_saves_most_for_a_second_and_no_more_than_it_must():
+    roomy, tight = (dataclasses.replace(H800, memory=memory) for memory in (1e12, 60e9))
+    layout = of_report(deferred=0)
+
+    assert [one.remat for one in plan.cheapest_remat(V3, roomy, layout)] == ["none"]
+    tried = plan.cheapest_remat(V3, tight, layout)
+    assert [one.remat for one in tried[:2]] == ["none", "report"] and tried[-1].fits and not tried[-2].fits
+    assert all(before.bytes > after.bytes and before.seconds <= after.seconds
+               for before, after in itertools.pairwise(tried))
+    nothing = plan.cheapest_remat(V3, dataclasses.replace(H800, memory=1e9), layout)
+    assert nothing[-1].remat == "full" and not nothing[-1].fits
+
+
 # Mistakes.
 
 
