@@ -12,6 +12,7 @@ slowest one, so the ranks share this work, although only the first or the last s
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -151,11 +152,22 @@ def _put(tree, index, value):
     return jax.tree.map(lambda a, v: lax.dynamic_update_index_in_dim(a, v, index, 0), tree, value)
 
 
-def _take(tree, index):
-    """tree[index], and the tree to use afterwards: a buffer is written after the read, or XLA would copy all of it."""
+def _flat(tree):
+    """Every leaf with a single axis. Slots are: XLA:GPU gives a matrix that is read transposed another layout than the
+    buffer in the carry has, and then copies the buffer, with all its slots, in every tick."""
+    flat = lambda a: jax.ShapeDtypeStruct((math.prod(a.shape),), a.dtype)
+    return jax.tree.map(lambda a: flat(a) if isinstance(a, jax.ShapeDtypeStruct) else a.reshape(-1), tree)
+
+
+def _take(tree, index, like):
+    """Slot `index` of the buffers, in the shapes of `like`, and the buffers to use afterwards.
+
+    A buffer is written after the read, or XLA would copy all of it.
+    """
     taken = jax.tree.map(lambda a: lax.optimization_barrier((lax.dynamic_index_in_dim(a, index, keepdims=False), a)),
                          tree)
-    return (jax.tree.map(lambda _, pair: pair[i], tree, taken) for i in range(2))
+    return (jax.tree.map(lambda shape, _, pair: pair[0].reshape(shape.shape), like, tree, taken),
+            jax.tree.map(lambda _, pair: pair[1], tree, taken))
 
 
 def _add_at(tree, index, value):
@@ -179,8 +191,8 @@ def _where(condition, tree, other=None):
 class _Held(NamedTuple):
     """The buffers that branches update in place."""
 
-    residuals: Any  # [slots, ...]: what F saves for B or Bi
-    pending: Any  # [slots, ...]: what Bi saves for W, of pending weight gradients
+    residuals: Any  # [slots, size]: what F saves for B or Bi
+    pending: Any  # [slots, size]: what Bi saves for W, of pending weight gradients
     dparams: list  # the sums of the stages' gradients so far, one entry a direction
 
 
@@ -263,7 +275,8 @@ class _Device:
         slots = self.schedule.slots
         result = Result(loss=jnp.zeros((), self.split.loss.dtype), params=(), shared=_zeros(self.arguments.shared),
                         stage_sums=_zeros(self.split.sums, self.copies), sums=_zeros(self.leave_sums))
-        held = _Held(_zeros(self.split.residuals, slots.activations), _zeros(self._pending, slots.deferred),
+        held = _Held(_zeros(_flat(self.split.residuals), slots.activations),
+                     _zeros(_flat(self._pending), slots.deferred),
                      [_zeros(self.like_params) for _ in range(self.copies)])
         carry = _Carry(held, _zeros(self.x, slots.messages + 1), result)
         table = jax.tree.map(jnp.asarray, (self.tables.ranks, self.tables.ends))
@@ -305,7 +318,7 @@ class _Device:
         kinds = dict(branch)
         read = ()
         if "B" in kinds or "Bi" in kinds:
-            read, residuals = _take(held.residuals, at.activation_in)
+            read, residuals = _take(held.residuals, at.activation_in, split.residuals)
             held = held._replace(residuals=residuals)
         # F and B of an overlapped cell are independent, so the compiler can overlap the collectives of one with the
         # products of the other, and does.
@@ -314,16 +327,18 @@ class _Device:
             if kind == "F":
                 (y, loss, sums), residuals = split.forward(prepared, cell.x, context)
                 done = done._replace(y=y, loss=loss, sums=sums)
-                held = held._replace(residuals=_put(held.residuals, at.activation_out, residuals))
+                held = held._replace(residuals=_put(held.residuals, at.activation_out, _flat(residuals)))
             elif kind == "Bi":
                 dx, pending = split.backward_input(prepared, context, read, cell.dy, dloss)
-                done, held = done._replace(dx=dx), held._replace(pending=_put(held.pending, at.deferred, pending))
+                done, held = done._replace(dx=dx), held._replace(pending=_put(held.pending, at.deferred, _flat(pending)))
             else:
                 if kind == "B":
                     dx, dparams = split.backward(prepared, context, read, cell.dy, dloss)
                     done = done._replace(dx=dx)
                 else:
-                    dparams = split.backward_weights(prepared, context, _at(held.pending, at.deferred))
+                    pending, buffers = _take(held.pending, at.deferred, split.pending)
+                    held = held._replace(pending=buffers)
+                    dparams = split.backward_weights(prepared, context, pending)
                 sums = [_add(sum_, dparams) if i == d else sum_ for i, sum_ in enumerate(held.dparams)]
                 held = held._replace(dparams=sums)
         return done, held

@@ -130,6 +130,31 @@ def test_a_quantized_array_is_a_pair_and_a_pytree():
     assert isinstance(jax.tree.map(lambda x: x[:1], q), fp8.Quantized)
 
 
+def test_powers_of_two_come_back_from_their_exponents():
+    scales = np.append(np.ldexp(np.float32(1), np.arange(-126, 128)), np.float32(0))
+
+    exponents = fp8.exponents_of(jnp.asarray(scales))
+
+    assert exponents.dtype == jnp.uint8
+    np.testing.assert_array_equal(fp8.powers_of_two(exponents), scales)
+
+
+def test_the_experts_input_gradient_by_columns_is_bit_equal_to_all_at_once(monkeypatch):
+    rng = np.random.default_rng(0)
+    shapes = (256, 512), (2, 128, 512), (2, 128, 512), (2, 512, 128), (256, 512)
+    *arrays, dy_RD = (jnp.asarray(rng.standard_normal(shape), jnp.bfloat16) for shape in shapes)
+    sizes_E = jnp.asarray([128, 128], jnp.int32)
+
+    def gradients():
+        return jax.vjp(functools.partial(fp8.swiglu_ffn, sizes=sizes_E), *arrays)[1](dy_RD)
+
+    by_columns = gradients()
+    monkeypatch.setattr("deepseek_jax.fp8.ffn.COLUMNS", 3)  # which 512 is no multiple of 3 * 128
+
+    for found, expected in zip(by_columns, gradients()):
+        np.testing.assert_array_equal(np.asarray(found, np.float32), np.asarray(expected, np.float32))
+
+
 # E5M6: what the input of the attention's output projection is kept in.
 
 

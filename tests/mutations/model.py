@@ -213,14 +213,21 @@ MUTATIONS = [
     Mutation(
         name="the report remat keeps everything",
         file="deepseek_jax/model/transformer.py",
-        old="save_only_these_names(*SAVED_NAMES)",
+        old="save_only_these_names(*saved)",
         new="everything_saveable",
         tests="model/test_layers.py",
     ),
     Mutation(
+        name="what is named is kept all the same",
+        file="deepseek_jax/model/transformer.py",
+        old="set(SAVED_NAMES) - {RECOMPUTABLE.get(name) for name in cfg.recomputed}",
+        new='set(SAVED_NAMES) if cfg.remat != "full" else set()',
+        tests="model/test_layers.py::test_what_a_name_recomputes_is_not_kept_and_all_else_is",
+    ),
+    Mutation(
         name="the report remat keeps nothing",
         file="deepseek_jax/model/layers.py",
-        old='("residual", "latent", "attention", "ffn_in", "routing", "dispatched")',
+        old="tuple(RECOMPUTABLE.values())",
         new='("nothing",)',
         tests="model/test_layers.py",
     ),
@@ -325,8 +332,8 @@ MUTATIONS = [
     Mutation(
         name="tokens travel again in the backward pass",
         file="deepseek_jax/model/layers.py",
-        old='"routing", "dispatched")',
-        new='"routing")',
+        old="SAVED_NAMES = tuple(RECOMPUTABLE.values())",
+        new='SAVED_NAMES = tuple(set(RECOMPUTABLE.values()) - {"dispatched"})',
         tests="parallel/test_moe_layer.py",
     ),
     Mutation(

@@ -83,8 +83,8 @@ MUTATIONS = [
     Mutation(
         name="what rows land in is a constant",
         file="deepseek_jax/parallel/dispatch.py",
-        old="jnp.minimum(arriving_P[0], 0).astype(x.dtype)",
-        new="jnp.zeros((), x.dtype)",
+        old="jnp.minimum(jnp.minimum(arriving_P[0], never_negative), 0)",
+        new="jnp.zeros((), jnp.int32)",
         tests="parallel/test_dispatch.py",
     ),
     Mutation(

@@ -227,8 +227,8 @@ MUTATIONS = [
     Mutation(
         name="mirror gradients are not summed",
         file="deepseek_jax/pipeline/execute.py",
-        old="lambda a: a[:1] + self._mirrored(a[1:]), tree)",
-        new="lambda a: a[:1], tree)",
+        old="dparams = [_add(dparams[0], self._mirrored(dparams[1]))]",
+        new="dparams = dparams[:1]",
         tests="pipeline/test_execute.py",
     ),
     Mutation(
@@ -239,10 +239,24 @@ MUTATIONS = [
         tests="pipeline/test_execute.py",
     ),
     Mutation(
+        name="residuals are taken from the slot that the forward pass fills",
+        file="deepseek_jax/pipeline/execute.py",
+        old="_take(held.residuals, at.activation_in,",
+        new="_take(held.residuals, at.activation_out,",
+        tests="pipeline/test_execute.py",
+    ),
+    Mutation(
+        name="a slot is read whenever, and its buffer is copied",
+        file="deepseek_jax/pipeline/execute.py",
+        old="lambda a: lax.optimization_barrier((lax.dynamic_index_in_dim(a, index, keepdims=False), a)),",
+        new="lambda a: (lax.dynamic_index_in_dim(a, index, keepdims=False), a),",
+        tests="pipeline/test_execute.py::test_memory_grows_by_the_slots_that_the_schedule_says_and_nothing_else",
+    ),
+    Mutation(
         name="gradients of one direction go to the other copy",
         file="deepseek_jax/pipeline/execute.py",
-        old="_add_at(result.params, backward, done.dparams)",
-        new="_add_at(result.params, forward, done.dparams)",
+        old="_add(sum_, dparams) if i == d else sum_",
+        new="_add(sum_, dparams) if i != d else sum_",
         tests="pipeline/test_execute.py",
     ),
     Mutation(
@@ -269,8 +283,8 @@ MUTATIONS = [
     Mutation(
         name="each rank's part of the output's gradient stays there",
         file="deepseek_jax/pipeline/execute.py",
-        old="dshared, lax.psum(dy, self.axis)",
-        new="dshared, dy",
+        old="return loss, sums, lax.psum(dy, self.axis), _add",
+        new="return loss, sums, dy, _add",
         tests="pipeline/test_execute.py",
     ),
     Mutation(

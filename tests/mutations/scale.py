@@ -381,4 +381,11 @@ MUTATIONS = [
         new="max(attention, rows",
         tests="scale/test_memory.py::test_sparse_training_is_planned_with_its_scores_and_dense_training_without",
     ),
+    Mutation(
+        name="auto recomputes more than it must",
+        file="deepseek_jax/scale/plan.py",
+        old="while left and not tried[-1].fits:",
+        new="while left:",
+        tests="scale/test_plan.py::test_auto_recomputes_what_saves_most_for_a_second_and_no_more_than_it_must",
+    ),
 ]
