@@ -13,8 +13,8 @@ IN_TURN = "deepseek_jax.model.router:in_turn"  # the rule of balance.force_balan
 PARTS = {"router": GROUP_LIMITED, "attention": "mla"}  # of the published models
 UNROLLED_LAYERS = 8  # a stack of more layers runs as a loop over them
 REPORT_RECOMPUTES = ("norms", "mla_up", "swiglu")  # report section 3.2.3
-# What else the backward pass can recompute, and the checkpoint name of what is then not saved: the latents' projections,
-# the router's scores, attention's output projection, SwiGLU's inputs, attention itself, and dispatch.
+# What else the backward pass can recompute, and the checkpoint name of what is then not saved: the latents'
+# projections, the router's scores, attention's output projection, SwiGLU's inputs, attention itself, and dispatch.
 RECOMPUTABLE = {"latents": "latent", "router": "routing", "output": "residual", "swiglu_inputs": "ffn_in",
                 "attention": "attention", "dispatch": "dispatched"}
 KERNEL_HEADS = (192, 128)  # sizes of queries and values that the kernels are made for: those of the published models
@@ -160,10 +160,10 @@ def _check_model(c: ModelConfig):
             raise ConfigError(f"model.{name}={value!r} is unknown; take {builtin!r}, or name your own as "
                               "'package.module:name'.")
     known = (*REPORT_RECOMPUTES, *RECOMPUTABLE)
-    if wrong := [name for name in c.remat.split(",") if name not in known]:
-        if c.remat not in ("none", "report", "full"):
-            raise ConfigError(f"model.remat={shown(c.remat)}: {shown(wrong[0])} is unknown; take none, report or full, "
-                              f"or names, with commas between, of {', '.join(known)}.")
+    wrong = [name for name in c.remat.split(",") if name not in known]
+    if wrong and c.remat not in ("none", "report", "full"):
+        raise ConfigError(f"model.remat={shown(c.remat)}: {shown(wrong[0])} is unknown; take none, report or full, or "
+                          f"names, with commas between, of {', '.join(known)}.")
     for name, most in MOST.items():
         if (getattr(c, name) or 0) > most:
             raise ConfigError(f"model.{name}={shown(getattr(c, name))} is more than {most:,}, the most there may be.")

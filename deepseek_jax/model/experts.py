@@ -92,9 +92,9 @@ def resident_experts(x_ND: jax.Array, id_NK: jax.Array, gates_NK: jax.Array, wei
     return _ffn(x_ND, gates_NK, permutation, weights, align, name, recipe), computed
 
 
-# Values in E4M3, a token's 128 channels sharing a power of two (report section 3.3.3), of which the exponent travels and
-# is saved: dispatched tokens going forward, gradients of the experts' outputs going back. Doing it again at the next hop
-# changes nothing.
+# Values in E4M3, a token's 128 channels sharing a power of two (report section 3.3.3), of which the exponent travels
+# and is saved: dispatched tokens going forward, gradients of the experts' outputs going back. Doing it again at the
+# next hop changes nothing.
 def _encode(x_RD):
     q = fp8.quantize_tiles(x_RD, scale="power_of_two")
     return q.values, fp8.exponents_of(q.scales)

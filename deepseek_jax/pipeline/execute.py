@@ -330,7 +330,8 @@ class _Device:
                 held = held._replace(residuals=_put(held.residuals, at.activation_out, _flat(residuals)))
             elif kind == "Bi":
                 dx, pending = split.backward_input(prepared, context, read, cell.dy, dloss)
-                done, held = done._replace(dx=dx), held._replace(pending=_put(held.pending, at.deferred, _flat(pending)))
+                done = done._replace(dx=dx)
+                held = held._replace(pending=_put(held.pending, at.deferred, _flat(pending)))
             else:
                 if kind == "B":
                     dx, dparams = split.backward(prepared, context, read, cell.dy, dloss)

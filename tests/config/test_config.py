@@ -55,6 +55,7 @@ def assert_one_line(error, *parts):
         (dict(route_scale=0.0), "route_scale=0.0 must be positive"),
         (dict(q_rank=0), "q_rank=0 must be positive, or None"),
         (dict(mtp_depth=-1), "mtp_depth=-1 cannot be negative; 0 leaves it out"),
+        (dict(remat="latents,norm"), "'norm' is unknown; take none, report or full, or names"),
         (dict(score="tanh"), "score='tanh' is unknown; take one of 'sigmoid', 'softmax'"),
         (dict(router_bias="subtractive"), "router_bias='subtractive' is unknown"),
         (dict(dtype="float16"), "dtype='float16' is unknown"),
