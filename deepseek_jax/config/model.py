@@ -162,8 +162,9 @@ def _check_model(c: ModelConfig):
     known = (*REPORT_RECOMPUTES, *RECOMPUTABLE)
     wrong = [name for name in c.remat.split(",") if name not in known]
     if wrong and c.remat not in ("none", "report", "full"):
-        raise ConfigError(f"model.remat={shown(c.remat)}: {shown(wrong[0])} is unknown; take none, report or full, or "
-                          f"names, with commas between, of {', '.join(known)}.")
+        which = shown(c.remat) if wrong == [c.remat] else f"{shown(c.remat)}: {shown(wrong[0])}"
+        raise ConfigError(f"model.remat={which} is unknown; take none, report or full, or names, with commas between, of "
+                          f"{', '.join(known)}.")
     for name, most in MOST.items():
         if (getattr(c, name) or 0) > most:
             raise ConfigError(f"model.{name}={shown(getattr(c, name))} is more than {most:,}, the most there may be.")
