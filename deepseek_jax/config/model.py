@@ -163,7 +163,7 @@ def _check_model(c: ModelConfig):
     wrong = [name for name in c.remat.split(",") if name not in known]
     if wrong and c.remat not in ("none", "report", "full"):
         which = shown(c.remat) if wrong == [c.remat] else f"{shown(c.remat)}: {shown(wrong[0])}"
-        raise ConfigError(f"model.remat={which} is unknown; take none, report or full, or names, with commas between, of "
+        raise ConfigError(f"model.remat={which} is unknown; take none, report or full, or names, commas between, of "
                           f"{', '.join(known)}.")
     for name, most in MOST.items():
         if (getattr(c, name) or 0) > most:
