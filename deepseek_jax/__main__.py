@@ -7,6 +7,7 @@ from deepseek_jax import __version__
 
 COMMANDS = {
     "train": "trains a model, or resumes a run",
+    "prepare": "tokenizes a corpus ahead of a run, on many machines",
     "reinforce": "trains a run further, by rewards that rules decide",
     "posttraining": "writes problems with answers, for reinforce and what comes before it",
     "evaluate": "scores a run: loss, bits per byte, balance",

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 from deepseek_jax import runtime, stop
 from deepseek_jax.config import ConfigError, did_you_mean, local_path
 
-PATHS = ("workdir", "hf", "config", "data", "prompts", "json", "plot", "teacher", "task_folder", "src", "dst")
+PATHS = ("workdir", "hf", "config", "data", "out", "prompts", "json", "plot", "teacher", "task_folder", "src", "dst")
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):

@@ -119,6 +119,7 @@ MAY_IMPORT = {
     "train": ("cli", "stop", "config", "parallel.cluster", "parallel.processes", "posttraining.distill_logits",
               "posttraining.preferences", "training.loop", "training.summary"),
     "reinforce": ("cli", "stop", "parallel.cluster", "posttraining.loop", "config"),
+    "prepare": ("cli", "data", "config"),
     "evaluate": ("cli", "io", "training.evaluate", "serving", "chat", "workdir", "config"),
     "routing": ("model", "workdir", "config"),
     "compare": ("cli", "io", "table", "plots", "training.comparison", "training.metrics", "workdir", "config"),
@@ -128,7 +129,7 @@ MAY_IMPORT = {
     "plan": ("cli", "io", "scale", "config"),
     "compile": ("cli", "io", "scale", "config"),
 }
-COMMANDS = ("train", "reinforce", "evaluate", "compare", "generate", "serve", "convert", "plan", "compile")
+COMMANDS = ("train", "prepare", "reinforce", "evaluate", "compare", "generate", "serve", "convert", "plan", "compile")
 
 WITHOUT_JAX = ("config", "configs", "cli", "runtime", "stop", "io", "parallel.meeting", "parallel.watch", "plugin",
                "chat", "data", "workdir", "pipeline.orders", "pipeline.ticks", "pipeline.schedule",

@@ -21,7 +21,7 @@ from deepseek_jax import io
 from deepseek_jax.chat.messages import BadMessages, check_messages, check_tools
 from deepseek_jax.config import ConfigError
 from deepseek_jax.data import zst
-from deepseek_jax.data.files import File, below, find
+from deepseek_jax.data.files import File, Stretch, below, find
 
 log = logging.getLogger(__name__)
 
@@ -102,24 +102,26 @@ def digest(files: Iterable[File]) -> str:
     return total.hexdigest()
 
 
-def read_documents(files: list[File], counts: Counts | None = None,
-                   warn: Callable[[str], None] | None = None) -> Iterator[Document]:
+def read_documents(files: list[File], counts: Counts | None = None, warn: Callable[[str], None] | None = None,
+                   alone: bool | None = None) -> Iterator[Document]:
     """Every non-empty document of `files`, in order.
 
     Args:
       counts: filled while reading.
       warn: called with one line for each file or row that is skipped; None says nothing.
+      alone: whether the corpus is one file; None: whether `files` is.
     """
     counts = Counts() if counts is None else counts
+    alone = len(files) == 1 if alone is None else alone
     tell: Callable[[str], Any] = warn or (lambda line: None)
     for file in files:
-        counts.files += 1
+        counts.files += file.stretch is None or file.stretch.start == 0
         if file.fault:
             counts.skipped += 1
             tell(f"skipped {file.name}: {file.fault}")
             continue
         try:
-            for row, parts in (_reader(file.name) or _read_text)(file.path, len(files) == 1):
+            for row, parts in (_reader(file.name) or _read_text)(file.path, alone, file.stretch):
                 name = file.name if row is None else f"{file.name}#{row}"
                 if isinstance(parts, str):
                     counts.skipped += 1
@@ -164,11 +166,12 @@ class Warnings:
             log.warning("... and %d more", self.lines - _WARNINGS_SHOWN)
 
 
-# Readers: (path, alone) -> (row or None, parts) pairs, with a sentence in place of the parts of a row that is no
-# document. `alone`: the file is the whole corpus.
+# Readers: (path, alone, stretch) -> (row or None, parts) pairs, with a sentence in place of the parts of a row that is
+# no document. `alone`: the file is the whole corpus.
 
 
-def _read_text(path, alone):
+def _read_text(path, alone, stretch):
+    del stretch  # of rows
     with io.open_regular(path) as f:
         text = f.read().decode("utf-8-sig")  # not in text mode: line ends stay what they are, so bytes can be counted
     if not alone:
@@ -185,15 +188,26 @@ def _read_text(path, alone):
     yield row, (("".join(piece), True),)
 
 
-def _read_jsonl(path, alone):
+def _read_jsonl(path, alone, stretch):
     del alone
     with open_lines(path) as lines:
-        for row, line in enumerate(lines):
+        for row, line in enumerate(lines) if stretch is None else _lines(lines, stretch):
             if line.strip():
                 try:
                     yield row, _parts(json.loads(line.decode("utf-8" if row else "utf-8-sig")))
                 except (ValueError, RecursionError) as error:
                     yield row, _first_line(error)
+
+
+def _lines(file, stretch: Stretch):
+    """(row, line) of the lines that start inside of a stretch."""
+    place, row = stretch.start, stretch.row
+    if place:
+        file.seek(place - 1)
+        place += len(file.readline()) - 1  # the rest of a line that starts before
+    while place < stretch.stop and (line := file.readline()):
+        yield row, line
+        place, row = place + len(line), row + 1
 
 
 def open_lines(path: str) -> Any:
@@ -204,16 +218,21 @@ def open_lines(path: str) -> Any:
     return zst.decompressed(open(path, "rb")) if path.endswith(".zst") else open(path, "rb")
 
 
-def _read_parquet(path, alone):
-    del alone
+def open_parquet(path: str) -> Any:
+    """A pyarrow.parquet.ParquetFile, to be closed. Raises ConfigError without pyarrow."""
     try:
         import pyarrow.parquet
     except ImportError:
         raise ConfigError(f"{path} needs a reader of parquet: pip install pyarrow") from None
-    with pyarrow.parquet.ParquetFile(path) as file:
+    return pyarrow.parquet.ParquetFile(path)
+
+
+def _read_parquet(path, alone, stretch):
+    del alone
+    with open_parquet(path) as file:
         columns = [c for c in ("text", "prompt", "answer", "messages", "tools") if c in file.schema_arrow.names]
-        row = 0
-        for batch in file.iter_batches(batch_size=1024, columns=columns):
+        row, groups = (0, None) if stretch is None else (stretch.row, range(stretch.start, stretch.stop))
+        for batch in file.iter_batches(batch_size=1024, columns=columns, row_groups=groups and list(groups)):
             for record in batch.to_pylist():
                 yield row, _parts(_without_none(record))
                 row += 1
@@ -298,18 +317,21 @@ def _bytes(name):
 def find_cut(places: Iterable[int], validation_fraction: float | None, path: str) -> int | None:
     """The place up to which documents are validation; None, all of them, if `validation_fraction` is None.
 
-    It is the fraction of the range, moved only where a small corpus would leave one side without a document.
+    It is the fraction of the range, moved only where a small corpus would leave one side without a document; so no
+    more places are read than it takes to see that both sides have one.
     Raises ConfigError when there are too few documents.
     """
     if validation_fraction is not None and not 0 < validation_fraction < 1:
         raise ConfigError(f"data.validation_fraction={validation_fraction:g} must lie between 0 and 1.")
-    lowest, highest = 2**64, -1
+    lowest, highest, cut = 2**64, -1, int((validation_fraction or 0) * 2**64)
     for p in places:
         lowest, highest = min(lowest, p), max(highest, p)
+        if validation_fraction is None or lowest <= cut < highest:
+            break
     if highest < 0:
         raise ConfigError(f"data.sources: {path} holds no text; give files with some.")
     if validation_fraction is None:
         return None
     if lowest == highest:
         raise ConfigError(f"data.sources: {path} holds one document, too few for training and validation; add files.")
-    return min(max(int(validation_fraction * 2**64), lowest), highest - 1)
+    return min(max(cut, lowest), highest - 1)

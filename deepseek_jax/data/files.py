@@ -17,11 +17,20 @@ from deepseek_jax import io
 from deepseek_jax.config import ConfigError
 
 
+class Stretch(NamedTuple):
+    """Part of a file: its lines that start in bytes `start` to `stop`, or row groups of parquet by their numbers."""
+
+    start: int
+    stop: int
+    row: int = 1  # the number of the first row, where it is known
+
+
 class File(NamedTuple):
     name: str  # relative, with forward slashes: what hashes and orders it
     path: str
     named: bool = False  # by the user: text, whatever its name ends in
     fault: str = ""  # why it cannot be read, as far as its folder knows
+    stretch: Stretch | None = None  # None: all of it
 
 
 def find(path: str, is_known: Callable[[str], bool]) -> list[File]:

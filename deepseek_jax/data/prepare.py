@@ -8,6 +8,7 @@ starts from another's weights takes that run's. The rest is cached under names t
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import hashlib
@@ -15,7 +16,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import tokenizers
@@ -58,15 +59,24 @@ class Source:
         try:
             positions = (corpus.hash_position(d.name) for d in documents)
             cut = corpus.find_cut(positions, self.validation_fraction, self.path)
+            collections.deque(documents, maxlen=0)  # `counts` is of all of them
         finally:
             warnings.close()
         return counts, cut
 
     def training_texts(self) -> Iterator[str]:
-        cut = self.survey[1]
-        for document in corpus.read_documents(self.files):
-            if cut is not None and corpus.hash_position(document.name) > cut:
-                yield from (text for text, _ in document.parts)
+        return texts_to_learn(corpus.read_documents(self.files), self.survey[1])
+
+    def sampled(self, bytes: float) -> Iterator[str]:
+        """About so many bytes of the training documents, for a tokenizer."""
+        return sample(self.training_texts(), bytes / self.survey[0].bytes)
+
+
+def texts_to_learn(documents: Iterable[corpus.Document], cut: int | None) -> Iterator[str]:
+    """The texts of the training documents."""
+    for document in documents:
+        if cut is not None and corpus.hash_position(document.name) > cut:
+            yield from (text for text, _ in document.parts)
 
 
 def prepare(config: Config, workdir: str) -> Prepared:
@@ -74,8 +84,7 @@ def prepare(config: Config, workdir: str) -> Prepared:
     data = config.data
     sources = [Source(path, data.validation_fraction) for path, _ in data.sources]
     tokenizer = find_tokenizer(config, workdir, sources)
-    text = functools.cache(lambda: of_folder(workdir, tokenizer, chats=False))
-    pairs = [_shards(source, tokenizer, config, workdir, data.split_punctuation_rate, text) for source in sources]
+    pairs = [_shards(source, tokenizer, config, workdir, data.split_punctuation_rate) for source in sources]
     report = tuple(meta | {"digest": source.digest} for source, (_, meta) in zip(sources, pairs))
     return Prepared(tokenizer, tuple(s["train"] for s, _ in pairs), tuple(s["validation"] for s, _ in pairs), report)
 
@@ -111,16 +120,16 @@ def _read_object(path: str) -> dict[str, Any]:
 def prepare_evaluation(config: Config, workdir: str, path: str) -> Prepared:
     """All of another corpus as validation documents, tokenized as in an existing run."""
     tokenizer = Tokenizer.load(os.path.join(workdir, "tokenizer.json"), config.model.vocab_size)
-    text = functools.cache(lambda: of_folder(workdir, tokenizer, chats=False))
-    made, meta = _shards(Source(path, None), tokenizer, config, workdir, 0.0, text)
+    made, meta = _shards(Source(path, None), tokenizer, config, workdir, 0.0)
     return Prepared(tokenizer, (), (made["validation"],), (meta,))
 
 
-def _cache(config, workdir):
+def cache_of(config: Config, workdir: str) -> str:
+    """The folder of token shards and of tokenizers that were trained."""
     return os.path.expanduser(config.data.cache_dir or "") or os.path.join(workdir, "cache")
 
 
-def find_tokenizer(config: Config, workdir: str, sources: list[Source]) -> Tokenizer:
+def find_tokenizer(config: Config, workdir: str, sources: Sequence[Source]) -> Tokenizer:
     """Until there is a checkpoint, that of the run whose weights are taken or that teaches, with its companions; else
     the work directory's; without either, one trained here."""
     own, checkpoints = (os.path.join(workdir, name) for name in ("tokenizer.json", "checkpoints"))
@@ -147,12 +156,11 @@ def _trained(config, workdir, sources) -> Tokenizer:
                   config.model.vocab_size, config.data.validation_fraction,
                   [(s.digest, weight) for s, (_, weight) in zip(sources, config.data.sources)]]
     key = hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()[:16]
-    path = os.path.join(_cache(config, workdir), f"tokenizer-{key}.json")
+    path = os.path.join(cache_of(config, workdir), f"tokenizer-{key}.json")
     if not os.path.isfile(path):
         total = sum(weight for _, weight in config.data.sources)
         texts = (text for source, (_, weight) in zip(sources, config.data.sources)
-                 for text in sample(source.training_texts(),
-                                    TOKENIZER_SAMPLE_BYTES * weight / total / source.survey[0].bytes))
+                 for text in source.sampled(TOKENIZER_SAMPLE_BYTES * weight / total))
         log.info("training a tokenizer of %d tokens", config.model.vocab_size)
         train_tokenizer(texts, config.model.vocab_size).save(path)
     return Tokenizer.load(path, config.model.vocab_size)
@@ -182,16 +190,31 @@ def _about_chats(workdir) -> dict[str, str]:
     return {"chats": total.hexdigest()}
 
 
-def _shards(source, tokenizer, config, workdir, split_rate, text) -> tuple[dict[str, token_shards.Shard], dict]:
-    seed = config.train.seed if split_rate > 0 else 0  # without splitting, every seed has the same tokens
+def shards_folder(source: Source, tokenizer: Tokenizer, config: Config, workdir: str, split_rate: float) -> str:
+    """Where the shards of a source are kept: its name hashes all that they depend on."""
     key = token_shards.key(source.digest, tokenizer, validation_fraction=source.validation_fraction,
-                           split_rate=split_rate, seed=seed, **_about_chats(workdir))
-    folder = os.path.join(_cache(config, workdir), f"shards-{key}")
+                           split_rate=split_rate, seed=_seed(config, split_rate), **_about_chats(workdir))
+    return os.path.join(cache_of(config, workdir), f"shards-{key}")
+
+
+def _seed(config, split_rate):
+    return config.train.seed if split_rate > 0 else 0  # without splitting, every seed has the same tokens
+
+
+def shard_options(cut: int | None, tokenizer: Tokenizer, config: Config, workdir: str,
+                  split_rate: float) -> token_shards.Options:
+    """How documents become tokens."""
+    text = functools.cache(lambda: of_folder(workdir, tokenizer, chats=False))
+    return token_shards.Options(cut, split_rate, _seed(config, split_rate), text)
+
+
+def _shards(source, tokenizer, config, workdir, split_rate) -> tuple[dict[str, token_shards.Shard], dict]:
+    folder = shards_folder(source, tokenizer, config, workdir, split_rate)
     if not os.path.isfile(os.path.join(folder, "meta.json")):
         counts, cut = source.survey
         meta = {"source": source.path, **dataclasses.asdict(counts)}
         token_shards.write(folder, corpus.read_documents(source.files), tokenizer,
-                           token_shards.Options(cut, split_rate, seed, text), meta,
+                           shard_options(cut, tokenizer, config, workdir, split_rate), meta,
                            progress=(f"tokenizing {source.path}", counts.bytes))
     shards, meta = token_shards.read(folder)
     return shards, meta | {"source": source.path}  # which may have been another where these were made

@@ -5,18 +5,25 @@
                                     documents.npy  int64 [N, 2]: tokens and UTF-8 bytes of each document
                                     predicted.bin  one bool a token, only where some part is not predicted
 
+Shards that were made ahead (`ahead`) have their tokens in parts-<key>/00000/, 00001/, ..., each of which is such a
+folder; shards-<key> is made when all parts are there, and holds documents.npy of all of them.
+
 The key hashes everything the tokens depend on, so a change makes new shards; the folder is committed atomically, so an
 interrupted one is never read.
 """
 
 from __future__ import annotations
 
+import array
+import bisect
 import contextlib
 import dataclasses
+import functools
 import hashlib
+import itertools
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -33,14 +40,41 @@ _BATCH_BYTES = 4 << 20  # text tokenized at once
 SPLITS = ("train", "validation")
 
 
+class Joined:
+    """Arrays of parts, one behind the other; each is opened when it is first read.
+
+    Args:
+      lengths: of the arrays.
+      part: of a number, its array.
+    """
+
+    def __init__(self, lengths: Sequence[int], part: Callable[[int], np.ndarray]):
+        self.starts = [0, *itertools.accumulate(lengths)]
+        self._part = functools.cache(part)
+
+    def __len__(self) -> int:
+        return self.starts[-1]
+
+    def __getitem__(self, where: slice) -> np.ndarray:
+        start, stop, _ = where.indices(len(self))
+        first = min(bisect.bisect_right(self.starts, start), len(self.starts) - 1) - 1
+        last = max(bisect.bisect_left(self.starts, stop), first + 1)
+        found = [self._part(i)[max(start - begin, 0):max(stop - begin, 0)]
+                 for i, begin in enumerate(self.starts[first:last], first)]
+        return found[0] if len(found) == 1 else np.concatenate(found)
+
+
+Flat = np.ndarray | Joined
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Shard:
     """The documents of one split of one source. Document i is tokens[offsets_N[i]:offsets_N[i + 1]]."""
 
-    tokens: np.ndarray
+    tokens: Flat
     offsets_N: np.ndarray  # int64, one more than there are documents
     bytes_N: np.ndarray  # int64, UTF-8 bytes
-    predicted: np.ndarray | None = None  # bool per token; None: all
+    predicted: Flat | None = None  # bool per token; None: all
 
     @property
     def lengths_N(self) -> np.ndarray:
@@ -54,7 +88,7 @@ class Shard:
         """bool: documents of which every token is predicted. Only those may be rearranged for FIM."""
         if self.predicted is None or not len(self.lengths_N):
             return np.ones(len(self.lengths_N), bool)
-        return np.logical_and.reduceat(self.predicted, self.offsets_N[:-1])
+        return np.logical_and.reduceat(self.predicted[:], self.offsets_N[:-1])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,8 +103,12 @@ class Options:
 
 def key(files_digest: str, tokenizer: Tokenizer, **options: Any) -> str:
     """The name of the shards that a corpus, a tokenizer and options make."""
-    parts = json.dumps([_FORMAT, files_digest, tokenizer.digest, options], sort_keys=True)
-    return hashlib.sha256(parts.encode()).hexdigest()[:16]
+    return hash_of(_FORMAT, files_digest, tokenizer.digest, options)
+
+
+def hash_of(*values: Any) -> str:
+    """A name for what is made of these values, all JSON."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def read(folder: str) -> tuple[dict[str, Shard], dict]:
@@ -81,12 +119,47 @@ def read(folder: str) -> tuple[dict[str, Shard], dict]:
     for split in SPLITS:
         documents = np.load(os.path.join(folder, split, "documents.npy"))
         offsets_N = np.concatenate([[0], np.cumsum(documents[:, 0])])
-        predicted = None
-        if meta[split]["prompts"]:
-            predicted = _map(os.path.join(folder, split, "predicted.bin"), bool)
-        tokens = _map(os.path.join(folder, split, "tokens.bin"), meta["dtype"])
+        tokens, predicted = _flat(folder, split, meta)
         shards[split] = Shard(tokens, offsets_N, documents[:, 1], predicted)
     return shards, meta
+
+
+def _flat(folder, split, meta) -> tuple[Flat, Flat | None]:
+    """The tokens, and which are predicted."""
+    file = lambda folder, name, dtype: _map(os.path.join(folder, split, name), dtype)
+    if "parts" not in meta:
+        flags = file(folder, "predicted.bin", bool) if meta[split]["prompts"] else None
+        return file(folder, "tokens.bin", meta["dtype"]), flags
+    lengths, prompts = zip(*(part[split] for part in meta["parts"]))
+    tokens = Joined(lengths, lambda i: file(part_folder(folder, i), "tokens.bin", meta["dtype"]))
+    flags = Joined(lengths, lambda i: file(part_folder(folder, i), "predicted.bin", bool) if prompts[i]
+                   else np.broadcast_to(np.True_, lengths[i]))
+    return tokens, flags if any(prompts) else None
+
+
+def part_folder(folder: str, i: int) -> str:
+    """Where part i of the shards in `folder` is kept."""
+    root, name = os.path.split(folder)
+    return os.path.join(root, name.replace("shards-", "parts-"), f"{i:05}")
+
+
+def join(folder: str, count: int, meta: dict) -> None:
+    """Makes `folder` of its parts, which stay where they are. meta: as in `write`."""
+    parts = [io.read_json(os.path.join(part_folder(folder, i), "meta.json")) for i in range(count)]
+    total = {key: sum(part[key] for part in parts) for key in parts[0] if isinstance(parts[0][key], int)}
+    splits = {split: {key: sum(part[split][key] for part in parts) for key in ("documents", "tokens", "bytes")}
+              | {"prompts": any(part[split]["prompts"] for part in parts)} for split in SPLITS}
+    held = [{split: (part[split]["tokens"], part[split]["prompts"]) for split in SPLITS} for part in parts]
+    with io.building(folder, shared=True) as partial:
+        for split in SPLITS:
+            os.makedirs(os.path.join(partial, split))
+            with open(os.path.join(partial, split, "documents.npy"), "wb") as f:
+                np.lib.format.write_array_header_1_0(
+                    f, {"descr": "<i8", "fortran_order": False, "shape": (splits[split]["documents"], 2)})
+                for i in range(count):
+                    np.load(os.path.join(part_folder(folder, i), split, "documents.npy")).astype("<i8").tofile(f)
+        io.write_json(os.path.join(partial, "meta.json"),
+                      {**meta, **total, "dtype": parts[0]["dtype"], **splits, "parts": held})
 
 
 def _map(path, dtype):
@@ -101,7 +174,7 @@ def write(folder: str, documents: Iterable[corpus.Document], tokenizer: Tokenize
     Args:
       meta: kept in meta.json, with what is counted here.
         A conversation that the chat template cannot take is logged, and counted as skipped.
-      progress: what the progress line is called, and the bytes of text to expect.
+      progress: what the progress line is called, and the bytes of text to expect; "": there is none.
     """
     dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
     warn, meta = corpus.Warnings(), dict(meta)
@@ -111,7 +184,8 @@ def write(folder: str, documents: Iterable[corpus.Document], tokenizer: Tokenize
         for split in SPLITS:
             writers[split] = _Writer(os.path.join(partial, split), dtype)
             files.callback(writers[split].abandon)
-        with tqdm(total=progress[1], desc=progress[0], unit="B", unit_scale=True, leave=False) as line:
+        with tqdm(total=progress[1], desc=progress[0], unit="B", unit_scale=True, leave=False,
+                  disable=not progress[0]) as line:
             for document, parts in _tokenized(documents, tokenizer):
                 validation = options.cut is None or corpus.hash_position(document.name) <= options.cut
                 try:
@@ -170,7 +244,8 @@ class _Writer:
 
     def __init__(self, folder, dtype):
         os.makedirs(folder)
-        self.folder, self.dtype, self.documents, self.prompts = folder, dtype, [], False
+        self.folder, self.dtype, self.prompts = folder, dtype, False
+        self.documents = array.array("q")  # tokens and bytes of each
         self.tokens = open(os.path.join(folder, "tokens.bin"), "wb")  # noqa: SIM115 (closed in close and abandon)
         self.predicted = open(os.path.join(folder, "predicted.bin"), "wb")  # noqa: SIM115
 
@@ -178,14 +253,14 @@ class _Writer:
         ids_T.astype(self.dtype).tofile(self.tokens)
         predicted_T.tofile(self.predicted)
         self.prompts |= not predicted_T.all()
-        self.documents.append((len(ids_T), size))
+        self.documents.extend((len(ids_T), size))
 
     def close(self) -> dict:
         """Completes the files; what meta.json says of them."""
         self.abandon()
         if not self.prompts:
             os.remove(os.path.join(self.folder, "predicted.bin"))
-        documents = np.array(self.documents, np.int64).reshape(-1, 2)
+        documents = np.frombuffer(self.documents, np.int64).reshape(-1, 2)
         np.save(os.path.join(self.folder, "documents.npy"), documents)
         tokens, size = documents.sum(axis=0).tolist()
         return {"documents": len(documents), "tokens": tokens, "bytes": size, "prompts": bool(self.prompts)}

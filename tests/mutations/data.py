@@ -248,4 +248,32 @@ MUTATIONS = [
         new=")",
         tests="data/test_loader.py",
     ),
+    Mutation(
+        name="a stretch reads the line that began before it",
+        file="deepseek_jax/data/corpus.py",
+        old="place += len(file.readline()) - 1",
+        new="place -= 1",
+        tests="data/test_ahead.py::test_units_read_one_by_one_give_the_documents_in_order",
+    ),
+    Mutation(
+        name="rows of a stretch count from its start",
+        file="deepseek_jax/data/units.py",
+        old="row = 0 if file.stretch.start == 0 else row",
+        new="row = 0",
+        tests="data/test_ahead.py::test_units_read_one_by_one_give_the_documents_in_order",
+    ),
+    Mutation(
+        name="the index is written while parts are missing",
+        file="deepseek_jax/data/ahead.py",
+        old="if missing := [i for i in range(len(parts)) if not there(i)]:",
+        new="if missing := []:",
+        tests="data/test_ahead.py::test_workers_and_shards_change_no_byte",
+    ),
+    Mutation(
+        name="parts that are there are made again",
+        file="deepseek_jax/data/ahead.py",
+        old="source.share.mine(len(parts)) if not there(i)]",
+        new="source.share.mine(len(parts))]",
+        tests="data/test_ahead.py::test_a_finished_part_is_not_made_again_and_a_run_reads_no_text",
+    ),
 ]

@@ -1,0 +1,227 @@
+"""What `prepare` makes, made ahead of a run by many processes, here and on other machines (no jax here).
+
+    survey-<key>/00000.json       what a unit of a source holds: counts, and lines of its stretches
+    samples-<key>/00000.jsonl     texts of a unit that the tokenizer is trained on
+    tokenizer-<key>.json
+    parts-<key>/00000/            the tokens of a unit
+    shards-<key>/                 the index of all parts, by the process that finds the last of them
+
+Each is committed by a rename and never changed, so what a killed process had finished counts, and the rest does not.
+Processes never wait for each other. Process i of n makes the parts i, i + n, ...; of surveys and samples, which the
+parts need and which are a small share of the work, it makes its own first, and then those that nobody has made yet.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures.process
+import contextlib
+import dataclasses
+import functools
+import json
+import multiprocessing
+import os
+import tempfile
+import threading
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from tqdm import tqdm
+
+from deepseek_jax import io
+from deepseek_jax.config import Config, ConfigError
+from deepseek_jax.data import corpus, prepare, token_shards
+from deepseek_jax.data.files import File
+from deepseek_jax.data.tokenizer import Tokenizer
+from deepseek_jax.data.units import count_lines, number_rows, units
+
+
+def cores() -> int:
+    """That this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class Share(NamedTuple):
+    """Of the units: those that are `index` modulo `count`."""
+
+    index: int = 0
+    count: int = 1
+
+    def mine(self, total: int) -> range:
+        """The numbers of its units, of `total`."""
+        return range(self.index, total, self.count)
+
+    def mine_first(self, total: int) -> list[int]:
+        """All numbers, its own before those of others."""
+        return sorted(range(total), key=lambda i: (i % self.count - self.index) % self.count)
+
+
+ALL = Share()
+
+
+class Made(NamedTuple):
+    """Of a source: its parts, and those of them that other processes have yet to make."""
+
+    path: str
+    parts: int
+    missing: list[int]
+    tokens: int = 0
+
+
+def prepare_ahead(config: Config, workdir: str | None, share: Share = ALL, workers: int = 1) -> list[Made]:
+    """Makes tokenizer and parts of every source in the work directory, or, with None, in data.cache_dir alone.
+
+    Raises:
+      ConfigError: an unusable corpus or tokenizer.
+    """
+    if workdir is None:
+        with tempfile.TemporaryDirectory() as nothing:
+            return prepare_ahead(config, nothing, share, workers)
+    folder, data = prepare.cache_of(config, workdir), config.data
+    os.makedirs(folder, exist_ok=True)
+    with Workers(workers) as pool:
+        sources = [Divided(path, data.validation_fraction, folder, share, pool) for path, _ in data.sources]
+        tokenizer = prepare.find_tokenizer(config, workdir, sources)
+        return [_parts(source, tokenizer, config, workdir) for source in sources]
+
+
+class Divided(prepare.Source):
+    """A source whose units are read by many processes."""
+
+    def __init__(self, path: str, validation_fraction: float | None, folder: str, share: Share,
+                 workers: Workers):
+        super().__init__(path, validation_fraction)
+        self.folder, self.share, self.workers, self.units = folder, share, workers, units(self.files)
+        self.alone = len(self.files) == 1
+
+    @functools.cached_property
+    def surveys(self) -> list[dict[str, Any]]:
+        """Of each unit: counts, and the lines of its stretches."""
+        return [io.read_json(path) for path in self._of_all("survey", ".json", _survey, self.units, ())]
+
+    @functools.cached_property
+    def numbered(self) -> list[list[File]]:
+        """The units with the numbers of their rows."""
+        return number_rows(self.units, [unit["lines"] for unit in self.surveys])
+
+    @functools.cached_property
+    def survey(self) -> tuple[corpus.Counts, int | None]:
+        counts = [unit["counts"] for unit in self.surveys]
+        total = corpus.Counts(**{key: sum(unit[key] for unit in counts) for key in counts[0]})
+        positions = (corpus.hash_position(d.name) for d in corpus.read_documents(self.files))
+        return total, corpus.find_cut(positions, self.validation_fraction, self.path)
+
+    def sampled(self, bytes: float) -> Iterator[str]:
+        counts, cut = self.survey
+        for path in self._of_all("samples", ".jsonl", _sample, self.numbered, (cut, bytes / counts.bytes)):
+            with open(path, encoding="utf-8") as lines:
+                yield from map(json.loads, lines)
+
+    def _of_all(self, name, ending, make, made, arguments) -> list[str]:
+        """The files that make(path, unit, alone, *arguments) writes for each unit of `made`."""
+        key = token_shards.hash_of(self.digest, *map(str, arguments))
+        os.makedirs(folder := os.path.join(self.folder, f"{name}-{key}"), exist_ok=True)
+        paths = [os.path.join(folder, f"{i:05}{ending}") for i in range(len(made))]
+        self.workers.run([(make, paths[i], made[i], self.alone, *arguments)
+                          for i in self.share.mine_first(len(paths)) if not os.path.isfile(paths[i])],
+                         f"{name} of {self.path}")
+        return paths
+
+
+def _survey(path, unit, alone):
+    if os.path.isfile(path):  # by another process, since this one began
+        return
+    counts = corpus.Counts()
+    for _ in corpus.read_documents(unit, counts, alone=alone):
+        pass
+    lines = [count_lines(file) for file in unit]
+    io.write_json(path, {"counts": dataclasses.asdict(counts), "lines": lines}, indent=None)
+
+
+def _sample(path, unit, alone, cut, share):
+    if os.path.isfile(path):
+        return
+    texts = prepare.sample(prepare.texts_to_learn(corpus.read_documents(unit, alone=alone), cut), share)
+    with io.replacing(path) as partial, open(partial, "w", encoding="utf-8") as f:
+        f.writelines(json.dumps(text) + "\n" for text in texts)
+
+
+def _parts(source: Divided, tokenizer, config, workdir) -> Made:
+    rate = config.data.split_punctuation_rate
+    folder = prepare.shards_folder(source, tokenizer, config, workdir, rate)
+    parts = [token_shards.part_folder(folder, i) for i in range(len(source.units))]
+    there = lambda i: os.path.isfile(os.path.join(parts[i], "meta.json"))
+    if not os.path.isfile(os.path.join(folder, "meta.json")):
+        mine = [i for i in source.share.mine(len(parts)) if not there(i)]
+        cut = source.survey[1] if mine else None
+        source.workers.run([(_tokenize, parts[i], source.numbered[i], source.alone, cut, source.surveys[i]["counts"],
+                             config, workdir) for i in mine], f"tokenizing {source.path}")
+        if missing := [i for i in range(len(parts)) if not there(i)]:
+            return Made(source.path, len(parts), missing)
+        token_shards.join(folder, len(parts), {"source": source.path})
+    meta = token_shards.read(folder)[1]
+    return Made(source.path, len(parts), [], sum(meta[split]["tokens"] for split in token_shards.SPLITS))
+
+
+def _tokenize(folder, unit, alone, cut, counts, config, workdir):
+    warnings = corpus.Warnings()
+    tokenizer = _tokenizer(os.path.join(workdir, "tokenizer.json"))
+    options = prepare.shard_options(cut, tokenizer, config, workdir, config.data.split_punctuation_rate)
+    token_shards.write(folder, corpus.read_documents(unit, None, warnings, alone), tokenizer, options, counts)
+    warnings.close()
+
+
+_tokenizer = functools.lru_cache(maxsize=1)(Tokenizer.load)  # by a worker, once
+
+
+_THREADS = "TOKENIZERS_PARALLELISM"
+
+
+class Workers:
+    """Processes that calls are made in; one alone makes them itself. A context, at whose end they end."""
+
+    def __init__(self, count: int):
+        self.count = count
+        self._held = contextlib.ExitStack()
+
+    def __enter__(self) -> Workers:
+        before = os.environ.get(_THREADS)
+        os.environ[_THREADS] = "false"  # the library's own would take turns with the workers
+        if before is None:
+            self._held.callback(os.environ.pop, _THREADS, None)
+        else:
+            self._held.callback(os.environ.__setitem__, _THREADS, before)
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._held.close()
+
+    @functools.cached_property
+    def _pool(self) -> concurrent.futures.ProcessPoolExecutor:
+        spawned = multiprocessing.get_context("spawn")
+        return self._held.enter_context(concurrent.futures.ProcessPoolExecutor(self.count, spawned, _end_with_parent))
+
+    def run(self, calls: list[tuple[Any, ...]], name: str) -> None:
+        """Makes the calls, each (function, *arguments), in any order. Raises what the first to fail raises."""
+        with tqdm(total=len(calls), desc=name, leave=False, disable=None) as line:
+            for _ in self._done(calls):
+                line.update()
+
+    def _done(self, calls) -> Iterator[Any]:
+        if self.count == 1 or len(calls) < 2:
+            yield from (function(*arguments) for function, *arguments in calls)
+            return
+        try:
+            for done in concurrent.futures.as_completed([self._pool.submit(*call) for call in calls]):
+                yield done.result()
+        except BaseException as error:
+            self._pool.shutdown(cancel_futures=True)
+            if isinstance(error, concurrent.futures.process.BrokenProcessPool):
+                raise ConfigError("a worker was killed, perhaps for want of memory; take fewer --workers. What is "
+                                  "finished is kept.") from None
+            raise
+
+
+def _end_with_parent() -> None:
+    """Ends a worker whose parent was killed: nothing else would tell it."""
+    parent: Any = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
