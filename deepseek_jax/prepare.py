@@ -5,6 +5,7 @@
 
 Run it again to continue after an interruption. Of several shards, such as the tasks of a Slurm array, each makes its
 part, and the one that finds all others complete finishes. `train` finds the tokens in its --workdir or data.cache_dir.
+With --verify nothing is made: every file is read and compared with what it was when its tokens were made.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import re
 from deepseek_jax import cli
 from deepseek_jax.config import Config, ConfigError, load_config, named_configs
 from deepseek_jax.data.ahead import Made, Share, cores, prepare_ahead
+from deepseek_jax.data.verify import verify
 
 
 def parse() -> tuple[argparse.Namespace, list[str]]:
@@ -25,6 +27,7 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     where.add_argument("--out", metavar="DIR", help="for any number of runs with --config.data.cache_dir=DIR")
     parser.add_argument("--shard", metavar="I/N", default="0/1", help="which one this is, from 0, and of how many")
     parser.add_argument("--workers", type=int, default=cores(), help="processes of this shard")
+    parser.add_argument("--verify", action="store_true", help="say which files have changed since; exit code 2 if any")
     parser.epilog = "Any key of the config can be overridden, as for train: --config.data.validation_fraction=0.01"
     return parser.parse_known_args()
 
@@ -63,6 +66,10 @@ def told(made: Made, shards: int) -> str:
 def main() -> None:
     args, overrides = parse()
     share, config = share_of(args), config_of(args, overrides)
+    if args.verify:
+        for line in verify(config, args.workdir, args.workers):
+            print(line, flush=True)
+        return
     for made in prepare_ahead(config, args.workdir, share, args.workers):
         print(told(made, share.count), flush=True)
 

@@ -1,6 +1,6 @@
 """What `prepare` makes, made ahead of a run by many processes, here and on other machines (no jax here).
 
-    survey-<key>/00000.json       what a unit of a source holds: counts, and lines of its stretches
+    survey-<key>/00000.json       what a unit of a source holds: counts, lines of its stretches, hashes of its files
     samples-<key>/00000.jsonl     texts of a unit that the tokenizer is trained on
     tokenizer-<key>.json
     parts-<key>/00000/            the tokens of a unit
@@ -22,7 +22,7 @@ import multiprocessing
 import os
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from tqdm import tqdm
@@ -79,7 +79,7 @@ def prepare_ahead(config: Config, workdir: str | None, share: Share = ALL, worke
     folder, data = prepare.cache_of(config, workdir), config.data
     os.makedirs(folder, exist_ok=True)
     with Workers(workers) as pool:
-        sources = [Divided(path, data.validation_fraction, folder, share, pool) for path, _ in data.sources]
+        sources = [Divided(path, data.validation_fraction, workdir, folder, share, pool) for path, _ in data.sources]
         tokenizer = prepare.find_tokenizer(config, workdir, sources)
         return [_parts(source, tokenizer, config, workdir) for source in sources]
 
@@ -87,15 +87,15 @@ def prepare_ahead(config: Config, workdir: str | None, share: Share = ALL, worke
 class Divided(prepare.Source):
     """A source whose units are read by many processes."""
 
-    def __init__(self, path: str, validation_fraction: float | None, folder: str, share: Share,
+    def __init__(self, path: str, validation_fraction: float | None, workdir: str, folder: str, share: Share,
                  workers: Workers):
-        super().__init__(path, validation_fraction)
+        super().__init__(path, validation_fraction, workdir, folder)
         self.folder, self.share, self.workers, self.units = folder, share, workers, units(self.files)
         self.alone = len(self.files) == 1
 
     @functools.cached_property
     def surveys(self) -> list[dict[str, Any]]:
-        """Of each unit: counts, and the lines of its stretches."""
+        """Of each unit: counts, the lines of its stretches, the hashes of its files."""
         return [io.read_json(path) for path in self._of_all("survey", ".json", _survey, self.units, ())]
 
     @functools.cached_property
@@ -134,7 +134,8 @@ def _survey(path, unit, alone):
     for _ in corpus.read_documents(unit, counts, alone=alone):
         pass
     lines = [count_lines(file) for file in unit]
-    io.write_json(path, {"counts": dataclasses.asdict(counts), "lines": lines}, indent=None)
+    io.write_json(path, {"counts": dataclasses.asdict(counts), "lines": lines,
+                         "hashes": corpus.content_hashes(unit)}, indent=None)
 
 
 def _sample(path, unit, alone, cut, share):
@@ -157,7 +158,8 @@ def _parts(source: Divided, tokenizer, config, workdir) -> Made:
                              config, workdir) for i in mine], f"tokenizing {source.path}")
         if missing := [i for i in range(len(parts)) if not there(i)]:
             return Made(source.path, len(parts), missing)
-        token_shards.join(folder, len(parts), {"source": source.path})
+        hashes = (line for unit in source.surveys for line in unit["hashes"])
+        token_shards.join(folder, len(parts), {"source": source.path, "digest": source.digest}, hashes)
     meta = token_shards.read(folder)[1]
     return Made(source.path, len(parts), [], sum(meta[split]["tokens"] for split in token_shards.SPLITS))
 
@@ -200,19 +202,24 @@ class Workers:
         spawned = multiprocessing.get_context("spawn")
         return self._held.enter_context(concurrent.futures.ProcessPoolExecutor(self.count, spawned, _end_with_parent))
 
-    def run(self, calls: list[tuple[Any, ...]], name: str) -> None:
-        """Makes the calls, each (function, *arguments), in any order. Raises what the first to fail raises."""
+    def run(self, calls: Sequence[tuple[Any, ...]], name: str) -> list[Any]:
+        """The results of the calls, each (function, *arguments), in any order made. Raises what one of them raises."""
         with tqdm(total=len(calls), desc=name, leave=False, disable=None) as line:
-            for _ in self._done(calls):
+            if self.count > 1 and len(calls) > 1:
+                return self._run(calls, line)
+            results = []
+            for function, *arguments in calls:
+                results.append(function(*arguments))
                 line.update()
+            return results
 
-    def _done(self, calls) -> Iterator[Any]:
-        if self.count == 1 or len(calls) < 2:
-            yield from (function(*arguments) for function, *arguments in calls)
-            return
+    def _run(self, calls, line) -> list[Any]:
         try:
-            for done in concurrent.futures.as_completed([self._pool.submit(*call) for call in calls]):
-                yield done.result()
+            futures = [self._pool.submit(*call) for call in calls]
+            for done in concurrent.futures.as_completed(futures):
+                done.result()
+                line.update()
+            return [future.result() for future in futures]
         except BaseException as error:
             self._pool.shutdown(cancel_futures=True)
             if isinstance(error, concurrent.futures.process.BrokenProcessPool):

@@ -14,7 +14,7 @@ import json
 import logging
 import os
 import sysconfig
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from deepseek_jax import io
@@ -32,6 +32,8 @@ _STDLIB_SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test
 _STDLIB_GENERATED = "_sysconfigdata"  # build settings: machine paths, in one dict
 _LONE_PIECE = 16384  # characters; a corpus of one text file is cut at line ends into documents of about this size
 _WARNINGS_SHOWN = 10
+CONTENTS_UP_TO = 256 << 20  # bytes that each process reads at each start, in a quarter of a second
+BY_TIMES = "times-"  # how such a digest begins
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,17 +91,55 @@ def _found(path):
                   if f.name.endswith(".py") and not os.path.basename(f.name).startswith(_STDLIB_GENERATED))
 
 
-def digest(files: Iterable[File]) -> str:
-    """One hash of names and contents: two corpora with the same digest give the same documents."""
+def digest(files: Sequence[File], by_contents: bool | None = None) -> str:
+    """One hash of a corpus: two with the same digest give the same documents.
+
+    Args:
+      by_contents: hash names and contents, rather than names, sizes and times of change (in nanoseconds), which every
+        process of a large run can afford; None: if there are at most CONTENTS_UP_TO bytes, whose copies then are the
+        same corpus.
+    """
+    stats = [_stat(file) for file in files]
     total = hashlib.sha256()
-    for file in files:
-        try:
-            with io.open_regular(file.path) as f:
-                content = hashlib.file_digest(f, "sha256").hexdigest()
-        except OSError:
-            content = "unreadable"  # will be skipped and named when it is read
-        total.update(_bytes(f"{file.name}\0{content}\n"))
-    return total.hexdigest()
+    if by_contents or (by_contents is None and sum(size for size, _ in stats) <= CONTENTS_UP_TO):
+        for file in files:
+            total.update(_bytes(f"{file.name}\0{content_hash(file)}\n"))
+        return total.hexdigest()
+    for file, (size, changed) in zip(files, stats):
+        total.update(_bytes(f"{file.name}\0{size}\0{changed}\n"))
+    return BY_TIMES + total.hexdigest()
+
+
+def _stat(file) -> tuple[int, int]:
+    """Bytes, and nanoseconds at the last change."""
+    try:
+        found = os.stat(file.path)
+    except OSError:
+        return 0, 0
+    return found.st_size, found.st_mtime_ns
+
+
+def content_hash(file: File) -> str:
+    """SHA-256 of a file, or of its stretch of lines; of stretches of parquet the first has that of the file."""
+    if file.stretch and file.stretch.start and file.name.endswith(".parquet"):
+        return ""
+    try:
+        with io.open_regular(file.path) as f:
+            if file.stretch is None or file.name.endswith(".parquet"):
+                return hashlib.file_digest(f, "sha256").hexdigest()
+            f.seek(file.stretch.start)
+            left, found = file.stretch.stop - file.stretch.start, hashlib.sha256()
+            while left and (data := f.read(min(left, 1 << 20))):
+                found.update(data)
+                left -= len(data)
+            return found.hexdigest()
+    except OSError:
+        return "unreadable"  # will be skipped and named when it is read
+
+
+def content_hashes(files: Iterable[File]) -> list[tuple[str, int, str]]:
+    """(name, start, `content_hash`) of each file or stretch."""
+    return [(file.name, file.stretch.start if file.stretch else 0, content_hash(file)) for file in files]
 
 
 def read_documents(files: list[File], counts: Counts | None = None, warn: Callable[[str], None] | None = None,

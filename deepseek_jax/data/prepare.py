@@ -26,6 +26,7 @@ from deepseek_jax.chat.template import keep_built_in, of_folder
 from deepseek_jax.config import Config, ConfigError
 from deepseek_jax.data import corpus, token_shards
 from deepseek_jax.data.tokenizer import COMPANIONS, PATTERN, SPECIALS, Tokenizer, train_tokenizer
+from deepseek_jax.data.units import units
 
 log = logging.getLogger(__name__)
 
@@ -46,10 +47,16 @@ class Prepared:
 class Source:
     """The files behind one entry of data.sources."""
 
-    def __init__(self, path: str, validation_fraction: float | None):
+    def __init__(self, path: str, validation_fraction: float | None, workdir: str | None = None,
+                 cache: str | None = None):
+        """workdir, cache: what a run there began with, or `settle` settled, decides how files are hashed."""
         self.path, self.validation_fraction = path, validation_fraction
         self.files = corpus.list_files(path)
-        self.digest = corpus.digest(self.files)
+        began = noted(workdir).get(path, "") if workdir else ""
+        old = bool(began) and not began.startswith(corpus.BY_TIMES)  # before large corpora were hashed by times
+        self.digest = corpus.digest(self.files, True if old else None)
+        if cache and os.path.isfile(same := _same(cache, self.digest)):
+            self.digest = _read_object(same)["digest"]
 
     @functools.cached_property
     def survey(self) -> tuple[corpus.Counts, int | None]:
@@ -79,10 +86,18 @@ def texts_to_learn(documents: Iterable[corpus.Document], cut: int | None) -> Ite
             yield from (text for text, _ in document.parts)
 
 
-def prepare(config: Config, workdir: str) -> Prepared:
-    """Creates what is missing and reads the rest. Raises ConfigError for an unusable corpus or tokenizer."""
+def prepare(config: Config, workdir: str, resumes: bool = False) -> Prepared:
+    """Creates what is missing and reads the rest.
+
+    Args:
+      resumes: refuse, before they are tokenized, other files than those that the run in the work directory began with.
+    Raises:
+      ConfigError: an unusable corpus or tokenizer.
+    """
     data = config.data
-    sources = [Source(path, data.validation_fraction) for path, _ in data.sources]
+    sources = [Source(path, data.validation_fraction, workdir, cache_of(config, workdir)) for path, _ in data.sources]
+    if resumes:
+        _check(workdir, {source.path: source.digest for source in sources})
     tokenizer = find_tokenizer(config, workdir, sources)
     pairs = [_shards(source, tokenizer, config, workdir, data.split_punctuation_rate) for source in sources]
     report = tuple(meta | {"digest": source.digest} for source, (_, meta) in zip(sources, pairs))
@@ -95,15 +110,38 @@ def claim_corpus(prepared: Prepared, workdir: str) -> None:
     Raises:
       ConfigError: they have changed, so a resumed run would continue on different text.
     """
-    path = os.path.join(workdir, "corpus.json")
     digests = {meta["source"]: meta["digest"] for meta in prepared.sources}
-    if os.path.isfile(path):
-        changed = [name for name, digest in _read_object(path).items() if digest not in digests.values()]
-        if changed:
-            raise ConfigError(f"the files of {', '.join(changed)} have changed since the run in {workdir} began; "
-                              "restore them, or take another --workdir.")
-        return
-    io.write_json(path, digests, indent=1)
+    if not _check(workdir, digests):
+        io.write_json(os.path.join(workdir, "corpus.json"), digests, indent=1)
+
+
+def _check(workdir, digests) -> bool:
+    """Whether the work directory has a note of its corpus."""
+    before = noted(workdir)
+    changed = [name for name, digest in before.items() if digest not in digests.values()]
+    if changed:
+        times = any(before[name].startswith(corpus.BY_TIMES) for name in changed)
+        hint = (" (or only their times: then `python -m deepseek_jax.prepare --verify` with this --config and "
+                "--workdir settles it)") if times else ""
+        raise ConfigError(f"the files of {', '.join(changed)} have changed since the run in {workdir} began{hint}; "
+                          "restore them, or take another --workdir.")
+    return bool(before)
+
+
+def noted(workdir: str) -> dict[str, str]:
+    """{source: digest} of the corpus that the run in a work directory began with; {} where none has begun."""
+    path = os.path.join(workdir, "corpus.json")
+    return _read_object(path) if os.path.isfile(path) else {}
+
+
+def _same(cache, digest) -> str:
+    """The file that says which digest the files had whose contents were the same."""
+    return os.path.join(cache, f"same-{token_shards.hash_of(digest)}.json")
+
+
+def settle(cache: str, digest: str, before: str) -> None:
+    """Notes that the files of `digest` have the contents of those of `before`, and are no other corpus."""
+    io.write_json(_same(cache, digest), {"digest": before})
 
 
 def _read_object(path: str) -> dict[str, Any]:
@@ -212,9 +250,10 @@ def _shards(source, tokenizer, config, workdir, split_rate) -> tuple[dict[str, t
     folder = shards_folder(source, tokenizer, config, workdir, split_rate)
     if not os.path.isfile(os.path.join(folder, "meta.json")):
         counts, cut = source.survey
-        meta = {"source": source.path, **dataclasses.asdict(counts)}
+        meta = {"source": source.path, "digest": source.digest, **dataclasses.asdict(counts)}
         token_shards.write(folder, corpus.read_documents(source.files), tokenizer,
                            shard_options(cut, tokenizer, config, workdir, split_rate), meta,
-                           progress=(f"tokenizing {source.path}", counts.bytes))
+                           progress=(f"tokenizing {source.path}", counts.bytes),
+                           hashes=[line for unit in units(source.files) for line in corpus.content_hashes(unit)])
     shards, meta = token_shards.read(folder)
     return shards, meta | {"source": source.path}  # which may have been another where these were made

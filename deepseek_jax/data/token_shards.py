@@ -1,6 +1,7 @@
 """Tokens of one source on disk, memory-mapped: the result of tokenization, made once per corpus and tokenizer.
 
     shards-<key>/meta.json           counts and the options that made the key
+    shards-<key>/files.jsonl         name, start of the stretch and SHA-256 of each file or stretch that was read
     shards-<key>/{train,validation}/tokens.bin     flat uint16 or uint32: BOS tokens EOS, document after document
                                     documents.npy  int64 [N, 2]: tokens and UTF-8 bytes of each document
                                     predicted.bin  one bool a token, only where some part is not predicted
@@ -143,8 +144,8 @@ def part_folder(folder: str, i: int) -> str:
     return os.path.join(root, name.replace("shards-", "parts-"), f"{i:05}")
 
 
-def join(folder: str, count: int, meta: dict) -> None:
-    """Makes `folder` of its parts, which stay where they are. meta: as in `write`."""
+def join(folder: str, count: int, meta: dict, hashes: Iterable[tuple[str, int, str]] = ()) -> None:
+    """Makes `folder` of its parts, which stay where they are. meta, hashes: as in `write`."""
     parts = [io.read_json(os.path.join(part_folder(folder, i), "meta.json")) for i in range(count)]
     total = {key: sum(part[key] for part in parts) for key in parts[0] if isinstance(parts[0][key], int)}
     splits = {split: {key: sum(part[split][key] for part in parts) for key in ("documents", "tokens", "bytes")}
@@ -158,6 +159,7 @@ def join(folder: str, count: int, meta: dict) -> None:
                     f, {"descr": "<i8", "fortran_order": False, "shape": (splits[split]["documents"], 2)})
                 for i in range(count):
                     np.load(os.path.join(part_folder(folder, i), split, "documents.npy")).astype("<i8").tofile(f)
+        _write_hashes(partial, hashes)
         io.write_json(os.path.join(partial, "meta.json"),
                       {**meta, **total, "dtype": parts[0]["dtype"], **splits, "parts": held})
 
@@ -168,10 +170,11 @@ def _map(path, dtype):
 
 
 def write(folder: str, documents: Iterable[corpus.Document], tokenizer: Tokenizer, options: Options, meta: dict,
-          progress: tuple[str, int] = ("", 0)) -> None:
+          progress: tuple[str, int] = ("", 0), hashes: Iterable[tuple[str, int, str]] = ()) -> None:
     """Tokenizes `documents` into `folder`, which appears only when it is complete.
 
     Args:
+      hashes: of the files, for `read_hashes`.
       meta: kept in meta.json, with what is counted here.
         A conversation that the chat template cannot take is logged, and counted as skipped.
       progress: what the progress line is called, and the bytes of text to expect; "": there is none.
@@ -197,7 +200,22 @@ def write(folder: str, documents: Iterable[corpus.Document], tokenizer: Tokenize
                 writers["validation" if validation else "train"].add(ids_T, predicted_T, document.bytes)
                 line.update(document.bytes)
         meta = {**meta, "dtype": dtype, **{split: w.close() for split, w in writers.items()}}
+        _write_hashes(partial, hashes)
         io.write_json(os.path.join(partial, "meta.json"), meta, indent=1)
+
+
+def _write_hashes(folder, hashes):
+    with open(os.path.join(folder, "files.jsonl"), "w", encoding="utf-8") as f:
+        f.writelines(json.dumps(line) + "\n" for line in hashes)
+
+
+def read_hashes(folder: str) -> list[tuple[str, int, str]]:
+    """The files that the shards in `folder` were made of (`corpus.content_hashes`); none of an older version's."""
+    path = os.path.join(folder, "files.jsonl")
+    if not os.path.isfile(path):
+        return []
+    with open(path, encoding="utf-8") as lines:
+        return [(name, start, found) for name, start, found in map(json.loads, lines)]
 
 
 def _tokenized(documents, tokenizer) -> Iterator[tuple[corpus.Document, list[list[int]]]]:

@@ -45,7 +45,7 @@ def train_on_pairs(config: Config, workdir: str) -> TrainResult:
     check_preferences(config)
     runner = check_run(config, workdir)
     kind = {"dpo": DpoRun, "reward": RewardRun}[str(config.preference.objective)]
-    sources = [Source(path, config.data.validation_fraction) for path, _ in config.data.sources]
+    sources = [Source(path, config.data.validation_fraction, workdir) for path, _ in config.data.sources]
     tokenizer: Any = first_then_others(lambda: find_tokenizer(config, workdir, sources), "tokenizer")
     text = functools.cache(lambda: of_folder(workdir, tokenizer, chats=False))
     held = [hold(source, tokenizer, text, kind.longest(config)) for source in sources]

@@ -176,7 +176,7 @@ def train(config: Config, workdir: str, kind: type[Run] | None = None) -> TrainR
         raise ConfigError("distill.from names a teacher, which posttraining.distill_logits.distill trains with.")
     check(config)
     runner = check_run(config, workdir)
-    prepared: Any = first_then_others(lambda: prepare(config, workdir), "prepare")
+    prepared: Any = first_then_others(lambda: prepare(config, workdir, resumes=True), "prepare")
     loader = Loader(config, prepared, *runner.share())
     with contextlib.ExitStack() as held:
         if is_first():

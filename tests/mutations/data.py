@@ -276,4 +276,25 @@ MUTATIONS = [
         new="source.share.mine(len(parts))]",
         tests="data/test_ahead.py::test_a_finished_part_is_not_made_again_and_a_run_reads_no_text",
     ),
+    Mutation(
+        name="times of change do not count",
+        file="deepseek_jax/data/corpus.py",
+        old="{size}\\0{changed}",
+        new="{size}",
+        tests="data/test_verify.py::test_a_large_corpus_is_hashed_by_names_sizes_and_nanoseconds",
+    ),
+    Mutation(
+        name="a changed corpus is tokenized before its run refuses it",
+        file="deepseek_jax/data/prepare.py",
+        old="    if resumes:",
+        new="    if False:",
+        tests="data/test_verify.py::test_a_copy_with_other_times_is_settled_by_its_contents",
+    ),
+    Mutation(
+        name="verify does not read contents",
+        file="deepseek_jax/data/verify.py",
+        old="if old.get(name) != new.get(name)]",
+        new="if (name in old) != (name in new)]",
+        tests="data/test_verify.py::test_verify_names_what_changed_though_size_and_time_are_the_same",
+    ),
 ]
