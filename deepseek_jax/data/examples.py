@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -72,33 +73,43 @@ def epoch_order(lengths_N: np.ndarray, whole_N: np.ndarray, fim_rate: float, see
     return EpochOrder(order_N, rearranged_N, np.cumsum(lengths_in_order_N) - lengths_in_order_N)
 
 
-class Stream:
-    """The endless packed stream of one source, read at any position."""
+class Packed:
+    """The endless packed stream of one source, read at any position. Subclasses say in which order documents come."""
+
+    eligible: int  # documents that may be rearranged
 
     def __init__(self, shard: Shard, seed: int, source: int, fim: Fim):
         self.shard, self.seed, self.source, self.fim = shard, seed, source, fim
-        self.lengths_N, self.whole_N = shard.lengths_N, shard.whole_N
-        self.eligible = int(self.whole_N.sum())
-        self.epoch_order = functools.lru_cache(maxsize=3)(functools.partial(
-            epoch_order, self.lengths_N, self.whole_N, fim.rate, seed, source))
+        self.tokens = int(shard.offsets_N[-1])
+
+    def shuffled(self, j: int, length: int) -> int:
+        """Which sequence of the stream training takes as its j-th.
+
+        Neighbours in the stream are mostly of one document; a batch of them would be no sample of the corpus.
+        """
+        raise NotImplementedError
+
+    def documents_from(self, epoch: int, skip: int) -> Iterator[tuple[np.ndarray, ...]]:
+        """(tokens, predicted) of documents, across epochs; the first without what is before token `skip` of `epoch`."""
+        raise NotImplementedError
 
     def epoch_start(self, epoch: int) -> int:
         """The position of the first token of an epoch."""
-        return epoch * int(self.shard.offsets_N[-1]) + 3 * rearranged_before(epoch, self.eligible, self.fim.rate)
+        return epoch * self.tokens + 3 * rearranged_before(epoch, self.eligible, self.fim.rate)
 
     def epoch_at(self, position: int) -> int:
         """The epoch of a position."""
-        epoch = int(position / (int(self.shard.offsets_N[-1]) + 3 * self.eligible * self.fim.rate))
+        epoch = int(position / (self.tokens + 3 * self.eligible * self.fim.rate))
         # Epochs begin at most three tokens before the mean length says, never after it.
         while self.epoch_start(epoch + 1) <= position:
             epoch += 1
         return epoch
 
-    def document(self, epoch: int, i: int) -> tuple[np.ndarray, np.ndarray]:
+    def read_document(self, epoch: int, i: int, rearranged: bool) -> tuple[np.ndarray, np.ndarray]:
         """Tokens of document i in an epoch, and which of them are predicted."""
         start, stop = (int(o) for o in self.shard.offsets_N[i:i + 2])
         ids_T = np.asarray(self.shard.tokens[start:stop], np.int32)
-        if not self.epoch_order(epoch).rearranged_N[i]:
+        if not rearranged:
             return ids_T, self.shard.is_predicted(start, stop)
         rng = np.random.default_rng([self.seed, self.source, epoch, i])
         first, second = np.sort(rng.integers(1, len(ids_T), 2))
@@ -109,34 +120,48 @@ class Stream:
         """`count` tokens starting at `position`, across documents and epochs."""
         tokens, predicted, segments = [], [], []
         epoch = self.epoch_at(position)
-        skip = position - self.epoch_start(epoch)
-        place = int(np.searchsorted(self.epoch_order(epoch).starts_N, skip, side="right")) - 1
-        skip -= int(self.epoch_order(epoch).starts_N[place])
+        documents = self.documents_from(epoch, position - self.epoch_start(epoch))
         while count > 0:
-            if place == len(self.lengths_N):
-                epoch, place = epoch + 1, 0
-            ids_T, predicted_T = self.document(epoch, int(self.epoch_order(epoch).order_N[place]))
-            tokens.append(ids_T[skip:skip + count])
-            predicted.append(predicted_T[skip:skip + count])
+            ids_T, predicted_T = next(documents)
+            tokens.append(ids_T[:count])
+            predicted.append(predicted_T[:count])
             segments.append(np.full(len(tokens[-1]), len(segments) + 1, np.int32))
             count -= len(tokens[-1])
-            place, skip = place + 1, 0
         return Window(*(np.concatenate(x) for x in (tokens, predicted, segments)))
 
 
-def sequence(stream: Stream, j: int, length: int) -> Window:
+class Stream(Packed):
+    """The order of runs that began before there was `blocks`: documents permuted over a complete epoch, by an array."""
+
+    def __init__(self, shard: Shard, seed: int, source: int, fim: Fim):
+        super().__init__(shard, seed, source, fim)
+        self.lengths_N, self.whole_N = shard.lengths_N, shard.whole_N
+        self.eligible = int(self.whole_N.sum())
+        self.epoch_order = functools.lru_cache(maxsize=3)(functools.partial(
+            epoch_order, self.lengths_N, self.whole_N, fim.rate, seed, source))
+
+    def document(self, epoch: int, i: int) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens of document i in an epoch, and which of them are predicted."""
+        return self.read_document(epoch, i, self.epoch_order(epoch).rearranged_N[i])
+
+    def documents_from(self, epoch: int, skip: int) -> Iterator[tuple[np.ndarray, ...]]:
+        place = int(np.searchsorted(self.epoch_order(epoch).starts_N, skip, side="right")) - 1
+        skip -= int(self.epoch_order(epoch).starts_N[place])
+        while True:
+            for i in self.epoch_order(epoch).order_N[place:]:
+                yield tuple(part[skip:] for part in self.document(epoch, int(i)))
+                skip = 0
+            epoch, place = epoch + 1, 0
+
+    def shuffled(self, j: int, length: int) -> int:
+        size = min(max(self.tokens // length, 1), SHUFFLE_BLOCK)
+        block, r = divmod(j, size)
+        return block * size + int(_permutation(self.seed, self.source, block, size)[r])
+
+
+def sequence(stream: Packed, j: int, length: int) -> Window:
     """Sequence j: length + 1 tokens, of which the last is the first of sequence j + 1."""
     return stream.read(j * length, length + 1)
-
-
-def shuffled(stream: Stream, j: int, length: int) -> int:
-    """Which sequence of the stream training takes as its j-th: a permutation of every block of an epoch's length.
-
-    Neighbours in the stream are mostly of one document; a batch of them would be no sample of the corpus.
-    """
-    size = min(max(int(stream.shard.offsets_N[-1]) // length, 1), SHUFFLE_BLOCK)
-    block, r = divmod(j, size)
-    return block * size + int(_permutation(stream.seed, stream.source, block, size)[r])
 
 
 @functools.lru_cache(maxsize=64)

@@ -14,9 +14,10 @@ import grain
 import numpy as np
 
 from deepseek_jax.config import Config, ConfigError
-from deepseek_jax.data.examples import Fim, Mixture, Stream, Window, sequence, shuffled
+from deepseek_jax.data.blocks import BlockStream
+from deepseek_jax.data.examples import Fim, Mixture, Packed, Stream, Window, sequence
 from deepseek_jax.data.packing import WholeDocuments
-from deepseek_jax.data.prepare import Prepared
+from deepseek_jax.data.prepare import OLD_ORDER, Prepared
 from deepseek_jax.data.validation import Validation, WholeValidation
 
 
@@ -45,7 +46,7 @@ class Loader:
         stream, length = self.streams[source], self.train.sequence_length
         if isinstance(stream, WholeDocuments):
             return stream.sequence(j)
-        return sequence(stream, shuffled(stream, j, length), length)
+        return sequence(stream, stream.shuffled(j, length), length)
 
     def batch(self, step: int) -> dict[str, Any]:
         """This host's part of step `step`.
@@ -122,7 +123,7 @@ def _validation(config, prepared) -> Validation:
     return WholeValidation(held_out, length, byte_lengths_W)
 
 
-def _streams(config, prepared) -> list[Stream] | list[WholeDocuments]:
+def _streams(config, prepared) -> Sequence[Packed] | list[WholeDocuments]:
     data, train, tokenizer = config.data, config.train, prepared.tokenizer
     if data.packing == "whole":
         made = [WholeDocuments(shard, train.seed, i, train.sequence_length) for i, shard in enumerate(prepared.train)]
@@ -142,4 +143,5 @@ def _streams(config, prepared) -> list[Stream] | list[WholeDocuments]:
             raise ConfigError(f"data.sources: the training documents of {path} hold {len(shard.tokens)} tokens, fewer "
                               f"than the {train.sequence_length + 1} of one sequence; add text or set "
                               f"train.sequence_length={max(1, len(shard.tokens) - 1)} or less.")
-    return [Stream(shard, train.seed, i, fim) for i, shard in enumerate(prepared.train)]
+    kind = Stream if prepared.order == OLD_ORDER else BlockStream
+    return [kind(shard, train.seed, i, fim) for i, shard in enumerate(prepared.train)]

@@ -31,6 +31,7 @@ from deepseek_jax.data.units import units
 log = logging.getLogger(__name__)
 
 TOKENIZER_SAMPLE_BYTES = 20_000_000  # more text hardly moves the merges, and time grows with it
+OLD_ORDER, ORDER = 1, 2  # examples.Stream, blocks.BlockStream
 _PIECE = 4096  # characters; a larger corpus is sampled in pieces of this size
 
 
@@ -42,6 +43,7 @@ class Prepared:
     train: tuple[token_shards.Shard, ...]  # one a source
     validation: tuple[token_shards.Shard, ...]
     sources: tuple[dict, ...]  # one a source: what was read, skipped and made of it (JSON-able)
+    order: int = ORDER  # of documents and sequences; a run keeps the one that it began with
 
 
 class Source:
@@ -101,7 +103,8 @@ def prepare(config: Config, workdir: str, resumes: bool = False) -> Prepared:
     tokenizer = find_tokenizer(config, workdir, sources)
     pairs = [_shards(source, tokenizer, config, workdir, data.split_punctuation_rate) for source in sources]
     report = tuple(meta | {"digest": source.digest} for source, (_, meta) in zip(sources, pairs))
-    return Prepared(tokenizer, tuple(s["train"] for s, _ in pairs), tuple(s["validation"] for s, _ in pairs), report)
+    return Prepared(tokenizer, tuple(s["train"] for s, _ in pairs), tuple(s["validation"] for s, _ in pairs), report,
+                    _order(workdir))
 
 
 def claim_corpus(prepared: Prepared, workdir: str) -> None:
@@ -112,7 +115,7 @@ def claim_corpus(prepared: Prepared, workdir: str) -> None:
     """
     digests = {meta["source"]: meta["digest"] for meta in prepared.sources}
     if not _check(workdir, digests):
-        io.write_json(os.path.join(workdir, "corpus.json"), digests, indent=1)
+        io.write_json(os.path.join(workdir, "corpus.json"), {"order": prepared.order, "sources": digests}, indent=1)
 
 
 def _check(workdir, digests) -> bool:
@@ -130,8 +133,31 @@ def _check(workdir, digests) -> bool:
 
 def noted(workdir: str) -> dict[str, str]:
     """{source: digest} of the corpus that the run in a work directory began with; {} where none has begun."""
+    found = _note(workdir)
+    return found["sources"] if _has_order(found) else found
+
+
+def _order(workdir) -> int:
+    """The order that the run in a work directory began with: of old ones nothing says it."""
+    found = _note(workdir)
+    if found or has_checkpoint(workdir):
+        return found["order"] if _has_order(found) else OLD_ORDER
+    return ORDER
+
+
+def _has_order(note):
+    return isinstance(note.get("sources"), dict)  # else its keys are sources
+
+
+def _note(workdir) -> dict[str, Any]:
     path = os.path.join(workdir, "corpus.json")
     return _read_object(path) if os.path.isfile(path) else {}
+
+
+def has_checkpoint(workdir: str) -> bool:
+    """Whether the run in a work directory has begun."""
+    checkpoints = os.path.join(workdir, "checkpoints")
+    return os.path.isdir(checkpoints) and any(name.isdecimal() for name in os.listdir(checkpoints))
 
 
 def _same(cache, digest) -> str:
@@ -170,8 +196,7 @@ def cache_of(config: Config, workdir: str) -> str:
 def find_tokenizer(config: Config, workdir: str, sources: Sequence[Source]) -> Tokenizer:
     """Until there is a checkpoint, that of the run whose weights are taken or that teaches, with its companions; else
     the work directory's; without either, one trained here."""
-    own, checkpoints = (os.path.join(workdir, name) for name in ("tokenizer.json", "checkpoints"))
-    begun = os.path.isdir(checkpoints) and any(name.isdecimal() for name in os.listdir(checkpoints))
+    own, begun = os.path.join(workdir, "tokenizer.json"), has_checkpoint(workdir)
     source = config.init.from_ or config.distill.from_
     if os.path.isfile(own) and (begun or source is None):
         return Tokenizer.load(own, config.model.vocab_size)

@@ -4,10 +4,13 @@
     shards-<key>/files.jsonl         name, start of the stretch and SHA-256 of each file or stretch that was read
     shards-<key>/{train,validation}/tokens.bin     flat uint16 or uint32: BOS tokens EOS, document after document
                                     documents.npy  int64 [N, 2]: tokens and UTF-8 bytes of each document
+                                    offsets.npy    int64 [N + 1]: tokens before each document (not in old ones)
+                                    whole.npy      int64 [N + 1]: documents before each of which every token is
+                                                   predicted; with predicted.bin only (not in old ones)
                                     predicted.bin  one bool a token, only where some part is not predicted
 
 Shards that were made ahead (`ahead`) have their tokens in parts-<key>/00000/, 00001/, ..., each of which is such a
-folder; shards-<key> is made when all parts are there, and holds documents.npy of all of them.
+folder; shards-<key> is made when all parts are there, and holds the .npy of all of them.
 
 The key hashes everything the tokens depend on, so a change makes new shards; the folder is committed atomically, so an
 interrupted one is never read.
@@ -25,7 +28,7 @@ import itertools
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from tqdm import tqdm
@@ -76,6 +79,7 @@ class Shard:
     offsets_N: np.ndarray  # int64, one more than there are documents
     bytes_N: np.ndarray  # int64, UTF-8 bytes
     predicted: Flat | None = None  # bool per token; None: all
+    whole_before_N: np.ndarray | None = None  # int64, one more than documents: those before that `whole_N` has; or None
 
     @property
     def lengths_N(self) -> np.ndarray:
@@ -89,6 +93,8 @@ class Shard:
         """bool: documents of which every token is predicted. Only those may be rearranged for FIM."""
         if self.predicted is None or not len(self.lengths_N):
             return np.ones(len(self.lengths_N), bool)
+        if self.whole_before_N is not None:
+            return np.diff(self.whole_before_N) > 0
         return np.logical_and.reduceat(self.predicted[:], self.offsets_N[:-1])
 
 
@@ -118,11 +124,23 @@ def read(folder: str) -> tuple[dict[str, Shard], dict]:
         meta = json.load(f)
     shards = {}
     for split in SPLITS:
-        documents = np.load(os.path.join(folder, split, "documents.npy"))
-        offsets_N = np.concatenate([[0], np.cumsum(documents[:, 0])])
+        index = lambda name, split=split: _mapped_index(os.path.join(folder, split, f"{name}.npy"))
+        documents, offsets_N, whole_before_N = index("documents"), index("offsets"), index("whole")
+        if offsets_N is None:
+            offsets_N = np.concatenate([[0], np.cumsum(documents[:, 0])])
         tokens, predicted = _flat(folder, split, meta)
-        shards[split] = Shard(tokens, offsets_N, documents[:, 1], predicted)
+        shard = Shard(tokens, offsets_N, documents[:, 1], predicted, whole_before_N)
+        if predicted is not None and whole_before_N is None:
+            shard = dataclasses.replace(shard, whole_before_N=np.concatenate([[0], np.cumsum(shard.whole_N)]))
+        shards[split] = shard
     return shards, meta
+
+
+def _mapped_index(path) -> Any:
+    """The array in a .npy, not in memory unless it is small; None where there is none."""
+    if not os.path.isfile(path):
+        return None
+    return np.load(path, mmap_mode="r" if os.path.getsize(path) > 1 << 16 else None)
 
 
 def _flat(folder, split, meta) -> tuple[Flat, Flat | None]:
@@ -154,11 +172,8 @@ def join(folder: str, count: int, meta: dict, hashes: Iterable[tuple[str, int, s
     with io.building(folder, shared=True) as partial:
         for split in SPLITS:
             os.makedirs(os.path.join(partial, split))
-            with open(os.path.join(partial, split, "documents.npy"), "wb") as f:
-                np.lib.format.write_array_header_1_0(
-                    f, {"descr": "<i8", "fortran_order": False, "shape": (splits[split]["documents"], 2)})
-                for i in range(count):
-                    np.load(os.path.join(part_folder(folder, i), split, "documents.npy")).astype("<i8").tofile(f)
+            _join_index(os.path.join(partial, split), [os.path.join(part_folder(folder, i), split)
+                                                       for i in range(count)], splits[split])
         _write_hashes(partial, hashes)
         io.write_json(os.path.join(partial, "meta.json"),
                       {**meta, **total, "dtype": parts[0]["dtype"], **splits, "parts": held})
@@ -202,6 +217,34 @@ def write(folder: str, documents: Iterable[corpus.Document], tokenizer: Tokenize
         meta = {**meta, "dtype": dtype, **{split: w.close() for split, w in writers.items()}}
         _write_hashes(partial, hashes)
         io.write_json(os.path.join(partial, "meta.json"), meta, indent=1)
+
+
+def _join_index(folder, parts, total):
+    """Writes the .npy of all parts, one part in memory at a time."""
+    size, tokens, whole = total["documents"], 0, 0
+    with contextlib.ExitStack() as files:
+        begin = lambda name, shape: files.enter_context(_begin_index(os.path.join(folder, f"{name}.npy"), shape))
+        documents, offsets = begin("documents", (size, 2)), begin("offsets", (size + 1,))
+        before = begin("whole", (size + 1,)) if total["prompts"] else None
+        for file in (offsets, *([before] if before else [])):
+            np.zeros(1, "<i8").tofile(file)
+        for part in parts:
+            load = lambda name, part=part: np.load(os.path.join(part, f"{name}.npy")).astype("<i8", copy=False)
+            found = load("documents")
+            found.tofile(documents)
+            (load("offsets")[1:] + tokens).tofile(offsets)
+            tokens += int(found[:, 0].sum())
+            if before:
+                has = os.path.isfile(os.path.join(part, "whole.npy"))
+                added = load("whole")[1:] if has else np.arange(1, len(found) + 1, dtype="<i8")
+                (added + whole).tofile(before)
+                whole += int(added[-1]) if len(added) else 0
+
+
+def _begin_index(path, shape) -> BinaryIO:
+    file = open(path, "wb")  # noqa: SIM115 (closed by its caller)
+    np.lib.format.write_array_header_1_0(file, {"descr": "<i8", "fortran_order": False, "shape": shape})
+    return file
 
 
 def _write_hashes(folder, hashes):
@@ -264,13 +307,16 @@ class _Writer:
         os.makedirs(folder)
         self.folder, self.dtype, self.prompts = folder, dtype, False
         self.documents = array.array("q")  # tokens and bytes of each
+        self.whole = array.array("b")
         self.tokens = open(os.path.join(folder, "tokens.bin"), "wb")  # noqa: SIM115 (closed in close and abandon)
         self.predicted = open(os.path.join(folder, "predicted.bin"), "wb")  # noqa: SIM115
 
     def add(self, ids_T, predicted_T, size):
         ids_T.astype(self.dtype).tofile(self.tokens)
         predicted_T.tofile(self.predicted)
-        self.prompts |= not predicted_T.all()
+        whole = bool(predicted_T.all())
+        self.whole.append(whole)
+        self.prompts |= not whole
         self.documents.extend((len(ids_T), size))
 
     def close(self) -> dict:
@@ -278,10 +324,16 @@ class _Writer:
         self.abandon()
         if not self.prompts:
             os.remove(os.path.join(self.folder, "predicted.bin"))
+        else:
+            self._save("whole", np.concatenate([[0], np.cumsum(self.whole, dtype=np.int64)]))
         documents = np.frombuffer(self.documents, np.int64).reshape(-1, 2)
-        np.save(os.path.join(self.folder, "documents.npy"), documents)
+        self._save("documents", documents)
+        self._save("offsets", np.concatenate([[0], np.cumsum(documents[:, 0])]))
         tokens, size = documents.sum(axis=0).tolist()
         return {"documents": len(documents), "tokens": tokens, "bytes": size, "prompts": bool(self.prompts)}
+
+    def _save(self, name, array):
+        np.save(os.path.join(self.folder, f"{name}.npy"), array)
 
     def abandon(self):
         self.tokens.close()

@@ -1,12 +1,15 @@
 """The packed stream: FIM moves tokens and loses none, and any position can be read without the ones before."""
 
 import collections
+import dataclasses
+import functools
 import itertools
 
 import numpy as np
 import pytest
 
 from deepseek_jax.config import ConfigError
+from deepseek_jax.data.blocks import BLOCK, BlockStream
 from deepseek_jax.data.examples import MIX_BLOCK, Fim, Mixture, Stream, rearrange, sequence
 from deepseek_jax.data.token_shards import Shard
 
@@ -20,12 +23,17 @@ def make_shard(lengths, prompts=()):
     predicted = np.ones(offsets_N[-1], bool)
     for i in prompts:
         predicted[offsets_N[i]:offsets_N[i] + 3] = False
-    return Shard(np.concatenate(documents).astype(np.uint16), offsets_N, np.array(lengths),
-                 predicted if prompts else None)
+    shard = Shard(np.concatenate(documents).astype(np.uint16), offsets_N, np.array(lengths),
+                  predicted if prompts else None)
+    return dataclasses.replace(shard, whole_before_N=np.cumsum([0, *shard.whole_N])) if prompts else shard
 
 
-def make_stream(lengths=(5, 0, 17, 3, 40, 8), rate=0.5, seed=0, prompts=()):
-    return Stream(make_shard(lengths, prompts), seed, 0, Fim(rate, BEGIN, HOLE, END))
+def make_stream(lengths=(5, 0, 17, 3, 40, 8), rate=0.5, seed=0, prompts=(), kind=Stream):
+    return kind(make_shard(lengths, prompts), seed, 0, Fim(rate, BEGIN, HOLE, END))
+
+
+in_blocks = functools.partial(BlockStream, block=4)
+of_both = pytest.mark.parametrize("kind", [Stream, in_blocks, BlockStream], ids=["old", "blocks", "one_block"])
 
 
 def documents_of(tokens):
@@ -51,9 +59,10 @@ def test_fim_writes_prefix_suffix_middle():
     assert rearrange(ids, fim, 1, 6).tolist() == [BOS, BEGIN, HOLE, END, 10, 11, 12, 13, 14, EOS]
 
 
+@of_both
 @pytest.mark.parametrize("rate", [0.0, 0.3, 1.0])
-def test_every_epoch_holds_every_document_whole(rate):
-    stream = make_stream(rate=rate)
+def test_every_epoch_holds_every_document_whole(rate, kind):
+    stream = make_stream(rate=rate, kind=kind)
     wanted = sorted(map(tuple, np.split(stream.shard.tokens, stream.shard.offsets_N[1:-1])))
     for epoch in range(6):
         start = stream.epoch_start(epoch)
@@ -70,48 +79,104 @@ def test_fim_has_its_rate_over_epochs_and_documents():
     assert len(times) == 7 and max(times.values()) < 40
 
 
+@pytest.mark.parametrize("prompts", [(), tuple(range(0, 50, 3))])
+def test_of_each_block_and_epoch_its_share_is_rearranged_and_over_epochs_every_document(prompts):
+    stream = make_stream([4] * 50, rate=0.1, prompts=prompts, kind=in_blocks)
+    times, total = collections.Counter(), 0
+    for epoch in range(300):
+        blocks = [stream._block(epoch, b) for b in range(stream.blocks)]
+        found = [block.order_D[block.rearranged_D].tolist() for block in blocks]
+        assert all(stream.block_start(epoch, b) == block.start for b, block in enumerate(blocks))
+        assert stream.epoch_start(epoch + 1) - stream.epoch_start(epoch) == stream.tokens + 3 * sum(map(len, found))
+        assert max(map(len, found)) <= 1
+        total += sum(map(len, found))
+        times.update(itertools.chain(*found))
+    eligible = set(range(50)) - set(prompts)
+    assert total == int(300 * len(eligible) * 0.1)
+    assert set(times) == eligible and max(times.values()) < 60 and min(times.values()) > 10
+
+
+def test_documents_change_places_in_their_block_and_sequences_in_the_epoch():
+    stream = make_stream([4] * 50, kind=functools.partial(BlockStream, block=10))
+    orders = [tuple(stream._block(epoch, 2).order_D.tolist()) for epoch in range(20)]
+    assert len(set(orders)) == 20 and all(sorted(order) == list(range(20, 30)) for order in orders)
+    size = stream.tokens // 5
+    for epoch in range(3):
+        taken = [stream.shuffled(epoch * size + r, 5) for r in range(size)]
+        assert sorted(taken) == list(range(epoch * size, (epoch + 1) * size))
+        assert taken != sorted(taken)
+
+
+def test_reading_takes_memory_of_one_block_however_many_documents_there_are():
+    """The index is asked for slices of a block and for single entries: 30 million documents, none of them there."""
+    most = []
+
+    class Offsets:
+        def __len__(self):
+            return 30_000_001
+
+        def __getitem__(self, i):
+            if isinstance(i, slice):
+                most.append(i.stop - i.start)
+                return np.arange(i.start, i.stop) * 100
+            return 100 * (i % 30_000_001)
+
+    class Tokens:
+        def __getitem__(self, where):
+            return np.arange(where.start, where.stop) % 7
+
+    stream = BlockStream(Shard(Tokens(), Offsets(), np.zeros(0)), 0, 0, Fim(0.1, BEGIN, HOLE, END))
+    window = sequence(stream, stream.shuffled(12345, 512), 512)
+    assert len(window.tokens_T) == 513 and max(most) == BLOCK + 1
+
+
 def test_fim_cuts_differ_between_epochs_and_cover_a_document():
     stream = make_stream([30], rate=1.0)
     cuts = {stream.document(epoch, 0)[0].tolist().index(HOLE) for epoch in range(200)}
     assert min(cuts) == 2 and max(cuts) > 25 and len(cuts) > 15
 
 
-def test_documents_with_a_prompt_are_never_rearranged():
-    stream = make_stream([6] * 4, rate=1.0, prompts=(0, 2))
+@of_both
+def test_documents_with_a_prompt_are_never_rearranged(kind):
+    stream = make_stream([6] * 4, rate=1.0, prompts=(0, 2), kind=kind)
     window = stream.read(0, stream.epoch_start(1))
     for document in documents_of(window.tokens_T):
         assert (BEGIN in document) == (document[2] // 100 in (1, 3) or document[-2] // 100 in (1, 3))
     assert (window.tokens_T == BEGIN).sum() == 2
 
 
-def test_unpredicted_tokens_stay_marked_in_the_stream():
-    stream = make_stream([6] * 4, rate=0.5, prompts=(0, 2))
+@of_both
+def test_unpredicted_tokens_stay_marked_in_the_stream(kind):
+    stream = make_stream([6] * 4, rate=0.5, prompts=(0, 2), kind=kind)
     window = stream.read(0, stream.epoch_start(1))
     assert sorted(window.tokens_T[~window.predicted_T].tolist()) == [BOS, BOS, 10, 11, 210, 211]
 
 
+@of_both
 @pytest.mark.parametrize("rate", [0.0, 0.37, 1.0])
-def test_random_access_equals_reading_from_the_start(rate):
-    stream = make_stream(rate=rate)
+def test_random_access_equals_reading_from_the_start(rate, kind):
+    stream = make_stream(rate=rate, kind=kind)
     whole = stream.read(0, 1500)
     assert stream.epoch_at(1499) > 10
     for position in np.random.default_rng(0).integers(0, 1400, 60).tolist():
-        part = make_stream(rate=rate).read(position, 97)
+        part = make_stream(rate=rate, kind=kind).read(position, 97)
         assert (part.tokens_T == whole.tokens_T[position:position + 97]).all()
         change = np.diff(whole.segments_T[position:position + 97])
         assert part.segments_T[0] == 1 and (np.diff(part.segments_T) == change).all()
 
 
-def test_sequences_rebuild_the_stream_with_one_token_shared():
-    stream = make_stream()
+@of_both
+def test_sequences_rebuild_the_stream_with_one_token_shared(kind):
+    stream = make_stream(kind=kind)
     pieces = [sequence(stream, j, 16).tokens_T for j in range(40)]
     assert all(len(p) == 17 for p in pieces)
     assert all(a[-1] == b[0] for a, b in itertools.pairwise(pieces))
     assert (np.concatenate([p[:-1] for p in pieces]) == stream.read(0, 640).tokens_T).all()
 
 
-def test_segments_change_exactly_at_each_bos():
-    window = make_stream().read(3, 400)
+@of_both
+def test_segments_change_exactly_at_each_bos(kind):
+    window = make_stream(kind=kind).read(3, 400)
     starts = window.tokens_T == BOS
     starts[0] = True
     assert (window.segments_T == np.cumsum(starts)).all()

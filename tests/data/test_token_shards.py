@@ -9,8 +9,19 @@ import pytest
 from deepseek_jax import io
 from deepseek_jax.config import ConfigError, InitConfig
 from deepseek_jax.data import token_shards
+from deepseek_jax.data.blocks import BlockStream
 from deepseek_jax.data.corpus import Document, hash_position, read_documents
-from deepseek_jax.data.prepare import Source, claim_corpus, prepare, prepare_evaluation, sample
+from deepseek_jax.data.examples import Stream
+from deepseek_jax.data.loader import Loader
+from deepseek_jax.data.prepare import (
+    OLD_ORDER,
+    ORDER,
+    Source,
+    claim_corpus,
+    prepare,
+    prepare_evaluation,
+    sample,
+)
 
 
 def documents(texts):
@@ -203,3 +214,31 @@ def test_a_run_does_not_go_on_in_another_corpus(make_config, tmp_path):
 
     with pytest.raises(ConfigError, match="have changed since the run"):
         claim_corpus(prepare(config, workdir), workdir)
+
+
+def test_a_run_keeps_the_order_that_it_began_with(make_config, folder, tmp_path):
+    """The note of an older version has no order; a run that has a checkpoint and no note is older still."""
+    config, new, old = make_config(folder), str(tmp_path / "new"), str(tmp_path / "old")
+    made = prepare(config, new)
+    claim_corpus(made, new)
+    assert made.order == prepare(config, new, resumes=True).order == ORDER
+    assert isinstance(Loader(config, made).streams[0], BlockStream)
+    prepare(config, old)
+    io.write_json(tmp_path / "old" / "corpus.json", {folder: made.sources[0]["digest"]})
+    resumed = prepare(config, old, resumes=True)
+    claim_corpus(resumed, old)
+    assert resumed.order == prepare(config, old).order == OLD_ORDER
+    assert isinstance(Loader(config, resumed).streams[0], Stream)
+    (tmp_path / "older" / "checkpoints" / "2").mkdir(parents=True)
+    assert prepare(config, str(tmp_path / "older")).order == OLD_ORDER
+
+
+def test_shards_of_an_older_version_have_their_index_made_when_they_are_read(tmp_path, trained):
+    made = [Document("a", (("1 + 1 =", False), (" 2", True))), Document("b", (("text", True),))]
+    found, _ = written(tmp_path, made, trained, cut=None)
+    for name in ("offsets", "whole"):
+        (tmp_path / "cache" / "shards-x" / "validation" / f"{name}.npy").unlink()
+    old = token_shards.read(str(tmp_path / "cache" / "shards-x"))[0]["validation"]
+    new = found["validation"]
+    assert old.offsets_N.tolist() == new.offsets_N.tolist()
+    assert old.whole_before_N.tolist() == new.whole_before_N.tolist() == [0, 0, 1]

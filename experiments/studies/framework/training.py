@@ -25,7 +25,7 @@ from deepseek_jax import io
 from deepseek_jax.config import Config, as_dict, default_config, freeze
 from deepseek_jax.config.load import RENAMED
 from deepseek_jax.data.loader import Loader
-from deepseek_jax.data.prepare import Prepared, prepare
+from deepseek_jax.data.prepare import OLD_ORDER, Prepared, prepare
 from deepseek_jax.model import DeepSeekV3
 from deepseek_jax.training.evaluate import evaluate
 from deepseek_jax.training.metrics import LAST_STEPS, all_layers, max_vio
@@ -108,7 +108,8 @@ class Training(Measure):
         """The arm's tokens and their tokenizer."""
         config = self.located(study, arm, 0, folder)
         # A directory for each vocabulary, because it contains the tokenizer.
-        return prepare(config, str(folder / f"tokens-{config.model.vocab_size}"))
+        made = prepare(config, str(folder / f"tokens-{config.model.vocab_size}"))
+        return dataclasses.replace(made, order=OLD_ORDER)  # that of the committed results
 
     def identity(self, study: Study, arm: str) -> Any:
         config = as_dict(self.config(study, arm))
