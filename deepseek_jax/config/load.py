@@ -58,6 +58,9 @@ class Config(Checked):
             raise ConfigError(f"model.router={IN_TURN!r} is that of balance.force_balanced=True, which measures speed; "
                               f"take --config.model.router={GROUP_LIMITED} with the rest of that run's config.")
         check_mesh(self.mesh, self.model, self.train)
+        if self.data.tokenizer is not None and (begun := self.init.from_ or self.distill.from_):
+            raise ConfigError(f"data.tokenizer={self.data.tokenizer}: the weights of {begun} know their own tokenizer; "
+                              "omit it.")
         if self.lora.rank is not None:
             self._check_lora()
         elif self.lora.fp8:

@@ -25,8 +25,10 @@ class DataConfig(Checked, section="data"):
     """Where text comes from and how it becomes sequences (report section 4.1)."""
 
     sources: Annotated[tuple[tuple[str, float], ...],
-                       "(path, weight) pairs; a path is a folder, a file or a glob, stdlib the running "
-                       "Python's own library"] = (("stdlib", 1.0),)
+                       "(path, weight) pairs; a path is a folder, a file or a glob, hf:FOLDER one that the hub "
+                       "laid out, stdlib the running Python's own library"] = (("stdlib", 1.0),)
+    tokenizer: Annotated[str | None, "a tokenizer.json, or a folder that has one, such as a checkpoint's; None: that "
+                         "of the run or checkpoint a run begins from, or one trained on its text"] = None
     validation_fraction: Annotated[float, BETWEEN, "of the files, chosen by the hash of their relative path"] = 0.05
     fim_rate: Annotated[float, FRACTION, "share of documents rearranged prefix-suffix-middle, before packing"] = 0.1
     split_punctuation_rate: Annotated[float, FRACTION,
@@ -46,7 +48,9 @@ class DataConfig(Checked, section="data"):
             if not path or weight <= 0:
                 raise ConfigError(f"data.sources: {(path, weight)!r} must be a path and a positive weight; leave out "
                                   "what is not wanted.")
-            local_path("data.sources", path)
+            local_path("data.sources", path.removeprefix("hf:"))
+        if self.tokenizer is not None:
+            local_path("data.tokenizer", self.tokenizer)
         if self.cache_dir is not None:
             local_path("data.cache_dir", self.cache_dir)
         if self.packing == "whole" and not self.mask_documents:

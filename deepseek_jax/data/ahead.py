@@ -112,7 +112,7 @@ class Divided(prepare.Source):
 
     def sampled(self, bytes: float) -> Iterator[str]:
         counts, cut = self.survey
-        for path in self._of_all("samples", ".jsonl", _sample, self.numbered, (cut, bytes / counts.bytes)):
+        for path in self._of_all("samples", ".jsonl", _sample, self.numbered, (cut, bytes / max(1, counts.bytes))):
             with open(path, encoding="utf-8") as lines:
                 yield from map(json.loads, lines)
 

@@ -17,15 +17,18 @@ import sysconfig
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
+
 from deepseek_jax import io
 from deepseek_jax.chat.messages import BadMessages, check_messages, check_tools
 from deepseek_jax.config import ConfigError
-from deepseek_jax.data import zst
+from deepseek_jax.data import megatron, zst
 from deepseek_jax.data.files import File, Stretch, below, find
 
 log = logging.getLogger(__name__)
 
 STDLIB = "stdlib"
+HUB = "hf:"  # a folder as Hugging Face's hub lays out data sets
 # Tests are missing from many installations, so corpora with them would differ from machine to machine; the others are
 # tables written by programs, which a model learns nothing from (and which would flatter its bits per byte).
 _STDLIB_SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data"}
@@ -42,16 +45,23 @@ class Document:
 
     messages: of a conversation; its parts are what they say, and a chat template makes its tokens.
     tools: that the conversation may call.
+    ids: int64, of a document that was tokenized by others; it has no parts.
     """
 
     name: str
     parts: tuple[tuple[str, bool], ...]
     messages: tuple[dict[str, Any], ...] | None = None
     tools: tuple[dict[str, Any], ...] = ()
+    ids: np.ndarray | None = dataclasses.field(default=None, compare=False)
 
     @property
     def bytes(self) -> int:
         return sum(len(text.encode()) for text, _ in self.parts)
+
+    @property
+    def is_learned(self) -> bool:
+        """Whether any of it is predicted."""
+        return any(predicted for _, predicted in self.parts) if self.ids is None else len(self.ids) > 0
 
 
 @dataclasses.dataclass
@@ -69,7 +79,8 @@ def list_files(path: str) -> list[File]:
     """The readable files of a folder, file, glob or the word "stdlib", sorted by name. Raises ConfigError.
 
     Files are chosen by their endings. One that is named is read in any case, and so are those of a glob that finds no
-    known ending. "~" is the home folder.
+    known ending. "~" is the home folder. Of hf:FOLDER the tables are read and nothing else, and of these only those
+    of the split train, if names say so. NAME is NAME.idx, where there is only that and NAME.bin.
     """
     files = [f for f in _found(path) if f.named or _reader(f.name)]
     if not files:
@@ -80,15 +91,34 @@ def list_files(path: str) -> list[File]:
 
 def ignored_files(path: str) -> list[str]:
     """The names of the files there that `list_files` leaves out for their endings."""
-    return [] if path == STDLIB else [f.name for f in _found(path) if not (f.named or _reader(f.name))]
+    if path == STDLIB or path.startswith(HUB):
+        return []
+    found = _found(path)
+    ids = {megatron.ids_file(f.name) for f in found if f.name.endswith(".idx")}
+    return [f.name for f in found if not (f.named or _reader(f.name) or f.name in ids)]
 
 
 def _found(path):
+    if path.startswith(HUB):
+        return _of_hub(os.path.expanduser(path.removeprefix(HUB)))
     if path != STDLIB:
-        return find(path, lambda name: _reader(name) is not None)
+        path = os.path.expanduser(path)
+        return find(megatron.index_of(path) or path, lambda name: _reader(name) is not None)
     found = below(sysconfig.get_path("stdlib"), _STDLIB_SKIPPED)
     return sorted(f for f in found
                   if f.name.endswith(".py") and not os.path.basename(f.name).startswith(_STDLIB_GENERATED))
+
+
+def _of_hub(folder):
+    """The tables in a folder as the hub lays it out: data/train-00000-of-00010.parquet; README.md is none."""
+    if not os.path.isdir(folder):
+        raise ConfigError(f"data.sources: hf:{folder} is no folder; download the data set first: hf download "
+                          f"--repo-type dataset {folder} --local-dir FOLDER.")
+    files = [f for f in find(folder, lambda name: _reader(name) is not None) if f.name.endswith(_TABLES)]
+    if not files:
+        raise ConfigError(f"data.sources: hf:{folder} has no {', '.join(_TABLES)}, as data sets of the hub have.")
+    train = [f for f in files if os.path.basename(f.name).startswith("train")]
+    return train or files
 
 
 def digest(files: Sequence[File], by_contents: bool | None = None) -> str:
@@ -110,23 +140,29 @@ def digest(files: Sequence[File], by_contents: bool | None = None) -> str:
     return BY_TIMES + total.hexdigest()
 
 
+def paths_of(file: File) -> list[str]:
+    """What is read of a file: of an index its ids too."""
+    return [file.path, megatron.ids_file(file.path)] if file.name.endswith(".idx") else [file.path]
+
+
 def _stat(file) -> tuple[int, int]:
     """Bytes, and nanoseconds at the last change."""
     try:
-        found = os.stat(file.path)
+        found = [os.stat(path) for path in paths_of(file)]
     except OSError:
         return 0, 0
-    return found.st_size, found.st_mtime_ns
+    return sum(f.st_size for f in found), sum(f.st_mtime_ns for f in found)
 
 
 def content_hash(file: File) -> str:
-    """SHA-256 of a file, or of its stretch of lines; of stretches of parquet the first has that of the file."""
-    if file.stretch and file.stretch.start and file.name.endswith(".parquet"):
+    """SHA-256 of a file, or of its stretch of lines; of other stretches the first has that of the file."""
+    lines = file.stretch is not None and file.name.endswith(".jsonl")
+    if file.stretch and file.stretch.start and not lines:
         return ""
     try:
+        if file.stretch is None or not lines:
+            return "".join(map(_file_hash, paths_of(file)))
         with io.open_regular(file.path) as f:
-            if file.stretch is None or file.name.endswith(".parquet"):
-                return hashlib.file_digest(f, "sha256").hexdigest()
             f.seek(file.stretch.start)
             left, found = file.stretch.stop - file.stretch.start, hashlib.sha256()
             while left and (data := f.read(min(left, 1 << 20))):
@@ -135,6 +171,11 @@ def content_hash(file: File) -> str:
             return found.hexdigest()
     except OSError:
         return "unreadable"  # will be skipped and named when it is read
+
+
+def _file_hash(path):
+    with io.open_regular(path) as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def content_hashes(files: Iterable[File]) -> list[tuple[str, int, str]]:
@@ -167,9 +208,8 @@ def read_documents(files: list[File], counts: Counts | None = None, warn: Callab
                     counts.skipped += 1
                     tell(f"skipped {name}: {parts}")
                     continue
-                chat = (parts.messages, parts.tools) if isinstance(parts, _Conversation) else ()
-                document = Document(name, tuple(part for part in parts if part[0]), *chat)
-                if not any(predicted for _, predicted in document.parts):
+                document = _document(name, parts)
+                if not document.is_learned:
                     counts.empty += 1
                     continue
                 counts.documents += 1
@@ -180,6 +220,13 @@ def read_documents(files: list[File], counts: Counts | None = None, warn: Callab
         except Exception as error:  # whatever a damaged file makes its reader raise
             counts.skipped += 1
             tell(f"skipped {file.name}: {_first_line(error)}")
+
+
+def _document(name, parts):
+    if isinstance(parts, np.ndarray):
+        return Document(name, (), ids=parts)
+    chat = (parts.messages, parts.tools) if isinstance(parts, _Conversation) else (None, ())
+    return Document(name, tuple(part for part in parts if part[0]), *chat)
 
 
 def _first_line(error: Exception) -> str:
@@ -270,7 +317,7 @@ def open_parquet(path: str) -> Any:
 def _read_parquet(path, alone, stretch):
     del alone
     with open_parquet(path) as file:
-        columns = [c for c in ("text", "prompt", "answer", "messages", "tools") if c in file.schema_arrow.names]
+        columns = [c for c in (*_KEYS, *_IDS) if c in file.schema_arrow.names]
         row, groups = (0, None) if stretch is None else (stretch.row, range(stretch.start, stretch.stop))
         for batch in file.iter_batches(batch_size=1024, columns=columns, row_groups=groups and list(groups)):
             for record in batch.to_pylist():
@@ -285,14 +332,23 @@ def _parts(record):
     if record.get("messages") is not None and all(record.get(key) is None for key in ("text", "answer")):
         return _conversation(record["messages"], record.get("tools") or [])
     keys = ("prompt", "answer") if record.get("text") is None else ("text",)
+    ids = next((record[key] for key in _IDS if record.get(key) is not None), None)
+    if ids is not None and all(record.get(key) is None for key in _KEYS):
+        return _token_ids(ids)
     if not all(isinstance(record.get(key), str) for key in keys):
-        return 'has neither "text" nor "prompt" and "answer" as strings, nor "messages"'
+        return 'has neither "text" nor "prompt" and "answer" as strings, nor "messages", nor "tokens" as a list of ids'
     try:
         for key in keys:
             record[key].encode()
     except UnicodeEncodeError:
         return "holds half a surrogate pair, which is no text"  # JSON can spell it, UTF-8 cannot
     return tuple((record[key], key != "prompt") for key in keys)
+
+
+def _token_ids(ids):
+    if not (isinstance(ids, list) and all(type(i) is int and 0 <= i < 2**31 for i in ids)):
+        return "tokens must be a list of ids, whole numbers of 0 and more"
+    return np.array(ids, np.int64)
 
 
 class _Conversation(tuple):
@@ -333,8 +389,15 @@ def _without_none(value):
     return [_without_none(inner) for inner in value] if isinstance(value, list) else value
 
 
+def _read_megatron(path, alone, stretch):
+    del alone
+    yield from megatron.read_ids(path) if stretch is None else megatron.read_ids(path, stretch.start, stretch.stop)
+
+
+_KEYS, _IDS = ("text", "prompt", "answer", "messages", "tools"), ("tokens", "input_ids")
+_TABLES = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst")
 _READERS = {".txt": _read_text, ".md": _read_text, ".py": _read_text, ".jsonl": _read_jsonl,
-            ".jsonl.gz": _read_jsonl, ".jsonl.zst": _read_jsonl, ".parquet": _read_parquet}
+            ".jsonl.gz": _read_jsonl, ".jsonl.zst": _read_jsonl, ".parquet": _read_parquet, ".idx": _read_megatron}
 
 
 def _reader(name: str) -> Any:

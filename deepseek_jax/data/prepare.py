@@ -78,12 +78,15 @@ class Source:
 
     def sampled(self, bytes: float) -> Iterator[str]:
         """About so many bytes of the training documents, for a tokenizer."""
-        return sample(self.training_texts(), bytes / self.survey[0].bytes)
+        return sample(self.training_texts(), bytes / max(1, self.survey[0].bytes))
 
 
 def texts_to_learn(documents: Iterable[corpus.Document], cut: int | None) -> Iterator[str]:
-    """The texts of the training documents."""
+    """The texts of the training documents. Raises ConfigError for documents of token ids."""
     for document in documents:
+        if document.ids is not None:
+            raise ConfigError(f"{document.name} holds token ids, which no tokenizer can be trained on; give the one "
+                              "that made them as data.tokenizer=PATH.")
         if cut is not None and corpus.hash_position(document.name) > cut:
             yield from (text for text, _ in document.parts)
 
@@ -194,13 +197,15 @@ def cache_of(config: Config, workdir: str) -> str:
 
 
 def find_tokenizer(config: Config, workdir: str, sources: Sequence[Source]) -> Tokenizer:
-    """Until there is a checkpoint, that of the run whose weights are taken or that teaches, with its companions; else
-    the work directory's; without either, one trained here."""
+    """Until there is a checkpoint, that of the run whose weights are taken or that teaches, or of data.tokenizer, with
+    its companions; else the work directory's; without either, one trained here."""
     own, begun = os.path.join(workdir, "tokenizer.json"), has_checkpoint(workdir)
-    source = config.init.from_ or config.distill.from_
+    source = config.init.from_ or config.distill.from_ or config.data.tokenizer
     if os.path.isfile(own) and (begun or source is None):
         return Tokenizer.load(own, config.model.vocab_size)
-    if source is not None:
+    if source is not None and os.path.isfile(source):
+        tokenizer = Tokenizer.load(source, config.model.vocab_size)
+    elif source is not None:
         tokenizer = Tokenizer.load(os.path.join(source, "tokenizer.json"), config.model.vocab_size)
         os.makedirs(workdir, exist_ok=True)
         for name in COMPANIONS:

@@ -36,6 +36,7 @@ from tqdm import tqdm
 from deepseek_jax import io
 from deepseek_jax.chat.conversation import conversation_ids
 from deepseek_jax.chat.messages import PLAIN, BadMessages, Conventions
+from deepseek_jax.config import ConfigError
 from deepseek_jax.data import corpus
 from deepseek_jax.data.tokenizer import Tokenizer, split_tokens
 
@@ -212,8 +213,12 @@ def write(folder: str, documents: Iterable[corpus.Document], tokenizer: Tokenize
                     warn(f"skipped {document.name}: {error}")
                     meta |= {"skipped": meta.get("skipped", 0) + 1, "documents": meta.get("documents", 1) - 1}
                     continue
-                writers["validation" if validation else "train"].add(ids_T, predicted_T, document.bytes)
-                line.update(document.bytes)
+                size = document.bytes
+                if document.ids is not None:  # nobody knew before
+                    size = int(tokenizer.byte_lengths_W[ids_T].sum())
+                    meta["bytes"] = meta.get("bytes", 0) + size
+                writers["validation" if validation else "train"].add(ids_T, predicted_T, size)
+                line.update(size)
         meta = {**meta, "dtype": dtype, **{split: w.close() for split, w in writers.items()}}
         _write_hashes(partial, hashes)
         io.write_json(os.path.join(partial, "meta.json"), meta, indent=1)
@@ -266,7 +271,7 @@ def _tokenized(documents, tokenizer) -> Iterator[tuple[corpus.Document, list[lis
     batch, size = [], 0
     for document in documents:
         batch.append(document)
-        size += document.bytes
+        size += document.bytes if document.ids is None else document.ids.nbytes
         if size >= _BATCH_BYTES:
             yield from _tokenize_batch(batch, tokenizer)
             batch, size = [], 0
@@ -280,10 +285,24 @@ def _tokenize_batch(batch, tokenizer):
 
 
 def _ids(document, parts, tokenizer, options: Options, validation) -> tuple[np.ndarray, np.ndarray]:
+    if document.ids is not None:
+        return _given(document, tokenizer)
     if document.messages is None:
         return _join(document, parts, tokenizer, 0.0 if validation else options.split_rate, options.seed)
     ids, predicted = conversation_ids(list(document.messages), tokenizer, options.text(), list(document.tools))
     return np.array(ids, np.int64), np.array(predicted)
+
+
+def _given(document, tokenizer) -> tuple[np.ndarray, np.ndarray]:
+    """The ids that others made, between BOS and EOS. Raises ConfigError where another tokenizer must have made them."""
+    least, most = int(document.ids.min()), int(document.ids.max())
+    if least < 0 or most >= tokenizer.vocab_size:
+        raise ConfigError(f"{document.name} has the token id {least if least < 0 else most}, and the tokenizer's are 0 "
+                          f"to {tokenizer.vocab_size - 1}; give the tokenizer that made them as data.tokenizer=PATH.")
+    begin = [] if document.ids[0] == tokenizer.bos else [tokenizer.bos]
+    end = [] if document.ids[-1] == tokenizer.eos else [tokenizer.eos]
+    ids_T = np.concatenate([begin, document.ids, end]).astype(np.int64)
+    return ids_T, np.ones(len(ids_T), bool)
 
 
 def _join(document, parts, tokenizer, split_rate, seed) -> tuple[np.ndarray, np.ndarray]:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
-from deepseek_jax.data.corpus import open_parquet
+from deepseek_jax.data.corpus import open_parquet, paths_of
 from deepseek_jax.data.files import File, Stretch
+from deepseek_jax.data.megatron import read_index
 
 SMALLEST, LARGEST = 8 << 20, 1 << 30  # bytes of a unit: enough work to be worth a file, and what a restart may repeat
 MOST = 1024  # units, unless they would be too large
@@ -33,7 +34,7 @@ def units(files: list[File]) -> list[list[File]]:
 
 def _size(file):
     try:
-        return 0 if file.fault else os.path.getsize(file.path)
+        return 0 if file.fault else sum(map(os.path.getsize, paths_of(file)))
     except OSError:
         return 0  # will be skipped and named when it is read
 
@@ -46,8 +47,22 @@ def _pieces(file, size, most) -> Iterator[tuple[File, int]]:
             yield file._replace(stretch=Stretch(start, stop, int(start > 0))), stop - start
     elif size > most and file.name.endswith(".parquet"):
         yield from _row_groups(file, size, most)
+    elif size > most and file.name.endswith(".idx"):
+        yield from _documents(file, size, most)
     else:
         yield file, size
+
+
+def _documents(file, size, most):
+    try:
+        count = len(read_index(file.path).first_D) - 1
+    except (OSError, ValueError):  # its reader says so
+        yield file, size
+        return
+    step = max(1, count * most // size)
+    for start in range(0, count, step):
+        stop = min(start + step, count)
+        yield file._replace(stretch=Stretch(start, stop, start)), size * (stop - start) // count
 
 
 def _row_groups(file, size, most):

@@ -332,4 +332,32 @@ MUTATIONS = [
         new='return found["order"] if _has_order(found) else ORDER',
         tests="data/test_token_shards.py::test_a_run_keeps_the_order_that_it_began_with",
     ),
+    Mutation(
+        name="a document of Megatron's is its first sequence",
+        file="deepseek_jax/data/megatron.py",
+        old="first, end = index.first_D[document:document + 2].tolist()",
+        new="first, end = int(index.first_D[document]), int(index.first_D[document]) + 1",
+        tests="data/test_token_ids.py::test_documents_of_megatron_are_read_in_each_type_of_ids",
+    ),
+    Mutation(
+        name="ids that the tokenizer lacks are trained on",
+        file="deepseek_jax/data/token_shards.py",
+        old="if least < 0 or most >= tokenizer.vocab_size:",
+        new="if least < 0:",
+        tests="data/test_token_ids.py::test_ids_without_their_tokenizer_or_with_another_are_one_line",
+    ),
+    Mutation(
+        name="only the index of Megatron's pair is hashed",
+        file="deepseek_jax/data/corpus.py",
+        old='return [file.path, megatron.ids_file(file.path)] if file.name.endswith(".idx") else [file.path]',
+        new="return [file.path]",
+        tests="data/test_token_ids.py::test_a_changed_bin_is_another_corpus",
+    ),
+    Mutation(
+        name="the test split of the hub is trained on",
+        file="deepseek_jax/data/corpus.py",
+        old="return train or files",
+        new="return files",
+        tests="data/test_token_ids.py::test_of_a_folder_of_the_hub_the_tables_of_training_are_read",
+    ),
 ]
