@@ -61,6 +61,9 @@ class Config(Checked):
         if self.data.tokenizer is not None and (begun := self.init.from_ or self.distill.from_):
             raise ConfigError(f"data.tokenizer={self.data.tokenizer}: the weights of {begun} know their own tokenizer; "
                               "omit it.")
+        if self.data.validation is not None and self.preference.objective is not None:
+            raise ConfigError("data.validation is for documents, and pairs are held out by data.validation_fraction; "
+                              "omit it.")
         if self.lora.rank is not None:
             self._check_lora()
         elif self.lora.fp8:

@@ -30,6 +30,8 @@ class DataConfig(Checked, section="data"):
     tokenizer: Annotated[str | None, "a tokenizer.json, or a folder that has one, such as a checkpoint's; None: that "
                          "of the run or checkpoint a run begins from, or one trained on its text"] = None
     validation_fraction: Annotated[float, BETWEEN, "of the files, chosen by the hash of their relative path"] = 0.05
+    validation: Annotated[str | None, "a source of held-out text of its own, read as one of sources is; of these then "
+                          "nothing is held out"] = None
     fim_rate: Annotated[float, FRACTION, "share of documents rearranged prefix-suffix-middle, before packing"] = 0.1
     split_punctuation_rate: Annotated[float, FRACTION,
                                       "of the tokens that join punctuation and line breaks: split at random"] = 0.1
@@ -49,6 +51,10 @@ class DataConfig(Checked, section="data"):
                 raise ConfigError(f"data.sources: {(path, weight)!r} must be a path and a positive weight; leave out "
                                   "what is not wanted.")
             local_path("data.sources", path.removeprefix("hf:"))
+        if self.validation is not None:
+            local_path("data.validation", self.validation.removeprefix("hf:"))
+            if self.validation in [path for path, _ in self.sources]:
+                raise ConfigError(f"data.validation={self.validation} is one of data.sources too; hold out other text.")
         if self.tokenizer is not None:
             local_path("data.tokenizer", self.tokenizer)
         if self.cache_dir is not None:

@@ -79,9 +79,13 @@ def prepare_ahead(config: Config, workdir: str | None, share: Share = ALL, worke
     folder, data = prepare.cache_of(config, workdir), config.data
     os.makedirs(folder, exist_ok=True)
     with Workers(workers) as pool:
-        sources = [Divided(path, data.validation_fraction, workdir, folder, share, pool) for path, _ in data.sources]
+        divided = lambda path, fraction: Divided(path, fraction, workdir, folder, share, pool)
+        sources = [divided(path, prepare.held_fraction(data)) for path, _ in data.sources]
+        own = [] if data.validation is None else [divided(data.validation, None)]
         tokenizer = prepare.find_tokenizer(config, workdir, sources)
-        return [_parts(source, tokenizer, config, workdir) for source in sources]
+        rate = data.split_punctuation_rate
+        return [*(_parts(source, tokenizer, config, workdir, rate) for source in sources),
+                *(_parts(source, tokenizer, config, workdir, 0.0) for source in own)]
 
 
 class Divided(prepare.Source):
@@ -146,8 +150,7 @@ def _sample(path, unit, alone, cut, share):
         f.writelines(json.dumps(text) + "\n" for text in texts)
 
 
-def _parts(source: Divided, tokenizer, config, workdir) -> Made:
-    rate = config.data.split_punctuation_rate
+def _parts(source: Divided, tokenizer, config, workdir, rate) -> Made:
     folder = prepare.shards_folder(source, tokenizer, config, workdir, rate)
     parts = [token_shards.part_folder(folder, i) for i in range(len(source.units))]
     there = lambda i: os.path.isfile(os.path.join(parts[i], "meta.json"))
@@ -155,7 +158,7 @@ def _parts(source: Divided, tokenizer, config, workdir) -> Made:
         mine = [i for i in source.share.mine(len(parts)) if not there(i)]
         cut = source.survey[1] if mine else None
         source.workers.run([(_tokenize, parts[i], source.numbered[i], source.alone, cut, source.surveys[i]["counts"],
-                             config, workdir) for i in mine], f"tokenizing {source.path}")
+                             config, workdir, rate) for i in mine], f"tokenizing {source.path}")
         if missing := [i for i in range(len(parts)) if not there(i)]:
             return Made(source.path, len(parts), missing)
         hashes = (line for unit in source.surveys for line in unit["hashes"])
@@ -164,10 +167,10 @@ def _parts(source: Divided, tokenizer, config, workdir) -> Made:
     return Made(source.path, len(parts), [], sum(meta[split]["tokens"] for split in token_shards.SPLITS))
 
 
-def _tokenize(folder, unit, alone, cut, counts, config, workdir):
+def _tokenize(folder, unit, alone, cut, counts, config, workdir, rate):
     warnings = corpus.Warnings()
     tokenizer = _tokenizer(os.path.join(workdir, "tokenizer.json"))
-    options = prepare.shard_options(cut, tokenizer, config, workdir, config.data.split_punctuation_rate)
+    options = prepare.shard_options(cut, tokenizer, config, workdir, rate)
     token_shards.write(folder, corpus.read_documents(unit, None, warnings, alone), tokenizer, options, counts)
     warnings.close()
 

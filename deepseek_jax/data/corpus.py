@@ -418,23 +418,24 @@ def _bytes(name):
 
 
 def find_cut(places: Iterable[int], validation_fraction: float | None, path: str) -> int | None:
-    """The place up to which documents are validation; None, all of them, if `validation_fraction` is None.
+    """The place up to which documents are validation; None, all of them, if `validation_fraction` is None; -1, no
+    one, if it is 0.
 
     It is the fraction of the range, moved only where a small corpus would leave one side without a document; so no
     more places are read than it takes to see that both sides have one.
     Raises ConfigError when there are too few documents.
     """
-    if validation_fraction is not None and not 0 < validation_fraction < 1:
+    if validation_fraction and not 0 < validation_fraction < 1:
         raise ConfigError(f"data.validation_fraction={validation_fraction:g} must lie between 0 and 1.")
     lowest, highest, cut = 2**64, -1, int((validation_fraction or 0) * 2**64)
     for p in places:
         lowest, highest = min(lowest, p), max(highest, p)
-        if validation_fraction is None or lowest <= cut < highest:
+        if not validation_fraction or lowest <= cut < highest:
             break
     if highest < 0:
         raise ConfigError(f"data.sources: {path} holds no text; give files with some.")
-    if validation_fraction is None:
-        return None
+    if not validation_fraction:
+        return None if validation_fraction is None else -1
     if lowest == highest:
         raise ConfigError(f"data.sources: {path} holds one document, too few for training and validation; add files.")
     return min(max(cut, lowest), highest - 1)

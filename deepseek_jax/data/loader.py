@@ -83,9 +83,9 @@ class Loader:
     def weights_by_source(self, batch: int, rows: int, weights_BT: np.ndarray) -> dict[str, np.ndarray]:
         """The weights of validation batch number `batch`, apart for each source that it has targets of.
 
-        All hosts get the same sources, each with its own rows. Of a run with one source: none.
+        All hosts get the same sources, each with its own rows. Of held-out text of one source: none.
         """
-        if len(self.sources) == 1:
+        if len(self.validation.shards) == 1:
             return {}
         inside = self.validation.sources_of(batch, rows * self.hosts)
         first = (batch * self.hosts + self.host) * rows

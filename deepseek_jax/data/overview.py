@@ -24,7 +24,8 @@ def describe_sources(config: Config, prepared: Prepared) -> str:
     train, weights = config.train, [weight for _, weight in config.data.sources]
     sequences = train.sequences_before(train.steps)
     rows: list[tuple[str, ...]] = [HEAD]
-    for weight, meta, made, held in zip(weights, prepared.sources, prepared.train, prepared.validation):
+    held_out = prepared.validation if config.data.validation is None else (None,) * len(weights)
+    for weight, meta, made, held in zip(weights, prepared.sources, prepared.train, held_out):
         share, tokens = weight / sum(weights), len(made.tokens)
         of_text = train.sequence_length
         if config.data.packing == "whole":
@@ -32,16 +33,22 @@ def describe_sources(config: Config, prepared: Prepared) -> str:
         epochs = share * sequences * of_text / tokens if tokens else 0.0
         shown = f"{epochs:.2f}" if epochs >= 0.1 else f"{epochs:.2g}"
         rows.append((meta["source"], f"{meta['files']:,}", f"{meta['bytes'] / 1e6:.1f}", f"{meta['skipped']:,}",
-                     f"{tokens:,}", f"{len(held.tokens):,}", f"{share:.1%}", shown))
+                     f"{tokens:,}", f"{len(held.tokens):,}" if held else "", f"{share:.1%}", shown))
+    if config.data.validation is not None:
+        meta = prepared.sources[-1]
+        rows.append((meta["source"], f"{meta['files']:,}", f"{meta['bytes'] / 1e6:.1f}", f"{meta['skipped']:,}", "",
+                     f"{len(prepared.validation[0].tokens):,}", "", ""))
     notes = [note for path, _ in config.data.sources if (note := _left_out(path))]
     if config.data.packing == "whole":
-        notes += [note for meta, *made in zip(prepared.sources, prepared.train, prepared.validation)
-                  if (note := _too_long(meta["source"], made, train.sequence_length))]
+        parts: list = [*zip(prepared.sources, zip(prepared.train, held_out))]
+        if config.data.validation is not None:
+            parts.append((prepared.sources[-1], prepared.validation))
+        notes += [note for meta, shards in parts if (note := _too_long(meta["source"], shards, train.sequence_length))]
     return "\n".join([aligned(rows), *notes])
 
 
 def _too_long(source, shards, length):
-    count = sum(int((shard.lengths_N > length + 1).sum()) for shard in shards)
+    count = sum(int((shard.lengths_N > length + 1).sum()) for shard in shards if shard)
     return count and (f"note: {source}: {count:,} documents are longer than train.sequence_length={length} and are "
                       "left out; raise it to train on them.")
 

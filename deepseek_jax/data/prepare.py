@@ -23,7 +23,7 @@ import tokenizers
 
 from deepseek_jax import io
 from deepseek_jax.chat.template import keep_built_in, of_folder
-from deepseek_jax.config import Config, ConfigError
+from deepseek_jax.config import Config, ConfigError, DataConfig
 from deepseek_jax.data import corpus, token_shards
 from deepseek_jax.data.tokenizer import COMPANIONS, PATTERN, SPECIALS, Tokenizer, train_tokenizer
 from deepseek_jax.data.units import units
@@ -41,8 +41,8 @@ class Prepared:
 
     tokenizer: Tokenizer
     train: tuple[token_shards.Shard, ...]  # one a source
-    validation: tuple[token_shards.Shard, ...]
-    sources: tuple[dict, ...]  # one a source: what was read, skipped and made of it (JSON-able)
+    validation: tuple[token_shards.Shard, ...]  # one a source, or that of data.validation
+    sources: tuple[dict, ...]  # one a source: what was read, skipped and made of it (JSON-able); then data.validation's
     order: int = ORDER  # of documents and sequences; a run keeps the one that it began with
 
 
@@ -100,14 +100,22 @@ def prepare(config: Config, workdir: str, resumes: bool = False) -> Prepared:
       ConfigError: an unusable corpus or tokenizer.
     """
     data = config.data
-    sources = [Source(path, data.validation_fraction, workdir, cache_of(config, workdir)) for path, _ in data.sources]
+    places = workdir, cache_of(config, workdir)
+    sources = [Source(path, held_fraction(data), *places) for path, _ in data.sources]
+    own = [] if data.validation is None else [Source(data.validation, None, *places)]
     if resumes:
-        _check(workdir, {source.path: source.digest for source in sources})
+        _check(workdir, {source.path: source.digest for source in (*sources, *own)})
     tokenizer = find_tokenizer(config, workdir, sources)
     pairs = [_shards(source, tokenizer, config, workdir, data.split_punctuation_rate) for source in sources]
-    report = tuple(meta | {"digest": source.digest} for source, (_, meta) in zip(sources, pairs))
-    return Prepared(tokenizer, tuple(s["train"] for s, _ in pairs), tuple(s["validation"] for s, _ in pairs), report,
+    held = [_shards(source, tokenizer, config, workdir, 0.0) for source in own] or pairs
+    report = tuple(meta | {"digest": source.digest} for source, (_, meta) in zip((*sources, *own), (*pairs, *held)))
+    return Prepared(tokenizer, tuple(s["train"] for s, _ in pairs), tuple(s["validation"] for s, _ in held), report,
                     _order(workdir))
+
+
+def held_fraction(data: DataConfig) -> float:
+    """Of the training sources."""
+    return data.validation_fraction if data.validation is None else 0.0
 
 
 def claim_corpus(prepared: Prepared, workdir: str) -> None:
@@ -221,7 +229,7 @@ def find_tokenizer(config: Config, workdir: str, sources: Sequence[Source]) -> T
 
 def _trained(config, workdir, sources) -> Tokenizer:
     depends_on = [PATTERN, list(SPECIALS.values()), tokenizers.__version__, TOKENIZER_SAMPLE_BYTES, _PIECE,
-                  config.model.vocab_size, config.data.validation_fraction,
+                  config.model.vocab_size, held_fraction(config.data),
                   [(s.digest, weight) for s, (_, weight) in zip(sources, config.data.sources)]]
     key = hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()[:16]
     path = os.path.join(cache_of(config, workdir), f"tokenizer-{key}.json")

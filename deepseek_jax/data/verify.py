@@ -26,7 +26,7 @@ def verify(config: Config, workdir: str | None, workers: int = 1) -> Iterator[st
     """
     cache = cache_of(config, workdir or "")
     with Workers(workers) as pool:
-        for path, _ in config.data.sources:
+        for path in (*(path for path, _ in config.data.sources), *filter(None, [config.data.validation])):
             source = Source(path, None, workdir, cache)
             folder, began = _made_of(source, cache, noted(workdir).get(path) if workdir else None)
             pieces = units(source.files)

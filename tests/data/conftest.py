@@ -68,3 +68,13 @@ def make_loader(make_config, tmp_path):
         config = make_config(*sources, **fields)
         return Loader(config, prepare(config, str(tmp_path / "work")), host, hosts)
     return make
+
+
+@pytest.fixture
+def own(make_config, folder, tmp_path):
+    """The config of a run of two sources with held-out text of its own."""
+    for name in ("other", "held"):
+        (tmp_path / name).mkdir()
+        for i in range(3):
+            (tmp_path / name / f"{i}.txt").write_text(f"{name}\n" + make_text(900 + i, lines=100))
+    return make_config(folder, tmp_path / "other", validation=str(tmp_path / "held"))

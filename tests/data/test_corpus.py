@@ -176,7 +176,7 @@ def test_two_documents_are_enough_for_both_sides(fraction):
 
 
 @pytest.mark.parametrize("names, fraction, message", [
-    ("", 0.1, "holds no text"), ("a", 0.1, "one document"), ("ab", 0.0, "between 0 and 1"), ("", None, "no text")])
+    ("", 0.1, "holds no text"), ("a", 0.1, "one document"), ("ab", 1.0, "between 0 and 1"), ("", None, "no text")])
 def test_a_corpus_too_small_to_split_is_a_config_error(names, fraction, message):
     with pytest.raises(ConfigError, match=message):
         cut_of(names, fraction)

@@ -5,6 +5,12 @@ import json
 import numpy as np
 import pytest
 
+from deepseek_jax.config import ConfigError, load_config
+from deepseek_jax.data.ahead import prepare_ahead
+from deepseek_jax.data.loader import Loader
+from deepseek_jax.data.overview import describe_sources
+from deepseek_jax.data.prepare import claim_corpus, prepare
+
 
 def stack(loader, rows, limit=0):
     batches = list(loader.validation_batches(rows, limit))
@@ -138,3 +144,38 @@ def test_a_limit_spreads_what_it_scores_over_the_whole_set(make_loader, folder):
     n = len(whole)
     for got, expected in zip(some, (whole[0], whole[n // 3], whole[2 * n // 3])):
         np.testing.assert_array_equal(got["tokens"], expected["tokens"])
+
+
+def test_held_out_text_of_its_own_leaves_all_of_the_sources_to_train_on(own, tmp_path):
+    made = prepare(own, str(tmp_path / "work"))
+    assert [len(shard.bytes_N) for shard in made.train] == [40, 3]
+    assert [len(shard.bytes_N) for shard in made.validation] == [3]
+    spelled = made.tokenizer.decode(made.validation[0].tokens)
+    assert spelled.count("held\n") == 3 and "other\n" not in spelled
+    loader = Loader(own, made)
+    batch = next(loader.validation_batches(4))
+    assert loader.weights_by_source(0, 4, batch["weights"]) == {}
+    *_, last = describe_sources(own, made).splitlines()
+    tokens = f"{len(made.validation[0].tokens):,}"
+    assert last.split() == [own.data.validation, "3", "0.0", "0", tokens]
+    claim_corpus(made, str(tmp_path / "work"))
+    (tmp_path / "held" / "0.txt").write_text("changed")
+    with pytest.raises(ConfigError, match="the files of .*held have changed since"):
+        prepare(own, str(tmp_path / "work"), resumes=True)
+
+
+def test_held_out_text_of_its_own_is_prepared_ahead(own, tmp_path):
+    made = prepare_ahead(own, str(tmp_path / "ahead"))
+    assert [m.path for m in made] == [*(path for path, _ in own.data.sources), own.data.validation]
+    ahead, alone = (prepare(own, str(tmp_path / name)) for name in ("ahead", "alone"))
+    assert ahead.tokenizer.digest == alone.tokenizer.digest
+    assert (ahead.validation[0].tokens[:] == alone.validation[0].tokens[:]).all()
+
+
+@pytest.mark.parametrize("keys, complaint", [
+    (["data.sources=(('a', 1.0),)", "data.validation=a"], "is one of data.sources too"),
+    (["data.validation=a", "preference.objective=dpo"], "pairs are held out by"),
+    (["data.validation=s3://a"], "is an address")])
+def test_validation_that_is_none_is_one_line(keys, complaint):
+    with pytest.raises(ConfigError, match=complaint):
+        load_config("tiny", [f"--config.{key}" for key in keys])

@@ -360,4 +360,18 @@ MUTATIONS = [
         new="return files",
         tests="data/test_token_ids.py::test_of_a_folder_of_the_hub_the_tables_of_training_are_read",
     ),
+    Mutation(
+        name="of sources with held-out text of its own a part is held out too",
+        file="deepseek_jax/data/prepare.py",
+        old="return data.validation_fraction if data.validation is None else 0.0",
+        new="return data.validation_fraction",
+        tests="data/test_validation.py::test_held_out_text_of_its_own_leaves_all_of_the_sources_to_train_on",
+    ),
+    Mutation(
+        name="compressors read all held-out text",
+        file="deepseek_jax/data/baselines.py",
+        old="if size >= most:",
+        new="if False:",
+        tests="data/test_baselines.py",
+    ),
 ]
