@@ -97,7 +97,8 @@ class PostTraining(Measure):
         first = self.after.get(arm)
         config = as_dict(self.config(study, arm))
         # As it was before there were others.
-        for section, key, value in (("rollout", "reward", "task"), ("rollout", "fp8", False), ("lora", "fp8", False)):
+        for section, key, value in (("rollout", "reward", "task"), ("rollout", "fp8", False), ("lora", "fp8", False),
+                                    ("data", "tokenizer", None), ("data", "validation", None)):
             if config[section][key] == value:
                 del config[section][key]
         start = self.students.get(arm)
