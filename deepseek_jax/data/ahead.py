@@ -178,7 +178,7 @@ def _tokenize(folder, unit, alone, cut, counts, config, workdir, rate):
 _tokenizer = functools.lru_cache(maxsize=1)(Tokenizer.load)  # by a worker, once
 
 
-_THREADS = "TOKENIZERS_PARALLELISM"
+_THREADS = "TOKENIZERS_PARALLELISM"  # of the library, which would take turns with the workers
 
 
 class Workers:
@@ -189,12 +189,6 @@ class Workers:
         self._held = contextlib.ExitStack()
 
     def __enter__(self) -> Workers:
-        before = os.environ.get(_THREADS)
-        os.environ[_THREADS] = "false"  # the library's own would take turns with the workers
-        if before is None:
-            self._held.callback(os.environ.pop, _THREADS, None)
-        else:
-            self._held.callback(os.environ.__setitem__, _THREADS, before)
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -203,18 +197,26 @@ class Workers:
     @functools.cached_property
     def _pool(self) -> concurrent.futures.ProcessPoolExecutor:
         spawned = multiprocessing.get_context("spawn")
-        return self._held.enter_context(concurrent.futures.ProcessPoolExecutor(self.count, spawned, _end_with_parent))
+        return self._held.enter_context(concurrent.futures.ProcessPoolExecutor(self.count, spawned, _begin))
 
     def run(self, calls: Sequence[tuple[Any, ...]], name: str) -> list[Any]:
         """The results of the calls, each (function, *arguments), in any order made. Raises what one of them raises."""
         with tqdm(total=len(calls), desc=name, leave=False, disable=None) as line:
-            if self.count > 1 and len(calls) > 1:
-                return self._run(calls, line)
-            results = []
+            return (self._run if self.count > 1 and len(calls) > 1 else self._run_here)(calls, line)
+
+    def _run_here(self, calls, line) -> list[Any]:
+        results, before = [], os.environ.get(_THREADS)
+        os.environ[_THREADS] = "false"
+        try:
             for function, *arguments in calls:
                 results.append(function(*arguments))
                 line.update()
             return results
+        finally:
+            if before is None:
+                del os.environ[_THREADS]
+            else:
+                os.environ[_THREADS] = before
 
     def _run(self, calls, line) -> list[Any]:
         try:
@@ -231,7 +233,8 @@ class Workers:
             raise
 
 
-def _end_with_parent() -> None:
-    """Ends a worker whose parent was killed: nothing else would tell it."""
+def _begin() -> None:
+    """Of a worker: one thread, and an end with its parent, of which nothing would tell it if that was killed."""
+    os.environ[_THREADS] = "false"
     parent: Any = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
