@@ -170,7 +170,7 @@ def _parts(source: Divided, tokenizer, config, workdir, rate) -> Made:
 def _tokenize(folder, unit, alone, cut, counts, config, workdir, rate):
     warnings = corpus.Warnings()
     tokenizer = _tokenizer(os.path.join(workdir, "tokenizer.json"))
-    options = prepare.shard_options(cut, tokenizer, config, workdir, rate)
+    options = dataclasses.replace(prepare.shard_options(cut, tokenizer, config, workdir, rate), one_thread=True)
     token_shards.write(folder, corpus.read_documents(unit, None, warnings, alone), tokenizer, options, counts)
     warnings.close()
 

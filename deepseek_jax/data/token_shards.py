@@ -107,6 +107,7 @@ class Options:
     split_rate: float = 0.0  # of punctuation-newline tokens, in training documents
     seed: int = 0
     text: Callable[[], Conventions] = lambda: PLAIN  # what the checkpoint says about chats; asked if there are any
+    one_thread: bool = False  # for tokenizing: others have the other cores
 
 
 def key(files_digest: str, tokenizer: Tokenizer, **options: Any) -> str:
@@ -205,7 +206,7 @@ def write(folder: str, documents: Iterable[corpus.Document], tokenizer: Tokenize
             files.callback(writers[split].abandon)
         with tqdm(total=progress[1], desc=progress[0], unit="B", unit_scale=True, leave=False,
                   disable=not progress[0]) as line:
-            for document, parts in _tokenized(documents, tokenizer):
+            for document, parts in _tokenized(documents, tokenizer, options.one_thread):
                 validation = options.cut is None or corpus.hash_position(document.name) <= options.cut
                 try:
                     ids_T, predicted_T = _ids(document, parts, tokenizer, options, validation)
@@ -266,20 +267,21 @@ def read_hashes(folder: str) -> list[tuple[str, int, str]]:
         return [(name, start, found) for name, start, found in map(json.loads, lines)]
 
 
-def _tokenized(documents, tokenizer) -> Iterator[tuple[corpus.Document, list[list[int]]]]:
+def _tokenized(documents, tokenizer, one_thread) -> Iterator[tuple[corpus.Document, list[list[int]]]]:
     """Each document with the ids of its parts. The library tokenizes a batch at a time, on all cores."""
+    encode = tokenizer.encode_on_one_thread if one_thread else tokenizer.encode_batch
     batch, size = [], 0
     for document in documents:
         batch.append(document)
         size += document.bytes if document.ids is None else document.ids.nbytes
         if size >= _BATCH_BYTES:
-            yield from _tokenize_batch(batch, tokenizer)
+            yield from _tokenize_batch(batch, encode)
             batch, size = [], 0
-    yield from _tokenize_batch(batch, tokenizer)
+    yield from _tokenize_batch(batch, encode)
 
 
-def _tokenize_batch(batch, tokenizer):
-    ids = iter(tokenizer.encode_batch([text for document in batch for text, _ in document.parts]))
+def _tokenize_batch(batch, encode):
+    ids = iter(encode([text for document in batch for text, _ in document.parts]))
     for document in batch:
         yield document, [next(ids) for _ in document.parts]
 

@@ -23,6 +23,7 @@ from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 from deepseek_jax import io
 from deepseek_jax.config import ConfigError
 from deepseek_jax.config.model import MOST
+from deepseek_jax.data.ascii_encoder import AsciiEncoder, is_ours
 
 # Files of a Hugging Face checkpoint that say how to use its tokenizer; they go where it goes.
 COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json")
@@ -121,6 +122,16 @@ class Tokenizer:
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         return [e.ids for e in self._plain.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def encode_on_one_thread(self, texts: list[str]) -> list[list[int]]:
+        """What `encode_batch` gives, for processes that have one core each."""
+        if self._ascii is None:
+            return self.encode_batch(texts)
+        return [self._ascii(text) if text.isascii() else self.encode(text) for text in texts]
+
+    @functools.cached_property
+    def _ascii(self):
+        return AsciiEncoder(self.encode) if is_ours(self.backend, PATTERN) else None
 
     def encode_template(self, text: str) -> list[int]:
         """Of what a chat template wrote: markup becomes the ids of its tokens, as in transformers."""

@@ -374,4 +374,11 @@ MUTATIONS = [
         new="if False:",
         tests="data/test_baselines.py",
     ),
+    Mutation(
+        name="Python's separators are spaces to the tokenizer",
+        file="deepseek_jax/data/ascii_encoder.py",
+        old='_SPACE = r"\\t-\\r "',
+        new='_SPACE = r"\\s"',
+        tests="data/test_ascii_encoder.py::test_ids_are_the_librarys_for_any_ascii_text",
+    ),
 ]
