@@ -50,9 +50,11 @@ class DataConfig(Checked, section="data"):
             if not path or weight <= 0:
                 raise ConfigError(f"data.sources: {(path, weight)!r} must be a path and a positive weight; leave out "
                                   "what is not wanted.")
-            local_path("data.sources", path.removeprefix("hf:"))
+            for part in (path, path.removeprefix("hf:")):
+                local_path("data.sources", part)
         if self.validation is not None:
-            local_path("data.validation", self.validation.removeprefix("hf:"))
+            for part in (self.validation, self.validation.removeprefix("hf:")):
+                local_path("data.validation", part)
             if self.validation in [path for path, _ in self.sources]:
                 raise ConfigError(f"data.validation={self.validation} is one of data.sources too; hold out other text.")
         if self.tokenizer is not None:

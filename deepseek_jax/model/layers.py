@@ -22,10 +22,10 @@ from deepseek_jax.config import FP8Config, ModelConfig
 from deepseek_jax.config.model import RECOMPUTABLE
 from deepseek_jax.parallel.sharding import constrain
 
-# What is saved for the backward pass under remat="report" (report section 3.2.3), and without what names in its place
-# recompute: the residual stream, the compressed
+# What is saved for the backward pass under remat="report" (report section 3.2.3): the residual stream, the compressed
 # latents, the attention output, the scores, what arrived at the experts and the inputs of SwiGLU. Norms, MLA
 # up-projections and SwiGLU are recomputed; so are the experts' outputs, which only the gradient of the gates needs.
+# Names in the place of "report" recompute some of these too (`config.model.RECOMPUTABLE`).
 SAVED_NAMES = tuple(RECOMPUTABLE.values())
 
 

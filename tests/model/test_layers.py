@@ -142,7 +142,8 @@ def test_what_a_name_recomputes_is_not_kept_and_all_else_is(name, shapes):
     spared = kept("report", False) - kept(name, False)
 
     assert {shape: count for (_, shape), count in spared.items()} == shapes
-    assert not kept(name, False) - kept("report", False)
+    more = kept(name, False) - kept("report", False)
+    assert all(dtype == "int32" for dtype, _ in more)  # which blocks attention walks through
 
 
 def test_without_remat_norms_up_projections_and_swiglu_are_kept_too():

@@ -86,4 +86,4 @@ def test_a_search_says_why_the_others_do_not_fit():
 
 @pytest.mark.parametrize("name", ["plan", "compile"])
 def test_help_shows_examples(name):
-    assert f"python -m deepseek_jax.{name} --model v3_671b" in run(name, "--help").out
+    assert f"python -m deepseek_jax.{name} --layout report" in run(name, "--help").out
