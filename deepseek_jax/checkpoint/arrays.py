@@ -186,8 +186,11 @@ def as_numpy(read: Callable[..., Any]) -> Callable[..., Any]:
     return on_host
 
 
-def restore(stored: Stored, wanted: Any) -> jax.Array:
-    """The jax.Array that `wanted` (jax.ShapeDtypeStruct) describes, cast to its dtype; each device reads its part."""
+def restore(stored: Any, wanted: Any) -> jax.Array:
+    """The jax.Array that `wanted` (jax.ShapeDtypeStruct) describes, cast to its dtype; each device reads its part.
+
+    stored: a Stored, or what has its shape and reads a part of it as NumPy's arrays do.
+    """
     import jax
     import jax.numpy as jnp
 

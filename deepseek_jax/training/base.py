@@ -34,8 +34,9 @@ def frozen_shapes(config: Config) -> dict[str, Any]:
     def kept(keys, x):
         path = tuple(key.key for key in keys)
         if config.lora.fp8 and path[-1] in MATRICES:
-            return fp8.Blocks(jax.ShapeDtypeStruct(x.shape, jnp.float8_e4m3fn),
-                              jax.ShapeDtypeStruct(fp8.shape_of_scales(x.shape, *MATRICES[path[-1]]), jnp.float32))
+            shapes: Any = (jax.ShapeDtypeStruct(x.shape, jnp.float8_e4m3fn), jax.ShapeDtypeStruct(
+                fp8.shape_of_scales(x.shape, *MATRICES[path[-1]]), jnp.float32))
+            return fp8.Blocks(*shapes)
         return jax.ShapeDtypeStruct(x.shape, lora.held(config.model, path, x.dtype))
 
     return {"params": jax.tree_util.tree_map_with_path(kept, model.params), "router": model.router}
