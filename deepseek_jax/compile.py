@@ -15,10 +15,10 @@ import argparse
 from typing import Any
 
 from deepseek_jax import cli, io
-from deepseek_jax.config import LoraConfig
+from deepseek_jax.config import ConfigError, LoraConfig
 from deepseek_jax.scale import arguments
 from deepseek_jax.scale.compile import targets
-from deepseek_jax.scale.hardware import hardware
+from deepseek_jax.scale.hardware import device
 
 
 def parse() -> argparse.Namespace:
@@ -35,13 +35,16 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--plot", metavar="FILE", help="also draw memory by group there")
     args = arguments.parse(parser)
     arguments.check_counts(args)
+    if args.lora_fp8 and args.lora is None:
+        raise ConfigError("--lora-fp8 is of the base that adapters are trained next to; add --lora RANK.")
+    if args.lora is not None and args.remat == arguments.AUTO:
+        raise ConfigError("--remat auto plans a step that trains all weights; with --lora name one, such as full.")
     return args
 
 
 def main() -> int:
     args = parse()
     model = arguments.model(args)
-    devices = targets.count(args.target)
     if args.decode is not None:
         from deepseek_jax.scale.compile.aot_decode import measure_decode
 
@@ -49,8 +52,9 @@ def main() -> int:
     else:
         from deepseek_jax.scale.compile.aot import measure_step
 
-        layout = arguments.layout(args, model, devices, node_size=8)
-        model = arguments.with_remat(args, model, hardware(args.target.partition(":")[0]), layout)
+        layout = arguments.layout(args, model, targets.count(args.target), node_size=8)
+        if args.remat == arguments.AUTO:
+            model = arguments.with_remat(args, model, device(args.target.partition(":")[0]), layout)
         found = measure_step(model, layout, args.target, LoraConfig(args.lora, fp8=args.lora_fp8))
     found |= {"model": args.model, "layers": model.num_layers}
     print(table(found))

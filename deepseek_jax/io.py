@@ -35,7 +35,7 @@ def replacing(path: Path, sync: bool = False) -> Iterator[str]:
     Raises OSError with the name `path` where it cannot be written.
     """
     folder, name = os.path.split(os.path.abspath(path))
-    partial = os.path.join(folder, f".{name}.{os.getpid()}.new")
+    partial = os.path.join(folder, f".{name}.{uuid.uuid4().hex}.new")  # other machines may write there, too
     try:
         yield partial
         if sync:

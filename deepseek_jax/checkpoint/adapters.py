@@ -2,8 +2,8 @@
 
     W + alpha / rank * A B        merged when they are read, so that every reader finds the weights of a model
 
-meta.json of such a checkpoint has "lora": the base's folder, its step, a digest of its manifest, and alpha / rank. A
-base that is gone, or is another one by now, is refused.
+meta.json of such a checkpoint has "lora": the base's folder, its step, a digest of its manifest, alpha / rank, and
+whether the base was kept in FP8. One that is gone, or is another one by now, is refused.
 """
 
 from __future__ import annotations
@@ -95,7 +95,8 @@ def read_weights(path: pathlib.Path, abstract: dict[str, Any] | None = None, ema
         wanted = abstract and {name: abstract["params"], "router": abstract["router"]}
         items = read_items(path, (name, "router"), wanted, cast)[0]
         return {"params": items[name], "router": items["router"]}
-    return read_leaves(path, stored(path, name), abstract)
+    leaves = stored(path, name)
+    return read_leaves(path, leaves, abstract if leaves else abstract and {**abstract, "params": {}})
 
 
 def read_leaves(path: pathlib.Path, leaves: dict[str, Any], abstract: dict[str, Any] | None = None,
@@ -130,8 +131,8 @@ def stored(checkpoint: pathlib.Path, name: str = "params") -> dict[str, Any]:
     if base is None or not own:
         return own
     below = stored(identify(base.folder, base.scale, base)[1])
-    if base.fp8:
-        below = in_blocks(below)
+    if base.fp8:  # what a checkpoint keeps in FP8 are these numbers already, and goes out again as it is
+        below |= in_blocks({path: leaf for path, leaf in below.items() if leaf.scales is None})
     return below | {path: Merged(leaf, own[f"{path}/a"], own[f"{path}/b"], base.scale)
                     for path, leaf in below.items() if f"{path}/a" in own}
 

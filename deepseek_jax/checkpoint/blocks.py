@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable
@@ -29,8 +30,9 @@ class InBlocks:
     def __init__(self, leaf: Any, inputs: int, outputs: int):
         self.leaf, self.shape, self.dtype = leaf, tuple(leaf.shape), leaf.dtype
         self.inputs, self.stack = inputs, len(self.shape) - inputs - outputs
+        self.matrix = functools.lru_cache(maxsize=1)(self._matrix)  # which is read in strips, too
 
-    def matrix(self, place: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    def _matrix(self, place: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
         """float8_e4m3fn [inputs, outputs] and the float32 scales of its blocks; place: its layer, or layer and expert.
         """
         if self.leaf.scales is not None:
@@ -75,6 +77,9 @@ class Values:
 
 
 def in_blocks(leaves: dict[str, Any]) -> dict[str, Any]:
-    """{path: leaf} with those in FP8 that released checkpoints hold so."""
-    return {path: InBlocks(leaf, *MATRICES[name]) if (name := path.rsplit("/", 1)[-1]) in MATRICES else leaf
-            for path, leaf in leaves.items()}
+    """{path: leaf} with those in FP8 that released checkpoints hold so; what is an InBlocks stays it."""
+    def held(path, leaf):
+        name = path.rsplit("/", 1)[-1]
+        return leaf if name not in MATRICES or isinstance(leaf, InBlocks) else InBlocks(leaf, *MATRICES[name])
+
+    return {path: held(path, leaf) for path, leaf in leaves.items()}

@@ -58,7 +58,7 @@ class DataConfig(Checked, section="data"):
             if self.validation in [path for path, _ in self.sources]:
                 raise ConfigError(f"data.validation={self.validation} is one of data.sources too; hold out other text.")
         if self.tokenizer is not None:
-            local_path("data.tokenizer", self.tokenizer)
+            object.__setattr__(self, "tokenizer", local_path("data.tokenizer", self.tokenizer))
         if self.cache_dir is not None:
             local_path("data.cache_dir", self.cache_dir)
         if self.packing == "whole" and not self.mask_documents:

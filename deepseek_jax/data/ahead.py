@@ -122,7 +122,7 @@ class Divided(prepare.Source):
 
     def _of_all(self, name, ending, make, made, arguments) -> list[str]:
         """The files that make(path, unit, alone, *arguments) writes for each unit of `made`."""
-        key = token_shards.hash_of(self.digest, *map(str, arguments))
+        key = token_shards.hash_of(token_shards.FORMAT, self.digest, *map(str, arguments))
         os.makedirs(folder := os.path.join(self.folder, f"{name}-{key}"), exist_ok=True)
         paths = [os.path.join(folder, f"{i:05}{ending}") for i in range(len(made))]
         self.workers.run([(make, paths[i], made[i], self.alone, *arguments)
@@ -158,7 +158,7 @@ def _parts(source: Divided, tokenizer, config, workdir, rate) -> Made:
         mine = [i for i in source.share.mine(len(parts)) if not there(i)]
         cut = source.survey[1] if mine else None
         source.workers.run([(_tokenize, parts[i], source.numbered[i], source.alone, cut, source.surveys[i]["counts"],
-                             config, workdir, rate) for i in mine], f"tokenizing {source.path}")
+                             config, workdir, rate, tokenizer.digest) for i in mine], f"tokenizing {source.path}")
         if missing := [i for i in range(len(parts)) if not there(i)]:
             return Made(source.path, len(parts), missing)
         hashes = (line for unit in source.surveys for line in unit["hashes"])
@@ -167,15 +167,20 @@ def _parts(source: Divided, tokenizer, config, workdir, rate) -> Made:
     return Made(source.path, len(parts), [], sum(meta[split]["tokens"] for split in token_shards.SPLITS))
 
 
-def _tokenize(folder, unit, alone, cut, counts, config, workdir, rate):
+def _tokenize(folder, unit, alone, cut, counts, config, workdir, rate, digest):
     warnings = corpus.Warnings()
-    tokenizer = _tokenizer(os.path.join(workdir, "tokenizer.json"))
+    tokenizer = _tokenizer(path := os.path.join(workdir, "tokenizer.json"), digest)
+    if tokenizer.digest != digest:
+        raise ConfigError(f"{path} has changed since this began; let one `prepare` at a time use a work directory.")
     options = dataclasses.replace(prepare.shard_options(cut, tokenizer, config, workdir, rate), one_thread=True)
     token_shards.write(folder, corpus.read_documents(unit, None, warnings, alone), tokenizer, options, counts)
     warnings.close()
 
 
-_tokenizer = functools.lru_cache(maxsize=1)(Tokenizer.load)  # by a worker, once
+@functools.lru_cache(maxsize=1)
+def _tokenizer(path, digest) -> Tokenizer:
+    """Read by a worker once."""
+    return Tokenizer.load(path)
 
 
 _THREADS = "TOKENIZERS_PARALLELISM"  # of the library, which would take turns with the workers

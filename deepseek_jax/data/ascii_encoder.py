@@ -18,7 +18,7 @@ _SPACE = r"\t-\r "  # \s without the four separators that Python adds
 ASCII_PATTERN = re.compile(
     rf"[^\r\na-zA-Z0-9]?[a-zA-Z]+|[0-9]{{1,3}}| ?[^{_SPACE}a-zA-Z0-9]+[\r\n]*|[{_SPACE}]*[\r\n]+"
     rf"|[{_SPACE}]+(?![^{_SPACE}])|[{_SPACE}]+")
-_MOST = 1 << 19  # pre-tokens that are remembered: about 100 MB
+_MOST, _LONGEST = 1 << 19, 64  # pre-tokens that are remembered, and their characters: about 100 MB
 
 
 class _Known(dict):
@@ -29,9 +29,11 @@ class _Known(dict):
         self._encode = encode
 
     def __missing__(self, word: str) -> tuple[int, ...]:
+        ids = tuple(self._encode(word))
         if len(self) >= _MOST:
             self.clear()
-        self[word] = ids = tuple(self._encode(word))
+        if len(word) <= _LONGEST:
+            self[word] = ids
         return ids
 
 

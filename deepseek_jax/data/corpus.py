@@ -117,7 +117,7 @@ def _of_hub(folder):
     files = [f for f in find(folder, lambda name: _reader(name) is not None) if f.name.endswith(_TABLES)]
     if not files:
         raise ConfigError(f"data.sources: hf:{folder} has no {', '.join(_TABLES)}, as data sets of the hub have.")
-    train = [f for f in files if os.path.basename(f.name).startswith("train")]
+    train = [f for f in files if any(part.startswith("train") for part in f.name.split(os.sep))]
     return train or files
 
 

@@ -86,6 +86,10 @@ def read_ids(path: str, start: int = 0, stop: int | None = None) -> Iterator[tup
     ids = np.memmap(file, index.dtype, "r") if os.path.getsize(file) else np.zeros(0, index.dtype)
     for document in range(start, len(index.first_D) - 1 if stop is None else stop):
         first, end = index.first_D[document:document + 2].tolist()
+        if not 0 <= first <= end:
+            raise ConfigError(f"{path} has a document of sequences {first} to {end}; write it again.")
         begins = index.pointers_S[first:end] // index.dtype.itemsize
         parts = [ids[b:b + n] for b, n in zip(begins.tolist(), index.lengths_S[first:end].tolist())]
+        if [len(part) for part in parts] != index.lengths_S[first:end].tolist():
+            raise ConfigError(f"{path} has sequences that are not in {file}; write both again.")
         yield document, np.concatenate([*parts, np.zeros(0, index.dtype)]).astype(np.int64)

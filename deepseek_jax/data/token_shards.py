@@ -40,13 +40,14 @@ from deepseek_jax.config import ConfigError
 from deepseek_jax.data import corpus
 from deepseek_jax.data.tokenizer import Tokenizer, split_tokens
 
-_FORMAT = 3  # raise when the layout or the meaning of the files changes
+FORMAT = 3  # raise when the layout or the meaning of the files changes
 _BATCH_BYTES = 4 << 20  # text tokenized at once
 SPLITS = ("train", "validation")
+OPENED = 64  # parts of an array at once
 
 
 class Joined:
-    """Arrays of parts, one behind the other; each is opened when it is first read.
+    """Arrays of parts, one behind the other; each is opened when it is read, and a mapped one is an open file.
 
     Args:
       lengths: of the arrays.
@@ -55,7 +56,7 @@ class Joined:
 
     def __init__(self, lengths: Sequence[int], part: Callable[[int], np.ndarray]):
         self.starts = [0, *itertools.accumulate(lengths)]
-        self._part = functools.cache(part)
+        self._part = functools.lru_cache(maxsize=OPENED)(part)
 
     def __len__(self) -> int:
         return self.starts[-1]
@@ -112,7 +113,7 @@ class Options:
 
 def key(files_digest: str, tokenizer: Tokenizer, **options: Any) -> str:
     """The name of the shards that a corpus, a tokenizer and options make."""
-    return hash_of(_FORMAT, files_digest, tokenizer.digest, options)
+    return hash_of(FORMAT, files_digest, tokenizer.digest, options)
 
 
 def hash_of(*values: Any) -> str:

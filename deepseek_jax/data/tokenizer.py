@@ -71,6 +71,8 @@ class Tokenizer:
     def __init__(self, backend: tokenizers.Tokenizer):
         self.backend = backend
         self.backend.encode_special_tokens = True
+        self.backend.no_truncation()  # some are saved with a length that a model was fine-tuned at
+        self.backend.no_padding()
         for role, spellings in SPECIALS.items():
             found = (backend.token_to_id(s) for s in (*spellings, *_OTHERS.get(role, ())))
             setattr(self, role, next((i for i in found if i is not None), None))

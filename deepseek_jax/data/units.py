@@ -1,7 +1,7 @@
 """A corpus in units that workers read apart: some files each, or a stretch of a large one.
 
 They depend on the names and sizes of the files alone, so any number of workers makes the same of them. Who changes
-how they are cut raises `token_shards._FORMAT`: parts that are there already would not fit the others.
+how they are cut raises `token_shards.FORMAT`: parts that are there already would not fit the others.
 """
 
 from __future__ import annotations
@@ -88,11 +88,14 @@ def count_lines(file: File) -> int:
     if file.stretch is None or not file.name.endswith(".jsonl"):
         return 0
     start, stop, _ = file.stretch
-    with open(file.path, "rb") as f:
-        f.seek(max(start - 1, 0))
-        left, lines = stop - 1 - max(start - 1, 0), int(start == 0)
-        while left > 0 and (data := f.read(min(left, 1 << 20))):
-            lines, left = lines + data.count(b"\n"), left - len(data)
+    left, lines = stop - 1 - max(start - 1, 0), int(start == 0)
+    try:
+        with open(file.path, "rb") as f:
+            f.seek(max(start - 1, 0))
+            while left > 0 and (data := f.read(min(left, 1 << 20))):
+                lines, left = lines + data.count(b"\n"), left - len(data)
+    except OSError:
+        return 0  # will be skipped and named when it is read
     return lines
 
 

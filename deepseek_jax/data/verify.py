@@ -44,7 +44,7 @@ def verify(config: Config, workdir: str | None, workers: int = 1) -> Iterator[st
 
 
 def _made_of(source: Source, cache: str, began: str | None) -> tuple[str, str]:
-    """The shards of a source, and its digest when they were made: now, when the run began, or else the newest."""
+    """The shards of a source, and its digest when they were made: when the run began, now, or else the newest."""
     made = {}
     for path in sorted(glob.glob(os.path.join(glob.escape(cache), "shards-*", "meta.json")), key=os.path.getmtime):
         meta = io.read_json(path)
@@ -52,7 +52,7 @@ def _made_of(source: Source, cache: str, began: str | None) -> tuple[str, str]:
             made[meta["digest"]] = os.path.dirname(path)
     if not made:
         raise ConfigError(f"{cache} has no tokens of {source.path} with hashes of its files; nothing to compare with.")
-    digest: str = next(digest for digest in (source.digest, str(began), list(made)[-1]) if digest in made)
+    digest: str = next(digest for digest in (str(began), source.digest, list(made)[-1]) if digest in made)
     return made[digest], digest
 
 

@@ -41,8 +41,9 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--expert", type=int, default=1, help="devices that share the experts")
     parser.add_argument("--tensor", type=int, default=1, help="devices that share heads and vocabulary")
     parser.add_argument("--schedule", default="dualpipe", help="gpipe, 1f1b, zb1p, dualpipe or dualpipev")
-    parser.add_argument("--deferred", type=_not_negative, default=0, help="weight gradients that may wait on a rank "
-                        "(default 0); each takes memory, and fewer lengthen a long step little")
+    parser.add_argument("--deferred", type=_not_negative, help="weight gradients that may wait on a rank (default: the "
+                        "schedule's, of --layout report none); each takes memory, and fewer lengthen a long step "
+                        "little")
     parser.add_argument("--sequences", type=int, default=REPORT_SEQUENCES, help="of a step (default: the report's)")
     parser.add_argument("--rows", type=int, default=1, help="sequences of a micro-batch on one device")
     parser.add_argument("--sequence-length", "--context", type=int, default=4096, help="tokens (default 4096)")
@@ -60,7 +61,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
     """The options. Those of a --layout are the defaults of the others."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--layout")
+    first.add_argument("--layout", nargs="?")  # without a word it is the parser's to refuse
     given = LAYOUTS.get(first.parse_known_args()[0].layout, {})
     for action in parser._actions:
         if action.dest in given:
@@ -193,9 +194,10 @@ def with_remat(args: argparse.Namespace, c: ModelConfig, machine: Hardware, layo
 
 
 def is_report(args: argparse.Namespace, c: ModelConfig, layout: Layout) -> bool:
-    """Whether these are the settings of the report's run, to which its published figures belong."""
+    """Whether these are the settings of the report's run, to which its published figures belong, whatever is recomputed
+    besides."""
     asked = args.model, args.hardware, layout.name, layout.sequence_length, args.layers
-    return asked == ("v3_671b", "h800", tables.REPORT, 4096, None) and c.fp8.enabled and c.remat == "report"
+    return asked == ("v3_671b", "h800", tables.REPORT, 4096, None) and c.fp8.enabled and c.remat != "none"
 
 
 def layout(args: argparse.Namespace, c: ModelConfig, devices: int, node_size: int) -> Layout:

@@ -187,7 +187,7 @@ def ablations(c: ModelConfig, hw: Hardware, layout: Layout, measured: Measured |
     cases = [
         ("nothing: the report's layout", c, layout, True),
         ("DualPipe: 1F1B", c, dataclasses.replace(layout, schedule="1f1b"), True),
-        ("DualPipe: ZB1P", c, dataclasses.replace(layout, schedule="zb1p"), True),
+        ("DualPipe: ZB1P", c, dataclasses.replace(layout, schedule="zb1p", deferred=None), True),  # with 0 it is 1F1B
         ("FP8: bf16 products and dispatch", bf16, on(dispatch_fp8=False), True),
         ("two hops: flat dispatch", c, on(dispatch="flat"), True),
         ("the limit of 4 nodes", c, layout, False),

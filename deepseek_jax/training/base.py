@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from deepseek_jax import fp8
 from deepseek_jax.checkpoint.adapters import Base, identify, read_leaves, read_weights, stored
-from deepseek_jax.checkpoint.arrays import restore
+from deepseek_jax.checkpoint.arrays import dequantize, restore
 from deepseek_jax.checkpoint.blocks import MATRICES, Values, in_blocks
 from deepseek_jax.config import Config, ConfigError, FP8Config, LoraConfig
 from deepseek_jax.data.tokenizer import Tokenizer
@@ -43,9 +45,17 @@ def frozen_shapes(config: Config) -> dict[str, Any]:
 
 
 def in_full(config: Config, params: Any) -> Any:
-    """Frozen parameters with what is in FP8 in the dtype that the model computes with."""
+    """Frozen parameters with what is in FP8 in the dtype that the model computes with, as NumPy's arrays: a device that
+    holds a model in FP8 may have no room for it a second time."""
     def full(keys, x):
-        return x.dequantized(config.model.dtype, MATRICES[keys[-1].key][0]) if isinstance(x, fp8.Blocks) else x
+        if not isinstance(x, fp8.Blocks):
+            return x
+        inputs, (values, scales) = MATRICES[keys[-1].key][0], map(np.asarray, x)
+        out, stack = np.empty(values.shape, config.model.dtype), scales.ndim - 2
+        for place in np.ndindex(values.shape[:stack]):
+            matrix = values[place].reshape(math.prod(values.shape[stack:stack + inputs]), -1)
+            out[place] = dequantize(matrix, scales[place], out.dtype).reshape(out.shape[stack:])
+        return out
 
     return jax.tree_util.tree_map_with_path(full, params, is_leaf=lambda x: isinstance(x, fp8.Blocks))
 

@@ -10,6 +10,7 @@ waits for the check of its step.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import math
 import pathlib
@@ -39,7 +40,7 @@ from deepseek_jax.parallel.processes import StopAgreement, check_same, first_the
 from deepseek_jax.parallel.runner import Runner
 from deepseek_jax.pipeline.model import check, describe
 from deepseek_jax.scale.costs import training_flops_per_token
-from deepseek_jax.training.base import in_full, load_base
+from deepseek_jax.training.base import frozen_shapes, in_full, load_base
 from deepseek_jax.training.evaluate import evaluate
 from deepseek_jax.training.metrics import MetricsWriter, all_layers, balance_metrics
 from deepseek_jax.training.selfcheck import check_device
@@ -76,7 +77,8 @@ class TrainResult(NamedTuple):
     """What a call of `train` did.
 
     finished: False when a signal ended it early (its state is saved). step: steps done. variables: params and router
-    for a sample, on the host where the run has a mesh; None unless it finished and train.sample_tokens asks for one.
+    for a sample, on the host where the run has a mesh; None unless it finished and train.sample_tokens asks for one,
+    and next to a base in FP8, whose device may have no room for the model as it is sampled from.
     held_out: the beginning of the validation text.
     """
 
@@ -97,7 +99,7 @@ def starting_state(config: Config, runner: Runner | None = None, frozen: dict[st
         return jax.jit(fresh_state(config), out_shardings=where)()
     key = jax.random.key(config.train.seed)
     if frozen is not None:
-        shapes = jax.eval_shape(lambda: in_full(config, frozen["params"]))
+        shapes = frozen_shapes(dataclasses.replace(config, lora=dataclasses.replace(config.lora, fp8=False)))["params"]
         # A copy of the biases: the state is donated to every step, and the base outlives them.
         adapted = lambda router: start_state(config, fresh_adapters(config, shapes), jax.tree.map(jnp.copy, router),
                                              key)
@@ -191,7 +193,8 @@ def _trained(config, workdir, loader, runner, kind: type[Run]):
     run = kind(config, workdir, loader, runner)
     try:
         finished = run.go()
-        variables = run.sample_variables() if finished and config.train.sample_tokens else None
+        wanted = finished and config.train.sample_tokens and not config.lora.fp8
+        variables = run.sample_variables() if wanted else None
         held_out = loader.tokenizer.decode(loader.validation.read(0, 32).tokens_T.tolist())
         return TrainResult(finished, run.step, variables, loader.tokenizer, held_out)
     finally:

@@ -162,3 +162,17 @@ def test_prepare_imports_no_jax():
 def test_a_worker_that_is_killed_is_one_line():
     with pytest.raises(ConfigError, match="a worker was killed.*fewer --workers"), ahead.Workers(2) as workers:
         workers.run([(os.abort,), (os.abort,)], "dying")
+
+
+def test_a_tokenizer_that_another_one_replaced_makes_no_parts(make_config, mixed, tmp_path, monkeypatch):
+    """Else parts under its name would hold the ids of the other one, for good."""
+    find = prepare.find_tokenizer
+
+    def replaced(config, workdir, sources):
+        found = find(config, workdir, sources)
+        prepare.train_tokenizer(["another text"], 300).save(os.path.join(workdir, "tokenizer.json"))
+        return found
+
+    monkeypatch.setattr(prepare, "find_tokenizer", replaced)
+    with pytest.raises(ConfigError, match="has changed since this began"):
+        prepare_ahead(make_config(mixed, cache_dir=None), str(tmp_path / "run"))

@@ -242,3 +242,11 @@ def test_shards_of_an_older_version_have_their_index_made_when_they_are_read(tmp
     new = found["validation"]
     assert old.offsets_N.tolist() == new.offsets_N.tolist()
     assert old.whole_before_N.tolist() == new.whole_before_N.tolist() == [0, 0, 1]
+
+
+def test_an_array_of_many_parts_keeps_few_of_them_open():
+    asked = []
+    joined = token_shards.Joined([3] * 200, lambda i: asked.append(i) or np.full(3, i))
+    assert [joined[3 * i:3 * i + 1].tolist() for i in range(200)] == [[i] for i in range(200)]
+    joined[599:600], joined[0:1]
+    assert len(asked) == 201 and token_shards.OPENED < 200  # the last is still there, the first was let go

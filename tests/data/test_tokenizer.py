@@ -157,3 +157,13 @@ def test_splitting_has_its_rate(trained, texts):
     ids = np.tile(trained.encode(texts[0]), 100)
     new, _ = split_tokens(ids, trained.splits, 0.1, np.random.default_rng(0))
     assert 0.87 < splittable(trained, new) / splittable(trained, ids) < 0.93
+
+
+def test_truncation_and_padding_of_a_file_change_no_document(tmp_path, trained):
+    backend = tokenizers.Tokenizer.from_str(trained.backend.to_str())
+    backend.enable_truncation(4)
+    backend.enable_padding(length=32)
+    backend.save(str(tmp_path / "tokenizer.json"))
+    loaded, texts = Tokenizer.load(str(tmp_path / "tokenizer.json")), ["a b c d e f g h\n" * 9, "x"]
+    assert loaded.encode_batch(texts) == trained.encode_batch(texts) == [loaded.encode(text) for text in texts]
+    assert loaded.digest == trained.digest

@@ -93,3 +93,12 @@ def test_a_run_that_began_by_contents_stays_with_them(make_config, large, tmp_pa
 def test_without_tokens_there_is_nothing_to_verify(make_config, large, tmp_path):
     with pytest.raises(ConfigError, match="no tokens of .*nothing to compare"):
         list(verify(make_config(large, cache_dir=str(tmp_path / "none")), None))
+
+
+def test_tokens_made_anew_in_between_do_not_hide_what_a_run_began_with(make_config, large, tmp_path):
+    config, workdir = make_config(large, cache_dir=None), str(tmp_path / "run")
+    prepare.claim_corpus(prepare.prepare(config, workdir), workdir)
+    os.utime(large / "0.txt")
+    prepare.prepare(config, workdir)  # as an evaluation does
+    assert "the same, but for times" in "".join(verify(config, workdir))
+    prepare.prepare(config, workdir, resumes=True)

@@ -55,7 +55,7 @@ MUTATIONS = [
     Mutation(
         name="a file is written in its place",
         file="deepseek_jax/io.py",
-        old="    partial = os.path.join(folder, f\".{name}.{os.getpid()}.new\")",
+        old="    partial = os.path.join(folder, f\".{name}.{uuid.uuid4().hex}.new\")",
         new="    partial = os.path.abspath(path)",
         tests="test_io.py",
     ),

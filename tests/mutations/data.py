@@ -381,4 +381,32 @@ MUTATIONS = [
         new='_SPACE = r"\\s"',
         tests="data/test_ascii_encoder.py::test_ids_are_the_librarys_for_any_ascii_text",
     ),
+    Mutation(
+        name="parts of an array stay open for good",
+        file="deepseek_jax/data/token_shards.py",
+        old="functools.lru_cache(maxsize=OPENED)(part)",
+        new="functools.cache(part)",
+        tests="data/test_token_shards.py::test_an_array_of_many_parts_keeps_few_of_them_open",
+    ),
+    Mutation(
+        name="a tokenizer cuts documents where it once cut prompts",
+        file="deepseek_jax/data/tokenizer.py",
+        old="        self.backend.no_truncation()",
+        new="        assert True",
+        tests="data/test_tokenizer.py::test_truncation_and_padding_of_a_file_change_no_document",
+    ),
+    Mutation(
+        name="verify compares tokens with themselves",
+        file="deepseek_jax/data/verify.py",
+        old="for digest in (str(began), source.digest, list(made)[-1])",
+        new="for digest in (source.digest, str(began), list(made)[-1])",
+        tests="data/test_verify.py::test_tokens_made_anew_in_between_do_not_hide_what_a_run_began_with",
+    ),
+    Mutation(
+        name="a worker takes whatever tokenizer is there",
+        file="deepseek_jax/data/ahead.py",
+        old="    if tokenizer.digest != digest:",
+        new="    if False:",
+        tests="data/test_ahead.py::test_a_tokenizer_that_another_one_replaced_makes_no_parts",
+    ),
 ]

@@ -9,7 +9,8 @@ import pytest
 
 from deepseek_jax import fp8
 from deepseek_jax.checkpoint.adapters import stored
-from deepseek_jax.checkpoint.manager import find_checkpoint, restore_items
+from deepseek_jax.checkpoint.blocks import InBlocks, in_blocks
+from deepseek_jax.checkpoint.manager import Checkpoints, find_checkpoint, restore_items
 from deepseek_jax.config import Config, ConfigError, InitConfig, LoraConfig
 from deepseek_jax.interop import load_hf
 from deepseek_jax.interop.convert import from_hf, to_hf
@@ -19,6 +20,7 @@ from deepseek_jax.training.base import in_full, load_base
 from deepseek_jax.training.evaluate import evaluate_workdir
 from deepseek_jax.training.loop import train
 from deepseek_jax.training.metrics import read_metrics
+from deepseek_jax.training.step import init_state
 from deepseek_jax.workdir import load, load_workdir_config
 from tests.interop import checkpoints
 from tests.model import naive
@@ -76,7 +78,9 @@ def test_what_a_checkpoint_keeps_in_fp8_keeps_its_bytes_and_its_scales(tmp_path,
 
 def test_readers_merge_with_the_rounded_base(begun, tmp_path):
     """Validation while training, and of the merged weights of the run: the same, and not that of the whole base."""
-    assert train(begun, str(tmp_path / "run")).finished
+    done = train(dataclasses.replace(begun, train=dataclasses.replace(begun.train, sample_tokens=4)),
+                 str(tmp_path / "run"))
+    assert done.finished and done.variables is None
 
     trained = [row["eval_loss"] for row in read_metrics(tmp_path / "run") if "eval_loss" in row]
     assert evaluate_workdir(str(tmp_path / "run"))["loss"] == pytest.approx(trained[-1], abs=1e-6)
@@ -90,6 +94,29 @@ def test_readers_merge_with_the_rounded_base(begun, tmp_path):
     leaf = stored(find_checkpoint(tmp_path / "run"))["params/layers/ffn/gate"]
     part = (slice(0, 1), slice(1, 3), slice(2, 9), slice(0, 4))
     np.testing.assert_allclose(leaf[part], params["layers"]["ffn"]["gate"][part], atol=1e-6)
+
+
+def test_a_base_in_fp8_of_a_base_in_fp8_is_rounded_once(begun, tmp_path):
+    """And what its checkpoint keeps in FP8 goes out as it is."""
+    hf = checkpoints.golden("v3_1")
+    from_hf(hf, str(tmp_path / "run"), keep_fp8=True)
+    config = Config(model=load_workdir_config(str(tmp_path / "run")).model, lora=IN_FP8,
+                    init=InitConfig(from_=str(tmp_path / "run")))
+    _, base = load_base(config, Runner(config))
+    attention = dataclasses.replace(config, lora=dataclasses.replace(IN_FP8, targets="attention"))
+    state = init_state(attention)
+    checkpoint = Checkpoints(tmp_path / "tuned")
+    checkpoint.save(1, {"params": state.params, "router": state.router}, {"lora": base._asdict()})
+    checkpoint.close()
+
+    leaves = stored(find_checkpoint(tmp_path / "tuned"))
+    kept, twice = leaves["params/layers/ffn/gate"], in_blocks(in_blocks(leaves))
+    assert kept.scales is not None
+    place = (0, 0)
+    for name in ("params/layers/ffn/gate", "params/dense_layers/ffn/gate"):
+        values, scales = twice[name].matrix(place[:len(leaves[name].shape) - 2])
+        assert (np.log2(scales) % 1 == 0).all()  # ue8m0, as they were
+    assert isinstance(twice["params/layers/attention/o"], InBlocks)
 
 
 @pytest.mark.parametrize(("change", "said"), [
