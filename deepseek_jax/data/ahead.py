@@ -167,6 +167,7 @@ def _parts(source: Divided, tokenizer, config, workdir, rate) -> Made:
     return Made(source.path, len(parts), [], sum(meta[split]["tokens"] for split in token_shards.SPLITS))
 
 
+# Nine parameters: all that another process has to be told. digest: of the tokenizer.
 def _tokenize(folder, unit, alone, cut, counts, config, workdir, rate, digest):
     warnings = corpus.Warnings()
     tokenizer = _tokenizer(path := os.path.join(workdir, "tokenizer.json"), digest)
