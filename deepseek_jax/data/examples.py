@@ -10,6 +10,7 @@ epoch, so every position is found by arithmetic and one binary search: a sequenc
 
 from __future__ import annotations
 
+import abc
 import functools
 import math
 from collections.abc import Iterator
@@ -73,7 +74,7 @@ def epoch_order(lengths_N: np.ndarray, whole_N: np.ndarray, fim_rate: float, see
     return EpochOrder(order_N, rearranged_N, np.cumsum(lengths_in_order_N) - lengths_in_order_N)
 
 
-class Packed:
+class Packed(abc.ABC):
     """The endless packed stream of one source, read at any position. Subclasses say in which order documents come."""
 
     eligible: int  # documents that may be rearranged
@@ -82,16 +83,16 @@ class Packed:
         self.shard, self.seed, self.source, self.fim = shard, seed, source, fim
         self.tokens = int(shard.offsets_N[-1])
 
+    @abc.abstractmethod
     def shuffled(self, j: int, length: int) -> int:
         """Which sequence of the stream training takes as its j-th.
 
         Neighbours in the stream are mostly of one document; a batch of them would be no sample of the corpus.
         """
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def documents_from(self, epoch: int, skip: int) -> Iterator[tuple[np.ndarray, ...]]:
         """(tokens, predicted) of documents, across epochs; the first without what is before token `skip` of `epoch`."""
-        raise NotImplementedError
 
     def epoch_start(self, epoch: int) -> int:
         """The position of the first token of an epoch."""
