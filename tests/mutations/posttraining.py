@@ -428,4 +428,18 @@ MUTATIONS = [
         tests="posttraining/test_distill_on_policy.py::test_loss_and_gradient_are_those_of_the_oracle_and_the_teacher_"
               "has_none",
     ),
+    Mutation(
+        name="what a checkpoint keeps in FP8 goes out in another type",
+        file=ADAPTERS,
+        old=" if leaf.scales is None})",
+        new="})",
+        tests="training/test_fp8_base.py::test_a_base_in_fp8_of_a_base_in_fp8_is_rounded_once",
+    ),
+    Mutation(
+        name="a run next to a base in FP8 makes the model whole at its end",
+        file="deepseek_jax/training/loop.py",
+        old=" and not config.lora.fp8",
+        new="",
+        tests="training/test_fp8_base.py::test_readers_merge_with_the_rounded_base",
+    ),
 ]

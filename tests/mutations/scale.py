@@ -388,4 +388,11 @@ MUTATIONS = [
         new="while left:",
         tests="scale/test_plan.py::test_auto_recomputes_what_saves_most_for_a_second_and_no_more_than_it_must",
     ),
+    Mutation(
+        name="ZB1P without deferred gradients is planned as 1F1B",
+        file="deepseek_jax/scale/plan.py",
+        old='schedule="zb1p", deferred=None)',
+        new='schedule="zb1p")',
+        tests="scale/test_plan.py::test_without_deferred_gradients_zb1p_is_still_shown_with_its_own",
+    ),
 ]

@@ -172,6 +172,12 @@ def test_the_report_s_layout_is_a_preset_whose_options_may_be_given_besides(monk
     assert (args.fp8, args.capacity, args.remat) == (True, 1.25, "full")
 
 
+def test_without_deferred_gradients_zb1p_is_still_shown_with_its_own():
+    """With none it would be 1F1B under another name."""
+    rows = {row["without"]: row["times"] for row in plan.ablations(V3, H800, of_report(deferred=0))}
+    assert rows["DualPipe: ZB1P"] < rows["DualPipe: 1F1B"] - 0.02
+
+
 def test_auto_recomputes_what_saves_most_for_a_second_and_no_more_than_it_must():
     roomy, tight = (dataclasses.replace(H800, memory=memory) for memory in (1e12, 60e9))
     layout = of_report(deferred=0)

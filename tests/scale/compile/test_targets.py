@@ -59,7 +59,10 @@ def test_a_compiler_that_is_not_there_says_how_to_install_it(target, gone, compl
      ("compile", ["--model", "tiny", "--target", "cray:1"], "target 'cray:1' is unknown"),
      ("compile", ["--model", "tiny", "--target", "h100:8", "--expert", "3"], "does not divide 8 devices"),
      ("compile", ["--model", "tiny", "--target", "h100:8", "--sequences", "0"], "--sequences 0 must be positive"),
-     ("compile", ["--model", "tiny", "--target", "h100:8", "--decode", "0"], "--decode 0 must be positive")])
+     ("compile", ["--model", "tiny", "--target", "h100:8", "--decode", "0"], "--decode 0 must be positive"),
+     ("compile", ["--model", "tiny", "--target", "h100:1", "--lora-fp8"], "add --lora RANK"),
+     ("compile", ["--model", "tiny", "--target", "h100:1", "--lora", "4", "--remat", "auto"], "with --lora name one"),
+     ("plan", ["--layout"], "argument --layout: expected one argument")])
 def test_a_mistake_ends_in_one_line(name, arguments, complaint):
     run(name, *arguments).assert_error(complaint)
 
