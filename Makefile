@@ -5,6 +5,7 @@
 # make bench   speed against transformers, a dense product, ragged_dot: same machine, same run
 # make aot     compiles the Hopper kernels, and training steps up to 671B, for hardware you don't have (two to four hours)
 # make studies-quick   every study in its short form
+# make docs    the site, in build/site; fails on a dead link
 # make notebooks   runs the notebooks      make colab   runs them with the versions that Colab preinstalls
 # make clean   removes environments, caches and run/
 #
@@ -12,7 +13,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help train test cluster lint bench aot studies-quick notebooks colab clean
+.PHONY: help train test cluster lint bench aot studies-quick notebooks colab docs clean
 
 # A version manager's shim may exist and fail, so each candidate has to import what an environment needs.
 find_python = for v in $(1); do for p in "$$(command -v python$$v)" $$(ls -d $$HOME/.pyenv/versions/*/bin/python$$v 2>/dev/null); do \
@@ -121,5 +122,13 @@ aot: .venv-aot/stamp
 	-$(COMPILE) $(V3) --target 7x:8x8x16 $(call report,v3_671b_7x_8x8x16_bf16)  # another hour or two
 	.venv-aot/bin/python -m experiments.scale.agreement
 
+.venv-docs/stamp: setup.py
+	@.venv-docs/bin/python -c '' 2>/dev/null || { rm -rf .venv-docs && "$(PYTHON)" -m venv .venv-docs; }
+	@.venv-docs/bin/python -m pip install -qq --disable-pip-version-check -e '.[docs]'
+	@touch $@
+
+docs: .venv-docs/stamp
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/python -m mkdocs build --strict
+
 clean:
-	rm -rf .venv .venv-peer .venv-aot .venv-colab .cache .pytest_cache .hypothesis .ruff_cache build run *.egg-info
+	rm -rf .venv .venv-peer .venv-aot .venv-colab .venv-docs .cache .pytest_cache .hypothesis .ruff_cache build run *.egg-info

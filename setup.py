@@ -25,12 +25,18 @@ setup(
     license_expression="Apache-2.0",
     license_files=["LICENSE"],
     url=REPOSITORY,
-    project_urls={"Documentation": f"{REPOSITORY}/tree/main/docs", "Changelog": f"{REPOSITORY}/blob/main/LOG.md",
-                  "Issues": f"{REPOSITORY}/issues"},
+    project_urls={"Documentation": f"{REPOSITORY}/tree/main/docs", "Source": REPOSITORY,
+                  "Changelog": f"{REPOSITORY}/blob/main/CHANGELOG.md", "Issues": f"{REPOSITORY}/issues"},
+    platforms=["Linux"],
     keywords="jax flax deepseek mixture-of-experts mla fp8 pallas dualpipe language-model",
     classifiers=[
         "Development Status :: 4 - Beta",
+        "Environment :: Console",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Education",
         "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
         "Programming Language :: Python :: 3.11",
         "Programming Language :: Python :: 3.12",
         "Programming Language :: Python :: 3.13",
@@ -81,6 +87,7 @@ setup(
             "httpx>=0.27",
             "jinja2>=3.1",
             "prometheus-client>=0.20",
+            "pyyaml>=6",  # mkdocs.yml and CITATION.cff, which tests read
             "jsonschema>=4.20",
             "openai>=1.40",  # the client whose protocol the server speaks
         ],
@@ -89,6 +96,7 @@ setup(
         "serve": ["starlette>=0.40", "uvicorn>=0.30", "jinja2>=3.1", "prometheus-client>=0.20"],
         "rl": ["reasoning-gym>=0.1"],  # more tasks for reinforcement learning
         "eval": ["lm-eval[api]>=0.4.10"],
+        "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.6,<10", "mkdocstrings[python]>=1.0", "ruff>=0.9"],  # the site
         "notebooks": ["nbclient>=0.10", "nbformat>=5.10", "ipykernel>=6.29", "ipywidgets>=8.1"],
     },
 )

@@ -98,7 +98,7 @@ class Output:
 
     logits_BTW: float32; None with logits=False.
     hidden_BTD: after the final norm, what the head multiplies. mtp_hidden[k - 1]: the same of depth k.
-    mtp_logits[k - 1][b, i]: for token i + k + 1; the last k positions saw wrapped-around tokens: mask them.
+    `mtp_logits[k - 1][b, i]`: for token i + k + 1; the last k positions saw wrapped-around tokens: mask them.
     counts: {"bias": int32 [L, E], "mtp_bias": int32 [depth, E]}, tokens that chose each expert; keys as in `router`.
     traffic: counters of dispatch, summed over MoE layers (MTP's included); None on one device.
     sequence_loss, auxiliary_loss: unweighted, float32, averaged over MoE layers (MTP's included).

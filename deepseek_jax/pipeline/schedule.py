@@ -18,7 +18,7 @@ NAMES = tuple(ORDERS)
 class Schedule:
     """One step of a pipeline.
 
-    table: [tick][rank] -> the operations of that cell: none, one, or F and B of two micro-batches, overlapped.
+    table: `[tick][rank]` -> the operations of that cell: none, one, or F and B of two micro-batches, overlapped.
     microbatches: all of them, 0 to C - 1. In DualPipe the first half enters at rank 0, the others at the last rank.
     """
 
