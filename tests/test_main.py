@@ -2,12 +2,14 @@
 
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import tarfile
 import zipfile
 
 import pytest
+import yaml
 
 import deepseek_jax
 from deepseek_jax import __main__ as main
@@ -30,6 +32,14 @@ def test_every_command_is_listed_and_runs():
 
 def test_the_version_is_that_of_the_package():
     assert run("--version").stdout == f"deepseek-jax {deepseek_jax.__version__}\n"
+
+
+def test_the_version_is_the_same_everywhere():
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    newest = re.search(r"^## (\S+) - (\S+)$", (ROOT / "CHANGELOG.md").read_text(), re.M)
+    repository = re.search(r'^REPOSITORY = "(.*?)"', (ROOT / "setup.py").read_text(), re.M)[1]
+    assert deepseek_jax.__version__ == cited["version"] == newest[1]
+    assert (str(cited["date-released"]), cited["repository-code"]) == (newest[2], repository)
 
 
 def test_an_unknown_command_and_a_bad_option_are_one_line():
