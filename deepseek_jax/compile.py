@@ -68,6 +68,7 @@ def main() -> int:
 
 
 def table(found: dict[str, Any]) -> str:
+    """The report that `main` prints, from what --json writes: sizes in GB (10^9 bytes) a device, times in seconds."""
     giga = lambda n: f"{n / 1e9:9.2f} GB"
     what = found.get("layout") or f"a decode step of {found['sequences']} x {found['length']} tokens on each device"
     seconds = found["seconds"]
@@ -76,9 +77,8 @@ def table(found: dict[str, Any]) -> str:
              f"s of CPU in all), {found['compiler_gigabytes']:.1f} GB here", ""]
     lines += [f"{'given: ' + name:28} {giga(size)}" for name, size in found.get("given", {}).items()]
     lines += [f"{name:28} {giga(size)}" for name, size in found["bytes"].items()]
-    verdict = "fits" if found["fits"] else "DOES NOT FIT"
     lines += [f"{'per device, by XLA':28} {giga(found['bytes_per_device'])}   of {found['memory'] / 1e9:.0f}: "
-              f"{verdict}"]
+              f"{'fits' if found['fits'] else 'DOES NOT FIT'}"]
     if "planned" in found:
         lines += [f"{'per device, planned':28} {giga(found['planned_bytes_per_device'])}   "
                   f"{found['planned_over_compiled'] - 1:+.1%}"]

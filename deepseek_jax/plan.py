@@ -57,6 +57,7 @@ def main() -> int:
 
 
 def training(args: argparse.Namespace, machine: Hardware, model: ModelConfig) -> dict[str, Any]:
+    """Prints the plan of one layout, or the best layouts with --search; returns what --json writes."""
     result: dict[str, Any] = {"measured": dataclasses.asdict(Measured())}
     if args.search:
         best, reasons = plan.search(model, machine, args.devices, args.sequences, args.sequence_length,

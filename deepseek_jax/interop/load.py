@@ -147,6 +147,7 @@ class Checkpoint:
         return np.stack(parts).reshape(*map(len, stack), len(rows), len(columns))
 
     def kept_shape(self, path: str, which: str) -> tuple[int, ...]:
+        """The shape of a matrix as it is stored: stacked over layers and experts; which: "values" or "scales"."""
         first = self.leaves[path][0]
         stack = self.shapes[path][:len(first.index)]
         return (*stack, *self.tensors[first.name + (SCALE if which == "scales" else "")].shape)

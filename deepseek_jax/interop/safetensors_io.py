@@ -32,6 +32,8 @@ _LONGEST_NAME, _MOST_AXES = 256, 8  # the published ones have up to 63 character
 
 
 class Tensor(NamedTuple):
+    """Where a tensor of a safetensors file is: its dtype and shape, and the bytes of the file that hold it."""
+
     name: str
     dtype: np.dtype
     shape: tuple[int, ...]
@@ -122,6 +124,7 @@ class Reader:
         return out
 
     def close(self) -> None:
+        """Closes the files that are open; a later read opens its file again."""
         for file in self._open.values():
             file.close()
         self._open.clear()

@@ -85,6 +85,7 @@ class TuningConfig:
         return self.tile_n * (COMPUTE if self.split == "columns" else 1)
 
     def stages_for(self, out_dtype: jnp.dtype) -> int:
+        """How many blocks of both operands are under way at once: as many as fit next to the output's tiles."""
         left = SHARED_BYTES - COMPUTE * 64 * self.tile_n * out_dtype.itemsize
         return self.stages or left // ((self.block_m + self.block_n) * BLOCK)
 
