@@ -124,7 +124,7 @@ class Reader:
         return out
 
     def close(self) -> None:
-        """Closes the files that are open; a later read opens its file again."""
+        """Closes the files; nothing can be read afterwards."""
         for file in self._open.values():
             file.close()
         self._open.clear()

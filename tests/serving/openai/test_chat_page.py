@@ -1,11 +1,7 @@
 """The chat page in a browser: under a path prefix and the server's Content-Security-Policy, against a scripted API."""
 
 import asyncio
-import contextlib
 import json
-import shutil
-import socket
-import subprocess
 import threading
 import time
 
@@ -13,29 +9,22 @@ import pytest
 
 pytest.importorskip("starlette")
 uvicorn = pytest.importorskip("uvicorn")
-httpx = pytest.importorskip("httpx")
+pytest.importorskip("httpx")
 
 from starlette.applications import Starlette  # noqa: E402
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, StreamingResponse  # noqa: E402
 from starlette.routing import Mount, Route  # noqa: E402
 
 from deepseek_jax.serving.openai.server import chat_page  # noqa: E402
+from tests import browser  # noqa: E402
+from tests.browser import ENTER, RELEASE, SHIFT, port  # noqa: E402
 from tests.serving.openai.test_server import running  # noqa: E402
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = pytest.mark.skipif(
-    not (CHROMIUM and shutil.which("chromedriver")), reason="needs chromium and chromedriver")
+pytestmark = pytest.mark.skipif(not browser.IS_HERE, reason="needs chromium and chromedriver")
 
 PREFIX = "/models/tiny"
 POLICY = ("default-src 'none'; connect-src 'self'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
           "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
-ENTER, SHIFT, RELEASE = "\ue007", "\ue008", "\ue000"
-
-
-def port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 class Api:
@@ -107,54 +96,6 @@ def choice(piece, chat):
                {"text": piece, "logprobs": {"token_logprobs": [-0.5], "top_logprobs": [{piece: -0.5}]}})}
 
 
-class Browser:
-    """Chromium over the WebDriver protocol."""
-
-    def __init__(self, driver, folder):
-        self.http = httpx.Client(base_url=driver, timeout=120)
-        args = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
-                "--window-size=1000,700", f"--user-data-dir={folder}"]
-        options = {"binary": CHROMIUM, "args": args}
-        started = self.call("POST", "/session", capabilities={"alwaysMatch": {"goog:chromeOptions": options}})
-        self.session = f"/session/{started['sessionId']}"
-
-    def call(self, method, path, **body):
-        answer = self.http.request(method, path, **({"json": body} if method == "POST" else {})).json()["value"]
-        assert not (isinstance(answer, dict) and "error" in answer), answer
-        return answer
-
-    def open(self, url):
-        self.call("POST", self.session + "/url", url=url)
-
-    def js(self, script):
-        return self.call("POST", self.session + "/execute/sync", script=script, args=[])
-
-    def width(self, pixels):
-        self.call("POST", self.session + "/goog/cdp/execute", cmd="Emulation.setDeviceMetricsOverride",
-                  params={"width": pixels, "height": 700, "deviceScaleFactor": 1, "mobile": False})
-
-    def type(self, field, keys):
-        [element] = self.call("POST", self.session + "/element", using="css selector", value=field).values()
-        self.call("POST", f"{self.session}/element/{element}/value", text=keys)
-
-    def click(self, selector):
-        self.js(f"document.querySelector({json.dumps(selector)}).click()")
-
-    def until(self, script):
-        """Waits for a true value of an expression and returns it."""
-        for _ in range(300):
-            if found := self.js(f"return {script}"):
-                return found
-            time.sleep(0.05)
-        raise AssertionError(f"never true: {script}; the page: {self.js('return document.body.innerText')}")
-
-    def texts(self, selector):
-        return self.js(f"return [...document.querySelectorAll({json.dumps(selector)})].map(e => e.textContent)")
-
-    def answered(self):
-        self.until("!document.body.matches('.running')")
-
-
 @pytest.fixture(scope="module")
 def served():
     api = Api()
@@ -167,23 +108,8 @@ def served():
 
 @pytest.fixture(scope="module")
 def window(tmp_path_factory):
-    process = subprocess.Popen(["chromedriver", f"--port={(number := port())}"], stdout=subprocess.DEVNULL)
-    driver = f"http://127.0.0.1:{number}"
-    browser = None
-    try:
-        for _ in range(200):
-            with contextlib.suppress(httpx.TransportError):
-                if httpx.get(driver + "/status").json()["value"]["ready"]:
-                    break
-            time.sleep(0.1)
-        browser = Browser(driver, tmp_path_factory.mktemp("chromium"))
-        yield browser
-    finally:
-        if browser:
-            browser.call("DELETE", browser.session)
-            browser.http.close()
-        process.kill()
-        process.wait()
+    with browser.window(tmp_path_factory.mktemp("chromium")) as opened:
+        yield opened
 
 
 @pytest.fixture
