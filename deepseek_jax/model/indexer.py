@@ -59,6 +59,7 @@ def index_terms(cfg: ModelConfig, x_BTD: jax.Array, latent_BTQ: jax.Array, rope:
 
     Args:
       x_BTD: what attention reads. latent_BTQ: the normed query latent.
+      rope: cos and sin of `rope.rope_table`, [B, T, R / 2] each.
       w: the weights by name; "k_norm" is {"scale", "bias"}.
     """
     R = cfg.rope_head_dim

@@ -30,7 +30,7 @@ SAVED_NAMES = tuple(RECOMPUTABLE.values())
 
 
 def save_ffn_input(x: jax.Array) -> jax.Array:
-    """Marks a SwiGLU input as saved for the backward pass."""
+    """Marks a SwiGLU input, of any shape, as saved for the backward pass under remat="report" (3.2.3); returns it."""
     return checkpoint_name(x, "ffn_in")
 
 
@@ -40,7 +40,7 @@ def wide(dtype: Any) -> jnp.dtype:
 
 
 def row_major(x: jax.Array) -> jax.Array:
-    """On a CPU, stores `x` row-major in memory; elsewhere does nothing.
+    """On a CPU, stores `x`, of any shape and dtype, row-major in memory; elsewhere does nothing.
 
     XLA:CPU turns a transpose into a stride, and its bfloat16 product of a strided operand is 2-3 times slower than
     the product plus the copy.
@@ -52,12 +52,12 @@ def row_major(x: jax.Array) -> jax.Array:
 
 
 def transpose(x: jax.Array) -> jax.Array:
-    """Swaps the last two axes, in memory where that pays."""
+    """[..., M, N] -> [..., N, M], in memory where that pays."""
     return row_major(jnp.swapaxes(x, -1, -2))
 
 
 def matmul(a: jax.Array, b: jax.Array, dtype: Any = None) -> jax.Array:
-    """a @ b over leading batch axes in `dtype` (default: that of `a`), accumulated wide and rounded once."""
+    """[..., M, K] by [..., K, N] -> [..., M, N] in `dtype` (default: that of `a`), summed wide and rounded once."""
     return jnp.matmul(a, b, preferred_element_type=dtype or a.dtype)
 
 
@@ -100,7 +100,11 @@ Weight = jax.Array | fp8.Blocks | LowRank
 
 
 def with_frozen(product: Callable[[jax.Array, jax.Array], jax.Array], x: jax.Array, w: fp8.Blocks) -> jax.Array:
-    """product(x, w), for which w is dequantized into x's dtype, and again in the backward pass: only FP8 is kept."""
+    """product(x, w), for which w is dequantized into x's dtype, and again in the backward pass: only FP8 is kept.
+
+    Args:
+      product: such as `linear`; x [..., I] and w [I, ...] in x's dtype -> [..., ...].
+    """
     return jax.checkpoint(lambda x, w: product(x, w.dequantized(x.dtype)))(x, w)
 
 
@@ -124,7 +128,7 @@ def linear(x: jax.Array, w: Weight, recipe: FP8Config | None = None, saved: str 
 
 
 def add_up(terms: Iterable[jax.Array]) -> jax.Array:
-    """The sum of one or more arrays, in their order."""
+    """The sum of one or more arrays of one shape and dtype, in their order."""
     return functools.reduce(operator.add, terms)
 
 
@@ -134,14 +138,17 @@ def head_logits(hidden: jax.Array, head_DW: jax.Array) -> jax.Array:
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
-    """x / rms(x) * scale over the last axis, computed in float32, returned in x's dtype."""
+    """x / rms(x) * scale over the last axis, computed in float32, returned in x's dtype. x [..., D], scale [D]."""
     y = x.astype(wide(x.dtype))
     y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + eps)
     return (y * scale.reshape((1,) * (x.ndim - 1) + (-1,))).astype(x.dtype)
 
 
 def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float) -> jax.Array:
-    """(x - mean(x)) / std(x) * scale + bias over the last axis, computed in float32, returned in x's dtype."""
+    """(x - mean(x)) / std(x) * scale + bias over the last axis, computed in float32, returned in x's dtype.
+
+    x [..., D]; scale, bias [D]. Only the indexer of V3.2 has one.
+    """
     y = x.astype(wide(x.dtype))
     variance = y.var(axis=-1, keepdims=True)
     y = (y - y.mean(axis=-1, keepdims=True)) * jax.lax.rsqrt(variance + eps)
@@ -150,20 +157,20 @@ def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float) -> j
 
 
 def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
-    """silu(gate) * up, computed in float32, returned in the inputs' dtype."""
+    """silu(gate) * up, elementwise, computed in float32, returned in the inputs' dtype; both [..., F]."""
     dtype = wide(gate.dtype)
     return (jax.nn.silu(gate.astype(dtype)) * up.astype(dtype)).astype(gate.dtype)
 
 
 def ffn(x_BTD: jax.Array, gate_DF: jax.Array, up_DF: jax.Array, down_FD: jax.Array) -> jax.Array:
-    """down(silu(gate x) * up x)."""
+    """down(silu(gate x) * up x): [B, T, D] in the dtype of x."""
     split = functools.partial(constrain, names=("batch", None, "ffn"))
     gate_BTF, up_BTF = save_ffn_input(split(linear(x_BTD, gate_DF))), save_ffn_input(split(linear(x_BTD, up_DF)))
     return linear(swiglu(gate_BTF, up_BTF), down_FD)
 
 
 def with_flat_inputs(w_XYO: Weight) -> Any:
-    """A weight with two axes of inputs, as one with a single axis."""
+    """A weight [X, Y, ...] with two axes of inputs, as [X Y, ...] with a single one."""
     if isinstance(w_XYO, LowRank):
         return w_XYO._replace(w_IO=with_flat_inputs(w_XYO.w_IO), a_IR=with_flat_inputs(w_XYO.a_IR))
     if isinstance(w_XYO, fp8.Blocks):

@@ -37,7 +37,10 @@ def axes_of(cfg: LoraConfig, path: tuple[str, ...]) -> tuple[int, int] | None:
 def fresh(cfg: LoraConfig, key: jax.Array, params: dict[str, Any]) -> dict[str, Any]:
     """Adapters at the start: A normal, so that x A is as large as x, and B = 0. float32 (float64 for such a model).
 
-    params: of the model, or their shapes.
+    Args:
+      key: of the random numbers. params: of the model, or their shapes.
+    Returns:
+      A tree like params, of the adapted weights alone: {"a": [..., I, rank], "b": [..., rank, O]} in their places.
     """
     rank, adapters = cfg.rank, {}
     assert rank is not None

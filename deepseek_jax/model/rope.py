@@ -53,7 +53,11 @@ def rope_table(cfg: ModelConfig, positions_BT: jax.Array, dtype: Any) -> tuple[j
 
 
 def rotate(x_BTHR: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotates adjacent pairs of the last axis. Computed in the table's dtype, returned in x's."""
+    """Rotates adjacent pairs of the last axis: [B, T, H, R]. Computed in the table's dtype, returned in x's.
+
+    Args:
+      table: cos and sin of `rope_table`, [B, T, R / 2] each.
+    """
     cos, sin = (t[:, :, None] for t in table)
     even, odd = x_BTHR[..., 0::2], x_BTHR[..., 1::2]
     pairs = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)

@@ -28,7 +28,7 @@ from deepseek_jax.plugin import load_object
 
 
 def affinities(cfg: ModelConfig, logits_NE: jax.Array) -> jax.Array:
-    """Unbiased scores: sigmoid (V3) or softmax over the experts (V2)."""
+    """Unbiased scores, [N, E] in the logits' dtype: sigmoid (V3) or softmax over the experts (V2)."""
     return jax.nn.sigmoid(logits_NE) if cfg.score == "sigmoid" else jax.nn.softmax(logits_NE, axis=-1)
 
 
@@ -65,7 +65,7 @@ def select(cfg: ModelConfig, scores_NE: jax.Array, bias_E: jax.Array | None) -> 
 
 
 def gates(cfg: ModelConfig, scores_NE: jax.Array, chosen_NK: jax.Array) -> jax.Array:
-    """How much each chosen expert contributes, from the UNBIASED scores."""
+    """How much each chosen expert contributes, from the UNBIASED scores: [N, K], in V3 summing to route_scale."""
     gate_NK = jnp.take_along_axis(scores_NE, chosen_NK, axis=1)
     if cfg.normalize_gates:
         gate_NK = gate_NK / (gate_NK.sum(axis=-1, keepdims=True) + 1e-20)
@@ -91,7 +91,7 @@ def sequence_loss(cfg: ModelConfig, scores_BTE: jax.Array) -> jax.Array:
 
 
 def auxiliary_loss(cfg: ModelConfig, scores_NE: jax.Array, counts_E: jax.Array) -> jax.Array:
-    """The classic batch-wise balance loss sum_i f_i P_i (GShard, Switch), the baseline of arXiv 2408.15664."""
+    """A scalar: the classic batch-wise balance loss sum_i f_i P_i (GShard, Switch), baseline of arXiv 2408.15664."""
     N, E = scores_NE.shape
     f_E = counts_E * (E / (cfg.experts_per_token * N))
     p_E = (scores_NE / scores_NE.sum(axis=-1, keepdims=True)).mean(axis=0)
@@ -156,7 +156,7 @@ def bias_rule(cfg: BalanceConfig) -> BiasRule:
 
 
 def initial_bias(cfg: ModelConfig, shape: tuple[int, ...]) -> jax.Array:
-    """Zero, or one where the bias multiplies."""
+    """Zero, or one where the bias multiplies: float32 of `shape` (float64 for a float64 model)."""
     fill = 1.0 if cfg.router_bias == "multiplicative" else 0.0
     return jnp.full(shape, fill, wide(cfg.dtype))
 
