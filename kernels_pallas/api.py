@@ -112,41 +112,60 @@ def _studied(implementation, **models):
 
 def quantize(x: jax.Array, *, scale: str = "float32", dtype: DTypeLike = E4M3, transposed: bool | str = False,
              share: str = "tile", implementation: str = "auto") -> Any:
-    """Quantized in 1 x 128 tiles; with `transposed` a pair with the transposed copy: see reference/quantize.py."""
+    """[..., M, K] in 1 x 128 tiles, E4M3 and float32 scales; with `transposed` a pair with the transposed copy.
+
+    As [the twin][kernels_pallas.reference.quantize.quantize]; a kernel takes bfloat16 [M, K].
+
+    Raises:
+      ValueError: `implementation` cannot run here, or `share`, which only the twin has, with a kernel.
+    """
     return _find("quantize", implementation)(x, scale=scale, dtype=dtype, transposed=transposed,
                                              **_studied(implementation, share=None if share == "tile" else share))
 
 
 def swiglu_quantize(gate: jax.Array, up: jax.Array, *, scale: str = "float32", dtype: DTypeLike = E4M3,
                     implementation: str = "auto") -> Quantized:
-    """quantize(silu(gate) * up) without a round trip through memory: see reference/quantize.py."""
+    """quantize(silu(gate) * up) of two [M, F], without a round trip through memory.
+
+    As [the twin][kernels_pallas.reference.quantize.swiglu_quantize]. Raises ValueError as `quantize`.
+    """
     return _find("swiglu_quantize", implementation)(gate, up, scale=scale, dtype=dtype)
 
 
 def fp8_matmul(a: Quantized, b: Quantized, *, out_dtype: DTypeLike = jnp.bfloat16,
                accumulator: Accumulator | None = None, implementation: str = "auto") -> jax.Array:
-    """a [M, K] @ b [N, K].T, scales along K, accumulated in float32: see reference/fp8_matmul.py."""
+    """a [M, K] by the transpose of b [N, K] -> [M, N] in `out_dtype`, scales along K, accumulated in float32.
+
+    As [the twin][kernels_pallas.reference.fp8_matmul.fp8_matmul]. Raises ValueError where the operands do not fit, or
+    `accumulator`, which only the twin has, goes with a kernel.
+    """
     return _find("fp8_matmul", implementation)(a, b, out_dtype=out_dtype,
                                                **_studied(implementation, accumulator=accumulator))
 
 
 def fp8_grouped_matmul(a: Quantized, b: Quantized, sizes_E: jax.Array, *, out_dtype: DTypeLike = jnp.bfloat16,
                        accumulator: Accumulator | None = None, implementation: str = "auto") -> jax.Array:
-    """The experts' products, contiguous or K-grouped: see reference/fp8_grouped_matmul.py."""
+    """The experts' products, contiguous or K-grouped.
+
+    As [the twin][kernels_pallas.reference.fp8_grouped_matmul.fp8_grouped_matmul]. Raises ValueError as `fp8_matmul`.
+    """
     return _find("fp8_grouped_matmul", implementation)(a, b, sizes_E, out_dtype=out_dtype,
                                                        **_studied(implementation, accumulator=accumulator))
 
 
 def grouped_matmul(x_RD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, *, transposed: bool = False,
                    implementation: str = "auto") -> jax.Array:
-    """The experts' products in the dtype of the operands: see reference/grouped_matmul.py."""
+    """The experts' products [R, F] in the dtype of the operands, rows sorted by expert.
+
+    As [the twin][kernels_pallas.reference.grouped_matmul.grouped_matmul]; Hopper's kernel takes bfloat16.
+    """
     implementation = _that_takes(x_RD, implementation)
     return _find("grouped_matmul", implementation)(x_RD, w_EDF, sizes_E, transposed=transposed)
 
 
 def grouped_matmul_weights(x_RD: jax.Array, dy_RF: jax.Array, sizes_E: jax.Array, *,
                            implementation: str = "auto") -> jax.Array:
-    """The gradient of their weights, float32: see reference/grouped_matmul.py."""
+    """The gradient of their weights, float32 [E, D, F]: [the twin][kernels_pallas.reference.grouped_matmul.weights]."""
     return _find("grouped_matmul", _that_takes(x_RD, implementation), "weights")(x_RD, dy_RF, sizes_E)
 
 
@@ -158,14 +177,17 @@ def _that_takes(x, implementation):
 
 def mla_attention(q_BTHA: jax.Array, k_BTHA: jax.Array, v_BTHV: jax.Array, segment_ids_BT: jax.Array | None = None, *,
                   scale: float, implementation: str = "auto") -> jax.Array:
-    """Causal attention with wide queries and narrow values, differentiable: see reference/mla_attention.py."""
+    """Causal attention with wide queries and narrow values, differentiable: [B, T, H, V] in the dtype of q.
+
+    As [the twin][kernels_pallas.reference.mla_attention.mla_attention]; a kernel takes bfloat16.
+    """
     return _find("mla_attention", implementation)(q_BTHA, k_BTHA, v_BTHV, segment_ids_BT, scale=scale)
 
 
 def mla_attention_forward(q_BTHA: jax.Array, k_BTHA: jax.Array, v_BTHV: jax.Array,
                           segment_ids_BT: jax.Array | None = None, *, scale: float,
                           implementation: str = "auto") -> tuple[jax.Array, jax.Array]:
-    """The same with the residuals of its gradient, for a caller that saves them itself: (o_BTHV, lse_BHT)."""
+    """The same with the residuals of its gradient, for a caller that saves them itself: (o_BTHV, float32 lse_BHT)."""
     return _find("mla_attention", implementation, "forward")(q_BTHA, k_BTHA, v_BTHV, segment_ids_BT, scale=scale)
 
 
@@ -173,12 +195,18 @@ def mla_attention_forward(q_BTHA: jax.Array, k_BTHA: jax.Array, v_BTHV: jax.Arra
 def mla_attention_backward(q_BTHA: jax.Array, k_BTHA: jax.Array, v_BTHV: jax.Array, segment_ids_BT: jax.Array | None,
                            o_BTHV: jax.Array, lse_BHT: jax.Array, do_BTHV: jax.Array, *, scale: float,
                            implementation: str = "auto") -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(dq_BTHA, dk_BTHA, dv_BTHV) from the results of `mla_attention_forward`: see reference/mla_attention.py."""
+    """(dq_BTHA, dk_BTHA, dv_BTHV) from the results of `mla_attention_forward`, in the dtypes of q, k and v.
+
+    As [the twin][kernels_pallas.reference.mla_attention.backward].
+    """
     return _find("mla_attention", implementation, "backward")(q_BTHA, k_BTHA, v_BTHV, segment_ids_BT, o_BTHV, lse_BHT,
                                                               do_BTHV, scale=scale)
 
 
 def mla_decode(q_BHX: jax.Array, cache: jax.Array, page_table_BP: jax.Array, lengths_B: jax.Array, *, scale: float,
                implementation: str = "auto") -> jax.Array:
-    """One absorbed query per sequence over a paged latent cache: see reference/mla_decode.py."""
+    """One absorbed query per sequence over a paged latent cache: [B, H, C] in the dtype of q.
+
+    As [the twin][kernels_pallas.reference.mla_decode.mla_decode]. Raises ValueError where queries and cache do not fit.
+    """
     return _find("mla_decode", implementation)(q_BHX, cache, page_table_BP, lengths_B, scale=scale)

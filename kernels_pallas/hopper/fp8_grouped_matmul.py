@@ -24,7 +24,11 @@ from kernels_pallas.reference.fp8_grouped_matmul import check_grouped, expert_of
 
 def fp8_grouped_matmul(a: Quantized, b: Quantized, sizes_E: jax.Array, *, out_dtype: DTypeLike = jnp.bfloat16,
                        config: TuningConfig | None = None, num_sms: int = 132, interpret: bool = False) -> jax.Array:
-    """See the twin. Rows past the last group are written as zeros, and so are the gradients of experts without rows."""
+    """See [the twin][kernels_pallas.reference.fp8_grouped_matmul.fp8_grouped_matmul].
+
+    Rows past the last group are written as zeros, and so are the gradients of experts without rows. Raises ValueError
+    for E5M2.
+    """
     check_grouped(a, b, sizes_E)
     if a[0].dtype != E4M3 or b[0].dtype != E4M3:
         raise ValueError(f"hopper multiplies E4M3 by E4M3, not {a[0].dtype} by {b[0].dtype}; "

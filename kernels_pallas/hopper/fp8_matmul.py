@@ -229,7 +229,10 @@ def k_blocks(q: Quantized) -> Any:
 
 def fp8_matmul(a: Quantized, b: Quantized, *, out_dtype: DTypeLike = jnp.bfloat16, config: TuningConfig | None = None,
                num_sms: int = 132, interpret: bool = False) -> jax.Array:
-    """See the twin. `b` in blocks or in tiles; K, M and N need not divide the tiles."""
+    """See [the twin][kernels_pallas.reference.fp8_matmul.fp8_matmul].
+
+    `b` in blocks or in tiles; K, M and N need not divide the tiles. Raises ValueError for E5M2.
+    """
     check_matmul(a, b)
     if a[0].dtype != E4M3 or b[0].dtype != E4M3:
         raise ValueError(f"hopper multiplies E4M3 by E4M3, not {a[0].dtype} by {b[0].dtype}; "

@@ -86,7 +86,9 @@ class Form(NamedTuple):
 
 def grouped_matmul(x_RD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, *, transposed: bool = False,
                    config: TuningConfig | None = None, num_sms: int = 132, interpret: Any = False) -> jax.Array:
-    """See the twin. Groups may end anywhere, and nothing is padded to equal or aligned ones.
+    """See [the twin][kernels_pallas.reference.grouped_matmul.grouped_matmul].
+
+    Groups may end anywhere, and nothing is padded to equal or aligned ones.
 
     Raises:
       ValueError: the operands are not bfloat16.
@@ -121,7 +123,9 @@ def grouped_matmul(x_RD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, *, tra
 
 def weights(x_RD: jax.Array, dy_RF: jax.Array, sizes_E: jax.Array, *, config: TuningConfig | None = None,
             num_sms: int = 132, interpret: Any = False) -> jax.Array:
-    """See the twin. dy must be finite, also in rows of no expert: a tile multiplies what it reads of them by zero.
+    """See [the twin][kernels_pallas.reference.grouped_matmul.weights].
+
+    dy must be finite, also in rows of no expert: a tile multiplies what it reads of them by zero.
 
     Raises:
       ValueError: the operands are not bfloat16.

@@ -50,13 +50,19 @@ class TuningConfig:
 
 def mla_attention(q_BTHA: jax.Array, k_BTHA: jax.Array, v_BTHV: jax.Array, segment_ids_BT: jax.Array | None = None, *,
                   scale: float, config: TuningConfig | None = None, interpret: bool = False) -> jax.Array:
-    """See the twin. bfloat16, A and V multiples of 64; T need not divide the blocks."""
+    """See [the twin][kernels_pallas.reference.mla_attention.mla_attention].
+
+    bfloat16, A and V multiples of 64, A up to 256; T need not divide the blocks. Raises ValueError for anything else.
+    """
     return _attention(q_BTHA, k_BTHA, v_BTHV, segment_ids_BT, scale, config, interpret)
 
 
 def forward(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None = None, *, scale: float,
             config: TuningConfig | None = None, interpret: bool = False) -> tuple[jax.Array, jax.Array]:
-    """See the twin."""
+    """See [the twin][kernels_pallas.reference.mla_attention.forward].
+
+    q, k bfloat16 [B, T, H, A], v [B, T, H, V], segments int32 [B, T]. Raises ValueError as `mla_attention`.
+    """
     _check(q, k, v, segments)
     T = q.shape[1]
     o, lse2 = _forward(*_tall(q, k, v), _padded(segments), scale, config or TuningConfig(), interpret)  # pyright: ignore[reportCallIssue] (lengths)
@@ -67,7 +73,10 @@ def forward(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None
 def backward(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None, o: jax.Array, lse: jax.Array,
              do: jax.Array, *, scale: float, config: TuningConfig | None = None,
              interpret: bool = False) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """See the twin."""
+    """See [the twin][kernels_pallas.reference.mla_attention.backward].
+
+    Operands and results of `forward`; o, do bfloat16 [B, T, H, V], lse float32 [B, H, T].
+    """
     delta = jnp.einsum("BTHV,BTHV->BHT", o, do, preferred_element_type=jnp.float32)
     # Past the edge lie zeros, which queries and gradients there are as well: what they add is zero.
     lse2, delta = (jnp.pad(x, ((0, 0), (0, 0), (0, -x.shape[-1] % ROWS))) for x in (lse * math.log2(math.e), delta))

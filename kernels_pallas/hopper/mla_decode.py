@@ -57,8 +57,11 @@ class TuningConfig:
 
 def mla_decode(q_BHX: jax.Array, cache: jax.Array, page_table_BP: jax.Array, lengths_B: jax.Array, *, scale: float,
                rank: int | None = None, config: TuningConfig | None = None, interpret: bool = False) -> jax.Array:
-    """See the twin. bfloat16 queries; a cache of bfloat16, or of 656 bytes a token; pages of 8, 16, 32 or a multiple
-    of 64 tokens; any number of heads."""
+    """See [the twin][kernels_pallas.reference.mla_decode.mla_decode].
+
+    bfloat16 queries; a cache of bfloat16, or of 656 bytes a token; pages of 8, 16, 32 or a multiple
+    of 64 tokens; any number of heads. Raises ValueError for anything else.
+    """
     (B, H, X), config = q_BHX.shape, config or TuningConfig()
     rank = X - 64 if rank is None else rank
     _check(q_BHX, cache, rank)

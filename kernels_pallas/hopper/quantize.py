@@ -133,7 +133,10 @@ def _check(name, *inputs):
 
 def quantize(x: jax.Array, *, scale: str = "float32", dtype: DTypeLike = E4M3, transposed: bool | str = False,
              interpret: bool = False) -> Any:
-    """See the twin. bfloat16 [M, K] of any size."""
+    """See [the twin][kernels_pallas.reference.quantize.quantize]. bfloat16 [M, K] of any size, to E4M3.
+
+    Raises ValueError for another dtype or other axes.
+    """
     _check("quantize", x)
     if dtype != E4M3:
         raise ValueError(f"hopper's quantize makes E4M3, not {jnp.dtype(dtype).name}; implementation='reference' does.")
@@ -143,7 +146,10 @@ def quantize(x: jax.Array, *, scale: str = "float32", dtype: DTypeLike = E4M3, t
 
 def swiglu_quantize(gate: jax.Array, up: jax.Array, *, scale: str = "float32", dtype: DTypeLike = E4M3,
                     interpret: bool = False) -> Quantized:
-    """See the twin: within one step of E4M3 of it (the exponential is another one)."""
+    """See [the twin][kernels_pallas.reference.quantize.swiglu_quantize]: within one step of E4M3 of it.
+
+    The exponential is another one. Two bfloat16 [M, F]; raises ValueError for anything else.
+    """
     _check("swiglu_quantize", gate, up)
     if dtype != E4M3:
         raise ValueError(f"hopper's swiglu_quantize makes E4M3, not {jnp.dtype(dtype).name}; "

@@ -110,7 +110,7 @@ def rows(value: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 
 def multiply_add(total: jax.Array, a: Any, b_smem: Any, interpret: bool) -> Any:
-    """total + a @ b: a running sum, a in registers or shared memory, b in shared memory."""
+    """total + a @ b: a running float32 sum, a [M, K] in registers or shared memory, b [K, N] in shared memory."""
     if interpret:  # which knows neither operands in registers nor sums that start from a value
         a, b = a if isinstance(a, jax.Array) else a[...], b_smem[...]
         plgpu.commit_smem()  # a plain read, where the tensor core's would be ordered before TMA's next write

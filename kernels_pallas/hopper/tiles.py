@@ -15,5 +15,5 @@ def tiled_shape(shape: tuple[int, ...], dtype: DTypeLike) -> tuple[int, ...]:
 
 
 def whole_tiles(x: jax.Array) -> jax.Array:
-    """x with zeros up to whole tiles; x itself where there is nothing to add, as for all shapes of V3."""
+    """x [..., rows, columns] with zeros up to whole tiles; x itself where none are missing, as for V3."""
     return jnp.pad(x, [(0, whole - size) for whole, size in zip(tiled_shape(x.shape, x.dtype), x.shape)])

@@ -54,6 +54,8 @@ def mla_decode(q_BHX: jax.Array, cache: jax.Array, page_table_BP: jax.Array, len
       rank: C; None: the width less 64, as in every published model.
     Returns:
       [B, H, C] in the dtype of q, still to be multiplied by W_UV.
+    Raises:
+      ValueError: the cache is not as wide as the queries and `rank` say.
     """
     X = q_BHX.shape[-1]
     rank = X - 64 if rank is None else rank

@@ -30,7 +30,10 @@ def power_of_two(amax: jax.Array, largest: float) -> jax.Array:
 
 
 def scales_of(amax: jax.Array, largest: float, scale: str = "float32") -> jax.Array:
-    """float32 scales of tiles with magnitudes up to `amax`, in a format of magnitudes up to `largest`."""
+    """float32 scales, in the shape of `amax`, of tiles of magnitudes up to it, in a format that ends at `largest`.
+
+    scale: "float32", or "power_of_two" (rounded up). amax counts as 1e-4 at least.
+    """
     amax = jnp.maximum(amax, SMALLEST_AMAX)
     if scale == "power_of_two":
         return power_of_two(amax, largest)
@@ -51,7 +54,7 @@ def tile_amax(x: jax.Array, rows: int = 1, columns: int = BLOCK) -> jax.Array:
 
 
 def tile_scales(x: jax.Array, largest: float, scale: str = "power_of_two") -> jax.Array:
-    """The scales of x in 1 x 128 tiles of a format of magnitudes up to `largest`."""
+    """The scales of x [..., M, K] in 1 x 128 tiles, of a format of magnitudes up to `largest`: [..., M, K / 128]."""
     return scales_of(tile_amax(x), largest, scale)
 
 
@@ -73,7 +76,7 @@ def _shared(amax, share):
 
 def with_scales(x: jax.Array, scales: jax.Array, rows: int = 1, dtype: DTypeLike = E4M3,
                 columns: int = BLOCK) -> Quantized:
-    """x / scales in `dtype`, where the scales are known."""
+    """x / scales in `dtype`, where the scales are known: x [..., M, K], one scale for `rows` x `columns` of it."""
     x = x.astype(jnp.float32)
     # XLA would multiply by the reciprocal of an array that it sees broadcast, or by 448 / amax: it sees a choice, which
     # changes nothing (NaN / NaN is NaN).

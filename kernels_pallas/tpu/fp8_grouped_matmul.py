@@ -25,7 +25,10 @@ from kernels_pallas.tpu.fp8_matmul import (
 
 def fp8_grouped_matmul(a: Quantized, b: Quantized, sizes_E: jax.Array, *, out_dtype: DTypeLike = jnp.bfloat16,
                        config: TuningConfig | None = None, interpret: bool = False) -> jax.Array:
-    """See the twin. Rows past the last group are written as zeros, and so are the gradients of experts without rows."""
+    """See [the twin][kernels_pallas.reference.fp8_grouped_matmul.fp8_grouped_matmul].
+
+    Rows past the last group are written as zeros, and so are the gradients of experts without rows.
+    """
     check_grouped(a, b, sizes_E)
     form = _k_grouped if b[0].ndim == 2 else _grouped
     return form(a, b, sizes_E.astype(jnp.int32), out_dtype, config or TuningConfig(), interpret)

@@ -48,7 +48,7 @@ def scaled_product(a_ref: Any, sa_ref: Any, b_ref: Any, sb_ref: Any) -> Any:
 
 
 def accumulate(first: Any, last: Any, product: Callable[[], jax.Array], total_ref: Any, out_ref: Any) -> None:
-    """Adds a step's product to the total; `first` and `last` say where an output begins and ends."""
+    """Adds a step's product, a float32 tile, to the total; `first` and `last` say where an output begins and ends."""
     @pl.when(first)
     def _():
         total_ref[...] = jnp.zeros_like(total_ref)
@@ -66,7 +66,7 @@ def slices_of(K: int, most: int) -> int:
 
 
 def whole_slices(values: jax.Array) -> jax.Array:
-    """K in whole slices of 128; what is added is zero."""
+    """[..., K] with K in whole slices of 128; what is added is zero."""
     return jnp.pad(values, [(0, 0)] * (values.ndim - 1) + [(0, -values.shape[-1] % BLOCK)])
 
 
@@ -81,7 +81,10 @@ def by_slice(q: Quantized, slices: int) -> jax.Array:
 
 def fp8_matmul(a: Quantized, b: Quantized, *, out_dtype: DTypeLike = jnp.bfloat16, config: TuningConfig | None = None,
                interpret: bool = False) -> jax.Array:
-    """See the twin. E4M3 or E5M2; K, M and N need not divide the blocks."""
+    """See [the twin][kernels_pallas.reference.fp8_matmul.fp8_matmul].
+
+    E4M3 or E5M2; K, M and N need not divide the blocks.
+    """
     check_matmul(a, b)
     config = config or TuningConfig()
     (M, K), N = a[0].shape, b[0].shape[0]

@@ -31,7 +31,7 @@ class TuningConfig:
 
 def grouped_matmul(x_RD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, *, transposed: bool = False,
                    config: TuningConfig | None = None, interpret: bool = False) -> jax.Array:
-    """See the twin."""
+    """See [the twin][kernels_pallas.reference.grouped_matmul.grouped_matmul]: [R, F] in the dtype of x."""
     config = config or TuningConfig()
     (R, D), F = x_RD.shape, w_EDF.shape[1 if transposed else 2]
     (x_RD,) = _whole_tiles(config, x_RD)
@@ -42,7 +42,7 @@ def grouped_matmul(x_RD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, *, tra
 
 def weights(x_RD: jax.Array, dy_RF: jax.Array, sizes_E: jax.Array, *, config: TuningConfig | None = None,
             interpret: bool = False) -> jax.Array:
-    """See the twin."""
+    """See [the twin][kernels_pallas.reference.grouped_matmul.weights]: float32 [E, D, F]."""
     # A tile of the output is float32 and held three times: with 1024 columns, beyond the 16 MiB that a kernel may have.
     config = config or TuningConfig(columns=512)
     D, F = x_RD.shape[1], dy_RF.shape[1]

@@ -15,7 +15,9 @@ LANES, BLOCK = 128, 512
 
 def mla_attention(q_BTHA: jax.Array, k_BTHA: jax.Array, v_BTHV: jax.Array, segment_ids_BT: jax.Array | None = None, *,
                   scale: float, block: int = BLOCK, interpret: bool = False) -> jax.Array:
-    """See the twin. The kernel knows no scale: the queries are multiplied by it, and rounded to their dtype once more.
+    """See [the twin][kernels_pallas.reference.mla_attention.mla_attention].
+
+    The kernel knows no scale: the queries are multiplied by it, and rounded to their dtype once more.
 
     For a gradient the output and the log-sum-exps are kept, under the name "attention" (jax.checkpoint's policies).
 
