@@ -48,7 +48,7 @@ def check(args: argparse.Namespace) -> None:
 
 
 def by_tasks(args: argparse.Namespace) -> dict[str, Any]:
-    """{"task metric": value}."""
+    """{"task metric": value} of lm-eval's tasks. Raises ConfigError where lm-eval is not installed."""
     try:
         from deepseek_jax.serving.harness import EngineLM, evaluate_tasks
     except ModuleNotFoundError as error:

@@ -48,7 +48,7 @@ def exponents_of(scales: jax.Array) -> jax.Array:
 
 
 def powers_of_two(exponents: jax.Array) -> jax.Array:
-    """The reverse of `exponents_of`: float32."""
+    """The reverse of `exponents_of`: float32 of the same shape."""
     return lax.bitcast_convert_type(exponents.astype(jnp.uint32) << 23, jnp.float32)
 
 

@@ -34,7 +34,11 @@ class Runner:
         self.rows = config.train.batch_size // config.train.accumulation_steps
 
     def share(self) -> tuple[int, int]:
-        """(i, n): this process reads the i-th of n equal parts of every micro-batch."""
+        """(i, n): this process reads the i-th of n equal parts of every micro-batch.
+
+        Raises:
+          ConfigError: processes share some of their rows of the batch and not all.
+        """
         if self.mesh is None:
             return 0, 1
         held, parts = self._pieces, sorted(set(self._pieces.values()))

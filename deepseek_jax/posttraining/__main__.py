@@ -45,7 +45,7 @@ def main() -> None:
 
 
 def solved(args: argparse.Namespace, task: Task) -> Iterator[tuple[str, str]]:
-    """Problems with the task's own answers."""
+    """(prompt, answer) of problems with the task's own answers. Raises ConfigError for a task that has none."""
     if task.solve is None:
         raise ConfigError(f"{args.task} has no answers to give; its Task has no `solve`. Take --teacher RUN.")
     rng = np.random.default_rng(args.seed)

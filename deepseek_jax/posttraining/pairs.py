@@ -63,7 +63,7 @@ def read_pairs(source: Source, tokenizer: Tokenizer, text: Callable[[], Conventi
 
 
 def pair_of(name: str, row: Any, tokenizer: Tokenizer, text: Conventions) -> Pair:
-    """A row as a pair. Raises as `turn_of`, and for answers that the template asks for unlike prompts."""
+    """A row as a pair. Raises as `turn_of`, and ValueError for answers that the template asks for unlike prompts."""
     chosen, rejected = (turn_of(row, side, tokenizer, text) for side in SIDES)
     if chosen.ids[:chosen.start] != rejected.ids[:rejected.start]:
         raise ValueError("the chat template opens the two answers unlike, because reasoning_content is in one alone; "
@@ -114,7 +114,13 @@ def hold(source: Source, tokenizer: Tokenizer, text: Callable[[], Conventions], 
 
 
 class PairLoader:
-    """Batches of pairs by step, and the held-out pairs: what `data.loader.Loader` is for documents."""
+    """Batches of pairs by step, and the held-out pairs: what `data.loader.Loader` is for documents.
+
+    Args:
+      sources: pairs of each of data.sources. host, hosts: this process reads the host-th of `hosts` equal parts.
+    Raises:
+      ConfigError: a micro-batch that is no whole number of pairs for each process.
+    """
 
     def __init__(self, config: Config, sources: list[Held], tokenizer: Tokenizer, host: int = 0, hosts: int = 1):
         self.config, self.sources, self.tokenizer = config, sources, tokenizer

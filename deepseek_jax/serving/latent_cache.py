@@ -35,7 +35,7 @@ class SparsePages(NamedTuple):
 
 
 def row_shape(cfg: ModelConfig, kind: str) -> tuple[int, Any]:
-    """(length, dtype) of one token's row in one layer."""
+    """(length, dtype) of one token's row in one layer. Raises ConfigError for an unknown `kind` of cache."""
     C, R = cfg.kv_rank, cfg.rope_head_dim
     if kind not in FORMATS:
         raise ConfigError(f"a cache of {kind!r} is unknown; take one of {', '.join(FORMATS)}.")

@@ -40,7 +40,7 @@ class Pages:
         return -(-tokens // self.page_size)
 
     def reserve(self, count: int) -> None:
-        """Sets `count` pages aside for a sequence to `take` as it grows."""
+        """Sets `count` pages aside for a sequence to `take` as it grows. Raises ValueError where fewer are left."""
         if count > self.available:
             raise ValueError(f"{count} pages were asked for, {self.available} are available.")
         self.reserved += count

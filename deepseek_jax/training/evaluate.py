@@ -38,9 +38,11 @@ class Score(NamedTuple):
 
 def evaluate(loader: Loader, step: Callable[..., Sums], params: dict[str, Any], router: dict[str, jax.Array],
              limit: int = 0, progress: bool = False) -> Score:
-    """Main-head loss over `limit` validation batches; 0: all of them. `step` is `eval_step` with its config.
+    """Main-head loss over `limit` validation batches; 0: all of them.
 
-    progress: show a bar.
+    Args:
+      step: `eval_step` with its config, (params, router, micro-batch) -> Sums.
+      router: biases float32 [L, E] by name. progress: show a bar.
     """
     total, counts = _Total(), None
     sources: dict[str, _Total] = {}

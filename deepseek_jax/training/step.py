@@ -61,7 +61,11 @@ def fresh_adapters(config: Config, params: dict[str, Any]) -> dict[str, Any]:
 
 
 def start_state(config: Config, params: dict[str, Any], router: dict[str, jax.Array], rng: jax.Array) -> TrainState:
-    """Step 0 around given parameters and biases."""
+    """Step 0 around given parameters and biases.
+
+    Args:
+      router: biases float32 [L, E] by name. rng: a typed key, which the state carries.
+    """
     opt_state = make_optimizer(config.optimizer, config.train.steps).init(params)
     ema = jax.tree.map(jnp.copy, params) if config.train.ema_decay else {}
     rule = bias_rule(config.balance)
@@ -70,7 +74,7 @@ def start_state(config: Config, params: dict[str, Any], router: dict[str, jax.Ar
 
 
 def split_batch(config: Config, tokens: jax.Array, weights: jax.Array, segment_ids: jax.Array) -> Batch:
-    """[b, T + 1] rows -> inputs and next-token targets. Without document masks the segments are None."""
+    """[b, T + 1] rows -> inputs and next-token targets [b, T]. Without document masks the segments are None."""
     masked = config.data.mask_documents
     targets_weight = weights[:, 1:].astype(jnp.float32)
     if masked:  # the first token of the next document is not predicted from this one
@@ -97,7 +101,7 @@ def run_model(config: Config, params: dict[str, Any], router: dict[str, jax.Arra
 
 def forward(config: Config, params: dict[str, Any], router: dict[str, jax.Array], batch: Batch,
             step: jax.Array | None = None) -> tuple[Output, TokenLosses]:
-    """Model and losses of one micro-batch."""
+    """Model and losses, summed in nats, of one micro-batch. step: int32 scalar, for routers that read it."""
     output = run_model(config, params, router, batch, step=step)
     return output, token_losses(output, params["head"], batch, config.train.loss_chunk)
 
@@ -122,7 +126,7 @@ Loss = Callable[[Config, dict[str, Any], Inputs], tuple[jax.Array, Sums]]
 
 
 def of_rows(config: Config, micro: dict[str, jax.Array]) -> Batch:
-    """`split_batch` of one micro-batch, whatever else it holds."""
+    """`split_batch` of one micro-batch, [b, T + 1] each, whatever else it holds."""
     return split_batch(config, micro["tokens"], micro["weights"], micro["segment_ids"])
 
 
@@ -149,7 +153,7 @@ def _target_weights(config: Config, micro):
 
 
 def mtp_weight(config: Config, step: jax.Array | int) -> jax.Array | float:
-    """lambda of the MTP loss at `step`."""
+    """lambda of the MTP loss at `step` (report section 4.2): a float32 scalar."""
     at, value = step / config.train.steps, 0.0
     for start, level in config.train.mtp_weights:
         value = jnp.where(at >= start, level, value)
@@ -207,8 +211,10 @@ def _gradients(config, params, router, normalizers, step,
 
 def train_step(config: Config, state: TrainState, batch: dict[str, Any], base: dict[str, Any] | None = None,
                loss: Loss = next_token_loss, reference: dict[str, Any] | None = None) -> tuple[TrainState, Metrics]:
-    """Takes one step. Pure; jit it with `config` closed over and the state donated. base, reference: as in
-    `accumulate`."""
+    """Takes one step (report section 4.2). Pure; jit it with `config` closed over and the state donated.
+
+    batch, base, loss, reference: as in `accumulate`. Metrics are of the complete batch.
+    """
     grads, sums = accumulate(config, state.params, state.router, batch, state.step, loss, base, reference)
     optimizer = make_optimizer(config.optimizer, config.train.steps)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)

@@ -112,7 +112,10 @@ class Service:
 
 
 class Stream:
-    """The answer to one request: deltas from all its choices, in the order they come."""
+    """The answer to one request: deltas from all its choices, in the order they come.
+
+    Raises BadRequest where the engine has no room for a choice of this length.
+    """
 
     def __init__(self, service: Service, completion: CompletionRequest):
         self.service, self.completion = service, completion
