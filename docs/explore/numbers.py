@@ -128,7 +128,7 @@ def rounded(row: np.ndarray, kind: str) -> dict[str, Any]:
     there, back = row[row != 0].astype(np.float64), np.asarray(dequantize(q))
     error = float(np.mean(np.abs(back[row != 0] - there) / np.abs(there)))
     return {"scale": float(q.scales[0, 0]), "value": float(q.values[0, 0].astype(jnp.float32)),
-            "back": float(back[0, 0]), "error": error, "zeros": int((back[row != 0] == 0).sum())}
+            "back": float(back[0, 0]), "error": round(error, 6), "zeros": int((back[row != 0] == 0).sum())}
 
 
 def fp8() -> dict[str, Any]:

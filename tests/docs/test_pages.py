@@ -8,6 +8,7 @@ import re
 import pytest
 
 from deepseek_jax.__main__ import COMMANDS
+from deepseek_jax.config.load import RENAMED
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -44,6 +45,27 @@ def test_python_in_a_page_parses_and_imports_what_is_there(page):
                 found = importlib.import_module(node.module)
                 assert not [alias.name for alias in node.names if not hasattr(found, alias.name)
                             and importlib.util.find_spec(f"{node.module}.{alias.name}") is None]
+
+
+KEYS = set(re.findall(r"^\| `([a-z0-9_.]+)` \|", (ROOT / "docs" / "config.md").read_text(), re.M)) | set(RENAMED)
+SECTIONS = {key.split(".")[0] for key in KEYS}
+
+
+def named_keys(text):
+    """Config keys that a page names: options of a command, and `section.key`, with or without a value."""
+    told = re.findall(r"--config\.([a-z0-9_.]*[a-z0-9_])=", text)
+    told += re.findall(r"`([a-z0-9]+\.[a-z0-9][a-z0-9_]*)(?:=[^`]*)?`", text)
+    return {key for key in told if key.split(".")[0] in SECTIONS and not key.endswith((".py", ".md", ".json"))}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_config_keys_of_a_page_are_there(page):
+    assert not named_keys(page.read_text()) - KEYS
+
+
+def test_a_key_that_is_not_there_is_seen():
+    text = "`balance.bias_sped`, `train.steps=3`, `model.py`, --config.mesh.schedule=dualpipe --config.train.steps=1"
+    assert named_keys(text) - KEYS == {"balance.bias_sped", "mesh.schedule"}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -2,6 +2,7 @@
 
 import importlib.util
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -62,3 +63,20 @@ def test_the_site_builds_without_a_complaint(tmp_path):
     assert 'src="pictures/experiments/studies/load_balance/load_balance.png"' in built
     assert (tmp_path / "site" / "pictures/experiments/studies/load_balance/load_balance.png").is_file()
     assert "deepseek_jax.model.router.route" in (tmp_path / "site" / "api" / "model.html").read_text()
+
+
+def test_every_version_of_python_that_is_promised_is_tested():
+    promised = re.findall(r'"Programming Language :: Python :: (3\.\d+)"', (ROOT / "setup.py").read_text())
+    jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())["jobs"]
+    assert jobs["test"]["strategy"]["matrix"]["python"] == promised
+    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M)
+    runs = [step.get("run", "") for job in jobs.values() for step in job["steps"]]
+    said = [word for run in runs for word in re.findall(r"^make (\w+)", run)]
+    assert said == ["lint", "test", "docs"] and set(said) <= set(targets)
+
+
+def test_hooks_run_what_is_there():
+    (repository,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    for hook in repository["hooks"]:
+        assert hook["language"] == "system"
+        assert all((ROOT / path).exists() for path in re.findall(r"(?:tests|docs)/[\w./]*\w", hook["entry"]))
