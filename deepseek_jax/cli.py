@@ -10,10 +10,11 @@ import traceback
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from deepseek_jax import runtime, stop
-from deepseek_jax.config import ConfigError, did_you_mean, local_path
+from deepseek_jax import runtime, stop, storage
+from deepseek_jax.config import ConfigError, did_you_mean, usable_path
 
 PATHS = ("workdir", "hf", "config", "data", "out", "prompts", "json", "plot", "teacher", "task_folder", "src", "dst")
+ON_DISK = ("prompts", "task_folder")  # of these, those that are read by what knows files alone
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):
@@ -37,7 +38,8 @@ class Parser(argparse.ArgumentParser):
         for name in PATHS:
             if isinstance(value := getattr(found, name, None), str):
                 option = "--" + name.replace("_", "-")
-                setattr(found, name, local_path(option if option in self._option_string_actions else name, value))
+                setattr(found, name, usable_path(option if option in self._option_string_actions else name, value,
+                                                name in ON_DISK))
         return found, rest
 
     def error(self, message: str) -> NoReturn:
@@ -69,7 +71,7 @@ def _run(main):
     runtime.prepare()
     try:
         return main() or 0
-    except ConfigError as error:
+    except (ConfigError, storage.StorageError) as error:
         print(f"error: {error}", file=sys.stderr)
         return stop.exit_code(error)
     except ModuleNotFoundError as error:

@@ -3,6 +3,8 @@
 Written: next to their place under another name, then renamed. A reader, or a kill, finds the old content or the new
 one, never a part of it. With `sync` the bytes are on the disk before the rename: a power cut cannot undo it either.
 
+An address in a bucket (`storage`) is written as one object, which replaces the old one as a whole.
+
 Read: only regular files, since a named pipe would be waited for forever; JSON with a bound on its size. What is wrong
 is an OSError or a ValueError, whose text fits behind the file's name.
 """
@@ -15,10 +17,13 @@ import json
 import os
 import shutil
 import stat
+import tempfile
 import uuid
 from collections.abc import Iterator
 from io import BufferedReader
 from typing import Any
+
+from deepseek_jax import storage
 
 Path = str | os.PathLike[str]
 
@@ -32,8 +37,16 @@ _KINDS = {stat.S_IFIFO: "Is a named pipe, not a file", stat.S_IFSOCK: "Is a sock
 def replacing(path: Path, sync: bool = False) -> Iterator[str]:
     """Yields the name of a file to write, which takes the place of `path` at the end; after an error it is removed.
 
+    For an address that is a file on this machine, which becomes the object.
+
     Raises OSError with the name `path` where it cannot be written.
     """
+    if storage.is_remote(path):
+        with tempfile.TemporaryDirectory(dir=storage.scratch()) as folder:
+            partial = os.path.join(folder, os.path.basename(path))
+            yield partial
+            storage.upload(partial, path)
+        return
     folder, name = os.path.split(os.path.abspath(path))
     partial = os.path.join(folder, f".{name}.{uuid.uuid4().hex}.new")  # other machines may write there, too
     try:
@@ -56,8 +69,16 @@ def building(folder: Path, shared: bool = False) -> Iterator[str]:
     What a killed process left of an earlier try is removed. With `shared` several processes may build the same content
     at once, each under a name of its own; the first one's is kept.
 
+    For an address it is a folder on this machine, whose files become objects, meta.json the last of them: what looks
+    for that first never reads a part. Others who build the same content there write the same objects.
+
     Raises OSError where `folder` exists and is not empty, but with `shared`.
     """
+    if storage.is_remote(folder):
+        with tempfile.TemporaryDirectory(dir=storage.scratch()) as partial:
+            yield partial
+            storage.upload_folder(partial, folder, last=("meta.json",))
+        return
     folder = os.path.abspath(folder)
     partial = f"{folder}.{uuid.uuid4().hex[:8]}.partial" if shared else folder + ".partial"
     try:
@@ -75,6 +96,9 @@ def building(folder: Path, shared: bool = False) -> Iterator[str]:
 
 def write_bytes(path: Path, data: bytes, sync: bool = False) -> None:
     """Replaces the file at `path`."""
+    if storage.is_remote(path):
+        storage.put(path, data)
+        return
     with replacing(path, sync) as partial, open(partial, "wb") as f:
         f.write(data)
 
@@ -105,6 +129,9 @@ def sync_file(path: Path) -> None:
 
 def check_regular(path: Path) -> None:
     """Raises OSError, with a reason in its strerror, for anything but a regular file or a link to one."""
+    if storage.is_remote(path):
+        storage.size(path)  # objects are nothing else
+        return
     mode = os.stat(path).st_mode
     if stat.S_ISDIR(mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
@@ -114,8 +141,9 @@ def check_regular(path: Path) -> None:
 
 def open_regular(path: Path) -> BufferedReader:
     """A regular file, open for reading. Raises OSError for anything else, without opening it."""
-    check_regular(path)
-    return open(path, "rb")
+    if not storage.is_remote(path):
+        check_regular(path)
+    return storage.open_file(path)
 
 
 def read_json(path: Path) -> Any:

@@ -17,6 +17,7 @@ import threading
 from collections.abc import Callable, Iterator
 
 from deepseek_jax.config import ConfigError
+from deepseek_jax.storage import StorageError
 
 DONE, MISTAKE, STOPPED, PEER_LOST, INTERRUPTED = 0, 2, 75, 76, 130
 # What schedulers send: SIGTERM (Slurm, Kubernetes), and SIGUSR1 where they are asked to (sbatch --signal=USR1@300).
@@ -40,7 +41,7 @@ def exit_code(error: BaseException) -> int:
         return PEER_LOST
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED
-    return MISTAKE if isinstance(error, (ConfigError, ModuleNotFoundError, MemoryError, OSError)) else 1
+    return MISTAKE if isinstance(error, (ConfigError, StorageError, ModuleNotFoundError, MemoryError, OSError)) else 1
 
 
 def leave(code: int) -> None:

@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import os
-import pathlib
 import socket
+import sys
+import threading
 import time
+import uuid
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import filelock
 
-from deepseek_jax import io
+from deepseek_jax import io, stop, storage
 from deepseek_jax.config import (
     Config,
     ConfigError,
@@ -36,37 +39,109 @@ if TYPE_CHECKING:
 def alone_in(workdir: str) -> Iterator[None]:
     """Inside, no other process trains in this work directory. Raises ConfigError where one does already.
 
-    The kernel, or the server of a shared disk, lets go of the lock when its holder ends, however it ends.
+    The kernel, or the server of a shared disk, lets go of the lock when its holder ends, however it ends. In a bucket it
+    is an object: `_Lease`.
     """
+    if storage.is_remote(workdir):
+        with _Lease(workdir):
+            yield
+        return
     os.makedirs(workdir, exist_ok=True)
-    holder = pathlib.Path(workdir) / ".holder"
+    holder = storage.as_path(workdir) / ".holder"
     try:
         lock = filelock.FileLock(os.path.join(workdir, ".lock"), timeout=0).acquire()
     except filelock.Timeout:
-        raise ConfigError(f"{workdir} is being trained by another process{_holder(holder)}; wait for it, stop it, or "
-                          "take another --workdir.") from None
+        raise _taken(workdir, _object(str(holder))) from None
     except NotImplementedError:  # a file system without locks
         lock = contextlib.nullcontext()
     with lock:
-        io.write_json(holder, {"host": socket.gethostname(), "pid": os.getpid(),
-                               "since": time.strftime("%Y-%m-%d %H:%M:%S %z")})
+        io.write_json(holder, _about_this_process())
         try:
             yield
         finally:
             holder.unlink(missing_ok=True)
 
 
-def _holder(path):
-    """" (process 7 of host a, since ...)", where the holder of the lock has said so."""
-    said = _object(str(path))
-    return f" (process {said['pid']} of {said['host']}, since {said['since']})" if len(said) == 3 else ""
+def _about_this_process():
+    return {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S %z")}
+
+
+def _taken(workdir, said) -> ConfigError:
+    """said: by the holder of the lock about itself, if it has come to that."""
+    known = {"host", "pid", "since"} <= said.keys()
+    holder = f" (process {said['pid']} of {said['host']}, since {said['since']})" if known else ""
+    return ConfigError(f"{workdir} is being trained by another process{holder}; wait for it, stop it, or take another "
+                       "--workdir.")
+
+
+class _Lease:
+    """The object .holder of a work directory in a bucket, which its holder writes again every BEAT seconds.
+
+    No store lets go of it when the holder dies. So one whose process is gone from this machine is free, and one from
+    elsewhere when it has not been written for EXPIRY seconds, which the next run waits for. A holder that finds another
+    in its place, after it was cut off from the store for so long, ends at once and writes nothing more.
+    """
+
+    BEAT, EXPIRY = 20, 90
+
+    def __init__(self, workdir: str):
+        self.workdir, self.address = workdir, os.path.join(workdir, ".holder")
+        self.said: dict[str, Any] = _about_this_process() | {"id": uuid.uuid4().hex}
+        self.beats, self.released = 0, threading.Event()
+        self.thread = threading.Thread(target=self._hold, daemon=True)
+
+    def __enter__(self):
+        self._await()
+        if not storage.create(self.address, self._words()) or _object(self.address).get("id") != self.said["id"]:
+            raise _taken(self.workdir, _object(self.address))
+        self.thread.start()
+
+    def __exit__(self, *error):
+        self.released.set()
+        self.thread.join()
+        if _object(self.address).get("id") == self.said["id"]:
+            storage.remove(self.address)
+
+    def _words(self):
+        return json.dumps(self.said | {"beats": self.beats}).encode()
+
+    def _await(self):
+        """Returns when the lock is free. Raises ConfigError as soon as its holder shows that it lives."""
+        said = _object(self.address)
+        if said and said.get("host") == self.said["host"] and isinstance(said.get("pid"), int):
+            if storage.is_running(said["pid"]):
+                raise _taken(self.workdir, said)
+            storage.remove(self.address)
+            return
+        end = time.monotonic() + self.EXPIRY
+        while said:
+            if time.monotonic() > end:
+                print(f"{self.workdir} is free: process {said.get('pid')} of {said.get('host')}, which held it, has not "
+                      f"been heard of for {self.EXPIRY} seconds.", flush=True)
+                storage.remove(self.address)
+                return
+            time.sleep(min(1, self.EXPIRY / 10))
+            now = _object(self.address)
+            if now and now != said:
+                raise _taken(self.workdir, now)
+            said = now
+
+    def _hold(self):
+        while not self.released.wait(self.BEAT):
+            with contextlib.suppress(storage.StorageError):  # by the next beat it may answer again
+                found = _object(self.address)
+                if found and found.get("id") != self.said["id"]:
+                    print(f"error: {_taken(self.workdir, found)} This one was cut off from the store.", file=sys.stderr)
+                    stop.leave(stop.MISTAKE)
+                self.beats += 1
+                storage.put(self.address, self._words())
 
 
 def claim_workdir(config: Config, workdir: str) -> None:
     """Writes the config into a work directory that has none, or no checkpoint yet."""
-    path = pathlib.Path(workdir) / "config.json"
-    if not path.exists() or not _has_checkpoint(workdir):
-        path.parent.mkdir(parents=True, exist_ok=True)
+    path = os.path.join(workdir, "config.json")
+    if not storage.exists(path) or not _has_checkpoint(workdir):
+        storage.make_folder(workdir)
         io.write_json(path, as_dict(config))
 
 
@@ -79,14 +154,16 @@ def _check_name(workdir):
 def _has_checkpoint(workdir):
     from deepseek_jax.checkpoint.manifest import steps
 
-    return bool(steps(pathlib.Path(workdir) / "checkpoints"))
+    return bool(steps(storage.as_path(workdir) / "checkpoints"))
 
 
 def check_workdir(config: Config, workdir: str) -> None:
     """Raises ConfigError for a name that cannot hold checkpoints, and when one there is of another config; the message
-    lists the differences."""
+    lists the differences. Of a bucket, StorageError for one that this process cannot write to."""
     _check_name(workdir)
-    if not os.path.lexists(os.path.join(workdir, "config.json")) or not _has_checkpoint(workdir):
+    if storage.is_remote(workdir):
+        storage.check_writable(workdir)
+    if not storage.exists(os.path.join(workdir, "config.json")) or not _has_checkpoint(workdir):
         return
     ours, theirs = (as_dict(_what_a_run_depends_on(c)) for c in (config, load_workdir_config(workdir)))
     differences = _differences(ours, theirs)
@@ -103,10 +180,10 @@ def _what_a_run_depends_on(config: Config) -> Config:
 
 def load_workdir_config(workdir: str) -> Config:
     """The config of a run. Raises ConfigError when the directory holds none."""
-    path = pathlib.Path(workdir) / "config.json"
-    if path.is_dir():
+    path = os.path.join(workdir, "config.json")
+    if storage.is_folder(path):
         raise ConfigError(f"{path} is a folder, not the config of a run; take another --workdir.")
-    if not path.is_file():
+    if not storage.is_file(path):
         raise ConfigError(f"{workdir} holds no config.json; give the --workdir of a run.")
     _check_name(workdir)
     try:

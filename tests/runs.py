@@ -22,7 +22,7 @@ from unittest import mock
 import jax
 import numpy as np
 
-from deepseek_jax import cli, compare, evaluate, generate, runtime, train
+from deepseek_jax import cli, compare, convert, evaluate, generate, prepare, runtime, storage, train
 from deepseek_jax.checkpoint import manifest
 from deepseek_jax.checkpoint.manager import restore_items
 from deepseek_jax.training.metrics import read_metrics
@@ -50,7 +50,8 @@ def get_config():
 DENSE = ["--config.model.num_layers=1", "--config.model.mtp_depth=0", "--config.train.accumulation_steps=1",
          "--config.train.ramp_from=None", "--config.train.ema_decay=0"]
 TIMINGS = ("tokens_per_second", "mfu")
-COMMANDS = {"train": train, "evaluate": evaluate, "compare": compare, "generate": generate}
+COMMANDS = {"train": train, "evaluate": evaluate, "compare": compare, "generate": generate,
+            "prepare": prepare, "convert": convert}
 
 
 def write_corpus(folder: pathlib.Path, files=10):
@@ -101,11 +102,12 @@ def run(name: str, *arguments) -> Result:
         root.setLevel(level)
 
 
-def start_training(config, workdir, *overrides) -> subprocess.Popen:
+def start_training(config, workdir, *overrides, cwd=None) -> subprocess.Popen:
     """The same as a process of its own."""
     environment = os.environ | {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "PYTHONUNBUFFERED": "1"}
     return subprocess.Popen([sys.executable, "-m", "deepseek_jax.train", "--config", config, "--workdir", str(workdir),
-                             *overrides], text=True, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+                             *overrides], text=True, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                            cwd=cwd)
 
 
 @functools.cache
@@ -123,7 +125,7 @@ def rows(workdir):
 
 
 def checkpoints(workdir):
-    return manifest.steps(pathlib.Path(workdir) / "checkpoints")
+    return manifest.steps(storage.as_path(workdir) / "checkpoints")
 
 
 def final_bits(workdir):
@@ -131,7 +133,7 @@ def final_bits(workdir):
     items, step, _ = restore_items(workdir, ("step", "params", "opt_state", "router", "ema", "rng"))
     leaf = lambda x: np.asarray(jax.random.key_data(x) if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else x)
     named = jax.tree_util.tree_leaves_with_path(items)
-    loads = (pathlib.Path(workdir) / "expert_load" / "counts.int32").read_bytes()
+    loads = storage.read_bytes(storage.as_path(workdir) / "expert_load" / "counts.int32")
     return step, loads, {jax.tree_util.keystr(path): leaf(x).tobytes() for path, x in named}
 
 

@@ -32,7 +32,7 @@ def test_a_tilde_in_a_path_is_the_users_folder_and_no_folder_of_that_name(parser
     assert InitConfig("~/run").from_ == "/home/somebody/run"
 
 
-@pytest.mark.parametrize("address", ["gs://bucket/run", "s3://bucket/run", "hf://owner/data/*.parquet"])
+@pytest.mark.parametrize("address", ["gcs://bucket/run", "https://host/run", "hf://owner/data/*.parquet"])
 def test_an_address_is_refused_before_a_folder_of_its_name_is_made(parser, address):
     for key, ask in (("--workdir", lambda: parser.parse_args([f"--workdir={address}"])),
                      ("init.from", lambda: InitConfig(address)), ("distill.from", lambda: DistillConfig(address)),
@@ -41,6 +41,15 @@ def test_an_address_is_refused_before_a_folder_of_its_name_is_made(parser, addre
                      ("data.cache_dir", lambda: DataConfig(cache_dir=address))):
         with pytest.raises(ConfigError, match=f"{key}={re.escape(address)} is an address, and only paths of this"):
             ask()
+
+
+@pytest.mark.parametrize("address", ["gs://bucket/run", "s3://bucket/run"])
+def test_the_address_of_a_bucket_is_a_path(parser, address):
+    assert parser.parse_args([f"--workdir={address}/"]).workdir == address == InitConfig(address).from_
+    assert DataConfig(sources=((f"hf:{address}", 1.0),), cache_dir=address).cache_dir == address
+    parser.add_argument("--prompts")
+    with pytest.raises(ConfigError, match=f"--prompts={address} is an address, and only paths of this machine are"):
+        parser.parse_args(["--workdir=run", f"--prompts={address}"])
 
 
 def test_a_misspelled_option_is_named_before_the_one_that_is_missing(parser, monkeypatch):

@@ -22,12 +22,13 @@ MODEL = ("model.attention", "model.blockwise", "model.block", "model.experts", "
 SHARDING = ("parallel.mesh", "parallel.sharding")
 MAY_IMPORT = {
     # Foundations: no jax.
-    "config": ("configs", "io"),  # `--config NAME` runs a file of that folder
+    "config": ("configs", "io", "storage"),  # `--config NAME` runs a file of that folder
     "configs": ("config",),
     "runtime": (),
-    "stop": ("config",),
-    "cli": ("runtime", "stop", "config"),
-    "io": (),
+    "stop": ("storage", "config"),
+    "cli": ("runtime", "stop", "storage", "config"),
+    "io": ("storage",),
+    "storage": (),
     "table": (),
     "plugin": ("config",),
     # Many devices.
@@ -76,18 +77,19 @@ MAY_IMPORT = {
     "pipeline.__main__": ("pipeline.schedule", "pipeline.validate", "pipeline.draw", "pipeline", "cli", "io", "config"),
     "pipeline": ("pipeline.schedule", "pipeline.validate"),
     # Text, files, checkpoints.
-    "chat": ("io", "config"),
-    "data": ("chat", "io", "table", "config"),
-    "checkpoint": ("io", "config", "kernels_pallas.constants"),
-    "interop": ("model", "fp8", "checkpoint", "data.tokenizer", "chat", "io", "kernels_pallas.constants", "config"),
-    "workdir": ("checkpoint", "interop", "data.tokenizer", "io", "config"),
+    "chat": ("io", "storage", "config"),
+    "data": ("chat", "io", "storage", "table", "config"),
+    "checkpoint": ("io", "storage", "config", "kernels_pallas.constants"),
+    "interop": ("model", "fp8", "checkpoint", "data.tokenizer", "chat", "io", "storage",
+                "kernels_pallas.constants", "config"),
+    "workdir": ("checkpoint", "interop", "data.tokenizer", "stop", "io", "storage", "config"),
     # Training.
     "training.types": ("parallel.dispatch",),
     "training.losses": ("training.types", "model", *SHARDING, "config"),
     "training.optimizer": ("config",),
     "training.step": ("training.types", "training.losses", "training.optimizer", "pipeline.model", "model", *SHARDING,
                       "config"),
-    "training.metrics": ("io",),
+    "training.metrics": ("io", "storage"),
     "training.base": ("training.step", "model", "fp8", "parallel", "checkpoint", "data.tokenizer", "workdir", "config"),
     "training.throughput": ("scale.hardware",),
     "training.evaluate": ("training.step", "training.types", "training.metrics", "data", "workdir", "config"),
@@ -95,12 +97,12 @@ MAY_IMPORT = {
     "training.selfcheck": ("model.grouped_matmul", "parallel.dispatch", "kernels_pallas.api", "config"),
     "training.loop": ("training.evaluate", "training.selfcheck", "training.base", "training.step", "training.types",
                       "training.metrics", "training.throughput", "pipeline.model", "model.parts", "parallel",
-                      "checkpoint", "data", "scale.costs", "workdir", "stop", "config"),
+                      "checkpoint", "data", "scale.costs", "workdir", "stop", "storage", "config"),
     "training.summary": ("training.loop", "training.metrics", "serving", "plots", "data", "config"),
     "training": (),
     "plots.style": ("io", "config"),
     "plots.sliders": (),
-    "plots.training": ("plots.style", "training.metrics"),
+    "plots.training": ("plots.style", "training.metrics", "io", "storage"),
     "plots": (),
     # Serving.
     "serving.openai": ("serving.decode", "serving.engine", "serving.sequence", "chat", "io", "config"),

@@ -11,7 +11,7 @@ import sys
 from itertools import chain
 from typing import Any
 
-from deepseek_jax import io
+from deepseek_jax import io, storage
 from deepseek_jax.chat.messages import KEPT, ROLES, TOOL, Conventions, Template, Tokenizer
 from deepseek_jax.chat.render import Renderer
 from deepseek_jax.config import ConfigError, shown
@@ -134,7 +134,7 @@ def read(folder: str, bos: str, eos: str, default: str | None = None) -> Templat
 def _json(folder, name) -> dict[str, Any]:
     """A JSON file of the folder; {} where there is none."""
     path = os.path.join(folder, name)
-    if not os.path.lexists(path):
+    if not storage.exists(path):
         return {}
     try:
         found = io.read_json(path)
@@ -149,7 +149,7 @@ def _json(folder, name) -> dict[str, Any]:
 
 def _source(folder):
     path = os.path.join(folder, FILE)
-    if os.path.isfile(path):
+    if storage.is_file(path):
         try:
             with io.open_regular(path) as f:
                 return f.read().decode("utf-8-sig")

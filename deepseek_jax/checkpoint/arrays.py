@@ -24,6 +24,8 @@ import ml_dtypes
 import numpy as np
 import tensorstore
 
+from deepseek_jax import io, storage
+from deepseek_jax.config import ConfigError
 from kernels_pallas.constants import BLOCK
 
 if TYPE_CHECKING:
@@ -89,18 +91,23 @@ class Writer:
     """Writes the chunks of one array, in any order and from any thread.
 
     Args:
-      folder: of this array, inside of `root`.
+      folder: of this array, inside of `root`, which may be an address.
       prints: {file relative to root: [length, CRC32]} grows by every file, as `manifest.commit` takes it.
+      describes: write zarr.json, as one of several writers of an array does.
     """
 
-    def __init__(self, root, folder, shape, chunk, dtype, prints):
+    # Seven parameters: an array's place and description, and where its checksums go.
+    def __init__(self, root, folder, shape, chunk, dtype, prints, describes=True):
         self.root, self.folder, self.chunk, self.dtype, self.prints = root, folder, chunk, np.dtype(dtype), prints
         grid = {"name": "regular", "configuration": {"chunk_shape": list(chunk)}}
         endian = {"configuration": {"endian": "little"}} if self.dtype.itemsize > 1 else {}
-        os.makedirs(os.path.join(root, folder))
+        if not storage.is_remote(root):
+            os.makedirs(os.path.join(root, folder))
+        if not describes:
+            return
         self._file("zarr.json", json.dumps({
             "zarr_format": 3, "node_type": "array", "shape": list(shape), "data_type": self.dtype.name,
-            "chunk_grid": grid, "fill_value": 0.0,
+            "chunk_grid": grid, "fill_value": np.zeros((), self.dtype).item(),
             # One folder an array: nested ones would be a folder a chunk.
             "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
             "codecs": [{"name": "bytes", **endian}]}).encode())
@@ -115,12 +122,15 @@ class Writer:
 
     def _file(self, name, data):
         name = os.path.join(self.folder, name)
+        self.prints[name] = [len(data), zlib.crc32(data)]
+        if storage.is_remote(self.root):
+            storage.put(os.path.join(self.root, name), data)
+            return
         with open(os.path.join(self.root, name), "wb", buffering=0) as f:
             view = memoryview(data)
             while view:
                 view = view[f.write(view):]
             os.fsync(f.fileno())
-        self.prints[name] = [len(data), zlib.crc32(data)]
 
 
 class Stored:
@@ -159,12 +169,33 @@ class Stored:
 
 
 def _open(path, folder):
+    if storage.is_remote(path):
+        return _open_objects(os.path.join(os.fspath(path), folder))
     spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": os.path.join(os.fspath(path), folder)}}
     return tensorstore.open(spec, read=True).result()
 
 
+def _open_objects(address):
+    """An array that `Writer` wrote into a bucket, read by the same client as all that is there."""
+    about = io.read_json(f"{address}/zarr.json")
+    chunk, dtype = about["chunk_grid"]["configuration"]["chunk_shape"], np.dtype(about["data_type"])
+
+    def read(domain, out, _):
+        index = [first // size for first, size in zip(domain.inclusive_min, chunk)]
+        data = storage.read_bytes(f"{address}/{'.'.join(map(str, ['c', *index]))}")
+        begins = [first - i * size for first, i, size in zip(domain.inclusive_min, index, chunk)]
+        part = tuple(slice(begin, begin + length) for begin, length in zip(begins, domain.shape))
+        out[...] = np.frombuffer(data, dtype).reshape(chunk)[part]
+
+    return tensorstore.virtual_chunked(
+        read, dtype=dtype, shape=about["shape"], chunk_layout=tensorstore.ChunkLayout(read_chunk_shape=chunk),
+        context=tensorstore.Context({"data_copy_concurrency": {"limit": storage.THREADS}}))
+
+
 def _open_orbax(path, name):
     """Orbax's arrays have a chunk for each device that wrote: chunks stay cached between parts of them."""
+    if storage.is_remote(path):
+        raise ConfigError(f"{os.fspath(path)} was written on a disk, and is read from one alone; copy the run there.")
     base = "file://" + os.path.join(os.fspath(path), "state", "")
     spec = {"driver": "zarr", "kvstore": {"driver": "ocdbt", "base": base, "path": f"{name}/"},
             "recheck_cached_data": False, "context": {"cache_pool": {"total_bytes_limit": 2**30}}}

@@ -1,7 +1,8 @@
 """Checkpoints that survive kill -9, full disks and flipped bits.
 
 Orbax writes the arrays of `WORKDIR/checkpoints/STEP` in the background; `manifest` commits that directory
-atomically, and its manifest is checked before anything is restored. The state may be any pytree. It is stored
+atomically, and its manifest is checked before anything is restored. In a bucket, `objects` writes them. The state may
+be any pytree. It is stored
 flat, leaf by leaf under its path ("params/embed/table"), so that other commands can read the parameters without
 knowing the optimizer.
 """
@@ -9,11 +10,11 @@ knowing the optimizer.
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import errno
 import math
 import os
 import pathlib
-import shutil
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,8 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from deepseek_jax import io
-from deepseek_jax.checkpoint import arrays, manifest
+from deepseek_jax import io, storage
+from deepseek_jax.checkpoint import arrays, manifest, objects
 from deepseek_jax.config import ConfigError
 
 
@@ -42,7 +43,7 @@ class Checkpoints:
         self._pending = None
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
         if jax.process_index() == 0:
-            self.directory.mkdir(parents=True, exist_ok=True)
+            storage.make_folder(self.directory)
             manifest.clean_up(self.directory)
 
     def save(self, step: int, state: Any, meta: dict) -> None:
@@ -62,7 +63,10 @@ class Checkpoints:
         arrays, leaves = _flatten(state)
         self._attempts += 1
         # A new name each time: what an attempt that failed still writes must not get into the next.
-        partial = self.directory / f"{step}.{self._attempts}.partial"
+        partial = manifest.begin(self.directory, step, self._attempts)
+        if storage.is_remote(partial):
+            self._pending = self._save_objects(step, partial, arrays, leaves, meta)
+            return
         # Asynchronous creation of directories, if it fails, leaves Orbax threads waiting that delay the exit.
         options = ocp.options.AsyncOptions(create_directories_asynchronously=False)
         writer = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(), async_options=options)
@@ -75,7 +79,20 @@ class Checkpoints:
             writer.save(partial / "state", args=ocp.args.PyTreeSave(arrays))
         except Exception as error:
             raise self._failed(step, partial, error) from error
-        self._pending = self._thread.submit(self._commit, step, partial, writer)
+        # Closing waits for the bytes, and raises what went wrong with them.
+        self._pending = self._thread.submit(self._commit, step, partial, writer.close)
+
+    def _save_objects(self, step, address, arrays, leaves, meta):
+        """The same into a bucket; only its copy to the host is made here."""
+        save, name = objects.Save(address, arrays, leaves), f"checkpoint {step}, {self._attempts}"
+        try:
+            if jax.process_index() == 0:
+                manifest.discard(address)  # what an attempt that failed has left there, too
+                io.write_json(address / "meta.json", {"step": step, "meta": meta, "leaves": leaves}, indent=None)
+        except Exception as error:
+            raise self._failed(step, address, error) from error
+        objects.wait_for_all(f"{name}, begun")
+        return self._thread.submit(self._commit, step, address, lambda: save.write(f"{name}, written"))
 
     def wait(self) -> None:
         """Returns once the last save is committed. Raises CheckpointError, once, if it failed."""
@@ -115,11 +132,11 @@ class Checkpoints:
         finally:
             self._thread.shutdown()
 
-    def _commit(self, step, partial, writer):
+    def _commit(self, step, partial, write):
         try:
-            writer.close()  # waits for the bytes, raises what went wrong with them
+            prints = write()
             if jax.process_index() == 0:
-                manifest.commit(partial, self.directory / str(step))
+                manifest.commit(partial, self.directory / str(step), prints)
         except Exception as error:
             raise self._failed(step, partial, error) from error
         self._damaged.discard(step)
@@ -134,12 +151,16 @@ class Checkpoints:
         self._damaged.clear()
 
     def _failed(self, step, partial, error) -> CheckpointError:
-        shutil.rmtree(partial, ignore_errors=True)
+        with contextlib.suppress(storage.StorageError):
+            storage.remove(partial)
         why = str(error).strip().split("\n")[0] or type(error).__name__
         if getattr(error, "errno", None) == errno.ENOSPC or "no space left" in str(error).lower():
             why = "no space left on the disk; free some, or keep fewer with train.checkpoints_kept"
-        last = self.steps()
-        kept = f"The checkpoint of step {last[-1]} is untouched." if last else "There is no older one."
+        try:
+            last = self.steps()
+            kept = f"The checkpoint of step {last[-1]} is untouched." if last else "There is no older one."
+        except storage.StorageError:
+            kept = "Those before it are untouched."
         return CheckpointError(f"checkpoint {step} was not written to {self.directory}: {why}. {kept}")
 
 
@@ -191,7 +212,7 @@ def read_items(path: pathlib.Path, names: Sequence[str], abstract: dict[str, Any
 
 
 def _directory(workdir):
-    return pathlib.Path(workdir).absolute() / "checkpoints"
+    return storage.as_path(storage.absolute(workdir)) / "checkpoints"
 
 
 # Leaves: a state as {path: array}, and back.
@@ -234,15 +255,18 @@ def _read(path, leaves, abstract, cast=False):
     with `cast` all of them."""
     wanted, treedef = _named(abstract)
     wanted = {name: leaf if hasattr(leaf, "dtype") else jnp.asarray(leaf) for name, leaf in wanted.items()}
-    leaves = {name: leaf | {"dtype": str(wanted[name].dtype)} if (cast or "zarr" in leaf) and name in wanted else leaf
+    adapts = lambda leaf: cast or ("zarr" in leaf and "exact" not in leaf)
+    leaves = {name: leaf | {"dtype": str(wanted[name].dtype)} if adapts(leaf) and name in wanted else leaf
               for name, leaf in leaves.items()}
     check_fit(path, {name: f"{leaf['dtype']}{leaf['shape']}" for name, leaf in leaves.items()},
               {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in wanted.items()})
-    shapes, how, read = {}, {}, {}
+    chunked = [name for name in wanted if "zarr" in leaves[name]]
+    shapes, how, each = {}, {}, storage.in_parallel if storage.is_remote(path) else map
+    read = dict(zip(chunked, each(lambda name: _read_chunks(path, leaves[name], wanted[name]), chunked)))
     for name, leaf in wanted.items():
-        if "zarr" in leaves[name]:
-            read[name] = arrays.restore(arrays.Stored(path, leaves[name]), leaf)
-        elif math.prod(leaf.shape):
+        if name in read:
+            continue
+        if math.prod(leaf.shape):
             sharding = getattr(leaf, "sharding", None)
             shapes[name] = jax.eval_shape(jax.random.key_data, leaf) if _is_key(leaf) else leaf
             # Uncommitted arrays go with any mesh; Orbax by itself would ask for the devices of the run that saved.
@@ -253,6 +277,18 @@ def _read(path, leaves, abstract, cast=False):
         args = ocp.args.PyTreeRestore(shapes, restore_args=how, partial_restore=True)
         read |= reader.restore(path / "state", args=args) if shapes else {}
     return treedef.unflatten([_finish(leaf, leaves[name], read.get(name)) for name, leaf in wanted.items()])
+
+
+def _read_chunks(path, leaf, wanted):
+    """A leaf that is stored in zarr chunks."""
+    if "exact" not in leaf:
+        return arrays.restore(arrays.Stored(path, leaf), wanted)
+    held = jax.eval_shape(jax.random.key_data, wanted) if _is_key(wanted) else wanted
+    found = arrays.Stored(path, leaf | {"shape": held.shape, "dtype": str(held.dtype)})
+    sharding = getattr(wanted, "sharding", None)
+    if sharding is None:  # `_finish` knows which of NumPy's stay so
+        return found[(slice(None),) * len(held.shape)].astype(held.dtype, copy=False)
+    return arrays.restore(found, jax.ShapeDtypeStruct(held.shape, held.dtype, sharding=sharding))
 
 
 def _finish(wanted, saved, value):

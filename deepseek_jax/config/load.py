@@ -18,7 +18,7 @@ import traceback
 from collections.abc import Sequence
 from typing import Any
 
-from deepseek_jax import configs, io
+from deepseek_jax import configs, io, storage
 from deepseek_jax.config.mesh import MeshConfig, PipelineConfig, check_mesh
 from deepseek_jax.config.model import GROUP_LIMITED, IN_TURN, FP8Config, ModelConfig
 from deepseek_jax.config.posttraining import DistillConfig, GrpoConfig, LoraConfig, PreferenceConfig, RolloutConfig
@@ -155,7 +155,7 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
     named = os.path.join(os.path.dirname(configs.__file__), f"{path}.py")
     if re.fullmatch(r"[a-z]\w*", path) and os.path.isfile(named) and not os.path.exists(path):
         path = named
-    if not os.path.isfile(path):
+    if not storage.is_file(path):
         names = named_configs()
         close = difflib.get_close_matches(path, names, n=1)
         raise ConfigError(f"no config file {path}; " + (f"did you mean {close[0]}?" if close else
@@ -185,7 +185,7 @@ def _with_model(config, path):
     if not isinstance(run, str) or not run:
         raise ConfigError(f"{path} takes its model from another run; name it: --config.init.from=RUN.")
     theirs = os.path.join(run, "config.json")
-    if not os.path.isfile(theirs):
+    if not storage.is_file(theirs):
         raise ConfigError(f"init.from={run} holds no config.json; give the work directory of a run.")
     return dict(config.items()) | {"model": _with_new_names(_read_json(theirs))["model"]}
 
@@ -204,6 +204,8 @@ def _read_json(path):
 
 
 def _run_file(path):
+    if storage.is_remote(path):
+        raise ConfigError(f"{path}: of buckets only the config.json of a run is read; copy a Python file here.")
     if not path.endswith(".py"):
         raise ConfigError(f"{path} is no Python file; a config file ends in .py and defines get_config().")
     spec = importlib.util.spec_from_file_location("experiment_config", path)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Annotated, Literal
 
-from deepseek_jax.config.schema import FRACTION, NOT_NEGATIVE, POSITIVE, Checked, ConfigError, local_path
+from deepseek_jax.config.schema import FRACTION, NOT_NEGATIVE, POSITIVE, Checked, ConfigError, usable_path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +41,7 @@ class DistillConfig(Checked, section="distill"):
         if self.from_ == "":
             raise ConfigError("distill.from names no teacher; add --config.distill.from=RUN.")
         if self.from_ is not None:  # a shell leaves the ~ of --config.distill.from=~/run alone
-            object.__setattr__(self, "from_", local_path("distill.from", self.from_))
+            object.__setattr__(self, "from_", usable_path("distill.from", self.from_))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +81,7 @@ class RolloutConfig(Checked, section="rollout"):
     def reward_model(self) -> str | None:
         """The work directory of the reward model that rollout.reward names; None: it names none."""
         kind, _, folder = self.reward.partition(":")
-        return local_path("rollout.reward", folder) if kind == "model" and folder else None
+        return usable_path("rollout.reward", folder) if kind == "model" and folder else None
 
 
 @dataclasses.dataclass(frozen=True)

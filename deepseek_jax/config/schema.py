@@ -21,6 +21,7 @@ import typing
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
+from deepseek_jax import storage
 from deepseek_jax.config.names import OTHERS
 
 T = TypeVar("T")
@@ -37,15 +38,19 @@ class ConfigError(ValueError):
         super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in line))
 
 
-def local_path(name: str, path: str) -> str:
-    """The path, with the home folder for a ~, which a shell leaves in --hf=~/x. name: of the option or key.
+def usable_path(name: str, path: str, on_disk: bool = False) -> str:
+    """The path, with the home folder for a ~, which a shell leaves in --hf=~/x; or the address of something in a
+    bucket, without a slash at its end. name: of the option or key. on_disk: an address will not do.
 
-    Raises ConfigError for the address of a bucket, which as a path would be a folder `gs:` here.
+    Raises ConfigError for an address of another kind, which as a path would be a folder `http:` here.
     """
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", path):
-        raise ConfigError(f"{name}={path} is an address, and only paths of this machine are read and written; copy it "
-                          "here, or mount it as a file system.")
-    return os.path.expanduser(path)
+    if not re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", path):
+        return os.path.expanduser(path)
+    if on_disk or not storage.is_remote(path):
+        which = "" if on_disk else ", and in buckets gs:// and s3://"
+        raise ConfigError(f"{name}={path} is an address, and only paths of this machine{which} are read and written; "
+                          "copy it here, or mount it as a file system.")
+    return path.rstrip("/")
 
 
 def shown(value: Any) -> str:

@@ -16,7 +16,7 @@ from deepseek_jax.config.schema import (
     POSITIVE,
     Checked,
     ConfigError,
-    local_path,
+    usable_path,
 )
 
 
@@ -51,16 +51,16 @@ class DataConfig(Checked, section="data"):
                 raise ConfigError(f"data.sources: {(path, weight)!r} must be a path and a positive weight; leave out "
                                   "what is not wanted.")
             for part in (path, path.removeprefix("hf:")):
-                local_path("data.sources", part)
+                usable_path("data.sources", part)
         if self.validation is not None:
             for part in (self.validation, self.validation.removeprefix("hf:")):
-                local_path("data.validation", part)
+                usable_path("data.validation", part)
             if self.validation in [path for path, _ in self.sources]:
                 raise ConfigError(f"data.validation={self.validation} is one of data.sources too; hold out other text.")
         if self.tokenizer is not None:
-            object.__setattr__(self, "tokenizer", local_path("data.tokenizer", self.tokenizer))
+            object.__setattr__(self, "tokenizer", usable_path("data.tokenizer", self.tokenizer))
         if self.cache_dir is not None:
-            local_path("data.cache_dir", self.cache_dir)
+            usable_path("data.cache_dir", self.cache_dir)
         if self.packing == "whole" and not self.mask_documents:
             raise ConfigError("data.packing='whole' packs documents that must not see each other; set "
                               "data.mask_documents=True.")
@@ -185,4 +185,4 @@ class InitConfig(Checked, section="init"):
     def __post_init__(self):
         super().__post_init__()
         if self.from_ is not None:  # a shell leaves the ~ of --config.init.from=~/run alone
-            object.__setattr__(self, "from_", local_path("init.from", self.from_))
+            object.__setattr__(self, "from_", usable_path("init.from", self.from_))

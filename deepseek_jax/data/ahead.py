@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from deepseek_jax import io
+from deepseek_jax import io, storage
 from deepseek_jax.config import Config, ConfigError
 from deepseek_jax.data import corpus, prepare, token_shards
 from deepseek_jax.data.files import File
@@ -77,7 +77,7 @@ def prepare_ahead(config: Config, workdir: str | None, share: Share = ALL, worke
         with tempfile.TemporaryDirectory() as nothing:
             return prepare_ahead(config, nothing, share, workers)
     folder, data = prepare.cache_of(config, workdir), config.data
-    os.makedirs(folder, exist_ok=True)
+    storage.make_folder(folder)
     with Workers(workers) as pool:
         divided = lambda path, fraction: Divided(path, fraction, workdir, folder, share, pool)
         sources = [divided(path, prepare.held_fraction(data)) for path, _ in data.sources]
@@ -117,22 +117,22 @@ class Divided(prepare.Source):
     def sampled(self, bytes: float) -> Iterator[str]:
         counts, cut = self.survey
         for path in self._of_all("samples", ".jsonl", _sample, self.numbered, (cut, bytes / max(1, counts.bytes))):
-            with open(path, encoding="utf-8") as lines:
+            with storage.open_file(path) as lines:
                 yield from map(json.loads, lines)
 
     def _of_all(self, name, ending, make, made, arguments) -> list[str]:
         """The files that make(path, unit, alone, *arguments) writes for each unit of `made`."""
         key = token_shards.hash_of(token_shards.FORMAT, self.digest, *map(str, arguments))
-        os.makedirs(folder := os.path.join(self.folder, f"{name}-{key}"), exist_ok=True)
+        storage.make_folder(folder := os.path.join(self.folder, f"{name}-{key}"))
         paths = [os.path.join(folder, f"{i:05}{ending}") for i in range(len(made))]
         self.workers.run([(make, paths[i], made[i], self.alone, *arguments)
-                          for i in self.share.mine_first(len(paths)) if not os.path.isfile(paths[i])],
+                          for i in self.share.mine_first(len(paths)) if not storage.is_file(paths[i])],
                          f"{name} of {self.path}")
         return paths
 
 
 def _survey(path, unit, alone):
-    if os.path.isfile(path):  # by another process, since this one began
+    if storage.is_file(path):  # by another process, since this one began
         return
     counts = corpus.Counts()
     for _ in corpus.read_documents(unit, counts, alone=alone):
@@ -143,7 +143,7 @@ def _survey(path, unit, alone):
 
 
 def _sample(path, unit, alone, cut, share):
-    if os.path.isfile(path):
+    if storage.is_file(path):
         return
     texts = prepare.sample(prepare.texts_to_learn(corpus.read_documents(unit, alone=alone), cut), share)
     with io.replacing(path) as partial, open(partial, "w", encoding="utf-8") as f:
@@ -153,8 +153,8 @@ def _sample(path, unit, alone, cut, share):
 def _parts(source: Divided, tokenizer, config, workdir, rate) -> Made:
     folder = prepare.shards_folder(source, tokenizer, config, workdir, rate)
     parts = [token_shards.part_folder(folder, i) for i in range(len(source.units))]
-    there = lambda i: os.path.isfile(os.path.join(parts[i], "meta.json"))
-    if not os.path.isfile(os.path.join(folder, "meta.json")):
+    there = lambda i: storage.is_file(os.path.join(parts[i], "meta.json"))
+    if not storage.is_file(os.path.join(folder, "meta.json")):
         mine = [i for i in source.share.mine(len(parts)) if not there(i)]
         cut = source.survey[1] if mine else None
         source.workers.run([(_tokenize, parts[i], source.numbered[i], source.alone, cut, source.surveys[i]["counts"],

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from deepseek_jax import io
+from deepseek_jax import io, storage
 from deepseek_jax.chat.messages import BadMessages, check_messages, check_tools
 from deepseek_jax.config import ConfigError
 from deepseek_jax.data import megatron, zst
@@ -83,6 +83,9 @@ def list_files(path: str) -> list[File]:
     of the split train, if names say so. NAME is NAME.idx, where there is only that and NAME.bin.
     """
     files = [f for f in _found(path) if f.named or _reader(f.name)]
+    if storage.is_remote(path.removeprefix(HUB)) and any(f.name.endswith(".idx") for f in files):
+        raise ConfigError(f"data.sources: {path} has files of Megatron-LM, which are mapped; copy them to a "
+                          "disk.")
     if not files:
         raise ConfigError(f"data.sources: {path} has no file that can be read; known are {' '.join(_READERS)}, and a "
                           f"glob such as {os.path.join(path, '*')!r} reads others as text.")
@@ -103,7 +106,8 @@ def _found(path):
         return _of_hub(os.path.expanduser(path.removeprefix(HUB)))
     if path != STDLIB:
         path = os.path.expanduser(path)
-        return find(megatron.index_of(path) or path, lambda name: _reader(name) is not None)
+        index = None if storage.is_remote(path) else megatron.index_of(path)
+        return find(index or path, lambda name: _reader(name) is not None)
     found = below(sysconfig.get_path("stdlib"), _STDLIB_SKIPPED)
     return sorted(f for f in found
                   if f.name.endswith(".py") and not os.path.basename(f.name).startswith(_STDLIB_GENERATED))
@@ -111,7 +115,7 @@ def _found(path):
 
 def _of_hub(folder):
     """The tables in a folder as the hub lays it out: data/train-00000-of-00010.parquet; README.md is none."""
-    if not os.path.isdir(folder):
+    if not storage.is_folder(folder):
         raise ConfigError(f"data.sources: hf:{folder} is no folder; download the data set first: hf download "
                           f"--repo-type dataset {folder} --local-dir FOLDER.")
     files = [f for f in find(folder, lambda name: _reader(name) is not None) if f.name.endswith(_TABLES)]
@@ -145,9 +149,11 @@ def paths_of(file: File) -> list[str]:
     return [file.path, megatron.ids_file(file.path)] if file.name.endswith(".idx") else [file.path]
 
 
-def _stat(file) -> tuple[int, int]:
-    """Bytes, and nanoseconds at the last change."""
+def _stat(file) -> tuple[int, int | str]:
+    """Bytes, and nanoseconds at the last change or, of an object, the store's checksum."""
     try:
+        if storage.is_remote(file.path):
+            return storage.size(file.path), storage.version(file.path)
         found = [os.stat(path) for path in paths_of(file)]
     except OSError:
         return 0, 0
@@ -215,7 +221,7 @@ def read_documents(files: list[File], counts: Counts | None = None, warn: Callab
                 counts.documents += 1
                 counts.bytes += document.bytes
                 yield document
-        except ConfigError:
+        except (ConfigError, storage.StorageError):
             raise
         except Exception as error:  # whatever a damaged file makes its reader raise
             counts.skipped += 1
@@ -301,8 +307,8 @@ def open_lines(path: str) -> Any:
     """The file in binary, decompressed where its ending says so."""
     io.check_regular(path)
     if path.endswith(".gz"):
-        return gzip.open(path, "rb")
-    return zst.decompressed(open(path, "rb")) if path.endswith(".zst") else open(path, "rb")
+        return gzip.open(storage.open_file(path) if storage.is_remote(path) else path, "rb")
+    return zst.decompressed(storage.open_file(path)) if path.endswith(".zst") else storage.open_file(path)
 
 
 def open_parquet(path: str) -> Any:
@@ -311,7 +317,7 @@ def open_parquet(path: str) -> Any:
         import pyarrow.parquet
     except ImportError:
         raise ConfigError(f"{path} needs a reader of parquet: pip install pyarrow") from None
-    return pyarrow.parquet.ParquetFile(path)
+    return pyarrow.parquet.ParquetFile(storage.open_file(path) if storage.is_remote(path) else path)
 
 
 def _read_parquet(path, alone, stretch):

@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import NamedTuple
 
-from deepseek_jax import io
+from deepseek_jax import io, storage
 from deepseek_jax.config import ConfigError
 
 
@@ -41,6 +41,8 @@ def find(path: str, is_known: Callable[[str], bool]) -> list[File]:
     Raises:
       ConfigError: there is nothing, or no regular file, at a path that is no glob.
     """
+    if storage.is_remote(path):
+        return _in_bucket(path, is_known)
     path = os.path.expanduser(path)
     if os.path.isdir(path):
         return _once(_below(path), path, is_known)
@@ -51,9 +53,28 @@ def find(path: str, is_known: Callable[[str], bool]) -> list[File]:
     if not glob.has_magic(path):
         raise ConfigError(f"data.sources: there is no {path}; give a folder, a file, a glob or 'stdlib'.")
     root = os.path.dirname(path[:min(path.find(c) for c in "*?[" if c in path)]) or "."
-    files = [_named(p, root) for p in _matching(path)]
+    return _once(_or_named([_named(p, root) for p in _matching(path)], is_known), root, is_known)
+
+
+def _or_named(files, is_known):
+    """The files of a glob; named by it, if none of them can be read otherwise."""
     unknown = not any(is_known(file.name) for file in files)
-    return _once([file._replace(named=True) for file in files] if unknown else files, root, is_known)
+    return [file._replace(named=True) for file in files] if unknown else files
+
+
+def _in_bucket(path, is_known) -> list[File]:
+    """The same of an address: of the objects below it, of a glob of objects, or of one."""
+    path = path.rstrip("/")
+    if storage.is_file(path):
+        return [File(path.rsplit("/", 1)[1], path, named=True)]
+    magic = [path.find(c) for c in "*?[" if c in path]
+    root = path[:min(magic)].rsplit("/", 1)[0] if magic else path
+    found = storage.glob(path) if magic else [f"{root}/{name}" for name in storage.entries(root)]
+    files = [File(p.removeprefix(f"{root}/"), p) for p in found]
+    shown = [f for f in files if not any(part.startswith(".") or part == "__pycache__" for part in f.name.split("/"))]
+    if not files and not magic:
+        raise ConfigError(f"data.sources: there is no {path}; give objects below a name, an object or a glob.")
+    return sorted(_or_named(shown, is_known) if magic else shown)
 
 
 def below(root: str, skipped: Collection[str]) -> list[File]:

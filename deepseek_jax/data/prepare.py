@@ -15,13 +15,12 @@ import hashlib
 import json
 import logging
 import os
-import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import tokenizers
 
-from deepseek_jax import io
+from deepseek_jax import io, storage
 from deepseek_jax.chat.template import keep_built_in, of_folder
 from deepseek_jax.config import Config, ConfigError, DataConfig
 from deepseek_jax.data import corpus, token_shards
@@ -57,7 +56,7 @@ class Source:
         began = noted(workdir).get(path, "") if workdir else ""
         old = bool(began) and not began.startswith(corpus.BY_TIMES)  # before large corpora were hashed by times
         self.digest = corpus.digest(self.files, True if old else None)
-        if cache and os.path.isfile(same := _same(cache, self.digest)):
+        if cache and storage.is_file(same := _same(cache, self.digest)):
             self.digest = _read_object(same)["digest"]
 
     @functools.cached_property
@@ -162,13 +161,16 @@ def _has_order(note):
 
 def _note(workdir) -> dict[str, Any]:
     path = os.path.join(workdir, "corpus.json")
-    return _read_object(path) if os.path.isfile(path) else {}
+    return _read_object(path) if storage.is_file(path) else {}
 
 
 def has_checkpoint(workdir: str) -> bool:
     """Whether the run in a work directory has begun."""
     checkpoints = os.path.join(workdir, "checkpoints")
-    return os.path.isdir(checkpoints) and any(name.isdecimal() for name in os.listdir(checkpoints))
+    found = [name for name in storage.names(checkpoints) if name.isdecimal()]
+    if storage.is_remote(workdir):  # where a manifest makes a checkpoint, and no name
+        return any(storage.is_file(f"{checkpoints}/{name}/manifest.json") for name in found)
+    return bool(found)
 
 
 def _same(cache, digest) -> str:
@@ -209,17 +211,16 @@ def find_tokenizer(config: Config, workdir: str, sources: Sequence[Source]) -> T
     its companions; else the work directory's; without either, one trained here."""
     own, begun = os.path.join(workdir, "tokenizer.json"), has_checkpoint(workdir)
     source = config.init.from_ or config.distill.from_ or config.data.tokenizer
-    if os.path.isfile(own) and (begun or source is None):
+    if storage.is_file(own) and (begun or source is None):
         return Tokenizer.load(own, config.model.vocab_size)
-    if source is not None and os.path.isfile(source):
+    if source is not None and storage.is_file(source):
         tokenizer = Tokenizer.load(source, config.model.vocab_size)
     elif source is not None:
         tokenizer = Tokenizer.load(os.path.join(source, "tokenizer.json"), config.model.vocab_size)
-        os.makedirs(workdir, exist_ok=True)
+        storage.make_folder(workdir)
         for name in COMPANIONS:
-            if os.path.isfile(theirs := os.path.join(source, name)):
-                with io.replacing(os.path.join(workdir, name)) as partial:
-                    shutil.copyfile(theirs, partial)
+            if storage.is_file(theirs := os.path.join(source, name)):
+                io.write_bytes(os.path.join(workdir, name), storage.read_bytes(theirs))
         keep_built_in(source, workdir)
     else:
         tokenizer = _trained(config, workdir, sources)
@@ -233,7 +234,7 @@ def _trained(config, workdir, sources) -> Tokenizer:
                   [(s.digest, weight) for s, (_, weight) in zip(sources, config.data.sources)]]
     key = hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()[:16]
     path = os.path.join(cache_of(config, workdir), f"tokenizer-{key}.json")
-    if not os.path.isfile(path):
+    if not storage.is_file(path):
         total = sum(weight for _, weight in config.data.sources)
         texts = (text for source, (_, weight) in zip(sources, config.data.sources)
                  for text in source.sampled(TOKENIZER_SAMPLE_BYTES * weight / total))
@@ -256,7 +257,7 @@ def sample(texts: Iterable[str], share: float) -> Iterator[str]:
 
 def _about_chats(workdir) -> dict[str, str]:
     """A hash of what the work directory says about chats; nothing where it says nothing."""
-    files = [path for name in COMPANIONS if os.path.isfile(path := os.path.join(workdir, name))]
+    files = [path for name in COMPANIONS if storage.is_file(path := os.path.join(workdir, name))]
     if not files:
         return {}
     total = hashlib.sha256()
@@ -286,7 +287,7 @@ def shard_options(cut: int | None, tokenizer: Tokenizer, config: Config, workdir
 
 def _shards(source, tokenizer, config, workdir, split_rate) -> tuple[dict[str, token_shards.Shard], dict]:
     folder = shards_folder(source, tokenizer, config, workdir, split_rate)
-    if not os.path.isfile(os.path.join(folder, "meta.json")):
+    if not storage.is_file(os.path.join(folder, "meta.json")):
         counts, cut = source.survey
         meta = {"source": source.path, "digest": source.digest, **dataclasses.asdict(counts)}
         token_shards.write(folder, corpus.read_documents(source.files), tokenizer,

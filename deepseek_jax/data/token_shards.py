@@ -33,7 +33,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from tqdm import tqdm
 
-from deepseek_jax import io
+from deepseek_jax import io, storage
 from deepseek_jax.chat.conversation import conversation_ids
 from deepseek_jax.chat.messages import PLAIN, BadMessages, Conventions
 from deepseek_jax.config import ConfigError
@@ -122,12 +122,13 @@ def hash_of(*values: Any) -> str:
 
 
 def read(folder: str) -> tuple[dict[str, Shard], dict]:
-    """The shards in a complete folder, by split, and meta.json."""
-    with open(os.path.join(folder, "meta.json"), encoding="utf-8") as f:
+    """The shards in a complete folder, by split, and meta.json. Those in a bucket are copied to this machine's disk, to
+    be mapped; of parts each one is when it is first read."""
+    there, shards = storage.on_disk(folder), {}
+    with open(os.path.join(there, "meta.json"), encoding="utf-8") as f:
         meta = json.load(f)
-    shards = {}
     for split in SPLITS:
-        index = lambda name, split=split: _mapped_index(os.path.join(folder, split, f"{name}.npy"))
+        index = lambda name, split=split: _mapped_index(os.path.join(there, split, f"{name}.npy"))
         documents, offsets_N, whole_before_N = index("documents"), index("offsets"), index("whole")
         if offsets_N is None:
             offsets_N = np.concatenate([[0], np.cumsum(documents[:, 0])])
@@ -148,7 +149,7 @@ def _mapped_index(path) -> Any:
 
 def _flat(folder, split, meta) -> tuple[Flat, Flat | None]:
     """The tokens, and which are predicted."""
-    file = lambda folder, name, dtype: _map(os.path.join(folder, split, name), dtype)
+    file = lambda folder, name, dtype: _map(os.path.join(storage.on_disk(folder), split, name), dtype)
     if "parts" not in meta:
         flags = file(folder, "predicted.bin", bool) if meta[split]["prompts"] else None
         return file(folder, "tokens.bin", meta["dtype"]), flags
@@ -226,6 +227,11 @@ def write(folder: str, documents: Iterable[corpus.Document], tokenizer: Tokenize
         io.write_json(os.path.join(partial, "meta.json"), meta, indent=1)
 
 
+def _loaded(path) -> np.ndarray:
+    with storage.open_file(path) as file:
+        return np.load(file)
+
+
 def _join_index(folder, parts, total):
     """Writes the .npy of all parts, one part in memory at a time."""
     size, tokens, whole = total["documents"], 0, 0
@@ -236,13 +242,13 @@ def _join_index(folder, parts, total):
         for file in (offsets, *([before] if before else [])):
             np.zeros(1, "<i8").tofile(file)
         for part in parts:
-            load = lambda name, part=part: np.load(os.path.join(part, f"{name}.npy")).astype("<i8", copy=False)
+            load = lambda name, part=part: _loaded(os.path.join(part, f"{name}.npy")).astype("<i8", copy=False)
             found = load("documents")
             found.tofile(documents)
             (load("offsets")[1:] + tokens).tofile(offsets)
             tokens += int(found[:, 0].sum())
             if before:
-                has = os.path.isfile(os.path.join(part, "whole.npy"))
+                has = storage.is_file(os.path.join(part, "whole.npy"))
                 added = load("whole")[1:] if has else np.arange(1, len(found) + 1, dtype="<i8")
                 (added + whole).tofile(before)
                 whole += int(added[-1]) if len(added) else 0
@@ -262,9 +268,9 @@ def _write_hashes(folder, hashes):
 def read_hashes(folder: str) -> list[tuple[str, int, str]]:
     """The files that the shards in `folder` were made of (`corpus.content_hashes`); none of an older version's."""
     path = os.path.join(folder, "files.jsonl")
-    if not os.path.isfile(path):
+    if not storage.is_file(path):
         return []
-    with open(path, encoding="utf-8") as lines:
+    with storage.open_file(path) as lines:
         return [(name, start, found) for name, start, found in map(json.loads, lines)]
 
 

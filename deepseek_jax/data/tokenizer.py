@@ -20,7 +20,7 @@ import numpy as np
 import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
-from deepseek_jax import io
+from deepseek_jax import io, storage
 from deepseek_jax.config import ConfigError
 from deepseek_jax.config.model import MOST
 from deepseek_jax.data.ascii_encoder import AsciiEncoder, is_ours
@@ -87,16 +87,18 @@ class Tokenizer:
     @classmethod
     def load(cls, path: str, vocab_size: int | None = None) -> Tokenizer:
         """Reads a tokenizer.json. Raises ConfigError where it does not fit a model of `vocab_size` tokens."""
-        if not os.path.exists(path):
+        if not storage.exists(path):
             raise ConfigError(f"there is no {path}; give a run's folder or a checkpoint's, which holds one.")
         try:
             with io.open_regular(path) as f:
-                tokenizer = cls(tokenizers.Tokenizer.from_buffer(f.read().removeprefix(codecs.BOM_UTF8)))
+                data = f.read().removeprefix(codecs.BOM_UTF8)
+        except OSError as error:
+            raise ConfigError(f"{path} cannot be read: {error.strerror}.") from None
+        try:
+            tokenizer = cls(tokenizers.Tokenizer.from_buffer(data))
             exact = tokenizer._is_exact()
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}") from None
-        except OSError as error:
-            raise ConfigError(f"{path} cannot be read: {error.strerror}.") from None
         except BaseException as error:  # the library raises no narrower class, and a panic of its Rust is no Exception
             if isinstance(error, Exception) or type(error).__name__ == "PanicException":
                 raise ConfigError(f"{path} is no tokenizer.json of the `tokenizers` library: "
@@ -111,7 +113,7 @@ class Tokenizer:
 
     def save(self, path: str) -> None:
         """Writes tokenizer.json."""
-        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+        storage.make_folder(os.path.dirname(storage.absolute(path)))
         io.write_text(path, self.backend.to_str(pretty=True))
 
     def _is_exact(self):

@@ -6,9 +6,9 @@ how they are cut raises `token_shards.FORMAT`: parts that are there already woul
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 
+from deepseek_jax import storage
 from deepseek_jax.data.corpus import open_parquet, paths_of
 from deepseek_jax.data.files import File, Stretch
 from deepseek_jax.data.megatron import read_index
@@ -34,7 +34,7 @@ def units(files: list[File]) -> list[list[File]]:
 
 def _size(file):
     try:
-        return 0 if file.fault else sum(map(os.path.getsize, paths_of(file)))
+        return 0 if file.fault else sum(map(storage.size, paths_of(file)))
     except OSError:
         return 0  # will be skipped and named when it is read
 
@@ -90,7 +90,7 @@ def count_lines(file: File) -> int:
     start, stop, _ = file.stretch
     left, lines = stop - 1 - max(start - 1, 0), int(start == 0)
     try:
-        with open(file.path, "rb") as f:
+        with storage.open_file(file.path) as f:
             f.seek(max(start - 1, 0))
             while left > 0 and (data := f.read(min(left, 1 << 20))):
                 lines, left = lines + data.count(b"\n"), left - len(data)

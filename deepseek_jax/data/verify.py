@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import glob
 import os
 from collections.abc import Iterator
 
-from deepseek_jax import io
+from deepseek_jax import io, storage
 from deepseek_jax.config import Config, ConfigError
 from deepseek_jax.data import corpus, token_shards
 from deepseek_jax.data.ahead import Workers
@@ -46,7 +45,8 @@ def verify(config: Config, workdir: str | None, workers: int = 1) -> Iterator[st
 def _made_of(source: Source, cache: str, began: str | None) -> tuple[str, str]:
     """The shards of a source, and its digest when they were made: when the run began, now, or else the newest."""
     made = {}
-    for path in sorted(glob.glob(os.path.join(glob.escape(cache), "shards-*", "meta.json")), key=os.path.getmtime):
+    there = [os.path.join(cache, name, "meta.json") for name in storage.names(cache) if name.startswith("shards-")]
+    for path in sorted(filter(storage.is_file, there), key=storage.changed):
         meta = io.read_json(path)
         if meta.get("source") == source.path and token_shards.read_hashes(os.path.dirname(path)):
             made[meta["digest"]] = os.path.dirname(path)

@@ -9,16 +9,14 @@ import collections
 import concurrent.futures
 import contextlib
 import os
-import pathlib
 import shlex
-import shutil
 import threading
 
 import jax.numpy as jnp
 import numpy as np
 import tqdm
 
-from deepseek_jax import io
+from deepseek_jax import io, storage
 from deepseek_jax.chat.template import keep_built_in
 from deepseek_jax.checkpoint import manifest
 from deepseek_jax.checkpoint.adapters import base_of, stored
@@ -61,14 +59,14 @@ def from_hf(src: str, dst: str, dtype: str | None = None, keep_fp8: bool = False
                               "omit --keep-fp8.")
         asked = None if dtype is None else np.dtype(jnp.dtype(dtype))
         text = _text(src, dst, partial, source.cfg.vocab_size)  # what can fail in seconds comes before the weights
-        _write_checkpoint(source, pathlib.Path(partial, "checkpoints"), asked, keep_fp8)
+        _write_checkpoint(source, storage.as_path(partial) / "checkpoints", asked, keep_fp8)
         wide = source.dtype_of("params/embedding", asked).itemsize > 2
         cfg = hf_config.read(source.raw, source.cfg.mtp_depth, "float32" if wide else "bfloat16")
-        io.write_json(os.path.join(partial, "config.json"), as_dict(Config(model=cfg)))
         held = {file: [_described(source.reader, name) for name in names] for file, names in
                 source.reader.files.items()}
         io.write_json(os.path.join(partial, LAYOUT), {
             "config": source.raw, "files": held, "metadata": source.reader.metadata}, indent=None, sync=True)
+        io.write_json(os.path.join(partial, "config.json"), as_dict(Config(model=cfg)))  # last: it makes a run of it
         notes = [*source.notes, *source.rounding(asked), *text]
     run = shlex.quote(dst)
     return [*notes, f"{dst} is a work directory. Next, one of",
@@ -82,7 +80,7 @@ def _text(src, dst, partial, vocab_size) -> list[str]:
     if _copy_text(src, partial):
         keep_built_in(src, partial)
         return []
-    if os.path.lexists(os.path.join(src, ranks.FILE)):
+    if storage.exists(os.path.join(src, ranks.FILE)):
         return [ranks.convert(src, partial, vocab_size)]
     return [f"{src} has no tokenizer.json; put one into {dst} before you evaluate or generate there."]
 
@@ -104,7 +102,7 @@ def to_hf(src: str, dst: str, fp8: bool = False, dtype: str | None = None, merge
     """
     cfg, leaves = _leaves(src, merge)
     layout = None
-    if os.path.exists(os.path.join(src, LAYOUT)):
+    if storage.exists(os.path.join(src, LAYOUT)):
         layout = _json(os.path.join(src, LAYOUT))
         if not hf_config.same_model(cfg, hf_config.read(layout["config"], cfg.mtp_depth)):
             layout = None  # the config was changed since: another model
@@ -135,9 +133,9 @@ def _origin(workdir: str) -> dict | None:
     """The config.json of the Hugging Face checkpoint that a run was converted or fine-tuned from; None: of none that is
     still there."""
     seen = set()
-    while workdir not in seen and os.path.isfile(os.path.join(workdir, "config.json")):
+    while workdir not in seen and storage.is_file(os.path.join(workdir, "config.json")):
         seen.add(workdir)
-        if os.path.isfile(os.path.join(workdir, LAYOUT)):
+        if storage.is_file(os.path.join(workdir, LAYOUT)):
             return _json(os.path.join(workdir, LAYOUT))["config"]
         workdir = freeze(_json(os.path.join(workdir, "config.json"))).init.from_ or ""
     return None
@@ -151,10 +149,10 @@ def _described(reader, name):
 
 def _describe_tokenizer(folder, special):
     """Names the tokens that begin and end a text, if no file there does yet."""
-    if not os.path.isfile(os.path.join(folder, GENERATION)):
+    if not storage.is_file(os.path.join(folder, GENERATION)):
         io.write_json(os.path.join(folder, GENERATION), special)
     path = os.path.join(folder, "tokenizer_config.json")
-    if not os.path.isfile(path):
+    if not storage.is_file(path):
         tokenizer = Tokenizer.load(os.path.join(folder, "tokenizer.json"))
         spelled = {f"{role}_token": tokenizer.backend.id_to_token(getattr(tokenizer, role)) for role in ("bos", "eos")}
         io.write_json(path, {"tokenizer_class": "PreTrainedTokenizerFast"} | spelled)
@@ -163,20 +161,20 @@ def _describe_tokenizer(folder, special):
 def _copy_text(src, dst) -> bool:
     """Copies tokenizer and chat template as they are. Whether there was a tokenizer."""
     for name in TEXT:
-        if os.path.isfile(os.path.join(src, name)):
-            shutil.copyfile(os.path.join(src, name), os.path.join(dst, name))
-    return os.path.isfile(os.path.join(dst, TEXT[0]))
+        if storage.is_file(os.path.join(src, name)):
+            storage.copy(os.path.join(src, name), os.path.join(dst, name))
+    return storage.is_file(os.path.join(dst, TEXT[0]))
 
 
 def _special(workdir, origin):
     """The ids that config.json names: of the tokenizer's special tokens, or all that end a text in the checkpoint that
     the run began from."""
     path = os.path.join(workdir, TEXT[0])
-    if not os.path.isfile(path):
+    if not storage.is_file(path):
         return None
     tokenizer = Tokenizer.load(path)
     settings = os.path.join(workdir, GENERATION)
-    stated = _json(settings) if os.path.isfile(settings) else {}
+    stated = _json(settings) if storage.is_file(settings) else {}
     ends = next((held["eos_token_id"] for held in (stated, origin) if isinstance(held, dict)
                  and held.get("eos_token_id") is not None), tokenizer.eos)
     return {"bos_token_id": tokenizer.bos, "eos_token_id": ends}
@@ -191,15 +189,15 @@ def _json(path):
 
 def _leaves(workdir, merge=False):
     """-> (ModelConfig, {path: Stored or Merged}) of the newest checkpoint, converted or trained."""
-    path = pathlib.Path(workdir, "config.json")
-    if not path.is_file():
+    path = os.path.join(workdir, "config.json")
+    if not storage.is_file(path):
         raise ConfigError(f"{workdir} holds no config.json; give a work directory of train or of convert from-hf.")
     config = freeze(_json(path))
     if config.preference.objective == "reward":
         raise ConfigError(f"{workdir} is a reward model, whose head no published format has; give a run that writes "
                           f"text, such as the one that it began from, {config.init.from_}.")
     manifest.check_name(workdir)
-    newest, _ = manifest.newest(pathlib.Path(workdir).absolute() / "checkpoints")
+    newest, _ = manifest.newest(storage.as_path(storage.absolute(workdir)) / "checkpoints")
     if newest is None:
         raise ConfigError(f"{workdir} holds no checkpoint; give a work directory that has one.")
     if (base_of(newest) is not None) != merge:
@@ -212,8 +210,8 @@ def _leaves(workdir, merge=False):
 
 def _write_checkpoint(source, directory, dtype, keep_fp8):
     """Writes DIRECTORY/0: zarr folders, meta.json, and the manifest that makes it count."""
-    partial = directory / "0.1.partial"
-    partial.mkdir(parents=True)
+    partial = manifest.begin(directory, 0)
+    storage.make_folder(partial)
     prints, leaves, jobs = {}, {}, []
     for path, entries in source.leaves.items():
         held = source.dtype_of(path, dtype)

@@ -14,7 +14,7 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 
-from deepseek_jax import io
+from deepseek_jax import io, storage
 from deepseek_jax.config import ConfigError, shown
 from deepseek_jax.config.model import MOST
 from deepseek_jax.data.tokenizer import BYTE_OF
@@ -110,7 +110,7 @@ def convert(source: str, folder: str, vocab_size: int) -> str:
 
 def _config(path):
     try:
-        found = io.read_json(path) if os.path.lexists(path) else {}
+        found = io.read_json(path) if storage.exists(path) else {}
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}.") from None
     except ValueError as error:

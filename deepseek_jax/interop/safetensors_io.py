@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from deepseek_jax import io
+from deepseek_jax import io, storage
 from deepseek_jax.config import ConfigError, shown
 from deepseek_jax.config.model import MOST_EXPERTS
 
@@ -117,7 +117,7 @@ class Reader:
         row = math.prod(tensor.shape[1:]) * tensor.dtype.itemsize
         view, at = memoryview(out.reshape(-1).view(np.uint8)), tensor.offset + start * row
         while view:
-            count = os.preadv(self._open[tensor.file].fileno(), [view], at)
+            count = storage.read_into(self._open[tensor.file], view, at)
             if not count:
                 raise ConfigError(f"{os.path.join(self.folder, tensor.file)} ends inside of {tensor.name}.")
             view, at = view[count:], at + count
@@ -149,7 +149,7 @@ class Reader:
                     file.isprintable() and file.endswith(".safetensors")):
                 raise ConfigError(f"{path} puts {name} into {shown(file)}, which is no safetensors file of this "
                                   "folder.")
-        if not self.chosen and SINGLE not in where.values() and os.path.exists(os.path.join(self.folder, SINGLE)):
+        if not self.chosen and SINGLE not in where.values() and storage.exists(os.path.join(self.folder, SINGLE)):
             raise ConfigError(f"{self.folder} holds two checkpoints, {SINGLE} and the {len(set(where.values()))} files "
                               f"of {INDEX}; convert from-hf takes one of them with --files {SINGLE} or --files "
                               f"{INDEX}.")
@@ -160,7 +160,7 @@ class Reader:
         path = os.path.join(self.folder, file)
         try:
             self._open[file] = f = io.open_regular(path)
-            size = os.fstat(f.fileno()).st_size
+            size = storage.size(path)
             base, header = _read_header(f, size)
             self.metadata[file] = _metadata(header.pop("__metadata__", None))
             found = {name: self._tensor(file, _checked_name(name), base, **about) for name, about in header.items()}
@@ -204,11 +204,11 @@ def _start(folder, files) -> tuple[str, str | None]:
 
     An index that nobody asked for counts before a single file next to it, which `_index` then finds.
     """
-    name = files or (INDEX if os.path.lexists(os.path.join(folder, INDEX)) else SINGLE)
+    name = files or (INDEX if storage.exists(os.path.join(folder, INDEX)) else SINGLE)
     if os.path.basename(name) != name or not name.endswith((".safetensors", ".index.json")):
         raise ConfigError(f"--files={shown(name)} is no file name that ends in .safetensors or .index.json; give one "
                           f"of {folder}.")
-    if not os.path.lexists(os.path.join(folder, name)):
+    if not storage.exists(os.path.join(folder, name)):
         what = f"no {name}" if files else f"neither {SINGLE} nor {INDEX}"
         raise ConfigError(f"{folder} holds {what}; give the folder of a Hugging Face checkpoint.")
     return (name, None) if name.endswith(".safetensors") else ("", name)
@@ -307,7 +307,10 @@ def write(folder: str, files: dict[str, list[Item]], pieces: Callable[..., Itera
     """
     for file, items in files.items():
         text = header(items, (metadata or {}).get(file, {"format": "pt"}))
-        with open(os.path.join(folder, file), "wb") as f:
+        path = os.path.join(folder, file)
+        # Objects are made of files, one at a time.
+        place = io.replacing(path) if storage.is_remote(path) else contextlib.nullcontext(path)
+        with place as target, open(target, "wb") as f:
             f.write(text)
             for item in items:
                 for piece in pieces(item):

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from deepseek_jax import io
+from deepseek_jax import io, storage
 from deepseek_jax.checkpoint.arrays import FP8, quantize
 from deepseek_jax.config import ConfigError
 from deepseek_jax.interop import hf_config, safetensors_io, tensor_map
@@ -212,14 +212,24 @@ def export(folder: str, source: Export, special: dict[str, int] | None = None,
 
 @contextlib.contextmanager
 def building(path: str | os.PathLike[str]) -> Iterator[str]:
-    """A temporary folder that is renamed to `path` at the end; after an error nothing is left of it.
+    """A temporary folder that is renamed to `path` at the end; after an error nothing is left of it. In a bucket it is
+    `path` itself: who fills it writes the file last that makes it count.
 
     Raises:
       ConfigError: `path` exists, cannot be made, or the disk is full.
     """
-    path = os.path.abspath(path)
-    if os.path.lexists(path):
+    path = storage.absolute(path)
+    if storage.exists(path):
         raise ConfigError(f"{path} exists already; take another destination, or remove it first.")
+    if storage.is_remote(path):
+        storage.check_writable(path)
+        try:
+            yield path
+        except BaseException:
+            with contextlib.suppress(storage.StorageError):
+                storage.remove(path)
+            raise
+        return
     try:
         with io.building(path) as partial:
             yield partial

@@ -9,13 +9,13 @@ run's config says which layers are MTP modules.
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import pathlib
 
 import numpy as np
 from matplotlib.colors import TwoSlopeNorm
 
+from deepseek_jax import io, storage
 from deepseek_jax.plots.style import BLUE, GREEN, GREY, PALETTE, VERMILION, new_figure, save_figure
 from deepseek_jax.training.metrics import read_expert_loads, read_metrics
 
@@ -52,7 +52,7 @@ def plot_loss(workdir: str | os.PathLike[str]) -> pathlib.Path:
     if len(rates):
         below.set_yticks([0, rates.max()], ["0", f"{rates.max():.1e}".replace("e-0", "e-")])
     below.set_xlabel("step")
-    return _saved(figure, pathlib.Path(workdir) / "loss.png")
+    return _saved(figure, storage.as_path(workdir) / "loss.png")
 
 
 def plot_expert_load(workdir: str | os.PathLike[str]) -> pathlib.Path:
@@ -69,7 +69,7 @@ def plot_expert_load(workdir: str | os.PathLike[str]) -> pathlib.Path:
     else:
         axes[-1].text(0.5, 0.5, "this run has recorded no expert loads", ha="center", transform=axes[-1].transAxes)
     axes[-1].set_xlabel("step")
-    return _saved(figure, pathlib.Path(workdir) / "expert_load.png")
+    return _saved(figure, storage.as_path(workdir) / "expert_load.png")
 
 
 def plot_runs(runs: dict[str, list[dict]], path: str | os.PathLike[str]) -> pathlib.Path:
@@ -130,7 +130,7 @@ def plot_dispatch(matrices: dict[str, np.ndarray], locals_per_node: int, path: s
 
 def _layer_names(workdir, L):
     """MTP modules are the last ones."""
-    modules = json.loads((pathlib.Path(workdir) / "config.json").read_text())["model"]["mtp_depth"]
+    modules = io.read_json(storage.as_path(workdir) / "config.json")["model"]["mtp_depth"]
     return [f"MoE {n + 1}" for n in range(L - modules)] + [f"MTP {n + 1}" if modules > 1 else "MTP"
                                                            for n in range(modules)]
 

@@ -13,7 +13,6 @@ import contextlib
 import dataclasses
 import functools
 import math
-import pathlib
 import signal
 import sys
 import time
@@ -26,7 +25,7 @@ import jax.numpy as jnp
 import tqdm
 from flax import traverse_util
 
-from deepseek_jax import stop
+from deepseek_jax import stop, storage
 from deepseek_jax.checkpoint.adapters import Base, merge, restore_weights
 from deepseek_jax.checkpoint.manager import Checkpoints
 from deepseek_jax.config import Config, ConfigError, as_dict
@@ -226,7 +225,7 @@ class Run:
         self.config, self.loader, self.runner = config, loader, runner
         self.checkpoints = Checkpoints(workdir, config.train.checkpoints_kept)
         wait_for_all("checkpoints")  # the first one has cleaned up
-        if not (pathlib.Path(workdir) / "config.json").exists():  # which the first one wrote
+        if not storage.is_file(storage.as_path(workdir) / "config.json"):  # which the first one wrote
             raise ConfigError(f"{workdir} is not the directory of process 0; give all processes the same --workdir, "
                               "on a disk that they share.")
         abstract = runner.with_shardings(jax.eval_shape(fresh_state(config)))
@@ -286,7 +285,11 @@ class Run:
 
     def close(self) -> None:
         """Waits for the last checkpoint."""
-        self.checkpoints.close()
+        try:
+            self.checkpoints.close()
+        finally:
+            if self.writer:
+                self.writer.close()
 
     def sample_variables(self) -> dict[str, Any]:
         """Params and router that a sample is drawn from."""
@@ -387,6 +390,8 @@ class Run:
             meta["lora"] = self.base._asdict()
         if self.compared is not None:
             meta["reference"] = self.compared._asdict()
+        if self.writer:
+            self.writer.flush()  # what a run that resumes from this checkpoint keeps
         self.checkpoints.save(self.step, self.state, meta)
 
     def _check_finite(self, step: int, metrics: Metrics):

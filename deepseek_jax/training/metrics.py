@@ -3,7 +3,8 @@
 `WORKDIR/metrics.jsonl` holds one JSON object a line, at most one row for a step's training and one for its evaluation;
 TensorBoard gets the same scalars. `WORKDIR/expert_load/` holds the counts [layers, experts] of each step. A run that
 resumes from step s first drops everything after s, so that in the end the files are those of a run that was never
-interrupted, timings apart. The balance of a step is MaxVio = max load / mean load - 1 (arXiv 2408.15664).
+interrupted, timings apart. In a bucket these are objects, which nobody can append to: the files are on this machine, and
+`storage.Mirror` keeps them there. The balance of a step is MaxVio = max load / mean load - 1 (arXiv 2408.15664).
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[re
 from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]: protobuf
 from tensorboardX.record_writer import masked_crc32c
 
-from deepseek_jax import io
+from deepseek_jax import io, storage
 
 LAST_STEPS = 50  # whose mean says how a run is doing
 
@@ -60,7 +61,9 @@ class MetricsWriter:
 
     def __init__(self, workdir, resume_step: int | None):
         """Opens the files and drops everything after `resume_step`; None (a run from the start) drops all."""
-        workdir = pathlib.Path(workdir)
+        names = "metrics.jsonl", "expert_load", "tensorboard"
+        self._mirror = storage.Mirror(os.fspath(workdir), names) if storage.is_remote(workdir) else None
+        workdir = pathlib.Path(self._mirror.folder if self._mirror else workdir)
         workdir.mkdir(parents=True, exist_ok=True)
         last = -1 if resume_step is None else resume_step
         self._path, self._loads = workdir / "metrics.jsonl", workdir / "expert_load"
@@ -101,6 +104,16 @@ class MetricsWriter:
             io.write_json(self._loads / "shape.json", counts_LE.shape, indent=None, sync=True)
         _append(self._loads / "counts.int32", np.concatenate([np.array([step], np.int32), counts_LE.ravel()]).tobytes())
 
+    def flush(self) -> None:
+        """Returns when what was written is in the work directory, as a checkpoint after it relies on."""
+        if self._mirror:
+            self._mirror.flush()
+
+    def close(self) -> None:
+        """Flushes; nothing may be written afterwards."""
+        if self._mirror:
+            self._mirror.close()
+
     def _add_event(self, **fields):
         # In this thread and at once: a writer of its own, as in SummaryWriter, loses on a kill what the checkpoint
         # before it had seen, and blocks the run for ever when the disk is full.
@@ -118,9 +131,9 @@ class MetricsWriter:
 
 def read_metrics(workdir: str | os.PathLike[str]) -> list[dict]:
     """All complete rows, in the order of writing. null becomes None."""
-    path = pathlib.Path(workdir) / "metrics.jsonl"
+    path = storage.as_path(workdir) / "metrics.jsonl"
     rows = []
-    for line in path.read_text(errors="replace").split("\n") if path.exists() else ():
+    for line in storage.read_bytes(path).decode(errors="replace").split("\n") if storage.exists(path) else ():
         try:
             row = json.loads(line)
         except ValueError:  # the half line of a killed run
@@ -132,7 +145,7 @@ def read_metrics(workdir: str | os.PathLike[str]) -> list[dict]:
 
 def read_expert_loads(workdir: str | os.PathLike[str]) -> tuple[np.ndarray, np.ndarray]:
     """-> (steps_S, counts_SLE); of length 0 if the run has recorded none, as a dense model's has not."""
-    folder = pathlib.Path(workdir) / "expert_load"
+    folder = storage.as_path(workdir) / "expert_load"
     records, shape = _records(folder)
     return records[:, 0], records[:, 1:].reshape(len(records), *shape)
 
@@ -165,12 +178,12 @@ def _drop_rows(path, last):
 def _records(folder):
     """-> (int32 [records, 1 + layers * experts]: step, counts; (layers, experts)). A half record at the end is left."""
     try:
-        shape = tuple(json.loads((folder / "shape.json").read_text()))
-        data = np.fromfile(folder / "counts.int32", np.int32)
+        shape = tuple(json.loads(storage.read_bytes(folder / "shape.json")))
+        data = np.frombuffer(storage.read_bytes(folder / "counts.int32"), np.uint8)
     except FileNotFoundError:
         return np.zeros((0, 1), np.int32), (0, 0)
     width = 1 + math.prod(shape)
-    return data[:len(data) // width * width].reshape(-1, width), shape
+    return data[:len(data) // (4 * width) * 4 * width].view(np.int32).reshape(-1, width), shape
 
 
 def _drop_loads(folder, last):

@@ -62,14 +62,14 @@ MUTATIONS = [
     Mutation(
         name="a ~ in an option stays",
         file="deepseek_jax/cli.py",
-        old="setattr(found, name, local_path(option if option in self._option_string_actions else name, value))",
+        old="setattr(found, name, usable_path(option if option in self._option_string_actions else name, value))",
         new="pass",
         tests="test_cli.py::test_a_tilde_in_a_path_is_the_users_folder_and_no_folder_of_that_name",
     ),
     Mutation(
         name="a ~ in init.from stays",
         file="deepseek_jax/config/training.py",
-        old='object.__setattr__(self, "from_", local_path("init.from", self.from_))',
+        old='object.__setattr__(self, "from_", usable_path("init.from", self.from_))',
         new="pass",
         tests="test_cli.py::test_a_tilde_in_a_path_is_the_users_folder_and_no_folder_of_that_name",
     ),

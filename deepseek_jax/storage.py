@@ -1,0 +1,470 @@
+"""Files on disks and objects in buckets, gs:// and s3://, by the same names (no jax here).
+
+    path ──── an address? ── no ──> os, pathlib
+                  └──────── yes ──> fsspec: gcsfs, s3fs
+
+This is the one place that tells them apart. A bucket has objects under complete names and nothing else: no folders, no
+appending, no renaming. An object is written as a whole, and readers see all of it or the one before. What the store
+refuses, or cannot do after its client has tried again, is a StorageError of one line; what is not there is a
+FileNotFoundError, as on a disk.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import errno
+import functools
+import os
+import pathlib
+import re
+import shutil
+import tempfile
+import threading
+import time
+import urllib.parse
+import uuid
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+Path = str | os.PathLike[str]
+
+CLIENTS = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}  # scheme -> package, and the extra of setup.py that has it
+THREADS = 16  # objects in flight: a store answers each slowly, and many at once
+_SCRATCH = "deepseek_jax-"
+
+
+class StorageError(Exception):
+    """What a store refused or could not do, in one line."""
+
+    def __init__(self, message: str):
+        super().__init__(" ".join(message.split()))
+
+
+class Entry(NamedTuple):
+    """An object. tag: the store's own checksum of its content."""
+
+    size: int
+    tag: str
+
+
+def is_remote(path: Path) -> bool:
+    """Whether it is the address of something in a bucket."""
+    return re.match(r"(gs|s3)://", os.fspath(path)) is not None
+
+
+def as_path(path: Path) -> pathlib.Path:
+    """As a path whose parts can be joined and named; an address stays one."""
+    if not is_remote(path):
+        return pathlib.Path(path)
+    from etils import epath
+
+    found: Any = epath.Path(path)
+    return found
+
+
+def absolute(path: Path) -> str:
+    """A name that does not depend on the current folder."""
+    return os.fspath(path) if is_remote(path) else os.path.abspath(path)
+
+
+def is_file(path: Path) -> bool:
+    """Whether there is a regular file or a link to one, or an object."""
+    return _kind(path) == "file" if is_remote(path) else os.path.isfile(path)
+
+
+def is_folder(path: Path) -> bool:
+    """Whether there is a folder, or a bucket has objects below this name."""
+    return _kind(path) == "directory" if is_remote(path) else os.path.isdir(path)
+
+
+def exists(path: Path) -> bool:
+    """Whether there is anything, a broken link too."""
+    return _kind(path) is not None if is_remote(path) else os.path.lexists(path)
+
+
+def size(path: Path) -> int:
+    """Bytes. Raises FileNotFoundError."""
+    return _info(path)["size"] if is_remote(path) else os.path.getsize(path)
+
+
+def version(path: Path) -> str:
+    """What changes whenever the content does: the store's checksum, or nanoseconds at the last change."""
+    return _entry(_info(path)).tag if is_remote(path) else str(os.stat(path).st_mtime_ns)
+
+
+def changed(path: Path) -> float:
+    """When it was written, in seconds of the machine that did."""
+    if not is_remote(path):
+        return os.path.getmtime(path)
+    info = _info(path)
+    return (info.get("mtime") or info["LastModified"]).timestamp()
+
+
+def names(folder: Path) -> list[str]:
+    """The names directly in a folder; [] where there is none."""
+    if not is_remote(folder):
+        return os.listdir(folder) if os.path.isdir(folder) else []
+    with _told(folder):
+        fs, key = _client(folder)
+        try:
+            return [name.rstrip("/").rsplit("/", 1)[-1] for name in fs.ls(key, detail=False) if name != key]
+        except FileNotFoundError:
+            return []
+
+
+def entries(folder: Path) -> dict[str, Entry]:
+    """{name relative to the address `folder`: Entry} of every object below it."""
+    with _told(folder):
+        fs, key = _client(folder)
+        try:
+            found = fs.find(key, detail=True)
+        except FileNotFoundError:
+            return {}
+        return {name.removeprefix(f"{key}/"): _entry(info) for name, info in found.items() if name != key}
+
+
+def glob(address: Path) -> list[str]:
+    """The addresses of the objects that a pattern of * ? [] and ** matches, sorted."""
+    with _told(address):
+        fs, key = _client(address)
+        try:
+            found = fs.glob(key, detail=True)
+        except FileNotFoundError:
+            return []
+        scheme = os.fspath(address).split("://")[0]
+        return sorted(f"{scheme}://{name}" for name, info in found.items() if info["type"] == "file")
+
+
+def make_folder(folder: Path) -> None:
+    """Makes a folder and those above it, unless they are there. Buckets need none."""
+    if not is_remote(folder):
+        os.makedirs(folder, exist_ok=True)
+
+
+def open_file(path: Path) -> Any:
+    """A file or object, open for reading bytes; it can be sought in."""
+    if not is_remote(path):
+        return open(path, "rb")
+    with _told(path):
+        fs, key = _client(path)
+        return _Reading(path, fs.open(key, "rb"))
+
+
+def read_bytes(path: Path) -> bytes:
+    """Raises FileNotFoundError."""
+    if not is_remote(path):
+        return pathlib.Path(path).read_bytes()
+    with _told(path):
+        fs, key = _client(path)
+        return fs.cat_file(key)
+
+
+def read_range(address: Path, start: int, stop: int) -> bytes:
+    """Bytes start..stop of an object; fewer where it ends before."""
+    with _told(address):
+        fs, key = _client(address)
+        return fs.cat_file(key, start=start, end=stop) if stop > start else b""
+
+
+def read_into(file: Any, view: memoryview, start: int) -> int:
+    """Fills a buffer from byte `start` of a file that `open_file` opened, from any thread. How many bytes it took."""
+    if not isinstance(file, _Reading):
+        return os.preadv(file.fileno(), [view], start)
+    data = read_range(file.name, start, start + len(view))
+    view[:len(data)] = data
+    return len(data)
+
+
+def put(address: Path, data: bytes) -> None:
+    """Writes an object as a whole."""
+    with _told(address):
+        fs, key = _client(address)
+        fs.pipe_file(key, bytes(data))
+
+
+def create(address: Path, data: bytes) -> bool:
+    """Writes an object unless there is one already. Whether it was written.
+
+    The store decides it (`ifGenerationMatch: 0` of GCS, `If-None-Match: *` of S3); one that ignores these writes.
+    """
+    with _told(address):
+        fs, key = _client(address)
+        try:
+            fs.pipe_file(key, data, mode="create")
+            return True
+        except FileExistsError:
+            return False
+
+
+def upload(file: Path, address: Path) -> None:
+    """Writes an object with the content of a file."""
+    with _told(address):
+        fs, key = _client(address)
+        fs.put_file(os.fspath(file), key)
+
+
+def upload_folder(folder: Path, address: Path, last: tuple[str, ...] = ()) -> None:
+    """Writes an object for each file below a folder. last: names of files that mark it as complete."""
+    files = [p for p in pathlib.Path(folder).rglob("*") if p.is_file()]
+    for part in ([p for p in files if p.name not in last], [p for p in files if p.name in last]):
+        in_parallel(lambda p: upload(p, f"{os.fspath(address)}/{p.relative_to(folder).as_posix()}"), part)
+
+
+def download(address: Path, file: Path) -> None:
+    """Writes a file with the content of an object."""
+    with _told(address):
+        fs, key = _client(address)
+        fs.get_file(key, os.fspath(file))
+
+
+def download_folder(address: Path, folder: Path) -> None:
+    """Writes a file for each object below an address."""
+    found = list(entries(address))
+    for parent in {os.path.dirname(os.path.join(folder, name)) for name in found}:
+        os.makedirs(parent, exist_ok=True)
+    in_parallel(lambda name: download(f"{os.fspath(address)}/{name}", os.path.join(folder, name)), found)
+
+
+def copy(source: Path, target: Path) -> None:
+    """Copies a small file or object over a file that nobody reads, or an object."""
+    data = read_bytes(source)
+    put(target, data) if is_remote(target) else pathlib.Path(target).write_bytes(data)
+
+
+def remove(path: Path) -> None:
+    """Removes a file, or a folder with all that is in it, if it is there."""
+    if not is_remote(path):
+        if os.path.isdir(path) and not os.path.islink(path):
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            pathlib.Path(path).unlink(missing_ok=True)
+        return
+    with _told(path):
+        fs, key = _client(path)
+        with contextlib.suppress(FileNotFoundError):
+            fs.rm(key, recursive=True)
+
+
+def in_parallel(function: Any, items: Any) -> list[Any]:
+    """[function(item)] of items, on THREADS threads. Raises what the first one that fails raises."""
+    with ThreadPoolExecutor(THREADS) as pool:
+        try:
+            return list(pool.map(function, items))
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def check_writable(address: Path) -> None:
+    """Writes, reads and removes an object below an address.
+
+    Raises StorageError where that cannot be: a package or credentials are missing, there is no such bucket, or the
+    store refuses.
+    """
+    probe, data = f"{os.fspath(address)}/.probe-{uuid.uuid4().hex}", b"may be removed"
+    try:
+        put(probe, data)
+        back = read_bytes(probe)
+        remove(probe)
+    except FileNotFoundError:
+        bucket = re.match(r"\w+://[^/]*", os.fspath(address))
+        raise StorageError(f"there is no bucket {bucket and bucket[0]}, or these credentials may not see it; make it "
+                           "first.") from None
+    if back != data:
+        raise StorageError(f"{os.fspath(address)}: what was written there comes back changed.")
+
+
+def check_readable(address: Path) -> None:
+    """Raises StorageError where the store cannot be asked about an address."""
+    _kind(address)
+
+
+# Working files on this machine.
+
+
+class Mirror:
+    """Files on this machine that are appended to, kept in a bucket as well: as a whole, when they have changed, every
+    `interval` seconds (20 times as long as it takes, if that is more) and in `flush`.
+
+    Args:
+      address: the objects' folder.
+      names: of the files and folders that are kept there; those that are there already come first.
+    """
+
+    def __init__(self, address: str, names: tuple[str, ...], interval: float = 30):
+        self.address, self.folder, self.interval = address, tempfile.mkdtemp(dir=scratch()), interval
+        there = [name for name in names if is_file(f"{address}/{name}")]
+        there += [f"{name}/{below}" for name in names for below in entries(f"{address}/{name}")]
+        for name in there:
+            os.makedirs(os.path.dirname(os.path.join(self.folder, name)), exist_ok=True)
+            download(f"{address}/{name}", os.path.join(self.folder, name))
+        self._kept = {name: self._state(name) for name in there}
+        self._lock, self._ended = threading.Lock(), threading.Event()
+        self._thread = threading.Thread(target=self._keep, daemon=True)
+        self._thread.start()
+
+    def flush(self) -> None:
+        """Returns when the bucket has what the files have. Raises StorageError."""
+        with self._lock:
+            names = [p.relative_to(self.folder).as_posix() for p in pathlib.Path(self.folder).rglob("*") if p.is_file()]
+            for name in self._kept.keys() - set(names):
+                remove(f"{self.address}/{name}")
+                del self._kept[name]
+            for name in names:
+                state = self._state(name)
+                if self._kept.get(name) != state:
+                    put(f"{self.address}/{name}", pathlib.Path(self.folder, name).read_bytes())
+                    self._kept[name] = state
+
+    def close(self) -> None:
+        """Flushes, and removes the files."""
+        self._ended.set()
+        self._thread.join()
+        self.flush()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _state(self, name):
+        found = os.stat(os.path.join(self.folder, name))
+        return found.st_size, found.st_mtime_ns
+
+    def _keep(self):
+        pause = self.interval
+        while not self._ended.wait(pause):
+            began = time.monotonic()
+            with contextlib.suppress(StorageError):  # the next one, or `flush`, may find the store well again
+                self.flush()
+            pause = max(self.interval, 20 * (time.monotonic() - began))
+
+
+def scratch() -> str:
+    """A folder of this process on the machine's disk (TMPDIR), for what needs files. It is removed when the process
+    ends; if it is killed, by the next process that asks for one."""
+    return _scratch(os.getpid())
+
+
+@functools.cache
+def _scratch(pid):
+    root = tempfile.gettempdir()
+    for name in os.listdir(root):
+        found = re.fullmatch(rf"{_SCRATCH}(\d+)-\w+", name)
+        path = os.path.join(root, name)
+        if found and not is_running(int(found[1])) and os.stat(path).st_uid == os.getuid():
+            shutil.rmtree(path, ignore_errors=True)
+    folder = tempfile.mkdtemp(prefix=f"{_SCRATCH}{pid}-")
+    atexit.register(lambda: os.getpid() == pid and shutil.rmtree(folder, ignore_errors=True))
+    return folder
+
+
+def is_running(pid: int) -> bool:
+    """Whether this machine has such a process."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def on_disk(folder: Path) -> str:
+    """A folder on this machine with the content of `folder`: itself, or a copy in `scratch`, made once."""
+    return _copied(os.fspath(folder), os.getpid()) if is_remote(folder) else os.fspath(folder)
+
+
+@functools.cache
+def _copied(address, pid):
+    copy = os.path.join(_scratch(pid), urllib.parse.quote(address, safe=""))
+    download_folder(address, copy)
+    return copy
+
+
+# The clients.
+
+
+@functools.cache
+def _file_system(scheme, pid):
+    """pid: clients have threads, which a forked process has not."""
+    if scheme == "gs":
+        # Its core, which takes every bucket for a flat one: the default asks for the kind of each bucket first, by
+        # another protocol that no emulator speaks. Nothing is ever listed from memory: others write there, too.
+        import gcsfs.core
+
+        token = "anon" if os.environ.get("STORAGE_EMULATOR_HOST") else None  # an emulator knows nobody
+        return gcsfs.core.GCSFileSystem(token=token, use_listings_cache=False, skip_instance_cache=True)
+    import s3fs
+
+    return s3fs.S3FileSystem(use_listings_cache=False, skip_instance_cache=True)
+
+
+def _client(address) -> tuple[Any, str]:
+    """-> (the file system, the name of the object with its bucket)."""
+    scheme, key = os.fspath(address).split("://", 1)
+    if not key.strip("/").split("/")[0]:
+        raise StorageError(f"{os.fspath(address)} names no bucket; write {scheme}://BUCKET/NAME.")
+    return _file_system(scheme, os.getpid()), key.rstrip("/")
+
+
+@contextlib.contextmanager
+def _told(address) -> Iterator[None]:
+    """Turns what a client raises into FileNotFoundError and StorageError."""
+    address = os.fspath(address)
+    package, extra = CLIENTS[address.split("://")[0]]
+    try:
+        yield
+    except (StorageError, FileExistsError):
+        raise
+    except FileNotFoundError:
+        raise FileNotFoundError(errno.ENOENT, "No such object or bucket", address) from None
+    except ModuleNotFoundError:
+        raise StorageError(f"{address} needs the package {package}: pip install 'deepseek-jax[{extra}]'.") from None
+    except Exception as error:  # clients raise whatever their libraries do
+        why = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise StorageError(f"{address}: {why[:300]}") from error
+
+
+def _info(address) -> dict[str, Any]:
+    with _told(address):
+        fs, key = _client(address)
+        return fs.info(key)
+
+
+def _kind(address):
+    """ "file", "directory" or None. A client's own `isfile` is False, too, where the store does not answer."""
+    try:
+        return _info(address)["type"]
+    except FileNotFoundError:
+        return None
+
+
+def _entry(info) -> Entry:
+    return Entry(info["size"] or 0, str(info.get("crc32c") or info.get("ETag") or ""))
+
+
+class _Reading:
+    """An object open for reading, whose errors are those of this module."""
+
+    def __init__(self, address, file):
+        self.name, self._file = os.fspath(address), file
+
+    def __getattr__(self, attribute):
+        return getattr(self._file, attribute)
+
+    def __iter__(self):
+        while line := self.readline():
+            yield line
+
+    def read(self, length: int = -1) -> bytes:
+        with _told(self.name):
+            return self._file.read(length)
+
+    def readline(self) -> bytes:
+        with _told(self.name):
+            return self._file.readline()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self._file.close()
