@@ -54,6 +54,7 @@ setup(
         "flax>=0.11.2",
         "optax>=0.2.6",
         "orbax-checkpoint>=0.11.30",
+        "etils>=1.9",
         "chex>=0.1.90",
         "ml-collections>=1.0",
         "tensorstore>=0.1.85",
@@ -72,6 +73,9 @@ setup(
         "tpu": ["jax[tpu]"],
         # Reading compressed and columnar text.
         "data": ["zstandard>=0.22", "pyarrow>=16"],
+        # Work directories, corpora and checkpoints in buckets: gs:// and s3://.
+        "gcs": ["gcsfs>=2024.6"],
+        "s3": ["s3fs>=2025.5"],
         "dev": [
             "pytest>=8",
             "pytest-xdist>=3.5",
@@ -89,6 +93,10 @@ setup(
             "prometheus-client>=0.20",
             "pyyaml>=6",  # mkdocs.yml and CITATION.cff, which tests read
             "jsonschema>=4.20",
+            "gcsfs>=2024.6",
+            "s3fs>=2025.5",
+            "gcp-storage-emulator>=2024.8",
+            "moto[server]>=5",  # an emulator of S3
             "openai>=1.40",  # the client whose protocol the server speaks
         ],
         # Compiling for GPUs that are not here: the plugin and CUDA's own tools, without the libraries a run would need.

@@ -149,7 +149,7 @@ def open_file(path: Path) -> Any:
         return open(path, "rb")
     with _told(path):
         fs, key = _client(path)
-        return _Reading(path, fs.open(key, "rb"))
+        return _Reading(path, fs.open(key, "rb", cache_type="readahead"))
 
 
 def read_bytes(path: Path) -> bytes:

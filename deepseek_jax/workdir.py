@@ -39,8 +39,8 @@ if TYPE_CHECKING:
 def alone_in(workdir: str) -> Iterator[None]:
     """Inside, no other process trains in this work directory. Raises ConfigError where one does already.
 
-    The kernel, or the server of a shared disk, lets go of the lock when its holder ends, however it ends. In a bucket it
-    is an object: `_Lease`.
+    The kernel, or the server of a shared disk, lets go of the lock when its holder ends, however it ends. In a
+    bucket it is an object: `_Lease`.
     """
     if storage.is_remote(workdir):
         with _Lease(workdir):
@@ -86,7 +86,8 @@ class _Lease:
 
     def __init__(self, workdir: str):
         self.workdir, self.address = workdir, os.path.join(workdir, ".holder")
-        self.said: dict[str, Any] = _about_this_process() | {"id": uuid.uuid4().hex}
+        self.said: dict[str, Any] = _about_this_process() | {
+            "id": uuid.uuid4().hex, "machine": _machine(), "started": _started(os.getpid())}
         self.beats, self.released = 0, threading.Event()
         self.thread = threading.Thread(target=self._hold, daemon=True)
 
@@ -99,8 +100,9 @@ class _Lease:
     def __exit__(self, *error):
         self.released.set()
         self.thread.join()
-        if _object(self.address).get("id") == self.said["id"]:
-            storage.remove(self.address)
+        with contextlib.suppress(storage.StorageError):  # then it expires
+            if _object(self.address).get("id") == self.said["id"]:
+                storage.remove(self.address)
 
     def _words(self):
         return json.dumps(self.said | {"beats": self.beats}).encode()
@@ -108,16 +110,16 @@ class _Lease:
     def _await(self):
         """Returns when the lock is free. Raises ConfigError as soon as its holder shows that it lives."""
         said = _object(self.address)
-        if said and said.get("host") == self.said["host"] and isinstance(said.get("pid"), int):
-            if storage.is_running(said["pid"]):
+        if said and said.get("machine") == self.said["machine"] and isinstance(said.get("pid"), int):
+            if storage.is_running(said["pid"]) and said.get("started") == _started(said["pid"]):
                 raise _taken(self.workdir, said)
             storage.remove(self.address)
             return
         end = time.monotonic() + self.EXPIRY
         while said:
             if time.monotonic() > end:
-                print(f"{self.workdir} is free: process {said.get('pid')} of {said.get('host')}, which held it, has not "
-                      f"been heard of for {self.EXPIRY} seconds.", flush=True)
+                print(f"{self.workdir} is free: process {said.get('pid')} of {said.get('host')}, which held it, has "
+                      f"been silent for {self.EXPIRY} seconds.", flush=True)
                 storage.remove(self.address)
                 return
             time.sleep(min(1, self.EXPIRY / 10))
@@ -135,6 +137,24 @@ class _Lease:
                     stop.leave(stop.MISTAKE)
                 self.beats += 1
                 storage.put(self.address, self._words())
+
+
+def _machine() -> str:
+    """Where the numbers of processes mean the same: containers of one name have their own."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as f:
+            return f"{f.read().strip()} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:  # no Linux
+        return socket.gethostname()
+
+
+def _started(pid: int) -> str | None:
+    """When a process started, in ticks since the machine did: numbers are given again. None: there is no saying."""
+    try:
+        with open(f"/proc/{pid}/stat", encoding="ascii", errors="replace") as f:
+            return f.read().rsplit(")", 1)[1].split()[19]
+    except (OSError, IndexError):
+        return None
 
 
 def claim_workdir(config: Config, workdir: str) -> None:

@@ -25,12 +25,13 @@ class Store:
     """An emulator behind its proxy.
 
     every: of so many requests one is answered with 503; 0: none. dies_after: answers to writes after which no request
-    gets an answer any more; None: it lives. faults: how many requests were refused. requests: (method, path) of all.
+    gets an answer any more; None: it lives. dies_at: the name of an object whose writing is the first request without
+    an answer. faults: how many requests were refused. requests: (method, path) of all.
     """
 
     def __init__(self, scheme: str, port: int):
         self.scheme, self.port = scheme, port
-        self.every, self.dies_after, self.faults, self.requests = 0, None, 0, []
+        self.every, self.dies_after, self.dies_at, self.faults, self.requests = 0, None, "", 0, []
         self.lock = threading.Lock()
         self.server = _Server(("127.0.0.1", 0), _Proxy)
         self.server.store = self
@@ -41,10 +42,13 @@ class Store:
         """A new one, with nothing there."""
         return f"{self.scheme}://{BUCKET}/test-{next(_names)}"
 
-    def verdict(self, method: str, path: str) -> str:
+    def verdict(self, method: str, path: str, body: bytes = b"") -> str:
         """What becomes of a request: "answer", "503" or "nothing"."""
         with self.lock:
             self.requests.append((method, path))
+            named = urllib.parse.unquote(path).encode() + body[:2000]  # GCS has names of new objects in the body
+            if self.dies_at and method in ("PUT", "POST") and self.dies_at.encode() in named:
+                self.dies_after = 0
             if self.dies_after is not None and method in ("PUT", "POST"):
                 self.dies_after -= 1
             if self.dies_after is not None and self.dies_after < 0:
@@ -64,13 +68,13 @@ class Store:
             self.every = 0
 
     @contextlib.contextmanager
-    def dying_after(self, writes: int):
-        """Inside, it gives no answer any more after so many writes."""
-        self.dies_after = writes
+    def dying_after(self, writes: int | None, at: str = ""):
+        """Inside, it gives no answer any more after so many writes, or from the first one of an object so named."""
+        self.dies_after, self.dies_at = writes, at
         try:
             yield self
         finally:
-            self.dies_after = None
+            self.dies_after, self.dies_at = None, ""
 
 
 class _Server(http.server.ThreadingHTTPServer):
@@ -86,7 +90,7 @@ class _Proxy(http.server.BaseHTTPRequestHandler):
 
     def answer(self):
         store, body = self.server.store, self._body()
-        verdict = store.verdict(self.command, self.path)
+        verdict = store.verdict(self.command, self.path, body)
         if verdict == "nothing":
             self.close_connection = True
             return

@@ -4,10 +4,13 @@ All of it is environment, set before jax is imported, so that commands which a t
 What is already set outside wins, but for the XLA flags that the suite cannot do without.
 """
 
+import asyncio
 import importlib.metadata
 import os
 import pathlib
 import sys
+
+import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -62,3 +65,10 @@ def pytest_configure(config):
         return
     hypothesis.settings.register_profile("suite", deadline=None, derandomize=True, print_blob=False)
     hypothesis.settings.load_profile("suite")
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    """Clients of buckets (`tests.buckets`) try again at once, and as often as ever."""
+    sleep = asyncio.sleep
+    monkeypatch.setattr(asyncio, "sleep", lambda seconds, *rest: sleep(0, *rest))

@@ -74,7 +74,7 @@ def test_only_one_creates_an_object(scheme):
     assert storage.read_bytes(f"{address}/lock") == b"1"
 
 
-def test_a_store_that_refuses_one_request_in_ten_loses_nothing(address, store):
+def test_a_store_that_refuses_one_request_in_ten_loses_nothing(address, store, impatient):
     with store.refusing(10):
         storage.in_parallel(lambda i: storage.put(f"{address}/{i}", b"x" * i), range(30))
         assert {name: e.size for name, e in storage.entries(address).items()} == {str(i): i for i in range(30)}

@@ -8,9 +8,11 @@ import sys
 
 import pytest
 
+from deepseek_jax import io, storage, workdir
 from deepseek_jax.config import Config, ConfigError, as_dict, load_config, model_config
 from deepseek_jax.training.loop import check_start
 from deepseek_jax.workdir import alone_in, check_workdir, claim_workdir, load_workdir_config, most_positions
+from tests.buckets import SCHEMES, stores
 
 
 @pytest.fixture
@@ -37,6 +39,80 @@ def test_a_lock_whose_holder_was_killed_holds_nobody(tmp_path):
     assert (tmp_path / ".holder").exists()
     with alone_in(str(tmp_path)):
         pass
+
+
+@pytest.fixture(params=SCHEMES)
+def address(request):
+    return stores()[request.param].address()
+
+
+def test_two_processes_never_train_in_one_work_directory_in_a_bucket(address):
+    with alone_in(address):
+        who = rf"is being trained by another process \(process {os.getpid()} of {socket.gethostname()}, since 20"
+        with pytest.raises(ConfigError, match=who), alone_in(address):
+            pass
+        with alone_in(f"{address}-another"):
+            pass
+    with alone_in(address):
+        pass
+    assert storage.entries(address) == {}
+
+
+def test_of_two_at_once_the_store_takes_one(monkeypatch):
+    """Both find it free; the emulator of GCS ignores the condition."""
+    address = stores()["s3"].address()
+    monkeypatch.setattr(workdir._Lease, "_await", lambda self: None)
+    with alone_in(address), pytest.raises(ConfigError, match="is being trained by another process"), alone_in(address):
+        pass
+    assert storage.entries(address) == {}
+
+
+def test_a_bucket_s_lock_whose_holder_was_killed_here_holds_nobody(address):
+    with subprocess.Popen([sys.executable, "-c", ""]) as gone:
+        pass
+    here = {"host": socket.gethostname(), "since": "2020", "id": "theirs", "machine": workdir._machine()}
+    for pid, started in (gone.pid, "1"), (os.getpid(), "1"):  # its number may have been given to another since
+        io.write_json(f"{address}/.holder", here | {"pid": pid, "started": started})
+        with alone_in(address):
+            assert io.read_json(f"{address}/.holder")["id"] != "theirs"
+
+
+def test_a_bucket_s_lock_from_elsewhere_is_free_when_it_is_silent_and_held_while_it_beats(address, monkeypatch, capsys):
+    monkeypatch.setattr(workdir._Lease, "EXPIRY", 0.3)
+    theirs = {"host": "another", "pid": 1, "since": "2020", "id": "theirs", "beats": 0}
+    io.write_json(f"{address}/.holder", theirs)
+    with alone_in(address):
+        pass
+    assert "is free: process 1 of another, which held it, has been silent for 0.3 seconds" in capsys.readouterr().out
+    io.write_json(f"{address}/.holder", theirs)
+    monkeypatch.setattr(workdir._Lease, "EXPIRY", 60)
+    monkeypatch.setattr(workdir.time, "sleep", lambda _: io.write_json(f"{address}/.holder", theirs | {"beats": 1}))
+    with pytest.raises(ConfigError, match=r"process 1 of another, since 2020\)"), alone_in(address):
+        pass
+    assert io.read_json(f"{address}/.holder") == theirs | {"beats": 1}
+
+
+def test_who_holds_a_bucket_s_lock_says_so_again_and_ends_when_another_has_it(address):
+    code = ("import sys, time; from deepseek_jax import workdir; workdir._Lease.BEAT = 0.1\n"
+            "with workdir.alone_in(sys.argv[1]): print('held', flush=True); time.sleep(600)")
+    with subprocess.Popen([sys.executable, "-c", code, address], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          text=True) as process:
+        assert process.stdout.readline() == "held\n"
+        while io.read_json(f"{address}/.holder")["beats"] < 2:
+            assert process.poll() is None
+        io.write_json(f"{address}/.holder", {"host": "another", "pid": 1, "since": "2020", "id": "theirs"})
+        assert process.wait() == 2
+        assert "process 1 of another, since 2020" in process.stderr.read()
+    assert io.read_json(f"{address}/.holder")["id"] == "theirs"
+
+
+def test_a_bucket_that_cannot_be_written_is_refused_before_anything_runs(two, address, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError("Forbidden: it may only be read\nand a second line")
+
+    monkeypatch.setattr(type(storage._client(address)[0]), "pipe_file", refuse)
+    with pytest.raises(storage.StorageError, match=rf"{address}/.probe-\w+: Forbidden: it may only be read$"):
+        check_workdir(two[0], address)
 
 
 def test_a_start_that_failed_before_its_first_checkpoint_binds_nobody(two, tmp_path):

@@ -10,7 +10,6 @@ knowing the optimizer.
 from __future__ import annotations
 
 import concurrent.futures
-import contextlib
 import errno
 import math
 import os
@@ -151,16 +150,15 @@ class Checkpoints:
         self._damaged.clear()
 
     def _failed(self, step, partial, error) -> CheckpointError:
-        with contextlib.suppress(storage.StorageError):
-            storage.remove(partial)
         why = str(error).strip().split("\n")[0] or type(error).__name__
         if getattr(error, "errno", None) == errno.ENOSPC or "no space left" in str(error).lower():
             why = "no space left on the disk; free some, or keep fewer with train.checkpoints_kept"
-        try:
-            last = self.steps()
-            kept = f"The checkpoint of step {last[-1]} is untouched." if last else "There is no older one."
-        except storage.StorageError:
-            kept = "Those before it are untouched."
+        if storage.is_remote(partial):  # which may not answer any more; the next start removes what is there
+            return CheckpointError(f"checkpoint {step} was not written to {self.directory}: {why} Those before it are "
+                                   "untouched.")
+        storage.remove(partial)
+        last = self.steps()
+        kept = f"The checkpoint of step {last[-1]} is untouched." if last else "There is no older one."
         return CheckpointError(f"checkpoint {step} was not written to {self.directory}: {why}. {kept}")
 
 

@@ -195,9 +195,13 @@ def _trained(config, workdir, loader, runner, kind: type[Run]):
         wanted = finished and config.train.sample_tokens and not config.lora.fp8
         variables = run.sample_variables() if wanted else None
         held_out = loader.tokenizer.decode(loader.validation.read(0, 32).tokens_T.tolist())
-        return TrainResult(finished, run.step, variables, loader.tokenizer, held_out)
-    finally:
-        run.close()
+        result = TrainResult(finished, run.step, variables, loader.tokenizer, held_out)
+    except BaseException:
+        with contextlib.suppress(storage.StorageError):  # of metrics; what came first says more
+            run.close()
+        raise
+    run.close()
+    return result
 
 
 class Pending(NamedTuple):

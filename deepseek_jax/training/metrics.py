@@ -3,8 +3,8 @@
 `WORKDIR/metrics.jsonl` holds one JSON object a line, at most one row for a step's training and one for its evaluation;
 TensorBoard gets the same scalars. `WORKDIR/expert_load/` holds the counts [layers, experts] of each step. A run that
 resumes from step s first drops everything after s, so that in the end the files are those of a run that was never
-interrupted, timings apart. In a bucket these are objects, which nobody can append to: the files are on this machine, and
-`storage.Mirror` keeps them there. The balance of a step is MaxVio = max load / mean load - 1 (arXiv 2408.15664).
+interrupted, timings apart. In a bucket these are objects, which nobody can append to: `storage.Mirror` keeps there what
+files on this machine have. The balance of a step is MaxVio = max load / mean load - 1 (arXiv 2408.15664).
 """
 
 from __future__ import annotations
