@@ -148,6 +148,8 @@ def open_regular(path: Path) -> BufferedReader:
 
 def read_json(path: Path) -> Any:
     """The value in a JSON file. Raises OSError, and ValueError as `parse_json` does."""
+    if storage.is_remote(path):
+        return parse_json(storage.read_bytes(path))  # in one request: others may write it between two
     with open_regular(path) as f:
         return parse_json(f.read(MOST_JSON + 1))
 

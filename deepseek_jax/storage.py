@@ -11,10 +11,11 @@ FileNotFoundError, as on a disk.
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import errno
 import functools
+import logging
+import multiprocessing.util
 import os
 import pathlib
 import re
@@ -353,7 +354,8 @@ def _scratch(pid):
         if found and not is_running(int(found[1])) and os.stat(path).st_uid == os.getuid():
             shutil.rmtree(path, ignore_errors=True)
     folder = tempfile.mkdtemp(prefix=f"{_SCRATCH}{pid}-")
-    atexit.register(lambda: os.getpid() == pid and shutil.rmtree(folder, ignore_errors=True))
+    # Not by atexit, which the processes of `multiprocessing` skip.
+    multiprocessing.util.Finalize(None, shutil.rmtree, (folder,), {"ignore_errors": True}, exitpriority=0)
     return folder
 
 
@@ -386,6 +388,8 @@ def _copied(address, pid):
 @functools.cache
 def _file_system(scheme, pid):
     """pid: clients have threads, which a forked process has not."""
+    for name in ("gcsfs", "s3fs", "botocore", "aiobotocore", "google.auth"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # what goes wrong they raise as well, without tracebacks
     if scheme == "gs":
         # Its core, which takes every bucket for a flat one: the default asks for the kind of each bucket first, by
         # another protocol that no emulator speaks. Nothing is ever listed from memory: others write there, too.

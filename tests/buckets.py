@@ -140,7 +140,9 @@ def stores() -> dict[str, Store]:
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     logging.getLogger("gcp_storage_emulator").setLevel(logging.ERROR)
     ports = [_free_port() for _ in SCHEMES]
-    gcs.create_server("127.0.0.1", ports[0], in_memory=True, default_bucket=BUCKET).start()
+    google = gcs.create_server("127.0.0.1", ports[0], in_memory=True, default_bucket=BUCKET)
+    google._api.daemon = True  # or this process would never end
+    google.start()
     moto.ThreadedMotoServer("127.0.0.1", ports[1], verbose=False).start()
     found = {scheme: Store(scheme, port) for scheme, port in zip(SCHEMES, ports)}
     os.environ.update(STORAGE_EMULATOR_HOST=found["gs"].url, AWS_ENDPOINT_URL=found["s3"].url, AWS_ACCESS_KEY_ID="key",

@@ -47,6 +47,16 @@ def test_what_is_not_there_is_no_fault_of_the_store(address):
     assert storage.entries(address) == {} and storage.glob(f"{address}/*.txt") == []
 
 
+def test_a_store_that_does_not_say_whether_something_is_there_is_an_error(address, monkeypatch):
+    def refuse(*_, **__):
+        raise PermissionError("Access Denied")
+
+    monkeypatch.setattr(storage._client(address)[0], "info", refuse)
+    for ask in (storage.is_file, storage.is_folder, storage.exists, storage.size):
+        with pytest.raises(storage.StorageError, match=f"{address}/x: Access Denied"):
+            ask(f"{address}/x")
+
+
 def test_a_changed_object_has_another_version(address):
     storage.put(f"{address}/x", b"aaaa")
     before = storage.version(f"{address}/x")
@@ -112,6 +122,15 @@ def test_a_file_becomes_an_object_and_nothing_stays_here(address):
     assert storage.read_bytes(f"{address}/picture.png") == b"png" and not os.path.exists(partial)
 
 
+def test_a_folder_that_is_built_counts_when_its_last_object_is_there(address, store, monkeypatch):
+    order, upload = [], storage.upload
+    monkeypatch.setattr(storage, "upload", lambda file, to: (order.append(to), upload(file, to)))
+    with io.building(address, shared=True) as partial:
+        for name in ("meta.json", "a", "z"):
+            pathlib.Path(partial, name).write_text(name)
+    assert order[2] == f"{address}/meta.json" and len(order) == 3 and not os.path.exists(partial)
+
+
 def test_a_mirror_has_whole_files_in_the_bucket_and_continues_from_them(address):
     mirror = storage.Mirror(address, ("log.txt", "loads"), interval=0.05)
     log = pathlib.Path(mirror.folder, "log.txt")
@@ -141,6 +160,9 @@ def test_a_process_leaves_no_working_files_and_the_next_removes_those_of_a_kille
         left = killed.stdout.readline().strip()
         killed.kill()
     assert os.path.isdir(left)
-    with start("") as other:
-        assert other.wait() == 0 and other.stdout.read().strip() != left
+    pool = "from concurrent.futures import ProcessPoolExecutor as Pool; import multiprocessing; " \
+           "print(Pool(1, multiprocessing.get_context('spawn')).submit(storage.scratch).result())"
+    with start(pool) as other:
+        said, _ = other.communicate()
+        assert other.returncode == 0 and len({*said.split(), left}) == 3
     assert os.listdir(tmp_path) == []

@@ -394,6 +394,7 @@ class Run:
             meta["lora"] = self.base._asdict()
         if self.compared is not None:
             meta["reference"] = self.compared._asdict()
+        self.checkpoints.wait()  # if it failed, that says more than what of the metrics fails then
         if self.writer:
             self.writer.flush()  # what a run that resumes from this checkpoint keeps
         self.checkpoints.save(self.step, self.state, meta)

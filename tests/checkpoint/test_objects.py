@@ -63,6 +63,26 @@ def test_a_damaged_one_is_named_and_the_one_before_it_is_read(address, harm, why
         restore_items(address, step=2)
 
 
+def test_an_object_that_the_store_has_lost_makes_no_checkpoint(address, monkeypatch):
+    save_steps(address, (1,))
+    put, lost = storage.put, "params.head/c.0.0"
+    monkeypatch.setattr(storage, "put", lambda to, data: None if str(to).endswith(lost) else put(to, data))
+    with pytest.raises(CheckpointError, match=r"written, state/params.head/c.0.0 is missing\. Those before it"):
+        save_steps(address, (2,))
+    assert Checkpoints(address).steps() == [1]
+
+
+def test_of_a_copy_whose_store_has_other_checksums_the_content_counts(address):
+    save_steps(address, (1,))
+    path = f"{address}/checkpoints/1/manifest.json"
+    files = io.read_json(path)["files"]
+    io.write_json(path, {"files": {name: [size, crc, "other"] for name, (size, crc, _) in files.items()}})
+    assert bits(restored(address, make_state())) == bits(make_state(1))
+    storage.put(f"{address}/checkpoints/1/state/step/c", bytes(4))
+    with pytest.raises(ConfigError, match="step/c fails its checksum"):
+        restored(address, make_state())
+
+
 def test_one_without_a_manifest_is_none_and_is_removed(address):
     save_steps(address, (1, 2))
     storage.remove(f"{address}/checkpoints/2/manifest.json")
