@@ -38,8 +38,8 @@ class Parser(argparse.ArgumentParser):
         for name in PATHS:
             if isinstance(value := getattr(found, name, None), str):
                 option = "--" + name.replace("_", "-")
-                setattr(found, name, usable_path(option if option in self._option_string_actions else name, value,
-                                                name in ON_DISK))
+                said = option if option in self._option_string_actions else name
+                setattr(found, name, usable_path(said, value, name in ON_DISK))
         return found, rest
 
     def error(self, message: str) -> NoReturn:

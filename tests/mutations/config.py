@@ -62,7 +62,7 @@ MUTATIONS = [
     Mutation(
         name="a ~ in an option stays",
         file="deepseek_jax/cli.py",
-        old="setattr(found, name, usable_path(option if option in self._option_string_actions else name, value))",
+        old="setattr(found, name, usable_path(said, value, name in ON_DISK))",
         new="pass",
         tests="test_cli.py::test_a_tilde_in_a_path_is_the_users_folder_and_no_folder_of_that_name",
     ),
@@ -83,8 +83,8 @@ MUTATIONS = [
     Mutation(
         name="a bucket is a folder of its name",
         file="deepseek_jax/config/schema.py",
-        old='if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", path):',
-        new="if False:",
+        old='if not re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", path):',
+        new="if True:",
         tests="test_cli.py::test_an_address_is_refused_before_a_folder_of_its_name_is_made",
     ),
 ]

@@ -55,8 +55,8 @@ MUTATIONS = [
     Mutation(
         name="a template that was missing at first is never taken",
         file="deepseek_jax/data/prepare.py",
-        old="if os.path.isfile(own) and (begun or source is None):",
-        new="if os.path.isfile(own):",
+        old="if storage.is_file(own) and (begun or source is None):",
+        new="if storage.is_file(own):",
         tests="data/test_packing.py::test_a_template_that_was_missing_is_taken_when_it_is_there",
     ),
     Mutation(

@@ -360,8 +360,8 @@ MUTATIONS = [
     Mutation(
         name="a start that failed binds its directory",
         file="deepseek_jax/workdir.py",
-        old="if not path.exists() or not _has_checkpoint(workdir):",
-        new="if not path.exists():",
+        old="if not storage.exists(path) or not _has_checkpoint(workdir):",
+        new="if not storage.exists(path):",
         tests="test_workdir.py::test_a_start_that_failed_before_its_first_checkpoint_binds_nobody",
     ),
     Mutation(
