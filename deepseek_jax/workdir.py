@@ -93,8 +93,10 @@ class _Lease:
 
     def __enter__(self):
         self._await()
-        if not storage.create(self.address, self._words()) or _object(self.address).get("id") != self.said["id"]:
-            raise _taken(self.workdir, _object(self.address))
+        storage.create(self.address, self._words())
+        found = _object(self.address)  # says more than the answer: a request whose answer was lost is made twice
+        if found.get("id") != self.said["id"]:
+            raise _taken(self.workdir, found)
         self.thread.start()
 
     def __exit__(self, *error):

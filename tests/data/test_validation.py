@@ -175,7 +175,7 @@ def test_held_out_text_of_its_own_is_prepared_ahead(own, tmp_path):
 @pytest.mark.parametrize("keys, complaint", [
     (["data.sources=(('a', 1.0),)", "data.validation=a"], "is one of data.sources too"),
     (["data.validation=a", "preference.objective=dpo"], "pairs are held out by"),
-    (["data.validation=s3://a"], "is an address")])
+    (["data.validation=ftp://a"], "is an address")])
 def test_validation_that_is_none_is_one_line(keys, complaint):
     with pytest.raises(ConfigError, match=complaint):
         load_config("tiny", [f"--config.{key}" for key in keys])
