@@ -76,6 +76,7 @@ def test_killed_and_resumed_it_ends_bit_identical_and_leaves_nothing_elsewhere(s
     assert elsewhere() == []
 
 
+@pytest.mark.slow
 def test_other_commands_read_a_run_in_a_bucket_as_one_on_a_disk(store, on_disk, elsewhere):
     config, whole = on_disk
     address = store.address()
@@ -95,6 +96,7 @@ def test_other_commands_read_a_run_in_a_bucket_as_one_on_a_disk(store, on_disk, 
     assert not [name for name in elsewhere() if not name.startswith("deepseek_jax-")]  # of this process, which goes on
 
 
+@pytest.mark.slow
 def test_a_store_that_refuses_one_request_in_ten_changes_no_bit(store, on_disk, impatient):
     config, whole = on_disk
     address = store.address()
