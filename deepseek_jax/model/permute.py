@@ -38,7 +38,9 @@ def sort_by_expert(chosen_NK: jax.Array, num_experts: int, align: int = 1, even:
         sizes_E = jnp.where(counts_E.max() <= room, room, sizes_E)
     start_E, end_E = jnp.cumsum(counts_E) - counts_E, jnp.cumsum(sizes_E)
     row = jnp.arange(rows, dtype=jnp.int32)
-    expert_R = jnp.minimum(jnp.searchsorted(end_E, row, side="right"), num_experts - 1).astype(jnp.int32)
+    # Unrolled: an XLA loop would keep a GPU waiting for the host before every product of experts.
+    expert_R = jnp.searchsorted(end_E, row, side="right", method="scan_unrolled")
+    expert_R = jnp.minimum(expert_R, num_experts - 1).astype(jnp.int32)
     rank_R = row - (end_E - sizes_E)[expert_R]
     filled_R = rank_R < counts_E[expert_R]
     choice_R = jnp.where(filled_R, order[jnp.where(filled_R, start_E[expert_R] + rank_R, 0)], N * K)

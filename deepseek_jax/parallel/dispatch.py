@@ -139,40 +139,66 @@ def _rows(x, index):
     return x.at[index].get(mode="fill", fill_value=0)
 
 
-def send(x: jax.Array, hop: Hop) -> jax.Array:
-    """Copies rows [R, ...] to where the hop takes them -> [landed, ...]; slots that nothing came to are zero."""
-    x_S = _rows(x, hop.row_S)
+def _packed(parts):
+    """Arrays [R, ...] of any dtypes side by side, as unsigned integers of the narrowest one's width."""
+    width = min(part.dtype.itemsize for part in parts)
+    return jnp.concatenate([lax.bitcast_convert_type(part, f"uint{8 * width}").reshape(part.shape[0], -1)
+                            for part in parts], axis=1)
+
+
+def _unpacked(rows, parts):
+    """The reverse, of any number of rows: arrays like `parts`."""
+    found, at, width = [], 0, rows.dtype.itemsize
+    for part in parts:
+        units = part.dtype.itemsize // width
+        size = math.prod(part.shape[1:]) * units
+        bits = rows[:, at:at + size].reshape(-1, *part.shape[1:], *([units] if units > 1 else []))
+        found.append(lax.bitcast_convert_type(bits, part.dtype))
+        at += size
+    return tuple(found)
+
+
+def send(parts: tuple[jax.Array, ...], hop: Hop) -> tuple[jax.Array, ...]:
+    """Copies rows [R, ...] to where the hop takes them -> [landed, ...]; slots that nothing came to are zero.
+
+    All parts of a row travel in one exchange: XLA runs few at a time, and a small one takes the turn of a large one.
+    """
+    x_S = _packed([_rows(part, hop.row_S) for part in parts])
     if hop.ragged is None:
-        return lax.all_to_all(x_S, hop.axis, 0, 0, tiled=True)
+        return _unpacked(lax.all_to_all(x_S, hop.axis, 0, 0, tiled=True), parts)
     start, size, landing, _, arriving, _ = hop.ragged
-    return lax.ragged_all_to_all(x_S, _room(hop.landed, x_S, arriving), start, size, landing, arriving,
-                                 axis_name=hop.axis)
+    return _unpacked(lax.ragged_all_to_all(x_S, _room(hop.landed, x_S, arriving), start, size, landing, arriving,
+                                           axis_name=hop.axis), parts)
 
 
 def _room(rows, sent, arriving_P):
-    """Zeros for `rows` rows like those of `sent` to land in, where `arriving_P` of them are known to come.
+    """Zeros for `rows` rows like those of `sent`, unsigned, to land in, where `arriving_P` of them are known to come.
 
     Plain zeros are a constant, and XLA:GPU fills the buffers of all layers at the beginning of a step; zeros that
     depend on the counts alone it fills when tokens are routed, long before gradients travel. So these depend on the
     counts and on what is sent: the smallest of two numbers that are never negative, but XLA does not know that.
     """
-    bits = lax.bitcast_convert_type(sent.ravel()[0], f"uint{8 * sent.dtype.itemsize}")
-    never_negative = (bits >> (8 * sent.dtype.itemsize - 8)).astype(jnp.int32)
+    never_negative = (sent.ravel()[0] >> (8 * sent.dtype.itemsize - 8)).astype(jnp.int32)
     zero = jnp.minimum(jnp.minimum(arriving_P[0], never_negative), 0)
     return jnp.broadcast_to(zero.astype(sent.dtype), (rows, *sent.shape[1:]))
 
 
-def bring_back(y: jax.Array, hop: Hop) -> jax.Array:
-    """The reverse: [landed, ...] -> [R, ...], the sum over the copies of each row, added in float32."""
+def bring_back(parts: tuple[jax.Array, ...], hop: Hop) -> tuple[jax.Array, ...]:
+    """The reverse: [landed, ...] -> [R, ...], the sums over the copies of each row, added in float32."""
+    y = _packed(parts)
     if hop.ragged is None:
         y_S = lax.all_to_all(y, hop.axis, 0, 0, tiled=True)
     else:
         _, size, _, landing, arriving, start = hop.ragged
         y_S = lax.ragged_all_to_all(y, _room(hop.row_S.shape[0], y, size), landing, arriving, start, size,
                                     axis_name=hop.axis)
-    dtype = jnp.promote_types(y.dtype, jnp.float32)
+    return tuple(_sum_of_copies(part, hop) for part in _unpacked(y_S, parts))
+
+
+def _sum_of_copies(y_S, hop):
+    dtype = jnp.promote_types(y_S.dtype, jnp.float32)
     rows = (_rows(y_S, slot_R).astype(dtype) for slot_R in hop.slot_RK.T)
-    return functools.reduce(jnp.add, rows).astype(y.dtype)
+    return functools.reduce(jnp.add, rows).astype(y_S.dtype)
 
 
 def save_dispatched(tree: Any) -> Any:
@@ -180,40 +206,63 @@ def save_dispatched(tree: Any) -> Any:
     return jax.tree.map(lambda x: checkpoint_name(x, "dispatched"), tree)
 
 
-def _dispatch(x_ND, hops, wire):
-    parts = wire.encode(x_ND)
-    for hop in hops:
-        parts = tuple(send(part, hop) for part in parts)
-    return wire.decode(save_dispatched(parts), x_ND.dtype)
+def _dispatch(placement, x_ND, gates_NK, chosen_NK):
+    hops, id_RK, parts = save_dispatched(
+        route_hops(placement, chosen_NK, (*placement.wire.encode(x_ND), gates_NK)))
+    return placement.wire.decode(parts[:-1], x_ND.dtype), parts[-1], id_RK, hops
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def dispatch(x_ND: jax.Array, hops: tuple[Hop, ...], wire: Wire = PLAIN) -> jax.Array:
-    """Sends rows along all hops. Its gradient is `combine`. What arrives is saved as it came: in FP8 on an FP8 wire."""
-    return _dispatch(x_ND, hops, wire)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def dispatch(placement: ExpertLayout, x_ND: jax.Array, gates_NK: jax.Array,
+             chosen_NK: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, tuple[Hop, ...]]:
+    """Sends tokens to the experts that they chose. Its gradient is `combine`.
+
+    What arrives is saved as it came: in FP8 on an FP8 wire.
+
+    Returns:
+      (x_RD, gates_RK, id_RK, hops): the rows that arrived; see `route_hops`.
+    """
+    return _dispatch(placement, x_ND, gates_NK, chosen_NK)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def combine(y_RD: jax.Array, hops: tuple[Hop, ...], wire: Wire = PLAIN) -> jax.Array:
-    """Brings rows back along all hops, adding up at each. Its gradient is `dispatch`, on the same wire."""
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def combine(wire: Wire, y_RD: jax.Array, hops: tuple[Hop, ...]) -> jax.Array:
+    """Brings rows back along all hops, adding up at each. Its gradient sends rows out again, on the wire."""
+    return _brought_back((y_RD,), hops)[0]
+
+
+def _brought_back(parts, hops):
     for hop in reversed(hops):
-        y_RD = bring_back(y_RD, hop)
-    return y_RD
+        parts = bring_back(parts, hop)
+    return parts
 
 
-dispatch.defvjp(lambda x, hops, wire: (_dispatch(x, hops, wire), hops),
-                lambda wire, hops, dy: (combine(dy, hops, wire), None))
-combine.defvjp(lambda y, hops, wire: (combine(y, hops, wire), hops),
-               lambda wire, hops, dx: (dispatch(dx, hops, wire), None))
+def _gradient_of_combine(wire, hops, dy_ND):
+    parts = wire.encode(dy_ND)
+    for hop in hops:
+        parts = send(parts, hop)
+    return wire.decode(save_dispatched(parts), dy_ND.dtype), None
 
 
-def route_hops(placement: ExpertLayout, chosen_NK: jax.Array) -> tuple[tuple[Hop, ...], jax.Array]:
-    """The hops of this device's tokens to their experts.
+def _dispatched(placement, x_ND, gates_NK, chosen_NK):
+    found = _dispatch(placement, x_ND, gates_NK, chosen_NK)
+    return found, found[-1]
+
+
+dispatch.defvjp(_dispatched, lambda placement, hops, gradients: (*_brought_back(gradients[:2], hops), None))
+combine.defvjp(lambda wire, y, hops: (combine(wire, y, hops), hops), _gradient_of_combine)
+
+
+def route_hops(placement: ExpertLayout, chosen_NK: jax.Array, parts: tuple[jax.Array, ...] = ()
+               ) -> tuple[tuple[Hop, ...], jax.Array, tuple[jax.Array, ...]]:
+    """Takes this device's tokens to their experts.
 
     Args:
       chosen_NK: int32, the experts that each token chose.
+      parts: arrays [N, ...] that go along.
     Returns:
-      (hops, local_RK): for each row that arrives, int32 ids of its experts on this device, from 1; 0: none.
+      (hops, local_RK, parts [R, ...]): for each row that arrives, int32 ids of its experts on this device, from 1;
+      0: none.
     """
     (N, K), cfg, num_experts = chosen_NK.shape, placement.mesh, placement.num_experts
     E_node, E_device = num_experts // cfg.node, num_experts // (cfg.node * cfg.local)
@@ -231,10 +280,11 @@ def route_hops(placement: ExpertLayout, chosen_NK: jax.Array) -> tuple[tuple[Hop
             even = N * copies if cfg.buffers == "ragged" else N * copies / places
             room = min(room, math.ceil(cfg.capacity * even))
         hop = route_hop(jnp.where(id_RK > 0, (id_RK - 1) // size, places), axis, places, room, cfg.buffers == "ragged")
-        id_RK = send(id_RK, hop) - lax.axis_index(axis) * size
+        *parts, id_RK = send((*parts, id_RK), hop)
+        id_RK = id_RK - lax.axis_index(axis) * size
         id_RK = jnp.where((id_RK > 0) & (id_RK <= size), id_RK, 0)
         hops.append(hop)
-    return tuple(hops), id_RK
+    return tuple(hops), id_RK, tuple(parts)
 
 
 def count_traffic(cfg: MeshConfig, num_experts: int, chosen_NK: jax.Array, hops: tuple[Hop, ...],
@@ -303,11 +353,10 @@ def to_experts(placement: ExpertLayout, experts: Callable[..., tuple[jax.Array, 
       (y_ND, traffic): see `count_traffic`; summed over the mesh outside a shard_map.
     """
     def inside(x_ND, chosen_NK, gates_NK, weights):
-        hops, id_RK = save_dispatched(route_hops(placement, chosen_NK))
-        x_RD, gates_RK = dispatch(x_ND, hops, placement.wire), dispatch(gates_NK, hops)
+        x_RD, gates_RK, id_RK, hops = dispatch(placement, x_ND, gates_NK, chosen_NK)
         y_RD, computed = experts(x_RD, id_RK, jnp.where(id_RK > 0, gates_RK, 0), weights)
         traffic = count_traffic(placement.mesh, placement.num_experts, chosen_NK, hops, computed)
-        return combine(y_RD, hops, placement.wire), traffic
+        return combine(placement.wire, y_RD, hops), traffic
 
     def over_mesh(*arrays):
         y_ND, traffic = inside(*arrays)
