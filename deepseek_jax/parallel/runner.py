@@ -14,6 +14,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 from deepseek_jax.config import Config, ConfigError
+from deepseek_jax.parallel.compiler import compiler_options
 from deepseek_jax.parallel.mesh import DATA, make_mesh
 from deepseek_jax.parallel.processes import wait_for_all
 from deepseek_jax.parallel.sharding import compute_shardings, spec, storage_shardings
@@ -107,11 +108,15 @@ class Runner:
         def run(*arguments):
             with jax.set_mesh(self.mesh):
                 if not compiled:
-                    compiled.append(jitted.lower(*arguments).compile())
+                    compiled.append(jitted.lower(*arguments).compile(compiler_options=self._compiler_options()))
                     wait_for_all("compiled")  # or the first to run would wait for the others' compilers: 30 seconds
                 return compiled[0](*arguments)
 
         return run
+
+    def _compiler_options(self):
+        assert self.mesh is not None
+        return compiler_options(self.mesh.devices.flat[0].platform, jax.__version_info__)
 
     def fetch(self, tree: Any) -> Any:
         """Host copies, leaf by leaf, in every process."""

@@ -22,6 +22,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from deepseek_jax.config.schema import ConfigError
+from deepseek_jax.pipeline.interleave import interleaved
 from deepseek_jax.pipeline.schedule import Schedule
 from deepseek_jax.pipeline.split import split
 from deepseek_jax.pipeline.tables import Ranks, Tables, tabulate
@@ -40,11 +41,15 @@ class Model(NamedTuple):
       x. loss: the stage's own term of the objective. sums: any pytree, summed over micro-batches, stage by stage.
       For remat, wrap the stage or its layers in `jax.checkpoint`.
     leave: (shared, y, inputs) -> (loss, sums). Runs on all ranks, all of which receive the last stage's y.
+    parts: (params of a stage, as the arguments have them) -> those that `stage` takes, whose gradients are summed leaf
+      by leaf. whole: the reverse.
     """
 
     enter: Callable
     stage: Callable
     leave: Callable
+    parts: Callable = lambda params: params
+    whole: Callable = lambda parts: parts
 
 
 class Arguments(NamedTuple):
@@ -240,7 +245,7 @@ class _Device:
     def __post_init__(self):
         self.rank = lax.axis_index(self.axis)
         self.copies = 2 if self.schedule.route.both_ways else 1
-        params = self._own(self.arguments.params)
+        params = [self.model.parts(stage) for stage in self._own(self.arguments.params)]
         # One entry a direction. The entry that a branch reads is known when it is traced, so nothing is copied.
         self.fixed = self._with_mirror(self._own(self.arguments.fixed))
         self.inputs = self.arguments.inputs
@@ -249,6 +254,7 @@ class _Device:
         self.split = split(lambda params, x, context: self.model.stage(params, context[0], x, context[1]),
                            params[0], self.x, (self.fixed[0], one))
         self.like_params = params[0]
+        self.dloss = jnp.ones((), self.split.loss.dtype)
         self.prepared = self._with_mirror([self.split.prepare(stage) for stage in params])
         _, self.leave_sums = jax.eval_shape(self.model.leave, self.arguments.shared, self.x, one)
 
@@ -286,7 +292,8 @@ class _Device:
             # Two ranks ran each stage: the mirror rank's sums for this rank's stage are added to its own.
             dparams = [_add(dparams[0], self._mirrored(dparams[1]))]
             sums = jax.tree.map(lambda a: a[:1] + self._mirrored(a[1:]), sums)
-        return carry.result._replace(params=jax.tree.map(lambda *own: jnp.stack(own), *dparams), stage_sums=sums)
+        whole = [self.model.whole(own) for own in dparams]
+        return carry.result._replace(params=jax.tree.map(lambda *own: jnp.stack(own), *whole), stage_sums=sums)
 
     @property
     def _pending(self):
@@ -314,27 +321,29 @@ class _Device:
         """One kind of cell: `branch` is () or its operations, each (kind, direction)."""
         split, at = self.split, cell.at
         done = _Done(y=cell.x, dx=cell.dy, loss=jnp.zeros((), split.loss.dtype), sums=_zeros(split.sums))
-        dloss = jnp.ones((), split.loss.dtype)
         kinds = dict(branch)
         read = ()
         if "B" in kinds or "Bi" in kinds:
             read, residuals = _take(held.residuals, at.activation_in, split.residuals)
             held = held._replace(residuals=residuals)
-        # F and B of an overlapped cell are independent, so the compiler can overlap the collectives of one with the
-        # products of the other, and does.
+        both = self._overlapped(kinds, cell, read, held) if {"F", "B"} <= kinds.keys() else {}
         for kind, d in branch:
             prepared, context = self.prepared[d], (self.fixed[d], cell.forward if kind == "F" else cell.backward)
             if kind == "F":
-                (y, loss, sums), residuals = split.forward(prepared, cell.x, context)
+                (y, loss, sums), residuals = both["F"] if both else split.forward(prepared, cell.x, context)
                 done = done._replace(y=y, loss=loss, sums=sums)
                 held = held._replace(residuals=_put(held.residuals, at.activation_out, _flat(residuals)))
             elif kind == "Bi":
-                dx, pending = split.backward_input(prepared, context, read, cell.dy, dloss)
+                dx, pending = split.backward_input(prepared, context, read, cell.dy, self.dloss)
                 done = done._replace(dx=dx)
                 held = held._replace(pending=_put(held.pending, at.deferred, _flat(pending)))
+            elif both:
+                dx, sums = both["B"]
+                done = done._replace(dx=dx)
+                held = held._replace(dparams=[sums if i == d else other for i, other in enumerate(held.dparams)])
             else:
                 if kind == "B":
-                    dx, dparams = split.backward(prepared, context, read, cell.dy, dloss)
+                    dx, dparams = split.backward(prepared, context, read, cell.dy, self.dloss)
                     done = done._replace(dx=dx)
                 else:
                     pending, buffers = _take(held.pending, at.deferred, split.pending)
@@ -343,6 +352,15 @@ class _Device:
                 sums = [_add(sum_, dparams) if i == d else sum_ for i, sum_ in enumerate(held.dparams)]
                 held = held._replace(dparams=sums)
         return done, held
+
+    def _overlapped(self, kinds, cell: _Cell, residuals, held: _Held):
+        """F and B of a cell that has both: what `Split.forward_and_backward` returns, by kind."""
+        forward, backward = kinds["F"], kinds["B"]
+        results = self.split.forward_and_backward(
+            (self.prepared[forward], cell.x, (self.fixed[forward], cell.forward)),
+            (self.prepared[backward], (self.fixed[backward], cell.backward), residuals, cell.dy, self.dloss),
+            held.dparams[backward], interleaved)
+        return dict(zip("FB", results))
 
     def _exchange(self, messages, arrivals, y, dx):
         """Two permutations between neighbours. Arrivals go to the slots of the table, or to the scratch slot."""

@@ -122,21 +122,31 @@ def describe(config: Config) -> str:
 # The three functions of one device.
 
 
-def stage(config: Config, layers: Any, fixed: dict[str, jax.Array], x_BTD: jax.Array,
+def stage(config: Config, layers: list[Any], fixed: dict[str, jax.Array], x_BTD: jax.Array,
           inputs: Inputs) -> tuple[jax.Array, jax.Array, StageSums]:
     """The MoE layers of one stage. Returns x_BTD, the balance loss, and counts."""
     cfg = config.model
     block = rematerialized(Block, cfg, scanned=False)(cfg, moe=True, mesh=_inside(config))
     context = _context(cfg, inputs)
     balance, counted = jnp.zeros((), wide(cfg.dtype)), []
-    for i in range(fixed["real"].shape[0]):  # a loop in Python: `split` sorts its equations
-        layer, at = jax.tree.map(lambda a, i=i: a[i], (layers, fixed))
+    for i, layer in enumerate(layers):  # a loop in Python: `split` sorts its equations
+        at = jax.tree.map(lambda a, i=i: a[i], fixed)
         y_BTD, (stats, _) = block.apply({"params": layer}, x_BTD, at.get("bias"), context)
         x_BTD = jnp.where(at["real"], y_BTD, x_BTD)
         balance = balance + jnp.where(at["real"], stats.sequence_loss, 0)
         counted.append(StageSums(stats.counts_E, stats.traffic, stats.sequence_loss))
     balance = balance * (config.balance.sequence_loss_weight * inputs.normalizers.share / _balanced_layers(cfg))
     return x_BTD, balance, jax.tree.map(lambda *slots: jnp.stack(slots), *counted)
+
+
+def listed(layers: Any) -> list[Any]:
+    """[slots, ...] -> a tree for each slot, so that a layer's gradient is added to its sum as soon as it is there."""
+    return [jax.tree.map(lambda a, i=i: a[i], layers) for i in range(len(jax.tree.leaves(layers)[0]))]
+
+
+def stacked_again(layers: list[Any]) -> Any:
+    """The reverse of `listed`."""
+    return jax.tree.map(lambda *of_slots: jnp.stack(of_slots), *layers)
 
 
 def enter(config: Config, shared: dict[str, Any], inputs: Inputs) -> jax.Array:
@@ -275,7 +285,7 @@ def gradients_of(config: Config, params: dict[str, Any], router: dict[str, jax.A
     shared |= {"mtp_bias": router["mtp_bias"]} if "mtp_bias" in router else {}
     specs = Arguments(params=_stage_specs(params["layers"], mesh), fixed=P(PIPE), shared=_end_specs(shared, mesh),
                       inputs=Inputs(P(None, DATA), P(), P()))  # pyright: ignore[reportArgumentType]: a prefix tree
-    model = Model(*(functools.partial(f, config) for f in (enter, stage, leave)))
+    model = Model(*(functools.partial(f, config) for f in (enter, stage, leave)), listed, stacked_again)
     run = pipelined(schedule, model, mesh, specs)
     # Where each layer's gradient and counts are among the slots; the results of padding are dropped.
     found_L = np.flatnonzero(real_SL)[np.argsort(layer_SL[real_SL])]

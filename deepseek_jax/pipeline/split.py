@@ -20,7 +20,7 @@ A `lax.scan` over weights is a single equation, so all of it is in Bi: write a s
 import collections
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -96,15 +96,12 @@ class Split:
 
     def forward(self, prepared: tuple, x: Any, context: Any) -> tuple[Any, tuple[jax.Array, ...]]:
         """F. Returns (y, loss, sums), residuals."""
-        results = _run(self.pieces["F"], self._env(prepared, context, (self._x, x)))
-        width = len(results) - len(self.residuals)
-        return jax.tree.unflatten(self._trees["forward"], results[:width]), tuple(results[width:])
+        return self._of_forward(_run(self.pieces["F"], self._env(prepared, context, (self._x, x))))
 
     def backward_input(self, prepared: tuple, context: Any, residuals: tuple, dy: Any,
                        dloss: jax.Array) -> tuple[Any, tuple[jax.Array, ...]]:
         """Bi. Returns dx, pending."""
-        env = self._env(prepared, context, (self._residuals, residuals), (self._dy, (dy, dloss)))
-        results = _run(self.pieces["Bi"], env)
+        results = _run(self.pieces["Bi"], self._of_backward(prepared, context, residuals, dy, dloss))
         width = len(results) - len(self.pending)
         return jax.tree.unflatten(self._trees["x"], results[:width]), tuple(results[width:])
 
@@ -115,9 +112,29 @@ class Split:
 
     def backward(self, prepared: tuple, context: Any, residuals: tuple, dy: Any, dloss: jax.Array) -> tuple[Any, Any]:
         """B. Returns dx, dparams."""
-        env = self._env(prepared, context, (self._residuals, residuals), (self._dy, (dy, dloss)))
-        results = _run(self.pieces["B"], env)
-        return jax.tree.unflatten(self._trees["backward"], results)
+        env = self._of_backward(prepared, context, residuals, dy, dloss)
+        return jax.tree.unflatten(self._trees["backward"], _run(self.pieces["B"], env))
+
+    def forward_and_backward(self, forward: tuple, backward: tuple, dparams: Any,
+                             interleaved: Callable) -> tuple[tuple, tuple]:
+        """F and B of two micro-batches, evaluated by `interleave.interleaved`.
+
+        Args:
+          forward, backward: the arguments of those methods. dparams: what B's are added to.
+        Returns:
+          what those methods return, with the sums for B's dparams.
+        """
+        prepared, x, context = forward
+        ours, theirs = interleaved((self.pieces["F"], self._env(prepared, context, (self._x, x))),
+                                   (self.pieces["B"], self._of_backward(*backward)), self._x, jax.tree.leaves(dparams))
+        return self._of_forward(ours), jax.tree.unflatten(self._trees["backward"], theirs)
+
+    def _of_forward(self, results):
+        width = len(results) - len(self.residuals)
+        return jax.tree.unflatten(self._trees["forward"], results[:width]), tuple(results[width:])
+
+    def _of_backward(self, prepared, context, residuals, dy, dloss):
+        return self._env(prepared, context, (self._residuals, residuals), (self._dy, (dy, dloss)))
 
     def _env(self, prepared, context, *more):
         env = dict(zip(self._prepared, prepared)) | dict(zip(self._context, jax.tree.leaves(context)))
@@ -222,7 +239,7 @@ class _Sorter:
 
     def _append(self, equation):
         self.equations.append(equation)
-        rest = set(_variables(equation.invars)) - self.constant
+        rest = set(variables(equation.invars)) - self.constant
         if rest <= self.of_params and not equation.effects:
             (self.of_params if rest else self.constant).update(equation.outvars)
 
@@ -231,7 +248,7 @@ class _Sorter:
 
         jax uses a single barrier for all inputs, which would make every result depend on every input.
         """
-        behind = {v: _fresh(v) for v in _variables(atoms) if v not in self.of_params | self.constant}
+        behind = {v: _fresh(v) for v in variables(atoms) if v not in self.of_params | self.constant}
         for v, fresh in behind.items():
             self._append(_BARRIER.replace(invars=[v], outvars=[fresh]))
             self.waits[fresh] = tuple(behind)
@@ -261,14 +278,14 @@ class _Sorter:
     def _prepared(self, indices, results):
         """What these equations and results read of the preparations, in its smallest form."""
         outside = [v for i in sorted(indices) if self.equations[i].outvars[0] not in self.preparation
-                   for v in _variables(self.equations[i].invars)] + _variables(results)
+                   for v in variables(self.equations[i].invars)] + variables(results)
         made = set(self.params) | self.preparation.keys()
         return tuple(dict.fromkeys(self._smallest(v) for v in outside if v in made))
 
     def _smallest(self, v):
         """v, or a variable of no more bytes that it is computed from by itself: a reshape, transpose or wider type."""
         while v in self.preparation:
-            read = [u for u in _variables(self.equations[self.preparation[v]].invars) if u not in self.constant]
+            read = [u for u in variables(self.equations[self.preparation[v]].invars) if u not in self.constant]
             if len(read) != 1 or _bytes(_structs(read)) > _bytes(_structs([v])):
                 break
             v = read[0]
@@ -278,17 +295,17 @@ class _Sorter:
         """Every variable that depends on one of `start`."""
         reached = set(start)
         for equation in self.equations:
-            if any(v in reached for v in _variables(equation.invars)):
+            if any(v in reached for v in variables(equation.invars)):
                 reached.update(equation.outvars)
         return reached
 
     def _needed(self, targets, known=()):
         """Indices of the equations that compute `targets` from `known` and from arguments."""
-        wanted, found = set(_variables(targets)) - set(known), set()
+        wanted, found = set(variables(targets)) - set(known), set()
         for i in reversed(range(len(self.equations))):
             if any(v in wanted for v in self.equations[i].outvars):
                 found.add(i)
-                wanted.update(v for v in _variables(self.equations[i].invars) if v not in known)
+                wanted.update(v for v in variables(self.equations[i].invars) if v not in known)
         return found
 
     def _piece(self, results, known):
@@ -329,10 +346,10 @@ class _Sorter:
         for i in sorted(candidates - in_w, reverse=True):
             made = set(self.equations[i].outvars)
             elsewhere = candidates - in_w - {i}
-            if any(v in made for j in elsewhere for v in _variables(self.equations[j].invars)):
+            if any(v in made for j in elsewhere for v in variables(self.equations[j].invars)):
                 continue
             read = set(self._across(in_w, self.dparams, on_x | on_dy)) - self._made(in_w)
-            more = set(_variables(self.equations[i].invars)) & on_x - read
+            more = set(variables(self.equations[i].invars)) & on_x - read
             if _bytes(_structs(more)) <= _bytes(_structs(made & read)):
                 in_w.add(i)
         return in_w
@@ -342,11 +359,11 @@ class _Sorter:
 
         Done in Bi, they make the pending arrays smaller.
         """
-        readers = collections.Counter(v for i in in_w for v in set(_variables(self.equations[i].invars)))
+        readers = collections.Counter(v for i in in_w for v in set(variables(self.equations[i].invars)))
         left = set(in_w)
         for i in sorted(in_w):
             equation = self.equations[i]
-            read = set(_variables(equation.invars)) & on_input
+            read = set(variables(equation.invars)) & on_input
             if equation.primitive.name in PRODUCTS or read & self._made(left):
                 continue
             if _bytes(_structs(equation.outvars)) < _bytes(_structs(v for v in read if readers[v] == 1)):
@@ -358,7 +375,7 @@ class _Sorter:
 
     def _across(self, indices, results, made):
         """The variables of `made` that these equations and results read, each once, in a fixed order."""
-        read = [v for i in sorted(indices) for v in _variables(self.equations[i].invars)] + _variables(results)
+        read = [v for i in sorted(indices) for v in variables(self.equations[i].invars)] + variables(results)
         return tuple(dict.fromkeys(v for v in read if v in made))
 
 
@@ -366,7 +383,8 @@ def _fresh(v):
     return core.Var(v.aval)
 
 
-def _variables(atoms):
+def variables(atoms: Iterable[Any]) -> list[Any]:
+    """Those of `atoms` that are no literals."""
     return [v for v in atoms if not isinstance(v, core.Literal)]
 
 
@@ -378,19 +396,25 @@ def _bytes(structs):
     return sum(math.prod(s.shape) * jnp.dtype(s.dtype).itemsize for s in structs)
 
 
-def _run(piece, env):
-    """Evaluates a piece; returns its results."""
-    env = dict(env)
-    for equation in piece.equations:
-        if first := [env[v] for v in piece.waits.get(equation.outvars[0], ()) if v in env]:
-            env[equation.outvars[0]] = lax.optimization_barrier((_value(env, equation.invars[0]), *first))[0]
+def evaluate(equations: Iterable[Any], waits: dict, env: dict[Any, Any]) -> None:
+    """Evaluates equations in order; puts their results into `env`, {variable: value}. waits: see Piece."""
+    for equation in equations:
+        if first := [env[v] for v in waits.get(equation.outvars[0], ()) if v in env]:
+            env[equation.outvars[0]] = lax.optimization_barrier((value_of(env, equation.invars[0]), *first))[0]
             continue
         bound = equation.primitive.get_bind_params(equation.params)
         subfunctions, params = bound if isinstance(bound, tuple) else ((), bound)  # a tuple before jax 0.12
-        given = equation.primitive.bind(*subfunctions, *(_value(env, v) for v in equation.invars), **params)
-        env |= zip(equation.outvars, given if equation.primitive.multiple_results else [given])
-    return [_value(env, v) for v in piece.results]
+        given = equation.primitive.bind(*subfunctions, *(value_of(env, v) for v in equation.invars), **params)
+        env.update(zip(equation.outvars, given if equation.primitive.multiple_results else [given]))
 
 
-def _value(env, atom):
+def _run(piece, env):
+    """Evaluates a piece; returns its results."""
+    env = dict(env)
+    evaluate(piece.equations, piece.waits, env)
+    return [value_of(env, v) for v in piece.results]
+
+
+def value_of(env: dict[Any, Any], atom: Any) -> Any:
+    """Of a variable or a literal."""
     return atom.val if isinstance(atom, core.Literal) else env[atom]

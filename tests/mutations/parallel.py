@@ -13,8 +13,8 @@ MUTATIONS = [
     Mutation(
         name="fp8: what arrived at the experts is kept wide",
         file="deepseek_jax/parallel/dispatch.py",
-        old="wire.decode(save_dispatched(parts), x_ND.dtype)",
-        new="save_dispatched(wire.decode(parts, x_ND.dtype))",
+        old="(*placement.wire.encode(x_ND), gates_NK)))",
+        new="(placement.wire.decode(placement.wire.encode(x_ND), x_ND.dtype), gates_NK)))",
         tests="parallel/test_moe_layer.py",
     ),
     Mutation(
@@ -48,8 +48,8 @@ MUTATIONS = [
     Mutation(
         name="a device serves its neighbour's experts",
         file="deepseek_jax/parallel/dispatch.py",
-        old="send(id_RK, hop) - lax.axis_index(axis) * size",
-        new="send(id_RK, hop) - (lax.axis_index(axis) ^ 1) * size",
+        old="id_RK - lax.axis_index(axis) * size",
+        new="id_RK - (lax.axis_index(axis) ^ 1) * size",
         tests="parallel/test_dispatch.py",
     ),
     Mutation(
@@ -90,9 +90,23 @@ MUTATIONS = [
     Mutation(
         name="gradients of outputs travel in full",
         file="deepseek_jax/parallel/dispatch.py",
-        old="lambda wire, hops, dx: (dispatch(dx, hops, wire), None)",
-        new="lambda wire, hops, dx: (dispatch(dx, hops), None)",
+        old="parts = wire.encode(dy_ND)",
+        new="wire = PLAIN; parts = wire.encode(dy_ND)",
         tests="parallel/test_dispatch.py",
+    ),
+    Mutation(
+        name="gates of a row are another row's bits",
+        file="deepseek_jax/parallel/dispatch.py",
+        old="        at += size\n",
+        new="        at += size - 1\n",
+        tests="parallel/test_dispatch.py",
+    ),
+    Mutation(
+        name="the user's flags of XLA are overridden",
+        file="deepseek_jax/parallel/compiler.py",
+        old="if name not in theirs}",
+        new="}",
+        tests="parallel/test_compiler.py",
     ),
     Mutation(
         name="bytes forget the scales",

@@ -4,6 +4,41 @@ from tests.mutations.row import Mutation
 
 MUTATIONS = [
     Mutation(
+        name="what an exchange brings is used at once",
+        file="deepseek_jax/pipeline/interleave.py",
+        old="                _wait(env, equation.outvars, first)",
+        new="                pass",
+        tests="pipeline/test_interleave.py",
+    ),
+    Mutation(
+        name="the second of two hops is an exchange of its own",
+        file="deepseek_jax/pipeline/interleave.py",
+        old="if travelled and not exchange and multiplies(equation):",
+        new="if travelled and (exchange or multiplies(equation)):",
+        tests="pipeline/test_interleave.py",
+    ),
+    Mutation(
+        name="the second hop starts when the first one is done",
+        file="deepseek_jax/pipeline/interleave.py",
+        old="_wait(env, equation.invars[:1], half)",
+        new="pass",
+        tests="pipeline/test_interleave.py",
+    ),
+    Mutation(
+        name="weight gradients are put off",
+        file="deepseek_jax/pipeline/interleave.py",
+        old="first = [*_sent(f, k, env), *_add(gradients, other, totals)]",
+        new="first = _sent(f, k, env)",
+        tests="pipeline/test_interleave.py",
+    ),
+    Mutation(
+        name="gradients of an overlapped cell replace their sums",
+        file="deepseek_jax/pipeline/interleave.py",
+        old="new = {i: total + value_of(env, v) for",
+        new="new = {i: value_of(env, v) for",
+        tests="pipeline/test_interleave.py",
+    ),
+    Mutation(
         name="1f1b runs one forward pass fewer ahead",
         file="deepseek_jax/pipeline/orders.py",
         old=(
@@ -192,7 +227,7 @@ MUTATIONS = [
     Mutation(
         name="all layers are recomputed at once",
         file="deepseek_jax/pipeline/split.py",
-        old="for v in piece.waits.get(equation.outvars[0], ())",
+        old="for v in waits.get(equation.outvars[0], ())",
         new="for v in ()",
         tests="pipeline/test_split.py",
     ),
@@ -269,8 +304,8 @@ MUTATIONS = [
     Mutation(
         name="the stages' own losses have no gradient",
         file="deepseek_jax/pipeline/execute.py",
-        old="dloss = jnp.ones(",
-        new="dloss = jnp.zeros(",
+        old="self.dloss = jnp.ones(",
+        new="self.dloss = jnp.zeros(",
         tests="pipeline/test_execute.py",
     ),
     Mutation(
