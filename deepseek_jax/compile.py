@@ -17,7 +17,7 @@ from typing import Any
 from deepseek_jax import cli, io
 from deepseek_jax.config import ConfigError, LoraConfig
 from deepseek_jax.scale import arguments
-from deepseek_jax.scale.compile import targets
+from deepseek_jax.scale.compile import clock, targets
 from deepseek_jax.scale.hardware import device
 
 
@@ -83,11 +83,11 @@ def table(found: dict[str, Any]) -> str:
         lines += [f"{'per device, planned':28} {giga(found['planned_bytes_per_device'])}   "
                   f"{found['planned_over_compiled'] - 1:+.1%}"]
     if found.get("collectives"):
-        lines += ["", f"{'collective':20} {'axes':22} {'count':>6} {'GB once':>9} {'async':>6} {'hidden':>7} "
-                  f"{'GB exposed':>11}"]
+        lines += ["", "collective           axes                    count   GB once  async  hidden  GB exposed"]
         lines += [f"{row['kind']:20} {'+'.join(row['axes']) or '-':22} {row['count']:6} {row['bytes'] / 1e9:9.3f} "
                   f"{row['asynchronous']:6} {row['hidden']:7} {row['exposed_bytes'] / 1e9:11.3f}"
                   for row in found["collectives"]]
+    lines += clock.lines(found.get("waits", {}))
     if found["kernels"]:
         lines += ["", f"{'kernel':48} {'count':>6} {'registers':>10} {'spilled':>8} {'shared':>8}"]
         lines += [f"{row['kernel']:48} {row['count']:6} {row['registers']:10} {row['spill_bytes']:8} "

@@ -152,10 +152,8 @@ def bytes_per_device(c: ModelConfig, layout: Layout, loss_chunk: int = 1024) -> 
         layers, slots = -(-c.num_moe_layers // pipeline.stages), pipeline.slots
         prepared = FLOAT32 * held["routers"] + (1 if c.fp8.enabled else _width(c)) * (stage - held["routers"])
         group["working"] = copies * prepared + FLOAT32 * ends
-        # A tick's own gradients and the sums that they are added to; two slots in addition to the buffers, because a
-        # branch reads one slot and returns one.
-        group["gradients"] = FLOAT32 * ((copies + 1) * stage + 2 * ends)
-        group["kept"] = (slots.activations + 2) * layers * residuals_of_layer(c, layout)
+        group["gradients"] = FLOAT32 * (copies * stage + ends)  # a layer's own are added to their sums at once
+        group["kept"] = slots.activations * layers * residuals_of_layer(c, layout)
         group["buffers"] = (slots.messages + 1) * layout.tokens * c.d_model * _width(c)
         if slots.deferred:
             group["buffers"] += (slots.deferred + 2) * layers * deferred_of_layer(c, layout)

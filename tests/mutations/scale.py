@@ -4,6 +4,27 @@ from tests.mutations.row import Mutation
 
 MUTATIONS = [
     Mutation(
+        name="transfers happen at the same time",
+        file="deepseek_jax/scale/compile/clock.py",
+        old="max(now, free.get(axes, 0.0)) + takes",
+        new="now + takes",
+        tests="scale/compile/test_clock.py",
+    ),
+    Mutation(
+        name="waiting takes no time",
+        file="deepseek_jax/scale/compile/clock.py",
+        old="now = max(now, ends)",
+        new="pass",
+        tests="scale/compile/test_clock.py",
+    ),
+    Mutation(
+        name="products in FP8 take as long as in bfloat16",
+        file="deepseek_jax/scale/compile/clock.py",
+        old="step.fp8 / self.fp8",
+        new="step.fp8 / self.bf16",
+        tests="scale/compile/test_clock.py",
+    ),
+    Mutation(
         name="MTP's head is not counted",
         file="deepseek_jax/scale/costs.py",
         old="+ attention + moe + head)",
@@ -209,8 +230,8 @@ MUTATIONS = [
     Mutation(
         name="products in loops count once",
         file="deepseek_jax/scale/compile/hlo.py",
-        old="_trips(operation, rest) * sum(flops",
-        new="sum(flops",
+        old="*(trips * sum(one[i] for",
+        new="*(sum(one[i] for",
         tests="scale/compile/test_hlo.py",
     ),
     Mutation(

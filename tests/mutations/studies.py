@@ -4,24 +4,10 @@ from tests.mutations.row import Mutation
 
 MUTATIONS = [
     Mutation(
-        name="transfers happen at the same time",
+        name="the room that a capacity leaves counts as work",
         file="experiments/studies/pipeline/overlap.py",
-        old="max(now, network) + seconds",
-        new="now + seconds",
-        tests="experiments/test_overlap.py",
-    ),
-    Mutation(
-        name="waiting takes no time",
-        file="experiments/studies/pipeline/overlap.py",
-        old="now = max(now, ends)",
-        new="pass",
-        tests="experiments/test_overlap.py",
-    ),
-    Mutation(
-        name="products of all rows by every expert count in full",
-        file="experiments/studies/pipeline/overlap.py",
-        old="flops * LOCAL / MODEL.num_experts if expanded else flops",
-        new="flops",
+        old="flops / CAPACITY if one <= flops",
+        new="flops if one <= flops",
         tests="experiments/test_overlap.py",
     ),
     Mutation(

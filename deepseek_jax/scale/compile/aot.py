@@ -21,19 +21,18 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from deepseek_jax.config import Config, LoraConfig, ModelConfig, OptimizerConfig, PipelineConfig, TrainConfig
+from deepseek_jax.parallel.compiler import compiler_options
 from deepseek_jax.parallel.mesh import make_mesh, mesh_sizes
 from deepseek_jax.parallel.sharding import compute_shardings, spec, storage_shardings
 from deepseek_jax.pipeline.model import check
 from deepseek_jax.scale import memory
-from deepseek_jax.scale.compile import hlo, targets
+from deepseek_jax.scale.compile import clock, hlo, targets
 from deepseek_jax.scale.layout import Layout
 from deepseek_jax.training.base import frozen_shapes
 from deepseek_jax.training.step import init_state, train_step
 from kernels_pallas.tools import compile_report
 
 EVERYTHING = LoraConfig()  # is trained, and there are no adapters
-# The scheduler that puts products between a collective's start and its done, as in training on GPUs.
-OPTIONS = {"gpu": {"xla_gpu_enable_latency_hiding_scheduler": True}, "tpu": {}}
 
 
 def config_of(model: ModelConfig, layout: Layout, lora: LoraConfig = EVERYTHING) -> Config:
@@ -104,7 +103,7 @@ def compiled_program(lower: Callable[[], jax.stages.Lowered], platform: str) -> 
         start = time.time()
         lowered = lower()
         middle = time.time()
-        compiled = lowered.compile(compiler_options=OPTIONS[platform])
+        compiled = lowered.compile(compiler_options=compiler_options(platform, jax.__version_info__))
         seconds = {"lowering": middle - start, "compiling": time.time() - middle, "cpu": time.process_time()}
         kernels = kernels_in(pathlib.Path(folder))
     return compiled, {"seconds": seconds, "kernels": kernels,
@@ -149,7 +148,8 @@ def measure_step(model: ModelConfig, layout: Layout, target: str, lora: LoraConf
     if lora.rank is None:
         planned = memory.bytes_per_device(model, layout, config.train.loss_chunk)
     total, capacity = sum(found.values()), targets.memory_of(target)
-    collectives = hlo.collectives(compiled.as_text() or "", mesh_sizes(config.mesh))
+    text = compiled.as_text() or ""
+    collectives = hlo.collectives(text, mesh_sizes(config.mesh))
     cost = compiled.cost_analysis() or {}
     return {"target": target, "devices": layout.mesh.devices, "layout": layout.name,
             "mesh": dataclasses.asdict(layout.mesh), "schedule": layout.schedule if layout.mesh.pipe > 1 else None,
@@ -161,4 +161,12 @@ def measure_step(model: ModelConfig, layout: Layout, target: str, lora: LoraConf
                 "planned_over_compiled": sum(planned.values()) / total} if planned else
                {"lora": lora.rank, "base_fp8": lora.fp8}),
             "collectives": hlo.table(collectives), "exposed": sum(not one.products for one in collectives),
-            "flops_once": cost.get("flops"), **made}
+            "waits": _waits(model, layout, text, target), "flops_once": cost.get("flops"), **made}
+
+
+def _waits(model, layout, text, target):
+    """{machine: `clock.waits`} of a step whose cells overlap, on the machines that have the target's chip."""
+    overlaps = layout.pipeline is not None and layout.schedule.startswith("dualpipe")
+    if target.partition(":")[0] not in targets.GPUS or not overlaps or layout.mesh.node * layout.mesh.local == 1:
+        return {}
+    return {machine: clock.waits(model, layout, text, machine) for machine in targets.GPUS}

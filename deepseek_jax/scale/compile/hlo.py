@@ -17,8 +17,10 @@ _PARENTHESES = re.compile(r"[()]")
 _OPERATION = re.compile(r" ([\w\-]+)\(")
 # Products other than HLO's own, and how all of them state the contracted dimensions.
 _KERNEL = re.compile(r'custom_call_target="(__cublas|mosaic_gpu|tpu_custom_call)')
+_QUANTIZER = re.compile(r"/quantizer/")  # kernels_pallas.hopper.quantize, which multiplies no matrices
 _CONTRACTED = re.compile(r'(?:lhs_contracting_dims=\{|"lhs_contracting_dimensions":\[)([\d,"]*)')
 _ATTENTION = re.compile(r"/attention_(forward|dq|dkv)/")  # kernels_pallas.hopper.mla_attention, by name
+_PRODUCTS = re.compile(r"/(experts|fp8)_products/")  # kernels_pallas.hopper.grouped_matmul, and those in FP8
 _SHAPE = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\]")
 
 
@@ -118,12 +120,24 @@ def _end_of_type(line, at):
     return len(line)
 
 
+class Work(NamedTuple):
+    """Matrix products, their FLOPs, and how many of those are of operands in FP8.
+
+    Of kernels not written in HLO, attention's, the experts' and FP8's are known. All rows count, those too that a
+    kernel finds empty.
+    """
+
+    products: int = 0
+    flops: float = 0.0
+    fp8: float = 0.0
+
+
 class Step(NamedTuple):
     """A line of a program that communicates or multiplies, in the order of execution.
 
     what: "start" or "done" of the asynchronous collective `key`; "synchronous": a collective that is not asynchronous;
-    "work": `products` matrix products with `flops` in total (of kernels not written in HLO only attention's are known);
-    or "inner": the computations `inner`, run `trips` times, or one of them in a branch.
+    "work": matrix products, see Work; or "inner": the computations `inner`, run `trips` times, or one of them in a
+    branch.
     """
 
     what: str
@@ -131,6 +145,7 @@ class Step(NamedTuple):
     collective: Collective | None = None
     products: int = 0
     flops: float = 0.0
+    fp8: float = 0.0
     inner: tuple[str, ...] = ()
     trips: int = 1
 
@@ -141,27 +156,34 @@ class _Program:
         self._types = {name: {line[0]: line[1] for line in lines} for name, lines in self.bodies.items()}
         self._counted = {}
 
-    def work(self, name) -> tuple[int, float]:
-        """(matrix products in a computation, their FLOPs), with those of computations that it calls, times trips."""
+    def work(self, name) -> Work:
+        """The products in a computation, with those of computations that it calls, times trips."""
         if name not in self._counted:
-            self._counted[name] = 0, 0.0  # there are no cycles
+            self._counted[name] = Work()  # there are no cycles
             each = [self.work_of(name, *line) for line in self.bodies.get(name, ())]
-            self._counted[name] = sum(n for n, _ in each), sum(flops for _, flops in each)
+            self._counted[name] = Work(*map(sum, zip(*each)))
         return self._counted[name]
 
-    def work_of(self, name, result, shape, operation, rest) -> tuple[int, float]:
+    def work_of(self, name, result, shape, operation, rest) -> Work:
         if operation in ("dot", "convolution") or (operation == "custom-call" and _KERNEL.search(rest)):
-            return 1, self.flops(name, shape, rest)
+            if _QUANTIZER.search(rest):
+                return Work()
+            flops = self.flops(name, shape, rest)
+            return Work(1, flops, flops * ("/fp8_products/" in rest))
         if operation == "custom-call":
-            return 0, 0.0
+            return Work()
         each = [self.work(inner) for inner in _called(rest)]
         if operation == "conditional":
-            return max((n for n, _ in each), default=0), max((flops for _, flops in each), default=0.0)
-        return sum(n for n, _ in each), _trips(operation, rest) * sum(flops for _, flops in each)
+            return Work(*map(max, zip(*each)))
+        trips = _trips(operation, rest)
+        return Work(sum(one.products for one in each), *(trips * sum(one[i] for one in each) for i in (1, 2)))
 
     def flops(self, name, shape, rest) -> float:
         if attention := _ATTENTION.search(rest):
             return self.attention_flops(name, attention[1], rest)
+        if _PRODUCTS.search(rest):  # rows by weights, each by its expert's own, or the rows of two arrays
+            rows, inner = _dims(rest.partition("operand_layout_constraints=")[2])
+            return 2.0 * rows * inner * _dims(shape)[-1]
         contracted = _CONTRACTED.search(rest)
         if not contracted:
             return 0.0
@@ -196,8 +218,8 @@ class _Program:
                 yield Step(phase, result, Collective(kind, axes, size, times, branch, None))
             elif operation in ("while", "conditional", "call"):
                 yield Step("inner", operation, inner=tuple(_called(rest)), trips=_trips(operation, rest))
-            if not kind and (work := self.work_of(name, result, shape, operation, rest))[0]:
-                yield Step("work", products=work[0], flops=work[1])
+            if not kind and (work := self.work_of(name, result, shape, operation, rest)).products:
+                yield Step("work", products=work.products, flops=work.flops, fp8=work.fp8)
 
     def walk(self, name, times=1, branch=False) -> Iterator[Collective]:
         """The collectives of a computation and of those that it calls."""

@@ -110,6 +110,21 @@ ENTRY %main (q: bf16[2,64,4,192], v: bf16[2,64,4,128]) -> bf16[2,64,4,128] {
     assert [s.flops for s in hlo.steps(program, SIZES, "ENTRY")] == [2 * 4 * 64 * 64 * widths]
 
 
+@pytest.mark.parametrize(("kernel", "found"), [("fp8_products", [(1, 2 * 64 * 192 * 32, 2 * 64 * 192 * 32)]),
+                                               ("experts_products", [(1, 2 * 64 * 192 * 32, 0)]), ("quantizer", [])])
+def test_the_kernels_of_products_multiply_every_row_and_quantizers_multiply_nothing(kernel, found):
+    program = """HloModule m
+
+ENTRY %main (p: (f8e4m3fn[64,192], f8e4m3fn[4,32,192])) -> bf16[1,64,32] {
+  %p = (f8e4m3fn[64,192]{1,0}, f8e4m3fn[4,32,192]{2,1,0}) parameter(0)
+  ROOT %o = bf16[1,64,32]{2,1,0} custom-call(%p#0, %p#1), custom_call_target="mosaic_gpu_v2", """
+    program += """operand_layout_constraints={f8e4m3fn[64,192]{1,0}, f8e4m3fn[4,32,192]{2,1,0}}, """
+    program += f"""metadata={{op_name="jit(step)/{kernel}/mpmd_map"}}
+}}
+"""
+    assert [(s.products, s.flops, s.fp8) for s in hlo.steps(program, SIZES, "ENTRY")] == found
+
+
 def test_branches_are_found_by_their_number():
     assert hlo.branches(PROGRAM, 2) == ["%branch_a", "%branch_b"]
     with pytest.raises(ValueError, match="no conditional has 3 branches"):

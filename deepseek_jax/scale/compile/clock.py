@@ -1,0 +1,120 @@
+"""How long a device waits for exchanges of tokens, by clocks over the schedule of a compiled program (no jax).
+
+One clock is the device's, which products move; one is each network's, where transfers follow each other. A device waits
+where a transfer is done later than its products. All operations but products take no time here, so that less is hidden
+than in reality; what moving tokens takes from the SMs is in the planner's times, not here.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+from deepseek_jax.config import ModelConfig
+from deepseek_jax.pipeline.tables import tabulate
+from deepseek_jax.scale.compile import hlo
+from deepseek_jax.scale.hardware import Hardware, Measured, hardware
+from deepseek_jax.scale.layout import Layout
+from deepseek_jax.scale.traffic import copies
+
+KINDS = ("all-to-all", "ragged-all-to-all")
+AXES = ("pipe", "replica", "node", "local", "tensor")
+
+
+class Rates(NamedTuple):
+    """FLOP/s of products."""
+
+    bf16: float
+    fp8: float
+
+    def seconds(self, step: hlo.Step) -> float:
+        return (step.flops - step.fp8) / self.bf16 + step.fp8 / self.fp8
+
+
+@dataclasses.dataclass(frozen=True)
+class Transfer:
+    """One exchange. axes: of the mesh, which name its network. seconds: it takes; products: of those between its start
+    and its done; waited: by the device. flops: of the same products."""
+
+    axes: tuple[str, ...]
+    asynchronous: bool
+    flops: float
+    products: float
+    seconds: float
+    waited: float
+
+
+def rates_of(hw: Hardware, m: Measured) -> Rates:
+    return Rates(m.product_bf16 * hw.bf16, m.product_fp8 * (hw.fp8 or hw.bf16))
+
+
+def clocked(steps: Iterable[hlo.Step], seconds: Callable[[hlo.Collective], float], rates: Rates) -> list[Transfer]:
+    """Simulates a device that executes `steps`.
+
+    Args:
+      seconds: that a collective takes; 0: it is no exchange of tokens.
+    Returns:
+      the exchanges, in the order of completion.
+    """
+    now = flops = products = 0.0
+    free: dict[tuple, float] = {}  # when each network is
+    under_way, transfers = {}, []  # key -> (axes, seconds, when it ends, FLOPs and products before its start)
+    for step in steps:
+        if step.what == "work":
+            took = rates.seconds(step)
+            now, flops, products = now + took, flops + step.flops, products + took
+        elif step.what in ("start", "synchronous") and step.collective and (takes := seconds(step.collective)):
+            axes = step.collective.axes
+            ends = free[axes] = max(now, free.get(axes, 0.0)) + takes
+            if step.what == "start":
+                under_way[step.key] = axes, takes, ends, flops, products
+            else:
+                transfers.append(Transfer(axes, False, 0.0, 0.0, takes, ends - now))
+                now = ends
+        elif step.key in under_way:
+            axes, takes, ends, flops_before, before = under_way.pop(step.key)
+            transfers.append(Transfer(axes, True, flops - flops_before, products - before, takes, max(0.0, ends - now)))
+            now = max(now, ends)
+    return transfers
+
+
+def cell_steps(text: str, layout: Layout) -> dict[str, list[hlo.Step]]:
+    """The Steps of each kind of cell of a compiled pipeline, such as "F&B"; of two directions, one."""
+    assert layout.pipeline is not None
+    branches = tabulate(layout.pipeline).branches
+    sizes = {axis: getattr(layout.mesh, axis) for axis in AXES}
+    names = {"&".join(kind for kind, _ in branch): name
+             for branch, name in zip(branches, hlo.branches(text, len(branches)), strict=True)}
+    return {kind: hlo.steps(text, sizes, name) for kind, name in names.items()}
+
+
+def exchanges(c: ModelConfig, layout: Layout, hw: Hardware, m: Measured) -> Callable[[hlo.Collective], float]:
+    """Seconds of a collective that exchanges tokens: what leaves the node or the device, of the rows that its buffers
+    have room for."""
+    n, mesh = copies(c, layout), layout.mesh
+    room = mesh.capacity or 1.0
+    kept = min(c.experts_per_token, c.groups_kept if c.num_groups > 1 else mesh.node, mesh.node)
+    share = {("node",): n["across"] / (room * kept), ("local",): n["inside"] / (room * c.experts_per_token)}
+    rate = {("node",): m.dispatch * hw.node_bandwidth, ("local",): m.local * hw.local_bandwidth}
+    return lambda one: one.bytes * share[one.axes] / rate[one.axes] if one.kind in KINDS and one.axes in share else 0.0
+
+
+def waits(c: ModelConfig, layout: Layout, text: str, machine: str) -> dict[str, float]:
+    """Of a cell F&B of a compiled step: {"transfers", "seconds" they take, "products": seconds of products alone,
+    "exposed": the share of the transfers' seconds that the device waits, "planned": the same if all else takes as long
+    as the planner says, see `timing`}. Raises ValueError where the program has no such cell."""
+    hw, m = hardware(machine), Measured()
+    steps, rates, takes = cell_steps(text, layout)["F&B"], rates_of(hw, m), exchanges(c, layout, hw, m)
+    slower = (1 - m.reserved) / m.slowdown
+    found = clocked(steps, takes, rates)
+    planned = clocked(steps, takes, Rates(rates.bf16 * slower, rates.fp8 * slower))
+    seconds = max(sum(t.seconds for t in found), 1e-30)
+    return {"transfers": len(found), "seconds": seconds, "exposed": sum(t.waited for t in found) / seconds,
+            "planned": sum(t.waited for t in planned) / seconds,
+            "products": sum(rates.seconds(step) for step in steps if step.what == "work")}
+
+
+def lines(found: dict[str, dict[str, float]]) -> list[str]:
+    """{machine: `waits`} as text."""
+    return [f"{one['transfers']} exchanges of a cell F&B take {1e3 * one['seconds']:.1f} ms on {machine}, its products "
+            f"{1e3 * one['products']:.1f} ms; the device waits {one['exposed']:.0%}, with all else that the planner "
+            f"counts {one['planned']:.0%}" for machine, one in found.items()]
