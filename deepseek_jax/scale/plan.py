@@ -177,10 +177,11 @@ def _kind(message: str) -> str:
 
 
 def ablations(c: ModelConfig, hw: Hardware, layout: Layout, measured: Measured | None = None) -> list[dict[str, Any]]:
-    """What each of the report's inventions is worth: the layout without one of them, and without all of them.
+    """What each of the report's inventions is worth: the layout without one of them, and without all of them, each with
+    the cheapest recomputation with which it fits.
 
     Returns:
-      [{"without", "seconds", "times", "mfu", "gigabytes"}]: of a step; times: as long as with all of them.
+      [{"without", "remat", "seconds", "times", "mfu", "gigabytes", "fits"}]: of a step; times: as long as with all.
     """
     bf16 = dataclasses.replace(c, fp8=dataclasses.replace(c.fp8, enabled=False))
     on = lambda **mesh: dataclasses.replace(layout, mesh=dataclasses.replace(layout.mesh, **mesh))
@@ -197,8 +198,9 @@ def ablations(c: ModelConfig, hw: Hardware, layout: Layout, measured: Measured |
     ]
     rows: list[dict] = []
     for name, model, changed, limited in cases:
+        model = dataclasses.replace(model, remat=cheapest_remat(model, hw, changed)[-1].remat)
         found = plan(model, hw, changed, measured=measured, limited=limited)
-        rows.append({"without": name, "seconds": found.step.seconds, "mfu": found.step.mfu["non-causal"],
+        rows.append({"without": name, "remat": model.remat, "fits": found.fits, "seconds": found.step.seconds, "mfu": found.step.mfu["non-causal"],
                      "times": found.step.seconds / (rows[0]["seconds"] if rows else found.step.seconds),
                      "gigabytes": found.total_bytes / 1e9})
     return rows

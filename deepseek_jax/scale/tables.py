@@ -57,9 +57,9 @@ def published(rows: list[dict[str, Any]]) -> str:
 
 
 def ablated(rows: list[dict[str, Any]], sparsity: dict[str, float]) -> str:
-    lines = ["", f"  {'a step without':36} {'s':>7} {'times':>6} {'MFU':>7} {'GB':>7}"]
-    lines += [f"  {r['without']:36} {r['seconds']:7.2f} {r['times']:6.2f} {r['mfu']:7.1%} {r['gigabytes']:7.1f}"
-              for r in rows]
+    lines = ["", f"  {'a step without':36} {'s':>7} {'times':>6} {'MFU':>7} {'GB':>7}  remat"]
+    lines += [f"  {r['without']:36} {r['seconds']:7.2f} {r['times']:6.2f} {r['mfu']:7.1%} {r['gigabytes']:7.1f}  "
+              f"{r['remat']}{'' if r['fits'] else ': DOES NOT FIT'}" for r in rows]
     lines.append(f"  and were every parameter active, a token would take {sparsity['gflop_if_dense']:,.0f} GFLOP "
                  f"instead of {sparsity['gflop_per_token']:,.0f}: {sparsity['times']:.1f} times")
     return "\n".join(lines)
