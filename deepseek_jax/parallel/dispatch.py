@@ -280,11 +280,12 @@ def route_hops(placement: ExpertLayout, chosen_NK: jax.Array, parts: tuple[jax.A
             even = N * copies if cfg.buffers == "ragged" else N * copies / places
             room = min(room, math.ceil(cfg.capacity * even))
         hop = route_hop(jnp.where(id_RK > 0, (id_RK - 1) // size, places), axis, places, room, cfg.buffers == "ragged")
-        *parts, id_RK = send((*parts, id_RK), hop)
+        sent = send((*parts, id_RK), hop)
+        parts, id_RK = sent[:-1], sent[-1]
         id_RK = id_RK - lax.axis_index(axis) * size
         id_RK = jnp.where((id_RK > 0) & (id_RK <= size), id_RK, 0)
         hops.append(hop)
-    return tuple(hops), id_RK, tuple(parts)
+    return tuple(hops), id_RK, parts
 
 
 def count_traffic(cfg: MeshConfig, num_experts: int, chosen_NK: jax.Array, hops: tuple[Hop, ...],

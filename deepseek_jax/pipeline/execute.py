@@ -48,8 +48,8 @@ class Model(NamedTuple):
     enter: Callable
     stage: Callable
     leave: Callable
-    parts: Callable = lambda params: params
-    whole: Callable = lambda parts: parts
+    parts: Callable[[Any], Any] = lambda params: params
+    whole: Callable[[Any], Any] = lambda parts: parts
 
 
 class Arguments(NamedTuple):

@@ -285,7 +285,7 @@ def gradients_of(config: Config, params: dict[str, Any], router: dict[str, jax.A
     shared |= {"mtp_bias": router["mtp_bias"]} if "mtp_bias" in router else {}
     specs = Arguments(params=_stage_specs(params["layers"], mesh), fixed=P(PIPE), shared=_end_specs(shared, mesh),
                       inputs=Inputs(P(None, DATA), P(), P()))  # pyright: ignore[reportArgumentType]: a prefix tree
-    model = Model(*(functools.partial(f, config) for f in (enter, stage, leave)), listed, stacked_again)
+    model = Model(*(functools.partial(f, config) for f in (enter, stage, leave)), parts=listed, whole=stacked_again)
     run = pipelined(schedule, model, mesh, specs)
     # Where each layer's gradient and counts are among the slots; the results of padding are dropped.
     found_L = np.flatnonzero(real_SL)[np.argsort(layer_SL[real_SL])]

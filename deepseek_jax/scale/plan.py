@@ -82,22 +82,28 @@ def cheapest_remat(c: ModelConfig, hw: Hardware, layout: Layout) -> list[Remat]:
     Returns:
       The choices in turn, "none" first. The last one fits, or nothing does.
     """
+    def needed(remat):
+        return sum(memory.bytes_per_device(dataclasses.replace(c, remat=remat), layout).values())
+
+    def cell(remat):  # of a cell F&B; a step takes its schedule's makespan, and long to find out
+        model, m = dataclasses.replace(c, remat=remat), Measured()
+        return timing.costs(timing.cells(model, hw, layout, m), m)["fb"]
+
     def of(remat):
-        model = dataclasses.replace(c, remat=remat)
-        needed = sum(memory.bytes_per_device(model, layout).values())
-        return Remat(remat, needed, timing.step(model, hw, layout).seconds, needed <= hw.memory)
+        total = needed(remat)
+        seconds = timing.step(dataclasses.replace(c, remat=remat), hw, layout).seconds
+        return Remat(remat, total, seconds, total <= hw.memory)
 
     tried, left, names = [of("none")], list(RECOMPUTABLE), []
     if not tried[-1].fits:
         tried.append(of("report"))
     while left and not tried[-1].fits:
-        before = tried[-1]
-        choices = [(of(",".join([*names, name])), name) for name in left]
-        best, name = max(choices, key=lambda one: (before.bytes - one[0].bytes) /
-                         max(one[0].seconds - before.seconds, 1e-9))
-        tried.append(best)
+        before = tried[-1].remat
+        name = max(left, key=lambda name: (needed(before) - needed(",".join([*names, name]))) /
+                   max(cell(",".join([*names, name])) - cell(before), 1e-9))
         names.append(name)
         left.remove(name)
+        tried.append(of(",".join(names)))
     if not tried[-1].fits:
         tried.append(of("full"))
     return tried
@@ -200,7 +206,8 @@ def ablations(c: ModelConfig, hw: Hardware, layout: Layout, measured: Measured |
     for name, model, changed, limited in cases:
         model = dataclasses.replace(model, remat=cheapest_remat(model, hw, changed)[-1].remat)
         found = plan(model, hw, changed, measured=measured, limited=limited)
-        rows.append({"without": name, "remat": model.remat, "fits": found.fits, "seconds": found.step.seconds, "mfu": found.step.mfu["non-causal"],
+        rows.append({"without": name, "remat": model.remat, "fits": found.fits, "seconds": found.step.seconds,
+                     "mfu": found.step.mfu["non-causal"],
                      "times": found.step.seconds / (rows[0]["seconds"] if rows else found.step.seconds),
                      "gigabytes": found.total_bytes / 1e9})
     return rows

@@ -30,12 +30,12 @@ def layout_of(report):
                   deferred=report["deferred"])
 
 
-# Where the planner is off, and why: XLA:TPU lays out otherwise, and the planner's bytes are XLA:GPU's; of 60 scanned
-# layers, and with very large buffers, XLA:GPU holds less at once than all that the planner adds up; of FP8's layers,
-# where it sees all of them, more.
+# Where the planner is off, and why: XLA:TPU lays out otherwise (these reports are of an earlier executor, too), and the
+# planner's bytes are XLA:GPU's; of 60 scanned layers XLA:GPU holds less at once than all that the planner adds up; of
+# FP8's layers, where it sees all of them, more; in bf16 the planner counts copies of rows that the kernel does not make.
 MISSED = {"small_h100_8_fp8": (0.85, 0.9), "v2_236b_h100_128": (1.1, 1.2),
-          "v3_671b_h100_2048_fp8_capacity_5": (1.1, 1.2), "v3_671b_v5p_8x16x16_bf16": (0.65, 0.8),
-          "v3_671b_7x_8x8x16_bf16": (0.65, 0.8)}
+          "v3_671b_h100_2048_bf16": (1.1, 1.2),
+          "v3_671b_v5p_8x16x16_bf16": (0.55, 0.8), "v3_671b_7x_8x8x16_bf16": (0.55, 0.8)}
 
 
 def planned_over_compiled(path):

@@ -93,8 +93,10 @@ def exchanges(c: ModelConfig, layout: Layout, hw: Hardware, m: Measured) -> Call
     n, mesh = copies(c, layout), layout.mesh
     room = mesh.capacity or 1.0
     kept = min(c.experts_per_token, c.groups_kept if c.num_groups > 1 else mesh.node, mesh.node)
-    share = {("node",): n["across"] / (room * kept), ("local",): n["inside"] / (room * c.experts_per_token)}
-    rate = {("node",): m.dispatch * hw.node_bandwidth, ("local",): m.local * hw.local_bandwidth}
+    share: dict[tuple[str, ...], float] = {("node",): n["across"] / (room * kept),
+                                           ("local",): n["inside"] / (room * c.experts_per_token)}
+    rate: dict[tuple[str, ...], float] = {("node",): m.dispatch * hw.node_bandwidth,
+                                          ("local",): m.local * hw.local_bandwidth}
     return lambda one: one.bytes * share[one.axes] / rate[one.axes] if one.kind in KINDS and one.axes in share else 0.0
 
 
