@@ -32,7 +32,7 @@ def layout_of(report):
 
 # Where the planner is off, and why: XLA:TPU lays out otherwise (these reports are of an earlier executor, too), and the
 # planner's bytes are XLA:GPU's; of 60 scanned layers XLA:GPU holds less at once than all that the planner adds up; of
-# FP8's layers, where it sees all of them, more; in bf16 the planner counts copies of rows that the kernel does not make.
+# FP8's layers, where it sees all of them, more; in bf16 it counts copies of rows that the kernel does not make.
 MISSED = {"small_h100_8_fp8": (0.85, 0.9), "v2_236b_h100_128": (1.1, 1.2),
           "v3_671b_h100_2048_bf16": (1.1, 1.2),
           "v3_671b_v5p_8x16x16_bf16": (0.55, 0.8), "v3_671b_7x_8x8x16_bf16": (0.55, 0.8)}
