@@ -4,14 +4,14 @@ from tests.mutations.row import Mutation
 
 MUTATIONS = [
     Mutation(
-        name="transfers happen at the same time",
+        name="transfers of a network happen at the same time",
         file="deepseek_jax/scale/compile/clock.py",
         old="max(now, free.get(axes, 0.0)) + takes",
         new="now + takes",
         tests="scale/compile/test_clock.py",
     ),
     Mutation(
-        name="waiting takes no time",
+        name="waiting for a transfer takes no time",
         file="deepseek_jax/scale/compile/clock.py",
         old="now = max(now, ends)",
         new="pass",

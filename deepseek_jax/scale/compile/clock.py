@@ -44,6 +44,7 @@ class Transfer:
 
 
 def rates_of(hw: Hardware, m: Measured) -> Rates:
+    """Of products alone; in bfloat16 for FP8 too where a machine has no units for it."""
     return Rates(m.product_bf16 * hw.bf16, m.product_fp8 * (hw.fp8 or hw.bf16))
 
 
