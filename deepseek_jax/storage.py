@@ -277,11 +277,6 @@ def check_writable(address: Path) -> None:
         raise StorageError(f"{os.fspath(address)}: what was written there comes back changed.")
 
 
-def check_readable(address: Path) -> None:
-    """Raises StorageError where the store cannot be asked about an address."""
-    _kind(address)
-
-
 # Working files on this machine.
 
 
