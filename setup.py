@@ -74,7 +74,7 @@ setup(
         # Reading compressed and columnar text.
         "data": ["zstandard>=0.22", "pyarrow>=16"],
         # Work directories, corpora and checkpoints in buckets: gs:// and s3://.
-        "gcs": ["gcsfs>=2024.6"],
+        "gcs": ["gcsfs>=2024.12"],
         "s3": ["s3fs>=2025.5"],
         "dev": [
             "pytest>=8",
@@ -93,7 +93,7 @@ setup(
             "prometheus-client>=0.20",
             "pyyaml>=6",  # mkdocs.yml and CITATION.cff, which tests read
             "jsonschema>=4.20",
-            "gcsfs>=2024.6",
+            "gcsfs>=2024.12",
             "s3fs>=2025.5",
             "gcp-storage-emulator>=2024.8",
             "moto[server]>=5",  # an emulator of S3

@@ -17,7 +17,7 @@ import threading
 from collections.abc import Callable, Iterator
 
 from deepseek_jax.config import ConfigError
-from deepseek_jax.storage import StorageError
+from deepseek_jax.storage import StorageError, remove_scratch
 
 DONE, MISTAKE, STOPPED, PEER_LOST, INTERRUPTED = 0, 2, 75, 76, 130
 # What schedulers send: SIGTERM (Slurm, Kubernetes), and SIGUSR1 where they are asked to (sbatch --signal=USR1@300).
@@ -55,6 +55,7 @@ def end(code: int) -> None:
     """The same without a word to others."""
     sys.stdout.flush()
     sys.stderr.flush()
+    remove_scratch()
     os._exit(code)
 
 

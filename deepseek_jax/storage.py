@@ -14,12 +14,14 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
+import hashlib
 import logging
 import multiprocessing.util
 import os
 import pathlib
 import re
 import shutil
+import socket
 import tempfile
 import threading
 import time
@@ -32,6 +34,9 @@ from typing import Any, NamedTuple
 Path = str | os.PathLike[str]
 
 CLIENTS = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}  # scheme -> package, and the extra of setup.py that has it
+# Compare what the store says it has with what was sent. Of S3 the client asks the store to; and not in reading, since
+# objects that were joined of parts have no MD5.
+_CHECKED: dict[str, dict[str, Any]] = {"gs": {"consistency": "md5"}, "s3": {}}
 THREADS = 16  # objects in flight: a store answers each slowly, and many at once
 _SCRATCH = "deepseek_jax-"
 
@@ -40,7 +45,8 @@ class StorageError(Exception):
     """What a store refused or could not do, in one line."""
 
     def __init__(self, message: str):
-        super().__init__(" ".join(message.split()))
+        line = " ".join(message.split())
+        super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in line))  # names may have any character
 
 
 class Entry(NamedTuple):
@@ -81,8 +87,13 @@ def is_folder(path: Path) -> bool:
 
 
 def exists(path: Path) -> bool:
+    """Whether there is anything; a broken link is nothing."""
+    return _kind(path) is not None if is_remote(path) else os.path.exists(path)
+
+
+def lexists(path: Path) -> bool:
     """Whether there is anything, a broken link too."""
-    return _kind(path) is not None if is_remote(path) else os.path.lexists(path)
+    return exists(path) if is_remote(path) else os.path.lexists(path)
 
 
 def size(path: Path) -> int:
@@ -116,14 +127,23 @@ def names(folder: Path) -> list[str]:
 
 
 def entries(folder: Path) -> dict[str, Entry]:
-    """{name relative to the address `folder`: Entry} of every object below it."""
+    """{name relative to the address `folder`: Entry} of every object below it.
+
+    Raises StorageError for a name that as a path would be outside of a folder, or another's.
+    """
     with _told(folder):
         fs, key = _client(folder)
         try:
             found = fs.find(key, detail=True)
         except FileNotFoundError:
             return {}
-        return {name.removeprefix(f"{key}/"): _entry(info) for name, info in found.items() if name != key}
+    # Consoles make an object "folder/" for a folder.
+    below = {name.removeprefix(f"{key}/"): info for name, info in found.items() if name != key and name[-1] != "/"}
+    for name in below:
+        if {"", ".", ".."} & set(name.split("/")):
+            raise StorageError(f"{os.fspath(folder)} has an object named {name}, which is no path below it; rename or "
+                               "remove it.")
+    return {name: _entry(info) for name, info in below.items()}
 
 
 def glob(address: Path) -> list[str]:
@@ -134,8 +154,7 @@ def glob(address: Path) -> list[str]:
             found = fs.glob(key, detail=True)
         except FileNotFoundError:
             return []
-        scheme = os.fspath(address).split("://")[0]
-        return sorted(f"{scheme}://{name}" for name, info in found.items() if info["type"] == "file")
+        return sorted(f"{_scheme(address)}://{name}" for name, info in found.items() if info["type"] == "file")
 
 
 def make_folder(folder: Path) -> None:
@@ -182,7 +201,7 @@ def put(address: Path, data: bytes) -> None:
     """Writes an object as a whole."""
     with _told(address):
         fs, key = _client(address)
-        fs.pipe_file(key, bytes(data))
+        fs.pipe_file(key, bytes(data), **_CHECKED[_scheme(address)])
 
 
 def create(address: Path, data: bytes) -> bool:
@@ -193,7 +212,7 @@ def create(address: Path, data: bytes) -> bool:
     with _told(address):
         fs, key = _client(address)
         try:
-            fs.pipe_file(key, data, mode="create")
+            fs.pipe_file(key, data, mode="create", **_CHECKED[_scheme(address)])
             return True
         except FileExistsError:
             return False
@@ -203,7 +222,7 @@ def upload(file: Path, address: Path) -> None:
     """Writes an object with the content of a file."""
     with _told(address):
         fs, key = _client(address)
-        fs.put_file(os.fspath(file), key)
+        fs.put_file(os.fspath(file), key, **_CHECKED[_scheme(address)])
 
 
 def upload_folder(folder: Path, address: Path, last: tuple[str, ...] = ()) -> None:
@@ -244,8 +263,17 @@ def remove(path: Path) -> None:
         return
     with _told(path):
         fs, key = _client(path)
-        with contextlib.suppress(FileNotFoundError):
-            fs.rm(key, recursive=True)
+        try:
+            found = fs.find(key)
+        except FileNotFoundError:
+            return
+        in_parallel(lambda name: _remove_object(fs, name), found)
+
+
+def _remove_object(fs, name):
+    """One by its literal name: clients take the names of many for patterns, and some ignore what the store refuses."""
+    with contextlib.suppress(FileNotFoundError):
+        fs.rm_file(name)
 
 
 def in_parallel(function: Any, items: Any) -> list[Any]:
@@ -261,9 +289,12 @@ def in_parallel(function: Any, items: Any) -> list[Any]:
 def check_writable(address: Path) -> None:
     """Writes, reads and removes an object below an address.
 
-    Raises StorageError where that cannot be: a package or credentials are missing, there is no such bucket, or the
-    store refuses.
+    Raises StorageError where that cannot be: a package or credentials are missing, there is no such bucket, the store
+    refuses, or the address is a pattern.
     """
+    if found := re.search(r"[*?[\]]", os.fspath(address)):
+        raise StorageError(f"{os.fspath(address)} has a {found[0]}, which in the name of an object stands for others; "
+                           "take a name without * ? [ ].")
     probe, data = f"{os.fspath(address)}/.probe-{uuid.uuid4().hex}", b"may be removed"
     try:
         put(probe, data)
@@ -296,18 +327,31 @@ class Mirror:
         for name in there:
             os.makedirs(os.path.dirname(os.path.join(self.folder, name)), exist_ok=True)
             download(f"{address}/{name}", os.path.join(self.folder, name))
-        self._kept = {name: self._state(name) for name in there}
+        self._kept, self._dropped = {name: self._state(name) for name in there}, set()
         self._lock, self._ended = threading.Lock(), threading.Event()
         self._thread = threading.Thread(target=self._keep, daemon=True)
         self._thread.start()
 
-    def flush(self) -> None:
-        """Returns when the bucket has what the files have. Raises StorageError."""
+    def drop(self, name: str) -> None:
+        """Removes a file or a folder here, and with the next flush in the bucket. What is gone from here in any other
+        way stays there: others clean up among the temporary files, too."""
         with self._lock:
-            names = [p.relative_to(self.folder).as_posix() for p in pathlib.Path(self.folder).rglob("*") if p.is_file()]
-            for name in self._kept.keys() - set(names):
+            remove(os.path.join(self.folder, name))
+            self._dropped |= {kept for kept in self._kept if kept == name or kept.startswith(f"{name}/")}
+
+    def flush(self) -> None:
+        """Returns when the bucket has what the files have. Raises StorageError, also where the files are gone."""
+        with self._lock:
+            if not os.path.isdir(self.folder):
+                raise StorageError(f"{self.folder}, where what goes to {self.address} is written first, has been "
+                                   "removed; what is in the bucket stays as it is. Set TMPDIR to a folder that nobody "
+                                   "cleans up.")
+            files = [p for p in pathlib.Path(self.folder).rglob("*") if p.suffix != ".new" and p.is_file()]
+            names = [p.relative_to(self.folder).as_posix() for p in files]  # without those that `io.replacing` writes
+            for name in self._dropped - set(names):
                 remove(f"{self.address}/{name}")
-                del self._kept[name]
+                self._kept.pop(name, None)  # the store may have failed after it
+            self._dropped.clear()
             for name in names:
                 state = self._state(name)
                 if self._kept.get(name) != state:
@@ -319,6 +363,12 @@ class Mirror:
         self._ended.set()
         self._thread.join()
         self.flush()
+        self.leave()
+
+    def leave(self) -> None:
+        """Removes the files; the bucket keeps what it has."""
+        self._ended.set()
+        self._thread.join()
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _state(self, name):
@@ -329,7 +379,7 @@ class Mirror:
         pause = self.interval
         while not self._ended.wait(pause):
             began = time.monotonic()
-            with contextlib.suppress(StorageError):  # the next one, or `flush`, may find the store well again
+            with contextlib.suppress(StorageError, OSError):  # the next one may find the store, and the file, again
                 self.flush()
             pause = max(self.interval, 20 * (time.monotonic() - began))
 
@@ -342,20 +392,38 @@ def scratch() -> str:
 
 @functools.cache
 def _scratch(pid):
-    root = tempfile.gettempdir()
-    for name in os.listdir(root):
-        found = re.fullmatch(rf"{_SCRATCH}(\d+)-\w+", name)
+    root, here = tempfile.gettempdir(), hashlib.sha256(machine().encode()).hexdigest()[:12]
+    for name in os.listdir(root) if os.name == "posix" else ():
+        found = re.fullmatch(rf"{_SCRATCH}{here}-(\d+)-\w+", name)  # others may share this TMPDIR
         path = os.path.join(root, name)
-        if found and not is_running(int(found[1])) and os.stat(path).st_uid == os.getuid():
-            shutil.rmtree(path, ignore_errors=True)
-    folder = tempfile.mkdtemp(prefix=f"{_SCRATCH}{pid}-")
+        with contextlib.suppress(OSError):  # of what has just gone
+            if found and not is_running(int(found[1])) and os.lstat(path).st_uid == os.getuid():
+                shutil.rmtree(path, ignore_errors=True)
+    folder = tempfile.mkdtemp(prefix=f"{_SCRATCH}{here}-{pid}-")
     # Not by atexit, which the processes of `multiprocessing` skip.
     multiprocessing.util.Finalize(None, shutil.rmtree, (folder,), {"ignore_errors": True}, exitpriority=0)
     return folder
 
 
+def remove_scratch() -> None:
+    """Removes it now, for a process that ends at once."""
+    if _scratch.cache_info().currsize:
+        shutil.rmtree(scratch(), ignore_errors=True)
+
+
+def machine() -> str:
+    """Where the numbers of processes mean the same: containers of one name have their own."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as f:
+            return f"{f.read().strip()} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:  # no Linux
+        return socket.gethostname()
+
+
 def is_running(pid: int) -> bool:
-    """Whether this machine has such a process."""
+    """Whether this machine has such a process. Not on Windows, where asking would end it: there it has."""
+    if os.name != "posix":
+        return True
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -397,6 +465,10 @@ def _file_system(scheme, pid):
     return s3fs.S3FileSystem(use_listings_cache=False, skip_instance_cache=True)
 
 
+def _scheme(address):
+    return os.fspath(address).split("://")[0]
+
+
 def _client(address) -> tuple[Any, str]:
     """-> (the file system, the name of the object with its bucket)."""
     scheme, key = os.fspath(address).split("://", 1)
@@ -409,7 +481,7 @@ def _client(address) -> tuple[Any, str]:
 def _told(address) -> Iterator[None]:
     """Turns what a client raises into FileNotFoundError and StorageError."""
     address = os.fspath(address)
-    package, extra = CLIENTS[address.split("://")[0]]
+    package, extra = CLIENTS[_scheme(address)]
     try:
         yield
     except (StorageError, FileExistsError):
@@ -420,7 +492,7 @@ def _told(address) -> Iterator[None]:
         raise StorageError(f"{address} needs the package {package}: pip install 'deepseek-jax[{extra}]'.") from None
     except Exception as error:  # clients raise whatever their libraries do
         why = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise StorageError(f"{address}: {why[:300]}") from error
+        raise StorageError(f"{address}: {why[:300].rstrip('. ')}.") from error
 
 
 def _info(address) -> dict[str, Any]:

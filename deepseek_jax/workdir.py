@@ -79,75 +79,99 @@ class _Lease:
 
     No store lets go of it when the holder dies. So one whose process is gone from this machine is free, and one from
     elsewhere when it has not been written for EXPIRY seconds, which the next run waits for. A holder that finds another
-    in its place, after it was cut off from the store for so long, ends at once and writes nothing more.
+    in its place or none, after it was cut off from the store for so long, ends at once and writes nothing more.
+
+    No store removes an object on the condition that it is still the one that was read, either. So of those who take a
+    silent lock each one looks again after SETTLE seconds, and the last who wrote has it.
     """
 
-    BEAT, EXPIRY = 20, 90
+    BEAT, EXPIRY, SETTLE = 20, 90, 3
 
     def __init__(self, workdir: str):
         self.workdir, self.address = workdir, os.path.join(workdir, ".holder")
         self.said: dict[str, Any] = _about_this_process() | {
-            "id": uuid.uuid4().hex, "machine": _machine(), "started": _started(os.getpid())}
+            "id": uuid.uuid4().hex, "machine": storage.machine(), "started": _started(os.getpid())}
         self.beats, self.released = 0, threading.Event()
         self.thread = threading.Thread(target=self._hold, daemon=True)
 
     def __enter__(self):
-        self._await()
+        taken_over = self._await()
         storage.create(self.address, self._words())
-        found = _object(self.address)  # says more than the answer: a request whose answer was lost is made twice
-        if found.get("id") != self.said["id"]:
-            raise _taken(self.workdir, found)
+        self._check_own()  # says more than the answer: a request whose answer was lost is made twice
+        if taken_over:
+            time.sleep(self.SETTLE)
+            self._check_own()
         self.thread.start()
 
     def __exit__(self, *error):
         self.released.set()
         self.thread.join()
-        with contextlib.suppress(storage.StorageError):  # then it expires
-            if _object(self.address).get("id") == self.said["id"]:
+        with contextlib.suppress(storage.StorageError, OSError):  # then it expires
+            if (self._found() or {}).get("id") == self.said["id"]:
                 storage.remove(self.address)
 
     def _words(self):
         return json.dumps(self.said | {"beats": self.beats}).encode()
 
-    def _await(self):
-        """Returns when the lock is free. Raises ConfigError as soon as its holder shows that it lives."""
-        said = _object(self.address)
-        if said and said.get("machine") == self.said["machine"] and isinstance(said.get("pid"), int):
+    def _found(self) -> dict[str, Any] | None:
+        """What the object says; None: there is none. What no run wrote is from elsewhere, and silent."""
+        try:
+            data = storage.read_bytes(self.address)
+        except FileNotFoundError:
+            return None
+        try:
+            found = io.parse_json(data)
+        except ValueError:
+            found = None
+        return found if isinstance(found, dict) else {"content": data}
+
+    def _check_own(self):
+        found = self._found() or {}
+        if found.get("id") != self.said["id"]:
+            raise _taken(self.workdir, found)
+
+    def _await(self) -> bool:
+        """Returns when the lock is free: whether it was taken from a holder. Raises ConfigError as soon as its holder
+        shows that it lives."""
+        said = self._found()
+        if said is None:
+            return False
+        # Windows does not say whether a process lives.
+        if os.name == "posix" and said.get("machine") == self.said["machine"] and isinstance(said.get("pid"), int):
             if storage.is_running(said["pid"]) and said.get("started") == _started(said["pid"]):
                 raise _taken(self.workdir, said)
-            storage.remove(self.address)
-            return
+            self._take_from(said)
+            return True
         end = time.monotonic() + self.EXPIRY
-        while said:
-            if time.monotonic() > end:
-                print(f"{self.workdir} is free: process {said.get('pid')} of {said.get('host')}, which held it, has "
-                      f"been silent for {self.EXPIRY} seconds.", flush=True)
-                storage.remove(self.address)
-                return
+        while time.monotonic() <= end:
             time.sleep(min(1, self.EXPIRY / 10))
-            now = _object(self.address)
-            if now and now != said:
+            now = self._found()
+            if now is None:
+                return False
+            if now != said:
                 raise _taken(self.workdir, now)
-            said = now
+        holder = f"process {said['pid']} of {said['host']}" if {"pid", "host"} <= said.keys() else "whoever"
+        self._take_from(said)
+        print(f"{self.workdir} is free: {holder}, which held it, has been silent for {self.EXPIRY} seconds.",
+              flush=True)
+        return True
+
+    def _take_from(self, said):
+        now = self._found()  # others may do the same
+        if now not in (said, None):
+            raise _taken(self.workdir, now)
+        storage.remove(self.address)
 
     def _hold(self):
         while not self.released.wait(self.BEAT):
-            with contextlib.suppress(storage.StorageError):  # by the next beat it may answer again
-                found = _object(self.address)
-                if found and found.get("id") != self.said["id"]:
-                    print(f"error: {_taken(self.workdir, found)} This one was cut off from the store.", file=sys.stderr)
+            with contextlib.suppress(storage.StorageError, OSError):  # by the next beat it may answer again
+                try:
+                    self._check_own()
+                except ConfigError as error:
+                    print(f"error: {error} This one was cut off from the store.", file=sys.stderr)
                     stop.leave(stop.MISTAKE)
                 self.beats += 1
                 storage.put(self.address, self._words())
-
-
-def _machine() -> str:
-    """Where the numbers of processes mean the same: containers of one name have their own."""
-    try:
-        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as f:
-            return f"{f.read().strip()} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:  # no Linux
-        return socket.gethostname()
 
 
 def _started(pid: int) -> str | None:
@@ -185,7 +209,7 @@ def check_workdir(config: Config, workdir: str) -> None:
     _check_name(workdir)
     if storage.is_remote(workdir):
         storage.check_writable(workdir)
-    if not storage.exists(os.path.join(workdir, "config.json")) or not _has_checkpoint(workdir):
+    if not storage.lexists(os.path.join(workdir, "config.json")) or not _has_checkpoint(workdir):
         return
     ours, theirs = (as_dict(_what_a_run_depends_on(c)) for c in (config, load_workdir_config(workdir)))
     differences = _differences(ours, theirs)

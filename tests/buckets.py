@@ -26,12 +26,15 @@ class Store:
 
     every: of so many requests one is answered with 503; 0: none. dies_after: answers to writes after which no request
     gets an answer any more; None: it lives. dies_at: the name of an object whose writing is the first request without
-    an answer. faults: how many requests were refused. requests: (method, path) of all.
+    an answer. keeps_all: removing is forbidden. garbled: (bytes, what
+    comes of them on the way); None: nothing is. faults: how many requests were refused. requests: (method, path) of
+    all.
     """
 
     def __init__(self, scheme: str, port: int):
         self.scheme, self.port = scheme, port
         self.every, self.dies_after, self.dies_at, self.faults, self.requests = 0, None, "", 0, []
+        self.keeps_all, self.garbled = False, None
         self.lock = threading.Lock()
         self.server = _Server(("127.0.0.1", 0), _Proxy)
         self.server.store = self
@@ -43,7 +46,7 @@ class Store:
         return f"{self.scheme}://{BUCKET}/test-{next(_names)}"
 
     def verdict(self, method: str, path: str, body: bytes = b"") -> str:
-        """What becomes of a request: "answer", "503" or "nothing"."""
+        """What becomes of a request: "answer", "503", "403" or "nothing"."""
         with self.lock:
             self.requests.append((method, path))
             named = urllib.parse.unquote(path).encode() + body[:2000]  # GCS has names of new objects in the body
@@ -53,6 +56,8 @@ class Store:
                 self.dies_after -= 1
             if self.dies_after is not None and self.dies_after < 0:
                 return "nothing"
+            if self.keeps_all and (method == "DELETE" or path.endswith("?delete")):
+                return "403"
             if self.every and len(self.requests) % self.every == 0:
                 self.faults += 1
                 return "503"
@@ -97,6 +102,11 @@ class _Proxy(http.server.BaseHTTPRequestHandler):
         if verdict == "503":
             self._reply(503, {}, b"<Error><Code>ServiceUnavailable</Code></Error>" if store.scheme == "s3" else b"{}")
             return
+        if verdict == "403":
+            self._reply(403, {}, b"<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>"
+                        if store.scheme == "s3" else b"{}")
+            return
+        body = body.replace(*store.garbled) if store.garbled else body
         ahead = http.client.HTTPConnection("127.0.0.1", store.port, timeout=60)
         headers = {name: value for name, value in self.headers.items()
                    if name.lower() not in ("transfer-encoding", "content-length", "connection")}

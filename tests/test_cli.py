@@ -52,6 +52,14 @@ def test_the_address_of_a_bucket_is_a_path(parser, address):
         parser.parse_args(["--workdir=run", f"--prompts={address}"])
 
 
+def test_an_address_has_a_bucket_and_one_slash_between_its_parts(parser):
+    assert parser.parse_args(["--workdir=gs://bucket//a///run//"]).workdir == "gs://bucket/a/run"
+    for address in "gs://", "gs:///run", "s3://":
+        scheme = address[:2]
+        with pytest.raises(ConfigError, match=f"^--workdir={address} names no bucket; write {scheme}://BUCKET/NAME.$"):
+            parser.parse_args([f"--workdir={address}"])
+
+
 def test_a_misspelled_option_is_named_before_the_one_that_is_missing(parser, monkeypatch):
     monkeypatch.setattr("sys.argv", ["try", "--wrkdir=run", "--config.train.steps=3"])
     with pytest.raises(ConfigError, match="there is no --wrkdir; did you mean --workdir?"):

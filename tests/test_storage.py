@@ -2,8 +2,10 @@
 
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -38,6 +40,25 @@ def test_an_object_is_what_was_written_last_and_a_folder_what_is_below_a_name(ad
     storage.remove(f"{address}/a")
     assert list(storage.entries(address)) == ["a.json"]
     storage.remove(f"{address}/a")  # again
+
+
+def test_of_a_name_that_is_a_pattern_only_the_object_so_named_is_removed(address):
+    siblings = ["lr0/config.json", "lr1/config.json", "lr[01]/config.json", "lr[01]-b/config.json", "lr*"]
+    for name in siblings:
+        storage.put(f"{address}/{name}", b"x")
+    for name in "lr[01]", "lr*":
+        storage.remove(f"{address}/{name}")
+    assert sorted(storage.entries(address)) == ["lr0/config.json", "lr1/config.json", "lr[01]-b/config.json"]
+
+
+def test_where_nothing_may_be_removed_or_the_name_is_a_pattern_no_run_begins(address, store, monkeypatch):
+    monkeypatch.setattr(store, "keeps_all", True)
+    with pytest.raises(storage.StorageError, match=rf"^{address}/.probe-\w+: "):
+        storage.check_writable(address)
+    monkeypatch.setattr(store, "keeps_all", False)
+    for name in "lr[01]", "lr0]", "run?", "run*":
+        with pytest.raises(storage.StorageError, match=r"stands for others; take a name without \* \? \[ \]\."):
+            storage.check_writable(f"{address}/{name}")
 
 
 def test_what_is_not_there_is_no_fault_of_the_store(address):
@@ -91,6 +112,35 @@ def test_a_store_that_refuses_one_request_in_ten_loses_nothing(address, store, i
         assert store.faults >= 3
 
 
+@pytest.mark.parametrize("write", [storage.put, storage.create, lambda to, data: storage.upload(_file(data), to)])
+def test_what_is_garbled_on_the_way_to_gcs_is_an_error(write, monkeypatch):  # the emulator of S3 does not look
+    store = stores()["gs"]
+    monkeypatch.setattr(store, "garbled", (b"content", b"contend"))
+    with pytest.raises(storage.StorageError, match="(?i)checksum"):
+        write(f"{store.address()}/x", b"the content")
+
+
+def _file(data):
+    path = pathlib.Path(storage.scratch(), "file")
+    path.write_bytes(data)
+    return path
+
+
+@pytest.mark.parametrize("name", ["../x", "a/../../x", "a//x", "/x", "./x"])
+def test_a_name_that_leads_out_of_a_folder_is_refused(name, monkeypatch, tmp_path):
+    found = {"bucket/run/y": {"size": 1}, f"bucket/run/{name}": {"size": 1}}
+    monkeypatch.setattr(storage._client("s3://bucket/run")[0], "find", lambda *_, **__: found)
+    with pytest.raises(storage.StorageError, match=f"^s3://bucket/run has an object named {name}, which is no path"):
+        storage.download_folder("s3://bucket/run", tmp_path / "here")
+    assert os.listdir(tmp_path) == []
+
+
+def test_what_a_console_makes_for_a_folder_is_no_file(monkeypatch):
+    found = {"bucket/run/": {"size": 0}, "bucket/run/a/": {"size": 0}, "bucket/run/a/x": {"size": 1}}
+    monkeypatch.setattr(storage._client("s3://bucket/run")[0], "find", lambda *_, **__: found)
+    assert list(storage.entries("s3://bucket/run")) == ["a/x"]
+
+
 def test_a_bucket_that_is_not_there_is_one_line(store):
     with pytest.raises(storage.StorageError, match=f"there is no bucket {store.scheme}://other, or these credentials"):
         storage.check_writable(f"{store.scheme}://other/run")
@@ -110,6 +160,12 @@ def test_a_missing_package_is_named_with_its_extra(scheme, extra, monkeypatch):
     monkeypatch.setitem(sys.modules, "s3fs", None)
     with pytest.raises(storage.StorageError, match=rf"needs the package .*: pip install 'deepseek-jax\[{extra}\]'"):
         storage.is_file(f"{scheme}://bucket/x")
+
+
+def test_a_broken_link_is_there_only_for_who_asks_for_links(tmp_path):
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "nowhere")
+    assert storage.lexists(link) and not storage.exists(link)
 
 
 def test_a_file_becomes_an_object_and_nothing_stays_here(address):
@@ -143,13 +199,70 @@ def test_a_mirror_has_whole_files_in_the_bucket_and_continues_from_them(address)
         time.sleep(0.01)
     with open(log, "a") as f:
         f.write("two\n")
-    (log.parent / "loads/a").unlink()
+    mirror.drop("loads")
     mirror.close()
     assert storage.read_bytes(f"{address}/log.txt") == b"one\ntwo\n" and list(storage.entries(address)) == ["log.txt"]
     assert not os.path.exists(mirror.folder)
     again = storage.Mirror(address, ("log.txt", "loads"))
     assert pathlib.Path(again.folder, "log.txt").read_text() == "one\ntwo\n"
     again.close()
+
+
+def test_what_others_remove_among_the_temporary_files_stays_in_the_bucket(address):
+    mirror = storage.Mirror(address, ("log.txt", "loads"), interval=3600)
+    pathlib.Path(mirror.folder, "log.txt").write_text("one")
+    pathlib.Path(mirror.folder, ".log.txt.0.new").write_text("half")
+    mirror.flush()
+    os.unlink(os.path.join(mirror.folder, "log.txt"))
+    mirror.flush()
+    shutil.rmtree(mirror.folder)
+    with pytest.raises(storage.StorageError, match=f"^{mirror.folder}, where what goes to {address} .* been removed"):
+        mirror.close()
+    assert {name: entry.size for name, entry in storage.entries(address).items()} == {"log.txt": 3}
+
+
+def test_a_file_that_goes_while_it_is_copied_ends_no_copying(address, monkeypatch):
+    mirror, state, seen = storage.Mirror(address, ("a",), interval=0.01), storage.Mirror._state, threading.Event()
+
+    def gone(self, name):
+        if not seen.is_set():
+            seen.set()
+            raise FileNotFoundError(name)
+        return state(self, name)
+
+    monkeypatch.setattr(storage.Mirror, "_state", gone)
+    pathlib.Path(mirror.folder, "a").write_text("a")
+    assert seen.wait(60)
+    deadline = time.monotonic() + 60
+    while not storage.entries(address):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    mirror.close()
+
+
+def test_working_files_of_another_machine_and_entries_that_are_none_stay(tmp_path, monkeypatch):
+    with subprocess.Popen([sys.executable, "-c", ""]) as gone:
+        pass
+    here = os.path.basename(storage.scratch()).split("-")[1]
+    theirs, ours, link = (f"deepseek_jax-{where}-{gone.pid}-{end}" for where, end in
+                          (("0123456789ab", "x"), (here, "x"), (here, "link")))
+    for name in theirs, ours:
+        (tmp_path / name).mkdir()
+    (tmp_path / link).symlink_to(tmp_path / "nowhere")
+    monkeypatch.setattr(storage.tempfile, "tempdir", str(tmp_path))
+    storage._scratch.__wrapped__(os.getpid())
+    assert theirs in os.listdir(tmp_path) and ours not in os.listdir(tmp_path)
+
+
+def test_a_process_that_ends_at_once_leaves_no_working_files(tmp_path):
+    code = "import os; from deepseek_jax import stop, storage; print(os.listdir(storage.scratch())); stop.leave(75)"
+    ended = subprocess.run([sys.executable, "-c", code], env=os.environ | {"TMPDIR": str(tmp_path)}, check=False,
+                           capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout) == (75, "[]\n") and os.listdir(tmp_path) == []
+
+
+def test_an_error_is_one_line_of_characters_that_a_terminal_shows():
+    assert str(storage.StorageError("gs://b/\x1b[2J\nx: no.")) == r"gs://b/\x1b[2J x: no."
 
 
 def test_a_process_leaves_no_working_files_and_the_next_removes_those_of_a_killed_one(tmp_path):

@@ -68,10 +68,11 @@ def test_of_two_at_once_the_store_takes_one(monkeypatch):
     assert storage.entries(address) == {}
 
 
-def test_a_bucket_s_lock_whose_holder_was_killed_here_holds_nobody(address):
+def test_a_bucket_s_lock_whose_holder_was_killed_here_holds_nobody(address, monkeypatch):
     with subprocess.Popen([sys.executable, "-c", ""]) as gone:
         pass
-    here = {"host": socket.gethostname(), "since": "2020", "id": "theirs", "machine": workdir._machine()}
+    monkeypatch.setattr(workdir._Lease, "SETTLE", 0)
+    here = {"host": socket.gethostname(), "since": "2020", "id": "theirs", "machine": storage.machine()}
     for pid, started in (gone.pid, "1"), (os.getpid(), "1"):  # its number may have been given to another since
         io.write_json(f"{address}/.holder", here | {"pid": pid, "started": started})
         with alone_in(address):
@@ -80,6 +81,7 @@ def test_a_bucket_s_lock_whose_holder_was_killed_here_holds_nobody(address):
 
 def test_a_bucket_s_lock_from_elsewhere_is_free_when_it_is_silent_and_held_while_it_beats(address, monkeypatch, capsys):
     monkeypatch.setattr(workdir._Lease, "EXPIRY", 0.3)
+    monkeypatch.setattr(workdir._Lease, "SETTLE", 0)
     theirs = {"host": "another", "pid": 1, "since": "2020", "id": "theirs", "beats": 0}
     io.write_json(f"{address}/.holder", theirs)
     with alone_in(address):
@@ -93,7 +95,38 @@ def test_a_bucket_s_lock_from_elsewhere_is_free_when_it_is_silent_and_held_while
     assert io.read_json(f"{address}/.holder") == theirs | {"beats": 1}
 
 
-def test_who_holds_a_bucket_s_lock_says_so_again_and_ends_when_another_has_it(address):
+def test_a_bucket_s_lock_that_no_run_wrote_is_free_when_it_is_silent(address, monkeypatch, capsys):
+    monkeypatch.setattr(workdir._Lease, "EXPIRY", 0.3)
+    monkeypatch.setattr(workdir._Lease, "SETTLE", 0)
+    for content in b"", b"[1]", b"\xff{":
+        storage.put(f"{address}/.holder", content)
+        with alone_in(address):
+            assert io.read_json(f"{address}/.holder")["pid"] == os.getpid()
+        assert "is free: whoever, which held it, has been silent" in capsys.readouterr().out
+
+
+def test_of_two_that_take_a_silent_lock_of_a_bucket_the_last_has_it(address, monkeypatch):
+    monkeypatch.setattr(workdir._Lease, "EXPIRY", 0.1)
+    theirs = {"host": "another", "pid": 1, "since": "2020", "id": "theirs"}
+    sleep, settle = time.sleep, workdir._Lease.SETTLE
+    late = lambda seconds: io.write_json(f"{address}/.holder", theirs) if seconds == settle else sleep(seconds)
+    monkeypatch.setattr(workdir.time, "sleep", late)
+    io.write_json(f"{address}/.holder", {"id": "a dead one"})
+    with pytest.raises(ConfigError, match=r"process 1 of another, since 2020\)"), alone_in(address):
+        pass
+    assert io.read_json(f"{address}/.holder") == theirs
+
+
+def test_a_silent_lock_of_a_bucket_that_another_has_just_taken_is_not_removed(address, monkeypatch):
+    theirs = {"host": "another", "pid": 1, "since": "2020", "id": "theirs"}
+    io.write_json(f"{address}/.holder", theirs)
+    with pytest.raises(ConfigError, match=r"process 1 of another, since 2020\)"):
+        workdir._Lease(address)._take_from({"id": "a dead one"})
+    assert io.read_json(f"{address}/.holder") == theirs
+
+
+@pytest.mark.parametrize("gone", [False, True], ids=["another's", "none"])
+def test_who_holds_a_bucket_s_lock_says_so_again_and_ends_when_another_has_it(address, gone):
     code = ("import sys, time; from deepseek_jax import workdir; workdir._Lease.BEAT = 0.1\n"
             "with workdir.alone_in(sys.argv[1]): print('held', flush=True); time.sleep(600)")
     with subprocess.Popen([sys.executable, "-c", code, address], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
@@ -104,13 +137,17 @@ def test_who_holds_a_bucket_s_lock_says_so_again_and_ends_when_another_has_it(ad
                 assert process.poll() is None
             end = time.monotonic() + 60
             while process.poll() is None and time.monotonic() < end:  # again: the holder may write between two looks
-                io.write_json(f"{address}/.holder", {"host": "another", "pid": 1, "since": "2020", "id": "theirs"})
+                if gone:  # as one that another took over and has released since
+                    storage.remove(f"{address}/.holder")
+                else:
+                    io.write_json(f"{address}/.holder", {"host": "another", "pid": 1, "since": "2020", "id": "theirs"})
                 time.sleep(0.3)
             assert process.poll() == 2
-            assert "process 1 of another, since 2020" in process.stderr.read()
+            said = process.stderr.read()
+            assert "This one was cut off from the store." in said and ("since 2020" in said) != gone
         finally:
             process.kill()
-    assert io.read_json(f"{address}/.holder")["id"] == "theirs"
+    assert gone or io.read_json(f"{address}/.holder")["id"] == "theirs"
 
 
 def test_a_bucket_that_cannot_be_written_is_refused_before_anything_runs(two, address, monkeypatch):
@@ -118,7 +155,7 @@ def test_a_bucket_that_cannot_be_written_is_refused_before_anything_runs(two, ad
         raise OSError("Forbidden: it may only be read\nand a second line")
 
     monkeypatch.setattr(storage._client(address)[0], "pipe_file", refuse)
-    with pytest.raises(storage.StorageError, match=rf"{address}/.probe-\w+: Forbidden: it may only be read$"):
+    with pytest.raises(storage.StorageError, match=rf"{address}/.probe-\w+: Forbidden: it may only be read\.$"):
         check_workdir(two[0], address)
 
 

@@ -134,7 +134,7 @@ def read(folder: str, bos: str, eos: str, default: str | None = None) -> Templat
 def _json(folder, name) -> dict[str, Any]:
     """A JSON file of the folder; {} where there is none."""
     path = os.path.join(folder, name)
-    if not storage.exists(path):
+    if not storage.lexists(path):
         return {}
     try:
         found = io.read_json(path)

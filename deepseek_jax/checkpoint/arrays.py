@@ -192,10 +192,15 @@ def _open_objects(address):
         context=tensorstore.Context({"data_copy_concurrency": {"limit": storage.THREADS}}))
 
 
-def _open_orbax(path, name):
-    """Orbax's arrays have a chunk for each device that wrote: chunks stay cached between parts of them."""
+def check_on_disk(path: str | os.PathLike[str]) -> None:
+    """Raises ConfigError for the address of a checkpoint that Orbax wrote, which reads disks alone."""
     if storage.is_remote(path):
         raise ConfigError(f"{os.fspath(path)} was written on a disk, and is read from one alone; copy the run there.")
+
+
+def _open_orbax(path, name):
+    """Orbax's arrays have a chunk for each device that wrote: chunks stay cached between parts of them."""
+    check_on_disk(path)
     base = "file://" + os.path.join(os.fspath(path), "state", "")
     spec = {"driver": "zarr", "kvstore": {"driver": "ocdbt", "base": base, "path": f"{name}/"},
             "recheck_cached_data": False, "context": {"cache_pool": {"total_bytes_limit": 2**30}}}

@@ -35,7 +35,7 @@ class Checkpoints:
     """The newest `keep` checkpoints of one work directory; only the process that trains there may hold this."""
 
     def __init__(self, workdir, keep: int = 3):
-        self.directory = _directory(workdir)
+        self.directory = manifest.directory_of(workdir)
         self.keep = keep
         self._damaged = set()  # steps seen damaged by restore; the next commit removes them
         self._attempts = 0
@@ -87,7 +87,8 @@ class Checkpoints:
         try:
             if jax.process_index() == 0:
                 manifest.discard(address)  # what an attempt that failed has left there, too
-                io.write_json(address / "meta.json", {"step": step, "meta": meta, "leaves": leaves}, indent=None)
+                about = {"step": step, "meta": meta, "leaves": leaves, "state": save.state}
+                io.write_json(address / "meta.json", about, indent=None)
         except Exception as error:
             raise self._failed(step, address, error) from error
         objects.wait_for_all(f"{name}, begun")
@@ -154,8 +155,8 @@ class Checkpoints:
         if getattr(error, "errno", None) == errno.ENOSPC or "no space left" in str(error).lower():
             why = "no space left on the disk; free some, or keep fewer with train.checkpoints_kept"
         if storage.is_remote(partial):  # which may not answer any more; the next start removes what is there
-            return CheckpointError(f"checkpoint {step} was not written to {self.directory}: {why} Those before it are "
-                                   "untouched.")
+            return CheckpointError(f"checkpoint {step} was not written to {self.directory}: {why.rstrip('.')}. Those "
+                                   "before it are untouched.")
         storage.remove(partial)
         last = self.steps()
         kept = f"The checkpoint of step {last[-1]} is untouched." if last else "There is no older one."
@@ -164,7 +165,7 @@ class Checkpoints:
 
 def find_checkpoint(workdir: str | os.PathLike[str], step: int | None = None) -> pathlib.Path:
     """The folder of a step's checkpoint; None: of the newest undamaged one. Raises ConfigError where there is none."""
-    directory = _directory(workdir)
+    directory = manifest.directory_of(workdir)
     path = manifest.newest(directory)[0] if step is None else manifest.of_step(directory, step)
     if path is None:
         raise ConfigError(f"{workdir} holds no checkpoint; give the --workdir of a run that has saved one.")
@@ -207,10 +208,6 @@ def read_items(path: pathlib.Path, names: Sequence[str], abstract: dict[str, Any
                 node = node.setdefault(parent, {})
             node[key] = value
     return items, saved["step"], saved["meta"]
-
-
-def _directory(workdir):
-    return storage.as_path(storage.absolute(workdir)) / "checkpoints"
 
 
 # Leaves: a state as {path: array}, and back.
@@ -259,6 +256,8 @@ def _read(path, leaves, abstract, cast=False):
     check_fit(path, {name: f"{leaf['dtype']}{leaf['shape']}" for name, leaf in leaves.items()},
               {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in wanted.items()})
     chunked = [name for name in wanted if "zarr" in leaves[name]]
+    if any(math.prod(leaf.shape) for name, leaf in wanted.items() if name not in chunked):
+        arrays.check_on_disk(path)
     shapes, how, each = {}, {}, storage.in_parallel if storage.is_remote(path) else map
     read = dict(zip(chunked, each(lambda name: _read_chunks(path, leaves[name], wanted[name]), chunked)))
     for name, leaf in wanted.items():

@@ -20,6 +20,12 @@ from deepseek_jax import io, storage
 from deepseek_jax.config import ConfigError
 
 
+def directory_of(workdir: str | os.PathLike[str]) -> pathlib.Path:
+    """The folder of a run's checkpoints, whatever the current folder becomes. `..` behind a link stays what it is."""
+    path = storage.as_path(workdir)
+    return (path if storage.is_remote(workdir) else path.absolute()) / "checkpoints"
+
+
 def check_name(workdir: str | os.PathLike[str]) -> None:
     """Raises ConfigError for a work directory that TensorStore cannot open."""
     try:

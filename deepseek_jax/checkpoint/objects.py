@@ -1,14 +1,16 @@
 """A state as objects in a bucket: each array in zarr chunks, each chunk one object, no object written twice.
 
-    checkpoints/STEP/meta.json   state/params.embedding/zarr.json  c.0.0  c.1.0 ...   manifest.json, the last one
+    checkpoints/STEP/meta.json   state-ID/params.embedding/zarr.json  c.0.0  c.1.0 ...   manifest.json, the last one
 
-Every process writes the chunks that its devices hold and takes their checksums as it does; process 0 joins the lists.
-Orbax writes no s3://, and both stores are written alike.
+ID is another one for each attempt to save: a request of an attempt that timed out may still reach the store when the
+next one is done. Every process writes the chunks that its devices hold and takes their checksums as it does; process 0
+joins the lists. Orbax writes no s3://, and both stores are written alike.
 """
 
 from __future__ import annotations
 
 import pathlib
+import uuid
 from typing import Any
 
 import jax
@@ -25,6 +27,8 @@ LONGEST_WAIT = 24 * 3600  # seconds, of a process for the slowest
 class Save:
     """What this process writes of a state. It is copied to the host here, so that its buffers may be donated.
 
+    state: the folder of this attempt. That of process 0 is the one that counts, and meta.json names it to the others.
+
     Args:
       address: of the checkpoint.
       arrays: {name: jax.Array or NumPy array}, none of them empty.
@@ -32,27 +36,29 @@ class Save:
     """
 
     def __init__(self, address: pathlib.Path, arrays: dict[str, Any], leaves: dict[str, dict[str, Any]]):
-        self.address, self.held = address, {}
+        self.address, self.state, self.held = address, f"state-{uuid.uuid4().hex[:12]}", {}
         for name, array in arrays.items():
-            folder = f"state/{name.replace('/', '.')}"
-            leaves[name] |= {"zarr": folder, "exact": True}
+            folder = name.replace("/", ".")
+            leaves[name] |= {"zarr": f"{self.state}/{folder}", "exact": True}
             self.held[folder] = array.shape, array.dtype, _chunk(array), _own_parts(array)
 
     def write(self, name: str) -> dict[str, list[int]] | None:
-        """Writes it. In process 0: {file: [length, CRC32]} of what all of them wrote; None in the others.
+        """Writes it, once process 0 has written meta.json. In process 0: {file: [length, CRC32]} of what all of them
+        wrote; None in the others.
 
         name: of this attempt, the same in all processes and another one each time.
         """
         first, prints, jobs = jax.process_index() == 0, {}, []
+        state = self.state if first else io.read_json(self.address / "meta.json")["state"]
         for folder, (shape, dtype, chunk, parts) in self.held.items():
             if not first and not parts:
                 continue
-            writer = Writer(str(self.address), folder, shape, chunk, dtype, prints, describes=first)
+            writer = Writer(str(self.address), f"{state}/{folder}", shape, chunk, dtype, prints, describes=first)
             jobs += [(writer, index, piece) for start, part in parts for index, piece in _cut(start, part, chunk)]
         storage.in_parallel(lambda job: job[0].write(*job[1:]), jobs)
         if jax.process_count() == 1:
             return prints
-        lists = self.address / "prints"
+        lists = self.address / f"{state}.prints"
         io.write_json(lists / f"{jax.process_index()}.json", prints, indent=None)
         wait_for_all(name)
         if not first:

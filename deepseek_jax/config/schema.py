@@ -40,9 +40,11 @@ class ConfigError(ValueError):
 
 def usable_path(name: str, path: str, on_disk: bool = False) -> str:
     """The path, with the home folder for a ~, which a shell leaves in --hf=~/x; or the address of something in a
-    bucket, without a slash at its end. name: of the option or key. on_disk: an address will not do.
+    bucket, with one slash between its parts and none at its end. name: of the option or key. on_disk: an address will
+    not do.
 
-    Raises ConfigError for an address of another kind, which as a path would be a folder `http:` here.
+    Raises ConfigError for an address without a bucket, and for one of another kind, which as a path would be a folder
+    `http:` here.
     """
     if not re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", path):
         return os.path.expanduser(path)
@@ -50,7 +52,11 @@ def usable_path(name: str, path: str, on_disk: bool = False) -> str:
         which = "" if on_disk else ", and in buckets gs:// and s3://"
         raise ConfigError(f"{name}={path} is an address, and only paths of this machine{which} are read and written; "
                           "copy it here, or mount it as a file system.")
-    return path.rstrip("/")
+    scheme, rest = path.split("://", 1)
+    parts = rest.split("/")
+    if not parts[0]:
+        raise ConfigError(f"{name}={path} names no bucket; write {scheme}://BUCKET/NAME.")
+    return f"{scheme}://{'/'.join(filter(None, parts))}"
 
 
 def shown(value: Any) -> str:

@@ -77,6 +77,8 @@ def prepare_ahead(config: Config, workdir: str | None, share: Share = ALL, worke
         with tempfile.TemporaryDirectory() as nothing:
             return prepare_ahead(config, nothing, share, workers)
     folder, data = prepare.cache_of(config, workdir), config.data
+    if storage.is_remote(folder):
+        storage.check_writable(folder)
     storage.make_folder(folder)
     with Workers(workers) as pool:
         divided = lambda path, fraction: Divided(path, fraction, workdir, folder, share, pool)

@@ -80,7 +80,7 @@ def _text(src, dst, partial, vocab_size) -> list[str]:
     if _copy_text(src, partial):
         keep_built_in(src, partial)
         return []
-    if storage.exists(os.path.join(src, ranks.FILE)):
+    if storage.lexists(os.path.join(src, ranks.FILE)):
         return [ranks.convert(src, partial, vocab_size)]
     return [f"{src} has no tokenizer.json; put one into {dst} before you evaluate or generate there."]
 
@@ -115,12 +115,12 @@ def to_hf(src: str, dst: str, fp8: bool = False, dtype: str | None = None, merge
         source = save.Export(cfg, leaves, fp8, layout, None if dtype is None else jnp.dtype(dtype), scales == "ue8m0")
         items = [item for items in source.files().values() for item in items]
         total = sum(item.nbytes for item in items)
-        with tqdm.tqdm(total=total, desc="to-hf", unit="B", unit_scale=True) as bar:
-            special = None if layout else _special(src, origin)
-            save.export(partial, source, special, bar.update)
+        special = None if layout else _special(src, origin)
         has_tokenizer = _copy_text(src, partial)
         if layout is None and has_tokenizer:
             _describe_tokenizer(partial, special or {})
+        with tqdm.tqdm(total=total, desc="to-hf", unit="B", unit_scale=True) as bar:
+            save.export(partial, source, special, bar.update)  # last: its config.json makes a checkpoint of it
     sizes = collections.Counter()
     for item in items:
         sizes[item.dtype.name] += item.nbytes
@@ -197,7 +197,7 @@ def _leaves(workdir, merge=False):
         raise ConfigError(f"{workdir} is a reward model, whose head no published format has; give a run that writes "
                           f"text, such as the one that it began from, {config.init.from_}.")
     manifest.check_name(workdir)
-    newest, _ = manifest.newest(storage.as_path(storage.absolute(workdir)) / "checkpoints")
+    newest, _ = manifest.newest(manifest.directory_of(workdir))
     if newest is None:
         raise ConfigError(f"{workdir} holds no checkpoint; give a work directory that has one.")
     if (base_of(newest) is not None) != merge:

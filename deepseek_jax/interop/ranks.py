@@ -110,7 +110,7 @@ def convert(source: str, folder: str, vocab_size: int) -> str:
 
 def _config(path):
     try:
-        found = io.read_json(path) if storage.exists(path) else {}
+        found = io.read_json(path) if storage.lexists(path) else {}
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}.") from None
     except ValueError as error:

@@ -204,11 +204,11 @@ def _start(folder, files) -> tuple[str, str | None]:
 
     An index that nobody asked for counts before a single file next to it, which `_index` then finds.
     """
-    name = files or (INDEX if storage.exists(os.path.join(folder, INDEX)) else SINGLE)
+    name = files or (INDEX if storage.lexists(os.path.join(folder, INDEX)) else SINGLE)
     if os.path.basename(name) != name or not name.endswith((".safetensors", ".index.json")):
         raise ConfigError(f"--files={shown(name)} is no file name that ends in .safetensors or .index.json; give one "
                           f"of {folder}.")
-    if not storage.exists(os.path.join(folder, name)):
+    if not storage.lexists(os.path.join(folder, name)):
         what = f"no {name}" if files else f"neither {SINGLE} nor {INDEX}"
         raise ConfigError(f"{folder} holds {what}; give the folder of a Hugging Face checkpoint.")
     return (name, None) if name.endswith(".safetensors") else ("", name)

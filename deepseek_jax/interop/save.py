@@ -181,7 +181,7 @@ class Export:
 
 def export(folder: str, source: Export, special: dict[str, int] | None = None,
            progress: Callable[[int], Any] = lambda count: None) -> None:
-    """Writes the safetensors files and config.json into `folder`.
+    """Writes the safetensors files and, last, config.json into `folder`.
 
     Args:
       special: bos_token_id and eos_token_id for config.json.
@@ -219,7 +219,7 @@ def building(path: str | os.PathLike[str]) -> Iterator[str]:
       ConfigError: `path` exists, cannot be made, or the disk is full.
     """
     path = storage.absolute(path)
-    if storage.exists(path):
+    if storage.lexists(path):
         raise ConfigError(f"{path} exists already; take another destination, or remove it first.")
     if storage.is_remote(path):
         storage.check_writable(path)

@@ -30,7 +30,7 @@ from deepseek_jax.posttraining.tasks import Task, find_task
 from deepseek_jax.posttraining.update import policy_loss, view
 from deepseek_jax.serving.engine import check_servable
 from deepseek_jax.training.base import check_tokenizer
-from deepseek_jax.training.loop import Pending, Run, check_run
+from deepseek_jax.training.loop import Pending, Run, check_run, closing
 from deepseek_jax.training.step import fresh_state
 from deepseek_jax.training.types import Metrics
 from deepseek_jax.workdir import alone_in, claim_workdir
@@ -55,11 +55,8 @@ def reinforce(config: Config, workdir: str) -> bool:
     with alone_in(workdir):
         tokenizer = find_tokenizer(config, workdir, [])
         claim_workdir(config, workdir)
-        run = ReinforceRun(config, workdir, task, tokenizer, runner)
-        try:
+        with closing(ReinforceRun(config, workdir, task, tokenizer, runner)) as run:
             return run.go()
-        finally:
-            run.close()
 
 
 def check_reinforce(config: Config) -> None:

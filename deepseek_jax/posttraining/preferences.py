@@ -30,7 +30,7 @@ from deepseek_jax.posttraining.dpo import answer_logprobs, bradley_terry, pair_l
 from deepseek_jax.posttraining.pairs import PairLoader, hold
 from deepseek_jax.posttraining.reward_model import row_rewards
 from deepseek_jax.training.base import load_reference, main_model
-from deepseek_jax.training.loop import Pending, Run, TrainResult, check_run
+from deepseek_jax.training.loop import Pending, Run, TrainResult, check_run, closing
 from deepseek_jax.training.losses import objective, token_logprobs
 from deepseek_jax.training.step import Inputs, Loss, complete, of_rows, run_model, sums_of
 from deepseek_jax.training.types import Batch, Metrics, Normalizers, Sums, TokenLosses
@@ -60,11 +60,8 @@ def train_on_pairs(config: Config, workdir: str) -> TrainResult:
                 print(f"{source.path}: {len(pairs.train):,} pairs, {len(pairs.validation):,} held out"
                       + (f", {pairs.left_out:,} too long for train.sequence_length" if pairs.left_out else "") + ".",
                       flush=True)
-        run = kind(config, workdir, loader, runner)
-        try:
+        with closing(kind(config, workdir, loader, runner)) as run:
             return TrainResult(run.go(), run.step, None, tokenizer, "")
-        finally:
-            run.close()
 
 
 def check_preferences(config: Config) -> None:

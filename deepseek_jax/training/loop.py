@@ -17,7 +17,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import chex
 import jax
@@ -66,6 +66,9 @@ from deepseek_jax.workdir import (
 )
 
 BALANCE = ("sequence_loss", "auxiliary_loss", "bias_low", "bias_high")  # metrics of a model with experts
+
+
+RunType = TypeVar("RunType", bound="Run")
 
 
 class DivergedError(ConfigError):
@@ -189,19 +192,24 @@ def train(config: Config, workdir: str, kind: type[Run] | None = None) -> TrainR
 
 
 def _trained(config, workdir, loader, runner, kind: type[Run]):
-    run = kind(config, workdir, loader, runner)
-    try:
+    with closing(kind(config, workdir, loader, runner)) as run:
         finished = run.go()
         wanted = finished and config.train.sample_tokens and not config.lora.fp8
         variables = run.sample_variables() if wanted else None
         held_out = loader.tokenizer.decode(loader.validation.read(0, 32).tokens_T.tolist())
-        result = TrainResult(finished, run.step, variables, loader.tokenizer, held_out)
+        return TrainResult(finished, run.step, variables, loader.tokenizer, held_out)
+
+
+@contextlib.contextmanager
+def closing(run: RunType) -> Iterator[RunType]:
+    """Closes a run at the end. After an error that one is raised, and not what a store refuses in closing."""
+    try:
+        yield run
     except BaseException:
-        with contextlib.suppress(storage.StorageError):  # of metrics; what came first says more
+        with contextlib.suppress(storage.StorageError):
             run.close()
         raise
     run.close()
-    return result
 
 
 class Pending(NamedTuple):
@@ -217,12 +225,14 @@ class Run:
 
     loss: of a step. name: of the progress bar. together: steps that share a batch; a run stops and saves between them.
     reference: variables of the frozen model that the loss compares with, and compared: which checkpoint they are.
+    writer: of the metrics, in process 0 from `go` on, so that what fails before leaves no thread of its.
     asked: the signal that asked this process to stop.
     """
 
     loss: Loss = staticmethod(next_token_loss)
     name: str = "train"
     together: int = 1
+    writer: MetricsWriter | None = None
     asked: str | None = None
 
     def __init__(self, config: Config, workdir: str, loader: Any, runner: Runner):
@@ -244,7 +254,7 @@ class Run:
         self.reference, self.compared = self.find_reference(known)
         self.state = starting_state(config, runner, self.frozen) if restored is None else restored[0]
         self.step = int(self.state.step)
-        self.writer = MetricsWriter(workdir, self.step if restored is not None else None) if is_first() else None
+        self.open_writer = functools.partial(MetricsWriter, workdir, None if restored is None else self.step)
         if restored is not None and is_first():
             print(f"Resuming from step {self.step} of {config.train.steps}.", flush=True)
         if config.mesh.pipe > 1 and is_first():
@@ -269,6 +279,7 @@ class Run:
 
     def go(self) -> bool:
         """Runs the remaining steps. False when SIGTERM, SIGUSR1 or Ctrl-C (SIGINT) ended them."""
+        self.writer = self.open_writer() if is_first() else None
         previous = {number: signal.signal(number, self._ask_to_stop) for number in (*stop.SIGNALS, signal.SIGINT)}
         try:
             with tqdm.tqdm(total=self.config.train.steps, initial=self.step, desc=self.name, unit="step",

@@ -63,15 +63,23 @@ class MetricsWriter:
         """Opens the files and drops everything after `resume_step`; None (a run from the start) drops all."""
         names = "metrics.jsonl", "expert_load", "tensorboard"
         self._mirror = storage.Mirror(os.fspath(workdir), names) if storage.is_remote(workdir) else None
-        workdir = pathlib.Path(self._mirror.folder if self._mirror else workdir)
+        try:
+            self._open(pathlib.Path(self._mirror.folder if self._mirror else workdir), resume_step)
+        except BaseException:
+            if self._mirror:
+                self._mirror.leave()
+            raise
+
+    def _open(self, workdir, resume_step):
         workdir.mkdir(parents=True, exist_ok=True)
         last = -1 if resume_step is None else resume_step
         self._path, self._loads = workdir / "metrics.jsonl", workdir / "expert_load"
+        drop = self._mirror.drop if self._mirror else lambda name: shutil.rmtree(workdir / name, ignore_errors=True)
         if resume_step is None:
-            shutil.rmtree(workdir / "tensorboard", ignore_errors=True)
+            drop("tensorboard")
         rows = _drop_rows(self._path, last)
         self._written = {_kind(row): row["step"] for row in rows}
-        self._written["load"] = _drop_loads(self._loads, last)
+        self._written["load"] = _drop_loads(self._loads, last, drop)
         (workdir / "tensorboard").mkdir(exist_ok=True)
         self._events = workdir / "tensorboard" / f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}"
         self._add_event(file_version="brain.Event:2")
@@ -186,12 +194,12 @@ def _records(folder):
     return data[:len(data) // (4 * width) * 4 * width].view(np.int32).reshape(-1, width), shape
 
 
-def _drop_loads(folder, last):
+def _drop_loads(folder, last, drop):
     """Drops records after step `last`, and a half record; returns the last step that stays, or -1."""
     records, _ = _records(folder)
     steps = records[records[:, 0] <= last, 0]
     if not len(steps):  # with the shape: another model may follow
-        shutil.rmtree(folder, ignore_errors=True)
+        drop(folder.name)
         return -1
     os.truncate(folder / "counts.int32", len(steps) * records.shape[1] * records.itemsize)
     return int(steps[-1])

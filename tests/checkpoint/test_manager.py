@@ -54,6 +54,13 @@ def save_steps(workdir, steps, keep=3):
     checkpoints.close()
 
 
+def test_dots_behind_a_link_lead_where_the_link_does(tmp_path):
+    (tmp_path / "far/away").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "far/away")
+    save_steps(tmp_path / "far", (1,))
+    assert Checkpoints(tmp_path / "link" / "..").steps() == [1]
+
+
 def biggest_file(path):
     return max((p for p in path.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
 

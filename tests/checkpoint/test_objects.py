@@ -25,6 +25,11 @@ def address(store):
     return store.address()
 
 
+def part(address, step, name):
+    """The name of an object of a checkpoint below its folder, whose middle is of its attempt."""
+    return next(found for found in storage.entries(f"{address}/checkpoints/{step}") if found.endswith(name))
+
+
 def restored(address, like):
     found = Checkpoints(address).restore(abstract(like))
     return found and found[0]
@@ -56,7 +61,7 @@ def test_the_manifest_is_written_last(store, address):
     (lambda path, name: storage.put(f"{path}/{name}", bytes(storage.size(f"{path}/{name}"))), "fails its checksum")])
 def test_a_damaged_one_is_named_and_the_one_before_it_is_read(address, harm, why, capsys):
     save_steps(address, (1, 2))
-    harm(f"{address}/checkpoints/2", "state/params.embed.table/c.0.0")
+    harm(f"{address}/checkpoints/2", part(address, 2, "params.embed.table/c.0.0"))
     assert bits(restored(address, make_state())) == bits(make_state(1))
     assert "Damaged checkpoint" in (said := capsys.readouterr().out) and why in said
     with pytest.raises(ConfigError, match="is damaged"):
@@ -67,9 +72,32 @@ def test_an_object_that_the_store_has_lost_makes_no_checkpoint(address, monkeypa
     save_steps(address, (1,))
     put, lost = storage.put, "params.head/c.0.0"
     monkeypatch.setattr(storage, "put", lambda to, data: None if str(to).endswith(lost) else put(to, data))
-    with pytest.raises(CheckpointError, match=r"written, state/params.head/c.0.0 is missing\. Those before it"):
+    with pytest.raises(CheckpointError, match=r"written, state-\w+/params.head/c.0.0 is missing\. Those before it"):
         save_steps(address, (2,))
     assert Checkpoints(address).steps() == [1]
+
+
+def test_what_an_attempt_that_failed_still_writes_and_removes_hits_no_later_one(address, monkeypatch):
+    put, late = storage.put, []
+    monkeypatch.setattr(storage, "put", lambda to, data: (late.append((to, bytes(data))), put(to, data)))
+    checkpoints = Checkpoints(address)
+    checkpoints.save(1, make_state(1), {})
+    checkpoints.wait()
+    chunks = [(to, data) for to, data in late if "/state" in str(to)]
+    checkpoints.save(1, make_state(2), {})
+    checkpoints.close()
+    assert chunks and not {to for to, _ in chunks} & {f"{address}/{name}" for name in storage.entries(address)}
+    for to, data in chunks:
+        put(to, data)
+    assert bits(restored(address, make_state())) == bits(make_state(2))
+
+
+def test_one_that_was_written_on_a_disk_is_refused_in_a_bucket(address, tmp_path):
+    save_steps(tmp_path, (1,))
+    storage.upload_folder(tmp_path, address, last=("manifest.json",))
+    for read in (lambda: restored(address, make_state()), lambda: restore_items(address)):
+        with pytest.raises(ConfigError, match=f"^{address}/checkpoints/1 was written on a disk, and is read from one"):
+            read()
 
 
 def test_of_a_copy_whose_store_has_other_checksums_the_content_counts(address):
@@ -78,7 +106,7 @@ def test_of_a_copy_whose_store_has_other_checksums_the_content_counts(address):
     files = io.read_json(path)["files"]
     io.write_json(path, {"files": {name: [size, crc, "other"] for name, (size, crc, _) in files.items()}})
     assert bits(restored(address, make_state())) == bits(make_state(1))
-    storage.put(f"{address}/checkpoints/1/state/step/c", bytes(4))
+    storage.put(f"{address}/checkpoints/1/{part(address, 1, '/step/c')}", bytes(4))
     with pytest.raises(ConfigError, match="step/c fails its checksum"):
         restored(address, make_state())
 
@@ -116,7 +144,8 @@ def test_parts_of_devices_are_written_once_each_and_read_onto_another_mesh(addre
     checkpoints = Checkpoints(address)
     checkpoints.save(1, {"x": jax.device_put(x, first)}, {})
     checkpoints.close()
-    sizes = {name: e.size for name, e in storage.entries(f"{address}/checkpoints/1/state/x").items()}
+    found = storage.entries(f"{address}/checkpoints/1").items()
+    sizes = {name.split("/")[-1]: e.size for name, e in found if "/x/" in name}
     described = sizes.pop("zarr.json")
     assert described and sum(sizes.values()) == x.nbytes and set(sizes.values()) == {48}
     found = Checkpoints(address).restore({"x": jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=second)})[0]["x"]
@@ -138,7 +167,7 @@ def test_a_copy_on_a_disk_is_a_checkpoint_whose_checksums_count(address, tmp_pat
     save_steps(address, (4,))
     storage.download_folder(address, tmp_path)
     assert bits(restored(tmp_path, make_state())) == bits(make_state(4))
-    file = tmp_path / "checkpoints/4/state/params.head/c.0.0"
+    file = tmp_path / "checkpoints/4" / part(address, 4, "params.head/c.0.0")
     file.write_bytes(bytes(len(file.read_bytes())))
     assert "params.head/c.0.0 fails its checksum" in manifest.damage(tmp_path / "checkpoints/4")
 

@@ -45,6 +45,16 @@ def test_there_and_back_gives_every_byte_and_the_weights_of_a_disk(store, impati
     assert sorted(os.listdir(tmp_path)) == ["back", "run"]
 
 
+def test_config_json_makes_a_checkpoint_of_an_export_and_is_written_last(store, tmp_path, monkeypatch):
+    address, order, put, upload = store.address(), [], storage.put, storage.upload
+    from_hf(checkpoints.golden("mtp"), str(tmp_path / "run"))
+    (tmp_path / "run/generation_config.json").write_text("{}")
+    monkeypatch.setattr(storage, "put", lambda to, data: (order.append(str(to)), put(to, data)))
+    monkeypatch.setattr(storage, "upload", lambda file, to: (order.append(str(to)), upload(file, to)))
+    to_hf(str(tmp_path / "run"), f"{address}/back")
+    assert len(order) > 3 and order[-1] == f"{address}/back/config.json"
+
+
 def test_a_store_that_dies_leaves_no_run_and_no_checkpoint(store, impatient):
     address = store.address()
     with store.dying_after(6), pytest.raises(storage.StorageError):

@@ -7,6 +7,7 @@ import pytest
 
 from deepseek_jax.config import Config, ConfigError, TrainConfig
 from deepseek_jax.parallel.processes import StopAgreement
+from deepseek_jax.storage import StorageError
 from deepseek_jax.training import loop
 from deepseek_jax.training.evaluate import Score
 from deepseek_jax.training.types import Metrics
@@ -101,3 +102,14 @@ def test_of_several_processes_each_asks_when_the_step_before_is_fetched_and_save
 
 def test_a_diverged_run_is_a_config_error_for_the_command_line():
     assert issubclass(loop.DivergedError, ConfigError)
+
+
+def test_what_a_store_refuses_in_closing_hides_nothing_that_came_first():
+    def refuse():
+        raise StorageError("the store is full.")
+
+    run = types.SimpleNamespace(close=refuse)
+    with pytest.raises(ZeroDivisionError), loop.closing(run):
+        _ = 1 / 0
+    with pytest.raises(StorageError), loop.closing(run):
+        pass

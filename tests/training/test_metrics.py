@@ -1,13 +1,18 @@
 """Metrics: a run that was killed and resumed leaves the files of one that never stopped."""
 
 import json
+import os
+import threading
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
+from deepseek_jax import storage
+from deepseek_jax.training import metrics
 from deepseek_jax.training.metrics import MetricsWriter, balance_metrics, max_vio, read_expert_loads, read_metrics
+from tests.buckets import stores
 
 
 def counts_of(step):
@@ -143,3 +148,16 @@ def test_a_source_whose_name_is_no_utf8_has_its_loss_in_both_files(tmp_path):
     MetricsWriter(tmp_path, None).write(1, **{"eval_loss/caf\udce9": 2.0})
     assert read_metrics(tmp_path) == [{"step": 1, "eval_loss/caf\udce9": 2.0}]
     assert (1, r"eval/loss/caf\udce9", 2.0) in events(tmp_path)[0]
+
+
+def test_a_writer_that_cannot_begin_leaves_no_thread_and_no_files(monkeypatch):
+    def fail(*_):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(metrics, "_drop_rows", fail)
+    address = stores()["s3"].address()
+    before = set(threading.enumerate()), os.listdir(storage.scratch())
+    with pytest.raises(OSError, match="no space left"):
+        MetricsWriter(address, None)
+    mine = {thread for thread in threading.enumerate() if "_keep" in thread.name}
+    assert mine <= before[0] and os.listdir(storage.scratch()) == before[1]
