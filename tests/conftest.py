@@ -67,6 +67,16 @@ def pytest_configure(config):
     hypothesis.settings.load_profile("suite")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def few_mappings():
+    """Compiled programs take a dozen memory mappings each, of which Linux lets a process have 65,530: beyond, jaxlib
+    ends with a segmentation fault."""
+    yield
+    maps = pathlib.Path("/proc/self/maps")
+    if "jax" in sys.modules and maps.exists() and maps.read_bytes().count(b"\n") > 20_000:
+        sys.modules["jax"].clear_caches()
+
+
 @pytest.fixture
 def impatient(monkeypatch):
     """Clients of buckets (`tests.buckets`) try again at once, and as often as ever."""
