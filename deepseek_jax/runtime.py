@@ -39,8 +39,10 @@ def reuse_memory() -> None:
 
 
 def tune_xla() -> None:
-    """Adds CPU_FLAGS to XLA_FLAGS; flags that the user has set win."""
+    """Adds CPU_FLAGS to XLA_FLAGS; flags that the user has set win, and a file of flags is left as it is."""
     theirs = os.environ.get("XLA_FLAGS", "").split()
+    if theirs and not theirs[0].startswith("-"):
+        return
     named = {flag.split("=")[0] for flag in theirs}
     added = [f"{name}={value}" for name, value in CPU_FLAGS.items() if name not in named]
     os.environ["XLA_FLAGS"] = " ".join(theirs + added)

@@ -89,3 +89,9 @@ def test_too_little_memory_is_one_line():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("error: the memory of this machine is too small (Unable to")
     assert done.stderr.count("\n") == 1
+
+
+def test_a_file_of_xla_flags_is_left_as_it_is(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "flags.txt")
+    runtime.tune_xla()
+    assert os.environ["XLA_FLAGS"] == "flags.txt"

@@ -142,7 +142,8 @@ def _rows(x, index):
 def _packed(parts):
     """Arrays [R, ...] of any dtypes side by side, as unsigned integers of the narrowest one's width."""
     width = min(part.dtype.itemsize for part in parts)
-    return jnp.concatenate([lax.bitcast_convert_type(part, f"uint{8 * width}").reshape(part.shape[0], -1)
+    units = lambda part: math.prod(part.shape[1:]) * part.dtype.itemsize // width
+    return jnp.concatenate([lax.bitcast_convert_type(part, f"uint{8 * width}").reshape(part.shape[0], units(part))
                             for part in parts], axis=1)
 
 

@@ -89,9 +89,10 @@ def interleaved(forward: tuple[Piece, dict], backward: tuple[Piece, dict], x: It
     _wait(env, x, _sent(b, 0, other))
     for k in range(max(len(f), len(b))):
         _work(ours, f, k, env)
-        _travel(theirs, b, k, other, [*_sent(f, k, env), *_add(gradients, other, totals)])
+        first = [*_sent(f, k, env), *_add(gradients, other, totals)]
+        _travel(theirs, b, k, other, first, _half(f, k, env))
         _work(theirs, b, k + 1, other)
-        _travel(ours, f, k, env, _sent(b, k + 1, other))
+        _travel(ours, f, k, env, _sent(b, k + 1, other), _half(b, k + 1, other))
     _add(gradients, other, totals)
     results = [value_of(other, v) for v in theirs.results[:len(theirs.results) - len(sums)]]
     return [value_of(env, v) for v in ours.results], [*results, *(totals[i] for i in range(len(sums)))]
@@ -114,17 +115,27 @@ def _sent(found, k, env):
     return [env[v] for v in found[k].sent] if k < len(found) else []
 
 
+def _half(found, k, env):
+    """Results of the product after which half of the products of phase k are done."""
+    products = [e for e in found[k].work if multiplies(e)] if k < len(found) else []
+    return [env[v] for v in products[len(products) // 2].outvars] if products else []
+
+
 def _wait(env, names, first):
     """Until `first` are computed."""
     if first:
         env |= {v: lax.optimization_barrier((env[v], *first))[0] for v in names}
 
 
-def _travel(piece, found, k, env, first):
-    """The exchange after phase k, whose result waits for `first`."""
-    if k < len(found):
-        arrived = set(found[k].arrived)
-        for equation in found[k].travel:
-            evaluate([equation], piece.waits, env)
-            if arrived.issuperset(equation.outvars):
-                _wait(env, equation.outvars, first)
+def _travel(piece, found, k, env, first, half):
+    """The exchange after phase k, whose result waits for `first`. Of two hops the second waits for `half`: XLA starts
+    it as early as it can, and would wait for the first one at once."""
+    if k >= len(found):
+        return
+    sent, arrived = set(found[k].sent), set(found[k].arrived)
+    for equation in found[k].travel:
+        if equation.primitive.name in EXCHANGES and sent.isdisjoint(equation.invars):
+            _wait(env, equation.invars[:1], half)
+        evaluate([equation], piece.waits, env)
+        if arrived.issuperset(equation.outvars):
+            _wait(env, equation.outvars, first)

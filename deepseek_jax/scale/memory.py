@@ -22,6 +22,7 @@ from deepseek_jax.scale.costs import (
     parameters,
 )
 from deepseek_jax.scale.layout import Layout
+from deepseek_jax.scale.traffic import rooms
 from kernels_pallas.constants import BLOCK
 
 FLOAT32 = 4
@@ -44,15 +45,7 @@ def rows_of_experts(c: ModelConfig, layout: Layout) -> tuple[int, int]:
     mesh, N, K = layout.mesh, layout.tokens // layout.mesh.tensor, c.experts_per_token
     align = BLOCK if c.fp8.enabled else 1
     E = c.num_experts // (mesh.node * mesh.local)
-    even, arriving = N * K, N
-    for places, nodes in ((mesh.node, min(K, c.groups_kept if c.num_groups > 1 else mesh.node)), (mesh.local, K)):
-        if places == 1:
-            continue
-        room = arriving * places if mesh.buffers == "ragged" else arriving
-        if mesh.capacity is not None:
-            load = N * nodes / (1 if mesh.buffers == "ragged" else places)
-            room = min(room, math.ceil(mesh.capacity * load))
-        arriving = room if mesh.buffers == "ragged" else room * places
+    even, arriving = N * K, [N, *rooms(c, layout).values()][-1]
     if mesh.devices == 1:
         return 0, -(-(N * K + E * (align - 1)) // align) * align
     choices = arriving * min(K, E)

@@ -118,12 +118,13 @@ def costs(cell: dict[str, Cell], m: Measured) -> dict[str, float]:
     """What `pipeline.validate` takes, in seconds.
 
     In F&B both passes work on the SMs that moving tokens leaves free, while the other's tokens are under way; the
-    longer of the two counts.
+    longer of the two counts, and what of the network's time XLA's schedule does not hide.
     """
     f, bi, w = cell["F"], cell["Bi"], cell["W"]
     one, other = f.alone, bi.alone + w.alone
     work, network = f.work + bi.work + w.work, f.network + bi.network
-    return {"f": one, "b": other, "w": w.alone, "fb": min(one + other, max(work / (1 - m.reserved), network))}
+    together = max(work / (1 - m.reserved), network) + m.exposed * network
+    return {"f": one, "b": other, "w": w.alone, "fb": min(one + other, together)}
 
 
 def optimizer_seconds(c: ModelConfig, hw: Hardware, layout: Layout, m: Measured) -> float:

@@ -20,6 +20,26 @@ def distinct(places: int, items_each: int, drawn: int) -> float:
     return places * (1 - math.comb(total - items_each, drawn) / math.comb(total, drawn))
 
 
+def rooms(c: ModelConfig, layout: Layout) -> dict[tuple[str, ...], int]:
+    """{axes of a hop: rows of the buffer that it lands in}, in their order, as `dispatch.route_hops` makes them."""
+    mesh, K = layout.mesh, c.experts_per_token
+    rows = tokens = layout.tokens // mesh.tensor
+    kept = min(K, c.groups_kept if c.num_groups > 1 else mesh.node)
+    legs = [(("node",), mesh.node, kept), (("local",), mesh.local, K)]
+    if mesh.dispatch == "flat":
+        legs = [(("node", "local"), mesh.node * mesh.local, K)]
+    found: dict[tuple[str, ...], int] = {}
+    for axes, places, copies_each in legs:
+        if places == 1:
+            continue
+        room = rows * places if mesh.buffers == "ragged" else rows
+        if mesh.capacity is not None:  # of an even load: of the whole buffer, or of each sender's part of it
+            load = tokens * copies_each / (1 if mesh.buffers == "ragged" else places)
+            room = min(room, math.ceil(mesh.capacity * load))
+        rows = found[axes] = room if mesh.buffers == "ragged" else room * places
+    return found
+
+
 def copies(c: ModelConfig, layout: Layout, dispatch: str | None = None, limited: bool = True) -> dict[str, float]:
     """Copies of one token: {"nodes": that it visits, "across": to other nodes, "inside": to other devices of one}.
 

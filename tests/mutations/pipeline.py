@@ -6,8 +6,8 @@ MUTATIONS = [
     Mutation(
         name="what an exchange brings is used at once",
         file="deepseek_jax/pipeline/interleave.py",
-        old="                _wait(env, equation.outvars, first)",
-        new="                pass",
+        old="            _wait(env, equation.outvars, first)",
+        new="            pass",
         tests="pipeline/test_interleave.py",
     ),
     Mutation(
@@ -18,10 +18,17 @@ MUTATIONS = [
         tests="pipeline/test_interleave.py",
     ),
     Mutation(
+        name="the second hop starts when the first one is done",
+        file="deepseek_jax/pipeline/interleave.py",
+        old="_wait(env, equation.invars[:1], half)",
+        new="pass",
+        tests="pipeline/test_interleave.py",
+    ),
+    Mutation(
         name="weight gradients are put off",
         file="deepseek_jax/pipeline/interleave.py",
-        old="[*_sent(f, k, env), *_add(gradients, other, totals)])",
-        new="_sent(f, k, env))",
+        old="first = [*_sent(f, k, env), *_add(gradients, other, totals)]",
+        new="first = _sent(f, k, env)",
         tests="pipeline/test_interleave.py",
     ),
     Mutation(

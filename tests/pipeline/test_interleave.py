@@ -94,14 +94,17 @@ def needed_for(result, primitive, travel, together, stage=None, params=None):
     return counts[0]
 
 
-@pytest.mark.parametrize(("travel", "hops"), [(once, 1), (twice, 2)])
-def test_what_an_exchange_brings_waits_until_the_other_pass_has_sent_its_own(travel, hops):
+@pytest.mark.parametrize(("travel", "alone", "together"), [
+    (once, EXCHANGES, (2 * EXCHANGES - 1, 2 * EXCHANGES - 1)),
+    # The second hop of the last exchange waits for products of the backward pass, which come after its last exchange.
+    (twice, 2 * EXCHANGES, (4 * EXCHANGES, 4 * EXCHANGES - 2))])
+def test_what_an_exchange_brings_waits_until_the_other_pass_has_sent_its_own(travel, alone, together):
     """All exchanges of a pass but its last one need the other's products before: those wait for the exchanges before
     them, and are done while an exchange is under way."""
     with float64():
         for result in (0, 1):
-            assert needed_for(result, "all_to_all", travel, together=False) == hops * EXCHANGES
-            assert needed_for(result, "all_to_all", travel, together=True) == hops * (2 * EXCHANGES - 1)
+            assert needed_for(result, "all_to_all", travel, together=False) == alone
+            assert needed_for(result, "all_to_all", travel, together=True) == together[result]
 
 
 def test_a_layers_weight_gradients_are_added_up_before_the_backward_pass_goes_on():

@@ -3,7 +3,9 @@
 import dataclasses
 import functools
 import itertools
+import json
 import math
+import pathlib
 import subprocess
 import sys
 
@@ -89,12 +91,23 @@ def test_each_invention_is_worth_something_and_all_of_them_more():
     assert 14 < plan.sparsity(V3)["times"] < 18
 
 
+def test_what_stays_exposed_is_what_the_compiled_report_s_layout_waits():
+    report = json.loads(pathlib.Path("experiments/scale/v3_671b_h100_2048_report.json").read_text())
+    c, waits = dataclasses.replace(V3, remat=report["remat"]), report["waits"]["h800"]
+    cell = timing.cells(c, H800, of_report(deferred=0), Measured())
+    layers = -(-c.num_moe_layers // 16)  # of a stage; the planner's are the mean, MTP's too
+    network = (cell["F"].network + cell["Bi"].network) * layers / ((c.num_moe_layers + c.mtp_depth) / 16)
+
+    assert Measured().exposed == pytest.approx(waits["planned"] * waits["seconds"] / network, rel=0.03)
+
+
 def test_overlap_hides_the_network_behind_work_and_not_the_other_way_round():
     cell = {"F": timing.Cell(1, 3), "Bi": timing.Cell(1, 2), "W": timing.Cell(1)}
-    m = Measured(reserved=0.25)
+    m = Measured(reserved=0.25, exposed=0.0)
 
     assert timing.costs(cell, m) == {"f": 4, "b": 4, "w": 1, "fb": 5}
     assert timing.costs({**cell, "W": timing.Cell(4)}, m)["fb"] == pytest.approx(6 / 0.75)
+    assert timing.costs(cell, dataclasses.replace(m, exposed=0.1))["fb"] == pytest.approx(5 + 0.5)
     # Where there is little to hide, one after the other on all SMs is faster.
     assert timing.costs({name: timing.Cell(1, 0.1) for name in cell}, m)["fb"] == pytest.approx(3.3)
 

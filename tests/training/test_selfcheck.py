@@ -51,7 +51,9 @@ def test_a_dispatch_whose_gradients_are_corrupt_names_the_flag_of_xla(accelerato
     def carry(*args, **options):
         calls.append(None)
         moved = ragged_all_to_all(*args, **options)
-        return moved * 1.5 if wrong and len(calls) > 4 and moved.dtype == jnp.float32 else moved  # not the first ones
+        if not wrong or len(calls) <= 2:  # there and back; then come the gradients, float32 alone
+            return moved
+        return jax.lax.bitcast_convert_type(1.5 * jax.lax.bitcast_convert_type(moved, jnp.float32), moved.dtype)
 
     monkeypatch.setattr(jax.lax, "ragged_all_to_all", carry)
     cfg = MeshConfig(local=4, buffers="ragged")

@@ -32,6 +32,7 @@ from deepseek_jax.training.base import frozen_shapes
 from deepseek_jax.training.step import init_state, train_step
 from kernels_pallas.tools import compile_report
 
+MEMORY = 0.95  # the share of a GPU that a program may take, as with XLA_PYTHON_CLIENT_MEM_FRACTION=.95
 EVERYTHING = LoraConfig()  # is trained, and there are no adapters
 
 
@@ -103,7 +104,7 @@ def compiled_program(lower: Callable[[], jax.stages.Lowered], platform: str) -> 
         start = time.time()
         lowered = lower()
         middle = time.time()
-        compiled = lowered.compile(compiler_options=compiler_options(platform, jax.__version_info__))
+        compiled = lowered.compile(compiler_options=compiler_options(platform, jax.__version_info__, MEMORY))
         seconds = {"lowering": middle - start, "compiling": time.time() - middle, "cpu": time.process_time()}
         kernels = kernels_in(pathlib.Path(folder))
     return compiled, {"seconds": seconds, "kernels": kernels,
@@ -169,4 +170,9 @@ def _waits(model, layout, text, target):
     overlaps = layout.pipeline is not None and layout.schedule.startswith("dualpipe")
     if target.partition(":")[0] not in targets.GPUS or not overlaps or layout.mesh.node * layout.mesh.local == 1:
         return {}
-    return {machine: clock.waits(model, layout, text, machine) for machine in targets.GPUS}
+    try:
+        steps = clock.cell_steps(text, layout)["F&B"]
+    except (KeyError, ValueError) as error:  # what took minutes to compile is not lost for it
+        print(f"Its exchanges could not be clocked: {error}", file=sys.stderr)
+        return {}
+    return {machine: clock.waits(model, layout, steps, machine) for machine in targets.GPUS}

@@ -14,7 +14,7 @@ from deepseek_jax.pipeline.tables import tabulate
 from deepseek_jax.scale.compile import hlo
 from deepseek_jax.scale.hardware import Hardware, Measured, hardware
 from deepseek_jax.scale.layout import Layout
-from deepseek_jax.scale.traffic import copies
+from deepseek_jax.scale.traffic import copies, rooms
 
 KINDS = ("all-to-all", "ragged-all-to-all")
 AXES = ("pipe", "replica", "node", "local", "tensor")
@@ -89,30 +89,27 @@ def cell_steps(text: str, layout: Layout) -> dict[str, list[hlo.Step]]:
 
 
 def exchanges(c: ModelConfig, layout: Layout, hw: Hardware, m: Measured) -> Callable[[hlo.Collective], float]:
-    """Seconds of a collective that exchanges tokens: what leaves the node or the device, of the rows that its buffers
-    have room for."""
-    n, mesh = copies(c, layout), layout.mesh
-    room = mesh.capacity or 1.0
-    kept = min(c.experts_per_token, c.groups_kept if c.num_groups > 1 else mesh.node, mesh.node)
-    share: dict[tuple[str, ...], float] = {("node",): n["across"] / (room * kept),
-                                           ("local",): n["inside"] / (room * c.experts_per_token)}
-    rate: dict[tuple[str, ...], float] = {("node",): m.dispatch * hw.node_bandwidth,
-                                          ("local",): m.local * hw.local_bandwidth}
-    return lambda one: one.bytes * share[one.axes] / rate[one.axes] if one.kind in KINDS and one.axes in share else 0.0
+    """Seconds of a collective that exchanges tokens: of its buffer's rows, those that leave the node or the device."""
+    n, tokens = copies(c, layout), layout.tokens // layout.mesh.tensor
+    across = tokens * n["across"] / (m.dispatch * hw.node_bandwidth)
+    inside = tokens * n["inside"] / (m.local * hw.local_bandwidth)
+    of_a_byte = {("node",): across, ("local",): inside, ("node", "local"): max(across, inside)}  # of each row
+    rows = rooms(c, layout)
+    known = lambda one: one.kind in KINDS and one.axes in rows
+    return lambda one: one.bytes / rows[one.axes] * of_a_byte[one.axes] if known(one) else 0.0
 
 
-def waits(c: ModelConfig, layout: Layout, text: str, machine: str) -> dict[str, float]:
-    """Of a cell F&B of a compiled step: {"transfers", "seconds" they take, "products": seconds of products alone,
+def waits(c: ModelConfig, layout: Layout, steps: list[hlo.Step], machine: str) -> dict[str, float]:
+    """Of a cell of a compiled step: {"transfers", "seconds" they take, "products": seconds of products alone,
     "exposed": the share of the transfers' seconds that the device waits, "planned": the same if all else takes as long
-    as the planner says, see `timing`}. Raises ValueError where the program has no such cell."""
+    as the planner says, see `timing`}."""
     hw, m = hardware(machine), Measured()
-    steps, rates, takes = cell_steps(text, layout)["F&B"], rates_of(hw, m), exchanges(c, layout, hw, m)
-    slower = (1 - m.reserved) / m.slowdown
+    rates, takes, slower = rates_of(hw, m), exchanges(c, layout, hw, m), (1 - m.reserved) / m.slowdown
     found = clocked(steps, takes, rates)
     planned = clocked(steps, takes, Rates(rates.bf16 * slower, rates.fp8 * slower))
-    seconds = max(sum(t.seconds for t in found), 1e-30)
-    return {"transfers": len(found), "seconds": seconds, "exposed": sum(t.waited for t in found) / seconds,
-            "planned": sum(t.waited for t in planned) / seconds,
+    seconds = sum(t.seconds for t in found)
+    share = lambda transfers: sum(t.waited for t in transfers) / seconds if seconds else 0.0
+    return {"transfers": len(found), "seconds": seconds, "exposed": share(found), "planned": share(planned),
             "products": sum(rates.seconds(step) for step in steps if step.what == "work")}
 
 

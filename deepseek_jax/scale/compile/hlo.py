@@ -182,8 +182,8 @@ class _Program:
         if attention := _ATTENTION.search(rest):
             return self.attention_flops(name, attention[1], rest)
         if _PRODUCTS.search(rest):  # rows by weights, each by its expert's own, or the rows of two arrays
-            rows, inner = _dims(rest.partition("operand_layout_constraints=")[2])
-            return 2.0 * rows * inner * _dims(shape)[-1]
+            left = _dims(rest.partition("operand_layout_constraints=")[2])
+            return 2.0 * math.prod(left) * _dims(shape)[-1] if len(left) == 2 else 0.0
         contracted = _CONTRACTED.search(rest)
         if not contracted:
             return 0.0
@@ -210,7 +210,10 @@ class _Program:
             if phase == "done" and operands and operands[0] in started:
                 yield Step("done", operands[0])
             elif kind and phase != "done":
-                size = max(sum(sizes.get(o, 0) for o in operands), 0 if phase == "start" else size_of(shape))
+                if kind == "ragged-all-to-all":  # what is sent, what it lands in, offsets and sizes
+                    size = max(sizes.get(o, 0) for o in operands)
+                else:
+                    size = max(sum(sizes.get(o, 0) for o in operands), 0 if phase == "start" else size_of(shape))
                 if phase == "start" and kind == "all-gather":
                     size = size_of(shape) - size  # (what goes in, what comes out)
                 axes = axes_of_group(first_group(self.groups(rest)), self.sizes)

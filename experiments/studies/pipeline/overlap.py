@@ -91,8 +91,8 @@ def main() -> None:
             print(f"{row['tokens']:<8}{row['machine']:6}{row['schedule']:10}{row['cell']:6}{t['asynchronous']!s:>13}"
                   f"{t['flops'] / 1e12:15.2f}{1e3 * t['seconds']:14.3f}{1e3 * t['waited']:12.3f}")
         print(f"{'':30}exposed: {row['exposed']:.0%}")
-    result = {"command": "python -m experiments.studies.pipeline.overlap", "target": TARGET, "rows": rows,
-              **provenance()}
+    result = {"command": "python -m experiments.studies.pipeline.overlap --programs FOLDER", "target": TARGET,
+              "rows": rows, **provenance()}
     io.write_json(pathlib.Path(__file__).parent / "overlap.json", result)
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from deepseek_jax.config import FP8Config, model_config
-from deepseek_jax.scale import traffic
+from deepseek_jax.scale import memory, traffic
 from deepseek_jax.scale.compile import clock
 from deepseek_jax.scale.compile.hlo import Collective, Step
 from deepseek_jax.scale.hardware import Measured, hardware
@@ -56,16 +56,31 @@ def test_what_takes_no_time_is_no_transfer():
     assert clocked(started("i", SIZES), Step("done", "i"), Step("synchronous", "j", SIZES)) == []
 
 
-def test_buffers_that_are_full_to_their_capacity_send_what_the_planner_counts():
+@pytest.mark.parametrize("capacity", [1.25, 5.0, None])
+@pytest.mark.parametrize("expert", [8, 32, 64])
+def test_an_exchange_takes_what_the_planner_counts_whatever_room_its_buffer_has(capacity, expert):
     c = model_config("v3_671b", fp8=FP8Config(enabled=True))
-    layout = make_layout(c, Split(2048, 16, 64), 15360, buffers="ragged", capacity=1.25, dispatch_fp8=True)
-    hw, m, N = hardware("h800"), Measured(), layout.tokens
+    layout = make_layout(c, Split(2048, 16, expert), 15360, buffers="ragged", capacity=capacity, dispatch_fp8=True)
+    hw, m = hardware("h800"), Measured()
     takes, sent = clock.exchanges(c, layout, hw, m), traffic.layer_traffic(c, layout)
 
-    for axis, copies, rate, where in (("node", 4, m.dispatch * hw.node_bandwidth, "across"),
-                                      ("local", 8, m.local * hw.local_bandwidth, "inside")):
-        buffer = Collective("ragged-all-to-all", (axis,), int(1.25 * copies * N * traffic.copy_bytes(c, True)), 1, True,
-                            None)
-        assert takes(buffer) == pytest.approx(sent[f"dispatch {where}"] / rate, rel=1e-6)
+    rows = traffic.rooms(c, layout)
+    assert [*rows.values()][-1] == memory.rows_of_experts(c, layout)[0]
+    for axes, rate, where in ((("node",), m.dispatch * hw.node_bandwidth, "across"),
+                              (("local",), m.local * hw.local_bandwidth, "inside")):
+        if axes in rows:
+            full = Collective("ragged-all-to-all", axes, int(rows[axes] * traffic.copy_bytes(c, True)), 1, True, None)
+            assert takes(full) == pytest.approx(sent[f"dispatch {where}"] / rate, rel=1e-6)
     assert takes(Collective("all-gather", ("node",), 1000, 1, True, None)) == 0
     assert takes(Collective("all-to-all", ("replica", "node"), 1000, 1, True, None)) == 0
+
+
+def test_a_flat_exchange_takes_as_long_as_its_slower_network():
+    c = model_config("v3_671b", fp8=FP8Config(enabled=True))
+    layout = make_layout(c, Split(2048, 16, 64), 15360, buffers="ragged", capacity=1.25, dispatch="flat")
+    hw, m = hardware("h800"), Measured()
+    (axes, rows), = traffic.rooms(c, layout).items()
+    takes = clock.exchanges(c, layout, hw, m)(Collective("ragged-all-to-all", axes, 100 * rows, 1, True, None))
+    n = traffic.copies(c, layout)
+
+    assert takes == pytest.approx(100 * layout.tokens * n["across"] / (m.dispatch * hw.node_bandwidth))

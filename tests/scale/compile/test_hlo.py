@@ -125,6 +125,21 @@ ENTRY %main (p: (f8e4m3fn[64,192], f8e4m3fn[4,32,192])) -> bf16[1,64,32] {
     assert [(s.products, s.flops, s.fp8) for s in hlo.steps(program, SIZES, "ENTRY")] == found
 
 
+@pytest.mark.parametrize(("form", "what"), [("ragged-all-to-all-start", "start"), ("ragged-all-to-all", "synchronous")])
+def test_a_ragged_exchange_has_the_bytes_of_what_is_sent_and_not_of_what_it_lands_in_besides(form, what):
+    program = f"""HloModule m
+
+ENTRY %main (x: u8[20,64], y: u8[40,64], n: s64[8]) -> u8[40,64] {{
+  %x = u8[20,64]{{1,0}} parameter(0)
+  %y = u8[40,64]{{1,0}} parameter(1)
+  %n = s64[8]{{0}} parameter(2)
+  ROOT %o = u8[40,64]{{1,0}} {form}(%x, %y, %n, %n, %n, %n), replica_groups=[2,8]<=[16]
+}}
+"""
+    (step,) = hlo.steps(program, SIZES, "ENTRY")
+    assert (step.what, step.collective.kind, step.collective.bytes) == (what, "ragged-all-to-all", 40 * 64)
+
+
 def test_branches_are_found_by_their_number():
     assert hlo.branches(PROGRAM, 2) == ["%branch_a", "%branch_b"]
     with pytest.raises(ValueError, match="no conditional has 3 branches"):
