@@ -26,13 +26,6 @@ def twice(h_BF):
     return lax.all_to_all(jnp.sin(lax.all_to_all(h_BF, "node", 0, 0, tiled=True)), "local", 0, 0, tiled=True)
 
 
-def example():
-    one = jax.tree.map(lambda a: a[0], toy.arguments(stages=1, microbatches=1))
-    rng = np.random.default_rng(1)
-    x, dy = (jnp.asarray(rng.normal(size=(toy.B, toy.D))) for _ in range(2))
-    return one.params, x, (one.fixed, one.inputs), dy, jnp.asarray(1.5)
-
-
 def on_devices(f):
     """f on four devices, in a shard_map in which all have the same arguments."""
     mesh = jax.make_mesh((2, 2), ("node", "local"), axis_types=(jax.sharding.AxisType.Auto,) * 2,
@@ -62,7 +55,7 @@ def cell(travel, remat, together):
 @pytest.mark.parametrize("remat", ["none", "layers", "full"])
 def test_both_passes_give_what_they_give_alone(travel, remat):
     with float64():
-        found, alone = (jax.jit(cell(travel, remat, together))(*example()) for together in (True, False))
+        found, alone = (jax.jit(cell(travel, remat, together))(*toy.example()) for together in (True, False))
 
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(alone), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-13, atol=1e-14)
@@ -89,7 +82,7 @@ def needed_for(result, primitive, travel, together, stage=None, params=None):
         counts.append(sum(e.primitive.name == primitive for e in dce_jaxpr(jaxpr, [True])[0].eqns))
         return x
 
-    given = example() if params is None else (params, *example()[1:])
+    given = toy.example() if params is None else (params, *toy.example()[1:])
     jax.eval_shape(on_devices(inside), *given)
     return counts[0]
 
@@ -133,7 +126,7 @@ def test_two_hops_are_one_exchange_and_the_second_brings_it():
             found.extend(phases(s.pieces["F"]))
             return x
 
-        jax.eval_shape(on_devices(inside), *example())
+        jax.eval_shape(on_devices(inside), *toy.example())
 
     assert len(found) == EXCHANGES + 1
     for phase in found[:-1]:

@@ -20,13 +20,6 @@ def stage(remat):
     return lambda params, x, context: toy.stage(params, context[0], x, context[1], lambda h: h, remat)
 
 
-def example():
-    one = jax.tree.map(lambda a: a[0], toy.arguments(stages=1, microbatches=1))
-    rng = np.random.default_rng(1)
-    x, dy = (jnp.asarray(rng.normal(size=(toy.B, toy.D))) for _ in range(2))
-    return one.params, x, (one.fixed, one.inputs), dy, jnp.asarray(1.5)
-
-
 def products(equations):
     return sum(equation.primitive.name == "dot_general" for equation in equations)
 
@@ -43,7 +36,7 @@ def assert_close(a, b):
 @pytest.mark.parametrize("remat", REMAT)
 def test_the_pieces_give_what_the_vjp_gives(remat):
     with float64():
-        params, x, context, dy, dloss = example()
+        params, x, context, dy, dloss = toy.example()
         (y, loss), vjp, sums = jax.vjp(
             lambda p, x: (lambda y, loss, sums: ((y, loss), sums))(*stage(remat)(p, x, context)), params, x,
             has_aux=True)
@@ -63,7 +56,7 @@ def test_the_pieces_give_what_the_vjp_gives(remat):
 @pytest.mark.parametrize("remat", REMAT)
 def test_no_product_is_computed_twice_beyond_remat(remat):
     with float64():
-        params, x, context, dy, dloss = example()
+        params, x, context, dy, dloss = toy.example()
 
         s = split(stage(remat), params, x, context)
 
@@ -76,7 +69,7 @@ def test_no_product_is_computed_twice_beyond_remat(remat):
 
 def test_what_crosses_is_the_layers_inputs_and_output_gradients():
     with float64():
-        params, x, context, dy, dloss = example()
+        params, x, context, dy, dloss = toy.example()
 
         s = split(stage("full"), params, x, context)
 
@@ -90,7 +83,7 @@ def test_what_crosses_is_the_layers_inputs_and_output_gradients():
 
 def test_keeping_less_is_the_stages_choice():
     with float64():
-        params, x, context, _, _ = example()
+        params, x, context, _, _ = toy.example()
 
         kept = [split(stage(remat), params, x, context).residual_bytes for remat in REMAT]
 
@@ -228,7 +221,7 @@ def test_constants_of_different_types_are_different():
 def test_what_is_recomputed_waits_for_the_gradient_that_it_is_for():
     """Or all layers of a stage would be recomputed at once, and all of what they keep would be there."""
     with float64():
-        params, x, context, dy, dloss = example()
+        params, x, context, dy, dloss = toy.example()
         s = split(stage("full"), params, x, context)
         _, residuals = s.forward(s.prepare(params), x, context)
         backward = jax.make_jaxpr(s.backward)(s.prepare(params), context, residuals, dy, dloss)
@@ -257,7 +250,7 @@ def test_a_scan_over_weights_stays_whole():
 
 def test_shapes_are_enough_to_split():
     with float64():
-        structs = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), example()[:3])
+        structs = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), toy.example()[:3])
 
         assert split(stage("full"), *structs).residual_bytes == toy.B * toy.D * 8
 

@@ -116,3 +116,11 @@ def arguments(stages, microbatches, batch=B, dtype=jnp.float64):
         fixed={"bias": normal(stages, LAYERS, D)},
         shared={"embedding": normal(W, D), "head": normal(D, W), "scale": 1 + normal(D)},
         inputs={"tokens": tokens, "threshold": normal(microbatches, batch)})
+
+
+def example():
+    """Of a single stage: params, x, context, dy, dloss."""
+    one = jax.tree.map(lambda a: a[0], arguments(stages=1, microbatches=1))
+    rng = np.random.default_rng(1)
+    x, dy = (jnp.asarray(rng.normal(size=(B, D))) for _ in range(2))
+    return one.params, x, (one.fixed, one.inputs), dy, jnp.asarray(1.5)
