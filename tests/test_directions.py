@@ -17,9 +17,9 @@ PACKAGES = ("deepseek_jax", "kernels_pallas")
 
 # room -> the rooms it may import, besides itself. "serving" stands for all of serving, and so on.
 MODEL = ("model.attention", "model.blockwise", "model.block", "model.experts", "model.grouped_matmul", "model.indexer",
-         "model.layers", "model.lora", "model.mtp", "model.permute", "model.rope", "model.router",
-         "model.sparse_attention", "model.types")
-SHARDING = ("parallel.mesh", "parallel.sharding")
+         "model.layers", "model.lora", "model.mtp", "model.permute", "model.ring_attention", "model.rope",
+         "model.router", "model.sparse_attention", "model.types")
+SHARDING = ("parallel.mesh", "parallel.sharding", "parallel.context")
 MAY_IMPORT = {
     # Foundations: no jax.
     "config": ("configs", "io", "storage"),  # `--config NAME` runs a file of that folder
@@ -34,6 +34,7 @@ MAY_IMPORT = {
     # Many devices.
     "parallel.mesh": ("config",),
     "parallel.sharding": ("parallel.mesh",),
+    "parallel.context": ("parallel.mesh", "parallel.sharding"),
     "parallel.capacity": ("parallel.sharding",),
     "parallel.dispatch": (*SHARDING, "kernels_pallas.constants", "config"),
     "parallel.meeting": ("stop", "config"),
@@ -52,7 +53,8 @@ MAY_IMPORT = {
     "model.permute": ("model.layers", "model.router"),
     "model.grouped_matmul": ("model.layers", "fp8", "kernels_pallas.api"),
     "model.blockwise": ("model.layers", "fp8", *SHARDING, "kernels_pallas.api", "config"),
-    "model.attention": ("model.blockwise", "model.layers", "model.rope", *SHARDING, "config"),
+    "model.ring_attention": ("model.blockwise", "model.layers", "model.rope", *SHARDING, "config"),
+    "model.attention": ("model.blockwise", "model.ring_attention", "model.layers", "model.rope", *SHARDING, "config"),
     "model.indexer": ("model.layers", "model.rope", "config"),
     "model.sparse_attention": ("model.attention", "model.indexer", "model.layers", "model.rope", "model.types",
                                *SHARDING, "config"),
@@ -61,7 +63,7 @@ MAY_IMPORT = {
     "model.lora": ("model.layers", "config"),
     "model.block": SHARDING,
     "model.mtp": ("model.block", "model.layers", "model.types", "config"),
-    "model.transformer": (*MODEL, "plugin", "config"),
+    "model.transformer": (*MODEL, "parallel.context", "plugin", "config"),
     "model.parts": ("model.router", "model.transformer", "config"),
     "model": ("model.transformer", "model.types"),
     # Pipelines: schedules and the executor are handed stage functions; only pipeline.model knows the model.

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from typing import Annotated, Literal
 
-from deepseek_jax.config.model import ModelConfig
+from deepseek_jax.config.model import PARTS, ModelConfig
 from deepseek_jax.config.schema import NOT_NEGATIVE, POSITIVE, Checked, ConfigError
 from deepseek_jax.config.training import TrainConfig
 
@@ -15,8 +15,8 @@ from deepseek_jax.config.training import TrainConfig
 class MeshConfig(Checked, section="mesh"):
     """How many devices along each axis, and how tokens travel between them (report section 3.2).
 
-    The report's 2048 GPUs are pipe=16, replica=2, node=8, local=8. All ones: one device. Not part of what a run is:
-    it may be resumed on another mesh.
+    The report's 2048 GPUs are pipe=16, replica=2, node=8, local=8, without `context`. All ones: one device. Not part of
+    what a run is: it may be resumed on another mesh.
     """
 
     pipe: Annotated[int, POSITIVE, "pipeline ranks"] = 1
@@ -24,6 +24,7 @@ class MeshConfig(Checked, section="mesh"):
     node: Annotated[int, POSITIVE, "experts over nodes: the slow fabric"] = 1
     local: Annotated[int, POSITIVE, "experts over the devices of a node: the fast one"] = 1
     tensor: Annotated[int, POSITIVE, "heads, dense feed-forward networks and vocabulary"] = 1
+    context: Annotated[int, POSITIVE, "parts that each sequence is split into, which latents go around"] = 1
     dispatch: Annotated[Literal["two_hop", "flat"],
                         "two_hop: one copy a token and node, then on inside the node; flat: straight to the "
                         "devices"] = "two_hop"
@@ -39,9 +40,14 @@ class MeshConfig(Checked, section="mesh"):
         return self.replica * self.node * self.local
 
     @property
+    def token_shards(self) -> int:
+        """Parts that the tokens of a batch are split into."""
+        return self.data_shards * self.context
+
+    @property
     def devices(self) -> int:
         """Devices of the mesh."""
-        return self.pipe * self.data_shards * self.tensor
+        return self.pipe * self.token_shards * self.tensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +87,25 @@ def check_mesh(mesh: MeshConfig, c: ModelConfig, train: TrainConfig) -> None:
         raise ConfigError(f"mesh.replica * mesh.node * mesh.local={mesh.data_shards} does not divide the {rows} "
                           "sequences of a micro-batch (train.batch_size / train.accumulation_steps); take a product of "
                           f"{_divisors(rows)}, or {mesh.data_shards * train.accumulation_steps} sequences.")
-    if rows // mesh.data_shards * train.sequence_length % mesh.tensor:
-        raise ConfigError(f"mesh.tensor={mesh.tensor} does not divide the {rows // mesh.data_shards} x "
-                          f"{train.sequence_length} tokens of a device; make train.sequence_length a multiple of it.")
+    _check_context(mesh, c, train)
+    length = train.sequence_length // mesh.context
+    if rows // mesh.data_shards * length % mesh.tensor:
+        raise ConfigError(f"mesh.tensor={mesh.tensor} does not divide the {rows // mesh.data_shards} x {length} tokens "
+                          "of a device; make train.sequence_length a multiple of it.")
+
+
+def _check_context(mesh: MeshConfig, c: ModelConfig, train: TrainConfig):
+    if mesh.context == 1:
+        return
+    for wrong, complaint in (
+            (train.sequence_length % (2 * mesh.context),
+             f"train.sequence_length={train.sequence_length} is no multiple of the {2 * mesh.context} blocks that a "
+             "sequence is cut into; make it one"),
+            (mesh.pipe > 1 and mesh.context % 2, f"mesh.pipe={mesh.pipe} takes an even number of parts; take "
+                                                 f"mesh.context={mesh.context + 1}"),
+            (c.index_topk is not None, f"model.index_topk={c.index_topk} chooses among all tokens of a sequence, which "
+                                       "no device has; take mesh.context=1"),
+            (c.attention != PARTS["attention"], f"model.attention={c.attention!r} would see parts of sequences; take "
+                                                "mesh.context=1")):
+        if wrong:
+            raise ConfigError(f"mesh.context={mesh.context}: {complaint}.")

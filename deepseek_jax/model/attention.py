@@ -8,6 +8,7 @@ key k_pe is shared by the heads. Queries come from a latent of their own. Only c
 
 import functools
 from collections.abc import Callable
+from typing import cast
 
 import flax.linen as nn
 import jax
@@ -16,11 +17,14 @@ from jax.ad_checkpoint import checkpoint_name
 
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.blockwise import attend
-from deepseek_jax.model.layers import RMSNorm, linear, weight, with_flat_inputs
+from deepseek_jax.model.layers import RMSNorm, Weight, linear, weight, with_flat_inputs
+from deepseek_jax.model.ring_attention import ring_attention
 from deepseek_jax.model.rope import rotate, softmax_scale
+from deepseek_jax.parallel.context import context_size
 from deepseek_jax.parallel.sharding import constrain
 
 HEADS_OUT, HEADS_IN = ("heads", None), (None, "heads")  # which dimension of a weight a mesh splits
+SPLIT = ("batch", None, "heads", None)
 
 
 class MLA(nn.Module):
@@ -32,9 +36,16 @@ class MLA(nn.Module):
     def __call__(self, x_BTD: jax.Array, rope: tuple[jax.Array, jax.Array],
                  segment_ids_BT: jax.Array | None) -> jax.Array:
         cfg = self.cfg
-        q_BTHA, k_BTHA, v_BTHV, _ = queries_keys_values(self, x_BTD, rope)
-        o_BTHV = attend(q_BTHA, k_BTHA, v_BTHV, segment_ids_BT, softmax_scale(cfg), cfg.attention_block,
-                        "e5m6" if cfg.fp8.enabled else None)
+        if context_size() > 1:
+            q_BTHA, c_BTC, k_pe_BTR, _, kv_b_CHX = queries_latents(self, x_BTD, rope)
+            latent_BTX = jnp.concatenate([c_BTC, k_pe_BTR], axis=-1)
+            # The config lets no adapters here.
+            o_BTHV = ring_attention(cfg, functools.partial(_from_latents, cfg), q_BTHA, latent_BTX,
+                                    cast(jax.Array, kv_b_CHX), segment_ids_BT)
+        else:
+            q_BTHA, k_BTHA, v_BTHV, _ = queries_keys_values(self, x_BTD, rope)
+            o_BTHV = attend(q_BTHA, k_BTHA, v_BTHV, segment_ids_BT, softmax_scale(cfg), cfg.attention_block,
+                            "e5m6" if cfg.fp8.enabled else None)
         return output(self, o_BTHV)
 
 
@@ -44,6 +55,14 @@ def queries_keys_values(module: nn.Module, x_BTD: jax.Array, rope: tuple[jax.Arr
 
     Declares in `module`, which is being called, the weights that they need.
     """
+    cfg: ModelConfig = module.cfg  # pyright: ignore[reportAttributeAccessIssue]: of MLA and SparseMLA
+    q_BTHA, c_BTC, k_pe_BTR, latent_BTQ, kv_b_CHX = queries_latents(module, x_BTD, rope)
+    return q_BTHA, *keys_values(cfg, c_BTC, k_pe_BTR, kv_b_CHX), latent_BTQ
+
+
+def queries_latents(module: nn.Module, x_BTD: jax.Array, rope: tuple[jax.Array, jax.Array],
+                    ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None, Weight]:
+    """What `project` returns, and W_UKV [C, H, N + V]. Of MLA's weights all but W_O are declared in `module`."""
     cfg: ModelConfig = module.cfg  # pyright: ignore[reportAttributeAccessIssue]: of MLA and SparseMLA
     D, H, Q, C = cfg.d_model, cfg.num_heads, cfg.q_rank, cfg.kv_rank
     N, R, V = cfg.nope_head_dim, cfg.rope_head_dim, cfg.v_head_dim
@@ -55,12 +74,20 @@ def queries_keys_values(module: nn.Module, x_BTD: jax.Array, rope: tuple[jax.Arr
     norm = functools.partial(RMSNorm, cfg, cfg.latent_norm_eps)
     q_norm = None if Q is None else norm(name="q_norm")
     q_BTHA, c_BTC, k_pe_BTR, latent_BTQ = project(cfg, x_BTD, rope, w, q_norm, norm(name="kv_norm"))
-    split = functools.partial(constrain, names=("batch", None, "heads", None))
-    kv_BTHX = linear(c_BTC, weight(module, "kv_b", (C, H, N + V)), cfg.fp8, names=HEADS_OUT)
-    q_BTHA, kv_BTHX = split(q_BTHA), split(kv_BTHX)
-    k_pe_BTHR = jnp.broadcast_to(k_pe_BTR[:, :, None], kv_BTHX.shape[:3] + (R,))
-    k_BTHA = jnp.concatenate([kv_BTHX[..., :N], k_pe_BTHR], axis=-1)
-    return q_BTHA, k_BTHA, kv_BTHX[..., N:], latent_BTQ
+    return constrain(q_BTHA, SPLIT), c_BTC, k_pe_BTR, latent_BTQ, weight(module, "kv_b", (C, H, N + V))
+
+
+def keys_values(cfg: ModelConfig, c_BTC: jax.Array, k_pe_BTR: jax.Array,
+                kv_b_CHX: Weight) -> tuple[jax.Array, jax.Array]:
+    """k [B, T, H, N + R] and v [B, T, H, V] of the normed latents c [B, T, C] and the rotated keys [B, T, R]."""
+    N = cfg.nope_head_dim
+    kv_BTHX = constrain(linear(c_BTC, kv_b_CHX, cfg.fp8, names=HEADS_OUT), SPLIT)
+    k_pe_BTHR = jnp.broadcast_to(k_pe_BTR[:, :, None], kv_BTHX.shape[:3] + k_pe_BTR.shape[-1:])
+    return jnp.concatenate([kv_BTHX[..., :N], k_pe_BTHR], axis=-1), kv_BTHX[..., N:]
+
+
+def _from_latents(cfg: ModelConfig, latent_BTX: jax.Array, kv_b_CHX: Weight) -> tuple[jax.Array, jax.Array]:
+    return keys_values(cfg, latent_BTX[..., :cfg.kv_rank], latent_BTX[..., cfg.kv_rank:], kv_b_CHX)
 
 
 def output(module: nn.Module, o_BTHV: jax.Array) -> jax.Array:

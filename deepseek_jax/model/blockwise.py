@@ -7,6 +7,7 @@ from each query's log-sum-exp. What a kernel can do it does instead, with the sa
 from __future__ import annotations
 
 import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -72,43 +73,56 @@ def _by_kernel(q, k, v, segments, scale, saved):
 def _by_kernel_fwd(q, k, v, segments, scale, saved):
     forward = functools.partial(api.mla_attention_forward, scale=scale)
     o, lse = on_shards(forward, (WIDE, WIDE, WIDE, IDS), (WIDE, LONG), q, k, v, segments)
-    output, lse = _save(o, lse, saved)
-    return _saved_output(output, v), (q, k, v, segments, output, lse)
+    output, lse = save(o, lse, saved)
+    return saved_output(output, v), (q, k, v, segments, output, lse)
 
 
 def _by_kernel_bwd(scale, saved, residuals, do):
     q, k, v, segments, output, lse = residuals
     backward = functools.partial(api.mla_attention_backward, scale=scale)
     return *on_shards(backward, (WIDE, WIDE, WIDE, IDS, WIDE, LONG, WIDE), (WIDE, WIDE, WIDE), q, k, v, segments,
-                     _saved_output(output, v), lse, do), None
+                     saved_output(output, v), lse, do), None
 
 
 _by_kernel.defvjp(_by_kernel_fwd, _by_kernel_bwd)
 
 
-def _save(o, lse, saved):
+def save(o: jax.Array, lse: jax.Array, saved: str | None) -> tuple[jax.Array | fp8.E5M6, jax.Array]:
     """What the backward pass saves of the output and of the log-sum-exps, under the name that remat "report" keeps."""
     output = fp8.to_e5m6(o) if saved == "e5m6" else o
     return jax.tree.map(lambda x: checkpoint_name(x, "attention"), (output, lse))
 
 
-def _saved_output(output, v):
+def saved_output(output: jax.Array | fp8.E5M6, v: jax.Array) -> jax.Array:
+    """What `save` saved of an output, as an array like v: of its last dimension and dtype."""
     return fp8.from_e5m6(output, v.shape[-1], v.dtype) if isinstance(output, fp8.E5M6) else output
 
 
-def _causal_pairs(blocks):
+def causal_pairs(blocks: int) -> np.ndarray:
     """int32 [pairs, 2]: every (query block, key block) with something to see, key blocks of a query in order."""
     return np.array([(i, j) for i in range(blocks) for j in range(i + 1)], np.int32)
 
 
-def _scores(qT, k, segments, i, j, scale):
+class Blocks(NamedTuple):
+    """Which blocks of queries attend to which of keys.
+
+    size: rows of a block. pairs: int32 [pairs, 2], (query block, key block). causal: a key is seen by queries of its
+    own row and of later ones; else by all queries.
+    """
+
+    size: int
+    pairs: jax.Array
+    causal: bool = True
+
+
+def _scores(qT, k, segments, i, j, scale, causal):
     """float32 scores[s, t] of key block j by query block i; transposed, so that no product needs a strided operand."""
     block = k.shape[2]
     s = jnp.matmul(k, qT, preferred_element_type=wide(k.dtype)) * scale
     seen = (j * block + jnp.arange(block))[:, None] <= (i * block + jnp.arange(block))[None]
-    seen = seen[None, None]
+    seen = seen[None, None] | (not causal)
     if segments is not None:
-        key, query = (lax.dynamic_slice_in_dim(segments, n * block, block, 1) for n in (j, i))
+        query, key = (_part(ids, n, block, 1) for ids, n in zip(segments, (i, j)))
         seen = seen & (key[:, None, :, None] == query[:, None, None, :])
     return jnp.where(seen, s, -jnp.inf)
 
@@ -126,16 +140,56 @@ def _attend(q, k, v, segments, scale, block, saved):
     return _attend_fwd(q, k, v, segments, scale, block, saved)[0]
 
 
+def _causal_blocks(q, block):
+    return Blocks(block, jnp.asarray(causal_pairs(q.shape[2] // block)))
+
+
+def _both(segments):
+    """Ids of the queries and of the keys, which are the same."""
+    return None if segments is None else (segments, segments)
+
+
 def _attend_fwd(q, k, v, segments, scale, block, saved):
-    """Online softmax over causal pairs of blocks; keeps the output and each query's log-sum-exp."""
+    softmax = add_blocks(no_softmax(q, v), q, k, v, _both(segments), scale, _causal_blocks(q, block))
+    output, lse = save(*softmax.finished(q.dtype), saved)
+    return saved_output(output, v), (q, k, v, segments, output, lse)
+
+
+class Softmax(NamedTuple):
+    """An online softmax over the keys so far: maxima of scores, sums of exponentials [B, H, T], output [B, H, V, T]."""
+
+    top: jax.Array
+    total: jax.Array
+    oT: jax.Array
+
+    def finished(self, dtype: Any) -> tuple[jax.Array, jax.Array]:
+        """The output [B, H, T, V] and each query's log-sum-exp [B, H, T]."""
+        return transpose((self.oT / self.total[:, :, None]).astype(dtype)), self.top + jnp.log(self.total)
+
+
+def no_softmax(q: jax.Array, v: jax.Array) -> Softmax:
+    """That over no keys, of queries [B, H, T, A] and values [B, H, S, V]."""
     B, H, T, _ = q.shape
     f32 = wide(q.dtype)
-    qT, vT, pairs = transpose(q), transpose(v), jnp.asarray(_causal_pairs(T // block))
+    return Softmax(jnp.full((B, H, T), -jnp.inf, f32), jnp.zeros((B, H, T), f32),
+                   jnp.zeros((B, H, v.shape[3], T), f32))
+
+
+def add_blocks(softmax: Softmax, q: jax.Array, k: jax.Array, v: jax.Array,
+               segments: tuple[jax.Array, jax.Array] | None, scale: float, blocks: Blocks) -> Softmax:
+    """The softmax with the keys of `blocks` in addition.
+
+    Args:
+      q [B, H, T, A], k [B, H, S, A], v [B, H, S, V]. segments: int32 ids of queries and keys, [B, T] and [B, S].
+    """
+    f32 = wide(q.dtype)
+    block, pairs, causal = blocks
+    qT, vT = transpose(q), transpose(v)
 
     def step(n, carry):
         top, total, oT = carry
         i, j = pairs[n, 0], pairs[n, 1]
-        s = _scores(_part(qT, i, block, 3), _part(k, j, block, 2), segments, i, j, scale)
+        s = _scores(_part(qT, i, block, 3), _part(k, j, block, 2), segments, i, j, scale, causal)
         old_top = _part(top, i, block, 2)
         new_top = jnp.maximum(old_top, s.max(axis=2))
         # A query may see nothing in the blocks so far: keep exp's argument finite.
@@ -145,29 +199,55 @@ def _attend_fwd(q, k, v, segments, scale, block, saved):
         new_total = _part(total, i, block, 2) * shrink + p.sum(axis=2)
         values = jnp.matmul(_part(vT, j, block, 3), p.astype(q.dtype), preferred_element_type=f32)
         new_o = _part(oT, i, block, 3) * shrink[:, :, None] + values
-        return (_put(top, new_top, i, block, 2), _put(total, new_total, i, block, 2),
-                _put(oT, new_o, i, block, 3))
+        return Softmax(_put(top, new_top, i, block, 2), _put(total, new_total, i, block, 2),
+                       _put(oT, new_o, i, block, 3))
 
-    carry = (jnp.full((B, H, T), -jnp.inf, f32), jnp.zeros((B, H, T), f32), jnp.zeros((B, H, v.shape[3], T), f32))
-    top, total, oT = lax.fori_loop(0, len(pairs), step, carry)
-    o = transpose((oT / total[:, :, None]).astype(q.dtype))
-    output, lse = _save(o, top + jnp.log(total), saved)
-    return _saved_output(output, v), (q, k, v, segments, output, lse)
+    return lax.fori_loop(0, len(pairs), step, softmax)
+
+
+class Queries(NamedTuple):
+    """What gradients need of queries: q [B, H, T, A]; of their output the gradient [B, H, T, V]; the log-sum-exp, and
+    delta, the product of output and gradient, [B, H, T]."""
+
+    q: jax.Array
+    do: jax.Array
+    lse: jax.Array
+    delta: jax.Array
+
+
+def queries(q: jax.Array, o: jax.Array, do: jax.Array, lse: jax.Array) -> Queries:
+    """All [B, H, T, ...]; o: what the forward pass returned."""
+    f32, do = wide(q.dtype), row_major(do)
+    return Queries(q, do, lse, jnp.sum(do.astype(f32) * o.astype(f32), axis=-1))
 
 
 def _attend_bwd(scale, block, saved, residuals, do):
     q, k, v, segments, output, lse = residuals
-    o = _saved_output(output, v)
-    f32 = wide(q.dtype)
-    do = row_major(do)
+    of = queries(q, saved_output(output, v), do, lse)
+    dqT, dk, dv = gradients(jnp.zeros(q.shape[:2] + q.shape[:1:-1], wide(q.dtype)), of, k, v, _both(segments), scale,
+                            _causal_blocks(q, block))
+    return query_gradient(dqT, q.dtype), dk, dv, None
+
+
+def query_gradient(dqT: jax.Array, dtype: Any) -> jax.Array:
+    """[B, H, A, T], as `gradients` adds it up, as [B, H, T, A]."""
+    # The barrier keeps XLA:CPU from folding the transpose into a bfloat16 product that it then cannot run.
+    return transpose(lax.optimization_barrier(dqT)).astype(dtype)
+
+
+def gradients(dqT: jax.Array, of: Queries, k: jax.Array, v: jax.Array, segments: tuple[jax.Array, jax.Array] | None,
+              scale: float, blocks: Blocks) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """dqT [B, H, A, T] with what `blocks` add to it, float32; dk and dv of these blocks alone, in the dtype of k.
+
+    Arguments as in `add_blocks`.
+    """
+    (q, do, lse, delta), (block, pairs, causal), f32 = of, blocks, wide(k.dtype)
     qT, kT, doT = transpose(q), transpose(k), transpose(do)
-    delta = jnp.sum(do.astype(f32) * o.astype(f32), axis=-1)
-    pairs = jnp.asarray(_causal_pairs(q.shape[2] // block))
 
     def step(n, carry):
         dqT, dk, dv = carry
         i, j = pairs[n, 0], pairs[n, 1]
-        s = _scores(_part(qT, i, block, 3), _part(k, j, block, 2), segments, i, j, scale)
+        s = _scores(_part(qT, i, block, 3), _part(k, j, block, 2), segments, i, j, scale, causal)
         p = jnp.exp(s - _part(lse, i, block, 2)[:, :, None])
         dp = jnp.matmul(_part(v, j, block, 2), _part(doT, i, block, 3), preferred_element_type=f32)
         ds = (p * (dp - _part(delta, i, block, 2)[:, :, None]) * scale).astype(q.dtype)
@@ -176,11 +256,9 @@ def _attend_bwd(scale, block, saved, residuals, do):
         new_dqT = _part(dqT, i, block, 3) + matmul(_part(kT, j, block, 3), ds, f32)
         return _put(dqT, new_dqT, i, block, 3), _put(dk, new_dk, j, block, 2), _put(dv, new_dv, j, block, 2)
 
-    carry = (jnp.zeros(qT.shape, f32), jnp.zeros(k.shape, f32), jnp.zeros(v.shape, f32))
+    carry = (dqT, jnp.zeros(k.shape, f32), jnp.zeros(v.shape, f32))
     dqT, dk, dv = lax.fori_loop(0, len(pairs), step, carry)
-    # The barrier keeps XLA:CPU from folding the transpose into a bfloat16 product that it then cannot run.
-    dq = transpose(lax.optimization_barrier(dqT))
-    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
+    return dqT, dk.astype(k.dtype), dv.astype(v.dtype)
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)

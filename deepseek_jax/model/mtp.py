@@ -40,11 +40,5 @@ class MTPModule(nn.Module):
 
 
 def ahead(x_BT: jax.Array, k: int) -> jax.Array:
-    """x[:, i + k] at position i. The last k positions hold what must be masked out of the loss."""
+    """x[:, i + k] at position i of complete sequences. The last k positions hold what the loss must mask out."""
     return jnp.roll(x_BT, -k, axis=1)
-
-
-def tokens_ahead(context: TokenContext, k: int) -> TokenContext:
-    """The context of MTP module k, whose block reads the embeddings of the tokens k ahead."""
-    assert context.tokens_BT is not None
-    return context._replace(tokens_BT=ahead(context.tokens_BT, k))

@@ -23,6 +23,7 @@ from jax.ad_checkpoint import checkpoint_name
 from deepseek_jax.config import GROUP_LIMITED, BalanceConfig, ConfigError, ModelConfig
 from deepseek_jax.model.layers import weight, wide
 from deepseek_jax.model.types import Routing, RoutingContext
+from deepseek_jax.parallel.context import mean_over_parts
 from deepseek_jax.parallel.sharding import by_rows
 from deepseek_jax.plugin import load_object
 
@@ -87,6 +88,7 @@ def sequence_loss(cfg: ModelConfig, scores_BTE: jax.Array) -> jax.Array:
     top_BTK = by_rows(lambda scores_BTE: lax.top_k(scores_BTE, cfg.experts_per_token)[1], scores_BTE)
     f_BE = jax.vmap(lambda top_TK: count_choices(top_TK, E))(top_BTK) * (E / (cfg.experts_per_token * T))
     p_BE = (scores_BTE / scores_BTE.sum(axis=-1, keepdims=True)).mean(axis=1)
+    f_BE, p_BE = mean_over_parts(f_BE), mean_over_parts(p_BE)
     return (f_BE * p_BE).sum(axis=-1).mean()
 
 

@@ -22,11 +22,12 @@ from deepseek_jax.model.attention import MLA
 from deepseek_jax.model.block import residual_block
 from deepseek_jax.model.experts import MoE
 from deepseek_jax.model.layers import FFN, SAVED_NAMES, RMSNorm, head_logits, weight, wide
-from deepseek_jax.model.mtp import MTPModule, ahead, tokens_ahead
+from deepseek_jax.model.mtp import MTPModule, ahead
 from deepseek_jax.model.rope import rope_table
 from deepseek_jax.model.router import initial_bias
 from deepseek_jax.model.sparse_attention import SparseMLA
 from deepseek_jax.model.types import BlockStats, Output, TokenContext
+from deepseek_jax.parallel.context import in_parts
 from deepseek_jax.plugin import load_object
 
 
@@ -121,7 +122,7 @@ class DeepSeekV3(nn.Module):
           chosen: int32 [MoE layers, B, T, K], experts to take again (router replay); negative: the router decides, as
             it does in the MTP modules. Rules of one's own have to read it.
         Returns:
-          Output.
+          Output; on a mesh with `context` all but `counts` of parts of sequences, see `parallel.context`.
         """
         cfg = self.cfg
         capture = tuple(capture)
@@ -133,9 +134,11 @@ class DeepSeekV3(nn.Module):
         head_DW = weight(self, "head", (cfg.d_model, cfg.vocab_size))
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
-        context = TokenContext(rope_table(cfg, positions, wide(cfg.dtype)), segment_ids, tokens_BT, positions, step)
+        own_BT, positions = in_parts(tokens_BT), in_parts(positions)
+        segment_ids = None if segment_ids is None else in_parts(segment_ids)
+        context = TokenContext(rope_table(cfg, positions, wide(cfg.dtype)), segment_ids, own_BT, positions, step)
         # Gathered, then cast: a frequent token's gradient is summed in float32.
-        x_BTD = embedding_WD[tokens_BT].astype(cfg.dtype)
+        x_BTD = embedding_WD[own_BT].astype(cfg.dtype)
         stats: dict[str, BlockStats] = {}
         if cfg.num_dense_layers:
             dense = self._stack(cfg.num_dense_layers, "dense_layers", False)
@@ -150,11 +153,13 @@ class DeepSeekV3(nn.Module):
         mtp_bias_KE = self._bias("mtp_bias", cfg.mtp_depth) if cfg.mtp_depth else None
         h_BTD = hidden_BTD
         for k in range(1, cfg.mtp_depth + 1):
-            ahead_BTD = embedding_WD[ahead(tokens_BT, k)].astype(cfg.dtype)
+            read_BT = in_parts(ahead(tokens_BT, k))
+            ahead_BTD = embedding_WD[read_BT].astype(cfg.dtype)
             block = functools.partial(rematerialized(Block, cfg, scanned=False), cfg, moe=True, capture=capture,
                                       mesh=self.mesh, parts=self.parts)
             bias_E = None if mtp_bias_KE is None else mtp_bias_KE[k - 1]
-            h_BTD, one = MTPModule(cfg, block, name=f"mtp_{k}")(h_BTD, ahead_BTD, bias_E, tokens_ahead(context, k))
+            h_BTD, one = MTPModule(cfg, block, name=f"mtp_{k}")(h_BTD, ahead_BTD, bias_E,
+                                                              context._replace(tokens_BT=read_BT))
             mtp_hidden.append(h_BTD)
             mtp_stats.append(one)
         if mtp_stats:

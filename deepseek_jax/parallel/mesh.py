@@ -1,4 +1,4 @@
-"""The mesh of a run: devices along the axes pipe, replica, node, local and tensor (report section 3.2)."""
+"""The mesh of a run: devices along the axes pipe, replica, context, node, local and tensor (report section 3.2)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from deepseek_jax.config import ConfigError, MeshConfig
 
-DATA = ("replica", "node", "local")  # the axes that split a batch
+DATA = ("replica", "node", "local")  # the axes that split a batch into its sequences
+CONTEXT = "context"  # the axis that splits sequences into parts
+PARTS = (*DATA, CONTEXT)  # those that split tokens
 
 
 def make_mesh(cfg: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
@@ -34,7 +36,7 @@ def make_mesh(cfg: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
         raise ConfigError(f"the mesh {axes} is for {cfg.devices} devices, and {here}; take {fit}, or start "
                           f"{cfg.devices} (on a CPU: XLA_FLAGS=--xla_force_host_platform_device_count={cfg.devices}).")
     arranged = _on_torus(cfg, devices) if devices[0].platform == "tpu" else np.asarray(devices)
-    return Mesh(arranged.reshape(tuple(sizes.values())), tuple(sizes), axis_types=(AxisType.Auto,) * 5)
+    return Mesh(arranged.reshape(tuple(sizes.values())), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
 
 
 def _on_torus(cfg, devices):
@@ -45,8 +47,8 @@ def _on_torus(cfg, devices):
     if cfg.replica % by_replica:
         raise ConfigError(f"{slices} TPU slices, with a slow network between them, hold whole stages or replicas: "
                           f"mesh.pipe={cfg.pipe} times mesh.replica={cfg.replica} must be a multiple of {slices}.")
-    inside = (cfg.pipe // by_pipe, cfg.replica // by_replica, cfg.node, cfg.local, cfg.tensor)
-    between = (by_pipe, by_replica, 1, 1, 1)
+    inside = (cfg.pipe // by_pipe, cfg.replica // by_replica, cfg.context, cfg.node, cfg.local, cfg.tensor)
+    between = (by_pipe, by_replica, 1, 1, 1, 1)
     for split in (False, True):  # a mesh axis over a part of a physical one only where there is no other way
         try:
             return mesh_utils.create_hybrid_device_mesh(inside, between, devices, allow_split_physical_axes=split) \
@@ -59,9 +61,9 @@ def _on_torus(cfg, devices):
 def abstract_mesh(cfg: MeshConfig) -> AbstractMesh:
     """The same without devices: for shardings of machines that are not here."""
     sizes = mesh_sizes(cfg)
-    return AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * 5)
+    return AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
 
 
 def mesh_sizes(cfg: MeshConfig) -> dict[str, int]:
-    """{axis: devices along it}, slowest first."""
-    return {name: getattr(cfg, name) for name in ("pipe", *DATA, "tensor")}
+    """{axis: devices along it}, slowest first: of a token less travels over `context` than to its experts."""
+    return {name: getattr(cfg, name) for name in ("pipe", "replica", CONTEXT, "node", "local", "tensor")}

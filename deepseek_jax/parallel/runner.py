@@ -55,7 +55,7 @@ class Runner:
         assert self.mesh is not None
         count = math.prod(self.mesh.shape[axis] for axis in DATA)
         pieces = collections.defaultdict(set)
-        for device, index in NamedSharding(self.mesh, spec("batch")).devices_indices_map((count,)).items():
+        for device, index in NamedSharding(self.mesh, spec("sequences")).devices_indices_map((count,)).items():
             pieces[device.process_index].add(index[0].indices(count)[0])
         return {process: tuple(sorted(found)) for process, found in pieces.items()}
 
@@ -82,7 +82,7 @@ class Runner:
 
     def _split(self, rank):
         assert self.mesh is not None
-        return NamedSharding(self.mesh, spec(*[None] * (rank - 2), "batch") if rank else PartitionSpec())
+        return NamedSharding(self.mesh, spec(*[None] * (rank - 2), "sequences") if rank else PartitionSpec())
 
     def shardings(self, state: Any) -> Any:
         """Those of a state, or of a part of one; None on one device."""

@@ -2,10 +2,10 @@
 
     parameter path -> names of its dimensions -> mesh axes        "layers/attention/q_b" -> q_rank, heads -> -, tensor
 
-Batches are split over (replica, node, local), experts over (node, local), heads, dense feed-forward networks and the
-vocabulary over tensor. Master weights, moments and averages are split over pipe and the data axes as well (ZeRO-1);
-a step gathers the weights it computes with once and scatters their gradients back. A parameter without a rule is an
-error.
+Batches are split over (replica, node, local), their sequences over context (see `parallel.context`), experts over
+(node, local), heads, dense feed-forward networks and the vocabulary over tensor. Master weights, moments and averages
+are split over pipe, the data axes and context as well (ZeRO-1); a step gathers the weights it computes with once and
+scatters their gradients back. A parameter without a rule is an error.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from deepseek_jax.parallel.mesh import DATA
+from deepseek_jax.parallel.mesh import DATA, PARTS
 
 AXES = {  # name of a dimension -> the mesh axes that split it
-    "batch": DATA,
-    "tokens": (*DATA, "tensor"),  # around the experts, where the ranks of `tensor` share the tokens of a row
+    "sequences": DATA,
+    "batch": PARTS,  # parts of sequences: the rows of activations
+    "tokens": (*PARTS, "tensor"),  # around the experts, where the ranks of `tensor` share the tokens of a row
     "experts": ("node", "local"),
     "heads": ("tensor",), "ffn": ("tensor",), "vocab": ("tensor",),
     "layers": (), "model": (), "q_rank": (), "kv_rank": (), "head_dim": (), "expert_ffn": (), "scored": (), "norm": (),
@@ -123,7 +124,7 @@ def dimension_names(path: str, rank: int) -> tuple[str, ...]:
 
 
 def leaf_sharding(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> LeafSharding:
-    """How the leaf at `path` is split. Storage is split over `pipe` and the data axes that compute does not use, too.
+    """How the leaf at `path` is split. Storage is split over `pipe` and axes of tokens that compute does not use, too.
 
     All of them along the first dimension that they divide together; else each along the first that it divides. Never
     along stacked layers, which are taken one by one.
@@ -133,7 +134,7 @@ def leaf_sharding(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) 
     if any(fnmatch.fnmatchcase(f"/{path}", f"*/{pattern}") for pattern in REPLICATED):
         return LeafSharding(compute, compute)
     split = [axes_of(entry) for entry in compute]
-    free = tuple(axis for axis in ("pipe", *DATA) if axis not in sum(split, ()) and mesh.shape[axis] > 1)
+    free = tuple(axis for axis in ("pipe", *PARTS) if axis not in sum(split, ()) and mesh.shape[axis] > 1)
     for axes in (free, *((axis,) for axis in free)):
         fits = [dim for dim, size in enumerate(shape) if names[dim] != "layers" and
                 size % math.prod(mesh.shape[axis] for axis in split[dim] + axes) == 0]
@@ -207,9 +208,9 @@ def _constrained(tree, where):
 
 
 def data_shards() -> int:
-    """Parts that a batch is split into here; 1 without a mesh, or inside a shard_map."""
+    """Parts that the tokens of a batch are split into here; 1 without a mesh, or inside a shard_map."""
     mesh = jax.sharding.get_abstract_mesh()
-    return 1 if mesh.empty or mesh.manual_axes else math.prod(mesh.shape[axis] for axis in DATA)
+    return 1 if mesh.empty or mesh.manual_axes else math.prod(mesh.shape[axis] for axis in PARTS)
 
 
 def local_size(name: str, size: int) -> int:

@@ -28,11 +28,12 @@ from jax.sharding import PartitionSpec as P
 from deepseek_jax.config import Config, ConfigError
 from deepseek_jax.model.block import mtp_block, residual_block
 from deepseek_jax.model.layers import RMSNorm, linear, wide
-from deepseek_jax.model.mtp import ahead, tokens_ahead
+from deepseek_jax.model.mtp import ahead
 from deepseek_jax.model.rope import rope_table
 from deepseek_jax.model.router import check_routes_alone, sequence_loss
 from deepseek_jax.model.transformer import Block, block_parts, rematerialized
 from deepseek_jax.model.types import Output, RoutingStats, TokenContext
+from deepseek_jax.parallel.context import in_parts
 from deepseek_jax.parallel.sharding import DATA, constrain_to_stage, leaf_sharding, paths
 from deepseek_jax.pipeline import Schedule, make_schedule
 from deepseek_jax.pipeline.execute import Arguments, Model, pipelined, rows
@@ -85,7 +86,7 @@ def check(config: Config) -> None:
     split = {"model.vocab_size": cfg.vocab_size, "model.num_heads": cfg.num_heads if heads else 0,
              "model.dense_ffn_dim": cfg.dense_ffn_dim if cfg.num_dense_layers else 0,
              "train.sequence_length * sequences of a micro-batch":
-                 config.train.sequence_length * (sequences // parts) if cfg.mtp_depth else 0}
+                 config.train.sequence_length // mesh.context * (sequences // parts) if cfg.mtp_depth else 0}
     if uneven := [f"{name}={size}" for name, size in split.items() if size % mesh.pipe]:
         raise ConfigError(f"mesh.pipe={mesh.pipe} does not divide {' and '.join(uneven)}, which its ranks share; take "
                           f"a divisor of {math.gcd(*split.values())}.")
@@ -152,8 +153,8 @@ def stacked_again(layers: list[Any]) -> Any:
 def enter(config: Config, shared: dict[str, Any], inputs: Inputs) -> jax.Array:
     """Embedding and dense layers, by all ranks together."""
     cfg = config.model
-    x_BTD = _embed(cfg, shared["embedding"], inputs.batch.tokens_BT)
     context = _context(cfg, inputs)
+    x_BTD = _embed(cfg, shared["embedding"], context.tokens_BT)
     for i in range(cfg.num_dense_layers):
         layer = jax.tree.map(lambda a, i=i: a[i], shared["dense_layers"])
         x_BTD, _, _ = _block(config, layer, x_BTD, context, functools.partial(_dense_ffn, config, layer["ffn"]))
@@ -167,9 +168,11 @@ def leave(config: Config, shared: dict[str, Any], x_BTD: jax.Array, inputs: Inpu
     h_BTD = hidden_BTD = _norm(cfg, shared["norm"])(x_BTD)
     mtp_hidden, mtp_stats = [], []
     for k in range(1, cfg.mtp_depth + 1):
-        ahead_BTD = _embed(cfg, shared["embedding"], ahead(batch.tokens_BT, k))
+        read_BT = in_parts(ahead(batch.tokens_BT, k))
+        ahead_BTD = _embed(cfg, shared["embedding"], read_BT)
         bias_E = shared["mtp_bias"][k - 1] if cfg.has_router_bias else None
-        h_BTD, stats = _mtp_module(config, shared[f"mtp_{k}"], h_BTD, ahead_BTD, bias_E, tokens_ahead(context, k))
+        h_BTD, stats = _mtp_module(config, shared[f"mtp_{k}"], h_BTD, ahead_BTD, bias_E,
+                                   context._replace(tokens_BT=read_BT))
         mtp_hidden.append(h_BTD)
         mtp_stats.append(stats)
     balance = sum((stats.sequence_loss for stats in mtp_stats), jnp.zeros((), wide(cfg.dtype)))
@@ -200,8 +203,10 @@ def _context(cfg, inputs: Inputs) -> TokenContext:
     positions_BT = batch.positions_BT
     if positions_BT is None:
         positions_BT = jnp.broadcast_to(jnp.arange(batch.tokens_BT.shape[1]), batch.tokens_BT.shape)
+    positions_BT, tokens_BT, segment_ids_BT = jax.tree.map(in_parts, (positions_BT, batch.tokens_BT,
+                                                                      batch.segment_ids_BT))
     rope = rope_table(cfg, positions_BT, wide(cfg.dtype))
-    return TokenContext(rope, batch.segment_ids_BT, batch.tokens_BT, positions_BT, inputs.step)
+    return TokenContext(rope, segment_ids_BT, tokens_BT, positions_BT, inputs.step)
 
 
 def _norm(cfg, params) -> Callable[[jax.Array], Any]:
@@ -293,7 +298,7 @@ def gradients_of(config: Config, params: dict[str, Any], router: dict[str, jax.A
 
     def gradients(batch: Batch, normalizers: Normalizers) -> tuple[dict[str, Any], Sums]:
         micro = schedule.microbatches
-        normalizers = normalizers._replace(share=normalizers.share / (micro * config.mesh.data_shards))
+        normalizers = normalizers._replace(share=normalizers.share / (micro * config.mesh.token_shards))
         of_micro = jax.tree.map(lambda a: a.reshape(micro, -1, *a.shape[1:]), batch)
         rest = jax.tree.map(lambda a: jnp.broadcast_to(a, (micro, *jnp.shape(a))), (normalizers, jnp.asarray(step)))
         result = run(Arguments(layers, fixed, shared, Inputs(of_micro, *rest)))
@@ -306,7 +311,7 @@ def gradients_of(config: Config, params: dict[str, Any], router: dict[str, jax.A
             traffic = jax.tree.map(jnp.add, traffic, sums.traffic)
         balance = of_layers.sequence_loss.sum() / _balanced_layers(config.model) + sums.sequence_loss
         return grads, sums._replace(counts={"bias": of_layers.counts} | sums.counts, traffic=traffic,
-                                    sequence_loss=balance / (micro * config.mesh.data_shards))
+                                    sequence_loss=balance / (micro * config.mesh.token_shards))
 
     return gradients
 

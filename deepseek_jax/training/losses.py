@@ -18,6 +18,7 @@ from deepseek_jax.config import BalanceConfig, Config
 from deepseek_jax.model.layers import matmul, transpose, wide
 from deepseek_jax.model.mtp import ahead
 from deepseek_jax.model.types import Output
+from deepseek_jax.parallel.context import in_parts
 from deepseek_jax.parallel.sharding import data_shards
 from deepseek_jax.training.types import Batch, Normalizers, TokenLosses
 
@@ -131,8 +132,9 @@ def shifted_targets(targets_BT: jax.Array, weights_BT: jax.Array, segment_ids_BT
 
 def token_losses(output: Output, head_DW: jax.Array, batch: Batch, chunk: int, axis: str | None = None) -> TokenLosses:
     """Main and MTP losses of one micro-batch; `chunk` and `axis` as in `cross_entropy`."""
-    main = _summed(output.hidden_BTD, head_DW, batch.targets_BT, batch.weights_BT, chunk, axis)
-    return TokenLosses(main, batch.weights_BT.sum(), *mtp_losses(output, head_DW, batch, chunk, axis))
+    targets_BT, weights_BT = in_parts(batch.targets_BT), in_parts(batch.weights_BT)
+    main = _summed(output.hidden_BTD, head_DW, targets_BT, weights_BT, chunk, axis)
+    return TokenLosses(main, weights_BT.sum(), *mtp_losses(output, head_DW, batch, chunk, axis))
 
 
 def mtp_losses(output: Output, head_DW: jax.Array, batch: Batch, chunk: int,
@@ -140,6 +142,7 @@ def mtp_losses(output: Output, head_DW: jax.Array, batch: Batch, chunk: int,
     """(nats, weights) of each MTP depth, [D]; arguments as in `token_losses`."""
     shifted = [shifted_targets(batch.targets_BT, batch.weights_BT, batch.segment_ids_BT, k + 1)
                for k in range(len(output.mtp_hidden))]
+    shifted = [(in_parts(targets_BT), in_parts(weights_BT)) for targets_BT, weights_BT in shifted]
     if not shifted:
         none_D = jnp.zeros((0,), wide(output.hidden_BTD.dtype))
         return none_D, none_D

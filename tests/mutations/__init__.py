@@ -13,7 +13,7 @@ import importlib
 
 from tests.mutations.row import Mutation
 
-ROOMS = ("model", "attention", "config", "data", "fp8", "kernels", "parallel", "pipeline", "training", "checkpoint",
-         "interop", "serving", "openai", "posttraining", "preferences", "scale", "studies", "explore")
+ROOMS = ("model", "attention", "context", "config", "data", "fp8", "kernels", "parallel", "pipeline", "training",
+         "checkpoint", "interop", "serving", "openai", "posttraining", "preferences", "scale", "studies", "explore")
 MUTATIONS: list[Mutation] = [row for room in ROOMS
                              for row in importlib.import_module(f"tests.mutations.{room}").MUTATIONS]

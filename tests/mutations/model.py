@@ -255,8 +255,8 @@ MUTATIONS = [
     Mutation(
         name="MTP looks one token too far",
         file="deepseek_jax/model/transformer.py",
-        old="[ahead(tokens_BT, k)]",
-        new="[ahead(tokens_BT, k + 1)]",
+        old="in_parts(ahead(tokens_BT, k))",
+        new="in_parts(ahead(tokens_BT, k + 1))",
         tests="model/test_mtp.py",
     ),
     Mutation(
@@ -366,9 +366,9 @@ MUTATIONS = [
     ),
     Mutation(
         name="MTP routes by the tokens that the main model reads",
-        file="deepseek_jax/model/mtp.py",
-        old="ahead(context.tokens_BT, k)",
-        new="context.tokens_BT",
+        file="deepseek_jax/model/transformer.py",
+        old="context._replace(tokens_BT=read_BT)",
+        new="context",
         tests="examples/test_own_rules.py",
     ),
     Mutation(

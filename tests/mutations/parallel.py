@@ -323,8 +323,8 @@ MUTATIONS = [
     Mutation(
         name="masters are whole along the pipeline",
         file="deepseek_jax/parallel/sharding.py",
-        old='in ("pipe", *DATA) if axis',
-        new="in DATA if axis",
+        old='in ("pipe", *PARTS) if axis',
+        new="in PARTS if axis",
         tests="parallel/test_mesh.py",
     ),
 ]

@@ -395,7 +395,7 @@ MUTATIONS = [
     Mutation(
         name="the balance loss counts once a data shard",
         file="deepseek_jax/pipeline/model.py",
-        old="normalizers.share / (micro * config.mesh.data_shards)",
+        old="normalizers.share / (micro * config.mesh.token_shards)",
         new="normalizers.share / micro",
         tests="pipeline/test_model.py::test_in_float64_losses_gradients_and_loads_are_those_without_a_pipeline[1f1b]",
     ),

@@ -123,6 +123,8 @@ def test_the_full_model_traces_on_the_mesh_of_the_report():
 
 @pytest.mark.parametrize(("saved", "read"), [(MeshConfig(node=2, local=4), MeshConfig(replica=2, local=2, tensor=2)),
                                              (MeshConfig(replica=2, local=2), MeshConfig()),
+                                             (MeshConfig(context=4), MeshConfig()),
+                                             (MeshConfig(node=4, local=2), MeshConfig(context=4, tensor=2)),
                                              (MeshConfig(), MeshConfig(node=4, local=2))])
 def test_a_checkpoint_of_one_mesh_is_read_on_another_to_the_bit(tmp_path, saved, read):
     state = fresh_state(config_of(dtype="float32").model)

@@ -32,8 +32,8 @@ def test_neighbours_on_local_share_a_link_and_those_on_node_are_nearer_than_in_t
     plain[:] = devices
     plain = plain.reshape(found.shape)
     rows = lambda x, axis: np.moveaxis(x, axis, -1).reshape(-1, x.shape[axis])
-    assert max(ring(list(row), sizes) for row in rows(found, 3)) == 1
-    furthest = lambda x: max(ring(list(row), sizes) for row in rows(x, 2))
+    assert max(ring(list(row), sizes) for row in rows(found, 4)) == 1
+    furthest = lambda x: max(ring(list(row), sizes) for row in rows(x, 3))
     assert furthest(found) < furthest(plain)
     assert sorted(chip.id for chip in found.flat) == list(range(len(devices)))
 
@@ -60,7 +60,7 @@ from deepseek_jax.parallel import mesh, runner
 from deepseek_jax.parallel.processes import Group, joined
 with joined(Group(sys.argv[1], 2, int(sys.argv[2]))):
     a, b, c, d = jax.devices()
-    for sizes in ({"local": 4}, {"local": 2, "tensor": 2}):
+    for sizes in ({"local": 4}, {"local": 2, "tensor": 2}, {"context": 2, "local": 2}):
         cfg = load_config("tiny", [f"--config.mesh.{k}={n}" for k, n in sizes.items()] + ["--config.train.batch_size=8",
                           "--config.train.accumulation_steps=1", "--config.train.ramp_from=None"])
         run = runner.Runner.__new__(runner.Runner)
@@ -80,5 +80,7 @@ def test_devices_of_two_processes_that_take_turns_in_the_mesh_hold_each_row_once
                              stderr=subprocess.STDOUT, env=environ) for i in range(2)]
     said = [process.communicate(timeout=120)[0] for process in both]
     found = [[line for line in words.splitlines() if line.startswith("rows")] for words in said]
-    assert found[0] == ["rows 0 2 [[0, 1], [2, 3]] 1", "rows 0 1 [[0, 1, 2, 3], [4, 5, 6, 7]] 1"], said
-    assert found[1] == ["rows 1 2 [[10, 11], [12, 13]] 1", "rows 0 1 [[0, 1, 2, 3], [4, 5, 6, 7]] 1"], said
+    assert found[0] == ["rows 0 2 [[0, 1], [2, 3]] 1", "rows 0 1 [[0, 1, 2, 3], [4, 5, 6, 7]] 1",
+                        "rows 0 2 [[0, 1, 2, 3], [0, 1, 2, 3]] 1"], said
+    assert found[1] == ["rows 1 2 [[10, 11], [12, 13]] 1", "rows 0 1 [[0, 1, 2, 3], [4, 5, 6, 7]] 1",
+                        "rows 1 2 [[10, 11, 12, 13], [10, 11, 12, 13]] 1"], said

@@ -16,6 +16,8 @@ CASES = {
     "node=4 local=2": dict(mesh=MeshConfig(node=4, local=2), accumulation_steps=4, remat="report"),
     "replica=2 node=2 local=2": dict(mesh=MeshConfig(replica=2, node=2, local=2)),
     "node=2 local=2 tensor=2": dict(mesh=MeshConfig(node=2, local=2, tensor=2), remat="report"),
+    "context=4 local=2": dict(mesh=MeshConfig(context=4, local=2), remat="report"),
+    "context=2 node=2 local=2": dict(mesh=MeshConfig(context=2, node=2, local=2), accumulation_steps=4),
     "flat": dict(mesh=MeshConfig(node=2, local=2, dispatch="flat"), accumulation_steps=4, remat="full"),
 }
 QUICK = ["replica=2 node=2 local=2", "node=2 local=2 tensor=2"]

@@ -108,6 +108,7 @@ def test_a_teacher_with_another_tokenizer_is_one_line(pupil, tmp_path):
 @pytest.mark.parametrize(("change", "said"), [
     (dict(model=dict(vocab_size=320)), "has a vocabulary of 288, and the student one of 320"),
     (dict(mesh=dict(pipe=2)), "take mesh.pipe=1, or distill.from=None"),
+    (dict(mesh=dict(context=2)), "take mesh.context=1, or distill.from=None"),
 ])
 def test_what_cannot_be_taught_is_one_line(pupil, change, said):
     config = dataclasses.replace(pupil)

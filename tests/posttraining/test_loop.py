@@ -85,6 +85,7 @@ def test_a_run_that_was_stopped_continues_to_the_bit(start, whole, tmp_path, mon
     (dict(grpo=dict(updates=3)), "must be a multiple of grpo.updates=3"),
     (dict(train=dict(ramp_from=4)), "ramp_from is for pre-training"),
     (dict(mesh=dict(pipe=2)), "take mesh.pipe=1"),
+    (dict(mesh=dict(context=2)), "take mesh.context=1"),
     (dict(model=dict(index_topk=4, index_head_dim=32, index_warmup=True)), "a loss that rewards do not have"),
     (dict(model=dict(router="a.b:c")), "rollout.replay_routes=False"),
 ])

@@ -193,6 +193,7 @@ def test_micro_batches_add_up_to_the_batch(tmp_path):
 
 @pytest.mark.parametrize(("change", "said"), [
     (dict(init=InitConfig()), "add --config.init.from=RUN"), (dict(mesh=dict(pipe=2)), "take mesh.pipe=1"),
+    (dict(mesh=dict(context=2)), "take mesh.context=1"),
     (dict(model=dict(index_topk=4, index_head_dim=32, index_warmup=True)), "a loss that pairs do not have"),
 ])
 def test_what_pairs_cannot_train_is_one_line(change, said):
