@@ -31,7 +31,8 @@ def parse() -> argparse.Namespace:
                         help="of all training (default: the report's)")
     parser.add_argument("--price", type=arguments.positive,
                         help="dollars a device-hour (default: the machine's, where known)")
-    parser.add_argument("--search", action="store_true", help="look for the fastest layouts that fit")
+    parser.add_argument("--search", action="store_true", help="look for the fastest layouts that fit, over --pipe, "
+                        "--expert, --rows, --schedule and, unless it is given, --remat")
     parser.add_argument("--ablations", action="store_true", help="what each of the report's inventions is worth here")
     parser.add_argument("--decode", action="store_true", help="the published layouts that serve v3_671b")
     parser.add_argument("--json", metavar="FILE", help="also write everything there")
@@ -60,8 +61,9 @@ def training(args: argparse.Namespace, machine: Hardware, model: ModelConfig) ->
     """Prints the plan of one layout, or the best layouts with --search; returns what --json writes."""
     result: dict[str, Any] = {"measured": dataclasses.asdict(Measured())}
     if args.search:
-        best, reasons = plan.search(model, machine, args.devices, args.sequences, args.sequence_length,
-                                    price=args.price, tokens=args.tokens, **arguments.mesh(args))
+        chosen = {} if args.remat is None else {"remats": (args.remat,)}
+        best, reasons = plan.search(model, machine, args.devices, args.sequences, args.sequence_length, args.price,
+                                    args.tokens, deferred=args.deferred, **chosen, **arguments.mesh(args))
         result["search"] = {"best": [{"remat": remat} | tables.flat(found) for remat, found in best],
                             "others": {name: n for name, (n, _) in reasons.items()}}
         print(tables.searched(best, reasons))

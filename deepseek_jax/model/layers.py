@@ -25,8 +25,9 @@ from deepseek_jax.parallel.sharding import constrain
 # What is saved for the backward pass under remat="report" (report section 3.2.3): the residual stream, the compressed
 # latents, the attention output, the scores, what arrived at the experts and the inputs of SwiGLU. Norms, MLA
 # up-projections and SwiGLU are recomputed; so are the experts' outputs, which only the gradient of the gates needs.
-# Names in the place of "report" recompute some of these too (`config.model.RECOMPUTABLE`).
-SAVED_NAMES = tuple(RECOMPUTABLE.values())
+# Names in the place of "report" recompute some of these too (`config.model.RECOMPUTABLE`). Which token goes where is
+# small and always saved: to find it out again takes an exchange of sizes before each hop.
+SAVED_NAMES = (*RECOMPUTABLE.values(), "hops")
 
 
 def save_ffn_input(x: jax.Array) -> jax.Array:

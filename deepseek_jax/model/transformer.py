@@ -95,7 +95,7 @@ def rematerialized(block: type[nn.Module], cfg: ModelConfig, scanned: bool) -> A
     if cfg.remat == "none":
         return block
     saved = set(SAVED_NAMES) - {RECOMPUTABLE.get(name) for name in cfg.recomputed}
-    policy = jax.checkpoint_policies.save_only_these_names(*saved) if saved else None
+    policy = jax.checkpoint_policies.save_only_these_names(*saved) if cfg.remat != "full" else None
     return nn.remat(block, policy=policy, prevent_cse=not scanned)
 
 

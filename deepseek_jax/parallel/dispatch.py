@@ -88,7 +88,8 @@ class Hop:
     landed: int = flax.struct.field(pytree_node=False)  # rows of the receive buffer
 
 
-def route_hop(place_RK: jax.Array, axis: str | tuple[str, ...], places: int, room: int, ragged: bool = False) -> Hop:
+def route_hop(place_RK: jax.Array, axis: str | tuple[str, ...], places: int, room: int,
+              wanted_QP: jax.Array | None = None) -> Hop:
     """Plans one hop of R rows over a mesh axis.
 
     Args:
@@ -96,20 +97,21 @@ def route_hop(place_RK: jax.Array, axis: str | tuple[str, ...], places: int, roo
       axis: name or names of the mesh axes. places: their size, P.
       room: rows of the receive buffer for each sender (static), or for all of them together (ragged). A ragged send
         buffer has no more of them either: what a device sends is what it receives, if loads are even.
+      wanted_QP: int32, for ragged buffers: copies that each sender has for each place. It may have fewer, if a row was
+        lost on its way here: what it sends in its place is empty. None: static buffers.
     """
     R, K = place_RK.shape
     goes_RP = (place_RK[:, :, None] == jnp.arange(places)[None, None]).any(axis=1)
     rank_RP = jnp.cumsum(goes_RP, axis=0, dtype=jnp.int32) - goes_RP
-    wanted_P = goes_RP.sum(axis=0, dtype=jnp.int32)
-    if ragged:
-        slots, landed = min(R * min(places, K), room), room
-        start_P = jnp.cumsum(wanted_P) - wanted_P
-        moves = _exchange_sizes(jnp.clip(slots - start_P, 0, wanted_P), jnp.minimum(start_P, slots), axis, room)
-        sent_P = moves[1]
-    else:
+    copies_P = goes_RP.sum(axis=0, dtype=jnp.int32)
+    if wanted_QP is None:
         slots = landed = places * room
         start_P = jnp.arange(places, dtype=jnp.int32) * room
-        moves, sent_P = None, jnp.minimum(wanted_P, room)
+        moves, sent_P = None, jnp.minimum(copies_P, room)
+    else:
+        slots, landed = min(R * min(places, K), room), room
+        moves = _moves(wanted_QP, slots, room, lax.axis_index(axis))
+        start_P, sent_P = moves[0], jnp.minimum(copies_P, moves[1])
     safe_RK = jnp.minimum(place_RK, places - 1)
     rank_RK = jnp.take_along_axis(rank_RP, safe_RK, axis=1)
     earlier_RK = jnp.stack([(place_RK[:, :k] == place_RK[:, k:k + 1]).any(axis=1) for k in range(K)], axis=1)
@@ -117,22 +119,38 @@ def route_hop(place_RK: jax.Array, axis: str | tuple[str, ...], places: int, roo
     slot_RK = jnp.where(sent_RK, start_P[safe_RK] + rank_RK, slots)
     row_R1 = jnp.arange(R, dtype=jnp.int32)[:, None]
     row_S = jnp.full(slots, R, jnp.int32).at[slot_RK].set(jnp.broadcast_to(row_R1, (R, K)), mode="drop")
-    return Hop(slot_RK, row_S, sent_P, (wanted_P - sent_P).sum(), moves, axis, landed)
+    return Hop(slot_RK, row_S, sent_P, (copies_P - sent_P).sum(), moves, axis, landed)
 
 
-def _exchange_sizes(wanted_P, start_P, axis, room):
-    """All senders publish what they want to send; each receiver's buffer fills in their order, up to its room.
+def _moves(wanted_QP, slots, room, me):
+    """Of ragged buffers: a sender's has `slots` rows, and a receiver's fills in the senders' order, up to its room.
 
     Returns:
       int32 [P] each: here offset and size by place sent to, and the offset it lands at there; then offset and size by
       sender of what lands here, and its offset there.
     """
-    me = lax.axis_index(axis)
-    wanted_QP, start_QP = lax.all_gather(jnp.stack([wanted_P, start_P], axis=1), axis).transpose(2, 0, 1)
-    landing_QP = jnp.cumsum(wanted_QP, axis=0) - wanted_QP
-    size_QP = jnp.clip(room - landing_QP, 0, wanted_QP)
-    landing_QP = jnp.minimum(landing_QP, room)
-    return (start_P, size_QP[me], landing_QP[me], landing_QP[:, me], size_QP[:, me], start_QP[:, me])
+    start_QP = jnp.minimum(jnp.cumsum(wanted_QP, axis=1) - wanted_QP, slots)
+    sent_QP = jnp.minimum(wanted_QP, slots - start_QP)
+    landing_QP = jnp.minimum(jnp.cumsum(sent_QP, axis=0) - sent_QP, room)
+    size_QP = jnp.minimum(sent_QP, room - landing_QP)
+    return start_QP[me], size_QP[me], landing_QP[me], landing_QP[:, me], size_QP[:, me], start_QP[:, me]
+
+
+def _wanted(cfg, num_experts, chosen_NK):
+    """{axes of a hop: int32 [Q, P]}: copies that each sender has for each place, if none is lost.
+
+    All devices tell each other once, before the first hop: the second would have to wait for it a second time, and XLA
+    hides an exchange of some bytes behind as many products as one of tokens.
+    """
+    M, L = cfg.node, cfg.local
+    place_NK = chosen_NK // (num_experts // (M * L))
+    there_NML = (place_NK[:, :, None] == jnp.arange(M * L)[None, None]).any(axis=1).reshape(-1, M, L)
+    count = lambda there: there.sum(axis=0, dtype=jnp.int32).ravel()
+    all_MLX = lax.all_gather(jnp.concatenate([count(there_NML.any(axis=2)), count(there_NML)]), ("node", "local"))
+    all_MLX = all_MLX.reshape(M, L, -1)
+    node, local = lax.axis_index("node"), lax.axis_index("local")
+    return {("node", "local"): all_MLX[:, :, M:].reshape(M * L, M * L), "node": all_MLX[:, local, :M],
+            "local": all_MLX[:, :, M:].reshape(M, L, M, L)[:, :, node].sum(axis=0)}
 
 
 def _rows(x, index):
@@ -202,14 +220,14 @@ def _sum_of_copies(y_S, hop):
     return functools.reduce(jnp.add, rows).astype(y_S.dtype)
 
 
-def save_dispatched(tree: Any) -> Any:
-    """Marks what the backward pass must save, or it would have to travel again."""
-    return jax.tree.map(lambda x: checkpoint_name(x, "dispatched"), tree)
+def save(tree: Any, name: str = "dispatched") -> Any:
+    """Marks what the backward pass must save: what arrived, or it would have to travel again, and the "hops"."""
+    return jax.tree.map(lambda x: checkpoint_name(x, name), tree)
 
 
 def _dispatch(placement, x_ND, gates_NK, chosen_NK):
-    hops, id_RK, parts = save_dispatched(
-        route_hops(placement, chosen_NK, (*placement.wire.encode(x_ND), gates_NK)))
+    hops, id_RK, parts = route_hops(placement, chosen_NK, (*placement.wire.encode(x_ND), gates_NK))
+    id_RK, parts = save((id_RK, parts))
     return placement.wire.decode(parts[:-1], x_ND.dtype), parts[-1], id_RK, hops
 
 
@@ -242,7 +260,7 @@ def _gradient_of_combine(wire, hops, dy_ND):
     parts = wire.encode(dy_ND)
     for hop in hops:
         parts = send(parts, hop)
-    return wire.decode(save_dispatched(parts), dy_ND.dtype), None
+    return wire.decode(save(parts), dy_ND.dtype), None
 
 
 def _dispatched(placement, x_ND, gates_NK, chosen_NK):
@@ -271,6 +289,7 @@ def route_hops(placement: ExpertLayout, chosen_NK: jax.Array, parts: tuple[jax.A
         legs = [(("node", "local"), cfg.node * cfg.local, E_device, K)]
     else:
         legs = [("node", cfg.node, E_node, min(K, placement.most_nodes)), ("local", cfg.local, E_device, K)]
+    wanted = _wanted(cfg, num_experts, chosen_NK) if cfg.buffers == "ragged" else {}
     hops, id_RK = [], chosen_NK + 1
     for axis, places, size, copies in legs:
         if places == 1:
@@ -280,7 +299,8 @@ def route_hops(placement: ExpertLayout, chosen_NK: jax.Array, parts: tuple[jax.A
         if cfg.capacity is not None:  # of a load of K choices a token that is spread evenly
             even = N * copies if cfg.buffers == "ragged" else N * copies / places
             room = min(room, math.ceil(cfg.capacity * even))
-        hop = route_hop(jnp.where(id_RK > 0, (id_RK - 1) // size, places), axis, places, room, cfg.buffers == "ragged")
+        place_RK = jnp.where(id_RK > 0, (id_RK - 1) // size, places)
+        hop = save(route_hop(place_RK, axis, places, room, wanted.get(axis)), "hops")
         sent = send((*parts, id_RK), hop)
         parts, id_RK = sent[:-1], sent[-1]
         id_RK = id_RK - lax.axis_index(axis) * size

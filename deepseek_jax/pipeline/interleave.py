@@ -32,6 +32,30 @@ class Phase(NamedTuple):
     arrived: list
 
 
+class Pass:
+    """A piece's phases and its environment {variable: value}. There are no phases after the last."""
+
+    def __init__(self, piece: Piece, given: dict):
+        self.piece, self.env, self._phases = piece, dict(given), phases(piece)
+
+    def __len__(self) -> int:
+        return len(self._phases)
+
+    def phase(self, k: int) -> Phase:
+        return self._phases[k] if k < len(self) else Phase([], [], [], [])
+
+    def evaluate(self, equations: list) -> None:
+        evaluate(equations, self.piece.waits, self.env)
+
+    def wait(self, names: Iterable[Any], first: Iterable[Any]) -> None:
+        """Until `first` are computed."""
+        if first := tuple(first):
+            self.env |= {v: lax.optimization_barrier((self.env[v], *first))[0] for v in names}
+
+    def values(self, names: Iterable[Any]) -> list:
+        return [value_of(self.env, v) for v in names]
+
+
 def phases(piece: Piece) -> list[Phase]:
     """Phase k of a pass needs the results of k exchanges, with products between them."""
     at: dict[Any, tuple[int, bool]] = {}  # variable -> (phase, whether it travelled in it)
@@ -81,21 +105,17 @@ def interleaved(forward: tuple[Piece, dict], backward: tuple[Piece, dict], x: It
     Returns:
       the results of both.
     """
-    (ours, env), (theirs, other) = ((piece, dict(given)) for piece, given in (forward, backward))
-    f, b = phases(ours), phases(theirs)
-    gradients = list(zip(theirs.results[len(theirs.results) - len(sums):], sums, strict=True))
+    f, b = Pass(*forward), Pass(*backward)
+    width = len(b.piece.results) - len(sums)
+    gradients = list(zip(b.piece.results[width:], sums, strict=True))
     totals: dict[int, Any] = {}
-    _work(theirs, b, 0, other)
-    _wait(env, x, _sent(b, 0, other))
+    b.evaluate(b.phase(0).work)
+    f.wait(x, b.values(b.phase(0).sent))
     for k in range(max(len(f), len(b))):
-        _work(ours, f, k, env)
-        first = [*_sent(f, k, env), *_add(gradients, other, totals)]
-        _travel(theirs, b, k, other, first, _half(f, k, env))
-        _work(theirs, b, k + 1, other)
-        _travel(ours, f, k, env, _sent(b, k + 1, other), _half(b, k + 1, other))
-    _add(gradients, other, totals)
-    results = [value_of(other, v) for v in theirs.results[:len(theirs.results) - len(sums)]]
-    return [value_of(env, v) for v in ours.results], [*results, *(totals[i] for i in range(len(sums)))]
+        _beside(f, f.phase(k), b, b.phase(k), lambda: _add(gradients, b.env, totals))
+        _beside(b, b.phase(k + 1), f, f.phase(k))
+    _add(gradients, b.env, totals)
+    return f.values(f.piece.results), [*b.values(b.piece.results[:width]), *(totals[i] for i in range(len(sums)))]
 
 
 def _add(gradients, env, totals):
@@ -106,36 +126,38 @@ def _add(gradients, env, totals):
     return list(new.values())
 
 
-def _work(piece, found, k, env):
-    if k < len(found):
-        evaluate(found[k].work, piece.waits, env)
+def _beside(busy, now, other, under_way, more=list):
+    """The work of phase `now` of one pass while the exchange of phase `under_way` of the other goes on.
+
+    Left to itself XLA hides one hop behind all products that it finds and the next behind none. So it is said when each
+    is used: what the first of two hops brought, when half of the products are done; what the last one brought, when
+    those are that the other exchange sends, and `more`. If that goes over the same axes, it starts when this one is
+    done, which it would wait for on its way.
+    """
+    busy.evaluate(now.work)
+    half, first = busy.values(middle(now)), [*busy.values(now.sent), *more()]
+    for equation in under_way.travel:
+        other.evaluate([equation])
+        if equation.primitive.name in EXCHANGES:
+            arrived = other.values(equation.outvars)
+            last = set(under_way.arrived).issuperset(equation.outvars)
+            other.wait(equation.outvars, first if last else half)
+            if last and equation.params["axis_name"] == _first_axes(now):
+                busy.wait(now.sent, arrived)
 
 
-def _sent(found, k, env):
-    return [env[v] for v in found[k].sent] if k < len(found) else []
+def _first_axes(phase):
+    return next((e.params["axis_name"] for e in phase.travel if e.primitive.name in EXCHANGES), None)
 
 
-def _half(found, k, env):
-    """Results of the product after which half of the products of phase k are done."""
-    products = [e for e in found[k].work if multiplies(e)] if k < len(found) else []
-    return [env[v] for v in products[len(products) // 2].outvars] if products else []
+def middle(phase: Phase) -> list:
+    """Results of the product in the middle of the longest chain of products that leads to what is sent.
 
-
-def _wait(env, names, first):
-    """Until `first` are computed."""
-    if first:
-        env |= {v: lax.optimization_barrier((env[v], *first))[0] for v in names}
-
-
-def _travel(piece, found, k, env, first, half):
-    """The exchange after phase k, whose result waits for `first`. Of two hops the second waits for `half`: XLA starts
-    it as early as it can, and would wait for the first one at once."""
-    if k >= len(found):
-        return
-    sent, arrived = set(found[k].sent), set(found[k].arrived)
-    for equation in found[k].travel:
-        if equation.primitive.name in EXCHANGES and sent.isdisjoint(equation.invars):
-            _wait(env, equation.invars[:1], half)
-        evaluate([equation], piece.waits, env)
-        if arrived.issuperset(equation.outvars):
-            _wait(env, equation.outvars, first)
+    Products that none of these needs, of weights' gradients, are computed before or after it as XLA likes.
+    """
+    chains: dict[Any, tuple] = {}  # variable -> products
+    for equation in phase.work:
+        longest = max((chains[v] for v in variables(equation.invars) if v in chains), key=len, default=())
+        chains |= dict.fromkeys(equation.outvars, (*longest, equation) if multiplies(equation) else longest)
+    longest = max((chains[v] for v in phase.sent or chains if v in chains), key=len, default=())
+    return longest[len(longest) // 2].outvars if longest else []

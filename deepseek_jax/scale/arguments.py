@@ -24,6 +24,8 @@ REPORT_SEQUENCES = 15360  # a step's, report section 4.2
 LAYOUTS = {"report": {"model": "v3_671b", "hardware": "h800", "devices": 2048, "target": "h100:2048", "pipe": 16,
                       "expert": 64, "fp8": True, "remat": "dispatch", "capacity": 1.25, "deferred": 0}}
 
+IDENTITY = ("model", "hardware", "devices", "pipe", "expert")  # of a layout: who plans these means the others too
+
 ALL = ("training", "--serve", "--finetune")  # what `plan` is asked
 READERS = {  # of its options; what is not here is of training on many devices
     **dict.fromkeys(("model", "hardware", "layers", "sequence_length", "fp8", "json", "serve", "finetune"), ALL),
@@ -63,7 +65,10 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
     """The options. Those of a --layout are the defaults of the others."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--layout", nargs="?")  # without a word it is the parser's to refuse
-    given = LAYOUTS.get(first.parse_known_args()[0].layout, {})
+    return _with_defaults(parser, LAYOUTS.get(first.parse_known_args()[0].layout, {}))
+
+
+def _with_defaults(parser, given):
     for action in parser._actions:
         if action.dest in given:
             action.required, action.default = False, given[action.dest]
@@ -86,6 +91,10 @@ def add_one_device(parser: argparse.ArgumentParser) -> None:
 def checked(parser: argparse.ArgumentParser) -> argparse.Namespace:
     """The options of `plan`. Raises ConfigError for one that the question asked does not read."""
     args = parse(parser)
+    for name, layout in LAYOUTS.items():
+        if args.layout is None and all(getattr(args, option) == layout[option] for option in IDENTITY):
+            args = _with_defaults(parser, layout | {"layout": name})
+            print(f"These are the options of --layout {name}, from which others are taken that are not given.\n")
     check_counts(args)
     question = "--serve" if args.serve else "--finetune" if args.finetune else "training"
     for name, value in vars(args).items():

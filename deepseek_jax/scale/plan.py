@@ -137,33 +137,35 @@ def what_fits(c: ModelConfig, hw: Hardware, found: Plan) -> str:
 
 
 def search(c: ModelConfig, hw: Hardware, devices: int, sequences: int, sequence_length: int = 4096,
-           price: float | None = None, tokens: float = TOKENS,
-           **mesh: Any) -> tuple[list[tuple[str, Plan]], dict[str, tuple[int, tuple | None]]]:
+           price: float | None = None, tokens: float = TOKENS, remats: tuple[str, ...] = ("none", "report", "full"),
+           deferred: int | None = None, **mesh: Any) -> tuple[list[tuple[str, Plan]], dict[str, tuple[int, tuple | None]]]:
     """The fastest layouts that fit, over pipe, expert, rows, remat and schedule; the other devices are replicas.
 
+    Args:
+      remats: to try; "auto": for each layout the cheapest that fits. deferred: see Layout. mesh: fields of MeshConfig.
     Returns:
       (the BEST (remat, Plan), best first; {reason: (how many layouts failed, the one that came nearest)}).
     """
     powers = [2**i for i in range(13)]
     fitting: list[tuple[str, Plan]] = []
     reasons: dict[str, list] = {}
-    remats = ("none", "report", "full")
     for pipe, expert, rows, remat in itertools.product(powers[:6], powers[:9], powers[:3], remats):
-        model = dataclasses.replace(c, remat=remat)
         if devices % (pipe * expert):
             continue
         for schedule in ("1f1b", "zb1p", "dualpipe", "dualpipev") if pipe > 1 else ("1f1b",):
             try:
-                layout = make_layout(model, Split(devices, pipe, expert, node_size=hw.node_size), sequences, rows,
-                                     sequence_length, schedule, **mesh)
+                layout = make_layout(c, Split(devices, pipe, expert, node_size=hw.node_size), sequences, rows,
+                                     sequence_length, schedule, deferred, **mesh)
             except ConfigError as error:
                 _note(reasons, _kind(str(error)), None)
                 continue
+            chosen = cheapest_remat(c, hw, layout)[-1].remat if remat == "auto" else remat
+            model = dataclasses.replace(c, remat=chosen)
             needed = sum(memory.bytes_per_device(model, layout).values())
             if needed > hw.memory:
-                _note(reasons, "does not fit into memory", (needed - hw.memory, layout.name, remat))
+                _note(reasons, "does not fit into memory", (needed - hw.memory, layout.name, chosen))
                 continue
-            fitting.append((remat, plan(model, hw, layout, tokens, price)))
+            fitting.append((chosen, plan(model, hw, layout, tokens, price)))
     fitting.sort(key=lambda found: found[1].hours)
     return fitting[:BEST], {name: (len(all_), min((x for x in all_ if x), default=None))
                             for name, all_ in sorted(reasons.items(), key=lambda item: -len(item[1]))}

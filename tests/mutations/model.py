@@ -227,7 +227,7 @@ MUTATIONS = [
     Mutation(
         name="the report remat keeps nothing",
         file="deepseek_jax/model/layers.py",
-        old="tuple(RECOMPUTABLE.values())",
+        old='(*RECOMPUTABLE.values(), "hops")',
         new='("nothing",)',
         tests="model/test_layers.py",
     ),
@@ -332,9 +332,16 @@ MUTATIONS = [
     Mutation(
         name="tokens travel again in the backward pass",
         file="deepseek_jax/model/layers.py",
-        old="SAVED_NAMES = tuple(RECOMPUTABLE.values())",
-        new='SAVED_NAMES = tuple(set(RECOMPUTABLE.values()) - {"dispatched"})',
+        old='(*RECOMPUTABLE.values(), "hops")',
+        new='(*(set(RECOMPUTABLE.values()) - {"dispatched"}), "hops")',
         tests="parallel/test_moe_layer.py",
+    ),
+    Mutation(
+        name="where tokens go is found out again in the backward pass",
+        file="deepseek_jax/model/layers.py",
+        old='(*RECOMPUTABLE.values(), "hops")',
+        new="tuple(RECOMPUTABLE.values())",
+        tests="parallel/test_moe_layer.py::test_tokens_that_travel_again_go_where_they_went",
     ),
     Mutation(
         name="a rule of one's own is not called",

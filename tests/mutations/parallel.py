@@ -13,8 +13,8 @@ MUTATIONS = [
     Mutation(
         name="fp8: what arrived at the experts is kept wide",
         file="deepseek_jax/parallel/dispatch.py",
-        old="(*placement.wire.encode(x_ND), gates_NK)))",
-        new="(placement.wire.decode(placement.wire.encode(x_ND), x_ND.dtype), gates_NK)))",
+        old="(*placement.wire.encode(x_ND), gates_NK))",
+        new="(placement.wire.decode(placement.wire.encode(x_ND), x_ND.dtype), gates_NK))",
         tests="parallel/test_moe_layer.py",
     ),
     Mutation(
@@ -27,8 +27,8 @@ MUTATIONS = [
     Mutation(
         name="the last slot of a buffer stays empty",
         file="deepseek_jax/parallel/dispatch.py",
-        old="moves, sent_P = None, jnp.minimum(wanted_P, room)",
-        new="moves, sent_P = None, jnp.minimum(wanted_P, room - 1)",
+        old="moves, sent_P = None, jnp.minimum(copies_P, room)",
+        new="moves, sent_P = None, jnp.minimum(copies_P, room - 1)",
         tests="parallel/test_dispatch.py",
     ),
     Mutation(
@@ -69,16 +69,30 @@ MUTATIONS = [
     Mutation(
         name="a ragged receiver lets copies overlap",
         file="deepseek_jax/parallel/dispatch.py",
-        old="landing_QP = jnp.cumsum(wanted_QP, axis=0) - wanted_QP",
-        new="landing_QP = jnp.maximum(jnp.cumsum(wanted_QP, axis=0) - wanted_QP - 1, 0)",
+        old="jnp.minimum(jnp.cumsum(sent_QP, axis=0) - sent_QP, room)",
+        new="jnp.clip(jnp.cumsum(sent_QP, axis=0) - sent_QP - 1, 0, room)",
         tests="parallel/test_dispatch.py",
     ),
     Mutation(
         name="a ragged receiver is overrun",
         file="deepseek_jax/parallel/dispatch.py",
-        old="jnp.clip(room - landing_QP, 0, wanted_QP)",
-        new="wanted_QP",
+        old="jnp.minimum(sent_QP, room - landing_QP)",
+        new="sent_QP",
         tests="parallel/test_dispatch.py",
+    ),
+    Mutation(
+        name="a hop's sizes are those of the rows that arrived",
+        file="deepseek_jax/parallel/dispatch.py",
+        old="size_QP = jnp.minimum(sent_QP, room - landing_QP)",
+        new="size_QP = jnp.minimum(sent_QP, room - landing_QP) - (me % 2)",
+        tests="parallel/test_dispatch.py",
+    ),
+    Mutation(
+        name="sizes are exchanged before each hop",
+        file="deepseek_jax/parallel/dispatch.py",
+        old="    hops, id_RK = [], chosen_NK + 1\n",
+        new="    hops, id_RK = [], chosen_NK + 1 + 0 * lax.all_gather(chosen_NK, 'local')[0]\n",
+        tests="parallel/test_dispatch.py::test_one_exchange_of_sizes_serves_both_hops",
     ),
     Mutation(
         name="what rows land in is a constant",

@@ -6,8 +6,8 @@ MUTATIONS = [
     Mutation(
         name="what an exchange brings is used at once",
         file="deepseek_jax/pipeline/interleave.py",
-        old="            _wait(env, equation.outvars, first)",
-        new="            pass",
+        old="first if last else half",
+        new="[] if last else half",
         tests="pipeline/test_interleave.py",
     ),
     Mutation(
@@ -20,15 +20,29 @@ MUTATIONS = [
     Mutation(
         name="the second hop starts when the first one is done",
         file="deepseek_jax/pipeline/interleave.py",
-        old="_wait(env, equation.invars[:1], half)",
-        new="pass",
+        old="first if last else half",
+        new="first if last else []",
         tests="pipeline/test_interleave.py",
+    ),
+    Mutation(
+        name="an exchange starts beside one over the same axes",
+        file="deepseek_jax/pipeline/interleave.py",
+        old="                busy.wait(now.sent, arrived)",
+        new="                pass",
+        tests="pipeline/test_interleave.py",
+    ),
+    Mutation(
+        name="half of the products ends with any of them",
+        file="deepseek_jax/pipeline/interleave.py",
+        old="longest = max((chains[v] for v in phase.sent or chains if v in chains), key=len, default=())",
+        new="longest = [e for e in phase.work if multiplies(e)]",
+        tests="pipeline/test_interleave.py::test_half_of_the_products_ends_with_one_that_what_is_sent_needs",
     ),
     Mutation(
         name="weight gradients are put off",
         file="deepseek_jax/pipeline/interleave.py",
-        old="first = [*_sent(f, k, env), *_add(gradients, other, totals)]",
-        new="first = _sent(f, k, env)",
+        old="[*busy.values(now.sent), *more()]",
+        new="busy.values(now.sent)",
         tests="pipeline/test_interleave.py",
     ),
     Mutation(

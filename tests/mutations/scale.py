@@ -416,4 +416,25 @@ MUTATIONS = [
         new='schedule="zb1p")',
         tests="scale/test_plan.py::test_without_deferred_gradients_zb1p_is_still_shown_with_its_own",
     ),
+    Mutation(
+        name="a search ignores the remat that is asked for",
+        file="deepseek_jax/plan.py",
+        old='{"remats": (args.remat,)}',
+        new="{}",
+        tests="scale/test_plan.py::test_the_command_searches_with_the_options_that_are_given",
+    ),
+    Mutation(
+        name="a search takes the deferred gradients of each schedule",
+        file="deepseek_jax/scale/plan.py",
+        old="sequence_length, schedule, deferred, **mesh)",
+        new="sequence_length, schedule, **mesh)",
+        tests="scale/test_plan.py::test_a_search_tries_the_remat_and_the_deferred_gradients_that_are_asked_for",
+    ),
+    Mutation(
+        name="the devices of the report's layout do not mean its other options",
+        file="deepseek_jax/scale/arguments.py",
+        old="if args.layout is None and all(",
+        new="if args.layout and all(",
+        tests="scale/test_plan.py::test_who_names_the_devices_of_the_report_s_layout_means_its_other_options_too",
+    ),
 ]

@@ -224,13 +224,42 @@ def test_a_ragged_sender_has_no_more_room_than_a_receiver_and_counts_what_it_can
     """All of 16 rows go to both of 2 places, but only 20 copies have room: the second place loses 12 of its 16."""
     with on(MeshConfig(local=8)):
         place_RK = jnp.tile(jnp.arange(2, dtype=jnp.int32), (8 * 16, 1))
+        wanted_QP = jnp.tile(jnp.array([16, 16, 0, 0, 0, 0, 0, 0]), (8, 1))
         hops = jax.jit(jax.shard_map(
-            lambda place_RK: jax.tree.map(lambda a: a[None], dispatch.route_hop(place_RK, "local", 8, 20, ragged=True)),
+            lambda place_RK: jax.tree.map(lambda a: a[None], dispatch.route_hop(place_RK, "local", 8, 20, wanted_QP)),
             in_specs=spec("batch"), out_specs=spec("batch"), check_vma=False))(place_RK)
 
     assert hops.row_S.shape == (8, 20)
     assert hops.sent_P[:, 2:].sum() == 0 and int(hops.lost.sum()) == 8 * 32 - int(hops.sent_P.sum())
     assert (hops.sent_P.sum(axis=1) <= 20).all() and hops.sent_P[0].tolist()[:2] == [16, 4]
+
+
+def test_rows_lost_in_the_first_hop_leave_the_second_its_sizes(ragged):
+    """Both ends of a transfer know its size from the tokens' choices, whether all rows arrived or not."""
+    cfg = MeshConfig(node=2, local=4, buffers="ragged", capacity=0.5)
+
+    def sizes(chosen_NK):
+        first, second = dispatch.route_hops(dispatch.ExpertLayout(cfg, E, cfg.node), chosen_NK)[0]
+        _, size, _, _, arriving, _ = second.ragged
+        return first.lost[None], second.sent_P[None], size[None], arriving[None]
+
+    with on(cfg):
+        lost, sent_LP, size_LP, arriving_LQ = jax.jit(jax.shard_map(
+            sizes, in_specs=spec("tokens"), out_specs=spec("tokens"), check_vma=False))(ROUTINGS["mixed"])
+
+    assert lost.sum() > 0
+    assert (sent_LP <= size_LP).all() and (sent_LP < size_LP).any()
+    for node in (slice(0, 4), slice(4, 8)):
+        np.testing.assert_array_equal(size_LP[node], arriving_LQ[node].T)
+
+
+def test_one_exchange_of_sizes_serves_both_hops():
+    cfg = MeshConfig(node=2, local=4, buffers="ragged")
+    f = jax.shard_map(lambda chosen_NK: dispatch.route_hops(dispatch.ExpertLayout(cfg, E, cfg.node), chosen_NK)[1],
+                      in_specs=spec("tokens"), out_specs=spec("tokens"), check_vma=False)
+
+    with on(cfg):
+        assert str(jax.make_jaxpr(f)(ROUTINGS["mixed"])).count("all_gather[") == 1
 
 
 # FP8 on the way to the experts.

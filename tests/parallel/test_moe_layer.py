@@ -1,5 +1,6 @@
 """The MoE layer on a mesh: experts elsewhere, what is kept for the backward pass, and what may overlap."""
 
+import dataclasses
 import functools
 
 import jax
@@ -157,6 +158,21 @@ def test_nothing_travels_twice(remat):
     sent = sum(e.primitive.name == "all_to_all" for e in equations(jaxpr.jaxpr))
     # Two layers with two hops each: tokens there with their choices and gates, results back; gradients the other way.
     assert sent == 2 * 2 * (2 + 2)
+
+
+@pytest.mark.parametrize(("remat", "times"), [("dispatch", 1), ("full", 2)])
+def test_tokens_that_travel_again_go_where_they_went(remat, times):
+    """Which row goes where is kept, so that the backward pass exchanges no sizes."""
+    mesh = dataclasses.replace(MESH, buffers="ragged")
+    config = config_of(mesh, remat=remat, dtype="float32")
+    state = fresh_state(config_of(dtype="float32").model)
+    with without_devices(mesh):
+        jaxpr = jax.make_jaxpr(lambda params, batch: accumulate(config, params, state.router, batch, 0))(
+            state.params, batch_of(config, 0))
+
+    counted = lambda name: sum(e.primitive.name == name for e in equations(jaxpr.jaxpr))
+    assert counted("ragged_all_to_all") > 2 * 2 * (2 + 2)  # some of them again
+    assert counted("all_gather") == 2 * times
 
 
 def test_the_shared_expert_waits_for_no_token_that_travels():

@@ -7,10 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.extend import core
 from jax.interpreters.partial_eval import dce_jaxpr
 from jax.sharding import PartitionSpec as P
 
-from deepseek_jax.pipeline.interleave import interleaved, phases
+from deepseek_jax.pipeline import interleave
+from deepseek_jax.pipeline.interleave import interleaved, middle, multiplies, phases
 from deepseek_jax.pipeline.split import split
 from tests.pipeline import toy
 from tests.precision import float64
@@ -88,7 +90,8 @@ def needed_for(result, primitive, travel, together, stage=None, params=None):
 
 
 @pytest.mark.parametrize(("travel", "alone", "together"), [
-    (once, EXCHANGES, (2 * EXCHANGES - 1, 2 * EXCHANGES - 1)),
+    # Over the same axes the last exchange forward starts when the last one backward is done.
+    (once, EXCHANGES, (2 * EXCHANGES, 2 * EXCHANGES - 1)),
     # The second hop of the last exchange waits for products of the backward pass, which come after its last exchange.
     (twice, 2 * EXCHANGES, (4 * EXCHANGES, 4 * EXCHANGES - 2))])
 def test_what_an_exchange_brings_waits_until_the_other_pass_has_sent_its_own(travel, alone, together):
@@ -98,6 +101,13 @@ def test_what_an_exchange_brings_waits_until_the_other_pass_has_sent_its_own(tra
         for result in (0, 1):
             assert needed_for(result, "all_to_all", travel, together=False) == alone
             assert needed_for(result, "all_to_all", travel, together=True) == together[result]
+
+
+def test_of_two_hops_the_second_starts_when_half_of_the_others_products_are_done(monkeypatch):
+    with float64():
+        needed = needed_for(0, "dot_general", twice, together=True)
+        monkeypatch.setattr(interleave, "middle", lambda phase: [])
+        assert needed_for(0, "dot_general", twice, together=True) < needed
 
 
 def test_a_layers_weight_gradients_are_added_up_before_the_backward_pass_goes_on():
@@ -116,17 +126,38 @@ def test_a_layers_weight_gradients_are_added_up_before_the_backward_pass_goes_on
         assert needed(together=True) == forward + input_gradients + 3
 
 
+def pieces(stage):
+    """Of a toy's stage: {"F": its Piece, ...}."""
+    found: dict = {}
+
+    def inside(params, x, context, dy, dloss):
+        found.update(split(stage, params, x, context).pieces)
+        return x
+
+    jax.eval_shape(on_devices(inside), *toy.example())
+    return found
+
+
+def test_half_of_the_products_ends_with_one_that_what_is_sent_needs():
+    """A gradient of weights, which nothing waits for, may come at any time and says nothing of the others."""
+    stage = lambda params, x, context: toy.stage(params, context[0], x, context[1], once, "full")
+    with float64():
+        found = [phase for phase in phases(pieces(stage)["B"]) if phase.sent]
+
+    assert len(found) > 2
+    for phase in found:
+        needed = set(phase.sent)
+        for equation in reversed(phase.work):
+            if needed.intersection(equation.outvars):
+                needed.update(v for v in equation.invars if not isinstance(v, core.Literal))
+        chain = [e for e in phase.work if multiplies(e) and needed.intersection(e.outvars)]
+        assert needed.issuperset(middle(phase))
+        assert bool(chain) == bool(middle(phase)), (chain, phase.work)
+
+
 def test_two_hops_are_one_exchange_and_the_second_brings_it():
     with float64():
-        found = []
-
-        def inside(params, x, context, dy, dloss):
-            s = split(lambda params, x, context: toy.stage(params, context[0], x, context[1], twice, "none"), params,
-                      x, context)
-            found.extend(phases(s.pieces["F"]))
-            return x
-
-        jax.eval_shape(on_devices(inside), *toy.example())
+        found = phases(pieces(lambda params, x, context: toy.stage(params, context[0], x, context[1], twice, "none"))["F"])
 
     assert len(found) == EXCHANGES + 1
     for phase in found[:-1]:

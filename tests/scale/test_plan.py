@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from deepseek_jax.config import ConfigError, FP8Config, MeshConfig, model_config
-from deepseek_jax.plan import parse
+from deepseek_jax.plan import main, parse
 from deepseek_jax.scale import decoding, plan, timing, traffic
 from deepseek_jax.scale.hardware import DEVICE_MEMORY, HARDWARE, Measured, check_fp8, device, hardware, smallest
 from deepseek_jax.scale.layout import Split, make_layout
@@ -185,6 +185,38 @@ def test_the_report_s_layout_is_a_preset_whose_options_may_be_given_besides(monk
 
     assert asked == {"model": "v3_671b", "hardware": "h800", "devices": 2048, "pipe": 16, "expert": 64, "deferred": 0}
     assert (args.fp8, args.capacity, args.remat) == (True, 1.25, "full")
+
+
+def test_who_names_the_devices_of_the_report_s_layout_means_its_other_options_too(monkeypatch, capsys):
+    command = ["plan", "--model", "v3_671b", "--hardware", "h800", "--devices", "2048", "--pipe", "16", "--expert"]
+    monkeypatch.setattr("sys.argv", [*command, "64", "--remat", "full"])
+    args = parse()
+
+    assert (args.fp8, args.capacity, args.deferred, args.remat) == (True, 1.25, 0, "full")
+    assert "--layout report" in capsys.readouterr().out
+    monkeypatch.setattr("sys.argv", [*command, "32"])
+    assert parse().deferred is None and not capsys.readouterr().out
+
+
+def test_a_search_tries_the_remat_and_the_deferred_gradients_that_are_asked_for():
+    c = model_config("v2_lite_16b", fp8=FP8Config(enabled=True))
+    for_report = functools.partial(plan.search, c, hardware("h100"), 8, 64, buffers="ragged", capacity=1.25)
+
+    assert {remat for remat, _ in for_report(remats=("full",))[0]} == {"full"}
+    assert {found.layout.deferred for _, found in for_report(deferred=0)[0]} == {0}
+    best, reasons = for_report(remats=("auto",))
+    assert best[0][1].hours <= searched()[0][0][1].hours
+    assert reasons["does not fit into memory"][1][2] == "full"
+
+
+def test_the_command_searches_with_the_options_that_are_given(monkeypatch):
+    asked = {}
+    monkeypatch.setattr(plan, "search", lambda *args, **options: asked.update(options) or ([], {}))
+    monkeypatch.setattr("sys.argv", ["plan", "--model=tiny", "--hardware=h100", "--devices=8", "--search",
+                                     "--remat=auto", "--deferred=2"])
+
+    assert main() == 1
+    assert (asked["remats"], asked["deferred"]) == (("auto",), 2)
 
 
 def test_without_deferred_gradients_zb1p_is_still_shown_with_its_own():
