@@ -135,7 +135,7 @@ def _beside(busy, now, other, under_way, more=list):
     done, which it would wait for on its way.
     """
     busy.evaluate(now.work)
-    half, first = busy.values(middle(now)), [*busy.values(now.sent), *more()]
+    half, first = busy.values(middle(now, len(under_way.arrived))), [*busy.values(now.sent), *more()]
     for equation in under_way.travel:
         other.evaluate([equation])
         if equation.primitive.name in EXCHANGES:
@@ -150,14 +150,17 @@ def _first_axes(phase):
     return next((e.params["axis_name"] for e in phase.travel if e.primitive.name in EXCHANGES), None)
 
 
-def middle(phase: Phase) -> list:
-    """Results of the product in the middle of the longest chain of products that leads to what is sent.
+def middle(phase: Phase, exchanges: int = 1) -> list:
+    """Results of a product in the middle of the longest chain of products that leads to what is sent.
 
-    Products that none of these needs, of weights' gradients, are computed before or after it as XLA likes.
+    Products that none of these needs, of weights' gradients, are computed before or after it as XLA likes. The first
+    hops of several exchanges follow each other, and only the last one's second hop is left then: of n exchanges it is
+    the product after n of n + 1 parts.
     """
     chains: dict[Any, tuple] = {}  # variable -> products
     for equation in phase.work:
         longest = max((chains[v] for v in variables(equation.invars) if v in chains), key=len, default=())
         chains |= dict.fromkeys(equation.outvars, (*longest, equation) if multiplies(equation) else longest)
     longest = max((chains[v] for v in phase.sent or chains if v in chains), key=len, default=())
-    return longest[len(longest) // 2].outvars if longest else []
+    links = len(longest)
+    return longest[min(-(-links * exchanges // (exchanges + 1)), links - 1)].outvars if longest else []

@@ -106,7 +106,7 @@ def test_what_an_exchange_brings_waits_until_the_other_pass_has_sent_its_own(tra
 def test_of_two_hops_the_second_starts_when_half_of_the_others_products_are_done(monkeypatch):
     with float64():
         needed = needed_for(0, "dot_general", twice, together=True)
-        monkeypatch.setattr(interleave, "middle", lambda phase: [])
+        monkeypatch.setattr(interleave, "middle", lambda phase, exchanges: [])
         assert needed_for(0, "dot_general", twice, together=True) < needed
 
 
