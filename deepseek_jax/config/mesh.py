@@ -35,6 +35,11 @@ class MeshConfig(Checked, section="mesh"):
                         "buffers in multiples of an even load: overflow is dropped; None: room for all"] = None
 
     @property
+    def sizes(self) -> dict[str, int]:
+        """{axis: devices along it}, slowest first: of a token less travels over `context` than to its experts."""
+        return {axis: getattr(self, axis) for axis in ("pipe", "replica", "context", "node", "local", "tensor")}
+
+    @property
     def data_shards(self) -> int:
         """Parts that the rows of a batch are split into."""
         return self.replica * self.node * self.local

@@ -26,7 +26,7 @@ def make_mesh(cfg: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
       ConfigError: the axes do not multiply to the number of devices, or not to that of TPU slices.
     """
     devices = jax.devices() if devices is None else list(devices)
-    sizes = mesh_sizes(cfg)
+    sizes = cfg.sizes
     if cfg.devices != len(devices):
         axes = " * ".join(f"{name}={n}" for name, n in sizes.items())
         rest, other = cfg.devices // cfg.local, len(devices) // (cfg.devices // cfg.local)
@@ -60,10 +60,5 @@ def _on_torus(cfg, devices):
 
 def abstract_mesh(cfg: MeshConfig) -> AbstractMesh:
     """The same without devices: for shardings of machines that are not here."""
-    sizes = mesh_sizes(cfg)
+    sizes = cfg.sizes
     return AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
-
-
-def mesh_sizes(cfg: MeshConfig) -> dict[str, int]:
-    """{axis: devices along it}, slowest first: of a token less travels over `context` than to its experts."""
-    return {name: getattr(cfg, name) for name in ("pipe", "replica", CONTEXT, "node", "local", "tensor")}

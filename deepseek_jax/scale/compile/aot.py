@@ -22,7 +22,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from deepseek_jax.config import Config, LoraConfig, ModelConfig, OptimizerConfig, PipelineConfig, TrainConfig
 from deepseek_jax.parallel.compiler import compiler_options
-from deepseek_jax.parallel.mesh import make_mesh, mesh_sizes
+from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.parallel.sharding import compute_shardings, spec, storage_shardings
 from deepseek_jax.pipeline.model import check
 from deepseek_jax.scale import memory
@@ -61,7 +61,7 @@ def _arguments(config: Config, mesh):
     shape = train.accumulation_steps, train.batch_size // train.accumulation_steps, train.sequence_length + 1
     dtypes = {"tokens": jnp.int32, "weights": jnp.float32, "segment_ids": jnp.int32}
     batch = {name: jax.ShapeDtypeStruct(shape, dtype) for name, dtype in dtypes.items()}
-    whole, rows = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, spec(None, "batch", None))
+    whole, rows = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, spec(None, "sequences", None))
     base = None if config.lora.rank is None else frozen_shapes(config)["params"]
     frozen = None if base is None else compute_shardings(base, mesh)
     where = storage_shardings(state, mesh), dict.fromkeys(batch, rows) | {"active": whole}, frozen
@@ -150,7 +150,7 @@ def measure_step(model: ModelConfig, layout: Layout, target: str, lora: LoraConf
         planned = memory.bytes_per_device(model, layout, config.train.loss_chunk)
     total, capacity = sum(found.values()), targets.memory_of(target)
     text = compiled.as_text() or ""
-    collectives = hlo.collectives(text, mesh_sizes(config.mesh))
+    collectives = hlo.collectives(text, config.mesh.sizes)
     cost = compiled.cost_analysis() or {}
     return {"target": target, "devices": layout.mesh.devices, "layout": layout.name,
             "mesh": dataclasses.asdict(layout.mesh), "schedule": layout.schedule if layout.mesh.pipe > 1 else None,

@@ -17,7 +17,6 @@ from deepseek_jax.scale.layout import Layout
 from deepseek_jax.scale.traffic import copies, rooms
 
 KINDS = ("all-to-all", "ragged-all-to-all")
-AXES = ("pipe", "replica", "node", "local", "tensor")
 
 
 class Rates(NamedTuple):
@@ -82,10 +81,9 @@ def cell_steps(text: str, layout: Layout) -> dict[str, list[hlo.Step]]:
     """The Steps of each kind of cell of a compiled pipeline, such as "F&B"; of two directions, one."""
     assert layout.pipeline is not None
     branches = tabulate(layout.pipeline).branches
-    sizes = {axis: getattr(layout.mesh, axis) for axis in AXES}
     names = {"&".join(kind for kind, _ in branch): name
              for branch, name in zip(branches, hlo.branches(text, len(branches)), strict=True)}
-    return {kind: hlo.steps(text, sizes, name) for kind, name in names.items()}
+    return {kind: hlo.steps(text, layout.mesh.sizes, name) for kind, name in names.items()}
 
 
 def exchanges(c: ModelConfig, layout: Layout, hw: Hardware, m: Measured) -> Callable[[hlo.Collective], float]:

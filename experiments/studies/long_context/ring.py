@@ -22,7 +22,7 @@ from deepseek_jax.config import MeshConfig, model_config
 from deepseek_jax.model.attention import MLA
 from deepseek_jax.model.rope import rope_table
 from deepseek_jax.parallel.context import in_parts
-from deepseek_jax.parallel.mesh import make_mesh, mesh_sizes
+from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.parallel.sharding import spec
 from deepseek_jax.scale.compile import aot, hlo, targets
 from experiments.studies.framework.results import provenance
@@ -58,7 +58,7 @@ def measured() -> dict[str, Any]:
     with jax.set_mesh(mesh):
         lower = functools.partial(jax.jit(jax.grad(layer, argnums=(0, 1))).lower, params, x_BTD, ids_BT)
         compiled, _ = aot.compiled_program(lower, devices[0].platform)
-    hops = [dataclasses.asdict(one) for one in hlo.collectives(compiled.as_text() or "", mesh_sizes(MESH))
+    hops = [dataclasses.asdict(one) for one in hlo.collectives(compiled.as_text() or "", MESH.sizes)
             if one.kind == "collective-permute"]
     return {"tokens": TOKENS, "context": MESH.context, "target": TARGET, "hops": hops,
             "temporaries": aot.bytes_of(compiled)["temporaries"]}
