@@ -26,10 +26,10 @@ from deepseek_jax.config import (
     LoraConfig,
     MeshConfig,
     ModelConfig,
-    PipelineConfig,
     as_dict,
     freeze,
 )
+from deepseek_jax.history import check_changes
 
 if TYPE_CHECKING:
     from deepseek_jax.data.tokenizer import Tokenizer
@@ -204,24 +204,15 @@ def _has_checkpoint(workdir):
 
 
 def check_workdir(config: Config, workdir: str) -> None:
-    """Raises ConfigError for a name that cannot hold checkpoints, and when one there is of another config; the message
-    lists the differences. Of a bucket, StorageError for one that this process cannot write to."""
+    """Raises ConfigError for a name that cannot hold checkpoints, and when one there is of a config that this one may
+    not follow (`history`). Of a bucket, StorageError for one that this process cannot write to."""
     _check_name(workdir)
     if storage.is_remote(workdir):
         storage.check_writable(workdir)
     if not storage.lexists(os.path.join(workdir, "config.json")) or not _has_checkpoint(workdir):
         return
-    ours, theirs = (as_dict(_what_a_run_depends_on(c)) for c in (config, load_workdir_config(workdir)))
-    differences = _differences(ours, theirs)
-    if differences:
-        raise ConfigError(f"{workdir} holds a run with another config: {'; '.join(differences)}; take that config "
-                          f"or another --workdir, where --config.init.from={workdir} starts with this run's weights.")
-
-
-def _what_a_run_depends_on(config: Config) -> Config:
-    """A run may continue on another mesh, and end with another sample."""
-    train = dataclasses.replace(config.train, sample_prompt="", sample_tokens=0)
-    return dataclasses.replace(config, mesh=MeshConfig(), pipeline=PipelineConfig(), train=train)
+    check_changes(load_workdir_config(workdir), config, workdir, f"take that config or another --workdir, where "
+                  f"--config.init.from={workdir} starts with this run's weights.")
 
 
 def load_workdir_config(workdir: str) -> Config:
@@ -240,17 +231,6 @@ def load_workdir_config(workdir: str) -> Config:
         raise ConfigError(f"{workdir} is a Hugging Face checkpoint; take --hf {workdir}, or make a work directory of "
                           f"it with python -m deepseek_jax.convert from-hf {workdir} RUN.")
     return freeze(saved)
-
-
-def _differences(ours, theirs, prefix=""):
-    out = []
-    for key in sorted(ours.keys() | theirs.keys()):
-        a, b = ours.get(key), theirs.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            out += _differences(a, b, f"{prefix}{key}.")
-        elif a != b:
-            out.append(f"{prefix}{key} is {b!r} there, {a!r} here")
-    return out
 
 
 def check_speaks(config: Config, folder: str) -> None:

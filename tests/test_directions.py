@@ -26,6 +26,7 @@ MAY_IMPORT = {
     "configs": ("config",),
     "runtime": (),
     "stop": ("storage", "config"),
+    "history": ("io", "config"),
     "cli": ("runtime", "stop", "storage", "config"),
     "io": ("storage",),
     "storage": (),
@@ -87,7 +88,7 @@ MAY_IMPORT = {
     "checkpoint": ("io", "storage", "config", "kernels_pallas.constants"),
     "interop": ("model", "fp8", "checkpoint", "data.tokenizer", "chat", "io", "storage",
                 "kernels_pallas.constants", "config"),
-    "workdir": ("checkpoint", "interop", "data.tokenizer", "stop", "io", "storage", "config"),
+    "workdir": ("history", "checkpoint", "interop", "data.tokenizer", "stop", "io", "storage", "config"),
     # Training.
     "training.types": ("parallel.dispatch",),
     "training.losses": ("training.types", "model", *SHARDING, "config"),
@@ -101,8 +102,10 @@ MAY_IMPORT = {
     "training.comparison": ("training.metrics",),
     "training.selfcheck": ("model.grouped_matmul", "parallel.compiler", "parallel.dispatch", "kernels_pallas.api",
                            "config"),
-    "training.loop": ("training.evaluate", "training.selfcheck", "training.base", "training.step", "training.types",
-                      "training.metrics", "training.throughput", "pipeline.model", "model.parts", "parallel",
+    "training.start": ("training.base", "training.step", "parallel", "checkpoint", "data", "history", "workdir",
+                       "config"),
+    "training.loop": ("training.evaluate", "training.selfcheck", "training.start", "training.base", "training.step",
+                      "training.types", "training.metrics", "training.throughput", "pipeline.model", "model.parts", "parallel",
                       "checkpoint", "data", "scale.costs", "workdir", "stop", "storage", "config"),
     "training.summary": ("training.loop", "training.metrics", "serving", "plots", "data", "config"),
     "training": (),
@@ -140,8 +143,8 @@ MAY_IMPORT = {
 }
 COMMANDS = ("train", "prepare", "reinforce", "evaluate", "compare", "generate", "serve", "convert", "plan", "compile")
 
-WITHOUT_JAX = ("config", "configs", "cli", "runtime", "stop", "io", "parallel.meeting", "parallel.watch", "plugin",
-               "chat", "data", "workdir", "pipeline.orders", "pipeline.ticks", "pipeline.schedule",
+WITHOUT_JAX = ("config", "configs", "cli", "runtime", "stop", "io", "history", "parallel.meeting", "parallel.watch",
+               "plugin", "chat", "data", "workdir", "pipeline.orders", "pipeline.ticks", "pipeline.schedule",
                "pipeline.validate", "pipeline.tables", "pipeline.draw", "pipeline.__main__", "scale.costs",
                "scale.layout", "scale.traffic", "scale.memory", "scale.hardware", "scale.timing", "scale.plan",
                "scale.decoding", "scale.tables", "scale.arguments", "scale.serve", "scale.finetune",

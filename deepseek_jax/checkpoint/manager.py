@@ -118,8 +118,7 @@ class Checkpoints:
         if damaged:
             names = ", ".join(f"{p.name} ({why})" for p, why in damaged)
             print(f"Damaged checkpoint in {self.directory}: {names}; resuming from {path.name} instead.", flush=True)
-        saved = io.read_json(path / "meta.json")
-        return _read(path, saved["leaves"], abstract_state), saved["meta"]
+        return restore_state(path, abstract_state)
 
     def steps(self) -> list[int]:
         """Steps of the committed checkpoints, ascending."""
@@ -170,6 +169,12 @@ def find_checkpoint(workdir: str | os.PathLike[str], step: int | None = None) ->
     if path is None:
         raise ConfigError(f"{workdir} holds no checkpoint; give the --workdir of a run that has saved one.")
     return path
+
+
+def restore_state(path: pathlib.Path, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
+    """The state of the checkpoint in a folder, and its meta. Arguments and errors as of `Checkpoints.restore`."""
+    saved = io.read_json(path / "meta.json")
+    return _read(path, saved["leaves"], abstract_state), saved["meta"]
 
 
 def restore_items(workdir: str | os.PathLike[str], names: Sequence[str] = ("params", "router"),

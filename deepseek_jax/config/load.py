@@ -12,6 +12,7 @@ import copy
 import dataclasses
 import difflib
 import importlib.util
+import math
 import os
 import re
 import traceback
@@ -26,6 +27,7 @@ from deepseek_jax.config.presets import model_config
 from deepseek_jax.config.schema import Checked, ConfigError, build, did_you_mean, key
 from deepseek_jax.config.training import BalanceConfig, DataConfig, InitConfig, OptimizerConfig, TrainConfig
 
+HISTORY = "history"  # of a run, in its config.json (`deepseek_jax.history`): no section
 RENAMED = {"train.micro_batches": "train.accumulation_steps"}  # keys of earlier versions, still accepted
 
 
@@ -58,17 +60,42 @@ class Config(Checked):
             raise ConfigError(f"model.router={IN_TURN!r} is that of balance.force_balanced=True, which measures speed; "
                               f"take --config.model.router={GROUP_LIMITED} with the rest of that run's config.")
         check_mesh(self.mesh, self.model, self.train)
-        if self.data.tokenizer is not None and (begun := self.init.from_ or self.distill.from_):
+        if self.data.tokenizer is not None and (begun := self.init.folder or self.distill.from_):
             raise ConfigError(f"data.tokenizer={self.data.tokenizer}: the weights of {begun} know their own tokenizer; "
                               "omit it.")
         if self.data.validation is not None and self.preference.objective is not None:
             raise ConfigError("data.validation is for documents, and pairs are held out by data.validation_fraction; "
                               "omit it.")
+        if self.init.step is not None and (self.lora.rank is not None or self.preference.objective is not None):
+            raise ConfigError(f"init.from={self.init.from_} branches a run, which trains what it trained; take "
+                              f"init.from={self.init.folder}.")
         if self.lora.rank is not None:
             self._check_lora()
         elif self.lora.fp8:
             raise ConfigError("lora.fp8=True keeps the base of adapters in FP8, and lora.rank=None trains none; add "
                               "--config.lora.rank=16, or take fp8.enabled=True to train in FP8.")
+
+    @property
+    def schedule_steps(self) -> int:
+        """The steps that fractions of the run are of."""
+        return self.optimizer.schedule_steps or self.train.steps
+
+    def accumulation_steps_at(self, step: int) -> int:
+        """Micro-batches of step `step`: the batch ramp moves in complete micro-batches, so that steps compile once."""
+        train = self.train
+        ramp_steps = math.ceil(train.ramp_until * self.schedule_steps)
+        if train.ramp_from is None or step >= ramp_steps:
+            return train.accumulation_steps
+        first = train.ramp_from * train.accumulation_steps // train.batch_size
+        return first + (train.accumulation_steps - first) * step // ramp_steps
+
+    def sequences_before(self, step: int) -> int:
+        """Sequences consumed by all steps before `step`, of a run that never changed (`data.position`)."""
+        train = self.train
+        rows = train.batch_size // train.accumulation_steps
+        ramp_steps = math.ceil(train.ramp_until * self.schedule_steps) if train.ramp_from is not None else 0
+        ramped = sum(self.accumulation_steps_at(s) for s in range(min(step, ramp_steps)))
+        return rows * (ramped + train.accumulation_steps * max(0, step - ramp_steps))
 
     def _check_lora(self):
         if self.model.fp8.enabled:
@@ -112,7 +139,7 @@ def freeze(config: Any) -> Config:
     """Checks a ConfigDict (or nested dict) and freezes it. Raises ConfigError."""
     if not hasattr(config, "items"):
         return build(Config, config)
-    config = _with_new_names(config)
+    config = _with_new_names({name: part for name, part in config.items() if name != HISTORY})
     if "fp8" not in config:
         return build(Config, config)
     sections = dict(config.items())
@@ -187,7 +214,7 @@ def _with_model(config, path):
     run = init.get("from") if hasattr(init, "get") else None
     if not isinstance(run, str) or not run:
         raise ConfigError(f"{path} takes its model from another run; name it: --config.init.from=RUN.")
-    theirs = os.path.join(run, "config.json")
+    theirs = os.path.join(InitConfig(run).folder or "", "config.json")
     if not storage.is_file(theirs):
         raise ConfigError(f"init.from={run} holds no config.json; give the work directory of a run.")
     return dict(config.items()) | {"model": _with_new_names(_read_json(theirs))["model"]}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
 from typing import Annotated, Literal
 
@@ -84,6 +83,8 @@ class OptimizerConfig(Checked, section="optimizer"):
     tail_to: Annotated[float, NOT_NEGATIVE, "of learning_rate"] = 0.0332
     b1: Annotated[float, BELOW_ONE, "AdamW's decay of the first moment"] = 0.9
     b2: Annotated[float, BELOW_ONE, "AdamW's decay of the second moment"] = 0.95
+    schedule_steps: Annotated[int | None, POSITIVE, "steps that a fraction of the run is of, here, in balance and in "
+                              "train; None: train.steps"] = None
     weight_decay: Annotated[float, NOT_NEGATIVE, "decoupled; norms' scales are left alone"] = 0.1
     clip_norm: Annotated[float, POSITIVE, "global norm of the gradients"] = 1.0
     moment_dtype: Annotated[Literal["bfloat16", "float32", "float64"], "the report keeps bfloat16"] = "float32"
@@ -160,29 +161,26 @@ class TrainConfig(Checked, section="train"):
         if not 0 <= self.seed < 2**32:
             raise ConfigError(f"train.seed={self.seed} must lie in [0, 2^32).")
 
-    def accumulation_steps_at(self, step: int) -> int:
-        """Micro-batches of step `step`: the batch ramp moves in complete micro-batches, so that steps compile once."""
-        ramp_steps = math.ceil(self.ramp_until * self.steps)
-        if self.ramp_from is None or step >= ramp_steps:
-            return self.accumulation_steps
-        first = self.ramp_from * self.accumulation_steps // self.batch_size
-        return first + (self.accumulation_steps - first) * step // ramp_steps
-
-    def sequences_before(self, step: int) -> int:
-        """Sequences consumed by all steps before `step`: the data position."""
-        rows = self.batch_size // self.accumulation_steps
-        ramp_steps = math.ceil(self.ramp_until * self.steps) if self.ramp_from is not None else 0
-        ramped = sum(self.accumulation_steps_at(s) for s in range(min(step, ramp_steps)))
-        return rows * (ramped + self.accumulation_steps * max(0, step - ramp_steps))
-
 
 @dataclasses.dataclass(frozen=True)
 class InitConfig(Checked, section="init"):
     """Where the weights come from. Spelled `init.from` in config files and on the command line."""
 
-    from_: Annotated[str | None, "a work directory: its parameters and router bias, with a fresh optimizer"] = None
+    from_: Annotated[str | None, "a work directory: its parameters and router bias, with a fresh optimizer; RUN@STEP: "
+                     "all of its state after that step, a branch of that run"] = None
 
     def __post_init__(self):
         super().__post_init__()
         if self.from_ is not None:  # a shell leaves the ~ of --config.init.from=~/run alone
             object.__setattr__(self, "from_", usable_path("init.from", self.from_))
+
+    @property
+    def folder(self) -> str | None:
+        """The work directory that `from_` names, without a step."""
+        return self.from_ if self.from_ is None or self.step is None else self.from_.rpartition("@")[0]
+
+    @property
+    def step(self) -> int | None:
+        """The step that a run branches off; None: it starts anew."""
+        found = re.fullmatch(r".+@(\d+)", self.from_ or "")
+        return found and int(found[1])

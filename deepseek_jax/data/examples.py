@@ -176,11 +176,13 @@ class Mixture:
     Every block of 1024 sequences has the same shuffled pattern, with the sources in their exact shares.
     """
 
-    def __init__(self, weights: tuple[float, ...], seed: int):
+    def __init__(self, weights: tuple[float, ...], seed: int, first: int = 0, used: tuple[int, ...] | None = None):
+        """first: the sequence that the pattern begins with. used: sequences that each source has given before it."""
         if not weights or min(weights) <= 0:
             raise ConfigError(f"data.sources: weights {weights} must all be positive; leave out what is not wanted.")
         if len(weights) > MIX_BLOCK:
             raise ConfigError(f"data.sources: {len(weights)} are more than {MIX_BLOCK}; join some with a glob.")
+        self.first, self.used = first, used or (0,) * len(weights)
         self.counts_S = _shares(np.array(weights) / sum(weights), MIX_BLOCK)
         pattern = np.repeat(np.arange(len(weights)), self.counts_S)
         self.pattern_G = np.random.default_rng([seed, len(weights)]).permutation(pattern)
@@ -190,9 +192,15 @@ class Mixture:
 
     def locate(self, g: int) -> tuple[int, int]:
         """(source, number of the sequence in that source)."""
-        block, r = divmod(g, MIX_BLOCK)
+        block, r = divmod(g - self.first, MIX_BLOCK)
         source = int(self.pattern_G[r])
-        return source, block * int(self.counts_S[source]) + int(self.rank_G[r])
+        return source, self.used[source] + block * int(self.counts_S[source]) + int(self.rank_G[r])
+
+    def given_before(self, g: int) -> list[int]:
+        """Of each source the sequences among those before the g-th."""
+        blocks, r = divmod(g - self.first, MIX_BLOCK)
+        rest_S = np.bincount(self.pattern_G[:r], minlength=len(self.counts_S))
+        return [u + blocks * int(n) + int(m) for u, n, m in zip(self.used, self.counts_S, rest_S)]
 
 
 def _shares(fractions_S, total) -> np.ndarray:

@@ -1,6 +1,6 @@
 """Batches: a pure function of the step, so that a resumed run continues exactly where it stopped.
 
-Step s holds the global sequences that follow `train.sequences_before(s)`. They fill its micro-batches in order, and
+Step s holds the global sequences that follow `Position.sequences_before(s)`. They fill its micro-batches in order, and
 within each micro-batch the hosts take contiguous shares: more hosts or a restart change who reads a row, not which.
 """
 
@@ -15,8 +15,9 @@ import numpy as np
 
 from deepseek_jax.config import Config, ConfigError
 from deepseek_jax.data.blocks import BlockStream
-from deepseek_jax.data.examples import Fim, Mixture, Packed, Stream, Window, sequence
+from deepseek_jax.data.examples import Fim, Packed, Stream, Window, sequence
 from deepseek_jax.data.packing import WholeDocuments
+from deepseek_jax.data.position import Position, beginning
 from deepseek_jax.data.prepare import OLD_ORDER, Prepared
 from deepseek_jax.data.validation import Validation, WholeValidation
 
@@ -26,6 +27,7 @@ class Loader:
 
     def __init__(self, config: Config, prepared: Prepared, host: int = 0, hosts: int = 1):
         train, tokenizer = config.train, prepared.tokenizer
+        self.config, self.prepared = config, prepared
         self.train, self.prefetch, self.host, self.hosts = train, config.data.prefetch, host, hosts
         rows = train.batch_size // train.accumulation_steps
         if rows % hosts:
@@ -37,8 +39,12 @@ class Loader:
         self.sources = short_names([meta["source"] for meta in prepared.sources])
         self.streams = []
         if prepared.train:
-            self.mixture = Mixture(tuple(weight for _, weight in config.data.sources), train.seed)
-            self.streams = _streams(config, prepared)
+            self.continue_at(beginning(config))
+
+    def continue_at(self, position: Position) -> None:
+        """Takes the place of a run whose config changed on the way."""
+        self.position, self.mixture = position, position.mixture(self.config)
+        self.streams = _streams(self.config, self.prepared, position)
 
     def sequence(self, g: int) -> Window:
         """The g-th sequence of the run, as a Window of T + 1 tokens."""
@@ -61,7 +67,8 @@ class Loader:
         shape = (self.train.accumulation_steps, self.rows, self.train.sequence_length + 1)
         tokens_MBT, segments_MBT = np.zeros((2, *shape), np.int32)
         weights_MBT = np.zeros(shape, np.float32)
-        active, first = self.train.accumulation_steps_at(step), self.train.sequences_before(step)
+        active = self.config.accumulation_steps_at(step)
+        first = self.position.sequences_before(self.config, step)
         for m in range(active):
             for row in range(self.rows):
                 window = self.sequence(first + (m * self.hosts + self.host) * self.rows + row)
@@ -123,10 +130,12 @@ def _validation(config, prepared) -> Validation:
     return WholeValidation(held_out, length, byte_lengths_W)
 
 
-def _streams(config, prepared) -> Sequence[Packed] | list[WholeDocuments]:
+def _streams(config, prepared, position) -> Sequence[Packed] | list[WholeDocuments]:
     data, train, tokenizer = config.data, config.train, prepared.tokenizer
+    numbers = [position.number(path) for path, _ in data.sources]
     if data.packing == "whole":
-        made = [WholeDocuments(shard, train.seed, i, train.sequence_length) for i, shard in enumerate(prepared.train)]
+        made = [WholeDocuments(shard, train.seed, i, train.sequence_length)
+                for i, shard in zip(numbers, prepared.train)]
         for (path, _), source in zip(data.sources, made):
             if not source.rows:
                 raise ConfigError(f"data.sources: {path} has no training document of at most "
@@ -144,4 +153,4 @@ def _streams(config, prepared) -> Sequence[Packed] | list[WholeDocuments]:
                               f"than the {train.sequence_length + 1} of one sequence; add text or set "
                               f"train.sequence_length={max(1, len(shard.tokens) - 1)} or less.")
     kind = Stream if prepared.order == OLD_ORDER else BlockStream
-    return [kind(shard, train.seed, i, fim) for i, shard in enumerate(prepared.train)]
+    return [kind(shard, train.seed, i, fim) for i, shard in zip(numbers, prepared.train)]

@@ -22,7 +22,7 @@ def describe_sources(config: Config, prepared: Prepared) -> str:
     those tokens. A note below it counts files that are not read for their endings.
     """
     train, weights = config.train, [weight for _, weight in config.data.sources]
-    sequences = train.sequences_before(train.steps)
+    sequences = config.sequences_before(train.steps)
     rows: list[tuple[str, ...]] = [HEAD]
     held_out = prepared.validation if config.data.validation is None else (None,) * len(weights)
     for weight, meta, made, held in zip(weights, prepared.sources, prepared.train, held_out):

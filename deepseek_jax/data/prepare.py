@@ -124,21 +124,22 @@ def claim_corpus(prepared: Prepared, workdir: str) -> None:
       ConfigError: they have changed, so a resumed run would continue on different text.
     """
     digests = {meta["source"]: meta["digest"] for meta in prepared.sources}
-    if not _check(workdir, digests):
-        io.write_json(os.path.join(workdir, "corpus.json"), {"order": prepared.order, "sources": digests}, indent=1)
-
-
-def _check(workdir, digests) -> bool:
-    """Whether the work directory has a note of its corpus."""
     before = noted(workdir)
-    changed = [name for name, digest in before.items() if digest not in digests.values()]
+    _check(workdir, digests)
+    if digests.keys() - before.keys():  # all, or those that a mixture of later has in addition
+        io.write_json(os.path.join(workdir, "corpus.json"), {"order": prepared.order, "sources": digests | before},
+                      indent=1)
+
+
+def _check(workdir, digests) -> None:
+    before = noted(workdir)
+    changed = [name for name, digest in before.items() if name in digests and digest not in digests.values()]
     if changed:
         times = any(before[name].startswith(corpus.BY_TIMES) for name in changed)
         hint = (" (or only their times: then `python -m deepseek_jax.prepare --verify` with this --config and "
                 "--workdir settles it)") if times else ""
         raise ConfigError(f"the files of {', '.join(changed)} have changed since the run in {workdir} began{hint}; "
                           "restore them, or take another --workdir.")
-    return bool(before)
 
 
 def noted(workdir: str) -> dict[str, str]:
@@ -210,7 +211,7 @@ def find_tokenizer(config: Config, workdir: str, sources: Sequence[Source]) -> T
     """Until there is a checkpoint, that of the run whose weights are taken or that teaches, or of data.tokenizer, with
     its companions; else the work directory's; without either, one trained here."""
     own, begun = os.path.join(workdir, "tokenizer.json"), has_checkpoint(workdir)
-    source = config.init.from_ or config.distill.from_ or config.data.tokenizer
+    source = config.init.folder or config.distill.from_ or config.data.tokenizer
     if storage.is_file(own) and (begun or source is None):
         return Tokenizer.load(own, config.model.vocab_size)
     if source is not None and storage.is_file(source):

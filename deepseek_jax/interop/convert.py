@@ -137,7 +137,7 @@ def _origin(workdir: str) -> dict | None:
         seen.add(workdir)
         if storage.is_file(os.path.join(workdir, LAYOUT)):
             return _json(os.path.join(workdir, LAYOUT))["config"]
-        workdir = freeze(_json(os.path.join(workdir, "config.json"))).init.from_ or ""
+        workdir = freeze(_json(os.path.join(workdir, "config.json"))).init.folder or ""
     return None
 
 

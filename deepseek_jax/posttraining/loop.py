@@ -64,6 +64,9 @@ def check_reinforce(config: Config) -> None:
     train, answers = config.train, config.rollout
     if config.init.from_ is None:
         raise ConfigError("reinforcement learning starts from the weights of a run; add --config.init.from=RUN.")
+    if config.init.step is not None:
+        raise ConfigError(f"init.from={config.init.from_} branches a run that trained on documents; take "
+                          f"init.from={config.init.folder}.")
     if config.preference.objective is not None:
         raise ConfigError(f"preference.objective={config.preference.objective!r} is for deepseek_jax.train; take None.")
     if config.distill.from_ is not None:
@@ -135,7 +138,7 @@ class ReinforceRun(Run):
             return {"params": jax.tree.map(jnp.zeros_like, self.state.params), "router": self.frozen["router"]}
         fresh = jax.eval_shape(fresh_state(self.config))
         abstract = self.runner.with_shardings({"params": fresh.params, "router": fresh.router})
-        return restore_weights(str(self.config.init.from_), abstract)[0]
+        return restore_weights(str(self.config.init.folder), abstract)[0]
 
     def batches(self) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
         """Draws a rollout whenever it is asked for the first step of one: by then the step before has been taken."""

@@ -144,7 +144,7 @@ class PairLoader:
     def batch(self, step: int) -> dict[str, Any]:
         """This host's part of step `step`, in the form of `data.loader.Loader.batch`."""
         train = self.config.train
-        active, first = train.accumulation_steps_at(step), train.sequences_before(step) // 2
+        active, first = self.config.accumulation_steps_at(step), self.config.sequences_before(step) // 2
         micro = [self.rows_of([self.pair(first + (m * self.hosts + self.host) * self.pairs + i)
                                for i in range(self.pairs)] if m < active else [])
                  for m in range(train.accumulation_steps)]

@@ -104,7 +104,7 @@ def load_base(config: Config, runner: Runner, known: Base | None = None) -> tupl
 
     known: those that the adapters were trained on so far. Raises ConfigError where others are there now, or none.
     """
-    base, path = identify(str(config.init.from_), config.lora.scale, known, fp8=config.lora.fp8)
+    base, path = identify(str(config.init.folder), config.lora.scale, known, fp8=config.lora.fp8)
     shapes = runner.with_shardings(frozen_shapes(config), frozen=True)
     if not config.lora.fp8:
         return read_weights(path, shapes, cast=True), base

@@ -10,7 +10,6 @@ waits for the check of its step.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import math
 import signal
@@ -21,16 +20,15 @@ from typing import Any, NamedTuple, TypeVar
 
 import chex
 import jax
-import jax.numpy as jnp
 import tqdm
-from flax import traverse_util
 
 from deepseek_jax import stop, storage
-from deepseek_jax.checkpoint.adapters import Base, merge, restore_weights
+from deepseek_jax.checkpoint.adapters import Base, merge
 from deepseek_jax.checkpoint.manager import Checkpoints
 from deepseek_jax.config import Config, ConfigError, as_dict
 from deepseek_jax.data.loader import Loader
 from deepseek_jax.data.overview import describe_sources
+from deepseek_jax.data.position import beginning
 from deepseek_jax.data.prepare import claim_corpus, prepare
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.model.parts import check_parts
@@ -39,30 +37,24 @@ from deepseek_jax.parallel.processes import StopAgreement, check_same, first_the
 from deepseek_jax.parallel.runner import Runner
 from deepseek_jax.pipeline.model import check, describe
 from deepseek_jax.scale.costs import training_flops_per_token
-from deepseek_jax.training.base import frozen_shapes, in_full, load_base
+from deepseek_jax.training.base import in_full, load_base
 from deepseek_jax.training.evaluate import evaluate
 from deepseek_jax.training.metrics import MetricsWriter, all_layers, balance_metrics
 from deepseek_jax.training.selfcheck import check_device
+from deepseek_jax.training.start import check_branch, check_start, restore, starting_state
 from deepseek_jax.training.step import (
     Loss,
-    TrainState,
     eval_step,
-    fresh_adapters,
     fresh_state,
-    init_state,
     next_token_loss,
-    start_state,
     train_step,
 )
 from deepseek_jax.training.throughput import peak_flops
 from deepseek_jax.training.types import Metrics
 from deepseek_jax.workdir import (
     alone_in,
-    check_speaks,
     check_workdir,
     claim_workdir,
-    is_hf_checkpoint,
-    load_workdir_config,
 )
 
 BALANCE = ("sequence_loss", "auxiliary_loss", "bias_low", "bias_high")  # metrics of a model with experts
@@ -91,66 +83,6 @@ class TrainResult(NamedTuple):
     held_out: str
 
 
-def starting_state(config: Config, runner: Runner | None = None, frozen: dict[str, Any] | None = None) -> TrainState:
-    """A fresh state, or one around the weights of the run that config.init.from names. frozen: those of a base that
-    adapters are trained of; its biases are the first."""
-    runner = runner or Runner(config)
-    fresh = jax.eval_shape(fresh_state(config))
-    where = runner.shardings(fresh)
-    if config.init.from_ is None:
-        return jax.jit(fresh_state(config), out_shardings=where)()
-    key = jax.random.key(config.train.seed)
-    if frozen is not None:
-        shapes = frozen_shapes(dataclasses.replace(config, lora=dataclasses.replace(config.lora, fp8=False)))["params"]
-        # A copy of the biases: the state is donated to every step, and the base outlives them.
-        adapted = lambda router: start_state(config, fresh_adapters(config, shapes), jax.tree.map(jnp.copy, router),
-                                             key)
-        return jax.jit(adapted, out_shardings=where)(frozen["router"])
-    abstract = runner.with_shardings({"params": fresh.params, "router": fresh.router})
-    missing = traverse_util.flatten_dict(_fresh_parts(config, abstract["params"]))
-    found = {path: x for path, x in traverse_util.flatten_dict(abstract["params"]).items() if path not in missing}
-    abstract["params"] = traverse_util.unflatten_dict(found)
-    weights, _ = restore_weights(config.init.from_, abstract)
-    weights["params"] = traverse_util.unflatten_dict(traverse_util.flatten_dict(weights["params"]) | missing)
-    begin = functools.partial(start_state, config)
-    if where is not None:
-        begin = jax.jit(begin, out_shardings=where)
-    return begin(weights["params"], weights["router"], key)
-
-
-def _fresh_parts(config: Config, params: dict[str, Any]) -> dict[str, Any]:
-    """The parameters that this run has and that of init.from has not, drawn anew: indexers, the head of a reward model;
-    {} where there are none."""
-    theirs, parts = load_workdir_config(str(config.init.from_)), set()
-    if config.model.index_topk is not None and theirs.model.index_topk is None:
-        parts.add("indexer")
-        if is_first():
-            print(f"init.from={config.init.from_} has dense attention: the indexers start with new weights.",
-                  flush=True)
-    if config.preference.objective == "reward" != theirs.preference.objective:
-        parts.add("reward_head")
-    if not parts:
-        return {}
-    of_parts = lambda tree: traverse_util.unflatten_dict(
-        {path: x for path, x in traverse_util.flatten_dict(tree).items() if parts & set(path)})
-    where = jax.tree.map(lambda x: x.sharding, of_parts(params))
-    make = lambda: of_parts(init_state(config).params)
-    return jax.jit(make, out_shardings=where if jax.tree.leaves(where) else None)()
-
-
-def check_start(config: Config) -> None:
-    """Raises ConfigError for an init.from that no run can start from, before the corpus is read."""
-    folder = config.init.from_
-    if folder is None and config.lora.rank is not None:
-        raise ConfigError("lora.rank trains adapters of the weights of a run; add --config.init.from=RUN, or take "
-                          "lora.rank=None.")
-    if folder is not None and is_hf_checkpoint(folder):
-        raise ConfigError(f"init.from={folder} is a Hugging Face checkpoint; python -m deepseek_jax.convert from-hf "
-                          f"{folder} RUN makes a work directory of it, then --config.init.from=RUN.")
-    if folder is not None and config.preference.objective != "reward":
-        check_speaks(load_workdir_config(folder), folder)
-
-
 def check_run(config: Config, workdir: str) -> Runner:
     """The mesh of a run that can begin or continue in the work directory; the same in every process.
 
@@ -162,6 +94,7 @@ def check_run(config: Config, workdir: str) -> Runner:
     check_same(repr(config))
     check_workdir(config, workdir)
     check_start(config)
+    check_branch(config, workdir)
     return runner
 
 
@@ -243,20 +176,21 @@ class Run:
             raise ConfigError(f"{workdir} is not the directory of process 0; give all processes the same --workdir, "
                               "on a disk that they share.")
         abstract = runner.with_shardings(jax.eval_shape(fresh_state(config)))
-        restored = self.checkpoints.restore(abstract)
+        restored = restore(config, workdir, self.checkpoints, abstract)
+        self.position = beginning(config) if restored is None else restored.position
+        if self.position.step and loader is not None:
+            loader.continue_at(self.position)
         self.base: Base | None = None
         self.frozen: dict[str, Any] | None = None  # {"params", "router"} of the base of adapters
         if config.lora.rank is not None:
-            known = None if restored is None else Base(**restored[1]["lora"])
+            known = None if restored is None else Base(**restored.meta["lora"])
             self.frozen, self.base = load_base(config, runner, known)
         self.frozen_params = self.frozen and self.frozen["params"]
-        known = None if restored is None or "reference" not in restored[1] else Base(**restored[1]["reference"])
+        known = None if restored is None or "reference" not in restored.meta else Base(**restored.meta["reference"])
         self.reference, self.compared = self.find_reference(known)
-        self.state = starting_state(config, runner, self.frozen) if restored is None else restored[0]
+        self.state = starting_state(config, runner, self.frozen) if restored is None else restored.state
         self.step = int(self.state.step)
         self.open_writer = functools.partial(MetricsWriter, workdir, None if restored is None else self.step)
-        if restored is not None and is_first():
-            print(f"Resuming from step {self.step} of {config.train.steps}.", flush=True)
         if config.mesh.pipe > 1 and is_first():
             print(describe(config), flush=True)
         # Whatever the data, a step compiles once: a second trace is a bug and raises. chex counts by the place in the
@@ -363,8 +297,9 @@ class Run:
 
     def row(self, pending: Pending, metrics: Metrics, tokens_per_second: float) -> dict[str, float]:
         """The metrics of a step by name."""
-        train, counts_LE = self.config.train, all_layers(metrics.counts)
-        row = {"tokens": train.sequences_before(pending.step) * train.sequence_length,
+        counts_LE = all_layers(metrics.counts)
+        sequences = self.position.sequences_before(self.config, pending.step)
+        row = {"tokens": sequences * self.config.train.sequence_length,
                "loss": float(metrics.loss), "lr": float(metrics.lr), "grad_norm": float(metrics.grad_norm),
                "tokens_per_second": tokens_per_second,
                "mfu": tokens_per_second * self.flops / self.peak, "max_vio": 0.0}
@@ -399,8 +334,10 @@ class Run:
                        + "".join(f"\n  {source}: loss {loss:.4f}" for source, loss in score.by_source.items()))
 
     def _save(self):
-        sequences = self.config.train.sequences_before(self.step)
+        sequences = self.position.sequences_before(self.config, self.step)
         meta: dict[str, Any] = {"step": self.step, "sequences": sequences, "config": as_dict(self.config)}
+        if self.position.step:
+            meta["position"] = list(self.position)
         if self.base is not None:
             meta["lora"] = self.base._asdict()
         if self.compared is not None:

@@ -66,7 +66,7 @@ def start_state(config: Config, params: dict[str, Any], router: dict[str, jax.Ar
     Args:
       router: biases float32 [L, E] by name. rng: a typed key, which the state carries.
     """
-    opt_state = make_optimizer(config.optimizer, config.train.steps).init(params)
+    opt_state = make_optimizer(config.optimizer, config.schedule_steps).init(params)
     ema = jax.tree.map(jnp.copy, params) if config.train.ema_decay else {}
     rule = bias_rule(config.balance)
     balancer = {name: rule.init(bias_LE) for name, bias_LE in router.items()}
@@ -154,7 +154,7 @@ def _target_weights(config: Config, micro):
 
 def mtp_weight(config: Config, step: jax.Array | int) -> jax.Array | float:
     """lambda of the MTP loss at `step` (report section 4.2): a float32 scalar."""
-    at, value = step / config.train.steps, 0.0
+    at, value = step / config.schedule_steps, 0.0
     for start, level in config.train.mtp_weights:
         value = jnp.where(at >= start, level, value)
     return value
@@ -216,7 +216,7 @@ def train_step(config: Config, state: TrainState, batch: dict[str, Any], base: d
     batch, base, loss, reference: as in `accumulate`. Metrics are of the complete batch.
     """
     grads, sums = accumulate(config, state.params, state.router, batch, state.step, loss, base, reference)
-    optimizer = make_optimizer(config.optimizer, config.train.steps)
+    optimizer = make_optimizer(config.optimizer, config.schedule_steps)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     if config.model.index_warmup:  # weight decay would move the others
         updates = only_indexer(updates)
@@ -236,7 +236,7 @@ def _metrics(config, step, grads, sums: Sums, active, biases: list[jax.Array]) -
     return Metrics(
         loss=losses.nats / jnp.maximum(losses.weight, 1),
         mtp_loss=mtp_loss_D.mean() if config.model.mtp_depth else none,
-        lr=learning_rate(config.optimizer, config.train.steps)(step), grad_norm=_norm(grads),
+        lr=learning_rate(config.optimizer, config.schedule_steps)(step), grad_norm=_norm(grads),
         sequence_loss=sums.sequence_loss / active, auxiliary_loss=sums.auxiliary_loss / active,
         bias_low=jnp.stack([b.min() for b in biases]).min() if biases else none,
         bias_high=jnp.stack([b.max() for b in biases]).max() if biases else none,
@@ -252,7 +252,7 @@ def _move_biases(config: Config, state: TrainState, counts) -> tuple[dict[str, j
     if config.model.index_warmup:
         return state.router, state.balancer
     balance, rule = config.balance, bias_rule(config.balance)
-    speed = jnp.where(state.step < balance.bias_until * config.train.steps, balance.bias_speed, 0.0)
+    speed = jnp.where(state.step < balance.bias_until * config.schedule_steps, balance.bias_speed, 0.0)
     router, balancer = {}, {}
     for name, bias_LE in state.router.items():
         router[name], balancer[name] = rule.update(bias_LE, counts[name], speed.astype(bias_LE.dtype),

@@ -398,24 +398,25 @@ def test_config_works_without_jax():
 
 @st.composite
 def ramps(draw):
-    """Any run that TrainConfig accepts: rows of a micro-batch, micro-batches, a ramp in whole micro-batches."""
+    """Any run that the config accepts: rows of a micro-batch, micro-batches, a ramp in whole micro-batches."""
     rows, accumulation_steps = draw(st.integers(1, 8)), draw(st.integers(1, 16))
     ramp_from = draw(st.one_of(st.none(), st.integers(1, accumulation_steps).map(lambda m: m * rows)))
-    return TrainConfig(steps=draw(st.integers(1, 400)), batch_size=rows * accumulation_steps,
-                       accumulation_steps=accumulation_steps, ramp_from=ramp_from, ramp_until=draw(st.floats(0, 1)))
+    train = TrainConfig(steps=draw(st.integers(1, 400)), batch_size=rows * accumulation_steps,
+                        accumulation_steps=accumulation_steps, ramp_from=ramp_from, ramp_until=draw(st.floats(0, 1)))
+    return Config(model=model_config("tiny"), train=train)
 
 
 @given(ramps())
-def test_the_data_position_is_the_sum_of_all_batches_before(train):
-    rows, position = train.batch_size // train.accumulation_steps, 0
-    for step in range(train.steps + 2):
-        assert train.sequences_before(step) == position
-        position += rows * train.accumulation_steps_at(step)
+def test_the_data_position_is_the_sum_of_all_batches_before(config):
+    rows, position = config.train.batch_size // config.train.accumulation_steps, 0
+    for step in range(config.train.steps + 2):
+        assert config.sequences_before(step) == position
+        position += rows * config.accumulation_steps_at(step)
 
 
 @given(ramps())
-def test_the_ramp_rises_from_its_start_to_the_whole_batch(train):
-    counts = [train.accumulation_steps_at(step) for step in range(train.steps + 1)]
+def test_the_ramp_rises_from_its_start_to_the_whole_batch(config):
+    train, counts = config.train, [config.accumulation_steps_at(step) for step in range(config.train.steps + 1)]
     rows = train.batch_size // train.accumulation_steps
     assert counts == sorted(counts) and counts[-1] == train.accumulation_steps
     if train.ramp_from is None or train.ramp_until == 0:

@@ -274,7 +274,7 @@ MUTATIONS = [
     Mutation(
         name="a fine-tuned run forgets its origin",
         file="deepseek_jax/interop/convert.py",
-        old='.init.from_ or ""',
+        old='.init.folder or ""',
         new='.init.from_ and ""',
         tests="interop/test_conversion.py::test_a_fine_tuned_run_goes_out_in_the_type_of_the_checkpoint_that_it_began_from",
     ),

@@ -351,7 +351,7 @@ MUTATIONS = [
     Mutation(
         name="a run on pairs continues with another reference",
         file="deepseek_jax/training/loop.py",
-        old='Base(**restored[1]["reference"])',
+        old='Base(**restored.meta["reference"])',
         new="None",
         tests="posttraining/test_preferences.py::test_another_reference_or_other_pairs_are_refused_when_a_run_"
               "continues",

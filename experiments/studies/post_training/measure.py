@@ -98,7 +98,8 @@ class PostTraining(Measure):
         config = as_dict(self.config(study, arm))
         # As it was before there were others.
         for section, key, value in (("rollout", "reward", "task"), ("rollout", "fp8", False), ("lora", "fp8", False),
-                                    ("data", "tokenizer", None), ("data", "validation", None), ("mesh", "context", 1)):
+                                    ("data", "tokenizer", None), ("data", "validation", None), ("mesh", "context", 1),
+                                    ("optimizer", "schedule_steps", None)):
             if config[section][key] == value:
                 del config[section][key]
         start = self.students.get(arm)

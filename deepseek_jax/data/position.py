@@ -1,0 +1,70 @@
+"""Where a run is in its sources, also after another mixture or batch size was taken in the middle of it.
+
+Sequences are numbered through the run, and a source's through all it has given. A change sets a mark: which step and
+sequence it came with, and how many sequences each source had given by then. Sources keep the number that their order is
+drawn with, so what they have given does not come again before they begin anew.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from deepseek_jax.config import Config
+from deepseek_jax.data.examples import Mixture
+
+
+class Position(NamedTuple):
+    """The last change of what a run reads.
+
+    step, sequence: the first that it is for. sources: paths of all that were ever read, by number. used: sequences
+    that each had given.
+    """
+
+    step: int
+    sequence: int
+    sources: tuple[str, ...]
+    used: tuple[int, ...]
+
+    def sequences_before(self, config: Config, step: int) -> int:
+        """Sequences that a run has read before `step`, which is not before the change."""
+        return self.sequence + config.sequences_before(step) - config.sequences_before(self.step)
+
+    def mixture(self, config: Config) -> Mixture:
+        """Which source a sequence comes from, from the change on."""
+        own = [self.sources.index(path) for path, _ in config.data.sources]
+        return Mixture(tuple(weight for _, weight in config.data.sources), config.train.seed, self.sequence,
+                       tuple(self.used[i] for i in own))
+
+    def number(self, path: str) -> int:
+        """The number that the order of a source is drawn with."""
+        return self.sources.index(path)
+
+    def after(self, before: Config, config: Config, step: int) -> Position:
+        """The position from `step` on, where `config` takes the place of `before`; the same where both read alike."""
+        if _reads(before) == _reads(config):
+            return self
+        sequence, used = self.sequences_before(before, step), dict(zip(self.sources, self.used))
+        used |= {path: 0 for path, _ in config.data.sources if path not in used}
+        given = self.mixture(before).given_before(sequence)
+        used |= {path: count for (path, _), count in zip(before.data.sources, given)}
+        return Position(step, sequence, tuple(used), tuple(used.values()))
+
+
+def beginning(config: Config) -> Position:
+    """The position of a run that never changed."""
+    paths = tuple(path for path, _ in config.data.sources)
+    return Position(0, 0, paths, (0,) * len(paths))
+
+
+def position_of(meta: dict[str, Any], config: Config) -> Position:
+    """The position that the meta of a checkpoint has. config: that it was saved with."""
+    found = meta.get("position")
+    return Position(*(tuple(x) if isinstance(x, list) else x for x in found)) if found else beginning(config)
+
+
+def _reads(config: Config):
+    """What decides which sequences a step has."""
+    train = config.train
+    ramp = () if train.ramp_from is None else (train.ramp_from, train.ramp_until, train.accumulation_steps,
+                                               config.schedule_steps)
+    return config.data.sources, train.batch_size, ramp
