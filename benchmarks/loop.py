@@ -1,14 +1,19 @@
-"""What the training loop itself costs on the host: a step that takes 50 ms on a device which computes nothing.
+"""What the training loop itself costs on the host: a step that a device which computes nothing takes no time for.
 
     python -m benchmarks.loop
+    python -m benchmarks.loop --milliseconds 50
+    python -m benchmarks.loop --processes 2
 
-The stand-in for a device runs its steps one after the other while the host does what it does in a real run: it fetches
-and checks metrics, writes metrics.jsonl, TensorBoard events and expert loads, and moves the progress bar.
+The stand-in for a device runs its steps one after the other while the host does what it does in a real run of a model
+with as many experts as the report's: it fetches and checks metrics, writes metrics.jsonl, TensorBoard events and expert
+loads, and moves the progress bar. Several processes also ask each other whether one has to stop.
 """
 
 import argparse
 import io
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 import types
@@ -18,10 +23,13 @@ import numpy as np
 import tqdm
 
 from deepseek_jax.config import Config, TrainConfig, model_config
-from deepseek_jax.parallel.processes import StopAgreement
+from deepseek_jax.data.position import beginning
+from deepseek_jax.parallel.meeting import Group
+from deepseek_jax.parallel.processes import StopAgreement, joined
 from deepseek_jax.training import loop
 from deepseek_jax.training.metrics import MetricsWriter
 from deepseek_jax.training.types import Metrics
+from deepseek_jax.training.watching import Watching
 
 
 class Pending:
@@ -31,9 +39,9 @@ class Pending:
         self.ready, self.metrics = ready, metrics
 
 
-def overhead(steps: int, seconds: float) -> float:
-    """Seconds a step beyond those of the device, mean over `steps`."""
-    cfg = model_config("small")
+def overhead(steps: int, seconds: float) -> tuple[float, float, float]:
+    """Seconds a step, means over `steps`: beyond those of the device; of the processor in the loop's thread; in all."""
+    cfg = model_config("v3_671b")
     counts = {"bias": np.ones((cfg.num_moe_layers, cfg.num_experts), np.int32),
               "mtp_bias": np.ones((1, cfg.num_experts), np.int32)}
     run: Any = object.__new__(loop.Run)
@@ -47,7 +55,8 @@ def overhead(steps: int, seconds: float) -> float:
         return state, Pending(free, Metrics(one, one, one, one, one, one, one, one, counts, None))  # pyright: ignore[reportArgumentType]
 
     def fetch(pending):
-        time.sleep(max(0.0, pending.ready - time.perf_counter()))
+        if (rest := pending.ready - time.perf_counter()) > 0:
+            time.sleep(rest)
         return pending.metrics
 
     loop.jax.device_get = fetch
@@ -55,24 +64,45 @@ def overhead(steps: int, seconds: float) -> float:
     run.runner = types.SimpleNamespace(shard_batch=lambda batch: batch, rows=8)
     run.step_fn, run.state, run.step, run.peak, run.flops = step, None, 0, 1e12, 1e6
     run.agreement = StopAgreement()
+    run.watching, run.position = Watching(run.config, None), beginning(run.config)
     run.base = run.frozen_params = run.reference = run.compared = None
     with tempfile.TemporaryDirectory() as workdir, tqdm.tqdm(total=steps, file=io.StringIO(), mininterval=1.0) as bar:
         run.writer = MetricsWriter(workdir, None)
-        start = time.perf_counter()
+        start, own, process = time.perf_counter(), time.thread_time(), time.process_time()
         run._steps(bar)
-        elapsed = time.perf_counter() - start
-    return (elapsed - (steps - 1) * seconds) / (steps - 1)  # the loop returns before the last step's metrics are due
+        elapsed, own = time.perf_counter() - start, time.thread_time() - own
+        run.writer.close()
+        process = time.process_time() - process
+    # The loop returns before the last step's metrics are due.
+    return (elapsed - (steps - 1) * seconds) / (steps - 1), own / (steps - 1), process / (steps - 1)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--milliseconds", type=float, default=50.0, help="of a step on the device")
+    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--milliseconds", type=float, default=0.0, help="of a step on the device")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--process", type=int, help="this one; by default all are started")
     args = parser.parse_args()
-    found = [1e3 * overhead(args.steps, args.milliseconds / 1e3) for _ in range(args.rounds)]
-    print(f"host overhead a step of {args.milliseconds:g} ms: median {statistics.median(found):.3f} ms, "
-          f"{min(found):.3f} to {max(found):.3f} over {args.rounds} rounds of {args.steps} steps")
+    if args.processes == 1:
+        measure(args)
+    elif args.process is None:
+        command = [sys.executable, "-m", "benchmarks.loop", *sys.argv[1:], "--process"]
+        running = [subprocess.Popen([*command, str(i)]) for i in range(args.processes)]
+        sys.exit(max(process.wait() for process in running))
+    else:
+        with joined(Group("localhost:9950", args.processes, args.process)):
+            measure(args)
+
+
+def measure(args: argparse.Namespace) -> None:
+    """Prints the overhead in this process."""
+    found = [[1e3 * x for x in overhead(args.steps, args.milliseconds / 1e3)] for _ in range(args.rounds)]
+    waits, own, process = (statistics.median(column) for column in zip(*found))
+    which = "" if args.process is None else f"process {args.process} of {args.processes}: "
+    print(f"{which}a step of {args.milliseconds:g} ms takes {waits:.3f} ms more; of the processor {own:.3f} ms in the "
+          f"loop's thread, {process:.3f} ms in all (medians of {args.rounds} rounds of {args.steps} steps)")
 
 
 if __name__ == "__main__":

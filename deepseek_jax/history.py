@@ -20,6 +20,7 @@ from deepseek_jax.config.load import HISTORY
 # Keys that leave the arrays of a run's state, and the meaning of its tokens, as they are.
 CHANGEABLE = ("train.steps", "train.batch_size", "train.accumulation_steps", "train.ramp_*", "train.mtp_weights",
               "train.loss_chunk", "train.eval_*", "train.final_eval_batches", "train.checkpoint*", "train.sample_*",
+              "train.tracker", "train.prometheus", "train.profile", "train.stall_minutes",
               "optimizer.*", "balance.bias_speed", "balance.bias_until", "balance.*_weight", "data.sources",
               "data.prefetch", "data.cache_dir", "mesh.*", "pipeline.*")
 FIXED = ("optimizer.moment_dtype",)

@@ -113,6 +113,27 @@ def write_json(path: Path, value: Any, indent: int | None = 2, sync: bool = Fals
     write_text(path, json.dumps(value, indent=indent) + "\n", sync)
 
 
+class Appended:
+    """A file that grows, and is there for others after each `write`. Errors name it."""
+
+    def __init__(self, path: Path):
+        self._path = os.fspath(path)
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+
+    def write(self, data: bytes) -> None:
+        """Appends all of it."""
+        view = memoryview(data)
+        try:
+            while view:
+                view = view[os.write(self._descriptor, view):]
+        except OSError as error:  # which does not know its file
+            raise OSError(error.errno, error.strerror, self._path) from error
+
+    def close(self) -> None:
+        """Lets go of the file."""
+        os.close(self._descriptor)
+
+
 def sync_file(path: Path) -> None:
     """Brings a file, or the names in a folder, to the disk."""
     try:

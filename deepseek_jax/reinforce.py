@@ -7,7 +7,7 @@
 import argparse
 import sys
 
-from deepseek_jax import cli, stop
+from deepseek_jax import cli, logs, stop
 from deepseek_jax.config import load_config
 from deepseek_jax.config.advice import advice
 from deepseek_jax.parallel import cluster
@@ -33,7 +33,8 @@ def main() -> int:
     # After the config is known to be good: it takes seconds.
     from deepseek_jax.posttraining.loop import reinforce
 
-    return stop.DONE if reinforce(config, args.workdir) else stop.STOPPED
+    with logs.kept(args.workdir, 0):
+        return stop.DONE if reinforce(config, args.workdir) else stop.STOPPED
 
 
 if __name__ == "__main__":

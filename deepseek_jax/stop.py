@@ -1,6 +1,6 @@
 """How a run ends: exit codes that a scheduler can tell apart, and what a signal does while there is nothing to save.
 
-    0 done    2 a mistake of the user's    75 stopped by a signal    76 a process of the run was lost
+    0 done    2 a mistake of the user's    75 stopped by a signal    76 a process of the run was lost, or hangs
 
 A scheduler restarts a job by its code: the same command continues after 75 (EX_TEMPFAIL) and 76, and not after 2.
 """
@@ -8,6 +8,7 @@ A scheduler restarts a job by its code: the same command continues after 75 (EX_
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import functools
 import os
 import signal
@@ -31,6 +32,12 @@ farewells: list[Callable[[int], None]] = []  # called with the exit code before 
 
 class PeerLostError(ConfigError):
     """Another process of the run has ended, or did not come."""
+
+
+def show_stacks() -> None:
+    """From here on SIGQUIT shows the stacks of all threads on stderr, also of one that hangs in C; nothing ends."""
+    if hasattr(signal, "SIGQUIT"):
+        faulthandler.register(signal.SIGQUIT, file=sys.__stderr__ or 2, all_threads=True)
 
 
 def exit_code(error: BaseException) -> int:

@@ -7,7 +7,7 @@
 import argparse
 import sys
 
-from deepseek_jax import cli, stop
+from deepseek_jax import cli, logs, stop
 from deepseek_jax.config import load_config, named_configs
 from deepseek_jax.config.advice import advice
 from deepseek_jax.parallel import cluster
@@ -35,7 +35,7 @@ def main() -> int:
     from deepseek_jax.parallel.processes import is_first, joined
     from deepseek_jax.training.loop import train
 
-    with joined(group, args.startup_timeout):
+    with logs.kept(args.workdir, group.process if group else 0), joined(group, args.startup_timeout):
         if config.preference.objective is not None:
             from deepseek_jax.posttraining.preferences import train_on_pairs
 

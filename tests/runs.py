@@ -49,7 +49,7 @@ def get_config():
 # The least that trains: no experts, no MTP, one layer.
 DENSE = ["--config.model.num_layers=1", "--config.model.mtp_depth=0", "--config.train.accumulation_steps=1",
          "--config.train.ramp_from=None", "--config.train.ema_decay=0"]
-TIMINGS = ("tokens_per_second", "mfu")
+TIMINGS = ("tokens_per_second", "mfu", "seconds_data", "seconds_step", "seconds_write", "device_bytes_peak")
 COMMANDS = {"train": train, "evaluate": evaluate, "compare": compare, "generate": generate,
             "prepare": prepare, "convert": convert}
 

@@ -27,6 +27,7 @@ MAY_IMPORT = {
     "runtime": (),
     "stop": ("storage", "config"),
     "history": ("io", "config"),
+    "logs": ("storage",),
     "cli": ("runtime", "stop", "storage", "config"),
     "io": ("storage",),
     "storage": (),
@@ -95,7 +96,14 @@ MAY_IMPORT = {
     "training.optimizer": ("config",),
     "training.step": ("training.types", "training.losses", "training.optimizer", "pipeline.model", "model", *SHARDING,
                       "config"),
-    "training.metrics": ("io", "storage"),
+    "training.background": (),
+    "training.trackers": ("io", "storage", "config"),
+    "training.metrics": ("training.background", "training.trackers", "io", "storage"),
+    "training.goodput": ("io", "storage"),
+    "training.profiler": ("storage",),
+    "training.stall": ("stop",),
+    "training.watching": ("training.goodput", "training.profiler", "training.stall", "config"),
+    "training.program": ("parallel.compiler", "config"),
     "training.base": ("training.step", "model", "fp8", "parallel", "checkpoint", "data.tokenizer", "workdir", "config"),
     "training.throughput": ("scale.hardware",),
     "training.evaluate": ("training.step", "training.types", "training.metrics", "data", "workdir", "config"),
@@ -105,7 +113,8 @@ MAY_IMPORT = {
     "training.start": ("training.base", "training.step", "parallel", "checkpoint", "data", "history", "workdir",
                        "config"),
     "training.loop": ("training.evaluate", "training.selfcheck", "training.start", "training.base", "training.step",
-                      "training.types", "training.metrics", "training.throughput", "pipeline.model", "model.parts", "parallel",
+                      "training.types", "training.metrics", "training.throughput", "pipeline.model",
+                      "model.parts", "training.program", "training.trackers", "training.watching", "parallel",
                       "checkpoint", "data", "scale.costs", "workdir", "stop", "storage", "config"),
     "training.summary": ("training.loop", "training.metrics", "serving", "plots", "data", "config"),
     "training": (),
@@ -128,9 +137,9 @@ MAY_IMPORT = {
               "interop.hf_config", "io", "config"),
     # Commands.
     "__main__": (),
-    "train": ("cli", "stop", "config", "parallel.cluster", "parallel.processes", "posttraining.distill_logits",
+    "train": ("cli", "logs", "stop", "config", "parallel.cluster", "parallel.processes", "posttraining.distill_logits",
               "posttraining.preferences", "training.loop", "training.summary"),
-    "reinforce": ("cli", "stop", "parallel.cluster", "posttraining.loop", "config"),
+    "reinforce": ("cli", "logs", "stop", "parallel.cluster", "posttraining.loop", "config"),
     "prepare": ("cli", "data", "config"),
     "evaluate": ("cli", "io", "training.evaluate", "serving", "chat", "workdir", "config"),
     "routing": ("model", "workdir", "config"),
@@ -143,11 +152,11 @@ MAY_IMPORT = {
 }
 COMMANDS = ("train", "prepare", "reinforce", "evaluate", "compare", "generate", "serve", "convert", "plan", "compile")
 
-WITHOUT_JAX = ("config", "configs", "cli", "runtime", "stop", "io", "history", "parallel.meeting", "parallel.watch",
-               "plugin", "chat", "data", "workdir", "pipeline.orders", "pipeline.ticks", "pipeline.schedule",
-               "pipeline.validate", "pipeline.tables", "pipeline.draw", "pipeline.__main__", "scale.costs",
-               "scale.layout", "scale.traffic", "scale.memory", "scale.hardware", "scale.timing", "scale.plan",
-               "scale.decoding", "scale.tables", "scale.arguments", "scale.serve", "scale.finetune",
+WITHOUT_JAX = ("config", "configs", "cli", "runtime", "stop", "io", "history", "logs", "parallel.meeting",
+               "parallel.watch", "plugin", "chat", "data", "workdir", "pipeline.orders", "pipeline.ticks",
+               "pipeline.schedule", "pipeline.validate", "pipeline.tables", "pipeline.draw", "pipeline.__main__",
+               "scale.costs", "scale.layout", "scale.traffic", "scale.memory", "scale.hardware", "scale.timing",
+               "scale.plan", "scale.decoding", "scale.tables", "scale.arguments", "scale.serve", "scale.finetune",
                "scale.one_device", "scale.compile.hlo", "plots", "table", "training.comparison", *COMMANDS)
 JAX = ("jax", "jaxlib", "flax", "optax", "orbax", "chex")
 LONGEST_COMMAND = 99

@@ -141,6 +141,12 @@ class TrainConfig(Checked, section="train"):
     final_eval_batches: Annotated[int, NOT_NEGATIVE, "of the validation set, at the end of the run; 0: all"] = 0
     checkpoint_every: Annotated[int, POSITIVE, "steps"] = 100
     checkpoints_kept: Annotated[int, POSITIVE, "how many of the newest checkpoints are kept"] = 3
+    tracker: Annotated[Literal["wandb", "mlflow"] | None,
+                       "gets the metrics too; None: TensorBoard's files alone"] = None
+    prometheus: Annotated[str | None, "a file for the text collector of Prometheus; None: none"] = None
+    profile: Annotated[str, "A:B, a trace of the steps after A up to B; empty: none"] = ""
+    stall_minutes: Annotated[float | None, POSITIVE, "without the end of a step, after which a process shows the "
+                             "stacks of its threads and ends with 76; None: it waits"] = None
     sample_tokens: Annotated[int, NOT_NEGATIVE, "written at the end of a run; 0: no sample"] = 96
     sample_prompt: Annotated[str, "what the sample continues; empty: the first words of the held-out text"] = ""
 
@@ -150,6 +156,11 @@ class TrainConfig(Checked, section="train"):
             fits = [m for m in range(1, self.batch_size + 1) if self.batch_size % m == 0]
             raise ConfigError(f"train.accumulation_steps={self.accumulation_steps} does not divide batch_size="
                               f"{self.batch_size}; take one of {fits}.")
+        found = re.fullmatch(r"(\d+):(\d+)", self.profile)
+        if self.profile and not (found and int(found[1]) < int(found[2])):
+            raise ConfigError(f"train.profile={self.profile!r} should be two numbers of steps, such as '100:105'.")
+        if self.prometheus is not None:
+            object.__setattr__(self, "prometheus", usable_path("train.prometheus", self.prometheus, on_disk=True))
         rows = self.batch_size // self.accumulation_steps
         if self.ramp_from is not None and (self.ramp_from > self.batch_size or self.ramp_from % rows):
             raise ConfigError(f"train.ramp_from={self.ramp_from} must be a multiple of the {rows} sequences of a "

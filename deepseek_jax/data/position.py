@@ -58,8 +58,10 @@ def beginning(config: Config) -> Position:
 
 def position_of(meta: dict[str, Any], config: Config) -> Position:
     """The position that the meta of a checkpoint has. config: that it was saved with."""
-    found = meta.get("position")
-    return Position(*(tuple(x) if isinstance(x, list) else x for x in found)) if found else beginning(config)
+    if "position" not in meta:
+        return beginning(config)
+    step, sequence, sources, used = meta["position"]
+    return Position(step, sequence, tuple(sources), tuple(used))
 
 
 def _reads(config: Config):

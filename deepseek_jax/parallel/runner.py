@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import functools
 import math
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -95,10 +96,14 @@ class Runner:
         where = compute_shardings(abstract, self.mesh) if frozen else self.shardings(abstract)
         return jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), abstract, where)
 
-    def jit(self, f: Callable[..., Any], state: Any = None, **options: Any) -> Callable[..., Any]:
-        """jax.jit on the mesh, for one shape. Outputs are replicated, but a first one is split as `state`."""
+    def jit(self, f: Callable[..., Any], state: Any = None, told: Callable[[Any, float], None] | None = None,
+            **options: Any) -> Callable[..., Any]:
+        """jax.jit on the mesh, for one shape. Outputs are replicated, but a first one is split as `state`.
+
+        told: gets the jax.stages.Compiled, and the seconds that it took.
+        """
         if self.mesh is None:
-            return jax.jit(f, **options)
+            return jax.jit(f, **options) if told is None else _compiled_once(jax.jit(f, **options), told)
         replicated = NamedSharding(self.mesh, PartitionSpec())
         jitted = jax.jit(f, **options,
                          out_shardings=replicated if state is None else (self.shardings(state), replicated))
@@ -108,7 +113,10 @@ class Runner:
         def run(*arguments):
             with jax.set_mesh(self.mesh):
                 if not compiled:
+                    began = time.perf_counter()
                     compiled.append(jitted.lower(*arguments).compile(compiler_options=self._compiler_options()))
+                    if told is not None:
+                        told(compiled[0], time.perf_counter() - began)
                     wait_for_all("compiled")  # or the first to run would wait for the others' compilers: 30 seconds
                 return compiled[0](*arguments)
 
@@ -124,3 +132,17 @@ class Runner:
             return tree
         return jax.tree.map(lambda x: np.asarray(x) if x.is_fully_addressable else
                             multihost_utils.process_allgather(x, tiled=True), tree)
+
+
+def _compiled_once(jitted, told):
+    """A jitted function that is compiled for its first arguments, and says so."""
+    compiled = []
+
+    def run(*arguments):
+        if not compiled:
+            began = time.perf_counter()
+            compiled.append(jitted.lower(*arguments).compile())
+            told(compiled[0], time.perf_counter() - began)
+        return compiled[0](*arguments)
+
+    return run

@@ -129,8 +129,8 @@ class PreferenceRun(Run):
     def __init__(self, config: Config, workdir: str, loader: PairLoader, runner: Runner):
         super().__init__(config, workdir, loader, runner)
         scored = runner.jit(functools.partial(score, config, self.loss))
-        self.score: Callable[[dict[str, Any]], Sums] = lambda micro: jax.device_get(scored(
-            self.state.params, self.state.router, runner.shard_batch(micro), self.frozen_params, self.reference))
+        self.score: Callable[[dict[str, Any]], Sums] = lambda micro: scored(
+            self.state.params, self.state.router, runner.shard_batch(micro), self.frozen_params, self.reference)
 
     @staticmethod
     def longest(config: Config) -> int:
@@ -156,7 +156,7 @@ class PreferenceRun(Run):
         """The objective on held-out pairs."""
         train = self.config.train
         limit = train.final_eval_batches if self.step == train.steps else train.eval_batches
-        parts = [self.score(micro) for micro in self.loader.validation_batches(limit)]
+        parts = jax.device_get([self.score(micro) for micro in self.loader.validation_batches(limit)])
         weight = sum(part.losses.weight for part in parts)
         means = {"loss": sum(part.losses.nats for part in parts) / weight} | {
             name: sum(part.own[name] for part in parts) / weight for name in parts[0].own}

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 import tqdm
 
 from deepseek_jax.data.baselines import compressed_bits_per_byte
@@ -18,7 +17,7 @@ from deepseek_jax.data.prepare import prepare, prepare_evaluation
 from deepseek_jax.data.validation import WholeValidation
 from deepseek_jax.training.metrics import all_layers, max_vio
 from deepseek_jax.training.step import eval_step
-from deepseek_jax.training.types import Sums
+from deepseek_jax.training.types import Sums, TokenLosses
 from deepseek_jax.workdir import load_run
 
 
@@ -44,35 +43,29 @@ def evaluate(loader: Loader, step: Callable[..., Sums], params: dict[str, Any], 
       step: `eval_step` with its config, (params, router, micro-batch) -> Sums.
       router: biases float32 [L, E] by name. progress: show a bar.
     """
-    total, counts = _Total(), None
-    sources: dict[str, _Total] = {}
+    counts, losses = None, []  # on the device until the end: a fetch for each batch would wait for it
+    sources: dict[str, list[TokenLosses]] = {}
     numbers = loader.validation.batch_numbers(loader.rows * loader.hosts, limit)
     batches = zip(numbers, loader.validation_batches(loader.rows, limit))
     for number, micro in tqdm.tqdm(batches, "evaluate", len(numbers), unit="batch", leave=False, disable=not progress):
-        sums = jax.device_get(step(params, router, micro))
-        total.add(sums)
-        counts = sums.counts if counts is None else jax.tree.map(np.add, counts, sums.counts)
+        sums = step(params, router, micro)
+        losses.append(sums.losses)
+        counts = sums.counts if counts is None else jax.tree.map(jnp.add, counts, sums.counts)
         parts = loader.weights_by_source(number, loader.rows, micro["weights"])
         for source, weights_BT in parts.items():
-            part = sums if len(parts) == 1 else jax.device_get(step(params, router, micro | {"weights": weights_BT}))
-            sources.setdefault(source, _Total()).add(part)
-    bits = total.nats / math.log(2)
-    return Score(total.loss, bits / loader.validation_bytes(loader.rows, limit), max_vio(all_layers(counts or {})),
-                 {source: part.loss for source, part in sources.items()},
+            part = sums if len(parts) == 1 else step(params, router, micro | {"weights": weights_BT})
+            sources.setdefault(source, []).append(part.losses)
+    losses, sources, counts = jax.device_get((losses, sources, counts or {}))
+    bits = sum(float(part.nats) for part in losses) / math.log(2)
+    return Score(_mean(losses), bits / loader.validation_bytes(loader.rows, limit), max_vio(all_layers(counts)),
+                 {source: _mean(parts) for source, parts in sources.items()},
                  len(numbers) / max(1, len(loader.validation.batch_numbers(loader.rows * loader.hosts))))
 
 
-@dataclasses.dataclass
-class _Total:
-    nats: float = 0.0
-    weight: float = 0.0
-
-    def add(self, sums: Sums):
-        self.nats, self.weight = self.nats + float(sums.losses.nats), self.weight + float(sums.losses.weight)
-
-    @property
-    def loss(self) -> float:
-        return self.nats / self.weight if self.weight else math.nan  # prompts only
+def _mean(parts: list[TokenLosses]) -> float:
+    """Nats per token, added up in double precision."""
+    nats, weight = (sum(float(x) for x in xs) for xs in zip(*((part.nats, part.weight) for part in parts)))
+    return nats / weight if weight else math.nan  # prompts only
 
 
 def evaluate_workdir(workdir: str, data: str | None = None, ema: bool = False,

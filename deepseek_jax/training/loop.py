@@ -10,7 +10,6 @@ waits for the check of its step.
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
 import signal
 import sys
@@ -40,6 +39,7 @@ from deepseek_jax.scale.costs import training_flops_per_token
 from deepseek_jax.training.base import in_full, load_base
 from deepseek_jax.training.evaluate import evaluate
 from deepseek_jax.training.metrics import MetricsWriter, all_layers, balance_metrics
+from deepseek_jax.training.program import describe_machine, describe_program
 from deepseek_jax.training.selfcheck import check_device
 from deepseek_jax.training.start import check_branch, check_start, restore, starting_state
 from deepseek_jax.training.step import (
@@ -50,7 +50,9 @@ from deepseek_jax.training.step import (
     train_step,
 )
 from deepseek_jax.training.throughput import peak_flops
+from deepseek_jax.training.trackers import EXPERTS_EVERY, check_tracker, experts_of_layers, make_trackers
 from deepseek_jax.training.types import Metrics
+from deepseek_jax.training.watching import Watching
 from deepseek_jax.workdir import (
     alone_in,
     check_workdir,
@@ -158,7 +160,8 @@ class Run:
 
     loss: of a step. name: of the progress bar. together: steps that share a batch; a run stops and saves between them.
     reference: variables of the frozen model that the loss compares with, and compared: which checkpoint they are.
-    writer: of the metrics, in process 0 from `go` on, so that what fails before leaves no thread of its.
+    writer: of the metrics, in process 0 from `go` on, so that what fails before leaves no thread of its. watching: what
+      looks at the run from outside, such as a limit for steps that do not end.
     asked: the signal that asked this process to stop.
     """
 
@@ -170,6 +173,8 @@ class Run:
 
     def __init__(self, config: Config, workdir: str, loader: Any, runner: Runner):
         self.config, self.loader, self.runner = config, loader, runner
+        self.watching = Watching(config, workdir, jax.process_index())
+        check_tracker(config)
         self.checkpoints = Checkpoints(workdir, config.train.checkpoints_kept)
         wait_for_all("checkpoints")  # the first one has cleaned up
         if not storage.is_file(storage.as_path(workdir) / "config.json"):  # which the first one wrote
@@ -190,18 +195,23 @@ class Run:
         self.reference, self.compared = self.find_reference(known)
         self.state = starting_state(config, runner, self.frozen) if restored is None else restored.state
         self.step = int(self.state.step)
-        self.open_writer = functools.partial(MetricsWriter, workdir, None if restored is None else self.step)
-        if config.mesh.pipe > 1 and is_first():
-            print(describe(config), flush=True)
+        self.watching.mark("restored", begin=self.step)
+        resumes = None if restored is None else self.step
+        self.open_writer = lambda: MetricsWriter(workdir, resumes, make_trackers(config, workdir))
+        if is_first():
+            print(describe_machine(config) + (f"\n{describe(config)}" if config.mesh.pipe > 1 else ""), flush=True)
         # Whatever the data, a step compiles once: a second trace is a bug and raises. chex counts by the place in the
         # source, which an earlier run in this process shares.
         chex.clear_trace_counter()
         traced_once = chex.assert_max_traces(
             lambda state, batch, base, reference: train_step(config, state, batch, base, self.loss, reference), n=1)
-        self.step_fn = runner.jit(traced_once, abstract, donate_argnums=0)
+        self.step_fn = runner.jit(traced_once, abstract, self._compiled, donate_argnums=0)
         scored = runner.jit(chex.assert_max_traces(lambda *args: eval_step(config, *args), n=1))
-        self.eval_fn = lambda params, router, micro: scored(params, router, runner.shard_batch(micro),
-                                                            self.frozen_params)
+        def eval_fn(params, router, micro):
+            self.watching.stall.beat()
+            return scored(params, router, runner.shard_batch(micro), self.frozen_params)
+
+        self.eval_fn = eval_fn
         self.peak = peak_flops(config.model.dtype, config.mesh.devices)
         self.flops = training_flops_per_token(config.model, config.train.sequence_length,
                                               frozen=self.frozen is not None)
@@ -216,14 +226,25 @@ class Run:
         self.writer = self.open_writer() if is_first() else None
         previous = {number: signal.signal(number, self._ask_to_stop) for number in (*stop.SIGNALS, signal.SIGINT)}
         try:
-            with tqdm.tqdm(total=self.config.train.steps, initial=self.step, desc=self.name, unit="step",
-                           mininterval=1.0, disable=not is_first()) as bar:
+            with self.watching.running(), tqdm.tqdm(total=self.config.train.steps, initial=self.step, desc=self.name,
+                                                    unit="step", mininterval=1.0, disable=not is_first()) as bar:
                 finished = self._steps(bar)
+                if self.writer:
+                    self.writer.flush()
+                self._say(bar, self.watching.profiler.close(self.step, self.state))
             self.checkpoints.wait()  # a second SIGTERM must not end what the first one asked for
+            self.watching.mark("stopped", step=self.step)
+            if is_first():
+                print(self.watching.goodput_words(), flush=True)
             return finished
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
+
+    def _compiled(self, program, seconds):
+        self.watching.mark("compiled")
+        if is_first():
+            print(describe_program(program, seconds), flush=True)
 
     def _ask_to_stop(self, number, frame):
         if number == signal.SIGINT:
@@ -252,10 +273,12 @@ class Run:
         return self.loader.iterate(self.step)
 
     def _steps(self, bar) -> bool:
-        train, pending, self.clock = self.config.train, None, time.perf_counter()
-        for index, batch in self.batches():
-            self.state, metrics = self.step_fn(self.state, self.runner.shard_batch(batch), self.frozen_params,
-                                               self.reference)
+        train, watching, pending, self.clock = self.config.train, self.watching, None, time.perf_counter()
+        for index, batch in watching.fetched(self.batches()):
+            self._say(bar, watching.profiler.before(index, self.state))
+            with watching.profiler.step(index + 1), watching.spending("step"):
+                self.state, metrics = self.step_fn(self.state, self.runner.shard_batch(batch), self.frozen_params,
+                                                   self.reference)
             self.step = index + 1
             if pending is not None:
                 self._record(pending, bar)  # while the devices work on the step after it
@@ -272,7 +295,8 @@ class Run:
             if evaluating:
                 self._evaluate(bar)
             if saving:
-                self._save()
+                with watching.spending("write"):
+                    self._save()
             if saving and stopped_by:
                 self.checkpoints.wait()
                 self._say(bar, f"Stopped by {stopped_by} after step {self.step}; the same command continues from "
@@ -283,15 +307,27 @@ class Run:
         return True
 
     def _record(self, pending: Pending, bar):
-        """Fetches the metrics of a step, checks them, writes them down and shows them."""
-        metrics = jax.device_get(pending.metrics)
+        """Fetches the metrics of a step and checks them; another thread writes them down and shows them."""
+        with self.watching.spending("step"):
+            metrics = jax.device_get(pending.metrics)
         now = time.perf_counter()
         tokens_per_second, self.clock = pending.tokens / (now - self.clock), now
         self._check_finite(pending.step, metrics)
-        row = self.row(pending, metrics, tokens_per_second)
+        self.watching.stall.beat()
+        if not self.watching.marked("first_step"):
+            self.watching.mark("first_step")
         if self.writer:
-            self.writer.write(pending.step, **row)
-            self.writer.write_expert_load(pending.step, all_layers(metrics.counts))
+            with self.watching.spending("write"):
+                self.writer.do(self._write_down, pending, metrics, tokens_per_second, self.watching.row(), bar)
+
+    def _write_down(self, pending: Pending, metrics: Metrics, tokens_per_second: float, seconds, bar):
+        row, writer = self.row(pending, metrics, tokens_per_second) | seconds, self.writer
+        assert writer is not None
+        writer.write(pending.step, **row)
+        writer.write_expert_load(pending.step, all_layers(metrics.counts))
+        if pending.step % EXPERTS_EVERY == 0 or pending.step == self.config.train.steps:
+            writer.track(pending.step, experts_of_layers(metrics.counts, metrics.biases,
+                                                         self.config.model.num_dense_layers))
         bar.set_postfix_str(self.words(row), refresh=False)
         bar.update()
 
@@ -318,7 +354,7 @@ class Run:
                 f"MaxVio {row['max_vio']:.2f}{loud}")
 
     def _say(self, bar, words):
-        if is_first():
+        if words and is_first():
             bar.write(words)
 
     def _evaluate(self, bar):
@@ -346,6 +382,8 @@ class Run:
         if self.writer:
             self.writer.flush()  # what a run that resumes from this checkpoint keeps
         self.checkpoints.save(self.step, self.state, meta)
+        self.watching.stall.beat()
+        self.watching.mark("stopped", step=self.step)
 
     def _check_finite(self, step: int, metrics: Metrics):
         if all(math.isfinite(x) for x in (metrics.loss, metrics.mtp_loss, metrics.grad_norm)):

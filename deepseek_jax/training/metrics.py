@@ -1,10 +1,11 @@
 """Metrics of a run: scalars, and the tokens of each expert.
 
 `WORKDIR/metrics.jsonl` holds one JSON object a line, at most one row for a step's training and one for its evaluation;
-TensorBoard gets the same scalars. `WORKDIR/expert_load/` holds the counts [layers, experts] of each step. A run that
-resumes from step s first drops everything after s, so that in the end the files are those of a run that was never
-interrupted, timings apart. In a bucket these are objects, which nobody can append to: `storage.Mirror` keeps there what
-files on this machine have. The balance of a step is MaxVio = max load / mean load - 1 (arXiv 2408.15664).
+TensorBoard and other `trackers` get the same scalars. `WORKDIR/expert_load/` holds the counts [layers, experts] of each
+step. A run that resumes from step s first drops everything after s, so that in the end the files are those of a run
+that was never interrupted, timings apart. In a bucket these are objects, which nobody can append to: `storage.Mirror`
+keeps there what files on this machine have. The balance of a step is MaxVio = max load / mean load - 1
+(arXiv 2408.15664).
 """
 
 from __future__ import annotations
@@ -14,17 +15,14 @@ import math
 import os
 import pathlib
 import shutil
-import socket
-import struct
-import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]: protobuf
-from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]: protobuf
-from tensorboardX.record_writer import masked_crc32c
 
 from deepseek_jax import io, storage
+from deepseek_jax.training.background import Background
+from deepseek_jax.training.trackers import TensorBoard, Tracker
 
 LAST_STEPS = 50  # whose mean says how a run is doing
 
@@ -45,8 +43,9 @@ def balance_metrics(counts_LE: np.ndarray) -> dict[str, float]:
     """
     if not len(counts_LE):
         return {}
-    share_LE = counts_LE / np.maximum(counts_LE.sum(-1, keepdims=True), 1)
-    entropy_L = -(share_LE * np.log(np.where(share_LE, share_LE, 1))).sum(-1) / np.log(max(2, counts_LE.shape[1]))
+    total_L = np.maximum(counts_LE.sum(-1), 1)  # entropy of the shares c / total: log(total) - sum(c log c) / total
+    entropy_L = np.log(total_L) - (counts_LE * np.log(np.maximum(counts_LE, 1))).sum(-1) / total_L
+    entropy_L = np.where(counts_LE.any(-1), entropy_L, 0) / np.log(max(2, counts_LE.shape[1]))
     return {"max_vio": max_vio(counts_LE), "load_entropy": float(entropy_L.mean()),
             "idle_experts": float((counts_LE == 0).mean())}
 
@@ -57,10 +56,14 @@ def all_layers(counts: dict[str, Any]) -> np.ndarray:
 
 
 class MetricsWriter:
-    """Writes the metrics of one work directory; in a run of several processes, only the first may hold one."""
+    """Writes the metrics of one work directory, in a thread of its own; in a run of several processes, only the first
+    may hold one. What a thread cannot write is raised by the next call here."""
 
-    def __init__(self, workdir, resume_step: int | None):
-        """Opens the files and drops everything after `resume_step`; None (a run from the start) drops all."""
+    def __init__(self, workdir: str | os.PathLike[str], resume_step: int | None, trackers: Sequence[Tracker] = ()):
+        """Opens the files and drops everything after `resume_step`; None (a run from the start) drops all.
+
+        trackers: others that get each row, and are closed with this.
+        """
         names = "metrics.jsonl", "expert_load", "tensorboard"
         self._mirror = storage.Mirror(os.fspath(workdir), names) if storage.is_remote(workdir) else None
         try:
@@ -69,71 +72,87 @@ class MetricsWriter:
             if self._mirror:
                 self._mirror.leave()
             raise
+        self._trackers = [self._tensorboard, *trackers]
+        self._background = Background("metrics")
 
     def _open(self, workdir, resume_step):
         workdir.mkdir(parents=True, exist_ok=True)
         last = -1 if resume_step is None else resume_step
-        self._path, self._loads = workdir / "metrics.jsonl", workdir / "expert_load"
+        path, self._loads = workdir / "metrics.jsonl", workdir / "expert_load"
         drop = self._mirror.drop if self._mirror else lambda name: shutil.rmtree(workdir / name, ignore_errors=True)
         if resume_step is None:
             drop("tensorboard")
-        rows = _drop_rows(self._path, last)
+        rows = _drop_rows(path, last)
         self._written = {_kind(row): row["step"] for row in rows}
         self._written["load"] = _drop_loads(self._loads, last, drop)
-        (workdir / "tensorboard").mkdir(exist_ok=True)
-        self._events = workdir / "tensorboard" / f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}"
-        self._add_event(file_version="brain.Event:2")
-        self._add_event(step=last + 1, session_log=SessionLog(status=SessionLog.START))  # hides later events
+        self._rows, self._counts = io.Appended(path), None
+        self._tensorboard = TensorBoard(workdir / "tensorboard", last + 1)
+
+    def do(self, call: Callable[..., None], *arguments: Any) -> None:
+        """Calls it in the thread, after what is to be written before."""
+        self._background.do(call, *arguments)
 
     def write(self, step: int, **values: Any) -> None:
-        """Appends one row immediately, unless there is one of that step and kind already.
+        """Appends one row, unless there is one of that step and kind already.
 
         A row with a name that begins with `eval_` is the step's evaluation, any other its training. What is not a
         finite number becomes null: NaN is not JSON.
         """
-        row = {"step": int(step)} | {name: _number(value) for name, value in values.items()}
+        self.do(self._write, int(step), values)
+
+    def _write(self, step, values):
+        row = {"step": step} | {name: _number(value) for name, value in values.items()}
         kind = _kind(row)
         if not self._is_new(kind, step):
             return
-        _append(self._path, (json.dumps(row, allow_nan=False) + "\n").encode())
-        # Sources may have names that are no UTF-8.
-        tags = {name: f"{kind}/{name.removeprefix('eval_')}".encode(errors="backslashreplace") for name in values}
-        scalars = [Summary.Value(tag=tag.decode(), simple_value=row[name])
-                   for name, tag in tags.items() if row[name] is not None]
-        self._add_event(step=int(step), summary=Summary(value=scalars))
+        self._rows.write((json.dumps(row, allow_nan=False) + "\n").encode())
+        self._log(step, {f"{kind}/{name.removeprefix('eval_')}": row[name] for name in values if row[name] is not None})
 
     def write_expert_load(self, step: int, counts_LE: np.ndarray) -> None:
         """Appends the number of tokens that chose each expert in this step, over the global batch."""
+        self.do(self._write_load, int(step), counts_LE)
+
+    def _write_load(self, step, counts_LE):
         if not self._is_new("load", step):
             return
         counts_LE = np.asarray(counts_LE, np.int32)
-        if not (self._loads / "shape.json").exists():
-            self._loads.mkdir(exist_ok=True)
-            io.write_json(self._loads / "shape.json", counts_LE.shape, indent=None, sync=True)
-        _append(self._loads / "counts.int32", np.concatenate([np.array([step], np.int32), counts_LE.ravel()]).tobytes())
+        if self._counts is None:
+            if not (self._loads / "shape.json").exists():
+                self._loads.mkdir(exist_ok=True)
+                io.write_json(self._loads / "shape.json", counts_LE.shape, indent=None, sync=True)
+            self._counts = io.Appended(self._loads / "counts.int32")
+        self._counts.write(np.concatenate([np.array([step], np.int32), counts_LE.ravel()]).tobytes())
+
+    def track(self, step: int, values: dict[str, float]) -> None:
+        """Gives more scalars to the trackers; they are no row."""
+        self.do(self._log, int(step), values)
+
+    def _log(self, step, values):
+        for tracker in self._trackers:
+            tracker.log(step, values)
 
     def flush(self) -> None:
         """Returns when what was written is in the work directory, as a checkpoint after it relies on."""
+        self._background.flush()
+        for tracker in self._trackers:
+            tracker.flush()
         if self._mirror:
             self._mirror.flush()
 
     def close(self) -> None:
         """Flushes; nothing may be written afterwards."""
-        if self._mirror:
-            self._mirror.close()
-
-    def _add_event(self, **fields):
-        # In this thread and at once: a writer of its own, as in SummaryWriter, loses on a kill what the checkpoint
-        # before it had seen, and blocks the run for ever when the disk is full.
-        event = Event(wall_time=time.time(), **fields).SerializeToString()
-        length = struct.pack("<Q", len(event))
-        _append(self._events, length + struct.pack("<I", masked_crc32c(length))
-                + event + struct.pack("<I", masked_crc32c(event)))
+        try:
+            self._background.close()
+        finally:
+            for file in (*self._trackers, self._rows, *([self._counts] if self._counts else [])):
+                file.close()
+            if self._mirror:
+                self._mirror.close()
 
     def _is_new(self, kind, step):
         new = step > self._written.get(kind, -1)
         if new:
-            self._written[kind] = int(step)
+            self._written[kind] = step
         return new
 
 
@@ -165,14 +184,6 @@ def _kind(row):
 def _number(value):
     value = value.item() if hasattr(value, "item") else value
     return value if not isinstance(value, float) or math.isfinite(value) else None
-
-
-def _append(path, data):
-    try:
-        with open(path, "ab") as f:
-            f.write(data)
-    except OSError as error:  # a failed write does not know its file
-        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def _drop_rows(path, last):

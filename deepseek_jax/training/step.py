@@ -226,12 +226,12 @@ def train_step(config: Config, state: TrainState, batch: dict[str, Any], base: d
         decay = config.train.ema_decay
         ema = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, ema, params)
     router, balancer = _move_biases(config, state, sums.counts)
-    metrics = _metrics(config, state.step, grads, sums, batch["active"], jax.tree.leaves(router))
+    metrics = _metrics(config, state.step, grads, sums, batch["active"], router)
     return TrainState(state.step + 1, params, opt_state, router, ema, state.rng, balancer), metrics
 
 
-def _metrics(config, step, grads, sums: Sums, active, biases: list[jax.Array]) -> Metrics:
-    losses, none = sums.losses, jnp.zeros(())
+def _metrics(config, step, grads, sums: Sums, active, router: dict[str, jax.Array]) -> Metrics:
+    losses, none, biases = sums.losses, jnp.zeros(()), jax.tree.leaves(router)
     mtp_loss_D = losses.mtp_nats_D / jnp.maximum(losses.mtp_weight_D, 1)
     return Metrics(
         loss=losses.nats / jnp.maximum(losses.weight, 1),
@@ -241,7 +241,7 @@ def _metrics(config, step, grads, sums: Sums, active, biases: list[jax.Array]) -
         bias_low=jnp.stack([b.min() for b in biases]).min() if biases else none,
         bias_high=jnp.stack([b.max() for b in biases]).max() if biases else none,
         counts=sums.counts, traffic=sums.traffic,
-        own={name: total / jnp.maximum(losses.weight, 1) for name, total in sums.own.items()})
+        own={name: total / jnp.maximum(losses.weight, 1) for name, total in sums.own.items()}, biases=router)
 
 
 def _norm(tree):

@@ -65,6 +65,7 @@ class Metrics(NamedTuple):
 
     sequence_loss, auxiliary_loss: unweighted, means over the micro-batches. bias_low, bias_high: the least and the
     largest routing bias after the step; 0 where there is none. own: weighted means of what else the loss measures.
+    biases: float32 [L, E] after the step, by the names of the `router` collection.
     """
 
     loss: jax.Array
@@ -78,3 +79,4 @@ class Metrics(NamedTuple):
     counts: dict[str, jax.Array]
     traffic: Traffic | None
     own: dict[str, jax.Array] = {}  # noqa: RUF012 (never written to)
+    biases: dict[str, jax.Array] = {}  # noqa: RUF012 (never written to)

@@ -251,8 +251,8 @@ MUTATIONS = [
     Mutation(
         name="a checkpoint in a bucket comes before the metrics of its steps",
         file="deepseek_jax/training/loop.py",
-        old="            self.writer.flush()",
-        new="            pass",
+        old="            self.writer.flush()  # what",
+        new="            pass  # what",
         tests="training/test_bucket.py::"
               "test_a_store_that_dies_in_a_save_ends_the_run_in_one_line_and_the_next_continues",
     ),

@@ -463,4 +463,56 @@ MUTATIONS = [
         new="found = restore_state(find_checkpoint(str(config.init.folder)), abstract)",
         tests="training/test_continuing.py::test_a_branch_is_its_run_to_the_bit_and_leaves_it_untouched",
     ),
+    Mutation(
+        name="a thread goes on after what it could not write",
+        file="deepseek_jax/training/background.py",
+        old="if self._error is None or isinstance",
+        new="if True or isinstance",
+        tests="training/test_watching.py::test_a_thread_keeps_the_order_and_what_it_raises_comes_out",
+    ),
+    Mutation(
+        name="a trace has a step too many",
+        file="deepseek_jax/training/profiler.py",
+        old="step >= self.until:",
+        new="step > self.until:",
+        tests="training/test_watching.py::test_a_trace_of_two_steps_is_read_by_xprof training/test_watchi"
+              "ng.py::test_a_signal_traces_the_next_five_steps_and_an_end_in_the_middle_ends_the_trace",
+    ),
+    Mutation(
+        name="a run that hangs ends as a mistake does",
+        file="deepseek_jax/training/stall.py",
+        old="stop.leave(stop.PEER_LOST)",
+        new="stop.leave(stop.MISTAKE)",
+        tests="training/test_watching.py::test_a_hang_shows_the_stacks_of_all_threads_and_ends_with_76_wi"
+              "thin_its_limit",
+    ),
+    Mutation(
+        name="a hang shows one thread",
+        file="deepseek_jax/training/stall.py",
+        old="file=file, all_threads=True)",
+        new="file=file, all_threads=False)",
+        tests="training/test_watching.py::test_a_hang_shows_the_stacks_of_all_threads_and_ends_with_76_wi"
+              "thin_its_limit",
+    ),
+    Mutation(
+        name="layers are numbered without the dense ones",
+        file="deepseek_jax/training/trackers.py",
+        old='else ("layer", first)',
+        new='else ("layer", 0)',
+        tests="training/test_trackers.py::test_tensorboard_has_every_layer",
+    ),
+    Mutation(
+        name="steps that were lost are not counted",
+        file="deepseek_jax/training/goodput.py",
+        old='this.get("killed", saved) - saved',
+        new="0",
+        tests="training/test_watching.py::test_goodput_is_the_share_of_seconds_that_count",
+    ),
+    Mutation(
+        name="rows add up the seconds of all before",
+        file="deepseek_jax/training/watching.py",
+        old="spent, self.seconds = self.seconds, {}",
+        new="spent = self.seconds",
+        tests="training/test_watching.py::test_a_row_says_what_the_loop_waited_for_since_the_row_before",
+    ),
 ]

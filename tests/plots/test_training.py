@@ -26,6 +26,7 @@ def write_run(workdir, steps, layers=2, skewed_until=0, evaluate=True, mtp_depth
             writer.write_expert_load(step, counts_LE)
         if evaluate and step % 2 == 0:
             writer.write(step, eval_loss=1.0, eval_bits_per_byte=2.0 / step)
+    writer.close()
 
 
 @pytest.fixture

@@ -60,8 +60,8 @@ def test_a_run_leaves_metrics_loads_pictures_and_checkpoints(whole):
 
     assert [row["step"] for row in trained] == list(range(1, runs.STEPS + 1))
     assert {"step", "tokens", "loss", "mtp_loss", "lr", "tokens_per_second", "max_vio", "mfu", "grad_norm",
-            "load_entropy", "idle_experts", "sequence_loss", "auxiliary_loss", "bias_low",
-            "bias_high"} == set(read_metrics(whole)[0])
+            "load_entropy", "idle_experts", "sequence_loss", "auxiliary_loss", "bias_low", "bias_high", "seconds_data",
+            "seconds_step", "seconds_write", "device_bytes_peak"} == set(read_metrics(whole)[0])
     assert trained[-1]["tokens"] == (6 * 2 + (runs.STEPS - 6) * 4) * 32  # two sequences a step while it ramps
     assert [row["step"] for row in evaluated] == [10, 20, 30]
     assert set(evaluated[0]) == {"step", "eval_loss", "eval_bits_per_byte", "eval_share", "max_vio_global"}

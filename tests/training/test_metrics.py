@@ -26,6 +26,7 @@ def run(workdir, resume_step, until):
         writer.write_expert_load(step, counts_of(step))
         if step % 2 == 0:
             writer.write(step, eval_loss=5.0 / step, eval_bits_per_byte=1.0, max_vio_global=0.1)
+    writer.close()
 
 
 def files(workdir):
@@ -57,11 +58,12 @@ def test_what_a_kill_left_half_written_is_dropped(tmp_path):
 
 def test_a_run_from_the_start_keeps_nothing_of_the_one_before(tmp_path):
     run(tmp_path, None, 5)
-    MetricsWriter(tmp_path, None)
+    MetricsWriter(tmp_path, None).close()
     assert read_metrics(tmp_path) == []
     assert len(read_expert_loads(tmp_path)[0]) == 0
     writer = MetricsWriter(tmp_path, None)
     writer.write_expert_load(1, np.ones((2, 5)))  # another model's shape
+    writer.close()
     assert read_expert_loads(tmp_path)[1].shape == (1, 2, 5)
 
 
@@ -71,24 +73,69 @@ def test_a_step_has_one_row_of_a_kind_even_if_it_is_evaluated_again_after_resumi
     writer.write(4, eval_loss=9.0)
     writer.write(4, loss=9.0)
     writer.write_expert_load(4, counts_of(4))
+    writer.close()
     assert [(r["step"], "eval_loss" in r) for r in read_metrics(tmp_path)] == [
         (1, False), (2, False), (2, True), (3, False), (4, False), (4, True)]
     assert list(read_expert_loads(tmp_path)[0]) == [1, 2, 3, 4]
 
 
-def test_each_row_is_on_the_disk_before_the_next_step(tmp_path):
+def test_rows_are_on_the_disk_once_they_are_flushed(tmp_path):
     writer = MetricsWriter(tmp_path, None)
     writer.write(1, loss=2.5)
     writer.write_expert_load(1, counts_of(1))
+    writer.flush()
     assert read_metrics(tmp_path) == [{"step": 1, "loss": 2.5}]
     steps, counts_SLE = read_expert_loads(tmp_path)
     assert list(steps) == [1] and np.array_equal(counts_SLE[0], counts_of(1))
+    writer.close()
+
+
+def test_what_the_thread_cannot_write_is_raised_with_its_file(tmp_path):
+    os.symlink("/dev/full", tmp_path / "metrics.jsonl")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(metrics, "_drop_rows", lambda *_: [])
+        writer = MetricsWriter(tmp_path, None)
+    writer.write(1, loss=2.5)
+    with pytest.raises(OSError, match="No space left on device") as error:
+        writer.flush()
+    assert error.value.filename == str(tmp_path / "metrics.jsonl")
+    with pytest.raises(OSError, match="No space left"):
+        writer.write(2, loss=2.5)
+    with pytest.raises(OSError, match="No space left"):
+        writer.close()
+
+
+def test_others_get_each_row_once_and_are_closed(tmp_path):
+    class Listening:
+        def __init__(self):
+            self.heard = []
+
+        def log(self, step, values):
+            self.heard.append((step, values))
+
+        def flush(self):
+            self.heard.append("flush")
+
+        def close(self):
+            self.heard.append("close")
+
+    tracker = Listening()
+    writer = MetricsWriter(tmp_path, None, [tracker])
+    for _ in range(2):
+        writer.write(1, loss=2.5, device_bytes_peak=None)
+    writer.write(1, eval_loss=3.0)
+    writer.flush()
+    writer.track(1, {"experts/layer_01/load_high": 2.0})
+    writer.close()
+    assert tracker.heard == [(1, {"train/loss": 2.5}), (1, {"eval/loss": 3.0}), "flush",
+                             (1, {"experts/layer_01/load_high": 2.0}), "close"]
 
 
 @pytest.mark.parametrize("value", [float("nan"), jnp.float32("inf"), np.float64("-inf")])
 def test_a_loss_that_is_no_number_is_null_and_every_line_is_json(tmp_path, value):
     writer = MetricsWriter(tmp_path, None)
     writer.write(1, loss=value, tokens=np.int64(7))
+    writer.close()
 
     def refuse(name):
         raise AssertionError(f"{name} is not JSON")
@@ -145,7 +192,9 @@ def test_a_model_without_experts_has_no_loads_and_no_violation(tmp_path):
 
 
 def test_a_source_whose_name_is_no_utf8_has_its_loss_in_both_files(tmp_path):
-    MetricsWriter(tmp_path, None).write(1, **{"eval_loss/caf\udce9": 2.0})
+    writer = MetricsWriter(tmp_path, None)
+    writer.write(1, **{"eval_loss/caf\udce9": 2.0})
+    writer.close()
     assert read_metrics(tmp_path) == [{"step": 1, "eval_loss/caf\udce9": 2.0}]
     assert (1, r"eval/loss/caf\udce9", 2.0) in events(tmp_path)[0]
 

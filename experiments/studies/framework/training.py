@@ -60,7 +60,8 @@ SINCE = (("data", "packing", "stream"), ("data", "tokenizer", None), ("data", "v
          ("balance", "force_balanced", False), ("model", "latent_norm_eps", 1e-6), ("model", "index_topk", None),
          ("model", "index_heads", 64), ("model", "index_head_dim", 128), ("model", "index_warmup", False),
          ("train", "indexer_loss_weight", 1.0), ("lora", "fp8", False), ("mesh", "context", 1),
-         ("optimizer", "schedule_steps", None))
+         ("optimizer", "schedule_steps", None), ("train", "tracker", None),
+         ("train", "prometheus", None), ("train", "profile", ""), ("train", "stall_minutes", None))
 
 Probe = Callable[[Config, Any, Any, Loader, bool], dict[str, Any]]
 

@@ -99,7 +99,8 @@ class PostTraining(Measure):
         # As it was before there were others.
         for section, key, value in (("rollout", "reward", "task"), ("rollout", "fp8", False), ("lora", "fp8", False),
                                     ("data", "tokenizer", None), ("data", "validation", None), ("mesh", "context", 1),
-                                    ("optimizer", "schedule_steps", None)):
+                                    ("optimizer", "schedule_steps", None), ("train", "tracker", None),
+         ("train", "prometheus", None), ("train", "profile", ""), ("train", "stall_minutes", None)):
             if config[section][key] == value:
                 del config[section][key]
         start = self.students.get(arm)

@@ -1,0 +1,90 @@
+"""What a process prints, kept in WORKDIR/logs/process_0003.log: without progress bars, with the traceback of an error.
+
+Only what Python prints is there; what libraries in C++ write to the terminal is not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from typing import Any, TextIO
+
+from deepseek_jax import storage
+
+
+@contextlib.contextmanager
+def kept(workdir: str, process: int) -> Iterator[None]:
+    """Inside, what this process prints is kept, from the moment on when the work directory is there. Of one in a bucket
+    nothing is: its log would be an object that nobody can append to."""
+    if storage.is_remote(workdir):
+        yield
+        return
+    log = _Log(workdir, process)
+    streams = {name: getattr(sys, name) for name in ("stdout", "stderr")}
+    for name, stream in streams.items():
+        setattr(sys, name, _Copied(stream, log))
+    handlers = [h for h in logging.getLogger().handlers
+                if isinstance(h, logging.StreamHandler) and h.stream is streams["stderr"]]
+    for handler in handlers:
+        handler.setStream(sys.stderr)
+    try:
+        yield
+    except BaseException:
+        log.write(traceback.format_exc())
+        raise
+    finally:
+        for handler in handlers:
+            handler.setStream(streams["stderr"])
+        for name, stream in streams.items():
+            setattr(sys, name, stream)
+        log.close()
+
+
+class _Log:
+    def __init__(self, workdir, process):
+        self.workdir, self.path = workdir, os.path.join(workdir, "logs", f"process_{process:04}.log")
+        self.file: TextIO | None = None
+        self.waiting = [f"--- {time.strftime('%Y-%m-%d %H:%M:%S %z')}, process {os.getpid()}: {' '.join(sys.argv)}\n"]
+
+    def write(self, text):
+        if self.file is None:
+            self.waiting.append(text)
+            if not os.path.isdir(self.workdir):
+                return
+            os.makedirs(os.path.dirname(self.path), exist_ok=True)
+            self.file = open(  # noqa: SIM115 (`kept` closes it)
+                self.path, "a", buffering=1, encoding="utf-8", errors="backslashreplace")
+            text = "".join(self.waiting)
+        self.file.write(text)
+
+    def close(self):
+        if self.file is not None:
+            self.file.close()
+            self.file = None
+
+
+class _Copied:
+    """A stream whose text goes into the log, too."""
+
+    def __init__(self, stream, log):
+        self.stream, self.log = stream, log
+
+    def write(self, text: str) -> int:
+        count = self.stream.write(text)
+        if not text.startswith("\r") and "\x1b[A" not in text:  # of a progress bar
+            with contextlib.suppress(OSError):  # a full disk: it was printed
+                self.log.write(text)
+        return count
+
+    @property
+    def copy(self) -> TextIO | None:
+        """The file of the log."""
+        return self.log.file
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)

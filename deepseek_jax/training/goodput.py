@@ -1,0 +1,83 @@
+"""How much of a run's time went into steps that count: WORKDIR/goodput.json, five timestamps of each start.
+
+    start ── data, devices ── restored ── compiled ── first_step ─── steps ─── stopped
+
+"stopped" is set at each checkpoint and at the end. A start that was killed gets "killed" from the next one, the time of
+its last row: what is between the two is lost.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+
+from deepseek_jax import io, storage
+
+NAME = "goodput.json"
+
+
+class Goodput:
+    """The record of one start, in process 0. Each mark is written at once."""
+
+    def __init__(self, workdir: str, start: float | None = None):
+        """start: of the process, in seconds since 1970; None: what the system says."""
+        self.path = os.path.join(workdir, NAME)
+        self.before: list[dict[str, Any]] = read(workdir)
+        rows = os.path.join(workdir, "metrics.jsonl")
+        if self.before and storage.is_file(rows):
+            last = storage.changed(rows)
+            if last > self.before[-1].get("stopped", 0):
+                self.before[-1]["killed"] = last
+        start = process_start() if start is None else start
+        ends = [start[end] for start in self.before[-1:] for end in ("stopped", "killed") if end in start]
+        self.now: dict[str, Any] = {"start": max([start, *ends])}  # one process may train twice
+
+    def mark(self, what: str, **about: Any) -> None:
+        """Notes when something was done. about: what else is noted, such as the step."""
+        self.now |= {what: time.time(), **about}
+        io.write_json(self.path, [*self.before, self.now], indent=1)
+
+
+def read(workdir: str) -> list[dict[str, Any]]:
+    """The starts of a run so far; [] where there is no record."""
+    path = os.path.join(workdir, NAME)
+    return io.read_json(path) if storage.is_file(path) else []
+
+
+def process_start() -> float:
+    """When this process started, in seconds since 1970; now, where the system does not say."""
+    try:
+        with open("/proc/self/stat", encoding="ascii", errors="replace") as f:
+            ticks = int(f.read().rsplit(")", 1)[1].split()[19])
+        return time.time() - (time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"))
+    except (OSError, AttributeError, ValueError, IndexError):
+        return time.time()
+
+
+def summary(starts: list[dict[str, Any]]) -> dict[str, float]:
+    """Seconds by what they went into, over all starts; goodput: the share of those that count.
+
+    starting: until the first step, of which compiling. steps: with their evaluations and checkpoints. lost: steps after
+    the last checkpoint of a start that was killed.
+    """
+    found = {"starting": 0.0, "compiling": 0.0, "steps": 0.0, "lost": 0.0}
+    for this in starts:
+        first = this.get("first_step")
+        found["starting"] += (first or this.get("stopped") or this["start"]) - this["start"]
+        found["compiling"] += this["compiled"] - this["restored"] if "compiled" in this else 0
+        if first is not None:
+            saved = this.get("stopped", first)
+            found["steps"] += saved - first
+            found["lost"] += max(0.0, this.get("killed", saved) - saved)
+    total = found["starting"] + found["steps"] + found["lost"]
+    return found | {"total": total, "goodput": found["steps"] / total if total else 0.0}
+
+
+def words(starts: list[dict[str, Any]]) -> str:
+    """The summary as a line."""
+    s = summary(starts)
+    lost = f", {s['lost']:,.0f} into steps that were lost" if s["lost"] else ""
+    return (f"Goodput {s['goodput']:.1%}: of {s['total']:,.0f} s in {len(starts)} start{'s' * (len(starts) > 1)} "
+            f"{s['steps']:,.0f} went into steps, {s['starting']:,.0f} into starting ({s['compiling']:,.0f} into "
+            f"compiling){lost}.")

@@ -1,0 +1,64 @@
+"""Traces of some steps, for XProf and Perfetto: those that train.profile names, and the next five after SIGUSR2."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from typing import Any
+
+import jax
+
+from deepseek_jax import storage
+
+ON_SIGNAL = 5  # steps
+
+
+class Profiler:
+    """Traces of a process in WORKDIR/profile; those of processes other than the first in folders below."""
+
+    def __init__(self, workdir: str, profile: str, process: int = 0):
+        """profile: A:B, the steps after A up to B; "": none, until there is a signal."""
+        first, _, last = profile.partition(":") if not process else ("", "", "")
+        self.range = (int(first), int(last)) if last else None
+        self.folder = os.path.join(workdir, "profile", *([f"process_{process:04}"] if process else []))
+        self.asked, self.until, self.local = False, None, ""
+
+    def ask(self, *_: Any) -> None:
+        """Traces the next steps; a handler of signals."""
+        self.asked = True
+
+    def before(self, step: int, state: Any) -> str | None:
+        """Called with the steps done and the state after them: starts or ends a trace between two steps. What to say of
+        it."""
+        said = None
+        if self.until is not None and step >= self.until:
+            jax.block_until_ready(state)
+            said = self._end(step)
+        if self.until is None and (self.asked or (self.range and self.range[0] == step)):
+            self.first, self.until = step, step + ON_SIGNAL if self.asked else self.range[1]  # pyright: ignore[reportOptionalSubscript]
+            self.asked = False
+            self.local = tempfile.mkdtemp(dir=storage.scratch()) if storage.is_remote(self.folder) else self.folder
+            jax.block_until_ready(state)
+            jax.profiler.start_trace(self.local)
+        return said
+
+    def step(self, number: int) -> contextlib.AbstractContextManager[Any]:
+        """Around a step: its name in the trace."""
+        if self.until is None:
+            return contextlib.nullcontext()
+        return jax.profiler.StepTraceAnnotation("train", step_num=number)
+
+    def close(self, step: int, state: Any) -> str | None:
+        """Ends a trace that the run ends in."""
+        if self.until is None:
+            return None
+        jax.block_until_ready(state)
+        return self._end(step)
+
+    def _end(self, step):
+        jax.profiler.stop_trace()
+        self.until = None
+        if self.local != self.folder:
+            storage.upload_folder(self.local, self.folder)
+        return f"Profile of steps {self.first + 1} to {step}: xprof --logdir {self.folder}"

@@ -1,0 +1,134 @@
+"""Where rows go: every tracker holds the loss, and the expert load and the bias of every layer."""
+
+import pathlib
+import struct
+import sys
+import types
+
+import numpy as np
+import pytest
+
+from deepseek_jax.config import Config, ConfigError, TrainConfig
+from deepseek_jax.training import loop, trackers
+from deepseek_jax.training.metrics import MetricsWriter
+from deepseek_jax.training.types import Metrics
+from tests.model import naive
+from tests.training.test_loop_order import Bar, run_of
+from tests.training.test_metrics import events
+
+LOADS = {"bias": np.array([[1, 2, 3, 2], [4, 0, 0, 4]], np.int32), "mtp_bias": np.full((1, 4), 5, np.int32)}
+BIASES = {"bias": np.array([[0.1, -0.2, 0, 0], [0, 0, 0, 0.5]], np.float32),
+          "mtp_bias": np.full((1, 4), -0.25, np.float32)}
+LAYERS = ("layer_01", "layer_02", "mtp_00")
+SCALARS = ("load_high", "load_low", "load_entropy", "bias_high", "bias_low")
+
+
+def trained(monkeypatch, workdir, steps=20, resume=None, **train):
+    """A loop over steps that are not computed, with all of what writes its rows."""
+    run, _ = run_of(monkeypatch, [3.0 - 0.1 * i for i in range(steps)], eval_every=100, checkpoint_every=100, **train)
+    run.config = Config(model=naive.tiny(), train=run.config.train)
+    metrics = lambda loss: Metrics(loss, 0.0, 1e-3, 1.0, 0.0, 0.0, 0.0, 0.0, LOADS, None, {}, BIASES)
+    run.step_fn = lambda state, batch, base, reference: (state + 1, metrics(3.0 - 0.1 * state))
+    run.state = run.step = resume or 0
+    run.loader = types.SimpleNamespace(iterate=lambda start: ((i, {"active": 1}) for i in range(start, steps)))
+    monkeypatch.setattr(loop.Run, "_evaluate", lambda self, bar: self.writer.write(self.step, eval_loss=1.5))
+    run.writer = MetricsWriter(workdir, resume, trackers.make_trackers(run.config, str(workdir)))
+    run._steps(Bar())
+    run.writer.close()
+
+
+def check(found, steps=(10, 20)):
+    """found: {(name, step): value}."""
+    assert found["train/loss", 1] == 3.0 and found["train/loss", 20] == pytest.approx(1.1)
+    assert found["eval/loss", 20] == 1.5
+    for step in steps:
+        assert {name for name, at in found if name.startswith("experts/") and at == step} == {
+            f"experts/{layer}/{scalar}" for layer in LAYERS for scalar in SCALARS}
+        assert found["experts/layer_01/load_high", step] == 1.5 and found["experts/layer_02/load_low", step] == 0
+        assert found["experts/mtp_00/load_entropy", step] == pytest.approx(1)
+        assert found["experts/layer_01/bias_low", step] == pytest.approx(-0.2)
+        assert found["experts/layer_02/bias_high", step] == 0.5 and found["experts/mtp_00/bias_high", step] == -0.25
+    assert not [at for name, at in found if name.startswith("experts/") and at not in steps]
+
+
+def test_tensorboard_has_every_layer(monkeypatch, tmp_path):
+    trained(monkeypatch, tmp_path)
+    check({(tag, step): value for step, tag, value in events(tmp_path)[0]})
+
+
+def records(data):
+    """What a .wandb file holds: after 7 bytes, a log of LevelDB in blocks of 32 KiB; parts have 7 bytes of head."""
+    at, whole = 7, b""
+    while at + 7 <= len(data):
+        if (left := 32768 - at % 32768) < 7:
+            at += left
+            continue
+        _, length, kind = struct.unpack("<IHB", data[at:at + 7])
+        whole += data[at + 7:at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # all of a record, or its last part
+            yield whole
+            whole = b""
+
+
+def test_wandb_has_every_layer_offline(monkeypatch, tmp_path):
+    wandb = pytest.importorskip("wandb", reason="wandb is not installed")
+    from wandb.proto import wandb_internal_pb2
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    trained(monkeypatch, tmp_path, tracker="wandb")
+    wandb.teardown()
+
+    path, = pathlib.Path(tmp_path, "wandb").glob("offline-run-*/*.wandb")
+    found = {}
+    for data in records(path.read_bytes()):
+        record = wandb_internal_pb2.Record.FromString(data)
+        if record.WhichOneof("record_type") != "history":
+            continue
+        row = {"/".join(item.nested_key) or item.key: float(item.value_json) for item in record.history.item}
+        found |= {(name, int(row["_step"])): value for name, value in row.items()}
+    check(found)
+
+
+@pytest.mark.filterwarnings("ignore")  # of SQLAlchemy, about how MLflow uses it
+def test_mlflow_has_every_layer_in_a_local_file_and_a_second_start_adds_to_it(monkeypatch, tmp_path):
+    for package in ("mlflow", "sqlalchemy", "alembic"):
+        pytest.importorskip(package, reason=f"{package} is not installed")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    trained(monkeypatch, tmp_path, steps=15, tracker="mlflow")
+    trained(monkeypatch, tmp_path, steps=20, resume=12, tracker="mlflow")
+
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    run, = client.search_runs([client.get_experiment_by_name("deepseek-jax").experiment_id])
+    history = {name: client.get_metric_history(run.info.run_id, name) for name in run.data.metrics}
+    assert sorted(metric.step for metric in history["train/loss"]) == list(range(1, 21))  # each once
+    check({(name, metric.step): metric.value for name, metrics in history.items() for metric in metrics},
+          steps=(10, 15, 20))
+
+
+def test_prometheus_finds_the_newest_scalars_in_a_file(monkeypatch, tmp_path):
+    trained(monkeypatch, tmp_path / "run", prometheus=str(tmp_path / "run.prom"))
+    lines = (tmp_path / "run.prom").read_text().splitlines()
+    assert "# TYPE deepseek_jax_train_loss gauge" in lines
+    values = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+    label = f'{{workdir="{tmp_path}/run"}}'
+    assert float(values[f"deepseek_jax_train_loss{label}"]) == pytest.approx(1.1)
+    assert values[f"deepseek_jax_step{label}"] == "20" and values[f"deepseek_jax_eval_loss{label}"] == "1.5"
+    assert len(values) == len([line for line in lines if line.startswith("#")])
+
+
+def test_losses_of_sources_are_one_metric_with_labels(tmp_path):
+    prometheus = trackers.Prometheus(str(tmp_path / "x.prom"), "/run")
+    prometheus.log(3, {"eval/loss/a b.txt": 1.0, "eval/loss/c": 2.0})
+    text = (tmp_path / "x.prom").read_text()
+    assert 'deepseek_jax_eval_loss{workdir="/run",source="a b.txt"} 1.0\n' in text
+    assert text.count("# TYPE deepseek_jax_eval_loss gauge") == 1 and text.endswith("\n")
+
+
+def test_a_tracker_that_is_not_installed_is_one_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ConfigError, match=r"needs the Python package wandb; pip install -e '\.\[wandb\]'"):
+        trackers.check_tracker(Config(model=naive.tiny(), train=TrainConfig(tracker="wandb")))

@@ -1,0 +1,232 @@
+"""What watches a run: where its seconds go, traces that XProf reads, a hang that ends, goodput, a process's log."""
+
+import json
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from deepseek_jax import logs, stop
+from deepseek_jax.config import Config, ConfigError, TrainConfig
+from deepseek_jax.training import goodput
+from deepseek_jax.training.background import Background
+from deepseek_jax.training.profiler import Profiler
+from deepseek_jax.training.program import describe_machine, describe_program
+from deepseek_jax.training.watching import Watching
+from tests import runs
+from tests.model import naive
+
+
+def watching(workdir=None, **train):
+    return Watching(Config(model=naive.tiny(), train=TrainConfig(**train)), workdir)
+
+
+def test_a_row_says_what_the_loop_waited_for_since_the_row_before():
+    watch = watching()
+    for _ in watch.fetched(iter([1])):
+        with watch.spending("step"):
+            time.sleep(0.03)
+    with watch.spending("step"):
+        time.sleep(0.01)
+    row = watch.row()
+    assert row["seconds_step"] >= 0.04 and row["seconds_write"] == 0
+    assert row.keys() == {"seconds_data", "seconds_step", "seconds_write", "device_bytes_peak"}
+    assert watch.row() == {"seconds_data": 0, "seconds_step": 0, "seconds_write": 0, "device_bytes_peak": None}
+
+
+def test_waiting_for_a_batch_is_counted():
+    watch = watching()
+    assert list(watch.fetched(iter(lambda: time.sleep(0.02) or 1, 1))) == []
+    assert watch.row()["seconds_data"] >= 0.02
+
+
+def test_the_peak_of_memory_is_that_of_the_fullest_device(monkeypatch):
+    class Device:
+        def __init__(self, peak):
+            self.peak = peak
+
+        def memory_stats(self):
+            return {"peak_bytes_in_use": self.peak}
+
+    monkeypatch.setattr(jax, "local_devices", lambda: [Device(3), Device(7), Device(5)])
+    assert watching().row()["device_bytes_peak"] == 7
+
+
+def traced(folder, steps, ask=None, profile=""):
+    """What a profiler says while steps are taken, with a signal before one of them."""
+    profiler, said = Profiler(str(folder), profile), []
+    step, x = jax.jit(lambda x: jnp.tanh(x @ x)), jnp.ones((8, 8))
+    for i in range(steps):
+        if i == ask:
+            profiler.ask(signal.SIGUSR2, None)
+        said.append(profiler.before(i, x))
+        with profiler.step(i + 1):
+            x = step(x)
+    return [*said, profiler.close(steps, x)]
+
+
+def test_a_trace_of_two_steps_is_read_by_xprof(tmp_path):
+    convert = pytest.importorskip("xprof.convert.raw_to_tool_data", reason="xprof is not installed")
+    said = traced(tmp_path, 8, profile="3:5")
+    assert [words for words in said if words] == [f"Profile of steps 4 to 5: xprof --logdir {tmp_path}/profile"]
+    assert said[5]
+
+    files = [str(p) for p in (tmp_path / "profile").rglob("*.xplane.pb")]
+    data, _ = convert.xspace_to_tool_data(files, "trace_viewer", {})
+    events = json.loads(data)["traceEvents"]
+    steps = {event["args"]["step_num"] for event in events if event.get("name", "").startswith("train")}
+    assert sorted(map(int, steps)) == [4, 5]
+    assert any("tanh" in event.get("name", "") for event in events)
+
+
+def test_a_signal_traces_the_next_five_steps_and_an_end_in_the_middle_ends_the_trace(tmp_path):
+    assert [i for i, words in enumerate(traced(tmp_path / "a", 12, ask=4)) if words] == [9]
+    assert traced(tmp_path / "b", 6, ask=4)[-1].startswith("Profile of steps 5 to 6")
+
+
+def test_sigusr2_asks_for_a_trace_while_a_run_goes(tmp_path):
+    watch = watching(str(tmp_path))
+    before = signal.getsignal(signal.SIGUSR2)
+    with watch.running():
+        signal.raise_signal(signal.SIGUSR2)
+        assert watch.profiler.asked
+    assert signal.getsignal(signal.SIGUSR2) == before
+
+
+@pytest.mark.parametrize("words", ["5", "5:5", "a:b", "7:5"])
+def test_a_profile_that_names_no_steps_is_refused(words):
+    with pytest.raises(ConfigError, match=r"train\.profile=.* should be two numbers"):
+        TrainConfig(profile=words)
+
+
+HANG = """
+import threading, time
+from deepseek_jax.training.stall import StallWatch
+
+def a_batch_that_never_comes():
+    time.sleep(60)
+
+threading.Thread(target=a_batch_that_never_comes, daemon=True).start()
+with StallWatch(0.01) as watch:
+    for _ in range(5):
+        time.sleep(0.3)
+        watch.beat()
+    print("beaten", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_hang_shows_the_stacks_of_all_threads_and_ends_with_76_within_its_limit():
+    ended = subprocess.run([sys.executable, "-c", HANG], capture_output=True, text=True, timeout=60)
+    assert ended.returncode == stop.PEER_LOST == 76
+    assert ended.stdout == "beaten\n"  # longer than the limit in all, but every step ended
+    assert "error: no step has ended for" in ended.stderr and "train.stall_minutes=0.01" in ended.stderr
+    assert "in a_batch_that_never_comes" in ended.stderr and "<module>" in ended.stderr  # both threads
+
+
+def test_sigquit_shows_stacks_and_ends_nothing():
+    code = ("import os, signal; from deepseek_jax import stop; stop.show_stacks()\n"
+            "def here(): signal.raise_signal(signal.SIGQUIT)\nhere(); print('alive')")
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stdout) == (0, "alive\n") and "in here" in ended.stderr
+
+
+@pytest.mark.slow
+def test_a_run_that_hangs_ends_and_its_log_has_the_stacks(tmp_path):
+    config = runs.write_config(tmp_path)
+    with open(config, "a") as f:
+        f.write("""
+import time
+from deepseek_jax.data.loader import Loader
+batch = Loader.batch
+
+def stuck(self, step):
+    if step == 6:
+        time.sleep(600)
+    return batch(self, step)
+
+Loader.batch = stuck
+""")
+    process = runs.start_training(config, tmp_path / "run", *runs.DENSE, "--config.train.stall_minutes=0.5")
+    out, _ = process.communicate(timeout=580)
+    assert process.returncode == stop.PEER_LOST, out
+    log = (tmp_path / "run/logs/process_0000.log").read_text()
+    for text in (out, log):
+        assert "no step has ended for" in text and "in stuck" in text and "Traceback" not in text
+    assert runs.checkpoints(tmp_path / "run") == [3]
+
+
+def test_a_thread_keeps_the_order_and_what_it_raises_comes_out():
+    done, background = [], Background("test")
+    for i in range(300):
+        background.do(done.append, i)
+    background.flush()
+    assert done == list(range(300))
+    background.do(lambda: background.do(done.append, "from within"))
+    background.flush()
+    assert done[-1] == "from within"
+
+    background.do([].pop)
+    background.do(done.append, "after")
+    for call in (background.flush, lambda: background.do(done.append, 1), background.close):
+        with pytest.raises(IndexError):
+            call()
+    assert done[-1] == "from within"
+    assert not [thread for thread in threading.enumerate() if thread.name == "test"]
+
+
+def test_goodput_is_the_share_of_seconds_that_count():
+    starts = [{"start": 0, "restored": 10, "compiled": 30, "first_step": 40, "stopped": 100, "killed": 120},
+              {"start": 200, "restored": 210, "compiled": 215, "first_step": 220, "stopped": 300}]
+    assert goodput.summary(starts) == {"starting": 60, "compiling": 25, "steps": 140, "lost": 20, "total": 220,
+                                       "goodput": 140 / 220}
+    assert goodput.words(starts) == ("Goodput 63.6%: of 220 s in 2 starts 140 went into steps, 60 into starting (25 "
+                                     "into compiling), 20 into steps that were lost.")
+    assert goodput.summary([{"start": 5}])["total"] == 0
+
+
+def test_a_start_that_was_killed_ends_with_its_last_row(tmp_path):
+    first = goodput.Goodput(str(tmp_path), start=100.0)
+    for what in ("restored", "compiled", "first_step", "stopped"):
+        first.mark(what)
+    (tmp_path / "metrics.jsonl").write_text("")
+    again = goodput.Goodput(str(tmp_path), start=150.0)
+    assert again.before[0]["killed"] >= again.before[0]["stopped"]
+    assert again.now["start"] == again.before[0]["killed"]  # the same process
+    again.mark("restored", begin=7)
+    assert [sorted(start) for start in goodput.read(str(tmp_path))] == [
+        ["compiled", "first_step", "killed", "restored", "start", "stopped"], ["begin", "restored", "start"]]
+
+
+def test_a_process_knows_when_it_started():
+    assert 0 < time.time() - goodput.process_start() < 1e6
+
+
+def test_a_log_begins_with_the_work_directory_and_has_no_bars_and_the_traceback(tmp_path, capsys):
+    with pytest.raises(ZeroDivisionError), logs.kept(str(tmp_path / "run"), 3):
+        print("before")
+        assert not (tmp_path / "run").exists()
+        (tmp_path / "run").mkdir()
+        print("\r 5%|####", file=sys.stderr)
+        print("after", file=sys.stderr)
+        _ = 1 / 0
+    log = (tmp_path / "run/logs/process_0003.log").read_text()
+    assert "before\n" in log and "after\n" in log and "####" not in log and "ZeroDivisionError" in log
+    assert log.startswith("--- 20")
+    out, err = capsys.readouterr()
+    assert out == "before\n" and "####" in err
+    assert not hasattr(sys.stdout, "log")
+
+
+def test_the_program_of_a_step_is_described_with_versions_flags_and_memory(monkeypatch):
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", "--of_mine=1")
+    said = describe_machine(Config(model=naive.tiny()))
+    assert f"jax {jax.__version__}" in said and "mesh: one device" in said
+    assert "XLA_FLAGS: " in said and "LIBTPU_INIT_ARGS: --of_mine=1" in said
+    compiled = jax.jit(lambda x: x @ x).lower(jnp.ones((256, 256))).compile()
+    assert describe_program(compiled, 1.25).startswith("The step was compiled in 1.2 s. Memory a device: 0.3 MB of")
