@@ -24,11 +24,11 @@ def read(position, config, first, last):
 
 
 BEFORE = config_of(("a", 3.0), ("b", 1.0), batch=7)
-CHANGES = {"other weights": config_of(("a", 1.0), ("b", 5.0), batch=7),
-           "one more": config_of(("a", 3.0), ("b", 1.0), ("c", 2.0), batch=7),
-           "one less": config_of(("b", 1.0), batch=7),
-           "another order": config_of(("b", 1.0), ("a", 3.0), batch=7),
-           "a larger batch": config_of(("a", 3.0), ("b", 1.0), batch=12)}
+CHANGES = {"other_weights": config_of(("a", 1.0), ("b", 5.0), batch=7),
+           "one_more": config_of(("a", 3.0), ("b", 1.0), ("c", 2.0), batch=7),
+           "one_less": config_of(("b", 1.0), batch=7),
+           "another_order": config_of(("b", 1.0), ("a", 3.0), batch=7),
+           "a_larger_batch": config_of(("a", 3.0), ("b", 1.0), batch=12)}
 
 
 @pytest.mark.parametrize("after", CHANGES.values(), ids=CHANGES)
@@ -52,8 +52,8 @@ def test_a_new_mixture_has_its_shares_from_the_change_on():
 
 
 def test_sources_keep_the_number_that_their_order_is_drawn_with():
-    changed = beginning(BEFORE).after(BEFORE, CHANGES["one less"], 5)
-    again = changed.after(CHANGES["one less"], config_of(("c", 1.0), ("a", 1.0), batch=7), 9)
+    changed = beginning(BEFORE).after(BEFORE, CHANGES["one_less"], 5)
+    again = changed.after(CHANGES["one_less"], config_of(("c", 1.0), ("a", 1.0), batch=7), 9)
     assert [again.number(path) for path in "abc"] == [0, 1, 2]
     assert again.used[1] == changed.used[1] + 4 * 7  # all of four steps
 
@@ -73,7 +73,7 @@ def test_a_ramp_of_another_length_goes_on_after_what_was_read():
 
 
 def test_the_position_comes_back_from_json():
-    changed = beginning(BEFORE).after(BEFORE, CHANGES["one more"], 5)
+    changed = beginning(BEFORE).after(BEFORE, CHANGES["one_more"], 5)
     meta = json.loads(json.dumps({"position": list(changed)}))
-    assert position_of(meta, CHANGES["one more"]) == changed
+    assert position_of(meta, CHANGES["one_more"]) == changed
     assert position_of({}, BEFORE) == beginning(BEFORE)

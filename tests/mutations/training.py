@@ -418,7 +418,7 @@ MUTATIONS = [
         file="deepseek_jax/config/load.py",
         old="return self.optimizer.schedule_steps or self.train.steps",
         new="return self.train.steps",
-        tests="training/test_continuing.py::test_a_continued_run_equals_the_one_that_was_meant_to_be_that_long",
+        tests="training/test_start.py::test_with_a_length_that_is_given_nothing_depends_on_how_long_the_run_is",
     ),
     Mutation(
         name="a source of a new mixture begins anew",
@@ -439,8 +439,7 @@ MUTATIONS = [
         file="deepseek_jax/training/loop.py",
         old="if self.position.step:\n            meta",
         new="if False:\n            meta",
-        tests="training/test_continuing.py::test_another_learning_rate_and_mixture_hold_from_the_step_of_the_"
-              "checkpoint_on",
+        tests="training/test_start.py::test_a_checkpoint_after_a_change_has_its_place",
     ),
     Mutation(
         name="the dtype of the moments may change",
@@ -461,7 +460,7 @@ MUTATIONS = [
         file="deepseek_jax/training/start.py",
         old="found = restore_state(find_checkpoint(str(config.init.folder), config.init.step), abstract)",
         new="found = restore_state(find_checkpoint(str(config.init.folder)), abstract)",
-        tests="training/test_continuing.py::test_a_branch_is_its_run_to_the_bit_and_leaves_it_untouched",
+        tests="training/test_start.py::test_a_branch_begins_with_the_checkpoint_that_is_named",
     ),
     Mutation(
         name="a thread goes on after what it could not write",
