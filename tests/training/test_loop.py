@@ -240,7 +240,7 @@ def test_fine_tuning_starts_from_the_weights_with_a_fresh_optimizer(config, whol
 
 def test_fine_tuning_from_where_nothing_was_trained_says_so(config, tmp_path):
     result = train(config, tmp_path / "run", f"--config.init.from={tmp_path}/nothing")
-    result.assert_error("there is no", "nothing/tokenizer.json")
+    result.assert_error("nothing holds no config.json")
 
 
 def test_the_config_of_a_run_is_json_that_any_program_reads(whole):

@@ -158,7 +158,7 @@ Loader.batch = stuck
     log = (tmp_path / "run/logs/process_0000.log").read_text()
     for text in (out, log):
         assert "no step has ended for" in text and "in stuck" in text and "Traceback" not in text
-    assert runs.checkpoints(tmp_path / "run") == [3]
+    assert runs.checkpoints(tmp_path / "run") == [3, 6]
 
 
 def test_a_thread_keeps_the_order_and_what_it_raises_comes_out():
