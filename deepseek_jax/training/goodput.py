@@ -8,6 +8,7 @@ its last row: what is between the two is lost.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from typing import Any
@@ -18,7 +19,7 @@ NAME = "goodput.json"
 
 
 class Goodput:
-    """The record of one start, in process 0. Each mark is written at once."""
+    """The record of one start, in process 0. Each mark is written at once, if it can be."""
 
     def __init__(self, workdir: str, start: float | None = None):
         """start: of the process, in seconds since 1970; None: what the system says."""
@@ -36,7 +37,8 @@ class Goodput:
     def mark(self, what: str, **about: Any) -> None:
         """Notes when something was done. about: what else is noted, such as the step."""
         self.now |= {what: time.time(), **about}
-        io.write_json(self.path, [*self.before, self.now], indent=1)
+        with contextlib.suppress(OSError, storage.StorageError):  # no reason to end a run
+            io.write_json(self.path, [*self.before, self.now], indent=1)
 
 
 def read(workdir: str) -> list[dict[str, Any]]:

@@ -72,7 +72,8 @@ def test_killed_and_resumed_it_ends_bit_identical_and_leaves_nothing_elsewhere(s
     assert f"Resuming from step {begun}" in finish(config, address, overrides)
     runs.assert_same_run(address, whole, leaves=10)
     assert set(storage.names(address)) == {"config.json", "tokenizer.json", "corpus.json", "metrics.jsonl",
-                                           "expert_load", "tensorboard", "checkpoints", "cache", "loss.png"}
+                                           "expert_load", "tensorboard", "checkpoints", "cache", "loss.png",
+                                           "goodput.json"}
     assert elsewhere() == []
 
 
