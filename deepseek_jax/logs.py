@@ -42,6 +42,8 @@ def kept(workdir: str, process: int) -> Iterator[None]:
             handler.setStream(streams["stderr"])
         for name, stream in streams.items():
             setattr(sys, name, stream)
+        with contextlib.suppress(OSError):
+            log.write("")  # of a process that printed nothing the file says when it was there
         log.close()
 
 

@@ -223,6 +223,12 @@ def test_a_log_begins_with_the_work_directory_and_has_no_bars_and_the_traceback(
     assert not hasattr(sys.stdout, "log")
 
 
+def test_a_process_that_prints_nothing_has_a_log_too(tmp_path):
+    with logs.kept(str(tmp_path), 1):
+        pass
+    assert (tmp_path / "logs/process_0001.log").read_text().count("\n") == 1
+
+
 def test_the_program_of_a_step_is_described_with_versions_flags_and_memory(monkeypatch):
     monkeypatch.setenv("LIBTPU_INIT_ARGS", "--of_mine=1")
     said = describe_machine(Config(model=naive.tiny()))
