@@ -138,7 +138,8 @@ def what_fits(c: ModelConfig, hw: Hardware, found: Plan) -> str:
 
 def search(c: ModelConfig, hw: Hardware, devices: int, sequences: int, sequence_length: int = 4096,
            price: float | None = None, tokens: float = TOKENS, remats: tuple[str, ...] = ("none", "report", "full"),
-           deferred: int | None = None, **mesh: Any) -> tuple[list[tuple[str, Plan]], dict[str, tuple[int, tuple | None]]]:
+           deferred: int | None = None,
+           **mesh: Any) -> tuple[list[tuple[str, Plan]], dict[str, tuple[int, tuple | None]]]:
     """The fastest layouts that fit, over pipe, expert, rows, remat and schedule; the other devices are replicas.
 
     Args:

@@ -156,8 +156,9 @@ def test_half_of_the_products_ends_with_one_that_what_is_sent_needs():
 
 
 def test_two_hops_are_one_exchange_and_the_second_brings_it():
+    stage = lambda params, x, context: toy.stage(params, context[0], x, context[1], twice, "none")
     with float64():
-        found = phases(pieces(lambda params, x, context: toy.stage(params, context[0], x, context[1], twice, "none"))["F"])
+        found = phases(pieces(stage)["F"])
 
     assert len(found) == EXCHANGES + 1
     for phase in found[:-1]:
