@@ -136,6 +136,7 @@ def what_fits(c: ModelConfig, hw: Hardware, found: Plan) -> str:
             "step")
 
 
+# Many parameters: what is asked, and of what is tried, what is given.
 def search(c: ModelConfig, hw: Hardware, devices: int, sequences: int, sequence_length: int = 4096,
            price: float | None = None, tokens: float = TOKENS, remats: tuple[str, ...] = ("none", "report", "full"),
            deferred: int | None = None,
