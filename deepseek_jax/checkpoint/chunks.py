@@ -1,10 +1,13 @@
-"""A state as objects in a bucket: each array in zarr chunks, each chunk one object, no object written twice.
+"""A state as zarr chunks: a part of an array each, as plain bytes in a file, or in an object of a bucket.
 
     checkpoints/STEP/meta.json   state-ID/params.embedding/zarr.json  c.0.0  c.1.0 ...   manifest.json, the last one
 
-ID is another one for each attempt to save: a request of an attempt that timed out may still reach the store when the
-next one is done. Every process writes the chunks that its devices hold and takes their checksums as it does; process 0
-joins the lists. Orbax writes no s3://, and both stores are written alike.
+Every process writes the chunks that its devices hold and takes their checksums as it does; process 0 joins the lists
+and reads nothing back. ID is another one for each attempt to save: a request of an attempt that timed out may still
+reach a store when the next one is done.
+
+Not Orbax's OCDBT: it has checksums of its index alone, and hands out a flipped bit of a value without a word. Nor does
+Orbax write s3://.
 """
 
 from __future__ import annotations
@@ -15,50 +18,44 @@ from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 
 from deepseek_jax import io, storage
+from deepseek_jax.checkpoint.agreement import wait_for_all
 from deepseek_jax.checkpoint.arrays import Writer
 
 CHUNK = 64 << 20  # bytes of an object at most, unless a row is larger: several are on their way at once
-LONGEST_WAIT = 24 * 3600  # seconds, of a process for the slowest
 
 
 class Save:
     """What this process writes of a state. It is copied to the host here, so that its buffers may be donated.
 
-    state: the folder of this attempt. That of process 0 is the one that counts, and meta.json names it to the others.
-
     Args:
-      address: of the checkpoint.
+      folder: of the checkpoint, or its address.
+      state: where the arrays are in it; the same in all processes, another one for each attempt.
       arrays: {name: jax.Array or NumPy array}, none of them empty.
-      leaves: {name: what meta.json says of it}, which this adds to.
     """
 
-    def __init__(self, address: pathlib.Path, arrays: dict[str, Any], leaves: dict[str, dict[str, Any]]):
-        self.address, self.state, self.held = address, f"state-{uuid.uuid4().hex[:12]}", {}
-        for name, array in arrays.items():
-            folder = name.replace("/", ".")
-            leaves[name] |= {"zarr": f"{self.state}/{folder}", "exact": True}
-            self.held[folder] = array.shape, array.dtype, _chunk(array), _own_parts(array)
+    def __init__(self, folder: pathlib.Path, state: str, arrays: dict[str, Any]):
+        self.folder, self.state = folder, state
+        self.held = {_place(state, name): (array.shape, array.dtype, _chunk(array), _own_parts(array))
+                     for name, array in arrays.items()}
 
     def write(self, name: str) -> dict[str, list[int]] | None:
-        """Writes it, once process 0 has written meta.json. In process 0: {file: [length, CRC32]} of what all of them
-        wrote; None in the others.
+        """Writes it. In process 0: {file: [length, CRC32]} of what all of them wrote; None in the others.
 
         name: of this attempt, the same in all processes and another one each time.
         """
-        first, prints, jobs = jax.process_index() == 0, {}, []
-        state = self.state if first else io.read_json(self.address / "meta.json")["state"]
-        for folder, (shape, dtype, chunk, parts) in self.held.items():
-            if not first and not parts:
-                continue
-            writer = Writer(str(self.address), f"{state}/{folder}", shape, chunk, dtype, prints, describes=first)
-            jobs += [(writer, index, piece) for start, part in parts for index, piece in _cut(start, part, chunk)]
-        storage.in_parallel(lambda job: job[0].write(*job[1:]), jobs)
+        first, prints = jax.process_index() == 0, {}
+        own = [(place, *about) for place, about in self.held.items() if first or about[-1]]
+        open_ = lambda place, shape, dtype, chunk: Writer(str(self.folder), place, shape, chunk, dtype, prints, first)
+        writers = storage.in_parallel(lambda about: open_(*about[:-1]), own)
+        storage.in_parallel(lambda job: job[0].write(*job[1:]), [
+            (writer, index, piece) for writer, (*_, chunk, parts) in zip(writers, own)
+            for start, part in parts for index, piece in _cut(start, part, chunk)])
         if jax.process_count() == 1:
             return prints
-        lists = self.address / f"{state}.prints"
+        lists = self.folder / f"{self.state}.prints"
+        storage.make_folder(lists)
         io.write_json(lists / f"{jax.process_index()}.json", prints, indent=None)
         wait_for_all(name)
         if not first:
@@ -69,9 +66,22 @@ class Save:
         return prints
 
 
-def wait_for_all(name: str) -> None:
-    """Returns once every process has called this with the name."""
-    ocp.multihost.get_barrier_sync_fn()(key=name, timeout_ms=LONGEST_WAIT * 1000)
+def new_state() -> str:
+    """A name for the arrays of an attempt to save."""
+    return f"state-{uuid.uuid4().hex[:12]}"
+
+
+def describe(state: str, leaves: dict[str, dict[str, Any]], arrays: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """{name: what meta.json says of the leaf, and where its array is}. Raises ValueError for names that are one."""
+    places = {name: _place(state, name) for name in arrays}
+    if len(set(places.values())) != len(places):
+        raise ValueError("two leaves of the state have the same name with dots for slashes; rename one.")
+    return {name: leaf | ({"zarr": places[name], "exact": True} if name in places else {})
+            for name, leaf in leaves.items()}
+
+
+def _place(state, name):
+    return f"{state}/{name.replace('/', '.')}"
 
 
 def _own_parts(array) -> list[tuple[tuple[int, ...], np.ndarray]]:
