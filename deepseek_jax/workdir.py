@@ -219,8 +219,10 @@ def check_workdir(config: Config, workdir: str) -> None:
 
 
 def _what_a_run_depends_on(config: Config) -> Config:
-    """A run may continue on another mesh, and end with another sample."""
-    train = dataclasses.replace(config.train, sample_prompt="", sample_tokens=0)
+    """A run may continue on another mesh, with other checkpoints, and end with another sample."""
+    train = dataclasses.replace(config.train, sample_prompt="", sample_tokens=0, checkpoint_minutes=None,
+                                checkpoints_kept=1, checkpoint_keep_period=None, checkpoint_local=None,
+                                checkpoint_local_every=1)
     return dataclasses.replace(config, mesh=MeshConfig(), pipeline=PipelineConfig(), train=train)
 
 

@@ -33,26 +33,28 @@ class Save:
       folder: of the checkpoint, or its address.
       state: where the arrays are in it; the same in all processes, another one for each attempt.
       arrays: {name: jax.Array or NumPy array}, none of them empty.
+      alone: this process writes all that its devices hold, for itself.
     """
 
-    def __init__(self, folder: pathlib.Path, state: str, arrays: dict[str, Any]):
-        self.folder, self.state = folder, state
-        self.held = {_place(state, name): (array.shape, array.dtype, _chunk(array), _own_parts(array))
+    def __init__(self, folder: pathlib.Path, state: str, arrays: dict[str, Any], alone: bool = False):
+        self.folder, self.state, self.alone = folder, state, alone or jax.process_count() == 1
+        self.held = {_place(state, name): (array.shape, array.dtype, _chunk(array), _parts(array, alone))
                      for name, array in arrays.items()}
 
     def write(self, name: str) -> dict[str, list[int]] | None:
-        """Writes it. In process 0: {file: [length, CRC32]} of what all of them wrote; None in the others.
+        """Writes it. {file: [length, CRC32]} of what this one wrote `alone`; else in process 0 of what all of them
+        wrote, and None in the others.
 
         name: of this attempt, the same in all processes and another one each time.
         """
-        first, prints = jax.process_index() == 0, {}
+        first, prints = self.alone or jax.process_index() == 0, {}
         own = [(place, *about) for place, about in self.held.items() if first or about[-1]]
         open_ = lambda place, shape, dtype, chunk: Writer(str(self.folder), place, shape, chunk, dtype, prints, first)
         writers = storage.in_parallel(lambda about: open_(*about[:-1]), own)
         storage.in_parallel(lambda job: job[0].write(*job[1:]), [
             (writer, index, piece) for writer, (*_, chunk, parts) in zip(writers, own)
             for start, part in parts for index, piece in _cut(start, part, chunk)])
-        if jax.process_count() == 1:
+        if self.alone:
             return prints
         lists = self.folder / f"{self.state}.prints"
         storage.make_folder(lists)
@@ -84,17 +86,18 @@ def _place(state, name):
     return f"{state}/{name.replace('/', '.')}"
 
 
-def _own_parts(array) -> list[tuple[tuple[int, ...], np.ndarray]]:
-    """[(first index, copy)] of the parts of an array that this process writes: each one is written once."""
-    if not isinstance(array, jax.Array) or array.is_fully_addressable:
-        if jax.process_index():
-            return []
-        if not isinstance(array, jax.Array):
-            return [((0,) * array.ndim, np.array(array))]
-    own = [shard for shard in array.addressable_shards if shard.replica_id == 0]
-    for shard in own:
+def _parts(array, alone) -> list[tuple[tuple[int, ...], np.ndarray]]:
+    """[(first index, copy)] of the parts of an array that this process writes: each one is written once, by it or, if
+    not `alone`, by any."""
+    if not alone and jax.process_index() and (not isinstance(array, jax.Array) or array.is_fully_addressable):
+        return []
+    if not isinstance(array, jax.Array):
+        return [((0,) * array.ndim, np.array(array))]
+    begin = lambda shard: tuple(part.start or 0 for part in shard.index)
+    own = {begin(shard): shard for shard in array.addressable_shards if alone or shard.replica_id == 0}
+    for shard in own.values():
         shard.data.copy_to_host_async()
-    return [(tuple(part.start or 0 for part in shard.index), np.array(shard.data)) for shard in own]
+    return [(start, np.array(shard.data)) for start, shard in own.items()]
 
 
 def _chunk(array) -> tuple[int, ...]:

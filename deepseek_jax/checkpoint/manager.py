@@ -24,6 +24,7 @@ import orbax.checkpoint as ocp
 from deepseek_jax import storage
 from deepseek_jax.checkpoint import agreement, arrays, chunks, manifest
 from deepseek_jax.checkpoint.format import read_meta, write_meta
+from deepseek_jax.checkpoint.local import LocalCheckpoints
 from deepseek_jax.config import ConfigError
 
 T = TypeVar("T")
@@ -34,11 +35,16 @@ class CheckpointError(OSError):
 
 
 class Checkpoints:
-    """The newest `keep` checkpoints of one work directory; only the process that trains there may hold this."""
+    """The newest `keep` checkpoints of one work directory, and those of steps that `keep_period` divides; only the
+    processes that train there may hold this.
 
-    def __init__(self, workdir, keep: int = 3):
+    local: a folder on each machine, for what `save_local` saves.
+    """
+
+    def __init__(self, workdir: str | os.PathLike[str], keep: int = 3, keep_period: int | None = None,
+                 local: str | None = None):
         self.directory = manifest.directory_of(workdir)
-        self.keep = keep
+        self.keep, self.keep_period = keep, keep_period
         self._damaged = set()  # steps seen damaged by restore; the next commit removes them
         self._attempts = 0
         self._pending = None
@@ -46,6 +52,19 @@ class Checkpoints:
         if jax.process_index() == 0:
             storage.make_folder(self.directory)
             manifest.clean_up(self.directory)
+        self.local = None if local is None else LocalCheckpoints(local, self.directory)
+
+    def save_local(self, step: int, state: Any, meta: dict) -> None:
+        """`save` onto this machine alone, where there is a folder for it. Nobody waits for other processes.
+
+        Raises:
+          CheckpointError: the one before it could not be written.
+        """
+        assert self.local is not None
+        try:
+            self.local.save(step, *_flatten(state), meta)
+        except OSError as error:
+            raise CheckpointError(str(error)) from error
 
     def save(self, step: int, state: Any, meta: dict) -> None:
         """Starts writing `state` and returns; its buffers may be donated at once.
@@ -92,7 +111,8 @@ class Checkpoints:
             pending.result()
 
     def restore(self, abstract_state: Any) -> tuple[Any, dict[str, Any]] | None:
-        """The newest undamaged checkpoint as (state, meta), or None if there is none yet.
+        """The newest undamaged checkpoint as (state, meta), or None if there is none yet: what these machines have of
+        their own, unless the work directory has a newer one.
 
         Args:
           abstract_state: the state's pytree, of jax.ShapeDtypeStruct (or arrays). A leaf with a sharding is read
@@ -102,7 +122,13 @@ class Checkpoints:
           ConfigError: the state differs in a leaf from the saved one, or every checkpoint is damaged.
         """
         self.wait()
-        found = read_newest(self.directory, lambda path: _read_state(path, abstract_state))
+        read = lambda path: _read_state(path, abstract_state)
+        if self.local is not None:
+            newest = agreement.from_first(lambda: max(self.steps(), default=0))
+            found = self.local.restore(read, newest)
+            if found is not None:
+                return found
+        found = read_newest(self.directory, read)
         self._damaged = set(found.damaged)
         if found.step is None:
             return None
@@ -119,6 +145,8 @@ class Checkpoints:
         """Waits for the last save. Raises as `wait` does."""
         try:
             self.wait()
+            if self.local is not None:
+                self.local.close()
         finally:
             self._thread.shutdown()
 
@@ -136,7 +164,8 @@ class Checkpoints:
     def _retire(self, newest):
         """Removes the checkpoints that are superfluous after the commit of `newest`."""
         whole = [step for step in self.steps() if step <= newest and step not in self._damaged]
-        for step in self._damaged.union(whole[:-self.keep]):
+        old = [step for step in whole[:-self.keep] if self.keep_period is None or step % self.keep_period]
+        for step in self._damaged.union(old):
             manifest.discard(self.directory / str(step))
         self._damaged.clear()
 

@@ -126,6 +126,14 @@ def test_the_newest_checkpoints_stay_and_older_ones_go(tmp_path):
     assert sorted(os.listdir(tmp_path / "checkpoints")) == ["3", "4"]
 
 
+def test_those_of_the_keep_period_stay_for_good(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=2, keep_period=4)
+    for step in (2, 4, 6, 8, 9, 10):
+        checkpoints.save(step, make_state(step), {})
+    checkpoints.close()
+    assert checkpoints.steps() == [4, 8, 9, 10]
+
+
 def test_an_old_checkpoint_goes_only_after_the_newer_is_committed(tmp_path, monkeypatch):
     save_steps(tmp_path, [1], keep=1)
     seen, commit = [], manifest.commit
