@@ -18,7 +18,7 @@ import numpy as np
 import tqdm
 
 from deepseek_jax.config import Config, TrainConfig, model_config
-from deepseek_jax.parallel.processes import StopAgreement
+from deepseek_jax.parallel.processes import SaveTimer, StopAgreement
 from deepseek_jax.training import loop
 from deepseek_jax.training.metrics import MetricsWriter
 from deepseek_jax.training.types import Metrics
@@ -54,7 +54,8 @@ def overhead(steps: int, seconds: float) -> float:
     run.loader = types.SimpleNamespace(iterate=lambda start: ((i, {"active": 1}) for i in range(steps)))
     run.runner = types.SimpleNamespace(shard_batch=lambda batch: batch, rows=8)
     run.step_fn, run.state, run.step, run.peak, run.flops = step, None, 0, 1e12, 1e6
-    run.agreement = StopAgreement()
+    run.agreement, run.timer = StopAgreement(), SaveTimer(None)
+    run.checkpoints = types.SimpleNamespace(local=None)
     run.base = run.frozen_params = run.reference = run.compared = None
     with tempfile.TemporaryDirectory() as workdir, tqdm.tqdm(total=steps, file=io.StringIO(), mininterval=1.0) as bar:
         run.writer = MetricsWriter(workdir, None)

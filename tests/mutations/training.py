@@ -413,4 +413,11 @@ MUTATIONS = [
         new="if config.model.index_topk is not None:",
         tests="training/test_indexer.py::test_a_run_takes_the_indexer_of_the_run_before_or_starts_one",
     ),
+    Mutation(
+        name="a resumed run drops the loads of its last step",
+        file="deepseek_jax/training/metrics.py",
+        old="kept = bisect.bisect_right(",
+        new="kept = bisect.bisect_left(",
+        tests="training/test_metrics.py::test_a_resumed_run_does_not_read_the_loads_of_all_steps",
+    ),
 ]
