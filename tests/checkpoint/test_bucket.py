@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from deepseek_jax import io, storage
-from deepseek_jax.checkpoint import chunks, manifest
+from deepseek_jax.checkpoint import chunks, manager, manifest
 from deepseek_jax.checkpoint.arrays import Stored
 from deepseek_jax.checkpoint.manager import CheckpointError, Checkpoints, restore_items
 from deepseek_jax.config import ConfigError
@@ -98,7 +98,8 @@ def test_one_that_was_written_on_a_disk_is_read_in_a_bucket(address, tmp_path):
     assert bits(restored(address, make_state())) == bits(make_state(1))
 
 
-def test_one_that_orbax_wrote_is_refused_in_a_bucket(address):
+def test_one_that_orbax_wrote_is_refused_in_a_bucket(address, monkeypatch):
+    monkeypatch.setattr(manager.ocp, "Checkpointer", lambda *_: pytest.fail("Orbax was asked"))
     storage.upload_folder(GOLDEN, address, last=("manifest.json",))
     with pytest.raises(ConfigError, match=f"^{address}/checkpoints/2 was written by Orbax, and is read from disks"):
         restore_items(address)
