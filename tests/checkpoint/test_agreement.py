@@ -1,15 +1,10 @@
 """Two processes write a checkpoint in parts, read the same one, and only what they need of it."""
 
-import json
-import os
-import subprocess
-import sys
-
 import pytest
 
 from deepseek_jax.checkpoint import agreement
 from deepseek_jax.config import ConfigError
-from tests.parallel.groups import free_port
+from tests.checkpoint.processes import found_by_two
 
 # Each process notes which files it reads. `lags`: the newest step is hidden from process 1, as by a file system's
 # cache. `harmed`: a chunk that process 1 alone reads is damaged.
@@ -61,33 +56,27 @@ with joined(Group(sys.argv[1], 2, me)):
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    """What each of two processes found."""
-    folder, address = tmp_path_factory.mktemp("parts"), f"localhost:{free_port()}"
-    both = [subprocess.Popen([sys.executable, "-c", PARTS, address, str(i), folder], text=True, stdout=subprocess.PIPE,
-                             stderr=subprocess.STDOUT, env=os.environ | {"XLA_FLAGS": ""}) for i in range(2)]
-    said = [process.communicate(timeout=240)[0] for process in both]
-    lines = [[line for line in words.splitlines() if line.startswith("found ")] for words in said]
-    assert all(lines), said
-    return [json.loads(line[0].removeprefix("found ")) for line in lines] + [said[0]]
+    """What each of two processes found, and what the first one said."""
+    return found_by_two(PARTS, tmp_path_factory.mktemp("parts"))
 
 
 def test_nobody_reads_back_what_was_written(found):
-    assert [one["while saving"] for one in found[:2]] == [[], []]
+    assert [one["while saving"] for one in found[0]] == [[], []]
 
 
 def test_each_process_reads_its_own_part_once(found):
     for me in (0, 1):
-        assert found[me]["whole"] == [2, 2, [20 + me] * 8]
-        assert sorted(found[me]["read"]) == ["c", f"c.{me}"]  # of `step`, which both have, and of `x`
+        assert found[0][me]["whole"] == [2, 2, [20 + me] * 8]
+        assert sorted(found[0][me]["read"]) == ["c", f"c.{me}"]  # of `step`, which both have, and of `x`
 
 
 def test_a_process_that_does_not_see_the_newest_yet_takes_it_all_the_same(found):
-    assert [one["lags"] for one in found[:2]] == [[2, 2, [20 + me] * 8] for me in (0, 1)]
+    assert [one["lags"] for one in found[0]] == [[2, 2, [20 + me] * 8] for me in (0, 1)]
 
 
 def test_what_one_finds_damaged_none_takes(found):
-    assert [one["harmed"] for one in found[:2]] == [[1, 1, [10 + me] * 8] for me in (0, 1)]
-    assert "x/c.1 fails its checksum); resuming from 1 instead" in found[2]
+    assert [one["harmed"] for one in found[0]] == [[1, 1, [10 + me] * 8] for me in (0, 1)]
+    assert "x/c.1 fails its checksum); resuming from 1 instead" in found[1]
 
 
 def test_a_mistake_that_the_first_finds_is_raised_in_all(monkeypatch):

@@ -1,18 +1,15 @@
 """The newest state on the machines themselves: taken where every process has it, and never a stale one."""
 
 import errno
-import json
 import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 
 from deepseek_jax.checkpoint import arrays, manifest
 from deepseek_jax.checkpoint.manager import CheckpointError, Checkpoints
+from tests.checkpoint.processes import found_by_two
 from tests.checkpoint.test_manager import abstract, bits, flip_a_bit, make_state
-from tests.parallel.groups import free_port
 
 
 @pytest.fixture
@@ -146,14 +143,6 @@ with joined(Group(sys.argv[1], 2, me)):
 
 
 def test_two_processes_take_the_newest_that_both_have(tmp_path):
-    address = f"localhost:{free_port()}"
-    both = [subprocess.Popen([sys.executable, "-c", PARTS, address, str(i), tmp_path], text=True,
-                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=os.environ | {"XLA_FLAGS": ""})
-            for i in range(2)]
-    said = [process.communicate(timeout=240)[0] for process in both]
-    lines = [[line for line in words.splitlines() if line.startswith("found ")] for words in said]
-    assert all(lines), said
-    for line in lines:
-        assert json.loads(line[0].removeprefix("found ")) == {
-            "new": None, "both": 3, "one behind": 2, "one is new": 1, "left": 0}
+    for found in found_by_two(PARTS, tmp_path)[0]:
+        assert found == {"new": None, "both": 3, "one behind": 2, "one is new": 1, "left": 0}
     assert manifest.steps(tmp_path / "run/checkpoints") == [1]

@@ -322,8 +322,8 @@ MUTATIONS = [
     Mutation(
         name="a process keeps to itself that a chunk is damaged",
         file="deepseek_jax/checkpoint/agreement.py",
-        old='        return [] if words is None else [words]\n    key',
-        new='        return [] if words is None else [words]\n    return [] if words is None else [words]\n    key',
+        old="    return [said for _, said in sorted(_store().key_value_dir_get(key))]",
+        new="    return []",
         tests="checkpoint/test_agreement.py::test_what_one_finds_damaged_none_takes",
     ),
     Mutation(
@@ -435,7 +435,7 @@ MUTATIONS = [
         name="a local state that one process lacks is taken",
         file="deepseek_jax/checkpoint/local.py",
         old='set.intersection(*found)',
-        new='set.union(*found)',
+        new='set(own)',
         tests="checkpoint/test_local.py::test_two_processes_take_the_newest_that_both_have",
     ),
     Mutation(
