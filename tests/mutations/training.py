@@ -199,8 +199,8 @@ MUTATIONS = [
     Mutation(
         name="loads after the resumed step stay",
         file="deepseek_jax/training/metrics.py",
-        old="records[records[:, 0] <= last, 0]",
-        new="records[:, 0]",
+        old="    os.truncate(folder / \"counts.int32\", kept * width)",
+        new="    pass",
         tests="training/test_metrics.py",
     ),
     Mutation(
@@ -311,14 +311,14 @@ MUTATIONS = [
     Mutation(
         name="a checkpoint does not wait for the check of its step",
         file="deepseek_jax/training/loop.py",
-        old="            if evaluating or saving:\n",
+        old="            if evaluating or saving or saving_local:\n",
         new="            if evaluating:\n",
-        tests="training/test_loop.py",
+        tests="training/test_loop_order.py",
     ),
     Mutation(
         name="metrics are fetched before the next step is dispatched",
         file="deepseek_jax/training/loop.py",
-        old="            if evaluating or saving:\n",
+        old="            if evaluating or saving or saving_local:\n",
         new="            if True:\n",
         tests="training/test_loop_order.py",
     ),
