@@ -82,8 +82,8 @@ def test_a_process_alone_stops_at_once():
 def test_saves_by_the_clock_are_of_the_same_steps_in_all_processes(store, monkeypatch):
     timers, clock = [processes.SaveTimer(1) for _ in range(3)], [0.0]
     monkeypatch.setattr(processes.time, "monotonic", lambda: clock[0])
-    for each in timers:
-        each.prefix, each.last_save = "y/", 0.0
+    for i, each in enumerate(timers):
+        each.prefix, each.last_save = "y/", -1000.0 * i  # the others' clocks say that it is time long ago
 
     def due(process, step):
         monkeypatch.setattr(processes.jax, "process_index", lambda: process)
