@@ -25,7 +25,7 @@ import tqdm
 from deepseek_jax.config import Config, TrainConfig, model_config
 from deepseek_jax.data.position import beginning
 from deepseek_jax.parallel.meeting import Group
-from deepseek_jax.parallel.processes import StopAgreement, joined
+from deepseek_jax.parallel.processes import SaveTimer, StopAgreement, joined
 from deepseek_jax.training import loop
 from deepseek_jax.training.metrics import MetricsWriter
 from deepseek_jax.training.types import Metrics
@@ -63,8 +63,9 @@ def overhead(steps: int, seconds: float) -> tuple[float, float, float]:
     run.loader = types.SimpleNamespace(iterate=lambda start: ((i, {"active": 1}) for i in range(steps)))
     run.runner = types.SimpleNamespace(shard_batch=lambda batch: batch, rows=8)
     run.step_fn, run.state, run.step, run.peak, run.flops = step, None, 0, 1e12, 1e6
-    run.agreement = StopAgreement()
+    run.agreement, run.timer = StopAgreement(), SaveTimer(None)
     run.watching, run.position = Watching(run.config, None), beginning(run.config)
+    run.checkpoints = types.SimpleNamespace(local=None)
     run.base = run.frozen_params = run.reference = run.compared = None
     with tempfile.TemporaryDirectory() as workdir, tqdm.tqdm(total=steps, file=io.StringIO(), mininterval=1.0) as bar:
         run.writer = MetricsWriter(workdir, None)

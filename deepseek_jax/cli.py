@@ -13,7 +13,8 @@ from typing import Any, NoReturn
 from deepseek_jax import runtime, stop, storage
 from deepseek_jax.config import ConfigError, did_you_mean, usable_path
 
-PATHS = ("workdir", "hf", "config", "data", "out", "prompts", "json", "plot", "teacher", "task_folder", "src", "dst")
+PATHS = ("workdir", "hf", "config", "data", "out", "prompts", "json", "plot", "teacher", "task_folder", "src", "dst",
+         "checkpoint")
 ON_DISK = ("prompts", "task_folder")  # of these, those that are read by what knows files alone
 
 

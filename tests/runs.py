@@ -22,7 +22,7 @@ from unittest import mock
 import jax
 import numpy as np
 
-from deepseek_jax import cli, compare, convert, evaluate, generate, prepare, runtime, storage, train
+from deepseek_jax import check, cli, compare, convert, evaluate, generate, prepare, runtime, storage, train
 from deepseek_jax.checkpoint import manifest
 from deepseek_jax.checkpoint.manager import restore_items
 from deepseek_jax.training.metrics import read_metrics
@@ -51,7 +51,7 @@ DENSE = ["--config.model.num_layers=1", "--config.model.mtp_depth=0", "--config.
          "--config.train.ramp_from=None", "--config.train.ema_decay=0"]
 TIMINGS = ("tokens_per_second", "mfu", "seconds_data", "seconds_step", "seconds_write", "device_bytes_peak")
 COMMANDS = {"train": train, "evaluate": evaluate, "compare": compare, "generate": generate,
-            "prepare": prepare, "convert": convert}
+            "prepare": prepare, "convert": convert, "check": check}
 
 
 def write_corpus(folder: pathlib.Path, files=10):

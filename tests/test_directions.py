@@ -141,6 +141,7 @@ MAY_IMPORT = {
               "posttraining.preferences", "training.loop", "training.summary"),
     "reinforce": ("cli", "logs", "stop", "parallel.cluster", "posttraining.loop", "config"),
     "prepare": ("cli", "data", "config"),
+    "check": ("cli", "checkpoint.manifest", "storage", "config"),
     "evaluate": ("cli", "io", "training.evaluate", "serving", "chat", "workdir", "config"),
     "routing": ("model", "workdir", "config"),
     "compare": ("cli", "io", "table", "plots", "training.comparison", "training.metrics", "workdir", "config"),
@@ -150,7 +151,8 @@ MAY_IMPORT = {
     "plan": ("cli", "io", "scale", "config"),
     "compile": ("cli", "io", "scale", "config"),
 }
-COMMANDS = ("train", "prepare", "reinforce", "evaluate", "compare", "generate", "serve", "convert", "plan", "compile")
+COMMANDS = ("train", "prepare", "reinforce", "check", "evaluate", "compare", "generate", "serve", "convert", "plan",
+            "compile")
 
 WITHOUT_JAX = ("config", "configs", "cli", "runtime", "stop", "io", "history", "logs", "parallel.meeting",
                "parallel.watch", "plugin", "chat", "data", "workdir", "pipeline.orders", "pipeline.ticks",

@@ -18,7 +18,7 @@ from tests.buckets import SCHEMES, stores
 
 @pytest.fixture
 def two():
-    return load_config("tiny"), load_config("tiny", ["--config.train.steps=7"])
+    return load_config("tiny"), load_config("tiny", ["--config.train.seed=7"])
 
 
 def test_two_processes_never_train_in_one_work_directory(tmp_path):
@@ -166,10 +166,10 @@ def test_a_start_that_failed_before_its_first_checkpoint_binds_nobody(two, tmp_p
     assert load_workdir_config(str(tmp_path)) == two[1]
 
     (tmp_path / "checkpoints" / "3").mkdir(parents=True)
-    with pytest.raises(ConfigError, match="train.steps is 7 there, 360 here"):
+    with pytest.raises(ConfigError, match="train.seed is 7 there, 0 here"):
         check_workdir(two[0], str(tmp_path))
     claim_workdir(two[0], str(tmp_path))
-    assert load_workdir_config(str(tmp_path)).train.steps == 7
+    assert load_workdir_config(str(tmp_path)).train.seed == 7
 
 
 def test_a_checkpoint_of_hugging_face_is_no_start(tmp_path):

@@ -1,2 +1,3 @@
-"""Checkpoints: the arrays of a run (`manager`), directories that are committed atomically (`manifest`), and the zarr
-arrays of converted checkpoints (`arrays`)."""
+"""Checkpoints: those of a run (`manager`), written by all of its processes (`chunks`, `agreement`) and on the machines
+themselves (`local`); directories that are committed atomically (`manifest`); zarr arrays, checked as they are read
+(`arrays`)."""

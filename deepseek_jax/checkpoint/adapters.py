@@ -23,10 +23,11 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import NamedSharding
 
-from deepseek_jax import io
 from deepseek_jax.checkpoint.arrays import Stored, restore
 from deepseek_jax.checkpoint.blocks import in_blocks
-from deepseek_jax.checkpoint.manager import check_fit, find_checkpoint, read_items
+from deepseek_jax.checkpoint.format import read_meta
+from deepseek_jax.checkpoint.manager import check_fit, find_checkpoint, read_checkpoint, read_items
+from deepseek_jax.checkpoint.manifest import files_of
 from deepseek_jax.config import ConfigError
 
 
@@ -56,8 +57,7 @@ def identify(folder: str, scale: float, known: Base | None = None, what: str = "
         path = find_checkpoint(folder, None if known is None else known.step)
     except ConfigError as error:
         raise ConfigError(f"{what}={folder}, cannot be read: {error}") from error
-    files = io.read_json(path / "manifest.json")["files"]
-    digest = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+    digest = hashlib.sha256(json.dumps(files_of(path), sort_keys=True).encode()).hexdigest()
     base = Base(folder, int(path.name), digest, scale, fp8)
     if known is not None and base.digest != known.digest:
         raise ConfigError(f"{what}={folder}, is another checkpoint of step {known.step} than the one that the training "
@@ -67,7 +67,7 @@ def identify(folder: str, scale: float, known: Base | None = None, what: str = "
 
 def base_of(path: pathlib.Path) -> Base | None:
     """What the adapters in a checkpoint belong to; None: it holds all weights."""
-    found = io.read_json(path / "meta.json")["meta"].get("lora")
+    found = read_meta(path)["meta"].get("lora")
     return None if found is None else Base(**found)
 
 
@@ -83,8 +83,7 @@ def restore_weights(workdir: str | os.PathLike[str], abstract: dict[str, Any] | 
     Raises:
       ConfigError: no such checkpoint there, one that does not fit, or a base that is not there any more.
     """
-    path = find_checkpoint(workdir, step)
-    return read_weights(path, abstract, ema), int(path.name)
+    return read_checkpoint(workdir, lambda path: read_weights(path, abstract, ema), step)
 
 
 def read_weights(path: pathlib.Path, abstract: dict[str, Any] | None = None, ema: bool = False,
@@ -125,9 +124,9 @@ def stored(checkpoint: pathlib.Path, name: str = "params") -> dict[str, Any]:
 
     name: "ema": the moving average of the parameters; there may be none.
     """
-    base, leaves = base_of(checkpoint), io.read_json(checkpoint / "meta.json")["leaves"]
-    own = {path.replace(f"{name}/", "params/", 1): Stored(str(checkpoint), leaf, path) for path, leaf in leaves.items()
-           if path.startswith(f"{name}/")}
+    base, leaves, files = base_of(checkpoint), read_meta(checkpoint)["leaves"], files_of(checkpoint)
+    own = {path.replace(f"{name}/", "params/", 1): Stored(checkpoint, leaf, files, path)
+           for path, leaf in leaves.items() if path.startswith(f"{name}/")}
     if base is None or not own:
         return own
     below = stored(identify(base.folder, base.scale, base)[1])

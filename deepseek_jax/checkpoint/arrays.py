@@ -25,6 +25,7 @@ import numpy as np
 import tensorstore
 
 from deepseek_jax import io, storage
+from deepseek_jax.checkpoint.manifest import read_checked
 from deepseek_jax.config import ConfigError
 from kernels_pallas.constants import BLOCK
 
@@ -102,7 +103,7 @@ class Writer:
         grid = {"name": "regular", "configuration": {"chunk_shape": list(chunk)}}
         endian = {"configuration": {"endian": "little"}} if self.dtype.itemsize > 1 else {}
         if not storage.is_remote(root):
-            os.makedirs(os.path.join(root, folder))
+            os.makedirs(os.path.join(root, folder), exist_ok=True)  # by each of those that write the array
         if not describes:
             return
         self._file("zarr.json", json.dumps({
@@ -134,12 +135,21 @@ class Writer:
 
 
 class Stored:
-    """The leaf `name` of a checkpoint at `path`, converted or written by Orbax; slices of it are read on demand."""
+    """A leaf of a checkpoint, converted or trained; slices of it are read on demand, and checked as they are read.
 
-    def __init__(self, path, leaf, name=None):
+    Args:
+      path: of the checkpoint.
+      leaf: what its meta.json says of the leaf.
+      files: `manifest.files_of` the checkpoint.
+      name: of the leaf, by which Orbax knows it.
+    Raises:
+      DamagedError: here or in reading, for a file that is not what was written. Those that Orbax wrote are not checked.
+    """
+
+    def __init__(self, path, leaf, files, name):
         self.shape, self.dtype = tuple(leaf["shape"]), np.dtype(leaf["dtype"])
-        self.values = _open(path, leaf["zarr"]) if "zarr" in leaf else _open_orbax(path, name)
-        self.scales = _open(path, leaf["scales"]) if "scales" in leaf else None
+        self.values = _open_orbax(path, name) if "orbax" in leaf else _open(path, leaf["zarr"], files)
+        self.scales = _open(path, leaf["scales"], files) if "scales" in leaf else None
         self.inputs = leaf.get("inputs", 0)
 
     def __getitem__(self, index):
@@ -168,21 +178,14 @@ class Stored:
         return matrix.reshape([outer.get(axis, int(n)) for axis, n in enumerate(shape)])[tuple(ours)]
 
 
-def _open(path, folder):
-    if storage.is_remote(path):
-        return _open_objects(os.path.join(os.fspath(path), folder))
-    spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": os.path.join(os.fspath(path), folder)}}
-    return tensorstore.open(spec, read=True).result()
-
-
-def _open_objects(address):
-    """An array that `Writer` wrote into a bucket, read by the same client as all that is there."""
-    about = io.read_json(f"{address}/zarr.json")
+def _open(path, folder, files):
+    """An array that `Writer` wrote. Chunks are read as a whole: a checksum is of all its bytes."""
+    about = io.parse_json(read_checked(path, os.path.join(folder, "zarr.json"), files))
     chunk, dtype = about["chunk_grid"]["configuration"]["chunk_shape"], np.dtype(about["data_type"])
 
     def read(domain, out, _):
         index = [first // size for first, size in zip(domain.inclusive_min, chunk)]
-        data = storage.read_bytes(f"{address}/{'.'.join(map(str, ['c', *index]))}")
+        data = read_checked(path, os.path.join(folder, ".".join(map(str, ["c", *index]))), files)
         begins = [first - i * size for first, i, size in zip(domain.inclusive_min, index, chunk)]
         part = tuple(slice(begin, begin + length) for begin, length in zip(begins, domain.shape))
         out[...] = np.frombuffer(data, dtype).reshape(chunk)[part]
@@ -193,9 +196,9 @@ def _open_objects(address):
 
 
 def check_on_disk(path: str | os.PathLike[str]) -> None:
-    """Raises ConfigError for the address of a checkpoint that Orbax wrote, which reads disks alone."""
+    """Raises ConfigError for the address of a checkpoint that Orbax wrote, before format 2."""
     if storage.is_remote(path):
-        raise ConfigError(f"{os.fspath(path)} was written on a disk, and is read from one alone; copy the run there.")
+        raise ConfigError(f"{os.fspath(path)} was written by Orbax, and is read from disks alone; copy the run to one.")
 
 
 def _open_orbax(path, name):
@@ -230,8 +233,13 @@ def restore(stored: Any, wanted: Any) -> jax.Array:
     import jax
     import jax.numpy as jnp
 
+    parts = {}
+
     def part(index):
-        return stored[index].astype(wanted.dtype)
+        place = tuple((cut.start, cut.stop) for cut in index)
+        if place not in parts:  # of several devices that hold the same
+            parts[place] = stored[index].astype(wanted.dtype, copy=False)
+        return parts[place]
 
     sharding = getattr(wanted, "sharding", None)
     if sharding is None:  # uncommitted: goes with any mesh

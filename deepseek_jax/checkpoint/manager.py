@@ -1,10 +1,9 @@
 """Checkpoints that survive kill -9, full disks and flipped bits.
 
-Orbax writes the arrays of `WORKDIR/checkpoints/STEP` in the background; `manifest` commits that directory
-atomically, and its manifest is checked before anything is restored. In a bucket, `objects` writes them. The state may
-be any pytree. It is stored
-flat, leaf by leaf under its path ("params/embed/table"), so that other commands can read the parameters without
-knowing the optimizer.
+`chunks` writes the arrays of `WORKDIR/checkpoints/STEP` in the background, and `manifest` commits that folder
+atomically. What is read is checked as it is read, and nothing else of it; where that fails, all processes take the
+checkpoint before it. The state may be any pytree. It is stored flat, leaf by leaf under its path
+("params/embed/table"), so that other commands can read the parameters without knowing the optimizer.
 """
 
 from __future__ import annotations
@@ -14,17 +13,21 @@ import errno
 import math
 import os
 import pathlib
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from deepseek_jax import io, storage
-from deepseek_jax.checkpoint import arrays, manifest, objects
+from deepseek_jax import storage
+from deepseek_jax.checkpoint import agreement, arrays, chunks, manifest
+from deepseek_jax.checkpoint.format import read_meta, write_meta
+from deepseek_jax.checkpoint.local import LocalCheckpoints
 from deepseek_jax.config import ConfigError
+
+T = TypeVar("T")
 
 
 class CheckpointError(OSError):
@@ -32,11 +35,16 @@ class CheckpointError(OSError):
 
 
 class Checkpoints:
-    """The newest `keep` checkpoints of one work directory; only the process that trains there may hold this."""
+    """The newest `keep` checkpoints of one work directory, and those of steps that `keep_period` divides; only the
+    processes that train there may hold this.
 
-    def __init__(self, workdir, keep: int = 3):
+    local: a folder on each machine, for what `save_local` saves.
+    """
+
+    def __init__(self, workdir: str | os.PathLike[str], keep: int = 3, keep_period: int | None = None,
+                 local: str | None = None):
         self.directory = manifest.directory_of(workdir)
-        self.keep = keep
+        self.keep, self.keep_period = keep, keep_period
         self._damaged = set()  # steps seen damaged by restore; the next commit removes them
         self._attempts = 0
         self._pending = None
@@ -44,6 +52,19 @@ class Checkpoints:
         if jax.process_index() == 0:
             storage.make_folder(self.directory)
             manifest.clean_up(self.directory)
+        self.local = None if local is None else LocalCheckpoints(local, self.directory)
+
+    def save_local(self, step: int, state: Any, meta: dict) -> None:
+        """`save` onto this machine alone, where there is a folder for it. Nobody waits for other processes.
+
+        Raises:
+          CheckpointError: the one before it could not be written.
+        """
+        assert self.local is not None
+        try:
+            self.local.save(step, *_flatten(state), meta)
+        except OSError as error:
+            raise CheckpointError(str(error)) from error
 
     def save(self, step: int, state: Any, meta: dict) -> None:
         """Starts writing `state` and returns; its buffers may be donated at once.
@@ -63,36 +84,25 @@ class Checkpoints:
         self._attempts += 1
         # A new name each time: what an attempt that failed still writes must not get into the next.
         partial = manifest.begin(self.directory, step, self._attempts)
-        if storage.is_remote(partial):
-            self._pending = self._save_objects(step, partial, arrays, leaves, meta)
-            return
-        # Asynchronous creation of directories, if it fails, leaves Orbax threads waiting that delay the exit.
-        options = ocp.options.AsyncOptions(create_directories_asynchronously=False)
-        writer = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(), async_options=options)
+        name = agreement.from_first(lambda: self._begin(step, partial, meta, leaves, arrays))
+        save = chunks.Save(partial, name, arrays)
+        written = f"checkpoint {step}, {self._attempts}"
+        self._pending = self._thread.submit(self._commit, step, partial, lambda: save.write(written))
+
+    def _begin(self, step, partial, meta, leaves, arrays) -> str:
+        """Makes the folder and its meta.json. The name of what holds the arrays."""
+        name = chunks.new_state()
+        leaves = chunks.describe(name, leaves, arrays)
         try:
-            if jax.process_index() == 0:
+            if storage.is_remote(partial):
+                manifest.discard(partial)  # what an attempt that failed has left there, too
+            else:
                 manifest.clean_up(self.directory)
                 partial.mkdir()
-                io.write_json(partial / "meta.json", {"step": step, "meta": meta, "leaves": leaves}, indent=None,
-                              sync=True)
-            writer.save(partial / "state", args=ocp.args.PyTreeSave(arrays))
-        except Exception as error:
+            write_meta(partial, step, meta, leaves)
+        except (OSError, storage.StorageError) as error:
             raise self._failed(step, partial, error) from error
-        # Closing waits for the bytes, and raises what went wrong with them.
-        self._pending = self._thread.submit(self._commit, step, partial, writer.close)
-
-    def _save_objects(self, step, address, arrays, leaves, meta):
-        """The same into a bucket; only its copy to the host is made here."""
-        save, name = objects.Save(address, arrays, leaves), f"checkpoint {step}, {self._attempts}"
-        try:
-            if jax.process_index() == 0:
-                manifest.discard(address)  # what an attempt that failed has left there, too
-                about = {"step": step, "meta": meta, "leaves": leaves, "state": save.state}
-                io.write_json(address / "meta.json", about, indent=None)
-        except Exception as error:
-            raise self._failed(step, address, error) from error
-        objects.wait_for_all(f"{name}, begun")
-        return self._thread.submit(self._commit, step, address, lambda: save.write(f"{name}, written"))
+        return name
 
     def wait(self) -> None:
         """Returns once the last save is committed. Raises CheckpointError, once, if it failed."""
@@ -101,7 +111,8 @@ class Checkpoints:
             pending.result()
 
     def restore(self, abstract_state: Any) -> tuple[Any, dict[str, Any]] | None:
-        """The newest undamaged checkpoint as (state, meta), or None if there is none yet.
+        """The newest undamaged checkpoint as (state, meta), or None if there is none yet: what these machines have of
+        their own, unless the work directory has a newer one.
 
         Args:
           abstract_state: the state's pytree, of jax.ShapeDtypeStruct (or arrays). A leaf with a sharding is read
@@ -111,14 +122,20 @@ class Checkpoints:
           ConfigError: the state differs in a leaf from the saved one, or every checkpoint is damaged.
         """
         self.wait()
-        path, damaged = manifest.newest(self.directory)
-        self._damaged = {int(p.name) for p, _ in damaged}
-        if path is None:
+        read = lambda path: restore_state(path, abstract_state)
+        if self.local is not None:
+            newest = agreement.from_first(lambda: max(self.steps(), default=0))
+            found = self.local.restore(read, newest)
+            if found is not None:
+                return found
+        found = read_newest(self.directory, read)
+        self._damaged = set(found.damaged)
+        if found.step is None:
             return None
-        if damaged:
-            names = ", ".join(f"{p.name} ({why})" for p, why in damaged)
-            print(f"Damaged checkpoint in {self.directory}: {names}; resuming from {path.name} instead.", flush=True)
-        return restore_state(path, abstract_state)
+        if found.damaged and jax.process_index() == 0:
+            names = ", ".join(f"{step} ({why})" for step, why in found.damaged.items())
+            print(f"Damaged checkpoint in {self.directory}: {names}; resuming from {found.step} instead.", flush=True)
+        return found.value
 
     def steps(self) -> list[int]:
         """Steps of the committed checkpoints, ascending."""
@@ -128,6 +145,8 @@ class Checkpoints:
         """Waits for the last save. Raises as `wait` does."""
         try:
             self.wait()
+            if self.local is not None:
+                self.local.close()
         finally:
             self._thread.shutdown()
 
@@ -145,7 +164,8 @@ class Checkpoints:
     def _retire(self, newest):
         """Removes the checkpoints that are superfluous after the commit of `newest`."""
         whole = [step for step in self.steps() if step <= newest and step not in self._damaged]
-        for step in self._damaged.union(whole[:-self.keep]):
+        old = [step for step in whole[:-self.keep] if self.keep_period is None or step % self.keep_period]
+        for step in self._damaged.union(old):
             manifest.discard(self.directory / str(step))
         self._damaged.clear()
 
@@ -162,25 +182,71 @@ class Checkpoints:
         return CheckpointError(f"checkpoint {step} was not written to {self.directory}: {why}. {kept}")
 
 
+class Found(NamedTuple):
+    """What was read of the newest checkpoint that is whole. step: None: there is none. damaged: {newer step: why}."""
+
+    step: int | None
+    value: Any
+    damaged: dict[int, str]
+
+
+def read_newest(directory: pathlib.Path, read: Callable[[pathlib.Path], Any]) -> Found:
+    """read(checkpoint) of the newest one that is whole, as far as the processes read it. All of them take the same.
+
+    Raises ConfigError if every checkpoint is damaged.
+    """
+    known: dict[int, str] = {}
+    while True:
+        step, damaged = agreement.from_first(lambda: manifest.newest(directory, known))
+        damaged = {int(newer): why for newer, why in damaged.items()}  # JSON has made words of them
+        if step is None:
+            return Found(None, None, damaged)
+        path, value, why = directory / str(step), None, None
+        try:
+            value = read(path)
+        except manifest.DamagedError as error:
+            if error.path != os.fspath(path):  # another one, which this one is based on
+                raise
+            why = error.why
+        said = agreement.said_by_any(why)
+        if not said:
+            return Found(step, value, damaged)
+        known[step] = said[0]
+
+
 def find_checkpoint(workdir: str | os.PathLike[str], step: int | None = None) -> pathlib.Path:
-    """The folder of a step's checkpoint; None: of the newest undamaged one. Raises ConfigError where there is none."""
+    """The folder of a step's checkpoint; None: of the newest complete one, the same in all processes.
+
+    Raises ConfigError where there is none.
+    """
     directory = manifest.directory_of(workdir)
-    path = manifest.newest(directory)[0] if step is None else manifest.of_step(directory, step)
-    if path is None:
+    if step is not None:
+        return manifest.of_step(directory, step)
+    found = agreement.from_first(lambda: manifest.newest(directory)[0])
+    return directory / str(_there(workdir, found))
+
+
+def read_checkpoint(workdir: str | os.PathLike[str], read: Callable[[pathlib.Path], T],
+                    step: int | None = None) -> tuple[T, int]:
+    """read(checkpoint) of a step's checkpoint, or of the newest that is whole, and its step. Raises ConfigError."""
+    directory = manifest.directory_of(workdir)
+    if step is not None:
+        return read(manifest.of_step(directory, step)), step
+    found = read_newest(directory, read)
+    return found.value, _there(workdir, found.step)
+
+
+def _there(workdir, step: int | None) -> int:
+    if step is None:
         raise ConfigError(f"{workdir} holds no checkpoint; give the --workdir of a run that has saved one.")
-    return path
-
-
-def restore_state(path: pathlib.Path, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
-    """The state of the checkpoint in a folder, and its meta. Arguments and errors as of `Checkpoints.restore`."""
-    saved = io.read_json(path / "meta.json")
-    return _read(path, saved["leaves"], abstract_state), saved["meta"]
+    return step
 
 
 def restore_items(workdir: str | os.PathLike[str], names: Sequence[str] = ("params", "router"),
                   abstract: dict[str, Any] | None = None,
                   step: int | None = None) -> tuple[dict[str, Any], int, dict[str, Any]]:
-    """Reads some entries of a state of a work directory, which another process may be training.
+    """Reads some entries of a state of a work directory, which another process may be training. Nothing else of it is
+    read, nor checked.
 
     Args:
       names: entries of the state's top level. One that the state lacks comes back as {}.
@@ -194,13 +260,13 @@ def restore_items(workdir: str | os.PathLike[str], names: Sequence[str] = ("para
     Raises:
       ConfigError: no such checkpoint there, none undamaged, or `abstract` differs in a leaf.
     """
-    return read_items(find_checkpoint(workdir, step), names, abstract)
+    return read_checkpoint(workdir, lambda path: read_items(path, names, abstract), step)[0]
 
 
 def read_items(path: pathlib.Path, names: Sequence[str], abstract: dict[str, Any] | None = None,
                cast: bool = False) -> tuple[dict[str, Any], int, dict[str, Any]]:
     """`restore_items` of the checkpoint in a folder. cast: leaves become what `abstract` says, whatever their dtype."""
-    saved = io.read_json(path / "meta.json")
+    saved = read_meta(path)
     leaves = {name: leaf for name, leaf in saved["leaves"].items() if name.split("/")[0] in names}
     items = {name: {} for name in names}
     if abstract is not None:
@@ -213,6 +279,12 @@ def read_items(path: pathlib.Path, names: Sequence[str], abstract: dict[str, Any
                 node = node.setdefault(parent, {})
             node[key] = value
     return items, saved["step"], saved["meta"]
+
+
+def restore_state(path: pathlib.Path, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
+    """The state of the checkpoint in a folder, and its meta. Arguments and errors as of `Checkpoints.restore`."""
+    saved = read_meta(path)
+    return _read(path, saved["leaves"], abstract_state), saved["meta"]
 
 
 # Leaves: a state as {path: array}, and back.
@@ -255,40 +327,46 @@ def _read(path, leaves, abstract, cast=False):
     with `cast` all of them."""
     wanted, treedef = _named(abstract)
     wanted = {name: leaf if hasattr(leaf, "dtype") else jnp.asarray(leaf) for name, leaf in wanted.items()}
-    adapts = lambda leaf: cast or ("zarr" in leaf and "exact" not in leaf)
-    leaves = {name: leaf | {"dtype": str(wanted[name].dtype)} if adapts(leaf) and name in wanted else leaf
+    converted = lambda leaf: "zarr" in leaf and "exact" not in leaf
+    leaves = {name: leaf | {"dtype": str(wanted[name].dtype)} if (cast or converted(leaf)) and name in wanted else leaf
               for name, leaf in leaves.items()}
     check_fit(path, {name: f"{leaf['dtype']}{leaf['shape']}" for name, leaf in leaves.items()},
               {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in wanted.items()})
-    chunked = [name for name in wanted if "zarr" in leaves[name]]
-    if any(math.prod(leaf.shape) for name, leaf in wanted.items() if name not in chunked):
-        arrays.check_on_disk(path)
-    shapes, how, each = {}, {}, storage.in_parallel if storage.is_remote(path) else map
-    read = dict(zip(chunked, each(lambda name: _read_chunks(path, leaves[name], wanted[name]), chunked)))
-    for name, leaf in wanted.items():
-        if name in read:
-            continue
-        if math.prod(leaf.shape):
-            sharding = getattr(leaf, "sharding", None)
-            shapes[name] = jax.eval_shape(jax.random.key_data, leaf) if _is_key(leaf) else leaf
-            # Uncommitted arrays go with any mesh; Orbax by itself would ask for the devices of the run that saved.
-            dtype = leaf.dtype if cast else None
-            how[name] = (ocp.ArrayRestoreArgs(restore_type=jax.Array, sharding=sharding, dtype=dtype) if sharding
-                         else ocp.RestoreArgs(restore_type=np.ndarray, dtype=dtype))
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-        args = ocp.args.PyTreeRestore(shapes, restore_args=how, partial_restore=True)
-        read |= reader.restore(path / "state", args=args) if shapes else {}
+    filled = [name for name, leaf in wanted.items() if math.prod(leaf.shape)]
+    of_orbax = {name: wanted[name] for name in filled if "orbax" in leaves[name]}
+    read = _read_orbax(path, of_orbax, cast) if of_orbax else {}
+    files, chunked = manifest.files_of(path), [name for name in filled if name not in of_orbax]
+    read |= dict(zip(chunked, storage.in_parallel(
+        lambda name: _read_chunks(path, leaves[name], files, name, wanted[name]), chunked)))
     return treedef.unflatten([_finish(leaf, leaves[name], read.get(name)) for name, leaf in wanted.items()])
 
 
-def _read_chunks(path, leaf, wanted):
-    """A leaf that is stored in zarr chunks."""
-    if "exact" not in leaf:
-        return arrays.restore(arrays.Stored(path, leaf), wanted)
+def _read_orbax(path, wanted, cast):
+    """Arrays that Orbax wrote, as this program did before format 2. Its files have no checksums of what they hold, so
+    all of them are read for ours first, each by one of the processes."""
+    arrays.check_on_disk(path)
+    for why in manifest.damages(path, (jax.process_index(), jax.process_count())):
+        raise manifest.DamagedError(path, why)
+    shapes, how = {}, {}
+    for name, leaf in wanted.items():
+        sharding = getattr(leaf, "sharding", None)
+        shapes[name] = jax.eval_shape(jax.random.key_data, leaf) if _is_key(leaf) else leaf
+        # Uncommitted arrays go with any mesh; Orbax by itself would ask for the devices of the run that saved.
+        dtype = leaf.dtype if cast else None
+        how[name] = (ocp.ArrayRestoreArgs(restore_type=jax.Array, sharding=sharding, dtype=dtype) if sharding
+                     else ocp.RestoreArgs(restore_type=np.ndarray, dtype=dtype))
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        return reader.restore(path / "state", args=ocp.args.PyTreeRestore(shapes, restore_args=how,
+                                                                          partial_restore=True))
+
+
+def _read_chunks(path, leaf, files, name, wanted):
+    """A leaf that is stored in zarr chunks; NumPy's where it may be on any device, which this thread does not know."""
     held = jax.eval_shape(jax.random.key_data, wanted) if _is_key(wanted) else wanted
-    found = arrays.Stored(path, leaf | {"shape": held.shape, "dtype": str(held.dtype)})
-    sharding = getattr(wanted, "sharding", None)
-    if sharding is None:  # `_finish` knows which of NumPy's stay so
+    if "exact" in leaf:
+        leaf = leaf | {"shape": held.shape, "dtype": str(held.dtype)}
+    found, sharding = arrays.Stored(path, leaf, files, name), getattr(wanted, "sharding", None)
+    if sharding is None:
         return found[(slice(None),) * len(held.shape)].astype(held.dtype, copy=False)
     return arrays.restore(found, jax.ShapeDtypeStruct(held.shape, held.dtype, sharding=sharding))
 

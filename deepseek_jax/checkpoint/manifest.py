@@ -1,12 +1,15 @@
 """Directories that are committed atomically (no jax here).
 
-A checkpoint is written as `STEP.ATTEMPT.partial`. `commit` adds the length and CRC32 of each file, flushes
-everything to disk, and then renames it to `STEP`; a removal renames it to `STEP.trash` first. So a name
-without a suffix is a committed checkpoint, and `damage` finds a flipped bit, a missing file or a short one.
+A checkpoint is written as `STEP.ATTEMPT.partial`. Whoever writes a file flushes it to the disk and takes its length and
+CRC32; `commit` joins the lists in a manifest, and then renames the folder to `STEP`; a removal renames it to
+`STEP.trash` first. So a name without a suffix is a committed checkpoint.
+
+    incomplete    the manifest, the length of each file, and meta.json: what is looked at before a checkpoint is read
+    arrays        each chunk is compared with its checksum as it is read
+    damages       every byte of every file
 
 Buckets rename nothing. There the manifest is the last object of a checkpoint to be written and the first to be removed,
-and what has none is no checkpoint. It also has the store's own checksum of each object, so that one listing shows
-whether all of them are what was written, and nothing is read for it.
+and what has none is no checkpoint.
 """
 
 from __future__ import annotations
@@ -15,9 +18,21 @@ import os
 import pathlib
 import shutil
 import zlib
+from collections.abc import Iterator
 
 from deepseek_jax import io, storage
 from deepseek_jax.config import ConfigError
+
+
+class DamagedError(ConfigError):
+    """A checkpoint that is not what was written. path: of it. why: in a few words."""
+
+    def __init__(self, path: str | os.PathLike[str], why: str):
+        super().__init__(f"the checkpoint {os.fspath(path)} is damaged: {why}; take another step.")
+        self.path, self.why = os.fspath(path), why
+
+    def __reduce__(self):  # TensorStore pickles what is raised in reading
+        return DamagedError, (self.path, self.why)
 
 
 def directory_of(workdir: str | os.PathLike[str]) -> pathlib.Path:
@@ -43,65 +58,135 @@ def steps(directory: pathlib.Path) -> list[int]:
     return sorted(int(p.name) for p in directory.glob("*") if p.name.isdecimal() and p.is_dir())
 
 
-def newest(directory: pathlib.Path) -> tuple[pathlib.Path | None, list[tuple[pathlib.Path, str]]]:
-    """-> (newest undamaged checkpoint or None, [(newer but damaged, why)]). Raises ConfigError if all are damaged."""
-    damaged = []
+def newest(directory: pathlib.Path, known: dict[int, str] | None = None) -> tuple[int | None, dict[int, str]]:
+    """-> (step of the newest checkpoint that is complete or None, {step of a newer one: why it is not}).
+
+    known: {step: what is wrong with it}, found in reading it. Raises ConfigError if none is left.
+    """
+    known, damaged = known or {}, {}
     for step in reversed(steps(directory)):
         path = directory / str(step)
-        why = damage(path)
+        why = known.get(step) or incomplete(path)
         if why is None:
-            return path, damaged
+            return step, damaged
         if _is_there(path):  # otherwise a training run has just removed it
-            damaged.append((path, why))
+            damaged[step] = why
     if damaged:
-        names = ", ".join(f"{p.name} ({why})" for p, why in damaged)
+        names = ", ".join(f"{step} ({why})" for step, why in damaged.items())
         raise ConfigError(f"every checkpoint in {directory} is damaged: {names}; "
                           "restore that directory from a backup, or remove it to start again from step 0.")
-    return None, []
+    return None, {}
 
 
 def of_step(directory: pathlib.Path, step: int) -> pathlib.Path:
-    """The checkpoint of a step. Raises ConfigError if it is not there, or damaged."""
+    """The checkpoint of a step. Raises ConfigError if it is not there, or not complete."""
     path = directory / str(step)
     if step not in (known := steps(directory)):
         there = ", ".join(map(str, known)) or "none"
         raise ConfigError(f"{directory} holds no checkpoint of step {step}; there are: {there}.")
-    if why := damage(path):
-        raise ConfigError(f"the checkpoint {path} is damaged: {why}; take another step.")
+    if why := incomplete(path):
+        raise DamagedError(path, why)
     return path
 
 
-def damage(path: pathlib.Path) -> str | None:
-    """What is wrong with a checkpoint, in a few words; None if every byte is as it was written."""
+def files_of(path: str | os.PathLike[str]) -> dict[str, list[int]]:
+    """{file: [length, CRC32]} of a checkpoint. Raises DamagedError."""
     try:
-        files = io.read_json(path / "manifest.json")["files"]
-        expected = [(name, size, crc, *tag) for name, (size, crc, *tag) in files.items()]
+        files = io.read_json(os.path.join(path, "manifest.json"))["files"]
+        return {name: [size, crc] for name, (size, crc, *_) in files.items()}  # earlier ones say more of objects
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return "manifest.json is unreadable"
-    if storage.is_remote(path):
-        return _damage_of_objects(path, expected)
-    for name, size, crc, *_ in expected:
-        try:
-            found = _fingerprint(path / name)
-        except OSError:
-            return f"{name} is missing"
-        if found[0] != size:
-            return f"{name} has {found[0]} of {size} bytes"
-        if found[1] != crc:
-            return f"{name} fails its checksum"
+        raise DamagedError(path, "manifest.json is unreadable") from None
+
+
+def read_checked(path: str | os.PathLike[str], name: str, files: dict[str, list[int]]) -> bytes:
+    """The content of a file of a checkpoint. Raises DamagedError where it is not what `files` says."""
+    if name not in files:
+        raise DamagedError(path, f"{name} is not in its manifest")
+    try:
+        data = storage.read_bytes(os.path.join(path, name))
+    except FileNotFoundError:
+        raise DamagedError(path, f"{name} is missing") from None
+    except OSError as error:
+        raise DamagedError(path, f"{name} cannot be read ({error.strerror or error})") from error
+    if why := _differs(name, [len(data), zlib.crc32(data)], files[name]):
+        raise DamagedError(path, why)
+    return data
+
+
+def incomplete(path: pathlib.Path) -> str | None:
+    """What is missing of a checkpoint, in a few words; None: its files are there with their lengths, and meta.json is
+    what was written."""
+    try:
+        files = files_of(path)
+        if why := _missing(path, files):
+            return why
+        read_checked(path, "meta.json", files)
+    except DamagedError as error:
+        return error.why
     return None
 
 
-def _damage_of_objects(path, expected):
-    found = storage.entries(path)
-    for name, size, crc, *tag in expected:
+def _missing(path, files):
+    """The first file that is not there, or not with its length."""
+    if storage.is_remote(path):
+        found = {name: entry.size for name, entry in storage.entries(path).items()}
+    else:
+        found = {name: size for name, size in zip(files, storage.in_parallel(lambda n: _size(path / n), files))
+                 if size is not None}
+    for name, (size, _) in files.items():
         if name not in found:
             return f"{name} is missing"
-        if found[name].size != size:
-            return f"{name} has {found[name].size} of {size} bytes"
-        # In a copy the store's checksum may be another one, and says nothing.
-        if tag and found[name].tag != tag[0] and zlib.crc32(storage.read_bytes(path / name)) != crc:
-            return f"{name} fails its checksum"
+        if found[name] != size:
+            return f"{name} has {found[name]} of {size} bytes"
+    return None
+
+
+def _size(path):
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return None
+
+
+def damages(path: pathlib.Path, share: tuple[int, int] = (0, 1)) -> Iterator[str]:
+    """What is wrong with each file of a checkpoint that is not as it was written. Reads all of them.
+
+    share: (i, n): every n-th file, from the i-th on.
+    """
+    try:
+        files = files_of(path)
+    except DamagedError as error:
+        yield error.why
+        return
+    names = sorted(files)[share[0]::share[1]]
+    yield from filter(None, storage.in_parallel(lambda name: _damage(path, name, files[name]), names))
+
+
+def damage(path: pathlib.Path) -> str | None:
+    """The first of `damages`; None if every byte is as it was written."""
+    return next(damages(path), None)
+
+
+def size_of(path: pathlib.Path) -> str:
+    """How much a checkpoint that is whole holds, in words."""
+    files = files_of(path)
+    return f"whole, {len(files)} files of {sum(size for size, _ in files.values()) / 1e9:,.3f} GB"
+
+
+def _damage(path, name, expected):
+    try:
+        return _differs(name, _fingerprint(path / name), expected)
+    except FileNotFoundError:
+        return f"{name} is missing"
+    except OSError as error:
+        return f"{name} cannot be read ({error.strerror or error})"
+
+
+def _differs(name, found, expected):
+    if found[0] != expected[0]:
+        return f"{name} has {found[0]} of {expected[0]} bytes"
+    if found[1] != expected[1]:
+        return f"{name} fails its checksum"
     return None
 
 
@@ -110,21 +195,21 @@ def begin(directory: pathlib.Path, step: int, attempt: int = 1) -> pathlib.Path:
     return directory / (str(step) if storage.is_remote(directory) else f"{step}.{attempt}.partial")
 
 
-def commit(partial: pathlib.Path, final: pathlib.Path, known: dict[str, list[int]] | None = None) -> None:
+def commit(partial: pathlib.Path, final: pathlib.Path, known: dict[str, list[int]]) -> None:
     """Makes the folder `partial` the checkpoint `final`, in one rename; an older `final` is replaced. In a bucket both
     are the same address, and the manifest makes it one.
 
     Args:
-      known: {file: [length, CRC32]} of files that are on the disk already; of objects, of all but meta.json.
+      known: {file: [length, CRC32]} of all but meta.json. The files are on the disk already; nothing of them is read.
     """
     if storage.is_remote(final):
-        _commit_objects(final, known or {})
+        _commit_objects(final, known)
         return
-    files = {str(p.relative_to(partial)): p for p in sorted(partial.rglob("*")) if p.is_file()}
-    prints = {name: (known or {}).get(name) or _fingerprint(p, sync=True) for name, p in files.items()}
-    io.write_json(partial / "manifest.json", {"files": prints}, indent=None, sync=True)
-    for folder in [partial, *(p for p in partial.rglob("*") if p.is_dir())]:
-        io.sync_file(folder)
+    files = known | {"meta.json": _fingerprint(partial / "meta.json")}
+    io.write_json(partial / "manifest.json", {"files": dict(sorted(files.items()))}, indent=None, sync=True)
+    folders = {os.path.dirname(name) for name in files}
+    for folder in folders | {os.path.dirname(folder) for folder in folders}:
+        io.sync_file(partial / folder)
     discard(final)
     partial.rename(final)
     io.sync_file(final.parent)
@@ -133,11 +218,9 @@ def commit(partial: pathlib.Path, final: pathlib.Path, known: dict[str, list[int
 def _commit_objects(address, known):
     data = storage.read_bytes(address / "meta.json")
     files = known | {"meta.json": [len(data), zlib.crc32(data)]}
-    if why := _damage_of_objects(address, [(name, size, crc) for name, (size, crc) in files.items()]):
+    if why := _missing(address, files):
         raise OSError(f"of what was written, {why}.")
-    found = storage.entries(address)
-    files = {name: [*files[name], found[name].tag] for name in sorted(files)}
-    io.write_json(address / "manifest.json", {"files": files}, indent=None)
+    io.write_json(address / "manifest.json", {"files": dict(sorted(files.items()))}, indent=None)
 
 
 def _has_manifest(path):
@@ -148,12 +231,10 @@ def _is_there(path):
     return _has_manifest(path) if storage.is_remote(path) else path.exists()
 
 
-def _fingerprint(path, sync=False):
-    """-> [length, CRC32] of a file, which is flushed to the disk first if `sync`."""
+def _fingerprint(path):
+    """-> [length, CRC32] of a file or an object."""
     size = crc = 0
-    with open(path, "rb") as f:
-        if sync:
-            os.fsync(f.fileno())
+    with storage.open_file(path) as f:
         while chunk := f.read(1 << 22):
             size, crc = size + len(chunk), zlib.crc32(chunk, crc)
     return [size, crc]
@@ -181,7 +262,7 @@ def clean_up(directory: pathlib.Path) -> None:
         return
     for path in directory.glob("*.partial"):
         final = directory / path.name.split(".")[0]
-        if not final.exists() and damage(path) is None:
+        if not final.exists() and incomplete(path) is None:
             path.rename(final)
     for path in [*directory.glob("*.partial"), *directory.glob("*.trash")]:
         shutil.rmtree(path, ignore_errors=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 from typing import Annotated, Literal
 
@@ -140,7 +141,14 @@ class TrainConfig(Checked, section="train"):
                             "of the validation set, while training; 0: all"] = 0
     final_eval_batches: Annotated[int, NOT_NEGATIVE, "of the validation set, at the end of the run; 0: all"] = 0
     checkpoint_every: Annotated[int, POSITIVE, "steps"] = 100
+    checkpoint_minutes: Annotated[float | None, POSITIVE, "and whenever so many have passed since the last checkpoint; "
+                                  "None: by steps alone"] = None
     checkpoints_kept: Annotated[int, POSITIVE, "how many of the newest checkpoints are kept"] = 3
+    checkpoint_keep_period: Annotated[int | None, POSITIVE, "steps; checkpoints at its multiples are kept for good "
+                                      "(Orbax's keep_period)"] = None
+    checkpoint_local: Annotated[str | None, "a folder on each machine, such as /dev/shm/run, for the newest state: a "
+                                "restart on the same machines begins there; needs room for two"] = None
+    checkpoint_local_every: Annotated[int, POSITIVE, "steps"] = 10
     tracker: Annotated[Literal["wandb", "mlflow"] | None,
                        "gets the metrics too; None: TensorBoard's files alone"] = None
     prometheus: Annotated[str | None, "a file for the text collector of Prometheus; None: none"] = None
@@ -165,6 +173,12 @@ class TrainConfig(Checked, section="train"):
         if self.ramp_from is not None and (self.ramp_from > self.batch_size or self.ramp_from % rows):
             raise ConfigError(f"train.ramp_from={self.ramp_from} must be a multiple of the {rows} sequences of a "
                               f"micro-batch, and at most batch_size={self.batch_size}.")
+        if self.checkpoint_local is not None:
+            folder = usable_path("train.checkpoint_local", self.checkpoint_local, on_disk=True)
+            if not os.path.isabs(folder):
+                raise ConfigError(f"train.checkpoint_local={folder} must begin with a slash, as /dev/shm/run does: it "
+                                  "is a folder on each machine.")
+            object.__setattr__(self, "checkpoint_local", folder)
         starts = [start for start, _ in self.mtp_weights]
         if starts != sorted(starts) or any(not 0 <= start <= 1 or weight < 0 for start, weight in self.mtp_weights):
             raise ConfigError(f"train.mtp_weights={self.mtp_weights!r} must be pairs of a fraction of the run, "

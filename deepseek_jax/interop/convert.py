@@ -21,6 +21,8 @@ from deepseek_jax.chat.template import keep_built_in
 from deepseek_jax.checkpoint import manifest
 from deepseek_jax.checkpoint.adapters import base_of, stored
 from deepseek_jax.checkpoint.arrays import Stored, Writer
+from deepseek_jax.checkpoint.format import read_meta, write_meta
+from deepseek_jax.checkpoint.manager import find_checkpoint
 from deepseek_jax.config import Config, ConfigError, as_dict, freeze
 from deepseek_jax.data.tokenizer import COMPANIONS, Tokenizer
 from deepseek_jax.interop import hf_config, ranks, safetensors_io, save
@@ -197,14 +199,13 @@ def _leaves(workdir, merge=False):
         raise ConfigError(f"{workdir} is a reward model, whose head no published format has; give a run that writes "
                           f"text, such as the one that it began from, {config.init.from_}.")
     manifest.check_name(workdir)
-    newest, _ = manifest.newest(manifest.directory_of(workdir))
-    if newest is None:
-        raise ConfigError(f"{workdir} holds no checkpoint; give a work directory that has one.")
+    newest = find_checkpoint(workdir)
     if (base_of(newest) is not None) != merge:
         raise ConfigError(f"{workdir} holds adapters, which no published checkpoint has; add --merge." if not merge else
                           f"{workdir} holds all weights of its model; leave out --merge.")
-    leaves = io.read_json(newest / "meta.json")["leaves"]
-    router = {name: Stored(str(newest), leaf, name) for name, leaf in leaves.items() if name.startswith("router/")}
+    files = manifest.files_of(newest)
+    router = {name: Stored(newest, leaf, files, name) for name, leaf in read_meta(newest)["leaves"].items()
+              if name.startswith("router/")}
     return config.model, stored(newest) | router
 
 
@@ -225,8 +226,7 @@ def _write_checkpoint(source, directory, dtype, keep_fp8):
     jobs.sort(key=lambda job: (source.tensors[job[0]].file, source.tensors[job[0]].offset))
     with tqdm.tqdm(total=sum(job[1] for job in jobs), desc="from-hf", unit="B", unit_scale=True) as bar:
         _run(jobs, bar.update)
-    meta = {"step": 0, "meta": {"step": 0, "sequences": 0, "from": "Hugging Face"}, "leaves": leaves}
-    io.write_json(partial / "meta.json", meta, indent=None, sync=True)
+    write_meta(partial, 0, {"step": 0, "sequences": 0, "from": "Hugging Face"}, leaves)
     manifest.commit(partial, directory / "0", prints)
 
 

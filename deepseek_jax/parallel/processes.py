@@ -129,6 +129,45 @@ class StopAgreement:
             self.last = int(step), name
 
 
+class SaveTimer:
+    """The steps that are saved because `minutes` have passed since the last save, the same in all processes.
+
+    Process 0 looks at the clock, and publishes the step as `StopAgreement` does its own: two steps on, so that none can
+    be past it. minutes: None: there are none.
+    """
+
+    def __init__(self, minutes: float | None):
+        self.prefix = f"deepseek_jax/save/{next(_agreements)}/"
+        self.minutes, self.last_save = minutes, time.monotonic()
+        self.count = 0
+        self.next: int | None = None
+
+    def is_due(self, step: int) -> bool:
+        """Whether to save after this step, or as soon as a run that saves between some steps only can.
+
+        step: just dispatched; the metrics of the one before have been fetched.
+        """
+        if self.minutes is not None and self.next is None:
+            self._decide(step) if is_first() else self._hear()
+        return self.next is not None and step >= self.next
+
+    def saved(self, step: int) -> None:
+        """The run is saved after this step, for whatever reason."""
+        self.last_save = time.monotonic()
+        if self.next is not None and step >= self.next:
+            self.count, self.next = self.count + 1, None
+
+    def _decide(self, step):
+        if self.minutes is not None and time.monotonic() - self.last_save >= 60 * self.minutes:
+            self.next = step + (2 if jax.process_count() > 1 else 0)
+            if jax.process_count() > 1:
+                _store().key_value_set(f"{self.prefix}{self.count}/step", str(self.next))
+
+    def _hear(self):
+        for _, step in _store().key_value_dir_get(f"{self.prefix}{self.count}"):
+            self.next = int(step)
+
+
 _agreements = itertools.count()
 
 

@@ -32,7 +32,14 @@ from deepseek_jax.data.prepare import claim_corpus, prepare
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.model.parts import check_parts
 from deepseek_jax.parallel.dispatch import traffic_per_token
-from deepseek_jax.parallel.processes import StopAgreement, check_same, first_then_others, is_first, wait_for_all
+from deepseek_jax.parallel.processes import (
+    SaveTimer,
+    StopAgreement,
+    check_same,
+    first_then_others,
+    is_first,
+    wait_for_all,
+)
 from deepseek_jax.parallel.runner import Runner
 from deepseek_jax.pipeline.model import check, describe
 from deepseek_jax.scale.costs import training_flops_per_token
@@ -175,7 +182,8 @@ class Run:
         self.config, self.loader, self.runner = config, loader, runner
         self.watching = Watching(config, workdir, jax.process_index())
         check_tracker(config)
-        self.checkpoints = Checkpoints(workdir, config.train.checkpoints_kept)
+        self.checkpoints = Checkpoints(workdir, config.train.checkpoints_kept, config.train.checkpoint_keep_period,
+                                       config.train.checkpoint_local)
         wait_for_all("checkpoints")  # the first one has cleaned up
         if not storage.is_file(storage.as_path(workdir) / "config.json"):  # which the first one wrote
             raise ConfigError(f"{workdir} is not the directory of process 0; give all processes the same --workdir, "
@@ -215,7 +223,7 @@ class Run:
         self.peak = peak_flops(config.model.dtype, config.mesh.devices)
         self.flops = training_flops_per_token(config.model, config.train.sequence_length,
                                               frozen=self.frozen is not None)
-        self.agreement = StopAgreement()
+        self.agreement, self.timer = StopAgreement(), SaveTimer(config.train.checkpoint_minutes)
 
     def find_reference(self, known: Base | None) -> tuple[dict[str, Any] | None, Base | None]:
         """The frozen model that the loss compares with, and which it is. known: the one of the run so far."""
@@ -288,12 +296,17 @@ class Run:
             last = self.step == train.steps
             evaluating = last or self.step % train.eval_every == 0
             between = self.step % self.together == 0
-            saving = between and (last or stopped_by or self.step % train.checkpoint_every == 0)
-            if evaluating or saving:
+            due = self.timer.is_due(self.step) or self.step % train.checkpoint_every == 0
+            saving = between and (last or stopped_by or due)
+            saving_local = between and self.checkpoints.local and self.step % train.checkpoint_local_every == 0
+            if evaluating or saving or saving_local:
                 self._record(pending, bar)
                 pending = None
             if evaluating:
                 self._evaluate(bar)
+            if saving_local:
+                self._flush()
+                self.checkpoints.save_local(self.step, self.state, self._meta())
             if saving:
                 with watching.spending("write"):
                     self._save()
@@ -369,7 +382,8 @@ class Run:
                        f"MaxVio_global {score.max_vio_global:.3f}"
                        + "".join(f"\n  {source}: loss {loss:.4f}" for source, loss in score.by_source.items()))
 
-    def _save(self):
+    def _meta(self) -> dict[str, Any]:
+        """What a checkpoint of this step says besides the state."""
         sequences = self.position.sequences_before(self.config, self.step)
         meta: dict[str, Any] = {"step": self.step, "sequences": sequences, "config": as_dict(self.config)}
         if self.position.step:
@@ -378,10 +392,18 @@ class Run:
             meta["lora"] = self.base._asdict()
         if self.compared is not None:
             meta["reference"] = self.compared._asdict()
-        self.checkpoints.wait()  # if it failed, that says more than what of the metrics fails then
+        return meta
+
+    def _flush(self):
+        """Brings the metrics to the work directory: what a run that resumes from this step keeps."""
         if self.writer:
-            self.writer.flush()  # what a run that resumes from this checkpoint keeps
-        self.checkpoints.save(self.step, self.state, meta)
+            self.writer.flush()
+
+    def _save(self):
+        self.checkpoints.wait()  # if it failed, that says more than what of the metrics fails then
+        self._flush()
+        self.checkpoints.save(self.step, self.state, self._meta())
+        self.timer.saved(self.step)
         self.watching.stall.beat()
         self.watching.mark("stopped", step=self.step)
 

@@ -3,25 +3,29 @@
 import errno
 import json
 import os
+import pathlib
 import shutil
 import signal
 import subprocess
 import sys
 import textwrap
 import time
+import zlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from deepseek_jax import io
-from deepseek_jax.checkpoint import manifest
+from deepseek_jax import io, storage
+from deepseek_jax.checkpoint import arrays, manifest
+from deepseek_jax.checkpoint.format import FORMAT
 from deepseek_jax.checkpoint.manager import CheckpointError, Checkpoints, restore_items
 from deepseek_jax.config import ConfigError
+
+GOLDEN = pathlib.Path(__file__).resolve().parents[1] / "golden" / "workdir_v0.1" / "run"  # its arrays are Orbax's
 
 
 def make_state(seed=0, width=6):
@@ -62,7 +66,7 @@ def test_dots_behind_a_link_lead_where_the_link_does(tmp_path):
 
 
 def biggest_file(path):
-    return max((p for p in path.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    return max((p for p in path.glob("state-*/**/c*") if p.is_file()), key=lambda p: p.stat().st_size)
 
 
 def flip_a_bit(path):
@@ -122,6 +126,14 @@ def test_the_newest_checkpoints_stay_and_older_ones_go(tmp_path):
     assert sorted(os.listdir(tmp_path / "checkpoints")) == ["3", "4"]
 
 
+def test_those_of_the_keep_period_stay_for_good(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=2, keep_period=4)
+    for step in (2, 4, 6, 8, 9, 10):
+        checkpoints.save(step, make_state(step), {})
+    checkpoints.close()
+    assert checkpoints.steps() == [4, 8, 9, 10]
+
+
 def test_an_old_checkpoint_goes_only_after_the_newer_is_committed(tmp_path, monkeypatch):
     save_steps(tmp_path, [1], keep=1)
     seen, commit = [], manifest.commit
@@ -140,8 +152,8 @@ DAMAGES = {
     "a flipped bit": lambda path: flip_a_bit(biggest_file(path)),
     "a truncated file": truncate,
     "a missing file": lambda path: biggest_file(path).unlink(),
-    "no arrays at all": lambda path: shutil.rmtree(path / "state"),
-    "garbled array metadata": lambda path: (path / "state/_METADATA").write_text("{"),
+    "no arrays at all": lambda path: shutil.rmtree(*path.glob("state-*")),
+    "garbled array metadata": lambda path: flip_a_bit(*path.glob("state-*/params.head/zarr.json")),
     "a flipped bit in meta.json": lambda path: flip_a_bit(path / "meta.json"),
     "garbled manifest": lambda path: (path / "manifest.json").write_bytes(b"\xff\x00{"),
     "another manifest": lambda path: (path / "manifest.json").write_text("[1]"),
@@ -251,6 +263,57 @@ def test_a_config_of_another_structure_is_refused(two_checkpoints, change, says)
         Checkpoints(two_checkpoints).restore(abstract(change(make_state())))
 
 
+def test_any_flipped_bit_of_an_array_is_noticed_as_it_is_read(two_checkpoints, tmp_path):
+    path = shutil.copytree(two_checkpoints / "checkpoints/2", tmp_path / "checkpoints/2")
+    for file in [p for p in path.glob("state-*/**/*") if p.is_file()]:
+        flip_a_bit(file)
+        assert manifest.incomplete(path) is None
+        with pytest.raises(ConfigError, match=f"every checkpoint .* is damaged: 2 .{file.relative_to(path)} fails its"):
+            Checkpoints(tmp_path).restore(abstract(make_state()))
+        flip_a_bit(file)
+    assert bits(Checkpoints(tmp_path).restore(abstract(make_state()))[0]) == bits(make_state(2))
+
+
+def test_only_what_is_read_is_checked(two_checkpoints, tmp_path):
+    workdir = shutil.copytree(two_checkpoints, tmp_path / "copy")
+    moment = next((workdir / "checkpoints/2").glob("state-*/opt_state*mu*table/c*"))
+    flip_a_bit(moment)
+    items, step, _ = restore_items(workdir, ("params",))
+    assert step == 2 and bits(items["params"]) == bits(make_state(2)["params"])
+    assert restore_items(workdir, ("params", "opt_state"))[1] == 1
+    with pytest.raises(ConfigError, match="2 is damaged: .*table.* fails its checksum; take another step"):
+        restore_items(workdir, ("opt_state",), step=2)
+
+
+def test_a_run_reads_each_byte_of_its_checkpoint_once(two_checkpoints, monkeypatch):
+    read, read_bytes = [], storage.read_bytes
+    monkeypatch.setattr(storage, "read_bytes", lambda path: (read.append(os.fspath(path)), read_bytes(path))[1])
+    Checkpoints(two_checkpoints).restore(abstract(make_state()))
+    files = manifest.files_of(path := two_checkpoints / "checkpoints/2")
+    assert sorted(read) == sorted(str(path / name) for name in files)
+
+
+def test_the_files_of_an_orbax_checkpoint_are_checked_before_it_is_read(tmp_path):
+    workdir = shutil.copytree(GOLDEN, tmp_path / "run")
+    before = restore_items(workdir)[0]
+    values = max((workdir / "checkpoints/2/state").glob("*/d/*"), key=lambda p: p.stat().st_size)
+    flip_a_bit(values)
+    with pytest.raises(ConfigError, match=f"every checkpoint .*is damaged: 2 .*{values.name} fails its checksum"):
+        restore_items(workdir)
+    flip_a_bit(values)
+    assert bits(restore_items(workdir)[0]) == bits(before)
+
+
+def test_one_of_a_newer_version_is_refused_in_one_line(two_checkpoints, tmp_path):
+    workdir = shutil.copytree(two_checkpoints, tmp_path / "copy")
+    path = workdir / "checkpoints/2"
+    io.write_json(path / "meta.json", io.read_json(path / "meta.json") | {"format": FORMAT + 1})
+    files, meta = manifest.files_of(path), (path / "meta.json").read_bytes()
+    io.write_json(path / "manifest.json", {"files": files | {"meta.json": [len(meta), zlib.crc32(meta)]}})
+    with pytest.raises(ConfigError, match=f"2 has format {FORMAT + 1}, and this .* up to {FORMAT}; update it.$"):
+        Checkpoints(workdir).restore(abstract(make_state()))
+
+
 def test_parameters_are_read_without_knowing_the_optimizer(two_checkpoints):
     items, step, meta = restore_items(two_checkpoints, ("params", "router", "absent"))
     expected = make_state(2)
@@ -286,7 +349,7 @@ def no_space(*_args, **_kwargs):
 
 
 @pytest.mark.parametrize("owner, name", [(io, "write_json"), (manifest, "_fingerprint"),
-                                         (ocp.AsyncCheckpointer, "save"), (io, "sync_file")])
+                                         (arrays.Writer, "_file"), (io, "sync_file")])
 def test_a_full_disk_anywhere_in_a_save_is_one_line_and_leaves_the_older(tmp_path, monkeypatch, owner, name):
     save_steps(tmp_path, [1])
     checkpoints = Checkpoints(tmp_path, keep=1)
@@ -375,5 +438,6 @@ def test_kill_9_at_any_moment_of_a_save_leaves_a_checkpoint_to_resume_from(tmp_p
 
 def test_a_checkpoint_holds_no_pickle(two_checkpoints):
     saved = json.loads((two_checkpoints / "checkpoints/2/meta.json").read_text())
-    assert saved["leaves"]["params/head"] == {"shape": [6, 3], "dtype": "bfloat16"}
+    where = f"{saved['leaves']['params/head']['zarr'].split('/')[0]}/params.head"
+    assert saved["leaves"]["params/head"] == {"shape": [6, 3], "dtype": "bfloat16", "zarr": where, "exact": True}
     assert not [p for p in two_checkpoints.rglob("*") if p.is_file() and p.read_bytes()[:1] == b"\x80"]

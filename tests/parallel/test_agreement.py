@@ -77,3 +77,37 @@ def test_one_that_is_asked_stops_no_earlier_than_the_others(store, monkeypatch):
 
 def test_a_process_alone_stops_at_once():
     assert processes.StopAgreement().stopped_by(1, "SIGTERM") == "SIGTERM"
+
+
+def test_saves_by_the_clock_are_of_the_same_steps_in_all_processes(store, monkeypatch):
+    timers, clock = [processes.SaveTimer(1) for _ in range(3)], [0.0]
+    monkeypatch.setattr(processes.time, "monotonic", lambda: clock[0])
+    for i, each in enumerate(timers):
+        each.prefix, each.last_save = "y/", -1000.0 * i  # the others' clocks say that it is time long ago
+
+    def due(process, step):
+        monkeypatch.setattr(processes.jax, "process_index", lambda: process)
+        return timers[process].is_due(step)
+
+    assert not any(due(i, 5) for i in range(3))
+    clock[0] = 60.0
+    assert [due(1, 6), due(0, 6), due(2, 6)] == [False] * 3
+    clock[0] = 61.0
+    assert [due(i, 7) for i in (2, 1, 0)] == [False] * 3 and [due(i, 8) for i in (2, 1, 0)] == [True] * 3
+    assert [due(i, 9) for i in range(3)] == [True] * 3  # a run that saves every third step only
+    for each in timers:
+        each.saved(9)
+    assert not any(due(i, 10) for i in range(3))
+    clock[0] = 121.0
+    assert not any(due(i, 11) for i in range(3)) and [due(i, 13) for i in range(3)] == [True] * 3
+
+
+def test_a_process_alone_saves_as_soon_as_the_time_is_over(monkeypatch):
+    timer, never = processes.SaveTimer(0.5), processes.SaveTimer(None)
+    begun = timer.last_save
+    monkeypatch.setattr(processes.time, "monotonic", lambda: begun + 29)
+    assert not timer.is_due(3)
+    monkeypatch.setattr(processes.time, "monotonic", lambda: begun + 30)
+    assert timer.is_due(4) and not never.is_due(4)
+    timer.saved(4)
+    assert not timer.is_due(5)

@@ -41,9 +41,9 @@ def train(config, workdir, *overrides):
     return runs.run("train", "--config", config, "--workdir", workdir, *overrides)
 
 
-def signal_after(config, workdir, rows, which):
+def signal_after(config, workdir, rows, which, *overrides):
     """Starts the run, or goes on with it, and sends a signal once the metrics have so many rows."""
-    process = runs.start_training(config, workdir)
+    process = runs.start_training(config, workdir, *overrides)
     while process.poll() is None:
         if len(read_metrics(workdir)) >= rows:
             process.send_signal(which)
@@ -107,6 +107,24 @@ def test_killed_at_random_steps_and_resumed_a_run_ends_bit_identical(config, who
 @pytest.mark.slow
 def test_killed_many_times_a_run_ends_bit_identical(config, whole, tmp_path):
     kill_and_resume(config, whole, tmp_path / "run", kills=8)
+
+
+def test_killed_it_continues_from_the_state_on_this_machine_bit_identical(config, whole, tmp_path):
+    local = [f"--config.train.checkpoint_local={tmp_path / 'fast'}", "--config.train.checkpoint_local_every=2",
+             "--config.train.checkpoint_every=100"]
+    code, _ = signal_after(config, tmp_path / "run", 12, signal.SIGKILL, *local)
+    assert code == -signal.SIGKILL
+    newest = max(int(p.name) for p in (tmp_path / "fast").glob("*/process_0/*") if p.name.isdecimal())
+    code, said = signal_after(config, tmp_path / "run", 10**9, signal.SIGKILL, *local)
+    assert code == 0 and f"Resuming from step {newest} of 30" in said
+    runs.assert_same_run(tmp_path / "run", whole)
+
+
+def test_checkpoints_by_the_clock_and_those_that_are_kept_for_good(config, tmp_path):
+    result = train(config, tmp_path / "run", "--config.train.steps=8", "--config.train.checkpoint_every=100",
+                   "--config.train.checkpoint_minutes=1e-9", "--config.train.checkpoints_kept=1",
+                   "--config.train.checkpoint_keep_period=3", "--config.train.sample_tokens=0")
+    assert result.code == 0 and runs.checkpoints(tmp_path / "run") == [3, 6, 8]
 
 
 @pytest.mark.parametrize("which", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])

@@ -7,7 +7,7 @@ import pytest
 
 from deepseek_jax.config import Config, ConfigError, TrainConfig
 from deepseek_jax.data.position import beginning
-from deepseek_jax.parallel.processes import StopAgreement
+from deepseek_jax.parallel.processes import SaveTimer, StopAgreement
 from deepseek_jax.storage import StorageError
 from deepseek_jax.training import loop
 from deepseek_jax.training.evaluate import Score
@@ -48,10 +48,10 @@ def run_of(monkeypatch, losses, **train):
     run.loader = types.SimpleNamespace(iterate=lambda start: ((i, {"active": 1}) for i in range(start, len(losses))))
     run.runner = types.SimpleNamespace(shard_batch=lambda batch: batch, rows=1)
     run.step_fn, run.eval_fn, run.agreement = step, None, StopAgreement()
-    run.watching, run.position = Watching(config, None), beginning(config)
+    run.timer, run.watching, run.position = SaveTimer(None), Watching(config, None), beginning(config)
     run.base, run.frozen, run.frozen_params, run.reference, run.compared = None, None, None, None, None
     run.checkpoints = types.SimpleNamespace(save=lambda step, *_: done.append(f"save {step}"), wait=lambda: None,
-                                            steps=list)
+                                            steps=list, local=None)
     monkeypatch.setattr(loop.Run, "_evaluate", lambda self, bar: done.append("evaluate"))
     return run, done
 

@@ -79,6 +79,16 @@ def test_a_step_has_one_row_of_a_kind_even_if_it_is_evaluated_again_after_resumi
     assert list(read_expert_loads(tmp_path)[0]) == [1, 2, 3, 4]
 
 
+@pytest.mark.parametrize("resume", [1, 33, 50])
+def test_a_resumed_run_does_not_read_the_loads_of_all_steps(tmp_path, monkeypatch, resume):
+    run(tmp_path, None, 50)
+    with monkeypatch.context() as patch:
+        read_bytes = storage.read_bytes
+        patch.setattr(storage, "read_bytes", lambda path: read_bytes(path) if path.name != "counts.int32" else 1 / 0)
+        MetricsWriter(tmp_path, resume)
+    assert list(read_expert_loads(tmp_path)[0]) == list(range(1, resume + 1))
+
+
 def test_rows_are_on_the_disk_once_they_are_flushed(tmp_path):
     writer = MetricsWriter(tmp_path, None)
     writer.write(1, loss=2.5)

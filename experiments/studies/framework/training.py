@@ -59,7 +59,9 @@ QUICK = {"model.vocab_size": 384, "model.d_model": 32, "model.num_layers": 2, "m
 SINCE = (("data", "packing", "stream"), ("data", "tokenizer", None), ("data", "validation", None),
          ("balance", "force_balanced", False), ("model", "latent_norm_eps", 1e-6), ("model", "index_topk", None),
          ("model", "index_heads", 64), ("model", "index_head_dim", 128), ("model", "index_warmup", False),
-         ("train", "indexer_loss_weight", 1.0), ("lora", "fp8", False), ("mesh", "context", 1),
+         ("train", "indexer_loss_weight", 1.0), ("train", "checkpoint_minutes", None),
+         ("train", "checkpoint_keep_period", None), ("train", "checkpoint_local", None),
+         ("train", "checkpoint_local_every", 10), ("lora", "fp8", False), ("mesh", "context", 1),
          ("optimizer", "schedule_steps", None), ("train", "tracker", None),
          ("train", "prometheus", None), ("train", "profile", ""), ("train", "stall_minutes", None))
 

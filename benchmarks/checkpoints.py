@@ -1,0 +1,110 @@
+"""A checkpoint of several processes on one disk: how long process 0 has work after the others, and what each reads.
+
+    python -m benchmarks.checkpoints --gigabytes 4 --folder DIR --json benchmarks/results/checkpoints_cpu.json
+
+The state is split over the processes as one of a large run is. Process 0 joins the lists of files and renames the
+folder, when all have written and flushed theirs. Bytes that are read are counted by the kernel (/proc/self/io).
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+
+from benchmarks.machine import hardware
+from deepseek_jax import io
+from deepseek_jax.checkpoint import agreement
+from deepseek_jax.checkpoint.manager import Checkpoints
+from deepseek_jax.parallel.processes import joined
+
+LEAVES = 200  # about as many as a state of v3_671b has
+
+
+def read_so_far() -> int:
+    """Bytes that this process has read, from the disk or the page cache."""
+    words = dict(line.split(": ") for line in pathlib.Path("/proc/self/io").read_text().splitlines())
+    return int(words["rchar"])
+
+
+def one_process(workdir: str, gigabytes: float, local: str | None) -> dict[str, float]:
+    """Saves and restores this process's part; seconds and bytes."""
+    sharding = NamedSharding(jax.make_mesh((jax.device_count(),), ("all",)), PartitionSpec("all"))
+    rows = int(gigabytes * 1e9 / 4 / LEAVES / 1024) // jax.device_count() * jax.device_count()
+    make = jax.jit(lambda i: jnp.full((rows, 1024), i, jnp.float32) + jnp.arange(rows)[:, None], out_shardings=sharding)
+    state = {f"leaf{i}": make(i) for i in range(LEAVES)}
+    checkpoints = Checkpoints(workdir, local=local)
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+    checkpoints.restore(abstract)
+    jax.block_until_ready(state)
+    agreement.wait_for_all("made")
+    begin = time.monotonic()
+    (checkpoints.save_local if local else checkpoints.save)(1, state, {})
+    copied = time.monotonic() - begin
+    checkpoints.wait()
+    if checkpoints.local:
+        checkpoints.local.wait()
+    saved = time.monotonic()  # one clock for all processes of a machine
+    agreement.wait_for_all("saved")
+    before, begun = read_so_far(), time.monotonic()
+    found = Checkpoints(workdir, local=local).restore(abstract)
+    assert found is not None
+    jax.block_until_ready(found[0])
+    seconds = time.monotonic() - begun
+    same = all(bool((a == b).all()) for i, a in state.items() for b in [found[0][i]])
+    checkpoints.close()
+    return {"copied": copied, "saved_at": saved, "save": saved - begin, "restore": seconds, "same": same,
+            "read": read_so_far() - before, "own": sum(x.nbytes for x in state.values()) / jax.process_count()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gigabytes", type=float, default=4)
+    parser.add_argument("--processes", type=int, default=4)
+    parser.add_argument("--folder", help="on the disk to measure (default: that of temporary files)")
+    parser.add_argument("--local", help="save to this folder as to train.checkpoint_local")
+    parser.add_argument("--json", help="write the result there")
+    parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)  # a process: work directory, address, number
+    args = parser.parse_args()
+    if args.one:
+        workdir, address, number = args.one
+        from deepseek_jax.parallel.meeting import Group
+
+        with joined(Group(address, args.processes, int(number))):
+            print("found " + json.dumps(one_process(workdir, args.gigabytes, args.local)), flush=True)
+        return
+    with tempfile.TemporaryDirectory(dir=args.folder) as workdir, socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+        free.close()
+        own = [*sys.argv[1:], "--one", workdir, address]
+        every = [subprocess.Popen([sys.executable, "-m", "benchmarks.checkpoints", *own, str(i)], text=True,
+                                  stdout=subprocess.PIPE, env=os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"})
+                 for i in range(args.processes)]
+        said = [process.communicate()[0] for process in every]
+    found = [json.loads(words.split("found ")[1]) for words in said]
+    last = max(one["saved_at"] for one in found[1:])
+    result = {
+        "gigabytes": sum(one["own"] for one in found) / 1e9, "processes": args.processes, "local": bool(args.local),
+        "same": all(one["same"] for one in found),
+        "seconds_copied_to_host": max(one["copied"] for one in found),
+        "seconds_saved": max(one["save"] for one in found),
+        "seconds_of_process_0_after_the_others": None if args.local else found[0]["saved_at"] - last,
+        "seconds_restored": max(one["restore"] for one in found),
+        "gigabytes_read_by_each": [round(one["read"] / 1e9, 3) for one in found],
+        "gigabytes_held_by_each": found[0]["own"] / 1e9, "machine": hardware()}
+    print(json.dumps(result, indent=2))
+    if args.json:
+        io.write_json(args.json, result)
+
+
+if __name__ == "__main__":
+    main()

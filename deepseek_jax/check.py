@@ -1,0 +1,56 @@
+"""Reads every file of checkpoints and compares it with its checksum. Other commands check what they read, as they do.
+
+    python -m deepseek_jax.check run                     (all checkpoints of a run)
+    python -m deepseek_jax.check gs://BUCKET/run/checkpoints/500
+
+Exit code 0: all are whole. 1: some are damaged; the files are named, and --workdir resumes from the newest whole one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+
+from deepseek_jax import cli, storage
+from deepseek_jax.config import ConfigError
+
+DAMAGED = 1  # exit code
+
+
+def parse() -> argparse.Namespace:
+    parser = cli.Parser("check", __doc__)
+    parser.add_argument("checkpoint", metavar="WORKDIR|CHECKPOINT", help="of a run, or a folder in its checkpoints/")
+    return parser.parse_args()
+
+
+def find(folder: str) -> list[pathlib.Path]:
+    """The checkpoints of a work directory, or the one that the folder is. Raises ConfigError where there are none."""
+    from deepseek_jax.checkpoint import manifest
+
+    directory = manifest.directory_of(folder)
+    found = [directory / str(step) for step in manifest.steps(directory)]
+    path = storage.as_path(folder)
+    if not found and any(storage.is_file(path / name) for name in ("manifest.json", "meta.json")):
+        found = [path]
+    if not found:
+        raise ConfigError(f"{folder} holds no checkpoint; give a work directory, or a folder in its checkpoints/.")
+    return found
+
+
+def main() -> int:
+    args = parse()
+
+    from deepseek_jax.checkpoint.manifest import damages, size_of
+
+    wrong = 0
+    for path in find(args.checkpoint):
+        why = list(damages(path))
+        print(f"{path}: " + (f"damaged, {len(why)} of its files" if why else size_of(path)), flush=True)
+        for line in why:
+            print(f"  {line}")
+        wrong += bool(why)
+    return DAMAGED if wrong else 0
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,67 @@
+"""What the processes of a run agree on about its checkpoints.
+
+They do so by the key-value store of JAX's coordination service, and not by what each one finds: a file system may show
+one process what it hides from another for a while. All of them call these functions in the same order.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from deepseek_jax.config import ConfigError
+
+LONGEST_WAIT = 24 * 3600  # seconds, of a process for the slowest
+
+
+def wait_for_all(name: str) -> None:
+    """Returns once every process has called this with the name."""
+    ocp.multihost.get_barrier_sync_fn()(key=name, timeout_ms=LONGEST_WAIT * 1000)
+
+
+def from_first(decide: Callable[[], Any]) -> Any:
+    """What decide() returns in process 0, which alone calls it; JSON-able. Its ConfigError is raised in all of them."""
+    if jax.process_count() == 1:
+        return decide()
+    key = _new_key()
+    if jax.process_index() == 0:
+        try:
+            said = {"value": decide()}
+        except ConfigError as error:
+            said = {"error": str(error)}
+        _store().key_value_set(key, json.dumps(said))
+    else:
+        said = json.loads(_store().blocking_key_value_get(key, LONGEST_WAIT * 1000))
+    if "error" in said:
+        raise ConfigError(said["error"])
+    return said["value"]
+
+
+def said_by_any(words: str | None) -> list[str]:
+    """The words of those processes that have some, the same list in all of them, once each has called this."""
+    if jax.process_count() == 1:
+        return [] if words is None else [words]
+    key = _new_key()
+    if words is not None:
+        _store().key_value_set(f"{key}/{jax.process_index()}", words)
+    wait_for_all(key)
+    return [said for _, said in sorted(_store().key_value_dir_get(key))]
+
+
+_numbers = itertools.count()
+
+
+def _new_key():
+    return f"deepseek_jax/checkpoint/{next(_numbers)}"
+
+
+def _store() -> Any:
+    """The client of JAX's coordination service. Private to jax, which has no public way to it; Orbax takes the same."""
+    from jax._src import distributed
+
+    return distributed.global_state.client

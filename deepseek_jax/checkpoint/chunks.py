@@ -1,0 +1,118 @@
+"""A state as zarr chunks: a part of an array each, as plain bytes in a file, or in an object of a bucket.
+
+    checkpoints/STEP/meta.json   state-ID/params.embedding/zarr.json  c.0.0  c.1.0 ...   manifest.json, the last one
+
+Every process writes the chunks that its devices hold and takes their checksums as it does; process 0 joins the lists
+and reads nothing back. ID is another one for each attempt to save: a request of an attempt that timed out may still
+reach a store when the next one is done.
+
+Not Orbax's OCDBT: it has checksums of its index alone, and hands out a flipped bit of a value without a word. Nor does
+Orbax write s3://.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import uuid
+from typing import Any
+
+import jax
+import numpy as np
+
+from deepseek_jax import io, storage
+from deepseek_jax.checkpoint.agreement import wait_for_all
+from deepseek_jax.checkpoint.arrays import Writer
+
+CHUNK = 64 << 20  # bytes of an object at most, unless a row is larger: several are on their way at once
+
+
+class Save:
+    """What this process writes of a state. It is copied to the host here, so that its buffers may be donated.
+
+    Args:
+      folder: of the checkpoint, or its address.
+      state: where the arrays are in it; the same in all processes, another one for each attempt.
+      arrays: {name: jax.Array or NumPy array}, none of them empty.
+      alone: this process writes all that its devices hold, for itself.
+    """
+
+    def __init__(self, folder: pathlib.Path, state: str, arrays: dict[str, Any], alone: bool = False):
+        self.folder, self.state, self.alone = folder, state, alone or jax.process_count() == 1
+        self.held = {_place(state, name): (array.shape, array.dtype, _chunk(array), _parts(array, alone))
+                     for name, array in arrays.items()}
+
+    def write(self, name: str) -> dict[str, list[int]] | None:
+        """Writes it. {file: [length, CRC32]} of what this one wrote `alone`; else in process 0 of what all of them
+        wrote, and None in the others.
+
+        name: of this attempt, the same in all processes and another one each time.
+        """
+        first, prints = self.alone or jax.process_index() == 0, {}
+        own = [(place, *about) for place, about in self.held.items() if first or about[-1]]
+        open_ = lambda place, shape, dtype, chunk: Writer(str(self.folder), place, shape, chunk, dtype, prints, first)
+        writers = storage.in_parallel(lambda about: open_(*about[:-1]), own)
+        storage.in_parallel(lambda job: job[0].write(*job[1:]), [
+            (writer, index, piece) for writer, (*_, chunk, parts) in zip(writers, own)
+            for start, part in parts for index, piece in _cut(start, part, chunk)])
+        if self.alone:
+            return prints
+        lists = self.folder / f"{self.state}.prints"
+        storage.make_folder(lists)
+        io.write_json(lists / f"{jax.process_index()}.json", prints, indent=None)
+        wait_for_all(name)
+        if not first:
+            return None
+        for found in storage.in_parallel(io.read_json, [lists / f"{i}.json" for i in range(jax.process_count())]):
+            prints |= found
+        storage.remove(lists)
+        return prints
+
+
+def new_state() -> str:
+    """A name for the arrays of an attempt to save."""
+    return f"state-{uuid.uuid4().hex[:12]}"
+
+
+def describe(state: str, leaves: dict[str, dict[str, Any]], arrays: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """{name: what meta.json says of the leaf, and where its array is}. Raises ValueError for names that are one."""
+    places = {name: _place(state, name) for name in arrays}
+    if len(set(places.values())) != len(places):
+        raise ValueError("two leaves of the state have the same name with dots for slashes; rename one.")
+    return {name: leaf | ({"zarr": places[name], "exact": True} if name in places else {})
+            for name, leaf in leaves.items()}
+
+
+def _place(state, name):
+    return f"{state}/{name.replace('/', '.')}"
+
+
+def _parts(array, alone) -> list[tuple[tuple[int, ...], np.ndarray]]:
+    """[(first index, copy)] of the parts of an array that this process writes: each one is written once, by it or, if
+    not `alone`, by any."""
+    if not alone and jax.process_index() and (not isinstance(array, jax.Array) or array.is_fully_addressable):
+        return []
+    if not isinstance(array, jax.Array):
+        return [((0,) * array.ndim, np.array(array))]
+    begin = lambda shard: tuple(part.start or 0 for part in shard.index)
+    own = {begin(shard): shard for shard in array.addressable_shards if alone or shard.replica_id == 0}
+    for shard in own.values():
+        shard.data.copy_to_host_async()
+    return [(start, np.array(shard.data)) for start, shard in own.items()]
+
+
+def _chunk(array) -> tuple[int, ...]:
+    """The shape of an array's chunks: the part of a device, or a part of that which is at most CHUNK bytes."""
+    chunk = list(array.sharding.shard_shape(array.shape) if isinstance(array, jax.Array) else array.shape)
+    for axis, length in enumerate(chunk):
+        pieces = -(-int(np.prod(chunk, dtype=np.int64)) * array.dtype.itemsize // CHUNK)
+        if pieces <= 1:
+            break
+        chunk[axis] = length // next((n for n in range(pieces, length) if length % n == 0), length)
+    return tuple(chunk)
+
+
+def _cut(start, part, chunk):
+    """(index of a chunk, its content) of a part that begins at `start`, and at a chunk."""
+    for at in np.ndindex(*(length // size for length, size in zip(part.shape, chunk))):
+        piece = part[tuple(slice(i * size, (i + 1) * size) for i, size in zip(at, chunk))]
+        yield tuple(first // size + i for first, i, size in zip(start, at, chunk)), piece
