@@ -112,7 +112,7 @@ class Measured:
     reserved: float = 20 / 132  # report, 3.2.2: SMs that move tokens at the same time
     # What the device waits in F&B, of the seconds that the network takes there: by the schedule that XLA made of the
     # report's layout, on an H800 (experiments/scale/v3_671b_h100_2048_report.json).
-    exposed: float = 0.25
+    exposed: float = 0.064
     # Everything except products, attention's core and waiting for the network: quantizing, norms, SwiGLU, gathers,
     # launches, and uneven loads of experts. Fitted to the published 13.95 s of overlapped cells.
     slowdown: float = 1.275
