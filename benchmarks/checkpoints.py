@@ -1,9 +1,11 @@
 """A checkpoint of several processes on one disk: how long process 0 has work after the others, and what each reads.
 
     python -m benchmarks.checkpoints --gigabytes 4 --folder DIR --json benchmarks/results/checkpoints_cpu.json
+    python -m benchmarks.checkpoints --files 521664 --json benchmarks/results/checkpoints_files_cpu.json
 
 The state is split over the processes as one of a large run is. Process 0 joins the lists of files and renames the
-folder, when all have written and flushed theirs. Bytes that are read are counted by the kernel (/proc/self/io).
+folder, when all have written and flushed theirs. Bytes that are read are counted by the kernel (/proc/self/io). The
+second is of made-up names: how much CPU the manifest of so many files takes, and the lengths of empty ones.
 """
 
 import argparse
@@ -15,14 +17,15 @@ import subprocess
 import sys
 import tempfile
 import time
+import zlib
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from benchmarks.machine import hardware
-from deepseek_jax import io
-from deepseek_jax.checkpoint import agreement
+from deepseek_jax import io, storage
+from deepseek_jax.checkpoint import agreement, manifest
 from deepseek_jax.checkpoint.manager import Checkpoints
 from deepseek_jax.parallel.processes import joined
 
@@ -65,12 +68,35 @@ def one_process(workdir: str, gigabytes: float, local: str | None) -> dict[str, 
             "read": read_so_far() - before, "own": sum(x.nbytes for x in state.values()) / jax.process_count()}
 
 
+def of_files(number: int, folder: str) -> dict[str, float]:
+    """Seconds of CPU that the files of a large checkpoint take, whatever is in them."""
+    def timed(call):
+        begin = time.process_time()
+        value = call()
+        return value, time.process_time() - begin
+
+    names = [f"state-0123456789ab/params.layers.experts.gate/c.{i // 2048}.{i % 2048}" for i in range(number)]
+    path, some = os.path.join(folder, "manifest.json"), [os.path.join(folder, str(i)) for i in range(number // 5)]
+    known = {name: [1 << 26, zlib.crc32(name.encode())] for name in names}
+    _, write = timed(lambda: io.write_json(path, {"files": dict(sorted(known.items()))}, indent=None, sync=True))
+    _, read = timed(lambda: manifest.files_of(folder))
+    for name in some:
+        pathlib.Path(name).touch()
+    _, lengths = timed(lambda: storage.in_parallel(os.path.getsize, some))
+    data = os.urandom(1 << 26)
+    _, crc = timed(lambda: [zlib.crc32(data) for _ in range(10)])
+    return {"files": number, "megabytes_of_manifest": os.path.getsize(path) / 1e6, "cpu_seconds_to_write_it": write,
+            "cpu_seconds_to_read_it": read, "files_with_lengths": len(some), "cpu_seconds_of_lengths": lengths,
+            "crc32_gigabytes_per_second": len(data) * 10 / crc / 1e9, "machine": hardware()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gigabytes", type=float, default=4)
     parser.add_argument("--processes", type=int, default=4)
     parser.add_argument("--folder", help="on the disk to measure (default: that of temporary files)")
     parser.add_argument("--local", help="save to this folder as to train.checkpoint_local")
+    parser.add_argument("--files", type=int, help="measure what so many files take, and nothing else")
     parser.add_argument("--json", help="write the result there")
     parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)  # a process: work directory, address, number
     args = parser.parse_args()
@@ -80,6 +106,13 @@ def main() -> None:
 
         with joined(Group(address, args.processes, int(number))):
             print("found " + json.dumps(one_process(workdir, args.gigabytes, args.local)), flush=True)
+        return
+    if args.files:
+        with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+            result = of_files(args.files, folder)
+        print(json.dumps(result, indent=2))
+        if args.json:
+            io.write_json(args.json, result)
         return
     with tempfile.TemporaryDirectory(dir=args.folder) as workdir, socket.socket() as free:
         free.bind(("localhost", 0))

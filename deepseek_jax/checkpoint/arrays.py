@@ -1,7 +1,8 @@
-"""Arrays of converted checkpoints: zarr (version 3) folders whose chunks are plain bytes.
+"""Arrays of checkpoints: zarr (version 3) folders whose chunks are plain bytes.
 
-A chunk holds one matrix of one layer and expert, or some rows of it, so that a checkpoint can be written in one pass
-without a stacked array in memory, and read in any parts. `meta.json` names the folder of such a leaf:
+A chunk of a run holds what one device has of an array, or a part of that (`chunks`); one of a conversion one matrix of
+one layer and expert, or some rows of it, so that it is written in one pass without a stacked array in memory. Either is
+read in any parts. `meta.json` names the folder of such a leaf:
 
     {"shape", "dtype", "zarr": folder}        or, kept in FP8,        {..., "zarr": values, "scales": folder, "inputs"}
 

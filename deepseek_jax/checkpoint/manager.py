@@ -308,7 +308,7 @@ def _is_key(leaf):
 
 
 def _flatten(state):
-    """-> ({path: array} for Orbax, {path: description} for meta.json)."""
+    """-> ({path: array} to write, {path: description} for meta.json)."""
     arrays, leaves = {}, {}
     for name, leaf in _named(state)[0].items():
         # A copy of NumPy leaves: the caller may change them while the background thread still reads.
@@ -317,7 +317,7 @@ def _flatten(state):
         if _is_key(leaf):
             leaves[name]["key"] = str(jax.random.key_impl(leaf))
             leaf = jax.random.key_data(leaf)
-        if leaf.size:  # Orbax refuses arrays without elements; their shape says all there is to know
+        if leaf.size:  # of one without elements its shape says all there is to know
             arrays[name] = leaf
     return arrays, leaves
 
