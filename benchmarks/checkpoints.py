@@ -68,7 +68,7 @@ def one_process(workdir: str, gigabytes: float, local: str | None) -> dict[str, 
             "read": read_so_far() - before, "own": sum(x.nbytes for x in state.values()) / jax.process_count()}
 
 
-def of_files(number: int, folder: str) -> dict[str, float]:
+def of_files(number: int, folder: str) -> dict[str, object]:
     """Seconds of CPU that the files of a large checkpoint take, whatever is in them."""
     def timed(call):
         begin = time.process_time()
