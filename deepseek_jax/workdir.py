@@ -185,9 +185,9 @@ def _started(pid: int) -> str | None:
 
 
 def claim_workdir(config: Config, workdir: str) -> None:
-    """Writes the config into a work directory that has none, or no checkpoint yet."""
+    """Writes the config into a work directory that has none, or whose run has saved nothing yet."""
     path = os.path.join(workdir, "config.json")
-    if not storage.exists(path) or not _has_checkpoint(workdir):
+    if not storage.exists(path) or not _has_begun(workdir):
         storage.make_folder(workdir)
         io.write_json(path, as_dict(config))
 
@@ -198,10 +198,10 @@ def _check_name(workdir):
     check_name(workdir)
 
 
-def _has_checkpoint(workdir):
-    from deepseek_jax.checkpoint.manifest import steps
+def _has_begun(workdir):
+    from deepseek_jax.checkpoint.manifest import has_begun
 
-    return bool(steps(storage.as_path(workdir) / "checkpoints"))
+    return has_begun(workdir)
 
 
 def check_workdir(config: Config, workdir: str) -> None:
@@ -210,7 +210,7 @@ def check_workdir(config: Config, workdir: str) -> None:
     _check_name(workdir)
     if storage.is_remote(workdir):
         storage.check_writable(workdir)
-    if not storage.lexists(os.path.join(workdir, "config.json")) or not _has_checkpoint(workdir):
+    if not storage.lexists(os.path.join(workdir, "config.json")) or not _has_begun(workdir):
         return
     check_changes(load_workdir_config(workdir), config, workdir, f"take that config or another --workdir, where "
                   f"--config.init.from={workdir} starts with this run's weights.")

@@ -85,7 +85,7 @@ MAY_IMPORT = {
     "pipeline": ("pipeline.schedule", "pipeline.validate"),
     # Text, files, checkpoints.
     "chat": ("io", "storage", "config"),
-    "data": ("chat", "io", "storage", "table", "config"),
+    "data": ("chat", "checkpoint.manifest", "io", "storage", "table", "config"),
     "checkpoint": ("io", "storage", "config", "kernels_pallas.constants"),
     "interop": ("model", "fp8", "checkpoint", "data.tokenizer", "chat", "io", "storage",
                 "kernels_pallas.constants", "config"),

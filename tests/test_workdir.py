@@ -42,6 +42,17 @@ def test_a_lock_whose_holder_was_killed_holds_nobody(tmp_path):
         pass
 
 
+def test_a_run_with_local_states_alone_has_begun(two, tmp_path):
+    first, other = two
+    claim_workdir(first, str(tmp_path))
+    (tmp_path / "checkpoints").mkdir()
+    io.write_json(tmp_path / "checkpoints/local.json", {"run": "0" * 12})
+    with pytest.raises(ConfigError, match="train.seed"):
+        check_workdir(other, str(tmp_path))
+    claim_workdir(other, str(tmp_path))
+    assert load_workdir_config(str(tmp_path)) == first
+
+
 @pytest.fixture(params=SCHEMES)
 def address(request):
     return stores()[request.param].address()

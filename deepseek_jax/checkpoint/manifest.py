@@ -35,6 +35,10 @@ class DamagedError(ConfigError):
         return DamagedError, (self.path, self.why)
 
 
+class CheckpointError(OSError):
+    """A checkpoint that could not be written: one line. Those written before it are untouched."""
+
+
 def directory_of(workdir: str | os.PathLike[str]) -> pathlib.Path:
     """The folder of a run's checkpoints, whatever the current folder becomes. `..` behind a link stays what it is."""
     path = storage.as_path(workdir)
@@ -56,6 +60,12 @@ def steps(directory: pathlib.Path) -> list[int]:
         found = [name for name in storage.names(directory) if name.isdecimal()]
         return sorted(int(name) for name in found if _has_manifest(directory / name))
     return sorted(int(p.name) for p in directory.glob("*") if p.name.isdecimal() and p.is_dir())
+
+
+def has_begun(workdir: str | os.PathLike[str]) -> bool:
+    """Whether the run in a work directory has saved anything: there, or on the machines themselves (`local`)."""
+    directory = directory_of(workdir)
+    return bool(steps(directory)) or storage.is_file(directory / "local.json")
 
 
 def newest(directory: pathlib.Path, known: dict[int, str] | None = None) -> tuple[int | None, dict[int, str]]:

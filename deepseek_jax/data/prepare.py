@@ -22,6 +22,7 @@ import tokenizers
 
 from deepseek_jax import io, storage
 from deepseek_jax.chat.template import keep_built_in, of_folder
+from deepseek_jax.checkpoint.manifest import has_begun
 from deepseek_jax.config import Config, ConfigError, DataConfig
 from deepseek_jax.data import corpus, token_shards
 from deepseek_jax.data.tokenizer import COMPANIONS, PATTERN, SPECIALS, Tokenizer, train_tokenizer
@@ -151,7 +152,7 @@ def noted(workdir: str) -> dict[str, str]:
 def _order(workdir) -> int:
     """The order that the run in a work directory began with: of old ones nothing says it."""
     found = _note(workdir)
-    if found or has_checkpoint(workdir):
+    if found or has_begun(workdir):
         return found["order"] if _has_order(found) else OLD_ORDER
     return ORDER
 
@@ -163,15 +164,6 @@ def _has_order(note):
 def _note(workdir) -> dict[str, Any]:
     path = os.path.join(workdir, "corpus.json")
     return _read_object(path) if storage.is_file(path) else {}
-
-
-def has_checkpoint(workdir: str) -> bool:
-    """Whether the run in a work directory has begun."""
-    checkpoints = os.path.join(workdir, "checkpoints")
-    found = [name for name in storage.names(checkpoints) if name.isdecimal()]
-    if storage.is_remote(workdir):  # where a manifest makes a checkpoint, and no name
-        return any(storage.is_file(f"{checkpoints}/{name}/manifest.json") for name in found)
-    return bool(found)
 
 
 def _same(cache, digest) -> str:
@@ -210,7 +202,7 @@ def cache_of(config: Config, workdir: str) -> str:
 def find_tokenizer(config: Config, workdir: str, sources: Sequence[Source]) -> Tokenizer:
     """Until there is a checkpoint, that of the run whose weights are taken or that teaches, or of data.tokenizer, with
     its companions; else the work directory's; without either, one trained here."""
-    own, begun = os.path.join(workdir, "tokenizer.json"), has_checkpoint(workdir)
+    own, begun = os.path.join(workdir, "tokenizer.json"), has_begun(workdir)
     source = config.init.folder or config.distill.from_ or config.data.tokenizer
     if storage.is_file(own) and (begun or source is None):
         return Tokenizer.load(own, config.model.vocab_size)

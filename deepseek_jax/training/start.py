@@ -17,9 +17,9 @@ from flax import traverse_util
 
 from deepseek_jax.checkpoint.adapters import restore_weights
 from deepseek_jax.checkpoint.manager import Checkpoints, find_checkpoint, restore_state
+from deepseek_jax.checkpoint.manifest import has_begun
 from deepseek_jax.config import Config, ConfigError
 from deepseek_jax.data.position import Position, position_of
-from deepseek_jax.data.prepare import has_checkpoint
 from deepseek_jax.history import check_changes, check_steps, record, saved_config
 from deepseek_jax.parallel.processes import is_first
 from deepseek_jax.parallel.runner import Runner
@@ -47,9 +47,14 @@ def restore(config: Config, workdir: str, checkpoints: Checkpoints, abstract: An
         branch = config.init.from_
         found = restore_state(find_checkpoint(str(config.init.folder), config.init.step), abstract)
     if found is None:
+        if is_first():
+            record(config, workdir, 0, None)  # local states that are gone may have kept the config of then
         return None
     state, meta = found
     step, before = int(state.step), saved_config(meta)
+    if before is not None:
+        check_changes(before, config, workdir if branch is None else branch, "take that config, or another --workdir.",
+                      ignored=() if branch is None else ("init.from",))
     check_steps(config, step, workdir if branch is None else branch)
     position = position_of(meta, before or config)
     if before is not None:
@@ -113,7 +118,7 @@ def _fresh_parts(config: Config, params: dict[str, Any]) -> dict[str, Any]:
 def check_branch(config: Config, workdir: str) -> None:
     """Raises ConfigError for a run that init.from=RUN@STEP names and that this config cannot continue. A branch that
     has saved needs it no more."""
-    if config.init.step is None or has_checkpoint(workdir):
+    if config.init.step is None or has_begun(workdir):
         return
     folder = str(config.init.folder)
     check_changes(load_workdir_config(folder), config, folder, "take that config, or "

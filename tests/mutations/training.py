@@ -360,7 +360,7 @@ MUTATIONS = [
     Mutation(
         name="a start that failed binds its directory",
         file="deepseek_jax/workdir.py",
-        old="if not storage.exists(path) or not _has_checkpoint(workdir):",
+        old="if not storage.exists(path) or not _has_begun(workdir):",
         new="if not storage.exists(path):",
         tests="test_workdir.py::test_a_start_that_failed_before_its_first_checkpoint_binds_nobody",
     ),

@@ -56,6 +56,19 @@ def test_a_run_without_a_checkpoint_begins_anew(restored):
     assert restored(dataclasses.replace(config_of(steps=40), init=InitConfig("elsewhere"))) == (None, [])
 
 
+def test_a_state_of_another_config_is_refused_wherever_it_was(tmp_path):
+    saved, now = config_of(steps=30), config_of(steps=30, seed=7)
+    io.write_json(tmp_path / "config.json", as_dict(now))
+    local = types.SimpleNamespace(restore=lambda abstract: (types.SimpleNamespace(step=20), {"config": as_dict(saved)}))
+    with pytest.raises(ConfigError, match="train.seed is .* there, 7 here"):
+        start.restore(now, str(tmp_path), local, None)
+
+
+def test_a_run_whose_states_are_gone_begins_with_its_config_of_now(restored, tmp_path):
+    assert restored(config_of(steps=40))[0] is None
+    assert io.read_json(tmp_path / "config.json")["train"]["steps"] == 40
+
+
 def test_a_branch_with_fewer_steps_than_it_has_is_one_line(restored):
     with pytest.raises(ConfigError, match="less than the 20 steps that the run in elsewhere@20 has"):
         restored(dataclasses.replace(config_of(steps=10), init=InitConfig("elsewhere@20")))
