@@ -14,8 +14,11 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from deepseek_jax.checkpoint.manifest import CheckpointError
 from deepseek_jax.config import ConfigError
+from deepseek_jax.storage import StorageError
 
+_PASSED_ON = CheckpointError, ConfigError, StorageError, OSError  # that one process has, and all raise
 LONGEST_WAIT = 24 * 3600  # seconds, of a process for the slowest
 
 
@@ -25,20 +28,23 @@ def wait_for_all(name: str) -> None:
 
 
 def from_first(decide: Callable[[], Any]) -> Any:
-    """What decide() returns in process 0, which alone calls it; JSON-able. Its ConfigError is raised in all of them."""
+    """What decide() returns in process 0, which alone calls it; JSON-able. Its errors of one line, those of `_PASSED_ON`,
+    are raised in all of them."""
     if jax.process_count() == 1:
         return decide()
     key = _new_key()
     if jax.process_index() == 0:
         try:
             said = {"value": decide()}
-        except ConfigError as error:
-            said = {"error": str(error)}
+        except _PASSED_ON as error:
+            kind = next(i for i, kind in enumerate(_PASSED_ON) if isinstance(error, kind))
+            _store().key_value_set(key, json.dumps({"error": str(error), "kind": kind}))
+            raise
         _store().key_value_set(key, json.dumps(said))
     else:
         said = json.loads(_store().blocking_key_value_get(key, LONGEST_WAIT * 1000))
     if "error" in said:
-        raise ConfigError(said["error"])
+        raise _PASSED_ON[said["kind"]](said["error"])
     return said["value"]
 
 

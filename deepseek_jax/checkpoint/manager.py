@@ -25,13 +25,10 @@ from deepseek_jax import storage
 from deepseek_jax.checkpoint import agreement, arrays, chunks, manifest
 from deepseek_jax.checkpoint.format import read_meta, write_meta
 from deepseek_jax.checkpoint.local import LocalCheckpoints
+from deepseek_jax.checkpoint.manifest import CheckpointError
 from deepseek_jax.config import ConfigError
 
 T = TypeVar("T")
-
-
-class CheckpointError(OSError):
-    """A checkpoint that could not be written: one line. Those written before it are untouched."""
 
 
 class Checkpoints:

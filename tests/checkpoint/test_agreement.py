@@ -3,7 +3,9 @@
 import pytest
 
 from deepseek_jax.checkpoint import agreement
+from deepseek_jax.checkpoint.manifest import CheckpointError
 from deepseek_jax.config import ConfigError
+from deepseek_jax.storage import StorageError
 from tests.checkpoint.processes import found_by_two
 
 # Each process notes which files it reads. `lags`: the newest step is hidden from process 1, as by a file system's
@@ -79,7 +81,8 @@ def test_what_one_finds_damaged_none_takes(found):
     assert "x/c.1 fails its checksum); resuming from 1 instead" in found[1]
 
 
-def test_a_mistake_that_the_first_finds_is_raised_in_all(monkeypatch):
+@pytest.mark.parametrize("kind", [ConfigError, StorageError, CheckpointError, OSError])
+def test_what_the_first_cannot_do_is_raised_in_all(monkeypatch, kind):
     kept = {}
 
     class Store:
@@ -87,12 +90,13 @@ def test_a_mistake_that_the_first_finds_is_raised_in_all(monkeypatch):
         blocking_key_value_get = staticmethod(lambda key, _: kept[key])
 
     def refuse():
-        raise ConfigError("there is none.")
+        raise kind("there is none.")
 
     monkeypatch.setattr(agreement, "_store", lambda: Store)
     monkeypatch.setattr(agreement.jax, "process_count", lambda: 2)
     monkeypatch.setattr(agreement, "_new_key", lambda: "key")
     for index in (0, 1):
         monkeypatch.setattr(agreement.jax, "process_index", lambda index=index: index)
-        with pytest.raises(ConfigError, match="^there is none.$"):
+        with pytest.raises(kind, match="^there is none.$") as raised:
             agreement.from_first(refuse)
+        assert raised.type is kind
