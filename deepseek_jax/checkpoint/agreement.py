@@ -28,8 +28,8 @@ def wait_for_all(name: str) -> None:
 
 
 def from_first(decide: Callable[[], Any]) -> Any:
-    """What decide() returns in process 0, which alone calls it; JSON-able. Its errors of one line, those of `_PASSED_ON`,
-    are raised in all of them."""
+    """What decide() returns in process 0, which alone calls it; JSON-able. Its errors of one line (`_PASSED_ON`) are
+    raised in all of them."""
     if jax.process_count() == 1:
         return decide()
     key = _new_key()

@@ -49,19 +49,18 @@ class Checkpoints:
         if jax.process_index() == 0:
             storage.make_folder(self.directory)
             manifest.clean_up(self.directory)
+            if local is None and not storage.is_remote(self.directory):
+                storage.remove(self.directory / "local.json")  # this run gets ahead of what the machines have
         self.local = None if local is None else LocalCheckpoints(local, self.directory)
 
     def save_local(self, step: int, state: Any, meta: dict) -> None:
-        """`save` onto this machine alone, where there is a folder for it. Nobody waits for other processes.
+        """`save` onto this machine alone, where there is a folder for it.
 
         Raises:
           CheckpointError: the one before it could not be written.
         """
         assert self.local is not None
-        try:
-            self.local.save(step, *_flatten(state), meta)
-        except OSError as error:
-            raise CheckpointError(str(error)) from error
+        self.local.save(step, *_flatten(state), meta)
 
     def save(self, step: int, state: Any, meta: dict) -> None:
         """Starts writing `state` and returns; its buffers may be donated at once.
@@ -119,19 +118,28 @@ class Checkpoints:
           ConfigError: the state differs in a leaf from the saved one, or every checkpoint is damaged.
         """
         self.wait()
-        read = lambda path: restore_state(path, abstract_state)
+        read, local = lambda path: restore_state(path, abstract_state), None
         if self.local is not None:
             newest = agreement.from_first(lambda: max(self.steps(), default=0))
-            found = self.local.restore(read, newest)
-            if found is not None:
-                return found
-        found = read_newest(self.directory, read)
+            local = self.local.restore(read, newest)
+            if local is not None:
+                return local
+
+        def newest_of_both(path):  # a damaged one is no reason to go back further than the machines have to
+            nonlocal local
+            local = self.local and self.local.restore(read, int(path.name))
+            return local or read(path)
+
+        found = read_newest(self.directory, newest_of_both)
+        if self.local is not None and local is None:
+            self.local.begin_anew()
         self._damaged = set(found.damaged)
         if found.step is None:
             return None
         if found.damaged and jax.process_index() == 0:
             names = ", ".join(f"{step} ({why})" for step, why in found.damaged.items())
-            print(f"Damaged checkpoint in {self.directory}: {names}; resuming from {found.step} instead.", flush=True)
+            instead = found.step if local is None else "the state on this machine"
+            print(f"Damaged checkpoint in {self.directory}: {names}; resuming from {instead} instead.", flush=True)
         return found.value
 
     def steps(self) -> list[int]:
@@ -142,10 +150,10 @@ class Checkpoints:
         """Waits for the last save. Raises as `wait` does."""
         try:
             self.wait()
-            if self.local is not None:
-                self.local.close()
         finally:
             self._thread.shutdown()
+            if self.local is not None:
+                self.local.close()
 
     def _commit(self, step, partial, write):
         try:

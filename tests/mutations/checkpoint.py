@@ -448,8 +448,8 @@ MUTATIONS = [
     Mutation(
         name="local states keep their name in another continuation",
         file="deepseek_jax/checkpoint/local.py",
-        old='self._open(agreement.from_first(self._renew))',
-        new='self._open(agreement.from_first(lambda: self._run() or self._renew()))',
+        old='self._open(agreement.from_first(self._anew))',
+        new='pass',
         tests="checkpoint/test_local.py::test_states_that_another_continuation_left_behind_are_not_taken",
     ),
     Mutation(
@@ -458,6 +458,20 @@ MUTATIONS = [
         old='for old in manifest.steps(self.own)[:-1]:',
         new='for old in manifest.steps(self.own):',
         tests="checkpoint/test_local.py::test_the_newest_local_state_is_restored_bit_for_bit_and_two_are_kept",
+    ),
+    Mutation(
+        name="local states of later steps stay",
+        file="deepseek_jax/checkpoint/local.py",
+        old='if later > step:',
+        new='if False:',
+        tests="checkpoint/test_local.py::test_two_processes_take_the_newest_that_both_have",
+    ),
+    Mutation(
+        name="a start without local states lets them come back",
+        file="deepseek_jax/checkpoint/manager.py",
+        old='if local is None and not storage.is_remote(self.directory):',
+        new='if False:',
+        tests="checkpoint/test_local.py::test_a_start_without_them_leaves_none_to_come_back",
     ),
     Mutation(
         name="a local state has the parts of replica 0 alone",
