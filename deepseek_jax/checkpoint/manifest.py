@@ -8,6 +8,9 @@ CRC32; `commit` joins the lists in a manifest, and then renames the folder to `S
     arrays        each chunk is compared with its checksum as it is read
     damages       every byte of every file
 
+Damage is what is missing, short or fails its checksum. What a disk or a store refuses for now (a stale handle, too many
+open files) says nothing of a checkpoint, and is raised as it is.
+
 Buckets rename nothing. There the manifest is the last object of a checkpoint to be written and the first to be removed,
 and what has none is no checkpoint.
 """
@@ -22,6 +25,9 @@ from collections.abc import Iterator
 
 from deepseek_jax import io, storage
 from deepseek_jax.config import ConfigError
+
+
+_MISSING = FileNotFoundError, NotADirectoryError, IsADirectoryError
 
 
 class DamagedError(ConfigError):
@@ -59,7 +65,11 @@ def steps(directory: pathlib.Path) -> list[int]:
     if storage.is_remote(directory):
         found = [name for name in storage.names(directory) if name.isdecimal()]
         return sorted(int(name) for name in found if _has_manifest(directory / name))
-    return sorted(int(p.name) for p in directory.glob("*") if p.name.isdecimal() and p.is_dir())
+    try:
+        found = os.listdir(directory)
+    except _MISSING:
+        return []
+    return sorted(int(name) for name in found if name.isdecimal() and (directory / name).is_dir())
 
 
 def has_begun(workdir: str | os.PathLike[str]) -> bool:
@@ -100,24 +110,22 @@ def of_step(directory: pathlib.Path, step: int) -> pathlib.Path:
 
 
 def files_of(path: str | os.PathLike[str]) -> dict[str, list[int]]:
-    """{file: [length, CRC32]} of a checkpoint. Raises DamagedError."""
+    """{file: [length, CRC32]} of a checkpoint. Raises DamagedError, and OSError."""
     try:
         files = io.read_json(os.path.join(path, "manifest.json"))["files"]
         return {name: [size, crc] for name, (size, crc, *_) in files.items()}  # earlier ones say more of objects
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (*_MISSING, ValueError, KeyError, TypeError, AttributeError):
         raise DamagedError(path, "manifest.json is unreadable") from None
 
 
 def read_checked(path: str | os.PathLike[str], name: str, files: dict[str, list[int]]) -> bytes:
-    """The content of a file of a checkpoint. Raises DamagedError where it is not what `files` says."""
+    """The content of a file of a checkpoint. Raises DamagedError where it is not what `files` says, and OSError."""
     if name not in files:
         raise DamagedError(path, f"{name} is not in its manifest")
     try:
         data = storage.read_bytes(os.path.join(path, name))
-    except FileNotFoundError:
+    except _MISSING:
         raise DamagedError(path, f"{name} is missing") from None
-    except OSError as error:
-        raise DamagedError(path, f"{name} cannot be read ({error.strerror or error})") from error
     if why := _differs(name, [len(data), zlib.crc32(data)], files[name]):
         raise DamagedError(path, why)
     return data
@@ -154,7 +162,7 @@ def _missing(path, files):
 def _size(path):
     try:
         return os.stat(path).st_size
-    except OSError:
+    except _MISSING:
         return None
 
 
@@ -186,10 +194,8 @@ def size_of(path: pathlib.Path) -> str:
 def _damage(path, name, expected):
     try:
         return _differs(name, _fingerprint(path / name), expected)
-    except FileNotFoundError:
+    except _MISSING:
         return f"{name} is missing"
-    except OSError as error:
-        return f"{name} cannot be read ({error.strerror or error})"
 
 
 def _differs(name, found, expected):

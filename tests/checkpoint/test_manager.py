@@ -28,6 +28,9 @@ from deepseek_jax.config import ConfigError
 GOLDEN = pathlib.Path(__file__).resolve().parents[1] / "golden" / "workdir_v0.1" / "run"  # its arrays are Orbax's
 
 
+READERS = storage.read_bytes, storage.open_file
+
+
 def make_state(seed=0, width=6):
     """Every kind of leaf that a training state has."""
     rng = np.random.default_rng(seed)
@@ -272,6 +275,37 @@ def test_any_flipped_bit_of_an_array_is_noticed_as_it_is_read(two_checkpoints, t
             Checkpoints(tmp_path).restore(abstract(make_state()))
         flip_a_bit(file)
     assert bits(Checkpoints(tmp_path).restore(abstract(make_state()))[0]) == bits(make_state(2))
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EMFILE])
+@pytest.mark.parametrize("name", ["manifest.json", "meta.json", "zarr.json", "c.0.0"])
+def test_what_a_disk_refuses_for_now_is_no_damage(two_checkpoints, tmp_path, monkeypatch, number, name):
+    workdir, read_bytes, open_file = shutil.copytree(two_checkpoints, tmp_path / "run"), *READERS
+
+    def refusing(read):
+        def refuse(path):
+            if os.path.basename(path) == name and f"{os.sep}2{os.sep}" in str(path):
+                raise OSError(number, os.strerror(number), os.fspath(path))
+            return read(path)
+
+        return refuse
+
+    checkpoints = Checkpoints(workdir, keep=1)
+    with monkeypatch.context() as patch, pytest.raises(OSError, match=os.strerror(number)) as error:
+        patch.setattr(storage, "read_bytes", refusing(read_bytes))
+        patch.setattr(storage, "open_file", refusing(open_file))
+        checkpoints.restore(abstract(make_state()))
+    assert error.value.errno == number and error.value.filename.endswith(name)
+    assert checkpoints.restore(abstract(make_state()))[1] == {"position": 20}
+
+
+def test_a_folder_that_cannot_be_listed_is_not_one_without_checkpoints(two_checkpoints, monkeypatch):
+    def stale(folder):
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), os.fspath(folder))
+
+    monkeypatch.setattr(os, "listdir", stale)
+    with pytest.raises(OSError, match="Stale"):
+        manifest.steps(two_checkpoints / "checkpoints")
 
 
 def test_only_what_is_read_is_checked(two_checkpoints, tmp_path):

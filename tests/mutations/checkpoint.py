@@ -474,6 +474,13 @@ MUTATIONS = [
         tests="checkpoint/test_local.py::test_a_start_without_them_leaves_none_to_come_back",
     ),
     Mutation(
+        name="what a disk refuses for now is damage",
+        file="deepseek_jax/checkpoint/manifest.py",
+        old='_MISSING = FileNotFoundError, NotADirectoryError, IsADirectoryError',
+        new='_MISSING = (OSError,)',
+        tests="checkpoint/test_manager.py::test_what_a_disk_refuses_for_now_is_no_damage",
+    ),
+    Mutation(
         name="a local state has the parts of replica 0 alone",
         file="deepseek_jax/checkpoint/chunks.py",
         old='if alone or shard.replica_id == 0}',
