@@ -348,9 +348,11 @@ def _read(path, leaves, abstract, cast=False):
 
 def _read_orbax(path, wanted, cast):
     """Arrays that Orbax wrote, as this program did before format 2. Its files have no checksums of what they hold, so
-    all of them are read for ours first, each by one of the processes."""
+    all of them are read for ours first, each by one of the processes. What one finds all raise: none may wait in Orbax
+    for the others."""
     arrays.check_on_disk(path)
-    for why in manifest.damages(path, (jax.process_index(), jax.process_count())):
+    found = next(manifest.damages(path, (jax.process_index(), jax.process_count())), None)
+    for why in agreement.said_by_any(found):
         raise manifest.DamagedError(path, why)
     shapes, how = {}, {}
     for name, leaf in wanted.items():

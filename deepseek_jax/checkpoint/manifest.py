@@ -26,7 +26,6 @@ from collections.abc import Iterator
 from deepseek_jax import io, storage
 from deepseek_jax.config import ConfigError
 
-
 _MISSING = FileNotFoundError, NotADirectoryError, IsADirectoryError
 
 

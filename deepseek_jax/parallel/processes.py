@@ -133,13 +133,14 @@ class SaveTimer:
     """The steps that are saved because `minutes` have passed since the last save, the same in all processes.
 
     Process 0 looks at the clock, and publishes the step as `StopAgreement` does its own: two steps on, so that none can
-    be past it. minutes: None: there are none.
+    be past it. A save for another reason on the way there is the one that was due, also where a process hears of the
+    step only after it. minutes: None: there are none.
     """
 
     def __init__(self, minutes: float | None):
         self.prefix = f"deepseek_jax/save/{next(_agreements)}/"
         self.minutes, self.last_save = minutes, time.monotonic()
-        self.count = 0
+        self.count, self.last_step = 0, -1
         self.next: int | None = None
 
     def is_due(self, step: int) -> bool:
@@ -153,19 +154,26 @@ class SaveTimer:
 
     def saved(self, step: int) -> None:
         """The run is saved after this step, for whatever reason."""
-        self.last_save = time.monotonic()
-        if self.next is not None and step >= self.next:
+        self.last_save, self.last_step = time.monotonic(), step
+        self._void()
+
+    def _void(self):
+        if self.next is not None and self.last_step >= self.next - self._ahead():
             self.count, self.next = self.count + 1, None
+
+    def _ahead(self):
+        return 2 if jax.process_count() > 1 else 0
 
     def _decide(self, step):
         if self.minutes is not None and time.monotonic() - self.last_save >= 60 * self.minutes:
-            self.next = step + (2 if jax.process_count() > 1 else 0)
+            self.next = step + self._ahead()
             if jax.process_count() > 1:
                 _store().key_value_set(f"{self.prefix}{self.count}/step", str(self.next))
 
     def _hear(self):
-        for _, step in _store().key_value_dir_get(f"{self.prefix}{self.count}"):
-            self.next = int(step)
+        while self.next is None and (found := _store().key_value_dir_get(f"{self.prefix}{self.count}")):
+            self.next = int(found[0][1])
+            self._void()
 
 
 _agreements = itertools.count()

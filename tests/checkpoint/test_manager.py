@@ -16,11 +16,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from deepseek_jax import io, storage
-from deepseek_jax.checkpoint import arrays, manifest
+from deepseek_jax.checkpoint import agreement, arrays, manifest
 from deepseek_jax.checkpoint.format import FORMAT
 from deepseek_jax.checkpoint.manager import CheckpointError, Checkpoints, restore_items
 from deepseek_jax.config import ConfigError
@@ -336,6 +337,13 @@ def test_the_files_of_an_orbax_checkpoint_are_checked_before_it_is_read(tmp_path
         restore_items(workdir)
     flip_a_bit(values)
     assert bits(restore_items(workdir)[0]) == bits(before)
+
+
+def test_an_orbax_checkpoint_that_another_process_finds_damaged_is_not_read(monkeypatch):
+    monkeypatch.setattr(agreement, "said_by_any", lambda words: ["state/d/1 fails its checksum"])
+    monkeypatch.setattr(ocp, "Checkpointer", None)  # in which this process would wait for the other
+    with pytest.raises(manifest.DamagedError, match="state/d/1 fails its checksum"):
+        restore_items(GOLDEN, step=2)
 
 
 def test_one_of_a_newer_version_is_refused_in_one_line(two_checkpoints, tmp_path):

@@ -420,15 +420,15 @@ MUTATIONS = [
     Mutation(
         name="a save by the clock is of the step of process 0",
         file="deepseek_jax/parallel/processes.py",
-        old='self.next = step + (2 if jax.process_count() > 1 else 0)',
+        old='self.next = step + self._ahead()',
         new='self.next = step',
         tests="parallel/test_agreement.py::test_saves_by_the_clock_are_of_the_same_steps_in_all_processes",
     ),
     Mutation(
         name="a save by the clock does not start it anew",
         file="deepseek_jax/parallel/processes.py",
-        old='        self.last_save = time.monotonic()\n        if',
-        new='        if',
+        old='self.last_save, self.last_step = time.monotonic(), step',
+        new='self.last_step = step',
         tests="parallel/test_agreement.py::test_a_process_alone_saves_as_soon_as_the_time_is_over",
     ),
     Mutation(
@@ -479,6 +479,20 @@ MUTATIONS = [
         old='_MISSING = FileNotFoundError, NotADirectoryError, IsADirectoryError',
         new='_MISSING = (OSError,)',
         tests="checkpoint/test_manager.py::test_what_a_disk_refuses_for_now_is_no_damage",
+    ),
+    Mutation(
+        name="a save on the way to one by the clock is another",
+        file="deepseek_jax/parallel/processes.py",
+        old='self.last_step >= self.next - self._ahead():',
+        new='self.last_step >= self.next:',
+        tests="parallel/test_agreement.py::test_a_save_on_the_way_to_one_by_the_clock_is_that_one",
+    ),
+    Mutation(
+        name="an Orbax checkpoint is read where another process found it damaged",
+        file="deepseek_jax/checkpoint/manager.py",
+        old='for why in agreement.said_by_any(found):',
+        new='for why in filter(None, [found]):',
+        tests="checkpoint/test_manager.py::test_an_orbax_checkpoint_that_another_process_finds_damaged_is_not_read",
     ),
     Mutation(
         name="a local state has the parts of replica 0 alone",

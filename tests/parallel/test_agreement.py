@@ -102,6 +102,28 @@ def test_saves_by_the_clock_are_of_the_same_steps_in_all_processes(store, monkey
     assert not any(due(i, 11) for i in range(3)) and [due(i, 13) for i in range(3)] == [True] * 3
 
 
+@pytest.mark.parametrize("regular, hears", [(6, 6), (6, 7), (6, 8), (7, 7), (7, 8)])
+def test_a_save_on_the_way_to_one_by_the_clock_is_that_one(store, monkeypatch, regular, hears):
+    timers, clock = [processes.SaveTimer(1) for _ in range(2)], [60.0]
+    monkeypatch.setattr(processes.time, "monotonic", lambda: clock[0])
+    for each in timers:
+        each.prefix, each.last_save = "z/", 0.0
+    due = []
+    for step in range(6, 20):
+        for process, timer in enumerate(timers):
+            monkeypatch.setattr(processes.jax, "process_index", lambda process=process: process)
+            heard = store.kept if process == 0 or step >= hears else {}
+            monkeypatch.setattr(store, "key_value_dir_get", lambda under, heard=heard: [
+                (key, value) for key, value in heard.items() if key.startswith(under + "/")])
+            if timer.is_due(step):
+                due.append((process, step))
+            if step == regular or (process, step) in due:
+                timer.saved(step)
+        clock[0] += 60.0 * (step == 10)
+    assert due == [(0, 13), (1, 13)]
+    assert len(store.kept) == 2
+
+
 def test_a_process_alone_saves_as_soon_as_the_time_is_over(monkeypatch):
     timer, never = processes.SaveTimer(0.5), processes.SaveTimer(None)
     begun = timer.last_save
