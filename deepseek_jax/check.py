@@ -3,7 +3,9 @@
     python -m deepseek_jax.check run                     (all checkpoints of a run)
     python -m deepseek_jax.check gs://BUCKET/run/checkpoints/500
 
-Exit code 0: all are whole. 1: some are damaged; the files are named, and --workdir resumes from the newest whole one.
+Exit code 0: all are whole. 3: some are damaged; the files are named, and --workdir resumes from the newest whole one.
+2: a mistake, such as a path without checkpoints, or a file that the disk does not let this command read. One that its
+run removes in the meantime does not count.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import pathlib
 from deepseek_jax import cli, storage
 from deepseek_jax.config import ConfigError
 
-DAMAGED = 1  # exit code
+DAMAGED = 3  # exit code; Python's own for a traceback is 1
 
 
 def parse() -> argparse.Namespace:
@@ -40,11 +42,14 @@ def find(folder: str) -> list[pathlib.Path]:
 def main() -> int:
     args = parse()
 
-    from deepseek_jax.checkpoint.manifest import damages, size_of
+    from deepseek_jax.checkpoint.manifest import damages, is_there, size_of
 
     wrong = 0
     for path in find(args.checkpoint):
-        why = list(damages(path))
+        before, why = is_there(path), list(damages(path))
+        if before and not is_there(path):
+            print(f"{path}: removed by its run", flush=True)
+            continue
         print(f"{path}: " + (f"damaged, {len(why)} of its files" if why else size_of(path)), flush=True)
         for line in why:
             print(f"  {line}")

@@ -205,10 +205,14 @@ def _has_begun(workdir):
 
 
 def check_workdir(config: Config, workdir: str) -> None:
-    """Raises ConfigError for a name that cannot hold checkpoints, and when one there is of a config that this one may
-    not follow (`history`). Of a bucket, StorageError for one that this process cannot write to."""
+    """Raises ConfigError for a name that cannot hold checkpoints, when one there is of a config that this one may not
+    follow (`history`), and for local states of a run in a bucket; StorageError for a bucket that cannot be written to.
+    """
     _check_name(workdir)
     if storage.is_remote(workdir):
+        if config.train.checkpoint_local is not None:  # each needs all metrics before it, which are uploaded as a whole
+            raise ConfigError(f"train.checkpoint_local is for a --workdir on a disk, and {workdir} is in a bucket; "
+                              "take train.checkpoint_local=None, or a disk.")
         storage.check_writable(workdir)
     if not storage.lexists(os.path.join(workdir, "config.json")) or not _has_begun(workdir):
         return

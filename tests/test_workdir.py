@@ -53,6 +53,12 @@ def test_a_run_with_local_states_alone_has_begun(two, tmp_path):
     assert load_workdir_config(str(tmp_path)) == first
 
 
+def test_local_states_of_a_run_in_a_bucket_are_refused_before_it_is_asked():
+    config = load_config("tiny", ["--config.train.checkpoint_local=/dev/shm/run"])
+    with pytest.raises(ConfigError, match="checkpoint_local is for a --workdir on a disk, and gs://none/run is in a"):
+        check_workdir(config, "gs://none/run")
+
+
 @pytest.fixture(params=SCHEMES)
 def address(request):
     return stores()[request.param].address()

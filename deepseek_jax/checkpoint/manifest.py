@@ -88,7 +88,7 @@ def newest(directory: pathlib.Path, known: dict[int, str] | None = None) -> tupl
         why = known.get(step) or incomplete(path)
         if why is None:
             return step, damaged
-        if _is_there(path):  # otherwise a training run has just removed it
+        if is_there(path):  # otherwise a training run has just removed it
             damaged[step] = why
     if damaged:
         names = ", ".join(f"{step} ({why})" for step, why in damaged.items())
@@ -242,7 +242,8 @@ def _has_manifest(path):
     return storage.is_file(path / "manifest.json")
 
 
-def _is_there(path):
+def is_there(path: pathlib.Path) -> bool:
+    """Whether a checkpoint is still there, whole or not; the run that owns it may have removed it."""
     return _has_manifest(path) if storage.is_remote(path) else path.exists()
 
 

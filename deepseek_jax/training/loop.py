@@ -305,8 +305,10 @@ class Run:
             if evaluating:
                 self._evaluate(bar)
             if saving_local:
-                self._flush()
-                self.checkpoints.save_local(self.step, self.state, self._meta())
+                with watching.spending("write"):
+                    self._flush()
+                    self.checkpoints.save_local(self.step, self.state, self._meta())
+                watching.stall.beat()
             if saving:
                 with watching.spending("write"):
                     self._save()

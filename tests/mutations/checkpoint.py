@@ -394,14 +394,14 @@ MUTATIONS = [
         file="deepseek_jax/check.py",
         old='return DAMAGED if wrong else 0',
         new='return 0',
-        tests="test_check.py::test_damaged_files_are_named_each_and_the_code_is_1",
+        tests="test_check.py::test_damaged_files_are_named_each_and_the_code_is_3",
     ),
     Mutation(
         name="check stops at the first damaged file",
         file="deepseek_jax/check.py",
         old='why = list(damages(path))',
         new='why = list(damages(path))[:1]',
-        tests="test_check.py::test_damaged_files_are_named_each_and_the_code_is_1",
+        tests="test_check.py::test_damaged_files_are_named_each_and_the_code_is_3",
     ),
     Mutation(
         name="checkpoints of the keep period are removed",
