@@ -46,7 +46,8 @@ def main() -> int:
 
     wrong = 0
     for path in find(args.checkpoint):
-        before, why = is_there(path), list(damages(path))
+        before = is_there(path)
+        why = list(damages(path))
         if before and not is_there(path):
             print(f"{path}: removed by its run", flush=True)
             continue

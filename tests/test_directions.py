@@ -42,7 +42,8 @@ MAY_IMPORT = {
     "parallel.meeting": ("stop", "config"),
     "parallel.watch": ("parallel.meeting", "stop"),
     "parallel.cluster": ("parallel.meeting", "config"),
-    "parallel.processes": ("parallel.meeting", "parallel.watch", "stop", "config"),
+    "parallel.coordinator": (),
+    "parallel.processes": ("parallel.coordinator", "parallel.meeting", "parallel.watch", "stop", "config"),
     "parallel.compiler": (),
     "parallel.runner": (*SHARDING, "parallel.processes", "parallel.compiler", "config"),
     "parallel": (),
@@ -86,7 +87,7 @@ MAY_IMPORT = {
     # Text, files, checkpoints.
     "chat": ("io", "storage", "config"),
     "data": ("chat", "checkpoint.manifest", "io", "storage", "table", "config"),
-    "checkpoint": ("io", "storage", "config", "kernels_pallas.constants"),
+    "checkpoint": ("parallel.coordinator", "io", "storage", "config", "kernels_pallas.constants"),
     "interop": ("model", "fp8", "checkpoint", "data.tokenizer", "chat", "io", "storage",
                 "kernels_pallas.constants", "config"),
     "workdir": ("history", "checkpoint", "interop", "data.tokenizer", "stop", "io", "storage", "config"),

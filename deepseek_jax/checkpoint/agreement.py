@@ -12,20 +12,13 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import orbax.checkpoint as ocp
 
 from deepseek_jax.checkpoint.manifest import CheckpointError
 from deepseek_jax.config import ConfigError
+from deepseek_jax.parallel.coordinator import LONGEST_WAIT, store, wait_for_all
 from deepseek_jax.storage import StorageError
 
 _PASSED_ON = CheckpointError, ConfigError, StorageError, OSError  # that one process has, and all raise
-LONGEST_WAIT = 24 * 3600  # seconds, of a process for the slowest
-
-
-def wait_for_all(name: str) -> None:
-    """Returns once every process has called this with the name."""
-    ocp.multihost.get_barrier_sync_fn()(key=name, timeout_ms=LONGEST_WAIT * 1000)
-
 
 def from_first(decide: Callable[[], Any]) -> Any:
     """What decide() returns in process 0, which alone calls it; JSON-able. Its errors of one line (`_PASSED_ON`) are
@@ -38,11 +31,11 @@ def from_first(decide: Callable[[], Any]) -> Any:
             said = {"value": decide()}
         except _PASSED_ON as error:
             kind = next(i for i, kind in enumerate(_PASSED_ON) if isinstance(error, kind))
-            _store().key_value_set(key, json.dumps({"error": str(error), "kind": kind}))
+            store().key_value_set(key, json.dumps({"error": str(error), "kind": kind}))
             raise
-        _store().key_value_set(key, json.dumps(said))
+        store().key_value_set(key, json.dumps(said))
     else:
-        said = json.loads(_store().blocking_key_value_get(key, LONGEST_WAIT * 1000))
+        said = json.loads(store().blocking_key_value_get(key, LONGEST_WAIT * 1000))
     if "error" in said:
         raise _PASSED_ON[said["kind"]](said["error"])
     return said["value"]
@@ -54,9 +47,9 @@ def said_by_any(words: str | None) -> list[str]:
         return [] if words is None else [words]
     key = _new_key()
     if words is not None:
-        _store().key_value_set(f"{key}/{jax.process_index()}", words)
+        store().key_value_set(f"{key}/{jax.process_index()}", words)
     wait_for_all(key)
-    return [said for _, said in sorted(_store().key_value_dir_get(key))]
+    return [said for _, said in sorted(store().key_value_dir_get(key))]
 
 
 _numbers = itertools.count()
@@ -64,10 +57,3 @@ _numbers = itertools.count()
 
 def _new_key():
     return f"deepseek_jax/checkpoint/{next(_numbers)}"
-
-
-def _store() -> Any:
-    """The client of JAX's coordination service. Private to jax, which has no public way to it; Orbax takes the same."""
-    from jax._src import distributed
-
-    return distributed.global_state.client

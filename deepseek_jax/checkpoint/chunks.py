@@ -20,8 +20,8 @@ import jax
 import numpy as np
 
 from deepseek_jax import io, storage
-from deepseek_jax.checkpoint.agreement import wait_for_all
 from deepseek_jax.checkpoint.arrays import Writer
+from deepseek_jax.parallel.coordinator import wait_for_all
 
 CHUNK = 64 << 20  # bytes of an object at most, unless a row is larger: several are on their way at once
 

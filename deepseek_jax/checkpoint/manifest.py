@@ -179,11 +179,6 @@ def damages(path: pathlib.Path, share: tuple[int, int] = (0, 1)) -> Iterator[str
     yield from filter(None, storage.in_parallel(lambda name: _damage(path, name, files[name]), names))
 
 
-def damage(path: pathlib.Path) -> str | None:
-    """The first of `damages`; None if every byte is as it was written."""
-    return next(damages(path), None)
-
-
 def size_of(path: pathlib.Path) -> str:
     """How much a checkpoint that is whole holds, in words."""
     files = files_of(path)

@@ -15,16 +15,15 @@ from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from deepseek_jax import stop
 from deepseek_jax.config import ConfigError
+from deepseek_jax.parallel.coordinator import store, wait_for_all
 from deepseek_jax.parallel.meeting import STARTUP_TIMEOUT, Group, check
 from deepseek_jax.parallel.watch import Watch
 
 WORD_OF_A_LOSS = 3  # seconds for it to arrive
-LONGEST_WORK = 24 * 3600  # seconds that others wait for one, for example while it tokenizes a large corpus
 
 
 @contextlib.contextmanager
@@ -71,14 +70,6 @@ def first_then_others(make: Callable[[], Any], name: str) -> Any:
     return made if is_first() else make()
 
 
-def wait_for_all(name: str) -> None:
-    """Returns once every process has called this.
-
-    Not by an exchange between devices: before its first one, gloo waits for the others for 30 seconds only.
-    """
-    ocp.multihost.get_barrier_sync_fn()(key=name, timeout_ms=LONGEST_WORK * 1000)
-
-
 def check_same(config: str) -> None:
     """Raises ConfigError, in all processes, where their configs differ: they would wait for each other for ever."""
     if jax.process_count() > 1 and len(set(multihost_utils.process_allgather(
@@ -115,16 +106,16 @@ class StopAgreement:
         return self.last[1] if self.last is not None and step >= self.last[0] else None
 
     def _decide(self, step, asked):
-        asked = asked or next((name for _, name in _store().key_value_dir_get(f"{self.prefix}asked")), None)
+        asked = asked or next((name for _, name in store().key_value_dir_get(f"{self.prefix}asked")), None)
         if asked is not None:
             self.last = step + 2, asked
-            _store().key_value_set(f"{self.prefix}last/step", f"{step + 2} {asked}")
+            store().key_value_set(f"{self.prefix}last/step", f"{step + 2} {asked}")
 
     def _hear(self, asked):
         if asked is not None and not self.said:
-            _store().key_value_set(f"{self.prefix}asked/{jax.process_index()}", asked)
+            store().key_value_set(f"{self.prefix}asked/{jax.process_index()}", asked)
             self.said = True
-        for _, words in _store().key_value_dir_get(f"{self.prefix}last"):
+        for _, words in store().key_value_dir_get(f"{self.prefix}last"):
             step, name = words.split()
             self.last = int(step), name
 
@@ -168,19 +159,12 @@ class SaveTimer:
         if self.minutes is not None and time.monotonic() - self.last_save >= 60 * self.minutes:
             self.next = step + self._ahead()
             if jax.process_count() > 1:
-                _store().key_value_set(f"{self.prefix}{self.count}/step", str(self.next))
+                store().key_value_set(f"{self.prefix}{self.count}/step", str(self.next))
 
     def _hear(self):
-        while self.next is None and (found := _store().key_value_dir_get(f"{self.prefix}{self.count}")):
+        while self.next is None and (found := store().key_value_dir_get(f"{self.prefix}{self.count}")):
             self.next = int(found[0][1])
             self._void()
 
 
 _agreements = itertools.count()
-
-
-def _store() -> Any:
-    """The client of JAX's coordination service. Private to jax, which has no public way to it; Orbax takes the same."""
-    from jax._src import distributed
-
-    return distributed.global_state.client

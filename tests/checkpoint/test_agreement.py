@@ -51,6 +51,7 @@ with joined(Group(sys.argv[1], 2, me)):
     if me == 1:
         chunk, = (p for p in manifest.directory_of(workdir).glob("2/state-*/x/c.1"))
         chunk.write_bytes(bytes(32))
+    agreement.wait_for_all("harmed")
     found["harmed"] = restored()
     print("found " + json.dumps(found), flush=True)
 """
@@ -92,7 +93,7 @@ def test_what_the_first_cannot_do_is_raised_in_all(monkeypatch, kind):
     def refuse():
         raise kind("there is none.")
 
-    monkeypatch.setattr(agreement, "_store", lambda: Store)
+    monkeypatch.setattr(agreement, "store", lambda: Store)
     monkeypatch.setattr(agreement.jax, "process_count", lambda: 2)
     monkeypatch.setattr(agreement, "_new_key", lambda: "key")
     for index in (0, 1):

@@ -172,7 +172,8 @@ def test_a_copy_on_a_disk_is_a_checkpoint_whose_checksums_count(address, tmp_pat
     assert bits(restored(tmp_path, make_state())) == bits(make_state(4))
     file = tmp_path / "checkpoints/4" / part(address, 4, "params.head/c.0.0")
     file.write_bytes(bytes(len(file.read_bytes())))
-    assert "params.head/c.0.0 fails its checksum" in manifest.damage(tmp_path / "checkpoints/4")
+    found, = manifest.damages(tmp_path / "checkpoints/4")
+    assert "params.head/c.0.0 fails its checksum" in found
 
 
 def test_one_of_another_dtype_is_refused(address):

@@ -141,10 +141,10 @@ def test_those_of_the_keep_period_stay_for_good(tmp_path):
 def test_an_old_checkpoint_goes_only_after_the_newer_is_committed(tmp_path, monkeypatch):
     save_steps(tmp_path, [1], keep=1)
     seen, commit = [], manifest.commit
-    monkeypatch.setattr(manifest, "commit", lambda *paths: (seen.append(manifest.damage(tmp_path / "checkpoints/1")),
-                                                           commit(*paths)))
+    monkeypatch.setattr(manifest, "commit", lambda *paths: (
+        seen.append(list(manifest.damages(tmp_path / "checkpoints/1"))), commit(*paths)))
     save_steps(tmp_path, [2], keep=1)
-    assert seen == [None]
+    assert seen == [[]]
     assert manifest.steps(tmp_path / "checkpoints") == [2]
 
 
@@ -187,9 +187,10 @@ def test_any_flipped_bit_of_any_file_is_noticed(two_checkpoints, tmp_path):
     path = shutil.copytree(two_checkpoints / "checkpoints/2", tmp_path / "2")
     for file in [p for p in path.rglob("*") if p.is_file() and p.stat().st_size and p.name != "manifest.json"]:
         flip_a_bit(file)
-        assert file.name in manifest.damage(path)
+        found, = manifest.damages(path)
+        assert file.name in found
         flip_a_bit(file)
-    assert manifest.damage(path) is None
+    assert not list(manifest.damages(path))
 
 
 def test_a_damaged_checkpoint_is_replaced_when_training_gets_there_again(tmp_path):

@@ -322,14 +322,14 @@ MUTATIONS = [
     Mutation(
         name="a process keeps to itself that a chunk is damaged",
         file="deepseek_jax/checkpoint/agreement.py",
-        old="    return [said for _, said in sorted(_store().key_value_dir_get(key))]",
+        old="    return [said for _, said in sorted(store().key_value_dir_get(key))]",
         new="    return []",
         tests="checkpoint/test_agreement.py::test_what_one_finds_damaged_none_takes",
     ),
     Mutation(
         name="a mistake that the first finds is its own",
         file="deepseek_jax/checkpoint/agreement.py",
-        old='            _store().key_value_set(key, json.dumps({"error": str(error), "kind": kind}))\n',
+        old='            store().key_value_set(key, json.dumps({"error": str(error), "kind": kind}))\n',
         new='',
         tests="checkpoint/test_agreement.py::test_what_the_first_cannot_do_is_raised_in_all",
     ),
@@ -344,7 +344,7 @@ MUTATIONS = [
         name="a start reads the checkpoint whole",
         file="deepseek_jax/checkpoint/manifest.py",
         old='        if why := _missing(path, files):\n            return why',
-        new='        if why := damage(path):\n            return why',
+        new='        if why := next(damages(path), None):\n            return why',
         tests="checkpoint/test_manager.py::test_only_what_is_read_is_checked",
     ),
     Mutation(
@@ -357,8 +357,8 @@ MUTATIONS = [
     Mutation(
         name="a checkpoint of Orbax is read unchecked",
         file="deepseek_jax/checkpoint/manager.py",
-        old='    for why in manifest.damages(path,',
-        new='    for why in [] and manifest.damages(path,',
+        old='(jax.process_index(), jax.process_count())), None)',
+        new='(0, 10**9)), None)',
         tests="checkpoint/test_manager.py::test_the_files_of_an_orbax_checkpoint_are_checked_before_it_is_read",
     ),
     Mutation(

@@ -218,9 +218,9 @@ MUTATIONS = [
     ),
     Mutation(
         name="the others wait as long as gloo does",
-        file="deepseek_jax/parallel/processes.py",
-        old="ocp.multihost.get_barrier_sync_fn()(key=name, timeout_ms=LONGEST_WORK * 1000)",
-        new="multihost_utils.sync_global_devices(name)",
+        file="deepseek_jax/parallel/coordinator.py",
+        old="ocp.multihost.get_barrier_sync_fn()(key=name, timeout_ms=LONGEST_WAIT * 1000)",
+        new="from jax.experimental import multihost_utils; multihost_utils.sync_global_devices(name)",
         tests="parallel/test_processes.py::test_the_others_wait_while_the_first_works_for_longer_than_gloo_would",
     ),
     Mutation(

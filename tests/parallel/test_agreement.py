@@ -56,7 +56,7 @@ def store(monkeypatch):
     kept = {}
     client = types.SimpleNamespace(key_value_set=kept.__setitem__, kept=kept, key_value_dir_get=lambda under: [
         (key, value) for key, value in kept.items() if key.startswith(under + "/")])
-    monkeypatch.setattr(processes, "_store", lambda: client)
+    monkeypatch.setattr(processes, "store", lambda: client)
     monkeypatch.setattr(processes.jax, "process_count", lambda: 3)
     return client
 

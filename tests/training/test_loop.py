@@ -159,7 +159,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_the_checkpoint_before_it_sta
     kept = runs.checkpoints(tmp_path / "run")
     result.assert_error(f"not finite at step {kept[-1] + 1}; the checkpoint of step {kept[-1]} is kept",
                         "optimizer.learning_rate")
-    assert manifest.damage(tmp_path / f"run/checkpoints/{kept[-1]}") is None
+    assert not list(manifest.damages(tmp_path / f"run/checkpoints/{kept[-1]}"))
     assert [row["step"] for row in runs.rows(tmp_path / "run")] == kept  # nothing of the step that failed
 
 
@@ -206,7 +206,7 @@ def test_a_disk_that_is_really_full_ends_the_run_in_one_line(config, whole, tmp_
         (disk / "filler").write_bytes(bytes(space.f_bavail * space.f_bsize - 60_000))
         result = train(config, workdir)
         result.assert_error("pace left")
-        assert runs.checkpoints(workdir)[-1] == 27 and manifest.damage(workdir / "checkpoints/27") is None
+        assert runs.checkpoints(workdir)[-1] == 27 and not list(manifest.damages(workdir / "checkpoints/27"))
         (disk / "filler").unlink()
         assert train(config, workdir).code == 0
         runs.assert_same_run(workdir, whole)
