@@ -98,6 +98,14 @@ def test_sigusr2_asks_for_a_trace_while_a_run_goes(tmp_path):
     assert signal.getsignal(signal.SIGUSR2) == before
 
 
+def test_sigusr2_ends_no_command_that_is_outside_its_loop():
+    code = ("import signal; from deepseek_jax import cli\n"
+            "def main(): signal.raise_signal(signal.SIGUSR2); print('alive')\n"
+            "cli.run(main, resumes=True)")
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stdout) == (0, "alive\n")
+
+
 @pytest.mark.parametrize("words", ["5", "5:5", "a:b", "7:5"])
 def test_a_profile_that_names_no_steps_is_refused(words):
     with pytest.raises(ConfigError, match=r"train\.profile=.* should be two numbers"):
