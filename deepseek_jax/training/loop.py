@@ -57,7 +57,7 @@ from deepseek_jax.training.step import (
     train_step,
 )
 from deepseek_jax.training.throughput import peak_flops
-from deepseek_jax.training.trackers import EXPERTS_EVERY, check_tracker, experts_of_layers, make_trackers
+from deepseek_jax.training.trackers import EXPERTS_EVERY, check_trackers, experts_of_layers, make_trackers
 from deepseek_jax.training.types import Metrics
 from deepseek_jax.training.watching import Watching
 from deepseek_jax.workdir import (
@@ -95,7 +95,8 @@ class TrainResult(NamedTuple):
 def check_run(config: Config, workdir: str) -> Runner:
     """The mesh of a run that can begin or continue in the work directory; the same in every process.
 
-    Raises ConfigError for one that cannot: parts, mesh, devices, another config's work directory, init.from.
+    Raises ConfigError for one that cannot: parts, mesh, devices, another config's work directory, init.from,
+    a tracker that does not answer.
     """
     check_parts(config.model, config.balance)
     runner = Runner(config)
@@ -104,6 +105,8 @@ def check_run(config: Config, workdir: str) -> Runner:
     check_workdir(config, workdir)
     check_start(config)
     check_branch(config, workdir)
+    if is_first():
+        check_trackers(config, workdir)
     return runner
 
 
@@ -144,12 +147,15 @@ def _trained(config, workdir, loader, runner, kind: type[Run]):
 
 @contextlib.contextmanager
 def closing(run: RunType) -> Iterator[RunType]:
-    """Closes a run at the end. After an error that one is raised, and not what a store refuses in closing."""
+    """Closes a run at the end. After an error that one is raised, and what fails in closing is only said."""
     try:
         yield run
-    except BaseException:
-        with contextlib.suppress(storage.StorageError):
-            run.close()
+    except BaseException as first:
+        try:
+            run.close(failed=True)
+        except Exception as error:
+            if error is not first:
+                print(f"note: in closing the run, too: {error}", file=sys.stderr, flush=True)
         raise
     run.close()
 
@@ -181,7 +187,6 @@ class Run:
     def __init__(self, config: Config, workdir: str, loader: Any, runner: Runner):
         self.config, self.loader, self.runner = config, loader, runner
         self.watching = Watching(config, workdir, jax.process_index())
-        check_tracker(config)
         self.checkpoints = Checkpoints(workdir, config.train.checkpoints_kept, config.train.checkpoint_keep_period,
                                        config.train.checkpoint_local)
         wait_for_all("checkpoints")  # the first one has cleaned up
@@ -205,7 +210,8 @@ class Run:
         self.step = int(self.state.step)
         self.watching.mark("restored", begin=self.step)
         resumes = None if restored is None else self.step
-        self.open_writer = lambda: MetricsWriter(workdir, resumes, make_trackers(config, workdir))
+        self.open_writer = lambda: MetricsWriter(workdir, resumes,
+                                                 make_trackers(config, workdir, resumes is not None))
         if is_first():
             print(describe_machine(config) + (f"\n{describe(config)}" if config.mesh.pipe > 1 else ""), flush=True)
         # Whatever the data, a step compiles once: a second trace is a bug and raises. chex counts by the place in the
@@ -261,13 +267,13 @@ class Run:
             print("\nStopping after this step; Ctrl-C again stops at once and saves nothing.", file=sys.stderr)
         self.asked = signal.Signals(number).name
 
-    def close(self) -> None:
-        """Waits for the last checkpoint."""
+    def close(self, failed: bool = False) -> None:
+        """Waits for the last checkpoint. failed: the run ends with an error."""
         try:
             self.checkpoints.close()
         finally:
             if self.writer:
-                self.writer.close()
+                self.writer.close(failed)
 
     def sample_variables(self) -> dict[str, Any]:
         """Params and router that a sample is drawn from."""

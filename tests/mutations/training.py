@@ -501,6 +501,14 @@ MUTATIONS = [
         tests="training/test_trackers.py::test_tensorboard_has_every_layer",
     ),
     Mutation(
+        name="a tracker that fails ends the run",
+        file="deepseek_jax/training/metrics.py",
+        old="*map(Apart, trackers)]",
+        new="*trackers]",
+        tests="training/test_metrics.py::test_a_tracker_that_fails_stops_neither_the_run_nor_the_others_and"
+              "_is_said_once",
+    ),
+    Mutation(
         name="steps that were lost are not counted",
         file="deepseek_jax/training/goodput.py",
         old='this.get("killed", saved) - saved',
