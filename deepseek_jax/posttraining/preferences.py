@@ -149,7 +149,8 @@ class PreferenceRun(Run):
 
     def _steps(self, bar) -> bool:
         if self.step == 0:
-            self._evaluate(bar)
+            with self.watching.stall.suspended():
+                self._evaluate(bar)
         return super()._steps(bar)
 
     def _evaluate(self, bar):

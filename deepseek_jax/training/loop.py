@@ -219,13 +219,11 @@ class Run:
         chex.clear_trace_counter()
         traced_once = chex.assert_max_traces(
             lambda state, batch, base, reference: train_step(config, state, batch, base, self.loss, reference), n=1)
+        runner.compiling = self.watching.stall.suspended
         self.step_fn = runner.jit(traced_once, abstract, self._compiled, donate_argnums=0)
         scored = runner.jit(chex.assert_max_traces(lambda *args: eval_step(config, *args), n=1))
-        def eval_fn(params, router, micro):
-            self.watching.stall.beat()
-            return scored(params, router, runner.shard_batch(micro), self.frozen_params)
-
-        self.eval_fn = eval_fn
+        self.eval_fn = lambda params, router, micro: scored(params, router, runner.shard_batch(micro),
+                                                            self.frozen_params)
         self.peak = peak_flops(config.model.dtype, config.mesh.devices)
         self.flops = training_flops_per_token(config.model, config.train.sequence_length,
                                               frozen=self.frozen is not None)
@@ -243,9 +241,9 @@ class Run:
             with self.watching.running(), tqdm.tqdm(total=self.config.train.steps, initial=self.step, desc=self.name,
                                                     unit="step", mininterval=1.0, disable=not is_first()) as bar:
                 finished = self._steps(bar)
-                if self.writer:
-                    self.writer.flush()
-                self._say(bar, self.watching.profiler.close(self.step, self.state))
+                with self.watching.stall.suspended():
+                    self._flush()
+                    self._say(bar, self.watching.profiler.close(self.step, self.state))
             self.checkpoints.wait()  # a second SIGTERM must not end what the first one asked for
             self.watching.mark("stopped", step=self.step)
             if is_first():
@@ -309,17 +307,19 @@ class Run:
                 self._record(pending, bar)
                 pending = None
             if evaluating:
-                self._evaluate(bar)
+                with watching.stall.suspended():
+                    self._evaluate(bar)
             if saving_local:
                 with watching.spending("write"):
                     self._flush()
                     self.checkpoints.save_local(self.step, self.state, self._meta())
                 watching.stall.beat()
             if saving:
-                with watching.spending("write"):
+                with watching.spending("write"), watching.stall.suspended():
                     self._save()
             if saving and stopped_by:
-                self.checkpoints.wait()
+                with watching.stall.suspended():
+                    self.checkpoints.wait()
                 self._say(bar, f"Stopped by {stopped_by} after step {self.step}; the same command continues from "
                                "there.")
                 return False
@@ -412,13 +412,13 @@ class Run:
         self._flush()
         self.checkpoints.save(self.step, self.state, self._meta())
         self.timer.saved(self.step)
-        self.watching.stall.beat()
         self.watching.mark("stopped", step=self.step)
 
     def _check_finite(self, step: int, metrics: Metrics):
         if all(math.isfinite(x) for x in (metrics.loss, metrics.mtp_loss, metrics.grad_norm)):
             return
-        self.checkpoints.wait()
+        with self.watching.stall.suspended():
+            self.checkpoints.wait()
         saved = self.checkpoints.steps()
         kept = f"the checkpoint of step {saved[-1]} is kept" if saved else "no checkpoint had been written yet"
         raise DivergedError(f"the loss or its gradient is not finite at step {step}; {kept}. Lower "

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 
 import jax
 import jax.numpy as jnp
@@ -13,13 +14,15 @@ import pytest
 
 from deepseek_jax import logs, stop
 from deepseek_jax.config import Config, ConfigError, TrainConfig
-from deepseek_jax.training import goodput
+from deepseek_jax.parallel.runner import Runner
+from deepseek_jax.training import goodput, loop, stall
 from deepseek_jax.training.background import Background
 from deepseek_jax.training.profiler import Profiler
 from deepseek_jax.training.program import describe_machine, describe_program
 from deepseek_jax.training.watching import Watching
 from tests import runs
 from tests.model import naive
+from tests.training.test_loop_order import Bar, run_of
 
 
 def watching(workdir=None, **train):
@@ -135,6 +138,41 @@ def test_a_hang_shows_the_stacks_of_all_threads_and_ends_with_76_within_its_limi
     assert ended.stdout == "beaten\n"  # longer than the limit in all, but every step ended
     assert "error: no step has ended for" in ended.stderr and "train.stall_minutes=0.01" in ended.stderr
     assert "in a_batch_that_never_comes" in ended.stderr and "<module>" in ended.stderr  # both threads
+
+
+@pytest.mark.parametrize("slow", ["evaluate", "save", "wait", "compile", "step"])
+def test_a_save_and_an_evaluation_that_take_longer_than_the_limit_are_no_hang(monkeypatch, slow):
+    run, _ = run_of(monkeypatch, [3.0, 2.0, 1.0], eval_every=2, checkpoint_every=2, stall_minutes=0.005)
+    left = []
+    monkeypatch.setattr(stall.stop, "leave", left.append)
+    monkeypatch.setattr(stall, "_show_stacks", lambda words: None)
+    wait = lambda what: time.sleep(1.2 if what == slow else 0)  # the limit is 0.3
+    monkeypatch.setattr(loop.Run, "_evaluate", lambda self, bar: wait("evaluate"))
+    run.checkpoints.save, run.checkpoints.wait = lambda *_: wait("save"), lambda: wait("wait")
+    runner = Runner(run.config)
+    runner.compiling = run.watching.stall.suspended
+    compiled = runner.jit(lambda x: x + 1, told=lambda *_: wait("compile"))
+    step = run.step_fn
+    run.step_fn = lambda *arguments: wait("step") or step(*arguments) if compiled(1.0) else None
+    with run.watching.running():
+        assert run._steps(Bar())
+    assert bool(left) == (slow == "step")
+
+
+def test_a_log_on_a_disk_that_hangs_keeps_no_hang_from_ending(monkeypatch, capfd):
+    goes_on = threading.Event()
+
+    def hang(words):
+        goes_on.wait(60)
+        raise OSError("the disk is gone")
+
+    with open(2, "w", closefd=False) as terminal, monkeypatch.context() as patched:
+        patched.setattr(stall, "OTHERS", 0.01)
+        patched.setattr(sys, "stderr", types.SimpleNamespace(copy=types.SimpleNamespace(write=hang)))
+        patched.setattr(sys, "__stderr__", terminal)
+        stall._show_stacks("error: no step\n")
+    goes_on.set()
+    assert "error: no step\n" in (said := capfd.readouterr().err) and "in test_a_log_on_a_disk_that_hangs" in said
 
 
 def test_sigquit_shows_stacks_and_ends_nothing():
