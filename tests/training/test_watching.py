@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import pytest
 
 from deepseek_jax import logs, stop
-from deepseek_jax.config import Config, ConfigError, TrainConfig
+from deepseek_jax.config import Config, ConfigError, MeshConfig, TrainConfig
 from deepseek_jax.parallel.runner import Runner
 from deepseek_jax.training import goodput, loop, stall
 from deepseek_jax.training.background import Background
@@ -90,6 +90,18 @@ def test_a_trace_of_two_steps_is_read_by_xprof(tmp_path):
 def test_a_signal_traces_the_next_five_steps_and_an_end_in_the_middle_ends_the_trace(tmp_path):
     assert [i for i, words in enumerate(traced(tmp_path / "a", 12, ask=4)) if words] == [9]
     assert traced(tmp_path / "b", 6, ask=4)[-1].startswith("Profile of steps 5 to 6")
+
+
+@pytest.mark.parametrize("broken", ["start_trace", "stop_trace"])
+def test_a_trace_that_cannot_be_is_said_and_steps_go_on(tmp_path, monkeypatch, broken):
+    def fail(*_):
+        raise RuntimeError("no space left")
+
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: None)
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: None)
+    monkeypatch.setattr(jax.profiler, broken, fail)
+    said = [words for words in traced(tmp_path, 8, profile="3:5") if words]
+    assert len(said) == 1 and said[0].startswith("note: ") and said[0].endswith("no space left")
 
 
 def test_sigusr2_asks_for_a_trace_while_a_run_goes(tmp_path):
@@ -269,6 +281,35 @@ def test_a_log_begins_with_the_work_directory_and_has_no_bars_and_the_traceback(
     assert not hasattr(sys.stdout, "log")
 
 
+def test_a_log_that_cannot_be_begun_hides_no_error_and_ends_nothing(tmp_path, capsys):
+    (tmp_path / "logs").write_text("no folder")
+    with pytest.raises(ZeroDivisionError), logs.kept(str(tmp_path), 0):
+        print("before")
+        _ = 1 / 0
+    with logs.kept(str(tmp_path), 0):
+        print("after")
+    assert capsys.readouterr().out == "before\nafter\n"
+
+
+def test_a_disk_that_fills_hides_no_error_and_ends_nothing(tmp_path, monkeypatch):
+    full = open("/dev/full", "a", buffering=1)  # noqa: SIM115 (the log closes it)
+    with pytest.raises(ZeroDivisionError), logs.kept(str(tmp_path), 0):
+        sys.stdout.log.file = full
+        print("said")
+        _ = 1 / 0
+    assert full.closed
+
+
+def test_what_is_printed_after_the_end_of_a_log_is_printed_alone(tmp_path, capsys):
+    with logs.kept(str(tmp_path), 0):
+        print("inside")
+        kept = sys.stdout
+    print("outside", file=kept)
+    log = (tmp_path / "logs/process_0000.log").read_text()
+    assert log.endswith("\ninside\n") and log.count("inside") == 1
+    assert capsys.readouterr().out == "inside\noutside\n" and not kept.log.waiting
+
+
 def test_a_process_that_prints_nothing_has_a_log_too(tmp_path):
     with logs.kept(str(tmp_path), 1):
         pass
@@ -282,3 +323,9 @@ def test_the_program_of_a_step_is_described_with_versions_flags_and_memory(monke
     assert "XLA_FLAGS: " in said and "LIBTPU_INIT_ARGS: --of_mine=1" in said
     compiled = jax.jit(lambda x: x @ x).lower(jnp.ones((256, 256))).compile()
     assert describe_program(compiled, 1.25).startswith("The step was compiled in 1.2 s. Memory a device: 0.3 MB of")
+
+
+@pytest.mark.parametrize("axis", MeshConfig().sizes)
+def test_every_axis_of_the_mesh_is_named(axis):
+    config = types.SimpleNamespace(mesh=MeshConfig(**{axis: 2}))
+    assert f"mesh: {axis} 2\n" in describe_machine(config)
