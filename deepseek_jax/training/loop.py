@@ -412,7 +412,7 @@ class Run:
         self._flush()
         self.checkpoints.save(self.step, self.state, self._meta())
         self.timer.saved(self.step)
-        self.watching.mark("stopped", step=self.step)
+        self.watching.mark("saving", saved=self.step)
 
     def _check_finite(self, step: int, metrics: Metrics):
         if all(math.isfinite(x) for x in (metrics.loss, metrics.mtp_loss, metrics.grad_norm)):

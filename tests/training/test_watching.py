@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from deepseek_jax import logs, stop
+from deepseek_jax import logs, stop, storage
 from deepseek_jax.config import Config, ConfigError, MeshConfig, TrainConfig
 from deepseek_jax.parallel.runner import Runner
 from deepseek_jax.training import goodput, loop, stall
@@ -257,8 +257,54 @@ def test_a_start_that_was_killed_ends_with_its_last_row(tmp_path):
     assert again.before[0]["killed"] >= again.before[0]["stopped"]
     assert again.now["start"] == again.before[0]["killed"]  # the same process
     again.mark("restored", begin=7)
+    assert again.before[0]["stopped"] == first.now["stopped"]
     assert [sorted(start) for start in goodput.read(str(tmp_path))] == [
         ["compiled", "first_step", "killed", "restored", "start", "stopped"], ["begin", "restored", "start"]]
+
+
+def killed_after(tmp_path, *marks, begin):
+    """What the next start finds of a start that was killed after these marks, of checkpoints of 10, 20 ... steps."""
+    first = goodput.Goodput(str(tmp_path), start=100.0)
+    for number, what in enumerate(marks):
+        first.mark(what, **({"saved": 10 * marks[:number + 1].count("saving")} if what == "saving" else {"begin": 0}))
+    again = goodput.Goodput(str(tmp_path), start=time.time())
+    again.mark("restored", begin=begin)
+    return first.now, goodput.read(str(tmp_path))[0]
+
+
+def test_a_checkpoint_counts_when_it_is_written(tmp_path):
+    marks = "restored", "compiled", "first_step", "saving", "saving"
+    for begin in (10, 20):
+        folder = tmp_path / str(begin)
+        folder.mkdir()
+        first, found = killed_after(folder, *marks, begin=begin)
+        assert first["stopped"] < first["saving"]  # that of 10 steps was written, which the next save waits for
+        assert found["stopped"] == (first["saving"] if begin == 20 else first["stopped"])
+    (tmp_path / "none").mkdir()
+    assert "stopped" not in killed_after(tmp_path / "none", *marks[:4], begin=0)[1]
+
+
+def test_a_start_that_was_killed_before_its_first_step_counts_its_seconds():
+    assert goodput.summary([{"start": 5, "restored": 10, "compiled": 30}]) | {"goodput": 0} == {
+        "starting": 25, "compiling": 20, "steps": 0, "lost": 0, "total": 25, "goodput": 0}
+    assert goodput.summary([{"start": 5, "restored": 10, "killed": 12}])["starting"] == 7
+
+
+@pytest.mark.parametrize("text", ["", "{", "{}", "[1]", '[{"start": "now"}]', '[{"restored": 1}]'])
+def test_a_record_that_cannot_be_read_is_said_and_begins_anew(tmp_path, capsys, text):
+    (tmp_path / "goodput.json").write_text(text)
+    goodput.Goodput(str(tmp_path)).mark("restored", begin=0)
+    assert "goodput.json cannot be read" in capsys.readouterr().err
+    assert len(goodput.read(str(tmp_path))) == 1
+
+
+def test_a_store_that_does_not_answer_ends_no_run_for_its_goodput(monkeypatch, capsys):
+    def refuse(path):
+        raise storage.StorageError("no answer")
+
+    for name in ("is_file", "changed"):
+        monkeypatch.setattr(storage, name, refuse)
+    assert goodput.Goodput("s3://bucket/run").before == [] and "no answer" in capsys.readouterr().err
 
 
 def test_a_process_knows_when_it_started():
