@@ -48,7 +48,7 @@ from deepseek_jax.training.evaluate import evaluate
 from deepseek_jax.training.metrics import MetricsWriter, all_layers, balance_metrics
 from deepseek_jax.training.program import describe_machine, describe_program
 from deepseek_jax.training.selfcheck import check_device
-from deepseek_jax.training.start import check_branch, check_start, restore, starting_state
+from deepseek_jax.training.start import check_branch, check_length, check_start, restore, starting_state
 from deepseek_jax.training.step import (
     Loss,
     eval_step,
@@ -105,6 +105,7 @@ def check_run(config: Config, workdir: str) -> Runner:
     check_workdir(config, workdir)
     check_start(config)
     check_branch(config, workdir)
+    check_length(config, workdir)
     if is_first():
         check_trackers(config, workdir)
     return runner
