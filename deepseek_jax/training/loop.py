@@ -263,7 +263,7 @@ class Run:
         if number == signal.SIGINT:
             if self.asked:
                 raise KeyboardInterrupt
-            print("\nStopping after this step; Ctrl-C again stops at once and saves nothing.", file=sys.stderr)
+            print("\nStopping after this step; Ctrl-C again ends it without saving.", file=sys.stderr)
         self.asked = signal.Signals(number).name
 
     def close(self, failed: bool = False) -> None:
