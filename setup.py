@@ -99,7 +99,7 @@ setup(
             "gcp-storage-emulator>=2024.8",
             "moto[server]>=5",  # an emulator of S3
             "openai>=1.40",  # the client whose protocol the server speaks
-            "wandb>=0.19",
+            "wandb>=0.31",
             "mlflow-skinny>=3",
             "sqlalchemy>=2",
             "alembic>=1.10",
@@ -109,7 +109,7 @@ setup(
         "aot": ["jax-cuda13-plugin>=0.11.2,<0.13", "nvidia-cuda-nvcc>=13", "nvidia-cuda-nvdisasm>=13"],
         "serve": ["starlette>=0.40", "uvicorn>=0.30", "jinja2>=3.1", "prometheus-client>=0.20"],
         # Where metrics go besides metrics.jsonl and TensorBoard's files (train.tracker); MLflow with a file of its own.
-        "wandb": ["wandb>=0.19"],
+        "wandb": ["wandb>=0.31"],
         "mlflow": ["mlflow-skinny>=3", "sqlalchemy>=2", "alembic>=1.10"],
         "rl": ["reasoning-gym>=0.1"],  # more tasks for reinforcement learning
         "eval": ["lm-eval[api]>=0.4.10"],

@@ -59,11 +59,12 @@ def run(main: Callable[[], int | None], resumes: bool = False) -> NoReturn:
     refuses (a full disk, a directory without permission) and a package that is not installed.
 
     Args:
-      resumes: the command saves and resumes; SIGTERM and SIGUSR1 end it with `stop.STOPPED` from here on, and SIGQUIT
-        shows what its threads do.
+      resumes: the command saves and resumes; SIGTERM and SIGUSR1 end it with `stop.STOPPED` from here on, SIGQUIT
+        shows what its threads do, and SIGUSR2 does nothing until the loop takes it.
     """
     if resumes:
         stop.show_stacks()
+        stop.ignore_requests_for_traces()
     with stop.ended_by_signals() if resumes else contextlib.nullcontext():
         code = _run(main)
         if code and stop.farewells:  # other processes wait for this one, and have to hear how it ends

@@ -42,32 +42,46 @@ def kept(workdir: str, process: int) -> Iterator[None]:
             handler.setStream(streams["stderr"])
         for name, stream in streams.items():
             setattr(sys, name, stream)
-        with contextlib.suppress(OSError):
-            log.write("")  # of a process that printed nothing the file says when it was there
+        log.write("")  # of a process that printed nothing the file says when it was there
         log.close()
 
 
 class _Log:
+    """The file, as far as the disk takes it: what it refuses was printed, and ends nothing."""
+
     def __init__(self, workdir, process):
         self.workdir, self.path = workdir, os.path.join(workdir, "logs", f"process_{process:04}.log")
         self.file: TextIO | None = None
+        self.closed = False
         self.waiting = [f"--- {time.strftime('%Y-%m-%d %H:%M:%S %z')}, process {os.getpid()}: {' '.join(sys.argv)}\n"]
 
     def write(self, text):
-        if self.file is None:
-            self.waiting.append(text)
-            if not os.path.isdir(self.workdir):
-                return
+        if self.closed:
+            return
+        with contextlib.suppress(OSError, ValueError):  # a full disk; another thread has just closed it
+            if self.file is None:
+                self.waiting.append(text)
+                if not os.path.isdir(self.workdir):
+                    return
+                text, self.waiting = "".join(self.waiting), []
+                self._open()
+            if self.file is not None:
+                self.file.write(text)
+
+    def _open(self):
+        try:
             os.makedirs(os.path.dirname(self.path), exist_ok=True)
             self.file = open(  # noqa: SIM115 (`kept` closes it)
                 self.path, "a", buffering=1, encoding="utf-8", errors="backslashreplace")
-            text = "".join(self.waiting)
-        self.file.write(text)
+        except OSError as error:
+            self.closed = True  # else it would wait in memory
+            print(f"note: what this process prints is not kept: {error}.", file=sys.__stderr__)
 
     def close(self):
-        if self.file is not None:
-            self.file.close()
-            self.file = None
+        self.closed, file, self.file = True, self.file, None
+        if file is not None:
+            with contextlib.suppress(OSError):
+                file.close()
 
 
 class _Copied:
@@ -79,8 +93,7 @@ class _Copied:
     def write(self, text: str) -> int:
         count = self.stream.write(text)
         if not text.startswith("\r") and "\x1b[A" not in text:  # of a progress bar
-            with contextlib.suppress(OSError):  # a full disk: it was printed
-                self.log.write(text)
+            self.log.write(text)
         return count
 
     @property

@@ -32,7 +32,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--price", type=arguments.positive,
                         help="dollars a device-hour (default: the machine's, where known)")
     parser.add_argument("--search", action="store_true", help="look for the fastest layouts that fit, over --pipe, "
-                        "--expert, --rows, --schedule and, unless it is given, --remat")
+                        "--expert, --rows, --schedule and, unless it or --layout is given, --remat")
     parser.add_argument("--ablations", action="store_true", help="what each of the report's inventions is worth here")
     parser.add_argument("--decode", action="store_true", help="the published layouts that serve v3_671b")
     parser.add_argument("--json", metavar="FILE", help="also write everything there")

@@ -40,6 +40,13 @@ def show_stacks() -> None:
         faulthandler.register(signal.SIGQUIT, file=sys.__stderr__ or 2, all_threads=True)
 
 
+def ignore_requests_for_traces() -> None:
+    """SIGUSR2 would end a process that is not in its training loop, which takes it (`training.watching`); from here on
+    it does nothing there."""
+    if hasattr(signal, "SIGUSR2") and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+
+
 def exit_code(error: BaseException) -> int:
     """The exit code of a command that ends with this exception."""
     if isinstance(error, SystemExit):

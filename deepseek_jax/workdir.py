@@ -1,7 +1,7 @@
 """A run's folder: who owns it, what it was configured as, and the model that it holds.
 
     config.json  tokenizer.json  corpus.json  metrics.jsonl  expert_load/  tensorboard/  checkpoints/  cache/  logs/
-    goodput.json  *.png
+    goodput.json  tracker.json  *.png
 """
 
 from __future__ import annotations

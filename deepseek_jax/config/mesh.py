@@ -102,10 +102,16 @@ def check_mesh(mesh: MeshConfig, c: ModelConfig, train: TrainConfig) -> None:
 def _check_context(mesh: MeshConfig, c: ModelConfig, train: TrainConfig):
     if mesh.context == 1:
         return
+    length, blocks = train.sequence_length, 2 * mesh.context
+    tokens = length // blocks
+    tile = max(n for n in range(1, min(c.attention_block, max(tokens, 1)) + 1) if tokens % n == 0)
     for wrong, complaint in (
-            (train.sequence_length % (2 * mesh.context),
-             f"train.sequence_length={train.sequence_length} is no multiple of the {2 * mesh.context} blocks that a "
-             "sequence is cut into; make it one"),
+            (length % blocks,
+             f"train.sequence_length={length} is no multiple of the {blocks} blocks that a sequence is cut into; take "
+             f"{-(-length // blocks) * blocks}"),
+            (2 * tile < min(64, tokens, c.attention_block),
+             f"train.sequence_length={length} makes blocks of {tokens} tokens, which divide into nothing larger than "
+             f"{tile} for attention; take {-(-length // (64 * blocks)) * 64 * blocks}"),
             (mesh.pipe > 1 and mesh.context % 2, f"mesh.pipe={mesh.pipe} takes an even number of parts; take "
                                                  f"mesh.context={mesh.context + 1}"),
             (c.index_topk is not None, f"model.index_topk={c.index_topk} chooses among all tokens of a sequence, which "

@@ -100,17 +100,26 @@ def prepare(config: Config, workdir: str, resumes: bool = False) -> Prepared:
       ConfigError: an unusable corpus or tokenizer.
     """
     data = config.data
-    places = workdir, cache_of(config, workdir)
+    began = began_in(config, workdir)
+    places = began, cache_of(config, workdir)
     sources = [Source(path, held_fraction(data), *places) for path, _ in data.sources]
     own = [] if data.validation is None else [Source(data.validation, None, *places)]
     if resumes:
-        _check(workdir, {source.path: source.digest for source in (*sources, *own)})
+        check_sources(began, {source.path: source.digest for source in (*sources, *own)}, branches=began != workdir)
     tokenizer = find_tokenizer(config, workdir, sources)
     pairs = [_shards(source, tokenizer, config, workdir, data.split_punctuation_rate) for source in sources]
     held = [_shards(source, tokenizer, config, workdir, 0.0) for source in own] or pairs
     report = tuple(meta | {"digest": source.digest} for source, (_, meta) in zip((*sources, *own), (*pairs, *held)))
     return Prepared(tokenizer, tuple(s["train"] for s, _ in pairs), tuple(s["validation"] for s, _ in held), report,
-                    _order(workdir))
+                    _order(began))
+
+
+def began_in(config: Config, workdir: str) -> str:
+    """The folder whose corpus.json says what the run in a work directory began with: of a branch that has saved nothing
+    yet that of its run."""
+    if config.init.step is None or has_begun(workdir):
+        return workdir
+    return str(config.init.folder)
 
 
 def held_fraction(data: DataConfig) -> float:
@@ -126,21 +135,25 @@ def claim_corpus(prepared: Prepared, workdir: str) -> None:
     """
     digests = {meta["source"]: meta["digest"] for meta in prepared.sources}
     before = noted(workdir)
-    _check(workdir, digests)
-    if digests.keys() - before.keys():  # all, or those that a mixture of later has in addition
+    check_sources(workdir, digests)
+    # All, or those that a mixture of later has in addition; of a branch the order of its run.
+    if digests.keys() - before.keys() or prepared.order != _order(workdir):
         io.write_json(os.path.join(workdir, "corpus.json"), {"order": prepared.order, "sources": digests | before},
                       indent=1)
 
 
-def _check(workdir, digests) -> None:
+def check_sources(workdir: str, digests: dict[str, str], branches: bool = False) -> None:
+    """Raises ConfigError for files that are others than those that the run in a work directory began with. digests: by
+    source. branches: it is the run that this one branches off."""
     before = noted(workdir)
     changed = [name for name, digest in before.items() if name in digests and digest not in digests.values()]
     if changed:
         times = any(before[name].startswith(corpus.BY_TIMES) for name in changed)
         hint = (" (or only their times: then `python -m deepseek_jax.prepare --verify` with this --config and "
-                "--workdir settles it)") if times else ""
+                "--workdir settles it)") if times and not branches else ""
+        advice = f"--config.init.from={workdir} for its weights alone" if branches else "another --workdir"
         raise ConfigError(f"the files of {', '.join(changed)} have changed since the run in {workdir} began{hint}; "
-                          "restore them, or take another --workdir.")
+                          f"restore them, or take {advice}.")
 
 
 def noted(workdir: str) -> dict[str, str]:

@@ -26,7 +26,7 @@ from deepseek_jax.parallel.sharding import constrain
 # latents, the attention output, the scores, what arrived at the experts and the inputs of SwiGLU. Norms, MLA
 # up-projections and SwiGLU are recomputed; so are the experts' outputs, which only the gradient of the gates needs.
 # Names in the place of "report" recompute some of these too (`config.model.RECOMPUTABLE`). Which token goes where is
-# small and always saved: to find it out again takes an exchange of sizes before each hop.
+# small and saved with all of these: to find it out again takes an exchange of sizes.
 SAVED_NAMES = (*RECOMPUTABLE.values(), "hops")
 
 

@@ -123,17 +123,24 @@ def route_hop(place_RK: jax.Array, axis: str | tuple[str, ...], places: int, roo
 
 
 def _moves(wanted_QP, slots, room, me):
-    """Of ragged buffers: a sender's has `slots` rows, and a receiver's fills in the senders' order, up to its room.
+    """Of ragged buffers: a sender's has `slots` rows, a receiver's `room`, and all give up an equal share of what is
+    more. Some of it may be empty, of rows lost in the hop before, and the first must not take the room of the last.
 
     Returns:
       int32 [P] each: here offset and size by place sent to, and the offset it lands at there; then offset and size by
       sender of what lands here, and its offset there.
     """
-    start_QP = jnp.minimum(jnp.cumsum(wanted_QP, axis=1) - wanted_QP, slots)
-    sent_QP = jnp.minimum(wanted_QP, slots - start_QP)
-    landing_QP = jnp.minimum(jnp.cumsum(sent_QP, axis=0) - sent_QP, room)
-    size_QP = jnp.minimum(sent_QP, room - landing_QP)
+    sent_QP = _share(wanted_QP, slots, axis=1)
+    start_QP = jnp.cumsum(sent_QP, axis=1) - sent_QP
+    size_QP = _share(sent_QP, room, axis=0)
+    landing_QP = jnp.cumsum(size_QP, axis=0) - size_QP
     return start_QP[me], size_QP[me], landing_QP[me], landing_QP[:, me], size_QP[:, me], start_QP[:, me]
+
+
+def _share(rows_QP, room, axis):
+    """Of each number its share, rounded down, of `room` along an axis, where their sum is more."""
+    sums = rows_QP.sum(axis, keepdims=True)
+    return jnp.where(sums > room, jnp.floor(rows_QP * (room / sums.astype(jnp.float32))), rows_QP).astype(jnp.int32)
 
 
 def _wanted(cfg, num_experts, chosen_NK):

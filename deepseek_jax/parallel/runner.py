@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import functools
 import math
 import time
@@ -32,6 +33,7 @@ class Runner:
         if config.mesh.devices == 1 and jax.process_count() > 1:
             raise ConfigError(f"{jax.process_count()} processes with {jax.device_count()} devices need a mesh of as "
                               f"many, and the config's has one; take --config.mesh.local={jax.device_count()}.")
+        self.compiling: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext  # around it
         self.mesh = make_mesh(config.mesh) if config.mesh.devices > 1 else None
         self.rows = config.train.batch_size // config.train.accumulation_steps
 
@@ -102,28 +104,30 @@ class Runner:
 
         told: gets the jax.stages.Compiled, and the seconds that it took.
         """
-        if self.mesh is None:
-            return jax.jit(f, **options) if told is None else _compiled_once(jax.jit(f, **options), told)
-        replicated = NamedSharding(self.mesh, PartitionSpec())
-        jitted = jax.jit(f, **options,
-                         out_shardings=replicated if state is None else (self.shardings(state), replicated))
-        compiled = []
+        if self.mesh is not None:
+            replicated = NamedSharding(self.mesh, PartitionSpec())
+            options["out_shardings"] = replicated if state is None else (self.shardings(state), replicated)
+        elif told is None:
+            return jax.jit(f, **options)
+        jitted, compiled = jax.jit(f, **options), []
 
         @functools.wraps(f)
         def run(*arguments):
-            with jax.set_mesh(self.mesh):
+            with contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh):
                 if not compiled:
-                    began = time.perf_counter()
-                    compiled.append(jitted.lower(*arguments).compile(compiler_options=self._compiler_options()))
-                    if told is not None:
-                        told(compiled[0], time.perf_counter() - began)
-                    wait_for_all("compiled")  # or the first to run would wait for the others' compilers: 30 seconds
+                    with self.compiling():
+                        began = time.perf_counter()
+                        compiled.append(jitted.lower(*arguments).compile(compiler_options=self._compiler_options()))
+                        if told is not None:
+                            told(compiled[0], time.perf_counter() - began)
+                        wait_for_all("compiled")  # or the first to run would wait for the others: 30 seconds
                 return compiled[0](*arguments)
 
         return run
 
     def _compiler_options(self):
-        assert self.mesh is not None
+        if self.mesh is None:
+            return None
         return compiler_options(self.mesh.devices.flat[0].platform, jax.__version_info__)
 
     def fetch(self, tree: Any) -> Any:
@@ -133,16 +137,3 @@ class Runner:
         return jax.tree.map(lambda x: np.asarray(x) if x.is_fully_addressable else
                             multihost_utils.process_allgather(x, tiled=True), tree)
 
-
-def _compiled_once(jitted, told):
-    """A jitted function that is compiled for its first arguments, and says so."""
-    compiled = []
-
-    def run(*arguments):
-        if not compiled:
-            began = time.perf_counter()
-            compiled.append(jitted.lower(*arguments).compile())
-            told(compiled[0], time.perf_counter() - began)
-        return compiled[0](*arguments)
-
-    return run

@@ -130,9 +130,9 @@ def _beside(busy, now, other, under_way, more=list):
     """The work of phase `now` of one pass while the exchange of phase `under_way` of the other goes on.
 
     Left to itself XLA hides one hop behind all products that it finds and the next behind none. So it is said when each
-    is used: what the first of two hops brought, when half of the products are done; what the last one brought, when
-    those are that the other exchange sends, and `more`. If that goes over the same axes, it starts when this one is
-    done, which it would wait for on its way.
+    is used: what the first of two hops brought, when about half of the products are done; what the last one brought,
+    when those are that the other exchange sends, and `more`. If that goes over the same axes, it starts when this one
+    is done, which it would wait for on its way.
     """
     busy.evaluate(now.work)
     half, first = busy.values(middle(now, len(under_way.arrived))), [*busy.values(now.sent), *more()]

@@ -143,7 +143,8 @@ class ReinforceRun(Run):
     def batches(self) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
         """Draws a rollout whenever it is asked for the first step of one: by then the step before has been taken."""
         for first in range(self.step, self.config.train.steps, self.together):
-            batch = self._rollout(first)
+            with self.watching.stall.suspended():
+                batch = self._rollout(first)
             for step in range(first, first + self.together):
                 yield step, batch
 
@@ -189,7 +190,8 @@ class ReinforceRun(Run):
 
     def _steps(self, bar) -> bool:
         if self.step == 0:
-            self._evaluate(bar)
+            with self.watching.stall.suspended():
+                self._evaluate(bar)
         return super()._steps(bar)
 
     def _evaluate(self, bar):

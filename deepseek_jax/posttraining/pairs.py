@@ -22,6 +22,7 @@ from deepseek_jax.chat.messages import BadMessages, Conventions, check_messages,
 from deepseek_jax.config import Config, ConfigError
 from deepseek_jax.data.corpus import find_cut, hash_position, open_lines
 from deepseek_jax.data.examples import Mixture
+from deepseek_jax.data.position import Position, beginning
 from deepseek_jax.data.prepare import Source
 from deepseek_jax.data.tokenizer import Tokenizer
 
@@ -130,9 +131,15 @@ class PairLoader:
             raise ConfigError(f"a micro-batch of {rows} sequences (train.batch_size / train.accumulation_steps) must "
                               f"be pairs for each of {hosts} processes; make it a multiple of {2 * hosts}.")
         self.pairs = rows // hosts // 2  # of a micro-batch here
+        self.position = beginning(config)
         self.mixture = Mixture(tuple(weight for _, weight in config.data.sources), config.train.seed)
         self.order = functools.lru_cache(maxsize=2 * len(sources))(lambda source, epoch: np.random.default_rng(
             [config.train.seed, source, epoch]).permutation(len(sources[source].train)))
+
+    def continue_at(self, position: Position) -> None:
+        """Takes the place of a run whose ramp became another on the way, of which train.steps is a part. Its sources
+        and batch size are the same (`history.OF_DOCUMENTS`), and so is the order of the pairs."""
+        self.position = position
 
     def pair(self, g: int) -> Pair:
         """The g-th pair of the run: every epoch of a source has its pairs once, in another order."""
@@ -144,7 +151,8 @@ class PairLoader:
     def batch(self, step: int) -> dict[str, Any]:
         """This host's part of step `step`, in the form of `data.loader.Loader.batch`."""
         train = self.config.train
-        active, first = self.config.accumulation_steps_at(step), self.config.sequences_before(step) // 2
+        active = self.config.accumulation_steps_at(step)
+        first = self.position.sequences_before(self.config, step) // 2
         micro = [self.rows_of([self.pair(first + (m * self.hosts + self.host) * self.pairs + i)
                                for i in range(self.pairs)] if m < active else [])
                  for m in range(train.accumulation_steps)]

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from deepseek_jax.chat.template import of_folder
 from deepseek_jax.checkpoint.adapters import Base
 from deepseek_jax.config import Config, ConfigError
-from deepseek_jax.data.prepare import Prepared, Source, claim_corpus, find_tokenizer
+from deepseek_jax.data.prepare import Prepared, Source, began_in, check_sources, claim_corpus, find_tokenizer
 from deepseek_jax.model.types import Output
 from deepseek_jax.parallel.processes import first_then_others, is_first
 from deepseek_jax.parallel.runner import Runner
@@ -45,7 +45,9 @@ def train_on_pairs(config: Config, workdir: str) -> TrainResult:
     check_preferences(config)
     runner = check_run(config, workdir)
     kind = {"dpo": DpoRun, "reward": RewardRun}[str(config.preference.objective)]
-    sources = [Source(path, config.data.validation_fraction, workdir) for path, _ in config.data.sources]
+    began = began_in(config, workdir)
+    sources = [Source(path, config.data.validation_fraction, began) for path, _ in config.data.sources]
+    check_sources(began, {source.path: source.digest for source in sources}, branches=began != workdir)
     tokenizer: Any = first_then_others(lambda: find_tokenizer(config, workdir, sources), "tokenizer")
     text = functools.cache(lambda: of_folder(workdir, tokenizer, chats=False))
     held = [hold(source, tokenizer, text, kind.longest(config)) for source in sources]
@@ -149,7 +151,8 @@ class PreferenceRun(Run):
 
     def _steps(self, bar) -> bool:
         if self.step == 0:
-            self._evaluate(bar)
+            with self.watching.stall.suspended():
+                self._evaluate(bar)
         return super()._steps(bar)
 
     def _evaluate(self, bar):

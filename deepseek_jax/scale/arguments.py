@@ -92,7 +92,8 @@ def checked(parser: argparse.ArgumentParser) -> argparse.Namespace:
     """The options of `plan`. Raises ConfigError for one that the question asked does not read."""
     args = parse(parser)
     for name, layout in LAYOUTS.items():
-        if args.layout is None and all(getattr(args, option) == layout[option] for option in IDENTITY):
+        asked = not (args.layout or args.serve or args.finetune)
+        if asked and all(getattr(args, option) == layout[option] for option in IDENTITY):
             args = _with_defaults(parser, layout | {"layout": name})
             print(f"These are the options of --layout {name}, from which others are taken that are not given.\n")
     check_counts(args)

@@ -30,9 +30,7 @@ class Background:
 
     def flush(self) -> None:
         """Returns when all is done. Raises as `do` does."""
-        done = threading.Event()
-        self._calls.put((done.set, ()))
-        done.wait()
+        self._calls.join()
         self._raise()
 
     def close(self) -> None:
@@ -44,11 +42,12 @@ class Background:
     def _work(self):
         while (found := self._calls.get()) is not None:
             call, arguments = found
-            if self._error is None or isinstance(getattr(call, "__self__", None), threading.Event):
+            if self._error is None:
                 try:
                     call(*arguments)
                 except BaseException as error:
                     self._error = error
+            self._calls.task_done()
 
     def _raise(self):
         if self._error is not None:

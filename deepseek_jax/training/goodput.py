@@ -2,14 +2,16 @@
 
     start ── data, devices ── restored ── compiled ── first_step ─── steps ─── stopped
 
-"stopped" is set at each checkpoint and at the end. A start that was killed gets "killed" from the next one, the time of
-its last row: what is between the two is lost.
+"stopped" is when the last checkpoint that was written began, or the end. One that is being written is "saving", until
+the next one, or a start that continues from it. A start that was killed gets "killed" from the next one, the time of
+its last row: what is between that and "stopped" is lost.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import time
 from typing import Any
 
@@ -25,26 +27,48 @@ class Goodput:
         """start: of the process, in seconds since 1970; None: what the system says."""
         self.path = os.path.join(workdir, NAME)
         self.before: list[dict[str, Any]] = read(workdir)
-        rows = os.path.join(workdir, "metrics.jsonl")
-        if self.before and storage.is_file(rows):
-            last = storage.changed(rows)
-            if last > self.before[-1].get("stopped", 0):
-                self.before[-1]["killed"] = last
+        if self.before:
+            rows, before = os.path.join(workdir, "metrics.jsonl"), self.before[-1]
+            with contextlib.suppress(OSError, storage.StorageError):  # no reason to end a run
+                last = storage.changed(rows) if storage.is_file(rows) else 0.0
+                if last > max(before["start"], before.get("stopped", 0)):
+                    before["killed"] = last
         start = process_start() if start is None else start
         ends = [start[end] for start in self.before[-1:] for end in ("stopped", "killed") if end in start]
         self.now: dict[str, Any] = {"start": max([start, *ends])}  # one process may train twice
 
     def mark(self, what: str, **about: Any) -> None:
-        """Notes when something was done. about: what else is noted, such as the step."""
+        """Notes when something was done. about: what else is noted, such as the step.
+
+        "saving": a checkpoint of `saved` steps, and the one before is written. "restored": from the one of `begin`.
+        """
+        if what == "saving" and what in self.now:
+            self.now["stopped"] = self.now["saving"]
+        if what == "restored" and self.before:
+            before = self.before[-1]
+            if before.get("saved", about["begin"] + 1) <= about["begin"]:
+                before["stopped"] = max(before["saving"], before.get("stopped", 0))
         self.now |= {what: time.time(), **about}
         with contextlib.suppress(OSError, storage.StorageError):  # no reason to end a run
             io.write_json(self.path, [*self.before, self.now], indent=1)
 
 
 def read(workdir: str) -> list[dict[str, Any]]:
-    """The starts of a run so far; [] where there is no record."""
+    """The starts of a run so far; [] where there is no record, or none that can be read, which is said."""
     path = os.path.join(workdir, NAME)
-    return io.read_json(path) if storage.is_file(path) else []
+    try:
+        found = io.read_json(path) if storage.is_file(path) else []
+        if isinstance(found, list) and all(map(_is_start, found)):
+            return found
+        reason: object = "it is no list of starts"
+    except (OSError, ValueError, storage.StorageError) as error:
+        reason = error
+    print(f"note: {path} cannot be read ({reason}); goodput counts from this start on.", file=sys.stderr, flush=True)
+    return []
+
+
+def _is_start(found):
+    return isinstance(found, dict) and "start" in found and all(isinstance(x, int | float) for x in found.values())
 
 
 def process_start() -> float:
@@ -65,9 +89,11 @@ def summary(starts: list[dict[str, Any]]) -> dict[str, float]:
     """
     found = {"starting": 0.0, "compiling": 0.0, "steps": 0.0, "lost": 0.0}
     for this in starts:
-        first = this.get("first_step")
-        found["starting"] += (first or this.get("stopped") or this["start"]) - this["start"]
-        found["compiling"] += this["compiled"] - this["restored"] if "compiled" in this else 0
+        first = this.get("first_step")  # without one, what is known last of it
+        reached = first or max(this[name] for name in ("start", "restored", "compiled", "stopped", "killed")
+                               if name in this)
+        found["starting"] += reached - this["start"]
+        found["compiling"] += this["compiled"] - this["restored"] if {"compiled", "restored"} <= this.keys() else 0
         if first is not None:
             saved = this.get("stopped", first)
             found["steps"] += saved - first

@@ -48,7 +48,7 @@ from deepseek_jax.training.evaluate import evaluate
 from deepseek_jax.training.metrics import MetricsWriter, all_layers, balance_metrics
 from deepseek_jax.training.program import describe_machine, describe_program
 from deepseek_jax.training.selfcheck import check_device
-from deepseek_jax.training.start import check_branch, check_start, restore, starting_state
+from deepseek_jax.training.start import check_branch, check_length, check_start, restore, starting_state
 from deepseek_jax.training.step import (
     Loss,
     eval_step,
@@ -57,7 +57,7 @@ from deepseek_jax.training.step import (
     train_step,
 )
 from deepseek_jax.training.throughput import peak_flops
-from deepseek_jax.training.trackers import EXPERTS_EVERY, check_tracker, experts_of_layers, make_trackers
+from deepseek_jax.training.trackers import EXPERTS_EVERY, check_trackers, experts_of_layers, make_trackers
 from deepseek_jax.training.types import Metrics
 from deepseek_jax.training.watching import Watching
 from deepseek_jax.workdir import (
@@ -95,7 +95,8 @@ class TrainResult(NamedTuple):
 def check_run(config: Config, workdir: str) -> Runner:
     """The mesh of a run that can begin or continue in the work directory; the same in every process.
 
-    Raises ConfigError for one that cannot: parts, mesh, devices, another config's work directory, init.from.
+    Raises ConfigError for one that cannot: parts, mesh, devices, another config's work directory, init.from,
+    a tracker that does not answer.
     """
     check_parts(config.model, config.balance)
     runner = Runner(config)
@@ -104,6 +105,9 @@ def check_run(config: Config, workdir: str) -> Runner:
     check_workdir(config, workdir)
     check_start(config)
     check_branch(config, workdir)
+    check_length(config, workdir)
+    if is_first():
+        check_trackers(config, workdir)
     return runner
 
 
@@ -144,12 +148,15 @@ def _trained(config, workdir, loader, runner, kind: type[Run]):
 
 @contextlib.contextmanager
 def closing(run: RunType) -> Iterator[RunType]:
-    """Closes a run at the end. After an error that one is raised, and not what a store refuses in closing."""
+    """Closes a run at the end. After an error that one is raised, and what fails in closing is only said."""
     try:
         yield run
-    except BaseException:
-        with contextlib.suppress(storage.StorageError):
-            run.close()
+    except BaseException as first:
+        try:
+            run.close(failed=True)
+        except Exception as error:
+            if error is not first:
+                print(f"note: in closing the run, too: {error}", file=sys.stderr, flush=True)
         raise
     run.close()
 
@@ -181,7 +188,6 @@ class Run:
     def __init__(self, config: Config, workdir: str, loader: Any, runner: Runner):
         self.config, self.loader, self.runner = config, loader, runner
         self.watching = Watching(config, workdir, jax.process_index())
-        check_tracker(config)
         self.checkpoints = Checkpoints(workdir, config.train.checkpoints_kept, config.train.checkpoint_keep_period,
                                        config.train.checkpoint_local)
         wait_for_all("checkpoints")  # the first one has cleaned up
@@ -205,7 +211,8 @@ class Run:
         self.step = int(self.state.step)
         self.watching.mark("restored", begin=self.step)
         resumes = None if restored is None else self.step
-        self.open_writer = lambda: MetricsWriter(workdir, resumes, make_trackers(config, workdir))
+        self.open_writer = lambda: MetricsWriter(workdir, resumes,
+                                                 make_trackers(config, workdir, resumes is not None))
         if is_first():
             print(describe_machine(config) + (f"\n{describe(config)}" if config.mesh.pipe > 1 else ""), flush=True)
         # Whatever the data, a step compiles once: a second trace is a bug and raises. chex counts by the place in the
@@ -213,13 +220,11 @@ class Run:
         chex.clear_trace_counter()
         traced_once = chex.assert_max_traces(
             lambda state, batch, base, reference: train_step(config, state, batch, base, self.loss, reference), n=1)
+        runner.compiling = self.watching.stall.suspended
         self.step_fn = runner.jit(traced_once, abstract, self._compiled, donate_argnums=0)
         scored = runner.jit(chex.assert_max_traces(lambda *args: eval_step(config, *args), n=1))
-        def eval_fn(params, router, micro):
-            self.watching.stall.beat()
-            return scored(params, router, runner.shard_batch(micro), self.frozen_params)
-
-        self.eval_fn = eval_fn
+        self.eval_fn = lambda params, router, micro: scored(params, router, runner.shard_batch(micro),
+                                                            self.frozen_params)
         self.peak = peak_flops(config.model.dtype, config.mesh.devices)
         self.flops = training_flops_per_token(config.model, config.train.sequence_length,
                                               frozen=self.frozen is not None)
@@ -237,9 +242,9 @@ class Run:
             with self.watching.running(), tqdm.tqdm(total=self.config.train.steps, initial=self.step, desc=self.name,
                                                     unit="step", mininterval=1.0, disable=not is_first()) as bar:
                 finished = self._steps(bar)
-                if self.writer:
-                    self.writer.flush()
-                self._say(bar, self.watching.profiler.close(self.step, self.state))
+                with self.watching.stall.suspended():
+                    self._flush()
+                    self._say(bar, self.watching.profiler.close(self.step, self.state))
             self.checkpoints.wait()  # a second SIGTERM must not end what the first one asked for
             self.watching.mark("stopped", step=self.step)
             if is_first():
@@ -258,16 +263,16 @@ class Run:
         if number == signal.SIGINT:
             if self.asked:
                 raise KeyboardInterrupt
-            print("\nStopping after this step; Ctrl-C again stops at once and saves nothing.", file=sys.stderr)
+            print("\nStopping after this step; Ctrl-C again ends it without saving.", file=sys.stderr)
         self.asked = signal.Signals(number).name
 
-    def close(self) -> None:
-        """Waits for the last checkpoint."""
+    def close(self, failed: bool = False) -> None:
+        """Waits for the last checkpoint. failed: the run ends with an error."""
         try:
             self.checkpoints.close()
         finally:
             if self.writer:
-                self.writer.close()
+                self.writer.close(failed)
 
     def sample_variables(self) -> dict[str, Any]:
         """Params and router that a sample is drawn from."""
@@ -303,17 +308,19 @@ class Run:
                 self._record(pending, bar)
                 pending = None
             if evaluating:
-                self._evaluate(bar)
+                with watching.stall.suspended():
+                    self._evaluate(bar)
             if saving_local:
                 with watching.spending("write"):
                     self._flush()
                     self.checkpoints.save_local(self.step, self.state, self._meta())
                 watching.stall.beat()
             if saving:
-                with watching.spending("write"):
+                with watching.spending("write"), watching.stall.suspended():
                     self._save()
             if saving and stopped_by:
-                self.checkpoints.wait()
+                with watching.stall.suspended():
+                    self.checkpoints.wait()
                 self._say(bar, f"Stopped by {stopped_by} after step {self.step}; the same command continues from "
                                "there.")
                 return False
@@ -406,13 +413,13 @@ class Run:
         self._flush()
         self.checkpoints.save(self.step, self.state, self._meta())
         self.timer.saved(self.step)
-        self.watching.stall.beat()
-        self.watching.mark("stopped", step=self.step)
+        self.watching.mark("saving", saved=self.step)
 
     def _check_finite(self, step: int, metrics: Metrics):
         if all(math.isfinite(x) for x in (metrics.loss, metrics.mtp_loss, metrics.grad_norm)):
             return
-        self.checkpoints.wait()
+        with self.watching.stall.suspended():
+            self.checkpoints.wait()
         saved = self.checkpoints.steps()
         kept = f"the checkpoint of step {saved[-1]} is kept" if saved else "no checkpoint had been written yet"
         raise DivergedError(f"the loss or its gradient is not finite at step {step}; {kept}. Lower "

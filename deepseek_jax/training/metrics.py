@@ -11,11 +11,13 @@ keeps there what files on this machine have. The balance of a step is MaxVio = m
 from __future__ import annotations
 
 import bisect
+import contextlib
 import json
 import math
 import os
 import pathlib
 import shutil
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,7 +25,7 @@ import numpy as np
 
 from deepseek_jax import io, storage
 from deepseek_jax.training.background import Background
-from deepseek_jax.training.trackers import TensorBoard, Tracker
+from deepseek_jax.training.trackers import Apart, TensorBoard, Tracker
 
 LAST_STEPS = 50  # whose mean says how a run is doing
 
@@ -63,7 +65,7 @@ class MetricsWriter:
     def __init__(self, workdir: str | os.PathLike[str], resume_step: int | None, trackers: Sequence[Tracker] = ()):
         """Opens the files and drops everything after `resume_step`; None (a run from the start) drops all.
 
-        trackers: others that get each row, and are closed with this.
+        trackers: others that get each row, as far as they keep up, and are closed with this.
         """
         names = "metrics.jsonl", "expert_load", "tensorboard"
         self._mirror = storage.Mirror(os.fspath(workdir), names) if storage.is_remote(workdir) else None
@@ -73,7 +75,7 @@ class MetricsWriter:
             if self._mirror:
                 self._mirror.leave()
             raise
-        self._trackers = [self._tensorboard, *trackers]
+        self._trackers = [self._tensorboard, *map(Apart, trackers)]
         self._background = Background("metrics")
 
     def _open(self, workdir, resume_step):
@@ -140,15 +142,16 @@ class MetricsWriter:
         if self._mirror:
             self._mirror.flush()
 
-    def close(self) -> None:
-        """Flushes; nothing may be written afterwards."""
-        try:
-            self._background.close()
-        finally:
-            for file in (*self._trackers, self._rows, *([self._counts] if self._counts else [])):
-                file.close()
+    def close(self, failed: bool = False) -> None:
+        """Flushes; nothing may be written afterwards. failed: the run ends with an error."""
+        with contextlib.ExitStack() as open_ones:  # all of which are closed, whatever one of them raises
             if self._mirror:
-                self._mirror.close()
+                open_ones.callback(self._mirror.close)
+            open_ones.callback(lambda: self._counts and self._counts.close())
+            open_ones.callback(self._rows.close)
+            for tracker in self._trackers:
+                open_ones.callback(_close, tracker, failed)
+            open_ones.callback(self._background.close)
 
     def _is_new(self, kind, step):
         new = step > self._written.get(kind, -1)
@@ -176,6 +179,13 @@ def read_expert_loads(workdir: str | os.PathLike[str]) -> tuple[np.ndarray, np.n
     folder = storage.as_path(workdir) / "expert_load"
     records, shape = _records(folder)
     return records[:, 0], records[:, 1:].reshape(len(records), *shape)
+
+
+def _close(tracker, failed):
+    try:
+        tracker.close(failed)
+    except OSError as error:  # of events that were written at once
+        print(f"note: the end of {type(tracker).__name__}: {error}.", file=sys.stderr, flush=True)
 
 
 def _kind(row):

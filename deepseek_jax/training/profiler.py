@@ -38,9 +38,13 @@ class Profiler:
         if self.until is None and (self.asked or (self.range and self.range[0] == step)):
             self.first, self.until = step, step + ON_SIGNAL if self.asked else self.range[1]  # pyright: ignore[reportOptionalSubscript]
             self.asked = False
-            self.local = tempfile.mkdtemp(dir=storage.scratch()) if storage.is_remote(self.folder) else self.folder
             jax.block_until_ready(state)
-            jax.profiler.start_trace(self.local)
+            try:
+                self.local = tempfile.mkdtemp(dir=storage.scratch()) if storage.is_remote(self.folder) else self.folder
+                jax.profiler.start_trace(self.local)
+            except Exception as error:  # of the disk, or the profiler's own; no reason to end a run
+                self.until = None
+                said = "\n".join([*([said] if said else []), f"note: no profile from step {step} on: {error}"])
         return said
 
     def step(self, number: int) -> contextlib.AbstractContextManager[Any]:
@@ -57,8 +61,11 @@ class Profiler:
         return self._end(step)
 
     def _end(self, step):
-        jax.profiler.stop_trace()
         self.until = None
-        if self.local != self.folder:
-            storage.upload_folder(self.local, self.folder)
+        try:
+            jax.profiler.stop_trace()
+            if self.local != self.folder:
+                storage.upload_folder(self.local, self.folder)
+        except Exception as error:
+            return f"note: the profile of steps {self.first + 1} to {step} could not be written: {error}"
         return f"Profile of steps {self.first + 1} to {step}: xprof --logdir {self.folder}"

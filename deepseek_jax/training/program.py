@@ -19,8 +19,7 @@ def describe_machine(config: Config) -> str:
     """Versions, devices and flags, a line each."""
     versions = [f"{name} {version}" for name in PACKAGES if (version := _version(name))]
     devices, mesh = jax.devices(), config.mesh
-    axes = " x ".join(f"{axis} {getattr(mesh, axis)}" for axis in ("pipe", "replica", "node", "local", "tensor")
-                      if getattr(mesh, axis) > 1)
+    axes = " x ".join(f"{axis} {size}" for axis, size in mesh.sizes.items() if size > 1)
     options = compiler_options(devices[0].platform, jax.__version_info__)
     lines = [f"Python {platform.python_version()}, {', '.join(versions)}",
              f"{mesh.devices} of {len(devices)} devices ({devices[0].device_kind}), {jax.process_count()} "

@@ -17,7 +17,7 @@ from flax import traverse_util
 
 from deepseek_jax.checkpoint.adapters import restore_weights
 from deepseek_jax.checkpoint.manager import Checkpoints, find_checkpoint, restore_state
-from deepseek_jax.checkpoint.manifest import has_begun
+from deepseek_jax.checkpoint.manifest import directory_of, has_begun, steps
 from deepseek_jax.config import Config, ConfigError
 from deepseek_jax.data.position import Position, position_of
 from deepseek_jax.history import check_changes, check_steps, record, saved_config
@@ -124,6 +124,16 @@ def check_branch(config: Config, workdir: str) -> None:
     check_changes(load_workdir_config(folder), config, folder, "take that config, or "
                   f"--config.init.from={folder} for its weights alone.", ignored=("init.from",))
     find_checkpoint(folder, config.init.step)
+
+
+def check_length(config: Config, workdir: str) -> None:
+    """Raises ConfigError for a run, or a branch, that has more steps behind it than train.steps; `restore` does for
+    states that are on the machines themselves."""
+    saved = steps(directory_of(workdir))
+    if saved:
+        check_steps(config, saved[-1], workdir)
+    elif config.init.step is not None:
+        check_steps(config, config.init.step, str(config.init.from_))
 
 
 def check_start(config: Config) -> None:

@@ -1,18 +1,27 @@
 """Where rows go besides metrics.jsonl: TensorBoard always; Weights & Biases or MLflow; a file for Prometheus.
 
 All have three methods and get the same scalars: those of the rows, and every EXPERTS_EVERY steps how each layer uses
-its experts and where its biases are. They are called in one thread, in order.
+its experts and where its biases are. TensorBoard's files are written in the thread that writes the rows; each of the
+others has a thread of its own (`Apart`), and one that fails or hangs later stops no run.
 """
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
+import importlib
+import importlib.util
 import os
 import pathlib
+import queue
 import re
 import socket
 import struct
+import sys
+import tempfile
+import threading
 import time
+import uuid
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
@@ -24,6 +33,7 @@ from deepseek_jax import io, storage
 from deepseek_jax.config import Config, ConfigError, as_dict
 
 EXPERTS_EVERY = 10  # steps; the counts of each one are in expert_load/
+ANSWER, FINISH = 60.0, 60.0  # seconds that a start waits for a server's answer, and an end for what is still to be sent
 
 
 class Tracker(Protocol):
@@ -35,8 +45,63 @@ class Tracker(Protocol):
     def flush(self) -> None:
         """Returns when what was logged is kept, as far as that can be said."""
 
-    def close(self) -> None:
-        """Ends; nothing is logged after it."""
+    def close(self, failed: bool = False) -> None:
+        """Ends; nothing is logged after it. failed: the run ends with an error."""
+
+
+class Apart:
+    """A tracker in a thread of its own, which training never waits for, but at the end for `FINISH` seconds. What it
+    raises is said once, and it gets no more; what it is too slow for is dropped."""
+
+    MOST = 1024  # calls that wait
+
+    def __init__(self, tracker: Tracker):
+        self._tracker, self._name = tracker, type(tracker).__name__
+        self._calls: queue.Queue[tuple[Callable[..., None], tuple[Any, ...]]] = queue.Queue(self.MOST)
+        self._failed, self._dropped = False, False
+        self._thread = threading.Thread(target=self._work, name="tracker", daemon=True)
+        self._thread.start()
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """Hands them on."""
+        self._put(self._tracker.log, step, values)
+
+    def flush(self) -> None:
+        """Asks for it; nothing is waited for."""
+        self._put(self._tracker.flush)
+
+    def close(self, failed: bool = False) -> None:
+        """Returns when it has ended, or does not end."""
+        end = time.monotonic() + FINISH
+        try:
+            self._calls.put((self._tracker.close, (failed,)), timeout=FINISH)
+            self._thread.join(max(0.0, end - time.monotonic()))
+        except queue.Full:
+            pass
+        if self._thread.is_alive():
+            _say(f"{self._name} has not ended within {FINISH:g} seconds; what it did not get is in metrics.jsonl")
+
+    def _put(self, call, *arguments):
+        if self._failed:
+            return
+        try:
+            self._calls.put_nowait((call, arguments))
+        except queue.Full:
+            if not self._dropped:
+                self._dropped = True
+                _say(f"{self._name} is too slow and does not get all rows; metrics.jsonl has them")
+
+    def _work(self):
+        call = None
+        while call != self._tracker.close:
+            call, arguments = self._calls.get()
+            if self._failed:
+                continue
+            try:
+                call(*arguments)
+            except BaseException as error:
+                self._failed = True
+                _say(f"the run goes on without {self._name}: {_line(error)}")
 
 
 def experts_of_layers(loads: dict[str, Any], biases: dict[str, Any], first: int) -> dict[str, float]:
@@ -82,7 +147,7 @@ class TensorBoard:
         names = tuple(values)
         if names not in self._events:
             # Sources may have names that are no UTF-8.
-            tags = [name.encode(errors="backslashreplace").decode() for name in names]
+            tags = [_printable(name) for name in names]
             self._events[names] = Event(summary=Summary(value=[Summary.Value(tag=tag) for tag in tags]))
         event = self._events[names]
         event.step, event.wall_time = step, time.time()
@@ -93,7 +158,7 @@ class TensorBoard:
     def flush(self) -> None:
         """Nothing waits."""
 
-    def close(self) -> None:
+    def close(self, failed: bool = False) -> None:
         """Closes the file."""
         self._file.close()
 
@@ -107,51 +172,77 @@ class TensorBoard:
 class WeightsAndBiases:
     """A run of wandb, the same one at each start of a work directory. WANDB_MODE=offline needs no account."""
 
-    def __init__(self, config: Config, workdir: str):
+    def __init__(self, config: Config, workdir: str, identity: str):
         wandb = _package("wandb")
-        address = storage.absolute(workdir)
         local = storage.scratch() if storage.is_remote(workdir) else workdir
-        self.run = wandb.init(project="deepseek-jax", name=os.path.basename(address.rstrip("/")), dir=local,
-                              id=hashlib.sha256(address.encode()).hexdigest()[:16], resume="allow",
-                              config=as_dict(config))
+        self.run = wandb.init(project="deepseek-jax", name=_name(workdir), dir=local, id=identity, resume="allow",
+                              config=as_dict(config), settings=wandb.Settings(finish_timeout=FINISH))
+
+    @staticmethod
+    def check() -> None:
+        """Raises what wandb does where it cannot log in."""
+        wandb = _package("wandb")
+        online = wandb.setup().settings.mode not in ("offline", "dryrun", "disabled")
+        if online and not wandb.login(prompt=False, verify=True):
+            raise ConfigError("train.tracker='wandb' has no account; wandb login, set WANDB_API_KEY, or take "
+                              "WANDB_MODE=offline.")
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Steps that an earlier start has logged stay as they are there."""
-        self.run.log(values, step=step)
+        self.run.log({_printable(name): x for name, x in values.items()}, step=step)
 
     def flush(self) -> None:
         """Nothing is waited for: wandb sends in a process of its own."""
 
-    def close(self) -> None:
-        """Waits until wandb has everything."""
-        self.run.finish()
+    def close(self, failed: bool = False) -> None:
+        """Waits until wandb has everything, for FINISH seconds."""
+        self.run.finish(exit_code=int(failed))
 
 
 class MLflow:
     """A run of MLflow, the same one at each start: at MLFLOW_TRACKING_URI, or in WORKDIR/mlflow.db."""
 
-    def __init__(self, config: Config, workdir: str):
-        _package("mlflow")
+    def __init__(self, config: Config, workdir: str, identity: str):
         from mlflow.entities import Metric
         from mlflow.tracking import MlflowClient
 
-        if storage.is_remote(workdir) and "MLFLOW_TRACKING_URI" not in os.environ:
-            raise ConfigError("train.tracker='mlflow' with a work directory in a bucket needs a server; set "
-                              "MLFLOW_TRACKING_URI.")
         uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{storage.absolute(workdir)}/mlflow.db"
         self.client, self.metric = MlflowClient(uri), Metric
-        name = storage.absolute(workdir)
         experiment = self.client.get_experiment_by_name("deepseek-jax")
         experiment = experiment.experiment_id if experiment else self.client.create_experiment("deepseek-jax")
-        old = self.client.search_runs([experiment], f"tags.workdir = '{name}'", max_results=1)
-        run = old[0] if old else self.client.create_run(experiment, tags={"workdir": name},
-                                                        run_name=os.path.basename(name.rstrip("/")))
-        self.run_id = run.info.run_id
-        self.seen = max((m.step for m in self.client.get_metric_history(self.run_id, "train/loss")), default=-1)
+        old = self.client.search_runs([experiment], f"tags.identity = '{identity}'", max_results=1)
+        tags = {"identity": identity, "workdir": _printable(storage.absolute(workdir))}
+        run = old[0] if old else self.client.create_run(experiment, tags=tags, run_name=_name(workdir))
+        self.run_id, self.seen = run.info.run_id, {}
+        if old:
+            self.client.update_run(self.run_id, status="RUNNING")
+        for name in sorted(run.data.metrics):
+            kind = name.partition("/")[0]
+            if kind not in self.seen or name == f"{kind}/loss":  # all of a kind have the same steps, nulls aside
+                self.seen[kind] = max(m.step for m in self.client.get_metric_history(self.run_id, name))
+
+    @staticmethod
+    def check(workdir: str) -> None:
+        """Raises ConfigError, or what MLflow does where its server does not answer."""
+        _package("mlflow")
+        uri = os.environ.get("MLFLOW_TRACKING_URI")
+        if uri is None and storage.is_remote(workdir):
+            raise ConfigError("train.tracker='mlflow' with a work directory in a bucket needs a server; set "
+                              "MLFLOW_TRACKING_URI.")
+        if uri is None or uri.startswith("sqlite"):
+            for package in ("sqlalchemy", "alembic"):  # which not all builds of MLflow come with
+                if importlib.util.find_spec(package) is None:
+                    raise ConfigError(f"train.tracker='mlflow' needs the Python package {package} to write a file; "
+                                      "pip install -e '.[mlflow]', or set MLFLOW_TRACKING_URI.")
+        else:
+            from mlflow.tracking import MlflowClient
+
+            MlflowClient(uri).search_experiments(max_results=1)
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Steps that an earlier start has logged stay as they are there."""
-        if step <= self.seen:
+        kind = next(iter(values), "").partition("/")[0]
+        if step <= self.seen.get(kind, -1):
             return
         now, named = int(1000 * time.time()), [(re.sub(r"[^\w\-. :/]", "_", name), x) for name, x in values.items()]
         for i in range(0, len(named), 1000):  # which MLflow takes at once
@@ -160,9 +251,9 @@ class MLflow:
     def flush(self) -> None:
         """Nothing waits."""
 
-    def close(self) -> None:
+    def close(self, failed: bool = False) -> None:
         """Says that the run is not going any more."""
-        self.client.set_terminated(self.run_id)
+        self.client.set_terminated(self.run_id, "FAILED" if failed else "FINISHED")
 
 
 class Prometheus:
@@ -171,9 +262,18 @@ class Prometheus:
     EVERY = 1.0  # seconds between two files
 
     def __init__(self, path: str, workdir: str):
-        self.path, self.label = path, storage.absolute(workdir).replace("\\", "\\\\").replace('"', '\\"')
+        self.path, self.label = path, _label(storage.absolute(workdir))
         self.values: dict[str, float] = {}
-        self.written = 0.0
+        self.written, self.refused = 0.0, False
+
+    @staticmethod
+    def check(path: str, workdir: str) -> None:
+        """Raises OSError for a file that cannot be there."""
+        folder = os.path.dirname(os.path.abspath(path))
+        if os.path.isdir(path):
+            raise IsADirectoryError("it is a folder")
+        if os.path.isdir(folder) or folder != os.path.abspath(workdir):  # which the run makes
+            tempfile.TemporaryFile(dir=folder).close()
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Those of layers are left to the others."""
@@ -182,40 +282,122 @@ class Prometheus:
             self.flush()
 
     def flush(self) -> None:
-        """Replaces the file."""
+        """Replaces the file. What the disk refuses is said once: a later file may come through."""
         lines = {}
         for name, value in self.values.items():
             metric, _, source = name.partition("loss/")
-            metric = "deepseek_jax_" + re.sub(r"\W", "_", metric + "loss" * bool(source))
-            label = f'workdir="{self.label}"' + (f',source="{source}"' if source else "")
+            metric = "deepseek_jax_" + re.sub(r"\W", "_", metric + "loss" * bool(source), flags=re.ASCII)
+            label = f'workdir="{self.label}"' + (f',source="{_label(source)}"' if source else "")
             lines.setdefault(metric, []).append(f"{metric}{{{label}}} {value!r}\n")
-        io.write_text(self.path, "".join(f"# TYPE {metric} gauge\n" + "".join(of) for metric, of in lines.items()))
         self.written = time.monotonic()
+        try:
+            io.write_text(self.path, "".join(f"# TYPE {metric} gauge\n" + "".join(of) for metric, of in lines.items()))
+        except OSError as error:
+            if not self.refused:
+                self.refused = True
+                _say(f"train.prometheus={self.path!r} is not written: {_line(error)}")
 
-    def close(self) -> None:
+    def close(self, failed: bool = False) -> None:
         """The last file stays."""
         self.flush()
 
 
-def make_trackers(config: Config, workdir: str) -> list[Tracker]:
-    """What the config asks for. Raises ConfigError for a package that is missing."""
+def make_trackers(config: Config, workdir: str, resumes: bool = False) -> list[Tracker]:
+    """What the config asks for. resumes: the run there goes on, and is the same one to a tracker.
+
+    Raises ConfigError for one that cannot begin.
+    """
     made: list[Tracker] = []
     if config.train.tracker is not None:
-        made.append({"wandb": WeightsAndBiases, "mlflow": MLflow}[config.train.tracker](config, workdir))
+        kind = {"wandb": WeightsAndBiases, "mlflow": MLflow}[config.train.tracker]
+        with _one_line(config.train.tracker):
+            made.append(kind(config, workdir, _identity(workdir, resumes)))
     if config.train.prometheus is not None:
         made.append(Prometheus(config.train.prometheus, workdir))
     return made
 
 
-def check_tracker(config: Config) -> None:
-    """Raises ConfigError for a tracker whose package is missing."""
+def check_trackers(config: Config, workdir: str) -> None:
+    """Raises ConfigError for a tracker that is not installed, does not let this process in, or cannot be written."""
     if config.train.tracker is not None:
-        _package(config.train.tracker)
+        check = WeightsAndBiases.check if config.train.tracker == "wandb" else lambda: MLflow.check(workdir)
+        with _one_line(config.train.tracker):
+            _within(check)
+    if config.train.prometheus is not None:
+        try:
+            Prometheus.check(config.train.prometheus, workdir)
+        except OSError as error:
+            raise ConfigError(f"train.prometheus={config.train.prometheus!r} cannot be written "
+                              f"({error.strerror or error}); take a file in a folder that is there, or "
+                              "None.") from error
+
+
+@contextlib.contextmanager
+def _one_line(name):
+    try:
+        yield
+    except ConfigError:
+        raise
+    except Exception as error:  # packages raise what they like
+        raise ConfigError(f"train.tracker={name!r} cannot be used: {_line(error)}; mend that, or take None.") from error
+
+
+def _within(call):
+    """Calls it, for `ANSWER` seconds at most: packages try again for minutes."""
+    found = []
+
+    def work():
+        try:
+            call()
+        except BaseException as error:
+            found.append(error)
+        else:
+            found.append(None)
+
+    thread = threading.Thread(target=work, name="tracker", daemon=True)
+    thread.start()
+    thread.join(ANSWER)
+    if not found:
+        raise TimeoutError(f"no answer within {ANSWER:g} seconds")
+    if found[0] is not None:
+        raise found[0]
+
+
+def _identity(workdir, resumes) -> str:
+    """What a run in a work directory is called elsewhere, wherever that is moved to; another one begins anew."""
+    path = os.path.join(workdir, "tracker.json")
+    if resumes and storage.is_file(path):
+        with contextlib.suppress(ValueError):
+            found = io.read_json(path)
+            if isinstance(found, dict) and re.fullmatch("[0-9a-f]{16}", str(found.get("run"))):
+                return found["run"]
+    drawn = uuid.uuid4().hex[:16]
+    io.write_json(path, {"run": drawn})
+    return drawn
+
+
+def _name(workdir):
+    return _printable(os.path.basename(storage.absolute(workdir).rstrip("/")))
+
+
+def _printable(name):
+    """Paths may be no UTF-8."""
+    return name.encode(errors="backslashreplace").decode()
+
+
+def _label(value):
+    return _printable(value).replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+
+
+def _line(error):
+    return " ".join(str(error).split())[:300].removesuffix(".") or type(error).__name__
+
+
+def _say(words):
+    print(f"note: {words}.", file=sys.stderr, flush=True)
 
 
 def _package(name: str) -> Any:
-    import importlib
-
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError:

@@ -31,12 +31,14 @@ class Watching:
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
         """Around all steps: SIGUSR2 asks for a trace, and a step that does not end ends the process."""
-        previous = signal.signal(signal.SIGUSR2, self.profiler.ask)
+        number = getattr(signal, "SIGUSR2", None)  # Windows has none
+        previous = None if number is None else signal.signal(number, self.profiler.ask)
         try:
             with self.stall:
                 yield
         finally:
-            signal.signal(signal.SIGUSR2, previous)
+            if number is not None:
+                signal.signal(number, previous)
 
     @contextlib.contextmanager
     def spending(self, what: str) -> Iterator[None]:

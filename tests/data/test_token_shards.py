@@ -233,6 +233,30 @@ def test_a_run_keeps_the_order_that_it_began_with(make_config, folder, tmp_path)
     assert prepare(config, str(tmp_path / "older")).order == OLD_ORDER
 
 
+def test_a_branch_has_the_order_of_its_run_and_its_files(make_config, tmp_path):
+    corpus, run, branch = tmp_path / "corpus", tmp_path / "run", str(tmp_path / "branch")
+    corpus.mkdir()
+    for i in range(4):
+        (corpus / f"{i}.txt").write_text(f"text {i}, as it was when the run began\n" * 50)
+    config = make_config(corpus)
+    digest = prepare(config, str(run)).sources[0]["digest"]
+    io.write_json(run / "corpus.json", {str(corpus): digest})  # of an older version
+    (run / "checkpoints" / "2").mkdir(parents=True)
+    branching = dataclasses.replace(config, init=InitConfig(f"{run}@2"))
+
+    made = prepare(branching, branch, resumes=True)
+    claim_corpus(made, branch)
+    assert made.order == OLD_ORDER and isinstance(Loader(branching, made).streams[0], Stream)
+    (tmp_path / "branch" / "checkpoints" / "4").mkdir(parents=True)
+    assert prepare(branching, branch, resumes=True).order == OLD_ORDER
+    assert prepare(config, str(tmp_path / "other")).order == ORDER
+
+    (corpus / "2.txt").write_text("another text than before\n")
+    with pytest.raises(ConfigError, match=r"corpus have changed since the run in \S+run began; restore them, or take "
+                                          r"--config\.init\.from=\S+run for its weights alone"):
+        prepare(branching, str(tmp_path / "second"), resumes=True)
+
+
 def test_shards_of_an_older_version_have_their_index_made_when_they_are_read(tmp_path, trained):
     made = [Document("a", (("1 + 1 =", False), (" 2", True))), Document("b", (("text", True),))]
     found, _ = written(tmp_path, made, trained, cut=None)

@@ -93,7 +93,7 @@ def test_every_pair_of_blocks_that_attends_is_on_one_device_and_all_have_the_sam
 
     assert size == {(20, 3): 2}.get((rows, block), block)
     assert sorted(found) == [(i, j) for i in range(2 * half * parts) for j in range(i + 1)]
-    assert max(work) <= 1.05 * min(work)
+    assert max(work) == min(work)
     assert len(set(map(len, (before, after)))) == 1
 
 

@@ -145,8 +145,8 @@ MUTATIONS = [
     Mutation(
         name="sequences are cut wherever it happens",
         file="deepseek_jax/config/mesh.py",
-        old="(train.sequence_length % (2 * mesh.context),",
-        new="(False,",
+        old="            (length % blocks,",
+        new="            (False,",
         tests="parallel/test_context.py::test_what_cannot_be_split_is_refused_with_what_would",
     ),
 ]

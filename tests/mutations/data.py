@@ -326,6 +326,13 @@ MUTATIONS = [
         tests="data/test_examples.py",
     ),
     Mutation(
+        name="a branch has an order of its own",
+        file="deepseek_jax/data/prepare.py",
+        old="if config.init.step is None or has_checkpoint(workdir):",
+        new="if True:",
+        tests="data/test_token_shards.py::test_a_branch_has_the_order_of_its_run_and_its_files",
+    ),
+    Mutation(
         name="a run that began with the old order changes to the new one",
         file="deepseek_jax/data/prepare.py",
         old='return found["order"] if _has_order(found) else OLD_ORDER',

@@ -69,23 +69,31 @@ MUTATIONS = [
     Mutation(
         name="a ragged receiver lets copies overlap",
         file="deepseek_jax/parallel/dispatch.py",
-        old="jnp.minimum(jnp.cumsum(sent_QP, axis=0) - sent_QP, room)",
-        new="jnp.clip(jnp.cumsum(sent_QP, axis=0) - sent_QP - 1, 0, room)",
+        old="landing_QP = jnp.cumsum(size_QP, axis=0) - size_QP",
+        new="landing_QP = jnp.maximum(jnp.cumsum(size_QP, axis=0) - size_QP - 1, 0)",
         tests="parallel/test_dispatch.py",
     ),
     Mutation(
         name="a ragged receiver is overrun",
         file="deepseek_jax/parallel/dispatch.py",
-        old="jnp.minimum(sent_QP, room - landing_QP)",
-        new="sent_QP",
+        old="size_QP = _share(sent_QP, room, axis=0)",
+        new="size_QP = sent_QP",
         tests="parallel/test_dispatch.py",
     ),
     Mutation(
         name="a hop's sizes are those of the rows that arrived",
         file="deepseek_jax/parallel/dispatch.py",
-        old="size_QP = jnp.minimum(sent_QP, room - landing_QP)",
-        new="size_QP = jnp.minimum(sent_QP, room - landing_QP) - (me % 2)",
+        old="size_QP = _share(sent_QP, room, axis=0)",
+        new="size_QP = _share(sent_QP, room, axis=0) - (me % 2)",
         tests="parallel/test_dispatch.py",
+    ),
+    Mutation(
+        name="empty rows of the first places take the room of the last",
+        file="deepseek_jax/parallel/dispatch.py",
+        old="    sent_QP = _share(wanted_QP, slots, axis=1)",
+        new="    before_QP = jnp.cumsum(wanted_QP, axis=1) - wanted_QP\n"
+            "    sent_QP = jnp.clip(slots - before_QP, 0, wanted_QP)",
+        tests="parallel/test_dispatch.py::test_empty_rows_take_no_place_of_those_that_arrived",
     ),
     Mutation(
         name="sizes are exchanged before each hop",

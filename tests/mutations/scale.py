@@ -433,8 +433,8 @@ MUTATIONS = [
     Mutation(
         name="the devices of the report's layout do not mean its other options",
         file="deepseek_jax/scale/arguments.py",
-        old="if args.layout is None and all(",
-        new="if args.layout and all(",
+        old="        if asked and all(",
+        new="        if not asked and all(",
         tests="scale/test_plan.py::test_who_names_the_devices_of_the_report_s_layout_means_its_other_options_too",
     ),
 ]

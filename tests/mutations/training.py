@@ -465,8 +465,8 @@ MUTATIONS = [
     Mutation(
         name="a thread goes on after what it could not write",
         file="deepseek_jax/training/background.py",
-        old="if self._error is None or isinstance",
-        new="if True or isinstance",
+        old="if self._error is None:",
+        new="if True:",
         tests="training/test_watching.py::test_a_thread_keeps_the_order_and_what_it_raises_comes_out",
     ),
     Mutation(
@@ -494,11 +494,26 @@ MUTATIONS = [
               "thin_its_limit",
     ),
     Mutation(
+        name="the limit for a step is one for saves and evaluations too",
+        file="deepseek_jax/training/stall.py",
+        old="if silent > self.limit and not self.pauses:",
+        new="if silent > self.limit:",
+        tests="training/test_watching.py::test_a_save_and_an_evaluation_that_take_longer_than_the_limit_are_no_hang",
+    ),
+    Mutation(
         name="layers are numbered without the dense ones",
         file="deepseek_jax/training/trackers.py",
         old='else ("layer", first)',
         new='else ("layer", 0)',
         tests="training/test_trackers.py::test_tensorboard_has_every_layer",
+    ),
+    Mutation(
+        name="a tracker that fails ends the run",
+        file="deepseek_jax/training/metrics.py",
+        old="*map(Apart, trackers)]",
+        new="*trackers]",
+        tests="training/test_metrics.py::test_a_tracker_that_fails_stops_neither_the_run_nor_the_others_and"
+              "_is_said_once",
     ),
     Mutation(
         name="steps that were lost are not counted",

@@ -168,7 +168,7 @@ def test_a_run_goes_on_with_split_sequences_or_without(tmp_path, first, then):
 
 @pytest.mark.parametrize(
     ("mesh", "options", "complaint"),
-    [(dict(context=3), {}, "context=3: train.sequence_length=16 is no multiple of the 6 blocks"),
+    [(dict(context=3), {}, "context=3: train.sequence_length=16 is no multiple of the 6 blocks .*take 18"),
      (dict(context=2), dict(index_topk=4, index_heads=2, index_head_dim=8), "model.index_topk=4 chooses among all"),
      (dict(context=2), dict(attention="my.own:Attention"), "model.attention='my.own:Attention' would see parts"),
      (dict(context=2), dict(lora=LoraConfig(rank=2)), "context=2: sequences are split where all parameters are"),
@@ -185,3 +185,11 @@ def test_a_pipeline_takes_an_even_number_of_parts():
     with pytest.raises(ConfigError, match=r"mesh.context=3: mesh.pipe=2 takes an even number of parts; take .*=4"):
         dataclasses.replace(made, train=dataclasses.replace(made.train, sequence_length=48),
                             mesh=MeshConfig(pipe=2, context=3))
+
+
+@pytest.mark.parametrize(("length", "take"), [(65528, 66048), (8072, 8192)])
+def test_blocks_that_divide_into_crumbs_alone_are_refused_with_the_next_length_that_does(length, take):
+    """Attention would go through them one pair of tokens at a time."""
+    with pytest.raises(ConfigError, match=f"nothing larger than 1 for attention; take {take}"):
+        load_config("tiny", [f"--config.train.sequence_length={length}", "--config.mesh.context=4"])
+    load_config("tiny", [f"--config.train.sequence_length={take}", "--config.mesh.context=4"])

@@ -173,6 +173,7 @@ def ragged_all_to_all(operand, output, input_offsets, send_sizes, output_offsets
         output = jnp.where(comes.reshape(-1, *[1] * (output.ndim - 1)), moved, output)
     # Receivers must know what comes, and have room for it: a wrong size would hang or overwrite.
     fits = theirs[3][:, me] + theirs[2][:, me] <= output.shape[0]
+    fits &= (theirs[1] + theirs[2] <= operand.shape[0]).all(axis=1)
     right = ((recv_sizes == theirs[2][:, me]) & fits).all()
     return jnp.where(right, output, ~jnp.zeros_like(output))
 
@@ -210,7 +211,7 @@ def test_ragged_buffers_carry_the_same(ragged, axes, routing):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), grads, same_grads)
 
 
-def test_a_ragged_receiver_that_is_full_drops_what_comes_last_and_counts_it(ragged):
+def test_a_ragged_receiver_that_is_full_drops_what_has_no_room_and_counts_it(ragged):
     cfg = MeshConfig(node=2, local=4, buffers="ragged", capacity=1.0)
     for name, most_kept in (("mixed", True), ("all on one device", False)):
         y_ND, traffic, grads = dispatched(cfg, ROUTINGS[name])
@@ -221,7 +222,7 @@ def test_a_ragged_receiver_that_is_full_drops_what_comes_last_and_counts_it(ragg
 
 
 def test_a_ragged_sender_has_no_more_room_than_a_receiver_and_counts_what_it_cannot_send(ragged):
-    """All of 16 rows go to both of 2 places, but only 20 copies have room: the second place loses 12 of its 16."""
+    """All of 16 rows go to both of 2 places. A sender has room for 10 of each, a place for 2 of each of 8 senders."""
     with on(MeshConfig(local=8)):
         place_RK = jnp.tile(jnp.arange(2, dtype=jnp.int32), (8 * 16, 1))
         wanted_QP = jnp.tile(jnp.array([16, 16, 0, 0, 0, 0, 0, 0]), (8, 1))
@@ -231,7 +232,7 @@ def test_a_ragged_sender_has_no_more_room_than_a_receiver_and_counts_what_it_can
 
     assert hops.row_S.shape == (8, 20)
     assert hops.sent_P[:, 2:].sum() == 0 and int(hops.lost.sum()) == 8 * 32 - int(hops.sent_P.sum())
-    assert (hops.sent_P.sum(axis=1) <= 20).all() and hops.sent_P[0].tolist()[:2] == [16, 4]
+    assert (hops.sent_P.sum(axis=1) <= 20).all() and hops.sent_P[0].tolist()[:2] == [2, 2]
 
 
 def test_rows_lost_in_the_first_hop_leave_the_second_its_sizes(ragged):
@@ -251,6 +252,24 @@ def test_rows_lost_in_the_first_hop_leave_the_second_its_sizes(ragged):
     assert (sent_LP <= size_LP).all() and (sent_LP < size_LP).any()
     for node in (slice(0, 4), slice(4, 8)):
         np.testing.assert_array_equal(size_LP[node], arriving_LQ[node].T)
+
+
+def test_empty_rows_take_no_place_of_those_that_arrived(ragged):
+    """All tokens choose two experts of each device of one node. Its rows of the first hop have no room for all, and the
+    second hop loses no more than a row a place of those that came."""
+    cfg = MeshConfig(node=2, local=4, buffers="ragged", capacity=1.25)
+    chosen_NK = np.tile(np.arange(4), (N, 1)) * 2  # on devices 0 to 3, node 0
+
+    def lost(chosen_NK):
+        first, second = dispatch.route_hops(dispatch.ExpertLayout(cfg, E, 1), chosen_NK)[0]
+        return first.lost[None], second.lost[None], second.sent_P[None]
+
+    with on(cfg):
+        first, second, sent_LP = jax.jit(jax.shard_map(
+            lost, in_specs=spec("tokens"), out_specs=spec("tokens"), check_vma=False))(chosen_NK)
+
+    assert first.sum() > 0
+    assert second.max() <= 4 and (sent_LP[:4] > 0).all()
 
 
 def test_one_exchange_of_sizes_serves_both_hops():

@@ -9,6 +9,7 @@ from deepseek_jax.chat.messages import PLAIN, Conventions, chat_ids
 from deepseek_jax.chat.template import read
 from deepseek_jax.config import ConfigError
 from deepseek_jax.config.training import DataConfig
+from deepseek_jax.data.position import beginning
 from deepseek_jax.data.prepare import Source
 from deepseek_jax.posttraining.pairs import PairLoader, hold, read_pairs
 from tests.chat.test_template import published
@@ -146,3 +147,18 @@ def test_answers_that_the_template_opens_unlike_are_refused(tmp_path):
     assert pair.chosen.ids[:pair.chosen.start] == pair.rejected.ids[:pair.rejected.start]
     with pytest.raises(ConfigError, match=r"line 1: .* reasoning_content is in one alone; give it to both, or to"):
         list(read_pairs(written(tmp_path / "b.jsonl", row | {"rejected": [THREE]}), published(), lambda: text))
+
+
+def test_a_run_with_a_ramp_that_is_made_longer_gives_the_pairs_that_follow(tmp_path):
+    source = many(tmp_path / "a.jsonl", 60)
+    ramp = dict(batch_size=8, accumulation_steps=2, ramp_from=4, ramp_until=0.5)
+    before, after = (loader_of(source, steps=steps, **ramp) for steps in (4, 12))
+    assert after.batch(4)["active"] == 1 and before.batch(3)["active"] == 2
+    after.continue_at(beginning(before.config).after(before.config, after.config, 4))
+    given = []
+    for loader, steps in ((before, range(4)), (after, range(4, 7))):
+        for batch in map(loader.batch, steps):
+            given += [row.tobytes() for micro in batch["tokens"][:batch["active"]] for row in micro[::2]]
+    pairs = [before.pair(g) for g in range(len(given))]
+    filled = [np.resize(np.asarray(pair.chosen.ids, np.int32), LENGTH + 1).tobytes() for pair in pairs]
+    assert given == filled and len(given) == 2 + 2 + 4 + 4 + 2 + 2 + 4

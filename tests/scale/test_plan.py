@@ -194,6 +194,9 @@ def test_who_names_the_devices_of_the_report_s_layout_means_its_other_options_to
 
     assert (args.fp8, args.capacity, args.deferred, args.remat) == (True, 1.25, 0, "full")
     assert "--layout report" in capsys.readouterr().out
+    monkeypatch.setattr("sys.argv", [*command, "64", "--serve"])
+    with pytest.raises(ConfigError, match="--serve plans one device and does not read --devices 2048"):
+        parse()
     monkeypatch.setattr("sys.argv", [*command, "32"])
     assert parse().deferred is None and not capsys.readouterr().out
 

@@ -108,7 +108,7 @@ def test_a_diverged_run_is_a_config_error_for_the_command_line():
 
 
 def test_what_a_store_refuses_in_closing_hides_nothing_that_came_first():
-    def refuse():
+    def refuse(failed=False):
         raise StorageError("the store is full.")
 
     run = types.SimpleNamespace(close=refuse)
@@ -116,3 +116,13 @@ def test_what_a_store_refuses_in_closing_hides_nothing_that_came_first():
         _ = 1 / 0
     with pytest.raises(StorageError), loop.closing(run):
         pass
+
+
+def test_what_the_thread_of_the_metrics_could_not_write_hides_no_divergence(capsys):
+    def refuse(failed):
+        assert failed
+        raise OSError("no space left")
+
+    with pytest.raises(loop.DivergedError), loop.closing(types.SimpleNamespace(close=refuse)):
+        raise loop.DivergedError("the loss is not finite")
+    assert "in closing the run, too: no space left" in capsys.readouterr().err

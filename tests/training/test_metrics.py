@@ -3,6 +3,7 @@
 import json
 import os
 import threading
+import types
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event
 
 from deepseek_jax import storage
-from deepseek_jax.training import metrics
+from deepseek_jax.training import metrics, trackers
 from deepseek_jax.training.metrics import MetricsWriter, balance_metrics, max_vio, read_expert_loads, read_metrics
 from tests.buckets import stores
 
@@ -126,7 +127,7 @@ def test_others_get_each_row_once_and_are_closed(tmp_path):
         def flush(self):
             self.heard.append("flush")
 
-        def close(self):
+        def close(self, failed):
             self.heard.append("close")
 
     tracker = Listening()
@@ -139,6 +140,57 @@ def test_others_get_each_row_once_and_are_closed(tmp_path):
     writer.close()
     assert tracker.heard == [(1, {"train/loss": 2.5}), (1, {"eval/loss": 3.0}), "flush",
                              (1, {"experts/layer_01/load_high": 2.0}), "close"]
+
+
+class Faulty:
+    """A tracker that cannot do what `broken` names."""
+
+    def __init__(self, broken):
+        self.broken, self.heard = broken, []
+
+    def log(self, step, values):
+        self._do("log", step)
+
+    def flush(self):
+        self._do("flush")
+
+    def close(self, failed):
+        self._do("close", failed)
+
+    def _do(self, what, *about):
+        if what == self.broken:
+            raise ConnectionError("the server is gone")
+        self.heard.append((what, *about))
+
+
+@pytest.mark.parametrize("broken", ["log", "flush", "close"])
+def test_a_tracker_that_fails_stops_neither_the_run_nor_the_others_and_is_said_once(tmp_path, capsys, broken):
+    both = Faulty(broken), Faulty(None)
+    writer = MetricsWriter(tmp_path, None, both)
+    for step in range(1, 6):
+        writer.write(step, loss=1.0)
+        writer.flush()
+    writer.close(failed=True)
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3, 4, 5]
+    assert both[1].heard == [("log", 1), ("flush",), ("log", 2), ("flush",), ("log", 3), ("flush",), ("log", 4),
+                                 ("flush",), ("log", 5), ("flush",), ("close", True)]
+    assert capsys.readouterr().err == "note: the run goes on without Faulty: the server is gone.\n"
+
+
+def test_a_tracker_that_hangs_blocks_no_row_and_no_end(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(trackers, "FINISH", 0.05)
+    monkeypatch.setattr(trackers.Apart, "MOST", 3)
+    goes_on = threading.Event()
+    hanging = types.SimpleNamespace(log=lambda *_: goes_on.wait(60), flush=goes_on.wait, close=lambda failed: None)
+    writer = MetricsWriter(tmp_path, None, [hanging])
+    for step in range(1, 20):
+        writer.write(step, loss=1.0)
+        writer.flush()
+    writer.close()
+    said = capsys.readouterr().err
+    goes_on.set()
+    assert len(read_metrics(tmp_path)) == 19
+    assert said.count("is too slow and does not get all rows") == 1 and "has not ended within 0.05 seconds" in said
 
 
 @pytest.mark.parametrize("value", [float("nan"), jnp.float32("inf"), np.float64("-inf")])

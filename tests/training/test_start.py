@@ -74,6 +74,16 @@ def test_a_branch_with_fewer_steps_than_it_has_is_one_line(restored):
         restored(dataclasses.replace(config_of(steps=10), init=InitConfig("elsewhere@20")))
 
 
+def test_a_run_with_fewer_steps_than_it_has_is_one_line_before_its_state_is_read(tmp_path):
+    config = config_of(steps=10)
+    start.check_length(config, str(tmp_path))
+    (tmp_path / "checkpoints" / "12").mkdir(parents=True)
+    with pytest.raises(ConfigError, match="less than the 12 steps that the run in"):
+        start.check_length(config, str(tmp_path))
+    with pytest.raises(ConfigError, match="less than the 20 steps that the run in elsewhere@20 has"):
+        start.check_length(dataclasses.replace(config, init=InitConfig("elsewhere@20")), str(tmp_path / "branch"))
+
+
 def test_another_batch_size_holds_from_the_step_of_the_checkpoint_on(restored):
     config = dataclasses.replace(config_of(steps=40, batch_size=16), init=InitConfig("elsewhere@20"))
     assert restored(config)[0].position == Position(20, 160, ("a",), (160,))

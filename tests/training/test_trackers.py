@@ -3,6 +3,7 @@
 import pathlib
 import struct
 import sys
+import threading
 import types
 
 import numpy as np
@@ -32,7 +33,7 @@ def trained(monkeypatch, workdir, steps=20, resume=None, **train):
     run.state = run.step = resume or 0
     run.loader = types.SimpleNamespace(iterate=lambda start: ((i, {"active": 1}) for i in range(start, steps)))
     monkeypatch.setattr(loop.Run, "_evaluate", lambda self, bar: self.writer.write(self.step, eval_loss=1.5))
-    run.writer = MetricsWriter(workdir, resume, trackers.make_trackers(run.config, str(workdir)))
+    run.writer = MetricsWriter(workdir, resume, trackers.make_trackers(run.config, str(workdir), resume is not None))
     run._steps(Bar())
     run.writer.close()
 
@@ -131,4 +132,98 @@ def test_losses_of_sources_are_one_metric_with_labels(tmp_path):
 def test_a_tracker_that_is_not_installed_is_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ConfigError, match=r"needs the Python package wandb; pip install -e '\.\[wandb\]'"):
-        trackers.check_tracker(Config(model=naive.tiny(), train=TrainConfig(tracker="wandb")))
+        checked(tracker="wandb")
+
+
+def checked(**train):
+    trackers.check_trackers(Config(model=naive.tiny(), train=TrainConfig(**train)), "/run")
+
+
+def test_a_tracker_that_does_not_let_a_run_in_or_does_not_answer_is_one_line(monkeypatch):
+    settings = types.SimpleNamespace(mode="online")
+    wandb = types.SimpleNamespace(setup=lambda: types.SimpleNamespace(settings=settings), login=lambda **_: False)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    with pytest.raises(ConfigError, match="has no account; wandb login"):
+        checked(tracker="wandb")
+    settings.mode = "offline"
+    checked(tracker="wandb")
+
+    def refuse(**_):
+        raise RuntimeError("API key is\ninvalid.")
+
+    settings.mode, wandb.login = "online", refuse
+    with pytest.raises(ConfigError, match="tracker='wandb' cannot be used: API key is invalid; mend that"):
+        checked(tracker="wandb")
+    monkeypatch.setattr(trackers, "ANSWER", 0.05)
+    goes_on = threading.Event()
+    wandb.login = lambda **_: goes_on.wait(60)
+    with pytest.raises(ConfigError, match=r"no answer within 0\.05 seconds"):
+        checked(tracker="wandb")
+    goes_on.set()
+
+
+def test_a_file_for_prometheus_that_cannot_be_is_one_line(tmp_path):
+    for path in (tmp_path, tmp_path / "missing" / "x.prom"):
+        with pytest.raises(ConfigError, match=r"train\.prometheus='.*' cannot be written"):
+            checked(prometheus=str(path))
+    checked(prometheus=str(tmp_path / "x.prom"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_disk_refuses_prometheus_is_said_once_and_tried_again(tmp_path, capsys):
+    prometheus = trackers.Prometheus(str(tmp_path / "folder" / "x.prom"), "/run")
+    for step in range(3):
+        prometheus.log(step, {"train/loss": 1.0})
+        prometheus.flush()
+    assert capsys.readouterr().err.count("is not written") == 1
+    (tmp_path / "folder").mkdir()
+    prometheus.close()
+    assert "deepseek_jax_train_loss" in (tmp_path / "folder" / "x.prom").read_text()
+
+
+def test_labels_for_prometheus_are_escaped(tmp_path):
+    prometheus = trackers.Prometheus(str(tmp_path / "x.prom"), '/a"b\\c')
+    prometheus.log(3, {'eval/loss/x"\n\udce9': 1.0, "train/größe": 2.0})
+    text = (tmp_path / "x.prom").read_text()
+    assert 'deepseek_jax_eval_loss{workdir="/a\\"b\\\\c",source="x\\"\\n\\\\udce9"} 1.0\n' in text
+    assert "deepseek_jax_train_gr__e{" in text
+
+
+def test_a_run_is_the_same_one_to_a_tracker_until_it_begins_anew(tmp_path):
+    first = trackers._identity(str(tmp_path), resumes=False)
+    assert trackers._identity(str(tmp_path), resumes=True) == first
+    moved = tmp_path.rename(tmp_path.with_name("moved"))
+    assert trackers._identity(str(moved), resumes=True) == first
+    assert trackers._identity(str(moved), resumes=False) != first
+    (moved / "tracker.json").write_text("")
+    assert trackers._identity(str(moved), resumes=True) != first
+
+
+def mlflow_of(monkeypatch, history):
+    """An MLflow tracker, and what it logs and says, next to a client that has a run with this history."""
+    said, metrics = [], dict.fromkeys(history, 1.0)
+    run = types.SimpleNamespace(info=types.SimpleNamespace(run_id="r"), data=types.SimpleNamespace(metrics=metrics))
+    client = types.SimpleNamespace(
+        get_experiment_by_name=lambda _: types.SimpleNamespace(experiment_id="e"),
+        search_runs=lambda *found, **_: said.append(found[1]) or [run],
+        update_run=lambda *state, **named: said.append(named),
+        get_metric_history=lambda _, name: [types.SimpleNamespace(step=step) for step in history[name]],
+        log_batch=lambda _, batch: said.extend(batch), set_terminated=lambda _, status: said.append(status))
+    modules = {"mlflow.entities": types.SimpleNamespace(Metric=lambda name, x, now, step: (name, step)),
+               "mlflow.tracking": types.SimpleNamespace(MlflowClient=lambda _: client)}
+    for name, module in ({"mlflow": types.ModuleType("mlflow")} | modules).items():
+        monkeypatch.setitem(sys.modules, name, module)
+    return trackers.MLflow(Config(model=naive.tiny()), "/it's a run", "0123456789abcdef"), said
+
+
+def test_what_an_earlier_start_has_logged_is_known_for_each_kind_of_row(monkeypatch):
+    mlflow, said = mlflow_of(monkeypatch, {"eval/loss": [2], "train/loss": [1, 2, 3], "train/lr": [1, 2, 3]})
+    assert said == ["tags.identity = '0123456789abcdef'", {"status": "RUNNING"}]
+    said.clear()
+    for step in (2, 3, 4):
+        mlflow.log(step, {"train/loss": 1.0})
+        mlflow.log(step, {"eval/loss": 1.0})
+    assert said == [("eval/loss", 3), ("train/loss", 4), ("eval/loss", 4)]
+    mlflow.close(failed=True)
+    mlflow.close()
+    assert said[-2:] == ["FAILED", "FINISHED"]

@@ -6,20 +6,23 @@ import subprocess
 import sys
 import threading
 import time
+import types
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from deepseek_jax import logs, stop
-from deepseek_jax.config import Config, ConfigError, TrainConfig
-from deepseek_jax.training import goodput
+from deepseek_jax import logs, stop, storage
+from deepseek_jax.config import Config, ConfigError, MeshConfig, TrainConfig
+from deepseek_jax.parallel.runner import Runner
+from deepseek_jax.training import goodput, loop, stall
 from deepseek_jax.training.background import Background
 from deepseek_jax.training.profiler import Profiler
 from deepseek_jax.training.program import describe_machine, describe_program
 from deepseek_jax.training.watching import Watching
 from tests import runs
 from tests.model import naive
+from tests.training.test_loop_order import Bar, run_of
 
 
 def watching(workdir=None, **train):
@@ -89,6 +92,18 @@ def test_a_signal_traces_the_next_five_steps_and_an_end_in_the_middle_ends_the_t
     assert traced(tmp_path / "b", 6, ask=4)[-1].startswith("Profile of steps 5 to 6")
 
 
+@pytest.mark.parametrize("broken", ["start_trace", "stop_trace"])
+def test_a_trace_that_cannot_be_is_said_and_steps_go_on(tmp_path, monkeypatch, broken):
+    def fail(*_):
+        raise RuntimeError("no space left")
+
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: None)
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: None)
+    monkeypatch.setattr(jax.profiler, broken, fail)
+    said = [words for words in traced(tmp_path, 8, profile="3:5") if words]
+    assert len(said) == 1 and said[0].startswith("note: ") and said[0].endswith("no space left")
+
+
 def test_sigusr2_asks_for_a_trace_while_a_run_goes(tmp_path):
     watch = watching(str(tmp_path))
     before = signal.getsignal(signal.SIGUSR2)
@@ -96,6 +111,14 @@ def test_sigusr2_asks_for_a_trace_while_a_run_goes(tmp_path):
         signal.raise_signal(signal.SIGUSR2)
         assert watch.profiler.asked
     assert signal.getsignal(signal.SIGUSR2) == before
+
+
+def test_sigusr2_ends_no_command_that_is_outside_its_loop():
+    code = ("import signal; from deepseek_jax import cli\n"
+            "def main(): signal.raise_signal(signal.SIGUSR2); print('alive')\n"
+            "cli.run(main, resumes=True)")
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stdout) == (0, "alive\n")
 
 
 @pytest.mark.parametrize("words", ["5", "5:5", "a:b", "7:5"])
@@ -127,6 +150,41 @@ def test_a_hang_shows_the_stacks_of_all_threads_and_ends_with_76_within_its_limi
     assert ended.stdout == "beaten\n"  # longer than the limit in all, but every step ended
     assert "error: no step has ended for" in ended.stderr and "train.stall_minutes=0.01" in ended.stderr
     assert "in a_batch_that_never_comes" in ended.stderr and "<module>" in ended.stderr  # both threads
+
+
+@pytest.mark.parametrize("slow", ["evaluate", "save", "wait", "compile", "step"])
+def test_a_save_and_an_evaluation_that_take_longer_than_the_limit_are_no_hang(monkeypatch, slow):
+    run, _ = run_of(monkeypatch, [3.0, 2.0, 1.0], eval_every=2, checkpoint_every=2, stall_minutes=0.005)
+    left = []
+    monkeypatch.setattr(stall.stop, "leave", left.append)
+    monkeypatch.setattr(stall, "_show_stacks", lambda words: None)
+    wait = lambda what: time.sleep(1.2 if what == slow else 0)  # the limit is 0.3
+    monkeypatch.setattr(loop.Run, "_evaluate", lambda self, bar: wait("evaluate"))
+    run.checkpoints.save, run.checkpoints.wait = lambda *_: wait("save"), lambda: wait("wait")
+    runner = Runner(run.config)
+    runner.compiling = run.watching.stall.suspended
+    compiled = runner.jit(lambda x: x + 1, told=lambda *_: wait("compile"))
+    step = run.step_fn
+    run.step_fn = lambda *arguments: wait("step") or step(*arguments) if compiled(1.0) else None
+    with run.watching.running():
+        assert run._steps(Bar())
+    assert bool(left) == (slow == "step")
+
+
+def test_a_log_on_a_disk_that_hangs_keeps_no_hang_from_ending(monkeypatch, capfd):
+    goes_on = threading.Event()
+
+    def hang(words):
+        goes_on.wait(60)
+        raise OSError("the disk is gone")
+
+    with open(2, "w", closefd=False) as terminal, monkeypatch.context() as patched:
+        patched.setattr(stall, "OTHERS", 0.01)
+        patched.setattr(sys, "stderr", types.SimpleNamespace(copy=types.SimpleNamespace(write=hang)))
+        patched.setattr(sys, "__stderr__", terminal)
+        stall._show_stacks("error: no step\n")
+    goes_on.set()
+    assert "error: no step\n" in (said := capfd.readouterr().err) and "in test_a_log_on_a_disk_that_hangs" in said
 
 
 def test_sigquit_shows_stacks_and_ends_nothing():
@@ -199,8 +257,54 @@ def test_a_start_that_was_killed_ends_with_its_last_row(tmp_path):
     assert again.before[0]["killed"] >= again.before[0]["stopped"]
     assert again.now["start"] == again.before[0]["killed"]  # the same process
     again.mark("restored", begin=7)
+    assert again.before[0]["stopped"] == first.now["stopped"]
     assert [sorted(start) for start in goodput.read(str(tmp_path))] == [
         ["compiled", "first_step", "killed", "restored", "start", "stopped"], ["begin", "restored", "start"]]
+
+
+def killed_after(tmp_path, *marks, begin):
+    """What the next start finds of a start that was killed after these marks, of checkpoints of 10, 20 ... steps."""
+    first = goodput.Goodput(str(tmp_path), start=100.0)
+    for number, what in enumerate(marks):
+        first.mark(what, **({"saved": 10 * marks[:number + 1].count("saving")} if what == "saving" else {"begin": 0}))
+    again = goodput.Goodput(str(tmp_path), start=time.time())
+    again.mark("restored", begin=begin)
+    return first.now, goodput.read(str(tmp_path))[0]
+
+
+def test_a_checkpoint_counts_when_it_is_written(tmp_path):
+    marks = "restored", "compiled", "first_step", "saving", "saving"
+    for begin in (10, 20):
+        folder = tmp_path / str(begin)
+        folder.mkdir()
+        first, found = killed_after(folder, *marks, begin=begin)
+        assert first["stopped"] < first["saving"]  # that of 10 steps was written, which the next save waits for
+        assert found["stopped"] == (first["saving"] if begin == 20 else first["stopped"])
+    (tmp_path / "none").mkdir()
+    assert "stopped" not in killed_after(tmp_path / "none", *marks[:4], begin=0)[1]
+
+
+def test_a_start_that_was_killed_before_its_first_step_counts_its_seconds():
+    assert goodput.summary([{"start": 5, "restored": 10, "compiled": 30}]) | {"goodput": 0} == {
+        "starting": 25, "compiling": 20, "steps": 0, "lost": 0, "total": 25, "goodput": 0}
+    assert goodput.summary([{"start": 5, "restored": 10, "killed": 12}])["starting"] == 7
+
+
+@pytest.mark.parametrize("text", ["", "{", "{}", "[1]", '[{"start": "now"}]', '[{"restored": 1}]'])
+def test_a_record_that_cannot_be_read_is_said_and_begins_anew(tmp_path, capsys, text):
+    (tmp_path / "goodput.json").write_text(text)
+    goodput.Goodput(str(tmp_path)).mark("restored", begin=0)
+    assert "goodput.json cannot be read" in capsys.readouterr().err
+    assert len(goodput.read(str(tmp_path))) == 1
+
+
+def test_a_store_that_does_not_answer_ends_no_run_for_its_goodput(monkeypatch, capsys):
+    def refuse(path):
+        raise storage.StorageError("no answer")
+
+    for name in ("is_file", "changed"):
+        monkeypatch.setattr(storage, name, refuse)
+    assert goodput.Goodput("s3://bucket/run").before == [] and "no answer" in capsys.readouterr().err
 
 
 def test_a_process_knows_when_it_started():
@@ -223,6 +327,35 @@ def test_a_log_begins_with_the_work_directory_and_has_no_bars_and_the_traceback(
     assert not hasattr(sys.stdout, "log")
 
 
+def test_a_log_that_cannot_be_begun_hides_no_error_and_ends_nothing(tmp_path, capsys):
+    (tmp_path / "logs").write_text("no folder")
+    with pytest.raises(ZeroDivisionError), logs.kept(str(tmp_path), 0):
+        print("before")
+        _ = 1 / 0
+    with logs.kept(str(tmp_path), 0):
+        print("after")
+    assert capsys.readouterr().out == "before\nafter\n"
+
+
+def test_a_disk_that_fills_hides_no_error_and_ends_nothing(tmp_path, monkeypatch):
+    full = open("/dev/full", "a", buffering=1)  # noqa: SIM115 (the log closes it)
+    with pytest.raises(ZeroDivisionError), logs.kept(str(tmp_path), 0):
+        sys.stdout.log.file = full
+        print("said")
+        _ = 1 / 0
+    assert full.closed
+
+
+def test_what_is_printed_after_the_end_of_a_log_is_printed_alone(tmp_path, capsys):
+    with logs.kept(str(tmp_path), 0):
+        print("inside")
+        kept = sys.stdout
+    print("outside", file=kept)
+    log = (tmp_path / "logs/process_0000.log").read_text()
+    assert log.endswith("\ninside\n") and log.count("inside") == 1
+    assert capsys.readouterr().out == "inside\noutside\n" and not kept.log.waiting
+
+
 def test_a_process_that_prints_nothing_has_a_log_too(tmp_path):
     with logs.kept(str(tmp_path), 1):
         pass
@@ -236,3 +369,9 @@ def test_the_program_of_a_step_is_described_with_versions_flags_and_memory(monke
     assert "XLA_FLAGS: " in said and "LIBTPU_INIT_ARGS: --of_mine=1" in said
     compiled = jax.jit(lambda x: x @ x).lower(jnp.ones((256, 256))).compile()
     assert describe_program(compiled, 1.25).startswith("The step was compiled in 1.2 s. Memory a device: 0.3 MB of")
+
+
+@pytest.mark.parametrize("axis", MeshConfig().sizes)
+def test_every_axis_of_the_mesh_is_named(axis):
+    config = types.SimpleNamespace(mesh=MeshConfig(**{axis: 2}))
+    assert f"mesh: {axis} 2\n" in describe_machine(config)

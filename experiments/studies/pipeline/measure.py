@@ -62,7 +62,7 @@ def lowered_step(config: Config) -> tuple[Any, Callable[[], Any], dict[str, Any]
     abstract = jax.eval_shape(initial)
     where, whole = devices.shardings(abstract), NamedSharding(devices.mesh, PartitionSpec())
     shape = train.accumulation_steps, train.batch_size // train.accumulation_steps, train.sequence_length + 1
-    rows = NamedSharding(devices.mesh, spec(None, "batch", None))
+    rows = NamedSharding(devices.mesh, spec(None, "sequences", None))
     batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=rows) for name, dtype in
              (("tokens", jnp.int32), ("weights", jnp.float32), ("segment_ids", jnp.int32))}
     batch["active"] = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
