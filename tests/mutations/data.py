@@ -328,7 +328,7 @@ MUTATIONS = [
     Mutation(
         name="a branch has an order of its own",
         file="deepseek_jax/data/prepare.py",
-        old="if config.init.step is None or has_checkpoint(workdir):",
+        old="if config.init.step is None or has_begun(workdir):",
         new="if True:",
         tests="data/test_token_shards.py::test_a_branch_has_the_order_of_its_run_and_its_files",
     ),
