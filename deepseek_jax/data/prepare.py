@@ -117,7 +117,7 @@ def prepare(config: Config, workdir: str, resumes: bool = False) -> Prepared:
 def began_in(config: Config, workdir: str) -> str:
     """The folder whose corpus.json says what the run in a work directory began with: of a branch that has saved nothing
     yet that of its run."""
-    if config.init.step is None or has_checkpoint(workdir):
+    if config.init.step is None or has_begun(workdir):
         return workdir
     return str(config.init.folder)
 
