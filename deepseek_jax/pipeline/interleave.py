@@ -8,7 +8,7 @@ before the other: its exchanges then have nothing to hide behind. Here what an e
 products of the other pass are done that are to run meanwhile. An optimization barrier says so; it moves no data.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from jax import lax
@@ -126,7 +126,7 @@ def _add(gradients, env, totals):
     return list(new.values())
 
 
-def _beside(busy, now, other, under_way, more=list):
+def _beside(busy, now, other, under_way, more: Callable[[], list] = list):
     """The work of phase `now` of one pass while the exchange of phase `under_way` of the other goes on.
 
     Left to itself XLA hides one hop behind all products that it finds and the next behind none. So it is said when each
