@@ -20,6 +20,7 @@ from deepseek_jax.storage import StorageError
 
 _PASSED_ON = CheckpointError, ConfigError, StorageError, OSError  # that one process has, and all raise
 
+
 def from_first(decide: Callable[[], Any]) -> Any:
     """What decide() returns in process 0, which alone calls it; JSON-able. Its errors of one line (`_PASSED_ON`) are
     raised in all of them."""
