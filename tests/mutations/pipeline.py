@@ -39,6 +39,13 @@ MUTATIONS = [
         tests="pipeline/test_interleave.py::test_half_of_the_products_ends_with_one_that_what_is_sent_needs",
     ),
     Mutation(
+        name="the first of several exchanges counts alone",
+        file="deepseek_jax/pipeline/interleave.py",
+        old="longest[min(-(-links * exchanges // (exchanges + 1)), links - 1)]",
+        new="longest[min(-(-links // 2), links - 1)]",
+        tests="pipeline/test_interleave.py::test_the_middle_of_a_chain_comes_later_the_more_exchanges_are_under_way",
+    ),
+    Mutation(
         name="weight gradients are put off",
         file="deepseek_jax/pipeline/interleave.py",
         old="[*busy.values(now.sent), *more()]",

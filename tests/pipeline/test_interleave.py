@@ -155,6 +155,18 @@ def test_half_of_the_products_ends_with_one_that_what_is_sent_needs():
         assert bool(chain) == bool(middle(phase)), (chain, phase.work)
 
 
+@pytest.mark.parametrize(("links", "exchanges", "place"),
+                         [(8, 1, 4), (8, 2, 6), (4, 1, 2), (3, 1, 2), (1, 1, 0), (1, 2, 0)])
+def test_the_middle_of_a_chain_comes_later_the_more_exchanges_are_under_way(links, exchanges, place):
+    chain = jax.make_jaxpr(lambda x, w: functools.reduce(lambda y, _: jnp.sin(y @ w), range(links), x))(
+        jnp.ones((2, 2)), jnp.ones((2, 2))).jaxpr
+    products = [e for e in chain.eqns if multiplies(e)]
+
+    found = middle(interleave.Phase(list(chain.eqns), [], list(chain.outvars), []), exchanges)
+
+    assert found == products[place].outvars
+
+
 def test_two_hops_are_one_exchange_and_the_second_brings_it():
     stage = lambda params, x, context: toy.stage(params, context[0], x, context[1], twice, "none")
     with float64():
