@@ -82,6 +82,8 @@ def table(found: dict[str, Any]) -> str:
     if "planned" in found:
         lines += [f"{'per device, planned':28} {giga(found['planned_bytes_per_device'])}   "
                   f"{found['planned_over_compiled'] - 1:+.1%}"]
+    if found.get("bytes_accessed_once"):
+        lines += [f"{'accessed, loop bodies once':28} {giga(found['bytes_accessed_once'])}"]
     if found.get("collectives"):
         lines += ["", "collective           axes                    count   GB once  async  hidden  GB exposed"]
         lines += [f"{row['kind']:20} {'+'.join(row['axes']) or '-':22} {row['count']:6} {row['bytes'] / 1e9:9.3f} "

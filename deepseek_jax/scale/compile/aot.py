@@ -162,7 +162,8 @@ def measure_step(model: ModelConfig, layout: Layout, target: str, lora: LoraConf
                 "planned_over_compiled": sum(planned.values()) / total} if planned else
                {"lora": lora.rank, "base_fp8": lora.fp8}),
             "collectives": hlo.table(collectives), "exposed": sum(not one.products for one in collectives),
-            "waits": _waits(model, layout, text, target), "flops_once": cost.get("flops"), **made}
+            "waits": _waits(model, layout, text, target), "flops_once": cost.get("flops"),
+            "bytes_accessed_once": cost.get("bytes accessed"), **made}
 
 
 def _waits(model, layout, text, target):
