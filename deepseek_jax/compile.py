@@ -71,10 +71,9 @@ def table(found: dict[str, Any]) -> str:
     """The report that `main` prints, from what --json writes: sizes in GB (10^9 bytes) a device, times in seconds."""
     giga = lambda n: f"{n / 1e9:9.2f} GB"
     what = found.get("layout") or f"a decode step of {found['sequences']} x {found['length']} tokens on each device"
-    seconds = found["seconds"]
     lines = [f"{found['model']} on {found['target']}: {what}",
-             f"lowered in {seconds['lowering']:.0f} s, compiled in {seconds['compiling']:.0f} s ({seconds['cpu']:.0f} "
-             f"s of CPU in all), {found['compiler_gigabytes']:.1f} GB here", ""]
+             "lowered in {lowering:.0f} s, compiled in {compiling:.0f} s ({cpu:.0f} s of CPU in all), ".format(
+                 **found["seconds"]) + f"{found['compiler_gigabytes']:.1f} GB here", ""]
     lines += [f"{'given: ' + name:28} {giga(size)}" for name, size in found.get("given", {}).items()]
     lines += [f"{name:28} {giga(size)}" for name, size in found["bytes"].items()]
     lines += [f"{'per device, by XLA':28} {giga(found['bytes_per_device'])}   of {found['memory'] / 1e9:.0f}: "
@@ -82,8 +81,7 @@ def table(found: dict[str, Any]) -> str:
     if "planned" in found:
         lines += [f"{'per device, planned':28} {giga(found['planned_bytes_per_device'])}   "
                   f"{found['planned_over_compiled'] - 1:+.1%}"]
-    if found.get("bytes_accessed_once"):
-        lines += [f"{'accessed, loop bodies once':28} {giga(found['bytes_accessed_once'])}"]
+    lines += [f"{'accessed, loop bodies once':28} {giga(n)}" for n in [found.get("bytes_accessed_once")] if n]
     if found.get("collectives"):
         lines += ["", "collective           axes                    count   GB once  async  hidden  GB exposed"]
         lines += [f"{row['kind']:20} {'+'.join(row['axes']) or '-':22} {row['count']:6} {row['bytes'] / 1e9:9.3f} "
