@@ -26,6 +26,8 @@ class Stretch(NamedTuple):
 
 
 class File(NamedTuple):
+    """A file of a source, or a part of one."""
+
     name: str  # relative, with forward slashes: what hashes and orders it
     path: str
     named: bool = False  # by the user: text, whatever its name ends in

@@ -116,6 +116,7 @@ class _Rank:
 
 
 def gpipe(rank: int, ranks: int, microbatches: int, most: int | None = None) -> list[Cell]:
+    """All forward passes, then all backward passes; nothing is deferred, so `most` changes nothing."""
     out = _Rank([0])
     for kind in ["F"] * microbatches + ["B"] * microbatches:
         out.add((kind, 0))
@@ -123,6 +124,7 @@ def gpipe(rank: int, ranks: int, microbatches: int, most: int | None = None) -> 
 
 
 def one_forward_one_backward(rank: int, ranks: int, microbatches: int, most: int | None = None) -> list[Cell]:
+    """As many forward passes as ranks follow, then one backward pass for each; nothing is deferred."""
     out = _Rank([0])
     ahead = min(ranks - 1 - rank, microbatches)
     for kind in ["F"] * ahead + ["F", "B"] * (microbatches - ahead) + ["B"] * ahead:
@@ -144,6 +146,11 @@ def zero_bubble(rank: int, ranks: int, microbatches: int, most: int | None = Non
 
 
 def dualpipe(rank: int, ranks: int, microbatches: int, most: int | None = None) -> list[Cell]:
+    """DualPipe (report section 3.2.1): half of the micro-batches enter at either end, an even number of each.
+
+    Args:
+      most: weight gradients that may be deferred at a time; None: as many as there are.
+    """
     nearer_end = min(rank, ranks - 1 - rank)
     near = 0 if rank < ranks // 2 else 1
     return _both_ways(nearer_end, ranks // 2, microbatches // 2 - ranks + nearer_end + 1, near,
@@ -151,6 +158,7 @@ def dualpipe(rank: int, ranks: int, microbatches: int, most: int | None = None) 
 
 
 def dualpipev(rank: int, ranks: int, microbatches: int, most: int | None = None) -> list[Cell]:
+    """DualPipe cut in half: each rank has the two stages that face each other, and `most` is as in `dualpipe`."""
     return _both_ways(rank, ranks, microbatches - 2 * ranks + rank + 1, 0, [0, 0], most)
 
 

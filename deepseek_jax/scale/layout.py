@@ -54,6 +54,7 @@ class Layout:
 
     @property
     def name(self) -> str:
+        """In words, as tables have it."""
         m = self.mesh
         how = self.schedule if m.pipe > 1 else "no pipeline"
         return (f"pipe {m.pipe}, expert {m.node * m.local} over {m.node} nodes, {m.replica} replicas, {how}, "

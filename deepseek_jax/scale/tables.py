@@ -21,12 +21,15 @@ def flat(found: Plan) -> dict[str, Any]:
 
 
 def counts(result: dict[str, Any]) -> str:
+    """Parameters of {"model", "parameters", "conventions"}, by group and under every convention."""
     lines = [f"{result['model']}: parameters"]
     lines += [f"  {name:50} {n:19,}" for name, n in result["parameters"].items() if n]
     return "\n".join(lines + [""] + [f"  {name:50} {n:19,}" for name, n in result["conventions"].items()])
 
 
 def planned(found: Plan, advice: str) -> str:
+    """One layout: GB a device by group, seconds of a step by cell, MFU, device-hours, dollars; `advice` if it does
+    not fit."""
     step = found.step
     lines = ["", found.layout.name, ""]
     lines += [f"  {LABELS[name]:44} {size / 1e9:8.2f} GB" for name, size in found.bytes.items() if size]
@@ -51,12 +54,14 @@ def chosen_remat(tried: list[Remat]) -> str:
 
 
 def published(rows: list[dict[str, Any]]) -> str:
+    """What `plan.published` returns: the report's figures next to the planned ones."""
     lines = ["", f"  {'':44} {'published':>10} {'planned':>10} {'ratio':>6}"]
     return "\n".join(lines + [f"  {r['what']:44} {r['published']:10.4g} {r['planned']:10.4g} {r['ratio']:6.2f}  "
                               f"{r['note']}".rstrip() for r in rows])
 
 
 def ablated(rows: list[dict[str, Any]], sparsity: dict[str, float]) -> str:
+    """What `plan.ablations` and `plan.sparsity` return: seconds of a step without each invention."""
     lines = ["", f"  {'a step without':36} {'s':>7} {'times':>6} {'MFU':>7} {'GB':>7}  remat"]
     lines += [f"  {r['without']:36} {r['seconds']:7.2f} {r['times']:6.2f} {r['mfu']:7.1%} {r['gigabytes']:7.1f}  "
               f"{r['remat']}{'' if r['fits'] else ': DOES NOT FIT'}" for r in rows]
@@ -66,6 +71,7 @@ def ablated(rows: list[dict[str, Any]], sparsity: dict[str, float]) -> str:
 
 
 def searched(best: list[tuple[str, Plan]], reasons: dict[str, tuple[int, tuple | None]]) -> str:
+    """What `plan.search` returns: the fastest layouts, and why how many others do not do."""
     lines = ["", f"  {'layouts that fit, fastest first':86} {'remat':7} {'s':>7} {'MFU':>6} {'GB':>6}"]
     lines += [f"  {p.layout.name:86} {remat:7} {p.step.seconds:7.2f} {p.step.mfu['non-causal']:6.1%} "
               f"{p.total_bytes / 1e9:6.1f}" for remat, p in best]
@@ -79,6 +85,7 @@ def searched(best: list[tuple[str, Plan]], reasons: dict[str, tuple[int, tuple |
 
 
 def decoded(rows: list[dict[str, Any]]) -> str:
+    """Rows of `decoding`: microseconds of a step's network and work, tokens a second of a user and a node."""
     lines = ["", f"  {'decoding':40} {'MTP':>4} {'network us':>10} {'work us':>8} {'/s user':>8} {'bound':>6} "
                  f"{'/s node':>8}"]
     for r in rows:
