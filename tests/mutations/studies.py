@@ -199,4 +199,18 @@ MUTATIONS = [
         new="if False:",
         tests="experiments/test_post_training.py::test_a_run_that_a_signal_ended_is_no_run_of_the_study",
     ),
+    Mutation(
+        name="scatter shrinks with the number of seeds, and not with its root",
+        file="experiments/studies/framework/power.py",
+        old="effect / scatter * math.sqrt(seeds)",
+        new="effect / scatter * seeds",
+        tests="experiments/test_power.py::test_power_is_the_share_of_drawn_repetitions_whose_interval_leaves_out_zero",
+    ),
+    Mutation(
+        name="half of an interval is its scatter",
+        file="experiments/studies/framework/power.py",
+        old="/ 2 * math.sqrt(n) / student",
+        new="/ 2 / student",
+        tests="experiments/test_power.py::test_the_readme_of_a_study_with_open_claims_says_what_would_decide_them",
+    ),
 ]

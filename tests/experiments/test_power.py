@@ -1,0 +1,59 @@
+"""How many seeds decide a claim: against repetitions that are drawn, and the tables of the studies' READMEs."""
+
+import json
+
+import numpy as np
+import pytest
+
+from experiments.studies.framework import power
+from experiments.studies.framework.statistics import estimate
+
+
+@pytest.mark.parametrize(("effect", "seeds"), [(1.0, 3), (1.0, 8), (0.5, 20), (0.0, 5)])
+def test_power_is_the_share_of_drawn_repetitions_whose_interval_leaves_out_zero(effect, seeds):
+    drawn = np.random.default_rng(0).normal(effect, 1.0, (4000, seeds))
+    decided = [not found.low <= 0 <= found.high for found in map(estimate, drawn)]
+
+    assert power.power(effect, 1.0, seeds) == pytest.approx(np.mean(decided), abs=0.025)
+
+
+def test_so_many_seeds_do_and_one_less_does_not():
+    for effect in (0.05, 0.5, 2.0):
+        seeds = power.seeds_for(effect, 1.0)
+        assert power.power(effect, 1.0, seeds) >= power.POWER > power.power(effect, 1.0, seeds - 1)
+        assert power.effect_for(1.0, seeds) <= effect < power.effect_for(1.0, seeds - 1)
+
+
+def test_no_effect_takes_more_seeds_than_there_are():
+    assert power.seeds_for(0.0, 1.0) is None and power.seeds_for(1e-3, 1.0) is None
+
+
+def test_only_open_claims_are_asked_about_and_the_published_effect_comes_first():
+    claim = {"metric": "loss", "arm": "loss-free", "against": "aux 1e-3"}
+    results = {"study": "load_balance", "seeds": [0, 1, 2], "arms": {"a": 0, "b": 0},
+               "training_seconds_on_one_core": 6 * 3600.0, "claims": [
+                   {**claim, "says": "open", "difference": {"mean": -0.001, "low": -0.003, "high": 0.001},
+                    "verdict": "not visible at this scale"},
+                   {**claim, "says": "decided", "difference": {"mean": -2, "low": -3, "high": -1},
+                    "verdict": "reproduced"}]}
+
+    [row] = power.needed(results)
+
+    assert (row.says, row.effect, row.published) == ("open", 0.006, True)
+    assert row.seeds == 2 or row.seeds == 3
+    assert row.hours == row.seeds  # an hour a run, two arms, two cores
+
+
+def test_every_published_effect_is_of_a_claim():
+    claims = {(path.parent.name, claim["metric"], claim["arm"]) for path in power.STUDIES.glob("*/results.json")
+              for claim in json.loads(path.read_text()).get("claims", ())}
+
+    assert power.PUBLISHED.keys() <= claims
+
+
+@pytest.mark.parametrize("path", sorted(power.STUDIES.glob("*/results.json")), ids=lambda path: path.parent.name)
+def test_the_readme_of_a_study_with_open_claims_says_what_would_decide_them(path):
+    results = json.loads(path.read_text())
+    rows = power.needed(results) if results.get("claims") else []
+
+    assert (power.section(rows) in path.with_name("README.md").read_text()) == bool(rows)
