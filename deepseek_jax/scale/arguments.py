@@ -44,9 +44,9 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--expert", type=int, default=1, help="devices that share the experts")
     parser.add_argument("--tensor", type=int, default=1, help="devices that share heads and vocabulary")
     parser.add_argument("--schedule", default="dualpipe", help="gpipe, 1f1b, zb1p, dualpipe or dualpipev")
-    parser.add_argument("--deferred", type=_not_negative, help="weight gradients that may wait on a rank (default: the "
-                        "schedule's, of --layout report none); each takes memory, and fewer lengthen a long step "
-                        "little")
+    parser.add_argument("--deferred", type=_deferred, help="weight gradients that may wait on a rank; all: as many as "
+                        "the schedule defers (the default, but 0 of --layout report); each takes memory, and fewer "
+                        "lengthen a long step little")
     parser.add_argument("--sequences", type=int, default=REPORT_SEQUENCES, help="of a step (default: the report's)")
     parser.add_argument("--rows", type=int, default=1, help="sequences of a micro-batch on one device")
     parser.add_argument("--sequence-length", "--context", type=int, default=4096, help="tokens (default 4096)")
@@ -151,10 +151,12 @@ def positive(text: str) -> float:
     raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
 
 
-def _not_negative(text):
+def _deferred(text):
+    if text == "all":
+        return None
     if text.isdecimal():
         return int(text)
-    raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 on")
+    raise argparse.ArgumentTypeError(f"{text!r} is neither a whole number from 0 on nor all")
 
 
 def _capacity(text):

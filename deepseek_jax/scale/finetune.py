@@ -56,11 +56,12 @@ def layout(c: ModelConfig, step: Step) -> Layout:
 
 def finetune(c: ModelConfig, hw: Hardware, step: Step) -> list[Finetuned]:
     """Plans one device under each remat policy."""
-    return [_under(dataclasses.replace(c, remat=remat), (1 - RESERVE) * hw.memory, step) for remat in REMATS]
+    return [_under(dataclasses.replace(c, remat=remat), hw, step) for remat in REMATS]
 
 
-def _under(c, usable, step):
-    needed = lambda changed: memory.bytes_per_device(c, layout(c, changed))
+def _under(c, hw, step):
+    usable = (1 - RESERVE) * hw.memory
+    needed = lambda changed: memory.bytes_per_device(c, layout(c, changed), hw.kernels)
     fits = lambda **changes: sum(needed(dataclasses.replace(step, **changes)).values()) <= usable
     return Finetuned(c.remat, needed(step), usable, UNIT * _most(lambda n: fits(context=UNIT * n)),
                      _most(lambda n: fits(sequences=n, rows=n)))
@@ -107,6 +108,6 @@ def _devices(c: ModelConfig, hw: Hardware, step: Step) -> int | None:
         except ConfigError:  # does not divide the experts
             continue
         made = dataclasses.replace(made, moment_dtype=step.moments)
-        if sum(memory.bytes_per_device(model, made).values()) <= (1 - RESERVE) * hw.memory:
+        if sum(memory.bytes_per_device(model, made, hw.kernels).values()) <= (1 - RESERVE) * hw.memory:
             return devices
     return None

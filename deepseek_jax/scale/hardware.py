@@ -5,8 +5,12 @@ Bandwidths are bytes per second in one direction of one device. "report": DeepSe
 """
 
 import dataclasses
+from typing import Literal
 
 from deepseek_jax.config import ConfigError
+
+# This project's for experts' products and attention, of a machine; None: there XLA does them.
+Kernels = Literal["hopper", "tpu"] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,6 +21,7 @@ class Hardware:
     memory: bytes. memory_bandwidth: bytes/s. local_bandwidth: to the devices of its node (of a pod: over ICI);
     node_bandwidth: to other nodes. node_size: devices that the fast fabric joins to one node of training.
     price: dollars per device-hour; None: unknown, so --price has to give it.
+    kernels: those that run there.
     """
 
     bf16: float
@@ -28,6 +33,7 @@ class Hardware:
     node_size: int
     price: float | None
     sources: dict[str, str]
+    kernels: Kernels = None
 
 
 _FIGURES = ("bf16", "fp8", "memory", "memory_bandwidth", "local_bandwidth", "node_bandwidth", "node_size")
@@ -42,9 +48,9 @@ _ICI = "sheet: ICI, half of its bidirectional total; the torus joins all chips, 
 HARDWARE = {
     "h800": Hardware(989e12, 1979e12, 80e9, 3.35e12, 160e9, 50e9, 8, 2.0,
                      _SHEET | {"local_bandwidth": "report, 3.2.2: 160 GB/s", "node_bandwidth": "report, 3.2.2: 50 GB/s",
-                               "price": "report, section 1: assumed rent"}),
-    "h100": Hardware(989e12, 1979e12, 80e9, 3.35e12, 450e9, 50e9, 8, None, _NDR),
-    "h200": Hardware(989e12, 1979e12, 141e9, 4.8e12, 450e9, 50e9, 8, None, _NDR),
+                               "price": "report, section 1: assumed rent"}, "hopper"),
+    "h100": Hardware(989e12, 1979e12, 80e9, 3.35e12, 450e9, 50e9, 8, None, _NDR, "hopper"),
+    "h200": Hardware(989e12, 1979e12, 141e9, 4.8e12, 450e9, 50e9, 8, None, _NDR, "hopper"),
     "b200": Hardware(2250e12, 4500e12, 180e9, 7.7e12, 900e9, 50e9, 8, None, _NDR),
     # The SXM card with 80 GB, in a DGX.
     "a100": Hardware(312e12, None, 80e9, 2.039e12, 300e9, 25e9, 8, None, _NO_PRICE | _NO_FP8 | {
@@ -56,11 +62,11 @@ HARDWARE = {
         "bf16": "sheet: no bfloat16 units, so XLA computes such products in float32, at 8.1 TFLOP/s; the 65 TFLOP/s of "
                 "float16 are of no use here, since no model of this program computes in it"}),
     "v5p": Hardware(459e12, None, 95e9, 2.765e12, 300e9, 300e9, 4, None, _NO_PRICE | _NO_FP8 | {
-        "local_bandwidth": _ICI, "node_bandwidth": _ICI}),
+        "local_bandwidth": _ICI, "node_bandwidth": _ICI}, "tpu"),
     "v6e": Hardware(918e12, None, 32e9, 1.64e12, 224e9, 224e9, 4, None, _NO_PRICE | _NO_FP8 | {
-        "local_bandwidth": _ICI, "node_bandwidth": _ICI}),
+        "local_bandwidth": _ICI, "node_bandwidth": _ICI}, "tpu"),
     "7x": Hardware(2307e12, 4614e12, 192e9, 7.38e12, 600e9, 600e9, 4, None, _NO_PRICE | {
-        "local_bandwidth": _ICI, "node_bandwidth": _ICI}),
+        "local_bandwidth": _ICI, "node_bandwidth": _ICI}, "tpu"),
 }
 
 # Dense bfloat16 peak of one device, FLOP/s, by prefix of jax's `device_kind`; the last two are not planned for.

@@ -21,6 +21,7 @@ from deepseek_jax.scale.costs import (
     norm_parameters,
     parameters,
 )
+from deepseek_jax.scale.hardware import Kernels
 from deepseek_jax.scale.layout import Layout
 from deepseek_jax.scale.traffic import rooms
 from kernels_pallas.constants import BLOCK
@@ -125,34 +126,40 @@ def state(c: ModelConfig, layout: Layout) -> dict[str, float]:
     return {"masters": FLOAT32 * mine, "moments": 2 * moment * mine, "averages": FLOAT32 * mine * layout.ema}
 
 
-def bytes_per_device(c: ModelConfig, layout: Layout, loss_chunk: int = 1024) -> dict[str, float]:
-    """{group: bytes}, with the groups of GROUPS; their sum is what a step needs."""
+def bytes_per_device(c: ModelConfig, layout: Layout, kernels: Kernels, loss_chunk: int = 1024) -> dict[str, float]:
+    """{group: bytes}, with the groups of GROUPS; their sum is what a step needs. kernels: those of the machine."""
     mesh, held = layout.mesh, parameters_per_device(c, layout)
     group = state(c, layout)
-    all_masters, pipeline = _masters(c, layout), layout.pipeline
+    pipeline = layout.pipeline
     if pipeline is None:
         gathered = held["others"] * (mesh.data_shards > 1) + held["experts"] * (mesh.replica > 1)
-        once = held["experts"] + held["others"] / mesh.data_shards
         group["working"] = FLOAT32 * gathered
-        group["gradients"] = FLOAT32 * (once + all_masters * (layout.microbatches > 1))
+        # Those of a layer are summed over devices as soon as they are there.
+        group["gradients"] = FLOAT32 * _masters(c, layout) * (1 + (layout.microbatches > 1))
         group["kept"] = (c.num_moe_layers + c.mtp_depth) * residuals_of_layer(c, layout)
         group["kept"] += c.num_dense_layers * residuals_of_layer(c, layout, moe=False)
-        # XLA defers the kernels of FP8's weight gradients to the end of all layers that it compiles at once.
+        # Behind exchanges XLA puts the kernels of weight gradients off to the end of all layers that it compiles at
+        # once.
         seen = c.num_moe_layers if c.num_moe_layers <= UNROLLED_LAYERS else 1
-        group["buffers"] = c.fp8.enabled * (seen - 1) * deferred_of_layer(c, layout)
+        put_off = (seen - 1) * (kernels == "hopper" and mesh.devices > 1)
+        group["buffers"] = put_off * deferred_of_layer(c, layout)
     else:
         copies, stage, ends = layout.copies, held["experts"] + held["others"], held["ends"]
         layers, slots = -(-c.num_moe_layers // pipeline.stages), pipeline.slots
         prepared = FLOAT32 * held["routers"] + (1 if c.fp8.enabled else _width(c)) * (stage - held["routers"])
         group["working"] = copies * prepared + FLOAT32 * ends
-        group["gradients"] = FLOAT32 * (copies * stage + ends)  # a layer's own are added to their sums at once
+        # A layer's own are added to their sums at once; XLA:TPU keeps what a tick has made of the sums beside them.
+        group["gradients"] = FLOAT32 * (copies * stage * (2 if kernels == "tpu" else 1) + ends)
         group["kept"] = slots.activations * layers * residuals_of_layer(c, layout)
         group["buffers"] = (slots.messages + 1) * layout.tokens * c.d_model * _width(c)
         if slots.deferred:
             group["buffers"] += (slots.deferred + 2) * layers * deferred_of_layer(c, layout)
-    products = group["experts' products"] = product_copies(c, layout)
+    products = group["experts' products"] = 0.0 if kernels else product_copies(c, layout)
     if pipeline is None:
-        group["passing"] = max(0.0, passing(c, layout, loss_chunk) - products) + attention_sums(c, layout)
+        # Exchanges send from and receive into memory of their own.
+        travelling = 2 * rows_of_experts(c, layout)[0] * c.d_model * _width(c)
+        group["passing"] = max(0.0, passing(c, layout, loss_chunk) - products) + travelling
+        group["passing"] += attention_sums(c, layout, kernels)
     else:
         group["passing"] = overlapped(c, layout)
     return group
@@ -195,24 +202,22 @@ def deferred_of_layer(c: ModelConfig, layout: Layout) -> float:
 
 
 def product_copies(c: ModelConfig, layout: Layout) -> float:
-    """Without FP8's kernels XLA:GPU computes experts as one masked product, with a copy of the rows for each expert.
+    """Without kernels XLA:GPU computes experts as one masked product, with a copy of the rows for each expert.
 
     Three such copies of rows as wide as the model exist at once, and five of rows as wide as an expert: fitted to
-    compiled programs.
+    programs in bfloat16 that were compiled before there was a kernel.
     """
-    if c.fp8.enabled:
-        return 0.0
     experts = c.num_experts // (layout.mesh.node * layout.mesh.local)
     return experts * rows_of_experts(c, layout)[1] * (3 * c.d_model + 5 * c.expert_ffn_dim) * _width(c)
 
 
-def attention_sums(c: ModelConfig, layout: Layout) -> float:
+def attention_sums(c: ModelConfig, layout: Layout, kernels: Kernels) -> float:
     """The float32 sums that attention's loops add to, forward and backward.
 
-    XLA:GPU allocates those of all layers that it compiles at once; layers of a loop share theirs. Hopper's kernel, for
-    the heads of the published models, needs none; sparse attention has no kernel.
+    XLA:GPU allocates those of all layers that it compiles at once; layers of a loop share theirs. A kernel, for the
+    heads of the published models, needs none; sparse attention has none.
     """
-    if c.index_topk is None and c.dtype == "bfloat16" and (c.qk_head_dim, c.v_head_dim) == KERNEL_HEADS:
+    if kernels and c.index_topk is None and c.dtype == "bfloat16" and (c.qk_head_dim, c.v_head_dim) == KERNEL_HEADS:
         return 0.0
     layers = sum(n if n <= UNROLLED_LAYERS else 1 for n in (c.num_dense_layers, c.num_moe_layers)) + c.mtp_depth
     heads = c.num_heads / layout.mesh.tensor
@@ -239,7 +244,7 @@ def passing(c: ModelConfig, layout: Layout, loss_chunk: int) -> float:
     rows = going_back(c, rows_of_experts(c, layout)[1])
     tensor = layout.mesh.tensor * layout.mesh.pipe
     logits = min(loss_chunk, N) * c.vocab_size / tensor * (2 * FLOAT32 + width)
-    return max(attention + sparse_scores(c, layout), rows * c.fp8.enabled, logits)
+    return max(attention + sparse_scores(c, layout), rows, logits)
 
 
 def cache_row(c: ModelConfig, kind: str) -> int:

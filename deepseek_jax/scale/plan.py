@@ -62,8 +62,8 @@ def plan(c: ModelConfig, hw: Hardware, layout: Layout, tokens: float = TOKENS, p
     step = timing.step(c, hw, layout, measured, limited)
     per_token = layout.mesh.devices / step.tokens_a_second / 3600
     price = hw.price if price is None else price
-    return Plan(layout, step, memory.bytes_per_device(c, layout), hw.memory, 1e12 * per_token, tokens * per_token,
-                None if price is None else price * tokens * per_token)
+    return Plan(layout, step, memory.bytes_per_device(c, layout, hw.kernels), hw.memory, 1e12 * per_token,
+                tokens * per_token, None if price is None else price * tokens * per_token)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,24 +76,27 @@ class Remat:
     fits: bool
 
 
-def cheapest_remat(c: ModelConfig, hw: Hardware, layout: Layout) -> list[Remat]:
+def cheapest_remat(c: ModelConfig, hw: Hardware, layout: Layout, measured: Measured | None = None,
+                   limited: bool = True) -> list[Remat]:
     """What to recompute so that a layout fits: more and more, most bytes saved for a second spent first.
 
+    Args:
+      measured, limited: as for `plan`.
     Returns:
       The choices in turn, "none" first. The last one fits, or nothing does.
     """
     def needed(remat):
-        return sum(memory.bytes_per_device(dataclasses.replace(c, remat=remat), layout).values())
+        return sum(memory.bytes_per_device(dataclasses.replace(c, remat=remat), layout, hw.kernels).values())
 
     def cell(remat):  # of both passes; a step takes its schedule's makespan, and long to find out
-        model, m = dataclasses.replace(c, remat=remat), Measured()
-        one = timing.costs(timing.cells(model, hw, layout, m), m)
+        model, m = dataclasses.replace(c, remat=remat), measured or Measured()
+        one = timing.costs(timing.cells(model, hw, layout, m, limited), m)
         overlap = layout.mesh.pipe > 1 and layout.schedule.startswith("dualpipe")
         return one["fb"] if overlap else one["f"] + one["b"]
 
     def of(remat):
         total = needed(remat)
-        seconds = timing.step(dataclasses.replace(c, remat=remat), hw, layout).seconds
+        seconds = timing.step(dataclasses.replace(c, remat=remat), hw, layout, measured, limited).seconds
         return Remat(remat, total, seconds, total <= hw.memory)
 
     tried, left, names = [of("none")], list(RECOMPUTABLE), []
@@ -117,7 +120,7 @@ def what_to_change(c: ModelConfig, layout: Layout, found: Plan) -> str:
     largest = max(found.bytes, key=lambda group: found.bytes[group])
     first = {"kept": "a smaller capacity" if layout.mesh.capacity is None or layout.mesh.capacity > 1.25 else
              "remat=full" if c.remat != "full" else "fewer rows, or more devices along pipe or expert",
-             "experts' products": "fp8, whose kernels make no such copies",
+             "experts' products": "a machine for whose experts' products there are kernels (h100, h200, TPUs)",
              "buffers": "another schedule: this one puts weight gradients off",
              "passing": "fewer rows"}.get(largest, "more devices along pipe or expert")
     if largest == "kept" and layout.schedule == "gpipe" and layout.mesh.pipe > 1:
@@ -163,7 +166,7 @@ def search(c: ModelConfig, hw: Hardware, devices: int, sequences: int, sequence_
                 continue
             chosen = cheapest_remat(c, hw, layout)[-1].remat if remat == "auto" else remat
             model = dataclasses.replace(c, remat=chosen)
-            needed = sum(memory.bytes_per_device(model, layout).values())
+            needed = sum(memory.bytes_per_device(model, layout, hw.kernels).values())
             if needed > hw.memory:
                 _note(reasons, "does not fit into memory", (needed - hw.memory, layout.name, chosen))
                 continue
@@ -210,7 +213,7 @@ def ablations(c: ModelConfig, hw: Hardware, layout: Layout, measured: Measured |
     ]
     rows: list[dict] = []
     for name, model, changed, limited in cases:
-        model = dataclasses.replace(model, remat=cheapest_remat(model, hw, changed)[-1].remat)
+        model = dataclasses.replace(model, remat=cheapest_remat(model, hw, changed, measured, limited)[-1].remat)
         found = plan(model, hw, changed, measured=measured, limited=limited)
         rows.append({"without": name, "remat": model.remat, "fits": found.fits, "seconds": found.step.seconds,
                      "mfu": found.step.mfu["non-causal"],

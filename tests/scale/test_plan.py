@@ -91,6 +91,14 @@ def test_each_invention_is_worth_something_and_all_of_them_more():
     assert 14 < plan.sparsity(V3)["times"] < 18
 
 
+def test_what_is_recomputed_is_chosen_by_the_seconds_of_the_same_figures():
+    layout, slow = of_report(deferred=0), Measured(attention=0.01)
+    last = plan.cheapest_remat(V3, H800, layout, slow, limited=False)[-1]
+    found = plan.plan(dataclasses.replace(V3, remat=last.remat), H800, layout, measured=slow, limited=False)
+
+    assert last.seconds == found.step.seconds != plan.cheapest_remat(V3, H800, layout)[-1].seconds
+
+
 def test_what_stays_exposed_is_what_the_compiled_report_s_layout_waits():
     report = json.loads(pathlib.Path("experiments/scale/v3_671b_h100_2048_report.json").read_text())
     c, waits = dataclasses.replace(V3, remat=report["remat"]), report["waits"]["h800"]
@@ -185,6 +193,8 @@ def test_the_report_s_layout_is_a_preset_whose_options_may_be_given_besides(monk
 
     assert asked == {"model": "v3_671b", "hardware": "h800", "devices": 2048, "pipe": 16, "expert": 64, "deferred": 0}
     assert (args.fp8, args.capacity, args.remat) == (True, 1.25, "full")
+    monkeypatch.setattr("sys.argv", ["plan", "--layout", "report", "--deferred", "all"])
+    assert parse().deferred is None
 
 
 def test_who_names_the_devices_of_the_report_s_layout_means_its_other_options_too(monkeypatch, capsys):
@@ -263,7 +273,7 @@ def test_a_layout_that_cannot_be_says_what_could(changes, complaint):
     *((f"--{name}={value}", f"argument --{name}: '{value}' is not a positive number")
       for name in ("price", "tokens") for value in ("nan", "inf", "-1", "0", "x")),
     ("--capacity=x", "argument --capacity: 'x' is neither a number nor none"),
-    *((f"--deferred={value}", f"argument --deferred: '{value}' is not a whole number") for value in ("-1", "x", "1.5")),
+    *((f"--deferred={value}", f"argument --deferred: '{value}' is neither a whole number") for value in ("-1", "x", "1.5")),
 ])
 def test_numbers_that_mean_nothing_are_refused(option, complaint, monkeypatch):
     monkeypatch.setattr("sys.argv", ["plan", "--model", "tiny", "--hardware", "h100", "--devices", "8", option])
@@ -275,7 +285,7 @@ def test_numbers_that_mean_nothing_are_refused(option, complaint, monkeypatch):
 def test_unknown_hardware_names_what_is_known_and_every_figure_has_a_source():
     with pytest.raises(ConfigError, match="'h900' is unknown; take one of h800, h100"):
         hardware("h900")
-    figures = {f.name for f in dataclasses.fields(H800)} - {"sources"}
+    figures = {f.name for f in dataclasses.fields(H800)} - {"sources", "kernels"}
     assert all(set(row.sources) == figures for row in HARDWARE.values())
 
 

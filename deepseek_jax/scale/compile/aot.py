@@ -147,7 +147,7 @@ def measure_step(model: ModelConfig, layout: Layout, target: str, lora: LoraConf
     compiled, made = compile_step(config, target)
     found, planned = bytes_of(compiled), {}
     if lora.rank is None:
-        planned = memory.bytes_per_device(model, layout, config.train.loss_chunk)
+        planned = memory.bytes_per_device(model, layout, targets.kernels_of(target), config.train.loss_chunk)
     total, capacity = sum(found.values()), targets.memory_of(target)
     text = compiled.as_text() or ""
     collectives = hlo.collectives(text, config.mesh.sizes)

@@ -11,7 +11,7 @@ import re
 from typing import Any
 
 from deepseek_jax.config import ConfigError
-from deepseek_jax.scale.hardware import DEVICE_MEMORY
+from deepseek_jax.scale.hardware import DEVICE_MEMORY, Kernels
 from kernels_pallas.tools import compile_report
 
 TPUS = {"v5p": "v5p", "v5e": "v5e", "v6e": "v6e", "7x": "TPU7x"}
@@ -43,6 +43,11 @@ def memory_of(target: str) -> float:
     return DEVICE_MEMORY[target.partition(":")[0]]
 
 
+def kernels_of(target: str) -> Kernels:
+    """This project's kernels that its programs have."""
+    return "hopper" if target.partition(":")[0] in GPUS else "tpu"
+
+
 def devices_of(target: str) -> list[Any]:
     """Its devices, as descriptions that jax can compile for.
 
@@ -67,6 +72,7 @@ def devices_of(target: str) -> list[Any]:
     except ImportError as error:
         raise ConfigError("compiling for TPUs needs libtpu; pip install libtpu brings it.") from error
     os.environ.setdefault("TPU_LIBRARY_PATH", libtpu.get_library_path())
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no TPU is touched, so compilations may run side by side
     try:
         return topologies.get_topology_desc(f"{TPUS[name]}:{shape}", platform="tpu").devices
     except Exception as error:  # libtpu says in its own words which slices there are
