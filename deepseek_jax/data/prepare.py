@@ -235,18 +235,27 @@ def find_tokenizer(config: Config, workdir: str, sources: Sequence[Source]) -> T
 
 
 def _trained(config, workdir, sources) -> Tokenizer:
+    weights = _tokenizer_weights(config.data)
     depends_on = [PATTERN, list(SPECIALS.values()), tokenizers.__version__, TOKENIZER_SAMPLE_BYTES, _PIECE,
                   config.model.vocab_size, held_fraction(config.data),
-                  [(s.digest, weight) for s, (_, weight) in zip(sources, config.data.sources)]]
+                  [(s.digest, weight) for s, weight in zip(sources, weights)]]
     key = hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()[:16]
     path = os.path.join(cache_of(config, workdir), f"tokenizer-{key}.json")
     if not storage.is_file(path):
-        total = sum(weight for _, weight in config.data.sources)
-        texts = (text for source, (_, weight) in zip(sources, config.data.sources)
-                 for text in source.sampled(TOKENIZER_SAMPLE_BYTES * weight / total))
+        texts = (text for source, weight in zip(sources, weights)
+                 for text in source.sampled(TOKENIZER_SAMPLE_BYTES * weight / sum(weights)))
         log.info("training a tokenizer of %d tokens", config.model.vocab_size)
         train_tokenizer(texts, config.model.vocab_size).save(path)
     return Tokenizer.load(path, config.model.vocab_size)
+
+
+def _tokenizer_weights(data) -> list[float]:
+    """Of each source; with stages the mean of its shares in the mixtures, which leaves none out and does not depend on
+    how long the run is."""
+    if not data.stages:
+        return [weight for _, weight in data.sources]
+    mixtures = [data.weights_at(step) for step in (0, *(step for step, _ in data.stages))]
+    return [sum(shares) / len(mixtures) for shares in zip(*([w / sum(m) for w in m] for m in mixtures))]
 
 
 def sample(texts: Iterable[str], share: float) -> Iterator[str]:

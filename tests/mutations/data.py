@@ -416,4 +416,18 @@ MUTATIONS = [
         new="    if False:",
         tests="data/test_ahead.py::test_a_tokenizer_that_another_one_replaced_makes_no_parts",
     ),
+    Mutation(
+        name="a stage begins with the sources as they were at the start",
+        file="deepseek_jax/data/position.py",
+        old="first, tuple(made[-1].given_before(first))",
+        new="first, tuple(used)",
+        tests="data/test_position.py",
+    ),
+    Mutation(
+        name="a source without weight has one sequence of each block",
+        file="deepseek_jax/data/examples.py",
+        old="np.maximum(np.floor(exact_S).astype(np.int64), has_S)",
+        new="np.maximum(np.floor(exact_S).astype(np.int64), 1)",
+        tests="data/test_position.py",
+    ),
 ]
