@@ -317,7 +317,7 @@ def _given(document, tokenizer) -> tuple[np.ndarray, np.ndarray]:
 def _join(document, parts, tokenizer, split_rate, seed) -> tuple[np.ndarray, np.ndarray]:
     """BOS, the parts' ids, EOS; and which of them are predicted. BOS goes with the first part, EOS with the last."""
     flags = [flag for _, flag in document.parts]
-    ids_T = np.array([tokenizer.bos, *(i for ids in parts for i in ids), tokenizer.eos], np.int64)
+    ids_T = np.concatenate([[tokenizer.bos], *parts, [tokenizer.eos]], dtype=np.int64, casting="unsafe")
     lengths = [1, *map(len, parts), 1]
     predicted_T = np.repeat([flags[0], *flags, flags[-1]], lengths)
     if split_rate > 0:
@@ -340,8 +340,8 @@ class _Writer:
         self.predicted = open(os.path.join(folder, "predicted.bin"), "wb")  # noqa: SIM115
 
     def add(self, ids_T, predicted_T, size):
-        ids_T.astype(self.dtype).tofile(self.tokens)
-        predicted_T.tofile(self.predicted)
+        self.tokens.write(ids_T.astype(self.dtype).data)
+        self.predicted.write(predicted_T.data)
         whole = bool(predicted_T.all())
         self.whole.append(whole)
         self.prompts |= not whole

@@ -430,4 +430,11 @@ MUTATIONS = [
         new="np.maximum(np.floor(exact_S).astype(np.int64), 1)",
         tests="data/test_position.py",
     ),
+    Mutation(
+        name="a stretch of pre-tokens may end before a line break",
+        file="deepseek_jax/data/ascii_encoder.py",
+        old="]++(?= [^{_SPACE}])|",
+        new="]++|",
+        tests="data/test_ascii_encoder.py::test_ids_are_the_librarys_for_any_ascii_text",
+    ),
 ]
