@@ -35,6 +35,8 @@ class DataConfig(Checked, section="data"):
     validation_fraction: Annotated[float, BETWEEN, "of the files, chosen by the hash of their relative path"] = 0.05
     validation: Annotated[str | None, "a source of held-out text of its own, read as one of sources is; of these then "
                           "nothing is held out"] = None
+    validation_tokens: Annotated[int | None, POSITIVE, "at most so many tokens are held out, in equal shares of the "
+                                 "sources, and of their files no more than validation_fraction; None: no bound"] = None
     fim_rate: Annotated[float, FRACTION, "share of documents rearranged prefix-suffix-middle, before packing"] = 0.1
     split_punctuation_rate: Annotated[float, FRACTION,
                                       "of the tokens that join punctuation and line breaks: split at random"] = 0.1

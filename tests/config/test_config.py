@@ -107,6 +107,7 @@ def test_an_impossible_model_says_what_would_work(overrides, message):
         ("data", dict(split_punctuation_rate=-0.1), "data.split_punctuation_rate=-0.1 must lie in [0, 1]"),
         ("data", dict(validation_fraction=0), "data.validation_fraction=0.0 must lie between 0 and 1"),
         ("data", dict(validation_fraction=1), "data.validation_fraction=1.0 must lie between 0 and 1"),
+        ("data", dict(validation_tokens=0), "data.validation_tokens=0 must be positive, or None"),
         ("data", dict(prefetch=-1), "data.prefetch=-1 cannot be negative"),
         ("data", dict(sources=[]), "data.sources is empty"),
         ("data", dict(sources=[("", 1)]), "data.sources: ('', 1.0) must be a path and a positive weight"),

@@ -437,4 +437,25 @@ MUTATIONS = [
         new="]++|",
         tests="data/test_ascii_encoder.py::test_ids_are_the_librarys_for_any_ascii_text",
     ),
+    Mutation(
+        name="what is over the budget of held-out tokens is held out all the same",
+        file="deepseek_jax/data/prepare.py",
+        old="fraction and min(fraction, share), self.path",
+        new="fraction, self.path",
+        tests="data/test_validation.py",
+    ),
+    Mutation(
+        name="the held-out tokens are the first of a shard",
+        file="deepseek_jax/data/token_shards.py",
+        old="document = permuted(i, count, 0)",
+        new="document = i",
+        tests="data/test_validation.py",
+    ),
+    Mutation(
+        name="held-out text over the budget is tokenized as training text",
+        file="deepseek_jax/data/token_shards.py",
+        old="kept = documents if options.trained else filter(held_out, documents)",
+        new="kept = documents",
+        tests="data/test_validation.py",
+    ),
 ]
