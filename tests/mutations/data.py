@@ -458,4 +458,18 @@ MUTATIONS = [
         new="kept = documents",
         tests="data/test_validation.py",
     ),
+    Mutation(
+        name="parts of an ArrayRecord file overlap by a record",
+        file="deepseek_jax/data/array_record.py",
+        old="enumerate(reader.read(first, min(first + _AT_ONCE, stop)), first):",
+        new="enumerate(reader.read(first, min(first + _AT_ONCE, stop + 1)), first):",
+        tests="data/test_array_record.py",
+    ),
+    Mutation(
+        name="an Example is taken for a text",
+        file="deepseek_jax/data/array_record.py",
+        old='if record.startswith(b"\\n") and (row := _features(record)):',
+        new='if record.startswith(b"{") and (row := _features(record)):',
+        tests="data/test_array_record.py",
+    ),
 ]
