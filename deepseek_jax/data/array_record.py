@@ -53,9 +53,9 @@ def read_records(path: str, start: int = 0, stop: int | None = None) -> Iterator
     Raises ConfigError without the package, or for what is in a bucket; ValueError for a file that is damaged.
     """
     with _opened(path) as reader:
-        stop = reader.num_records() if stop is None else stop
-        for first in range(start, stop, _AT_ONCE):
-            for number, record in enumerate(reader.read(first, min(first + _AT_ONCE, stop)), first):
+        end: int = reader.num_records() if stop is None else stop
+        for first in range(start, end, _AT_ONCE):
+            for number, record in enumerate(reader.read(first, min(first + _AT_ONCE, end)), first):
                 yield number, _row(record)
 
 

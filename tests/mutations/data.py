@@ -461,8 +461,8 @@ MUTATIONS = [
     Mutation(
         name="parts of an ArrayRecord file overlap by a record",
         file="deepseek_jax/data/array_record.py",
-        old="enumerate(reader.read(first, min(first + _AT_ONCE, stop)), first):",
-        new="enumerate(reader.read(first, min(first + _AT_ONCE, stop + 1)), first):",
+        old="enumerate(reader.read(first, min(first + _AT_ONCE, end)), first):",
+        new="enumerate(reader.read(first, min(first + _AT_ONCE, end + 1)), first):",
         tests="data/test_array_record.py",
     ),
     Mutation(
