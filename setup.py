@@ -73,7 +73,7 @@ setup(
         "cuda13": ["jax[cuda13]"],
         "tpu": ["jax[tpu]"],
         # Reading compressed and columnar text.
-        "data": ["zstandard>=0.22", "pyarrow>=16"],
+        "data": ["zstandard>=0.22", "pyarrow>=16", "array_record>=0.5"],
         # Work directories, corpora and checkpoints in buckets: gs:// and s3://.
         "gcs": ["gcsfs>=2024.12"],
         "s3": ["s3fs>=2025.5"],

@@ -13,7 +13,7 @@ from deepseek_jax import cli, io
 from deepseek_jax.config import ConfigError, as_dict
 from deepseek_jax.table import aligned
 
-HELD_OUT = ("sources", "validation_fraction")  # keys of the section data
+HELD_OUT = ("sources", "validation_fraction", "validation", "validation_tokens")  # keys of the section data
 
 
 def parse() -> argparse.Namespace:

@@ -22,9 +22,10 @@ CHANGEABLE = ("train.steps", "train.batch_size", "train.accumulation_steps", "tr
               "train.loss_chunk", "train.eval_*", "train.final_eval_batches", "train.checkpoint*", "train.sample_*",
               "train.tracker", "train.prometheus", "train.profile", "train.stall_minutes",
               "optimizer.*", "balance.bias_speed", "balance.bias_until", "balance.*_weight", "data.sources",
-              "data.prefetch", "data.cache_dir", "mesh.*", "pipeline.*")
+              "data.stages", "data.prefetch", "data.cache_dir", "mesh.*", "pipeline.*")
 FIXED = ("optimizer.moment_dtype",)
-OF_DOCUMENTS = ("data.sources", "train.batch_size", "train.accumulation_steps", "train.ramp_*")  # pairs are counted
+OF_DOCUMENTS = ("data.sources", "data.stages", "train.batch_size", "train.accumulation_steps",
+                "train.ramp_*")  # pairs are counted
 
 
 def differences(before: Config, after: Config) -> dict[str, tuple[Any, Any]]:

@@ -66,6 +66,11 @@ class Config(Checked):
         if self.data.validation is not None and self.preference.objective is not None:
             raise ConfigError("data.validation is for documents, and pairs are held out by data.validation_fraction; "
                               "omit it.")
+        if self.data.stages and self.preference.objective is not None:
+            raise ConfigError("data.stages is for documents, and pairs have one mixture; omit it.")
+        if self.data.validation_tokens is not None and self.preference.objective is not None:
+            raise ConfigError("data.validation_tokens is for documents, and pairs are held out by "
+                              "data.validation_fraction; omit it.")
         if self.init.step is not None and (self.lora.rank is not None or self.preference.objective is not None):
             raise ConfigError(f"init.from={self.init.from_} branches a run, which trains what it trained; take "
                               f"init.from={self.init.folder}.")

@@ -190,6 +190,7 @@ def _pairs(kind, value, path, example):
     kinds = typing.get_args(typing.get_args(kind)[0])
     is_pair = lambda x: isinstance(x, (tuple, list)) and len(x) == 2
     if not isinstance(value, (tuple, list)) or not all(map(is_pair, value)):
-        raise ConfigError(f"{path}={shown(value)} should be a tuple of pairs, such as {example!r}.")
+        such = f", such as {example!r}" if example else ""
+        raise ConfigError(f"{path}={shown(value)} should be a tuple of pairs{such}.")
     return tuple(tuple(_typed(k, False, part, f"{path}[{i}][{j}]", None)
                        for j, (k, part) in enumerate(zip(kinds, pair))) for i, pair in enumerate(value))

@@ -27,11 +27,16 @@ class DataConfig(Checked, section="data"):
     sources: Annotated[tuple[tuple[str, float], ...],
                        "(path, weight) pairs; a path is a folder, a file or a glob, hf:FOLDER one that the hub "
                        "laid out, stdlib the running Python's own library"] = (("stdlib", 1.0),)
+    stages: Annotated[tuple[tuple[int, tuple[tuple[str, float], ...]], ...],
+                      "(step, (path, weight) pairs): from that step on these weights, and of the other sources nothing "
+                      "is read"] = ()
     tokenizer: Annotated[str | None, "a tokenizer.json, or a folder that has one, such as a checkpoint's; None: that "
                          "of the run or checkpoint a run begins from, or one trained on its text"] = None
     validation_fraction: Annotated[float, BETWEEN, "of the files, chosen by the hash of their relative path"] = 0.05
     validation: Annotated[str | None, "a source of held-out text of its own, read as one of sources is; of these then "
                           "nothing is held out"] = None
+    validation_tokens: Annotated[int | None, POSITIVE, "at most so many tokens are held out, in equal shares of the "
+                                 "sources, and of their files no more than validation_fraction; None: no bound"] = None
     fim_rate: Annotated[float, FRACTION, "share of documents rearranged prefix-suffix-middle, before packing"] = 0.1
     split_punctuation_rate: Annotated[float, FRACTION,
                                       "of the tokens that join punctuation and line breaks: split at random"] = 0.1
@@ -47,7 +52,7 @@ class DataConfig(Checked, section="data"):
         if not self.sources:
             raise ConfigError("data.sources is empty; give (path, weight) pairs, such as (('stdlib', 1.0),).")
         for path, weight in self.sources:
-            if not path or weight <= 0:
+            if not path or weight < 0 or (weight == 0 and all(path not in dict(later) for _, later in self.stages)):
                 raise ConfigError(f"data.sources: {(path, weight)!r} must be a path and a positive weight; leave out "
                                   "what is not wanted.")
             for part in (path, path.removeprefix("hf:")):
@@ -69,6 +74,34 @@ class DataConfig(Checked, section="data"):
         paths = [path for path, _ in self.sources]
         if twice := [path for path in paths if paths.count(path) > 1]:
             raise ConfigError(f"data.sources names {twice[0]!r} twice; name it once, with the sum of the weights.")
+        self._check_stages(paths)
+
+    def _check_stages(self, known):
+        if not any(weight for _, weight in self.sources):
+            raise ConfigError("data.sources: all weights are 0; give one to what is read before the first of "
+                              "data.stages.")
+        steps = [step for step, _ in self.stages]
+        if steps != sorted(set(steps)) or (steps and steps[0] < 1):
+            raise ConfigError(f"data.stages begin at the steps {', '.join(map(str, steps))}; they must ascend, from 1 "
+                              "on: data.sources has the weights before.")
+        for step, weights in self.stages:
+            where, paths = f"data.stages: from step {step} on", [path for path, _ in weights]
+            if not weights:
+                raise ConfigError(f"{where} nothing is read; give (path, weight) pairs.")
+            for path, weight in weights:
+                if path not in known:
+                    raise ConfigError(f"{where}, {path!r} is none of data.sources; known are "
+                                      f"{', '.join(map(repr, known))}.")
+                if weight <= 0:
+                    raise ConfigError(f"{where}, {(path, weight)!r} must have a positive weight; leave out what is not "
+                                      "wanted.")
+                if paths.count(path) > 1:
+                    raise ConfigError(f"{where}, {path!r} is named twice; name it once, with the sum of the weights.")
+
+    def weights_at(self, step: int) -> tuple[float, ...]:
+        """Of each source its weight in that step; 0: it is not read."""
+        weights = dict(next((stage for first, stage in reversed(self.stages) if first <= step), self.sources))
+        return tuple(weights.get(path, 0.0) for path, _ in self.sources)
 
 
 @dataclasses.dataclass(frozen=True)

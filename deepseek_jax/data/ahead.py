@@ -81,21 +81,21 @@ def prepare_ahead(config: Config, workdir: str | None, share: Share = ALL, worke
         storage.check_writable(folder)
     storage.make_folder(folder)
     with Workers(workers) as pool:
-        divided = lambda path, fraction: Divided(path, fraction, workdir, folder, share, pool)
-        sources = [divided(path, prepare.held_fraction(data)) for path, _ in data.sources]
-        own = [] if data.validation is None else [divided(data.validation, None)]
+        divided = lambda path, fraction, most: Divided(path, fraction, most, workdir, folder, share, pool)
+        sources = [divided(path, prepare.held_fraction(data), prepare.held_tokens(data)) for path, _ in data.sources]
+        own = [] if data.validation is None else [divided(data.validation, None, data.validation_tokens)]
         tokenizer = prepare.find_tokenizer(config, workdir, sources)
         rate = data.split_punctuation_rate
         return [*(_parts(source, tokenizer, config, workdir, rate) for source in sources),
-                *(_parts(source, tokenizer, config, workdir, 0.0) for source in own)]
+                *(_parts(source, tokenizer, config, workdir, None) for source in own)]
 
 
 class Divided(prepare.Source):
     """A source whose units are read by many processes."""
 
-    def __init__(self, path: str, validation_fraction: float | None, workdir: str, folder: str, share: Share,
-                 workers: Workers):
-        super().__init__(path, validation_fraction, workdir, folder)
+    def __init__(self, path: str, validation_fraction: float | None, most: int | None, workdir: str, folder: str,
+                 share: Share, workers: Workers):
+        super().__init__(path, validation_fraction, workdir, folder, most)
         self.folder, self.share, self.workers, self.units = folder, share, workers, units(self.files)
         self.alone = len(self.files) == 1
 
@@ -113,8 +113,7 @@ class Divided(prepare.Source):
     def survey(self) -> tuple[corpus.Counts, int | None]:
         counts = [unit["counts"] for unit in self.surveys]
         total = corpus.Counts(**{key: sum(unit[key] for unit in counts) for key in counts[0]})
-        positions = (corpus.hash_position(d.name) for d in corpus.read_documents(self.files))
-        return total, corpus.find_cut(positions, self.validation_fraction, self.path)
+        return total, self.cut(total)
 
     def sampled(self, bytes: float) -> Iterator[str]:
         counts, cut = self.survey

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from deepseek_jax.config import DataConfig
 from deepseek_jax.data import corpus
-from deepseek_jax.data.prepare import Source, held_fraction
+from deepseek_jax.data.prepare import Source, held_fraction, held_tokens
 
 SAMPLE_BYTES = 20_000_000  # of held-out text: enough for three digits, and a terabyte is not read for it
 
@@ -21,8 +21,12 @@ def compressed_bits_per_byte(data: DataConfig, path: str | None = None) -> dict[
       Bits per byte of gzip -9 and xz -9 applied to the documents one by one, and of xz -9 to their concatenation;
       nothing for documents of token ids.
     """
+    most = data.validation_tokens if path is None else None
     path = path or data.validation
-    sources = [Source(p, held_fraction(data)) for p, _ in data.sources] if path is None else [Source(path, None)]
+    if path is not None:
+        sources = [Source(path, None, most=most)]
+    else:
+        sources = [Source(p, held_fraction(data), most=held_tokens(data)) for p, _ in data.sources]
     size, by_gzip, by_xz, together, concatenated = 0, 0, 0, 0, lzma.LZMACompressor(preset=9)
     for text in (text for source in sources for text in _first(_held_out(source), SAMPLE_BYTES / len(sources))):
         size += len(text)
@@ -45,8 +49,7 @@ def _first(texts: Iterator[bytes], most: float) -> Iterator[bytes]:
 
 def _held_out(source: Source) -> Iterator[bytes]:
     # Silent: whoever prepared the run has named what cannot be read.
-    places = (corpus.hash_position(document.name) for document in corpus.read_documents(source.files))
-    cut = corpus.find_cut(places, source.validation_fraction, source.path)
+    cut = source.cut()
     for document in corpus.read_documents(source.files):
         if cut is None or corpus.hash_position(document.name) <= cut:
             yield "".join(text for text, _ in document.parts).encode()

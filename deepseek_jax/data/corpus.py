@@ -22,7 +22,7 @@ import numpy as np
 from deepseek_jax import io, storage
 from deepseek_jax.chat.messages import BadMessages, check_messages, check_tools
 from deepseek_jax.config import ConfigError
-from deepseek_jax.data import megatron, zst
+from deepseek_jax.data import array_record, megatron, zst
 from deepseek_jax.data.files import File, Stretch, below, find
 
 log = logging.getLogger(__name__)
@@ -400,13 +400,24 @@ def _read_megatron(path, alone, stretch):
     yield from megatron.read_ids(path) if stretch is None else megatron.read_ids(path, stretch.start, stretch.stop)
 
 
+def _read_array_record(path, alone, stretch):
+    del alone
+    for row, record in array_record.read_records(path, *([] if stretch is None else [stretch.start, stretch.stop])):
+        if isinstance(record, str):
+            yield row, ((record, True),)
+        else:
+            yield row, _first_line(record) if isinstance(record, UnicodeDecodeError) else _parts(record)
+
+
 _KEYS, _IDS = ("text", "prompt", "answer", "messages", "tools"), ("tokens", "input_ids")
 _TABLES = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst")
 _READERS = {".txt": _read_text, ".md": _read_text, ".py": _read_text, ".jsonl": _read_jsonl,
-            ".jsonl.gz": _read_jsonl, ".jsonl.zst": _read_jsonl, ".parquet": _read_parquet, ".idx": _read_megatron}
+            ".jsonl.gz": _read_jsonl, ".jsonl.zst": _read_jsonl, ".parquet": _read_parquet, ".idx": _read_megatron,
+            ".array_record": _read_array_record}
 
 
 def _reader(name: str) -> Any:
+    name = array_record.ENDING.sub(".array_record", name)
     return next((reader for ending, reader in _READERS.items() if name.endswith(ending)), None)
 
 

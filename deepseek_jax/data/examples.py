@@ -177,9 +177,10 @@ class Mixture:
     """
 
     def __init__(self, weights: tuple[float, ...], seed: int, first: int = 0, used: tuple[int, ...] | None = None):
-        """first: the sequence that the pattern begins with. used: sequences that each source has given before it."""
-        if not weights or min(weights) <= 0:
-            raise ConfigError(f"data.sources: weights {weights} must all be positive; leave out what is not wanted.")
+        """weights: 0 of a source that gives nothing. first: the sequence that the pattern begins with. used: sequences
+        that each source has given before it."""
+        if not weights or min(weights) < 0 or not any(weights):
+            raise ConfigError(f"data.sources: weights {weights} must be positive, or 0 where a source gives nothing.")
         if len(weights) > MIX_BLOCK:
             raise ConfigError(f"data.sources: {len(weights)} are more than {MIX_BLOCK}; join some with a glob.")
         self.first, self.used = first, used or (0,) * len(weights)
@@ -204,11 +205,11 @@ class Mixture:
 
 
 def _shares(fractions_S, total) -> np.ndarray:
-    """Whole numbers that sum to `total`: largest remainders, but at least one each."""
-    exact_S = fractions_S * total
-    counts_S = np.maximum(np.floor(exact_S).astype(np.int64), 1)
+    """Whole numbers that sum to `total`: largest remainders, but at least one each, and none of no weight."""
+    exact_S, has_S = fractions_S * total, fractions_S > 0
+    counts_S = np.maximum(np.floor(exact_S).astype(np.int64), has_S)
     while counts_S.sum() != total:
         step = 1 if counts_S.sum() < total else -1
-        movable_S = (counts_S > 1) | (step > 0)
+        movable_S = has_S & ((counts_S > 1) | (step > 0))
         counts_S[np.argmax(np.where(movable_S, step * (exact_S - counts_S), -np.inf))] += step
     return counts_S

@@ -18,7 +18,8 @@ from deepseek_jax.config import ConfigError
 
 
 class Stretch(NamedTuple):
-    """Part of a file: its lines that start in bytes `start` to `stop`, or row groups of parquet by their numbers."""
+    """Part of a file: its lines that start in bytes `start` to `stop`, or row groups of parquet, documents of an .idx
+    or records of ArrayRecord by their numbers."""
 
     start: int
     stop: int

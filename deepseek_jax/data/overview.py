@@ -21,13 +21,12 @@ def describe_sources(config: Config, prepared: Prepared) -> str:
     training documents. held out: tokens for validation. share: of the run's sequences. epochs: how often the run reads
     those tokens. A note below it counts files that are not read for their endings.
     """
-    train, weights = config.train, [weight for _, weight in config.data.sources]
+    train, shares = config.train, _shares(config)
     sequences = config.sequences_before(train.steps)
     rows: list[tuple[str, ...]] = [HEAD]
-    held_out = prepared.validation if config.data.validation is None else (None,) * len(weights)
-    for weight, meta, made, held in zip(weights, prepared.sources, prepared.train, held_out):
-        share, tokens = weight / sum(weights), len(made.tokens)
-        of_text = train.sequence_length
+    held_out = prepared.validation if config.data.validation is None else (None,) * len(shares)
+    for share, meta, made, held in zip(shares, prepared.sources, prepared.train, held_out):
+        tokens, of_text = len(made.tokens), train.sequence_length
         if config.data.packing == "whole":
             of_text = tokens / max(1, len(pack(made.lengths_N, train.sequence_length + 1)))
         epochs = share * sequences * of_text / tokens if tokens else 0.0
@@ -45,6 +44,16 @@ def describe_sources(config: Config, prepared: Prepared) -> str:
             parts.append((prepared.sources[-1], prepared.validation))
         notes += [note for meta, shards in parts if (note := _too_long(meta["source"], shards, train.sequence_length))]
     return "\n".join([aligned(rows), *notes])
+
+
+def _shares(config) -> list[float]:
+    """Of each source its share of the run's sequences, over all stages."""
+    data, steps = config.data, config.train.steps
+    starts = [0, *(min(step, steps) for step, _ in data.stages)]
+    before = [config.sequences_before(step) for step in (*starts, steps)]
+    mixtures = [data.weights_at(step) for step in starts]
+    return [sum((end - begin) * mixture[i] / sum(mixture) for begin, end, mixture in zip(before, before[1:], mixtures))
+            / before[-1] for i in range(len(data.sources))]
 
 
 def _too_long(source, shards, length):

@@ -1,4 +1,5 @@
-"""Where a run is in its sources, also after another mixture or batch size was taken in the middle of it.
+"""Where a run is in its sources, also after another mixture or batch size was taken in the middle of it, and the
+mixtures of its stages.
 
 Sequences are numbered through the run, and a source's through all it has given. A change sets a mark: which step and
 sequence it came with, and how many sequences each source had given by then. Sources keep the number that their order is
@@ -7,10 +8,30 @@ drawn with, so what they have given does not come again before they begin anew.
 
 from __future__ import annotations
 
+import bisect
 from typing import Any, NamedTuple
 
 from deepseek_jax.config import Config
 from deepseek_jax.data.examples import Mixture
+
+
+class Stages:
+    """Mixtures one behind the other; each begins where those before have left its sources."""
+
+    def __init__(self, mixtures: list[Mixture]):
+        self.mixtures, self.firsts = mixtures, [mixture.first for mixture in mixtures]
+
+    def at(self, g: int) -> Mixture:
+        """That of the g-th sequence of the run."""
+        return self.mixtures[bisect.bisect_right(self.firsts, g) - 1]
+
+    def locate(self, g: int) -> tuple[int, int]:
+        """(source, number of the sequence in that source) of the g-th sequence."""
+        return self.at(g).locate(g)
+
+    def given_before(self, g: int) -> list[int]:
+        """Of each source the sequences among those before the g-th."""
+        return self.at(g).given_before(g)
 
 
 class Position(NamedTuple):
@@ -29,11 +50,14 @@ class Position(NamedTuple):
         """Sequences that a run has read before `step`, which is not before the change."""
         return self.sequence + config.sequences_before(step) - config.sequences_before(self.step)
 
-    def mixture(self, config: Config) -> Mixture:
+    def mixture(self, config: Config) -> Stages:
         """Which source a sequence comes from, from the change on."""
-        own = [self.sources.index(path) for path, _ in config.data.sources]
-        return Mixture(tuple(weight for _, weight in config.data.sources), config.train.seed, self.sequence,
-                       tuple(self.used[i] for i in own))
+        used, seed = [self.used[self.sources.index(path)] for path, _ in config.data.sources], config.train.seed
+        made = [Mixture(config.data.weights_at(self.step), seed, self.sequence, tuple(used))]
+        for step in (step for step, _ in config.data.stages if step > self.step):
+            first = self.sequences_before(config, step)
+            made.append(Mixture(config.data.weights_at(step), seed, first, tuple(made[-1].given_before(first))))
+        return Stages(made)
 
     def number(self, path: str) -> int:
         """The number that the order of a source is drawn with."""
@@ -69,4 +93,4 @@ def _reads(config: Config):
     train = config.train
     ramp = () if train.ramp_from is None else (train.ramp_from, train.ramp_until, train.accumulation_steps,
                                                config.schedule_steps)
-    return config.data.sources, train.batch_size, ramp
+    return config.data.sources, config.data.stages, train.batch_size, ramp

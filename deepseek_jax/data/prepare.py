@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 
 TOKENIZER_SAMPLE_BYTES = 20_000_000  # more text hardly moves the merges, and time grows with it
 OLD_ORDER, ORDER = 1, 2  # examples.Stream, blocks.BlockStream
+BYTES_A_TOKEN = 4  # of text in many languages less, so that held-out documents have the tokens that are asked for
 _PIECE = 4096  # characters; a larger corpus is sampled in pieces of this size
 
 
@@ -50,9 +51,10 @@ class Source:
     """The files behind one entry of data.sources."""
 
     def __init__(self, path: str, validation_fraction: float | None, workdir: str | None = None,
-                 cache: str | None = None):
-        """workdir, cache: what a run there began with, or `settle` settled, decides how files are hashed."""
-        self.path, self.validation_fraction = path, validation_fraction
+                 cache: str | None = None, most: int | None = None):
+        """workdir, cache: what a run there began with, or `settle` settled, decides how files are hashed. most: tokens
+        that are held out; None: no bound."""
+        self.path, self.validation_fraction, self.most = path, validation_fraction, most
         self.files = corpus.list_files(path)
         began = noted(workdir).get(path, "") if workdir else ""
         old = bool(began) and not began.startswith(corpus.BY_TIMES)  # before large corpora were hashed by times
@@ -66,12 +68,30 @@ class Source:
         counts, warnings = corpus.Counts(), corpus.Warnings()
         documents = corpus.read_documents(self.files, counts, warnings)
         try:
-            positions = (corpus.hash_position(d.name) for d in documents)
-            cut = corpus.find_cut(positions, self.validation_fraction, self.path)
+            cut = None if self.most else self._find_cut(documents)
             collections.deque(documents, maxlen=0)  # `counts` is of all of them
         finally:
             warnings.close()
-        return counts, cut
+        return counts, self.cut(counts) if self.most else cut
+
+    def cut(self, counts: corpus.Counts | None = None) -> int | None:
+        """The cut between validation and training. counts: of the source, if they are known."""
+        if self.most and counts is None:
+            collections.deque(corpus.read_documents(self.files, counts := corpus.Counts()), maxlen=0)
+        return self._find_cut(corpus.read_documents(self.files), counts)
+
+    def _find_cut(self, documents, counts: corpus.Counts | None = None) -> int | None:
+        places, fraction = (corpus.hash_position(d.name) for d in documents), self.validation_fraction
+        if not self.most or counts is None or not counts.bytes:
+            return corpus.find_cut(places, fraction, self.path)
+        share = self.most * BYTES_A_TOKEN / counts.bytes
+        if fraction is not None or share >= 1:
+            return corpus.find_cut(places, fraction and min(fraction, share), self.path)
+        lowest, cut = 2**64, int(share * 2**64)  # of held-out text of its own, which need not leave a document
+        for place in places:
+            if (lowest := min(lowest, place)) <= cut:
+                break
+        return max(cut, lowest)
 
     def training_texts(self) -> Iterator[str]:
         return texts_to_learn(corpus.read_documents(self.files), self.survey[1])
@@ -102,15 +122,18 @@ def prepare(config: Config, workdir: str, resumes: bool = False) -> Prepared:
     data = config.data
     began = began_in(config, workdir)
     places = began, cache_of(config, workdir)
-    sources = [Source(path, held_fraction(data), *places) for path, _ in data.sources]
-    own = [] if data.validation is None else [Source(data.validation, None, *places)]
+    sources = [Source(path, held_fraction(data), *places, held_tokens(data)) for path, _ in data.sources]
+    own = [] if data.validation is None else [Source(data.validation, None, *places, data.validation_tokens)]
     if resumes:
         check_sources(began, {source.path: source.digest for source in (*sources, *own)}, branches=began != workdir)
     tokenizer = find_tokenizer(config, workdir, sources)
     pairs = [_shards(source, tokenizer, config, workdir, data.split_punctuation_rate) for source in sources]
-    held = [_shards(source, tokenizer, config, workdir, 0.0) for source in own] or pairs
+    held = [_shards(source, tokenizer, config, workdir, None) for source in own] or pairs
+    validation = [shards["validation"] for shards, _ in held]
+    if data.validation_tokens is not None:
+        validation = [token_shards.bounded(s, data.validation_tokens // len(held) or 1) for s in validation]
     report = tuple(meta | {"digest": source.digest} for source, (_, meta) in zip((*sources, *own), (*pairs, *held)))
-    return Prepared(tokenizer, tuple(s["train"] for s, _ in pairs), tuple(s["validation"] for s, _ in held), report,
+    return Prepared(tokenizer, tuple(s["train"] for s, _ in pairs), tuple(validation), report,
                     _order(began))
 
 
@@ -125,6 +148,13 @@ def began_in(config: Config, workdir: str) -> str:
 def held_fraction(data: DataConfig) -> float:
     """Of the training sources."""
     return data.validation_fraction if data.validation is None else 0.0
+
+
+def held_tokens(data: DataConfig) -> int | None:
+    """Of each training source at most; None: no bound."""
+    if data.validation_tokens is None or data.validation is not None:
+        return None
+    return data.validation_tokens // len(data.sources) or 1
 
 
 def claim_corpus(prepared: Prepared, workdir: str) -> None:
@@ -235,18 +265,32 @@ def find_tokenizer(config: Config, workdir: str, sources: Sequence[Source]) -> T
 
 
 def _trained(config, workdir, sources) -> Tokenizer:
+    weights = _tokenizer_weights(config.data)
     depends_on = [PATTERN, list(SPECIALS.values()), tokenizers.__version__, TOKENIZER_SAMPLE_BYTES, _PIECE,
                   config.model.vocab_size, held_fraction(config.data),
-                  [(s.digest, weight) for s, (_, weight) in zip(sources, config.data.sources)]]
+                  [(s.digest, weight) for s, weight in zip(sources, weights)], *_bound(held_tokens(config.data))]
     key = hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()[:16]
     path = os.path.join(cache_of(config, workdir), f"tokenizer-{key}.json")
     if not storage.is_file(path):
-        total = sum(weight for _, weight in config.data.sources)
-        texts = (text for source, (_, weight) in zip(sources, config.data.sources)
-                 for text in source.sampled(TOKENIZER_SAMPLE_BYTES * weight / total))
+        texts = (text for source, weight in zip(sources, weights)
+                 for text in source.sampled(TOKENIZER_SAMPLE_BYTES * weight / sum(weights)))
         log.info("training a tokenizer of %d tokens", config.model.vocab_size)
         train_tokenizer(texts, config.model.vocab_size).save(path)
     return Tokenizer.load(path, config.model.vocab_size)
+
+
+def _bound(most) -> list[int]:
+    """What a hash has of it: nothing where there is none, as in those of older versions."""
+    return [] if most is None else [most]
+
+
+def _tokenizer_weights(data) -> list[float]:
+    """Of each source; with stages the mean of its shares in the mixtures, which leaves none out and does not depend on
+    how long the run is."""
+    if not data.stages:
+        return [weight for _, weight in data.sources]
+    mixtures = [data.weights_at(step) for step in (0, *(step for step, _ in data.stages))]
+    return [sum(shares) / len(mixtures) for shares in zip(*([w / sum(m) for w in m] for m in mixtures))]
 
 
 def sample(texts: Iterable[str], share: float) -> Iterator[str]:
@@ -273,10 +317,14 @@ def _about_chats(workdir) -> dict[str, str]:
     return {"chats": total.hexdigest()}
 
 
-def shards_folder(source: Source, tokenizer: Tokenizer, config: Config, workdir: str, split_rate: float) -> str:
-    """Where the shards of a source are kept: its name hashes all that they depend on."""
+def shards_folder(source: Source, tokenizer: Tokenizer, config: Config, workdir: str,
+                  split_rate: float | None) -> str:
+    """Where the shards of a source are kept: its name hashes all that they depend on. split_rate: as in
+    `shard_options`."""
+    split_rate, bound = split_rate or 0.0, _bound(source.most)
     key = token_shards.key(source.digest, tokenizer, validation_fraction=source.validation_fraction,
-                           split_rate=split_rate, seed=_seed(config, split_rate), **_about_chats(workdir))
+                           split_rate=split_rate, seed=_seed(config, split_rate), **_about_chats(workdir),
+                           **({"validation_tokens": bound} if bound else {}))
     return os.path.join(cache_of(config, workdir), f"shards-{key}")
 
 
@@ -285,10 +333,12 @@ def _seed(config, split_rate):
 
 
 def shard_options(cut: int | None, tokenizer: Tokenizer, config: Config, workdir: str,
-                  split_rate: float) -> token_shards.Options:
-    """How documents become tokens."""
+                  split_rate: float | None) -> token_shards.Options:
+    """How documents become tokens. split_rate: None of a source of held-out text, of which those after `cut` are left
+    out."""
     text = functools.cache(lambda: of_folder(workdir, tokenizer, chats=False))
-    return token_shards.Options(cut, split_rate, _seed(config, split_rate), text)
+    rate = split_rate or 0.0
+    return token_shards.Options(cut, rate, _seed(config, rate), text, trained=split_rate is not None)
 
 
 def _shards(source, tokenizer, config, workdir, split_rate) -> tuple[dict[str, token_shards.Shard], dict]:

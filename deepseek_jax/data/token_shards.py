@@ -38,6 +38,7 @@ from deepseek_jax.chat.conversation import conversation_ids
 from deepseek_jax.chat.messages import PLAIN, BadMessages, Conventions
 from deepseek_jax.config import ConfigError
 from deepseek_jax.data import corpus
+from deepseek_jax.data.permutation import permuted
 from deepseek_jax.data.tokenizer import Tokenizer, split_tokens
 
 FORMAT = 3  # raise when the layout or the meaning of the files changes
@@ -100,6 +101,31 @@ class Shard:
         return np.logical_and.reduceat(self.predicted[:], self.offsets_N[:-1])
 
 
+def bounded(shard: Shard, most: int) -> Shard:
+    """The first `most` tokens of the documents in a drawn order, which then are in their own; all, if there are fewer.
+
+    Only what is asked for of them is in memory.
+    """
+    count, left = len(shard.offsets_N) - 1, most
+    if not count or int(shard.offsets_N[-1]) <= most:
+        return shard
+    lengths: dict[int, int] = {}
+    for i in range(count):
+        document = permuted(i, count, 0)
+        start, stop = shard.offsets_N[document:document + 2].tolist()
+        lengths[document] = min(stop - start, left)
+        if not (left := left - lengths[document]):
+            break
+    chosen_N = np.array(sorted(lengths))
+    starts, sizes = shard.offsets_N[chosen_N].tolist(), [lengths[i] for i in chosen_N.tolist()]
+    part = lambda array: Joined(sizes, lambda i: array[starts[i]:starts[i] + sizes[i]])
+    whole_N = None if shard.whole_before_N is None else [shard.whole_before_N[i + 1] - shard.whole_before_N[i]
+                                                         for i in chosen_N]
+    return Shard(part(shard.tokens), np.concatenate([[0], np.cumsum(sizes)]), shard.bytes_N[chosen_N],
+                 None if shard.predicted is None else part(shard.predicted),
+                 None if whole_N is None else np.concatenate([[0], np.cumsum(whole_N)]))
+
+
 @dataclasses.dataclass(frozen=True)
 class Options:
     """How documents become tokens, apart from the tokenizer."""
@@ -108,6 +134,7 @@ class Options:
     split_rate: float = 0.0  # of punctuation-newline tokens, in training documents
     seed: int = 0
     text: Callable[[], Conventions] = lambda: PLAIN  # what the checkpoint says about chats; asked if there are any
+    trained: bool = True  # documents placed after `cut`; else they are left out
     one_thread: bool = False  # for tokenizing: others have the other cores
 
 
@@ -208,8 +235,10 @@ def write(folder: str, documents: Iterable[corpus.Document], tokenizer: Tokenize
             files.callback(writers[split].abandon)
         with tqdm(total=progress[1], desc=progress[0], unit="B", unit_scale=True, leave=False,
                   disable=not progress[0]) as line:
-            for document, parts in _tokenized(documents, tokenizer, options.one_thread):
-                validation = options.cut is None or corpus.hash_position(document.name) <= options.cut
+            held_out = lambda document: options.cut is None or corpus.hash_position(document.name) <= options.cut
+            kept = documents if options.trained else filter(held_out, documents)
+            for document, parts in _tokenized(kept, tokenizer, options.one_thread):
+                validation = held_out(document)
                 try:
                     ids_T, predicted_T = _ids(document, parts, tokenizer, options, validation)
                 except BadMessages as error:
@@ -317,7 +346,7 @@ def _given(document, tokenizer) -> tuple[np.ndarray, np.ndarray]:
 def _join(document, parts, tokenizer, split_rate, seed) -> tuple[np.ndarray, np.ndarray]:
     """BOS, the parts' ids, EOS; and which of them are predicted. BOS goes with the first part, EOS with the last."""
     flags = [flag for _, flag in document.parts]
-    ids_T = np.array([tokenizer.bos, *(i for ids in parts for i in ids), tokenizer.eos], np.int64)
+    ids_T = np.concatenate([[tokenizer.bos], *parts, [tokenizer.eos]], dtype=np.int64, casting="unsafe")
     lengths = [1, *map(len, parts), 1]
     predicted_T = np.repeat([flags[0], *flags, flags[-1]], lengths)
     if split_rate > 0:
@@ -340,8 +369,8 @@ class _Writer:
         self.predicted = open(os.path.join(folder, "predicted.bin"), "wb")  # noqa: SIM115
 
     def add(self, ids_T, predicted_T, size):
-        ids_T.astype(self.dtype).tofile(self.tokens)
-        predicted_T.tofile(self.predicted)
+        self.tokens.write(ids_T.astype(self.dtype).data)
+        self.predicted.write(predicted_T.data)
         whole = bool(predicted_T.all())
         self.whole.append(whole)
         self.prompts |= not whole

@@ -127,7 +127,7 @@ class Tokenizer:
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         return [e.ids for e in self._plain.encode_batch_fast(texts, add_special_tokens=False)]
 
-    def encode_on_one_thread(self, texts: list[str]) -> list[list[int]]:
+    def encode_on_one_thread(self, texts: list[str]) -> Sequence[Sequence[int] | np.ndarray]:
         """What `encode_batch` gives, for processes that have one core each."""
         if self._ascii is None:
             return self.encode_batch(texts)

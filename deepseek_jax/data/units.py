@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from deepseek_jax import storage
+from deepseek_jax.data import array_record
 from deepseek_jax.data.corpus import open_parquet, paths_of
 from deepseek_jax.data.files import File, Stretch
 from deepseek_jax.data.megatron import read_index
@@ -48,14 +49,17 @@ def _pieces(file, size, most) -> Iterator[tuple[File, int]]:
     elif size > most and file.name.endswith(".parquet"):
         yield from _row_groups(file, size, most)
     elif size > most and file.name.endswith(".idx"):
-        yield from _documents(file, size, most)
+        yield from _numbered(file, size, most, lambda: len(read_index(file.path).first_D) - 1)
+    elif size > most and array_record.ENDING.search(file.name):
+        yield from _numbered(file, size, most, lambda: array_record.count_records(file.path))
     else:
         yield file, size
 
 
-def _documents(file, size, most):
+def _numbered(file, size, most, count_of):
+    """Stretches of documents that are numbered."""
     try:
-        count = len(read_index(file.path).first_D) - 1
+        count = count_of()
     except (OSError, ValueError):  # its reader says so
         yield file, size
         return

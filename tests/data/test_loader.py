@@ -153,3 +153,17 @@ def test_fim_without_its_tokens_is_a_config_error(make_loader, folder, tmp_path,
     with pytest.raises(ConfigError, match=r"data\.fim_rate=0"):
         make_loader(folder)
     assert make_loader(folder, fim_rate=0.0).batch(0)["tokens"].any()
+
+
+def test_batches_of_a_staged_run_are_functions_of_the_step_and_of_its_stage(make_loader, folder, own):
+    other = own.data.sources[1][0]
+    sources, later = ((folder, 1.0), (other, 0.0)), ((3, ((other, 2.0),)), (6, ((folder, 1.0), (other, 1.0))))
+    first, second = make_loader(*sources, stages=later), make_loader(*sources, stages=later)
+    batches = {step: first.batch(step) for step in range(8)}
+    for step in reversed(range(8)):
+        assert_same(second.batch(step), batches[step])
+    alone = make_loader(folder)
+    for step in range(3):
+        assert_same(alone.batch(step), batches[step])
+    given = first.mixture.given_before(first.position.sequences_before(first.config, 6))
+    assert given == [3 * first.train.batch_size, 3 * first.train.batch_size]

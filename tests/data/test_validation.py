@@ -1,5 +1,6 @@
 """Validation scores every token once, and counts exactly the bytes of what it scored."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -10,6 +11,8 @@ from deepseek_jax.data.ahead import prepare_ahead
 from deepseek_jax.data.loader import Loader
 from deepseek_jax.data.overview import describe_sources
 from deepseek_jax.data.prepare import claim_corpus, prepare
+from deepseek_jax.data.token_shards import Shard, bounded
+from tests.data.conftest import make_text
 
 
 def stack(loader, rows, limit=0):
@@ -179,3 +182,73 @@ def test_held_out_text_of_its_own_is_prepared_ahead(own, tmp_path):
 def test_validation_that_is_none_is_one_line(keys, complaint):
     with pytest.raises(ConfigError, match=complaint):
         load_config("tiny", [f"--config.{key}" for key in keys])
+
+
+def documents(shards):
+    return {bytes(s.tokens[a:b].astype("<i4").data) for s in shards for a, b in zip(s.offsets_N, s.offsets_N[1:])}
+
+
+def write_rows(path, count=300):
+    path.write_text("".join(json.dumps({"text": f"{i}\n" + make_text(i, lines=4)}) + "\n" for i in range(count)))
+    return str(path)
+
+
+def test_a_budget_of_tokens_holds_out_no_more_and_trains_on_the_rest(make_config, trained, tmp_path):
+    trained.save(str(tmp_path / "tokenizer.json"))
+    own = {"split_punctuation_rate": 0.0, "tokenizer": str(tmp_path / "tokenizer.json")}
+    rows = write_rows(tmp_path / "rows.jsonl")
+    config, free = make_config(rows, validation_tokens=700, **own), make_config(rows, **own)
+    made, all_held = (prepare(c, str(tmp_path / name)) for c, name in ((config, "a"), (free, "b")))
+    assert len(made.validation[0].tokens) == 700 < len(all_held.validation[0].tokens)
+    assert len(made.train[0].bytes_N) > len(all_held.train[0].bytes_N)
+    assert documents(made.train) > documents(all_held.train)
+    assert not documents(made.train) & documents(made.validation)
+    assert len(documents(made.validation) & documents(all_held.validation)) >= len(made.validation[0].bytes_N) - 1
+    scored = Loader(config, made).validation
+    assert sum(row[1].sum() for row in map(scored.row, range(scored.rows))) == 699
+
+
+def test_a_budget_is_shared_by_the_sources_and_made_alike_ahead(make_config, tmp_path):
+    rows = [write_rows(tmp_path / name) for name in ("a.jsonl", "b.jsonl")]
+    config = make_config(*rows, validation_tokens=900)
+    ahead = dataclasses.replace(config, data=dataclasses.replace(config.data, cache_dir=str(tmp_path / "ahead")))
+    prepare_ahead(ahead, str(tmp_path / "b"), workers=1)
+    made, made_ahead = prepare(config, str(tmp_path / "a")), prepare(ahead, str(tmp_path / "b"))
+    assert [len(s.tokens) for s in made.validation] == [450, 450]
+    assert documents(made.train) == documents(made_ahead.train)
+    assert documents(made.validation) == documents(made_ahead.validation)
+    assert made.tokenizer.digest == made_ahead.tokenizer.digest
+
+
+def test_a_budget_bounds_held_out_text_of_its_own_and_tokenizes_no_more(own, tmp_path):
+    for i in range(40):
+        (tmp_path / "held" / f"more{i}.txt").write_text(f"held\n{i}\n" + "value\n" * 60)
+    data = dataclasses.replace(own.data, validation_tokens=200, cache_dir=str(tmp_path / "cache"))
+    config = dataclasses.replace(own, data=data)
+    made = prepare(config, str(tmp_path / "work"))
+    assert [len(s.tokens) for s in made.validation] == [200]
+    assert made.sources[-1]["documents"] == 43 and made.sources[-1]["train"]["tokens"] == 0
+    assert 200 <= made.sources[-1]["validation"]["tokens"] < 2000
+    assert len(made.train[0].tokens) == len(prepare(own, str(tmp_path / "free")).train[0].tokens)
+
+
+def test_one_document_of_held_out_text_is_scored_up_to_the_budget(own, tmp_path):
+    (tmp_path / "one.jsonl").write_text(json.dumps({"text": "value " * 500}) + "\n")
+    data = dataclasses.replace(own.data, validation=str(tmp_path / "one.jsonl"), validation_tokens=30)
+    made = prepare(dataclasses.replace(own, data=data), str(tmp_path / "work"))
+    assert len(made.validation[0].tokens) == 30 and made.validation[0].tokens[:1] == [made.tokenizer.bos]
+
+
+def test_what_is_drawn_of_a_shard_comes_from_all_of_it_and_is_read_when_it_is_asked_for():
+    offsets_N = np.arange(0, 50_001, 50)
+    tokens, predicted = np.arange(50_000, dtype=np.uint16), np.arange(50_000) % 3 > 0
+    whole_N = np.arange(1001) // 2
+    shard = Shard(tokens, offsets_N, np.full(1000, 200), predicted, whole_N)
+    drawn = bounded(shard, 2020)
+    starts = drawn.tokens[:][drawn.offsets_N[:-1]]
+    assert len(drawn.tokens) == 2020 == drawn.offsets_N[-1] and len(starts) == 41 == len(drawn.bytes_N)
+    assert not (starts % 50).any() and (np.diff(starts.astype(int)) > 0).all()
+    assert starts[0] < 5000 < 45_000 < starts[-1]
+    assert np.array_equal(drawn.is_predicted(0, 2020), predicted[drawn.tokens[:]])
+    assert np.array_equal(np.diff(drawn.whole_before_N), np.diff(whole_N)[starts // 50])
+    assert bounded(shard, 50_000) is shard

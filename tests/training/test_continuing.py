@@ -131,3 +131,19 @@ def test_what_a_run_or_a_branch_may_not_change_is_one_line(config, short, tmp_pa
     runs.run("train", *branch, f"--config.init.from={short}@9", "--config.lora.rank=2").assert_error(
         "branches a run", f"init.from={short}.")
     assert not (tmp_path / "branch").exists()
+
+
+def test_a_staged_run_is_the_same_however_often_it_starts_and_branches(config, tmp_path):
+    own, other = f"{config.removesuffix('config.py')}corpus", tmp_path / "other"
+    runs.write_corpus(other)
+    staged = [f"--config.data.sources=(('{own}',1.0),('{other}',0.0))",
+              f"--config.data.stages=((5,(('{other}',1.0),)),(10,(('{own}',1.0),('{other}',3.0))))"]
+    once = trained(config, tmp_path / "once", *staged, *SHORT)
+    parts = trained(config, tmp_path / "parts", *staged, *SHORT[1:], "--config.train.steps=6")
+    trained(config, parts, *staged, *SHORT)
+    assert training_rows(parts) == training_rows(once)
+    assert runs.final_bits(parts)[2] == runs.final_bits(once)[2]
+    branch = tmp_path / "branch"
+    trained(config, branch, f"--config.init.from={once}@9", *staged, *SHORT)
+    assert training_rows(branch) == training_rows(once)[9:]
+    assert runs.final_bits(branch)[2] == runs.final_bits(once)[2]

@@ -57,6 +57,7 @@ QUICK = {"model.vocab_size": 384, "model.d_model": 32, "model.num_layers": 2, "m
 
 # Keys that the committed results are older than, with the values that say what was done before.
 SINCE = (("data", "packing", "stream"), ("data", "tokenizer", None), ("data", "validation", None),
+         ("data", "stages", ()), ("data", "validation_tokens", None),
          ("balance", "force_balanced", False), ("model", "latent_norm_eps", 1e-6), ("model", "index_topk", None),
          ("model", "index_heads", 64), ("model", "index_head_dim", 128), ("model", "index_warmup", False),
          ("train", "indexer_loss_weight", 1.0), ("train", "checkpoint_minutes", None),

@@ -98,7 +98,9 @@ class PostTraining(Measure):
         config = as_dict(self.config(study, arm))
         # As it was before there were others.
         for section, key, value in (("rollout", "reward", "task"), ("rollout", "fp8", False), ("lora", "fp8", False),
-                                    ("data", "tokenizer", None), ("data", "validation", None), ("mesh", "context", 1),
+                                    ("data", "tokenizer", None), ("data", "validation", None), ("data", "stages", ()),
+                                    ("data", "validation_tokens", None),
+                                    ("mesh", "context", 1),
                                     ("train", "checkpoint_minutes", None), ("train", "checkpoint_keep_period", None),
                                     ("train", "checkpoint_local", None), ("train", "checkpoint_local_every", 10),
                                     ("optimizer", "schedule_steps", None), ("train", "tracker", None),

@@ -1,0 +1,118 @@
+"""Records of ArrayRecord files, as grain and MaxText read them (no jax here).
+
+A record is a row as a line of .jsonl is one: a JSON object, a `tf.train.Example` with features of the same names (bytes
+or int64, as TFDS writes them), or else a text.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from deepseek_jax import storage
+from deepseek_jax.config import ConfigError
+
+ENDING = re.compile(r"\.array_?record(-\d+-of-\d+)?$")  # TFDS numbers its files behind the ending
+_AT_ONCE = 1024  # records
+
+
+@contextlib.contextmanager
+def _opened(path) -> Iterator[Any]:
+    """An ArrayRecordReader. Raises ConfigError without the package, or for what is in a bucket; ValueError for a file
+    that is damaged."""
+    if storage.is_remote(path):
+        raise ConfigError(f"data.sources: {path}: ArrayRecord files are read from a disk; copy them there.")
+    try:
+        from array_record.python.array_record_module import ArrayRecordReader
+    except ImportError:
+        raise ConfigError(f"{path} needs a reader of ArrayRecord: pip install array_record") from None
+    try:
+        # Records are read a thousand at a time, one behind the other; more threads would take workers' cores.
+        reader = ArrayRecordReader(path, options="readahead_buffer_size:0,max_parallelism:1")
+        try:
+            yield reader
+        finally:
+            reader.close()
+    except RuntimeError as error:
+        raise ValueError(f"is no ArrayRecord file, or was cut off {error}".strip()) from None
+
+
+def count_records(path: str) -> int:
+    """Raises as `read_records` does."""
+    with _opened(path) as reader:
+        return reader.num_records()
+
+
+def read_records(path: str, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, Any]]:
+    """(number, row) from `start` to `stop`: an object, a text, or the UnicodeDecodeError of what is neither.
+
+    Raises ConfigError without the package, or for what is in a bucket; ValueError for a file that is damaged.
+    """
+    with _opened(path) as reader:
+        end: int = reader.num_records() if stop is None else stop
+        for first in range(start, end, _AT_ONCE):
+            for number, record in enumerate(reader.read(first, min(first + _AT_ONCE, end)), first):
+                yield number, _row(record)
+
+
+def _row(record: bytes) -> Any:
+    if record.startswith(b"\n") and (row := _features(record)):
+        return row
+    try:
+        text = record.decode()
+        return json.loads(text) if text.startswith("{") else text
+    except UnicodeDecodeError as error:
+        return error
+    except (ValueError, RecursionError):
+        return text  # code may begin with a brace
+
+
+def _features(record) -> dict[str, Any] | None:
+    """{name: text or ids} of a tf.train.Example; None: it is none."""
+    from google.protobuf.message import DecodeError
+
+    try:
+        features = _example().FromString(record).features.feature
+        return {name: [*value.int64_list.value] if value.WhichOneof("kind") == "int64_list"
+                else b"".join(value.bytes_list.value).decode() for name, value in features.items()}
+    except (DecodeError, UnicodeDecodeError):
+        return None
+
+
+@functools.cache
+def _example() -> Any:
+    """The class of tf.train.Example (tensorflow/core/example/feature.proto), without TensorFlow."""
+    from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+
+    file = descriptor_pb2.FileDescriptorProto(name="deepseek_jax.proto", package="deepseek_jax", syntax="proto3")
+    kinds = descriptor_pb2.FieldDescriptorProto
+
+    def message(parent, name, *fields):
+        made = parent.add(name=name)
+        for number, (field, kind, repeated) in enumerate(fields, 1):
+            of_type = {"type_name": f".deepseek_jax.{kind}", "type": kinds.TYPE_MESSAGE} if isinstance(kind, str) else {
+                "type": kind}
+            made.field.add(name=field, number=number, label=kinds.LABEL_REPEATED if repeated else kinds.LABEL_OPTIONAL,
+                           **of_type)
+        return made
+
+    message(file.message_type, "BytesList", ("value", kinds.TYPE_BYTES, True))
+    message(file.message_type, "FloatList", ("value", kinds.TYPE_FLOAT, True))
+    message(file.message_type, "Int64List", ("value", kinds.TYPE_INT64, True))
+    feature = message(file.message_type, "Feature", ("bytes_list", "BytesList", False),
+                      ("float_list", "FloatList", False), ("int64_list", "Int64List", False))
+    feature.oneof_decl.add(name="kind")
+    for field in feature.field:
+        field.oneof_index = 0
+    features = message(file.message_type, "Features", ("feature", "Features.FeatureEntry", True))
+    entry = message(features.nested_type, "FeatureEntry", ("key", kinds.TYPE_STRING, False),
+                    ("value", "Feature", False))
+    entry.options.map_entry = True
+    message(file.message_type, "Example", ("features", "Features", False))
+    pool = descriptor_pool.DescriptorPool()
+    pool.Add(file)
+    return message_factory.GetMessageClass(pool.FindMessageTypeByName("deepseek_jax.Example"))
