@@ -80,8 +80,9 @@ MAY_IMPORT = {
     "pipeline.interleave": ("pipeline.split",),
     "pipeline.execute": ("pipeline.schedule", "pipeline.validate", "pipeline.split", "pipeline.interleave",
                          "pipeline.tables", "config"),
-    "pipeline.model": ("pipeline.schedule", "pipeline.execute", "pipeline", "model", "training.losses",
-                       "training.types", *SHARDING, "config"),
+    "pipeline.forward": ("pipeline.execute",),
+    "pipeline.model": ("pipeline.schedule", "pipeline.execute", "pipeline.forward", "pipeline", "model",
+                       "training.losses", "training.types", *SHARDING, "config"),
     "pipeline.__main__": ("pipeline.schedule", "pipeline.validate", "pipeline.draw", "pipeline", "cli", "io", "config"),
     "pipeline": ("pipeline.schedule", "pipeline.validate"),
     # Text, files, checkpoints.

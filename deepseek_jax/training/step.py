@@ -18,7 +18,7 @@ from deepseek_jax.config import Config
 from deepseek_jax.model import DeepSeekV3, Output, lora
 from deepseek_jax.model.router import bias_rule
 from deepseek_jax.parallel.sharding import constrain_to_compute, constrain_to_storage
-from deepseek_jax.pipeline.model import gradients_of
+from deepseek_jax.pipeline.model import gradients_of, score
 from deepseek_jax.training.losses import objective, shifted_targets, token_losses, with_indexer
 from deepseek_jax.training.optimizer import learning_rate, make_optimizer, only_indexer
 from deepseek_jax.training.types import Batch, Metrics, Normalizers, Sums, TokenLosses
@@ -262,7 +262,9 @@ def _move_biases(config: Config, state: TrainState, counts) -> tuple[dict[str, j
 
 def eval_step(config: Config, params: dict[str, Any], router: dict[str, jax.Array], micro: dict[str, Any],
               base: dict[str, Any] | None = None) -> Sums:
-    """Sums of one validation batch [b, T + 1]. base: as in `accumulate`."""
+    """Sums of one validation batch [b, T + 1]; a pipeline cuts it as it does in training. base: as in `accumulate`."""
+    if config.mesh.pipe > 1:
+        return score(config, params, router, of_rows(config, micro))
     params = complete(config, constrain_to_compute(params), base)
     output, losses = forward(config, params, router, of_rows(config, micro))
     return sums_of(output, losses)
