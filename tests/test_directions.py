@@ -79,7 +79,7 @@ MAY_IMPORT = {
     "pipeline.tables": ("pipeline.schedule", "pipeline.orders", "pipeline.ticks"),
     "pipeline.interleave": ("pipeline.split",),
     "pipeline.execute": ("pipeline.schedule", "pipeline.validate", "pipeline.split", "pipeline.interleave",
-                         "pipeline.tables", "config"),
+                         "pipeline.tables", "pipeline.ticks", "config"),
     "pipeline.forward": ("pipeline.execute",),
     "pipeline.model": ("pipeline.schedule", "pipeline.execute", "pipeline.forward", "pipeline", "model",
                        "training.losses", "training.types", *SHARDING, "config"),

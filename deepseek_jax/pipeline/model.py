@@ -66,6 +66,12 @@ def check(config: Config) -> None:
     if mesh.pipe == 1:
         return
     schedule_of(config)
+    if config.ramps_pipeline:
+        try:
+            _schedule(config, config.ramp_levels[0])
+        except ConfigError as error:
+            raise ConfigError(f"train.ramp_from={config.train.ramp_from} is {config.ramp_levels[0]} micro-batches: "
+                              f"{error}") from error
     check_routes_alone(cfg, f"mesh.pipe={mesh.pipe}")
     for wrong, complaint in (
             (mesh.tensor > 1, f"mesh.tensor={mesh.tensor} has no place in a pipeline; take mesh.tensor=1"),
@@ -95,8 +101,11 @@ def check(config: Config) -> None:
 
 def schedule_of(config: Config) -> Schedule:
     """The schedule that the config asks for. Raises ConfigError."""
-    pipeline = config.pipeline
-    return make_schedule(pipeline.schedule, config.mesh.pipe, pipeline.microbatches, pipeline.deferred)
+    return _schedule(config, config.pipeline.microbatches)
+
+
+def _schedule(config, microbatches):
+    return make_schedule(config.pipeline.schedule, config.mesh.pipe, microbatches, config.pipeline.deferred)
 
 
 def slots(layers: int, schedule: Schedule) -> tuple[np.ndarray, np.ndarray]:
@@ -304,24 +313,28 @@ def _of_micro(batch: Batch, normalizers: Normalizers, step, micro: int) -> Input
     return Inputs(parts, *jax.tree.map(lambda a: jnp.broadcast_to(a, (micro, *jnp.shape(a))), (normalizers, step)))
 
 
-def gradients_of(config: Config, params: dict[str, Any], router: dict[str, jax.Array],
-                 step: jax.Array) -> Callable[[Batch, Normalizers], tuple[dict[str, Any], Sums]]:
+def gradients_of(config: Config, params: dict[str, Any], router: dict[str, jax.Array], step: jax.Array,
+                 active: jax.Array) -> Callable[[Batch, Normalizers], tuple[dict[str, Any], Sums]]:
     """Brings the parameters to their ranks, and makes the function that a step calls once a micro-batch.
 
     Args:
       params, router: of the complete model, as a TrainState holds them. Inside jax.set_mesh.
+      active: int32, the micro-batches of this step where config.ramps_pipeline; the first ones count.
     Returns:
       (batch [rows, T], which is cut into pipeline.microbatches, and its normalizers) -> gradients like params, sums.
     """
     schedule, mesh = schedule_of(config), jax.sharding.get_abstract_mesh()
     layers, fixed, shared, specs, in_order = _staged(config, schedule, params, router, mesh)
     model = Model(*(functools.partial(f, config) for f in (enter, stage, leave)), parts=listed, whole=stacked_again)
-    run = pipelined(schedule, model, mesh, specs)
+    levels = config.ramp_levels if config.ramps_pipeline else (schedule.microbatches,)
+    shorter = tuple(_schedule(config, micro) for micro in levels[:-1])
+    run = pipelined(schedule, model, mesh, specs, shorter=shorter)
+    micro, which = (active, jnp.searchsorted(jnp.array(levels), active)) if shorter else (schedule.microbatches, 0)
 
     def gradients(batch: Batch, normalizers: Normalizers) -> tuple[dict[str, Any], Sums]:
-        micro = schedule.microbatches
         normalizers = normalizers._replace(share=normalizers.share / (micro * config.mesh.token_shards))
-        result = run(Arguments(layers, fixed, shared, _of_micro(batch, normalizers, jnp.asarray(step), micro)))
+        inputs = _of_micro(batch, normalizers, jnp.asarray(step), schedule.microbatches)
+        result = run(Arguments(layers, fixed, shared, inputs), which)
         grads = constrain_to_stage({name: tree for name, tree in result.shared.items() if name != "mtp_bias"}, mesh)
         stacked = constrain_to_stage({"layers": result.params}, mesh, stacked=True)
         grads["layers"] = jax.tree.map(in_order, stacked["layers"])
@@ -330,7 +343,7 @@ def gradients_of(config: Config, params: dict[str, Any], router: dict[str, jax.A
     return gradients
 
 
-def _joined(config, of_layers: StageSums, sums: Sums, micro: int) -> Sums:
+def _joined(config, of_layers: StageSums, sums: Sums, micro: int | jax.Array) -> Sums:
     """The sums of a batch, of those of its layers and of those at the end."""
     traffic = jax.tree.map(lambda n_L: n_L.sum(), of_layers.traffic)
     if sums.traffic is not None:

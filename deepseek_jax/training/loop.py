@@ -306,8 +306,8 @@ class Run:
             self.step = index + 1
             if pending is not None:
                 self._record(pending, bar)  # while the devices work on the step after it
-            tokens = int(batch["active"]) * self.runner.rows * train.sequence_length
-            pending = Pending(self.step, tokens, metrics)
+            sequences = int(batch["active"]) * (train.batch_size // self.config.microbatches)
+            pending = Pending(self.step, sequences * train.sequence_length, metrics)
             stopped_by = self.agreement.stopped_by(self.step, self.asked)
             last = self.step == train.steps
             evaluating = last or self.step % train.eval_every == 0

@@ -107,7 +107,7 @@ def sample_on_mesh(config: Config, runner: Runner, variables: tuple[Any, Any, An
     prompt_T = np.zeros(room(config, len(prompt) + config.train.sample_tokens), np.int32)
     prompt_T[:len(prompt)] = prompt
     def run(params, router, base, known, eos):
-        return continue_prompt(config, params, router, prompt_T, known, eos, temperature, base)
+        return continue_prompt(config, params, router, jnp.asarray(prompt_T), known, eos, temperature, base)
 
     made_T = np.asarray(runner.jit(run)(*variables, np.int32(len(prompt)), np.int32(-1 if eos is None else eos)))
     return [int(token) for token in made_T[len(prompt):] if token >= 0]

@@ -80,14 +80,14 @@ MUTATIONS = [
     Mutation(
         name="sequence loss counted once a micro-batch",
         file="deepseek_jax/training/step.py",
-        old='1 / batch["active"])',
+        old='1 / rounds)',
         new="1.0)",
         tests="training/test_step.py",
     ),
     Mutation(
         name="micro-batches that the ramp leaves out run",
         file="deepseek_jax/training/step.py",
-        old='fori_loop(1, batch["active"],',
+        old='fori_loop(1, rounds,',
         new="fori_loop(1, config.train.accumulation_steps,",
         tests="training/test_step.py",
     ),
