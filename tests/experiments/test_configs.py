@@ -25,7 +25,8 @@ FILES = sorted((pathlib.Path(__file__).resolve().parents[2] / "experiments" / "c
 COMPILED = {"v3_671b_h100_2048": "v3_671b_h100_2048_report", "v3_671b_v5p_2048": "v3_671b_v5p_8x16x16_bf16",
             "v2_lite_16b_h100_8": "v2_lite_16b_h100_8"}
 
-TRACED = ("tiny", "v2_lite_16b", "v2_lite_16b_h100_8", "v3_671b", "v3_671b_h100_2048", "v3_2_671b", "lora")  # one of each kind of step; the others are slow
+# One of each kind of step; the others are slow.
+TRACED = ("tiny", "v2_lite_16b", "v2_lite_16b_h100_8", "v3_671b", "v3_671b_h100_2048", "v3_2_671b", "lora")
 
 
 def test_every_config_of_the_package_has_a_file_here_and_every_preset_is_one():

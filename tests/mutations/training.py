@@ -536,4 +536,32 @@ MUTATIONS = [
         new="kept = bisect.bisect_left(",
         tests="training/test_metrics.py::test_a_resumed_run_does_not_read_the_loads_of_all_steps",
     ),
+    Mutation(
+        name="the sample on a mesh drops what overflows its buffers",
+        file="deepseek_jax/training/sample.py",
+        old="dataclasses.replace(config.mesh, capacity=None)",
+        new="config.mesh",
+        tests="training/test_sample.py",
+    ),
+    Mutation(
+        name="the sample on a mesh adds up the logits of all its rows",
+        file="deepseek_jax/training/sample.py",
+        old="one_BT = spread(jnp.arange(length) == at) & (jnp.arange(rows) == 0)[:, None]",
+        new="one_BT = spread(jnp.arange(length) == at)",
+        tests="training/test_sample.py",
+    ),
+    Mutation(
+        name="the ramp of a pipeline fills a round",
+        file="deepseek_jax/data/loader.py",
+        old="if at >= count:",
+        new="if m >= active:",
+        tests="data/test_loader.py",
+    ),
+    Mutation(
+        name="the ramp of a pipeline goes up by single micro-batches",
+        file="deepseek_jax/config/load.py",
+        old="2 if self.ramps_pipeline else 1",
+        new="1",
+        tests="data/test_loader.py",
+    ),
 ]
