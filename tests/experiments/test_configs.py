@@ -15,7 +15,8 @@ from deepseek_jax.pipeline.model import check
 from deepseek_jax.scale.compile import targets
 from deepseek_jax.scale.compile.aot import config_of
 from deepseek_jax.training.base import frozen_shapes
-from deepseek_jax.training.step import init_state, train_step
+from deepseek_jax.training.sample import continue_prompt
+from deepseek_jax.training.step import eval_step, init_state, train_step
 from experiments.scale import agreement
 from tests.parallel import meshes
 
@@ -54,6 +55,24 @@ def test_a_step_keeps_the_shape_of_its_state(path, tmp_path):
         after, metrics = jax.eval_shape(functools.partial(train_step, config), state, batch, base)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
     assert metrics.loss.shape == ()
+
+
+@pytest.mark.parametrize("name", ["v2_lite_16b_h100_8", "v3_671b_h100_2048",
+                                  pytest.param("v3_671b_v5p_2048", marks=pytest.mark.slow)])
+def test_evaluation_and_the_sample_of_a_machine_keep_nothing_but_sums_and_tokens(name):
+    config = load_config(name)
+    state, train = jax.eval_shape(functools.partial(init_state, config)), config.train
+    rows = train.batch_size // train.accumulation_steps, train.sequence_length + 1
+    micro = {name: jax.ShapeDtypeStruct(rows, dtype) for name, dtype in (
+        ("tokens", jnp.int32), ("weights", jnp.float32), ("segment_ids", jnp.int32))}
+    prompt, scalar = jax.ShapeDtypeStruct((128,), jnp.int32), jax.ShapeDtypeStruct((), jnp.int32)
+    with meshes.without_devices(config.mesh):
+        sums = jax.eval_shape(functools.partial(eval_step, config), state.params, state.router, micro)
+        made_T = jax.eval_shape(functools.partial(continue_prompt, config), state.params, state.router, prompt, scalar,
+                                scalar)
+
+    assert sums.counts["bias"].shape == (config.model.num_moe_layers, config.model.num_experts)
+    assert sums.losses.nats.shape == () and made_T == prompt
 
 
 def program_of(config):

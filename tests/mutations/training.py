@@ -558,6 +558,13 @@ MUTATIONS = [
         tests="data/test_loader.py",
     ),
     Mutation(
+        name="a run of a pipeline is read on one device with all micro-batches at once",
+        file="deepseek_jax/workdir.py",
+        old=" * (config.pipeline.microbatches if mesh.pipe > 1 else 1)",
+        new="",
+        tests="test_workdir.py::test_a_run_of_a_pipeline_is_read_on_one_device_in_its_micro_batches",
+    ),
+    Mutation(
         name="the ramp of a pipeline goes up by single micro-batches",
         file="deepseek_jax/config/load.py",
         old="2 if self.ramps_pipeline else 1",
