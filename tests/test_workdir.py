@@ -12,7 +12,14 @@ import pytest
 from deepseek_jax import io, storage, workdir
 from deepseek_jax.config import Config, ConfigError, as_dict, load_config, model_config
 from deepseek_jax.training.loop import check_start
-from deepseek_jax.workdir import alone_in, check_workdir, claim_workdir, load_workdir_config, most_positions, on_one_device
+from deepseek_jax.workdir import (
+    alone_in,
+    check_workdir,
+    claim_workdir,
+    load_workdir_config,
+    most_positions,
+    on_one_device,
+)
 from tests.buckets import SCHEMES, stores
 
 
