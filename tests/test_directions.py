@@ -134,7 +134,7 @@ MAY_IMPORT = {
     "posttraining": ("training", "serving", "chat", "parallel", "model", "fp8", "checkpoint", "data", "workdir", "cli",
                      "plugin", "io", "config"),
     # Machines that are not here.
-    "scale.compile": ("scale", "training.base", "training.step", "pipeline.model", "pipeline.tables",
+    "scale.compile": ("scale", "training.base", "training.sample", "training.step", "pipeline.model", "pipeline.tables",
                       "parallel.compiler", "serving", "model", *SHARDING,
                       "kernels_pallas.tools.compile_report", "config"),
     "scale": ("pipeline.schedule", "pipeline.validate", "pipeline.orders", "plots.style", "kernels_pallas.constants",

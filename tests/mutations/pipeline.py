@@ -388,8 +388,8 @@ MUTATIONS = [
     Mutation(
         name="layers are sought in the first slots",
         file="deepseek_jax/pipeline/model.py",
-        old="[found_L]\n",
-        new="[:len(found_L)]\n",
+        old="[found_L])\n",
+        new="[:len(found_L)])\n",
         tests="pipeline/test_model.py::test_in_float64_losses_gradients_and_loads_are_those_without_a_pipeline[1f1b]",
     ),
     Mutation(
