@@ -14,6 +14,7 @@ from deepseek_jax.config import PRESETS, as_dict, load_config
 from deepseek_jax.pipeline.model import check
 from deepseek_jax.scale.compile import targets
 from deepseek_jax.scale.compile.aot import config_of
+from deepseek_jax.scale.compile.aot_forward import PROGRAMS
 from deepseek_jax.training.base import frozen_shapes
 from deepseek_jax.training.sample import continue_prompt
 from deepseek_jax.training.step import eval_step, init_state, train_step
@@ -92,6 +93,15 @@ def test_a_config_of_a_machine_is_the_program_that_was_compiled_for_it(name, rep
     assert program_of(config) == program_of(compiled)
     assert report["fits"] and report["devices"] == config.mesh.devices == targets.count(report["target"])
     assert report["planned"]["moments"] == report["planned"]["masters"]  # two of two bytes each
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_evaluation_and_the_sample_of_the_report_s_run_were_compiled_for_it_and_fit(program):
+    report = json.loads((pathlib.Path(agreement.HERE) / f"v3_671b_h100_2048_{program}.json").read_text())
+
+    assert program_of(config_of(*agreement.described(report))) == program_of(load_config("v3_671b_h100_2048"))
+    assert report["program"] == program and report["fits"] and report["bytes_per_device"] < 80e9
+    assert report["bytes"]["moments"] > 1e9
 
 
 def test_the_ramp_of_the_report_s_run_goes_up_in_pairs_of_micro_batches():
