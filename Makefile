@@ -116,6 +116,8 @@ aot: .venv-aot/stamp
 	$(COMPILE) --model v2_lite_16b --target h100:8 --decode 32 --length 4096 $(call report,v2_lite_16b_h100_8_decode)
 	-$(COMPILE) --model v2_236b --target h100:128 --expert 32 --sequences 2048 --remat full $(call report,v2_236b_h100_128)  # does not fit
 	$(COMPILE) --layout report $(call report,v3_671b_h100_2048_report)
+	$(COMPILE) --layout report --program evaluate $(call report,v3_671b_h100_2048_evaluate)
+	$(COMPILE) --layout report --program sample $(call report,v3_671b_h100_2048_sample)
 	$(COMPILE) $(V3) --target h100:2048 --fp8 $(call report,v3_671b_h100_2048_fp8)
 	$(COMPILE) $(V3) --target h100:2048 --fp8 --capacity 5 $(call report,v3_671b_h100_2048_fp8_capacity_5)
 	$(COMPILE) $(V3) --target h100:2048 $(call report,v3_671b_h100_2048_bf16)

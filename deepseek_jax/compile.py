@@ -1,7 +1,7 @@
 """Compiles a training or decode step for a machine that is not here, and reads off what it takes and communicates.
 
     python -m deepseek_jax.compile --model v2_lite_16b --target h100:8 --expert 8 --sequences 512 --json lite.json
-    python -m deepseek_jax.compile --layout report
+    python -m deepseek_jax.compile --layout report [--program evaluate | --program sample]
     python -m deepseek_jax.compile --model v2_lite_16b --target h100:8 --decode 32 --length 4096
 
 Targets: h100:N, h800:N (the extra `aot`), v5p:AxBxC, v6e:AxB, 7x:AxBxC (libtpu). Prints bytes per device by XLA's own
@@ -25,10 +25,10 @@ def parse() -> argparse.Namespace:
     parser = cli.Parser("compile", __doc__)
     parser.add_argument("--target", required=True, help="such as h100:8, h100:2048, v5p:8x16x16")
     arguments.add(parser)
+    parser.add_argument("--program", default="train", choices=("train", "evaluate", "sample"), help="of a run")
     parser.add_argument("--lora", type=int, metavar="RANK", help="train adapters of that rank alone, of a frozen base")
     parser.add_argument("--lora-fp8", action="store_true", help="with --lora: the base is kept in FP8")
-    parser.add_argument("--decode", type=int, metavar="SEQUENCES", help="compile a decode step of SEQUENCES per device "
-                        "instead; each device has a complete copy of the model")
+    parser.add_argument("--decode", type=int, metavar="SEQUENCES", help="a decode step, all of a model on each device")
     parser.add_argument("--length", type=int, default=4096, help="with --decode: tokens of cache of a sequence")
     parser.add_argument("--drafts", type=int, default=0, help="with --decode: tokens drafted in a step, by MTP modules")
     parser.add_argument("--json", metavar="FILE", help="also write the report there")
@@ -39,6 +39,8 @@ def parse() -> argparse.Namespace:
         raise ConfigError("--lora-fp8 is of the base that adapters are trained next to; add --lora RANK.")
     if args.lora is not None and args.remat == arguments.AUTO:
         raise ConfigError("--remat auto plans a step that trains all weights; with --lora name one, such as full.")
+    if args.program != "train" and (args.lora, args.decode) != (None, None):
+        raise ConfigError(f"--program {args.program} is of a run that trains all weights; omit --lora and --decode.")
     return args
 
 
@@ -50,19 +52,18 @@ def main() -> int:
 
         found = measure_decode(model, args.target, args.decode, args.length, args.drafts)
     else:
-        from deepseek_jax.scale.compile.aot import measure_step
+        from deepseek_jax.scale.compile import aot, aot_forward
 
         layout = arguments.layout(args, model, targets.count(args.target), node_size=8)
-        if args.remat == arguments.AUTO:
-            model = arguments.with_remat(args, model, device(args.target.partition(":")[0]), layout)
-        found = measure_step(model, layout, args.target, LoraConfig(args.lora, fp8=args.lora_fp8))
+        model = arguments.with_remat(args, model, device(args.target.partition(":")[0]), layout)
+        found = (aot.measure_step(model, layout, args.target, LoraConfig(args.lora, fp8=args.lora_fp8))
+                 if args.program == "train" else aot_forward.measure_forward(model, layout, args.target, args.program))
     found |= {"model": args.model, "layers": model.num_layers}
     print(table(found))
     if args.json:
         io.write_json(args.json, found)
     if args.plot:
         from deepseek_jax.scale.draw import draw_report
-
         draw_report(args.plot, found)
     return 0 if found["fits"] else 1
 
@@ -70,17 +71,16 @@ def main() -> int:
 def table(found: dict[str, Any]) -> str:
     """The report that `main` prints, from what --json writes: sizes in GB (10^9 bytes) a device, times in seconds."""
     giga = lambda n: f"{n / 1e9:9.2f} GB"
-    what = found.get("layout") or f"a decode step of {found['sequences']} x {found['length']} tokens on each device"
-    lines = [f"{found['model']} on {found['target']}: {what}",
+    what = found.get("layout") or f"a step of {found['sequences']} x {found['length']} tokens on each device"
+    lines = [f"{found['model']} on {found['target']}: {found.get('program', 'train')}, {what}",
              "lowered in {lowering:.0f} s, compiled in {compiling:.0f} s ({cpu:.0f} s of CPU in all), ".format(
                  **found["seconds"]) + f"{found['compiler_gigabytes']:.1f} GB here", ""]
-    lines += [f"{'given: ' + name:28} {giga(size)}" for name, size in found.get("given", {}).items()]
-    lines += [f"{name:28} {giga(size)}" for name, size in found["bytes"].items()]
+    groups = {f"given: {name}": size for name, size in found.get("given", {}).items()} | found["bytes"]
+    lines += [f"{name:28} {giga(size)}" for name, size in groups.items()]
     lines += [f"{'per device, by XLA':28} {giga(found['bytes_per_device'])}   of {found['memory'] / 1e9:.0f}: "
               f"{'fits' if found['fits'] else 'DOES NOT FIT'}"]
-    if "planned" in found:
-        lines += [f"{'per device, planned':28} {giga(found['planned_bytes_per_device'])}   "
-                  f"{found['planned_over_compiled'] - 1:+.1%}"]
+    lines += [f"{'per device, planned':28} {giga(found['planned_bytes_per_device'])}   "
+              f"{found['planned_over_compiled'] - 1:+.1%}"] if "planned" in found else []
     lines += [f"{'accessed, loop bodies once':28} {giga(n)}" for n in [found.get("bytes_accessed_once")] if n]
     if found.get("collectives"):
         lines += ["", "collective           axes                    count   GB once  async  hidden  GB exposed"]
@@ -90,8 +90,8 @@ def table(found: dict[str, Any]) -> str:
     lines += clock.lines(found.get("waits", {}))
     if found["kernels"]:
         lines += ["", f"{'kernel':48} {'count':>6} {'registers':>10} {'spilled':>8} {'shared':>8}"]
-        lines += [f"{row['kernel']:48} {row['count']:6} {row['registers']:10} {row['spill_bytes']:8} "
-                  f"{row['shared_bytes']:8}" for row in found["kernels"]]
+        lines += ["{kernel:48} {count:6} {registers:10} {spill_bytes:8} {shared_bytes:8}".format(**row)
+                  for row in found["kernels"]]
     return "\n".join(lines)
 
 

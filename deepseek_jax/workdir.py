@@ -265,12 +265,19 @@ def load_run(workdir: str, ema: bool = False, step: int | None = None) -> Loaded
     """
     from deepseek_jax.checkpoint.adapters import restore_weights  # jax and Orbax: for those who read arrays
 
-    config = dataclasses.replace(load_workdir_config(workdir), mesh=MeshConfig())
+    config = on_one_device(load_workdir_config(workdir))
     check_speaks(config, workdir)
     variables, step = restore_weights(workdir, ema=ema, step=step)
     if not variables["params"]:
         raise ConfigError(f"the run in {workdir} keeps no moving average; train with --config.train.ema_decay=0.999.")
     return LoadedRun(dataclasses.replace(config, lora=LoraConfig()), variables, step)
+
+
+def on_one_device(config: Config) -> Config:
+    """The config of the same run without its mesh; the micro-batches of a pipeline become rounds of accumulation."""
+    train, mesh = config.train, config.mesh
+    rounds = train.accumulation_steps * (config.pipeline.microbatches if mesh.pipe > 1 else 1)
+    return dataclasses.replace(config, mesh=MeshConfig(), train=dataclasses.replace(train, accumulation_steps=rounds))
 
 
 class LoadedModel(NamedTuple):

@@ -12,7 +12,14 @@ import pytest
 from deepseek_jax import io, storage, workdir
 from deepseek_jax.config import Config, ConfigError, as_dict, load_config, model_config
 from deepseek_jax.training.loop import check_start
-from deepseek_jax.workdir import alone_in, check_workdir, claim_workdir, load_workdir_config, most_positions
+from deepseek_jax.workdir import (
+    alone_in,
+    check_workdir,
+    claim_workdir,
+    load_workdir_config,
+    most_positions,
+    on_one_device,
+)
 from tests.buckets import SCHEMES, stores
 
 
@@ -174,6 +181,12 @@ def test_a_bucket_that_cannot_be_written_is_refused_before_anything_runs(two, ad
     monkeypatch.setattr(storage._client(address)[0], "pipe_file", refuse)
     with pytest.raises(storage.StorageError, match=rf"{address}/.probe-\w+: Forbidden: it may only be read\.$"):
         check_workdir(two[0], address)
+
+
+def test_a_run_of_a_pipeline_is_read_on_one_device_in_its_micro_batches():
+    alone = on_one_device(load_config("v3_671b_h100_2048"))
+    assert alone.mesh.devices == 1 and alone.train.accumulation_steps == 120 and alone.ramp_levels[0] == 32
+    assert on_one_device(load_config("v2_lite_16b_h100_8")).train.accumulation_steps == 64
 
 
 def test_a_start_that_failed_before_its_first_checkpoint_binds_nobody(two, tmp_path):

@@ -60,6 +60,7 @@ class Config(Checked):
             raise ConfigError(f"model.router={IN_TURN!r} is that of balance.force_balanced=True, which measures speed; "
                               f"take --config.model.router={GROUP_LIMITED} with the rest of that run's config.")
         check_mesh(self.mesh, self.model, self.train)
+        self._check_ramp()
         if self.data.tokenizer is not None and (begun := self.init.folder or self.distill.from_):
             raise ConfigError(f"data.tokenizer={self.data.tokenizer}: the weights of {begun} know their own tokenizer; "
                               "omit it.")
@@ -85,22 +86,50 @@ class Config(Checked):
         """The steps that fractions of the run are of."""
         return self.optimizer.schedule_steps or self.train.steps
 
-    def accumulation_steps_at(self, step: int) -> int:
+    @property
+    def ramps_pipeline(self) -> bool:
+        """Whether the batch ramp moves in micro-batches of a pipeline, as a step is one round of it."""
+        return self.train.ramp_from is not None and self.mesh.pipe > 1 and self.train.accumulation_steps == 1
+
+    @property
+    def microbatches(self) -> int:
+        """Parts of a complete batch that the ramp moves in: rounds of accumulation, or micro-batches of a pipeline."""
+        return self.pipeline.microbatches if self.ramps_pipeline else self.train.accumulation_steps
+
+    @property
+    def ramp_levels(self) -> tuple[int, ...]:
+        """The numbers of micro-batches that steps have, ascending. In a pipeline two at a time: one enters at each end
+        of DualPipe."""
+        last, stride = self.microbatches, 2 if self.ramps_pipeline else 1
+        if self.train.ramp_from is None:
+            return (last,)
+        return (*range(self.train.ramp_from * last // self.train.batch_size, last, stride), last)
+
+    def microbatches_at(self, step: int) -> int:
         """Micro-batches of step `step`: the batch ramp moves in complete micro-batches, so that steps compile once."""
-        train = self.train
-        ramp_steps = math.ceil(train.ramp_until * self.schedule_steps)
-        if train.ramp_from is None or step >= ramp_steps:
-            return train.accumulation_steps
-        first = train.ramp_from * train.accumulation_steps // train.batch_size
-        return first + (train.accumulation_steps - first) * step // ramp_steps
+        ramp_steps = math.ceil(self.train.ramp_until * self.schedule_steps)
+        levels = self.ramp_levels
+        return levels[-1] if step >= ramp_steps else levels[(len(levels) - 1) * step // ramp_steps]
+
+    def sequences_at(self, step: int) -> int:
+        """Sequences of step `step`."""
+        return self.microbatches_at(step) * (self.train.batch_size // self.microbatches)
 
     def sequences_before(self, step: int) -> int:
         """Sequences consumed by all steps before `step`, of a run that never changed (`data.position`)."""
         train = self.train
-        rows = train.batch_size // train.accumulation_steps
         ramp_steps = math.ceil(train.ramp_until * self.schedule_steps) if train.ramp_from is not None else 0
-        ramped = sum(self.accumulation_steps_at(s) for s in range(min(step, ramp_steps)))
-        return rows * (ramped + train.accumulation_steps * max(0, step - ramp_steps))
+        ramped = sum(self.sequences_at(s) for s in range(min(step, ramp_steps)))
+        return ramped + train.batch_size * max(0, step - ramp_steps)
+
+    def _check_ramp(self):
+        first, batch = self.train.ramp_from, self.train.batch_size
+        if first is None or batch % self.microbatches:  # which is refused as such (`pipeline.model.check`)
+            return
+        rows = batch // self.microbatches
+        if first > batch or first % rows:
+            raise ConfigError(f"train.ramp_from={first} must be a multiple of the {rows} sequences of a micro-batch, "
+                              f"and at most batch_size={batch}.")
 
     def _check_lora(self):
         if self.model.fp8.enabled:

@@ -202,10 +202,6 @@ class TrainConfig(Checked, section="train"):
             raise ConfigError(f"train.profile={self.profile!r} should be two numbers of steps, such as '100:105'.")
         if self.prometheus is not None:
             object.__setattr__(self, "prometheus", usable_path("train.prometheus", self.prometheus, on_disk=True))
-        rows = self.batch_size // self.accumulation_steps
-        if self.ramp_from is not None and (self.ramp_from > self.batch_size or self.ramp_from % rows):
-            raise ConfigError(f"train.ramp_from={self.ramp_from} must be a multiple of the {rows} sequences of a "
-                              f"micro-batch, and at most batch_size={self.batch_size}.")
         if self.checkpoint_local is not None:
             folder = usable_path("train.checkpoint_local", self.checkpoint_local, on_disk=True)
             if not os.path.isabs(folder):

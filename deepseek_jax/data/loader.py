@@ -62,16 +62,21 @@ class Loader:
             0 is filling.
           weights: float32, same shape: 1 where a token is a target; 0 for prompts and for the first of a row, which
             is the last target of the sequence before.
-          active: int32, how many of the micro-batches this step uses. The others are all zeros.
+          active: int32, how many micro-batches this step uses: of the accumulation, or of the one round of a pipeline
+            whose batch ramp it is. The rows of others are all zeros.
         """
         shape = (self.train.accumulation_steps, self.rows, self.train.sequence_length + 1)
         tokens_MBT, segments_MBT = np.zeros((2, *shape), np.int32)
         weights_MBT = np.zeros(shape, np.float32)
-        active = self.config.accumulation_steps_at(step)
+        active = self.config.microbatches_at(step)
         first = self.position.sequences_before(self.config, step)
-        for m in range(active):
+        count = self.config.sequences_at(step)
+        for m in range(self.train.accumulation_steps):
             for row in range(self.rows):
-                window = self.sequence(first + (m * self.hosts + self.host) * self.rows + row)
+                at = (m * self.hosts + self.host) * self.rows + row
+                if at >= count:
+                    break
+                window = self.sequence(first + at)
                 tokens_MBT[m, row], segments_MBT[m, row] = window.tokens_T, window.segments_T
                 weights_MBT[m, row, 1:] = window.predicted_T[1:]
         return {"tokens": tokens_MBT, "weights": weights_MBT, "segment_ids": segments_MBT, "active": np.int32(active)}

@@ -91,6 +91,5 @@ def position_of(meta: dict[str, Any], config: Config) -> Position:
 def _reads(config: Config):
     """What decides which sequences a step has."""
     train = config.train
-    ramp = () if train.ramp_from is None else (train.ramp_from, train.ramp_until, train.accumulation_steps,
-                                               config.schedule_steps)
+    ramp = () if train.ramp_from is None else (train.ramp_until, config.ramp_levels, config.schedule_steps)
     return config.data.sources, config.data.stages, train.batch_size, ramp

@@ -25,7 +25,8 @@ from deepseek_jax.config.schema import ConfigError
 from deepseek_jax.pipeline.interleave import interleaved
 from deepseek_jax.pipeline.schedule import Schedule
 from deepseek_jax.pipeline.split import split
-from deepseek_jax.pipeline.tables import Ranks, Tables, tabulate
+from deepseek_jax.pipeline.tables import Ranks, Tables, stacked, tabulate
+from deepseek_jax.pipeline.ticks import Slots
 from deepseek_jax.pipeline.validate import validate
 
 
@@ -90,8 +91,8 @@ def rows(schedule: Schedule) -> list[int]:
     return [route.stage(rank, direction) for rank in range(schedule.ranks) for direction in directions]
 
 
-def pipelined(schedule: Schedule, model: Model, mesh: Any, specs: Arguments,
-              axis: str = "pipe") -> Callable[[Arguments], Result]:
+def pipelined(schedule: Schedule, model: Model, mesh: Any, specs: Arguments, axis: str = "pipe",
+              shorter: tuple[Schedule, ...] = ()) -> Callable[..., Result]:
     """Makes the function of a step: Arguments -> Result, with gradients. Call it under jit.
 
     Args:
@@ -99,18 +100,25 @@ def pipelined(schedule: Schedule, model: Model, mesh: Any, specs: Arguments,
       specs: PartitionSpecs, trees or prefixes of trees. Gradients are summed over the mesh axes that a parameter's spec
         does not name, sums over all axes (stage_sums: all except `pipe`).
       axis: the mesh axis of the pipeline's ranks.
+      shorter: schedules of fewer micro-batches that a step may follow instead. Then the function takes, after the
+        Arguments, an int32 scalar: which of (*shorter, schedule). Inputs of later micro-batches are not read.
     Raises:
       ScheduleError: the schedule's table is wrong.
       ConfigError: mesh, parameters or inputs do not fit the schedule, or a stage changes the shape of its activation.
     """
-    validate(schedule)
+    schedules = (*shorter, schedule)
+    for one in schedules:
+        validate(one)
     if mesh.shape[axis] != schedule.ranks:
         raise ConfigError(f"the schedule is for {schedule.ranks} ranks, the mesh has {axis}={mesh.shape[axis]}; make "
                           "both the same.")
-    tables = tabulate(schedule)
+    tables = stacked(schedules) if shorter else tabulate(schedule)
+    slots = Slots(*map(max, zip(*(one.slots for one in schedules))))
 
-    def body(arguments):
-        result = _Device(schedule, tables, model, arguments, axis).run()
+    def body(arguments, which):
+        table = jax.tree.map(jnp.asarray, (tables.ranks, tables.ends))
+        chosen = _at(table, which) if shorter else table
+        result = _Device(dataclasses.replace(schedule, slots=slots), tables, chosen, model, arguments, axis).run()
         total = functools.partial(lax.psum, axis_name=mesh.axis_names)
         others = tuple(name for name in mesh.axis_names if name != axis)
         return Result(
@@ -118,10 +126,10 @@ def pipelined(schedule: Schedule, model: Model, mesh: Any, specs: Arguments,
             shared=_reduce(result.shared, specs.shared, mesh), sums=jax.tree.map(total, result.sums),
             stage_sums=jax.tree.map(lambda s: lax.psum(s, others) if others else s, result.stage_sums))
 
-    def step(arguments: Arguments) -> Result:
+    def step(arguments: Arguments, which: jax.Array | int = 0) -> Result:
         _check(schedule, arguments)
         out = Result(loss=P(), params=specs.params, shared=specs.shared, stage_sums=P(axis), sums=P())
-        return jax.shard_map(body, mesh=mesh, in_specs=(specs,), out_specs=out, check_vma=False)(arguments)
+        return jax.shard_map(body, mesh=mesh, in_specs=(specs, P()), out_specs=out, check_vma=False)(arguments, which)
 
     return step
 
@@ -238,6 +246,7 @@ class _Device:
 
     schedule: Schedule
     tables: Tables
+    table: Any  # ranks and ends of the ticks to run
     model: Model
     arguments: Arguments
     axis: str
@@ -285,8 +294,7 @@ class _Device:
                      _zeros(_flat(self._pending), slots.deferred),
                      [_zeros(self.like_params) for _ in range(self.copies)])
         carry = _Carry(held, _zeros(self.x, slots.messages + 1), result)
-        table = jax.tree.map(jnp.asarray, (self.tables.ranks, self.tables.ends))
-        carry, _ = lax.scan(self._tick, carry, table)
+        carry, _ = lax.scan(self._tick, carry, self.table)
         dparams, sums = carry.held.dparams, carry.result.stage_sums
         if self.mirrors:
             # Two ranks ran each stage: the mirror rank's sums for this rank's stage are added to its own.

@@ -27,7 +27,7 @@ from jax.sharding import PartitionSpec as P
 
 from deepseek_jax.config import Config, ConfigError
 from deepseek_jax.model.block import mtp_block, residual_block
-from deepseek_jax.model.layers import RMSNorm, linear, wide
+from deepseek_jax.model.layers import RMSNorm, head_logits, linear, wide
 from deepseek_jax.model.mtp import ahead
 from deepseek_jax.model.rope import rope_table
 from deepseek_jax.model.router import check_routes_alone, sequence_loss
@@ -37,6 +37,7 @@ from deepseek_jax.parallel.context import in_parts
 from deepseek_jax.parallel.sharding import DATA, constrain_to_stage, leaf_sharding, paths
 from deepseek_jax.pipeline import Schedule, make_schedule
 from deepseek_jax.pipeline.execute import Arguments, Model, pipelined, rows
+from deepseek_jax.pipeline.forward import forwarded
 from deepseek_jax.training.losses import objective, token_losses
 from deepseek_jax.training.types import Batch, Normalizers, Sums
 
@@ -65,6 +66,12 @@ def check(config: Config) -> None:
     if mesh.pipe == 1:
         return
     schedule_of(config)
+    if config.ramps_pipeline:
+        try:
+            _schedule(config, config.ramp_levels[0])
+        except ConfigError as error:
+            raise ConfigError(f"train.ramp_from={config.train.ramp_from} is {config.ramp_levels[0]} micro-batches: "
+                              f"{error}") from error
     check_routes_alone(cfg, f"mesh.pipe={mesh.pipe}")
     for wrong, complaint in (
             (mesh.tensor > 1, f"mesh.tensor={mesh.tensor} has no place in a pipeline; take mesh.tensor=1"),
@@ -94,8 +101,11 @@ def check(config: Config) -> None:
 
 def schedule_of(config: Config) -> Schedule:
     """The schedule that the config asks for. Raises ConfigError."""
-    pipeline = config.pipeline
-    return make_schedule(pipeline.schedule, config.mesh.pipe, pipeline.microbatches, pipeline.deferred)
+    return _schedule(config, config.pipeline.microbatches)
+
+
+def _schedule(config, microbatches):
+    return make_schedule(config.pipeline.schedule, config.mesh.pipe, microbatches, config.pipeline.deferred)
 
 
 def slots(layers: int, schedule: Schedule) -> tuple[np.ndarray, np.ndarray]:
@@ -272,16 +282,18 @@ def _shared_moe(config, params, bias_E, context: TokenContext, h_BTD) -> tuple[j
 # The step.
 
 
-def gradients_of(config: Config, params: dict[str, Any], router: dict[str, jax.Array],
-                 step: jax.Array) -> Callable[[Batch, Normalizers], tuple[dict[str, Any], Sums]]:
-    """Brings the parameters to their ranks, and makes the function that a step calls once a micro-batch.
+class _Staged(NamedTuple):
+    """The arguments of a step without its inputs, and their specs. in_order: [stages, slots, ...] -> [layers, ...]."""
 
-    Args:
-      params, router: of the complete model, as a TrainState holds them. Inside jax.set_mesh.
-    Returns:
-      (batch [rows, T], which is cut into pipeline.microbatches, and its normalizers) -> gradients like params, sums.
-    """
-    schedule, mesh = schedule_of(config), jax.sharding.get_abstract_mesh()
+    layers: Any
+    fixed: dict[str, jax.Array]
+    shared: dict[str, Any]
+    specs: Arguments
+    in_order: Callable[[jax.Array], jax.Array]
+
+
+def _staged(config: Config, schedule: Schedule, params, router, mesh) -> _Staged:
+    """The parameters of the complete model, brought to the ranks of a schedule."""
     params = constrain_to_stage(params, mesh)
     layer_SL, real_SL = slots(config.model.num_moe_layers, schedule)
     layers = jax.tree.map(lambda a: a[layer_SL], params["layers"])
@@ -290,30 +302,97 @@ def gradients_of(config: Config, params: dict[str, Any], router: dict[str, jax.A
     shared |= {"mtp_bias": router["mtp_bias"]} if "mtp_bias" in router else {}
     specs = Arguments(params=_stage_specs(params["layers"], mesh), fixed=P(PIPE), shared=_end_specs(shared, mesh),
                       inputs=Inputs(P(None, DATA), P(), P()))  # pyright: ignore[reportArgumentType]: a prefix tree
-    model = Model(*(functools.partial(f, config) for f in (enter, stage, leave)), parts=listed, whole=stacked_again)
-    run = pipelined(schedule, model, mesh, specs)
     # Where each layer's gradient and counts are among the slots; the results of padding are dropped.
     found_L = np.flatnonzero(real_SL)[np.argsort(layer_SL[real_SL])]
-    in_order = lambda a: a.reshape(-1, *a.shape[2:])[found_L]
+    return _Staged(layers, fixed, shared, specs, lambda a: a.reshape(-1, *a.shape[2:])[found_L])
+
+
+def _of_micro(batch: Batch, normalizers: Normalizers, step, micro: int) -> Inputs:
+    """The inputs of `micro` micro-batches, stacked."""
+    parts = jax.tree.map(lambda a: a.reshape(micro, -1, *a.shape[1:]), batch)
+    return Inputs(parts, *jax.tree.map(lambda a: jnp.broadcast_to(a, (micro, *jnp.shape(a))), (normalizers, step)))
+
+
+def gradients_of(config: Config, params: dict[str, Any], router: dict[str, jax.Array], step: jax.Array,
+                 active: jax.Array) -> Callable[[Batch, Normalizers], tuple[dict[str, Any], Sums]]:
+    """Brings the parameters to their ranks, and makes the function that a step calls once a micro-batch.
+
+    Args:
+      params, router: of the complete model, as a TrainState holds them. Inside jax.set_mesh.
+      active: int32, the micro-batches of this step where config.ramps_pipeline; the first ones count.
+    Returns:
+      (batch [rows, T], which is cut into pipeline.microbatches, and its normalizers) -> gradients like params, sums.
+    """
+    schedule, mesh = schedule_of(config), jax.sharding.get_abstract_mesh()
+    layers, fixed, shared, specs, in_order = _staged(config, schedule, params, router, mesh)
+    model = Model(*(functools.partial(f, config) for f in (enter, stage, leave)), parts=listed, whole=stacked_again)
+    levels = config.ramp_levels if config.ramps_pipeline else (schedule.microbatches,)
+    shorter = tuple(_schedule(config, micro) for micro in levels[:-1])
+    run = pipelined(schedule, model, mesh, specs, shorter=shorter)
+    micro, which = (active, jnp.searchsorted(jnp.array(levels), active)) if shorter else (schedule.microbatches, 0)
 
     def gradients(batch: Batch, normalizers: Normalizers) -> tuple[dict[str, Any], Sums]:
-        micro = schedule.microbatches
         normalizers = normalizers._replace(share=normalizers.share / (micro * config.mesh.token_shards))
-        of_micro = jax.tree.map(lambda a: a.reshape(micro, -1, *a.shape[1:]), batch)
-        rest = jax.tree.map(lambda a: jnp.broadcast_to(a, (micro, *jnp.shape(a))), (normalizers, jnp.asarray(step)))
-        result = run(Arguments(layers, fixed, shared, Inputs(of_micro, *rest)))
+        inputs = _of_micro(batch, normalizers, jnp.asarray(step), schedule.microbatches)
+        result = run(Arguments(layers, fixed, shared, inputs), which)
         grads = constrain_to_stage({name: tree for name, tree in result.shared.items() if name != "mtp_bias"}, mesh)
         stacked = constrain_to_stage({"layers": result.params}, mesh, stacked=True)
         grads["layers"] = jax.tree.map(in_order, stacked["layers"])
-        sums, of_layers = result.sums, jax.tree.map(in_order, result.stage_sums)
-        traffic = jax.tree.map(lambda n_L: n_L.sum(), of_layers.traffic)
-        if sums.traffic is not None:
-            traffic = jax.tree.map(jnp.add, traffic, sums.traffic)
-        balance = of_layers.sequence_loss.sum() / _balanced_layers(config.model) + sums.sequence_loss
-        return grads, sums._replace(counts={"bias": of_layers.counts} | sums.counts, traffic=traffic,
-                                    sequence_loss=balance / (micro * config.mesh.token_shards))
+        return grads, _joined(config, jax.tree.map(in_order, result.stage_sums), result.sums, micro)
 
     return gradients
+
+
+def _joined(config, of_layers: StageSums, sums: Sums, micro: int | jax.Array) -> Sums:
+    """The sums of a batch, of those of its layers and of those at the end."""
+    traffic = jax.tree.map(lambda n_L: n_L.sum(), of_layers.traffic)
+    if sums.traffic is not None:
+        traffic = jax.tree.map(jnp.add, traffic, sums.traffic)
+    balance = of_layers.sequence_loss.sum() / _balanced_layers(config.model) + sums.sequence_loss
+    return sums._replace(counts={"bias": of_layers.counts} | sums.counts, traffic=traffic,
+                         sequence_loss=balance / (micro * config.mesh.token_shards))
+
+
+# Without gradients.
+
+
+def score(config: Config, params: dict[str, Any], router: dict[str, jax.Array], batch: Batch) -> Sums:
+    """The sums of a batch [rows, T], which is cut into pipeline.microbatches. Inside jax.set_mesh.
+
+    params, router: as in `gradients_of`.
+    """
+    micro, none_D = config.pipeline.microbatches, jnp.ones(config.model.mtp_depth)
+    stage_sums, sums = _forward(config, params, router, leave, _of_micro(
+        batch, Normalizers(jnp.ones(()), none_D, 0.0, 1 / (micro * config.mesh.token_shards)), None, micro))
+    return _joined(config, stage_sums, sums, micro)
+
+
+def logits_of_one(config: Config, params: dict[str, Any], router: dict[str, jax.Array], batch: Batch) -> jax.Array:
+    """The logits [W] of the token whose weight is 1 in a micro-batch, where all others weigh 0; as in `score`, for a
+    config without MTP."""
+    inputs = _of_micro(batch, Normalizers(jnp.ones(()), jnp.ones(0), 0.0, 1.0), None, 1)
+    own = {name: tree for name, tree in params.items() if not name.startswith("mtp_")}
+    return _forward(config, own, {name: bias for name, bias in router.items() if name == "bias"}, _leave_logits,
+                    inputs)[1]
+
+
+def _leave_logits(config, shared, x_BTD, inputs: Inputs) -> tuple[jax.Array, jax.Array]:
+    """`leave`, with this device's part of the logits of the token that has the weight."""
+    weights_BT = in_parts(inputs.batch.weights_BT)
+    h_D = jnp.where(weights_BT[:, :, None] > 0, _norm(config.model, shared["norm"])(x_BTD), 0).sum(axis=(0, 1))
+    part_W = head_logits(h_D[None], shared["head"])[0]
+    logits_W = jnp.zeros(config.model.vocab_size, part_W.dtype)
+    at = lax.axis_index(PIPE) * len(part_W)
+    return jnp.zeros(()), lax.dynamic_update_slice_in_dim(logits_W, part_W, at, 0)
+
+
+def _forward(config, params, router, leave, inputs: Inputs) -> tuple[StageSums, Any]:
+    """(sums of each MoE layer, sums of `leave`)."""
+    mesh, ranks = jax.sharding.get_abstract_mesh(), config.mesh.pipe
+    layers, fixed, shared, specs, in_order = _staged(config, make_schedule("gpipe", ranks, 1), params, router, mesh)
+    model = Model(*(functools.partial(f, config) for f in (enter, stage, leave)), parts=listed)
+    stage_sums, sums = forwarded(ranks, model, mesh, specs)(Arguments(layers, fixed, shared, inputs))
+    return jax.tree.map(in_order, stage_sums), sums
 
 
 def _stage_specs(layers, mesh):

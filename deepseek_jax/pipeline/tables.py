@@ -1,6 +1,6 @@
 """A schedule as arrays of integers, one row a tick, which the executor reads while it runs (no jax here)."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -100,6 +100,30 @@ def tabulate(schedule: Schedule) -> Tables:
             from_before = (op.kind == "F") == (op.direction == 0)
             ranks.arrivals[when[source], rank, 2 * (not from_before) + (op.kind != "F")] = op.message
     return Tables(branches, entrances, exits, ranks, ends)
+
+
+def stacked(schedules: Sequence[Schedule]) -> Tables:
+    """The tables of schedules that differ in their micro-batches, along a new first axis; the last is the longest.
+
+    A shorter one is idle at its end. Slots are numbered by the one that has most of them.
+    """
+    each = [tabulate(schedule) for schedule in schedules]
+    ticks = max(len(table.ends.enter) for table in each)
+    branches = tuple(sorted({(), *(cell for table in each for cell in table.branches)}))
+    most = max(schedule.slots.messages for schedule in schedules)
+
+    def padded(a, value):
+        return np.pad(a, ((0, ticks - len(a)), *((0, 0),) * (a.ndim - 1)), constant_values=value)
+
+    def ranks(table):
+        of_all = np.array([branches.index(cell) for cell in table.branches], np.int32)
+        named = table.ranks._replace(branch=of_all[table.ranks.branch])._asdict()
+        fill = {"branch": branches.index(()), "arrivals": most}
+        return Ranks(**{name: padded(a, fill.get(name, 0)) for name, a in named.items()})
+
+    along = lambda trees: type(trees[0])(*(np.stack(arrays) for arrays in zip(*trees)))
+    return Tables(branches, each[0].entrances, each[0].exits, along([ranks(table) for table in each]),
+                  along([Ends(*(padded(a, -1) for a in table.ends)) for table in each]))
 
 
 def operations(schedule: Schedule) -> Iterator[tuple[int, int, Op]]:

@@ -151,7 +151,7 @@ class PairLoader:
     def batch(self, step: int) -> dict[str, Any]:
         """This host's part of step `step`, in the form of `data.loader.Loader.batch`."""
         train = self.config.train
-        active = self.config.accumulation_steps_at(step)
+        active = self.config.microbatches_at(step)
         first = self.position.sequences_before(self.config, step) // 2
         micro = [self.rows_of([self.pair(first + (m * self.hosts + self.host) * self.pairs + i)
                                for i in range(self.pairs)] if m < active else [])

@@ -87,14 +87,15 @@ def _gigabytes(size):
 
 def draw_report(path: str, report: dict[str, Any]) -> None:
     """Draws a report of `deepseek_jax.compile`, as it returns or writes it."""
-    if decode := report.get("program") == "decode":
+    program = report.get("program", "train")
+    if program == "decode":
         title = (f"{report['model']}, a decode step of {report['sequences']} x {report['length']} tokens; compiled for "
                  f"{report['target']}, each device with a complete copy")
     else:
         what = (f"{'FP8' if report['fp8'] else 'bf16'}, remat {report['remat']}, {report['sequence_length']} tokens, "
                 f"capacity {report['mesh']['capacity']}")
-        title = f"{report['model']} on {report['target']}, {what}\n{report['layout']}"
-    given = "weights, cache, batch" if decode else "masters, moments, batch"
+        title = f"{report['model']} on {report['target']}, {program}, {what}\n{report['layout']}"
+    given = {"train": "masters, moments, batch", "decode": "weights, cache, batch"}.get(program, "masters, batch")
     labels = LABELS | {"arguments": f"arguments ({given})", "temporaries": "all else (temporaries)",
                        "cache": "latent cache"}
     bars = {name: report[key] for key, name in BARS.items() if isinstance(report.get(key), dict)}

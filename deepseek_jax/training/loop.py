@@ -47,6 +47,7 @@ from deepseek_jax.training.base import in_full, load_base
 from deepseek_jax.training.evaluate import evaluate
 from deepseek_jax.training.metrics import MetricsWriter, all_layers, balance_metrics
 from deepseek_jax.training.program import describe_machine, describe_program
+from deepseek_jax.training.sample import sample_on_mesh, sample_prompt
 from deepseek_jax.training.selfcheck import check_device
 from deepseek_jax.training.start import check_branch, check_length, check_start, restore, starting_state
 from deepseek_jax.training.step import (
@@ -80,9 +81,9 @@ class TrainResult(NamedTuple):
     """What a call of `train` did.
 
     finished: False when a signal ended it early (its state is saved). step: steps done. variables: params and router
-    for a sample, on the host where the run has a mesh; None unless it finished and train.sample_tokens asks for one,
-    and next to a base in FP8, whose device may have no room for the model as it is sampled from.
-    held_out: the beginning of the validation text.
+    for a sample, of a run on one device; None unless it finished and train.sample_tokens asks for one, and next to a
+    base in FP8, whose device may have no room for the model as it is sampled from. sample: of a run on a mesh, which
+    has drawn it there; None as `variables`. held_out: the beginning of the validation text.
     """
 
     finished: bool
@@ -90,6 +91,7 @@ class TrainResult(NamedTuple):
     variables: dict[str, Any] | None
     tokenizer: Tokenizer
     held_out: str
+    sample: str | None = None
 
 
 def check_run(config: Config, workdir: str) -> Runner:
@@ -141,9 +143,10 @@ def _trained(config, workdir, loader, runner, kind: type[Run]):
     with closing(kind(config, workdir, loader, runner)) as run:
         finished = run.go()
         wanted = finished and config.train.sample_tokens and not config.lora.fp8
-        variables = run.sample_variables() if wanted else None
         held_out = loader.tokenizer.decode(loader.validation.read(0, 32).tokens_T.tolist())
-        return TrainResult(finished, run.step, variables, loader.tokenizer, held_out)
+        variables = run.sample_variables() if wanted and runner.mesh is None else None
+        sample = run.sample(held_out) if wanted and runner.mesh is not None else None
+        return TrainResult(finished, run.step, variables, loader.tokenizer, held_out, sample)
 
 
 @contextlib.contextmanager
@@ -281,6 +284,14 @@ class Run:
             params = merge(in_full(self.config, base), params, self.config.lora.scale)
         return {"params": params, "router": router}
 
+    def sample(self, held_out: str) -> str:
+        """A continuation of the prompt, drawn on the mesh by all processes together."""
+        tokenizer = self.loader.tokenizer
+        prompt = sample_prompt(self.config, tokenizer, held_out)
+        made = sample_on_mesh(self.config, self.runner, (self.state.params, self.state.router, self.frozen_params),
+                              prompt, tokenizer.eos)
+        return tokenizer.decode([*prompt[1:], *made])
+
     def batches(self) -> Iterator[tuple[int, dict[str, Any]]]:
         """(step, batch) of the remaining steps; each is asked for after the step before it."""
         return self.loader.iterate(self.step)
@@ -295,8 +306,8 @@ class Run:
             self.step = index + 1
             if pending is not None:
                 self._record(pending, bar)  # while the devices work on the step after it
-            tokens = int(batch["active"]) * self.runner.rows * train.sequence_length
-            pending = Pending(self.step, tokens, metrics)
+            sequences = int(batch["active"]) * (train.batch_size // self.config.microbatches)
+            pending = Pending(self.step, sequences * train.sequence_length, metrics)
             stopped_by = self.agreement.stopped_by(self.step, self.asked)
             last = self.step == train.steps
             evaluating = last or self.step % train.eval_every == 0

@@ -18,7 +18,7 @@ from deepseek_jax.config import Config
 from deepseek_jax.model import DeepSeekV3, Output, lora
 from deepseek_jax.model.router import bias_rule
 from deepseek_jax.parallel.sharding import constrain_to_compute, constrain_to_storage
-from deepseek_jax.pipeline.model import gradients_of
+from deepseek_jax.pipeline.model import gradients_of, score
 from deepseek_jax.training.losses import objective, shifted_targets, token_losses, with_indexer
 from deepseek_jax.training.optimizer import learning_rate, make_optimizer, only_indexer
 from deepseek_jax.training.types import Batch, Metrics, Normalizers, Sums, TokenLosses
@@ -169,18 +169,20 @@ def accumulate(config: Config, params: dict[str, Any], router: dict[str, jax.Arr
 
     Args:
       batch: tokens int32, weights float32, segment_ids int32, each [M, b, T + 1], and `active` int32, how many of
-        the M micro-batches count (see `data.loader`). Others that `loss` reads: as Inputs says, after an axis M.
+        the M micro-batches count, or of those that a pipeline cuts a single one into (see `data.loader`). Others
+        that `loss` reads: as Inputs says, after an axis M.
       loss: of one micro-batch; a pipeline computes `next_token_loss` alone.
       base: frozen parameters that `params` are adapters of; None: there are none.
       reference: as Inputs has it.
     """
-    counted_M = jnp.arange(config.train.accumulation_steps) < batch["active"]
+    rounds = _rounds(config, batch)
+    counted_M = jnp.arange(config.train.accumulation_steps) < rounds
     parts = {name: x for name, x in batch.items() if name != "active"}
     parts["weights"] = jnp.where(counted_M[:, None, None], parts["weights"], 0)
     weight, mtp_weight_D = (w.sum(axis=0) for w in jax.vmap(lambda micro: _target_weights(config, micro))(parts))
     normalizers = Normalizers(jnp.maximum(weight, 1), jnp.maximum(mtp_weight_D, 1), mtp_weight(config, step),
-                              1 / batch["active"])
-    gradients = _gradients(config, params, router, normalizers, step,
+                              1 / rounds)
+    gradients = _gradients(config, params, router, normalizers, step, batch["active"],
                            lambda config, params, inputs: loss(config, complete(config, params, base),
                                                                inputs._replace(reference=reference)))
 
@@ -190,14 +192,19 @@ def accumulate(config: Config, params: dict[str, Any], router: dict[str, jax.Arr
 
     if config.train.accumulation_steps == 1:
         return one(0)
-    return jax.lax.fori_loop(1, batch["active"], lambda m, total: jax.tree.map(jnp.add, total, one(m)), one(0))
+    return jax.lax.fori_loop(1, rounds, lambda m, total: jax.tree.map(jnp.add, total, one(m)), one(0))
 
 
-def _gradients(config, params, router, normalizers, step,
+def _rounds(config, batch):
+    """Rounds of accumulation that count."""
+    return jnp.int32(1) if config.ramps_pipeline else batch["active"]
+
+
+def _gradients(config, params, router, normalizers, step, active,
                loss: Loss) -> Callable[[dict[str, jax.Array]], tuple[dict[str, Any], Sums]]:
     """The function of one micro-batch, with or without a pipeline."""
     if config.mesh.pipe > 1:
-        pipeline = gradients_of(config, params, router, step)
+        pipeline = gradients_of(config, params, router, step, active)
         return lambda micro: pipeline(of_rows(config, micro), normalizers)
     working = constrain_to_compute(params)
 
@@ -226,18 +233,18 @@ def train_step(config: Config, state: TrainState, batch: dict[str, Any], base: d
         decay = config.train.ema_decay
         ema = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, ema, params)
     router, balancer = _move_biases(config, state, sums.counts)
-    metrics = _metrics(config, state.step, grads, sums, batch["active"], router)
+    metrics = _metrics(config, state.step, grads, sums, _rounds(config, batch), router)
     return TrainState(state.step + 1, params, opt_state, router, ema, state.rng, balancer), metrics
 
 
-def _metrics(config, step, grads, sums: Sums, active, router: dict[str, jax.Array]) -> Metrics:
+def _metrics(config, step, grads, sums: Sums, rounds, router: dict[str, jax.Array]) -> Metrics:
     losses, none, biases = sums.losses, jnp.zeros(()), jax.tree.leaves(router)
     mtp_loss_D = losses.mtp_nats_D / jnp.maximum(losses.mtp_weight_D, 1)
     return Metrics(
         loss=losses.nats / jnp.maximum(losses.weight, 1),
         mtp_loss=mtp_loss_D.mean() if config.model.mtp_depth else none,
         lr=learning_rate(config.optimizer, config.schedule_steps)(step), grad_norm=_norm(grads),
-        sequence_loss=sums.sequence_loss / active, auxiliary_loss=sums.auxiliary_loss / active,
+        sequence_loss=sums.sequence_loss / rounds, auxiliary_loss=sums.auxiliary_loss / rounds,
         bias_low=jnp.stack([b.min() for b in biases]).min() if biases else none,
         bias_high=jnp.stack([b.max() for b in biases]).max() if biases else none,
         counts=sums.counts, traffic=sums.traffic,
@@ -262,7 +269,9 @@ def _move_biases(config: Config, state: TrainState, counts) -> tuple[dict[str, j
 
 def eval_step(config: Config, params: dict[str, Any], router: dict[str, jax.Array], micro: dict[str, Any],
               base: dict[str, Any] | None = None) -> Sums:
-    """Sums of one validation batch [b, T + 1]. base: as in `accumulate`."""
+    """Sums of one validation batch [b, T + 1]; a pipeline cuts it as it does in training. base: as in `accumulate`."""
+    if config.mesh.pipe > 1:
+        return score(config, params, router, of_rows(config, micro))
     params = complete(config, constrain_to_compute(params), base)
     output, losses = forward(config, params, router, of_rows(config, micro))
     return sums_of(output, losses)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 from deepseek_jax.config import Config
@@ -12,8 +11,7 @@ from deepseek_jax.plots.training import plot_expert_load, plot_loss
 from deepseek_jax.serving import generate
 from deepseek_jax.training.loop import TrainResult
 from deepseek_jax.training.metrics import LAST_STEPS, read_metrics
-
-PROMPT_WORDS = 4
+from deepseek_jax.training.sample import TEMPERATURE, sample_prompt
 
 
 def summarize(config: Config, workdir: str, result: TrainResult) -> None:
@@ -35,12 +33,13 @@ def summarize(config: Config, workdir: str, result: TrainResult) -> None:
     print("Pictures: " + ", ".join(str(p) for p in pictures))
     if result.variables is not None:
         print("Sample:\n" + sample(config, result.variables, result.tokenizer, result.held_out))
+    if result.sample is not None:
+        print("Sample:\n" + result.sample)
 
 
 def sample(config: Config, variables: dict[str, Any], tokenizer: Tokenizer, held_out: str = "") -> str:
-    """A continuation of config.train.sample_prompt, or of the first words of `held_out`, drawn at temperature 0.8."""
-    words = re.findall(r"\s*\S+", held_out)[:PROMPT_WORDS]
-    prompt = [tokenizer.bos, *tokenizer.encode(config.train.sample_prompt or "".join(words))]
-    made = generate(config.model, variables, [prompt], config.train.sample_tokens, temperature=0.8,
+    """A continuation of config.train.sample_prompt, or of the first words of `held_out`, drawn by the engine."""
+    prompt = sample_prompt(config, tokenizer, held_out)
+    made = generate(config.model, variables, [prompt], config.train.sample_tokens, temperature=TEMPERATURE,
                     seed=config.train.seed, eos_id=tokenizer.eos)
     return tokenizer.decode([*prompt[1:], *made.tokens[0]])

@@ -425,12 +425,12 @@ def test_the_data_position_is_the_sum_of_all_batches_before(config):
     rows, position = config.train.batch_size // config.train.accumulation_steps, 0
     for step in range(config.train.steps + 2):
         assert config.sequences_before(step) == position
-        position += rows * config.accumulation_steps_at(step)
+        position += rows * config.microbatches_at(step)
 
 
 @given(ramps())
 def test_the_ramp_rises_from_its_start_to_the_whole_batch(config):
-    train, counts = config.train, [config.accumulation_steps_at(step) for step in range(config.train.steps + 1)]
+    train, counts = config.train, [config.microbatches_at(step) for step in range(config.train.steps + 1)]
     rows = train.batch_size // train.accumulation_steps
     assert counts == sorted(counts) and counts[-1] == train.accumulation_steps
     if train.ramp_from is None or train.ramp_until == 0:

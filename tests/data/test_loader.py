@@ -1,12 +1,15 @@
 """A batch is a function of the step: of no step before it, of no number of hosts, of no restart."""
 
+import dataclasses
 import json
 
 import numpy as np
 import pytest
 
-from deepseek_jax.config import ConfigError
-from deepseek_jax.data.loader import short_names
+from deepseek_jax.config import ConfigError, MeshConfig
+from deepseek_jax.config.mesh import PipelineConfig
+from deepseek_jax.data.loader import Loader, short_names
+from deepseek_jax.data.prepare import prepare
 
 FIELDS = ("tokens", "weights", "segment_ids", "active")
 
@@ -91,6 +94,22 @@ def test_the_ramp_fills_only_active_micro_batches_and_skips_no_row(make_loader, 
         assert batch["weights"][:n, :, 1:].all()
     rows = np.concatenate([b["tokens"][:n].reshape(-1, 65) for b, n in zip(batches, active)])
     np.testing.assert_array_equal(rows, [loader.sequence(g).tokens_T for g in range(len(rows))])
+
+
+def test_the_ramp_of_a_pipeline_fills_the_first_micro_batches_of_a_round(make_config, folder, tmp_path):
+    made = make_config(folder, batch_size=16)
+    config = dataclasses.replace(made, mesh=MeshConfig(pipe=2), pipeline=PipelineConfig("dualpipe", 8),
+                                 train=dataclasses.replace(made.train, ramp_from=8, ramp_until=0.3))
+    prepared = prepare(config, str(tmp_path / "work"))
+    hosts, rows, active = [Loader(config, prepared, host, 2) for host in range(2)], [], []
+    for step in range(8):
+        batch = {name: np.concatenate([x[name][0] for x in parts]) for parts in [[h.batch(step) for h in hosts]]
+                 for name in FIELDS[:3]}
+        active.append(int(hosts[0].batch(step)["active"]))
+        assert not any(x[2 * active[-1]:].any() for x in batch.values())
+        rows += list(batch["tokens"][:2 * active[-1]])
+    assert active == [4, 4, 4, 6, 6, 6, 8, 8]
+    np.testing.assert_array_equal(rows, [hosts[0].sequence(g).tokens_T for g in range(len(rows))])
 
 
 @pytest.mark.parametrize("prefetch", [0, 1, 4])

@@ -71,7 +71,7 @@ def test_a_ramp_of_another_length_goes_on_after_what_was_read():
     short, long = config_of(("a", 1.0), steps=20, **ramp), config_of(("a", 1.0), steps=200, **ramp)
     changed = beginning(short).after(short, long, 15)
     assert changed.sequence == short.sequences_before(15) != long.sequences_before(15)
-    assert changed.sequences_before(long, 16) == changed.sequence + 2 * long.accumulation_steps_at(15)
+    assert changed.sequences_before(long, 16) == changed.sequence + 2 * long.microbatches_at(15)
 
 
 def test_the_position_comes_back_from_json():

@@ -388,8 +388,8 @@ MUTATIONS = [
     Mutation(
         name="layers are sought in the first slots",
         file="deepseek_jax/pipeline/model.py",
-        old="[found_L]\n",
-        new="[:len(found_L)]\n",
+        old="[found_L])\n",
+        new="[:len(found_L)])\n",
         tests="pipeline/test_model.py::test_in_float64_losses_gradients_and_loads_are_those_without_a_pipeline[1f1b]",
     ),
     Mutation(
@@ -468,5 +468,40 @@ MUTATIONS = [
         old="cfg.num_heads if heads else 0",
         new="0",
         tests="pipeline/test_model.py::test_what_does_not_fit_the_pipeline_is_refused_with_what_would",
+    ),
+    Mutation(
+        name="a tick in which a stage has no micro-batch counts in an evaluation",
+        file="deepseek_jax/pipeline/forward.py",
+        old="(t >= rank) & (t < rank + microbatches)",
+        new="t >= 0",
+        tests="pipeline/test_model.py::test_validation_losses_are_those_of_one_device",
+    ),
+    Mutation(
+        name="an evaluation counts what leaves before the first micro-batch arrives",
+        file="deepseek_jax/pipeline/forward.py",
+        old="add(t >= ranks - 1)",
+        new="add(t >= 0)",
+        tests="pipeline/test_model.py::test_validation_losses_are_those_of_one_device",
+    ),
+    Mutation(
+        name="each rank of a pipeline gives the logits of the first part of the vocabulary",
+        file="deepseek_jax/pipeline/model.py",
+        old="at = lax.axis_index(PIPE) * len(part_W)",
+        new="at = 0",
+        tests="training/test_sample.py",
+    ),
+    Mutation(
+        name="a micro-batch leaves in the idle ticks of a short step",
+        file="deepseek_jax/pipeline/tables.py",
+        old="padded(a, -1)",
+        new="padded(a, 0)",
+        tests="pipeline/test_model.py::test_a_step_of_the_batch_ramp_is_one_of_its_first_micro_batches",
+    ),
+    Mutation(
+        name="a step of the batch ramp follows the longest schedule",
+        file="deepseek_jax/pipeline/model.py",
+        old="jnp.searchsorted(jnp.array(levels), active))",
+        new="len(levels) - 1)",
+        tests="pipeline/test_model.py::test_a_step_of_the_batch_ramp_is_one_of_its_first_micro_batches",
     ),
 ]

@@ -160,6 +160,35 @@ def test_validation_losses_are_those_of_one_device():
     jax.tree.map(np.testing.assert_array_equal, found.counts, expected.counts)
 
 
+@pytest.mark.parametrize(("schedule", "active"), [("dualpipe", 8), pytest.param("zb1p", 2, marks=pytest.mark.slow),
+                                                  pytest.param("dualpipe", 4, marks=pytest.mark.slow)])
+def test_a_step_of_the_batch_ramp_is_one_of_its_first_micro_batches(schedule, active):
+    """One program runs schedules of 2, 4, ... 12 micro-batches; rows that do not count are not read. Powers of two, by
+    which float32 divides exactly."""
+    case = config(schedule, (2, 1, 2), 12, num_layers=4)
+    first = 4 if schedule == "dualpipe" else 2
+    case = dataclasses.replace(case, train=dataclasses.replace(case.train, batch_size=24, ramp_from=2 * first))
+    check(case)
+    assert case.ramp_levels == tuple(range(first, 13, 2))
+    rows = 2 * active
+    small = dataclasses.replace(case, mesh=MeshConfig(), pipeline=PipelineConfig(), train=dataclasses.replace(
+        case.train, batch_size=rows, ramp_from=None))
+    made = batch(case)
+    made["weights"][:, rows:] = 0
+    with float64():
+        run, (params, router, _) = compiled(case)
+        arguments = params, router, made | {"active": np.int32(active)}
+        grads, sums = jax.device_get(run(*jax.device_put(arguments, jax.tree.map(lambda x: x, run.input_shardings[0]))))
+        of_rows = {name: x[:, :rows] if np.ndim(x) else x for name, x in made.items()}
+        same, expected = jax.device_get(compiled(small)[0](params, router, of_rows))
+
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-11), grads, same)
+    for name in ("nats", "weight", "mtp_nats_D", "mtp_weight_D"):
+        np.testing.assert_allclose(getattr(sums.losses, name), getattr(expected.losses, name), rtol=1e-12)
+    np.testing.assert_allclose(sums.sequence_loss, expected.sequence_loss, rtol=1e-12)
+    jax.tree.map(np.testing.assert_array_equal, sums.counts, expected.counts)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "dualpipe"])
 def test_the_program_knows_the_number_of_micro_batches_only_by_what_the_schedule_keeps(schedule):
@@ -242,12 +271,15 @@ def test_what_padding_wastes_is_said():
         (dict(schedule="pipedream"), "schedule 'pipedream' is unknown; take one of gpipe, 1f1b"),
         (dict(schedule="1f1b", microbatches=6), "pipeline.microbatches=6 .* into 6 parts, and it has 16 sequences .* a "
                                                 "multiple of 6"),
+        (dict(microbatches=8, ramp_from=8), "train.ramp_from=8 is 4 micro-batches: dualpipe over 4 ranks needs"),
         (dict(num_heads=2), "mesh.pipe=4 does not divide model.num_heads=2, .* take a divisor of 2"),
         (dict(num_layers=1), "made of MoE layers, and the model has none; take mesh.pipe=1"),
     ])
 def test_what_does_not_fit_the_pipeline_is_refused_with_what_would(changes, complaint):
+    ramp_from = changes.get("ramp_from")
+    made = config(**{name: value for name, value in changes.items() if name != "ramp_from"})
     with pytest.raises(ConfigError, match=complaint) as error:
-        check(config(**changes))
+        check(dataclasses.replace(made, train=dataclasses.replace(made.train, ramp_from=ramp_from)))
     assert "\n" not in str(error.value)
 
 

@@ -27,10 +27,10 @@ def test_with_a_length_that_is_given_nothing_depends_on_how_long_the_run_is():
                    for steps in (20, 40))
     alone = config_of(steps=40, **RAMP)
     for step in range(20):
-        found = [(c.accumulation_steps_at(step), c.sequences_before(step), float(mtp_weight(c, jnp.int32(step))),
+        found = [(c.microbatches_at(step), c.sequences_before(step), float(mtp_weight(c, jnp.int32(step))),
                   float(learning_rate(c.optimizer, c.schedule_steps)(jnp.int32(step)))) for c in (short, long, alone)]
         assert found[0] == found[1] == found[2]
-    assert config_of(steps=20, **RAMP).accumulation_steps_at(8) != short.accumulation_steps_at(8)
+    assert config_of(steps=20, **RAMP).microbatches_at(8) != short.microbatches_at(8)
 
 
 @pytest.fixture

@@ -145,25 +145,29 @@ def measure_step(model: ModelConfig, layout: Layout, target: str, lora: LoraConf
     """Compiles the step; returns what it takes, and what the planner predicted where all is trained. JSON-able."""
     config = config_of(model, layout, lora)
     compiled, made = compile_step(config, target)
-    found, planned = bytes_of(compiled), {}
+    planned = {}
     if lora.rank is None:
         planned = memory.bytes_per_device(model, layout, targets.kernels_of(target), config.train.loss_chunk)
+    found = described(model, layout, target, compiled, bytes_of(compiled))
+    cost, total = compiled.cost_analysis() or {}, sum(planned.values())
+    return {**found, **({"planned": planned, "planned_bytes_per_device": total,
+                         "planned_over_compiled": total / found["bytes_per_device"]} if planned else
+                        {"lora": lora.rank, "base_fp8": lora.fp8}),
+            "waits": _waits(model, layout, compiled.as_text() or "", target), "flops_once": cost.get("flops"),
+            "bytes_accessed_once": cost.get("bytes accessed"), **made}
+
+
+def described(model: ModelConfig, layout: Layout, target: str, compiled: Any, found: dict[str, int]) -> dict[str, Any]:
+    """What every compiled program of a layout has in its report. found: its bytes per device by kind."""
     total, capacity = sum(found.values()), targets.memory_of(target)
-    text = compiled.as_text() or ""
-    collectives = hlo.collectives(text, config.mesh.sizes)
-    cost = compiled.cost_analysis() or {}
+    collectives = hlo.collectives(compiled.as_text() or "", layout.mesh.sizes)
     return {"target": target, "devices": layout.mesh.devices, "layout": layout.name,
             "mesh": dataclasses.asdict(layout.mesh), "schedule": layout.schedule if layout.mesh.pipe > 1 else None,
             "micro_batches": layout.microbatches, "rows": layout.rows, "deferred": layout.deferred,
             "sequence_length": layout.sequence_length, "fp8": model.fp8.enabled, "remat": model.remat,
             "jax": jax.__version__, "bytes": found, "bytes_per_device": total, "memory": capacity,
             "fits": total <= capacity,
-            **({"planned": planned, "planned_bytes_per_device": sum(planned.values()),
-                "planned_over_compiled": sum(planned.values()) / total} if planned else
-               {"lora": lora.rank, "base_fp8": lora.fp8}),
-            "collectives": hlo.table(collectives), "exposed": sum(not one.products for one in collectives),
-            "waits": _waits(model, layout, text, target), "flops_once": cost.get("flops"),
-            "bytes_accessed_once": cost.get("bytes accessed"), **made}
+            "collectives": hlo.table(collectives), "exposed": sum(not one.products for one in collectives)}
 
 
 def _waits(model, layout, text, target):

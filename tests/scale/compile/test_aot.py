@@ -1,17 +1,22 @@
 """Programs compiled for machines that are not here: what is compiled, and (slow) what the compiler says of it."""
 
 import dataclasses
+import functools
 import importlib.util
 import json
 import os
 import subprocess
 import sys
 
+import jax
 import pytest
 
 from deepseek_jax.config import ConfigError, FP8Config, MeshConfig, model_config
+from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.scale.compile.aot import config_of, kernels_in
+from deepseek_jax.scale.compile.aot_forward import PROGRAMS, lowered_program
 from deepseek_jax.scale.layout import Layout, Split, make_layout
+from deepseek_jax.training.step import init_state
 
 
 def test_the_program_of_a_layout_is_the_training_run_that_it_describes():
@@ -45,6 +50,21 @@ def test_kernels_of_a_program_are_counted_with_the_most_that_one_of_them_takes(t
 
     assert (row["kernel"], row["count"], row["registers"], row["spill_bytes"]) == ("kernel", 2, 254, 0)
     assert row["shared_bytes"] == 1024
+
+
+def test_what_the_state_holds_besides_parameters_counts_between_steps():
+    layout = Layout(MeshConfig(local=4, node=2), microbatches=4, rows=2, sequence_length=256, ema=True)
+    config = config_of(model_config("tiny"), layout)
+    state = jax.eval_shape(functools.partial(init_state, config))
+    size = lambda tree: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+    for program in PROGRAMS:
+        lower, held = lowered_program(config, make_mesh(config.mesh), program)
+        with jax.set_mesh(make_mesh(config.mesh)):
+            given = lower().in_avals
+        assert size(state.opt_state) / 8 <= held["moments"] < 1.1 * size(state.opt_state) / 8
+        assert held["averages"] == pytest.approx(held["moments"], rel=0.1)  # one of four bytes, two of two
+        assert size(given) < 1.1 * size((state.params, state.router))
 
 
 @pytest.mark.slow

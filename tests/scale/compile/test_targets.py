@@ -62,6 +62,7 @@ def test_a_compiler_that_is_not_there_says_how_to_install_it(target, gone, compl
      ("compile", ["--model", "tiny", "--target", "h100:8", "--decode", "0"], "--decode 0 must be positive"),
      ("compile", ["--model", "tiny", "--target", "h100:1", "--lora-fp8"], "add --lora RANK"),
      ("compile", ["--model", "tiny", "--target", "h100:1", "--lora", "4", "--remat", "auto"], "with --lora name one"),
+     ("compile", ["--model", "tiny", "--target", "h100:1", "--program", "sample", "--lora", "4"], "omit --lora and"),
      ("plan", ["--layout"], "argument --layout: expected one argument")])
 def test_a_mistake_ends_in_one_line(name, arguments, complaint):
     run(name, *arguments).assert_error(complaint)

@@ -1,0 +1,5 @@
+"""The config `v3_671b_v5p_2048` of the package: deepseek_jax/configs/v3_671b_v5p_2048.py."""
+
+from deepseek_jax.configs.v3_671b_v5p_2048 import get_config
+
+__all__ = ["get_config"]
