@@ -44,7 +44,7 @@ def rows_of_experts(c: ModelConfig, layout: Layout) -> tuple[int, int]:
     """
     mesh, N, K = layout.mesh, layout.tokens // layout.mesh.tensor, c.experts_per_token
     align = BLOCK if c.fp8.enabled else 1
-    E = c.num_experts // (mesh.node * mesh.local)
+    E = c.num_experts // (mesh.nodes * mesh.local)
     even, arriving = N * K, [N, *rooms(c, layout).values()][-1]
     if mesh.devices == 1:
         return 0, -(-(N * K + E * (align - 1)) // align) * align
@@ -85,7 +85,7 @@ def residuals_of_layer(c: ModelConfig, layout: Layout, moe: bool = True) -> floa
 def parameters_per_device(c: ModelConfig, layout: Layout) -> dict[str, float]:
     """Parameters that a device of one pipeline rank computes with: {"experts", "others"}; ranks share the ends."""
     mesh, group = layout.mesh, parameters(c)
-    owners = mesh.node * mesh.local
+    owners = mesh.nodes * mesh.local
     routed = 3 * c.d_model * c.expert_ffn_dim * c.num_experts
     mtp_experts = c.mtp_depth * routed
     split = _split_by_tensor(c)
@@ -115,7 +115,7 @@ def _split_by_tensor(c: ModelConfig) -> int:
 def _masters(c: ModelConfig, layout: Layout) -> float:
     """Parameters whose masters a device has: sharded over pipe and all data axes, and over `tensor` where it splits."""
     mesh, split = layout.mesh, _split_by_tensor(c)
-    return (sum(parameters(c).values()) - split + split / mesh.tensor) / (mesh.pipe * mesh.data_shards)
+    return (sum(parameters(c).values()) - split + split / mesh.tensor) / (mesh.pipe * mesh.token_shards)
 
 
 def state(c: ModelConfig, layout: Layout) -> dict[str, float]:
@@ -131,8 +131,8 @@ def bytes_per_device(c: ModelConfig, layout: Layout, loss_chunk: int = 1024) -> 
     group = state(c, layout)
     all_masters, pipeline = _masters(c, layout), layout.pipeline
     if pipeline is None:
-        gathered = held["others"] * (mesh.data_shards > 1) + held["experts"] * (mesh.replica > 1)
-        once = held["experts"] + held["others"] / mesh.data_shards
+        gathered = held["others"] * (mesh.token_shards > 1) + held["experts"] * (mesh.replica * mesh.context > 1)
+        once = held["experts"] + held["others"] / mesh.token_shards
         group["working"] = FLOAT32 * gathered
         group["gradients"] = FLOAT32 * (once + all_masters * (layout.microbatches > 1))
         group["kept"] = (c.num_moe_layers + c.mtp_depth) * residuals_of_layer(c, layout)
@@ -202,7 +202,7 @@ def product_copies(c: ModelConfig, layout: Layout) -> float:
     """
     if c.fp8.enabled:
         return 0.0
-    experts = c.num_experts // (layout.mesh.node * layout.mesh.local)
+    experts = c.num_experts // (layout.mesh.nodes * layout.mesh.local)
     return experts * rows_of_experts(c, layout)[1] * (3 * c.d_model + 5 * c.expert_ffn_dim) * _width(c)
 
 

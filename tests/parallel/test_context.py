@@ -33,6 +33,7 @@ YARN = Yarn(factor=4.0, original_length=8)
 CASES = {
     "context=2": config(MeshConfig(context=2), mtp_depth=2, remat="report", yarn=YARN),
     "context=4": config(MeshConfig(context=4, local=2), masked=False),
+    "context_node=4": config(MeshConfig(context_node=4, local=2), mtp_depth=2, remat="report", yarn=YARN),
 }
 SLOW = {
     "context=4 in segments": config(MeshConfig(context=4), mtp_depth=2, yarn=YARN, remat="full"),
@@ -43,6 +44,11 @@ SLOW = {
     "1f1b": config(MeshConfig(pipe=2, context=2), pipeline=PipelineConfig("1f1b", 4)),
     "dualpipe": config(MeshConfig(pipe=2, context=2, local=2), rows=16, pipeline=PipelineConfig("dualpipe", 4),
                        remat="report"),
+    "both": config(MeshConfig(context=2, context_node=2, node=2), mtp_depth=2, remat="full", whole_batches=0.3),
+    "both in another order": config(MeshConfig(replica=2, context=2, context_node=2, dispatch="flat"), masked=False),
+    "1f1b on nodes": config(MeshConfig(pipe=2, context_node=2, local=2), pipeline=PipelineConfig("1f1b", 4)),
+    "dualpipe on nodes": config(MeshConfig(pipe=2, context=2, context_node=2), mtp_depth=2, remat="report",
+                                pipeline=PipelineConfig("dualpipe", 4)),
     "dualpipe on four parts": config(MeshConfig(pipe=2, context=4), masked=False,
                                      pipeline=PipelineConfig("dualpipe", 4)),
 }
