@@ -43,8 +43,8 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pipe", type=int, default=1, help="ranks of the pipeline")
     parser.add_argument("--expert", type=int, default=1, help="devices that share the experts")
     parser.add_argument("--tensor", type=int, default=1, help="devices that share heads and vocabulary")
-    parser.add_argument("--parts", type=int, default=1, help="that each sequence is split into, over nodes of experts as "
-                        "far as they go")
+    parser.add_argument("--parts", type=int, default=1, help="that each sequence is split into: over the nodes of "
+                        "experts first, then over copies of them")
     parser.add_argument("--schedule", default="dualpipe", help="gpipe, 1f1b, zb1p, dualpipe or dualpipev")
     parser.add_argument("--deferred", type=_not_negative, help="weight gradients that may wait on a rank (default: the "
                         "schedule's, of --layout report none); each takes memory, and fewer lengthen a long step "

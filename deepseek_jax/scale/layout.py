@@ -65,7 +65,7 @@ class Layout:
 @dataclasses.dataclass(frozen=True)
 class Split:
     """How devices are shared out: ranks of the pipeline, devices that share the experts, devices that share heads and
-    vocabulary. node_size: devices of a node. parts: of a sequence, over nodes of experts as far as they go."""
+    vocabulary. node_size: devices of a node. parts: of a sequence, over nodes of experts first."""
 
     devices: int
     pipe: int = 1

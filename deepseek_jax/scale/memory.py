@@ -210,9 +210,9 @@ def attention_sums(c: ModelConfig, layout: Layout) -> float:
     """The float32 sums that attention's loops add to, forward and backward.
 
     XLA:GPU allocates those of all layers that it compiles at once; layers of a loop share theirs. Hopper's kernel, for
-    the heads of the published models, needs none; sparse attention has no kernel.
+    the heads of the published models, needs none; sparse attention and parts of sequences have no kernel.
     """
-    if c.index_topk is None and c.dtype == "bfloat16" and (c.qk_head_dim, c.v_head_dim) == KERNEL_HEADS:
+    if layout.mesh.parts == 1 and c.index_topk is None and c.dtype == "bfloat16" and (c.qk_head_dim, c.v_head_dim) == KERNEL_HEADS:
         return 0.0
     layers = sum(n if n <= UNROLLED_LAYERS else 1 for n in (c.num_dense_layers, c.num_moe_layers)) + c.mtp_depth
     heads = c.num_heads / layout.mesh.tensor

@@ -89,17 +89,32 @@ def layer_traffic(c: ModelConfig, layout: Layout, limited: bool = True) -> dict[
             for way, size in (("dispatch", out), ("combine", back)) for where in ("across", "inside")}
 
 
+def ring_traffic(c: ModelConfig, layout: Layout) -> dict[str, float]:
+    """Bytes that a device sends around the ring of one layer and micro-batch, by pass: {"forward", "backward"}.
+
+    Latents and segment ids, and in the backward pass their float32 gradients too, which go one hop further, home. A
+    pipeline's hops are exchanges inside pairs and carry twice as much (`model.ring_attention`).
+    """
+    parts, numbers = layout.mesh.parts, c.kv_rank + c.rope_head_dim
+    hop = layout.tokens * (2 if layout.mesh.pipe > 1 else 1)
+    latents = hop * (parts - 1) * (2 * numbers + 4)
+    again = latents * ("attention" in c.recomputed)
+    return {"forward": latents, "backward": again + latents + hop * (4 * parts * numbers if parts > 1 else 0)}
+
+
 def step_traffic(c: ModelConfig, layout: Layout) -> dict[str, float]:
     """Bytes that a device sends in one step, by purpose."""
     mesh = layout.mesh
     group = parameters(c)
     layers = (c.num_moe_layers + c.mtp_depth) / mesh.pipe
     one = layer_traffic(c, layout)
-    expert = group["experts"] / (mesh.pipe * mesh.node * mesh.local)
+    around = sum(ring_traffic(c, layout).values()) * (c.num_layers + c.mtp_depth) / mesh.pipe
+    expert = group["experts"] / (mesh.pipe * mesh.nodes * mesh.local)
+    copies_of_expert = mesh.replica * mesh.context
     other = (sum(group.values()) - group["experts"]) / (mesh.pipe * mesh.tensor)
     ring = lambda n: (n - 1) / n
     stage = 0 if mesh.pipe == 1 else 2 * layout.microbatches * layout.tokens * c.d_model * 2
     return {**{name: 2 * layout.microbatches * layers * size for name, size in one.items()},
-            "between stages": stage,
-            "gradients": 4 * (expert * ring(mesh.replica) + other * ring(mesh.data_shards)) * layout.copies,
-            "weights": 2 * (expert * ring(mesh.replica) + other * ring(mesh.data_shards)) * layout.copies}
+            "between stages": stage, "latents": layout.microbatches * around,
+            "gradients": 4 * (expert * ring(copies_of_expert) + other * ring(mesh.token_shards)) * layout.copies,
+            "weights": 2 * (expert * ring(copies_of_expert) + other * ring(mesh.token_shards)) * layout.copies}

@@ -105,6 +105,16 @@ def test_a_part_is_an_early_block_and_the_late_one_that_balances_it():
         2 * n + row: 4 * row + n for row in range(2) for n in range(4)}
 
 
+def test_parts_go_over_copies_of_the_experts_and_over_nodes_that_share_them():
+    rows_BT = jnp.arange(2 * 16).reshape(2, 16)
+    with jax.set_mesh(mesh_of(MeshConfig(context=2, context_node=2, local=2))):
+        parts = jax.jit(in_parts)(rows_BT)
+
+    found = {shard.device.id: np.asarray(shard.data).tolist() for shard in parts.addressable_shards}
+    assert found == {2 * n + row: [[16 * row + t for t in (2 * n, 2 * n + 1, 14 - 2 * n, 15 - 2 * n)]]
+                     for n in range(4) for row in range(2)}
+
+
 def test_a_mean_over_parts_is_that_of_the_sequence():
     x_B = jnp.arange(8.0)
     with jax.set_mesh(mesh_of(MeshConfig(context=4, local=2))):
@@ -179,6 +189,10 @@ def test_a_run_goes_on_with_split_sequences_or_without(tmp_path, first, then):
      (dict(context=2), dict(attention="my.own:Attention"), "model.attention='my.own:Attention' would see parts"),
      (dict(context=2), dict(lora=LoraConfig(rank=2)), "context=2: sequences are split where all parameters are"),
      (dict(context=2, tensor=2), dict(num_heads=3), "mesh.tensor=2 does not divide model.num_heads=3"),
+     (dict(context_node=3), {}, r"mesh.context_node=3 does not divide model.num_groups=4, .* take one of \[1, 2, 4\]"),
+     (dict(context=2, context_node=2), dict(index_topk=4, index_heads=2, index_head_dim=8),
+      r"mesh.context \* mesh.context_node=4: model.index_topk=4 .*; take mesh.context \* mesh.context_node=1"),
+     (dict(context_node=2), dict(lora=LoraConfig(rank=2)), "context_node=2: sequences are split where all parameters"),
      (dict(context=0), {}, "mesh.context=0 must be positive")])
 def test_what_cannot_be_split_is_refused_with_what_would(mesh, options, complaint):
     with pytest.raises(ConfigError, match=complaint) as error:
