@@ -47,7 +47,7 @@ SLOW = {
     "both": config(MeshConfig(context=2, context_node=2, node=2), mtp_depth=2, remat="full", whole_batches=0.3),
     "both in another order": config(MeshConfig(replica=2, context=2, context_node=2, dispatch="flat"), masked=False),
     "1f1b on nodes": config(MeshConfig(pipe=2, context_node=2, local=2), pipeline=PipelineConfig("1f1b", 4)),
-    "dualpipe on nodes": config(MeshConfig(pipe=2, context=2, context_node=2), mtp_depth=2, remat="report",
+    "dualpipe on nodes": config(MeshConfig(pipe=2, context=2, context_node=2), mtp_depth=2, remat="full",
                                 pipeline=PipelineConfig("dualpipe", 4)),
     "dualpipe on four parts": config(MeshConfig(pipe=2, context=4), masked=False,
                                      pipeline=PipelineConfig("dualpipe", 4)),
