@@ -212,7 +212,8 @@ def attention_sums(c: ModelConfig, layout: Layout) -> float:
     XLA:GPU allocates those of all layers that it compiles at once; layers of a loop share theirs. Hopper's kernel, for
     the heads of the published models, needs none; sparse attention and parts of sequences have no kernel.
     """
-    if layout.mesh.parts == 1 and c.index_topk is None and c.dtype == "bfloat16" and (c.qk_head_dim, c.v_head_dim) == KERNEL_HEADS:
+    causal_squares = c.index_topk is None and layout.mesh.parts == 1
+    if causal_squares and c.dtype == "bfloat16" and (c.qk_head_dim, c.v_head_dim) == KERNEL_HEADS:
         return 0.0
     layers = sum(n if n <= UNROLLED_LAYERS else 1 for n in (c.num_dense_layers, c.num_moe_layers)) + c.mtp_depth
     heads = c.num_heads / layout.mesh.tensor

@@ -181,8 +181,9 @@ def _note(reasons, name, nearest):
 def _kind(message: str) -> str:
     """A short name for a family of error messages, so that they can be counted."""
     for part, name in (("needs at least", "too few micro-batches for the schedule"),
-                       ("do not fill nodes", "experts do not fill nodes"), ("parts of a sequence", "too few nodes for the "
-                       "parts of a sequence"), ("do not fill", "too few sequences a step"),
+                       ("do not fill nodes", "experts do not fill nodes"),
+                       ("parts of a sequence", "too few nodes for the parts of a sequence"),
+                       ("do not fill", "too few sequences a step"),
                        ("MoE layers that stages", "more pipeline ranks than MoE layers"),
                        ("does not divide", "experts or groups do not divide")):
         if part in message:

@@ -84,10 +84,10 @@ def _layer(c: ModelConfig, hw: Hardware, m: Measured, layout: Layout, parts) -> 
 def _looped(c: ModelConfig, hw: Hardware, m: Measured, layout: Layout, what: str) -> float:
     """Seconds of one token in which the loop over blocks of scores moves them, which a kernel never writes: a score in
     float32 and its probability in bfloat16, and in the backward pass again, with the gradients of both."""
-    pass_ = 2 * (4 + 2)
+    once = 2 * (4 + 2)  # bytes of a pair, written and read
     runs = {"forward": 1, "input": 2 + ("attention" in c.recomputed)}.get(what, 0)
     pairs = c.num_heads * layout.sequence_length / 2
-    return pass_ * runs * pairs / (m.memory * hw.memory_bandwidth)
+    return once * runs * pairs / (m.memory * hw.memory_bandwidth)
 
 
 def _ends(c: ModelConfig, hw: Hardware, m: Measured, layout: Layout) -> dict[str, float]:
@@ -146,7 +146,8 @@ def optimizer_seconds(c: ModelConfig, hw: Hardware, layout: Layout, m: Measured)
     moment = {"bfloat16": 2, "float32": 4}[layout.moment_dtype]
     bytes_each = 4 + 2 * 4 + 2 * 2 * moment + 2  # gradient read; master and moments read and written; bf16 written
     update = bytes_each * sum(parameters(c).values()) / devices / (m.memory * hw.memory_bandwidth)
-    fabric = hw.node_bandwidth if layout.mesh.replica * layout.mesh.context * layout.mesh.nodes > 1 else hw.local_bandwidth
+    mesh = layout.mesh
+    fabric = hw.node_bandwidth if mesh.replica * mesh.context * mesh.nodes > 1 else hw.local_bandwidth
     return update + (sent["gradients"] + sent["weights"]) / fabric
 
 

@@ -99,6 +99,7 @@ class PostTraining(Measure):
         # As it was before there were others.
         for section, key, value in (("rollout", "reward", "task"), ("rollout", "fp8", False), ("lora", "fp8", False),
                                     ("data", "tokenizer", None), ("data", "validation", None), ("mesh", "context", 1),
+                                    ("mesh", "context_node", 1),
                                     ("train", "checkpoint_minutes", None), ("train", "checkpoint_keep_period", None),
                                     ("train", "checkpoint_local", None), ("train", "checkpoint_local_every", 10),
                                     ("optimizer", "schedule_steps", None), ("train", "tracker", None),
