@@ -138,7 +138,7 @@ MUTATIONS = [
     Mutation(
         name="an odd number of parts enters a pipeline",
         file="deepseek_jax/config/mesh.py",
-        old="mesh.pipe > 1 and mesh.context % 2",
+        old="mesh.pipe > 1 and mesh.parts % 2",
         new="False",
         tests="parallel/test_context.py::test_a_pipeline_takes_an_even_number_of_parts",
     ),
