@@ -154,7 +154,7 @@ def bytes_per_device(c: ModelConfig, layout: Layout, loss_chunk: int = 1024) -> 
     if pipeline is None:
         group["passing"] = max(0.0, passing(c, layout, loss_chunk) - products) + attention_sums(c, layout)
     else:
-        group["passing"] = overlapped(c, layout)
+        group["passing"] = overlapped(c, layout) + around(c, layout)
     return group
 
 
@@ -170,6 +170,17 @@ def overlapped(c: ModelConfig, layout: Layout) -> float:
     # Tokens from and to other devices: a send and a receive buffer for each direction of both passes.
     travelling = 6 * arriving * D * width
     return forward + going_back(c, rows) + travelling
+
+
+def around(c: ModelConfig, layout: Layout) -> float:
+    """Bytes of an F&B cell for attention around a ring, which has no kernel: keys and values of one part in either
+    pass; in float32 the output's sums, and those of the gradients of queries, keys and values; latents that come and
+    go, and their gradients."""
+    if layout.mesh.parts == 1:
+        return 0.0
+    width, qk, v = _width(c), c.qk_head_dim, c.v_head_dim
+    heads = c.num_heads / layout.mesh.tensor * (2 * (qk + v) * width + (v + qk + qk + v) * FLOAT32)
+    return layout.tokens * (heads + (c.kv_rank + c.rope_head_dim) * (4 * width + 2 * FLOAT32))
 
 
 def going_back(c: ModelConfig, rows: float) -> float:

@@ -17,7 +17,9 @@ from deepseek_jax.plan import main, parse
 from deepseek_jax.scale import decoding, memory, plan, timing, traffic
 from deepseek_jax.scale.hardware import DEVICE_MEMORY, HARDWARE, Measured, check_fp8, device, hardware, smallest
 from deepseek_jax.scale.layout import Split, make_layout
+from experiments.scale.agreement import described
 
+SCALE = pathlib.Path(__file__).resolve().parents[2] / "experiments" / "scale"
 V3 = model_config("v3_671b", fp8=FP8Config(enabled=True), remat="report")
 H800 = hardware("h800")
 
@@ -80,6 +82,16 @@ def test_latents_go_around_and_their_gradients_after_them_and_home():
     assert traffic.ring_traffic(again, alone) == {"forward": once, "backward": 2 * once + back}
     of_pairs = traffic.ring_traffic(V3, long_context(8 * tokens, 8, 1920))
     assert of_pairs == {"forward": 2 * once, "backward": 2 * (once + back)}
+
+
+@pytest.mark.parametrize("report", ["v3_671b_h100_2048_32k"])
+def test_long_sequences_in_parts_are_planned_within_ten_percent_of_what_xla_takes(report):
+    found = json.loads((SCALE / f"{report}.json").read_text())
+    c, layout = described(found)
+
+    assert found["fits"] and layout.mesh.parts > 1
+    assert 0.9 < sum(memory.bytes_per_device(c, layout).values()) / found["bytes_per_device"] < 1.1
+    assert layout.name == found["layout"]
 
 
 def test_without_a_kernel_the_scores_of_long_sequences_are_written():
