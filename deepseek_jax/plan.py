@@ -63,7 +63,8 @@ def training(args: argparse.Namespace, machine: Hardware, model: ModelConfig) ->
     if args.search:
         chosen = {} if args.remat is None else {"remats": (args.remat,)}
         best, reasons = plan.search(model, machine, args.devices, args.sequences, args.sequence_length, args.price,
-                                    args.tokens, deferred=args.deferred, **chosen, **arguments.mesh(args))
+                                    args.tokens, deferred=args.deferred, parts=args.parts, **chosen,
+                                    **arguments.mesh(args))
         result["search"] = {"best": [{"remat": remat} | tables.flat(found) for remat, found in best],
                             "others": {name: n for name, (n, _) in reasons.items()}}
         print(tables.searched(best, reasons))

@@ -138,9 +138,9 @@ class Config(Checked):
         if self.mesh.pipe > 1:
             raise ConfigError(f"mesh.pipe={self.mesh.pipe}: pipelines train all parameters; take mesh.pipe=1, or "
                               "lora.rank=None.")
-        if self.mesh.context > 1:
-            raise ConfigError(f"mesh.context={self.mesh.context}: sequences are split where all parameters are "
-                              "trained; take mesh.context=1, or lora.rank=None.")
+        if self.mesh.parts > 1:
+            raise ConfigError(f"{self.mesh.parts_key}={self.mesh.parts}: sequences are split where all parameters are "
+                              f"trained; take {self.mesh.parts_key}=1, or lora.rank=None.")
         if self.model.index_warmup:
             raise ConfigError("model.index_warmup trains the indexer alone, and lora.rank adapters alone; take one.")
         if self.model.attention != "mla" and self.lora.fp8:

@@ -15,7 +15,7 @@ from deepseek_jax.config.training import TrainConfig
 class MeshConfig(Checked, section="mesh"):
     """How many devices along each axis, and how tokens travel between them (report section 3.2).
 
-    The report's 2048 GPUs are pipe=16, replica=2, node=8, local=8, without `context`. All ones: one device. Not part of
+    The report's 2048 GPUs are pipe=16, replica=2, node=8, local=8, without parts. All ones: one device. Not part of
     what a run is: it may be resumed on another mesh.
     """
 
@@ -25,6 +25,7 @@ class MeshConfig(Checked, section="mesh"):
     local: Annotated[int, POSITIVE, "experts over the devices of a node: the fast one"] = 1
     tensor: Annotated[int, POSITIVE, "heads, dense feed-forward networks and vocabulary"] = 1
     context: Annotated[int, POSITIVE, "parts that each sequence is split into, which latents go around"] = 1
+    context_node: Annotated[int, POSITIVE, "the same, over nodes that share the experts as those of `node` do"] = 1
     dispatch: Annotated[Literal["two_hop", "flat"],
                         "two_hop: one copy a token and node, then on inside the node; flat: straight to the "
                         "devices"] = "two_hop"
@@ -37,7 +38,23 @@ class MeshConfig(Checked, section="mesh"):
     @property
     def sizes(self) -> dict[str, int]:
         """{axis: devices along it}, slowest first: of a token less travels over `context` than to its experts."""
-        return {axis: getattr(self, axis) for axis in ("pipe", "replica", "context", "node", "local", "tensor")}
+        axes = ("pipe", "replica", "context", "context_node", "node", "local", "tensor")
+        return {axis: getattr(self, axis) for axis in axes}
+
+    @property
+    def nodes(self) -> int:
+        """Nodes that share the experts."""
+        return self.context_node * self.node
+
+    @property
+    def parts(self) -> int:
+        """Parts that each sequence is split into."""
+        return self.context * self.context_node
+
+    @property
+    def parts_key(self) -> str:
+        """What messages call `parts`: the keys that make it."""
+        return _named("context", context=self.context, context_node=self.context_node)
 
     @property
     def data_shards(self) -> int:
@@ -47,7 +64,7 @@ class MeshConfig(Checked, section="mesh"):
     @property
     def token_shards(self) -> int:
         """Parts that the tokens of a batch are split into."""
-        return self.data_shards * self.context
+        return self.data_shards * self.parts
 
     @property
     def devices(self) -> int:
@@ -66,6 +83,11 @@ class PipelineConfig(Checked, section="pipeline"):
                         "weight gradients that may be pending on a rank; None: as many as the schedule defers"] = None
 
 
+def _named(usual: str, **sizes: int) -> str:
+    """The keys whose sizes make a product; the usual one if all are 1."""
+    return " * ".join(f"mesh.{key}" for key, size in sizes.items() if size > 1) or f"mesh.{usual}"
+
+
 def _divisors(*counts: int) -> list[int]:
     common = math.gcd(*counts)
     return [n for n in range(1, common + 1) if common % n == 0]
@@ -74,13 +96,15 @@ def _divisors(*counts: int) -> list[int]:
 def check_mesh(mesh: MeshConfig, c: ModelConfig, train: TrainConfig) -> None:
     """Raises ConfigError where a size does not divide what it splits of the model or the batch."""
     groups = c.num_groups if c.num_groups > 1 else c.num_experts
-    if groups % mesh.node:
+    nodes = f"{_named('node', context_node=mesh.context_node, node=mesh.node)}={mesh.nodes}"
+    if groups % mesh.nodes:
         what = "num_groups" if c.num_groups > 1 else "num_experts"
-        raise ConfigError(f"mesh.node={mesh.node} does not divide model.{what}={groups}, and a group of experts lives "
+        raise ConfigError(f"{nodes} does not divide model.{what}={groups}, and a group of experts lives "
                           f"on one node; take one of {_divisors(groups)}.")
-    if c.num_experts // mesh.node % mesh.local:
-        raise ConfigError(f"mesh.local={mesh.local} does not divide the {c.num_experts // mesh.node} experts of a node "
-                          f"(model.num_experts / mesh.node); take one of {_divisors(c.num_experts // mesh.node)}.")
+    if c.num_experts // mesh.nodes % mesh.local:
+        raise ConfigError(f"mesh.local={mesh.local} does not divide the {c.num_experts // mesh.nodes} experts of a "
+                          f"node (model.num_experts / {nodes.partition('=')[0]}); take one of "
+                          f"{_divisors(c.num_experts // mesh.nodes)}.")
     split = {"num_heads": c.num_heads, "vocab_size": c.vocab_size,
              "dense_ffn_dim": c.dense_ffn_dim if c.num_dense_layers else 0,
              "num_shared_experts * expert_ffn_dim": c.num_shared_experts * c.expert_ffn_dim}
@@ -93,16 +117,16 @@ def check_mesh(mesh: MeshConfig, c: ModelConfig, train: TrainConfig) -> None:
                           "sequences of a micro-batch (train.batch_size / train.accumulation_steps); take a product of "
                           f"{_divisors(rows)}, or {mesh.data_shards * train.accumulation_steps} sequences.")
     _check_context(mesh, c, train)
-    length = train.sequence_length // mesh.context
+    length = train.sequence_length // mesh.parts
     if rows // mesh.data_shards * length % mesh.tensor:
         raise ConfigError(f"mesh.tensor={mesh.tensor} does not divide the {rows // mesh.data_shards} x {length} tokens "
                           "of a device; make train.sequence_length a multiple of it.")
 
 
 def _check_context(mesh: MeshConfig, c: ModelConfig, train: TrainConfig):
-    if mesh.context == 1:
+    if mesh.parts == 1:
         return
-    length, blocks = train.sequence_length, 2 * mesh.context
+    key, length, blocks = mesh.parts_key, train.sequence_length, 2 * mesh.parts
     tokens = length // blocks
     tile = max(n for n in range(1, min(c.attention_block, max(tokens, 1)) + 1) if tokens % n == 0)
     for wrong, complaint in (
@@ -112,11 +136,11 @@ def _check_context(mesh: MeshConfig, c: ModelConfig, train: TrainConfig):
             (2 * tile < min(64, tokens, c.attention_block),
              f"train.sequence_length={length} makes blocks of {tokens} tokens, which divide into nothing larger than "
              f"{tile} for attention; take {-(-length // (64 * blocks)) * 64 * blocks}"),
-            (mesh.pipe > 1 and mesh.context % 2, f"mesh.pipe={mesh.pipe} takes an even number of parts; take "
-                                                 f"mesh.context={mesh.context + 1}"),
+            (mesh.pipe > 1 and mesh.parts % 2, f"mesh.pipe={mesh.pipe} takes an even number of parts; take "
+                                               f"{key}={mesh.parts + 1}"),
             (c.index_topk is not None, f"model.index_topk={c.index_topk} chooses among all tokens of a sequence, which "
-                                       "no device has; take mesh.context=1"),
+                                       f"no device has; take {key}=1"),
             (c.attention != PARTS["attention"], f"model.attention={c.attention!r} would see parts of sequences; take "
-                                                "mesh.context=1")):
+                                                f"{key}=1")):
         if wrong:
-            raise ConfigError(f"mesh.context={mesh.context}: {complaint}.")
+            raise ConfigError(f"{key}={mesh.parts}: {complaint}.")

@@ -147,12 +147,12 @@ class MoE(nn.Module):
         even = routing.chosen_NK.size // (data_shards() * mesh.tensor)  # of one device: `here` runs in a shard_map
 
         def here(x_RD, id_RK, gates_RK, weights):
-            if mesh.node * mesh.local == 1 and (mesh.capacity is None or mesh.capacity >= 1):  # all are here
+            if mesh.nodes * mesh.local == 1 and (mesh.capacity is None or mesh.capacity >= 1):  # all are here
                 return routed_experts(x_RD, id_RK - 1, gates_RK, weights, recipe=cfg.fp8), jnp.int32(id_RK.size)
             return resident_experts(x_RD, id_RK, gates_RK, weights, even, mesh.capacity, recipe=cfg.fp8)
 
         # A group of experts is on one node.
-        most_nodes = min(mesh.node, cfg.groups_kept) if cfg.num_groups > 1 else mesh.node
+        most_nodes = min(mesh.nodes, cfg.groups_kept) if cfg.num_groups > 1 else mesh.nodes
         placement = ExpertLayout(mesh, cfg.num_experts, most_nodes, FP8_WIRE if mesh.dispatch_fp8 else PLAIN)
         return to_experts(placement, here, x_ND, routing.chosen_NK, routing.gates_NK, weights)
 

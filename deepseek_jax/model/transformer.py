@@ -122,14 +122,14 @@ class DeepSeekV3(nn.Module):
           chosen: int32 [MoE layers, B, T, K], experts to take again (router replay); negative: the router decides, as
             it does in the MTP modules. Rules of one's own have to read it.
         Returns:
-          Output; on a mesh with `context` what has a dimension of tokens is of parts, see `parallel.context`.
+          Output; where sequences are split, what has a dimension of tokens is of parts, see `parallel.context`.
         """
         cfg = self.cfg
         capture = tuple(capture)
         if unknown := set(capture) - {"scores", "chosen"}:
             raise ValueError(f"capture={sorted(unknown)} is unknown; take any of 'scores', 'chosen'.")
-        if chosen is not None and self.mesh.context > 1:
-            raise ValueError(f"experts to take again are of complete sequences, not of {self.mesh.context} parts.")
+        if chosen is not None and self.mesh.parts > 1:
+            raise ValueError(f"experts to take again are of complete sequences, not of {self.mesh.parts} parts.")
         chex.assert_rank(tokens_BT, 2)
         chex.assert_equal_shape([x for x in (tokens_BT, positions, segment_ids) if x is not None])
         embedding_WD = weight(self, "embedding", (cfg.vocab_size, cfg.d_model))

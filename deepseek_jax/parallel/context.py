@@ -1,4 +1,4 @@
-"""Sequences split over the mesh axis `context`: which tokens a device has.
+"""Sequences split over the mesh axes `context` and `context_node`: which tokens a device has.
 
 A sequence is cut into 2 C blocks, and device c of C has blocks c and 2 C - 1 - c: an early query sees few keys and a
 late one many, and so all devices have the same work. A batch [B, T] then is [B * C, T / C] parts, split over devices
@@ -7,6 +7,8 @@ ids of its sequences, so that targets and what MTP reads are shifted across all 
 """
 
 from __future__ import annotations
+
+import math
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +20,8 @@ from deepseek_jax.parallel.sharding import on_shards, spec
 
 def context_size() -> int:
     """Devices that a sequence is split over here; 1 without a mesh."""
-    return jax.sharding.get_abstract_mesh().shape.get(CONTEXT, 1)
+    shape = jax.sharding.get_abstract_mesh().shape
+    return math.prod(shape.get(axis, 1) for axis in CONTEXT)
 
 
 def blocks_of(part: int | jax.Array, parts: int) -> tuple[int | jax.Array, int | jax.Array]:

@@ -1,6 +1,6 @@
 """Tokens to their experts and back, once per node over the slow fabric (report section 3.2.2).
 
-    hop 1, over `node`:   one copy of a token for each node that holds one of its experts, to the same `local` index
+    hop 1, over nodes:    one copy of a token for each node that holds one of its experts, to the same `local` index
     hop 2, over `local`:  from there to the devices that hold the experts
     back:                 a node's partial sums are added before they cross again
 
@@ -23,6 +23,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from deepseek_jax.config import MeshConfig, ModelConfig
+from deepseek_jax.parallel.mesh import NODES
 from deepseek_jax.parallel.sharding import AXES, spec
 from kernels_pallas.constants import BLOCK
 
@@ -149,14 +150,14 @@ def _wanted(cfg, num_experts, chosen_NK):
     All devices tell each other once, before the first hop: the second would have to wait for it a second time, and XLA
     hides an exchange of some bytes behind as many products as one of tokens.
     """
-    M, L = cfg.node, cfg.local
+    M, L = cfg.nodes, cfg.local
     place_NK = chosen_NK // (num_experts // (M * L))
     there_NML = (place_NK[:, :, None] == jnp.arange(M * L)[None, None]).any(axis=1).reshape(-1, M, L)
     count = lambda there: there.sum(axis=0, dtype=jnp.int32).ravel()
-    all_MLX = lax.all_gather(jnp.concatenate([count(there_NML.any(axis=2)), count(there_NML)]), ("node", "local"))
+    all_MLX = lax.all_gather(jnp.concatenate([count(there_NML.any(axis=2)), count(there_NML)]), (*NODES, "local"))
     all_MLX = all_MLX.reshape(M, L, -1)
-    node, local = lax.axis_index("node"), lax.axis_index("local")
-    return {("node", "local"): all_MLX[:, :, M:].reshape(M * L, M * L), "node": all_MLX[:, local, :M],
+    node, local = lax.axis_index(NODES), lax.axis_index("local")
+    return {(*NODES, "local"): all_MLX[:, :, M:].reshape(M * L, M * L), NODES: all_MLX[:, local, :M],
             "local": all_MLX[:, :, M:].reshape(M, L, M, L)[:, :, node].sum(axis=0)}
 
 
@@ -291,11 +292,11 @@ def route_hops(placement: ExpertLayout, chosen_NK: jax.Array, parts: tuple[jax.A
       0: none.
     """
     (N, K), cfg, num_experts = chosen_NK.shape, placement.mesh, placement.num_experts
-    E_node, E_device = num_experts // cfg.node, num_experts // (cfg.node * cfg.local)
+    E_node, E_device = num_experts // cfg.nodes, num_experts // (cfg.nodes * cfg.local)
     if cfg.dispatch == "flat":
-        legs = [(("node", "local"), cfg.node * cfg.local, E_device, K)]
+        legs = [((*NODES, "local"), cfg.nodes * cfg.local, E_device, K)]
     else:
-        legs = [("node", cfg.node, E_node, min(K, placement.most_nodes)), ("local", cfg.local, E_device, K)]
+        legs = [(NODES, cfg.nodes, E_node, min(K, placement.most_nodes)), ("local", cfg.local, E_device, K)]
     wanted = _wanted(cfg, num_experts, chosen_NK) if cfg.buffers == "ragged" else {}
     hops, id_RK = [], chosen_NK + 1
     for axis, places, size, copies in legs:
@@ -323,16 +324,16 @@ def count_traffic(cfg: MeshConfig, num_experts: int, chosen_NK: jax.Array, hops:
         size = num_experts // places
         return ((chosen_NK // size)[:, :, None] == jnp.arange(places)[None, None]).any(axis=1)
 
-    node = lax.axis_index("node")
-    nodes_NM = visits(cfg.node)
-    away_M = jnp.arange(cfg.node) != node
-    device_ML = visits(cfg.node * cfg.local).sum(axis=0, dtype=jnp.int32).reshape(cfg.node, cfg.local)
+    node = lax.axis_index(NODES)
+    nodes_NM = visits(cfg.nodes)
+    away_M = jnp.arange(cfg.nodes) != node
+    device_ML = visits(cfg.nodes * cfg.local).sum(axis=0, dtype=jnp.int32).reshape(cfg.nodes, cfg.local)
     across = inside = jnp.zeros((), jnp.int32)
     for hop in hops:
-        shape = (cfg.node if hop.axis != "local" else 1, cfg.local if hop.axis != "node" else 1)
+        shape = (cfg.nodes if hop.axis != "local" else 1, cfg.local if hop.axis != NODES else 1)
         sent_ML = hop.sent_P.reshape(shape)
         there_M = away_M if hop.axis != "local" else jnp.zeros((1,), bool)
-        elsewhere_L = jnp.arange(cfg.local) != lax.axis_index("local") if hop.axis != "node" else jnp.zeros((1,), bool)
+        elsewhere_L = jnp.arange(cfg.local) != lax.axis_index("local") if hop.axis != NODES else jnp.zeros((1,), bool)
         across += (sent_ML * there_M[:, None]).sum(dtype=jnp.int32)
         inside += (sent_ML * (~there_M[:, None] & elsewhere_L[None])).sum(dtype=jnp.int32)
     counted = {"tokens": chosen_NK.shape[0], "choices": chosen_NK.size, "computed": computed,
@@ -371,8 +372,8 @@ def to_experts(placement: ExpertLayout, experts: Callable[..., tuple[jax.Array, 
                chosen_NK: jax.Array, gates_NK: jax.Array, weights: Any) -> tuple[jax.Array, Traffic]:
     """Runs the experts on the devices that hold them, on the tokens of the complete mesh.
 
-    Inside a shard_map over (node, local) the arrays are this device's own; elsewhere they are global, and this opens
-    one around itself, in which `tensor` splits tokens too.
+    Inside a shard_map over NODES and `local` the arrays are this device's own; elsewhere they are global, and this
+    opens one around itself, in which `tensor` splits tokens too.
 
     Args:
       experts: (x_RD, id_RK, gates_RK, weights) -> (y_RD, computed): the gated sum of each row's experts, whose ids

@@ -1,4 +1,4 @@
-"""The mesh of a run: devices along the axes pipe, replica, context, node, local and tensor (report section 3.2)."""
+"""The mesh of a run: devices along the axes of `MeshConfig.sizes` (report section 3.2)."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 from deepseek_jax.config import ConfigError, MeshConfig
 
 DATA = ("replica", "node", "local")  # the axes that split a batch into its sequences
-CONTEXT = "context"  # the axis that splits sequences into parts
-PARTS = (*DATA, CONTEXT)  # those that split tokens
+CONTEXT = ("context", "context_node")  # those that split sequences into parts
+PARTS = (*DATA, *CONTEXT)  # those that split tokens
+NODES = ("context_node", "node")  # those that split experts over nodes
 
 
 def make_mesh(cfg: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
@@ -47,8 +48,8 @@ def _on_torus(cfg, devices):
     if cfg.replica % by_replica:
         raise ConfigError(f"{slices} TPU slices, with a slow network between them, hold whole stages or replicas: "
                           f"mesh.pipe={cfg.pipe} times mesh.replica={cfg.replica} must be a multiple of {slices}.")
-    inside = (cfg.pipe // by_pipe, cfg.replica // by_replica, cfg.context, cfg.node, cfg.local, cfg.tensor)
-    between = (by_pipe, by_replica, 1, 1, 1, 1)
+    between = tuple({"pipe": by_pipe, "replica": by_replica}.get(axis, 1) for axis in cfg.sizes)
+    inside = tuple(n // slices_n for n, slices_n in zip(cfg.sizes.values(), between))
     for split in (False, True):  # a mesh axis over a part of a physical one only where there is no other way
         try:
             return mesh_utils.create_hybrid_device_mesh(inside, between, devices, allow_split_physical_axes=split) \

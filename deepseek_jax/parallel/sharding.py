@@ -2,10 +2,10 @@
 
     parameter path -> names of its dimensions -> mesh axes        "layers/attention/q_b" -> q_rank, heads -> -, tensor
 
-Batches are split over (replica, node, local), their sequences over context (see `parallel.context`), experts over
-(node, local), heads, dense feed-forward networks and the vocabulary over tensor. Master weights, moments and averages
-are split over pipe, the data axes and context as well (ZeRO-1); a step gathers the weights it computes with once and
-scatters their gradients back. A parameter without a rule is an error.
+Batches are split over (replica, node, local), their sequences over (context, context_node) (see `parallel.context`),
+experts over (context_node, node, local), heads, dense feed-forward networks and the vocabulary over tensor. Master
+weights, moments and averages are split over pipe and all axes that split tokens as well (ZeRO-1); a step gathers the
+weights it computes with once and scatters their gradients back. A parameter without a rule is an error.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from deepseek_jax.parallel.mesh import DATA, PARTS
+from deepseek_jax.parallel.mesh import DATA, NODES, PARTS
 
 AXES = {  # name of a dimension -> the mesh axes that split it
     "sequences": DATA,
     "batch": PARTS,  # parts of sequences: the rows of activations
     "tokens": (*PARTS, "tensor"),  # around the experts, where the ranks of `tensor` share the tokens of a row
-    "experts": ("node", "local"),
+    "experts": (*NODES, "local"),
     "heads": ("tensor",), "ffn": ("tensor",), "vocab": ("tensor",),
     "layers": (), "model": (), "q_rank": (), "kv_rank": (), "head_dim": (), "expert_ffn": (), "scored": (), "norm": (),
     "rank": (),  # of adapters

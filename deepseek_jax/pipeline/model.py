@@ -93,7 +93,7 @@ def check(config: Config) -> None:
     split = {"model.vocab_size": cfg.vocab_size, "model.num_heads": cfg.num_heads if heads else 0,
              "model.dense_ffn_dim": cfg.dense_ffn_dim if cfg.num_dense_layers else 0,
              "train.sequence_length * sequences of a micro-batch":
-                 config.train.sequence_length // mesh.context * (sequences // parts) if cfg.mtp_depth else 0}
+                 config.train.sequence_length // mesh.parts * (sequences // parts) if cfg.mtp_depth else 0}
     if uneven := [f"{name}={size}" for name, size in split.items() if size % mesh.pipe]:
         raise ConfigError(f"mesh.pipe={mesh.pipe} does not divide {' and '.join(uneven)}, which its ranks share; take "
                           f"a divisor of {math.gcd(*split.values())}.")

@@ -238,6 +238,8 @@ class _Sorter:
         return [atom(v) for v in inner.outvars]
 
     def _append(self, equation):
+        if not equation.outvars:  # what a recomputation leaves of a choice by platform, none of whose results it reads
+            return
         self.equations.append(equation)
         rest = set(variables(equation.invars)) - self.constant
         if rest <= self.of_params and not equation.effects:

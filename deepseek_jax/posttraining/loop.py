@@ -76,9 +76,9 @@ def check_reinforce(config: Config) -> None:
                           "jax.distributed.")
     if config.mesh.pipe > 1:
         raise ConfigError(f"mesh.pipe={config.mesh.pipe}: pipelines train next tokens alone; take mesh.pipe=1.")
-    if config.mesh.context > 1:
-        raise ConfigError(f"mesh.context={config.mesh.context}: next tokens alone are trained on parts of sequences; "
-                          "take mesh.context=1.")
+    if config.mesh.parts > 1:
+        raise ConfigError(f"{config.mesh.parts_key}={config.mesh.parts}: next tokens alone are trained on parts of "
+                          f"sequences; take {config.mesh.parts_key}=1.")
     if config.model.index_warmup:
         raise ConfigError("model.index_warmup=True trains the indexer alone, by a loss that rewards do not have; take "
                           "--config.model.index_warmup=False.")

@@ -76,9 +76,9 @@ def check_preferences(config: Config) -> None:
         raise ConfigError("distill.from is for documents, and preference.objective for pairs; take one.")
     if config.mesh.pipe > 1:
         raise ConfigError(f"mesh.pipe={config.mesh.pipe}: pipelines train next tokens alone; take mesh.pipe=1.")
-    if config.mesh.context > 1:
-        raise ConfigError(f"mesh.context={config.mesh.context}: next tokens alone are trained on parts of sequences; "
-                          "take mesh.context=1.")
+    if config.mesh.parts > 1:
+        raise ConfigError(f"{config.mesh.parts_key}={config.mesh.parts}: next tokens alone are trained on parts of "
+                          f"sequences; take {config.mesh.parts_key}=1.")
     if config.model.index_warmup:
         raise ConfigError("model.index_warmup=True trains the indexer alone, by a loss that pairs do not have; take "
                           "--config.model.index_warmup=False.")

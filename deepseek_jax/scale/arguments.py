@@ -43,6 +43,8 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pipe", type=int, default=1, help="ranks of the pipeline")
     parser.add_argument("--expert", type=int, default=1, help="devices that share the experts")
     parser.add_argument("--tensor", type=int, default=1, help="devices that share heads and vocabulary")
+    parser.add_argument("--parts", type=int, default=1, help="that each sequence is split into: over the nodes of "
+                        "experts first, then over copies of them")
     parser.add_argument("--schedule", default="dualpipe", help="gpipe, 1f1b, zb1p, dualpipe or dualpipev")
     parser.add_argument("--deferred", type=_deferred, help="weight gradients that may wait on a rank; all: as many as "
                         "the schedule defers (the default, but 0 of --layout report); each takes memory, and fewer "
@@ -113,8 +115,8 @@ def checked(parser: argparse.ArgumentParser) -> argparse.Namespace:
 
 def check_counts(args: argparse.Namespace) -> None:
     """Raises ConfigError, which names the option, for a number below 1 of what has to be there."""
-    for name in ("devices", "layers", "pipe", "expert", "tensor", "sequences", "rows", "sequence_length", "decode",
-                 "length"):
+    for name in ("devices", "layers", "pipe", "expert", "tensor", "parts", "sequences", "rows", "sequence_length",
+                 "decode", "length"):
         if type(value := getattr(args, name, None)) is int and value < 1:  # --decode is a switch of plan
             option = "context" if name == "sequence_length" else name
             raise ConfigError(f"--{option} {value} must be positive.")
@@ -219,7 +221,7 @@ def layout(args: argparse.Namespace, c: ModelConfig, devices: int, node_size: in
     Raises:
       ConfigError: the numbers do not divide each other or the model.
     """
-    split = Split(devices, args.pipe, args.expert, args.tensor, node_size)
+    split = Split(devices, args.pipe, args.expert, args.tensor, node_size, args.parts)
     return make_layout(c, split, args.sequences, args.rows, args.sequence_length, args.schedule, args.deferred,
                        **mesh(args))
 

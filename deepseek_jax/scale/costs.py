@@ -146,8 +146,11 @@ def _recomputed(c: ModelConfig, up: float, weights: dict[str, float]) -> dict[st
     return again
 
 
-def layer_flops(c: ModelConfig, sequence_length: int) -> dict[str, dict[str, float]]:
+def layer_flops(c: ModelConfig, sequence_length: int, parts: int = 1) -> dict[str, dict[str, float]]:
     """Operations of one token in one layer, by part and pass; attention is causal.
+
+    Args:
+      parts: of a sequence, on as many devices. Each makes the keys and values of all parts, in both passes.
 
     Returns:
       {"attention", "scores", "shared", "experts", "dense"}: {"forward", "input", "weight", "again"}: of the forward
@@ -167,4 +170,10 @@ def layer_flops(c: ModelConfig, sequence_length: int) -> dict[str, dict[str, flo
     # The core has no weights; its backward pass forms the scores again, as every blockwise attention does.
     table["scores"] |= {"input": 4 * weights["scores"], "weight": 0,
                         "again": 2 * c.num_heads * c.qk_head_dim * sequence_length / 2 + table["scores"]["again"]}
+    if parts > 1:
+        keys, once = c.kv_rank * c.num_heads * (c.nope_head_dim + c.v_head_dim), "mla_up" in c.recomputed
+        runs = 1 + ("attention" in c.recomputed)
+        for what in ("forward", "input", "weight"):
+            table["attention"][what] += 2 * (parts - 1) * keys
+        table["attention"]["again"] += 2 * (runs * parts - once) * keys
     return table

@@ -32,11 +32,11 @@ class Layout:
     @property
     def tokens(self) -> int:
         """Of a micro-batch, on one device."""
-        return self.rows * self.sequence_length
+        return self.rows * self.sequence_length // self.mesh.parts
 
     @property
     def tokens_a_step(self) -> int:
-        return self.tokens * self.microbatches * self.mesh.data_shards
+        return self.tokens * self.microbatches * self.mesh.token_shards
 
     @property
     def pipeline(self) -> Schedule | None:
@@ -57,20 +57,22 @@ class Layout:
         """In words, as tables have it."""
         m = self.mesh
         how = self.schedule if m.pipe > 1 else "no pipeline"
-        return (f"pipe {m.pipe}, expert {m.node * m.local} over {m.node} nodes, {m.replica} replicas, {how}, "
-                f"{self.microbatches} x {self.rows} sequences")
+        split = f" in {m.parts} parts" if m.parts > 1 else ""
+        return (f"pipe {m.pipe}, expert {m.nodes * m.local} over {m.nodes} nodes, {m.replica * m.context} replicas, "
+                f"{how}, {self.microbatches} x {self.rows} sequences{split}")
 
 
 @dataclasses.dataclass(frozen=True)
 class Split:
     """How devices are shared out: ranks of the pipeline, devices that share the experts, devices that share heads and
-    vocabulary. node_size: devices of a node."""
+    vocabulary. node_size: devices of a node. parts: of a sequence, over nodes of experts first."""
 
     devices: int
     pipe: int = 1
     expert: int = 1
     tensor: int = 1
     node_size: int = 8
+    parts: int = 1
 
 
 def make_layout(c: ModelConfig, split: Split, sequences: int, rows: int = 1, sequence_length: int = 4096,
@@ -84,21 +86,29 @@ def make_layout(c: ModelConfig, split: Split, sequences: int, rows: int = 1, seq
     """
     devices, pipe, expert, tensor = split.devices, split.pipe, split.expert, split.tensor
     for name, value in (("devices", devices), ("pipe", pipe), ("expert", expert), ("rows", rows), ("tensor", tensor),
-                        ("sequences", sequences), ("sequence_length", sequence_length)):
+                        ("parts", split.parts), ("sequences", sequences), ("sequence_length", sequence_length)):
         if value < 1:
             raise ConfigError(f"{name}={value} must be positive.")
+    local = min(expert, max(1, split.node_size // tensor))
+    nodes = max(1, expert // local)
+    context_node = math.gcd(split.parts, nodes)
+    context = split.parts // context_node
     if devices % (pipe * expert * tensor):
         fits = [e for e in _divisors(math.gcd(devices, c.num_experts)) if devices % (pipe * e * tensor) == 0]
         raise ConfigError(f"pipe={pipe} * expert={expert} * tensor={tensor} does not divide {devices} devices; with "
                           + (f"this pipe, expert can be {fits}." if fits else "none of them can pipe stay as it is."))
-    local = min(expert, max(1, split.node_size // tensor))
     if expert % local:
         raise ConfigError(f"expert={expert} does not fill nodes of {local} devices; take a multiple of {local}.")
-    shape = MeshConfig(pipe=pipe, replica=devices // (pipe * expert * tensor), node=expert // local, local=local,
-                       tensor=tensor, **mesh)
+    copies = devices // (pipe * expert * tensor)
+    if copies % context:
+        raise ConfigError(f"{split.parts} parts of a sequence on {nodes} nodes of experts take a multiple of {context} "
+                          f"copies of them, and there are {copies}; take "
+                          f"{max(n for n in range(1, nodes * copies + 1) if _fits(n, nodes, copies))}.")
+    shape = MeshConfig(pipe=pipe, replica=copies // context, context=context, context_node=context_node,
+                       node=nodes // context_node, local=local, tensor=tensor, **mesh)
     groups = c.num_groups if c.num_groups > 1 else c.num_experts
-    if c.num_experts % expert or groups % shape.node:
-        raise ConfigError(f"expert={expert} over {shape.node} nodes does not divide {c.num_experts} experts in "
+    if c.num_experts % expert or groups % nodes:
+        raise ConfigError(f"expert={expert} over {nodes} nodes does not divide {c.num_experts} experts in "
                           f"{c.num_groups} groups, each of which lives on one node; take a divisor of both.")
     if pipe > max(c.num_moe_layers, 1):
         raise ConfigError(f"pipe={pipe} is more than the {c.num_moe_layers} MoE layers that stages are made of.")
@@ -109,6 +119,10 @@ def make_layout(c: ModelConfig, split: Split, sequences: int, rows: int = 1, seq
     layout = Layout(shape, schedule, microbatches, rows, sequence_length, deferred=deferred)
     layout.pipeline  # noqa: B018 (raises where the schedule does not exist)
     return layout
+
+
+def _fits(parts, nodes, copies):
+    return copies % (parts // math.gcd(parts, nodes)) == 0
 
 
 def _divisors(n):

@@ -45,7 +45,7 @@ def rows_of_experts(c: ModelConfig, layout: Layout) -> tuple[int, int]:
     """
     mesh, N, K = layout.mesh, layout.tokens // layout.mesh.tensor, c.experts_per_token
     align = BLOCK if c.fp8.enabled else 1
-    E = c.num_experts // (mesh.node * mesh.local)
+    E = c.num_experts // (mesh.nodes * mesh.local)
     even, arriving = N * K, [N, *rooms(c, layout).values()][-1]
     if mesh.devices == 1:
         return 0, -(-(N * K + E * (align - 1)) // align) * align
@@ -86,7 +86,7 @@ def residuals_of_layer(c: ModelConfig, layout: Layout, moe: bool = True) -> floa
 def parameters_per_device(c: ModelConfig, layout: Layout) -> dict[str, float]:
     """Parameters that a device of one pipeline rank computes with: {"experts", "others"}; ranks share the ends."""
     mesh, group = layout.mesh, parameters(c)
-    owners = mesh.node * mesh.local
+    owners = mesh.nodes * mesh.local
     routed = 3 * c.d_model * c.expert_ffn_dim * c.num_experts
     mtp_experts = c.mtp_depth * routed
     split = _split_by_tensor(c)
@@ -116,7 +116,7 @@ def _split_by_tensor(c: ModelConfig) -> int:
 def _masters(c: ModelConfig, layout: Layout) -> float:
     """Parameters whose masters a device has: sharded over pipe and all data axes, and over `tensor` where it splits."""
     mesh, split = layout.mesh, _split_by_tensor(c)
-    return (sum(parameters(c).values()) - split + split / mesh.tensor) / (mesh.pipe * mesh.data_shards)
+    return (sum(parameters(c).values()) - split + split / mesh.tensor) / (mesh.pipe * mesh.token_shards)
 
 
 def state(c: ModelConfig, layout: Layout) -> dict[str, float]:
@@ -132,7 +132,7 @@ def bytes_per_device(c: ModelConfig, layout: Layout, kernels: Kernels, loss_chun
     group = state(c, layout)
     pipeline = layout.pipeline
     if pipeline is None:
-        gathered = held["others"] * (mesh.data_shards > 1) + held["experts"] * (mesh.replica > 1)
+        gathered = held["others"] * (mesh.token_shards > 1) + held["experts"] * (mesh.replica * mesh.context > 1)
         group["working"] = FLOAT32 * gathered
         # Those of a layer are summed over devices as soon as they are there.
         group["gradients"] = FLOAT32 * _masters(c, layout) * (1 + (layout.microbatches > 1))
@@ -161,7 +161,7 @@ def bytes_per_device(c: ModelConfig, layout: Layout, kernels: Kernels, loss_chun
         group["passing"] = max(0.0, passing(c, layout, loss_chunk) - products) + travelling
         group["passing"] += attention_sums(c, layout, kernels)
     else:
-        group["passing"] = overlapped(c, layout)
+        group["passing"] = overlapped(c, layout) + around(c, layout)
     return group
 
 
@@ -177,6 +177,17 @@ def overlapped(c: ModelConfig, layout: Layout) -> float:
     # Tokens from and to other devices: a send and a receive buffer for each direction of both passes.
     travelling = 6 * arriving * D * width
     return forward + going_back(c, rows) + travelling
+
+
+def around(c: ModelConfig, layout: Layout) -> float:
+    """Bytes of an F&B cell for attention around a ring, which has no kernel: keys and values of one part in either
+    pass; in float32 the output's sums, and those of the gradients of queries, keys and values; latents that come and
+    go, and their gradients."""
+    if layout.mesh.parts == 1:
+        return 0.0
+    width, qk, v = _width(c), c.qk_head_dim, c.v_head_dim
+    heads = c.num_heads / layout.mesh.tensor * (2 * (qk + v) * width + (v + qk + qk + v) * FLOAT32)
+    return layout.tokens * (heads + (c.kv_rank + c.rope_head_dim) * (4 * width + 2 * FLOAT32))
 
 
 def going_back(c: ModelConfig, rows: float) -> float:
@@ -207,7 +218,7 @@ def product_copies(c: ModelConfig, layout: Layout) -> float:
     Three such copies of rows as wide as the model exist at once, and five of rows as wide as an expert: fitted to
     programs in bfloat16 that were compiled before there was a kernel.
     """
-    experts = c.num_experts // (layout.mesh.node * layout.mesh.local)
+    experts = c.num_experts // (layout.mesh.nodes * layout.mesh.local)
     return experts * rows_of_experts(c, layout)[1] * (3 * c.d_model + 5 * c.expert_ffn_dim) * _width(c)
 
 
@@ -215,9 +226,11 @@ def attention_sums(c: ModelConfig, layout: Layout, kernels: Kernels) -> float:
     """The float32 sums that attention's loops add to, forward and backward.
 
     XLA:GPU allocates those of all layers that it compiles at once; layers of a loop share theirs. A kernel, for the
-    heads of the published models, needs none; sparse attention has none.
+    heads of the published models, needs none; sparse attention and parts of sequences have none.
     """
-    if kernels and c.index_topk is None and c.dtype == "bfloat16" and (c.qk_head_dim, c.v_head_dim) == KERNEL_HEADS:
+    causal_squares = c.index_topk is None and layout.mesh.parts == 1
+    heads = c.qk_head_dim, c.v_head_dim
+    if kernels and causal_squares and c.dtype == "bfloat16" and heads == KERNEL_HEADS:
         return 0.0
     layers = sum(n if n <= UNROLLED_LAYERS else 1 for n in (c.num_dense_layers, c.num_moe_layers)) + c.mtp_depth
     heads = c.num_heads / layout.mesh.tensor

@@ -142,12 +142,13 @@ def what_fits(c: ModelConfig, hw: Hardware, found: Plan) -> str:
 # Many parameters: what is asked, and of what is tried, what is given.
 def search(c: ModelConfig, hw: Hardware, devices: int, sequences: int, sequence_length: int = 4096,
            price: float | None = None, tokens: float = TOKENS, remats: tuple[str, ...] = ("none", "report", "full"),
-           deferred: int | None = None,
+           deferred: int | None = None, parts: int = 1,
            **mesh: Any) -> tuple[list[tuple[str, Plan]], dict[str, tuple[int, tuple | None]]]:
     """The fastest layouts that fit, over pipe, expert, rows, remat and schedule; the other devices are replicas.
 
     Args:
-      remats: to try; "auto": for each layout the cheapest that fits. deferred: see Layout. mesh: fields of MeshConfig.
+      remats: to try; "auto": for each layout the cheapest that fits. deferred: see Layout. parts: of a sequence.
+      mesh: fields of MeshConfig.
     Returns:
       (the BEST (remat, Plan), best first; {reason: (how many layouts failed, the one that came nearest)}).
     """
@@ -159,8 +160,8 @@ def search(c: ModelConfig, hw: Hardware, devices: int, sequences: int, sequence_
             continue
         for schedule in ("1f1b", "zb1p", "dualpipe", "dualpipev") if pipe > 1 else ("1f1b",):
             try:
-                layout = make_layout(c, Split(devices, pipe, expert, node_size=hw.node_size), sequences, rows,
-                                     sequence_length, schedule, deferred, **mesh)
+                layout = make_layout(c, Split(devices, pipe, expert, node_size=hw.node_size, parts=parts), sequences,
+                                     rows, sequence_length, schedule, deferred, **mesh)
             except ConfigError as error:
                 _note(reasons, _kind(str(error)), None)
                 continue
@@ -183,7 +184,9 @@ def _note(reasons, name, nearest):
 def _kind(message: str) -> str:
     """A short name for a family of error messages, so that they can be counted."""
     for part, name in (("needs at least", "too few micro-batches for the schedule"),
-                       ("do not fill nodes", "experts do not fill nodes"), ("do not fill", "too few sequences a step"),
+                       ("do not fill nodes", "experts do not fill nodes"),
+                       ("parts of a sequence", "too few nodes for the parts of a sequence"),
+                       ("do not fill", "too few sequences a step"),
                        ("MoE layers that stages", "more pipeline ranks than MoE layers"),
                        ("does not divide", "experts or groups do not divide")):
         if part in message:

@@ -46,11 +46,11 @@ class Step:
     tokens_a_second: float
 
 
-def widths(c: ModelConfig) -> dict[str, int]:
-    """Numbers that a token's products read and write in one layer, by part."""
+def widths(c: ModelConfig, parts: int = 1) -> dict[str, int]:
+    """Numbers that a token's products read and write in one layer, by part. parts: see `costs.layer_flops`."""
     H, K = c.num_heads, c.experts_per_token
     query = c.d_model + H * c.qk_head_dim + (2 * c.q_rank if c.q_rank else 0)
-    kv = c.d_model + 2 * c.kv_rank + c.rope_head_dim + H * (c.nope_head_dim + c.v_head_dim)
+    kv = c.d_model + 2 * c.kv_rank + c.rope_head_dim + parts * H * (c.nope_head_dim + c.v_head_dim)
     ffn = lambda f: 2 * c.d_model + 3 * f
     return {"attention": query + kv + H * c.v_head_dim + c.d_model, "scores": 0,
             "shared": ffn(c.num_shared_experts * c.expert_ffn_dim), "experts": K * ffn(c.expert_ffn_dim),
@@ -66,7 +66,8 @@ def _rates(c: ModelConfig, hw: Hardware, m: Measured) -> dict[str, float]:
 
 def _layer(c: ModelConfig, hw: Hardware, m: Measured, layout: Layout, parts) -> dict[str, float]:
     """Seconds of work of one layer and micro-batch on one device, by pass; "input" with what is computed again."""
-    flops, width, rates = layer_flops(c, layout.sequence_length), widths(c), _rates(c, hw, m)
+    split = layout.mesh.parts
+    flops, width, rates = layer_flops(c, layout.sequence_length, split), widths(c, split), _rates(c, hw, m)
     seconds = dict.fromkeys(rates, 0.0)
     for part in parts:
         for what, rate in rates.items():
@@ -74,8 +75,19 @@ def _layer(c: ModelConfig, hw: Hardware, m: Measured, layout: Layout, parts) -> 
             rate = m.attention * hw.bf16 if part == "scores" else rate
             # Between products all is read and written once more: quantized, normed, gathered, activated.
             moved = 4 * width[part] / (m.memory * hw.memory_bandwidth)
+            if part == "scores" and split > 1:
+                moved += _looped(c, hw, m, layout, what)
             seconds[what] += layout.tokens / layout.mesh.tensor * (n / rate + moved)
     return seconds
+
+
+def _looped(c: ModelConfig, hw: Hardware, m: Measured, layout: Layout, what: str) -> float:
+    """Seconds of one token in which the loop over blocks of scores moves them, which a kernel never writes: a score in
+    float32 and its probability in bfloat16, and in the backward pass again, with the gradients of both."""
+    once = 2 * (4 + 2)  # bytes of a pair, written and read
+    runs = {"forward": 1, "input": 2 + ("attention" in c.recomputed)}.get(what, 0)
+    pairs = c.num_heads * layout.sequence_length / 2
+    return once * runs * pairs / (m.memory * hw.memory_bandwidth)
 
 
 def _ends(c: ModelConfig, hw: Hardware, m: Measured, layout: Layout) -> dict[str, float]:
@@ -93,7 +105,7 @@ def cells(c: ModelConfig, hw: Hardware, layout: Layout, m: Measured, limited: bo
     work = {what: m.slowdown * (layers * moe[what] + c.num_dense_layers * dense[what] + ends[what]) / layout.mesh.pipe
             for what in moe}
     # A sum of gradients is read and written in float32.
-    held = sum(parameters(c).values()) - parameters(c)["experts"] * (1 - 1 / (layout.mesh.node * layout.mesh.local))
+    held = sum(parameters(c).values()) - parameters(c)["experts"] * (1 - 1 / (layout.mesh.nodes * layout.mesh.local))
     work["weight"] += 8 * held / layout.mesh.pipe / layout.mesh.tensor / (m.memory * hw.memory_bandwidth)
     mine = layers / layout.mesh.pipe
     dispatch, combine = network_seconds(c, hw, layout, m, limited)
@@ -134,7 +146,8 @@ def optimizer_seconds(c: ModelConfig, hw: Hardware, layout: Layout, m: Measured)
     moment = {"bfloat16": 2, "float32": 4}[layout.moment_dtype]
     bytes_each = 4 + 2 * 4 + 2 * 2 * moment + 2  # gradient read; master and moments read and written; bf16 written
     update = bytes_each * sum(parameters(c).values()) / devices / (m.memory * hw.memory_bandwidth)
-    fabric = hw.node_bandwidth if layout.mesh.replica * layout.mesh.node > 1 else hw.local_bandwidth
+    mesh = layout.mesh
+    fabric = hw.node_bandwidth if mesh.replica * mesh.context * mesh.nodes > 1 else hw.local_bandwidth
     return update + (sent["gradients"] + sent["weights"]) / fabric
 
 

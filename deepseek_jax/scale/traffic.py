@@ -24,10 +24,11 @@ def rooms(c: ModelConfig, layout: Layout) -> dict[tuple[str, ...], int]:
     """{axes of a hop: rows of the buffer that it lands in}, in their order, as `dispatch.route_hops` makes them."""
     mesh, K = layout.mesh, c.experts_per_token
     rows = tokens = layout.tokens // mesh.tensor
-    kept = min(K, c.groups_kept if c.num_groups > 1 else mesh.node)
-    legs = [(("node",), mesh.node, kept), (("local",), mesh.local, K)]
+    kept = min(K, c.groups_kept if c.num_groups > 1 else mesh.nodes)
+    of = lambda *axes: tuple(axis for axis in axes if mesh.sizes[axis] > 1)  # as a compiled program names them
+    legs = [(of("context_node", "node"), mesh.nodes, kept), (of("local"), mesh.local, K)]
     if mesh.dispatch == "flat":
-        legs = [(("node", "local"), mesh.node * mesh.local, K)]
+        legs = [(of("context_node", "node", "local"), mesh.nodes * mesh.local, K)]
     found: dict[tuple[str, ...], int] = {}
     for axes, places, copies_each in legs:
         if places == 1:
@@ -52,17 +53,17 @@ def copies(c: ModelConfig, layout: Layout, dispatch: str | None = None, limited:
     kept = c.groups_kept if limited else c.num_groups
     group = c.num_experts // c.num_groups
     # A group is on one node: `reach` nodes have a kept group, and `nodes` of them a chosen expert.
-    groups_a_node = max(1, c.num_groups // mesh.node)
-    reach = distinct(mesh.node, groups_a_node, kept) if c.num_groups > 1 else mesh.node
+    groups_a_node = max(1, c.num_groups // mesh.nodes)
+    reach = distinct(mesh.nodes, groups_a_node, kept) if c.num_groups > 1 else mesh.nodes
     share = kept * group / max(reach, 1)  # experts to choose from, on each of those nodes
     nodes = reach * (1 - _none_of(kept * group, share, K))
     devices = reach * mesh.local * (1 - _none_of(kept * group, share / mesh.local, K))
-    elsewhere = (mesh.node - 1) / mesh.node
+    elsewhere = (mesh.nodes - 1) / mesh.nodes
     if dispatch == "two_hop":
         return {"nodes": nodes, "across": nodes * elsewhere, "inside": devices * (mesh.local - 1) / mesh.local}
     # Directly to the devices; those of the sender's node are reached inside it.
     return {"nodes": nodes, "across": devices * elsewhere,
-            "inside": devices / mesh.node * (mesh.local - 1) / mesh.local}
+            "inside": devices / mesh.nodes * (mesh.local - 1) / mesh.local}
 
 
 def _none_of(total, marked, drawn):
@@ -88,17 +89,32 @@ def layer_traffic(c: ModelConfig, layout: Layout, limited: bool = True) -> dict[
             for way, size in (("dispatch", out), ("combine", back)) for where in ("across", "inside")}
 
 
+def ring_traffic(c: ModelConfig, layout: Layout) -> dict[str, float]:
+    """Bytes that a device sends around the ring of one layer and micro-batch, by pass: {"forward", "backward"}.
+
+    Latents and segment ids, and in the backward pass their float32 gradients too, which go one hop further, home. A
+    pipeline's hops are exchanges inside pairs and carry twice as much (`model.ring_attention`).
+    """
+    parts, numbers = layout.mesh.parts, c.kv_rank + c.rope_head_dim
+    hop = layout.tokens * (2 if layout.mesh.pipe > 1 else 1)
+    latents = hop * (parts - 1) * (2 * numbers + 4)
+    again = latents * ("attention" in c.recomputed)
+    return {"forward": latents, "backward": again + latents + hop * (4 * parts * numbers if parts > 1 else 0)}
+
+
 def step_traffic(c: ModelConfig, layout: Layout) -> dict[str, float]:
     """Bytes that a device sends in one step, by purpose."""
     mesh = layout.mesh
     group = parameters(c)
     layers = (c.num_moe_layers + c.mtp_depth) / mesh.pipe
     one = layer_traffic(c, layout)
-    expert = group["experts"] / (mesh.pipe * mesh.node * mesh.local)
+    around = sum(ring_traffic(c, layout).values()) * (c.num_layers + c.mtp_depth) / mesh.pipe
+    expert = group["experts"] / (mesh.pipe * mesh.nodes * mesh.local)
+    copies_of_expert = mesh.replica * mesh.context
     other = (sum(group.values()) - group["experts"]) / (mesh.pipe * mesh.tensor)
     ring = lambda n: (n - 1) / n
     stage = 0 if mesh.pipe == 1 else 2 * layout.microbatches * layout.tokens * c.d_model * 2
     return {**{name: 2 * layout.microbatches * layers * size for name, size in one.items()},
-            "between stages": stage,
-            "gradients": 4 * (expert * ring(mesh.replica) + other * ring(mesh.data_shards)) * layout.copies,
-            "weights": 2 * (expert * ring(mesh.replica) + other * ring(mesh.data_shards)) * layout.copies}
+            "between stages": stage, "latents": layout.microbatches * around,
+            "gradients": 4 * (expert * ring(copies_of_expert) + other * ring(mesh.token_shards)) * layout.copies,
+            "weights": 2 * (expert * ring(copies_of_expert) + other * ring(mesh.token_shards)) * layout.copies}

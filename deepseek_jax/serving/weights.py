@@ -146,7 +146,7 @@ def share_out(tree: Any, mesh: Mesh | None) -> Any:
     except ValueError as error:
         devices = math.prod(mesh.shape[axis] for axis in AXES["experts"])
         raise ConfigError(f"the experts, replicas included, cannot be shared out evenly over {devices} devices "
-                          "(mesh.node * mesh.local); take a number of places that they divide.") from error
+                          "(nodes times mesh.local); take a number of places that they divide.") from error
 
 
 def on_mesh(program: Callable[..., Any], weights: DecodeWeights, *arrays: Any) -> Any:

@@ -77,14 +77,14 @@ def fp8_grouped_difference(implementation: str) -> float:
 
 def dispatch_difference(cfg: MeshConfig) -> float:
     """Of the dispatch with ragged buffers and its gradients, to that with static ones, over the mesh in use."""
-    E, N, K, D = 2 * cfg.node * cfg.local, 8 * cfg.devices, 2, 128
+    E, N, K, D = 2 * cfg.nodes * cfg.local, 8 * cfg.devices, 2, 128
 
     def experts(x_RD, id_RK, gates_RK, weights):
         w_ED = jnp.concatenate([jnp.zeros((1, D)), weights[0]])
         return (gates_RK[:, :, None] * jnp.tanh(x_RD[:, None] * w_ED[id_RK])).sum(axis=1), (id_RK > 0).sum()
 
     def run(buffers: Any) -> Any:
-        layout = ExpertLayout(dataclasses.replace(cfg, buffers=buffers, capacity=None), E, cfg.node)
+        layout = ExpertLayout(dataclasses.replace(cfg, buffers=buffers, capacity=None), E, cfg.nodes)
         keys = jax.random.split(jax.random.key(0), 5)
         x_ND, gates_NK, w_ED, dy_ND = (jax.random.normal(k, s) for k, s in zip(keys, ((N, D), (N, K), (E, D), (N, D))))
         chosen_NK = (jax.random.randint(keys[4], (N, 1), 0, E) + jnp.arange(K)[None]) % E

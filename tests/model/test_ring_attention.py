@@ -66,14 +66,18 @@ def plain(q, latent, w, ids):
     return jnp.einsum("BHTS,BSHV->BTHV", jax.nn.softmax(jnp.where(seen[:, None], s, -jnp.inf)), v)
 
 
-@pytest.mark.parametrize(("parts", "T", "segmented"), [(2, 24, False), (3, 18, True), (4, 32, True)])
-def test_parts_in_a_ring_attend_as_the_complete_sequence_does(parts, T, segmented):
+@pytest.mark.parametrize(("mesh", "T", "segmented"), [
+    (dict(context=2), 24, False), (dict(context=3), 18, True), (dict(context=4), 32, True),
+    (dict(context=2, context_node=2), 32, True)], ids=["two", "three", "four", "four over two axes"])
+def test_parts_in_a_ring_attend_as_the_complete_sequence_does(mesh, T, segmented):
+    mesh = MeshConfig(**mesh)
+    parts = mesh.parts
     with float64():
         ids = jnp.asarray(np.sort(np.random.default_rng(2).integers(0, 5, (B, T)))) if segmented else None
         do = jnp.asarray(np.random.default_rng(1).standard_normal((B, T, HEADS, VALUE)))
         run = lambda f: jax.jit(lambda *a: (lambda o, pull: (o, *pull(do)))(*jax.vjp(f, *a)))(*arrays(T))
         expected = run(lambda *a: plain(*a, ids))
-        with jax.set_mesh(mesh_of(MeshConfig(context=parts))):
+        with jax.set_mesh(mesh_of(mesh)):
             found = run(lambda *a: in_a_ring(*a, ids, parts))
 
     for name, a, b in zip(("o", "dq", "dlatent", "dw"), found, expected):

@@ -138,7 +138,7 @@ MUTATIONS = [
     Mutation(
         name="an odd number of parts enters a pipeline",
         file="deepseek_jax/config/mesh.py",
-        old="mesh.pipe > 1 and mesh.context % 2",
+        old="mesh.pipe > 1 and mesh.parts % 2",
         new="False",
         tests="parallel/test_context.py::test_a_pipeline_takes_an_even_number_of_parts",
     ),
@@ -148,5 +148,71 @@ MUTATIONS = [
         old="            (length % blocks,",
         new="            (False,",
         tests="parallel/test_context.py::test_what_cannot_be_split_is_refused_with_what_would",
+    ),
+    Mutation(
+        name="nodes of experts see complete sequences",
+        file="deepseek_jax/parallel/mesh.py",
+        old='CONTEXT = ("context", "context_node")',
+        new='CONTEXT = ("context",)',
+        tests=("parallel/test_context.py::"
+               "test_parts_go_over_copies_of_the_experts_and_over_nodes_that_share_them"),
+    ),
+    Mutation(
+        name="nodes with parts of sequences are none of the experts'",
+        file="deepseek_jax/config/mesh.py",
+        old="return self.context_node * self.node\n",
+        new="return self.node\n",
+        tests="parallel/test_context.py::test_what_cannot_be_split_is_refused_with_what_would",
+    ),
+    Mutation(
+        name="what a recomputation leaves without results is sorted into a pipeline's cells",
+        file="deepseek_jax/pipeline/split.py",
+        old="if not equation.outvars:",
+        new="if False:",
+        tests=("pipeline/test_split.py::"
+               "test_a_choice_by_platform_that_a_recomputation_does_not_read_is_no_piece"),
+    ),
+    Mutation(
+        name="parts go over copies of the experts first",
+        file="deepseek_jax/scale/layout.py",
+        old="context_node = math.gcd(split.parts, nodes)",
+        new="context_node = 1",
+        tests=("scale/test_plan.py::"
+               "test_parts_of_sequences_go_over_the_nodes_of_experts_and_then_over_copies_of_them"),
+    ),
+    Mutation(
+        name="a pipeline's hops carry as much as others",
+        file="deepseek_jax/scale/traffic.py",
+        old="hop = layout.tokens * (2 if layout.mesh.pipe > 1 else 1)",
+        new="hop = layout.tokens",
+        tests="scale/test_plan.py::test_latents_go_around_and_their_gradients_after_them_and_home",
+    ),
+    Mutation(
+        name="masters of split sequences are those of their rows",
+        file="deepseek_jax/scale/memory.py",
+        old="(mesh.pipe * mesh.token_shards)",
+        new="(mesh.pipe * mesh.data_shards)",
+        tests="scale/test_plan.py::test_a_part_of_a_long_sequence_takes_what_a_short_one_does",
+    ),
+    Mutation(
+        name="keys of other parts are free",
+        file="deepseek_jax/scale/costs.py",
+        old="table[\"attention\"][what] += 2 * (parts - 1) * keys",
+        new="pass",
+        tests="scale/test_costs.py::test_each_of_the_parts_of_a_sequence_makes_the_keys_of_all",
+    ),
+    Mutation(
+        name="a ring is planned as if it had a kernel",
+        file="deepseek_jax/scale/timing.py",
+        old="moved += _looped(c, hw, m, layout, what)",
+        new="pass",
+        tests="scale/test_plan.py::test_without_a_kernel_the_scores_of_long_sequences_are_written",
+    ),
+    Mutation(
+        name="attention around a ring takes no memory",
+        file="deepseek_jax/scale/memory.py",
+        old="overlapped(c, layout) + around(c, layout)",
+        new="overlapped(c, layout)",
+        tests="scale/test_plan.py::test_long_sequences_in_parts_are_planned_within_ten_percent_of_what_xla_takes",
     ),
 ]

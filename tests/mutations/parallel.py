@@ -154,7 +154,7 @@ MUTATIONS = [
     Mutation(
         name="experts are whole on every device",
         file="deepseek_jax/parallel/sharding.py",
-        old='"experts": ("node", "local"),',
+        old='"experts": (*NODES, "local"),',
         new='"experts": (),',
         tests="parallel/test_mesh.py",
     ),

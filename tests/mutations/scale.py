@@ -76,7 +76,7 @@ MUTATIONS = [
     Mutation(
         name="a copy that stays at home travels",
         file="deepseek_jax/scale/traffic.py",
-        old="elsewhere = (mesh.node - 1) / mesh.node",
+        old="elsewhere = (mesh.nodes - 1) / mesh.nodes",
         new="elsewhere = 1",
         tests="scale/test_plan.py",
     ),

@@ -33,6 +33,7 @@ YARN = Yarn(factor=4.0, original_length=8)
 CASES = {
     "context=2": config(MeshConfig(context=2), mtp_depth=2, remat="report", yarn=YARN),
     "context=4": config(MeshConfig(context=4, local=2), masked=False),
+    "context_node=4": config(MeshConfig(context_node=4, local=2), mtp_depth=2, remat="report", yarn=YARN),
 }
 SLOW = {
     "context=4 in segments": config(MeshConfig(context=4), mtp_depth=2, yarn=YARN, remat="full"),
@@ -43,6 +44,11 @@ SLOW = {
     "1f1b": config(MeshConfig(pipe=2, context=2), pipeline=PipelineConfig("1f1b", 4)),
     "dualpipe": config(MeshConfig(pipe=2, context=2, local=2), rows=16, pipeline=PipelineConfig("dualpipe", 4),
                        remat="report"),
+    "both": config(MeshConfig(context=2, context_node=2, node=2), mtp_depth=2, remat="full", whole_batches=0.3),
+    "both in another order": config(MeshConfig(replica=2, context=2, context_node=2, dispatch="flat"), masked=False),
+    "1f1b on nodes": config(MeshConfig(pipe=2, context_node=2, local=2), pipeline=PipelineConfig("1f1b", 4)),
+    "dualpipe on nodes": config(MeshConfig(pipe=2, context=2, context_node=2), mtp_depth=2, remat="full",
+                                pipeline=PipelineConfig("dualpipe", 4)),
     "dualpipe on four parts": config(MeshConfig(pipe=2, context=4), masked=False,
                                      pipeline=PipelineConfig("dualpipe", 4)),
 }
@@ -97,6 +103,16 @@ def test_a_part_is_an_early_block_and_the_late_one_that_balances_it():
                               for row in range(2) for n in range(4)]
     assert {device.id: shard[0].start or 0 for device, shard in parts.sharding.devices_indices_map((8, 4)).items()} == {
         2 * n + row: 4 * row + n for row in range(2) for n in range(4)}
+
+
+def test_parts_go_over_copies_of_the_experts_and_over_nodes_that_share_them():
+    rows_BT = jnp.arange(2 * 16).reshape(2, 16)
+    with jax.set_mesh(mesh_of(MeshConfig(context=2, context_node=2, local=2))):
+        parts = jax.jit(in_parts)(rows_BT)
+
+    found = {shard.device.id: np.asarray(shard.data).tolist() for shard in parts.addressable_shards}
+    assert found == {2 * n + row: [[16 * row + t for t in (2 * n, 2 * n + 1, 14 - 2 * n, 15 - 2 * n)]]
+                     for n in range(4) for row in range(2)}
 
 
 def test_a_mean_over_parts_is_that_of_the_sequence():
@@ -173,6 +189,10 @@ def test_a_run_goes_on_with_split_sequences_or_without(tmp_path, first, then):
      (dict(context=2), dict(attention="my.own:Attention"), "model.attention='my.own:Attention' would see parts"),
      (dict(context=2), dict(lora=LoraConfig(rank=2)), "context=2: sequences are split where all parameters are"),
      (dict(context=2, tensor=2), dict(num_heads=3), "mesh.tensor=2 does not divide model.num_heads=3"),
+     (dict(context_node=3), {}, r"mesh.context_node=3 does not divide model.num_groups=4, .* take one of \[1, 2, 4\]"),
+     (dict(context=2, context_node=2), dict(index_topk=4, index_heads=2, index_head_dim=8),
+      r"mesh.context \* mesh.context_node=4: model.index_topk=4 .*; take mesh.context \* mesh.context_node=1"),
+     (dict(context_node=2), dict(lora=LoraConfig(rank=2)), "context_node=2: sequences are split where all parameters"),
      (dict(context=0), {}, "mesh.context=0 must be positive")])
 def test_what_cannot_be_split_is_refused_with_what_would(mesh, options, complaint):
     with pytest.raises(ConfigError, match=complaint) as error:

@@ -21,26 +21,27 @@ from deepseek_jax.training.step import init_state
 from tests.parallel.meshes import config_of, fresh_state, mesh_of, without_devices
 
 REPORT = MeshConfig(pipe=16, replica=2, node=8, local=8)  # the report's 2048 GPUs
+EXPERTS = ("context_node", "node", "local")
 
 
 @pytest.mark.parametrize(
     ("path", "shape", "compute", "master"),
-    [("params/layers/ffn/gate", (58, 256, 7168, 2048), P(None, ("node", "local"), None, None),
-      P(None, ("node", "local"), ("pipe", "replica"), None)),
+    [("params/layers/ffn/gate", (58, 256, 7168, 2048), P(None, EXPERTS, None, None),
+      P(None, EXPERTS, ("pipe", "replica"), None)),
      ("opt_state/1/mu/layers/attention/q_b", (58, 1536, 128, 192), P(None, None, "tensor", None),
       P(None, ("pipe", "replica", "node"), ("tensor", "local"), None)),
      ("ema/embedding", (129280, 7168), P("tensor", None),
       P(("tensor", "pipe", "replica", "node"), "local")),
      ("params/mtp_1/block/ffn/shared/down", (2048, 7168), P("tensor", None),
       P(("tensor", "pipe", "replica", "node", "local"), None)),
-     ("params/layers/ffn/gate/a", (58, 256, 7168, 16), P(None, ("node", "local"), None, None),
-      P(None, ("node", "local"), ("pipe", "replica"), None)),
+     ("params/layers/ffn/gate/a", (58, 256, 7168, 16), P(None, EXPERTS, None, None),
+      P(None, EXPERTS, ("pipe", "replica"), None)),
      ("params/layers/attention/o/a", (58, 128, 128, 16), P(None, "tensor", None, None),
       P(None, ("tensor", "pipe", "replica"), ("node", "local"), None)),
      ("params/layers/attention/q_b/b", (58, 16, 128, 192), P(None, None, "tensor", None),
       P(None, "pipe", ("tensor", "replica", "node", "local"), None)),
-     ("params/layers/ffn/gate/scales", (58, 256, 56, 16), P(None, ("node", "local"), None, None),
-      P(None, ("node", "local", "replica"), None, "pipe")),
+     ("params/layers/ffn/gate/scales", (58, 256, 56, 16), P(None, EXPERTS, None, None),
+      P(None, (*EXPERTS, "replica"), None, "pipe")),
      ("params/layers/attention/o/values", (58, 128, 128, 7168), P(None, "tensor", None, None),
       P(None, ("tensor", "pipe", "replica"), ("node", "local"), None)),
      ("params/layers/attention/indexer/wq_b/scales", (58, 12, 64), P(None, None, None), P(None, "replica", "pipe")),
@@ -58,7 +59,7 @@ def test_a_leaf_without_a_rule_is_an_error_that_names_it():
 
 
 def test_two_dimensions_cannot_be_split_over_one_axis():
-    with pytest.raises(ValueError, match=r"split twice over \['local', 'node'\]"):
+    with pytest.raises(ValueError, match=r"split twice over \['context_node', 'local', 'node'\]"):
         spec("batch", "experts")
     with pytest.raises(ValueError, match="dimension 'hedas' has no mesh axes"):
         spec("hedas")
@@ -88,7 +89,7 @@ def test_on_2048_devices_nothing_that_should_be_split_is_whole(cfg):
     assert {path.rsplit("/", 1)[-1] for path in whole} <= {"bias", "mtp_bias", "step", "rng", "count"}
     expert = [leaf_sharding(path, leaf.shape, mesh).compute for path, leaf in zip(
         jax.tree.leaves(sharding.paths(state.params)), jax.tree.leaves(state.params)) if leaf.size > 10**10]
-    assert len(expert) == 3 and all(entry[1] == ("node", "local") for entry in expert)
+    assert len(expert) == 3 and all(entry[1] == EXPERTS for entry in expert)
 
 
 def test_the_table_of_bytes_adds_up_to_the_state():
@@ -163,6 +164,7 @@ def test_a_mesh_that_does_not_multiply_to_the_devices_says_what_would(mesh, comp
     [(dict(node=3), {}, r"mesh.node=3 does not divide model.num_groups=4, .* take one of \[1, 2, 4\]"),
      (dict(node=8), {}, r"mesh.node=8 does not divide model.num_groups=4"),
      (dict(node=3), dict(num_groups=1, groups_kept=1), r"model.num_experts=16, .* take one of \[1, 2, 4, 8, 16\]"),
+     (dict(context_node=2, node=4), {}, r"mesh.context_node \* mesh.node=8 does not divide model.num_groups=4"),
      (dict(node=4, local=8), {}, r"mesh.local=8 does not divide the 4 experts of a node .* \[1, 2, 4\]"),
      (dict(tensor=3), {}, r"mesh.tensor=3 does not divide model.num_heads=2 and model.vocab_size=64 .* of \[1, 2\]"),
      (dict(replica=3), {}, r"mesh.local=3 does not divide the 32 sequences .* product of \[1, 2, 4, 8, 16, 32\]"),

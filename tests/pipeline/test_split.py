@@ -67,6 +67,19 @@ def test_no_product_is_computed_twice_beyond_remat(remat):
         assert count(s, "B") == count(s, "Bi") + count(s, "W")
 
 
+def test_a_choice_by_platform_that_a_recomputation_does_not_read_is_no_piece():
+    """jax leaves it there, without results."""
+    def chosen(params, x, context):
+        y, loss, sums = stage("full")(params, x, context)
+        return jax.checkpoint(lambda y: lax.platform_dependent(y, cpu=jnp.copy, default=jnp.negative))(y), loss, sums
+
+    with float64():
+        params, x, context, *_ = toy.example()
+
+        assert all(count(split(chosen, params, x, context), piece) == count(split(stage("full"), params, x, context),
+                                                                            piece) for piece in ("F", "Bi", "W"))
+
+
 def test_what_crosses_is_the_layers_inputs_and_output_gradients():
     with float64():
         params, x, context, dy, dloss = toy.example()

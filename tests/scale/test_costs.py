@@ -99,3 +99,17 @@ def test_full_remat_computes_the_forward_pass_again_and_none_only_the_scores():
 
     assert all(full[part]["again"] == full[part]["forward"] for part in ("attention", "shared", "experts", "dense"))
     assert [part for part in none if none[part]["again"]] == ["scores"]
+
+
+@pytest.mark.parametrize(("remat", "again"), [("none", 8), ("report", 7), ("attention", 15), ("full", 15)])
+def test_each_of_the_parts_of_a_sequence_makes_the_keys_of_all(remat, again):
+    """Once a pass, and for the gradients again; under recomputation some are there already, or made once more."""
+    c = model_config("v3_671b", remat=remat)
+    one, eight = (costs.layer_flops(c, 131072, parts) for parts in (1, 8))
+    keys = 2 * c.kv_rank * c.num_heads * (c.nope_head_dim + c.v_head_dim)
+    more = {what: (eight["attention"][what] - one["attention"][what]) / keys for what in one["attention"]}
+
+    assert more == {"forward": 7, "input": 7, "weight": 7, "again": again}
+    assert all(one[part] == eight[part] for part in one if part != "attention")
+    forward = one["attention"]["forward"] + one["scores"]["forward"]
+    assert more["forward"] * keys / forward == pytest.approx(0.04, abs=0.005)

@@ -14,10 +14,12 @@ import pytest
 
 from deepseek_jax.config import ConfigError, FP8Config, MeshConfig, model_config
 from deepseek_jax.plan import main, parse
-from deepseek_jax.scale import decoding, plan, timing, traffic
+from deepseek_jax.scale import decoding, memory, plan, timing, traffic
 from deepseek_jax.scale.hardware import DEVICE_MEMORY, HARDWARE, Measured, check_fp8, device, hardware, smallest
 from deepseek_jax.scale.layout import Split, make_layout
+from experiments.scale.agreement import described
 
+SCALE = pathlib.Path(__file__).resolve().parents[2] / "experiments" / "scale"
 V3 = model_config("v3_671b", fp8=FP8Config(enabled=True), remat="report")
 H800 = hardware("h800")
 
@@ -38,6 +40,69 @@ def test_the_layout_of_the_report_is_two_replicas_of_120_micro_batches():
     assert dataclasses.astuple(layout.mesh)[:5] == (16, 2, 8, 8, 1)
     assert (layout.microbatches, layout.rows, layout.copies) == (120, 1, 2)
     assert layout.tokens_a_step == 15360 * 4096
+
+
+def long_context(length, parts, sequences, **changes):
+    return make_layout(V3, Split(2048, 16, 64, parts=parts), sequences, 1, length, buffers="ragged", capacity=1.25,
+                       dispatch_fp8=True, **changes)
+
+
+def test_parts_of_sequences_go_over_the_nodes_of_experts_and_then_over_copies_of_them():
+    shape = lambda layout: tuple(layout.mesh.sizes.values())
+    short, long = long_context(32768, 8, 1920), long_context(131072, 16, 480)
+
+    assert shape(short) == (16, 2, 1, 8, 1, 8, 1) and shape(long) == (16, 1, 2, 8, 1, 8, 1)
+    assert shape(long_context(32768, 4, 1920)) == (16, 2, 1, 4, 2, 8, 1)
+    assert (short.tokens, short.microbatches, long.tokens, long.microbatches) == (4096, 120, 8192, 60)
+    assert short.tokens_a_step == 1920 * 32768 and long.tokens_a_step == 480 * 131072
+    assert short.name.endswith("2 replicas, dualpipe, 120 x 1 sequences in 8 parts")
+    with pytest.raises(ConfigError, match="32 parts .* on 8 nodes .* a multiple of 4 copies .* there are 2; take 16"):
+        long_context(131072, 32, 480)
+
+
+def test_a_part_of_a_long_sequence_takes_what_a_short_one_does():
+    """Of state, and of copies of tokens that travel to experts; and the latents go around besides."""
+    short, split = of_report(), long_context(32768, 8, 1920)
+
+    assert memory.state(V3, split) == memory.state(V3, short)
+    assert traffic.layer_traffic(V3, split) == traffic.layer_traffic(V3, short)
+    sent, before = traffic.step_traffic(V3, split), traffic.step_traffic(V3, short)
+    assert sent.pop("latents") > before.pop("latents") == 0
+    assert sent == before
+
+
+def test_latents_go_around_and_their_gradients_after_them_and_home():
+    tokens, latents = 16384, 512 + 64
+    alone = make_layout(V3, Split(8, parts=8), 1, 1, 8 * tokens)
+    once = 7 * tokens * (2 * latents + 4)
+    back = 8 * tokens * 4 * latents
+
+    assert traffic.ring_traffic(V3, alone) == {"forward": once, "backward": once + back}
+    again = dataclasses.replace(V3, remat="full")
+    assert traffic.ring_traffic(again, alone) == {"forward": once, "backward": 2 * once + back}
+    of_pairs = traffic.ring_traffic(V3, long_context(8 * tokens, 8, 1920))
+    assert of_pairs == {"forward": 2 * once, "backward": 2 * (once + back)}
+
+
+@pytest.mark.parametrize("report", ["v3_671b_h100_2048_32k"])
+def test_long_sequences_in_parts_are_planned_within_ten_percent_of_what_xla_takes(report):
+    found = json.loads((SCALE / f"{report}.json").read_text())
+    c, layout = described(found)
+
+    assert found["fits"] and layout.mesh.parts > 1
+    assert 0.9 < sum(memory.bytes_per_device(c, layout).values()) / found["bytes_per_device"] < 1.1
+    assert layout.name == found["layout"]
+
+
+def test_without_a_kernel_the_scores_of_long_sequences_are_written():
+    """The loop over blocks moves more than its products take; a kernel of the same parts would not."""
+    split = long_context(32768, 8, 1920)
+    with_kernel = dataclasses.replace(split, mesh=of_report().mesh, sequence_length=4096)
+    m = Measured()
+    scores = lambda layout: timing._layer(V3, H800, m, layout, ("scores",))["forward"] / layout.tokens
+    pairs = V3.num_heads * 32768 / 2
+
+    assert scores(split) - 8 * scores(with_kernel) == pytest.approx(12 * pairs / (m.memory * H800.memory_bandwidth))
 
 
 @pytest.mark.parametrize("what", ["step, s", "F alone, s", "W alone, s", "MFU, non-causal", "MFU, causal",

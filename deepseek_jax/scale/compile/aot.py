@@ -173,7 +173,7 @@ def described(model: ModelConfig, layout: Layout, target: str, compiled: Any, fo
 def _waits(model, layout, text, target):
     """{machine: `clock.waits`} of a step whose cells overlap, on the machines that have the target's chip."""
     overlaps = layout.pipeline is not None and layout.schedule.startswith("dualpipe")
-    if target.partition(":")[0] not in targets.GPUS or not overlaps or layout.mesh.node * layout.mesh.local == 1:
+    if target.partition(":")[0] not in targets.GPUS or not overlaps or layout.mesh.nodes * layout.mesh.local == 1:
         return {}
     try:
         steps = clock.cell_steps(text, layout)["F&B"]

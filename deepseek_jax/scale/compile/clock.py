@@ -91,8 +91,9 @@ def exchanges(c: ModelConfig, layout: Layout, hw: Hardware, m: Measured) -> Call
     n, tokens = copies(c, layout), layout.tokens // layout.mesh.tensor
     across = tokens * n["across"] / (m.dispatch * hw.node_bandwidth)
     inside = tokens * n["inside"] / (m.local * hw.local_bandwidth)
-    of_a_byte = {("node",): across, ("local",): inside, ("node", "local"): max(across, inside)}  # of each row
     rows = rooms(c, layout)
+    # Of each row: the fabrics that the axes are on.
+    of_a_byte = {axes: max(across * (set(axes) != {"local"}), inside * ("local" in axes)) for axes in rows}
     known = lambda one: one.kind in KINDS and one.axes in rows
     return lambda one: one.bytes / rows[one.axes] * of_a_byte[one.axes] if known(one) else 0.0
 
