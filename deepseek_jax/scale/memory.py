@@ -9,6 +9,7 @@
                 a pipeline the backward pass of one micro-batch's layer and the forward pass of another's
 """
 
+import dataclasses
 import math
 
 from deepseek_jax.config import ModelConfig
@@ -161,7 +162,9 @@ def bytes_per_device(c: ModelConfig, layout: Layout, kernels: Kernels, loss_chun
         group["passing"] = max(0.0, passing(c, layout, loss_chunk) - products) + travelling
         group["passing"] += attention_sums(c, layout, kernels)
     else:
-        group["passing"] = overlapped(c, layout) + around(c, layout)
+        again = residuals_of_layer(dataclasses.replace(c, remat="report"), layout) - residuals_of_layer(c, layout)
+        # The layer whose backward pass is at work has computed again what was not kept.
+        group["passing"] = overlapped(c, layout) + around(c, layout) + max(0.0, again)
     return group
 
 
