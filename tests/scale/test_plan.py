@@ -338,7 +338,8 @@ def test_a_layout_that_cannot_be_says_what_could(changes, complaint):
     *((f"--{name}={value}", f"argument --{name}: '{value}' is not a positive number")
       for name in ("price", "tokens") for value in ("nan", "inf", "-1", "0", "x")),
     ("--capacity=x", "argument --capacity: 'x' is neither a number nor none"),
-    *((f"--deferred={value}", f"argument --deferred: '{value}' is neither a whole number") for value in ("-1", "x", "1.5")),
+    *((f"--deferred={value}", f"argument --deferred: '{value}' is neither a whole number")
+      for value in ("-1", "x", "1.5")),
 ])
 def test_numbers_that_mean_nothing_are_refused(option, complaint, monkeypatch):
     monkeypatch.setattr("sys.argv", ["plan", "--model", "tiny", "--hardware", "h100", "--devices", "8", option])
