@@ -140,10 +140,10 @@ def bytes_per_device(c: ModelConfig, layout: Layout, kernels: Kernels, loss_chun
         group["kept"] = (c.num_moe_layers + c.mtp_depth) * residuals_of_layer(c, layout)
         group["kept"] += c.num_dense_layers * residuals_of_layer(c, layout, moe=False)
         # Behind exchanges XLA puts the kernels of weight gradients off to the end of all layers that it compiles at
-        # once.
-        seen = c.num_moe_layers if c.num_moe_layers <= UNROLLED_LAYERS else 1
-        put_off = (seen - 1) * (kernels == "hopper" and mesh.devices > 1)
-        group["buffers"] = put_off * deferred_of_layer(c, layout)
+        # once. Where rows are kept anyway that takes what one layer does: fitted to compiled programs.
+        put_off = c.num_moe_layers - 1 if c.num_moe_layers <= UNROLLED_LAYERS else 0
+        put_off = put_off if "dispatch" in c.recomputed else min(1, put_off)
+        group["buffers"] = put_off * (kernels == "hopper" and mesh.devices > 1) * deferred_of_layer(c, layout)
     else:
         copies, stage, ends = layout.copies, held["experts"] + held["others"], held["ends"]
         layers, slots = -(-c.num_moe_layers // pipeline.stages), pipeline.slots
