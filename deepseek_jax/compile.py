@@ -12,12 +12,12 @@ their start and their done; and registers and spills of the kernels. Exit code 1
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
 from deepseek_jax import cli, io
 from deepseek_jax.config import ConfigError, LoraConfig
 from deepseek_jax.scale import arguments
-from deepseek_jax.scale.compile import clock, targets
+from deepseek_jax.scale.compile import targets
+from deepseek_jax.scale.compile.report import table
 from deepseek_jax.scale.hardware import device
 
 
@@ -55,7 +55,8 @@ def main() -> int:
         from deepseek_jax.scale.compile import aot, aot_forward
 
         layout = arguments.layout(args, model, targets.count(args.target), node_size=8)
-        model = arguments.with_remat(args, model, device(args.target.partition(":")[0]), layout)
+        if args.remat == arguments.AUTO:
+            model = arguments.with_remat(args, model, device(args.target.partition(":")[0]), layout)
         found = (aot.measure_step(model, layout, args.target, LoraConfig(args.lora, fp8=args.lora_fp8))
                  if args.program == "train" else aot_forward.measure_forward(model, layout, args.target, args.program))
     found |= {"model": args.model, "layers": model.num_layers}
@@ -64,35 +65,9 @@ def main() -> int:
         io.write_json(args.json, found)
     if args.plot:
         from deepseek_jax.scale.draw import draw_report
+
         draw_report(args.plot, found)
     return 0 if found["fits"] else 1
-
-
-def table(found: dict[str, Any]) -> str:
-    """The report that `main` prints, from what --json writes: sizes in GB (10^9 bytes) a device, times in seconds."""
-    giga = lambda n: f"{n / 1e9:9.2f} GB"
-    what = found.get("layout") or f"a step of {found['sequences']} x {found['length']} tokens on each device"
-    lines = [f"{found['model']} on {found['target']}: {found.get('program', 'train')}, {what}",
-             "lowered in {lowering:.0f} s, compiled in {compiling:.0f} s ({cpu:.0f} s of CPU in all), ".format(
-                 **found["seconds"]) + f"{found['compiler_gigabytes']:.1f} GB here", ""]
-    groups = {f"given: {name}": size for name, size in found.get("given", {}).items()} | found["bytes"]
-    lines += [f"{name:28} {giga(size)}" for name, size in groups.items()]
-    lines += [f"{'per device, by XLA':28} {giga(found['bytes_per_device'])}   of {found['memory'] / 1e9:.0f}: "
-              f"{'fits' if found['fits'] else 'DOES NOT FIT'}"]
-    lines += [f"{'per device, planned':28} {giga(found['planned_bytes_per_device'])}   "
-              f"{found['planned_over_compiled'] - 1:+.1%}"] if "planned" in found else []
-    lines += [f"{'accessed, loop bodies once':28} {giga(n)}" for n in [found.get("bytes_accessed_once")] if n]
-    if found.get("collectives"):
-        lines += ["", "collective           axes                    count   GB once  async  hidden  GB exposed"]
-        lines += [f"{row['kind']:20} {'+'.join(row['axes']) or '-':22} {row['count']:6} {row['bytes'] / 1e9:9.3f} "
-                  f"{row['asynchronous']:6} {row['hidden']:7} {row['exposed_bytes'] / 1e9:11.3f}"
-                  for row in found["collectives"]]
-    lines += clock.lines(found.get("waits", {}))
-    if found["kernels"]:
-        lines += ["", f"{'kernel':48} {'count':>6} {'registers':>10} {'spilled':>8} {'shared':>8}"]
-        lines += ["{kernel:48} {count:6} {registers:10} {spill_bytes:8} {shared_bytes:8}".format(**row)
-                  for row in found["kernels"]]
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -116,17 +116,18 @@ def check_mesh(mesh: MeshConfig, c: ModelConfig, train: TrainConfig) -> None:
         raise ConfigError(f"mesh.replica * mesh.node * mesh.local={mesh.data_shards} does not divide the {rows} "
                           "sequences of a micro-batch (train.batch_size / train.accumulation_steps); take a product of "
                           f"{_divisors(rows)}, or {mesh.data_shards * train.accumulation_steps} sequences.")
-    _check_context(mesh, c, train)
+    check_parts(mesh, c, train.sequence_length)
     length = train.sequence_length // mesh.parts
     if rows // mesh.data_shards * length % mesh.tensor:
         raise ConfigError(f"mesh.tensor={mesh.tensor} does not divide the {rows // mesh.data_shards} x {length} tokens "
                           "of a device; make train.sequence_length a multiple of it.")
 
 
-def _check_context(mesh: MeshConfig, c: ModelConfig, train: TrainConfig):
+def check_parts(mesh: MeshConfig, c: ModelConfig, length: int) -> None:
+    """Raises ConfigError where sequences of `length` tokens cannot be split as the mesh says."""
     if mesh.parts == 1:
         return
-    key, length, blocks = mesh.parts_key, train.sequence_length, 2 * mesh.parts
+    key, blocks = mesh.parts_key, 2 * mesh.parts
     tokens = length // blocks
     tile = max(n for n in range(1, min(c.attention_block, max(tokens, 1)) + 1) if tokens % n == 0)
     for wrong, complaint in (

@@ -5,6 +5,7 @@ import math
 from typing import Any, Literal
 
 from deepseek_jax.config import ConfigError, MeshConfig, ModelConfig
+from deepseek_jax.config.mesh import check_parts
 from deepseek_jax.pipeline.schedule import Schedule, make_schedule
 
 LONGEST = 8  # micro-batches a rank in a computed schedule; more of them change neither bubble nor slots
@@ -102,10 +103,11 @@ def make_layout(c: ModelConfig, split: Split, sequences: int, rows: int = 1, seq
     copies = devices // (pipe * expert * tensor)
     if copies % context:
         raise ConfigError(f"{split.parts} parts of a sequence on {nodes} nodes of experts take a multiple of {context} "
-                          f"copies of them, and there are {copies}; take "
-                          f"{max(n for n in range(1, nodes * copies + 1) if _fits(n, nodes, copies))}.")
+                          f"copies of them, and there are {copies}; take one of "
+                          f"{[n for n in _divisors(nodes * copies) if _fits(n, nodes, copies)]}.")
     shape = MeshConfig(pipe=pipe, replica=copies // context, context=context, context_node=context_node,
                        node=nodes // context_node, local=local, tensor=tensor, **mesh)
+    check_parts(shape, c, sequence_length)
     groups = c.num_groups if c.num_groups > 1 else c.num_experts
     if c.num_experts % expert or groups % nodes:
         raise ConfigError(f"expert={expert} over {nodes} nodes does not divide {c.num_experts} experts in "
