@@ -84,7 +84,7 @@ def test_latents_go_around_and_their_gradients_after_them_and_home():
     assert of_pairs == {"forward": 2 * once, "backward": 2 * (once + back)}
 
 
-@pytest.mark.parametrize("report", ["v3_671b_h100_2048_32k"])
+@pytest.mark.parametrize("report", ["v3_671b_h100_2048_32k", "v3_671b_h100_2048_128k"])
 def test_long_sequences_in_parts_are_planned_within_ten_percent_of_what_xla_takes(report):
     found = json.loads((SCALE / f"{report}.json").read_text())
     c, layout = described(found)
