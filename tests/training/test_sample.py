@@ -17,7 +17,7 @@ from tests.parallel.meshes import config_of
 PROMPT, NEW = [3, 41, 7, 19, 22], 6
 MESHES = {
     "pipeline": MeshConfig(pipe=2, node=2, local=2),
-    "two nodes": MeshConfig(replica=2, node=2, local=2, capacity=0.2),
+    "two nodes": MeshConfig(replica=2, node=2, local=2, capacity=0.01),
     "context": MeshConfig(context=2, node=2, local=2),
     "pipeline and context": MeshConfig(pipe=2, context=2, local=2),
     "tensor": MeshConfig(node=2, local=2, tensor=2),
