@@ -177,9 +177,9 @@ def overlapped(c: ModelConfig, layout: Layout) -> float:
         forward = rows * ((2 * width + 1) * D + (2 * width + 3) * F)
     else:
         forward = rows * (2 * width * D + 3 * width * F)
-    # Tokens from and to other devices: a send and a receive buffer for each direction of both passes.
-    travelling = 6 * arriving * D * width
-    return forward + going_back(c, rows) + travelling
+    # Tokens from and to other devices: both passes send and receive, one exchange each at a time.
+    travelling = 4 * arriving * D * width
+    return forward + going_back(c, rows) + travelling + 2 * attention_at_work(c, layout)
 
 
 def around(c: ModelConfig, layout: Layout) -> float:
@@ -198,8 +198,8 @@ def going_back(c: ModelConfig, rows: float) -> float:
     D, F, width = c.d_model, c.expert_ffn_dim, _width(c)
     if c.fp8.enabled:
         # Rows and gradients in bfloat16, each quantized along both axes; in float32 the dequantized rows and the sum of
-        # two products; inside, value and gradient of gate, up and product in float32, and quantized.
-        return rows * ((3 * width + 3 + 3 * FLOAT32) * D + (4 * FLOAT32 + 5) * F)
+        # products; inside, value and gradient of gate, up and product in float32, and quantized.
+        return rows * ((3 * width + 3 + 2 * FLOAT32) * D + (4 * FLOAT32 + 5) * F)
     return rows * ((3 * width + FLOAT32) * D + (6 * width + FLOAT32) * F)
 
 
@@ -255,12 +255,18 @@ def sparse_scores(c: ModelConfig, layout: Layout) -> float:
 
 def passing(c: ModelConfig, layout: Layout, loss_chunk: int) -> float:
     """The largest temporaries: of the backward pass of one layer, or the logits of one chunk."""
-    N, width, H = layout.tokens, _width(c), c.num_heads / layout.mesh.tensor
-    attention = N * H * (4 * c.qk_head_dim + 3 * c.v_head_dim) * FLOAT32 / 2 * width / 2
+    N, width = layout.tokens, _width(c)
+    attention = attention_at_work(c, layout)
     rows = going_back(c, rows_of_experts(c, layout)[1])
     tensor = layout.mesh.tensor * layout.mesh.pipe
     logits = min(loss_chunk, N) * c.vocab_size / tensor * (2 * FLOAT32 + width)
     return max(attention + sparse_scores(c, layout), rows, logits)
+
+
+def attention_at_work(c: ModelConfig, layout: Layout) -> float:
+    """Bytes of one layer's queries, keys and values and what becomes of them, in one pass."""
+    heads = layout.tokens * c.num_heads / layout.mesh.tensor
+    return heads * (4 * c.qk_head_dim + 3 * c.v_head_dim) * _width(c)
 
 
 def cache_row(c: ModelConfig, kind: str) -> int:

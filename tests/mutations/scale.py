@@ -300,8 +300,8 @@ MUTATIONS = [
     Mutation(
         name="attention has no sums without a kernel",
         file="deepseek_jax/scale/memory.py",
-        old="if kernels and c.index_topk is None",
-        new="if c.index_topk is None",
+        old="if kernels and causal_squares",
+        new="if causal_squares",
         tests="scale/test_memory.py::test_without_kernels_rows_are_copied_for_each_expert_and_attention_has_sums",
     ),
     Mutation(

@@ -26,9 +26,9 @@ STUDIES = pathlib.Path(__file__).resolve().parents[1]
 LEVEL, POWER = 0.05, 0.8
 MOST = 10_000  # seeds
 AFFORDABLE = 10.0  # hours of two cores, for one claim
-# {(study, metric, arm, against): size of the effect in the metric's unit}, as docs/claims.md has them: loss-free balancing
-# against the auxiliary loss, and steps in proportion against signs, from arXiv 2408.15664 (logarithms of perplexities
-# are nats); sequence-wise balance from the report, section 4.5.3.
+# {(study, metric, arm, against): size of the effect in the metric's unit}, as docs/claims.md has them: loss-free
+# balancing against the auxiliary loss, and steps in proportion against signs, from arXiv 2408.15664 (logarithms of
+# perplexities are nats); sequence-wise balance from the report, section 4.5.3.
 PUBLISHED = {
     ("load_balance", "loss", "loss-free", "aux 1e-3"): 0.006,
     ("bias_rule", "max_vio_global", "proportional 2e-2", "sign 5e-3"): 0.044 - 0.028,
