@@ -4,6 +4,7 @@ import json
 import sys
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 
 from deepseek_jax.config import ConfigError
@@ -86,6 +87,18 @@ def test_a_damaged_stretch_costs_its_own_records_whoever_reads_it(make_config, t
     assert len(made) > 3
     assert [d for unit in made for d in corpus.read_documents(unit, apart, alone=True)] == found
     assert apart == counts
+
+
+def test_a_large_file_without_a_record_is_counted_whoever_reads_it(tmp_path, monkeypatch):
+    write(tmp_path / "a.array_record", [])
+    write(tmp_path / "b.array_record", [make_text(1).encode()])
+    schema = pyarrow.schema([("text", pyarrow.string())])
+    pyarrow.parquet.ParquetWriter(tmp_path / "c.parquet", schema).close()
+    monkeypatch.setattr(units, "SMALLEST", 100)
+    files, apart, alone = corpus.list_files(str(tmp_path)), corpus.Counts(), corpus.Counts()
+    assert min(map(units._size, files)) > 100
+    found = [d for unit in units.units(files) for d in corpus.read_documents(unit, apart, alone=False)]
+    assert found == list(corpus.read_documents(files, alone)) and apart == alone and apart.files == 3
 
 
 @pytest.mark.parametrize("beside, kind", [(b"\xff\xfe", "bytes_list"), (0.5, "float_list"), (b"3 4", "bytes_list")])
