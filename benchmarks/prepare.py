@@ -1,7 +1,7 @@
 """`prepare` on made-up text of any size: megabytes a CPU second, the memory of its largest process, how much faster two
 workers are than one, and how long a run takes to start on what it has made.
 
-    python -m benchmarks.prepare --gigabytes 1 --json benchmarks/results/prepare_cpu.json
+    python -m benchmarks.prepare --gigabytes 0.2 0.5 --json benchmarks/results/prepare_cpu.json
 
 Documents are of 2.7 KB, words by a Zipf law with punctuation, line breaks and numbers, all ASCII; those of 16 MB are
 written again and again in other orders. The tokenizer, of 8,192 tokens, is made of the first of them and given.
@@ -86,31 +86,38 @@ def started(workdir: str, keys: list[str]) -> dict[str, float]:
     return {"tokens_and_loader": made - begin, "first_batch": time.monotonic() - made}
 
 
+def measured(folder: str, gigabytes: float, texts: list[str], workers: list[int]) -> dict[str, Any]:
+    """`prepared` with each number of workers of a corpus of that size, and `started` on what the last of them made."""
+    inside = lambda name: os.path.join(folder, name)
+    size = write_corpus(inside("text.jsonl"), texts, gigabytes)
+    keys = [f"--config.data.sources=(('{inside('text.jsonl')}', 1.0),)", f"--config.model.vocab_size={VOCAB}",
+            f"--config.data.tokenizer={inside('tokenizer.json')}"]
+    report: dict[str, Any] = {"bytes": size, "runs": []}
+    for count in workers:
+        report["runs"].append(prepared(inside(f"tokens{count}"), keys, count, size))
+        print(report["runs"][-1], flush=True)
+    pathlib.Path(inside("run")).mkdir()
+    keys.append(f"--config.data.cache_dir={inside(f'tokens{workers[-1]}')}")
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        report["start"] = pool.apply(started, (inside("run"), keys))
+    print(report["start"], flush=True)
+    return report
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gigabytes", type=float, default=1.0)
+    parser.add_argument("--gigabytes", type=float, nargs="+", default=[1.0])
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--folder", help="where the text and its tokens are for the time being")
     parser.add_argument("--json", metavar="FILE", help="write the report there")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-        inside = lambda name: os.path.join(folder, name)
-        texts = documents()
-        train_tokenizer(texts, VOCAB).save(inside("tokenizer.json"))
-        size = write_corpus(inside("text.jsonl"), texts, args.gigabytes)
-        keys = [f"--config.data.sources=(('{inside('text.jsonl')}', 1.0),)", f"--config.model.vocab_size={VOCAB}",
-                f"--config.data.tokenizer={inside('tokenizer.json')}"]
-        report: dict[str, Any] = {"bytes": size, "runs": []}
-        for workers in args.workers:
-            report["runs"].append(prepared(inside(f"tokens{workers}"), keys, workers, size))
-            print(report["runs"][-1], flush=True)
-        pathlib.Path(inside("run")).mkdir()
-        keys.append(f"--config.data.cache_dir={inside(f'tokens{args.workers[-1]}')}")
-        with multiprocessing.get_context("spawn").Pool(1) as pool:
-            report["start"] = pool.apply(started, (inside("run"), keys))
-        print(report["start"])
+    texts, sizes = documents(), []
+    for gigabytes in args.gigabytes:
+        with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+            train_tokenizer(texts, VOCAB).save(os.path.join(folder, "tokenizer.json"))
+            sizes.append(measured(folder, gigabytes, texts, args.workers))
     if args.json:
-        write_results(args.json, report | {"machine": hardware()})
+        write_results(args.json, {"sizes": sizes, "machine": hardware()})
 
 
 if __name__ == "__main__":

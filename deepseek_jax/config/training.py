@@ -97,6 +97,11 @@ class DataConfig(Checked, section="data"):
                                       "wanted.")
                 if paths.count(path) > 1:
                     raise ConfigError(f"{where}, {path!r} is named twice; name it once, with the sum of the weights.")
+        for weights in (self.sources, *(stage for _, stage in self.stages)):
+            total = sum(weight for _, weight in weights)
+            if lost := [pair for pair in weights if pair[1] > 0 and not pair[1] / total]:
+                raise ConfigError(f"data.sources: {lost[0]!r} has no share of a sum of {total:g}; give weights "
+                                  "that are nearer to each other and to 1.")
 
     def weights_at(self, step: int) -> tuple[float, ...]:
         """Of each source its weight in that step; 0: it is not read."""

@@ -82,7 +82,9 @@ def prepare_ahead(config: Config, workdir: str | None, share: Share = ALL, worke
     storage.make_folder(folder)
     with Workers(workers) as pool:
         divided = lambda path, fraction, most: Divided(path, fraction, most, workdir, folder, share, pool)
-        sources = [divided(path, prepare.held_fraction(data), prepare.held_tokens(data)) for path, _ in data.sources]
+        began = prepare.began_in(config, workdir)
+        sources = [divided(path, prepare.held_fraction(data), prepare.held_tokens(data, path, began))
+                   for path, _ in data.sources]
         own = [] if data.validation is None else [divided(data.validation, None, data.validation_tokens)]
         tokenizer = prepare.find_tokenizer(config, workdir, sources)
         rate = data.split_punctuation_rate
@@ -163,7 +165,8 @@ def _parts(source: Divided, tokenizer, config, workdir, rate) -> Made:
         if missing := [i for i in range(len(parts)) if not there(i)]:
             return Made(source.path, len(parts), missing)
         hashes = (line for unit in source.surveys for line in unit["hashes"])
-        token_shards.join(folder, len(parts), {"source": source.path, "digest": source.digest}, hashes)
+        token_shards.join(folder, len(parts), {"source": source.path, "digest": source.digest, "cut": source.survey[1]},
+                          hashes)
     meta = token_shards.read(folder)[1]
     return Made(source.path, len(parts), [], sum(meta[split]["tokens"] for split in token_shards.SPLITS))
 

@@ -17,12 +17,30 @@ from deepseek_jax import storage
 from deepseek_jax.config import ConfigError
 
 ENDING = re.compile(r"\.array_?record(-\d+-of-\d+)?$")  # TFDS numbers its files behind the ending
+KEYS, IDS = ("text", "prompt", "answer", "messages", "tools"), ("tokens", "input_ids")  # of a row; no others are read
 _AT_ONCE = 1024  # records
 
 
+class _Records:
+    """The records of a file that is open."""
+
+    def __init__(self, reader: Any):
+        self._reader, self.num_records = reader, reader.num_records
+
+    def read(self, start: int, stop: int) -> list[bytes | ValueError]:
+        """A ValueError in the place of each one that is in a damaged stretch, and of no others."""
+        try:
+            return self._reader.read(start, stop)
+        except RuntimeError as error:
+            if stop - start <= 1:
+                return [ValueError(f"is damaged: {error}")]
+        middle = (start + stop) // 2
+        return self.read(start, middle) + self.read(middle, stop)
+
+
 @contextlib.contextmanager
-def _opened(path) -> Iterator[Any]:
-    """An ArrayRecordReader. Raises ConfigError without the package, or for what is in a bucket; ValueError for a file
+def _opened(path) -> Iterator[_Records]:
+    """Raises ConfigError without the package, or for what is in a bucket; ValueError for a file
     that is damaged."""
     if storage.is_remote(path):
         raise ConfigError(f"data.sources: {path}: ArrayRecord files are read from a disk; copy them there.")
@@ -34,7 +52,7 @@ def _opened(path) -> Iterator[Any]:
         # Records are read a thousand at a time, one behind the other; more threads would take workers' cores.
         reader = ArrayRecordReader(path, options="readahead_buffer_size:0,max_parallelism:1")
         try:
-            yield reader
+            yield _Records(reader)
         finally:
             reader.close()
     except RuntimeError as error:
@@ -48,7 +66,7 @@ def count_records(path: str) -> int:
 
 
 def read_records(path: str, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, Any]]:
-    """(number, row) from `start` to `stop`: an object, a text, or the UnicodeDecodeError of what is neither.
+    """(number, row) from `start` to `stop`: an object, a text, or the ValueError of what is neither.
 
     Raises ConfigError without the package, or for what is in a bucket; ValueError for a file that is damaged.
     """
@@ -56,7 +74,7 @@ def read_records(path: str, start: int = 0, stop: int | None = None) -> Iterator
         end: int = reader.num_records() if stop is None else stop
         for first in range(start, end, _AT_ONCE):
             for number, record in enumerate(reader.read(first, min(first + _AT_ONCE, end)), first):
-                yield number, _row(record)
+                yield number, record if isinstance(record, ValueError) else _row(record)
 
 
 def _row(record: bytes) -> Any:
@@ -72,15 +90,26 @@ def _row(record: bytes) -> Any:
 
 
 def _features(record) -> dict[str, Any] | None:
-    """{name: text or ids} of a tf.train.Example; None: it is none."""
+    """{name: text or ids} of a tf.train.Example, without what other features hold; None: it is none."""
     from google.protobuf.message import DecodeError
 
     try:
         features = _example().FromString(record).features.feature
-        return {name: [*value.int64_list.value] if value.WhichOneof("kind") == "int64_list"
-                else b"".join(value.bytes_list.value).decode() for name, value in features.items()}
-    except (DecodeError, UnicodeDecodeError):
+    except DecodeError:
         return None
+    return {name: _value(feature) if name in (*KEYS, *IDS) else None for name, feature in features.items()}
+
+
+def _value(feature) -> Any:
+    """Text of bytes, if they are UTF-8; else what a feature holds, which whoever wants a text or ids does not take."""
+    kind = feature.WhichOneof("kind")
+    if kind is None:
+        return None
+    values = [*getattr(feature, kind).value]
+    try:
+        return b"".join(values).decode() if kind == "bytes_list" else values
+    except UnicodeDecodeError:
+        return values
 
 
 @functools.cache

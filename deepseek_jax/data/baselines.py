@@ -8,27 +8,31 @@ from collections.abc import Iterator
 
 from deepseek_jax.config import DataConfig
 from deepseek_jax.data import corpus
-from deepseek_jax.data.prepare import Source, held_fraction, held_tokens
+from deepseek_jax.data.prepare import Source, held_fraction, held_tokens, known_cuts
 
 SAMPLE_BYTES = 20_000_000  # of held-out text: enough for three digits, and a terabyte is not read for it
 
 
-def compressed_bits_per_byte(data: DataConfig, path: str | None = None) -> dict[str, float]:
+def compressed_bits_per_byte(data: DataConfig, path: str | None = None,
+                             workdir: str | None = None) -> dict[str, float]:
     """Compresses the held-out documents of a run's sources, or the documents of `path`: the first SAMPLE_BYTES of text,
     in equal shares of the sources. No more than one document is in memory.
+
+    workdir: of the run, which has noted what is held out; with data.validation_tokens all text is read to find it else.
 
     Returns:
       Bits per byte of gzip -9 and xz -9 applied to the documents one by one, and of xz -9 to their concatenation;
       nothing for documents of token ids.
     """
     most = data.validation_tokens if path is None else None
+    cuts = known_cuts(workdir) if workdir and path is None else {}
     path = path or data.validation
     if path is not None:
         sources = [Source(path, None, most=most)]
     else:
-        sources = [Source(p, held_fraction(data), most=held_tokens(data)) for p, _ in data.sources]
+        sources = [Source(p, held_fraction(data), most=held_tokens(data, p, workdir)) for p, _ in data.sources]
     size, by_gzip, by_xz, together, concatenated = 0, 0, 0, 0, lzma.LZMACompressor(preset=9)
-    for text in (text for source in sources for text in _first(_held_out(source), SAMPLE_BYTES / len(sources))):
+    for text in (text for source in sources for text in _first(_held_out(source, cuts), SAMPLE_BYTES / len(sources))):
         size += len(text)
         by_gzip += len(gzip.compress(text, 9, mtime=0))
         by_xz += len(lzma.compress(text, preset=9))
@@ -47,9 +51,9 @@ def _first(texts: Iterator[bytes], most: float) -> Iterator[bytes]:
             return
 
 
-def _held_out(source: Source) -> Iterator[bytes]:
+def _held_out(source: Source, cuts: dict[str, int | None]) -> Iterator[bytes]:
     # Silent: whoever prepared the run has named what cannot be read.
-    cut = source.cut()
+    cut = cuts[source.path] if source.path in cuts else source.cut()
     for document in corpus.read_documents(source.files):
         if cut is None or corpus.hash_position(document.name) <= cut:
             yield "".join(text for text, _ in document.parts).encode()

@@ -324,11 +324,20 @@ def _read_parquet(path, alone, stretch):
     del alone
     with open_parquet(path) as file:
         columns = [c for c in (*_KEYS, *_IDS) if c in file.schema_arrow.names]
-        row, groups = (0, None) if stretch is None else (stretch.row, range(stretch.start, stretch.stop))
-        for batch in file.iter_batches(batch_size=1024, columns=columns, row_groups=groups and list(groups)):
-            for record in batch.to_pylist():
-                yield row, _parts(_without_none(record))
-                row += 1
+        start, groups = (0, range(file.num_row_groups)) if stretch is None else (
+            stretch.row, range(stretch.start, stretch.stop))
+        for group in groups:
+            row = start
+            start += file.metadata.row_group(group).num_rows
+            try:
+                for batch in file.iter_batches(batch_size=1024, columns=columns, row_groups=[group]):
+                    for record in batch.to_pylist():
+                        yield row, _parts(_without_none(record))
+                        row += 1
+            except (ConfigError, storage.StorageError):
+                raise
+            except Exception as error:  # whatever damage makes the reader raise; the other groups can be read
+                yield row, f"damaged, and so are those up to {start - 1}: {_first_line(error)}"
 
 
 def _parts(record):
@@ -406,10 +415,10 @@ def _read_array_record(path, alone, stretch):
         if isinstance(record, str):
             yield row, ((record, True),)
         else:
-            yield row, _first_line(record) if isinstance(record, UnicodeDecodeError) else _parts(record)
+            yield row, _first_line(record) if isinstance(record, ValueError) else _parts(record)
 
 
-_KEYS, _IDS = ("text", "prompt", "answer", "messages", "tools"), ("tokens", "input_ids")
+_KEYS, _IDS = array_record.KEYS, array_record.IDS
 _TABLES = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst")
 _READERS = {".txt": _read_text, ".md": _read_text, ".py": _read_text, ".jsonl": _read_jsonl,
             ".jsonl.gz": _read_jsonl, ".jsonl.zst": _read_jsonl, ".parquet": _read_parquet, ".idx": _read_megatron,

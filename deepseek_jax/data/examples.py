@@ -183,8 +183,12 @@ class Mixture:
             raise ConfigError(f"data.sources: weights {weights} must be positive, or 0 where a source gives nothing.")
         if len(weights) > MIX_BLOCK:
             raise ConfigError(f"data.sources: {len(weights)} are more than {MIX_BLOCK}; join some with a glob.")
+        fractions_S = np.array(weights) / sum(weights)
+        if any(weight > 0 and not share for weight, share in zip(weights, fractions_S)):
+            raise ConfigError(f"data.sources: of weights {weights} one has no share of their sum, {sum(weights):g}; "
+                              "give some that are nearer to each other and to 1.")
         self.first, self.used = first, used or (0,) * len(weights)
-        self.counts_S = _shares(np.array(weights) / sum(weights), MIX_BLOCK)
+        self.counts_S = _shares(fractions_S, MIX_BLOCK)
         pattern = np.repeat(np.arange(len(weights)), self.counts_S)
         self.pattern_G = np.random.default_rng([seed, len(weights)]).permutation(pattern)
         self.rank_G = np.zeros(MIX_BLOCK, np.int64)  # sequences of the same source earlier in the block

@@ -122,7 +122,7 @@ def prepare(config: Config, workdir: str, resumes: bool = False) -> Prepared:
     data = config.data
     began = began_in(config, workdir)
     places = began, cache_of(config, workdir)
-    sources = [Source(path, held_fraction(data), *places, held_tokens(data)) for path, _ in data.sources]
+    sources = [Source(path, held_fraction(data), *places, held_tokens(data, path, began)) for path, _ in data.sources]
     own = [] if data.validation is None else [Source(data.validation, None, *places, data.validation_tokens)]
     if resumes:
         check_sources(began, {source.path: source.digest for source in (*sources, *own)}, branches=began != workdir)
@@ -132,7 +132,8 @@ def prepare(config: Config, workdir: str, resumes: bool = False) -> Prepared:
     validation = [shards["validation"] for shards, _ in held]
     if data.validation_tokens is not None:
         validation = [token_shards.bounded(s, data.validation_tokens // len(held) or 1) for s in validation]
-    report = tuple(meta | {"digest": source.digest} for source, (_, meta) in zip((*sources, *own), (*pairs, *held)))
+    report = tuple(meta | {"digest": source.digest} | _bound_of(data, source, meta)
+                   for source, (_, meta) in zip((*sources, *own), (*pairs, *held)))
     return Prepared(tokenizer, tuple(s["train"] for s, _ in pairs), tuple(validation), report,
                     _order(began))
 
@@ -150,11 +151,33 @@ def held_fraction(data: DataConfig) -> float:
     return data.validation_fraction if data.validation is None else 0.0
 
 
-def held_tokens(data: DataConfig) -> int | None:
-    """Of each training source at most; None: no bound."""
+def held_tokens(data: DataConfig, path: str | None = None, workdir: str | None = None) -> int | None:
+    """Of each training source at most; None: no bound. path, workdir: of a source in the run there, which keeps the
+    bound that it was first read with: with another one, text that was held out would be trained on."""
     if data.validation_tokens is None or data.validation is not None:
         return None
-    return data.validation_tokens // len(data.sources) or 1
+    note, most = _note(workdir) if workdir else {}, data.validation_tokens // len(data.sources) or 1
+    if not _has_order(note) or path not in note["sources"]:
+        return most
+    if "held" not in note:  # of an older version
+        return data.validation_tokens // len(note["sources"]) or 1
+    kept = note["held"].get(path, {})
+    return kept["most"] if kept.get("of") == data.validation_tokens else most
+
+
+def _bound_of(data, source, meta) -> dict[str, Any]:
+    """What is noted of a source's held-out tokens: those of all sources, its own, and the cut that they give."""
+    if source.most is None:
+        return {}
+    cut = {"cut": meta["cut"]} if "cut" in meta else {}  # not in shards of an older version
+    return {"held": {"of": data.validation_tokens, "most": source.most, **cut}}
+
+
+def known_cuts(workdir: str) -> dict[str, int | None]:
+    """Of the sources of a run with data.validation_tokens the cuts between validation and training, if noted."""
+    note = _note(workdir)
+    return {path: held["cut"] for path, held in note.get("held", {}).items() if "cut" in held} if _has_order(
+        note) else {}
 
 
 def claim_corpus(prepared: Prepared, workdir: str) -> None:
@@ -166,10 +189,13 @@ def claim_corpus(prepared: Prepared, workdir: str) -> None:
     digests = {meta["source"]: meta["digest"] for meta in prepared.sources}
     before = noted(workdir)
     check_sources(workdir, digests)
+    note = _note(workdir)
+    held = (note.get("held", {}) if _has_order(note) else {}) | {
+        meta["source"]: meta["held"] for meta in prepared.sources if "held" in meta}
     # All, or those that a mixture of later has in addition; of a branch the order of its run.
-    if digests.keys() - before.keys() or prepared.order != _order(workdir):
-        io.write_json(os.path.join(workdir, "corpus.json"), {"order": prepared.order, "sources": digests | before},
-                      indent=1)
+    now = {"order": prepared.order, "sources": digests | before, **({"held": held} if held else {})}
+    if digests.keys() - before.keys() or prepared.order != _order(workdir) or (held and note != now):
+        io.write_json(os.path.join(workdir, "corpus.json"), now, indent=1)
 
 
 def check_sources(workdir: str, digests: dict[str, str], branches: bool = False) -> None:
@@ -345,7 +371,7 @@ def _shards(source, tokenizer, config, workdir, split_rate) -> tuple[dict[str, t
     folder = shards_folder(source, tokenizer, config, workdir, split_rate)
     if not storage.is_file(os.path.join(folder, "meta.json")):
         counts, cut = source.survey
-        meta = {"source": source.path, "digest": source.digest, **dataclasses.asdict(counts)}
+        meta = {"source": source.path, "digest": source.digest, "cut": cut, **dataclasses.asdict(counts)}
         token_shards.write(folder, corpus.read_documents(source.files), tokenizer,
                            shard_options(cut, tokenizer, config, workdir, split_rate), meta,
                            progress=(f"tokenizing {source.path}", counts.bytes),

@@ -63,6 +63,9 @@ def _numbered(file, size, most, count_of):
     except (OSError, ValueError):  # its reader says so
         yield file, size
         return
+    if not count:  # it counts as a file that has been read
+        yield file, size
+        return
     step = max(1, count * most // size)
     for start in range(0, count, step):
         stop = min(start + step, count)
@@ -76,6 +79,9 @@ def _row_groups(file, size, most):
             rows = [group.num_rows for group in groups]
             bytes = [group.total_byte_size for group in groups]
     except (OSError, ValueError):  # damaged: its reader says so
+        yield file, size
+        return
+    if not rows:  # it counts as a file that has been read
         yield file, size
         return
     start, scale = 0, size / max(sum(bytes), 1)  # to bytes on the disk

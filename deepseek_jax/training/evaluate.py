@@ -85,4 +85,4 @@ def evaluate_workdir(workdir: str, data: str | None = None, ema: bool = False,
     result = {"step": step, **score._asdict()}
     del result["share"]  # all
     result |= {f"loss/{source}": loss for source, loss in result.pop("by_source").items()}
-    return result | (compressed_bits_per_byte(config.data, data) if compressors else {})
+    return result | (compressed_bits_per_byte(config.data, data, workdir) if compressors else {})

@@ -4,6 +4,7 @@ import json
 import sys
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 
 from deepseek_jax.config import ConfigError
@@ -63,6 +64,61 @@ def test_parts_of_a_large_file_have_its_documents_and_its_tokens(make_config, tm
     for split in ("train", "validation"):
         (a,), (b,) = getattr(ahead, split), getattr(alone, split)
         assert np.array_equal(a.tokens[:], b.tokens[:]) and np.array_equal(a.bytes_N, b.bytes_N)
+
+
+def test_a_damaged_stretch_costs_its_own_records_whoever_reads_it(make_config, tmp_path, monkeypatch):
+    path = tmp_path / "a.array_record"
+    write(path, [f"{i}\n{make_text(i, lines=2)}".encode() for i in range(3000)], "group_size:64,uncompressed")
+    data = bytearray(path.read_bytes())
+    middle = len(data) // 2
+    data[middle:middle + 40] = bytes(b ^ 255 for b in data[middle:middle + 40])
+    path.write_bytes(data)
+    files, counts, said = corpus.list_files(str(path)), corpus.Counts(), []
+    found = list(corpus.read_documents(files, counts, said.append))
+    assert len(found) == counts.documents == 3000 - 64 and counts.skipped == 64 == len(said)
+    numbers = [int(d.parts[0][0].split("\n")[0]) for d in found]
+    assert [d.name for d in found] == [f"a.array_record#{i}" for i in numbers]
+    lost = sorted(set(range(3000)) - set(numbers))
+    assert lost == list(range(lost[0], lost[0] + 64)) and lost[0] % 64 == 0
+    assert said[0].startswith(f"skipped a.array_record#{lost[0]}: is damaged: ")
+    monkeypatch.setattr(units, "SMALLEST", 20_000)
+    made = units.units(files)
+    apart = corpus.Counts()
+    assert len(made) > 3
+    assert [d for unit in made for d in corpus.read_documents(unit, apart, alone=True)] == found
+    assert apart == counts
+
+
+def test_a_large_file_without_a_record_is_counted_whoever_reads_it(tmp_path, monkeypatch):
+    write(tmp_path / "a.array_record", [])
+    write(tmp_path / "b.array_record", [make_text(1).encode()])
+    schema = pyarrow.schema([("text", pyarrow.string())])
+    pyarrow.parquet.ParquetWriter(tmp_path / "c.parquet", schema).close()
+    monkeypatch.setattr(units, "SMALLEST", 100)
+    files, apart, alone = corpus.list_files(str(tmp_path)), corpus.Counts(), corpus.Counts()
+    assert min(map(units._size, files)) > 100
+    found = [d for unit in units.units(files) for d in corpus.read_documents(unit, apart, alone=False)]
+    assert found == list(corpus.read_documents(files, alone)) and apart == alone and apart.files == 3
+
+
+@pytest.mark.parametrize("beside, kind", [(b"\xff\xfe", "bytes_list"), (0.5, "float_list"), (b"3 4", "bytes_list")])
+def test_features_beside_the_text_do_not_matter_and_a_text_of_another_kind_is_named(tmp_path, beside, kind):
+    from deepseek_jax.data import array_record as reader
+
+    def example(**features):
+        made = reader._example()()
+        for name, (form, value) in features.items():
+            getattr(made.features.feature[name], form).value.append(value)
+        return made.SerializeToString()
+
+    text = ("bytes_list", b"a text")
+    records = [example(text=text, image=(kind, beside)), example(text=text, tokens=(kind, beside)),
+               example(text=("float_list", 0.5)), example(text=("bytes_list", b"\xff")), example(title=text)]
+    path, said = write(tmp_path / "a.array_record", records), []
+    found = list(corpus.read_documents(corpus.list_files(path), warn=said.append))
+    assert [d.parts for d in found] == [(("a text", True),)] * 2
+    assert [line.split(" nor ")[0] for line in said] == [
+        f'skipped a.array_record#{i}: has neither "text"' for i in (2, 3, 4)]
 
 
 @pytest.mark.parametrize("damage", [lambda data: data[:len(data) // 2], lambda data: b"junk", lambda data: b""],

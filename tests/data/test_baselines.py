@@ -39,3 +39,16 @@ def test_token_ids_are_not_compressed(make_config, tmp_path):
 
 def test_compressors_take_held_out_text_of_its_own(own):
     assert compressed_bits_per_byte(own.data) == compressed_bits_per_byte(own.data, own.data.validation)
+
+
+def test_of_a_budget_the_noted_cut_is_taken_and_not_all_text_is_read(make_config, tmp_path, monkeypatch):
+    rows = "".join(json.dumps({"text": make_text(i, lines=4)}) + "\n" for i in range(500))
+    (tmp_path / "rows.jsonl").write_text(rows)
+    config, workdir = make_config(tmp_path / "rows.jsonl", validation_tokens=600), str(tmp_path / "work")
+    monkeypatch.setattr(baselines, "SAMPLE_BYTES", 400)
+    wanted = compressed_bits_per_byte(config.data)
+    prepare.claim_corpus(prepare.prepare(config, workdir), workdir)
+    read, real = [], corpus.read_documents
+    monkeypatch.setattr(corpus, "read_documents", lambda *a, **k: (read.append(d.name) or d for d in real(*a, **k)))
+    assert compressed_bits_per_byte(config.data, workdir=workdir) == wanted
+    assert len(read) < 400

@@ -12,7 +12,7 @@ import pytest
 import zstandard
 
 from deepseek_jax.config import ConfigError
-from deepseek_jax.data import corpus
+from deepseek_jax.data import corpus, units
 
 
 def read(path):
@@ -307,6 +307,25 @@ def test_tools_that_are_none_are_named(tmp_path):
     documents, _, warnings = read(tmp_path / "a.jsonl")
     assert len(documents) == 1 and [w.split(": ", 1)[1] for w in warnings] == [
         "tools must be a list of functions with a name each."] * 2
+
+
+def test_a_damaged_row_group_of_parquet_costs_its_own_rows_whoever_reads_it(tmp_path, monkeypatch):
+    path = tmp_path / "a.parquet"
+    texts = [f"{i} of the texts" * 20 for i in range(90)]
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), path, row_group_size=30, use_dictionary=False)
+    column = pyarrow.parquet.ParquetFile(path).metadata.row_group(1).column(0)
+    data = bytearray(path.read_bytes())
+    begin = column.data_page_offset
+    data[begin:begin + 40] = b"\xff" * 40
+    path.write_bytes(data)
+    documents, counts, warnings = read(path)
+    assert [d.parts[0][0] for d in documents] == texts[:30] + texts[60:]
+    assert [d.name for d in documents][-1] == "a.parquet#89" and counts.skipped == 1
+    assert warnings[0].startswith("skipped a.parquet#30: damaged, and so are those up to 59: ")
+    monkeypatch.setattr(units, "SMALLEST", 400)
+    made = units.units(corpus.list_files(str(path)))
+    assert len(made) == 3
+    assert [d for unit in made for d in corpus.read_documents(unit, alone=True)] == documents
 
 
 def test_a_map_of_parquet_is_an_object(tmp_path):

@@ -211,7 +211,7 @@ def test_sources_are_mixed_evenly_within_a_block():
     assert 96 < sum(first) < 160
 
 
-@pytest.mark.parametrize("weights", [(), (0.0, 0.0), (1.0, -1.0), (1.0,) * 1025])
+@pytest.mark.parametrize("weights", [(), (0.0, 0.0), (1.0, -1.0), (1.0,) * 1025, (1e308, 1e308), (1e200, 1e-200)])
 def test_weights_that_cannot_be_met_are_a_config_error(weights):
     with pytest.raises(ConfigError, match=r"data\.sources"):
         Mixture(weights, seed=0)

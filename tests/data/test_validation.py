@@ -220,6 +220,29 @@ def test_a_budget_is_shared_by_the_sources_and_made_alike_ahead(make_config, tmp
     assert made.tokenizer.digest == made_ahead.tokenizer.digest
 
 
+def test_a_source_that_is_added_later_moves_no_held_out_document_into_training(make_config, trained, tmp_path):
+    trained.save(str(tmp_path / "tokenizer.json"))
+    fields = {"validation_tokens": 2000, "cache_dir": str(tmp_path / "cache"), "split_punctuation_rate": 0.0,
+              "tokenizer": str(tmp_path / "tokenizer.json")}
+    rows = [write_rows(tmp_path / name, 2000) for name in ("a.jsonl", "b.jsonl")]
+    alone, both = (make_config(*some, **fields) for some in (rows[:1], rows))
+    made = prepare(alone, workdir := str(tmp_path / "work"))
+    claim_corpus(made, workdir)
+    prepare_ahead(both, workdir)
+    later = prepare(both, workdir, resumes=True)
+    assert documents(later.train[:1]) == documents(made.train)
+    assert later.sources[0]["validation"]["documents"] == made.sources[0]["validation"]["documents"]
+    assert sum(len(s.tokens) for s in later.validation) <= 2000
+    claim_corpus(later, workdir)
+    assert documents(prepare(both, workdir, resumes=True).train) == documents(later.train)
+    other = prepare(both, str(tmp_path / "other"))
+    assert documents(other.train[:1]) > documents(made.train)  # what a run of both holds out from its start
+    note = json.loads((tmp_path / "work" / "corpus.json").read_text())
+    (tmp_path / "work" / "corpus.json").write_text(json.dumps({k: note[k] for k in ("order", "sources")} | {
+        "sources": {rows[0]: note["sources"][rows[0]]}}))  # of an older version
+    assert documents(prepare(both, workdir, resumes=True).train[:1]) == documents(made.train)
+
+
 def test_a_budget_bounds_held_out_text_of_its_own_and_tokenizes_no_more(own, tmp_path):
     for i in range(40):
         (tmp_path / "held" / f"more{i}.txt").write_text(f"held\n{i}\n" + "value\n" * 60)
