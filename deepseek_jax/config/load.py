@@ -117,10 +117,13 @@ class Config(Checked):
 
     def sequences_before(self, step: int) -> int:
         """Sequences consumed by all steps before `step`, of a run that never changed (`data.position`)."""
-        train = self.train
-        ramp_steps = math.ceil(train.ramp_until * self.schedule_steps) if train.ramp_from is not None else 0
-        ramped = sum(self.sequences_at(s) for s in range(min(step, ramp_steps)))
-        return ramped + train.batch_size * max(0, step - ramp_steps)
+        train, levels = self.train, self.ramp_levels
+        ramp_steps = math.ceil(train.ramp_until * self.schedule_steps) if len(levels) > 1 else 0
+        # The steps that each level begins at, and the last one ends at.
+        starts = [-(-i * ramp_steps // max(1, len(levels) - 1)) for i in range(len(levels))]
+        ramped = sum(micro * (min(step, end) - min(step, start))
+                     for micro, start, end in zip(levels, starts, starts[1:]))
+        return ramped * (train.batch_size // self.microbatches) + train.batch_size * max(0, step - ramp_steps)
 
     def _check_ramp(self):
         first, batch = self.train.ramp_from, self.train.batch_size
@@ -129,7 +132,14 @@ class Config(Checked):
         rows = batch // self.microbatches
         if first > batch or first % rows:
             raise ConfigError(f"train.ramp_from={first} must be a multiple of the {rows} sequences of a micro-batch, "
-                              f"and at most batch_size={batch}.")
+                              f"and at most batch_size={batch}{self._finer_ramp()}.")
+
+    def _finer_ramp(self):
+        """The rounds of accumulation that a ramp which is too fine could move in, as an advice."""
+        first, batch = self.train.ramp_from or 1, self.train.batch_size
+        rows = math.gcd(batch, first)
+        fits = first <= batch and self.mesh.pipe == 1 and rows % self.mesh.data_shards == 0
+        return f"; take train.accumulation_steps={batch // rows}, which makes them smaller" if fits else ""
 
     def _check_lora(self):
         if self.model.fp8.enabled:

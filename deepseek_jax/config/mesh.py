@@ -16,7 +16,8 @@ class MeshConfig(Checked, section="mesh"):
     """How many devices along each axis, and how tokens travel between them (report section 3.2).
 
     The report's 2048 GPUs are pipe=16, replica=2, node=8, local=8, without parts. All ones: one device. Not part of
-    what a run is: it may be resumed on another mesh.
+    what a run is, and it may be resumed on another mesh; a batch ramp of a pipeline's micro-batches then has other
+    sizes from there on (docs/pipeline.md).
     """
 
     pipe: Annotated[int, POSITIVE, "pipeline ranks"] = 1

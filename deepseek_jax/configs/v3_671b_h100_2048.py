@@ -1,4 +1,4 @@
-"""DeepSeek-V3 on 2,048 H100s or H800s: the program of `compile --layout report`, 66.6 of 80 GB a device.
+"""DeepSeek-V3 on 2,048 H100s or H800s: the program of `compile --layout report`, 66.6 of 80 GB a device, and a ramp.
 
 The report's run, laid out as in its section 3.2, in FP8. Three numbers are not the report's: dispatch is recomputed in
 the backward pass, no weight gradient waits for an idle tick, and the batch ramp begins at 4,096 sequences instead of
@@ -8,7 +8,11 @@ is kept (the report's is in the hosts' memory): `--config.train.ema_decay=0.999`
     srun python -m deepseek_jax.train --config v3_671b_h100_2048 --workdir gs://BUCKET/RUN \
         --config.data.sources="(('gs://BUCKET/corpus', 1.0),)"
 
-An evaluation scores one batch of 15,360 sequences, spread over the held-out text, in the pipeline's micro-batches.
+What was compiled has no batch ramp, and thus no tables of its shorter schedules.
+
+An evaluation scores one batch, the first 15,360 sequences of the held-out text, and besides one from the middle of
+each source that has none of these; that at the end of the run scores 8, spread over the text. All are scored in the
+pipeline's micro-batches.
 """
 
 from ml_collections import ConfigDict

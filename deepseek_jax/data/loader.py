@@ -1,7 +1,8 @@
 """Batches: a pure function of the step, so that a resumed run continues exactly where it stopped.
 
 Step s holds the global sequences that follow `Position.sequences_before(s)`. They fill its micro-batches in order, and
-within each micro-batch the hosts take contiguous shares: more hosts or a restart change who reads a row, not which.
+each host reads the rows of a micro-batch that its devices hold: more hosts or a restart change who reads a row, not
+which.
 """
 
 from __future__ import annotations
@@ -23,9 +24,15 @@ from deepseek_jax.data.validation import Validation, WholeValidation
 
 
 class Loader:
-    """Training batches by step, and the validation set."""
+    """Training batches by step, and the validation set.
 
-    def __init__(self, config: Config, prepared: Prepared, host: int = 0, hosts: int = 1):
+    Args:
+      host, hosts: this process reads the host-th of `hosts` equal parts of every micro-batch.
+      places: where its rows are in a micro-batch, in their order; None: one behind the other.
+    """
+
+    def __init__(self, config: Config, prepared: Prepared, host: int = 0, hosts: int = 1,
+                 places: Sequence[int] | None = None):
         train, tokenizer = config.train, prepared.tokenizer
         self.config, self.prepared = config, prepared
         self.train, self.prefetch, self.host, self.hosts = train, config.data.prefetch, host, hosts
@@ -35,6 +42,7 @@ class Loader:
                               f"be shared by {hosts} hosts; make it a multiple.")
         self.tokenizer = tokenizer
         self.rows = rows // hosts
+        self.places = range(host * self.rows, (host + 1) * self.rows) if places is None else places
         self.validation = _validation(config, prepared)
         self.sources = short_names([meta["source"] for meta in prepared.sources])
         self.streams = []
@@ -72,10 +80,10 @@ class Loader:
         first = self.position.sequences_before(self.config, step)
         count = self.config.sequences_at(step)
         for m in range(self.train.accumulation_steps):
-            for row in range(self.rows):
-                at = (m * self.hosts + self.host) * self.rows + row
+            for row, place in enumerate(self.places):
+                at = m * self.hosts * self.rows + place
                 if at >= count:
-                    break
+                    continue
                 window = self.sequence(first + at)
                 tokens_MBT[m, row], segments_MBT[m, row] = window.tokens_T, window.segments_T
                 weights_MBT[m, row, 1:] = window.predicted_T[1:]

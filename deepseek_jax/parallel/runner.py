@@ -51,6 +51,13 @@ class Runner:
                               "process the same number of devices, and make mesh.tensor a divisor of it.")
         return parts.index(held[jax.process_index()]), len(parts)
 
+    def places(self) -> list[int] | None:
+        """Where the rows of this process are in a micro-batch, in the order of `shard_batch`; None: it has all."""
+        if self.mesh is None:
+            return None
+        size = self.rows // math.prod(self.mesh.shape[axis] for axis in DATA)
+        return [piece * size + row for piece in self._pieces[jax.process_index()] for row in range(size)]
+
     @functools.cached_property
     def _pieces(self):
         """{process: numbers of the pieces of a batch that its devices hold, one of data_shards each}. On a torus those

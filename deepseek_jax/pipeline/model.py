@@ -66,12 +66,6 @@ def check(config: Config) -> None:
     if mesh.pipe == 1:
         return
     schedule_of(config)
-    if config.ramps_pipeline:
-        try:
-            _schedule(config, config.ramp_levels[0])
-        except ConfigError as error:
-            raise ConfigError(f"train.ramp_from={config.train.ramp_from} is {config.ramp_levels[0]} micro-batches: "
-                              f"{error}") from error
     check_routes_alone(cfg, f"mesh.pipe={mesh.pipe}")
     for wrong, complaint in (
             (mesh.tensor > 1, f"mesh.tensor={mesh.tensor} has no place in a pipeline; take mesh.tensor=1"),
@@ -97,6 +91,12 @@ def check(config: Config) -> None:
     if uneven := [f"{name}={size}" for name, size in split.items() if size % mesh.pipe]:
         raise ConfigError(f"mesh.pipe={mesh.pipe} does not divide {' and '.join(uneven)}, which its ranks share; take "
                           f"a divisor of {math.gcd(*split.values())}.")
+    if config.ramps_pipeline:
+        try:
+            _schedule(config, config.ramp_levels[0])
+        except ConfigError as error:
+            raise ConfigError(f"train.ramp_from={config.train.ramp_from} is {config.ramp_levels[0]} micro-batches: "
+                              f"{error}") from error
 
 
 def schedule_of(config: Config) -> Schedule:

@@ -129,7 +129,7 @@ def train(config: Config, workdir: str, kind: type[Run] | None = None) -> TrainR
     check(config)
     runner = check_run(config, workdir)
     prepared: Any = first_then_others(lambda: prepare(config, workdir, resumes=True), "prepare")
-    loader = Loader(config, prepared, *runner.share())
+    loader = Loader(config, prepared, *runner.share(), runner.places())
     with contextlib.ExitStack() as held:
         if is_first():
             held.enter_context(alone_in(workdir))

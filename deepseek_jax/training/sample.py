@@ -1,13 +1,14 @@
 """The sample at the end of a run on a mesh, by the model as it was trained: split over the devices, and not gathered.
 
 There is no cache: each new token is another forward pass over all so far, on the same shards, pipeline and dispatch as
-training has. A hundred passes over a few hundred tokens are less than one training step. Every device along the data
-axes reads the same row. Draws are those of the engine.
+training has. At 671B a hundred passes over a few hundred tokens are less than one training step, by estimate; those of
+a small model are more. Every device along the data axes reads the same row. Draws are those of the engine.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -33,7 +34,7 @@ PROMPT_WORDS = 4
 
 def room(config: Config, tokens: int) -> int:
     """The length of the rows that a prompt and its continuation of `tokens` in all are read in."""
-    tile = 128 * config.mesh.context
+    tile = config.mesh.parts * math.lcm(128, config.mesh.tensor)  # what `check_mesh` asks of a sequence
     return -(-tokens // tile) * tile
 
 

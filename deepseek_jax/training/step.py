@@ -179,6 +179,10 @@ def accumulate(config: Config, params: dict[str, Any], router: dict[str, jax.Arr
     counted_M = jnp.arange(config.train.accumulation_steps) < rounds
     parts = {name: x for name, x in batch.items() if name != "active"}
     parts["weights"] = jnp.where(counted_M[:, None, None], parts["weights"], 0)
+    if config.ramps_pipeline:  # of its one round the first rows count
+        size = config.train.batch_size // config.microbatches
+        counted_B = jnp.arange(config.train.batch_size) < size * batch["active"]
+        parts["weights"] = jnp.where(counted_B[:, None], parts["weights"], 0)
     weight, mtp_weight_D = (w.sum(axis=0) for w in jax.vmap(lambda micro: _target_weights(config, micro))(parts))
     normalizers = Normalizers(jnp.maximum(weight, 1), jnp.maximum(mtp_weight_D, 1), mtp_weight(config, step),
                               1 / rounds)

@@ -86,6 +86,7 @@ def test_an_impossible_model_says_what_would_work(overrides, message):
         ("train", dict(steps=0), "train.steps=0 must be positive"),
         ("train", dict(batch_size=-8), "train.batch_size=-8 must be positive"),
         ("train", dict(accumulation_steps=4, ramp_from=3), "train.ramp_from=3 must be a multiple of the 2 sequences"),
+        ("train", dict(accumulation_steps=4, ramp_from=3), "and at most batch_size=8; take train.accumulation_steps=8"),
         ("train", dict(ramp_from=16), "at most batch_size=8"),
         ("train", dict(ema_decay=1.0), "train.ema_decay=1.0 must lie in [0, 1)"),
         ("optimizer", dict(warmup=0.9), "0 <= warmup <= constant_until"),

@@ -112,6 +112,20 @@ def test_the_ramp_of_a_pipeline_fills_the_first_micro_batches_of_a_round(make_co
     np.testing.assert_array_equal(rows, [hosts[0].sequence(g).tokens_T for g in range(len(rows))])
 
 
+def test_each_row_of_hosts_whose_devices_take_turns_is_the_sequence_of_its_place(make_config, folder, tmp_path):
+    """Two pieces of a batch a host, as on a torus: half of the micro-batches are the first half of the places."""
+    made = make_config(folder, batch_size=8)
+    config = dataclasses.replace(made, mesh=MeshConfig(pipe=2), pipeline=PipelineConfig("1f1b", 8),
+                                 train=dataclasses.replace(made.train, ramp_from=4, ramp_until=1.0))
+    prepared, places = prepare(config, str(tmp_path / "work")), ([0, 1, 4, 5], [2, 3, 6, 7])
+    whole = Loader(config, prepared).batch(0)
+    assert int(whole["active"]) == 4 and whole["tokens"][0].any(axis=1).tolist() == 4 * [True] + 4 * [False]
+    for host in range(2):
+        own = Loader(config, prepared, host, 2, places[host]).batch(0)
+        for name in FIELDS[:3]:
+            np.testing.assert_array_equal(own[name], whole[name][:, places[host]])
+
+
 @pytest.mark.parametrize("prefetch", [0, 1, 4])
 def test_iterating_from_the_middle_gives_the_batches_of_those_steps(make_loader, folder, prefetch):
     loader = make_loader(folder, prefetch=prefetch)

@@ -77,7 +77,8 @@ def test_evaluation_and_the_sample_of_a_machine_keep_nothing_but_sums_and_tokens
 
 
 def program_of(config):
-    """All of a config that the program of its steps is made of, but constants such as a learning rate."""
+    """All of a config that the program of its steps is made of, but constants such as a learning rate, and the
+    tables of a pipeline's ramp, which were not compiled."""
     train, balance = config.train, config.balance
     return {"model": config.model, "mesh": config.mesh, "pipeline": config.pipeline, "lora": config.lora,
             "batch": (train.batch_size, train.accumulation_steps, train.sequence_length, config.data.mask_documents),

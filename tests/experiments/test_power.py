@@ -47,7 +47,8 @@ def test_only_open_claims_are_asked_about_and_the_published_effect_comes_first()
 
 def test_every_published_effect_is_of_a_claim():
     claims = {(path.parent.name, claim["metric"], claim["arm"], claim["against"])
-              for path in power.STUDIES.glob("*/results.json") for claim in json.loads(path.read_text()).get("claims", ())}
+              for path in power.STUDIES.glob("*/results.json")
+              for claim in json.loads(path.read_text()).get("claims", ())}
 
     assert power.PUBLISHED.keys() <= claims
 

@@ -70,6 +70,9 @@ with joined(Group(sys.argv[1], 2, int(sys.argv[2]))):
         placed = run.shard_batch({"tokens": np.stack([rows, rows + 100], axis=1)[None], "active": np.int32(1)})
         held = {s.device.id: s.data[0, :, 0].tolist() for s in placed["tokens"].addressable_shards}
         print("rows", part, parts, sorted(held.values()), int(placed["active"]), flush=True)
+        placed = run.shard_batch({"tokens": np.array(run.places())[None, :, None]})["tokens"]
+        print("places", all(s.data[0, :, 0].tolist() == list(range(8))[s.index[1]] for s in placed.addressable_shards),
+              flush=True)
 """
 
 
@@ -80,6 +83,7 @@ def test_devices_of_two_processes_that_take_turns_in_the_mesh_hold_each_row_once
                              stderr=subprocess.STDOUT, env=environ) for i in range(2)]
     said = [process.communicate(timeout=120)[0] for process in both]
     found = [[line for line in words.splitlines() if line.startswith("rows")] for words in said]
+    assert [words.count("places True") for words in said] == [3, 3], said
     assert found[0] == ["rows 0 2 [[0, 1], [2, 3]] 1", "rows 0 1 [[0, 1, 2, 3], [4, 5, 6, 7]] 1",
                         "rows 0 2 [[0, 1, 2, 3], [0, 1, 2, 3]] 1"], said
     assert found[1] == ["rows 1 2 [[10, 11], [12, 13]] 1", "rows 0 1 [[0, 1, 2, 3], [4, 5, 6, 7]] 1",

@@ -143,7 +143,7 @@ def test_experts_and_attention_compute_in_fp8_as_without_a_pipeline():
 
 
 def test_validation_losses_are_those_of_one_device():
-    """Between steps every rank of `pipe` has the whole model, and scores the same tokens."""
+    """A batch goes through the stages without gradients, in the micro-batches of a step."""
     def scored(config):
         run = jax.jit(functools.partial(eval_step, config), compiler_options=QUICKLY)
         made = {name: x[0] for name, x in batch(config).items() if np.ndim(x)}
@@ -163,8 +163,8 @@ def test_validation_losses_are_those_of_one_device():
 @pytest.mark.parametrize(("schedule", "active"), [("dualpipe", 8), pytest.param("zb1p", 2, marks=pytest.mark.slow),
                                                   pytest.param("dualpipe", 4, marks=pytest.mark.slow)])
 def test_a_step_of_the_batch_ramp_is_one_of_its_first_micro_batches(schedule, active):
-    """One program runs schedules of 2, 4, ... 12 micro-batches; rows that do not count are not read. Powers of two, by
-    which float32 divides exactly."""
+    """One program runs schedules of 2, 4, ... 12 micro-batches, whatever other rows hold. Powers of two, by which
+    float32 divides exactly."""
     case = config(schedule, (2, 1, 2), 12, num_layers=4)
     first = 4 if schedule == "dualpipe" else 2
     case = dataclasses.replace(case, train=dataclasses.replace(case.train, batch_size=24, ramp_from=2 * first))
@@ -174,7 +174,6 @@ def test_a_step_of_the_batch_ramp_is_one_of_its_first_micro_batches(schedule, ac
     small = dataclasses.replace(case, mesh=MeshConfig(), pipeline=PipelineConfig(), train=dataclasses.replace(
         case.train, batch_size=rows, ramp_from=None))
     made = batch(case)
-    made["weights"][:, rows:] = 0
     with float64():
         run, (params, router, _) = compiled(case)
         arguments = params, router, made | {"active": np.int32(active)}
@@ -272,6 +271,7 @@ def test_what_padding_wastes_is_said():
         (dict(schedule="1f1b", microbatches=6), "pipeline.microbatches=6 .* into 6 parts, and it has 16 sequences .* a "
                                                 "multiple of 6"),
         (dict(microbatches=8, ramp_from=8), "train.ramp_from=8 is 4 micro-batches: dualpipe over 4 ranks needs"),
+        (dict(microbatches=32, ramp_from=1), "into 32 parts, and it has 16 sequences .* a multiple of 32"),
         (dict(num_heads=2), "mesh.pipe=4 does not divide model.num_heads=2, .* take a divisor of 2"),
         (dict(num_layers=1), "made of MoE layers, and the model has none; take mesh.pipe=1"),
     ])

@@ -10,6 +10,7 @@ from deepseek_jax.config.schema import ConfigError
 from deepseek_jax.pipeline import make_schedule, validate
 from deepseek_jax.pipeline.orders import ORDERS, Route, kind_of
 from deepseek_jax.pipeline.schedule import NAMES
+from deepseek_jax.pipeline.tables import stacked, tabulate
 from deepseek_jax.pipeline.ticks import NOMINAL, assign_ticks, color, sources
 
 UNIT = {"f": 1, "b": 2, "w": 1, "fb": 3}
@@ -207,3 +208,23 @@ def test_slots_are_as_many_as_live_at_once_and_never_shared(spans):
 def test_impossible_sizes_are_refused_with_what_would_do(name, ranks, microbatches, complaint):
     with pytest.raises(ConfigError, match=complaint):
         make_schedule(name, ranks, microbatches)
+
+
+@pytest.mark.parametrize("name", ["1f1b", "zb1p", "dualpipe"])
+def test_tables_of_several_schedules_are_those_of_each_and_idle_behind_its_end(name):
+    """Also where they have other branches, and other numbers of slots; nothing that is idle writes to a slot in use."""
+    schedules = [make_schedule(name, 4, n) for n in ((2, 4, 12) if name != "dualpipe" else (8, 10, 16))]
+    tables, most = stacked(schedules), max(one.slots.messages for one in schedules)
+    if name != "dualpipe":
+        assert len({one.slots for one in schedules}) > 1
+    for i, schedule in enumerate(schedules):
+        alone, ticks = tabulate(schedule), len(schedule.table)
+        cells = lambda made, branch: [[made.branches[b] for b in row] for row in branch]
+        assert cells(tables, tables.ranks.branch[i, :ticks]) == cells(alone, alone.ranks.branch)
+        assert not any(map(any, cells(tables, tables.ranks.branch[i, ticks:])))
+        assert (tables.ranks.arrivals[i, ticks:] == most).all()
+        for found, expected in zip(tables.ranks[1:], alone.ranks[1:]):
+            assert (found[i, :ticks] == expected).all()
+        for found, expected in zip(tables.ends, alone.ends):
+            assert (found[i, :ticks] == expected).all() and (found[i, ticks:] == -1).all()
+        assert tables.ranks.arrivals.max() <= most and tables.ranks.branch[i].shape == (len(schedules[-1].table), 4)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import types
 
 import jax
 import pytest
@@ -59,3 +60,12 @@ def test_tokens_are_those_of_the_engine_on_one_device(name):
 def test_rows_hold_what_is_asked_for_in_whole_tiles_of_each_part():
     assert [room(config(MESHES["context"]), n) for n in (1, 256, 257)] == [256, 256, 512]
     assert room(config(MESHES["pipeline"]), 129) == 256
+
+
+@pytest.mark.parametrize("sizes", [dict(context_node=2), dict(context_node=3), dict(context=2, context_node=3),
+                                   dict(tensor=3), dict(context_node=3, tensor=6), dict(context=5, tensor=4)])
+def test_rows_are_cut_evenly_into_the_parts_of_any_mesh_and_those_over_tensor(sizes):
+    mesh = MeshConfig(**sizes)
+    for tokens in (1, 128, 300):
+        length = room(types.SimpleNamespace(mesh=mesh), tokens)  # pyright: ignore[reportArgumentType]
+        assert length >= tokens and length % (2 * mesh.parts * 64) == 0 and length // mesh.parts % mesh.tensor == 0
