@@ -252,8 +252,8 @@ MUTATIONS = [
     Mutation(
         name="a file that the store does not give is skipped",
         file="deepseek_jax/data/corpus.py",
-        old="except (ConfigError, storage.StorageError):",
-        new="except ConfigError:",
+        old="\n        except (ConfigError, storage.StorageError):",
+        new="\n        except ConfigError:",
         tests="data/test_bucket.py::test_a_store_that_does_not_answer_is_no_file_to_be_skipped",
     ),
     Mutation(
