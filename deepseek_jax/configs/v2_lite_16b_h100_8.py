@@ -7,13 +7,15 @@ are bfloat16.
     python -m deepseek_jax.train --config v2_lite_16b_h100_8 --workdir DIR
 """
 
+from typing import Any
+
 from ml_collections import ConfigDict
 
 from deepseek_jax.configs import v2_lite_16b
 
 
 def get_config() -> ConfigDict:
-    config = v2_lite_16b.get_config()
+    config: Any = v2_lite_16b.get_config()
     config.mesh.update(dict(local=8, buffers="ragged", capacity=1.5))
     config.train.batch_size = 512
     config.train.accumulation_steps = 64

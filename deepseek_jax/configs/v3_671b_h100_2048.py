@@ -15,13 +15,15 @@ each source that has none of these; that at the end of the run scores 8, spread 
 pipeline's micro-batches.
 """
 
+from typing import Any
+
 from ml_collections import ConfigDict
 
 from deepseek_jax.configs import v3_671b
 
 
 def get_config() -> ConfigDict:
-    config = v3_671b.get_config()
+    config: Any = v3_671b.get_config()
     config.fp8.enabled = True
     config.model.remat = "dispatch"
     config.mesh.update(dict(pipe=16, replica=2, node=8, local=8, dispatch_fp8=True, buffers="ragged", capacity=1.25))

@@ -7,13 +7,15 @@ ramp was not compiled.
     python -m deepseek_jax.train --config v3_671b_v5p_2048 --workdir gs://BUCKET/RUN
 """
 
+from typing import Any
+
 from ml_collections import ConfigDict
 
 from deepseek_jax.configs import v3_671b_h100_2048
 
 
 def get_config() -> ConfigDict:
-    config = v3_671b_h100_2048.get_config()
+    config: Any = v3_671b_h100_2048.get_config()
     config.fp8.enabled = False
     config.mesh.dispatch_fp8 = False
     config.model.remat = "full"
