@@ -20,8 +20,7 @@ def summarize(config: Config, workdir: str, result: TrainResult) -> None:
     last, steps = [r for r in rows if "eval_loss" in r][-1], [r for r in rows if "loss" in r][-LAST_STEPS:]
     limit = config.train.final_eval_batches
     name = f"model, {limit} batches" if limit else "model"
-    scores = {name: last["eval_bits_per_byte"]} | compressed_bits_per_byte(
-        config.data, workdir=workdir)
+    scores = {name: last["eval_bits_per_byte"]} | compressed_bits_per_byte(config.data, workdir=workdir)
     print("Bits per byte of the held-out files:")
     for name, value in scores.items():
         print(f"  {name.removesuffix('_bits_per_byte').replace('_', ' '):16s} {value:.3f}")
