@@ -5,7 +5,7 @@
 
 The state is split over the processes as one of a large run is. Process 0 joins the lists of files and renames the
 folder, when all have written and flushed theirs. Bytes that are read are counted by the kernel (/proc/self/io). The
-second is of made-up names: how much CPU the manifest of so many files takes, and the lengths of empty ones.
+second is of made-up names: how much CPU the manifest of that many files takes, and the lengths of empty ones.
 """
 
 import argparse
@@ -96,7 +96,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=4)
     parser.add_argument("--folder", help="on the disk to measure (default: that of temporary files)")
     parser.add_argument("--local", help="save to this folder as to train.checkpoint_local")
-    parser.add_argument("--files", type=int, help="measure what so many files take, and nothing else")
+    parser.add_argument("--files", type=int, help="measure what that many files take, and nothing else")
     parser.add_argument("--json", help="write the result there")
     parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)  # a process: work directory, address, number
     args = parser.parse_args()

@@ -43,7 +43,7 @@ def measure(cfg: ModelConfig, batch: int, context: int, page: int, new: int) -> 
     """Seconds of a step of the full batch behind `context` tokens, and of reading; a first round compiles.
 
     `right`: all sequences came to their end, and steps of all were timed. Prompts are read one chunk a step, while
-    those before decode: all get so many tokens more that `new` are left when the last one is read.
+    those before decode: all get enough additional tokens that `new` are left when the last one is read.
     """
     from deepseek_jax import runtime
 

@@ -1,4 +1,4 @@
-"""Renders a chat template in a process of its own: one from a stranger may loop for ever, or fill the memory.
+"""Renders a chat template in a process of its own: an untrusted one may loop for ever, or fill the memory.
 
 That process has Jinja's sandbox and a limit of memory (`jinja.main`); the clock is on this side. A process that
 oversteps is ended, and the next chat starts another.

@@ -35,7 +35,7 @@ class DataConfig(Checked, section="data"):
     validation_fraction: Annotated[float, BETWEEN, "of the files, chosen by the hash of their relative path"] = 0.05
     validation: Annotated[str | None, "a source of held-out text of its own, read as one of sources is; of these then "
                           "nothing is held out"] = None
-    validation_tokens: Annotated[int | None, POSITIVE, "at most so many tokens are held out, in equal shares of the "
+    validation_tokens: Annotated[int | None, POSITIVE, "at most this many tokens are held out, in equal shares of the "
                                  "sources, and of their files no more than validation_fraction; None: no bound"] = None
     fim_rate: Annotated[float, FRACTION, "share of documents rearranged prefix-suffix-middle, before packing"] = 0.1
     split_punctuation_rate: Annotated[float, FRACTION,
@@ -179,7 +179,7 @@ class TrainConfig(Checked, section="train"):
                             "of the validation set, while training; 0: all"] = 0
     final_eval_batches: Annotated[int, NOT_NEGATIVE, "of the validation set, at the end of the run; 0: all"] = 0
     checkpoint_every: Annotated[int, POSITIVE, "steps"] = 100
-    checkpoint_minutes: Annotated[float | None, POSITIVE, "and whenever so many have passed since the last checkpoint; "
+    checkpoint_minutes: Annotated[float | None, POSITIVE, "and whenever this many have passed since the last one; "
                                   "None: by steps alone"] = None
     checkpoints_kept: Annotated[int, POSITIVE, "how many of the newest checkpoints are kept"] = 3
     checkpoint_keep_period: Annotated[int | None, POSITIVE, "steps; checkpoints at its multiples are kept for good "

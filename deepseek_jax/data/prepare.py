@@ -97,7 +97,7 @@ class Source:
         return texts_to_learn(corpus.read_documents(self.files), self.survey[1])
 
     def sampled(self, bytes: float) -> Iterator[str]:
-        """About so many bytes of the training documents, for a tokenizer."""
+        """About that many bytes of the training documents, for a tokenizer."""
         return sample(self.training_texts(), bytes / max(1, self.survey[0].bytes))
 
 

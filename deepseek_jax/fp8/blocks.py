@@ -35,7 +35,7 @@ class Blocks(NamedTuple):
 
 
 def shape_of_scales(shape: tuple[int, ...], inputs: int, outputs: int) -> tuple[int, ...]:
-    """Of a weight of `shape`, which ends with so many axes of inputs and of outputs."""
+    """Of a weight of `shape`, which ends with that many axes of inputs and of outputs."""
     stack = len(shape) - inputs - outputs
     sides = math.prod(shape[stack:stack + inputs]), math.prod(shape[stack + inputs:])
     return *shape[:stack], *(-(-side // BLOCK) for side in sides)

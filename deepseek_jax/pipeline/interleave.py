@@ -101,7 +101,7 @@ def interleaved(forward: tuple[Piece, dict], backward: tuple[Piece, dict], x: It
     Args:
       x: variables of the activation that the forward piece is given.
       sums: arrays that the backward piece's last results, the gradients of weights, are added to. A layer's are
-        complete before the backward pass goes on to the next one: put off, those of all layers would be kept.
+        complete before the backward pass continues with the next one: put off, those of all layers would be kept.
     Returns:
       the results of both.
     """
@@ -127,7 +127,7 @@ def _add(gradients, env, totals):
 
 
 def _beside(busy, now, other, under_way, more: Callable[[], list] = list):
-    """The work of phase `now` of one pass while the exchange of phase `under_way` of the other goes on.
+    """The work of phase `now` of one pass while the exchange of phase `under_way` of the other is in flight.
 
     Left to itself XLA hides one hop behind all products that it finds and the next behind none. So it is said when each
     is used: what the first of two hops brought, when about half of the products are done; what the last one brought,

@@ -151,7 +151,7 @@ def score_all(scorers: Iterable[Callable[[], float]], seconds: float = 10.0) -> 
 
 @contextlib.contextmanager
 def _limited(seconds: float) -> Iterator[None]:
-    """Raises TimeoutError inside after so many seconds, where there are alarms: in the main thread, not on Windows."""
+    """Raises TimeoutError inside after `seconds`, where there are alarms: in the main thread, not on Windows."""
     if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
         yield
         return

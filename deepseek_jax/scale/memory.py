@@ -149,7 +149,7 @@ def bytes_per_device(c: ModelConfig, layout: Layout, kernels: Kernels, loss_chun
         layers, slots = -(-c.num_moe_layers // pipeline.stages), pipeline.slots
         prepared = FLOAT32 * held["routers"] + (1 if c.fp8.enabled else _width(c)) * (stage - held["routers"])
         group["working"] = copies * prepared + FLOAT32 * ends
-        # A layer's own are added to their sums at once; XLA:TPU keeps what a tick has made of the sums beside them.
+        # A layer's own are added to their sums at once; XLA:TPU keeps the old sums next to the new ones.
         group["gradients"] = FLOAT32 * (copies * stage * (2 if kernels == "tpu" else 1) + ends)
         group["kept"] = slots.activations * layers * residuals_of_layer(c, layout)
         group["buffers"] = (slots.messages + 1) * layout.tokens * c.d_model * _width(c)

@@ -75,5 +75,5 @@ class Sequence:
         return len(self.request.prompt) + self.request.max_new_tokens - 1
 
 
-# Called with a sequence and its new tokens. A number ends it: that many of them are part of it. None: it goes on.
+# Called with a sequence and its new tokens. A number ends it: that many of them are part of it. None: it continues.
 Listener = Callable[[Sequence, list[Token]], int | None]

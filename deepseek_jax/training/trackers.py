@@ -303,7 +303,7 @@ class Prometheus:
 
 
 def make_trackers(config: Config, workdir: str, resumes: bool = False) -> list[Tracker]:
-    """What the config asks for. resumes: the run there goes on, and is the same one to a tracker.
+    """What the config asks for. resumes: the run there continues, and is the same one to a tracker.
 
     Raises ConfigError for one that cannot begin.
     """

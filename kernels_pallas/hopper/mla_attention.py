@@ -35,7 +35,7 @@ WGMMA = plgpu.Layout.WGMMA
 class TuningConfig:
     """How much passes by at a time, and how many of these are on the way.
 
-    stages: forward, blocks of 128 keys: 48 + 32 KiB each, beside 48 KiB of queries. Scores take 64 registers, their
+    stages: forward, blocks of 128 keys: 48 + 32 KiB each, next to 48 KiB of queries. Scores take 64 registers, their
       bfloat16 copy 32, the output 64.
     dq_keys, dq_stages: dq takes 96 registers, s and dp 32 each at 64 keys; at 128 it spills.
     dkv_queries, dkv_stages: dk and dv take 96 + 64 registers; s and dp 16 each at 32 queries; at 64 it spills.

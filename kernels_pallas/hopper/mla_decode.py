@@ -36,7 +36,7 @@ from kernels_pallas.reference.mla_decode import packed_width
 HEADS, TOKENS = 64, 64
 HALF = TOKENS // COMPUTE
 LAID = swizzled(HALF)  # a group's half of p is then a column of whole tiles
-PANEL = 64  # columns that a group dequantizes at a time: 32 registers beside the output's 128
+PANEL = 64  # columns that a group dequantizes at a time: 32 registers in addition to the output's 128
 FP8 = (plgpu.TilingTransform((8, 16)),)  # of the widths of a tile, 16 divides 656
 WGMMA = plgpu.Layout.WGMMA
 
@@ -46,8 +46,8 @@ class TuningConfig:
     """How a batch fills the chip.
 
     splits: shares that a sequence's tokens are cut into; None: as many as give each of 132 SMs a block of threads.
-    stages: blocks of 64 tokens on the way, 72 KiB each, beside 72 KiB of queries: two is what fits.
-    packed_stages: the same of 42 KiB each in FP8, beside queries and a dequantized block.
+    stages: blocks of 64 tokens on the way, 72 KiB each, next to 72 KiB of queries: two is what fits.
+    packed_stages: the same of 42 KiB each in FP8, next to queries and a dequantized block.
     """
 
     splits: int | None = None

@@ -26,7 +26,7 @@ BF16 = swizzled(64)
 
 
 def roles(load: Callable[[], None], compute: Callable[[Any], None], registers: tuple[int, int] = (24, 240)) -> None:
-    """Runs `load()` in the last warpgroup and `compute(group)` in the others, with so many registers a thread."""
+    """Runs `load()` in the last warpgroup and `compute(group)` in the others, with that many registers a thread."""
     group = lax.axis_index("group")
 
     @pl.when(group == COMPUTE)
@@ -54,7 +54,7 @@ class Ring(NamedTuple):
 
     @classmethod
     def holding(cls, stages: int, *arrays: tuple, parts: int = 1) -> Ring:
-        """The same of (shape, dtype, transforms), each of which comes in so many `parts`."""
+        """The same of (shape, dtype, transforms), each of which comes in `parts` parts."""
         return cls([plgpu.SMEM((stages, *shape), dtype, transforms=transforms) for shape, dtype, transforms in arrays],
                    plgpu.Barrier(num_arrivals=parts * len(arrays), num_barriers=stages),
                    plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=stages))

@@ -79,7 +79,7 @@ def seeds_for(effect: float, scatter: float) -> int | None:
 
 
 def effect_for(scatter: float, seeds: int) -> float:
-    """The effect that so many seeds find with a chance of POWER."""
+    """The effect that this many seeds find with a chance of POWER."""
     low, high = 0.0, 10 * scatter
     for _ in range(40):
         middle = (low + high) / 2
