@@ -72,6 +72,7 @@ def overhead(steps: int, seconds: float) -> tuple[float, float, float]:
         start, own, process = time.perf_counter(), time.thread_time(), time.process_time()
         run._steps(bar)
         elapsed, own = time.perf_counter() - start, time.thread_time() - own
+        run.agreement.close()
         run.writer.close()
         process = time.process_time() - process
     # The loop returns before the last step's metrics are due.

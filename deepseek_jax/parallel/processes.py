@@ -8,6 +8,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import itertools
+import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -81,16 +82,18 @@ def check_same(config: str) -> None:
 class StopAgreement:
     """The step after which all processes stop, once one of them was asked to.
 
-    That one says so in the key-value store of JAX's coordination service. Process 0 looks there after each step, and
-    publishes two steps on as the last. None can be past it: a process comes to the end of step n + 2 with the metrics
-    of step n + 1, which all devices compute together, and process 0 starts that step after it has published. So a
-    read of the store, of about a millisecond, replaces an exchange between all devices in every step.
+    That one says so in the key-value store of JAX's coordination service, where a thread in each process looks now and
+    then, so that no step waits for the store. Process 0, once it knows, publishes two steps on as the last, and starts
+    no other step before all have heard of it. So none can be past it: a process comes to the end of step n + 2 with the
+    metrics of step n + 1, which all devices compute together.
     """
 
     def __init__(self):
         self.prefix = f"deepseek_jax/stop/{next(_agreements)}/"  # the next run in this process makes its own
         self.last: tuple[int, str] | None = None
-        self.said = False
+        self.said, self.heard = False, None
+        self._thread: threading.Thread | None = None
+        self._over = threading.Event()
 
     def stopped_by(self, step: int, asked: str | None) -> str | None:
         """The signal that ends the run with this step or an earlier one, the same in all processes; None: none does.
@@ -101,23 +104,55 @@ class StopAgreement:
         """
         if jax.process_count() == 1:
             return asked
+        self._begin_to_listen()
         if self.last is None:
-            self._decide(step, asked) if is_first() else self._hear(asked)
+            self._decide(step, asked or self.heard) if is_first() else self._ask(asked)
         return self.last[1] if self.last is not None and step >= self.last[0] else None
 
-    def _decide(self, step, asked):
-        asked = asked or next((name for _, name in store().key_value_dir_get(f"{self.prefix}asked")), None)
-        if asked is not None:
-            self.last = step + 2, asked
-            store().key_value_set(f"{self.prefix}last/step", f"{step + 2} {asked}")
+    def close(self) -> None:
+        """This process takes no more steps; process 0 must not wait for it."""
+        if self._thread is not None:
+            self._over.set()
+            self._thread.join()
+            self._acknowledge()
 
-    def _hear(self, asked):
-        if asked is not None and not self.said:
-            store().key_value_set(f"{self.prefix}asked/{jax.process_index()}", asked)
-            self.said = True
+    def listen(self) -> None:
+        """Looks once what the store has: process 0 who was asked, the others which step is the last."""
+        if is_first():
+            self.heard = next((name for _, name in store().key_value_dir_get(f"{self.prefix}asked")), None)
+            return
         for _, words in store().key_value_dir_get(f"{self.prefix}last"):
             step, name = words.split()
             self.last = int(step), name
+            self._acknowledge()
+
+    def _begin_to_listen(self):
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._listen, daemon=True)
+            self._thread.start()
+
+    def _listen(self):
+        # Of all processes together at most a thousand looks a second.
+        while self.last is None and not self._over.wait(max(0.05, 1e-3 * jax.process_count())):
+            try:
+                self.listen()
+            except Exception:  # the service is gone, and with it a process: the watch says so, and ends this one
+                return
+
+    def _acknowledge(self):
+        store().key_value_set(f"{self.prefix}heard/{jax.process_index()}", "yes", allow_overwrite=True)
+
+    def _decide(self, step, asked):
+        if asked is not None:
+            self.last = step + 2, asked
+            store().key_value_set(f"{self.prefix}last/step", f"{step + 2} {asked}")
+            while len(store().key_value_dir_get(f"{self.prefix}heard")) < jax.process_count() - 1:
+                time.sleep(0.01)
+
+    def _ask(self, asked):
+        if asked is not None and not self.said:
+            store().key_value_set(f"{self.prefix}asked/{jax.process_index()}", asked)
+            self.said = True
 
 
 class SaveTimer:

@@ -272,6 +272,8 @@ class Run:
     def close(self, failed: bool = False) -> None:
         """Waits for the last checkpoint. failed: the run ends with an error."""
         try:
+            if not failed:
+                self.agreement.close()
             self.checkpoints.close()
         finally:
             if self.writer:

@@ -34,6 +34,7 @@ with joined(Group(sys.argv[1], 2, me)):
             stopped = agreement.stopped_by(n, "SIGUSR1" if me == who and n >= 3 else None)
             if stopped:
                 break
+        agreement.close()
         print("run", who, slow, n, stopped, flush=True)
 """
 
@@ -46,7 +47,7 @@ def test_two_processes_stop_after_one_step_whoever_is_asked():
     runs = [[line for line in words.splitlines() if line.startswith("run")] for words in said]
     assert runs[0] == runs[1] and len(runs[0]) == 5, said
     steps = [int(line.split()[3]) for line in runs[0]]
-    assert steps[:2] == [5, 5] and all(5 <= n <= 8 for n in steps[2:4]) and steps[4] == 29, runs
+    assert steps[:2] == [5, 5] and all(5 <= n < 29 for n in steps[2:4]) and steps[4] == 29, runs
     assert all(line.endswith("SIGUSR1") for line in runs[0][:4])
 
 
@@ -54,25 +55,60 @@ def test_two_processes_stop_after_one_step_whoever_is_asked():
 def store(monkeypatch):
     """A store that notes in which order it is read and written."""
     kept = {}
-    client = types.SimpleNamespace(key_value_set=kept.__setitem__, kept=kept, key_value_dir_get=lambda under: [
-        (key, value) for key, value in kept.items() if key.startswith(under + "/")])
+    client = types.SimpleNamespace(
+        kept=kept, key_value_set=lambda key, value, allow_overwrite=False: kept.__setitem__(key, value),
+        key_value_dir_get=lambda under: [(key, value) for key, value in kept.items() if key.startswith(under + "/")])
     monkeypatch.setattr(processes, "store", lambda: client)
     monkeypatch.setattr(processes.jax, "process_count", lambda: 3)
     return client
 
 
+class Three:
+    """The agreements of three processes, which listen when they are told to."""
+
+    def __init__(self, monkeypatch):
+        self.set, self.all = monkeypatch.setattr, [processes.StopAgreement() for _ in range(3)]
+        self.waits, self.listening = 0, {0, 1, 2}
+        for each in self.all:
+            each.prefix = "x/"
+        self.set(processes.StopAgreement, "_begin_to_listen", lambda self: None)
+        self.set(processes.time, "sleep", self._others_listen)
+
+    def _others_listen(self, seconds):
+        self.waits += 1
+        assert self.waits < 9, "process 0 waits for ever"
+        for i in sorted(self.listening - {0}):
+            self.listen(i)
+        self.set(processes.jax, "process_index", lambda: 0)
+
+    def listen(self, process):
+        self.set(processes.jax, "process_index", lambda: process)
+        self.all[process].listen()
+
+    def ask(self, process, step, asked=None):
+        self.set(processes.jax, "process_index", lambda: process)
+        return self.all[process].stopped_by(step, asked)
+
+
 def test_one_that_is_asked_stops_no_earlier_than_the_others(store, monkeypatch):
-    agreements = [processes.StopAgreement() for _ in range(3)]
-    for each in agreements:
-        each.prefix = "x/"
+    three = Three(monkeypatch)
 
-    def ask(process, step, asked=None):
-        monkeypatch.setattr(processes.jax, "process_index", lambda: process)
-        return agreements[process].stopped_by(step, asked)
+    assert [three.ask(1, 7, "SIGTERM"), three.ask(2, 7), three.ask(0, 7), three.ask(1, 8, "SIGTERM")] == [None] * 4
+    three.listen(0)
+    assert three.ask(0, 8) is None and three.waits == 1  # for all to hear that 10 is the last
+    assert [three.ask(i, 9) for i in range(3)] == [None] * 3
+    assert [three.ask(i, 10) for i in range(3)] == ["SIGTERM"] * 3
+    assert three.ask(2, 11) == "SIGTERM"  # a run that saves every second step only
 
-    assert [ask(1, 7, "SIGTERM"), ask(2, 7), ask(0, 7), ask(1, 8, "SIGTERM"), ask(0, 8)] == [None] * 5
-    assert [ask(i, 9) for i in range(3)] == ["SIGTERM"] * 3
-    assert ask(2, 10) == "SIGTERM"  # a run that saves every second step only
+
+def test_process_0_waits_for_none_that_takes_no_more_steps(store, monkeypatch):
+    three = Three(monkeypatch)
+    three.listening = {0, 1}
+    monkeypatch.setattr(processes.jax, "process_index", lambda: 2)
+    three.all[2]._thread = types.SimpleNamespace(join=lambda: None)
+    three.all[2].close()
+
+    assert three.ask(0, 8, "SIGTERM") is None and three.ask(0, 10) == three.ask(1, 10) == "SIGTERM"
 
 
 def test_a_process_alone_stops_at_once():
