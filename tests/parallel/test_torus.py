@@ -31,9 +31,10 @@ def test_neighbours_on_local_share_a_link_and_those_on_node_are_nearer_than_in_t
     plain = np.empty(len(devices), object)
     plain[:] = devices
     plain = plain.reshape(found.shape)
-    rows = lambda x, axis: np.moveaxis(x, axis, -1).reshape(-1, x.shape[axis])
-    assert max(ring(list(row), sizes) for row in rows(found, 4)) == 1
-    furthest = lambda x: max(ring(list(row), sizes) for row in rows(x, 3))
+    axes = list(cfg.sizes)
+    rows = lambda x, axis: np.moveaxis(x, axes.index(axis), -1).reshape(-1, x.shape[axes.index(axis)])
+    assert max(ring(list(row), sizes) for row in rows(found, "local")) == 1
+    furthest = lambda x: max(ring(list(row), sizes) for row in rows(x, "node"))
     assert furthest(found) < furthest(plain)
     assert sorted(chip.id for chip in found.flat) == list(range(len(devices)))
 
