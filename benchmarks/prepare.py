@@ -1,7 +1,7 @@
 """`prepare` on made-up text of any size: megabytes a CPU second, the memory of its largest process, how much faster two
 workers are than one, and how long a run takes to start on what it has made.
 
-    python -m benchmarks.prepare --gigabytes 0.2 0.5 --json benchmarks/results/prepare_cpu.json
+    python -m benchmarks.prepare --gigabytes 0.2 1 --json benchmarks/results/prepare_cpu.json
 
 Documents are of 2.7 KB, words by a Zipf law with punctuation, line breaks and numbers, all ASCII; those of 16 MB are
 written again and again in other orders. The tokenizer, of 8,192 tokens, is made of the first of them and given.
@@ -112,6 +112,8 @@ def main() -> None:
     parser.add_argument("--json", metavar="FILE", help="write the report there")
     args = parser.parse_args()
     texts, sizes = documents(), []
+    if args.folder:
+        os.makedirs(args.folder, exist_ok=True)
     for gigabytes in args.gigabytes:
         with tempfile.TemporaryDirectory(dir=args.folder) as folder:
             train_tokenizer(texts, VOCAB).save(os.path.join(folder, "tokenizer.json"))
