@@ -207,6 +207,20 @@ MUTATIONS = [
         tests="scale/compile/test_hlo.py",
     ),
     Mutation(
+        name="a part of a mesh axis is its first one",
+        file="deepseek_jax/scale/compile/hlo.py",
+        old="// (int(before or 1) * count)",
+        new="// count",
+        tests="scale/compile/test_hlo.py",
+    ),
+    Mutation(
+        name="a permutation whose first pair stays has no axis",
+        file="deepseek_jax/scale/compile/hlo.py",
+        old="return next((pair for pair in pairs if pair[0] != pair[1]), pairs[0])",
+        new="return pairs[0]",
+        tests="scale/compile/test_hlo.py",
+    ),
+    Mutation(
         name="groups are not transposed",
         file="deepseek_jax/scale/compile/hlo.py",
         old="order = order or list(range(len(dims)))",
@@ -244,7 +258,7 @@ MUTATIONS = [
     Mutation(
         name="what an async-start wraps is not read",
         file="deepseek_jax/scale/compile/hlo.py",
-        old='return (found, "start") if operation == "async-start" else (None, "")',
+        old='return (found, phase) if phase in ("start", "done") else (None, "")',
         new='return None, ""',
         tests="scale/compile/test_hlo.py",
     ),

@@ -51,14 +51,33 @@ def size_of(shape: str) -> int:
 
 
 def first_group(text: str) -> list[int]:
-    """The devices of the first of a collective's groups, in any of the forms that XLA writes."""
-    if found := re.search(r"(?:replica_groups|source_target_pairs)=\{\{([\d,]+)\}", text):
+    """The devices of the first of a collective's groups, in any of the forms that XLA writes; of a permutation the
+    first two between which something travels."""
+    if found := re.search(r"replica_groups=\{\{([\d,]+)\}", text):
         return [int(n) for n in found[1].split(",")]
+    if found := re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)+)\}", text):
+        pairs = [[int(n) for n in pair.split(",")] for pair in re.findall(r"\{(\d+,\d+)\}", found[1])]
+        return next((pair for pair in pairs if pair[0] != pair[1]), pairs[0])
     if found := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
         groups, dims, order = ([int(n) for n in part.split(",")] if part else [] for part in found.groups())
         order = order or list(range(len(dims)))
         return [_iota(i, dims, order) for i in range(math.prod(groups[1:]))]
+    if found := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", text):
+        return _along(re.findall(r"'([^']+)'=(\d+)", found[1]), re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", found[2]))
     return []
+
+
+def _along(mesh, axes):
+    """The first group along axes of a mesh. [(name, size)]; [(name, size of what is before it, size)] of which the last
+    two are "" but for a part of an axis."""
+    sizes = {name: int(size) for name, size in mesh}
+    group = [0]
+    for name, before, size in axes:
+        count = int(size or sizes[name])
+        names = list(sizes)
+        step = math.prod(sizes[n] for n in names[names.index(name):]) // (int(before or 1) * count)
+        group = [first + i * step for first in group for i in range(count)]
+    return group
 
 
 def _iota(index, dims, order):
@@ -203,10 +222,15 @@ class _Program:
     def steps(self, name, times=1, branch=False) -> Iterator[Step]:
         """The Steps of a computation."""
         sizes = {result: size_of(shape) for result, shape in self._types.get(name, {}).items()}
-        started = set()
+        started, loaded = set(), {}
         for result, shape, operation, rest in self.bodies.get(name, ()):
-            operands = _operands(rest)
-            kind, phase = self.kind(operation, rest)
+            operands, about = _operands(rest), rest
+            if operation == "custom-call-start":  # loads what a TPU's sparse core is to do; the update starts it
+                loaded[result] = rest
+                continue
+            if operation == "custom-call-update":
+                operation, about = "custom-call-start", loaded.get(operands[0], "")
+            kind, phase = self.kind(operation, about)
             if phase == "done" and operands and operands[0] in started:
                 yield Step("done", operands[0])
             elif kind and phase != "done":
@@ -216,7 +240,7 @@ class _Program:
                     size = max(sum(sizes.get(o, 0) for o in operands), 0 if phase == "start" else size_of(shape))
                 if phase == "start" and kind == "all-gather":
                     size = size_of(shape) - size  # (what goes in, what comes out)
-                axes = axes_of_group(first_group(self.groups(rest)), self.sizes)
+                axes = axes_of_group(first_group(self.groups(about)), self.sizes)
                 started |= {result} if phase == "start" else set()
                 yield Step(phase, result, Collective(kind, axes, size, times, branch, None))
             elif operation in ("while", "conditional", "call"):
@@ -243,12 +267,11 @@ class _Program:
 
     def kind(self, operation, rest):
         """(kind of collective or None, "start", "done" or "synchronous")."""
-        if operation in ("async-start", "async-done", "async-update"):
+        wrapped, _, phase = operation.rpartition("-")
+        if wrapped in ("async", "call", "custom-call"):
             inner = [line[2] for name in _called(rest) for line in self.bodies.get(name, ())]
             found = next((name for name in inner if name in KINDS), None)
-            if operation == "async-done":
-                return found, "done"
-            return (found, "start") if operation == "async-start" else (None, "")
+            return (found, phase) if phase in ("start", "done") else (None, "")
         for phase in ("start", "done"):
             if operation.endswith("-" + phase) and operation.removesuffix("-" + phase) in KINDS:
                 return operation.removesuffix("-" + phase), phase
@@ -279,7 +302,7 @@ def _trips(operation, rest) -> int:
 
 def _called(rest) -> list[str]:
     names = re.findall(r"(?:calls|body|to_apply|true_computation|false_computation)=(%?[\w.\-]+)", rest)
-    if branches := re.search(r"branch_computations=\{([^}]*)\}", rest):
+    if branches := re.search(r"(?:branch|called)_computations=\{([^}]*)\}", rest):
         names += [name.strip() for name in branches[1].split(",")]
     return names
 

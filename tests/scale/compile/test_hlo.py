@@ -155,6 +155,10 @@ def test_loops_multiply_and_branches_are_marked():
     ("replica_groups=[2,8]<=[16]", [0, 1, 2, 3, 4, 5, 6, 7]),
     ("replica_groups=[8,2]<=[2,8]T(1,0)", [0, 8]),
     ("replica_groups=[4,4]<=[2,2,4]T(2,0,1)", [0, 4, 8, 12]),
+    ("replica_groups=mesh['pipe'=2,'node'=1,'local'=8] {'pipe'}, use_global_device_ids=true", [0, 8]),
+    ("replica_groups=mesh['axis_0'=2,'axis_1'=2,'axis_2'=4] {'axis_2','axis_0'}", [0, 8, 1, 9, 2, 10, 3, 11]),
+    ("replica_groups=mesh['node'=2,'local'=8] {'node','local':(2)2}", [0, 2, 8, 10]),
+    ("source_target_pairs={{0,0},{1,5},{5,1}}", [1, 5]), ("source_target_pairs={{2,2}}", [2, 2]),
     ("replica_groups={{3,7},{1,2}}", [3, 7]), ("replica_groups={}", [])])
 def test_groups_are_read_in_every_form(text, group):
     assert hlo.first_group(text) == group
