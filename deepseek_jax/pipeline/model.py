@@ -296,7 +296,7 @@ def _staged(config: Config, schedule: Schedule, params, router, mesh) -> _Staged
     """The parameters of the complete model, brought to the ranks of a schedule."""
     params = constrain_to_stage(params, mesh)
     layer_SL, real_SL = slots(config.model.num_moe_layers, schedule)
-    layers = jax.tree.map(lambda a: _taken(a, layer_SL.ravel()).reshape(*layer_SL.shape, *a.shape[1:]),
+    layers = jax.tree.map(lambda a: taken(a, layer_SL.ravel()).reshape(*layer_SL.shape, *a.shape[1:]),
                           params["layers"])
     fixed = {"real": jnp.asarray(real_SL)} | ({"bias": router["bias"][layer_SL]} if "bias" in router else {})
     shared = {name: tree for name, tree in params.items() if name != "layers"}
@@ -305,10 +305,10 @@ def _staged(config: Config, schedule: Schedule, params, router, mesh) -> _Staged
                       inputs=Inputs(P(None, DATA), P(), P()))  # pyright: ignore[reportArgumentType]: a prefix tree
     # Where each layer's gradient and counts are among the slots; the results of padding are dropped.
     found_L = np.flatnonzero(real_SL)[np.argsort(layer_SL[real_SL])]
-    return _Staged(layers, fixed, shared, specs, lambda a: _taken(a.reshape(-1, *a.shape[2:]), found_L))
+    return _Staged(layers, fixed, shared, specs, lambda a: taken(a.reshape(-1, *a.shape[2:]), found_L))
 
 
-def _taken(a: jax.Array, index_N: np.ndarray) -> jax.Array:
+def taken(a: jax.Array, index_N: np.ndarray) -> jax.Array:
     """a[index_N], by slices: to gather rows of an array whose columns are split, the partitioner may copy all of it to
     every device (TPU 7x), or look up which device has which rows (others)."""
     ends = [*(np.flatnonzero(np.diff(index_N) != 1) + 1), len(index_N)]

@@ -4,6 +4,20 @@ from tests.mutations.row import Mutation
 
 MUTATIONS = [
     Mutation(
+        name="the partitioner is given a gather of stages",
+        file="deepseek_jax/pipeline/model.py",
+        old="return jnp.concatenate([a[index_N[first]:index_N[end - 1] + 1] for first, end in zip([0, *ends], ends)])",
+        new="return a[index_N]",
+        tests="pipeline/test_model.py::test_rows_are_taken_by_slices_and_never_by_a_gather",
+    ),
+    Mutation(
+        name="a row that is repeated begins no slice",
+        file="deepseek_jax/pipeline/model.py",
+        old="np.flatnonzero(np.diff(index_N) != 1)",
+        new="np.flatnonzero(np.diff(index_N) > 1)",
+        tests="pipeline/test_model.py::test_rows_are_taken_by_slices_and_never_by_a_gather",
+    ),
+    Mutation(
         name="what an exchange brings is used at once",
         file="deepseek_jax/pipeline/interleave.py",
         old="first if last else half",
@@ -388,8 +402,8 @@ MUTATIONS = [
     Mutation(
         name="layers are sought in the first slots",
         file="deepseek_jax/pipeline/model.py",
-        old="[found_L])\n",
-        new="[:len(found_L)])\n",
+        old="a.shape[2:]), found_L))\n",
+        new="a.shape[2:]), np.arange(len(found_L))))\n",
         tests="pipeline/test_model.py::test_in_float64_losses_gradients_and_loads_are_those_without_a_pipeline[1f1b]",
     ),
     Mutation(

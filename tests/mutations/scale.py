@@ -221,6 +221,13 @@ MUTATIONS = [
         tests="scale/compile/test_hlo.py",
     ),
     Mutation(
+        name="what a sparse core does starts where it is loaded",
+        file="deepseek_jax/scale/compile/hlo.py",
+        old='operation, about = "custom-call-start", loaded.get(operands[0], "")',
+        new='continue',
+        tests="scale/compile/test_hlo.py",
+    ),
+    Mutation(
         name="groups are not transposed",
         file="deepseek_jax/scale/compile/hlo.py",
         old="order = order or list(range(len(dims)))",

@@ -13,7 +13,7 @@ from deepseek_jax.config import ConfigError, FP8Config, MeshConfig
 from deepseek_jax.config.mesh import PipelineConfig
 from deepseek_jax.model.router import update_bias
 from deepseek_jax.pipeline import make_schedule
-from deepseek_jax.pipeline.model import check, describe, slots
+from deepseek_jax.pipeline.model import check, describe, slots, taken
 from deepseek_jax.training.step import accumulate, eval_step
 from tests import runs
 from tests.model import naive
@@ -23,6 +23,15 @@ from tests.precision import float64
 ROWS = 16
 V2 = dict(score="softmax", router_bias="none", normalize_gates=False, q_rank=None, num_dense_layers=0, mtp_depth=0)
 FP8 = dict(fp8=FP8Config(enabled=True), num_dense_layers=0, mtp_depth=0)
+
+
+@pytest.mark.parametrize("index", [[0], [0, 1, 2, 3], [3, 2, 1, 0], [0, 1, 2, 2, 4, 5], [5, 0, 0, 1]])
+def test_rows_are_taken_by_slices_and_never_by_a_gather(index):
+    a = np.arange(18.0).reshape(6, 3)
+    take = functools.partial(taken, index_N=np.array(index))
+
+    np.testing.assert_array_equal(take(jnp.asarray(a)), a[index])
+    assert "gather" not in str(jax.make_jaxpr(take)(a))
 
 
 def config(schedule="dualpipe", mesh=(4, 1, 1), microbatches=8, rounds=1, masked=False, **model):

@@ -140,6 +140,30 @@ ENTRY %main (x: u8[20,64], y: u8[40,64], n: s64[8]) -> u8[40,64] {{
     assert (step.what, step.collective.kind, step.collective.bytes) == (what, "ragged-all-to-all", 40 * 64)
 
 
+def test_what_a_sparse_core_sends_starts_where_it_is_given_its_operands():
+    program = """HloModule m
+
+%sent (x: f32[16], y: f32[64]) -> f32[64] {
+  %x = f32[16]{0} parameter(0)
+  %y = f32[64]{0} parameter(1)
+  ROOT %r = f32[64]{0} all-gather(%x), replica_groups={{0,1,2,3}}, dimensions={0}
+}, execution_thread="sparsecore"
+
+ENTRY %main (x: f32[16], y: f32[64], a: bf16[4,4]) -> f32[64] {
+  %x = f32[16]{0} parameter(0)
+  %y = f32[64]{0} parameter(1)
+  %a = bf16[4,4]{1,0} parameter(2)
+  %s = ((), (), (s32[8]{0})) custom-call-start(), async_execution_thread="sparsecore", called_computations={%sent}
+  %early = bf16[4,4]{1,0} dot(%a, %a), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  %u = ((f32[16]{0}), f32[64]{0}, (s32[8]{0})) custom-call-update(%s, %x)
+  %between = bf16[4,4]{1,0} dot(%early, %a), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  ROOT %d = f32[64]{0} custom-call-done(%u)
+}
+"""
+    (one,) = hlo.collectives(program, SIZES)
+    assert (one.kind, one.axes, one.products) == ("all-gather", ("local",), 1)
+
+
 def test_branches_are_found_by_their_number():
     assert hlo.branches(PROGRAM, 2) == ["%branch_a", "%branch_b"]
     with pytest.raises(ValueError, match="no conditional has 3 branches"):
