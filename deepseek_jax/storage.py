@@ -37,6 +37,7 @@ CLIENTS = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}  # scheme -> package, a
 # Compare what the store says it has with what was sent. Of S3 the client asks the store to; and not in reading, since
 # objects that were joined of parts have no MD5.
 _CHECKED: dict[str, dict[str, Any]] = {"gs": {"consistency": "md5"}, "s3": {}}
+_MANY = 8  # objects, from which on one request removes them: it needs another that looks what is left
 THREADS = 16  # objects in flight: a store answers each slowly, and many at once
 _SCRATCH = "deepseek_jax-"
 
@@ -267,11 +268,24 @@ def remove(path: Path) -> None:
             found = fs.find(key)
         except FileNotFoundError:
             return
-        in_parallel(lambda name: _remove_object(fs, name), found)
+        in_parallel(lambda name: _remove_object(fs, name), _remove_many(fs, key, found))
+
+
+def _remove_many(fs, key, found):
+    """Removes objects by requests for many at once, where the store knows such. Those that are left: clients take some
+    names for patterns, and some ignore what the store refuses, which it may say of one by one."""
+    plain = [name for name in found if not re.search(r"[*?[\]]|/$", name)]
+    if len(plain) < _MANY:
+        return found
+    with contextlib.suppress(Exception):  # of any kind; what is left is asked for again
+        fs.rm(plain)
+    try:
+        return sorted(set(found).intersection(fs.find(key)))
+    except FileNotFoundError:
+        return []
 
 
 def _remove_object(fs, name):
-    """One by its literal name: clients take the names of many for patterns, and some ignore what the store refuses."""
     with contextlib.suppress(FileNotFoundError):
         fs.rm_file(name)
 

@@ -51,6 +51,57 @@ def test_of_a_name_that_is_a_pattern_only_the_object_so_named_is_removed(address
     assert sorted(storage.entries(address)) == ["lr0/config.json", "lr1/config.json", "lr[01]-b/config.json"]
 
 
+def put_many(address, count=40):
+    names = [*(f"state/c.{i}" for i in range(count)), "state/odd[0-9]*?", "meta.json"]
+    for name in names:
+        storage.put(f"{address}/{name}", b"x")
+    storage.put(f"{address}-b", b"x")
+    return names
+
+
+def removals(store):
+    return [path for method, path in store.requests if method == "DELETE" or "?delete" in path or "/batch" in path]
+
+
+def test_many_objects_are_removed_by_few_requests_and_none_else(address, store, monkeypatch):
+    put_many(address)
+    if store.scheme == "gs":  # of emulators the client expects no such requests
+        monkeypatch.setattr(type(storage._client(address)[0]), "on_google", True)
+    store.requests.clear()
+    storage.remove(address)
+    assert storage.entries(address) == {} and storage.exists(f"{address}-b")
+    assert len(removals(store)) == 2  # one of those is of the name that is a pattern
+
+
+@pytest.mark.parametrize("fault", [PermissionError("no such operation"), None])
+def test_what_a_request_for_many_leaves_is_removed_one_by_one(address, store, monkeypatch, fault):
+    names, asked = put_many(address), []
+
+    def leaves_all(paths):
+        asked.extend(paths)
+        if fault:
+            raise fault
+
+    monkeypatch.setattr(storage._client(address)[0], "rm", leaves_all)
+    storage.remove(address)
+    assert len(asked) == len(names) - 1 and storage.entries(address) == {}
+
+
+def test_what_the_store_keeps_of_many_objects_is_an_error(address, store, monkeypatch):
+    names = put_many(address)
+    monkeypatch.setattr(store, "keeps_all", True)
+    with pytest.raises(storage.StorageError, match=f"^{address}: "):
+        storage.remove(address)
+    assert sorted(storage.entries(address)) == sorted(names)
+
+
+def test_a_store_that_refuses_one_request_in_three_removes_all_the_same(address, store, impatient):
+    put_many(address)
+    with store.refusing(3):
+        storage.remove(address)
+    assert store.faults and storage.entries(address) == {}
+
+
 def test_where_nothing_may_be_removed_or_the_name_is_a_pattern_no_run_begins(address, store, monkeypatch):
     monkeypatch.setattr(store, "keeps_all", True)
     with pytest.raises(storage.StorageError, match=rf"^{address}/.probe-\w+: "):
