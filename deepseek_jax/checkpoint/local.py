@@ -288,8 +288,9 @@ class LocalCheckpoints:
     def _failed(self, step, error) -> CheckpointError:
         what = "what the devices of this machine have" + (", and two of another machine" if self._copies else "")
         full = f"; it holds two states of {what}, and needs room for them"
+        full = full if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
         return CheckpointError(f"step {step} was not written to train.checkpoint_local={self.folder}: "
-                               f"{error.strerror or error}{full if error.errno == errno.ENOSPC else ''}.")
+                               f"{error.strerror or error}{full}.")
 
     def wait(self) -> None:
         """Returns once the last state is written. Raises CheckpointError if it was not."""

@@ -185,7 +185,7 @@ class TrainConfig(Checked, section="train"):
     checkpoint_keep_period: Annotated[int | None, POSITIVE, "steps; checkpoints at its multiples are kept for good "
                                       "(Orbax's keep_period)"] = None
     checkpoint_local: Annotated[str | None, "a folder on each machine, such as /dev/shm/run, for the newest state and "
-                                "a copy of another machine's: a restart begins there; needs room for two of each"] = None
+                                "a copy of another's: a restart begins there; needs room for two of each"] = None
     checkpoint_local_every: Annotated[int, POSITIVE, "steps"] = 10
     tracker: Annotated[Literal["wandb", "mlflow"] | None,
                        "gets the metrics too; None: TensorBoard's files alone"] = None
