@@ -95,7 +95,7 @@ def main() -> None:
     parser.add_argument("--gigabytes", type=float, default=4)
     parser.add_argument("--processes", type=int, default=4)
     parser.add_argument("--folder", help="on the disk to measure (default: that of temporary files)")
-    parser.add_argument("--local", help="save to this folder as to train.checkpoint_local")
+    parser.add_argument("--local", help="save to folders in this one as to train.checkpoint_local")
     parser.add_argument("--files", type=int, help="measure what that many files take, and nothing else")
     parser.add_argument("--json", help="write the result there")
     parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)  # a process: work directory, address, number
@@ -105,7 +105,8 @@ def main() -> None:
         from deepseek_jax.parallel.meeting import Group
 
         with joined(Group(address, args.processes, int(number))):
-            print("found " + json.dumps(one_process(workdir, args.gigabytes, args.local)), flush=True)
+            local = args.local and os.path.join(args.local, f"machine_{number}")  # each with a copy of another's
+            print("found " + json.dumps(one_process(workdir, args.gigabytes, local)), flush=True)
         return
     if args.files:
         with tempfile.TemporaryDirectory(dir=args.folder) as folder:

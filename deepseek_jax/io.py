@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from io import BufferedReader
 from typing import Any
 
-from deepseek_jax import storage
+from deepseek_jax import storage, working_files
 
 Path = str | os.PathLike[str]
 
@@ -42,7 +42,7 @@ def replacing(path: Path, sync: bool = False) -> Iterator[str]:
     Raises OSError with the name `path` where it cannot be written.
     """
     if storage.is_remote(path):
-        with tempfile.TemporaryDirectory(dir=storage.scratch()) as folder:
+        with tempfile.TemporaryDirectory(dir=working_files.scratch()) as folder:
             partial = os.path.join(folder, os.path.basename(path))
             yield partial
             storage.upload(partial, path)
@@ -75,7 +75,7 @@ def building(folder: Path, shared: bool = False) -> Iterator[str]:
     Raises OSError where `folder` exists and is not empty, but with `shared`.
     """
     if storage.is_remote(folder):
-        with tempfile.TemporaryDirectory(dir=storage.scratch()) as partial:
+        with tempfile.TemporaryDirectory(dir=working_files.scratch()) as partial:
             yield partial
             storage.upload_folder(partial, folder, last=("meta.json",))
         return

@@ -18,7 +18,8 @@ import threading
 from collections.abc import Callable, Iterator
 
 from deepseek_jax.config import ConfigError
-from deepseek_jax.storage import StorageError, remove_scratch
+from deepseek_jax.storage import StorageError
+from deepseek_jax.working_files import remove_scratch
 
 DONE, MISTAKE, STOPPED, PEER_LOST, INTERRUPTED = 0, 2, 75, 76, 130
 # What schedulers send: SIGTERM (Slurm, Kubernetes), and SIGUSR1 where they are asked to (sbatch --signal=USR1@300).

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import filelock
 
-from deepseek_jax import io, stop, storage
+from deepseek_jax import io, stop, storage, working_files
 from deepseek_jax.config import (
     Config,
     ConfigError,
@@ -91,7 +91,7 @@ class _Lease:
     def __init__(self, workdir: str):
         self.workdir, self.address = workdir, os.path.join(workdir, ".holder")
         self.said: dict[str, Any] = _about_this_process() | {
-            "id": uuid.uuid4().hex, "machine": storage.machine(), "started": _started(os.getpid())}
+            "id": uuid.uuid4().hex, "machine": working_files.machine(), "started": _started(os.getpid())}
         self.beats, self.released = 0, threading.Event()
         self.thread = threading.Thread(target=self._hold, daemon=True)
 
@@ -139,7 +139,7 @@ class _Lease:
             return False
         # Windows does not say whether a process lives.
         if os.name == "posix" and said.get("machine") == self.said["machine"] and isinstance(said.get("pid"), int):
-            if storage.is_running(said["pid"]) and said.get("started") == _started(said["pid"]):
+            if working_files.is_running(said["pid"]) and said.get("started") == _started(said["pid"]):
                 raise _taken(self.workdir, said)
             self._take_from(said)
             return True
@@ -206,14 +206,14 @@ def _has_begun(workdir):
 
 def check_workdir(config: Config, workdir: str) -> None:
     """Raises ConfigError for a name that cannot hold checkpoints, when one there is of a config that this one may not
-    follow (`history`), and for local states of a run in a bucket; StorageError for a bucket that cannot be written to.
-    """
+    follow (`history`), and for local states of a run in a bucket; StorageError for a disk or a bucket that cannot be
+    written to."""
     _check_name(workdir)
-    if storage.is_remote(workdir):
-        if config.train.checkpoint_local is not None:  # each needs all metrics before it, which are uploaded as a whole
-            raise ConfigError(f"train.checkpoint_local is for a --workdir on a disk, and {workdir} is in a bucket; "
-                              "take train.checkpoint_local=None, or a disk.")
-        storage.check_writable(workdir)
+    # Each local state needs all metrics before it, which are uploaded as a whole.
+    if config.train.checkpoint_local is not None and storage.is_remote(workdir):
+        raise ConfigError(f"train.checkpoint_local is for a --workdir on a disk, and {workdir} is in a bucket; "
+                          "take train.checkpoint_local=None, or a disk.")
+    storage.check_writable(workdir)
     if not storage.lexists(os.path.join(workdir, "config.json")) or not _has_begun(workdir):
         return
     check_changes(load_workdir_config(workdir), config, workdir, f"take that config or another --workdir, where "

@@ -48,6 +48,8 @@ def test_the_address_of_a_bucket_is_a_path(parser, address):
     assert parser.parse_args([f"--workdir={address}/"]).workdir == address == InitConfig(address).from_
     assert DataConfig(sources=((f"hf:{address}", 1.0),), cache_dir=address).cache_dir == address
     parser.add_argument("--prompts")
+    with pytest.raises(ConfigError, match="--workdir=s3:/bucket/run has one slash .* write s3://bucket/run."):
+        parser.parse_args(["--workdir=s3:/bucket/run"])
     with pytest.raises(ConfigError, match=f"--prompts={address} is an address, and only paths of this machine are"):
         parser.parse_args(["--workdir=run", f"--prompts={address}"])
 

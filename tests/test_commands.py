@@ -58,7 +58,7 @@ def assert_only_error(result, *parts):
         (["--config.data.sources=[('BLANK', 1)]"], ["BLANK holds no text; give files with some"]),
         (["--config.data.sources=[('ONE', 1)]"], ["ONE holds one document, too few for training and validation"]),
         (["--config.init.from=absent"], ["absent holds no config.json; give the --workdir of a run"]),
-        (["--workdir", "CONFIG"], ["config.py", "Not a directory"]),
+        (["--workdir", "CONFIG"], ["config.py cannot be a folder", "is none; take another name"]),
     ],
     ids=lambda x: " ".join(x)[:60] if isinstance(x, list) else str(x))
 def test_a_bad_training_is_one_line(config, tmp_path, monkeypatch, arguments, parts):

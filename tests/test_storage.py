@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from deepseek_jax import io, storage
+from deepseek_jax import io, storage, working_files
 from tests.buckets import SCHEMES, stores
 
 
@@ -49,6 +49,57 @@ def test_of_a_name_that_is_a_pattern_only_the_object_so_named_is_removed(address
     for name in "lr[01]", "lr*":
         storage.remove(f"{address}/{name}")
     assert sorted(storage.entries(address)) == ["lr0/config.json", "lr1/config.json", "lr[01]-b/config.json"]
+
+
+def put_many(address, count=40):
+    names = [*(f"state/c.{i}" for i in range(count)), "state/odd[0-9]*?", "meta.json"]
+    for name in names:
+        storage.put(f"{address}/{name}", b"x")
+    storage.put(f"{address}-b", b"x")
+    return names
+
+
+def removals(store):
+    return [path for method, path in store.requests if method == "DELETE" or "?delete" in path or "/batch" in path]
+
+
+def test_many_objects_are_removed_by_few_requests_and_none_else(address, store, monkeypatch):
+    put_many(address)
+    if store.scheme == "gs":  # of emulators the client expects no such requests
+        monkeypatch.setattr(type(storage._client(address)[0]), "on_google", True)
+    store.requests.clear()
+    storage.remove(address)
+    assert storage.entries(address) == {} and storage.exists(f"{address}-b")
+    assert len(removals(store)) == 2  # one of those is of the name that is a pattern
+
+
+@pytest.mark.parametrize("fault", [PermissionError("no such operation"), None])
+def test_what_a_request_for_many_leaves_is_removed_one_by_one(address, store, monkeypatch, fault):
+    names, asked = put_many(address), []
+
+    def leaves_all(paths):
+        asked.extend(paths)
+        if fault:
+            raise fault
+
+    monkeypatch.setattr(storage._client(address)[0], "rm", leaves_all)
+    storage.remove(address)
+    assert len(asked) == len(names) - 1 and storage.entries(address) == {}
+
+
+def test_what_the_store_keeps_of_many_objects_is_an_error(address, store, monkeypatch):
+    names = put_many(address)
+    monkeypatch.setattr(store, "keeps_all", True)
+    with pytest.raises(storage.StorageError, match=f"^{address}: "):
+        storage.remove(address)
+    assert sorted(storage.entries(address)) == sorted(names)
+
+
+def test_a_store_that_refuses_one_request_in_three_removes_all_the_same(address, store, impatient):
+    put_many(address)
+    with store.refusing(3):
+        storage.remove(address)
+    assert store.faults and storage.entries(address) == {}
 
 
 def test_where_nothing_may_be_removed_or_the_name_is_a_pattern_no_run_begins(address, store, monkeypatch):
@@ -121,7 +172,7 @@ def test_what_is_garbled_on_the_way_to_gcs_is_an_error(write, monkeypatch):  # t
 
 
 def _file(data):
-    path = pathlib.Path(storage.scratch(), "file")
+    path = pathlib.Path(working_files.scratch(), "file")
     path.write_bytes(data)
     return path
 
@@ -188,7 +239,7 @@ def test_a_folder_that_is_built_counts_when_its_last_object_is_there(address, st
 
 
 def test_a_mirror_has_whole_files_in_the_bucket_and_continues_from_them(address):
-    mirror = storage.Mirror(address, ("log.txt", "loads"), interval=0.05)
+    mirror = working_files.Mirror(address, ("log.txt", "loads"), interval=0.05)
     log = pathlib.Path(mirror.folder, "log.txt")
     log.write_text("one\n")
     (log.parent / "loads").mkdir()
@@ -203,13 +254,13 @@ def test_a_mirror_has_whole_files_in_the_bucket_and_continues_from_them(address)
     mirror.close()
     assert storage.read_bytes(f"{address}/log.txt") == b"one\ntwo\n" and list(storage.entries(address)) == ["log.txt"]
     assert not os.path.exists(mirror.folder)
-    again = storage.Mirror(address, ("log.txt", "loads"))
+    again = working_files.Mirror(address, ("log.txt", "loads"))
     assert pathlib.Path(again.folder, "log.txt").read_text() == "one\ntwo\n"
     again.close()
 
 
 def test_what_others_remove_among_the_temporary_files_stays_in_the_bucket(address):
-    mirror = storage.Mirror(address, ("log.txt", "loads"), interval=3600)
+    mirror = working_files.Mirror(address, ("log.txt", "loads"), interval=3600)
     pathlib.Path(mirror.folder, "log.txt").write_text("one")
     pathlib.Path(mirror.folder, ".log.txt.0.new").write_text("half")
     mirror.flush()
@@ -222,7 +273,8 @@ def test_what_others_remove_among_the_temporary_files_stays_in_the_bucket(addres
 
 
 def test_a_file_that_goes_while_it_is_copied_ends_no_copying(address, monkeypatch):
-    mirror, state, seen = storage.Mirror(address, ("a",), interval=0.01), storage.Mirror._state, threading.Event()
+    mirror, seen = working_files.Mirror(address, ("a",), interval=0.01), threading.Event()
+    state = working_files.Mirror._state
 
     def gone(self, name):
         if not seen.is_set():
@@ -230,7 +282,7 @@ def test_a_file_that_goes_while_it_is_copied_ends_no_copying(address, monkeypatc
             raise FileNotFoundError(name)
         return state(self, name)
 
-    monkeypatch.setattr(storage.Mirror, "_state", gone)
+    monkeypatch.setattr(working_files.Mirror, "_state", gone)
     pathlib.Path(mirror.folder, "a").write_text("a")
     assert seen.wait(60)
     deadline = time.monotonic() + 60
@@ -243,19 +295,20 @@ def test_a_file_that_goes_while_it_is_copied_ends_no_copying(address, monkeypatc
 def test_working_files_of_another_machine_and_entries_that_are_none_stay(tmp_path, monkeypatch):
     with subprocess.Popen([sys.executable, "-c", ""]) as gone:
         pass
-    here = os.path.basename(storage.scratch()).split("-")[1]
+    here = os.path.basename(working_files.scratch()).split("-")[1]
     theirs, ours, link = (f"deepseek_jax-{where}-{gone.pid}-{end}" for where, end in
                           (("0123456789ab", "x"), (here, "x"), (here, "link")))
     for name in theirs, ours:
         (tmp_path / name).mkdir()
     (tmp_path / link).symlink_to(tmp_path / "nowhere")
     monkeypatch.setattr(storage.tempfile, "tempdir", str(tmp_path))
-    storage._scratch.__wrapped__(os.getpid())
+    working_files._scratch.__wrapped__(os.getpid())
     assert theirs in os.listdir(tmp_path) and ours not in os.listdir(tmp_path)
 
 
 def test_a_process_that_ends_at_once_leaves_no_working_files(tmp_path):
-    code = "import os; from deepseek_jax import stop, storage; print(os.listdir(storage.scratch())); stop.leave(75)"
+    code = ("import os; from deepseek_jax import stop, working_files; print(os.listdir(working_files.scratch())); "
+            "stop.leave(75)")
     ended = subprocess.run([sys.executable, "-c", code], env=os.environ | {"TMPDIR": str(tmp_path)}, check=False,
                            capture_output=True, text=True)
     assert (ended.returncode, ended.stdout) == (75, "[]\n") and os.listdir(tmp_path) == []
@@ -266,7 +319,7 @@ def test_an_error_is_one_line_of_characters_that_a_terminal_shows():
 
 
 def test_a_process_leaves_no_working_files_and_the_next_removes_those_of_a_killed_one(tmp_path):
-    code = "from deepseek_jax import storage; print(storage.scratch(), flush=True); "
+    code = "from deepseek_jax import working_files; print(working_files.scratch(), flush=True); "
     start = lambda rest: subprocess.Popen([sys.executable, "-c", code + rest], stdout=subprocess.PIPE, text=True,
                                           env=os.environ | {"TMPDIR": str(tmp_path)})
     with start("import time; time.sleep(600)") as killed:
@@ -274,7 +327,7 @@ def test_a_process_leaves_no_working_files_and_the_next_removes_those_of_a_kille
         killed.kill()
     assert os.path.isdir(left)
     pool = "from concurrent.futures import ProcessPoolExecutor as Pool; import multiprocessing; " \
-           "print(Pool(1, multiprocessing.get_context('spawn')).submit(storage.scratch).result())"
+           "print(Pool(1, multiprocessing.get_context('spawn')).submit(working_files.scratch).result())"
     with start(pool) as other:
         said, _ = other.communicate()
         assert other.returncode == 0 and len({*said.split(), left}) == 3

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from deepseek_jax import io, storage, workdir
+from deepseek_jax import io, storage, workdir, working_files
 from deepseek_jax.config import Config, ConfigError, as_dict, load_config, model_config
 from deepseek_jax.training.loop import check_start
 from deepseek_jax.workdir import (
@@ -96,7 +96,7 @@ def test_a_bucket_s_lock_whose_holder_was_killed_here_holds_nobody(address, monk
     with subprocess.Popen([sys.executable, "-c", ""]) as gone:
         pass
     monkeypatch.setattr(workdir._Lease, "SETTLE", 0)
-    here = {"host": socket.gethostname(), "since": "2020", "id": "theirs", "machine": storage.machine()}
+    here = {"host": socket.gethostname(), "since": "2020", "id": "theirs", "machine": working_files.machine()}
     for pid, started in (gone.pid, "1"), (os.getpid(), "1"):  # its number may have been given to another since
         io.write_json(f"{address}/.holder", here | {"pid": pid, "started": started})
         with alone_in(address):
@@ -172,6 +172,23 @@ def test_who_holds_a_bucket_s_lock_says_so_again_and_ends_when_another_has_it(ad
         finally:
             process.kill()
     assert gone or io.read_json(f"{address}/.holder")["id"] == "theirs"
+
+
+@pytest.mark.parametrize("name, says", [("file", "cannot be a folder: .*file is none; take another name"),
+                                        ("file/run", "run cannot be a folder: .*file is none"),
+                                        ("link", "cannot be a folder: .*link is none"),
+                                        ("/proc/none/run", "run cannot be written: No such .* in /proc; take")])
+def test_a_disk_that_cannot_be_written_is_refused_before_anything_runs(two, tmp_path, name, says):
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("nowhere")
+    with pytest.raises(storage.StorageError, match=says):
+        check_workdir(two[0], str(tmp_path / name))
+    assert sorted(os.listdir(tmp_path)) == ["file", "link"]
+
+
+def test_a_disk_is_asked_without_a_trace(two, tmp_path):
+    check_workdir(two[0], str(tmp_path / "new/run"))
+    assert os.listdir(tmp_path) == []
 
 
 def test_a_bucket_that_cannot_be_written_is_refused_before_anything_runs(two, address, monkeypatch):

@@ -12,6 +12,7 @@ Orbax write s3://.
 
 from __future__ import annotations
 
+import functools
 import pathlib
 import uuid
 from typing import Any
@@ -21,6 +22,7 @@ import numpy as np
 
 from deepseek_jax import io, storage
 from deepseek_jax.checkpoint.arrays import Writer
+from deepseek_jax.checkpoint.exchange import Incoming, Pairs
 from deepseek_jax.parallel.coordinator import wait_for_all
 
 CHUNK = 64 << 20  # bytes of an object at most, unless a row is larger: several are on their way at once
@@ -40,6 +42,29 @@ class Save:
         self.folder, self.state, self.alone = folder, state, alone or jax.process_count() == 1
         self.held = {_place(state, name): (array.shape, array.dtype, _chunk(array), _parts(array, alone))
                      for name, array in arrays.items()}
+
+    def of_neighbour(self, folder: pathlib.Path, arrays: dict[str, Any], pairs: Pairs) -> Save:
+        """The same of what the devices of another process hold: of each pair the second one gets it of the first. All
+        processes call this, and each of them is in two pairs.
+
+        arrays: as of this one.
+        """
+        giver = {taker: giver for giver, taker in pairs}[jax.process_index()]
+        layouts = {_place(self.state, name): _layout(array.sharding, array.shape) for name, array in arrays.items()
+                   if _is_spread(array)}
+        held = {place: (shape, dtype, chunk, [(start, np.empty(size, dtype)) for start, size in layouts[place][giver]])
+                if place in layouts else (shape, dtype, chunk, parts)
+                for place, (shape, dtype, chunk, parts) in self.held.items()}
+        length = lambda i: sum(int(np.prod(size, dtype=np.int64)) * self.held[place][1].itemsize
+                               for place, layout in layouts.items() for _, size in layout[i])
+        given = lambda held: (_bytes(part) for place in layouts for _, part in held[place][-1])
+        incoming = Incoming(pairs, max(length(i) for i in range(jax.process_count())), given(self.held))
+        for buffer in given(held):
+            incoming.fill(buffer)
+        incoming.finish()
+        copy = Save(folder, self.state, {}, alone=True)
+        copy.held = held
+        return copy
 
     def write(self, name: str) -> dict[str, list[int]] | None:
         """Writes it. {file: [length, CRC32]} of what this one wrote `alone`; else in process 0 of what all of them
@@ -89,15 +114,36 @@ def _place(state, name):
 def _parts(array, alone) -> list[tuple[tuple[int, ...], np.ndarray]]:
     """[(first index, copy)] of the parts of an array that this process writes: each one is written once, by it or, if
     not `alone`, by any."""
-    if not alone and jax.process_index() and (not isinstance(array, jax.Array) or array.is_fully_addressable):
+    if not alone and jax.process_index() and not _is_spread(array):
         return []
     if not isinstance(array, jax.Array):
         return [((0,) * array.ndim, np.array(array))]
-    begin = lambda shard: tuple(part.start or 0 for part in shard.index)
-    own = {begin(shard): shard for shard in array.addressable_shards if alone or shard.replica_id == 0}
+    own = {_begin(shard.index): shard for shard in array.addressable_shards if alone or shard.replica_id == 0}
     for shard in own.values():
         shard.data.copy_to_host_async()
-    return [(start, np.array(shard.data)) for start, shard in own.items()]
+    return [(start, np.array(own[start].data)) for start in sorted(own)]
+
+
+def _is_spread(array):
+    """Whether other processes hold it too, or other parts of it."""
+    return isinstance(array, jax.Array) and not array.is_fully_addressable
+
+
+def _begin(index):
+    return tuple(part.start or 0 for part in index)
+
+
+@functools.cache
+def _layout(sharding, shape) -> dict[int, list[tuple[tuple[int, ...], tuple[int, ...]]]]:
+    """{process: [(first index, shape)] of the parts that its devices hold, in the order of `_parts`}."""
+    size, found = sharding.shard_shape(shape), {}
+    for device, index in sharding.devices_indices_map(shape).items():
+        found.setdefault(device.process_index, set()).add(_begin(index))
+    return {process: [(start, size) for start in sorted(starts)] for process, starts in found.items()}
+
+
+def _bytes(part):
+    return part.reshape(-1).view(np.uint8)
 
 
 def _chunk(array) -> tuple[int, ...]:

@@ -1,12 +1,15 @@
 """The newest state of a run on the machines' own disks or in their memory, for a restart there within seconds.
 
     train.checkpoint_local/RUN/process_3/STEP/...     as in the work directory, of what the devices of process 3 hold
+                                         copy_of_1/STEP/...     the same of process 1, which is on another machine
                                run.json               whose states these are: the address of its checkpoints
     WORKDIR/checkpoints/local.json                    RUN, from the first of these states on
 
-Each process writes all that its devices hold, and reads what it wrote. A step counts if every process has it, complete.
-With another mesh, or a machine that is new, there is none, and the checkpoint in the work directory counts. So does it
-where the run was continued from that one since, or without these, or was copied: RUN is another name then, or none.
+Each process writes all that its devices hold, and what it got of a neighbour: the process half of all away, so that a
+machine, and half of the racks or slices, may be lost. A step counts if for each process some machine has its part;
+whoever lacks it is given it (`exchange`). The numbers of processes may be others than they were.
+With another mesh there is none, and the checkpoint in the work directory counts. So does it where the run was continued
+from that one since, or without these, or was copied: RUN is another name then, or none.
 """
 
 from __future__ import annotations
@@ -19,22 +22,27 @@ import os
 import pathlib
 import re
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import numpy as np
 
 from deepseek_jax import io, storage
 from deepseek_jax.checkpoint import agreement, chunks, manifest
+from deepseek_jax.checkpoint.exchange import Incoming, Pairs
 from deepseek_jax.checkpoint.format import write_meta
 from deepseek_jax.checkpoint.manifest import CheckpointError
 from deepseek_jax.config import ConfigError
 
 _RUN = re.compile("[0-9a-f]{12}")
+_OTHER_MESH = "it was saved on another mesh"
+
+State = tuple[int, str]  # (step, name of the start that saved it): parts of different starts do not go together
 
 
 class LocalCheckpoints:
-    """The two newest states that this process has written.
+    """The two newest states that this process has written, and of its neighbour's.
 
     Args:
       folder: on this machine.
@@ -46,7 +54,12 @@ class LocalCheckpoints:
         self.folder, self.directory = pathlib.Path(folder), directory
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "local checkpoint")
         self._pending: concurrent.futures.Future | None = None
+        self._me, count = jax.process_index(), jax.process_count()
+        self._pairs: Pairs = tuple((i, (i + count // 2) % count) for i in range(count))
         self._open(agreement.from_first(self._known))
+        if count > 1 and not self._copies and self._me == 0:
+            print(f"note: processes share {self.folder}, so there are no copies in it, and with a machine all states "
+                  "there are lost; the run then continues from the work directory.", flush=True)
 
     def _known(self) -> dict[str, Any]:
         """What local.json says, or a new name, which it says with the first state."""
@@ -57,83 +70,227 @@ class LocalCheckpoints:
             found = None
         run = found.get("run") if isinstance(found, dict) and found.get("address") == address else None
         known = isinstance(run, str) and _RUN.fullmatch(run)
-        return {"run": run if known else uuid.uuid4().hex[:12], "address": address, "noted": bool(known)}
+        return {"run": run if known else uuid.uuid4().hex[:12], "address": address, "noted": bool(known),
+                "start": uuid.uuid4().hex[:12]}
 
     def _anew(self) -> dict[str, Any]:
         storage.remove(self.directory / "local.json")
         return self._known()
 
     def _open(self, known: dict[str, Any]):
-        self._noted, self._about, self._damaged = known["noted"], {k: known[k] for k in ("run", "address")}, set()
-        self.own = self.folder / known["run"] / f"process_{jax.process_index()}"
+        self._noted, self._about = known["noted"], {k: known[k] for k in ("run", "address")}
+        self._start, self.run = known["start"], self.folder / known["run"]
+        self._spent, self._why = set(), None
+        self.own = self.run / f"process_{self._me}"
         try:
             self.own.mkdir(parents=True, exist_ok=True)
-            io.write_json(self.own.parent / "run.json", self._about)
+            io.write_json(self.run / "run.json", self._about)
             for other in self.folder.iterdir():
                 if other.name != known["run"] and _RUN.fullmatch(other.name) and _address(other) == known["address"]:
                     storage.remove(other)  # of this run, before it was continued from another state
+            self.own.with_suffix(".start").write_text(self._start)
         except OSError as error:
             raise ConfigError(f"train.checkpoint_local={self.folder} cannot be written to: {error.strerror}; take "
                               "another folder on this machine.") from error
-        manifest.clean_up(self.own)
+        for folder in [self.own, *self.own.glob("copy_of_*")]:
+            manifest.clean_up(folder)
+        agreement.said_by_any(None)
+        self._here = [i for i, _ in self._pairs if self._is_here(self.run / f"process_{i}.start")]
+        keeper = dict(self._pairs)[self._me]
+        self._copies = not agreement.said_by_any("shared" if keeper in self._here else None)
+
+    def _is_here(self, mark):
+        try:
+            return mark.read_text() == self._start
+        except FileNotFoundError:
+            return False
 
     def restore(self, read: Callable[[pathlib.Path], Any], newest: int) -> Any | None:
-        """read(checkpoint) of the newest step, `newest` or later, that every process has; None: there is none. What is
-        here of later steps goes: the run gets there again, and not in all processes at once."""
-        for step in self._common(newest):
-            value, why = None, None
-            try:
-                value = read(self.own / str(step))
-            except manifest.DamagedError as error:
-                why = error.why
-            if not agreement.said_by_any(why):
-                for later in manifest.steps(self.own):
-                    if later > step:
-                        manifest.discard(self.own / str(later))
-                return value
-            self._damaged.add(step)
+        """read(checkpoint) of the newest step, `newest` or later, of which each process has its part or is given it.
+        None: there is none. What is here of later steps goes: the run gets there again, and not in all processes at
+        once."""
+        while (state := self._newest(found := self._found(), newest)) is not None:
+            gifts = _rounds(found[state])
+            value, why = self._read_own(read, state, gifts)
+            if said := agreement.said_by_any(why):
+                if _OTHER_MESH in said:
+                    self._give_up(state, _OTHER_MESH)
+                continue  # without what is damaged
+            for pairs in gifts:
+                self._give(state, pairs)
+            if any(taker == self._me for pairs in gifts for _, taker in pairs):
+                value, why = self._read(read, state)
+            if said := agreement.said_by_any(why):
+                self._give_up(state, said[0])
+                continue
+            if gifts and self._me == 0:
+                words = ", ".join(f"{taker} from process {giver}" for pairs in gifts for giver, taker in pairs)
+                print(f"Parts of step {state[0]} that machines have lost: process {words}.", flush=True)
+            self._tidy(state[0])
+            return value
         return None
 
-    def _common(self, newest: int) -> list[int]:
-        own = [step for step in manifest.steps(self.own) if manifest.incomplete(self.own / str(step)) is None]
-        found = [set(json.loads(steps)) for steps in agreement.said_by_any(json.dumps(own))]
-        return sorted((step for step in set.intersection(*found) - self._damaged if step >= newest), reverse=True)
+    def _folders(self) -> Iterator[tuple[int, pathlib.Path]]:
+        """(process, where this machine has states of it), its own first, whoever is here now."""
+        for pattern in ("process_*", "process_*/copy_of_*"):
+            for folder in sorted(self.run.glob(pattern)):
+                number = folder.name.rsplit("_", 1)[-1]
+                if number.isdecimal():
+                    yield int(number), folder
+
+    def _parts(self) -> dict[State, dict[int, pathlib.Path]]:
+        """{state: {process: its part}} of those that are complete on this machine."""
+        found: dict[State, dict[int, pathlib.Path]] = {}
+        for process, folder in self._folders():
+            for step in manifest.steps(folder):
+                path = folder / str(step)
+                if manifest.incomplete(path) is None:
+                    start = next((p.name for p in path.glob("state-*")), "")
+                    found.setdefault((step, start), {}).setdefault(process, path)
+        return found
+
+    def _found(self) -> dict[State, dict[int, list[int]]]:
+        """{state: {process: those whose machine has its part}}, the same in all of them."""
+        found: dict[State, dict[int, list[int]]] = {}
+        self._at = self._parts()
+        own = [[*state, list(parts)] for state, parts in self._at.items()]
+        for words in agreement.said_by_any(json.dumps([self._me, own])):
+            holder, states = json.loads(words)
+            for step, start, processes in states:
+                for process in processes:
+                    found.setdefault((step, start), {}).setdefault(process, []).append(holder)
+        return {state: parts for state, parts in found.items() if state not in self._spent}
+
+    def _newest(self, found, newest) -> State | None:
+        known = sorted(state for state in found if state[0] >= newest)
+        whole = [state for state in known if not self._lost(found[state])]
+        if known and not whole:
+            lost = ", ".join(map(str, self._lost(found[known[-1]])))
+            self._why = f"step {known[-1][0]} on the machines, where no part of process {lost} is left"
+        if not found and not self._spent and self._noted:
+            self._why = "a state on the machines, where none is left"
+        return whole[-1] if whole else None
+
+    def _give_up(self, state, why):
+        self._spent.add(state)
+        self._why = f"step {state[0]} on the machines: {why}"
+
+    def _lost(self, parts):
+        return [i for i, _ in self._pairs if i not in parts]
+
+    def _read_own(self, read, state, gifts):
+        """-> (value, why not). Reads in full what is to be given, and reads what is here of this process."""
+        parts = self._at.get(state, {})
+        for process in (taker for pairs in gifts for giver, taker in pairs if giver == self._me):
+            if why := next(manifest.damages(parts[process]), None):
+                manifest.discard(parts[process])
+                return None, why
+        if self._me not in parts:
+            assert any(taker == self._me for pairs in gifts for _, taker in pairs)
+            return None, None
+        if parts[self._me] != self.own / str(state[0]):  # of a process that had another number, or its copy
+            manifest.discard(self.own / str(state[0]))
+            parts[self._me].rename(self.own / str(state[0]))
+        return self._read(read, state)
+
+    def _read(self, read, state):
+        path = self.own / str(state[0])
+        try:
+            return read(path), None
+        except manifest.DamagedError as error:
+            if error.why.endswith("is not in its manifest"):
+                return None, _OTHER_MESH
+            manifest.discard(path)
+            return None, error.why
+
+    def _give(self, state: State, pairs: Pairs):
+        """Of each pair the first one gives the second one its part, file by file."""
+        taker, size, outgoing = dict(pairs).get(self._me), None, ()
+        if taker is not None:
+            path = self._at[state][taker]
+            files, about = manifest.files_of(path), (path / "manifest.json").read_bytes()
+            size = 8 + len(about) + sum(length for length, _ in files.values())
+            outgoing = _in_order(path, about, files)
+        most = max(map(int, agreement.said_by_any(None if size is None else str(size))))
+        incoming = Incoming(pairs, most, outgoing)
+        if any(taker == self._me for _, taker in pairs):
+            try:
+                self._receive(incoming, self.own / f"{state[0]}.partial")
+            except OSError as error:
+                raise self._failed(state[0], error) from error
+        incoming.finish()
+
+    def _receive(self, incoming: Incoming, partial: pathlib.Path):
+        storage.remove(partial)
+        files = io.parse_json(incoming.take(int.from_bytes(incoming.take(8), "little")))["files"]
+        for name, (length, _) in sorted(files.items()):
+            path = partial / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(path, "wb") as f:
+                f.write(incoming.take(length))
+                f.flush()
+                os.fsync(f.fileno())
+        manifest.commit(partial, partial.with_suffix(""), files)
+
+    def _tidy(self, newest: int):
+        """Removes what is newer than a step, and the states of processes that are not here any more."""
+        giver = next(giver for giver, taker in self._pairs if taker == self._me)
+        for folder in [self.own, *self.own.glob("copy_of_*")]:
+            for later in manifest.steps(folder):
+                if later > newest:
+                    manifest.discard(folder / str(later))
+            if folder != self.own and (folder.name != f"copy_of_{giver}" or not self._copies):
+                storage.remove(folder)
+        for process, folder in self._folders():
+            if process not in self._here and folder.parent == self.run:
+                storage.remove(folder)
 
     def begin_anew(self) -> None:
         """Removes what is here: the run continues from another state."""
+        if self._why is not None and self._me == 0:
+            print(f"Not taken: {self._why}. The work directory counts.", flush=True)
         if self._noted:  # otherwise there is nothing yet
             storage.remove(self.own)
             self._open(agreement.from_first(self._anew))
 
     def save(self, step: int, arrays: dict[str, Any], leaves: dict[str, Any], meta: dict[str, Any]) -> None:
-        """Starts writing and returns, once all processes have written the one before it. Raises what `wait` does."""
+        """Starts writing and returns, once all processes have written the one before it, and each has got what it keeps
+        of its neighbour. Raises what `wait` does."""
         self.wait()
         agreement.said_by_any(None)  # a process whose disk is slow still needs that of the others before it
+        giver = next(giver for giver, taker in self._pairs if taker == self._me)
+        folders = [self.own, self.own / f"copy_of_{giver}"][:1 + self._copies]
         try:
-            for old in manifest.steps(self.own)[:-1]:
-                manifest.discard(self.own / str(old))
-            if not self._noted and jax.process_index() == 0:
+            for folder in folders:
+                for old in manifest.steps(folder)[:-1]:
+                    manifest.discard(folder / str(old))
+            if not self._noted and self._me == 0:
                 io.write_json(self.directory / "local.json", self._about, sync=True)
         except OSError as error:
             raise self._failed(step, error) from error
         self._noted = True
-        name = chunks.new_state()
-        save = chunks.Save(self.own / f"{step}.partial", name, arrays, alone=True)
-        self._pending = self._thread.submit(self._write, step, save, meta, chunks.describe(name, leaves, arrays))
+        name = f"state-{self._start}"
+        saves = [chunks.Save(self.own / f"{step}.partial", name, arrays, alone=True)]
+        if self._copies:
+            saves.append(saves[0].of_neighbour(folders[1] / f"{step}.partial", arrays, self._pairs))
+        self._pending = self._thread.submit(self._write, step, saves, meta, chunks.describe(name, leaves, arrays))
 
-    def _write(self, step, save, meta, leaves):
-        try:
-            save.folder.mkdir()
-            write_meta(save.folder, step, meta, leaves)
-            manifest.commit(save.folder, self.own / str(step), save.write(""))
-        except OSError as error:
-            storage.remove(save.folder)
-            raise self._failed(step, error) from error
+    def _write(self, step, saves, meta, leaves):
+        for save in saves:
+            try:
+                save.folder.mkdir(parents=True)
+                write_meta(save.folder, step, meta, leaves)
+                manifest.commit(save.folder, save.folder.with_suffix(""), save.write(""))
+            except OSError as error:
+                storage.remove(save.folder)
+                raise self._failed(step, error) from error
 
     def _failed(self, step, error) -> CheckpointError:
-        full = "; it holds two states of what the devices of this machine have, and needs room for them"
+        what = "what the devices of this machine have" + (", and two of another machine" if self._copies else "")
+        full = f"; it holds two states of {what}, and needs room for them"
+        full = full if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
         return CheckpointError(f"step {step} was not written to train.checkpoint_local={self.folder}: "
-                               f"{error.strerror or error}{full if error.errno == errno.ENOSPC else ''}.")
+                               f"{error.strerror or error}{full}.")
 
     def wait(self) -> None:
         """Returns once the last state is written. Raises CheckpointError if it was not."""
@@ -155,3 +312,24 @@ def _address(folder: pathlib.Path) -> str | None:
         found = io.read_json(folder / "run.json")
         return found.get("address") if isinstance(found, dict) else None
     return None
+
+
+def _rounds(holders: dict[int, list[int]]) -> list[Pairs]:
+    """Who gives its part to whom, at the same time: {process: those whose machine has its part} without itself."""
+    todo, rounds = [i for i, having in sorted(holders.items()) if i not in having], []
+    while todo:
+        pairs: dict[int, int] = {}
+        for taker in todo:
+            giver = next((holder for holder in holders[taker] if holder not in pairs), None)
+            if giver is not None:
+                pairs[giver] = taker
+        rounds.append(tuple(pairs.items()))
+        todo = [taker for taker in todo if taker not in pairs.values()]
+    return rounds
+
+
+def _in_order(path: pathlib.Path, about: bytes, files: dict[str, list[int]]) -> Iterator[np.ndarray]:
+    """What is given of a checkpoint: the length of its manifest, that, and its files by name."""
+    yield np.frombuffer(len(about).to_bytes(8, "little") + about, np.uint8)
+    for name in sorted(files):
+        yield np.frombuffer((path / name).read_bytes(), np.uint8)

@@ -176,7 +176,7 @@ class Checkpoints:
 
     def _failed(self, step, partial, error) -> CheckpointError:
         why = str(error).strip().split("\n")[0] or type(error).__name__
-        if getattr(error, "errno", None) == errno.ENOSPC or "no space left" in str(error).lower():
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "no space left" in str(error).lower():
             why = "no space left on the disk; free some, or keep fewer with train.checkpoints_kept"
         if storage.is_remote(partial):  # which may not answer any more; the next start removes what is there
             return CheckpointError(f"checkpoint {step} was not written to {self.directory}: {why.rstrip('.')}. Those "

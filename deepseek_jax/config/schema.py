@@ -43,9 +43,11 @@ def usable_path(name: str, path: str, on_disk: bool = False) -> str:
     bucket, with one slash between its parts and none at its end. name: of the option or key. on_disk: an address will
     not do.
 
-    Raises ConfigError for an address without a bucket, and for one of another kind, which as a path would be a folder
-    `http:` here.
+    Raises ConfigError for an address without a bucket, and for one of another kind, or with one slash, which as a path
+    would be a folder `http:` or `gs:` here.
     """
+    if re.match(r"(gs|s3):/(?!/)", path):
+        raise ConfigError(f"{name}={path} has one slash where an address has two; write {path.replace(':', ':/', 1)}.")
     if not re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", path):
         return os.path.expanduser(path)
     if on_disk or not storage.is_remote(path):

@@ -184,8 +184,8 @@ class TrainConfig(Checked, section="train"):
     checkpoints_kept: Annotated[int, POSITIVE, "how many of the newest checkpoints are kept"] = 3
     checkpoint_keep_period: Annotated[int | None, POSITIVE, "steps; checkpoints at its multiples are kept for good "
                                       "(Orbax's keep_period)"] = None
-    checkpoint_local: Annotated[str | None, "a folder on each machine, such as /dev/shm/run, for the newest state: a "
-                                "restart on the same machines begins there; needs room for two"] = None
+    checkpoint_local: Annotated[str | None, "a folder on each machine, such as /dev/shm/run, for the newest state and "
+                                "a copy of another's: a restart begins there; needs room for two of each"] = None
     checkpoint_local_every: Annotated[int, POSITIVE, "steps"] = 10
     tracker: Annotated[Literal["wandb", "mlflow"] | None,
                        "gets the metrics too; None: TensorBoard's files alone"] = None

@@ -77,8 +77,7 @@ def prepare_ahead(config: Config, workdir: str | None, share: Share = ALL, worke
         with tempfile.TemporaryDirectory() as nothing:
             return prepare_ahead(config, nothing, share, workers)
     folder, data = prepare.cache_of(config, workdir), config.data
-    if storage.is_remote(folder):
-        storage.check_writable(folder)
+    storage.check_writable(folder)
     storage.make_folder(folder)
     with Workers(workers) as pool:
         divided = lambda path, fraction, most: Divided(path, fraction, most, workdir, folder, share, pool)

@@ -33,7 +33,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from tqdm import tqdm
 
-from deepseek_jax import io, storage
+from deepseek_jax import io, storage, working_files
 from deepseek_jax.chat.conversation import conversation_ids
 from deepseek_jax.chat.messages import PLAIN, BadMessages, Conventions
 from deepseek_jax.config import ConfigError
@@ -151,7 +151,7 @@ def hash_of(*values: Any) -> str:
 def read(folder: str) -> tuple[dict[str, Shard], dict]:
     """The shards in a complete folder, by split, and meta.json. Those in a bucket are copied to this machine's disk, to
     be mapped; of parts each one is when it is first read."""
-    there, shards = storage.on_disk(folder), {}
+    there, shards = working_files.on_disk(folder), {}
     with open(os.path.join(there, "meta.json"), encoding="utf-8") as f:
         meta = json.load(f)
     for split in SPLITS:
@@ -176,7 +176,7 @@ def _mapped_index(path) -> Any:
 
 def _flat(folder, split, meta) -> tuple[Flat, Flat | None]:
     """The tokens, and which are predicted."""
-    file = lambda folder, name, dtype: _map(os.path.join(storage.on_disk(folder), split, name), dtype)
+    file = lambda folder, name, dtype: _map(os.path.join(working_files.on_disk(folder), split, name), dtype)
     if "parts" not in meta:
         flags = file(folder, "predicted.bin", bool) if meta[split]["prompts"] else None
         return file(folder, "tokens.bin", meta["dtype"]), flags

@@ -234,5 +234,6 @@ def building(path: str | os.PathLike[str]) -> Iterator[str]:
         with io.building(path) as partial:
             yield partial
     except OSError as error:
-        why = "no space left on the disk" if error.errno == errno.ENOSPC else error.strerror or str(error)
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        why = "no space left on the disk" if full else error.strerror or str(error)
         raise ConfigError(f"{path} could not be written: {why}; nothing is left there.") from error

@@ -3,9 +3,9 @@
 `WORKDIR/metrics.jsonl` holds one JSON object a line, at most one row for a step's training and one for its evaluation;
 TensorBoard and other `trackers` get the same scalars. `WORKDIR/expert_load/` holds the counts [layers, experts] of each
 step. A run that resumes from step s first drops everything after s, so that in the end the files are those of a run
-that was never interrupted, timings apart. In a bucket these are objects, which nobody can append to: `storage.Mirror`
-keeps there what files on this machine have. The balance of a step is MaxVio = max load / mean load - 1
-(arXiv 2408.15664).
+that was never interrupted, timings apart. In a bucket these are objects, which nobody can append to:
+`working_files.Mirror` keeps there what files on this machine have. The balance of a step is MaxVio = max load / mean
+load - 1 (arXiv 2408.15664).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from deepseek_jax import io, storage
+from deepseek_jax import io, storage, working_files
 from deepseek_jax.training.background import Background
 from deepseek_jax.training.trackers import Apart, TensorBoard, Tracker
 
@@ -68,7 +68,7 @@ class MetricsWriter:
         trackers: others that get each row, as far as they keep up, and are closed with this.
         """
         names = "metrics.jsonl", "expert_load", "tensorboard"
-        self._mirror = storage.Mirror(os.fspath(workdir), names) if storage.is_remote(workdir) else None
+        self._mirror = working_files.Mirror(os.fspath(workdir), names) if storage.is_remote(workdir) else None
         try:
             self._open(pathlib.Path(self._mirror.folder if self._mirror else workdir), resume_step)
         except BaseException:

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from deepseek_jax import storage
+from deepseek_jax import storage, working_files
 
 ON_SIGNAL = 5  # steps
 
@@ -40,7 +40,8 @@ class Profiler:
             self.asked = False
             jax.block_until_ready(state)
             try:
-                self.local = tempfile.mkdtemp(dir=storage.scratch()) if storage.is_remote(self.folder) else self.folder
+                remote = storage.is_remote(self.folder)
+                self.local = tempfile.mkdtemp(dir=working_files.scratch()) if remote else self.folder
                 jax.profiler.start_trace(self.local)
             except Exception as error:  # of the disk, or the profiler's own; no reason to end a run
                 self.until = None

@@ -29,7 +29,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[re
 from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]: protobuf
 from tensorboardX.record_writer import masked_crc32c
 
-from deepseek_jax import io, storage
+from deepseek_jax import io, storage, working_files
 from deepseek_jax.config import Config, ConfigError, as_dict
 
 EXPERTS_EVERY = 10  # steps; the counts of each one are in expert_load/
@@ -174,7 +174,7 @@ class WeightsAndBiases:
 
     def __init__(self, config: Config, workdir: str, identity: str):
         wandb = _package("wandb")
-        local = storage.scratch() if storage.is_remote(workdir) else workdir
+        local = working_files.scratch() if storage.is_remote(workdir) else workdir
         self.run = wandb.init(project="deepseek-jax", name=_name(workdir), dir=local, id=identity, resume="allow",
                               config=as_dict(config), settings=wandb.Settings(finish_timeout=FINISH))
 

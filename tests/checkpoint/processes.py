@@ -1,4 +1,4 @@
-"""Two processes with a device each, for tests of what they agree on."""
+"""Processes with a few devices each, for tests of what they agree on."""
 
 import json
 import os
@@ -9,15 +9,19 @@ from tests.parallel.groups import free_port
 
 
 def found_by_two(script, folder):
-    """What each of two processes that run the script has printed behind "found ", and all that the first one said. The
-    script is told the address where they meet, its number and the folder."""
-    address = f"localhost:{free_port()}"
-    both = [subprocess.Popen([sys.executable, "-c", script, address, str(i), folder], text=True, stdout=subprocess.PIPE,
-                             stderr=subprocess.STDOUT, env=os.environ | {"XLA_FLAGS": ""}) for i in range(2)]
+    return found_by(2, script, folder)
+
+
+def found_by(count, script, folder, devices=1):
+    """What each process of several that run the script has printed behind "found ", and all that the first one said.
+    The script is told the address where they meet, its number and the folder."""
+    address, flags = f"localhost:{free_port()}", f"--xla_force_host_platform_device_count={devices}"
+    all_ = [subprocess.Popen([sys.executable, "-c", script, address, str(i), folder], text=True, stdout=subprocess.PIPE,
+                             stderr=subprocess.STDOUT, env=os.environ | {"XLA_FLAGS": flags}) for i in range(count)]
     try:
-        said = [process.communicate(timeout=240)[0] for process in both]
+        said = [process.communicate(timeout=240)[0] for process in all_]
     finally:
-        for process in both:
+        for process in all_:
             process.kill()
     lines = [[line for line in words.splitlines() if line.startswith("found ")] for words in said]
     assert all(lines), said

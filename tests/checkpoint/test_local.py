@@ -2,14 +2,15 @@
 
 import errno
 import os
+import re
 import shutil
 
 import pytest
 
 from deepseek_jax import io
-from deepseek_jax.checkpoint import agreement, arrays, manifest
+from deepseek_jax.checkpoint import agreement, arrays, local, manifest
 from deepseek_jax.checkpoint.manager import CheckpointError, Checkpoints
-from tests.checkpoint.processes import found_by_two
+from tests.checkpoint.processes import found_by
 from tests.checkpoint.test_manager import abstract, bits, flip_a_bit, make_state
 
 
@@ -155,33 +156,53 @@ def test_a_full_one_ends_in_one_line(begin, tmp_path, monkeypatch):
         checkpoints.close()
 
 
-PARTS = """
+# Each process has a machine: a folder of its own. Pieces are so small that every exchange takes several.
+MACHINES = """
 import json, pathlib, shutil, sys
 import jax, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
-from deepseek_jax.checkpoint import agreement, manifest
+from deepseek_jax.checkpoint import agreement, exchange, manifest
 from deepseek_jax.checkpoint.manager import Checkpoints
 from deepseek_jax.parallel.processes import Group, joined
+COUNT = %d
 me, folder = int(sys.argv[2]), pathlib.Path(sys.argv[3])
-found = {}
-with joined(Group(sys.argv[1], 2, me)):
-    mesh = jax.make_mesh((2,), ("all",))
-    split, same = NamedSharding(mesh, PartitionSpec("all")), NamedSharding(mesh, PartitionSpec())
-    part = lambda step: np.full(8, 10 * step + me, np.int32)
-    make = lambda step: {"split": jax.make_array_from_process_local_data(split, part(step)),
-                         "same": jax.make_array_from_process_local_data(same, np.full(4, step, np.int32))}
+one, other = 1, (1 + COUNT // 2) %% COUNT  # which keep copies of each other
+found, machines = {}, [f"machine_{i}" for i in range(COUNT)]
+exchange.PIECE = 64
+with joined(Group(sys.argv[1], COUNT, me)):
+    mesh = jax.make_mesh((2, jax.device_count() // 2), ("a", "b"))
+    where = {"split": PartitionSpec(("a", "b")), "half": PartitionSpec("a"), "same": PartitionSpec()}
+    where = {name: NamedSharding(mesh, spec) for name, spec in where.items()}
+    whole = lambda step: {"split": np.arange(48, dtype=np.int32).reshape(16, 3) + 100 * step,
+                          "half": np.arange(8, dtype="bfloat16") + step, "same": np.full(5, step, np.int8)}
+    make = lambda step: {name: jax.make_array_from_callback(x.shape, where[name], lambda index: x[index])
+                         for name, x in whole(step).items()}
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), make(0))
 
     def begin():
         agreement.wait_for_all(f"begin {len(found)}")
-        return Checkpoints(folder / "run", local=str(folder / f"machine_{me}"))
+        return Checkpoints(folder / "run", local=str(folder / machines[me]))
 
-    def restored():
-        state, meta = begin().restore(like)
-        step = meta["n"]
-        assert np.array_equal(state["split"].addressable_shards[0].data, part(step))
-        assert np.array_equal(state["same"].addressable_shards[0].data, np.full(4, step))
-        return step
+    def restored(name, local=()):
+        checkpoints = begin()
+        state, meta = checkpoints.restore(like)
+        for key, x in whole(meta["n"]).items():
+            assert state[key].dtype == x.dtype
+            for shard in state[key].addressable_shards:
+                assert np.array_equal(shard.data, x[shard.index]), (name, key)
+        for step in local:
+            checkpoints.save_local(step, make(step), {"n": step})
+        checkpoints.close()
+        found[name] = meta["n"]
+        agreement.wait_for_all(f"end {len(found)}")
+
+    def lose(*processes):
+        if me in processes:
+            shutil.rmtree(folder / machines[me])
+
+    def damage(pattern):
+        for path in (folder / machines[me]).glob(f"*/{pattern}/state-*/split/c*"):
+            path.write_bytes(bytes(len(path.read_bytes())))
 
     checkpoints = begin()
     found["new"] = checkpoints.restore(like)
@@ -189,20 +210,101 @@ with joined(Group(sys.argv[1], 2, me)):
     for step in (2, 3):
         checkpoints.save_local(step, make(step), {"n": step})
     checkpoints.close()
-    found["both"] = restored()
-    if me == 1:
-        shutil.rmtree(next(folder.glob("machine_1/*/process_1/3")))
-    found["one behind"] = restored()
-    found["later"] = sorted(int(p.name) for p in folder.glob(f"machine_{me}/*/process_{me}/*"))
-    if me == 1:
-        shutil.rmtree(folder / "machine_1")
-    found["one is new"] = restored()
-    found["left"] = len(list(folder.glob(f"machine_{me}/*/process_{me}/*")))
+    restored("all are there")
+    lose(one)
+    restored("a machine is new")
+    lose(one)
+    restored("and again, before the next is saved", local=(4, 5))
+    if me == one:
+        shutil.rmtree(next(folder.glob(f"machine_{one}/*/process_{one}/5")))
+    restored("a part is missing")
+    damage(f"process_{one}/5")
+    restored("a part is damaged")
+    damage(f"process_{one}/5")
+    damage(f"process_*/copy_of_{one}/5")
+    restored("and its copy too")
+    if me == one:
+        own = next((folder / machines[me]).glob(f"*/process_{one}"))
+        before = own.relative_to(folder / machines[me]), shutil.copytree(own, folder / "before")
+        (folder / "before/4").rename(folder / "before/5")  # as if it had come there in another way
+    found["later"] = max(int(p.name) for p in folder.glob("machine_*/*/**/*") if p.name.isdecimal())
+    damage("process_0/4")  # of which another has the copy
+    machines[:2] = machines[1::-1]
+    restored("processes have other numbers", local=(5, 6))
+    found["folders"] = [p.name for p in (folder / machines[me]).glob("*/process_*") if p.is_dir()] == [f"process_{me}"]
+    lose(one)
+    if me == one:
+        shutil.copytree(before[1], folder / machines[me] / before[0])
+    if me == other:
+        shutil.rmtree(next((folder / machines[me]).glob(f"*/*/copy_of_{one}")))
+    restored("both are lost, and an older one comes back")
+    found["left"] = len([p for p in folder.glob("machine_*/*/**/*") if p.name.isdecimal()])
     print("found " + json.dumps(found), flush=True)
 """
 
 
-def test_two_processes_take_the_newest_that_both_have(tmp_path):
-    for found in found_by_two(PARTS, tmp_path)[0]:
-        assert found == {"new": None, "both": 3, "one behind": 2, "later": [2], "one is new": 1, "left": 0}
+@pytest.mark.parametrize("count, devices", [(2, 2), (4, 1)])
+def test_a_lost_machine_costs_nothing_and_two_with_the_same_part_a_checkpoint(count, devices, tmp_path):
+    found, said = found_by(count, MACHINES % count, tmp_path, devices)
+    for one in found:
+        assert one == {"new": None, "all are there": 3, "a machine is new": 3, "and again, before the next is saved": 3,
+                       "a part is missing": 5, "a part is damaged": 5, "and its copy too": 4, "later": 4,
+                       "processes have other numbers": 4, "folders": True,
+                       "both are lost, and an older one comes back": 1, "left": 0}
     assert manifest.steps(tmp_path / "run/checkpoints") == [1]
+    neighbour = (1 + count // 2) % count
+    assert said.count(f"Parts of step 3 that machines have lost: process 1 from process {neighbour}.") == 2
+    assert "Not taken: step 6 on the machines, where no part of process 1 is left. The work directory counts." in said
+
+
+# Several processes on a machine write to one folder; without another machine there is nowhere to put copies.
+TOGETHER = """
+import json, pathlib, shutil, sys
+import jax, numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from deepseek_jax.checkpoint import agreement
+from deepseek_jax.checkpoint.manager import Checkpoints
+from deepseek_jax.parallel.processes import Group, joined
+me, folder, found = int(sys.argv[2]), pathlib.Path(sys.argv[3]), {}
+with joined(Group(sys.argv[1], 4, me)):
+    split = NamedSharding(jax.make_mesh((4,), ("all",)), PartitionSpec("all"))
+    make = lambda step: {"x": jax.make_array_from_callback((8,), split, lambda i: np.arange(8)[i] + 10 * step)}
+    for machines in (2, 1):
+        machine = folder / f"{machines} machines" / str(me * machines // 4)
+
+        def begin():
+            agreement.wait_for_all(f"begin {machines} {len(found)}")
+            return Checkpoints(folder / f"run of {machines}", local=str(machine))
+
+        checkpoints = begin()
+        assert checkpoints.restore(make(0)) is None
+        checkpoints.save(1, make(1), {})
+        checkpoints.save_local(2, make(2), {})
+        checkpoints.close()
+        agreement.wait_for_all(f"saved {machines}")
+        found[f"copies on {machines}"] = len(list(machine.glob("*/*/copy_of_*")))
+        agreement.wait_for_all(f"seen {machines}")
+        if me == 3:
+            shutil.rmtree(machine)
+        state = begin().restore(make(0))[0]
+        found[f"after a loss of {machines}"] = (state["x"].addressable_shards[0].data[0].tolist() - 2 * me) // 10
+    print("found " + json.dumps(found), flush=True)
+"""
+
+
+def test_copies_are_on_another_machine_or_nowhere(tmp_path):
+    found, said = found_by(4, TOGETHER, tmp_path)
+    for one in found:
+        assert one == {"copies on 2": 2, "after a loss of 2": 2, "copies on 1": 0, "after a loss of 1": 1}
+    note = r"note: processes share .*/1 machines/0, so there are no copies in it, and with a machine all"
+    assert len(re.findall(note, said)) == 2 == said.count("note: ")
+
+
+@pytest.mark.parametrize("holders, rounds", [
+    ({0: [0, 2], 1: [1, 3], 2: [2, 0], 3: [3, 1]}, []),
+    ({0: [0], 1: [3], 2: [2], 3: [3]}, [((3, 1),)]),
+    ({0: [1], 1: [0], 2: [2], 3: [3]}, [((1, 0), (0, 1))]),
+    ({0: [3], 1: [3], 2: [2, 3], 3: [3]}, [((3, 0),), ((3, 1),)]),
+    ({0: [2, 3], 1: [2, 3], 2: [2, 3], 3: [2, 3]}, [((2, 0), (3, 1))])])
+def test_nobody_gives_or_takes_two_parts_at_once(holders, rounds):
+    assert local._rounds(holders) == rounds

@@ -408,6 +408,15 @@ def test_a_full_disk_anywhere_in_a_save_is_one_line_and_leaves_the_older(tmp_pat
     assert checkpoints.steps() == [3]
 
 
+def test_a_quota_that_is_used_up_is_a_full_disk(tmp_path, monkeypatch):
+    def used_up(*_args, **_kwargs):
+        raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+    monkeypatch.setattr(arrays.Writer, "_file", used_up)
+    with pytest.raises(CheckpointError, match="no space left on the disk; free some"):
+        save_steps(tmp_path, [1])
+
+
 FILL_A_DISK = """
     import sys, jax.numpy as jnp, numpy as np
     from deepseek_jax import runtime

@@ -6,7 +6,7 @@ import pathlib
 
 import pytest
 
-from deepseek_jax import storage
+from deepseek_jax import storage, working_files
 from deepseek_jax.config import ConfigError, load_config
 from deepseek_jax.data import corpus, prepare, token_shards, units
 from deepseek_jax.data.ahead import Share, prepare_ahead
@@ -76,7 +76,7 @@ def test_a_store_that_does_not_answer_is_no_file_to_be_skipped(mixed, address, m
 
 def contents(cache):
     """{path: content} of the tokens of a cache."""
-    here = storage.on_disk(cache) if storage.is_remote(cache) else cache
+    here = working_files.on_disk(cache) if storage.is_remote(cache) else cache
     return {str(p.relative_to(here)): p.read_bytes() for p in pathlib.Path(here).rglob("*") if p.is_file()}
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
-from deepseek_jax import storage
+from deepseek_jax import storage, working_files
 from deepseek_jax.training import metrics, trackers
 from deepseek_jax.training.metrics import MetricsWriter, balance_metrics, max_vio, read_expert_loads, read_metrics
 from tests.buckets import stores
@@ -267,8 +267,8 @@ def test_a_writer_that_cannot_begin_leaves_no_thread_and_no_files(monkeypatch):
 
     monkeypatch.setattr(metrics, "_drop_rows", fail)
     address = stores()["s3"].address()
-    before = set(threading.enumerate()), os.listdir(storage.scratch())
+    before = set(threading.enumerate()), os.listdir(working_files.scratch())
     with pytest.raises(OSError, match="no space left"):
         MetricsWriter(address, None)
     mine = {thread for thread in threading.enumerate() if "_keep" in thread.name}
-    assert mine <= before[0] and os.listdir(storage.scratch()) == before[1]
+    assert mine <= before[0] and os.listdir(working_files.scratch()) == before[1]
