@@ -4,8 +4,8 @@
 
 Parts of a MoE layer, forward and gradients, as one device has them: attention of a sequence of 4,096 tokens, and its
 experts, 8 of V2-Lite's 64 (one of 8 devices) or 4 of V3's 256 (one of 64), with the rows that come if loads are even.
-For V2-Lite on v5p also gradients and optimizer steps of models of 2 and 3 layers with these experts, from which follows
-a step of all 27 layers without its exchanges. "xla" is `model.implementation=xla`, attention in blocks of 512 and
+For V2-Lite also a layer of a model with these experts, without exchanges: all that its forward and backward pass does,
+with recomputation. "xla" is `model.implementation=xla`, attention in blocks of 512 and
 `lax.ragged_dot`; "auto" is splash attention and megablox.
 
 XLA's analysis counts the body of a loop once; here all rounds count (`measure`). Of megablox it counts what the grid
@@ -35,12 +35,11 @@ from deepseek_jax.model.grouped_matmul import grouped_matmul, implementation_her
 from deepseek_jax.model.layers import swiglu
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.scale.compile import aot, targets
-from deepseek_jax.training.step import accumulate, init_state, train_step
+from deepseek_jax.training.step import accumulate, init_state
 from kernels_pallas.tpu.mla_attention import BLOCK
 
 SLICES = {"v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "7x": "7x:2x2x1"}  # the smallest
 EXPERTS_HERE = {"v2_lite_16b": 8, "v3_671b": 4}
-WHOLE = ("v2_lite_16b", "v5p")  # of these a complete step is put together
 KEYS = ("chip", "model", "part", "implementation")  # of a row
 TOKENS, WIDTH = 4096, 2  # of a sequence; bytes of bfloat16
 PAIRS = len(causal_pairs(TOKENS // ModelConfig.attention_block))  # rounds of attention's loops
@@ -105,15 +104,14 @@ def experts(c: ModelConfig, here: int) -> tuple[Callable, tuple]:
     return run, (row, *weights, jax.ShapeDtypeStruct((here,), jnp.int32), row)
 
 
-def training(c: ModelConfig, optimizer: bool) -> tuple[Callable, tuple]:
-    """The gradients of one sequence, or the optimizer step, and the shapes of the arguments."""
+def layer(c: ModelConfig, here: int) -> tuple[Callable, tuple]:
+    """The gradients of a model of one MoE layer and next to no vocabulary, and the shapes of the arguments."""
+    c = dataclasses.replace(c, num_layers=1, num_dense_layers=0, num_experts=here, vocab_size=256)
     config = Config(model=c, mesh=MeshConfig(), train=TrainConfig(batch_size=1, sequence_length=TOKENS))
     shape = (1, 1, TOKENS + 1)
     batch = {"tokens": jax.ShapeDtypeStruct(shape, jnp.int32), "weights": jax.ShapeDtypeStruct(shape, jnp.float32),
              "segment_ids": jax.ShapeDtypeStruct(shape, jnp.int32), "active": jax.ShapeDtypeStruct((), jnp.int32)}
     state = jax.eval_shape(functools.partial(init_state, config))
-    if optimizer:
-        return functools.partial(train_step, config), (state, batch)
     return functools.partial(accumulate, config), (state.params, state.router, batch, state.step)
 
 
@@ -122,44 +120,20 @@ class Part(NamedTuple):
 
     build: Callable[[ModelConfig], tuple[Callable, tuple]]
     attends: bool = True
-    implementations: tuple[str, ...] = IMPLEMENTATIONS
 
 
-def parts(name: str, chip: str) -> dict[str, Part]:
-    """What is compiled of a model for a chip, by name."""
+def parts(name: str) -> dict[str, Part]:
+    """What is compiled of a model, by name."""
     here = EXPERTS_HERE[name]
     found = {"attention": Part(attention), "experts": Part(functools.partial(experts, here=here), attends=False)}
-    if (name, chip) == WHOLE:
-        shallow = lambda c, layers, optimizer: training(
-            dataclasses.replace(c, num_layers=layers, num_experts=here, mtp_depth=0), optimizer)
-        for n in (2, 3):
-            found[f"gradients, {n} layers"] = Part(functools.partial(shallow, layers=n, optimizer=False))
-            found[f"step, {n} layers"] = Part(functools.partial(shallow, layers=n, optimizer=True),
-                                              implementations=("auto",))
+    if name == "v2_lite_16b":  # whose groups of experts are one
+        found["layer"] = Part(functools.partial(layer, here=here))
     return found
 
 
-def whole_step(rows: list[dict], sequences: int) -> dict[str, float]:
-    """Bytes that a step of all layers of WHOLE[0] accesses on a device, with as many sequences one after the other."""
-    name, chip = WHOLE
-    found = {(row["part"], row["implementation"]): row["bytes_accessed"] for row in rows
-             if (row["model"], row["chip"]) == WHOLE}
-    again = sum(row["read_again"] for row in rows if (row["model"], row["chip"]) == WHOLE)  # of one layer
-    layers = model_config(name).num_layers
-
-    def all_layers(two, three):
-        return two + (layers - 2) * (three - two)
-
-    optimizer = all_layers(*(found[f"step, {n} layers", "auto"] - found[f"gradients, {n} layers", "auto"]
-                             for n in (2, 3)))
-    return {implementation: optimizer + sequences * (
-        all_layers(*(found[f"gradients, {n} layers", implementation] for n in (2, 3)))
-        + layers * again * (implementation == "auto")) for implementation in IMPLEMENTATIONS}
-
-
 def read_again(name: str, part: str) -> float:
-    """Bytes of attention's operands that its kernels read after the first time; 0 of other parts."""
-    if part != "attention":
+    """Bytes of attention's operands that its kernels read after the first time; 0 of parts without attention."""
+    if part == "experts":
         return 0.0
     # Forward, dq, and dk with dv: each has two operands pass by the blocks of the other two.
     c, n = model_config(name), TOKENS // BLOCK
@@ -205,8 +179,8 @@ def main() -> None:
     had = {tuple(row[key] for key in KEYS) for row in rows}
     for chip in args.chips:
         for name in args.models:
-            for words, part in parts(name, chip).items():
-                for implementation in part.implementations:
+            for words, part in parts(name).items():
+                for implementation in IMPLEMENTATIONS:
                     if (chip, name, words, implementation) in had:
                         continue
                     c = model_config(name, implementation=implementation, mtp_depth=0)
@@ -219,11 +193,6 @@ def main() -> None:
                           f"{found['seconds']:6.0f} s", flush=True)
                     if args.json:
                         io.write_json(args.json, {"jax": jax.__version__, "tokens": TOKENS, "rows": rows}, indent=1)
-    if any((row["model"], row["chip"]) == WHOLE for row in rows):
-        for sequences in (1, 8, 64):
-            of = whole_step(rows, sequences)
-            print(f"{WHOLE[0]} on {WHOLE[1]}, a step of {sequences} sequences: {of['xla'] / 1e9:.0f} GB by XLA alone, "
-                  f"{of['auto'] / 1e9:.0f} GB with kernels, {of['auto'] / of['xla']:.2f}")
 
 
 if __name__ == "__main__":

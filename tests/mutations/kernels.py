@@ -338,4 +338,25 @@ MUTATIONS = [
         new="True for fault",
         tests="benchmarks/test_gpu.py::test_of_a_kernel_that_is_compiled_a_spill_is_said_and_all_else_is_wrong",
     ),
+    Mutation(
+        name="hopper: both SMs of a pair take the same tile",
+        file="kernels_pallas/hopper/fp8_matmul.py",
+        old='lax.axis_index("pair") * block_n',
+        new='0 * lax.axis_index("pair")',
+        tests="kernels/test_hopper.py",
+    ),
+    Mutation(
+        name="hopper: scales of a pair's second tile are those of the first",
+        file="kernels_pallas/hopper/fp8_matmul.py",
+        old="first_column = tile.column + mine_n",
+        new="first_column = tile.column // config.columns * config.columns + mine_n",
+        tests="kernels/test_hopper.py",
+    ),
+    Mutation(
+        name="hopper: experts' tiles are paired whatever their number",
+        file="kernels_pallas/hopper/fp8_matmul.py",
+        old="return -(-N // config.columns) * (config.block_m + config.columns)",
+        new="return -config.sms",
+        tests="kernels/test_hopper.py",
+    ),
 ]
