@@ -184,7 +184,11 @@ def main() -> None:
                     if (chip, name, words, implementation) in had:
                         continue
                     c = model_config(name, implementation=implementation, mtp_depth=0)
-                    found = measure(chip, part, c)
+                    try:
+                        found = measure(chip, part, c)
+                    except jax.errors.JaxRuntimeError as error:  # the compiler's
+                        print(f"{chip:4} {name:12} {words:18} {implementation:5} {str(error)[:100]!r}", flush=True)
+                        continue
                     again = read_again(name, words) if implementation == "auto" else 0.0
                     rows.append(dict(zip(KEYS, (chip, name, words, implementation))) | {"read_again": again} | found)
                     print("{chip:4} {model:12} {part:18} {implementation:5}".format(**rows[-1]),

@@ -315,7 +315,7 @@ MUTATIONS = [
         file="deepseek_jax/serving/decode_attention.py",
         old='wanted = cfg.implementation == "auto" and ',
         new="wanted = ",
-        tests="serving/test_decode_model.py",
+        tests="serving/test_decode_model.py::test_a_kernel_is_asked_for_pages_that_it_reads",
     ),
     Mutation(
         name="self-check: not what the run takes is checked",
@@ -343,20 +343,20 @@ MUTATIONS = [
         file="kernels_pallas/hopper/fp8_matmul.py",
         old='lax.axis_index("pair") * block_n',
         new='0 * lax.axis_index("pair")',
-        tests="kernels/test_hopper.py",
+        tests="kernels/test_hopper.py::test_two_sms_with_the_same_rows_are_the_twin_too",
     ),
     Mutation(
         name="hopper: scales of a pair's second tile are those of the first",
         file="kernels_pallas/hopper/fp8_matmul.py",
         old="first_column = tile.column + mine_n",
         new="first_column = tile.column // config.columns * config.columns + mine_n",
-        tests="kernels/test_hopper.py",
+        tests="kernels/test_hopper.py::test_two_sms_with_the_same_rows_are_the_twin_too",
     ),
     Mutation(
         name="hopper: experts' tiles are paired whatever their number",
         file="kernels_pallas/hopper/fp8_matmul.py",
         old="return -(-N // config.columns) * (config.block_m + config.columns)",
         new="return -config.sms",
-        tests="kernels/test_hopper.py",
+        tests="kernels/test_hopper.py::test_experts_tiles_are_paired_where_a_column_too_many_costs_less_than_it_saves",
     ),
 ]
