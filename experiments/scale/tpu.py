@@ -4,9 +4,8 @@
 
 Parts of a MoE layer, forward and gradients, as one device has them: attention of a sequence of 4,096 tokens, and its
 experts, 8 of V2-Lite's 64 (one of 8 devices) or 4 of V3's 256 (one of 64), with the rows that come if loads are even.
-For V2-Lite also a layer of a model with these experts, without exchanges: all that its forward and backward pass does,
-with recomputation. "xla" is `model.implementation=xla`, attention in blocks of 512 and
-`lax.ragged_dot`; "auto" is splash attention and megablox.
+"xla" is `model.implementation=xla`, attention in blocks of 512 and `lax.ragged_dot`; "auto" is splash attention and
+megablox.
 
 XLA's analysis counts the body of a loop once; here all rounds count (`measure`). Of megablox it counts what the grid
 reads; of splash attention operands and results once, and no FLOPs: keys that are read again for every block of queries,
@@ -16,7 +15,6 @@ and so on, are "read_again", computed from its blocks.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import functools
 import os
 import time
@@ -29,13 +27,12 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from deepseek_jax import io
-from deepseek_jax.config import Config, MeshConfig, ModelConfig, TrainConfig, model_config
+from deepseek_jax.config import MeshConfig, ModelConfig, model_config
 from deepseek_jax.model.blockwise import attend, causal_pairs
 from deepseek_jax.model.grouped_matmul import grouped_matmul, implementation_here
 from deepseek_jax.model.layers import swiglu
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.scale.compile import aot, targets
-from deepseek_jax.training.step import accumulate, init_state
 from kernels_pallas.tpu.mla_attention import BLOCK
 
 SLICES = {"v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "7x": "7x:2x2x1"}  # the smallest
@@ -104,17 +101,6 @@ def experts(c: ModelConfig, here: int) -> tuple[Callable, tuple]:
     return run, (row, *weights, jax.ShapeDtypeStruct((here,), jnp.int32), row)
 
 
-def layer(c: ModelConfig, here: int) -> tuple[Callable, tuple]:
-    """The gradients of a model of one MoE layer and next to no vocabulary, and the shapes of the arguments."""
-    c = dataclasses.replace(c, num_layers=1, num_dense_layers=0, num_experts=here, vocab_size=256)
-    config = Config(model=c, mesh=MeshConfig(), train=TrainConfig(batch_size=1, sequence_length=TOKENS))
-    shape = (1, 1, TOKENS + 1)
-    batch = {"tokens": jax.ShapeDtypeStruct(shape, jnp.int32), "weights": jax.ShapeDtypeStruct(shape, jnp.float32),
-             "segment_ids": jax.ShapeDtypeStruct(shape, jnp.int32), "active": jax.ShapeDtypeStruct((), jnp.int32)}
-    state = jax.eval_shape(functools.partial(init_state, config))
-    return functools.partial(accumulate, config), (state.params, state.router, batch, state.step)
-
-
 class Part(NamedTuple):
     """build: config -> (function, shapes of its arguments). attends: whether attention's loops are in it."""
 
@@ -124,15 +110,11 @@ class Part(NamedTuple):
 
 def parts(name: str) -> dict[str, Part]:
     """What is compiled of a model, by name."""
-    here = EXPERTS_HERE[name]
-    found = {"attention": Part(attention), "experts": Part(functools.partial(experts, here=here), attends=False)}
-    if name == "v2_lite_16b":  # whose groups of experts are one
-        found["layer"] = Part(functools.partial(layer, here=here))
-    return found
+    return {"attention": Part(attention), "experts": Part(functools.partial(experts, here=EXPERTS_HERE[name]), False)}
 
 
 def read_again(name: str, part: str) -> float:
-    """Bytes of attention's operands that its kernels read after the first time; 0 of parts without attention."""
+    """Bytes of attention's operands that its kernels read after the first time; 0 of experts."""
     if part == "experts":
         return 0.0
     # Forward, dq, and dk with dv: each has two operands pass by the blocks of the other two.
