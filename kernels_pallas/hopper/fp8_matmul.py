@@ -243,8 +243,8 @@ def scaled_matmul(a: Any, b: Any, tables: Any, locate: Callable, tiles: Any, out
 
             plgpu.wait_smem_to_gmem(0)
 
-    arrivals = dict(num_arrivals=COMPUTE, num_barriers=stages)
-    cluster = dict(cluster=(2,), cluster_names=("pair",)) if config.pair else {}
+    read_barrier = functools.partial(plgpu.ClusterBarrier, collective_axes=("pair",)) if config.pair else plgpu.Barrier
+    cluster: dict[str, Any] = dict(cluster=(2,), cluster_names=("pair",)) if config.pair else {}
     return plgpu.kernel(
         fp8_products, out_type=out, grid=(num_sms // config.sms,), grid_names=("sm",), num_threads=COMPUTE + MEMORY,
         thread_name="group", interpret=interpret, **cluster,
@@ -252,8 +252,7 @@ def scaled_matmul(a: Any, b: Any, tables: Any, locate: Callable, tiles: Any, out
                        plgpu.SMEM((stages, block_n, BLOCK), E4M3, transforms=swizzled),
                        plgpu.SMEM((COMPUTE, 64, tile_n), out_type.dtype, transforms=out_swizzle),
                        plgpu.Barrier(num_arrivals=2, num_barriers=stages),
-                       plgpu.ClusterBarrier(collective_axes=("pair",), **arrivals) if config.pair else
-                       plgpu.Barrier(**arrivals)],
+                       read_barrier(num_arrivals=COMPUTE, num_barriers=stages)],
     )(a_MK, as_KM, b_ENK, bs, *tables)[:, :out_type.shape[1], :out_type.shape[2]]
 
 
