@@ -22,7 +22,8 @@ CHANGEABLE = ("train.steps", "train.batch_size", "train.accumulation_steps", "tr
               "train.loss_chunk", "train.eval_*", "train.final_eval_batches", "train.checkpoint*", "train.sample_*",
               "train.tracker", "train.prometheus", "train.profile", "train.stall_minutes",
               "optimizer.*", "balance.bias_speed", "balance.bias_until", "balance.*_weight", "data.sources",
-              "data.stages", "data.prefetch", "data.cache_dir", "mesh.*", "pipeline.*")
+              "data.stages", "data.prefetch", "data.cache_dir", "mesh.*", "pipeline.*", "model.implementation",
+              "fp8.implementation")
 FIXED = ("optimizer.moment_dtype",)
 OF_DOCUMENTS = ("data.sources", "data.stages", "train.batch_size", "train.accumulation_steps",
                 "train.ramp_*")  # pairs are counted

@@ -18,7 +18,7 @@ from kernels_pallas.formats import E4M3, Accumulator, Quantized
 from kernels_pallas.reference.mla_decode import pack_fp8, packed_width, unpack_fp8
 from kernels_pallas.reference.quantize import dequantize, quantize_blocks, spread, tile_scales
 
-__all__ = ["E4M3", "OPERATIONS", "Accumulator", "Quantized", "chosen_here", "dequantize", "device_here",
+__all__ = ["E4M3", "OPERATIONS", "Accumulator", "Quantized", "check_here", "chosen_here", "dequantize", "device_here",
            "fp8_grouped_matmul", "fp8_matmul", "grouped_matmul", "grouped_matmul_weights", "mla_attention",
            "mla_attention_backward", "mla_attention_forward", "mla_decode", "pack_fp8", "packed_width", "quantize",
            "quantize_blocks", "runs_here", "spread", "swiglu_quantize", "tile_scales", "unpack_fp8"]
@@ -73,13 +73,11 @@ def _log_once(operation, implementation):
     log.info("%s: implementation %s", operation, implementation)
 
 
-def _find(operation, implementation, part=None):
-    """The function of that name, or another function, `part`, of its module."""
-    module, folders = OPERATIONS[operation]
-    here = runs_here()
+def check_here(operation: str, implementation: str) -> None:
+    """Raises ValueError, which says what it needs, for an implementation that cannot run here."""
+    folders, here = OPERATIONS[operation][1], runs_here()
     if implementation == "auto":
-        implementation = chosen_here(operation)
-        _log_once(operation, implementation)
+        return
     if implementation not in folders:
         raise ValueError(f"{operation} has no implementation {implementation!r}; take one of 'auto', "
                          f"{', '.join(map(repr, folders))}.")
@@ -91,6 +89,15 @@ def _find(operation, implementation, part=None):
         raise ValueError(f"{operation}: implementation={implementation!r} needs {NEEDS[implementation]}, and this "
                          f"machine has {device_here().device_kind!r}; implementation='reference' computes the same "
                          "in plain jnp.")
+
+
+def _find(operation, implementation, part=None):
+    """The function of that name, or another function, `part`, of its module."""
+    check_here(operation, implementation)
+    if implementation == "auto":
+        implementation = chosen_here(operation)
+        _log_once(operation, implementation)
+    module = OPERATIONS[operation][0]
     found = importlib.import_module(f"kernels_pallas.{implementation}.{module}")
     if not hasattr(found, part or operation):
         raise ValueError(f"{operation}: implementation={implementation!r} has no {part} of its own; "

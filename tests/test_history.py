@@ -6,7 +6,7 @@ import json
 import pytest
 
 from deepseek_jax import history, io
-from deepseek_jax.config import Config, ConfigError, TrainConfig, as_dict, freeze, load_config
+from deepseek_jax.config import Config, ConfigError, FP8Config, TrainConfig, as_dict, freeze, load_config
 from deepseek_jax.workdir import load_workdir_config
 from tests.model import naive
 
@@ -31,7 +31,8 @@ def recorded(workdir):
 
 ALLOWED = [{"train": {"steps": 60}}, {"optimizer": {"learning_rate": 1.0, "schedule_steps": 99}},
            {"data": {"sources": (("x", 1.0),)}}, {"mesh": {"local": 2}}, {"balance": {"bias_speed": 0.0}},
-           {"train": {"sample_prompt": "x", "eval_every": 7, "checkpoints_kept": 1}}]
+           {"train": {"sample_prompt": "x", "eval_every": 7, "checkpoints_kept": 1}},
+           {"model": {"implementation": "xla", "fp8": FP8Config(implementation="reference")}}]
 REFUSED = [({"model": {"vocab_size": 65}}, "model.vocab_size is 64 there, 65 here"),
            ({"train": {"sequence_length": 64}}, "train.sequence_length is 512 there"),
            ({"optimizer": {"moment_dtype": "bfloat16"}}, "optimizer.moment_dtype is 'float32' there"),

@@ -1,4 +1,4 @@
-"""See the package: python -m benchmarks.gpu --out DIR [--minutes 25] [--smoke] [--rehearse]."""
+"""See the package: python -m benchmarks.gpu [--out DIR] [--minutes 25] [--smoke] [--rehearse]."""
 
 import argparse
 import datetime
@@ -12,7 +12,7 @@ import benchmarks.gpu
 from benchmarks.gpu import report
 from benchmarks.gpu.runner import run_all, run_stage
 from benchmarks.gpu.stage import read
-from benchmarks.gpu.stages import MACHINE, SMOKE, STAGES
+from benchmarks.gpu.stages import COMPILE, MACHINE, SMOKE, STAGES
 from benchmarks.machine import shown
 from deepseek_jax import io
 
@@ -45,7 +45,8 @@ def machine_here(out: pathlib.Path, rehearse: bool) -> dict[str, Any]:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=benchmarks.gpu.__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", metavar="DIR", type=pathlib.Path, required=True, help="results, logs and report.md")
+    parser.add_argument("--out", metavar="DIR", type=pathlib.Path, default=pathlib.Path("build/gpu"),
+                        help="results, logs and report.md (default: build/gpu)")
     parser.add_argument("--minutes", type=float, default=25, help="after which nothing runs any more (default: 25)")
     parser.add_argument("--smoke", action="store_true", help="the first stage alone")
     parser.add_argument("--rehearse", action="store_true", help="without a GPU and without a limit of time")
@@ -57,7 +58,8 @@ def main() -> int:
         facts = machine_here(args.out, args.rehearse)
         head = {"date": datetime.date.today().isoformat(), "minutes": args.minutes, "machine": facts,
                 "command": shown(["python", "-m", "benchmarks.gpu", *sys.argv[1:]])}
-        right = run_all([SMOKE] if args.smoke else STAGES, args.out, args.minutes, args.rehearse, head)
+        stages = (SMOKE,) if args.smoke else STAGES + (COMPILE,) * args.rehearse
+        right = run_all(stages, args.out, args.minutes, args.rehearse, head)
         report.write(args.out)
     except (OSError, ValueError) as error:
         print(f"benchmarks.gpu: {error}", file=sys.stderr)

@@ -1,9 +1,10 @@
 """Decoding through the engine, with mla_decode and without, by batch and context.
 
-The slim V2-Lite of training.py with random weights; prompts differ, so that no pages are shared. Pages of 48 tokens are
-a size that the kernel cannot copy: with them attention is plain products of XLA, and nothing else differs.
+The slim V2-Lite of training.py with random weights; prompts differ, so that no pages are shared. Without the kernel,
+model.implementation=xla, attention is plain products of XLA, and nothing else differs.
 """
 
+import dataclasses
 import functools
 import time
 from typing import Any
@@ -11,9 +12,9 @@ from typing import Any
 from benchmarks.gpu.stages import Cases
 from deepseek_jax.config import ModelConfig, model_config
 
-PAGES = {"mla_decode": 64, "plain products": 48}
+KINDS = {"mla_decode": "auto", "plain products": "xla"}  # model.implementation
 SIZES = ((1, 1024), (16, 1024), (128, 1024), (1, 8192), (16, 8192), (1, 32768))  # sequences, tokens of context
-NEW = 128
+NEW, PAGE = 128, 64
 
 
 def model(rehearse: bool) -> ModelConfig:
@@ -24,9 +25,10 @@ def model(rehearse: bool) -> ModelConfig:
 
 def cases(rehearse: bool) -> Cases:
     for batch, context in ((2, 64),) if rehearse else SIZES:
-        for kind, page in PAGES.items():
-            yield (f"{batch} x {context}, {kind}",
-                   functools.partial(measure, model(rehearse), batch, context, page, 8 if rehearse else NEW))
+        for kind, implementation in KINDS.items():
+            cfg = dataclasses.replace(model(rehearse), implementation=implementation)
+            new = 8 if rehearse else NEW
+            yield f"{batch} x {context}, {kind}", functools.partial(measure, cfg, batch, context, new)
 
 
 @functools.cache
@@ -39,7 +41,7 @@ def _variables(cfg):
     return jax.jit(lambda: DeepSeekV3(cfg).init(jax.random.key(0), np.zeros((1, 4), np.int32)))()
 
 
-def measure(cfg: ModelConfig, batch: int, context: int, page: int, new: int) -> dict[str, Any]:
+def measure(cfg: ModelConfig, batch: int, context: int, new: int) -> dict[str, Any]:
     """Seconds of a step of the full batch behind `context` tokens, and of reading; a first round compiles.
 
     `right`: all sequences came to their end, and steps of all were timed. Prompts are read one chunk a step, while
@@ -53,8 +55,8 @@ def measure(cfg: ModelConfig, batch: int, context: int, page: int, new: int) -> 
 
     chunk, most_steps = min(context, 2048), new // 4
     more = new + batch * -(-context // chunk)
-    options = EngineConfig(batch, context + more + new, page_size=page, chunk=chunk, most_steps=most_steps)
-    engine = Engine(cfg, _variables(cfg), options)
+    options = EngineConfig(batch, context + more + new, page_size=PAGE, chunk=chunk, most_steps=most_steps)
+    engine = Engine(cfg, _variables(dataclasses.replace(cfg, implementation="auto")), options)
     row: dict[str, Any] = {}
     for turn in range(2):
         prompts = [[1 + (i * (b + 3) + turn) % (cfg.vocab_size - 1) for i in range(context)] for b in range(batch)]
@@ -69,7 +71,7 @@ def measure(cfg: ModelConfig, batch: int, context: int, page: int, new: int) -> 
         took, tokens = time.perf_counter() - reading, sum(len(s.made) for s in made) - before
         engine.run()
         right = tokens > 0 and all(s.finish == "length" for s in made)
-        row = {"right": right, "page": page, "tokens": tokens,
+        row = {"right": right, "implementation": cfg.implementation, "tokens": tokens,
                "seconds_per_step": took * batch / max(tokens, 1), "tokens_per_second": tokens / took}
         if batch == 1:  # of more, decoding runs in between
             row["prompt_tokens_per_second"] = context / (reading - start)

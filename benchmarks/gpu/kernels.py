@@ -73,10 +73,10 @@ def decode(rehearse: bool) -> Cases:
 def sweep(rehearse: bool) -> Cases:
     """Tuning configs next to the default, without comparing: that the default is right is known by now."""
     for case in MATMULS:
-        split = "columns" if case.M <= 64 else "rows"
-        for changes in ({}, {"tile_n": 64}, {"stages": 3}, {"stages": 4}, {"snake": 1}, {"snake": 4}, {"snake": 16},
-                        {"tile_n": 64, "snake": 16}):
-            yield from _tuned(case, fp8_matmul.TuningConfig(split=split), changes, rehearse)
+        default = fp8_matmul.TuningConfig.of_shape(case.M, case.N)
+        for changes in ({}, {"pair": False, "tile_n": 128, "split": "rows"}, {"pair": False, "tile_n": 64},
+                        {"stages": 3}, {"stages": 4}, {"snake": 1}, {"snake": 4}, {"snake": 16}):
+            yield from _tuned(case, default, changes, rehearse)
     for case in GROUPED:
         for changes in ({}, {"tile_n": 128, "stages": 4}, {"tile_n": 128}, {"snake": 1}, {"snake": 16}):
             yield from _tuned(case, grouped_matmul.TuningConfig(), changes, rehearse)

@@ -34,3 +34,4 @@ STAGES = (
     Stage("engine", "benchmarks.gpu.engine:cases", 240, 120),
     Stage("sweep", "benchmarks.gpu.kernels:sweep", 600, 60),
 )
+COMPILE = Stage("compile", "benchmarks.gpu.compiling:cases", 1200, 120)  # of a rehearsal: a GPU compiles what it runs

@@ -1,7 +1,7 @@
 """Training steps in bfloat16 and FP8: `small`, and a slim V2-Lite whose heads are those that the kernels are made for.
 
-bfloat16's experts run through `lax.ragged_dot`, which XLA for GPUs makes E products of, so that the row's FP8 next to
-bfloat16 says little about FP8: every row names what multiplied the experts.
+Every row names what multiplied the experts: where that is `lax.ragged_dot`, XLA for GPUs multiplies all rows by each
+expert, and FP8 next to bfloat16 says little about FP8.
 """
 
 import functools
@@ -59,9 +59,19 @@ def measure(model: ModelConfig, fp8: bool, rehearse: bool) -> dict[str, Any]:
     took = statistics.median(seconds[0 if rehearse else 2:])
     return {"right": bool(np.isfinite(loss)), "tokens_per_second": rows * length / took, "seconds": took,
             "all_seconds": seconds, "compile_seconds": compiling, "loss": loss, "force_balanced": True,
-            "experts": "fp8_grouped_matmul" if fp8 else "lax.ragged_dot (E-fold on a GPU)",
+            "experts": _experts(model),
             "parameters": sum(x.size for x in jax.tree.leaves(state.params)), "tokens": rows * length,
             "memory": _memory(step)}
+
+
+def _experts(model):
+    from deepseek_jax.model.grouped_matmul import implementation_here
+    from kernels_pallas import api
+
+    if model.fp8.enabled:
+        return f"fp8_grouped_matmul, {api.chosen_here('fp8_grouped_matmul')}"
+    name = implementation_here(model.implementation)
+    return f"grouped_matmul, {api.chosen_here('grouped_matmul')}" if name == "ragged" else name
 
 
 def _memory(step):

@@ -115,6 +115,8 @@ class ModelConfig(Checked, section="model"):
                           "what is recomputed in addition to the report's, such as latents,router"] = "report"
     attention_block: Annotated[int, POSITIVE, "query and key rows a block: memory grows with T * block, not "
                                               "T * T"] = 512
+    implementation: Annotated[Literal["auto", "xla"], "of attention and of experts in bfloat16; auto: the device's own "
+                                                      "kernels where it has them, xla: programs of XLA alone"] = "auto"
     router: Annotated[str, "routing rule: group_limited, or your own as package.module:function"] = GROUP_LIMITED
     attention: Annotated[str, "attention: mla, or your own module as package.module:name"] = "mla"
     index_topk: Annotated[int | None, POSITIVE, "tokens that a token attends to, chosen by the indexer of V3.2; None: "

@@ -18,6 +18,7 @@ from deepseek_jax.fp8.products import (
     DEFERRED,
     GROUP_ALIGNMENT,
     RECIPE,
+    check_here,
     exponents_of,
     powers_of_two,
     quantize_blocks,
@@ -25,6 +26,6 @@ from deepseek_jax.fp8.products import (
 )
 from kernels_pallas.api import Quantized, dequantize
 
-__all__ = ["DEFERRED", "E5M6", "GROUP_ALIGNMENT", "RECIPE", "Blocks", "Quantized", "dequantize", "exponents_of",
-           "from_e5m6", "linear", "powers_of_two", "quantize_blocks", "quantize_tiles", "shape_of_scales", "swiglu_ffn",
-           "to_e5m6"]
+__all__ = ["DEFERRED", "E5M6", "GROUP_ALIGNMENT", "RECIPE", "Blocks", "Quantized", "check_here", "dequantize",
+           "exponents_of", "from_e5m6", "linear", "powers_of_two", "quantize_blocks", "quantize_tiles",
+           "shape_of_scales", "swiglu_ffn", "to_e5m6"]

@@ -12,6 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 from deepseek_jax.config import FP8Config
 from deepseek_jax.fp8.products import (
     RECIPE,
+    of_quantizers,
     product,
     quantize_activation,
     quantize_along_rows,
@@ -64,7 +65,7 @@ def _swiglu_ffn_fwd(x_MD, gate_FD, up_FD, down_DF, sizes, recipe):
         q = quantize_activation(x_MD, recipe, _exchanged(sizes))
         gate_MF, up_MF = (product(q, quantize_weight(w, recipe), sizes, recipe, x_MD.dtype) for w in (gate_FD, up_FD))
         if recipe.tiles == "fine":
-            act = api.swiglu_quantize(gate_MF, up_MF, scale=recipe.scale, implementation=recipe.implementation)
+            act = api.swiglu_quantize(gate_MF, up_MF, scale=recipe.scale, implementation=of_quantizers(recipe))
         else:
             act = quantize_activation(_swiglu(gate_MF, up_MF), recipe)
         y_MD = product(act, quantize_weight(down_DF, recipe), sizes, recipe, x_MD.dtype)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from deepseek_jax.config import FP8Config
+from deepseek_jax.config import ConfigError, FP8Config
 from kernels_pallas import api
 from kernels_pallas.api import Accumulator, Quantized
 from kernels_pallas.constants import BLOCK
@@ -55,11 +55,26 @@ def powers_of_two(exponents: jax.Array) -> jax.Array:
 def quantize_activation(x: jax.Array, recipe: FP8Config, scale: str | None = None, dtype: Any = jnp.float8_e4m3fn,
                         share: str = "tile", transposed: bool | str = False) -> Any:
     """x [M, K] in 1 x 128 tiles; with transposed="only" in 128 x 1 tiles, as [K, M] (see `api.quantize`)."""
-    implementation = recipe.implementation
+    implementation = of_quantizers(recipe)
     if implementation == "auto" and x.dtype != jnp.bfloat16:
         implementation = "reference"  # the kernels read bfloat16; what was dequantized must not be rounded to it first
     return api.quantize(x, scale=scale or recipe.scale, dtype=dtype, transposed=transposed,
                         share="tensor" if recipe.tiles == "tensor" else share, implementation=implementation)
+
+
+def of_quantizers(recipe: FP8Config) -> str:
+    """The recipe's implementation, or "auto" where that has products alone, as on a TPU."""
+    return recipe.implementation if recipe.implementation in ("reference", "hopper") else "auto"
+
+
+def check_here(recipe: FP8Config) -> None:
+    """Raises ConfigError for kernels that this device or this version of jax does not have."""
+    try:
+        if recipe.enabled:
+            api.check_here("fp8_matmul", recipe.implementation)
+    except ValueError as error:
+        words = str(error).partition("implementation=")[2].replace("implementation=", "fp8.implementation=")
+        raise ConfigError(f"fp8.implementation={words}") from error
 
 
 def quantize_gradient(dy: jax.Array, recipe: FP8Config, scale: str | None = None,

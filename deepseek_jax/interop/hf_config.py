@@ -328,5 +328,6 @@ def _check_writable(cfg):
 
 def same_model(a: ModelConfig, b: ModelConfig) -> bool:
     """Whether two configs compute the same, up to precision and how the work is scheduled."""
-    how = dict(dtype="float32", remat="none", attention_block=1, init_std=1.0, index_warmup=False)
+    how = dict(dtype="float32", remat="none", attention_block=1, init_std=1.0, index_warmup=False,
+               implementation="auto")
     return dataclasses.replace(a, **how) == dataclasses.replace(b, **how)

@@ -164,7 +164,8 @@ def leaves(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 def _plain(cfg):
     """The config without what changes no name and no shape."""
-    return dataclasses.replace(cfg, dtype="float32", remat="none", attention_block=8, index_warmup=False)
+    return dataclasses.replace(cfg, dtype="float32", remat="none", attention_block=8, index_warmup=False,
+                               implementation="auto")
 
 
 @functools.lru_cache(maxsize=8)

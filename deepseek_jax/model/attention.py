@@ -45,7 +45,7 @@ class MLA(nn.Module):
         else:
             q_BTHA, k_BTHA, v_BTHV, _ = queries_keys_values(self, x_BTD, rope)
             o_BTHV = attend(q_BTHA, k_BTHA, v_BTHV, segment_ids_BT, softmax_scale(cfg), cfg.attention_block,
-                            "e5m6" if cfg.fp8.enabled else None)
+                            "e5m6" if cfg.fp8.enabled else None, cfg.implementation)
         return output(self, o_BTHV)
 
 

@@ -23,7 +23,7 @@ from kernels_pallas import api
 
 
 def attend(q_BTHA: jax.Array, k_BTHA: jax.Array, v_BTHV: jax.Array, segment_ids_BT: jax.Array | None, scale: float,
-           block: int, saved: str | None = None) -> jax.Array:
+           block: int, saved: str | None = None, implementation: str = "auto") -> jax.Array:
     """Causal softmax attention.
 
     Args:
@@ -31,10 +31,11 @@ def attend(q_BTHA: jax.Array, k_BTHA: jax.Array, v_BTHV: jax.Array, segment_ids_
       scale: of the scores, before the softmax (which is float32).
       block: rows of queries and of keys whose scores exist at once. A kernel takes its own.
       saved: "e5m6" rounds the output to the format that the backward pass saves it in.
+      implementation: "auto" takes the device's own kernel where it has one; "xla": never.
     Returns:
       [B, T, H, V] in the dtype of q.
     """
-    kernel = _kernel_here(q_BTHA, v_BTHV, saved)
+    kernel = _kernel_here(q_BTHA, v_BTHV, saved) if implementation == "auto" else None
     if kernel == "hopper":
         return _by_kernel(q_BTHA, k_BTHA, v_BTHV, segment_ids_BT, scale, saved)
     if kernel == "tpu":

@@ -39,7 +39,8 @@ def routed_experts(x_ND: jax.Array, chosen_NK: jax.Array, gates_NK: jax.Array, w
                    implementation: str = "auto", recipe: FP8Config | None = None) -> jax.Array:
     """sum over k of gates[n, k] * FFN of chosen[n, k], [N, D]: exact for every routing, however skewed.
 
-    `recipe`, where it is enabled: the products run in FP8 (and `implementation` is the recipe's).
+    implementation: "auto", "xla", or one of `grouped_matmul.IMPLEMENTATIONS`. `recipe`, where it is enabled: the
+    products run in FP8 (and `implementation` is the recipe's).
     """
     E = weights.gate_EDF.shape[0]
     name, align = _how(implementation, recipe, chosen_NK.size, E)
@@ -49,7 +50,7 @@ def routed_experts(x_ND: jax.Array, chosen_NK: jax.Array, gates_NK: jax.Array, w
 
 def _how(implementation, recipe, rows, num_experts):
     """The implementation of the products, and what groups of rows are aligned to."""
-    name = implementation_here() if implementation == "auto" else implementation
+    name = implementation_here(implementation)
     if recipe is not None and recipe.enabled:
         return name, fp8.GROUP_ALIGNMENT
     return name, row_alignment(name, rows, num_experts)
@@ -127,7 +128,8 @@ class MoE(nn.Module):
         weights = ExpertWeights(*(weight(self, name, (here, *shape)) for name, shape in
                                   (("gate", (D, F)), ("up", (D, F)), ("down", (F, D)))))
         if self.mesh.devices == 1:
-            y_ND, traffic = routed_experts(x_ND, routing.chosen_NK, routing.gates_NK, weights, recipe=cfg.fp8), None
+            y_ND, traffic = routed_experts(x_ND, routing.chosen_NK, routing.gates_NK, weights, cfg.implementation,
+                                           cfg.fp8), None
         else:
             y_ND, traffic = self._dispatched(x_ND, routing, weights)
         y_BTD = constrain(y_ND.reshape(B, T, D), ("batch", None, None))
@@ -148,8 +150,9 @@ class MoE(nn.Module):
 
         def here(x_RD, id_RK, gates_RK, weights):
             if mesh.nodes * mesh.local == 1 and (mesh.capacity is None or mesh.capacity >= 1):  # all are here
-                return routed_experts(x_RD, id_RK - 1, gates_RK, weights, recipe=cfg.fp8), jnp.int32(id_RK.size)
-            return resident_experts(x_RD, id_RK, gates_RK, weights, even, mesh.capacity, recipe=cfg.fp8)
+                return (routed_experts(x_RD, id_RK - 1, gates_RK, weights, cfg.implementation, cfg.fp8),
+                        jnp.int32(id_RK.size))
+            return resident_experts(x_RD, id_RK, gates_RK, weights, even, mesh.capacity, cfg.implementation, cfg.fp8)
 
         # A group of experts is on one node.
         most_nodes = min(mesh.nodes, cfg.groups_kept) if cfg.num_groups > 1 else mesh.nodes

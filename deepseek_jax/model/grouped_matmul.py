@@ -1,7 +1,7 @@
-"""Grouped products: each expert's rows by its own weights (report section 2.1.2), in three implementations.
+"""Grouped products: each expert's rows by its own weights (report section 2.1.2), in four implementations.
 
     y[r] = x[r] @ w[expert of r]     "reference": the oracle    "cpu": equal groups or tiles    "ragged": the device's
-                                     kernel (TPU), or lax.ragged_dot
+                                     own kernel, or lax.ragged_dot    "xla": lax.ragged_dot
 """
 
 from __future__ import annotations
@@ -34,20 +34,24 @@ def _reference(x_RD, w_EDF, sizes_E, align):
     return jnp.einsum("ERF,RE->RF", y_ERF, mine_RE.astype(y_ERF.dtype)).astype(x_RD.dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _ragged(x_RD, w_EDF, sizes_E, align):
-    return api.grouped_matmul(x_RD, w_EDF.astype(x_RD.dtype), sizes_E)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _ragged(x_RD, w_EDF, sizes_E, align, kernel="auto"):
+    """kernel: the implementation of kernels_pallas.api."""
+    return api.grouped_matmul(x_RD, w_EDF.astype(x_RD.dtype), sizes_E, implementation=kernel)
 
 
-def _ragged_bwd(align, residuals, dy_RF):
+def _ragged_fwd(x_RD, w_EDF, sizes_E, align, kernel):
+    return _ragged(x_RD, w_EDF, sizes_E, align, kernel), (x_RD, w_EDF, sizes_E)
+
+
+def _ragged_bwd(align, kernel, residuals, dy_RF):
     x_RD, w_EDF, sizes_E = residuals
-    dx_RD = api.grouped_matmul(dy_RF, w_EDF.astype(dy_RF.dtype), sizes_E, transposed=True)
-    dw_EDF = api.grouped_matmul_weights(x_RD, dy_RF, sizes_E)
+    dx_RD = api.grouped_matmul(dy_RF, w_EDF.astype(dy_RF.dtype), sizes_E, transposed=True, implementation=kernel)
+    dw_EDF = api.grouped_matmul_weights(x_RD, dy_RF, sizes_E, implementation=kernel)
     return dx_RD.astype(x_RD.dtype), dw_EDF.astype(w_EDF.dtype), None
 
 
-_ragged.defvjp(lambda x_RD, w_EDF, sizes_E, align: (_ragged(x_RD, w_EDF, sizes_E, align), (x_RD, w_EDF, sizes_E)),
-               _ragged_bwd)
+_ragged.defvjp(_ragged_fwd, _ragged_bwd)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -105,12 +109,16 @@ def _expert_of_tile(sizes_E, align, tiles):
     return jnp.minimum(jnp.searchsorted(end_E, jnp.arange(tiles), side="right"), sizes_E.shape[0] - 1)
 
 
-IMPLEMENTATIONS = {"reference": _reference, "cpu": _batched, "ragged": _ragged}
+IMPLEMENTATIONS = {"reference": _reference, "cpu": _batched, "ragged": _ragged,
+                   "xla": functools.partial(_ragged, kernel="reference")}
 
 
-def implementation_here() -> str:
-    """What `auto` means on the devices a program is made for: tiles on a CPU, a ragged product elsewhere."""
-    return "cpu" if api.device_here().platform == "cpu" else "ragged"
+def implementation_here(asked: str = "auto") -> str:
+    """Which of IMPLEMENTATIONS that is on the devices a program is made for: "auto" and "xla" are tiles on a CPU, and a
+    ragged product elsewhere."""
+    if asked in ("auto", "xla") and api.device_here().platform == "cpu":
+        return "cpu"
+    return "ragged" if asked == "auto" else asked
 
 
 def grouped_matmul(x_RD: jax.Array, w_EDF: Weight, sizes_E: jax.Array, align: int,
@@ -123,7 +131,7 @@ def grouped_matmul(x_RD: jax.Array, w_EDF: Weight, sizes_E: jax.Array, align: in
         LowRank has adapters of each expert, Blocks are frozen.
       sizes_E: int32, rows of each expert, multiples of `align`; rows past their sum give zero.
       align: what the groups are aligned to. "cpu" makes tiles of that many rows.
-      implementation: "reference", "cpu", "ragged" or "auto".
+      implementation: "auto", or one of IMPLEMENTATIONS.
     Returns:
       [R, F] in the dtype of x, accumulated in float32.
     """

@@ -155,7 +155,8 @@ def bytes_per_device(c: ModelConfig, layout: Layout, kernels: Kernels, loss_chun
         group["buffers"] = (slots.messages + 1) * layout.tokens * c.d_model * _width(c)
         if slots.deferred:
             group["buffers"] += (slots.deferred + 2) * layers * deferred_of_layer(c, layout)
-    products = group["experts' products"] = 0.0 if kernels else product_copies(c, layout)
+    by_xla = kernels is None or (kernels == "hopper" and c.implementation == "xla" and not c.fp8.enabled)
+    products = group["experts' products"] = product_copies(c, layout) if by_xla else 0.0
     if pipeline is None:
         # Exchanges send from and receive into memory of their own.
         travelling = 2 * rows_of_experts(c, layout)[0] * c.d_model * _width(c)
@@ -233,7 +234,8 @@ def attention_sums(c: ModelConfig, layout: Layout, kernels: Kernels) -> float:
     """
     causal_squares = c.index_topk is None and layout.mesh.parts == 1
     heads = c.qk_head_dim, c.v_head_dim
-    if kernels and causal_squares and c.dtype == "bfloat16" and heads == KERNEL_HEADS:
+    by_kernel = kernels and c.implementation == "auto" and c.dtype == "bfloat16" and heads == KERNEL_HEADS
+    if by_kernel and causal_squares:
         return 0.0
     layers = sum(n if n <= UNROLLED_LAYERS else 1 for n in (c.num_dense_layers, c.num_moe_layers)) + c.mtp_depth
     heads = c.num_heads / layout.mesh.tensor

@@ -65,7 +65,8 @@ def _has_kernel(cfg, geometry, T):
     pages = geometry.page_size in (8, 16, 32) or geometry.page_size % 64 == 0
     # The kernel cuts a context into shares by how many sequences there are: their sums are rounded by the company.
     alone = T == 1 and not geometry.deterministic
-    return alone and rows and pages and cfg.dtype == "bfloat16" and api.chosen_here("mla_decode") == "hopper"
+    wanted = cfg.implementation == "auto" and cfg.dtype == "bfloat16"
+    return alone and rows and pages and wanted and api.chosen_here("mla_decode") == "hopper"
 
 
 def attention(cfg: ModelConfig, geometry: CacheGeometry, w: dict[str, jax.Array], x_BTD: jax.Array,

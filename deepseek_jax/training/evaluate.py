@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import sys
 from collections.abc import Callable
@@ -75,6 +76,9 @@ def evaluate_workdir(workdir: str, data: str | None = None, ema: bool = False,
     Raises ConfigError for a work directory or data that cannot be read.
     """
     config, variables, step = load_run(workdir, ema, step)
+    # Kernels that were asked for by name are those of the machine that trained.
+    config = dataclasses.replace(config, model=dataclasses.replace(
+        config.model, fp8=dataclasses.replace(config.model.fp8, implementation="auto")))
     prepared = prepare(config, workdir) if data is None else prepare_evaluation(config, workdir, data)
     loader = Loader(config, prepared)
     if isinstance(loader.validation, WholeValidation) and (count := loader.validation.left_out):

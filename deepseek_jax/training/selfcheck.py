@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from deepseek_jax import fp8
 from deepseek_jax.config import Config, ConfigError, MeshConfig
 from deepseek_jax.model.grouped_matmul import grouped_matmul, implementation_here, row_alignment
 from deepseek_jax.parallel.compiler import compiler_options
@@ -25,12 +26,16 @@ SCHEDULER = "--xla_gpu_enable_latency_hiding_scheduler=false"
 
 
 def check_device(config: Config, mesh: jax.sharding.Mesh | None) -> None:
-    """Raises ConfigError, which names what to change, where the accelerators of a run compute something else."""
+    """Raises ConfigError, which names what to change, where the accelerators of a run compute something else, and for
+    FP8 kernels that they do not have."""
+    fp8.check_here(config.model.fp8)
     if jax.default_backend() == "cpu":
         return
     if config.model.num_moe_layers:
-        _refuse(grouped_difference(), "the experts' grouped product (lax.ragged_dot)",
-                "take another version of jax or of the driver")
+        name = config.model.implementation
+        _refuse(grouped_difference(name), f"the experts' grouped product (model.implementation={name!r})",
+                "take --config.model.implementation=xla" if name == "auto" and api.chosen_here("grouped_matmul") !=
+                "reference" else "take another version of jax or of the driver")
     if config.model.num_moe_layers and config.model.fp8.enabled:
         name = config.model.fp8.implementation
         _refuse(fp8_grouped_difference(name), f"the experts' FP8 product (fp8.implementation={name!r})",

@@ -33,7 +33,7 @@ def fp8_grouped_matmul(a: Quantized, b: Quantized, sizes_E: jax.Array, *, out_dt
     if a[0].dtype != E4M3 or b[0].dtype != E4M3:
         raise ValueError(f"hopper multiplies E4M3 by E4M3, not {a[0].dtype} by {b[0].dtype}; "
                          "implementation='reference' takes E5M2 too.")
-    config = config or TuningConfig()
+    config = config or TuningConfig.of_groups(b[0].shape[-2], num_sms)
     if config.block_m != BLOCK:
         raise ValueError("config.split must be 'rows': a tile of 128 rows lies in one group.")
     form = _k_grouped if b[0].ndim == 2 else _grouped
@@ -42,7 +42,7 @@ def fp8_grouped_matmul(a: Quantized, b: Quantized, sizes_E: jax.Array, *, out_dt
 
 def _grouped(a, b, sizes_E, out_dtype, config, options):
     (R, K), (E, N, _) = a[0].shape, b[0].shape
-    grid = (R // BLOCK, -(-N // config.block_n))
+    grid = (R // BLOCK, -(-N // config.columns))
     expert_T = expert_of_tile(sizes_E, grid[0])
 
     def locate(tables, index):
@@ -50,7 +50,7 @@ def _grouped(a, b, sizes_E, out_dtype, config, options):
         i, j = plgpu.planar_snake(index, grid, 0, min(config.snake, grid[0]))
         expert = tables[0][i]
         steps = jnp.where(expert < E, blocks(K), 0)
-        return Tile(jnp.minimum(expert, E - 1), 0, i * BLOCK, j * config.block_n, 0, steps)
+        return Tile(jnp.minimum(expert, E - 1), 0, i * BLOCK, j * config.columns, 0, steps)
 
     out_type = jax.ShapeDtypeStruct((1, R, N), out_dtype)
     return scaled_matmul(k_major(a, BLOCK), k_blocks(b), (expert_T,), locate, grid[0] * grid[1], out_type, config,
@@ -59,16 +59,16 @@ def _grouped(a, b, sizes_E, out_dtype, config, options):
 
 def _k_grouped(a, b, sizes_E, out_dtype, config, options):
     M, N, E = a[0].shape[0], b[0].shape[0], sizes_E.shape[0]
-    grid = (-(-M // BLOCK), -(-N // config.block_n))
+    grid = (-(-M // BLOCK), -(-N // config.columns))
     steps_E = sizes_E // BLOCK
     first_E = jnp.cumsum(steps_E) - steps_E
 
     def locate(tables, index):
         expert, place = index // (grid[0] * grid[1]), index % (grid[0] * grid[1])
         i, j = plgpu.planar_snake(place, grid, 0, min(config.snake, grid[0]))
-        return Tile(0, expert, i * BLOCK, j * config.block_n, tables[0][expert], tables[1][expert])
+        return Tile(0, expert, i * BLOCK, j * config.columns, tables[0][expert], tables[1][expert])
 
-    values, scales = k_major(b, config.block_n)
+    values, scales = k_major(b, config.columns)
     out_type = jax.ShapeDtypeStruct((E, M, N), out_dtype)
     return scaled_matmul(k_major(a, BLOCK), (values[None], scales), (first_E, steps_E), locate, E * grid[0] * grid[1],
                          out_type, config, **options)

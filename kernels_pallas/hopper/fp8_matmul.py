@@ -12,6 +12,9 @@ the other has the tensor core:
       64  | group 1   |  <- a rows 64..127        total -> out dtype -> shared memory -> TMA
           +-----------+
 
+With `pair` two SMs, a cluster, take tiles next to each other. They need the same slices of a, of which each loads half
+for both (TMA multicast): the L2 cache then delivers a quarter less. A slot is filled again when both SMs have read it.
+
 Rows and columns past the edge are loaded as zeros and not stored: that is what TMA does.
 """
 
@@ -51,12 +54,14 @@ class TuningConfig:
     split: "rows", both warpgroups share b's slice; "columns", they share a's: for M <= 64, where half of a would be
       zeros.
     snake: tiles of M that are walked together, so that a's rows stay in the L2 cache while b's pass.
+    pair: two SMs share the slices of a.
     """
 
     tile_n: int = 128
     stages: int | None = None
     split: str = "rows"
     snake: int = 8
+    pair: bool = False
 
     def __post_init__(self):
         # A tile has one scale of a block of 128 x 128, and leaves by swizzled rows of 128 bytes.
@@ -69,12 +74,21 @@ class TuningConfig:
     def of_shape(cls, M: int, N: int, num_sms: int = 132) -> TuningConfig:
         """The tiles with which the busiest SM loads least: narrow where there are few rows, so that all SMs work."""
         configs = [cls(tile_n=width, split=split) for width in WIDTHS for split in ("rows", "columns")]
+        configs += [cls(pair=True)] * (num_sms > 1)
 
         def loaded(config):
-            tiles = -(-M // config.block_m) * -(-N // config.block_n)
-            return -(-tiles // num_sms) * (config.block_m + config.block_n)
+            tiles = -(-M // config.block_m) * -(-N // config.columns)
+            return -(-tiles // (num_sms // config.sms)) * (config.block_m // config.sms + config.block_n)
 
         return min(configs, key=loaded)
+
+    @classmethod
+    def of_groups(cls, N: int, num_sms: int = 132) -> TuningConfig:
+        """The tiles of 128 x 128, in pairs where a column too many costs less than it saves."""
+        def loaded(config):
+            return -(-N // config.columns) * (config.block_m + config.columns)
+
+        return min([cls(), *[cls(pair=True)] * (num_sms > 1)], key=loaded)
 
     @property
     def block_m(self) -> int:
@@ -84,6 +98,16 @@ class TuningConfig:
     def block_n(self) -> int:
         return self.tile_n * (COMPUTE if self.split == "columns" else 1)
 
+    @property
+    def sms(self) -> int:
+        """That share a tile of a."""
+        return 2 if self.pair else 1
+
+    @property
+    def columns(self) -> int:
+        """Of the tiles that are taken at once."""
+        return self.sms * self.block_n
+
     def stages_for(self, out_dtype: jnp.dtype) -> int:
         """How many blocks of both operands are under way at once: as many as fit next to the output's tiles."""
         left = SHARED_BYTES - COMPUTE * 64 * self.tile_n * out_dtype.itemsize
@@ -91,7 +115,8 @@ class TuningConfig:
 
 
 class Tile(NamedTuple):
-    """One output tile: of which matrix of b and of the output, which rows and columns, which slices of K."""
+    """One output tile, or two side by side: of which matrix of b and of the output, which rows and first column, which
+    slices of K."""
 
     b: jax.Array | int
     out: jax.Array | int
@@ -111,7 +136,7 @@ def scaled_matmul(a: Any, b: Any, tables: Any, locate: Callable, tiles: Any, out
       b: E4M3 [E, N, K] with scales [E, N / 128, K / 128] (blocks) or [K / 128, whole tiles of N] (tiles, E = 1).
       tables: int32 arrays in device memory that `locate` reads.
       locate: (refs of the tables, number of a tile) -> Tile.
-      tiles: how many there are.
+      tiles: how many there are, or pairs of them.
       out_type: jax.ShapeDtypeStruct [E', M, N].
     """
     out = jax.ShapeDtypeStruct(tiled_shape(out_type.shape, out_type.dtype), out_type.dtype)
@@ -131,15 +156,20 @@ def scaled_matmul(a: Any, b: Any, tables: Any, locate: Callable, tiles: Any, out
 
         def over_tiles(visit):
             @plgpu.nd_loop((tiles,), collective_axes="sm", init_carry=jnp.int32(0))
-            def _(loop, carry):
-                return visit(locate(table_refs, loop.index[0]), carry)
+            def last(loop, carry):
+                tile = locate(table_refs, loop.index[0])
+                if config.pair:
+                    tile = tile._replace(column=tile.column + lax.axis_index("pair") * block_n)
+                return visit(tile, carry)
+
+            return last
 
         @pl.when(group == COMPUTE)
         def _():
             plgpu.set_max_registers(40, action="decrease")
 
             @over_tiles
-            def _(tile, step):
+            def steps(tile, step):
                 rows, columns = pl.ds(tile.row, block_m), pl.ds(tile.column, block_n)
 
                 def load(k, step):
@@ -150,11 +180,19 @@ def scaled_matmul(a: Any, b: Any, tables: Any, locate: Callable, tiles: Any, out
                         plgpu.barrier_wait(empty.at[slot])
 
                     ks = pl.ds(k * BLOCK, BLOCK)
-                    plgpu.copy_gmem_to_smem(a_gmem.at[rows, ks], a_smem.at[slot], full.at[slot])
+                    plgpu.copy_gmem_to_smem(a_gmem.at[rows, ks], a_smem.at[slot], full.at[slot],
+                                            collective_axes="pair" if config.pair else None)
                     plgpu.copy_gmem_to_smem(b_gmem.at[tile.b, columns, ks], b_smem.at[slot], full.at[slot])
                     return step + 1
 
                 return lax.fori_loop(tile.first, tile.first + tile.steps, load, step)
+
+            if config.pair:  # the other SM may still read slots that it shares, and say so here
+                @pl.loop(0, stages)
+                def _(n):
+                    @pl.when(steps + n >= stages)
+                    def _():
+                        plgpu.barrier_wait(empty.at[lax.rem(steps + n, stages)])
 
         @pl.when(group < COMPUTE)
         def _():
@@ -205,14 +243,16 @@ def scaled_matmul(a: Any, b: Any, tables: Any, locate: Callable, tiles: Any, out
 
             plgpu.wait_smem_to_gmem(0)
 
+    read_barrier = functools.partial(plgpu.ClusterBarrier, collective_axes=("pair",)) if config.pair else plgpu.Barrier
+    cluster: dict[str, Any] = dict(cluster=(2,), cluster_names=("pair",)) if config.pair else {}
     return plgpu.kernel(
-        fp8_products, out_type=out, grid=(num_sms,), grid_names=("sm",), num_threads=COMPUTE + MEMORY,
-        thread_name="group", interpret=interpret,
+        fp8_products, out_type=out, grid=(num_sms // config.sms,), grid_names=("sm",), num_threads=COMPUTE + MEMORY,
+        thread_name="group", interpret=interpret, **cluster,
         scratch_types=[plgpu.SMEM((stages, block_m, BLOCK), E4M3, transforms=swizzled),
                        plgpu.SMEM((stages, block_n, BLOCK), E4M3, transforms=swizzled),
                        plgpu.SMEM((COMPUTE, 64, tile_n), out_type.dtype, transforms=out_swizzle),
                        plgpu.Barrier(num_arrivals=2, num_barriers=stages),
-                       plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=stages)],
+                       read_barrier(num_arrivals=COMPUTE, num_barriers=stages)],
     )(a_MK, as_KM, b_ENK, bs, *tables)[:, :out_type.shape[1], :out_type.shape[2]]
 
 
@@ -239,15 +279,15 @@ def fp8_matmul(a: Quantized, b: Quantized, *, out_dtype: DTypeLike = jnp.bfloat1
                          "implementation='reference' takes E5M2 too.")
     (M, K), N = a[0].shape, b[0].shape[0]
     config = config or TuningConfig.of_shape(M, N, num_sms)
-    grid = (-(-M // config.block_m), -(-N // config.block_n))
+    grid = (-(-M // config.block_m), -(-N // config.columns))
     steps = blocks(K)
 
     def locate(_, index):
         i, j = plgpu.planar_snake(index, grid, 0, min(config.snake, grid[0]))
-        return Tile(0, 0, i * config.block_m, j * config.block_n, 0, steps)
+        return Tile(0, 0, i * config.block_m, j * config.columns, 0, steps)
 
     if rows_of_scale(b) == 1 and N > 1:
-        values, scales = k_major(b, config.block_n)
+        values, scales = k_major(b, config.columns)
         right = values[None], scales
     else:
         right = k_blocks(Quantized(b[0][None], b[1][None]))

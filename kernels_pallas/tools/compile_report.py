@@ -123,50 +123,70 @@ def _disassembler() -> bool:
     return any(tool.is_file() for root in roots for tool in pathlib.Path(root).glob("*/bin/nvdisasm"))
 
 
-def _compile(case, here, folder):
-    """Compiles one case; returns the files that this dumped."""
-    import jax
-
-    before = set(folder.iterdir())
-    place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here)
-    arguments = jax.tree.map(place, case.arguments())
-    jax.jit(case.call("hopper"), out_shardings=here).lower(*arguments).compile()
-    return set(folder.iterdir()) - before
-
-
-def compile_kernels(names: Iterable[str]) -> list[dict]:
-    """A row for every kernel of every case of these shapes."""
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    devices = described()
-    folder = pathlib.Path(tempfile.mkdtemp(prefix="kernels_"))
-    os.environ |= {"MOSAIC_GPU_DUMP_TO": str(folder), "MOSAIC_GPU_DUMP_PTX": "1", "MOSAIC_GPU_DUMP_PTXAS": "1"}
-    if _disassembler():
-        os.environ["MOSAIC_GPU_DUMP_SASS"] = "1"
-    import jax
-    import numpy as np
-    from jax.sharding import Mesh, NamedSharding, PartitionSpec
-
+def cases(names: Iterable[str]) -> list[Any]:
+    """The cases of these shapes that have a kernel here."""
     from kernels_pallas.api import OPERATIONS
     from kernels_pallas.tools.shapes import SHAPES
 
-    jax.config.update("jax_enable_compilation_cache", False)  # a cached kernel would not be dumped
-    here = NamedSharding(Mesh(np.array(devices), ("x",)), PartitionSpec())
-    rows = []
-    for case in (case for name in names for case in SHAPES[name] if "hopper" in OPERATIONS[case.operation][1]):
+    return [case for name in names for case in SHAPES[name] if "hopper" in OPERATIONS[case.operation][1]]
+
+
+class Compiler:
+    """ptxas for a described H100, behind jax. Made before jax first compiles anything, since it sets the environment.
+
+    Raises:
+      NoCompiler: jax has no CUDA plugin.
+    """
+
+    def __init__(self) -> None:
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
+        devices = described()
+        self.folder = pathlib.Path(tempfile.mkdtemp(prefix="kernels_"))
+        os.environ |= {"MOSAIC_GPU_DUMP_TO": str(self.folder), "MOSAIC_GPU_DUMP_PTX": "1",
+                       "MOSAIC_GPU_DUMP_PTXAS": "1"}
+        if _disassembler():
+            os.environ["MOSAIC_GPU_DUMP_SASS"] = "1"
+        import jax
+        import numpy as np
+        from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+        jax.config.update("jax_enable_compilation_cache", False)  # a cached kernel would not be dumped
+        self.here = NamedSharding(Mesh(np.array(devices), ("x",)), PartitionSpec())
+
+    def rows(self, case: Any) -> list[dict[str, Any]]:
+        """A row for every kernel of a case; one with a fault where it does not compile."""
         named = {"operation": case.operation, "shape": str(case)}
         try:
-            found = list(dumped(_compile(case, here, folder)))
+            found = list(dumped(self._compile(case)))
         except Exception as error:  # of tracing, lowering or ptxas: this version cannot compile it
             why = (str(error).strip() or "no message").splitlines()[0][:200]
-            rows.append(named | {"kernel": None, "faults": [f"{type(error).__name__}: {why}"]})
-            print(f"{case.operation:20} {case!s:34} {rows[-1]['faults'][0]}", flush=True)
-            continue
-        for name, read_off in found:
-            row = named | {"kernel": name} | read_off
-            row["faults"] = faults(case.operation, row, getattr(case, "scale", "float32"))
+            return [named | {"kernel": None, "faults": [f"{type(error).__name__}: {why}"]}]
+        return [named | {"kernel": name} | row | {"faults": faults(case.operation, row,
+                                                                   getattr(case, "scale", "float32"))}
+                for name, row in found]
+
+    def _compile(self, case):
+        """Returns the files that this dumped."""
+        import jax
+
+        before = set(self.folder.iterdir())
+        place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.here)
+        arguments = jax.tree.map(place, case.arguments())
+        jax.jit(case.call("hopper"), out_shardings=self.here).lower(*arguments).compile()
+        return set(self.folder.iterdir()) - before
+
+
+def compile_kernels(names: Iterable[str]) -> list[dict]:
+    """A row for every kernel of every case of these shapes; printed as they come."""
+    compiler, rows = Compiler(), []
+    for case in cases(names):
+        for row in compiler.rows(case):
             rows.append(row)
-            print(f"{row['operation']:20} {row['shape']:34} {name:18}", *(f"{row[name]!s:>7}" for name in FIELDS),
-                  "; ".join(row["faults"]), flush=True)
+            if row["kernel"] is None:
+                print(f"{row['operation']:20} {row['shape']:34} {row['faults'][0]}", flush=True)
+                continue
+            print(f"{row['operation']:20} {row['shape']:34} {row['kernel']:18}",
+                  *(f"{row[name]!s:>7}" for name in FIELDS), "; ".join(row["faults"]), flush=True)
     return rows
 
 

@@ -32,12 +32,16 @@ L2, L2_PORT, MEMORY, COPY = 5120, 64, 3.35e12, 0.92
 REGISTERS, SHARED = 65536, 227 * 1024  # of an SM
 
 
+# The plan of a product, and its machine code.
 def product(tiles: int, block: tuple[int, int], slices: float, depth: int, size: int, out_size: int,
-            instructions: int) -> float:
-    """Seconds of a product in tiles of `block` rows and columns; of K, `depth` numbers of `size` bytes are a slice."""
+            instructions: int, sms: int = 1) -> float:
+    """Seconds of a product in tiles of `block` rows and columns; of K, `depth` numbers of `size` bytes are a slice.
+
+    sms: that share the rows of a tile, of which each loads its part for all.
+    """
     rows, columns = block
     tensor = 2 * rows * columns * depth / RATE["fp8" if size == 1 else "bf16"]
-    l2 = (rows + columns) * depth * size / min(L2_PORT, L2 / min(tiles, SMS))
+    l2 = (rows / sms + columns) * depth * size / min(L2_PORT, L2 / min(tiles, SMS))
     a_slice = max(tensor, 2 * instructions, l2, tensor / 2 + WAIT + instructions)
     leaves = rows * columns * out_size / 32
     return math.ceil(tiles / SMS) * (slices * a_slice + leaves + LATENCY) / CLOCK
@@ -58,11 +62,11 @@ def seconds(case: Any, row: dict[str, Any]) -> float | None:
     if isinstance(case, Case) and case.N:
         from kernels_pallas.hopper.fp8_matmul import TuningConfig
 
-        config = TuningConfig() if case.groups else TuningConfig.of_shape(case.M, case.N)
+        config = TuningConfig.of_groups(case.N) if case.groups else TuningConfig.of_shape(case.M, case.N)
         grouped_k = case.groups if case.form == "tiles" and case.groups else 1
-        tiles = grouped_k * math.ceil(case.M / config.block_m) * math.ceil(case.N / config.block_n)
+        tiles = grouped_k * math.ceil(case.M / config.block_m) * math.ceil(case.N / config.columns) * config.sms
         busy = product(tiles, (config.block_m, config.block_n), case.K / grouped_k / BLOCK, BLOCK, 1,
-                       jnp.dtype(case.out_dtype).itemsize, row["loop_instructions"])
+                       jnp.dtype(case.out_dtype).itemsize, row["loop_instructions"], config.sms)
         return LAUNCH + max(busy, memory)
     if isinstance(case, Case):  # a quantizer: 8 warps on 4 schedulers
         resident = min(REGISTERS // (256 * row["registers"]), SHARED // row["shared_bytes"])

@@ -289,8 +289,10 @@ SHAPES = {
     "tiny": (
         Case("quantize", 256, 256), Case("quantize", 256, 256, form="only", scale="power_of_two"),
         Case("swiglu_quantize", 256, 256), Case("fp8_matmul", 256, 256, 128),
-        Case("fp8_matmul", 256, 256, 128, form="tiles"), Case("fp8_grouped_matmul", 512, 256, 128, groups=2),
-        Case("fp8_grouped_matmul", 128, 512, 128, groups=2, form="tiles"),
+        Case("fp8_matmul", 256, 256, 128, form="tiles"),
+        # Of these, tiles are paired.
+        Case("fp8_grouped_matmul", 512, 256, 256, groups=2),
+        Case("fp8_grouped_matmul", 128, 512, 256, groups=2, form="tiles"),
         *(Grouped(100, 64, 128, groups=3, form=form) for form in ("", "transposed", "weights")),
         Attention(1, 128, 1, backward=True), Decode(1, 128, 2, page=32, C=128),
         Decode(1, 128, 2, page=32, packed=True)),

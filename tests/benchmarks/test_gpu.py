@@ -6,12 +6,14 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import pytest
 
-from benchmarks.gpu import report, runner, stage
-from benchmarks.gpu.stages import MACHINE, STAGES, Stage
+from benchmarks.gpu import compiling, report, runner, stage
+from benchmarks.gpu.stages import COMPILE, MACHINE, STAGES, Stage
 from benchmarks.machine import ROOT
+from kernels_pallas.tools import compile_report
 
 CASES = """
 import os, pathlib, time
@@ -150,9 +152,26 @@ def test_the_cheap_stages_are_rehearsed(tmp_path):
     assert "| quantize 256x256 | done |" in page and "by the host's clock" in page and "skipped" in page
 
 
+@pytest.mark.parametrize(("faults", "right"), [([], True), (["spills 196 bytes"], True),
+                                               (["spills 4 bytes", "its WGMMAs are serialized"], False), (None, False)])
+def test_of_a_kernel_that_is_compiled_a_spill_is_said_and_all_else_is_wrong(faults, right):
+    kernels = [] if faults is None else [{"kernel": "k", "registers": 168, "spill_bytes": 0, "faults": faults}]
+    row = compiling.measure(types.SimpleNamespace(rows=lambda case: kernels), None)
+    assert row["right"] == right and row["summary"] == "; ".join(faults or [])
+
+
+def test_without_the_compiler_for_gpus_a_rehearsal_says_what_is_missing(monkeypatch):
+    def missing():
+        raise compile_report.NoCompiler("no plugin")
+
+    monkeypatch.setattr(compile_report, "Compiler", missing)
+    (name, said), = compiling.cases(True)
+    assert name == "all" and said() == {"summary": "missing: no plugin"}
+
+
 @pytest.mark.slow
 def test_the_rehearsal_is_green_from_end_to_end(tmp_path):
     code, said, wrong = command("--out", tmp_path, "--rehearse")
     assert code == 0, said + wrong
-    for one in (MACHINE, *STAGES):
+    for one in (MACHINE, *STAGES, COMPILE):
         assert set(states(tmp_path, one.name).values()) == {"done"}, one.name

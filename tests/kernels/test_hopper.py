@@ -96,6 +96,23 @@ def test_matmuls_are_their_twins(form, shape, split, stages):
     close(ours, api.fp8_matmul(a, b, out_dtype=jnp.float32))
 
 
+# The interpreter gives each of the two a copy of all rows, where the machine gives each half of them to both.
+@pytest.mark.parametrize(("shape", "form"), [((128, 256, 256), "blocks"), ((200, 300, 400), "tiles")])
+def test_two_sms_with_the_same_rows_are_the_twin_too(shape, form):
+    M, N, K = shape
+    a, b = api.quantize(normal((M, K))), normal((N, K), 1)
+    b = api.quantize_blocks(b) if form == "blocks" else api.quantize(b)
+    config = matmul.TuningConfig(stages=2, pair=True)
+    ours = matmul.fp8_matmul(a, b, out_dtype=jnp.float32, config=config, num_sms=4, interpret=INTERPRET)
+    close(ours, api.fp8_matmul(a, b, out_dtype=jnp.float32))
+
+
+@pytest.mark.parametrize(("N", "pair"), [(72, False), (128, False), (136, True), (384, False), (1408, True)])
+def test_experts_tiles_are_paired_where_a_column_too_many_costs_less_than_it_saves(N, pair):
+    assert matmul.TuningConfig.of_groups(N).pair == pair
+    assert not matmul.TuningConfig.of_groups(N, num_sms=1).pair
+
+
 @pytest.mark.parametrize(("split", "dtype", "stages"), [("rows", "bfloat16", 5), ("rows", "float32", 4),
                                                         ("columns", "bfloat16", 4), ("columns", "float32", 3)])
 def test_a_ring_takes_what_the_output_leaves_of_shared_memory(split, dtype, stages):
@@ -108,6 +125,7 @@ def test_a_ring_takes_what_the_output_leaves_of_shared_memory(split, dtype, stag
 def test_few_rows_have_narrow_tiles_so_that_all_sms_work(M, N, tile_n, tiles):
     config = matmul.TuningConfig.of_shape(M, N)
     assert config.tile_n == tile_n and -(-M // config.block_m) * -(-N // config.block_n) == tiles
+    assert config.pair == (M == 4096)
 
 
 def test_a_matmul_rounds_once_to_its_output():
@@ -120,17 +138,20 @@ def test_a_matmul_rounds_once_to_its_output():
 SIZES = jnp.array([128, 0, 256], jnp.int32)
 
 
-def test_grouped_products_are_their_twin_and_zero_past_the_last_group():
+@pytest.mark.parametrize("pair", [False, True])
+def test_grouped_products_are_their_twin_and_zero_past_the_last_group(pair):
     a, b = api.quantize(normal((512, 200))), api.quantize_blocks(normal((3, 136, 200), 1))
-    config = matmul.TuningConfig(stages=2)
+    config = matmul.TuningConfig(stages=2, pair=pair)
     ours = grouped.fp8_grouped_matmul(a, b, SIZES, out_dtype=jnp.float32, config=config, num_sms=2, interpret=INTERPRET)
     close(ours, api.fp8_grouped_matmul(a, b, SIZES, out_dtype=jnp.float32))
     assert not np.asarray(ours)[384:].any()
 
 
-def test_k_grouped_products_are_their_twin_and_zero_for_an_empty_group():
+@pytest.mark.parametrize("pair", [False, True])
+def test_k_grouped_products_are_their_twin_and_zero_for_an_empty_group(pair):
     a, b = api.quantize(normal((136, 512))), api.quantize(normal((72, 512), 1))
-    ours = grouped.fp8_grouped_matmul(a, b, SIZES, out_dtype=jnp.float32, num_sms=2, interpret=INTERPRET)
+    ours = grouped.fp8_grouped_matmul(a, b, SIZES, out_dtype=jnp.float32, config=matmul.TuningConfig(pair=pair),
+                                      num_sms=2, interpret=INTERPRET)
     close(ours, api.fp8_grouped_matmul(a, b, SIZES, out_dtype=jnp.float32))
     assert not np.asarray(ours)[1].any()
 

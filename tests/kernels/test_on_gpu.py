@@ -92,6 +92,16 @@ def test_matmuls_are_their_twins(shape, form):
         assert_right(ours, api.fp8_matmul(a, b, out_dtype=dtype, implementation="reference"))
 
 
+@pytest.mark.parametrize("pair", [False, True])
+@pytest.mark.parametrize("shape", [(128, 256, 128), (1000, 1416, 7168), (4096, 4096, 512)])
+def test_matmuls_whose_sms_share_rows_are_their_twins(shape, pair):
+    M, N, K = shape
+    a, b = api.quantize(normal((M, K)), implementation="reference"), api.quantize_blocks(normal((N, K), 1))
+    config = matmul.TuningConfig(pair=pair)
+    ours = twice_and_often(lambda a, b: matmul.fp8_matmul(a, b, config=config), a, b)
+    assert_right(ours, api.fp8_matmul(a, b, implementation="reference"))
+
+
 @pytest.mark.parametrize("sizes", [[128, 0, 256], [0, 0, 0], [0, 512, 0], [512, 0, 0], [0, 0, 384], [128] * 3])
 @pytest.mark.parametrize("form", ["rows", "wgrad"])
 def test_grouped_products_are_their_twins_with_empty_groups_and_rows_of_no_group(sizes, form):

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from deepseek_jax.config import FP8Config, MeshConfig
-from deepseek_jax.model import blockwise
+from deepseek_jax.config import FP8Config, MeshConfig, model_config
+from deepseek_jax.model import DeepSeekV3, attention, blockwise, experts
 from deepseek_jax.model.attention import MLA
 from deepseek_jax.model.blockwise import attend
 from deepseek_jax.model.rope import rope_table
@@ -93,6 +93,23 @@ def test_other_heads_dtypes_and_devices_keep_the_blocks_bit_for_bit(monkeypatch,
 
     jax.tree.map(np.testing.assert_array_equal, found, with_gradients(f, qkv(**arrays)))
     assert twins == {"forward": [], "backward": []}
+
+
+def test_attention_that_is_asked_of_xla_has_no_kernel(twins):
+    f = lambda implementation: lambda q, k, v: attend(q, k, v, None, SCALE, BLOCK, None, implementation)
+    with_gradients(f("xla"), qkv())
+    assert twins == {"forward": [], "backward": []}
+    with_gradients(f("auto"), qkv())
+    assert twins["forward"]
+
+
+def test_attention_and_experts_of_a_model_are_of_the_implementation_that_its_config_asks_for(monkeypatch):
+    cfg, asked = model_config("tiny", num_layers=1, num_dense_layers=0, mtp_depth=0, implementation="xla"), []
+    monkeypatch.setattr(attention, "attend", lambda q, k, v, ids, scale, block, saved, implementation: (
+        asked.append(implementation), attend(q, k, v, ids, scale, block))[1])
+    monkeypatch.setattr(experts, "implementation_here", lambda name: (asked.append(name), "cpu")[1])
+    jax.eval_shape(lambda: DeepSeekV3(cfg).init(jax.random.key(0), np.zeros((1, 8), np.int32)))
+    assert set(asked) == {"xla"} and len(asked) >= 2
 
 
 def test_a_described_device_counts_and_a_kernel_is_asked_for_by_its_operation(monkeypatch):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deepseek_jax.model.grouped_matmul import IMPLEMENTATIONS, grouped_matmul, row_alignment
+from deepseek_jax.model.grouped_matmul import IMPLEMENTATIONS, grouped_matmul, implementation_here, row_alignment
 from kernels_pallas import api
 from tests.model.test_permute import ROUTINGS, E, K, N, sort_by_expert
 
@@ -80,13 +80,17 @@ def test_on_a_hopper_bfloat16_experts_are_kernels_and_never_a_product_with_every
     monkeypatch.setattr(api, "device_here", lambda: types.SimpleNamespace(platform="gpu", device_kind="NVIDIA H100"))
     x_RD, w_EDF = jax.ShapeDtypeStruct((300, 64), jnp.bfloat16), jax.ShapeDtypeStruct((4, 64, 128), jnp.float32)
 
-    def product_and_gradients(x_RD, w_EDF, sizes_E):
-        y_RF, pull = jax.vjp(lambda x, w: grouped_matmul(x, w, sizes_E, 1), x_RD, w_EDF)
-        return y_RF, *pull(y_RF)
+    def text_of(implementation):
+        def product_and_gradients(x_RD, w_EDF, sizes_E):
+            y_RF, pull = jax.vjp(lambda x, w: grouped_matmul(x, w, sizes_E, 1, implementation), x_RD, w_EDF)
+            return y_RF, *pull(y_RF)
 
-    traced = jax.jit(product_and_gradients).trace(x_RD, w_EDF, jax.ShapeDtypeStruct((4,), jnp.int32))
-    text = traced.lower(lowering_platforms=("cuda",)).as_text()
-    assert text.count("custom_call @mosaic_gpu") == 3 and "dot" not in text
+        traced = jax.jit(product_and_gradients).trace(x_RD, w_EDF, jax.ShapeDtypeStruct((4,), jnp.int32))
+        return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+    kernels = text_of("auto")
+    assert kernels.count("custom_call @mosaic_gpu") == 3 and "dot" not in kernels
+    assert "custom_call @mosaic_gpu" not in text_of(implementation_here("xla"))
 
 
 @pytest.mark.parametrize(("rows", "experts"), [(32768, 8), (98304, 64)], ids=["V3, 8 here", "V2-Lite, all here"])

@@ -213,4 +213,18 @@ MUTATIONS = [
         new="y_RF",
         tests="kernels/test_tpu.py",
     ),
+    Mutation(
+        name="attention: a model asks its kernel for what is to be XLA's",
+        file="deepseek_jax/model/attention.py",
+        old="cfg.fp8.enabled else None, cfg.implementation)",
+        new="cfg.fp8.enabled else None)",
+        tests="model/test_blockwise.py",
+    ),
+    Mutation(
+        name="attention: kernels are taken where XLA's programs are asked for",
+        file="deepseek_jax/model/blockwise.py",
+        old='_kernel_here(q_BTHA, v_BTHV, saved) if implementation == "auto" else None',
+        new="_kernel_here(q_BTHA, v_BTHV, saved)",
+        tests="model/test_blockwise.py",
+    ),
 ]

@@ -192,7 +192,7 @@ MUTATIONS = [
     Mutation(
         name="hopper experts: the gradient of weights is XLA's, by every expert",
         file="deepseek_jax/model/grouped_matmul.py",
-        old="dw_EDF = api.grouped_matmul_weights(x_RD, dy_RF, sizes_E)",
+        old="dw_EDF = api.grouped_matmul_weights(x_RD, dy_RF, sizes_E, implementation=kernel)",
         new='dw_EDF = api.grouped_matmul_weights(x_RD, dy_RF, sizes_E, implementation="reference")',
         tests="model/test_grouped_matmul.py",
     ),
@@ -209,5 +209,19 @@ MUTATIONS = [
         old="jnp.uint32) >> 23)",
         new="jnp.uint32) >> 24)",
         tests="fp8/test_fp8.py::test_powers_of_two_come_back_from_their_exponents",
+    ),
+    Mutation(
+        name="kernels that the device does not have are found out while the model is traced",
+        file="deepseek_jax/training/selfcheck.py",
+        old="    fp8.check_here(config.model.fp8)\n",
+        new="",
+        tests="training/test_selfcheck.py",
+    ),
+    Mutation(
+        name="a TPU's FP8 products want quantizers that it does not have",
+        file="deepseek_jax/fp8/products.py",
+        old='recipe.implementation if recipe.implementation in ("reference", "hopper") else "auto"',
+        new="recipe.implementation",
+        tests="training/test_selfcheck.py",
     ),
 ]

@@ -293,14 +293,14 @@ MUTATIONS = [
     Mutation(
         name="rows are copied for experts beside kernels too",
         file="deepseek_jax/scale/memory.py",
-        old="0.0 if kernels else product_copies(c, layout)",
+        old="product_copies(c, layout) if by_xla else 0.0",
         new="product_copies(c, layout)",
         tests="scale/test_memory.py",
     ),
     Mutation(
         name="rows are copied for no expert without kernels",
         file="deepseek_jax/scale/memory.py",
-        old="0.0 if kernels else product_copies(c, layout)",
+        old="product_copies(c, layout) if by_xla else 0.0",
         new="0.0",
         tests="scale/test_memory.py::test_without_kernels_rows_are_copied_for_each_expert_and_attention_has_sums",
     ),
@@ -321,7 +321,7 @@ MUTATIONS = [
     Mutation(
         name="attention has no sums without a kernel",
         file="deepseek_jax/scale/memory.py",
-        old="if kernels and causal_squares",
+        old="if by_kernel and causal_squares",
         new="if causal_squares",
         tests="scale/test_memory.py::test_without_kernels_rows_are_copied_for_each_expert_and_attention_has_sums",
     ),

@@ -1,5 +1,6 @@
 """Planned bytes: against the arrays' own shardings, and against what compilers counted in the committed reports."""
 
+import dataclasses
 import functools
 import json
 import pathlib
@@ -109,6 +110,11 @@ def test_without_kernels_rows_are_copied_for_each_expert_and_attention_has_sums(
     rows = memory.rows_of_experts(c, layout)[1]
     assert without["experts' products"] >= 8 * rows * 2 * (3 * 2048 + 5 * 1408)  # each of 8 experts has copies
     assert memory.attention_sums(c, layout, None) > 0
+    by_xla = dataclasses.replace(c, implementation="xla")
+    assert memory.bytes_per_device(by_xla, layout, "hopper")["experts' products"] == without["experts' products"]
+    assert memory.attention_sums(by_xla, layout, "hopper") == memory.attention_sums(c, layout, None)
+    in_fp8 = dataclasses.replace(by_xla, fp8=FP8Config(enabled=True))  # whose kernels have a key of their own
+    assert memory.bytes_per_device(in_fp8, layout, "hopper")["experts' products"] == 0
     assert {name for name, row in HARDWARE.items() if row.kernels == "hopper"} == {"h800", "h100", "h200"}
 
 

@@ -154,6 +154,8 @@ def test_a_kernel_is_asked_for_pages_that_it_reads(monkeypatch, page_size, taken
     monkeypatch.setattr(decode_attention.api, "chosen_here", lambda operation: "hopper")
 
     assert decode_attention._has_kernel(cfg, CacheGeometry("bfloat16", page_size, (1,)), 1) == taken
+    xla = dataclasses.replace(cfg, implementation="xla")
+    assert not decode_attention._has_kernel(xla, CacheGeometry("bfloat16", page_size, (1,)), 1)
 
 
 @pytest.mark.parametrize("kind", ["bfloat16", "fp8"])

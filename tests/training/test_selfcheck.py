@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from deepseek_jax.config import ConfigError, MeshConfig, freeze
+from deepseek_jax.config import ConfigError, FP8Config, MeshConfig, freeze
+from deepseek_jax.fp8 import products
 from deepseek_jax.model import grouped_matmul
 from deepseek_jax.training import selfcheck
 from tests.model import naive
@@ -33,15 +34,47 @@ def test_products_that_are_their_twins_pass(accelerator):
 def test_a_product_that_is_not_its_twin_ends_the_run_in_one_line(accelerator, monkeypatch, spoil):
     right = grouped_matmul.IMPLEMENTATIONS["cpu"]
     monkeypatch.setitem(grouped_matmul.IMPLEMENTATIONS, "cpu", lambda *args: spoil(right(*args)))
-    with pytest.raises(ConfigError, match=r"^the experts' grouped product \(lax.ragged_dot\) is not its twin on") as e:
+    named = r"^the experts' grouped product \(model.implementation='auto'\) is not its twin on"
+    with pytest.raises(ConfigError, match=named) as e:
         selfcheck.check_device(freeze(FP8), None)
-    assert len(str(e.value).splitlines()) == 1
+    said = str(e.value)
+    assert len(said.splitlines()) == 1 and said.endswith("take another version of jax or of the driver.")
+
+
+@pytest.mark.parametrize("asked", ["auto", "xla"])
+def test_a_kernel_that_is_not_its_twin_names_xlas_own_program_which_is_checked_then(accelerator, monkeypatch, asked):
+    monkeypatch.setattr(selfcheck.api, "chosen_here", lambda operation: "hopper")
+    checked = []
+    monkeypatch.setattr(selfcheck, "grouped_difference", lambda name: checked.append(name) or 0.5 * (name == "auto"))
+    config = freeze({"model": naive.TINY | {"implementation": asked}})
+    if asked == "auto":
+        with pytest.raises(ConfigError, match=r"take --config.model.implementation=xla\.$"):
+            selfcheck.check_device(config, None)
+    else:
+        selfcheck.check_device(config, None)
+    assert checked == [asked]
 
 
 def test_an_fp8_product_that_is_not_its_twin_names_the_reference(accelerator, monkeypatch):
     monkeypatch.setattr(selfcheck, "fp8_grouped_difference", lambda name: 0.5)
     with pytest.raises(ConfigError, match="take --config.fp8.implementation=reference"):
         selfcheck.check_device(freeze(FP8), None)
+
+
+@pytest.mark.parametrize("name", ["hopper", "tpu"])
+def test_fp8_kernels_that_a_cpu_does_not_have_are_refused_in_one_line(name):
+    with pytest.raises(ConfigError) as e:
+        selfcheck.check_device(freeze({"model": naive.TINY, "fp8": {"enabled": True, "implementation": name}}), None)
+    said = str(e.value)
+    assert said.startswith(f"fp8.implementation={name!r} needs ") and len(said.splitlines()) == 1
+    assert said.endswith("fp8.implementation='reference' computes the same in plain jnp.")
+    selfcheck.check_device(freeze({"model": naive.TINY, "fp8": {"enabled": False, "implementation": name}}), None)
+
+
+def test_where_only_products_are_kernels_quantizers_are_chosen_by_the_device():
+    recipe = FP8Config(enabled=True, implementation="tpu")
+    assert products.quantize_activation(jnp.ones((1, 128), jnp.bfloat16), recipe).values.shape == (1, 128)
+    assert products.of_quantizers(FP8Config(implementation="hopper")) == "hopper"
 
 
 @pytest.mark.parametrize("wrong", [False, True])

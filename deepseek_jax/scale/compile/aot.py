@@ -27,6 +27,7 @@ from deepseek_jax.parallel.sharding import compute_shardings, spec, storage_shar
 from deepseek_jax.pipeline.model import check
 from deepseek_jax.scale import memory
 from deepseek_jax.scale.compile import clock, hlo, targets
+from deepseek_jax.scale.costs import training_flops_per_token
 from deepseek_jax.scale.layout import Layout
 from deepseek_jax.training.base import frozen_shapes
 from deepseek_jax.training.step import init_state, train_step
@@ -153,7 +154,8 @@ def measure_step(model: ModelConfig, layout: Layout, target: str, lora: LoraConf
     return {**found, **({"planned": planned, "planned_bytes_per_device": total,
                          "planned_over_compiled": total / found["bytes_per_device"]} if planned else
                         {"lora": lora.rank, "base_fp8": lora.fp8}),
-            "waits": _waits(model, layout, compiled.as_text() or "", target), "flops_once": cost.get("flops"),
+            "waits": _waits(model, layout, compiled.as_text() or "", target),
+            "products": _products(model, layout, compiled.as_text() or "", target), "flops_once": cost.get("flops"),
             "bytes_accessed_once": cost.get("bytes accessed"), **made}
 
 
@@ -168,6 +170,16 @@ def described(model: ModelConfig, layout: Layout, target: str, compiled: Any, fo
             "jax": jax.__version__, "bytes": found, "bytes_per_device": total, "memory": capacity,
             "fits": total <= capacity,
             "collectives": hlo.table(collectives), "exposed": sum(not one.products for one in collectives)}
+
+
+def _products(model, layout, text, target):
+    """FLOPs of a device's products in a step, of its kernels and in all, next to what a device's tokens need; {} for a
+    pipeline, whose branches do not all run, and for TPUs, whose kernels are not known."""
+    if layout.pipeline is not None or target.partition(":")[0] not in targets.GPUS:
+        return {}
+    found, tokens = hlo.work(text), layout.microbatches * layout.rows * layout.sequence_length
+    return {"attention": found.attention, "experts": found.experts, "others": found.flops - found.attention
+            - found.experts, "useful": float(training_flops_per_token(model, layout.sequence_length)) * tokens}
 
 
 def _waits(model, layout, text, target):

@@ -140,7 +140,7 @@ def _end_of_type(line, at):
 
 
 class Work(NamedTuple):
-    """Matrix products, their FLOPs, and how many of those are of operands in FP8.
+    """Matrix products, their FLOPs, and how many of those are of operands in FP8, of attention's and experts' kernels.
 
     Of kernels not written in HLO, attention's, the experts' and FP8's are known. All rows count, those too that a
     kernel finds empty.
@@ -149,6 +149,8 @@ class Work(NamedTuple):
     products: int = 0
     flops: float = 0.0
     fp8: float = 0.0
+    attention: float = 0.0
+    experts: float = 0.0
 
 
 class Step(NamedTuple):
@@ -188,14 +190,16 @@ class _Program:
             if _QUANTIZER.search(rest):
                 return Work()
             flops = self.flops(name, shape, rest)
-            return Work(1, flops, flops * ("/fp8_products/" in rest))
+            return Work(1, flops, flops * ("/fp8_products/" in rest), flops * bool(_ATTENTION.search(rest)),
+                        flops * ("/experts_products/" in rest))
         if operation == "custom-call":
             return Work()
         each = [self.work(inner) for inner in _called(rest)]
         if operation == "conditional":
             return Work(*map(max, zip(*each)))
         trips = _trips(operation, rest)
-        return Work(sum(one.products for one in each), *(trips * sum(one[i] for one in each) for i in (1, 2)))
+        return Work(sum(one.products for one in each),
+                    *(trips * sum(one[i] for one in each) for i in range(1, len(Work._fields))))
 
     def flops(self, name, shape, rest) -> float:
         if attention := _ATTENTION.search(rest):
@@ -315,6 +319,11 @@ def collectives(text: str, sizes: dict[str, int]) -> list[Collective]:
       sizes: of the mesh's axes, in order.
     """
     return list(_Program(text, sizes).walk("ENTRY"))
+
+
+def work(text: str) -> Work:
+    """The products of a compiled program, times the trips of loops of known length; of a branch the most."""
+    return _Program(text, {}).work("ENTRY")
 
 
 def branches(text: str, number: int) -> list[str]:

@@ -63,7 +63,7 @@ SINCE = (("data", "packing", "stream"), ("data", "tokenizer", None), ("data", "v
          ("train", "indexer_loss_weight", 1.0), ("train", "checkpoint_minutes", None),
          ("train", "checkpoint_keep_period", None), ("train", "checkpoint_local", None),
          ("train", "checkpoint_local_every", 10), ("lora", "fp8", False), ("mesh", "context", 1),
-         ("mesh", "context_node", 1),
+         ("mesh", "context_node", 1), ("model", "implementation", "auto"),
          ("optimizer", "schedule_steps", None), ("train", "tracker", None),
          ("train", "prometheus", None), ("train", "profile", ""), ("train", "stall_minutes", None))
 

@@ -101,7 +101,7 @@ class PostTraining(Measure):
                                     ("data", "tokenizer", None), ("data", "validation", None), ("data", "stages", ()),
                                     ("data", "validation_tokens", None),
                                     ("mesh", "context", 1),
-                                    ("mesh", "context_node", 1),
+                                    ("mesh", "context_node", 1), ("model", "implementation", "auto"),
                                     ("train", "checkpoint_minutes", None), ("train", "checkpoint_keep_period", None),
                                     ("train", "checkpoint_local", None), ("train", "checkpoint_local_every", 10),
                                     ("optimizer", "schedule_steps", None), ("train", "tracker", None),

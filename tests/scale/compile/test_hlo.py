@@ -94,6 +94,7 @@ def test_a_loop_of_products_works_as_often_as_it_turns():
                              "dot(%x, %x), lhs_contracting_dims={1}, rhs_contracting_dims={0}")
 
     assert [s.flops for s in hlo.steps(looped, SIZES, "ENTRY") if s.what == "work"][-1] == 26 * 2 * 8 * 8 * 8
+    assert hlo.work(looped).flops - hlo.work(PROGRAM).flops == 26 * 2 * 8 * 8 * 8
 
 
 @pytest.mark.parametrize(("part", "widths"), [("forward", 192 + 128), ("dq", 2 * 192 + 128), ("dkv", 2 * (192 + 128))])
@@ -108,6 +109,7 @@ ENTRY %main (q: bf16[2,64,4,192], v: bf16[2,64,4,128]) -> bf16[2,64,4,128] {
 }}
 """
     assert [s.flops for s in hlo.steps(program, SIZES, "ENTRY")] == [2 * 4 * 64 * 64 * widths]
+    assert hlo.work(program).attention == 2 * 4 * 64 * 64 * widths
 
 
 @pytest.mark.parametrize(("kernel", "found"), [("fp8_products", [(1, 2 * 64 * 192 * 32, 2 * 64 * 192 * 32)]),
@@ -123,6 +125,9 @@ ENTRY %main (p: (f8e4m3fn[64,192], f8e4m3fn[4,32,192])) -> bf16[1,64,32] {
 }}
 """
     assert [(s.products, s.flops, s.fp8) for s in hlo.steps(program, SIZES, "ENTRY")] == found
+    flops = sum(one[1] for one in found)
+    in_fp8, of_experts = (flops * (kernel == name) for name in ("fp8_products", "experts_products"))
+    assert hlo.work(program)[1:] == (flops, in_fp8, 0, of_experts)
 
 
 @pytest.mark.parametrize(("form", "what"), [("ragged-all-to-all-start", "start"), ("ragged-all-to-all", "synchronous")])

@@ -1,0 +1,31 @@
+"""Of a rehearsal alone: the kernels at the shapes that other stages time, by the compiler of the machine to come."""
+
+import functools
+from typing import Any
+
+from benchmarks.gpu.stages import Cases
+
+SETS = ("v3-train", "v3-decode")
+
+
+def cases(rehearse: bool) -> Cases:
+    from benchmarks.gpu.kernels import name
+    from kernels_pallas.tools import compile_report
+
+    try:
+        compiler = compile_report.Compiler()
+    except compile_report.NoCompiler as error:
+        why = str(error)
+        yield "all", lambda: {"summary": f"missing: {why}"}
+        return
+    for case in compile_report.cases(SETS):
+        yield name(case), functools.partial(measure, compiler, case)
+
+
+def measure(compiler: Any, case: Any) -> dict[str, Any]:
+    """Registers and spills of a case's kernels. `right`: all have been made, and nothing but a spill is wrong."""
+    rows = compiler.rows(case)
+    found = [fault for row in rows for fault in row["faults"]]
+    return {"right": bool(rows) and all(fault.startswith("spills") for fault in found), "summary": "; ".join(found),
+            "kernels": [{"kernel": row["kernel"]} | {key: row[key] for key in ("registers", "spill_bytes")
+                                                     if key in row} for row in rows]}

@@ -1,0 +1,185 @@
+"""What XLA says a training step on a TPU accesses and multiplies, with the device's kernels and without: no TPU needed.
+
+    python -m experiments.scale.tpu --json experiments/scale/tpu.json [--chips v5p v6e 7x] [--models v3_671b]
+
+Parts of a MoE layer, forward and gradients, as one device has them: attention of a sequence of 4,096 tokens, and its
+experts, 8 of V2-Lite's 64 (one of 8 devices) or 4 of V3's 256 (one of 64), with the rows that come if loads are even.
+"xla" is `model.implementation=xla`, attention in blocks of 512 and `lax.ragged_dot`; "auto" is splash attention and
+megablox.
+
+XLA's analysis counts the body of a loop once; here all rounds count (`measure`). Of megablox it counts what the grid
+reads; of splash attention operands and results once, and no FLOPs: keys that are read again for every block of queries,
+and so on, are "read_again", computed from its blocks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import os
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.extend
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+
+from deepseek_jax import io
+from deepseek_jax.config import MeshConfig, ModelConfig, model_config
+from deepseek_jax.model.blockwise import attend, causal_pairs
+from deepseek_jax.model.grouped_matmul import grouped_matmul, implementation_here
+from deepseek_jax.model.layers import swiglu
+from deepseek_jax.parallel.mesh import make_mesh
+from deepseek_jax.scale.compile import aot, targets
+from kernels_pallas.tpu.mla_attention import BLOCK
+
+SLICES = {"v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "7x": "7x:2x2x1"}  # the smallest
+EXPERTS_HERE = {"v2_lite_16b": 8, "v3_671b": 4}
+KEYS = ("chip", "model", "part", "implementation")  # of a row
+TOKENS, WIDTH = 4096, 2  # of a sequence; bytes of bfloat16
+PAIRS = len(causal_pairs(TOKENS // ModelConfig.attention_block))  # rounds of attention's loops
+IMPLEMENTATIONS = ("xla", "auto")
+
+
+def unrolled(function: Callable, rounds: int | None = None) -> Callable:
+    """The function with its loops of known length written out, or those of PAIRS rounds in parts of `rounds`."""
+    def run(*arguments):
+        traced, shape = jax.make_jaxpr(function, return_shape=True)(*arguments)
+        results = jax.extend.core.jaxpr_as_fun(_without_loops(traced, rounds))(*jax.tree.leaves(arguments))
+        return jax.tree.unflatten(jax.tree.structure(shape), results)
+
+    return run
+
+
+def _without_loops(program: Any, rounds: int | None) -> Any:
+    """A jaxpr, closed or not, every `scan` of which is unrolled; what is no jaxpr stays as it is."""
+    if type(program) in (tuple, list):
+        return type(program)(_without_loops(one, rounds) for one in program)
+    if not hasattr(program, "eqns"):
+        return program
+    if getattr(program, "jaxpr", program) is not program:  # closed over constants
+        return program.replace(jaxpr=_without_loops(program.jaxpr, rounds))
+    lines = []
+    for line in program.eqns:
+        params = {name: _without_loops(value, rounds) for name, value in line.params.items()}
+        if line.primitive.name == "scan":
+            length = max(params["length"], 1)
+            params["unroll"] = rounds if rounds and length == PAIRS else length
+        lines.append(line.replace(params=params))
+    return program.replace(eqns=lines)
+
+
+def attention(c: ModelConfig) -> tuple[Callable, tuple]:
+    """Attention and its gradients, and the shapes of its arguments."""
+    wide, narrow = (jax.ShapeDtypeStruct((1, TOKENS, c.num_heads, n), jnp.bfloat16)
+                    for n in (c.qk_head_dim, c.v_head_dim))
+
+    def run(q, k, v, do):
+        o, pull_back = jax.vjp(lambda q, k, v: attend(q, k, v, None, c.qk_head_dim**-0.5, c.attention_block,
+                                                      implementation=c.implementation), q, k, v)
+        return o, *pull_back(do)
+
+    return run, (wide, wide, narrow, narrow)
+
+
+def experts(c: ModelConfig, here: int) -> tuple[Callable, tuple]:
+    """The experts' networks and their gradients, of sorted rows, and the shapes of the arguments."""
+    D, F = c.d_model, c.expert_ffn_dim
+    rows = TOKENS * c.experts_per_token
+    weights = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((here, D, F), (here, D, F), (here, F, D))]
+    row = jax.ShapeDtypeStruct((rows, D), jnp.bfloat16)
+
+    def run(x, gate, up, down, sizes, dy):
+        product = functools.partial(grouped_matmul, sizes_E=sizes, align=1,
+                                    implementation=implementation_here(c.implementation))
+        y, pull_back = jax.vjp(lambda x, gate, up, down: product(swiglu(product(x, gate), product(x, up)), down),
+                               x, gate, up, down)
+        return y, *pull_back(dy)
+
+    return run, (row, *weights, jax.ShapeDtypeStruct((here,), jnp.int32), row)
+
+
+class Part(NamedTuple):
+    """build: config -> (function, shapes of its arguments). attends: whether attention's loops are in it."""
+
+    build: Callable[[ModelConfig], tuple[Callable, tuple]]
+    attends: bool = True
+
+
+def parts(name: str) -> dict[str, Part]:
+    """What is compiled of a model, by name."""
+    return {"attention": Part(attention), "experts": Part(functools.partial(experts, here=EXPERTS_HERE[name]), False)}
+
+
+def read_again(name: str, part: str) -> float:
+    """Bytes of attention's operands that its kernels read after the first time; 0 of experts."""
+    if part == "experts":
+        return 0.0
+    # Forward, dq, and dk with dv: each has two operands pass by the blocks of the other two.
+    c, n = model_config(name), TOKENS // BLOCK
+    return 3 * n * (n - 1) / 2 * BLOCK * c.num_heads * (c.qk_head_dim + c.v_head_dim) * WIDTH
+
+
+def measure(chip: str, part: Part, c: ModelConfig) -> dict[str, float]:
+    """What XLA's analysis says of a part on one device of a chip, with all rounds of its loops.
+
+    Attention's loops, whose rounds are alike, are compiled with one and with two rounds in their bodies; the difference
+    is what a round takes. (All of them written out take an hour to compile.)
+    """
+    once = compiled(chip, part, c, 1)
+    if c.implementation == "auto" or not part.attends:
+        return once
+    found = compiled(chip, part, c, 2)
+    return {name: once[name] + (PAIRS - 1) * (found[name] - once[name]) for name in ("bytes_accessed", "flops")} | {
+        "temporaries": once["temporaries"], "seconds": once["seconds"] + found["seconds"]}
+
+
+def compiled(chip: str, part: Part, c: ModelConfig, rounds: int | None = None) -> dict[str, float]:
+    """Compiles a part: what XLA's analysis says of it. rounds: as of `unrolled`."""
+    mesh = make_mesh(MeshConfig(), targets.devices_of(SLICES[chip])[:1])
+    here = NamedSharding(mesh, PartitionSpec())
+    start = time.time()
+    with jax.set_mesh(mesh):
+        run, shapes = part.build(c)
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), shapes)
+        made = jax.jit(unrolled(run, rounds), out_shardings=here).lower(*shapes).compile()
+    cost = made.cost_analysis() or {}
+    return {"bytes_accessed": cost.get("bytes accessed", 0.0), "flops": cost.get("flops", 0.0),
+            "temporaries": aot.bytes_of(made)["temporaries"], "seconds": round(time.time() - start, 1)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m experiments.scale.tpu", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", metavar="FILE", help="also write the rows there, one by one; those there are kept")
+    parser.add_argument("--chips", nargs="+", default=list(SLICES), choices=SLICES)
+    parser.add_argument("--models", nargs="+", default=list(EXPERTS_HERE), choices=EXPERTS_HERE)
+    args = parser.parse_args()
+    rows = io.read_json(args.json)["rows"] if args.json and os.path.exists(args.json) else []
+    had = {tuple(row[key] for key in KEYS) for row in rows}
+    for chip in args.chips:
+        for name in args.models:
+            for words, part in parts(name).items():
+                for implementation in IMPLEMENTATIONS:
+                    if (chip, name, words, implementation) in had:
+                        continue
+                    c = model_config(name, implementation=implementation, mtp_depth=0)
+                    try:
+                        found = measure(chip, part, c)
+                    except jax.errors.JaxRuntimeError as error:  # the compiler's
+                        print(f"{chip:4} {name:12} {words:18} {implementation:5} {str(error)[:100]!r}", flush=True)
+                        continue
+                    again = read_again(name, words) if implementation == "auto" else 0.0
+                    rows.append(dict(zip(KEYS, (chip, name, words, implementation))) | {"read_again": again} | found)
+                    print("{chip:4} {model:12} {part:18} {implementation:5}".format(**rows[-1]),
+                          f"{found['bytes_accessed'] / 1e9:9.2f} GB, {again / 1e9:6.2f} again, "
+                          f"{found['flops'] / 1e9:9.0f} GFLOP {found['temporaries'] / 1e6:9.0f} MB of temporaries "
+                          f"{found['seconds']:6.0f} s", flush=True)
+                    if args.json:
+                        io.write_json(args.json, {"jax": jax.__version__, "tokens": TOKENS, "rows": rows}, indent=1)
+
+
+if __name__ == "__main__":
+    main()
