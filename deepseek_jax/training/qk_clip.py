@@ -31,7 +31,8 @@ def clip(cfg: ModelConfig, params: dict[str, Any], logits: dict[str, Any], tau: 
         layers (the collection `attention.LOGITS` of the model).
     """
     flat = dict(traverse_util.flatten_dict(params))
-    for (*path, _), top_H in traverse_util.flatten_dict(logits).items():
+    tops: Any = traverse_util.flatten_dict(logits)
+    for (*path, _), top_H in tops.items():
         gamma_H = jnp.minimum(1.0, tau / jnp.maximum(top_H, tau))
         query = (*path, "q" if cfg.q_rank is None else "q_b")
         flat[query] = _scaled(flat[query], jnp.sqrt(gamma_H), gamma_H, cfg.nope_head_dim)

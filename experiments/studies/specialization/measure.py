@@ -59,11 +59,12 @@ def experts(config: Config, params: dict[str, Any], router: dict[str, Any], load
     text_N = np.repeat(np.arange(len(kinds)), [tokens_BT.size for tokens_BT in kinds])
     token_N = token_kinds(loader.tokenizer)[tokens_N]
     E, bias_LE = config.model.num_experts, np.asarray(router["bias"])
-    found = {"routing_entropy": entropy(scores_LNE),
-             "text_bits": float(np.mean([information(chosen_NK, text_N, E) for chosen_NK in chosen_LNK])),
-             "token_bits": float(np.mean([information(chosen_NK, token_N, E) for chosen_NK in chosen_LNK])),
-             "bias_largest": float(np.abs(bias_LE).max(axis=-1).mean()), "bias_offset": float(bias_LE.mean()),
-             "bias_spread": float((bias_LE.max(axis=-1) - bias_LE.min(axis=-1)).mean())}
+    found: dict[str, Any] = {
+        "routing_entropy": entropy(scores_LNE),
+        "text_bits": float(np.mean([information(chosen_NK, text_N, E) for chosen_NK in chosen_LNK])),
+        "token_bits": float(np.mean([information(chosen_NK, token_N, E) for chosen_NK in chosen_LNK])),
+        "bias_largest": float(np.abs(bias_LE).max(axis=-1).mean()), "bias_offset": float(bias_LE.mean()),
+        "bias_spread": float((bias_LE.max(axis=-1) - bias_LE.min(axis=-1)).mean())}
     if final:
         found["token_over_text_bits"] = found["token_bits"] - found["text_bits"]
         kept = [_flat(np.asarray(part[1])[:, :COMPARED]) for part in routed]
