@@ -26,18 +26,20 @@ def draw(results: dict[str, Any], runs: list[dict[str, Any]], folder: pathlib.Pa
         becoming.plot(long["probes"]["step"], long["probes"][name], "o-", color=colour, label=label, markersize=4)
     becoming.set_ylim(bottom=0)
     plots.legend(becoming, title="an expert says about the kind", loc="lower right")
-    plots.finish(becoming, "Experts take kinds apart early, and go on", "step", "bits")
-    for colour, arm in zip(plots.PALETTE, ("1e-3", "1e-3, fast start", "5e-3", "2e-2")):
+    plots.finish(becoming, "What an expert says about kinds", "step", "bits")
+    colours = dict(zip(results["arms"], plots.PALETTE))
+    for arm in ("1e-3", "1e-3, fast start", "5e-3", "2e-2"):
         if arm in results["arms"]:
-            values = results["arms"][arm]["curves"]["max_vio_batch"]
-            balance.plot((np.arange(len(values)) + 1) * EVERY, values, color=colour, label=arm, linewidth=1.6)
+            values, last = (results["arms"][arm][part] for part in ("curves", "probes"))
+            steps = np.minimum((np.arange(len(values["max_vio_batch"])) + 1) * EVERY, last["step"][-1])
+            balance.plot(steps, values["max_vio_batch"], color=colours[arm], label=arm, linewidth=1.6)
     balance.axvspan(0, FAST_STEPS, color="0.92")
     plots.logarithmic(balance, "y")
     plots.legend(balance, title="speed of the bias")
-    plots.finish(balance, "A fast start balances at once", "step", "MaxVio of a batch, mean of 10 steps")
+    plots.finish(balance, "Balance while training: lower is better", "step", "MaxVio of a batch, mean of 10 steps")
     for axis, name in ((offset, "bias_offset"), (spread, "bias_spread")):
-        for colour, (arm, found) in zip(plots.PALETTE, results["arms"].items()):
-            axis.plot(found["probes"]["step"], found["probes"][name], "o-", color=colour, label=arm, markersize=3)
+        for arm, found in results["arms"].items():
+            axis.plot(found["probes"]["step"], found["probes"][name], "o-", color=colours[arm], label=arm, markersize=3)
     plots.legend(offset, title="speed of the bias", ncols=2)
     plots.finish(offset, "Mean of a layer's biases: no choice depends on it", "step", "bias")
     plots.finish(spread, "Largest less smallest bias: what chooses", "step", "bias")
