@@ -62,10 +62,8 @@ MUTATIONS = [
     Mutation(
         name="bias moved by the loads of one micro-batch",
         file="deepseek_jax/training/step.py",
-        old="jax.tree.map(jnp.add, total, one(m)), one(0))",
-        new=(
-            "(lambda new: (jax.tree.map(jnp.add, total[0], new[0]), {k: total[1][k] if k == 'counts' "
-            "else total[1][k] + v for k, v in new[1].items()}))(one(m)), one(0))"),
+        old="total[1].added(sums)",
+        new="total[1].added(sums)._replace(counts=total[1].counts)",
         tests="training/test_step.py",
     ),
     Mutation(

@@ -31,13 +31,12 @@ def draw(results: dict[str, Any], runs: list[dict[str, Any]], folder: pathlib.Pa
         for colour, kind in zip(plots.PALETTE, KINDS):
             _line(axis, results, kind, cost(kind), colour)
         axis.axvline(cost("mixture") * steps("mixture", "tokens"), color="0.6", linewidth=1, linestyle=":")
-        axis.set_xlim(left=0)
+        axis.set_xlim(0, 1.15 * axis.dataLim.x1)
         plots.finish(axis, title, label)
     axes[0].set_ylabel("held-out loss, nats per token", fontsize=9)
     made.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False,
                 fontsize=plots.SMALL)
-    plots.save(made, folder / "dense.png", f"{plots.INTERVALS} Each is a run of its own. Dotted: the mixture's budget, "
-               "where the lower of two points is better.")
+    plots.save(made, folder / "dense.png", f"{plots.INTERVALS} Each is a run of its own. Dotted: the mixture's budget.")
 
 
 def _line(axis, results, kind, cost, colour):
