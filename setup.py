@@ -52,7 +52,7 @@ setup(
         "jax>=0.7.2,<0.13",  # the kernels need 0.11.2: kernels_pallas/api.py
         "numpy>=2.0",
         "flax>=0.11.2",
-        "optax>=0.2.6",
+        "optax>=0.2.7",
         "orbax-checkpoint>=0.11.30",
         "etils>=1.9",
         "chex>=0.1.90",

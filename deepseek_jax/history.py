@@ -24,7 +24,7 @@ CHANGEABLE = ("train.steps", "train.batch_size", "train.accumulation_steps", "tr
               "optimizer.*", "balance.bias_speed", "balance.bias_until", "balance.*_weight", "data.sources",
               "data.stages", "data.prefetch", "data.cache_dir", "mesh.*", "pipeline.*", "model.implementation",
               "fp8.implementation")
-FIXED = ("optimizer.moment_dtype",)
+FIXED = ("optimizer.kind", "optimizer.moment_dtype")
 OF_DOCUMENTS = ("data.sources", "data.stages", "train.batch_size", "train.accumulation_steps",
                 "train.ramp_*")  # pairs are counted
 

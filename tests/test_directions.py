@@ -97,9 +97,10 @@ MAY_IMPORT = {
     # Training.
     "training.types": ("parallel.dispatch",),
     "training.losses": ("training.types", "model", *SHARDING, "config"),
-    "training.optimizer": ("config",),
-    "training.step": ("training.types", "training.losses", "training.optimizer", "pipeline.model", "model", *SHARDING,
-                      "config"),
+    "training.optimizer": ("parallel.sharding", "config"),
+    "training.qk_clip": ("config",),
+    "training.step": ("training.types", "training.losses", "training.optimizer", "training.qk_clip", "pipeline.model",
+                      "model", *SHARDING, "config"),
     "training.background": (),
     "training.trackers": ("io", "storage", "working_files", "config"),
     "training.metrics": ("training.background", "training.trackers", "io", "storage", "working_files"),

@@ -35,6 +35,7 @@ ALLOWED = [{"train": {"steps": 60}}, {"optimizer": {"learning_rate": 1.0, "sched
            {"model": {"implementation": "xla", "fp8": FP8Config(implementation="reference")}}]
 REFUSED = [({"model": {"vocab_size": 65}}, "model.vocab_size is 64 there, 65 here"),
            ({"train": {"sequence_length": 64}}, "train.sequence_length is 512 there"),
+           ({"optimizer": {"kind": "muon"}}, "optimizer.kind is 'adamw' there"),
            ({"optimizer": {"moment_dtype": "bfloat16"}}, "optimizer.moment_dtype is 'float32' there"),
            ({"train": {"ema_decay": 0.9}}, "train.ema_decay"), ({"train": {"seed": 1}}, "train.seed")]
 

@@ -21,7 +21,7 @@ from typing import Any
 
 from deepseek_jax import configs, io, storage
 from deepseek_jax.config.mesh import MeshConfig, PipelineConfig, check_mesh
-from deepseek_jax.config.model import GROUP_LIMITED, IN_TURN, FP8Config, ModelConfig
+from deepseek_jax.config.model import GROUP_LIMITED, IN_TURN, OWN, FP8Config, ModelConfig
 from deepseek_jax.config.posttraining import DistillConfig, GrpoConfig, LoraConfig, PreferenceConfig, RolloutConfig
 from deepseek_jax.config.presets import model_config
 from deepseek_jax.config.schema import Checked, ConfigError, build, did_you_mean, key
@@ -61,6 +61,7 @@ class Config(Checked):
                               f"take --config.model.router={GROUP_LIMITED} with the rest of that run's config.")
         check_mesh(self.mesh, self.model, self.train)
         self._check_ramp()
+        self._check_optimizer()
         if self.data.tokenizer is not None and (begun := self.init.folder or self.distill.from_):
             raise ConfigError(f"data.tokenizer={self.data.tokenizer}: the weights of {begun} know their own tokenizer; "
                               "omit it.")
@@ -133,6 +134,22 @@ class Config(Checked):
         if first > batch or first % rows:
             raise ConfigError(f"train.ramp_from={first} must be a multiple of the {rows} sequences of a micro-batch, "
                               f"and at most batch_size={batch}{self._finer_ramp()}.")
+
+    def _check_optimizer(self):
+        model, kind, tau = self.model, self.optimizer.kind, self.optimizer.qk_clip
+        own = [f"model.{name}={part!r}" for name, part in (("attention", model.attention), ("router", model.router))
+               if re.fullmatch(OWN, part) and part != IN_TURN]
+        adapters = [] if self.lora.rank is None else [f"lora.rank={self.lora.rank}"]
+        if kind == "muon" and (unfit := own + adapters):
+            raise ConfigError(f"optimizer.kind='muon' knows the matrices of this model's own parts, and not those of "
+                              f"{' and '.join(unfit)}; take --config.optimizer.kind=adamw.")
+        split = [f"mesh.{name}={size}" for name, size in (("pipe", self.mesh.pipe), ("context", self.mesh.context),
+                                                        ("context_node", self.mesh.context_node)) if size > 1]
+        attention = own[:1] if model.attention != "mla" else []
+        sparse = [] if model.index_topk is None else [f"model.index_topk={model.index_topk}"]
+        if tau is not None and (unfit := attention + sparse + adapters + split):
+            raise ConfigError(f"optimizer.qk_clip={tau:g} measures the logits of MLA over complete sequences in one "
+                              f"stage, not with {' and '.join(unfit)}; take --config.optimizer.qk_clip=None.")
 
     def _finer_ramp(self):
         """The rounds of accumulation that a ramp which is too fine could move in, as an advice."""

@@ -111,8 +111,10 @@ class DataConfig(Checked, section="data"):
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig(Checked, section="optimizer"):
-    """AdamW and the report's learning-rate shape, in fractions of the run (report section 4.2)."""
+    """AdamW or Muon, and the report's learning-rate shape, in fractions of the run (report section 4.2)."""
 
+    kind: Annotated[Literal["adamw", "muon"], "muon: that of the Kimi models, for all matrices but embedding and head; "
+                                              "these and norms keep AdamW"] = "adamw"
     learning_rate: Annotated[float, POSITIVE, "the highest"] = 2.2e-4
     warmup: Annotated[float, "share of the run in which the rate rises"] = 0.0085
     constant_until: Annotated[float, "10T of 14.8T tokens"] = 0.676
@@ -127,6 +129,8 @@ class OptimizerConfig(Checked, section="optimizer"):
     weight_decay: Annotated[float, NOT_NEGATIVE, "decoupled; norms' scales are left alone"] = 0.1
     clip_norm: Annotated[float, POSITIVE, "global norm of the gradients"] = 1.0
     moment_dtype: Annotated[Literal["bfloat16", "float32", "float64"], "the report keeps bfloat16"] = "float32"
+    qk_clip: Annotated[float | None, POSITIVE, "largest attention logit, above which a head's projections are scaled "
+                       "down after the step; Kimi K2 has 100; None: neither measured nor clipped"] = None
 
     def __post_init__(self):
         super().__post_init__()

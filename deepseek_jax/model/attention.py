@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from deepseek_jax.config import ModelConfig
-from deepseek_jax.model.blockwise import attend
+from deepseek_jax.model.blockwise import attend, largest_logits
 from deepseek_jax.model.layers import RMSNorm, Weight, linear, weight, with_flat_inputs
 from deepseek_jax.model.ring_attention import ring_attention
 from deepseek_jax.model.rope import rotate, softmax_scale
@@ -25,6 +25,7 @@ from deepseek_jax.parallel.sharding import constrain
 
 HEADS_OUT, HEADS_IN = ("heads", None), (None, "heads")  # which dimension of a weight a mesh splits
 SPLIT = ("batch", None, "heads", None)
+LOGITS = "attention_logits"  # a collection: where it is mutable, each attention writes "largest" [H] into it
 
 
 class MLA(nn.Module):
@@ -44,6 +45,9 @@ class MLA(nn.Module):
                                     cast(jax.Array, kv_b_CHX), segment_ids_BT)
         else:
             q_BTHA, k_BTHA, v_BTHV, _ = queries_keys_values(self, x_BTD, rope)
+            if self.is_mutable_collection(LOGITS) and not self.is_initializing():
+                self.put_variable(LOGITS, "largest", largest_logits(q_BTHA, k_BTHA, segment_ids_BT, softmax_scale(cfg),
+                                                                    cfg.attention_block))
             o_BTHV = attend(q_BTHA, k_BTHA, v_BTHV, segment_ids_BT, softmax_scale(cfg), cfg.attention_block,
                             "e5m6" if cfg.fp8.enabled else None, cfg.implementation)
         return output(self, o_BTHV)

@@ -206,6 +206,27 @@ def add_blocks(softmax: Softmax, q: jax.Array, k: jax.Array, v: jax.Array,
     return lax.fori_loop(0, len(pairs), step, softmax)
 
 
+def largest_logits(q_BTHA: jax.Array, k_BTHA: jax.Array, segment_ids_BT: jax.Array | None, scale: float,
+                   block: int) -> jax.Array:
+    """float32 [H]: of each head the largest score that `attend` takes a softmax of, over the batch; no gradient.
+
+    A product of its own, as kernels do not return it: a block of scores at once, as in `attend`.
+    """
+    block = min(block, q_BTHA.shape[1])
+    pad = ((0, 0), (0, -q_BTHA.shape[1] % block))
+    # The last row again adds no score that is not there already.
+    q, k = (lax.stop_gradient(jnp.pad(x, (*pad, (0, 0), (0, 0)), mode="edge")).swapaxes(1, 2) for x in (q_BTHA, k_BTHA))
+    segments = None if segment_ids_BT is None else _both(jnp.pad(segment_ids_BT, pad, mode="edge"))
+    qT, (_, pairs, causal) = transpose(q), _causal_blocks(q, block)
+
+    def step(n, top_H):
+        i, j = pairs[n, 0], pairs[n, 1]
+        s = _scores(_part(qT, i, block, 3), _part(k, j, block, 2), segments, i, j, scale, causal)
+        return jnp.maximum(top_H, s.max(axis=(0, 2, 3)))
+
+    return lax.fori_loop(0, len(pairs), step, jnp.full(q.shape[1], -jnp.inf, wide(q.dtype)))
+
+
 class Queries(NamedTuple):
     """What gradients need of queries: q [B, H, T, A]; of their output the gradient [B, H, T, V]; the log-sum-exp, and
     delta, the product of output and gradient, [B, H, T]."""

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from deepseek_jax.config import ConfigError, MeshConfig, ModelConfig
 from deepseek_jax.config.model import RECOMPUTABLE, UNROLLED_LAYERS
-from deepseek_jax.model.attention import MLA
+from deepseek_jax.model.attention import LOGITS, MLA
 from deepseek_jax.model.block import residual_block
 from deepseek_jax.model.experts import MoE
 from deepseek_jax.model.layers import FFN, SAVED_NAMES, RMSNorm, head_logits, weight, wide
@@ -173,7 +173,7 @@ class DeepSeekV3(nn.Module):
         scanned = length > UNROLLED_LAYERS
         bias_axis = 0 if moe and self.cfg.has_router_bias else nn.broadcast
         chosen_axis = 0 if replay else nn.broadcast
-        stack = nn.scan(rematerialized(Block, self.cfg, scanned), variable_axes={"params": 0},
+        stack = nn.scan(rematerialized(Block, self.cfg, scanned), variable_axes={"params": 0, LOGITS: 0},
                         split_rngs={"params": True}, length=length, unroll=1 if scanned else length,
                         in_axes=(bias_axis, nn.broadcast, chosen_axis))  # pyright: ignore[reportArgumentType]: axes of a tree
         return stack(self.cfg, moe=moe, capture=capture, mesh=self.mesh, parts=self.parts, name=name)

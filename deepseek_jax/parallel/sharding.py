@@ -79,7 +79,7 @@ for _pattern, _dims in tuple(PARAMETERS.items()):
 
 # Leaves of a training state that are complete on every device.
 REPLICATED = {"router/bias": "layers scored", "router/mtp_bias": "layers scored", "balancer/*": "", "step": "",
-              "rng": "", "count": ""}
+              "rng": "", "count": "", "ns_coeffs": ""}
 
 
 class LeafSharding(NamedTuple):

@@ -1,4 +1,4 @@
-"""AdamW over float32 masters and the report's learning-rate shape (report section 4.2).
+"""AdamW or Muon over float32 masters, and the report's learning-rate shape (report section 4.2).
 
 Warm-up, constant, cosine, then two constant tail levels, all as fractions of the run, so that a run of 600 steps and
 one of 14.8T tokens have the same shape.
@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from deepseek_jax.config import OptimizerConfig
+from deepseek_jax.parallel.sharding import dimension_names
 
 
 def learning_rate(cfg: OptimizerConfig, steps: int) -> Callable[[Any], jax.Array]:
@@ -55,10 +56,48 @@ def only_indexer(updates: Any) -> Any:
         lambda path, x: x if any(part.key == "indexer" for part in path) else jnp.zeros_like(x), updates)
 
 
+def matrices(params: Any) -> Any:
+    """Which axes of each parameter are inputs and outputs of a matrix; None: it is none, or embedding or head.
+
+    Layers and experts are matrices of their own; heads are parts of one, as in the Kimi models.
+    """
+    def of(path, x):
+        names = dimension_names(jax.tree_util.keystr(path, simple=True, separator="/"), x.ndim)
+        first = sum(name in ("layers", "experts") for name in names)
+        if len(names) - first < 2 or "vocab" in names:
+            return None
+        middle = first + (2 if names[first:first + 2] == ("heads", "head_dim") else 1)
+        return optax.contrib.MuonDimensionNumbers(tuple(range(first, middle)), tuple(range(middle, x.ndim)))
+
+    return jax.tree_util.tree_map_with_path(of, params)
+
+
+def scale_by_muon(cfg: OptimizerConfig) -> optax.GradientTransformation:
+    """Muon's direction of matrices, of the size that Adam's has, and Adam's of the rest (arXiv 2502.16982).
+
+    Momentum 0.95 and the factor 0.2 are those of Moonlight and Kimi K2.
+    """
+    muon = optax.contrib.muon(1.0, beta=0.95, mu_dtype=cfg.moment_dtype, muon_weight_dimension_numbers=matrices,
+                              consistent_rms=0.2)
+
+    def rules(params):
+        found = matrices(params)
+        return jax.tree.map(lambda numbers: "adam" if numbers is None else "muon", found,
+                            is_leaf=lambda x: x is None or isinstance(x, optax.contrib.MuonDimensionNumbers))
+
+    # A rate of 1 has turned the direction round.
+    return optax.partition({"muon": optax.chain(muon, optax.scale(-1.0)), "adam": scale_by_adam(cfg)}, rules)
+
+
+def scale_by_adam(cfg: OptimizerConfig) -> optax.GradientTransformation:
+    """Adam's direction, with moments in cfg.moment_dtype."""
+    return in_dtype(optax.scale_by_adam(b1=cfg.b1, b2=cfg.b2, eps=1e-8), cfg.moment_dtype)
+
+
 def make_optimizer(cfg: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """Clip by global norm, Adam with moments in cfg.moment_dtype, decoupled weight decay, schedule."""
+    """Clip by global norm, Adam or Muon, decoupled weight decay, schedule."""
     return optax.chain(
         optax.clip_by_global_norm(cfg.clip_norm),
-        in_dtype(optax.scale_by_adam(b1=cfg.b1, b2=cfg.b2, eps=1e-8), cfg.moment_dtype),
+        scale_by_muon(cfg) if cfg.kind == "muon" else scale_by_adam(cfg),
         optax.add_decayed_weights(cfg.weight_decay, mask=decayed),
         optax.scale_by_learning_rate(learning_rate(cfg, steps)))

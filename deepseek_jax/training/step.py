@@ -1,4 +1,4 @@
-"""One optimizer step: gradients accumulated over micro-batches, AdamW, then the routing biases.
+"""One optimizer step: gradients accumulated over micro-batches, AdamW or Muon, then the routing biases.
 
 The biases are moved last and once, on the loads of the complete batch: weight decay, clipping, averaging, remat and
 accumulation never touch them (report section 2.1.2).
@@ -14,11 +14,13 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from deepseek_jax.config import Config
+from deepseek_jax.config import Config, ConfigError
 from deepseek_jax.model import DeepSeekV3, Output, lora
+from deepseek_jax.model.attention import LOGITS
 from deepseek_jax.model.router import bias_rule
 from deepseek_jax.parallel.sharding import constrain_to_compute, constrain_to_storage
 from deepseek_jax.pipeline.model import gradients_of, score
+from deepseek_jax.training import qk_clip
 from deepseek_jax.training.losses import objective, shifted_targets, token_losses, with_indexer
 from deepseek_jax.training.optimizer import learning_rate, make_optimizer, only_indexer
 from deepseek_jax.training.types import Batch, Metrics, Normalizers, Sums, TokenLosses
@@ -133,10 +135,20 @@ def of_rows(config: Config, micro: dict[str, jax.Array]) -> Batch:
 def next_token_loss(config: Config, params: dict[str, Any], inputs: Inputs) -> tuple[jax.Array, Sums]:
     """The report's objective: next tokens, MTP, balance; and the indexer's, where there is one."""
     router, micro, normalizers, step, _ = inputs
-    output, losses = forward(config, params, router, of_rows(config, micro), step)
+    batch = of_rows(config, micro)
+    output, logits = _with_logits(config, params, router, batch, step)
+    losses = token_losses(output, params["head"], batch, config.train.loss_chunk)
     loss = objective(output, losses, normalizers, config.balance)
     loss, own = with_indexer(config, loss, output, losses, normalizers)
-    return loss, sums_of(output, losses, own)
+    return loss, sums_of(output, losses, own)._replace(logits=logits)
+
+
+def _with_logits(config, params, router, batch, step) -> tuple[Output, dict[str, Any]]:
+    """The model, and of each attention its largest logits; {} where nothing asks for them."""
+    if config.optimizer.qk_clip is None:
+        return run_model(config, params, router, batch, step=step), {}
+    made: Any = run_model(config, params, router, batch, step=step, mutable=[LOGITS])
+    return made[0], made[1][LOGITS]
 
 
 def complete(config: Config, params: dict[str, Any], base: dict[str, Any] | None) -> dict[str, Any]:
@@ -196,7 +208,12 @@ def accumulate(config: Config, params: dict[str, Any], router: dict[str, jax.Arr
 
     if config.train.accumulation_steps == 1:
         return one(0)
-    return jax.lax.fori_loop(1, rounds, lambda m, total: jax.tree.map(jnp.add, total, one(m)), one(0))
+
+    def add(m, total):
+        grads, sums = one(m)
+        return jax.tree.map(jnp.add, total[0], grads), total[1].added(sums)
+
+    return jax.lax.fori_loop(1, rounds, add, one(0))
 
 
 def _rounds(config, batch):
@@ -232,6 +249,11 @@ def train_step(config: Config, state: TrainState, batch: dict[str, Any], base: d
     if config.model.index_warmup:  # weight decay would move the others
         updates = only_indexer(updates)
     params = jax.tree.map(jnp.add, state.params, updates)
+    if config.optimizer.qk_clip is not None:
+        if not sums.logits:
+            raise ConfigError("optimizer.qk_clip is for pre-training and fine-tuning, and this objective measures no "
+                              "logits; take --config.optimizer.qk_clip=None.")
+        params = qk_clip.clip(config.model, params, sums.logits, config.optimizer.qk_clip)
     ema = state.ema
     if config.train.ema_decay:
         decay = config.train.ema_decay
@@ -243,6 +265,9 @@ def train_step(config: Config, state: TrainState, batch: dict[str, Any], base: d
 
 def _metrics(config, step, grads, sums: Sums, rounds, router: dict[str, jax.Array]) -> Metrics:
     losses, none, biases = sums.losses, jnp.zeros(()), jax.tree.leaves(router)
+    own = {name: total / jnp.maximum(losses.weight, 1) for name, total in sums.own.items()}
+    if sums.logits:
+        own["max_logit"] = qk_clip.largest(sums.logits)
     mtp_loss_D = losses.mtp_nats_D / jnp.maximum(losses.mtp_weight_D, 1)
     return Metrics(
         loss=losses.nats / jnp.maximum(losses.weight, 1),
@@ -252,7 +277,7 @@ def _metrics(config, step, grads, sums: Sums, rounds, router: dict[str, jax.Arra
         bias_low=jnp.stack([b.min() for b in biases]).min() if biases else none,
         bias_high=jnp.stack([b.max() for b in biases]).max() if biases else none,
         counts=sums.counts, traffic=sums.traffic,
-        own={name: total / jnp.maximum(losses.weight, 1) for name, total in sums.own.items()}, biases=router)
+        own=own, biases=router)
 
 
 def _norm(tree):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from deepseek_jax.parallel.dispatch import Traffic
 
@@ -49,7 +50,8 @@ class Sums(NamedTuple):
     """Sums over a batch. counts: int32 [L, E] under the names of the `router` collection.
 
     sequence_loss, auxiliary_loss: unweighted, float32, summed over micro-batches. A pipeline has no auxiliary loss: 0.
-    own: what else the loss measures by name, weighted like its tokens.
+    own: what else the loss measures by name, weighted like its tokens. logits: largest attention logits, as
+    `qk_clip.clip` takes them; {} where nothing asks for them. They are no sums: `added` takes the larger one.
     """
 
     losses: TokenLosses
@@ -58,13 +60,20 @@ class Sums(NamedTuple):
     sequence_loss: jax.Array
     auxiliary_loss: jax.Array
     own: dict[str, jax.Array] = {}  # noqa: RUF012 (never written to)
+    logits: dict[str, Any] = {}  # noqa: RUF012 (never written to)
+
+    def added(self, more: Sums) -> Sums:
+        """These and those of more tokens."""
+        added = jax.tree.map(jnp.add, self, more)
+        return added._replace(logits=jax.tree.map(jnp.maximum, self.logits, more.logits))
 
 
 class Metrics(NamedTuple):
     """Of one step: float32 scalars, loss and mtp_loss in nats per token; counts int32 per layer.
 
     sequence_loss, auxiliary_loss: unweighted, means over the micro-batches. bias_low, bias_high: the least and the
-    largest routing bias after the step; 0 where there is none. own: weighted means of what else the loss measures.
+    largest routing bias after the step; 0 where there is none. own: weighted means of what else the loss measures, and
+    with optimizer.qk_clip max_logit, the largest attention logit of the step, before clipping.
     biases: float32 [L, E] after the step, by the names of the `router` collection.
     """
 

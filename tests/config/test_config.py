@@ -92,6 +92,8 @@ def test_an_impossible_model_says_what_would_work(overrides, message):
         ("optimizer", dict(warmup=0.9), "0 <= warmup <= constant_until"),
         ("optimizer", dict(learning_rate=0.0), "must be positive"),
         ("optimizer", dict(moment_dtype="int8"), "optimizer.moment_dtype='int8' is unknown"),
+        ("optimizer", dict(kind="lion"), "optimizer.kind='lion' is unknown"),
+        ("optimizer", dict(qk_clip=0.0), "optimizer.qk_clip=0.0 must be positive, or None"),
         ("balance", dict(bias_rule="random"), "balance.bias_rule='random' is unknown"),
         ("train", dict(steps="many"), "train.steps='many' should be int, not str"),
         ("train", dict(steps=10.5), "train.steps=10.5 should be int, not float"),
@@ -159,6 +161,33 @@ def test_an_impossible_run_says_what_would_work(section, changes, message):
     with pytest.raises(ConfigError) as error:
         freeze(config)
     assert_one_line(error, message)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "others", "unfit"),
+    [
+        ({"kind": "muon"}, {"lora": {"rank": 4}, "init": {"from": "run"}}, "those of lora.rank=4; take --config.opt"),
+        ({"kind": "muon"}, {"model": {"attention": "own:MLA", "router": "own:route"}},
+         "those of model.attention='own:MLA' and model.router='own:route'; take --config.optimizer.kind=adamw"),
+        ({"qk_clip": 100.0}, {"model": {"attention": "own:MLA"}}, "not with model.attention='own:MLA'; take --config"),
+        ({"qk_clip": 100.0}, {"model": {"index_topk": 8}}, "optimizer.qk_clip=100 measures the logits of MLA"),
+        ({"qk_clip": 100.0}, {"mesh": {"context": 2}}, "in one stage, not with mesh.context=2; take --config"),
+        ({"qk_clip": 100.0}, {"mesh": {"pipe": 2}}, "not with mesh.pipe=2; take --config.optimizer.qk_clip=None"),
+    ])
+def test_an_optimizer_that_does_not_know_a_part_is_refused_by_its_name(optimizer, others, unfit):
+    config = as_dict(Config(model=model_config("tiny")))
+    for section, changes in {"optimizer": optimizer, **others}.items():
+        config[section] |= changes
+    with pytest.raises(ConfigError) as error:
+        freeze(config)
+    assert unfit in str(error.value) and "\n" not in str(error.value)
+
+
+def test_logits_are_clipped_whatever_the_routing_rule_is():
+    config = as_dict(Config(model=model_config("tiny")))
+    config["optimizer"] |= {"qk_clip": 100.0}
+    config["model"] |= {"router": "own:route"}
+    assert freeze(config).optimizer.qk_clip == 100
 
 
 @pytest.mark.parametrize(

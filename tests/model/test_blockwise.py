@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec
 from deepseek_jax.config import FP8Config, MeshConfig, model_config
 from deepseek_jax.model import DeepSeekV3, attention, blockwise, experts
 from deepseek_jax.model.attention import MLA
-from deepseek_jax.model.blockwise import attend
+from deepseek_jax.model.blockwise import attend, largest_logits
 from deepseek_jax.model.rope import rope_table
 from deepseek_jax.model.transformer import rematerialized
 from deepseek_jax.pipeline.split import split
@@ -246,3 +246,18 @@ def test_the_passes_of_a_split_stage_give_the_gradients_of_the_whole(twins):
 
     found, expected = both(params, x_BTD, x_BTD[:, ::-1])
     jax.tree.map(lambda a, b: np.testing.assert_array_less(distance(a, b), 2.0**-7), found, expected)
+
+
+@pytest.mark.parametrize("documents", [None, [0] * 17 + [1] * 23])
+def test_the_largest_logit_is_that_of_a_pair_that_attention_sees(documents):
+    q, k, _ = qkv(B=3, dtype=jnp.float32, A=12)
+    q, k = q.at[:, 20, 1].set(3.0), k.at[:, 39, 1].set(100.0)  # a key of the future for all but the last query
+    segments = None if documents is None else jnp.broadcast_to(jnp.asarray(documents), (3, 40))
+
+    found = jax.jit(lambda q, k: largest_logits(q, k, segments, SCALE, BLOCK), compiler_options=naive.QUICKLY)(q, k)
+
+    scores_BHTS = SCALE * np.einsum("BTHA,BSHA->BHTS", q, k)
+    seen_TS = np.tril(np.ones((40, 40), bool))
+    if documents:
+        seen_TS &= np.equal.outer(documents, documents)
+    np.testing.assert_allclose(found, np.where(seen_TS, scores_BHTS, -np.inf).max(axis=(0, 2, 3)), rtol=1e-5)

@@ -62,10 +62,8 @@ MUTATIONS = [
     Mutation(
         name="bias moved by the loads of one micro-batch",
         file="deepseek_jax/training/step.py",
-        old="jax.tree.map(jnp.add, total, one(m)), one(0))",
-        new=(
-            "(lambda new: (jax.tree.map(jnp.add, total[0], new[0]), {k: total[1][k] if k == 'counts' "
-            "else total[1][k] + v for k, v in new[1].items()}))(one(m)), one(0))"),
+        old="total[1].added(sums)",
+        new="total[1].added(sums)._replace(counts=total[1].counts)",
         tests="training/test_step.py",
     ),
     Mutation(
@@ -181,6 +179,69 @@ MUTATIONS = [
         old="return grads, cast(state, dtype)",
         new="return grads, state",
         tests="training/test_optimizer.py",
+    ),
+    Mutation(
+        name="Muon's update has another size than Adam's",
+        file="deepseek_jax/training/optimizer.py",
+        old="consistent_rms=0.2)",
+        new="consistent_rms=0.3)",
+        tests="training/test_optimizer.py::test_muon_moves_a_matrix_by_its_orthogonal_part_at_the_size_of_adams",
+    ),
+    Mutation(
+        name="Muon takes all experts as one matrix",
+        file="deepseek_jax/training/optimizer.py",
+        old='name in ("layers", "experts") for name',
+        new='name in ("layers",) for name',
+        tests="training/test_optimizer.py::test_muon_takes_layers_and_experts_as_matrices_and_the_heads_of_one_together",
+    ),
+    Mutation(
+        name="Muon takes the head as a matrix",
+        file="deepseek_jax/training/optimizer.py",
+        old=' or "vocab" in names:',
+        new=':',
+        tests="training/test_optimizer.py::test_muon_takes_layers_and_experts_as_matrices_and_the_heads_of_one_together",
+    ),
+    Mutation(
+        name="Muon climbs",
+        file="deepseek_jax/training/optimizer.py",
+        old="optax.scale(-1.0)",
+        new="optax.scale(1.0)",
+        tests="training/test_optimizer.py::test_muon_moves_a_matrix_by_its_orthogonal_part_at_the_size_of_adams",
+    ),
+    Mutation(
+        name="all of a head's query is scaled by the root",
+        file="deepseek_jax/training/qk_clip.py",
+        old="jnp.sqrt(gamma_H), gamma_H, cfg.nope_head_dim)",
+        new="jnp.sqrt(gamma_H), jnp.sqrt(gamma_H), cfg.nope_head_dim)",
+        tests="training/test_qk_clip.py::test_values_and_the_rotary_key_stay_and_rope_takes_all_of_gamma",
+    ),
+    Mutation(
+        name="values are clipped with the keys",
+        file="deepseek_jax/training/qk_clip.py",
+        old="jnp.ones_like(gamma_H),",
+        new="jnp.sqrt(gamma_H),",
+        tests="training/test_qk_clip.py::test_values_and_the_rotary_key_stay_and_rope_takes_all_of_gamma",
+    ),
+    Mutation(
+        name="heads below tau are scaled up",
+        file="deepseek_jax/training/qk_clip.py",
+        old="jnp.minimum(1.0, tau / jnp.maximum(top_H, tau))",
+        new="tau / top_H",
+        tests="training/test_qk_clip.py::test_a_head_above_tau_comes_down_to_it_and_another_stays",
+    ),
+    Mutation(
+        name="the largest logits of micro-batches are added",
+        file="deepseek_jax/training/types.py",
+        old="jax.tree.map(jnp.maximum, self.logits, more.logits)",
+        new="added.logits",
+        tests="training/test_qk_clip.py::test_micro_batches_take_the_largest_logit_of_all",
+    ),
+    Mutation(
+        name="the largest logit is one of the future",
+        file="deepseek_jax/model/blockwise.py",
+        old="segments, i, j, scale, causal)\n        return jnp.maximum(top_H",
+        new="segments, i, j, scale, False)\n        return jnp.maximum(top_H",
+        tests="model/test_blockwise.py::test_the_largest_logit_is_that_of_a_pair_that_attention_sees",
     ),
     Mutation(
         name="gradients are not clipped",

@@ -43,13 +43,14 @@ def on(cfg: MeshConfig):
     return contextlib.nullcontext() if cfg.devices == 1 else jax.set_mesh(mesh_of(cfg))
 
 
-def config_of(mesh=None, accumulation_steps=1, steps=20, rows=32, lora=ALL, **model):
+def config_of(mesh=None, accumulation_steps=1, steps=20, rows=32, lora=ALL, optimizer=None, **model):
     """Losses that weigh so much that leaving one out would show; rates that move biases and weights far."""
     return Config(
         model=ModelConfig(**(MODEL | model)), mesh=mesh or MeshConfig(), lora=lora,
         train=TrainConfig(batch_size=rows, accumulation_steps=accumulation_steps, sequence_length=T, steps=steps,
                           loss_chunk=12),
-        optimizer=OptimizerConfig(learning_rate=1e-2, warmup=0.0, moment_dtype=model.get("dtype", "float64")),
+        optimizer=OptimizerConfig(learning_rate=1e-2, warmup=0.0, moment_dtype=model.get("dtype", "float64"),
+                                  **(optimizer or {})),
         balance=BalanceConfig(sequence_loss_weight=0.5, bias_speed=0.01))
 
 
@@ -75,15 +76,15 @@ def place_batch(config, batch):
 
 
 @functools.cache
-def fresh_state(model, lora=ALL):
+def fresh_state(model, lora=ALL, kind="adamw"):
     """Of one device, as host arrays; made once a model."""
-    config = Config(model=model, lora=lora, optimizer=OptimizerConfig(moment_dtype=model.dtype))
+    config = Config(model=model, lora=lora, optimizer=OptimizerConfig(kind=kind, moment_dtype=model.dtype))
     return jax.device_get(jax.jit(functools.partial(init_state, config), compiler_options=QUICKLY)())
 
 
 def start(config):
     """The same fresh state on any mesh, whatever is rematerialized. -> (state, its shardings or None)"""
-    state = fresh_state(dataclasses.replace(config.model, remat="none"), config.lora)
+    state = fresh_state(dataclasses.replace(config.model, remat="none"), config.lora, config.optimizer.kind)
     if config.mesh.devices == 1:
         return jax.tree.map(jnp.asarray, state), None
     shardings = storage_shardings(state, mesh_of(config.mesh))

@@ -73,3 +73,17 @@ def test_adapters_of_a_split_base_train_as_on_one_device(fp8):
                                        for mesh in (None, MeshConfig(node=2, local=2, tensor=2)))
 
     np.testing.assert_allclose(on_mesh, on_one, rtol=1e-9)
+
+
+@pytest.mark.parametrize("mesh", [MeshConfig(node=2, local=2, tensor=2),
+                                  pytest.param(MeshConfig(replica=2, local=4), marks=pytest.mark.slow)])
+def test_muon_and_clipped_logits_on_a_mesh_are_those_of_one_device(mesh):
+    def made(mesh):
+        return train(config_of(mesh, accumulation_steps=2, optimizer={"kind": "muon", "qk_clip": 0.002}), 4)
+
+    with float64():
+        (on_one, _, metrics), (on_mesh, _, there) = made(None), made(mesh)
+
+    np.testing.assert_allclose(on_mesh, on_one, rtol=1e-9)
+    np.testing.assert_allclose(there.own["max_logit"], metrics.own["max_logit"], rtol=1e-9)
+    assert on_one[-1] < on_one[0] - 0.05 and metrics.own["max_logit"] > 0.002

@@ -147,3 +147,17 @@ def test_a_staged_run_is_the_same_however_often_it_starts_and_branches(config, t
     trained(config, branch, f"--config.init.from={once}@9", *staged, *SHORT)
     assert training_rows(branch) == training_rows(once)[9:]
     assert runs.final_bits(branch)[2] == runs.final_bits(once)[2]
+
+
+def test_muon_continues_to_the_bit_and_not_as_another_kind(config, tmp_path):
+    muon = ["--config.optimizer.kind=muon", "--config.optimizer.qk_clip=0.5", "--config.optimizer.schedule_steps=6",
+            "--config.train.final_eval_batches=1"]
+    at_once = trained(config, tmp_path / "at_once", *muon, "--config.train.steps=6")
+    workdir = trained(config, tmp_path / "run", *muon, "--config.train.steps=3")
+    other = runs.run("train", "--config", config, "--workdir", workdir, *muon[1:], "--config.train.steps=6")
+    other.assert_error("optimizer.kind is 'muon' there, 'adamw' here")
+
+    trained(config, workdir, *muon, "--config.train.steps=6")
+
+    assert training_rows(workdir) == training_rows(at_once) and "max_logit" in training_rows(workdir)[0]
+    assert runs.final_bits(workdir)[2] == runs.final_bits(at_once)[2]

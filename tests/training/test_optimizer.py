@@ -1,13 +1,16 @@
-"""The learning rate's shape at its marks, and what AdamW does to which parameter."""
+"""The learning rate's shape at its marks, and what AdamW and Muon do to which parameter."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import traverse_util
 
 from deepseek_jax.config import OptimizerConfig
 from deepseek_jax.model import DeepSeekV3
-from deepseek_jax.training.optimizer import decayed, learning_rate, make_optimizer
+from deepseek_jax.training.optimizer import decayed, learning_rate, make_optimizer, matrices
 from tests.model import naive
 
 MARKS = dict(warmup=0.1, constant_until=0.5, cosine_until=0.8, cosine_to=0.1, tail_from=0.9, tail_to=0.03)
@@ -109,3 +112,90 @@ def test_gradients_are_clipped_by_their_norm_over_all_parameters(size, passed):
     first, second = (jnp.concatenate([m["a"], m["b"][0]]) for m in (state[1].mu, state[1].nu))
     np.testing.assert_allclose(first, 0.1 * passed * np.array([0.6, 0.8]), rtol=1e-5)
     np.testing.assert_allclose(second, 0.05 * (passed * np.array([0.6, 0.8])) ** 2, rtol=1e-5)
+
+
+MUON = {**PLAIN, "kind": "muon", "learning_rate": 0.1}
+
+
+@functools.cache
+def model_params():
+    return naive.variables_of(naive.tiny())["params"]
+
+
+def orthogonalized(x_IO):
+    """Five steps of Newton and Schulz with Jordan's coefficients, in NumPy."""
+    x_IO = np.asarray(x_IO, np.float64) / np.linalg.norm(x_IO)
+    for _ in range(5):
+        a_II = x_IO @ x_IO.T
+        x_IO = 3.4445 * x_IO + (-4.7750 * a_II + 2.0315 * a_II @ a_II) @ x_IO
+    return x_IO
+
+
+def test_muon_takes_layers_and_experts_as_matrices_and_the_heads_of_one_together():
+    cfg, found = naive.tiny(), {}
+    shapes = {path: x.shape for path, x in traverse_util.flatten_dict(model_params()).items()}
+    for path, numbers in traverse_util.flatten_dict(matrices(model_params())).items():
+        if numbers is not None:
+            shape = shapes[path]
+            sizes = [int(np.prod([shape[axis] for axis in axes])) for axes in numbers]
+            found["/".join(path)] = (int(np.prod(shape)) // int(np.prod(sizes)), *sizes)
+
+    D, H, qk = cfg.d_model, cfg.num_heads, cfg.nope_head_dim + cfg.rope_head_dim
+    expected = {"attention/q_a": (D, 12), "attention/q_b": (12, H * qk), "attention/kv_a": (D, 16 + 4),
+                "attention/kv_b": (16, H * (8 + 6)), "attention/o": (H * 6, D)}
+    for end, sizes in expected.items():
+        assert found[f"layers/{end}"] == (2, *sizes) and found[f"mtp_1/block/{end}"] == (1, *sizes)
+    assert found["layers/ffn/up"] == (2 * 8, D, 10) and found["layers/ffn/down"] == (2 * 8, 10, D)
+    assert found["dense_layers/ffn/up"] == (1, D, 24) and found["layers/ffn/router/weight"] == (2, D, 8)
+    assert found["mtp_1/projection"] == (1, 2 * D, D)
+    assert not {"embedding", "head", "norm/scale"} & found.keys()
+
+
+def test_muon_moves_a_matrix_by_its_orthogonal_part_at_the_size_of_adams():
+    params = model_params()
+    grads = naive.fill(params, seed=1)
+    (before, after), _ = run(OptimizerConfig(**MUON), params, [grads])
+
+    moved = jax.tree.map(lambda a, b: (np.asarray(b) - a) / -0.1, before, after)["layers"]["attention"]
+    for layer in range(2):
+        kv_a, o = moved["kv_a"][layer], moved["o"][layer].reshape(-1, 32)
+        g_kv_a, g_o = (np.asarray(grads["layers"]["attention"][name][layer]) for name in ("kv_a", "o"))
+        np.testing.assert_allclose(kv_a, 0.2 * np.sqrt(32) * orthogonalized(g_kv_a.T).T, atol=2e-4)
+        np.testing.assert_allclose(o, 0.2 * np.sqrt(32) * orthogonalized(g_o.reshape(-1, 32)), atol=2e-4)
+
+
+def test_what_is_no_matrix_moves_as_under_adamw():
+    params = model_params()
+    gradients = [naive.fill(params, seed=seed) for seed in (1, 2)]
+    muon, adam = (run(OptimizerConfig(**{**MUON, "kind": kind}), params, gradients)[0][-1]
+                  for kind in ("muon", "adamw"))
+
+    same = lambda a, b: np.allclose(a, b, rtol=0, atol=1e-6)
+    assert same(muon["embedding"], adam["embedding"]) and same(muon["head"], adam["head"])
+    assert same(muon["norm"]["scale"], adam["norm"]["scale"])
+    assert not same(muon["mtp_1"]["projection"], adam["mtp_1"]["projection"])
+
+
+def test_muon_decays_what_adamw_decays():
+    params = model_params()
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    muon, adam = (run(OptimizerConfig(**{**MUON, "kind": kind, "weight_decay": 0.1}), params, [zeros])[0][-1]
+                  for kind in ("muon", "adamw"))
+
+    jax.tree.map(np.testing.assert_array_equal, muon, adam)
+    np.testing.assert_allclose(muon["head"], params["head"] * (1 - 0.1 * 0.1), rtol=1e-6)
+
+
+def test_muon_remembers_one_number_a_weight_of_a_matrix_in_the_dtype_of_moments():
+    params = model_params()
+    state = make_optimizer(OptimizerConfig(**MUON, moment_dtype="bfloat16"), 10).init(params)
+
+    found = {}
+    for path, x in jax.tree_util.tree_leaves_with_path(state):
+        names = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+        found.setdefault(names[-1], set()).add(str(x.dtype))
+    assert found["kv_a"] == found["embedding"] == found["scale"] == {"bfloat16"} and found["ns_coeffs"] == {"float32"}
+    matrix = sum(x.size for x, numbers in zip(jax.tree.leaves(params), jax.tree.leaves(
+        matrices(params), is_leaf=lambda x: x is None or isinstance(x, tuple))) if numbers is not None)
+    rest = sum(x.size for x in jax.tree.leaves(params)) - matrix
+    assert sum(x.size for x in jax.tree.leaves(state) if x.ndim > 1 or x.size > 3) == matrix + 2 * rest

@@ -19,17 +19,24 @@ def _counts(cfg):
         {"params": params, "router": router}, tokens_BT, logits=False).counts["bias"])  # pyright: ignore[reportAttributeAccessIssue] (apply)
 
 
+def rows_by_kind(loader: Loader) -> list[np.ndarray]:
+    """Held-out tokens [ROWS, T] of each kind of text (fewer of a short text), in the order of the sources."""
+    validation, kinds = loader.validation, []
+    for start, end in zip(validation.starts, validation.starts[1:]):
+        first, last = (-(-int(x) // validation.length) for x in (start, end))  # rows that begin inside this kind
+        kinds.append(np.stack([validation.row(r)[0][:-1] for r in range(first, min(last - 1, first + ROWS))]))
+    return kinds
+
+
 def specialisation(config: Config, params: dict[str, Any], router: dict[str, Any], loader: Loader,
                    final: bool) -> dict[str, Any]:
     """Half of sum_e |share of a kind's choices - share of all|, mean of kinds and layers: 0 none, 1 nothing shared.
 
     The array `load_by_kind` is [kind, layer, expert], in multiples of an even load; kinds in the order of the sources.
     """
-    validation, shares = loader.validation, []
-    for start, end in zip(validation.starts, validation.starts[1:]):
-        first, last = (-(-int(x) // validation.length) for x in (start, end))  # rows that begin inside this kind
-        rows = [validation.row(r)[0][:-1] for r in range(first, min(last - 1, first + ROWS))]
-        counts_LE = np.asarray(_counts(config.model)(params, router, np.stack(rows)))
+    shares = []
+    for tokens_BT in rows_by_kind(loader):
+        counts_LE = np.asarray(_counts(config.model)(params, router, tokens_BT))
         shares.append(counts_LE / counts_LE.sum(axis=-1, keepdims=True))
     share_KLE = np.stack(shares)
     apart = np.abs(share_KLE - share_KLE.mean(axis=0)).sum(axis=-1) / 2

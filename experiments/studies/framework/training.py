@@ -64,7 +64,8 @@ SINCE = (("data", "packing", "stream"), ("data", "tokenizer", None), ("data", "v
          ("train", "checkpoint_keep_period", None), ("train", "checkpoint_local", None),
          ("train", "checkpoint_local_every", 10), ("lora", "fp8", False), ("mesh", "context", 1),
          ("mesh", "context_node", 1), ("model", "implementation", "auto"),
-         ("optimizer", "schedule_steps", None), ("train", "tracker", None),
+         ("optimizer", "schedule_steps", None), ("optimizer", "kind", "adamw"), ("optimizer", "qk_clip", None),
+         ("train", "tracker", None),
          ("train", "prometheus", None), ("train", "profile", ""), ("train", "stall_minutes", None))
 
 Probe = Callable[[Config, Any, Any, Loader, bool], dict[str, Any]]

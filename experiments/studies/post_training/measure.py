@@ -104,7 +104,8 @@ class PostTraining(Measure):
                                     ("mesh", "context_node", 1), ("model", "implementation", "auto"),
                                     ("train", "checkpoint_minutes", None), ("train", "checkpoint_keep_period", None),
                                     ("train", "checkpoint_local", None), ("train", "checkpoint_local_every", 10),
-                                    ("optimizer", "schedule_steps", None), ("train", "tracker", None),
+                                    ("optimizer", "schedule_steps", None), ("optimizer", "kind", "adamw"),
+                                    ("optimizer", "qk_clip", None), ("train", "tracker", None),
                                     ("train", "prometheus", None), ("train", "profile", ""),
                                     ("train", "stall_minutes", None)):
             if config[section][key] == value:

@@ -1,0 +1,44 @@
+"""Studies that compare at equal budgets: the models are as large as they say, and their steps cost the same."""
+
+import json
+import types
+
+import pytest
+
+from deepseek_jax.scale.costs import conventions
+from experiments.studies.dense import kinds
+from experiments.studies.framework import timing
+
+
+def test_the_dense_models_have_as_many_active_and_as_many_parameters_in_total():
+    sizes = {kind: conventions(kinds.model(kind)) for kind in kinds.KINDS}
+
+    assert sizes["active"]["main model"] == pytest.approx(sizes["mixture"]["active per token"], rel=0.01)
+    assert sizes["total"]["main model"] == pytest.approx(sizes["mixture"]["main model"], rel=0.01)
+    assert sizes["active"]["main model"] < 0.5 * sizes["total"]["main model"]
+
+
+@pytest.mark.parametrize("kind", kinds.KINDS)
+@pytest.mark.parametrize(("budget", "cost"), [("tokens", lambda kind: 1), ("compute", kinds.flops),
+                                              ("time", kinds.seconds)])
+def test_steps_of_a_budget_cost_as_much_as_those_of_the_mixture(kind, budget, cost):
+    assert kinds.steps(kind, budget) * cost(kind) == pytest.approx(kinds.STEPS * cost("mixture"), rel=0.005)
+
+
+def test_compute_of_the_mixture_is_that_of_as_many_active_parameters():
+    assert kinds.flops("mixture") == pytest.approx(kinds.flops("active"), rel=0.01)
+
+
+def test_configs_that_are_timed_take_turns(tmp_path, monkeypatch, capsys):
+    order = []
+    # A step takes as long as its speed.
+    monkeypatch.setattr(timing, "time", types.SimpleNamespace(perf_counter=lambda: sum(order)))
+    monkeypatch.setattr(timing, "stepper", lambda config: lambda: order.append(config.balance.bias_speed))
+
+    timing.write_seconds("dense", {"one": {"balance.bias_speed": 1.0}, "two": {"balance.bias_speed": 2.0}},
+                         tmp_path / "seconds.json", turns=3)
+
+    assert order == 3 * ([1.0] * timing.TIMED + [2.0] * timing.TIMED)
+    written = json.loads((tmp_path / "seconds.json").read_text())
+    assert written["seconds"] == {"one": 1, "two": 2} and written["command"].endswith("dense.timing")
+    assert "two: 2000.0 ms a step, 2.00 of that of one" in capsys.readouterr().out
