@@ -346,7 +346,7 @@ def draw(path):
     figure = Figure(figsize=(11, 8), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     axis = figure.subplots()
-    axis.set_xlim(0, 1)
+    axis.set_xlim(0, 1.04)
     axis.set_ylim(-0.5, max(height.values()) + 0.5)
     axis.set_axis_off()
     style = dict(boxstyle="round,pad=0.4", fc="#eaf2f8", ec="#0072B2")
@@ -396,6 +396,8 @@ def placed(height, arrows):
 
 
 if __name__ == "__main__":
-    import sys
+    import argparse
 
-    draw(sys.argv[1])
+    parser = argparse.ArgumentParser(description="Draws the rooms of deepseek_jax and what each imports.")
+    parser.add_argument("picture", metavar="FILE", help="such as docs/rooms.png")
+    draw(parser.parse_args().picture)
