@@ -329,8 +329,8 @@ def _check_disk(folder):
         except (FileNotFoundError, NotADirectoryError):
             pass
         except (OSError, ValueError) as error:  # too long, or a character that no name may have
-            raise StorageError(f"{folder} cannot be a folder: {getattr(error, 'strerror', None) or error}; take another "
-                               "name.") from None
+            why = getattr(error, "strerror", None) or error
+            raise StorageError(f"{folder} cannot be a folder: {why}; take another name.") from None
     if not os.path.isdir(there):
         raise StorageError(f"{folder} cannot be a folder: {there} is none; take another name.")
     try:

@@ -6,8 +6,9 @@
     WORKDIR/checkpoints/local.json                    RUN, from the first of these states on
 
 Each process writes all that its devices hold, and what it got of a neighbour: the process half of all away, or the next
-on another machine, so that a machine, and the first or the second half of all racks or slices, may be lost. A step counts if for each process some machine has its part;
-whoever lacks it is given it (`exchange`). The numbers of processes may be others than they were.
+on another machine, so that a machine, and the first or the second half of all racks or slices, may be lost. A step
+counts if for each process some machine has its part; whoever lacks it is given it (`exchange`). The numbers of
+processes may be others than they were.
 With another mesh there is none, and the checkpoint in the work directory counts. So does it where the run was continued
 from that one since, or without these, or was copied: RUN is another name then, or none.
 """
