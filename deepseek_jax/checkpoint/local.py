@@ -227,7 +227,8 @@ class LocalCheckpoints:
 
     def _receive(self, incoming: Incoming, partial: pathlib.Path):
         storage.remove(partial)
-        files = io.parse_json(incoming.take(int.from_bytes(incoming.take(8), "little")))["files"]
+        about = incoming.take(int.from_bytes(incoming.take(8).tobytes(), "little"))
+        files = io.parse_json(about.tobytes())["files"]
         for name, (length, _) in sorted(files.items()):
             path = partial / name
             path.parent.mkdir(parents=True, exist_ok=True)
