@@ -3,10 +3,10 @@
     path ──── an address? ── no ──> os, pathlib
                   └──────── yes ──> fsspec: gcsfs, s3fs
 
-This is the one place that tells them apart. A bucket has objects under complete names and nothing else: no folders, no
-appending, no renaming. An object is written as a whole, and readers see all of it or the one before. What the store
-refuses, or cannot do after its client has tried again, is a StorageError of one line; what is not there is a
-FileNotFoundError, as on a disk.
+This module tells them apart, and others that have to ask it (`is_remote`). A bucket has objects under complete names
+and nothing else: no folders, no appending, no renaming. An object is written as a whole, and readers see all of it or
+the one before. What the store refuses, or cannot do after its client has tried again, is a StorageError of one line;
+what is not there is a FileNotFoundError, as on a disk.
 """
 
 from __future__ import annotations
