@@ -3,10 +3,10 @@
     path ──── an address? ── no ──> os, pathlib
                   └──────── yes ──> fsspec: gcsfs, s3fs
 
-This is the one place that tells them apart. A bucket has objects under complete names and nothing else: no folders, no
-appending, no renaming. An object is written as a whole, and readers see all of it or the one before. What the store
-refuses, or cannot do after its client has tried again, is a StorageError of one line; what is not there is a
-FileNotFoundError, as on a disk.
+This module tells them apart, and others that have to ask it (`is_remote`). A bucket has objects under complete names
+and nothing else: no folders, no appending, no renaming. An object is written as a whole, and readers see all of it or
+the one before. What the store refuses, or cannot do after its client has tried again, is a StorageError of one line;
+what is not there is a FileNotFoundError, as on a disk.
 """
 
 from __future__ import annotations
@@ -294,13 +294,14 @@ def in_parallel(function: Any, items: Any) -> list[Any]:
 
 
 def check_writable(address: Path) -> None:
-    """Writes, reads and removes an object below an address; or makes and removes a file where a folder is, or is to be.
+    """Writes, reads and removes an object below an address; or makes and removes a file in a folder, or in the
+    nearest one above that is there.
 
     Raises StorageError where that cannot be: a package or credentials are missing, there is no such bucket, the store
     or the disk refuses, or the address is a pattern.
     """
     if not is_remote(address):
-        _check_disk(os.path.abspath(address))
+        _check_disk(pathlib.Path(address).absolute())  # `..` behind a link stays what it is
         return
     if found := re.search(r"[*?[\]]", os.fspath(address)):
         raise StorageError(f"{os.fspath(address)} has a {found[0]}, which in the name of an object stands for others; "
@@ -319,9 +320,17 @@ def check_writable(address: Path) -> None:
 
 
 def _check_disk(folder):
-    there = folder
+    there, missing = folder, []
     while not os.path.lexists(there):
-        there = os.path.dirname(there)
+        there, missing = there.parent, [there.name, *missing]
+    for name in missing:
+        try:
+            os.lstat(there / name)
+        except (FileNotFoundError, NotADirectoryError):
+            pass
+        except (OSError, ValueError) as error:  # too long, or a character that no name may have
+            why = getattr(error, "strerror", None) or error
+            raise StorageError(f"{folder} cannot be a folder: {why}; take another name.") from None
     if not os.path.isdir(there):
         raise StorageError(f"{folder} cannot be a folder: {there} is none; take another name.")
     try:

@@ -176,6 +176,9 @@ def test_who_holds_a_bucket_s_lock_says_so_again_and_ends_when_another_has_it(ad
 
 @pytest.mark.parametrize("name, says", [("file", "cannot be a folder: .*file is none; take another name"),
                                         ("file/run", "run cannot be a folder: .*file is none"),
+                                        ("long" * 75, "longlong cannot be a folder: File name too long; take another"),
+                                        ("new/" + "long" * 75, "longlong cannot be a folder: File name too long"),
+                                        ("nul\0/run", r"nul\\x00/run cannot be a folder: embedded null .*; take"),
                                         ("link", "cannot be a folder: .*link is none"),
                                         ("/proc/none/run", "run cannot be written: No such .* in /proc; take")])
 def test_a_disk_that_cannot_be_written_is_refused_before_anything_runs(two, tmp_path, name, says):
@@ -184,6 +187,15 @@ def test_a_disk_that_cannot_be_written_is_refused_before_anything_runs(two, tmp_
     with pytest.raises(storage.StorageError, match=says):
         check_workdir(two[0], str(tmp_path / name))
     assert sorted(os.listdir(tmp_path)) == ["file", "link"]
+
+
+def test_of_dots_behind_a_link_the_folder_is_asked_that_a_run_has(tmp_path):
+    (tmp_path / "elsewhere/there").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("elsewhere/there")
+    (tmp_path / "elsewhere/run").touch()
+    storage.check_writable(tmp_path / "link/../new")
+    with pytest.raises(storage.StorageError, match="link/../run cannot be a folder"):  # it is elsewhere/run
+        storage.check_writable(tmp_path / "link/../run")
 
 
 def test_a_disk_is_asked_without_a_trace(two, tmp_path):

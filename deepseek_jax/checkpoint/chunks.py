@@ -4,7 +4,7 @@
 
 Every process writes the chunks that its devices hold and takes their checksums as it does; process 0 joins the lists
 and reads nothing back. ID is another one for each attempt to save: a request of an attempt that timed out may still
-reach a store when the next one is done.
+reach a store when the next one is done. States on the machines themselves (`local`) have one ID for all of a start.
 
 Not Orbax's OCDBT: it has checksums of its index alone, and hands out a flipped bit of a value without a word. Nor does
 Orbax write s3://.
@@ -12,7 +12,9 @@ Orbax write s3://.
 
 from __future__ import annotations
 
+import collections
 import functools
+import math
 import pathlib
 import uuid
 from typing import Any
@@ -33,7 +35,7 @@ class Save:
 
     Args:
       folder: of the checkpoint, or its address.
-      state: where the arrays are in it; the same in all processes, another one for each attempt.
+      state: where the arrays are in it; the same in all processes, and in a bucket another one for each attempt.
       arrays: {name: jax.Array or NumPy array}, none of them empty.
       alone: this process writes all that its devices hold, for itself.
     """
@@ -55,10 +57,10 @@ class Save:
         held = {place: (shape, dtype, chunk, [(start, np.empty(size, dtype)) for start, size in layouts[place][giver]])
                 if place in layouts else (shape, dtype, chunk, parts)
                 for place, (shape, dtype, chunk, parts) in self.held.items()}
-        length = lambda i: sum(int(np.prod(size, dtype=np.int64)) * self.held[place][1].itemsize
-                               for place, layout in layouts.items() for _, size in layout[i])
+        spread = (array for array in arrays.values() if _is_spread(array))
+        most = _most(tuple((array.sharding, array.shape, array.dtype) for array in spread))
         given = lambda held: (_bytes(part) for place in layouts for _, part in held[place][-1])
-        incoming = Incoming(pairs, max(length(i) for i in range(jax.process_count())), given(self.held))
+        incoming = Incoming(pairs, most, given(self.held))
         for buffer in given(held):
             incoming.fill(buffer)
         incoming.finish()
@@ -140,6 +142,16 @@ def _layout(sharding, shape) -> dict[int, list[tuple[tuple[int, ...], tuple[int,
     for device, index in sharding.devices_indices_map(shape).items():
         found.setdefault(device.process_index, set()).add(_begin(index))
     return {process: [(start, size) for start in sorted(starts)] for process, starts in found.items()}
+
+
+@functools.cache
+def _most(spread) -> int:
+    """Bytes of the process whose devices hold most. spread: of each array its sharding, shape and dtype."""
+    held: collections.Counter[int] = collections.Counter()
+    for sharding, shape, dtype in spread:
+        for process, parts in _layout(sharding, shape).items():
+            held[process] += sum(math.prod(size) for _, size in parts) * dtype.itemsize
+    return max(held.values(), default=0)
 
 
 def _bytes(part):

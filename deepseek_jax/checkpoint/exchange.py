@@ -43,11 +43,11 @@ class Incoming:
             buffer[done:done + len(part)] = part
             done, self._left = done + len(part), self._left[len(part):]
 
-    def take(self, length: int) -> bytes:
-        """The next bytes."""
+    def take(self, length: int) -> np.ndarray:
+        """The next bytes, in a uint8 array of one dimension."""
         buffer = np.empty(length, np.uint8)
         self.fill(buffer)
-        return buffer.tobytes()
+        return buffer
 
     def finish(self) -> None:
         """Takes part in what is left of the exchange, for the others."""

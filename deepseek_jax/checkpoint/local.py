@@ -5,9 +5,10 @@
                                run.json               whose states these are: the address of its checkpoints
     WORKDIR/checkpoints/local.json                    RUN, from the first of these states on
 
-Each process writes all that its devices hold, and what it got of a neighbour: the process half of all away, so that a
-machine, and half of the racks or slices, may be lost. A step counts if for each process some machine has its part;
-whoever lacks it is given it (`exchange`). The numbers of processes may be others than they were.
+Each process writes all that its devices hold, and what it got of a neighbour: the process half of all away, or the next
+on another machine, so that a machine, and the first or the second half of all racks or slices, may be lost. A step
+counts if for each process some machine has its part; whoever lacks it is given it (`exchange`). The numbers of
+processes may be others than they were.
 With another mesh there is none, and the checkpoint in the work directory counts. So does it where the run was continued
 from that one since, or without these, or was copied: RUN is another name then, or none.
 """
@@ -54,10 +55,9 @@ class LocalCheckpoints:
         self.folder, self.directory = pathlib.Path(folder), directory
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "local checkpoint")
         self._pending: concurrent.futures.Future | None = None
-        self._me, count = jax.process_index(), jax.process_count()
-        self._pairs: Pairs = tuple((i, (i + count // 2) % count) for i in range(count))
+        self._me, self._count = jax.process_index(), jax.process_count()
         self._open(agreement.from_first(self._known))
-        if count > 1 and not self._copies and self._me == 0:
+        if self._count > 1 and not self._copies and self._me == 0:
             print(f"note: processes share {self.folder}, so there are no copies in it, and with a machine all states "
                   "there are lost; the run then continues from the work directory.", flush=True)
 
@@ -95,9 +95,12 @@ class LocalCheckpoints:
         for folder in [self.own, *self.own.glob("copy_of_*")]:
             manifest.clean_up(folder)
         agreement.said_by_any(None)
-        self._here = [i for i, _ in self._pairs if self._is_here(self.run / f"process_{i}.start")]
-        keeper = dict(self._pairs)[self._me]
-        self._copies = not agreement.said_by_any("shared" if keeper in self._here else None)
+        self._here = [i for i in range(self._count) if self._is_here(self.run / f"process_{i}.start")]
+        home = dict(map(json.loads, agreement.said_by_any(json.dumps([self._me, min(self._here)]))))
+        away = _away([home[i] for i in range(self._count)])
+        self._copies, shift = away is not None, away or 0
+        self._pairs: Pairs = tuple((i, (i + shift) % self._count) for i in range(self._count))
+        self._giver = (self._me - shift) % self._count
 
     def _is_here(self, mark):
         try:
@@ -110,14 +113,17 @@ class LocalCheckpoints:
         None: there is none. What is here of later steps goes: the run gets there again, and not in all processes at
         once."""
         while (state := self._newest(found := self._found(), newest)) is not None:
-            gifts = _rounds(found[state])
+            gifts = _rounds(found[state], self._count)
             value, why = self._read_own(read, state, gifts)
             if said := agreement.said_by_any(why):
                 if _OTHER_MESH in said:
                     self._give_up(state, _OTHER_MESH)
                 continue  # without what is damaged
             for pairs in gifts:
-                self._give(state, pairs)
+                try:
+                    self._give(state, pairs)
+                except OSError as error:
+                    raise self._failed(state[0], error, "was not passed from machine to machine; in") from error
             if any(taker == self._me for pairs in gifts for _, taker in pairs):
                 value, why = self._read(read, state)
             if said := agreement.said_by_any(why):
@@ -126,6 +132,8 @@ class LocalCheckpoints:
             if gifts and self._me == 0:
                 words = ", ".join(f"{taker} from process {giver}" for pairs in gifts for giver, taker in pairs)
                 print(f"Parts of step {state[0]} that machines have lost: process {words}.", flush=True)
+            if self._why is not None and self._me == 0:
+                print(f"Not taken: {self._why}. Step {state[0]} counts.", flush=True)
             self._tidy(state[0])
             return value
         return None
@@ -164,7 +172,7 @@ class LocalCheckpoints:
     def _newest(self, found, newest) -> State | None:
         known = sorted(state for state in found if state[0] >= newest)
         whole = [state for state in known if not self._lost(found[state])]
-        if known and not whole:
+        if known and (not whole or known[-1][0] > whole[-1][0]):
             lost = ", ".join(map(str, self._lost(found[known[-1]])))
             self._why = f"step {known[-1][0]} on the machines, where no part of process {lost} is left"
         if not found and not self._spent and self._noted:
@@ -176,7 +184,7 @@ class LocalCheckpoints:
         self._why = f"step {state[0]} on the machines: {why}"
 
     def _lost(self, parts):
-        return [i for i, _ in self._pairs if i not in parts]
+        return [i for i in range(self._count) if i not in parts]
 
     def _read_own(self, read, state, gifts):
         """-> (value, why not). Reads in full what is to be given, and reads what is here of this process."""
@@ -214,15 +222,13 @@ class LocalCheckpoints:
         most = max(map(int, agreement.said_by_any(None if size is None else str(size))))
         incoming = Incoming(pairs, most, outgoing)
         if any(taker == self._me for _, taker in pairs):
-            try:
-                self._receive(incoming, self.own / f"{state[0]}.partial")
-            except OSError as error:
-                raise self._failed(state[0], error) from error
+            self._receive(incoming, self.own / f"{state[0]}.partial")
         incoming.finish()
 
     def _receive(self, incoming: Incoming, partial: pathlib.Path):
         storage.remove(partial)
-        files = io.parse_json(incoming.take(int.from_bytes(incoming.take(8), "little")))["files"]
+        about = incoming.take(int.from_bytes(incoming.take(8).tobytes(), "little"))
+        files = io.parse_json(about.tobytes())["files"]
         for name, (length, _) in sorted(files.items()):
             path = partial / name
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -234,13 +240,14 @@ class LocalCheckpoints:
 
     def _tidy(self, newest: int):
         """Removes what is newer than a step, and the states of processes that are not here any more."""
-        giver = next(giver for giver, taker in self._pairs if taker == self._me)
         for folder in [self.own, *self.own.glob("copy_of_*")]:
             for later in manifest.steps(folder):
                 if later > newest:
                     manifest.discard(folder / str(later))
-            if folder != self.own and (folder.name != f"copy_of_{giver}" or not self._copies):
+            if folder != self.own and (folder.name != f"copy_of_{self._giver}" or not self._copies):
                 storage.remove(folder)
+        if self._me != min(self._here):  # only one of a machine, which looks in none of these while another removes it
+            return
         for process, folder in self._folders():
             if process not in self._here and folder.parent == self.run:
                 storage.remove(folder)
@@ -258,8 +265,7 @@ class LocalCheckpoints:
         of its neighbour. Raises what `wait` does."""
         self.wait()
         agreement.said_by_any(None)  # a process whose disk is slow still needs that of the others before it
-        giver = next(giver for giver, taker in self._pairs if taker == self._me)
-        folders = [self.own, self.own / f"copy_of_{giver}"][:1 + self._copies]
+        folders = [self.own, self.own / f"copy_of_{self._giver}"][:1 + self._copies]
         try:
             for folder in folders:
                 for old in manifest.steps(folder)[:-1]:
@@ -285,11 +291,11 @@ class LocalCheckpoints:
                 storage.remove(save.folder)
                 raise self._failed(step, error) from error
 
-    def _failed(self, step, error) -> CheckpointError:
+    def _failed(self, step, error, verb="was not written to") -> CheckpointError:
         what = "what the devices of this machine have" + (", and two of another machine" if self._copies else "")
         full = f"; it holds two states of {what}, and needs room for them"
         full = full if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
-        return CheckpointError(f"step {step} was not written to train.checkpoint_local={self.folder}: "
+        return CheckpointError(f"step {step} {verb} train.checkpoint_local={self.folder}: "
                                f"{error.strerror or error}{full}.")
 
     def wait(self) -> None:
@@ -314,9 +320,18 @@ def _address(folder: pathlib.Path) -> str | None:
     return None
 
 
-def _rounds(holders: dict[int, list[int]]) -> list[Pairs]:
-    """Who gives its part to whom, at the same time: {process: those whose machine has its part} without itself."""
-    todo, rounds = [i for i, having in sorted(holders.items()) if i not in having], []
+def _away(home: list[int]) -> int | None:
+    """How many processes away the one is that keeps a copy: half of all, or the first number above that has none on the
+    machine of what it keeps; None: no number does. home: the first process on the machine of each."""
+    count = len(home)
+    return next((shift for shift in range(count // 2, count)
+                 if all(home[i] != home[(i + shift) % count] for i in range(count))), None)
+
+
+def _rounds(holders: dict[int, list[int]], count: int) -> list[Pairs]:
+    """Who gives its part to whom, at the same time. holders: {process: those whose machine has its part}; there may be
+    processes of an earlier start among them, from `count` on."""
+    todo, rounds = [i for i in range(count) if i not in holders[i]], []
     while todo:
         pairs: dict[int, int] = {}
         for taker in todo:

@@ -77,8 +77,6 @@ def prepare_ahead(config: Config, workdir: str | None, share: Share = ALL, worke
         with tempfile.TemporaryDirectory() as nothing:
             return prepare_ahead(config, nothing, share, workers)
     folder, data = prepare.cache_of(config, workdir), config.data
-    storage.check_writable(folder)
-    storage.make_folder(folder)
     with Workers(workers) as pool:
         divided = lambda path, fraction, most: Divided(path, fraction, most, workdir, folder, share, pool)
         began = prepare.began_in(config, workdir)
@@ -122,14 +120,20 @@ class Divided(prepare.Source):
             with storage.open_file(path) as lines:
                 yield from map(json.loads, lines)
 
+    def check_writable(self) -> None:
+        """Before anything is made, and only then: a complete cache may be one that can only be read."""
+        storage.check_writable(self.folder)
+        storage.make_folder(self.folder)
+
     def _of_all(self, name, ending, make, made, arguments) -> list[str]:
         """The files that make(path, unit, alone, *arguments) writes for each unit of `made`."""
         key = token_shards.hash_of(token_shards.FORMAT, self.digest, *map(str, arguments))
-        storage.make_folder(folder := os.path.join(self.folder, f"{name}-{key}"))
+        folder = os.path.join(self.folder, f"{name}-{key}")
         paths = [os.path.join(folder, f"{i:05}{ending}") for i in range(len(made))]
-        self.workers.run([(make, paths[i], made[i], self.alone, *arguments)
-                          for i in self.share.mine_first(len(paths)) if not storage.is_file(paths[i])],
-                         f"{name} of {self.path}")
+        if missing := [i for i in self.share.mine_first(len(paths)) if not storage.is_file(paths[i])]:
+            self.check_writable()
+            storage.make_folder(folder)
+        self.workers.run([(make, paths[i], made[i], self.alone, *arguments) for i in missing], f"{name} of {self.path}")
         return paths
 
 
@@ -157,6 +161,7 @@ def _parts(source: Divided, tokenizer, config, workdir, rate) -> Made:
     parts = [token_shards.part_folder(folder, i) for i in range(len(source.units))]
     there = lambda i: storage.is_file(os.path.join(parts[i], "meta.json"))
     if not storage.is_file(os.path.join(folder, "meta.json")):
+        source.check_writable()
         mine = [i for i in source.share.mine(len(parts)) if not there(i)]
         cut = source.survey[1] if mine else None
         source.workers.run([(_tokenize, parts[i], source.numbered[i], source.alone, cut, source.surveys[i]["counts"],

@@ -254,6 +254,7 @@ def test_a_lost_machine_costs_nothing_and_two_with_the_same_part_a_checkpoint(co
     assert manifest.steps(tmp_path / "run/checkpoints") == [1]
     neighbour = (1 + count // 2) % count
     assert said.count(f"Parts of step 3 that machines have lost: process 1 from process {neighbour}.") == 2
+    assert "Not taken: step 5 on the machines, where no part of process 1 is left. Step 4 counts." in said
     assert "Not taken: step 6 on the machines, where no part of process 1 is left. The work directory counts." in said
 
 
@@ -269,8 +270,8 @@ me, folder, found = int(sys.argv[2]), pathlib.Path(sys.argv[3]), {}
 with joined(Group(sys.argv[1], 4, me)):
     split = NamedSharding(jax.make_mesh((4,), ("all",)), PartitionSpec("all"))
     make = lambda step: {"x": jax.make_array_from_callback((8,), split, lambda i: np.arange(8)[i] + 10 * step)}
-    for machines in (2, 1):
-        machine = folder / f"{machines} machines" / str(me * machines // 4)
+    for machines, home in ((2, me // 2), ("2 dealt", me % 2), (1, 0)):
+        machine = folder / f"{machines} machines" / str(home)
 
         def begin():
             agreement.wait_for_all(f"begin {machines} {len(found)}")
@@ -295,9 +296,40 @@ with joined(Group(sys.argv[1], 4, me)):
 def test_copies_are_on_another_machine_or_nowhere(tmp_path):
     found, said = found_by(4, TOGETHER, tmp_path)
     for one in found:
-        assert one == {"copies on 2": 2, "after a loss of 2": 2, "copies on 1": 0, "after a loss of 1": 1}
+        assert one == {"copies on 2": 2, "after a loss of 2": 2, "copies on 2 dealt": 2,
+                       "after a loss of 2 dealt": 2, "copies on 1": 0, "after a loss of 1": 1}
     note = r"note: processes share .*/1 machines/0, so there are no copies in it, and with a machine all"
     assert len(re.findall(note, said)) == 2 == said.count("note: ")
+
+
+def test_of_the_processes_of_a_machine_one_removes_states_of_those_that_are_elsewhere(workdir, tmp_path):
+    checkpoints = local.LocalCheckpoints(str(tmp_path / "fast"), workdir)
+    (gone := checkpoints.run / "process_7").mkdir()
+    checkpoints._here, checkpoints._me = [0, 1], 1
+    checkpoints._tidy(0)
+    assert gone.exists()
+    checkpoints._me = 0
+    checkpoints._tidy(0)
+    assert not gone.exists() and checkpoints.own.exists()
+
+
+def test_a_disk_that_fails_in_giving_ends_in_one_line(begin, workdir, tmp_path, monkeypatch):
+    def broken(*_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+        yield
+
+    saved(begin(), local=(2,), shared=(1,))
+    monkeypatch.setattr(local, "_in_order", broken)
+    monkeypatch.setattr(local, "_rounds", lambda *_: [((0, 0),)])  # as if process 0 gave its part to another
+    with pytest.raises(CheckpointError, match="^step 2 was not passed .*train.checkpoint_local=.*fast: Input/output"):
+        begin().restore(abstract(make_state()))
+
+
+@pytest.mark.parametrize("home, away", [
+    ([0, 1, 2, 3], 2), ([0, 0, 2, 2], 2), ([0, 1, 0, 1], 3), ([0, 1, 2, 0, 1, 2], 4), ([0, 1, 2], 1), ([0, 0, 2], None),
+    ([0, 0], None), ([0], None)])
+def test_no_copy_is_on_the_machine_of_what_it_is_a_copy_of(home, away):
+    assert local._away(home) == away
 
 
 @pytest.mark.parametrize("holders, rounds", [
@@ -307,4 +339,9 @@ def test_copies_are_on_another_machine_or_nowhere(tmp_path):
     ({0: [3], 1: [3], 2: [2, 3], 3: [3]}, [((3, 0),), ((3, 1),)]),
     ({0: [2, 3], 1: [2, 3], 2: [2, 3], 3: [2, 3]}, [((2, 0), (3, 1))])])
 def test_nobody_gives_or_takes_two_parts_at_once(holders, rounds):
-    assert local._rounds(holders) == rounds
+    assert local._rounds(holders, 4) == rounds
+
+
+def test_a_process_of_an_earlier_start_that_is_no_more_is_given_nothing():
+    assert local._rounds({0: [0], 1: [1], 2: [0], 3: [1]}, 2) == []
+    assert local._rounds({0: [0], 1: [0], 2: [0]}, 2) == [((0, 1),)]

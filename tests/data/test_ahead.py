@@ -11,6 +11,7 @@ import time
 import numpy as np
 import pytest
 
+from deepseek_jax import storage
 from deepseek_jax.config import ConfigError, load_config
 from deepseek_jax.data import ahead, corpus, prepare, token_shards, units
 from deepseek_jax.data.ahead import Share, prepare_ahead
@@ -111,6 +112,24 @@ def test_a_finished_part_is_not_made_again_and_a_run_reads_no_text(make_config, 
     assert before.items() <= contents(tmp_path / "cache").items()
     monkeypatch.setattr(corpus, "read_documents", None)
     assert prepare.prepare(config, str(tmp_path / "run")).sources[0]["files"] == 6
+
+
+def test_a_complete_cache_may_be_one_that_can_only_be_read(make_config, mixed, tmp_path, monkeypatch):
+    def refuse(folder):
+        raise storage.StorageError(f"{folder} cannot be written")
+
+    config = make_config(mixed, cache_dir=str(tmp_path / "cache"))
+    made = prepare_ahead(config, None)
+    before = contents(tmp_path / "cache")
+    monkeypatch.setattr(storage, "check_writable", refuse)
+    assert prepare_ahead(config, None) == made and contents(tmp_path / "cache") == before
+    for names in "**/meta.json", "*-*/*.json*":
+        for path in (tmp_path / "cache").glob(names):
+            path.unlink()
+        for path in (tmp_path / "cache").glob("tokenizer-*"):
+            path.unlink()
+        with pytest.raises(storage.StorageError, match="cache cannot be written"):
+            prepare_ahead(config, None)
 
 
 def test_of_a_killed_process_what_is_finished_counts_and_nothing_else(tmp_path, monkeypatch):

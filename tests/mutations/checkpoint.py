@@ -147,7 +147,7 @@ MUTATIONS = [
         name="a mirror ends with a file that is gone",
         file="deepseek_jax/working_files.py",
         old="with contextlib.suppress(storage.StorageError, OSError):  # the next one",
-        new="with contextlib.suppress(StorageError):  # the next one",
+        new="with contextlib.suppress(storage.StorageError):  # the next one",
         tests="test_storage.py::test_a_file_that_goes_while_it_is_copied_ends_no_copying",
     ),
     Mutation(
@@ -244,7 +244,7 @@ MUTATIONS = [
     Mutation(
         name="a disk is not tried before the run",
         file="deepseek_jax/storage.py",
-        old="_check_disk(os.path.abspath(address))",
+        old="_check_disk(pathlib.Path(address).absolute())",
         new="pass",
         tests="test_workdir.py::test_a_disk_that_cannot_be_written_is_refused_before_anything_runs",
     ),
@@ -581,9 +581,9 @@ MUTATIONS = [
     Mutation(
         name="a copy is on the machine of what it is a copy of",
         file="deepseek_jax/checkpoint/local.py",
-        old='(i + count // 2) % count',
-        new='(i + 1) % count',
-        tests="checkpoint/test_local.py::test_copies_are_on_another_machine_or_nowhere",
+        old='if all(home[i] != home[(i + shift)',
+        new='if any(home[i] != home[(i + shift)',
+        tests="checkpoint/test_local.py::test_no_copy_is_on_the_machine_of_what_it_is_a_copy_of",
     ),
     Mutation(
         name="objects that one request for many leaves stay",

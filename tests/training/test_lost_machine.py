@@ -56,7 +56,8 @@ def test_a_run_that_was_killed_and_lost_a_machine_ends_bit_identical(tmp_path, c
     said = finish(start(config, tmp_path, tmp_path / "run", count, *LOCAL))
 
     step = re.search(r"Resuming from step (\d+) of", said)
-    assert step and STEPS // 2 - 2 <= int(step[1]) < STEPS
+    # Row 8 is there before the run waits until the state of step 6 is written: 4 is what it surely has.
+    assert step and STEPS // 2 - 4 <= int(step[1]) < STEPS
     giver = (1 + count // 2) % count
     assert f"Parts of step {step[1]} that machines have lost: process 1 from process {giver}." in said
     runs.assert_same_run(tmp_path / "run", tmp_path / "whole/run", leaves=10)

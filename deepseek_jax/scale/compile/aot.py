@@ -162,14 +162,19 @@ def measure_step(model: ModelConfig, layout: Layout, target: str, lora: LoraConf
 def described(model: ModelConfig, layout: Layout, target: str, compiled: Any, found: dict[str, int]) -> dict[str, Any]:
     """What every compiled program of a layout has in its report. found: its bytes per device by kind."""
     total, capacity = sum(found.values()), targets.memory_of(target)
-    collectives = hlo.collectives(compiled.as_text() or "", layout.mesh.sizes)
+    try:
+        collectives = hlo.collectives(compiled.as_text() or "", layout.mesh.sizes)
+    except ValueError as error:  # what took minutes to compile is not lost for it
+        print(f"Its collectives could not be read, and are left out: {error}", file=sys.stderr)
+        collectives = None
     return {"target": target, "devices": layout.mesh.devices, "layout": layout.name,
             "mesh": dataclasses.asdict(layout.mesh), "schedule": layout.schedule if layout.mesh.pipe > 1 else None,
             "micro_batches": layout.microbatches, "rows": layout.rows, "deferred": layout.deferred,
             "sequence_length": layout.sequence_length, "fp8": model.fp8.enabled, "remat": model.remat,
             "jax": jax.__version__, "bytes": found, "bytes_per_device": total, "memory": capacity,
             "fits": total <= capacity,
-            "collectives": hlo.table(collectives), "exposed": sum(not one.products for one in collectives)}
+            "collectives": hlo.table(collectives or []),
+            "exposed": None if collectives is None else sum(not one.products for one in collectives)}
 
 
 def _products(model, layout, text, target):

@@ -52,7 +52,7 @@ def size_of(shape: str) -> int:
 
 def first_group(text: str) -> list[int]:
     """The devices of the first of a collective's groups, in any of the forms that XLA writes; of a permutation the
-    first two between which something travels."""
+    first two between which something travels. Raises ValueError for another form."""
     if found := re.search(r"replica_groups=\{\{([\d,]+)\}", text):
         return [int(n) for n in found[1].split(",")]
     if found := re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)+)\}", text):
@@ -62,9 +62,24 @@ def first_group(text: str) -> list[int]:
         groups, dims, order = ([int(n) for n in part.split(",")] if part else [] for part in found.groups())
         order = order or list(range(len(dims)))
         return [_iota(i, dims, order) for i in range(math.prod(groups[1:]))]
-    if found := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", text):
-        return _along(re.findall(r"'([^']+)'=(\d+)", found[1]), re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", found[2]))
+    if found := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(([^ ]*)\))? \{([^}]*)\}", text):
+        mesh, axes = re.findall(r"'([^']+)'=(\d+)", found[1]), re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", found[3])
+        return [_device(place, found[2]) for place in _along(mesh, axes)]
+    if found := re.search(r"replica_groups=(?!\{\})\S*", text):
+        raise ValueError(f"{found[0]} is no known form of groups")
     return []
+
+
+def _device(place, order):
+    """Which device has a place of a mesh. order: None, `[4,2]T(1,0)` (see `_iota`) or `3,1,0,2`."""
+    if order is None:
+        return place
+    if found := re.fullmatch(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", order):
+        dims, axes = ([int(n) for n in part.split(",")] if part else [] for part in found.groups())
+        return _iota(place, dims, axes or list(range(len(dims))))
+    if re.fullmatch(r"\d+(,\d+)*", order):
+        return int(order.split(",")[place])
+    raise ValueError(f"device_ids=({order}) is no known order of devices")
 
 
 def _along(mesh, axes):
@@ -192,7 +207,7 @@ class _Program:
             flops = self.flops(name, shape, rest)
             return Work(1, flops, flops * ("/fp8_products/" in rest), flops * bool(_ATTENTION.search(rest)),
                         flops * ("/experts_products/" in rest))
-        if operation == "custom-call":
+        if operation in ("custom-call", "custom-call-start"):  # the latter is what a TPU's sparse core does
             return Work()
         each = [self.work(inner) for inner in _called(rest)]
         if operation == "conditional":

@@ -7,13 +7,14 @@ import json
 import os
 import subprocess
 import sys
+import types
 
 import jax
 import pytest
 
 from deepseek_jax.config import ConfigError, FP8Config, MeshConfig, model_config
 from deepseek_jax.parallel.mesh import make_mesh
-from deepseek_jax.scale.compile.aot import config_of, kernels_in
+from deepseek_jax.scale.compile.aot import config_of, described, kernels_in
 from deepseek_jax.scale.compile.aot_forward import PROGRAMS, lowered_program
 from deepseek_jax.scale.layout import Layout, Split, make_layout
 from deepseek_jax.training.step import init_state
@@ -33,6 +34,21 @@ def test_without_a_pipeline_micro_batches_accumulate():
     config = config_of(model_config("tiny"), Layout(MeshConfig(local=8), microbatches=4, rows=2, sequence_length=256))
 
     assert (config.train.batch_size, config.train.accumulation_steps) == (64, 4)
+
+
+def test_a_report_is_not_lost_for_groups_in_a_form_that_is_not_known(capsys):
+    program = """HloModule m
+
+ENTRY %main (x: f32[16]) -> f32[16] {
+  %x = f32[16]{0} parameter(0)
+  ROOT %r = f32[16]{0} all-reduce(%x), replica_groups=<new>, to_apply=%add
+}
+"""
+    c = model_config("v3_671b")
+    compiled = types.SimpleNamespace(as_text=lambda: program)
+    found = described(c, make_layout(c, Split(2048, 16, 64), 15360), "h100", compiled, {"arguments": 5})
+    assert (found["collectives"], found["exposed"], found["bytes_per_device"]) == ([], None, 5)
+    assert "could not be read, and are left out: replica_groups=<new>, is no known form" in capsys.readouterr().err
 
 
 def test_a_layout_that_training_cannot_run_is_refused():

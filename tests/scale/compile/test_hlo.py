@@ -167,6 +167,8 @@ ENTRY %main (x: f32[16], y: f32[64], a: bf16[4,4]) -> f32[64] {
 """
     (one,) = hlo.collectives(program, SIZES)
     assert (one.kind, one.axes, one.products) == ("all-gather", ("local",), 1)
+    there = program.replace("  ROOT %r", "  %p = f32[16,16]{1,0} dot(%x, %x), lhs_contracting_dims={}\n  ROOT %r")
+    assert hlo.work(there).products == sum(step.products for step in hlo.steps(there, SIZES, "ENTRY")) == 2
 
 
 def test_branches_are_found_by_their_number():
@@ -187,10 +189,20 @@ def test_loops_multiply_and_branches_are_marked():
     ("replica_groups=mesh['pipe'=2,'node'=1,'local'=8] {'pipe'}, use_global_device_ids=true", [0, 8]),
     ("replica_groups=mesh['axis_0'=2,'axis_1'=2,'axis_2'=4] {'axis_2','axis_0'}", [0, 8, 1, 9, 2, 10, 3, 11]),
     ("replica_groups=mesh['node'=2,'local'=8] {'node','local':(2)2}", [0, 2, 8, 10]),
+    ("replica_groups=mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'a'}, dimensions={0}", [0, 1]),
+    ("replica_groups=mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b'}", [0, 2, 4, 6]),
+    ("replica_groups=mesh['a'=2,'b'=2], device_ids=(3,1,0,2) {'a'}", [3, 0]),
     ("source_target_pairs={{0,0},{1,5},{5,1}}", [1, 5]), ("source_target_pairs={{2,2}}", [2, 2]),
     ("replica_groups={{3,7},{1,2}}", [3, 7]), ("replica_groups={}", [])])
 def test_groups_are_read_in_every_form(text, group):
     assert hlo.first_group(text) == group
+
+
+@pytest.mark.parametrize("text", ["replica_groups=<new>{0}, dimensions={0}",
+                                  "replica_groups=mesh['a'=2,'b'=4], device_ids=(reversed) {'a'}"])
+def test_groups_in_another_form_are_no_groups_of_all(text):
+    with pytest.raises(ValueError, match="is no known"):
+        hlo.first_group(text)
 
 
 @pytest.mark.parametrize(("shape", "size"), [("bf16[2,3]{1,0}", 12), ("(f32[4]{0}, pred[8]{0}, s32[])", 28),
