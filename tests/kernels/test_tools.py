@@ -229,9 +229,21 @@ def test_an_absent_peer_is_a_word_that_says_why(monkeypatch):
 def test_products_are_compared_at_few_rows_and_timed_at_all():
     case = Case("fp8_grouped_matmul", 32768, 7168, 4096, groups=8)
     wgrad = Case("fp8_grouped_matmul", 4096, 32768, 7168, groups=8, form="tiles")
-    assert (case.compared().M, case.compared().K, wgrad.compared().M, wgrad.compared().K) == (2048, 7168, 4096, 2048)
+    assert (case.compared().M, case.compared().K, wgrad.compared().M, wgrad.compared().K) == (2048, 7168, 4096, 8192)
     assert all(case.compared() == case for case in SHAPES["tiny"])
     assert Attention(1, 4096, 128).compared() == Attention(1, 1024, 8)
+
+
+def test_tiny_grouped_products_are_in_pairs_with_more_slices_of_a_group_than_are_on_the_way_at_once():
+    from tests.kernels import interpreter  # noqa: F401, I001 (skips where jax has none)
+    from kernels_pallas.hopper.fp8_matmul import TuningConfig
+
+    cases = [case for case in SHAPES["tiny"] if case.operation == "fp8_grouped_matmul"]
+    assert {case.form for case in cases} == {"blocks", "tiles"}
+    for case in (one for case in cases for one in (case, case.compared())):
+        config = TuningConfig.of_groups(case.N)
+        slices = case.K // 128 // (case.groups if case.form == "tiles" else 1)
+        assert config.pair and slices > config.stages_for(jnp.dtype(case.out_dtype)), case
 
 
 def test_a_machine_without_the_gpu_is_told_what_runs_there(monkeypatch, capsys):
