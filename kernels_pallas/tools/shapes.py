@@ -104,6 +104,12 @@ class Case(_Case):
         few = min(self.K if self.form == "tiles" else self.M, each * max(self.groups, 1))
         return dataclasses.replace(self, **{"K" if self.form == "tiles" else "M": few}) if self.N else self
 
+    def tuning(self) -> Any:
+        """The TuningConfig with which Hopper's kernel multiplies, of an FP8 product."""
+        from kernels_pallas.hopper.fp8_matmul import TuningConfig
+
+        return TuningConfig.of_groups(self.N) if self.groups else TuningConfig.of_shape(self.M, self.N)
+
     @property
     def out_dtype(self) -> DTypeLike:
         return jnp.float32 if self.form == "tiles" else jnp.bfloat16

@@ -169,6 +169,8 @@ def test_k_grouped_products_are_their_twin_and_zero_for_an_empty_group(pair):
         (lambda: grouped.fp8_grouped_matmul(
             api.quantize(jnp.ones((128, 128))), api.quantize_blocks(jnp.ones((1, 8, 128))), jnp.ones(1, jnp.int32),
             config=matmul.TuningConfig(split="columns")), "config.split must be 'rows'"),
+        (lambda: matmul.fp8_matmul(api.quantize(jnp.ones((8, 128))), api.quantize_blocks(jnp.ones((8, 128))),
+                                   config=matmul.TuningConfig(pair=True), num_sms=1), "num_sms=1; take pair=False."),
         (lambda: matmul.TuningConfig(tile_n=192), "tile_n=192 and split='rows' make no tile of this kernel; tile_n is"),
         (lambda: matmul.TuningConfig(tile_n=8), "tile_n=8 and split='rows' make no tile"),
         (lambda: matmul.TuningConfig(split="column"), "split 'rows' or 'columns'."),
