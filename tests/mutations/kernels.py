@@ -348,8 +348,8 @@ MUTATIONS = [
     Mutation(
         name="hopper: scales of a pair's second tile are those of the first",
         file="kernels_pallas/hopper/fp8_matmul.py",
-        old="first_column = tile.column + mine_n",
-        new="first_column = tile.column // config.columns * config.columns + mine_n",
+        old="lax.div(first_column, BLOCK)",
+        new="lax.div(first_column, config.columns) * config.sms",
         tests="kernels/test_hopper.py::test_two_sms_with_the_same_rows_are_the_twin_too",
     ),
     Mutation(
