@@ -67,7 +67,8 @@ def test_products_that_a_device_needs_are_those_of_its_share_of_the_tokens(monke
     found = aot._products(c, layout, "", "h100:8", frozen)
     assert found == {"attention": 20e12, "experts": 10e12, "fp8": 30e12, "others": 40e12,
                      "useful": training_flops_per_token(c, 256, frozen=frozen) * 3 * 2 * 256 / share}
-    line, = (one for one in report.table(REPORT | {"products": found | {"useful": 7e12}}).splitlines() if "TFLOP" in one)
+    lines = report.table(REPORT | {"products": found | {"useful": 7e12}}).splitlines()
+    line, = (one for one in lines if "TFLOP" in one)
     assert " ".join(line.split()) == ("TFLOP of products 100.0 kernels of attention 20.0, of experts in bfloat16 10.0, "
                                       "in FP8 30.0; useful 7.0")
 
