@@ -163,8 +163,8 @@ def shown(row: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m experiments.scale.tpu", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", metavar="FILE", help="also write the rows there, one by one, of a program that does not "
-                        "compile with its error; those there are kept")
+    parser.add_argument("--json", metavar="FILE", help="also write the rows there, one by one, of a program that does "
+                        "not compile with its error; those there are kept")
     parser.add_argument("--chips", nargs="+", default=list(SLICES), choices=SLICES)
     parser.add_argument("--models", nargs="+", default=list(EXPERTS_HERE), choices=EXPERTS_HERE)
     args = parser.parse_args()
