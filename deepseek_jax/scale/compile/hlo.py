@@ -322,7 +322,7 @@ def collectives(text: str, sizes: dict[str, int]) -> list[Collective]:
 
 
 def work(text: str) -> Work:
-    """The products of a compiled program, times the trips of loops of known length; of branches, those with most FLOPs."""
+    """The products of a compiled program, times the trips of loops of known length; of branches, the most FLOPs."""
     return _Program(text, {}).work("ENTRY")
 
 
