@@ -73,22 +73,25 @@ def _log_once(operation, implementation):
     log.info("%s: implementation %s", operation, implementation)
 
 
-def check_here(operation: str, implementation: str) -> None:
-    """Raises ValueError, which says what it needs, for an implementation that cannot run here."""
+def check_here(operation: str, implementation: str, key: str | None = None) -> None:
+    """Raises ValueError, which says what it needs, for an implementation that cannot run here.
+
+    key: of the config that named it, which the message names in place of the operation.
+    """
     folders, here = OPERATIONS[operation][1], runs_here()
+    asked = f"{key or f'{operation}: implementation'}={implementation!r}"
+    instead = f"{key or 'implementation'}='reference' computes the same in plain jnp."
     if implementation == "auto":
         return
     if implementation not in folders:
         raise ValueError(f"{operation} has no implementation {implementation!r}; take one of 'auto', "
                          f"{', '.join(map(repr, folders))}.")
     if implementation != "reference" and jax.__version_info__ < NEEDS_JAX:
-        raise ValueError(f"{operation}: implementation={implementation!r} needs jax {'.'.join(map(str, NEEDS_JAX))} or "
-                         f"newer, and this is {jax.__version__}; implementation='reference' computes the same in "
-                         "plain jnp.")
+        raise ValueError(f"{asked} needs jax {'.'.join(map(str, NEEDS_JAX))} or newer, and this is {jax.__version__}; "
+                         f"{instead}")
     if implementation not in ("reference", here):
-        raise ValueError(f"{operation}: implementation={implementation!r} needs {NEEDS[implementation]}, and this "
-                         f"machine has {device_here().device_kind!r}; implementation='reference' computes the same "
-                         "in plain jnp.")
+        raise ValueError(f"{asked} needs {NEEDS[implementation]}, and this machine has "
+                         f"{device_here().device_kind!r}; {instead}")
 
 
 def _find(operation, implementation, part=None):

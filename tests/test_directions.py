@@ -111,7 +111,7 @@ MAY_IMPORT = {
     "training.program": ("parallel.compiler", "config"),
     "training.base": ("training.step", "model", "fp8", "parallel", "checkpoint", "data.tokenizer", "workdir", "config"),
     "training.throughput": ("scale.hardware",),
-    "training.evaluate": ("training.step", "training.types", "training.metrics", "data", "workdir", "config"),
+    "training.evaluate": ("training.step", "training.types", "training.metrics", "data", "fp8", "workdir", "config"),
     "training.sample": ("training.step", "training.types", "pipeline.model", "model", "parallel", "serving.sampling",
                         "data.tokenizer", "config"),
     "training.comparison": ("training.metrics",),

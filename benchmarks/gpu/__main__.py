@@ -36,7 +36,8 @@ def machine_here(out: pathlib.Path, rehearse: bool) -> dict[str, Any]:
                          f"{facts['device']!r}; --rehearse runs the same stages anywhere.")
     before = read(str(out / "machine.json")).get("machine")
     if before and (other := [name for name in SAME if before.get(name) != facts[name]]):
-        raise ValueError(f"{out} has results of a run with another {', '.join(other)}; name another folder.")
+        raise ValueError(f"{out} has results of a run with another {', '.join(other)}; name another "
+                         "folder with --out.")
     out.mkdir(parents=True, exist_ok=True)
     io.write_json(out / "machine.json", {"machine": facts}, indent=1)
     return facts
@@ -45,12 +46,13 @@ def machine_here(out: pathlib.Path, rehearse: bool) -> dict[str, Any]:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=benchmarks.gpu.__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", metavar="DIR", type=pathlib.Path, default=pathlib.Path("build/gpu"),
-                        help="results, logs and report.md (default: build/gpu)")
+    parser.add_argument("--out", metavar="DIR", type=pathlib.Path,
+                        help="results, logs and report.md (default: build/gpu, of a rehearsal build/gpu-rehearsal)")
     parser.add_argument("--minutes", type=float, default=25, help="after which nothing runs any more (default: 25)")
     parser.add_argument("--smoke", action="store_true", help="the first stage alone")
     parser.add_argument("--rehearse", action="store_true", help="without a GPU and without a limit of time")
     args = parser.parse_args()
+    args.out = args.out or pathlib.Path("build/gpu-rehearsal" if args.rehearse else "build/gpu")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a child ends with this process
     if not args.minutes > 0:
         parser.error(f"--minutes {args.minutes:g} leaves no time; the default is 25.")

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from benchmarks.gpu.stages import Cases
-from kernels_pallas.hopper import fp8_matmul, grouped_matmul, mla_decode
+from kernels_pallas.hopper import grouped_matmul, mla_decode
 from kernels_pallas.tools import benchmark
 from kernels_pallas.tools.shapes import SHAPES, Case, Decode, Grouped
 from kernels_pallas.tools.timing import time_calls
@@ -16,6 +16,9 @@ from kernels_pallas.tools.timing import time_calls
 CALLS = 20
 MATMULS = (Case("fp8_matmul", 4096, 7168, 4096), Case("fp8_matmul", 4096, 7168, 2112),
            Case("fp8_matmul", 64, 7168, 4096))
+FP8_GROUPED = (Case("fp8_grouped_matmul", 32768, 7168, 4096, groups=8),
+               Case("fp8_grouped_matmul", 32768, 2048, 7168, groups=8),
+               Case("fp8_grouped_matmul", 4096, 32768, 7168, groups=8, form="tiles"))
 GROUPED = Grouped(32768, 7168, 2048, groups=8), Grouped(32768, 2048, 7168, groups=8, form="weights")
 DECODES = (Decode(128, 4096, 128), Decode(4, 32768, 128), Decode(128, 4096, 16, packed=True))
 
@@ -73,10 +76,12 @@ def decode(rehearse: bool) -> Cases:
 def sweep(rehearse: bool) -> Cases:
     """Tuning configs next to the default, without comparing: that the default is right is known by now."""
     for case in MATMULS:
-        default = fp8_matmul.TuningConfig.of_shape(case.M, case.N)
         for changes in ({}, {"pair": False, "tile_n": 128, "split": "rows"}, {"pair": False, "tile_n": 64},
                         {"stages": 3}, {"stages": 4}, {"snake": 1}, {"snake": 4}, {"snake": 16}):
-            yield from _tuned(case, default, changes, rehearse)
+            yield from _tuned(case, case.tuning(), changes, rehearse)
+    for case in FP8_GROUPED:
+        for changes in ({}, {"pair": False}, {"snake": 1}, {"snake": 16}):
+            yield from _tuned(case, case.tuning(), changes, rehearse)
     for case in GROUPED:
         for changes in ({}, {"tile_n": 128, "stages": 4}, {"tile_n": 128}, {"snake": 1}, {"snake": 16}):
             yield from _tuned(case, grouped_matmul.TuningConfig(), changes, rehearse)

@@ -71,6 +71,8 @@ def _experts(model):
     if model.fp8.enabled:
         return f"fp8_grouped_matmul, {api.chosen_here('fp8_grouped_matmul')}"
     name = implementation_here(model.implementation)
+    if name == "xla" or (name == "ragged" and api.chosen_here("grouped_matmul") == "reference"):
+        return "lax.ragged_dot"
     return f"grouped_matmul, {api.chosen_here('grouped_matmul')}" if name == "ragged" else name
 
 

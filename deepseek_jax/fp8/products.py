@@ -71,10 +71,9 @@ def check_here(recipe: FP8Config) -> None:
     """Raises ConfigError for kernels that this device or this version of jax does not have."""
     try:
         if recipe.enabled:
-            api.check_here("fp8_matmul", recipe.implementation)
+            api.check_here("fp8_matmul", recipe.implementation, "fp8.implementation")
     except ValueError as error:
-        words = str(error).partition("implementation=")[2].replace("implementation=", "fp8.implementation=")
-        raise ConfigError(f"fp8.implementation={words}") from error
+        raise ConfigError(str(error)) from error
 
 
 def quantize_gradient(dy: jax.Array, recipe: FP8Config, scale: str | None = None,

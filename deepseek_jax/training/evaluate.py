@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import tqdm
 
+from deepseek_jax import fp8
+from deepseek_jax.config import ConfigError, FP8Config
 from deepseek_jax.data.baselines import compressed_bits_per_byte
 from deepseek_jax.data.loader import Loader
 from deepseek_jax.data.prepare import prepare, prepare_evaluation
@@ -76,9 +78,7 @@ def evaluate_workdir(workdir: str, data: str | None = None, ema: bool = False,
     Raises ConfigError for a work directory or data that cannot be read.
     """
     config, variables, step = load_run(workdir, ema, step)
-    # Kernels that were asked for by name are those of the machine that trained.
-    config = dataclasses.replace(config, model=dataclasses.replace(
-        config.model, fp8=dataclasses.replace(config.model.fp8, implementation="auto")))
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, fp8=_here(config.model.fp8)))
     prepared = prepare(config, workdir) if data is None else prepare_evaluation(config, workdir, data)
     loader = Loader(config, prepared)
     if isinstance(loader.validation, WholeValidation) and (count := loader.validation.left_out):
@@ -90,3 +90,12 @@ def evaluate_workdir(workdir: str, data: str | None = None, ema: bool = False,
     del result["share"]  # all
     result |= {f"loss/{source}": loss for source, loss in result.pop("by_source").items()}
     return result | (compressed_bits_per_byte(config.data, data, workdir) if compressors else {})
+
+
+def _here(recipe: FP8Config) -> FP8Config:
+    """The recipe with the device's own kernels where those that it names are of another machine, which trained."""
+    try:
+        fp8.check_here(dataclasses.replace(recipe, enabled=True))
+    except ConfigError:
+        return dataclasses.replace(recipe, implementation="auto")
+    return recipe

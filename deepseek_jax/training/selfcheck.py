@@ -69,11 +69,12 @@ def grouped_difference(implementation: str = "auto") -> float:
 
 
 def fp8_grouped_difference(implementation: str) -> float:
-    """Of the FP8 grouped product to the reference's."""
-    sizes_E = jnp.array([128, 0, 256, 128], jnp.int32)
+    """Of the FP8 grouped product to the reference's: wide enough that SMs share rows, and with more slices of 128 of
+    K than a kernel has on the way at once."""
+    sizes_E, N, K = jnp.array([128, 0, 256, 128], jnp.int32), 256, 1024
 
     def run(name: str) -> Any:
-        a, b = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(((512, 256), (4, 128, 256))))
+        a, b = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(((512, K), (4, N, K))))
         return api.fp8_grouped_matmul(api.quantize(a, implementation="reference"), api.quantize_blocks(b), sizes_E,
                                       implementation=name)
 

@@ -150,10 +150,21 @@ def compiled(chip: str, part: Part, c: ModelConfig, rounds: int | None = None) -
             "temporaries": aot.bytes_of(made)["temporaries"], "seconds": round(time.time() - start, 1)}
 
 
+def shown(row: dict[str, Any]) -> str:
+    """A row as a line; one with an "error" did not compile."""
+    head = "{chip:4} {model:12} {part:18} {implementation:5} ".format(**row)
+    if "error" in row:
+        return head + repr(row["error"])
+    return head + (f"{row['bytes_accessed'] / 1e9:9.2f} GB, {row['read_again'] / 1e9:6.2f} again, "
+                   f"{row['flops'] / 1e9:9.0f} GFLOP {row['temporaries'] / 1e6:9.0f} MB of temporaries "
+                   f"{row['seconds']:6.0f} s")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m experiments.scale.tpu", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", metavar="FILE", help="also write the rows there, one by one; those there are kept")
+    parser.add_argument("--json", metavar="FILE", help="also write the rows there, one by one, of a program that does "
+                        "not compile with its error; those there are kept")
     parser.add_argument("--chips", nargs="+", default=list(SLICES), choices=SLICES)
     parser.add_argument("--models", nargs="+", default=list(EXPERTS_HERE), choices=EXPERTS_HERE)
     args = parser.parse_args()
@@ -169,14 +180,11 @@ def main() -> None:
                     try:
                         found = measure(chip, part, c)
                     except jax.errors.JaxRuntimeError as error:  # the compiler's
-                        print(f"{chip:4} {name:12} {words:18} {implementation:5} {str(error)[:100]!r}", flush=True)
-                        continue
-                    again = read_again(name, words) if implementation == "auto" else 0.0
-                    rows.append(dict(zip(KEYS, (chip, name, words, implementation))) | {"read_again": again} | found)
-                    print("{chip:4} {model:12} {part:18} {implementation:5}".format(**rows[-1]),
-                          f"{found['bytes_accessed'] / 1e9:9.2f} GB, {again / 1e9:6.2f} again, "
-                          f"{found['flops'] / 1e9:9.0f} GFLOP {found['temporaries'] / 1e6:9.0f} MB of temporaries "
-                          f"{found['seconds']:6.0f} s", flush=True)
+                        found = {"error": (str(error).strip() or "no message").splitlines()[0][:200]}
+                    else:
+                        found = {"read_again": read_again(name, words) if implementation == "auto" else 0.0} | found
+                    rows.append(dict(zip(KEYS, (chip, name, words, implementation))) | found)
+                    print(shown(rows[-1]), flush=True)
                     if args.json:
                         io.write_json(args.json, {"jax": jax.__version__, "tokens": TOKENS, "rows": rows}, indent=1)
 

@@ -138,7 +138,11 @@ def scaled_matmul(a: Any, b: Any, tables: Any, locate: Callable, tiles: Any, out
       locate: (refs of the tables, number of a tile) -> Tile.
       tiles: how many there are, or pairs of them.
       out_type: jax.ShapeDtypeStruct [E', M, N].
+    Raises:
+      ValueError: there are fewer SMs than share a tile.
     """
+    if num_sms < config.sms:
+        raise ValueError(f"pair=True shares rows between two SMs, and num_sms={num_sms}; take pair=False.")
     out = jax.ShapeDtypeStruct(tiled_shape(out_type.shape, out_type.dtype), out_type.dtype)
     (a_MK, as_KM), (b_ENK, bs) = a, b
     by_column = bs.ndim == 2

@@ -3,10 +3,12 @@
     python -m kernels_pallas.tools.compile_report --json FILE [--shapes v3-train v3-decode]
 
 Requires jax's CUDA plugin and ptxas (`pip install 'deepseek-jax[aot]'`), but no driver. A kernel fails if it spills,
-if ptxas serializes its WGMMAs, if an FP8 product has no `wgmma ... e4m3.e4m3`, if a quantizer's maxima would skip a
-NaN (max.f32 instead of max.NaN.f32), if one with scales of powers of two divides (the chip's division is within 2 ulp),
-or if it does not compile, which takes no other row with it: exit code 1. If nvdisasm is installed next to ptxas, as by
-the extra, the tensor core's instructions are counted in the machine code too: QGMMA multiplies FP8, HGMMA bfloat16.
+if ptxas serializes its WGMMAs, if an FP8 product has no `wgmma ... e4m3.e4m3`, if one in pairs has no load for both SMs
+(multicast::cluster) or tells its own SM alone what it has read (no mbarrier.arrive on shared::cluster), if a
+quantizer's maxima would skip a NaN (max.f32 instead of max.NaN.f32), if one with scales of powers of two divides (the
+chip's division is within 2 ulp), or if it does not compile, which takes no other row with it: exit code 1. If nvdisasm
+is installed next to ptxas, as by the extra, the tensor core's instructions are counted in the machine code too: QGMMA
+multiplies FP8, HGMMA bfloat16.
 """
 
 import argparse
@@ -72,6 +74,8 @@ def read(ptx: str, ptxas: str, resources: str, sass: str | None = None) -> dict:
             "wgmma_e4m3": len(re.findall(r"wgmma\.mma_async\S*\.e4m3\.e4m3", ptx)),
             "qgmma": count("QGMMA"), "hgmma": count("HGMMA"), "serialized": "serializ" in ptxas,
             "nan_skipped": len(re.findall(r"\bmax\.f32", ptx)), "divisions": len(re.findall(r"\bdiv\.\w+\.f32", ptx)),
+            "multicasts": len(re.findall(r"cp\.async\.bulk\.tensor\S*multicast::cluster", ptx)),
+            "remote_arrives": len(re.findall(r"mbarrier\.arrive\S*shared::cluster", ptx)),
             "instructions": sass and len(re.findall(INSTRUCTION, sass)), "loop_instructions": sass and loop(sass)}
 
 
@@ -101,12 +105,16 @@ def dumped(files: Collection[pathlib.Path]) -> Iterator[tuple[str, dict[str, Any
         yield name(ptx), read(ptx.read_text(), ptx.with_suffix(".ptxas").read_text(), "".join(resources), *sass[:1])
 
 
-def faults(operation: str, row: dict, scale: str = "float32") -> list[str]:
-    """What disqualifies a kernel; scale: of the quantizer that it is."""
+def faults(operation: str, row: dict, scale: str = "float32", pair: bool = False) -> list[str]:
+    """What disqualifies a kernel; scale: of the quantizer that it is; pair: of an FP8 product, its SMs share rows."""
     found = [f"spills {row['spill_bytes']} bytes"] if row["spill_bytes"] else []
     found += ["its WGMMAs are serialized"] if row["serialized"] else []
     if operation.startswith("fp8") and not row["wgmma_e4m3"]:
         found.append("has no wgmma e4m3.e4m3")
+    if pair and not row["multicasts"]:
+        found.append("is of two SMs and loads nothing for both (multicast::cluster)")
+    if pair and not row["remote_arrives"]:
+        found.append("is of two SMs and does not tell the other what it has read (mbarrier.arrive, shared::cluster)")
     if "matmul" in operation and row["qgmma" if operation.startswith("fp8") else "hgmma"] == 0:
         found.append(f"has no {'QGMMA' if operation.startswith('fp8') else 'HGMMA'} in its machine code")
     if "quantize" in operation and row["nan_skipped"]:
@@ -161,9 +169,9 @@ class Compiler:
         except Exception as error:  # of tracing, lowering or ptxas: this version cannot compile it
             why = (str(error).strip() or "no message").splitlines()[0][:200]
             return [named | {"kernel": None, "faults": [f"{type(error).__name__}: {why}"]}]
-        return [named | {"kernel": name} | row | {"faults": faults(case.operation, row,
-                                                                   getattr(case, "scale", "float32"))}
-                for name, row in found]
+        scale, paired = getattr(case, "scale", "float32"), case.operation.startswith("fp8") and case.tuning().pair
+        wrong = lambda name, row: faults(case.operation, row, scale, paired and name == "fp8_products")
+        return [named | {"kernel": name} | row | {"faults": wrong(name, row)} for name, row in found]
 
     def _compile(self, case):
         """Returns the files that this dumped."""

@@ -4,11 +4,12 @@
 
 Requires what compile_report.py requires, or with --rows the rows that it wrote on a machine with a disassembler.
 Assumptions, of an H100 SXM: 132 SMs at 1.755 GHz; a clock of an SM multiplies 8,192 FLOP in FP8, 4,096 in bfloat16; the
-L2 cache delivers 5,120 bytes a clock to all SMs, 64 to one at most; device memory has 3.35 TB/s, of which a copy takes
-0.92. A slice of a product takes the longest of: the tensor core; the issue slots of two warpgroups, a warp of each on a
-scheduler; its bytes from L2; and one group's chain of product, wait (60 clocks) and sums. A tile takes its slices and
-the time in which its output leaves at 32 bytes a clock; tiles come in waves; a launch takes 2 microseconds. Quantizers
-and decoding wait for memory, 800 clocks, with as many blocks on an SM as registers and shared memory allow.
+L2 cache delivers 5,120 bytes a clock to all SMs, 64 to one at most; what two SMs share (multicast) it delivers once,
+and both take it in; device memory has 3.35 TB/s, of which a copy takes 0.92. A slice of a product takes the longest of:
+the tensor core; the issue slots of two warpgroups, a warp of each on a scheduler; its bytes from L2; and one group's
+chain of product, wait (60 clocks) and sums. A tile takes its slices and the time in which its output leaves at 32 bytes
+a clock; tiles come in waves; a launch takes 2 microseconds. Quantizers and decoding wait for memory, 800 clocks, with
+as many blocks on an SM as registers and shared memory allow.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ def product(tiles: int, block: tuple[int, int], slices: float, depth: int, size:
     """
     rows, columns = block
     tensor = 2 * rows * columns * depth / RATE["fp8" if size == 1 else "bf16"]
-    l2 = (rows / sms + columns) * depth * size / min(L2_PORT, L2 / min(tiles, SMS))
+    # All rows come in at the port of each SM, also those that another one asked for.
+    l2 = depth * size * max((rows + columns) / L2_PORT, (rows / sms + columns) / (L2 / min(tiles, SMS)))
     a_slice = max(tensor, 2 * instructions, l2, tensor / 2 + WAIT + instructions)
     leaves = rows * columns * out_size / 32
     return math.ceil(tiles / SMS) * (slices * a_slice + leaves + LATENCY) / CLOCK
@@ -60,9 +62,7 @@ def seconds(case: Any, row: dict[str, Any]) -> float | None:
                        row["loop_instructions"])
         return LAUNCH + max(busy, memory)
     if isinstance(case, Case) and case.N:
-        from kernels_pallas.hopper.fp8_matmul import TuningConfig
-
-        config = TuningConfig.of_groups(case.N) if case.groups else TuningConfig.of_shape(case.M, case.N)
+        config = case.tuning()
         grouped_k = case.groups if case.form == "tiles" and case.groups else 1
         tiles = grouped_k * math.ceil(case.M / config.block_m) * math.ceil(case.N / config.columns) * config.sms
         busy = product(tiles, (config.block_m, config.block_n), case.K / grouped_k / BLOCK, BLOCK, 1,

@@ -96,9 +96,19 @@ class Case(_Case):
         return 2 * self.M * self.N * self.K
 
     def compared(self) -> Case:
-        """With fewer rows, or rows a group: the twin copies a matrix for every 128 of them, 30 GB at V3's sizes."""
-        few = min(self.K if self.form == "tiles" else self.M, 2 * BLOCK * max(self.groups, 1))
+        """With fewer rows, or rows a group: the twin copies a matrix for every 128 of them, 30 GB at V3's sizes.
+
+        Where rows are summed, more slices of 128 remain of a group than a kernel has on the way at once.
+        """
+        each = 8 * BLOCK if self.form == "tiles" else 2 * BLOCK
+        few = min(self.K if self.form == "tiles" else self.M, each * max(self.groups, 1))
         return dataclasses.replace(self, **{"K" if self.form == "tiles" else "M": few}) if self.N else self
+
+    def tuning(self) -> Any:
+        """The TuningConfig with which Hopper's kernel multiplies, of an FP8 product."""
+        from kernels_pallas.hopper.fp8_matmul import TuningConfig
+
+        return TuningConfig.of_groups(self.N) if self.groups else TuningConfig.of_shape(self.M, self.N)
 
     @property
     def out_dtype(self) -> DTypeLike:
@@ -290,9 +300,9 @@ SHAPES = {
         Case("quantize", 256, 256), Case("quantize", 256, 256, form="only", scale="power_of_two"),
         Case("swiglu_quantize", 256, 256), Case("fp8_matmul", 256, 256, 128),
         Case("fp8_matmul", 256, 256, 128, form="tiles"),
-        # Of these, tiles are paired.
-        Case("fp8_grouped_matmul", 512, 256, 256, groups=2),
-        Case("fp8_grouped_matmul", 128, 512, 256, groups=2, form="tiles"),
+        # Of these, tiles are paired, and there are more slices of K, of a group too, than are on the way at once.
+        Case("fp8_grouped_matmul", 512, 1024, 256, groups=2),
+        Case("fp8_grouped_matmul", 128, 2048, 256, groups=2, form="tiles"),
         *(Grouped(100, 64, 128, groups=3, form=form) for form in ("", "transposed", "weights")),
         Attention(1, 128, 1, backward=True), Decode(1, 128, 2, page=32, C=128),
         Decode(1, 128, 2, page=32, packed=True)),

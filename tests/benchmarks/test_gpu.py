@@ -1,5 +1,6 @@
 """The hour on a GPU, without one: what hangs, crashes, fails or comes late costs its own case, and nothing is lost."""
 
+import importlib.util
 import json
 import os
 import signal
@@ -10,9 +11,11 @@ import types
 
 import pytest
 
-from benchmarks.gpu import compiling, report, runner, stage
+from benchmarks.gpu import __main__ as main
+from benchmarks.gpu import compiling, report, runner, stage, training
 from benchmarks.gpu.stages import COMPILE, MACHINE, STAGES, Stage
 from benchmarks.machine import ROOT
+from deepseek_jax.config import model_config
 from kernels_pallas.tools import compile_report
 
 CASES = """
@@ -136,7 +139,8 @@ def test_without_a_gpu_one_line_says_what_runs_there(tmp_path):
 def test_results_of_another_machine_are_not_mixed_with_these(tmp_path):
     (tmp_path / "machine.json").write_text(json.dumps({"machine": {"device": "NVIDIA H100", "rehearse": True}}))
     code, _, said = command("--out", tmp_path, "--rehearse", "--smoke")
-    assert code == 2 and "has results of a run with another device" in said and len(said.strip().splitlines()) == 1
+    assert code == 2 and "--out" in said
+    assert "has results of a run with another device" in said and len(said.strip().splitlines()) == 1
 
 
 def test_a_time_that_is_none_is_refused(tmp_path):
@@ -175,3 +179,40 @@ def test_the_rehearsal_is_green_from_end_to_end(tmp_path):
     assert code == 0, said + wrong
     for one in (MACHINE, *STAGES, COMPILE):
         assert set(states(tmp_path, one.name).values()) == {"done"}, one.name
+    compiled = json.loads((tmp_path / f"{COMPILE.name}.json").read_text())
+    if importlib.util.find_spec("jax_cuda13_plugin") is None:  # the extra aot
+        assert list(compiled) == ["all"] and compiled["all"]["summary"].startswith("missing: ")
+    else:
+        assert len(compiled) == len(compile_report.cases(compiling.SETS)) and "all" not in compiled
+        assert all(row["right"] for row in compiled.values())
+
+
+@pytest.mark.parametrize(("asked", "chosen", "said"), [
+    ("auto", "hopper", "grouped_matmul, hopper"), ("auto", "reference", "lax.ragged_dot"),
+    ("xla", "hopper", "lax.ragged_dot")])
+def test_of_a_training_step_it_is_said_what_multiplied_the_experts(monkeypatch, asked, chosen, said):
+    monkeypatch.setattr("kernels_pallas.api.chosen_here", lambda operation: chosen)
+    monkeypatch.setattr("deepseek_jax.model.grouped_matmul.implementation_here",
+                        lambda name: "ragged" if name == "auto" else name)
+    assert training._experts(model_config("tiny", implementation=asked)) == said
+
+
+def test_a_rehearsal_has_a_folder_of_its_own(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(main, "machine_here", lambda out, rehearse: chosen.append(str(out)) or {})
+    monkeypatch.setattr(main, "run_all", lambda *_: True)
+    monkeypatch.setattr(main.report, "write", lambda out: None)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    for words in ([], ["--smoke"], ["--rehearse"], ["--smoke", "--rehearse"], ["--rehearse", "--out", "there"]):
+        monkeypatch.setattr(sys, "argv", ["gpu", *words])
+        assert main.main() == 0
+    assert chosen == ["build/gpu"] * 2 + ["build/gpu-rehearsal"] * 2 + ["there"]
+
+
+def test_paired_and_single_tiles_of_experts_in_fp8_are_timed():
+    from tests.kernels import interpreter  # noqa: F401, I001 (skips where jax has none)
+    from benchmarks.gpu import kernels
+
+    names = [name for name, _ in kernels.sweep(False) if name.startswith("fp8_grouped_matmul")]
+    assert sum("pair=False" in name for name in names) == sum("default" in name for name in names) == 3
+    assert len({name for name, _ in kernels.sweep(False)}) == len(list(kernels.sweep(False)))

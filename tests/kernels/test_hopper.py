@@ -107,6 +107,18 @@ def test_two_sms_with_the_same_rows_are_the_twin_too(shape, form):
     close(ours, api.fp8_matmul(a, b, out_dtype=jnp.float32))
 
 
+@pytest.mark.parametrize("pair", [False, True])
+def test_two_sms_load_for_both_and_wait_for_both_to_have_read_also_at_the_end(pair):
+    """What the interpreter, in which no SM writes into another's memory, would not miss: the program as traced."""
+    a, b = api.quantize(normal((128, 1024))), api.quantize_blocks(normal((256, 1024), 1))
+    run = lambda a, b: matmul.fp8_matmul(a, b, config=matmul.TuningConfig(pair=pair))
+    program = str(jax.make_jaxpr(run)(a, b))
+    assert program.count("copy_gmem_to_smem") == 2  # a and b
+    assert program.count("copy_gmem_to_smem[collective_axes=('pair',)]") == pair
+    assert ("{cluster_barrier[" in program) == pair
+    assert program.count("barrier_wait") == 2 + pair  # for a slot that is read, one that is full, and at the end
+
+
 @pytest.mark.parametrize(("N", "pair"), [(72, False), (128, False), (136, True), (384, False), (1408, True)])
 def test_experts_tiles_are_paired_where_a_column_too_many_costs_less_than_it_saves(N, pair):
     assert matmul.TuningConfig.of_groups(N).pair == pair
@@ -169,6 +181,8 @@ def test_k_grouped_products_are_their_twin_and_zero_for_an_empty_group(pair):
         (lambda: grouped.fp8_grouped_matmul(
             api.quantize(jnp.ones((128, 128))), api.quantize_blocks(jnp.ones((1, 8, 128))), jnp.ones(1, jnp.int32),
             config=matmul.TuningConfig(split="columns")), "config.split must be 'rows'"),
+        (lambda: matmul.fp8_matmul(api.quantize(jnp.ones((8, 128))), api.quantize_blocks(jnp.ones((8, 128))),
+                                   config=matmul.TuningConfig(pair=True), num_sms=1), "num_sms=1; take pair=False."),
         (lambda: matmul.TuningConfig(tile_n=192), "tile_n=192 and split='rows' make no tile of this kernel; tile_n is"),
         (lambda: matmul.TuningConfig(tile_n=8), "tile_n=8 and split='rows' make no tile"),
         (lambda: matmul.TuningConfig(split="column"), "split 'rows' or 'columns'."),

@@ -93,7 +93,7 @@ def test_matmuls_are_their_twins(shape, form):
 
 
 @pytest.mark.parametrize("pair", [False, True])
-@pytest.mark.parametrize("shape", [(128, 256, 128), (1000, 1416, 7168), (4096, 4096, 512)])
+@pytest.mark.parametrize("shape", [(128, 256, 128), (128, 300, 1024), (1000, 1416, 7168), (4096, 4096, 512)])
 def test_matmuls_whose_sms_share_rows_are_their_twins(shape, pair):
     M, N, K = shape
     a, b = api.quantize(normal((M, K)), implementation="reference"), api.quantize_blocks(normal((N, K), 1))
@@ -104,14 +104,17 @@ def test_matmuls_whose_sms_share_rows_are_their_twins(shape, pair):
 
 @pytest.mark.parametrize("sizes", [[128, 0, 256], [0, 0, 0], [0, 512, 0], [512, 0, 0], [0, 0, 384], [128] * 3])
 @pytest.mark.parametrize("form", ["rows", "wgrad"])
-def test_grouped_products_are_their_twins_with_empty_groups_and_rows_of_no_group(sizes, form):
+@pytest.mark.parametrize("pair", [False, True])
+def test_grouped_products_are_their_twins_with_empty_groups_and_rows_of_no_group(sizes, form, pair):
     sizes_E = jnp.asarray(sizes, jnp.int32)
     if form == "rows":
         a = api.quantize(normal((512, 200)), implementation="reference")
         b = api.quantize_blocks(normal((3, 136, 200), 1))
     else:
         a, b = (api.quantize(normal((n, 512), n), implementation="reference") for n in (136, 72))
-    ours = twice_and_often(lambda a, b, s: grouped.fp8_grouped_matmul(a, b, s, out_dtype=jnp.float32), a, b, sizes_E)
+    product = functools.partial(grouped.fp8_grouped_matmul, out_dtype=jnp.float32,
+                                config=matmul.TuningConfig(pair=pair))
+    ours = twice_and_often(product, a, b, sizes_E)
     assert_right(ours, api.fp8_grouped_matmul(a, b, sizes_E, out_dtype=jnp.float32, implementation="reference"))
 
 

@@ -31,6 +31,7 @@ def test_a_clean_kernel_is_read_off_ptxas():
     row = compile_report.read(PTX, PTXAS, RESOURCES)
     assert row == {"registers": 168, "spill_bytes": 0, "shared_bytes": 163840, "stages": 4, "wgmma_e4m3": 4,
                    "qgmma": None, "hgmma": None, "serialized": False, "nan_skipped": 0, "divisions": 0,
+                   "multicasts": 0, "remote_arrives": 0,
                    "instructions": None, "loop_instructions": None}
     assert compile_report.faults("fp8_matmul", row) == []
 
@@ -67,6 +68,35 @@ def test_where_there_is_machine_code_its_tensor_core_instructions_are_counted():
 def test_a_kernel_that_is_not_what_was_meant_has_a_fault(ptx, ptxas, fault):
     found = compile_report.faults("fp8_matmul", compile_report.read(ptx, ptxas, RESOURCES))
     assert len(found) == 1 and fault in found[0]
+
+
+MULTICAST = ("@%p1 cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+             "[%r44], [%rd20, {%r45,%r45,%r45,%r46} ], [%r47], %rs1;\n")
+REMOTE = "mapa.shared::cluster.u32 mapped_addr, %r210, %r211;\nmbarrier.arrive.shared::cluster.b64 _, [mapped_addr];\n"
+ALONE = ("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%r78], [%rd20], [%r79];\n"
+         "mbarrier.arrive.release.cta.shared::cta.b64 %rd1, [%r8];\n")  # what a kernel without a cluster does
+
+
+@pytest.mark.parametrize(("ptx", "missing"), [
+    (MULTICAST + REMOTE + ALONE, []), (REMOTE + ALONE, ["multicast::cluster"]),
+    (MULTICAST + ALONE, ["mbarrier.arrive"]), (ALONE, ["multicast::cluster", "mbarrier.arrive"])])
+def test_a_kernel_of_two_sms_loads_for_both_and_tells_the_other_what_it_has_read(ptx, missing):
+    row = compile_report.read(PTX + ptx, PTXAS, RESOURCES)
+    assert compile_report.faults("fp8_matmul", row) == []
+    found = compile_report.faults("fp8_matmul", row, pair=True)
+    assert len(found) == len(missing) and all(word in fault for word, fault in zip(missing, found))
+
+
+def test_the_kernels_whose_tiles_are_paired_are_held_to_it(monkeypatch, tmp_path):
+    from tests.kernels import interpreter  # noqa: F401 (skips where jax has none)
+
+    (tmp_path / "fp8_products_0.ptx").write_text(PTX + ALONE)
+    (tmp_path / "fp8_products_0.ptxas").write_text(PTXAS)
+    compiler = object.__new__(compile_report.Compiler)
+    monkeypatch.setattr(compiler, "_compile", lambda case: list(tmp_path.iterdir()), raising=False)
+    for case in (case for case in SHAPES["tiny"] if case.operation.startswith("fp8")):
+        row, = compiler.rows(case)
+        assert len(row["faults"]) == (2 if case.groups else 0), case
 
 
 def test_spills_are_counted_once_although_ptxas_warns_of_them_again():
@@ -229,9 +259,21 @@ def test_an_absent_peer_is_a_word_that_says_why(monkeypatch):
 def test_products_are_compared_at_few_rows_and_timed_at_all():
     case = Case("fp8_grouped_matmul", 32768, 7168, 4096, groups=8)
     wgrad = Case("fp8_grouped_matmul", 4096, 32768, 7168, groups=8, form="tiles")
-    assert (case.compared().M, case.compared().K, wgrad.compared().M, wgrad.compared().K) == (2048, 7168, 4096, 2048)
+    assert (case.compared().M, case.compared().K, wgrad.compared().M, wgrad.compared().K) == (2048, 7168, 4096, 8192)
     assert all(case.compared() == case for case in SHAPES["tiny"])
     assert Attention(1, 4096, 128).compared() == Attention(1, 1024, 8)
+
+
+def test_tiny_grouped_products_are_in_pairs_with_more_slices_of_a_group_than_are_on_the_way_at_once():
+    from tests.kernels import interpreter  # noqa: F401, I001 (skips where jax has none)
+    from kernels_pallas.hopper.fp8_matmul import TuningConfig
+
+    cases = [case for case in SHAPES["tiny"] if case.operation == "fp8_grouped_matmul"]
+    assert {case.form for case in cases} == {"blocks", "tiles"}
+    for case in (*cases, *(one.compared() for one in cases)):
+        config = TuningConfig.of_groups(case.N)
+        slices = case.K // 128 // (case.groups if case.form == "tiles" else 1)
+        assert config.pair and slices > config.stages_for(jnp.dtype(case.out_dtype)), case
 
 
 def test_a_machine_without_the_gpu_is_told_what_runs_there(monkeypatch, capsys):
@@ -287,8 +329,8 @@ def test_the_machine_code_says_how_long_a_products_loop_is():
 
 
 def test_a_prediction_is_of_what_takes_longest():
-    def clocks(tiles, instructions):
-        return predict.CLOCK * predict.product(tiles, (128, 128), 10, 128, 1, 2, instructions)
+    def clocks(tiles, instructions, sms=1):
+        return predict.CLOCK * predict.product(tiles, (128, 128), 10, 128, 1, 2, instructions, sms)
 
     leaves = 128 * 128 * 2 / 32 + predict.LATENCY
     full = 256 * 128 / (5120 / 132)  # bytes of a slice, at an SM's share of the L2 cache
@@ -296,6 +338,9 @@ def test_a_prediction_is_of_what_takes_longest():
     assert clocks(1, 10) == pytest.approx(10 * 512 + leaves)  # alone, an SM loads 64 bytes a clock
     assert clocks(1, 400) == pytest.approx(10 * 800 + leaves)  # issue slots of two warps
     assert clocks(133, 100) == pytest.approx(2 * clocks(132, 100))  # one more tile is one more wave
+    # Of two SMs each asks for half of the rows, and takes in all of them.
+    assert clocks(132, 100, 2) == pytest.approx(10 * 192 * 128 / (5120 / 132) + leaves)
+    assert clocks(2, 10, 2) == clocks(2, 10)
 
 
 def test_predictions_come_from_the_rows_of_compiled_kernels(tmp_path, capsys, monkeypatch):

@@ -61,6 +61,19 @@ def test_an_fp8_product_that_is_not_its_twin_names_the_reference(accelerator, mo
         selfcheck.check_device(freeze(FP8), None)
 
 
+def test_the_checked_fp8_product_is_one_in_pairs_with_more_slices_than_are_on_the_way_at_once(monkeypatch):
+    from tests.kernels import interpreter  # noqa: F401, I001 (skips where jax has no kernels)
+    from kernels_pallas.hopper.fp8_matmul import TuningConfig
+
+    seen, right = [], selfcheck.api.fp8_grouped_matmul
+    monkeypatch.setattr(selfcheck.api, "fp8_grouped_matmul", lambda a, b, *args, **options: (
+        seen.append(b[0].shape), right(a, b, *args, **options))[1])
+    assert selfcheck.fp8_grouped_difference("reference") == 0
+    (_, N, K), *_ = seen
+    config = TuningConfig.of_groups(N)
+    assert config.pair and K // 128 > config.stages_for(jnp.dtype(jnp.bfloat16))
+
+
 @pytest.mark.parametrize("name", ["hopper", "tpu"])
 def test_fp8_kernels_that_a_cpu_does_not_have_are_refused_in_one_line(name):
     with pytest.raises(ConfigError) as e:

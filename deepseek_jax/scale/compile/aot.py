@@ -149,21 +149,22 @@ def measure_step(model: ModelConfig, layout: Layout, target: str, lora: LoraConf
     planned = {}
     if lora.rank is None:
         planned = memory.bytes_per_device(model, layout, targets.kernels_of(target), config.train.loss_chunk)
-    found = described(model, layout, target, compiled, bytes_of(compiled))
+    text = compiled.as_text() or ""
+    found = described(model, layout, target, text, bytes_of(compiled))
     cost, total = compiled.cost_analysis() or {}, sum(planned.values())
     return {**found, **({"planned": planned, "planned_bytes_per_device": total,
                          "planned_over_compiled": total / found["bytes_per_device"]} if planned else
                         {"lora": lora.rank, "base_fp8": lora.fp8}),
-            "waits": _waits(model, layout, compiled.as_text() or "", target),
-            "products": _products(model, layout, compiled.as_text() or "", target), "flops_once": cost.get("flops"),
+            "waits": _waits(model, layout, text, target),
+            "products": _products(model, layout, text, target, lora.rank is not None), "flops_once": cost.get("flops"),
             "bytes_accessed_once": cost.get("bytes accessed"), **made}
 
 
-def described(model: ModelConfig, layout: Layout, target: str, compiled: Any, found: dict[str, int]) -> dict[str, Any]:
-    """What every compiled program of a layout has in its report. found: its bytes per device by kind."""
+def described(model: ModelConfig, layout: Layout, target: str, text: str, found: dict[str, int]) -> dict[str, Any]:
+    """What every compiled program of a layout has in its report, from its text; found: its bytes per device by kind."""
     total, capacity = sum(found.values()), targets.memory_of(target)
     try:
-        collectives = hlo.collectives(compiled.as_text() or "", layout.mesh.sizes)
+        collectives = hlo.collectives(text, layout.mesh.sizes)
     except ValueError as error:  # what took minutes to compile is not lost for it
         print(f"Its collectives could not be read, and are left out: {error}", file=sys.stderr)
         collectives = None
@@ -177,14 +178,17 @@ def described(model: ModelConfig, layout: Layout, target: str, compiled: Any, fo
             "exposed": None if collectives is None else sum(not one.products for one in collectives)}
 
 
-def _products(model, layout, text, target):
-    """FLOPs of a device's products in a step, of its kernels and in all, next to what a device's tokens need; {} for a
-    pipeline, whose branches do not all run, and for TPUs, whose kernels are not known."""
+def _products(model, layout, text, target, frozen):
+    """FLOPs of a device's products in a step, of its kernels and in all, next to what its share of the tokens needs,
+    where all or, if `frozen`, adapters alone are trained; {} for a pipeline, whose branches do not all run, and for
+    TPUs, whose kernels are not known."""
     if layout.pipeline is not None or target.partition(":")[0] not in targets.GPUS:
         return {}
-    found, tokens = hlo.work(text), layout.microbatches * layout.rows * layout.sequence_length
-    return {"attention": found.attention, "experts": found.experts, "others": found.flops - found.attention
-            - found.experts, "useful": float(training_flops_per_token(model, layout.sequence_length)) * tokens}
+    found, tokens = hlo.work(text), layout.microbatches * layout.tokens / layout.mesh.tensor
+    others = found.flops - found.attention - found.experts - found.fp8
+    useful = training_flops_per_token(model, layout.sequence_length, frozen=frozen) * tokens
+    return {"attention": found.attention, "experts": found.experts, "fp8": found.fp8, "others": others,
+            "useful": useful}
 
 
 def _waits(model, layout, text, target):

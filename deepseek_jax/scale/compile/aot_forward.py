@@ -56,4 +56,5 @@ def measure_forward(model: ModelConfig, layout: Layout, target: str, program: st
     lower, held = lowered_program(config, mesh, program)
     with jax.set_mesh(mesh):
         compiled, made = compiled_program(lower, devices[0].platform)
-    return described(model, layout, target, compiled, bytes_of(compiled) | held) | {"program": program, **made}
+    found = described(model, layout, target, compiled.as_text() or "", bytes_of(compiled) | held)
+    return found | {"program": program, **made}

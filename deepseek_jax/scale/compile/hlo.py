@@ -211,7 +211,7 @@ class _Program:
             return Work()
         each = [self.work(inner) for inner in _called(rest)]
         if operation == "conditional":
-            return Work(*map(max, zip(*each)))
+            return max(each, key=lambda one: (one.flops, one.products), default=Work())
         trips = _trips(operation, rest)
         return Work(sum(one.products for one in each),
                     *(trips * sum(one[i] for one in each) for i in range(1, len(Work._fields))))
@@ -337,7 +337,7 @@ def collectives(text: str, sizes: dict[str, int]) -> list[Collective]:
 
 
 def work(text: str) -> Work:
-    """The products of a compiled program, times the trips of loops of known length; of a branch the most."""
+    """The products of a compiled program, times the trips of loops of known length; of branches, the most FLOPs."""
     return _Program(text, {}).work("ENTRY")
 
 

@@ -24,7 +24,8 @@ def table(found: dict[str, Any]) -> str:
     if products := dict(found.get("products") or {}):
         useful, tera = products.pop("useful"), {name: f"{flops / 1e12:.1f}" for name, flops in products.items()}
         lines.append(f"{'TFLOP of products':28} {sum(products.values()) / 1e12:9.1f}     kernels of attention "
-                     f"{tera['attention']}, of experts {tera['experts']}; useful {useful / 1e12:.1f}")
+                     f"{tera['attention']}, of experts in bfloat16 {tera['experts']}, in FP8 {tera['fp8']}; "
+                     f"useful {useful / 1e12:.1f}")
     if found.get("collectives"):
         lines += ["", "collective           axes                    count   GB once  async  hidden  GB exposed"]
         lines += [f"{row['kind']:20} {'+'.join(row['axes']) or '-':22} {row['count']:6} {row['bytes'] / 1e9:9.3f} "

@@ -7,17 +7,22 @@ import json
 import os
 import subprocess
 import sys
-import types
 
 import jax
 import pytest
 
 from deepseek_jax.config import ConfigError, FP8Config, MeshConfig, model_config
 from deepseek_jax.parallel.mesh import make_mesh
+from deepseek_jax.scale.compile import aot, hlo, report
 from deepseek_jax.scale.compile.aot import config_of, described, kernels_in
 from deepseek_jax.scale.compile.aot_forward import PROGRAMS, lowered_program
+from deepseek_jax.scale.costs import training_flops_per_token
 from deepseek_jax.scale.layout import Layout, Split, make_layout
 from deepseek_jax.training.step import init_state
+
+REPORT = {"model": "tiny", "target": "h100:8", "layout": "8", "compiler_gigabytes": 1.0, "bytes": {}, "memory": 8e10,
+          "seconds": {"lowering": 1.0, "compiling": 1.0, "cpu": 1.0}, "bytes_per_device": 1, "fits": True,
+          "kernels": []}
 
 
 def test_the_program_of_a_layout_is_the_training_run_that_it_describes():
@@ -45,8 +50,7 @@ ENTRY %main (x: f32[16]) -> f32[16] {
 }
 """
     c = model_config("v3_671b")
-    compiled = types.SimpleNamespace(as_text=lambda: program)
-    found = described(c, make_layout(c, Split(2048, 16, 64), 15360), "h100", compiled, {"arguments": 5})
+    found = described(c, make_layout(c, Split(2048, 16, 64), 15360), "h100", program, {"arguments": 5})
     assert (found["collectives"], found["exposed"], found["bytes_per_device"]) == ([], None, 5)
     assert "could not be read, and are left out: replica_groups=<new>, is no known form" in capsys.readouterr().err
 
@@ -66,6 +70,21 @@ def test_kernels_of_a_program_are_counted_with_the_most_that_one_of_them_takes(t
 
     assert (row["kernel"], row["count"], row["registers"], row["spill_bytes"]) == ("kernel", 2, 254, 0)
     assert row["shared_bytes"] == 1024
+
+
+@pytest.mark.parametrize(("mesh", "share"), [({}, 1), ({"tensor": 2}, 2), ({"context": 2}, 2),
+                                             ({"context": 2, "tensor": 2}, 4)])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_products_that_a_device_needs_are_those_of_its_share_of_the_tokens(monkeypatch, mesh, share, frozen):
+    monkeypatch.setattr(hlo, "work", lambda text: hlo.Work(9, 100e12, 30e12, 20e12, 10e12))
+    c, layout = model_config("tiny"), Layout(MeshConfig(**mesh), microbatches=3, rows=2, sequence_length=256)
+    found = aot._products(c, layout, "", "h100:8", frozen)
+    assert found == {"attention": 20e12, "experts": 10e12, "fp8": 30e12, "others": 40e12,
+                     "useful": training_flops_per_token(c, 256, frozen=frozen) * 3 * 2 * 256 / share}
+    lines = report.table(REPORT | {"products": found | {"useful": 7e12}}).splitlines()
+    line, = (one for one in lines if "TFLOP" in one)
+    assert " ".join(line.split()) == ("TFLOP of products 100.0 kernels of attention 20.0, of experts in bfloat16 10.0, "
+                                      "in FP8 30.0; useful 7.0")
 
 
 def test_what_the_state_holds_besides_parameters_counts_between_steps():

@@ -97,6 +97,18 @@ def test_a_loop_of_products_works_as_often_as_it_turns():
     assert hlo.work(looped).flops - hlo.work(PROGRAM).flops == 26 * 2 * 8 * 8 * 8
 
 
+def test_of_branches_the_one_with_the_most_work_counts_and_no_part_of_another():
+    kernel = ('custom-call(%x, %x), custom_call_target="mosaic_gpu_v2", operand_layout_constraints={bf16[8,8]{1,0}, '
+              'bf16[1,4,8]{2,1,0}}, metadata={op_name="jit(step)/experts_products/mpmd_map"}')
+    branched = PROGRAM.replace("collective-permute(%x), source_target_pairs={{0,8},{1,9}}",
+                               "dot(%x, %x), lhs_contracting_dims={1}, rhs_contracting_dims={0}")
+    branched = branched.replace("ROOT %x = bf16[8,8]{1,0} parameter(0)",
+                                f"%x = bf16[8,8]{{1,0}} parameter(0)\n  ROOT %e = bf16[8,4]{{1,0}} {kernel}")
+
+    assert hlo.work(branched).flops - hlo.work(PROGRAM).flops == 2 * 8 * 8 * 8
+    assert hlo.work(branched).experts == 0  # of the other branch, with half as many
+
+
 @pytest.mark.parametrize(("part", "widths"), [("forward", 192 + 128), ("dq", 2 * 192 + 128), ("dkv", 2 * (192 + 128))])
 def test_the_kernels_of_attention_multiply_half_of_a_square(part, widths):
     program = """HloModule m
