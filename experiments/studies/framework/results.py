@@ -38,13 +38,9 @@ def by_arm(study: Study, runs: Runs) -> dict[str, Any]:
             "curves": {name: _means([run["curves"][name] for run in mine.values()]) for name in first["curves"]},
             "probes": {name: _means([run["probes"][name] for run in mine.values()]) for name in first["probes"]},
             "arrays": first["arrays"]}
-    steps = {arm: study.measure.steps(study, arm) for arm in arms}
-    if len(set(steps.values())) > 1:
-        for arm, number in steps.items():
-            arms[arm]["steps"] = number
     seconds = sum(run["seconds"] for run in runs)
     return {"study": study.name, "quick": study.quick, "config_hash": study.config_hash(),
-            "seeds": sorted({run["seed"] for run in runs}), "steps": max(steps.values()),
+            "seeds": sorted({run["seed"] for run in runs}), "steps": study.measure.steps(study, runs[0]["arm"]),
             "claims": judged(study, runs), "arms": arms, "corpus": runs[0]["corpus"],
             "command": f"python -m experiments.studies.{study.name}.run" + (" --quick" if study.quick else ""),
             "training_seconds_on_one_core": round(seconds), **provenance()}
