@@ -137,17 +137,21 @@ class Config(Checked):
 
     def _check_optimizer(self):
         model, kind, tau = self.model, self.optimizer.kind, self.optimizer.qk_clip
-        own = [f"model.{name}={part!r}" for name, part in (("attention", model.attention), ("router", model.router))
-               if re.fullmatch(OWN, part) and part != IN_TURN]
+        part = model.attention
+        own = [f"model.attention={part!r}"] if re.fullmatch(OWN, part) else []
         adapters = [] if self.lora.rank is None else [f"lora.rank={self.lora.rank}"]
         if kind == "muon" and (unfit := own + adapters):
             raise ConfigError(f"optimizer.kind='muon' knows the matrices of this model's own parts, and not those of "
                               f"{' and '.join(unfit)}; take --config.optimizer.kind=adamw.")
         split = [f"mesh.{name}={size}" for name, size in (("pipe", self.mesh.pipe), ("context", self.mesh.context),
                                                         ("context_node", self.mesh.context_node)) if size > 1]
-        attention = own[:1] if model.attention != "mla" else []
+        other = [f"{name}={value}" for name, value in (("preference.objective", self.preference.objective),
+                                                       ("distill.from", self.distill.from_)) if value is not None]
+        if tau is not None and other:
+            raise ConfigError(f"optimizer.qk_clip={tau:g} is for pre-training and fine-tuning, and the objective of "
+                              f"{other[0]} measures no logits; take --config.optimizer.qk_clip=None.")
         sparse = [] if model.index_topk is None else [f"model.index_topk={model.index_topk}"]
-        if tau is not None and (unfit := attention + sparse + adapters + split):
+        if tau is not None and (unfit := own + sparse + adapters + split):
             raise ConfigError(f"optimizer.qk_clip={tau:g} measures the logits of MLA over complete sequences in one "
                               f"stage, not with {' and '.join(unfit)}; take --config.optimizer.qk_clip=None.")
 

@@ -82,6 +82,9 @@ def check_reinforce(config: Config) -> None:
     if config.model.index_warmup:
         raise ConfigError("model.index_warmup=True trains the indexer alone, by a loss that rewards do not have; take "
                           "--config.model.index_warmup=False.")
+    if config.optimizer.qk_clip is not None:
+        raise ConfigError(f"optimizer.qk_clip={config.optimizer.qk_clip:g} is for pre-training and fine-tuning, and "
+                          "rewards measure no logits; take --config.optimizer.qk_clip=None.")
     if answers.group_size < 2 or train.batch_size % answers.group_size:
         fits = [g for g in range(2, train.batch_size + 1) if train.batch_size % g == 0]
         raise ConfigError(f"rollout.group_size={answers.group_size} must be at least 2 and divide train.batch_size="

@@ -75,18 +75,46 @@ def matrices(params: Any) -> Any:
 def scale_by_muon(cfg: OptimizerConfig) -> optax.GradientTransformation:
     """Muon's direction of matrices, of the size that Adam's has, and Adam's of the rest (arXiv 2502.16982).
 
-    Momentum 0.95 and the factor 0.2 are those of Moonlight and Kimi K2.
+    Momentum 0.95, Nesterov's as in Moonlight's code (K2's report has plain momentum); the factor 0.2 is of both.
     """
-    muon = optax.contrib.muon(1.0, beta=0.95, mu_dtype=cfg.moment_dtype, muon_weight_dimension_numbers=matrices,
-                              consistent_rms=0.2)
-
     def rules(params):
         found = matrices(params)
         return jax.tree.map(lambda numbers: "adam" if numbers is None else "muon", found,
                             is_leaf=lambda x: x is None or isinstance(x, optax.contrib.MuonDimensionNumbers))
 
-    # A rate of 1 has turned the direction round.
-    return optax.partition({"muon": optax.chain(muon, optax.scale(-1.0)), "adam": scale_by_adam(cfg)}, rules)
+    muon = muon_of_matrices(beta=0.95, dtype=cfg.moment_dtype, consistent_rms=0.2)
+    return optax.partition({"muon": muon, "adam": scale_by_adam(cfg)}, rules)
+
+
+def muon_of_matrices(beta: float, dtype: Any, consistent_rms: float) -> optax.GradientTransformation:
+    """optax's Muon of each matrix, with layers and experts as axes of their own.
+
+    optax would merge both into one axis, for which a mesh that splits the experts gathers all of them.
+    """
+    def of_leaf(grad, mu, numbers, state):
+        first = numbers.reduction_axis[0]  # the axes before are layers and experts
+        inputs, outputs = (tuple(axis - first for axis in axes) for axes in numbers)
+        size = consistent_rms * math.sqrt(max(math.prod(grad.shape[axis] for axis in axes) for axes in numbers))
+        one = optax.contrib.scale_by_muon(beta=beta, mu_dtype=dtype, weight_dimension_numbers=(
+            optax.contrib.MuonDimensionNumbers(inputs, outputs)))
+
+        def of_matrix(grad, mu):
+            direction, after = one.update(grad, state._replace(mu=mu))
+            return size * direction, after.mu  # pyright: ignore[reportAttributeAccessIssue]: optax types no states
+
+        for _ in range(first):
+            of_matrix = jax.vmap(of_matrix)
+        return of_matrix(grad, mu)
+
+    def update(grads: Any, state: Any, params: Any = None) -> Any:
+        leaves, tree = jax.tree.flatten(grads)
+        each = zip(leaves, *(tree.flatten_up_to(x) for x in (state.mu, matrices(grads))), strict=True)
+        made = [of_leaf(*one, state) for one in each]
+        directions, mus = (tree.unflatten([pair[n] for pair in made]) for n in (0, 1))
+        return directions, state._replace(count=optax.safe_increment(state.count), mu=mus)
+
+    init = optax.contrib.scale_by_muon(beta=beta, mu_dtype=dtype).init
+    return optax.GradientTransformation(init, update)
 
 
 def scale_by_adam(cfg: OptimizerConfig) -> optax.GradientTransformation:

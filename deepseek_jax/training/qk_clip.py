@@ -33,7 +33,7 @@ def clip(cfg: ModelConfig, params: dict[str, Any], logits: dict[str, Any], tau: 
     flat = dict(traverse_util.flatten_dict(params))
     tops: Any = traverse_util.flatten_dict(logits)
     for (*path, _), top_H in tops.items():
-        gamma_H = jnp.minimum(1.0, tau / jnp.maximum(top_H, tau))
+        gamma_H = tau / jnp.maximum(top_H, tau)
         query = (*path, "q" if cfg.q_rank is None else "q_b")
         flat[query] = _scaled(flat[query], jnp.sqrt(gamma_H), gamma_H, cfg.nope_head_dim)
         flat[(*path, "kv_b")] = _scaled(flat[(*path, "kv_b")], jnp.sqrt(gamma_H), jnp.ones_like(gamma_H),

@@ -64,7 +64,7 @@ class Sums(NamedTuple):
 
     def added(self, more: Sums) -> Sums:
         """These and those of more tokens."""
-        added = jax.tree.map(jnp.add, self, more)
+        added = jax.tree.map(jnp.add, self._replace(logits={}), more._replace(logits={}))
         return added._replace(logits=jax.tree.map(jnp.maximum, self.logits, more.logits))
 
 

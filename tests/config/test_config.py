@@ -168,11 +168,14 @@ def test_an_impossible_run_says_what_would_work(section, changes, message):
     [
         ({"kind": "muon"}, {"lora": {"rank": 4}, "init": {"from": "run"}}, "those of lora.rank=4; take --config.opt"),
         ({"kind": "muon"}, {"model": {"attention": "own:MLA", "router": "own:route"}},
-         "those of model.attention='own:MLA' and model.router='own:route'; take --config.optimizer.kind=adamw"),
+         "those of model.attention='own:MLA'; take --config.optimizer.kind=adamw"),
         ({"qk_clip": 100.0}, {"model": {"attention": "own:MLA"}}, "not with model.attention='own:MLA'; take --config"),
         ({"qk_clip": 100.0}, {"model": {"index_topk": 8}}, "optimizer.qk_clip=100 measures the logits of MLA"),
         ({"qk_clip": 100.0}, {"mesh": {"context": 2}}, "in one stage, not with mesh.context=2; take --config"),
         ({"qk_clip": 100.0}, {"mesh": {"pipe": 2}}, "not with mesh.pipe=2; take --config.optimizer.qk_clip=None"),
+        ({"qk_clip": 100.0}, {"preference": {"objective": "dpo"}, "init": {"from": "run"}},
+         "the objective of preference.objective=dpo measures no logits; take --config.optimizer.qk_clip=None"),
+        ({"qk_clip": 100.0}, {"distill": {"from": "run"}}, "the objective of distill.from=run measures no logits"),
     ])
 def test_an_optimizer_that_does_not_know_a_part_is_refused_by_its_name(optimizer, others, unfit):
     config = as_dict(Config(model=model_config("tiny")))
@@ -183,11 +186,11 @@ def test_an_optimizer_that_does_not_know_a_part_is_refused_by_its_name(optimizer
     assert unfit in str(error.value) and "\n" not in str(error.value)
 
 
-def test_logits_are_clipped_whatever_the_routing_rule_is():
+def test_logits_are_clipped_and_muon_trains_whatever_the_routing_rule_is():
     config = as_dict(Config(model=model_config("tiny")))
-    config["optimizer"] |= {"qk_clip": 100.0}
+    config["optimizer"] |= {"qk_clip": 100.0, "kind": "muon"}
     config["model"] |= {"router": "own:route"}
-    assert freeze(config).optimizer.qk_clip == 100
+    assert freeze(config).optimizer.qk_clip == 100 and freeze(config).optimizer.kind == "muon"
 
 
 @pytest.mark.parametrize(

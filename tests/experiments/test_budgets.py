@@ -41,4 +41,21 @@ def test_configs_that_are_timed_take_turns(tmp_path, monkeypatch, capsys):
     assert order == 3 * ([1.0] * timing.TIMED + [2.0] * timing.TIMED)
     written = json.loads((tmp_path / "seconds.json").read_text())
     assert written["seconds"] == {"one": 1, "two": 2} and written["command"].endswith("dense.timing")
+    assert written["quartiles_of_ratios"] == {"one": [1, 1], "two": [2, 2]}
     assert "two: 2000.0 ms a step, 2.00 of that of one" in capsys.readouterr().out
+
+
+def test_equal_time_rests_on_ratios_within_turns(tmp_path, monkeypatch):
+    """Medians of the turns alone would say 4 and 20: a turn in which one of both is disturbed counts once."""
+    taken, calls = {1.0: [1, 4, 10], 2.0: [20, 8, 20]}, []
+
+    def clock():
+        return sum(taken[speed][calls[:n].count(speed) // timing.TIMED] for n, speed in enumerate(calls))
+
+    monkeypatch.setattr(timing, "time", types.SimpleNamespace(perf_counter=clock))
+    monkeypatch.setattr(timing, "stepper", lambda config: lambda: calls.append(config.balance.bias_speed))
+
+    timing.write_seconds("dense", {"one": {"balance.bias_speed": 1.0}, "two": {"balance.bias_speed": 2.0}},
+                         tmp_path / "seconds.json", turns=3)
+
+    assert json.loads((tmp_path / "seconds.json").read_text())["seconds"] == {"one": 4, "two": 8}

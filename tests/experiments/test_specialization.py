@@ -6,7 +6,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from deepseek_jax.config import ConfigError, ModelConfig
 from experiments.studies.specialization import measure, overlap
+from experiments.studies.specialization.study import STUDY
+
+
+def model_of(study) -> ModelConfig:
+    return study.measure.config(study, "5e-3").model
 
 
 def test_an_expert_of_its_own_kind_says_all_and_one_of_every_kind_nothing():
@@ -70,7 +76,7 @@ def test_what_all_biases_share_is_told_from_how_far_they_are_apart(monkeypatch):
 def test_the_choices_of_the_first_rows_of_each_kind_are_kept(monkeypatch):
     digits = measured(np.zeros((2, 16)), monkeypatch)["chosen"]
     assert digits == "01" * (2 * 2 * measure.COMPARED * 5)
-    assert overlap.choices(digits).shape == (2, 2 * measure.COMPARED * 5, 16)
+    assert overlap.choices(model_of(STUDY), digits).shape == (2, 2 * measure.COMPARED * 5, 16)
 
 
 def runs_of(*models):
@@ -84,7 +90,23 @@ def test_the_same_experts_in_another_order_agree_in_full_and_others_as_chance_do
                     for _ in range(2))
     renamed = np.stack([rng.permutation(16)[layer] for layer in model])
 
-    same, apart = (overlap.overlap(runs_of(model, third))["one"] for third in (renamed, other))
+    same, apart = (overlap.overlap(model_of(STUDY), runs_of(model, third))["one"] for third in (renamed, other))
 
     assert same["mean"] == same["least"] == same["largest"] == 1 and same["pairs"] == 1
     assert apart["mean"] == pytest.approx(apart["chance"], abs=0.03) and apart["mean"] < 0.25
+
+
+def test_the_short_form_has_as_many_layers_as_its_model():
+    cfg = model_of(STUDY.shortened())
+    assert (cfg.num_layers, cfg.num_dense_layers) == (2, 1)
+    assert overlap.choices(cfg, "01" * 5).shape == (1, 5, 16)
+
+
+def test_experts_of_a_study_that_is_not_finished_are_not_compared(tmp_path, monkeypatch):
+    monkeypatch.setattr(overlap, "finished", lambda *_: runs_of(np.zeros((2, 3, 2), int)))
+    monkeypatch.setattr(overlap, "OUT", tmp_path / "overlap.json")
+    monkeypatch.setattr("sys.argv", ["overlap", "--workdir", str(tmp_path)])
+
+    with pytest.raises(ConfigError, match="17 runs are not finished; start python -m experiments.studies.special"):
+        overlap.main()
+    assert not overlap.OUT.exists()

@@ -204,9 +204,23 @@ MUTATIONS = [
     Mutation(
         name="Muon climbs",
         file="deepseek_jax/training/optimizer.py",
-        old="optax.scale(-1.0)",
-        new="optax.scale(1.0)",
+        old="return size * direction,",
+        new="return -size * direction,",
         tests="training/test_optimizer.py::test_muon_moves_a_matrix_by_its_orthogonal_part_at_the_size_of_adams",
+    ),
+    Mutation(
+        name="Muon's momentum forgets faster",
+        file="deepseek_jax/training/optimizer.py",
+        old="muon_of_matrices(beta=0.95,",
+        new="muon_of_matrices(beta=0.9,",
+        tests="training/test_optimizer.py::test_muon_moves_by_nesterovs_momentum",
+    ),
+    Mutation(
+        name="Muon merges layers and experts into one axis",
+        file="deepseek_jax/training/optimizer.py",
+        old="first = numbers.reduction_axis[0]  # the axes before are layers and experts",
+        new="first = 0",
+        tests="training/test_optimizer.py::test_muon_never_gathers_experts_of_other_devices",
     ),
     Mutation(
         name="all of a head's query is scaled by the root",
@@ -225,15 +239,15 @@ MUTATIONS = [
     Mutation(
         name="heads below tau are scaled up",
         file="deepseek_jax/training/qk_clip.py",
-        old="jnp.minimum(1.0, tau / jnp.maximum(top_H, tau))",
+        old="tau / jnp.maximum(top_H, tau)",
         new="tau / top_H",
         tests="training/test_qk_clip.py::test_a_head_above_tau_comes_down_to_it_and_another_stays",
     ),
     Mutation(
         name="the largest logits of micro-batches are added",
         file="deepseek_jax/training/types.py",
-        old="jax.tree.map(jnp.maximum, self.logits, more.logits)",
-        new="added.logits",
+        old="jax.tree.map(jnp.maximum, self.logits",
+        new="jax.tree.map(jnp.add, self.logits",
         tests="training/test_qk_clip.py::test_micro_batches_take_the_largest_logit_of_all",
     ),
     Mutation(

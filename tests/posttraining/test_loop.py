@@ -87,6 +87,7 @@ def test_a_run_that_was_stopped_continues_to_the_bit(start, whole, tmp_path, mon
     (dict(mesh=dict(pipe=2)), "take mesh.pipe=1"),
     (dict(mesh=dict(context=2)), "take mesh.context=1"),
     (dict(model=dict(index_topk=4, index_head_dim=32, index_warmup=True)), "a loss that rewards do not have"),
+    (dict(optimizer=dict(qk_clip=100.0)), "rewards measure no logits; take --config.optimizer.qk_clip=None"),
     (dict(model=dict(router="a.b:c")), "rollout.replay_routes=False"),
 ])
 def test_what_cannot_be_reinforced_is_one_line(change, said):

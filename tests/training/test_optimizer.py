@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import traverse_util
+from jax.sharding import NamedSharding, PartitionSpec
 
 from deepseek_jax.config import OptimizerConfig
 from deepseek_jax.model import DeepSeekV3
-from deepseek_jax.training.optimizer import decayed, learning_rate, make_optimizer, matrices
+from deepseek_jax.training.optimizer import decayed, learning_rate, make_optimizer, matrices, scale_by_muon
 from tests.model import naive
 
 MARKS = dict(warmup=0.1, constant_until=0.5, cosine_until=0.8, cosine_to=0.1, tail_from=0.9, tail_to=0.03)
@@ -199,3 +200,36 @@ def test_muon_remembers_one_number_a_weight_of_a_matrix_in_the_dtype_of_moments(
         matrices(params), is_leaf=lambda x: x is None or isinstance(x, tuple))) if numbers is not None)
     rest = sum(x.size for x in jax.tree.leaves(params)) - matrix
     assert sum(x.size for x in jax.tree.leaves(state) if x.ndim > 1 or x.size > 3) == matrix + 2 * rest
+
+
+def test_muon_moves_by_nesterovs_momentum():
+    """Two steps of different gradients; both means are corrected for their beginning at zero, as optax does it."""
+    norm = {"scale": jnp.zeros(4)}
+    params = {"layers": {"ffn": {"up": jnp.zeros((1, 1, 6, 4))}}, "norm": norm}
+    first, second = (np.random.default_rng(seed).standard_normal((6, 4)) for seed in (0, 1))
+    gradients = [{"layers": {"ffn": {"up": jnp.asarray(g, jnp.float32)[None, None]}}, "norm": norm}
+                 for g in (first, second)]
+    (_, before, after), _ = run(OptimizerConfig(**MUON), params, gradients)
+
+    beta = 0.95
+    mean = (1 - beta) * (beta * first + second) / (1 - beta ** 3)
+    ahead = beta * mean + (1 - beta) * second / (1 - beta ** 2)
+    moved = (after["layers"]["ffn"]["up"] - before["layers"]["ffn"]["up"])[0, 0] / -0.1
+    np.testing.assert_allclose(moved, 0.2 * np.sqrt(6) * orthogonalized(ahead.T).T, atol=2e-4)
+
+
+@pytest.mark.parametrize("columns", [1, 2])
+def test_muon_never_gathers_experts_of_other_devices(columns):
+    """The axis of experts stays split, and so no array of the compiled update has all of them."""
+    mesh = jax.make_mesh((8 // columns, columns), ("expert", "column"), (jax.sharding.AxisType.Auto,) * 2)
+    split = NamedSharding(mesh, PartitionSpec(None, "expert", None, "column"))
+    grads = {"layers": {"ffn": {"up": jax.ShapeDtypeStruct((2, 8, 64, 32), jnp.float32, sharding=split)}},
+             "norm": {"scale": jax.ShapeDtypeStruct((4,), jnp.float32)}}
+    muon = scale_by_muon(OptimizerConfig(kind="muon"))
+    state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=split if x.ndim == 4 else None),
+                         jax.eval_shape(muon.init, grads))
+    program = jax.jit(muon.update).lower(grads, state, grads).compile().as_text()
+
+    gathered = [line for line in program.splitlines() if " all-gather(" in line or " all-gather-start(" in line]
+    assert not [line for line in gathered if "[2,8," in line or "[16," in line], gathered
+    assert columns > 1 or not gathered

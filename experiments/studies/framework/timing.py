@@ -1,7 +1,8 @@
 """Seconds of a training step on all cores, of several configs that take turns.
 
 Studies that compare at equal time compute their steps from a file of these. As the configs take turns, a machine whose
-speed drifts is equally fast for all of them; the figure is the median of the turns.
+speed drifts is equally fast for all of them; a figure is the median of the first config's turns times the median of
+the ratios to it within a turn.
 """
 
 import dataclasses
@@ -39,11 +40,15 @@ def write_seconds(name: str, arms: dict[str, dict], path: pathlib.Path, turns: i
             for _ in range(TIMED):
                 step()
             found[arm].append((time.perf_counter() - begun) / TIMED)
-    middle = {arm: round(statistics.median(one), 5) for arm, one in found.items()}
+    first = next(iter(found))
+    ratios = {arm: [x / base for x, base in zip(one, found[first], strict=True)] for arm, one in found.items()}
+    base = statistics.median(found[first])
+    middle = {arm: round(base * statistics.median(one), 5) for arm, one in ratios.items()}
+    spread = {arm: [round(x, 3) for x in statistics.quantiles(one, n=4)[::2]] for arm, one in ratios.items()}
     quartiles = {arm: [round(x, 5) for x in statistics.quantiles(one, n=4)[::2]] for arm, one in found.items()}
-    io.write_json(path, {"seconds": middle, "quartiles": quartiles, "turns": turns, "steps_a_turn": TIMED,
+    io.write_json(path, {"seconds": middle, "quartiles": quartiles, "quartiles_of_ratios": spread, "turns": turns,
+                         "steps_a_turn": TIMED,
                          "command": f"python -m experiments.studies.{name}.timing", **provenance()}, indent=1)
-    first = next(iter(middle))
     print("\n".join(f"{arm}: {1000 * x:.1f} ms a step, {x / middle[first]:.2f} of that of {first}"
                     for arm, x in middle.items()))
 

@@ -1,7 +1,7 @@
 """What the experts of a model read, how sure the router is, and how far its biases are.
 
-Information is of the joint counts of (expert chosen, kind), in bits: 0, a kind says nothing about the expert. With the
-9,216 tokens here and as many kinds, chance alone gives up to 0.003 bits.
+Information is of the joint counts of (expert chosen, kind), in bits: 0, a kind says nothing about the expert. Of 9,216
+independent tokens chance alone gives about 0.001 bits with 3 kinds (of text) and 0.002 with 5 (of tokens).
 """
 
 import functools

@@ -17,20 +17,20 @@ import numpy as np
 from scipy.optimize import linear_sum_assignment
 
 from deepseek_jax import cli, io
-from deepseek_jax.config import ConfigError
+from deepseek_jax.config import ConfigError, ModelConfig
 from experiments.studies.framework.results import provenance
 from experiments.studies.framework.runner import ROOT, finished, run_folder
 from experiments.studies.framework.source import digest
 from experiments.studies.specialization.study import STUDY
 
-LAYERS, CHOICES, EXPERTS = 2, 2, 16  # of the study's model
 OUT = pathlib.Path(__file__).with_name("overlap.json")
 
 
-def choices(digits: str) -> np.ndarray:
-    """bool [L, N, E] of a run's hexadecimal digits [L, N, K]: whether a token chose an expert."""
-    chosen_LNK = np.array([int(digit, 16) for digit in digits]).reshape(LAYERS, -1, CHOICES)
-    return (chosen_LNK[..., None] == np.arange(EXPERTS)).any(axis=2)
+def choices(cfg: ModelConfig, digits: str) -> np.ndarray:
+    """bool [L, N, E] of a run's hexadecimal digits [L, N, K]: whether a token chose an expert; L, the MoE layers."""
+    layers = cfg.num_layers - cfg.num_dense_layers
+    chosen_LNK = np.array([int(digit, 16) for digit in digits]).reshape(layers, -1, cfg.experts_per_token)
+    return (chosen_LNK[..., None] == np.arange(cfg.num_experts)).any(axis=2)
 
 
 def agreement(one_NE: np.ndarray, other_NE: np.ndarray) -> float:
@@ -39,14 +39,14 @@ def agreement(one_NE: np.ndarray, other_NE: np.ndarray) -> float:
     return float(both_EE[linear_sum_assignment(-both_EE)].sum() / one_NE.sum())
 
 
-def overlap(runs: list[dict[str, Any]]) -> dict[str, Any]:
+def overlap(cfg: ModelConfig, runs: list[dict[str, Any]]) -> dict[str, Any]:
     """{arm: agreement of pairs of seeds, mean of the layers, and that of chance}.
 
     Pairs share seeds, so their scatter is no interval: the least and the largest are given.
     """
     found, rng = {}, np.random.default_rng(0)
     for arm in dict.fromkeys(run["arm"] for run in runs):
-        seeds = [choices(run["arrays"]["chosen"]) for run in runs if run["arm"] == arm]
+        seeds = [choices(cfg, run["arrays"]["chosen"]) for run in runs if run["arm"] == arm]
         pairs = [[(a, b) for a, b in zip(*pair)] for pair in itertools.combinations(seeds, 2)]
         agree = [float(np.mean([agreement(a, b) for a, b in pair])) for pair in pairs]
         chance = [float(np.mean([agreement(a, rng.permutation(b)) for a, b in pair])) for pair in pairs]
@@ -64,9 +64,12 @@ def main() -> None:
     args = parser.parse_args()
     study = STUDY.shortened() if args.quick else STUDY
     runs = finished(study, run_folder(study, pathlib.Path(args.workdir).resolve()), digest(study))
-    if not runs:
-        raise ConfigError(f"{study.name}: no run is finished; start python -m experiments.studies.{study.name}.run.")
-    found = overlap(runs)
+    arms, seeds = study.selected()
+    if missing := len(arms) * len(seeds) - len(runs):
+        raise ConfigError(f"{study.name}: {missing} runs are not finished; start python -m experiments.studies."
+                          f"{study.name}.run{' --quick' * args.quick}.")
+    # All arms have the same model.
+    found = overlap(study.measure.config(study, arms[0]).model, runs)  # pyright: ignore[reportAttributeAccessIssue]
     print(json.dumps(found, indent=1))
     if not args.quick:
         io.write_json(OUT, {"arms": found, **provenance()}, indent=1)
