@@ -95,20 +95,20 @@ def muon_of_matrices(beta: float, dtype: Any, consistent_rms: float) -> optax.Gr
         first = numbers.reduction_axis[0]  # the axes before are layers and experts
         inputs, outputs = (tuple(axis - first for axis in axes) for axes in numbers)
         size = consistent_rms * math.sqrt(max(math.prod(grad.shape[axis] for axis in axes) for axes in numbers))
-        one = optax.contrib.scale_by_muon(beta=beta, mu_dtype=dtype, weight_dimension_numbers=(
+        one: Any = optax.contrib.scale_by_muon(beta=beta, mu_dtype=dtype, weight_dimension_numbers=(
             optax.contrib.MuonDimensionNumbers(inputs, outputs)))
 
         def of_matrix(grad, mu):
             direction, after = one.update(grad, state._replace(mu=mu))
-            return size * direction, after.mu  # pyright: ignore[reportAttributeAccessIssue]: optax types no states
+            return size * direction, after.mu
 
         for _ in range(first):
             of_matrix = jax.vmap(of_matrix)
         return of_matrix(grad, mu)
 
-    def update(grads: Any, state: Any, params: Any = None) -> Any:
-        leaves, tree = jax.tree.flatten(grads)
-        each = zip(leaves, *(tree.flatten_up_to(x) for x in (state.mu, matrices(grads))), strict=True)
+    def update(updates: Any, state: Any, params: Any = None) -> Any:
+        leaves, tree = jax.tree.flatten(updates)
+        each = zip(leaves, tree.flatten_up_to(state.mu), tree.flatten_up_to(matrices(updates)), strict=True)
         made = [of_leaf(*one, state) for one in each]
         directions, mus = (tree.unflatten([pair[n] for pair in made]) for n in (0, 1))
         return directions, state._replace(count=optax.safe_increment(state.count), mu=mus)
