@@ -11,8 +11,8 @@ once and crosses memory once for both:
             | group 0: o[:, :256] | group 1: o[:, 256:] |   o = o * shrink + p @ c, each its half of the latent
             +---------------------+---------------------+
 
-The shares of a sequence are put together afterwards, by their log-sum-exps. Tokens past the length may hold anything:
-their rows are zeroed in shared memory.
+The shares of a sequence are put together afterwards, by their log-sum-exps. A share without tokens writes only minus
+infinity there. Tokens past the length may hold anything: their rows are zeroed in shared memory.
 
 A token in 656 bytes crosses memory as it is, in three pieces, and becomes bfloat16 on the chip, each group turning half
 of the latent; from then on nothing differs. One block is on the way while the one before, dequantized, is multiplied.
@@ -72,7 +72,9 @@ def mla_decode(q_BHX: jax.Array, cache: jax.Array, page_table_BP: jax.Array, len
                               rank, splits, tiles, config, interpret)  # TMA moves 8 heads at a time
     weights_BSH = jnp.exp2(lse_BSH - lse_BSH.max(axis=1, keepdims=True))
     weights_BSH /= weights_BSH.sum(axis=1, keepdims=True)
-    return (o_BSHC * weights_BSH[..., None]).sum(axis=1)[:, :H].astype(q_BHX.dtype)
+    # The output of a share without tokens was never written.
+    o_BHC = jnp.where(weights_BSH[..., None] > 0, o_BSHC * weights_BSH[..., None], 0).sum(axis=1)
+    return o_BHC[:, :H].astype(q_BHX.dtype)
 
 
 def _check(q, cache, rank):
@@ -141,8 +143,19 @@ def _shares(q, cache, table, lengths, scale, rank, splits, tiles, config, interp
                                     for ref, (_, column, width, _) in zip(piece_refs, pieces)])
                 ring.fill_rows(n, sources, copied)
 
-        # One kernel and all that it names, read top down.
         def compute(group):
+            @pl.when(steps > 0)
+            def _():
+                attend_all(group)
+
+            @pl.when((steps == 0) & (group == 0))
+            def _():
+                lse_ref[b, split, heads] = column(-jnp.inf)
+
+        column = lambda value: plgpu.layout_cast(jnp.full((HEADS,), value, jnp.float32), WGMMA.reduce(1))
+
+        # One kernel and all that it names, read top down.
+        def attend_all(group):
             @pl.when(group == 0)
             def _():
                 plgpu.copy_gmem_to_smem(q_ref.at[b, heads], q_smem, q_full)
@@ -192,14 +205,12 @@ def _shares(q, cache, table, lengths, scale, rank, splits, tiles, config, interp
                 meet()
                 return with_tokens(block_smem[0])
 
-            column = lambda value: plgpu.layout_cast(jnp.full((HEADS,), value, jnp.float32), WGMMA.reduce(1))
             o = plgpu.layout_cast(jnp.zeros((HEADS, part), jnp.float32), WGMMA)
             o, top, total = lax.fori_loop(0, steps, attend, (o, column(LOWEST), column(0)))
             said_smem[group] = total
             meet()
             total = sum(both(said_smem))
-            # A share without tokens has a sum of zero and weighs nothing.
-            o_ref[b, split, heads, pl.ds(group * part, part)] = o / rows(jnp.maximum(total, 1e-30), o.shape)
+            o_ref[b, split, heads, pl.ds(group * part, part)] = o * rows(1 / total, o.shape)
 
             @pl.when(group == 0)
             def _():

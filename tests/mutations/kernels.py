@@ -192,6 +192,20 @@ MUTATIONS = [
         tests="kernels/test_hopper_mla.py",
     ),
     Mutation(
+        name="hopper decode: what a share without tokens never wrote is added",
+        file="kernels_pallas/hopper/mla_decode.py",
+        old="jnp.where(weights_BSH[..., None] > 0, o_BSHC * weights_BSH[..., None], 0)",
+        new="(o_BSHC * weights_BSH[..., None])",
+        tests="kernels/test_hopper_mla.py",
+    ),
+    Mutation(
+        name="hopper decode: a share without tokens weighs something",
+        file="kernels_pallas/hopper/mla_decode.py",
+        old="lse_ref[b, split, heads] = column(-jnp.inf)",
+        new="lse_ref[b, split, heads] = column(0.0)",
+        tests="kernels/test_hopper_mla.py",
+    ),
+    Mutation(
         name="hopper decode: shares weigh the same",
         file="kernels_pallas/hopper/mla_decode.py",
         old="weights_BSH /= ",
