@@ -3,6 +3,7 @@
 # make test    the CPU suite          make lint    ruff, pyright
 # make cluster Slurm and Open MPI, where they are installed, start runs of several processes
 # make bench   speed against transformers, a dense product, ragged_dot: same machine, same run
+# make kernels compiles the Hopper kernels alone, with the GPU's compiler (two minutes)
 # make aot     compiles the Hopper kernels, and training steps up to 671B, for hardware you don't have (two to four hours)
 # make studies-quick   every study in its short form
 # make docs    the site, in build/site; fails on a dead link
@@ -13,7 +14,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help train test cluster lint bench aot studies-quick notebooks colab docs clean
+.PHONY: help train test cluster lint bench kernels aot studies-quick notebooks colab docs clean
 
 # A version manager's shim may exist and fail, so each candidate has to import what an environment needs.
 find_python = for v in $(1); do for p in "$$(command -v python$$v)" $$(ls -d $$HOME/.pyenv/versions/*/bin/python$$v 2>/dev/null); do \
@@ -93,8 +94,12 @@ colab: .venv-colab/stamp
 
 .venv-aot/stamp: setup.py
 	@.venv-aot/bin/python -c '' 2>/dev/null || { rm -rf .venv-aot && "$(PYTHON)" -m venv .venv-aot; }
-	@.venv-aot/bin/python -m pip install -qq --disable-pip-version-check -e '.[aot]'
+	@.venv-aot/bin/python -m pip install -qq --disable-pip-version-check -e '.[aot]' $(AOT_PINS)
 	@touch $@
+
+# With other versions: make kernels AOT_PINS="jax==0.11.2 jaxlib==0.11.2 jax-cuda13-plugin==0.11.2"
+kernels: .venv-aot/stamp
+	.venv-aot/bin/python -m kernels_pallas.tools.compile_report --shapes v3-train v3-decode
 
 # Seconds to twenty minutes each, except the last. The last two also need libtpu; without it their failure is ignored.
 COMPILE = .venv-aot/bin/python -m deepseek_jax.compile

@@ -249,6 +249,20 @@ MUTATIONS = [
         tests="scale/compile/test_hlo.py",
     ),
     Mutation(
+        name="rows of the experts' buffers that nothing was sent to count",
+        file="deepseek_jax/scale/compile/hlo.py",
+        old="min(row, self.rows)",
+        new="row",
+        tests="scale/compile/test_hlo.py",
+    ),
+    Mutation(
+        name="micro-batches of a loop count as one",
+        file="deepseek_jax/scale/compile/aot.py",
+        old="layout.microbatches / min(2, layout.microbatches)",
+        new="1",
+        tests="scale/compile/test_aot.py",
+    ),
+    Mutation(
         name="products in loops count once",
         file="deepseek_jax/scale/compile/hlo.py",
         old="*(trips * sum(one[i] for",

@@ -180,15 +180,18 @@ def described(model: ModelConfig, layout: Layout, target: str, text: str, found:
 
 def _products(model, layout, text, target, frozen):
     """FLOPs of a device's products in a step, of its kernels and in all, next to what its share of the tokens needs,
-    where all or, if `frozen`, adapters alone are trained; {} for a pipeline, whose branches do not all run, and for
-    TPUs, whose kernels are not known."""
+    where all or, if `frozen`, adapters alone are trained, and loads are even; {} for a pipeline, whose branches do not
+    all run, and for TPUs, whose kernels are not known."""
     if layout.pipeline is not None or target.partition(":")[0] not in targets.GPUS:
         return {}
-    found, tokens = hlo.work(text), layout.microbatches * layout.tokens / layout.mesh.tensor
+    tokens = layout.tokens // layout.mesh.tensor  # of a micro-batch
+    found = hlo.work(text, tokens * model.experts_per_token)
+    # The first micro-batch is a copy of its own, and the others are a loop, whose body is counted once.
+    rounds = layout.microbatches / min(2, layout.microbatches)
     others = found.flops - found.attention - found.experts - found.fp8
-    useful = training_flops_per_token(model, layout.sequence_length, frozen=frozen) * tokens
-    return {"attention": found.attention, "experts": found.experts, "fp8": found.fp8, "others": others,
-            "useful": useful}
+    useful = training_flops_per_token(model, layout.sequence_length, frozen=frozen) * tokens * layout.microbatches
+    return {**{name: rounds * flops for name, flops in (("attention", found.attention), ("experts", found.experts),
+                                                        ("fp8", found.fp8), ("others", others))}, "useful": useful}
 
 
 def _waits(model, layout, text, target):

@@ -187,8 +187,8 @@ class Step(NamedTuple):
 
 
 class _Program:
-    def __init__(self, text, sizes):
-        self.sizes, self.bodies = sizes, computations(text)
+    def __init__(self, text, sizes, rows=None):
+        self.sizes, self.rows, self.bodies = sizes, rows, computations(text)
         self._types = {name: {line[0]: line[1] for line in lines} for name, lines in self.bodies.items()}
         self._counted = {}
 
@@ -221,6 +221,8 @@ class _Program:
             return self.attention_flops(name, attention[1], rest)
         if _PRODUCTS.search(rest):  # rows by weights, each by its expert's own, or the rows of two arrays
             left = _dims(rest.partition("operand_layout_constraints=")[2])
+            if self.rows and "/experts_products/" in rest:
+                left = [min(row, self.rows) for row in left[:1]] + left[1:]
             return 2.0 * math.prod(left) * _dims(shape)[-1] if len(left) == 2 else 0.0
         contracted = _CONTRACTED.search(rest)
         if not contracted:
@@ -336,9 +338,12 @@ def collectives(text: str, sizes: dict[str, int]) -> list[Collective]:
     return list(_Program(text, sizes).walk("ENTRY"))
 
 
-def work(text: str) -> Work:
-    """The products of a compiled program, times the trips of loops of known length; of branches, the most FLOPs."""
-    return _Program(text, {}).work("ENTRY")
+def work(text: str, rows: int | None = None) -> Work:
+    """The products of a compiled program, times the trips of loops of known length; of branches, the most FLOPs.
+
+    rows: that reach a device's experts. Their buffers have room for more, which the kernels in bfloat16 skip.
+    """
+    return _Program(text, {}, rows).work("ENTRY")
 
 
 def branches(text: str, number: int) -> list[str]:

@@ -76,15 +76,18 @@ def test_kernels_of_a_program_are_counted_with_the_most_that_one_of_them_takes(t
                                              ({"context": 2, "tensor": 2}, 4)])
 @pytest.mark.parametrize("frozen", [False, True])
 def test_products_that_a_device_needs_are_those_of_its_share_of_the_tokens(monkeypatch, mesh, share, frozen):
-    monkeypatch.setattr(hlo, "work", lambda text: hlo.Work(9, 100e12, 30e12, 20e12, 10e12))
     c, layout = model_config("tiny"), Layout(MeshConfig(**mesh), microbatches=3, rows=2, sequence_length=256)
+    rows = 2 * 256 // share * c.experts_per_token
+    monkeypatch.setattr(hlo, "work", lambda text, reach: hlo.Work(9, *(4e12 * x * (reach == rows)
+                                                                        for x in (25, 7.5, 5, 2.5))))
     found = aot._products(c, layout, "", "h100:8", frozen)
-    assert found == {"attention": 20e12, "experts": 10e12, "fp8": 30e12, "others": 40e12,
+    # The text has two micro-batches, the first and the loop's, and a step has three.
+    assert found == {"attention": 30e12, "experts": 15e12, "fp8": 45e12, "others": 60e12,
                      "useful": training_flops_per_token(c, 256, frozen=frozen) * 3 * 2 * 256 / share}
     lines = report.table(REPORT | {"products": found | {"useful": 7e12}}).splitlines()
     line, = (one for one in lines if "TFLOP" in one)
-    assert " ".join(line.split()) == ("TFLOP of products 100.0 kernels of attention 20.0, of experts in bfloat16 10.0, "
-                                      "in FP8 30.0; useful 7.0")
+    assert " ".join(line.split()) == ("TFLOP of products 150.0 kernels of attention 30.0, of experts in bfloat16 15.0, "
+                                      "in FP8 45.0; useful 7.0")
 
 
 def test_what_the_state_holds_besides_parameters_counts_between_steps():
@@ -115,3 +118,7 @@ def test_a_step_compiles_for_eight_gpus_that_are_not_here(tmp_path):
     assert found["fits"] and found["bytes_per_device"] > 1e8
     assert rows["ragged-all-to-all"]["axes"] == ["local"]
     assert rows["ragged-all-to-all"]["asynchronous"] == rows["ragged-all-to-all"]["count"] > 0
+    multiplied = found["products"]
+    useful = multiplied.pop("useful")
+    assert multiplied["experts"] > 0.1 * useful
+    assert useful < sum(multiplied.values()) < 1.1 * useful
