@@ -1,5 +1,5 @@
-"""The claims tables of docs/claims.md and the README: every number of ours, in its place and with its sign, and every
-verdict, against the results of the study that its row names."""
+"""The claims tables of docs/claims.md and the README: every number of ours, in its place and with its sign, how many
+seeds it is of, and every verdict, against the results of the study that its row names."""
 
 import itertools
 import json
@@ -145,14 +145,14 @@ TABLE = {
 
 
 def rows():
-    """{claim: (study, what is ours, verdict)} of docs/claims.md."""
+    """{claim: (study, what is ours, seeds, verdict)} of docs/claims.md."""
     text = (ROOT / "docs" / "claims.md").read_text().split("| claim | report | ours", 1)[1]
     study, found = None, {}
     for line in itertools.takewhile(lambda line: line.startswith("|"), text.splitlines()[2:]):
-        says, _, ours, verdict, command, _ = (cell.strip() for cell in line.strip("|").split("|"))
+        says, _, ours, seeds, verdict, command, _ = (cell.strip() for cell in line.strip("|").split("|"))
         named = re.search(r"experiments\.studies\.(\w+)\.run", command)
         study = named.group(1) if named else study  # "the same"
-        found[says] = study, ours, verdict
+        found[says] = study, ours, seeds, verdict
     return found
 
 
@@ -197,8 +197,8 @@ def test_the_rows_of_the_readme_are_rows_of_the_claims():
     lines = list(itertools.takewhile(lambda line: line.startswith("|"), text.splitlines()[2:]))
     assert len(lines) == 7
     for line in lines:
-        says, _, ours, verdict = (cell.strip() for cell in line.strip("|").split("|"))
-        assert (ours, verdict) == ROWS[says][1:]
+        says, _, *ours = (cell.strip() for cell in line.strip("|").split("|"))
+        assert tuple(ours) == ROWS[says][1:]
 
 
 @pytest.mark.parametrize("says", TABLE)
@@ -211,7 +211,14 @@ def test_every_number_is_that_of_the_results(says):
 def test_every_verdict_is_that_of_the_results(says):
     study, _, _, claims = TABLE[says]
     results = results_of(study)
-    assert verdicts(ROWS[says][2]) == verdicts("; ".join(claim(results, *names)["verdict"] for names in claims))
+    assert verdicts(ROWS[says][3]) == verdicts("; ".join(claim(results, *names)["verdict"] for names in claims))
+
+
+@pytest.mark.parametrize("says", TABLE)
+def test_as_many_seeds_are_said_as_there_are(says):
+    results = results_of(TABLE[says][0])
+    seeds = results.get("seeds") or results["config"].get("seeds") or []
+    assert ROWS[says][2] == (str(len(seeds)) if seeds else "")
 
 
 @pytest.mark.parametrize("says", TABLE)
