@@ -22,7 +22,7 @@ class Turns:
         self._each: float = each
         self._left: float = each
         self._queue: collections.deque[asyncio.Future[None]] = collections.deque()
-        self._loop: asyncio.AbstractEventLoop | None = None  # futures of the callers that wait for a turn
+        self._loop: asyncio.AbstractEventLoop | None = None  # the event loop of the callers of `take`
 
     async def take(self) -> None:
         """Returns when it is the caller's turn."""
