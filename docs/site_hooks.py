@@ -1,8 +1,8 @@
-"""What mkdocs needs to be told: pages lie in docs/, and what they point to lies all over the repository.
+"""Hooks for mkdocs: pages are in docs/, and their links point all over the repository.
 
-Pages link to code, notebooks and pictures by relative paths, so that they work on GitHub. On the site a picture comes
-along, and everything else leads to the repository whose address setup.py has. A path that does not exist is left as it
-is: `mkdocs build --strict` then fails on it. LOG.md, CHANGELOG.md and CONTRIBUTING.md become pages too.
+Pages link to code, notebooks and pictures by relative paths, so that they work on GitHub. On the site, pictures are
+copied, and all other links lead to the repository whose address is in setup.py. A path that does not exist is left
+unchanged: `mkdocs build --strict` then fails on it. LOG.md, CHANGELOG.md and CONTRIBUTING.md become pages too.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def inside(path: pathlib.Path) -> pathlib.Path | None:
 
 
 def picture_uri(path: pathlib.Path) -> str:
-    """Where the site keeps a picture that lies outside of docs/."""
+    """Where the site keeps a picture from outside of docs/."""
     return f"pictures/{path.relative_to(ROOT).as_posix()}"
 
 

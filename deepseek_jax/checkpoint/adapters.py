@@ -1,9 +1,9 @@
-"""The checkpoints of runs that train low-rank adapters: adapters alone, and which checkpoint they are adapters of.
+"""Checkpoints of runs that train low-rank adapters: they hold only the adapters and the identity of the base.
 
     W + alpha / rank * A B        merged when they are read, so that every reader finds the weights of a model
 
 meta.json of such a checkpoint has "lora": the base's folder, its step, a digest of its manifest, alpha / rank, and
-whether the base was kept in FP8. One that is gone, or is another one by now, is refused.
+whether the base was kept in FP8. A base that is gone or has changed is refused.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from deepseek_jax.config import ConfigError
 
 
 class Base(NamedTuple):
-    """The checkpoint that a run depends on, such as the one that adapters belong to.
+    """The checkpoint that a run depends on, such as the base of adapters.
 
-    digest: of its files' lengths and check sums. scale: of adapters; 1 for any other. fp8: they were trained next to
-    weights in FP8 (`checkpoint.blocks`).
+    digest: of its files' lengths and checksums. scale: of adapters; 1 for any other. fp8: the adapters were trained
+      with a base in FP8 (`checkpoint.blocks`).
     """
 
     folder: str
@@ -49,9 +49,9 @@ def identify(folder: str, scale: float, known: Base | None = None, what: str = "
              fp8: bool = False) -> tuple[Base, pathlib.Path]:
     """The base in `folder` as it is now, and its checkpoint: the newest, or that of `known`.
 
-    what: it is called in messages, with the config key of the folder. scale, fp8: as Base has them.
+    what: its name in messages, with the config key of the folder. scale, fp8: as in Base.
     Raises:
-      ConfigError: there is none, or it is not `known`.
+      ConfigError: there is no checkpoint, or it is not `known`.
     """
     try:
         path = find_checkpoint(folder, None if known is None else known.step)
@@ -66,22 +66,22 @@ def identify(folder: str, scale: float, known: Base | None = None, what: str = "
 
 
 def base_of(path: pathlib.Path) -> Base | None:
-    """What the adapters in a checkpoint belong to; None: it holds all weights."""
+    """The base of the adapters in a checkpoint; None: it holds all weights."""
     found = read_meta(path)["meta"].get("lora")
     return None if found is None else Base(**found)
 
 
 def restore_weights(workdir: str | os.PathLike[str], abstract: dict[str, Any] | None = None, ema: bool = False,
                     step: int | None = None) -> tuple[dict[str, Any], int]:
-    """All weights of a run, whatever it trains.
+    """All weights of a run, whether it trains them or adapters.
 
     Args:
       abstract, step: as in `restore_items`, of {"params", "router"}.
-      ema: the moving average of the weights; {} where the run keeps none.
+      ema: read the moving average of the weights; {} if the run keeps none.
     Returns:
       {"params", "router"}, step.
     Raises:
-      ConfigError: no such checkpoint there, one that does not fit, or a base that is not there any more.
+      ConfigError: there is no such checkpoint, it does not fit, or its base is gone.
     """
     return read_checkpoint(workdir, lambda path: read_weights(path, abstract, ema), step)
 
@@ -100,14 +100,14 @@ def read_weights(path: pathlib.Path, abstract: dict[str, Any] | None = None, ema
 
 def read_leaves(path: pathlib.Path, leaves: dict[str, Any], abstract: dict[str, Any] | None = None,
                 read: Callable[[Any, Any], Any] = restore) -> dict[str, Any]:
-    """{"params", "router"} of the checkpoint at `path`, whose parameters are `leaves`, cast to what is wanted.
+    """{"params", "router"} of the checkpoint at `path`, whose parameters are `leaves`, cast as in `abstract`.
 
     Args:
       leaves: {"params/...": leaf}, as `stored` returns them.
       abstract: shapes, dtypes and shardings of both; None: arrays as they are stored, on one device.
-      read: makes an array of a leaf and what is wanted of it.
+      read: makes an array from a leaf and its entry in `abstract`.
     Raises:
-      ConfigError: they are not those that are wanted, in name or shape.
+      ConfigError: names or shapes differ from `abstract`.
     """
     router = read_items(path, ("router",), abstract and {"router": abstract["router"]})[0]["router"]
     found = {tuple(name.split("/")[1:]): leaf for name, leaf in leaves.items()}
@@ -120,7 +120,7 @@ def read_leaves(path: pathlib.Path, leaves: dict[str, Any], abstract: dict[str, 
 
 
 def stored(checkpoint: pathlib.Path, name: str = "params") -> dict[str, Any]:
-    """{"params/...": leaf} of all parameters of the run with that checkpoint, each to be read in parts.
+    """{"params/...": leaf} for all parameters of the run with that checkpoint, each readable in parts.
 
     name: "ema": the moving average of the parameters; there may be none.
     """
@@ -130,14 +130,14 @@ def stored(checkpoint: pathlib.Path, name: str = "params") -> dict[str, Any]:
     if base is None or not own:
         return own
     below = stored(identify(base.folder, base.scale, base)[1])
-    if base.fp8:  # what a checkpoint keeps in FP8 are these numbers already, and goes out again as it is
+    if base.fp8:  # leaves that a checkpoint keeps in FP8 have these values already, and are exported unchanged
         below |= in_blocks({path: leaf for path, leaf in below.items() if leaf.scales is None})
     return below | {path: Merged(leaf, own[f"{path}/a"], own[f"{path}/b"], base.scale)
                     for path, leaf in below.items() if f"{path}/a" in own}
 
 
 def merge(params: Any, adapters: Any, scale: float) -> Any:
-    """The parameters with their adapters added to them; those that have none are the same arrays."""
+    """The parameters with their adapters added; parameters without adapters are the same arrays."""
     if not adapters:
         return params
     if isinstance(params, dict):

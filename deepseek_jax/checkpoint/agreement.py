@@ -1,7 +1,7 @@
-"""What the processes of a run agree on about its checkpoints.
+"""Agreement between the processes of a run about its checkpoints.
 
-They do so by the key-value store of JAX's coordination service, and not by what each one finds: a file system may show
-one process what it hides from another for a while. All of them call these functions in the same order.
+They use the key-value store of JAX's coordination service, and not what each one finds on the disk: a file system may
+show a file to one process before another. All processes call these functions in the same order.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from deepseek_jax.config import ConfigError
 from deepseek_jax.parallel.coordinator import LONGEST_WAIT, store, wait_for_all
 from deepseek_jax.storage import StorageError
 
-_PASSED_ON = CheckpointError, ConfigError, StorageError, OSError  # that one process has, and all raise
+_PASSED_ON = CheckpointError, ConfigError, StorageError, OSError  # raised in one process, and then in all
 
 
 def from_first(decide: Callable[[], Any]) -> Any:
-    """What decide() returns in process 0, which alone calls it; JSON-able. Its errors of one line (`_PASSED_ON`) are
-    raised in all of them."""
+    """The JSON value that decide() returns in process 0, the only one to call it. Its one-line errors (`_PASSED_ON`)
+    are raised in all processes."""
     if jax.process_count() == 1:
         return decide()
     key = _new_key()
@@ -43,7 +43,7 @@ def from_first(decide: Callable[[], Any]) -> Any:
 
 
 def said_by_any(words: str | None) -> list[str]:
-    """The words of those processes that have some, the same list in all of them, once each has called this."""
+    """The non-empty words of the processes, the same list in all of them, once each has called this."""
     if jax.process_count() == 1:
         return [] if words is None else [words]
     key = _new_key()

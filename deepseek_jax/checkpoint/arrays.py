@@ -1,13 +1,14 @@
 """Arrays of checkpoints: zarr (version 3) folders whose chunks are plain bytes.
 
-A chunk of a run holds what one device has of an array, or a part of that (`chunks`); one of a conversion one matrix of
-one layer and expert, or some rows of it, so that it is written in one pass without a stacked array in memory. Either is
-read in any parts. `meta.json` names the folder of such a leaf:
+In a run, a chunk is the part of an array on one device, or a part of that (`chunks`); in a conversion it is one matrix
+of one layer and expert, or some rows of it, so that it is written in one pass without a stacked array in memory. Any
+part of an array can be read from either. `meta.json` names the folder of such a leaf:
 
     {"shape", "dtype", "zarr": folder}        or, kept in FP8,        {..., "zarr": values, "scales": folder, "inputs"}
 
-FP8 values stay [..., out, in] as the released checkpoints hold them, with a scale for each block of 128 x 128; they
-are dequantized, transposed and split into our axes as they are read. `inputs` of ours are the checkpoint's `in`.
+FP8 values stay [..., out, in] as in released checkpoints, with a scale for each block of 128 x 128; they are
+dequantized, transposed and split into our axes as they are read. `inputs` is the number of our axes that form the
+checkpoint's `in`.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def dequantize(values: np.ndarray, scales: np.ndarray, dtype: Any, first_row: in
         block = (first_row + start) // BLOCK
         stop = min((block + 1) * BLOCK - first_row, len(out))
         strip = np.empty((stop - start, values.shape[1]), np.float32)
-        np.take(_FLOAT_OF_BYTE, values[start:stop].view(np.uint8), out=strip, mode="clip")  # the fast mode
+        np.take(_FLOAT_OF_BYTE, values[start:stop].view(np.uint8), out=strip, mode="clip")  # a faster mode
         strip *= scales[block].astype(np.float32)[columns][None]
         out[start:stop] = strip
         start = stop
@@ -64,7 +65,7 @@ def quantize(w: np.ndarray, power_of_two: bool = False) -> tuple[np.ndarray, np.
 
     Args:
       w: [rows, columns], any float type; edge blocks may be ragged.
-      power_of_two: the next one up as the scale, as in V3.1 (`scale_fmt: ue8m0`).
+      power_of_two: round the scale up to a power of two, as in V3.1 (`scale_fmt: ue8m0`).
     Returns:
       float8_e4m3fn values, float32 scales [ceil(rows / 128), ceil(columns / 128)] that multiply.
     """
@@ -81,7 +82,7 @@ def quantize(w: np.ndarray, power_of_two: bool = False) -> tuple[np.ndarray, np.
 
 
 def transposed(x: np.ndarray) -> np.ndarray:
-    """A contiguous transpose of a matrix, a strip of rows at a time: that much fits the cache."""
+    """A contiguous transpose of a matrix, one strip of rows at a time, which fits the cache."""
     bits = x.view(f"u{x.itemsize}")
     out = np.empty(bits.shape[::-1], bits.dtype)
     for start in range(0, len(bits), BLOCK):
@@ -94,29 +95,29 @@ class Writer:
 
     Args:
       folder: of this array, inside of `root`, which may be an address.
-      prints: {file relative to root: [length, CRC32]} grows by every file, as `manifest.commit` takes it.
+      prints: {file relative to root: [length, CRC32]}, extended by every file, for `manifest.commit`.
       describes: write zarr.json, as one of several writers of an array does.
     """
 
-    # Seven parameters: an array's place and description, and where its checksums go.
+    # Seven parameters: an array's path and description, and where its checksums go.
     def __init__(self, root, folder, shape, chunk, dtype, prints, describes=True):
         self.root, self.folder, self.chunk, self.dtype, self.prints = root, folder, chunk, np.dtype(dtype), prints
         grid = {"name": "regular", "configuration": {"chunk_shape": list(chunk)}}
         endian = {"configuration": {"endian": "little"}} if self.dtype.itemsize > 1 else {}
         if not storage.is_remote(root):
-            os.makedirs(os.path.join(root, folder), exist_ok=True)  # by each of those that write the array
+            os.makedirs(os.path.join(root, folder), exist_ok=True)  # by each of the array's writers
         if not describes:
             return
         self._file("zarr.json", json.dumps({
             "zarr_format": 3, "node_type": "array", "shape": list(shape), "data_type": self.dtype.name,
             "chunk_grid": grid, "fill_value": np.zeros((), self.dtype).item(),
-            # One folder an array: nested ones would be a folder a chunk.
+            # One folder per array: nested ones would mean a folder per chunk.
             "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
             "codecs": [{"name": "bytes", **endian}]}).encode())
 
     def write(self, index: tuple[Any, ...], data: np.ndarray) -> None:
         """Writes chunk `index`; `data` may be shorter than a chunk along one axis, at the array's edge."""
-        if data.shape != self.chunk:  # on the disk every chunk has the full size
+        if data.shape != self.chunk:  # on disk every chunk has the full size
             whole = np.zeros(self.chunk, self.dtype)
             whole[tuple(map(slice, data.shape))] = data
             data = whole
@@ -136,15 +137,15 @@ class Writer:
 
 
 class Stored:
-    """A leaf of a checkpoint, converted or trained; slices of it are read on demand, and checked as they are read.
+    """A leaf of a checkpoint, converted or trained; slices are read on demand, and verified as they are read.
 
     Args:
       path: of the checkpoint.
-      leaf: what its meta.json says of the leaf.
+      leaf: the leaf's entry in meta.json.
       files: `manifest.files_of` the checkpoint.
-      name: of the leaf, by which Orbax knows it.
+      name: of the leaf, as in Orbax.
     Raises:
-      DamagedError: here or in reading, for a file that is not what was written. Those that Orbax wrote are not checked.
+      DamagedError: here or in reading, for a file that differs from what was written. Orbax's files are not checked.
     """
 
     def __init__(self, path, leaf, files, name):
@@ -163,24 +164,24 @@ class Stored:
         return np.stack(parts).reshape([len(b) for b in bounds])
 
     def _dequantized(self, place, bounds):
-        """Our axes `bounds` of the matrix at `place` of the stack."""
+        """The part `bounds`, in our axes, of the matrix at `place` in the stack."""
         shape = self.shape[len(place):]
         assert self.scales is not None
-        ours, theirs = [], []  # per side (in, out): what to cut from what was read, and the range to read
+        ours, theirs = [], []  # per side (in, out): the cut from the values read, and the range to read
         for low, high in ((0, self.inputs), (self.inputs, len(shape))):
-            inner = math.prod(shape[low + 1:high])  # the outermost axis is cut on reading, the others after it
+            inner = math.prod(shape[low + 1:high])  # the outermost axis is cut while reading, the others afterwards
             theirs.append((bounds[low].start * inner, bounds[low].stop * inner))
             ours += [slice(None), *(slice(b.start, b.stop) for b in bounds[low + 1:high])]
         (c0, c1), (r0, r1) = theirs
         values = self.values[(*place, slice(r0, r1), slice(c0, c1))].read().result()
         scales = self.scales[place].read().result()
-        matrix = dequantize(transposed(values), scales.T, self.dtype, c0, r0)  # bytes are transposed faster
+        matrix = dequantize(transposed(values), scales.T, self.dtype, c0, r0)  # transposing bytes is faster
         outer: dict[int, int] = {0: len(bounds[0]), self.inputs: len(bounds[self.inputs])}
         return matrix.reshape([outer.get(axis, int(n)) for axis, n in enumerate(shape)])[tuple(ours)]
 
 
 def _open(path, folder, files):
-    """An array that `Writer` wrote. Chunks are read as a whole: a checksum is of all its bytes."""
+    """An array that `Writer` wrote. Chunks are read completely, since a checksum covers all of a chunk's bytes."""
     about = io.parse_json(read_checked(path, os.path.join(folder, "zarr.json"), files))
     chunk, dtype = about["chunk_grid"]["configuration"]["chunk_shape"], np.dtype(about["data_type"])
 
@@ -203,7 +204,7 @@ def check_on_disk(path: str | os.PathLike[str]) -> None:
 
 
 def _open_orbax(path, name):
-    """Orbax's arrays have a chunk for each device that wrote: chunks stay cached between parts of them."""
+    """Opens Orbax's array, which has a chunk for each device that wrote it; chunks stay cached between parts."""
     check_on_disk(path)
     base = "file://" + os.path.join(os.fspath(path), "state", "")
     spec = {"driver": "zarr", "kvstore": {"driver": "ocdbt", "base": base, "path": f"{name}/"},
@@ -212,13 +213,13 @@ def _open_orbax(path, name):
 
 
 def as_numpy(read: Callable[..., Any]) -> Callable[..., Any]:
-    """`read` with the arrays that it returns in the host's memory, as NumPy's; no accelerator ever holds them."""
+    """`read`, whose arrays are NumPy arrays in the host's memory; no accelerator ever holds them."""
     import jax
 
     def on_host(*args):
         try:
             host = jax.default_device(jax.local_devices(backend="cpu")[0])
-        except RuntimeError:  # JAX_PLATFORMS names the accelerator alone
+        except RuntimeError:  # JAX_PLATFORMS names only the accelerator
             host = contextlib.nullcontext()
         with host:
             return jax.device_get(read(*args))
@@ -229,7 +230,7 @@ def as_numpy(read: Callable[..., Any]) -> Callable[..., Any]:
 def restore(stored: Any, wanted: Any) -> jax.Array:
     """The jax.Array that `wanted` (jax.ShapeDtypeStruct) describes, cast to its dtype; each device reads its part.
 
-    stored: a Stored, or what has its shape and reads a part of it as NumPy's arrays do.
+    stored: a Stored, or an object with a shape that can be sliced like a NumPy array.
     """
     import jax
     import jax.numpy as jnp
@@ -238,11 +239,11 @@ def restore(stored: Any, wanted: Any) -> jax.Array:
 
     def part(index):
         place = tuple((cut.start, cut.stop) for cut in index)
-        if place not in parts:  # of several devices that hold the same
+        if place not in parts:  # if several devices hold the same part
             parts[place] = stored[index].astype(wanted.dtype, copy=False)
         return parts[place]
 
     sharding = getattr(wanted, "sharding", None)
-    if sharding is None:  # uncommitted: goes with any mesh
+    if sharding is None:  # uncommitted: can be used with any mesh
         return jnp.asarray(part((slice(None),) * len(stored.shape)))
     return jax.make_array_from_callback(stored.shape, sharding, part)

@@ -1,4 +1,4 @@
-"""Leaves of a checkpoint as a model that keeps them in FP8 has them: E4M3 in blocks of 128 x 128."""
+"""Leaves of a checkpoint for a model that keeps them in FP8: E4M3 in blocks of 128 x 128."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ import numpy as np
 from deepseek_jax.checkpoint.arrays import FP8, dequantize, quantize, transposed
 from kernels_pallas.constants import BLOCK
 
-# What released checkpoints hold in FP8, with the axes of an input and of an output: heads are one with what they hold.
+# Weights that released checkpoints hold in FP8, with their numbers of input and output axes: heads and head dims are
+# separate axes here and one side of the matrix there.
 MATRICES = {**dict.fromkeys(("q_a", "kv_a", "wk", "gate", "up", "down"), (1, 1)),
             **dict.fromkeys(("q", "q_b", "kv_b", "wq_b"), (1, 2)), "o": (2, 1)}
 
@@ -21,8 +22,8 @@ MATRICES = {**dict.fromkeys(("q_a", "kv_a", "wk", "gate", "up", "down"), (1, 1))
 class InBlocks:
     """A leaf rounded to FP8, read in parts like `checkpoint.arrays.Stored`.
 
-    leaf: of all weights. One that its checkpoint keeps in FP8 stays what it is, to the bit. inputs, outputs: how many
-    axes of each it ends with.
+    leaf: of all weights. A leaf that its checkpoint keeps in FP8 stays bit-identical. inputs, outputs: how many of its
+      last axes are inputs, and then outputs.
     """
 
     scales = None
@@ -33,7 +34,7 @@ class InBlocks:
         self.matrix = functools.lru_cache(maxsize=1)(self._matrix)  # which is read in strips, too
 
     def _matrix(self, place: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-        """float8_e4m3fn [inputs, outputs] and the float32 scales of its blocks; place: its layer, or layer and expert.
+        """float8_e4m3fn [inputs, outputs] and the float32 scales of its blocks; place: layer, or layer and expert.
         """
         if self.leaf.scales is not None:
             values, scales = (x[place].read().result() for x in (self.leaf.values, self.leaf.scales))
@@ -77,7 +78,7 @@ class Values:
 
 
 def in_blocks(leaves: dict[str, Any]) -> dict[str, Any]:
-    """{path: leaf} with those in FP8 that released checkpoints hold so; what is an InBlocks stays it."""
+    """{path: leaf}, with those leaves in FP8 that released checkpoints hold in FP8; an InBlocks is kept."""
     def held(path, leaf):
         name = path.rsplit("/", 1)[-1]
         return leaf if name not in MATRICES or isinstance(leaf, InBlocks) else InBlocks(leaf, *MATRICES[name])

@@ -1,13 +1,13 @@
-"""A state as zarr chunks: a part of an array each, as plain bytes in a file, or in an object of a bucket.
+"""A state as zarr chunks: each is a part of an array, as plain bytes in a file or in an object of a bucket.
 
-    checkpoints/STEP/meta.json   state-ID/params.embedding/zarr.json  c.0.0  c.1.0 ...   manifest.json, the last one
+    checkpoints/STEP/meta.json   state-ID/params.embedding/zarr.json  c.0.0  c.1.0 ...   manifest.json, written last
 
-Every process writes the chunks that its devices hold and takes their checksums as it does; process 0 joins the lists
-and reads nothing back. ID is another one for each attempt to save: a request of an attempt that timed out may still
-reach a store when the next one is done. States on the machines themselves (`local`) have one ID for all of a start.
+Every process writes the chunks that its devices hold and computes their checksums while writing; process 0 joins the
+lists and reads nothing back. Each attempt to save has a new ID: a request of an attempt that timed out may still reach
+a store after the next attempt has finished. States on the machines themselves (`local`) have one ID per start.
 
-Not Orbax's OCDBT: it has checksums of its index alone, and hands out a flipped bit of a value without a word. Nor does
-Orbax write s3://.
+Orbax's OCDBT is not used: it has checksums of its index only, and returns a value with a flipped bit without an error.
+Orbax does not write s3:// either.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from deepseek_jax.checkpoint.arrays import Writer
 from deepseek_jax.checkpoint.exchange import Incoming, Pairs
 from deepseek_jax.parallel.coordinator import wait_for_all
 
-CHUNK = 64 << 20  # bytes of an object at most, unless a row is larger: several are on their way at once
+CHUNK = 64 << 20  # maximum bytes of an object, unless a row is larger: several are uploaded at once
 
 
 class Save:
-    """What this process writes of a state. It is copied to the host here, so that its buffers may be donated.
+    """The part of a state that this process writes. It is copied to the host here, so that its buffers may be donated.
 
     Args:
       folder: of the checkpoint, or its address.
-      state: where the arrays are in it; the same in all processes, and in a bucket another one for each attempt.
+      state: name of the arrays' folder in it; the same in all processes, and in a bucket a new one for each attempt.
       arrays: {name: jax.Array or NumPy array}, none of them empty.
-      alone: this process writes all that its devices hold, for itself.
+      alone: this process writes everything that its devices hold, independently of the others.
     """
 
     def __init__(self, folder: pathlib.Path, state: str, arrays: dict[str, Any], alone: bool = False):
@@ -46,10 +46,10 @@ class Save:
                      for name, array in arrays.items()}
 
     def of_neighbour(self, folder: pathlib.Path, arrays: dict[str, Any], pairs: Pairs) -> Save:
-        """The same of what the devices of another process hold: of each pair the second one gets it of the first. All
+        """The same for the devices of another process: in each pair the second process gets the first one's data. All
         processes call this, and each of them is in two pairs.
 
-        arrays: as of this one.
+        arrays: as for this process.
         """
         giver = {taker: giver for giver, taker in pairs}[jax.process_index()]
         layouts = {_place(self.state, name): _layout(array.sharding, array.shape) for name, array in arrays.items()
@@ -69,10 +69,10 @@ class Save:
         return copy
 
     def write(self, name: str) -> dict[str, list[int]] | None:
-        """Writes it. {file: [length, CRC32]} of what this one wrote `alone`; else in process 0 of what all of them
-        wrote, and None in the others.
+        """Writes it. Returns {file: [length, CRC32]}: with `alone` of this process's files; otherwise in process 0 of
+        all files, and None in the others.
 
-        name: of this attempt, the same in all processes and another one each time.
+        name: of this attempt, the same in all processes and new each time.
         """
         first, prints = self.alone or jax.process_index() == 0, {}
         own = [(place, *about) for place, about in self.held.items() if first or about[-1]]
@@ -101,7 +101,7 @@ def new_state() -> str:
 
 
 def describe(state: str, leaves: dict[str, dict[str, Any]], arrays: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """{name: what meta.json says of the leaf, and where its array is}. Raises ValueError for names that are one."""
+    """{name: the leaf's entry in meta.json, with its array's folder}. Raises ValueError if names collide."""
     places = {name: _place(state, name) for name in arrays}
     if len(set(places.values())) != len(places):
         raise ValueError("two leaves of the state have the same name with dots for slashes; rename one.")
@@ -114,8 +114,8 @@ def _place(state, name):
 
 
 def _parts(array, alone) -> list[tuple[tuple[int, ...], np.ndarray]]:
-    """[(first index, copy)] of the parts of an array that this process writes: each one is written once, by it or, if
-    not `alone`, by any."""
+    """[(first index, copy)] of the parts of an array that this process writes: with `alone` every part on its devices,
+    otherwise each part is written by one process only."""
     if not alone and jax.process_index() and not _is_spread(array):
         return []
     if not isinstance(array, jax.Array):
@@ -127,7 +127,7 @@ def _parts(array, alone) -> list[tuple[tuple[int, ...], np.ndarray]]:
 
 
 def _is_spread(array):
-    """Whether other processes hold it too, or other parts of it."""
+    """Whether other processes hold the array too, or other parts of it."""
     return isinstance(array, jax.Array) and not array.is_fully_addressable
 
 
@@ -146,7 +146,7 @@ def _layout(sharding, shape) -> dict[int, list[tuple[tuple[int, ...], tuple[int,
 
 @functools.cache
 def _most(spread) -> int:
-    """Bytes of the process whose devices hold most. spread: of each array its sharding, shape and dtype."""
+    """Bytes of the process whose devices hold the most. spread: sharding, shape and dtype of each array."""
     held: collections.Counter[int] = collections.Counter()
     for sharding, shape, dtype in spread:
         for process, parts in _layout(sharding, shape).items():
@@ -159,7 +159,7 @@ def _bytes(part):
 
 
 def _chunk(array) -> tuple[int, ...]:
-    """The shape of an array's chunks: the part of a device, or a part of that which is at most CHUNK bytes."""
+    """The shape of an array's chunks: a device's part, or a piece of it of at most CHUNK bytes."""
     chunk = list(array.sharding.shard_shape(array.shape) if isinstance(array, jax.Array) else array.shape)
     for axis, length in enumerate(chunk):
         pieces = -(-int(np.prod(chunk, dtype=np.int64)) * array.dtype.itemsize // CHUNK)
@@ -170,7 +170,7 @@ def _chunk(array) -> tuple[int, ...]:
 
 
 def _cut(start, part, chunk):
-    """(index of a chunk, its content) of a part that begins at `start`, and at a chunk."""
+    """(index of a chunk, its content) for a part that begins at `start`, which is a chunk boundary."""
     for at in np.ndindex(*(length // size for length, size in zip(part.shape, chunk))):
         piece = part[tuple(slice(i * size, (i + 1) * size) for i, size in zip(at, chunk))]
         yield tuple(first // size + i for first, i, size in zip(start, at, chunk)), piece

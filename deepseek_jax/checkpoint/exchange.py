@@ -2,7 +2,7 @@
 
     pairs (0, 2), (1, 3):   piece after piece, each device of 0 sends to one of 2, while those of 1 send to 3
 
-All processes of a run call these functions together, in the thread that dispatches its steps: devices must come to all
+All processes of a run call these functions together, in the thread that dispatches its steps: devices must execute all
 exchanges in the same order.
 """
 
@@ -16,18 +16,18 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-PIECE = 16 << 20  # bytes of a device in one exchange; it holds two of them going out and two that have come
+PIECE = 16 << 20  # bytes per device in one exchange; a device holds two pieces to send and two received ones
 
-Pairs = tuple[tuple[int, int], ...]  # (giver, taker): each process is at most once a giver, and once a taker
+Pairs = tuple[tuple[int, int], ...]  # (sender, receiver): each process is at most once a sender, and once a receiver
 
 
 class Incoming:
-    """What comes to this process in an exchange, to be taken in order; zeros where it is no taker.
+    """The bytes that this process receives in an exchange, to be taken in order; zeros if it is not a receiver.
 
     Args:
       pairs: the same in all processes.
-      most: bytes that the one gives who gives most; the same in all processes.
-      outgoing: what this process gives, in uint8 arrays of one dimension.
+      most: the largest number of bytes that any process sends; the same in all processes.
+      outgoing: the bytes that this process sends, in uint8 arrays of one dimension.
     """
 
     def __init__(self, pairs: Pairs, most: int, outgoing: Iterable[np.ndarray] = ()):
@@ -50,7 +50,7 @@ class Incoming:
         return buffer
 
     def finish(self) -> None:
-        """Takes part in what is left of the exchange, for the others."""
+        """Takes part in the rest of the exchange, which the other processes need."""
         for _ in self._pieces:
             pass
 
@@ -60,7 +60,7 @@ def _exchanged(pairs, most, outgoing) -> Iterator[np.ndarray]:
     for device in sorted(jax.devices(), key=lambda device: device.id):
         by_process[device.process_index].append(device)
     width = min(map(len, by_process.values()))
-    piece = min(PIECE, 1 << (-(-most // width) - 1).bit_length())  # few lengths: each is compiled
+    piece = min(PIECE, 1 << (-(-most // width) - 1).bit_length())  # few lengths, since each is compiled
     devices = tuple(tuple(by_process[i][:width]) for i in sorted(by_process))
     move, where = _program(pairs, devices)
     own, coming = _cut(outgoing, width * piece), None
@@ -83,7 +83,7 @@ def _program(pairs, devices):
 
 
 def _cut(arrays, length):
-    """Pieces of `length` of what follows one another in arrays, the last one filled up with zeros."""
+    """Pieces of `length` from the concatenation of the arrays, the last one padded with zeros."""
     piece, filled = np.zeros(length, np.uint8), 0
     for array in arrays:
         while len(array):
@@ -92,7 +92,7 @@ def _cut(arrays, length):
             array, filled = array[len(part):], filled + len(part)
             if filled == length:
                 yield piece
-                piece, filled = np.zeros(length, np.uint8), 0  # a new one: a CPU's devices use it as it is
+                piece, filled = np.zeros(length, np.uint8), 0  # a new buffer: CPU devices use it without a copy
     if filled:
         yield piece
 

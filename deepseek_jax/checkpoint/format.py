@@ -1,7 +1,7 @@
-"""meta.json of a checkpoint, in any format that a version of this program has written.
+"""meta.json of a checkpoint, in any format that this program has ever written.
 
-    format 1   no number. A leaf without "zarr" is one of Orbax's arrays in `state`
-    format 2   such a leaf says so: "orbax"
+    format 1   no number. A leaf without "zarr" is an Orbax array in `state`
+    format 2   such a leaf is marked: "orbax"
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ def _name_orbax(about: dict[str, Any]) -> dict[str, Any]:
                                for name, leaf in about["leaves"].items()}}
 
 
-MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _name_orbax}  # from this format to the next
+MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _name_orbax}  # to the next format
 
 
 def write_meta(checkpoint: str | os.PathLike[str], step: int, meta: dict[str, Any], leaves: dict[str, Any]) -> None:
-    """Writes meta.json. leaves: {path: shape, dtype, and where it is}. meta: the caller's own."""
+    """Writes meta.json. leaves: {path: shape, dtype, and location}. meta: the caller's data."""
     about = {"format": FORMAT, "step": step, "meta": meta, "leaves": leaves}
     io.write_json(os.path.join(checkpoint, "meta.json"), about, indent=None, sync=True)
 
 
 def read_meta(checkpoint: str | os.PathLike[str]) -> dict[str, Any]:
-    """{"step", "meta", "leaves"} of a checkpoint, as the newest format has them.
+    """{"step", "meta", "leaves"} of a checkpoint, in the newest format.
 
     Raises:
-      ConfigError: it is of a newer version of this program.
+      ConfigError: it was written by a newer version of this program.
       DamagedError: meta.json cannot be read.
     """
     try:

@@ -1,16 +1,16 @@
 """The newest state of a run on the machines' own disks or in their memory, for a restart there within seconds.
 
-    train.checkpoint_local/RUN/process_3/STEP/...     as in the work directory, of what the devices of process 3 hold
-                                         copy_of_1/STEP/...     the same of process 1, which is on another machine
-                               run.json               whose states these are: the address of its checkpoints
-    WORKDIR/checkpoints/local.json                    RUN, from the first of these states on
+    train.checkpoint_local/RUN/process_3/STEP/...     as in the work directory, with the data of process 3
+                                         copy_of_1/STEP/...     the same for process 1, which is on another machine
+                               run.json               the run of these states: the address of its checkpoints
+    WORKDIR/checkpoints/local.json                    RUN, written with the first of these states
 
-Each process writes all that its devices hold, and what it got of a neighbour: the process half of all away, or the next
-on another machine, so that a machine, and the first or the second half of all racks or slices, may be lost. A step
-counts if for each process some machine has its part; whoever lacks it is given it (`exchange`). The numbers of
-processes may be others than they were.
-With another mesh there is none, and the checkpoint in the work directory counts. So does it where the run was continued
-from that one since, or without these, or was copied: RUN is another name then, or none.
+Each process writes the data on its devices, and a copy of a neighbour's. The neighbour is the process that is half of
+all processes away, or the next one on another machine, so that a machine, or the first or the second half of all racks
+or slices, may be lost. A step is usable if some machine has each process's part; a process that lacks its part receives
+it (`exchange`). Processes may be renumbered. Local states are not used with another mesh, nor if the run has since been
+continued from its work directory, was continued without local states, or was copied: RUN is then a different name, or
+missing. The checkpoint in the work directory is used instead.
 """
 
 from __future__ import annotations
@@ -39,16 +39,16 @@ from deepseek_jax.config import ConfigError
 _RUN = re.compile("[0-9a-f]{12}")
 _OTHER_MESH = "it was saved on another mesh"
 
-State = tuple[int, str]  # (step, name of the start that saved it): parts of different starts do not go together
+State = tuple[int, str]  # (step, name of the start that saved it): parts of different starts cannot be combined
 
 
 class LocalCheckpoints:
-    """The two newest states that this process has written, and of its neighbour's.
+    """The two newest states of this process, and the copies of its neighbour's.
 
     Args:
       folder: on this machine.
       directory: of the run's checkpoints, shared by all processes, on a disk.
-    Raises ConfigError where nothing can be written.
+    Raises ConfigError if nothing can be written.
     """
 
     def __init__(self, folder: str, directory: pathlib.Path):
@@ -62,7 +62,7 @@ class LocalCheckpoints:
                   "there are lost; the run then continues from the work directory.", flush=True)
 
     def _known(self) -> dict[str, Any]:
-        """What local.json says, or a new name, which it says with the first state."""
+        """The name in local.json, or a new one, which is written there with the first state."""
         address = os.path.realpath(self.directory)
         try:
             found = io.read_json(self.directory / "local.json")
@@ -87,7 +87,7 @@ class LocalCheckpoints:
             io.write_json(self.run / "run.json", self._about)
             for other in self.folder.iterdir():
                 if other.name != known["run"] and _RUN.fullmatch(other.name) and _address(other) == known["address"]:
-                    storage.remove(other)  # of this run, before it was continued from another state
+                    storage.remove(other)  # states of this run from before it was continued from another state
             self.own.with_suffix(".start").write_text(self._start)
         except OSError as error:
             raise ConfigError(f"train.checkpoint_local={self.folder} cannot be written to: {error.strerror}; take "
@@ -109,16 +109,16 @@ class LocalCheckpoints:
             return False
 
     def restore(self, read: Callable[[pathlib.Path], Any], newest: int) -> Any | None:
-        """read(checkpoint) of the newest step, `newest` or later, of which each process has its part or is given it.
-        None: there is none. What is here of later steps goes: the run gets there again, and not in all processes at
-        once."""
+        """read(checkpoint) of the newest step, at least `newest`, for which each process has its part or can receive
+        it. None: there is none. Local data of later steps is removed: the run will reach them again, and not in all
+        processes at once."""
         while (state := self._newest(found := self._found(), newest)) is not None:
             gifts = _rounds(found[state], self._count)
             value, why = self._read_own(read, state, gifts)
             if said := agreement.said_by_any(why):
                 if _OTHER_MESH in said:
                     self._give_up(state, _OTHER_MESH)
-                continue  # without what is damaged
+                continue  # without damaged parts
             for pairs in gifts:
                 try:
                     self._give(state, pairs)
@@ -139,7 +139,8 @@ class LocalCheckpoints:
         return None
 
     def _folders(self) -> Iterator[tuple[int, pathlib.Path]]:
-        """(process, where this machine has states of it), its own first, whoever is here now."""
+        """(process, folder of its states on this machine), this process first; includes processes that run elsewhere
+        now."""
         for pattern in ("process_*", "process_*/copy_of_*"):
             for folder in sorted(self.run.glob(pattern)):
                 number = folder.name.rsplit("_", 1)[-1]
@@ -147,7 +148,7 @@ class LocalCheckpoints:
                     yield int(number), folder
 
     def _parts(self) -> dict[State, dict[int, pathlib.Path]]:
-        """{state: {process: its part}} of those that are complete on this machine."""
+        """{state: {process: its part}} for the parts that are complete on this machine."""
         found: dict[State, dict[int, pathlib.Path]] = {}
         for process, folder in self._folders():
             for step in manifest.steps(folder):
@@ -158,7 +159,7 @@ class LocalCheckpoints:
         return found
 
     def _found(self) -> dict[State, dict[int, list[int]]]:
-        """{state: {process: those whose machine has its part}}, the same in all of them."""
+        """{state: {process: processes whose machine has its part}}, the same in all processes."""
         found: dict[State, dict[int, list[int]]] = {}
         self._at = self._parts()
         own = [[*state, list(parts)] for state, parts in self._at.items()]
@@ -187,7 +188,8 @@ class LocalCheckpoints:
         return [i for i in range(self._count) if i not in parts]
 
     def _read_own(self, read, state, gifts):
-        """-> (value, why not). Reads in full what is to be given, and reads what is here of this process."""
+        """-> (value, reason for a failure). Reads the parts to send completely, and this process's own part if it is
+        here."""
         parts = self._at.get(state, {})
         for process in (taker for pairs in gifts for giver, taker in pairs if giver == self._me):
             if why := next(manifest.damages(parts[process]), None):
@@ -196,7 +198,7 @@ class LocalCheckpoints:
         if self._me not in parts:
             assert any(taker == self._me for pairs in gifts for _, taker in pairs)
             return None, None
-        if parts[self._me] != self.own / str(state[0]):  # of a process that had another number, or its copy
+        if parts[self._me] != self.own / str(state[0]):  # from a process that was numbered differently, or a copy
             manifest.discard(self.own / str(state[0]))
             parts[self._me].rename(self.own / str(state[0]))
         return self._read(read, state)
@@ -212,7 +214,7 @@ class LocalCheckpoints:
             return None, error.why
 
     def _give(self, state: State, pairs: Pairs):
-        """Of each pair the first one gives the second one its part, file by file."""
+        """In each pair the first process sends the second one its part, file by file."""
         taker, size, outgoing = dict(pairs).get(self._me), None, ()
         if taker is not None:
             path = self._at[state][taker]
@@ -239,32 +241,32 @@ class LocalCheckpoints:
         manifest.commit(partial, partial.with_suffix(""), files)
 
     def _tidy(self, newest: int):
-        """Removes what is newer than a step, and the states of processes that are not here any more."""
+        """Removes states newer than a step, and states of processes that are no longer on this machine."""
         for folder in [self.own, *self.own.glob("copy_of_*")]:
             for later in manifest.steps(folder):
                 if later > newest:
                     manifest.discard(folder / str(later))
             if folder != self.own and (folder.name != f"copy_of_{self._giver}" or not self._copies):
                 storage.remove(folder)
-        if self._me != min(self._here):  # only one of a machine, which looks in none of these while another removes it
+        if self._me != min(self._here):  # one process per machine, so that no other reads them
             return
         for process, folder in self._folders():
             if process not in self._here and folder.parent == self.run:
                 storage.remove(folder)
 
     def begin_anew(self) -> None:
-        """Removes what is here: the run continues from another state."""
+        """Removes the local states: the run continues from another state."""
         if self._why is not None and self._me == 0:
             print(f"Not taken: {self._why}. The work directory counts.", flush=True)
-        if self._noted:  # otherwise there is nothing yet
+        if self._noted:  # otherwise there are none yet
             storage.remove(self.own)
             self._open(agreement.from_first(self._anew))
 
     def save(self, step: int, arrays: dict[str, Any], leaves: dict[str, Any], meta: dict[str, Any]) -> None:
-        """Starts writing and returns, once all processes have written the one before it, and each has got what it keeps
-        of its neighbour. Raises what `wait` does."""
+        """Starts writing, and returns once all processes have written the previous state and each has received its
+        neighbour's copy. Raises as `wait` does."""
         self.wait()
-        agreement.said_by_any(None)  # a process whose disk is slow still needs that of the others before it
+        agreement.said_by_any(None)  # a process with a slow disk still needs the others' previous state
         folders = [self.own, self.own / f"copy_of_{self._giver}"][:1 + self._copies]
         try:
             for folder in folders:
@@ -313,7 +315,7 @@ class LocalCheckpoints:
 
 
 def _address(folder: pathlib.Path) -> str | None:
-    """Of the checkpoints that the states in a folder belong to."""
+    """The address of the checkpoints that the states in a folder belong to."""
     with contextlib.suppress(OSError, ValueError):
         found = io.read_json(folder / "run.json")
         return found.get("address") if isinstance(found, dict) else None
@@ -321,16 +323,17 @@ def _address(folder: pathlib.Path) -> str | None:
 
 
 def _away(home: list[int]) -> int | None:
-    """How many processes away the one is that keeps a copy: half of all, or the first number above that has none on the
-    machine of what it keeps; None: no number does. home: the first process on the machine of each."""
+    """The distance in process numbers to the one that keeps a copy: half of all, or the first larger distance at which
+    no process shares a machine with the one it copies; None: there is no such distance. home: the first process on the
+    machine of each process."""
     count = len(home)
     return next((shift for shift in range(count // 2, count)
                  if all(home[i] != home[(i + shift) % count] for i in range(count))), None)
 
 
 def _rounds(holders: dict[int, list[int]], count: int) -> list[Pairs]:
-    """Who gives its part to whom, at the same time. holders: {process: those whose machine has its part}; there may be
-    processes of an earlier start among them, from `count` on."""
+    """(sender, receiver) pairs for simultaneous exchanges. holders: {process: processes whose machine has its part};
+    numbers from `count` on are processes of an earlier start."""
     todo, rounds = [i for i in range(count) if i not in holders[i]], []
     while todo:
         pairs: dict[int, int] = {}
@@ -344,7 +347,7 @@ def _rounds(holders: dict[int, list[int]], count: int) -> list[Pairs]:
 
 
 def _in_order(path: pathlib.Path, about: bytes, files: dict[str, list[int]]) -> Iterator[np.ndarray]:
-    """What is given of a checkpoint: the length of its manifest, that, and its files by name."""
+    """The bytes sent for a checkpoint: the length of its manifest, the manifest, and its files by name."""
     yield np.frombuffer(len(about).to_bytes(8, "little") + about, np.uint8)
     for name in sorted(files):
         yield np.frombuffer((path / name).read_bytes(), np.uint8)

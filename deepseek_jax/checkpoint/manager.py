@@ -1,7 +1,7 @@
 """Checkpoints that survive kill -9, full disks and flipped bits.
 
 `chunks` writes the arrays of `WORKDIR/checkpoints/STEP` in the background, and `manifest` commits that folder
-atomically. What is read is checked as it is read, and nothing else of it; where that fails, all processes take the
+atomically. Only the parts that are read are verified, as they are read; if that fails, all processes take the
 checkpoint before it. The state may be any pytree. It is stored flat, leaf by leaf under its path
 ("params/embed/table"), so that other commands can read the parameters without knowing the optimizer.
 """
@@ -32,10 +32,10 @@ T = TypeVar("T")
 
 
 class Checkpoints:
-    """The newest `keep` checkpoints of one work directory, and those of steps that `keep_period` divides; only the
-    processes that train there may hold this.
+    """The newest `keep` checkpoints of one work directory, and those at multiples of `keep_period`; only the processes
+    that train there may have this object.
 
-    local: a folder on each machine, for what `save_local` saves.
+    local: a folder on each machine, for the states of `save_local`.
     """
 
     def __init__(self, workdir: str | os.PathLike[str], keep: int = 3, keep_period: int | None = None,
@@ -50,14 +50,14 @@ class Checkpoints:
             storage.make_folder(self.directory)
             manifest.clean_up(self.directory)
             if local is None and not storage.is_remote(self.directory):
-                storage.remove(self.directory / "local.json")  # this run gets ahead of what the machines have
+                storage.remove(self.directory / "local.json")  # this run continues past the states on the machines
         self.local = None if local is None else LocalCheckpoints(local, self.directory)
 
     def save_local(self, step: int, state: Any, meta: dict) -> None:
-        """`save` onto this machine alone, where there is a folder for it.
+        """`save` to this machine only, if there is a folder for it.
 
         Raises:
-          CheckpointError: the one before it could not be written.
+          CheckpointError: the previous one could not be written.
         """
         assert self.local is not None
         self.local.save(step, *_flatten(state), meta)
@@ -65,20 +65,20 @@ class Checkpoints:
     def save(self, step: int, state: Any, meta: dict) -> None:
         """Starts writing `state` and returns; its buffers may be donated at once.
 
-        Waits for the save before this one, so at most one is under way.
+        Waits for the previous save, so at most one is in progress.
 
         Args:
           step: names the checkpoint; an older one of the same step is replaced.
           state: any pytree of arrays, typed PRNG keys and numbers. Numbers come back as arrays.
-          meta: small and JSON-able: the data position, the config.
+          meta: small JSON data: the data position, the config.
 
         Raises:
-          CheckpointError: this save could not start, or the one before it failed.
+          CheckpointError: this save could not start, or the previous one failed.
         """
         self.wait()
         arrays, leaves = _flatten(state)
         self._attempts += 1
-        # A new name each time: what an attempt that failed still writes must not get into the next.
+        # A new name each time: late writes of a failed attempt must not get into the next one.
         partial = manifest.begin(self.directory, step, self._attempts)
         name = agreement.from_first(lambda: self._begin(step, partial, meta, leaves, arrays))
         save = chunks.Save(partial, name, arrays)
@@ -86,12 +86,12 @@ class Checkpoints:
         self._pending = self._thread.submit(self._commit, step, partial, lambda: save.write(written))
 
     def _begin(self, step, partial, meta, leaves, arrays) -> str:
-        """Makes the folder and its meta.json. The name of what holds the arrays."""
+        """Makes the folder and its meta.json. Returns the name of the folder of the arrays."""
         name = chunks.new_state()
         leaves = chunks.describe(name, leaves, arrays)
         try:
             if storage.is_remote(partial):
-                manifest.discard(partial)  # what an attempt that failed has left there, too
+                manifest.discard(partial)  # including remains of a failed attempt
             else:
                 manifest.clean_up(self.directory)
                 partial.mkdir()
@@ -107,8 +107,8 @@ class Checkpoints:
             pending.result()
 
     def restore(self, abstract_state: Any) -> tuple[Any, dict[str, Any]] | None:
-        """The newest undamaged checkpoint as (state, meta), or None if there is none yet: what these machines have of
-        their own, unless the work directory has a newer one.
+        """The newest undamaged checkpoint as (state, meta), or None if there is none yet: a state on these machines,
+        unless the work directory has a newer one.
 
         Args:
           abstract_state: the state's pytree, of jax.ShapeDtypeStruct (or arrays). A leaf with a sharding is read
@@ -125,7 +125,7 @@ class Checkpoints:
             if local is not None:
                 return local
 
-        def newest_of_both(path):  # a damaged one is no reason to go back further than the machines have to
+        def newest_of_both(path):  # a damaged one must not make the run go back further than the states on the machines
             nonlocal local
             local = self.local and self.local.restore(read, int(path.name))
             return local or read(path)
@@ -147,7 +147,7 @@ class Checkpoints:
         return manifest.steps(self.directory)
 
     def close(self) -> None:
-        """Waits for the last save. Raises as `wait` does."""
+        """Waits for the last save. Raises the same errors as `wait`."""
         try:
             self.wait()
         finally:
@@ -167,7 +167,7 @@ class Checkpoints:
             self._retire(step)
 
     def _retire(self, newest):
-        """Removes the checkpoints that are superfluous after the commit of `newest`."""
+        """Removes the checkpoints that are no longer needed after the commit of `newest`."""
         whole = [step for step in self.steps() if step <= newest and step not in self._damaged]
         old = [step for step in whole[:-self.keep] if self.keep_period is None or step % self.keep_period]
         for step in self._damaged.union(old):
@@ -178,7 +178,7 @@ class Checkpoints:
         why = str(error).strip().split("\n")[0] or type(error).__name__
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "no space left" in str(error).lower():
             why = "no space left on the disk; free some, or keep fewer with train.checkpoints_kept"
-        if storage.is_remote(partial):  # which may not answer any more; the next start removes what is there
+        if storage.is_remote(partial):  # the store may not answer any more; the next start removes the remains
             return CheckpointError(f"checkpoint {step} was not written to {self.directory}: {why.rstrip('.')}. Those "
                                    "before it are untouched.")
         storage.remove(partial)
@@ -188,7 +188,7 @@ class Checkpoints:
 
 
 class Found(NamedTuple):
-    """What was read of the newest checkpoint that is whole. step: None: there is none. damaged: {newer step: why}."""
+    """The value read from the newest intact checkpoint. step: None: there is none. damaged: {newer step: why}."""
 
     step: int | None
     value: Any
@@ -196,21 +196,21 @@ class Found(NamedTuple):
 
 
 def read_newest(directory: pathlib.Path, read: Callable[[pathlib.Path], Any]) -> Found:
-    """read(checkpoint) of the newest one that is whole, as far as the processes read it. All of them take the same.
+    """read(checkpoint) of the newest checkpoint that is intact, as far as the processes read it; all take the same one.
 
     Raises ConfigError if every checkpoint is damaged.
     """
     known: dict[int, str] = {}
     while True:
         step, damaged = agreement.from_first(lambda: manifest.newest(directory, known))
-        damaged = {int(newer): why for newer, why in damaged.items()}  # JSON has made words of them
+        damaged = {int(newer): why for newer, why in damaged.items()}  # JSON has turned them into strings
         if step is None:
             return Found(None, None, damaged)
         path, value, why = directory / str(step), None, None
         try:
             value = read(path)
         except manifest.DamagedError as error:
-            if error.path != os.fspath(path):  # another one, which this one is based on
+            if error.path != os.fspath(path):  # another checkpoint, which this one is based on
                 raise
             why = error.why
         said = agreement.said_by_any(why)
@@ -220,9 +220,9 @@ def read_newest(directory: pathlib.Path, read: Callable[[pathlib.Path], Any]) ->
 
 
 def find_checkpoint(workdir: str | os.PathLike[str], step: int | None = None) -> pathlib.Path:
-    """The folder of a step's checkpoint; None: of the newest complete one, the same in all processes.
+    """The folder of a step's checkpoint, or for None of the newest complete one; the same in all processes.
 
-    Raises ConfigError where there is none.
+    Raises ConfigError if there is none.
     """
     directory = manifest.directory_of(workdir)
     if step is not None:
@@ -233,7 +233,7 @@ def find_checkpoint(workdir: str | os.PathLike[str], step: int | None = None) ->
 
 def read_checkpoint(workdir: str | os.PathLike[str], read: Callable[[pathlib.Path], T],
                     step: int | None = None) -> tuple[T, int]:
-    """read(checkpoint) of a step's checkpoint, or of the newest that is whole, and its step. Raises ConfigError."""
+    """read(checkpoint) of a step's checkpoint, or of the newest intact one, and its step. Raises ConfigError."""
     directory = manifest.directory_of(workdir)
     if step is not None:
         return read(manifest.of_step(directory, step)), step
@@ -250,27 +250,27 @@ def _there(workdir, step: int | None) -> int:
 def restore_items(workdir: str | os.PathLike[str], names: Sequence[str] = ("params", "router"),
                   abstract: dict[str, Any] | None = None,
                   step: int | None = None) -> tuple[dict[str, Any], int, dict[str, Any]]:
-    """Reads some entries of a state of a work directory, which another process may be training. Nothing else of it is
-    read, nor checked.
+    """Reads some entries of a state in a work directory, where another process may be training. Nothing else is read or
+    verified.
 
     Args:
-      names: entries of the state's top level. One that the state lacks comes back as {}.
-      abstract: {name: pytree of jax.ShapeDtypeStruct} to check against and to take shardings from; None reads what
-        is there into nested dicts.
+      names: entries of the state's top level. A missing entry is returned as {}.
+      abstract: {name: pytree of jax.ShapeDtypeStruct} to check against and to take shardings from; None reads
+        everything into nested dicts.
       step: of the checkpoint; None: the newest undamaged one.
 
     Returns:
       ({name: pytree}, step, meta).
 
     Raises:
-      ConfigError: no such checkpoint there, none undamaged, or `abstract` differs in a leaf.
+      ConfigError: there is no such or no undamaged checkpoint, or `abstract` differs in a leaf.
     """
     return read_checkpoint(workdir, lambda path: read_items(path, names, abstract), step)[0]
 
 
 def read_items(path: pathlib.Path, names: Sequence[str], abstract: dict[str, Any] | None = None,
                cast: bool = False) -> tuple[dict[str, Any], int, dict[str, Any]]:
-    """`restore_items` of the checkpoint in a folder. cast: leaves become what `abstract` says, whatever their dtype."""
+    """`restore_items` of the checkpoint in a folder. cast: leaves are cast to the dtypes of `abstract`."""
     saved = read_meta(path)
     leaves = {name: leaf for name, leaf in saved["leaves"].items() if name.split("/")[0] in names}
     items = {name: {} for name in names}
@@ -287,7 +287,7 @@ def read_items(path: pathlib.Path, names: Sequence[str], abstract: dict[str, Any
 
 
 def restore_state(path: pathlib.Path, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
-    """The state of the checkpoint in a folder, and its meta. Arguments and errors as of `Checkpoints.restore`."""
+    """The state of the checkpoint in a folder, and its meta. Arguments and errors as in `Checkpoints.restore`."""
     saved = read_meta(path)
     return _read(path, saved["leaves"], abstract_state), saved["meta"]
 
@@ -317,7 +317,7 @@ def _flatten(state):
         if _is_key(leaf):
             leaves[name]["key"] = str(jax.random.key_impl(leaf))
             leaf = jax.random.key_data(leaf)
-        if leaf.size:  # of one without elements its shape says all there is to know
+        if leaf.size:  # an array without elements is fully described by its shape
             arrays[name] = leaf
     return arrays, leaves
 
@@ -328,8 +328,8 @@ def _saved_shape(leaf):
 
 
 def _read(path, leaves, abstract, cast=False):
-    """Restores `abstract` from the checkpoint at `path`, whose leaves are `leaves`. Converted ones are cast to fit, and
-    with `cast` all of them."""
+    """Restores `abstract` from the checkpoint at `path`, whose leaves are `leaves`. Converted leaves are cast to fit;
+    with `cast` all of them are."""
     wanted, treedef = _named(abstract)
     wanted = {name: leaf if hasattr(leaf, "dtype") else jnp.asarray(leaf) for name, leaf in wanted.items()}
     converted = lambda leaf: "zarr" in leaf and "exact" not in leaf
@@ -347,9 +347,9 @@ def _read(path, leaves, abstract, cast=False):
 
 
 def _read_orbax(path, wanted, cast):
-    """Arrays that Orbax wrote, as this program did before format 2. Its files have no checksums of what they hold, so
-    all of them are read for ours first, each by one of the processes. What one finds all raise: none may wait in Orbax
-    for the others."""
+    """Arrays that Orbax wrote, as this program did before format 2. Its files have no checksums of their content, so
+    all of them are first read and compared with ours, each by one of the processes. An error in one process is raised
+    in all: none may wait in Orbax for the others."""
     arrays.check_on_disk(path)
     found = next(manifest.damages(path, (jax.process_index(), jax.process_count())), None)
     for why in agreement.said_by_any(found):
@@ -358,7 +358,7 @@ def _read_orbax(path, wanted, cast):
     for name, leaf in wanted.items():
         sharding = getattr(leaf, "sharding", None)
         shapes[name] = jax.eval_shape(jax.random.key_data, leaf) if _is_key(leaf) else leaf
-        # Uncommitted arrays go with any mesh; Orbax by itself would ask for the devices of the run that saved.
+        # Uncommitted arrays can be used with any mesh; Orbax by itself would require the devices of the run that saved.
         dtype = leaf.dtype if cast else None
         how[name] = (ocp.ArrayRestoreArgs(restore_type=jax.Array, sharding=sharding, dtype=dtype) if sharding
                      else ocp.RestoreArgs(restore_type=np.ndarray, dtype=dtype))
@@ -368,7 +368,7 @@ def _read_orbax(path, wanted, cast):
 
 
 def _read_chunks(path, leaf, files, name, wanted):
-    """A leaf that is stored in zarr chunks; NumPy's where it may be on any device, which this thread does not know."""
+    """A leaf that is stored in zarr chunks; a NumPy array if its device is open, which this thread cannot decide."""
     held = jax.eval_shape(jax.random.key_data, wanted) if _is_key(wanted) else wanted
     if "exact" in leaf:
         leaf = leaf | {"shape": held.shape, "dtype": str(held.dtype)}
@@ -387,9 +387,9 @@ def _finish(wanted, saved, value):
 
 
 def check_fit(path: pathlib.Path, saved: dict[str, Any], ours: dict[str, Any]) -> None:
-    """Raises ConfigError for the first leaf of the config's state that differs from the one saved at `path`.
+    """Raises ConfigError for the first leaf of the config's state that differs from the saved one at `path`.
 
-    saved, ours: {path of a leaf: what must be equal}, such as its shape.
+    saved, ours: {path of a leaf: the property that must be equal}, such as its shape.
     """
     for name in dict.fromkeys([*ours, *saved]):
         there, here = saved.get(name, "absent"), ours.get(name, "absent")

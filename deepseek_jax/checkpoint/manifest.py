@@ -1,18 +1,18 @@
 """Directories that are committed atomically (no jax here).
 
-A checkpoint is written as `STEP.ATTEMPT.partial`. Whoever writes a file flushes it to the disk and takes its length and
-CRC32; `commit` joins the lists in a manifest, and then renames the folder to `STEP`; a removal renames it to
+A checkpoint is written as `STEP.ATTEMPT.partial`. The writer of a file flushes it to the disk and records its length
+and CRC32; `commit` joins the lists in a manifest, and then renames the folder to `STEP`; a removal renames it to
 `STEP.trash` first. So a name without a suffix is a committed checkpoint.
 
-    incomplete    the manifest, the length of each file, and meta.json: what is looked at before a checkpoint is read
+    incomplete    the manifest, the length of each file, and meta.json: checked before a checkpoint is read
     arrays        each chunk is compared with its checksum as it is read
     damages       every byte of every file
 
-Damage is what is missing, short or fails its checksum. What a disk or a store refuses for now (a stale handle, too many
-open files) says nothing of a checkpoint, and is raised as it is.
+A file is damaged if it is missing, too short or fails its checksum. A temporary error of a disk or a store (a stale
+handle, too many open files) does not mean damage, and is raised unchanged.
 
-Buckets rename nothing. There the manifest is the last object of a checkpoint to be written and the first to be removed,
-and what has none is no checkpoint.
+Buckets cannot rename. There the manifest is the last object of a checkpoint to be written and the first to be removed,
+and a folder without one is not a checkpoint.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ _MISSING = FileNotFoundError, NotADirectoryError, IsADirectoryError
 
 
 class DamagedError(ConfigError):
-    """A checkpoint that is not what was written. path: of it. why: in a few words."""
+    """A checkpoint that differs from what was written. path: of it. why: in a few words."""
 
     def __init__(self, path: str | os.PathLike[str], why: str):
         super().__init__(f"the checkpoint {os.fspath(path)} is damaged: {why}; take another step.")
         self.path, self.why = os.fspath(path), why
 
-    def __reduce__(self):  # TensorStore pickles what is raised in reading
+    def __reduce__(self):  # TensorStore pickles exceptions raised while reading
         return DamagedError, (self.path, self.why)
 
 
@@ -45,7 +45,7 @@ class CheckpointError(OSError):
 
 
 def directory_of(workdir: str | os.PathLike[str]) -> pathlib.Path:
-    """The folder of a run's checkpoints, whatever the current folder becomes. `..` behind a link stays what it is."""
+    """The folder of a run's checkpoints, as an absolute path. `..` after a link is not resolved."""
     path = storage.as_path(workdir)
     return (path if storage.is_remote(workdir) else path.absolute()) / "checkpoints"
 
@@ -78,9 +78,9 @@ def has_begun(workdir: str | os.PathLike[str]) -> bool:
 
 
 def newest(directory: pathlib.Path, known: dict[int, str] | None = None) -> tuple[int | None, dict[int, str]]:
-    """-> (step of the newest checkpoint that is complete or None, {step of a newer one: why it is not}).
+    """-> (step of the newest complete checkpoint or None, {step of a newer one: why it is not complete}).
 
-    known: {step: what is wrong with it}, found in reading it. Raises ConfigError if none is left.
+    known: {step: what is wrong with it}, found while reading it. Raises ConfigError if none is left.
     """
     known, damaged = known or {}, {}
     for step in reversed(steps(directory)):
@@ -112,13 +112,13 @@ def files_of(path: str | os.PathLike[str]) -> dict[str, list[int]]:
     """{file: [length, CRC32]} of a checkpoint. Raises DamagedError, and OSError."""
     try:
         files = io.read_json(os.path.join(path, "manifest.json"))["files"]
-        return {name: [size, crc] for name, (size, crc, *_) in files.items()}  # earlier ones say more of objects
+        return {name: [size, crc] for name, (size, crc, *_) in files.items()}  # earlier versions have more entries
     except (*_MISSING, ValueError, KeyError, TypeError, AttributeError):
         raise DamagedError(path, "manifest.json is unreadable") from None
 
 
 def read_checked(path: str | os.PathLike[str], name: str, files: dict[str, list[int]]) -> bytes:
-    """The content of a file of a checkpoint. Raises DamagedError where it is not what `files` says, and OSError."""
+    """The content of a file of a checkpoint. Raises DamagedError if it differs from `files`, and OSError."""
     if name not in files:
         raise DamagedError(path, f"{name} is not in its manifest")
     try:
@@ -131,8 +131,8 @@ def read_checked(path: str | os.PathLike[str], name: str, files: dict[str, list[
 
 
 def incomplete(path: pathlib.Path) -> str | None:
-    """What is missing of a checkpoint, in a few words; None: its files are there with their lengths, and meta.json is
-    what was written."""
+    """What is missing from a checkpoint, in a few words; None: its files are there with the right lengths, and
+    meta.json is unchanged."""
     try:
         files = files_of(path)
         if why := _missing(path, files):
@@ -144,7 +144,7 @@ def incomplete(path: pathlib.Path) -> str | None:
 
 
 def _missing(path, files):
-    """The first file that is not there, or not with its length."""
+    """The first file that is missing or has the wrong length."""
     if storage.is_remote(path):
         found = {name: entry.size for name, entry in storage.entries(path).items()}
     else:
@@ -166,7 +166,7 @@ def _size(path):
 
 
 def damages(path: pathlib.Path, share: tuple[int, int] = (0, 1)) -> Iterator[str]:
-    """What is wrong with each file of a checkpoint that is not as it was written. Reads all of them.
+    """A description of each damaged file of a checkpoint. Reads all files.
 
     share: (i, n): every n-th file, from the i-th on.
     """
@@ -180,7 +180,7 @@ def damages(path: pathlib.Path, share: tuple[int, int] = (0, 1)) -> Iterator[str
 
 
 def size_of(path: pathlib.Path) -> str:
-    """How much a checkpoint that is whole holds, in words."""
+    """The size of an intact checkpoint, in words."""
     files = files_of(path)
     return f"whole, {len(files)} files of {sum(size for size, _ in files.values()) / 1e9:,.3f} GB"
 
@@ -201,16 +201,16 @@ def _differs(name, found, expected):
 
 
 def begin(directory: pathlib.Path, step: int, attempt: int = 1) -> pathlib.Path:
-    """Where a checkpoint is to be written."""
+    """The address at which a checkpoint is written."""
     return directory / (str(step) if storage.is_remote(directory) else f"{step}.{attempt}.partial")
 
 
 def commit(partial: pathlib.Path, final: pathlib.Path, known: dict[str, list[int]]) -> None:
-    """Makes the folder `partial` the checkpoint `final`, in one rename; an older `final` is replaced. In a bucket both
-    are the same address, and the manifest makes it one.
+    """Turns the folder `partial` into the checkpoint `final`, in one rename; an older `final` is replaced. In a bucket
+    both are the same address, and writing the manifest commits it.
 
     Args:
-      known: {file: [length, CRC32]} of all but meta.json. The files are on the disk already; nothing of them is read.
+      known: {file: [length, CRC32]} of all but meta.json. The files are on the disk already and are not read.
     """
     if storage.is_remote(final):
         _commit_objects(final, known)
@@ -238,7 +238,7 @@ def _has_manifest(path):
 
 
 def is_there(path: pathlib.Path) -> bool:
-    """Whether a checkpoint is still there, whole or not; the run that owns it may have removed it."""
+    """Whether a checkpoint still exists, intact or not; the run that owns it may have removed it."""
     return _has_manifest(path) if storage.is_remote(path) else path.exists()
 
 
@@ -265,7 +265,7 @@ def discard(path: pathlib.Path) -> None:
 
 
 def clean_up(directory: pathlib.Path) -> None:
-    """Removes what a killed run left behind. A partial that lacks only its last rename is committed instead."""
+    """Removes the remains of a killed run. A partial folder that lacks only its last rename is committed instead."""
     if storage.is_remote(directory):
         for name in storage.names(directory):
             if name.isdecimal() and not _has_manifest(directory / name):

@@ -1,4 +1,4 @@
-"""Every number of an experiment, in frozen dataclasses that check themselves (no jax here).
+"""All settings of an experiment, in frozen dataclasses that check themselves (no jax here).
 
     python -m deepseek_jax.config       prints the reference page of all keys
 """

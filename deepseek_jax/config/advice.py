@@ -1,4 +1,4 @@
-"""What is allowed in a config and rarely meant: one line each."""
+"""Notes on settings that are allowed but rarely intended, one line each."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from deepseek_jax.config.load import Config
 
 
 def advice(config: Config) -> list[str]:
-    """Notes on a config that can run, for the person who starts it."""
+    """Notes on a valid config, for the person who starts the run."""
     model, balance, notes = config.model, config.balance, []
     moves = model.num_moe_layers > 0 and model.has_router_bias and balance.bias_speed > 0
     if moves and model.score == "softmax":
@@ -17,6 +17,6 @@ def advice(config: Config) -> list[str]:
         notes.append("two balancers at once: the routing bias and balance.aux_loss_weight; take "
                      "balance.bias_speed=0 for the loss alone, or balance.aux_loss_weight=0 for the bias alone.")
     if balance.force_balanced:
-        notes.append("balance.force_balanced=True is for measuring speed: experts take turns, and no routing is "
-                     "learnt.")
+        notes.append("balance.force_balanced=True is for measuring speed: experts are assigned in turn, and no "
+                     "routing is learned.")
     return notes

@@ -1,8 +1,8 @@
-"""One experiment, from a config file and the command line to a frozen config.
+"""From a config file and the command line to a frozen config.
 
-Config files build an `ml_collections.ConfigDict` with `default_config(preset)` and change what they study; the
-command line overrides single keys (`--config.train.steps=50`); `freeze` turns the result into `Config`. What cannot
-work raises `ConfigError` there, in one line that says what would.
+Config files build an `ml_collections.ConfigDict` with `default_config(preset)` and change what they study; the command
+line overrides single keys (`--config.train.steps=50`); `freeze` turns the result into `Config`. An impossible config
+raises `ConfigError` there, in one line that says what would work.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from deepseek_jax.config.presets import model_config
 from deepseek_jax.config.schema import Checked, ConfigError, build, did_you_mean, key
 from deepseek_jax.config.training import BalanceConfig, DataConfig, InitConfig, OptimizerConfig, TrainConfig
 
-HISTORY = "history"  # of a run, in its config.json (`deepseek_jax.history`): no section
+HISTORY = "history"  # a key in a run's config.json (`deepseek_jax.history`), not a section
 RENAMED = {"train.micro_batches": "train.accumulation_steps"}  # keys of earlier versions, still accepted
 
 
@@ -84,23 +84,24 @@ class Config(Checked):
 
     @property
     def schedule_steps(self) -> int:
-        """The steps that fractions of the run are of."""
+        """The number of steps that fractions of the run refer to."""
         return self.optimizer.schedule_steps or self.train.steps
 
     @property
     def ramps_pipeline(self) -> bool:
-        """Whether the batch ramp moves in micro-batches of a pipeline, as a step is one round of it."""
+        """Whether the batch ramp moves in micro-batches of a pipeline: so if a step is a single pass of its
+        schedule."""
         return self.train.ramp_from is not None and self.mesh.pipe > 1 and self.train.accumulation_steps == 1
 
     @property
     def microbatches(self) -> int:
-        """Parts of a complete batch that the ramp moves in: rounds of accumulation, or micro-batches of a pipeline."""
+        """Parts of a full batch that the ramp counts: accumulation steps, or micro-batches of a pipeline."""
         return self.pipeline.microbatches if self.ramps_pipeline else self.train.accumulation_steps
 
     @property
     def ramp_levels(self) -> tuple[int, ...]:
-        """The numbers of micro-batches that steps have, ascending. In a pipeline two at a time: one enters at each end
-        of DualPipe."""
+        """The numbers of micro-batches that steps have, ascending. In a pipeline they grow by two: one enters at each
+        end of DualPipe."""
         last, stride = self.microbatches, 2 if self.ramps_pipeline else 1
         if self.train.ramp_from is None:
             return (last,)
@@ -117,10 +118,10 @@ class Config(Checked):
         return self.microbatches_at(step) * (self.train.batch_size // self.microbatches)
 
     def sequences_before(self, step: int) -> int:
-        """Sequences consumed by all steps before `step`, of a run that never changed (`data.position`)."""
+        """Sequences consumed by all steps before `step`, in a run whose settings never changed (`data.position`)."""
         train, levels = self.train, self.ramp_levels
         ramp_steps = math.ceil(train.ramp_until * self.schedule_steps) if len(levels) > 1 else 0
-        # The steps that each level begins at, and the last one ends at.
+        # The step at which each level begins; the last entry is where the ramp ends.
         starts = [-(-i * ramp_steps // max(1, len(levels) - 1)) for i in range(len(levels))]
         ramped = sum(micro * (min(step, end) - min(step, start))
                      for micro, start, end in zip(levels, starts, starts[1:]))
@@ -128,7 +129,7 @@ class Config(Checked):
 
     def _check_ramp(self):
         first, batch = self.train.ramp_from, self.train.batch_size
-        if first is None or batch % self.microbatches:  # which is refused as such (`pipeline.model.check`)
+        if first is None or batch % self.microbatches:  # refused elsewhere (`pipeline.model.check`)
             return
         rows = batch // self.microbatches
         if first > batch or first % rows:
@@ -156,7 +157,7 @@ class Config(Checked):
                               f"stage, not with {' and '.join(unfit)}; take --config.optimizer.qk_clip=None.")
 
     def _finer_ramp(self):
-        """The rounds of accumulation that a ramp which is too fine could move in, as an advice."""
+        """Advice for a ramp that is too fine: a number of accumulation steps that would work."""
         first, batch = self.train.ramp_from or 1, self.train.batch_size
         rows = math.gcd(batch, first)
         fits = first <= batch and self.mesh.pipe == 1 and rows % self.mesh.data_shards == 0
@@ -183,14 +184,14 @@ class Config(Checked):
 
 
 def default_config(preset: str) -> Any:
-    """A ConfigDict of the complete experiment at its defaults around a model preset, for a config file to change."""
-    import ml_collections  # needed by config files alone
+    """A ConfigDict of all settings with their defaults and a model preset, for a config file to change."""
+    import ml_collections  # only config files need it
 
     return ml_collections.ConfigDict(as_dict(Config(model=model_config(preset))), type_safe=False)
 
 
 def as_dict(config: Any) -> dict[str, Any]:
-    """Nested plain dicts of a frozen config, in the spelling of config files. JSON-able."""
+    """A frozen config as nested plain dicts, with the keys of config files; can be written as JSON."""
     out = {}
     for f in dataclasses.fields(config):
         value = getattr(config, f.name)
@@ -218,9 +219,9 @@ def freeze(config: Any) -> Config:
 
 
 def _with_new_names(config):
-    """The config with what is written under an earlier name moved to the present one."""
+    """The config with keys of earlier versions renamed to the present ones."""
     model = config.get("model")
-    if hasattr(model, "keys") and "norm_eps" in model and "latent_norm_eps" not in model:  # was one number
+    if hasattr(model, "keys") and "norm_eps" in model and "latent_norm_eps" not in model:  # was a single number
         config = copy.deepcopy(config)
         config["model"]["latent_norm_eps"] = config["model"]["norm_eps"]
     for old, new in RENAMED.items():
@@ -245,7 +246,7 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
       path: a Python file with get_config(), the config.json of a work directory, or the name of one of
         `deepseek_jax.configs`.
     Raises:
-      ConfigError: it cannot be read, or describes no run.
+      ConfigError: it cannot be read, or does not describe a run.
     """
     named = os.path.join(os.path.dirname(configs.__file__), f"{path}.py")
     if re.fullmatch(r"[a-z]\w*", path) and os.path.isfile(named) and not os.path.exists(path):
@@ -267,7 +268,7 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
 
 
 def named_configs() -> list[str]:
-    """The configs that come with the package."""
+    """The names of the configs in the package."""
     return sorted(name[:-3] for name in os.listdir(os.path.dirname(configs.__file__)) if name[0] not in "_.")
 
 
@@ -313,11 +314,11 @@ def _run_file(path):
         return module.get_config()
     except ConfigError:
         raise
-    except (Exception, SystemExit) as error:  # whatever the file does
+    except (Exception, SystemExit) as error:  # the file may do anything
         frames = traceback.extract_tb(error.__traceback__)
         where = [frame.lineno for frame in frames if frame.filename == os.path.abspath(path)]
         line = f", line {where[-1]}" if where else ""
-        # What ml_collections says of a wrong name, on a line of its own.
+        # ml_collections' message for an unknown name, on a separate line.
         near = re.search('Did you mean "(.*?)" instead of "(.*?)"', str(error))
         what = f"unknown config key {near[2]}; did you mean {near[1]}?" if near else f"{type(error).__name__}: {error}"
         if isinstance(error, ModuleNotFoundError):
@@ -347,6 +348,6 @@ def _override(config, text: str):
             raise ConfigError(f"unknown config key {'.'.join(parts[:depth + 1])}; {did_you_mean(part, node.keys())}")
         node, section = node[part], node
     try:
-        section[last] = ast.literal_eval(value.encode(errors="backslashreplace").decode())  # names may be no UTF-8
+        section[last] = ast.literal_eval(value.encode(errors="backslashreplace").decode())  # names need not be UTF-8
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # no literal: a word
         section[last] = value

@@ -1,4 +1,4 @@
-"""The shape of the machine: devices along each axis, and what they have to divide (no jax here)."""
+"""The mesh: devices along each axis, and the sizes that they have to divide (no jax here)."""
 
 from __future__ import annotations
 
@@ -15,30 +15,31 @@ from deepseek_jax.config.training import TrainConfig
 class MeshConfig(Checked, section="mesh"):
     """How many devices along each axis, and how tokens travel between them (report section 3.2).
 
-    The report's 2048 GPUs are pipe=16, replica=2, node=8, local=8, without parts. All ones: one device. Not part of
-    what a run is, and it may be resumed on another mesh; a batch ramp of a pipeline's micro-batches then has other
-    sizes from there on (docs/pipeline.md).
+    The report's 2048 GPUs are pipe=16, replica=2, node=8, local=8, with unsplit sequences. All ones: one device. A run
+    may be resumed on another mesh; a batch ramp in a pipeline's micro-batches then has other sizes from there on
+    (docs/pipeline.md).
     """
 
     pipe: Annotated[int, POSITIVE, "pipeline ranks"] = 1
     replica: Annotated[int, POSITIVE, "copies of all experts"] = 1
-    node: Annotated[int, POSITIVE, "experts over nodes: the slow fabric"] = 1
-    local: Annotated[int, POSITIVE, "experts over the devices of a node: the fast one"] = 1
-    tensor: Annotated[int, POSITIVE, "heads, dense feed-forward networks and vocabulary"] = 1
-    context: Annotated[int, POSITIVE, "parts that each sequence is split into, which latents go around"] = 1
-    context_node: Annotated[int, POSITIVE, "the same, over nodes that share the experts as those of `node` do"] = 1
+    node: Annotated[int, POSITIVE, "experts are split over nodes (slow network)"] = 1
+    local: Annotated[int, POSITIVE, "experts are split over the devices of a node (fast network)"] = 1
+    tensor: Annotated[int, POSITIVE, "splits heads, dense feed-forward networks and vocabulary"] = 1
+    context: Annotated[int, POSITIVE, "parts of each sequence, in a ring that latents are passed around"] = 1
+    context_node: Annotated[int, POSITIVE, "the same, over nodes that share the experts, like those of `node`"] = 1
     dispatch: Annotated[Literal["two_hop", "flat"],
-                        "two_hop: one copy a token and node, then on inside the node; flat: straight to the "
+                        "two_hop: one copy per token and node, then forwarded inside the node; flat: directly to the "
                         "devices"] = "two_hop"
-    dispatch_fp8: Annotated[bool, "values travel to the experts as E4M3 with a scale for 128 of them"] = False
+    dispatch_fp8: Annotated[bool, "tokens are sent to the experts in E4M3, with a scale for every 128 values"] = False
     buffers: Annotated[Literal["static", "ragged"],
-                       "ragged: only what is sent travels (TPU, GPU; not on a CPU)"] = "static"
+                       "ragged: no padding is sent (TPU, GPU; not on a CPU)"] = "static"
     capacity: Annotated[float | None, POSITIVE,
-                        "buffers in multiples of an even load: overflow is dropped; None: room for all"] = None
+                        "size of buffers, in multiples of an even load; overflow is dropped; None: room for all"] = None
 
     @property
     def sizes(self) -> dict[str, int]:
-        """{axis: devices along it}, slowest first: of a token less travels over `context` than to its experts."""
+        """{axis: devices along it}, slowest network first: a token needs fewer bytes over `context` than to its
+        experts."""
         axes = ("pipe", "replica", "context", "context_node", "node", "local", "tensor")
         return {axis: getattr(self, axis) for axis in axes}
 
@@ -49,22 +50,22 @@ class MeshConfig(Checked, section="mesh"):
 
     @property
     def parts(self) -> int:
-        """Parts that each sequence is split into."""
+        """The number of parts of each sequence."""
         return self.context * self.context_node
 
     @property
     def parts_key(self) -> str:
-        """What messages call `parts`: the keys that make it."""
+        """The keys whose product is `parts`, for messages."""
         return _named("context", context=self.context, context_node=self.context_node)
 
     @property
     def data_shards(self) -> int:
-        """Parts that the rows of a batch are split into."""
+        """The number of parts of a batch's rows."""
         return self.replica * self.node * self.local
 
     @property
     def token_shards(self) -> int:
-        """Parts that the tokens of a batch are split into."""
+        """The number of parts of a batch's tokens."""
         return self.data_shards * self.parts
 
     @property
@@ -75,17 +76,17 @@ class MeshConfig(Checked, section="mesh"):
 
 @dataclasses.dataclass(frozen=True)
 class PipelineConfig(Checked, section="pipeline"):
-    """What the ranks of mesh.pipe do, and when (report section 3.2.1). Not part of what a run is either."""
+    """The pipeline schedule (report section 3.2.1). It may also be changed when a run is resumed."""
 
-    schedule: Annotated[str, "as python -m deepseek_jax.pipeline has them"] = "dualpipe"
+    schedule: Annotated[str, "one of those of python -m deepseek_jax.pipeline"] = "dualpipe"
     microbatches: Annotated[int, POSITIVE,
-                            "that a batch (train.batch_size / train.accumulation_steps sequences) is cut into"] = 8
+                            "micro-batches of a batch (of train.batch_size / train.accumulation_steps sequences)"] = 8
     deferred: Annotated[int | None, NOT_NEGATIVE,
                         "weight gradients that may be pending on a rank; None: as many as the schedule defers"] = None
 
 
 def _named(usual: str, **sizes: int) -> str:
-    """The keys whose sizes make a product; the usual one if all are 1."""
+    """The keys of a product that are not 1; the usual one if all are 1."""
     return " * ".join(f"mesh.{key}" for key, size in sizes.items() if size > 1) or f"mesh.{usual}"
 
 

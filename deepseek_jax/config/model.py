@@ -13,12 +13,13 @@ IN_TURN = "deepseek_jax.model.router:in_turn"  # the rule of balance.force_balan
 PARTS = {"router": GROUP_LIMITED, "attention": "mla"}  # of the published models
 UNROLLED_LAYERS = 8  # a stack of more layers runs as a loop over them
 REPORT_RECOMPUTES = ("norms", "mla_up", "swiglu")  # report section 3.2.3
-# What else the backward pass can recompute, and the checkpoint name of what is then not saved: the latents'
+# Further values that the backward pass can recompute, with the checkpoint name that is then not saved: the latents'
 # projections, the router's scores, attention's output projection, SwiGLU's inputs, attention itself, and dispatch.
 RECOMPUTABLE = {"latents": "latent", "router": "routing", "output": "residual", "swiglu_inputs": "ffn_in",
                 "attention": "attention", "dispatch": "dispatched"}
-KERNEL_HEADS = (192, 128)  # sizes of queries and values that the kernels are made for: those of the published models
-# Beyond these, far from any published model, a damaged or hostile config.json would fill the memory or never end.
+KERNEL_HEADS = (192, 128)  # head sizes of queries and values that the kernels support: those of the published models
+# Larger values, far from any published model, could only come from a damaged or hostile config.json and would fill the
+# memory or never end.
 MOST_EXPERTS, MOST_MATRICES = 2**14, 2**20  # of a layer; of all experts of all layers
 MOST = {"vocab_size": 2**24, "num_layers": 2**12, "num_experts": MOST_EXPERTS, "num_shared_experts": 2**10,
         "mtp_depth": 2**6, "num_heads": 2**14, "nope_head_dim": 2**14, "rope_head_dim": 2**14, "v_head_dim": 2**14,
@@ -49,18 +50,18 @@ class Yarn(Checked, section="model.yarn"):
 
 @dataclasses.dataclass(frozen=True)
 class FP8Config(Checked, section="fp8"):
-    """FP8 training (report section 3.3). All but `enabled` and `implementation` is there to study the recipe."""
+    """FP8 training (report section 3.3). All keys except `enabled` and `implementation` are for studying the recipe."""
 
     enabled: Annotated[bool, "train in FP8"] = False
     scale: Annotated[Literal["float32", "power_of_two"], "of tiles; power_of_two also where the report does not ask "
                                                           "for it"] = "float32"
     tiles: Annotated[Literal["fine", "tensor"], "tensor: one scale an array"] = "fine"
-    gradient_tiles: Annotated[Literal["1x128", "128x128"], "128x128 is what diverged on the report's 16B "
+    gradient_tiles: Annotated[Literal["1x128", "128x128"], "128x128 diverged on the report's 16B "
                                                            "model"] = "1x128"
-    gradient_format: Annotated[Literal["e4m3", "e5m2"], "e5m2: more range, less precision, as others train"] = "e4m3"
+    gradient_format: Annotated[Literal["e4m3", "e5m2"], "e5m2: more range, less precision, as used elsewhere"] = "e4m3"
     accumulator_bits: Annotated[int, NOT_NEGATIVE, "of a tensor core's partial sums; 0: float32, 14: Hopper's, "
                                                    "modelled by the reference"] = 0
-    promote_every: Annotated[int | None, POSITIVE, "elements of K after which such a partial sum moves to float32; "
+    promote_every: Annotated[int | None, POSITIVE, "elements of K after which such a partial sum is added in float32; "
                                                    "None: never"] = 128
     implementation: Annotated[Literal["auto", "reference", "hopper", "tpu"], "of the kernels, as kernels_pallas.api "
                                                                              "has them"] = "auto"
@@ -93,39 +94,39 @@ class ModelConfig(Checked, section="model"):
     dense_ffn_dim: Annotated[int, POSITIVE, "hidden width of the dense blocks"] = 18432
     expert_ffn_dim: Annotated[int, POSITIVE, "hidden width of one expert"] = 2048
     num_experts: Annotated[int, POSITIVE, "routed experts a layer"] = 256
-    num_shared_experts: Annotated[int, NOT_NEGATIVE, "experts that every token visits"] = 1
-    experts_per_token: Annotated[int, POSITIVE, "routed experts that a token visits"] = 8
+    num_shared_experts: Annotated[int, NOT_NEGATIVE, "experts that every token uses"] = 1
+    experts_per_token: Annotated[int, POSITIVE, "routed experts that a token uses"] = 8
     num_groups: Annotated[int, POSITIVE, "groups of experts; 1: no group limit"] = 8
     groups_kept: Annotated[int, POSITIVE, "groups that a token may choose from"] = 4
     score: Annotated[Literal["sigmoid", "softmax"], "affinity; softmax: V2"] = "sigmoid"
     router_bias: Annotated[Literal["additive", "multiplicative", "none"], "multiplicative: the variant of arXiv "
                                                                           "2408.15664; none: V2"] = "additive"
-    normalize_gates: Annotated[bool, "gates of a token sum to route_scale"] = True
-    route_scale: Annotated[float, POSITIVE, "factor of the gates"] = 2.5
+    normalize_gates: Annotated[bool, "the gates of a token sum to route_scale"] = True
+    route_scale: Annotated[float, POSITIVE, "factor on the gates"] = 2.5
     mtp_depth: Annotated[int, NOT_NEGATIVE, "multi-token prediction modules"] = 1
     rope_theta: Annotated[float, POSITIVE, "base of the rotary frequencies"] = 10000.0
-    yarn: Annotated[Yarn | None, "context extension; None: without"] = None
-    norm_eps: Annotated[float, POSITIVE, "of RMSNorm, but for the latents"] = 1e-6
-    latent_norm_eps: Annotated[float, POSITIVE, "of RMSNorm of both latents; transformers has 1e-6 whatever norm_eps "
-                                                "is"] = 1e-6
-    init_std: Annotated[float, POSITIVE, "of all weights at the start"] = 0.006
+    yarn: Annotated[Yarn | None, "context extension; None: none"] = None
+    norm_eps: Annotated[float, POSITIVE, "epsilon of RMSNorm, except for the latents"] = 1e-6
+    latent_norm_eps: Annotated[float, POSITIVE, "epsilon of RMSNorm of both latents; transformers has 1e-6 whatever "
+                                                "norm_eps is"] = 1e-6
+    init_std: Annotated[float, POSITIVE, "standard deviation of all weights at the start"] = 0.006
     dtype: Annotated[Literal["bfloat16", "float32", "float64"], "of activations and products; parameters are float32 "
                                                                 "masters"] = "bfloat16"
-    remat: Annotated[str, "what the backward pass recomputes: none, report (norms, mla_up, swiglu), full, or names of "
-                          "what is recomputed in addition to the report's, such as latents,router"] = "report"
-    attention_block: Annotated[int, POSITIVE, "query and key rows a block: memory grows with T * block, not "
+    remat: Annotated[str, "recomputed in the backward pass: none, report (norms, mla_up, swiglu), full, or names of "
+                          "values to recompute in addition to the report's, such as latents,router"] = "report"
+    attention_block: Annotated[int, POSITIVE, "query and key rows per block: memory grows with T * block, not "
                                               "T * T"] = 512
-    implementation: Annotated[Literal["auto", "xla"], "of attention and of experts in bfloat16; auto: the device's own "
-                                                      "kernels where it has them, xla: programs of XLA alone"] = "auto"
+    implementation: Annotated[Literal["auto", "xla"], "of attention and of experts in bfloat16; auto: the device's "
+                                                      "kernels where they exist, xla: no kernels"] = "auto"
     router: Annotated[str, "routing rule: group_limited, or your own as package.module:function"] = GROUP_LIMITED
     attention: Annotated[str, "attention: mla, or your own module as package.module:name"] = "mla"
     index_topk: Annotated[int | None, POSITIVE, "tokens that a token attends to, chosen by the indexer of V3.2; None: "
                                                 "all, as in V3"] = None
     index_heads: Annotated[int, POSITIVE, "heads of the indexer"] = 64
     index_head_dim: Annotated[int, POSITIVE, "dims of a head of the indexer; the first rope_head_dim have RoPE"] = 128
-    index_warmup: Annotated[bool, "train the indexer alone: attention stays dense, all other weights as they "
+    index_warmup: Annotated[bool, "train only the indexer: attention stays dense, all other weights as they "
                                   "are"] = False
-    fp8: Annotated[FP8Config, "in config files a section of its own, next to model"] = FP8Config()
+    fp8: Annotated[FP8Config, "in config files a separate section, next to model"] = FP8Config()
 
     def __post_init__(self):
         super().__post_init__()
@@ -143,7 +144,8 @@ class ModelConfig(Checked, section="model"):
 
     @property
     def recomputed(self) -> frozenset[str]:
-        """The names of what the backward pass recomputes; of "full" all, and everything else besides."""
+        """The names of the values that the backward pass recomputes; for "full" all of them (and all unnamed ones
+        too)."""
         if self.remat == "full":
             return frozenset((*REPORT_RECOMPUTES, *RECOMPUTABLE))
         names = {"none": (), "report": REPORT_RECOMPUTES}
@@ -151,7 +153,7 @@ class ModelConfig(Checked, section="model"):
 
     @property
     def has_router_bias(self) -> bool:
-        """Whether selection adds or multiplies a bias."""
+        """Whether selection uses a bias, added or multiplied."""
         return self.router_bias != "none"
 
 

@@ -1,4 +1,4 @@
-"""What others call our keys: of Hugging Face's config.json where the value means the same, and common short names."""
+"""Other names of our keys: those in Hugging Face's config.json with the same meaning, and common short names."""
 
 HUGGING_FACE = {
     "vocab_size": "vocab_size", "hidden_size": "d_model", "num_hidden_layers": "num_layers",

@@ -13,19 +13,19 @@ _SMALL = dict(q_rank=96, kv_rank=64, nope_head_dim=32, rope_head_dim=16, v_head_
 _V2 = dict(vocab_size=102400, num_dense_layers=1, score="softmax", router_bias="none", normalize_gates=False,
            num_shared_experts=2, experts_per_token=6, mtp_depth=0,
            yarn=Yarn(mscale=0.707, mscale_all_dim=0.707))
-# Open models that compute as V3 does: no groups of experts.
+# Open models with the architecture of V3, without groups of experts.
 _OPEN = dict(num_dense_layers=1, num_groups=1, groups_kept=1, init_std=0.02)
 
 PRESETS = {
-    # As `small`, but shallow: learns real text in minutes on two CPU cores.
+    # Like `small`, but shallow: learns real text in minutes on two CPU cores.
     "tiny": dict(_SMALL, num_layers=4, num_dense_layers=1, remat="none"),
-    # The shape that this project and its peers are timed at.
+    # The shape for timing this project and its peers.
     "small": dict(_SMALL, num_layers=6, num_dense_layers=1, remat="none", attention_block=256),
     "v2_lite_16b": dict(_V2, d_model=2048, num_layers=27, num_heads=16, q_rank=None, dense_ffn_dim=10944,
                         expert_ffn_dim=1408, num_experts=64, num_groups=1, groups_kept=1, route_scale=1.0),
     "v2_236b": dict(_V2, d_model=5120, num_layers=60, num_heads=128, dense_ffn_dim=12288, expert_ffn_dim=1536,
                     num_experts=160, num_groups=8, groups_kept=3, route_scale=16.0),
-    # As `tiny`, with the sparse attention of V3.2.
+    # Like `tiny`, with the sparse attention of V3.2.
     "tiny_dsa": dict(_SMALL, num_layers=4, num_dense_layers=1, remat="none", index_topk=64, index_heads=8,
                      index_head_dim=32),
     "v3_671b": dict(yarn=Yarn()),

@@ -4,8 +4,8 @@
         fim_rate: Annotated[float, FRACTION, "share of documents rearranged prefix-suffix-middle"] = 0.1
         order: Annotated[Literal["sorted", "random"], "of the documents"] = "random"
 
-A field without a range may have any finite number. Ints become floats and lists tuples where the annotation says so;
-everything else that does not fit raises ConfigError, in one line that says what would.
+A field without a range accepts any finite number. Ints become floats and lists tuples if the annotation says so; every
+other mismatch raises ConfigError, in one line that says what would work.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ T = TypeVar("T")
 
 
 class ConfigError(ValueError):
-    """A mistake of the person who wrote the config or the command line: one line, with what would work.
+    """A mistake in the config or on the command line, in one line that says what would work.
 
-    What a terminal would obey, or could not print, is spelled with backslashes: messages quote files of others.
+    Control and unprintable characters are escaped with backslashes, since messages quote files from elsewhere.
     """
 
     def __init__(self, message: str):
@@ -39,12 +39,11 @@ class ConfigError(ValueError):
 
 
 def usable_path(name: str, path: str, on_disk: bool = False) -> str:
-    """The path, with the home folder for a ~, which a shell leaves in --hf=~/x; or the address of something in a
-    bucket, with one slash between its parts and none at its end. name: of the option or key. on_disk: an address will
-    not do.
+    """The path with ~ expanded, which a shell does not do in --hf=~/x; or the address of something in a bucket, with
+    one slash between its parts and none at its end. name: of the option or key. on_disk: an address is refused.
 
-    Raises ConfigError for an address without a bucket, and for one of another kind, or with one slash, which as a path
-    would be a folder `http:` or `gs:` here.
+    Raises ConfigError for an address without a bucket, of another scheme, or with a single slash, which as a path would
+    be a local folder named `http:` or `gs:`.
     """
     if re.match(r"(gs|s3):/(?!/)", path):
         raise ConfigError(f"{name}={path} has one slash where an address has two; write {path.replace(':', ':/', 1)}.")
@@ -62,7 +61,7 @@ def usable_path(name: str, path: str, on_disk: bool = False) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value in an error message: as Python spells it, but never a page of it."""
+    """A value for an error message: its repr, shortened if it is long."""
     text = repr(value)
     return text if len(text) <= 200 else f"{text[:200]}..."
 
@@ -83,7 +82,7 @@ BETWEEN = Range(lambda x: 0 < x < 1, "must lie between 0 and 1", "(0, 1)")
 
 
 class Field(NamedTuple):
-    """One field of a section, read off its annotation. key: its spelling in config files."""
+    """One field of a section, read from its annotation. key: its name in config files."""
 
     name: str
     key: str
@@ -97,7 +96,8 @@ class Field(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Checked:
-    """Base of every section. A subclass that overrides __post_init__ for what spans fields calls super() first."""
+    """Base of every section. A subclass that overrides __post_init__ to check several fields together calls super()
+    first."""
 
     _section: typing.ClassVar[str] = ""
 
@@ -137,12 +137,12 @@ def _field(field: dataclasses.Field[Any], hint: Any) -> Field:
 
 
 def key(field: Any) -> str:
-    """How a field is spelled in config files: `from_`, a keyword of Python, is `from` there."""
+    """The name of a field in config files: `from_` is `from` there, which is a keyword in Python."""
     return field.name.rstrip("_")
 
 
 def did_you_mean(word: object, options: Iterable[object]) -> str:
-    """The end of a sentence: the option that others call by this word, the nearest one, or all of them."""
+    """The end of a message: the option known elsewhere by this word, the nearest one, or all of them."""
     words = sorted(map(str, options))
     if OTHERS.get(str(word)) in words:
         return f"did you mean {OTHERS[str(word)]}?"
@@ -167,7 +167,7 @@ def build(cls: type[T], values: Any, path: str = "") -> T:
 
 
 def _typed(kind: Any, optional: bool, value: Any, path: str, example: Any) -> Any:
-    """`value` as a field of this kind has it."""
+    """`value` converted to the type of this field."""
     if value is None:
         if optional:
             return None

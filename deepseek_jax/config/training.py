@@ -22,25 +22,25 @@ from deepseek_jax.config.schema import (
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig(Checked, section="data"):
-    """Where text comes from and how it becomes sequences (report section 4.1)."""
+    """The sources of text, and how text becomes sequences (report section 4.1)."""
 
     sources: Annotated[tuple[tuple[str, float], ...],
-                       "(path, weight) pairs; a path is a folder, a file or a glob, hf:FOLDER one that the hub "
-                       "laid out, stdlib the running Python's own library"] = (("stdlib", 1.0),)
+                       "(path, weight) pairs; a path is a folder, a file or a glob; hf:FOLDER is a data set of the "
+                       "Hugging Face hub, stdlib the running Python's standard library"] = (("stdlib", 1.0),)
     stages: Annotated[tuple[tuple[int, tuple[tuple[str, float], ...]], ...],
-                      "(step, (path, weight) pairs): from that step on these weights, and of the other sources nothing "
-                      "is read"] = ()
-    tokenizer: Annotated[str | None, "a tokenizer.json, or a folder that has one, such as a checkpoint's; None: that "
-                         "of the run or checkpoint a run begins from, or one trained on its text"] = None
-    validation_fraction: Annotated[float, BETWEEN, "of the files, chosen by the hash of their relative path"] = 0.05
-    validation: Annotated[str | None, "a source of held-out text of its own, read as one of sources is; of these then "
-                          "nothing is held out"] = None
+                      "(step, (path, weight) pairs): from that step on, these sources with these weights, and "
+                      "no others"] = ()
+    tokenizer: Annotated[str | None, "a tokenizer.json, or a folder that has one, such as a checkpoint's; None: the "
+                         "tokenizer of the run or checkpoint that a run begins from, or one trained on its text"] = None
+    validation_fraction: Annotated[float, BETWEEN, "share of the files, chosen by hash of relative path"] = 0.05
+    validation: Annotated[str | None, "a separate source of held-out text, read like one of sources; of those, "
+                          "nothing is then held out"] = None
     validation_tokens: Annotated[int | None, POSITIVE, "at most this many tokens are held out, in equal shares of the "
                                  "sources, and of their files no more than validation_fraction; None: no bound"] = None
     fim_rate: Annotated[float, FRACTION, "share of documents rearranged prefix-suffix-middle, before packing"] = 0.1
     split_punctuation_rate: Annotated[float, FRACTION,
-                                      "of the tokens that join punctuation and line breaks: split at random"] = 0.1
-    mask_documents: Annotated[bool, "attend only inside a document; the report packs without such a mask"] = False
+                                      "share of tokens joining punctuation and line breaks to split at random"] = 0.1
+    mask_documents: Annotated[bool, "attention stays inside a document; the report packs without such a mask"] = False
     packing: Annotated[Literal["stream", "whole"],
                        "stream: documents one after another, cut where a sequence ends; whole: none is cut, as "
                        "conversations need it"] = "stream"
@@ -104,19 +104,19 @@ class DataConfig(Checked, section="data"):
                                   "that are nearer to each other and to 1.")
 
     def weights_at(self, step: int) -> tuple[float, ...]:
-        """Of each source its weight in that step; 0: it is not read."""
+        """The weight of each source in that step; 0: it is not read."""
         weights = dict(next((stage for first, stage in reversed(self.stages) if first <= step), self.sources))
         return tuple(weights.get(path, 0.0) for path, _ in self.sources)
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig(Checked, section="optimizer"):
-    """AdamW or Muon, and the report's learning-rate shape, in fractions of the run (report section 4.2)."""
+    """AdamW or Muon, and the report's learning-rate schedule, in fractions of the run (report section 4.2)."""
 
-    kind: Annotated[Literal["adamw", "muon"], "muon: that of the Kimi models, for all matrices but embedding and head; "
-                                              "these and norms keep AdamW"] = "adamw"
+    kind: Annotated[Literal["adamw", "muon"], "muon: as for the Kimi models, for all matrices except embedding and "
+                                              "head; those and norms use AdamW"] = "adamw"
     learning_rate: Annotated[float, POSITIVE, "the highest"] = 2.2e-4
-    warmup: Annotated[float, "share of the run in which the rate rises"] = 0.0085
+    warmup: Annotated[float, "share of the run in which the learning rate rises"] = 0.0085
     constant_until: Annotated[float, "10T of 14.8T tokens"] = 0.676
     cosine_until: Annotated[float, "14.3T of 14.8T tokens"] = 0.966
     cosine_to: Annotated[float, NOT_NEGATIVE, "of learning_rate; held until tail_from"] = 0.1
@@ -124,10 +124,10 @@ class OptimizerConfig(Checked, section="optimizer"):
     tail_to: Annotated[float, NOT_NEGATIVE, "of learning_rate"] = 0.0332
     b1: Annotated[float, BELOW_ONE, "AdamW's decay of the first moment"] = 0.9
     b2: Annotated[float, BELOW_ONE, "AdamW's decay of the second moment"] = 0.95
-    schedule_steps: Annotated[int | None, POSITIVE, "steps that a fraction of the run is of, here, in balance and in "
+    schedule_steps: Annotated[int | None, POSITIVE, "steps that fractions of the run refer to, here, in balance and in "
                               "train; None: train.steps"] = None
-    weight_decay: Annotated[float, NOT_NEGATIVE, "decoupled; norms' scales are left alone"] = 0.1
-    clip_norm: Annotated[float, POSITIVE, "global norm of the gradients"] = 1.0
+    weight_decay: Annotated[float, NOT_NEGATIVE, "decoupled; not applied to the scales of norms"] = 0.1
+    clip_norm: Annotated[float, POSITIVE, "gradients are clipped to this global norm"] = 1.0
     moment_dtype: Annotated[Literal["bfloat16", "float32", "float64"], "the report keeps bfloat16"] = "float32"
     qk_clip: Annotated[float | None, POSITIVE, "largest attention logit, above which a head's projections are scaled "
                        "down after the step; Kimi K2 has 100; None: neither measured nor clipped"] = None
@@ -145,14 +145,14 @@ BIAS_RULES = ("sign", "proportional")
 
 @dataclasses.dataclass(frozen=True)
 class BalanceConfig(Checked, section="balance"):
-    """How expert loads are kept even (report section 2.1.2, arXiv 2408.15664)."""
+    """How expert loads are balanced (report section 2.1.2, arXiv 2408.15664)."""
 
     bias_rule: Annotated[str, "sign, proportional, or your own as package.module:NAME"] = "sign"
     bias_speed: Annotated[float, NOT_NEGATIVE, "step of the bias; 0 freezes it"] = 0.001
     bias_until: Annotated[float, FRACTION, "fraction of the run after which the speed is 0"] = 0.966
     sequence_loss_weight: Annotated[float, NOT_NEGATIVE, "alpha of the sequence-wise balance loss"] = 1e-4
     aux_loss_weight: Annotated[float, NOT_NEGATIVE, "of the classic batch-wise auxiliary loss, as a baseline"] = 0.0
-    force_balanced: Annotated[bool, "for measuring speed only: tokens take the experts in turn, whatever the router "
+    force_balanced: Annotated[bool, "for measuring speed only: experts are assigned in turn, whatever the router "
                                     "says, and no routing is learnt"] = False
 
     def __post_init__(self):
@@ -164,18 +164,18 @@ class BalanceConfig(Checked, section="balance"):
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig(Checked, section="train"):
-    """The run: how long, how much a step, what is saved."""
+    """The run: its length, batch size, evaluations and checkpoints."""
 
     steps: Annotated[int, POSITIVE, "optimizer steps"] = 1000
     batch_size: Annotated[int, POSITIVE, "sequences a step"] = 8
     sequence_length: Annotated[int, POSITIVE, "tokens a sequence"] = 512
     accumulation_steps: Annotated[int, POSITIVE, "micro-batches that batch_size is split into"] = 1
-    ramp_from: Annotated[int | None, POSITIVE, "sequences a step at the start; None: no ramp"] = None
+    ramp_from: Annotated[int | None, POSITIVE, "sequences per step at the start; None: no ramp"] = None
     ramp_until: Annotated[float, FRACTION, "fraction of the run (469B of 14.8T tokens)"] = 0.032
     mtp_weights: Annotated[tuple[tuple[float, float], ...],
                            "(from this fraction of the run on, lambda) pairs"] = ((0.0, 0.3), (0.676, 0.1))
-    indexer_loss_weight: Annotated[float, NOT_NEGATIVE, "of the loss of the indexer (model.index_topk)"] = 1.0
-    ema_decay: Annotated[float, BELOW_ONE, "of the moving average of the weights; 0: none is kept"] = 0.0
+    indexer_loss_weight: Annotated[float, NOT_NEGATIVE, "weight of the loss of the indexer (model.index_topk)"] = 1.0
+    ema_decay: Annotated[float, BELOW_ONE, "decay of the moving average of the weights; 0: none is kept"] = 0.0
     loss_chunk: Annotated[int, POSITIVE, "tokens whose logits exist at once"] = 1024
     seed: Annotated[int, "of weights and data order"] = 0
     eval_every: Annotated[int, POSITIVE, "steps"] = 100
@@ -183,20 +183,21 @@ class TrainConfig(Checked, section="train"):
                             "of the validation set, while training; 0: all"] = 0
     final_eval_batches: Annotated[int, NOT_NEGATIVE, "of the validation set, at the end of the run; 0: all"] = 0
     checkpoint_every: Annotated[int, POSITIVE, "steps"] = 100
-    checkpoint_minutes: Annotated[float | None, POSITIVE, "and whenever this many have passed since the last one; "
-                                  "None: by steps alone"] = None
+    checkpoint_minutes: Annotated[float | None, POSITIVE, "minutes since the last checkpoint after which one is saved "
+                                  "too; None: by steps only"] = None
     checkpoints_kept: Annotated[int, POSITIVE, "how many of the newest checkpoints are kept"] = 3
-    checkpoint_keep_period: Annotated[int | None, POSITIVE, "steps; checkpoints at its multiples are kept for good "
-                                      "(Orbax's keep_period)"] = None
+    checkpoint_keep_period: Annotated[int | None, POSITIVE, "checkpoints at multiples of this many steps are never "
+                                      "removed (Orbax's keep_period)"] = None
     checkpoint_local: Annotated[str | None, "a folder on each machine, such as /dev/shm/run, for the newest state and "
-                                "a copy of another's: a restart begins there; needs room for two of each"] = None
+                                "a copy of another machine's, from which a restart continues; needs room for two of "
+                                "each"] = None
     checkpoint_local_every: Annotated[int, POSITIVE, "steps"] = 10
     tracker: Annotated[Literal["wandb", "mlflow"] | None,
-                       "gets the metrics too; None: TensorBoard's files alone"] = None
-    prometheus: Annotated[str | None, "a file for the text collector of Prometheus; None: none"] = None
+                       "also gets the metrics; None: only TensorBoard's files"] = None
+    prometheus: Annotated[str | None, "a file for Prometheus' textfile collector; None: none"] = None
     profile: Annotated[str, "A:B, a trace of the steps after A up to B; empty: none"] = ""
-    stall_minutes: Annotated[float | None, POSITIVE, "without the end of a step, after which a process shows the "
-                             "stacks of its threads and ends with 76; None: it waits"] = None
+    stall_minutes: Annotated[float | None, POSITIVE, "without the end of a step, after which a process prints the "
+                             "stacks of its threads and ends with 76; None: no limit"] = None
     sample_tokens: Annotated[int, NOT_NEGATIVE, "written at the end of a run; 0: no sample"] = 96
     sample_prompt: Annotated[str, "what the sample continues; empty: the first words of the held-out text"] = ""
 
@@ -234,7 +235,7 @@ class InitConfig(Checked, section="init"):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.from_ is not None:  # a shell leaves the ~ of --config.init.from=~/run alone
+        if self.from_ is not None:  # a shell does not expand the ~ in --config.init.from=~/run
             object.__setattr__(self, "from_", usable_path("init.from", self.from_))
 
     @property
@@ -244,6 +245,6 @@ class InitConfig(Checked, section="init"):
 
     @property
     def step(self) -> int | None:
-        """The step that a run branches off; None: it starts anew."""
+        """The step at which the run branches off; None: it starts at step 0."""
         found = re.fullmatch(r".+@(\d+)", self.from_ or "")
         return found and int(found[1])

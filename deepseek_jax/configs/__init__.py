@@ -1,1 +1,1 @@
-"""A run of each preset; `--config NAME` finds them, and a config file of your own may start from one."""
+"""Configs by name for `--config NAME`; your own config file may start from one."""

@@ -1,4 +1,4 @@
-"""A student learns the distribution of a teacher on answers of its own to a task's prompts; both share a tokenizer.
+"""A student learns its teacher's distribution on the student's own answers to a task's prompts; both share a tokenizer.
 
     python -m deepseek_jax.reinforce --config distill_on_policy --workdir student --config.init.from=run_reverse \
         --config.distill.from=rl

@@ -20,6 +20,6 @@ def get_config() -> ConfigDict:
     config.data.packing = "stream"  # a row is one prompt with one answer
     config.data.mask_documents = False
     config.train.batch_size = 32  # 16 pairs
-    config.train.mtp_weights = ((0.0, 0.0),)  # MTP modules draft for a policy that moves, and are not trained
-    config.optimizer.learning_rate = 5e-7  # of the paper's order: 1e-6; a small model takes more
+    config.train.mtp_weights = ((0.0, 0.0),)  # MTP modules draft for a policy that changes, and are not trained
+    config.optimizer.learning_rate = 5e-7  # of the order of the paper's 1e-6; a small model needs more
     return config

@@ -1,7 +1,7 @@
 """GigaChat3-10B-A1.8B (3 and 3.1): the smallest public model of V3's architecture that has an MTP module.
 
-Set for fine-tuning its published checkpoint, which `convert from-hf` makes a work directory of (`init.from`); it traces
-here (`jax.eval_shape`), and needs a machine with accelerators to run.
+Meant for fine-tuning its published checkpoint, which `convert from-hf` turns into a work directory (`init.from`).
+Without accelerators it can be traced (`jax.eval_shape`), but not run.
 
     python -m deepseek_jax.train --config gigachat3_10b --workdir DIR --config.init.from=CONVERTED
 """

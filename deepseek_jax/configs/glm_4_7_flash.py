@@ -1,7 +1,7 @@
-"""GLM-4.7-Flash, 30B-A3B: the architecture of V3 with wider heads, 64 experts of which 4 answer, and an MTP module.
+"""GLM-4.7-Flash, 30B-A3B: the architecture of V3 with wider heads, 64 experts (top 4), and an MTP module.
 
-Set for fine-tuning its published checkpoint, which `convert from-hf` makes a work directory of (`init.from`); it traces
-here (`jax.eval_shape`), and needs a machine with accelerators to run.
+Meant for fine-tuning its published checkpoint, which `convert from-hf` turns into a work directory (`init.from`).
+Without accelerators it can be traced (`jax.eval_shape`), but not run.
 
     python -m deepseek_jax.train --config glm_4_7_flash --workdir DIR --config.init.from=CONVERTED
 """

@@ -1,4 +1,4 @@
-"""Reinforcement learning on a task that a rule checks: letters are to be reversed. Starts from a run of config `tiny`.
+"""Reinforcement learning on a task that a rule checks, reversing letters. Starts from a run of config `tiny`.
 
     python -m deepseek_jax.posttraining reverse --examples 20000 > reverse.jsonl
     python -m deepseek_jax.train --config tiny --workdir run_reverse --config.data.sources="[('reverse.jsonl', 1)]" \
@@ -25,7 +25,7 @@ def get_config() -> ConfigDict:
     config.optimizer.learning_rate = 1e-4
     config.optimizer.warmup = 0.0
     config.optimizer.constant_until = config.optimizer.cosine_until = config.optimizer.tail_from = 1.0
-    config.optimizer.weight_decay = 0.0  # it would shrink the MTP module, which has no gradient here
-    config.balance.bias_speed = 0.0  # a small, skewed batch must not move the routes
+    config.optimizer.weight_decay = 0.0  # decay would shrink the MTP module, which has no gradient here
+    config.balance.bias_speed = 0.0  # a small, skewed batch must not change the routing
     config.balance.sequence_loss_weight = 0.0
     return config

@@ -1,7 +1,7 @@
 """Kimi-K2, 1T: the architecture of V3 with 384 experts, half as many heads and no groups of experts.
 
-Set for fine-tuning its published checkpoint, which `convert from-hf` makes a work directory of (`init.from`); it traces
-here (`jax.eval_shape`), and needs a cluster to run.
+Meant for fine-tuning its published checkpoint, which `convert from-hf` turns into a work directory (`init.from`).
+Without a cluster it can be traced (`jax.eval_shape`), but not run.
 
     python -m deepseek_jax.train --config kimi_k2_1t --workdir DIR --config.init.from=CONVERTED
 """

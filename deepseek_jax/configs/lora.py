@@ -1,10 +1,10 @@
-"""Supervised fine-tuning like `sft`, of low-rank adapters in the place of the weights: the base stays as it is.
+"""Supervised fine-tuning like `sft`, of low-rank adapters instead of the weights: the base is not changed.
 
     python -m deepseek_jax.train --config lora --workdir adapted --config.init.from=run \
         --config.data.sources="(('chats.jsonl', 1.0),)" --config.train.steps=200
     python -m deepseek_jax.convert to-hf adapted exported --merge
 
-Rows of chats.jsonl: as for `sft`. The work directory holds adapters alone: keep `run`.
+Rows of chats.jsonl: as for `sft`. The work directory holds only the adapters: keep `run`.
 """
 
 from typing import Any
@@ -18,5 +18,5 @@ def get_config() -> ConfigDict:
     config: Any = sft.get_config()
     config.lora.rank = 16
     config.lora.alpha = 32.0
-    config.optimizer.learning_rate = 2e-4  # adapters begin at 0 and are few: they take far more than weights do
+    config.optimizer.learning_rate = 2e-4  # adapters begin at 0 and are small: far above the rate of full weights
     return config

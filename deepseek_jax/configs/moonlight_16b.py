@@ -1,7 +1,7 @@
 """Moonlight-16B-A3B: the architecture of V3 at 16B, without a query latent, groups of experts or MTP.
 
-Set for fine-tuning its published checkpoint, which `convert from-hf` makes a work directory of (`init.from`); it traces
-here (`jax.eval_shape`), and needs a machine with accelerators to run.
+Meant for fine-tuning its published checkpoint, which `convert from-hf` turns into a work directory (`init.from`).
+Without accelerators it can be traced (`jax.eval_shape`), but not run.
 
     python -m deepseek_jax.train --config moonlight_16b --workdir DIR --config.init.from=CONVERTED
 """

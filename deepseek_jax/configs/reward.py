@@ -1,4 +1,4 @@
-"""A reward model of preference pairs, which begins as the run that init.from names; then a reward of `reinforce`.
+"""A reward model trained on preference pairs, starting from the run of init.from; `reinforce` can then use it.
 
     python -m deepseek_jax.train --config reward --workdir rewards --config.init.from=tuned \
         --config.data.sources="(('pairs.jsonl', 1.0),)" --config.train.steps=200
@@ -18,5 +18,5 @@ from deepseek_jax.configs import dpo
 def get_config() -> ConfigDict:
     config: Any = dpo.get_config()
     config.preference.objective = "reward"
-    config.optimizer.learning_rate = 1e-5  # a new head has far to go; a small model takes more
+    config.optimizer.learning_rate = 1e-5  # a new head needs a high rate; a small model an even higher one
     return config

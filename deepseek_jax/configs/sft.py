@@ -14,8 +14,8 @@ from deepseek_jax.config import default_config
 def get_config() -> ConfigDict:
     config = default_config("tiny")
     config.model = None  # that of init.from
-    config.data.packing = "whole"  # an answer keeps its question
-    config.data.mask_documents = True  # several samples share a sequence, and none sees another
+    config.data.packing = "whole"  # keeps each answer with its question
+    config.data.mask_documents = True  # conversations that share a sequence do not see each other
     config.data.fim_rate = 0.0
     config.data.split_punctuation_rate = 0.0
     config.train.steps = 200
@@ -24,7 +24,7 @@ def get_config() -> ConfigDict:
     config.train.eval_every = 50
     config.train.checkpoint_every = 50
     config.train.mtp_weights = ((0.0, 0.1),)  # as at the end of pre-training
-    # From 5e-6 to 1e-6 by a cosine; a small model takes more: --config.optimizer.learning_rate=1e-4.
+    # From 5e-6 to 1e-6 by a cosine; a small model needs more: --config.optimizer.learning_rate=1e-4.
     config.optimizer.learning_rate = 5e-6
     config.optimizer.warmup = 0.03
     config.optimizer.constant_until = 0.03
@@ -33,6 +33,6 @@ def get_config() -> ConfigDict:
     config.optimizer.cosine_to = 0.2
     config.optimizer.tail_to = 0.2
     config.optimizer.weight_decay = 0.0
-    config.balance.bias_speed = 0.0  # chats are a skewed sample: moved by them, the biases would change routes
+    config.balance.bias_speed = 0.0  # chats are a skewed sample: biases that follow them would change the routing
     config.balance.sequence_loss_weight = 0.0
     return config

@@ -1,4 +1,4 @@
-"""The shape that this project and its peers are timed at (make bench), trained for an hour or two on two CPU cores.
+"""The shape for timing this project and its peers (make bench); trains in an hour or two on two CPU cores.
 
     python -m deepseek_jax.train --config small --workdir run_small
 """

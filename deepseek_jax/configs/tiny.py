@@ -10,7 +10,7 @@ from deepseek_jax.config import default_config
 
 def get_config() -> ConfigDict:
     config = default_config("tiny")
-    config.data.validation_fraction = 0.15  # some 80 files: few files have few kinds of text, and odd loads
+    config.data.validation_fraction = 0.15  # some 80 files: fewer would have too few kinds of text, and unusual loads
     config.train.steps = 360
     config.train.batch_size = 16
     config.train.sequence_length = 256

@@ -2,7 +2,8 @@
 
     python -m deepseek_jax.train --config tiny_dsa --workdir run
 
-As V3.2 came from V3.1, from a run of `tiny`: first the indexer alone, then everything (docs/sparse_attention.md).
+To continue a run of `tiny`, as V3.2 did from V3.1, train first the indexer alone, then everything
+(docs/sparse_attention.md).
 """
 
 from ml_collections import ConfigDict

@@ -1,6 +1,6 @@
 """DeepSeek-V2, 236B: softmax routing over 160 experts, restricted to 3 of 8 groups, no MTP.
 
-It traces here (`jax.eval_shape`); it needs a machine with accelerators to run.
+Without accelerators it can be traced (`jax.eval_shape`), but not run.
 
     python -m deepseek_jax.train --config v2_236b --workdir DIR
 """

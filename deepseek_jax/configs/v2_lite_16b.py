@@ -1,6 +1,6 @@
 """DeepSeek-V2-Lite, 16B: softmax routing balanced by the auxiliary loss, no query latent, no MTP.
 
-It traces here (`jax.eval_shape`); it needs a machine with accelerators to run.
+Without accelerators it can be traced (`jax.eval_shape`), but not run.
 
     python -m deepseek_jax.train --config v2_lite_16b --workdir DIR
 """

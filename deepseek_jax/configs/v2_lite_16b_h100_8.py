@@ -1,7 +1,7 @@
 """DeepSeek-V2-Lite, 16B, on one machine of eight H100s, in bfloat16: all parameters are trained.
 
 The program of `compile --model v2_lite_16b --target h100:8 --expert 8 --sequences 512 --capacity 1.5`. A step has 512
-sequences, a ninth of the paper's 4,608, and so a third of its learning rate, by the rule of the square root; moments
+sequences, a ninth of the paper's 4,608, and so a third of its learning rate, by the square-root rule; moments
 are bfloat16.
 
     python -m deepseek_jax.train --config v2_lite_16b_h100_8 --workdir DIR

@@ -1,7 +1,7 @@
 """DeepSeek-V3.2: V3 whose attention reads 2,048 tokens, chosen by an indexer. Set for the V3.2 report's sparse stage.
 
-Its weights come from a run whose indexer has warmed up (`model.index_warmup`, docs/sparse_attention.md). It traces here
-(`jax.eval_shape`); it needs a cluster to run.
+Its weights come from a run whose indexer has warmed up (`model.index_warmup`, docs/sparse_attention.md). Without a
+cluster it can be traced (`jax.eval_shape`), but not run.
 
     python -m deepseek_jax.train --config v3_2_671b --workdir DIR --config.init.from=WARMED_UP
 """

@@ -1,6 +1,6 @@
 """DeepSeek-V3 itself, as the report trained it (section 4.2): 14.8T tokens in about 240,000 steps.
 
-It traces here (`jax.eval_shape`); it needs a cluster to run.
+Without a cluster it can be traced (`jax.eval_shape`), but not run.
 
     python -m deepseek_jax.train --config v3_671b --workdir DIR
 """

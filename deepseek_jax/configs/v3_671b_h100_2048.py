@@ -8,11 +8,11 @@ is kept (the report's is in the hosts' memory): `--config.train.ema_decay=0.999`
     srun python -m deepseek_jax.train --config v3_671b_h100_2048 --workdir gs://BUCKET/RUN \
         --config.data.sources="(('gs://BUCKET/corpus', 1.0),)"
 
-What was compiled has no batch ramp, and thus no tables of its shorter schedules.
+The compiled program has no batch ramp, and thus no tables of its shorter schedules.
 
-An evaluation scores one batch, the first 15,360 sequences of the held-out text, and besides one from the middle of
-each source that has none of these; that at the end of the run scores 8, spread over the text. All are scored in the
-pipeline's micro-batches.
+An evaluation scores one batch, the first 15,360 sequences of the held-out text, plus one batch from the middle of each
+source that has none of these; the evaluation at the end of the run scores 8 batches, spread over the text. All are
+scored in the pipeline's micro-batches.
 """
 
 from typing import Any

@@ -1,14 +1,15 @@
-"""What `prepare` makes, made ahead of a run by many processes, here and on other machines (no jax here).
+"""The results of `prepare`, made in advance by many processes on one or more machines (no jax here).
 
-    survey-<key>/00000.json       what a unit of a source holds: counts, lines of its stretches, hashes of its files
+    survey-<key>/00000.json       contents of a unit of a source: counts, lines of its stretches, hashes of its files
     samples-<key>/00000.jsonl     texts of a unit that the tokenizer is trained on
     tokenizer-<key>.json
     parts-<key>/00000/            the tokens of a unit
     shards-<key>/                 the index of all parts, by the process that finds the last of them
 
-Each is committed by a rename and never changed, so what a killed process had finished counts, and the rest does not.
-Processes never wait for each other. Process i of n makes the parts i, i + n, ...; of surveys and samples, which the
-parts need and which are a small share of the work, it makes its own first, and then those that nobody has made yet.
+Each is committed by a rename and never changed, so files that a killed process had finished are valid, and nothing else
+is kept. Processes never wait for each other. Process i of n makes the parts i, i + n, ... It also makes surveys and
+samples, which the parts need and which are a small share of the work: its own first, and then those that are still
+missing.
 """
 
 from __future__ import annotations
@@ -36,22 +37,22 @@ from deepseek_jax.data.units import count_lines, number_rows, units
 
 
 def cores() -> int:
-    """That this process may run on."""
+    """Cores that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class Share(NamedTuple):
-    """Of the units: those that are `index` modulo `count`."""
+    """The units of one process: those whose number is `index` modulo `count`."""
 
     index: int = 0
     count: int = 1
 
     def mine(self, total: int) -> range:
-        """The numbers of its units, of `total`."""
+        """The numbers of its units, out of `total`."""
         return range(self.index, total, self.count)
 
     def mine_first(self, total: int) -> list[int]:
-        """All numbers, its own before those of others."""
+        """All numbers, starting with its own."""
         return sorted(range(total), key=lambda i: (i % self.count - self.index) % self.count)
 
 
@@ -59,7 +60,7 @@ ALL = Share()
 
 
 class Made(NamedTuple):
-    """Of a source: its parts, and those of them that other processes have yet to make."""
+    """The parts of a source, and those that other processes have yet to make."""
 
     path: str
     parts: int
@@ -68,7 +69,7 @@ class Made(NamedTuple):
 
 
 def prepare_ahead(config: Config, workdir: str | None, share: Share = ALL, workers: int = 1) -> list[Made]:
-    """Makes tokenizer and parts of every source in the work directory, or, with None, in data.cache_dir alone.
+    """Makes the tokenizer and the parts of every source in the work directory, or, with None, only in data.cache_dir.
 
     Raises:
       ConfigError: an unusable corpus or tokenizer.
@@ -100,12 +101,12 @@ class Divided(prepare.Source):
 
     @functools.cached_property
     def surveys(self) -> list[dict[str, Any]]:
-        """Of each unit: counts, the lines of its stretches, the hashes of its files."""
+        """For each unit: counts, the lines of its stretches, the hashes of its files."""
         return [io.read_json(path) for path in self._of_all("survey", ".json", _survey, self.units, ())]
 
     @functools.cached_property
     def numbered(self) -> list[list[File]]:
-        """The units with the numbers of their rows."""
+        """The units with their row numbers."""
         return number_rows(self.units, [unit["lines"] for unit in self.surveys])
 
     @functools.cached_property
@@ -121,7 +122,7 @@ class Divided(prepare.Source):
                 yield from map(json.loads, lines)
 
     def check_writable(self) -> None:
-        """Before anything is made, and only then: a complete cache may be one that can only be read."""
+        """Called only before something is made: a complete cache may be read-only."""
         storage.check_writable(self.folder)
         storage.make_folder(self.folder)
 
@@ -138,7 +139,7 @@ class Divided(prepare.Source):
 
 
 def _survey(path, unit, alone):
-    if storage.is_file(path):  # by another process, since this one began
+    if storage.is_file(path):  # made by another process since this one began
         return
     counts = corpus.Counts()
     for _ in corpus.read_documents(unit, counts, alone=alone):
@@ -175,7 +176,7 @@ def _parts(source: Divided, tokenizer, config, workdir, rate) -> Made:
     return Made(source.path, len(parts), [], sum(meta[split]["tokens"] for split in token_shards.SPLITS))
 
 
-# Nine parameters: all that another process has to be told. digest: of the tokenizer.
+# Nine parameters: everything that another process needs. digest: of the tokenizer.
 def _tokenize(folder, unit, alone, cut, counts, config, workdir, rate, digest):
     warnings = corpus.Warnings()
     tokenizer = _tokenizer(path := os.path.join(workdir, "tokenizer.json"), digest)
@@ -192,11 +193,11 @@ def _tokenizer(path, digest) -> Tokenizer:
     return Tokenizer.load(path)
 
 
-_THREADS = "TOKENIZERS_PARALLELISM"  # of the library, which would take turns with the workers
+_THREADS = "TOKENIZERS_PARALLELISM"  # the library's threads, which would compete with the workers
 
 
 class Workers:
-    """Processes that calls are made in; one alone makes them itself. A context, at whose end they end."""
+    """A context with worker processes for `calls`, which end with it; with one worker, this process does the work."""
 
     def __init__(self, count: int):
         self.count = count
@@ -214,7 +215,8 @@ class Workers:
         return self._held.enter_context(concurrent.futures.ProcessPoolExecutor(self.count, spawned, _begin))
 
     def run(self, calls: Sequence[tuple[Any, ...]], name: str) -> list[Any]:
-        """The results of the calls, each (function, *arguments), in any order made. Raises what one of them raises."""
+        """The results of the calls, each (function, *arguments), which are made in any order. Raises what a call
+        raises."""
         with tqdm(total=len(calls), desc=name, leave=False, disable=None) as line:
             return (self._run if self.count > 1 and len(calls) > 1 else self._run_here)(calls, line)
 
@@ -242,13 +244,13 @@ class Workers:
         except BaseException as error:
             self._pool.shutdown(cancel_futures=True)
             if isinstance(error, concurrent.futures.process.BrokenProcessPool):
-                raise ConfigError("a worker was killed, perhaps for want of memory; take fewer --workers. What is "
+                raise ConfigError("a worker was killed, perhaps because memory ran out; take fewer --workers. What is "
                                   "finished is kept.") from None
             raise
 
 
 def _begin() -> None:
-    """Of a worker: one thread, and an end with its parent, of which nothing would tell it if that was killed."""
+    """Sets up a worker: one thread, and an exit when its parent is killed, which it would otherwise not notice."""
     os.environ[_THREADS] = "false"
     parent: Any = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()

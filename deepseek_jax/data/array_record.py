@@ -1,7 +1,7 @@
 """Records of ArrayRecord files, as grain and MaxText read them (no jax here).
 
-A record is a row as a line of .jsonl is one: a JSON object, a `tf.train.Example` with features of the same names (bytes
-or int64, as TFDS writes them), or else a text.
+A record is a row, like a line of .jsonl: a JSON object, a `tf.train.Example` with features of the same names (bytes or
+int64, as TFDS writes them), or otherwise a text.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from typing import Any
 from deepseek_jax import storage
 from deepseek_jax.config import ConfigError
 
-ENDING = re.compile(r"\.array_?record(-\d+-of-\d+)?$")  # TFDS numbers its files behind the ending
-KEYS, IDS = ("text", "prompt", "answer", "messages", "tools"), ("tokens", "input_ids")  # of a row; no others are read
+ENDING = re.compile(r"\.array_?record(-\d+-of-\d+)?$")  # TFDS appends the file number to the extension
+KEYS, IDS = ("text", "prompt", "answer", "messages", "tools"), ("tokens", "input_ids")  # keys of a row
 _AT_ONCE = 1024  # records
 
 
 class _Records:
-    """The records of a file that is open."""
+    """The records of an open file."""
 
     def __init__(self, reader: Any):
         self._reader, self.num_records = reader, reader.num_records
 
     def read(self, start: int, stop: int) -> list[bytes | ValueError]:
-        """A ValueError in the place of each one that is in a damaged stretch, and of no others."""
+        """The records, with a ValueError instead of each one in a damaged stretch, and only of those."""
         try:
             return self._reader.read(start, stop)
         except RuntimeError as error:
@@ -49,7 +49,7 @@ def _opened(path) -> Iterator[_Records]:
     except ImportError:
         raise ConfigError(f"{path} needs a reader of ArrayRecord: pip install array_record") from None
     try:
-        # Records are read a thousand at a time, one behind the other; more threads would take workers' cores.
+        # Records are read a thousand at a time in one thread; more threads would take the workers' cores.
         reader = ArrayRecordReader(path, options="readahead_buffer_size:0,max_parallelism:1")
         try:
             yield _Records(reader)
@@ -66,7 +66,7 @@ def count_records(path: str) -> int:
 
 
 def read_records(path: str, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, Any]]:
-    """(number, row) from `start` to `stop`: an object, a text, or the ValueError of what is neither.
+    """(number, row) from `start` to `stop`. A row is an object, a text, or the ValueError of a record that is neither.
 
     Raises ConfigError without the package, or for what is in a bucket; ValueError for a file that is damaged.
     """
@@ -90,7 +90,7 @@ def _row(record: bytes) -> Any:
 
 
 def _features(record) -> dict[str, Any] | None:
-    """{name: text or ids} of a tf.train.Example, without what other features hold; None: it is none."""
+    """{name: text or ids} of a tf.train.Example, without its other features; None: it is not an Example."""
     from google.protobuf.message import DecodeError
 
     try:
@@ -101,7 +101,7 @@ def _features(record) -> dict[str, Any] | None:
 
 
 def _value(feature) -> Any:
-    """Text of bytes, if they are UTF-8; else what a feature holds, which whoever wants a text or ids does not take."""
+    """The text of bytes that are UTF-8; otherwise the feature's raw value, which callers reject as text or ids."""
     kind = feature.WhichOneof("kind")
     if kind is None:
         return None

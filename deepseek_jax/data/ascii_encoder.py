@@ -1,8 +1,8 @@
-"""Our own tokenizer on one thread, several times as fast as its library: pre-tokens of ASCII text are found by
-Python's `re`, and the library is asked for each pre-token once. A pre-token's ids depend on nothing around it, nor do
-those of a stretch of pre-tokens.
+"""Encodes ASCII text on one thread several times as fast as the `tokenizers` library: Python's `re` finds the
+pre-tokens, and the library is called once for each distinct one. The ids of a pre-token, or of a run of pre-tokens, do
+not depend on the text around it.
 
-The two know the same letters, digits and spaces among the first 128 characters only; other text is left to the library.
+Both agree on letters, digits and spaces only for the first 128 characters; other text is left to the library.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ _SPACE = r"\t-\r "  # \s without the four separators that Python adds
 ASCII_PATTERN = re.compile(
     rf"[^\r\na-zA-Z0-9]?[a-zA-Z]+|[0-9]{{1,3}}| ?[^{_SPACE}a-zA-Z0-9]+[\r\n]*|[{_SPACE}]*[\r\n]+"
     rf"|[{_SPACE}]+(?![^{_SPACE}])|[{_SPACE}]+")
-# What ends before a single space is complete whatever follows: no pre-token has such a space other than as its
-# first character. So one look-up takes all of "(value)," at once.
+# A run that ends before a single space is complete whatever follows: such a space can only be the first character of a
+# pre-token. So a single look-up covers all of "(value),".
 STRETCH_PATTERN = re.compile(rf" ?[^{_SPACE}]++(?= [^{_SPACE}])|{ASCII_PATTERN.pattern}")
-_MOST, _LONGEST = 1 << 19, 64  # stretches that are remembered, and their characters: about 100 MB
+_MOST, _LONGEST = 1 << 19, 64  # cached runs, and their characters: about 100 MB
 
 
 class _Known(dict):
-    """{stretch of pre-tokens: its ids as bytes of int32}, asking for those that are missing."""
+    """{run of pre-tokens: its ids as bytes of int32}; missing ones are computed by the library."""
 
     def __init__(self, encode: Callable[[str], list[int]]):
         super().__init__()
@@ -44,18 +44,18 @@ class _Known(dict):
 
 
 class AsciiEncoder:
-    """encode: the library's, of any text."""
+    """encode: the library's function, for any text."""
 
     def __init__(self, encode: Callable[[str], list[int]]):
         self._known = _Known(encode)
 
     def __call__(self, text: str) -> np.ndarray:
-        """The ids of an ASCII text, int32; no number of them becomes an object of Python."""
+        """The ids of an ASCII text, int32, without creating a Python object per id."""
         return np.frombuffer(b"".join(map(self._known.__getitem__, STRETCH_PATTERN.findall(text))), np.int32)
 
 
 def is_ours(backend: Tokenizer, pattern: str) -> bool:
-    """Whether a tokenizer does nothing but split by this pattern and merge bytes; its markup is no part of texts."""
+    """Whether a tokenizer only splits by this pattern and merges bytes; its markup does not occur in texts."""
     raw = json.loads(backend.to_str())
     split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
     steps = (raw["pre_tokenizer"] or {}).get("pretokenizers", ())

@@ -1,4 +1,4 @@
-"""What compressors make of the held-out files: the bits per byte that a model has to beat."""
+"""Compression of the held-out files: the bits per byte that a model has to beat."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from deepseek_jax.config import DataConfig
 from deepseek_jax.data import corpus
 from deepseek_jax.data.prepare import Source, held_fraction, held_tokens, known_cuts
 
-SAMPLE_BYTES = 20_000_000  # of held-out text: enough for three digits, and a terabyte is not read for it
+SAMPLE_BYTES = 20_000_000  # of held-out text: enough for three digits, without reading a terabyte
 
 
 def compressed_bits_per_byte(data: DataConfig, path: str | None = None,
@@ -18,7 +18,8 @@ def compressed_bits_per_byte(data: DataConfig, path: str | None = None,
     """Compresses the held-out documents of a run's sources, or the documents of `path`: the first SAMPLE_BYTES of text,
     in equal shares of the sources. No more than one document is in memory.
 
-    workdir: of the run, which has noted what is held out; with data.validation_tokens all text is read to find it else.
+    workdir: of the run, which has recorded the held-out documents; without it, data.validation_tokens requires reading
+      all text to find them.
 
     Returns:
       Bits per byte of gzip -9 and xz -9 applied to the documents one by one, and of xz -9 to their concatenation;
@@ -52,7 +53,7 @@ def _first(texts: Iterator[bytes], most: float) -> Iterator[bytes]:
 
 
 def _held_out(source: Source, cuts: dict[str, int | None]) -> Iterator[bytes]:
-    # Silent: whoever prepared the run has named what cannot be read.
+    # No warnings: `prepare` has already named the unreadable files.
     cut = cuts[source.path] if source.path in cuts else source.cut()
     for document in corpus.read_documents(source.files):
         if cut is None or corpus.hash_position(document.name) <= cut:

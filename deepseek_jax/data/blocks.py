@@ -1,12 +1,12 @@
 """The packed stream of a source of any size, in memory that does not grow with its documents.
 
-Documents change places within blocks of 4,096, anew in each epoch, and sequences over a complete epoch, by a function
-of their number (`permutation`). Where a block starts follows from the index on the disk by arithmetic: each of the E
-documents that may be rearranged for FIM takes its share of an epoch's R, the one of number e if
+Documents are shuffled within blocks of 4,096, anew in each epoch, and sequences over a complete epoch, by a function of
+their number (`permutation`). The start of a block is computed from the index on the disk: of the E documents that may
+be rearranged for FIM, R are counted as rearranged in an epoch, the one of number e if
 
     floor(((e + 1) R + u) / E) > floor((e R + u) / E),    u in [0, E) drawn for the epoch,
 
-so that blocks have fixed counts, and within a block it is drawn which documents they are.
+so that each block has a fixed count, and the documents are drawn within the block.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class BlockStream(Packed):
         return i if before is None else int(before[i])
 
     def shuffled(self, j: int, length: int) -> int:
-        """Which sequence of the stream training takes as its j-th."""
+        """The number in the stream of the j-th sequence of training."""
         size = max(self.tokens // length, 1)
         epoch, r = divmod(j, size)
         return epoch * size + permuted(r, size, self.seed, self.source, epoch, size)

@@ -1,8 +1,8 @@
 """Documents from folders, files and globs, and their division into training and validation.
 
-A corpus is a sorted list of files under relative names; reading it yields `Document`s in that order. A text file is
-one document, a row of jsonl or parquet is one. What cannot be read is named, skipped and counted, never guessed at.
-A document belongs to validation by the hash of its name, so that other files come and go without moving it.
+A corpus is a sorted list of files under relative names; reading it yields `Document`s in that order. A text file is one
+document, and so is a row of jsonl or parquet. Unreadable input is named, skipped and counted, never guessed at. A hash
+of its name decides whether a document belongs to validation, so adding or removing other files does not change that.
 """
 
 from __future__ import annotations
@@ -29,23 +29,23 @@ log = logging.getLogger(__name__)
 
 STDLIB = "stdlib"
 HUB = "hf:"  # a folder as Hugging Face's hub lays out data sets
-# Tests are missing from many installations, so corpora with them would differ from machine to machine; the others are
-# tables written by programs, which a model learns nothing from (and which would flatter its bits per byte).
+# Tests are missing from many installations, so corpora with them would differ between machines; the others are
+# generated tables, from which a model learns nothing (and which would lower its bits per byte misleadingly).
 _STDLIB_SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data"}
 _STDLIB_GENERATED = "_sysconfigdata"  # build settings: machine paths, in one dict
 _LONE_PIECE = 16384  # characters; a corpus of one text file is cut at line ends into documents of about this size
 _WARNINGS_SHOWN = 10
 CONTENTS_UP_TO = 256 << 20  # bytes that each process reads at each start, in a quarter of a second
-BY_TIMES = "times-"  # how such a digest begins
+BY_TIMES = "times-"  # prefix of such a digest
 
 
 @dataclasses.dataclass(frozen=True)
 class Document:
     """A text in parts; a part that is not predicted (a prompt) is read by the model without a loss.
 
-    messages: of a conversation; its parts are what they say, and a chat template makes its tokens.
-    tools: that the conversation may call.
-    ids: int64, of a document that was tokenized by others; it has no parts.
+    messages: of a conversation; its parts are their texts, and a chat template makes its tokens.
+    tools: the tools that the conversation may call.
+    ids: int64, of a document that is already tokenized; it has no parts.
     """
 
     name: str
@@ -66,7 +66,7 @@ class Document:
 
 @dataclasses.dataclass
 class Counts:
-    """What one pass over a corpus met. `skipped` are unreadable files and rows, `empty` those without any text."""
+    """Counts from one pass over a corpus. `skipped`: unreadable files and rows; `empty`: those without any text."""
 
     files: int = 0
     documents: int = 0
@@ -78,9 +78,9 @@ class Counts:
 def list_files(path: str) -> list[File]:
     """The readable files of a folder, file, glob or the word "stdlib", sorted by name. Raises ConfigError.
 
-    Files are chosen by their endings. One that is named is read in any case, and so are those of a glob that finds no
-    known ending. "~" is the home folder. Of hf:FOLDER the tables are read and nothing else, and of these only those
-    of the split train, if names say so. NAME is NAME.idx, where there is only that and NAME.bin.
+    Files are chosen by their extensions. A file that is named is always read, and so are those of a glob that finds no
+    known extension. "~" is the home folder. In hf:FOLDER only the tables are read, and only those of the split train if
+    names say so. NAME means NAME.idx if only that and NAME.bin exist.
     """
     files = [f for f in _found(path) if f.named or _reader(f.name)]
     if storage.is_remote(path.removeprefix(HUB)) and any(f.name.endswith(".idx") for f in files):
@@ -93,7 +93,7 @@ def list_files(path: str) -> list[File]:
 
 
 def ignored_files(path: str) -> list[str]:
-    """The names of the files there that `list_files` leaves out for their endings."""
+    """The names of the files there that `list_files` leaves out because of their extensions."""
     if path == STDLIB or path.startswith(HUB):
         return []
     found = _found(path)
@@ -114,7 +114,7 @@ def _found(path):
 
 
 def _of_hub(folder):
-    """The tables in a folder as the hub lays it out: data/train-00000-of-00010.parquet; README.md is none."""
+    """The tables in a folder with the hub's layout, such as data/train-00000-of-00010.parquet; README.md is not one."""
     if not storage.is_folder(folder):
         raise ConfigError(f"data.sources: hf:{folder} is no folder; download the data set first: hf download "
                           f"--repo-type dataset {folder} --local-dir FOLDER.")
@@ -145,7 +145,7 @@ def digest(files: Sequence[File], by_contents: bool | None = None) -> str:
 
 
 def paths_of(file: File) -> list[str]:
-    """What is read of a file: of an index its ids too."""
+    """The files behind a source file: for an index also its file of ids."""
     return [file.path, megatron.ids_file(file.path)] if file.name.endswith(".idx") else [file.path]
 
 
@@ -161,7 +161,8 @@ def _stat(file) -> tuple[int, int | str]:
 
 
 def content_hash(file: File) -> str:
-    """SHA-256 of a file, or of its stretch of lines; of other stretches the first has that of the file."""
+    """SHA-256 of a file, or of its stretch of lines; for other kinds of stretches, the first one has that of the
+    file."""
     lines = file.stretch is not None and file.name.endswith(".jsonl")
     if file.stretch and file.stretch.start and not lines:
         return ""
@@ -176,7 +177,7 @@ def content_hash(file: File) -> str:
                 left -= len(data)
             return found.hexdigest()
     except OSError:
-        return "unreadable"  # will be skipped and named when it is read
+        return "unreadable"  # it is skipped and named when it is read
 
 
 def _file_hash(path):
@@ -223,7 +224,7 @@ def read_documents(files: list[File], counts: Counts | None = None, warn: Callab
                 yield document
         except (ConfigError, storage.StorageError):
             raise
-        except Exception as error:  # whatever a damaged file makes its reader raise
+        except Exception as error:  # a damaged file can make its reader raise anything
             counts.skipped += 1
             tell(f"skipped {file.name}: {_first_line(error)}")
 
@@ -244,7 +245,7 @@ def _first_line(error: Exception) -> str:
 
 
 class Warnings:
-    """Logs the first few lines, then counts: ten thousand bad rows are one fault, not ten thousand."""
+    """Logs the first few lines, then only counts: ten thousand bad rows are usually a single fault."""
 
     def __init__(self):
         self.lines = 0
@@ -259,14 +260,14 @@ class Warnings:
             log.warning("... and %d more", self.lines - _WARNINGS_SHOWN)
 
 
-# Readers: (path, alone, stretch) -> (row or None, parts) pairs, with a sentence in place of the parts of a row that is
-# no document. `alone`: the file is the whole corpus.
+# Readers: (path, alone, stretch) -> (row or None, parts) pairs, with a sentence instead of the parts of a row that is
+# not a document. `alone`: the file is the entire corpus.
 
 
 def _read_text(path, alone, stretch):
     del stretch  # of rows
     with io.open_regular(path) as f:
-        text = f.read().decode("utf-8-sig")  # not in text mode: line ends stay what they are, so bytes can be counted
+        text = f.read().decode("utf-8-sig")  # not in text mode: line ends are unchanged, so bytes can be counted
     if not alone:
         yield None, ((text, True),)
         return
@@ -293,18 +294,18 @@ def _read_jsonl(path, alone, stretch):
 
 
 def _lines(file, stretch: Stretch):
-    """(row, line) of the lines that start inside of a stretch."""
+    """(row, line) of the lines that start inside a stretch."""
     place, row = stretch.start, stretch.row
     if place:
         file.seek(place - 1)
-        place += len(file.readline()) - 1  # the rest of a line that starts before
+        place += len(file.readline()) - 1  # the rest of a line that starts earlier
     while place < stretch.stop and (line := file.readline()):
         yield row, line
         place, row = place + len(line), row + 1
 
 
 def open_lines(path: str) -> Any:
-    """The file in binary, decompressed where its ending says so."""
+    """The file in binary, decompressed according to its extension."""
     io.check_regular(path)
     if path.endswith(".gz"):
         return gzip.open(storage.open_file(path) if storage.is_remote(path) else path, "rb")
@@ -336,12 +337,12 @@ def _read_parquet(path, alone, stretch):
                         row += 1
             except (ConfigError, storage.StorageError):
                 raise
-            except Exception as error:  # whatever damage makes the reader raise; the other groups can be read
+            except Exception as error:  # damage can make the reader raise anything; the other groups can be read
                 yield row, f"damaged, and so are those up to {start - 1}: {_first_line(error)}"
 
 
 def _parts(record):
-    """The parts of a row, or a sentence that says why it is none."""
+    """The parts of a row, or a sentence that says why it is not a document."""
     if not isinstance(record, dict):
         return "not an object with keys"
     if record.get("messages") is not None and all(record.get(key) is None for key in ("text", "answer")):
@@ -396,7 +397,7 @@ def _said(message):
 
 
 def _without_none(value):
-    """A row of parquet, where all objects have the same keys: those without a value are none. A map is an object."""
+    """A row of parquet without null keys, since all its objects have the same keys. A map becomes an object."""
     if isinstance(value, list) and value and all(isinstance(pair, tuple) for pair in value):
         value = dict(value)
     if isinstance(value, dict):
@@ -439,17 +440,16 @@ def hash_position(name: str) -> int:
 
 
 def _bytes(name):
-    """UTF-8; a file's name that is not has its own bytes."""
+    """The name in UTF-8; a file name that is not valid UTF-8 keeps its raw bytes."""
     return name.encode(errors="surrogateescape")
 
 
 def find_cut(places: Iterable[int], validation_fraction: float | None, path: str) -> int | None:
-    """The place up to which documents are validation; None, all of them, if `validation_fraction` is None; -1, no
-    one, if it is 0.
+    """The position in [0, 2^64) up to which documents are validation; None (all) if `validation_fraction` is None; -1
+    (none) if it is 0.
 
-    It is the fraction of the range, moved only where a small corpus would leave one side without a document; so no
-    more places are read than it takes to see that both sides have one.
-    Raises ConfigError when there are too few documents.
+    It is that fraction of the range, moved only if a small corpus would leave one side without a document; so positions
+    are read only until both sides have a document. Raises ConfigError when there are too few documents.
     """
     if validation_fraction and not 0 < validation_fraction < 1:
         raise ConfigError(f"data.validation_fraction={validation_fraction:g} must lie between 0 and 1.")

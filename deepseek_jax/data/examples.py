@@ -21,7 +21,7 @@ import numpy as np
 from deepseek_jax.config import ConfigError
 from deepseek_jax.data.token_shards import Shard
 
-MIX_BLOCK = 1024  # sequences in which sources have exactly their shares
+MIX_BLOCK = 1024  # sequences after which sources have exactly their shares
 SHUFFLE_BLOCK = 1 << 16  # sequences: half a megabyte of permutation
 
 
@@ -52,7 +52,7 @@ class EpochOrder(NamedTuple):
     """One epoch of a source: the i-th document of the stream is order_N[i] and starts at token starts_N[i]."""
 
     order_N: np.ndarray
-    rearranged_N: np.ndarray  # bool, by document, not by place in the order
+    rearranged_N: np.ndarray  # bool, by document number, not by position in the order
     starts_N: np.ndarray
 
 
@@ -63,7 +63,7 @@ def rearranged_before(epoch: int, eligible: int, rate: float) -> int:
 
 def epoch_order(lengths_N: np.ndarray, whole_N: np.ndarray, fim_rate: float, seed: int, source: int,
                 epoch: int) -> EpochOrder:
-    """The permutation of an epoch, and which documents are rearranged in it."""
+    """The permutation of an epoch, and the documents that are rearranged in it."""
     rng = np.random.default_rng([seed, source, epoch])
     order_N = rng.permutation(len(lengths_N))
     eligible = np.flatnonzero(whole_N)
@@ -75,7 +75,7 @@ def epoch_order(lengths_N: np.ndarray, whole_N: np.ndarray, fim_rate: float, see
 
 
 class Packed(abc.ABC):
-    """The endless packed stream of one source, read at any position. Subclasses say in which order documents come."""
+    """The endless packed stream of one source, read at any position. Subclasses define the order of documents."""
 
     eligible: int  # documents that may be rearranged
 
@@ -85,14 +85,14 @@ class Packed(abc.ABC):
 
     @abc.abstractmethod
     def shuffled(self, j: int, length: int) -> int:
-        """Which sequence of the stream training takes as its j-th.
+        """The number in the stream of the j-th sequence of training.
 
-        Neighbours in the stream are mostly of one document; a batch of them would be no sample of the corpus.
+        Neighbours in the stream are mostly from one document; a batch of them would not be a sample of the corpus.
         """
 
     @abc.abstractmethod
     def documents_from(self, epoch: int, skip: int) -> Iterator[tuple[np.ndarray, ...]]:
-        """(tokens, predicted) of documents, across epochs; the first without what is before token `skip` of `epoch`."""
+        """(tokens, predicted) of documents, across epochs, starting at token `skip` of `epoch`."""
 
     def epoch_start(self, epoch: int) -> int:
         """The position of the first token of an epoch."""
@@ -101,7 +101,7 @@ class Packed(abc.ABC):
     def epoch_at(self, position: int) -> int:
         """The epoch of a position."""
         epoch = int(position / (self.tokens + 3 * self.eligible * self.fim.rate))
-        # Epochs begin at most three tokens before the mean length says, never after it.
+        # Epochs begin at most three tokens before the position by the mean length, never after it.
         while self.epoch_start(epoch + 1) <= position:
             epoch += 1
         return epoch
@@ -132,7 +132,7 @@ class Packed(abc.ABC):
 
 
 class Stream(Packed):
-    """The order of runs that began before there was `blocks`: documents permuted over a complete epoch, by an array."""
+    """The order of runs from before `blocks` existed: documents permuted over a complete epoch, by an array."""
 
     def __init__(self, shard: Shard, seed: int, source: int, fim: Fim):
         super().__init__(shard, seed, source, fim)
@@ -171,14 +171,14 @@ def _permutation(seed, source, block, size):
 
 
 class Mixture:
-    """Which source the g-th sequence of a run comes from, and which of its sequences that is.
+    """The source of the g-th sequence of a run, and the sequence's number in that source.
 
     Every block of 1024 sequences has the same shuffled pattern, with the sources in their exact shares.
     """
 
     def __init__(self, weights: tuple[float, ...], seed: int, first: int = 0, used: tuple[int, ...] | None = None):
-        """weights: 0 of a source that gives nothing. first: the sequence that the pattern begins with. used: sequences
-        that each source has given before it."""
+        """weights: 0 for a source that is not read. first: the sequence at which the pattern begins. used: sequences
+        already taken from each source before it."""
         if not weights or min(weights) < 0 or not any(weights):
             raise ConfigError(f"data.sources: weights {weights} must be positive, or 0 where a source gives nothing.")
         if len(weights) > MIX_BLOCK:
@@ -202,14 +202,14 @@ class Mixture:
         return source, self.used[source] + block * int(self.counts_S[source]) + int(self.rank_G[r])
 
     def given_before(self, g: int) -> list[int]:
-        """Of each source the sequences among those before the g-th."""
+        """The number of sequences of each source among those before the g-th."""
         blocks, r = divmod(g - self.first, MIX_BLOCK)
         rest_S = np.bincount(self.pattern_G[:r], minlength=len(self.counts_S))
         return [u + blocks * int(n) + int(m) for u, n, m in zip(self.used, self.counts_S, rest_S)]
 
 
 def _shares(fractions_S, total) -> np.ndarray:
-    """Whole numbers that sum to `total`: largest remainders, but at least one each, and none of no weight."""
+    """Integers that sum to `total`, by largest remainders: at least one each, and zero for a weight of 0."""
     exact_S, has_S = fractions_S * total, fractions_S > 0
     counts_S = np.maximum(np.floor(exact_S).astype(np.int64), has_S)
     while counts_S.sum() != total:

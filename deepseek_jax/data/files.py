@@ -1,8 +1,8 @@
 """The files of a source: those of a folder, of a glob, or a single one (no jax here).
 
-Links are followed, and each real file is there once, whatever leads to it: under its own name, if it is below the
-source's folder, or else under the first of its names. So a folder and a glob of all of it are the same corpus, a loop
-of links ends, and no text is both in training and in validation. What is no regular file is there with its fault.
+Links are followed, and each real file is listed once: under its own name, if it is below the source's folder, otherwise
+under the first of its names. So a folder and a glob of all of it are the same corpus, loops of links end, and no text
+is both in training and in validation. An entry that is not a regular file is listed with its fault.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ class Stretch(NamedTuple):
 
     start: int
     stop: int
-    row: int = 1  # the number of the first row, where it is known
+    row: int = 1  # the number of the first row, if it is known
 
 
 class File(NamedTuple):
     """A file of a source, or a part of one."""
 
-    name: str  # relative, with forward slashes: what hashes and orders it
+    name: str  # relative, with forward slashes: used for hashing and ordering
     path: str
-    named: bool = False  # by the user: text, whatever its name ends in
-    fault: str = ""  # why it cannot be read, as far as its folder knows
+    named: bool = False  # by the user: text, whatever its extension
+    fault: str = ""  # why it cannot be read, if that is known from its folder
     stretch: Stretch | None = None  # None: all of it
 
 
@@ -40,9 +40,9 @@ def find(path: str, is_known: Callable[[str], bool]) -> list[File]:
     """The files of a folder, a glob or a file's path, sorted by name; hidden ones are left out unless they are named.
 
     Args:
-      is_known: whether files of that name can be read. A glob that finds no such files names them all.
+      is_known: whether files of that name can be read. If a glob finds no such files, all its files are taken as named.
     Raises:
-      ConfigError: there is nothing, or no regular file, at a path that is no glob.
+      ConfigError: a path that is not a glob does not exist or is not a regular file.
     """
     if storage.is_remote(path):
         return _in_bucket(path, is_known)
@@ -60,13 +60,13 @@ def find(path: str, is_known: Callable[[str], bool]) -> list[File]:
 
 
 def _or_named(files, is_known):
-    """The files of a glob; named by it, if none of them can be read otherwise."""
+    """The files of a glob; marked as named if none has a known extension."""
     unknown = not any(is_known(file.name) for file in files)
     return [file._replace(named=True) for file in files] if unknown else files
 
 
 def _in_bucket(path, is_known) -> list[File]:
-    """The same of an address: of the objects below it, of a glob of objects, or of one."""
+    """The same for an address: the objects below it, a glob of objects, or a single one."""
     path = path.rstrip("/")
     if storage.is_file(path):
         return [File(path.rsplit("/", 1)[1], path, named=True)]
@@ -81,7 +81,7 @@ def _in_bucket(path, is_known) -> list[File]:
 
 
 def below(root: str, skipped: Collection[str]) -> list[File]:
-    """The files of a folder and those in it, without following links to folders, nor into folders of these names."""
+    """The files below a folder, without following links to folders and without folders of these names."""
     folders = _folders([root], skipped, follow=False)
     return [_named(os.path.join(folder, n), root) for folder, names in folders for n in names if not n.startswith(".")]
 
@@ -91,7 +91,7 @@ def _named(path, root, fault=""):
 
 
 def _below(root):
-    """Every file below a folder; a folder that cannot be listed is there as a file with a fault."""
+    """Every file below a folder; a folder that cannot be listed appears as a file with a fault."""
     faults = []
     for folder, names in _folders([root], onerror=faults.append):
         yield from (_named(os.path.join(folder, name), root) for name in names if not name.startswith("."))
@@ -99,7 +99,7 @@ def _below(root):
 
 
 def _matching(pattern: str) -> Iterable[str]:
-    """The paths that match, without folders. `**` is as in `glob`, but comes to each real folder once."""
+    """The paths that match, without folders. `**` is as in `glob`, but visits each real folder once."""
     first, *rest = re.split(r"(?:^|(?<=/))\*\*(?:/+|$)", pattern.replace(os.sep, "/"))
     found = glob.glob(first) if first else [os.curdir] if rest else []
     for i, tail in enumerate(rest):
@@ -115,7 +115,7 @@ def _matching(pattern: str) -> Iterable[str]:
 
 def _folders(roots: Iterable[str], skipped: Collection[str] = (), follow: bool = True,
              onerror: Callable[[OSError], object] | None = None) -> Iterator[tuple[str, list[str]]]:
-    """(folder, names of files in it) of `roots` and all folders below: each real folder once, by way of links last."""
+    """(folder, names of its files) for `roots` and all folders below: each real folder once, links last."""
     seen, queue = set(), sorted(roots)
     while queue:
         links = []
@@ -134,7 +134,7 @@ def _folders(roots: Iterable[str], skipped: Collection[str] = (), follow: bool =
 
 
 def _once(files: Iterable[File], root: str, is_known: Callable[[str], bool]) -> list[File]:
-    """One name for each real file, sorted; with the fault of what is no regular file."""
+    """One name for each real file, sorted, and the fault of each entry that is not a regular file."""
     base, kept = os.path.realpath(root), {}
 
     def rank(file):

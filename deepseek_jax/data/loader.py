@@ -28,7 +28,7 @@ class Loader:
 
     Args:
       host, hosts: this process reads the host-th of `hosts` equal parts of every micro-batch.
-      places: where its rows are in a micro-batch, in their order; None: one behind the other.
+      places: the positions of its rows in a micro-batch, in order; None: contiguous.
     """
 
     def __init__(self, config: Config, prepared: Prepared, host: int = 0, hosts: int = 1,
@@ -50,7 +50,7 @@ class Loader:
             self.continue_at(beginning(config))
 
     def continue_at(self, position: Position) -> None:
-        """Takes the place of a run whose config changed on the way."""
+        """Sets the position of a run whose config was changed."""
         self.position, self.mixture = position, position.mixture(self.config)
         self.streams = _streams(self.config, self.prepared, position)
 
@@ -70,8 +70,8 @@ class Loader:
             0 is filling.
           weights: float32, same shape: 1 where a token is a target; 0 for prompts and for the first of a row, which
             is the last target of the sequence before.
-          active: int32, how many micro-batches this step uses: of the accumulation, or of the one round of a pipeline
-            whose batch ramp it is. The rows of others are all zeros.
+          active: int32, how many micro-batches this step uses: accumulation steps, or micro-batches of a pipeline with
+            a batch ramp. The rows of the others are all zeros.
         """
         shape = (self.train.accumulation_steps, self.rows, self.train.sequence_length + 1)
         tokens_MBT, segments_MBT = np.zeros((2, *shape), np.int32)
@@ -92,18 +92,19 @@ class Loader:
     def iterate(self, start_step: int = 0) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
         """(step, batch) from `start_step` to the end of the run, read ahead in threads."""
         steps = grain.MapDataset.range(start_step, self.train.steps).map(lambda step: (int(step), self.batch(step)))
-        # Two threads hide the reading of a map from disk; more would only take turns holding Python's lock.
+        # Two threads hide page faults of the memory map; more would only wait for Python's lock.
         options = grain.ReadOptions(num_threads=min(2, self.prefetch), prefetch_buffer_size=self.prefetch)
         return iter(steps.to_iter_dataset(options))
 
     def validation_batches(self, rows: int, limit: int = 0) -> Iterator[dict[str, np.ndarray]]:
-        """tokens, weights, segment_ids [rows, T + 1] a host, `limit` of them, evenly spread (0: all)."""
+        """Batches of tokens, weights, segment_ids [rows, T + 1] of this host: `limit` of them, evenly spread (0:
+        all)."""
         return self.validation.batches(rows, limit, self.host, self.hosts)
 
     def weights_by_source(self, batch: int, rows: int, weights_BT: np.ndarray) -> dict[str, np.ndarray]:
-        """The weights of validation batch number `batch`, apart for each source that it has targets of.
+        """The weights of validation batch number `batch`, separately for each source with targets in it.
 
-        All hosts get the same sources, each with its own rows. Of held-out text of one source: none.
+        All hosts get the same sources, each with its own rows. None if the held-out text has a single source.
         """
         if len(self.validation.shards) == 1:
             return {}
@@ -117,9 +118,9 @@ class Loader:
 
 
 def short_names(paths: Sequence[str]) -> list[str]:
-    """Names for different paths that do not depend on their order: of each, the fewest last parts that no other has.
+    """Names for different paths, independent of their order: for each, the shortest unique end of the path.
 
-    A path whose parts do not tell it apart keeps its full name.
+    A path without a unique end keeps its full name.
     """
     parts = [pathlib.PurePath(path).parts for path in paths]
 

@@ -4,7 +4,7 @@
     int32 [sequences] lengths    int64 [sequences] bytes before each in NAME.bin
     int64 [documents + 1] sequences before each document
 
-All little-endian; of sequences (sentences, where --split-sentences was given) a document has one or more.
+All little-endian; a document has one or more sequences (sentences, if --split-sentences was given).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Index(NamedTuple):
     dtype: np.dtype
     lengths_S: np.ndarray
     pointers_S: np.ndarray
-    first_D: np.ndarray  # sequence, one more than there are documents
+    first_D: np.ndarray  # first sequence of each document, and the total
 
 
 def ids_file(path: str) -> str:
@@ -38,7 +38,7 @@ def ids_file(path: str) -> str:
 
 
 def index_of(path: str) -> str | None:
-    """The index that a source means: NAME.bin, or NAME as Megatron-LM's --data-path has it; None: neither."""
+    """The index of a source given as NAME.bin, or as NAME like Megatron-LM's --data-path; None: neither."""
     if path.endswith(".bin"):
         path = path.removesuffix(".bin")
     elif os.path.lexists(path):
@@ -47,12 +47,12 @@ def index_of(path: str) -> str | None:
 
 
 def read_index(path: str) -> Index:
-    """Raises ValueError for what is no such index, ConfigError for one that is damaged or lacks its NAME.bin."""
+    """Raises ValueError for a file that is not such an index, ConfigError if it is damaged or lacks its NAME.bin."""
     size = os.path.getsize(path)
     with open(path, "rb") as f:
         head = f.read(_HEADER.size)
     if len(head) < _HEADER.size or not head.startswith(_MAGIC):
-        raise ValueError("is not an index of Megatron-LM (MMIDIDX)")  # other programs have files of that ending too
+        raise ValueError("is not an index of Megatron-LM (MMIDIDX)")  # other programs use this extension too
     _, version, code, sequences, documents = _HEADER.unpack(head)
     if version != 1 or code not in _DTYPES:
         raise ConfigError(f"{path} has version {version} and dtype code {code}; this program reads version 1 and ids "

@@ -1,4 +1,4 @@
-"""What a run reads, in a table: files, size, tokens, share and epochs of each source."""
+"""A table of a run's data: files, size, tokens, share and epochs of each source."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from deepseek_jax.data.prepare import Prepared
 from deepseek_jax.table import aligned
 
 HEAD = ("source", "files", "MB", "skipped", "tokens", "held out", "share", "epochs")
-MOST_ENDINGS = 4  # that a note spells out
+MOST_ENDINGS = 4  # extensions that a note lists
 
 
 def describe_sources(config: Config, prepared: Prepared) -> str:
@@ -19,7 +19,7 @@ def describe_sources(config: Config, prepared: Prepared) -> str:
 
     MB: of readable text, millions of bytes of UTF-8. skipped: files and rows that could not be read. tokens: of the
     training documents. held out: tokens for validation. share: of the run's sequences. epochs: how often the run reads
-    those tokens. A note below it counts files that are not read for their endings.
+    those tokens. A note below the table counts files that are not read because of their extensions.
     """
     train, shares = config.train, _shares(config)
     sequences = config.sequences_before(train.steps)
@@ -47,7 +47,7 @@ def describe_sources(config: Config, prepared: Prepared) -> str:
 
 
 def _shares(config) -> list[float]:
-    """Of each source its share of the run's sequences, over all stages."""
+    """The share of each source in the run's sequences, over all stages."""
     data, steps = config.data, config.train.steps
     starts = [0, *(min(step, steps) for step, _ in data.stages)]
     before = [config.sequences_before(step) for step in (*starts, steps)]

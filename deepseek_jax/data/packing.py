@@ -1,8 +1,8 @@
-"""Sequences of whole documents, for conversations: a sample cut in two would be an answer without its question.
+"""Sequences of complete documents, for conversations: if one were cut, an answer could lose its question.
 
 Documents of a source are packed once, each into the fullest sequence that still has room (best fit, the longest
-first); every epoch has the same sequences in a new order. What stays empty is filled with text that has no loss and
-that no document sees.
+first); every epoch has the same sequences in a new order. The rest of a sequence is filled with text that has no loss
+and that no document sees.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from deepseek_jax.data.token_shards import Shard
 
 
 def pack(lengths_N: np.ndarray, room: int) -> list[list[int]]:
-    """Numbers of the documents in each sequence of at most `room` tokens; those that are longer are left out."""
-    rows, free, of = [], [], {}  # free: the distinct rooms left, ascending; of: the rows that have each
+    """The numbers of the documents in each sequence of at most `room` tokens; longer ones are left out."""
+    rows, free, of = [], [], {}  # free: the distinct amounts of free room, ascending; of: the rows with each amount
     for document in np.argsort(-lengths_N, kind="stable"):
         length = int(lengths_N[document])
         if length > room:
@@ -64,7 +64,7 @@ class WholeDocuments:
         return self.row(int(self.order(epoch)[place]))
 
     def row(self, r: int) -> Window:
-        """Sequence r of those that were packed. Segments count its documents from 1; 0 is filling."""
+        """Packed sequence r. Segments number its documents from 1; 0 is filler."""
         tokens, predicted, segments = [], [], []
         for document in self.rows[r]:
             start, stop = (int(o) for o in self.shard.offsets_N[document:document + 2])
@@ -72,7 +72,7 @@ class WholeDocuments:
             predicted.append(self.shard.is_predicted(start, stop))
             segments.append(np.full(stop - start, len(segments) + 1, np.int32))
         used = sum(map(len, tokens))
-        # Text, not one repeated token: the experts' loads are counted over the filling too.
+        # Text, not one repeated token: the experts' loads are counted over the filler too.
         tokens.append(np.resize(np.concatenate(tokens), self.room - used))
         none = np.zeros(self.room - used, np.int32)
         return Window(np.concatenate(tokens), np.concatenate([*predicted, none.astype(bool)]),

@@ -1,4 +1,4 @@
-"""A permutation as a function: where the i-th of any number of things goes, without a list of them.
+"""A permutation as a function: the image of i, without storing a list.
 
 A Feistel network permutes [0, 4^b), whatever its round function is; a value outside of [0, size) is permuted again
 until it is inside ("cycle walking", Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002), at most four
@@ -16,7 +16,7 @@ _64 = (1 << 64) - 1
 
 
 def permuted(i: int, size: int, *seed: int) -> int:
-    """The place of i in a permutation of range(size), drawn by `seed`."""
+    """The image of i in a permutation of range(size), drawn by `seed`."""
     bits = max((size - 1).bit_length() + 1, 2) // 2
     keys = _keys(seed)
     while True:

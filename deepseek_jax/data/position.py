@@ -1,9 +1,9 @@
-"""Where a run is in its sources, also after another mixture or batch size was taken in the middle of it, and the
-mixtures of its stages.
+"""The position of a run in its sources, even after its mixture or batch size was changed, and the mixtures of its
+stages.
 
-Sequences are numbered through the run, and a source's through all it has given. A change sets a mark: which step and
-sequence it came with, and how many sequences each source had given by then. Sources keep the number that their order is
-drawn with, so what they have given does not come again before they begin anew.
+Sequences are numbered over the run, and for each source over all that were taken from it. A change is recorded as a
+mark: its first step and sequence, and the sequences taken from each source until then. Sources keep the number that
+seeds their order, so no sequence is repeated before a source's next epoch.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from deepseek_jax.data.examples import Mixture
 
 
 class Stages:
-    """Mixtures one behind the other; each begins where those before have left its sources."""
+    """Consecutive mixtures; each continues its sources where the earlier ones left them."""
 
     def __init__(self, mixtures: list[Mixture]):
         self.mixtures, self.firsts = mixtures, [mixture.first for mixture in mixtures]
 
     def at(self, g: int) -> Mixture:
-        """That of the g-th sequence of the run."""
+        """The mixture of the g-th sequence of the run."""
         return self.mixtures[bisect.bisect_right(self.firsts, g) - 1]
 
     def locate(self, g: int) -> tuple[int, int]:
@@ -35,10 +35,10 @@ class Stages:
 
 
 class Position(NamedTuple):
-    """The last change of what a run reads.
+    """The last change of a run's data settings.
 
-    step, sequence: the first that it is for. sources: paths of all that were ever read, by number. used: sequences
-    that each had given.
+    step, sequence: the first ones that it applies to. sources: paths of all sources ever read, by number. used:
+      sequences taken from each.
     """
 
     step: int
@@ -47,11 +47,11 @@ class Position(NamedTuple):
     used: tuple[int, ...]
 
     def sequences_before(self, config: Config, step: int) -> int:
-        """Sequences that a run has read before `step`, which is not before the change."""
+        """Sequences that a run has read before `step`, which must not be before the change."""
         return self.sequence + config.sequences_before(step) - config.sequences_before(self.step)
 
     def mixture(self, config: Config) -> Stages:
-        """Which source a sequence comes from, from the change on."""
+        """The mixtures from the change on."""
         used, seed = [self.used[self.sources.index(path)] for path, _ in config.data.sources], config.train.seed
         made = [Mixture(config.data.weights_at(self.step), seed, self.sequence, tuple(used))]
         for step in (step for step, _ in config.data.stages if step > self.step):
@@ -60,11 +60,11 @@ class Position(NamedTuple):
         return Stages(made)
 
     def number(self, path: str) -> int:
-        """The number that the order of a source is drawn with."""
+        """The number that seeds the order of a source."""
         return self.sources.index(path)
 
     def after(self, before: Config, config: Config, step: int) -> Position:
-        """The position from `step` on, where `config` takes the place of `before`; the same where both read alike."""
+        """The position from `step` on, when `config` replaces `before`; unchanged if both read the same data."""
         if _reads(before) == _reads(config):
             return self
         sequence, used = self.sequences_before(before, step), dict(zip(self.sources, self.used))
@@ -75,13 +75,13 @@ class Position(NamedTuple):
 
 
 def beginning(config: Config) -> Position:
-    """The position of a run that never changed."""
+    """The position of a run whose settings never changed."""
     paths = tuple(path for path, _ in config.data.sources)
     return Position(0, 0, paths, (0,) * len(paths))
 
 
 def position_of(meta: dict[str, Any], config: Config) -> Position:
-    """The position that the meta of a checkpoint has. config: that it was saved with."""
+    """The position in the meta of a checkpoint. config: the one that it was saved with."""
     if "position" not in meta:
         return beginning(config)
     step, sequence, sources, used = meta["position"]
@@ -89,7 +89,7 @@ def position_of(meta: dict[str, Any], config: Config) -> Position:
 
 
 def _reads(config: Config):
-    """What decides which sequences a step has."""
+    """The settings that determine the sequences of a step."""
     train = config.train
     ramp = () if train.ramp_from is None else (train.ramp_until, config.ramp_levels, config.schedule_steps)
     return config.data.sources, config.data.stages, train.batch_size, ramp

@@ -1,9 +1,9 @@
-"""Everything that is made once, before the first step: the tokenizer and the token shards of every source.
+"""Preparation before the first step, done once: the tokenizer and the token shards of every source.
 
     config.data.sources -> files -> (training documents) tokenizer.json -> shards of training and validation
 
-A tokenizer.json in the work directory is kept, so a resumed run reads the tokens it began with; a run that
-starts from another's weights takes that run's. The rest is cached under names that hash what it depends on.
+A tokenizer.json in the work directory is kept, so a resumed run reads the tokens it began with; a run that starts from
+another's weights takes that run's tokenizer. The rest is cached under names that contain a hash of its inputs.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ from deepseek_jax.data.units import units
 
 log = logging.getLogger(__name__)
 
-TOKENIZER_SAMPLE_BYTES = 20_000_000  # more text hardly moves the merges, and time grows with it
+TOKENIZER_SAMPLE_BYTES = 20_000_000  # more text hardly changes the merges, and takes longer
 OLD_ORDER, ORDER = 1, 2  # examples.Stream, blocks.BlockStream
-BYTES_A_TOKEN = 4  # of text in many languages less, so that held-out documents have the tokens that are asked for
+BYTES_A_TOKEN = 4  # an upper estimate for text in many languages, so that held-out documents have the requested tokens
 _PIECE = 4096  # characters; a larger corpus is sampled in pieces of this size
 
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """What batches are made of."""
+    """Tokenizer and shards, from which batches are made."""
 
     tokenizer: Tokenizer
     train: tuple[token_shards.Shard, ...]  # one a source
-    validation: tuple[token_shards.Shard, ...]  # one a source, or that of data.validation
-    sources: tuple[dict, ...]  # one a source: what was read, skipped and made of it (JSON-able); then data.validation's
-    order: int = ORDER  # of documents and sequences; a run keeps the one that it began with
+    validation: tuple[token_shards.Shard, ...]  # one per source, or only that of data.validation
+    sources: tuple[dict, ...]  # one per source: counts of files, documents, tokens (JSON); then data.validation's
+    order: int = ORDER  # order of documents and sequences; a run keeps the one that it began with
 
 
 class Source:
@@ -52,8 +52,8 @@ class Source:
 
     def __init__(self, path: str, validation_fraction: float | None, workdir: str | None = None,
                  cache: str | None = None, most: int | None = None):
-        """workdir, cache: what a run there began with, or `settle` settled, decides how files are hashed. most: tokens
-        that are held out; None: no bound."""
+        """workdir, cache: how files are hashed depends on what a run there began with, or on `settle`. most: maximum of
+        held-out tokens; None: no bound."""
         self.path, self.validation_fraction, self.most = path, validation_fraction, most
         self.files = corpus.list_files(path)
         began = noted(workdir).get(path, "") if workdir else ""
@@ -87,7 +87,7 @@ class Source:
         share = self.most * BYTES_A_TOKEN / counts.bytes
         if fraction is not None or share >= 1:
             return corpus.find_cut(places, fraction and min(fraction, share), self.path)
-        lowest, cut = 2**64, int(share * 2**64)  # of held-out text of its own, which need not leave a document
+        lowest, cut = 2**64, int(share * 2**64)  # separate held-out text, which need not leave a document for training
         for place in places:
             if (lowest := min(lowest, place)) <= cut:
                 break
@@ -97,7 +97,7 @@ class Source:
         return texts_to_learn(corpus.read_documents(self.files), self.survey[1])
 
     def sampled(self, bytes: float) -> Iterator[str]:
-        """About that many bytes of the training documents, for a tokenizer."""
+        """About that many bytes of the training documents, to train a tokenizer on."""
         return sample(self.training_texts(), bytes / max(1, self.survey[0].bytes))
 
 
@@ -115,7 +115,7 @@ def prepare(config: Config, workdir: str, resumes: bool = False) -> Prepared:
     """Creates what is missing and reads the rest.
 
     Args:
-      resumes: refuse, before they are tokenized, other files than those that the run in the work directory began with.
+      resumes: refuse, before tokenizing, files that differ from those that the run in the work directory began with.
     Raises:
       ConfigError: an unusable corpus or tokenizer.
     """
@@ -139,21 +139,21 @@ def prepare(config: Config, workdir: str, resumes: bool = False) -> Prepared:
 
 
 def began_in(config: Config, workdir: str) -> str:
-    """The folder whose corpus.json says what the run in a work directory began with: of a branch that has saved nothing
-    yet that of its run."""
+    """The folder whose corpus.json records what the run in a work directory began with; for a branch that has not saved
+    yet, the folder of the run that it branches off."""
     if config.init.step is None or has_begun(workdir):
         return workdir
     return str(config.init.folder)
 
 
 def held_fraction(data: DataConfig) -> float:
-    """Of the training sources."""
+    """The paths of the training sources."""
     return data.validation_fraction if data.validation is None else 0.0
 
 
 def held_tokens(data: DataConfig, path: str | None = None, workdir: str | None = None) -> int | None:
-    """Of each training source at most; None: no bound. path, workdir: of a source in the run there, which keeps the
-    bound that it was first read with: with another one, text that was held out would be trained on."""
+    """The maximum of held-out tokens per training source; None: no bound. path, workdir: a source in the run there
+    keeps the bound that it was first read with: with another one, held-out text would be trained on."""
     if data.validation_tokens is None or data.validation is not None:
         return None
     note, most = _note(workdir) if workdir else {}, data.validation_tokens // len(data.sources) or 1
@@ -166,7 +166,7 @@ def held_tokens(data: DataConfig, path: str | None = None, workdir: str | None =
 
 
 def _bound_of(data, source, meta) -> dict[str, Any]:
-    """What is noted of a source's held-out tokens: those of all sources, its own, and the cut that they give."""
+    """The record of a source's held-out tokens: the maximum for all sources, for this one, and the resulting cut."""
     if source.most is None:
         return {}
     cut = {"cut": meta["cut"]} if "cut" in meta else {}  # not in shards of an older version
@@ -174,14 +174,14 @@ def _bound_of(data, source, meta) -> dict[str, Any]:
 
 
 def known_cuts(workdir: str) -> dict[str, int | None]:
-    """Of the sources of a run with data.validation_tokens the cuts between validation and training, if noted."""
+    """The recorded cuts between validation and training, for the sources of a run with data.validation_tokens."""
     note = _note(workdir)
     return {path: held["cut"] for path, held in note.get("held", {}).items() if "cut" in held} if _has_order(
         note) else {}
 
 
 def claim_corpus(prepared: Prepared, workdir: str) -> None:
-    """Notes in a new work directory what it is trained on, or checks that an old one's files are still the same.
+    """Records the corpus in a new work directory, or checks that an old one's files are unchanged.
 
     Raises:
       ConfigError: they have changed, so a resumed run would continue on different text.
@@ -192,14 +192,14 @@ def claim_corpus(prepared: Prepared, workdir: str) -> None:
     note = _note(workdir)
     held = (note.get("held", {}) if _has_order(note) else {}) | {
         meta["source"]: meta["held"] for meta in prepared.sources if "held" in meta}
-    # All, or those that a mixture of later has in addition; of a branch the order of its run.
+    # All sources, or those that a later mixture adds; for a branch the order of its run.
     now = {"order": prepared.order, "sources": digests | before, **({"held": held} if held else {})}
     if digests.keys() - before.keys() or prepared.order != _order(workdir) or (held and note != now):
         io.write_json(os.path.join(workdir, "corpus.json"), now, indent=1)
 
 
 def check_sources(workdir: str, digests: dict[str, str], branches: bool = False) -> None:
-    """Raises ConfigError for files that are others than those that the run in a work directory began with. digests: by
+    """Raises ConfigError if the files differ from those that the run in a work directory began with. digests: by
     source. branches: it is the run that this one branches off."""
     before = noted(workdir)
     changed = [name for name, digest in before.items() if name in digests and digest not in digests.values()]
@@ -213,13 +213,13 @@ def check_sources(workdir: str, digests: dict[str, str], branches: bool = False)
 
 
 def noted(workdir: str) -> dict[str, str]:
-    """{source: digest} of the corpus that the run in a work directory began with; {} where none has begun."""
+    """{source: digest} of the corpus that the run in a work directory began with; {} if there is no run."""
     found = _note(workdir)
     return found["sources"] if _has_order(found) else found
 
 
 def _order(workdir) -> int:
-    """The order that the run in a work directory began with: of old ones nothing says it."""
+    """The order that the run in a work directory began with; old runs have no record of it."""
     found = _note(workdir)
     if found or has_begun(workdir):
         return found["order"] if _has_order(found) else OLD_ORDER
@@ -227,7 +227,7 @@ def _order(workdir) -> int:
 
 
 def _has_order(note):
-    return isinstance(note.get("sources"), dict)  # else its keys are sources
+    return isinstance(note.get("sources"), dict)  # otherwise its keys are sources
 
 
 def _note(workdir) -> dict[str, Any]:
@@ -236,17 +236,17 @@ def _note(workdir) -> dict[str, Any]:
 
 
 def _same(cache, digest) -> str:
-    """The file that says which digest the files had whose contents were the same."""
+    """The file that records an earlier digest of files with the same contents."""
     return os.path.join(cache, f"same-{token_shards.hash_of(digest)}.json")
 
 
 def settle(cache: str, digest: str, before: str) -> None:
-    """Notes that the files of `digest` have the contents of those of `before`, and are no other corpus."""
+    """Records that the files of `digest` have the same contents as those of `before`, so they are the same corpus."""
     io.write_json(_same(cache, digest), {"digest": before})
 
 
 def _read_object(path: str) -> dict[str, Any]:
-    """A JSON object. Raises ConfigError for a file that holds none."""
+    """Reads a JSON object. Raises ConfigError if the file has none."""
     try:
         found = io.read_json(path)
     except ValueError as error:
@@ -264,13 +264,13 @@ def prepare_evaluation(config: Config, workdir: str, path: str) -> Prepared:
 
 
 def cache_of(config: Config, workdir: str) -> str:
-    """The folder of token shards and of tokenizers that were trained."""
+    """The folder of token shards and of trained tokenizers."""
     return os.path.expanduser(config.data.cache_dir or "") or os.path.join(workdir, "cache")
 
 
 def find_tokenizer(config: Config, workdir: str, sources: Sequence[Source]) -> Tokenizer:
-    """Until there is a checkpoint, that of the run whose weights are taken or that teaches, or of data.tokenizer, with
-    its companions; else the work directory's; without either, one trained here."""
+    """Before the first checkpoint, the tokenizer of the run in init.from or distill.from, or of data.tokenizer, with
+    its companion files; otherwise the work directory's; if there is neither, one is trained here."""
     own, begun = os.path.join(workdir, "tokenizer.json"), has_begun(workdir)
     source = config.init.folder or config.distill.from_ or config.data.tokenizer
     if storage.is_file(own) and (begun or source is None):
@@ -306,13 +306,13 @@ def _trained(config, workdir, sources) -> Tokenizer:
 
 
 def _bound(most) -> list[int]:
-    """What a hash has of it: nothing where there is none, as in those of older versions."""
+    """Its contribution to a hash: empty if there is none, as in older versions."""
     return [] if most is None else [most]
 
 
 def _tokenizer_weights(data) -> list[float]:
-    """Of each source; with stages the mean of its shares in the mixtures, which leaves none out and does not depend on
-    how long the run is."""
+    """The share of each source; with stages the mean of its shares in the mixtures, which includes every source and
+    does not depend on the length of the run."""
     if not data.stages:
         return [weight for _, weight in data.sources]
     mixtures = [data.weights_at(step) for step in (0, *(step for step, _ in data.stages))]
@@ -332,7 +332,7 @@ def sample(texts: Iterable[str], share: float) -> Iterator[str]:
 
 
 def _about_chats(workdir) -> dict[str, str]:
-    """A hash of what the work directory says about chats; nothing where it says nothing."""
+    """A hash of the work directory's chat settings; empty if there are none."""
     files = [path for name in COMPANIONS if storage.is_file(path := os.path.join(workdir, name))]
     if not files:
         return {}
@@ -345,7 +345,7 @@ def _about_chats(workdir) -> dict[str, str]:
 
 def shards_folder(source: Source, tokenizer: Tokenizer, config: Config, workdir: str,
                   split_rate: float | None) -> str:
-    """Where the shards of a source are kept: its name hashes all that they depend on. split_rate: as in
+    """The folder of a source's shards; its name contains a hash of everything that they depend on. split_rate: as in
     `shard_options`."""
     split_rate, bound = split_rate or 0.0, _bound(source.most)
     key = token_shards.key(source.digest, tokenizer, validation_fraction=source.validation_fraction,
@@ -360,7 +360,7 @@ def _seed(config, split_rate):
 
 def shard_options(cut: int | None, tokenizer: Tokenizer, config: Config, workdir: str,
                   split_rate: float | None) -> token_shards.Options:
-    """How documents become tokens. split_rate: None of a source of held-out text, of which those after `cut` are left
+    """How documents become tokens. split_rate: None for a source of held-out text, whose documents after `cut` are left
     out."""
     text = functools.cache(lambda: of_folder(workdir, tokenizer, chats=False))
     rate = split_rate or 0.0
@@ -377,4 +377,4 @@ def _shards(source, tokenizer, config, workdir, split_rate) -> tuple[dict[str, t
                            progress=(f"tokenizing {source.path}", counts.bytes),
                            hashes=[line for unit in units(source.files) for line in corpus.content_hashes(unit)])
     shards, meta = token_shards.read(folder)
-    return shards, meta | {"source": source.path}  # which may have been another where these were made
+    return shards, meta | {"source": source.path}  # which may differ from that of the machine where these were made

@@ -48,11 +48,11 @@ OPENED = 64  # parts of an array at once
 
 
 class Joined:
-    """Arrays of parts, one behind the other; each is opened when it is read, and a mapped one is an open file.
+    """The concatenation of arrays in parts; each is opened when it is read, since a mapped one keeps a file open.
 
     Args:
       lengths: of the arrays.
-      part: of a number, its array.
+      part: function from a number to its array.
     """
 
     def __init__(self, lengths: Sequence[int], part: Callable[[int], np.ndarray]):
@@ -82,7 +82,7 @@ class Shard:
     offsets_N: np.ndarray  # int64, one more than there are documents
     bytes_N: np.ndarray  # int64, UTF-8 bytes
     predicted: Flat | None = None  # bool per token; None: all
-    whole_before_N: np.ndarray | None = None  # int64, one more than documents: those before that `whole_N` has; or None
+    whole_before_N: np.ndarray | None = None  # int64, N + 1: how many before each are in `whole_N`
 
     @property
     def lengths_N(self) -> np.ndarray:
@@ -102,9 +102,10 @@ class Shard:
 
 
 def bounded(shard: Shard, most: int) -> Shard:
-    """The first `most` tokens of the documents in a drawn order, which then are in their own; all, if there are fewer.
+    """The first `most` tokens of the documents in a random order, returned in their original order; all if there are
+    fewer.
 
-    Only what is asked for of them is in memory.
+    Only the parts that are read are in memory.
     """
     count, left = len(shard.offsets_N) - 1, most
     if not count or int(shard.offsets_N[-1]) <= most:
@@ -130,27 +131,27 @@ def bounded(shard: Shard, most: int) -> Shard:
 class Options:
     """How documents become tokens, apart from the tokenizer."""
 
-    cut: int | None  # documents placed up to here are validation (corpus.find_cut); None: all of them
+    cut: int | None  # documents whose position is up to this are validation (corpus.find_cut); None: all of them
     split_rate: float = 0.0  # of punctuation-newline tokens, in training documents
     seed: int = 0
-    text: Callable[[], Conventions] = lambda: PLAIN  # what the checkpoint says about chats; asked if there are any
-    trained: bool = True  # documents placed after `cut`; else they are left out
-    one_thread: bool = False  # for tokenizing: others have the other cores
+    text: Callable[[], Conventions] = lambda: PLAIN  # the checkpoint's chat settings; used if there are any chats
+    trained: bool = True  # keep documents after `cut`; otherwise they are left out
+    one_thread: bool = False  # cores for tokenizing: the others are used by other processes
 
 
 def key(files_digest: str, tokenizer: Tokenizer, **options: Any) -> str:
-    """The name of the shards that a corpus, a tokenizer and options make."""
+    """The name of the shards for a corpus, a tokenizer and options."""
     return hash_of(FORMAT, files_digest, tokenizer.digest, options)
 
 
 def hash_of(*values: Any) -> str:
-    """A name for what is made of these values, all JSON."""
+    """A name for the result of these values, all JSON."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def read(folder: str) -> tuple[dict[str, Shard], dict]:
     """The shards in a complete folder, by split, and meta.json. Those in a bucket are copied to this machine's disk, to
-    be mapped; of parts each one is when it is first read."""
+    be mapped; parts are copied when they are first read."""
     there, shards = working_files.on_disk(folder), {}
     with open(os.path.join(there, "meta.json"), encoding="utf-8") as f:
         meta = json.load(f)
@@ -194,7 +195,7 @@ def part_folder(folder: str, i: int) -> str:
 
 
 def join(folder: str, count: int, meta: dict, hashes: Iterable[tuple[str, int, str]] = ()) -> None:
-    """Makes `folder` of its parts, which stay where they are. meta, hashes: as in `write`."""
+    """Writes the index `folder` of its parts, which stay where they are. meta, hashes: as in `write`."""
     parts = [io.read_json(os.path.join(part_folder(folder, i), "meta.json")) for i in range(count)]
     total = {key: sum(part[key] for part in parts) for key in parts[0] if isinstance(parts[0][key], int)}
     splits = {split: {key: sum(part[split][key] for part in parts) for key in ("documents", "tokens", "bytes")}
@@ -223,7 +224,7 @@ def write(folder: str, documents: Iterable[corpus.Document], tokenizer: Tokenize
       hashes: of the files, for `read_hashes`.
       meta: kept in meta.json, with what is counted here.
         A conversation that the chat template cannot take is logged, and counted as skipped.
-      progress: what the progress line is called, and the bytes of text to expect; "": there is none.
+      progress: the label of the progress line, and the bytes of text to expect; "": no progress line.
     """
     dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
     warn, meta = corpus.Warnings(), dict(meta)
@@ -246,7 +247,7 @@ def write(folder: str, documents: Iterable[corpus.Document], tokenizer: Tokenize
                     meta |= {"skipped": meta.get("skipped", 0) + 1, "documents": meta.get("documents", 1) - 1}
                     continue
                 size = document.bytes
-                if document.ids is not None:  # nobody knew before
+                if document.ids is not None:  # not known before
                     size = int(tokenizer.byte_lengths_W[ids_T].sum())
                     meta["bytes"] = meta.get("bytes", 0) + size
                 writers["validation" if validation else "train"].add(ids_T, predicted_T, size)
@@ -295,7 +296,7 @@ def _write_hashes(folder, hashes):
 
 
 def read_hashes(folder: str) -> list[tuple[str, int, str]]:
-    """The files that the shards in `folder` were made of (`corpus.content_hashes`); none of an older version's."""
+    """The files that the shards in `folder` were made from (`corpus.content_hashes`); empty for older versions."""
     path = os.path.join(folder, "files.jsonl")
     if not storage.is_file(path):
         return []
@@ -332,7 +333,7 @@ def _ids(document, parts, tokenizer, options: Options, validation) -> tuple[np.n
 
 
 def _given(document, tokenizer) -> tuple[np.ndarray, np.ndarray]:
-    """The ids that others made, between BOS and EOS. Raises ConfigError where another tokenizer must have made them."""
+    """Given ids, between BOS and EOS. Raises ConfigError if they must come from another tokenizer."""
     least, most = int(document.ids.min()), int(document.ids.max())
     if least < 0 or most >= tokenizer.vocab_size:
         raise ConfigError(f"{document.name} has the token id {least if least < 0 else most}, and the tokenizer's are 0 "
@@ -377,7 +378,7 @@ class _Writer:
         self.documents.extend((len(ids_T), size))
 
     def close(self) -> dict:
-        """Completes the files; what meta.json says of them."""
+        """Completes the files and returns their entry for meta.json."""
         self.abandon()
         if not self.prompts:
             os.remove(os.path.join(self.folder, "predicted.bin"))

@@ -25,7 +25,7 @@ from deepseek_jax.config import ConfigError
 from deepseek_jax.config.model import MOST
 from deepseek_jax.data.ascii_encoder import AsciiEncoder, is_ours
 
-# Files of a Hugging Face checkpoint that say how to use its tokenizer; they go where it goes.
+# Files of a Hugging Face checkpoint that say how to use its tokenizer; they are copied with it.
 COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json")
 # A word, three digits, punctuation with line breaks, line breaks, indentation up to the word, other white space.
 PATTERN = (r"[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
@@ -38,7 +38,7 @@ SPECIALS = {"bos": ("<|bos|>", "<｜begin▁of▁sentence｜>"),
             "fim_begin": ("<|fim_begin|>", "<｜fim▁begin｜>"),
             "fim_hole": ("<|fim_hole|>", "<｜fim▁hole｜>"),
             "fim_end": ("<|fim_end|>", "<｜fim▁end｜>")}
-# Of other publishers (Kimi, GLM, GigaChat), if there is none of those.
+# Those of other publishers (Kimi, GLM, GigaChat), if none of the above exists.
 _OTHERS = {"bos": ("[BOS]", "[gMASK]", "<s>"), "eos": ("[EOS]", "<|endoftext|>", "</s>"), "pad": ("[PAD]",)}
 
 # The alphabet of byte-level BPE: bytes that print stand for themselves, the others for characters from 256 on.
@@ -48,9 +48,9 @@ BYTE_OF = {chr(byte): byte for byte in _PRINTED} | {
 
 
 _PROBE = "naïve ☃:\n\n\tx = 12345  # \r\n"
-_MOST_IDS = MOST["vocab_size"]  # tables have an entry for each, and a damaged file can name any
+_MOST_IDS = MOST["vocab_size"]  # tables have an entry for each id, and a damaged file can contain any id
 
-# What chat templates mark roles, turns and tools with, whether a tokenizer.json calls it special or not.
+# Markup of chat templates for roles, turns and tools, whether or not tokenizer.json marks it as special.
 _MARKUP = re.compile(r"<.+>|\[[A-Za-z_]+\]")
 
 
@@ -71,7 +71,7 @@ class Tokenizer:
     def __init__(self, backend: tokenizers.Tokenizer):
         self.backend = backend
         self.backend.encode_special_tokens = True
-        self.backend.no_truncation()  # some are saved with a length that a model was fine-tuned at
+        self.backend.no_truncation()  # some are saved with the length limit of a fine-tuned model
         self.backend.no_padding()
         for role, spellings in SPECIALS.items():
             found = (backend.token_to_id(s) for s in (*spellings, *_OTHERS.get(role, ())))
@@ -99,7 +99,7 @@ class Tokenizer:
             exact = tokenizer._is_exact()
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}") from None
-        except BaseException as error:  # the library raises no narrower class, and a panic of its Rust is no Exception
+        except BaseException as error:  # the library raises no narrower class, and a Rust panic is not an Exception
             if isinstance(error, Exception) or type(error).__name__ == "PanicException":
                 raise ConfigError(f"{path} is no tokenizer.json of the `tokenizers` library: "
                                   f"{str(error)[:200]}") from None
@@ -117,7 +117,7 @@ class Tokenizer:
         io.write_text(path, self.backend.to_str(pretty=True))
 
     def _is_exact(self):
-        """Whether a text comes back byte for byte."""
+        """Whether a text is restored byte for byte."""
         ids = self.encode(_PROBE)
         return self.decode(ids) == _PROBE and self.byte_lengths_W[ids].sum() == len(_PROBE.encode())
 
@@ -128,7 +128,7 @@ class Tokenizer:
         return [e.ids for e in self._plain.encode_batch_fast(texts, add_special_tokens=False)]
 
     def encode_on_one_thread(self, texts: list[str]) -> Sequence[Sequence[int] | np.ndarray]:
-        """What `encode_batch` gives, for processes that have one core each."""
+        """The same as `encode_batch`, for processes with one core each."""
         if self._ascii is None:
             return self.encode_batch(texts)
         return [self._ascii(text) if text.isascii() else self.encode(text) for text in texts]
@@ -138,11 +138,11 @@ class Tokenizer:
         return AsciiEncoder(self.encode) if is_ours(self.backend, PATTERN) else None
 
     def encode_template(self, text: str) -> list[int]:
-        """Of what a chat template wrote: markup becomes the ids of its tokens, as in transformers."""
+        """Encodes the output of a chat template: markup becomes the ids of its tokens, as in transformers."""
         return self._marked.encode(text, add_special_tokens=False).ids
 
     def markup(self) -> dict[str, int]:
-        """{spelling: id} of the tokens that no text is parsed into."""
+        """{spelling: id} of the tokens that text is never parsed into."""
         return self._markup
 
     @functools.cached_property
@@ -152,7 +152,7 @@ class Tokenizer:
 
     @functools.cached_property
     def _plain(self):
-        """The backend with all markup as special tokens, which it spells out instead of parsing them."""
+        """The backend with all markup as special tokens, whose spellings in text it does not parse."""
         raw = json.loads(self.backend.to_str())
         missed = [t for t in raw["added_tokens"] if not t["special"] and t["content"] in self._markup]
         if not missed:
@@ -165,7 +165,7 @@ class Tokenizer:
 
     @functools.cached_property
     def _marked(self):
-        return tokenizers.Tokenizer.from_str(self.backend.to_str())  # which parses all that its file says
+        return tokenizers.Tokenizer.from_str(self.backend.to_str())  # which parses all markup that its file lists
 
     def decode(self, ids: Sequence[int], specials: bool = False) -> str:
         """The text of `ids`; special tokens are spelled out only if `specials`."""
@@ -184,20 +184,20 @@ class Tokenizer:
         added = {i: t.content for i, t in self.backend.get_added_tokens_decoder().items()}
         spellings = [b""] * self.vocab_size
         for token, i in self.backend.get_vocab(with_added_tokens=True).items():
-            # The byte-level alphabet spells every byte as one character; what is in no such letters is plain text.
+            # The byte-level alphabet spells every byte as one character; a token with other characters is plain text.
             plain = i in added or not all(character in BYTE_OF for character in token)
             spellings[i] = added.get(i, token).encode() if plain else bytes(BYTE_OF[character] for character in token)
         return spellings
 
     @functools.cached_property
     def specials(self) -> frozenset[int]:
-        """The tokens that are no part of a text."""
+        """The tokens that do not stand for text."""
         added = self.backend.get_added_tokens_decoder()
         roles = {getattr(self, role) for role in SPECIALS} - {None}
         return frozenset(roles | {i for i, token in added.items() if token.special})
 
     def spelling(self, token: int) -> bytes:
-        """The UTF-8 bytes that a token is written with, a special one too; b"" for an id that is no token."""
+        """The UTF-8 bytes of a token's spelling, including special tokens; b"" for an id without a token."""
         return self._spellings[token] if token < self.vocab_size else b""  # a model's vocabulary may be padded
 
     def bytes_of(self, token: int) -> bytes:
@@ -225,7 +225,7 @@ class Tokenizer:
         for i in sorted(set(self.backend.get_vocab(with_added_tokens=False).values()) - set(added)):
             text = self.decode([i])
             match = _PUNCTUATION_AND_BREAK.fullmatch(text)
-            if match and "\ufffd" not in text:  # which stands for bytes that are no whole character
+            if match and "\ufffd" not in text:  # which stands for bytes that are not a complete character
                 ids = self.encode(match[1]) + self.encode(match[2])
                 count_W[i], start_W[i] = len(ids), len(parts)
                 parts += ids

@@ -1,7 +1,7 @@
-"""A corpus in units that workers read apart: some files each, or a stretch of a large one.
+"""A corpus divided into units for workers: some files each, or a stretch of a large file.
 
-They depend on the names and sizes of the files alone, so any number of workers makes the same of them. Who changes
-how they are cut raises `token_shards.FORMAT`: parts that are there already would not fit the others.
+Units depend only on the names and sizes of the files, so the result is the same for any number of workers. A change to
+how they are cut must raise `token_shards.FORMAT`, since existing parts would not fit the others.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def _size(file):
 
 
 def _pieces(file, size, most) -> Iterator[tuple[File, int]]:
-    """A file that can be read from the middle in pieces of `most` bytes; another one complete."""
+    """The stretches of a file: of `most` bytes if it can be read from the middle, otherwise the complete file."""
     if size > most and file.name.endswith(".jsonl"):
         for start in range(0, size, most):
             stop = min(start + most, size)
@@ -60,10 +60,10 @@ def _numbered(file, size, most, count_of):
     """Stretches of documents that are numbered."""
     try:
         count = count_of()
-    except (OSError, ValueError):  # its reader says so
+    except (OSError, ValueError):  # its reader reports that
         yield file, size
         return
-    if not count:  # it counts as a file that has been read
+    if not count:  # it is counted as a file that was read
         yield file, size
         return
     step = max(1, count * most // size)
@@ -81,7 +81,7 @@ def _row_groups(file, size, most):
     except (OSError, ValueError):  # damaged: its reader says so
         yield file, size
         return
-    if not rows:  # it counts as a file that has been read
+    if not rows:  # it is counted as a file that was read
         yield file, size
         return
     start, scale = 0, size / max(sum(bytes), 1)  # to bytes on the disk
@@ -94,7 +94,8 @@ def _row_groups(file, size, most):
 
 
 def count_lines(file: File) -> int:
-    """Lines that start in a stretch of jsonl, the number of rows that those of the next one are behind; 0 of others."""
+    """The number of lines that start in a stretch of jsonl, by which rows of the next stretch are offset; 0 for other
+    files."""
     if file.stretch is None or not file.name.endswith(".jsonl"):
         return 0
     start, stop, _ = file.stretch

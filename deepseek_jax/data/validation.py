@@ -62,7 +62,7 @@ class Validation:
         return sorted(chosen | {row // rows for s in missed if (row := self._middle(s)) is not None})
 
     def _middle(self, source) -> int | None:
-        """The row in the middle of a source; None of one without text."""
+        """The row in the middle of a source; None if it has no text."""
         first, end = (int(position) for position in self.starts[source:source + 2])
         return (first + end) // 2 // self.length if first < end else None
 
@@ -94,10 +94,10 @@ class Validation:
 
 
 class WholeValidation(Validation):
-    """The same of sequences of whole documents (`packing`): documents that are longer are not scored.
+    """The same for sequences of complete documents (`packing`): documents longer than a sequence are not scored.
 
     Args:
-      sources: of the held-out documents, one a source.
+      sources: the held-out documents of each source.
     """
 
     def __init__(self, sources: Sequence[WholeDocuments], sequence_length: int, byte_lengths_W: np.ndarray):
@@ -117,7 +117,7 @@ class WholeValidation(Validation):
         return source, self.sources[source].row(r - int(self.first_rows[source]))
 
     def row(self, r: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Tokens, weights and segment ids [T + 1] of row r; weight and segment of filling are 0."""
+        """Tokens, weights and segment ids [T + 1] of row r; weight and segment of filler are 0."""
         _, window = self._row(r % self.rows)
         weights_T = window.predicted_T.astype(np.float32)
         weights_T[0] = 0

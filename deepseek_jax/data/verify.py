@@ -1,4 +1,4 @@
-"""Whether the files of a corpus are still those that its tokens were made of, by their contents (no jax here)."""
+"""Checks by their contents whether the files of a corpus are still those that were tokenized (no jax here)."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _SHOWN = 10
 
 
 def verify(config: Config, workdir: str | None, workers: int = 1) -> Iterator[str]:
-    """A line for each source whose contents are the same. If only times of change are others, that is settled: runs
-    and tokens that there are stay valid.
+    """A line for each source whose contents are the same. If only modification times differ, this is recorded, and
+    existing runs and tokens stay valid.
 
-    workdir: None: of what is in data.cache_dir.
+    workdir: None checks the tokens in data.cache_dir.
 
     Raises ConfigError: files that have changed, are new or are gone; or no tokens to compare with.
     """
@@ -43,7 +43,8 @@ def verify(config: Config, workdir: str | None, workers: int = 1) -> Iterator[st
 
 
 def _made_of(source: Source, cache: str, began: str | None) -> tuple[str, str]:
-    """The shards of a source, and its digest when they were made: when the run began, now, or else the newest."""
+    """The shards of a source, and its digest when they were made: at the start of the run, now, or otherwise the
+    newest."""
     made = {}
     there = [os.path.join(cache, name, "meta.json") for name in storage.names(cache) if name.startswith("shards-")]
     for path in sorted(filter(storage.is_file, there), key=storage.changed):
@@ -57,7 +58,7 @@ def _made_of(source: Source, cache: str, began: str | None) -> tuple[str, str]:
 
 
 def _differences(before, now) -> list[str]:
-    """What has become of each file that is not the same, in words."""
+    """A description of the change of each file that differs."""
     old, new = _by_name(before), _by_name(now)
     return [f"{name} {'is new' if name not in old else 'is gone' if name not in new else 'has changed'}"
             for name in sorted(old | new) if old.get(name) != new.get(name)]

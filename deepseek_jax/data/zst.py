@@ -1,5 +1,5 @@
-"""Lines of a .zst file. The library's own reader takes a file that was cut off for a complete one, and no window of
-`zstd --long=28` and above; this one does neither."""
+"""Lines of a .zst file. Unlike the library's own reader, it detects a file that was cut off, and accepts the windows of
+`zstd --long=28` and above."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any, BinaryIO
 
 from deepseek_jax.config import ConfigError
 
-LARGEST_WINDOW = 2**31  # bytes, of `zstd --long=31`: the format's tools take no more
-_READ = 1 << 16  # compressed bytes at once: few, for a hostile file's may become 30,000 times as many
+LARGEST_WINDOW = 2**31  # bytes, of `zstd --long=31`: the format's tools accept no more
+_READ = 1 << 16  # compressed bytes at once: few, since those of a hostile file may expand 30,000 times
 
 
 def decompressed(file: BinaryIO) -> io.BufferedReader:
@@ -35,7 +35,7 @@ class _Frames(io.RawIOBase):
         self._file, self._decompressor = file, decompressor
         self._frame: Any = None
         self._made = memoryview(b"")
-        self._rest = b""  # compressed bytes behind the last frame
+        self._rest = b""  # compressed bytes after the last frame
 
     def readable(self) -> bool:
         return True
@@ -45,7 +45,7 @@ class _Frames(io.RawIOBase):
             data = self._rest or self._file.read(_READ)
             if not data:
                 if self._frame is not None:
-                    raise EOFError("ends inside of its compressed text: the file was cut off")
+                    raise EOFError("ends inside its compressed text: the file was cut off")
                 return 0
             self._made, self._rest = memoryview(self._decompress(data)), b""
             if self._frame.eof:

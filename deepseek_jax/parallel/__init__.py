@@ -1,1 +1,1 @@
-"""Many devices: meshes and shardings (`mesh`, `sharding`), and how tokens reach their experts (`dispatch`)."""
+"""Several devices: meshes and shardings (`mesh`, `sharding`), and the dispatch of tokens to experts (`dispatch`)."""

@@ -17,10 +17,11 @@ GROUPS = (  # (group, pattern of paths); the first match wins
 
 
 def parameter_bytes(params: Any, mesh: Mesh | AbstractMesh) -> dict[str, dict[str, int]]:
-    """{group: {"compute", "storage"}}: bytes on one device of what a step computes with, and of the masters.
+    """{group: {"compute", "storage"}}: bytes on one device of the weights that a step computes with, and of the
+    masters.
 
-    Each moment in float32, and an average, takes as much as the masters. In a pipeline a rank works on one stage of the
-    MoE layers (on two with "dualpipe").
+    Each moment in float32, and the moving average, takes as much as the masters. In a pipeline a rank computes one
+    stage of the MoE layers (two with "dualpipe").
     """
     table, ranks = {}, mesh.shape["pipe"]
     for path, leaf in zip(jax.tree.leaves(paths(params)), jax.tree.leaves(params)):

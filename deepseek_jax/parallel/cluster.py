@@ -1,7 +1,7 @@
-"""Which processes a run has: told by flags, or by what started this one (Slurm, Open MPI, TPU pods, Kubernetes).
+"""The processes of a run, from flags or from the scheduler (Slurm, Open MPI, TPU pods, Kubernetes).
 
-jax reads the variables of schedulers. A process that a scheduler started as one of several and that joins no others
-would train alone, as each of them would, in one work directory: it is refused.
+jax reads the variables of schedulers. If a scheduler starts several processes that do not join each other, each would
+train alone in the same work directory: this is refused.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from deepseek_jax.parallel.meeting import STARTUP_TIMEOUT, Group
 
 ALONE = "or alone with --processes=1"
 FLAGS = "give --coordinator, --processes and --process"
-FIRST_PORT = 61440  # jax takes a port from here to 65535, by the number of the job
+FIRST_PORT = 61440  # jax chooses a port from here to 65535, by the job's number
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -35,10 +35,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def find_group(args: argparse.Namespace) -> Group | None:
-    """The processes of this run; None: it is the only one. args: the flags above.
+    """The processes of this run; None: there is only this one. args: the flags above.
 
     Raises:
-      ConfigError: flags that do not go together, or a scheduler that started several tasks which jax cannot join.
+      ConfigError: contradictory flags, or a scheduler that started several tasks which jax cannot join.
     """
     group = _told_or_detected(args)
     if args.local_devices is None:
@@ -68,7 +68,7 @@ def _told_or_detected(args):
 
 
 def check_alone() -> None:
-    """Raises ConfigError where a scheduler started this process as one of several."""
+    """Raises ConfigError if a scheduler started this process as one of several."""
     group, _ = _detected(os.environ, STARTUP_TIMEOUT)
     if group and group.processes > 1:
         raise ConfigError(f"this is process {group.process} of {group.processes}, and the command runs in one; start "
@@ -76,20 +76,20 @@ def check_alone() -> None:
 
 
 def _detected(environ: Mapping[str, str], timeout: int) -> tuple[Group | None, Exception | None]:
-    """What jax reads of the scheduler, None where it knows none; and what it raised, if it did.
+    """What jax reads from the scheduler, None if it knows none; and the exception that it raised, if any.
 
-    `jax.distributed.initialize` reads it in the same way, but says nothing of it, and the processes meet before.
+    `jax.distributed.initialize` reads it in the same way but does not return it, and the processes connect before that.
     """
     address = environ.get("JAX_COORDINATOR_ADDRESS")
     processes = process = local = why = None
     try:
-        from jax._src.clusters import ClusterEnv  # private to jax: without it the flags are left
+        from jax._src.clusters import ClusterEnv  # private to jax: without it only the flags remain
 
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of a pod without the package kubernetes, which may be a pod alone
+            warnings.simplefilter("ignore")  # in a pod without the package kubernetes, which may be a single pod
             found = ClusterEnv.auto_detect_unset_distributed_params(address, None, None, None, None, timeout)
         address, processes, process, local = found
-    except Exception as error:  # of a web server, a parser, a missing package, a changed signature
+    except Exception as error:  # from a web server, a parser, a missing package, a changed signature
         why = error
     if processes is None or process is None or address is None:
         return None, why
@@ -99,7 +99,7 @@ def _detected(environ: Mapping[str, str], timeout: int) -> tuple[Group | None, E
 
 
 def _with_room_for_two(address):
-    """Jobs with neighbouring numbers may share a machine, and each takes two ports."""
+    """Two ports per job: jobs with neighbouring numbers may share a machine."""
     host, _, port = address.rpartition(":")
     if int(port) < FIRST_PORT:
         return address
@@ -107,8 +107,8 @@ def _with_room_for_two(address):
 
 
 def _devices(environ, local) -> tuple[int, ...] | None:
-    """This process's share of the GPUs of its machine: all with one task there, else as many neighbours as the others
-    have. None: all that it sees, also where the scheduler has shown it its share only."""
+    """This process's share of its machine's GPUs: all if it is the only task there, otherwise an equal number of
+    adjacent ones. None: all visible ones, also if the scheduler already restricts the process to its share."""
     tasks = _tasks_here(environ)
     if local is None or tasks == 1 or "JAX_LOCAL_DEVICE_IDS" in environ:
         return None
@@ -121,7 +121,7 @@ def _devices(environ, local) -> tuple[int, ...] | None:
 def _tasks_here(environ) -> int:
     if "OMPI_COMM_WORLD_LOCAL_SIZE" in environ:
         return int(environ["OMPI_COMM_WORLD_LOCAL_SIZE"])
-    counts = []  # of each node, from a word such as 4(x2),3
+    counts = []  # tasks per node, from a string such as 4(x2),3
     for count, _, times in re.findall(r"(\d+)(\(x(\d+)\))?", environ.get("SLURM_STEP_TASKS_PER_NODE", "")):
         counts += [int(count)] * int(times or 1)
     node = int(environ.get("SLURM_NODEID", 0))
@@ -129,7 +129,7 @@ def _tasks_here(environ) -> int:
 
 
 def _refuse_outside_of_srun(environ) -> None:
-    """Raises ConfigError in the script of a job, or its shell, that has several tasks: each would be process 0."""
+    """Raises ConfigError in the script or shell of a job with several tasks: each would be process 0."""
     if "SLURM_JOB_ID" not in environ or "OMPI_COMM_WORLD_SIZE" in environ:
         return
     if environ.get("SLURM_STEP_NUM_TASKS", "") == environ.get("SLURM_NTASKS", "1"):
@@ -141,13 +141,13 @@ def _refuse_outside_of_srun(environ) -> None:
 
 
 def _refuse_one_of_several(environ, why) -> None:
-    """Raises ConfigError where variables say that there are several tasks, and jax knows none. why: what it raised."""
+    """Raises ConfigError if variables show several tasks, but jax detects none. why: the exception of jax."""
     itself = "by itself" if why is None else f"by itself ({' '.join(str(why).split())})"
     for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_NTASKS", "MEGASCALE_NUM_SLICES", "TPU_WORKER_HOSTNAMES"):
         if _several(environ, name):
             raise ConfigError(f"{name}={environ[name]}: this is one of several tasks, and jax cannot join them "
                               f"{itself}; {FLAGS}, {ALONE}.")
-    if "JOB_COMPLETION_INDEX" in environ:  # Kubernetes does not say of how many
+    if "JOB_COMPLETION_INDEX" in environ:  # Kubernetes does not give their number
         raise ConfigError(f"this is a pod of an indexed Job, and jax cannot join the others {itself}; {FLAGS} "
                           f"$JOB_COMPLETION_INDEX, {ALONE}.")
 

@@ -1,9 +1,10 @@
-"""Sequences split over the mesh axes `context` and `context_node`: which tokens a device has.
+"""Sequences split over the mesh axes `context` and `context_node`: the tokens of each device.
 
 A sequence is cut into 2 C blocks, and device c of C has blocks c and 2 C - 1 - c: an early query sees few keys and a
-late one many, and so all devices have the same work. A batch [B, T] then is [B * C, T / C] parts, split over devices
-as rows are, and a layer that looks at single tokens need not know. Before a batch is cut, every device has the token
-ids of its sequences, so that targets and what MTP reads are shifted across all seams.
+late one many, so with this order all devices have the same work. A batch [B, T] then becomes [B * C, T / C] parts,
+split over devices like rows, so that layers that work on single tokens are not affected. Before a batch is cut, every
+device has the token ids of its sequences, so targets and the inputs of MTP are shifted correctly across part
+boundaries.
 """
 
 from __future__ import annotations
@@ -19,18 +20,19 @@ from deepseek_jax.parallel.sharding import on_shards, spec
 
 
 def context_size() -> int:
-    """Devices that a sequence is split over here; 1 without a mesh."""
+    """The number of devices that a sequence is split over here; 1 without a mesh."""
     shape = jax.sharding.get_abstract_mesh().shape
     return math.prod(shape.get(axis, 1) for axis in CONTEXT)
 
 
 def blocks_of(part: int | jax.Array, parts: int) -> tuple[int | jax.Array, int | jax.Array]:
-    """The two of 2 * parts blocks that make up a part, in their order."""
+    """The two of 2 * parts blocks that form a part, in order."""
     return part, 2 * parts - 1 - part
 
 
 def in_parts(x_BT: jax.Array) -> jax.Array:
-    """[B, T, ...] of complete sequences -> [B * C, T / C, ...], the parts of each device; inside a shard_map its own.
+    """[B, T, ...] of complete sequences -> [B * C, T / C, ...], the parts of all devices; inside a shard_map this
+    device's.
 
     No gradient flows through it.
     """
@@ -47,7 +49,7 @@ def in_parts(x_BT: jax.Array) -> jax.Array:
 
 
 def mean_over_parts(x_B: jax.Array) -> jax.Array:
-    """[B * C, ...], the same for all parts of a sequence: the mean over them."""
+    """[B * C, ...]: replaces the value of each part by the mean over the parts of its sequence."""
     if context_size() == 1:
         return x_B
     return on_shards(lambda x_B: lax.pmean(x_B, CONTEXT), (spec("batch"),), spec("batch"), x_B)

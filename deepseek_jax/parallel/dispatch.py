@@ -1,12 +1,12 @@
-"""Tokens to their experts and back, once per node over the slow fabric (report section 3.2.2).
+"""Dispatch of tokens to their experts and back, once per node over the slow network (report section 3.2.2).
 
     hop 1, over nodes:    one copy of a token for each node that holds one of its experts, to the same `local` index
     hop 2, over `local`:  from there to the devices that hold the experts
     back:                 a node's partial sums are added before they cross again
 
-The flat form goes straight to the devices, one copy each, in one hop over both axes: the oracle, and what two hops are
-compared with. A copy carries the choices that it still has to serve, and their gates. No value is scattered:
-sending gathers rows into slots, returning gathers slots into rows, and each is the gradient of the other.
+The flat form sends directly to the devices, one copy each, in a single hop over both axes: it is the oracle, and the
+baseline for two hops. A copy carries the expert choices that it still has to serve, and their gates. No scatter is
+used: sending gathers rows into slots, returning gathers slots into rows, and each is the gradient of the other.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from kernels_pallas.constants import BLOCK
 
 
 class Wire(NamedTuple):
-    """How values travel to the experts. The way back is always in the dtype of the values."""
+    """The format of values sent to the experts. The results return in the dtype of the values."""
 
     encode: Callable[[jax.Array], tuple[jax.Array, ...]]  # [R, D] -> arrays [R, ...]
     decode: Callable[[tuple[jax.Array, ...], Any], jax.Array]  # (those, dtype) -> [R, D]
@@ -39,9 +39,9 @@ PLAIN = Wire(lambda x_RD: (x_RD,), lambda parts, dtype: parts[0])
 
 
 class ExpertLayout(NamedTuple):
-    """Where experts are: device (node, local) holds a contiguous share of num_experts, nodes first.
+    """The placement of experts: device (node, local) holds a contiguous share of num_experts, nodes first.
 
-    most_nodes: nodes that a token may go to, for capacities. wire: how values travel to the experts.
+    most_nodes: maximum nodes per token, for capacities. wire: the format of values sent to the experts.
     """
 
     mesh: MeshConfig
@@ -51,12 +51,12 @@ class ExpertLayout(NamedTuple):
 
 
 class Traffic(NamedTuple):
-    """Counters of dispatch. float32, since sums over the layers and micro-batches of a large step pass int32.
+    """Counters of dispatch. float32, since sums over the layers and micro-batches of a large step overflow int32.
 
     nodes: nodes that a token's experts are on, summed over tokens. left: tokens with an expert on another node.
-    across, inside: copies sent to another node, and to another device of the same one. flat_across: the first, had
-    every device got a copy of its own. choices and computed agree, over the mesh, unless a capacity dropped some;
-    dropped is their difference, int32, exact.
+    across, inside: copies sent to another node, and to another device of the same node. flat_across: the value of
+      `across` if every device got its own copy. choices and computed are equal, over the mesh, unless a capacity
+      dropped some; dropped is their difference, int32, exact.
     """
 
     tokens: jax.Array
@@ -72,12 +72,11 @@ class Traffic(NamedTuple):
 
 @flax.struct.dataclass
 class Hop:
-    """Which row goes where. Each of R rows goes at most once to each of P places, whatever its choices there.
+    """A plan of one hop. Each of R rows is sent at most once to each of P places, however many choices it has there.
 
-    slot_RK: the slot of the copy that serves choice k; S where none is sent, or where an earlier choice has it.
-    row_S: the row in each slot of the send buffer; R where the slot is empty.
-    sent_P: copies for each place. lost: copies that found no room.
-    ragged: offsets and sizes of what travels; None where buffers of equal size do.
+    slot_RK: the slot of the copy that serves choice k; S if none is sent, or if an earlier choice has it. row_S: the
+      row in each slot of the send buffer; R if the slot is empty. sent_P: copies for each place. lost: copies without
+      room. ragged: offsets and sizes of the data sent; None with buffers of equal size.
     """
 
     slot_RK: jax.Array
@@ -94,12 +93,12 @@ def route_hop(place_RK: jax.Array, axis: str | tuple[str, ...], places: int, roo
     """Plans one hop of R rows over a mesh axis.
 
     Args:
-      place_RK: int32, where each choice wants the row: an index along `axis`, or `places` for nowhere.
+      place_RK: int32, the destination of the row for each choice: an index along `axis`, or `places` for none.
       axis: name or names of the mesh axes. places: their size, P.
       room: rows of the receive buffer for each sender (static), or for all of them together (ragged). A ragged send
-        buffer has no more of them either: what a device sends is what it receives, if loads are even.
-      wanted_QP: int32, for ragged buffers: copies that each sender has for each place. It may have fewer, if a row was
-        lost on its way here: what it sends in its place is empty. None: static buffers.
+        buffer has the same size: with even loads a device sends as many rows as it receives.
+      wanted_QP: int32, for ragged buffers: copies that each sender has for each place. A sender may have fewer, if a
+        row was lost in an earlier hop, and then sends empty rows instead. None: static buffers.
     """
     R, K = place_RK.shape
     goes_RP = (place_RK[:, :, None] == jnp.arange(places)[None, None]).any(axis=1)
@@ -124,12 +123,13 @@ def route_hop(place_RK: jax.Array, axis: str | tuple[str, ...], places: int, roo
 
 
 def _moves(wanted_QP, slots, room, me):
-    """Of ragged buffers: a sender's has `slots` rows, a receiver's `room`, and all give up an equal share of what is
-    more. Some of it may be empty, of rows lost in the hop before, and the first must not take the room of the last.
+    """Limits ragged buffers: a sender's has `slots` rows, a receiver's `room`, and an excess is cut by the same share
+    everywhere. Some rows may be empty, because they were lost in the previous hop, and the first must not take the room
+    of the last.
 
     Returns:
-      int32 [P] each: here offset and size by place sent to, and the offset it lands at there; then offset and size by
-      sender of what lands here, and its offset there.
+      int32 [P] each: for each destination the offset and size here, and the offset there; then for each sender the
+      offset and size of its rows here, and their offset at the sender.
     """
     sent_QP = _share(wanted_QP, slots, axis=1)
     start_QP = jnp.cumsum(sent_QP, axis=1) - sent_QP
@@ -139,7 +139,7 @@ def _moves(wanted_QP, slots, room, me):
 
 
 def _share(rows_QP, room, axis):
-    """Of each number its share, rounded down, of `room` along an axis, where their sum is more."""
+    """The numbers, or if their sum along an axis exceeds `room`, their shares of `room`, rounded down."""
     sums = rows_QP.sum(axis, keepdims=True)
     return jnp.where(sums > room, jnp.floor(rows_QP * (room / sums.astype(jnp.float32))), rows_QP).astype(jnp.int32)
 
@@ -147,8 +147,8 @@ def _share(rows_QP, room, axis):
 def _wanted(cfg, num_experts, chosen_NK):
     """{axes of a hop: int32 [Q, P]}: copies that each sender has for each place, if none is lost.
 
-    All devices tell each other once, before the first hop: the second would have to wait for it a second time, and XLA
-    hides an exchange of some bytes behind as many products as one of tokens.
+    All devices exchange this once, before the first hop: otherwise the second hop would have to wait for another
+    exchange, and XLA uses as many products to hide an exchange of a few bytes as for one of tokens.
     """
     M, L = cfg.nodes, cfg.local
     place_NK = chosen_NK // (num_experts // (M * L))
@@ -174,7 +174,7 @@ def _packed(parts):
 
 
 def _unpacked(rows, parts):
-    """The reverse, of any number of rows: arrays like `parts`."""
+    """The inverse, for any number of rows: arrays like `parts`."""
     found, at, width = [], 0, rows.dtype.itemsize
     for part in parts:
         units = part.dtype.itemsize // width
@@ -186,9 +186,9 @@ def _unpacked(rows, parts):
 
 
 def send(parts: tuple[jax.Array, ...], hop: Hop) -> tuple[jax.Array, ...]:
-    """Copies rows [R, ...] to where the hop takes them -> [landed, ...]; slots that nothing came to are zero.
+    """Sends rows [R, ...] to the destinations of the hop -> [landed, ...]; slots that received nothing are zero.
 
-    All parts of a row travel in one exchange: XLA runs few at a time, and a small one takes the turn of a large one.
+    All parts of a row are sent in one exchange: XLA runs few at a time, and a small one would delay a large one.
     """
     x_S = _packed([_rows(part, hop.row_S) for part in parts])
     if hop.ragged is None:
@@ -199,11 +199,12 @@ def send(parts: tuple[jax.Array, ...], hop: Hop) -> tuple[jax.Array, ...]:
 
 
 def _room(rows, sent, arriving_P):
-    """Zeros for `rows` rows like those of `sent`, unsigned, to land in, where `arriving_P` of them are known to come.
+    """A receive buffer of zeros for `rows` rows like those of `sent`, unsigned, of which `arriving_P` are expected.
 
-    Plain zeros are a constant, and XLA:GPU fills the buffers of all layers at the beginning of a step; zeros that
-    depend on the counts alone it fills when tokens are routed, long before gradients travel. So these depend on the
-    counts and on what is sent: the smallest of two numbers that are never negative, but XLA does not know that.
+    Plain zeros are a constant, and XLA:GPU would fill the buffers of all layers at the beginning of a step; zeros that
+    depend only on the counts would be filled when tokens are routed, long before gradients are sent. So these depend on
+    the counts and on the sent data: they are the minimum of 0 and numbers that are never negative, which XLA does not
+    know.
     """
     never_negative = (sent.ravel()[0] >> (8 * sent.dtype.itemsize - 8)).astype(jnp.int32)
     zero = jnp.minimum(jnp.minimum(arriving_P[0], never_negative), 0)
@@ -211,7 +212,7 @@ def _room(rows, sent, arriving_P):
 
 
 def bring_back(parts: tuple[jax.Array, ...], hop: Hop) -> tuple[jax.Array, ...]:
-    """The reverse: [landed, ...] -> [R, ...], the sums over the copies of each row, added in float32."""
+    """The inverse: [landed, ...] -> [R, ...], the sums over the copies of each row, added in float32."""
     y = _packed(parts)
     if hop.ragged is None:
         y_S = lax.all_to_all(y, hop.axis, 0, 0, tiled=True)
@@ -229,7 +230,8 @@ def _sum_of_copies(y_S, hop):
 
 
 def save(tree: Any, name: str = "dispatched") -> Any:
-    """Marks what the backward pass must save: what arrived, or it would have to travel again, and the "hops"."""
+    """Marks values that are saved for the backward pass: received rows, which would have to be sent again, and
+    "hops"."""
     return jax.tree.map(lambda x: checkpoint_name(x, name), tree)
 
 
@@ -244,7 +246,7 @@ def dispatch(placement: ExpertLayout, x_ND: jax.Array, gates_NK: jax.Array,
              chosen_NK: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, tuple[Hop, ...]]:
     """Sends tokens to the experts that they chose. Its gradient is `combine`.
 
-    What arrives is saved as it came: in FP8 on an FP8 wire.
+    Received rows are saved in the format in which they were sent: in FP8 on an FP8 wire.
 
     Returns:
       (x_RD, gates_RK, id_RK, hops): the rows that arrived; see `route_hops`.
@@ -254,7 +256,7 @@ def dispatch(placement: ExpertLayout, x_ND: jax.Array, gates_NK: jax.Array,
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def combine(wire: Wire, y_RD: jax.Array, hops: tuple[Hop, ...]) -> jax.Array:
-    """Brings rows back along all hops, adding up at each. Its gradient sends rows out again, on the wire."""
+    """Returns rows along all hops, summing at each. Its gradient sends rows out again, in the wire format."""
     return _brought_back((y_RD,), hops)[0]
 
 
@@ -282,11 +284,11 @@ combine.defvjp(lambda wire, y, hops: (combine(wire, y, hops), hops), _gradient_o
 
 def route_hops(placement: ExpertLayout, chosen_NK: jax.Array, parts: tuple[jax.Array, ...] = ()
                ) -> tuple[tuple[Hop, ...], jax.Array, tuple[jax.Array, ...]]:
-    """Takes this device's tokens to their experts.
+    """Sends this device's tokens to their experts.
 
     Args:
       chosen_NK: int32, the experts that each token chose.
-      parts: arrays [N, ...] that go along.
+      parts: arrays [N, ...] that are sent along.
     Returns:
       (hops, local_RK, parts [R, ...]): for each row that arrives, int32 ids of its experts on this device, from 1;
       0: none.
@@ -304,7 +306,7 @@ def route_hops(placement: ExpertLayout, chosen_NK: jax.Array, parts: tuple[jax.A
             continue
         rows = id_RK.shape[0]
         room = rows * places if cfg.buffers == "ragged" else rows
-        if cfg.capacity is not None:  # of a load of K choices a token that is spread evenly
+        if cfg.capacity is not None:  # for an even load of K choices per token
             even = N * copies if cfg.buffers == "ragged" else N * copies / places
             room = min(room, math.ceil(cfg.capacity * even))
         place_RK = jnp.where(id_RK > 0, (id_RK - 1) // size, places)
@@ -319,7 +321,7 @@ def route_hops(placement: ExpertLayout, chosen_NK: jax.Array, parts: tuple[jax.A
 
 def count_traffic(cfg: MeshConfig, num_experts: int, chosen_NK: jax.Array, hops: tuple[Hop, ...],
                   computed: jax.Array) -> Traffic:
-    """Counters of this device's tokens: what travels, what flat dispatch would send, what was computed here."""
+    """Counters of this device's tokens: copies sent, copies that flat dispatch would send, choices computed here."""
     def visits(places):
         size = num_experts // places
         return ((chosen_NK // size)[:, :, None] == jnp.arange(places)[None, None]).any(axis=1)
@@ -344,12 +346,12 @@ def count_traffic(cfg: MeshConfig, num_experts: int, chosen_NK: jax.Array, hops:
 
 
 def traffic_per_token(cfg: MeshConfig, model: ModelConfig, traffic: Traffic | None) -> dict[str, float]:
-    """What the counters say, on average over tokens and MoE layers; {} for None, on one device.
+    """Averages of the counters over tokens and MoE layers; {} for None, on one device.
 
     nodes_per_token: nodes that its experts are on. leaving_node: share of tokens with an expert on another one.
-    cross_node_bytes, inside_node_bytes: that dispatch sends to other nodes, and to other devices of a node; values,
-    choices and gates of the copies, without the empty slots of static buffers. flat_cross_node_bytes: the first,
-    had every device got its own copy. dropped_choices: that found no room under a capacity, a sum.
+    cross_node_bytes, inside_node_bytes: sent by dispatch to other nodes, and to other devices of a node; values,
+      choices and gates of the copies, without the empty slots of static buffers. flat_cross_node_bytes:
+      cross_node_bytes if every device got its own copy. dropped_choices: choices dropped because of a capacity, a sum.
     """
     if traffic is None:
         return {}
@@ -362,7 +364,7 @@ def traffic_per_token(cfg: MeshConfig, model: ModelConfig, traffic: Traffic | No
 
 
 def copy_bytes(cfg: MeshConfig, model: ModelConfig) -> int:
-    """Bytes of one copy of a token on its way to the experts: values (and exponents of scales), choices and gates."""
+    """Bytes of one copy of a token sent to the experts: values (and exponents of scales), choices and gates."""
     width = jnp.dtype(model.dtype).itemsize
     values = model.d_model + -(-model.d_model // BLOCK) if cfg.dispatch_fp8 else model.d_model * width
     return values + model.experts_per_token * (4 + max(width, 4))
@@ -373,11 +375,11 @@ def to_experts(placement: ExpertLayout, experts: Callable[..., tuple[jax.Array, 
     """Runs the experts on the devices that hold them, on the tokens of the complete mesh.
 
     Inside a shard_map over NODES and `local` the arrays are this device's own; elsewhere they are global, and this
-    opens one around itself, in which `tensor` splits tokens too.
+    function opens a shard_map, in which `tensor` also splits tokens.
 
     Args:
-      experts: (x_RD, id_RK, gates_RK, weights) -> (y_RD, computed): the gated sum of each row's experts, whose ids
-        among those of this device count from 1 (0: none), and how many choices that were. Rows of zeros may come.
+      experts: (x_RD, id_RK, gates_RK, weights) -> (y_RD, computed): the gated sum of each row's experts, with ids on
+        this device from 1 (0: none), and the number of choices computed. Rows may be zeros.
       chosen_NK: int32 global ids. gates_NK: float32. weights: arrays whose first dimension is that of the experts.
     Returns:
       (y_ND, traffic): see `count_traffic`; summed over the mesh outside a shard_map.

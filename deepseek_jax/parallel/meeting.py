@@ -1,8 +1,8 @@
-"""How the processes of a run meet: process 0 listens until all others have connected to it.
+"""The processes of a run connect to each other: process 0 listens until all others have connected to it.
 
-A process says its number and how many it was told there are. Process 0 answers once all have come, and until then
-names those that are missing. A message is five bytes, a word and the number of a process: the word is `MET`, or the
-exit code that the process ends with (`parallel.watch`).
+A process sends its number and its --processes. Process 0 answers once all have connected, and until then names the
+missing ones. A message is five bytes, a word and the number of a process: the word is `MET`, or the exit code that the
+process ends with (`parallel.watch`).
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from typing import Any, NamedTuple
 from deepseek_jax import stop
 from deepseek_jax.config import ConfigError
 
-STARTUP_TIMEOUT = 1800  # seconds to wait for the others: a large allocation boots for many minutes
-REPORT_EVERY = 30  # seconds between two lines that name the missing
-SILENCE = 10  # seconds after which a connection that never said who it is, such as a port scan's, is closed
+STARTUP_TIMEOUT = 1800  # seconds to wait for the others: a large allocation takes many minutes to boot
+REPORT_EVERY = 30  # seconds between two lines that name the missing processes
+SILENCE = 10  # seconds after which an unidentified connection, such as a port scan, is closed
 
-MET = 255  # no exit code of a command here
+MET = 255  # not an exit code of any command here
 MESSAGE = struct.Struct(">BI")
-HELLO = struct.Struct(">8sII")  # MAGIC, the process, how many it was told there are
+HELLO = struct.Struct(">8sII")  # MAGIC, the process, its --processes
 MAGIC = b"dsjax-1\n"
 
 
@@ -35,7 +35,7 @@ class Group(NamedTuple):
     coordinator: str  # HOST:PORT of process 0; it also listens on the next port
     processes: int
     process: int
-    devices: tuple[int, ...] | None = None  # of this machine's, those of this process; None: all that it sees
+    devices: tuple[int, ...] | None = None  # devices of this machine that this process uses; None: all visible ones
 
 
 def check(group: Group) -> None:
@@ -50,13 +50,13 @@ def check(group: Group) -> None:
 
 
 def meet(group: Group, timeout: float) -> dict[int, socket.socket]:
-    """{process: connection} to all others in process 0, to process 0 in each other, once all have come.
+    """{process: connection} once all have connected: in process 0 to all others, in the others to process 0.
 
     Args:
       timeout: seconds to wait for them.
     Raises:
-      ConfigError: the port is taken, or the processes were not told the same.
-      PeerLostError: not all came in time.
+      ConfigError: the port is taken, or the processes got different flags.
+      PeerLostError: not all connected in time.
     """
     host, _, port = group.coordinator.rpartition(":")
     deadline = time.monotonic() + timeout
@@ -71,14 +71,14 @@ def meet(group: Group, timeout: float) -> dict[int, socket.socket]:
 
 
 def tell(connections: Iterable[socket.socket], word: int, process: int) -> None:
-    """Sends a message to all of them; one that has ended is left out."""
+    """Sends a message to all of them, except those that have ended."""
     for connection in connections:
         with contextlib.suppress(OSError):
             connection.sendall(MESSAGE.pack(word, process))
 
 
 def received(connection: socket.socket) -> tuple[int, int] | None:
-    """The next message, (word, process); None where the other end is gone."""
+    """The next message, (word, process); None if the other end is gone."""
     data = b""
     with contextlib.suppress(OSError):
         data = connection.recv(MESSAGE.size, socket.MSG_WAITALL)
@@ -96,8 +96,8 @@ def has_ended(connection: socket.socket) -> bool:
 
 
 class _Reception:
-    """What process 0 knows of the others. found: connections by process. unnamed: when a connection came, and what it
-    has said so far, of those that have not said their process."""
+    """The connections of process 0. found: by process. unnamed: arrival time and received bytes of the connections that
+    have not sent their process yet."""
 
     def __init__(self, group: Group):
         self.group, self.ready = group, selectors.DefaultSelector()
@@ -108,20 +108,20 @@ class _Reception:
         return self
 
     def __exit__(self, error: Any, *_: Any) -> None:
-        """Closes what nobody needs any more: all, after an error."""
+        """Closes connections that are no longer needed: all, after an error."""
         self.close_silent(-1)
         self.ready.close()
         for connection in self.found.values() if error else ():
             connection.close()
 
     def missing(self) -> list[int]:
-        """Processes that have not come, or have gone again: those may be started anew."""
+        """Processes that have not connected, or have disconnected: those may be restarted."""
         for process in [process for process, connection in self.found.items() if has_ended(connection)]:
             self.found.pop(process).close()
         return [i for i in range(1, self.group.processes) if i not in self.found]
 
     def accept(self, server: socket.socket) -> None:
-        """Takes all connections that wait."""
+        """Accepts all pending connections."""
         with contextlib.suppress(BlockingIOError, ConnectionAbortedError):
             while True:
                 connection, _ = server.accept()
@@ -130,7 +130,7 @@ class _Reception:
                 self.ready.register(connection, selectors.EVENT_READ, connection)
 
     def read(self, connection: socket.socket) -> None:
-        """Reads what a connection says of itself."""
+        """Reads the identification of a connection."""
         began, said = self.unnamed[connection]
         try:
             more = connection.recv(HELLO.size - len(said))
@@ -167,7 +167,7 @@ class _Reception:
         del self.unnamed[connection]
 
     def close_silent(self, seconds: float) -> None:
-        """Closes the connections that have not said who they are for so long."""
+        """Closes connections that have not identified themselves in time."""
         now = time.monotonic()
         for connection in [c for c, (began, _) in self.unnamed.items() if now - began > seconds]:
             self._release(connection)
@@ -176,7 +176,7 @@ class _Reception:
 
 def _wait_for_all(group, port, deadline):
     _allow_files(group.processes)
-    _server(port - 1).close()  # JAX's service listens there, and ends with a traceback where it cannot
+    _server(port - 1).close()  # JAX's service listens there, and ends with a traceback if it cannot
     with _server(port) as server, _Reception(group) as at:
         at.ready.register(server, selectors.EVENT_READ)
         reported = time.monotonic()
@@ -198,7 +198,7 @@ def _wait_for_all(group, port, deadline):
 
 
 def _find_first(group, address, deadline, timeout):
-    """The connection to process 0, which has answered that all have come."""
+    """The connection to process 0, after its answer that all have connected."""
     reported = time.monotonic()
     while True:
         try:
@@ -227,7 +227,7 @@ def _find_first(group, address, deadline, timeout):
 
 
 def _introduce(group, address, timeout):
-    """A connection to process 0, and its answer; (None, 0) where it gives none."""
+    """A connection to process 0, and its answer; (None, 0) if there is none."""
     connection = _kept_alive(socket.create_connection(address, timeout=5))
     connection.settimeout(timeout + SILENCE)  # process 0 gives up first
     with contextlib.suppress(OSError):
@@ -246,7 +246,8 @@ def _server(port):
 
 
 def _allow_files(processes):
-    """Raises the soft limit of open files, 1,024 by default: a connection is one, and JAX's service opens one more."""
+    """Raises the soft limit of open files, 1,024 by default: a process needs one for its connection, and one for JAX's
+    service."""
     try:
         import resource  # not on Windows
     except ImportError:
@@ -265,7 +266,7 @@ def _some(missing):
 
 
 def _kept_alive(connection):
-    """Notices within half a minute that the other machine is gone without a word."""
+    """Sets keep-alives that detect within half a minute that the other machine is gone."""
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 4)):
         if hasattr(socket, name):

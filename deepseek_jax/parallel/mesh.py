@@ -20,8 +20,8 @@ NODES = ("context_node", "node")  # those that split experts over nodes
 
 
 def make_mesh(cfg: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """The mesh of all devices: in the order of their processes, so that neighbours on `tensor` and `local` share a
-    host; on TPUs in that of the torus, so that they share a link.
+    """The mesh of all devices, in the order of their processes, so that neighbours on `tensor` and `local` share a
+    host; on TPUs in the order of the torus, so that they share a link.
 
     Raises:
       ConfigError: the axes do not multiply to the number of devices, or not to that of TPU slices.
@@ -50,16 +50,16 @@ def _on_torus(cfg, devices):
                           f"mesh.pipe={cfg.pipe} times mesh.replica={cfg.replica} must be a multiple of {slices}.")
     between = tuple({"pipe": by_pipe, "replica": by_replica}.get(axis, 1) for axis in cfg.sizes)
     inside = tuple(n // slices_n for n, slices_n in zip(cfg.sizes.values(), between))
-    for split in (False, True):  # a mesh axis over a part of a physical one only where there is no other way
+    for split in (False, True):  # a mesh axis over part of a physical one only if there is no other way
         try:
             return mesh_utils.create_hybrid_device_mesh(inside, between, devices, allow_split_physical_axes=split) \
                 if slices > 1 else mesh_utils.create_device_mesh(inside, devices, allow_split_physical_axes=split)
-        except NotImplementedError:  # jax's word for a torus whose axes do not divide so
+        except NotImplementedError:  # jax's error for a torus whose axes cannot be divided like this
             continue
-    return np.asarray(devices)  # a torus whose axes are no product of these
+    return np.asarray(devices)  # a torus whose axes are not a product of these
 
 
 def abstract_mesh(cfg: MeshConfig) -> AbstractMesh:
-    """The same without devices: for shardings of machines that are not here."""
+    """The same without devices: for shardings of machines that are not available."""
     sizes = cfg.sizes
     return AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))

@@ -1,6 +1,6 @@
-"""A run of several processes, one command each: how JAX comes to span them, and how they agree.
+"""A run of several processes, one command each: starting JAX across them, and agreement between them.
 
-They meet before JAX starts (`parallel.meeting`), and each hears at once when another ends (`parallel.watch`).
+They connect before JAX starts (`parallel.meeting`), and each is told at once when another ends (`parallel.watch`).
 """
 
 from __future__ import annotations
@@ -29,10 +29,11 @@ WORD_OF_A_LOSS = 3  # seconds for it to arrive
 
 @contextlib.contextmanager
 def joined(group: Group | None, timeout: float = STARTUP_TIMEOUT) -> Iterator[None]:
-    """Inside, JAX spans all processes of the group. Nothing happens without one. timeout: seconds to wait for them.
+    """A context in which JAX spans all processes of the group; does nothing without a group. timeout: seconds to wait
+    for them.
 
     Raises:
-      ConfigError: the group cannot be, or the processes were not told the same.
+      ConfigError: the group is impossible, or the processes got different flags.
       PeerLostError: the others cannot be reached.
     """
     if group is None:
@@ -44,15 +45,16 @@ def joined(group: Group | None, timeout: float = STARTUP_TIMEOUT) -> Iterator[No
     try:
         if hasattr(jax.config, "jax_enable_preemption_service"):  # the run has its own handler of SIGTERM
             jax.config.update("jax_enable_preemption_service", False)
-        # What a scheduler says was read before (`parallel.cluster`): jax would take one device per process from it.
+        # The scheduler's variables were already read (`parallel.cluster`): jax would take one device per process from
+        # them.
         jax.distributed.initialize(group.coordinator, group.processes, group.process, group.devices,
                                    cluster_detection_method="deactivate", initialization_timeout=max(1, int(timeout)))
         yield
     except BaseException as error:
         code = stop.exit_code(error)
-        if code == 1:  # perhaps a collective broke because another process has ended, of which the watch says more
+        if code == 1:  # perhaps a collective failed because another process has ended, which the watch reports better
             time.sleep(WORD_OF_A_LOSS)
-        # JAX would wait for the others before this process may end, and they wait for it.
+        # JAX would wait for the others before this process can end, and they wait for this one.
         atexit.register(stop.leave, code)
         raise
     watch.part()
@@ -72,7 +74,7 @@ def first_then_others(make: Callable[[], Any], name: str) -> Any:
 
 
 def check_same(config: str) -> None:
-    """Raises ConfigError, in all processes, where their configs differ: they would wait for each other for ever."""
+    """Raises ConfigError, in all processes, if their configs differ: they would wait for each other forever."""
     if jax.process_count() > 1 and len(set(multihost_utils.process_allgather(
             np.uint32(zlib.crc32(config.encode()))).tolist())) > 1:
         raise ConfigError("the processes of this run were given different configs; start all of them with the same "
@@ -82,24 +84,25 @@ def check_same(config: str) -> None:
 class StopAgreement:
     """The step after which all processes stop, once one of them was asked to.
 
-    That one says so in the key-value store of JAX's coordination service, where a thread in each process looks now and
-    then, so that no step waits for the store. Process 0, once it knows, publishes two steps on as the last, and starts
-    no other step before all have heard of it. So none can be past it: a process comes to the end of step n + 2 with the
-    metrics of step n + 1, which all devices compute together.
+    That process writes to the key-value store of JAX's coordination service, which a thread in each process polls, so
+    that no step waits for the store. Once process 0 knows, it publishes the step after next as the last, and starts no
+    further step before all processes have read it. So none can be past it: a process reaches the end of step n + 2 with
+    the metrics of step n + 1, which all devices compute together.
     """
 
     def __init__(self):
-        self.prefix = f"deepseek_jax/stop/{next(_agreements)}/"  # the next run in this process makes its own
+        self.prefix = f"deepseek_jax/stop/{next(_agreements)}/"  # the next run in this process has its own
         self.last: tuple[int, str] | None = None
         self.said, self.heard = False, None
         self._thread: threading.Thread | None = None
         self._over = threading.Event()
 
     def stopped_by(self, step: int, asked: str | None) -> str | None:
-        """The signal that ends the run with this step or an earlier one, the same in all processes; None: none does.
+        """The signal that ends the run with this step or an earlier one, the same in all processes; None: there is
+        none.
 
         Args:
-          step: just dispatched; the metrics of the one before have been fetched.
+          step: just dispatched; the metrics of the previous one have been fetched.
           asked: the signal that this process got, if it did.
         """
         if jax.process_count() == 1:
@@ -117,7 +120,7 @@ class StopAgreement:
             self._acknowledge()
 
     def listen(self) -> None:
-        """Looks once what the store has: process 0 who was asked, the others which step is the last."""
+        """Polls the store once: process 0 for a stop request, the others for the last step."""
         if is_first():
             self.heard = next((name for _, name in store().key_value_dir_get(f"{self.prefix}asked")), None)
             return
@@ -132,11 +135,11 @@ class StopAgreement:
             self._thread.start()
 
     def _listen(self):
-        # Of all processes together at most a thousand looks a second.
+        # At most a thousand polls per second by all processes together.
         while self.last is None and not self._over.wait(max(0.05, 1e-3 * jax.process_count())):
             try:
                 self.listen()
-            except Exception:  # the service is gone, and with it a process: the watch says so, and ends this one
+            except Exception:  # the service is gone, and with it a process: the watch reports it and ends this one
                 return
 
     def _acknowledge(self):
@@ -158,9 +161,9 @@ class StopAgreement:
 class SaveTimer:
     """The steps that are saved because `minutes` have passed since the last save, the same in all processes.
 
-    Process 0 looks at the clock, and publishes the step as `StopAgreement` does its own: two steps on, so that none can
-    be past it. A save for another reason on the way there is the one that was due, also where a process hears of the
-    step only after it. minutes: None: there are none.
+    Process 0 reads the clock, and publishes the step as `StopAgreement` does: the step after next, so that none can be
+    past it. A save for another reason before that step takes its place, even if a process learns of the step only
+    afterwards. minutes: None: no such saves.
     """
 
     def __init__(self, minutes: float | None):
@@ -170,16 +173,16 @@ class SaveTimer:
         self.next: int | None = None
 
     def is_due(self, step: int) -> bool:
-        """Whether to save after this step, or as soon as a run that saves between some steps only can.
+        """Whether to save after this step, or as soon as possible in a run that can save only between some steps.
 
-        step: just dispatched; the metrics of the one before have been fetched.
+        step: just dispatched; the metrics of the previous one have been fetched.
         """
         if self.minutes is not None and self.next is None:
             self._decide(step) if is_first() else self._hear()
         return self.next is not None and step >= self.next
 
     def saved(self, step: int) -> None:
-        """The run is saved after this step, for whatever reason."""
+        """Records that the run is saved after this step, for any reason."""
         self.last_save, self.last_step = time.monotonic(), step
         self._void()
 

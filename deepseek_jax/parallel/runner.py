@@ -23,7 +23,7 @@ from deepseek_jax.parallel.sharding import compute_shardings, spec, storage_shar
 
 
 class Runner:
-    """Runs functions on the mesh of a run; with one device, all of this does nothing."""
+    """Runs functions on the mesh of a run; with one device, none of this has an effect."""
 
     def __init__(self, config: Config):
         """Raises ConfigError when the mesh does not fit the devices."""
@@ -41,7 +41,7 @@ class Runner:
         """(i, n): this process reads the i-th of n equal parts of every micro-batch.
 
         Raises:
-          ConfigError: processes share some of their rows of the batch and not all.
+          ConfigError: two processes share some of their rows of the batch, but not all.
         """
         if self.mesh is None:
             return 0, 1
@@ -52,7 +52,8 @@ class Runner:
         return parts.index(held[jax.process_index()]), len(parts)
 
     def places(self) -> list[int] | None:
-        """Where the rows of this process are in a micro-batch, in the order of `shard_batch`; None: it has all."""
+        """The positions of this process's rows in a micro-batch, in the order of `shard_batch`; None: it has all
+        rows."""
         if self.mesh is None:
             return None
         size = self.rows // math.prod(self.mesh.shape[axis] for axis in DATA)
@@ -60,8 +61,8 @@ class Runner:
 
     @functools.cached_property
     def _pieces(self):
-        """{process: numbers of the pieces of a batch that its devices hold, one of data_shards each}. On a torus those
-        of one process need not be neighbours."""
+        """{process: numbers of the pieces, out of data_shards, that its devices hold of a batch}. On a torus those of
+        one process need not be adjacent."""
         assert self.mesh is not None
         count = math.prod(self.mesh.shape[axis] for axis in DATA)
         pieces = collections.defaultdict(set)
@@ -95,11 +96,12 @@ class Runner:
         return NamedSharding(self.mesh, spec(*[None] * (rank - 2), "sequences") if rank else PartitionSpec())
 
     def shardings(self, state: Any) -> Any:
-        """Those of a state, or of a part of one; None on one device."""
+        """The shardings of a state, or of a part of one; None on one device."""
         return None if self.mesh is None else storage_shardings(state, self.mesh)
 
     def with_shardings(self, abstract: Any, frozen: bool = False) -> Any:
-        """Shapes of a state, or of a part of one, with their shardings; of a frozen one those of a step."""
+        """Shapes of a state, or of a part of one, with their shardings; for a frozen one the shardings of a step's
+        computation."""
         if self.mesh is None:
             return abstract
         where = compute_shardings(abstract, self.mesh) if frozen else self.shardings(abstract)
@@ -109,7 +111,7 @@ class Runner:
             **options: Any) -> Callable[..., Any]:
         """jax.jit on the mesh, for one shape. Outputs are replicated, but a first one is split as `state`.
 
-        told: gets the jax.stages.Compiled, and the seconds that it took.
+        told: called with the jax.stages.Compiled, and the seconds that compiling took.
         """
         if self.mesh is not None:
             replicated = NamedSharding(self.mesh, PartitionSpec())
@@ -127,7 +129,7 @@ class Runner:
                         compiled.append(jitted.lower(*arguments).compile(compiler_options=self._compiler_options()))
                         if told is not None:
                             told(compiled[0], time.perf_counter() - began)
-                        wait_for_all("compiled")  # or the first to run would wait for the others: 30 seconds
+                        wait_for_all("compiled")  # otherwise the first would wait for the others, for 30 s only
                 return compiled[0](*arguments)
 
         return run

@@ -1,11 +1,11 @@
-"""What is on which device: one table of names for every array, one of mesh axes for every name.
+"""The sharding of every array: one table from arrays to dimension names, one from names to mesh axes.
 
     parameter path -> names of its dimensions -> mesh axes        "layers/attention/q_b" -> q_rank, heads -> -, tensor
 
 Batches are split over (replica, node, local), their sequences over (context, context_node) (see `parallel.context`),
 experts over (context_node, node, local), heads, dense feed-forward networks and the vocabulary over tensor. Master
-weights, moments and averages are split over pipe and all axes that split tokens as well (ZeRO-1); a step gathers the
-weights it computes with once and scatters their gradients back. A parameter without a rule is an error.
+weights, moments and averages are additionally split over pipe and all axes that split tokens (ZeRO-1); a step gathers
+the weights for its computation once and scatters their gradients back. A parameter without a rule is an error.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from deepseek_jax.parallel.mesh import DATA, NODES, PARTS
 AXES = {  # name of a dimension -> the mesh axes that split it
     "sequences": DATA,
     "batch": PARTS,  # parts of sequences: the rows of activations
-    "tokens": (*PARTS, "tensor"),  # around the experts, where the ranks of `tensor` share the tokens of a row
+    "tokens": (*PARTS, "tensor"),  # around the experts, where the ranks of `tensor` split the tokens of a row
     "experts": (*NODES, "local"),
     "heads": ("tensor",), "ffn": ("tensor",), "vocab": ("tensor",),
     "layers": (), "model": (), "q_rank": (), "kv_rank": (), "head_dim": (), "expert_ffn": (), "scored": (), "norm": (),
@@ -66,7 +66,7 @@ def _of_adapters(pattern: str, dims: str) -> dict[str, str]:
 
 
 def _in_fp8(pattern: str, dims: str) -> dict[str, str]:
-    """Values of a frozen weight in FP8 are split as the weight is; scales are complete, but for those of experts."""
+    """Values of a frozen weight in FP8 are split like the weight; scales are not split, except for those of experts."""
     stack = ["experts"] if dims.startswith("experts") else []
     return {f"{pattern}/values": dims, f"{pattern}/scales": " ".join([*stack, "blocks", "blocks"])}
 
@@ -77,13 +77,13 @@ for _pattern, _dims in tuple(PARAMETERS.items()):
     if _pattern.startswith(("attention/", "indexer/w")) or _pattern.endswith(("/gate", "/up", "/down")):
         PARAMETERS |= _in_fp8(_pattern, _dims)
 
-# Leaves of a training state that are complete on every device.
+# Leaves of a training state that are replicated on every device.
 REPLICATED = {"router/bias": "layers scored", "router/mtp_bias": "layers scored", "balancer/*": "", "step": "",
               "rng": "", "count": "", "ns_coeffs": ""}
 
 
 class LeafSharding(NamedTuple):
-    """Of one leaf: how a step computes with it, and how its master copy and moments are stored."""
+    """The specs of one leaf: for a step's computation, and for the storage of its master copy and moments."""
 
     compute: PartitionSpec
     storage: PartitionSpec
@@ -124,10 +124,10 @@ def dimension_names(path: str, rank: int) -> tuple[str, ...]:
 
 
 def leaf_sharding(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> LeafSharding:
-    """How the leaf at `path` is split. Storage is split over `pipe` and axes of tokens that compute does not use, too.
+    """How the leaf at `path` is split. Storage is also split over `pipe` and token axes that compute does not use.
 
-    All of them along the first dimension that they divide together; else each along the first that it divides. Never
-    along stacked layers, which are taken one by one.
+    All of them along the first dimension that they divide together; otherwise each along the first dimension that it
+    divides. Never along stacked layers, which are used one by one.
     """
     names = dimension_names(path, len(shape))
     compute = spec(*names)
@@ -163,7 +163,7 @@ def storage_shardings(tree: Any, mesh: Mesh) -> Any:
 
 
 def compute_shardings(tree: Any, mesh: Mesh) -> Any:
-    """Shardings of parameters that nothing but steps read: as a step computes with them."""
+    """Shardings of parameters that only steps read: those of the computation."""
     where = lambda path, x: NamedSharding(mesh, leaf_sharding(path, x.shape, mesh).compute)
     return jax.tree.map(where, paths(tree), tree)
 
@@ -208,13 +208,13 @@ def _constrained(tree, where):
 
 
 def data_shards() -> int:
-    """Parts that the tokens of a batch are split into here; 1 without a mesh, or inside a shard_map."""
+    """The number of parts of a batch's tokens here; 1 without a mesh, or inside a shard_map."""
     mesh = jax.sharding.get_abstract_mesh()
     return 1 if mesh.empty or mesh.manual_axes else math.prod(mesh.shape[axis] for axis in PARTS)
 
 
 def local_size(name: str, size: int) -> int:
-    """The size that a dimension of arrays has here: a device's part inside a shard_map, else all of it."""
+    """The local size of a dimension: a device's part inside a shard_map, otherwise all of it."""
     mesh = jax.sharding.get_abstract_mesh()
     return size // math.prod(mesh.shape[axis] for axis in AXES[name] if axis in mesh.manual_axes)
 
@@ -229,9 +229,9 @@ def constrain(x: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
 
 def on_shards(f: Callable[..., Any], in_specs: Any, out_specs: Any, *arrays: Any,
               summed: tuple[str | None, ...] | None = None) -> Any:
-    """f(*arrays) on each device's own part of each, by `spec`s; f itself without a mesh, or inside a shard_map.
+    """f(*arrays) on each device's part of the arrays, by `spec`s; f itself without a mesh, or inside a shard_map.
 
-    For what the partitioner would otherwise gather first: it does not see into a kernel.
+    For functions whose inputs the partitioner would otherwise gather, since it does not see into a kernel.
 
     Args:
       summed: for each output the name of the dimension over whose parts it is still to be added up, or None.

@@ -1,8 +1,8 @@
-"""The watch over a run's processes: each hears at once that another has ended, and why.
+"""The watch over a run's processes: each is told at once that another has ended, and why.
 
-JAX's own service notices a lost process only after a timeout, and then aborts. Here every process also holds a TCP
-connection to the first one, from before JAX starts: the kernel closes it when a process ends, however it ends. One
-that can still speak says its exit code first, and the others end with the same. Process 0 passes on what it hears, so
+JAX's own service notices a lost process only after a timeout, and then aborts. Here every process also has a TCP
+connection to the first one, from before JAX starts: the kernel closes it when a process ends, however it ends. If it
+still can, a process sends its exit code first, and the others end with the same code. Process 0 forwards messages, so
 that all name the process that ended first.
 """
 
@@ -16,9 +16,9 @@ import time
 from deepseek_jax import stop
 from deepseek_jax.parallel.meeting import STARTUP_TIMEOUT, Group, has_ended, meet, received, tell
 
-LINGER = 5  # seconds that process 0 waits for the others to end first: JAX's service, which it runs, aborts them
+LINGER = 5  # seconds that process 0 waits for the others to end first: when its JAX service ends, it aborts them
 
-# What became of a process, by its exit code, and what to do then.
+# The fate of a process by its exit code, and the advice for it.
 FATES = {
     stop.MISTAKE: ("has ended with a mistake", "see what that one said"),
     stop.STOPPED: ("was stopped by a signal", "start all of them again"),
@@ -31,7 +31,7 @@ class Watch:
     """The connections: from process 0 to all others, from each other to process 0."""
 
     def __init__(self, group: Group, timeout: float = STARTUP_TIMEOUT):
-        """Returns once all have met. timeout: seconds to wait for them. Raises: as `meet`."""
+        """Returns once all are connected. timeout: seconds to wait for them. Raises: as `meet`."""
         self.group, self.connections = group, meet(group, timeout)
         self.leaving = False
         self.parted = {peer: threading.Event() for peer in self.connections}
@@ -59,7 +59,7 @@ class Watch:
             while ready.get_map():
                 for key, _ in ready.select():
                     word, process = received(self.connections[key.data]) or (stop.PEER_LOST, key.data)
-                    ready.unregister(key.fileobj)  # who has said how it ends says nothing else
+                    ready.unregister(key.fileobj)  # a process that has sent its exit code sends nothing else
                     if word == stop.DONE:
                         self.parted[key.data].set()
                     elif not self.leaving:

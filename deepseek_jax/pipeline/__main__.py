@@ -19,7 +19,7 @@ COLUMNS = {"schedule": "schedule", "ranks": "ranks", "microbatches": "micro-batc
 
 
 def numbers(text: str, name: str, kind: Callable[[str], Any]) -> list[Any]:
-    """The numbers of an option, which has commas between them."""
+    """The comma-separated numbers of an option."""
     try:
         return [kind(part) for part in text.split(",")]
     except ValueError:
@@ -30,7 +30,7 @@ def parse() -> argparse.Namespace:
     parser = cli.Parser("pipeline", __doc__)
     parser.add_argument("--schedule", required=True, help=f"one of {', '.join(NAMES)}, or all: a table")
     parser.add_argument("--ranks", required=True, help="devices along the pipeline; for the table several: 4,8")
-    parser.add_argument("--microbatches", required=True, help="of a step; for the table several: 20,40")
+    parser.add_argument("--microbatches", required=True, help="micro-batches of a step; for the table several: 20,40")
     parser.add_argument("--costs", default="1,2,1",
                         help="time of F, B, W and, if the two overlap, of F&B (default: 1,2,1, and F + B)")
     parser.add_argument("--plot", metavar="FILE", help="draw the schedule into a .png, .svg or .pdf")

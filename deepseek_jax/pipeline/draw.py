@@ -1,4 +1,4 @@
-"""A schedule as a picture, rank by time, over as many lines as it takes for its numbers to be read.
+"""A picture of a schedule, rank by time, over as many lines as its numbers need to be readable.
 
 The colour shows the operation, paler in the other direction; the number is the micro-batch. An overlapped cell shows
 its forward pass above its backward pass.
@@ -22,8 +22,8 @@ from deepseek_jax.plots.style import BLUE, GREEN, ORANGE, SKY, new_figure, save_
 COLORS = {"F": ORANGE, "B": BLUE, "Bi": SKY, "W": GREEN}
 MEANING = {"F": "F forward", "B": "B backward", "Bi": "Bi gradient of the input", "W": "W gradient of the weights"}
 WIDTH, ROW = 9, 0.3  # inches: of a page, and of a rank
-CELLS = 36  # of the shortest cells in a line, so that a micro-batch's number fits in
-HEIGHT = 200  # inches at most: very unequal costs get longer lines
+CELLS = 36  # of the shortest cells in a line, so that a micro-batch's number fits
+HEIGHT = 200  # maximum inches: very unequal costs get longer lines
 
 
 def shade(kind: str, direction: int) -> tuple[float, float, float]:
@@ -34,10 +34,10 @@ def shade(kind: str, direction: int) -> tuple[float, float, float]:
 
 
 def draw(schedule: Schedule, path: str | pathlib.Path, costs: Mapping[str, float] | None = None) -> None:
-    """Draws the schedule, every rank as free as its inputs let it be, into a file (.png, .svg, .pdf).
+    """Draws the schedule, in which every rank starts as soon as its inputs exist, into a file (.png, .svg, .pdf).
 
     Args:
-      costs: as `validate` takes them.
+      costs: as in `validate`.
     Raises:
       ConfigError: a format that matplotlib does not know.
     """
@@ -68,7 +68,7 @@ def draw(schedule: Schedule, path: str | pathlib.Path, costs: Mapping[str, float
 
 
 def _cell(axes, start, rank, cell, width):
-    """A cell that two lines share is on both; its numbers are where its middle is."""
+    """Draws a cell that crosses two lines on both; its number is at its middle."""
     left, right = axes.get_xlim()
     for i, op in enumerate(cell):
         height = 0.9 / len(cell)

@@ -3,8 +3,9 @@
 In each tick every rank looks up its cell in the schedule's table and takes the matching branch of a switch; then
 activations and gradients move to the neighbouring ranks. Residuals, pending weight gradients, messages and sums of
 gradients are held in fixed-size buffers in the scan carry. A branch reads and writes slots of the buffers themselves,
-which XLA does in place: no copy of a slot exists, nor a gradient next to its sum. Compile time and memory do not depend
-on the number of micro-batches, apart from the inputs and the number of slots that the schedule needs.
+which XLA does in place: neither a copy of a slot nor a gradient separate from its sum ever exists. Compile time and
+memory do not depend on the number of micro-batches, apart from the inputs and the number of slots that the schedule
+needs.
 
 Embedding, head and loss run outside the switch, on all ranks at once: in an SPMD program every rank waits for the
 slowest one, so the ranks share this work, although only the first or the last stage needs its result.
@@ -42,8 +43,8 @@ class Model(NamedTuple):
       x. loss: the stage's own term of the objective. sums: any pytree, summed over micro-batches, stage by stage.
       For remat, wrap the stage or its layers in `jax.checkpoint`.
     leave: (shared, y, inputs) -> (loss, sums). Runs on all ranks, all of which receive the last stage's y.
-    parts: (params of a stage, as the arguments have them) -> those that `stage` takes, whose gradients are summed leaf
-      by leaf. whole: the reverse.
+    parts: (params of a stage, as in the arguments) -> those that `stage` takes, whose gradients are summed leaf by
+      leaf. whole: the inverse.
     """
 
     enter: Callable
@@ -166,8 +167,8 @@ def _put(tree, index, value):
 
 
 def _flat(tree):
-    """Every leaf with a single axis. Slots are: XLA:GPU gives a matrix that is read transposed another layout than the
-    buffer in the carry has, and then copies the buffer, with all its slots, in every tick."""
+    """Every leaf with a single axis. Slots are flat because XLA:GPU would give a matrix that is read transposed another
+    layout than the buffer in the carry, and then copy the buffer, with all its slots, in every tick."""
     flat = lambda a: jax.ShapeDtypeStruct((math.prod(a.shape),), a.dtype)
     return jax.tree.map(lambda a: flat(a) if isinstance(a, jax.ShapeDtypeStruct) else a.reshape(-1), tree)
 
@@ -175,7 +176,7 @@ def _flat(tree):
 def _take(tree, index, like):
     """Slot `index` of the buffers, in the shapes of `like`, and the buffers to use afterwards.
 
-    A buffer is written after the read, or XLA would copy all of it.
+    A buffer may be written only after this read, otherwise XLA would copy all of it.
     """
     taken = jax.tree.map(lambda a: lax.optimization_barrier((lax.dynamic_index_in_dim(a, index, keepdims=False), a)),
                          tree)
@@ -204,9 +205,9 @@ def _where(condition, tree, other=None):
 class _Held(NamedTuple):
     """The buffers that branches update in place."""
 
-    residuals: Any  # [slots, size]: what F saves for B or Bi
-    pending: Any  # [slots, size]: what Bi saves for W, of pending weight gradients
-    dparams: list  # the sums of the stages' gradients so far, one entry a direction
+    residuals: Any  # [slots, size]: the residuals that F saves for B or Bi
+    pending: Any  # [slots, size]: the arrays that Bi saves for W, of pending weight gradients
+    dparams: list  # the sums of the stages' gradients so far, one entry per direction
 
 
 class _Carry(NamedTuple):
@@ -222,7 +223,7 @@ class _Carry(NamedTuple):
 
 
 class _Cell(NamedTuple):
-    """What a branch reads, apart from parameters and buffers. Fields that it does not need have arbitrary values."""
+    """The inputs of a branch, apart from parameters and buffers. Fields that it does not need have arbitrary values."""
 
     x: Any
     dy: Any
@@ -232,7 +233,7 @@ class _Cell(NamedTuple):
 
 
 class _Done(NamedTuple):
-    """What every branch returns in addition to the buffers; zero where it has none."""
+    """The results of a branch in addition to the buffers; zero where it has none."""
 
     y: Any
     dx: Any
@@ -255,7 +256,7 @@ class _Device:
         self.rank = lax.axis_index(self.axis)
         self.copies = 2 if self.schedule.route.both_ways else 1
         params = [self.model.parts(stage) for stage in self._own(self.arguments.params)]
-        # One entry a direction. The entry that a branch reads is known when it is traced, so nothing is copied.
+        # One entry per direction. The entry that a branch reads is known when it is traced, so nothing is copied.
         self.fixed = self._with_mirror(self._own(self.arguments.fixed))
         self.inputs = self.arguments.inputs
         one = _at(self.inputs, 0)
@@ -277,7 +278,7 @@ class _Device:
         return [jax.tree.map(lambda a, d=d: a[d], tree) for d in range(1 if self.mirrors else self.copies)]
 
     def _with_mirror(self, own):
-        """The stages that this rank runs, one a direction."""
+        """The stages that this rank runs, one per direction."""
         return own + [self._mirrored(own[0])] if self.mirrors else own
 
     def _mirrored(self, tree):
@@ -362,7 +363,7 @@ class _Device:
         return done, held
 
     def _overlapped(self, kinds, cell: _Cell, residuals, held: _Held):
-        """F and B of a cell that has both: what `Split.forward_and_backward` returns, by kind."""
+        """F and B of a cell that has both: the results of `Split.forward_and_backward`, by kind."""
         forward, backward = kinds["F"], kinds["B"]
         results = self.split.forward_and_backward(
             (self.prepared[forward], cell.x, (self.fixed[forward], cell.forward)),
@@ -376,7 +377,7 @@ class _Device:
         up, down = [(r, r + 1) for r in range(last)], [(r + 1, r) for r in range(last)]
         if self.copies == 1:
             from_before, from_after = (y, None), (None, dx)
-        else:  # activations of one direction travel the same way as gradients of the other
+        else:  # activations of one direction are sent the same way as gradients of the other
             from_before = from_after = (y, dx)
 
         def permuted(sent, pairs):

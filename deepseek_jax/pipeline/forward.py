@@ -1,11 +1,11 @@
-"""Micro-batches through the stages of a pipeline without gradients, as evaluation and samples need them.
+"""Runs micro-batches through the stages of a pipeline without gradients, for evaluation and samples.
 
     rank 0    0 1 2 3 . .        in tick t rank r has micro-batch t - r;
-    rank 1    . 0 1 2 3 .        what it has then travels on to rank r + 1
+    rank 1    . 0 1 2 3 .        its result is then sent to rank r + 1
     rank 2    . . 0 1 2 3
 
-Nothing is kept but the activation of one micro-batch and the sums, and only weights of a rank's own stage are there, of
-every schedule: all of them have as many ranks, and without backward passes there is nothing to order.
+A rank keeps only the activation of one micro-batch, the sums and the weights of its own stage. This is the same for
+every schedule: all have one stage per rank here, and without backward passes there is nothing to order.
 """
 
 from collections.abc import Callable
@@ -21,10 +21,10 @@ from deepseek_jax.pipeline.execute import Arguments, Model
 
 def forwarded(ranks: int, model: Model, mesh: Any, specs: Arguments,
               axis: str = "pipe") -> Callable[[Arguments], tuple[Any, Any]]:
-    """Makes the function that takes all micro-batches through all stages. Call it under jit.
+    """Makes the function that runs all micro-batches through all stages. Call it under jit.
 
     Args:
-      ranks: as many stages, in their order.
+      ranks: also the number of stages, in natural order.
       model, mesh, specs, axis: as in `execute.pipelined`; losses are not used.
     Returns:
       Arguments -> (sums of the stages, leaves [stages, ...]; sums of `leave`), over all micro-batches and devices.
@@ -39,7 +39,7 @@ def forwarded(ranks: int, model: Model, mesh: Any, specs: Arguments,
             return jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, m, keepdims=False), arguments.inputs)
 
         def tick(t, x):
-            """What rank and pipeline do in tick t: (y, sums of the stage, sums of `leave`)."""
+            """Tick t of a rank: (y, sums of the stage, sums of `leave`)."""
             x = jax.tree.map(lambda entered, a: jnp.where(rank == 0, entered, a), model.enter(shared, at(t)), x)
             y, _, of_stage = model.stage(params, fixed, x, at(t - rank))
             last = jax.tree.map(lambda a: lax.psum(jnp.where(rank == ranks - 1, a, 0), axis), y)

@@ -1,11 +1,11 @@
-"""A forward and a backward pass in one cell: exchanges of one pass while the other multiplies (report section 3.2.1).
+"""A forward and a backward pass in one cell: one pass exchanges while the other multiplies (report section 3.2.1).
 
     multiplied     ATTN(F)       MLP(B)        MLP(F)       ATTN(B)
     on the way     DISPATCH(B)   DISPATCH(F)   COMBINE(B)   COMBINE(F)        and so on, layer after layer
 
-The two passes are independent, so that XLA may run them in any order, and left alone it multiplies all of one pass
-before the other: its exchanges then have nothing to hide behind. Here what an exchange brought is used only when the
-products of the other pass are done that are to run meanwhile. An optimization barrier says so; it moves no data.
+The two passes are independent, so XLA may run them in any order; by itself it computes all products of one pass before
+the other, and the exchanges are not hidden. Here the result of an exchange is used only after those products of the
+other pass that should overlap with it. An optimization barrier enforces this; it moves no data.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -16,14 +16,14 @@ from jax.extend import core
 
 from deepseek_jax.pipeline.split import PRODUCTS, Piece, evaluate, value_of, variables
 
-EXCHANGES = ("all_to_all", "ragged_all_to_all")  # of tokens with experts on other devices
+EXCHANGES = ("all_to_all", "ragged_all_to_all")  # exchanges of tokens with experts on other devices
 
 
 class Phase(NamedTuple):
     """Equations between two exchanges, and the exchange that follows.
 
-    work: equations up to what is sent. travel: the exchange, of one hop or two, and what needs no product after it.
-    sent: variables that the first hop sends. arrived: variables that the last hop brings.
+    work: equations up to the sent variables. travel: the exchange, of one hop or two, and equations after it without
+      products. sent: variables that the first hop sends. arrived: variables that the last hop receives.
     """
 
     work: list
@@ -48,7 +48,7 @@ class Pass:
         evaluate(equations, self.piece.waits, self.env)
 
     def wait(self, names: Iterable[Any], first: Iterable[Any]) -> None:
-        """Until `first` are computed."""
+        """Evaluates equations until `first` are computed."""
         if first := tuple(first):
             self.env |= {v: lax.optimization_barrier((self.env[v], *first))[0] for v in names}
 
@@ -58,7 +58,7 @@ class Pass:
 
 def phases(piece: Piece) -> list[Phase]:
     """Phase k of a pass needs the results of k exchanges, with products between them."""
-    at: dict[Any, tuple[int, bool]] = {}  # variable -> (phase, whether it travelled in it)
+    at: dict[Any, tuple[int, bool]] = {}  # variable -> (phase, whether it was exchanged in it)
     found: list[Phase] = []
     for equation in piece.equations:
         read = variables([*equation.invars, *piece.waits.get(equation.outvars[0], ())])
@@ -77,13 +77,13 @@ def phases(piece: Piece) -> list[Phase]:
 
 
 def multiplies(equation: Any) -> bool:
-    """Whether it is a matrix product or a kernel, or has one inside."""
+    """Whether it is a matrix product or a kernel, or contains one."""
     inner = (e for jaxpr in core.jaxprs_in_params(equation.params) for e in jaxpr.eqns)
     return equation.primitive.name in PRODUCTS or any(map(multiplies, inner))
 
 
 def _last(travel):
-    """What the exchanges bring that no other one of `travel` sends on."""
+    """The results of the exchanges that no other exchange of `travel` sends on."""
     needed, last = set(), []
     for equation in reversed(travel):
         exchange, feeds = equation.primitive.name in EXCHANGES, needed.intersection(equation.outvars)
@@ -99,9 +99,9 @@ def interleaved(forward: tuple[Piece, dict], backward: tuple[Piece, dict], x: It
     """Evaluates two pieces, each in its own environment {variable: value}.
 
     Args:
-      x: variables of the activation that the forward piece is given.
-      sums: arrays that the backward piece's last results, the gradients of weights, are added to. A layer's are
-        complete before the backward pass continues with the next one: put off, those of all layers would be kept.
+      x: variables of the activation passed to the forward piece.
+      sums: arrays that the backward piece's last results, the gradients of weights, are added to. A layer's gradients
+        are added before the backward pass continues with the next layer: otherwise those of all layers would be kept.
     Returns:
       the results of both.
     """
@@ -119,7 +119,7 @@ def interleaved(forward: tuple[Piece, dict], backward: tuple[Piece, dict], x: It
 
 
 def _add(gradients, env, totals):
-    """Adds the gradients that are computed by now to their sums; returns those sums."""
+    """Adds the gradients that have been computed to their sums; returns those sums."""
     new = {i: total + value_of(env, v) for i, (v, total) in enumerate(gradients)
            if i not in totals and (isinstance(v, core.Literal) or v in env)}
     totals |= new
@@ -129,10 +129,10 @@ def _add(gradients, env, totals):
 def _beside(busy, now, other, under_way, more: Callable[[], list] = list):
     """The work of phase `now` of one pass while the exchange of phase `under_way` of the other is in flight.
 
-    Left to itself XLA hides one hop behind all products that it finds and the next behind none. So it is said when each
-    is used: what the first of two hops brought, when about half of the products are done; what the last one brought,
-    when those are that the other exchange sends, and `more`. If that goes over the same axes, it starts when this one
-    is done, which it would wait for on its way.
+    By itself XLA hides one hop behind all available products and the next behind none. So barriers set when each result
+    is used: that of the first of two hops when about half of the products are done; that of the last hop when the
+    values that the other exchange sends, and `more`, are computed. If the other exchange uses the same axes, it starts
+    when this one is done, since it would have to wait for it anyway.
     """
     busy.evaluate(now.work)
     half, first = busy.values(middle(now, len(under_way.arrived))), [*busy.values(now.sent), *more()]
@@ -153,9 +153,9 @@ def _first_axes(phase):
 def middle(phase: Phase, exchanges: int = 1) -> list:
     """Results of a product in the middle of the longest chain of products that leads to what is sent.
 
-    Products that none of these needs, of weights' gradients, are computed before or after it as XLA likes. The first
-    hops of several exchanges follow each other, and only the last one's second hop is left then: of n exchanges it is
-    the product after n of n + 1 parts.
+    Products that none of these needs, of weights' gradients, may be computed before or after it. The first hops of
+    several exchanges follow each other, and then only the last one's second hop is left: for n exchanges it is the
+    product after n of n + 1 parts.
     """
     chains: dict[Any, tuple] = {}  # variable -> products
     for equation in phase.work:

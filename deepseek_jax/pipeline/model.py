@@ -1,14 +1,14 @@
-"""The model on a pipeline (report section 3.2.1): its layers cut into stages, its two ends shared by all ranks.
+"""The model on a pipeline (report section 3.2.1): its layers are cut into stages, its two ends are shared by all ranks.
 
     enter: embedding, dense layers        stage: MoE layers        leave: norm, head, losses, MTP modules
 
-One SPMD program makes every rank wait for the slowest, so stages hold MoE layers alone, equally many; slots that are
-left over repeat a layer and discard its result. Embedding, head and MTP are sharded over all `pipe` ranks, although
-only the first or last stage needs their result: each rank has a part of the vocabulary, of the heads, of the dense
-feed-forward network, and of the tokens that go to MTP's experts.
+In one SPMD program every rank waits for the slowest, so stages hold only MoE layers, the same number each; unused slots
+repeat a layer and discard its result. Embedding, head and MTP are sharded over all `pipe` ranks, although only the
+first or last stage needs their result: each rank has a part of the vocabulary, of the heads, of the dense feed-forward
+network, and of the tokens that are sent to MTP's experts.
 
-Masters, moments and checkpoints know nothing of this: a step takes the parameters as they are, layer after layer, and
-returns their gradients in the same form.
+Masters, moments and checkpoints are not affected: a step takes the parameters layer after layer, and returns their
+gradients in the same form.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ PIPE = "pipe"
 
 
 class Inputs(NamedTuple):
-    """Of one micro-batch, or stacked along a leading axis for all; the step is an int32 scalar."""
+    """Inputs of one micro-batch, or stacked along a leading axis for all; the step is an int32 scalar."""
 
     batch: Batch
     normalizers: Normalizers
@@ -53,7 +53,8 @@ class Inputs(NamedTuple):
 
 
 class StageSums(NamedTuple):
-    """Of the slots of one stage: counts int32 [slots, E]; traffic [slots] each; sequence_loss [slots], unweighted."""
+    """Sums of the slots of one stage: counts int32 [slots, E]; traffic [slots] each; sequence_loss [slots],
+    unweighted."""
 
     counts: jax.Array
     traffic: Any
@@ -61,7 +62,7 @@ class StageSums(NamedTuple):
 
 
 def check(config: Config) -> None:
-    """Raises ConfigError where schedule, model or batch do not fit the pipeline of the mesh."""
+    """Raises ConfigError if schedule, model or batch do not fit the pipeline of the mesh."""
     cfg, mesh, micro = config.model, config.mesh, config.pipeline.microbatches
     if mesh.pipe == 1:
         return
@@ -109,10 +110,11 @@ def _schedule(config, microbatches):
 
 
 def slots(layers: int, schedule: Schedule) -> tuple[np.ndarray, np.ndarray]:
-    """Which MoE layer is in which slot: (int [stages, slots], bool [stages, slots]), rows as `pipe` shards them.
+    """The MoE layer in each slot: (int [stages, slots], bool [stages, slots]), with rows in the order in which `pipe`
+    shards them.
 
-    False: there was nothing left for that slot, and it repeats a layer whose result is discarded. A copy, not zeros:
-    its router spreads tokens over the experts as the layer's does.
+    False: the slot is unused and repeats a layer whose result is discarded. It is a copy, not zeros, so that its router
+      spreads tokens over the experts like the layer's.
     """
     stages = schedule.stages
     start_S = np.arange(stages + 1) * layers // stages
@@ -122,7 +124,7 @@ def slots(layers: int, schedule: Schedule) -> tuple[np.ndarray, np.ndarray]:
 
 
 def describe(config: Config) -> str:
-    """The run's pipeline in one line, with what it wastes."""
+    """The run's pipeline in one line, including its padding."""
     schedule = schedule_of(config)
     _, real_SL = slots(config.model.num_moe_layers, schedule)
     return (f"Pipeline: {schedule.name} over {schedule.ranks} ranks, {schedule.microbatches} micro-batches in "
@@ -151,12 +153,13 @@ def stage(config: Config, layers: list[Any], fixed: dict[str, jax.Array], x_BTD:
 
 
 def listed(layers: Any) -> list[Any]:
-    """[slots, ...] -> a tree for each slot, so that a layer's gradient is added to its sum as soon as it is there."""
+    """[slots, ...] -> a tree for each slot, so that a layer's gradient is added to its sum as soon as it is
+    computed."""
     return [jax.tree.map(lambda a, i=i: a[i], layers) for i in range(len(jax.tree.leaves(layers)[0]))]
 
 
 def stacked_again(layers: list[Any]) -> Any:
-    """The reverse of `listed`."""
+    """The inverse of `listed`."""
     return jax.tree.map(lambda *of_slots: jnp.stack(of_slots), *layers)
 
 
@@ -200,7 +203,7 @@ def leave(config: Config, shared: dict[str, Any], x_BTD: jax.Array, inputs: Inpu
 
 
 def _inside(config):
-    """The mesh as the layers of one stage see it."""
+    """The mesh for the layers of one stage."""
     return dataclasses.replace(config.mesh, pipe=1)
 
 
@@ -233,7 +236,7 @@ def _embed(cfg, embedding_VD, tokens_BT):
 
 
 def _block(config, params, x_BTD, context: TokenContext, ffn):
-    """One block, each rank with its part of the heads; `ffn` adds up its own parts."""
+    """One block, each rank with its part of the heads; `ffn` sums its own parts."""
     cfg = config.model
     few = dataclasses.replace(cfg, num_heads=cfg.num_heads // lax.axis_size(PIPE))
     attention = block_parts(cfg).attention(few)
@@ -264,7 +267,7 @@ def _mtp_module(config, module, hidden_BTD, ahead_BTD, bias_E, context: TokenCon
 
 
 def _shared_moe(config, params, bias_E, context: TokenContext, h_BTD) -> tuple[jax.Array, RoutingStats]:
-    """A MoE layer of which each rank computes its part of the tokens."""
+    """A MoE layer in which each rank computes its part of the tokens."""
     cfg, ranks = config.model, lax.axis_size(PIPE)
     assert context.tokens_BT is not None and context.positions_BT is not None  # `_context` has both
     h_ND = h_BTD.reshape(-1, cfg.d_model)
@@ -293,7 +296,7 @@ class _Staged(NamedTuple):
 
 
 def _staged(config: Config, schedule: Schedule, params, router, mesh) -> _Staged:
-    """The parameters of the complete model, brought to the ranks of a schedule."""
+    """The parameters of the complete model, moved to the ranks of a schedule."""
     params = constrain_to_stage(params, mesh)
     layer_SL, real_SL = slots(config.model.num_moe_layers, schedule)
     layers = jax.tree.map(lambda a: taken(a, layer_SL.ravel()).reshape(*layer_SL.shape, *a.shape[1:]),
@@ -303,14 +306,14 @@ def _staged(config: Config, schedule: Schedule, params, router, mesh) -> _Staged
     shared |= {"mtp_bias": router["mtp_bias"]} if "mtp_bias" in router else {}
     specs = Arguments(params=_stage_specs(params["layers"], mesh), fixed=P(PIPE), shared=_end_specs(shared, mesh),
                       inputs=Inputs(P(None, DATA), P(), P()))  # pyright: ignore[reportArgumentType]: a prefix tree
-    # Where each layer's gradient and counts are among the slots; the results of padding are dropped.
+    # The slot of each layer's gradient and counts; the results of padding are dropped.
     found_L = np.flatnonzero(real_SL)[np.argsort(layer_SL[real_SL])]
     return _Staged(layers, fixed, shared, specs, lambda a: taken(a.reshape(-1, *a.shape[2:]), found_L))
 
 
 def taken(a: jax.Array, index_N: np.ndarray) -> jax.Array:
-    """a[index_N], by slices: to gather rows of an array whose columns are split, the partitioner may copy all of it to
-    every device (TPU 7x), or look up which device has which rows (others)."""
+    """a[index_N], by slices: for a gather of rows from an array whose columns are split, the partitioner may copy all
+    of it to every device (TPU 7x), or look up which device has which rows (others)."""
     ends = [*(np.flatnonzero(np.diff(index_N) != 1) + 1), len(index_N)]
     return jnp.concatenate([a[index_N[first]:index_N[end - 1] + 1] for first, end in zip([0, *ends], ends)])
 
@@ -323,11 +326,11 @@ def _of_micro(batch: Batch, normalizers: Normalizers, step, micro: int) -> Input
 
 def gradients_of(config: Config, params: dict[str, Any], router: dict[str, jax.Array], step: jax.Array,
                  active: jax.Array) -> Callable[[Batch, Normalizers], tuple[dict[str, Any], Sums]]:
-    """Brings the parameters to their ranks, and makes the function that a step calls once a micro-batch.
+    """Moves the parameters to their ranks, and makes the function that a step calls once per micro-batch.
 
     Args:
       params, router: of the complete model, as a TrainState holds them. Inside jax.set_mesh.
-      active: int32, the micro-batches of this step where config.ramps_pipeline; the first ones count.
+      active: int32, the micro-batches of this step if config.ramps_pipeline; the first ones count.
     Returns:
       (batch [rows, T], which is cut into pipeline.microbatches, and its normalizers) -> gradients like params, sums.
     """
@@ -352,7 +355,7 @@ def gradients_of(config: Config, params: dict[str, Any], router: dict[str, jax.A
 
 
 def _joined(config, of_layers: StageSums, sums: Sums, micro: int | jax.Array) -> Sums:
-    """The sums of a batch, of those of its layers and of those at the end."""
+    """The sums of a batch, from those of its layers and those of the last stage's end."""
     traffic = jax.tree.map(lambda n_L: n_L.sum(), of_layers.traffic)
     if sums.traffic is not None:
         traffic = jax.tree.map(jnp.add, traffic, sums.traffic)
@@ -376,7 +379,7 @@ def score(config: Config, params: dict[str, Any], router: dict[str, jax.Array], 
 
 
 def logits_of_one(config: Config, params: dict[str, Any], router: dict[str, jax.Array], batch: Batch) -> jax.Array:
-    """The logits [W] of the token whose weight is 1 in a micro-batch, where all others weigh 0; as in `score`, for a
+    """The logits [W] of the only token whose weight is 1 in a micro-batch (all others have 0); as in `score`, for a
     config without MTP."""
     inputs = _of_micro(batch, Normalizers(jnp.ones(()), jnp.ones(0), 0.0, 1.0), None, 1)
     own = {name: tree for name, tree in params.items() if not name.startswith("mtp_")}
@@ -410,7 +413,7 @@ def _stage_specs(layers, mesh):
 
 
 def _end_specs(shared, mesh):
-    """What `tensor` splits elsewhere `pipe` splits here, except for MTP's experts, whose tokens it splits."""
+    """`pipe` splits here what `tensor` splits elsewhere, except for MTP's experts, whose tokens it splits."""
     def where(path, a):
         if path == "mtp_bias":
             return P()

@@ -1,13 +1,13 @@
-"""The order in which each rank of a pipeline works: five schedules (report section 3.2.1), standard library only.
+"""The order of operations on each rank of a pipeline: five schedules (report section 3.2.1), standard library only.
 
 An operation is the forward pass F of one micro-batch through one stage, its backward pass B, or the two halves of B:
 Bi, the gradient of the input, which the previous stage waits for, and W, the gradient of the weights, which nothing
-waits for. A cell is what a rank does at a time: one operation, or a forward and a backward pass of two micro-batches
-that overlap (F&B: while one computes, the other one's tokens travel).
+waits for. A cell is a rank's work at a time: one operation, or a forward and a backward pass of two micro-batches that
+overlap (F&B: while one computes, the other one's tokens are exchanged).
 
     gpipe      all forward passes, then all backward passes
     1f1b       a backward pass as soon as possible, which bounds the activations by the number of stages that follow
-    zb1p       1f1b with W deferred into what would be idle time (ZB-H1, arXiv 2401.10241)
+    zb1p       1f1b with W deferred into otherwise idle time (ZB-H1, arXiv 2401.10241)
     dualpipe   micro-batches enter at both ends; rank r has stages r and R - 1 - r, and overlaps F and B of the two
     dualpipev  the same on half of the ranks: rank r has stages r and 2R - 1 - r, and every micro-batch passes twice
 """
@@ -43,7 +43,7 @@ def kind_of(cell: Cell) -> str:
 
 
 class Route(NamedTuple):
-    """How micro-batches travel.
+    """The route of micro-batches.
 
     Direction 1 exists if `both_ways`; in a V it starts where direction 0 ends: the last rank sends to itself.
     """

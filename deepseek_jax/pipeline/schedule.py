@@ -1,6 +1,6 @@
 """Pipeline schedules as tables (report section 3.2.1), standard library only.
 
-`make_schedule` makes a table of what every rank does in every tick and which slots of its buffers it uses. `validate`
+`make_schedule` makes a table of every rank's operation in every tick and the buffer slots that it uses. `validate`
 checks such a table, `draw` draws it, and `execute` runs it in one `lax.scan`.
 """
 
@@ -52,7 +52,7 @@ def check(name: str, ranks: int, microbatches: int) -> None:
     """Checks that there is such a schedule.
 
     Raises:
-      ConfigError: there is not; says what would work.
+      ConfigError: there is none; the message says what would work.
     """
     if name not in NAMES:
         raise ConfigError(f"schedule {name!r} is unknown; take one of {', '.join(NAMES)}.")

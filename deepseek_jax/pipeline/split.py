@@ -2,12 +2,13 @@
 
 The equations of the stage's VJP are divided between Bi and W; none is computed twice:
 
-    Bi    what the gradient of the input needs; the previous stage waits for it
-    W     of the rest, what depends on the gradient of the output; it can wait
+    Bi    computes the gradient of the input, which the previous stage waits for
+    W     the remaining equations that depend on the gradient of the output; it can be deferred
 
-Further rules decide what is computed where, and so how much has to be saved:
+Further rules decide where values are computed, and so how much has to be saved:
 
-- What `jax.checkpoint` recomputes is recomputed once, in Bi, and W reads it. The recomputation of a layer starts only
+- Values that `jax.checkpoint` recomputes are recomputed once, in Bi, and W reads them. The recomputation of a layer
+starts only
   when the gradient that needs it is available, so that the layers' residuals do not all exist at once.
 - What depends neither on the activation nor on a gradient (a table of positions) is computed where it is needed, not
   saved for every micro-batch.
@@ -34,7 +35,7 @@ from deepseek_jax.config.schema import ConfigError
 CALLS = ("jit", "pjit", "closed_call", "core_call", "checkpoint", "remat", "remat2", "custom_jvp_call",
          "custom_vjp_call")
 
-# The operations that W is meant for. For all others, the number of bytes that would be pending decides.
+# The operations that belong to W. For all others, the number of pending bytes decides.
 PRODUCTS = ("dot_general", "ragged_dot_general", "conv_general_dilated", "pallas_call", "custom_vmap_call")
 DEFERRED = "deferred"  # jax.ad_checkpoint.checkpoint_name of arrays that W should read
 
@@ -43,7 +44,7 @@ _BARRIER = jax.make_jaxpr(lax.optimization_barrier)(0.0).eqns[0]
 
 
 class Piece(NamedTuple):
-    """Some of the equations, in order, and the atoms that are their results.
+    """Some of the equations, in order, and their results.
 
     waits: {result of a barrier: the variables that must be computed before it}.
     """
@@ -91,7 +92,8 @@ class Split:
         return _bytes(self.pending)
 
     def prepare(self, params: Any) -> tuple[jax.Array, ...]:
-        """What the passes read instead of the parameters: the parameters, or arrays that depend only on them."""
+        """The arrays that the passes read instead of the parameters: the parameters, or arrays that depend only on
+        them."""
         return tuple(_run(self.pieces["prepare"], dict(zip(self._params, jax.tree.leaves(params))) | self._constants))
 
     def forward(self, prepared: tuple, x: Any, context: Any) -> tuple[Any, tuple[jax.Array, ...]]:
@@ -120,9 +122,9 @@ class Split:
         """F and B of two micro-batches, evaluated by `interleave.interleaved`.
 
         Args:
-          forward, backward: the arguments of those methods. dparams: what B's are added to.
+          forward, backward: the arguments of those methods. dparams: the sums that B's are added to.
         Returns:
-          what those methods return, with the sums for B's dparams.
+          the results of those methods, with the sums instead of B's dparams.
         """
         prepared, x, context = forward
         ours, theirs = interleaved((self.pieces["F"], self._env(prepared, context, (self._x, x))),
@@ -238,7 +240,7 @@ class _Sorter:
         return [atom(v) for v in inner.outvars]
 
     def _append(self, equation):
-        if not equation.outvars:  # what a recomputation leaves of a choice by platform, none of whose results it reads
+        if not equation.outvars:  # the remains of a choice by platform in a recomputation, whose results are not read
             return
         self.equations.append(equation)
         rest = set(variables(equation.invars)) - self.constant
@@ -278,14 +280,15 @@ class _Sorter:
         return same
 
     def _prepared(self, indices, results):
-        """What these equations and results read of the preparations, in its smallest form."""
+        """The preparations that these equations and results read, in their smallest form."""
         outside = [v for i in sorted(indices) if self.equations[i].outvars[0] not in self.preparation
                    for v in variables(self.equations[i].invars)] + variables(results)
         made = set(self.params) | self.preparation.keys()
         return tuple(dict.fromkeys(self._smallest(v) for v in outside if v in made))
 
     def _smallest(self, v):
-        """v, or a variable of no more bytes that it is computed from by itself: a reshape, transpose or wider type."""
+        """v, or a variable of at most as many bytes from which alone it is computed: by a reshape, transpose or wider
+        type."""
         while v in self.preparation:
             read = [u for u in variables(self.equations[self.preparation[v]].invars) if u not in self.constant]
             if len(read) != 1 or _bytes(_structs(read)) > _bytes(_structs([v])):
@@ -326,7 +329,7 @@ class _Sorter:
         residuals = self._across(backward, self.dx + self.dparams,
                                  on_x - self._made(range(self.num_forward, len(self.equations))))
         pending = self._across(in_w, self.dparams, (on_x | on_dy) - self._made(in_w))
-        # piece -> (its results, what it is given, apart from `prepared` and context)
+        # piece -> (its results, its inputs apart from `prepared` and context)
         wanted = {"F": ([*self.outputs, *residuals], self.x), "Bi": ([*self.dx, *pending], [*residuals, *self.dy]),
                   "W": (self.dparams, pending), "B": ([*self.dx, *self.dparams], [*residuals, *self.dy])}
         prepared = tuple(dict.fromkeys(v for results, known in wanted.values()
@@ -357,7 +360,8 @@ class _Sorter:
         return in_w
 
     def _shrinking(self, in_w, on_input):
-        """The equations of W, products excepted, whose result is smaller than what only they read: sums, rounding.
+        """The equations of W, except products, whose result is smaller than the inputs that only they read: sums,
+        rounding.
 
         Done in Bi, they make the pending arrays smaller.
         """
@@ -386,7 +390,7 @@ def _fresh(v):
 
 
 def variables(atoms: Iterable[Any]) -> list[Any]:
-    """Those of `atoms` that are no literals."""
+    """Those of `atoms` that are not literals."""
     return [v for v in atoms if not isinstance(v, core.Literal)]
 
 
@@ -418,5 +422,5 @@ def _run(piece, env):
 
 
 def value_of(env: dict[Any, Any], atom: Any) -> Any:
-    """Of a variable or a literal."""
+    """The value of a variable or a literal."""
     return atom.val if isinstance(atom, core.Literal) else env[atom]

@@ -1,4 +1,4 @@
-"""A schedule as arrays of integers, one row a tick, which the executor reads while it runs (no jax here)."""
+"""A schedule as arrays of integers, one row per tick, which the executor reads while it runs (no jax here)."""
 
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -11,7 +11,7 @@ from deepseek_jax.pipeline.ticks import message_source
 
 
 class Ranks(NamedTuple):
-    """int32 [ticks, ranks] each: what a rank does. If it reads or writes nothing, the index is a harmless one.
+    """int32 [ticks, ranks] each: the operation of a rank. If it reads or writes nothing, the index is a harmless one.
 
     branch: index into `Tables.branches`.
     forward, backward: micro-batch of F, and of B, Bi or W.
@@ -103,9 +103,10 @@ def tabulate(schedule: Schedule) -> Tables:
 
 
 def stacked(schedules: Sequence[Schedule]) -> Tables:
-    """The tables of schedules that differ in their micro-batches, along a new first axis; the last is the longest.
+    """The tables of schedules that differ in their number of micro-batches, along a new first axis; the last is the
+    longest.
 
-    A shorter one is idle at its end. Slots are numbered by the one that has most of them.
+    A shorter one is idle at its end. Slots are numbered as in the one with the most slots.
     """
     each = [tabulate(schedule) for schedule in schedules]
     ticks = max(len(table.ends.enter) for table in each)

@@ -1,9 +1,9 @@
-"""Assigns the cells of all ranks to common ticks, and what they save to slots of fixed-size buffers.
+"""Assigns the cells of all ranks to common ticks, and their saved arrays to slots of fixed-size buffers.
 
 One SPMD program runs a pipeline in lock step: a tick lasts as long as its slowest cell. Starting every cell as soon
 as its inputs exist wastes up to an eighth of DualPipe, since short cells then fall into the same ticks as long ones.
-So the ticks are searched: at each one the only choice is how long it may last (whatever is ready and fits then runs,
-because running it earlier does no harm), and the placement is the shortest path over the ranks' progress.
+So the ticks are searched: the only choice at each tick is its maximum duration (every cell that is ready and fits then
+runs, because running it earlier does no harm), and the placement is the shortest path over the ranks' progress.
 """
 
 import heapq
@@ -15,13 +15,13 @@ from deepseek_jax.pipeline.orders import Cell, Op, Route, kind_of
 
 # With these the bubbles of all five schedules are those of the report's table. Only the ratios matter here.
 NOMINAL = {"F": 1, "B": 2, "Bi": 1, "W": 1, "F&B": 3}
-BEAM = 32  # states kept per moment; all of them kept gives nothing shorter for up to 32 ranks (tests, LOG)
+BEAM = 32  # states kept per moment; keeping all gives nothing shorter for up to 32 ranks (tests, LOG)
 
 
 class Slots(NamedTuple):
-    """How many slots each rank's buffers have; the same on all ranks, since one program runs on all of them.
+    """The number of slots of each rank's buffers; the same on all ranks, since one program runs on all of them.
 
-    activations: residuals that F saves for the backward pass.   deferred: what Bi saves for W.
+    activations: residuals that F saves for the backward pass.   deferred: arrays that Bi saves for W.
     messages: activations and gradients that have arrived and are not used yet.
     """
 
@@ -53,9 +53,9 @@ class _Search:
         self.tail = self._longest_paths()
 
     def _longest_paths(self):
-        """From the start of each cell to the end of all work, if every rank ran freely: a lower bound."""
+        """Time from the start of each cell to the end of all work, if every rank ran freely: a lower bound."""
         tail = [[0] * (n + 1) for n in self.lengths]
-        behind = [[0] * n for n in self.lengths]  # the longest tail of those that wait for this cell
+        behind = [[0] * n for n in self.lengths]  # the longest tail of the cells that wait for this one
         left = list(self.lengths)
         waiting = [[0] * n for n in self.lengths]
         for row in self.needs:
@@ -115,7 +115,7 @@ def assign_ticks(orders: list[list[Cell]], route: Route, beam: int = BEAM) -> li
 
 
 def color(intervals: Iterable[tuple[Any, int, int]]) -> tuple[dict[Any, int], int]:
-    """Gives every (key, first, last) a slot of its own from first to last, with as few slots as possible.
+    """Gives every (key, first, last) its own slot from first to last, with as few slots as possible.
 
     Returns:
       {key: slot}, number of slots.

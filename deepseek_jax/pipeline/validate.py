@@ -20,7 +20,7 @@ CELLS = ("", "F", "B", "Bi", "W", "F&B")
 
 
 class ScheduleError(ValueError):
-    """A table that would compute something else than the step; the message says where."""
+    """A table that would not compute the step correctly; the message says where."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +58,7 @@ def cell_costs(costs: Mapping[str, float] | None = None) -> dict[str, float]:
     if unknown := set(costs) - {"f", "b", "w", "fb"}:
         raise ConfigError(f"costs have no {', '.join(sorted(unknown))}; give f, b, w and fb.")
     costs.setdefault("fb", costs["f"] + costs["b"])
-    if not all(0 <= value < math.inf for value in costs.values()):  # a NaN is neither
+    if not all(0 <= value < math.inf for value in costs.values()):  # NaN fails both comparisons
         raise ConfigError(f"costs={costs} must be finite and not negative.")
     if costs["w"] > costs["b"]:
         raise ConfigError(f"w={costs['w']} is a part of the backward pass, so b={costs['b']} cannot be less.")
@@ -70,10 +70,10 @@ def validate(schedule: Schedule, costs: Mapping[str, float] | None = None) -> Re
     """Checks the table and reports its costs.
 
     Args:
-      costs: as `cell_costs` takes them.
+      costs: as in `cell_costs`.
     Raises:
       ScheduleError: the table is wrong; the message names tick, rank and operation.
-      ConfigError: the costs are.
+      ConfigError: the costs are wrong.
     """
     time = cell_costs(costs)
     ticks = _complete(schedule)
@@ -103,7 +103,7 @@ def compare(ranks: Iterable[int], microbatches: Iterable[int],
         try:
             schedule = make_schedule(name, r, m)
         except ConfigError:
-            if name == "gpipe":  # which exists for any numbers that make sense
+            if name == "gpipe":  # which exists for all sensible numbers
                 raise
             continue
         share = r / schedule.stages
@@ -217,7 +217,7 @@ def _ops(schedule):
 
 
 def _slots(schedule, ticks):
-    """Each slot of each buffer holds one thing from when it is written until it was last read."""
+    """Checks that each slot of each buffer holds a single value from its write until its last read."""
     lives = {}  # (buffer, rank, slot) -> [(first tick, last tick, its reader)]
     written = {}
     for tick, rank, op in _ops(schedule):
@@ -228,7 +228,7 @@ def _slots(schedule, ticks):
         _slot_in_range(schedule, tick, rank, op, "deferred", op.deferred, op.kind in ("Bi", "W"))
         if source is not None:
             lives.setdefault(("message", rank, op.message), []).append((ticks[source] + 1, tick, op))
-        # The table comes in the order of ticks, and dependencies are proven: what is read here was written before.
+        # The table is in the order of ticks, and dependencies are already proven: a value read here was written before.
         for buffer, slot, writer, readers in (("activation", op.activation, "F", ("B", "Bi")),
                                               ("deferred", op.deferred, "Bi", ("W",))):
             if op.kind == writer:
@@ -257,7 +257,7 @@ def _slot_in_range(schedule, tick, rank, op, buffer, slot, used):
 
 
 def _peaks(schedule, change):
-    """Per rank, the largest running sum of `change`; within a cell what begins is counted before what ends."""
+    """Per rank, the largest running sum of `change`; within a cell, beginnings are counted before ends."""
     peaks = []
     for rank in range(schedule.ranks):
         alive, peak = 0, 0

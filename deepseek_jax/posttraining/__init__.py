@@ -1,1 +1,1 @@
-"""After pre-training (report section 5): reinforcement learning with rewards that rules decide."""
+"""After pre-training (report section 5): preference pairs, distillation and reinforcement learning."""

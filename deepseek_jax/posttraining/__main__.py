@@ -4,7 +4,7 @@
     python -m deepseek_jax.train --config tiny --workdir run_reverse --config.data.sources="[('reverse.jsonl', 1)]" \
         --config.data.packing=whole --config.data.mask_documents=True
 
-Answers are the task's own, or those of a teacher that the task's rule finds right (distillation):
+Answers are the task's own, or correct answers of a teacher according to the task's rule (distillation):
 
     python -m deepseek_jax.posttraining reverse --examples 1000 --teacher rl --max-new-tokens 16 > distilled.jsonl
 """
@@ -24,12 +24,12 @@ from deepseek_jax.posttraining.tasks import Task, find_task
 def parse() -> argparse.Namespace:
     parser = cli.Parser("posttraining", __doc__)
     parser.add_argument("task", help="reverse, sort, addition, countdown, reasoning_gym:NAME or package.module:NAME")
-    parser.add_argument("--size", type=int, default=4, help="letters, words, digits or numbers of a problem")
+    parser.add_argument("--size", type=int, default=4, help="letters, words, digits or numbers in a problem")
     parser.add_argument("--examples", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--teacher", metavar="WORKDIR", help="the run that answers; only right answers are written")
-    parser.add_argument("--attempts", type=int, default=1, help="of the teacher at each problem (default 1)")
-    parser.add_argument("--max-new-tokens", type=int, default=64, help="of a teacher's answer (default 64)")
+    parser.add_argument("--attempts", type=int, default=1, help="attempts of the teacher per problem (default 1)")
+    parser.add_argument("--max-new-tokens", type=int, default=64, help="tokens of a teacher's answer (default 64)")
     parser.add_argument("--least", type=float, default=1.0, help="reward of a right answer (default 1)")
     return parser.parse_args()
 
@@ -45,7 +45,7 @@ def main() -> None:
 
 
 def solved(args: argparse.Namespace, task: Task) -> Iterator[tuple[str, str]]:
-    """(prompt, answer) of problems with the task's own answers. Raises ConfigError for a task that has none."""
+    """(prompt, answer) pairs with the task's own answers. Raises ConfigError for a task that has none."""
     if task.solve is None:
         raise ConfigError(f"{args.task} has no answers to give; its Task has no `solve`. Take --teacher RUN.")
     rng = np.random.default_rng(args.seed)
@@ -55,7 +55,7 @@ def solved(args: argparse.Namespace, task: Task) -> Iterator[tuple[str, str]]:
 
 
 def taught(args: argparse.Namespace, task: Task) -> Iterator[tuple[str, str]]:
-    """Problems that the teacher answered well; says on stderr how many those are."""
+    """Problems that the teacher answered well; prints their number to stderr."""
     from deepseek_jax.posttraining.distill import Asking, teacher_answers
 
     kept = 0

@@ -1,8 +1,8 @@
 """Distillation by text (report section 5.1, arXiv 2501.12948): a teacher answers a task's prompts, the task's rule
-rejects what is wrong, and a student is fine-tuned on the rest.
+rejects wrong answers, and a student is fine-tuned on the rest.
 
-Every prompt gets some attempts at temperature 1; the first that ended by itself and was rewarded enough is kept. What
-is drawn is a function of the teacher, the task and the seed. The student need not have the teacher's tokenizer.
+Every prompt gets several attempts at temperature 1; the first that ended by itself and was rewarded enough is kept. The
+samples are a function of the teacher, the task and the seed. The student need not have the teacher's tokenizer.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from deepseek_jax.posttraining.tasks import Task
 from deepseek_jax.serving.engine import check_servable
 from deepseek_jax.workdir import load_run
 
-TOGETHER = 64  # prompts of a batch, each with a random stream of its own
+TOGETHER = 64  # prompts per batch, each with its own random stream
 
 
 class Asking(NamedTuple):
-    """How a teacher is asked. attempts: at each prompt. least: the reward that an answer needs."""
+    """Settings of a teacher. attempts: per prompt. least: the reward that an answer needs."""
 
     attempts: int = 1
     max_new_tokens: int = 256
@@ -44,7 +44,7 @@ def teacher_answers(workdir: str, task: Task, count: int, asking: Asking) -> Ite
     """The answers of the run in a work directory to `count` problems of a task, in their order.
 
     Raises:
-      ConfigError: no run there, one that cannot be served, or a prompt without room for an answer.
+      ConfigError: there is no run, it cannot be served, or a prompt leaves no room for an answer.
     """
     run = load_run(workdir)
     check_servable(run.config.model)

@@ -3,7 +3,8 @@
     loss = (1 - weight) * cross-entropy + weight * T^2 * KL(teacher || student)        both softened by temperature T
 
 The teacher is a run with the same tokenizer, of any shape; it is frozen, and runs in the same program on the same
-batch. Logits of both exist for `train.loss_chunk` tokens at a time. MTP modules learn next tokens as ever.
+batch. Logits of both exist for `train.loss_chunk` tokens at a time. MTP modules are trained on the next tokens, as
+usual.
 """
 
 from __future__ import annotations
@@ -32,15 +33,15 @@ OTHER_TOKENS = "the student; distillation by text takes any (docs/posttraining.m
 
 
 class Teacher(NamedTuple):
-    """What a teacher says of N tokens: its hidden states, and its head. Frozen: no gradient flows to it."""
+    """A teacher's predictions for N tokens: its hidden states, and its head. Frozen: no gradient flows to it."""
 
     hidden_NE: jax.Array
     head_EW: jax.Array
 
 
 class Distances(NamedTuple):
-    """Weighted sums over tokens in nats, float32. loss: what is differentiated. kl: KL(teacher || student) at the
-    temperature. cross_entropy: of the tokens themselves. Those two are measured only: no gradient flows from them."""
+    """Weighted sums over tokens in nats, float32. loss: differentiated. kl: KL(teacher || student) at the temperature.
+    cross_entropy: of the tokens themselves. The latter two are only logged: no gradient flows from them."""
 
     loss: jax.Array
     kl: jax.Array
@@ -50,12 +51,12 @@ class Distances(NamedTuple):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
 def distances(hidden_ND: jax.Array, head_DW: jax.Array, teacher: Teacher, targets_N: jax.Array, weights_N: jax.Array,
               cfg: DistillConfig, chunk: int) -> Distances:
-    """How far a student is from its teacher; arguments as in `training.losses.cross_entropy`."""
+    """The distance of a student from its teacher; arguments as in `training.losses.cross_entropy`."""
     return _forward(hidden_ND, head_DW, teacher, targets_N, weights_N, cfg, chunk)[0]
 
 
 def _forward(hidden_ND, head_DW, teacher, targets_N, weights_N, cfg, chunk):
-    """As in `training.losses`: the gradients of a chunk are made where its logits are."""
+    """As in `training.losses`: the gradients of a chunk are computed together with its logits."""
     w_DW, theirs_EW = head_DW.astype(hidden_ND.dtype), teacher.head_EW.astype(teacher.hidden_NE.dtype)
     w_WD = transpose(w_DW)
 
@@ -106,7 +107,7 @@ def distill_loss(teacher: Config, config: Config, params: dict[str, Any], inputs
         return distances(hidden_ND, params["head"], Teacher(theirs_NE, theirs["params"]["head"]), targets_N, weights_N,
                          config.distill, config.train.loss_chunk)
 
-    # Each device goes through its own tokens, as in `training.losses.token_losses`.
+    # Each device processes its own tokens, as in `training.losses.token_losses`.
     parts = [x.reshape(data_shards(), -1, *x.shape[2:])
              for x in (output.hidden_BTD, hidden_BTE, batch.targets_BT, batch.weights_BT)]
     sums = jax.tree.map(jnp.sum, jax.vmap(one)(*parts)) if data_shards() > 1 else one(*(x[0] for x in parts))
@@ -118,9 +119,9 @@ def distill_loss(teacher: Config, config: Config, params: dict[str, Any], inputs
 
 
 def teacher_of(config: Config) -> Config:
-    """The config that distill.from is run with here: its own model, without FP8.
+    """The config for running the model of distill.from here: its own model, without FP8.
 
-    Raises ConfigError for a run that cannot teach this one.
+    Raises ConfigError if it cannot be the teacher of this run.
     """
     folder = str(config.distill.from_)
     if config.mesh.pipe > 1:
@@ -137,7 +138,7 @@ def teacher_of(config: Config) -> Config:
 
 
 def load_teacher(teacher: Config, runner: Runner, known: Base | None) -> tuple[dict[str, Any], Base]:
-    """The weights of the teacher, {"params", "router"}, and which they are; arguments as in `load_reference`."""
+    """The weights of the teacher, {"params", "router"}, and their identity; arguments as in `load_reference`."""
     return load_reference(teacher, runner, str(teacher.distill.from_), known, "the teacher, distill.from")
 
 
@@ -158,6 +159,6 @@ class DistillRun(Run):
 
 
 def distill(config: Config, workdir: str) -> TrainResult:
-    """As `training.loop.train`, with the teacher that distill.from names."""
+    """As `training.loop.train`, with the teacher of distill.from."""
     teacher_of(config)  # before a corpus is read
     return train(config, workdir, DistillRun)

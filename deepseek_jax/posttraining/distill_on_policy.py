@@ -1,11 +1,11 @@
-"""Distillation on the student's own answers (arXiv 2306.13649): it learns what its teacher would have said there.
+"""Distillation on the student's own answers (arXiv 2306.13649): it learns its teacher's distribution at their tokens.
 
     loss of a token = KL(student || teacher) = sum over words of p_student * (log p_student - log p_teacher)
 
 The student draws answers as in reinforcement learning, and at each of their tokens its distribution moves toward the
-teacher's. The divergence is that of the whole vocabulary, reversed: a student that cannot say all that its teacher says
-drops the rest of it, where the forward one (`distill_logits`) would spread over it. What was drawn is held fixed: no
-gradient flows through the choice of tokens, and rewards are measured, not learned from.
+teacher's. The divergence is the reverse KL over the complete vocabulary: a student without its teacher's capacity then
+drops the modes that it cannot represent, while with the forward KL (`distill_logits`) it would spread over them.
+Sampled tokens are fixed: no gradient flows through their choice, and rewards are only logged.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def reverse_kl(hidden_BTD: jax.Array, head_DW: jax.Array, hidden_BTE: jax.Array,
     """
     theirs = lax.stop_gradient(Teacher(hidden_BTE, head_EW))
 
-    @jax.checkpoint  # or the backward pass would find the logits of all chunks
+    @jax.checkpoint  # otherwise the logits of all chunks would be saved for the backward pass
     def of_chunk(part):
         ours_MW, wanted_MW = (jax.nn.log_softmax(matmul(hidden, head.astype(hidden.dtype), wide(hidden.dtype)))
                               for hidden, head in zip(part, (head_DW, theirs.head_EW)))
@@ -57,7 +57,7 @@ def reverse_kl(hidden_BTD: jax.Array, head_DW: jax.Array, hidden_BTE: jax.Array,
 def on_policy_loss(teacher: Config, config: Config, params: dict[str, Any], inputs: Inputs) -> tuple[jax.Array, Sums]:
     """The loss of a micro-batch of answers (`update`); with the teacher's config a `training.step.Loss`.
 
-    inputs.reference: the teacher's variables. Tokens are weighted as grpo.mean says, and experts are replayed.
+    inputs.reference: the teacher's variables. Tokens are weighted by grpo.mean, and experts are replayed.
     """
     micro, theirs = inputs.micro, inputs.reference
     assert theirs is not None
@@ -71,7 +71,7 @@ def on_policy_loss(teacher: Config, config: Config, params: dict[str, Any], inpu
 
 
 def check_on_policy(config: Config) -> None:
-    """Raises ConfigError for what goes with answers of one's own alone, or with a teacher alone."""
+    """Raises ConfigError for settings that cannot be used with the student's own answers, or with a teacher."""
     distill = config.distill
     if (distill.weight, distill.temperature) != (1.0, 1.0):
         raise ConfigError(f"distill.weight={distill.weight:g} and distill.temperature={distill.temperature:g} are for "

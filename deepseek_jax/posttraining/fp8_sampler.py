@@ -1,6 +1,6 @@
-"""A policy as a server in FP8 would sample it: the weights that an FP8 checkpoint of it would hold.
+"""A policy for sampling as on an FP8 server: with the weights that an FP8 checkpoint of it would hold.
 
-The trainer keeps its own precision, so that the two disagree as they do wherever a faster program draws the answers.
+The trainer keeps its own precision, so the two disagree in the same way as with a separate, faster sampler.
 """
 
 import math
@@ -14,9 +14,9 @@ from deepseek_jax.checkpoint.blocks import MATRICES
 
 @jax.jit
 def as_fp8(variables: dict[str, Any]) -> dict[str, Any]:
-    """The variables, with the matrices of all blocks rounded to E4M3 with a scale for each 128 x 128 of them.
+    """The variables, with the matrices of all blocks rounded to E4M3 with a scale for each 128 x 128 tile.
 
-    Embedding, head, norms, routers and the MTP projection stay as they are, and so do all dtypes.
+    Embedding, head, norms, routers and the MTP projection are not changed, and neither are dtypes.
     """
     def rounded(path, w):
         inputs, outputs = MATRICES.get(path[-1].key, (0, 0))

@@ -1,7 +1,7 @@
 """Group relative policy optimization (arXiv 2402.03300; report section 5.2.2): policy gradients without a critic.
 
-For each prompt the policy draws a group of answers. An answer that was rewarded above its group's mean becomes more
-likely, token by token; one below becomes less likely. With the reward r_i of answer i, and the policy pi:
+For each prompt the policy draws a group of answers. An answer with a reward above its group's mean becomes more likely,
+token by token; one below the mean becomes less likely. With the reward r_i of answer i, and the policy pi:
 
     A_i = (r_i - mean(r)) / std(r)                          over the group
     ratio = pi(token) / pi_old(token)                       pi_old drew the answers
@@ -22,13 +22,13 @@ import jax.numpy as jnp
 
 from deepseek_jax.config import GrpoConfig
 
-EPSILON = 1e-6  # next to std: rewards that differ by rounding alone must not become advantages
+EPSILON = 1e-6  # added to std: rewards that differ only by rounding must not become advantages
 
 
 def advantages(cfg: GrpoConfig, rewards_PG: jax.Array) -> jax.Array:
-    """[P, G]: how much better each answer was rewarded than its group. 0 for a group of equal rewards."""
+    """[P, G]: the reward of each answer relative to its group. 0 for a group of equal rewards."""
     low_P1, high_P1 = rewards_PG.min(axis=1, keepdims=True), rewards_PG.max(axis=1, keepdims=True)
-    # Equal rewards have a mean that is rounded: they would differ from it, and from a std as small.
+    # The mean of equal rewards is rounded: they would differ from it by an amount as small as their std.
     deviation_PG = jnp.where(low_P1 == high_P1, 0, rewards_PG - rewards_PG.mean(axis=1, keepdims=True))
     if cfg.advantage == "mean":
         return deviation_PG
@@ -36,7 +36,7 @@ def advantages(cfg: GrpoConfig, rewards_PG: jax.Array) -> jax.Array:
 
 
 def token_weights(cfg: GrpoConfig, counted_BT: jax.Array) -> jax.Array:
-    """[B, T]: the weight of each token, so that sum(weight * loss) / sum(weight) is the mean that cfg.mean names.
+    """[B, T]: the weight of each token, so that sum(weight * loss) / sum(weight) is the mean selected by cfg.mean.
 
     counted_BT: 1 for the tokens of answers, 0 for prompts and padding.
     """
@@ -46,24 +46,25 @@ def token_weights(cfg: GrpoConfig, counted_BT: jax.Array) -> jax.Array:
 
 
 def kl_estimate(log_ratio: jax.Array) -> jax.Array:
-    """Of the KL divergence of the policy from the reference, for tokens that it drew: unbiased and never negative.
+    """Estimate of the KL divergence of the policy from the reference, for tokens that it drew: unbiased, never
+    negative.
 
     log_ratio: log(pi_ref / pi).
     """
-    # expm1 keeps small ratios exact, and rounding must not leave less than zero.
+    # expm1 keeps small ratios exact, and rounding must not make the result negative.
     return jnp.maximum(jnp.expm1(log_ratio) - log_ratio, 0)
 
 
 def token_losses(cfg: GrpoConfig, logprob_BT: jax.Array, old_BT: jax.Array, advantage_BT: jax.Array,
                  counted_BT: jax.Array, reference_BT: jax.Array | None = None
                  ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The loss of each token, and what is worth watching of each, all [B, T]; 0 where a token does not count.
+    """The loss of each token, and its metrics, all [B, T]; 0 for tokens that do not count.
 
     Args:
       logprob_BT: log pi(token) now, which is differentiated.
       old_BT: log pi_old(token), of the policy that drew it.
       advantage_BT: of the answer that the token belongs to.
-      counted_BT: not 0 for the tokens that count. No gradient flows to others, whatever they hold.
+      counted_BT: not 0 for the tokens that count. No gradient flows to others, whatever their values.
       reference_BT: log pi_ref(token), for cfg.kl_weight > 0.
     Returns:
       losses; {"clipped": 1 where the clip cuts off the gradient, "ratio_error": |ratio - 1|, "kl": its estimate}.

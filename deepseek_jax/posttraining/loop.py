@@ -1,9 +1,9 @@
-"""The run of reinforcement learning: the training loop with rollouts in the place of a corpus.
+"""Reinforcement learning: the training loop with rollouts instead of a corpus.
 
     weights of init.from -> answers -> rewards -> advantages -> steps of the policy -> answers of the new policy ...
 
 Optimizer, mesh, checkpoints, signals and metrics are those of `training.loop`. A rollout is a function of weights, seed
-and step, so a run resumes to the bit without saving any answer: it stops and saves only between rollouts.
+and step, so a run resumes bit-identically without saving any answer: it stops and saves only between rollouts.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def reinforce(config: Config, workdir: str) -> bool:
 
 
 def check_reinforce(config: Config) -> None:
-    """Raises ConfigError for what reinforcement learning cannot run with."""
+    """Raises ConfigError for settings that reinforcement learning does not support."""
     train, answers = config.train, config.rollout
     if config.init.from_ is None:
         raise ConfigError("reinforcement learning starts from the weights of a run; add --config.init.from=RUN.")
@@ -122,11 +122,11 @@ class ReinforceRun(Run):
         self.view = lambda variables, micro: jax.device_get(
             seen(variables["params"], variables["router"], runner.shard_batch(micro), self.frozen_params))
         self.start = self._start_variables() if config.grpo.kl_weight else None
-        self.measured: dict[int, dict[str, float]] = {}  # of rollouts, by the step that used them first
+        self.measured: dict[int, dict[str, float]] = {}  # metrics of rollouts, by the first step that used them
         self.faults: dict[int, str] = {}
 
     def find_reference(self, known: Base | None) -> tuple[dict[str, Any] | None, Base | None]:
-        """The teacher, or which reward model it is."""
+        """The teacher, or the identity of the reward model."""
         if self.config.distill.from_ is not None:
             return load_teacher(self.teacher, self.runner, known)
         if self.config.rollout.reward_model is None:
@@ -135,8 +135,7 @@ class ReinforceRun(Run):
         return None, self.reward.base
 
     def _start_variables(self) -> dict[str, Any]:
-        """The reference of the KL term: where the run began, whatever it has become; with adapters, a base to which
-        they add 0."""
+        """The reference of the KL term: the weights that the run started from; with adapters, the base itself."""
         if self.frozen is not None:
             return {"params": jax.tree.map(jnp.zeros_like, self.state.params), "router": self.frozen["router"]}
         fresh = jax.eval_shape(fresh_state(self.config))
@@ -144,7 +143,7 @@ class ReinforceRun(Run):
         return restore_weights(str(self.config.init.folder), abstract)[0]
 
     def batches(self) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
-        """Draws a rollout whenever it is asked for the first step of one: by then the step before has been taken."""
+        """Draws a rollout when its first step is requested, which is after the previous step has been taken."""
         for first in range(self.step, self.config.train.steps, self.together):
             with self.watching.stall.suspended():
                 batch = self._rollout(first)
@@ -175,13 +174,13 @@ class ReinforceRun(Run):
         return batch
 
     def row(self, pending: Pending, metrics: Metrics, tokens_per_second: float) -> dict[str, float]:
-        """That of training, and what the rollout and the objective measured."""
+        """The row of training, with the metrics of the rollout and the objective."""
         row = super().row(pending, metrics, tokens_per_second)
         row.pop("mtp_loss", None)  # not trained here
         return row | self.measured.pop(pending.step, {})
 
     def words(self, row: dict[str, float]) -> str:
-        """What the progress bar shows of a row."""
+        """The part of a row that the progress bar shows."""
         if "reward" not in row:
             return f"loss {row['loss']:.3f}"
         return f"reward {row['reward']:.3f}, {row['answer_tokens']:.1f} tokens, MaxVio {row['max_vio']:.2f}"
@@ -198,7 +197,7 @@ class ReinforceRun(Run):
         return super()._steps(bar)
 
     def _evaluate(self, bar):
-        """The likeliest answers to problems that are the same each time, by the task's rule whatever is rewarded."""
+        """Scores greedy answers to a fixed set of problems by the task's rule, whatever the training reward is."""
         config = self.config
         count = max(1, config.train.eval_batches) * config.train.batch_size
         problems = rollout.draw_problems(config, self.task, self.tokenizer, rollout.EVALUATION, 0, count,
@@ -212,6 +211,6 @@ class ReinforceRun(Run):
 
 
 def _micro_batches(batch):
-    """Of each micro-batch what `view` reads."""
+    """The inputs of `view` for each micro-batch."""
     return [{name: batch[name][m] for name in ("tokens", "weights", "segment_ids")}
             for m in range(int(batch["active"]))]

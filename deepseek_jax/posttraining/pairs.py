@@ -1,11 +1,11 @@
-"""Preference pairs from files of JSON lines, and the batches of them: a pure function of the step.
+"""Preference pairs from .jsonl files, and their batches, which are a pure function of the step.
 
     {"prompt": [{"role": "user", "content": "1 + 1?"}], "chosen": [{"role": "assistant", "content": "2"}],
      "rejected": [{"role": "assistant", "content": "3"}]}
 
-Messages are those of OpenAI's API and are written by the checkpoint's chat template. All three may be strings instead:
-plain text as in rows of `prompt` and `answer`. A pair takes two rows of a batch, the chosen answer first; what is left
-of a row repeats it and does not count. Pairs are kept in memory.
+Messages are those of OpenAI's API and are rendered by the checkpoint's chat template. All three may be strings instead:
+plain text as in rows of `prompt` and `answer`. A pair takes two rows of a batch, the chosen answer first; the rest of a
+row repeats it and does not count. Pairs are kept in memory.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ SIDES = ("chosen", "rejected")
 
 
 class Pair(NamedTuple):
-    """Two answers to one prompt, each with it. name: file and line."""
+    """Two answers to one prompt, each including the prompt. name: file and line."""
 
     name: str
     chosen: Turn
@@ -41,9 +41,9 @@ def read_pairs(source: Source, tokenizer: Tokenizer, text: Callable[[], Conventi
     """The pairs in the files of a source, in their order.
 
     Args:
-      text: what the checkpoint says about text; asked if there are pairs.
+      text: the checkpoint's tokenizer and template; loaded if there are pairs.
     Raises:
-      ConfigError: a row that is no pair, with its file and line.
+      ConfigError: a row that is not a pair, with its file and line.
     """
     for file in source.files:
         if file.fault or not file.name.endswith((".jsonl", ".jsonl.gz", ".jsonl.zst")):
@@ -64,10 +64,11 @@ def read_pairs(source: Source, tokenizer: Tokenizer, text: Callable[[], Conventi
 
 
 def pair_of(name: str, row: Any, tokenizer: Tokenizer, text: Conventions) -> Pair:
-    """A row as a pair. Raises as `turn_of`, and ValueError for answers that the template asks for unlike prompts."""
+    """A row as a pair. Raises as `turn_of`, and ValueError for answers whose prompts the template renders
+    differently."""
     chosen, rejected = (turn_of(row, side, tokenizer, text) for side in SIDES)
     if chosen.ids[:chosen.start] != rejected.ids[:rejected.start]:
-        raise ValueError("the chat template opens the two answers unlike, because reasoning_content is in one alone; "
+        raise ValueError("the chat template opens the two answers differently, because only one has reasoning_content; "
                          "give it to both, or to neither")
     return Pair(name, chosen, rejected)
 
@@ -92,7 +93,7 @@ def turn_of(row: Any, side: str, tokenizer: Tokenizer, text: Conventions) -> Tur
 
 
 class Held(NamedTuple):
-    """The pairs of a source that fit in a sequence. left_out: how many do not."""
+    """The pairs of a source that fit into a sequence. left_out: the number of those that do not."""
 
     train: list[Pair]
     validation: list[Pair]
@@ -100,7 +101,7 @@ class Held(NamedTuple):
 
 
 def hold(source: Source, tokenizer: Tokenizer, text: Callable[[], Conventions], longest: int) -> Held:
-    """Reads the pairs of a source that have at most `longest` tokens. Raises ConfigError where none is left to train
+    """Reads the pairs of a source that have at most `longest` tokens. Raises ConfigError if none is left to train
     on."""
     pairs = list(read_pairs(source, tokenizer, text))
     fits = [pair for pair in pairs if max(len(pair.chosen.ids), len(pair.rejected.ids)) <= longest]
@@ -115,12 +116,12 @@ def hold(source: Source, tokenizer: Tokenizer, text: Callable[[], Conventions], 
 
 
 class PairLoader:
-    """Batches of pairs by step, and the held-out pairs: what `data.loader.Loader` is for documents.
+    """Batches of pairs by step, and the held-out pairs: the counterpart of `data.loader.Loader` for documents.
 
     Args:
       sources: pairs of each of data.sources. host, hosts: this process reads the host-th of `hosts` equal parts.
     Raises:
-      ConfigError: a micro-batch that is no whole number of pairs for each process.
+      ConfigError: a micro-batch does not give each process an integer number of pairs.
     """
 
     def __init__(self, config: Config, sources: list[Held], tokenizer: Tokenizer, host: int = 0, hosts: int = 1):
@@ -137,12 +138,12 @@ class PairLoader:
             [config.train.seed, source, epoch]).permutation(len(sources[source].train)))
 
     def continue_at(self, position: Position) -> None:
-        """Takes the place of a run whose ramp became another on the way, of which train.steps is a part. Its sources
-        and batch size are the same (`history.OF_DOCUMENTS`), and so is the order of the pairs."""
+        """Sets the position of a run whose batch ramp was changed, which depends on train.steps. Its sources and batch
+        size are the same (`history.OF_DOCUMENTS`), and so is the order of the pairs."""
         self.position = position
 
     def pair(self, g: int) -> Pair:
-        """The g-th pair of the run: every epoch of a source has its pairs once, in another order."""
+        """The g-th pair of the run: every epoch of a source has each pair once, in a new order."""
         source, j = self.mixture.locate(g)
         pairs = self.sources[source].train
         epoch, place = divmod(j, len(pairs))
@@ -163,7 +164,7 @@ class PairLoader:
         shape = 2 * self.pairs, self.config.train.sequence_length + 1
         tokens_BT, weights_BT = np.zeros(shape, np.int32), np.zeros(shape, np.float32)
         for b, turn in enumerate(turn for pair in pairs for turn in (pair.chosen, pair.rejected)):
-            # Text, not one repeated token: the experts' loads are counted over the filling too.
+            # Text, not one repeated token: the experts' loads are counted over the filler too.
             tokens_BT[b] = np.resize(np.asarray(turn.ids, np.int32), shape[1])
             weights_BT[b, turn.start:turn.stop] = 1
         return {"tokens": tokens_BT, "weights": weights_BT, "segment_ids": np.ones(shape, np.int32)}

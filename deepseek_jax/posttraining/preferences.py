@@ -1,4 +1,4 @@
-"""The runs that learn from preference pairs: the training loop with pairs in the place of documents.
+"""Runs that learn from preference pairs: the training loop with pairs instead of documents.
 
     dpo      weights of init.from -> pairs -> log-probabilities of policy and reference -> steps
     reward   weights of init.from and a new head -> pairs -> two numbers -> steps
@@ -67,7 +67,7 @@ def train_on_pairs(config: Config, workdir: str) -> TrainResult:
 
 
 def check_preferences(config: Config) -> None:
-    """Raises ConfigError for what pairs cannot train."""
+    """Raises ConfigError for settings that cannot be used with pairs."""
     if config.init.from_ is None:
         raise ConfigError("preference.objective starts from the weights of a run; add --config.init.from=RUN.")
     if config.preference.objective == "reward" and config.lora.rank is not None:
@@ -109,11 +109,11 @@ def reward_loss(config: Config, params: dict[str, Any], inputs: Inputs) -> tuple
 
 def of_pairs(config: Config, inputs: Inputs, output: Output, counted_P: jax.Array, loss_P: jax.Array,
              watched: dict[str, jax.Array]) -> tuple[jax.Array, Sums]:
-    """What a `training.step.Loss` returns of losses that are means over pairs. counted_P: bool, False for filling."""
+    """The result of a `training.step.Loss` whose losses are means over pairs. counted_P: bool, False for filler."""
     total = lambda x_P: jnp.where(counted_P, x_P, 0).sum()
     none_D = jnp.zeros_like(inputs.normalizers.mtp_weight_D)
     losses = TokenLosses(total(loss_P), total(jnp.ones_like(loss_P)), none_D, none_D)
-    # All micro-batches of a step have as many pairs: its loss is the mean of theirs.
+    # All micro-batches of a step have the same number of pairs: its loss is the mean of theirs.
     normalizers = inputs.normalizers._replace(weight=len(loss_P) / inputs.normalizers.share)
     return (objective(output, losses, normalizers, config.balance),
             sums_of(output, losses, {name: total(x_P) for name, x_P in watched.items()}))
@@ -136,17 +136,17 @@ class PreferenceRun(Run):
 
     @staticmethod
     def longest(config: Config) -> int:
-        """Tokens of the longest answer with its prompt: of the last one only the probability is looked at."""
+        """Maximum tokens of an answer with its prompt: of the last token only the probability is used."""
         return config.train.sequence_length + 1
 
     def row(self, pending: Pending, metrics: Metrics, tokens_per_second: float) -> dict[str, float]:
-        """That of training, and what the objective watches."""
+        """The row of training, with the metrics of the objective."""
         row = super().row(pending, metrics, tokens_per_second)
         row.pop("mtp_loss", None)  # not trained here
         return row
 
     def words(self, row: dict[str, float]) -> str:
-        """What the progress bar shows of a row."""
+        """The part of a row that the progress bar shows."""
         return f"loss {row['loss']:.3f}, accuracy {row['accuracy']:.0%}, margin {row['margin']:.2f}"
 
     def _steps(self, bar) -> bool:
@@ -176,7 +176,7 @@ class DpoRun(PreferenceRun):
     name = "preferences"
 
     def find_reference(self, known: Base | None) -> tuple[dict[str, Any] | None, Base | None]:
-        """Where the run began, whatever it has become; of adapters their base, which is there already."""
+        """The weights that the run started from; with adapters their base, which is already loaded."""
         if self.frozen is not None:
             return self.frozen, None
         return load_reference(self.config, self.runner, str(self.config.init.from_), known,
@@ -184,14 +184,14 @@ class DpoRun(PreferenceRun):
 
 
 class RewardRun(PreferenceRun):
-    """A reward model, which is compared with no other."""
+    """A reward model, which has no reference model."""
 
     loss = staticmethod(reward_loss)
     name = "reward model"
 
     @staticmethod
     def longest(config: Config) -> int:
-        """The model reads the last token of an answer as well."""
+        """The model also reads the last token of an answer."""
         return config.train.sequence_length
 
 

@@ -3,8 +3,8 @@
     reward(answer) = w . hidden state at the answer's last token
     loss = -log sigmoid(reward(chosen) - reward(rejected))          the Bradley-Terry model; log 2 at the start, w = 0
 
-The number has no zero of its own: adding one to all answers of a prompt changes no loss. The run's folder is then a
-reward of `deepseek_jax.reinforce`, which reads the answers of the policy as they were drawn, token by token.
+Only differences of rewards are determined: adding a constant to all answers of a prompt changes no loss.
+`deepseek_jax.reinforce` can then use the run's folder as its reward; it passes the policy's sampled tokens unchanged.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ NAME = "the reward model rollout.reward"  # in messages
 
 
 def last_of(weights_BT: jax.Array) -> jax.Array:
-    """bool [B, T]: the last token of each row whose weight is not 0; nowhere in a row that has none."""
+    """bool [B, T]: True at the last token of each row whose weight is not 0; all False in a row without one."""
     counted_BT = weights_BT != 0
     from_here_BT = jnp.cumsum(counted_BT[:, ::-1], axis=1)[:, ::-1]
     return counted_BT & (from_here_BT == 1)
@@ -41,7 +41,7 @@ def last_of(weights_BT: jax.Array) -> jax.Array:
 def rewards_at(hidden_BTD: jax.Array, head_D: jax.Array, last_BT: jax.Array) -> jax.Array:
     """[B]: head . hidden at the one token of each row where `last_BT` is True, float32 (float64 where hidden is).
 
-    No gradient flows to other tokens, whatever they hold; a row without such a token has 0.
+    No gradient flows to other tokens, whatever their values; a row without such a token has 0.
     """
     hidden_BD = jnp.where(last_BT[..., None], hidden_BTD, 0).sum(axis=1)
     return hidden_BD.astype(wide(hidden_BTD.dtype)) @ head_D
@@ -49,7 +49,7 @@ def rewards_at(hidden_BTD: jax.Array, head_D: jax.Array, last_BT: jax.Array) -> 
 
 def row_rewards(config: Config, params: dict[str, Any], router: dict[str, jax.Array], micro: dict[str, jax.Array],
                 step: jax.Array | None = None) -> tuple[jax.Array, Output]:
-    """The rewards [rows] of one micro-batch, and what the model made of it.
+    """The rewards [rows] of one micro-batch, and the model's output.
 
     micro: tokens, weights (not 0 for answers) and segment_ids, [rows, T + 1]; answers end before the last column, which
     the model does not read.
@@ -59,9 +59,9 @@ def row_rewards(config: Config, params: dict[str, Any], router: dict[str, jax.Ar
 
 
 def reward_config(config: Config) -> Config:
-    """The config that the reward model of rollout.reward is run with here: its own model, without FP8.
+    """The config for running the reward model of rollout.reward here: its own model, without FP8.
 
-    Raises ConfigError for a run that is none, or that reads other tokens.
+    Raises ConfigError for a run that is not a reward model, or that has another vocabulary.
     """
     folder = str(config.rollout.reward_model)
     own = read_as(config, folder, NAME, "the policy")
@@ -72,21 +72,22 @@ def reward_config(config: Config) -> Config:
 
 
 class RewardModel:
-    """The reward model that rollout.reward names, frozen. base: which checkpoint it is."""
+    """The reward model of rollout.reward, frozen. base: the identity of its checkpoint."""
 
     def __init__(self, config: Config, runner: Runner, tokenizer: Tokenizer, known: Base | None):
-        """known: the one of the run so far. Raises ConfigError for another one, or another tokenizer."""
+        """known: the checkpoint used by the run so far. Raises ConfigError if it has changed, or has another
+        tokenizer."""
         folder, self.rows = str(config.rollout.reward_model), runner.rows
         check_tokenizer(folder, tokenizer, NAME, "the policy; train it from a run of the policy's tokenizer")
         own = reward_config(config)
         self.variables, self.base = load_reference(own, runner, folder, known, "the reward model, rollout.reward")
-        self.length = config.train.sequence_length + 2  # of a row: one more than the longest answer ends at
+        self.length = config.train.sequence_length + 2  # of a row: one more than the longest answer with its prompt
         score = runner.jit(lambda variables, micro: row_rewards(
             main_model(own), variables["params"], variables["router"], micro)[0])
         self.score = lambda micro: np.asarray(score(self.variables, runner.shard_batch(micro)))
 
     def __call__(self, sequences: list[Sequence], texts: list[str]) -> Scores:
-        """The reward of each answer, read at its last token. One that is no number is a fault, with reward 0."""
+        """The reward of each answer, read at its last token. A reward that is not finite is a fault, with reward 0."""
         parts = [self.score(self._rows(sequences[at:at + self.rows])) for at in range(0, len(sequences), self.rows)]
         rewards_B: Any = np.concatenate(parts)[:len(sequences)]
         bad_B = ~np.isfinite(rewards_B) | np.array([not drawn(sequence) for sequence in sequences])

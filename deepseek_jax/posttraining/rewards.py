@@ -1,7 +1,7 @@
-"""Rewards that a rule decides (report section 5.2.1): a function of prompt, answer and reference.
+"""Rule-based rewards (report section 5.2.1): functions of prompt, answer and reference.
 
-Rules look at what a model wrote, which can be anything, so they never evaluate it. A rule that fails on an answer costs
-that answer its reward and nothing else: `score_all` counts what went wrong.
+Rules read a model's text, which can be anything, so they never evaluate it. If a rule fails on an answer, only that
+answer loses its reward: `score_all` counts the failures.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from deepseek_jax.posttraining.sandbox import passes_tests
 
 Rule = Callable[[str, str, Any], float]  # prompt, answer, reference -> reward
 
-# A sign belongs to a number only where none ends before it: 10-3 holds 10 and 3.
+# A sign belongs to a number only if no number ends right before it: 10-3 has the numbers 10 and 3.
 _NUMBER = re.compile(r"(?:(?<![\w.)])[-+])?(?:(?:\d{1,3}(?:,\d{3})+|\d{1,400})(?:\.\d{1,400})?|\.\d{1,400})"
                      r"(?:[eE][-+]?\d{1,3}|/\d{1,400})?")
-_LONGEST = 400  # characters of what is read as a number: 1e999999999 would be written out
+_LONGEST = 400  # maximum characters of a number: 1e999999999 would be written out
 
 
 def exact(prompt: str, answer: str, reference: str) -> float:
-    """1 where the answer is the reference, white space around it aside."""
+    """1 if the answer equals the reference, ignoring white space around it."""
     return float(answer.strip() == reference.strip())
 
 
 def numeric(prompt: str, answer: str, reference: str | int | float) -> float:
-    """1 where the last number in the answer equals the reference: 1,000 is 1000, 0.5 is 1/2.
+    """1 if the last number in the answer equals the reference: 1,000 is 1000, 0.5 is 1/2.
 
-    Raises ValueError for a reference that is no number.
+    Raises ValueError for a reference that is not a number.
     """
     wanted = _number(str(reference))
     if wanted is None:
@@ -54,7 +54,7 @@ def _number(text: str) -> Fraction | None:
 
 
 def boxed(prompt: str, answer: str, reference: str) -> float:
-    r"""1 where the content of the last \boxed{...} is the reference, as text without white space or as a number."""
+    r"""1 if the content of the last \boxed{...} is the reference, as text without white space or as a number."""
     content = last_box(answer)
     if content is None:
         return 0.0
@@ -64,7 +64,7 @@ def boxed(prompt: str, answer: str, reference: str) -> float:
 
 
 def last_box(text: str) -> str | None:
-    r"""What the last \boxed{...} holds, with its inner braces; None without one that is closed."""
+    r"""The content of the last \boxed{...}, with its inner braces; None without a closed one."""
     _, found, rest = text.rpartition(r"\boxed{")
     depth = 1
     for at, character in enumerate(rest):
@@ -83,7 +83,7 @@ def thinks_first(prompt: str, answer: str, reference: Any) -> float:
 
 
 def unit_tests(prompt: str, answer: str, reference: str) -> float:
-    """1 where the code in the answer passes the tests in the reference; see `sandbox`."""
+    """1 if the code in the answer passes the tests in the reference; see `sandbox`."""
     return float(passes_tests(code_of(answer), reference))
 
 
@@ -94,7 +94,7 @@ def code_of(answer: str) -> str:
 
 
 def majority(answers: list[str]) -> list[float]:
-    """1 for each answer of a group whose `final_value` is the most common one; 0 for all where two values tie.
+    """1 for each answer of a group whose `final_value` is the most common one; 0 for all if two values tie.
 
     The model's own votes as its reward (arXiv 2504.16084): no reference is read. An empty answer has no vote.
     """
@@ -105,9 +105,9 @@ def majority(answers: list[str]) -> list[float]:
 
 
 def final_value(answer: str) -> str | Fraction | None:
-    r"""What an answer comes to, by itself: the content of its last \boxed{...}, or all of it behind a thought.
+    r"""The final value of an answer: the content of its last \boxed{...}, or all of it after a thought.
 
-    White space does not count, and a number is its value: 1,000 is 1000. None: nothing.
+    White space is ignored, and numbers are compared by value: 1,000 is 1000. None: empty.
     """
     box = last_box(answer)
     text = "".join((answer.rpartition("</think>")[2] if box is None else box).split())
@@ -120,16 +120,17 @@ RULES: dict[str, Rule] = {"exact": exact, "numeric": numeric, "boxed": boxed, "f
 
 
 class Scores(NamedTuple):
-    """Rewards, and how often each kind of failure cost an answer its reward: {"TimeoutError": 2, "no number": 1}."""
+    """Rewards, and counts of failures by kind, each of which gave a reward of 0: {"TimeoutError": 2, "no number":
+    1}."""
 
     rewards: list[float]
     faults: collections.Counter[str]
 
 
 def score_all(scorers: Iterable[Callable[[], float]], seconds: float = 10.0) -> Scores:
-    """Calls each scorer. One that takes longer, raises or returns no finite number is a fault, with reward 0.
+    """Calls each scorer. If it takes longer, raises or returns no finite number, that is a fault, with reward 0.
 
-    Raises ConfigError where a scorer does: then no answer can be scored here.
+    Raises ConfigError if a scorer does: then no answer can be scored here.
     """
     rewards, faults = [], collections.Counter()
     for scorer in scorers:
@@ -140,9 +141,9 @@ def score_all(scorers: Iterable[Callable[[], float]], seconds: float = 10.0) -> 
             if not math.isfinite(reward):
                 faults["no finite number"] += 1
                 reward = 0.0
-        except ConfigError:  # of a rule that cannot run here, whatever the answer
+        except ConfigError:  # from a rule that cannot run here at all
             raise
-        except (Exception, SystemExit) as error:  # whatever a rule does with what a model wrote
+        except (Exception, SystemExit) as error:  # a rule may raise anything on a model's text
             faults[type(error).__name__] += 1
             reward = 0.0
         rewards.append(reward)
@@ -151,7 +152,7 @@ def score_all(scorers: Iterable[Callable[[], float]], seconds: float = 10.0) -> 
 
 @contextlib.contextmanager
 def _limited(seconds: float) -> Iterator[None]:
-    """Raises TimeoutError inside after `seconds`, where there are alarms: in the main thread, not on Windows."""
+    """A context that raises TimeoutError after `seconds`, if alarms exist: in the main thread, not on Windows."""
     if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
         yield
         return

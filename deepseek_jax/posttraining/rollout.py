@@ -1,8 +1,8 @@
-"""Groups of answers, drawn by the engine from the policy as it is now, and the batch that the trainer makes of them.
+"""Groups of answers, drawn by the engine from the present policy, and the trainer's batch of them.
 
-A rollout is a function of the weights, train.seed and its number: the prompts come from a generator of the two, and
-each answer has a random stream of its own. An engine lives for one rollout, so that no page of an earlier policy is
-found in its cache.
+A rollout is a function of the weights, train.seed and its number: the prompts come from a generator seeded by the
+latter two, and each answer has its own random stream. An engine is used for one rollout only, so that its cache holds
+no pages of an earlier policy.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from deepseek_jax.serving.engine import Engine, EngineConfig
 from deepseek_jax.serving.sequence import Request, Sequence
 
 MOST_SEQUENCES = 64  # answers drawn at once; the others wait
-TRAINING, EVALUATION = range(2)  # what a random number is for: the two share no problem by design
+TRAINING, EVALUATION = range(2)  # uses of random numbers: training and evaluation share no problem by design
 
 
 class Problem(NamedTuple):
-    """A prompt as token ids, from the beginning of a text, and what its answers are scored against."""
+    """A prompt as token ids, from the beginning of a text, and the reference for scoring its answers."""
 
     prompt: tuple[int, ...]
     reference: Any
@@ -42,7 +42,7 @@ def draw_problems(config: Config, task: Task, tokenizer: Tokenizer, use: int, nu
 
 
 def problem_of(config: Config, tokenizer: Tokenizer, conventions: Conventions, text: str, reference: Any) -> Problem:
-    """A prompt of a task as the model reads it. Raises ConfigError for one that leaves no room for an answer."""
+    """The token ids of a task's prompt. Raises ConfigError for a prompt that leaves no room for an answer."""
     room = config.train.sequence_length + 1 - config.rollout.max_new_tokens
     prompt = (*([tokenizer.bos] if conventions.begins else []), *tokenizer.encode(text))
     if len(prompt) > room:
@@ -55,7 +55,7 @@ def problem_of(config: Config, tokenizer: Tokenizer, conventions: Conventions, t
 class Answers(NamedTuple):
     """Answers to problems, in order, with their rewards.
 
-    faults: failures of the reward by kind (`rewards.score_all`). texts: what was scored.
+    faults: failures of the reward by kind (`rewards.score_all`). texts: the scored texts.
     """
 
     sequences: list[Sequence]
@@ -64,20 +64,20 @@ class Answers(NamedTuple):
     texts: tuple[str, ...] = ()
 
 
-Reward = Callable[[list[Sequence], list[str]], Scores]  # of all answers of a rollout at once, groups in order
+Reward = Callable[[list[Sequence], list[str]], Scores]  # scores all answers of a rollout at once, groups in order
 
 
 def votes(group_size: int) -> Reward:
-    """The reward "majority": what most answers of a group come to is right."""
+    """The reward "majority": the most common final value of a group counts as right."""
     return lambda sequences, texts: Scores([reward for at in range(0, len(texts), group_size)
                                             for reward in majority(texts[at:at + group_size])], collections.Counter())
 
 
 def answer(config: Config, variables: dict[str, Any], task: Task, tokenizer: Tokenizer, problems: list[Problem],
            number: int | None = None, conventions: Conventions = PLAIN, reward: Reward | None = None) -> Answers:
-    """One answer to each problem, drawn at temperature 1; `number`, with train.seed, decides how. None: greedily.
+    """One answer to each problem, drawn at temperature 1, seeded by `number` and train.seed; None: greedy.
 
-    An answer ends where the checkpoint says that one does (`conventions`), or with EOS. reward: None: the task's rule.
+    An answer ends at the checkpoint's end tokens (`conventions`), or with EOS. reward: None: the task's rule.
     Greedy answers measure the policy, so rollout.fp8 is not for them.
     """
     cfg, in_fp8 = config.model, config.rollout.fp8 and number is not None
@@ -91,7 +91,7 @@ def answer(config: Config, variables: dict[str, Any], task: Task, tokenizer: Tok
     sequences = [engine.submit(Request(problem.prompt, config.rollout.max_new_tokens, stream=i, **how))
                  for i, problem in enumerate(problems)]
     engine.run()
-    # Special tokens are part of what was written: in many tokenizers <think> is one.
+    # Special tokens are part of the text: in many tokenizers <think> is one.
     texts = ["" if s.finish == "error" else tokenizer.decode([token.id for token in s.made], specials=True)
              for s in sequences]
     scores = reward(sequences, texts) if reward else score_all(
@@ -103,8 +103,8 @@ def answer(config: Config, variables: dict[str, Any], task: Task, tokenizer: Tok
 def batch_of(config: Config, answers: Answers) -> dict[str, Any]:
     """The batch of `update`, without reference log-probabilities: [M, rows, T + 1] of each, answers in order.
 
-    Rows are a prompt, its answer with the token that ended it, and padding: the same again, since routers count it. A
-    sequence whose logits were no numbers counts as an empty answer.
+    Rows are a prompt, its answer with the token that ended it, and padding, which repeats the same tokens, since
+    routers count it. A sequence whose logits were not finite counts as an empty answer.
     """
     model, T = config.model, config.train.sequence_length
     rewards_PG: Any = np.asarray(answers.rewards, np.float32).reshape(-1, config.rollout.group_size)
@@ -134,15 +134,16 @@ def batch_of(config: Config, answers: Answers) -> dict[str, Any]:
 
 
 def drawn(sequence: Sequence) -> list:
-    """The tokens that the policy drew, the one that ended the answer included."""
+    """The tokens that the policy drew, including the one that ended the answer."""
     return sequence.made + ([sequence.end] if sequence.end is not None else [])
 
 
 def measures(config: Config, answers: Answers) -> dict[str, float]:
-    """Of a rollout, for its row of the metrics.
+    """The metrics of a rollout, for its row.
 
-    reward: mean. mixed_groups: share of the groups whose rewards differ; the others teach nothing. answer_tokens: mean
-    length. finished: share that ended by themselves. entropy: estimate in nats per token. accepted: share of drafts.
+    reward: mean. mixed_groups: share of the groups whose rewards differ; the others have no gradient. answer_tokens:
+    mean length. finished: share that ended by themselves. entropy: estimate in nats per token. accepted: share of
+    drafts.
     reward_faults: answers whose reward failed.
     """
     rewards_PG = np.asarray(answers.rewards).reshape(-1, config.rollout.group_size)
@@ -159,10 +160,11 @@ def measures(config: Config, answers: Answers) -> dict[str, float]:
 
 def disagreement(batch: dict[str, np.ndarray], logprob_MBT: np.ndarray, chosen_MLBTK: np.ndarray | None
                  ) -> dict[str, float]:
-    """How far sampler and trainer, with the same weights, are apart on the same tokens.
+    """The difference between sampler and trainer, with the same weights, on the same tokens.
 
-    ratio_*: of the trainer's probability to the sampler's, over the tokens of answers: least, 1 %, mean, 99 %, largest.
-    tokens_rerouted: share of the tokens whose experts differ in any layer; routers_rerouted: of all choices of a layer.
+    ratio_*: of the trainer's probability to the sampler's, over the tokens of answers: minimum, 1st percentile, mean,
+    99th percentile, maximum. tokens_rerouted: share of the tokens whose experts differ in any layer; routers_rerouted:
+    share of the routing decisions (per token and layer) that differ.
 
     Args:
       logprob_MBT, chosen_MLBTK: the trainer's own, without replay; None for a dense model.

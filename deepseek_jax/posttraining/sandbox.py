@@ -1,9 +1,9 @@
-"""Running code that a model wrote against unit tests: in a process of its own, with little to harm.
+"""Runs a model's code against unit tests in a separate, restricted process.
 
 The kernel limits processor time, memory, the size of files and, but for root, the number of processes; where it allows
 a network namespace, the process gets one without a network. Inside, an audit hook refuses sockets, processes, signals,
 native libraries and changes of files. The process starts in an empty folder without the environment, in a session
-of its own, and the group is killed at the end. This stops the accidents of a model in training. It does not stop an
+of its own, and the group is killed at the end. This contains accidents of a model in training. It does not stop an
 attacker: run the trainer in a container for that.
 """
 
@@ -25,7 +25,7 @@ from deepseek_jax.config import ConfigError
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """Of one run: seconds of wall and of processor time, bytes of memory."""
+    """The limits of one run: seconds of wall and of processor time, bytes of memory."""
 
     seconds: int = 5
     memory: int = 1 << 30
@@ -33,7 +33,7 @@ class Limits:
 
 # Runs in the new process. An answer can end it early with exit code 0, so success is a random word that is written
 # after the tests. Tests, word and rules are locals of functions and the tests are compiled first, so that no answer
-# finds them by a name; one that looks through the interpreter's frames does.
+# finds them by name; an answer that searches the interpreter's frames can.
 _LAUNCHER = """
 import ctypes, json, os, resource, signal, sys, types
 
@@ -99,7 +99,7 @@ def passes_tests(code: str, tests: str, limits: Limits = Limits()) -> bool:
     """Whether `tests`, run after `code` in the same module, end without an exception and within the limits.
 
     Raises:
-      ConfigError: no code can be run here: a system without limits for processes (Windows), or a Python that does not
+      ConfigError: code cannot be run here: a system without limits for processes (Windows), or a Python that does not
         start without its environment.
       TimeoutError: it took longer than `limits.seconds` of wall or of processor time.
     """
@@ -114,7 +114,7 @@ def passes_tests(code: str, tests: str, limits: Limits = Limits()) -> bool:
 
 @functools.cache
 def _works() -> bool:
-    """Whether an empty answer passes empty tests: otherwise every answer would fail without a sign."""
+    """Whether an empty answer passes empty tests: otherwise every answer would fail silently."""
     return _passes("", "", Limits(seconds=60))
 
 
@@ -137,6 +137,6 @@ def _passes(code: str, tests: str, limits: Limits) -> bool:
                 if pipe is not None:
                     with contextlib.suppress(OSError):
                         pipe.close()
-    if process.returncode == -signal.SIGXCPU:  # its processor time ended before the wait did
+    if process.returncode == -signal.SIGXCPU:  # its processor time was used up before the wait ended
         raise TimeoutError
     return said == word

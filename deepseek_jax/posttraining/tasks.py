@@ -1,8 +1,8 @@
 """Tasks that a rule can check, made from random numbers: nothing is downloaded.
 
 A `Task` is two functions: `draw` makes a (prompt, reference) from a NumPy generator, `score` gives an answer its reward
-in [0, 1]. `size` is how many letters, words, digits or numbers a problem has. Letters and digits are spaced, so that a
-tokenizer of any vocabulary sees one token for each.
+in [0, 1]. `size` is the number of letters, words, digits or numbers in a problem. Letters and digits are separated by
+spaces, so that with any vocabulary each one is a token.
 
 A config names a task as rollout.task: one of TASKS, reasoning_gym:NAME of the package reasoning-gym, or your own
 function of the size as package.module:NAME.
@@ -30,7 +30,7 @@ GYM = "reasoning_gym:"
 class Task(NamedTuple):
     """draw: rng -> (prompt, reference). score: (answer, reference) -> reward in [0, 1].
 
-    solve: reference -> an answer that scores 1, to fine-tune on; None where the task has none to give.
+    solve: reference -> an answer that scores 1, to fine-tune on; None if the task has none.
     """
 
     draw: Callable[[np.random.Generator], tuple[str, Any]]
@@ -39,7 +39,7 @@ class Task(NamedTuple):
 
 
 def _exactly(draw: Callable[[np.random.Generator], tuple[str, str]]) -> Task:
-    """A task whose reference is the one right answer."""
+    """A task whose reference is the only right answer."""
     return Task(draw, lambda answer, reference: exact("", answer, reference), lambda reference: reference)
 
 
@@ -112,7 +112,7 @@ def reaches(answer: str, reference: Countdown) -> bool:
         used.append(node.value)
         return Fraction(node.value)
 
-    if len(answer) > 40 * len(reference.numbers):  # brackets nested without end would fill the parser's stack
+    if len(answer) > 40 * len(reference.numbers):  # deeply nested brackets would overflow the parser's stack
         return False
     try:
         found = value(ast.parse(answer.strip(), mode="eval").body)
@@ -122,7 +122,7 @@ def reaches(answer: str, reference: Countdown) -> bool:
 
 
 def _gym(name: str) -> Task:
-    """A task of reasoning-gym, with its own verifier; its problems have the sizes of its defaults."""
+    """A task of reasoning-gym, with its own verifier; problems have its default sizes."""
     try:
         gym = importlib.import_module("reasoning_gym")
     except ModuleNotFoundError as error:
@@ -134,7 +134,7 @@ def _gym(name: str) -> Task:
 
     try:
         scorer = of_seed(0)
-    except Exception as error:  # of a name that it does not have, or a task that lacks something
+    except Exception as error:  # for an unknown name, or a task with missing dependencies
         raise ConfigError(f"rollout.task='{GYM}{name}': reasoning-gym cannot make that task "
                           f"({type(error).__name__}: {error}).") from error
 
@@ -151,7 +151,7 @@ TASKS: dict[str, Callable[[int], Task]] = {"reverse": reverse, "sort": sort, "ad
 
 
 def find_task(name: str, size: int) -> Task:
-    """The task that rollout.task names. Raises ConfigError where there is none."""
+    """The task of rollout.task. Raises ConfigError if there is none."""
     if name in TASKS:
         return TASKS[name](size)
     if name.startswith(GYM):
@@ -163,7 +163,7 @@ def find_task(name: str, size: int) -> Task:
     try:
         task = made(size) if callable(made) else made
         found = type(task).__name__
-    except Exception as error:  # of what may be any function
+    except Exception as error:  # the function may be anything
         task, found = None, f"{type(error).__name__} ({error})"
     if not isinstance(task, Task):
         raise ConfigError(f"rollout.task={name!r} gave {found}; name a function of the size that returns "

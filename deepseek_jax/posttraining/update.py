@@ -1,7 +1,7 @@
-"""The policy loss of one micro-batch, and the trainer's view of answers: what `training.step` takes in the place of
+"""The policy loss of one micro-batch, and the trainer's view of answers; `training.step` uses them instead of
 next-token prediction.
 
-A batch holds what every step's batch holds (`training.step.accumulate`), and of each token, at its own place:
+A batch has the arrays of every step's batch (`training.step.accumulate`), and for each token, at its own place:
 
     weights      of its loss (`grpo.token_weights`); 0 for prompts and padding
     advantages   of its answer
@@ -9,7 +9,7 @@ A batch holds what every step's batch holds (`training.step.accumulate`), and of
     reference    that of the reference policy; only where grpo.kl_weight > 0
     routes       [MoE layers, K, rows, T + 1]: its experts when it was fed, -1 where that is unknown; only for replay
 
-MTP modules get no gradient: they go on drafting for a policy that moves.
+MTP modules get no gradient: they keep drafting for a policy that changes.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ def policy_loss(config: Config, params: dict[str, Any], inputs: Inputs) -> tuple
 
 def of_tokens(config: Config, inputs: Inputs, output: Output, loss_BT: jax.Array,
               watched: dict[str, jax.Array]) -> tuple[jax.Array, Sums]:
-    """What a `training.step.Loss` returns of the losses of answers' tokens, and of what is watched of each. The MTP
-    modules have none."""
+    """The result of a `training.step.Loss`, from the losses and metrics of answers' tokens. The MTP modules have
+    none."""
     weights_BT = inputs.micro["weights"][:, 1:]
     weighted = lambda x_BT: (x_BT * weights_BT).sum()
     none_D = jnp.zeros_like(inputs.normalizers.mtp_weight_D)
@@ -51,12 +51,12 @@ def of_tokens(config: Config, inputs: Inputs, output: Output, loss_BT: jax.Array
 
 
 def replayed(micro: dict[str, jax.Array]) -> jax.Array | None:
-    """The recorded experts of the tokens that the model reads, as it takes them: [MoE layers, B, T, K]."""
+    """The recorded experts of the tokens that the model reads, in its layout: [MoE layers, B, T, K]."""
     return jnp.moveaxis(micro["routes"][..., :-1], 1, -1) if "routes" in micro else None
 
 
 class View(NamedTuple):
-    """How the trainer sees tokens by itself, without replay.
+    """The trainer's own results for tokens, without replay.
 
     logprob_BT: float32, of each target. chosen_LBTK: int32, the experts of each token read; None in a dense model.
     """

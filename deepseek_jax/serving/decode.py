@@ -1,9 +1,9 @@
 """The two compiled programs of generation: `prefill` reads a chunk of prompts, `decode` runs steps of a batch.
 
-Prefill runs over all tokens of a prompt but the last; decoding feeds that one like any other. So a prompt can be cut
-into chunks of any length, or found in the cache, and one kind of step makes every token. All shapes are fixed by the
-batch and the chunk; what varies (lengths, pages, sampling, steps to run) is data. On a mesh the experts are split, and
-all else is replicated (`weights.on_mesh`).
+Prefill runs over all tokens of a prompt except the last; decoding feeds that one like any other. So a prompt can be cut
+into chunks of any length, or found in the cache, and one kind of step produces every token. All shapes are fixed by the
+batch and the chunk; everything that varies (lengths, pages, sampling, number of steps) is data. On a mesh the experts
+are split, and everything else is replicated (`weights.on_mesh`).
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ ALTERNATIVES = 20  # likeliest tokens reported next to the chosen one
 
 
 class PromptChunk(NamedTuple):
-    """Of each of B prompts T tokens to read into the cache.
+    """T tokens of each of B prompts, to be read into the cache.
 
     tokens_BX: int32, the T tokens, then those after them: one for each MTP module, at least one.
     position_B: int32, of the first; length_B: how many of the T count; known_B: tokens of the complete prompt.
     slot_B: int32, where each sequence's drafts are stored between calls. table_BP: int32, the pages of each.
-    scored: bool scalar, whether to compute the logprobs of the tokens after each.
+    scored: bool scalar, whether to compute the logprob of the token after each of them.
     """
 
     tokens_BX: jax.Array
@@ -51,8 +51,8 @@ class Batch(NamedTuple):
     """B sequences to continue.
 
     slot_B: int32, where each one's drafts are stored between calls.
-    token_B: int32, the last known token; position_B: its index, which is to be fed next.
-    limit_B: int32, positions from here on are not fed: there the sequence ends. 0 marks padding.
+    token_B: int32, the last known token; position_B: its index, which is fed next.
+    limit_B: int32, the end of the sequence: positions from here on are not fed. 0 marks padding.
     fresh_B: bool, whether the drafts in the slot are another sequence's.
     table_BP: int32, the pages of each. sampling: of each.
     steps: int32 scalar, how many to run at most. logprobs: bool scalar, whether to compute any.
@@ -72,7 +72,7 @@ class Batch(NamedTuple):
 class Scores(NamedTuple):
     """Logprobs by the model itself (temperature 1); zeros where none were requested.
 
-    logprob_BT: float32, of the token in question. best_BTX, best_logprob_BTX: the ALTERNATIVES likeliest ones there.
+    logprob_BT: float32, of the token itself. best_BTX, best_logprob_BTX: the ALTERNATIVES likeliest tokens there.
     """
 
     logprob_BT: Any
@@ -81,12 +81,12 @@ class Scores(NamedTuple):
 
 
 class Steps(NamedTuple):
-    """What `decode` did, step by step; N steps fit.
+    """The results of `decode`, step by step, with room for N steps.
 
     tokens_NBT: the first count_NB of each row are new. drafted_NB, accepted_NB: drafts verified, and accepted.
     finite_NB: whether all logits of the step were finite. scores: of each new token, with a first axis N.
-    counts_LE: tokens that chose each expert. chosen_NBTLK: experts of the tokens that were fed, of which the first
-    count_NB of each row count; None where the geometry does not ask for them.
+    counts_LE: tokens that chose each expert. chosen_NBTLK: experts of the tokens that were fed; the first count_NB of
+      each row are valid; None unless the geometry asks for them.
     """
 
     tokens_NBT: jax.Array
@@ -105,7 +105,7 @@ def prefill(cfg: ModelConfig, geometry: CacheGeometry, weights: DecodeWeights, c
     """Reads a chunk of each prompt into the cache, MTP modules included.
 
     Returns:
-      cache, drafts, what routing did, scores of the token after each.
+      cache, drafts, routing results, scores of the token after each.
     """
     return on_mesh(functools.partial(_prefill, cfg, geometry), weights, cache, drafts, chunk)
 
@@ -137,8 +137,8 @@ def decode(cfg: ModelConfig, geometry: CacheGeometry, most_steps: int, weights: 
            drafts: Drafts, batch: Batch) -> tuple[Cache, Drafts, Steps]:
     """Runs up to batch.steps (at most `most_steps`) steps, as long as any sequence is unfinished.
 
-    Each feeds every sequence its last token and the drafts after it. `drafts` are those of all slots; their depth (0:
-    plain decoding) is what each step drafts.
+    Each step feeds every sequence its last token and the drafts after it. `drafts` are those of all slots; each step
+    drafts as many tokens as their depth (0: plain decoding).
     """
     return on_mesh(functools.partial(_decode, cfg, geometry, most_steps), weights, cache, drafts, batch)
 
@@ -177,7 +177,7 @@ def _decode(cfg, geometry, most_steps, weights, cache, drafts, batch: Batch):
 
 
 def _step(cfg, geometry, weights, cache, drafts, batch: Batch):
-    """One step from batch.token_B at batch.position_B; the Steps it returns have no axis of steps."""
+    """One step from batch.token_B at batch.position_B; the returned Steps have no axis of steps."""
     depth = drafts.token_Bd.shape[1]
     room_B = batch.limit_B - batch.position_B  # tokens that may still be fed
     live_B = room_B > 0
@@ -199,7 +199,7 @@ def _step(cfg, geometry, weights, cache, drafts, batch: Batch):
 
 
 def _scores(requested, compute, x_BTX, tokens_BT) -> Scores:
-    """Those that `compute` finds; zeros unless requested."""
+    """The scores from `compute`; zeros unless requested."""
     def nothing(x_BTX, tokens_BT):
         zeros = jnp.zeros((*tokens_BT.shape, ALTERNATIVES))
         return Scores(jnp.zeros(tokens_BT.shape), zeros.astype(jnp.int32), zeros)

@@ -24,10 +24,10 @@ from kernels_pallas import api
 
 
 class TokenSlots(NamedTuple):
-    """T tokens of each of B sequences, and where their latents go.
+    """T tokens of each of B sequences, and the places of their latents.
 
-    token_BT: int32; in MTP module k the tokens k ahead. position_BT: int32. valid_BT: bool; a token that is not valid
-    leaves no trace in the cache. table_BP: int32, each sequence's pages in order.
+    token_BT: int32; in MTP module k the tokens k ahead. position_BT: int32. valid_BT: bool; an invalid token does not
+      affect the cache. table_BP: int32, each sequence's pages in order.
     """
 
     token_BT: jax.Array
@@ -37,11 +37,11 @@ class TokenSlots(NamedTuple):
 
 
 class CacheGeometry(NamedTuple):
-    """Static: the format of the cache, and the numbers of pages that attention is compiled for, ascending.
+    """Static: the format of the cache, and the table lengths (in pages) that attention is compiled for, ascending.
 
-    The smallest sufficient number runs; the last is the complete table. deterministic: blocks of the first number run
-    instead, as many as there are, and everything else in tiles of one shape (see `tiles`). routes: whether to report
-    the experts that each token chose.
+    The smallest sufficient length is used; the last is the complete table. deterministic: attention runs over blocks of
+    the first length instead, and everything else in tiles of one shape (see `tiles`). routes: whether to report the
+    experts that each token chose.
     """
 
     kind: str
@@ -59,11 +59,11 @@ def per_head(x_BTHI: jax.Array, w_HIO: jax.Array) -> jax.Array:
 
 
 def _has_kernel(cfg, geometry, T):
-    """Whether the device's own kernel does this attention: one query per sequence, rows of the published models' sizes,
+    """Whether the device's kernel supports this attention: one query per sequence, rows of the published models' sizes,
     pages of a size that it can copy."""
     rows = (cfg.kv_rank, cfg.rope_head_dim) == (512, 64) and geometry.kind in ("bfloat16", "fp8")
     pages = geometry.page_size in (8, 16, 32) or geometry.page_size % 64 == 0
-    # The kernel cuts a context into shares by how many sequences there are: their sums are rounded by the company.
+    # The kernel splits a context depending on the number of sequences, so its rounding depends on the batch.
     alone = T == 1 and not geometry.deterministic
     wanted = cfg.implementation == "auto" and cfg.dtype == "bfloat16"
     return alone and rows and pages and wanted and api.chosen_here("mla_decode") == "hopper"
@@ -85,7 +85,7 @@ def attention(cfg: ModelConfig, geometry: CacheGeometry, w: dict[str, jax.Array]
         o_BHC = api.mla_decode(q_BTHX[:, 0], pages_PSX, slots.table_BP, lengths_B, scale=softmax_scale(cfg))
         o_BTHC = o_BHC[:, None]
     else:
-        reach = jnp.where(slots.valid_BT, slots.position_BT, 0).max() // geometry.page_size  # pages but the last
+        reach = jnp.where(slots.valid_BT, slots.position_BT, 0).max() // geometry.page_size  # all pages except the last
         attend = _in_blocks if geometry.deterministic else _at_once
         o_BTHC = attend(cfg, geometry, q_BTHX, pages_PSX, slots, reach)[..., :C].astype(cfg.dtype)
     o_BTHV = per_head(o_BTHC, w["v_up_HCV"])
@@ -104,7 +104,7 @@ def _at_once(cfg, geometry, q_BTHX, pages_PSX, slots, reach):
 
 
 def _in_blocks(cfg, geometry, q_BTHX, pages_PSX, slots, reach):
-    """The same in blocks of one size, with a running maximum: a block past a token's own position changes no bit."""
+    """The same in blocks of one size, with a running maximum: a block after a token's position changes no bit."""
     width, f32 = geometry.widths[0], wide(cfg.dtype)
     table_BP = jnp.pad(slots.table_BP, ((0, 0), (0, -slots.table_BP.shape[1] % width)))
 
@@ -128,11 +128,11 @@ def _in_blocks(cfg, geometry, q_BTHX, pages_PSX, slots, reach):
 def _rows(cfg, geometry, pages_PSX, slots, table_BP, first):
     """The rows of those pages, [B, S, X]; first: the position of the first of them."""
     rows_BSX = latent_cache.unpack(cfg, geometry.kind, latent_cache.read(pages_PSX, table_BP))
-    # What is not this sequence's counts nothing even where it is no number, which times zero would be none either.
+    # Rows of other sequences may hold NaN, and NaN times zero is NaN: they are replaced by zeros.
     last_B = jnp.where(slots.valid_BT, slots.position_BT, -1).max(axis=1)
     at_S = first + jnp.arange(rows_BSX.shape[1])
     rows_BSX = jnp.where((at_S[None] <= last_B[:, None])[..., None], rows_BSX, 0)
-    if len(rows_BSX) > 1 and api.device_here().platform == "cpu":  # which would widen them twice, once a product
+    if len(rows_BSX) > 1 and api.device_here().platform == "cpu":  # which would widen them twice, once per product
         rows_BSX = rows_BSX.astype(wide(cfg.dtype))
     return rows_BSX
 
@@ -140,7 +140,7 @@ def _rows(cfg, geometry, pages_PSX, slots, table_BP, first):
 def _scores(cfg, q_BTHX, rows_BSX, slots, first):
     """[B, T, H, S] in float32; -inf after a token's own position."""
     B, T, H, X = q_BTHX.shape
-    # Rows times queries: the one order for which XLA:CPU neither widens nor transposes the rows of a sequence.
+    # Rows times queries: the only order for which XLA:CPU neither widens nor transposes the rows of a sequence.
     q_BXY = jnp.swapaxes(q_BTHX.astype(rows_BSX.dtype).reshape(B, T * H, X), 1, 2)
     s_BTHS = jnp.swapaxes(matmul(rows_BSX, q_BXY, wide(cfg.dtype)), 1, 2).reshape(B, T, H, -1) * softmax_scale(cfg)
     at_S = first + jnp.arange(rows_BSX.shape[1])
@@ -148,7 +148,7 @@ def _scores(cfg, q_BTHX, rows_BSX, slots, first):
 
 
 def _mix(p_BTHS, rows_BSX):
-    """p rows, [B, T, H, X]. Of complete rows, the rotated key's columns included: slicing them off would copy them."""
+    """p rows, [B, T, H, X], over complete rows including the rotated key: slicing it off would copy the rows."""
     B, T, H, S = p_BTHS.shape
     o_BYX = matmul(p_BTHS.astype(rows_BSX.dtype).reshape(B, T * H, S), rows_BSX, p_BTHS.dtype)
     return o_BYX.reshape(B, T, H, -1)

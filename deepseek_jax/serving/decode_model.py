@@ -1,7 +1,7 @@
-"""The model as decoding sees it: blocks over the latent cache, for T tokens of each sequence (report section 2.1).
+"""The model for decoding: blocks over the latent cache, for T tokens of each sequence (report section 2.1).
 
-Blocks and MTP modules are put together as in training (`model.block`), from absorbed attention and experts for few
-tokens; these are functions of arrays, over weights that `weights.prepare` lays out once.
+Blocks and MTP modules are composed as in training (`model.block`), from absorbed attention and experts for few tokens;
+these are functions of arrays, on weights that `weights.prepare` lays out once.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Cache = tuple[Pages, ...]  # pages of each layer, then of each MTP module
 def block(cfg: ModelConfig, geometry: CacheGeometry, w: LayerWeights, x_BTD: jax.Array,
           rope: tuple[jax.Array, jax.Array], pages: Pages,
           slots: TokenSlots) -> tuple[jax.Array, Pages, Routed | None]:
-    """One transformer block. Returns x [B, T, D], the layer's pages, and what routing did; None for a dense one."""
+    """One transformer block. Returns x [B, T, D], the layer's pages, and routing results; None for a dense block."""
     norm = lambda scale: lambda x_BTD: rms_norm(x_BTD, scale, cfg.norm_eps)
 
     def feed_forward(h_BTD):
@@ -38,7 +38,7 @@ def block(cfg: ModelConfig, geometry: CacheGeometry, w: LayerWeights, x_BTD: jax
             return moe(cfg, w, h_BTD, slots)
         return ffn(h_BTD, *(w.ffn[name] for name in ("gate", "up", "down"))), None
 
-    attend: Any = attention if cfg.index_topk is None else sparse_attention  # each with pages of its own kind
+    attend: Any = attention if cfg.index_topk is None else sparse_attention  # each with its own kind of pages
     return residual_block(x_BTD, norm(w.attention_norm),
                           lambda h_BTD: attend(cfg, geometry, w.attention, h_BTD, rope, pages, slots),
                           norm(w.ffn_norm), feed_forward)
@@ -49,7 +49,8 @@ def forward(cfg: ModelConfig, geometry: CacheGeometry, weights: DecodeWeights, c
     """The main model on T tokens of each sequence, whose earlier latents are in the cache.
 
     Returns:
-      hidden states [B, T, D] after the final norm, the cache with these tokens in it, what the MoE layers' routing did.
+      hidden states [B, T, D] after the final norm, the cache with these tokens in it, routing results of the MoE
+      layers.
     """
     run = functools.partial(_forward, cfg, geometry, weights)
     made = in_tiles(run, cache, slots) if geometry.deterministic else run(cache, slots)
@@ -75,7 +76,7 @@ def predict_ahead(cfg: ModelConfig, geometry: CacheGeometry, weights: DecodeWeig
     """MTP module k (from 1): position i takes h_{k-1}[i] and token i + k, and its own latents of earlier positions.
 
     Args:
-      slots: their tokens are those k ahead.
+      slots: with the tokens k ahead.
     Returns:
       h_k [B, T, D] after the module's norm, for the shared head; the cache.
     """

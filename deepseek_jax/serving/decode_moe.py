@@ -23,9 +23,9 @@ from deepseek_jax.serving.weights import LayerWeights
 
 
 class Routed(NamedTuple):
-    """What routing did: tokens that chose each expert, int32 [E]; each token's experts, int32 [B, T, K].
+    """Routing results: tokens that chose each expert, int32 [E]; each token's experts, int32 [B, T, K].
 
-    Of several layers: [L, E], and [B, T, L, K] where the experts are reported, else None.
+    For several layers: [L, E], and [B, T, L, K] if the experts are reported, otherwise None.
     """
 
     counts: jax.Array
@@ -34,9 +34,9 @@ class Routed(NamedTuple):
 
 def choices_in_turn(x_ND: jax.Array, chosen_NK: jax.Array, gates_NK: jax.Array, gate_EDF: jax.Array,
                     up_EDF: jax.Array, down_EFD: jax.Array) -> jax.Array:
-    """sum over k of gates[n, k] * FFN of chosen[n, k], [N, D], for so few tokens that hardly two share an expert.
+    """sum over k of gates[n, k] * FFN of chosen[n, k], [N, D], for so few tokens that they hardly share experts.
 
-    One choice after the other: nothing is sorted, and of the weights only the chosen experts' are read.
+    One choice after the other: nothing is sorted, and only the chosen experts' weights are read.
     """
     N, K = chosen_NK.shape
     f32 = wide(x_ND.dtype)
@@ -53,13 +53,13 @@ def choices_in_turn(x_ND: jax.Array, chosen_NK: jax.Array, gates_NK: jax.Array, 
 
 def tiles_in_turn(x_ND: jax.Array, chosen_NK: jax.Array, gates_NK: jax.Array, gate_EDF: jax.Array,
                   up_EDF: jax.Array, down_EFD: jax.Array) -> jax.Array:
-    """The same for more tokens; a choice of E is of no expert here, and adds nothing.
+    """The same for more tokens; a choice equal to E is not an expert of this device, and adds nothing.
 
     As in training, tokens are sorted by expert into tiles; here a loop takes the tiles that are not empty, one by one,
     through all three products. Few tokens leave most experts out, and only a tile's weights are copied.
     """
     (N, K), E = chosen_NK.shape, gate_EDF.shape[0]
-    # Twice the mean load: small batches read each expert once, large ones waste little on the last tile of each.
+    # Twice the mean load: small batches read each expert once, large ones waste little in each expert's last tile.
     height = min(1 << (max(2 * N * K // E, 1).bit_length() - 1), 32)
     p = sort_by_expert(chosen_NK, E + 1, height)
     x_RD, end_E = to_rows(x_ND, p), jnp.cumsum(p.sizes_E[:E]) // height
@@ -75,9 +75,9 @@ def tiles_in_turn(x_ND: jax.Array, chosen_NK: jax.Array, gates_NK: jax.Array, ga
 
 def all_at_once(x_ND: jax.Array, chosen_NK: jax.Array, gates_NK: jax.Array, gate_EDF: jax.Array,
                 up_EDF: jax.Array, down_EFD: jax.Array) -> jax.Array:
-    """The same by every expert for every token, with gates of zero where it was not chosen.
+    """The same with every expert for every token, and gates of zero for experts that were not chosen.
 
-    Pays where most experts are needed anyway, and rows cost next to nothing: weights are read without a copy.
+    Faster if most experts are needed anyway and rows are cheap: weights are read without a copy.
     """
     N, (E, D, F) = len(x_ND), gate_EDF.shape
     gate_EN1 = (jax.nn.one_hot(chosen_NK, E, axis=0) * gates_NK[None]).sum(axis=2)[..., None].astype(x_ND.dtype)
@@ -87,12 +87,12 @@ def all_at_once(x_ND: jax.Array, chosen_NK: jax.Array, gates_NK: jax.Array, gate
 
 
 def _devices() -> int:
-    """How many devices share the experts."""
+    """The number of devices that share the experts."""
     return lax.axis_size(AXES["experts"]) if jax.sharding.get_abstract_mesh().manual_axes else 1
 
 
 def moe(cfg: ModelConfig, w: LayerWeights, x_BTD: jax.Array, slots: TokenSlots) -> tuple[jax.Array, Routed]:
-    """Routed and shared experts; also what routing did. Only valid tokens are counted.
+    """Routed and shared experts, and the routing results. Only valid tokens are counted.
 
     Inside `weights.on_mesh` the routed experts are those of this device.
     """
@@ -102,7 +102,7 @@ def moe(cfg: ModelConfig, w: LayerWeights, x_BTD: jax.Array, slots: TokenSlots) 
     _, chosen_NK, gates_NK = apply_rule(cfg, x_ND, {"weight": w.router}, w.bias_E, context)
     f, valid_BT = w.ffn, slots.valid_BT
     place_NK, here, devices = chosen_NK, f["gate"].shape[0], _devices()
-    if w.places is not None:  # experts with replicas: a token's row decides between them
+    if w.places is not None:  # experts with replicas: a token's row number selects one
         row_N1 = jnp.arange(chosen_NK.shape[0])[:, None]
         place_NK = w.places.table_EX[chosen_NK, row_N1 % w.places.count_E[chosen_NK]]
     run = choices_in_turn
@@ -115,7 +115,7 @@ def moe(cfg: ModelConfig, w: LayerWeights, x_BTD: jax.Array, slots: TokenSlots) 
         local_NK = (place_NK >= 0) & (place_NK < here) & valid_BT.reshape(-1, 1)
         place_NK = jnp.where(local_NK, place_NK, here)
     y_ND = run(x_ND, place_NK, gates_NK, f["gate"], f["up"], f["down"])
-    if devices > 1:  # all of them have all tokens, and each has added up its own experts
+    if devices > 1:  # all devices have all tokens, and each has summed its own experts
         y_ND = lax.psum(y_ND.astype(wide(y_ND.dtype)), AXES["experts"]).astype(y_ND.dtype)
     if cfg.num_shared_experts:
         shared = f["shared"]

@@ -1,8 +1,8 @@
 """Continuous batching: sequences join and leave at any step, and share the pages of a common prefix.
 
-First come, first served. A sequence is admitted when there is a slot and all the pages that it could ever need, so
-that a running sequence is never preempted. Each `step` reads at most one chunk, of one prompt or shared by several
-short ones, then decodes all other sequences: a long prompt delays the running streams by one chunk at a time.
+First come, first served. A sequence is admitted when there is a slot and all the pages that it could ever need, so a
+running sequence is never preempted. Each `step` reads at most one chunk, of one prompt or shared by several short ones,
+then decodes all other sequences: a long prompt delays the running streams by one chunk at a time.
 """
 
 from __future__ import annotations
@@ -37,18 +37,18 @@ from deepseek_jax.serving.weights import prepare, share_out
 
 @dataclasses.dataclass(frozen=True)
 class EngineConfig:
-    """What an engine has room for.
+    """The capacity of an engine.
 
     max_sequences: sequences that run at once.
     max_length: tokens of prompt and continuation together, rounded up to full pages.
     depth: tokens drafted in each step, by the MTP modules; 0: plain decoding.
-    pages: of the cache; None: as many as max_sequences of full length need.
+    pages: of the cache; None: enough for max_sequences of full length.
     cache: format of the latents: float32, bfloat16 or fp8; None: as the model computes.
-    chunk: most tokens of prompts read in one step.
+    chunk: maximum prompt tokens read in one step.
     most_steps: decoding steps run at once while no sequence waits: streams get their tokens that often.
-    deterministic: what a sequence is told does not depend, to the last bit, on what else runs, on chunks, on the cache
-      or, at temperature 0, on drafts; slower (see `tiles`). Without it that holds up to rounding.
-    routes: whether to report the experts of every token; then prompts are read anew, whatever the cache holds.
+    deterministic: results of a sequence do not depend, to the last bit, on other sequences, on chunks, on the cache or,
+      at temperature 0, on drafts; slower (see `tiles`). Without it this holds up to rounding.
+    routes: whether to report the experts of every token; prompts are then always read, even if they are in the cache.
     """
 
     max_sequences: int = 8
@@ -64,7 +64,7 @@ class EngineConfig:
 
 
 class Engine:
-    """Generation for one model. `step` is for one thread; `submit` and `cancel` are for any.
+    """Generation for one model. `step` is for one thread; `submit` and `cancel` may be called from any.
 
     Args:
       mesh: a mesh of `parallel.mesh.make_mesh`, whose `node` and `local` axes share the experts; None: one device.
@@ -80,7 +80,7 @@ class Engine:
         if depth and not cfg.mtp_depth:
             raise ConfigError("this model has no MTP module (model.mtp_depth=0), so there is nothing to draft with; "
                               "draft none (--depth 0, or no --speculative).")
-        # The FP8 recipe is of training: absorbed products are not among those that it rounds.
+        # The FP8 recipe is for training: it does not cover absorbed products.
         self.cfg = cfg = dataclasses.replace(cfg, fp8=FP8Config())
         if cfg.index_warmup:  # whose attention is dense
             self.cfg = cfg = dataclasses.replace(cfg, index_topk=None, index_warmup=False)
@@ -101,7 +101,7 @@ class Engine:
         self.mesh = mesh
         self.weights = share_out(prepare(cfg, variables, self.modules), mesh)
         self._cache = share_out(latent_cache.make(cfg, kind, self.pool.total + 1, page_size, self.modules), mesh)
-        self._drafts = share_out(no_drafts(cfg, max_sequences + 1, depth), mesh)  # the last slot fills up batches
+        self._drafts = share_out(no_drafts(cfg, max_sequences + 1, depth), mesh)  # the last slot pads batches
         self._slots = list(range(max_sequences - 1, -1, -1))
         self.waiting: collections.deque[Sequence] = collections.deque()
         self.reading: list[Sequence] = []
@@ -112,8 +112,8 @@ class Engine:
         self._news = threading.Condition()
 
     def submit(self, request: Request, listen: Listener | None = None) -> Sequence:
-        """Queues a request. `listen` is called from `step`, and once more, without tokens, when the sequence has ended
-        (from `cancel` where that ends it while it waits).
+        """Queues a request. `listen` is called from `step`, and a last time without tokens when the sequence has ended
+        (from `cancel` if that ends it while it waits).
 
         Raises:
           ConfigError: a request that this engine can never run.
@@ -131,7 +131,7 @@ class Engine:
         return sequence
 
     def cancel(self, sequence: Sequence) -> None:
-        """Ends a sequence: one that waits at once, so that its place is free, others before the next step."""
+        """Ends a sequence: a waiting one at once, which frees its place, others before the next step."""
         with self._news:
             sequence.cancelled = True
             waits = sequence in self.waiting
@@ -147,7 +147,7 @@ class Engine:
             self.cancel(sequence)
 
     def place(self, sequence: Sequence) -> int:
-        """Its place among those that wait, from 1; 0 once it has been admitted."""
+        """Its place in the queue, from 1; 0 once it has been admitted."""
         with self._news:
             return self.waiting.index(sequence) + 1 if sequence in self.waiting else 0
 
@@ -167,7 +167,7 @@ class Engine:
             self.step()
 
     def step(self) -> None:
-        """Ends what was cancelled, admits what fits, reads one chunk of a prompt, decodes all others."""
+        """Ends cancelled sequences, admits those that fit, reads one chunk of a prompt, decodes all others."""
         for sequence in [s for s in (*self.reading, *self.running) if s.cancelled]:
             self._end(sequence, "cancelled")
         self._admit()
@@ -177,7 +177,7 @@ class Engine:
             self._decode()
 
     def warm_up(self, report: Callable[[int, int], None] = lambda done, of: None) -> None:
-        """Compiles every program that any mix of requests can need; `report(done, of)` after each."""
+        """Compiles every program that requests can need; calls `report(done, of)` after each."""
         programs = [functools.partial(self._prefill, [], [], length, rows) for length in self.chunks
                     for rows in sorted({1, self.most_rows[length]})]
         programs += [functools.partial(self._run, [], size, 1, True) for size in self.sizes]
@@ -205,15 +205,15 @@ class Engine:
     def _admit(self):
         while self._slots and (sequence := self._next()) is not None:
             prompt, size = sequence.request.prompt, self.pool.page_size
-            # The last token is always fed; where a second module drafts, the one before it is read again for it.
+            # The last token is always fed; a second module that drafts needs the one before it to be read again.
             shared = self.pool.find(prompt)[:(len(prompt) - 1 - max(0, self.modules - 1)) // size]
-            if sequence.request.prompt_logprobs or self.geometry.routes:  # which a page does not hold
+            if sequence.request.prompt_logprobs or self.geometry.routes:  # which pages do not hold
                 shared = []
             needed = self.pool.pages_of(sequence.limit) - len(shared)
             if needed + sum(map(self.pool.idle, shared)) > self.pool.available:
                 return
             with self._news:
-                if sequence.cancelled:  # and with that out of the queue
+                if sequence.cancelled:  # which removes it from the queue
                     continue
                 self.waiting.popleft()
             for page in shared:
@@ -234,7 +234,7 @@ class Engine:
                 self.running.append(sequence)
 
     def _read(self):
-        """One chunk: as much of the first prompt as fits, and of others what fits next to it."""
+        """One chunk: as much of the first prompt as fits, and parts of others that fit next to it."""
         left = lambda s: len(s.request.prompt) - 1 - s.filled
         length = next(c for c in self.chunks if c >= min(left(self.reading[0]), self.chunks[-1]))
         rows = 1 if len(self.reading) == 1 else self.most_rows[length]
@@ -256,7 +256,7 @@ class Engine:
                 self.running.append(sequence)
 
     def _prefill(self, batch: list[Sequence], counts: list[int], length: int, rows: int):
-        """Calls the compiled program on `counts` tokens of each prompt, filled up to `length` and `rows`."""
+        """Calls the compiled program on `counts` tokens of each prompt, padded to `length` and `rows`."""
         ahead = max(1, self.modules)
         tokens_BX: Any = np.zeros((rows, length + ahead), np.int32)
         for row, sequence, count in zip(tokens_BX, batch, counts):
@@ -281,7 +281,7 @@ class Engine:
                     sequence.scored += [_scored(tokens_BX[b, t + 1], scores, (b, t)) for t in range(count)]
 
     def _decode(self):
-        """Some steps of every sequence that is past its prompt."""
+        """Some steps of every sequence whose prompt has been read."""
         left = [s.limit + 1 - len(s.tokens) for s in self.running]
         steps = min(self.most_steps, max(left))
         if self.reading:
@@ -320,8 +320,8 @@ class Engine:
         return made
 
     def _take(self, sequence: Sequence, b: int, made: Steps, steps: int):
-        """Gives a sequence the tokens that were made for it, up to where it stops or its listener stops it."""
-        new, finish, taken = [], None, []  # taken: of each step, its first token's index in `new`, drafted, accepted
+        """Adds the new tokens to a sequence, up to where it stops or its listener stops it."""
+        new, finish, taken = [], None, []  # taken: for each step, its first token's index in `new`, drafted, accepted
         for n in range(steps):
             count, drafted, accepted = (int(x[n, b]) for x in (made.count_NB, made.drafted_NB, made.accepted_NB))
             if not made.finite_NB[n, b]:
@@ -347,7 +347,7 @@ class Engine:
         self._register(sequence)
         if new and sequence.listen is not None:
             kept = sequence.listen(sequence, new)
-            if kept is not None:  # what was made after it is neither part of it nor counted
+            if kept is not None:  # tokens after that are neither part of it nor counted
                 taken = [(first, drafted, min(accepted, kept - first)) for first, drafted, accepted in taken
                          if first < max(kept, 1)]
                 new, finish = new[:kept], "stop"
@@ -361,7 +361,7 @@ class Engine:
             self._end(sequence, finish)
 
     def _end(self, sequence: Sequence, finish: str):
-        """Gives back everything that a sequence owns."""
+        """Releases everything that a sequence owns."""
         for queue in (self.reading, self.running):
             if sequence in queue:
                 queue.remove(sequence)
@@ -388,7 +388,7 @@ class Engine:
         return table_BP
 
     def _register(self, sequence: Sequence):
-        """Lets others find the pages whose every latent is final: those of module k look k tokens ahead."""
+        """Makes pages available to other sequences once all their latents are final: module k looks k tokens ahead."""
         size = self.pool.page_size
         final = min(sequence.filled if sequence in self.reading else math.inf,
                     len(sequence.tokens) - max(1, self.modules))
@@ -412,7 +412,7 @@ def _scored(token: int, scores: Scores, at: tuple[int, ...], draft: str = "none"
 
 
 def check_servable(cfg: ModelConfig) -> None:
-    """Raises ConfigError for a model with parts that decoding does not have."""
+    """Raises ConfigError for a model with parts that decoding does not support."""
     if cfg.attention != "mla":
         raise ConfigError(f"model.attention={cfg.attention!r} trains only: decoding reads a cache of MLA's latents.")
     check_parts(cfg)
@@ -420,7 +420,7 @@ def check_servable(cfg: ModelConfig) -> None:
 
 
 def check_request(cfg: ModelConfig, request: Request) -> None:
-    """Raises ConfigError, naming the field, for what no engine of this model can run."""
+    """Raises ConfigError, naming the field, for a request that no engine of this model can run."""
     r = request
     if not r.prompt or not all(0 <= t < cfg.vocab_size for t in r.prompt):
         raise ConfigError(f"a prompt must hold at least one token id, each in [0, {cfg.vocab_size}).")
@@ -434,7 +434,7 @@ def check_request(cfg: ModelConfig, request: Request) -> None:
 
 
 def _padded(values: Iterable, size: int, dtype: Any, fill: Any) -> Any:
-    """A NumPy array of `size` values, which a compiled program takes like a jax.Array."""
+    """A NumPy array of `size` values, which a compiled program accepts like a jax.Array."""
     array = np.full(size, fill, dtype)
     for i, value in enumerate(values):
         array[i] = value
@@ -442,12 +442,12 @@ def _padded(values: Iterable, size: int, dtype: Any, fill: Any) -> Any:
 
 
 def batch_sizes(most: int, unit: int = 1) -> tuple[int, ...]:
-    """Those that are compiled: powers of two and the largest, each times `unit`; enough for `most` sequences."""
+    """The compiled sizes: powers of two and the largest, each times `unit`; enough for `most` sequences."""
     most = -(-most // unit)
     return tuple(unit * size for size in sorted({min(1 << i, most) for i in range(most.bit_length() + 1)}))
 
 
 def widths(pages: int, page_size: int) -> tuple[int, ...]:
-    """Lengths of table that attention is compiled for: about 64 tokens, then doubling."""
+    """Table lengths that attention is compiled for: about 64 tokens, then doubling."""
     first = max(1, 64 // page_size)
     return tuple(sorted({min(first << i, pages) for i in range(pages.bit_length() + 1)}))

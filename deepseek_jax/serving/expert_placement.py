@@ -1,8 +1,9 @@
-"""Which device has which expert (report section 3.4; the EPLB repository): busy experts get replicas.
+"""The placement of experts on devices (report section 3.4; the EPLB repository): busy experts get replicas.
 
-With as many groups as fit the nodes, a group's experts stay on one node (a token visits few nodes); inside a node the
-busiest experts are duplicated, and the replicas packed onto devices of equal load. Otherwise all devices are one node.
-Plans are NumPy, from measured loads; `apply` moves the weights accordingly. Outputs stay the same.
+If the groups divide evenly among the nodes, a group's experts stay on one node (so that a token is sent to few nodes);
+inside a node the busiest experts are duplicated, and the replicas are packed onto devices for equal load. Otherwise all
+devices are treated as one node. Plans are computed in NumPy from measured loads; `apply` moves the weights accordingly.
+Outputs stay the same.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ class Placement(NamedTuple):
     experts: int
 
     def replicas(self, layer: int) -> tuple[np.ndarray, np.ndarray]:
-        """(places [E, X] of each expert, padded by repetition; how many it has [E])."""
+        """(places [E, X] of each expert, padded by repetition; the number of its places [E])."""
         places = [np.flatnonzero(self.expert_LP[layer] == e) for e in range(self.experts)]
         most = max(map(len, places))
         return (np.stack([np.resize(p, most) for p in places]).astype(np.int32),
@@ -35,7 +36,7 @@ def balance_experts(loads_LE: np.ndarray, places: int, groups: int, nodes: int, 
 
     Args:
       loads_LE: tokens that chose each expert, per MoE layer (the engine's `loads_LE`).
-      places: experts with their replicas, a multiple of `devices`.
+      places: total number of experts including replicas, a multiple of `devices`.
       groups: expert groups of the router; kept on one node each when they divide evenly among the nodes.
     Raises:
       ConfigError: numbers that do not divide, or fewer places than experts.
@@ -71,7 +72,7 @@ def _place(load_E, places, groups, nodes, devices):
 
 
 def pack(weight_N: np.ndarray, packs: int) -> tuple[np.ndarray, np.ndarray]:
-    """Items to packs of equal size, the heaviest first, each to the lightest pack that is not full.
+    """Assigns items to packs of equal size, the heaviest first, each to the lightest pack that is not full.
 
     Returns (pack, rank inside it) of each item.
     """
@@ -103,8 +104,8 @@ def replicate(weight_N: np.ndarray, places: int) -> tuple[np.ndarray, np.ndarray
 def apply(weights: DecodeWeights, placement: Placement) -> DecodeWeights:
     """Decoding weights with every MoE layer's experts at their places.
 
-    Weights that were placed before are placed anew. The router still chooses experts; which replica serves a token is a
-    matter of its row. MTP modules are left alone.
+    Weights that were already placed are placed again. The router still chooses experts; a token's row number selects
+    the replica. MTP modules are not changed.
 
     Raises:
       ConfigError: a placement for other layers or experts, or one that leaves an expert without a place.
@@ -119,7 +120,7 @@ def apply(weights: DecodeWeights, placement: Placement) -> DecodeWeights:
         if placement.experts != experts or not np.array_equal(np.unique(expert_P), np.arange(experts)):
             raise ConfigError(f"a placement of {placement.experts} experts does not give each of the {experts} experts "
                               f"of MoE layer {layer} a place.")
-        # Where each expert is now: at its own number, until it is placed for the first time.
+        # The present place of each expert: its own number, until it is placed for the first time.
         row_P = expert_P if w.places is None else np.asarray(w.places.table_EX)[expert_P, 0]
         table_EX, count_E = placement.replicas(layer)
         placed = {name: w.ffn[name][row_P] for name in ("gate", "up", "down")}

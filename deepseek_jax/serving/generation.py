@@ -1,4 +1,4 @@
-"""`generate`: continues prompts in one call, with its own engine."""
+"""`generate` continues prompts in a single call, with its own engine."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from deepseek_jax.config import ModelConfig
 from deepseek_jax.serving.engine import Engine, EngineConfig, check_request
 from deepseek_jax.serving.sequence import Listener, Request, Sequence
 
-MOST_SEQUENCES = 16  # of one call that run at once; the others wait
+MOST_SEQUENCES = 16  # sequences of one call that run at once; the others wait
 
 
 class Generation(NamedTuple):
@@ -22,10 +22,10 @@ class Generation(NamedTuple):
 
 
 class Continued(NamedTuple):
-    """What became of the requests, in their order, and the time it took.
+    """The results of the requests, in their order, and the time it took.
 
     seconds: of all steps, compilation included. tokens_per_second: of the steps that neither read a prompt nor compiled
-    a program; None where there was none.
+    a program; None if there was none.
     """
 
     sequences: list[Sequence]
@@ -33,7 +33,7 @@ class Continued(NamedTuple):
     tokens_per_second: float | None
 
     def speed(self) -> str:
-        """How fast it went, in one line; compilation is left out where there are steps without it."""
+        """The speed in one line; without compilation if there are steps without it."""
         tokens, rate = sum(len(sequence.made) for sequence in self.sequences), self.tokens_per_second
         return f"{tokens} tokens in {self.seconds:.1f} s" + (
             ", compilation included." if rate is None else f"; once compiled, {rate:.1f} tokens/s.")
@@ -68,8 +68,8 @@ def run_requests(cfg: ModelConfig, variables: dict[str, Any], requests: list[Req
     """Runs requests to their ends, at most MOST_SEQUENCES at once. speculative: as in `generate`.
 
     Args:
-      listeners: one a request, called as `Engine.submit` says; none: nobody listens.
-      deterministic: as `EngineConfig` says.
+      listeners: one per request, called as in `Engine.submit`; may be empty.
+      deterministic: as in `EngineConfig`.
     Raises:
       ConfigError: as `generate`.
     """

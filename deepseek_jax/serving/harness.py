@@ -1,8 +1,8 @@
 """Tasks of lm-eval on our own engine (extra `eval`): multiple choice and perplexity by logprobs, generation by text.
 
-Texts become tokens as lm-eval's own class for transformers makes them: without BOS, a context that is empty or begins
-a rolling window has the prefix token before it. As a chat, a context is messages, to which the checkpoint's template is
-applied.
+Texts are tokenized as in lm-eval's own class for transformers: without BOS, but with the prefix token before an empty
+context or at the start of a rolling window. In a chat, a context is a list of messages, to which the checkpoint's
+template is applied.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from deepseek_jax.serving.generation import run_requests
 from deepseek_jax.serving.openai.prompts import Continuation
 from deepseek_jax.serving.sequence import Request, Sequence
 
-MOST_AT_ONCE = 256  # requests of one call: what they found is kept until all have ended
+MOST_AT_ONCE = 256  # requests of one call, whose results are kept until all have ended
 
 
 class EngineLM(TemplateLM):
-    """A model as lm-eval asks it.
+    """A model with lm-eval's interface.
 
     Args:
-      variables: {"params", "bias"} of the model. text: what its checkpoint says about its text.
-      max_length: tokens of context and continuation; of longer ones the beginning is left out.
-      chat: whether contexts are chats, of whose answers there are texts and no logprobs.
+      variables: {"params", "bias"} of the model. text: its checkpoint's tokenizer and template.
+      max_length: tokens of context and continuation; the beginning of longer ones is cut off.
+      chat: whether contexts are chats, whose answers have texts but no logprobs.
     """
 
     backend = "causal"
@@ -43,12 +43,12 @@ class EngineLM(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        """What ends a text."""
+        """The token that ends a text."""
         return self.tokens.eos
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a text without a context: BOS, as for transformers."""
+        """The token before a text without a context: BOS, as for transformers."""
         return self.tokens.bos
 
     def tok_encode(self, string: str, **options: Any) -> list[int]:
@@ -57,15 +57,15 @@ class EngineLM(TemplateLM):
 
     @property
     def tokenizer_name(self) -> str:
-        """What lm-eval tells caches of rendered chats apart by; here they hold messages, whatever the tokenizer."""
+        """The key of lm-eval's caches of rendered chats; here they hold messages, independent of the tokenizer."""
         return "messages"
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """The messages as text, which `generate_until` reads: ids of a template's markup are no text."""
+        """The messages as a string for `generate_until`: a template's markup has ids that no text produces."""
         return json.dumps(chat_history)
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Logprob of each text as a whole, in windows of max_length that share no predicted token."""
+        """Logprob of each complete text, in windows of max_length without shared predicted tokens."""
         windows = []
         for i, request in enumerate(requests):
             rolling = utils.get_rolling_token_windows(self.tok_encode(request.args[0]), self.prefix_token_id,
@@ -108,7 +108,7 @@ class EngineLM(TemplateLM):
         return [text.text for text in texts]
 
     def _run(self, asked: list[Request], listeners: list[Continuation] | None = None) -> list[Sequence]:
-        """Long prompts first, so that those of a batch are of about one length; results in the order of `asked`."""
+        """Longest prompts first, so that those of a batch have similar lengths; results in the order of `asked`."""
         order = sorted(range(len(asked)), key=lambda i: -len(asked[i].prompt))
         ended: dict[int, Sequence] = {}
         for start in range(0, len(order), MOST_AT_ONCE):
@@ -124,10 +124,10 @@ def evaluate_tasks(model: EngineLM, tasks: list[str], folder: str | None = None,
     """Scores of each task, as lm-eval names them: {task: {metric: value}}.
 
     Args:
-      tasks: names. folder: with task files of one's own (YAML). shots: examples before each question; None: as each
-        task says. limit: questions of each task; None: all.
+      tasks: names. folder: of your own task files (YAML). shots: examples before each question; None: the task's
+        default. limit: questions per task; None: all.
     Raises:
-      ConfigError: a task that there is not, or that no chat can be asked.
+      ConfigError: an unknown task, or one that is impossible as a chat.
     """
     manager = TaskManager(include_path=folder)
     if unknown := [name for name in tasks if name not in manager.all_tasks]:

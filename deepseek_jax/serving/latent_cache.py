@@ -1,13 +1,13 @@
-"""The latent cache (report section 2.1.1): per token and layer the normed latent c and the rotated key k_pe, no more.
+"""The latent cache (report section 2.1.1): per token and layer only the normed latent c and the rotated key k_pe.
 
-Rows are stored in pages of a fixed number of tokens, `pages_PSX` per layer; a sequence owns a table of page numbers, so
-that it grows without a copy and shares the pages of a common prefix. Page 0 is a scratch page; masked writes go there.
-A row is stored as numbers, or in the FP8 layout that the kernels read too, at kv rank 512 in 656 bytes:
+Rows are stored in pages of a fixed number of tokens, `pages_PSX` per layer; a sequence has a table of page numbers, so
+it grows without copying and shares the pages of a common prefix. Page 0 is a scratch page; masked writes go there. A
+row is stored as numbers, or in the FP8 layout that the kernels also read, 656 bytes at kv rank 512:
 
     512 E4M3 values | 4 float32 scales, one for 128 values | 64 bfloat16 rotary values
 
-Sparse attention keeps the indexer's key of each token on pages of the same numbers: index_head_dim numbers more, in FP8
-128 E4M3 values and a float32 scale.
+Sparse attention stores the indexer's key of each token on pages with the same page numbers: index_head_dim numbers
+more, in FP8 128 E4M3 values and a float32 scale.
 """
 
 from __future__ import annotations
@@ -49,13 +49,13 @@ def key_shape(cfg: ModelConfig, kind: str) -> tuple[int, Any]:
 
 
 def bytes_per_token(cfg: ModelConfig, kind: str, mtp: int = 0) -> int:
-    """Bytes of one token in all layers, and in `mtp` MTP modules, which have an attention of their own."""
+    """Bytes of one token in all layers and in `mtp` MTP modules, which have their own attention."""
     shapes = [row_shape(cfg, kind), *([] if cfg.index_topk is None else [key_shape(cfg, kind)])]
     return (cfg.num_layers + mtp) * sum(length * jnp.dtype(dtype).itemsize for length, dtype in shapes)
 
 
 def _memory() -> float:
-    """Bytes of this machine's memory; infinite where the system does not say (Windows)."""
+    """Bytes of this machine's memory; infinite if the system does not report it (Windows)."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError):

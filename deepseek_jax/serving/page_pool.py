@@ -1,7 +1,7 @@
-"""Who owns which page of the cache: plain bookkeeping, no arrays.
+"""The owners of the cache's pages: bookkeeping only, no arrays.
 
 A page is free, owned by one or more sequences (counted), or kept: not owned, but with a prefix that a later prompt may
-begin with, until its room is needed. A prefix is known by the digest of all its tokens, page by page.
+share, until the page is needed. A prefix is identified by the digest of all its tokens, page by page.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class Pages:
         self.total, self.page_size = total, page_size
         self._free = list(range(total, 0, -1))
         self._owners = collections.Counter()
-        self._kept = collections.OrderedDict()  # page -> digest; the longest unused first
+        self._kept = collections.OrderedDict()  # page -> digest; the least recently used first
         self._page_of = {}  # digest -> page
         self._digest_of = {}  # page -> digest, owned or kept
         self.reserved = 0  # pages that sequences may still take
@@ -40,17 +40,17 @@ class Pages:
         return -(-tokens // self.page_size)
 
     def reserve(self, count: int) -> None:
-        """Sets `count` pages aside for a sequence to `take` as it grows. Raises ValueError where fewer are left."""
+        """Reserves `count` pages for a sequence to `take` as it grows. Raises ValueError if fewer are left."""
         if count > self.available:
             raise ValueError(f"{count} pages were asked for, {self.available} are available.")
         self.reserved += count
 
     def cancel(self, count: int) -> None:
-        """Gives back a reservation."""
+        """Cancels a reservation."""
         self.reserved -= count
 
     def take(self) -> int:
-        """A page out of those reserved."""
+        """Takes one of the reserved pages."""
         self.reserved -= 1
         if self._free:
             page = self._free.pop()
@@ -76,7 +76,7 @@ class Pages:
                 self._free.append(page)
 
     def register(self, page: int, digest: bytes) -> None:
-        """Makes an owned, filled page known as the end of the prefix that has this digest."""
+        """Registers an owned, filled page as the end of the prefix with this digest."""
         if digest not in self._page_of and page not in self._digest_of:
             self._page_of[digest], self._digest_of[page] = page, digest
 

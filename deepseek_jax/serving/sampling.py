@@ -1,7 +1,7 @@
-"""From logits to a token: temperature, top-k, top-p; draws that depend on (seed, index of the token) alone.
+"""From logits to a token: temperature, top-k, top-p; draws depend only on (seed, index of the token).
 
-So a continuation depends neither on what shares its batch nor on how its steps are grouped into calls, as far as the
-logits do not: in float32 up to near ties, in bfloat16 where decoding is deterministic (see `tiles`).
+So a continuation depends neither on the rest of its batch nor on how its steps are grouped into calls, as long as the
+logits do not: in float32 up to near ties, in bfloat16 if decoding is deterministic (see `tiles`).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-TOKEN, ACCEPT, DRAFT = range(3)  # what a random number is for: no two uses share one
+TOKEN, ACCEPT, DRAFT = range(3)  # the uses of random numbers: no two uses share one
 
 
 class Sampling(NamedTuple):
@@ -22,7 +22,7 @@ class Sampling(NamedTuple):
     top_k_B: jax.Array  # int32; 0: no limit
     top_p_B: jax.Array  # float32 in (0, 1]; 1: no limit
     seed_B: jax.Array  # uint32
-    stream_B: jax.Array  # uint32: tells sequences of one seed apart
+    stream_B: jax.Array  # uint32: distinguishes sequences with the same seed
 
 
 def keys(sampling: Sampling, index_BT: jax.Array, use: int) -> jax.Array:
@@ -39,13 +39,13 @@ def likeliest(logits_BTW: jax.Array) -> jax.Array:
     W = logits_BTW.shape[-1]
     is_best_BTW = logits_BTW == logits_BTW.max(axis=-1, keepdims=True)
     at_BT = jnp.where(is_best_BTW, jnp.arange(W, dtype=jnp.int32)[None, None], W).min(axis=-1)
-    return jnp.minimum(at_BT, W - 1)  # of a NaN too, some token of the vocabulary
+    return jnp.minimum(at_BT, W - 1)  # a token of the vocabulary even for NaN
 
 
 def probabilities(sampling: Sampling, logits_BTW: jax.Array) -> jax.Array:
     """float32 [B, T, W]: softmax at the temperature, among the top k and within the top p; one-hot at temperature 0.
 
-    Top p keeps the likeliest tokens until their sum reaches p: always one at least.
+    Top p keeps the likeliest tokens until their sum reaches p, and always at least one.
     """
     B, T, W = logits_BTW.shape
     greedy_B = sampling.temperature_B <= 0

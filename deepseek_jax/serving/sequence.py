@@ -1,4 +1,4 @@
-"""A request in progress: what is asked for, the tokens made so far, and who listens. No arrays, no device."""
+"""A request in progress: its parameters, its tokens so far, and its listener. No arrays, no device."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Request:
     """A prompt and how to continue it. Sampling as in `sampling.Sampling`.
 
     stop_tokens: each ends the sequence, and is not part of it. logprobs: whether to report them.
-    prompt_logprobs: whether to report those of the prompt too; then all of it is read, whatever the cache holds.
+    prompt_logprobs: whether to report those of the prompt too; then all of it is read, even if it is in the cache.
     """
 
     prompt: tuple[int, ...]
@@ -43,9 +43,9 @@ class Token(NamedTuple):
 class Sequence:
     """A request in progress.
 
-    finish: None until it ends: "stop", "length", "cancelled", or "error" where logits were no numbers.
-    scored: of each token of the prompt but the first, where requested: its logprob and the likeliest ones.
-    routes: of each token that was fed, in order, where the engine reports them: its experts, int32 [MoE layers, K].
+    finish: None until it ends: "stop", "length", "cancelled", or "error" if logits were not finite.
+    scored: for each token of the prompt except the first, if requested: its logprob and the likeliest ones. routes: for
+      each token that was fed, in order, if the engine reports them: its experts, int32 [MoE layers, K].
     end: the stop token that ended it, which is not part of it.
     submitted, admitted: when, in seconds of `time.monotonic`.
     """
@@ -58,7 +58,7 @@ class Sequence:
         self.cancelled = False
         self.drafted = self.accepted = self.steps = 0
         self.slot = -1
-        self.fresh = True  # the drafts in its slot are still another sequence's
+        self.fresh = True  # whether the drafts in its slot are still another sequence's
         self.filled = 0  # positions in the cache
         self.pages: list[int] = []
         self.reserved = 0
@@ -75,5 +75,5 @@ class Sequence:
         return len(self.request.prompt) + self.request.max_new_tokens - 1
 
 
-# Called with a sequence and its new tokens. A number ends it: that many of them are part of it. None: it continues.
+# Called with a sequence and its new tokens. A returned number ends it after that many of them. None: it continues.
 Listener = Callable[[Sequence, list[Token]], int | None]

@@ -1,6 +1,6 @@
 """Lossless speculative decoding with the MTP modules (report sections 2.2 and 5.4.3; rejection sampling: 2211.17192).
 
-Modules draft the next tokens, the model reads all of them in one step, and keeps those that it would have chosen too:
+Modules draft the next tokens; the model reads all of them in one step and keeps those that it would have chosen too:
 
     accept draft x with probability min(1, p(x) / q(x)); at the first rejection draw from max(p - q, 0) instead
 
@@ -24,12 +24,12 @@ from deepseek_jax.serving.weights import DecodeWeights
 
 
 class Drafts(NamedTuple):
-    """What one step passes to the next, for each sequence.
+    """The state passed from one step to the next, for each sequence.
 
     token_Bd: int32, drafts of the next d tokens; the first count_B of them are to be verified.
     q_BdW: float32, the distributions they were drawn from; not updated while all sequences are greedy.
-    previous_hidden: for each module k > 1, h_{k-1} [B, D] at k - 1 before the position that is fed next: a token that
-      was a draft when module k last saw that position is the true one now.
+    previous_hidden: for each module k > 1, h_{k-1} [B, D] at the position k - 1 before the one that is fed next: the
+      token there may have been a draft when module k last saw it, and is now final.
     """
 
     token_Bd: jax.Array
@@ -48,7 +48,7 @@ def no_drafts(cfg: ModelConfig, sequences: int, depth: int) -> Drafts:
 
 def verify(sampling: Sampling, logits_BTW: jax.Array, drafts: Drafts,
            index_B: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Which drafts are accepted, and the token after them.
+    """The accepted drafts, and the token after them.
 
     Args:
       logits_BTW: the model's, of the token after the last known one and after each of the T - 1 drafts.
@@ -87,7 +87,7 @@ def verify(sampling: Sampling, logits_BTW: jax.Array, drafts: Drafts,
 
 
 class Settled(NamedTuple):
-    """What a step has settled: T tokens of each of B sequences, of which the first accepted + 1 count.
+    """The final tokens of a step: T tokens of each of B sequences, of which the first accepted + 1 are valid.
 
     hidden_BTD: of the main model at positions p, p + 1, ...; tokens_BT: int32, the tokens one ahead of each.
     accepted_B: the last settled token is tokens_BT[b, accepted_B[b]]. position_B: p, int32.
@@ -104,11 +104,11 @@ class Settled(NamedTuple):
 
 def draft(cfg: ModelConfig, geometry: CacheGeometry, weights: DecodeWeights, cache: Cache, drafts: Drafts,
           sampling: Sampling, settled: Settled) -> tuple[Drafts, Cache]:
-    """Runs the MTP modules over the tokens that were just settled, and drafts as many more as `drafts` has places.
+    """Runs the MTP modules over the tokens that are now final, and drafts as many more as `drafts` has places.
 
-    Module k runs over the positions p - (k - 1) .. p + T - 1, p being the first that was fed: so every position of its
-    cache ends up with the true token. Beyond the last module that module is chained: its own output takes the place of
-    the hidden state, at the next position.
+    Module k runs over the positions p - (k - 1) .. p + T - 1, where p is the first position that was fed, so every
+    position of its cache ends up with the final token. For drafts beyond the last module, that module is chained: its
+    own output replaces the hidden state, at the next position.
     """
     B, depth, modules = len(settled.position_B), drafts.token_Bd.shape[1], len(weights.mtp)
     accepted_B = settled.accepted_B
@@ -127,7 +127,7 @@ def draft(cfg: ModelConfig, geometry: CacheGeometry, weights: DecodeWeights, cac
             previous_hidden.append(_row(h, jnp.maximum(accepted_B, 0)))
             h = jnp.concatenate([drafts.previous_hidden[k - 2][:, None], h], axis=1)
             start_B = start_B - 1
-            # The drafts so far come after the settled tokens.
+            # The drafts so far follow the final tokens.
             ahead = jnp.pad(ahead, ((0, 0), (0, 1)))
             last_B = last_B + 1
             ahead = jnp.where(jnp.arange(ahead.shape[1])[None] == last_B[:, None], drawn[-1][0][:, None], ahead)

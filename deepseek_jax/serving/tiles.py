@@ -1,9 +1,9 @@
-"""Deterministic decoding: a token's numbers, to the last bit, do not depend on its company.
+"""Deterministic decoding: the results for a token do not depend, to the last bit, on the other tokens of a batch.
 
-How a product is rounded depends on its shape, and the shape on how many sequences share a step, how long a chunk is,
-how many drafts are read. Here all of them are cut into tiles of TILE tokens, each a row with a page table of its own,
-so that prompts, steps and drafts run through products of one shape. Within such a product a row is computed like any
-other (a property of the libraries, which the tests hold).
+The rounding of a product depends on its shape, and the shape on the number of sequences in a step, the length of a
+chunk and the number of drafts. Here all of them are cut into tiles of TILE tokens, each token a row with its own page
+table, so that prompts, steps and drafts use products of a single shape. Within such a product all rows are computed in
+the same way (a property of the libraries, which the tests check).
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ TILE = 16  # a core multiplies that many rows of bfloat16 at once: fewer cost th
 
 
 def _cut(x_BT: jax.Array) -> jax.Array:
-    """[B, T, ...] -> [tiles, TILE, 1, ...], tokens in order, filled up with zeros."""
+    """[B, T, ...] -> [tiles, TILE, 1, ...], tokens in order, padded with zeros."""
     x_N = lax.collapse(x_BT, 0, 2)
     x_N = jnp.pad(x_N, [(0, -len(x_N) % TILE)] + [(0, 0)] * (x_N.ndim - 1))
     return x_N.reshape(-1, TILE, 1, *x_N.shape[1:])
 
 
 def _joined(x_IM1: jax.Array, B: int, T: int) -> jax.Array:
-    """`_cut` undone."""
+    """The inverse of `_cut`."""
     x_N = lax.collapse(x_IM1, 0, 3)
     return x_N[:B * T].reshape(B, T, *x_N.shape[1:])
 
@@ -37,8 +37,8 @@ def in_tiles(run: Callable[..., tuple[Any, Any, Any]], cache: Any, slots: TokenS
              *hidden_BTD: jax.Array) -> tuple[Any, Any, Any]:
     """run(cache, slots, *hidden) -> (arrays [B, T, ...], cache, counts) on tiles, one after the other.
 
-    A tile finds the latents of those before it in the cache, and tokens of one tile find each other's: `run` writes
-    before it reads. Tiles without a valid token are left out.
+    A tile reads the latents of earlier tiles from the cache, and tokens of one tile read each other's, since `run`
+    writes before it reads. Tiles without a valid token are skipped.
     """
     B, T = slots.token_BT.shape
     tables_BTP = jnp.broadcast_to(slots.table_BP[:, None], (B, T, slots.table_BP.shape[1]))
@@ -57,12 +57,12 @@ def in_tiles(run: Callable[..., tuple[Any, Any, Any]], cache: Any, slots: TokenS
     made, _, counts = jax.eval_shape(run, cache, *jax.tree.map(lambda part: part[0], (tiles, *xs)))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), counts)
     start = jax.tree.map(lambda x: jnp.zeros((len(used_I), *x.shape), x.dtype), made)
-    # The number of turns is data: a loop of one known turn would be merged with what surrounds it.
+    # The number of iterations is data: XLA would merge a loop with a single known iteration into the surrounding code.
     made_IM1, cache, counts = lax.fori_loop(0, used_I.sum(), tile, (start, cache, zeros))
     return jax.tree.map(lambda x_IM1: _joined(x_IM1, B, T), made_IM1), cache, counts
 
 
 def map_tiles(run: Callable[..., Any], *x_BT: jax.Array) -> Any:
-    """run on tiles [TILE, 1, ...] of arrays [B, T, ...]; what it returns, arrays [B, T, ...]."""
+    """Runs `run` on tiles [TILE, 1, ...] of arrays [B, T, ...]; returns its results as arrays [B, T, ...]."""
     made = lax.map(lambda parts: run(*parts), tuple(map(_cut, x_BT)))
     return jax.tree.map(lambda part: _joined(part, *x_BT[0].shape[:2]), made)

@@ -1,4 +1,4 @@
-"""Weights laid out for decoding: a tree per layer, W_UK and W_UV apart, in cfg.dtype, experts split on a mesh."""
+"""Weights laid out for decoding: a tree per layer, W_UK and W_UV separate, in cfg.dtype, experts split on a mesh."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from deepseek_jax.parallel.sharding import AXES, spec
 
 
 class Places(NamedTuple):
-    """Where each expert's replicas are: table_EX int32, padded by repetition; count_E int32, how many it has."""
+    """The places of each expert's replicas: table_EX int32, padded by repetition; count_E int32, their number."""
 
     table_EX: jax.Array
     count_E: jax.Array
 
 
 class LayerWeights(NamedTuple):
-    """One block. attention: by name, with k_up_HNC and v_up_HCV in place of kv_b. ffn: gate, up, down (and shared).
+    """One block. attention: by name, with k_up_HNC and v_up_HCV instead of kv_b. ffn: gate, up, down (and shared).
 
-    router [D, E], bias_E: of a MoE block; None in a dense one. places: None where each expert is at its own number.
+    router [D, E], bias_E: of a MoE block; None in a dense one. places: None if each expert is at its own number.
     """
 
     attention: dict[str, jax.Array]
@@ -49,7 +49,7 @@ class MTPWeights(NamedTuple):
 
 
 class DecodeWeights(NamedTuple):
-    """A model as the compiled programs of generation take it."""
+    """A model in the form that the compiled programs of generation use."""
 
     embedding: jax.Array
     head: jax.Array
@@ -59,7 +59,8 @@ class DecodeWeights(NamedTuple):
 
 
 def prepare(cfg: ModelConfig, variables: dict[str, Any], modules: int = 0) -> DecodeWeights:
-    """The variables laid out for decoding, one layer after another: of NumPy arrays the device never holds two copies.
+    """The variables laid out for decoding, one layer after another: with NumPy arrays the device never holds two
+    copies.
 
     Args:
       variables: also with weights kept in FP8, {"values", "scales"}, as `load_hf(keep_fp8=True)` leaves them.
@@ -125,7 +126,7 @@ def _layer(cfg: ModelConfig, p: dict[str, Any], bias_E: jax.Array | None) -> Lay
 
 
 def split(tree: Any) -> Any:
-    """PartitionSpecs of weights or a cache on a mesh: experts are split, in order; all else is replicated."""
+    """PartitionSpecs of weights or a cache on a mesh: experts are split, in order; everything else is replicated."""
     def of(path, x):
         routed = len(path) > 1 and path[-2] == jax.tree_util.GetAttrKey("ffn") and x.ndim == 3
         return spec("experts", None, None) if routed else spec()
@@ -134,7 +135,7 @@ def split(tree: Any) -> Any:
 
 
 def share_out(tree: Any, mesh: Mesh | None) -> Any:
-    """Moves a tree to a mesh as `split` says (None: leaves everything where it is).
+    """Moves a tree to a mesh as `split` specifies (None: leaves everything where it is).
 
     Raises:
       ConfigError: devices would get unequal numbers of experts.

@@ -1,1 +1,1 @@
-"""Training: losses, optimizer, one step, the loop around it, and what it leaves in the work directory."""
+"""Training: losses, optimizer, one step, the loop around it, and the files that it writes to the work directory."""

@@ -1,4 +1,4 @@
-"""A thread that does, in order, what the training loop need not wait for."""
+"""A thread for work that the training loop need not wait for, done in order."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-MOST = 256  # calls that wait: a disk that hangs ends in waiting for it, not in memory
+MOST = 256  # queued calls: if a disk hangs, the loop waits for it instead of filling the memory
 
 
 class Background:
-    """Calls functions in a thread of its own. What one raises comes out of the next `do`, or of `flush` or `close`, and
-    what was to be done after it is not."""
+    """Calls functions in a separate thread. An exception is raised again by the next `do`, `flush` or `close`, and the
+    calls queued after it are dropped."""
 
     def __init__(self, name: str):
         self._calls: queue.Queue[tuple[Callable[..., None], tuple[Any, ...]] | None] = queue.Queue(MOST)
@@ -21,7 +21,7 @@ class Background:
         self._thread.start()
 
     def do(self, call: Callable[..., None], *arguments: Any) -> None:
-        """Calls it soon; at once, where this thread calls. Raises what an earlier one has raised."""
+        """Queues the call; made at once when called from this thread. Raises the exception of an earlier call."""
         if threading.current_thread() is self._thread:
             call(*arguments)
             return

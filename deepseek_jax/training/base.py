@@ -1,8 +1,8 @@
-"""Frozen models of a run, read once, never trained and never saved: the base of low-rank adapters, and the model that
-a loss compares with (a reference policy, a teacher).
+"""Frozen models of a run, read once, never trained or saved: the base of low-rank adapters, and the model that a loss
+compares with (a reference policy, a teacher).
 
-Their weights are kept in the dtype that the model computes with, or in FP8, and where a step computes with them: there
-is no master, no moment and no gradient of them.
+Their weights are kept in the dtype that the model computes with, or in FP8, and in the sharding of a step's
+computation: they have no masters, moments or gradients.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ def frozen_shapes(config: Config) -> dict[str, Any]:
 
 
 def in_full(config: Config, params: Any) -> Any:
-    """Frozen parameters with what is in FP8 in the dtype that the model computes with, as NumPy's arrays: a device that
-    holds a model in FP8 may have no room for it a second time."""
+    """Frozen parameters, with FP8 leaves dequantized to the dtype that the model computes with, as NumPy arrays: a
+    device that holds a model in FP8 may have no room for a second copy."""
     def full(keys, x):
         if not isinstance(x, fp8.Blocks):
             return x
@@ -61,7 +61,7 @@ def in_full(config: Config, params: Any) -> Any:
 
 
 def _blocks(leaf: Any, wanted: Any) -> Any:
-    """The array or, where they are wanted, the Blocks of a leaf."""
+    """A leaf as an array, or as Blocks if `wanted` has them."""
     if not isinstance(wanted, fp8.Blocks):
         return restore(leaf, wanted)
     values = Values(leaf)
@@ -74,7 +74,7 @@ def main_model(config: Config) -> Config:
 
 
 def read_as(config: Config, folder: str, what: str, reader: str) -> Config:
-    """The config that the run in `folder` is read and run with here: its own model, without FP8 and adapters.
+    """The config for reading and running the model of `folder` here: its own model, without FP8 and adapters.
 
     what, reader: the frozen model and the one that is trained, in messages.
     Raises:
@@ -93,16 +93,16 @@ def read_as(config: Config, folder: str, what: str, reader: str) -> Config:
 
 
 def check_tokenizer(folder: str, tokenizer: Tokenizer, what: str, reader: str) -> None:
-    """Raises ConfigError where the run in `folder` reads other tokens than `tokenizer`. what, reader: as in `read_as`;
-    the second ends the message."""
+    """Raises ConfigError if the run in `folder` has another tokenizer than `tokenizer`. what, reader: as in `read_as`;
+    the latter ends the message."""
     if Tokenizer.load(f"{folder}/tokenizer.json").digest != tokenizer.digest:
         raise ConfigError(f"{what}={folder} has another tokenizer than {reader}.")
 
 
 def load_base(config: Config, runner: Runner, known: Base | None = None) -> tuple[dict[str, Any], Base]:
-    """The weights of init.from, {"params", "router"}, and which they are.
+    """The weights of init.from, {"params", "router"}, and the identity of their checkpoint.
 
-    known: those that the adapters were trained on so far. Raises ConfigError where others are there now, or none.
+    known: the checkpoint that the adapters were trained on so far. Raises ConfigError if it has changed or is gone.
     """
     base, path = identify(str(config.init.folder), config.lora.scale, known, fp8=config.lora.fp8)
     shapes = runner.with_shardings(frozen_shapes(config), frozen=True)
@@ -113,13 +113,13 @@ def load_base(config: Config, runner: Runner, known: Base | None = None) -> tupl
 
 def load_reference(config: Config, runner: Runner, folder: str, known: Base | None,
                    what: str) -> tuple[dict[str, Any], Base]:
-    """The weights of the run in `folder`, {"params", "router"}, and which they are.
+    """The weights of the run in `folder`, {"params", "router"}, and the identity of their checkpoint.
 
     Args:
       config: a config whose model is that of the run there.
-      known: those that the run compared with so far. what: as in `identify`.
+      known: the checkpoint that the run compared with so far. what: as in `identify`.
     Raises:
-      ConfigError: others are there now, or none.
+      ConfigError: the checkpoint has changed or is gone.
     """
     reference, path = identify(folder, 1.0, known, what)
     return read_weights(path, runner.with_shardings(frozen_shapes(config), frozen=True), cast=True), reference

@@ -1,4 +1,4 @@
-"""Runs side by side: where their configs differ, and how far each one came."""
+"""A comparison of runs: the differences between their configs, and the results of each."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import Any
 
 from deepseek_jax.training.metrics import LAST_STEPS
 
-SOURCE = "eval_loss/"  # begins the held-out loss of one source
+SOURCE = "eval_loss/"  # prefix of the held-out loss of one source
 MEANS = ("loss", "max_vio", "tokens_per_second")  # of the last steps
 
 
 def compare(configs: dict[str, dict[str, Any]], rows: dict[str, list[dict]]) -> dict[str, dict[str, Any]]:
-    """{run: {what: value}}: config keys that are not the same in all runs, then what `summary` says.
+    """{run: {what: value}}: config keys that differ between runs, then the values of `summary`.
 
-    Held-out losses of a source are left out where not every run has them.
+    Held-out losses of a source are left out unless every run has them.
 
     Args:
       configs: {run: its config as sections of keys}.
@@ -28,9 +28,9 @@ def compare(configs: dict[str, dict[str, Any]], rows: dict[str, list[dict]]) -> 
 
 
 def summary(rows: list[dict], steps: int) -> dict[str, Any]:
-    """How far a run came. Losses in nats per token; MEANS over the last steps; None: not measured yet.
+    """The results of a run. Losses in nats per token; MEANS over the last steps; None: not measured yet.
 
-    eval_share: how much of the held-out text bits_per_byte and the losses of sources are of; 1: all.
+    eval_share: the share of the held-out text over which bits_per_byte and the losses of sources were measured; 1: all.
     """
     trained, evaluated = ([row for row in rows if key in row] for key in ("loss", "eval_loss"))
     mean = lambda key: statistics.fmean(values) if (

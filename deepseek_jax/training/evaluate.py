@@ -25,10 +25,10 @@ from deepseek_jax.workdir import load_run
 
 
 class Score(NamedTuple):
-    """Of a complete set of documents, or an even part of it.
+    """Scores over a complete set of documents, or an evenly spread part of it.
 
     loss: nats per token. max_vio_global: balance over all batches together (max / mean load - 1).
-    by_source: {source: its loss}, of a run with several; {} for one. share: of the documents' batches; 1: all.
+    by_source: {source: its loss} for a run with several; {} for one. share: of the documents' batches; 1: all.
     """
 
     loss: float
@@ -46,7 +46,7 @@ def evaluate(loader: Loader, step: Callable[..., Sums], params: dict[str, Any], 
       step: `eval_step` with its config, (params, router, micro-batch) -> Sums.
       router: biases float32 [L, E] by name. progress: show a bar.
     """
-    counts, losses = None, []  # on the device until the end: a fetch for each batch would wait for it
+    counts, losses = None, []  # kept on the device until the end: fetching after each batch would block
     sources: dict[str, list[TokenLosses]] = {}
     numbers = loader.validation.batch_numbers(loader.rows * loader.hosts, limit)
     batches = zip(numbers, loader.validation_batches(loader.rows, limit))
@@ -68,7 +68,7 @@ def evaluate(loader: Loader, step: Callable[..., Sums], params: dict[str, Any], 
 def _mean(parts: list[TokenLosses]) -> float:
     """Nats per token, added up in double precision."""
     nats, weight = (sum(float(x) for x in xs) for xs in zip(*((part.nats, part.weight) for part in parts)))
-    return nats / weight if weight else math.nan  # prompts only
+    return nats / weight if weight else math.nan  # only prompts
 
 
 def evaluate_workdir(workdir: str, data: str | None = None, ema: bool = False,
@@ -93,7 +93,7 @@ def evaluate_workdir(workdir: str, data: str | None = None, ema: bool = False,
 
 
 def _here(recipe: FP8Config) -> FP8Config:
-    """The recipe with the device's own kernels where those that it names are of another machine, which trained."""
+    """The recipe, with this device's kernels if those that it names are for the machine that trained."""
     try:
         fp8.check_here(dataclasses.replace(recipe, enabled=True))
     except ConfigError:

@@ -1,10 +1,10 @@
-"""How much of a run's time went into steps that count: WORKDIR/goodput.json, five timestamps of each start.
+"""The share of a run's time that went into useful steps: WORKDIR/goodput.json, five timestamps of each start.
 
     start ── data, devices ── restored ── compiled ── first_step ─── steps ─── stopped
 
-"stopped" is when the last checkpoint that was written began, or the end. One that is being written is "saving", until
-the next one, or a start that continues from it. A start that was killed gets "killed" from the next one, the time of
-its last row: what is between that and "stopped" is lost.
+"stopped" is the time when the last written checkpoint began, or the end. A checkpoint in progress is "saving", until
+the next one, or a start that continues from it, confirms it. For a start that was killed, the next start adds "killed",
+the time of its last row: the time between "stopped" and that is lost.
 """
 
 from __future__ import annotations
@@ -24,23 +24,24 @@ class Goodput:
     """The record of one start, in process 0. Each mark is written at once, if it can be."""
 
     def __init__(self, workdir: str, start: float | None = None):
-        """start: of the process, in seconds since 1970; None: what the system says."""
+        """start: of the process, in seconds since 1970; None: read from the system."""
         self.path = os.path.join(workdir, NAME)
         self.before: list[dict[str, Any]] = read(workdir)
         if self.before:
             rows, before = os.path.join(workdir, "metrics.jsonl"), self.before[-1]
-            with contextlib.suppress(OSError, storage.StorageError):  # no reason to end a run
+            with contextlib.suppress(OSError, storage.StorageError):  # not a reason to end a run
                 last = storage.changed(rows) if storage.is_file(rows) else 0.0
                 if last > max(before["start"], before.get("stopped", 0)):
                     before["killed"] = last
         start = process_start() if start is None else start
         ends = [start[end] for start in self.before[-1:] for end in ("stopped", "killed") if end in start]
-        self.now: dict[str, Any] = {"start": max([start, *ends])}  # one process may train twice
+        self.now: dict[str, Any] = {"start": max([start, *ends])}  # a process may train twice
 
     def mark(self, what: str, **about: Any) -> None:
-        """Notes when something was done. about: what else is noted, such as the step.
+        """Records the time of an event. about: further values to record, such as the step.
 
-        "saving": a checkpoint of `saved` steps, and the one before is written. "restored": from the one of `begin`.
+        "saving": a checkpoint of `saved` steps begins, and the previous one is written. "restored": from the one at
+        `begin`.
         """
         if what == "saving" and what in self.now:
             self.now["stopped"] = self.now["saving"]
@@ -49,12 +50,12 @@ class Goodput:
             if before.get("saved", about["begin"] + 1) <= about["begin"]:
                 before["stopped"] = max(before["saving"], before.get("stopped", 0))
         self.now |= {what: time.time(), **about}
-        with contextlib.suppress(OSError, storage.StorageError):  # no reason to end a run
+        with contextlib.suppress(OSError, storage.StorageError):  # not a reason to end a run
             io.write_json(self.path, [*self.before, self.now], indent=1)
 
 
 def read(workdir: str) -> list[dict[str, Any]]:
-    """The starts of a run so far; [] where there is no record, or none that can be read, which is said."""
+    """The starts of a run so far; [] if there is no record, or an unreadable one, which is reported."""
     path = os.path.join(workdir, NAME)
     try:
         found = io.read_json(path) if storage.is_file(path) else []
@@ -72,7 +73,7 @@ def _is_start(found):
 
 
 def process_start() -> float:
-    """When this process started, in seconds since 1970; now, where the system does not say."""
+    """The start time of this process, in seconds since 1970; the present time if the system does not provide it."""
     try:
         with open("/proc/self/stat", encoding="ascii", errors="replace") as f:
             ticks = int(f.read().rsplit(")", 1)[1].split()[19])
@@ -82,14 +83,14 @@ def process_start() -> float:
 
 
 def summary(starts: list[dict[str, Any]]) -> dict[str, float]:
-    """Seconds by what they went into, over all starts; goodput: the share of those that count.
+    """Seconds by category, over all starts; goodput: the share of useful ones.
 
     starting: until the first step, of which compiling. steps: with their evaluations and checkpoints. lost: steps after
     the last checkpoint of a start that was killed.
     """
     found = {"starting": 0.0, "compiling": 0.0, "steps": 0.0, "lost": 0.0}
     for this in starts:
-        first = this.get("first_step")  # without one, what is known last of it
+        first = this.get("first_step")  # without one, its last known time
         reached = first or max(this[name] for name in ("start", "restored", "compiled", "stopped", "killed")
                                if name in this)
         found["starting"] += reached - this["start"]

@@ -2,9 +2,9 @@
 
     config + workdir -> data, state (fresh, fine-tuned or resumed) -> steps -> metrics, checkpoints, evaluation
 
-The same command resumes: everything that a step depends on is in the checkpoint or a function of the step number. The
-host stays one step ahead of the devices: the metrics of a step are fetched while the next one runs, and a checkpoint
-waits for the check of its step.
+The same command resumes a run: everything that a step depends on is in the checkpoint or a function of the step number.
+The host stays one step ahead of the devices: the metrics of a step are fetched while the next one runs, and a
+checkpoint waits until its step's loss has been checked.
 """
 
 from __future__ import annotations
@@ -78,12 +78,12 @@ class DivergedError(ConfigError):
 
 
 class TrainResult(NamedTuple):
-    """What a call of `train` did.
+    """The result of a call of `train`.
 
     finished: False when a signal ended it early (its state is saved). step: steps done. variables: params and router
-    for a sample, of a run on one device; None unless it finished and train.sample_tokens asks for one, and next to a
-    base in FP8, whose device may have no room for the model as it is sampled from. sample: of a run on a mesh, which
-    has drawn it there; None as `variables`. held_out: the beginning of the validation text.
+    for a sample, for a run on one device; None unless it finished and train.sample_tokens asks for one, and for a base
+    in FP8, whose device may have no room for the dequantized model. sample: already drawn, for a run on a mesh; None
+    under the same conditions. held_out: the beginning of the validation text.
     """
 
     finished: bool
@@ -95,10 +95,10 @@ class TrainResult(NamedTuple):
 
 
 def check_run(config: Config, workdir: str) -> Runner:
-    """The mesh of a run that can begin or continue in the work directory; the same in every process.
+    """The mesh of a run, after checking that it can begin or continue in the work directory; the same in every process.
 
-    Raises ConfigError for one that cannot: parts, mesh, devices, another config's work directory, init.from,
-    a tracker that does not answer.
+    Raises ConfigError if it cannot: own modules, mesh, devices, another config's work directory, init.from, a tracker
+    that does not answer.
     """
     check_parts(config.model, config.balance)
     runner = Runner(config)
@@ -133,7 +133,7 @@ def train(config: Config, workdir: str, kind: type[Run] | None = None) -> TrainR
     with contextlib.ExitStack() as held:
         if is_first():
             held.enter_context(alone_in(workdir))
-            claim_corpus(prepared, workdir)  # now that it is known to be good
+            claim_corpus(prepared, workdir)  # the config is now known to be valid
             claim_workdir(config, workdir)
             print(describe_sources(config, prepared), flush=True)
         return _trained(config, workdir, loader, runner, kind or Run)
@@ -151,7 +151,7 @@ def _trained(config, workdir, loader, runner, kind: type[Run]):
 
 @contextlib.contextmanager
 def closing(run: RunType) -> Iterator[RunType]:
-    """Closes a run at the end. After an error that one is raised, and what fails in closing is only said."""
+    """Closes a run at the end. After an error that error is raised, and failures while closing are only printed."""
     try:
         yield run
     except BaseException as first:
@@ -165,7 +165,7 @@ def closing(run: RunType) -> Iterator[RunType]:
 
 
 class Pending(NamedTuple):
-    """A step that was dispatched and whose metrics have not been fetched yet."""
+    """A dispatched step whose metrics have not been fetched yet."""
 
     step: int
     tokens: int
@@ -175,11 +175,11 @@ class Pending(NamedTuple):
 class Run:
     """The state of a run and the files it writes. Another kind of training overrides `loss`, `batches` and `row`.
 
-    loss: of a step. name: of the progress bar. together: steps that share a batch; a run stops and saves between them.
-    reference: variables of the frozen model that the loss compares with, and compared: which checkpoint they are.
-    writer: of the metrics, in process 0 from `go` on, so that what fails before leaves no thread of its. watching: what
-      looks at the run from outside, such as a limit for steps that do not end.
-    asked: the signal that asked this process to stop.
+    loss: of a step. name: of the progress bar. together: number of steps that share a batch; a run stops and saves only
+      between batches. reference: variables of the frozen model that the loss compares with; compared: the identity of
+      their checkpoint. writer: of the metrics, in process 0, created in `go` so that an earlier failure leaves no
+      thread behind. watching: monitoring of the run, such as the limit for steps that do not end. asked: the signal
+      that asked this process to stop.
     """
 
     loss: Loss = staticmethod(next_token_loss)
@@ -193,8 +193,8 @@ class Run:
         self.watching = Watching(config, workdir, jax.process_index())
         self.checkpoints = Checkpoints(workdir, config.train.checkpoints_kept, config.train.checkpoint_keep_period,
                                        config.train.checkpoint_local)
-        wait_for_all("checkpoints")  # the first one has cleaned up
-        if not storage.is_file(storage.as_path(workdir) / "config.json"):  # which the first one wrote
+        wait_for_all("checkpoints")  # process 0 has cleaned up
+        if not storage.is_file(storage.as_path(workdir) / "config.json"):  # written by process 0
             raise ConfigError(f"{workdir} is not the directory of process 0; give all processes the same --workdir, "
                               "on a disk that they share.")
         abstract = runner.with_shardings(jax.eval_shape(fresh_state(config)))
@@ -218,8 +218,8 @@ class Run:
                                                  make_trackers(config, workdir, resumes is not None))
         if is_first():
             print(describe_machine(config) + (f"\n{describe(config)}" if config.mesh.pipe > 1 else ""), flush=True)
-        # Whatever the data, a step compiles once: a second trace is a bug and raises. chex counts by the place in the
-        # source, which an earlier run in this process shares.
+        # A step compiles once, whatever the data: a second trace is a bug and raises. chex counts by source location,
+        # which an earlier run in this process shares.
         chex.clear_trace_counter()
         traced_once = chex.assert_max_traces(
             lambda state, batch, base, reference: train_step(config, state, batch, base, self.loss, reference), n=1)
@@ -234,7 +234,7 @@ class Run:
         self.agreement, self.timer = StopAgreement(), SaveTimer(config.train.checkpoint_minutes)
 
     def find_reference(self, known: Base | None) -> tuple[dict[str, Any] | None, Base | None]:
-        """The frozen model that the loss compares with, and which it is. known: the one of the run so far."""
+        """The frozen model that the loss compares with, and the identity of its checkpoint. known: the run's so far."""
         return None, None
 
     def go(self) -> bool:
@@ -248,7 +248,7 @@ class Run:
                 with self.watching.stall.suspended():
                     self._flush()
                     self._say(bar, self.watching.profiler.close(self.step, self.state))
-            self.checkpoints.wait()  # a second SIGTERM must not end what the first one asked for
+            self.checkpoints.wait()  # a second SIGTERM must not interrupt the save that the first one requested
             self.watching.mark("stopped", step=self.step)
             if is_first():
                 print(self.watching.goodput_words(), flush=True)
@@ -270,7 +270,7 @@ class Run:
         self.asked = signal.Signals(number).name
 
     def close(self, failed: bool = False) -> None:
-        """Waits for the last checkpoint. failed: the run ends with an error."""
+        """Waits for the last checkpoint. failed: whether the run ends with an error."""
         try:
             if not failed:
                 self.agreement.close()
@@ -280,7 +280,7 @@ class Run:
                 self.writer.close(failed)
 
     def sample_variables(self) -> dict[str, Any]:
-        """Params and router that a sample is drawn from."""
+        """Params and router for drawing a sample."""
         params, router, base = self.runner.fetch((self.state.params, self.state.router, self.frozen_params))
         if base is not None:
             params = merge(in_full(self.config, base), params, self.config.lora.scale)
@@ -295,7 +295,7 @@ class Run:
         return tokenizer.decode([*prompt[1:], *made])
 
     def batches(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        """(step, batch) of the remaining steps; each is asked for after the step before it."""
+        """(step, batch) of the remaining steps; each is requested after the previous step."""
         return self.loader.iterate(self.step)
 
     def _steps(self, bar) -> bool:
@@ -307,7 +307,7 @@ class Run:
                                                    self.reference)
             self.step = index + 1
             if pending is not None:
-                self._record(pending, bar)  # while the devices work on the step after it
+                self._record(pending, bar)  # while the devices work on the next step
             sequences = int(batch["active"]) * (train.batch_size // self.config.microbatches)
             pending = Pending(self.step, sequences * train.sequence_length, metrics)
             stopped_by = self.agreement.stopped_by(self.step, self.asked)
@@ -342,7 +342,7 @@ class Run:
         return True
 
     def _record(self, pending: Pending, bar):
-        """Fetches the metrics of a step and checks them; another thread writes them down and shows them."""
+        """Fetches the metrics of a step and checks them; another thread writes and displays them."""
         with self.watching.spending("step"):
             metrics = jax.device_get(pending.metrics)
         now = time.perf_counter()
@@ -382,7 +382,7 @@ class Run:
         return row | traffic_per_token(self.config.mesh, self.config.model, metrics.traffic)
 
     def words(self, row: dict[str, float]) -> str:
-        """What the progress bar shows of a row."""
+        """The part of a row that the progress bar shows."""
         loud = f", {n} CHOICES DROPPED" if (n := row.get("dropped_choices")) else ""
         loud += ", FORCED BALANCE" if row.get("force_balanced") else ""
         return (f"loss {row['loss']:.3f}, {row['tokens_per_second']:.0f} tok/s, MFU {row['mfu']:.0%}, "
@@ -405,7 +405,7 @@ class Run:
                        + "".join(f"\n  {source}: loss {loss:.4f}" for source, loss in score.by_source.items()))
 
     def _meta(self) -> dict[str, Any]:
-        """What a checkpoint of this step says besides the state."""
+        """The metadata of a checkpoint of this step."""
         sequences = self.position.sequences_before(self.config, self.step)
         meta: dict[str, Any] = {"step": self.step, "sequences": sequences, "config": as_dict(self.config)}
         if self.position.step:
@@ -417,12 +417,12 @@ class Run:
         return meta
 
     def _flush(self):
-        """Brings the metrics to the work directory: what a run that resumes from this step keeps."""
+        """Flushes the metrics to the work directory, which a run that resumes from this step keeps."""
         if self.writer:
             self.writer.flush()
 
     def _save(self):
-        self.checkpoints.wait()  # if it failed, that says more than what of the metrics fails then
+        self.checkpoints.wait()  # if it failed, its error is more informative than the resulting one of the metrics
         self._flush()
         self.checkpoints.save(self.step, self.state, self._meta())
         self.timer.saved(self.step)

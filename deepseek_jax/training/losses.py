@@ -1,7 +1,7 @@
 """Cross-entropy in chunks of tokens, and the complete objective of the report.
 
-The logits of a chunk exist once: its loss and its gradients are computed together in the forward pass, so that
-neither [tokens, vocabulary] in float32 nor a second product is ever needed.
+The logits of a chunk are computed once: its loss and its gradients are computed together in the forward pass, so that
+neither [tokens, vocabulary] in float32 nor a second product is needed.
 
     loss = main + lambda / D * sum_k mtp_k + alpha * sequence-wise balance loss (+ loss of the indexer, in V3.2)
 """
@@ -33,8 +33,8 @@ def cross_entropy(hidden_ND: jax.Array, head_DW: jax.Array, targets_N: jax.Array
       head_DW: float32 master.
       targets_N: int32. weights_N: float32, 0 leaves a token out; no gradient flows to it.
       chunk: tokens whose logits exist at once.
-      axis: inside a shard_map, the mesh axis over which the vocabulary is split. The loss is then the sum of what its
-        devices return; so is the gradient by `hidden_ND`.
+      axis: inside a shard_map, the mesh axis over which the vocabulary is split. The loss is then the sum of its
+        devices' results, and so is the gradient by `hidden_ND`.
     """
     w_DW = head_DW.astype(hidden_ND.dtype)
     losses = lax.map(lambda part: _chunk(w_DW, part, axis)[0].sum(), in_chunks(chunk, hidden_ND, targets_N, weights_N))
@@ -69,7 +69,7 @@ def _chunk(head_DW, part, axis):
         weights_hit_M = jnp.where(mine_M, weights_M, 0)
         once_M = jnp.where(lax.axis_index(axis) == 0, weights_M, 0)
         losses_M = lse_M * once_M - logits_MW[hit] * weights_hit_M
-    # The target's 1 is subtracted in place: comparing all of [M, W] with it costs as much as the softmax.
+    # The target's 1 is subtracted in place: a one-hot comparison over [M, W] would cost as much as the softmax.
     dlogits_MW = jnp.exp(logits_MW - lse_M[:, None]) * weights_M[:, None]
     return losses_M, dlogits_MW.at[hit].add(-weights_hit_M, unique_indices=True).astype(hidden_MD.dtype)
 
@@ -102,7 +102,7 @@ def token_logprobs(hidden_BTD: jax.Array, head_DW: jax.Array, targets_BT: jax.Ar
 
     Both passes make the logits of `chunk` tokens at a time; arguments as in `cross_entropy`.
     """
-    @jax.checkpoint  # or the backward pass would find the logits of all chunks
+    @jax.checkpoint  # otherwise the logits of all chunks would be saved for the backward pass
     def of_chunk(part):
         hidden_MD, targets_M = part
         logits_MW = matmul(hidden_MD, head_DW.astype(hidden_MD.dtype), wide(hidden_MD.dtype))
@@ -111,7 +111,7 @@ def token_logprobs(hidden_BTD: jax.Array, head_DW: jax.Array, targets_BT: jax.Ar
     def one(hidden_ND, targets_N):
         return lax.map(of_chunk, in_chunks(chunk, hidden_ND, targets_N)).reshape(-1)[:len(targets_N)]
 
-    # Each device goes through its own tokens, as in `token_losses`.
+    # Each device processes its own tokens, as in `token_losses`.
     parts = [x.reshape(data_shards(), -1, *x.shape[2:]) for x in (hidden_BTD, targets_BT)]
     each = jax.vmap(one)(*parts) if data_shards() > 1 else one(*(x[0] for x in parts))
     return each.reshape(targets_BT.shape)
@@ -152,14 +152,14 @@ def mtp_losses(output: Output, head_DW: jax.Array, batch: Batch, chunk: int,
 
 def _summed(hidden_BTD, head_DW, targets_BT, weights_BT, chunk, axis):
     """`cross_entropy` of a micro-batch."""
-    # Each device goes through its own tokens; [shards, tokens, ...] keeps them, and their part of dhead, apart.
+    # Each device processes its own tokens; [shards, tokens, ...] keeps them, and their part of dhead, separate.
     tokens = [x.reshape(data_shards(), -1, *x.shape[2:]) for x in (hidden_BTD, targets_BT, weights_BT)]
     each = lambda h_ND, targets_N, weights_N: cross_entropy(h_ND, head_DW, targets_N, weights_N, chunk, axis)
     return jax.vmap(each)(*tokens).sum() if data_shards() > 1 else each(*(x[0] for x in tokens))
 
 
 def objective(output: Output, losses: TokenLosses, normalizers: Normalizers, balance: BalanceConfig) -> jax.Array:
-    """The scalar that is differentiated, of one micro-batch; their sum is the loss of one large batch."""
+    """The scalar to differentiate for one micro-batch; summed over micro-batches it is the loss of one large batch."""
     loss = losses.nats / normalizers.weight
     if losses.mtp_nats_D.shape[0]:
         loss = loss + normalizers.mtp_lambda * (losses.mtp_nats_D / normalizers.mtp_weight_D).mean()
@@ -172,9 +172,9 @@ def objective(output: Output, losses: TokenLosses, normalizers: Normalizers, bal
 
 def with_indexer(config: Config, loss: jax.Array, output: Output, losses: TokenLosses,
                  normalizers: Normalizers) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The objective with the loss of the indexer, or in its warm-up that loss alone; and what `Sums.own` holds of it.
+    """The objective with the loss of the indexer, or in its warm-up that loss alone; and its entries in `Sums.own`.
 
-    As it reaches the indexer alone, its weight matters only next to the norm at which gradients are clipped.
+    Since its gradient reaches only the indexer, its weight matters only for clipping by the global norm.
     """
     if output.indexer is None:
         return loss, {}

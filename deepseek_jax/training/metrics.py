@@ -1,11 +1,11 @@
-"""Metrics of a run: scalars, and the tokens of each expert.
+"""Metrics of a run: scalars, and token counts of each expert.
 
 `WORKDIR/metrics.jsonl` holds one JSON object a line, at most one row for a step's training and one for its evaluation;
 TensorBoard and other `trackers` get the same scalars. `WORKDIR/expert_load/` holds the counts [layers, experts] of each
-step. A run that resumes from step s first drops everything after s, so that in the end the files are those of a run
-that was never interrupted, timings apart. In a bucket these are objects, which nobody can append to:
-`working_files.Mirror` keeps there what files on this machine have. The balance of a step is MaxVio = max load / mean
-load - 1 (arXiv 2408.15664).
+step. A run that resumes from step s first drops everything after s, so that apart from timings the files equal those of
+a run that was never interrupted. In a bucket they are objects, which cannot be appended to: `working_files.Mirror`
+uploads copies of the files on this machine. The balance of a step is MaxVio = max load / mean load - 1 (arXiv
+2408.15664).
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from deepseek_jax import io, storage, working_files
 from deepseek_jax.training.background import Background
 from deepseek_jax.training.trackers import Apart, TensorBoard, Tracker
 
-LAST_STEPS = 50  # whose mean says how a run is doing
+LAST_STEPS = 50  # whose mean is shown in summaries
 
 
 def max_vio(counts_LE: np.ndarray) -> float:
-    """How far the busiest expert is above the mean load: (max - mean) / mean, averaged over the layers."""
+    """The excess of the busiest expert's load over the mean: (max - mean) / mean, averaged over the layers."""
     if not len(counts_LE):
         return 0.0
     mean_L = counts_LE.mean(-1)
@@ -39,10 +39,10 @@ def max_vio(counts_LE: np.ndarray) -> float:
 
 
 def balance_metrics(counts_LE: np.ndarray) -> dict[str, float]:
-    """How evenly one step used its experts; means over the layers, {} for a dense model.
+    """The balance of the experts in one step; means over the layers, {} for a dense model.
 
-    max_vio: as above. load_entropy: of the shares of the load, over that of an even load: 1 is even, 0 is one expert
-    alone. idle_experts: the share of the experts that no token chose.
+    max_vio: as above. load_entropy: entropy of the shares of the load, divided by that of an even load: 1 is even, 0
+      means a single expert. idle_experts: the share of the experts that no token chose.
     """
     if not len(counts_LE):
         return {}
@@ -59,13 +59,13 @@ def all_layers(counts: dict[str, Any]) -> np.ndarray:
 
 
 class MetricsWriter:
-    """Writes the metrics of one work directory, in a thread of its own; in a run of several processes, only the first
-    may hold one. What a thread cannot write is raised by the next call here."""
+    """Writes the metrics of one work directory in a separate thread; in a run of several processes, only the first may
+    have one. The thread's exceptions are raised by the next call here."""
 
     def __init__(self, workdir: str | os.PathLike[str], resume_step: int | None, trackers: Sequence[Tracker] = ()):
         """Opens the files and drops everything after `resume_step`; None (a run from the start) drops all.
 
-        trackers: others that get each row, as far as they keep up, and are closed with this.
+        trackers: they also get each row, if they keep up, and are closed together with this.
         """
         names = "metrics.jsonl", "expert_load", "tensorboard"
         self._mirror = working_files.Mirror(os.fspath(workdir), names) if storage.is_remote(workdir) else None
@@ -92,14 +92,14 @@ class MetricsWriter:
         self._tensorboard = TensorBoard(workdir / "tensorboard", last + 1)
 
     def do(self, call: Callable[..., None], *arguments: Any) -> None:
-        """Calls it in the thread, after what is to be written before."""
+        """Calls it in the thread, after everything queued before it."""
         self._background.do(call, *arguments)
 
     def write(self, step: int, **values: Any) -> None:
-        """Appends one row, unless there is one of that step and kind already.
+        """Appends one row, unless there already is one of that step and kind.
 
-        A row with a name that begins with `eval_` is the step's evaluation, any other its training. What is not a
-        finite number becomes null: NaN is not JSON.
+        A row with a name that begins with `eval_` is the step's evaluation, any other its training. Values that are not
+        finite become null: NaN is not JSON.
         """
         self.do(self._write, int(step), values)
 
@@ -127,7 +127,7 @@ class MetricsWriter:
         self._counts.write(np.concatenate([np.array([step], np.int32), counts_LE.ravel()]).tobytes())
 
     def track(self, step: int, values: dict[str, float]) -> None:
-        """Gives more scalars to the trackers; they are no row."""
+        """Passes further scalars to the trackers; they are not a row."""
         self.do(self._log, int(step), values)
 
     def _log(self, step, values):
@@ -135,7 +135,7 @@ class MetricsWriter:
             tracker.log(step, values)
 
     def flush(self) -> None:
-        """Returns when what was written is in the work directory, as a checkpoint after it relies on."""
+        """Returns when everything written so far is in the work directory, which the next checkpoint relies on."""
         self._background.flush()
         for tracker in self._trackers:
             tracker.flush()
@@ -143,8 +143,8 @@ class MetricsWriter:
             self._mirror.flush()
 
     def close(self, failed: bool = False) -> None:
-        """Flushes; nothing may be written afterwards. failed: the run ends with an error."""
-        with contextlib.ExitStack() as open_ones:  # all of which are closed, whatever one of them raises
+        """Flushes; nothing may be written afterwards. failed: whether the run ends with an error."""
+        with contextlib.ExitStack() as open_ones:  # all are closed, even if one of them raises
             if self._mirror:
                 open_ones.callback(self._mirror.close)
             open_ones.callback(lambda: self._counts and self._counts.close())
@@ -167,7 +167,7 @@ def read_metrics(workdir: str | os.PathLike[str]) -> list[dict]:
     for line in storage.read_bytes(path).decode(errors="replace").split("\n") if storage.exists(path) else ():
         try:
             row = json.loads(line)
-        except ValueError:  # the half line of a killed run
+        except ValueError:  # a partial line from a killed run
             continue
         if isinstance(row, dict) and isinstance(row.get("step"), int):
             rows.append(row)
@@ -184,7 +184,7 @@ def read_expert_loads(workdir: str | os.PathLike[str]) -> tuple[np.ndarray, np.n
 def _close(tracker, failed):
     try:
         tracker.close(failed)
-    except OSError as error:  # of events that were written at once
+    except OSError as error:  # of events, which are written at once
         print(f"note: the end of {type(tracker).__name__}: {error}.", file=sys.stderr, flush=True)
 
 
@@ -198,7 +198,7 @@ def _number(value):
 
 
 def _drop_rows(path, last):
-    """Drops rows after step `last`, and half rows; returns those that stay."""
+    """Drops rows after step `last`, and partial rows; returns the remaining ones."""
     rows = [row for row in read_metrics(path.parent) if row["step"] <= last]
     if path.exists():
         io.write_text(path, "".join(json.dumps(row) + "\n" for row in rows), sync=True)
@@ -206,7 +206,8 @@ def _drop_rows(path, last):
 
 
 def _records(folder):
-    """-> (int32 [records, 1 + layers * experts]: step, counts; (layers, experts)). A half record at the end is left."""
+    """-> (int32 [records, 1 + layers * experts]: step, counts; (layers, experts)). A partial record at the end is
+    ignored."""
     try:
         shape = tuple(json.loads(storage.read_bytes(folder / "shape.json")))
         data = np.frombuffer(storage.read_bytes(folder / "counts.int32"), np.uint8)
@@ -217,8 +218,8 @@ def _records(folder):
 
 
 def _drop_loads(folder, last, drop):
-    """Drops records after step `last`, and a half record; returns the last step that stays, or -1. Records have one
-    length and ascending steps, so that few of them are read."""
+    """Drops records after step `last`, and a partial record; returns the last remaining step, or -1. Records have a
+    fixed length and ascending steps, so only few of them are read."""
     try:
         width = 4 * (1 + math.prod(io.read_json(folder / "shape.json")))
         with open(folder / "counts.int32", "rb") as f:

@@ -1,7 +1,7 @@
-"""AdamW or Muon over float32 masters, and the report's learning-rate shape (report section 4.2).
+"""AdamW or Muon over float32 masters, and the report's learning-rate schedule (report section 4.2).
 
 Warm-up, constant, cosine, then two constant tail levels, all as fractions of the run, so that a run of 600 steps and
-one of 14.8T tokens have the same shape.
+one of 14.8T tokens have the same schedule.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from deepseek_jax.parallel.sharding import dimension_names
 def learning_rate(cfg: OptimizerConfig, steps: int) -> Callable[[Any], jax.Array]:
     """The schedule: step (int array, from 0) -> float32 rate."""
     def rate(step):
-        at = (step + 1) / steps  # the first step already learns; the last one ends the run
+        at = (step + 1) / steps  # the rate is not 0 in the first step; fraction 1 is the end of the run
         cosine = (at - cfg.constant_until) / max(cfg.cosine_until - cfg.constant_until, 1e-9)
         falling = cfg.cosine_to + (1 - cfg.cosine_to) * 0.5 * (1 + jnp.cos(math.pi * jnp.clip(cosine, 0, 1)))
         share = jnp.where(at > cfg.tail_from, cfg.tail_to, falling)
@@ -46,7 +46,7 @@ def in_dtype(inner: optax.GradientTransformation, dtype: Any) -> optax.GradientT
 
 
 def decayed(params: Any) -> Any:
-    """Which parameters weight decay shrinks: all but the norms' scales and biases."""
+    """The parameters that weight decay applies to: all except the norms' scales and biases."""
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in ("scale", "bias"), params)
 
 
@@ -57,9 +57,9 @@ def only_indexer(updates: Any) -> Any:
 
 
 def matrices(params: Any) -> Any:
-    """Which axes of each parameter are inputs and outputs of a matrix; None: it is none, or embedding or head.
+    """The input and output axes of each parameter that is a matrix; None: not a matrix, or the embedding or head.
 
-    Layers and experts are matrices of their own; heads are parts of one, as in the Kimi models.
+    Each layer and expert is a separate matrix; heads are parts of one matrix, as in the Kimi models.
     """
     def of(path, x):
         names = dimension_names(jax.tree_util.keystr(path, simple=True, separator="/"), x.ndim)
@@ -73,9 +73,9 @@ def matrices(params: Any) -> Any:
 
 
 def scale_by_muon(cfg: OptimizerConfig) -> optax.GradientTransformation:
-    """Muon's direction of matrices, of the size that Adam's has, and Adam's of the rest (arXiv 2502.16982).
+    """Muon's direction for matrices, scaled to the size of Adam's, and Adam's for the rest (arXiv 2502.16982).
 
-    Momentum 0.95, Nesterov's as in Moonlight's code (K2's report has plain momentum); the factor 0.2 is of both.
+    Momentum 0.95, Nesterov's as in Moonlight's code (K2's report has plain momentum); both use the factor 0.2.
     """
     def rules(params):
         found = matrices(params)
@@ -87,12 +87,12 @@ def scale_by_muon(cfg: OptimizerConfig) -> optax.GradientTransformation:
 
 
 def muon_of_matrices(beta: float, dtype: Any, consistent_rms: float) -> optax.GradientTransformation:
-    """optax's Muon of each matrix, with layers and experts as axes of their own.
+    """optax's Muon for each matrix, with layers and experts as separate axes.
 
-    optax would merge both into one axis, for which a mesh that splits the experts gathers all of them.
+    optax would merge both into one axis, and a mesh that splits the experts would then gather all of them.
     """
     def of_leaf(grad, mu, numbers, state):
-        first = numbers.reduction_axis[0]  # the axes before are layers and experts
+        first = numbers.reduction_axis[0]  # the preceding axes are layers and experts
         inputs, outputs = (tuple(axis - first for axis in axes) for axes in numbers)
         size = consistent_rms * math.sqrt(max(math.prod(grad.shape[axis] for axis in axes) for axes in numbers))
         one: Any = optax.contrib.scale_by_muon(beta=beta, mu_dtype=dtype, weight_dimension_numbers=(

@@ -1,4 +1,4 @@
-"""Traces of some steps, for XProf and Perfetto: those that train.profile names, and the next five after SIGUSR2."""
+"""Traces of some steps, for XProf and Perfetto: the steps of train.profile, and the next five after SIGUSR2."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Profiler:
     """Traces of a process in WORKDIR/profile; those of processes other than the first in folders below."""
 
     def __init__(self, workdir: str, profile: str, process: int = 0):
-        """profile: A:B, the steps after A up to B; "": none, until there is a signal."""
+        """profile: A:B, the steps after A up to B; "": none before a signal."""
         first, _, last = profile.partition(":") if not process else ("", "", "")
         self.range = (int(first), int(last)) if last else None
         self.folder = os.path.join(workdir, "profile", *([f"process_{process:04}"] if process else []))
@@ -29,8 +29,8 @@ class Profiler:
         self.asked = True
 
     def before(self, step: int, state: Any) -> str | None:
-        """Called with the steps done and the state after them: starts or ends a trace between two steps. What to say of
-        it."""
+        """Called with the steps done and the state after them: starts or ends a trace between two steps. Returns a
+        message to print."""
         said = None
         if self.until is not None and step >= self.until:
             jax.block_until_ready(state)
@@ -43,19 +43,19 @@ class Profiler:
                 remote = storage.is_remote(self.folder)
                 self.local = tempfile.mkdtemp(dir=working_files.scratch()) if remote else self.folder
                 jax.profiler.start_trace(self.local)
-            except Exception as error:  # of the disk, or the profiler's own; no reason to end a run
+            except Exception as error:  # from the disk or the profiler; not a reason to end a run
                 self.until = None
                 said = "\n".join([*([said] if said else []), f"note: no profile from step {step} on: {error}"])
         return said
 
     def step(self, number: int) -> contextlib.AbstractContextManager[Any]:
-        """Around a step: its name in the trace."""
+        """A context around a step that names it in the trace."""
         if self.until is None:
             return contextlib.nullcontext()
         return jax.profiler.StepTraceAnnotation("train", step_num=number)
 
     def close(self, step: int, state: Any) -> str | None:
-        """Ends a trace that the run ends in."""
+        """Ends a trace that is still active at the end of the run."""
         if self.until is None:
             return None
         jax.block_until_ready(state)

@@ -1,4 +1,4 @@
-"""What a run says once of the program that it takes steps with: versions, devices, flags, seconds of XLA, memory."""
+"""What a run prints once about its program: versions, devices, flags, compile time, memory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PACKAGES = ("jax", "jaxlib", "jax-cuda13-plugin", "jax-cuda12-plugin", "libtpu",
 
 
 def describe_machine(config: Config) -> str:
-    """Versions, devices and flags, a line each."""
+    """Versions, devices and flags, one line each."""
     versions = [f"{name} {version}" for name in PACKAGES if (version := _version(name))]
     devices, mesh = jax.devices(), config.mesh
     axes = " x ".join(f"{axis} {size}" for axis, size in mesh.sizes.items() if size > 1)
@@ -31,7 +31,7 @@ def describe_machine(config: Config) -> str:
 
 
 def describe_program(compiled: Any, seconds: float) -> str:
-    """How long a step took to compile, and its memory a device. compiled: jax.stages.Compiled."""
+    """The compile time of the step, and its memory per device. compiled: jax.stages.Compiled."""
     memory, said = compiled.memory_analysis(), f"The step was compiled in {seconds:.1f} s"
     if memory is None:
         return f"{said}."

@@ -1,10 +1,10 @@
-"""QK-clip: attention logits are kept small by scaling projections, after the optimizer (Kimi K2, arXiv 2507.20534).
+"""QK-clip keeps attention logits small by scaling projections after the optimizer (Kimi K2, arXiv 2507.20534).
 
 A head whose largest logit S of the step, max scale q.k over the batch, is above tau is scaled by gamma = tau / S:
 
     W_UQ (without RoPE) *= sqrt(gamma)    W_UK *= sqrt(gamma)    W_UQ (with RoPE) *= gamma
 
-so that both parts of its logits become gamma times as large. The rotary key, which all heads share, stays.
+so that both parts of its logits are multiplied by gamma. The rotary key, which all heads share, is not changed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from deepseek_jax.config import ModelConfig
 
 
 def largest(logits: dict[str, Any]) -> jax.Array:
-    """A scalar: the largest logit of all heads. logits: as `clip` takes them."""
+    """The largest logit of all heads, a scalar. logits: as in `clip`."""
     return jnp.stack([x.max() for x in jax.tree.leaves(logits)]).max()
 
 
@@ -42,7 +42,8 @@ def clip(cfg: ModelConfig, params: dict[str, Any], logits: dict[str, Any], tau: 
 
 
 def _scaled(w_XHA, first_H, rest_H, size):
-    """A weight [..., X, H, A]: the first `size` numbers of a head by one factor, the rest by another, both [..., H]."""
+    """Scales a weight [..., X, H, A]: the first `size` numbers of a head by one factor, the rest by another; both
+    factors are [..., H]."""
     first_XHA, rest_XHA = (w_XHA[..., part] * factor_H[..., None, :, None].astype(w_XHA.dtype)
                            for part, factor_H in ((slice(size), first_H), (slice(size, None), rest_H)))
     return jnp.concatenate([first_XHA, rest_XHA], axis=-1)

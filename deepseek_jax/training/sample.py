@@ -1,8 +1,10 @@
-"""The sample at the end of a run on a mesh, by the model as it was trained: split over the devices, and not gathered.
+"""The sample at the end of a run on a mesh, drawn from the model as it was trained: split over the devices, not
+gathered.
 
-There is no cache: each new token is another forward pass over all so far, on the same shards, pipeline and dispatch as
-training has. At 671B a hundred passes over a few hundred tokens are less than one training step, by estimate; those of
-a small model are more. Every device along the data axes reads the same row. Draws are those of the engine.
+There is no cache: each new token takes a forward pass over all tokens so far, with the same shards, pipeline and
+dispatch as training. At 671B, by estimate, a hundred passes over a few hundred tokens take less time than one training
+step; for a small model they take more. Every device along the data axes reads the same row. Random draws equal those of
+the engine.
 """
 
 from __future__ import annotations
@@ -33,8 +35,8 @@ PROMPT_WORDS = 4
 
 
 def room(config: Config, tokens: int) -> int:
-    """The length of the rows that a prompt and its continuation of `tokens` in all are read in."""
-    tile = config.mesh.parts * math.lcm(128, config.mesh.tensor)  # what `check_mesh` asks of a sequence
+    """The row length for a prompt and its continuation, `tokens` in total."""
+    tile = config.mesh.parts * math.lcm(128, config.mesh.tensor)  # what `check_mesh` requires of a sequence
     return -(-tokens // tile) * tile
 
 
@@ -45,12 +47,12 @@ def continue_prompt(config: Config, params: dict[str, Any], router: dict[str, ja
 
     Args:
       params, router: as a TrainState holds them. base: as in `training.step.accumulate`.
-      prompt_T: int32, tokens of which the first `known` count; of a length that `room` gives.
+      prompt_T: int32, of which the first `known` tokens are the prompt; its length is given by `room`.
       eos: int32; -1: none.
     Returns:
-      int32 [T], the prompt and what follows; eos, and what is behind the last token, is -1.
+      int32 [T], the prompt and its continuation; eos, and everything after the last token, is -1.
     """
-    # Nothing is dropped: the rows are one and the same, and its experts are far from an even load.
+    # Nothing is dropped: all rows are the same, so the loads of the experts are far from even.
     mesh = dataclasses.replace(config.mesh, capacity=None)
     config = dataclasses.replace(config, mesh=mesh, model=dataclasses.replace(config.model, mtp_depth=0))
     if mesh.pipe == 1:
@@ -79,7 +81,7 @@ def continue_prompt(config: Config, params: dict[str, Any], router: dict[str, ja
 
 def logits_at(config: Config, params: dict[str, Any], router: dict[str, jax.Array], tokens_T: jax.Array,
               at: jax.Array) -> jax.Array:
-    """The logits [W], float32, of the token after that at position `at`. What comes later in tokens_T is not seen."""
+    """The logits [W], float32, of the token after the one at position `at`. Later tokens of tokens_T are not seen."""
     rows, length = config.mesh.data_shards, len(tokens_T)
     spread = lambda x_T: constrain(jnp.broadcast_to(x_T, (rows, length)), ("sequences", None))
     tokens_BT = spread(jnp.maximum(tokens_T, 0))
@@ -93,14 +95,14 @@ def logits_at(config: Config, params: dict[str, Any], router: dict[str, jax.Arra
 
 
 def sample_prompt(config: Config, tokenizer: Tokenizer, held_out: str) -> list[int]:
-    """What the sample continues: config.train.sample_prompt, or the first words of `held_out`."""
+    """The prompt of the sample: config.train.sample_prompt, or the first words of `held_out`."""
     words = re.findall(r"\s*\S+", held_out)[:PROMPT_WORDS]
     return [tokenizer.bos, *tokenizer.encode(config.train.sample_prompt or "".join(words))]
 
 
 def sample_on_mesh(config: Config, runner: Runner, variables: tuple[Any, Any, Any], prompt: Sequence[int],
                    eos: int | None, temperature: float = TEMPERATURE) -> list[int]:
-    """The new tokens of a sample, without `eos`; all processes call it, and get the same.
+    """The new tokens of a sample, without `eos`; all processes call this and get the same result.
 
     Args:
       variables: (params, router, the base of adapters or None), on the mesh of the runner.

@@ -1,8 +1,8 @@
-"""A few seconds at the start of a run on an accelerator: does it compute what a CPU does?
+"""A check of a few seconds at the start of a run on an accelerator: does it compute the same as a CPU?
 
-Compilers and drivers have corrupted just these operations, silently. Small random data goes through the experts'
-grouped product, forward and backward, and through the dispatch with ragged buffers; their twins are plain products and
-static buffers. On a CPU, where the twins are what runs, nothing is checked.
+Compilers and drivers have silently corrupted exactly these operations. The experts' grouped product, forward and
+backward, and the dispatch with ragged buffers are run on small random data and compared with their twins, plain
+products and static buffers. On a CPU, which runs the twins, nothing is checked.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from deepseek_jax.parallel.compiler import compiler_options
 from deepseek_jax.parallel.dispatch import ExpertLayout, to_experts
 from kernels_pallas import api
 
-LARGEST = 0.02  # difference, of the largest magnitude: bfloat16 has 2^-8 to round with
+LARGEST = 0.02  # difference relative to the largest magnitude: bfloat16 rounds to 2^-8
 SCHEDULER = "--xla_gpu_enable_latency_hiding_scheduler=false"
 
 
 def check_device(config: Config, mesh: jax.sharding.Mesh | None) -> None:
-    """Raises ConfigError, which names what to change, where the accelerators of a run compute something else, and for
-    FP8 kernels that they do not have."""
+    """Raises ConfigError, which names what to change, if the accelerators of a run compute different results, or do not
+    have the requested FP8 kernels."""
     fp8.check_here(config.model.fp8)
     if jax.default_backend() == "cpu":
         return
@@ -53,7 +53,8 @@ def _refuse(difference, what, instead):
 
 
 def grouped_difference(implementation: str = "auto") -> float:
-    """Of the grouped product and its gradients, to the reference's; one expert has no rows, and rows have no expert."""
+    """Difference of the grouped product and its gradients from the reference's; one expert has no rows, and some rows
+    have no expert."""
     E, R, D, F = 4, 512, 128, 256
     sizes_E = jnp.array([128, 0, 256, 64], jnp.int32)
     align = row_alignment(implementation_here(), R, E)
@@ -69,8 +70,8 @@ def grouped_difference(implementation: str = "auto") -> float:
 
 
 def fp8_grouped_difference(implementation: str) -> float:
-    """Of the FP8 grouped product to the reference's: wide enough that SMs share rows, and with more slices of 128 of
-    K than a kernel has on the way at once."""
+    """Difference of the FP8 grouped product from the reference's: wide enough that SMs share rows, and with more slices
+    of 128 along K than a kernel has in flight at once."""
     sizes_E, N, K = jnp.array([128, 0, 256, 128], jnp.int32), 256, 1024
 
     def run(name: str) -> Any:
@@ -82,7 +83,8 @@ def fp8_grouped_difference(implementation: str) -> float:
 
 
 def dispatch_difference(cfg: MeshConfig) -> float:
-    """Of the dispatch with ragged buffers and its gradients, to that with static ones, over the mesh in use."""
+    """Difference of the dispatch with ragged buffers and its gradients from that with static ones, on the mesh in
+    use."""
     E, N, K, D = 2 * cfg.nodes * cfg.local, 8 * cfg.devices, 2, 128
 
     def experts(x_RD, id_RK, gates_RK, weights):
@@ -102,15 +104,15 @@ def dispatch_difference(cfg: MeshConfig) -> float:
 
 
 def _difference(ours: Callable[[], Any], theirs: Callable[[], Any]) -> float:
-    """The largest over the results, each relative to its largest magnitude."""
+    """The largest difference over the results, each relative to its largest magnitude."""
     def off(x, y):
         apart = jnp.abs(x - y)
-        # Not left to the maximum, which may lose a NaN.
+        # Checked separately, since a maximum may lose a NaN.
         return jnp.where(jnp.isfinite(apart).all(), apart.max() / jnp.maximum(jnp.abs(y).max(), 1e-30), jnp.inf)
 
     def worst():
         pairs = zip(jax.tree.leaves(ours()), jax.tree.leaves(theirs()), strict=True)
         return jnp.stack([off(x.astype(jnp.float32), y.astype(jnp.float32)) for x, y in pairs]).max()
 
-    # With the scheduler of a training step, which is what has corrupted exchanges.
+    # With the scheduler options of a training step, which have corrupted exchanges.
     return float(jax.jit(worst, compiler_options=compiler_options(jax.default_backend(), jax.__version_info__))())

@@ -1,7 +1,7 @@
-"""A watch over a run that hangs: when no step ends for some minutes, every thread shows its stack and the process ends.
+"""A watchdog for a run that hangs: when no step ends for some minutes, all stacks are printed and the process ends.
 
-The others of a run hear of it (`parallel.watch`) and end too, with the exit code of a lost process: the same command
-continues from the last checkpoint. SIGQUIT shows the stacks and ends nothing (`stop.show_stacks`).
+The other processes of a run are told (`parallel.watch`) and end too, with the exit code of a lost process: the same
+command continues from the last checkpoint. SIGQUIT prints the stacks without ending the process (`stop.show_stacks`).
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from typing import Any
 
 from deepseek_jax import stop
 
-OTHERS = 5  # seconds in which the others of a run, which wait for this one, show theirs, and for a log to be written
+OTHERS = 5  # seconds for the other processes, which wait for this one, to print theirs, and for the log to be written
 
 
 class StallWatch:
-    """Ends the process when `beat` has not been called for some minutes; None: never."""
+    """Ends the process if `beat` has not been called for some minutes; None: never."""
 
     def __init__(self, minutes: float | None):
         self.limit, self.last, self.ended = (minutes or 0) * 60, time.monotonic(), threading.Event()
-        self.pauses = 0  # `suspended` that are inside one another, all in the loop's thread
+        self.pauses = 0  # depth of nested `suspended`, all in the loop's thread
         self.thread = threading.Thread(target=self._look, name="stall watch", daemon=True)
 
     def __enter__(self) -> StallWatch:
@@ -37,12 +37,13 @@ class StallWatch:
         self.ended.set()
 
     def beat(self) -> None:
-        """Says that the run lives."""
+        """Signals that the run is alive."""
         self.last = time.monotonic()
 
     @contextlib.contextmanager
     def suspended(self) -> Iterator[None]:
-        """Inside, nothing counts: it has no steps and may take longer than they do, as a compiler or a store does."""
+        """A context in which the clock is stopped: for work without steps that may take longer, such as compiling or
+        saving."""
         self.pauses += 1
         try:
             yield
@@ -62,12 +63,12 @@ class StallWatch:
 
 
 def _show_stacks(words):
-    """On stderr, and then in the log of the process (`logs`), whose disk may be what hangs."""
+    """Prints to stderr first, and then to the log of the process (`logs`), whose disk may be the cause of the hang."""
     copy = getattr(sys.stderr, "copy", None)
 
     def show(file):
         if file is not None:
-            with contextlib.suppress(OSError, ValueError):  # a full disk, or a stream that is closed
+            with contextlib.suppress(OSError, ValueError):  # a full disk, or a closed stream
                 file.write(words)
                 file.flush()
                 faulthandler.dump_traceback(file=file, all_threads=True)
@@ -75,4 +76,4 @@ def _show_stacks(words):
     show(sys.__stderr__)
     log = threading.Thread(target=show, args=(copy,), daemon=True)
     log.start()
-    time.sleep(OTHERS)  # also where the log is written at once: the others wait for this one
+    time.sleep(OTHERS)  # even if the log is written at once: the other processes wait for this one

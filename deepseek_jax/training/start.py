@@ -1,8 +1,8 @@
-"""The state that a run begins with: fresh, around the weights of another run, a branch of one, or its own last.
+"""The state that a run begins with: fresh, with the weights of another run, branched off one, or its own last state.
 
-    checkpoint of the work directory, else RUN@STEP -> all of the state      RUN -> weights      neither -> drawn
+    checkpoint of the work directory, else RUN@STEP -> complete state      RUN -> weights      neither -> random
 
-A config that differs from that of the checkpoint takes its place from that step on, where `history` allows it.
+If the config differs from that of the checkpoint, it applies from that step on, if `history` allows the change.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from deepseek_jax.workdir import check_speaks, is_hf_checkpoint, load_workdir_co
 
 
 class Restored(NamedTuple):
-    """A state that a run continues from. meta: of its checkpoint. position: in its sources, from here on."""
+    """A state that a run continues from. meta: of its checkpoint. position: in its sources, from this step on."""
 
     state: TrainState
     meta: dict[str, Any]
@@ -37,8 +37,8 @@ class Restored(NamedTuple):
 
 
 def restore(config: Config, workdir: str, checkpoints: Checkpoints, abstract: Any) -> Restored | None:
-    """The last state of the run in the work directory, or the one that it branches off; None: it begins. What has
-    changed is noted in config.json.
+    """The last state of the run in the work directory, or the one that it branches off; None: it starts fresh. Changes
+    of settings are recorded in config.json.
 
     abstract: the state's shapes. Raises ConfigError for a state that this config cannot continue.
     """
@@ -48,7 +48,7 @@ def restore(config: Config, workdir: str, checkpoints: Checkpoints, abstract: An
         found = restore_state(find_checkpoint(str(config.init.folder), config.init.step), abstract)
     if found is None:
         if is_first():
-            record(config, workdir, 0, None)  # local states that are gone may have kept the config of then
+            record(config, workdir, 0, None)  # config.json may be that of lost local states
         return None
     state, meta = found
     step, before = int(state.step), saved_config(meta)
@@ -69,8 +69,8 @@ def restore(config: Config, workdir: str, checkpoints: Checkpoints, abstract: An
 
 
 def starting_state(config: Config, runner: Runner | None = None, frozen: dict[str, Any] | None = None) -> TrainState:
-    """A fresh state, or one around the weights of the run that config.init.from names. frozen: those of a base that
-    adapters are trained of; its biases are the first."""
+    """A fresh state, or one with the weights of the run in config.init.from. frozen: the weights of a base of adapters,
+    whose biases are the initial ones."""
     runner = runner or Runner(config)
     fresh = jax.eval_shape(fresh_state(config))
     where = runner.shardings(fresh)
@@ -96,8 +96,8 @@ def starting_state(config: Config, runner: Runner | None = None, frozen: dict[st
 
 
 def _fresh_parts(config: Config, params: dict[str, Any]) -> dict[str, Any]:
-    """The parameters that this run has and that of init.from has not, drawn anew: indexers, the head of a reward model;
-    {} where there are none."""
+    """Random values for the parameters that this run has and the run of init.from has not: indexers, the head of a
+    reward model; {} if there are none."""
     theirs, parts = load_workdir_config(str(config.init.folder)), set()
     if config.model.index_topk is not None and theirs.model.index_topk is None:
         parts.add("indexer")
@@ -116,8 +116,8 @@ def _fresh_parts(config: Config, params: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_branch(config: Config, workdir: str) -> None:
-    """Raises ConfigError for a run that init.from=RUN@STEP names and that this config cannot continue. A branch that
-    has saved needs it no more."""
+    """Raises ConfigError if this config cannot continue the run in init.from=RUN@STEP. A branch that has saved no
+    longer needs that run."""
     if config.init.step is None or has_begun(workdir):
         return
     folder = str(config.init.folder)
@@ -127,8 +127,8 @@ def check_branch(config: Config, workdir: str) -> None:
 
 
 def check_length(config: Config, workdir: str) -> None:
-    """Raises ConfigError for a run, or a branch, that has more steps behind it than train.steps; `restore` does for
-    states that are on the machines themselves."""
+    """Raises ConfigError for a run, or a branch, that already has more steps than train.steps; `restore` does so for
+    states on the machines themselves."""
     saved = steps(directory_of(workdir))
     if saved:
         check_steps(config, saved[-1], workdir)
@@ -137,7 +137,7 @@ def check_length(config: Config, workdir: str) -> None:
 
 
 def check_start(config: Config) -> None:
-    """Raises ConfigError for an init.from that no run can start from, before the corpus is read."""
+    """Raises ConfigError for an unusable init.from, before the corpus is read."""
     folder = config.init.folder
     if folder is None and config.lora.rank is not None:
         raise ConfigError("lora.rank trains adapters of the weights of a run; add --config.init.from=RUN, or take "

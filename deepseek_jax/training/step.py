@@ -31,20 +31,20 @@ class TrainState:
     """All of a run's state except its config. The data position is a function of `step`."""
 
     step: jax.Array  # int32: optimizer steps done
-    params: dict[str, Any]  # all that is trained: the model's parameters, or adapters (`model.lora`) of a base
+    params: dict[str, Any]  # the trained parameters: the model's, or adapters (`model.lora`) of a base
     opt_state: Any
     router: dict[str, jax.Array]  # routing biases
-    ema: dict[str, Any]  # moving average of params; empty without one
+    ema: dict[str, Any]  # moving average of params; empty if none is kept
     rng: jax.Array
     balancer: dict[str, Any] = flax.struct.field(default_factory=dict)  # state of the bias rule, by name of the biases
 
 
 def init_state(config: Config) -> TrainState:
-    """A fresh state, a function of config.train.seed alone."""
+    """A fresh state, which depends only on config.train.seed."""
     rng, key = jax.random.split(jax.random.key(config.train.seed))
     variables: Any = DeepSeekV3(config.model).init(key, jnp.zeros((1, 8), jnp.int32), logits=False)
     params = variables["params"]
-    if config.preference.objective == "reward":  # 0: no answer is better than another
+    if config.preference.objective == "reward":  # 0: all answers are equally good
         params = params | {"reward_head": jnp.zeros(config.model.d_model, params["head"].dtype)}
     if config.lora.rank is not None:
         params = fresh_adapters(config, params)
@@ -53,17 +53,18 @@ def init_state(config: Config) -> TrainState:
 
 @functools.lru_cache(maxsize=1)
 def fresh_state(config: Config) -> Callable[[], TrainState]:
-    """`init_state` of a config as the same object each time: jax traces it once for its shapes and for its values."""
+    """`init_state` of a config, as the same function object each time, so that jax traces it once for shapes and
+    values."""
     return functools.partial(init_state, config)
 
 
 def fresh_adapters(config: Config, params: dict[str, Any]) -> dict[str, Any]:
-    """Adapters of parameters, or of their shapes: a function of config.train.seed alone."""
+    """Adapters for parameters, or for their shapes; they depend only on config.train.seed."""
     return lora.fresh(config.lora, jax.random.split(jax.random.key(config.train.seed))[1], params)
 
 
 def start_state(config: Config, params: dict[str, Any], router: dict[str, jax.Array], rng: jax.Array) -> TrainState:
-    """Step 0 around given parameters and biases.
+    """The state at step 0 with given parameters and biases.
 
     Args:
       router: biases float32 [L, E] by name. rng: a typed key, which the state carries.
@@ -109,10 +110,10 @@ def forward(config: Config, params: dict[str, Any], router: dict[str, jax.Array]
 
 
 class Inputs(NamedTuple):
-    """What a loss is a function of, apart from the parameters.
+    """The inputs of a loss, apart from the parameters.
 
-    micro: arrays of one micro-batch, whose last two axes are sequences and tokens: those of `split_batch`, and what
-    else the loss reads. normalizers: of the complete batch. step: int32 scalar. reference: variables of the frozen
+    micro: arrays of one micro-batch, whose last two axes are sequences and tokens: those of `split_batch`, and others
+    that the loss reads. normalizers: of the complete batch. step: int32 scalar. reference: variables of the frozen
     model that the loss compares with, {"params", "router"}; None: it compares with none.
     """
 
@@ -123,17 +124,17 @@ class Inputs(NamedTuple):
     reference: dict[str, Any] | None = None
 
 
-# (config, params, inputs) -> the scalar that is differentiated, and the sums of one micro-batch.
+# (config, params, inputs) -> the scalar to differentiate, and the sums of one micro-batch.
 Loss = Callable[[Config, dict[str, Any], Inputs], tuple[jax.Array, Sums]]
 
 
 def of_rows(config: Config, micro: dict[str, jax.Array]) -> Batch:
-    """`split_batch` of one micro-batch, [b, T + 1] each, whatever else it holds."""
+    """`split_batch` of one micro-batch, [b, T + 1] each, which may hold further arrays."""
     return split_batch(config, micro["tokens"], micro["weights"], micro["segment_ids"])
 
 
 def next_token_loss(config: Config, params: dict[str, Any], inputs: Inputs) -> tuple[jax.Array, Sums]:
-    """The report's objective: next tokens, MTP, balance; and the indexer's, where there is one."""
+    """The report's objective: next tokens, MTP, balance; and the indexer's loss, if there is one."""
     router, micro, normalizers, step, _ = inputs
     batch = of_rows(config, micro)
     output, logits = _with_logits(config, params, router, batch, step)
@@ -144,7 +145,7 @@ def next_token_loss(config: Config, params: dict[str, Any], inputs: Inputs) -> t
 
 
 def _with_logits(config, params, router, batch, step) -> tuple[Output, dict[str, Any]]:
-    """The model, and of each attention its largest logits; {} where nothing asks for them."""
+    """The model's output, and the largest logits of each attention; {} if they are not needed."""
     if config.optimizer.qk_clip is None:
         return run_model(config, params, router, batch, step=step), {}
     made: Any = run_model(config, params, router, batch, step=step, mutable=[LOGITS])
@@ -152,7 +153,7 @@ def _with_logits(config, params, router, batch, step) -> tuple[Output, dict[str,
 
 
 def complete(config: Config, params: dict[str, Any], base: dict[str, Any] | None) -> dict[str, Any]:
-    """What the model takes: the parameters that are trained, or their base with them as adapters."""
+    """The model's parameters: the trained ones, or their base combined with them as adapters."""
     return params if base is None else lora.attach(config.lora, base, params)
 
 
@@ -191,7 +192,7 @@ def accumulate(config: Config, params: dict[str, Any], router: dict[str, jax.Arr
     counted_M = jnp.arange(config.train.accumulation_steps) < rounds
     parts = {name: x for name, x in batch.items() if name != "active"}
     parts["weights"] = jnp.where(counted_M[:, None, None], parts["weights"], 0)
-    if config.ramps_pipeline:  # of its one round the first rows count
+    if config.ramps_pipeline:  # in a single pass of the pipeline only the first rows count
         size = config.train.batch_size // config.microbatches
         counted_B = jnp.arange(config.train.batch_size) < size * batch["active"]
         parts["weights"] = jnp.where(counted_B[:, None], parts["weights"], 0)
@@ -217,7 +218,7 @@ def accumulate(config: Config, params: dict[str, Any], router: dict[str, jax.Arr
 
 
 def _rounds(config, batch):
-    """Rounds of accumulation that count."""
+    """The number of accumulation steps that count."""
     return jnp.int32(1) if config.ramps_pipeline else batch["active"]
 
 
@@ -246,7 +247,7 @@ def train_step(config: Config, state: TrainState, batch: dict[str, Any], base: d
     grads, sums = accumulate(config, state.params, state.router, batch, state.step, loss, base, reference)
     optimizer = make_optimizer(config.optimizer, config.schedule_steps)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    if config.model.index_warmup:  # weight decay would move the others
+    if config.model.index_warmup:  # weight decay would change the others
         updates = only_indexer(updates)
     params = jax.tree.map(jnp.add, state.params, updates)
     if config.optimizer.qk_clip is not None:
@@ -298,7 +299,7 @@ def _move_biases(config: Config, state: TrainState, counts) -> tuple[dict[str, j
 
 def eval_step(config: Config, params: dict[str, Any], router: dict[str, jax.Array], micro: dict[str, Any],
               base: dict[str, Any] | None = None) -> Sums:
-    """Sums of one validation batch [b, T + 1]; a pipeline cuts it as it does in training. base: as in `accumulate`."""
+    """Sums of one validation batch [b, T + 1]; a pipeline splits it as in training. base: as in `accumulate`."""
     if config.mesh.pipe > 1:
         return score(config, params, router, of_rows(config, micro))
     params = complete(config, constrain_to_compute(params), base)

@@ -1,4 +1,4 @@
-"""What a finished run shows: its score next to compressors', pictures, and a sample of what it writes."""
+"""The output of a finished run: its score compared with compressors', plots, and a sample of generated text."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from deepseek_jax.training.sample import TEMPERATURE, sample_prompt
 
 
 def summarize(config: Config, workdir: str, result: TrainResult) -> None:
-    """Prints the last evaluation next to compressors, draws the pictures, prints a sample if there are weights."""
+    """Prints the last evaluation next to compressors, draws the plots, prints a sample if there are weights."""
     rows = read_metrics(workdir)
     last, steps = [r for r in rows if "eval_loss" in r][-1], [r for r in rows if "loss" in r][-LAST_STEPS:]
     limit = config.train.final_eval_batches

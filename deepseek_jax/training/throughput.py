@@ -1,4 +1,4 @@
-"""How much of the machine a step uses: model FLOPs utilization (MFU) against a stated peak."""
+"""Model FLOPs utilization (MFU) of a step against a stated peak."""
 
 import time
 
@@ -9,9 +9,9 @@ from deepseek_jax.scale.hardware import PEAK_BFLOAT16
 
 
 def peak_flops(dtype: str, devices: int = 1) -> float:
-    """Peak FLOP/s of the devices: the data sheet's for accelerators, a timed product's per process for CPUs.
+    """Peak FLOP/s of the devices: from the data sheet for accelerators, from a timed product per process for CPUs.
 
-    An unknown accelerator is timed as well. The product is 1024^3 to 2048 x 2048 x 1024, the best of several.
+    An unknown accelerator is timed as well. Products of 1024^3 to 2048 x 2048 x 1024 are timed, and the best counts.
     """
     kind = jax.devices()[0].device_kind
     for prefix, peak in sorted(PEAK_BFLOAT16.items(), key=lambda item: -len(item[0])):

@@ -1,8 +1,8 @@
-"""Where rows go besides metrics.jsonl: TensorBoard always; Weights & Biases or MLflow; a file for Prometheus.
+"""Destinations of rows in addition to metrics.jsonl: TensorBoard always; Weights & Biases or MLflow; a Prometheus file.
 
-All have three methods and get the same scalars: those of the rows, and every EXPERTS_EVERY steps how each layer uses
-its experts and where its biases are. TensorBoard's files are written in the thread that writes the rows; each of the
-others has a thread of its own (`Apart`), and one that fails or hangs later stops no run.
+All have three methods and get the same scalars: those of the rows, and every EXPERTS_EVERY steps the load and the
+biases of each layer's experts. TensorBoard's files are written in the thread that writes the rows; each of the others
+has its own thread (`Apart`), and if one fails or hangs later, the run continues.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from tensorboardX.record_writer import masked_crc32c
 from deepseek_jax import io, storage, working_files
 from deepseek_jax.config import Config, ConfigError, as_dict
 
-EXPERTS_EVERY = 10  # steps; the counts of each one are in expert_load/
-ANSWER, FINISH = 60.0, 60.0  # seconds that a start waits for a server's answer, and an end for what is still to be sent
+EXPERTS_EVERY = 10  # steps; the counts of every step are in expert_load/
+ANSWER, FINISH = 60.0, 60.0  # seconds that a start waits for a server's answer, and that an end waits for pending rows
 
 
 class Tracker(Protocol):
@@ -43,17 +43,17 @@ class Tracker(Protocol):
         """values: finite, by names such as train/loss, eval/loss and experts/layer_03/load_high."""
 
     def flush(self) -> None:
-        """Returns when what was logged is kept, as far as that can be said."""
+        """Returns when the logged values are stored, as far as that can be known."""
 
     def close(self, failed: bool = False) -> None:
-        """Ends; nothing is logged after it. failed: the run ends with an error."""
+        """Ends; nothing is logged afterwards. failed: whether the run ends with an error."""
 
 
 class Apart:
-    """A tracker in a thread of its own, which training never waits for, but at the end for `FINISH` seconds. What it
-    raises is said once, and it gets no more; what it is too slow for is dropped."""
+    """A tracker in a separate thread, which training waits for only at the end, for `FINISH` seconds. An exception is
+    reported once and ends the logging; rows for which it is too slow are dropped."""
 
-    MOST = 1024  # calls that wait
+    MOST = 1024  # queued calls
 
     def __init__(self, tracker: Tracker):
         self._tracker, self._name = tracker, type(tracker).__name__
@@ -63,15 +63,15 @@ class Apart:
         self._thread.start()
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        """Hands them on."""
+        """Queues the values."""
         self._put(self._tracker.log, step, values)
 
     def flush(self) -> None:
-        """Asks for it; nothing is waited for."""
+        """Requests a flush without waiting."""
         self._put(self._tracker.flush)
 
     def close(self, failed: bool = False) -> None:
-        """Returns when it has ended, or does not end."""
+        """Returns when the tracker has ended, or the time is over."""
         end = time.monotonic() + FINISH
         try:
             self._calls.put((self._tracker.close, (failed,)), timeout=FINISH)
@@ -101,14 +101,14 @@ class Apart:
                 call(*arguments)
             except BaseException as error:
                 self._failed = True
-                _say(f"the run goes on without {self._name}: {_line(error)}")
+                _say(f"the run continues without {self._name}: {_line(error)}")
 
 
 def experts_of_layers(loads: dict[str, Any], biases: dict[str, Any], first: int) -> dict[str, float]:
-    """Scalars of each layer: experts/layer_03/..., and experts/mtp_00/... of MTP modules.
+    """Scalars of each layer: experts/layer_03/..., and experts/mtp_00/... for MTP modules.
 
-    load_high, load_low: of the busiest and the idlest expert, over the mean load. load_entropy: 1 is even. bias_high,
-    bias_low: of the routing bias.
+    load_high, load_low: load of the busiest and the least busy expert, divided by the mean. load_entropy: 1 is even.
+      bias_high, bias_low: range of the routing bias.
 
     Args:
       loads, biases: [L, E] by the names of the `router` collection. first: the number of the first layer with experts.
@@ -134,7 +134,7 @@ class TensorBoard:
     """Event files in a folder."""
 
     def __init__(self, folder: pathlib.Path, first: int):
-        """first: the step that follows; what older files have from there on is hidden."""
+        """first: the next step; later entries of older files are hidden."""
         folder.mkdir(exist_ok=True)
         path = folder / f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}"
         self._file = io.Appended(path)
@@ -143,10 +143,11 @@ class TensorBoard:
         self._add(Event(wall_time=time.time(), step=first, session_log=SessionLog(status=SessionLog.START)))
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        """Appends an event at once. That of the same names is used again: making one takes a tenth of a millisecond."""
+        """Appends an event at once. The event object of the same names is reused: creating one takes a tenth of a
+        millisecond."""
         names = tuple(values)
         if names not in self._events:
-            # Sources may have names that are no UTF-8.
+            # Names of sources need not be UTF-8.
             tags = [_printable(name) for name in names]
             self._events[names] = Event(summary=Summary(value=[Summary.Value(tag=tag) for tag in tags]))
         event = self._events[names]
@@ -156,7 +157,7 @@ class TensorBoard:
         self._add(event)
 
     def flush(self) -> None:
-        """Nothing waits."""
+        """Does nothing: nothing is queued."""
 
     def close(self, failed: bool = False) -> None:
         """Closes the file."""
@@ -180,7 +181,7 @@ class WeightsAndBiases:
 
     @staticmethod
     def check() -> None:
-        """Raises what wandb does where it cannot log in."""
+        """Raises wandb's exception if it cannot log in."""
         wandb = _package("wandb")
         online = wandb.setup().settings.mode not in ("offline", "dryrun", "disabled")
         if online and not wandb.login(prompt=False, verify=True):
@@ -188,11 +189,11 @@ class WeightsAndBiases:
                               "WANDB_MODE=offline.")
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        """Steps that an earlier start has logged stay as they are there."""
+        """Steps that an earlier start has logged are not changed."""
         self.run.log({_printable(name): x for name, x in values.items()}, step=step)
 
     def flush(self) -> None:
-        """Nothing is waited for: wandb sends in a process of its own."""
+        """Does nothing: wandb sends in a separate process."""
 
     def close(self, failed: bool = False) -> None:
         """Waits until wandb has everything, for FINISH seconds."""
@@ -218,19 +219,19 @@ class MLflow:
             self.client.update_run(self.run_id, status="RUNNING")
         for name in sorted(run.data.metrics):
             kind = name.partition("/")[0]
-            if kind not in self.seen or name == f"{kind}/loss":  # all of a kind have the same steps, nulls aside
+            if kind not in self.seen or name == f"{kind}/loss":  # all of a kind have the same steps, except for nulls
                 self.seen[kind] = max(m.step for m in self.client.get_metric_history(self.run_id, name))
 
     @staticmethod
     def check(workdir: str) -> None:
-        """Raises ConfigError, or what MLflow does where its server does not answer."""
+        """Raises ConfigError, or MLflow's exception if its server does not answer."""
         _package("mlflow")
         uri = os.environ.get("MLFLOW_TRACKING_URI")
         if uri is None and storage.is_remote(workdir):
             raise ConfigError("train.tracker='mlflow' with a work directory in a bucket needs a server; set "
                               "MLFLOW_TRACKING_URI.")
         if uri is None or uri.startswith("sqlite"):
-            for package in ("sqlalchemy", "alembic"):  # which not all builds of MLflow come with
+            for package in ("sqlalchemy", "alembic"):  # which not all builds of MLflow include
                 if importlib.util.find_spec(package) is None:
                     raise ConfigError(f"train.tracker='mlflow' needs the Python package {package} to write a file; "
                                       "pip install -e '.[mlflow]', or set MLFLOW_TRACKING_URI.")
@@ -240,24 +241,24 @@ class MLflow:
             MlflowClient(uri).search_experiments(max_results=1)
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        """Steps that an earlier start has logged stay as they are there."""
+        """Steps that an earlier start has logged are not changed."""
         kind = next(iter(values), "").partition("/")[0]
         if step <= self.seen.get(kind, -1):
             return
         now, named = int(1000 * time.time()), [(re.sub(r"[^\w\-. :/]", "_", name), x) for name, x in values.items()]
-        for i in range(0, len(named), 1000):  # which MLflow takes at once
+        for i in range(0, len(named), 1000):  # which MLflow accepts in one call
             self.client.log_batch(self.run_id, [self.metric(name, x, now, step) for name, x in named[i:i + 1000]])
 
     def flush(self) -> None:
-        """Nothing waits."""
+        """Does nothing: nothing is queued."""
 
     def close(self, failed: bool = False) -> None:
-        """Says that the run is not going any more."""
+        """Marks the run as ended."""
         self.client.set_terminated(self.run_id, "FAILED" if failed else "FINISHED")
 
 
 class Prometheus:
-    """The newest scalars in a text file, for the textfile collector of Prometheus' node exporter."""
+    """The latest scalars in a text file, for the textfile collector of Prometheus' node exporter."""
 
     EVERY = 1.0  # seconds between two files
 
@@ -268,21 +269,21 @@ class Prometheus:
 
     @staticmethod
     def check(path: str, workdir: str) -> None:
-        """Raises OSError for a file that cannot be there."""
+        """Raises OSError if the file cannot be created."""
         folder = os.path.dirname(os.path.abspath(path))
         if os.path.isdir(path):
             raise IsADirectoryError("it is a folder")
-        if os.path.isdir(folder) or folder != os.path.abspath(workdir):  # which the run makes
+        if os.path.isdir(folder) or folder != os.path.abspath(workdir):  # which the run creates
             tempfile.TemporaryFile(dir=folder).close()
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        """Those of layers are left to the others."""
+        """Scalars of layers are skipped."""
         self.values |= {"step": step, **{k: v for k, v in values.items() if not k.startswith("experts/")}}
         if time.monotonic() - self.written > self.EVERY:
             self.flush()
 
     def flush(self) -> None:
-        """Replaces the file. What the disk refuses is said once: a later file may come through."""
+        """Replaces the file. A disk error is reported once: a later write may succeed."""
         lines = {}
         for name, value in self.values.items():
             metric, _, source = name.partition("loss/")
@@ -298,14 +299,14 @@ class Prometheus:
                 _say(f"train.prometheus={self.path!r} is not written: {_line(error)}")
 
     def close(self, failed: bool = False) -> None:
-        """The last file stays."""
+        """Leaves the last file in place."""
         self.flush()
 
 
 def make_trackers(config: Config, workdir: str, resumes: bool = False) -> list[Tracker]:
-    """What the config asks for. resumes: the run there continues, and is the same one to a tracker.
+    """The trackers that the config asks for. resumes: the run continues, and stays the same one in a tracker.
 
-    Raises ConfigError for one that cannot begin.
+    Raises ConfigError for a tracker that cannot start.
     """
     made: list[Tracker] = []
     if config.train.tracker is not None:
@@ -318,7 +319,7 @@ def make_trackers(config: Config, workdir: str, resumes: bool = False) -> list[T
 
 
 def check_trackers(config: Config, workdir: str) -> None:
-    """Raises ConfigError for a tracker that is not installed, does not let this process in, or cannot be written."""
+    """Raises ConfigError for a tracker that is not installed, refuses the login, or cannot be written to."""
     if config.train.tracker is not None:
         check = WeightsAndBiases.check if config.train.tracker == "wandb" else lambda: MLflow.check(workdir)
         with _one_line(config.train.tracker):
@@ -338,12 +339,12 @@ def _one_line(name):
         yield
     except ConfigError:
         raise
-    except Exception as error:  # packages raise what they like
+    except Exception as error:  # packages may raise anything
         raise ConfigError(f"train.tracker={name!r} cannot be used: {_line(error)}; mend that, or take None.") from error
 
 
 def _within(call):
-    """Calls it, for `ANSWER` seconds at most: packages try again for minutes."""
+    """Calls it, with a limit of `ANSWER` seconds: packages retry for minutes."""
     found = []
 
     def work():
@@ -364,7 +365,7 @@ def _within(call):
 
 
 def _identity(workdir, resumes) -> str:
-    """What a run in a work directory is called elsewhere, wherever that is moved to; another one begins anew."""
+    """The id of a run in its tracker, which stays when the work directory is moved; a new run gets a new id."""
     path = os.path.join(workdir, "tracker.json")
     if resumes and storage.is_file(path):
         with contextlib.suppress(ValueError):
@@ -381,7 +382,7 @@ def _name(workdir):
 
 
 def _printable(name):
-    """Paths may be no UTF-8."""
+    """Paths need not be UTF-8."""
     return name.encode(errors="backslashreplace").decode()
 
 

@@ -1,4 +1,4 @@
-"""What the parts of a training step hand to each other."""
+"""The types that the parts of a training step exchange."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from deepseek_jax.parallel.dispatch import Traffic
 class Batch(NamedTuple):
     """Inputs and next-token targets of one micro-batch.
 
-    tokens_BT, targets_BT: int32. weights_BT: float32, 0 leaves a target out. segment_ids_BT, positions_BT: int32, where
-    documents are masked; None without masks.
+    tokens_BT, targets_BT: int32. weights_BT: float32, 0 leaves a target out. segment_ids_BT, positions_BT: int32, if
+      documents are masked; None without masks.
     """
 
     tokens_BT: jax.Array
@@ -34,7 +34,7 @@ class TokenLosses(NamedTuple):
 
 
 class Normalizers(NamedTuple):
-    """What turns sums over one micro-batch into its part of the loss of the complete batch.
+    """Factors that turn sums over one micro-batch into its part of the loss of the complete batch.
 
     weight, mtp_weight_D: summed weights of the COMPLETE batch. mtp_lambda: the weight of the MTP loss. share: this
     micro-batch's part of the batch. float32.
@@ -50,8 +50,8 @@ class Sums(NamedTuple):
     """Sums over a batch. counts: int32 [L, E] under the names of the `router` collection.
 
     sequence_loss, auxiliary_loss: unweighted, float32, summed over micro-batches. A pipeline has no auxiliary loss: 0.
-    own: what else the loss measures by name, weighted like its tokens. logits: largest attention logits, as
-    `qk_clip.clip` takes them; {} where nothing asks for them. They are no sums: `added` takes the larger one.
+    own: other metrics of the loss by name, weighted like its tokens. logits: largest attention logits, as in
+      `qk_clip.clip`; {} if they are not needed. They are not sums: `added` takes the larger one.
     """
 
     losses: TokenLosses
@@ -69,11 +69,11 @@ class Sums(NamedTuple):
 
 
 class Metrics(NamedTuple):
-    """Of one step: float32 scalars, loss and mtp_loss in nats per token; counts int32 per layer.
+    """Metrics of one step: float32 scalars, loss and mtp_loss in nats per token; counts int32 per layer.
 
-    sequence_loss, auxiliary_loss: unweighted, means over the micro-batches. bias_low, bias_high: the least and the
-    largest routing bias after the step; 0 where there is none. own: weighted means of what else the loss measures, and
-    with optimizer.qk_clip max_logit, the largest attention logit of the step, before clipping.
+    sequence_loss, auxiliary_loss: unweighted, means over the micro-batches. bias_low, bias_high: the smallest and the
+      largest routing bias after the step; 0 if there is none. own: weighted means of the loss's other metrics, and with
+      optimizer.qk_clip max_logit, the largest attention logit of the step, before clipping.
     biases: float32 [L, E] after the step, by the names of the `router` collection.
     """
 

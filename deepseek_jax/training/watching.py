@@ -1,6 +1,6 @@
-"""What watches a run while it trains: where its seconds go, traces, a limit for steps that do not end, goodput.
+"""Monitoring of a training run: timings, traces, a limit for steps that do not end, goodput.
 
-The loop tells it what happens; nothing here changes what is computed.
+The loop reports events to it; nothing here changes the computation.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from deepseek_jax.training.stall import StallWatch
 
 
 class Watching:
-    """The watch over one start of a run, in one process. workdir: None: nothing is kept of it."""
+    """Monitors one start of a run, in one process. workdir: None: nothing is recorded."""
 
     def __init__(self, config: Config, workdir: str | None, process: int = 0):
         self.seconds: dict[str, float] = {}
@@ -30,8 +30,8 @@ class Watching:
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
-        """Around all steps: SIGUSR2 asks for a trace, and a step that does not end ends the process."""
-        number = getattr(signal, "SIGUSR2", None)  # Windows has none
+        """A context around all steps: SIGUSR2 requests a trace, and a step that does not end ends the process."""
+        number = getattr(signal, "SIGUSR2", None)  # not on Windows
         previous = None if number is None else signal.signal(number, self.profiler.ask)
         try:
             with self.stall:
@@ -42,7 +42,7 @@ class Watching:
 
     @contextlib.contextmanager
     def spending(self, what: str) -> Iterator[None]:
-        """Counts the seconds inside as those of `what`: data, step or write."""
+        """A context whose seconds are counted under `what`: data, step or write."""
         began = time.perf_counter()
         try:
             yield
@@ -59,8 +59,8 @@ class Watching:
             yield found
 
     def row(self) -> dict[str, float | None]:
-        """What a row of the metrics says of the machine: seconds since the row before, by what the loop did or waited
-        for, and the most bytes that a device has held; None where it does not say."""
+        """The machine's values in a row of metrics: seconds since the previous row, by what the loop did or waited for,
+        and the peak memory of a device in bytes; None if the device does not report it."""
         spent, self.seconds = self.seconds, {}
         stats = [device.memory_stats() for device in jax.local_devices()]
         peaks = [found["peak_bytes_in_use"] for found in stats if found and "peak_bytes_in_use" in found]
@@ -68,14 +68,14 @@ class Watching:
             "device_bytes_peak": max(peaks, default=None)}
 
     def mark(self, what: str, **about: Any) -> None:
-        """Notes a time for `goodput`."""
+        """Records a time for `goodput`."""
         if self.goodput is not None:
             self.goodput.mark(what, **about)
 
     def marked(self, what: str) -> bool:
-        """Whether that was noted."""
+        """Whether that was recorded."""
         return self.goodput is None or what in self.goodput.now
 
     def goodput_words(self) -> str | None:
-        """Where the time of all starts went."""
+        """A summary of the time of all starts."""
         return self.goodput and goodput.words([*self.goodput.before, self.goodput.now])

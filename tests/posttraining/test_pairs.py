@@ -145,7 +145,7 @@ def test_answers_that_the_template_opens_unlike_are_refused(tmp_path):
     row = {"prompt": [ASK], "chosen": [thought], "rejected": [THREE | {"reasoning_content": "no"}]}
     (pair,) = read_pairs(written(tmp_path / "a.jsonl", row), published(), lambda: text)
     assert pair.chosen.ids[:pair.chosen.start] == pair.rejected.ids[:pair.rejected.start]
-    with pytest.raises(ConfigError, match=r"line 1: .* reasoning_content is in one alone; give it to both, or to"):
+    with pytest.raises(ConfigError, match=r"line 1: .* only one has reasoning_content; give it to both, or to"):
         list(read_pairs(written(tmp_path / "b.jsonl", row | {"rejected": [THREE]}), published(), lambda: text))
 
 

@@ -61,7 +61,7 @@ def test_parts_of_sequences_go_over_the_nodes_of_experts_and_then_over_copies_of
 
 
 def test_a_part_of_a_long_sequence_takes_what_a_short_one_does():
-    """Of state, and of copies of tokens that travel to experts; and the latents go around besides."""
+    """It takes as much state, and as many copies of tokens sent to experts; the ring of latents is added."""
     short, split = of_report(), long_context(32768, 8, 1920)
 
     assert memory.state(V3, split) == memory.state(V3, short)

@@ -174,7 +174,7 @@ def test_a_tracker_that_fails_stops_neither_the_run_nor_the_others_and_is_said_o
     assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3, 4, 5]
     assert both[1].heard == [("log", 1), ("flush",), ("log", 2), ("flush",), ("log", 3), ("flush",), ("log", 4),
                                  ("flush",), ("log", 5), ("flush",), ("close", True)]
-    assert capsys.readouterr().err == "note: the run goes on without Faulty: the server is gone.\n"
+    assert capsys.readouterr().err == "note: the run continues without Faulty: the server is gone.\n"
 
 
 def test_a_tracker_that_hangs_blocks_no_row_and_no_end(tmp_path, capsys, monkeypatch):

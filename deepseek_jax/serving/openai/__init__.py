@@ -1,1 +1,1 @@
-"""The HTTP server: endpoints, streams of text and chat templates that clients of the OpenAI API know."""
+"""The HTTP server: endpoints of the OpenAI API, text streams and chat templates."""

@@ -1,4 +1,4 @@
-"""Answers of the completion endpoints: deltas of a stream put into the JSON of the OpenAI API, streamed or complete."""
+"""Answers of the completion endpoints: deltas of a stream as JSON of the OpenAI API, streamed or complete."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from deepseek_jax.serving.openai.requests import BadRequest, CompletionRequest
 from deepseek_jax.serving.openai.stream import Delta, Stream
 from deepseek_jax.serving.sequence import Token
 
-DISCONNECT_CHECK_SECONDS = 0.25  # how often a complete response checks, before it is sent, that its client is there
-COMMENT_SECONDS = 10.0  # a stream without news sends a comment so often: proxies end silent connections
+DISCONNECT_CHECK_SECONDS = 0.25  # how often a non-streamed response checks that its client is still connected
+COMMENT_SECONDS = 10.0  # how often an idle stream sends a comment, since proxies close silent connections
 LEAST_LOGPROB = -9999.0  # JSON has no infinity
 
 
 class Answer:
-    """Puts the deltas of a stream into the JSON of the API."""
+    """Converts the deltas of a stream to the API's JSON."""
 
     def __init__(self, model: str, completion: CompletionRequest, stream: Stream):
         self.completion, self.stream = completion, stream
@@ -66,7 +66,7 @@ class Answer:
         checked = time.monotonic()
         while self.stream.open:
             new = await self.stream.next_within(DISCONNECT_CHECK_SECONDS)
-            # By the clock: while many choices run there is always a delta to take.
+            # By time: while many choices run there is always a delta to take.
             if time.monotonic() - checked >= DISCONNECT_CHECK_SECONDS:
                 if await request.is_disconnected():
                     return JSONResponse({}, 499)
@@ -100,7 +100,7 @@ class Answer:
         return out
 
     def logprobs(self, delta: Delta) -> dict[str, Any] | None:
-        """Logprobs of the delta's tokens and the likeliest alternatives; None where none were requested."""
+        """Logprobs of the delta's tokens and the likeliest alternatives; None if none were requested."""
         most = self.completion.alternatives
         if most is None or not delta.tokens:
             return None
@@ -111,7 +111,7 @@ class Answer:
                                         "bytes": list(spell(i))}
             return {"content": [{**entry(t.id, t.logprob), "top_logprobs": [entry(*b) for b in t.best[:most]]}
                                 for t in tokens], "refusal": None}
-        first = lambda token: math.isnan(token.logprob)  # of a prompt: nothing stands before it
+        first = lambda token: math.isnan(token.logprob)  # the first token of a prompt has no context
         return {"tokens": [named(spell(t.id)) for t in tokens],
                 "token_logprobs": [None if first(t) else max(t.logprob, LEAST_LOGPROB) for t in tokens],
                 "top_logprobs": [None if first(t) else alternatives(spell, t, most) for t in tokens],

@@ -1,4 +1,4 @@
-"""Connections that end by the clock: whoever sends half a request, or stops reading an answer, gives up its place."""
+"""Connections with time limits: a client that sends half a request, or stops reading, loses its connection."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 # Seconds that a client may take for the head of a request, and for its body.
 SECONDS = {h11.IDLE: 15.0, h11.SEND_BODY: 60.0}
-READ_SECONDS = 30.0  # that a reader may take nothing while there is more for it
+READ_SECONDS = 30.0  # seconds that a reader may take nothing while there is more for it
 
 
 class Connection(H11Protocol):
     """HTTP/1.1 as uvicorn speaks it, with limits of time, and of connections: half of the files that may be open."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:
-        """Takes it, or closes it where there are too many already."""
+        """Accepts the connection, or closes it if there are too many already."""
         super().connection_made(transport)
         self._state, self._sender, self._reader = None, None, None
         if 2 * len(self.connections) > resource.getrlimit(resource.RLIMIT_NOFILE)[0]:
@@ -31,7 +31,7 @@ class Connection(H11Protocol):
         self._watch()
 
     def _watch(self):
-        """Starts the clock of what the client sends now, once for each head and body."""
+        """Starts the time limit for the client's data, once for each head and body."""
         state = self.conn.their_state
         if state is self._state:
             return
@@ -40,7 +40,7 @@ class Connection(H11Protocol):
         self._sender = self.loop.call_later(SECONDS[state], self.transport.abort) if state in SECONDS else None
 
     def pause_writing(self) -> None:
-        """The client does not read."""
+        """The client has stopped reading."""
         super().pause_writing()
         self._stop(self._reader)
         self._reader = self.loop.call_later(READ_SECONDS, self.transport.abort)
@@ -51,7 +51,7 @@ class Connection(H11Protocol):
         self._stop(self._reader)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Its clocks end with it."""
+        """Cancels the time limits of the connection."""
         super().connection_lost(exc)
         self._stop(self._sender)
         self._stop(self._reader)

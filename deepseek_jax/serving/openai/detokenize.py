@@ -1,4 +1,5 @@
-"""Tokens to text as they come: complete characters only, nothing of a stop string, reasoning apart from the answer."""
+"""Incremental detokenization: only complete characters, no part of a stop string, reasoning separate from the
+answer."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ class TextStream:
     """Text of a growing sequence: the pieces joined are the text of all tokens, up to the leftmost stop string.
 
     Args:
-      bytes_of: the UTF-8 bytes that a token stands for, any part of a character; what is no text becomes U+FFFD.
+      bytes_of: the UTF-8 bytes of a token, possibly part of a character; invalid bytes become U+FFFD.
       stops: strings that end the text; neither they nor anything after them is returned.
     """
 
@@ -24,7 +25,7 @@ class TextStream:
 
     @property
     def offset(self) -> int:
-        """Where in the text the next token begins: after what was returned and what is held back."""
+        """The offset in the text at which the next token begins: after the returned and the held-back text."""
         return self._emitted + len(self._pending)
 
     def feed(self, token: int) -> str:
@@ -68,9 +69,9 @@ class AnswerStream:
     """Text of an answer, and of the reasoning in it, each up to its own leftmost stop string.
 
     Args:
-      bytes_of, stops: as of TextStream.
-      marks: the tokens that open and close reasoning, which are in neither text; None: there is no reasoning.
-      prompt: the answer's, whose last mark says how it begins.
+      bytes_of, stops: as in TextStream.
+      marks: the tokens that open and close reasoning, which are part of neither text; None: there is no reasoning.
+      prompt: of the answer; its last mark decides whether the answer begins with reasoning.
     """
 
     def __init__(self, bytes_of: Callable[[int], bytes], stops: tuple[str, ...] = (),
@@ -88,7 +89,7 @@ class AnswerStream:
         return text, offset, reasons
 
     def flush(self) -> str:
-        """At the end: what was held back, of the reasoning if `reasons`."""
+        """At the end: the held-back text, of the reasoning if `reasons`."""
         return self._texts[self.reasons].flush()
 
     @property
@@ -98,20 +99,20 @@ class AnswerStream:
 
     @property
     def offset(self) -> int:
-        """Where in the answer proper the next token begins."""
+        """The offset in the answer proper at which the next token begins."""
         return self._texts[0].offset
 
 
 class _Stop:
     """Finds one string in text read character by character, each in constant time on average (Knuth, Morris, Pratt).
 
-    Its table grows with what has matched: most texts never come near the end of a long stop string.
+    Its table grows only as far as the text has matched: most texts never get near the end of a long stop string.
     """
 
     def __init__(self, text: str):
         self.text = text
-        self.matched = 0  # characters of the longest beginning of it that the text read so far ends with
-        self._shorter = [0]  # for each length of such a beginning, the next shorter one that ends the same way
+        self.matched = 0  # length of the longest prefix of the string that the text read so far ends with
+        self._shorter = [0]  # for each prefix length, that of its longest proper prefix that is also its suffix
 
     def _step(self, matched, character):
         while matched and self.text[matched] != character:

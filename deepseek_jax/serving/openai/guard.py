@@ -1,8 +1,8 @@
-"""Who may ask from a browser: a server of this machine must not answer to every page that its user opens.
+"""Access from browsers: a local server must not answer every page that its user opens.
 
-A page elsewhere can post to a server on loopback, and by letting its own name point to 127.0.0.1 read the answers. So
-a server bound to loopback answers to loopback names alone, and requests with an Origin come from the server's own page
-or from an origin that was allowed.
+A foreign page can post to a server on loopback, and read the answers if it makes its own name resolve to 127.0.0.1. So
+a server bound to loopback answers only for loopback names, and a request with an Origin must come from the server's own
+page or from an allowed origin.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ HEADERS = {
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a name or address, as `--host` has it, is this machine's loopback."""
+    """Whether a name or address, as given to `--host`, is this machine's loopback."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -33,11 +33,11 @@ def is_loopback(host: str) -> bool:
 
 
 class Guard:
-    """Middleware: refuses foreign hosts and origins with 403, allows those named, adds security headers.
+    """Middleware that refuses foreign hosts and origins with 403, allows the given ones, and adds security headers.
 
     Args:
-      local: whether only loopback names may be asked for. origins: that may ask, such as "https://chat.example"; "*"
-        for all.
+      local: whether only loopback names are accepted. origins: allowed ones, such as "https://chat.example"; "*" for
+        all.
     """
 
     def __init__(self, app: ASGIApp, local: bool, origins: tuple[str, ...]):

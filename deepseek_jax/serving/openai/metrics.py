@@ -1,4 +1,4 @@
-"""Prometheus metrics of the server: what it answered, how long clients waited, what the engine does."""
+"""Prometheus metrics of the server: its answers, clients' waiting times, and the engine's activity."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ TOTALS = {"tokens": "Tokens handed over.", "prompt_tokens": "Tokens of prompts r
 
 
 class Metrics:
-    """What is counted outside the engine. `text` has all, the engine's as well.
+    """Metrics that are counted outside the engine. `text` has all of them, including the engine's.
 
     Args:
-      per_expert: whether to report each expert of each layer, a series each.
+      per_expert: whether to report a series for each expert of each layer.
     """
 
     def __init__(self, per_expert: bool = False):

@@ -25,10 +25,10 @@ Prompt = str | list[dict[str, Any]]  # a text, or the messages of a chat
 
 
 def read_prompts(path: str) -> list[Prompt]:
-    """The prompts of a file: rows with "prompt" or "messages" where it ends in .jsonl, else one a line.
+    """The prompts of a file: rows with "prompt" or "messages" if it is a .jsonl file, otherwise one per line.
 
     Raises:
-      ConfigError: no such file, no UTF-8, a row that is neither (named by its line), or no prompt at all.
+      ConfigError: there is no such file, it is not UTF-8, a row is neither (named by its line), or there is no prompt.
     """
     try:
         with open(path, encoding="utf-8-sig") as f:
@@ -64,10 +64,10 @@ def _row(where: str, line: str) -> Prompt:
 
 
 def read_options(text: str | None, prompts: Iterable[Prompt]) -> dict[str, Any]:
-    """Options of the chat template: a JSON object with names of its own, such as enable_thinking; {} for None.
+    """Options of the chat template: a JSON object with the template's names, such as enable_thinking; {} for None.
 
     Raises:
-      ConfigError: no JSON object, or no chat among the prompts.
+      ConfigError: it is not a JSON object, or there is no chat among the prompts.
     """
     if text is None:
         return {}
@@ -84,7 +84,7 @@ def read_options(text: str | None, prompts: Iterable[Prompt]) -> dict[str, Any]:
 
 
 def prompt_ids(prompt: Prompt, tokenizer: Tokenizer, text: Conventions, options: dict[str, Any]) -> list[int]:
-    """Token ids of a text, after BOS if texts begin with it, or of a chat up to where the answer begins.
+    """Token ids of a text, after BOS if texts begin with it, or of a chat up to the beginning of the answer.
 
     Args:
       options: of the chat template.
@@ -101,7 +101,7 @@ def prompt_ids(prompt: Prompt, tokenizer: Tokenizer, text: Conventions, options:
 
 
 def check_room(prompts: list[list[int]], new: int, positions: int | None) -> None:
-    """Raises ConfigError where the longest prompt (token ids) and `new` tokens exceed `positions`; None: unlimited."""
+    """Raises ConfigError if the longest prompt (token ids) and `new` tokens exceed `positions`; None: unlimited."""
     longest = max(map(len, prompts))
     if positions is not None and longest + new > positions:
         mend = f"lower it to {positions - longest}" if longest < positions else "shorten the prompt"
@@ -113,7 +113,7 @@ class Continuation:
     """The text of a sequence, up to the first of `stops`: a listener of `run_requests`.
 
     Args:
-      answers: token ids of a chat; what the model reasons before its answer is then in `reasoning`, not in `text`.
+      answers: token ids of a chat; the model's reasoning before its answer is then in `reasoning`, not in `text`.
     """
 
     def __init__(self, tokenizer: Tokenizer, stops: tuple[str, ...] = (), answers: list[int] | None = None):
@@ -139,7 +139,7 @@ class Continuation:
             self.text += text
 
     def row(self, prompt: Prompt) -> dict[str, Any]:
-        """The prompt and what became of it, JSON-able."""
+        """The prompt and its result, as JSON data."""
         reasoning = {"reasoning_content": self.reasoning} if self.reasoning else {}
         return {"prompt" if isinstance(prompt, str) else "messages": prompt, "text": self.text, **reasoning,
                 "finish_reason": self.finish}

@@ -1,4 +1,4 @@
-"""What a client may send, checked field by field: the completion and chat endpoints of the OpenAI API."""
+"""Requests to the completion and chat endpoints of the OpenAI API, checked field by field."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from deepseek_jax.serving.sequence import Request
 
 LONGEST_STOP, MOST_STOPS = 1024, 16  # characters; strings
 IGNORED = ("user", "metadata", "store", "service_tier", "parallel_tool_calls", "safety_identifier", "prompt_cache_key")
-# What is not supported, and the values that ask for nothing (null never does).
+# Unsupported fields, and the values with which they have no effect (null never has one).
 UNSUPPORTED = {"tools": [[]], "functions": [[]], "tool_choice": ["none", "auto"], "function_call": ["none", "auto"],
                "response_format": [{"type": "text"}], "modalities": [["text"]], "logit_bias": [{}], "suffix": [""],
                "presence_penalty": [0], "frequency_penalty": [0], "audio": [], "prediction": [], "reasoning_effort": [],
@@ -43,7 +43,7 @@ class BadRequest(Exception):
         self.field, self.message, self.status, self.code = field, message, status, code
 
     def body(self) -> dict[str, Any]:
-        """The error as clients of the OpenAI API read it, JSON-able."""
+        """The error in the format of the OpenAI API, as JSON data."""
         kind = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}.get(
             self.status, "server_error" if self.status >= 500 else "invalid_request_error")
         field = self.field and self.field.encode(errors="backslashreplace").decode()  # half a character cannot be sent
@@ -51,10 +51,10 @@ class BadRequest(Exception):
 
 
 class ServedModel(NamedTuple):
-    """What requests are checked against.
+    """The limits that requests are checked against.
 
     name: that clients ask for. max_length: tokens of prompt and answer. most_choices: of one request.
-    text: what its checkpoint says about its text.
+    text: its checkpoint's tokenizer and template.
     """
 
     name: str
@@ -71,15 +71,15 @@ class ServedModel(NamedTuple):
 
     @property
     def longest_text(self) -> int:
-        """Characters that a prompt can have at all: as many of the longest token as fit."""
+        """The maximum number of characters of a prompt: the longest token as often as it fits."""
         return self.max_length * self.tokenizer.longest()
 
 
 class CompletionRequest(NamedTuple):
-    """A checked request: engine requests, one for each choice, and how to answer.
+    """A checked request: engine requests, one for each choice, and the form of the answer.
 
-    prompts: how many; each has as many choices. alternatives: likeliest tokens to report next to each one; None: no
-    logprobs. echo: whether an answer begins with its prompt.
+    prompts: their number; each has the same number of choices. alternatives: likeliest tokens to report next to each
+    one; None: no logprobs. echo: whether an answer begins with its prompt.
     """
 
     chat: bool
@@ -154,7 +154,7 @@ def _include_usage(body, stream):
 
 
 def _max_new_tokens(body, chat, prompts, max_length, least):
-    """How many tokens each choice may have, at least `least`, given that prompt and answer share max_length."""
+    """The maximum tokens per choice, at least `least`, given that prompt and answer share max_length."""
     source = "messages" if chat else "prompt"
     longest = max(map(len, prompts))
     if longest >= max_length:

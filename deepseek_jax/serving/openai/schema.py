@@ -1,4 +1,4 @@
-"""`/openapi.json`: what the server takes and answers, as OpenAPI 3.1, for tools that make clients or test them."""
+"""`/openapi.json`: requests and responses of the server in OpenAPI 3.1, for tools that generate or test clients."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _array(items: Schema, **limits: int) -> Schema:
 
 
 def _object(*optional: str, closed: bool = False, **fields: Schema) -> Schema:
-    """All fields but the `optional` ones are required; `closed`: there are no others."""
+    """All fields except the `optional` ones are required; `closed`: there are no others."""
     schema = {"type": "object", "properties": fields, "required": [name for name in fields if name not in optional]}
     return schema | ({"additionalProperties": False} if closed else {})
 
@@ -80,7 +80,8 @@ MODEL = _object(id=TEXT, object={"const": "model"}, created=WHOLE, owned_by=TEXT
 
 
 def _request(fields: dict[str, Schema], required: str) -> Schema:
-    """A body of these fields: null is as good as leaving one out, and what is not supported can ask for nothing."""
+    """A body of these fields: null means the same as leaving one out; unsupported fields allow only values without
+    effect."""
     nothing = {name: {"enum": [*values, None]} for name, values in UNSUPPORTED.items()}
     known = {name: schema if name == required else _or_null(schema) for name, schema in fields.items()}
     others = {name: {} for name in IGNORED} | nothing

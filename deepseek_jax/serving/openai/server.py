@@ -1,4 +1,4 @@
-"""HTTP: the completion endpoints that clients of the OpenAI API know, health, Prometheus metrics, a chat page.
+"""The HTTP server: the completion endpoints of the OpenAI API, health, Prometheus metrics, a chat page.
 
 Needs the extra `serve` (Starlette and uvicorn).
 """
@@ -44,20 +44,20 @@ from deepseek_jax.serving.openai.turns import Turns
 log = logging.getLogger(__name__)
 
 MAX_BODY_BYTES = 4 * 2**20
-TURN_BYTES = 2**18  # of a body, that are read for one turn: what the event loop receives at once
+TURN_BYTES = 2**18  # bytes of a body read per turn: as much as the event loop receives at once
 READERS = 2  # threads that parse completions and tokenize prompts; as many for chats
-STALLED_SECONDS = 60.0  # a step that takes longer will hardly end
+STALLED_SECONDS = 60.0  # seconds; a step that takes longer is unlikely to end
 FAILED = BadRequest(None, "the server has failed; see its log.", 500, "failed")
-STOP_SECONDS = 2.0  # for the engine to end its step, after the grace for running requests
+STOP_SECONDS = 2.0  # seconds for the engine to end its step, after the grace period for running requests
 
-Report = Callable[[str], None]  # is told how far a start has come
+Report = Callable[[str], None]  # called with the progress of a start
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
     """How to serve.
 
-    api_key: what clients must send, for all but the page and /health. origins: of other pages that may ask
+    api_key: required from clients, except for the page and /health. origins: other pages that are allowed
     (`guard.Guard`). grace: seconds that running requests have to end after SIGTERM. per_expert: whether /metrics has
     the load of each expert of each layer.
     """
@@ -71,9 +71,8 @@ class Options:
 def chat_page(model: str) -> str:
     """The page at `/`: chat.html with the model's name in place of "__MODEL__".
 
-    It is one file without outside resources, asks only paths next to its own (so it works below a proxy's prefix),
-    and needs nothing more of a Content-Security-Policy than inline script and style, `connect-src 'self'` and
-    `img-src data:`.
+    It is one file without outside resources, requests only paths next to its own (so it works below a proxy's prefix),
+    and needs from a Content-Security-Policy only inline script and style, `connect-src 'self'` and `img-src data:`.
     """
     page = importlib.resources.files("deepseek_jax.serving.openai").joinpath("chat.html").read_text(encoding="utf-8")
     # No "<" inside a script element: a name that contains "</script>" would end it.
@@ -81,7 +80,7 @@ def chat_page(model: str) -> str:
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events that proxies hand on at once; ends what they come from, even if none was ever sent."""
+    """Server-sent events that proxies forward at once; closes their source even if none was ever sent."""
 
     media_type = "text/event-stream"
 
@@ -98,7 +97,7 @@ class EventStream(StreamingResponse):
 
 
 class Endpoints:
-    """Handlers of all paths, from before the model is there.
+    """Handlers of all paths, which already work before the model is loaded.
 
     Args:
       load: returns the service; may take minutes, on a thread of its own.
@@ -115,11 +114,11 @@ class Endpoints:
         self.metrics = Metrics(options.per_expert)
         self.chat_page = chat_page(name)
         self._load, self._ended = load, ended
-        # Of completions, and of chats: those wait for their template, which may take its time.
+        # One for completions and one for chats: chats wait for their template, which may be slow.
         self._readers = {chat: ThreadPoolExecutor(READERS, "reader") for chat in (False, True)}
 
     def app(self) -> Starlette:
-        """The application: starts to load with the server, and stops the engine after."""
+        """The application: starts loading with the server, and stops the engine at its end."""
         @contextlib.asynccontextmanager
         async def lifespan(app):
             threading.Thread(target=self._start, name="load", daemon=True).start()
@@ -155,7 +154,8 @@ class Endpoints:
             service = self._load(report)
             service.metrics = self.metrics
             self.metrics.watch(service.engine)
-            # What is there by now stays. A collection that looks at all of it stops every thread for half a second.
+            # Objects that exist now will stay. A garbage collection over all of them stops every thread for half a
+            # second.
             gc.collect()
             gc.freeze()
             service.start()
@@ -174,8 +174,8 @@ class Endpoints:
                 retry = {"Retry-After": "1"} if bad.status in (429, 503) else None
                 response = JSONResponse(bad.body(), bad.status, headers=retry)
             except ClientDisconnect:
-                response = Response(status_code=499)  # to nobody
-            except Exception:  # a fault of ours
+                response = Response(status_code=499)  # nobody receives it
+            except Exception:  # an error in this program
                 log.exception("%s has failed:", path)
                 response = JSONResponse(FAILED.body(), FAILED.status)
             self.metrics.answered.labels(path, str(response.status_code)).inc()
@@ -200,7 +200,7 @@ class Endpoints:
         return HTMLResponse(self.chat_page)
 
     async def health(self, request: Request) -> Response:
-        """200 while the engine runs; 503 before, after it has failed, and while a step of it does not end."""
+        """200 while the engine runs; 503 before that, after it has failed, and while one of its steps does not end."""
         if self.service is None:
             return JSONResponse({"status": "starting", "progress": self.progress}, 503)
         if self.service.failure is not None:
@@ -210,7 +210,7 @@ class Endpoints:
         return JSONResponse({"status": "ok"})
 
     async def openapi(self, request: Request) -> Response:
-        """What all of this takes and answers, as OpenAPI."""
+        """The OpenAPI description of the server."""
         return JSONResponse(openapi(self.name, self.options.api_key is not None))
 
     async def models(self, request: Request) -> Response:
@@ -259,12 +259,12 @@ class Endpoints:
 
 
 async def _body(request: Request, turns: Turns) -> bytes:
-    """The body of a request, read when it has a turn; a long one needs several."""
+    """The body of a request, read in its turn; a long one takes several turns."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise BadRequest("Content-Type", f"send application/json, not {kind[:80]!r}.", 415, "unsupported_media_type")
     too_large = BadRequest(None, f"the body is longer than {MAX_BODY_BYTES} bytes.", 413, "too_large")
-    if int(request.headers.get("content-length", 0)) > MAX_BODY_BYTES:  # the protocol lets digits alone through
+    if int(request.headers.get("content-length", 0)) > MAX_BODY_BYTES:  # the protocol accepts digits only
         raise too_large
     await turns.take()
     data, paid = bytearray(), TURN_BYTES
@@ -285,7 +285,7 @@ async def _body(request: Request, turns: Turns) -> bytes:
 def _parsed(data: bytes) -> Any:
     def number(digits):
         value = float(digits)
-        return int(value) if value.is_integer() else value  # JSON has one kind of number: 3.0 is a whole one
+        return int(value) if value.is_integer() else value  # JSON has one kind of number: 3.0 is an integer
 
     def no_number(name):
         raise ValueError(f"{name} is no number")
@@ -297,7 +297,7 @@ def _parsed(data: bytes) -> Any:
 
 
 class _Server(uvicorn.Server):
-    """SIGTERM and SIGINT let running requests finish, and end the process with 0; a second one does not wait."""
+    """SIGTERM and SIGINT let running requests finish, and end the process with 0; a second signal ends it at once."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -310,7 +310,7 @@ class _Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: Any) -> None:
         if self.should_exit:
-            os._exit(128 + sig)  # whatever threads do; there is nothing to save
+            os._exit(128 + sig)  # whatever the threads are doing; there is nothing to save
         self.should_exit = True
 
 
@@ -321,7 +321,7 @@ def serve(load: Callable[[Report], Service], name: str, listening: socket.socket
     Then it refuses new connections, gives the open ones `options.grace` seconds, and ends the process with 0.
 
     Args:
-      load: makes the service; it is handed a function that takes how far it has come.
+      load: makes the service; it gets a function to report its progress.
       name: of the model. listening: a bound socket.
     Raises:
       whatever `load` raises.
@@ -334,10 +334,10 @@ def serve(load: Callable[[Report], Service], name: str, listening: socket.socket
     server = _Server(uvicorn.Config(
         endpoints.app(), http=Connection, ws="none", log_config=None, access_log=False, server_header=False,
         timeout_graceful_shutdown=options.grace))
-    logging.getLogger("uvicorn").setLevel(logging.CRITICAL)  # it warns of every odd request, with a traceback
+    logging.getLogger("uvicorn").setLevel(logging.CRITICAL)  # it logs a traceback for every malformed request
     server.run([listening])
     if endpoints.failure is not None:
         raise endpoints.failure
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)  # threads may still be inside a program of XLA's, which an orderly end would pull from under them
+    os._exit(0)  # threads may still run a program of XLA, which an orderly shutdown would destroy under them

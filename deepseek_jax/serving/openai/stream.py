@@ -24,8 +24,8 @@ log = logging.getLogger(__name__)
 
 
 class TextToken(NamedTuple):
-    """A token, the text that it completed, the offset at which it begins in the text of its choice, and whether that is
-    the reasoning before the answer."""
+    """A token, the text that it completed, the offset of that text in its choice, and whether it belongs to the
+    reasoning before the answer."""
 
     token: Token
     text: str
@@ -34,7 +34,7 @@ class TextToken(NamedTuple):
 
 
 class Delta(NamedTuple):
-    """New text of one choice, and the tokens it came with. reasoning: what of it came before the answer proper.
+    """New text of one choice, and its tokens. reasoning: the part before the answer proper.
 
     finish_reason: None until the choice ends, then the engine's `Sequence.finish`, or "failed" if the engine has.
     """
@@ -51,7 +51,7 @@ class Service:
 
     Args:
       model: its name. max_waiting: sequences that may wait in addition to those that run; one more is refused with 429.
-      text: what the checkpoint says about its text, as `chat_template.of_folder` returns it.
+      text: the checkpoint's tokenizer and template, as `chat_template.of_folder` returns them.
     """
 
     def __init__(self, engine: Engine, tokenizer: Tokenizer, model: str, max_waiting: int,
@@ -72,7 +72,7 @@ class Service:
         self._thread.start()
 
     def stop(self, seconds: float) -> bool:
-        """Cancels what is still in the engine and ends its thread; whether it did within `seconds`."""
+        """Cancels everything in the engine and ends its thread; returns whether it ended within `seconds`."""
         self._stopping = True
         self.engine.cancel_all()
         self._thread.join(seconds)
@@ -80,7 +80,7 @@ class Service:
 
     @property
     def step_seconds(self) -> float:
-        """How long the engine's present step has taken; 0 between steps."""
+        """The seconds that the engine's present step has taken; 0 between steps."""
         began = self._step_began
         return 0.0 if began is None else time.monotonic() - began
 
@@ -92,7 +92,7 @@ class Service:
                 self.engine.step()
                 self._step_began = None
                 self.turns.renew()
-        except Exception as error:  # no client will get anything that it waits for
+        except Exception as error:  # no client will get an answer any more
             log.exception("the engine failed")
             self.failure = error
             for listen in list(self.live):
@@ -112,9 +112,9 @@ class Service:
 
 
 class Stream:
-    """The answer to one request: deltas from all its choices, in the order they come.
+    """The answer to one request: deltas from all its choices, in the order of arrival.
 
-    Raises BadRequest where the engine has no room for a choice of this length.
+    Raises BadRequest if the engine has no room for a choice of this length.
     """
 
     def __init__(self, service: Service, completion: CompletionRequest):
@@ -138,7 +138,7 @@ class Stream:
             self.loop.call_soon_threadsafe(self.queue.put_nowait, delta)
 
     async def next_within(self, seconds: float) -> Delta | None:
-        """The next delta; None when there was none in time."""
+        """The next delta; None if there was none in time."""
         try:
             delta = await asyncio.wait_for(self.queue.get(), seconds)
         except TimeoutError:
@@ -147,7 +147,7 @@ class Stream:
         return delta
 
     def place(self) -> int:
-        """How many choices stand before its first one and with it in the queue; 0 once that has been admitted."""
+        """The place of its first choice in the queue, from 1; 0 once that has been admitted."""
         return self.service.engine.place(self.sequences[0])
 
     def cancel(self) -> None:
@@ -157,7 +157,7 @@ class Stream:
                 self.service.engine.cancel(sequence)
 
     def usage(self) -> dict[str, Any]:
-        """Token counts as the API names them: each prompt once, and what was handed over of each choice."""
+        """Token counts with the API's names: each prompt once, and the delivered tokens of each choice."""
         total = lambda count, sequences=self.sequences: sum(map(count, sequences))
         firsts = self.sequences[::len(self.sequences) // self.completion.prompts]
         prompts, made = total(lambda s: len(s.request.prompt), firsts), total(lambda s: len(s.made))
@@ -169,7 +169,7 @@ class Stream:
 
 
 class _Listener:
-    """What the engine's thread calls with new tokens of a choice; without any when the sequence has ended."""
+    """Called by the engine's thread with new tokens of a choice, and without any when the sequence has ended."""
 
     def __init__(self, stream: Stream, choice: int):
         self._stream, self._choice, self._service = stream, choice, stream.service
@@ -206,7 +206,7 @@ class _Listener:
         return kept
 
     def _prompt(self, sequence: Sequence) -> tuple[str, list[TextToken]]:
-        """The prompt's text and tokens, with their logprobs where they were requested; NaN for the first one."""
+        """The prompt's text and tokens, with their logprobs if requested; NaN for the first one."""
         self._echo = False
         text, tokens = TextStream(self._service.served.tokenizer.bytes_of), []
         scored = sequence.scored or [Token(i, "none") for i in sequence.request.prompt[1:]]

@@ -1,7 +1,7 @@
-"""Lets requests in at the pace of the engine, so that reading them takes little from the streams that run.
+"""Admits requests at the pace of the engine, so that reading them takes little time from the running streams.
 
-An engine admits at most as many sequences in a step as it has slots. Requests read faster than that would only wait in
-another place, while their sockets, JSON and tokens cost the processor's time, and Python's lock, that steps need.
+An engine admits at most as many sequences in a step as it has slots. Requests read faster than that would only wait
+elsewhere, while their sockets, JSON and tokens cost processor time and Python's lock, which steps need.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Turns:
         self._each: float = each
         self._left: float = each
         self._queue: collections.deque[asyncio.Future[None]] = collections.deque()
-        self._loop: asyncio.AbstractEventLoop | None = None  # of those that take
+        self._loop: asyncio.AbstractEventLoop | None = None  # the event loop of the callers of `take`
 
     async def take(self) -> None:
         """Returns when it is the caller's turn."""
@@ -35,17 +35,17 @@ class Turns:
         await turn
 
     def give_back(self) -> None:
-        """Hands a turn that was of no use, since the client has left, to the next."""
+        """Passes an unused turn, whose client has left, to the next caller."""
         self._grant(min(self._left + 1, self._each))
 
     def renew(self) -> None:
-        """After a step."""
+        """Renews the turns after a step."""
         if self._loop is not None:
             with contextlib.suppress(RuntimeError):  # the loop is closed
                 self._loop.call_soon_threadsafe(self._grant, self._each)
 
     def end(self) -> None:
-        """There will be no further step: nobody waits for one."""
+        """Releases all callers: there will be no further step."""
         self._each = self._left = math.inf
         self.renew()
 
