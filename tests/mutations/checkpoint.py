@@ -518,8 +518,8 @@ MUTATIONS = [
     Mutation(
         name="a local state goes while a slow process has none after it",
         file="deepseek_jax/checkpoint/local.py",
-        old='agreement.said_by_any(None)  # a process whose',
-        new='pass  # a process whose',
+        old='agreement.said_by_any(None)  # a process with',
+        new='pass  # a process with',
         tests="checkpoint/test_local.py::test_the_one_before_stays_until_all_processes_have_the_next",
     ),
     Mutation(

@@ -20,7 +20,7 @@ MUTATIONS = [
     Mutation(
         name="a stop string is prepared to its end before there is any text",
         file="deepseek_jax/serving/openai/detokenize.py",
-        old="for each length of such a beginning, the next shorter one that ends the same way\n",
+        old="for each prefix length, that of its longest proper prefix that is also its suffix\n",
         new="\n        for character in text[1:]:\n            self._shorter.append(self._step(self._shorter[-1], "
             "character))\n",
         tests="serving/openai/test_detokenize.py::test_a_long_stop_string_costs_nothing_until_the_text_is_like_it",
@@ -441,7 +441,7 @@ MUTATIONS = [
     Mutation(
         name="faults of the server are not counted",
         file="deepseek_jax/serving/openai/server.py",
-        old="except Exception:  # a fault of ours",
+        old="except Exception:  # an error in this program",
         new="except ():",
         tests="serving/openai/test_server.py::test_a_fault_of_the_server_is_answered_logged_and_counted",
     ),

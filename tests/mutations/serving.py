@@ -348,8 +348,8 @@ MUTATIONS = [
     Mutation(
         name="who cancels while it is admitted is admitted",
         file="deepseek_jax/serving/engine.py",
-        old="if sequence.cancelled:  # and",
-        new="if False:  # and",
+        old="if sequence.cancelled:  # which",
+        new="if False:  # which",
         tests="serving/test_engine.py::test_a_sequence_cancelled_while_it_is_being_admitted_takes_nothing",
     ),
 ]

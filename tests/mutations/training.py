@@ -218,7 +218,7 @@ MUTATIONS = [
     Mutation(
         name="Muon merges layers and experts into one axis",
         file="deepseek_jax/training/optimizer.py",
-        old="first = numbers.reduction_axis[0]  # the axes before are layers and experts",
+        old="first = numbers.reduction_axis[0]  # the preceding axes are layers and experts",
         new="first = 0",
         tests="training/test_optimizer.py::test_muon_never_gathers_experts_of_other_devices",
     ),
