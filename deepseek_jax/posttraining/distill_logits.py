@@ -23,7 +23,7 @@ from deepseek_jax.parallel.runner import Runner
 from deepseek_jax.parallel.sharding import data_shards
 from deepseek_jax.training.base import check_tokenizer, load_reference, main_model, read_as
 from deepseek_jax.training.loop import Run, TrainResult, train
-from deepseek_jax.training.losses import in_chunks, mtp_losses, objective, with_indexer
+from deepseek_jax.training.losses import in_chunks, less_targets, mtp_losses, objective, with_indexer
 from deepseek_jax.training.step import Inputs, of_rows, run_model, sums_of
 from deepseek_jax.training.types import Sums, TokenLosses
 from deepseek_jax.workdir import check_speaks, load_workdir_config
@@ -80,7 +80,7 @@ def _chunk(cfg, head_DW, theirs_EW, part):
     hard_MW, soft_MW, wanted_MW = (jax.nn.log_softmax(x) for x in (logits_MW, logits_MW / T, theirs_MW / T))
     kl_M = (jnp.exp(wanted_MW) * (wanted_MW - soft_MW)).sum(axis=-1)
     ce_M = -hard_MW[hit]
-    by_ce_MW = jnp.exp(hard_MW).at[hit].add(-1.0, unique_indices=True)
+    by_ce_MW = less_targets(jnp.exp(hard_MW), targets_M, jnp.ones_like(ce_M))
     by_kl_MW = T * (jnp.exp(soft_MW) - jnp.exp(wanted_MW))
     dlogits_MW = weights_M[:, None] * ((1 - share) * by_ce_MW + share * by_kl_MW)
     each = Distances((1 - share) * ce_M + share * T**2 * kl_M, kl_M, ce_M)

@@ -69,9 +69,24 @@ def _chunk(head_DW, part, axis):
         weights_hit_M = jnp.where(mine_M, weights_M, 0)
         once_M = jnp.where(lax.axis_index(axis) == 0, weights_M, 0)
         losses_M = lse_M * once_M - logits_MW[hit] * weights_hit_M
-    # The target's 1 is subtracted in place: a one-hot comparison over [M, W] would cost as much as the softmax.
-    dlogits_MW = jnp.exp(logits_MW - lse_M[:, None]) * weights_M[:, None]
-    return losses_M, dlogits_MW.at[hit].add(-weights_hit_M, unique_indices=True).astype(hidden_MD.dtype)
+    p_MW = jnp.exp(logits_MW - lse_M[:, None]) * weights_M[:, None]
+    return losses_M, less_targets(p_MW, hit[1], weights_hit_M).astype(hidden_MD.dtype)
+
+
+def less_targets(p_MW: jax.Array, targets_M: jax.Array, weights_M: jax.Array) -> jax.Array:
+    """`p_MW`, of any float dtype, less the weight [M] of each row at its target, int32 [M]."""
+    return lax.platform_dependent(p_MW, targets_M, weights_M, cpu=_scattered, default=_compared)
+
+
+def _scattered(p_MW, targets_M, weights_M):
+    # On a CPU a comparison over [M, W] would cost as much as the softmax.
+    return p_MW.at[jnp.arange(len(targets_M)), targets_M].add(-weights_M, unique_indices=True)
+
+
+def _compared(p_MW, targets_M, weights_M):
+    # On a GPU or a TPU the comparison is fused with the softmax, and a scatter would move all of p in float32.
+    there_MW = jnp.arange(p_MW.shape[1])[None] == targets_M[:, None]
+    return p_MW - jnp.where(there_MW, weights_M[:, None], 0)
 
 
 def _cross_entropy_fwd(hidden_ND, head_DW, targets_N, weights_N, chunk, axis):

@@ -4,6 +4,13 @@ from tests.mutations.row import Mutation
 
 MUTATIONS = [
     Mutation(
+        name="accelerators subtract every weight at the first token",
+        file="deepseek_jax/training/losses.py",
+        old="[None] == targets_M[:, None]",
+        new="[None] == 0 * targets_M[:, None]",
+        tests="training/test_losses.py",
+    ),
+    Mutation(
         name="the loss mask is ignored",
         file="deepseek_jax/training/losses.py",
         old="(lse_M - logits_MW[hit]) * weights_M,",

@@ -10,8 +10,10 @@ from jax.sharding import PartitionSpec as P
 
 from deepseek_jax.config import BalanceConfig
 from deepseek_jax.model import Output
+from deepseek_jax.training import losses
 from deepseek_jax.training.losses import cross_entropy, objective, shifted_targets, token_losses
 from deepseek_jax.training.types import Batch, Normalizers, TokenLosses
+from tests.precision import float64
 
 N, D, W = 24, 8, 67
 
@@ -162,3 +164,15 @@ def test_the_objective_adds_mtp_and_balance_in_their_shares(mtp, alpha, aux, exp
     found = objective(output(None), losses, normalizers, balance)
 
     np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_accelerators_subtract_the_targets_as_a_cpu_does_to_the_bit(dtype):
+    rng = np.random.default_rng(0)
+    with float64():
+        p_MW = jnp.asarray(rng.random((9, 33)), dtype)
+        targets_M = jnp.asarray(rng.integers(0, 33, 9), jnp.int32)
+        weights_M = jnp.asarray(rng.random(9), dtype).at[4].set(0)
+        found = losses._compared(p_MW, targets_M, weights_M)
+        np.testing.assert_array_equal(found, losses._scattered(p_MW, targets_M, weights_M))
+        assert found.dtype == dtype and not np.array_equal(found, p_MW)
