@@ -50,7 +50,7 @@ class Conventions(NamedTuple):
     """A checkpoint's conventions for text.
 
     template: None: chats use DeepSeek's role tokens. ends: tokens that end an answer; empty: the tokenizer's EOS.
-      begins: whether a text begins with BOS.
+    begins: whether a text begins with BOS.
     """
 
     template: Template | None = None

@@ -33,7 +33,8 @@ def linear(x: jax.Array, w: jax.Array | tuple[jax.Array, jax.Array], recipe: FP8
         result of `quantize_blocks` (a checkpoint's weights): frozen, without a gradient.
       recipe: scales, formats, accumulation.
       saved: the format in which x is saved for the backward pass: "e4m3", the forward pass's tiles, or "e5m6" (for
-        o_proj). names: of the dimensions N and K, if a mesh splits them (`parallel.sharding.AXES`).
+        o_proj).
+      names: of the dimensions N and K, if a mesh splits them (`parallel.sharding.AXES`).
     Returns:
       [..., N] in the dtype of x.
     """

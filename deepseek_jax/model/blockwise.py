@@ -109,7 +109,7 @@ class Blocks(NamedTuple):
     """The pairs of query and key blocks that are computed.
 
     size: rows of a block. pairs: int32 [pairs, 2], (query block, key block). causal: a key is seen by the query in the
-      same row and by later ones; otherwise by all queries.
+    same row and by later ones; otherwise by all queries.
     """
 
     size: int

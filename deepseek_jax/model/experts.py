@@ -40,7 +40,7 @@ def routed_experts(x_ND: jax.Array, chosen_NK: jax.Array, gates_NK: jax.Array, w
     """sum over k of gates[n, k] * FFN of chosen[n, k], [N, D]: exact for every routing, however skewed.
 
     implementation: "auto", "xla", or one of `grouped_matmul.IMPLEMENTATIONS`. `recipe`: if it is enabled, the products
-      run in FP8 (and `implementation` is the recipe's).
+    run in FP8 (and `implementation` is the recipe's).
     """
     E = weights.gate_EDF.shape[0]
     name, align = _how(implementation, recipe, chosen_NK.size, E)

@@ -37,7 +37,7 @@ class RoutingContext(NamedTuple):
     """The information about tokens that a routing rule may use: int32 [N] each; `step` as in TokenContext.
 
     chosen_NK: int32, earlier choices of experts to use again (router replay); the gates still come from the rule's own
-      scores. Negative: the rule decides; None: it decides everywhere.
+    scores. Negative: the rule decides; None: it decides everywhere.
     """
 
     tokens_N: jax.Array | None
@@ -64,7 +64,7 @@ class RoutingStats:
 
     counts_E: int32, tokens that chose each expert. sequence_loss, auxiliary_loss: unweighted, float32.
     traffic: counters of dispatch; None on one device. captured: {"scores": [B, T, E], "chosen": [B, T, K]}, the
-      requested ones.
+    requested ones.
     """
 
     counts_E: jax.Array
@@ -78,7 +78,7 @@ class IndexerStats(NamedTuple):
     """Statistics of the indexer of one layer; float32 scalars, means over its tokens.
 
     loss: KL divergence from the attention of all heads together to the softmax of the index scores, in nats. recall:
-      the share of dense attention's weight that falls on the tokens that the indexer chooses.
+    the share of dense attention's weight that falls on the tokens that the indexer chooses.
     """
 
     loss: jax.Array
@@ -103,7 +103,7 @@ class Output:
     traffic: counters of dispatch, summed over MoE layers (MTP's included); None on one device.
     sequence_loss, auxiliary_loss: unweighted, float32, averaged over MoE layers (MTP's included).
     captured: {"scores": [L, B, T, E], "chosen": [L, B, T, K]}, the requested ones. indexer: averaged over all layers
-      (MTP's included); None for models without.
+    (MTP's included); None for models without.
     """
 
     logits_BTW: jax.Array | None

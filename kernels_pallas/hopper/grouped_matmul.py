@@ -43,7 +43,7 @@ class TuningConfig:
     tile_n: columns of a tile: 128, or 256, whose sums take 128 of a thread's 232 registers.
     stages: slices in flight, 48 KiB each with 256 columns.
     snake: tiles of rows that are processed together, so that their rows stay in the L2 cache while the weights are
-      streamed.
+    streamed.
     """
 
     tile_n: int = 256

@@ -29,7 +29,7 @@ class Collective:
     """One collective of the program text.
 
     bytes: the larger of a device's input and output. times: executions per step, as far as trip counts of loops are
-      known. branch: whether it is in a branch, so that not all of those executions happen.
+    known. branch: whether it is in a branch, so that not all of those executions happen.
     products: matrix products between start and done; None if it is not asynchronous.
     """
 
