@@ -1,4 +1,4 @@
-"""Speed of training, decoding and conversion next to other programs: same machine, same run, the sides taking turns.
+"""Speed of training, decoding and conversion compared with other programs: same machine, same run, in turns.
 
     python -m benchmarks.run                  training steps, against transformers
     python -m benchmarks.grouped_matmul       the experts' grouped product, against a dense one and `ragged_dot`

@@ -1,11 +1,11 @@
-"""What hostile clients cost the others: 64 streams of a served run next to one kind of attacker at a time.
+"""The effect of hostile clients on others: 64 streams of a served run, with one kind of attacker at a time.
 
     python -m benchmarks.attackers --workdir run --rounds 3 --json benchmarks/results/attackers_cpu.json
 
 For each kind, in turns: 64 streams alone, with the attackers, and with the attackers at an idle server on another port,
-which is what they cost by sharing the machine's cores. Measured are the streams' tokens per second, those that the
-server hands to streams and attackers together, the processor time of both sides while the streams run, and the longest
-that /health took, which a process of its own asks for every 50 ms. Linux only.
+which shows the cost of sharing the machine's cores. The streams' tokens per second, those of streams and attackers
+together, the processor time of both sides while the streams run, and the longest response time of /health, which a
+separate process requests every 50 ms, are measured. Linux only.
 """
 
 import argparse
@@ -29,7 +29,7 @@ def measure(port: int, server: int, attacker: str | None = None, attacked: int |
     server_cpu, attackers_cpu: processor seconds in that time; a core gives one a second.
 
     Args:
-      server: its process id. attacked: the port that the `count` attackers go for.
+      server: its process id. attacked: the port that the `count` attackers connect to.
     """
     async def streams():
         asked = (hostile_clients.ask(port, hostile_clients.completion(seed=i)) for i in range(STREAMS))
@@ -41,7 +41,7 @@ def measure(port: int, server: int, attacker: str | None = None, attacked: int |
         pids = {"server_cpu": server}
         if attacker is not None:
             pids["attackers_cpu"] = stack.enter_context(process(hostile_clients.attack, attacker, attacked, count))
-        time.sleep(2)  # until both are at work
+        time.sleep(2)  # until both are working
         read = lambda: {"all_tokens_per_second": hostile_clients.tokens_of(port)} | {
             name: hostile_clients.cpu_seconds(pid) for name, pid in pids.items()}
         before, start = read(), time.monotonic()

@@ -1,11 +1,11 @@
-"""A checkpoint of several processes on one disk: how long process 0 has work after the others, and what each reads.
+"""A checkpoint of several processes on one disk: how long process 0 works after the others, and what each reads.
 
     python -m benchmarks.checkpoints --gigabytes 4 --folder DIR --json benchmarks/results/checkpoints_cpu.json
     python -m benchmarks.checkpoints --files 521664 --json benchmarks/results/checkpoints_files_cpu.json
 
-The state is split over the processes as one of a large run is. Process 0 joins the lists of files and renames the
-folder, when all have written and flushed theirs. Bytes that are read are counted by the kernel (/proc/self/io). The
-second is of made-up names: how much CPU the manifest of that many files takes, and the lengths of empty ones.
+The state is split over the processes as in a large run. Process 0 joins the lists of files and renames the folder when
+all have written and flushed theirs. The kernel counts the bytes that are read (/proc/self/io). The second command uses
+made-up names: it measures the CPU time for the manifest of that many files, and for the lengths of empty files.
 """
 
 import argparse
@@ -69,7 +69,7 @@ def one_process(workdir: str, gigabytes: float, local: str | None) -> dict[str, 
 
 
 def of_files(number: int, folder: str) -> dict[str, object]:
-    """Seconds of CPU that the files of a large checkpoint take, whatever is in them."""
+    """Seconds of CPU for the files of a large checkpoint, independent of their content."""
     def timed(call):
         begin = time.process_time()
         value = call()

@@ -1,9 +1,10 @@
-"""What an answer owes to its company, with and without deterministic decoding, and what being free of it costs.
+"""The dependence of an answer on the rest of its batch, with and without deterministic decoding, and the cost of the
+latter.
 
     python -m benchmarks.company --workdir run --json benchmarks/results/company_cpu.json
 
-Continuations of held-out texts, every second one sampled, are made one at a time, then in several companies; counted
-are those whose tokens, and those whose logprobs (to the last bit), are not the same. Speed: tokens per second of full
+Continuations of held-out texts, every second one sampled, are made one at a time, then in several kinds of batches;
+those whose tokens, and those whose logprobs (to the last bit), differ are counted. Speed: tokens per second of full
 batches, both ways in turns, of a random model of the preset `small`.
 """
 
@@ -39,7 +40,7 @@ def requests(workdir: str, tokenizer: Any, count: int) -> list[Any]:
 
 
 def answers(engine: Any, asked: list[Any], at_once: int) -> list[Any]:
-    """What each request made, `at_once` of them submitted together."""
+    """The results of the requests, with `at_once` of them submitted together."""
     made = []
     for first in range(0, len(asked), at_once):
         some = [engine.submit(request) for request in asked[first:first + at_once]]
@@ -49,7 +50,7 @@ def answers(engine: Any, asked: list[Any], at_once: int) -> list[Any]:
 
 
 def changed(cfg: Any, variables: Any, asked: list[Any], deterministic: bool) -> dict[str, Any]:
-    """Of each company, how many answers are others than those made alone."""
+    """For each kind of batch, how many answers differ from those made alone."""
     from deepseek_jax.serving.engine import Engine, EngineConfig
 
     def engine(**options):
@@ -120,7 +121,7 @@ def main() -> None:
         "rounds": args.rounds, "changed": {}}
     for name, on in (("default", False), ("deterministic", True)):
         report["changed"][name] = changed(cfg, variables, asked, on)
-        if args.json:  # what is known by now
+        if args.json:  # the results so far
             write_results(args.json, report)
     report["tokens_per_second"] = speeds(args.batches, args.rounds)
     if args.json:

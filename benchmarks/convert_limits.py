@@ -4,8 +4,8 @@
 
 `moonlight`: all tensors of Moonlight-16B-A3B in BF16. `kimi_int4`: the matrices of Kimi-K2-Thinking, routed experts in
 four bits, with fewer layers, experts and words. Names, shapes and dtypes are those of the published files; the weights
-are zeros, which the sparse files of the source hold as holes, so the disk needs room for the result only. The reader
-copies bytes whatever they are, so memory does not depend on them.
+are zeros, stored as holes in sparse files, so the disk needs room only for the result. The reader copies any bytes, so
+memory does not depend on them.
 """
 
 import argparse
@@ -80,7 +80,7 @@ def make(folder: pathlib.Path, case: Case) -> tuple[int, int]:
 
 
 def measure(name: str, where: str | None) -> dict[str, float]:
-    """Converts one case in a process of its own, and removes everything again."""
+    """Converts one case in a separate process, and removes everything again."""
     with tempfile.TemporaryDirectory(prefix="convert-", dir=where) as folder:
         total, files = make(pathlib.Path(folder, "src"), CASES[name])
         found = convert("from-hf", f"{folder}/src", f"{folder}/run")

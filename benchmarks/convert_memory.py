@@ -1,4 +1,4 @@
-"""Peak memory and time of conversion, next to copying the files and to writing as many bytes.
+"""Peak memory and time of conversion, compared with copying the files and with writing as many bytes.
 
     python -m benchmarks.convert_memory --dir /some/disk --json benchmarks/results/convert.json
 

@@ -4,8 +4,8 @@
 
 The weights are the preset `small` without multi-token prediction at random values, exported for the peer. Each side is
 one process that warms up and then waits; in every round each side generates once, reading the prompts included.
-Reported are medians over the rounds, whether both sides say the same tokens, and, of the smallest batch, our time per
-token behind a context of 64 and of 2,048. Without .venv-peer, which `make bench` makes, our side is timed alone.
+The report has medians over the rounds, whether both sides give the same tokens, and, for the smallest batch, our time
+per token after a context of 64 and of 2,048. Without .venv-peer, which `make bench` makes, our side is timed alone.
 """
 
 import argparse
@@ -64,7 +64,8 @@ def ours(folder: str, dtype: str, batches: list[int]) -> None:
         return [[t.id for t in s.made] for s in made]
 
     def context(batch, context):
-        """Seconds per step, from 48 tokens before to 48 behind the context; the prompt is in the cache after once."""
+        """Seconds per step, from 48 tokens before to 48 after the context; the prompt is in the cache after the first
+        time."""
         engine = engines[batch]
         rows = [[1 + (i * (b + 3)) % 8000 for i in range(context - 48)] for b in range(batch)]
         made = [engine.submit(Request(tuple(row), 97)) for row in rows]

@@ -2,8 +2,8 @@
 
     python -m benchmarks.grouped_matmul --json benchmarks/results/grouped_matmul.json
 
-Each row is forward and backward (the gradients of the rows and of the weights) from float32 masters. GFLOP/s count
-useful rows alone: what a tile is padded with is paid for and not counted. The sides take turns; medians over the turns.
+Each row is forward and backward (the gradients of the rows and of the weights) from float32 masters. GFLOP/s count only
+useful rows: the padding of tiles costs time and is not counted. The sides take turns; medians over the turns.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""A server and its hostile clients, each kind in a process of its own, for `attackers`."""
+"""A server and its hostile clients, each kind in a separate process, for `attackers`."""
 
 import asyncio
 import contextlib
@@ -48,7 +48,7 @@ async def ask(port: int, sent: bytes, limit: int = -1, seconds: float = 0.0) -> 
 
 
 async def read_all(port: int) -> bytes:
-    """What the stalled readers ask for, read as it comes: what their requests cost if they are honest."""
+    """The requests of the stalled readers, but read normally: the cost of the requests themselves."""
     answer = await ask(port, LONG_ANSWER)
     await asyncio.sleep(60)
     return answer
@@ -88,7 +88,7 @@ def healthy(port: int) -> bool:
 
 
 def tokens_of(port: int) -> float:
-    """Tokens that the server has handed over so far, to anybody."""
+    """Tokens that the server has delivered so far, to all clients."""
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=60) as answer:
         lines = answer.read().decode().splitlines()
     return next(float(line.split()[1]) for line in lines if line.startswith("deepseek_jax_tokens_total "))
@@ -123,7 +123,7 @@ def process(work: Callable, *args: Any) -> Iterator[int]:
 
 
 def idle(port: int) -> None:
-    """Answers 400 to whatever it is sent: attacked in place of a server, it shows what the attackers alone cost."""
+    """Answers 400 to every request: attacked instead of a server, it shows the cost of the attackers themselves."""
     async def answer(reader, writer):
         with contextlib.suppress(OSError, asyncio.IncompleteReadError):
             head = await reader.readuntil(b"\r\n\r\n")
@@ -141,7 +141,7 @@ def idle(port: int) -> None:
 
 
 def free_port() -> int:
-    """One that nobody listens at."""
+    """A free port."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         return free.getsockname()[1]
 

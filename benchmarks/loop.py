@@ -1,4 +1,4 @@
-"""What the training loop itself costs on the host: a step that a device which computes nothing takes no time for.
+"""The cost of the training loop itself on the host, with a stand-in device that computes nothing.
 
     python -m benchmarks.loop
     python -m benchmarks.loop --milliseconds 50

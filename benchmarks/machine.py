@@ -1,4 +1,4 @@
-"""What all benchmarks share: where the checkout and the peer's Python are, and what a report says of the machine.
+"""Shared by all benchmarks: the paths of the checkout and of the peer's Python, and the description of the machine.
 
 Standard library only, because the peer's environment imports it too.
 """
@@ -32,7 +32,7 @@ def shown(command: Iterable[str]) -> str:
 
 
 def write_results(path: str, report: dict[str, Any]) -> None:
-    """Writes what --json asks for; a relative path is relative to the checkout."""
+    """Writes the file of --json; a relative path is relative to the checkout."""
     from deepseek_jax import io  # which the environment of a peer does not have
 
     file = ROOT / path

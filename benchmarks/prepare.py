@@ -1,5 +1,5 @@
-"""`prepare` on made-up text of any size: megabytes a CPU second, the memory of its largest process, how much faster two
-workers are than one, and how long a run takes to start on what it has made.
+"""`prepare` on made-up text of any size: megabytes per CPU second, the memory of its largest process, the speed-up of
+two workers over one, and the time to start a run on the result.
 
     python -m benchmarks.prepare --gigabytes 0.2 1 --json benchmarks/results/prepare_cpu.json
 

@@ -1,13 +1,13 @@
 """Times training commands against each other, in the same run on the same machine.
 
-Machines drift: neighbours, clocks, page caches. So each side is started several times and the sides take turns
-(A B A B ...), every start a fresh process that warms up and then prints JSON lines with `tokens_per_second`. What is
-reported is the median over all starts, and the first side's median over each other side's.
+The speed of a machine drifts: neighbours, clocks, page caches. So each side is started several times and the sides take
+turns (A B A B ...), every start a fresh process that warms up and then prints JSON lines with `tokens_per_second`. What
+is reported is the median over all starts, and the first side's median over each other side's.
 
     python -m benchmarks.run --json benchmarks/results/train_cpu.json
     python -m benchmarks.run --side ours="python -m benchmarks.train_step" --side eager="... --experts eager"
 
-Uses the standard library alone, since no side's environment is the other's.
+Uses only the standard library, since the sides have different environments.
 """
 
 import argparse

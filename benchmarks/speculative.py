@@ -1,4 +1,5 @@
-"""Speculative decoding on a trained run: how often MTP is right, what drafting and verifying cost, what it is worth.
+"""Speculative decoding on a trained run: acceptance of MTP's drafts, the cost of drafting and verifying, and the
+speed-up.
 
     python -m benchmarks.speculative --workdir run --batches 1 8 16 --json benchmarks/results/speculative_cpu.json
 

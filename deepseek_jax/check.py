@@ -1,11 +1,12 @@
-"""Reads every file of checkpoints and compares it with its checksum. Other commands check what they read, as they do.
+"""Reads every file of checkpoints and compares it with its checksum. Other commands check only the parts that they
+read.
 
     python -m deepseek_jax.check run                     (all checkpoints of a run)
     python -m deepseek_jax.check gs://BUCKET/run/checkpoints/500
 
-Exit code 0: all are whole. 3: some are damaged; the files are named, and --workdir resumes from the newest whole one.
-2: a mistake, such as a path without checkpoints, or a file that the disk does not let this command read. One that its
-run removes in the meantime does not count.
+Exit code 0: all are intact. 3: some are damaged; the files are named, and --workdir resumes from the newest intact one.
+2: a mistake, such as a path without checkpoints, or a file that cannot be read. Checkpoints that their run removes in
+the meantime do not count.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ def parse() -> argparse.Namespace:
 
 
 def find(folder: str) -> list[pathlib.Path]:
-    """The checkpoints of a work directory, or the one that the folder is. Raises ConfigError where there are none."""
+    """The checkpoints of a work directory, or the folder itself if it is one. Raises ConfigError if there are none."""
     from deepseek_jax.checkpoint import manifest
 
     directory = manifest.directory_of(folder)

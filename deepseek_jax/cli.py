@@ -1,4 +1,4 @@
-"""What the command modules share: a parser, mistakes as one line with exit code 2, and the set-up of the process."""
+"""Shared by the command modules: a parser, mistakes as one line with exit code 2, and the set-up of the process."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from deepseek_jax.config import ConfigError, did_you_mean, usable_path
 
 PATHS = ("workdir", "hf", "config", "data", "out", "prompts", "json", "plot", "teacher", "task_folder", "src", "dst",
          "checkpoint")
-ON_DISK = ("prompts", "task_folder")  # of these, those that are read by what knows files alone
+ON_DISK = ("prompts", "task_folder")  # those of them that only support files
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):
-    """Says the default of each option that has one, unless its help already does."""
+    """Shows the default of each option that has one, unless its help already does."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         said = action.help or ""
@@ -28,7 +28,7 @@ class _Help(argparse.RawDescriptionHelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose --help is the module's docstring, and whose complaints are a ConfigError like all others."""
+    """A parser whose --help is the module's docstring, and whose errors are ConfigErrors like all others."""
 
     def __init__(self, name: str, doc: str | None):
         super().__init__(prog=f"python -m deepseek_jax.{name}", description=doc, allow_abbrev=False,
@@ -44,7 +44,7 @@ class Parser(argparse.ArgumentParser):
         return found, rest
 
     def error(self, message: str) -> NoReturn:
-        if message.startswith("the following arguments are required"):  # perhaps one was given and misspelled
+        if message.startswith("the following arguments are required"):  # perhaps one was misspelled
             words = [word.split("=")[0] for word in sys.argv[1:] if word.startswith("--")]
             wrong = [word for word in words if word not in self._option_string_actions and "." not in word]
             if wrong:
@@ -55,19 +55,19 @@ class Parser(argparse.ArgumentParser):
 def run(main: Callable[[], int | None], resumes: bool = False) -> NoReturn:
     """Sets up the process (`runtime.prepare`), calls main(), and exits.
 
-    A mistake of the user's becomes one line on stderr and exit code 2, an interrupt 130. So does what the machine
-    refuses (a full disk, a directory without permission) and a package that is not installed.
+    A mistake of the user's becomes one line on stderr and exit code 2, an interrupt 130. The same holds for errors of
+    the machine (a full disk, a directory without permission) and a missing package.
 
     Args:
       resumes: the command saves and resumes; SIGTERM and SIGUSR1 end it with `stop.STOPPED` from here on, SIGQUIT
-        shows what its threads do, and SIGUSR2 does nothing until the loop takes it.
+        prints its threads' stacks, and SIGUSR2 does nothing until the loop handles it.
     """
     if resumes:
         stop.show_stacks()
         stop.ignore_requests_for_traces()
     with stop.ended_by_signals() if resumes else contextlib.nullcontext():
         code = _run(main)
-        if code and stop.farewells:  # other processes wait for this one, and have to hear how it ends
+        if code and stop.farewells:  # other processes wait for this one, and must be told how it ends
             stop.leave(code)
     sys.exit(code)
 
@@ -106,5 +106,5 @@ def _run(main):
 
 
 def _lacks_backend(error):
-    """Whether it comes from jax looking for its devices, which an assertion without words may end."""
+    """Whether it comes from jax's search for devices, which may fail with an assertion without a message."""
     return os.path.basename(traceback.extract_tb(error.__traceback__)[-1].filename) == "xla_bridge.py"

@@ -1,4 +1,4 @@
-"""Puts runs side by side: where their configs differ, and how far each one came.
+"""Compares runs: the differences between their configs, and the results of each.
 
     python -m deepseek_jax.compare run50 run100
     python -m deepseek_jax.compare runs/* --plot compare.png --json compare.json
@@ -52,7 +52,7 @@ def main() -> None:
 
 
 def _names(runs):
-    """{run: the name of its folder, or its path where two folders have one name}."""
+    """{run: the name of its folder, or its path if two folders have the same name}."""
     short = {run: pathlib.Path(os.path.abspath(run)).name for run in runs}
     return short if len(set(short.values())) == len(runs) else {run: run for run in runs}
 

@@ -1,4 +1,4 @@
-"""Compiles a training or decode step for a machine that is not here, and reads off what it takes and communicates.
+"""Compiles a training or decode step for a machine that you don't have, and reports its memory and communication.
 
     python -m deepseek_jax.compile --model v2_lite_16b --target h100:8 --expert 8 --sequences 512 --json lite.json
     python -m deepseek_jax.compile --layout report [--program evaluate | --program sample]
@@ -6,7 +6,7 @@
 
 Targets: h100:N, h800:N (the extra `aot`), v5p:AxBxC, v6e:AxB, 7x:AxBxC (libtpu). Prints bytes per device by XLA's own
 analysis next to the planner's; every kind of collective: along which axes, how large, how many with products between
-their start and their done; and registers and spills of the kernels. Exit code 1: it compiles, and does not fit.
+their start and their done; and registers and spills of the kernels. Exit code 1: it compiles, but does not fit.
 """
 
 from __future__ import annotations

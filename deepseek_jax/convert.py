@@ -1,4 +1,4 @@
-"""Turns a Hugging Face checkpoint into a work directory, and a work directory into a Hugging Face checkpoint.
+"""Converts a Hugging Face checkpoint to a work directory, and a work directory to a Hugging Face checkpoint.
 
     python -m deepseek_jax.convert from-hf DeepSeek-V3 run --keep-fp8
     python -m deepseek_jax.generate --workdir run --prompt "def "

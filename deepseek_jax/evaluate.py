@@ -1,4 +1,4 @@
-"""Scores a trained model: loss, bits per byte, and how evenly its experts are loaded; or by the tasks of lm-eval.
+"""Scores a trained model: loss, bits per byte, and balance of its experts; or by the tasks of lm-eval.
 
     python -m deepseek_jax.evaluate --workdir run                    (the run's own held-out files)
     python -m deepseek_jax.evaluate --workdir run --data docs/ --compressors --json result.json
@@ -35,7 +35,7 @@ def parse() -> argparse.Namespace:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Raises ConfigError for options that do not go together."""
+    """Raises ConfigError for contradictory options."""
     if args.hf and not args.tasks:
         raise ConfigError("--hf is for --tasks; a corpus is scored by a run (deepseek_jax.convert from-hf makes one).")
     if args.tasks and (args.data or args.compressors or args.step is not None):
@@ -48,7 +48,7 @@ def check(args: argparse.Namespace) -> None:
 
 
 def by_tasks(args: argparse.Namespace) -> dict[str, Any]:
-    """{"task metric": value} of lm-eval's tasks. Raises ConfigError where lm-eval is not installed."""
+    """{"task metric": value} of lm-eval's tasks. Raises ConfigError if lm-eval is not installed."""
     try:
         from deepseek_jax.serving.harness import EngineLM, evaluate_tasks
     except ModuleNotFoundError as error:

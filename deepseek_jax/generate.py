@@ -1,4 +1,4 @@
-"""Lets a trained model continue prompts, or answer in a chat.
+"""Generates text with a trained model: continues prompts, or answers in a chat.
 
     python -m deepseek_jax.generate --workdir run --prompt "def " --max-new-tokens 64 --temperature 0.8
     python -m deepseek_jax.generate --hf checkpoint --chat --prompt "Why is the sky blue?"
@@ -41,7 +41,7 @@ def parse() -> argparse.Namespace:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Raises ConfigError for options that no model could follow; before the seconds that loading takes."""
+    """Raises ConfigError for options that are invalid for any model, before the model is loaded."""
     if args.max_new_tokens < 1:
         raise ConfigError(f"--max-new-tokens={args.max_new_tokens} must be positive.")
     if not 0 <= args.temperature < math.inf:

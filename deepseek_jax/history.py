@@ -1,6 +1,6 @@
-"""What may change in a run between two of its starts, and the record of what did (no jax here).
+"""The settings that may change between two starts of a run, and the record of changes (no jax here).
 
-config.json of a run is its present config and "history", what became another at which step and when:
+config.json of a run is its present config and "history", which lists each change with its step and time:
 
     [{"step": 30, "when": "2026-11-30 12:00:00 +0000", "changed": {"train.steps": [30, 60]}}]
 """
@@ -17,7 +17,7 @@ from deepseek_jax import io
 from deepseek_jax.config import Config, ConfigError, as_dict, freeze
 from deepseek_jax.config.load import HISTORY
 
-# Keys that leave the arrays of a run's state, and the meaning of its tokens, as they are.
+# Keys that do not affect the arrays of a run's state or the meaning of its tokens.
 CHANGEABLE = ("train.steps", "train.batch_size", "train.accumulation_steps", "train.ramp_*", "train.mtp_weights",
               "train.loss_chunk", "train.eval_*", "train.final_eval_batches", "train.checkpoint*", "train.sample_*",
               "train.tracker", "train.prometheus", "train.profile", "train.stall_minutes",
@@ -47,7 +47,7 @@ def _flat(tree, prefix=""):
 def check_changes(before: Config, after: Config, run: str, advice: str, ignored: tuple[str, ...] = ()) -> None:
     """Raises ConfigError for keys that may not change in the middle of a run.
 
-    run: its folder. advice: what to do then, the end of the message. ignored: keys that may be anything.
+    run: its folder. advice: the end of the message. ignored: keys that may have any value.
     """
     may = [key for key in CHANGEABLE if after.preference.objective is None or key not in OF_DOCUMENTS]
     found = {key: values for key, values in differences(before, after).items() if key not in ignored}
@@ -59,7 +59,7 @@ def check_changes(before: Config, after: Config, run: str, advice: str, ignored:
 
 
 def check_steps(config: Config, done: int, run: str) -> None:
-    """Raises ConfigError for a run that has more steps behind it than train.steps."""
+    """Raises ConfigError for a run that already has more steps than train.steps."""
     if config.train.steps < done:
         raise ConfigError(f"train.steps={config.train.steps} is less than the {done} steps that the run in {run} has "
                           f"behind it; take {done} or more.")
@@ -77,7 +77,7 @@ def record(config: Config, workdir: str, step: int, before: Config | None, branc
 
     Args:
       before: the config that the checkpoint of `step` was saved with.
-      branch: RUN@STEP, where that is the checkpoint.
+      branch: RUN@STEP, if that is the checkpoint.
     """
     path = os.path.join(workdir, "config.json")
     there = io.read_json(path)
@@ -88,7 +88,7 @@ def record(config: Config, workdir: str, step: int, before: Config | None, branc
              "changed": io.parse_json(json.dumps(found).encode())}
     noted = there.get(HISTORY, [])
     kept = [e for e in noted if e["step"] < step]
-    if found or branch is not None:  # as it is there, if an earlier start was killed before it had saved
+    if found or branch is not None:  # unchanged, if an earlier start was killed before it had saved
         now = {"when": time.strftime("%Y-%m-%d %H:%M:%S %z")}
         kept.append(next((e for e in noted if {"when": e["when"]} | entry == e), entry | now))
     if kept != noted or differences(freeze(there), config):

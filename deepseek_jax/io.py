@@ -1,12 +1,13 @@
-"""The one way files are written, and files of others are read (no jax here).
+"""Writing files, and reading files from elsewhere, in one way for all modules (no jax here).
 
-Written: next to their place under another name, then renamed. A reader, or a kill, finds the old content or the new
-one, never a part of it. With `sync` the bytes are on the disk before the rename: a power cut cannot undo it either.
+Files are written under another name in the same folder, then renamed. After a kill, and for any reader, there is the
+old content or the new one, never a part of it. With `sync` the bytes are on the disk before the rename, so even a power
+cut cannot undo it.
 
-An address in a bucket (`storage`) is written as one object, which replaces the old one as a whole.
+An address in a bucket (`storage`) is written as one object, which replaces the old one completely.
 
-Read: only regular files, since a named pipe would be waited for forever; JSON with a bound on its size. What is wrong
-is an OSError or a ValueError, whose text fits behind the file's name.
+Only regular files are read, since reading a named pipe could wait forever; JSON has a bound on its size. Errors are an
+OSError or a ValueError, whose text fits after the file's name.
 """
 
 from __future__ import annotations
@@ -27,19 +28,19 @@ from deepseek_jax import storage, working_files
 
 Path = str | os.PathLike[str]
 
-MOST_JSON = 100_000_000  # bytes; the library of safetensors allows its headers as many
-_MOST_LEVELS = 64  # of objects and lists in JSON; what is printed, compared and written again recurses into them
+MOST_JSON = 100_000_000  # bytes; the safetensors library has the same limit for headers
+_MOST_LEVELS = 64  # nesting depth of JSON; printing, comparing and writing recurse into it
 _KINDS = {stat.S_IFIFO: "Is a named pipe, not a file", stat.S_IFSOCK: "Is a socket, not a file",
           stat.S_IFCHR: "Is a device, not a file", stat.S_IFBLK: "Is a device, not a file"}
 
 
 @contextlib.contextmanager
 def replacing(path: Path, sync: bool = False) -> Iterator[str]:
-    """Yields the name of a file to write, which takes the place of `path` at the end; after an error it is removed.
+    """Yields the name of a file to write, which replaces `path` at the end; after an error it is removed.
 
-    For an address that is a file on this machine, which becomes the object.
+    For an address, the file is on this machine and becomes the object.
 
-    Raises OSError with the name `path` where it cannot be written.
+    Raises OSError with the name `path` if it cannot be written.
     """
     if storage.is_remote(path):
         with tempfile.TemporaryDirectory(dir=working_files.scratch()) as folder:
@@ -48,7 +49,7 @@ def replacing(path: Path, sync: bool = False) -> Iterator[str]:
             storage.upload(partial, path)
         return
     folder, name = os.path.split(os.path.abspath(path))
-    partial = os.path.join(folder, f".{name}.{uuid.uuid4().hex}.new")  # other machines may write there, too
+    partial = os.path.join(folder, f".{name}.{uuid.uuid4().hex}.new")  # other machines may also write there
     try:
         yield partial
         if sync:
@@ -66,13 +67,13 @@ def replacing(path: Path, sync: bool = False) -> Iterator[str]:
 def building(folder: Path, shared: bool = False) -> Iterator[str]:
     """Yields a new folder to fill, which becomes `folder` at the end; after an error nothing is left of it.
 
-    What a killed process left of an earlier try is removed. With `shared` several processes may build the same content
-    at once, each under a name of its own; the first one's is kept.
+    Remains of a killed process's earlier attempt are removed. With `shared` several processes may build the same
+    content at once, each under its own name; the first one's is kept.
 
-    For an address it is a folder on this machine, whose files become objects, meta.json the last of them: what looks
-    for that first never reads a part. Others who build the same content there write the same objects.
+    For an address, the folder is on this machine and its files become objects, with meta.json last: a reader that
+    checks for it first never sees an incomplete folder. Others who build the same content there write the same objects.
 
-    Raises OSError where `folder` exists and is not empty, but with `shared`.
+    Raises OSError if `folder` exists and is not empty, except with `shared`.
     """
     if storage.is_remote(folder):
         with tempfile.TemporaryDirectory(dir=working_files.scratch()) as partial:
@@ -114,7 +115,7 @@ def write_json(path: Path, value: Any, indent: int | None = 2, sync: bool = Fals
 
 
 class Appended:
-    """A file that grows, and is there for others after each `write`. Errors name it."""
+    """A file to append to, whose content others can read after each `write`. Errors name it."""
 
     def __init__(self, path: Path):
         self._path = os.fspath(path)
@@ -126,20 +127,20 @@ class Appended:
         try:
             while view:
                 view = view[os.write(self._descriptor, view):]
-        except OSError as error:  # which does not know its file
+        except OSError as error:  # whose error does not have the file's name
             raise OSError(error.errno, error.strerror, self._path) from error
 
     def close(self) -> None:
-        """Lets go of the file."""
+        """Closes the file."""
         os.close(self._descriptor)
 
 
 def sync_file(path: Path) -> None:
-    """Brings a file, or the names in a folder, to the disk."""
+    """Flushes a file, or the entries of a folder, to the disk."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except PermissionError:
-        if os.path.isdir(path):  # Windows opens no folders, and has nothing to bring there
+        if os.path.isdir(path):  # Windows cannot open folders, and has nothing to flush
             return
         raise
     try:
@@ -151,7 +152,7 @@ def sync_file(path: Path) -> None:
 def check_regular(path: Path) -> None:
     """Raises OSError, with a reason in its strerror, for anything but a regular file or a link to one."""
     if storage.is_remote(path):
-        storage.size(path)  # objects are nothing else
+        storage.size(path)  # objects are always regular files
         return
     mode = os.stat(path).st_mode
     if stat.S_ISDIR(mode):
@@ -170,13 +171,13 @@ def open_regular(path: Path) -> BufferedReader:
 def read_json(path: Path) -> Any:
     """The value in a JSON file. Raises OSError, and ValueError as `parse_json` does."""
     if storage.is_remote(path):
-        return parse_json(storage.read_bytes(path))  # in one request: others may write it between two
+        return parse_json(storage.read_bytes(path))  # in one request: others may write it between two requests
     with open_regular(path) as f:
         return parse_json(f.read(MOST_JSON + 1))
 
 
 def parse_json(data: bytes) -> Any:
-    """The value that JSON in UTF-8 spells; a byte order mark before it is ignored.
+    """The value of JSON in UTF-8; a byte order mark before it is ignored.
 
     Raises ValueError: not JSON, longer than MOST_JSON, nested too deeply, or an object names a key twice.
     """
@@ -200,7 +201,7 @@ def parse_json(data: bytes) -> Any:
 def _object(pairs):
     found = {}
     for name, value in pairs:
-        if name in found:  # readers differ in which of the two counts
+        if name in found:  # readers differ in which of the two they take
             raise ValueError(f"{name[:80]!r} is there twice")
         found[name] = value
     return found

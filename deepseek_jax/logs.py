@@ -1,6 +1,6 @@
-"""What a process prints, kept in WORKDIR/logs/process_0003.log: without progress bars, with the traceback of an error.
+"""The output of a process in WORKDIR/logs/process_0003.log: without progress bars, with the traceback of an error.
 
-Only what Python prints is there; what libraries in C++ write to the terminal is not.
+It has Python's output only, not what C++ libraries write to the terminal.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from deepseek_jax import storage
 
 @contextlib.contextmanager
 def kept(workdir: str, process: int) -> Iterator[None]:
-    """Inside, what this process prints is kept, from the moment on when the work directory is there. Of one in a bucket
-    nothing is: its log would be an object that nobody can append to."""
+    """A context in which this process's output is logged, as soon as the work directory exists. A work directory in a
+    bucket has no logs, since objects cannot be appended to."""
     if storage.is_remote(workdir):
         yield
         return
@@ -42,12 +42,12 @@ def kept(workdir: str, process: int) -> Iterator[None]:
             handler.setStream(streams["stderr"])
         for name, stream in streams.items():
             setattr(sys, name, stream)
-        log.write("")  # of a process that printed nothing the file says when it was there
+        log.write("")  # even for a process without output, the file records when it ran
         log.close()
 
 
 class _Log:
-    """The file, as far as the disk takes it: what it refuses was printed, and ends nothing."""
+    """Writes to the file; if the disk refuses, the output was still printed, and the run continues."""
 
     def __init__(self, workdir, process):
         self.workdir, self.path = workdir, os.path.join(workdir, "logs", f"process_{process:04}.log")
@@ -74,7 +74,7 @@ class _Log:
             self.file = open(  # noqa: SIM115 (`kept` closes it)
                 self.path, "a", buffering=1, encoding="utf-8", errors="backslashreplace")
         except OSError as error:
-            self.closed = True  # else it would wait in memory
+            self.closed = True  # otherwise it would stay in memory
             print(f"note: what this process prints is not kept: {error}.", file=sys.__stderr__)
 
     def close(self):
@@ -85,7 +85,7 @@ class _Log:
 
 
 class _Copied:
-    """A stream whose text goes into the log, too."""
+    """A stream whose text is also written to the log."""
 
     def __init__(self, stream, log):
         self.stream, self.log = stream, log

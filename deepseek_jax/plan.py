@@ -1,4 +1,4 @@
-"""What a model takes on a machine: training (memory, step time, MFU, hours, dollars), or one device to serve on.
+"""The cost of a model on a machine: training (memory, step time, MFU, hours, dollars), or serving on one device.
 
     python -m deepseek_jax.plan --model v2_lite_16b --hardware a100 --serve --context 4096
     python -m deepseek_jax.plan --model small --hardware rtx4090 --finetune --sequences 8 --context 2048
@@ -6,8 +6,8 @@
     python -m deepseek_jax.plan --model v2_lite_16b --hardware h100 --devices 8 --search --price 2.5
     python -m deepseek_jax.plan --layout report --ablations
 
-Counts are exact, bytes are this program's as XLA:GPU lays it out, times rest on published measurements that the output
-names, and rates of serving are bounds. Exit code 1: it does not fit.
+Counts are exact, bytes are those of this program as laid out by XLA:GPU, times are based on published measurements that
+the output names, and serving rates are bounds. Exit code 1: it does not fit.
 """
 
 import argparse

@@ -1,6 +1,6 @@
-"""Parts that a config names as "package.module:name": an own routing rule, bias rule or attention (no jax here).
+"""The user's own parts, given in a config as "package.module:name": routing rule, bias rule or attention (no jax here).
 
-The module has to be importable; importing it runs it, so a work directory that names one is as trusted as the module.
+The module has to be importable; importing it runs its code, so only load work directories whose modules you trust.
 """
 
 import functools
@@ -12,7 +12,7 @@ from deepseek_jax.config import ConfigError
 
 @functools.cache
 def load_object(key: str, name: str) -> Any:
-    """The object that config key `key` names as "package.module:name".
+    """The object given in config key `key` as "package.module:name".
 
     Raises:
       ConfigError: no such module or name, or the module fails to import.
@@ -20,7 +20,7 @@ def load_object(key: str, name: str) -> Any:
     module_name, _, attribute = name.partition(":")
     try:
         module = importlib.import_module(module_name)
-    except (Exception, SystemExit) as error:  # whatever the module does
+    except (Exception, SystemExit) as error:  # the module may raise anything
         raise ConfigError(f"{key}={name!r}: module {module_name} cannot be imported ({type(error).__name__}: {error}); "
                           "start from a folder where it can, or install it.") from error
     try:

@@ -1,11 +1,11 @@
-"""Tokenizes a corpus ahead of a run, on all cores and without jax; `train` then starts at once.
+"""Tokenizes a corpus before a run, on all cores and without jax; `train` then starts at once.
 
     python -m deepseek_jax.prepare --config tiny --workdir run
     python -m deepseek_jax.prepare --config my_config.py --out /shared/tokens --shard 3/16
 
 Run it again to continue after an interruption. Of several shards, such as the tasks of a Slurm array, each makes its
 part, and the one that finds all others complete finishes. `train` finds the tokens in its --workdir or data.cache_dir.
-With --verify nothing is made: every file is read and compared with what it was when its tokens were made.
+With --verify nothing is made: every file is read and compared with its hash from when its tokens were made.
 """
 
 import argparse
@@ -33,7 +33,7 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
 
 
 def share_of(args: argparse.Namespace) -> Share:
-    """Raises ConfigError for a shard that is none."""
+    """Raises ConfigError for an invalid shard."""
     found = re.fullmatch(r"(\d{1,6})/(\d{1,6})", args.shard)
     if not found or int(found[1]) >= int(found[2]):
         raise ConfigError(f"--shard={args.shard} must be I/N with 0 <= I < N, such as 0/16 for the first of 16.")

@@ -30,7 +30,7 @@ def main() -> int:
     for note in advice(config):
         print(f"note: {note}", file=sys.stderr)
 
-    # After the config is known to be good: it takes seconds.
+    # Imported after the config has been checked: it takes seconds.
     from deepseek_jax.posttraining.loop import reinforce
 
     with logs.kept(args.workdir, 0):

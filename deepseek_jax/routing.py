@@ -1,4 +1,4 @@
-"""Which experts a model asks for each token of a text.
+"""The experts that a model chooses for each token of a text.
 
     model = deepseek_jax.load("run")
     routing = deepseek_jax.routing_of(model, "def f(x):")
@@ -21,10 +21,10 @@ from deepseek_jax.workdir import LoadedModel
 
 
 class Routing(NamedTuple):
-    """Of one text of T tokens, in the L MoE layers. MTP modules are left out.
+    """The routing of one text of T tokens, in the L MoE layers. MTP modules are left out.
 
     tokens: the text of each token, the first one is BOS. ids_T: int32.
-    scores_LTE: float32, the affinity of each token to each expert. chosen_LTK: int32, the experts that it went to.
+    scores_LTE: float32, the affinity of each token to each expert. chosen_LTK: int32, its chosen experts.
     """
 
     tokens: list[str]
@@ -33,13 +33,13 @@ class Routing(NamedTuple):
     chosen_LTK: np.ndarray
 
     def loads(self) -> np.ndarray:
-        """int [L, E]: how many tokens each expert was asked for."""
+        """int [L, E]: how many tokens chose each expert."""
         E = self.scores_LTE.shape[-1]
         return np.stack([np.bincount(chosen_TK.ravel(), minlength=E) for chosen_TK in self.chosen_LTK])
 
 
 def routing_of(loaded: LoadedModel, text: str) -> Routing:
-    """Reads a text, after BOS, and returns where its tokens were sent.
+    """Reads a text, after BOS, and returns the routing of its tokens.
 
     Raises:
       ConfigError: the model has no experts.

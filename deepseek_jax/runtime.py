@@ -1,5 +1,5 @@
-"""Policy of a process: memory allocator, XLA flags, compilation cache, logs. Commands call `prepare`; importing does
-nothing."""
+"""Process-wide settings: memory allocator, XLA flags, compilation cache, logs. Commands call `prepare`; importing has
+no effect."""
 
 import ctypes
 import io
@@ -7,11 +7,12 @@ import logging
 import os
 import sys
 
-# Worth a tenth of a training step on a CPU: complete vector registers, plain min and max, an order for all cores.
+# Together these save a tenth of a training step on a CPU: full vector registers, plain min and max, a schedule for all
+# cores.
 CPU_FLAGS = {"--xla_cpu_prefer_vector_width": "512", "--xla_cpu_enable_fast_min_max": "true",
              "--xla_cpu_enable_concurrency_optimized_scheduler": "true"}
 
-CACHE_BYTES = 4 << 30  # of compiled programs; the least recently used are removed
+CACHE_BYTES = 4 << 30  # bytes of compiled programs; the least recently used are removed
 
 
 def prepare() -> None:
@@ -27,8 +28,8 @@ def reuse_memory() -> None:
     """Tells glibc to keep freed memory.
 
     By default it maps and unmaps every large buffer of every step, and the kernel clears the pages each time: up to
-    half of a JAX CPU process. The options are M_MMAP_MAX (-4), M_TRIM_THRESHOLD (-1; set to the largest size) and
-    M_ARENA_MAX (-8).
+    half of the time of a JAX CPU process. The options are M_MMAP_MAX (-4), M_TRIM_THRESHOLD (-1; set to the largest
+    size) and M_ARENA_MAX (-8).
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -39,7 +40,7 @@ def reuse_memory() -> None:
 
 
 def tune_xla() -> None:
-    """Adds CPU_FLAGS to XLA_FLAGS; flags that the user has set win, and a file of flags is left as it is."""
+    """Adds CPU_FLAGS to XLA_FLAGS; flags set by the user win, and a file of flags is not changed."""
     theirs = os.environ.get("XLA_FLAGS", "").split()
     if theirs and not theirs[0].startswith("-"):
         return
@@ -49,9 +50,9 @@ def tune_xla() -> None:
 
 
 def keep_compiled_programs() -> None:
-    """Turns on jax's persistent compilation cache, in the user's cache folder; settings of the user's win.
+    """Turns on jax's persistent compilation cache, in the user's cache folder; the user's settings win.
 
-    A program that was compiled before then starts at once. JAX_ENABLE_COMPILATION_CACHE=false turns it off.
+    A program that has been compiled before then starts at once. JAX_ENABLE_COMPILATION_CACHE=false turns it off.
     """
     if "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
@@ -71,10 +72,10 @@ def keep_compiled_programs() -> None:
 
 
 def quiet_logs() -> None:
-    """Shows messages as plain lines, and of libraries only warnings.
+    """Shows messages as plain lines, and only warnings of libraries.
 
-    Orbax logs every phase of a save, and a failure several times with tracebacks; the checkpoint manager raises what
-    fails as one line.
+    Orbax logs every phase of a save, and a failure several times with tracebacks; the checkpoint manager raises
+    failures as one line.
     """
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     logging.getLogger("absl").setLevel(logging.ERROR)
@@ -98,6 +99,7 @@ def _unraisable(unraisable):
 
 
 def print_everything() -> None:
-    """What the terminal's encoding lacks, such as the name of a file that is no UTF-8, is printed with backslashes."""
+    """Makes characters outside the terminal's encoding, such as in a file name that is not UTF-8, print with
+    backslashes."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")

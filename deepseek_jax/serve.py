@@ -40,16 +40,17 @@ def parse() -> argparse.Namespace:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens there, before the minutes that loading takes. Raises ConfigError where nothing can."""
+    """A listening socket, opened before the model is loaded, which takes minutes. Raises ConfigError if that is
+    impossible."""
     try:
         return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:
-        why = str(error.strerror).partition(" (")[0]  # Python adds the address to it
+        why = str(error.strerror).partition(" (")[0]  # Python's message includes the address
         raise ConfigError(f"cannot listen at {host}:{port} ({why}); take another --port or --host.") from None
 
 
 def check(args: argparse.Namespace) -> None:
-    """Raises ConfigError for an option that cannot be meant."""
+    """Raises ConfigError for an invalid option."""
     for name in ("max_sequences", "max_length"):
         if getattr(args, name) < 1:
             raise ConfigError(f"--{name.replace('_', '-')}={getattr(args, name)} must be positive.")

@@ -1,4 +1,4 @@
-"""How a run ends: exit codes that a scheduler can tell apart, and what a signal does while there is nothing to save.
+"""The end of a run: exit codes for schedulers, and the effect of signals while there is nothing to save.
 
     0 done    2 a mistake of the user's    75 stopped by a signal    76 a process of the run was lost, or hangs
 
@@ -22,7 +22,7 @@ from deepseek_jax.storage import StorageError
 from deepseek_jax.working_files import remove_scratch
 
 DONE, MISTAKE, STOPPED, PEER_LOST, INTERRUPTED = 0, 2, 75, 76, 130
-# What schedulers send: SIGTERM (Slurm, Kubernetes), and SIGUSR1 where they are asked to (sbatch --signal=USR1@300).
+# Signals of schedulers: SIGTERM (Slurm, Kubernetes), and SIGUSR1 if requested (sbatch --signal=USR1@300).
 SIGNALS = (signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else []))
 
 CODES = ("Exit codes: 0 done; 2 a mistake of yours; 75 stopped by a signal, and 76 a process of the run was lost: the "
@@ -32,18 +32,19 @@ farewells: list[Callable[[int], None]] = []  # called with the exit code before 
 
 
 class PeerLostError(ConfigError):
-    """Another process of the run has ended, or did not come."""
+    """Another process of the run has ended, or did not start."""
 
 
 def show_stacks() -> None:
-    """From here on SIGQUIT shows the stacks of all threads on stderr, also of one that hangs in C; nothing ends."""
+    """From here on SIGQUIT prints the stacks of all threads to stderr, even if one hangs in C, without ending the
+    process."""
     if hasattr(signal, "SIGQUIT"):
         faulthandler.register(signal.SIGQUIT, file=sys.__stderr__ or 2, all_threads=True)
 
 
 def ignore_requests_for_traces() -> None:
-    """SIGUSR2 would end a process that is not in its training loop, which takes it (`training.watching`); from here on
-    it does nothing there."""
+    """Ignores SIGUSR2 from here on: only the training loop handles it (`training.watching`), and elsewhere it would end
+    the process."""
     if hasattr(signal, "SIGUSR2") and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGUSR2, signal.SIG_IGN)
 
@@ -67,7 +68,7 @@ def leave(code: int) -> None:
 
 
 def end(code: int) -> None:
-    """The same without a word to others."""
+    """The same without telling other processes."""
     sys.stdout.flush()
     sys.stderr.flush()
     remove_scratch()
@@ -76,10 +77,11 @@ def end(code: int) -> None:
 
 @contextlib.contextmanager
 def ended_by_signals() -> Iterator[None]:
-    """Inside, SIGTERM and SIGUSR1 end the process at once with `STOPPED`, until a loop that can save catches them.
+    """A context in which SIGTERM and SIGUSR1 end the process at once with `STOPPED`, until a loop that can save handles
+    them.
 
-    A thread ends it: Python runs handlers only between its own instructions, and one call compiles for minutes. Where
-    this is not the main thread, which alone may catch signals, nothing happens.
+    A thread ends it, since Python runs handlers only between its own instructions, and a single call may compile for
+    minutes. Outside the main thread, which alone can handle signals, this does nothing.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -105,7 +107,7 @@ def _left_to_the_thread(number, frame):
 
 @functools.cache
 def _leave_children_alone():
-    """A forked worker ends by its own signals, and its signals do not end this process."""
+    """In a forked worker, restores the default handlers, so that signals to it end it and not this process."""
     def as_new():
         signal.set_wakeup_fd(-1)
         for number in SIGNALS:

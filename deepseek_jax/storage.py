@@ -1,12 +1,12 @@
-"""Files on disks and objects in buckets, gs:// and s3://, by the same names (no jax here).
+"""Files on disks and objects in buckets, gs:// and s3://, with the same functions (no jax here).
 
     path ──── an address? ── no ──> os, pathlib
                   └──────── yes ──> fsspec: gcsfs, s3fs
 
-This module tells them apart, and others that have to ask it (`is_remote`). A bucket has objects under complete names
-and nothing else: no folders, no appending, no renaming. An object is written as a whole, and readers see all of it or
-the one before. What the store refuses, or cannot do after its client has tried again, is a StorageError of one line;
-what is not there is a FileNotFoundError, as on a disk.
+Only this module distinguishes them; others call `is_remote` if they have to. A bucket has only objects with complete
+names: no folders, no appending, no renaming. An object is written completely, and readers see all of it or the previous
+one. An operation that the store refuses, or that fails after its client's retries, raises a StorageError with one line;
+a missing object raises FileNotFoundError, as on a disk.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from typing import Any, NamedTuple
 Path = str | os.PathLike[str]
 
 CLIENTS = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}  # scheme -> package, and the extra of setup.py that has it
-# Compare what the store says it has with what was sent. Of S3 the client asks the store to; and not in reading, since
-# objects that were joined of parts have no MD5.
+# Compare the store's checksum with that of the sent data. For S3 the client makes the store do so; reads are not
+# compared, since objects uploaded in parts have no MD5.
 _CHECKED: dict[str, dict[str, Any]] = {"gs": {"consistency": "md5"}, "s3": {}}
-_MANY = 8  # objects, from which on one request removes them: it needs another that looks what is left
-THREADS = 16  # objects in flight: a store answers each slowly, and many at once
+_MANY = 8  # objects, from which on bulk removal pays: it needs a second request to list the rest
+THREADS = 16  # objects in flight: a store answers each request slowly, but many at once
 
 
 class StorageError(Exception):
-    """What a store refused or could not do, in one line."""
+    """A store refused an operation or could not do it, in one line."""
 
     def __init__(self, message: str):
         line = " ".join(message.split())
@@ -56,7 +56,7 @@ def is_remote(path: Path) -> bool:
 
 
 def as_path(path: Path) -> pathlib.Path:
-    """As a path whose parts can be joined and named; an address stays one."""
+    """A path object, whose parts can be joined; an address stays an address."""
     if not is_remote(path):
         return pathlib.Path(path)
     from etils import epath
@@ -81,12 +81,12 @@ def is_folder(path: Path) -> bool:
 
 
 def exists(path: Path) -> bool:
-    """Whether there is anything; a broken link is nothing."""
+    """Whether something exists at this name; a broken link does not count."""
     return _kind(path) is not None if is_remote(path) else os.path.exists(path)
 
 
 def lexists(path: Path) -> bool:
-    """Whether there is anything, a broken link too."""
+    """Whether something exists at this name, including a broken link."""
     return exists(path) if is_remote(path) else os.path.lexists(path)
 
 
@@ -96,12 +96,12 @@ def size(path: Path) -> int:
 
 
 def version(path: Path) -> str:
-    """What changes whenever the content does: the store's checksum, or nanoseconds at the last change."""
+    """A value that changes with the content: the store's checksum, or the modification time in nanoseconds."""
     return _entry(_info(path)).tag if is_remote(path) else str(os.stat(path).st_mtime_ns)
 
 
 def changed(path: Path) -> float:
-    """When it was written, in seconds of the machine that did."""
+    """The time when it was written, in seconds of the writer's clock."""
     if not is_remote(path):
         return os.path.getmtime(path)
     info = _info(path)
@@ -123,7 +123,7 @@ def names(folder: Path) -> list[str]:
 def entries(folder: Path) -> dict[str, Entry]:
     """{name relative to the address `folder`: Entry} of every object below it.
 
-    Raises StorageError for a name that as a path would be outside of a folder, or another's.
+    Raises StorageError for a name that as a path would be outside the folder, or equal to another's.
     """
     with _told(folder):
         fs, key = _client(folder)
@@ -152,13 +152,13 @@ def glob(address: Path) -> list[str]:
 
 
 def make_folder(folder: Path) -> None:
-    """Makes a folder and those above it, unless they are there. Buckets need none."""
+    """Makes a folder and its parents, unless they exist. Buckets need none."""
     if not is_remote(folder):
         os.makedirs(folder, exist_ok=True)
 
 
 def open_file(path: Path) -> Any:
-    """A file or object, open for reading bytes; it can be sought in."""
+    """A file or object, open for reading bytes, with seek."""
     if not is_remote(path):
         return open(path, "rb")
     with _told(path):
@@ -176,14 +176,15 @@ def read_bytes(path: Path) -> bytes:
 
 
 def read_range(address: Path, start: int, stop: int) -> bytes:
-    """Bytes start..stop of an object; fewer where it ends before."""
+    """Bytes start..stop of an object; fewer if it ends earlier."""
     with _told(address):
         fs, key = _client(address)
         return fs.cat_file(key, start=start, end=stop) if stop > start else b""
 
 
 def read_into(file: Any, view: memoryview, start: int) -> int:
-    """Fills a buffer from byte `start` of a file that `open_file` opened, from any thread. How many bytes it took."""
+    """Fills a buffer from byte `start` of a file opened by `open_file`, from any thread. Returns the number of
+    bytes."""
     if not isinstance(file, _Reading):
         return os.preadv(file.fileno(), [view], start)
     data = read_range(file.name, start, start + len(view))
@@ -192,16 +193,17 @@ def read_into(file: Any, view: memoryview, start: int) -> int:
 
 
 def put(address: Path, data: bytes) -> None:
-    """Writes an object as a whole."""
+    """Writes a complete object."""
     with _told(address):
         fs, key = _client(address)
         fs.pipe_file(key, bytes(data), **_CHECKED[_scheme(address)])
 
 
 def create(address: Path, data: bytes) -> bool:
-    """Writes an object unless there is one already. Whether it was written.
+    """Writes an object unless there already is one. Returns whether it was written.
 
-    The store decides it (`ifGenerationMatch: 0` of GCS, `If-None-Match: *` of S3); one that ignores these writes.
+    The store decides (`ifGenerationMatch: 0` of GCS, `If-None-Match: *` of S3); a store that ignores the condition
+    always writes.
     """
     with _told(address):
         fs, key = _client(address)
@@ -242,13 +244,13 @@ def download_folder(address: Path, folder: Path) -> None:
 
 
 def copy(source: Path, target: Path) -> None:
-    """Copies a small file or object over a file that nobody reads, or an object."""
+    """Copies a small file or object to an object, or to a file that nobody is reading."""
     data = read_bytes(source)
     put(target, data) if is_remote(target) else pathlib.Path(target).write_bytes(data)
 
 
 def remove(path: Path) -> None:
-    """Removes a file, or a folder with all that is in it, if it is there."""
+    """Removes a file, or a folder with its content, if it exists."""
     if not is_remote(path):
         if os.path.isdir(path) and not os.path.islink(path):
             shutil.rmtree(path, ignore_errors=True)
@@ -265,12 +267,12 @@ def remove(path: Path) -> None:
 
 
 def _remove_many(fs, key, found):
-    """Removes objects by requests for many at once, where the store knows such. Those that are left: clients take some
-    names for patterns, and some ignore what the store refuses, which it may say of one by one."""
+    """Removes many objects per request, if the store supports it. Returns those that are left: clients take some names
+    for patterns, and some ignore refusals, which are reported only for single removals."""
     plain = [name for name in found if not re.search(r"[*?[\]]|/$", name)]
     if len(plain) < _MANY:
         return found
-    with contextlib.suppress(Exception):  # of any kind; what is left is asked for again
+    with contextlib.suppress(Exception):  # of any kind; the remaining objects are removed one by one
         fs.rm(plain)
     try:
         return sorted(set(found).intersection(fs.find(key)))
@@ -284,7 +286,7 @@ def _remove_object(fs, name):
 
 
 def in_parallel(function: Any, items: Any) -> list[Any]:
-    """[function(item)] of items, on THREADS threads. Raises what the first one that fails raises."""
+    """[function(item)] for items, on THREADS threads. Raises the exception of the first one that fails."""
     with ThreadPoolExecutor(THREADS) as pool:
         try:
             return list(pool.map(function, items))
@@ -294,14 +296,14 @@ def in_parallel(function: Any, items: Any) -> list[Any]:
 
 
 def check_writable(address: Path) -> None:
-    """Writes, reads and removes an object below an address; or makes and removes a file in a folder, or in the
-    nearest one above that is there.
+    """Writes, reads and removes an object below an address; or makes and removes a file in a folder, or in its nearest
+    existing parent.
 
-    Raises StorageError where that cannot be: a package or credentials are missing, there is no such bucket, the store
-    or the disk refuses, or the address is a pattern.
+    Raises StorageError if that fails: a package or credentials are missing, there is no such bucket, the store or the
+    disk refuses, or the address is a pattern.
     """
     if not is_remote(address):
-        _check_disk(pathlib.Path(address).absolute())  # `..` behind a link stays what it is
+        _check_disk(pathlib.Path(address).absolute())  # `..` after a link is not resolved
         return
     if found := re.search(r"[*?[\]]", os.fspath(address)):
         raise StorageError(f"{os.fspath(address)} has a {found[0]}, which in the name of an object stands for others; "
@@ -328,7 +330,7 @@ def _check_disk(folder):
             os.lstat(there / name)
         except (FileNotFoundError, NotADirectoryError):
             pass
-        except (OSError, ValueError) as error:  # too long, or a character that no name may have
+        except (OSError, ValueError) as error:  # too long, or with a character that is not allowed
             why = getattr(error, "strerror", None) or error
             raise StorageError(f"{folder} cannot be a folder: {why}; take another name.") from None
     if not os.path.isdir(there):
@@ -347,15 +349,15 @@ def _check_disk(folder):
 
 @functools.cache
 def _file_system(scheme, pid):
-    """pid: clients have threads, which a forked process has not."""
+    """pid: clients have threads, which do not exist in a forked process."""
     for name in ("gcsfs", "s3fs", "botocore", "aiobotocore", "google.auth"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)  # what goes wrong they raise as well, without tracebacks
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # they also raise failures, without tracebacks
     if scheme == "gs":
-        # Its core, which takes every bucket for a flat one: the default asks for the kind of each bucket first, by
-        # another protocol that no emulator speaks. Nothing is ever listed from memory: others write there, too.
+        # Its core, which treats every bucket as flat: the default first asks for the kind of each bucket, by another
+        # protocol that no emulator supports. Listings are never cached, since others write there too.
         import gcsfs.core
 
-        token = "anon" if os.environ.get("STORAGE_EMULATOR_HOST") else None  # an emulator knows nobody
+        token = "anon" if os.environ.get("STORAGE_EMULATOR_HOST") else None  # an emulator has no accounts
         return gcsfs.core.GCSFileSystem(token=token, use_listings_cache=False, skip_instance_cache=True)
     import s3fs
 
@@ -376,7 +378,7 @@ def _client(address) -> tuple[Any, str]:
 
 @contextlib.contextmanager
 def _told(address) -> Iterator[None]:
-    """Turns what a client raises into FileNotFoundError and StorageError."""
+    """Converts a client's exceptions to FileNotFoundError and StorageError."""
     address = os.fspath(address)
     package, extra = CLIENTS[_scheme(address)]
     try:
@@ -387,7 +389,7 @@ def _told(address) -> Iterator[None]:
         raise FileNotFoundError(errno.ENOENT, "No such object or bucket", address) from None
     except ModuleNotFoundError:
         raise StorageError(f"{address} needs the package {package}: pip install 'deepseek-jax[{extra}]'.") from None
-    except Exception as error:  # clients raise whatever their libraries do
+    except Exception as error:  # clients raise any exception of their libraries
         why = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise StorageError(f"{address}: {why[:300].rstrip('. ')}.") from error
 
@@ -399,7 +401,7 @@ def _info(address) -> dict[str, Any]:
 
 
 def _kind(address):
-    """ "file", "directory" or None. A client's own `isfile` is False, too, where the store does not answer."""
+    """ "file", "directory" or None. A client's own `isfile` is also False if the store does not answer."""
     try:
         return _info(address)["type"]
     except FileNotFoundError:

@@ -31,7 +31,7 @@ def main() -> int:
     for note in advice(config) if group is None or group.process == 0 else ():
         print(f"note: {note}", file=sys.stderr)
 
-    # After the config is known to be good, and each where it is needed: these take seconds.
+    # Imported after the config has been checked, and each where it is needed: these take seconds.
     from deepseek_jax.parallel.processes import is_first, joined
     from deepseek_jax.training.loop import train
 
@@ -47,7 +47,7 @@ def main() -> int:
         else:
             result = train(config, args.workdir)
         if result.finished and is_first():
-            from deepseek_jax.training.summary import summarize  # a second for its pictures, which no start waits for
+            from deepseek_jax.training.summary import summarize  # a second for its plots, so that no start waits for it
 
             summarize(config, args.workdir, result)
     return stop.DONE if result.finished else stop.STOPPED

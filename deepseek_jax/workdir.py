@@ -1,4 +1,4 @@
-"""A run's folder: who owns it, what it was configured as, and the model that it holds.
+"""A run's folder: its lock, its config, and its model.
 
     config.json  tokenizer.json  corpus.json  metrics.jsonl  expert_load/  tensorboard/  checkpoints/  cache/  logs/
     goodput.json  tracker.json  *.png
@@ -38,10 +38,10 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def alone_in(workdir: str) -> Iterator[None]:
-    """Inside, no other process trains in this work directory. Raises ConfigError where one does already.
+    """A context in which no other process trains in this work directory. Raises ConfigError if one already does.
 
-    The kernel, or the server of a shared disk, lets go of the lock when its holder ends, however it ends. In a
-    bucket it is an object: `_Lease`.
+    The kernel, or the server of a shared disk, releases the lock when its holder ends, however it ends. In a bucket it
+    is an object: `_Lease`.
     """
     if storage.is_remote(workdir):
         with _Lease(workdir):
@@ -68,7 +68,7 @@ def _about_this_process():
 
 
 def _taken(workdir, said) -> ConfigError:
-    """said: by the holder of the lock about itself, if it has come to that."""
+    """said: the lock holder's description of itself, if it has been written."""
     known = {"host", "pid", "since"} <= said.keys()
     holder = f" (process {said['pid']} of {said['host']}, since {said['since']})" if known else ""
     return ConfigError(f"{workdir} is being trained by another process{holder}; wait for it, stop it, or take another "
@@ -76,14 +76,15 @@ def _taken(workdir, said) -> ConfigError:
 
 
 class _Lease:
-    """The object .holder of a work directory in a bucket, which its holder writes again every BEAT seconds.
+    """The object .holder of a work directory in a bucket, which its holder rewrites every BEAT seconds.
 
-    No store lets go of it when the holder dies. So one whose process is gone from this machine is free, and one from
-    elsewhere when it has not been written for EXPIRY seconds, which the next run waits for. A holder that finds another
-    in its place or none, after it was cut off from the store for so long, ends at once and writes nothing more.
+    No store releases it when the holder dies. So the lock counts as free if its process on this machine is gone, or,
+    for another machine, if it has not been rewritten for EXPIRY seconds, which the next run waits for. A holder that
+    was cut off from the store for that long, and then finds another's lock or none, ends at once and writes nothing
+    more.
 
-    No store removes an object on the condition that it is still the one that was read, either. So of those who take a
-    silent lock each one looks again after SETTLE seconds, and the last who wrote has it.
+    No store can remove an object on the condition that it is still the one that was read, either. So runs that take an
+    expired lock read it again after SETTLE seconds, and the last writer has it.
     """
 
     BEAT, EXPIRY, SETTLE = 20, 90, 3
@@ -98,7 +99,7 @@ class _Lease:
     def __enter__(self):
         taken_over = self._await()
         storage.create(self.address, self._words())
-        self._check_own()  # says more than the answer: a request whose answer was lost is made twice
+        self._check_own()  # more reliable than the response: a request whose response was lost is sent twice
         if taken_over:
             time.sleep(self.SETTLE)
             self._check_own()
@@ -115,7 +116,8 @@ class _Lease:
         return json.dumps(self.said | {"beats": self.beats}).encode()
 
     def _found(self) -> dict[str, Any] | None:
-        """What the object says; None: there is none. What no run wrote is from elsewhere, and silent."""
+        """The content of the object; None: there is none. Content that no run wrote counts as another machine's, and
+        expired."""
         try:
             data = storage.read_bytes(self.address)
         except FileNotFoundError:
@@ -132,12 +134,12 @@ class _Lease:
             raise _taken(self.workdir, found)
 
     def _await(self) -> bool:
-        """Returns when the lock is free: whether it was taken from a holder. Raises ConfigError as soon as its holder
-        shows that it lives."""
+        """Waits until the lock is free; returns whether it was taken over from a holder. Raises ConfigError as soon as
+        its holder is seen to be alive."""
         said = self._found()
         if said is None:
             return False
-        # Windows does not say whether a process lives.
+        # Windows cannot tell whether a process is alive.
         if os.name == "posix" and said.get("machine") == self.said["machine"] and isinstance(said.get("pid"), int):
             if working_files.is_running(said["pid"]) and said.get("started") == _started(said["pid"]):
                 raise _taken(self.workdir, said)
@@ -158,14 +160,14 @@ class _Lease:
         return True
 
     def _take_from(self, said):
-        now = self._found()  # others may do the same
+        now = self._found()  # others may do the same at the same time
         if now not in (said, None):
             raise _taken(self.workdir, now)
         storage.remove(self.address)
 
     def _hold(self):
         while not self.released.wait(self.BEAT):
-            with contextlib.suppress(storage.StorageError, OSError):  # by the next beat it may answer again
+            with contextlib.suppress(storage.StorageError, OSError):  # the store may answer again at the next beat
                 try:
                     self._check_own()
                 except ConfigError as error:
@@ -176,7 +178,7 @@ class _Lease:
 
 
 def _started(pid: int) -> str | None:
-    """When a process started, in ticks since the machine did: numbers are given again. None: there is no saying."""
+    """The start time of a process, in ticks since boot, since process numbers are reused. None: unknown."""
     try:
         with open(f"/proc/{pid}/stat", encoding="ascii", errors="replace") as f:
             return f.read().rsplit(")", 1)[1].split()[19]
@@ -205,11 +207,11 @@ def _has_begun(workdir):
 
 
 def check_workdir(config: Config, workdir: str) -> None:
-    """Raises ConfigError for a name that cannot hold checkpoints, when one there is of a config that this one may not
-    follow (`history`), and for local states of a run in a bucket; StorageError for a disk or a bucket that cannot be
+    """Raises ConfigError for a name that cannot hold checkpoints, for a run with a config that this one may not
+    continue (`history`), and for local states of a run in a bucket; StorageError for a disk or a bucket that cannot be
     written to."""
     _check_name(workdir)
-    # Each local state needs all metrics before it, which are uploaded as a whole.
+    # Each local state needs all earlier metrics, which are uploaded as complete files.
     if config.train.checkpoint_local is not None and storage.is_remote(workdir):
         raise ConfigError(f"train.checkpoint_local is for a --workdir on a disk, and {workdir} is in a bucket; "
                           "take train.checkpoint_local=None, or a disk.")
@@ -221,7 +223,7 @@ def check_workdir(config: Config, workdir: str) -> None:
 
 
 def load_workdir_config(workdir: str) -> Config:
-    """The config of a run. Raises ConfigError when the directory holds none."""
+    """The config of a run. Raises ConfigError if the directory has none."""
     path = os.path.join(workdir, "config.json")
     if storage.is_folder(path):
         raise ConfigError(f"{path} is a folder, not the config of a run; take another --workdir.")
@@ -239,7 +241,7 @@ def load_workdir_config(workdir: str) -> Config:
 
 
 def check_speaks(config: Config, folder: str) -> None:
-    """Raises ConfigError for the config of a reward model, whose weights no longer write text."""
+    """Raises ConfigError for the config of a reward model, whose weights can no longer generate text."""
     if config.preference.objective == "reward":
         raise ConfigError(f"{folder} is a reward model, which scores answers and writes none: "
                           f"--config.rollout.reward=model:{folder} is what it is for; take the run that it began "
@@ -261,9 +263,9 @@ def load_run(workdir: str, ema: bool = False, step: int | None = None) -> Loaded
     Args:
       step: of the checkpoint; None: the newest undamaged one.
     Raises:
-      ConfigError: no run or no such checkpoint there, no moving average in it, or a reward model.
+      ConfigError: there is no run or no such checkpoint, it has no moving average, or it is a reward model.
     """
-    from deepseek_jax.checkpoint.adapters import restore_weights  # jax and Orbax: for those who read arrays
+    from deepseek_jax.checkpoint.adapters import restore_weights  # imports jax and Orbax: only to read arrays
 
     config = on_one_device(load_workdir_config(workdir))
     check_speaks(config, workdir)
@@ -274,14 +276,14 @@ def load_run(workdir: str, ema: bool = False, step: int | None = None) -> Loaded
 
 
 def on_one_device(config: Config) -> Config:
-    """The config of the same run without its mesh; the micro-batches of a pipeline become rounds of accumulation."""
+    """The config of the same run without its mesh; the micro-batches of a pipeline become accumulation steps."""
     train, mesh = config.train, config.mesh
     rounds = train.accumulation_steps * (config.pipeline.microbatches if mesh.pipe > 1 else 1)
     return dataclasses.replace(config, mesh=MeshConfig(), train=dataclasses.replace(train, accumulation_steps=rounds))
 
 
 class LoadedModel(NamedTuple):
-    """A model to generate with. variables: collections params and router."""
+    """A model for generation. variables: collections params and router."""
 
     cfg: ModelConfig
     variables: dict[str, Any]
@@ -293,10 +295,10 @@ def load(folder: str, ema: bool = False, step: int | None = None, hf: bool | Non
     """The model of a run's folder, or of a Hugging Face checkpoint's. ema, step: of a run, as in `load_run`.
 
     Args:
-      hf: whether it is a Hugging Face checkpoint; None: its config.json shows.
-      on_host: leave the variables in the host's memory, as NumPy arrays, for an engine to move a layer at a time.
+      hf: whether it is a Hugging Face checkpoint; None: determined from its config.json.
+      on_host: leave the variables in the host's memory, as NumPy arrays, for an engine that moves one layer at a time.
     Raises:
-      ConfigError: nothing usable there, or a tokenizer that does not fit.
+      ConfigError: there is nothing usable, or the tokenizer does not fit.
     """
     from deepseek_jax.data.tokenizer import Tokenizer
 
@@ -330,7 +332,7 @@ def is_hf_checkpoint(folder: str) -> bool:
 
 
 def most_positions(folder: str) -> int | None:
-    """How many tokens, of prompt and answer together, the model in a folder was made for; None: nothing there says.
+    """The context length, of prompt and answer together, of the model in a folder; None: unknown.
 
     That is max_position_embeddings of a Hugging Face checkpoint, or of the one that a work directory was converted
     from; of any other run what its YaRN extends the context to.
@@ -339,7 +341,7 @@ def most_positions(folder: str) -> int | None:
 
     own = _object(os.path.join(folder, "config.json"))
     source = _object(os.path.join(folder, LAYOUT)).get("config", own)
-    within = source.get("text_config")  # of a model that has a vision model too
+    within = source.get("text_config")  # of a model that also has a vision model
     stated = (within if isinstance(within, dict) else source).get("max_position_embeddings")
     if type(stated) is int and stated > 0:
         return stated
@@ -348,7 +350,7 @@ def most_positions(folder: str) -> int | None:
 
 
 def _object(path: str) -> dict[str, Any]:
-    """A file's JSON object; {} where there is none."""
+    """A file's JSON object; {} if there is no file."""
     try:
         found = io.read_json(path)
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""Files on this machine that a process needs for a while, and those that it keeps in a bucket as well (no jax here)."""
+"""Temporary files of a process on this machine, and local files that are mirrored to a bucket (no jax here)."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ _SCRATCH = "deepseek_jax-"
 
 
 class Mirror:
-    """Files on this machine that are appended to, kept in a bucket as well: as a whole, when they have changed, every
-    `interval` seconds (20 times as long as it takes, if that is more) and in `flush`.
+    """Local files that are appended to and mirrored to a bucket: changed files are uploaded completely, every
+    `interval` seconds (or every 20 upload times, if that is longer) and in `flush`.
 
     Args:
       address: the objects' folder.
-      names: of the files and folders that are kept there; those that are there already come first.
+      names: of the files and folders that are mirrored; those already in the bucket are downloaded first.
     """
 
     def __init__(self, address: str, names: tuple[str, ...], interval: float = 30):
@@ -43,21 +43,21 @@ class Mirror:
         self._thread.start()
 
     def drop(self, name: str) -> None:
-        """Removes a file or a folder here, and with the next flush in the bucket. What is gone from here in any other
-        way stays there: others clean up among the temporary files, too."""
+        """Removes a file or a folder here, and with the next flush in the bucket. Files that disappear here in any
+        other way stay in the bucket: temporary files may be cleaned up by others."""
         with self._lock:
             storage.remove(os.path.join(self.folder, name))
             self._dropped |= {kept for kept in self._kept if kept == name or kept.startswith(f"{name}/")}
 
     def flush(self) -> None:
-        """Returns when the bucket has what the files have. Raises StorageError, also where the files are gone."""
+        """Returns when the bucket has the content of the files. Raises StorageError, also if the files are gone."""
         with self._lock:
             if not os.path.isdir(self.folder):
                 raise storage.StorageError(f"{self.folder}, where what goes to {self.address} is written first, has "
                                            "been removed; what is in the bucket stays as it is. Set TMPDIR to a folder "
                                            "that nobody cleans up.")
             files = [p for p in pathlib.Path(self.folder).rglob("*") if p.suffix != ".new" and p.is_file()]
-            names = [p.relative_to(self.folder).as_posix() for p in files]  # without those that `io.replacing` writes
+            names = [p.relative_to(self.folder).as_posix() for p in files]  # without those of `io.replacing`
             for name in self._dropped - set(names):
                 storage.remove(f"{self.address}/{name}")
                 self._kept.pop(name, None)  # the store may have failed after it
@@ -76,7 +76,7 @@ class Mirror:
         self.leave()
 
     def leave(self) -> None:
-        """Removes the files; the bucket keeps what it has."""
+        """Removes the local files; the bucket keeps its objects."""
         self._ended.set()
         self._thread.join()
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -95,8 +95,8 @@ class Mirror:
 
 
 def scratch() -> str:
-    """A folder of this process on the machine's disk (TMPDIR), for what needs files. It is removed when the process
-    ends; if it is killed, by the next process that asks for one."""
+    """A temporary folder of this process on the machine's disk (TMPDIR). It is removed when the process ends, or, if
+    the process is killed, by the next process that asks for one."""
     return _scratch(os.getpid())
 
 
@@ -104,13 +104,13 @@ def scratch() -> str:
 def _scratch(pid):
     root, here = tempfile.gettempdir(), hashlib.sha256(machine().encode()).hexdigest()[:12]
     for name in os.listdir(root) if os.name == "posix" else ():
-        found = re.fullmatch(rf"{_SCRATCH}{here}-(\d+)-\w+", name)  # others may share this TMPDIR
+        found = re.fullmatch(rf"{_SCRATCH}{here}-(\d+)-\w+", name)  # other users may share this TMPDIR
         path = os.path.join(root, name)
-        with contextlib.suppress(OSError):  # of what has just gone
+        with contextlib.suppress(OSError):  # of a folder that has just been removed
             if found and not is_running(int(found[1])) and os.lstat(path).st_uid == os.getuid():
                 shutil.rmtree(path, ignore_errors=True)
     folder = tempfile.mkdtemp(prefix=f"{_SCRATCH}{here}-{pid}-")
-    # Not by atexit, which the processes of `multiprocessing` skip.
+    # Not with atexit, which processes of `multiprocessing` skip.
     multiprocessing.util.Finalize(None, shutil.rmtree, (folder,), {"ignore_errors": True}, exitpriority=0)
     return folder
 
@@ -122,16 +122,16 @@ def remove_scratch() -> None:
 
 
 def machine() -> str:
-    """Where the numbers of processes mean the same: containers of one name have their own."""
+    """An identifier of the process-id namespace: containers with the same host name have separate ones."""
     try:
         with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as f:
             return f"{f.read().strip()} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:  # no Linux
+    except OSError:  # not Linux
         return socket.gethostname()
 
 
 def is_running(pid: int) -> bool:
-    """Whether this machine has such a process. Not on Windows, where asking would end it: there it has."""
+    """Whether this machine has such a process. Always true on Windows, where the check would end it."""
     if os.name != "posix":
         return True
     try:
@@ -144,7 +144,7 @@ def is_running(pid: int) -> bool:
 
 
 def on_disk(folder: storage.Path) -> str:
-    """A folder on this machine with the content of `folder`: itself, or a copy in `scratch`, made once."""
+    """A local folder with the content of `folder`: itself, or a copy in `scratch`, made once."""
     return _copied(os.fspath(folder), os.getpid()) if storage.is_remote(folder) else os.fspath(folder)
 
 

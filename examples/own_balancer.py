@@ -1,4 +1,4 @@
-"""A bias rule of your own, with state: the load error is averaged over steps before it moves the bias (momentum).
+"""Your own bias rule, with state: the load error is averaged over steps before it moves the bias (momentum).
 
     PYTHONPATH=. python -m deepseek_jax.train --config examples/own_balancer.py --workdir run_momentum
 """

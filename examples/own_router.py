@@ -1,4 +1,4 @@
-"""A routing rule of your own: hash routing (Roller et al., arXiv 2106.04426). A token's id alone chooses its experts.
+"""Your own routing rule: hash routing (Roller et al., arXiv 2106.04426). Only a token's id determines its experts.
 
     PYTHONPATH=. python -m deepseek_jax.train --config examples/own_router.py --workdir run_hash
     PYTHONPATH=. python -m deepseek_jax.serve --workdir run_hash

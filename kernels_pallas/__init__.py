@@ -1,1 +1,1 @@
-"""Kernels of DeepSeek-V3, on jax alone: jnp twins, and Pallas for Hopper and TPU. `api` has the operations."""
+"""Kernels of DeepSeek-V3, which need only jax: jnp twins, and Pallas for Hopper and TPU. `api` has the operations."""

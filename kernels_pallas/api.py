@@ -1,8 +1,8 @@
 """The public operations. `implementation` is "reference" (plain jnp, anywhere), "hopper", "tpu" or "auto".
 
-"auto" chooses by the device that the program is traced for: hopper on an H100, H200 or H800, tpu where the operation
-has such a kernel, reference elsewhere; it logs its choice once. An implementation that is requested by name and cannot
-run on that device raises ValueError.
+"auto" chooses by the device that the program is traced for: hopper on an H100, H200 or H800, tpu if the operation has
+such a kernel, reference elsewhere; it logs its choice once. An implementation that is requested by name and cannot run
+on that device raises ValueError.
 """
 
 import functools
@@ -36,17 +36,17 @@ OPERATIONS = {
     "mla_decode": ("mla_decode", ("reference", "hopper")),
 }
 NEEDS = {"hopper": "a Hopper GPU (H100, H200, H800)", "tpu": "a TPU"}
-NEEDS_JAX = (0, 11, 2)  # for the kernels alone; everything else runs on older versions
+NEEDS_JAX = (0, 11, 2)  # only for the kernels; everything else runs on older versions
 HOPPER = ("H100", "H200", "H800", "GH200")
 
 
 def device_here() -> Any:
-    """The device that a program is traced for: one of the mesh in use, which may be absent, or the first one here.
+    """The device that a program is traced for: one of the mesh in use, which may be abstract, or the first local one.
 
     It has `platform` and `device_kind`.
     """
     absent = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
-    # jax 0.7 describes a device without its platform, and has no kernels to choose.
+    # jax 0.7 describes a device without its platform, and supports no kernels.
     return absent if hasattr(absent, "platform") else jax.devices()[0]
 
 
@@ -63,7 +63,7 @@ def runs_here() -> str:
 
 
 def chosen_here(operation: str) -> str:
-    """What "auto" chooses for an operation here: for a caller that has an alternative to the reference."""
+    """The choice of "auto" for an operation here, for a caller that has an alternative to the reference."""
     here = runs_here()
     return here if here in OPERATIONS[operation][1] else "reference"
 
@@ -74,9 +74,9 @@ def _log_once(operation, implementation):
 
 
 def check_here(operation: str, implementation: str, key: str | None = None) -> None:
-    """Raises ValueError, which says what it needs, for an implementation that cannot run here.
+    """Raises ValueError, which says what is needed, for an implementation that cannot run here.
 
-    key: of the config that named it, which the message names in place of the operation.
+    key: the config key that selected it, which the message names instead of the operation.
     """
     folders, here = OPERATIONS[operation][1], runs_here()
     asked = f"{key or f'{operation}: implementation'}={implementation!r}"
@@ -109,7 +109,7 @@ def _find(operation, implementation, part=None):
 
 
 def _studied(implementation, **models):
-    """Options that only the twins have, for studies of the recipe.
+    """Checks options that only the twins have, for studies of the recipe.
 
     Raises:
       ValueError: a kernel was chosen.
@@ -146,8 +146,8 @@ def fp8_matmul(a: Quantized, b: Quantized, *, out_dtype: DTypeLike = jnp.bfloat1
                accumulator: Accumulator | None = None, implementation: str = "auto") -> jax.Array:
     """a [M, K] by the transpose of b [N, K] -> [M, N] in `out_dtype`, scales along K, accumulated in float32.
 
-    As [the twin][kernels_pallas.reference.fp8_matmul.fp8_matmul]. Raises ValueError where the operands do not fit, or
-    `accumulator`, which only the twin has, goes with a kernel.
+    As [the twin][kernels_pallas.reference.fp8_matmul.fp8_matmul]. Raises ValueError if the operands do not fit, or if
+    `accumulator`, which only the twin has, is used with a kernel.
     """
     return _find("fp8_matmul", implementation)(a, b, out_dtype=out_dtype,
                                                **_studied(implementation, accumulator=accumulator))
@@ -180,7 +180,7 @@ def grouped_matmul_weights(x_RD: jax.Array, dy_RF: jax.Array, sizes_E: jax.Array
 
 
 def _that_takes(x, implementation):
-    """"auto", or "reference" in its place where the device's own experts do not multiply this dtype."""
+    """"auto", or "reference" if the device's experts kernel does not support this dtype."""
     only_bfloat16 = implementation == "auto" and chosen_here("grouped_matmul") == "hopper"
     return "reference" if only_bfloat16 and x.dtype != jnp.bfloat16 else implementation
 
@@ -197,7 +197,7 @@ def mla_attention(q_BTHA: jax.Array, k_BTHA: jax.Array, v_BTHV: jax.Array, segme
 def mla_attention_forward(q_BTHA: jax.Array, k_BTHA: jax.Array, v_BTHV: jax.Array,
                           segment_ids_BT: jax.Array | None = None, *, scale: float,
                           implementation: str = "auto") -> tuple[jax.Array, jax.Array]:
-    """The same with the residuals of its gradient, for a caller that saves them itself: (o_BTHV, float32 lse_BHT)."""
+    """The same with the residuals for its gradient, for a caller that saves them itself: (o_BTHV, float32 lse_BHT)."""
     return _find("mla_attention", implementation, "forward")(q_BTHA, k_BTHA, v_BTHV, segment_ids_BT, scale=scale)
 
 
@@ -217,6 +217,6 @@ def mla_decode(q_BHX: jax.Array, cache: jax.Array, page_table_BP: jax.Array, len
                implementation: str = "auto") -> jax.Array:
     """One absorbed query per sequence over a paged latent cache: [B, H, C] in the dtype of q.
 
-    As [the twin][kernels_pallas.reference.mla_decode.mla_decode]. Raises ValueError where queries and cache do not fit.
+    As [the twin][kernels_pallas.reference.mla_decode.mla_decode]. Raises ValueError if queries and cache do not fit.
     """
     return _find("mla_decode", implementation)(q_BHX, cache, page_table_BP, lengths_B, scale=scale)

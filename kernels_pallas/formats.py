@@ -1,4 +1,4 @@
-"""FP8 arrays with a scale for every 128 numbers (report section 3.3.2), and how Hopper sums them.
+"""FP8 arrays with a scale for every 128 numbers (report section 3.3.2), and a model of Hopper's accumulation.
 
     x[m, k] = values[m, k] * scales[m, k // 128]             activations and gradients: 1 x 128 tiles
     w[n, k] = values[n, k] * scales[n // 128, k // 128]      weights: 128 x 128 blocks, [out, in] as in the checkpoints

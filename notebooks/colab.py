@@ -3,7 +3,7 @@
     make colab                                              all of them, short
     .venv-colab/bin/python -m notebooks.colab mla_cache     one of them
 
-`make colab` builds .venv-colab of colab_pins.txt. The first cell installs the last commit of this checkout instead of
+`make colab` builds .venv-colab from colab_pins.txt. The first cell installs the last commit of this checkout instead of
 REPO's, under a kernel that has already imported numpy; it may add packages, but must keep every version it finds.
 """
 
@@ -22,9 +22,9 @@ from nbclient.exceptions import CellExecutionError, CellTimeoutError  # pyright:
 
 from notebooks.execute import HERE, faults
 
-INSTALL_SECONDS = 30   # that the first cell promises; four times as many are an error
+INSTALL_SECONDS = 30   # seconds that the first cell promises; four times as many are an error
 CELL_SECONDS = 400
-ALL_SECONDS = 900      # no notebook is begun later than this
+ALL_SECONDS = 900      # no notebook is started later than this
 ENVIRONMENT = HERE.parent / ".venv-colab"
 REPO = re.compile(r'^REPO = ".*"$', re.MULTILINE)
 

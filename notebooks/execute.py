@@ -1,9 +1,10 @@
-"""Runs the notebooks top to bottom, each in a kernel of its own.
+"""Runs the notebooks top to bottom, each in a separate kernel.
 
     python notebooks/execute.py                     all of them, short; nothing is written
     python notebooks/execute.py --write mla_cache   in full, and keeps the outputs in the file
 
-QUICK=1 in the environment makes a notebook train less. Output on stderr counts as a failure: a lesson has no warnings.
+QUICK=1 in the environment makes a notebook train less. Output on stderr counts as a failure: notebooks should show no
+warnings.
 """
 
 import argparse
@@ -21,7 +22,7 @@ LONGEST_CELL = 40  # lines: a screen
 
 
 def faults(notebook: nbformat.NotebookNode) -> Iterator[str]:
-    """What makes a notebook no lesson: code longer than a screen, warnings."""
+    """Faults of a notebook: code longer than a screen, warnings."""
     for number, cell in enumerate(c for c in notebook.cells if c.cell_type == "code"):
         if len(cell.source.splitlines()) > LONGEST_CELL:
             yield f"code cell {number} has {len(cell.source.splitlines())} lines, more than {LONGEST_CELL}"

@@ -16,14 +16,14 @@ from benchmarks.gpu.stages import COMPILE, MACHINE, SMOKE, STAGES
 from benchmarks.machine import shown
 from deepseek_jax import io
 
-SAME = ("device", "packages", "commit", "rehearse")  # what makes the results of two runs one set
+SAME = ("device", "packages", "commit", "rehearse")  # what must be equal for the results of two runs to belong together
 
 
 def machine_here(out: pathlib.Path, rehearse: bool) -> dict[str, Any]:
     """The facts of this machine, which out/machine.json has afterwards.
 
     Raises:
-      ValueError: it has no Hopper, or `out` has results of another machine or state of the code.
+      ValueError: it has no Hopper GPU, or `out` has results of another machine or version of the code.
     """
     with tempfile.TemporaryDirectory() as folder:
         found = run_stage(MACHINE, pathlib.Path(folder), float("inf"), rehearse)

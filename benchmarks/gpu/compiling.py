@@ -1,4 +1,4 @@
-"""Of a rehearsal alone: the kernels at the shapes that other stages time, by the compiler of the machine to come."""
+"""Only in a rehearsal: compiles the kernels at the shapes of other stages with the GPU's compiler."""
 
 import functools
 from typing import Any

@@ -44,7 +44,7 @@ def _variables(cfg):
 def measure(cfg: ModelConfig, batch: int, context: int, new: int) -> dict[str, Any]:
     """Seconds of a step of the full batch behind `context` tokens, and of reading; a first round compiles.
 
-    `right`: all sequences came to their end, and steps of all were timed. Prompts are read one chunk a step, while
+    `right`: all sequences were completed, and steps of all were timed. Prompts are read one chunk a step, while
     those before decode: all get enough additional tokens that `new` are left when the last one is read.
     """
     from deepseek_jax import runtime
@@ -73,6 +73,6 @@ def measure(cfg: ModelConfig, batch: int, context: int, new: int) -> dict[str, A
         right = tokens > 0 and all(s.finish == "length" for s in made)
         row = {"right": right, "implementation": cfg.implementation, "tokens": tokens,
                "seconds_per_step": took * batch / max(tokens, 1), "tokens_per_second": tokens / took}
-        if batch == 1:  # of more, decoding runs in between
+        if batch == 1:  # with more, decoding runs in between
             row["prompt_tokens_per_second"] = context / (reading - start)
     return row

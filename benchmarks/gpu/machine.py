@@ -1,4 +1,5 @@
-"""What machine this is: device, driver, versions, and what compiling kernels needs. One case, before all others."""
+"""Facts about the machine: device, driver, versions, and the requirements for compiling kernels. One case, before all
+others."""
 
 import importlib.metadata
 import pathlib
@@ -35,7 +36,7 @@ def facts() -> dict[str, Any]:
 
 
 def version(package: str) -> str | None:
-    """Of an installed package; None: there is none."""
+    """The version of an installed package; None: it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

@@ -32,7 +32,7 @@ def environment(rehearse: bool) -> dict[str, str]:
 
 
 def run_stage(stage: Stage, out: pathlib.Path, deadline: float, rehearse: bool) -> dict[str, Any]:
-    """Runs what is left of a stage until `deadline` (of time.monotonic) or its own limit.
+    """Runs the rest of a stage until `deadline` (of time.monotonic) or its own limit.
 
     Returns {"state": "done", "out of time" or "failed", "seconds", how many cases are in each state, "why" if failed}.
     """
@@ -90,7 +90,7 @@ def _changed(path):
 
 
 def _settle(path, end):
-    """Says what became of the case that was running, if one was; of one that the clock cut off nothing is kept."""
+    """Records the fate of the case that was running, if any; for one that ran out of time nothing is kept."""
     rows = read(str(path))
     running = [name for name, row in rows.items() if row["state"] == "running"]
     for name in running:

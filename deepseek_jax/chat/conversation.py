@@ -1,4 +1,4 @@
-"""Whole conversations as token ids, and which of them a model is trained to say: its answers."""
+"""Complete conversations as token ids, and which of these are predicted in training: the answers."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from deepseek_jax.config import ConfigError
 
 def conversation_ids(messages: Any, tokenizer: Tokenizer, text: Conventions,
                      tools: Any = None) -> tuple[list[int], list[bool]]:
-    """(ids, predicted): all turns as the checkpoint's template writes them, and for each id whether it is predicted.
+    """(ids, predicted): all turns as rendered by the checkpoint's template, and for each id whether it is predicted.
 
-    Predicted is what the model itself would write: each answer from where the prompt of it ends, with the token that
-    ends it. Markup that the template opens the answer with is part of the prompt. Thinking is on for an answer that
-    has a reasoning_content. Where a template leaves the reasoning of an earlier answer out (DeepSeek-V3.2's does, once
-    another question follows), what it leaves of that answer is context, not predicted. Calls of tools are answers too;
-    what the tools returned (role tool) is not predicted.
+    The tokens that the model itself would write are predicted: each answer from the end of its prompt, including the
+    token that ends it. Markup with which the template opens the answer is part of the prompt. Thinking is on for an
+    answer that has a reasoning_content. If a template drops the reasoning of an earlier answer (DeepSeek-V3.2's does,
+    once another question follows), the rest of that answer is context, not predicted. Tool calls are answers too; tool
+    results (role tool) are not predicted.
 
     Args:
-      tools: that the model is told of, as OpenAI's API describes them; None: none.
+      tools: the tools available to the model, in the format of OpenAI's API; None: none.
     Raises:
-      BadMessages: no messages, none that answers, or a template that refuses them, knows no tools, or writes an answer
-        otherwise here than where it is asked for.
+      BadMessages: there are no messages or no answer, or the template refuses them, does not support tools, or renders
+        an answer differently here than when the model is prompted for it.
       ConfigError: neither a template nor role tokens.
     """
     check_template(tokenizer, text)
@@ -48,7 +48,8 @@ def conversation_ids(messages: Any, tokenizer: Tokenizer, text: Conventions,
     for i in answers:
         turn = last_turn(checked[:i + 1], tokenizer, text, told)
         if ids[:len(turn.ids)] == turn.ids:
-            # Where the template lets the next message's first token end an answer, as GLM's does, it is predicted too.
+            # If a template ends an answer by the next message's first token, as GLM's does, that token is predicted
+            # too.
             ended = ids[turn.stop - 1] in ends or ids[turn.stop:turn.stop + 1] not in [[end] for end in ends]
             stop = turn.stop + (not ended)
             predicted[turn.start:stop] = [True] * (stop - turn.start)
@@ -58,7 +59,7 @@ def conversation_ids(messages: Any, tokenizer: Tokenizer, text: Conventions,
 
 
 def told_of(tools: Any) -> dict[str, Any]:
-    """What a template is told of a row's tools: nothing if there are none. Raises BadMessages."""
+    """The template's options for a row's tools: empty if there are none. Raises BadMessages."""
     return {"tools": check_tools(tools)} if tools else {}
 
 
@@ -72,12 +73,12 @@ class Turn(NamedTuple):
 
 def last_turn(checked: list[dict[str, Any]], tokenizer: Tokenizer, text: Conventions,
               told: dict[str, Any]) -> Turn:
-    """Checked messages the last of which is an answer, as the template writes them.
+    """Checked messages, of which the last is an answer, as rendered by the template.
 
     Args:
       told: `told_of` the row's tools.
 
-    Raises BadMessages for an answer that it writes otherwise here than where it is asked for.
+    Raises BadMessages for an answer that it renders differently here than when the model is prompted for it.
     """
     ids, ends = _until(checked, tokenizer, text, told), text.ends or {tokenizer.eos}
     for options in (_reasoning(checked[-1]), {"thinking": False, "enable_thinking": False}):
@@ -86,15 +87,15 @@ def last_turn(checked: list[dict[str, Any]], tokenizer: Tokenizer, text: Convent
             break
         if "reasoning_content" in checked[-1] or text.template is None:
             raise _otherwise(len(checked) - 1)
-    else:  # it reasons where it is not told not to, and when it is told
+    else:  # it reasons unless told not to, and if told to
         raise _otherwise(len(checked) - 1)
-    # What stands behind the token that ends the answer, such as a line break, is the template's.
+    # Text after the token that ends the answer, such as a line break, belongs to the template.
     last = next((k for k in range(len(prompt), len(ids)) if ids[k] in ends), len(ids) - 1)
     return Turn(ids, len(prompt), last + 1)
 
 
 def check_template(tokenizer: Tokenizer, text: Conventions) -> None:
-    """Raises ConfigError where nothing says how a conversation is written: neither a template nor role tokens."""
+    """Raises ConfigError if there is neither a template nor role tokens to render a conversation."""
     if text.template is None and tokenizer.backend.token_to_id(ROLES["assistant"] or "") is None:
         raise ConfigError("conversations need a chat template; put a chat_template.jinja beside the tokenizer.json of "
                           "the run that init.from names.")
@@ -107,12 +108,12 @@ def _otherwise(i: int) -> BadMessages:
 
 
 def _reasoning(answer: dict[str, Any]) -> dict[str, bool]:
-    """Options of templates that reason when asked to, which name it either way, for an answer that reasons."""
+    """Options that turn reasoning on, in both common spellings, for an answer that reasons."""
     return {"thinking": True, "enable_thinking": True} if "reasoning_content" in answer else {}
 
 
 def _until(messages, tokenizer, text: Conventions, told) -> list[int]:
-    """Ids of messages the last of which is an answer, with what ends it."""
+    """Ids of messages, of which the last is an answer, including its end."""
     if text.template is not None:
         return rendered_ids(messages, tokenizer, text.template,
                             _reasoning(messages[-1]) | told | {"add_generation_prompt": False})

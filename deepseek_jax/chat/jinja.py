@@ -1,6 +1,6 @@
-"""The language of chat templates, as transformers has it: Jinja in a sandbox, and the few names that they rely on.
+"""The language of chat templates, as in transformers: Jinja in a sandbox, and the few names that templates use.
 
-As a program (`python -m deepseek_jax.chat.jinja`) it renders for `render.Renderer`, which see.
+As a program (`python -m deepseek_jax.chat.jinja`) it renders for `render.Renderer`.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 MEMORY_MB = 512  # of the process that renders
-NICENESS = 10  # of that process: a template without end takes a tenth of a core from the streams that run
+NICENESS = 10  # niceness of that process: an endless template takes only a tenth of a core from the running streams
 LONGEST = 4 * 2**20  # characters of a rendered chat
-CPU_SECONDS = 60  # should nobody be left to end the process
+CPU_SECONDS = 60  # in case nothing else ends the process
 
 
 class Generation(Extension):
-    """{% generation %} ... {% endgeneration %}, which marks what a model is trained on: here it is only rendered."""
+    """{% generation %} ... {% endgeneration %}, which marks text for training: here it is only rendered."""
 
     tags: ClassVar = {"generation"}
 
     def parse(self, parser: Parser) -> nodes.Node:
-        """The body of the block, in a scope of its own as any call block has."""
+        """The body of the block, in its own scope like any call block."""
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         return nodes.CallBlock(self.call_method("_render"), [], [], body).set_lineno(line)
@@ -42,7 +42,7 @@ class Generation(Extension):
 
 
 def environment() -> ImmutableSandboxedEnvironment:
-    """Templates of this environment reach nothing of Python, and change nothing that they are given."""
+    """An environment whose templates cannot access Python or change their inputs."""
     made = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
     made.filters["tojson"] = _to_json
     made.globals["raise_exception"] = _refuse
@@ -55,12 +55,12 @@ def _refuse(why: Any) -> NoReturn:
 
 
 def _to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-    """Jinja's own escapes what HTML would, and sorts keys."""
+    """Replaces Jinja's tojson, which escapes for HTML and sorts keys."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def main() -> None:
-    """Reads lines of JSON, the template first, then chats; answers each with its text or the error."""
+    """Reads lines of JSON, the template first, then chats; answers each with its text or an error."""
     with contextlib.suppress(ValueError, OSError):  # macOS has no such limit
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY_MB << 20, MEMORY_MB << 20))
     os.nice(NICENESS)
@@ -92,7 +92,7 @@ def _reply(work: Callable[[], str]):
         answer = {"text": work()}
     except MemoryError:
         answer = {"error": f"it takes more than {MEMORY_MB} MB of memory."}
-    except Exception as error:  # whatever a template's own arithmetic raises
+    except Exception as error:  # a template's arithmetic may raise anything
         answer = {"error": str(error)[:1000] or type(error).__name__}
     print(json.dumps(answer), flush=True)
 

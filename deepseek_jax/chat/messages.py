@@ -1,7 +1,7 @@
 """Messages to token ids: by the checkpoint's template, or by DeepSeek's role tokens.
 
-A template's own markup becomes the ids of its tokens, as in transformers. What a message says never does: a user who
-spells a role token sends its letters.
+A template's markup becomes the ids of its tokens, as in transformers. The text of a message never does: if a user
+spells a role token, it is encoded as plain text.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol
 
 ROLES = {"system": None, "developer": None, "user": "<｜User｜>", "assistant": "<｜Assistant｜>"}
-KEPT = {"assistant": ("<think>", "</think>")}  # which templates look for in former answers, to leave reasoning out
-TOOL = "tool"  # the role of what a tool returned, in conversations that may call some
+KEPT = {"assistant": ("<think>", "</think>")}  # which templates search for in earlier answers, to remove the reasoning
+TOOL = "tool"  # the role of a tool's result, in conversations with tools
 EXTRA = {"assistant": ("reasoning_content",), TOOL: ("tool_call_id",)}  # fields with a text
 
-# What a template is told by us.
+# Names that this program sets for a template.
 RESERVED = ("messages", "tools", "documents", "bos_token", "eos_token", "add_generation_prompt")
 
 HALF_CHARACTER = "holds half a character (a lone surrogate); send valid Unicode."
@@ -25,7 +25,7 @@ Template = Callable[..., str]  # (messages, **options) -> prompt
 
 
 class Tokenizer(Protocol):
-    """What text needs of `data.tokenizer.Tokenizer`. backend: the `tokenizers.Tokenizer` below it."""
+    """The part of `data.tokenizer.Tokenizer` needed here. backend: the underlying `tokenizers.Tokenizer`."""
 
     bos: int
     eos: int
@@ -47,10 +47,10 @@ class Tokenizer(Protocol):
 
 
 class Conventions(NamedTuple):
-    """What a checkpoint says about its text.
+    """A checkpoint's conventions for text.
 
-    template: None: chats use DeepSeek's role tokens. ends: tokens that end an answer; none: the
-    tokenizer's EOS. begins: whether a text begins with BOS.
+    template: None: chats use DeepSeek's role tokens. ends: tokens that end an answer; empty: the tokenizer's EOS.
+    begins: whether a text begins with BOS.
     """
 
     template: Template | None = None
@@ -62,7 +62,7 @@ PLAIN = Conventions()
 
 
 class BadMessages(ValueError):
-    """Messages that no template can take. field: which, such as "messages[2]"."""
+    """Invalid messages. field: the wrong one, such as "messages[2]"."""
 
     def __init__(self, field: str, message: str):
         super().__init__(message)
@@ -70,15 +70,16 @@ class BadMessages(ValueError):
 
 
 def check_messages(messages: Any, calls: bool = False) -> list[dict[str, Any]]:
-    """Messages with a role and a text each, and perhaps a name; a content of text parts becomes one text.
+    """Checks messages, which have a role and a text each, and optionally a name; a content of text parts becomes one
+    text.
 
     Answers may have a reasoning_content, for templates that know it.
 
     Args:
-      calls: whether answers may call tools (`tool_calls`, as OpenAI's API has them, and perhaps no content), and
-        messages of the role tool say what came of it.
+      calls: whether answers may call tools (`tool_calls` as in OpenAI's API, possibly without content), and messages of
+        the role tool have the results.
     Raises:
-      BadMessages: the first that is none, or that has more in it.
+      BadMessages: the first that is invalid, or that has unknown fields.
     """
     if not isinstance(messages, list) or not messages:
         raise BadMessages("messages", "messages must be a list of one or more messages.")
@@ -94,13 +95,13 @@ def _checked(field: str, message: Any, calls: bool) -> dict[str, Any]:
     called = _calls(field, message) if calls and role == "assistant" else []
     if content is None and not calls and isinstance(message, dict) and message.get("tool_calls"):
         raise _unsupported(f"{field}.tool_calls")
-    if content is None and called:  # which some templates would write as None, and others cannot add to
+    if content is None and called:  # some templates would render it as None, and others cannot concatenate it
         content = ""
     if not isinstance(role, str) or role not in roles or not isinstance(content, str):
         raise BadMessages(field, f"{field} needs a role ({', '.join(roles)}) and a text as content.")
     others = {key: value for key, value in message.items()
               if key not in ("role", "content") and value not in (None, "", [], {})}
-    if others.get("type") == "text":  # which says no more than the content does
+    if others.get("type") == "text":  # which adds nothing to the content
         del others["type"]
     if called:
         del others["tool_calls"]
@@ -113,7 +114,7 @@ def _checked(field: str, message: Any, calls: bool) -> dict[str, Any]:
 
 
 def _calls(field: str, message: dict[str, Any]) -> list[dict[str, Any]]:
-    """The tools that an answer calls, each with the name of a function and what it is given."""
+    """The tool calls of an answer, each with the name of a function and its arguments."""
     given = message.get("tool_calls") or []
     functions = [call.get("function") if isinstance(call, dict) else None
                  for call in (given if isinstance(given, list) else [None])]
@@ -125,7 +126,7 @@ def _calls(field: str, message: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def check_tools(tools: Any) -> list[dict[str, Any]]:
-    """Tools as OpenAI's API describes them to a model. Raises BadMessages for what is no list of functions."""
+    """Checks tools in the format of OpenAI's API. Raises BadMessages if they are not a list of functions."""
     functions = [tool.get("function", tool) if isinstance(tool, dict) else None
                  for tool in (tools if isinstance(tools, list) else [None])]
     if not all(isinstance(f, dict) and isinstance(f.get("name"), str) and f["name"] for f in functions):
@@ -135,7 +136,8 @@ def check_tools(tools: Any) -> list[dict[str, Any]]:
 
 
 def _check_values(field: str, value: Any) -> None:
-    """Raises BadMessages for what JSON cannot say, such as a date of parquet, NaN, or half a character."""
+    """Raises BadMessages for values that JSON cannot represent, such as a date from parquet, NaN, or half a
+    character."""
     try:
         written = json.dumps(value, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError) as error:
@@ -152,21 +154,21 @@ def _unsupported(field):
 
 def chat_ids(messages: Any, tokenizer: Tokenizer, template: Template | None,
              options: dict[str, Any] | None = None) -> list[int]:
-    """The prompt of a chat, up to where the answer begins.
+    """The prompt of a chat, up to the beginning of the answer.
 
     Without a template, roles are DeepSeek's tokens; a tokenizer that lacks them makes it plain text to continue.
 
     Args:
       options: of the template.
     Raises:
-      BadMessages: messages that are none, or that the template refuses.
+      BadMessages: invalid messages, or messages that the template refuses.
     """
     return prompt_ids(check_messages(messages), tokenizer, template, options or {})
 
 
 def prompt_ids(messages: list[dict[str, Any]], tokenizer: Tokenizer, template: Template | None,
                options: dict[str, Any]) -> list[int]:
-    """The same of checked messages."""
+    """The same for checked messages."""
     if template is not None:
         return rendered_ids(messages, tokenizer, template, options)
     check_plain(messages)
@@ -183,7 +185,7 @@ def prompt_ids(messages: list[dict[str, Any]], tokenizer: Tokenizer, template: T
 
 
 def check_plain(messages: list[dict[str, Any]]) -> None:
-    """Raises BadMessages for checked messages with more than DeepSeek's role tokens say: tools, or reasoning apart."""
+    """Raises BadMessages for features without DeepSeek role tokens: tools, or separate reasoning."""
     for i, message in enumerate(messages):
         if message["role"] == TOOL:
             raise BadMessages(f"messages[{i}]", f"messages[{i}] is of the role {TOOL}, which needs a chat template.")
@@ -193,7 +195,7 @@ def check_plain(messages: list[dict[str, Any]]) -> None:
 
 
 def check_options(options: dict[str, Any], template: Template | None) -> None:
-    """Raises BadMessages for options of a user's where there is no template, or that are not the user's to set."""
+    """Raises BadMessages for a user's options if there is no template, or if a user may not set them."""
     if options and (template is None or any(name in RESERVED for name in options)):
         raise BadMessages("chat_template_kwargs", "chat_template_kwargs are names of the model's own chat template, "
                           "such as enable_thinking: " + (f"none of {', '.join(RESERVED)}." if template else
@@ -202,8 +204,8 @@ def check_options(options: dict[str, Any], template: Template | None) -> None:
 
 def rendered_ids(messages: list[dict[str, Any]], tokenizer: Tokenizer, template: Template,
                  options: dict[str, Any]) -> list[int]:
-    """Ids of what the template makes of checked messages. Raises BadMessages where it refuses them, or leaves tools,
-    calls of them or what they returned out."""
+    """Ids of checked messages as rendered by the template. Raises BadMessages if it refuses them, or omits tools, tool
+    calls or tool results."""
     try:
         try:
             return _rendered_ids(messages, tokenizer, template, options)
@@ -219,7 +221,7 @@ def rendered_ids(messages: list[dict[str, Any]], tokenizer: Tokenizer, template:
 
 
 def _with_objects(message):
-    """The message with the arguments of its calls as objects, which GLM's template wants; OpenAI's API has texts."""
+    """The message with the arguments of its calls as objects, as GLM's template expects; OpenAI's API has strings."""
     calls = []
     for call in message.get("tool_calls", ()):
         try:
@@ -231,8 +233,8 @@ def _with_objects(message):
 
 
 def _rendered_ids(messages, tokenizer, template, options):
-    # Markup that a message spells gets a mark inside, so that it is none to anybody; and a text that ends where markup
-    # might go on, one behind it, since what the template writes next may be another text.
+    # Markup spelled in a message gets a mark inside, so that it is not recognized; and a text that ends in the
+    # beginning of markup gets one at its end, since the template may append another text.
     mark = _unused(json.dumps([messages, options], ensure_ascii=False))
     spellings = sorted(tokenizer.markup(), key=len, reverse=True)
     find = re.compile("|".join(map(re.escape, spellings)) or "(?!)")
@@ -253,7 +255,7 @@ def _rendered_ids(messages, tokenizer, template, options):
         rendered = template(told, **told_options)
     except ValueError as error:
         raise BadMessages("messages", f"messages: the model's chat template refuses them: {error}") from None
-    rendered = rendered.replace(json.dumps(mark)[1:-1], mark)  # as tojson may write it
+    rendered = rendered.replace(json.dumps(mark)[1:-1], mark)  # as written by tojson
     if left_out := _left_out(rendered, told, told_options.get("tools") or []):
         raise BadMessages(left_out, f"the model's chat template leaves {left_out} out, or writes it otherwise.")
     ids = []
@@ -263,9 +265,9 @@ def _rendered_ids(messages, tokenizer, template, options):
 
 
 def _left_out(rendered: str, messages: list[dict[str, Any]], tools: list[dict[str, Any]]) -> str | None:
-    """The first of what belongs to tools that a rendered chat does not hold; None if it holds all.
+    """The first item belonging to tools that is missing from a rendered chat; None if all are there.
 
-    A template that knows tools may still want the arguments of a call as an object, or a call without a content.
+    A template with tool support may still need the arguments of a call as an object, or a call without content.
     """
     names = collections.Counter(tool.get("function", tool)["name"] for tool in tools)
     if any(_count(rendered, name) < count for name, count in names.items()):
@@ -283,13 +285,13 @@ def _left_out(rendered: str, messages: list[dict[str, Any]], tools: list[dict[st
 
 
 def _count(rendered, text) -> int:
-    """How often a text is there, as it is or as JSON writes it."""
+    """How often a text occurs, verbatim or escaped as JSON."""
     return max(rendered.count(form) for form in (text, json.dumps(text, ensure_ascii=False)[1:-1],
                                                  json.dumps(text)[1:-1]))
 
 
 def _texts(value) -> Iterator[str]:
-    """All keys and texts in arguments of a call."""
+    """All keys and strings in the arguments of a call."""
     if isinstance(value, str):
         yield value.strip()
     elif isinstance(value, dict):
@@ -302,7 +304,7 @@ def _texts(value) -> Iterator[str]:
 
 
 def _parts(text: str, markup: re.Pattern[str], mark: str) -> Iterator[str]:
-    """The text cut at real markup, so that a part with a mark in it holds no markup; the others stay together."""
+    """The text split at real markup, so that a part with a mark has no markup; the other parts stay together."""
     together, position = "", 0
     for found in [*markup.finditer(text), None]:
         plain = text[position:len(text) if found is None else found.start()]
@@ -317,7 +319,7 @@ def _parts(text: str, markup: re.Pattern[str], mark: str) -> Iterator[str]:
 
 
 def _unused(text: str) -> str:
-    """A character for private use that is not in a text, neither itself nor as JSON escapes it."""
+    """A private-use character that does not occur in a text, neither verbatim nor escaped as JSON."""
     used = {*text, *(chr(int(code, 16)) for code in re.findall(r"\\u([0-9a-fA-F]{4})", text))}
     for c in map(chr, range(0xE000, 0xF900)):
         if c not in used:
@@ -326,7 +328,7 @@ def _unused(text: str) -> str:
 
 
 def thinking_marks(tokenizer: Tokenizer) -> tuple[int, int] | None:
-    """The ids of <think> and </think>, between which a model reasons; None where they are no tokens."""
+    """The ids of <think> and </think>, between which a model reasons; None if they are not tokens."""
     opens, closes = (tokenizer.backend.token_to_id(mark) for mark in KEPT["assistant"])
     return None if opens is None or closes is None else (opens, closes)
 

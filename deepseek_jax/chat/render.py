@@ -1,7 +1,7 @@
-"""Renders a chat template in a process of its own: an untrusted one may loop for ever, or fill the memory.
+"""Renders a chat template in a separate process: an untrusted one may loop forever, or fill the memory.
 
-That process has Jinja's sandbox and a limit of memory (`jinja.main`); the clock is on this side. A process that
-oversteps is ended, and the next chat starts another.
+That process has Jinja's sandbox and a memory limit (`jinja.main`); the time limit is enforced here. A process that
+exceeds a limit is killed, and the next chat starts a new one.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import threading
 import weakref
 from typing import Any
 
-START_SECONDS = 30.0  # for Python, Jinja and the compilation of the template
+START_SECONDS = 30.0  # seconds for Python, Jinja and the compilation of the template
 SECONDS = 2.0
 
 
@@ -22,9 +22,9 @@ class Renderer:
     """(messages, **options) -> prompt, ready for the answer. Threads take turns.
 
     Args:
-      source: the template. names: what it can refer to besides the messages and the options of a chat.
+      source: the template. names: variables in addition to the messages and the options of a chat.
     Raises:
-      ValueError: a template that is no Jinja; when called, one that refuses the messages or oversteps its limits.
+      ValueError: the template is not valid Jinja; when called: it refuses the messages or exceeds its limits.
     """
 
     def __init__(self, source: str, names: dict[str, Any]):
@@ -40,8 +40,8 @@ class Renderer:
             return self._ask({"messages": messages, "names": options}, SECONDS)
 
     def _start(self):
-        # The same modules as here. A process group of its own, since Ctrl-C is for the server, but no session: Linux
-        # shares the processor out by sessions, and niceness counts within one.
+        # The same modules as here. A separate process group, since Ctrl-C is for the server, but not a session: Linux
+        # divides processor time between sessions, and niceness only counts within one.
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         self._process = subprocess.Popen([sys.executable, "-m", "deepseek_jax.chat.jinja"], env=environment,
                                          stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
@@ -50,7 +50,7 @@ class Renderer:
         self._ask(self._about, START_SECONDS)
 
     def _ask(self, what: dict[str, Any], seconds: float) -> str:
-        """One line there and one back."""
+        """Sends one line and reads one."""
         process = self._process
         assert process is not None and process.stdin is not None and process.stdout is not None
         late = threading.Event()

@@ -1,5 +1,5 @@
-"""What the folder of a checkpoint says about its text: the chat template, rendered as transformers does (Jinja, in a
-sandbox), the tokens that end an answer, and whether a text begins with BOS."""
+"""A checkpoint folder's conventions for text: the chat template, rendered as in transformers (Jinja, in a sandbox), the
+tokens that end an answer, and whether a text begins with BOS."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ FILE = "chat_template.jinja"
 _V32_MARKS = {ROLES["user"], ROLES["assistant"], *KEPT["assistant"]}
 
 def of_folder(folder: str, tokenizer: Tokenizer, chats: bool = True) -> Conventions:
-    """Reads chat_template.jinja, tokenizer_config.json, generation_config.json and config.json, what there is of them.
+    """Reads chat_template.jinja, tokenizer_config.json, generation_config.json and config.json, as far as they exist.
 
     Args:
-      chats: whether there will be any: notes on stderr that they have no template.
+      chats: whether chats are expected: a note on stderr says if there is no template for them.
     Raises:
       ConfigError: a file that cannot be read, or a special token that the tokenizer does not have.
     """
@@ -37,9 +37,9 @@ def of_folder(folder: str, tokenizer: Tokenizer, chats: bool = True) -> Conventi
 
 
 def built_in(folder: str) -> str | None:
-    """Our template of DeepSeek-V3.2, for a Hugging Face checkpoint of it that has none, as it is published.
+    """Our template for DeepSeek-V3.2, for its Hugging Face checkpoint, which is published without one.
 
-    None for other models, and where the tokenizer lacks the tokens of roles and reasoning.
+    None for other models, and if the tokenizer lacks the tokens of roles and reasoning.
 
     Raises ConfigError for a file that cannot be read.
     """
@@ -53,14 +53,14 @@ def built_in(folder: str) -> str | None:
 
 
 def keep_built_in(src: str, dst: str) -> None:
-    """Gives a run made of the checkpoint `src` the template that this project has for it, if any."""
+    """Adds this project's template, if any, to a run made from the checkpoint `src`."""
     source = built_in(src)
     if source is not None:
         io.write_text(os.path.join(dst, FILE), source)
 
 
 def without_template(folder: str, tokenizer: Tokenizer) -> Conventions:
-    """What the folder says about texts that are no chats: where they end, and whether they begin with BOS.
+    """The folder's conventions for plain texts: their end tokens, and whether they begin with BOS.
 
     Raises ConfigError as `of_folder`.
     """
@@ -70,7 +70,7 @@ def without_template(folder: str, tokenizer: Tokenizer) -> Conventions:
 
 
 def _named(folder, tokenizer, about, role) -> int:
-    """The id of the token that tokenizer_config.json names; the tokenizer's own if it names none."""
+    """The id of the token in tokenizer_config.json; the tokenizer's own if there is none."""
     spelled = about.get(f"{role}_token")
     spelled = spelled.get("content") if isinstance(spelled, dict) else spelled
     if not isinstance(spelled, str):
@@ -83,7 +83,7 @@ def _named(folder, tokenizer, about, role) -> int:
 
 
 def _ends(folder, eos) -> list[int]:
-    """As transformers: of generation_config.json, else of config.json, else the tokenizer's."""
+    """As in transformers: from generation_config.json, otherwise from config.json, otherwise the tokenizer's."""
     for name in ("generation_config.json", "config.json"):
         found = _json(folder, name).get("eos_token_id")
         found = found if isinstance(found, list) else [found]
@@ -93,11 +93,11 @@ def _ends(folder, eos) -> list[int]:
 
 
 def read(folder: str, bos: str, eos: str, default: str | None = None) -> Template | None:
-    """(messages, **options) -> prompt, ready for the answer; None where there is no template.
+    """(messages, **options) -> prompt, ready for the answer; None if there is no template.
 
-    Options are names of the template's own, such as `thinking` or `enable_thinking`.
+    Options are the template's own names, such as `thinking` or `enable_thinking`.
 
-    A developer's message goes to a template that does not know that role as the system's.
+    A message with the role developer is passed as system to a template that does not know that role.
 
     Args:
       folder: with chat_template.jinja, or tokenizer_config.json with "chat_template" in it.

@@ -35,7 +35,7 @@ class Base(NamedTuple):
     """The checkpoint that a run depends on, such as the base of adapters.
 
     digest: of its files' lengths and checksums. scale: of adapters; 1 for any other. fp8: the adapters were trained
-      with a base in FP8 (`checkpoint.blocks`).
+    with a base in FP8 (`checkpoint.blocks`).
     """
 
     folder: str

@@ -23,7 +23,7 @@ class InBlocks:
     """A leaf rounded to FP8, read in parts like `checkpoint.arrays.Stored`.
 
     leaf: of all weights. A leaf that its checkpoint keeps in FP8 stays bit-identical. inputs, outputs: how many of its
-      last axes are inputs, and then outputs.
+    last axes are inputs, and then outputs.
     """
 
     scales = None

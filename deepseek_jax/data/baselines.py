@@ -19,7 +19,7 @@ def compressed_bits_per_byte(data: DataConfig, path: str | None = None,
     in equal shares of the sources. No more than one document is in memory.
 
     workdir: of the run, which has recorded the held-out documents; without it, data.validation_tokens requires reading
-      all text to find them.
+    all text to find them.
 
     Returns:
       Bits per byte of gzip -9 and xz -9 applied to the documents one by one, and of xz -9 to their concatenation;

@@ -38,7 +38,7 @@ class Position(NamedTuple):
     """The last change of a run's data settings.
 
     step, sequence: the first ones that it applies to. sources: paths of all sources ever read, by number. used:
-      sequences taken from each.
+    sequences taken from each.
     """
 
     step: int

@@ -2,11 +2,11 @@
 
     Fprop   y  = Q(x) Q(w).T      x in 1 x 128 tiles, w in 128 x 128 blocks
     Dgrad   dx = Q(dy) Q(w)       dy in 1 x 128 tiles
-    Wgrad   dw = Q(dy).T Q(x)     both in 128 x 1 tiles: x is dequantized, transposed and quantized anew; float32
+    Wgrad   dw = Q(dy).T Q(x)     both in 128 x 1 tiles: x is dequantized, transposed and quantized again; float32
 
-The residuals of the backward pass are FP8 too, so that memory falls: a Linear saves Q(x), a feed-forward network
-its quantized input and the quantized inputs of SwiGLU, whose output is computed again. The input of the attention's
-output projection is saved in E5M6. Weights are [out, in], as in the checkpoints. On a mesh every device quantizes and
+The residuals of the backward pass are FP8 too, which saves memory: a Linear saves Q(x), a feed-forward network its
+quantized input and the quantized inputs of SwiGLU, whose output is recomputed. The input of the attention's output
+projection is saved in E5M6. Weights are [out, in], as in the checkpoints. On a mesh every device quantizes and
 multiplies its own rows: no tile holds tokens of two devices.
 """
 

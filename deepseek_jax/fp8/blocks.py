@@ -1,4 +1,4 @@
-"""Frozen weights that are kept in FP8, as released checkpoints hold them, and read in the dtype of the model."""
+"""Frozen weights that are kept in FP8 as in released checkpoints, and read in the dtype of the model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from kernels_pallas.constants import BLOCK
 
 class Blocks(NamedTuple):
     """A weight [..., I, ..., O, ...] in E4M3, with a scale for each block of 128 x 128 of its matrix of inputs and
-    outputs. Parameters hold one in the place of a weight that is not trained.
+    outputs. It replaces a frozen weight in the parameters.
 
     values: float8_e4m3fn, in the weight's own axes. scales: float32 [..., ceil(inputs / 128), ceil(outputs / 128)],
     after the axes of layers and experts.
@@ -27,7 +27,7 @@ class Blocks(NamedTuple):
         return self.values.shape
 
     def dequantized(self, dtype: Any, inputs: int = 1) -> jax.Array:
-        """The weight in `dtype`, multiplied in float32 and rounded once. inputs: how many axes of inputs it has."""
+        """The weight in `dtype`, multiplied in float32 and rounded once. inputs: its number of input axes."""
         stack = self.scales.ndim - 2
         lead, rest = self.shape[:stack], self.shape[stack:]
         matrix = self.values.reshape(*lead, math.prod(rest[:inputs]), math.prod(rest[inputs:]))
@@ -35,7 +35,7 @@ class Blocks(NamedTuple):
 
 
 def shape_of_scales(shape: tuple[int, ...], inputs: int, outputs: int) -> tuple[int, ...]:
-    """Of a weight of `shape`, which ends with that many axes of inputs and of outputs."""
+    """The matrix of a weight of `shape`, whose last axes are that many input and output axes."""
     stack = len(shape) - inputs - outputs
     sides = math.prod(shape[stack:stack + inputs]), math.prod(shape[stack + inputs:])
     return *shape[:stack], *(-(-side // BLOCK) for side in sides)

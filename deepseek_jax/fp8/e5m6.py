@@ -28,7 +28,7 @@ def _round_e5m6(x):
 
 
 def to_e5m6(x: jax.Array) -> E5M6:
-    """[..., K] in E5M6, in 1 x 128 tiles with power-of-two scales; exact when it is done twice."""
+    """[..., K] in E5M6, in 1 x 128 tiles with power-of-two scales; applying it twice changes nothing."""
     scales = api.tile_scales(x, largest=65024.0)
     y = _round_e5m6(x.astype(jnp.float32) / api.spread(scales, x.shape))
     codes = lax.bitcast_convert_type(y.astype(jnp.float16), jnp.uint16) >> 4  # float16 is E5M10
@@ -40,7 +40,7 @@ def to_e5m6(x: jax.Array) -> E5M6:
 
 
 def from_e5m6(saved: E5M6, columns: int, dtype: Any = jnp.float32) -> jax.Array:
-    """The numbers that `to_e5m6` rounded to, [..., columns] in `dtype`."""
+    """The rounded numbers of `to_e5m6`, [..., columns] in `dtype`."""
     first, middle, last = jnp.split(saved.packed.astype(jnp.uint16), 3, axis=-1)
     codes = jnp.concatenate([first | ((middle & 0xF) << 8), (middle >> 4) | (last << 4)], axis=-1)[..., :columns]
     y = lax.bitcast_convert_type(codes << 4, jnp.float16).astype(jnp.float32)

@@ -1,4 +1,4 @@
-"""The FP8 feed-forward network: gate, up and down products, SwiGLU computed again (report sections 3.3.1, 3.3.3)."""
+"""The FP8 feed-forward network: gate, up and down products, SwiGLU recomputed (report sections 3.3.1, 3.3.3)."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _swiglu(gate, up):
 
 def swiglu_ffn(x_MD: jax.Array, gate_FD: jax.Array, up_FD: jax.Array, down_DF: jax.Array,
                recipe: FP8Config = RECIPE, sizes: jax.Array | None = None) -> jax.Array:
-    """down(silu(gate x) * up x) in FP8, of one network or, with `sizes`, of the experts.
+    """down(silu(gate x) * up x) in FP8, for one network or, with `sizes`, for the experts.
 
     Args:
       x_MD: tokens; or rows sorted by expert, each expert's rows starting at a multiple of 128, empty rows zero.
@@ -52,11 +52,11 @@ def _swiglu_ffn(x_MD, gate_FD, up_FD, down_DF, sizes, recipe):
 
 
 def _exchanged(sizes):
-    """The scales of what travels between devices, tokens to experts and gradients back: powers of two."""
+    """The scales of values sent between devices, tokens to experts and gradients back: powers of two."""
     return None if sizes is None else "power_of_two"
 
 
-# How x and y, w [F, D], w [D, F] and what is between them are split. Experts come with each device's own rows.
+# The specs of x and y, w [F, D], w [D, F] and the intermediate arrays. Experts have each device's own rows.
 ROWS, WIDEN, NARROW, WIDE = spec("batch", None), spec("ffn", None), spec(None, "ffn"), spec("batch", "ffn")
 
 
@@ -77,14 +77,14 @@ def _swiglu_ffn_fwd(x_MD, gate_FD, up_FD, down_DF, sizes, recipe):
     return y_MD, (q, *inputs, gate_FD, up_FD, down_DF, sizes)
 
 
-COLUMNS = 4  # parts in which the gradient of the experts' rows is made
+COLUMNS = 4  # parts in which the gradient of the experts' rows is computed
 
 
 def _input_gradient(gradients, weights, sizes, recipe, dtype):
     """The sum of d [M, F] @ w [F, D] over pairs of both, added in float32: [M, D] in `dtype`.
 
-    Of the experts a quarter of the columns at a time, or two float32 arrays of all rows would be the largest
-    temporaries of a step. Columns are independent, so the numbers are the same.
+    For the experts, a quarter of the columns at a time: otherwise two float32 arrays of all rows would be the largest
+    temporaries of a step. Columns are independent, so the results are the same.
     """
     gradients = [quantize_gradient(d, recipe) for d in gradients]
     weights = [quantize_weight(w, recipe) for w in weights]

@@ -29,11 +29,12 @@ def linear(x: jax.Array, w: jax.Array | tuple[jax.Array, jax.Array], recipe: FP8
 
     Args:
       x: [..., K], bfloat16 or float32.
-      w: [N, K], a master of any float type, quantized here; its gradient has its dtype, from a float32 sum. Or what
-        `quantize_blocks` made of one (a checkpoint's weights): frozen, without a gradient.
+      w: [N, K], a master of any float type, quantized here; its gradient has its dtype, from a float32 sum. Or the
+        result of `quantize_blocks` (a checkpoint's weights): frozen, without a gradient.
       recipe: scales, formats, accumulation.
-      saved: what the backward pass saves of x: "e4m3", the forward pass's tiles, or "e5m6" (for o_proj).
-      names: of the dimensions N and K, where a mesh splits them (`parallel.sharding.AXES`).
+      saved: the format in which x is saved for the backward pass: "e4m3", the forward pass's tiles, or "e5m6" (for
+        o_proj).
+      names: of the dimensions N and K, if a mesh splits them (`parallel.sharding.AXES`).
     Returns:
       [..., N] in the dtype of x.
     """
@@ -58,7 +59,8 @@ def _linear(x_MK, w_NK, recipe, saved, names):
 
 def _linear_fwd(x_MK, w_NK, recipe, saved, names):
     def forward(x_MK, w_NK):
-        # The report's power-of-two scales for o_proj: turned to 128 x 1, its tiles then lose nothing twice.
+        # The report's power-of-two scales for o_proj: converting its tiles to 128 x 1 then does not round a second
+        # time.
         q = quantize_activation(x_MK, recipe, "power_of_two" if saved == "e5m6" else None)
         y_MN = product(q, quantize_weight(w_NK, recipe), None, recipe, x_MK.dtype)
         return y_MN, to_e5m6(x_MK) if saved == "e5m6" else q

@@ -1,6 +1,7 @@
-"""What FP8 training is made of: quantizing activations, gradients and weights to a recipe, and their products.
+"""The operations of FP8 training: quantizing activations, gradients and weights by a recipe, and their products.
 
-`sizes` of a product: None for one matrix; else int32 [E], for rows sorted by expert in groups at multiples of 128 rows.
+`sizes` of a product: None for one matrix; otherwise int32 [E], for rows sorted by expert in groups at multiples of 128
+rows.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from kernels_pallas.api import Accumulator, Quantized
 from kernels_pallas.constants import BLOCK
 
 RECIPE = FP8Config(enabled=True)
-GROUP_ALIGNMENT = BLOCK  # an expert's group of rows starts at a multiple of it: no 128 x 1 tile spans two groups
-DEFERRED = "deferred"  # the checkpoint name by which `pipeline.split` finds what a deferred W saves
+GROUP_ALIGNMENT = BLOCK  # an expert's group of rows starts at a multiple of this: no 128 x 1 tile spans two groups
+DEFERRED = "deferred"  # the checkpoint name by which `pipeline.split` finds the arrays that a deferred W saves
 GRADIENT_FORMATS = {"e4m3": jnp.float8_e4m3fn, "e5m2": jnp.float8_e5m2}
 
 
@@ -29,7 +30,7 @@ def quantize_tiles(x_MK: jax.Array, *, scale: str = "float32", axis: int = -1) -
     Args:
       x_MK: any float type; the last tile may be ragged.
       scale: "float32": s = max(amax, 1e-4) / 448; "power_of_two": the next power of two.
-      axis: -1, a token's 128 channels (1 x 128); -2, a channel's 128 tokens (128 x 1), as Wgrad has them.
+      axis: -1, a token's 128 channels (1 x 128); -2, a channel's 128 tokens (128 x 1), for Wgrad.
     Returns:
       (values [M, K], float32 scales [M, ceil(K / 128)], or [ceil(M / 128), K]). x = values * scales.
     """
@@ -43,12 +44,12 @@ def quantize_blocks(w_NK: jax.Array, *, scale: str = "float32") -> Quantized:
 
 
 def exponents_of(scales: jax.Array) -> jax.Array:
-    """The exponents of float32 powers of two, or zeros, as float32 has them: uint8, a quarter of the bytes."""
+    """The biased exponents of float32 powers of two, or zeros: uint8, a quarter of the bytes."""
     return (lax.bitcast_convert_type(scales, jnp.uint32) >> 23).astype(jnp.uint8)
 
 
 def powers_of_two(exponents: jax.Array) -> jax.Array:
-    """The reverse of `exponents_of`: float32 of the same shape."""
+    """The inverse of `exponents_of`: float32 of the same shape."""
     return lax.bitcast_convert_type(exponents.astype(jnp.uint32) << 23, jnp.float32)
 
 
@@ -57,13 +58,13 @@ def quantize_activation(x: jax.Array, recipe: FP8Config, scale: str | None = Non
     """x [M, K] in 1 x 128 tiles; with transposed="only" in 128 x 1 tiles, as [K, M] (see `api.quantize`)."""
     implementation = of_quantizers(recipe)
     if implementation == "auto" and x.dtype != jnp.bfloat16:
-        implementation = "reference"  # the kernels read bfloat16; what was dequantized must not be rounded to it first
+        implementation = "reference"  # the kernels read bfloat16; dequantized values must not be rounded to it first
     return api.quantize(x, scale=scale or recipe.scale, dtype=dtype, transposed=transposed,
                         share="tensor" if recipe.tiles == "tensor" else share, implementation=implementation)
 
 
 def of_quantizers(recipe: FP8Config) -> str:
-    """The recipe's implementation, or "auto" where that has products alone, as on a TPU."""
+    """The recipe's implementation, or "auto" if that has only products, as on a TPU."""
     return recipe.implementation if recipe.implementation in ("reference", "hopper") else "auto"
 
 
@@ -78,7 +79,7 @@ def check_here(recipe: FP8Config) -> None:
 
 def quantize_gradient(dy: jax.Array, recipe: FP8Config, scale: str | None = None,
                       transposed: bool | str = False) -> Any:
-    """dy [M, N] in the format and the tiles that the recipe has for gradients."""
+    """dy [M, N] in the recipe's format and tiles for gradients."""
     return quantize_activation(dy, recipe, scale, GRADIENT_FORMATS[recipe.gradient_format],
                        "block" if recipe.gradient_tiles == "128x128" else "tile", transposed)
 
@@ -105,14 +106,15 @@ def product(a: Quantized, b: Quantized, sizes: jax.Array | None, recipe: FP8Conf
 
 
 def mark_deferred(q: Quantized) -> Quantized:
-    """Names what a deferred weight gradient saves: quantized, a quarter to a half of what it is made from."""
+    """Names the arrays that a deferred weight gradient saves: quantized, a quarter to a half of the bytes of their
+    source."""
     return Quantized(*(checkpoint_name(x, DEFERRED) for x in q))
 
 
 def quantize_along_rows(x: jax.Array, recipe: FP8Config, scale: str | None = None) -> Quantized:
-    """x [M, K], dequantized, as Wgrad reads it: quantized along M."""
+    """x [M, K], dequantized and quantized along M, for Wgrad."""
     if scale == "power_of_two":
-        x = x.astype(jnp.bfloat16)  # loses nothing: E4M3 or E5M6 times a power of two; and it is what the kernel reads
+        x = x.astype(jnp.bfloat16)  # exact: E4M3 or E5M6 times a power of two; and the kernel reads this dtype
     return mark_deferred(quantize_activation(x, recipe, scale, transposed="only"))
 
 

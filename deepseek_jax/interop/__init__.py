@@ -1,4 +1,4 @@
-"""Checkpoints of Hugging Face, in and out."""
+"""Import and export of Hugging Face checkpoints."""
 
 from deepseek_jax.interop.load import dequantized, load_hf, save_hf
 

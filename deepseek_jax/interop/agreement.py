@@ -1,7 +1,8 @@
-"""How far a model's answers are from a reference's, with its own routes and with the reference's.
+"""The difference between a model's outputs and a reference's, with its own routes and with the reference's.
 
-A low-precision router now and then takes another expert than the reference, and the logits of that token jump: no error
-of the arithmetic. With the reference's experts forced on the model (router replay) what is left is arithmetic alone.
+A low-precision router sometimes chooses another expert than the reference, which changes the logits of that token
+strongly without any error in the arithmetic. If the model is made to use the reference's experts (router replay), the
+remaining difference is due to arithmetic.
 
     KL(reference || model) = sum over words of p (log p - log q)
 """
@@ -18,8 +19,8 @@ from deepseek_jax.model import DeepSeekV3
 
 
 class Agreement(NamedTuple):
-    """Of all tokens. free, pinned: mean KL in nats, with the model's own routes and with the reference's. flipped: the
-    share of choices of layers and tokens that are another set of experts than the reference's."""
+    """Figures over all tokens. free, pinned: mean KL in nats, with the model's own routes and with the reference's.
+    flipped: the share of routing decisions (per layer and token) with another set of experts than the reference's."""
 
     free: float
     pinned: float
@@ -39,7 +40,7 @@ def _log_softmax(logits):
 
 def agreement(cfg: ModelConfig, variables: dict[str, Any], tokens_BT: np.ndarray, logits_BTW: np.ndarray,
               chosen_LBTK: np.ndarray) -> Agreement:
-    """Compares a model, in the precision of `cfg`, with a reference's logits and experts of the same tokens.
+    """Compares a model, in the precision of `cfg`, with a reference's logits and experts for the same tokens.
 
     Args:
       tokens_BT: int32. logits_BTW: of the reference. chosen_LBTK: int32, its experts in the MoE layers, in any order.

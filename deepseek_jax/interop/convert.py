@@ -1,4 +1,4 @@
-"""Conversion on the disk: a Hugging Face checkpoint into a work directory, and back.
+"""Conversion of files: a Hugging Face checkpoint into a work directory, and back.
 
 Streams pieces of single tensors through a few threads: read, dequantize, transpose, write, flush. The result is
 a checkpoint at step 0 of a run that was never trained, the checkpoint's own tokenizer, and `hf_layout.json`, which
@@ -33,7 +33,7 @@ LAYOUT = "hf_layout.json"
 GENERATION = "generation_config.json"
 # Files that are copied unchanged in both directions.
 TEXT = ("tokenizer.json", *COMPANIONS)
-THREADS = 4  # pieces in flight, some waiting for the disk; each takes about five times tensor_map.PIECE of memory
+THREADS = 4  # pieces in flight, some waiting for the disk; each needs about five times tensor_map.PIECE of memory
 
 
 def from_hf(src: str, dst: str, dtype: str | None = None, keep_fp8: bool = False, without_mtp: bool = False,
@@ -41,7 +41,7 @@ def from_hf(src: str, dst: str, dtype: str | None = None, keep_fp8: bool = False
     """Converts a Hugging Face checkpoint into the work directory `dst`, which is committed atomically.
 
     Args:
-      dtype: "float32" or "bfloat16"; None: that of the files, bfloat16 for FP8, int4 and float16.
+      dtype: "float32" or "bfloat16"; None: as in the files, bfloat16 for FP8, int4 and float16.
       keep_fp8: FP8 weights keep their bytes and scales, and are dequantized when they are read.
       without_mtp: leaves MTP modules out.
       files: which checkpoint of a folder that holds two: a .safetensors file, or an index.

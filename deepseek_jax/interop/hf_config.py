@@ -1,10 +1,10 @@
-"""config.json of Hugging Face and our ModelConfig, both ways.
+"""Conversion between Hugging Face's config.json and our ModelConfig.
 
 Two dialects are read: that of the released files (`rope_theta` and `rope_scaling`) and that of transformers 5
-(`rope_parameters`); where a file has both, `rope_scaling` counts, as in transformers. Written is the released one,
-which all readers know. Models that others named anew but compute as DeepSeek-V3 does are read as it. A field that
-asks for a computation which this model does not have is an error that names it; nothing is ignored that changes the
-result.
+(`rope_parameters`); where a file has both, `rope_scaling` counts, as in transformers. The released one is written,
+which all readers know. Models with another name but the architecture of DeepSeek-V3 are read as such. A field that
+requires a computation which this model does not have is an error that names it; no field that changes the result is
+ignored.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from deepseek_jax.config.names import HUGGING_FACE, INDEXER
 from deepseek_jax.interop import int4
 from kernels_pallas.constants import BLOCK
 
-# Where null, or an absent key, has a meaning; and where that is another one.
+# Keys whose null or absence has a meaning; and those for which absence means something else.
 NULL = {"q_lora_rank": None, "n_shared_experts": 0, "n_group": 1, "topk_group": 1, "initializer_range": 0.02,
         "first_k_dense_replace": 0, "rms_norm_eps": 1e-6}
 NULLS = {"glm4_moe_lite": {"first_k_dense_replace": 1, "rms_norm_eps": 1e-5}}
@@ -28,15 +28,15 @@ FAMILIES = {"deepseek_v3": ("DeepseekV3ForCausalLM", "sigmoid"), "deepseek_v2": 
 # Other names of deepseek_v3, and whether transformers knows them; the fields decide whether a model is one.
 ALIASES = {"kimi_k2": False, "joyai_llm_flash": False, "glm4_moe_lite": True}
 WRAPPERS = ("kimi_k25", "kimi_vl")  # a vision model and a language model, which is their text_config
-# What looks alike by its name.
+# Models with a similar name that are different.
 OTHERS = {
     "glm_moe_dsa": "GLM-5, whose layers share indexers",
     "deepseek_v4": "DeepSeek-V4, another architecture", "glm5_next": "GLM-5.3-Flash, another architecture",
     "glm4_moe": "GLM-4.5, whose attention has no latents", "kimi_linear": "Kimi-Linear, with linear attention",
     "longcat_flash": "LongCat, some of whose experts compute nothing", "axk1": "A.X-K1, which has one more norm",
     "mistral_large4": "Mistral Large, with softmax gates and another scaling of positions"}
-LATENT_EPS = 1e-6  # of the norms of the latents in transformers, whatever rms_norm_eps says
-# Fields with one answer here: the values that agree with it, in all families or by family. Absent keys do.
+LATENT_EPS = 1e-6  # epsilon of the latents' norms in transformers, whatever rms_norm_eps says
+# Fields with only one possibility here: the values that agree with it, in all families or by family. Absent keys agree.
 ONLY = {"attention_bias": (False,), "mlp_bias": (False,), "hidden_act": ("silu",), "tie_word_embeddings": (False,),
         "moe_layer_freq": (1,), "attention_dropout": (0,), "partial_rotary_factor": (1,), "sliding_window": (None,),
         "zero_expert_num": (0,), "quantization": (None,),
@@ -105,7 +105,7 @@ def read(raw: dict, mtp_depth: int = 0, dtype: str = "bfloat16") -> ModelConfig:
                               for theirs, ours in names.items()}
     values |= {"num_dense_layers": dense, "latent_norm_eps": LATENT_EPS}
     values["normalize_gates"] = bool(raw.get("norm_topk_prob", family != "deepseek_v2"))
-    if family == "deepseek_v2" and raw.get("topk_method") in ("greedy", None):  # groups are not looked at
+    if family == "deepseek_v2" and raw.get("topk_method") in ("greedy", None):  # groups are not used
         values |= {"num_groups": 1, "groups_kept": 1}
     score = FAMILIES[family][1]
     for name in ("route_scale", "norm_eps", "init_std"):
@@ -179,7 +179,7 @@ def _allowed(raw, family):
 
 
 def _quantization_problems(quantization):
-    """What of a quantization_config is neither FP8 as released nor the int4 of compressed-tensors."""
+    """The parts of a quantization_config that are neither FP8 as released nor the int4 of compressed-tensors."""
     method = quantization.get("quant_method")
     if not quantization:
         return
@@ -206,7 +206,7 @@ def _unlike(path, found, wanted):
 
 
 def _dense_layers(raw, absent, problems):
-    """How many first layers have no experts: first_k_dense_replace, or the same as a list of words."""
+    """The number of first layers without experts: first_k_dense_replace, or the same as a list of words."""
     stated, kinds, layers = raw.get("first_k_dense_replace"), raw.get("mlp_layer_types"), raw["num_hidden_layers"]
     if not kinds:
         return absent if stated is None else stated

@@ -95,7 +95,7 @@ class Checkpoint:
         return functools.reduce(np.promote_types, map(np.dtype, {asked} if asked is not None else stored))
 
     def rounding(self, asked: Any = None) -> list[str]:
-        """A line for the user if values of float16 lose bits on their way in."""
+        """A line for the user if float16 values lose bits when they are read."""
         count = sum(tensor.dtype == np.float16 for tensor in self.tensors.values())
         if not count or (asked is not None and np.dtype(asked) == np.float32):
             return []

@@ -1,7 +1,7 @@
-"""A vocabulary of tiktoken as a tokenizer.json: what Moonlight and Kimi publish as `tiktoken.model`.
+"""Converts a tiktoken vocabulary, such as Moonlight's and Kimi's `tiktoken.model`, to a tokenizer.json.
 
-tiktoken merges, in each piece that the pattern cuts out, the pair whose joined bytes have the lowest rank, until none
-has one. The `tokenizers` library does the same with a list of pairs: all pairs of each token, in the order of ranks.
+In each piece matched by the pattern, tiktoken merges the pair whose joined bytes have the lowest rank, until none has a
+rank. The `tokenizers` library does the same with a list of pairs: all pairs of each token, in the order of ranks.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _LONGEST = 1024  # bytes of a token; the published ones have up to a few hundred
 
 
 def read(path: str) -> dict[bytes, int]:
-    """{token: rank} of a file with a token in base64 and its rank in each line. Raises ConfigError."""
+    """{token: rank} from a file with a token in base64 and its rank on each line. Raises ConfigError."""
     try:
         with io.open_regular(path) as f:
             lines = f.read(io.MOST_JSON + 1).splitlines()
@@ -60,7 +60,7 @@ def tokenizer(ranks: dict[bytes, int], added: dict[int, dict[str, Any]], vocab_s
 
     Args:
       added: `added_tokens_decoder` of tokenizer_config.json by id: {"content", "special"}, of ids after the ranks.
-      vocab_size: of the model; ids up to it that nothing names become reserved tokens, as published.
+      vocab_size: of the model; unnamed ids up to it become reserved tokens, as in the published tokenizers.
     """
     spelled = {token: "".join(_LETTER_OF[byte] for byte in token) for token in ranks}
     merges = []

@@ -4,7 +4,7 @@ The format: 8 bytes with the length of a JSON header, the header {name: dtype, s
 is one file, or several and an index. Read here with `pread` instead of by mapping, because the pages of a mapped file
 count as resident memory; and written here because the library needs all tensors of a file in memory.
 
-A header may come from anybody: it is checked in full, against the size of its file, before anything is allocated.
+Headers are not trusted: each is checked in full, against the size of its file, before anything is allocated.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _LONGEST_NAME, _MOST_AXES = 256, 8  # the published ones have up to 63 character
 
 
 class Tensor(NamedTuple):
-    """Where a tensor of a safetensors file is: its dtype and shape, and the bytes of the file that hold it."""
+    """A tensor in a safetensors file: its dtype and shape, and its bytes in the file."""
 
     name: str
     dtype: np.dtype
@@ -49,10 +49,10 @@ class Reader:
     """All tensors of a checkpoint folder, by name. Reads only headers until `rows` is called.
 
     Args:
-      files: which checkpoint of a folder that holds two: a .safetensors file, or an index.
+      files: the checkpoint to read in a folder that holds two: a .safetensors file, or an index.
 
     Raises:
-      ConfigError: no checkpoint there, or two; a shard is missing, truncated or damaged, or the index is wrong.
+      ConfigError: there is no checkpoint, or two; a shard is missing, truncated or damaged, or the index is wrong.
     """
 
     def __init__(self, folder: str, files: str | None = None):
@@ -143,7 +143,7 @@ class Reader:
             raise ConfigError(f"{path} is not an index of safetensors; fetch it again.") from None
         if not names:
             raise ConfigError(f"{path} names no tensors; fetch it again.")
-        # Exporting writes files of the same names, so none may be outside this folder.
+        # Exporting writes files with the same names, so none may be outside this folder.
         for name, file in where.items():
             if not isinstance(file, str) or os.path.basename(file) != file or not (
                     file.isprintable() and file.endswith(".safetensors")):
@@ -156,7 +156,7 @@ class Reader:
         return where
 
     def _header(self, file):
-        """{name: Tensor} of one file, whose bytes they are: all of them, and each once."""
+        """{name: Tensor} of one file; together they cover all of its bytes exactly once."""
         path = os.path.join(self.folder, file)
         try:
             self._open[file] = f = io.open_regular(path)
@@ -184,13 +184,13 @@ class Reader:
         return found
 
     def _tensor(self, file, name, base, dtype, shape, data_offsets):
-        if dtype not in list(DTYPES):  # a list takes what cannot be hashed
+        if dtype not in list(DTYPES):  # a list, since the value may not be hashable
             raise ConfigError(f"{os.path.join(self.folder, file)}: {name} has dtype {shown(dtype)}; known are "
                               f"{', '.join(DTYPES)}.")
         start, stop = data_offsets
         if len(shape) > _MOST_AXES or any(type(n) is not int or n < 0 for n in (*shape, start, stop)):
             raise ValueError("a shape is a few whole numbers, and so are offsets")
-        if 0 in shape:  # no published model has such a tensor, and its other sizes could be anything
+        if 0 in shape:  # no published model has such a tensor, and its other sizes could be arbitrary
             raise ConfigError(f"{os.path.join(self.folder, file)}: {name} is {shown(shape)}, which is empty; "
                               "fetch it again.")
         tensor = Tensor(name, DTYPES[dtype], tuple(shape), file, base + start)
@@ -215,7 +215,7 @@ def _start(folder, files) -> tuple[str, str | None]:
 
 
 def _read_header(f, size) -> tuple[int, dict]:
-    """-> (place of the first byte after the header, the header). Raises ValueError where there is none."""
+    """-> (offset of the first byte after the header, the header). Raises ValueError if there is none."""
     length = int.from_bytes(f.read(8), "little")
     if not 0 < length <= min(size - 8, io.MOST_JSON):
         raise ValueError("the header is as long as nothing there")
@@ -226,7 +226,7 @@ def _read_header(f, size) -> tuple[int, dict]:
 
 
 def _metadata(about: Any) -> dict[str, str] | None:
-    """What a file says about itself, for an export to repeat. Raises ValueError unless it is strings of UTF-8."""
+    """A file's metadata, for an export to repeat. Raises ValueError unless all are strings in UTF-8."""
     if about is not None and not all(isinstance(text, str) and text.encode() is not None
                                      for pair in about.items() for text in pair):
         raise ValueError("metadata are strings")
@@ -234,14 +234,14 @@ def _metadata(about: Any) -> dict[str, str] | None:
 
 
 def _checked_name(name: str) -> str:
-    """A tensor's name, fit for messages and files. Raises ValueError."""
+    """A tensor's name, checked to be usable in messages and files. Raises ValueError."""
     if not name.isprintable() or len(name) > _LONGEST_NAME:
         raise ValueError("not a name")
     return name
 
 
 def unstack(tensor: Any) -> list[tuple[str, tuple[int, int]]] | None:
-    """The experts' own matrices [(name, shape)] inside of a stacked tensor, in the order of its bytes; else None.
+    """The experts' own matrices [(name, shape)] inside a stacked tensor, in the order of its bytes; otherwise None.
 
     transformers keeps experts as `gate_up_proj` [E, 2 F, D] and `down_proj` [E, D, F], and some files do too.
     """
@@ -270,7 +270,7 @@ class Item(NamedTuple):
 
 
 def pack(items: list[Item], limit: int) -> dict[str, list[Item]]:
-    """Spreads tensors, in order, over files of at most `limit` bytes: {file: items}."""
+    """Distributes tensors, in order, over files of at most `limit` bytes: {file: items}."""
     packs, room = [[]], limit
     for item in items:
         if item.nbytes > room and packs[-1]:
@@ -284,7 +284,7 @@ def pack(items: list[Item], limit: int) -> dict[str, list[Item]]:
 
 
 def header(items: list[Item], about: dict[str, str] | None) -> bytes:
-    """What a file of these tensors begins with: the length of the header, and the header. about: strings on the file;
+    """The beginning of a file with these tensors: the length of the header, and the header. about: metadata strings;
     None: none."""
     found: dict[str, Any] = {} if about is None else {"__metadata__": about}
     at = 0
@@ -302,13 +302,13 @@ def write(folder: str, files: dict[str, list[Item]], pieces: Callable[..., Itera
     """Writes the files and, for several, their index.
 
     Args:
-      pieces: Item -> iterable of arrays that together are its bytes.
-      metadata: {file: the strings that go with it}.
+      pieces: Item -> iterable of arrays whose concatenation is its bytes.
+      metadata: {file: its metadata strings}.
     """
     for file, items in files.items():
         text = header(items, (metadata or {}).get(file, {"format": "pt"}))
         path = os.path.join(folder, file)
-        # Objects are made of files, one at a time.
+        # Objects are uploaded from files, one at a time.
         place = io.replacing(path) if storage.is_remote(path) else contextlib.nullcontext(path)
         with place as target, open(target, "wb") as f:
             f.write(text)

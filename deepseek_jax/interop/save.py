@@ -1,7 +1,7 @@
 """Writing Hugging Face checkpoints, a few rows of one tensor at a time.
 
-Where a layout is known (`hf_layout.json` of a converted checkpoint) every tensor gets its name, dtype and file back;
-otherwise tensors come in the order of the layers, in files of at most 5 GB.
+If a layout is known (`hf_layout.json` of a converted checkpoint) every tensor gets its original name, dtype and file;
+otherwise tensors are written in the order of the layers, in files of at most 5 GB.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def _read(array, index):
 
 
 def _check_leaves(shapes, leaves):
-    """Checks names and shapes: layers beyond the config's would otherwise be dropped silently."""
+    """Checks names and shapes: otherwise layers beyond the config's would be dropped silently."""
     missing, unknown = shapes.keys() - leaves.keys(), leaves.keys() - shapes.keys()
     if missing or unknown:
         raise ConfigError(f"the variables do not fit the model; missing: "
@@ -74,11 +74,11 @@ class Export:
 
     Args:
       leaves: {our path: Held or Stored}.
-      fp8: quantize what is not FP8 yet, where released checkpoints are FP8.
+      fp8: quantize weights that are FP8 in released checkpoints, unless they already are.
       layout: the `hf_layout.json` of the checkpoint that this was converted from, or None.
-      power_of_two: what `fp8` quantizes gets scales that are powers of two.
-      dtype: of what is not FP8, and of all weights without `fp8`; None: that of the layout, or as held. Routing
-        biases are float32 whatever it says, as in the released checkpoints.
+      power_of_two: weights quantized by `fp8` get scales that are powers of two.
+      dtype: of weights not in FP8, and of all weights without `fp8`; None: as in the layout, or as stored. Routing
+        biases are always float32, as in the released checkpoints.
 
     Raises:
       ConfigError: the leaves are not those of `cfg`, in name or shape.
@@ -91,7 +91,7 @@ class Export:
         self.entries = tensor_map.entries(cfg)
         self.raw = None if layout is None else layout["config"]
         self.halves = 0 if layout is None else hf_config.halves(layout["config"], cfg)
-        self._scales = {}  # of what was quantized, until they are written
+        self._scales = {}  # scales of quantized tensors, until they are written
 
     def files(self) -> dict[str, list[safetensors_io.Item]]:
         """The files to write and the tensors in them, in order."""
@@ -108,7 +108,7 @@ class Export:
         return any(item.dtype == FP8 for items in self.files().values() for item in items)
 
     def pieces(self, item: Any) -> Iterator[np.ndarray]:
-        """Arrays that together are the bytes of `item`."""
+        """Arrays whose concatenation is the bytes of `item`."""
         if item.name.endswith(SCALE):
             yield self._scale(self.entries[item.name.removesuffix(SCALE)]).astype(item.dtype, copy=False)
             return
@@ -123,14 +123,14 @@ class Export:
                     yield piece.astype(item.dtype, copy=False)
 
     def _kept(self, entry):
-        """Whether its FP8 values go out as they are held."""
+        """Whether its FP8 values are exported unchanged."""
         return self.leaves[entry.path].scales is not None and (self.dtype is None or self.fp8)
 
     def _items(self, entry, before=None):
         """The tensor of one entry, and its scales. `before`: its dtype in the checkpoint it once came from."""
         held = self.leaves[entry.path].dtype
         if not self._kept(entry) and not (self.fp8 and entry.fp8):
-            # What was widened on the way in gets its dtype back; what was narrowed stays as it is held.
+            # Tensors that were widened when read get their dtype back; narrowed ones stay as stored.
             if self.dtype is not None:
                 held = np.dtype(np.float32) if entry.path.startswith("router/") else self.dtype
             elif before is not None and before != FP8 and np.can_cast(before, held):
@@ -156,7 +156,7 @@ class Export:
         return items[:1] if dtype == FP8 else items
 
     def _rows(self, entry):
-        """Their rows, a piece at a time, in the dtype held."""
+        """Their rows, one piece at a time, in the stored dtype."""
         leaf, transform = self.leaves[entry.path], entry.transform
         end, step = entry.slice_shape[transform.axis], entry.steps(leaf.dtype.itemsize)
         for start in range(0, end, step):
@@ -185,7 +185,7 @@ def export(folder: str, source: Export, special: dict[str, int] | None = None,
 
     Args:
       special: bos_token_id and eos_token_id for config.json.
-      progress: told the bytes of every piece.
+      progress: called with the bytes of every piece.
     """
     layout, dtype = source.layout, (source.dtype or source.leaves["params/embedding"].dtype).name
     if layout is None:
@@ -212,8 +212,8 @@ def export(folder: str, source: Export, special: dict[str, int] | None = None,
 
 @contextlib.contextmanager
 def building(path: str | os.PathLike[str]) -> Iterator[str]:
-    """A temporary folder that is renamed to `path` at the end; after an error nothing is left of it. In a bucket it is
-    `path` itself: who fills it writes the file last that makes it count.
+    """A temporary folder that is renamed to `path` at the end, and removed after an error. In a bucket it is `path`
+    itself: the caller writes last the file that commits it.
 
     Raises:
       ConfigError: `path` exists, cannot be made, or the disk is full.

@@ -1,7 +1,7 @@
-"""Which tensors of a checkpoint's files the model is made of, and what they are called here.
+"""The selection and naming of the tensors in a checkpoint's files that belong to the model.
 
-Files hold more: rotary frequencies that config.json gives, a vision model (the names of the language model then begin
-with `language_model.`), an MTP module that is not wanted. What is left out is counted, and said.
+Files hold more: rotary frequencies, which follow from config.json, a vision model (the names of the language model then
+begin with `language_model.`), an unwanted MTP module. Tensors that are left out are counted and reported.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _LAYER = re.compile(r"model\.layers\.(\d{1,6})\.")
 
 
 class Selection(NamedTuple):
-    """without_from: the first layer that is left out, with all after it; None: none is."""
+    """without_from: the first layer to leave out, with all later ones; None: no layer is."""
 
     without_from: int | None = None
 
@@ -26,7 +26,7 @@ class Selection(NamedTuple):
         return None if self.left_out_as(name) else name.removeprefix(_LANGUAGE)
 
     def left_out_as(self, name: str) -> str | None:
-        """What a tensor is that is left out; None of one that is not."""
+        """A description of a tensor that is left out; None for others."""
         layer = _LAYER.match(name.removeprefix(_LANGUAGE))
         if name.startswith(_VISION):
             return "of the vision model"

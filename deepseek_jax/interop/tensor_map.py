@@ -1,4 +1,4 @@
-"""Every tensor of a Hugging Face checkpoint and its place in our parameters: one table, read in both directions.
+"""The table of all tensors of a Hugging Face checkpoint and their places in our parameters, used in both directions.
 
 A row is (their name, our path, transform, in FP8). Names are those of `DeepseekV3ForCausalLM`, `DeepseekV2ForCausalLM`
 and `DeepseekV32ForCausalLM`; MTP module k is stored as layer num_layers + k - 1, with its own copies of embedding and
@@ -23,7 +23,7 @@ from deepseek_jax.config import ConfigError, ModelConfig
 from deepseek_jax.model import DeepSeekV3
 from kernels_pallas.constants import BLOCK
 
-NAMED = 4  # how many names an error spells out
+NAMED = 4  # how many names an error lists
 SCALE = "_scale_inv"  # suffix of the names of block scales
 PIECE = 16 * 2**20  # bytes of a matrix that are converted at once
 
@@ -32,26 +32,26 @@ class Transform(NamedTuple):
     """Between their matrix [out, in] and ours [in axes..., out axes...].
 
     inputs: how many axes of ours their `in` became; None: stored the same way.
-    rope: which of their rows RoPE rotates: the last R of each "head", or of the "matrix". A checkpoint of
-      `rope_interleave: false` has the first members of all pairs there, then the second ones; ours alternate.
+    rope: the rows that RoPE rotates: the last R of each "head", or of the "matrix". A checkpoint with `rope_interleave:
+      false` has the first members of all pairs there, then the second ones; ours alternate.
     """
 
     inputs: int | None = None
     rope: str | None = None
 
     def their_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape of their tensor, given that of ours."""
+        """The shape of their tensor, given ours."""
         if self.inputs is None:
             return tuple(shape)
         return math.prod(shape[self.inputs:]), math.prod(shape[:self.inputs])
 
     def unit(self, shape: tuple[int, ...]) -> int:
-        """How many of their rows belong together: a piece of whole units is a piece of ours along `axis`."""
+        """The number of their rows that belong together: a piece of complete units is a piece of ours along `axis`."""
         return 1 if self.inputs is None else math.prod(shape[self.inputs + 1:])
 
     @property
     def axis(self) -> int:
-        """The axis of ours that pieces of their rows line up along."""
+        """The axis of ours that corresponds to pieces of their rows."""
         return self.inputs or 0
 
     def piece_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -125,7 +125,7 @@ TABLE = (
     (LAYER + "hnorm.weight", "{mtp}/hidden_norm/scale", SAME, False),
     (LAYER + "shared_head.norm.weight", "{mtp}/norm/scale", SAME, False),
 )
-# Copies that an MTP module carries of what it shares with the main model. Optional; checked to be equal.
+# An MTP module's copies of the weights that it shares with the main model. Optional; checked to be equal.
 COPIES = (
     (LAYER + "embed_tokens.weight", "model.embed_tokens.weight"),
     (LAYER + "shared_head.head.weight", "lm_head.weight"),
@@ -133,7 +133,7 @@ COPIES = (
 
 
 class Entry(NamedTuple):
-    """One tensor of theirs and the slice of our leaf that it is."""
+    """One tensor of theirs and the slice of our leaf that it corresponds to."""
 
     name: str
     path: str  # of our leaf, such as "params/layers/ffn/gate"
@@ -141,11 +141,11 @@ class Entry(NamedTuple):
     slice_shape: tuple[int, ...]
     transform: Transform
     fp8: bool
-    copy_of: str | None = None  # their name of the original
+    copy_of: str | None = None  # their name for the original
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of their tensor."""
+        """The shape of their tensor."""
         return self.transform.their_shape(self.slice_shape)
 
     def steps(self, itemsize: int) -> int:
@@ -163,7 +163,7 @@ def leaves(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def _plain(cfg):
-    """The config without what changes no name and no shape."""
+    """The config without settings that change no name and no shape."""
     return dataclasses.replace(cfg, dtype="float32", remat="none", attention_block=8, index_warmup=False,
                                implementation="auto")
 
@@ -228,7 +228,7 @@ def _place(path, root):
 
 
 def _tensors(name, layer, path, stack, shape, transform, fp8):
-    """The entries of one row at one layer: one, or one an expert."""
+    """The entries of one row at one layer: one, or one per expert."""
     if "{expert}" not in name:
         name = name.format(layer=layer)
         return {name: Entry(name, path, stack, shape[len(stack):], transform, fp8)}

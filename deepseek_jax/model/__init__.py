@@ -1,4 +1,4 @@
-"""The network: Flax linen modules around pure functions, one idea a file."""
+"""The network: Flax linen modules around pure functions, one idea per file."""
 
 from deepseek_jax.model.transformer import BlockParts, DeepSeekV3
 from deepseek_jax.model.types import Output

@@ -1,7 +1,7 @@
 """Multi-head latent attention, training form (report section 2.1.1).
 
 Keys and values of all heads are up-projected from one normed latent c of kv_rank numbers per token; a single rotary
-key k_pe is shared by the heads. Queries come from a latent of their own. Only c and k_pe would ever be cached.
+key k_pe is shared by the heads. Queries come from a separate latent. Only c and k_pe need to be cached.
 
     q = [q_nope | rope(q_pe)]    k_h = [W_UK_h c | rope(k_pe)]    v_h = W_UV_h c    o = W_O softmax(scale q k) v
 """
@@ -23,13 +23,13 @@ from deepseek_jax.model.rope import rotate, softmax_scale
 from deepseek_jax.parallel.context import context_size
 from deepseek_jax.parallel.sharding import constrain
 
-HEADS_OUT, HEADS_IN = ("heads", None), (None, "heads")  # which dimension of a weight a mesh splits
+HEADS_OUT, HEADS_IN = ("heads", None), (None, "heads")  # the dimension of a weight that a mesh splits
 SPLIT = ("batch", None, "heads", None)
-LOGITS = "attention_logits"  # a collection: where it is mutable, each attention writes "largest" [H] into it
+LOGITS = "attention_logits"  # a collection: if it is mutable, each attention writes "largest" [H] into it
 
 
 class MLA(nn.Module):
-    """Multi-head latent attention; any module with this signature may take its place (see `transformer.BlockParts`)."""
+    """Multi-head latent attention; any module with this signature may replace it (see `transformer.BlockParts`)."""
 
     cfg: ModelConfig
 
@@ -40,7 +40,7 @@ class MLA(nn.Module):
         if context_size() > 1:
             q_BTHA, c_BTC, k_pe_BTR, _, kv_b_CHX = queries_latents(self, x_BTD, rope)
             latent_BTX = jnp.concatenate([c_BTC, k_pe_BTR], axis=-1)
-            # The config lets no adapters here.
+            # The config allows no adapters here.
             o_BTHV = ring_attention(cfg, functools.partial(_from_latents, cfg), q_BTHA, latent_BTX,
                                     cast(jax.Array, kv_b_CHX), segment_ids_BT)
         else:
@@ -55,9 +55,9 @@ class MLA(nn.Module):
 
 def queries_keys_values(module: nn.Module, x_BTD: jax.Array, rope: tuple[jax.Array, jax.Array],
                         ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
-    """q and k [B, T, H, N + R], v [B, T, H, V], and the normed query latent [B, T, Q] (None where there is none).
+    """q and k [B, T, H, N + R], v [B, T, H, V], and the normed query latent [B, T, Q] (None if there is none).
 
-    Declares in `module`, which is being called, the weights that they need.
+    Declares the weights that they need in `module`, which is being called.
     """
     cfg: ModelConfig = module.cfg  # pyright: ignore[reportAttributeAccessIssue]: of MLA and SparseMLA
     q_BTHA, c_BTC, k_pe_BTR, latent_BTQ, kv_b_CHX = queries_latents(module, x_BTD, rope)
@@ -66,7 +66,7 @@ def queries_keys_values(module: nn.Module, x_BTD: jax.Array, rope: tuple[jax.Arr
 
 def queries_latents(module: nn.Module, x_BTD: jax.Array, rope: tuple[jax.Array, jax.Array],
                     ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None, Weight]:
-    """What `project` returns, and W_UKV [C, H, N + V]. Of MLA's weights all but W_O are declared in `module`."""
+    """The results of `project`, and W_UKV [C, H, N + V]. Declares all of MLA's weights except W_O in `module`."""
     cfg: ModelConfig = module.cfg  # pyright: ignore[reportAttributeAccessIssue]: of MLA and SparseMLA
     D, H, Q, C = cfg.d_model, cfg.num_heads, cfg.q_rank, cfg.kv_rank
     N, R, V = cfg.nope_head_dim, cfg.rope_head_dim, cfg.v_head_dim
@@ -83,7 +83,7 @@ def queries_latents(module: nn.Module, x_BTD: jax.Array, rope: tuple[jax.Array, 
 
 def keys_values(cfg: ModelConfig, c_BTC: jax.Array, k_pe_BTR: jax.Array,
                 kv_b_CHX: Weight) -> tuple[jax.Array, jax.Array]:
-    """k [B, T, H, N + R] and v [B, T, H, V] of the normed latents c [B, T, C] and the rotated keys [B, T, R]."""
+    """k [B, T, H, N + R] and v [B, T, H, V] from the normed latents c [B, T, C] and the rotated keys [B, T, R]."""
     N = cfg.nope_head_dim
     kv_BTHX = constrain(linear(c_BTC, kv_b_CHX, cfg.fp8, names=HEADS_OUT), SPLIT)
     k_pe_BTHR = jnp.broadcast_to(k_pe_BTR[:, :, None], kv_BTHX.shape[:3] + k_pe_BTR.shape[-1:])
@@ -95,7 +95,7 @@ def _from_latents(cfg: ModelConfig, latent_BTX: jax.Array, kv_b_CHX: Weight) -> 
 
 
 def output(module: nn.Module, o_BTHV: jax.Array) -> jax.Array:
-    """What attention adds to the residual stream, [B, T, D]. Declares W_O in `module`."""
+    """The contribution of attention to the residual stream, [B, T, D]. Declares W_O in `module`."""
     cfg: ModelConfig = module.cfg  # pyright: ignore[reportAttributeAccessIssue]: of MLA and SparseMLA
     H, V, D = cfg.num_heads, cfg.v_head_dim, cfg.d_model
     return linear(o_BTHV.reshape(o_BTHV.shape[:2] + (H * V,)), with_flat_inputs(weight(module, "o", (H, V, D))),
@@ -106,14 +106,14 @@ def project(cfg: ModelConfig, x_BTD: jax.Array, rope: tuple[jax.Array, jax.Array
             q_norm: Callable[[jax.Array], jax.Array] | None,
             kv_norm: Callable[[jax.Array], jax.Array],
             ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
-    """What both forms of MLA start from.
+    """The projections that both forms of MLA start with.
 
     Args:
       w: the weights by name, "q" or "q_a" and "q_b", and "kv_a".
-      q_norm, kv_norm: RMSNorm of the query latent (not read where there is none) and of the key-value latent.
+      q_norm, kv_norm: RMSNorm of the query latent (not used if there is none) and of the key-value latent.
     Returns:
       queries [B, T, H, N + R], rotated; the normed latent c [B, T, C]; the rotated key k_pe [B, T, R] of all heads.
-      These two are what a cache holds. Last the normed query latent [B, T, Q]; None where there is none.
+      The latter two are cached. Last the normed query latent [B, T, Q]; None if there is none.
     """
     N, C = cfg.nope_head_dim, cfg.kv_rank
     if cfg.q_rank is None or q_norm is None:

@@ -1,7 +1,7 @@
-"""Causal attention in blocks, and the bridge to the device's own kernel: memory grows with T, not with T * T.
+"""Causal attention in blocks, and the bridge to the device's kernel: memory grows with T, not with T * T.
 
-The blockwise form is an online softmax over pairs of query and key blocks; its backward pass computes the scores again
-from each query's log-sum-exp. What a kernel can do it does instead, with the same residuals.
+The blockwise form is an online softmax over pairs of query and key blocks; its backward pass recomputes the scores from
+each query's log-sum-exp. If a kernel supports the inputs, it is used instead, with the same residuals.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ def attend(q_BTHA: jax.Array, k_BTHA: jax.Array, v_BTHV: jax.Array, segment_ids_
 
     Args:
       segment_ids_BT: int32, attention stays inside equal ids; None: one segment.
-      scale: of the scores, before the softmax (which is float32).
-      block: rows of queries and of keys whose scores exist at once. A kernel takes its own.
-      saved: "e5m6" rounds the output to the format that the backward pass saves it in.
-      implementation: "auto" takes the device's own kernel where it has one; "xla": never.
+      scale: factor on the scores, before the softmax (which is float32).
+      block: rows of queries and of keys whose scores exist at once. A kernel has its own block sizes.
+      saved: "e5m6" rounds the output to the format in which it is saved for the backward pass.
+      implementation: "auto" takes the device's kernel if there is one; "xla": never.
     Returns:
       [B, T, H, V] in the dtype of q.
     """
@@ -54,11 +54,11 @@ def attend(q_BTHA: jax.Array, k_BTHA: jax.Array, v_BTHV: jax.Array, segment_ids_
 
 
 def _kernel_here(q_BTHA, v_BTHV, saved):
-    """The device's own kernel for this attention, "hopper" or "tpu"; None where it has none for such heads."""
+    """The device's kernel for this attention, "hopper" or "tpu"; None if there is none for such heads."""
     if q_BTHA.dtype != jnp.bfloat16:
         return None
     heads, here = (q_BTHA.shape[-1], v_BTHV.shape[-1]), api.chosen_here("mla_attention")
-    # The TPU's keeps its own residuals, and stores values of whole vectors.
+    # The TPU kernel keeps its own residuals, and needs value dimensions that are multiples of a vector.
     runs = {"hopper": heads == KERNEL_HEADS, "tpu": saved is None and heads[1] % 128 == 0}
     return here if runs.get(here) else None
 
@@ -89,26 +89,27 @@ _by_kernel.defvjp(_by_kernel_fwd, _by_kernel_bwd)
 
 
 def save(o: jax.Array, lse: jax.Array, saved: str | None) -> tuple[jax.Array | fp8.E5M6, jax.Array]:
-    """What the backward pass saves of the output and of the log-sum-exps, under the name that remat "report" keeps."""
+    """The residuals of the output and the log-sum-exps for the backward pass, under the name that remat "report"
+    keeps."""
     output = fp8.to_e5m6(o) if saved == "e5m6" else o
     return jax.tree.map(lambda x: checkpoint_name(x, "attention"), (output, lse))
 
 
 def saved_output(output: jax.Array | fp8.E5M6, v: jax.Array) -> jax.Array:
-    """What `save` saved of an output, as an array like v: of its last dimension and dtype."""
+    """The output from the residuals of `save`, as an array with the last dimension and dtype of v."""
     return fp8.from_e5m6(output, v.shape[-1], v.dtype) if isinstance(output, fp8.E5M6) else output
 
 
 def causal_pairs(blocks: int) -> np.ndarray:
-    """int32 [pairs, 2]: every (query block, key block) with something to see, key blocks of a query in order."""
+    """int32 [pairs, 2]: every (query block, key block) that is not fully masked, key blocks of a query in order."""
     return np.array([(i, j) for i in range(blocks) for j in range(i + 1)], np.int32)
 
 
 class Blocks(NamedTuple):
-    """Which blocks of queries attend to which of keys.
+    """The pairs of query and key blocks that are computed.
 
-    size: rows of a block. pairs: int32 [pairs, 2], (query block, key block). causal: a key is seen by queries of its
-    own row and of later ones; else by all queries.
+    size: rows of a block. pairs: int32 [pairs, 2], (query block, key block). causal: a key is seen by the query in the
+    same row and by later ones; otherwise by all queries.
     """
 
     size: int
@@ -146,7 +147,7 @@ def _causal_blocks(q, block):
 
 
 def _both(segments):
-    """Ids of the queries and of the keys, which are the same."""
+    """Segment ids of the queries and of the keys, which are the same."""
     return None if segments is None else (segments, segments)
 
 
@@ -169,7 +170,7 @@ class Softmax(NamedTuple):
 
 
 def no_softmax(q: jax.Array, v: jax.Array) -> Softmax:
-    """That over no keys, of queries [B, H, T, A] and values [B, H, S, V]."""
+    """The initial state, without keys, for queries [B, H, T, A] and values [B, H, S, V]."""
     B, H, T, _ = q.shape
     f32 = wide(q.dtype)
     return Softmax(jnp.full((B, H, T), -jnp.inf, f32), jnp.zeros((B, H, T), f32),
@@ -178,7 +179,7 @@ def no_softmax(q: jax.Array, v: jax.Array) -> Softmax:
 
 def add_blocks(softmax: Softmax, q: jax.Array, k: jax.Array, v: jax.Array,
                segments: tuple[jax.Array, jax.Array] | None, scale: float, blocks: Blocks) -> Softmax:
-    """The softmax with the keys of `blocks` in addition.
+    """The softmax after adding the keys of `blocks`.
 
     Args:
       q [B, H, T, A], k [B, H, S, A], v [B, H, S, V]. segments: int32 ids of queries and keys, [B, T] and [B, S].
@@ -193,7 +194,7 @@ def add_blocks(softmax: Softmax, q: jax.Array, k: jax.Array, v: jax.Array,
         s = _scores(_part(qT, i, block, 3), _part(k, j, block, 2), segments, i, j, scale, causal)
         old_top = _part(top, i, block, 2)
         new_top = jnp.maximum(old_top, s.max(axis=2))
-        # A query may see nothing in the blocks so far: keep exp's argument finite.
+        # A query may see no keys in the blocks so far: keep exp's argument finite.
         base = jnp.where(jnp.isneginf(new_top), 0, new_top)
         p = jnp.exp(s - base[:, :, None])
         shrink = jnp.exp(old_top - base)
@@ -208,13 +209,13 @@ def add_blocks(softmax: Softmax, q: jax.Array, k: jax.Array, v: jax.Array,
 
 def largest_logits(q_BTHA: jax.Array, k_BTHA: jax.Array, segment_ids_BT: jax.Array | None, scale: float,
                    block: int) -> jax.Array:
-    """float32 [H]: of each head the largest score that `attend` takes a softmax of, over the batch; no gradient.
+    """float32 [H]: for each head the largest score in the softmax of `attend`, over the batch; no gradient.
 
-    A product of its own, as kernels do not return it: a block of scores at once, as in `attend`.
+    It is a separate product, since kernels do not return it: one block of scores at a time, as in `attend`.
     """
     block = min(block, q_BTHA.shape[1])
     pad = ((0, 0), (0, -q_BTHA.shape[1] % block))
-    # The last row again adds no score that is not there already.
+    # Padding with copies of the last row adds no new scores.
     q, k = (lax.stop_gradient(jnp.pad(x, (*pad, (0, 0), (0, 0)), mode="edge")).swapaxes(1, 2) for x in (q_BTHA, k_BTHA))
     segments = None if segment_ids_BT is None else _both(jnp.pad(segment_ids_BT, pad, mode="edge"))
     qT, (_, pairs, causal) = transpose(q), _causal_blocks(q, block)
@@ -228,8 +229,8 @@ def largest_logits(q_BTHA: jax.Array, k_BTHA: jax.Array, segment_ids_BT: jax.Arr
 
 
 class Queries(NamedTuple):
-    """What gradients need of queries: q [B, H, T, A]; of their output the gradient [B, H, T, V]; the log-sum-exp, and
-    delta, the product of output and gradient, [B, H, T]."""
+    """The queries' arrays for gradients: q [B, H, T, A]; the gradient of their output [B, H, T, V]; the log-sum-exp,
+    and delta, the product of output and gradient, [B, H, T]."""
 
     q: jax.Array
     do: jax.Array
@@ -238,7 +239,7 @@ class Queries(NamedTuple):
 
 
 def queries(q: jax.Array, o: jax.Array, do: jax.Array, lse: jax.Array) -> Queries:
-    """All [B, H, T, ...]; o: what the forward pass returned."""
+    """All [B, H, T, ...]; o: the output of the forward pass."""
     f32, do = wide(q.dtype), row_major(do)
     return Queries(q, do, lse, jnp.sum(do.astype(f32) * o.astype(f32), axis=-1))
 
@@ -252,14 +253,15 @@ def _attend_bwd(scale, block, saved, residuals, do):
 
 
 def query_gradient(dqT: jax.Array, dtype: Any) -> jax.Array:
-    """[B, H, A, T], as `gradients` adds it up, as [B, H, T, A]."""
-    # The barrier keeps XLA:CPU from folding the transpose into a bfloat16 product that it then cannot run.
+    """The transpose of [B, H, A, T], the layout in which `gradients` accumulates, to [B, H, T, A]."""
+    # The barrier keeps XLA:CPU from folding the transpose into a bfloat16 product that it cannot run.
     return transpose(lax.optimization_barrier(dqT)).astype(dtype)
 
 
 def gradients(dqT: jax.Array, of: Queries, k: jax.Array, v: jax.Array, segments: tuple[jax.Array, jax.Array] | None,
               scale: float, blocks: Blocks) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """dqT [B, H, A, T] with what `blocks` add to it, float32; dk and dv of these blocks alone, in the dtype of k.
+    """dqT [B, H, A, T] after adding the contribution of `blocks`, float32; dk and dv of these blocks only, in k's
+    dtype.
 
     Arguments as in `add_blocks`.
     """

@@ -1,4 +1,4 @@
-"""DeepSeekMoE (report section 2.1.2): many small routed experts, and a shared one that every token visits.
+"""DeepSeekMoE (report section 2.1.2): many small routed experts, and a shared one that every token uses.
 
     h = shared(u) + sum over chosen experts of gate_i * FFN_i(u)
 
@@ -39,8 +39,8 @@ def routed_experts(x_ND: jax.Array, chosen_NK: jax.Array, gates_NK: jax.Array, w
                    implementation: str = "auto", recipe: FP8Config | None = None) -> jax.Array:
     """sum over k of gates[n, k] * FFN of chosen[n, k], [N, D]: exact for every routing, however skewed.
 
-    implementation: "auto", "xla", or one of `grouped_matmul.IMPLEMENTATIONS`. `recipe`, where it is enabled: the
-    products run in FP8 (and `implementation` is the recipe's).
+    implementation: "auto", "xla", or one of `grouped_matmul.IMPLEMENTATIONS`. `recipe`: if it is enabled, the products
+    run in FP8 (and `implementation` is the recipe's).
     """
     E = weights.gate_EDF.shape[0]
     name, align = _how(implementation, recipe, chosen_NK.size, E)
@@ -49,7 +49,7 @@ def routed_experts(x_ND: jax.Array, chosen_NK: jax.Array, gates_NK: jax.Array, w
 
 
 def _how(implementation, recipe, rows, num_experts):
-    """The implementation of the products, and what groups of rows are aligned to."""
+    """The implementation of the products, and the alignment of groups of rows."""
     name = implementation_here(implementation)
     if recipe is not None and recipe.enabled:
         return name, fp8.GROUP_ALIGNMENT
@@ -58,7 +58,7 @@ def _how(implementation, recipe, rows, num_experts):
 
 def _ffn(x_ND, gates_NK, p: Permutation, weights: ExpertWeights, align, name, recipe):
     if recipe is not None and recipe.enabled:
-        # The config lets no adapters into FP8.
+        # The config allows no adapters with FP8.
         gate_EFD, up_EFD, down_EDF = (jnp.swapaxes(cast(jax.Array, w), 1, 2) for w in weights)
         y_RD = fp8.swiglu_ffn(to_rows(x_ND, p), gate_EFD, up_EFD, down_EDF, recipe, p.sizes_E)
         return combine(y_RD, gates_NK, p)
@@ -72,30 +72,30 @@ def _ffn(x_ND, gates_NK, p: Permutation, weights: ExpertWeights, align, name, re
 def resident_experts(x_ND: jax.Array, id_NK: jax.Array, gates_NK: jax.Array, weights: ExpertWeights, even: int,
                      capacity: float | None = None, implementation: str = "auto",
                      recipe: FP8Config | None = None) -> tuple[jax.Array, jax.Array]:
-    """The gated sum over those of a row's experts that are on this device, and how many choices that was.
+    """The gated sum over those of a row's experts that are on this device, and the number of choices computed.
 
     Args:
-      x_ND: rows that were sent here, whatever number of them came.
+      x_ND: the receive buffer of rows, of which any number may be filled.
       id_NK: int32, counted from 1 among the experts here; 0: none.
-      even: choices that come if all loads are even: tiles are made for it.
-      capacity: of `even`, what there is room for; later choices are dropped. None: for all that could come.
+      even: choices that arrive if all loads are even; it determines the tile size.
+      capacity: room as a multiple of `even`; later choices are dropped. None: room for all that could arrive.
     """
     E = weights.gate_EDF.shape[0]
     name, align = _how(implementation, recipe, even, E)
-    # A row has at most as many choices here as there are experts here: those first, the rest cut off.
+    # A row has at most as many choices here as there are experts here: these are moved to the front, the rest cut off.
     K = min(id_NK.shape[1], E)
     order_NK = jnp.argsort(id_NK == 0, axis=1, stable=True)[:, :K]
     id_NK, gates_NK = (jnp.take_along_axis(x, order_NK, axis=1) for x in (id_NK, gates_NK))
     room = id_NK.size if capacity is None else min(id_NK.size, math.ceil(capacity * even))
-    # Choices of experts elsewhere form a last group, which is cut off.
+    # Choices of experts on other devices form a last group, which is cut off.
     permutation = sort_by_expert(jnp.where(id_NK > 0, id_NK - 1, E), E + 1, align)
     permutation, computed = truncate(permutation, id_NK, align, room + E * (align - 1))
     return _ffn(x_ND, gates_NK, permutation, weights, align, name, recipe), computed
 
 
-# Values in E4M3, a token's 128 channels sharing a power of two (report section 3.3.3), of which the exponent travels
-# and is saved: dispatched tokens going forward, gradients of the experts' outputs going back. Doing it again at the
-# next hop changes nothing.
+# Values in E4M3, with a power-of-two scale for every 128 channels of a token (report section 3.3.3), whose exponent is
+# sent and saved: for dispatched tokens in the forward pass, for gradients of the experts' outputs in the backward pass.
+# Quantizing again at the next hop changes nothing.
 def _encode(x_RD):
     q = fp8.quantize_tiles(x_RD, scale="power_of_two")
     return q.values, fp8.exponents_of(q.scales)
@@ -115,9 +115,9 @@ class MoE(nn.Module):
     @nn.compact
     def __call__(self, x_BTD: jax.Array, bias_E: jax.Array | None,
                  context: TokenContext | None = None) -> tuple[jax.Array, RoutingStats]:
-        """x_BTD: normed hidden states. Returns the output [B, T, D] and what routing did.
+        """x_BTD: normed hidden states. Returns the output [B, T, D] and routing statistics.
 
-        `context` may be left out for rules that read hidden states alone, as the report's does.
+        `context` may be omitted for rules that read only hidden states, such as the report's.
         """
         cfg = self.cfg
         B, T, D = x_BTD.shape
@@ -146,10 +146,10 @@ class MoE(nn.Module):
     def _dispatched(self, x_ND, routing: Routing, weights: ExpertWeights):
         """The same sum, by experts on other devices."""
         cfg, mesh = self.cfg, self.mesh
-        even = routing.chosen_NK.size // (data_shards() * mesh.tensor)  # of one device: `here` runs in a shard_map
+        even = routing.chosen_NK.size // (data_shards() * mesh.tensor)  # per device: `here` runs in a shard_map
 
         def here(x_RD, id_RK, gates_RK, weights):
-            if mesh.nodes * mesh.local == 1 and (mesh.capacity is None or mesh.capacity >= 1):  # all are here
+            if mesh.nodes * mesh.local == 1 and (mesh.capacity is None or mesh.capacity >= 1):  # all experts are here
                 return (routed_experts(x_RD, id_RK - 1, gates_RK, weights, cfg.implementation, cfg.fp8),
                         jnp.int32(id_RK.size))
             return resident_experts(x_RD, id_RK, gates_RK, weights, even, mesh.capacity, cfg.implementation, cfg.fp8)

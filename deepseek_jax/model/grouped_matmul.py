@@ -1,4 +1,4 @@
-"""Grouped products: each expert's rows by its own weights (report section 2.1.2), in four implementations.
+"""Grouped products of each expert's rows with its own weights (report section 2.1.2), in four implementations.
 
     y[r] = x[r] @ w[expert of r]     "reference": the oracle    "cpu": equal groups or tiles    "ragged": the device's
                                      own kernel, or lax.ragged_dot    "xla": lax.ragged_dot
@@ -18,7 +18,8 @@ from kernels_pallas import api
 
 
 def row_alignment(implementation: str, rows: int, num_experts: int) -> int:
-    """Rows that an expert's group must be a multiple of: up to half of the mean load, so that 1.5 of it is room."""
+    """The number of rows that an expert's group is padded to a multiple of: at most half of the mean load, so that
+    groups have room for 1.5 times the mean."""
     if implementation != "cpu":
         return 1
     half = max(rows // num_experts // 2, 1)
@@ -26,7 +27,7 @@ def row_alignment(implementation: str, rows: int, num_experts: int) -> int:
 
 
 def _reference(x_RD, w_EDF, sizes_E, align):
-    """Every row by every expert, with all but its own masked. The oracle: E times the work."""
+    """Every row by every expert, with all except its own masked. The oracle: E times the work."""
     row_R1 = jnp.arange(x_RD.shape[0])[:, None]
     end_1E = jnp.cumsum(sizes_E)[None]
     mine_RE = (row_R1 < end_1E) & (row_R1 >= end_1E - sizes_E[None])
@@ -56,10 +57,10 @@ _ragged.defvjp(_ragged_fwd, _ragged_bwd)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _batched(x_RD, w_EDF, sizes_E, align):
-    """A batched product over experts where all have the same number of rows, otherwise over equal tiles of rows.
+    """A batched product over experts if all have the same number of rows, otherwise over equal tiles of rows.
 
-    XLA:CPU has no fast ragged product. Tiles are exact and indifferent to skew, each with a copy of its expert's
-    weights; the first form needs no copy, and nearly balanced loads are what training has.
+    XLA:CPU has no fast ragged product. Tiles are exact and not affected by skew, but each needs a copy of its expert's
+    weights; the first form needs no copies, and loads in training are nearly balanced.
     """
     def product(x_TMD, w_TDF, expert_T):
         return matmul(x_TMD, w_TDF).reshape(x_RD.shape[0], -1)
@@ -104,7 +105,8 @@ def _by_expert_or_tile(product, sizes_E, align, rows, w_EXY):
 
 
 def _expert_of_tile(sizes_E, align, tiles):
-    """Tiles past the last group go to the last expert: their rows are zero, and so are their products."""
+    """The expert of each tile. Tiles after the last group use the last expert: their rows are zero, and so are the
+    products."""
     end_E = jnp.cumsum(sizes_E) // align
     return jnp.minimum(jnp.searchsorted(end_E, jnp.arange(tiles), side="right"), sizes_E.shape[0] - 1)
 
@@ -114,8 +116,8 @@ IMPLEMENTATIONS = {"reference": _reference, "cpu": _batched, "ragged": _ragged,
 
 
 def implementation_here(asked: str = "auto") -> str:
-    """Which of IMPLEMENTATIONS that is on the devices a program is made for: "auto" and "xla" are tiles on a CPU, and a
-    ragged product elsewhere."""
+    """The member of IMPLEMENTATIONS for the devices that a program is compiled for: "auto" and "xla" mean tiles on a
+    CPU, and a ragged product elsewhere."""
     if asked in ("auto", "xla") and api.device_here().platform == "cpu":
         return "cpu"
     return "ragged" if asked == "auto" else asked
@@ -126,11 +128,11 @@ def grouped_matmul(x_RD: jax.Array, w_EDF: Weight, sizes_E: jax.Array, align: in
     """Multiplies each expert's rows by its weights: y[r] = x[r] @ w[expert of r].
 
     Args:
-      x_RD: rows sorted by expert, empty rows zero, as `permute.to_rows` makes them.
+      x_RD: rows sorted by expert, empty rows zero, as from `permute.to_rows`.
       w_EDF: the experts' weights, float32 masters: the product runs in x's dtype, their gradient stays float32. A
-        LowRank has adapters of each expert, Blocks are frozen.
-      sizes_E: int32, rows of each expert, multiples of `align`; rows past their sum give zero.
-      align: what the groups are aligned to. "cpu" makes tiles of that many rows.
+        LowRank has adapters for each expert; Blocks are frozen.
+      sizes_E: int32, rows of each expert, multiples of `align`; rows after their sum give zero.
+      align: alignment of the groups. "cpu" makes tiles of that many rows.
       implementation: "auto", or one of IMPLEMENTATIONS.
     Returns:
       [R, F] in the dtype of x, accumulated in float32.

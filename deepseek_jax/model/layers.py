@@ -1,4 +1,4 @@
-"""What every block is made of: RMSNorm, the linear product, SwiGLU, the dense feed-forward network.
+"""The components of every block: RMSNorm, the linear product, SwiGLU, the dense feed-forward network.
 
 Parameters are float32 masters of shape [in, out]; products run in `cfg.dtype` and accumulate in float32; norms and
 softmaxes run in float32. With x64 enabled and dtype float64 all of them are float64.
@@ -22,11 +22,11 @@ from deepseek_jax.config import FP8Config, ModelConfig
 from deepseek_jax.config.model import RECOMPUTABLE
 from deepseek_jax.parallel.sharding import constrain
 
-# What is saved for the backward pass under remat="report" (report section 3.2.3): the residual stream, the compressed
-# latents, the attention output, the scores, what arrived at the experts and the inputs of SwiGLU. Norms, MLA
-# up-projections and SwiGLU are recomputed; so are the experts' outputs, which only the gradient of the gates needs.
-# Names in the place of "report" recompute some of these too (`config.model.RECOMPUTABLE`). Which token goes where is
-# small and saved with all of these: to find it out again takes an exchange of sizes.
+# The values saved for the backward pass under remat="report" (report section 3.2.3): the residual stream, the
+# compressed latents, the attention output, the scores, the rows received by the experts and the inputs of SwiGLU.
+# Norms, MLA up-projections and SwiGLU are recomputed; so are the experts' outputs, which only the gradient of the gates
+# needs. Names instead of "report" recompute some of these too (`config.model.RECOMPUTABLE`). The plan of dispatch is
+# small and always saved: recomputing it would take an exchange of sizes.
 SAVED_NAMES = (*RECOMPUTABLE.values(), "hops")
 
 
@@ -36,7 +36,7 @@ def save_ffn_input(x: jax.Array) -> jax.Array:
 
 
 def wide(dtype: Any) -> jnp.dtype:
-    """The accumulation dtype that belongs to `dtype`: float32, or float64 for float64."""
+    """The accumulation dtype for `dtype`: float32, or float64 for float64."""
     return jnp.promote_types(dtype, jnp.float32)
 
 
@@ -53,12 +53,13 @@ def row_major(x: jax.Array) -> jax.Array:
 
 
 def transpose(x: jax.Array) -> jax.Array:
-    """[..., M, N] -> [..., N, M], in memory where that pays."""
+    """[..., M, N] -> [..., N, M], copied in memory if that is faster."""
     return row_major(jnp.swapaxes(x, -1, -2))
 
 
 def matmul(a: jax.Array, b: jax.Array, dtype: Any = None) -> jax.Array:
-    """[..., M, K] by [..., K, N] -> [..., M, N] in `dtype` (default: that of `a`), summed wide and rounded once."""
+    """[..., M, K] by [..., K, N] -> [..., M, N] in `dtype` (default: that of `a`), accumulated wide and rounded
+    once."""
     return jnp.matmul(a, b, preferred_element_type=dtype or a.dtype)
 
 
@@ -82,10 +83,10 @@ _linear.defvjp(_linear_fwd, _linear_bwd)
 
 
 class LowRank(NamedTuple):
-    """A weight and a product of low rank that is added to it, never made: x W + (x A) B (arXiv 2106.09685).
+    """A weight and a low-rank product added to it, which is never materialized: x W + (x A) B (arXiv 2106.09685).
 
-    w_IO [..., I, ..., O, ...]: any weight here, after the axes of layers and experts. a_IR, b_RO: its adapters, with
-    the same leading axes. Parameters hold one in the place of a weight (`model.lora.attach`).
+    w_IO [..., I, ..., O, ...]: any weight, after the axes of layers and experts. a_IR, b_RO: its adapters, with the
+    same leading axes. It replaces a weight in the parameters (`model.lora.attach`).
     """
 
     w_IO: jax.Array | fp8.Blocks
@@ -101,7 +102,7 @@ Weight = jax.Array | fp8.Blocks | LowRank
 
 
 def with_frozen(product: Callable[[jax.Array, jax.Array], jax.Array], x: jax.Array, w: fp8.Blocks) -> jax.Array:
-    """product(x, w), for which w is dequantized into x's dtype, and again in the backward pass: only FP8 is kept.
+    """product(x, w) with w dequantized to x's dtype, again in the backward pass: only the FP8 values are kept.
 
     Args:
       product: such as `linear`; x [..., I] and w [I, ...] in x's dtype -> [..., ...].
@@ -113,8 +114,8 @@ def linear(x: jax.Array, w: Weight, recipe: FP8Config | None = None, saved: str 
            names: tuple[str | None, str | None] = (None, None)) -> jax.Array:
     """x[..., I] by w[I, ...] -> [..., ...] in x's dtype. The weight's gradient has the weight's dtype.
 
-    `recipe`, where it is enabled: the products run in FP8, `saved` is what the backward pass saves of x, and `names`
-    are those of the dimensions of the output and of I (see `fp8.linear`).
+    `recipe`: if it is enabled, the products run in FP8, `saved` is the format in which x is saved for the backward
+    pass, and `names` are those of the dimensions of the output and of I (see `fp8.linear`).
     """
     if isinstance(w, LowRank):
         return linear(x, w.w_IO, recipe, saved, names) + linear(linear(x, w.a_IR), w.b_RO)
@@ -129,7 +130,7 @@ def linear(x: jax.Array, w: Weight, recipe: FP8Config | None = None, saved: str 
 
 
 def add_up(terms: Iterable[jax.Array]) -> jax.Array:
-    """The sum of one or more arrays of one shape and dtype, in their order."""
+    """The sum of one or more arrays of the same shape and dtype, in their order."""
     return functools.reduce(operator.add, terms)
 
 
@@ -171,7 +172,7 @@ def ffn(x_BTD: jax.Array, gate_DF: jax.Array, up_DF: jax.Array, down_FD: jax.Arr
 
 
 def with_flat_inputs(w_XYO: Weight) -> Any:
-    """A weight [X, Y, ...] with two axes of inputs, as [X Y, ...] with a single one."""
+    """A weight [X, Y, ...] with two input axes, reshaped to [X Y, ...] with a single one."""
     if isinstance(w_XYO, LowRank):
         return w_XYO._replace(w_IO=with_flat_inputs(w_XYO.w_IO), a_IR=with_flat_inputs(w_XYO.a_IR))
     if isinstance(w_XYO, fp8.Blocks):
@@ -180,8 +181,8 @@ def with_flat_inputs(w_XYO: Weight) -> Any:
 
 
 def weight(module: Any, name: str, shape: tuple[int, ...]) -> Any:
-    """Declares a normal(0, init_std) weight, float32 (float64 for a float64 model). A LowRank or Blocks in its place is
-    taken."""
+    """Declares a normal(0, init_std) weight, float32 (float64 for a float64 model). Also accepts a LowRank or Blocks in
+    its place."""
     if isinstance(held := module.get_variable("params", name), LowRank | fp8.Blocks):
         return held
     init = nn.initializers.normal(module.cfg.init_std)
@@ -189,7 +190,7 @@ def weight(module: Any, name: str, shape: tuple[int, ...]) -> Any:
 
 
 class RMSNorm(nn.Module):
-    """Declares the scale of `rms_norm`. eps: None: that of the config."""
+    """Declares the scale of `rms_norm`. eps: None: the config's."""
 
     cfg: ModelConfig
     eps: float | None = None

@@ -1,10 +1,10 @@
-"""Low-rank adapters (arXiv 2106.09685): a frozen base, and next to its weights two thin matrices that are trained.
+"""Low-rank adapters (arXiv 2106.09685): a frozen base, and two trained low-rank matrices for each adapted weight.
 
-    y = x W + alpha / rank * (x A) B        B = 0 at the start, where the model is its base
+    y = x W + alpha / rank * (x A) B        B = 0 at the start, so the model equals its base
 
 Adapters are a tree that mirrors `params`, with {"a", "b"} at each adapted weight: attention's projections, dense
-feed-forward networks, shared and routed experts (adapters of each), those of MTP modules included. Merging them is
-`checkpoint.adapters`' business: here W and A B are never added.
+feed-forward networks, shared and routed experts (adapters for each), including those of MTP modules.
+`checkpoint.adapters` merges them: here W and A B are never added.
 
 I and O are a weight's axes of inputs and outputs, R is the rank.
 """
@@ -20,13 +20,13 @@ import jax.numpy as jnp
 from deepseek_jax.config import LoraConfig, ModelConfig
 from deepseek_jax.model.layers import LowRank, wide
 
-# How many axes of inputs and of outputs a weight has; those before them are layers and experts.
+# The number of input and output axes of a weight; the axes before them are layers and experts.
 ATTENTION = {"q": (1, 2), "q_a": (1, 1), "q_b": (1, 2), "kv_a": (1, 1), "kv_b": (1, 2), "o": (2, 1)}
 FEED_FORWARD = {"gate": (1, 1), "up": (1, 1), "down": (1, 1)}
 
 
 def axes_of(cfg: LoraConfig, path: tuple[str, ...]) -> tuple[int, int] | None:
-    """The axes of inputs and outputs of the parameter at `path` of the tree; None: it gets no adapters."""
+    """The numbers of input and output axes of the parameter at `path` of the tree; None: it gets no adapters."""
     if path[-2:-1] == ("attention",) and cfg.targets != "experts":
         return ATTENTION.get(path[-1])
     if path[-2:-1] in (("ffn",), ("shared",)) and cfg.targets != "attention":
@@ -35,12 +35,12 @@ def axes_of(cfg: LoraConfig, path: tuple[str, ...]) -> tuple[int, int] | None:
 
 
 def fresh(cfg: LoraConfig, key: jax.Array, params: dict[str, Any]) -> dict[str, Any]:
-    """Adapters at the start: A normal, so that x A is as large as x, and B = 0. float32 (float64 for such a model).
+    """Initial adapters: A is normal, so that x A has the size of x, and B = 0. float32 (float64 for a float64 model).
 
     Args:
       key: of the random numbers. params: of the model, or their shapes.
     Returns:
-      A tree like params, of the adapted weights alone: {"a": [..., I, rank], "b": [..., rank, O]} in their places.
+      A tree like params with only the adapted weights: {"a": [..., I, rank], "b": [..., rank, O]} in their places.
     """
     rank, adapters = cfg.rank, {}
     assert rank is not None
@@ -61,7 +61,7 @@ def fresh(cfg: LoraConfig, key: jax.Array, params: dict[str, Any]) -> dict[str, 
 
 
 def attach(cfg: LoraConfig, base: Any, adapters: Any) -> Any:
-    """Parameters that the model takes: those of the base, with a LowRank in the place of each adapted weight."""
+    """The model's parameters: those of the base, with a LowRank instead of each adapted weight."""
     if not adapters:
         return base
     if not isinstance(base, dict):
@@ -70,7 +70,7 @@ def attach(cfg: LoraConfig, base: Any, adapters: Any) -> Any:
 
 
 def held(cfg: ModelConfig, path: tuple[str, ...], dtype: Any) -> jnp.dtype:
-    """What a frozen parameter is kept in: the dtype that the model computes with, which for norms, the router's weights
-    and the head of a reward model is their own."""
+    """The dtype of a frozen parameter: the one that the model computes with, except for norms, the router's weights and
+    the head of a reward model, which keep theirs."""
     own = path[-1] in ("scale", "reward_head") or path[-2:] == ("router", "weight")
     return jnp.dtype(dtype if own else cfg.dtype)

@@ -21,7 +21,7 @@ from deepseek_jax.model.types import BlockStats, TokenContext
 
 
 class MTPModule(nn.Module):
-    """One depth. `block` makes its transformer block."""
+    """One MTP module. `block` makes its transformer block."""
 
     cfg: ModelConfig
     block: Callable[..., nn.Module]
@@ -29,7 +29,7 @@ class MTPModule(nn.Module):
     @nn.compact
     def __call__(self, hidden_BTD: jax.Array, ahead_BTD: jax.Array, bias_E: jax.Array | None,
                  context: TokenContext) -> tuple[jax.Array, BlockStats]:
-        """Takes h_{k-1} and the embeddings of the tokens k ahead; returns h_k and what the block reports."""
+        """Takes h_{k-1} and the embeddings of the tokens k ahead; returns h_k and the block's statistics."""
         cfg = self.cfg
         embedding_norm, hidden_norm = RMSNorm(cfg, name="embedding_norm"), RMSNorm(cfg, name="hidden_norm")
         projection = weight(self, "projection", (2 * cfg.d_model, cfg.d_model))
@@ -40,5 +40,5 @@ class MTPModule(nn.Module):
 
 
 def ahead(x_BT: jax.Array, k: int) -> jax.Array:
-    """x[:, i + k] at position i of complete sequences. The last k positions hold what the loss must mask out."""
+    """x[:, i + k] at position i of complete sequences. The loss must mask the last k positions."""
     return jnp.roll(x_BT, -k, axis=1)

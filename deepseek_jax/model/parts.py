@@ -1,4 +1,4 @@
-"""Tries the parts that a config names (routing rule, attention, bias rule) on shapes alone, before any data is read."""
+"""Traces the user's own parts in a config (routing rule, attention, bias rule) abstractly, before any data is read."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from deepseek_jax.model.transformer import DeepSeekV3, block_parts
 
 
 def check_parts(cfg: ModelConfig, balance: BalanceConfig | None = None) -> None:
-    """Traces a model, and a step of the biases, with parts of the user's own.
+    """Traces a model, and a step of the biases, with the user's own parts.
 
     Raises:
-      ConfigError: a part that is not there, fails, or returns something else than it should.
+      ConfigError: a part that does not exist, fails, or returns the wrong result.
     """
     routing_rule(cfg)
     block_parts(cfg)
@@ -44,7 +44,7 @@ def _check_bias_rule(cfg: ModelConfig, balance: BalanceConfig):
 
 @contextlib.contextmanager
 def _blamed(part: str):
-    """Makes whatever the part raises one line that names it."""
+    """Turns any exception of the part into one line that names it."""
     try:
         yield
     except ConfigError:

@@ -1,4 +1,4 @@
-"""Sorting token choices by expert, and back (report section 2.1.2): the permutation around the experts' products.
+"""Sorts token choices by expert, and back (report section 2.1.2): the permutation around the experts' products.
 
 N tokens make N * K choices. They are sorted by expert into R rows, and an expert's group of rows begins at a multiple
 of `align`. Both directions are gathers: the gradient of a permutation is the inverse permutation, not a scatter.
@@ -16,11 +16,11 @@ from deepseek_jax.model.router import count_choices
 
 
 class Permutation(NamedTuple):
-    """Which row each choice goes to. R rows hold the N*K choices sorted by expert."""
+    """The row of each choice. R rows hold the N*K choices sorted by expert."""
 
-    choice_R: jax.Array  # int32: the choice n * K + k in this row; N * K where the row is empty
+    choice_R: jax.Array  # int32: the choice n * K + k in this row; N * K if the row is empty
     row_NK: jax.Array  # int32: the row of each choice
-    sizes_E: jax.Array  # int32: rows of each expert, empty ones included: multiples of `align`
+    sizes_E: jax.Array  # int32: rows of each expert, including empty ones: multiples of `align`
 
 
 def sort_by_expert(chosen_NK: jax.Array, num_experts: int, align: int = 1, even: bool = False) -> Permutation:
@@ -38,7 +38,7 @@ def sort_by_expert(chosen_NK: jax.Array, num_experts: int, align: int = 1, even:
         sizes_E = jnp.where(counts_E.max() <= room, room, sizes_E)
     start_E, end_E = jnp.cumsum(counts_E) - counts_E, jnp.cumsum(sizes_E)
     row = jnp.arange(rows, dtype=jnp.int32)
-    # Unrolled: an XLA loop would keep a GPU waiting for the host before every product of experts.
+    # Unrolled: with an XLA loop a GPU would wait for the host before every product of experts.
     expert_R = jnp.searchsorted(end_E, row, side="right", method="scan_unrolled")
     expert_R = jnp.minimum(expert_R, num_experts - 1).astype(jnp.int32)
     rank_R = row - (end_E - sizes_E)[expert_R]
@@ -52,12 +52,12 @@ def sort_by_expert(chosen_NK: jax.Array, num_experts: int, align: int = 1, even:
 
 
 def round_up(n: Any, multiple: int) -> Any:
-    """The next multiple, of a number or of each element of an array."""
+    """The next multiple of `align`, for a number or for each element of an array."""
     return -(-n // multiple) * multiple
 
 
 def _rows(x_RD, index_N):
-    """x[index], with zeros where the index is past the end."""
+    """x[index], with zeros if the index is past the end."""
     return x_RD.at[index_N].get(mode="fill", fill_value=0)
 
 
@@ -69,7 +69,7 @@ def to_rows(x_ND: jax.Array, permutation: Permutation) -> jax.Array:
 
 def _to_rows_bwd(permutation, dx_RD):
     dtype = wide(dx_RD.dtype)
-    # One term a choice instead of a sum over an [N, K, D] array: XLA fuses the gathers.
+    # One term per choice instead of a sum over an [N, K, D] array: XLA fuses the gathers.
     dx_ND = add_up(dx_RD[row_N].astype(dtype) for row_N in permutation.row_NK.T)
     return dx_ND.astype(dx_RD.dtype), None
 
@@ -103,13 +103,13 @@ combine.defvjp(_combine_fwd, _combine_bwd)
 
 
 def truncate(p: Permutation, id_NK: jax.Array, align: int, room: int) -> tuple[Permutation, jax.Array]:
-    """Cuts a permutation, whose last group holds choices that have no expert here, down to `room` rows.
+    """Cuts a permutation, whose last group holds choices of experts on other devices, down to `room` rows.
 
     Args:
       id_NK: int32, counted from 1 among the experts here; 0: none.
     Returns:
-      The permutation, and int32 how many choices of experts here it keeps. Those that it drops point at the last row,
-      which is empty: zero goes in and zero comes out.
+      The permutation, and int32 the number of choices of experts here that it keeps. Dropped choices point to the last
+      row, which is empty, so their input and output are zero.
     """
     rows = (-(-room // align) + 1) * align
     end_E = jnp.minimum(jnp.cumsum(p.sizes_E[:-1]), rows - align)

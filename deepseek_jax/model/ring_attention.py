@@ -1,14 +1,14 @@
 """Causal attention over sequences that are split over devices (`parallel.context`): ring attention over MLA's latents.
 
-Each device keeps its queries. Around the ring travel the latents [c | k_pe] of the others, kv_rank + rope_head_dim
-numbers a token, and not the keys and values of its heads, which are num_heads * (A + V) numbers; each device makes
-those of the part that has arrived, adds it to an online softmax, and forgets it. The backward pass sends the latents
-around again, and after them their gradients, which arrive at home with what every device has added.
+Each device keeps its queries. The latents [c | k_pe] are sent around the ring, kv_rank + rope_head_dim numbers per
+token, instead of the heads' keys and values, which are num_heads * (A + V) numbers. Each device computes the keys and
+values of the part that has arrived, adds them to an online softmax, and discards them. The backward pass sends the
+latents around again, followed by their gradients, which return to their owner with the contributions of all devices.
 
     hop 0: the own part, causal    then, of what comes from before: its first half, seen by all queries
                                          of what comes from after: all of it, seen by the second half of the queries
 
-so that all devices have the same pairs of blocks in every hop.
+so all devices compute the same number of block pairs in every hop.
 """
 
 from __future__ import annotations
@@ -49,11 +49,11 @@ ROWS, UP = spec("batch", None, None), spec(None, "heads", None)
 
 def ring_attention(cfg: ModelConfig, up: Up, q_BTHA: jax.Array, latent_BTX: jax.Array, w_CHX: jax.Array,
                    segment_ids_BT: jax.Array | None) -> jax.Array:
-    """What `blockwise.attend` returns for the complete sequences, [B, T, H, V]: the parts of each device.
+    """The result of `blockwise.attend` for the complete sequences, [B, T, H, V]: the parts of each device.
 
     Args:
       q_BTHA, latent_BTX, segment_ids_BT: parts, as `parallel.context.in_parts` cuts them.
-      up: makes keys and values.
+      up: computes keys and values.
     """
     return _ring(cfg, up, q_BTHA, latent_BTX, w_CHX, segment_ids_BT)
 
@@ -95,9 +95,9 @@ def _forward(cfg, up, q_BTHA, latent_BTX, w, segments):
     return o.swapaxes(1, 2), lse
 
 
-# The residuals of the forward pass, one by one, and the gradient.
+# The residuals of the forward pass, and the gradient.
 def _backward(cfg, up, q_BTHA, latent_BTX, w, segments, o_BTHV, lse, do_BTHV):
-    """Gradients of this device's queries and latents, and its part of that of w."""
+    """Gradients of this device's queries and latents, and its part of the gradient of w."""
     of = queries(_heads_first(q_BTHA), _heads_first(o_BTHV), _heads_first(do_BTHV), lse)
     f32 = wide(q_BTHA.dtype)
     dqT = jnp.zeros(of.q.shape[:2] + of.q.shape[:1:-1], f32)
@@ -105,7 +105,7 @@ def _backward(cfg, up, q_BTHA, latent_BTX, w, segments, o_BTHV, lse, do_BTHV):
     def add(blocks, travels, sums):
         latent, ids = travels
         (k, v), pull_back = jax.vjp(up, latent, w)
-        # The gradient of what has arrived arrives after it, one hop later than it was added to.
+        # The gradient of a part follows it around the ring, one hop behind.
         dqT_so_far, dw, dlatent = (dqT, 0, 0) if sums is None else (sums[0], sums[1], _onward(sums[2]))
         dqT_so_far, dk, dv = gradients(dqT_so_far, of, _heads_first(k), _heads_first(v), _pair(segments, ids),
                                        softmax_scale(cfg), blocks)
@@ -117,9 +117,9 @@ def _backward(cfg, up, q_BTHA, latent_BTX, w, segments, o_BTHV, lse, do_BTHV):
 
 
 def _around(cfg: ModelConfig, add: Callable[[Blocks, Any, Any], Any], travels: Any) -> Any:
-    """add(blocks, what has arrived, sums) of every part, the own one first (whose sums are None) -> sums.
+    """Calls add(blocks, the part that has arrived, sums) -> sums for every part, its own first (whose sums are None).
 
-    What travels is sent on while a device computes with it.
+    A part is sent on while the device computes with it.
     """
     parts, rows = lax.axis_size(CONTEXT), jax.tree.leaves(travels)[0].shape[1]
     size, (own, before, after) = hop_pairs(rows, cfg.attention_block)
@@ -139,10 +139,10 @@ def _around(cfg: ModelConfig, add: Callable[[Blocks, Any, Any], Any], travels: A
 
 
 def hop_pairs(rows: int, block: int) -> tuple[int, tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """The size of blocks, and pairs of them in a part of `rows` tokens by the part of its keys: the queries' own, one
-    from before it on the ring, one from after it.
+    """The block size, and the block pairs for a part of `rows` tokens, by the origin of the keys: the same part, an
+    earlier one in the ring, a later one.
 
-    block: the largest size; taken is the largest that divides half a part.
+    block: the maximum size; the largest divisor of half a part is used.
     """
     half = rows // 2
     size = next(n for n in range(min(block, half), 0, -1) if half % n == 0)
@@ -161,8 +161,8 @@ def _onward(tree):
 
 
 def _onward_by_pairs(x, parts):
-    """The same in a pipeline: a permutation waits for the devices of all stages (XLA:CPU), and each is at its own tick;
-    two exchanges inside pairs wait for the pairs alone, but carry twice as much."""
+    """The same in a pipeline: on XLA:CPU a permutation waits for the devices of all stages, which are at different
+    ticks; two exchanges within pairs wait only for the pairs, but send twice as much."""
     def from_even_or_odd(first):
         pairs = [[n, (n + 1) % parts] for n in range(first, parts, 2)]
         return lax.all_gather(x, CONTEXT, axis_index_groups=pairs)[0]

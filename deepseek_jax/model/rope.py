@@ -1,7 +1,7 @@
 """Rotary positions with the static YaRN extension (report section 4.3, arXiv 2309.00071).
 
-Adjacent pairs (x0, x1), (x2, x3), ... rotate by position * frequency, as in the released weights. YaRN leaves fast
-frequencies alone, divides slow ones by `factor`, blends those between, and sharpens the softmax by m(mscale_all_dim)^2.
+Adjacent pairs (x0, x1), (x2, x3), ... rotate by position * frequency, as in the released weights. YaRN keeps high
+frequencies, divides low ones by `factor`, interpolates between them, and sharpens the softmax by m(mscale_all_dim)^2.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def frequencies(cfg: ModelConfig) -> np.ndarray:
     if yarn is None:
         return freq
 
-    def index_of(rotations):  # the (real) frequency index that turns this often within the original length
+    def index_of(rotations):  # the (real) frequency index that makes this many rotations within the original length
         return R * math.log(yarn.original_length / (rotations * 2 * math.pi)) / (2 * math.log(cfg.rope_theta))
 
     low = max(math.floor(index_of(yarn.beta_fast)), 0)
@@ -39,7 +39,7 @@ def mscale(factor: float, weight: float) -> float:
 
 
 def softmax_scale(cfg: ModelConfig) -> float:
-    """What attention scores are multiplied by, YaRN's factor included."""
+    """The factor on attention scores, including YaRN's factor."""
     scale = cfg.qk_head_dim ** -0.5
     return scale if cfg.yarn is None else scale * mscale(cfg.yarn.factor, cfg.yarn.mscale_all_dim) ** 2
 
@@ -65,7 +65,7 @@ def rotate(x_BTHR: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
 
 
 def rotate_halves(x_BTHR: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """The same of the pairs (x0, x[R/2]), (x1, x[R/2 + 1]), ...: the order of V3.2's indexer."""
+    """The same for the pairs (x0, x[R/2]), (x1, x[R/2 + 1]), ...: the order in V3.2's indexer."""
     cos, sin = (t[:, :, None] for t in table)
     first, second = jnp.split(x_BTHR, 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, first * sin + second * cos], axis=-1).astype(x_BTHR.dtype)

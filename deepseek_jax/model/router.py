@@ -1,12 +1,12 @@
-"""Which experts a token goes to, and how their loads stay even (report section 2.1.2, arXiv 2408.15664).
+"""The choice of experts for a token, and the balancing of their loads (report section 2.1.2, arXiv 2408.15664).
 
-An expert's affinity s decides how much it contributes; affinity plus bias decides whether it is chosen. The bias is
-no parameter: once per optimizer step it moves by `speed` toward the experts that had too little to do.
+An expert's affinity s decides how much it contributes; affinity plus bias decides whether it is chosen. The bias is not
+a parameter: once per optimizer step it moves by `speed`, up for experts with too low a load.
 
     s = sigmoid(u W)    chosen = top-K of s + b within the best groups    gate = s[chosen] / sum s[chosen] * scale
 
-Another rule is one function with the signature of `route`, named in a config as model.router="package.module:function";
-another way to move the bias is a `BiasRule`, named as balance.bias_rule="package.module:NAME".
+Your own rule is one function with the signature of `route`, set in a config as model.router="package.module:function";
+your own update of the bias is a `BiasRule`, set as balance.bias_rule="package.module:NAME".
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def affinities(cfg: ModelConfig, logits_NE: jax.Array) -> jax.Array:
 
 
 def biased(cfg: ModelConfig, scores_NE: jax.Array, bias_E: jax.Array | None) -> jax.Array:
-    """The scores that selection sees. The bias is data: no gradient flows to it, or through selection."""
+    """The scores used for selection. The bias is data: no gradient flows to it, or through selection."""
     scores_NE = lax.stop_gradient(scores_NE)
     if not cfg.has_router_bias or bias_E is None:
         return scores_NE
@@ -43,7 +43,7 @@ def biased(cfg: ModelConfig, scores_NE: jax.Array, bias_E: jax.Array | None) -> 
 
 
 def limit_to_groups(cfg: ModelConfig, scores_NE: jax.Array) -> jax.Array:
-    """Sets the experts of all but the best groups to -inf.
+    """Sets the experts outside the best groups to -inf.
 
     A group's score is the sum of its two best experts (sigmoid models) or its best one (softmax models).
     """
@@ -66,7 +66,7 @@ def select(cfg: ModelConfig, scores_NE: jax.Array, bias_E: jax.Array | None) -> 
 
 
 def gates(cfg: ModelConfig, scores_NE: jax.Array, chosen_NK: jax.Array) -> jax.Array:
-    """How much each chosen expert contributes, from the UNBIASED scores: [N, K], in V3 summing to route_scale."""
+    """The gates of the chosen experts, from the UNBIASED scores: [N, K], in V3 summing to route_scale."""
     gate_NK = jnp.take_along_axis(scores_NE, chosen_NK, axis=1)
     if cfg.normalize_gates:
         gate_NK = gate_NK / (gate_NK.sum(axis=-1, keepdims=True) + 1e-20)
@@ -74,7 +74,7 @@ def gates(cfg: ModelConfig, scores_NE: jax.Array, chosen_NK: jax.Array) -> jax.A
 
 
 def count_choices(chosen_NK: jax.Array, num_experts: int) -> jax.Array:
-    """int32 [E]: how many tokens chose each expert."""
+    """int32 [E]: the number of tokens that chose each expert."""
     return (chosen_NK[:, :, None] == jnp.arange(num_experts)[None, None]).sum(axis=(0, 1), dtype=jnp.int32)
 
 
@@ -101,7 +101,7 @@ def auxiliary_loss(cfg: ModelConfig, scores_NE: jax.Array, counts_E: jax.Array) 
 
 
 class BiasRule(NamedTuple):
-    """How the routing biases move, once per optimizer step, in the manner of an optax transformation.
+    """The update of the routing biases, once per optimizer step, in the style of an optax transformation.
 
     init: biases float32 [L, E] -> state, any pytree of arrays (() for none); it is part of the checkpoint.
     update: (biases [L, E], counts int32 [L, E] summed over the WHOLE global batch, speed, state) -> (biases, state).
@@ -112,10 +112,10 @@ class BiasRule(NamedTuple):
 
 
 def load_error(counts_LE: jax.Array, dtype: Any) -> jax.Array:
-    """Mean load of each layer minus the load of each expert, [L, E] in `dtype`; positive: the expert had too little."""
+    """Mean load of each layer minus the load of each expert, [L, E] in `dtype`; positive: the load was too low."""
     E = counts_LE.shape[-1]
     total_L1 = counts_LE.sum(axis=-1, keepdims=True)
-    # Whole numbers first: a float32 mean of more than 2^24 choices is off, and with it the sign of an even load.
+    # In integers first: a float32 mean of more than 2^24 choices is inexact, and so is the sign for an even load.
     return (total_L1 // E - counts_LE).astype(dtype) + (total_L1 % E).astype(dtype) / E
 
 
@@ -128,7 +128,7 @@ def _proportional(error_LE, counts_LE):
     return error_LE / jnp.maximum(mean_L1, 1).astype(error_LE.dtype)
 
 
-STEPS = {"sign": _sign, "proportional": _proportional}  # the report's rule; by the error as a fraction of the mean load
+STEPS = {"sign": _sign, "proportional": _proportional}  # the report's rule; the error as a fraction of the mean load
 
 
 def update_bias(bias_LE: jax.Array, counts_LE: jax.Array, speed: jax.Array | float, rule: str = "sign") -> jax.Array:
@@ -145,7 +145,7 @@ def update_bias(bias_LE: jax.Array, counts_LE: jax.Array, speed: jax.Array | flo
 
 
 def bias_rule(cfg: BalanceConfig) -> BiasRule:
-    """The rule that balance.bias_rule names. Raises ConfigError where it names something else."""
+    """The rule of balance.bias_rule. Raises ConfigError if it is not a rule."""
     name = cfg.bias_rule
     if name in STEPS:
         return BiasRule(lambda bias_LE: (), lambda bias_LE, counts_LE, speed, state: (
@@ -158,7 +158,7 @@ def bias_rule(cfg: BalanceConfig) -> BiasRule:
 
 
 def initial_bias(cfg: ModelConfig, shape: tuple[int, ...]) -> jax.Array:
-    """Zero, or one where the bias multiplies: float32 of `shape` (float64 for a float64 model)."""
+    """Zeros, or ones for a multiplicative bias: float32 of `shape` (float64 for a float64 model)."""
     fill = 1.0 if cfg.router_bias == "multiplicative" else 0.0
     return jnp.full(shape, fill, wide(cfg.dtype))
 
@@ -169,11 +169,11 @@ def route(cfg: ModelConfig, x_ND: jax.Array, weights: dict[str, jax.Array], bias
 
     Args:
       weights: {"weight": float32 [D, E]}.
-      bias_E: float32; None for models without.
-      context: of it only `chosen_NK` is read.
+      bias_E: float32; None for models without a bias.
+      context: only `chosen_NK` is read.
     """
     w_DE = weights["weight"]
-    # Accelerators would otherwise take bfloat16 passes, and near ties would flip.
+    # Accelerators would otherwise use bfloat16 passes, which would flip near ties.
     logits_NE = jnp.matmul(x_ND.astype(w_DE.dtype), w_DE, precision=lax.Precision.HIGHEST)
     scores_NE = checkpoint_name(affinities(cfg, logits_NE), "routing")
     chosen_NK = select(cfg, scores_NE, bias_E)
@@ -187,11 +187,11 @@ def in_turn(cfg: ModelConfig, x_ND: jax.Array, weights: dict[str, jax.Array], bi
     """Even loads by construction, for measuring speed (balance.force_balanced): token n takes experts n K, n K + 1, ...
 
     Scores and gates are those of `route`, at its cost. Loads differ by one at most; all of a token's experts are
-    neighbours, so that fewer nodes take part than the group limit would allow.
+    adjacent, so fewer nodes are involved than the group limit would allow.
     """
     found = route(cfg, x_ND, weights, bias_E, context)
     turn_NK = jnp.arange(found.chosen_NK.size, dtype=jnp.int32).reshape(found.chosen_NK.shape) % cfg.num_experts
-    # Read and thrown away, so that the compiler keeps the selection that a real step has.
+    # Read and discarded, so that the compiler keeps the selection of a real step.
     turn_NK += jnp.minimum(found.chosen_NK, 0)
     return Routing(found.scores_NE, turn_NK, gates(cfg, found.scores_NE, turn_NK))
 
@@ -202,14 +202,15 @@ RoutingRule = Callable[[ModelConfig, jax.Array, dict[str, jax.Array], Any, Routi
 def across_tokens(rule: RoutingRule) -> RoutingRule:
     """Marks a rule whose choice for a token depends on other tokens, such as expert choice.
 
-    It trains; decoding and pipelines refuse it, since they see other tokens at once than a training step does.
+    It can be trained; decoding and pipelines refuse it, since they do not see the same tokens at once as a training
+    step.
     """
     rule.across_tokens = True  # pyright: ignore[reportFunctionMemberAccess]
     return rule
 
 
 def routing_rule(cfg: ModelConfig) -> RoutingRule:
-    """The rule that model.router names. Raises ConfigError where there is none."""
+    """The rule of model.router. Raises ConfigError if there is none."""
     if cfg.router == GROUP_LIMITED:
         return route
     rule: Any = load_object("model.router", cfg.router)
@@ -220,7 +221,7 @@ def routing_rule(cfg: ModelConfig) -> RoutingRule:
 
 
 def check_routes_alone(cfg: ModelConfig, where: str) -> None:
-    """Raises ConfigError where model.router decides over several tokens at once, which `where` cannot do."""
+    """Raises ConfigError if model.router decides over several tokens at once, which `where` does not support."""
     if getattr(routing_rule(cfg), "across_tokens", False):
         raise ConfigError(f"model.router={cfg.router!r} chooses experts over all tokens of a batch, and {where} does "
                           "not see them at once; take a rule that looks at each token alone.")
@@ -228,7 +229,7 @@ def check_routes_alone(cfg: ModelConfig, where: str) -> None:
 
 def apply_rule(cfg: ModelConfig, x_ND: jax.Array, weights: dict[str, jax.Array], bias_E: jax.Array | None,
                context: RoutingContext) -> Routing:
-    """Routes by the rule that model.router names. Raises ConfigError where it returns no Routing of these tokens."""
+    """Routes by the rule of model.router. Raises ConfigError if it does not return a Routing of these tokens."""
     found = routing_rule(cfg)(cfg, x_ND, weights, bias_E, context)
     N, E, K = len(x_ND), cfg.num_experts, cfg.experts_per_token
     wanted = Routing(((N, E), jnp.floating), ((N, K), jnp.integer), ((N, K), jnp.floating))  # pyright: ignore

@@ -1,11 +1,11 @@
 """Sparse attention of DeepSeek-V3.2, training form: MLA over the tokens that an indexer chooses (V3.2 report, 2.1).
 
-The choice has no gradient. The indexer learns from a loss of its own, the divergence from what attention does over the
-same tokens, and neither disturbs the other: the indexer reads its inputs, and its target, without gradient.
+The choice has no gradient. The indexer has a separate loss, the KL divergence from the attention over the same tokens,
+and the two do not affect each other: no gradient flows through the indexer's inputs or its target.
 
     p[t, s] = sum_h softmax(scale q k)[h, t, s] / H        loss = mean_t KL(p[t, :] || softmax(I[t, :]))
 
-Both softmaxes run over the chosen tokens; in the warm-up over all, as attention then does too.
+Both softmaxes run over the chosen tokens; in the warm-up over all tokens, like attention then.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from deepseek_jax.parallel.sharding import by_rows
 
 
 class SparseMLA(nn.Module):
-    """MLA over chosen tokens: `MLA`'s parameters and those of the indexer. Returns what the indexer did, too."""
+    """MLA over chosen tokens: `MLA`'s parameters and those of the indexer. Also returns the indexer's statistics."""
 
     cfg: ModelConfig
 
@@ -45,13 +45,13 @@ class SparseMLA(nn.Module):
 
 def attend_chosen(cfg: ModelConfig, q_BTHA: jax.Array, k_BTHA: jax.Array, v_BTHV: jax.Array, index: IndexTerms,
                   segment_ids_BT: jax.Array | None) -> tuple[jax.Array, IndexerStats]:
-    """Causal softmax attention over the cfg.index_topk tokens of the highest index score; over all in the warm-up.
+    """Causal softmax attention over the cfg.index_topk tokens with the highest index scores; over all in the warm-up.
 
-    Queries go through in blocks of cfg.attention_block, whose scores with all keys exist at once; the backward pass
-    makes them again.
+    Queries are processed in blocks of cfg.attention_block, whose scores with all keys exist at once; the backward pass
+    recomputes them.
 
     Args:
-      segment_ids_BT: int32, tokens are chosen inside equal ids; None: one segment.
+      segment_ids_BT: int32, tokens are chosen among those with equal ids; None: one segment.
     Returns:
       [B, T, H, V] in the dtype of q; the loss and the recall of the indexer.
     """
@@ -77,7 +77,7 @@ def attend_chosen(cfg: ModelConfig, q_BTHA: jax.Array, k_BTHA: jax.Array, v_BTHV
         return o_BtHV, divergence(p_BHtS.mean(axis=1), score_BtS, attended_BtS), recall(s_BHtS, seen_BtS, chosen_BtS)
 
     def blocks(x_BT):
-        """[B, T, ...] -> [blocks, B, block, ...]; the last one is filled up with queries like its last."""
+        """[B, T, ...] -> [blocks, B, block, ...]; the last block is padded with copies of the last query."""
         x_BT = jnp.pad(x_BT, ((0, 0), (0, -T % block), *((0, 0),) * (x_BT.ndim - 2)), mode="edge")
         return x_BT.reshape(x_BT.shape[0], -1, block, *x_BT.shape[2:]).swapaxes(0, 1)
 
@@ -89,13 +89,13 @@ def attend_chosen(cfg: ModelConfig, q_BTHA: jax.Array, k_BTHA: jax.Array, v_BTHV
 
 
 def divergence(target_BTS: jax.Array, score_BTS: jax.Array, over_BTS: jax.Array) -> jax.Array:
-    """KL(target || softmax of the scores) over the tokens where `over_BTS` is true, in nats, [B, T]."""
+    """KL(target || softmax of the scores) over the tokens with `over_BTS` true, in nats, [B, T]."""
     log_q_BTS = jax.nn.log_softmax(jnp.where(over_BTS, score_BTS, -jnp.inf), axis=-1)
     log_p_BTS = jnp.log(jnp.where(target_BTS > 0, target_BTS, 1))
     return jnp.where(target_BTS > 0, target_BTS * (log_p_BTS - jnp.where(over_BTS, log_q_BTS, 0)), 0).sum(axis=-1)
 
 
 def recall(s_BHTS: jax.Array, seen_BTS: jax.Array, chosen_BTS: jax.Array) -> jax.Array:
-    """The share of dense attention, all heads together, that falls on the chosen tokens, [B, T]."""
+    """The share of dense attention, summed over all heads, that falls on the chosen tokens, [B, T]."""
     mass = lambda over_BTS: jax.nn.logsumexp(jnp.where(over_BTS[:, None], s_BHTS, -jnp.inf), axis=-1)
     return jnp.exp(mass(chosen_BTS) - mass(seen_BTS)).mean(axis=1)

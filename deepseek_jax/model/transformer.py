@@ -32,7 +32,7 @@ from deepseek_jax.plugin import load_object
 
 
 class BlockParts(NamedTuple):
-    """Makers of a block's parts, modules with the signatures of those here; a study swaps one.
+    """Factories of a block's parts, which return modules with the signatures of those here; a study replaces one.
 
     attention(cfg, name) -> module(x_BTD, rope, segment_ids_BT) -> y_BTD (with cfg.index_topk: y_BTD, IndexerStats)
     dense_ffn(cfg, ffn_dim, name) -> module(x_BTD) -> y_BTD
@@ -45,7 +45,7 @@ class BlockParts(NamedTuple):
 
 
 def block_parts(cfg: ModelConfig) -> BlockParts:
-    """The parts that the config names. Raises ConfigError where model.attention names none."""
+    """The parts selected by the config. Raises ConfigError if model.attention is not a module."""
     if cfg.attention == "mla":
         return BlockParts(MLA if cfg.index_topk is None else SparseMLA)
     attention = load_object("model.attention", cfg.attention)
@@ -62,12 +62,12 @@ class Block(nn.Module):
     moe: bool
     capture: tuple[str, ...] = ()
     mesh: MeshConfig = MeshConfig()
-    parts: BlockParts | None = None  # None: those that cfg names
+    parts: BlockParts | None = None  # None: those selected by cfg
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array, bias_E: jax.Array | None, context: TokenContext,
                  chosen_BTK: jax.Array | None = None) -> tuple[jax.Array, BlockStats]:
-        """Hidden states [B, T, D], and what routing and indexer did. chosen_BTK: experts to replay, if any."""
+        """Hidden states [B, T, D], and the statistics of routing and indexer. chosen_BTK: experts to replay, if any."""
         context = context._replace(chosen_BTK=chosen_BTK)
         cfg, parts = self.cfg, self.parts or block_parts(self.cfg)
         attention = parts.attention(cfg, name="attention")
@@ -88,9 +88,9 @@ class Block(nn.Module):
 
 
 def rematerialized(block: type[nn.Module], cfg: ModelConfig, scanned: bool) -> Any:
-    """The block with cfg.remat's choice of what the backward pass recomputes.
+    """The block with the rematerialization of cfg.remat.
 
-    Outside a scan XLA must be kept from merging the recomputation with the first computation.
+    Outside a scan, XLA must be prevented from merging the recomputation with the first computation.
     """
     if cfg.remat == "none":
         return block
@@ -104,7 +104,7 @@ class DeepSeekV3(nn.Module):
 
     cfg: ModelConfig
     mesh: MeshConfig = MeshConfig()
-    parts: BlockParts | None = None  # of the blocks; None: those that cfg names
+    parts: BlockParts | None = None  # of the blocks; None: those selected by cfg
 
     @nn.compact
     def __call__(self, tokens_BT: jax.Array, positions: jax.Array | None = None, segment_ids: jax.Array | None = None,
@@ -116,13 +116,13 @@ class DeepSeekV3(nn.Module):
           tokens_BT: int32.
           positions: int32 [B, T] for RoPE; None: 0, 1, 2, ...
           segment_ids: int32 [B, T], attention stays inside equal ids; None: one segment a row.
-          logits: False leaves them out (losses are computed in chunks from the hidden states).
+          logits: False omits them (losses are computed in chunks from the hidden states).
           capture: any of "scores", "chosen".
           step: int32 scalar, the optimizer step, for routing rules that read it; None outside of training.
-          chosen: int32 [MoE layers, B, T, K], experts to take again (router replay); negative: the router decides, as
-            it does in the MTP modules. Rules of one's own have to read it.
+          chosen: int32 [MoE layers, B, T, K], experts to use again (router replay); negative: the router decides, as it
+            always does in MTP modules. Your own rules have to read it.
         Returns:
-          Output; where sequences are split, what has a dimension of tokens is of parts, see `parallel.context`.
+          Output; if sequences are split, arrays with a token dimension are those of parts, see `parallel.context`.
         """
         cfg = self.cfg
         capture = tuple(capture)
@@ -169,7 +169,7 @@ class DeepSeekV3(nn.Module):
         return self._output(hidden_BTD, tuple(mtp_hidden), head_DW, stats, logits)
 
     def _stack(self, length, name, moe, capture=(), replay=False):
-        # A short stack is unrolled: a loop would copy all it keeps for the backward pass into stacked buffers.
+        # A short stack is unrolled: a loop would copy all residuals for the backward pass into stacked buffers.
         scanned = length > UNROLLED_LAYERS
         bias_axis = 0 if moe and self.cfg.has_router_bias else nn.broadcast
         chosen_axis = 0 if replay else nn.broadcast
@@ -179,7 +179,8 @@ class DeepSeekV3(nn.Module):
         return stack(self.cfg, moe=moe, capture=capture, mesh=self.mesh, parts=self.parts, name=name)
 
     def _bias(self, name, layers):
-        """The routing biases [layers, E]: data that the step updates, not a parameter. None for models without."""
+        """The routing biases [layers, E]: data that the step updates, not a parameter. None for models without
+        biases."""
         if not self.cfg.has_router_bias:
             return None
         return self.variable("router", name, initial_bias, self.cfg, (layers, self.cfg.num_experts)).value
@@ -200,5 +201,5 @@ class DeepSeekV3(nn.Module):
             sequence_loss=mean(s.sequence_loss for s in routing.values()),
             auxiliary_loss=mean(s.auxiliary_loss for s in routing.values()),
             captured=routing["bias"].captured if "bias" in routing else {},
-            # Of a dense model there is nothing to map over, and the trees are None.
+            # For a dense model there is nothing to map over, and the trees are None.
             indexer=jax.tree.map(lambda *parts: mean(parts), *(s.indexer for s in stats.values())))

@@ -1,4 +1,4 @@
-"""What the parts of the model hand to each other, and the legend of array names.
+"""The types that the parts of the model exchange, and the legend of array names.
 
 Array names end in their dimensions: B batch, T query position, S key position, D model, H head, Q query rank, C key-
 value rank, N non-rotary head dim (in attention) or token (elsewhere), R rotary head dim (in attention) or row sorted
@@ -17,12 +17,12 @@ from deepseek_jax.parallel.dispatch import Traffic
 
 
 class TokenContext(NamedTuple):
-    """What a block may know of its tokens, other than their hidden states.
+    """The information about tokens, besides hidden states, that a block may use.
 
     rope: cos and sin of the positions, [B, T, rope_head_dim / 2] each. segment_ids_BT: int32, attention stays inside
     equal ids; None: one segment. tokens_BT: int32, the tokens whose embeddings the block reads (in MTP module k those k
     ahead). positions_BT: int32. step: int32 scalar, the optimizer step; None outside of training. chosen_BTK: int32,
-    the experts to take in this layer; see RoutingContext.
+    the experts to use in this layer; see RoutingContext.
     """
 
     rope: tuple[jax.Array, jax.Array]
@@ -34,10 +34,10 @@ class TokenContext(NamedTuple):
 
 
 class RoutingContext(NamedTuple):
-    """What a routing rule may know of the tokens that it routes: int32 [N] each; `step` as in TokenContext.
+    """The information about tokens that a routing rule may use: int32 [N] each; `step` as in TokenContext.
 
-    chosen_NK: int32, experts that were chosen before and are to be taken again (router replay); the gates are still
-    those of the rule's own scores. Negative where the rule decides; None: it decides everywhere.
+    chosen_NK: int32, earlier choices of experts to use again (router replay); the gates still come from the rule's own
+    scores. Negative: the rule decides; None: it decides everywhere.
     """
 
     tokens_N: jax.Array | None
@@ -47,7 +47,7 @@ class RoutingContext(NamedTuple):
 
 
 class Routing(NamedTuple):
-    """What a routing rule decides.
+    """The result of a routing rule.
 
     scores_NE: unbiased affinities, not negative; the balance losses read them. chosen_NK: int32, the experts of each
     token, all different. gates_NK: the weight of each chosen expert's output.
@@ -60,11 +60,11 @@ class Routing(NamedTuple):
 
 @flax.struct.dataclass
 class RoutingStats:
-    """What routing did in one MoE layer; stacked along a leading axis for several.
+    """Routing statistics of one MoE layer; stacked along a leading axis for several.
 
     counts_E: int32, tokens that chose each expert. sequence_loss, auxiliary_loss: unweighted, float32.
-    traffic: counters of dispatch; None on one device. captured: {"scores": [B, T, E], "chosen": [B, T, K]},
-    those that were asked for.
+    traffic: counters of dispatch; None on one device. captured: {"scores": [B, T, E], "chosen": [B, T, K]}, the
+    requested ones.
     """
 
     counts_E: jax.Array
@@ -75,10 +75,10 @@ class RoutingStats:
 
 
 class IndexerStats(NamedTuple):
-    """What the indexer of one layer did; float32 scalars, means over its tokens.
+    """Statistics of the indexer of one layer; float32 scalars, means over its tokens.
 
     loss: KL divergence from the attention of all heads together to the softmax of the index scores, in nats. recall:
-    the share of what attention over all tokens would put on those that the indexer chooses.
+    the share of dense attention's weight that falls on the tokens that the indexer chooses.
     """
 
     loss: jax.Array
@@ -86,7 +86,7 @@ class IndexerStats(NamedTuple):
 
 
 class BlockStats(NamedTuple):
-    """What the parts of one block report. routing: None in a dense block. indexer: None without one."""
+    """Statistics of the parts of one block. routing: None in a dense block. indexer: None without one."""
 
     routing: RoutingStats | None
     indexer: IndexerStats | None
@@ -94,16 +94,16 @@ class BlockStats(NamedTuple):
 
 @flax.struct.dataclass
 class Output:
-    """What a forward pass gives. L counts MoE layers; MTP entries are absent (empty) at depth 0.
+    """The result of a forward pass. L counts MoE layers; MTP entries are empty at depth 0.
 
     logits_BTW: float32; None with logits=False.
-    hidden_BTD: after the final norm, what the head multiplies. mtp_hidden[k - 1]: the same of depth k.
+    hidden_BTD: after the final norm, the input of the head. mtp_hidden[k - 1]: the same for depth k.
     `mtp_logits[k - 1][b, i]`: for token i + k + 1; the last k positions saw wrapped-around tokens: mask them.
     counts: {"bias": int32 [L, E], "mtp_bias": int32 [depth, E]}, tokens that chose each expert; keys as in `router`.
     traffic: counters of dispatch, summed over MoE layers (MTP's included); None on one device.
     sequence_loss, auxiliary_loss: unweighted, float32, averaged over MoE layers (MTP's included).
-    captured: {"scores": [L, B, T, E], "chosen": [L, B, T, K]}, those that were asked for.
-    indexer: averaged over all layers (MTP's included); None for models without.
+    captured: {"scores": [L, B, T, E], "chosen": [L, B, T, K]}, the requested ones. indexer: averaged over all layers
+    (MTP's included); None for models without.
     """
 
     logits_BTW: jax.Array | None

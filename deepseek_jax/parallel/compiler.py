@@ -22,8 +22,8 @@ def compiler_options(platform: str, version: tuple[int, ...], memory: float | No
     """`compiler_options` for jax's `compile`; {} if there are none to set.
 
     Args:
-      platform: of the devices. version: of jax. Flags that the user sets in XLA_FLAGS win. memory: the share of a
-        device's memory that a program may take; None: XLA_PYTHON_CLIENT_MEM_FRACTION.
+      platform: of the devices. version: of jax. Flags that the user sets in XLA_FLAGS win.
+      memory: the share of a device's memory that a program may take; None: XLA_PYTHON_CLIENT_MEM_FRACTION.
     """
     if platform not in ("gpu", "cuda") or version < OLDEST:
         return {}

@@ -55,8 +55,8 @@ class Traffic(NamedTuple):
 
     nodes: nodes that a token's experts are on, summed over tokens. left: tokens with an expert on another node.
     across, inside: copies sent to another node, and to another device of the same node. flat_across: the value of
-      `across` if every device got its own copy. choices and computed are equal, over the mesh, unless a capacity
-      dropped some; dropped is their difference, int32, exact.
+    `across` if every device got its own copy. choices and computed are equal, over the mesh, unless a capacity
+    dropped some; dropped is their difference, int32, exact.
     """
 
     tokens: jax.Array
@@ -75,8 +75,8 @@ class Hop:
     """A plan of one hop. Each of R rows is sent at most once to each of P places, however many choices it has there.
 
     slot_RK: the slot of the copy that serves choice k; S if none is sent, or if an earlier choice has it. row_S: the
-      row in each slot of the send buffer; R if the slot is empty. sent_P: copies for each place. lost: copies without
-      room. ragged: offsets and sizes of the data sent; None with buffers of equal size.
+    row in each slot of the send buffer; R if the slot is empty. sent_P: copies for each place. lost: copies without
+    room. ragged: offsets and sizes of the data sent; None with buffers of equal size.
     """
 
     slot_RK: jax.Array
@@ -350,8 +350,8 @@ def traffic_per_token(cfg: MeshConfig, model: ModelConfig, traffic: Traffic | No
 
     nodes_per_token: nodes that its experts are on. leaving_node: share of tokens with an expert on another one.
     cross_node_bytes, inside_node_bytes: sent by dispatch to other nodes, and to other devices of a node; values,
-      choices and gates of the copies, without the empty slots of static buffers. flat_cross_node_bytes:
-      cross_node_bytes if every device got its own copy. dropped_choices: choices dropped because of a capacity, a sum.
+    choices and gates of the copies, without the empty slots of static buffers. flat_cross_node_bytes:
+    cross_node_bytes if every device got its own copy. dropped_choices: choices dropped because of a capacity, a sum.
     """
     if traffic is None:
         return {}

@@ -23,7 +23,7 @@ class Phase(NamedTuple):
     """Equations between two exchanges, and the exchange that follows.
 
     work: equations up to the sent variables. travel: the exchange, of one hop or two, and equations after it without
-      products. sent: variables that the first hop sends. arrived: variables that the last hop receives.
+    products. sent: variables that the first hop sends. arrived: variables that the last hop receives.
     """
 
     work: list

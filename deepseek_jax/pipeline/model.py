@@ -114,7 +114,7 @@ def slots(layers: int, schedule: Schedule) -> tuple[np.ndarray, np.ndarray]:
     shards them.
 
     False: the slot is unused and repeats a layer whose result is discarded. It is a copy, not zeros, so that its router
-      spreads tokens over the experts like the layer's.
+    spreads tokens over the experts like the layer's.
     """
     stages = schedule.stages
     start_S = np.arange(stages + 1) * layers // stages

@@ -1,1 +1,1 @@
-"""Pictures of a run, drawn from what it wrote down."""
+"""Plots of a run, drawn from its files."""

@@ -1,7 +1,8 @@
-"""A picture with sliders for notebooks, drawn again as soon as one is released.
+"""A picture with sliders for notebooks, redrawn when a slider is released.
 
-The picture is an Image widget. `ipywidgets.interact` captures what a function displays instead, which makes an executor
-of notebooks (nbclient) answer the kernel in the middle of a cell; that answer can hide the cell's end from it.
+The picture is an Image widget. `ipywidgets.interact` instead captures a function's display output, which makes an
+executor of notebooks (nbclient) answer the kernel in the middle of a cell; that answer can hide the end of the cell
+from it.
 """
 
 import base64
@@ -17,7 +18,7 @@ def with_sliders(draw: Callable[..., Figure], **sliders: Any) -> None:
 
     Args:
       draw: returns a figure; it gets the value of each slider under that slider's name.
-      sliders: ipywidgets with a `value`. Where nobody can move them (a page without a kernel), the first picture stays.
+      sliders: ipywidgets with a `value`. Without a kernel (on a static page), the first picture stays.
     """
     import ipywidgets  # pyright: ignore[reportMissingImports] (extra notebooks)
     from IPython.display import display  # pyright: ignore[reportMissingImports] (extra notebooks)

@@ -1,4 +1,4 @@
-"""What all pictures share: one palette, figures without pyplot (which keeps them alive), files written atomically."""
+"""Common to all pictures: one palette, figures without pyplot (which keeps them alive), files written atomically."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from deepseek_jax import io
 from deepseek_jax.config import ConfigError
 
-# Okabe and Ito's palette, which people with any colour vision can tell apart.
+# Okabe and Ito's palette, which can be distinguished with any colour vision.
 BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, GREY, BLACK, OLIVE = PALETTE = (
     "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#777777", "#000000", "#B8A800")
 

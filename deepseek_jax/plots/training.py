@@ -1,8 +1,8 @@
-"""Pictures: how the loss falls, which experts are used, and how many bytes devices send each other.
+"""Plots of the loss, of the experts' loads, and of the bytes that devices send each other.
 
-`loss.png` shows the training losses and, where the run was evaluated, bits per byte. `expert_load.png` shows for each
-MoE layer and step how many tokens each expert got, as a multiple of the mean: white is fair, and the report's
-balancing should turn the early stripes white. Both read what `metrics` wrote, so a running job can be drawn; the
+`loss.png` shows the training losses and, if the run was evaluated, bits per byte. `expert_load.png` shows for each MoE
+layer and step the load of each expert as a multiple of the mean: white is an even share, and the report's balancing
+should turn the early stripes white. Both are drawn from the files of `metrics`, so a running job can be plotted; the
 run's config says which layers are MTP modules.
 """
 
@@ -19,7 +19,7 @@ from deepseek_jax import io, storage
 from deepseek_jax.plots.style import BLUE, GREEN, GREY, PALETTE, VERMILION, new_figure, save_figure
 from deepseek_jax.training.metrics import read_expert_loads, read_metrics
 
-MAX_COLUMNS = 600  # steps drawn side by side in a heat map; longer runs are averaged to as many
+MAX_COLUMNS = 600  # columns of a heat map; longer runs are averaged to this many steps
 
 
 def plot_loss(workdir: str | os.PathLike[str]) -> pathlib.Path:
@@ -100,11 +100,12 @@ def plot_runs(runs: dict[str, list[dict]], path: str | os.PathLike[str]) -> path
 
 def plot_dispatch(matrices: dict[str, np.ndarray], locals_per_node: int, path: str | os.PathLike[str],
                   note: str) -> pathlib.Path:
-    """Draws how many copies each device sends to each, for each hop: white is none, dark is many. Returns the path.
+    """Draws the number of copies that each device sends to each other, per hop: white is none, dark is many. Returns
+    the path.
 
     Args:
       matrices: {title: int [senders, receivers]}; devices in the order of the mesh, nodes first.
-      note: what the patterns mean, below the picture.
+      note: explanation of the patterns, below the picture.
     """
     figure = new_figure(9, 3.8)
     axes = figure.subplots(1, len(matrices), sharey=True, squeeze=False)[0]
@@ -163,7 +164,7 @@ def _max_vio_curves(axis, steps, vio_SL):
 
 
 def _evaluations(axis, rows, x, colour):
-    """Bits per byte at the places `x`; hollow where they are of a part of the held-out text."""
+    """Bits per byte at the positions `x`; hollow if measured on part of the held-out text."""
     scored = [row for row in rows if row.get("eval_bits_per_byte") is not None]
     pairs = [(row["eval_bits_per_byte"], (row.get("eval_share") or 1) < 1) for row in scored]
     bits, partial = np.array(pairs, float).reshape(-1, 2).T
@@ -185,13 +186,13 @@ def _finish(axis, title, ylabel, limits=(None, None)):
 
 
 def _series(rows, name):
-    """-> steps and values of the rows that have a number there."""
+    """-> steps and values of the rows that have this number."""
     pairs = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
     return np.array(pairs, float).reshape(-1, 2).T
 
 
 def _limits(rows):
-    """The loss axis without the first steps' plunge, which would flatten all that follows."""
+    """Limits the loss axis to exclude the steep fall of the first steps, which would flatten the rest."""
     values = np.concatenate([_series(rows, name)[1] for name in ("loss", "mtp_loss")])
     if len(values) < 20:
         return None, None

@@ -1,4 +1,4 @@
-"""Command-line options that `plan` and `compile` share, and what they mean (no jax)."""
+"""Command-line options shared by `plan` and `compile`, and their meaning (no jax)."""
 
 import argparse
 import contextlib
@@ -19,15 +19,15 @@ AUTO = "auto"  # --remat: `plan.cheapest_remat` chooses
 REPORT_SEQUENCES = 15360  # a step's, report section 4.2
 
 # The report's layout (section 4.2): FP8, 16-way pipeline, 64-way experts on 8 nodes; buffers for 1.25 times the mean
-# load. What it recomputes, and dispatch, without which the step takes 85 of 80 GB. No weight gradient waits: each that
-# does takes 6 GB.
+# load. It recomputes the same as the report, and dispatch, without which the step takes 85 of 80 GB. No weight gradient
+# is deferred: each takes 6 GB.
 LAYOUTS = {"report": {"model": "v3_671b", "hardware": "h800", "devices": 2048, "target": "h100:2048", "pipe": 16,
                       "expert": 64, "fp8": True, "remat": "dispatch", "capacity": 1.25, "deferred": 0}}
 
-IDENTITY = ("model", "hardware", "devices", "pipe", "expert")  # of a layout: who plans these means the others too
+IDENTITY = ("model", "hardware", "devices", "pipe", "expert")  # giving these of a layout selects its others too
 
-ALL = ("training", "--serve", "--finetune")  # what `plan` is asked
-READERS = {  # of its options; what is not here is of training on many devices
+ALL = ("training", "--serve", "--finetune")  # the questions for `plan`
+READERS = {  # options by question; all others are for training on many devices
     **dict.fromkeys(("model", "hardware", "layers", "sequence_length", "fp8", "json", "serve", "finetune"), ALL),
     **dict.fromkeys(("sequences", "rows"), ("training", "--finetune")),
     "cache": ("--serve",), "moments": ("--finetune",)}
@@ -64,9 +64,9 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """The options. Those of a --layout are the defaults of the others."""
+    """The options. A --layout sets the defaults of the others."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--layout", nargs="?")  # without a word it is the parser's to refuse
+    first.add_argument("--layout", nargs="?")  # the parser refuses it if it has no value
     return _with_defaults(parser, LAYOUTS.get(first.parse_known_args()[0].layout, {}))
 
 
@@ -78,7 +78,7 @@ def _with_defaults(parser, given):
 
 
 def add_one_device(parser: argparse.ArgumentParser) -> None:
-    """Adds what `plan` is asked about a single device."""
+    """Adds the questions about a single device."""
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--serve", action="store_true", help="plan one device that serves: users of --context tokens")
     what.add_argument("--finetune", action="store_true", help="plan one device that trains all parameters: --sequences "
@@ -91,7 +91,7 @@ def add_one_device(parser: argparse.ArgumentParser) -> None:
 
 
 def checked(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """The options of `plan`. Raises ConfigError for one that the question asked does not read."""
+    """The options of `plan`. Raises ConfigError for an option that the question does not use."""
     args = parse(parser)
     for name, layout in LAYOUTS.items():
         asked = not (args.layout or args.serve or args.finetune)
@@ -114,16 +114,16 @@ def checked(parser: argparse.ArgumentParser) -> argparse.Namespace:
 
 
 def check_counts(args: argparse.Namespace) -> None:
-    """Raises ConfigError, which names the option, for a number below 1 of what has to be there."""
+    """Raises ConfigError, which names the option, for a number below 1."""
     for name in ("devices", "layers", "pipe", "expert", "tensor", "parts", "sequences", "rows", "sequence_length",
                  "decode", "length"):
-        if type(value := getattr(args, name, None)) is int and value < 1:  # --decode is a switch of plan
+        if type(value := getattr(args, name, None)) is int and value < 1:  # in plan, --decode is a switch
             option = "context" if name == "sequence_length" else name
             raise ConfigError(f"--{option} {value} must be positive.")
 
 
 def complete(args: argparse.Namespace, machine: Hardware) -> None:
-    """Fills in what `plan` was not told, which depends on what it is asked.
+    """Fills in the missing options of `plan`, which depend on the question.
 
     Raises:
       ConfigError: options that do not go together, or FP8 where there is none.
@@ -137,7 +137,7 @@ def complete(args: argparse.Namespace, machine: Hardware) -> None:
         check_published(args.model, args.devices)
     if args.fp8:
         check_fp8(args.hardware, machine)
-    if args.fp8 is None:  # training for the report's layouts is in FP8 where it can be, and `train` is not
+    if args.fp8 is None:  # training in the report's layouts uses FP8 if possible, and `train` does not
         args.fp8 = machine.fp8 is not None and not one_device
     if args.sequences is None:
         args.sequences = 1 if args.devices in (None, 1) else REPORT_SEQUENCES
@@ -163,7 +163,7 @@ def _deferred(text):
 
 def _capacity(text):
     try:
-        return None if text == "none" else float(text)  # the config says which numbers may be
+        return None if text == "none" else float(text)  # the config checks the range
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor none") from None
 
@@ -196,7 +196,7 @@ def _saved(path: str) -> ModelConfig:
         from deepseek_jax.interop import hf_config
 
         return hf_config.read(raw, raw.get("num_nextn_predict_layers") or 0)
-    return load_config(file).model  # says what is wrong with it
+    return load_config(file).model  # raises with what is wrong
 
 
 def with_remat(args: argparse.Namespace, c: ModelConfig, machine: Hardware, layout: Layout) -> ModelConfig:
@@ -209,8 +209,8 @@ def with_remat(args: argparse.Namespace, c: ModelConfig, machine: Hardware, layo
 
 
 def is_report(args: argparse.Namespace, c: ModelConfig, layout: Layout) -> bool:
-    """Whether these are the settings of the report's run, to which its published figures belong, whatever is recomputed
-    besides."""
+    """Whether these are the settings of the report's run, to which its published figures apply, whatever is
+    recomputed."""
     asked = args.model, args.hardware, layout.name, layout.sequence_length, args.layers
     return asked == ("v3_671b", "h800", tables.REPORT, 4096, None) and c.fp8.enabled and c.remat != "none"
 
@@ -227,5 +227,5 @@ def layout(args: argparse.Namespace, c: ModelConfig, devices: int, node_size: in
 
 
 def mesh(args: argparse.Namespace) -> dict[str, Any]:
-    """How tokens travel: fields of MeshConfig."""
+    """The settings of dispatch: fields of MeshConfig."""
     return dict(dispatch=args.dispatch, buffers=args.buffers, capacity=args.capacity, dispatch_fp8=args.fp8)

@@ -55,10 +55,11 @@ def parameters(c: ModelConfig) -> dict[str, int]:
 
 
 def conventions(c: ModelConfig) -> dict[str, int]:
-    """How many parameters the model "has", under each way of counting in use; routing biases included.
+    """The number of parameters by each counting convention in use, including routing biases.
 
-    A token looks up one row of the embedding, so some leave the table out of what is active; the head it is multiplied
-    by. DeepSeek-V3's "671B total, 37B activated" are the first row and, rounded, any of the three active ones.
+    A token uses only one row of the embedding, so some do not count the table as active; it is multiplied by the
+    complete head. DeepSeek-V3's "671B total, 37B activated" are the first row and, rounded, any of the three active
+    ones.
     """
     group = parameters(c)
     bias, table = c.num_experts * c.has_router_bias, c.vocab_size * c.d_model
@@ -74,7 +75,7 @@ def conventions(c: ModelConfig) -> dict[str, int]:
 
 
 def active_product_parameters(c: ModelConfig) -> dict[str, int]:
-    """Weights that one token is multiplied by, by group. `mtp` is the modules' own plus the head again."""
+    """Weights that one token is multiplied by, by group. `mtp`: the modules' weights plus the head again."""
     expert = ffn_parameters(c, c.expert_ffn_dim)
     router = c.d_model * c.num_experts
     moe = (c.experts_per_token + c.num_shared_experts) * expert + router
@@ -91,8 +92,8 @@ def active_product_parameters(c: ModelConfig) -> dict[str, int]:
 def score_products(c: ModelConfig, sequence_length: int, causal: bool = True) -> float:
     """Multiplications of one token with keys and values, of one layer: half of the sequence when `causal`.
 
-    Of sparse attention, those with the chosen tokens and of the indexer with all: what it takes, not what the training
-    form computes, which masks.
+    For sparse attention: those with the chosen tokens, and those of the indexer with all tokens. This is the useful
+    work; the training form, which masks, computes more.
     """
     seen = sequence_length / 2 if causal else sequence_length
     if c.index_topk is None:
@@ -105,34 +106,34 @@ def score_products(c: ModelConfig, sequence_length: int, causal: bool = True) ->
 def training_flops_per_token(c: ModelConfig, sequence_length: int, causal: bool = True, frozen: bool = False) -> int:
     """Forward and backward products of one token, MTP modules included.
 
-    Attention scores and values count half of the sequence when `causal`, all of it otherwise. Weights that are
-    `frozen`, under adapters whose own products do not count, have no gradient.
+    Attention scores and values count half of the sequence when `causal`, all of it otherwise. `frozen` weights, with
+    adapters whose own products do not count, have no gradient.
     """
     scores = score_products(c, sequence_length, causal) * (c.num_layers + c.mtp_depth)
     return int((4 if frozen else 6) * sum(active_product_parameters(c).values()) + 6 * scores)
 
 
 def latent_core_products(c: ModelConfig, context: float) -> float:
-    """Multiplications of one token with the `context` latents of a cache, of one layer: absorbed, as decoding does.
+    """Multiplications of one token with the `context` latents of a cache, in one layer: absorbed, as in decoding.
 
-    Of sparse attention, those with the chosen latents and of the indexer with all keys.
+    For sparse attention: those with the chosen latents, and those of the indexer with all keys.
     """
     core = c.num_heads * (2 * c.kv_rank + c.rope_head_dim) * attended(c, context)
     return core + (c.index_heads * (c.index_head_dim + 1) * context if decodes_sparsely(c) else 0)
 
 
 def decodes_sparsely(c: ModelConfig) -> bool:
-    """Whether decoding chooses tokens: not during the warm-up of the indexer."""
+    """Whether decoding selects tokens: not during the warm-up of the indexer."""
     return c.index_topk is not None and not c.index_warmup
 
 
 def attended(c: ModelConfig, context: float) -> float:
-    """Latents that decoding one token reads in a layer, of `context` in the cache."""
+    """The number of latents, of `context` in the cache, that decoding one token reads in a layer."""
     return min(context, c.index_topk) if c.index_topk is not None and decodes_sparsely(c) else context
 
 
 def _recomputed(c: ModelConfig, up: float, weights: dict[str, float]) -> dict[str, float]:
-    """Multiplications of one token that the backward pass does again in one layer, by part, under names in c.remat."""
+    """Multiplications of one token that the backward pass repeats in one layer, by part, for the names in c.remat."""
     of_name = {"mla_up": {"attention": up},
                "latents": {"attention": c.d_model * ((c.q_rank or 0) + c.kv_rank + c.rope_head_dim)},
                "output": {"attention": c.num_heads * c.v_head_dim * c.d_model},
@@ -150,11 +151,11 @@ def layer_flops(c: ModelConfig, sequence_length: int, parts: int = 1) -> dict[st
     """Operations of one token in one layer, by part and pass; attention is causal.
 
     Args:
-      parts: of a sequence, on as many devices. Each makes the keys and values of all parts, in both passes.
+      parts: of a sequence, on as many devices. Each computes the keys and values of all parts, in both passes.
 
     Returns:
-      {"attention", "scores", "shared", "experts", "dense"}: {"forward", "input", "weight", "again"}: of the forward
-      pass, of the gradients of inputs and of weights, and of what the backward pass computes again under c.remat. A
+      {"attention", "scores", "shared", "experts", "dense"}: {"forward", "input", "weight", "again"}: for the forward
+      pass, for the gradients of inputs and of weights, and for the recomputation in the backward pass under c.remat. A
       MoE layer is the first four, a dense one the first two and the last.
     """
     latents = norm_parameters(c)
@@ -167,7 +168,7 @@ def layer_flops(c: ModelConfig, sequence_length: int, parts: int = 1) -> dict[st
     table = {}
     for part, n in weights.items():
         table[part] = {"forward": 2 * n, "input": 2 * n, "weight": 2 * n, "again": 2 * again.get(part, 0)}
-    # The core has no weights; its backward pass forms the scores again, as every blockwise attention does.
+    # The core has no weights; its backward pass recomputes the scores, as in every blockwise attention.
     table["scores"] |= {"input": 4 * weights["scores"], "weight": 0,
                         "again": 2 * c.num_heads * c.qk_head_dim * sequence_length / 2 + table["scores"]["again"]}
     if parts > 1:

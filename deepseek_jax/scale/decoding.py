@@ -1,4 +1,4 @@
-"""How fast a model decodes: the bound by the network, and by reading weights and caches (no jax).
+"""The speed of decoding: bounds set by the network, and by reading weights and caches (no jax).
 
 Two micro-batches alternate: one computes while the other's tokens are at the experts (report, section 3.4.2).
 
@@ -21,8 +21,8 @@ from deepseek_jax.scale.memory import cache_row, index_row
 
 @dataclasses.dataclass(frozen=True)
 class Serving:
-    """devices: that share the experts, one or more to each. batch: sequences on a device. context: cached tokens of
-    one, on average. tensor: devices that share its attention."""
+    """devices: that share the experts, with one or more each. batch: sequences per device. context: average cached
+    tokens per sequence. tensor: devices that share a sequence's attention."""
 
     devices: int
     batch: int
@@ -32,13 +32,13 @@ class Serving:
 
 @dataclasses.dataclass(frozen=True)
 class Decoding:
-    """Seconds of one layer and micro-batch, and what a user and a node of 8 devices get."""
+    """Seconds of one layer and micro-batch, and tokens per second of a user and of a node of 8 devices."""
 
     network: float
     work: float
     tokens_a_user: float
     tokens_a_node: float
-    bound_a_user: float  # if only the network counted
+    bound_a_user: float  # if only the network mattered
 
 
 def network_seconds(c: ModelConfig, hw: Hardware, tokens: float) -> float:
@@ -79,7 +79,7 @@ def decode(c: ModelConfig, hw: Hardware, serving: Serving, measured: Measured | 
 
 
 def check_published(model: str, devices: int | None) -> None:
-    """Raises ConfigError for whom the published layouts say nothing: another model, or a single device."""
+    """Raises ConfigError if the published layouts do not apply: another model, or a single device."""
     if model != "v3_671b" or devices == 1:
         raise ConfigError("--decode compares with the published layouts of v3_671b, on 144 devices and more; for one "
                           "device of yours take --serve.")

@@ -1,7 +1,7 @@
-"""Bytes per device as a picture: a stacked bar for each way of counting, and a line at the size of the memory.
+"""A picture of the bytes per device: a stacked bar for each way of counting, and a line at the size of the memory.
 
-The planner tells apart what bytes are for; XLA tells apart arguments, which a step is given, from all else. What is
-given is blue in every bar, so these parts can be compared, and the ends of the bars.
+The planner groups bytes by purpose; XLA only distinguishes the arguments of a step from everything else. Arguments are
+blue in every bar, so these parts and the totals can be compared.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from deepseek_jax.plots.style import (
 )
 from deepseek_jax.scale.memory import LABELS
 
-SEEN = 0.006  # of the axis: groups that take less are too thin to be seen, and are drawn together
-CLOSE = 0.2  # of the memory: where all bars take less, the axis ends behind them, without the line
+SEEN = 0.006  # share of the axis: smaller groups are too thin to be seen, and are drawn together
+CLOSE = 0.2  # share of the memory: if all bars are shorter, the axis ends after them, without the line
 COLOURS = {
     # The planner's groups; the training state is blue.
     "masters": BLUE, "moments": SKY, "averages": "#A6D8F0", "working": ORANGE, "gradients": VERMILION, "kept": GREEN,
     "buffers": PURPLE, "experts' products": OLIVE, "passing": "#8C5B3F",
-    # What a decode step is given.
+    # The arguments of a decode step.
     "weights": BLUE, "cache": SKY, "drafts": "#A6D8F0", "batch": "#D3ECF8",
     # XLA's.
     "arguments": "#2B95C9", "temporaries": GREY, "outputs": BLACK, "code": "#C4C4C4",
@@ -41,12 +41,12 @@ BARS = {"planned": "planned, by what the bytes are for", "given": "what the step
 
 def draw_memory(path: str, bars: dict[str, dict[str, float]], memory: float, title: str,
                 labels: dict[str, str] = LABELS) -> None:
-    """Writes a picture of stacked bars, each with a legend of its own.
+    """Writes a picture of stacked bars, each with its own legend.
 
     Args:
       bars: {title of a bar: {group: bytes}}.
       memory: bytes of a device.
-      labels: of groups that are not called by their names.
+      labels: display names of groups.
     """
     largest = max(sum(groups.values()) for groups in bars.values())
     line = largest >= CLOSE * memory
@@ -75,7 +75,7 @@ def draw_memory(path: str, bars: dict[str, dict[str, float]], memory: float, tit
 
 
 def _grouped(groups, least):
-    """The groups of at least that many bytes, and the others as one."""
+    """The groups with at least that many bytes, and the others combined."""
     large = {group: size for group, size in groups.items() if size >= least}
     rest = sum(groups.values()) - sum(large.values())
     return large | ({"smaller groups": rest} if rest >= least / 10 else {})

@@ -1,7 +1,7 @@
-"""What fine-tuning all parameters takes on one device, for every remat policy (no jax).
+"""The memory for fine-tuning all parameters on one device, for every remat policy (no jax).
 
-Bytes are those of `memory` for a mesh of one device: float32 masters and gradients, Adam's moments, and what the
-policy keeps for the backward pass. No parameter is frozen.
+Bytes are those of `memory` for a mesh of one device: float32 masters and gradients, Adam's moments, and the policy's
+residuals for the backward pass. No parameter is frozen.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from deepseek_jax.scale.serve import RESERVE
 
 REMATS = ("none", "report", "full")
 UNIT, MOST = 128, 1 << 20  # tokens of a step of the search for the longest context; steps, and sequences, tried
-STATE = ("masters", "moments", "gradients")  # what no choice of context or policy changes
+STATE = ("masters", "moments", "gradients")  # groups that do not depend on context or policy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,8 +30,8 @@ class Step:
 
 @dataclasses.dataclass(frozen=True)
 class Finetuned:
-    """One policy: bytes by group, and the most that fits: tokens of the step's sequences, sequences in one
-    micro-batch at the step's context; 0: none."""
+    """One policy: bytes by group, and the maximum that fits: tokens per sequence, and sequences per micro-batch at the
+    step's context; 0: none."""
 
     remat: str
     bytes: dict[str, float]
@@ -77,7 +77,7 @@ def _most(fits: Callable[[int], bool]) -> int:
 
 
 def instead(c: ModelConfig, hw: Hardware, step: Step, rows: list[Finetuned]) -> str:
-    """By how much the policy that comes nearest does not fit, and what would; for when none of them fits."""
+    """If no policy fits: how much memory the nearest one lacks, and what would fit."""
     nearest = min(rows, key=lambda row: row.total)
     would = []
     if nearest.longest:

@@ -1,4 +1,4 @@
-"""What machines can do, one row each, with the source of every figure (no jax).
+"""Hardware figures, one row per machine, with the source of every figure (no jax).
 
 Bandwidths are bytes per second in one direction of one device. "report": DeepSeek-V3's report, section 3; "DeepEP",
 "DeepGEMM", "FlashMLA": those projects' published tables, measured on H800s; "sheet": the vendor's data sheet.
@@ -9,19 +9,19 @@ from typing import Literal
 
 from deepseek_jax.config import ConfigError
 
-# This project's for experts' products and attention, of a machine; None: there XLA does them.
+# This project's kernels for experts' products and attention on a machine; None: XLA's programs.
 Kernels = Literal["hopper", "tpu"] | None
 
 
 @dataclasses.dataclass(frozen=True)
 class Hardware:
-    """One device and its fabrics.
+    """One device and its networks.
 
     bf16, fp8: peak FLOP/s of dense products; fp8 None: no FP8 units, so bfloat16 is used instead.
     memory: bytes. memory_bandwidth: bytes/s. local_bandwidth: to the devices of its node (of a pod: over ICI);
-    node_bandwidth: to other nodes. node_size: devices that the fast fabric joins to one node of training.
+    node_bandwidth: to other nodes. node_size: devices that the fast network joins into one node.
     price: dollars per device-hour; None: unknown, so --price has to give it.
-    kernels: those that run there.
+    kernels: those of this project that run on it.
     """
 
     bf16: float
@@ -92,7 +92,7 @@ def hardware(name: str) -> Hardware:
 
 
 def device(name: str) -> Hardware:
-    """One jax device of the machine `name`: of a 7x half a chip, of all others the row itself. Raises ConfigError."""
+    """One jax device of the machine `name`: half a chip for a 7x, the row itself for all others. Raises ConfigError."""
     row = hardware(name)
     if name != "7x":
         return row
@@ -102,7 +102,7 @@ def device(name: str) -> Hardware:
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """What no data sheet gives, each as a share of a peak or in its own unit, with who measured it on what.
+    """Figures that no data sheet has, each as a share of a peak or in its own unit, with the source of the measurement.
 
     Only product_bf16 has not been published for these shapes.
     """
@@ -116,8 +116,8 @@ class Measured:
     combine: float = 50 / 50
     local: float = 153 / 160  # DeepEP, H800, 8-way, of local_bandwidth
     reserved: float = 20 / 132  # report, 3.2.2: SMs that move tokens at the same time
-    # What the device waits in F&B, of the seconds that the network takes there: by the schedule that XLA made of the
-    # report's layout, on an H800 (experiments/scale/v3_671b_h100_2048_report.json).
+    # The share of the network's seconds in F&B that the device waits: by XLA's schedule of the report's layout, on an
+    # H800 (experiments/scale/v3_671b_h100_2048_report.json).
     exposed: float = 0.064
     # Everything except products, attention's core and waiting for the network: quantizing, norms, SwiGLU, gathers,
     # launches, and uneven loads of experts. Fitted to the published 13.95 s of overlapped cells.
@@ -125,11 +125,11 @@ class Measured:
 
 
 def smallest(names: list[str]) -> str:
-    """The machine whose device has the least memory, and of several the slowest."""
+    """The machine with the least memory per device; if there are several, the slowest."""
     return min(names, key=lambda name: (device(name).memory, device(name).memory_bandwidth))
 
 
 def check_fp8(name: str, hw: Hardware) -> None:
-    """Raises ConfigError where products in FP8 are asked for that the machine has no units for."""
+    """Raises ConfigError if FP8 products are requested for a machine without FP8 units."""
     if hw.fp8 is None:
         raise ConfigError(f"{name} has no FP8 units: products run in bfloat16 there; leave out --fp8.")

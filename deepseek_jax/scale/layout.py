@@ -1,4 +1,4 @@
-"""How a model is laid out on devices and what a step does: the planner's input (no jax)."""
+"""The layout of a model on devices and the work of a step: the planner's input (no jax)."""
 
 import dataclasses
 import math
@@ -8,7 +8,7 @@ from deepseek_jax.config import ConfigError, MeshConfig, ModelConfig
 from deepseek_jax.config.mesh import check_parts
 from deepseek_jax.pipeline.schedule import Schedule, make_schedule
 
-LONGEST = 8  # micro-batches a rank in a computed schedule; more of them change neither bubble nor slots
+LONGEST = 8  # micro-batches per rank in a computed schedule; more change neither bubble nor slots
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Layout:
 
     @property
     def tokens(self) -> int:
-        """Of a micro-batch, on one device."""
+        """Tokens of a micro-batch on one device."""
         return self.rows * self.sequence_length // self.mesh.parts
 
     @property
@@ -41,7 +41,7 @@ class Layout:
 
     @property
     def pipeline(self) -> Schedule | None:
-        """The schedule. A long one, except gpipe, is shortened: its middle only repeats."""
+        """The schedule. A long one, except gpipe, is shortened, since its middle only repeats."""
         if self.mesh.pipe == 1:
             return None
         longest = LONGEST * self.mesh.pipe + self.microbatches % 2
@@ -55,7 +55,7 @@ class Layout:
 
     @property
     def name(self) -> str:
-        """In words, as tables have it."""
+        """A description for tables."""
         m = self.mesh
         how = self.schedule if m.pipe > 1 else "no pipeline"
         split = f" in {m.parts} parts" if m.parts > 1 else ""
@@ -65,8 +65,8 @@ class Layout:
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """How devices are shared out: ranks of the pipeline, devices that share the experts, devices that share heads and
-    vocabulary. node_size: devices of a node. parts: of a sequence, over nodes of experts first."""
+    """The division of devices: ranks of the pipeline, devices that share the experts, devices that share heads and
+    vocabulary. node_size: devices per node. parts: of a sequence, on the nodes that share experts first."""
 
     devices: int
     pipe: int = 1
@@ -78,7 +78,7 @@ class Split:
 
 def make_layout(c: ModelConfig, split: Split, sequences: int, rows: int = 1, sequence_length: int = 4096,
                 schedule: str = "dualpipe", deferred: int | None = None, **mesh: Any) -> Layout:
-    """Lays the model out: experts over complete nodes, replicas over the remaining devices.
+    """Makes the layout: experts over complete nodes, replicas over the remaining devices.
 
     Args:
       sequences: of a step. rows, sequence_length, schedule, deferred: see Layout. mesh: other fields of MeshConfig.

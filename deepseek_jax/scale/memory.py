@@ -1,4 +1,4 @@
-"""Bytes on one device, by group: of this program as XLA lays it out, from the config alone (no jax).
+"""Bytes on one device by group, for this program as laid out by XLA, from the config alone (no jax).
 
     state       masters, moments, averages: sharded over all devices that would otherwise have copies (ZeRO-1)
     working     weights that a step computes with: float32 copies of masters that are sharded further than their
@@ -28,9 +28,9 @@ from deepseek_jax.scale.traffic import rooms
 from kernels_pallas.constants import BLOCK
 
 FLOAT32 = 4
-KINDS = {"bfloat16": 2, "float32": 4, "float64": 8}  # bytes of a number
+KINDS = {"bfloat16": 2, "float32": 4, "float64": 8}  # bytes per number
 GROUPS = ("masters", "moments", "averages", "working", "gradients", "kept", "buffers", "experts' products", "passing")
-# What the groups are called where they are shown.
+# Display names of the groups.
 LABELS = {"masters": "master weights, float32", "moments": "Adam's moments", "averages": "moving average of weights",
           "working": "weights gathered or cast for products", "gradients": "gradients, float32",
           "kept": "activations saved for the backward pass", "buffers": "buffers of the pipeline, pending gradients",
@@ -39,7 +39,7 @@ LABELS = {"masters": "master weights, float32", "moments": "Adam's moments", "av
 
 
 def rows_of_experts(c: ModelConfig, layout: Layout) -> tuple[int, int]:
-    """(rows that arrive on a device for one layer and micro-batch, rows of its experts' products).
+    """(rows received by a device for one layer and micro-batch, rows of its experts' products).
 
     Without a capacity there is room for all tokens of all senders, so nothing is ever dropped. FP8's products require
     every expert's rows to begin at a multiple of the block size.
@@ -64,7 +64,7 @@ def residuals_of_layer(c: ModelConfig, layout: Layout, moe: bool = True) -> floa
     N, width, D, H = layout.tokens, _width(c), c.d_model, c.num_heads / layout.mesh.tensor
     if c.remat == "full":
         return N * D * width
-    small = 1 + 4 / BLOCK if c.fp8.enabled else width  # an FP8 value and its share of a scale
+    small = 1 + 4 / BLOCK if c.fp8.enabled else width  # an FP8 value and its part of a scale
     output = 1.5 + 4 / BLOCK if c.fp8.enabled else width
     shared = c.num_shared_experts * c.expert_ffn_dim if moe else c.dense_ffn_dim
     latents = (c.q_rank or 0) + c.kv_rank + c.rope_head_dim
@@ -73,7 +73,7 @@ def residuals_of_layer(c: ModelConfig, layout: Layout, moe: bool = True) -> floa
     kept = {"output": D * width, "latents": latents * width, "attention": H * (c.v_head_dim * output + 4),
             "swiglu_inputs": 2 * shared / layout.mesh.tensor * small, "router": c.num_experts * FLOAT32 * moe}
     kept_row = {"swiglu_inputs": rows * 2 * c.expert_ffn_dim * small, "dispatch": arriving * (
-        travelled + 2 * FLOAT32 * c.experts_per_token)}  # ids and gates travel too
+        travelled + 2 * FLOAT32 * c.experts_per_token)}  # ids and gates are sent too
     token = D * width + sum(size for name, size in kept.items() if name not in c.recomputed)
     of_rows = sum(size for name, size in kept_row.items() if name not in c.recomputed)
     if c.remat == "none":
@@ -85,7 +85,8 @@ def residuals_of_layer(c: ModelConfig, layout: Layout, moe: bool = True) -> floa
 
 
 def parameters_per_device(c: ModelConfig, layout: Layout) -> dict[str, float]:
-    """Parameters that a device of one pipeline rank computes with: {"experts", "others"}; ranks share the ends."""
+    """Parameters that a device of one pipeline rank computes with: {"experts", "others"}; all ranks share the two
+    ends."""
     mesh, group = layout.mesh, parameters(c)
     owners = mesh.nodes * mesh.local
     routed = 3 * c.d_model * c.expert_ffn_dim * c.num_experts
@@ -121,26 +122,26 @@ def _masters(c: ModelConfig, layout: Layout) -> float:
 
 
 def state(c: ModelConfig, layout: Layout) -> dict[str, float]:
-    """The training state: it exists all the time, and a checkpoint is a copy of it."""
+    """The training state, which is always in memory, and which a checkpoint copies."""
     mine = _masters(c, layout)
     moment = KINDS[layout.moment_dtype]
     return {"masters": FLOAT32 * mine, "moments": 2 * moment * mine, "averages": FLOAT32 * mine * layout.ema}
 
 
 def bytes_per_device(c: ModelConfig, layout: Layout, kernels: Kernels, loss_chunk: int = 1024) -> dict[str, float]:
-    """{group: bytes}, with the groups of GROUPS; their sum is what a step needs. kernels: those of the machine."""
+    """{group: bytes}, with the groups of GROUPS; their sum is the memory of a step. kernels: those of the machine."""
     mesh, held = layout.mesh, parameters_per_device(c, layout)
     group = state(c, layout)
     pipeline = layout.pipeline
     if pipeline is None:
         gathered = held["others"] * (mesh.token_shards > 1) + held["experts"] * (mesh.replica * mesh.context > 1)
         group["working"] = FLOAT32 * gathered
-        # Those of a layer are summed over devices as soon as they are there.
+        # A layer's gradients are summed over devices as soon as they are computed.
         group["gradients"] = FLOAT32 * _masters(c, layout) * (1 + (layout.microbatches > 1))
         group["kept"] = (c.num_moe_layers + c.mtp_depth) * residuals_of_layer(c, layout)
         group["kept"] += c.num_dense_layers * residuals_of_layer(c, layout, moe=False)
-        # Behind exchanges XLA puts the kernels of weight gradients off to the end of all layers that it compiles at
-        # once. Where rows are kept anyway that takes what one layer does: fitted to compiled programs.
+        # After exchanges, XLA delays the kernels of weight gradients to the end of all layers that it compiles
+        # together. If rows are kept anyway this takes as much as one layer: fitted to compiled programs.
         put_off = c.num_moe_layers - 1 if c.num_moe_layers <= UNROLLED_LAYERS else 0
         put_off = put_off if "dispatch" in c.recomputed else min(1, put_off)
         group["buffers"] = put_off * (kernels == "hopper" and mesh.devices > 1) * deferred_of_layer(c, layout)
@@ -149,7 +150,7 @@ def bytes_per_device(c: ModelConfig, layout: Layout, kernels: Kernels, loss_chun
         layers, slots = -(-c.num_moe_layers // pipeline.stages), pipeline.slots
         prepared = FLOAT32 * held["routers"] + (1 if c.fp8.enabled else _width(c)) * (stage - held["routers"])
         group["working"] = copies * prepared + FLOAT32 * ends
-        # A layer's own are added to their sums at once; XLA:TPU keeps the old sums next to the new ones.
+        # A layer's gradients are added to their sums at once; XLA:TPU keeps the old sums in addition to the new ones.
         group["gradients"] = FLOAT32 * (copies * stage * (2 if kernels == "tpu" else 1) + ends)
         group["kept"] = slots.activations * layers * residuals_of_layer(c, layout)
         group["buffers"] = (slots.messages + 1) * layout.tokens * c.d_model * _width(c)
@@ -158,13 +159,13 @@ def bytes_per_device(c: ModelConfig, layout: Layout, kernels: Kernels, loss_chun
     by_xla = kernels is None or (kernels == "hopper" and c.implementation == "xla" and not c.fp8.enabled)
     products = group["experts' products"] = product_copies(c, layout) if by_xla else 0.0
     if pipeline is None:
-        # Exchanges send from and receive into memory of their own.
+        # Exchanges have separate send and receive buffers.
         travelling = 2 * rows_of_experts(c, layout)[0] * c.d_model * _width(c)
         group["passing"] = max(0.0, passing(c, layout, loss_chunk) - products) + travelling
         group["passing"] += attention_sums(c, layout, kernels)
     else:
         again = residuals_of_layer(dataclasses.replace(c, remat="report"), layout) - residuals_of_layer(c, layout)
-        # The layer whose backward pass is at work has computed again what was not kept.
+        # The layer whose backward pass is running has recomputed the arrays that were not kept.
         group["passing"] = overlapped(c, layout) + around(c, layout) + max(0.0, again)
     return group
 
@@ -174,7 +175,7 @@ def overlapped(c: ModelConfig, layout: Layout) -> float:
     arriving, rows = rows_of_experts(c, layout)
     D, F, width = c.d_model, c.expert_ffn_dim, _width(c)
     if c.fp8.enabled:
-        # Rows, quantized rows, results; gate, up, and the quantized copies of them and of their product.
+        # Rows, quantized rows, results; gate, up, and quantized copies of these and of their product.
         forward = rows * ((2 * width + 1) * D + (2 * width + 3) * F)
     else:
         forward = rows * (2 * width * D + 3 * width * F)
@@ -185,8 +186,8 @@ def overlapped(c: ModelConfig, layout: Layout) -> float:
 
 def around(c: ModelConfig, layout: Layout) -> float:
     """Bytes of an F&B cell for attention around a ring, which has no kernel: keys and values of one part in either
-    pass; in float32 the output's sums, and those of the gradients of queries, keys and values; latents that come and
-    go, and their gradients."""
+    pass; in float32 the output's sums, and those of the gradients of queries, keys and values; received and sent
+    latents, and their gradients."""
     if layout.mesh.parts == 1:
         return 0.0
     width, qk, v = _width(c), c.qk_head_dim, c.v_head_dim
@@ -219,17 +220,17 @@ def deferred_of_layer(c: ModelConfig, layout: Layout) -> float:
 def product_copies(c: ModelConfig, layout: Layout) -> float:
     """Without kernels XLA:GPU computes experts as one masked product, with a copy of the rows for each expert.
 
-    Three such copies of rows as wide as the model exist at once, and five of rows as wide as an expert: fitted to
-    programs in bfloat16 that were compiled before there was a kernel.
+    Three such copies of rows with the model's width exist at once, and five of rows with an expert's width: fitted to
+    bfloat16 programs that were compiled before the kernel existed.
     """
     experts = c.num_experts // (layout.mesh.nodes * layout.mesh.local)
     return experts * rows_of_experts(c, layout)[1] * (3 * c.d_model + 5 * c.expert_ffn_dim) * _width(c)
 
 
 def attention_sums(c: ModelConfig, layout: Layout, kernels: Kernels) -> float:
-    """The float32 sums that attention's loops add to, forward and backward.
+    """The float32 accumulators of attention's loops, forward and backward.
 
-    XLA:GPU allocates those of all layers that it compiles at once; layers of a loop share theirs. A kernel, for the
+    XLA:GPU allocates those of all layers that it compiles together; layers of a loop share theirs. A kernel, for the
     heads of the published models, needs none; sparse attention and parts of sequences have none.
     """
     causal_squares = c.index_topk is None and layout.mesh.parts == 1
@@ -245,7 +246,7 @@ def attention_sums(c: ModelConfig, layout: Layout, kernels: Kernels) -> float:
 def sparse_scores(c: ModelConfig, layout: Layout) -> float:
     """Bytes of the scores of one block of queries with all keys, in the backward pass of sparse attention; 0 if dense.
 
-    The training form masks. Each head has scores, probabilities and a gradient of either in float32, and probabilities
+    The training form masks. Each head has scores, probabilities and the gradients of both in float32, and probabilities
     in the type of the products; each head of the indexer its scores and two gradients, and scores in that type.
     """
     if c.index_topk is None:
@@ -266,7 +267,7 @@ def passing(c: ModelConfig, layout: Layout, loss_chunk: int) -> float:
 
 
 def attention_at_work(c: ModelConfig, layout: Layout) -> float:
-    """Bytes of one layer's queries, keys and values and what becomes of them, in one pass."""
+    """Bytes of one layer's queries, keys and values and the arrays derived from them, in one pass."""
     heads = layout.tokens * c.num_heads / layout.mesh.tensor
     return heads * (4 * c.qk_head_dim + 3 * c.v_head_dim) * _width(c)
 
@@ -297,8 +298,8 @@ def cache_per_token(c: ModelConfig, kind: str, modules: int = 0) -> int:
 
 
 def cache_read(c: ModelConfig, kind: str, context: float) -> float:
-    """Bytes of the caches of all layers that decoding one token reads: of sparse attention the keys of the indexer, and
-    the latents of the chosen tokens."""
+    """Bytes of the caches of all layers that decoding one token reads: for sparse attention the keys of the indexer,
+    and the latents of the chosen tokens."""
     keys = index_row(c, kind) * context if decodes_sparsely(c) else 0
     return c.num_layers * (cache_row(c, kind) * attended(c, context) + keys)
 
@@ -306,8 +307,8 @@ def cache_read(c: ModelConfig, kind: str, context: float) -> float:
 def served_weights(c: ModelConfig, dtype: str, modules: int = 0) -> dict[str, float]:
     """Bytes of the weights that decoding computes with: {"experts": the routed ones, "embedding", "others"}.
 
-    Norms, routers and routing biases are float32. "fp8": what the released checkpoints have in FP8 takes a byte a
-    number, and four a block of 128 x 128 for its scale (edges not counted); embedding and head stay bfloat16.
+    Norms, routers and routing biases are float32. "fp8": weights that released checkpoints have in FP8 take one byte
+    per number, plus four per block of 128 x 128 for the scale (edges not counted); embedding and head stay bfloat16.
 
     Args:
       modules: MTP modules that draft.

@@ -10,7 +10,7 @@ from deepseek_jax.scale.hardware import device
 
 
 def answer(args: argparse.Namespace, model: ModelConfig) -> dict[str, Any]:
-    """Prints the plan; returns it, JSON-able, with whether it "fits"."""
+    """Prints the plan; returns it as JSON data, including whether it "fits"."""
     print()
     machine = device(args.hardware)
     return _serving(args, machine, model) if args.serve else _finetuning(args, machine, model)

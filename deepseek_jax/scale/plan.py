@@ -1,4 +1,4 @@
-"""What training a model takes on a machine: memory, step time, MFU, hours, dollars, and which layout is best.
+"""The cost of training a model on a machine: memory, step time, MFU, hours, dollars, and the best layout.
 
 No jax, and nothing runs: counts from `costs`, bytes from `memory`, times from `timing`, whose measured terms are named
 in `hardware.Measured`; the bubble is that of the schedule's table, checked by `pipeline.validate`.
@@ -16,7 +16,7 @@ from deepseek_jax.scale.hardware import Hardware, Measured
 from deepseek_jax.scale.layout import Layout, Split, make_layout
 
 TOKENS = 14.8e12  # report, section 4.2
-BEST = 5  # layouts that a search returns
+BEST = 5  # number of layouts that a search returns
 # GPU-hours that the report spent after pre-training (section 1, table 1): taken over, not modelled.
 AFTERWARDS = {"context extension": 119e3, "post-training": 5e3}
 
@@ -68,7 +68,7 @@ def plan(c: ModelConfig, hw: Hardware, layout: Layout, tokens: float = TOKENS, p
 
 @dataclasses.dataclass(frozen=True)
 class Remat:
-    """A choice of what to recompute: ModelConfig.remat, bytes per device, seconds of a step, and whether that fits."""
+    """A choice of recomputation: ModelConfig.remat, bytes per device, seconds of a step, and whether it fits."""
 
     remat: str
     bytes: float
@@ -78,17 +78,17 @@ class Remat:
 
 def cheapest_remat(c: ModelConfig, hw: Hardware, layout: Layout, measured: Measured | None = None,
                    limited: bool = True) -> list[Remat]:
-    """What to recompute so that a layout fits: more and more, most bytes saved for a second spent first.
+    """Choices of recomputation until a layout fits: values are added in order of bytes saved per second spent.
 
     Args:
       measured, limited: as for `plan`.
     Returns:
-      The choices in turn, "none" first. The last one fits, or nothing does.
+      The choices in order, "none" first. The last one fits, or none does.
     """
     def needed(remat):
         return sum(memory.bytes_per_device(dataclasses.replace(c, remat=remat), layout, hw.kernels).values())
 
-    def cell(remat):  # of both passes; a step takes its schedule's makespan, and long to find out
+    def cell(remat):  # of both passes; the true step time is the schedule's makespan, which is slow to compute
         model, m = dataclasses.replace(c, remat=remat), measured or Measured()
         one = timing.costs(timing.cells(model, hw, layout, m, limited), m)
         overlap = layout.mesh.pipe > 1 and layout.schedule.startswith("dualpipe")
@@ -115,7 +115,7 @@ def cheapest_remat(c: ModelConfig, hw: Hardware, layout: Layout, measured: Measu
 
 
 def what_to_change(c: ModelConfig, layout: Layout, found: Plan) -> str:
-    """How many bytes a layout lacks, and the change to try first: the one that shrinks its largest group."""
+    """The bytes that a layout lacks, and the change to try first: the one that reduces its largest group."""
     over = (found.total_bytes - found.memory) / 1e9
     largest = max(found.bytes, key=lambda group: found.bytes[group])
     first = {"kept": "a smaller capacity" if layout.mesh.capacity is None or layout.mesh.capacity > 1.25 else
@@ -130,7 +130,7 @@ def what_to_change(c: ModelConfig, layout: Layout, found: Plan) -> str:
 
 
 def what_fits(c: ModelConfig, hw: Hardware, found: Plan) -> str:
-    """The cheapest recomputation with which a layout that does not fit would, and what that costs; "" if there is none.
+    """The cheapest recomputation that would make a layout fit, and its cost; "" if there is none.
     """
     last = cheapest_remat(c, hw, found.layout)[-1]
     if not last.fits:
@@ -139,7 +139,7 @@ def what_fits(c: ModelConfig, hw: Hardware, found: Plan) -> str:
             "step")
 
 
-# Many parameters: what is asked, and of what is tried, what is given.
+# Many parameters: the question, and the fixed values of what is searched.
 def search(c: ModelConfig, hw: Hardware, devices: int, sequences: int, sequence_length: int = 4096,
            price: float | None = None, tokens: float = TOKENS, remats: tuple[str, ...] = ("none", "report", "full"),
            deferred: int | None = None, parts: int = 1,
@@ -195,8 +195,8 @@ def _kind(message: str) -> str:
 
 
 def ablations(c: ModelConfig, hw: Hardware, layout: Layout, measured: Measured | None = None) -> list[dict[str, Any]]:
-    """What each of the report's inventions is worth: the layout without one of them, and without all of them, each with
-    the cheapest recomputation with which it fits.
+    """The value of each of the report's inventions: the layout without one of them, and without all of them, each with
+    the cheapest recomputation that makes it fit.
 
     Returns:
       [{"without", "remat", "seconds", "times", "mfu", "gigabytes", "fits"}]: of a step; times: as long as with all.
@@ -226,7 +226,7 @@ def ablations(c: ModelConfig, hw: Hardware, layout: Layout, measured: Measured |
 
 
 def sparsity(c: ModelConfig, sequence_length: int = 4096) -> dict[str, float]:
-    """What sparsity is worth: FLOPs of a token if all parameters were active, over those of this model."""
+    """The value of sparsity: FLOPs of a token if all parameters were active, divided by those of this model."""
     ours = training_flops_per_token(dataclasses.replace(c, mtp_depth=0), sequence_length)
     counted = conventions(c)
     idle = counted["main model"] - counted["active per token"]
@@ -234,7 +234,7 @@ def sparsity(c: ModelConfig, sequence_length: int = 4096) -> dict[str, float]:
 
 
 def published(found: Plan) -> list[dict]:
-    """A plan of the report's run next to the published figures (arXiv 2505.09343, table 4; report, section 1)."""
+    """A plan of the report's run and the published figures (arXiv 2505.09343, table 4; report, section 1)."""
     # A layout that defers no weight gradient has no W of its own: all of them are part of B.
     cells, afterwards = {"W": 0.0, **found.step.cells}, sum(AFTERWARDS.values())
     total = (found.hours_per_trillion * TOKENS / 1e12 + afterwards) / 1e6

@@ -1,10 +1,10 @@
-"""What one device can serve: bytes of weights and cache, users, and bounds on tokens per second (no jax).
+"""The serving capacity of one device: bytes of weights and cache, users, and bounds on tokens per second (no jax).
 
     users  = (memory - reserve - weights) / cache of one user, in full pages
     step  >= bytes read / bandwidth,  bytes = weights that every token uses + experts touched + caches of all users
     experts touched by B tokens that choose K of E each = E (1 - (1 - K/E)^B), for uniform routing
 
-The bounds are data sheets' figures over these counts: nothing is measured, and no program reaches them.
+The bounds are data-sheet figures divided by these counts: nothing is measured, and no program reaches them.
 """
 
 import dataclasses
@@ -16,8 +16,8 @@ from deepseek_jax.scale.hardware import HARDWARE, Hardware, device, smallest
 from deepseek_jax.scale.memory import cache_per_token, cache_read, served_weights
 
 PAGE = 32  # tokens of a page of the engine's cache
-PUBLISHED = 1e9  # parameters: presets with fewer are this project's own, and no replacement
-RESERVE = 0.1  # of the memory: temporaries of compiled programs, gaps between buffers, the driver
+PUBLISHED = 1e9  # parameters: presets with fewer are this project's own, and are not suggested as replacements
+RESERVE = 0.1  # share of the memory for temporaries of compiled programs, gaps between buffers, the driver
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Asked:
 
 @dataclasses.dataclass(frozen=True)
 class Bound:
-    """Upper bounds on tokens per second of all users together. experts: of a MoE layer that one step touches."""
+    """Upper bounds on tokens per second of all users together. experts: those of a MoE layer that one step uses."""
 
     batch: int
     experts: float
@@ -46,9 +46,9 @@ class Bound:
 
 @dataclasses.dataclass(frozen=True)
 class Served:
-    """Bytes on the device, and what they leave.
+    """Bytes on the device, and the rest.
 
-    room: for the cache; below zero where weights alone are too much. token, user: of cache. longest: tokens
+    room: for the cache; negative if weights alone are too large. token, user: of cache. longest: tokens
     that there is room for. bounds: at a batch of 1, and of all users.
     """
 
@@ -94,7 +94,7 @@ def serve(c: ModelConfig, hw: Hardware, asked: Asked) -> Served:
 
 
 def instead(c: ModelConfig, hw: Hardware, asked: Asked, found: Served) -> str:
-    """By how much a model that cannot serve a single user does not fit, and what would."""
+    """The memory that a model lacks to serve a single user, and what would fit."""
     lacking = found.user + PAGE * found.token - found.room
     would = []
     if found.longest:

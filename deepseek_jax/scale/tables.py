@@ -46,7 +46,7 @@ def planned(found: Plan, advice: str) -> str:
 
 
 def chosen_remat(tried: list[Remat]) -> str:
-    """How `plan.cheapest_remat` chose, and what each step cost."""
+    """The choices of `plan.cheapest_remat`, and the cost of each."""
     lines = ["", f"  {'--remat auto, by bytes saved for seconds spent':62} {'GB':>7} {'s':>7} {'+ s':>6}"]
     for before, one in zip((tried[0], *tried), tried):
         lines.append(f"  {one.remat:62} {one.bytes / 1e9:7.1f} {one.seconds:7.2f} {one.seconds - before.seconds:6.2f}")
@@ -54,14 +54,14 @@ def chosen_remat(tried: list[Remat]) -> str:
 
 
 def published(rows: list[dict[str, Any]]) -> str:
-    """What `plan.published` returns: the report's figures next to the planned ones."""
+    """The result of `plan.published`: the report's figures next to the planned ones."""
     lines = ["", f"  {'':44} {'published':>10} {'planned':>10} {'ratio':>6}"]
     return "\n".join(lines + [f"  {r['what']:44} {r['published']:10.4g} {r['planned']:10.4g} {r['ratio']:6.2f}  "
                               f"{r['note']}".rstrip() for r in rows])
 
 
 def ablated(rows: list[dict[str, Any]], sparsity: dict[str, float]) -> str:
-    """What `plan.ablations` and `plan.sparsity` return: seconds of a step without each invention."""
+    """The results of `plan.ablations` and `plan.sparsity`: seconds of a step without each invention."""
     lines = ["", f"  {'a step without':36} {'s':>7} {'times':>6} {'MFU':>7} {'GB':>7}  remat"]
     lines += [f"  {r['without']:36} {r['seconds']:7.2f} {r['times']:6.2f} {r['mfu']:7.1%} {r['gigabytes']:7.1f}  "
               f"{r['remat']}{'' if r['fits'] else ': DOES NOT FIT'}" for r in rows]
@@ -71,7 +71,7 @@ def ablated(rows: list[dict[str, Any]], sparsity: dict[str, float]) -> str:
 
 
 def searched(best: list[tuple[str, Plan]], reasons: dict[str, tuple[int, tuple | None]]) -> str:
-    """What `plan.search` returns: the fastest layouts, and why how many others do not do."""
+    """The result of `plan.search`: the fastest layouts, and how many others fail for which reason."""
     lines = ["", f"  {'layouts that fit, fastest first':86} {'remat':7} {'s':>7} {'MFU':>6} {'GB':>6}"]
     lines += [f"  {p.layout.name:86} {remat:7} {p.step.seconds:7.2f} {p.step.mfu['non-causal']:6.1%} "
               f"{p.total_bytes / 1e9:6.1f}" for remat, p in best]
@@ -97,12 +97,12 @@ def decoded(rows: list[dict[str, Any]]) -> str:
 
 
 def _departures(name: str, hw: Hardware) -> list[str]:
-    """Where the machine's products are not what their name says."""
+    """A note if the machine's products run in another precision than their name says."""
     return [f"  {name}, {kind}: {hw.sources[kind]}" for kind in ("bf16", "fp8") if hw.sources[kind] != "sheet"]
 
 
 def served(name: str, hw: Hardware, asked: Asked, found: Served, advice: str) -> str:
-    """The plan of serving on one device; `advice`: what would fit, where this does not."""
+    """The plan of serving on one device; `advice`: what would fit if this does not."""
     rows = [("weights, laid out for decoding", found.weights), ("reserve for programs and driver", found.reserve),
             ("left for the cache", found.room)]
     kind = "fp8" if asked.fp8 else "the model's type"

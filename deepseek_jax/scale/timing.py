@@ -1,4 +1,4 @@
-"""How long a step takes: products at measured rates, the network, and the schedule's bubble (no jax).
+"""The time of a step: products at measured rates, the network, and the schedule's bubble (no jax).
 
     F   = work + waiting for dispatch and combine            F&B = work of both on the remaining SMs, or the network
     step = makespan of the validated schedule at these costs + optimizer and ZeRO's collectives
@@ -47,7 +47,8 @@ class Step:
 
 
 def widths(c: ModelConfig, parts: int = 1) -> dict[str, int]:
-    """Numbers that a token's products read and write in one layer, by part. parts: see `costs.layer_flops`."""
+    """The count of numbers that a token's products read and write in one layer, by part. parts: see
+    `costs.layer_flops`."""
     H, K = c.num_heads, c.experts_per_token
     query = c.d_model + H * c.qk_head_dim + (2 * c.q_rank if c.q_rank else 0)
     kv = c.d_model + 2 * c.kv_rank + c.rope_head_dim + parts * H * (c.nope_head_dim + c.v_head_dim)
@@ -65,7 +66,7 @@ def _rates(c: ModelConfig, hw: Hardware, m: Measured) -> dict[str, float]:
 
 
 def _layer(c: ModelConfig, hw: Hardware, m: Measured, layout: Layout, parts) -> dict[str, float]:
-    """Seconds of work of one layer and micro-batch on one device, by pass; "input" with what is computed again."""
+    """Seconds of work of one layer and micro-batch on one device, by pass; "input" includes recomputation."""
     split = layout.mesh.parts
     flops, width, rates = layer_flops(c, layout.sequence_length, split), widths(c, split), _rates(c, hw, m)
     seconds = dict.fromkeys(rates, 0.0)
@@ -73,7 +74,7 @@ def _layer(c: ModelConfig, hw: Hardware, m: Measured, layout: Layout, parts) -> 
         for what, rate in rates.items():
             n = flops[part][what] + (flops[part]["again"] if what == "input" else 0)
             rate = m.attention * hw.bf16 if part == "scores" else rate
-            # Between products all is read and written once more: quantized, normed, gathered, activated.
+            # Between products everything is read and written once more: quantized, normed, gathered, activated.
             moved = 4 * width[part] / (m.memory * hw.memory_bandwidth)
             if part == "scores" and split > 1:
                 moved += _looped(c, hw, m, layout, what)
@@ -82,9 +83,9 @@ def _layer(c: ModelConfig, hw: Hardware, m: Measured, layout: Layout, parts) -> 
 
 
 def _looped(c: ModelConfig, hw: Hardware, m: Measured, layout: Layout, what: str) -> float:
-    """Seconds of one token in which the loop over blocks of scores moves them, which a kernel never writes: a score in
+    """Seconds per token for the memory traffic of scores in the loop over blocks, which a kernel avoids: a score in
     float32 and its probability in bfloat16, and in the backward pass again, with the gradients of both."""
-    once = 2 * (4 + 2)  # bytes of a pair, written and read
+    once = 2 * (4 + 2)  # bytes per pair, written and read
     runs = {"forward": 1, "input": 2 + ("attention" in c.recomputed)}.get(what, 0)
     pairs = c.num_heads * layout.sequence_length / 2
     return once * runs * pairs / (m.memory * hw.memory_bandwidth)
@@ -98,7 +99,7 @@ def _ends(c: ModelConfig, hw: Hardware, m: Measured, layout: Layout) -> dict[str
 
 
 def cells(c: ModelConfig, hw: Hardware, layout: Layout, m: Measured, limited: bool = True) -> dict[str, Cell]:
-    """F, Bi and W of one micro-batch on one rank, whose share of layers and ends is the mean one."""
+    """F, Bi and W of one micro-batch on one rank with the mean share of layers and ends."""
     moe = _layer(c, hw, m, layout, ("attention", "scores", "shared", "experts"))
     dense = _layer(c, hw, m, layout, ("attention", "scores", "dense"))
     ends, layers = _ends(c, hw, m, layout), c.num_moe_layers + c.mtp_depth
@@ -118,8 +119,8 @@ def cells(c: ModelConfig, hw: Hardware, layout: Layout, m: Measured, limited: bo
 
 def network_seconds(c: ModelConfig, hw: Hardware, layout: Layout, m: Measured,
                     limited: bool = True) -> tuple[float, float]:
-    """(Dispatch, combine) of one layer and micro-batch: the slower of the two fabrics each, since the hops of different
-    tokens go at the same time."""
+    """(Dispatch, combine) of one layer and micro-batch: for each the slower of the two networks, since the hops of
+    different tokens run at the same time."""
     sent = layer_traffic(c, layout, limited)
     of = lambda way, share: max(sent[f"{way} across"] / (share * hw.node_bandwidth),
                                 sent[f"{way} inside"] / (m.local * hw.local_bandwidth))
@@ -127,10 +128,10 @@ def network_seconds(c: ModelConfig, hw: Hardware, layout: Layout, m: Measured,
 
 
 def costs(cell: dict[str, Cell], m: Measured) -> dict[str, float]:
-    """What `pipeline.validate` takes, in seconds.
+    """The costs for `pipeline.validate`, in seconds.
 
-    In F&B both passes work on the SMs that moving tokens leaves free, while the other's tokens are under way; the
-    longer of the two counts, and what of the network's time XLA's schedule does not hide.
+    In F&B both passes compute on the SMs that are not used for moving tokens, while the other's tokens are sent; the
+    longer of the two counts, plus the part of the network's time that XLA's schedule does not hide.
     """
     f, bi, w = cell["F"], cell["Bi"], cell["W"]
     one, other = f.alone, bi.alone + w.alone
@@ -155,7 +156,7 @@ def step(c: ModelConfig, hw: Hardware, layout: Layout, m: Measured | None = None
     """Predicts one step.
 
     Args:
-      limited: False: tokens go to any node, as without the router's group limit.
+      limited: False: tokens may go to any node, as without the router's group limit.
     """
     m = m or Measured()
     cell = cells(c, hw, layout, m, limited)
@@ -185,7 +186,7 @@ def step(c: ModelConfig, hw: Hardware, layout: Layout, m: Measured | None = None
 
 
 def spent_in(schedule: Schedule, each: dict[str, float]) -> dict[str, float]:
-    """Mean over ranks of the seconds in each kind of cell; Bi under B, as the published table has it."""
+    """Mean over ranks of the seconds in each kind of cell; Bi under B, as in the published table."""
     time = cell_costs(each)
     total: dict[str, float] = {}
     for rank in range(schedule.ranks):

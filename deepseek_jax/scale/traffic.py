@@ -1,7 +1,7 @@
-"""What travels between devices: copies of tokens, activations between stages, gradients and weights (no jax).
+"""Traffic between devices: copies of tokens, activations between stages, gradients and weights (no jax).
 
-Expected numbers, for routing that is uniform over the experts of a token's groups. A copy counts where it leaves its
-node, or its device inside the node; what stays on a device does not count.
+Expected numbers, for routing that is uniform over the experts of a token's groups. A copy counts if it leaves its node,
+or its device inside the node; data that stays on a device does not count.
 """
 
 import math
@@ -21,11 +21,11 @@ def distinct(places: int, items_each: int, drawn: int) -> float:
 
 
 def rooms(c: ModelConfig, layout: Layout) -> dict[tuple[str, ...], int]:
-    """{axes of a hop: rows of the buffer that it lands in}, in their order, as `dispatch.route_hops` makes them."""
+    """{axes of a hop: rows of its receive buffer}, in order, as in `dispatch.route_hops`."""
     mesh, K = layout.mesh, c.experts_per_token
     rows = tokens = layout.tokens // mesh.tensor
     kept = min(K, c.groups_kept if c.num_groups > 1 else mesh.nodes)
-    of = lambda *axes: tuple(axis for axis in axes if mesh.sizes[axis] > 1)  # as a compiled program names them
+    of = lambda *axes: tuple(axis for axis in axes if mesh.sizes[axis] > 1)  # named as in a compiled program
     legs = [(of("context_node", "node"), mesh.nodes, kept), (of("local"), mesh.local, K)]
     if mesh.dispatch == "flat":
         legs = [(of("context_node", "node", "local"), mesh.nodes * mesh.local, K)]
@@ -34,7 +34,7 @@ def rooms(c: ModelConfig, layout: Layout) -> dict[tuple[str, ...], int]:
         if places == 1:
             continue
         room = rows * places if mesh.buffers == "ragged" else rows
-        if mesh.capacity is not None:  # of an even load: of the whole buffer, or of each sender's part of it
+        if mesh.capacity is not None:  # for an even load: the complete buffer, or each sender's part of it
             load = tokens * copies_each / (1 if mesh.buffers == "ragged" else places)
             room = min(room, math.ceil(mesh.capacity * load))
         rows = found[axes] = room if mesh.buffers == "ragged" else room * places
@@ -42,7 +42,8 @@ def rooms(c: ModelConfig, layout: Layout) -> dict[tuple[str, ...], int]:
 
 
 def copies(c: ModelConfig, layout: Layout, dispatch: str | None = None, limited: bool = True) -> dict[str, float]:
-    """Copies of one token: {"nodes": that it visits, "across": to other nodes, "inside": to other devices of one}.
+    """Copies of one token: {"nodes": number of nodes it is sent to, "across": to other nodes, "inside": to other
+    devices of a node}.
 
     Args:
       dispatch: "two_hop" or "flat"; None: the mesh's.
@@ -61,7 +62,7 @@ def copies(c: ModelConfig, layout: Layout, dispatch: str | None = None, limited:
     elsewhere = (mesh.nodes - 1) / mesh.nodes
     if dispatch == "two_hop":
         return {"nodes": nodes, "across": nodes * elsewhere, "inside": devices * (mesh.local - 1) / mesh.local}
-    # Directly to the devices; those of the sender's node are reached inside it.
+    # Directly to the devices; those of the sender's node are reached inside the node.
     return {"nodes": nodes, "across": devices * elsewhere,
             "inside": devices / mesh.nodes * (mesh.local - 1) / mesh.local}
 
@@ -92,8 +93,8 @@ def layer_traffic(c: ModelConfig, layout: Layout, limited: bool = True) -> dict[
 def ring_traffic(c: ModelConfig, layout: Layout) -> dict[str, float]:
     """Bytes that a device sends around the ring of one layer and micro-batch, by pass: {"forward", "backward"}.
 
-    Latents and segment ids, and in the backward pass their float32 gradients too, which go one hop further, home. A
-    pipeline's hops are exchanges inside pairs and carry twice as much (`model.ring_attention`).
+    Latents and segment ids, and in the backward pass also their float32 gradients, which need one more hop to return. A
+    pipeline's hops are exchanges within pairs and send twice as much (`model.ring_attention`).
     """
     parts, numbers = layout.mesh.parts, c.kv_rank + c.rope_head_dim
     hop = layout.tokens * (2 if layout.mesh.pipe > 1 else 1)

@@ -86,7 +86,7 @@ class Steps(NamedTuple):
     tokens_NBT: the first count_NB of each row are new. drafted_NB, accepted_NB: drafts verified, and accepted.
     finite_NB: whether all logits of the step were finite. scores: of each new token, with a first axis N.
     counts_LE: tokens that chose each expert. chosen_NBTLK: experts of the tokens that were fed; the first count_NB of
-      each row are valid; None unless the geometry asks for them.
+    each row are valid; None unless the geometry asks for them.
     """
 
     tokens_NBT: jax.Array

@@ -27,7 +27,7 @@ class TokenSlots(NamedTuple):
     """T tokens of each of B sequences, and the places of their latents.
 
     token_BT: int32; in MTP module k the tokens k ahead. position_BT: int32. valid_BT: bool; an invalid token does not
-      affect the cache. table_BP: int32, each sequence's pages in order.
+    affect the cache. table_BP: int32, each sequence's pages in order.
     """
 
     token_BT: jax.Array

@@ -45,7 +45,7 @@ class Sequence:
 
     finish: None until it ends: "stop", "length", "cancelled", or "error" if logits were not finite.
     scored: for each token of the prompt except the first, if requested: its logprob and the likeliest ones. routes: for
-      each token that was fed, in order, if the engine reports them: its experts, int32 [MoE layers, K].
+    each token that was fed, in order, if the engine reports them: its experts, int32 [MoE layers, K].
     end: the stop token that ended it, which is not part of it.
     submitted, admitted: when, in seconds of `time.monotonic`.
     """

@@ -176,10 +176,10 @@ class Run:
     """The state of a run and the files it writes. Another kind of training overrides `loss`, `batches` and `row`.
 
     loss: of a step. name: of the progress bar. together: number of steps that share a batch; a run stops and saves only
-      between batches. reference: variables of the frozen model that the loss compares with; compared: the identity of
-      their checkpoint. writer: of the metrics, in process 0, created in `go` so that an earlier failure leaves no
-      thread behind. watching: monitoring of the run, such as the limit for steps that do not end. asked: the signal
-      that asked this process to stop.
+    between batches. reference: variables of the frozen model that the loss compares with; compared: the identity of
+    their checkpoint. writer: of the metrics, in process 0, created in `go` so that an earlier failure leaves no
+    thread behind. watching: monitoring of the run, such as the limit for steps that do not end. asked: the signal
+    that asked this process to stop.
     """
 
     loss: Loss = staticmethod(next_token_loss)

@@ -42,7 +42,7 @@ def balance_metrics(counts_LE: np.ndarray) -> dict[str, float]:
     """The balance of the experts in one step; means over the layers, {} for a dense model.
 
     max_vio: as above. load_entropy: entropy of the shares of the load, divided by that of an even load: 1 is even, 0
-      means a single expert. idle_experts: the share of the experts that no token chose.
+    means a single expert. idle_experts: the share of the experts that no token chose.
     """
     if not len(counts_LE):
         return {}

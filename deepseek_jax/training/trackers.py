@@ -108,7 +108,7 @@ def experts_of_layers(loads: dict[str, Any], biases: dict[str, Any], first: int)
     """Scalars of each layer: experts/layer_03/..., and experts/mtp_00/... for MTP modules.
 
     load_high, load_low: load of the busiest and the least busy expert, divided by the mean. load_entropy: 1 is even.
-      bias_high, bias_low: range of the routing bias.
+    bias_high, bias_low: range of the routing bias.
 
     Args:
       loads, biases: [L, E] by the names of the `router` collection. first: the number of the first layer with experts.

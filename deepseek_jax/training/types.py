@@ -14,7 +14,7 @@ class Batch(NamedTuple):
     """Inputs and next-token targets of one micro-batch.
 
     tokens_BT, targets_BT: int32. weights_BT: float32, 0 leaves a target out. segment_ids_BT, positions_BT: int32, if
-      documents are masked; None without masks.
+    documents are masked; None without masks.
     """
 
     tokens_BT: jax.Array
@@ -51,7 +51,7 @@ class Sums(NamedTuple):
 
     sequence_loss, auxiliary_loss: unweighted, float32, summed over micro-batches. A pipeline has no auxiliary loss: 0.
     own: other metrics of the loss by name, weighted like its tokens. logits: largest attention logits, as in
-      `qk_clip.clip`; {} if they are not needed. They are not sums: `added` takes the larger one.
+    `qk_clip.clip`; {} if they are not needed. They are not sums: `added` takes the larger one.
     """
 
     losses: TokenLosses
@@ -72,8 +72,8 @@ class Metrics(NamedTuple):
     """Metrics of one step: float32 scalars, loss and mtp_loss in nats per token; counts int32 per layer.
 
     sequence_loss, auxiliary_loss: unweighted, means over the micro-batches. bias_low, bias_high: the smallest and the
-      largest routing bias after the step; 0 if there is none. own: weighted means of the loss's other metrics, and with
-      optimizer.qk_clip max_logit, the largest attention logit of the step, before clipping.
+    largest routing bias after the step; 0 if there is none. own: weighted means of the loss's other metrics, and with
+    optimizer.qk_clip max_logit, the largest attention logit of the step, before clipping.
     biases: float32 [L, E] after the step, by the names of the `router` collection.
     """
 

@@ -2,8 +2,8 @@
 
     python -m experiments.scale.agreement            # prints the table and writes agreement.json
 
-Nothing is compiled: the reports have the bytes that XLA counted, and the planner runs again. What it says takes the
-place in the reports of what it said when they were compiled.
+Nothing is compiled: the reports have the bytes that XLA counted, and the planner runs again. Its present prediction
+replaces the earlier one in the reports.
 """
 
 import json
@@ -25,7 +25,7 @@ def reports() -> dict[str, dict]:
 
 
 def described(report: dict) -> tuple[ModelConfig, Layout]:
-    """The model and the layout that a report is of."""
+    """The model and the layout of a report."""
     c = model_config(report["model"], num_layers=report["layers"], remat=report["remat"],
                      fp8=FP8Config(enabled=report["fp8"]))
     return c, Layout(MeshConfig(**report["mesh"]), report["schedule"] or "dualpipe", report["micro_batches"],
@@ -33,7 +33,7 @@ def described(report: dict) -> tuple[ModelConfig, Layout]:
 
 
 def row(name: str, report: dict) -> dict:
-    """One line of the table, JSON-able."""
+    """One line of the table, as JSON data."""
     c, layout = described(report)
     planned = memory.bytes_per_device(c, layout, targets.kernels_of(report["target"]))
     total, compiled = sum(planned.values()), report["bytes_per_device"]

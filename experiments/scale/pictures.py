@@ -1,4 +1,4 @@
-"""Draws the pictures of this folder again, each from its report; nothing is compiled.
+"""Redraws the pictures of this folder, each from its report; nothing is compiled.
 
     python -m experiments.scale.pictures
 """
@@ -14,7 +14,7 @@ HERE = pathlib.Path(__file__).parent
 def main() -> None:
     for path in sorted(HERE.glob("*.json")):
         report = json.loads(path.read_text())
-        if "bytes_per_device" in report:  # of a compiled program; the others are plans and tables
+        if "bytes_per_device" in report:  # reports of a compiled program; the others are plans and tables
             draw_report(str(path.with_suffix(".png")), report)
             print(path.with_suffix(".png").name)
 

@@ -1,15 +1,15 @@
-"""What XLA says a training step on a TPU accesses and multiplies, with the device's kernels and without: no TPU needed.
+"""Memory accesses and FLOPs of a training step on a TPU by XLA's analysis, with and without the device's kernels.
 
     python -m experiments.scale.tpu --json experiments/scale/tpu.json [--chips v5p v6e 7x] [--models v3_671b]
 
-Parts of a MoE layer, forward and gradients, as one device has them: attention of a sequence of 4,096 tokens, and its
-experts, 8 of V2-Lite's 64 (one of 8 devices) or 4 of V3's 256 (one of 64), with the rows that come if loads are even.
-"xla" is `model.implementation=xla`, attention in blocks of 512 and `lax.ragged_dot`; "auto" is splash attention and
-megablox.
+No TPU is needed. The parts of a MoE layer on one device, forward and gradients: attention of a sequence of 4,096
+tokens, and its experts, 8 of V2-Lite's 64 (one of 8 devices) or 4 of V3's 256 (one of 64), with the rows of an even
+load. "xla" is `model.implementation=xla`, attention in blocks of 512 and `lax.ragged_dot`; "auto" is splash attention
+and megablox.
 
-XLA's analysis counts the body of a loop once; here all rounds count (`measure`). Of megablox it counts what the grid
-reads; of splash attention operands and results once, and no FLOPs: keys that are read again for every block of queries,
-and so on, are "read_again", computed from its blocks.
+XLA's analysis counts the body of a loop once; here all iterations count (`measure`). For megablox it counts everything
+that the grid reads; for splash attention only one read of operands and results, and no FLOPs: repeated reads, such as
+keys for every block of queries, are "read_again", computed from its blocks.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ SLICES = {"v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "7x": "7x:2x2x1"}  # the smalles
 EXPERTS_HERE = {"v2_lite_16b": 8, "v3_671b": 4}
 KEYS = ("chip", "model", "part", "implementation")  # of a row
 TOKENS, WIDTH = 4096, 2  # of a sequence; bytes of bfloat16
-PAIRS = len(causal_pairs(TOKENS // ModelConfig.attention_block))  # rounds of attention's loops
+PAIRS = len(causal_pairs(TOKENS // ModelConfig.attention_block))  # iterations of attention's loops
 IMPLEMENTATIONS = ("xla", "auto")
 
 
 def unrolled(function: Callable, rounds: int | None = None) -> Callable:
-    """The function with its loops of known length written out, or those of PAIRS rounds in parts of `rounds`."""
+    """The function with its loops of known length unrolled, or those of PAIRS iterations in groups of `rounds`."""
     def run(*arguments):
         traced, shape = jax.make_jaxpr(function, return_shape=True)(*arguments)
         results = jax.extend.core.jaxpr_as_fun(_without_loops(traced, rounds))(*jax.tree.leaves(arguments))
@@ -54,7 +54,7 @@ def unrolled(function: Callable, rounds: int | None = None) -> Callable:
 
 
 def _without_loops(program: Any, rounds: int | None) -> Any:
-    """A jaxpr, closed or not, every `scan` of which is unrolled; what is no jaxpr stays as it is."""
+    """A jaxpr, closed or not, with every `scan` unrolled; other values are returned unchanged."""
     if type(program) in (tuple, list):
         return type(program)(_without_loops(one, rounds) for one in program)
     if not hasattr(program, "eqns"):
@@ -85,7 +85,7 @@ def attention(c: ModelConfig) -> tuple[Callable, tuple]:
 
 
 def experts(c: ModelConfig, here: int) -> tuple[Callable, tuple]:
-    """The experts' networks and their gradients, of sorted rows, and the shapes of the arguments."""
+    """The experts' networks and their gradients, for sorted rows, and the shapes of the arguments."""
     D, F = c.d_model, c.expert_ffn_dim
     rows = TOKENS * c.experts_per_token
     weights = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((here, D, F), (here, D, F), (here, F, D))]
@@ -102,22 +102,22 @@ def experts(c: ModelConfig, here: int) -> tuple[Callable, tuple]:
 
 
 class Part(NamedTuple):
-    """build: config -> (function, shapes of its arguments). attends: whether attention's loops are in it."""
+    """build: config -> (function, shapes of its arguments). attends: whether it contains attention's loops."""
 
     build: Callable[[ModelConfig], tuple[Callable, tuple]]
     attends: bool = True
 
 
 def parts(name: str) -> dict[str, Part]:
-    """What is compiled of a model, by name."""
+    """The compiled parts of a model, by name."""
     return {"attention": Part(attention), "experts": Part(functools.partial(experts, here=EXPERTS_HERE[name]), False)}
 
 
 def read_again(name: str, part: str) -> float:
-    """Bytes of attention's operands that its kernels read after the first time; 0 of experts."""
+    """Bytes of attention's operands that its kernels read repeatedly; 0 for experts."""
     if part == "experts":
         return 0.0
-    # Forward, dq, and dk with dv: each has two operands pass by the blocks of the other two.
+    # Forward, dq, and dk with dv: each streams two operands past the blocks of the other two.
     c, n = model_config(name), TOKENS // BLOCK
     return 3 * n * (n - 1) / 2 * BLOCK * c.num_heads * (c.qk_head_dim + c.v_head_dim) * WIDTH
 
@@ -137,7 +137,7 @@ def measure(chip: str, part: Part, c: ModelConfig) -> dict[str, float]:
 
 
 def compiled(chip: str, part: Part, c: ModelConfig, rounds: int | None = None) -> dict[str, float]:
-    """Compiles a part: what XLA's analysis says of it. rounds: as of `unrolled`."""
+    """Compiles a part and returns XLA's analysis. rounds: as in `unrolled`."""
     mesh = make_mesh(MeshConfig(), targets.devices_of(SLICES[chip])[:1])
     here = NamedSharding(mesh, PartitionSpec())
     start = time.time()
@@ -179,7 +179,7 @@ def main() -> None:
                     c = model_config(name, implementation=implementation, mtp_depth=0)
                     try:
                         found = measure(chip, part, c)
-                    except jax.errors.JaxRuntimeError as error:  # the compiler's
+                    except jax.errors.JaxRuntimeError as error:  # the compiler's error
                         found = {"error": (str(error).strip() or "no message").splitlines()[0][:200]}
                     else:
                         found = {"read_again": read_again(name, words) if implementation == "auto" else 0.0} | found

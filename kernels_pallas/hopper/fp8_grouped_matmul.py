@@ -46,7 +46,7 @@ def _grouped(a, b, sizes_E, out_dtype, config, options):
     expert_T = expert_of_tile(sizes_E, grid[0])
 
     def locate(tables, index):
-        # Tiles of a group follow each other: its matrix is read from memory once, and from the L2 cache after.
+        # Tiles of a group are consecutive: its matrix is read from memory once, and then from the L2 cache.
         i, j = plgpu.planar_snake(index, grid, 0, min(config.snake, grid[0]))
         expert = tables[0][i]
         steps = jnp.where(expert < E, blocks(K), 0)

@@ -1,9 +1,9 @@
 """FP8 matmul for Hopper: a [M, K] @ b [N, K].T with scales along K. Twin: reference/fp8_matmul.py.
 
-A block of threads owns an SM and walks over output tiles. One warpgroup only moves memory: it keeps `stages` slices of
-both operands and their scales on the way, across tile boundaries, so the pipeline never drains. Two warpgroups
-multiply, each its own 64 rows (or, for few rows, its own columns), so that one scales and adds its partial sum while
-the other has the tensor core:
+A thread block owns an SM and iterates over output tiles. One warpgroup only moves memory: it keeps `stages` slices of
+both operands and their scales in flight, across tile boundaries, so the pipeline never drains. Two warpgroups multiply,
+each its own 64 rows (or, for few rows, its own columns), so that one scales and adds its partial sum while the other
+uses the tensor core:
 
             tile_n = 128                        every 128 of K:
           +-----------+                           part  = a_slice @ b_slice.T   4 WGMMAs, in the tensor core's registers
@@ -12,10 +12,10 @@ the other has the tensor core:
       64  | group 1   |  <- a rows 64..127        total -> out dtype -> shared memory -> TMA
           +-----------+
 
-With `pair` two SMs, a cluster, take tiles next to each other. They need the same slices of a, of which each loads half
-for both (TMA multicast): the L2 cache then delivers a quarter less. A slot is filled again when both SMs have read it.
+With `pair` the two SMs of a cluster take adjacent tiles. They need the same slices of a, of which each loads half for
+both (TMA multicast): the L2 cache then delivers a quarter less. A slot is refilled when both SMs have read it.
 
-Rows and columns past the edge are loaded as zeros and not stored: that is what TMA does.
+TMA loads rows and columns past the edge as zeros and does not store them.
 """
 
 # The stubs of Mosaic's transforms and ACC are wrong.
@@ -40,7 +40,7 @@ from kernels_pallas.reference.fp8_matmul import check_matmul
 
 COMPUTE, MEMORY = 2, 1  # warpgroups
 WIDTHS = (BLOCK, 64, 32, 16)  # of a warpgroup's tile
-SHARED_BYTES = 223 * 1024  # of a block's 227 KiB: the rest is for barriers, alignment and Mosaic's own
+SHARED_BYTES = 223 * 1024  # of a block's 227 KiB: the rest is for barriers, alignment and Mosaic itself
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,10 +50,10 @@ class TuningConfig:
     tile_n: columns of a warpgroup's tile of 64 rows, 16 to 128. 128: the sum in float32 and the partial sum take 64
       registers each of the 232 there are; 64 x 256 spills.
     stages: slices of 128 of K in flight, 32 KiB each (40 with split="columns"); None: as many as leave room for the
-      output in the 227 KiB that there are: 5 with bfloat16 and 4 with float32; by columns 4 and 3.
+      output in the available 227 KiB: 5 with bfloat16 and 4 with float32; by columns 4 and 3.
     split: "rows", both warpgroups share b's slice; "columns", they share a's: for M <= 64, where half of a would be
       zeros.
-    snake: tiles of M that are walked together, so that a's rows stay in the L2 cache while b's pass.
+    snake: tiles of M that are processed together, so that a's rows stay in the L2 cache while b's are streamed.
     pair: two SMs share the slices of a.
     """
 
@@ -64,7 +64,7 @@ class TuningConfig:
     pair: bool = False
 
     def __post_init__(self):
-        # A tile has one scale of a block of 128 x 128, and leaves by swizzled rows of 128 bytes.
+        # A tile lies in one block of 128 x 128 with one scale, and is stored in swizzled rows of 128 bytes.
         if self.tile_n not in WIDTHS or self.split not in ("rows", "columns"):
             raise ValueError(f"tile_n={self.tile_n} and split={self.split!r} make no tile of this kernel; tile_n is "
                              f"{', '.join(map(str, WIDTHS))}, so that a tile lies in one block of scales, and split "
@@ -72,7 +72,7 @@ class TuningConfig:
 
     @classmethod
     def of_shape(cls, M: int, N: int, num_sms: int = 132) -> TuningConfig:
-        """The tiles with which the busiest SM loads least: narrow where there are few rows, so that all SMs work."""
+        """The tiles that minimize the loads of the busiest SM: narrow for few rows, so that all SMs are used."""
         configs = [cls(tile_n=width, split=split) for width in WIDTHS for split in ("rows", "columns")]
         configs += [cls(pair=True)] * (num_sms > 1)
 
@@ -84,7 +84,7 @@ class TuningConfig:
 
     @classmethod
     def of_groups(cls, N: int, num_sms: int = 132) -> TuningConfig:
-        """The tiles of 128 x 128, in pairs where a column too many costs less than it saves."""
+        """Tiles of 128 x 128, in pairs if an extra column costs less than pairs save."""
         def loaded(config):
             return -(-N // config.columns) * (config.block_m + config.columns)
 
@@ -100,23 +100,22 @@ class TuningConfig:
 
     @property
     def sms(self) -> int:
-        """That share a tile of a."""
+        """The number of SMs that share a tile of a."""
         return 2 if self.pair else 1
 
     @property
     def columns(self) -> int:
-        """Of the tiles that are taken at once."""
+        """The number of tiles that are processed at once."""
         return self.sms * self.block_n
 
     def stages_for(self, out_dtype: jnp.dtype) -> int:
-        """How many blocks of both operands are under way at once: as many as fit next to the output's tiles."""
+        """The number of blocks of both operands in flight: as many as fit in addition to the output's tiles."""
         left = SHARED_BYTES - COMPUTE * 64 * self.tile_n * out_dtype.itemsize
         return self.stages or left // ((self.block_m + self.block_n) * BLOCK)
 
 
 class Tile(NamedTuple):
-    """One output tile, or two side by side: of which matrix of b and of the output, which rows and first column, which
-    slices of K."""
+    """One output tile, or two adjacent ones: the matrix of b and of the output, rows and first column, slices of K."""
 
     b: jax.Array | int
     out: jax.Array | int
@@ -129,17 +128,17 @@ class Tile(NamedTuple):
 # One kernel and all that it names, read top down.
 def scaled_matmul(a: Any, b: Any, tables: Any, locate: Callable, tiles: Any, out_type: jax.ShapeDtypeStruct,
                   config: TuningConfig, num_sms: int = 132, interpret: bool = False) -> jax.Array:
-    """The loop that dense and grouped products share.
+    """The loop shared by dense and grouped products.
 
     Args:
       a: E4M3 [M, K] with scales [K / 128, whole tiles of M].
       b: E4M3 [E, N, K] with scales [E, N / 128, K / 128] (blocks) or [K / 128, whole tiles of N] (tiles, E = 1).
       tables: int32 arrays in device memory that `locate` reads.
       locate: (refs of the tables, number of a tile) -> Tile.
-      tiles: how many there are, or pairs of them.
+      tiles: their number, or the number of pairs.
       out_type: jax.ShapeDtypeStruct [E', M, N].
     Raises:
-      ValueError: there are fewer SMs than share a tile.
+      ValueError: there are fewer SMs than needed to share a tile.
     """
     if num_sms < config.sms:
         raise ValueError(f"pair=True shares rows between two SMs, and num_sms={num_sms}; take pair=False.")
@@ -149,7 +148,7 @@ def scaled_matmul(a: Any, b: Any, tables: Any, locate: Callable, tiles: Any, out
     block_m, block_n, tile_n = config.block_m, config.block_n, config.tile_n
     stages = config.stages_for(out_type.dtype)
     swizzled = (plgpu.TilingTransform((8, BLOCK)), plgpu.SwizzleTransform(BLOCK))
-    out_bytes = min(BLOCK, tile_n * out_type.dtype.itemsize)  # of a row that is swizzled as one
+    out_bytes = min(BLOCK, tile_n * out_type.dtype.itemsize)  # bytes of a row that is swizzled as a unit
     out_swizzle = (plgpu.TilingTransform((8, out_bytes // out_type.dtype.itemsize)), plgpu.SwizzleTransform(out_bytes))
 
     # One kernel and all that it names, read top down.
@@ -191,7 +190,7 @@ def scaled_matmul(a: Any, b: Any, tables: Any, locate: Callable, tiles: Any, out
 
                 return lax.fori_loop(tile.first, tile.first + tile.steps, load, step)
 
-            if config.pair:  # the other SM may still read slots that it shares, and say so here
+            if config.pair:  # the other SM may still read shared slots, and signal so here
                 @pl.loop(0, stages)
                 def _(n):
                     @pl.when(steps + n >= stages)
@@ -212,13 +211,13 @@ def scaled_matmul(a: Any, b: Any, tables: Any, locate: Callable, tiles: Any, out
                     if by_column:
                         return scale_a, plgpu.load(bs_gmem.at[k, mine_columns], layout=plgpu.Layout.WGMMA.reduce(0),
                                                    optimized=False)
-                    # A tile past the edge has no block of its own, and needs none.
+                    # A tile past the edge has no scale block, and needs none.
                     return scale_a, bs_gmem[tile.b, jnp.minimum(lax.div(first_column, BLOCK), bs.shape[1] - 1), k]
 
                 def add(k, carry):
                     step, total, (scale_a, scale_b) = carry
                     slot = lax.rem(step, stages)
-                    # Asked for a slice ahead, and touched only then: the tensor core never waits for device memory.
+                    # Loaded a slice ahead and used only then, so the tensor core never waits for device memory.
                     ahead = scales(k + 1)
                     plgpu.barrier_wait(full.at[slot])
 

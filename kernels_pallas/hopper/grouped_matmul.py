@@ -8,9 +8,9 @@
                   [tile 2        )         rows 137 to 226, by e 3, of the tile that starts at 136
                            [tile 3         rows 227 to 299, zeros
 
-Sizes stay on the device, where tables say whose each tile is. One warpgroup loads and two multiply; a tile's sum stays
-in the tensor core's registers over all of K. The gradient of the weights sums over rows, 64 at a time: what the first
-and the last 64 of a group read of its neighbours is zeroed before it is multiplied.
+Sizes stay on the device, where tables hold the expert of each tile. One warpgroup loads and two multiply; a tile's sum
+stays in the tensor core's registers over all of K. The gradient of the weights sums over rows, 64 at a time: rows of
+neighbouring groups in the first and the last 64 of a group are zeroed before they are multiplied.
 """
 
 # The stubs of Mosaic's transforms and ACC are wrong.
@@ -30,9 +30,9 @@ from kernels_pallas.hopper.ring import COMPUTE, Ring, roles, swizzled
 from kernels_pallas.hopper.tiles import tiled_shape, whole_tiles
 
 ROWS = 64 * COMPUTE  # of a tile, 64 to a warpgroup
-SLICE = 64  # of what is summed over: 128 bytes, and the depth of four WGMMAs
+SLICE = 64  # depth of a slice of the summed axis: 128 bytes, and four WGMMAs
 ALIGN = 8  # rows of a swizzled tile in shared memory: TMA fills whole ones
-PART = 128  # columns of a tile that leave at once
+PART = 128  # columns of a tile that are stored at once
 WGMMA = plgpu.Layout.WGMMA
 
 
@@ -42,7 +42,8 @@ class TuningConfig:
 
     tile_n: columns of a tile: 128, or 256, whose sums take 128 of a thread's 232 registers.
     stages: slices in flight, 48 KiB each with 256 columns.
-    snake: tiles of rows that are walked together, so that their rows stay in the L2 cache while the weights pass.
+    snake: tiles of rows that are processed together, so that their rows stay in the L2 cache while the weights are
+    streamed.
     """
 
     tile_n: int = 256
@@ -88,7 +89,7 @@ def grouped_matmul(x_RD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, *, tra
                    config: TuningConfig | None = None, num_sms: int = 132, interpret: Any = False) -> jax.Array:
     """See [the twin][kernels_pallas.reference.grouped_matmul.grouped_matmul].
 
-    Groups may end anywhere, and nothing is padded to equal or aligned ones.
+    Groups may end anywhere; nothing is padded.
 
     Raises:
       ValueError: the operands are not bfloat16.
@@ -99,7 +100,7 @@ def grouped_matmul(x_RD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, *, tra
     grid = ((R + (E + 1) * (ROWS + ALIGN - 2)) // ROWS, -(-F // config.tile_n))  # no sizes need more tiles
 
     def locate(tables, number):
-        # Tiles of a group follow each other: its matrix is read from memory once, and from the L2 cache after.
+        # Tiles of a group are consecutive: its matrix is read from memory once, and then from the L2 cache.
         i, j = plgpu.planar_snake(number, grid, 0, min(config.snake, grid[0]))
         expert, row, begin, end = (table[i] for table in tables)
         row = pl.multiple_of(row, ALIGN)
@@ -125,7 +126,7 @@ def weights(x_RD: jax.Array, dy_RF: jax.Array, sizes_E: jax.Array, *, config: Tu
             num_sms: int = 132, interpret: Any = False) -> jax.Array:
     """See [the twin][kernels_pallas.reference.grouped_matmul.weights].
 
-    dy must be finite, also in rows of no expert: a tile multiplies what it reads of them by zero.
+    dy must be finite, even in rows of no expert: a tile multiplies those that it reads by zero.
 
     Raises:
       ValueError: the operands are not bfloat16.
@@ -173,16 +174,16 @@ def weights(x_RD: jax.Array, dy_RF: jax.Array, sizes_E: jax.Array, *, config: Tu
 
 
 def tiles_of_groups(sizes_E: jax.Array, R: int, tiles: int) -> tuple[jax.Array, ...]:
-    """int32 [tiles] each: a tile's expert (E: none), its first row, and from and to which of its rows are the expert's.
+    """int32 [tiles] each: a tile's expert (E: none), its first row, and the begin and end of the expert's rows in it.
 
-    Rows past the last group are a group of their own. A tile that is left over has no rows.
+    Rows past the last group form a separate group. An unused tile has no rows.
     """
     sizes = jnp.append(sizes_E, R - sizes_E.sum()).astype(jnp.int32)
     start_G = jnp.cumsum(sizes) - sizes
     first_G = start_G // ALIGN * ALIGN
     tiles_G = jnp.where(sizes > 0, -(-(start_G + sizes - first_G) // ROWS), 0)
     end_G, index = jnp.cumsum(tiles_G), jnp.arange(tiles, dtype=jnp.int32)
-    # Compared with all: a binary search would be a loop of XLA in front of every product.
+    # Compared with all groups: a binary search would be an XLA loop before every product.
     group = jnp.searchsorted(end_G, index, side="right", method="compare_all").astype(jnp.int32)
     of_group = lambda table: table[jnp.minimum(group, len(sizes) - 1)]
     row = of_group(first_G) + (index - of_group(end_G - tiles_G)) * ROWS
@@ -191,7 +192,7 @@ def tiles_of_groups(sizes_E: jax.Array, R: int, tiles: int) -> tuple[jax.Array, 
 
 
 def _store_rows(stages, part, out, group, tile, columns):
-    """Stores those of a warpgroup's 64 rows that are the expert's."""
+    """Stores those of a warpgroup's 64 rows that belong to the expert."""
     whole, pieces = stages
     begin, end = (jnp.clip(edge - group * 64, 0, 64) for edge in (tile.begin, tile.end))
     first, count = tile.row + group * 64, end - begin
@@ -208,16 +209,16 @@ def _store_rows(stages, part, out, group, tile, columns):
         plgpu.commit_smem()
 
         def leave(size):
-            at = begin + (count & -(2 * size))  # larger ones went before
+            at = begin + (count & -(2 * size))  # larger pieces were stored before
             plgpu.copy_smem_to_gmem(pieces.at[group, pl.ds(at, size)], out.at[pl.ds(first + at, size), columns])
 
-        for size in (32, 16, 8, 4, 2, 1):  # TMA moves fixed numbers of rows: those that the bits of the count name
+        for size in (32, 16, 8, 4, 2, 1):  # TMA moves fixed numbers of rows: one copy for each set bit of the count
             pl.when(count & size != 0)(functools.partial(leave, size))
 
 
 # One kernel and all that it names, read top down.
 def _products(a, b, tables, tiles, form: Form, out: jax.ShapeDtypeStruct, config: TuningConfig, num_sms, interpret):
-    """The loop over tiles that both share."""
+    """The loop over tiles, shared by both products."""
     stages, tile_n = config.stages, config.tile_n
     out_swizzle = plgpu.TilingTransform((8, 128 // out.dtype.itemsize)), plgpu.SwizzleTransform(128)
 
@@ -257,7 +258,7 @@ def _products(a, b, tables, tiles, form: Form, out: jax.ShapeDtypeStruct, config
                 plgpu.barrier_wait(ring.full.at[slot])
                 lhs, rhs = form.operands(*(held.at[slot] for held in ring.slots), group, tile, k)
                 plgpu.wgmma(acc, lhs, rhs)
-                plgpu.wgmma_wait(1)  # the slice before has left its slot, while this one is multiplied
+                plgpu.wgmma_wait(1)  # the previous slice's slot is free while this one is multiplied
 
                 @pl.when(k > 0)
                 def _():

@@ -11,8 +11,8 @@
       64  | group 1       |     \\ |             with segment ids all are.
           +-------+-------+-------+
 
-A third warpgroup only moves memory and keeps `stages` blocks on the way. Probabilities go from registers straight into
-the second product. Rows past the edge are loaded as zeros and not stored: that is what TMA does.
+A third warpgroup only moves memory and keeps `stages` blocks in flight. Probabilities go from registers directly into
+the second product. TMA loads rows past the edge as zeros and does not store them.
 """
 
 import dataclasses
@@ -27,13 +27,13 @@ from jax import lax
 
 from kernels_pallas.hopper.ring import BF16, COMPUTE, LOWEST, Ring, multiply, multiply_add, roles, rows, swizzled
 
-ROWS = 64 * COMPUTE  # queries (in dk and dv: keys) that a block of threads holds
+ROWS = 64 * COMPUTE  # queries (in dk and dv: keys) per thread block
 WGMMA = plgpu.Layout.WGMMA
 
 
 @dataclasses.dataclass(frozen=True)
 class TuningConfig:
-    """How much passes by at a time, and how many of these are on the way.
+    """The sizes of the streamed blocks, and how many of them are in flight.
 
     stages: forward, blocks of 128 keys: 48 + 32 KiB each, next to 48 KiB of queries. Scores take 64 registers, their
       bfloat16 copy 32, the output 64.
@@ -78,7 +78,7 @@ def backward(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | Non
     Operands and results of `forward`; o, do bfloat16 [B, T, H, V], lse float32 [B, H, T].
     """
     delta = jnp.einsum("BTHV,BTHV->BHT", o, do, preferred_element_type=jnp.float32)
-    # Past the edge lie zeros, which queries and gradients there are as well: what they add is zero.
+    # Queries and gradients past the edge are zero too, so their contributions are zero.
     lse2, delta = (jnp.pad(x, ((0, 0), (0, 0), (0, -x.shape[-1] % ROWS))) for x in (lse * math.log2(math.e), delta))
     args = (*_tall(q, k, v, do), lse2, delta, _padded(segments), scale, config or TuningConfig(), interpret)
     return tuple(x[:, :q.shape[1]] for x in (_backward_q(*args), *_backward_kv(*args)))  # pyright: ignore[reportCallIssue] (lengths)
@@ -115,7 +115,7 @@ _attention.defvjp(_attention_fwd, _attention_bwd)
 
 
 def _tall(*arrays):
-    """[B, T, H, A] with T a multiple of 8, as TMA moves it."""
+    """[B, T, H, A] with T padded to a multiple of 8, for TMA."""
     return [jnp.pad(x, ((0, 0), (0, -x.shape[1] % 8), (0, 0), (0, 0))) for x in arrays]
 
 
@@ -124,14 +124,14 @@ def _whole(T):
 
 
 def _padded(segments):
-    """int32 [B, T] in whole tiles, or None; what is past the end attends to nothing that counts."""
+    """int32 [B, T] padded to complete tiles, or None; positions past the end do not affect the result."""
     if segments is None:
         return None
     return jnp.pad(segments.astype(jnp.int32), ((0, 0), (0, -segments.shape[1] % ROWS)), constant_values=-1)
 
 
 def _mask(s, other, query, key, segments_ref, batch, transposed=False):
-    """s, or `other` where a query may not see a key; [queries, keys], or transposed, from these positions on."""
+    """s, or `other` where a query may not see a key; [queries, keys], or transposed, starting at these positions."""
     q_axis = 1 if transposed else 0
     iota = lambda axis: plgpu.broadcasted_iota(jnp.int32, s.shape, axis, layout=WGMMA)
     seen = iota(q_axis) + (query - key) >= iota(1 - q_axis)
@@ -159,7 +159,7 @@ def _forward(q, k, v, segments, scale, config, interpret):
         segments_ref = refs[0] if segments is not None else None
         o_ref, lse_ref, q_smem, lse_smem, q_full, done, turn, k_ring, v_ring = refs[-9:]
         batch, head = lax.axis_index("batch"), lax.axis_index("head")
-        tile = tiles - 1 - lax.axis_index("tile")  # the longest first
+        tile = tiles - 1 - lax.axis_index("tile")  # the longest rows first
 
         def load():
             @pl.loop(0, tile + 1)
@@ -178,7 +178,7 @@ def _forward(q, k, v, segments, scale, config, interpret):
                 plgpu.barrier_arrive(turn)
                 plgpu.barrier_wait(turn)
 
-            # The groups take turns: one has the tensor core while the other computes its softmax.
+            # The groups alternate: one uses the tensor core while the other computes its softmax.
             pl.when(group == 1)(meet)
 
             def attend(n, carry, masked):
@@ -203,7 +203,7 @@ def _forward(q, k, v, segments, scale, config, interpret):
             carry = lax.fori_loop(0, free, functools.partial(attend, masked=False), carry)
             o, top, total = lax.fori_loop(free, tile + 1, functools.partial(attend, masked=True), carry)
             pl.when(group == 0)(meet)
-            # The output leaves through a slot of values, when both groups have done with it.
+            # The output is stored through a slot of values, when both groups have finished with it.
             plgpu.barrier_arrive(done)
             plgpu.barrier_wait(done)
             o_smem = v_ring.slots[0].at[0, pl.ds(group * 64, 64)]
@@ -302,7 +302,7 @@ def _backward_kv(q, k, v, do, lse, delta, segments, scale, config, interpret):
         segments_ref = refs[0] if segments is not None else None
         dk_ref, dv_ref, k_smem, v_smem, full, ring = refs[-6:]
         batch, head, tile = lax.axis_index("batch"), lax.axis_index("head"), lax.axis_index("tile")
-        start = tile * (ROWS // width)  # blocks of queries before it see none of these keys
+        start = tile * (ROWS // width)  # earlier blocks of queries see none of these keys
         steps = -(-T // width) - start
 
         def load():
@@ -328,9 +328,9 @@ def _backward_kv(q, k, v, do, lse, delta, segments, scale, config, interpret):
 
                 def with_queries(q_slot, do_slot):
                     s = multiply(k_smem.at[group], q_slot.transpose((1, 0))) * scale2
-                    # All blocks are masked: a second loop without would spill.
+                    # All blocks are masked: a second loop without masks would spill.
                     p = _mask(jnp.exp2(s - lse), 0.0, query, first, segments_ref, batch, transposed=True)
-                    # In this order the bfloat16 copy of p is gone when dp comes.
+                    # In this order the bfloat16 copy of p is no longer needed when dp is computed.
                     new_dv = multiply_add(dv, p.astype(jnp.bfloat16), do_slot, interpret)
                     ds = p * (multiply(v_smem.at[group], do_slot.transpose((1, 0))) - delta)
                     return multiply_add(dk, ds.astype(jnp.bfloat16), q_slot, interpret), new_dv

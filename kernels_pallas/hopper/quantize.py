@@ -3,9 +3,9 @@
 Scales that are powers of two are the twin's bit for bit, and so are their values: no division is involved. The chip
 divides within 2 ulp, so float32 scales may differ from the twin's by that much, and values by one step of E4M3.
 
-Each block of threads takes a tile of 128 x 128 and reads it once. Two warpgroups share it: each quantizes 64 rows, and,
-where the transposed copy is wanted too, 64 columns. Several blocks share an SM, and hide each other's latency.
-There is nothing to tune: 128 x 128 is the least that holds whole tiles of both directions.
+Each thread block takes a tile of 128 x 128 and reads it once. Two warpgroups share it: each quantizes 64 rows, and, if
+the transposed copy is needed too, 64 columns. Several blocks share an SM, and hide each other's latency. There is
+nothing to tune: 128 x 128 is the smallest size with complete tiles in both directions.
 
              128 columns                    rows:     amax along the row     -> values [M, K],  scales [K / 128, M]
           +--------+--------+               columns:  amax along the column  -> values [K, M],  scales [M / 128, K]
@@ -37,10 +37,10 @@ WGMMA = plgpu.Layout.WGMMA
 
 
 def _scales(amax, scale):
-    """(scales, what x is multiplied by), or (scales, None) where x is to be divided."""
+    """(scales, the factor on x), or (scales, None) if x has to be divided."""
     amax = jnp.maximum(amax, SMALLEST_AMAX)
     if scale == "float32":
-        # Behind a barrier, as in the twin: a product with 1 / 448 is not the quotient.
+        # With a barrier, as in the twin: a product with 1 / 448 differs from the quotient.
         return amax / lax.optimization_barrier(jnp.full_like(amax, 448)), None
     from_bits = lambda bits: lax.bitcast_convert_type(bits, jnp.float32)
     # 448 = 1.75 * 2^8: a larger mantissa needs the next power. The reciprocal of a power of two negates its exponent.
@@ -50,16 +50,17 @@ def _scales(amax, scale):
 
 
 def _amax(parts, interpret):
-    """The largest magnitude of each row; NaN beats all, as in the twin."""
-    if not interpret:  # max.NaN.f32, as the report of compiled kernels checks
+    """The largest magnitude of each row; NaN if there is one, as in the twin."""
+    if not interpret:  # max.NaN.f32, which the report of compiled kernels checks
         return functools.reduce(jnp.maximum, (jnp.max(jnp.abs(x), axis=1) for x in parts))
-    # The interpreter's maximum skips NaN. Integers have the order of magnitudes; on the chip they cost 11 registers.
+    # The interpreter's maximum skips NaN. As integers, magnitudes have the same order; on the chip this costs 11
+    # registers.
     bits = (lax.bitcast_convert_type(x, jnp.int32) & 0x7FFFFFFF for x in parts)
     return lax.bitcast_convert_type(functools.reduce(jnp.maximum, (jnp.max(b, axis=1) for b in bits)), jnp.float32)
 
 
 def _store(parts, scale, half, values_smem, scales_smem, interpret):
-    """Quantizes 64 rows of 128 numbers, which come in parts of some columns, into shared memory."""
+    """Quantizes 64 rows of 128 numbers, which are given in parts of some columns, into shared memory."""
     s, inverse = _scales(_amax(parts, interpret), scale)
     each = lambda row: lax.broadcast_in_dim(row, (HALF, BLOCK // len(parts)), (0,))
     for n, x in enumerate(parts):
@@ -69,10 +70,11 @@ def _store(parts, scale, half, values_smem, scales_smem, interpret):
 
 
 def _quantize(inputs, prepare, scale, transposed, interpret) -> Any:
-    """inputs: arrays [M, K] that `prepare` makes float32 tiles of. Scales come back as [K / 128, M]."""
+    """inputs: arrays [M, K], from which `prepare` makes float32 tiles. Scales are returned as [K / 128, M]."""
     M, K = inputs[0].shape
     inputs = [whole_tiles(x) for x in inputs]
-    # A row comes in parts: with both operands of whole rows, SwiGLU took all registers, and one block filled an SM.
+    # A row is read in parts: with complete rows of both operands, SwiGLU used all registers, and one block filled an
+    # SM.
     count = 2 if len(inputs) == 1 else 4
     wide = BLOCK // count
     bf16 = (plgpu.TilingTransform((8, wide)), plgpu.SwizzleTransform(2 * wide))
@@ -119,7 +121,7 @@ def _quantize(inputs, prepare, scale, transposed, interpret) -> Any:
         scratch_types=[plgpu.SMEM((count, len(inputs), BLOCK, wide), jnp.bfloat16, transforms=bf16),
                        *held * (2 if transposed else 1), plgpu.Barrier(num_arrivals=len(inputs), num_barriers=count)],
     )(*inputs)
-    # One tile in the other direction is scaled by what lies past the edge too: zeros, which change no amax.
+    # In the other direction a tile may include rows past the edge: zeros, which do not change amax.
     q = Quantized(made[0][:M, :K], made[1][:, :M].T)
     return (q, Quantized(made[2][:K, :M], made[3][:, :K].T)) if transposed else q
 
@@ -148,7 +150,7 @@ def swiglu_quantize(gate: jax.Array, up: jax.Array, *, scale: str = "float32", d
                     interpret: bool = False) -> Quantized:
     """See [the twin][kernels_pallas.reference.quantize.swiglu_quantize]: within one step of E4M3 of it.
 
-    The exponential is another one. Two bfloat16 [M, F]; raises ValueError for anything else.
+    The exponential function differs. Two bfloat16 [M, F]; raises ValueError for anything else.
     """
     _check("swiglu_quantize", gate, up)
     if dtype != E4M3:

@@ -1,4 +1,4 @@
-"""What the attention kernels share: a ring of slots between one warpgroup that loads and two that multiply."""
+"""Shared by the attention kernels: a ring of slots between one warpgroup that loads and two that multiply."""
 
 # The stubs of Mosaic's transforms and ACC are wrong.
 # pyright: reportAbstractUsage=false, reportPrivateImportUsage=false
@@ -18,7 +18,7 @@ LOWEST = -1e30  # a maximum before any score: finite, so that a block of masked 
 
 
 def swizzled(columns: int) -> tuple[Any, Any]:
-    """How bfloat16 lies in shared memory for TMA and the tensor core: tiles of 8 rows and 64, 32 or 16 columns."""
+    """The layout of bfloat16 in shared memory for TMA and the tensor core: tiles of 8 rows and 64, 32 or 16 columns."""
     return plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(2 * columns)
 
 
@@ -41,7 +41,7 @@ def roles(load: Callable[[], None], compute: Callable[[Any], None], registers: t
 
 
 class Ring(NamedTuple):
-    """Slots of shared memory, filled by TMA in order, each used by both warpgroups before it is filled again."""
+    """Slots of shared memory, filled by TMA in order, each used by both warpgroups before it is refilled."""
 
     slots: Any
     full: Any
@@ -54,13 +54,13 @@ class Ring(NamedTuple):
 
     @classmethod
     def holding(cls, stages: int, *arrays: tuple, parts: int = 1) -> Ring:
-        """The same of (shape, dtype, transforms), each of which comes in `parts` parts."""
+        """The same for (shape, dtype, transforms), each of which is loaded in `parts` parts."""
         return cls([plgpu.SMEM((stages, *shape), dtype, transforms=transforms) for shape, dtype, transforms in arrays],
                    plgpu.Barrier(num_arrivals=parts * len(arrays), num_barriers=stages),
                    plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=stages))
 
     def fill(self, n: Any, *sources: Any) -> None:
-        """Asks for what step n needs, an array for each of a slot's, as soon as the slot is free."""
+        """Starts loading the arrays of step n, one for each array of a slot, as soon as the slot is free."""
         slot = self._free(n)
         for source, target in zip(sources, self.slots, strict=True):
             plgpu.copy_gmem_to_smem(source, target.at[slot], self.full.at[slot])
@@ -82,7 +82,7 @@ class Ring(NamedTuple):
         return slot
 
     def use(self, n: Any, function: Callable) -> Any:
-        """function(arrays of step n's slot), once they are there; gives the slot back."""
+        """function(arrays of step n's slot), once they are loaded; then releases the slot."""
         slot = lax.rem(n, self.slots[0].shape[0])
         plgpu.barrier_wait(self.full.at[slot])
         result = function(*(held.at[slot] for held in self.slots))
@@ -92,7 +92,7 @@ class Ring(NamedTuple):
 
 def multiply(a_smem: Any, b_smem: Any, interpret: bool = False) -> jax.Array:
     """a @ b in float32, both in shared memory."""
-    if interpret:  # whose race detector does not see what the tensor core reads
+    if interpret:  # whose race detector does not see the tensor core's reads
         a, b = a_smem[...], b_smem[...]
         plgpu.commit_smem()
         return jnp.dot(a, b, preferred_element_type=jnp.float32)
@@ -105,15 +105,15 @@ def multiply(a_smem: Any, b_smem: Any, interpret: bool = False) -> jax.Array:
 
 
 def rows(value: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """A column of numbers [rows] over a tile [rows, columns]."""
+    """Broadcasts a column of numbers [rows] over a tile [rows, columns]."""
     return lax.broadcast_in_dim(value, shape, (0,))
 
 
 def multiply_add(total: jax.Array, a: Any, b_smem: Any, interpret: bool) -> Any:
     """total + a @ b: a running float32 sum, a [M, K] in registers or shared memory, b [K, N] in shared memory."""
-    if interpret:  # which knows neither operands in registers nor sums that start from a value
+    if interpret:  # which supports neither operands in registers nor sums with an initial value
         a, b = a if isinstance(a, jax.Array) else a[...], b_smem[...]
-        plgpu.commit_smem()  # a plain read, where the tensor core's would be ordered before TMA's next write
+        plgpu.commit_smem()  # a plain read; the tensor core's would be ordered before TMA's next write
         return total + jnp.dot(a, b, preferred_element_type=jnp.float32)
 
     def run(acc):

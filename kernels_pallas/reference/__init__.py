@@ -1,1 +1,1 @@
-"""The twins: what every kernel computes, in plain jnp. They run on a CPU, and kernels are tested against them."""
+"""The twins: every kernel's operation in plain jnp. They run on a CPU, and kernels are tested against them."""

@@ -13,20 +13,20 @@ from kernels_pallas.reference.fp8_matmul import product
 
 
 def expert_of_tile(sizes_E: jax.Array, tiles: int) -> jax.Array:
-    """int32 [tiles]: whose rows tile t of 128 rows holds; past the last group, E."""
+    """int32 [tiles]: the group of tile t of 128 rows; past the last group, E."""
     end_E = jnp.cumsum(sizes_E) // BLOCK
-    # Compared with all: a binary search would be a loop of XLA in front of every grouped product.
+    # Compared with all groups: a binary search would be an XLA loop before every grouped product.
     return jnp.searchsorted(end_E, jnp.arange(tiles), side="right", method="compare_all").astype(jnp.int32)
 
 
 def fp8_grouped_matmul(a: Quantized, b: Quantized, sizes_E: jax.Array, *, out_dtype: DTypeLike = jnp.bfloat16,
                        accumulator: Accumulator | None = None) -> jax.Array:
-    """Multiplies each group by its own matrix, or, where both operands are matrices, sums each group over its rows.
+    """Multiplies each group by its own matrix, or, if both operands are matrices, sums each group over its rows.
 
     Args:
       a: Quantized in 1 x 128 tiles: rows [R, K], or K-grouped [M, R].
       b: Quantized [E, N, K] in 128 x 128 blocks, or K-grouped [N, R] in 1 x 128 tiles.
-      sizes_E: int32, rows of each group: multiples of 128 (not checked: they live on the device).
+      sizes_E: int32, rows of each group: multiples of 128 (not checked: they are on the device).
     Returns:
       [R, N], zero in rows past the last group; or K-grouped [E, M, N], zero for empty groups.
     """

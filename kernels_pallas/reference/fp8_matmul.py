@@ -1,6 +1,6 @@
 """FP8 products with scales along K. The oracle: dequantize to float32, multiply in float32.
 
-`accumulator` swaps float32 for a model of the tensor core's registers, to see what promotion is for.
+`accumulator` replaces float32 by a model of the tensor core's registers, to study the effect of promotion.
 """
 
 import jax
@@ -55,7 +55,8 @@ def fp8_matmul(a: Quantized, b: Quantized, *, out_dtype: DTypeLike = jnp.bfloat1
 
     Args:
       a: Quantized [M, K] in 1 x 128 tiles.
-      b: Quantized [N, K] in 128 x 128 blocks (Fprop, Dgrad) or in 1 x 128 tiles (Wgrad): its scales' shape says which.
+      b: Quantized [N, K] in 128 x 128 blocks (Fprop, Dgrad) or in 1 x 128 tiles (Wgrad), according to the shape of its
+        scales.
       out_dtype: of the result; float32 for weight gradients.
     Returns:
       [M, N], accumulated in float32.

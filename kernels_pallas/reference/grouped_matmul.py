@@ -23,7 +23,7 @@ def grouped_matmul(x_RD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, *, tra
 
 
 def weights(x_RD: jax.Array, dy_RF: jax.Array, sizes_E: jax.Array) -> jax.Array:
-    """The gradient of the matrices: float32 [E, D, F], zero where an expert has no rows."""
+    """The gradient of the matrices: float32 [E, D, F], zero for experts without rows."""
     over_rows = lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), lhs_ragged_dimensions=[0],
                                               rhs_group_dimensions=[])
     return lax.ragged_dot_general(x_RD, dy_RF, sizes_E, over_rows, preferred_element_type=_wide(x_RD))

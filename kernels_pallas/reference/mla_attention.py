@@ -1,4 +1,4 @@
-"""Causal softmax attention as MLA trains it: queries and keys of nope + rope numbers, values of fewer.
+"""Causal softmax attention for training MLA: queries and keys have nope + rope dims, values fewer.
 
     o[t] = softmax over s <= t, same segment, of (q[t] . k[s] * scale) @ v
 """

@@ -4,7 +4,7 @@
 
 A page holds `page` tokens of one sequence; a token is its normed latent c and its rotated k_pe, either in bfloat16 (576
 numbers in V3) or in the 656 bytes of FlashMLA's FP8 layout: 512 E4M3 values of c, four float32 scales (one for every
-128), 64 bfloat16 of k_pe, which is too exact for FP8.
+128), 64 bfloat16 of k_pe, for which FP8 is too imprecise.
 """
 
 from typing import Any
@@ -55,7 +55,7 @@ def mla_decode(q_BHX: jax.Array, cache: jax.Array, page_table_BP: jax.Array, len
     Returns:
       [B, H, C] in the dtype of q, still to be multiplied by W_UV.
     Raises:
-      ValueError: the cache is not as wide as the queries and `rank` say.
+      ValueError: the width of the cache does not fit the queries and `rank`.
     """
     X = q_BHX.shape[-1]
     rank = X - 64 if rank is None else rank
@@ -70,5 +70,5 @@ def mla_decode(q_BHX: jax.Array, cache: jax.Array, page_table_BP: jax.Array, len
     s_BHS = jnp.einsum("BHX,BSX->BHS", q_BHX, tokens_BSX, **highest) * scale
     there = jnp.arange(s_BHS.shape[-1])[None, None] < lengths_B[:, None, None]
     p_BHS = jax.nn.softmax(jnp.where(there, s_BHS, -jnp.inf), axis=-1)
-    c_BSC = jnp.where(there[:, 0, :, None], tokens_BSX[..., :rank], 0)  # what was never written may be NaN
+    c_BSC = jnp.where(there[:, 0, :, None], tokens_BSX[..., :rank], 0)  # unwritten rows may be NaN
     return jnp.einsum("BHS,BSC->BHC", p_BHS.astype(q_BHX.dtype), c_BSC, **highest).astype(q_BHX.dtype)

@@ -2,7 +2,7 @@
 
     s = max(amax, 1e-4) / 448        values = E4M3(x / s)        power of two: 2^ceil(log2 s), from the bits of amax
 
-An infinite or NaN element makes its tile NaN, and no other: the scale becomes infinite or NaN.
+An infinite or NaN element makes only its own tile NaN: the scale becomes infinite or NaN.
 """
 
 import math
@@ -19,9 +19,10 @@ SMALLEST_AMAX = 1e-4
 
 
 def power_of_two(amax: jax.Array, largest: float) -> jax.Array:
-    """The least power of two that is not below amax / largest, for normal float32; infinities and NaN stay.
+    """The smallest power of two that is not below amax / largest, for normal float32; infinities and NaN are kept.
 
-    Read off the bits: an accelerator's division is within 2 ulp, and one ulp too much is a power of two too much.
+    It is computed from the bits: an accelerator's division is within 2 ulp, and one ulp too much would give the next
+    power.
     """
     mantissa, exponent = math.frexp(largest)
     bits = lax.bitcast_convert_type(amax, jnp.int32) + (2**24 - 1 - int(mantissa * 2**24))
@@ -37,12 +38,12 @@ def scales_of(amax: jax.Array, largest: float, scale: str = "float32") -> jax.Ar
     amax = jnp.maximum(amax, SMALLEST_AMAX)
     if scale == "power_of_two":
         return power_of_two(amax, largest)
-    # Behind a barrier, an array of it: XLA multiplies by 1 / 448 else, and half of the scales would be an ulp off.
+    # An array behind a barrier: otherwise XLA multiplies by 1 / 448, and half of the scales would be an ulp off.
     return amax / lax.optimization_barrier(jnp.full_like(amax, largest))
 
 
 def tile_amax(x: jax.Array, rows: int = 1, columns: int = BLOCK) -> jax.Array:
-    """The largest magnitude of every tile of `rows` x `columns` over the last two axes, float32; NaN beats all.
+    """The largest magnitude of every tile of `rows` x `columns` over the last two axes, float32; NaN if there is one.
 
     Magnitudes are compared as integers, whose order is the same: XLA:CPU's float reduction may lose a NaN.
     """
@@ -65,7 +66,7 @@ def spread(scales: jax.Array, shape: tuple[int, ...], rows: int = 1, columns: in
 
 
 def _shared(amax, share):
-    """What tiles do not keep to themselves: the largest of 128 rows, or of all, in the shape of tiles still."""
+    """Shares amax between tiles: the largest of 128 rows, or of all, in the shape of the tiles."""
     if share == "tensor":
         return jnp.broadcast_to(amax.max(axis=(-2, -1), keepdims=True), amax.shape)
     if share == "block":
@@ -76,10 +77,10 @@ def _shared(amax, share):
 
 def with_scales(x: jax.Array, scales: jax.Array, rows: int = 1, dtype: DTypeLike = E4M3,
                 columns: int = BLOCK) -> Quantized:
-    """x / scales in `dtype`, where the scales are known: x [..., M, K], one scale for `rows` x `columns` of it."""
+    """x / scales in `dtype`, for given scales: x [..., M, K], one scale per `rows` x `columns` tile."""
     x = x.astype(jnp.float32)
-    # XLA would multiply by the reciprocal of an array that it sees broadcast, or by 448 / amax: it sees a choice, which
-    # changes nothing (NaN / NaN is NaN).
+    # XLA would multiply by the reciprocal of a broadcast array, or by 448 / amax. The select prevents this and changes
+    # nothing (NaN / NaN is NaN).
     divisor = jnp.where(jnp.isnan(x), x, spread(scales, x.shape, rows, columns))
     return Quantized((x / divisor).astype(dtype), scales)
 
@@ -93,7 +94,7 @@ def quantize(x: jax.Array, *, scale: str = "float32", dtype: DTypeLike = E4M3, t
       scale: "float32", or "power_of_two" (rounded up, so that nothing overflows).
       transposed: also x.T in tiles of its own (128 x 1 tiles of x), [..., K, M]: the operand of the weight gradient.
         "only": that alone.
-      share: "tile"; to see what fine scales are for, "block" takes the amax of 128 x 128 and "tensor" that of all.
+      share: "tile"; to study the effect of fine scales, "block" takes the amax of 128 x 128 and "tensor" that of all.
     Returns:
       Quantized, values in `dtype` and scales [..., M, ceil(K / 128)]; with transposed=True a pair of them.
     """
@@ -106,7 +107,7 @@ def quantize(x: jax.Array, *, scale: str = "float32", dtype: DTypeLike = E4M3, t
     def along_columns():
         amax_T = _shared(jnp.swapaxes(tile_amax(x, BLOCK, 1), -1, -2), share)
         scales = jnp.swapaxes(scales_of(amax_T, largest, scale), -1, -2)
-        # Quantized where it lies, then transposed as bytes: XLA:CPU is fast at both, and at neither with FP8.
+        # Quantized first, then transposed as bytes: XLA:CPU is fast at both, but slow at transposing FP8.
         values = with_scales(x, scales, BLOCK, dtype, 1).values
         bytes_T = jnp.swapaxes(lax.bitcast_convert_type(values, jnp.uint8), -1, -2)
         return Quantized(lax.bitcast_convert_type(bytes_T, dtype), jnp.swapaxes(scales, -1, -2))

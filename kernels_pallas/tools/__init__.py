@@ -1,1 +1,1 @@
-"""Command-line tools around the kernels: shapes, benchmark, compile reports. Like the kernels they need jax alone."""
+"""Command-line tools for the kernels: shapes, benchmark, compile reports. Like the kernels they need only jax."""

@@ -5,7 +5,7 @@
 
 Every kernel is compared with its twin first (see compare.py); one that is wrong or fails is not timed (exit code 1).
 Operands are random. Rates are TFLOP/s and GB/s, also as a share of the bandwidth of a plain copy in the same run;
-timing.py says what is timed. `python -m benchmarks.gpu`, from a checkout, runs these cases in processes of their own.
+timing.py describes the timing. `python -m benchmarks.gpu`, from a checkout, runs these cases in separate processes.
 """
 
 import argparse
@@ -25,13 +25,13 @@ from kernels_pallas.tools.timing import time_calls
 
 
 def copy_bandwidth(calls: int) -> float:
-    """Bytes per second that a plain copy reads and writes: of 512 MiB, or on a CPU of 16."""
+    """Bytes per second that a plain copy reads and writes, for 512 MiB, or 16 MiB on a CPU."""
     x = jnp.zeros((2**27 if jax.default_backend() != "cpu" else 2**22,), jnp.float32)
     return 2 * x.nbytes / time_calls(jax.jit(lambda x: x + 1), (x,), calls).seconds
 
 
 def check(case: Any, implementation: str) -> dict[str, Any]:
-    """The first part of a row: what it is, and whether it is right, by `compare`."""
+    """The first part of a row: the case, and whether it is correct by `compare`."""
     small = case.compared()
     arguments = jax.jit(small.random)(jax.random.key(0))
     # Autotuning the twin's float32 products takes longer than running them.
@@ -39,14 +39,14 @@ def check(case: Any, implementation: str) -> dict[str, Any]:
     lowered = jax.jit(small.call("reference")).lower(*arguments)
     try:
         twin = lowered.compile(compiler_options=options)
-    except Exception:  # a product that XLA cannot choose without trying
+    except Exception:  # a product that XLA cannot select without autotuning
         twin = lowered.compile()
     found = compare(jax.jit(small.call(implementation))(*arguments), twin(*arguments))
     return {"operation": case.operation, "shape": str(case), "compared_at": str(small)} | found
 
 
 def measure(case: Any, implementation: str, calls: int, bandwidth: float) -> dict[str, Any]:
-    """One row: how far from the twin, time, rates, and the peers' times."""
+    """One row: difference from the twin, time, rates, and the peers' times."""
     row = check(case, implementation)
     if not row["right"]:
         return row
@@ -58,7 +58,7 @@ def measure(case: Any, implementation: str, calls: int, bandwidth: float) -> dic
         row["of_published"] = case.published and row["tflops"] / case.published
     try:
         return row | {"peers": peers(case, jax.random.key(1), calls)}
-    except Exception as error:  # what was measured is kept, whatever a peer does
+    except Exception as error:  # the measurement is kept, whatever a peer does
         return row | {"peers": {"all": f"refused: {first_line(error)}"}}
 
 
@@ -71,7 +71,7 @@ def attempt(case: Any, *options: Any) -> dict[str, Any]:
 
 
 def show(row: dict[str, Any]) -> str:
-    """A row in words."""
+    """A row as text."""
     if "failed" in row:
         return f"FAILED: {row['failed']}"
     if not row["right"]:

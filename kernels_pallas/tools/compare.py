@@ -1,8 +1,8 @@
-"""Whether a kernel computes what its twin does.
+"""Compares the results of a kernel with its twin's.
 
 Products and attention: the largest difference is less than 1 % of the largest magnitude. Quantizers: a GPU divides
-within 2 ulp and has another exponential, which moves some roundings by a step of E4M3 (7 % at the top of a tile); so
-scales may differ by 2 ulp, each value by one step, and one value of ten thousand at all.
+within 2 ulp and has a different exponential, which changes some roundings by a step of E4M3 (7 % at the top of a tile);
+so scales may differ by 2 ulp, each value by one step, and at most one value in ten thousand may differ.
 """
 
 from typing import Any
@@ -17,7 +17,7 @@ LARGEST_ERROR, MOST_ULP, MOST_STEPS, MOST_MOVED = 0.01, 2, 1, 1e-4
 
 
 def compare(ours: Any, theirs: Any) -> dict[str, Any]:
-    """{"right", and the largest "error", or "scale_ulp", "steps" and "moved"} of two trees of one structure."""
+    """{"right", and the largest "error", or "scale_ulp", "steps" and "moved"} for two trees with the same structure."""
     is_pair = lambda x: isinstance(x, Quantized)
     rows = [_quantized(x, y) if is_pair(x) else _numbers(x, y)
             for x, y in zip(jax.tree.leaves(ours, is_leaf=is_pair), jax.tree.leaves(theirs, is_leaf=is_pair),
@@ -30,7 +30,7 @@ def compare(ours: Any, theirs: Any) -> dict[str, Any]:
 def _difference(x, y):
     x, y = x.astype(jnp.float32), y.astype(jnp.float32)
     apart = jnp.abs(x - y)
-    # Not left to the maximum, which may lose a NaN.
+    # Checked separately, since a maximum may lose a NaN.
     return jnp.where(jnp.isfinite(apart).all(), apart.max() / jnp.maximum(jnp.abs(y).max(), 1e-30), jnp.inf)
 
 
@@ -41,7 +41,7 @@ def _numbers(x, y):
 
 @jax.jit
 def _moved(x, y):
-    def place(values):  # among all values of E4M3, in order
+    def place(values):  # position among all E4M3 values, in order
         bits = lax.bitcast_convert_type(values, jnp.uint8).astype(jnp.int32)
         return jnp.where(bits >= 128, 128 - bits, bits)
 

@@ -24,7 +24,7 @@ from typing import Any
 
 FIELDS = ("registers", "spill_bytes", "shared_bytes", "stages", "wgmma_e4m3", "qgmma", "hgmma", "serialized",
           "nan_skipped", "divisions")
-INSTRUCTION = r"/\*[0-9a-f]{4,}\*/ +\S"  # of machine code: its address, and what it is
+INSTRUCTION = r"/\*[0-9a-f]{4,}\*/ +\S"  # a line of machine code: its address, and the instruction
 # XLA's description of the chip. An H800 is the same chip with a slower NVLink.
 H100 = """gpu_device_info {
   threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
@@ -44,7 +44,7 @@ class NoCompiler(RuntimeError):
 
 
 def described(topology: str = "1x1x1") -> list[Any]:
-    """Descriptions of H100s; `topology` is "1 x hosts x GPUs of each".
+    """Descriptions of H100s; `topology` is "1 x hosts x GPUs per host".
 
     Must be called before jax first compiles anything, because jax reads the environment then.
 
@@ -56,7 +56,7 @@ def described(topology: str = "1x1x1") -> list[Any]:
 
     try:
         return topologies.get_topology_desc("h100", platform="cuda", target_config=H100, topology=topology).devices
-    except NotImplementedError as error:  # no plugin knows "cuda"
+    except NotImplementedError as error:  # no plugin provides "cuda"
         raise NoCompiler("compiling for GPUs needs jax's CUDA plugin and ptxas; pip install 'deepseek-jax[aot]' brings "
                          "both.") from error
 
@@ -66,7 +66,7 @@ def read(ptx: str, ptxas: str, resources: str, sass: str | None = None) -> dict:
     count = lambda name: None if sass is None else len(re.findall(rf"\b{name}\.", sass))
     numbers = lambda pattern, text: [int(n) for n in re.findall(pattern, text)]
     return {"registers": sum(numbers(r"Used (\d+) registers", ptxas)),
-            # Of the line of facts alone: a warning repeats the numbers.
+            # Only from the line of facts: a warning repeats the numbers.
             "spill_bytes": sum(int(n) for pair in re.findall(r"frame, (\d+) bytes spill stores, (\d+) bytes", ptxas)
                                for n in pair),
             "shared_bytes": max(numbers(r"smem_scratch_bytes=(\d+)", resources), default=0),
@@ -80,7 +80,7 @@ def read(ptx: str, ptxas: str, resources: str, sass: str | None = None) -> dict:
 
 
 def loop(sass: str) -> int:
-    """Instructions of the shortest loop of a kernel that has one of the tensor core's; 0: there is none."""
+    """Instructions of a kernel's shortest loop with a tensor-core instruction; 0: there is none."""
     lines, labels, found = sass.splitlines(), {}, []
     for n, line in enumerate(lines):
         if label := re.match(r"(\.L_x_\d+):", line):
@@ -96,7 +96,7 @@ def dumped(files: Collection[pathlib.Path]) -> Iterator[tuple[str, dict[str, Any
     """Yields (name, row) of every kernel among the files that Mosaic dumped.
 
     Mosaic numbers lists of resources in the order of tracing and the other files in the order of compilation. So files
-    are matched by name without number, and of several lists the largest numbers count.
+    are matched by name without the number, and if there are several lists the largest numbers count.
     """
     name = lambda file: re.sub(r"_\d+$", "", file.name.partition(".")[0])
     for ptx in sorted(file for file in files if file.suffix == ".ptx"):
@@ -106,7 +106,7 @@ def dumped(files: Collection[pathlib.Path]) -> Iterator[tuple[str, dict[str, Any
 
 
 def faults(operation: str, row: dict, scale: str = "float32", pair: bool = False) -> list[str]:
-    """What disqualifies a kernel; scale: of the quantizer that it is; pair: of an FP8 product, its SMs share rows."""
+    """A kernel's faults; scale: of a quantizer; pair: whether the SMs of an FP8 product share rows."""
     found = [f"spills {row['spill_bytes']} bytes"] if row["spill_bytes"] else []
     found += ["its WGMMAs are serialized"] if row["serialized"] else []
     if operation.startswith("fp8") and not row["wgmma_e4m3"]:
@@ -125,7 +125,7 @@ def faults(operation: str, row: dict, scale: str = "float32", pair: bool = False
 
 
 def _disassembler() -> bool:
-    """Whether nvdisasm is where Mosaic looks for it: among the wheels of CUDA's own tools."""
+    """Whether nvdisasm is where Mosaic looks for it: among the wheels of CUDA's tools."""
     spec = importlib.util.find_spec("nvidia")
     roots = (spec.submodule_search_locations or ()) if spec else ()
     return any(tool.is_file() for root in roots for tool in pathlib.Path(root).glob("*/bin/nvdisasm"))
@@ -140,7 +140,7 @@ def cases(names: Iterable[str]) -> list[Any]:
 
 
 class Compiler:
-    """ptxas for a described H100, behind jax. Made before jax first compiles anything, since it sets the environment.
+    """ptxas for a described H100, called through jax. Made before jax first compiles, since it sets the environment.
 
     Raises:
       NoCompiler: jax has no CUDA plugin.
@@ -162,11 +162,11 @@ class Compiler:
         self.here = NamedSharding(Mesh(np.array(devices), ("x",)), PartitionSpec())
 
     def rows(self, case: Any) -> list[dict[str, Any]]:
-        """A row for every kernel of a case; one with a fault where it does not compile."""
+        """A row for every kernel of a case, or one with a fault if it does not compile."""
         named = {"operation": case.operation, "shape": str(case)}
         try:
             found = list(dumped(self._compile(case)))
-        except Exception as error:  # of tracing, lowering or ptxas: this version cannot compile it
+        except Exception as error:  # from tracing, lowering or ptxas: this version cannot compile it
             why = (str(error).strip() or "no message").splitlines()[0][:200]
             return [named | {"kernel": None, "faults": [f"{type(error).__name__}: {why}"]}]
         scale, paired = getattr(case, "scale", "float32"), case.operation.startswith("fp8") and case.tuning().pair
@@ -174,7 +174,7 @@ class Compiler:
         return [named | {"kernel": name} | row | {"faults": wrong(name, row)} for name, row in found]
 
     def _compile(self, case):
-        """Returns the files that this dumped."""
+        """Compiles a case and returns the dumped files."""
         import jax
 
         before = set(self.folder.iterdir())
@@ -185,7 +185,7 @@ class Compiler:
 
 
 def compile_kernels(names: Iterable[str]) -> list[dict]:
-    """A row for every kernel of every case of these shapes; printed as they come."""
+    """A row for every kernel of every case of these shapes, printed as they are made."""
     compiler, rows = Compiler(), []
     for case in cases(names):
         for row in compiler.rows(case):

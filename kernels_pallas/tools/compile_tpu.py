@@ -36,7 +36,7 @@ def compiled(case: Any, device: Any) -> Any:
 def compile_kernels(chips: Iterable[str], names: Iterable[str]) -> list[dict]:
     """A row for every chip and every case of these shapes that has a TPU kernel."""
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no machine to ask about
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no real machine
     try:
         import libtpu  # pyright: ignore[reportMissingImports] (optional)
     except ImportError:

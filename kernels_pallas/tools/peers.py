@@ -1,7 +1,7 @@
-"""What others need for the same operation on the same GPU: XLA's products, and torch's where it is installed.
+"""Times of other implementations of the same operation on the same GPU: XLA's products, and torch's if installed.
 
-A product of XLA is named after what the compiled program calls, not after what was hoped for. What is not there is a
-word that says why, in place of seconds.
+An XLA product is named after the library that the compiled program actually calls. If a time is missing, a word says
+why.
 """
 
 import statistics
@@ -18,12 +18,12 @@ TORCH_CALLS = 20
 
 
 def peers(case: Any, key: jax.Array, calls: int) -> dict[str, float | str]:
-    """{name: seconds of a call, or why there are none}."""
+    """{name: seconds per call, or why there are none}."""
     return _xla(case, key, calls) | _torch(case)
 
 
 def library(text: str) -> str:
-    """What a compiled product calls: "cublaslt_fp8", "cublaslt", "cublas", "triton" or "xla"."""
+    """The library that a compiled product calls: "cublaslt_fp8", "cublaslt", "cublas", "triton" or "xla"."""
     for mark, name in (("$lt$matmul$f8", "cublaslt_fp8"), ("$lt$matmul", "cublaslt"), ("__cublas$gemm", "cublas"),
                        ("triton", "triton")):
         if mark in text:
@@ -72,7 +72,7 @@ def _torch(case) -> dict[str, float | str]:
         import torch  # pyright: ignore[reportMissingImports] (optional)
     except ImportError:
         return {"torch": "missing: torch is not installed"}
-    except Exception as error:  # its libraries may clash with those of jax
+    except Exception as error:  # its libraries may conflict with those of jax
         return {"torch": f"missing: {first_line(error)}"}
     if not torch.cuda.is_available():
         return {"torch": "missing: torch has no CUDA here"}
@@ -138,5 +138,5 @@ def _sdpa(torch, case):
 
     if case.segments:
         return {}
-    # Not every backend takes values narrower than keys: padded, it does more work than is needed.
+    # Not every backend supports values narrower than keys: with padding it does more work than needed.
     return {"torch_sdpa": attend(case.V), "torch_sdpa_padded_values": attend(case.A)}

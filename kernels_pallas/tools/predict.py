@@ -2,14 +2,14 @@
 
     python -m kernels_pallas.tools.predict [--shapes v3-train v3-decode] [--rows FILE] [--json FILE]
 
-Requires what compile_report.py requires, or with --rows the rows that it wrote on a machine with a disassembler.
-Assumptions, of an H100 SXM: 132 SMs at 1.755 GHz; a clock of an SM multiplies 8,192 FLOP in FP8, 4,096 in bfloat16; the
-L2 cache delivers 5,120 bytes a clock to all SMs, 64 to one at most; what two SMs share (multicast) it delivers once,
-and both take it in; device memory has 3.35 TB/s, of which a copy takes 0.92. A slice of a product takes the longest of:
-the tensor core; the issue slots of two warpgroups, a warp of each on a scheduler; its bytes from L2; and one group's
-chain of product, wait (60 clocks) and sums. A tile takes its slices and the time in which its output leaves at 32 bytes
-a clock; tiles come in waves; a launch takes 2 microseconds. Quantizers and decoding wait for memory, 800 clocks, with
-as many blocks on an SM as registers and shared memory allow.
+Has the same requirements as compile_report.py, or with --rows uses the rows that it wrote on a machine with a
+disassembler. Assumptions, of an H100 SXM: 132 SMs at 1.755 GHz; an SM does 8,192 FLOP per clock in FP8, 4,096 in
+bfloat16; the L2 cache delivers 5,120 bytes per clock to all SMs, and at most 64 to one; data shared by two SMs
+(multicast) is delivered once and received by both; device memory has 3.35 TB/s, of which a copy reaches 0.92. The time
+of a slice of a product is the longest of: the tensor core; the issue slots of two warpgroups, with a warp of each per
+scheduler; its bytes from L2; and one group's chain of product, wait (60 clocks) and sums. The time of a tile is that of
+its slices plus the store of its output at 32 bytes per clock; tiles run in waves; a launch takes 2 microseconds.
+Quantizers and decoding wait for memory, 800 clocks, with as many blocks per SM as registers and shared memory allow.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from kernels_pallas.tools import compile_report
 from kernels_pallas.tools.shapes import SHAPES, Case, Decode, Grouped
 
 SMS, CLOCK, LAUNCH, LATENCY, WAIT = 132, 1.755e9, 2e-6, 800, 60
-RATE = {"fp8": 8192, "bf16": 4096}  # FLOP a clock of an SM
+RATE = {"fp8": 8192, "bf16": 4096}  # FLOP per clock of an SM
 L2, L2_PORT, MEMORY, COPY = 5120, 64, 3.35e12, 0.92
 REGISTERS, SHARED = 65536, 227 * 1024  # of an SM
 
@@ -36,13 +36,13 @@ REGISTERS, SHARED = 65536, 227 * 1024  # of an SM
 # The plan of a product, and its machine code.
 def product(tiles: int, block: tuple[int, int], slices: float, depth: int, size: int, out_size: int,
             instructions: int, sms: int = 1) -> float:
-    """Seconds of a product in tiles of `block` rows and columns; of K, `depth` numbers of `size` bytes are a slice.
+    """Seconds of a product in tiles of `block` rows and columns; a slice has `depth` numbers of `size` bytes along K.
 
-    sms: that share the rows of a tile, of which each loads its part for all.
+    sms: the SMs that share the rows of a tile, of which each loads its part for all.
     """
     rows, columns = block
     tensor = 2 * rows * columns * depth / RATE["fp8" if size == 1 else "bf16"]
-    # All rows come in at the port of each SM, also those that another one asked for.
+    # All rows enter through the port of each SM, including those that another one requested.
     l2 = depth * size * max((rows + columns) / L2_PORT, (rows / sms + columns) / (L2 / min(tiles, SMS)))
     a_slice = max(tensor, 2 * instructions, l2, tensor / 2 + WAIT + instructions)
     leaves = rows * columns * out_size / 32
@@ -50,7 +50,7 @@ def product(tiles: int, block: tuple[int, int], slices: float, depth: int, size:
 
 
 def seconds(case: Any, row: dict[str, Any]) -> float | None:
-    """What a case takes; row: of its compiled kernel. None: attention, and what has no plan here."""
+    """Seconds of a case; row: of its compiled kernel. None: attention, and operations without a plan here."""
     memory = case.bytes() / (MEMORY * COPY)
     if isinstance(case, Grouped):
         from kernels_pallas.hopper.grouped_matmul import ROWS, SLICE, TuningConfig

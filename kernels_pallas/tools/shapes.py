@@ -1,4 +1,4 @@
-"""Named shapes that kernels are compiled for and timed at: those of DeepSeek-V3, and tiny ones for a CPU."""
+"""Named shapes for compiling and timing kernels: those of DeepSeek-V3, and tiny ones for a CPU."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class _Case(abc.ABC):
 
     @property
     def part(self) -> str | None:
-        """Another function of the operation's module, if the case is of that."""
+        """Another function of the operation's module, if the case is for that."""
         return None
 
     @abc.abstractmethod
@@ -35,14 +35,14 @@ class _Case(abc.ABC):
 
     @abc.abstractmethod
     def call(self, implementation: str, **options: Any) -> Callable:
-        """The operation as a function of `arguments()`; options: `config`, of kernels that can be tuned."""
+        """The operation as a function of `arguments()`; options: `config`, for tunable kernels."""
 
     @abc.abstractmethod
     def random(self, key: jax.Array) -> tuple:
         """Random operands."""
 
     def compared(self) -> _Case:
-        """The case at which a kernel is compared with its twin."""
+        """The case for comparing a kernel with its twin."""
         return self
 
     def bytes(self) -> int:
@@ -51,7 +51,7 @@ class _Case(abc.ABC):
         return size(self.arguments()) + size(jax.eval_shape(self.call("reference"), *self.arguments()))
 
     def function(self, implementation: str) -> Callable:
-        """The operation, from the module of the implementation, whatever machine this is.
+        """The operation, from the module of the implementation, on any machine.
 
         "interpreter": hopper's kernels on Mosaic's interpreter, which runs on a CPU; products on 2 SMs.
         """
@@ -105,7 +105,7 @@ class Case(_Case):
         return dataclasses.replace(self, **{"K" if self.form == "tiles" else "M": few}) if self.N else self
 
     def tuning(self) -> Any:
-        """The TuningConfig with which Hopper's kernel multiplies, of an FP8 product."""
+        """The TuningConfig of Hopper's kernel for an FP8 product."""
         from kernels_pallas.hopper.fp8_matmul import TuningConfig
 
         return TuningConfig.of_groups(self.N) if self.groups else TuningConfig.of_shape(self.M, self.N)
@@ -179,7 +179,7 @@ class Grouped(_Case):
         return "weights" if self.form == "weights" else None
 
     def compared(self) -> Grouped:
-        """With fewer rows a group: the twin multiplies a copy of all rows by every matrix."""
+        """With fewer rows per group: the twin multiplies a copy of all rows by every matrix."""
         return dataclasses.replace(self, R=min(self.R, 300 * self.groups))
 
     def arguments(self) -> tuple:
@@ -287,7 +287,7 @@ class Decode(_Case):
                 jnp.full(lengths.shape, self.T, jnp.int32))
 
 
-def _array(shape, dtype) -> Any:  # a shape where types say jax.Array
+def _array(shape, dtype) -> Any:  # a shape, where the annotations have jax.Array
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
@@ -300,7 +300,7 @@ SHAPES = {
         Case("quantize", 256, 256), Case("quantize", 256, 256, form="only", scale="power_of_two"),
         Case("swiglu_quantize", 256, 256), Case("fp8_matmul", 256, 256, 128),
         Case("fp8_matmul", 256, 256, 128, form="tiles"),
-        # Of these, tiles are paired, and there are more slices of K, of a group too, than are on the way at once.
+        # In these, tiles are paired, and there are more slices of K, even in a group, than are in flight at once.
         Case("fp8_grouped_matmul", 512, 1024, 256, groups=2),
         Case("fp8_grouped_matmul", 128, 2048, 256, groups=2, form="tiles"),
         *(Grouped(100, 64, 128, groups=3, form=form) for form in ("", "transposed", "weights")),

@@ -1,8 +1,8 @@
-"""How long a call takes on this machine.
+"""The time of a call on this machine.
 
 On a GPU the kernels of a call are timed by CUPTI, each by its name, so that Python and the gaps between kernels do not
 count. Before each call 128 MiB are written, more than twice the L2 cache: operands come from memory, as in training.
-Elsewhere, or where CUPTI refuses, the host's clock is taken, and the result says so.
+Elsewhere, or if CUPTI refuses, the host's clock is used, and the result says so.
 """
 
 import statistics
@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 FLUSHED = 2**27  # bytes; the L2 cache of an H100 or H200 has 50 MiB
-FLUSH = "not"  # what XLA calls the kernel of `~x`, as part of a name; no other kernel here is called so
+FLUSH = "not"  # part of XLA's name for the kernel of `~x`; no other kernel here has it
 
 
 class Timing(NamedTuple):
@@ -47,10 +47,10 @@ def _by_kernels(function, arguments, calls):
 
 
 def summarize(rounds: Any) -> Timing:
-    """The timing of CUPTI's (kernel's name, milliseconds) pairs of each call, without the kernel that flushes.
+    """The timing from CUPTI's (kernel name, milliseconds) pairs of each call, without the flushing kernel.
 
     Raises:
-      RuntimeError: not exactly one kernel of a call flushes, so it cannot be told from the others.
+      RuntimeError: not exactly one kernel of a call flushes, so it cannot be distinguished from the others.
     """
     flushes = {sum(FLUSH in name for name, _ in pairs) for pairs in rounds or ()}
     if flushes != {1}:

@@ -43,7 +43,7 @@ def _grouped(a, b, sizes_E, out_dtype, config, interpret):
         k = pl.program_id(2)
 
         def product():
-            # Rows of no expert hold anything: chosen, not multiplied by zero.
+            # Rows of no expert may hold NaN: they are selected away, not multiplied by zero.
             return jnp.where(expert_T[pl.program_id(0)] < E, scaled_product(a_ref, sa_ref, b_ref, sb_ref), 0)
 
         accumulate(k == 0, k == steps - 1, product, total_ref, out_ref)

@@ -5,8 +5,9 @@
       a [block_m, slices * 128]          total += (a_slice @ b_slice.T) * scale_a[row] * scale_b[column]
       b [block_n, slices * 128]        in float32; the total stays in VMEM until K is through
 
-Blocks of b are scaled by column too: one form for both. A chip without FP8 (v5p, v6e) widens the operands on the way to
-its matrix unit and still reads FP8 from memory. Rows and columns past the edge hold anything, and are not written.
+Blocks of b are scaled by column too, so there is one form for both. A chip without FP8 (v5p, v6e) widens the operands
+before its matrix unit and still reads FP8 from memory. Rows and columns past the edge have arbitrary values, and are
+not written.
 """
 
 import dataclasses
@@ -29,7 +30,7 @@ class TuningConfig:
     """How the output is cut up.
 
     block_m, block_n: of the output that a step adds to; multiples of 128; a total of 512 x 512 is 1 MiB of VMEM.
-    slices: of 128 of K in a step, at most 8; as many as divide K are taken.
+    slices: of 128 along K in a step, at most 8; reduced to a divisor of K's slices.
     """
 
     block_m: int = 512
@@ -39,7 +40,7 @@ class TuningConfig:
 
 def scaled_product(a_ref: Any, sa_ref: Any, b_ref: Any, sb_ref: Any) -> Any:
     """float32 [m, n] of one step: a [m, slices * 128], sa [slices, m], b [n, slices * 128], sb [slices, n]."""
-    total, sa = 0, sa_ref[...].T  # in memory rows of few numbers would be padded to 128
+    total, sa = 0, sa_ref[...].T  # short rows would be padded to 128 in memory
     for k in range(sb_ref.shape[0]):
         part = lax.dot_general(a_ref[:, k * BLOCK:(k + 1) * BLOCK], b_ref[:, k * BLOCK:(k + 1) * BLOCK],
                                (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
@@ -48,7 +49,7 @@ def scaled_product(a_ref: Any, sa_ref: Any, b_ref: Any, sb_ref: Any) -> Any:
 
 
 def accumulate(first: Any, last: Any, product: Callable[[], jax.Array], total_ref: Any, out_ref: Any) -> None:
-    """Adds a step's product, a float32 tile, to the total; `first` and `last` say where an output begins and ends."""
+    """Adds a step's product, a float32 tile, to the total; `first` and `last` mark the begin and end of an output."""
     @pl.when(first)
     def _():
         total_ref[...] = jnp.zeros_like(total_ref)
@@ -66,7 +67,7 @@ def slices_of(K: int, most: int) -> int:
 
 
 def whole_slices(values: jax.Array) -> jax.Array:
-    """[..., K] with K in whole slices of 128; what is added is zero."""
+    """[..., K] with K padded by zeros to complete slices of 128."""
     return jnp.pad(values, [(0, 0)] * (values.ndim - 1) + [(0, -values.shape[-1] % BLOCK)])
 
 

@@ -1,7 +1,7 @@
 """The experts' products for TPU: jax's megablox kernels. Twin: reference/grouped_matmul.py.
 
-A tile of rows may hold rows of several experts and is visited once for each. Rows past the last group are visited by
-none, so what their memory holds is replaced by zeros here.
+A tile of rows may hold rows of several experts and is processed once for each. Rows past the last group are not
+processed, so their memory is replaced by zeros here.
 """
 
 import dataclasses
@@ -15,14 +15,14 @@ LANES = 128
 
 @dataclasses.dataclass(frozen=True)
 class TuningConfig:
-    """Largest tile: of rows, of what is summed over, and of columns."""
+    """Largest tile sizes: rows, summed axis, and columns."""
 
     rows: int = 512
     depth: int = 1024
     columns: int = 1024
 
     def tiling(self, R: int, D: int, F: int) -> tuple[int, int, int]:
-        """Of a product of these sizes. R is a multiple of what `padded` makes of it."""
+        """Tile sizes for a product of these sizes. R must be padded with `padded`."""
         return self.tile_of_rows(R), min(self.depth, _round_up(D)), min(self.columns, _round_up(F))
 
     def tile_of_rows(self, R: int) -> int:
@@ -43,7 +43,8 @@ def grouped_matmul(x_RD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, *, tra
 def weights(x_RD: jax.Array, dy_RF: jax.Array, sizes_E: jax.Array, *, config: TuningConfig | None = None,
             interpret: bool = False) -> jax.Array:
     """See [the twin][kernels_pallas.reference.grouped_matmul.weights]: float32 [E, D, F]."""
-    # A tile of the output is float32 and held three times: with 1024 columns, beyond the 16 MiB that a kernel may have.
+    # A tile of the output is float32 and stored three times: with 1024 columns, more than the 16 MiB that a kernel may
+    # use.
     config = config or TuningConfig(columns=512)
     D, F = x_RD.shape[1], dy_RF.shape[1]
     x_RD, dy_RF = _whole_tiles(config, x_RD, dy_RF)
@@ -52,7 +53,7 @@ def weights(x_RD: jax.Array, dy_RF: jax.Array, sizes_E: jax.Array, *, config: Tu
 
 
 def _whole_tiles(config, *rows):
-    """With zeros at the end, up to a whole number of tiles."""
+    """Padded with zeros to a multiple of the tile."""
     R = len(rows[0])
     return [jnp.pad(x, ((0, -R % config.tile_of_rows(R)), (0, 0))) for x in rows]
 

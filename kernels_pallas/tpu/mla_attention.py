@@ -17,9 +17,9 @@ def mla_attention(q_BTHA: jax.Array, k_BTHA: jax.Array, v_BTHV: jax.Array, segme
                   scale: float, block: int = BLOCK, interpret: bool = False) -> jax.Array:
     """See [the twin][kernels_pallas.reference.mla_attention.mla_attention].
 
-    The kernel knows no scale: the queries are multiplied by it, and rounded to their dtype once more.
+    The kernel has no scale argument: the queries are multiplied by it, and rounded to their dtype once more.
 
-    For a gradient the output and the log-sum-exps are kept, under the name "attention" (jax.checkpoint's policies).
+    For gradients the output and the log-sum-exps are saved, under the name "attention" (for jax.checkpoint's policies).
 
     Args:
       block: of queries and of keys; a multiple of 128.
@@ -28,7 +28,7 @@ def mla_attention(q_BTHA: jax.Array, k_BTHA: jax.Array, v_BTHV: jax.Array, segme
     block = min(block, -(-T // LANES) * LANES)
     pad = -T % block
     scaled = (q_BTHA.astype(jnp.float32) * scale).astype(q_BTHA.dtype)
-    # Keys of the padding come after all others, and the mask is causal: no query of the sequence sees them.
+    # Padded keys come after all others, and the mask is causal: no query of the sequence sees them.
     heads_first = [jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, 0))).swapaxes(1, 2) for x in (scaled, k_BTHA, v_BTHV)]
     segments = None
     if segment_ids_BT is not None:

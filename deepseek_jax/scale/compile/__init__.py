@@ -1,1 +1,1 @@
-"""Compiling a step for machines that are not here, and reading the result."""
+"""Compiling a step for machines that are not available, and reading the result."""

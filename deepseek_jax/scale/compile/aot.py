@@ -1,4 +1,4 @@
-"""The real training step, compiled for machines that you don't have: what it takes according to XLA.
+"""The real training step, compiled for machines that you don't have, and its memory according to XLA.
 
 The program is the one that training runs, traced on a mesh of described devices (`targets`); the chip's own compiler
 schedules it, assigns its buffers and, for GPUs, generates its kernels. Nothing runs.
@@ -34,7 +34,7 @@ from deepseek_jax.training.step import init_state, train_step
 from kernels_pallas.tools import compile_report
 
 MEMORY = 0.95  # the share of a GPU that a program may take, as with XLA_PYTHON_CLIENT_MEM_FRACTION=.95
-EVERYTHING = LoraConfig()  # is trained, and there are no adapters
+EVERYTHING = LoraConfig()  # everything is trained, and there are no adapters
 
 
 def config_of(model: ModelConfig, layout: Layout, lora: LoraConfig = EVERYTHING) -> Config:
@@ -71,7 +71,7 @@ def _arguments(config: Config, mesh):
 
 @contextlib.contextmanager
 def _environment(**values: str):
-    """Environment variables that are set inside only."""
+    """A context with these environment variables."""
     before = {name: os.environ.pop(name) for name in values if name in os.environ}
     os.environ.update(values)
     try:
@@ -83,7 +83,7 @@ def _environment(**values: str):
 
 
 def _peak_gigabytes() -> float:
-    """Of this process; NaN where the system does not say (Windows)."""
+    """Peak memory of this process; NaN if the system does not report it (Windows)."""
     try:
         import resource
     except ImportError:
@@ -113,7 +113,7 @@ def compiled_program(lower: Callable[[], jax.stages.Lowered], platform: str) -> 
 
 
 def kernels_in(folder: pathlib.Path) -> list[dict]:
-    """The Mosaic kernels that were dumped there: name, count, and the maximum of each figure over those of a name."""
+    """The Mosaic kernels in a dump: name, count, and the maximum of each figure over those with the same name."""
     rows: dict[str, dict] = {}
     for name, found in compile_report.dumped(list(folder.iterdir())):
         found = {field: n for field, n in found.items() if n is not None}
@@ -143,7 +143,7 @@ def bytes_of(compiled: Any) -> dict[str, int]:
 
 
 def measure_step(model: ModelConfig, layout: Layout, target: str, lora: LoraConfig = EVERYTHING) -> dict[str, Any]:
-    """Compiles the step; returns what it takes, and what the planner predicted where all is trained. JSON-able."""
+    """Compiles the step; returns its report as JSON data, with the planner's prediction if all weights are trained."""
     config = config_of(model, layout, lora)
     compiled, made = compile_step(config, target)
     planned = {}
@@ -161,11 +161,11 @@ def measure_step(model: ModelConfig, layout: Layout, target: str, lora: LoraConf
 
 
 def described(model: ModelConfig, layout: Layout, target: str, text: str, found: dict[str, int]) -> dict[str, Any]:
-    """What every compiled program of a layout has in its report, from its text; found: its bytes per device by kind."""
+    """The part of the report common to all compiled programs of a layout; found: its bytes per device by kind."""
     total, capacity = sum(found.values()), targets.memory_of(target)
     try:
         collectives = hlo.collectives(text, layout.mesh.sizes)
-    except ValueError as error:  # what took minutes to compile is not lost for it
+    except ValueError as error:  # the result of minutes of compiling is not lost because of it
         print(f"Its collectives could not be read, and are left out: {error}", file=sys.stderr)
         collectives = None
     return {"target": target, "devices": layout.mesh.devices, "layout": layout.name,
@@ -179,9 +179,9 @@ def described(model: ModelConfig, layout: Layout, target: str, text: str, found:
 
 
 def _products(model, layout, text, target, frozen):
-    """FLOPs of a device's products in a step, of its kernels and in all, next to what its share of the tokens needs,
-    where all or, if `frozen`, adapters alone are trained, and loads are even; {} for a pipeline, whose branches do not
-    all run, and for TPUs, whose kernels are not known."""
+    """FLOPs of a device's products in a step, for its kernels and in total, and the useful FLOPs of its share of the
+    tokens, if all weights or, with `frozen`, only adapters are trained and loads are even; {} for a pipeline, whose
+    branches do not all run, and for TPUs, whose kernels are not known."""
     if layout.pipeline is not None or target.partition(":")[0] not in targets.GPUS:
         return {}
     tokens = layout.tokens // layout.mesh.tensor  # of a micro-batch
@@ -201,7 +201,7 @@ def _waits(model, layout, text, target):
         return {}
     try:
         steps = clock.cell_steps(text, layout)["F&B"]
-    except (KeyError, ValueError) as error:  # what took minutes to compile is not lost for it
+    except (KeyError, ValueError) as error:  # the result of minutes of compiling is not lost because of it
         print(f"Its exchanges could not be clocked: {error}", file=sys.stderr)
         return {}
     return {machine: clock.waits(model, layout, steps, machine) for machine in targets.GPUS}

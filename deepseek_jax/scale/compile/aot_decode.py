@@ -1,7 +1,7 @@
 """The decode step that `serving.engine` calls, compiled for hardware you don't have.
 
-Each device serves its own sequences with a complete copy of the model, as the engine does without a mesh; so the
-program of one device is that of all of them, and nothing is communicated.
+Each device serves its own sequences with a complete copy of the model, as the engine does without a mesh; so all
+devices run the same program, and nothing is communicated.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from deepseek_jax.serving.speculative import no_drafts
 from deepseek_jax.serving.weights import prepare
 
 PAGE = 32
-STEPS = 8  # decoding steps that one call may run, as the engine has them
+STEPS = 8  # decoding steps per call, as in the engine
 
 
 def _of(dtype: Any, *shape: int) -> Any:
@@ -53,7 +53,7 @@ def _shapes(cfg: ModelConfig, geometry: CacheGeometry, sequences: int, depth: in
 
 def measure_decode(model: ModelConfig, target: str, sequences: int, length: int, depth: int = 0,
            kind: str | None = None) -> dict[str, Any]:
-    """Compiles the step and returns what it takes. JSON-able.
+    """Compiles the step and returns its report as JSON data.
 
     Args:
       sequences: on one device. length: tokens of cache that each may fill.
@@ -63,12 +63,12 @@ def measure_decode(model: ModelConfig, target: str, sequences: int, length: int,
     """
     if depth and not model.mtp_depth:
         raise ConfigError(f"--drafts {depth}: this model has no MTP module to draft with; omit it.")
-    cfg = dataclasses.replace(model, fp8=FP8Config())  # the recipe is of training; see serving.engine
+    cfg = dataclasses.replace(model, fp8=FP8Config())  # the recipe is for training; see serving.engine
     device = targets.devices_of(target)[0]
     pages = -(-length // PAGE)
     geometry = CacheGeometry(kind or cfg.dtype, PAGE, widths(pages, PAGE))
     groups = _shapes(cfg, geometry, sequences, depth)
-    mesh = make_mesh(MeshConfig(), [device])  # in use while tracing, so that the device's own kernels are taken
+    mesh = make_mesh(MeshConfig(), [device])  # active while tracing, so that the device's kernels are used
     here = NamedSharding(mesh, PartitionSpec())
     on_device = lambda tree: jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here), tree)
     arguments = [on_device(groups[name]) for name in ("weights", "cache", "drafts", "batch")]

@@ -1,7 +1,7 @@
 """Evaluation of a run, and the sample at its end, compiled for machines that you don't have: programs between steps.
 
-Both take parameters as the training state holds them. The moments (and averages) of that state stay on the devices
-next to them, and are counted.
+Both take parameters in the layout of the training state. The moments (and averages) of that state stay on the devices,
+and are counted.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ PROGRAMS = ("evaluate", "sample")
 
 
 def lowered_program(config: Config, mesh: Any, program: str) -> tuple[Any, dict[str, int]]:
-    """A function that lowers it, and bytes per device of what else the training state holds meanwhile."""
+    """A function that lowers it, and bytes per device of the rest of the training state, which stays in memory."""
     state = jax.eval_shape(functools.partial(init_state, config))
     where = storage_shardings(state, mesh)
     size = lambda x, at: math.prod(at.shard_shape(x.shape)) * x.dtype.itemsize
@@ -50,7 +50,7 @@ def lowered_program(config: Config, mesh: Any, program: str) -> tuple[Any, dict[
 
 
 def measure_forward(model: ModelConfig, layout: Layout, target: str, program: str) -> dict[str, Any]:
-    """Compiles one of PROGRAMS for `target`; returns what it takes. JSON-able."""
+    """Compiles one of PROGRAMS for `target`; returns its report as JSON data."""
     config, devices = config_of(model, layout), targets.devices_of(target)
     mesh = make_mesh(config.mesh, devices)
     lower, held = lowered_program(config, mesh, program)

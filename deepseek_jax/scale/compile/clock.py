@@ -1,8 +1,8 @@
-"""How long a device waits for exchanges of tokens, by clocks over the schedule of a compiled program (no jax).
+"""The time that a device waits for exchanges of tokens, from a simulation of a compiled program's schedule (no jax).
 
-One clock is the device's, which products move; one is each network's, where transfers follow each other. A device waits
-where a transfer is done later than its products. All operations but products take no time here, so that less is hidden
-than in reality; what moving tokens takes from the SMs is in the planner's times, not here.
+The device has a clock, which products advance, and each network has a clock, on which transfers follow each other. A
+device waits when a transfer ends later than its products. All operations except products take no time here, so that
+less is hidden than in reality; the SMs used for moving tokens are considered in the planner's times, not here.
 """
 
 import dataclasses
@@ -31,8 +31,8 @@ class Rates(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Transfer:
-    """One exchange. axes: of the mesh, which name its network. seconds: it takes; products: of those between its start
-    and its done; waited: by the device. flops: of the same products."""
+    """One exchange. axes: of the mesh, which determine its network. seconds: its duration; products: seconds of the
+    products between its start and done; waited: by the device. flops: of the same products."""
 
     axes: tuple[str, ...]
     asynchronous: bool
@@ -43,7 +43,7 @@ class Transfer:
 
 
 def rates_of(hw: Hardware, m: Measured) -> Rates:
-    """Of products alone; in bfloat16 for FP8 too where a machine has no units for it."""
+    """Seconds of the products; FP8 products take bfloat16's time on a machine without FP8 units."""
     return Rates(m.product_bf16 * hw.bf16, m.product_fp8 * (hw.fp8 or hw.bf16))
 
 
@@ -51,12 +51,12 @@ def clocked(steps: Iterable[hlo.Step], seconds: Callable[[hlo.Collective], float
     """Simulates a device that executes `steps`.
 
     Args:
-      seconds: that a collective takes; 0: it is no exchange of tokens.
+      seconds: of a collective; 0: it is not an exchange of tokens.
     Returns:
       the exchanges, in the order of completion.
     """
     now = flops = products = 0.0
-    free: dict[tuple, float] = {}  # when each network is
+    free: dict[tuple, float] = {}  # the clock of each network
     under_way, transfers = {}, []  # key -> (axes, seconds, when it ends, FLOPs and products before its start)
     for step in steps:
         if step.what == "work":
@@ -78,7 +78,7 @@ def clocked(steps: Iterable[hlo.Step], seconds: Callable[[hlo.Collective], float
 
 
 def cell_steps(text: str, layout: Layout) -> dict[str, list[hlo.Step]]:
-    """The Steps of each kind of cell of a compiled pipeline, such as "F&B"; of two directions, one."""
+    """The Steps of each kind of cell of a compiled pipeline, such as "F&B"; one of the two directions."""
     assert layout.pipeline is not None
     branches = tabulate(layout.pipeline).branches
     names = {"&".join(kind for kind, _ in branch): name
@@ -87,21 +87,21 @@ def cell_steps(text: str, layout: Layout) -> dict[str, list[hlo.Step]]:
 
 
 def exchanges(c: ModelConfig, layout: Layout, hw: Hardware, m: Measured) -> Callable[[hlo.Collective], float]:
-    """Seconds of a collective that exchanges tokens: of its buffer's rows, those that leave the node or the device."""
+    """Seconds of a collective that exchanges tokens, for those rows of its buffer that leave the node or the device."""
     n, tokens = copies(c, layout), layout.tokens // layout.mesh.tensor
     across = tokens * n["across"] / (m.dispatch * hw.node_bandwidth)
     inside = tokens * n["inside"] / (m.local * hw.local_bandwidth)
     rows = rooms(c, layout)
-    # Of each row: the fabrics that the axes are on.
+    # For each row: the networks that the axes use.
     of_a_byte = {axes: max(across * (set(axes) != {"local"}), inside * ("local" in axes)) for axes in rows}
     known = lambda one: one.kind in KINDS and one.axes in rows
     return lambda one: one.bytes / rows[one.axes] * of_a_byte[one.axes] if known(one) else 0.0
 
 
 def waits(c: ModelConfig, layout: Layout, steps: list[hlo.Step], machine: str) -> dict[str, float]:
-    """Of a cell of a compiled step: {"transfers", "seconds" they take, "products": seconds of products alone,
-    "exposed": the share of the transfers' seconds that the device waits, "planned": the same if all else takes as long
-    as the planner says, see `timing`}."""
+    """Figures of a cell of a compiled step: {"transfers", their "seconds", "products": seconds of the products,
+    "exposed": the share of the transfers' seconds that the device waits, "planned": the same if all other operations
+    take the planner's times, see `timing`}."""
     hw, m = hardware(machine), Measured()
     rates, takes, slower = rates_of(hw, m), exchanges(c, layout, hw, m), (1 - m.reserved) / m.slowdown
     found = clocked(steps, takes, rates)

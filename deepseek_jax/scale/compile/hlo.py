@@ -1,4 +1,4 @@
-"""What a compiled program communicates, parsed from XLA's scheduled text (no jax).
+"""The communication of a compiled program, parsed from XLA's scheduled text (no jax).
 
 A collective is asynchronous if XLA gave it a start and a done, and hidden if there are products between them; the
 device waits for all others. Its axes are those along which the devices of its first group differ.
@@ -15,7 +15,7 @@ BITS = {"pred": 8, "s4": 4, "u4": 4, "bf16": 16, "f16": 16, "c64": 64}
 _HEAD = re.compile(r"\s*(?:ROOT )?(%?[\w.\-]+) = ")
 _PARENTHESES = re.compile(r"[()]")
 _OPERATION = re.compile(r" ([\w\-]+)\(")
-# Products other than HLO's own, and how all of them state the contracted dimensions.
+# Products other than HLO's own, and the form in which all of them state the contracted dimensions.
 _KERNEL = re.compile(r'custom_call_target="(__cublas|mosaic_gpu|tpu_custom_call)')
 _QUANTIZER = re.compile(r"/quantizer/")  # kernels_pallas.hopper.quantize, which multiplies no matrices
 _CONTRACTED = re.compile(r'(?:lhs_contracting_dims=\{|"lhs_contracting_dimensions":\[)([\d,"]*)')
@@ -28,8 +28,8 @@ _SHAPE = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\]")
 class Collective:
     """One collective of the program text.
 
-    bytes: the larger of a device's input and output. times: executions a step, as far as loops know their trip counts.
-    branch: whether it is in a branch, so that not all of those executions happen.
+    bytes: the larger of a device's input and output. times: executions per step, as far as trip counts of loops are
+    known. branch: whether it is in a branch, so that not all of those executions happen.
     products: matrix products between start and done; None if it is not asynchronous.
     """
 
@@ -51,8 +51,8 @@ def size_of(shape: str) -> int:
 
 
 def first_group(text: str) -> list[int]:
-    """The devices of the first of a collective's groups, in any of the forms that XLA writes; of a permutation the
-    first two between which something travels. Raises ValueError for another form."""
+    """The devices of the first of a collective's groups, in any of XLA's forms; for a permutation the first two that
+    exchange something. Raises ValueError for another form."""
     if found := re.search(r"replica_groups=\{\{([\d,]+)\}", text):
         return [int(n) for n in found[1].split(",")]
     if found := re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)+)\}", text):
@@ -71,7 +71,7 @@ def first_group(text: str) -> list[int]:
 
 
 def _device(place, order):
-    """Which device has a place of a mesh. order: None, `[4,2]T(1,0)` (see `_iota`) or `3,1,0,2`."""
+    """The device at a place of a mesh. order: None, `[4,2]T(1,0)` (see `_iota`) or `3,1,0,2`."""
     if order is None:
         return place
     if found := re.fullmatch(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", order):
@@ -157,8 +157,8 @@ def _end_of_type(line, at):
 class Work(NamedTuple):
     """Matrix products, their FLOPs, and how many of those are of operands in FP8, of attention's and experts' kernels.
 
-    Of kernels not written in HLO, attention's, the experts' and FP8's are known. All rows count, those too that a
-    kernel finds empty.
+    Of kernels not written in HLO, attention's, the experts' and FP8's are known. All rows count, including those that
+    are empty.
     """
 
     products: int = 0
@@ -193,7 +193,7 @@ class _Program:
         self._counted = {}
 
     def work(self, name) -> Work:
-        """The products in a computation, with those of computations that it calls, times trips."""
+        """The products in a computation, including those of computations that it calls, times trips."""
         if name not in self._counted:
             self._counted[name] = Work()  # there are no cycles
             each = [self.work_of(name, *line) for line in self.bodies.get(name, ())]
@@ -207,7 +207,7 @@ class _Program:
             flops = self.flops(name, shape, rest)
             return Work(1, flops, flops * ("/fp8_products/" in rest), flops * bool(_ATTENTION.search(rest)),
                         flops * ("/experts_products/" in rest))
-        if operation in ("custom-call", "custom-call-start"):  # the latter is what a TPU's sparse core does
+        if operation in ("custom-call", "custom-call-start"):  # the latter is for a TPU's sparse core
             return Work()
         each = [self.work(inner) for inner in _called(rest)]
         if operation == "conditional":
@@ -232,7 +232,8 @@ class _Program:
         return 2.0 * math.prod(_dims(shape)) * summed
 
     def attention_flops(self, name, part, rest) -> float:
-        """Of one of attention's kernels, from q [B, T, H, A] and v [B, T, H, V]; causal, so half of the square."""
+        """FLOPs of one of attention's kernels, from q [B, T, H, A] and v [B, T, H, V]; causal, so half of the
+        square."""
         q, _, v = (_dims(self._types[name].get(operand, "")) for operand in _operands(rest)[:3])
         if len(q) != 4 or len(v) != 4:
             return 0.0
@@ -246,7 +247,7 @@ class _Program:
         started, loaded = set(), {}
         for result, shape, operation, rest in self.bodies.get(name, ()):
             operands, about = _operands(rest), rest
-            if operation == "custom-call-start":  # loads what a TPU's sparse core is to do; the update starts it
+            if operation == "custom-call-start":  # loads the program of a TPU's sparse core; the update starts it
                 loaded[result] = rest
                 continue
             if operation == "custom-call-update":
@@ -255,12 +256,12 @@ class _Program:
             if phase == "done" and operands and operands[0] in started:
                 yield Step("done", operands[0])
             elif kind and phase != "done":
-                if kind == "ragged-all-to-all":  # what is sent, what it lands in, offsets and sizes
+                if kind == "ragged-all-to-all":  # sent data, receive buffer, offsets and sizes
                     size = max(sizes.get(o, 0) for o in operands)
                 else:
                     size = max(sum(sizes.get(o, 0) for o in operands), 0 if phase == "start" else size_of(shape))
                 if phase == "start" and kind == "all-gather":
-                    size = size_of(shape) - size  # (what goes in, what comes out)
+                    size = size_of(shape) - size  # (inputs, outputs)
                 axes = axes_of_group(first_group(self.groups(about)), self.sizes)
                 started |= {result} if phase == "start" else set()
                 yield Step(phase, result, Collective(kind, axes, size, times, branch, None))
@@ -311,7 +312,7 @@ def _operands(rest) -> list[str]:
 
 
 def _dims(shape) -> list[int]:
-    """Of the first array of a type."""
+    """The shape of the first array of a type."""
     found = _SHAPE.search(shape)
     return [int(d) for d in found[2].split(",") if d] if found else []
 
@@ -339,9 +340,9 @@ def collectives(text: str, sizes: dict[str, int]) -> list[Collective]:
 
 
 def work(text: str, rows: int | None = None) -> Work:
-    """The products of a compiled program, times the trips of loops of known length; of branches, the most FLOPs.
+    """The products of a compiled program, times the trips of loops of known length; of branches, that with most FLOPs.
 
-    rows: that reach a device's experts. Their buffers have room for more, which the kernels in bfloat16 skip.
+    rows: received by a device's experts. Their buffers have room for more, which the bfloat16 kernels skip.
     """
     return _Program(text, {}, rows).work("ENTRY")
 
@@ -360,7 +361,7 @@ def steps(text: str, sizes: dict[str, int], name: str) -> list[Step]:
 
 
 def table(found: list[Collective]) -> list[dict]:
-    """By kind and axes, JSON-able.
+    """Sums by kind and axes, as JSON data.
 
     bytes: if each runs once; bytes_executed: times the trips of loops of known length. hidden: with products between
     start and done; exposed_bytes: of the others.

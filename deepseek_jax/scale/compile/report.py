@@ -6,7 +6,7 @@ from deepseek_jax.scale.compile import clock
 
 
 def table(found: dict[str, Any]) -> str:
-    """What `compile` prints, from what its --json writes: sizes in GB (10^9 bytes) a device, times in seconds."""
+    """The output of `compile`, from the data of its --json: sizes in GB (10^9 bytes) per device, times in seconds."""
     giga = lambda n: f"{n / 1e9:9.2f} GB"
     what = found.get("layout") or f"a step of {found['sequences']} x {found['length']} tokens on each device"
     lines = [f"{found['model']} on {found['target']}: {found.get('program', 'train')}, {what}",

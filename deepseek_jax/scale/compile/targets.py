@@ -1,4 +1,4 @@
-"""Devices that this machine does not have: what a program is compiled for.
+"""Devices to compile for, which this machine does not have.
 
     h100:2048        GPUs, eight to a host        v5p:8x16x16, v6e:16x16, 7x:4x4x4        TPU slices
 
@@ -19,7 +19,7 @@ GPUS = ("h100", "h800")  # an H800 is an H100 with a slower NVLink; the programs
 
 
 def count(target: str) -> int:
-    """How many jax devices a target has.
+    """The number of jax devices of a target.
 
     Raises:
       ConfigError: the target cannot be read.
@@ -44,7 +44,7 @@ def memory_of(target: str) -> float:
 
 
 def kernels_of(target: str) -> Kernels:
-    """This project's kernels that its programs have."""
+    """The kernels of this project that are used on the target."""
     return "hopper" if target.partition(":")[0] in GPUS else "tpu"
 
 
@@ -52,7 +52,7 @@ def devices_of(target: str) -> list[Any]:
     """Its devices, as descriptions that jax can compile for.
 
     Raises:
-      ConfigError: no compiler for them is installed; says what to install.
+      ConfigError: no compiler for them is installed; the message says what to install.
     """
     number = count(target)
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # read when the compiler is first asked for
@@ -75,6 +75,6 @@ def devices_of(target: str) -> list[Any]:
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no TPU is touched, so compilations may run side by side
     try:
         return topologies.get_topology_desc(f"{TPUS[name]}:{shape}", platform="tpu").devices
-    except Exception as error:  # libtpu says in its own words which slices there are
+    except Exception as error:  # libtpu's message lists the slices that exist
         words = str(error).splitlines()[0][:120]
         raise ConfigError(f"target {target!r}: libtpu knows no such slice ({words}).") from error

@@ -1,4 +1,4 @@
-"""Which experts read which kind of text: loads by kind, and their distance from the loads of all kinds together."""
+"""The use of experts by kind of text: loads by kind, and their distance from the loads of all kinds together."""
 
 import functools
 from typing import Any
@@ -10,7 +10,7 @@ from deepseek_jax.config import Config
 from deepseek_jax.data.loader import Loader
 from deepseek_jax.model import DeepSeekV3
 
-ROWS = 24  # of held-out text a kind
+ROWS = 24  # of held-out text per kind
 
 
 @functools.lru_cache(maxsize=2)
@@ -20,10 +20,10 @@ def _counts(cfg):
 
 
 def rows_by_kind(loader: Loader) -> list[np.ndarray]:
-    """Held-out tokens [ROWS, T] of each kind of text (fewer of a short text), in the order of the sources."""
+    """Held-out tokens [ROWS, T] of each kind of text (fewer for a short text), in the order of the sources."""
     validation, kinds = loader.validation, []
     for start, end in zip(validation.starts, validation.starts[1:]):
-        first, last = (-(-int(x) // validation.length) for x in (start, end))  # rows that begin inside this kind
+        first, last = (-(-int(x) // validation.length) for x in (start, end))  # rows that begin within this kind
         kinds.append(np.stack([validation.row(r)[0][:-1] for r in range(first, min(last - 1, first + ROWS))]))
     return kinds
 

@@ -1,4 +1,4 @@
-"""Balance inside every sequence or only over a batch, and experts' specialisation (report section 4.5.3).
+"""Balance within every sequence or only over a batch, and the specialisation of experts (report section 4.5.3).
 
 The text has equal shares of three kinds: code, prose, tables.
 """

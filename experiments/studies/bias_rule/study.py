@@ -1,7 +1,7 @@
-"""How the bias moves: by the sign of the load error, in proportion to it, or as a factor of the score (2408.15664).
+"""The update of the bias: by the sign of the load error, in proportion to it, or as a factor on the score (2408.15664).
 
-The paper trains 40,000 steps at 1e-4 to 1e-2. Here 300 steps can move a bias by 300 times the speed at most, and scores
-are in (0, 1), so speeds are larger by about the same factor.
+The paper trains 40,000 steps at 1e-4 to 1e-2. Here 300 steps can move a bias by at most 300 times the speed, and scores
+are in (0, 1), so speeds are larger by about the ratio of the lengths.
 """
 
 import pathlib

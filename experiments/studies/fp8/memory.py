@@ -3,8 +3,8 @@
     python experiments/studies/fp8/memory.py [--list]      writes memory.json next to this file
 
 Nothing is computed: `jax.vjp` is traced as for an H100, where experts' rows are not padded to the tiles of a CPU, and
-the leaves of the function that it returns are the residuals. The count is the difference of two batch sizes, so that
-parameters and rows that pad experts to 128 cancel: bytes a token, of the complete mesh if there is one.
+the leaves of the returned function are the residuals. The count is the difference between two batch sizes, so that
+parameters and rows that pad experts to 128 cancel: bytes per token, for the complete mesh if there is one.
 """
 
 import argparse
@@ -22,9 +22,9 @@ from deepseek_jax.parallel.mesh import abstract_mesh
 
 HERE = pathlib.Path(__file__).resolve().parent
 H100 = AbstractDevice("NVIDIA H100 80GB HBM3", None, "gpu")
-# A dense and a MoE layer of V3's own sizes: the sum of 61 is the same mixture, but for the embedding.
+# A dense and a MoE layer with V3's sizes: apart from the embedding, all 61 layers are a mixture of these two.
 V3 = ("v3_671b", dict(num_layers=2, num_dense_layers=1, mtp_depth=0))
-# name -> (preset, changes of it, mesh). With experts on other devices, the tokens that arrived there are saved too.
+# name -> (preset, its changes, mesh). With experts on other devices, the tokens received there are saved too.
 MODELS = {"tiny": ("tiny", {}, {}), "small": ("small", {}, {}),
           "a dense and a MoE layer of v3_671b": (*V3, {}),
           "the same, experts on 8 devices": (*V3, dict(local=8, capacity=1.0))}

@@ -25,13 +25,13 @@ from kernels_pallas import api
 
 VARIANTS = {
     "bf16": [],
-    "bf16_two_micro_batches": ["--config.train.micro_batches=2"],  # the same sums in another order: the yardstick
+    "bf16_two_micro_batches": ["--config.train.micro_batches=2"],  # the same sums in another order: a baseline
     "fp8": ["--config.fp8.enabled=True"],
     "fp8_128x128": ["--config.fp8.enabled=True", "--config.fp8.gradient_tiles=128x128"],
 }
 LABELS = {"bf16": "bfloat16", "bf16_two_micro_batches": "Yardstick: bfloat16 in two micro-batches", "fp8": "FP8",
           "fp8_128x128": "FP8, 128 x 128 on gradients"}
-# At its config's own rate (3e-3) a tiny model amplifies any rounding; the report's bound was found at its peak rate
+# At its config's rate (3e-3) a tiny model amplifies any rounding; the report's bound was found at its peak rate
 # (section 4.2).
 CALM = ["--config.optimizer.learning_rate=2.2e-4", "--config.optimizer.warmup=0.1"]
 # setting -> (config file, steps, options)
@@ -42,10 +42,10 @@ COMMON = ["--config.train.batch_size=8", "--config.train.sequence_length=256", "
           "--config.train.eval_every=100000", "--config.train.checkpoint_every=60", "--config.train.checkpoints_kept=1"]
 SEEDS = (0, 1, 2)
 SMOOTHING = 40  # steps of the moving average
-WARM_UP = 0.25  # of the run, not compared
+WARM_UP = 0.25  # share of the run, not compared
 LIMIT = 0.0025  # the report's bound on the relative difference of the loss
 
-# Sums of K products with 14 bits: truncated after every `group` of them, moved to float32 every `promoted` (0: never).
+# Sums of K products with 14 bits: truncated after every `group` products, added in float32 every `promoted` (0: never).
 K, PROMOTED, GROUPS = 4096, (32, 64, 128, 256, 0), (32, 4)
 
 CONFIG = {"variants": VARIANTS, "settings": {name: list(setting) for name, setting in SETTINGS.items()},

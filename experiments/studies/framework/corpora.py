@@ -1,4 +1,4 @@
-"""The text of studies: what every Python has, copied into a folder that a config's sources name (no jax).
+"""The text of studies: files of every Python installation, copied into a folder for a config's sources (no jax).
 
 Each function writes into `folder`, which sources name "corpus/..." (framework/training.py).
 """
@@ -33,7 +33,7 @@ def kinds(folder: pathlib.Path) -> None:
         shutil.copy(path, folder / "code" / path.name)
     for path in sorted((_stdlib() / "encodings").glob("*.py")):
         shutil.copy(path, folder / "tables" / path.name)
-    # A module that assigns one dict of strings: data that comes with Python.
+    # A module that assigns a dict of strings: data included in Python.
     topics: dict = {}
     exec((_stdlib() / "pydoc_data" / "topics.py").read_text(), topics)
     for name, text in sorted(topics["topics"].items()):
@@ -52,7 +52,7 @@ SECRETS = [
 def needles(folder: pathlib.Path) -> None:
     """Code, and documents of meaningless words that repeat one secret, in equal shares.
 
-    In half of the documents the secret comes every 8 words, which is where a model learns to look it up; in the others
+    In half of the documents the secret comes every 8 words, from which a model learns to look it up; in the others
     every 8 to 1,000 words, which requires looking far back.
     """
     for name in ("code", "words"):

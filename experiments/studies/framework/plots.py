@@ -32,7 +32,7 @@ def figure(height: float, columns: int, rows: int = 1, **options: Any) -> tuple[
 
 
 def parts(height: float, rows: int) -> tuple[Figure, Any]:
-    """(Figure, its parts, one below the other). Each part is divided into axes of its own."""
+    """(Figure, its parts, one below the other). Each part is divided into separate axes."""
     made = page(height)
     return made, made.subfigures(rows, 1)
 
@@ -45,7 +45,7 @@ def save(made: Figure, path: pathlib.Path, note: str = "") -> None:
 
 
 def finish(axis: Any, title: str = "", x: str = "", y: str = "") -> None:
-    """Title, labels, grid and not too many numbers on finished axes."""
+    """Adds title, labels, grid and a limited number of ticks to finished axes."""
     axis.set_title(title, loc="left", fontsize=10)
     axis.set_xlabel(x, fontsize=9)
     axis.set_ylabel(y, fontsize=9)
@@ -97,7 +97,7 @@ def scatter(axis: Any, results: dict[str, Any], x: str | Mapping[str, float], y:
 
 def intervals(axis: Any, results: dict[str, Any], metric: str, colours: Sequence[str] = PALETTE,
               labels: Sequence[str] | None = None) -> None:
-    """One row an arm, the first on top: mean, interval, and below it the seeds as dots."""
+    """One row per arm, the first on top: mean, interval, and below it the seeds as dots."""
     for row, (colour, found) in enumerate(zip(colours, results["arms"].values(), strict=False)):
         mean, error = _bars(found["metrics"][metric])
         axis.errorbar(mean, row, xerr=error, color=colour, marker="o", capsize=3)
@@ -127,7 +127,7 @@ def curves(axis: Any, results: dict[str, Any], name: str, every: int = 10) -> No
 
 
 def differences(axis: Any, results: dict[str, Any], metric: str, pairs: Iterable[tuple[str, str]]) -> None:
-    """For each (arm, arm that it is compared with) the mean difference of equal seeds and its interval; and zero."""
+    """For each (arm, arm for comparison) the mean difference of equal seeds with its interval; and a line at zero."""
     pairs = [pair for pair in pairs if results["arms"].keys() >= set(pair)]
     axis.axvline(0, color="0.4", linewidth=1)
     for row, pair in enumerate(pairs):

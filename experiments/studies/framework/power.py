@@ -1,12 +1,13 @@
-"""How many seeds would decide each claim that is open, from the paired differences that are there.
+"""The number of seeds that would decide each open claim, estimated from the existing paired differences.
 
     python -m experiments.studies.framework.power            prints the tables
     python -m experiments.studies.framework.power --write    also puts each into its study's README
 
-A claim is open if the interval of its difference holds zero. The effect looked for is the published one, where the
-report or a paper states it in the same unit, and what was seen otherwise. The seeds are those with which a paired
-t-test at the 5 % level finds that effect in 80 of 100 repetitions, if differences of seeds scatter as they did. A
-scatter taken from three seeds may be wrong by a factor of two or more, and so may the seeds by four or more.
+A claim is open if the interval of its difference contains zero. The assumed effect is the published one, if the report
+or a paper states it in the same unit, and otherwise the observed one. The result is the number of seeds with which a
+paired t-test at the 5 % level finds that effect in 80 of 100 repetitions, assuming the observed scatter between seeds.
+A scatter estimated from three seeds may be wrong by a factor of two or more, and the number of seeds by a factor of
+four or more.
 """
 
 import argparse
@@ -26,9 +27,9 @@ STUDIES = pathlib.Path(__file__).resolve().parents[1]
 LEVEL, POWER = 0.05, 0.8
 MOST = 10_000  # seeds
 AFFORDABLE = 10.0  # hours of two cores, for one claim
-# {(study, metric, arm, against): size of the effect in the metric's unit}, as docs/claims.md has them: loss-free
-# balancing against the auxiliary loss, and steps in proportion against signs, from arXiv 2408.15664 (logarithms of
-# perplexities are nats); sequence-wise balance from the report, section 4.5.3.
+# {(study, metric, arm, against): size of the effect in the metric's unit}, as in docs/claims.md: loss-free balancing
+# against the auxiliary loss, and steps in proportion against signs, from arXiv 2408.15664 (logarithms of perplexities
+# are nats); sequence-wise balance from the report, section 4.5.3.
 PUBLISHED = {
     ("load_balance", "loss", "loss-free", "aux 1e-3"): 0.006,
     ("bias_rule", "max_vio_global", "proportional 2e-2", "sign 5e-3"): 0.044 - 0.028,
@@ -39,9 +40,9 @@ START, END = "<!-- power: start -->", "<!-- power: end -->"
 
 
 class Needed(NamedTuple):
-    """What it takes to decide one claim.
+    """The effort to decide one claim.
 
-    effect: looked for, in the metric's unit. published: whether it is the published one. seeds: None beyond MOST.
+    effect: assumed, in the metric's unit. published: whether it is the published one. seeds: None beyond MOST.
     hours: of two cores, for both arms. at_eight: the effect that eight seeds would find.
     """
 
@@ -54,21 +55,21 @@ class Needed(NamedTuple):
 
 
 def power(effect: float, scatter: float, seeds: int) -> float:
-    """The chance that the 95 % interval of `seeds` paired differences does not hold zero.
+    """The chance that the 95 % interval of `seeds` paired differences does not contain zero.
 
     Args:
       effect: their mean. scatter: their standard deviation.
     """
     edge, centre = student.ppf(1 - LEVEL / 2, seeds - 1), effect / scatter * math.sqrt(seeds)
-    if centre > edge + 10:  # certain, and too far for scipy's series
+    if centre > edge + 10:  # certain, and out of range for scipy's series
         return 1.0
-    # On the wrong side of zero; far away it is nothing, and NaN in scipy.
+    # On the wrong side of zero; far away it vanishes, and is NaN in scipy.
     other = nct.cdf(-edge, seeds - 1, centre) if centre < 5 else 0.0
     return float(nct.sf(edge, seeds - 1, centre) + other)
 
 
 def seeds_for(effect: float, scatter: float) -> int | None:
-    """The fewest seeds, from 2 on, that find `effect` with a chance of POWER; None: more than MOST."""
+    """The smallest number of seeds, at least 2, that finds `effect` with a chance of POWER; None: more than MOST."""
     if not effect or power(effect, scatter, MOST) < POWER:
         return None
     low, high = 1, MOST  # `high` does, `low` does not
@@ -88,7 +89,7 @@ def effect_for(scatter: float, seeds: int) -> float:
 
 
 def needed(results: dict[str, Any]) -> list[Needed]:
-    """What the open claims of a results.json take."""
+    """The effort to decide the open claims of a results.json."""
     rows = []
     n, study = len(results["seeds"]), results["study"]
     run = results.get("training_seconds_on_one_core", 0.0) / (n * len(results["arms"]))
@@ -120,7 +121,7 @@ def table(rows: list[Needed]) -> list[str]:
 
 
 def section(rows: list[Needed]) -> str:
-    """The part of a study's README."""
+    """The section for a study's README."""
     intro = ("**What would decide what is open.** Paired seeds that would find the effect with a chance of 80 %, if "
              "they scatter as these did\n(`python -m experiments.studies.framework.power`):")
     return "\n".join([START, intro, "", *table(rows), END])

@@ -1,4 +1,4 @@
-"""From finished runs to results.json: means with 95 % intervals, judged claims, and where the numbers come from."""
+"""From finished runs to results.json: means with 95 % intervals, judged claims, and the origin of the numbers."""
 
 import dataclasses
 import datetime
@@ -75,7 +75,7 @@ def verdict_lines(results: dict[str, Any]) -> list[str]:
 
 
 def interval(found: Estimate) -> dict[str, float | None]:
-    """JSON-able: None stands for infinite, which JSON does not have."""
+    """As JSON data: None stands for infinity, which JSON does not have."""
     bound = lambda x: x if math.isfinite(x) else None
     return {"mean": found.mean, "low": bound(found.low), "high": bound(found.high)}
 
@@ -85,7 +85,7 @@ def _means(curves):
 
 
 def provenance() -> dict[str, Any]:
-    """When, on what machine and with which versions numbers were made."""
+    """The date, the machine and the versions with which numbers were made."""
     names = ("jax", "jaxlib", "flax", "optax", "numpy", "tokenizers")
     return {"date": datetime.date.today().isoformat(), "hardware": f"{_cpu_model()}, {os.cpu_count()} cores",
             "versions": {"python": platform.python_version(), **{n: importlib.metadata.version(n) for n in names}}}

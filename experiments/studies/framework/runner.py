@@ -1,13 +1,13 @@
-"""Runs a study: measures what is missing, in parallel, then writes results.json and the pictures and prints verdicts.
+"""Runs a study: measures missing runs, in parallel, then writes results.json and the pictures and prints verdicts.
 
     python -m experiments.studies.load_balance.run            resumes where it stopped
-    python -m experiments.studies.load_balance.run --quick    everything once, tiny, within two minutes
-    python -m experiments.studies.load_balance.run --report   measures nothing: what the finished runs say so far
-    python -m experiments.studies.load_balance.run --draw     measures nothing: draws results.json again
+    python -m experiments.studies.load_balance.run --quick    everything once at tiny sizes, within two minutes
+    python -m experiments.studies.load_balance.run --report   measures nothing: the results of the finished runs so far
+    python -m experiments.studies.load_balance.run --draw     measures nothing: redraws results.json
 
-A worker process takes one arm and runs its seeds. Every finished run is a file of its own in the work directory and is
+A worker process takes one arm and runs its seeds. Every finished run is a separate file in the work directory and is
 not run again as long as its config and the source that it depends on stay the same (`source`). An arm that fails does
-not end the others. Only a complete study writes results.json.
+not stop the others. Only a complete study writes results.json.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from experiments.studies.framework.study import Job, Study
 
 STUDIES = pathlib.Path(__file__).resolve().parents[1]
 ROOT = STUDIES.parents[1]
-# One thread a worker: the numbers do not depend on how many workers there are.
+# One thread per worker, so the results do not depend on the number of workers.
 ONE_CORE = {"NPROC": "1", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false",
             "JAX_PLATFORMS": "cpu"}
 
@@ -67,7 +67,7 @@ def _main(study: Study):
 
 
 def results_folder(study: Study, workdir: pathlib.Path) -> pathlib.Path:
-    """The study's own folder: in the checkout, or where the script that runs it is.
+    """The study's own folder: in the checkout, or that of the script that runs it.
 
     A quick run's numbers mean nothing and stay in the work directory.
     """
@@ -82,7 +82,7 @@ def run_folder(study: Study, workdir: pathlib.Path) -> pathlib.Path:
 
 
 def run(study: Study, workdir: pathlib.Path, workers: int, fresh: bool = False) -> list[dict[str, Any]]:
-    """Measures what is missing (with `fresh`, everything), and returns all runs.
+    """Measures missing runs (with `fresh`, all), and returns all runs.
 
     Raises:
       ConfigError: some arms failed; the runs of the others are kept.
@@ -115,7 +115,7 @@ def _tell(study, folder, taken):
 
 
 def finished(study: Study, folder: pathlib.Path, code: str) -> list[dict[str, Any]]:
-    """The runs of this source that are in the work directory, by arm and seed."""
+    """The runs of this source in the work directory, by arm and seed."""
     arms, seeds = study.selected()
     paths = [study.run_path(folder, arm, seed) for arm in arms for seed in seeds]
     runs = [json.loads(path.read_text()) for path in paths if path.exists()]
@@ -134,7 +134,7 @@ def summarize(study: Study, runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def measure_all(study: Study, missing: dict[str, list[int]], folder: pathlib.Path, workers: int, code: str) -> None:
-    """Runs {arm: seeds} in worker processes, with a bar over all of their steps and the time that is left.
+    """Runs {arm: seeds} in worker processes, with a progress bar over all steps and the remaining time.
 
     Raises:
       ConfigError: some arms failed.
@@ -168,7 +168,7 @@ def measure_all(study: Study, missing: dict[str, list[int]], folder: pathlib.Pat
 
 
 def _run_waves(study, missing, submit) -> dict[str, BaseException]:
-    """{arm: what it raised} of the arms that failed; those that continue from one are left out."""
+    """{arm: its exception} for the failed arms, without those that continue from a failed one."""
     failed = {}
     for wave in study.waves(missing):
         futures = {submit(arm): arm for arm in wave if study.measure.after.get(arm) not in failed}
@@ -184,7 +184,7 @@ def _listen(queue, bar):
         bar.update(steps)
 
 
-_queue: Any = None  # of this worker process
+_queue: Any = None  # stderr of this worker process
 
 
 def _start_worker(queue):
@@ -209,7 +209,7 @@ def draw_again(study: Study, folder: pathlib.Path) -> None:
     """Draws the pictures from the results.json in `folder`.
 
     Raises:
-      ConfigError: there is none, or it does not hold what the study draws.
+      ConfigError: there is none, or it lacks data that the study draws.
     """
     path = folder / "results.json"
     if not path.exists():

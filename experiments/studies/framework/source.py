@@ -1,7 +1,7 @@
-"""The source that a study's runs depend on: the files that its functions lead to by imports, and one hash of them.
+"""The source code that a study's runs depend on: the files that its functions import, and one hash of them.
 
-Comments, docstrings and layout do not count. Files outside the checkout and outside the study's own folder (libraries)
-do not either: their versions are part of the results.
+Comments, docstrings and layout do not count, nor do files outside the checkout and the study's own folder (libraries):
+their versions are part of the results.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[3]
 
 
 def digest(study: Study) -> str:
-    """One hash of the source; changes with every change that could change a run."""
+    """One hash of the source; it changes with every change that could affect a run."""
     total = hashlib.sha256()
     for path, tree in sorted(files(study).items()):
         total.update(f"{path.name}\0{ast.dump(_without_docstrings(tree))}\n".encode())
@@ -62,7 +62,7 @@ def _modules(tree: ast.Module) -> Iterator[str]:
 def _file(module: str) -> pathlib.Path | None:
     try:
         spec = importlib.util.find_spec(module)
-    except (ImportError, AttributeError, ValueError):  # a name in a module, or no module at all
+    except (ImportError, AttributeError, ValueError):  # a name in a module, or not a module
         return None
     is_python = spec is not None and spec.origin is not None and spec.origin.endswith(".py")
     return pathlib.Path(spec.origin).resolve() if is_python else None  # pyright: ignore

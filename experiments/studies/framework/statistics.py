@@ -1,4 +1,4 @@
-"""Means of few seeds with 95 % intervals, and the verdicts that they allow (no jax).
+"""Means over few seeds with 95 % intervals, and the verdicts that follow (no jax).
 
     mean +- t(0.975, n - 1) * s / sqrt(n)
 
@@ -28,7 +28,7 @@ class Estimate(NamedTuple):
 
 
 def estimate(values: Iterable[float]) -> Estimate:
-    """Mean and interval of one number a seed."""
+    """Mean and interval of one number per seed."""
     values = np.asarray(values, float)
     mean = float(values.mean())
     if len(values) < 2:
@@ -38,7 +38,7 @@ def estimate(values: Iterable[float]) -> Estimate:
 
 
 def difference(ours: dict, theirs: dict | float) -> Estimate:
-    """Mean difference of two arms, {seed: value} each, over the seeds that both have; or of an arm and a number.
+    """Mean difference of two arms, {seed: value} each, over their common seeds; or of an arm and a number.
 
     Raises:
       ValueError: no seed is in both.

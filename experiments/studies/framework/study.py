@@ -1,11 +1,10 @@
-"""What a study is: arms that differ in one thing, the same seeds for all, a measurement, and claims (no jax).
+"""The definition of a study: arms that differ in one thing, the same seeds for all, a measurement, and claims (no jax).
 
     Study(name, arms={"none": {...}, "bias": {"balance.bias_speed": 0.005}}, seeds=(0, 1, 2), measure=Training(...),
           claims=(Claim(...), ...))
 
 Seeds are paired: seed s gives every arm the same random numbers, so that two arms of a seed differ only in what
-distinguishes the arms. A study that trains is measured by `training.Training`; one that computes has a `Measure` of its
-own.
+distinguishes the arms. A study that trains is measured by `training.Training`; one that computes has its own `Measure`.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ QUICK_SEEDS = (0, 1)
 
 @dataclasses.dataclass(frozen=True)
 class Claim:
-    """A sentence of the report as a comparison that an experiment can decide.
+    """A sentence of the report, stated as a comparison that an experiment can decide.
 
     says: the sentence. expected: how `metric` of `arm` compares with `against`, another arm of the same seeds or a
     number.
@@ -39,7 +38,7 @@ class Claim:
 class Job(NamedTuple):
     """One arm and the seeds to measure it with, in one worker process.
 
-    folder: the study's work directory. tell: is called with the number of steps that have been done.
+    folder: the study's work directory. tell: called with the number of steps done.
     """
 
     study: Study
@@ -52,7 +51,7 @@ class Job(NamedTuple):
 class Measure(abc.ABC):
     """How the arms of a study are measured. Subclasses define `run` and `summarize`; the rest has defaults.
 
-    resumes: finished runs are kept and not measured again. False where measuring takes seconds.
+    resumes: finished runs are kept and not measured again. False if measuring takes seconds.
     alone: an arm gets the machine to itself. Otherwise arms run side by side, on one core each.
     devices: of a worker process, virtual ones on a CPU.
     after: {arm: the arm that it continues from, with the same seed}; that one runs first.
@@ -65,18 +64,18 @@ class Measure(abc.ABC):
 
     @abc.abstractmethod
     def run(self, job: Job) -> Iterator[dict[str, Any]]:
-        """Yields a JSON-able result for each of the job's seeds, with the key "seed"."""
+        """Yields a result, as JSON data, for each of the job's seeds, with the key "seed"."""
 
     @abc.abstractmethod
     def summarize(self, study: Study, runs: list[dict[str, Any]]) -> dict[str, Any]:
         """results.json from the finished runs, which are the results of `run` with the key "arm"."""
 
     def lines(self, results: dict[str, Any]) -> list[str]:
-        """What a user reads at the end."""
+        """The text that a user reads at the end."""
         return []
 
     def identity(self, study: Study, arm: str) -> Any:
-        """JSON-able: everything that an arm's numbers depend on except machine, versions and code."""
+        """As JSON data, everything that an arm's numbers depend on except machine, versions and code."""
         return [study.arms[arm], study.quick]
 
     def steps(self, study: Study, arm: str) -> int:
@@ -84,7 +83,7 @@ class Measure(abc.ABC):
         return 1
 
     def prepare(self, study: Study, folder: pathlib.Path) -> None:  # noqa: B027 (most studies prepare nothing)
-        """What all arms share. Called once, before the workers start."""
+        """Prepares what all arms share. Called once, before the workers start."""
 
 
 def draw_nothing(results: dict[str, Any], runs: list[dict[str, Any]], folder: pathlib.Path) -> None:
@@ -95,7 +94,7 @@ def draw_nothing(results: dict[str, Any], runs: list[dict[str, Any]], folder: pa
 class Study:
     """One experiment.
 
-    arms: {name: what distinguishes it}, JSON-able and understood by `measure`.
+    arms: {name: what distinguishes it}, as JSON data that `measure` understands.
     draw: makes the pictures: draw(results, runs, folder); from `results` alone if it can, then `--draw` needs no runs.
     quick_arms: the arms of `--quick`; none: all. quick: whether this is that short form, whose numbers mean nothing.
     json_indent, json_end: the layout of results.json.
@@ -143,7 +142,7 @@ class Study:
         return _digest(self.measure.identity(self, arm))
 
     def config_hash(self) -> str:
-        """Of all arms, the seeds and the claims."""
+        """The hash of all arms, the seeds and the claims."""
         arms, seeds = self.selected()
         return _digest([{arm: self.arm_hash(arm) for arm in arms}, seeds,
                         [dataclasses.astuple(claim) for claim in self.claims]])

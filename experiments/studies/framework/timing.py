@@ -1,8 +1,8 @@
-"""Seconds of a training step on all cores, of several configs that take turns.
+"""Seconds of a training step on all cores, for several configs in turns.
 
-Studies that compare at equal time compute their steps from a file of these. As the configs take turns, a machine whose
-speed drifts is equally fast for all of them; a figure is the median of the first config's turns times the median of
-the ratios to it within a turn.
+Studies that compare at equal time compute their number of steps from a file of these. Since the configs are timed in
+turns, a drift in the machine's speed affects all of them equally; a figure is the median of the first config's turns
+times the median of the ratios to it within a turn.
 """
 
 import dataclasses
@@ -54,7 +54,7 @@ def write_seconds(name: str, arms: dict[str, dict], path: pathlib.Path, turns: i
 
 
 def stepper(config: Config) -> Callable[[], None]:
-    """A function that takes one step of a model of its own, on tokens drawn at random, and waits for it."""
+    """A function that takes one step of its own model, on random tokens, and waits for it."""
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=10_000))
     rows = config.train.batch_size, config.train.sequence_length + 1
     tokens = np.random.default_rng(0).integers(0, config.model.vocab_size, (1, *rows), np.int32)

@@ -36,7 +36,7 @@ from experiments.studies.framework.study import Job, Measure, Study
 
 EVERY = 10  # steps that a point of a curve averages
 
-# Small enough that one seed takes under a minute on one core, compilation aside, and still a complete DeepSeek-V3.
+# Small enough that one seed takes under a minute on one core, without compilation, and still a complete DeepSeek-V3.
 MODEL = {"vocab_size": 1024, "d_model": 128, "num_layers": 3, "num_dense_layers": 1, "num_heads": 4, "q_rank": 48,
          "kv_rank": 32, "nope_head_dim": 16, "rope_head_dim": 16, "v_head_dim": 16, "dense_ffn_dim": 256,
          "expert_ffn_dim": 64, "num_experts": 16, "experts_per_token": 2, "num_groups": 1, "groups_kept": 1,
@@ -49,13 +49,13 @@ BASE = {
     "train.eval_batches": 48,  # 49,152 held-out tokens, the same for every arm and seed
     "optimizer.learning_rate": 3e-3, "optimizer.warmup": 0.05, "optimizer.constant_until": 0.4,
     "balance.bias_speed": 0.005,  # 0.001 could move a bias by only 0.4 in a run of this length
-    "balance.sequence_loss_weight": 0.0,  # arms differ in one way of balancing, not in two
+    "balance.sequence_loss_weight": 0.0,  # so that arms differ in only one way of balancing
 }
 QUICK = {"model.vocab_size": 384, "model.d_model": 32, "model.num_layers": 2, "model.q_rank": 16, "model.kv_rank": 16,
          "model.dense_ffn_dim": 64, "model.expert_ffn_dim": 32, "data.sources": (("corpus/quick", 1.0),),
          "train.steps": 12, "train.batch_size": 4, "train.sequence_length": 64, "train.eval_batches": 2}
 
-# Keys that the committed results are older than, with the values that say what was done before.
+# Keys that are newer than the committed results, with the values that correspond to the earlier behaviour.
 SINCE = (("data", "packing", "stream"), ("data", "tokenizer", None), ("data", "validation", None),
          ("data", "stages", ()), ("data", "validation_tokens", None),
          ("balance", "force_balanced", False), ("model", "latent_norm_eps", 1e-6), ("model", "index_topk", None),
@@ -75,12 +75,12 @@ Probe = Callable[[Config, Any, Any, Loader, bool], dict[str, Any]]
 class Training(Measure):
     """Trains each arm. Keys of `base`, `quick` and of the study's arms are those of config files, with dots.
 
-    probe: what else is measured of the model, at equal distances while it trains and at the end:
-      probe(config, params, router, loader, final) -> {name: float or nested list}. probes: how often.
+    probe: further measurements of the model, at equal distances during training and at the end: probe(config, params,
+      router, loader, final) -> {name: float or nested list}. probes: how often.
     corpus: a function of corpora.py that writes the texts of sources named "corpus/...".
     network: network(arm) -> config keys of the parts that the arm's model is built with, such as model.attention.
-    after: {arm: the arm whose final weights, of the same seed, it starts from}. Parts that only it has, such as the
-      indexer of sparse attention, are drawn anew.
+    after: {arm: the arm whose final weights, of the same seed, it starts from}. Parameters that only the arm has, such
+      as the indexer of sparse attention, are initialized at random.
     """
 
     base: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -102,7 +102,7 @@ class Training(Measure):
         return freeze(config)
 
     def located(self, study: Study, arm: str, seed: int, folder: pathlib.Path) -> Config:
-        """The config with its "corpus/..." sources and its caches inside the study's work directory."""
+        """The config with its "corpus/..." sources and its caches in the study's work directory."""
         config = self.config(study, arm, seed)
         sources = tuple((str(folder / path) if path.startswith("corpus/") else path, weight)
                         for path, weight in config.data.sources)
@@ -116,13 +116,13 @@ class Training(Measure):
         config = self.located(study, arm, 0, folder)
         # A directory for each vocabulary, because it contains the tokenizer.
         made = prepare(config, str(folder / f"tokens-{config.model.vocab_size}"))
-        return dataclasses.replace(made, order=OLD_ORDER)  # that of the committed results
+        return dataclasses.replace(made, order=OLD_ORDER)  # as in the committed results
 
     def identity(self, study: Study, arm: str) -> Any:
         config = as_dict(self.config(study, arm))
-        del config["pipeline"], config["train"]["final_eval_batches"]  # no part of an arm's run
+        del config["pipeline"], config["train"]["final_eval_batches"]  # not part of an arm's run
         del config["distill"], config["preference"], config["rollout"], config["grpo"]
-        # So that results of earlier versions stay those of their arms.
+        # So that results of earlier versions stay valid for their arms.
         for section, key, value in SINCE:
             if config[section][key] == value:
                 del config[section][key]
@@ -132,7 +132,7 @@ class Training(Measure):
         for old, new in RENAMED.items():
             section, name = old.split(".")
             config[section][name] = config[section].pop(new.split(".")[1])
-        for name in ("router", "attention"):  # the name of `network` stands for them
+        for name in ("router", "attention"):  # the name of `network` represents them
             del config["model"][name]
         parts = [config, _name(self.probe), self.probes, self.corpus and self.corpus.__name__, _name(self.network)]
         if arm in self.after:
@@ -239,13 +239,13 @@ def load(path: pathlib.Path) -> dict[str, Any]:
 
 
 def over(drawn: dict[str, Any], weights: dict[str, Any]) -> dict[str, Any]:
-    """`weights`, and of `drawn` what they do not have."""
+    """`weights`, completed by entries of `drawn` that they lack."""
     flat = traverse_util.flatten_dict
     return traverse_util.unflatten_dict(flat(drawn) | flat(weights))
 
 
 class Probes:
-    """What was measured of a model at several steps: floats become metrics and curves, nested lists stay arrays."""
+    """Measurements of a model at several steps: floats become metrics and curves, nested lists stay arrays."""
 
     def __init__(self):
         self.steps, self.found = [], {}
@@ -256,13 +256,13 @@ class Probes:
             self.found.setdefault(name, []).append(value)
 
     def scalars(self) -> dict[str, float]:
-        """The last value of each float, and under NAME_gained what it gained since the first."""
+        """The last value of each float, and under NAME_gained its increase since the first."""
         floats = {name: values for name, values in self.found.items() if isinstance(values[-1], float)}
         gained = {f"{name}_gained": values[-1] - values[0] for name, values in floats.items() if len(values) > 1}
         return {name: values[-1] for name, values in floats.items()} | gained
 
     def curves(self) -> dict[str, list]:
-        """The floats that were measured every time, by step."""
+        """The floats that were measured at every step, by step."""
         complete = {name: values for name, values in self.found.items()
                     if isinstance(values[-1], float) and len(values) == len(self.steps)}
         return {"step": self.steps, **complete} if complete else {}

@@ -1,7 +1,7 @@
-"""How far back a model looks: loss of code by position, and a secret word found among thousands of meaningless ones.
+"""A model's use of distant context: loss of code by position, and finding a secret word among meaningless ones.
 
 In the needle test the secret occurs once, at some depth, and is asked for at the end: "... = copper ... ... = ?". The
-right one has to be the likeliest of 24 words.
+correct one has to be the likeliest of 24 words.
 """
 
 import dataclasses
@@ -20,12 +20,12 @@ from deepseek_jax.model import DeepSeekV3
 from experiments.studies.framework.corpora import FILLING, SECRETS
 
 LENGTHS, DEPTHS = (64, 128, 256, 512, 1024, 2048), (0.0, 0.25, 0.5, 0.75, 0.95)
-ASKED = 12  # needles of every length and depth
+ASKED = 12  # needles per length and depth
 ENDS = (0, 16, 32, 64, 128, 256, 512, 1024, 2048)  # of the ranges of positions
 
 
 def far(config: Config, params: dict[str, Any], router: dict[str, Any], loader: Loader, final: bool) -> dict[str, Any]:
-    """Loss by position and needles found; of a model without YaRN also what YaRN alone would change."""
+    """Loss by position and needles found; for a model without YaRN also with YaRN added but not trained."""
     variables = {"params": params, "router": router}
     by_position, found = loss_by_position(config.model, variables, loader), needles(config.model, variables, loader)
     found_at = dict(zip(LENGTHS, np.mean(found, axis=1)))
@@ -58,7 +58,7 @@ def _nats(cfg):
 
 
 def documents(loader: Loader) -> np.ndarray:
-    """int32 [documents, 2049]: the beginnings of the held-out files of code that are long enough."""
+    """int32 [documents, 2049]: the beginnings of held-out code files that are long enough."""
     shard, length = loader.validation.shards[0], LENGTHS[-1] + 1
     starts = shard.offsets_N[:-1][shard.lengths_N >= length]
     return np.stack([np.asarray(shard.tokens[start:start + length], np.int32) for start in starts])

@@ -1,10 +1,10 @@
-"""What a sequence that is split over devices sends, and whether XLA hides it: one layer of attention, compiled.
+"""The traffic of a sequence split over devices, and whether XLA hides it: one layer of attention, compiled.
 
     python -m experiments.studies.long_context.ring        (needs the extra `aot`; no GPU)
 
 V3's attention with its gradients, in bfloat16, 128K tokens over 8 H100s with mesh.context=8. For every
-collective-permute of the program: the bytes that it carries, how often, and the products that XLA put between its start
-and its done.
+collective-permute of the program: its bytes, its executions, and the products that XLA scheduled between its start and
+its done.
 """
 
 import argparse
@@ -39,14 +39,14 @@ def hop_bytes(gradients: bool) -> int:
 
 
 def layer(params: Any, x_BTD: jax.Array, ids_BT: jax.Array) -> jax.Array:
-    """The sum of what attention returns. x_BTD: parts; ids_BT: of complete sequences."""
+    """The sum of attention's outputs. x_BTD: parts; ids_BT: of complete sequences."""
     positions_BT = in_parts(jnp.broadcast_to(jnp.arange(TOKENS), ids_BT.shape))
     y_BTD = MLA(MODEL).apply(params, x_BTD, rope_table(MODEL, positions_BT, jnp.float32), in_parts(ids_BT))
     return y_BTD.astype(jnp.float32).sum()  # pyright: ignore[reportAttributeAccessIssue]: no tuple without `mutable`
 
 
 def measured() -> dict[str, Any]:
-    """Of the compiled layer: its permutations, and bytes of temporaries. JSON-able."""
+    """The permutations of the compiled layer, and bytes of temporaries, as JSON data."""
     devices = targets.devices_of(TARGET)
     mesh = make_mesh(MESH, devices)
     one = jnp.zeros((1, 8), jnp.int32)

@@ -1,4 +1,4 @@
-"""The attention that MLA is compared with: heads of queries that share fewer heads of keys and values.
+"""The attention for comparison with MLA: query heads that share fewer key-value heads.
 
 As many key-value heads as query heads is MHA, one is MQA. The first rope_head_dim numbers of a head are rotated.
 """
@@ -19,7 +19,7 @@ VARIANTS = {"MHA": (4, 16), "GQA": (2, 20), "MQA": (1, 24)}
 
 
 class GroupedAttention(nn.Module):
-    """Replaces MLA: the same arguments, the same result."""
+    """Replaces MLA, with the same arguments and result."""
 
     cfg: ModelConfig
     kv_heads: int

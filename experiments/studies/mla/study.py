@@ -1,4 +1,4 @@
-"""Latent attention against full, grouped and single keys and values, at equal parameters (report section 2.1.1).
+"""MLA against MHA, GQA and MQA, at equal parameters (report section 2.1.1).
 
 30,720 attention weights a layer in each arm (MHA 32,768: its width comes in even steps).
 """
@@ -10,7 +10,7 @@ from experiments.studies.framework.study import Claim, Study
 from experiments.studies.framework.training import Training
 from experiments.studies.mla.attention import VARIANTS, attention_of
 
-# Numbers that a token takes in the cache of a layer: keys and values, or MLA's latent and its rotary key.
+# Numbers per token in the cache of a layer: keys and values, or MLA's latent and its rotary key.
 CACHE = {"MLA": 32 + 16, **{arm: 2 * heads * width for arm, (heads, width) in VARIANTS.items()}}
 
 

@@ -1,4 +1,5 @@
-"""How often the main model accepts the MTP module's drafts: on held-out text while training, in decoding at the end.
+"""The share of the MTP module's drafts that the main model accepts: on held-out text during training, in decoding at
+the end.
 
 On held-out text, position i + 1 of the main model and position i of the module predict the same token i + 2 from the
 same text, so acceptance needs no decoding: agreement of their first choices when decoding greedily,
@@ -35,7 +36,7 @@ def _agreement(cfg):
 
 @functools.lru_cache(maxsize=1)
 def _bigrams(loader):
-    """The most frequent successor of each token in some training text: a draft that costs nothing."""
+    """The most frequent successor of each token in some training text: a free draft."""
     size = loader.tokenizer.vocab_size
     table_WW = np.zeros((size, size), np.int32)
     for step in range(min(200, loader.train.steps)):
@@ -65,7 +66,7 @@ def acceptance(config: Config, params: dict[str, Any], router: dict[str, Any], l
 
 
 def decoding(config: Config, params: dict[str, Any], router: dict[str, Any], loader: Loader) -> dict[str, float]:
-    """Drafts accepted and tokens a pass in greedy continuations of held-out text."""
+    """Drafts accepted and tokens per pass in greedy continuations of held-out text."""
     batch = next(iter(loader.validation_batches(PROMPTS, 1)))
     prompts = [list(map(int, row[:PROMPT_LENGTH])) for row in batch["tokens"]]
     made = generate(config.model, {"params": params, "router": router}, prompts, NEW_TOKENS, speculative=True)

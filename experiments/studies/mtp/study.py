@@ -12,7 +12,7 @@ from experiments.studies.framework.training import Training
 from experiments.studies.mtp.measure import acceptance
 
 ROOT = pathlib.Path(__file__).resolve().parents[3]
-# Of larger models than the study's; a point for each number of sequences decoded together.
+# For larger models than the study's; one point for each number of sequences decoded together.
 MEASURED = {"tiny": "benchmarks/results/speculative_cpu.json",
             "small": "benchmarks/results/speculative_small_cpu.json"}
 
@@ -34,7 +34,7 @@ def draw(results: dict, runs: list[dict], folder: pathlib.Path) -> None:
 
 
 def draw_speed(axis: Any, acceptance: dict[str, Any]) -> None:
-    """The speed-up that acceptance allows at most, and what was measured on a CPU."""
+    """The maximum speed-up that acceptance allows, and the one measured on a CPU."""
     low, high = (acceptance["mean"] if acceptance[end] is None else acceptance[end] for end in ("low", "high"))
     axis.axvspan(100 * low, 100 * high, color=plots.PALETTE[1], alpha=0.2, linewidth=0,
                  label="this study's acceptance")

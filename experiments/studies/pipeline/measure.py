@@ -1,7 +1,7 @@
 """The executor measured on this machine: programs, steps, and the operations of a schedule.
 
     python -m experiments.studies.pipeline.measure programs     compile time and memory at two numbers of micro-batches
-    python -m experiments.studies.pipeline.measure costs        seconds of F, B, Bi, W and F&B, and what follows at 4
+    python -m experiments.studies.pipeline.measure costs        seconds of F, B, Bi, W and F&B, and the result at 4
                                                                 and 8 ranks
     python -m experiments.studies.pipeline.measure steps        seconds of a step on 2 devices, schedules in turn
 
@@ -112,7 +112,7 @@ def _parts(config):
     variables = jax.eval_shape(lambda: DeepSeekV3(c).init(jax.random.key(0), jnp.zeros((1, 8), jnp.int32),
                                                           logits=False))
     shape = ROWS, config.train.sequence_length
-    def array(shape, dtype) -> Any:  # a shape, where types say jax.Array
+    def array(shape, dtype) -> Any:  # a shape, where the annotations have jax.Array
         return jax.ShapeDtypeStruct(shape, dtype)
 
     tokens, scalar = array(shape, jnp.int32), array((), jnp.float32)
@@ -177,7 +177,7 @@ def costs(args: argparse.Namespace) -> dict[str, Any] | None:
         return None
     median = {name: statistics.median(times) for name, times in seconds.items()}
     given = {"f": median["F"], "b": median["B"], "w": median["W"], "fb": median["F&B"]}
-    # The validator takes B - W for Bi; the rest of a measured Bi is the price of splitting.
+    # The validator uses B - W for Bi; the rest of a measured Bi is the cost of splitting.
     predicted = [row for ranks in (2, 4, 8) for row in compare([ranks], [4 * ranks], given)]
     return {"layers_a_stage": 1, "seconds": seconds, "median": median, "predicted": predicted}
 

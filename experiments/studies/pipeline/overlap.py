@@ -1,11 +1,11 @@
-"""Are the experts' all-to-alls hidden? Read off XLA's own schedule for 16 x 8 H100s, without having them.
+"""Whether the experts' all-to-alls are hidden, from XLA's schedule for 16 x 8 H100s, without having them.
 
     python -m experiments.studies.pipeline.overlap --programs FOLDER        (needs the extra `aot`; no GPU)
 
-One MoE layer a stage at v3_671b's widths, four experts a device as in the report's 64-way layout, bf16. For every
-all-to-all of tokens in the cells that fill a step (F&B of DualPipe, F and B of 1F1B): the products that XLA put between
-its start and its done, and how long the device waits by the clocks of `scale.compile.clock`, at the rates of
-`scale.hardware`. Programs that are in FOLDER already are not compiled again.
+One MoE layer per stage at v3_671b's widths, four experts per device as in the report's 64-way layout, bf16. For every
+all-to-all of tokens in the cells that fill a step (F&B of DualPipe, F and B of 1F1B): the products that XLA scheduled
+between its start and its done, and the time that the device waits by the simulation of `scale.compile.clock`, at the
+rates of `scale.hardware`. Programs that are already in FOLDER are not compiled again.
 """
 
 import argparse
@@ -48,14 +48,14 @@ def program(schedule: str, tokens: int, folder: pathlib.Path) -> str:
 
 
 def worth(flops: float, tokens: int) -> float:
-    """FLOPs of a product on rows that hold tokens: the experts' skip the room that a capacity leaves."""
+    """FLOPs of a product on rows that hold tokens: the experts' products skip the empty rows that a capacity leaves."""
     rows = CAPACITY * tokens * MODEL.experts_per_token
     one = 2 * rows * MODEL.d_model * MODEL.expert_ffn_dim
-    return flops / CAPACITY if one <= flops < 1.1 * one else flops  # a kernel has a few rows more
+    return flops / CAPACITY if one <= flops < 1.1 * one else flops  # a kernel processes a few more rows
 
 
 def cells(schedule: str, text: str, tokens: int, machine: str) -> dict[str, list[clock.Transfer]]:
-    """The transfers of each kind of cell that fills a step; of F&B's two directions, one."""
+    """The transfers of each kind of cell that fills a step; for F&B, one of the two directions."""
     layout, measured, hw = layout_of(schedule, tokens), Measured(), hardware(machine)
     takes = layer_traffic(MODEL, layout)["dispatch inside"] / (measured.local * hw.local_bandwidth)
     of_tokens = lambda one: takes if one.kind in clock.KINDS and one.bytes > tokens * MODEL.d_model else 0.0
@@ -66,7 +66,7 @@ def cells(schedule: str, text: str, tokens: int, machine: str) -> dict[str, list
 
 
 def rows_of(programs: dict[str, str], tokens: int) -> list[dict]:
-    """A row for each cell and machine. JSON-able."""
+    """A row for each cell and machine, as JSON data."""
     rows = []
     for machine in MACHINES:
         for schedule, text in programs.items():

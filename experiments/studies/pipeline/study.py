@@ -1,4 +1,4 @@
-"""Idle time and activation memory of the five schedules, read off validated tables. Exact: one seed, no training."""
+"""Idle time and activation memory of the five schedules, from validated tables. Exact: one seed, no training."""
 
 import pathlib
 from collections.abc import Callable, Iterator
@@ -11,7 +11,7 @@ from experiments.studies.framework.study import Job, Measure, Study
 
 RANKS = 8
 MICROBATCHES = (16, 20, 32, 48, 64, 120)
-# What the parts of a stage take: forward, full backward, weight gradients, and F&B together.
+# Times of the parts of a stage: forward, full backward, weight gradients, and F&B.
 COSTS = {"no overlap gains": {"f": 1, "b": 2, "w": 1}, "a sixth is hidden": {"f": 1, "b": 2, "w": 1, "fb": 2.5}}
 CONFIG = {"ranks": RANKS, "microbatches": list(MICROBATCHES), "costs": COSTS}
 TITLES = {"no overlap gains": "Idle: F&B takes 3, as F + B", "a sixth is hidden": "Idle: F&B takes 2.5 instead of 3"}
@@ -53,7 +53,7 @@ def draw(results: dict, runs: list[dict], folder: pathlib.Path) -> None:
 
 
 def draw_schedules(axis: Any, rows: list[dict[str, Any]], value: Callable[[dict[str, Any]], float]) -> None:
-    """A line for each schedule by micro-batches; those that coincide share one, with both names."""
+    """A line for each schedule over the micro-batches; identical ones share a line, with both names."""
     names = list(dict.fromkeys(row["schedule"] for row in rows))
     same: dict[tuple, list[str]] = {}
     for name in names:

@@ -1,6 +1,6 @@
 """Pre-training, fine-tuning and reinforcement learning of one small model, by the library's own functions.
 
-An arm is a complete run in a work directory of its own, which starts from the weights of the arm that it comes after.
+An arm is a complete run in its own work directory, which starts from the weights of the arm that it comes after.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ from experiments.studies.framework.study import Job, Measure, Study
 from experiments.studies.framework.training import MODEL, QUICK
 
 TASK, SIZE = "reverse", 4
-# Half of the documents of pre-training ask for a mirror image and answer right: the skill, under another name. The
-# others ask as the task does, and this share of their answers is right; the rest repeats the letters as they are.
+# Half of the documents of pre-training ask for a mirror image and answer correctly: the same skill under another name.
+# The others ask as in the task, and this share of their answers is correct; the rest repeats the letters unchanged.
 RIGHT = 0.1
 DOCUMENTS, EXAMPLES = 20_000, 1_000  # of pre-training, of fine-tuning
-PROBLEMS, QUICK_PROBLEMS = 512, 16  # that an arm is scored on, the same for all arms and seeds
+PROBLEMS, QUICK_PROBLEMS = 512, 16  # problems for scoring an arm, the same for all arms and seeds
 
 COMMON = {
     "data.fim_rate": 0.0, "data.split_punctuation_rate": 0.0,
-    "data.packing": "whole", "data.mask_documents": True,  # an answer looks at its own prompt alone
+    "data.packing": "whole", "data.mask_documents": True,  # an answer attends only to its own prompt
     "train.eval_batches": 1, "train.sample_tokens": 0, "train.final_eval_batches": 1,
     "optimizer.weight_decay": 0.0, "balance.sequence_loss_weight": 0.0,
 }
@@ -73,7 +73,7 @@ QUICK_RUN = {**{key: value for key, value in QUICK.items() if key.startswith("mo
 class PostTraining(Measure):
     """Trains each arm: {"kind": "pretrained", "tuned", "distilled" or "reinforced", and keys of its config, with dots}.
 
-    after: {arm: the one whose weights it starts from}; of a student, the one that teaches it.
+    after: {arm: the one whose weights it starts from}; for a student, its teacher.
     students: {arm that learns from answers of another: the one whose weights it starts from}.
     """
 
@@ -81,7 +81,7 @@ class PostTraining(Measure):
     students: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def config(self, study: Study, arm: str, seed: int = 0) -> Config:
-        """The complete config of one run, but for the folders that it reads."""
+        """The complete config of one run, without the folders that it reads."""
         own = dict(study.arms[arm])
         kind, config = own.pop("kind"), default_config("tiny")
         model = {f"model.{name}": value for name, value in {**MODEL, "vocab_size": 384, "mtp_depth": 1}.items()}
@@ -96,7 +96,7 @@ class PostTraining(Measure):
     def identity(self, study: Study, arm: str) -> Any:
         first = self.after.get(arm)
         config = as_dict(self.config(study, arm))
-        # As it was before there were others.
+        # As it was before other kinds existed.
         for section, key, value in (("rollout", "reward", "task"), ("rollout", "fp8", False), ("lora", "fp8", False),
                                     ("data", "tokenizer", None), ("data", "validation", None), ("data", "stages", ()),
                                     ("data", "validation_tokens", None),
@@ -136,7 +136,7 @@ class PostTraining(Measure):
         with contextlib.redirect_stderr(standard.StringIO()), contextlib.redirect_stdout(standard.StringIO()):
             of_rewards = study.arms[arm]["kind"] == "reinforced"
             finished = reinforce(config, str(workdir)) if of_rewards else train(config, str(workdir)).finished
-        if not finished:  # a signal ended it; half a run is none
+        if not finished:  # a signal ended it; an incomplete run does not count
             raise KeyboardInterrupt
         run, (metrics, curves) = load_run(str(workdir)), measured(read_metrics(workdir))
         metrics = scored(run, str(workdir), QUICK_PROBLEMS if study.quick else PROBLEMS) | metrics
@@ -157,11 +157,11 @@ class PostTraining(Measure):
             config.data, sources=sources, cache_dir=str(folder.parent / "cache")))
 
     def workdir(self, study: Study, arm: str, seed: int, folder: pathlib.Path) -> pathlib.Path:
-        """Of one run. The name contains the arm's hash."""
+        """The work directory of one run. Its name contains the arm's hash."""
         return study.run_path(folder, arm, seed).with_suffix("")
 
     def lessons(self, study: Study, arm: str, seed: int, folder: pathlib.Path) -> pathlib.Path:
-        """What a student reads: the right answers of its teacher."""
+        """The training text of a student: the correct answers of its teacher."""
         return folder / "corpus" / f"{self.workdir(study, self.after[arm], seed, folder).name}.jsonl"
 
     def summarize(self, study: Study, runs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -172,9 +172,10 @@ class PostTraining(Measure):
 
 
 def write_examples(path: pathlib.Path, count: int, right: float, mirrors: float, seed: int) -> None:
-    """Problems of the task as a corpus: `mirrors` of them under another name, `right` of the others answered right."""
+    """Problems of the task as a corpus: `mirrors` of them under another name, `right` of the others answered
+    correctly."""
     rng, task, lines = np.random.default_rng(seed), find_task(TASK, SIZE), []
-    assert task.solve is not None  # of a task with one right answer
+    assert task.solve is not None  # for a task with only one correct answer
     for _ in range(count):
         prompt, reference = task.draw(rng)
         if rng.random() < mirrors:
@@ -189,7 +190,7 @@ def write_examples(path: pathlib.Path, count: int, right: float, mirrors: float,
 
 
 def teach(teacher: pathlib.Path, path: pathlib.Path) -> None:
-    """As many problems as fine-tuning has, with what the teacher answered at temperature 1; wrong answers left out."""
+    """As many problems as in fine-tuning, with the teacher's answers at temperature 1; wrong answers are left out."""
     asking = Asking(max_new_tokens=REINFORCED["rollout.max_new_tokens"], seed=2)
     answered = teacher_answers(str(teacher), find_task(TASK, SIZE), EXAMPLES, asking)
     io.write_text(path, "".join(json.dumps({"prompt": row.prompt, "answer": row.answer}) + "\n"
@@ -197,7 +198,7 @@ def teach(teacher: pathlib.Path, path: pathlib.Path) -> None:
 
 
 def scored(run: LoadedRun, workdir: str, count: int) -> dict[str, float]:
-    """Mean reward on problems that no arm has trained on: of answers drawn at temperature 1, and of the likeliest."""
+    """Mean reward on problems that no arm has trained on: of answers at temperature 1, and of greedy ones."""
     answers = {**REINFORCED, "rollout.group_size": 1, "rollout.fp8": False}
     config = dataclasses.replace(run.config, **{
         section: dataclasses.replace(getattr(run.config, section), **{
@@ -213,8 +214,8 @@ def scored(run: LoadedRun, workdir: str, count: int) -> dict[str, float]:
 
 
 def measured(rows: list[dict[str, Any]]) -> tuple[dict[str, float], dict[str, list[float]]]:
-    """(metrics, curves) of a run's metrics.jsonl, if it drew answers; mean_reward is over all steps: who learns faster
-    has more."""
+    """(metrics, curves) of a run's metrics.jsonl, if it drew answers; mean_reward is over all steps: faster learning
+    gives more."""
     steps = [row for row in rows if "reward" in row]
     if not steps:
         return {}, {}

@@ -9,7 +9,7 @@ from experiments.studies.framework.study import Claim, Study
 from experiments.studies.post_training.measure import PostTraining
 
 RL = {"kind": "reinforced"}
-# Half the width: a quarter of the weights of the other arms, but for the embeddings.
+# Half the width: a quarter of the weights of the other arms, except for the embeddings.
 SMALL = {"model.d_model": 64, "model.q_rank": 24, "model.kv_rank": 16, "model.num_heads": 2,
          "model.dense_ffn_dim": 128, "model.expert_ffn_dim": 32}
 ARMS = {

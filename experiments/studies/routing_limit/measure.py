@@ -1,4 +1,4 @@
-"""How many nodes a token is sent to if every group of experts is on a node of its own."""
+"""The number of nodes that a token is sent to if every group of experts is on a separate node."""
 
 import functools
 from typing import Any

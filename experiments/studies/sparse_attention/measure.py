@@ -1,4 +1,4 @@
-"""What sparse attention keeps of a model that looks far back: loss of code by position, needles, and its own recall.
+"""The effect of sparse attention on a model that uses distant context: loss by position, needles, and recall.
 
 Text, needles and positions are those of the study long_context.
 """
@@ -18,8 +18,8 @@ from deepseek_jax.scale.costs import latent_core_products
 from deepseek_jax.scale.memory import cache_read
 from experiments.studies.long_context.measure import ENDS, documents, loss_by_position, needles
 
-LENGTHS = (512, 2048)  # of the texts that needles are in
-CONTEXTS = tuple(1024 * 2**n for n in range(8))  # whose cost of decoding is counted
+LENGTHS = (512, 2048)  # lengths of the texts with needles
+CONTEXTS = tuple(1024 * 2**n for n in range(8))  # context lengths whose decoding cost is counted
 
 
 def kept(config: Config, params: dict[str, Any], router: dict[str, Any], loader: Loader, final: bool) -> dict[str, Any]:
@@ -45,7 +45,8 @@ def recall(cfg: ModelConfig, variables: dict[str, Any], loader: Loader) -> float
 
 
 def costs() -> dict[str, list[float]]:
-    """Of one decoded token of V3.2 and V3, by CONTEXTS: MB read from an FP8 cache, and GFLOP with it, all layers."""
+    """For one decoded token of V3.2 and V3, by CONTEXTS: MB read from an FP8 cache, and GFLOP of attention, all
+    layers."""
     found = {}
     for name, preset in (("V3", "v3_671b"), ("V3.2", "v3_2_671b")):
         cfg = model_config(preset)

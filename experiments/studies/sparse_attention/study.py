@@ -1,7 +1,8 @@
-"""V3.2's way to sparse attention: the indexer's warm-up, then training over the chosen tokens, against dense attention.
+"""V3.2's path to sparse attention, the indexer's warm-up and then training over the chosen tokens, against dense
+attention.
 
-It continues the model of the study long_context, whose phases it repeats. The dense arm reads the same tokens as the
-sparse ones after the warm-up, which teaches the indexer alone.
+It continues the model of the study long_context, whose phases it repeats. After the warm-up, which trains only the
+indexer, the dense arm reads the same tokens as the sparse ones.
 """
 
 import itertools
@@ -22,7 +23,7 @@ CONTINUED = {**YARN, **TO_LONG, "train.steps": 40}
 
 
 def indexer(topk: int) -> dict[str, Any]:
-    """As large next to the attention of this model, 4 heads of 32, as in V3.2."""
+    """An indexer with the same size relative to this model's attention, 4 heads of 32, as in V3.2."""
     return {"model.index_topk": topk, "model.index_heads": 2, "model.index_head_dim": 32}
 
 
@@ -47,7 +48,7 @@ def draw(results: dict, runs: list[dict], folder: pathlib.Path) -> None:
 
 
 def draw_positions(axis: Any, results: dict) -> None:
-    """By position, how much more loss choosing tokens costs."""
+    """By position, the loss added by choosing tokens."""
     middles = np.sqrt(np.maximum(ENDS[:-1], 4) * np.array(ENDS[1:], float))
     dense = np.array(results["arms"]["dense"]["arrays"]["by_position"])
     axis.axhline(0, color="0.4", linewidth=1)
@@ -61,7 +62,7 @@ def draw_positions(axis: Any, results: dict) -> None:
 
 
 def draw_costs(axis: Any) -> None:
-    """Counted, of the released models: what a decoded token reads."""
+    """Calculated for the released models: the bytes that a decoded token reads."""
     counted = costs()
     for colour, name in zip(plots.PALETTE, ("V3", "V3.2")):
         axis.plot(CONTEXTS, counted[f"{name}, MB"], marker="o", markersize=3, color=colour, label=name)

@@ -1,7 +1,7 @@
-"""How much dispatch in two hops saves across nodes, measured on 64 virtual devices (report section 3.2.2).
+"""The savings of two-hop dispatch across nodes, measured on 64 virtual devices (report section 3.2.2).
 
-Random tokens are routed as DeepSeek-V3 routes them (256 experts, the best 4 of 8 groups, top 8) on a mesh of 8 nodes
-with 8 devices, each with four experts. What each device sends to each other one is read off the dispatch itself.
+Random tokens are routed as in DeepSeek-V3 (256 experts, the best 4 of 8 groups, top 8) on a mesh of 8 nodes with 8
+devices, each with four experts. The copies that each device sends to each other one are read from the dispatch itself.
 """
 
 import json
@@ -32,7 +32,7 @@ NOTE = ("Hop 1 sends only between devices that have the same place in their node
 
 
 class Traffic(Measure):
-    """What training metrics count of a dispatch, and the copies between each pair of devices."""
+    """The training metrics of a dispatch, and the copies between each pair of devices."""
 
     resumes, alone, devices = False, True, DEVICES
 
@@ -84,7 +84,7 @@ def between_devices(axis: str | tuple[str, ...], sent_DP: np.ndarray) -> np.ndar
 
 
 def counters(mesh: MeshConfig, chosen_NK: jax.Array) -> dict[str, float]:
-    """What a training run writes into its metrics."""
+    """The values that a training run writes to its metrics."""
     experts = lambda x_RD, id_RK, gates_RK, weights: (x_RD, (id_RK > 0).sum())
     gates_NK = jnp.ones(chosen_NK.shape)
     with jax.set_mesh(make_mesh(mesh)):
@@ -102,7 +102,7 @@ def fp8_error(seed: int) -> float:
 
 
 def draw(results: dict, runs: list[dict], folder: pathlib.Path) -> None:
-    """docs/dispatch.png, or, of a short run, a picture in its work directory."""
+    """docs/dispatch.png, or for a short run a picture in its work directory."""
     if not runs:
         raise ConfigError("two_hop: results.json does not hold the copies between devices; leave --draw out, measuring "
                           "takes a minute.")
