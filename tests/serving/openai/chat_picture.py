@@ -28,7 +28,7 @@ def ask(window: browser.Browser, url: str) -> list[str]:
         window.answered()
     window.js("""const tokens = [...document.querySelector('.turn:last-child .answer .text').children];
         tokens[Math.floor(tokens.length / 2)].dispatchEvent(new Event('pointerover', {bubbles: true}))""")
-    return window.texts(".answer .text")
+    return list(window.texts(".answer .text"))
 
 
 def picture(window: browser.Browser, file: str) -> None:
