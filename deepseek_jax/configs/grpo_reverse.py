@@ -1,8 +1,7 @@
-"""Reinforcement learning on a task that a rule checks, reversing letters. Starts from a run of config `tiny`.
+"""Reinforcement learning on a task that a rule checks, reversing letters. Starts from a run of config `problems`.
 
-    python -m deepseek_jax.posttraining reverse --examples 20000 > reverse.jsonl
-    python -m deepseek_jax.train --config tiny --workdir run_reverse --config.data.sources="[('reverse.jsonl', 1)]" \
-        --config.data.packing=whole --config.data.mask_documents=True
+    python -m deepseek_jax.posttraining reverse --examples 20000 > problems.jsonl
+    python -m deepseek_jax.train --config problems --workdir run_reverse
     python -m deepseek_jax.reinforce --config grpo_reverse --workdir rl --config.init.from=run_reverse
 """
 

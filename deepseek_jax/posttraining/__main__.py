@@ -1,8 +1,7 @@
 """Writes problems of a task with their answers, to pre-train or fine-tune on before reinforcement learning.
 
-    python -m deepseek_jax.posttraining reverse --size 4 --examples 20000 > reverse.jsonl
-    python -m deepseek_jax.train --config tiny --workdir run_reverse --config.data.sources="[('reverse.jsonl', 1)]" \
-        --config.data.packing=whole --config.data.mask_documents=True
+    python -m deepseek_jax.posttraining reverse --size 4 --examples 20000 > problems.jsonl
+    python -m deepseek_jax.train --config problems --workdir run_reverse
 
 Answers are the task's own, or correct answers of a teacher according to the task's rule (distillation):
 

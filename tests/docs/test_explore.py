@@ -440,7 +440,7 @@ def test_nothing_sticks_out_on_a_narrow_screen(page, width):
     assert not small
 
 
-# The contrast of WCAG 2.2: of every text with what is behind it, and of the edges of fields.
+# The contrast of WCAG 2.2: of every text with what is behind it, of the edges of fields, and of bars.
 CONTRAST = """
 const parse = (color) => color.match(/[\\d.]+/g).map(Number);
 const linear = (c) => (c / 255 <= 0.04045 ? c / 255 / 12.92 : ((c / 255 + 0.055) / 1.055) ** 2.4);
@@ -462,15 +462,17 @@ const hasText = (e) => [...e.childNodes].some((n) => n.nodeType === 3 && n.textC
 const ink = (e) => (e instanceof SVGElement ? getComputedStyle(e).fill : getComputedStyle(e).color);
 const texts = [...document.querySelectorAll('body *')].filter((e) => !/SCRIPT|STYLE/.test(e.tagName) && hasText(e));
 const fields = [...document.querySelectorAll('button:not(.main), select, input[type=number]')];
+const bars = [...document.querySelectorAll('#three-figure rect, #many-loads rect, #many-biases rect')];
 return [...texts.filter((e) => ratio(ink(e), under(e)) < 4.5),
-        ...fields.filter((e) => ratio(getComputedStyle(e).borderTopColor, behind(e.parentElement)) < 3)]
+        ...fields.filter((e) => ratio(getComputedStyle(e).borderTopColor, behind(e.parentElement)) < 3),
+        ...bars.filter((e) => ratio(ink(e), behind(e.closest('figure'))) < 3)]
   .map((e) => e.outerHTML.slice(0, 90));
 """
 
 
 @in_a_browser
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_texts_have_the_contrast_of_wcag_aa(page, scheme):
+def test_texts_and_bars_have_the_contrast_of_wcag(page, scheme):
     page.devtools("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
     page.click("#drafts-all")
     page.click("#quiz-0-0")
@@ -484,3 +486,5 @@ def test_texts_have_the_contrast_of_wcag_aa(page, scheme):
 def test_too_little_contrast_is_seen(page):
     page.js("byId('routing-title').style.color = '#999'")
     assert len(page.js(CONTRAST)) == 1
+    page.js("document.querySelector('#many-loads rect').style.fill = '#56b4e9'")
+    assert len(page.js(CONTRAST)) == 2

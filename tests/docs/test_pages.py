@@ -8,6 +8,7 @@ import re
 import pytest
 
 from deepseek_jax.__main__ import COMMANDS
+from deepseek_jax.config import named_configs
 from deepseek_jax.config.load import RENAMED
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -45,6 +46,19 @@ def test_python_in_a_page_parses_and_imports_what_is_there(page):
                 found = importlib.import_module(node.module)
                 assert not [alias.name for alias in node.names if not hasattr(found, alias.name)
                             and importlib.util.find_spec(f"{node.module}.{alias.name}") is None]
+
+
+def test_the_tree_of_the_readme_has_every_folder():
+    (tree,) = re.findall(r"^```text\n(.*?)^```$", (ROOT / "README.md").read_text(), re.M | re.S)
+    named = set(re.findall(r"(\w+)/", tree))
+    code = ["deepseek_jax", "kernels_pallas", "experiments", "benchmarks", "notebooks", "examples", "docs", "tests"]
+    inside = {path.parent.name for path in (ROOT / "deepseek_jax").glob("*/__init__.py")}
+    assert named == {*code, *inside} - {"plots"} and all((ROOT / name).is_dir() for name in code)
+
+
+def test_every_config_has_its_name_in_the_page_of_training():
+    text = (ROOT / "docs" / "training.md").read_text()
+    assert not [name for name in named_configs() if f"`{name}`" not in text]
 
 
 KEYS = set(re.findall(r"^\| `([a-z0-9_.]+)` \|", (ROOT / "docs" / "config.md").read_text(), re.M)) | set(RENAMED)

@@ -128,4 +128,18 @@ MUTATIONS = [
         tests="docs/test_site.py::test_links_lead_to_pages_pictures_or_the_repository["
               "faq.md-../../outside.md-../../outside.md]",
     ),
+    Mutation(
+        name="bars are too pale to be seen",
+        file="docs/explore/index.html",
+        old="--bar: #3a94cc;",
+        new="--bar: #56b4e9;",
+        tests=f"{TESTS}::test_texts_and_bars_have_the_contrast_of_wcag[light]",
+    ),
+    Mutation(
+        name="a command of a page describes a run that is refused",
+        file="deepseek_jax/configs/problems.py",
+        old="    config.data.fim_rate = 0.0\n",
+        new="",
+        tests="docs/test_commands.py::test_a_command_that_is_written_out_is_accepted",
+    ),
 ]

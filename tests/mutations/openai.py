@@ -459,4 +459,11 @@ MUTATIONS = [
         new="last = next((k for k in reversed(range(len(prompt), len(ids))) if",
         tests="chat/test_conversation.py::test_nothing_behind_the_first_end_is_predicted",
     ),
+    Mutation(
+        name="a page that is opened too early stays there without a model",
+        file="deepseek_jax/serving/openai/chat.html",
+        old="if (error.status === 503) setTimeout(connect, 1000, true);",
+        new="",
+        tests="serving/openai/test_chat_page.py::test_a_page_that_is_opened_too_early_waits_for_the_model",
+    ),
 ]

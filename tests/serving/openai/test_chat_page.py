@@ -46,6 +46,7 @@ class Api:
         self.comments = ""  # sent before it
         self.refusal = None  # or a response instead of it
         self.key = None
+        self.loading = 0  # how often it is still loading the model
         self.left = threading.Event()  # a client went away in the middle of an answer
 
     async def page(self, request):
@@ -57,6 +58,9 @@ class Api:
     async def models(self, request):
         if not self.allowed(request):
             return JSONResponse({"error": {"message": "the API key is missing."}}, 401)
+        if self.loading > 0:
+            self.loading -= 1
+            return JSONResponse({"error": {"message": f"{self.loading} programs to go."}}, 503)
         return JSONResponse({"data": [{"id": "tiny", "max_model_len": 2048}]})
 
     async def loads(self, request):
@@ -265,6 +269,14 @@ def test_a_key_is_asked_for_after_401_and_the_message_is_sent_again(api, page):
     page.type("#key", f"secret{ENTER}")
     page.until("document.querySelector('.answer .text').textContent === 'One two.'")
     assert page.js("return document.querySelector('#unlock').hidden") and page.texts(".error") == []
+
+
+def test_a_page_that_is_opened_too_early_waits_for_the_model(api, page):
+    api.loading = 3
+    page.open(api.url)
+    page.until("document.querySelector('#state').textContent === '1 programs to go.'")
+    page.until("document.querySelector('#context').textContent === 'context of 2,048 tokens'")
+    assert page.texts("#state") == [""] and api.loading == 0
 
 
 def test_logprobs_are_shown_by_pointer_and_by_arrow_keys(api, page):
