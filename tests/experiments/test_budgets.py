@@ -8,6 +8,7 @@ import pytest
 from deepseek_jax.scale.costs import conventions
 from experiments.studies.dense import kinds
 from experiments.studies.framework import timing
+from experiments.studies.optimizers import arms
 
 
 def test_the_dense_models_have_as_many_active_and_as_many_parameters_in_total():
@@ -23,6 +24,12 @@ def test_the_dense_models_have_as_many_active_and_as_many_parameters_in_total():
                                               ("time", kinds.seconds)])
 def test_steps_of_a_budget_cost_as_much_as_those_of_the_mixture(kind, budget, cost):
     assert kinds.steps(kind, budget) * cost(kind) == pytest.approx(kinds.STEPS * cost("mixture"), rel=0.005)
+
+
+def test_muon_has_the_steps_that_take_as_long_as_adamws():
+    seconds = json.loads(arms.SECONDS.read_text())["seconds"]
+    assert arms.equal_time_steps() * seconds["Muon"] == pytest.approx(arms.STEPS * seconds["AdamW"], rel=0.005)
+    assert arms.arms()["Muon, twice the rate, equal time"]["train.steps"] == arms.equal_time_steps() < arms.STEPS
 
 
 def test_compute_of_the_mixture_is_that_of_as_many_active_parameters():

@@ -9,6 +9,7 @@ import re
 import pytest
 
 from experiments.studies.mla.study import CACHE
+from experiments.studies.optimizers.arms import TAU
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 # A number, and the word behind it that is its sign: "0.014 lower" is -0.014. The 32 of float32 is no number.
@@ -123,6 +124,30 @@ TABLE = {
     "the indexer finds what dense attention looks at": (
         "sparse_attention", "its # of # tokens hold # % [#, #] of it, at random # of #",
         [64, 2048, of("recall", "k = 64", 100), 1, 32], [("recall", "k = 64", 1 / 32)]),
+    "experts specialise by kind of text while a model trains": (
+        "specialization",
+        "an expert says # bits [#, #] more about the kind of its text than a twelfth into the run",
+        [change("text_bits_gained", "5e-3, long", 0.0)], [("text_bits_gained", "5e-3, long", 0.0)]),
+    "the longer the run, the larger the biases": (
+        "specialization", "after # steps instead of # the mean of a layer's, which chooses nothing, is # [#, #] higher, "
+        "and their spread # [#, #] smaller",
+        [900, 300, change("bias_offset", "5e-3, long", "5e-3"), fall("bias_spread", "5e-3, long", "5e-3")],
+        [("bias_offset", "5e-3, long", "5e-3"), ("bias_spread", "5e-3, long", "5e-3")]),
+    "a fast bias in the first steps balances better in the end": (
+        "specialization", "MaxVio_global # lower [# lower, # higher]", [change(VIO, "1e-3, fast start", "1e-3")],
+        [(VIO, "1e-3, fast start", "1e-3")]),
+    "Muon learns better than AdamW from as many tokens": (
+        "optimizers", "# nats [#, #] lower, each at its best rate", [fall(LOSS, "Muon, twice the rate", "AdamW")],
+        [(LOSS, "Muon, twice the rate", "AdamW")]),
+    "... and in as much time": (
+        "optimizers", "on two cores # nats [#, #] higher", [change(LOSS, "Muon, twice the rate, equal time", "AdamW")],
+        [(LOSS, "Muon, twice the rate, equal time", "AdamW")]),
+    "Muon's attention logits grow larger": (
+        "optimizers", "largest # [#, #] against AdamW's # [#, #]", [of("max_logit", "Muon"), of("max_logit", "AdamW")],
+        [("max_logit", "Muon", "AdamW")]),
+    "... and clipping them (QK-clip) costs loss": (
+        "optimizers", "at #, half of what they reach: # nats [#, #] higher", [TAU, change(LOSS, "Muon, QK-clip", "Muon")],
+        [(LOSS, "Muon, QK-clip", "Muon")]),
     "FP8 trains as bfloat16 does": (
         "fp8", "`small` at the report's learning rate: #, # and # % apart at most, mean # % [#, #]", [fp8_losses],
         None),

@@ -214,6 +214,13 @@ MUTATIONS = [
         tests="experiments/test_power.py::test_the_readme_of_a_study_with_open_claims_says_what_would_decide_them",
     ),
     Mutation(
+        name="optimizers: Muon has as many steps as AdamW where time is equal",
+        file="experiments/studies/optimizers/arms.py",
+        old='STEPS * seconds["AdamW"] / seconds["Muon"]',
+        new="STEPS",
+        tests="experiments/test_budgets.py",
+    ),
+    Mutation(
         name="studies: as much compute is as many tokens",
         file="experiments/studies/dense/kinds.py",
         old='"compute": flops,',

@@ -53,6 +53,7 @@ STUDY = Study(
           "1e-3, fast start": FAST_START, "2e-2": {"balance.bias_speed": 2e-2}},
     measure=Training(base=SOURCES, quick=SOURCES, corpus=corpora.kinds, probe=experts, probes=PROBES),
     draw=draw,
+    seeds=tuple(range(8)),
     quick_arms=("5e-3", "1e-3", "1e-3, fast start"),
     claims=(
         Claim("Experts take kinds of text apart more and more (from a twelfth of the run to its end).",
