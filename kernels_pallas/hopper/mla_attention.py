@@ -168,6 +168,9 @@ def _forward(q, k, v, segments, scale, config, interpret):
                 k_ring.fill(n, k_ref.at[at])
                 v_ring.fill(n, v_ref.at[at])
 
+            k_ring.drain(tile + 1)
+            v_ring.drain(tile + 1)
+
         def compute(group):
             first = tile * ROWS + group * 64
             mine = (batch, pl.ds(first, 64), head)
@@ -252,6 +255,9 @@ def _backward_q(q, k, v, do, lse, delta, segments, scale, config, interpret):
                 k_ring.fill(n, k_ref.at[at])
                 v_ring.fill(n, v_ref.at[at])
 
+            k_ring.drain(steps)
+            v_ring.drain(steps)
+
         def compute(group):
             first = tile * ROWS + group * 64
             mine = (batch, pl.ds(first, 64), head)
@@ -310,6 +316,8 @@ def _backward_kv(q, k, v, do, lse, delta, segments, scale, config, interpret):
             def _(n):
                 at = (batch, pl.ds((start + n) * width, width), head)
                 ring.fill(n, q_ref.at[at], do_ref.at[at])
+
+            ring.drain(steps)
 
         def compute(group):
             first = tile * ROWS + group * 64

@@ -18,8 +18,8 @@ There is nothing to tune: 128 x 128 is the least that holds whole tiles of both 
             g 0       g 1                   The SwiGLU form reads gate and up, and quantizes silu(gate) * up.
 """
 
-# The stubs of Mosaic's transforms and ACC are wrong.
-# pyright: reportAbstractUsage=false, reportPrivateImportUsage=false
+# The stubs of Mosaic's transforms and ACC are wrong, and lengths of unpacked lists are not known.
+# pyright: reportAbstractUsage=false, reportPrivateImportUsage=false, reportCallIssue=false
 import functools
 import operator
 from typing import Any
