@@ -51,7 +51,7 @@ def _programs(model, fp8, rehearse):
     import numpy as np
 
     from deepseek_jax import runtime
-    from deepseek_jax.training import step as training
+    from deepseek_jax.training.step import init_state, train_step
 
     runtime.prepare()
     model = dataclasses.replace(model, fp8=dataclasses.replace(model.fp8, enabled=fp8))
@@ -61,8 +61,8 @@ def _programs(model, fp8, rehearse):
     shape = (1, rows, length + 1)
     batch = {"tokens": np.random.default_rng(0).integers(0, model.vocab_size, shape, np.int32),
              "weights": np.ones(shape, np.float32), "segment_ids": np.ones(shape, np.int32), "active": np.int32(1)}
-    make = functools.partial(training.init_state, config)
-    step = jax.jit(functools.partial(training.train_step, config), donate_argnums=0)
+    make = functools.partial(init_state, config)
+    step = jax.jit(functools.partial(train_step, config), donate_argnums=0)
     return jax.jit(make).lower().compile(), step.lower(jax.eval_shape(make), batch).compile(), batch
 
 

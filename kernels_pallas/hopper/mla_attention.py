@@ -155,6 +155,7 @@ def _forward(q, k, v, segments, scale, config, interpret):
     V, tiles = v.shape[-1], _whole(T) // ROWS
     scale2 = scale * math.log2(math.e)
 
+    # One kernel and all that it names, read top down.
     def attention_forward(q_ref, k_ref, v_ref, *refs):
         segments_ref = refs[0] if segments is not None else None
         o_ref, lse_ref, q_smem, lse_smem, q_full, done, turn, k_ring, v_ring = refs[-9:]

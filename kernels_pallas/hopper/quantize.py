@@ -84,6 +84,7 @@ def _store(parts, scale, half, values_smem, scales_smem, interpret):
     scales_smem[half] = s
 
 
+# One kernel and all that it names, read top down.
 def _quantize(inputs, prepare, scale, transposed, interpret) -> Any:
     """inputs: arrays [M, K] that `prepare` makes float32 tiles of. Scales leave the kernel as [K / 128, M]."""
     M, K = inputs[0].shape

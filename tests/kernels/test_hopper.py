@@ -38,7 +38,7 @@ def close(ours, theirs, tolerance=2e-6):
 @pytest.mark.parametrize("shape", [(128, 256), (72, 136)])
 @pytest.mark.parametrize("scale", ["float32", "power_of_two"])
 @pytest.mark.parametrize("transposed", [True, "only"])
-def test_quantized_copies_are_bit_equal_to_the_twin(shape, scale, transposed):
+def test_both_quantized_copies_are_bit_equal_to_the_twin(shape, scale, transposed):
     x = normal(shape, dtype=jnp.bfloat16)
     ours = quantizers.quantize(x, scale=scale, transposed=transposed, interpret=INTERPRET)
     same_bits(ours, jax.jit(lambda x: api.quantize(x, scale=scale, transposed=transposed))(x))

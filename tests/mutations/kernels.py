@@ -122,7 +122,7 @@ MUTATIONS = [
         file="kernels_pallas/hopper/quantize.py",
         old='if transposed == "only":',
         new="if False:",
-        tests="kernels/test_hopper.py::test_quantized_copies_are_bit_equal_to_the_twin",
+        tests="kernels/test_hopper.py::test_both_quantized_copies_are_bit_equal_to_the_twin",
     ),
     Mutation(
         name="hopper: the reciprocal of a row is one float32",
