@@ -5,6 +5,7 @@
 # make bench   speed against transformers, a dense product, ragged_dot: same machine, same run
 # make kernels compiles the Hopper kernels alone, with the GPU's compiler (two minutes)
 # make aot     compiles the Hopper kernels, and training steps up to 671B, for hardware you don't have (two to four hours)
+# make rehearse   benchmarks.gpu without a GPU, with the packages of such a machine (Python 3.12; minutes)
 # make studies-quick   every study in its short form
 # make docs    the site, in build/site; fails on a dead link
 # make notebooks   runs the notebooks      make colab   runs them with the versions that Colab preinstalls
@@ -14,7 +15,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help train test cluster lint bench kernels aot studies-quick notebooks colab docs clean
+.PHONY: help train test cluster lint bench aot rehearse studies-quick notebooks colab docs clean
 
 # A version manager's shim may exist and fail, so each candidate has to import what an environment needs.
 find_python = for v in $(1); do for p in "$$(command -v python$$v)" $$(ls -d $$HOME/.pyenv/versions/*/bin/python$$v 2>/dev/null); do \
@@ -107,6 +108,8 @@ V3 := --model v3_671b --pipe 16 --expert 64 --remat full --deferred 0
 report = --json experiments/scale/$(1).json --plot experiments/scale/$(1).png
 aot: .venv-aot/stamp
 	.venv-aot/bin/python -m kernels_pallas.tools.compile_report --shapes v3-train v3-decode --json experiments/studies/fp8/compile_sm90a.json
+	.venv-aot/bin/python -m kernels_pallas.tools.predict --rows experiments/studies/fp8/compile_sm90a.json \
+		--json experiments/studies/fp8/predicted_h100.json
 	$(COMPILE) --model tiny --target h100:1 --sequences 32 --rows 8 --sequence-length 1024 --remat report $(call report,tiny_h100_1)
 	$(COMPILE) --model tiny --target h100:8 --expert 8 --sequences 128 --rows 4 --sequence-length 1024 --remat report \
 		$(call report,tiny_h100_8)
@@ -130,6 +133,17 @@ aot: .venv-aot/stamp
 	-$(COMPILE) $(V3) --target 7x:8x8x16 $(call report,v3_671b_7x_8x8x16_bf16)  # another hour or two
 	.venv-aot/bin/python -m experiments.scale.agreement
 
+# No deepseek-jax: it runs from the checkout, and what it would bring along such a machine does not have.
+.venv-rehearse/stamp: benchmarks/gpu/pins.txt
+	@python=$$($(call find_python,3.12)); rm -rf .venv-rehearse; \
+	if [ -z "$$python" ]; then echo "make rehearse needs Python 3.12, as the pinned packages do." >&2; exit 2; fi; \
+	"$$python" -m venv .venv-rehearse && \
+	.venv-rehearse/bin/python -m pip install -qq --disable-pip-version-check -r benchmarks/gpu/pins.txt
+	@touch $@
+
+rehearse: .venv-rehearse/stamp
+	PATH="$(CURDIR)/.venv-rehearse/bin:$$PATH" .venv-rehearse/bin/python -m benchmarks.gpu --rehearse
+
 .venv-docs/stamp: setup.py
 	@.venv-docs/bin/python -c '' 2>/dev/null || { rm -rf .venv-docs && "$(PYTHON)" -m venv .venv-docs; }
 	@.venv-docs/bin/python -m pip install -qq --disable-pip-version-check -e '.[docs]'
@@ -139,4 +153,4 @@ docs: .venv-docs/stamp
 	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/python -m mkdocs build --strict
 
 clean:
-	rm -rf .venv .venv-peer .venv-aot .venv-colab .venv-docs .cache .pytest_cache .hypothesis .ruff_cache build run *.egg-info
+	rm -rf .venv .venv-peer .venv-aot .venv-colab .venv-docs .venv-rehearse .cache .pytest_cache .hypothesis .ruff_cache build run *.egg-info

@@ -4,7 +4,7 @@ import pathlib
 from typing import Any
 
 from benchmarks.gpu.stage import read
-from benchmarks.gpu.stages import COMPILE, MACHINE, STAGES
+from benchmarks.gpu.stages import COMPILE, MACHINE, STAGES, TRAINING_COMPILE
 from deepseek_jax import io
 
 COLUMNS = (("tflops", "TFLOP/s", 1), ("of_published", "of published", 2), ("gb_per_second", "GB/s", 0),
@@ -17,7 +17,7 @@ def write(out: pathlib.Path) -> None:
     packages = {name: version for name, version in (machine.get("packages") or {}).items() if version}
     head = [f"# {machine.get('device')}", "", f"{', '.join(f'{n} {v}' for n, v in packages.items())}; driver, clock, "
             f"power, memory: {machine.get('driver')}. Peers: their time in units of ours.", ""]
-    parts = [table(stage.name, read(str(out / f"{stage.name}.json"))) for stage in (*STAGES, COMPILE)]
+    parts = [table(stage.name, read(str(out / f"{stage.name}.json"))) for stage in (*STAGES, TRAINING_COMPILE, COMPILE)]
     io.write_text(out / "report.md", "\n".join(head + [line for part in parts for line in part]) + "\n")
 
 

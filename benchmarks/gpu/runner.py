@@ -7,6 +7,7 @@ import pathlib
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -114,13 +115,38 @@ def run_all(stages: Sequence[Stage], out: pathlib.Path, minutes: float, rehearse
     """Runs the stages and writes out/summary.json after each. Returns whether all ended, and no case went wrong."""
     deadline = time.monotonic() + 60 * minutes
     summary = facts | {"stages": {}}
-    for stage in stages:
-        print(f"{stage.name} ...", flush=True)
-        summary["stages"][stage.name] = found = run_stage(stage, out, deadline, rehearse)
+
+    def ended(stage, found):
+        summary["stages"][stage.name] = found
         io.write_json(out / "summary.json", summary, indent=1)
         cases = ", ".join(f"{count} {state}" for state, count in found["cases"].items()) or "no case"
         print(f"{stage.name}: {found['state']} after {found['seconds']} s: {cases}{_reason(found)}", flush=True)
+
+    waiting = {stage.beforehand: _in_background(stage.beforehand, out, deadline, rehearse)
+               for stage in stages if stage.beforehand}
+    for stage in stages:
+        if stage.beforehand:
+            ended(stage.beforehand, waiting[stage.beforehand]())
+        print(f"{stage.name} ...", flush=True)
+        ended(stage, run_stage(stage, out, deadline, rehearse))
     return all(found["state"] == "done" and set(found["cases"]) <= {"done"} for found in summary["stages"].values())
+
+
+def _in_background(stage, out, deadline, rehearse):
+    """Starts a stage in a thread, which ends with this process, and its child with it. Returns what waits for it."""
+    found = [{"state": "failed", "seconds": 0.0, "cases": {}, "why": "it could not run: see above"}]
+
+    def run():
+        found[0] = run_stage(stage, out, deadline, rehearse)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+
+    def wait():
+        thread.join()
+        return found[0]
+
+    return wait
 
 
 def _reason(found):

@@ -190,12 +190,12 @@ def scaled_matmul(a: Any, b: Any, tables: Any, locate: Callable, tiles: Any, out
 
                 return lax.fori_loop(tile.first, tile.first + tile.steps, load, step)
 
-            if config.pair:  # the other SM may still read shared slots, and signal so here
-                @pl.loop(0, stages)
-                def _(n):
-                    @pl.when(steps + n >= stages)
-                    def _():
-                        plgpu.barrier_wait(empty.at[lax.rem(steps + n, stages)])
+            # Of a pair, the other SM may still read slots that it shares, and say so here. (See also Ring.drain.)
+            @pl.loop(0, stages)
+            def _(n):
+                @pl.when(steps + n >= stages)
+                def _():
+                    plgpu.barrier_wait(empty.at[lax.rem(steps + n, stages)])
 
         @pl.when(group < COMPUTE)
         def _():

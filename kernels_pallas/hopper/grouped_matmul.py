@@ -227,17 +227,21 @@ def _products(a, b, tables, tiles, form: Form, out: jax.ShapeDtypeStruct, config
 
         def over_tiles(visit):
             @plgpu.nd_loop((tiles,), collective_axes="sm", init_carry=jnp.int32(0))
-            def _(loop, carry):
+            def last(loop, carry):
                 return visit(form.locate(table_refs, loop.index[0]), carry)
+
+            return last
 
         def load():
             @over_tiles
-            def _(tile, n):
+            def steps(tile, n):
                 def ask(k, n):
                     ring.fill(n, *form.sources(a_gmem, b_gmem, tile, k))
                     return n + 1
 
                 return lax.fori_loop(0, tile.steps, ask, n)
+
+            ring.drain(steps)
 
         def compute(group):
             @over_tiles

@@ -155,6 +155,7 @@ def _forward(q, k, v, segments, scale, config, interpret):
     V, tiles = v.shape[-1], _whole(T) // ROWS
     scale2 = scale * math.log2(math.e)
 
+    # One kernel and all that it names, read top down.
     def attention_forward(q_ref, k_ref, v_ref, *refs):
         segments_ref = refs[0] if segments is not None else None
         o_ref, lse_ref, q_smem, lse_smem, q_full, done, turn, k_ring, v_ring = refs[-9:]
@@ -167,6 +168,9 @@ def _forward(q, k, v, segments, scale, config, interpret):
                 at = (batch, pl.ds(n * ROWS, ROWS), head)
                 k_ring.fill(n, k_ref.at[at])
                 v_ring.fill(n, v_ref.at[at])
+
+            k_ring.drain(tile + 1)
+            v_ring.drain(tile + 1)
 
         def compute(group):
             first = tile * ROWS + group * 64
@@ -252,6 +256,9 @@ def _backward_q(q, k, v, do, lse, delta, segments, scale, config, interpret):
                 k_ring.fill(n, k_ref.at[at])
                 v_ring.fill(n, v_ref.at[at])
 
+            k_ring.drain(steps)
+            v_ring.drain(steps)
+
         def compute(group):
             first = tile * ROWS + group * 64
             mine = (batch, pl.ds(first, 64), head)
@@ -310,6 +317,8 @@ def _backward_kv(q, k, v, do, lse, delta, segments, scale, config, interpret):
             def _(n):
                 at = (batch, pl.ds((start + n) * width, width), head)
                 ring.fill(n, q_ref.at[at], do_ref.at[at])
+
+            ring.drain(steps)
 
         def compute(group):
             first = tile * ROWS + group * 64

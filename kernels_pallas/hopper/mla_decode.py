@@ -143,6 +143,8 @@ def _shares(q, cache, table, lengths, scale, rank, splits, tiles, config, interp
                                     for ref, (_, column, width, _) in zip(piece_refs, pieces)])
                 ring.fill_rows(n, sources, copied)
 
+            ring.drain(steps)
+
         def compute(group):
             @pl.when(steps > 0)
             def _():
@@ -210,7 +212,7 @@ def _shares(q, cache, table, lengths, scale, rank, splits, tiles, config, interp
             said_smem[group] = total
             meet()
             total = sum(both(said_smem))
-            o_ref[b, split, heads, pl.ds(group * part, part)] = o * rows(1 / total, o.shape)
+            o_ref[b, split, heads, pl.ds(group * part, part)] = o * rows(1 / total, o.shape)  # pyright: ignore[reportArgumentType]
 
             @pl.when(group == 0)
             def _():

@@ -1,11 +1,13 @@
 """Quantizing to E4M3 on Hopper, in one pass over memory. Twin: reference/quantize.py.
 
 Scales that are powers of two are the twin's bit for bit, and so are their values: no division is involved. The chip
-divides within 2 ulp, so float32 scales may differ from the twin's by that much, and values by one step of E4M3.
+divides within 2 ulp, so float32 scales may differ from the twin's by that much, and values by one step of E4M3. A row
+has one reciprocal instead of a division for each number. It comes in two parts: one product with 1 / s would round five
+values of ten thousand otherwise, since quotients of bfloat16 numbers often lie between two values of E4M3.
 
-Each thread block takes a tile of 128 x 128 and reads it once. Two warpgroups share it: each quantizes 64 rows, and, if
-the transposed copy is needed too, 64 columns. Several blocks share an SM, and hide each other's latency. There is
-nothing to tune: 128 x 128 is the smallest size with complete tiles in both directions.
+Each block of threads takes a tile of 128 x 128 and reads it once. Two warpgroups share it: each quantizes 64 rows, and,
+where the transposed copy is wanted, 64 columns. Several blocks share an SM, and hide each other's latency.
+There is nothing to tune: 128 x 128 is the least that holds whole tiles of both directions.
 
              128 columns                    rows:     amax along the row     -> values [M, K],  scales [K / 128, M]
           +--------+--------+               columns:  amax along the column  -> values [K, M],  scales [M / 128, K]
@@ -16,9 +18,10 @@ nothing to tune: 128 x 128 is the smallest size with complete tiles in both dire
             g 0       g 1                   The SwiGLU form reads gate and up, and quantizes silu(gate) * up.
 """
 
-# The stubs of Mosaic's transforms and ACC are wrong.
-# pyright: reportAbstractUsage=false, reportPrivateImportUsage=false
+# The stubs of Mosaic's transforms and ACC are wrong, and lengths of unpacked lists are not known.
+# pyright: reportAbstractUsage=false, reportPrivateImportUsage=false, reportCallIssue=false
 import functools
+import operator
 from typing import Any
 
 import jax
@@ -36,17 +39,29 @@ HALF = BLOCK // 2
 WGMMA = plgpu.Layout.WGMMA
 
 
+def _reciprocal(s):
+    """1 / s in two parts: 12 bits, by which the product of a bfloat16 is exact, and the rest, of which little is left.
+
+    What the division is off by, the rest has too.
+    """
+    top = lambda x: lax.bitcast_convert_type(lax.bitcast_convert_type(x, jnp.int32) & -4096, jnp.float32)
+    near = 1 / s
+    high, upper = top(near), top(s)
+    return high, (1 - high * upper - high * (s - upper)) * near
+
+
 def _scales(amax, scale):
-    """(scales, the factor on x), or (scales, None) if x has to be divided."""
+    """(scales, what x is multiplied by: the summands of a factor)."""
     amax = jnp.maximum(amax, SMALLEST_AMAX)
     if scale == "float32":
-        # With a barrier, as in the twin: a product with 1 / 448 differs from the quotient.
-        return amax / lax.optimization_barrier(jnp.full_like(amax, 448)), None
+        # Behind a barrier, as in the twin: a product with 1 / 448 is not the quotient.
+        s = amax / lax.optimization_barrier(jnp.full_like(amax, 448))
+        return s, _reciprocal(s)
     from_bits = lambda bits: lax.bitcast_convert_type(bits, jnp.float32)
     # 448 = 1.75 * 2^8: a larger mantissa needs the next power. The reciprocal of a power of two negates its exponent.
     s = ((lax.bitcast_convert_type(amax, jnp.int32) + 0x1FFFFF) & -0x800000) - (8 << 23)
     inverse = jnp.where(amax == jnp.inf, 0.0, jnp.where(amax < jnp.inf, from_bits((254 << 23) - s), amax))
-    return jnp.where(amax < jnp.inf, from_bits(s), amax), inverse
+    return jnp.where(amax < jnp.inf, from_bits(s), amax), (inverse,)
 
 
 def _amax(parts, interpret):
@@ -60,18 +75,21 @@ def _amax(parts, interpret):
 
 
 def _store(parts, scale, half, values_smem, scales_smem, interpret):
-    """Quantizes 64 rows of 128 numbers, which are given in parts of some columns, into shared memory."""
-    s, inverse = _scales(_amax(parts, interpret), scale)
+    """Quantizes 64 rows of 128 numbers, which come in parts of some columns, into shared memory."""
+    s, factors = _scales(_amax(parts, interpret), scale)
     each = lambda row: lax.broadcast_in_dim(row, (HALF, BLOCK // len(parts)), (0,))
     for n, x in enumerate(parts):
-        scaled = x / each(s) if inverse is None else x * each(inverse)
+        scaled = functools.reduce(operator.add, (x * each(factor) for factor in factors))
         values_smem[half, :, n * x.shape[1]:(n + 1) * x.shape[1]] = scaled.astype(E4M3)
     scales_smem[half] = s
 
 
+# One kernel and all that it names, read top down.
 def _quantize(inputs, prepare, scale, transposed, interpret) -> Any:
-    """inputs: arrays [M, K], from which `prepare` makes float32 tiles. Scales are returned as [K / 128, M]."""
+    """inputs: arrays [M, K] that `prepare` makes float32 tiles of. Scales leave the kernel as [K / 128, M]."""
     M, K = inputs[0].shape
+    copies = {False: (False,), True: (False, True), "only": (True,)}[transposed]  # is a copy turned?
+    sizes = [(K, M) if turned else (M, K) for turned in copies]
     inputs = [whole_tiles(x) for x in inputs]
     # A row is read in parts: with complete rows of both operands, SwiGLU used all registers, and one block filled an
     # SM.
@@ -79,7 +97,7 @@ def _quantize(inputs, prepare, scale, transposed, interpret) -> Any:
     wide = BLOCK // count
     bf16 = (plgpu.TilingTransform((8, wide)), plgpu.SwizzleTransform(2 * wide))
     fp8 = (plgpu.TilingTransform((8, wide)), plgpu.SwizzleTransform(wide))
-    outs = [out for m, k in ((M, K), (K, M))[:1 + transposed]
+    outs = [out for m, k in sizes
             for out in (jax.ShapeDtypeStruct(tiled_shape((m, k), E4M3), E4M3),
                         jax.ShapeDtypeStruct((blocks(k), blocks(m) * BLOCK), jnp.float32))]
 
@@ -87,7 +105,7 @@ def _quantize(inputs, prepare, scale, transposed, interpret) -> Any:
         sources, targets = refs[:len(inputs)], refs[len(inputs):len(inputs) + len(outs)]
         x_smem, *held, arrived = refs[len(inputs) + len(outs):]
         group, i, j = lax.axis_index("group"), lax.axis_index("row"), lax.axis_index("column")
-        rows, columns = pl.ds(i * BLOCK, BLOCK), pl.ds(j * BLOCK, BLOCK)
+        rows, columns = pl.ds(i * BLOCK, BLOCK), pl.ds(j * BLOCK, BLOCK)  # in the branch, ptxas took 48 registers more
 
         @pl.when(group == 0)
         def _():
@@ -104,14 +122,21 @@ def _quantize(inputs, prepare, scale, transposed, interpret) -> Any:
             plgpu.barrier_wait(arrived.at[k])  # which also keeps ptxas from loading all parts first
             return part(k, group)
 
-        _store([arriving(k) for k in range(count)], scale, group, held[0], held[1], interpret)
-        if transposed:  # of one input: a part is a group's columns, and its halves the parts of their rows
-            _store([part(group, half, turned=True) for half in range(2)], scale, group, held[2], held[3], interpret)
+        def of_columns():  # of one input: a part is a group's columns, and its halves the parts of their rows
+            if transposed == "only":
+                plgpu.barrier_wait(arrived.at[group])
+            return [part(group, half, turned=True) for half in range(2)]
+
+        for n, turned in enumerate(copies):
+            parts = of_columns() if turned else [arriving(k) for k in range(count)]
+            _store(parts, scale, group, *held[2 * n:2 * n + 2], interpret)
         plgpu.commit_smem()
-        places = [(pl.ds(i * BLOCK + group * HALF, HALF), columns), (j, pl.ds(i * BLOCK + group * HALF, HALF)),
-                  (pl.ds(j * BLOCK + group * HALF, HALF), rows), (i, pl.ds(j * BLOCK + group * HALF, HALF))]
-        for smem, target, place in zip(held, targets, places):
-            plgpu.copy_smem_to_gmem(smem.at[group], target.at[place])
+        for n, turned in enumerate(copies):
+            across, along = (j, i) if turned else (i, j)
+            mine = pl.ds(across * BLOCK + group * HALF, HALF)
+            places = (mine, rows if turned else columns), (along, mine)
+            for smem, target, place in zip(held[2 * n:], targets[2 * n:2 * n + 2], places):
+                plgpu.copy_smem_to_gmem(smem.at[group], target.at[place])
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     held = [plgpu.SMEM((2, HALF, BLOCK), E4M3, transforms=fp8), plgpu.SMEM((2, HALF), jnp.float32)]
@@ -119,11 +144,11 @@ def _quantize(inputs, prepare, scale, transposed, interpret) -> Any:
         quantizer, out_type=outs, grid=(blocks(M), blocks(K)), grid_names=("row", "column"), num_threads=2,
         thread_name="group", interpret=interpret,
         scratch_types=[plgpu.SMEM((count, len(inputs), BLOCK, wide), jnp.bfloat16, transforms=bf16),
-                       *held * (2 if transposed else 1), plgpu.Barrier(num_arrivals=len(inputs), num_barriers=count)],
+                       *held * len(copies), plgpu.Barrier(num_arrivals=len(inputs), num_barriers=count)],
     )(*inputs)
-    # In the other direction a tile may include rows past the edge: zeros, which do not change amax.
-    q = Quantized(made[0][:M, :K], made[1][:, :M].T)
-    return (q, Quantized(made[2][:K, :M], made[3][:, :K].T)) if transposed else q
+    # One tile in the other direction is scaled by what lies past the edge too: zeros, which change no amax.
+    qs = [Quantized(made[2 * n][:m, :k], made[2 * n + 1][:, :m].T) for n, (m, k) in enumerate(sizes)]
+    return tuple(qs) if transposed is True else qs[0]
 
 
 def _check(name, *inputs):
@@ -142,8 +167,7 @@ def quantize(x: jax.Array, *, scale: str = "float32", dtype: DTypeLike = E4M3, t
     _check("quantize", x)
     if dtype != E4M3:
         raise ValueError(f"hopper's quantize makes E4M3, not {jnp.dtype(dtype).name}; implementation='reference' does.")
-    q = _quantize((x,), lambda x: x.astype(jnp.float32), scale, bool(transposed), interpret)
-    return q[1] if transposed == "only" else q
+    return _quantize((x,), lambda x: x.astype(jnp.float32), scale, transposed, interpret)
 
 
 def swiglu_quantize(gate: jax.Array, up: jax.Array, *, scale: str = "float32", dtype: DTypeLike = E4M3,

@@ -81,6 +81,16 @@ class Ring(NamedTuple):
 
         return slot
 
+    def drain(self, n: Any) -> None:
+        """Waits until all slots of n steps are free again: jax 0.11's interpreter wants all arrivals to be seen."""
+        stages = self.slots[0].shape[0]
+
+        @pl.loop(0, stages)
+        def _(k):
+            @pl.when(n + k >= stages)
+            def _():
+                plgpu.barrier_wait(self.empty.at[lax.rem(n + k, stages)])
+
     def use(self, n: Any, function: Callable) -> Any:
         """function(arrays of step n's slot), once they are loaded; then releases the slot."""
         slot = lax.rem(n, self.slots[0].shape[0])

@@ -55,7 +55,8 @@ def measure(case: Any, implementation: str, calls: int, bandwidth: float) -> dic
                                "of_copy": case.bytes() / timing.seconds / bandwidth}
     if case.flops:
         row["tflops"] = case.flops / timing.seconds / 1e12
-        row["of_published"] = case.published and row["tflops"] / case.published
+        rate = row["gb_per_second" if case.published_in == "GB/s" else "tflops"]
+        row["of_published"] = case.published and rate / case.published
     try:
         return row | {"peers": peers(case, jax.random.key(1), calls)}
     except Exception as error:  # the measurement is kept, whatever a peer does

@@ -2,19 +2,26 @@
 
     python -m kernels_pallas.tools.predict [--shapes v3-train v3-decode] [--rows FILE] [--json FILE]
 
-Has the same requirements as compile_report.py, or with --rows uses the rows that it wrote on a machine with a
-disassembler. Assumptions, of an H100 SXM: 132 SMs at 1.755 GHz; an SM does 8,192 FLOP per clock in FP8, 4,096 in
-bfloat16; the L2 cache delivers 5,120 bytes per clock to all SMs, and at most 64 to one; data shared by two SMs
-(multicast) is delivered once and received by both; device memory has 3.35 TB/s, of which a copy reaches 0.92. The time
-of a slice of a product is the longest of: the tensor core; the issue slots of two warpgroups, with a warp of each per
-scheduler; its bytes from L2; and one group's chain of product, wait (60 clocks) and sums. The time of a tile is that of
-its slices plus the store of its output at 32 bytes per clock; tiles run in waves; a launch takes 2 microseconds.
-Quantizers and decoding wait for memory, 800 clocks, with as many blocks per SM as registers and shared memory allow.
+Requires what compile_report.py requires, or with --rows the file that it wrote on a machine with a disassembler.
+Assumptions, of an H100 SXM: 132 SMs at 1.755 GHz; a clock of an SM multiplies 8,192 FLOP in FP8, 4,096 in bfloat16; the
+L2 cache delivers 5,120 bytes a clock to all SMs, 64 to one at most; what two SMs share (multicast) it delivers once,
+and both take it in; device memory has 3.35 TB/s, of which a copy takes 0.92. A slice of a product takes the longest of:
+the tensor core; the issue slots of two warpgroups, a warp of each on a scheduler; its bytes from L2; and one group's
+chain of product, wait (60 clocks) and sums. A tile takes its slices and the time in which its output leaves at 32 bytes
+a clock; tiles come in waves; a launch takes 2 microseconds. Quantizers wait for memory, 800 clocks, with as many blocks
+on an SM as registers and shared memory allow.
+
+Attention and decoding: a WGMMA takes what the tensor core needs, or what its operands in shared memory do at 128 bytes
+a clock, which is more where it has 32 columns. Attention's groups take turns or overlap by chance, so a step takes the
+longest of its products, the issue slots, one group's chain and the L2 cache; a block also waits once for memory, loads
+what it keeps, and writes it out. What XLA adds around the kernels (delta) is not there. Decoding's two groups meet
+twice a step, so all is in series: products, waits, and issue slots.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import math
 import pathlib
@@ -25,12 +32,13 @@ import jax.numpy as jnp
 
 from kernels_pallas.formats import BLOCK
 from kernels_pallas.tools import compile_report
-from kernels_pallas.tools.shapes import SHAPES, Case, Decode, Grouped
+from kernels_pallas.tools.shapes import SHAPES, Attention, Case, Decode, Grouped
 
 SMS, CLOCK, LAUNCH, LATENCY, WAIT = 132, 1.755e9, 2e-6, 800, 60
 RATE = {"fp8": 8192, "bf16": 4096}  # FLOP per clock of an SM
 L2, L2_PORT, MEMORY, COPY = 5120, 64, 3.35e12, 0.92
-REGISTERS, SHARED = 65536, 227 * 1024  # of an SM
+REGISTERS, SHARED = 65536, 227 * 1024  # of an SM; a thread's registers come in eights
+SHARED_PORT = 128  # bytes a clock that the tensor core reads of shared memory
 
 
 # The plan of a product, and its machine code.
@@ -49,9 +57,53 @@ def product(tiles: int, block: tuple[int, int], slices: float, depth: int, size:
     return math.ceil(tiles / SMS) * (slices * a_slice + leaves + LATENCY) / CLOCK
 
 
-def seconds(case: Any, row: dict[str, Any]) -> float | None:
-    """Seconds of a case; row: of its compiled kernel. None: attention, and operations without a plan here."""
+def wgmma(rows: int, columns: int, depth: int, in_registers: bool = False) -> float:
+    """Clocks of bfloat16 [rows, depth] @ [depth, columns], 64 rows at a time; in_registers: the left operand."""
+    shared = rows / 64 * 2 * depth * (columns + 64 * (not in_registers)) / SHARED_PORT
+    return max(2 * rows * columns * depth / RATE["bf16"], shared)
+
+
+def attention(case: Attention, kernels: dict[str, dict[str, Any]]) -> float:
+    """Seconds of the forward pass, and of dq and dkv where they are among the kernels."""
+    from kernels_pallas.hopper.mla_attention import ROWS, TuningConfig
+
+    config, A, V = TuningConfig(), case.A, case.V
+    # Of each: what passes by at a time, its products, how often a group waits for one, numbers a row that stay.
+    n, m = config.dq_keys, config.dkv_queries
+    plans = {"attention_forward": (ROWS, wgmma(ROWS, ROWS, A) + wgmma(ROWS, V, ROWS, True), 2, A),
+             "attention_dq": (n, wgmma(ROWS, n, A) + wgmma(ROWS, n, V) + wgmma(ROWS, A, n, True), 3, A + V),
+             "attention_dkv": (m, wgmma(ROWS, m, A) + wgmma(ROWS, m, V) + wgmma(ROWS, V, m, True)
+                               + wgmma(ROWS, A, m, True), 4, A + V)}
+    tiles, took = math.ceil(case.T / ROWS), 0.0
+    for kernel, row in kernels.items():
+        width, products, waits, stays = plans[kernel]
+        loop = row["loop_instructions"]
+        step = max(products, 2 * loop, products / 2 + waits * WAIT + loop, 2 * width * (A + V) / (L2 / SMS))
+        around = LATENCY + 2 * ROWS * stays / (L2 / SMS) + 2 * ROWS * stays / 32
+        steps = tiles * (tiles + 1) / 2 * ROWS / width
+        took += LAUNCH + case.B * case.H * (steps * step + tiles * around) / SMS / CLOCK
+    return took
+
+
+def decoding(case: Decode, row: dict[str, Any]) -> float:
+    """Seconds of the kernel, without the merge of shares."""
+    heads, steps = math.ceil(case.H / 64), math.ceil(case.T / 64)
+    splits = max(1, min(steps, SMS // (case.B * heads)))
+    rounds = case.C // 64 // 2 if case.packed else 1  # of the loop inside, which dequantizes 64 columns
+    issue = 2 * (row["loop_instructions"] + (rounds - 1) * row["inner_instructions"])
+    products = 2 * (wgmma(64, 32, case.C + 64) + wgmma(64, case.C // 2, 64))
+    l2 = 64 * (656 if case.packed else 2 * (case.C + 64)) / (L2 / SMS)
+    step = max(products + 4 * WAIT + issue, l2)
+    waves = math.ceil(case.B * heads * splits / SMS)
+    return LAUNCH + max(waves * (math.ceil(steps / splits) * step + LATENCY) / CLOCK, case.bytes() / (MEMORY * COPY))
+
+
+def seconds(case: Any, kernels: dict[str, dict[str, Any]]) -> float | None:
+    """What a case takes; kernels: its compiled ones by name. None: what has no plan here."""
+    row = next(iter(kernels.values()))
     memory = case.bytes() / (MEMORY * COPY)
+    if isinstance(case, Attention):
+        return max(attention(case, kernels), memory)
     if isinstance(case, Grouped):
         from kernels_pallas.hopper.grouped_matmul import ROWS, SLICE, TuningConfig
 
@@ -69,32 +121,30 @@ def seconds(case: Any, row: dict[str, Any]) -> float | None:
                        jnp.dtype(case.out_dtype).itemsize, row["loop_instructions"], config.sms)
         return LAUNCH + max(busy, memory)
     if isinstance(case, Case):  # a quantizer: 8 warps on 4 schedulers
-        resident = min(REGISTERS // (256 * row["registers"]), SHARED // row["shared_bytes"])
+        resident = min(REGISTERS // (256 * math.ceil(row["registers"] / 8) * 8), SHARED // row["shared_bytes"])
         issue, blocks = 2 * row["instructions"], math.ceil(case.M / BLOCK) * math.ceil(case.K / BLOCK)
         return LAUNCH + max(memory, blocks / SMS * max(issue, (LATENCY + issue) / resident) / CLOCK)
-    if isinstance(case, Decode):
-        heads, steps = math.ceil(case.H / 64), math.ceil(case.T / 64)
-        splits = max(1, min(steps, SMS // (case.B * heads)))
-        tensor = 2 * 64 * 64 * (2 * case.C + 64) / RATE["bf16"]
-        l2 = 64 * (656 if case.packed else 2 * (case.C + 64)) / (L2 / SMS)
-        step = max(tensor, 2 * row["loop_instructions"], l2)
-        waves = math.ceil(case.B * heads * splits / SMS)
-        return LAUNCH + max(waves * (math.ceil(steps / splits) * step + LATENCY) / CLOCK, memory)
-    return None
+    return decoding(case, row) if isinstance(case, Decode) else None
 
 
 def predict(names: list[str], compiled: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """A row for every case of these shapes that has a plan: predicted seconds, rates, and the published rate."""
-    of = {(row["operation"], row["shape"]): row for row in compiled if row.get("instructions")}
-    rows = []
+    of, rows = {}, []
+    for row in (row for row in compiled if row.get("instructions")):
+        of.setdefault((row["operation"], row["shape"]), {})[row["kernel"]] = row
     for case in (case for name in names for case in SHAPES[name]):
-        row = of.get((case.operation, str(case)))
-        took = row and seconds(case, row)
+        kernels = of.get((case.operation, str(case)))
+        if kernels and isinstance(case, Attention) and case.backward:
+            # A kernel that an earlier case had as well is compiled, and reported, once.
+            kernels = of.get((case.operation, str(dataclasses.replace(case, backward=False))), {}) | kernels
+        took = kernels and seconds(case, kernels)
         if took:
             tflops = case.flops / took / 1e12 if case.flops else None
+            rate = case.bytes() / took / 1e9 if case.published_in == "GB/s" else tflops
             rows.append({"operation": case.operation, "shape": str(case), "seconds": took, "tflops": tflops,
-                         "published": case.published, "of_copy": case.bytes() / took / (MEMORY * COPY),
-                         "of_published": tflops / case.published if tflops and case.published else None})
+                         "published": case.published, "published_in": case.published_in,
+                         "of_copy": case.bytes() / took / (MEMORY * COPY),
+                         "of_published": rate / case.published if rate and case.published else None})
     return rows
 
 
@@ -102,11 +152,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m kernels_pallas.tools.predict", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=["v3-train", "v3-decode"], choices=SHAPES)
-    parser.add_argument("--rows", metavar="FILE", help="of compile_report --json, instead of compiling")
+    parser.add_argument("--rows", metavar="FILE", help="that compile_report --json wrote, instead of compiling")
     parser.add_argument("--json", metavar="FILE", help="also write the predictions there")
     args = parser.parse_args()
     try:
-        compiled = (json.loads(pathlib.Path(args.rows).read_text()) if args.rows
+        compiled = (json.loads(pathlib.Path(args.rows).read_text())["rows"] if args.rows
                     else compile_report.compile_kernels(args.shapes))
     except compile_report.NoCompiler as error:
         print(error, file=sys.stderr)
@@ -114,7 +164,8 @@ def main() -> int:
     rows = predict(args.shapes, compiled)
     for row in rows:
         rate = f"{row['tflops']:7.0f} TFLOP/s" if row["tflops"] else f"{row['of_copy']:7.2f} of a copy"
-        share = f"{row['of_published']:6.2f} of {row['published']:.0f}" if row["of_published"] else ""
+        share = (f"{row['of_published']:6.2f} of {row['published']:.0f} {row['published_in']}"
+                 if row["of_published"] else "")
         print(f"{row['operation']:20} {row['shape']:40} {rate:16} {share}")
     if args.json:
         pathlib.Path(args.json).write_text(json.dumps(rows, indent=1) + "\n")

@@ -18,11 +18,15 @@ from kernels_pallas.formats import BLOCK, E4M3, Quantized, blocks
 
 
 class _Case(abc.ABC):
-    """An operation at one shape: its operands, as shapes or random, and a function of them."""
+    """An operation at one shape: its operands, as shapes or random, and a function of them.
+
+    published: a rate that others reach, in units of published_in.
+    """
 
     operation: str
     flops: Any
     published: float | None = None
+    published_in: str = "TFLOP/s"
 
     @property
     def part(self) -> str | None:
@@ -199,7 +203,10 @@ class Grouped(_Case):
 
 @dataclasses.dataclass(frozen=True)
 class Attention(_Case):
-    """mla_attention of B sequences of T tokens and H heads, or, with backward=True, its gradients as well."""
+    """mla_attention of B sequences of T tokens and H heads, or, with backward=True, its gradients as well.
+
+    published: about what FlashAttention-3 reaches on an H100 at causal heads of 128, 600 TFLOP/s, backward 500.
+    """
 
     B: int
     T: int
@@ -208,6 +215,7 @@ class Attention(_Case):
     segments: bool = False
     A: int = 192
     V: int = 128
+    published: float | None = None
     operation: str = "mla_attention"
 
     def __str__(self):
@@ -248,7 +256,10 @@ class Attention(_Case):
 
 @dataclasses.dataclass(frozen=True)
 class Decode(_Case):
-    """mla_decode of B sequences of T tokens in pages of `page`; with `packed` a token is 656 bytes."""
+    """mla_decode of B sequences of T tokens in pages of `page`; with `packed` a token is 656 bytes.
+
+    published: what FlashMLA says of an H800 in bfloat16: 660 TFLOP/s where products bind, 3,000 GB/s where memory does.
+    """
 
     B: int
     T: int
@@ -257,6 +268,14 @@ class Decode(_Case):
     C: int = 512
     packed: bool = False
     operation: str = "mla_decode"
+
+    @property
+    def published(self) -> float | None:
+        return None if self.packed or self.C != 512 else 660 if self.H >= 128 else 3000
+
+    @property
+    def published_in(self) -> str:
+        return "TFLOP/s" if self.H >= 128 else "GB/s"
 
     @property
     def flops(self) -> int:
@@ -319,7 +338,9 @@ SHAPES = {
         Grouped(32768, 7168, 2048, groups=8), Grouped(32768, 2048, 7168, groups=8),
         *(Grouped(32768, 2048, 7168, groups=8, form=form) for form in ("transposed", "weights")),
         *(Grouped(98304, 2048, 1408, groups=64, form=form) for form in ("", "weights")),  # V2-Lite's experts
-        Attention(1, 4096, 128), Attention(1, 4096, 128, backward=True),
+        Attention(1, 4096, 128, published=600),
+        # Of 1,152 products a pair of tokens, 320 at 600 and 832 at 500.
+        Attention(1, 4096, 128, backward=True, published=524),
         Attention(1, 4096, 128, backward=True, segments=True)),
     "v3-decode": (
         *(Case("fp8_matmul", M, K, N, published=speed[n])
