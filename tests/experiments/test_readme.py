@@ -129,8 +129,8 @@ TABLE = {
         "an expert says # bits [#, #] more about the kind of its text than a twelfth into the run",
         [change("text_bits_gained", "5e-3, long", 0.0)], [("text_bits_gained", "5e-3, long", 0.0)]),
     "the longer the run, the larger the biases": (
-        "specialization", "after # steps instead of # the mean of a layer's, which chooses nothing, is # [#, #] higher, "
-        "and their spread # [#, #] smaller",
+        "specialization", "after # steps instead of # the mean of a layer's, which chooses nothing, is # [#, #] "
+        "higher, and their spread # [#, #] smaller",
         [900, 300, change("bias_offset", "5e-3, long", "5e-3"), fall("bias_spread", "5e-3, long", "5e-3")],
         [("bias_offset", "5e-3, long", "5e-3"), ("bias_spread", "5e-3, long", "5e-3")]),
     "a fast bias in the first steps balances better in the end": (
@@ -146,7 +146,8 @@ TABLE = {
         "optimizers", "largest # [#, #] against AdamW's # [#, #]", [of("max_logit", "Muon"), of("max_logit", "AdamW")],
         [("max_logit", "Muon", "AdamW")]),
     "... and clipping them (QK-clip) costs loss": (
-        "optimizers", "at #, half of what they reach: # nats [#, #] higher", [TAU, change(LOSS, "Muon, QK-clip", "Muon")],
+        "optimizers", "at #, half of what they reach: # nats [#, #] higher",
+        [TAU, change(LOSS, "Muon, QK-clip", "Muon")],
         [(LOSS, "Muon, QK-clip", "Muon")]),
     "FP8 trains as bfloat16 does": (
         "fp8", "`small` at the report's learning rate: #, # and # % apart at most, mean # % [#, #]", [fp8_losses],

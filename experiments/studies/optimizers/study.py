@@ -18,7 +18,8 @@ def draw(results: dict[str, Any], runs: list[dict[str, Any]], folder: pathlib.Pa
     found = results["arms"]
     made, (loss, apart, logits) = plots.figure(5.6, 3, gridspec_kw={"width_ratios": [1, 1, 1.1]})
     colour = lambda arm: COLOURS["Muon, QK-clip" if "QK-clip" in arm else arm.split(",")[0]]
-    plots.intervals(loss, results, "loss", [colour(arm) for arm in found], [arm.replace(", ", ",\n", 1) for arm in found])
+    plots.intervals(loss, results, "loss", [colour(arm) for arm in found],
+                    [arm.replace(", ", ",\n", 1) for arm in found])
     plots.finish(loss, "Loss: left is better", "held-out loss, nats per token")
     plots.differences(apart, results, "loss", [(c["arm"], c["against"]) for c in results["claims"]
                                                if c["metric"] == "loss"])
