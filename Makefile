@@ -15,7 +15,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help train test cluster lint bench aot rehearse studies-quick notebooks colab docs clean
+.PHONY: help train test cluster lint bench kernels aot rehearse studies-quick notebooks colab docs clean
 
 # A version manager's shim may exist and fail, so each candidate has to import what an environment needs.
 find_python = for v in $(1); do for p in "$$(command -v python$$v)" $$(ls -d $$HOME/.pyenv/versions/*/bin/python$$v 2>/dev/null); do \

@@ -5,9 +5,9 @@ divides within 2 ulp, so float32 scales may differ from the twin's by that much,
 has one reciprocal instead of a division for each number. It comes in two parts: one product with 1 / s would round five
 values of ten thousand otherwise, since quotients of bfloat16 numbers often lie between two values of E4M3.
 
-Each block of threads takes a tile of 128 x 128 and reads it once. Two warpgroups share it: each quantizes 64 rows, and,
-where the transposed copy is wanted, 64 columns. Several blocks share an SM, and hide each other's latency.
-There is nothing to tune: 128 x 128 is the least that holds whole tiles of both directions.
+Each thread block takes a tile of 128 x 128 and reads it once. Two warpgroups share it: each quantizes 64 rows, or, for
+the transposed copy, 64 columns, or both. Several blocks share an SM, and hide each other's latency. There is nothing to
+tune: 128 x 128 is the smallest size with complete tiles in both directions.
 
              128 columns                    rows:     amax along the row     -> values [M, K],  scales [K / 128, M]
           +--------+--------+               columns:  amax along the column  -> values [K, M],  scales [M / 128, K]
@@ -54,7 +54,7 @@ def _scales(amax, scale):
     """(scales, what x is multiplied by: the summands of a factor)."""
     amax = jnp.maximum(amax, SMALLEST_AMAX)
     if scale == "float32":
-        # Behind a barrier, as in the twin: a product with 1 / 448 is not the quotient.
+        # With a barrier, as in the twin: a product with 1 / 448 differs from the quotient.
         s = amax / lax.optimization_barrier(jnp.full_like(amax, 448))
         return s, _reciprocal(s)
     from_bits = lambda bits: lax.bitcast_convert_type(bits, jnp.float32)
@@ -75,7 +75,7 @@ def _amax(parts, interpret):
 
 
 def _store(parts, scale, half, values_smem, scales_smem, interpret):
-    """Quantizes 64 rows of 128 numbers, which come in parts of some columns, into shared memory."""
+    """Quantizes 64 rows of 128 numbers, which are given in parts of some columns, into shared memory."""
     s, factors = _scales(_amax(parts, interpret), scale)
     each = lambda row: lax.broadcast_in_dim(row, (HALF, BLOCK // len(parts)), (0,))
     for n, x in enumerate(parts):
@@ -86,7 +86,7 @@ def _store(parts, scale, half, values_smem, scales_smem, interpret):
 
 # One kernel and all that it names, read top down.
 def _quantize(inputs, prepare, scale, transposed, interpret) -> Any:
-    """inputs: arrays [M, K] that `prepare` makes float32 tiles of. Scales leave the kernel as [K / 128, M]."""
+    """inputs: arrays [M, K], from which `prepare` makes float32 tiles. Scales are returned as [K / 128, M]."""
     M, K = inputs[0].shape
     copies = {False: (False,), True: (False, True), "only": (True,)}[transposed]  # is a copy turned?
     sizes = [(K, M) if turned else (M, K) for turned in copies]
@@ -146,7 +146,7 @@ def _quantize(inputs, prepare, scale, transposed, interpret) -> Any:
         scratch_types=[plgpu.SMEM((count, len(inputs), BLOCK, wide), jnp.bfloat16, transforms=bf16),
                        *held * len(copies), plgpu.Barrier(num_arrivals=len(inputs), num_barriers=count)],
     )(*inputs)
-    # One tile in the other direction is scaled by what lies past the edge too: zeros, which change no amax.
+    # In the other direction a tile may include rows past the edge: zeros, which do not change amax.
     qs = [Quantized(made[2 * n][:m, :k], made[2 * n + 1][:, :m].T) for n, (m, k) in enumerate(sizes)]
     return tuple(qs) if transposed is True else qs[0]
 
