@@ -47,7 +47,8 @@ def _reciprocal(s):
     top = lambda x: lax.bitcast_convert_type(lax.bitcast_convert_type(x, jnp.int32) & -4096, jnp.float32)
     near = 1 / s
     high, upper = top(near), top(s)
-    return high, (1 - high * upper - high * (s - upper)) * near
+    rest = (1 - high * upper - high * (s - upper)) * near
+    return high, jnp.where(s < jnp.inf, rest, near)
 
 
 def _scales(amax, scale):

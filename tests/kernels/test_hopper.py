@@ -44,6 +44,14 @@ def test_both_quantized_copies_are_bit_equal_to_the_twin(shape, scale, transpose
     same_bits(ours, jax.jit(lambda x: api.quantize(x, scale=scale, transposed=transposed))(x))
 
 
+def test_finite_numbers_next_to_an_infinite_one_are_zero_as_in_the_twin():
+    x = normal((128, 128), dtype=jnp.bfloat16).at[3, 5].set(jnp.inf)
+    ours, theirs = (np.asarray(q.values, np.float32)
+                    for q in (quantizers.quantize(x, interpret=INTERPRET), api.quantize(x)))
+    assert np.isnan(theirs).sum() == 1 and not np.nan_to_num(theirs[3]).any()
+    np.testing.assert_array_equal(ours, theirs)
+
+
 @pytest.mark.parametrize(("transposed", "copies"), [(False, 1), ("only", 1), (True, 2)])
 def test_a_copy_that_nobody_wants_is_neither_made_nor_written(transposed, copies):
     x = jnp.ones((256, 256), jnp.bfloat16)
