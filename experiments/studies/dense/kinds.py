@@ -13,6 +13,7 @@ from experiments.studies.framework.training import MODEL
 
 SECONDS = pathlib.Path(__file__).with_name("seconds.json")  # of a step, by kind, written by timing.py
 STEPS = 300  # of the mixture
+LONG = 4  # times as many steps
 TOKENS = 8 * 128  # of a step
 # In each of the two MoE layers 16 experts and a shared one, 64 wide, of which a token visits 3; else 192 wide.
 WIDTH, DENSE = {"model.dense_ffn_dim": 192}, {"model.num_dense_layers": 3}
@@ -35,6 +36,9 @@ def seconds(kind: str) -> float:
 
 
 def steps(kind: str, budget: str) -> int:
-    """Steps of `kind` that take as many "tokens", as much "compute" or as much "time" as STEPS of the mixture."""
+    """Steps of `kind` that take as many "tokens", as much "compute" or as much "time" as STEPS of the mixture; "long":
+    LONG times the tokens."""
+    if budget == "long":
+        return LONG * STEPS
     cost = {"tokens": lambda kind: 1.0, "compute": flops, "time": seconds}[budget]
     return round(STEPS * cost("mixture") / cost(kind))

@@ -17,7 +17,8 @@ from experiments.studies.framework.training import Training
 # arm -> (kind, budget). Compute of "mixture" and "active" is the same within 1 %.
 ARMS = {"mixture": ("mixture", "tokens"), "active": ("active", "tokens"), "active, equal time": ("active", "time"),
         "total": ("total", "tokens"), "total, equal compute": ("total", "compute"),
-        "total, equal time": ("total", "time")}
+        "total, equal time": ("total", "time"),
+        **{f"{kind}, long": (kind, "long") for kind in KINDS}}
 LABELS = {"mixture": "mixture", "active": "dense, as many active", "total": "dense, as many in total"}
 # What a step costs: (title, label, of a kind).
 AXES = (("Equal tokens", "million tokens", lambda kind: TOKENS / 1e6),
@@ -31,7 +32,8 @@ def draw(results: dict[str, Any], runs: list[dict[str, Any]], folder: pathlib.Pa
         for colour, kind in zip(plots.PALETTE, KINDS):
             _line(axis, results, kind, cost(kind), colour)
         axis.axvline(cost("mixture") * steps("mixture", "tokens"), color="0.6", linewidth=1, linestyle=":")
-        axis.set_xlim(0, 1.15 * axis.dataLim.x1)
+        axis.set_xlim(0.8 * axis.dataLim.x0, 1.25 * axis.dataLim.x1)
+        plots.logarithmic(axis, "x")
         plots.finish(axis, title, label)
     axes[0].set_ylabel("held-out loss, nats per token", fontsize=9)
     made.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False,
@@ -59,6 +61,7 @@ STUDY = Study(
     arms={arm: {**KINDS[kind], "train.steps": steps(kind, budget)} for arm, (kind, budget) in ARMS.items()},
     measure=Training(quick={"model.num_layers": 3}),  # whose narrow FFNs would make "total" the same as "active"
     draw=draw,
+    seeds=tuple(range(8)),
     quick_arms=("mixture", "active"),
     claims=(
         Claim("The mixture learns better than a dense model of as many active parameters, from as many tokens and with "
@@ -69,4 +72,8 @@ STUDY = Study(
         Claim("... with as much compute the mixture learns better.", "loss", "mixture", "total, equal compute",
               "lower"),
         Claim("... and in as much time.", "loss", "mixture", "total, equal time", "lower"),
+        Claim("With four times the tokens the mixture learns better than a dense model of as many active parameters.",
+              "loss", "mixture, long", "active, long", "lower"),
+        Claim("... and a dense model of as many in total better than the mixture.", "loss", "mixture, long",
+              "total, long", "higher"),
     ))
