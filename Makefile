@@ -93,22 +93,24 @@ notebooks: .venv/stamp
 colab: .venv-colab/stamp
 	@if [ -e $< ]; then .venv-colab/bin/python -m notebooks.colab; fi
 
-.venv-aot/stamp: setup.py
-	@.venv-aot/bin/python -c '' 2>/dev/null || { rm -rf .venv-aot && "$(PYTHON)" -m venv .venv-aot; }
-	@.venv-aot/bin/python -m pip install -qq --disable-pip-version-check -e '.[aot]' $(AOT_PINS)
+# Other versions have an environment of their own: make kernels AOT_JAX=0.11.2 AOT_NVCC=13.0.88 REPORT=FILE
+AOT := .venv-aot$(AOT_JAX:%=-jax-%)$(AOT_NVCC:%=-nvcc-%)
+$(AOT)/stamp: setup.py
+	@$(AOT)/bin/python -c '' 2>/dev/null || { rm -rf $(AOT) && "$(PYTHON)" -m venv $(AOT); }
+	@$(AOT)/bin/python -m pip install -qq --disable-pip-version-check -e '.[aot]' \
+		$(AOT_JAX:%=jax==%) $(AOT_JAX:%=jaxlib==%) $(AOT_JAX:%=jax-cuda13-plugin==%) $(AOT_NVCC:%=nvidia-cuda-nvcc==%)
 	@touch $@
 
-# With other versions: make kernels AOT_PINS="jax==0.11.2 jaxlib==0.11.2 jax-cuda13-plugin==0.11.2"
-kernels: .venv-aot/stamp
-	.venv-aot/bin/python -m kernels_pallas.tools.compile_report --shapes v3-train v3-decode
+kernels: $(AOT)/stamp
+	$(AOT)/bin/python -m kernels_pallas.tools.compile_report --shapes v3-train v3-decode $(REPORT:%=--json %)
 
 # Seconds to twenty minutes each, except the last. The last two also need libtpu; without it their failure is ignored.
-COMPILE = .venv-aot/bin/python -m deepseek_jax.compile
+COMPILE = $(AOT)/bin/python -m deepseek_jax.compile
 V3 := --model v3_671b --pipe 16 --expert 64 --remat full --deferred 0
 report = --json experiments/scale/$(1).json --plot experiments/scale/$(1).png
-aot: .venv-aot/stamp
-	.venv-aot/bin/python -m kernels_pallas.tools.compile_report --shapes v3-train v3-decode --json experiments/studies/fp8/compile_sm90a.json
-	.venv-aot/bin/python -m kernels_pallas.tools.predict --rows experiments/studies/fp8/compile_sm90a.json \
+aot: $(AOT)/stamp
+	$(AOT)/bin/python -m kernels_pallas.tools.compile_report --shapes v3-train v3-decode --json experiments/studies/fp8/compile_sm90a.json
+	$(AOT)/bin/python -m kernels_pallas.tools.predict --rows experiments/studies/fp8/compile_sm90a.json \
 		--json experiments/studies/fp8/predicted_h100.json
 	$(COMPILE) --model tiny --target h100:1 --sequences 32 --rows 8 --sequence-length 1024 --remat report $(call report,tiny_h100_1)
 	$(COMPILE) --model tiny --target h100:8 --expert 8 --sequences 128 --rows 4 --sequence-length 1024 --remat report \
@@ -131,7 +133,7 @@ aot: .venv-aot/stamp
 	$(COMPILE) $(V3) --target h100:2048 $(call report,v3_671b_h100_2048_bf16)
 	-$(COMPILE) $(V3) --target v5p:8x16x16 $(call report,v3_671b_v5p_8x16x16_bf16)
 	-$(COMPILE) $(V3) --target 7x:8x8x16 $(call report,v3_671b_7x_8x8x16_bf16)  # another hour or two
-	.venv-aot/bin/python -m experiments.scale.agreement
+	$(AOT)/bin/python -m experiments.scale.agreement
 
 # No deepseek-jax: it runs from the checkout, and what it would bring along such a machine does not have.
 .venv-rehearse/stamp: benchmarks/gpu/pins.txt
@@ -153,4 +155,4 @@ docs: .venv-docs/stamp
 	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/python -m mkdocs build --strict
 
 clean:
-	rm -rf .venv .venv-peer .venv-aot .venv-colab .venv-docs .venv-rehearse .cache .pytest_cache .hypothesis .ruff_cache build run *.egg-info
+	rm -rf .venv .venv-peer .venv-aot* .venv-colab .venv-docs .venv-rehearse .cache .pytest_cache .hypothesis .ruff_cache build run *.egg-info

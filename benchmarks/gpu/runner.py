@@ -122,31 +122,36 @@ def run_all(stages: Sequence[Stage], out: pathlib.Path, minutes: float, rehearse
         cases = ", ".join(f"{count} {state}" for state, count in found["cases"].items()) or "no case"
         print(f"{stage.name}: {found['state']} after {found['seconds']} s: {cases}{_reason(found)}", flush=True)
 
-    waiting = {stage.beforehand: _in_background(stage.beforehand, out, deadline, rehearse)
+    waiting = {stage.beforehand: _Background(stage.beforehand, out, deadline, rehearse)
                for stage in stages if stage.beforehand}
-    for stage in stages:
+    pending = list(stages)
+    while pending:
+        # While its programs are still being compiled, a stage lets the next one go first, but not the last.
+        late = pending[0].beforehand and waiting[pending[0].beforehand].is_alive() and len(pending) > 2
+        stage = pending.pop(1 if late else 0)
         if stage.beforehand:
-            ended(stage.beforehand, waiting[stage.beforehand]())
+            ended(stage.beforehand, waiting[stage.beforehand].result())
         print(f"{stage.name} ...", flush=True)
         ended(stage, run_stage(stage, out, deadline, rehearse))
     return all(found["state"] == "done" and set(found["cases"]) <= {"done"} for found in summary["stages"].values())
 
 
-def _in_background(stage, out, deadline, rehearse):
-    """Starts a stage in a thread, which ends with this process, and its child with it. Returns what waits for it."""
-    found = [{"state": "failed", "seconds": 0.0, "cases": {}, "why": "it could not run: see above"}]
+class _Background(threading.Thread):
+    """A stage that runs next to others, from its first case on: its rows may be of a machine whose cache is gone."""
 
-    def run():
-        found[0] = run_stage(stage, out, deadline, rehearse)
+    def __init__(self, stage, out, deadline, rehearse):
+        super().__init__(daemon=True)  # ends with this process, and on Linux its child too
+        self._arguments = stage, out, deadline, rehearse
+        self._found = {"state": "failed", "seconds": 0.0, "cases": {}, "why": "it could not run: see above"}
+        (out / f"{stage.name}.json").unlink(missing_ok=True)
+        self.start()
 
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
+    def run(self):
+        self._found = run_stage(*self._arguments)
 
-    def wait():
-        thread.join()
-        return found[0]
-
-    return wait
+    def result(self) -> dict[str, Any]:
+        self.join()
+        return self._found
 
 
 def _reason(found):

@@ -32,7 +32,7 @@ def cases(rehearse: bool) -> Cases:
 
 
 def compilations(rehearse: bool) -> Cases:
-    """The programs of `cases`, compiled into jax's cache, which needs a CPU and leaves the GPU to others."""
+    """The programs of `cases`, compiled into jax's cache: mostly work of the CPU, but XLA also tries algorithms out."""
     for name, model in models(rehearse).items():
         for kind in ("bfloat16", "fp8"):
             yield f"{name}, {kind}", functools.partial(compile_step, model, kind == "fp8", rehearse)

@@ -63,7 +63,7 @@ class RolloutConfig(Checked, section="rollout"):
     task: Annotated[str, "reverse, sort, addition, countdown, reasoning_gym:NAME, or your own as "
                          "package.module:NAME"] = "reverse"
     size: Annotated[int, POSITIVE, "number of letters, words, digits or numbers in a problem"] = 4
-    reward: Annotated[str, "task: the task's own rule; majority: a majority vote of the group; model:RUN: a reward "
+    reward: Annotated[str, "task: the task's own rule; majority: the group's most common answer; model:RUN: a reward "
                               "model"] = "task"
     group_size: Annotated[int, POSITIVE, "answers to each prompt; train.batch_size counts answers"] = 8
     max_new_tokens: Annotated[int, POSITIVE, "of an answer"] = 32

@@ -153,7 +153,7 @@ class BalanceConfig(Checked, section="balance"):
     sequence_loss_weight: Annotated[float, NOT_NEGATIVE, "alpha of the sequence-wise balance loss"] = 1e-4
     aux_loss_weight: Annotated[float, NOT_NEGATIVE, "of the classic batch-wise auxiliary loss, as a baseline"] = 0.0
     force_balanced: Annotated[bool, "for measuring speed only: experts are assigned in turn, whatever the router "
-                                    "says, and no routing is learnt"] = False
+                                    "says, and no routing is learned"] = False
 
     def __post_init__(self):
         super().__post_init__()

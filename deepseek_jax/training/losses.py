@@ -86,7 +86,7 @@ def _scattered(p_MW, targets_M, weights_M):
 def _compared(p_MW, targets_M, weights_M):
     # On a GPU or a TPU the comparison is fused with the softmax, and a scatter would move all of p in float32.
     there_MW = jnp.arange(p_MW.shape[1])[None] == targets_M[:, None]
-    return p_MW - jnp.where(there_MW, weights_M[:, None], 0)
+    return p_MW - jnp.where(there_MW, weights_M[:, None], 0).astype(p_MW.dtype)
 
 
 def _cross_entropy_fwd(hidden_ND, head_DW, targets_N, weights_N, chunk, axis):

@@ -105,7 +105,7 @@ class TuningConfig:
 
     @property
     def columns(self) -> int:
-        """The number of tiles that are processed at once."""
+        """The number of columns that the SMs of a cluster process at once."""
         return self.sms * self.block_n
 
     def stages_for(self, out_dtype: jnp.dtype) -> int:

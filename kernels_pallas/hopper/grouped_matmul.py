@@ -89,7 +89,7 @@ def grouped_matmul(x_RD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, *, tra
                    config: TuningConfig | None = None, num_sms: int = 132, interpret: Any = False) -> jax.Array:
     """See [the twin][kernels_pallas.reference.grouped_matmul.grouped_matmul].
 
-    Groups may end anywhere; nothing is padded.
+    Groups may end anywhere and are not padded.
 
     Raises:
       ValueError: the operands are not bfloat16.

@@ -72,8 +72,8 @@ def mla_decode(q_BHX: jax.Array, cache: jax.Array, page_table_BP: jax.Array, len
                               rank, splits, tiles, config, interpret)  # TMA moves 8 heads at a time
     weights_BSH = jnp.exp2(lse_BSH - lse_BSH.max(axis=1, keepdims=True))
     weights_BSH /= weights_BSH.sum(axis=1, keepdims=True)
-    # The output of a share without tokens was never written.
-    o_BHC = jnp.where(weights_BSH[..., None] > 0, o_BSHC * weights_BSH[..., None], 0).sum(axis=1)
+    # The output of a share without tokens was never written. A weight that is NaN stays.
+    o_BHC = jnp.where(weights_BSH[..., None] == 0, 0, o_BSHC * weights_BSH[..., None]).sum(axis=1)
     return o_BHC[:, :H].astype(q_BHX.dtype)
 
 

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import types
 from typing import NamedTuple
@@ -129,6 +130,24 @@ def test_what_a_stage_needs_is_made_while_earlier_ones_run_and_it_waits_for_it(m
     assert log.read_text().split() == ["begun", "met", "needed", "later"]
     summary = json.loads((tmp_path / "summary.json").read_text())["stages"]
     assert list(summary) == ["earlier", "needed", "later"] and summary["needed"]["cases"] == {"done": 2}
+
+
+def test_a_stage_whose_programs_are_still_compiled_lets_the_next_one_go_first_but_not_the_last(monkeypatch, tmp_path):
+    needed, training, engine, sweep = (Stage(name, "", 1, 1) for name in ("needed", "training", "engine", "sweep"))
+    compiled = threading.Event()
+    (tmp_path / "needed.json").write_text('{"a step": {"state": "done"}}')  # of another machine, whose cache is gone
+
+    def run_stage(stage, out, deadline, rehearse):
+        if stage == needed:
+            assert not (out / "needed.json").exists() and compiled.wait(30)
+        if stage == engine:
+            compiled.set()
+        return {"state": "done", "seconds": 0.0, "cases": {"done": 1}}
+
+    monkeypatch.setattr(runner, "run_stage", run_stage)
+    assert runner.run_all([training._replace(beforehand=needed), engine, sweep], tmp_path, 1, False, {})
+    summary = json.loads((tmp_path / "summary.json").read_text())["stages"]
+    assert list(summary) == ["engine", "needed", "training", "sweep"] and summary["needed"]["state"] == "done"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])

@@ -1,6 +1,7 @@
 """How many seeds decide a claim: against repetitions that are drawn, and the tables of the studies' READMEs."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -60,3 +61,13 @@ def test_the_readme_of_a_study_with_open_claims_says_what_would_decide_them(path
 
     text = path.with_name("README.md").read_text()
     assert power.section(rows) in text if rows else power.START not in text
+
+
+def test_the_claims_page_counts_the_open_claims_and_those_that_few_seeds_decide():
+    text = (power.STUDIES.parents[1] / "docs" / "claims.md").read_text()
+    counts = re.search(r"for (\d+) of the (\d+) open claims of all\s+studies at most (\d+)", text)
+    assert counts
+    decide, claims, few = map(int, counts.groups())
+    found = [json.loads(path.read_text()) for path in power.STUDIES.glob("*/results.json")]
+    rows = [row for results in found if results.get("claims") for row in power.needed(results)]
+    assert (len(rows), sum(row.seeds is not None and row.seeds <= few for row in rows)) == (claims, decide)

@@ -8,8 +8,9 @@ import re
 
 import pytest
 
+from experiments.studies.dense.kinds import LONG, STEPS, TOKENS
 from experiments.studies.mla.study import CACHE
-from experiments.studies.optimizers.arms import TAU
+from experiments.studies.optimizers.arms import RATES, TAU
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 # A number, and the word behind it that is its sign: "0.014 lower" is -0.014. The 32 of float32 is no number.
@@ -71,6 +72,14 @@ TABLE = {
     "... better than GQA and MQA": (
         "mla", "# [#, #] and # [#, #] lower", [fall(LOSS, "MLA", "GQA"), fall(LOSS, "MLA", "MQA")],
         [(LOSS, "MLA", "GQA"), (LOSS, "MLA", "MQA")]),
+    "a mixture learns better than a dense model of as many active parameters": (
+        "dense", "# nats [#, #] higher from #M tokens, # [#, #] higher from #M",
+        [change(LOSS, "mixture", "active"), STEPS * TOKENS / 1e6, change(LOSS, "mixture, long", "active, long"),
+         LONG * STEPS * TOKENS / 1e6], [(LOSS, "mixture", "active"), (LOSS, "mixture, long", "active, long")]),
+    "... than one of as many in total, with as much compute or time": (
+        "dense", "# nats [#, #] and # [#, #] lower",
+        [fall(LOSS, "mixture", "total, equal compute"), fall(LOSS, "mixture", "total, equal time")],
+        [(LOSS, "mixture", "total, equal compute"), (LOSS, "mixture", "total, equal time")]),
     "MTP drafts a usable second token": (
         "mtp", "# % [#, #]; a table of bigrams # % [#, #]",
         [of("acceptance_decoding", "MTP", 100), of("acceptance_bigrams", "MTP", 100)],
@@ -126,27 +135,28 @@ TABLE = {
         [64, 2048, of("recall", "k = 64", 100), 1, 32], [("recall", "k = 64", 1 / 32)]),
     "experts specialise by kind of text while a model trains": (
         "specialization",
-        "an expert says # bits [#, #] more about the kind of its text than a twelfth into the run",
+        "the choice of an expert carries # bits [#, #] more about the kind of text than a twelfth into the run",
         [change("text_bits_gained", "5e-3, long", 0.0)], [("text_bits_gained", "5e-3, long", 0.0)]),
     "the longer the run, the larger the biases": (
-        "specialization", "after # steps instead of # the mean of a layer's, which chooses nothing, is # [#, #] "
-        "higher, and their spread # [#, #] smaller",
+        "specialization", "after # steps instead of # a layer's mean bias, which changes no choice, is # [#, #] "
+        "higher, and the biases' spread # [#, #] smaller",
         [900, 300, change("bias_offset", "5e-3, long", "5e-3"), fall("bias_spread", "5e-3, long", "5e-3")],
         [("bias_offset", "5e-3, long", "5e-3"), ("bias_spread", "5e-3, long", "5e-3")]),
     "a fast bias in the first steps balances better in the end": (
         "specialization", "MaxVio_global # lower [# lower, # higher]", [change(VIO, "1e-3, fast start", "1e-3")],
         [(VIO, "1e-3, fast start", "1e-3")]),
     "Muon learns better than AdamW from as many tokens": (
-        "optimizers", "# nats [#, #] lower, each at its best rate", [fall(LOSS, "Muon, twice the rate", "AdamW")],
-        [(LOSS, "Muon, twice the rate", "AdamW")]),
+        "optimizers", "# nats [#, #] lower, at #, against AdamW at its best rate",
+        [fall(LOSS, "Muon, twice the rate", "AdamW"), RATES["twice"]], [(LOSS, "Muon, twice the rate", "AdamW")]),
     "... and in as much time": (
-        "optimizers", "on two cores # nats [#, #] higher", [change(LOSS, "Muon, twice the rate, equal time", "AdamW")],
+        "optimizers", "on two cores # nats [#, #] higher, at #",
+        [change(LOSS, "Muon, twice the rate, equal time", "AdamW"), RATES["twice"]],
         [(LOSS, "Muon, twice the rate, equal time", "AdamW")]),
     "Muon's attention logits grow larger": (
         "optimizers", "largest # [#, #] against AdamW's # [#, #]", [of("max_logit", "Muon"), of("max_logit", "AdamW")],
         [("max_logit", "Muon", "AdamW")]),
     "... and clipping them (QK-clip) costs loss": (
-        "optimizers", "at #, half of what they reach: # nats [#, #] higher",
+        "optimizers", "clipped at #, half of the largest logit: # nats [#, #] higher",
         [TAU, change(LOSS, "Muon, QK-clip", "Muon")],
         [(LOSS, "Muon, QK-clip", "Muon")]),
     "FP8 trains as bfloat16 does": (

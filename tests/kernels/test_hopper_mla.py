@@ -75,6 +75,15 @@ def test_decoding_is_its_twin_over_any_pages_and_shares(page, splits):
     close(ours, api.mla_decode(*wide((q, cache)), inside, lengths, scale=0.1))
 
 
+def test_a_query_that_is_nan_has_an_answer_that_is_nan():
+    """It does not become zero, which would pass for a number."""
+    cache, table = paged([150], 64, 3, 192)
+    q = normal((1, 8, 192), 0).at[0, 3].set(jnp.nan)
+    found = decode.mla_decode(q, cache, jnp.minimum(table, len(cache) - 1), jnp.asarray([150], jnp.int32), scale=0.1,
+                              config=decode.TuningConfig(splits=3), interpret=INTERPRET)
+    np.testing.assert_array_equal(np.isnan(np.asarray(found, np.float32)).all(axis=-1), np.arange(8)[None] == 3)
+
+
 @pytest.mark.parametrize(("page", "splits"), [(32, 1), (64, 2)])
 def test_decoding_tokens_of_656_bytes_is_its_twin(page, splits):
     lengths = np.array([150, 5], np.int32)

@@ -4,6 +4,13 @@ from tests.mutations.row import Mutation
 
 MUTATIONS = [
     Mutation(
+        name="hopper decode: an answer that is NaN becomes zero",
+        file="kernels_pallas/hopper/mla_decode.py",
+        old="weights_BSH[..., None] == 0, 0, o_BSHC * weights_BSH[..., None]",
+        new="weights_BSH[..., None] > 0, o_BSHC * weights_BSH[..., None], 0",
+        tests="kernels/test_hopper_mla.py",
+    ),
+    Mutation(
         name="hopper quantize: an infinite number makes its row NaN",
         file="kernels_pallas/hopper/quantize.py",
         old="return high, jnp.where(s < jnp.inf, rest, near)",
@@ -229,7 +236,7 @@ MUTATIONS = [
     Mutation(
         name="hopper decode: what a share without tokens never wrote is added",
         file="kernels_pallas/hopper/mla_decode.py",
-        old="jnp.where(weights_BSH[..., None] > 0, o_BSHC * weights_BSH[..., None], 0)",
+        old="jnp.where(weights_BSH[..., None] == 0, 0, o_BSHC * weights_BSH[..., None])",
         new="(o_BSHC * weights_BSH[..., None])",
         tests="kernels/test_hopper_mla.py",
     ),
@@ -388,9 +395,16 @@ MUTATIONS = [
         tests="benchmarks/test_gpu.py::test_of_a_kernel_that_is_compiled_a_known_spill_is_said_and_all_else_is_wrong",
     ),
     Mutation(
+        name="gpu hour: the GPU waits for programs while other stages could run",
+        file="benchmarks/gpu/runner.py",
+        old="pending.pop(1 if late else 0)",
+        new="pending.pop(0)",
+        tests="benchmarks/test_gpu.py",
+    ),
+    Mutation(
         name="gpu hour: training does not wait for its programs",
         file="benchmarks/gpu/runner.py",
-        old="thread.join()",
+        old="self.join()",
         new="pass",
         tests="benchmarks/test_gpu.py::test_what_a_stage_needs_is_made_while_earlier_ones_run_and_it_waits_for_it",
     ),
