@@ -107,6 +107,6 @@ def test_experts_of_a_study_that_is_not_finished_are_not_compared(tmp_path, monk
     monkeypatch.setattr(overlap, "OUT", tmp_path / "overlap.json")
     monkeypatch.setattr("sys.argv", ["overlap", "--workdir", str(tmp_path)])
 
-    with pytest.raises(ConfigError, match="17 runs are not finished; start python -m experiments.studies.special"):
+    with pytest.raises(ConfigError, match="47 runs are not finished; start python -m experiments.studies.special"):
         overlap.main()
     assert not overlap.OUT.exists()
