@@ -480,3 +480,13 @@ def test_predictions_come_from_the_rows_of_compiled_kernels(tmp_path, capsys, mo
     (found,) = predict.predict(["v3-train"], rows)
     assert found["tflops"] == pytest.approx(case.flops / found["seconds"] / 1e12)
     assert f"{found['tflops']:.0f} TFLOP/s" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", [None, "[]", "{}"])
+def test_a_file_that_is_no_report_is_refused_in_one_line(text, tmp_path, monkeypatch, capsys):
+    path = tmp_path / "rows.json"
+    if text is not None:
+        path.write_text(text)
+    monkeypatch.setattr("sys.argv", ["predict", "--rows", str(path)])
+    assert predict.main() == 2
+    assert f"{path} is no report of compile_report --json" in capsys.readouterr().err
