@@ -72,7 +72,7 @@ bench: .venv/stamp .venv-peer/stamp
 	$(RUN) -m benchmarks.grouped_matmul --json benchmarks/results/grouped_matmul.json
 	$(RUN) -m benchmarks.decode --json benchmarks/results/decode_cpu.json
 
-STUDIES := load_balance mtp bias_rule routing_limit experts balance_scope mla dense specialization optimizers long_context pipeline fp8 two_hop post_training
+STUDIES := load_balance mtp bias_rule routing_limit experts balance_scope mla dense specialization optimizers larger long_context pipeline fp8 two_hop post_training
 studies-quick: .venv/stamp
 	for s in $(STUDIES); do $(RUN) -m experiments.studies.$$s.run --quick || exit 1; done
 

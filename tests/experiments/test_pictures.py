@@ -15,9 +15,9 @@ from experiments.studies.pipeline.study import draw_schedules
 
 FOLDER = pathlib.Path(__file__).resolve().parents[2] / "experiments" / "studies"
 NAMES = sorted(path.parent.name for path in FOLDER.glob("*/results.json") if path.parent.name != "two_hop")
-PANELS = {"balance_scope": 6, "bias_rule": 2, "dense": 3, "experts": 2, "fp8": 8, "load_balance": 3, "long_context": 4,
-          "mla": 2, "mtp": 3, "optimizers": 3, "pipeline": 3, "post_training": 3, "routing_limit": 2,
-          "sparse_attention": 4, "specialization": 4}  # of all pictures; a colour bar is one
+PANELS = {"balance_scope": 6, "bias_rule": 2, "dense": 3, "experts": 2, "fp8": 8, "larger": 2, "load_balance": 3,
+          "long_context": 4, "mla": 2, "mtp": 3, "optimizers": 3, "pipeline": 3, "post_training": 3,
+          "routing_limit": 2, "sparse_attention": 4, "specialization": 4}  # of all pictures; a colour bar is one
 
 
 def study(name):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from experiments.studies.framework import power
-from experiments.studies.framework.statistics import estimate
+from experiments.studies.framework.statistics import NOT_VISIBLE, estimate
 
 
 @pytest.mark.parametrize(("effect", "seeds"), [(1.0, 3), (1.0, 8), (0.5, 20), (0.0, 5)])
@@ -61,6 +61,19 @@ def test_the_readme_of_a_study_with_open_claims_says_what_would_decide_them(path
 
     text = path.with_name("README.md").read_text()
     assert power.section(rows) in text if rows else power.START not in text
+
+
+def test_the_readme_of_fp8_says_how_many_seeds_would_decide_its_bound():
+    folder = power.STUDIES / "fp8"
+    results = json.loads((folder / "results.json").read_text())
+    seeds = {}
+    for setting, found in results["settings"].items():
+        largest = list(found["compared"]["fp8"]["largest"].values())
+        assert found["compared"]["fp8"]["stays_below_the_limit"] == NOT_VISIBLE
+        seeds[setting] = power.seeds_for(abs(results["config"]["limit"] - np.mean(largest)), np.std(largest, ddof=1))
+
+    says = f"{seeds['small_calm']} would show it with a chance of 80 %, and {seeds['tiny']} at the config's own rate"
+    assert says in (folder / "README.md").read_text()
 
 
 def test_the_claims_page_counts_the_open_claims_and_those_that_few_seeds_decide():

@@ -11,6 +11,20 @@ MUTATIONS = [
         tests="experiments/test_overlap.py",
     ),
     Mutation(
+        name="the larger model's few experts are as wide as its fine ones",
+        file="experiments/studies/larger/study.py",
+        old='"model.expert_ffn_dim": 320',
+        new='"model.expert_ffn_dim": 128',
+        tests="experiments/test_larger.py",
+    ),
+    Mutation(
+        name="the larger model's MHA has wider heads than its weights allow",
+        file="experiments/studies/larger/attention.py",
+        old="HEADS, WIDTH = 4, 28",
+        new="HEADS, WIDTH = 4, 32",
+        tests="experiments/test_larger.py",
+    ),
+    Mutation(
         name="studies: a normal quantile for three seeds",
         file="experiments/studies/framework/statistics.py",
         old="student.ppf(0.975, len(values) - 1)",

@@ -43,6 +43,7 @@ STUDY = Study(
           "sequence-wise": {**NO_BIAS, "balance.sequence_loss_weight": 0.1}},
     measure=Training(base=SOURCES, quick=SOURCES, corpus=corpora.kinds, probe=specialisation),
     draw=draw,
+    seeds=tuple(range(8)),
     quick_arms=("loss-free", "sequence-wise"),
     claims=(
         Claim("Balance inside every sequence leaves experts less specialised than the bias does.", "specialisation",

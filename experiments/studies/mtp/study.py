@@ -55,6 +55,7 @@ STUDY = Study(
     arms={"none": {}, "MTP": {"model.mtp_depth": 1}},
     measure=Training(base={"train.steps": 360}, probe=acceptance, probes=6),
     draw=draw,
+    seeds=tuple(range(8)),
     quick_arms=("none", "MTP"),
     claims=(
         Claim("Predicting the token after next as well makes the main head better.", "loss", "MTP", "none", "lower"),
