@@ -37,6 +37,7 @@ STUDY = Study(
           "finer, shared": _experts(33, 5, 32, 1)},
     measure=Training(quick={"model.expert_ffn_dim": 32}),
     draw=draw,
+    seeds=tuple(range(8)),
     quick_arms=("few large", "fine, shared"),
     claims=(
         Claim("Smaller experts, more of them, learn better.", "loss", "fine", "few large", "lower"),
