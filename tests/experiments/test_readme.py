@@ -64,7 +64,7 @@ TABLE = {
         [of(VIO, "loss-free"), of(VIO, "aux 1e-3"), of(VIO, "none")],
         [(VIO, "loss-free", "aux 1e-3"), (VIO, "loss-free", "none")]),
     "... at a lower loss than the auxiliary loss": (
-        "load_balance", "# lower [# lower, # higher]", [change(LOSS, "loss-free", "aux 1e-3")],
+        "load_balance", "# higher [# lower, # higher]", [change(LOSS, "loss-free", "aux 1e-3")],
         [(LOSS, "loss-free", "aux 1e-3")]),
     "MLA learns as well as MHA or better, from a smaller cache": (
         "mla", "# nats [#, #] lower than MHA's, # numbers against #, equal parameters",

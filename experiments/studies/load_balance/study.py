@@ -38,6 +38,7 @@ STUDY = Study(
     },
     measure=Training(),
     draw=draw,
+    seeds=tuple(range(8)),
     quick_arms=("loss-free", "none", "aux 1e-2"),
     claims=(
         Claim("The bias balances the experts.", "max_vio_global", "loss-free", "none", "lower"),
