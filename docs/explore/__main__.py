@@ -1,8 +1,8 @@
 """Writes the numbers of the library into the page.
 
-    python -m docs.explore                                 # index.html, between its two marks
-    python -m docs.explore --drafts run                    # drafts.json first, by the run in `run`
-    python -m docs.explore --check                         # exit code 1 where the page has other numbers
+    python -m docs.explore                                 # into index.html, between its two marks
+    python -m docs.explore --drafts run                    # writes drafts.json first, with the run in `run`
+    python -m docs.explore --check                         # exit code 1 if the page has other numbers
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def inlined(page: str) -> dict:
     """The numbers that a page has.
 
     Raises:
-      ConfigError: it has no two marks.
+      ConfigError: it does not have both marks.
     """
     found = BETWEEN.search(page)
     if not found:
@@ -33,7 +33,7 @@ def inlined(page: str) -> dict:
 
 
 def with_numbers(page: str, found: dict) -> str:
-    """The page with other numbers; every part is a line, so that a change of one shows as one."""
+    """The page with other numbers; each part is one line, so that a diff shows which part changed."""
     inlined(page)
     lines = ",\n".join(f"{json.dumps(part)}: {json.dumps(value, ensure_ascii=False, separators=(',', ':'))}"
                        for part, value in json.loads(json.dumps(found)).items())

@@ -1,7 +1,7 @@
 """Drafts of a trained model, token by token: what its MTP module proposed, and what the model then wrote.
 
-Decoding is the engine's own, with one draft a step; tokens are drawn, as a small model's likeliest ones go in circles.
-An engine says of each token whether it was drafted. What was drafted in vain is read off its state between two steps.
+The engine decodes, with one draft a step; tokens are sampled, because greedy text of a small model repeats itself.
+The engine reports for each token whether it was drafted. Rejected drafts are read from its state between two steps.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def followed(engine: Engine, request: Request) -> tuple[Sequence, list[int]]:
     """Runs one request, a step at a time: the sequence, and the draft that each step began with (-1: none)."""
     sequence, drafts = engine.submit(request), []
     while engine.busy:
-        # The engine keeps its drafts to itself; they are those of the next step, in the sequence's slot.
+        # The engine's drafts are private; these are for the next step, in the sequence's slot.
         waiting = engine._drafts
         begins = int(waiting.token_Bd[sequence.slot, 0]) if sequence.slot >= 0 and not sequence.fresh else -1
         before = len(sequence.made)
@@ -58,7 +58,7 @@ def followed(engine: Engine, request: Request) -> tuple[Sequence, list[int]]:
 
 
 def sample(tokenizer: Tokenizer, prompt: str, sequence: Sequence, drafts: list[int]) -> dict[str, Any]:
-    """One continuation, with the draft that each rejected one was."""
+    """One continuation, with the text of each rejected draft."""
     texts = pieces(tokenizer, [token.id for token in sequence.made])
     vain = [tokenizer.decode([draft]) if token.draft == "rejected" else ""
             for token, draft in zip(sequence.made, drafts, strict=True)]
@@ -73,7 +73,7 @@ def pieces(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
 
 
 def about(folder: str) -> dict[str, Any]:
-    """What the run is: its steps, the tokens it read, and what it reached on text that it did not see."""
+    """A description of the run: its steps, the tokens it read, and its bits per byte on held-out text."""
     text = pathlib.Path(folder, "metrics.jsonl").read_text(encoding="utf-8")
     last: dict[str, Any] = {}
     for line in text.splitlines():

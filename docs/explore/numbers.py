@@ -1,7 +1,7 @@
-"""The numbers of the page, as the library gives them: nothing that it shows was typed in by hand.
+"""The numbers of the page, computed by the library: no number that the page shows was entered by hand.
 
-The page has arithmetic of its own, so that it can answer while one drags. What it starts from (schedules, counts,
-constants, a trained model's drafts) is here, and so are a few results that its arithmetic must find again.
+The page has arithmetic of its own, so that it can respond while a control is dragged. This module has the data that the
+page starts from (schedules, counts, constants, a trained model's drafts) and a few results that it must reproduce.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def routing() -> dict[str, Any]:
 
 
 def model_speed() -> float:
-    """What a bias moves by in a step in the report's recipe."""
+    """The change of a bias per step in the report's recipe."""
     from deepseek_jax.config import default_config
 
     return float(default_config("v3_671b").balance.bias_speed)
@@ -112,7 +112,7 @@ def model_speed() -> float:
 def fp8_row(outlier: float, same_tile: bool) -> np.ndarray:
     """float32 [1, 256]: two tiles of ordinary numbers, and one outlier; the reader's own number replaces the first.
 
-    Of the two places that an outlier may be at, the other one holds 0.
+    An outlier may be at two positions; the other one is 0.
     """
     row = np.round(bell(11, 2 * BLOCK), 3).astype(np.float32)
     row[[1, BLOCK]] = 0
@@ -121,8 +121,8 @@ def fp8_row(outlier: float, same_tile: bool) -> np.ndarray:
 
 
 def rounded(row: np.ndarray, kind: str) -> dict[str, Any]:
-    """What a row becomes under one kind of scale: its first number and that one's scale; of all the mean error, as a
-    fraction of each number, and how many became 0.
+    """A row quantized with one kind of scale: its first number and the scale of that number; for all numbers the mean
+    relative error, and how many became 0.
     """
     q = quantize(jnp.asarray(row), **SCALES[kind])
     there, back = row[row != 0].astype(np.float64), np.asarray(dequantize(q))
@@ -153,7 +153,7 @@ def encoded(cell: Cell) -> str:
 
 
 def pipeline() -> dict[str, Any]:
-    """The orders of every rank, for all schedules and sizes that the page can be set to; refusals in words."""
+    """The orders of every rank, for all schedules and sizes that the page offers; error messages for refused ones."""
     orders, refused, reports = {}, {}, {}
     for name in NAMES:
         for ranks in RANKS:
@@ -182,7 +182,7 @@ def counted(name: str) -> dict[str, float]:
 
 
 def cost() -> dict[str, Any]:
-    """What the published cost is made of."""
+    """The parts of the published cost."""
     return {"per_trillion": PER_TRILLION, "tokens": plan.TOKENS, "context": plan.AFTERWARDS["context extension"],
             "post_training": plan.AFTERWARDS["post-training"], "price": HARDWARE["h800"].price,
             "peak": HARDWARE["h800"].bf16, "devices": 2048, "length": LENGTH,
