@@ -3,9 +3,9 @@
     python -m benchmarks.attackers --workdir run --rounds 3 --json benchmarks/results/attackers_cpu.json
 
 For each kind, in turns: 64 streams alone, with the attackers, and with the attackers at an idle server on another port,
-which shows the cost of sharing the machine's cores. The streams' tokens per second, those of streams and attackers
-together, the processor time of both sides while the streams run, and the longest response time of /health, which a
-separate process requests every 50 ms, are measured. Linux only.
+which shows the cost of sharing the machine's cores. It measures the tokens per second of the streams alone and of
+streams and attackers together, the CPU time of the server and of the attackers while the streams run, and the longest
+response time of /health, which a separate process requests every 50 ms. Linux only.
 """
 
 import argparse
@@ -26,7 +26,7 @@ def measure(port: int, server: int, attacker: str | None = None, attacked: int |
     """Tokens per second of all streams together, how many of them failed, and the longest /health in seconds.
 
     all_tokens_per_second: of streams and attackers, from the request of the first stream to the end of the last.
-    server_cpu, attackers_cpu: processor seconds in that time; a core gives one a second.
+    server_cpu, attackers_cpu: CPU seconds in that time; a busy core adds one per second.
 
     Args:
       server: its process id. attacked: the port that the `count` attackers connect to.

@@ -39,7 +39,7 @@ def read_so_far() -> int:
 
 
 def one_process(workdir: str, gigabytes: float, local: str | None) -> dict[str, float]:
-    """Saves and restores this process's part; seconds and bytes."""
+    """Saves and restores this process's part. Returns seconds and bytes."""
     sharding = NamedSharding(jax.make_mesh((jax.device_count(),), ("all",)), PartitionSpec("all"))
     rows = int(gigabytes * 1e9 / 4 / LEAVES / 1024) // jax.device_count() * jax.device_count()
     make = jax.jit(lambda i: jnp.full((rows, 1024), i, jnp.float32) + jnp.arange(rows)[:, None], out_shardings=sharding)

@@ -1,11 +1,10 @@
-"""The dependence of an answer on the rest of its batch, with and without deterministic decoding, and the cost of the
-latter.
+"""Whether answers depend on the rest of the batch, with and without deterministic decoding, and what the latter costs.
 
     python -m benchmarks.company --workdir run --json benchmarks/results/company_cpu.json
 
-Continuations of held-out texts, every second one sampled, are made one at a time, then in several kinds of batches;
-those whose tokens, and those whose logprobs (to the last bit), differ are counted. Speed: tokens per second of full
-batches, both ways in turns, of a random model of the preset `small`.
+Continues held-out texts, sampling every second one, first one at a time and then in several kinds of batches, and
+counts the continuations whose tokens differ, and those whose logprobs differ in any bit. Speed: tokens per second of
+full batches, both ways in turns, with random weights of the preset `small`.
 """
 
 import argparse

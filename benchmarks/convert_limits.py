@@ -44,7 +44,7 @@ QUANTIZATION = {"quant_method": "compressed-tensors", "format": "pack-quantized"
 
 
 def items_of(case: Case) -> tuple[list[Item], dict[str, np.ndarray]]:
-    """The tensors of a checkpoint, and those of them that are not zeros."""
+    """The tensors of a checkpoint, and the subset that is not all zeros."""
     items, given = [], {}
     for entry in tensor_map.entries(case.cfg).values():
         if not (case.int4 and ".mlp.experts." in entry.name):
@@ -80,7 +80,7 @@ def make(folder: pathlib.Path, case: Case) -> tuple[int, int]:
 
 
 def measure(name: str, where: str | None) -> dict[str, float]:
-    """Converts one case in a separate process, and removes everything again."""
+    """Converts one case in a separate process, and deletes the files afterwards."""
     with tempfile.TemporaryDirectory(prefix="convert-", dir=where) as folder:
         total, files = make(pathlib.Path(folder, "src"), CASES[name])
         found = convert("from-hf", f"{folder}/src", f"{folder}/run")

@@ -3,8 +3,8 @@
     python -m benchmarks.convert_memory --dir /some/disk --json benchmarks/results/convert.json
 
 Makes an FP8 checkpoint with the matrices of DeepSeek-V3 (two layers, 64 experts) of more than 4 GB in ten files,
-converts it in child processes, takes their peak resident memory from the kernel, and removes everything again. Every
-side flushes what it wrote to the disk, and the sides take turns.
+converts it in child processes, reads their peak resident memory from the kernel, and deletes the files afterwards.
+Every side flushes its files to the disk, and the sides take turns.
 """
 
 import argparse
@@ -35,7 +35,7 @@ SHARD = 450 * 10**6
 
 
 def make(folder: pathlib.Path, experts: int) -> tuple[int, int]:
-    """Writes the checkpoint, a piece of a random buffer at a time. Returns (bytes, files)."""
+    """Writes the checkpoint in pieces of a random buffer. Returns (bytes, files)."""
     cfg = model_config("v3_671b", num_layers=2, num_dense_layers=1, mtp_depth=0, num_experts=experts,
                        vocab_size=16384)
     rng = np.random.default_rng(0)
@@ -89,7 +89,7 @@ def copy(source: pathlib.Path, target: pathlib.Path) -> dict[str, float]:
 
 
 def write_bytes(target: pathlib.Path, count: int) -> dict[str, float]:
-    """Writes `count` bytes of a buffer into files of the size that a shard has."""
+    """Writes `count` bytes of a buffer into files as large as a shard."""
     start, buffer = time.perf_counter(), np.arange(2**24, dtype=np.uint8).data
     target.mkdir()
     for n in range(math.ceil(count / SHARD)):

@@ -30,7 +30,7 @@ def prompts(batch: int) -> list[list[int]]:
 
 
 def answer(generate: Callable, context: Callable | None = None) -> None:
-    """A side's loop: for each line on stdin, {"batch", "context"}, one JSON row on stdout."""
+    """The loop of one side: for each line {"batch", "context"} on stdin, one JSON row on stdout."""
     for line in sys.stdin:
         asked = json.loads(line)
         if asked["context"] and context:
@@ -64,8 +64,7 @@ def ours(folder: str, dtype: str, batches: list[int]) -> None:
         return [[t.id for t in s.made] for s in made]
 
     def context(batch, context):
-        """Seconds per step, from 48 tokens before to 48 after the context; the prompt is in the cache after the first
-        time."""
+        """Seconds per step, from 48 tokens before to 48 after the context; the first call fills the cache."""
         engine = engines[batch]
         rows = [[1 + (i * (b + 3)) % 8000 for i in range(context - 48)] for b in range(batch)]
         made = [engine.submit(Request(tuple(row), 97)) for row in rows]
@@ -119,7 +118,7 @@ def export(folder: str) -> None:
 
 
 def compare(sides: list[Side], batch: int, rounds: int, contexts: tuple[int, ...]) -> dict[str, Any]:
-    """Medians, ratios, how many of the peer's tokens are ours, and what a long context costs."""
+    """Medians, ratios, how many of the peer's tokens equal ours, and the cost of a long context."""
     rows = {side.name: [] for side in sides}
     steps = {side.name: {context: [] for context in contexts} for side in sides if side.name != "transformers"}
     for n in range(rounds + 1):

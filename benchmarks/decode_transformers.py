@@ -1,7 +1,7 @@
 """transformers' generate on an exported checkpoint: the peer of `decode.py`, which asks it for rows over stdin.
 
-The defaults are the fastest of the settings below on a CPU, so that the peer is shown at its best; float32 was faster
-than bfloat16 with each of them.
+The defaults are the fastest of the settings below on a CPU, to be fair to the peer; float32 was faster than bfloat16
+with each of them.
 """
 
 import argparse

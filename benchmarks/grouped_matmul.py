@@ -1,4 +1,4 @@
-"""The experts' grouped product on this machine, next to a dense product of the same FLOPs and `jax.lax.ragged_dot`.
+"""The experts' grouped product on this machine, compared with a dense product of equal FLOPs and `jax.lax.ragged_dot`.
 
     python -m benchmarks.grouped_matmul --json benchmarks/results/grouped_matmul.json
 
@@ -30,7 +30,7 @@ LOADS = ("balanced", "skewed")
 
 
 def loads(name: str, rows: int, num_experts: int) -> np.ndarray:
-    """Rows of each expert. "skewed": falling with the square of the rank, the busiest at 3 times the mean."""
+    """Rows of each expert. "skewed": they fall with the square of the rank, and the busiest has 3 times the mean."""
     share = np.ones(num_experts) if name == "balanced" else (1 - np.arange(num_experts) / num_experts) ** 2
     counts = np.floor(share / share.sum() * rows).astype(np.int32)
     counts[0] += rows - counts.sum()
@@ -39,7 +39,7 @@ def loads(name: str, rows: int, num_experts: int) -> np.ndarray:
 
 def arranged(counts: np.ndarray, align: int, even: bool, draw: np.random.Generator,
              width: int) -> tuple[np.ndarray, jax.Array]:
-    """Random rows sorted as the experts' own, and the size of each expert's group."""
+    """Random rows, sorted by expert, and the size of each expert's group."""
     chosen_NK = np.repeat(np.arange(len(counts), dtype=np.int32), counts)[:, None]
     sorted_rows = jax.jit(permute.sort_by_expert, static_argnums=(1, 2, 3))(chosen_NK, len(counts), align, even)
     filled_R1 = np.asarray(sorted_rows.choice_R < len(chosen_NK))[:, None]
@@ -72,7 +72,7 @@ def sides(rows: int, d: int, f: int, num_experts: int, dtype: str, load: str) ->
 
 
 def seconds(run: Callable, least: float = 0.1) -> float:
-    """Seconds a call, over as many calls as fill `least` seconds."""
+    """Seconds per call, averaged over enough calls to fill `least` seconds."""
     start, calls = time.perf_counter(), 0
     while calls == 0 or time.perf_counter() - start < least:
         run()

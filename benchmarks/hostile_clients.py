@@ -24,7 +24,7 @@ LONG = "word " * 780_000  # 3.9 MB
 
 
 def request(path: str, length: int | None = None, **body: Any) -> bytes:
-    """A POST of JSON; `length`: promised in place of the body's own."""
+    """A POST of JSON; `length`: a Content-Length other than the body's own."""
     data = json.dumps(body).encode()
     return (f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nConnection: close\r\n"
             f"Content-Length: {length or len(data)}\r\n\r\n").encode() + data
@@ -36,7 +36,7 @@ def completion(**fields: Any) -> bytes:
 
 
 async def ask(port: int, sent: bytes, limit: int = -1, seconds: float = 0.0) -> bytes:
-    """Sends, waits, reads at most `limit` bytes (-1: all there is) and hangs up."""
+    """Sends the request, reads at most `limit` bytes of the answer (-1: all) and disconnects."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     try:
         writer.write(sent)
@@ -67,7 +67,7 @@ ATTACKS: dict[str, Callable[[int], Awaitable[bytes]]] = {
 
 
 def attack(name: str, port: int, count: int) -> None:
-    """Never ends by itself. A refused or broken connection is part of it."""
+    """Runs until it is killed. Refused and broken connections are expected."""
     async def one():
         while True:
             with contextlib.suppress(OSError):
@@ -80,7 +80,7 @@ def attack(name: str, port: int, count: int) -> None:
 
 
 def healthy(port: int) -> bool:
-    """Whether /health says 200."""
+    """Whether /health returns 200."""
     with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=60) as sock:
         sock.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
         return b" 200 " in sock.recv(4096)
@@ -95,13 +95,13 @@ def tokens_of(port: int) -> float:
 
 
 def cpu_seconds(pid: int) -> float:
-    """Processor time of a process so far, its threads together."""
+    """CPU seconds of a process so far, of all its threads together."""
     fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK")
 
 
 def probe(port: int, longest: Any) -> None:
-    """Keeps the longest answer of /health, in seconds."""
+    """Records the longest response time of /health, in seconds."""
     while True:
         start = time.monotonic()
         healthy(port)
@@ -111,7 +111,7 @@ def probe(port: int, longest: Any) -> None:
 
 @contextlib.contextmanager
 def process(work: Callable, *args: Any) -> Iterator[int]:
-    """Runs it in a process of its own, next to what is inside; its id."""
+    """Runs a function in a separate process during the `with` block; yields the process id."""
     started = multiprocessing.get_context("spawn").Process(target=work, args=args, daemon=True)
     started.start()
     try:
@@ -123,7 +123,7 @@ def process(work: Callable, *args: Any) -> Iterator[int]:
 
 
 def idle(port: int) -> None:
-    """Answers 400 to every request: attacked instead of a server, it shows the cost of the attackers themselves."""
+    """A server that answers 400 to every request: attacking it shows the cost of the attackers themselves."""
     async def answer(reader, writer):
         with contextlib.suppress(OSError, asyncio.IncompleteReadError):
             head = await reader.readuntil(b"\r\n\r\n")
@@ -141,7 +141,7 @@ def idle(port: int) -> None:
 
 
 def free_port() -> int:
-    """A free port."""
+    """A TCP port that is free."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         return free.getsockname()[1]
 

@@ -4,9 +4,9 @@
     python -m benchmarks.loop --milliseconds 50
     python -m benchmarks.loop --processes 2
 
-The stand-in for a device runs its steps one after the other while the host does what it does in a real run of a model
-with as many experts as the report's: it fetches and checks metrics, writes metrics.jsonl, TensorBoard events and expert
-loads, and moves the progress bar. Several processes also ask each other whether one has to stop.
+The stand-in runs its steps one after the other while the host does the work of a real run with the report's number of
+experts: it fetches and checks metrics, writes metrics.jsonl, TensorBoard events and expert loads, and updates the
+progress bar. Several processes also ask each other whether one of them has to stop.
 """
 
 import argparse
@@ -33,20 +33,20 @@ from deepseek_jax.training.watching import Watching
 
 
 class Pending:
-    """Metrics that are ready when the device has done its step."""
+    """Metrics that are ready when the device has finished its step."""
 
     def __init__(self, ready: float, metrics: Metrics):
         self.ready, self.metrics = ready, metrics
 
 
 def overhead(steps: int, seconds: float) -> tuple[float, float, float]:
-    """Seconds a step, means over `steps`: beyond those of the device; of the processor in the loop's thread; in all."""
+    """Mean seconds per step over `steps`: in addition to the device's; CPU time of the loop's thread; in total."""
     cfg = model_config("v3_671b")
     counts = {"bias": np.ones((cfg.num_moe_layers, cfg.num_experts), np.int32),
               "mtp_bias": np.ones((1, cfg.num_experts), np.int32)}
     run: Any = object.__new__(loop.Run)
     run.config = Config(model=cfg, train=TrainConfig(steps=steps + 1, eval_every=10**6, checkpoint_every=10**6))
-    free = 0.0  # when the device has done all it was given
+    free = 0.0  # when the device has finished the steps given to it so far
 
     def step(state, batch, base, reference):
         nonlocal free

@@ -14,7 +14,7 @@ PEER = ROOT / ".venv-peer" / "bin" / "python"
 
 
 def hardware() -> dict[str, Any]:
-    """The machine in words."""
+    """A description of the machine."""
     model = platform.processor()
     cpuinfo, meminfo = pathlib.Path("/proc/cpuinfo"), pathlib.Path("/proc/meminfo")
     if cpuinfo.exists():
@@ -33,7 +33,7 @@ def shown(command: Iterable[str]) -> str:
 
 def write_results(path: str, report: dict[str, Any]) -> None:
     """Writes the file of --json; a relative path is relative to the checkout."""
-    from deepseek_jax import io  # which the environment of a peer does not have
+    from deepseek_jax import io  # not installed in the environment of a peer
 
     file = ROOT / path
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,8 @@
 """Training throughput of transformers' DeepseekV3ForCausalLM on the CPU: the peer of `train_step.py`.
 
 The shape is the preset `small` without multi-token prediction; a step is forward, backward, clipping and AdamW over
-8 x 512 random tokens. The defaults are the fastest of the settings below, so that the peer is shown at its best;
-every one of them can be turned from the command line. Prints one JSON object a line and repeat.
+8 x 512 random tokens. The defaults are the fastest of the settings below, to be fair to the peer; each of them is a
+flag on the command line. Prints one line of JSON per repeat.
 
     python -m benchmarks.peer_transformers --repeats 5 --steps-per-repeat 3 --warmup 2
 """
@@ -19,7 +19,7 @@ import transformers  # pyright: ignore[reportMissingImports] (in .venv-peer)
 
 
 def peer_config(attention: str, experts: str) -> transformers.DeepseekV3Config:
-    """The preset `small` of this project, in the words of transformers."""
+    """The preset `small` of this project as a config of transformers."""
     return transformers.DeepseekV3Config(
         vocab_size=8192, hidden_size=256, num_hidden_layers=6, first_k_dense_replace=1, intermediate_size=704,
         num_attention_heads=4, num_key_value_heads=4, qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=32,

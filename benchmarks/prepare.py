@@ -3,8 +3,8 @@ two workers over one, and the time to start a run on the result.
 
     python -m benchmarks.prepare --gigabytes 0.2 1 --json benchmarks/results/prepare_cpu.json
 
-Documents are of 2.7 KB, words by a Zipf law with punctuation, line breaks and numbers, all ASCII; those of 16 MB are
-written again and again in other orders. The tokenizer, of 8,192 tokens, is made of the first of them and given.
+Documents have 2.7 KB each, with words drawn from a Zipf law, punctuation, line breaks and numbers, all in ASCII; 16 MB
+of them are written repeatedly in different orders. A tokenizer of 8,192 tokens is trained on the first ones beforehand.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from deepseek_jax.data.prepare import prepare
 from deepseek_jax.data.tokenizer import train_tokenizer
 
 WORDS, VOCAB = 30_000, 8192
-# What a process and those that it waited for have used. A small one asks: the peak of a child begins with its parent's.
+# Usage of a process and its ended children. The caller is small because a child's peak starts at its parent's memory.
 LAUNCH = """import json, resource, subprocess, sys
 subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL)
 used = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -36,7 +36,7 @@ SYLLABLES = [a + b + c for a in "bcdfghlmnprstvw" for b in "aeiou" for c in ("",
 
 
 def documents(seed: int = 0, size: int = 16_000_000) -> list[str]:
-    """Texts of `size` bytes together."""
+    """Texts of `size` bytes in total."""
     rng = np.random.default_rng(seed)
     counts = np.concatenate([np.full(60, 1), np.full(1500, 2), rng.choice([2, 3, 4], WORDS - 1560)])
     words = np.array(["".join(rng.choice(SYLLABLES, n)) for n in counts], object)
@@ -56,7 +56,7 @@ def _behind(mark: float) -> str:
 
 
 def write_corpus(path: str, texts: list[str], gigabytes: float) -> int:
-    """Rows of .jsonl; the bytes of their texts."""
+    """Writes rows of .jsonl. Returns the bytes of their texts."""
     rows, size, rng = [json.dumps({"text": text}) + "\n" for text in texts], 0, np.random.default_rng(1)
     with open(path, "w", encoding="utf-8") as f:
         while size < gigabytes * 1e9:
@@ -66,7 +66,7 @@ def write_corpus(path: str, texts: list[str], gigabytes: float) -> int:
 
 
 def prepared(folder: str, keys: list[str], workers: int, size: int) -> dict[str, float]:
-    """Makes the tokens in `folder`; seconds, CPU seconds of all processes, and the peak memory of the largest."""
+    """Tokenizes `folder`. Returns seconds, CPU seconds of all processes, and the peak memory of the largest."""
     command = [sys.executable, "-m", "deepseek_jax.prepare", "--config", "tiny", "--out", folder, "--workers",
                str(workers), *keys]
     begin = time.monotonic()
@@ -77,7 +77,7 @@ def prepared(folder: str, keys: list[str], workers: int, size: int) -> dict[str,
 
 
 def started(workdir: str, keys: list[str]) -> dict[str, float]:
-    """Seconds from the config to the first batch of a run, in a process of its own."""
+    """Seconds from the config to the first batch of a run, in a separate process."""
     begin = time.monotonic()
     config = load_config("tiny", keys)
     loader = Loader(config, prepare(config, workdir))
@@ -87,7 +87,7 @@ def started(workdir: str, keys: list[str]) -> dict[str, float]:
 
 
 def measured(folder: str, gigabytes: float, texts: list[str], workers: list[int]) -> dict[str, Any]:
-    """`prepared` with each number of workers of a corpus of that size, and `started` on what the last of them made."""
+    """`prepared` of a corpus of that size with each number of workers, and `started` on the tokens of the last."""
     inside = lambda name: os.path.join(folder, name)
     size = write_corpus(inside("text.jsonl"), texts, gigabytes)
     keys = [f"--config.data.sources=(('{inside('text.jsonl')}', 1.0),)", f"--config.model.vocab_size={VOCAB}",

@@ -1,8 +1,9 @@
 """Times training commands against each other, in the same run on the same machine.
 
-The speed of a machine drifts: neighbours, clocks, page caches. So each side is started several times and the sides take
-turns (A B A B ...), every start a fresh process that warms up and then prints JSON lines with `tokens_per_second`. What
-is reported is the median over all starts, and the first side's median over each other side's.
+The speed of a machine drifts: other load, clock rates, page caches. So each side is started several times and the sides
+take turns (A B A B ...); every start is a new process that warms up and then prints JSON lines with
+`tokens_per_second`. The report has the median over all starts, and the ratio of the first side's median to each other
+side's.
 
     python -m benchmarks.run --json benchmarks/results/train_cpu.json
     python -m benchmarks.run --side ours="python -m benchmarks.train_step" --side eager="... --experts eager"
@@ -22,7 +23,7 @@ from collections.abc import Iterator
 
 from benchmarks.machine import PEER, ROOT, hardware, shown, write_results
 
-# glibc gives freed memory back to the kernel, which clears every page again. All sides keep theirs, in huge pages.
+# glibc returns freed memory to the kernel, which then clears every page again. Here all sides keep it, in huge pages.
 ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "34359738368", "MALLOC_ARENA_MAX": "1",
              "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 
@@ -51,7 +52,7 @@ def start(name: str, command: list[str]) -> list[dict]:
 
 
 def summarize(command: list[str], starts: list[list[dict]]) -> dict:
-    """Median over the starts, each start being the median of its own repeats, and the range of the starts."""
+    """The median over the starts of the medians of their repeats, and the range of these medians."""
     speeds = [statistics.median(row["tokens_per_second"] for row in rows) for rows in starts]
     last = starts[-1][-1]
     facts = {key: last[key] for key in ("dtype", "threads", "parameters", "settings", "versions") if key in last}

@@ -1,10 +1,10 @@
-"""A decode step by length of context: sparse attention of V3.2 against the dense attention of V3, one sequence.
+"""Time of a decode step by context length: sparse attention of V3.2 against dense attention of V3, one sequence.
 
     python -m benchmarks.sparse_decode --json benchmarks/results/sparse_decode_cpu.json
 
 The model is two layers of the preset `small`, with `--heads` heads and an indexer that chooses `--topk` tokens; weights
-and cache are random numbers. Contexts and kinds of attention take turns; reported are medians, and the best, which
-other work on the machine disturbs less.
+and cache are random numbers. Contexts and kinds of attention take turns. The report has the medians, and the best
+times, which other load on the machine affects less.
 """
 
 import argparse

@@ -5,13 +5,13 @@ speed-up.
 
 Prompts are beginnings of held-out files, continued greedily, a batch at a time. For each batch and depth of drafts:
 
-    plain, verify, draft    milliseconds of a plain step, and of the two parts of a drafting one, each timed by itself
+    plain, verify, draft    milliseconds of a plain step, and of the two parts of a step with drafts, timed separately
     tokens per step         1 + accepted drafts, of one sequence
-    break-even              the share of accepted drafts from which on drafting pays
+    break-even              the fraction of accepted drafts above which drafting pays
     predicted               tokens per step * plain / (verify + draft)
     measured                tokens per second over those of plain decoding, taking turns
 
-Beyond the MTP modules that the run has, the last one is chained.
+For depths beyond the run's MTP modules, the last module is applied repeatedly.
 """
 
 import argparse
@@ -44,7 +44,7 @@ def texts(workdir: str, tokenizer: Any, count: int, length: int) -> list[tuple[i
 
 
 def repeated(body: Callable, *state: Any, steps: int = 32) -> Callable[[], float]:
-    """Seconds for one of `steps` calls in a row of body(n, state) -> state; a function that times them once more."""
+    """A function that measures the seconds per call of `steps` consecutive calls of body(n, state) -> state."""
     import jax
 
     run = jax.jit(lambda *state: jax.lax.fori_loop(0, steps, body, state))
@@ -59,7 +59,7 @@ def repeated(body: Callable, *state: Any, steps: int = 32) -> Callable[[], float
 
 
 def parts(engine: Any) -> tuple[Callable[[], float], Callable[[], float]]:
-    """(verify, draft): timers of the two parts of a full batch's step, behind a context of 64."""
+    """(verify, draft): timers of the two parts of a full batch's step, after a context of 64 tokens."""
     import jax.numpy as jnp
 
     from deepseek_jax.model.layers import head_logits
@@ -96,7 +96,7 @@ def parts(engine: Any) -> tuple[Callable[[], float], Callable[[], float]]:
 
 
 def decoding(engine: Any, prompts: list, new: int) -> tuple[float, int, int, int, int]:
-    """One pass over all prompts, a batch at a time, as long as the batch is full.
+    """One pass over all prompts, a batch at a time, timed while the batch is full.
 
     Returns (seconds after the first token of each, tokens, steps of sequences, drafted, accepted).
     """

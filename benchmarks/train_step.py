@@ -1,7 +1,7 @@
 """Training throughput of our step at the preset `small`: the side that `peer_transformers.py` is compared with.
 
 A step is forward, backward, clipping, AdamW and the bias update over 8 x 512 random tokens, without multi-token
-prediction (the peer trains none) unless --mtp-depth asks for it. Prints one JSON object a line and repeat.
+prediction (the peer trains none) unless --mtp-depth asks for it. Prints one line of JSON per repeat.
 
     python -m benchmarks.train_step --repeats 5 --steps-per-repeat 3 --warmup 2 --dtype bfloat16
 """
