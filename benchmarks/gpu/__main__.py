@@ -20,7 +20,7 @@ SAME = ("device", "packages", "commit", "rehearse")  # what must be equal for th
 
 
 def machine_here(out: pathlib.Path, rehearse: bool) -> dict[str, Any]:
-    """The facts of this machine, which out/machine.json has afterwards.
+    """Facts about this machine, which are written to out/machine.json.
 
     Raises:
       ValueError: it has no Hopper GPU, or `out` has results of another machine or version of the code.

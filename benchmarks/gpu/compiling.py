@@ -23,7 +23,7 @@ def cases(rehearse: bool) -> Cases:
 
 
 def measure(compiler: Any, case: Any) -> dict[str, Any]:
-    """Registers and spills of a case's kernels. `right`: all have been made, and nothing but what is known is wrong."""
+    """Registers and spills of a case's kernels. `right`: all were compiled, with no problems except known ones."""
     rows = compiler.rows(case)
     faults, notes = ([word for row in rows for word in row[kind]] for kind in ("faults", "notes"))
     return {"right": bool(rows) and not faults, "summary": "; ".join(faults + notes),

@@ -1,4 +1,4 @@
-"""Decoding through the engine, with mla_decode and without, by batch and context.
+"""Decoding through the engine, with mla_decode and without, by batch size and context length.
 
 The slim V2-Lite of training.py with random weights; prompts differ, so that no pages are shared. Without the kernel,
 model.implementation=xla, attention is plain products of XLA, and nothing else differs.
@@ -42,7 +42,7 @@ def _variables(cfg):
 
 
 def measure(cfg: ModelConfig, batch: int, context: int, new: int) -> dict[str, Any]:
-    """Seconds of a step of the full batch behind `context` tokens, and of reading; a first round compiles.
+    """Seconds of a step of the full batch after `context` tokens, and of prefill; a first round compiles.
 
     `right`: all sequences were completed, and steps of all were timed. Prompts are read one chunk a step, while
     those before decode: all get enough additional tokens that `new` are left when the last one is read.

@@ -21,7 +21,7 @@ def cases(rehearse: bool) -> Cases:
 
 
 def facts() -> dict[str, Any]:
-    """Facts for the results, and `kernels`: the folder whose kernels run here."""
+    """Facts for the results, and `kernels`: the folder of the kernels that run on this machine."""
     import jax
 
     from kernels_pallas import api
@@ -44,7 +44,7 @@ def version(package: str) -> str | None:
 
 
 def libdevices() -> list[str]:
-    """Where libdevice is: the toolkits of the system and of the wheels."""
+    """The paths of libdevice, in the toolkits of the system and of the wheels."""
     folders = [*pathlib.Path("/usr/local").glob("cuda*")]
     for entry in importlib.metadata.files("nvidia-nvvm") or [] if version("nvidia-nvvm") else []:
         if entry.name == "libdevice.10.bc":
@@ -53,7 +53,7 @@ def libdevices() -> list[str]:
 
 
 def _said(*command):
-    """The last line that a program prints; None where it is not there or fails."""
+    """The last line that a program prints; None if it does not exist or fails."""
     if not shutil.which(command[0]):
         return None
     try:

@@ -1,4 +1,4 @@
-"""The rows of all stages as a page of tables, report.md: written last, and after an interruption by any later run."""
+"""The rows of all stages as a page of tables, report.md: written at the end of a run, also of one that was resumed."""
 
 import pathlib
 from typing import Any
@@ -22,7 +22,7 @@ def write(out: pathlib.Path) -> None:
 
 
 def table(title: str, rows: dict[str, Any]) -> list[str]:
-    """Lines of Markdown; a column where a row has it."""
+    """Lines of Markdown; a column for every key that a row has."""
     if not rows:
         return []
     columns = [c for c in COLUMNS if any(row.get(c[0]) is not None for row in rows.values())]

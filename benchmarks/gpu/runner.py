@@ -1,4 +1,6 @@
-"""Runs stages one after another, each in children that are killed when they are late or silent. No jax here."""
+"""Runs stages one after another, each in child processes that are killed when they, or one of their cases, take too
+long. No jax here.
+"""
 
 from __future__ import annotations
 
@@ -22,10 +24,10 @@ POLL = 0.1
 
 
 def environment(rehearse: bool) -> dict[str, str]:
-    """Of a stage. torch shares the GPU, so jax takes memory as it needs it; what fell back to a CPU is no result."""
+    """Environment of a stage. torch shares the GPU, so jax allocates as needed; a fallback to the CPU is an error."""
     ours = {"JAX_PLATFORMS": "cpu"} if rehearse else {"JAX_PLATFORMS": os.environ.get("JAX_PLATFORMS", "cuda,cpu"),
                                                       "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-    # A stage that is started again, after a crash or by the next run, compiles nothing twice.
+    # A stage that is restarted, after a crash or by the next run, compiles nothing twice.
     ours |= {"JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "gpu"),
              "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1"}
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -33,13 +35,13 @@ def environment(rehearse: bool) -> dict[str, str]:
 
 
 def run_stage(stage: Stage, out: pathlib.Path, deadline: float, rehearse: bool) -> dict[str, Any]:
-    """Runs the rest of a stage until `deadline` (of time.monotonic) or its own limit.
+    """Runs the remaining cases of a stage until `deadline` (of time.monotonic) or the stage's own limit.
 
     Returns {"state": "done", "out of time" or "failed", "seconds", how many cases are in each state, "why" if failed}.
     """
     path, log, start = out / f"{stage.name}.json", out / f"{stage.name}.log", time.monotonic()
     deadline = min(deadline, start + stage.limit)
-    _settle(path, "late")  # of a run that was killed
+    _settle(path, "late")  # left by a run that was killed
     state, why = "out of time", {}
     while deadline - time.monotonic() > LEAST or rehearse:
         end = _watch(stage, path, log, deadline, rehearse)
@@ -59,7 +61,7 @@ def run_stage(stage: Stage, out: pathlib.Path, deadline: float, rehearse: bool) 
 
 
 def _watch(stage, path, log, deadline, rehearse):
-    """Starts a child. Returns its exit code, or "late" or "silent" when it had to be killed."""
+    """Starts a child. Returns its exit code, or "late" or "silent" if it was killed."""
     command = [sys.executable, "-m", "benchmarks.gpu.stage", stage.cases, str(path), *["--rehearse"] * rehearse]
     with open(log, "a") as out:
         child = subprocess.Popen(command, cwd=ROOT, env=environment(rehearse), stdout=out, stderr=subprocess.STDOUT,
@@ -91,7 +93,7 @@ def _changed(path):
 
 
 def _settle(path, end):
-    """Records the fate of the case that was running, if any; for one that ran out of time nothing is kept."""
+    """Records the outcome of the case that was running, if any; the row of one that ran out of time is removed."""
     rows = read(str(path))
     running = [name for name, row in rows.items() if row["state"] == "running"]
     for name in running:
@@ -112,7 +114,7 @@ def _last_line(log):
 
 
 def run_all(stages: Sequence[Stage], out: pathlib.Path, minutes: float, rehearse: bool, facts: dict[str, Any]) -> bool:
-    """Runs the stages and writes out/summary.json after each. Returns whether all ended, and no case went wrong."""
+    """Runs the stages and writes out/summary.json after each. Returns whether all finished and no case failed."""
     deadline = time.monotonic() + 60 * minutes
     summary = facts | {"stages": {}}
 
@@ -137,10 +139,10 @@ def run_all(stages: Sequence[Stage], out: pathlib.Path, minutes: float, rehearse
 
 
 class _Background(threading.Thread):
-    """A stage that runs next to others, from its first case on: its rows may be of a machine whose cache is gone."""
+    """A stage that runs in parallel to others, always from its first case: the cache of earlier rows may be gone."""
 
     def __init__(self, stage, out, deadline, rehearse):
-        super().__init__(daemon=True)  # ends with this process, and on Linux its child too
+        super().__init__(daemon=True)  # ends with this process, and on Linux so does its child
         self._arguments = stage, out, deadline, rehearse
         self._found = {"state": "failed", "seconds": 0.0, "cases": {}, "why": "it could not run: see above"}
         (out / f"{stage.name}.json").unlink(missing_ok=True)

@@ -1,7 +1,8 @@
 """One stage in its own process: `python -m benchmarks.gpu.stage CASES FILE [--rehearse]`, started by runner.py.
 
-Each case is a row of FILE, written before it starts ("running") and when it has ended. Cases that FILE has are left
-alone. After a case that raised, the process ends with AGAIN: an illegal access would fail all others of its context.
+Each case is a row of FILE, written before it starts ("running") and after it has ended. Cases that FILE already has are
+skipped. After a case that raised, the process exits with AGAIN: after an illegal memory access, all later cases in the
+same CUDA context would fail too.
 """
 
 import argparse
@@ -20,7 +21,7 @@ AGAIN = 75
 
 
 def run(cases: Cases, path: str) -> int:
-    """0: all cases have rows. AGAIN: one raised, and others are left."""
+    """Returns 0: all cases have rows; AGAIN: one raised, and others remain."""
     rows = read(path)
     for name, measure in cases:
         if name in rows:
@@ -30,7 +31,7 @@ def run(cases: Cases, path: str) -> int:
         io.write_json(path, rows, indent=1)
         try:
             found = measure()
-            found = json.loads(json.dumps(found), parse_constant=str)  # NaN is no JSON
+            found = json.loads(json.dumps(found), parse_constant=str)  # JSON has no NaN
             rows[name] = {"state": "done" if found.get("right", True) else "wrong", **found}
         except Exception as error:
             traceback.print_exc()
@@ -45,7 +46,7 @@ def run(cases: Cases, path: str) -> int:
 
 
 def read(path: str) -> dict[str, Any]:
-    """The rows of a stage so far; none where there is no file."""
+    """The rows of a stage so far; none if there is no file."""
     try:
         return io.read_json(path)
     except FileNotFoundError:
@@ -53,7 +54,7 @@ def read(path: str) -> dict[str, Any]:
 
 
 def end_with_parent() -> None:
-    """On Linux, a killed parent takes this process along: it would keep the GPU, and write into the next run's file."""
+    """On Linux, ends this process if its parent is killed: it would keep the GPU and write into the next run's file."""
     parent_died, kill = 1, 9  # PR_SET_PDEATHSIG, SIGKILL
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(parent_died, kill)

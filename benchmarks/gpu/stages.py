@@ -1,6 +1,6 @@
-"""The stages, in the order of their worth. No jax here: the cases of a stage are imported in its own process.
+"""The stages, the most important first. No jax here: the cases of a stage are imported in its own process.
 
-Their limits add up to more than there is: what comes late gets what is left.
+Their time limits add up to more than a run has: late stages get the remaining time.
 """
 
 from __future__ import annotations
@@ -8,14 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
-Cases = Iterable[tuple[str, Callable[[], dict[str, Any]]]]  # (name, what measures it and returns a row)
+Cases = Iterable[tuple[str, Callable[[], dict[str, Any]]]]  # (name, function that measures it and returns a row)
 
 
 class Stage(NamedTuple):
-    """Cases that run in a process of their own.
+    """Cases that run in a separate process.
 
-    cases: module:function of (rehearse) -> Cases. limit: seconds of all. silence: seconds of one, then it hangs.
-    beforehand: a stage that runs next to those before this one, from the first on, and has ended when this one starts.
+    cases: module:function of (rehearse) -> Cases. limit: seconds for all. silence: seconds for one; then it is killed.
+    beforehand: a stage that runs in parallel to all stages before this one, and has ended when this one starts.
     """
 
     name: str
@@ -27,7 +27,7 @@ class Stage(NamedTuple):
 
 MACHINE = Stage("machine", "benchmarks.gpu.machine:cases", 150, 150)
 SMOKE = Stage("smoke", "benchmarks.gpu.kernels:smoke", 120, 60)
-# Minutes of the CPU, which the kernels' stages hardly need: by their end the steps are in the cache.
+# Takes minutes of CPU time, which the kernels' stages hardly use: when they end, the steps are in the cache.
 TRAINING_COMPILE = Stage("training_compile", "benchmarks.gpu.training:compilations", 960, 480)
 STAGES = (
     SMOKE,
@@ -41,4 +41,4 @@ STAGES = (
     Stage("engine", "benchmarks.gpu.engine:cases", 240, 120),
     Stage("sweep", "benchmarks.gpu.kernels:sweep", 600, 60),
 )
-COMPILE = Stage("compile", "benchmarks.gpu.compiling:cases", 1200, 120)  # of a rehearsal: a GPU compiles what it runs
+COMPILE = Stage("compile", "benchmarks.gpu.compiling:cases", 1200, 120)  # only in a rehearsal

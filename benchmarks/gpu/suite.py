@@ -1,4 +1,4 @@
-"""The tests that need a GPU, in a pytest of their own."""
+"""The tests that need a GPU, in a separate pytest process."""
 
 import ast
 import functools
@@ -40,4 +40,4 @@ def run(tests: str) -> dict[str, Any]:
     print(done.stdout, done.stderr, sep="\n")
     red = re.findall(r"^(?:FAILED|ERROR) (.*)", done.stdout, re.MULTILINE)
     last = (done.stdout.strip() or done.stderr.strip() or "it said nothing").splitlines()[-1]
-    return {"right": done.returncode in (0, 5), "summary": last, "red": [line[:200] for line in red]}  # 5: none was run
+    return {"right": done.returncode in (0, 5), "summary": last, "red": [line[:200] for line in red]}  # 5: no tests

@@ -1,8 +1,8 @@
-"""Training steps in bfloat16 and FP8: `small`, and a slim V2-Lite whose heads are those that the kernels are made for.
+"""Training steps in bfloat16 and FP8: `small`, and a slim V2-Lite with the head sizes that the kernels are written for.
 
-Every row names what multiplied the experts: where that is `lax.ragged_dot`, XLA for GPUs multiplies all rows by each
-expert, and FP8 next to bfloat16 says little about FP8. The steps are compiled while earlier stages run, and come from
-jax's cache; `compile_seconds` of a step that runs is what that took.
+Every row names the implementation of the experts' products: with `lax.ragged_dot`, XLA for GPUs multiplies all rows by
+each expert, so comparing FP8 with bfloat16 says little about FP8. The steps are compiled while earlier stages run, and
+are loaded from jax's cache; the `compile_seconds` of a step include only this loading.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ STEPS = 10
 
 
 def models(rehearse: bool) -> dict[str, ModelConfig]:
-    """Few layers: each is compiled by itself, in minutes of the time that there is."""
+    """Models with few layers: each layer is compiled separately, which takes minutes of the available time."""
     if rehearse:
         return {"tiny": model_config("tiny", num_layers=2, mtp_depth=0, num_experts=8, num_groups=2, groups_kept=1)}
     return {"small, 3 layers": model_config("small", num_layers=3, mtp_depth=0),
@@ -32,21 +32,21 @@ def cases(rehearse: bool) -> Cases:
 
 
 def compilations(rehearse: bool) -> Cases:
-    """The programs of `cases`, compiled into jax's cache: mostly work of the CPU, but XLA also tries algorithms out."""
+    """The programs of `cases`, compiled into jax's cache: mostly on the CPU, but XLA also times algorithms."""
     for name, model in models(rehearse).items():
         for kind in ("bfloat16", "fp8"):
             yield f"{name}, {kind}", functools.partial(compile_step, model, kind == "fp8", rehearse)
 
 
 def compile_step(model: ModelConfig, fp8: bool, rehearse: bool) -> dict[str, Any]:
-    """Seconds that compiling takes."""
+    """Compiles a step. Returns the seconds."""
     start = time.perf_counter()
     _programs(model, fp8, rehearse)
     return {"compile_seconds": time.perf_counter() - start}
 
 
 def _programs(model, fp8, rehearse):
-    """(what makes a state, the step of training, a batch), compiled, or from jax's cache if it has them."""
+    """(function that makes a state, training step, batch), compiled, or from jax's cache if it has them."""
     import jax
     import numpy as np
 
@@ -67,7 +67,7 @@ def _programs(model, fp8, rehearse):
 
 
 def measure(model: ModelConfig, fp8: bool, rehearse: bool) -> dict[str, Any]:
-    """Tokens a second of the step that training runs, on random tokens and with even routing."""
+    """Tokens per second of the training step, on random tokens and with even routing."""
     import jax
     import numpy as np
 
