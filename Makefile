@@ -1,17 +1,17 @@
-# make train   from nothing: environment, tokenizer, a tiny model on real text, a sample, plots (in run/);
-#              ARGS="--config.train.steps=50" overrides
+# make train   from scratch: environment, tokenizer, a tiny model trained on real text, a sample, plots (in run/);
+#              ARGS="--config.train.steps=50" overrides config keys
 # make test    the CPU suite          make lint    ruff, pyright
-# make cluster Slurm and Open MPI, where they are installed, start runs of several processes
-# make bench   speed against transformers, a dense product, ragged_dot: same machine, same run
-# make kernels compiles the Hopper kernels alone, with the GPU's compiler (two minutes)
+# make cluster runs of several processes started by Slurm and Open MPI, if these are installed
+# make bench   speed compared with transformers, a dense product and ragged_dot: same machine, same run
+# make kernels compiles only the Hopper kernels, with the GPU's compiler (two minutes)
 # make aot     compiles the Hopper kernels, and training steps up to 671B, for hardware you don't have (two to four hours)
-# make rehearse   benchmarks.gpu without a GPU, with the packages of such a machine (Python 3.12; minutes)
+# make rehearse   benchmarks.gpu without a GPU, with the packages for a machine that has one (Python 3.12; minutes)
 # make studies-quick   every study in its short form
-# make docs    the site, in build/site; fails on a dead link
+# make docs    builds the site in build/site; fails on a dead link
 # make notebooks   runs the notebooks      make colab   runs them with the versions that Colab preinstalls
 # make clean   removes environments, caches and run/
 #
-# Takes the newest of Python 3.12, 3.13, 3.11 that really runs; `make PYTHON=/path/to/python` overrides.
+# Uses the first of Python 3.12, 3.13, 3.11 that works; `make PYTHON=/path/to/python` overrides this.
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
@@ -24,13 +24,13 @@ find_python = for v in $(1); do for p in "$$(command -v python$$v)" $$(ls -d $$H
 
 PYTHON ?= $(shell $(call find_python,3.12 3.13 3.11))
 RUN := .venv/bin/python
-# Huge pages for the CPU; the commands set what else glibc needs themselves.
+# Huge pages for the CPU; the commands set the other glibc options themselves.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
 help:
 	@sed -n 's/^# \{0,1\}//p;/^$$/q' Makefile
 
-# An environment that runs is kept when setup.py changes, with what was added to it; `make clean` removes it.
+# When setup.py changes, a working environment is updated, and packages added to it are kept; `make clean` removes it.
 .venv/stamp: setup.py
 	@"$(PYTHON)" -c 'import sys, venv, ensurepip; assert (3, 11) <= sys.version_info < (3, 14)' >/dev/null 2>&1 \
 	|| { echo "No working Python 3.12, 3.13 or 3.11 (with venv and ensurepip) found; install one, or say make PYTHON=/path/to/python." >&2; exit 2; }
@@ -39,7 +39,7 @@ help:
 	@$(RUN) -m pip install -qq --disable-pip-version-check -e '.[dev]'
 	@touch $@
 
-# What only tests need: lm-eval, whose tasks the engine and the server are asked.
+# Only for tests: lm-eval, whose tasks are run on the engine and the server.
 .venv/eval-stamp: .venv/stamp
 	@$(RUN) -m pip install -qq --disable-pip-version-check -e '.[eval]'
 	@touch $@
@@ -57,7 +57,7 @@ lint: .venv/stamp
 	$(RUN) -m ruff check .
 	$(RUN) -m pyright --pythonpath $(RUN)
 
-# The peer needs a CPU wheel of torch, which is there for Python 3.11; without one, our side is timed alone.
+# The peer needs a CPU wheel of torch, which exists for Python 3.11; without it, only our side is timed.
 .venv-peer/stamp: benchmarks/peer.txt
 	@python=$$($(call find_python,3.11)); rm -rf .venv-peer; mkdir .venv-peer; \
 	if [ -z "$$python" ]; then echo "No Python 3.11 for the peer's torch: timing our side alone." >&2; exit 0; fi; \
@@ -80,7 +80,7 @@ notebooks: .venv/stamp
 	$(RUN) -m pip install -qq --disable-pip-version-check -e '.[notebooks]'
 	$(RUN) notebooks/execute.py
 
-# base.txt lists what Colab has: colab.py removes all else before each run. Without a Python or packages, nothing is run.
+# base.txt lists Colab's packages: colab.py removes all others before each run. Without Python or packages nothing is run.
 .venv-colab/stamp: notebooks/colab_pins.txt
 	@python=$$($(call find_python,3.13 3.12 3.11)); rm -rf .venv-colab; \
 	if [ -z "$$python" ]; then echo "make colab skipped: no Python 3.13, 3.12 or 3.11 here." >&2; exit 0; fi; \
@@ -93,7 +93,7 @@ notebooks: .venv/stamp
 colab: .venv-colab/stamp
 	@if [ -e $< ]; then .venv-colab/bin/python -m notebooks.colab; fi
 
-# Other versions have an environment of their own: make kernels AOT_JAX=0.11.2 AOT_NVCC=13.0.88 REPORT=FILE
+# Other versions get a separate environment: make kernels AOT_JAX=0.11.2 AOT_NVCC=13.0.88 REPORT=FILE
 AOT := .venv-aot$(AOT_JAX:%=-jax-%)$(AOT_NVCC:%=-nvcc-%)
 $(AOT)/stamp: setup.py
 	@$(AOT)/bin/python -c '' 2>/dev/null || { rm -rf $(AOT) && "$(PYTHON)" -m venv $(AOT); }
@@ -104,7 +104,7 @@ $(AOT)/stamp: setup.py
 kernels: $(AOT)/stamp
 	$(AOT)/bin/python -m kernels_pallas.tools.compile_report --shapes v3-train v3-decode $(REPORT:%=--json %)
 
-# Seconds to twenty minutes each, except the last. The last two also need libtpu; without it their failure is ignored.
+# Each takes seconds to twenty minutes, except the last. The last two also need libtpu; their failure is ignored.
 COMPILE = $(AOT)/bin/python -m deepseek_jax.compile
 V3 := --model v3_671b --pipe 16 --expert 64 --remat full --deferred 0
 report = --json experiments/scale/$(1).json --plot experiments/scale/$(1).png
@@ -135,7 +135,7 @@ aot: $(AOT)/stamp
 	-$(COMPILE) $(V3) --target 7x:8x8x16 $(call report,v3_671b_7x_8x8x16_bf16)  # another hour or two
 	$(AOT)/bin/python -m experiments.scale.agreement
 
-# No deepseek-jax: it runs from the checkout, and what it would bring along such a machine does not have.
+# deepseek-jax is not installed: it runs from the checkout, and its dependencies are not on such a machine either.
 .venv-rehearse/stamp: benchmarks/gpu/pins.txt
 	@python=$$($(call find_python,3.12)); rm -rf .venv-rehearse; \
 	if [ -z "$$python" ]; then echo "make rehearse needs Python 3.12, as the pinned packages do." >&2; exit 2; fi; \

@@ -6,7 +6,7 @@ for (( restart = 0; restart <= ${RESTARTS:-20}; restart++ )); do
     mpirun --host "$HOSTS" --tag-output -x PATH -x PYTHONPATH \
         python -m deepseek_jax.train --config "$CONFIG" --workdir "$WORKDIR" $ARGS
     code=$?
-    # 76, or a signal's 128 and more: a process was lost. 75: somebody stopped the run, and starts it again.
+    # 76, or 128 + a signal's number: a process was lost. 75: a user stopped the run, and will start it again.
     [[ $code == 76 || $code -gt 128 ]] || exit $code
 done
 exit $code

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Cloud TPU without Kubernetes: a queued resource of one slice of v5p (32 chips, 8 machines). Not run by the project.
-# The machines need a disk that all of them mount as /shared.
+# All machines must mount a common disk as /shared.
 set -euo pipefail
 gcloud compute tpus queued-resources create run --node-id=run --project="$PROJECT" --zone="$ZONE" \
     --accelerator-type=v5p-64 --runtime-version=v2-alpha-tpuv5
