@@ -1,4 +1,4 @@
-"""A headless Chromium for tests of pages, over the WebDriver protocol; None where there is none."""
+"""A headless Chromium for tests of pages, controlled over the WebDriver protocol; None if it is not installed."""
 
 import contextlib
 import json
@@ -15,7 +15,7 @@ ENTER, SHIFT, RELEASE, TAB, RIGHT, SPACE = "\ue007", "\ue008", "\ue000", "\ue004
 
 
 def port():
-    """A port that is free now."""
+    """A TCP port that is currently free."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
@@ -41,7 +41,7 @@ class Browser:
         self.call("POST", self.session + "/url", url=url)
 
     def js(self, script, *arguments):
-        """What a function of this body returns, called with `arguments`."""
+        """The return value of a JavaScript function with this body, called with `arguments`."""
         return self.call("POST", self.session + "/execute/sync", script=script, args=list(arguments))
 
     def devtools(self, command, **parameters):
@@ -51,11 +51,11 @@ class Browser:
         self.devtools("Emulation.setDeviceMetricsOverride", width=pixels, height=700, deviceScaleFactor=1, mobile=False)
 
     def complaints(self):
-        """What the console said since the last call."""
+        """Messages on the console since the last call."""
         return [entry["message"] for entry in self.call("POST", self.session + "/se/log", type="browser")]
 
     def press(self, keys):
-        """Types where the focus is."""
+        """Sends keys to the focused element."""
         actions = [{"type": kind, "value": key} for key in keys for kind in ("keyDown", "keyUp")]
         self.call("POST", self.session + "/actions", actions=[{"type": "key", "id": "keyboard", "actions": actions}])
 
@@ -83,7 +83,7 @@ class Browser:
 
 @contextlib.contextmanager
 def window(folder):
-    """A Browser, which is gone afterwards. folder: for its profile."""
+    """A Browser, closed afterwards. folder: for its profile."""
     process = subprocess.Popen(["chromedriver", f"--port={(number := port())}"], stdout=subprocess.DEVNULL)
     driver, browser = f"http://127.0.0.1:{number}", None
     try:

@@ -1,6 +1,6 @@
 """Buckets on this machine, for tests: emulators of GCS and S3, each behind a proxy that can refuse, or die.
 
-One of each for all tests of a process; a test takes a name of its own in the bucket.
+All tests of a process share one of each; every test uses its own prefix in the bucket.
 """
 
 import contextlib
@@ -24,11 +24,10 @@ _names = itertools.count()
 class Store:
     """An emulator behind its proxy.
 
-    every: of so many requests one is answered with 503; 0: none. dies_after: answers to writes after which no request
-    gets an answer any more; None: it lives. dies_at: the name of an object whose writing is the first request without
-    an answer. keeps_all: removing is forbidden. garbled: (bytes, what
-    comes of them on the way); None: nothing is. faults: how many requests were refused. requests: (method, path) of
-    all.
+    every: one of `every` requests is answered with 503; 0: none. dies_after: the number of answered writes after which
+    no request gets an answer; None: no limit. dies_at: the name of an object; from its writing on no request gets an
+    answer. keeps_all: deleting is forbidden. garbled: (bytes, their replacement in transfers); None: no replacement.
+    faults: how many requests were refused. requests: (method, path) of all requests.
     """
 
     def __init__(self, scheme: str, port: int):
@@ -42,14 +41,14 @@ class Store:
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
 
     def address(self) -> str:
-        """A new one, with nothing there."""
+        """The address of a new, empty prefix."""
         return f"{self.scheme}://{BUCKET}/test-{next(_names)}"
 
     def verdict(self, method: str, path: str, body: bytes = b"") -> str:
-        """What becomes of a request: "answer", "503", "403" or "nothing"."""
+        """How a request is handled: "answer", "503", "403" or "nothing"."""
         with self.lock:
             self.requests.append((method, path))
-            named = urllib.parse.unquote(path).encode() + body[:2000]  # GCS has names of new objects in the body
+            named = urllib.parse.unquote(path).encode() + body[:2000]  # GCS sends names of new objects in the body
             if self.dies_at and method in ("PUT", "POST") and self.dies_at.encode() in named:
                 self.dies_after = 0
             if self.dies_after is not None and method in ("PUT", "POST"):
@@ -65,7 +64,7 @@ class Store:
 
     @contextlib.contextmanager
     def refusing(self, every: int):
-        """Inside, of so many requests one is answered with 503."""
+        """Within the `with` block, one of `every` requests is answered with 503."""
         self.every, self.faults = every, 0
         try:
             yield self
@@ -74,7 +73,9 @@ class Store:
 
     @contextlib.contextmanager
     def dying_after(self, writes: int | None, at: str = ""):
-        """Inside, it gives no answer any more after so many writes, or from the first one of an object so named."""
+        """Within the `with` block, it stops answering after so many writes, or at the first write of an object of this
+        name.
+        """
         self.dies_after, self.dies_at = writes, at
         try:
             yield self
@@ -87,7 +88,7 @@ class _Server(http.server.ThreadingHTTPServer):
     request_queue_size = 64
 
     def handle_error(self, request, client_address):
-        """Clients that are killed break their connections."""
+        """Ignores broken connections: some clients are killed."""
 
 
 class _Proxy(http.server.BaseHTTPRequestHandler):
@@ -144,14 +145,14 @@ class _Proxy(http.server.BaseHTTPRequestHandler):
 
 @functools.cache
 def stores() -> dict[str, Store]:
-    """{scheme: Store}, started once; from then on the environment leads this process and those that it starts there."""
+    """{scheme: Store}, started once; afterwards the environment directs this process and its children to them."""
     gcs = pytest.importorskip("gcp_storage_emulator.server", reason="pip install -e '.[dev]'")
     moto = pytest.importorskip("moto.server", reason="pip install -e '.[dev]'")
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     logging.getLogger("gcp_storage_emulator").setLevel(logging.ERROR)
     ports = [_free_port() for _ in SCHEMES]
     google = gcs.create_server("127.0.0.1", ports[0], in_memory=True, default_bucket=BUCKET)
-    google._api.daemon = True  # or this process would never end
+    google._api.daemon = True  # otherwise this process would never end
     google.start()
     moto.ThreadedMotoServer("127.0.0.1", ports[1], verbose=False).start()
     found = {scheme: Store(scheme, port) for scheme, port in zip(SCHEMES, ports)}

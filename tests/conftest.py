@@ -1,7 +1,7 @@
-"""The machine that every test runs on: a CPU that calls itself eight, strict numerics, a cache of compilations.
+"""The environment of every test: a CPU as eight virtual devices, strict numerics, a cache of compiled programs.
 
-All of it is environment, set before jax is imported, so that commands which a test starts find the same machine.
-What is already set outside wins, but for the XLA flags that the suite cannot do without.
+It is set in environment variables before jax is imported, so that commands started by a test use the same settings.
+Variables that are already set are kept, except for the XLA flags that the suite needs.
 """
 
 import asyncio
@@ -18,14 +18,14 @@ assert "jax" not in sys.modules, "jax is imported before tests/conftest.py could
 
 _FLAGS = {
     "--xla_force_host_platform_device_count": "8",
-    # Eight devices on two cores wait for each other; by default XLA takes that for a deadlock and aborts.
+    # Eight devices on two cores wait long for each other; by default XLA treats that as a deadlock and aborts.
     "--xla_cpu_collective_call_terminate_timeout_seconds": "600",
     # Tests compile far more than they compute: with LLVM's first level a training step compiles in 0.7 of the time, and
-    # with vectors of 128 bits, where commands take 512, in 0.7 of that.
+    # with 128-bit vectors instead of the commands' 512, in 0.7 of that.
     "--xla_backend_optimization_level": "1",
     "--xla_cpu_prefer_vector_width": "128",
 }
-if int(importlib.metadata.version("jaxlib").split(".")[1]) < 8:  # 0.7 stops at a flag that it does not know
+if int(importlib.metadata.version("jaxlib").split(".")[1]) < 8:  # jax 0.7 aborts on unknown flags
     del _FLAGS["--xla_cpu_collective_call_terminate_timeout_seconds"]
 _kept = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if flag.split("=")[0] not in _FLAGS]
 os.environ["XLA_FLAGS"] = " ".join(_kept + [f"{name}={value}" for name, value in _FLAGS.items()])
@@ -43,7 +43,7 @@ _DEFAULTS = {
 }
 _workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 if _workers > 1:
-    # Workers share the cores; each would otherwise start a thread a core, in XLA (NPROC) and in BLAS.
+    # Workers share the cores; otherwise each would start one thread per core, in XLA (NPROC) and in BLAS.
     _threads = str(max(1, (os.cpu_count() or 1) // _workers))
     _DEFAULTS |= {"NPROC": _threads, "OMP_NUM_THREADS": _threads, "OPENBLAS_NUM_THREADS": _threads}
 for _name, _value in _DEFAULTS.items():
@@ -58,7 +58,7 @@ runtime.tune_xla()  # commands that a test starts and those it runs itself compu
 
 
 def pytest_configure(config):
-    """Property tests take their examples from the test's name alone, so that a red run is red again."""
+    """Property tests derive their examples only from the test's name, so that a failure is reproducible."""
     try:
         import hypothesis
     except ImportError:
@@ -69,8 +69,8 @@ def pytest_configure(config):
 
 @pytest.fixture(autouse=True, scope="module")
 def few_mappings():
-    """Compiled programs take a dozen memory mappings each, of which Linux lets a process have 65,530: beyond, jaxlib
-    ends with a segmentation fault."""
+    """Clears compiled programs: each takes a dozen memory mappings, and beyond Linux's limit of 65,530 per process
+    jaxlib ends with a segmentation fault."""
     yield
     maps = pathlib.Path("/proc/self/maps")
     if "jax" in sys.modules and maps.exists() and maps.read_bytes().count(b"\n") > 20_000:
@@ -79,6 +79,6 @@ def few_mappings():
 
 @pytest.fixture
 def impatient(monkeypatch):
-    """Clients of buckets (`tests.buckets`) try again at once, and as often as ever."""
+    """Clients of buckets (`tests.buckets`) retry without delay, and as often as by default."""
     sleep = asyncio.sleep
     monkeypatch.setattr(asyncio, "sleep", lambda seconds, *rest: sleep(0, *rest))

@@ -1,4 +1,4 @@
-"""Arithmetic in 64 bits, where jax's newest spelling of it is missing too (before 0.8)."""
+"""Arithmetic in 64 bits, also for jax before 0.8, which lacks the newest API for it."""
 
 import contextlib
 
@@ -7,5 +7,5 @@ from jax import experimental
 
 
 def float64() -> contextlib.AbstractContextManager[None]:
-    """Inside, arrays keep 64 bits."""
+    """Within the `with` block, arrays keep 64 bits."""
     return jax.enable_x64(True) if hasattr(jax, "enable_x64") else experimental.enable_x64()

@@ -1,7 +1,7 @@
-"""Small runs of the commands on a made-up corpus, for tests that look at what a run leaves and how it ends.
+"""Small runs of the commands on a made-up corpus, for tests of the files that a run leaves and of how it ends.
 
-In this process where nothing speaks against it (an import of JAX and its friends costs seconds), else as a process of
-its own that can be killed.
+They run in this process if possible (importing JAX and its dependencies takes seconds), otherwise in a separate process
+that can be killed.
 """
 
 import atexit
@@ -46,7 +46,7 @@ def get_config():
     config.optimizer.update(dict(learning_rate=1e-2, warmup=0.1))
     return config
 """
-# The least that trains: no experts, no MTP, one layer.
+# The smallest model that trains: no experts, no MTP, one layer.
 DENSE = ["--config.model.num_layers=1", "--config.model.mtp_depth=0", "--config.train.accumulation_steps=1",
          "--config.train.ramp_from=None", "--config.train.ema_decay=0"]
 TIMINGS = ("tokens_per_second", "mfu", "seconds_data", "seconds_step", "seconds_write", "device_bytes_peak")
@@ -65,7 +65,7 @@ def write_corpus(folder: pathlib.Path, files=10):
 
 
 def write_config(folder: pathlib.Path) -> str:
-    """The config file, with its corpus beside it."""
+    """Writes the config file, and its corpus next to it."""
     write_corpus(folder / "corpus")
     (folder / "config.py").write_text(CONFIG.replace("CORPUS", str(folder / "corpus")))
     return str(folder / "config.py")
@@ -77,7 +77,7 @@ class Result(NamedTuple):
     err: str
 
     def assert_error(self, *parts):
-        """Exit code 2, and a last line on stderr that begins with "error: " and has these parts."""
+        """Checks for exit code 2 and a last line on stderr that begins with "error: " and contains these parts."""
         lines = self.err.strip().splitlines() or [""]
         assert self.code == 2 and lines[-1].startswith("error: "), self
         assert "Traceback" not in self.err + self.out, self
@@ -90,7 +90,7 @@ def run(name: str, *arguments) -> Result:
     """`python -m deepseek_jax.NAME ARGUMENTS`, in this process."""
     root, out, err = logging.getLogger(), io.StringIO(), io.StringIO()
     handlers, level = root.handlers[:], root.level
-    root.handlers.clear()  # pytest's; the command puts in its own
+    root.handlers.clear()  # pytest's handlers; the command installs its own
     try:
         with (mock.patch.object(sys, "argv", [name, *map(str, arguments)]), contextlib.redirect_stdout(out),
               contextlib.redirect_stderr(err), mock.patch.object(runtime, "reuse_memory")):
@@ -103,7 +103,7 @@ def run(name: str, *arguments) -> Result:
 
 
 def start_training(config, workdir, *overrides, cwd=None) -> subprocess.Popen:
-    """The same as a process of its own."""
+    """The same in a separate process."""
     environment = os.environ | {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "PYTHONUNBUFFERED": "1"}
     return subprocess.Popen([sys.executable, "-m", "deepseek_jax.train", "--config", config, "--workdir", str(workdir),
                              *overrides], text=True, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -112,7 +112,7 @@ def start_training(config, workdir, *overrides, cwd=None) -> subprocess.Popen:
 
 @functools.cache
 def finished_run() -> tuple[str, pathlib.Path, Result]:
-    """(config file, work directory, what it said) of one whole run; made once, not to be written to."""
+    """(config file, work directory, output) of one complete run; made once, must not be changed."""
     folder = pathlib.Path(tempfile.mkdtemp(prefix="finished-run-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     config = write_config(folder)
@@ -120,7 +120,7 @@ def finished_run() -> tuple[str, pathlib.Path, Result]:
 
 
 def rows(workdir):
-    """Every row of the metrics, timings aside."""
+    """Every row of the metrics, without timings."""
     return [{k: v for k, v in row.items() if k not in TIMINGS} for row in read_metrics(workdir)]
 
 
@@ -129,7 +129,7 @@ def checkpoints(workdir):
 
 
 def final_bits(workdir):
-    """The whole last state, bit for bit, and the loads of all steps."""
+    """All bits of the last state, and the loads of all steps."""
     items, step, _ = restore_items(workdir, ("step", "params", "opt_state", "router", "ema", "rng"))
     leaf = lambda x: np.asarray(jax.random.key_data(x) if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else x)
     named = jax.tree_util.tree_leaves_with_path(items)

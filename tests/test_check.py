@@ -1,4 +1,4 @@
-"""`check` reads all of a checkpoint, and names what is damaged by file."""
+"""`check` reads a complete checkpoint, and names the damaged files."""
 
 import shutil
 import sys

@@ -1,4 +1,4 @@
-"""What all commands share: help that says defaults, paths with a ~, words that were misspelled."""
+"""Features of all commands: help with defaults, paths with a ~, suggestions for misspelled words."""
 
 import re
 

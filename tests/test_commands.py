@@ -1,4 +1,4 @@
-"""Command lines: every mistake is one line that says what would work, with exit code 2 and no traceback."""
+"""Command lines: every mistake gives one line that says what would work, exit code 2 and no traceback."""
 
 import json
 import os
@@ -10,18 +10,18 @@ import pytest
 
 from tests import runs
 
-pytestmark = pytest.mark.slow  # whole runs and commands
+pytestmark = pytest.mark.slow  # complete runs and commands
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
-    """A config file; nothing is trained for it."""
+    """A config file without a trained run."""
     return runs.write_config(tmp_path_factory.mktemp("commands"))
 
 
 @pytest.fixture(scope="module")
 def workdir():
-    """Of a finished run."""
+    """The work directory of a finished run."""
     return runs.finished_run()[1]
 
 
@@ -215,7 +215,7 @@ def test_a_chat_sets_names_of_its_template(workdir, tmp_path):
 
 
 def test_two_runs_side_by_side_show_where_they_differ_and_what_they_reached(workdir, tmp_path):
-    other = shutil.copytree(workdir, tmp_path / workdir.name)  # two folders of one name
+    other = shutil.copytree(workdir, tmp_path / workdir.name)  # two folders with the same name
     config = json.loads((other / "config.json").read_text())
     config["optimizer"]["learning_rate"] = 0.5
     (other / "config.json").write_text(json.dumps(config))

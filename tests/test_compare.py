@@ -1,4 +1,4 @@
-"""`compare`: how far a run came, and where configs differ."""
+"""`compare`: the results of runs, and the differences between their configs."""
 
 import json
 

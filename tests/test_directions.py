@@ -1,9 +1,9 @@
-"""Who may import whom: the directions of imports, read off the source without running it.
+"""Which package may import which: the directions of imports, read from the source without running it.
 
-    python tests/test_directions.py docs/rooms.png      draws the rooms and what each imports
+    python tests/test_directions.py docs/rooms.png      draws the rooms and their imports
 
-A room is a module or a folder of modules, and a file belongs to the longest room name that fits it. The table says
-what each room may import besides itself; imports inside functions count like those at the top.
+A room is a module or a folder of modules, and a file belongs to the room with the longest matching name. The table says
+what each room may import in addition to itself; imports inside functions count like those at the top.
 """
 
 import ast
@@ -15,7 +15,7 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PACKAGES = ("deepseek_jax", "kernels_pallas")
 
-# room -> the rooms it may import, besides itself. "serving" stands for all of serving, and so on.
+# room -> the rooms that it may import, in addition to itself. "serving" means all of serving, and so on.
 MODEL = ("model.attention", "model.blockwise", "model.block", "model.experts", "model.grouped_matmul", "model.indexer",
          "model.layers", "model.lora", "model.mtp", "model.permute", "model.ring_attention", "model.rope",
          "model.router", "model.sparse_attention", "model.types")
@@ -70,7 +70,7 @@ MAY_IMPORT = {
     "model.transformer": (*MODEL, "parallel.context", "plugin", "config"),
     "model.parts": ("model.router", "model.transformer", "config"),
     "model": ("model.transformer", "model.types"),
-    # Pipelines: schedules and the executor are handed stage functions; only pipeline.model knows the model.
+    # Pipelines: schedules and the executor get stage functions as arguments; only pipeline.model knows the model.
     "pipeline.orders": (),
     "pipeline.ticks": ("pipeline.orders",),
     "pipeline.schedule": ("pipeline.orders", "pipeline.ticks", "config"),
@@ -136,7 +136,7 @@ MAY_IMPORT = {
     # After pre-training.
     "posttraining": ("training", "serving", "chat", "parallel", "model", "fp8", "checkpoint", "data", "workdir", "cli",
                      "plugin", "io", "config"),
-    # Machines that are not here.
+    # Planning and compiling for absent hardware.
     "scale.compile": ("scale", "training.base", "training.sample", "training.step", "pipeline.model", "pipeline.tables",
                       "parallel.compiler", "serving", "model", *SHARDING,
                       "kernels_pallas.tools.compile_report", "config"),
@@ -172,16 +172,16 @@ LONGEST_COMMAND = 99
 
 
 def imports(path, root):
-    """Every module that the file at `path` imports, absolute, with the line it stands on."""
+    """Every module that the file at `path` imports, as an absolute name, with its line number."""
     package = path.relative_to(root).with_suffix("").parts
-    package = package[:-1]  # both for a module and for an __init__.py, the folder it lies in
+    package = package[:-1]  # for a module and for an __init__.py: the folder that contains it
     for node in ast.walk(ast.parse(path.read_text(), str(path))):
         if isinstance(node, ast.Import):
             yield from ((alias.name, node.lineno) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else ()
             module = ".".join([*base, *filter(None, [node.module])])
-            # `from a import b` may name the module a.b or the object b in a: both are asked for, and only one exists.
+            # `from a import b` may mean the module a.b or the object b in a: both are tried, and only one exists.
             for alias in node.names:
                 file = root / pathlib.Path(*f"{module}.{alias.name}".split("."))
                 is_module = file.with_suffix(".py").exists() or file.is_dir()
@@ -198,7 +198,7 @@ def lies_in(module, room):
 
 
 def room_of(module):
-    """The longest room name that fits, or None."""
+    """The longest matching room name, or None."""
     return max((room for room in MAY_IMPORT if lies_in(module, room)), key=len, default=None)
 
 
@@ -208,7 +208,7 @@ def module_of(path, root):
 
 
 def violations(root):
-    """One line for every import against the arrows and every command that has grown too long."""
+    """One line for every import against the arrows, and for every command module that is too long."""
     for path in sorted(p for package in PACKAGES for p in (root / package).rglob("*.py")):
         where, module = path.relative_to(root), module_of(path, root)
         lines = len(path.read_text().splitlines())
@@ -231,7 +231,7 @@ def violations(root):
                 yield f"{where}:{line} imports {imported}; {module} works without jax."
             if imported.split(".")[0] not in PACKAGES or short(imported) in ("", room):
                 continue
-            # What a folder gives to all of its files it names in its own __init__.py: that file may import them.
+            # A folder's __init__.py names what all of its files may use: that file may import these rooms.
             within = lies_in(short(imported), module if path.name == "__init__.py" else room)
             if not within and not any(lies_in(short(imported), allowed) for allowed in MAY_IMPORT[room]):
                 allowed = ", ".join(MAY_IMPORT[room]) or "nothing"
@@ -255,7 +255,7 @@ def module_graph(root, packages=PACKAGES):
 
 
 def cycle_in(graph):
-    """The first circle of imports, as a list of modules; None without one."""
+    """The first import cycle, as a list of modules; None if there is none."""
     done, path = set(), []
 
     def visit(module):
@@ -325,11 +325,11 @@ def test_the_rooms_can_be_drawn(tmp_path):
     assert all(height[room] > height[other] for room in graph for other in graph[room] if room not in graph[other])
 
 
-FOUNDATIONS = ("config", "io", "cli", "table", "runtime", "plugin")  # which any room may use: drawn without arrows
+FOUNDATIONS = ("config", "io", "cli", "table", "runtime", "plugin")  # any room may use these: drawn without arrows
 
 
 def draw(path):
-    """The rooms as boxes, each above what it imports. An import that a path of other arrows shows has no own arrow."""
+    """Draws the rooms as boxes, each above its imports. An import that a path of other arrows implies gets no arrow."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -340,7 +340,7 @@ def draw(path):
     for room in sorted(graph, key=height.get):
         below[room] = down[room].union(*(below[r] for r in down[room]))
     arrows = {(room, r) for room in graph for r in down[room]
-              if not any(r in below[other] for other in down[room] - {r})}  # the rest is on a longer path
+              if not any(r in below[other] for other in down[room] - {r})}  # others are implied by a longer path
     mutual = {(a, b) for a in graph for b in down[a] if a in graph[b]}
     place = placed(height | dict.fromkeys(FOUNDATIONS, 0), arrows)
     figure = Figure(figsize=(11, 8), dpi=120, layout="constrained")
@@ -352,7 +352,7 @@ def draw(path):
     style = dict(boxstyle="round,pad=0.4", fc="#eaf2f8", ec="#0072B2")
     box = {room: axis.text(x, y, room, ha="center", va="center", bbox=style).get_bbox_patch()
            for room, (x, y) in place.items()}
-    figure.draw_without_rendering()  # now the boxes have their sizes
+    figure.draw_without_rendering()  # now the sizes of the boxes are known
     for pairs, style in ((arrows - mutual, dict(arrowstyle="-|>")), (mutual, dict(arrowstyle="<|-|>", linestyle="--"))):
         for a, b in sorted(pairs):
             axis.annotate("", xy=place[b], xytext=place[a], zorder=1, arrowprops=dict(
@@ -364,7 +364,7 @@ def draw(path):
 
 
 def room_graph():
-    """{room: the rooms that it imports}, of the top level, without those that any may import."""
+    """{room: the rooms that it imports}, for top-level rooms, without those that any room may import."""
     graph = {}
     for file in sorted((ROOT / "deepseek_jax").rglob("*.py")):
         room = short(module_of(file, ROOT)).split(".")[0]
@@ -375,7 +375,7 @@ def room_graph():
 
 
 def heights(graph):
-    """{room: its row}, above those of all that it imports; of two that import each other, the others alone decide."""
+    """{room: its row}, above the rows of all its imports; imports between two rooms in both directions are ignored."""
     height = dict.fromkeys(graph, 1)
     for _ in graph:
         for room, imported in graph.items():
@@ -384,7 +384,7 @@ def heights(graph):
 
 
 def placed(height, arrows):
-    """{room: (x, y)}: within a row, each near the mean of those that arrows connect it with."""
+    """{room: (x, y)}: within a row, each near the mean of the rooms that are connected with it."""
     rows = {y: sorted(room for room in height if height[room] == y) for y in sorted(set(height.values()))}
     x = {room: (k + 0.5) / len(row) for row in rows.values() for k, room in enumerate(row)}
     for _ in range(20):

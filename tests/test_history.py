@@ -1,4 +1,4 @@
-"""What may change in a run, and config.json's record of it."""
+"""Which config keys of a run may change, and the record of the changes in config.json."""
 
 import dataclasses
 import json
@@ -102,7 +102,7 @@ def test_what_was_undone_before_a_step_was_taken_is_no_history(workdir):
 def test_notes_of_checkpoints_that_are_lost_are_dropped(workdir):
     longer = changed(train={"steps": 60})
     history.record(longer, workdir, 30, CONFIG)
-    history.record(longer, workdir, 27, CONFIG)  # 30 was damaged
+    history.record(longer, workdir, 27, CONFIG)  # checkpoint 30 was damaged
     assert [entry["step"] for entry in recorded(workdir)] == [27]
 
 

@@ -1,4 +1,4 @@
-"""What an import costs and does: few rooms are loaded, and nothing of the process is changed."""
+"""The cost and effect of an import: few packages are loaded, and the state of the process is unchanged."""
 
 import json
 import pathlib
@@ -10,7 +10,7 @@ FOLDERS = ("deepseek_jax", "kernels_pallas", "experiments", "benchmarks", "examp
 
 
 def loaded(statement):
-    """The modules that are loaded after a statement in a fresh interpreter."""
+    """The modules that are loaded after a statement in a new interpreter."""
     code = f"import sys; {statement}; print(*sys.modules)"
     return set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
 
@@ -41,7 +41,7 @@ def test_the_public_names_are_there():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
 
 
-# Third-party packages are imported first, since what they do to a process is not ours.
+# Third-party packages are imported first: their effects on the process do not count.
 WATCH = """
 import importlib.util, json, logging, os, pathlib, signal, sys, threading, warnings
 import absl.logging, chex, flax.linen, grain, httpx, jax, jax.numpy, matplotlib.figure, ml_collections, numpy, optax
@@ -81,7 +81,7 @@ for module in sys.argv[1:]:
 
 
 def changes(modules, folder=ROOT):
-    """{module: what its import, with those of ours that it needs, changed}, for those that changed something."""
+    """{module: what was changed by importing it and our modules that it needs}, for modules that changed something."""
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", WATCH, *modules], capture_output=True, text=True,
                           cwd=folder)
     found = dict(json.loads(line) for line in done.stdout.splitlines())

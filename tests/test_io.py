@@ -1,4 +1,4 @@
-"""Files and folders appear complete or not at all, and an error names the file that was to be written."""
+"""Files and folders appear complete or not at all, and an error names the file that could not be written."""
 
 import json
 import os
@@ -95,7 +95,7 @@ def test_a_folder_with_files_is_never_replaced(tmp_path):
 
 
 def test_a_folder_that_cannot_be_opened_is_not_synced_and_a_file_is_an_error(tmp_path, monkeypatch):
-    """Windows opens no folders."""
+    """Windows cannot open folders."""
     def no_folders(path, flags):
         raise PermissionError(13, "Permission denied", str(path))
 

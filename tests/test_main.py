@@ -1,4 +1,4 @@
-"""The console script, and a wheel that has all that a run needs."""
+"""The console script, and a wheel with all files that a run needs."""
 
 import os
 import pathlib

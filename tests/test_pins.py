@@ -1,4 +1,4 @@
-"""What setup.py asks for goes with what jax asks for on each accelerator."""
+"""The requirements in setup.py are compatible with those of jax on each accelerator."""
 
 import importlib.metadata
 import pathlib

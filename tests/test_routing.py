@@ -1,4 +1,4 @@
-"""`load` and `routing_of`: a run or a checkpoint, and where it sends the tokens of a text."""
+"""`load` and `routing_of`: loading a run or a checkpoint, and the experts that it chooses for the tokens of a text."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""The policy of a process: a cache of compiled programs that is the user's, and machines that lack what Linux has."""
+"""Settings of a process: a per-user cache of compiled programs, and machines that lack features of Linux."""
 
 import ctypes
 import os
@@ -15,7 +15,7 @@ NAMES = ("JAX_COMPILATION_CACHE_DIR", "JAX_COMPILATION_CACHE_MAX_SIZE", "JAX_PER
 
 @pytest.fixture
 def environment(monkeypatch, tmp_path):
-    """Without settings of a cache, and with a cache folder of its own."""
+    """An environment without cache settings, and with a separate cache folder."""
     for name in NAMES:
         monkeypatch.setenv(name, "")  # so that it is restored
         monkeypatch.delenv(name)

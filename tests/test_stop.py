@@ -18,7 +18,7 @@ def test_an_exit_code_tells_a_mistake_from_what_a_retry_mends(error, code):
     assert stop.exit_code(error) == code
 
 
-# A sort holds the main thread inside one call, as a compiler does, for longer than a test waits.
+# Like a compiler, a sort keeps the main thread inside one call, for longer than a test waits.
 BUSY = """
 import numpy as np
 from deepseek_jax import cli
@@ -80,6 +80,6 @@ def test_a_loop_that_saves_catches_signals_itself(monkeypatch):
     with stop.ended_by_signals():
         previous = signal.signal(signal.SIGTERM, lambda number, frame: asked.append(number))
         signal.raise_signal(signal.SIGTERM)
-        time.sleep(0.2)  # for the thread, which would end this process
+        time.sleep(0.2)  # for the thread, which would otherwise end this process
         signal.signal(signal.SIGTERM, previous)
     assert asked == [signal.SIGTERM] and left == []

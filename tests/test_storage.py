@@ -1,4 +1,4 @@
-"""Buckets: what is written is read back, what is not there is told from what fails, nothing is half there."""
+"""Buckets: data is read back as written, missing objects differ from failures, nothing is visible half-written."""
 
 import os
 import pathlib
@@ -65,12 +65,12 @@ def removals(store):
 
 def test_many_objects_are_removed_by_few_requests_and_none_else(address, store, monkeypatch):
     put_many(address)
-    if store.scheme == "gs":  # of emulators the client expects no such requests
+    if store.scheme == "gs":  # the client does not send such requests to emulators
         monkeypatch.setattr(type(storage._client(address)[0]), "on_google", True)
     store.requests.clear()
     storage.remove(address)
     assert storage.entries(address) == {} and storage.exists(f"{address}-b")
-    assert len(removals(store)) == 2  # one of those is of the name that is a pattern
+    assert len(removals(store)) == 2  # one of these is for the name that is a pattern
 
 
 @pytest.mark.parametrize("fault", [PermissionError("no such operation"), None])
@@ -143,7 +143,7 @@ def test_folders_go_there_and_back_with_their_markers_last(address, store, tmp_p
     store.requests.clear()
     storage.upload_folder(tmp_path / "from", address, last=("meta.json",))
     written = [path for method, path in store.requests if method in ("PUT", "POST")]
-    assert len(written) == 3 and ("meta.json" in written[-1] or store.scheme == "gs")  # GCS has the name in the body
+    assert len(written) == 3 and ("meta.json" in written[-1] or store.scheme == "gs")  # GCS sends the name in the body
     storage.download_folder(address, tmp_path / "to")
     there = lambda root: {str(p.relative_to(root)): p.read_text() for p in root.rglob("*") if p.is_file()}
     assert there(tmp_path / "to") == there(tmp_path / "from")
@@ -164,7 +164,7 @@ def test_a_store_that_refuses_one_request_in_ten_loses_nothing(address, store, i
 
 
 @pytest.mark.parametrize("write", [storage.put, storage.create, lambda to, data: storage.upload(_file(data), to)])
-def test_what_is_garbled_on_the_way_to_gcs_is_an_error(write, monkeypatch):  # the emulator of S3 does not look
+def test_what_is_garbled_on_the_way_to_gcs_is_an_error(write, monkeypatch):  # the emulator of S3 does not check it
     store = stores()["gs"]
     monkeypatch.setattr(store, "garbled", (b"content", b"contend"))
     with pytest.raises(storage.StorageError, match="(?i)checksum"):

@@ -1,4 +1,4 @@
-"""Habits that a reader relies on: types on every public function, few parameters, functions that fit a screen."""
+"""Style rules: types on every public function, few parameters, functions that fit a screen."""
 
 import ast
 import itertools

@@ -1,4 +1,4 @@
-"""A work directory: one process trains in it, and its config is what its checkpoints are of."""
+"""A work directory: only one process trains in it, and its config matches its checkpoints."""
 
 import json
 import os
@@ -84,7 +84,7 @@ def test_two_processes_never_train_in_one_work_directory_in_a_bucket(address):
 
 
 def test_of_two_at_once_the_store_takes_one(monkeypatch):
-    """Both find it free; the emulator of GCS ignores the condition."""
+    """Both processes find it free; the emulator of GCS ignores the condition."""
     address = stores()["s3"].address()
     monkeypatch.setattr(workdir._Lease, "_await", lambda self: None)
     with alone_in(address), pytest.raises(ConfigError, match="is being trained by another process"), alone_in(address):
@@ -97,7 +97,7 @@ def test_a_bucket_s_lock_whose_holder_was_killed_here_holds_nobody(address, monk
         pass
     monkeypatch.setattr(workdir._Lease, "SETTLE", 0)
     here = {"host": socket.gethostname(), "since": "2020", "id": "theirs", "machine": working_files.machine()}
-    for pid, started in (gone.pid, "1"), (os.getpid(), "1"):  # its number may have been given to another since
+    for pid, started in (gone.pid, "1"), (os.getpid(), "1"):  # its process id may have been reused since
         io.write_json(f"{address}/.holder", here | {"pid": pid, "started": started})
         with alone_in(address):
             assert io.read_json(f"{address}/.holder")["id"] != "theirs"
@@ -160,8 +160,8 @@ def test_who_holds_a_bucket_s_lock_says_so_again_and_ends_when_another_has_it(ad
             while io.read_json(f"{address}/.holder")["beats"] < 2:
                 assert process.poll() is None
             end = time.monotonic() + 60
-            while process.poll() is None and time.monotonic() < end:  # again: the holder may write between two looks
-                if gone:  # as one that another took over and has released since
+            while process.poll() is None and time.monotonic() < end:  # again: the holder may write between two checks
+                if gone:  # as if another process had taken it over and released it since
                     storage.remove(f"{address}/.holder")
                 else:
                     io.write_json(f"{address}/.holder", {"host": "another", "pid": 1, "since": "2020", "id": "theirs"})
