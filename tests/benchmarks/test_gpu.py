@@ -1,4 +1,5 @@
-"""The hour on a GPU, without one: what hangs, crashes, fails or comes late costs its own case, and nothing is lost."""
+"""benchmarks.gpu without a GPU: a case that hangs, crashes, fails or is late affects only itself, and no row is lost.
+"""
 
 import importlib.util
 import json
@@ -78,7 +79,7 @@ def broken(rehearse):
 
 @pytest.fixture
 def made(tmp_path, monkeypatch):
-    """Stages with made-up cases, and the file in which each case that ran left its name."""
+    """Stages with made-up cases, and the file to which each case that ran appended its name."""
     log = tmp_path / "ran"
     log.touch()
     (tmp_path / "made_up_cases.py").write_text(CASES.format(log=log))
@@ -100,7 +101,7 @@ def test_a_case_that_fails_dies_or_hangs_costs_that_case_alone(made, tmp_path):
     rows = json.loads((tmp_path / "cases.json").read_text(), parse_constant=pytest.fail)
     assert rows["raises"]["why"] == "RuntimeError: CUDA_ERROR_ILLEGAL_ADDRESS" and rows["first"]["nan"] == "NaN"
     runner.run_stage(stage_of("cases"), tmp_path, time.monotonic() + 120, False)
-    assert log.read_text().split() == ["first", "raises", "dies", "hangs", "last"]  # a second run measures none again
+    assert log.read_text().split() == ["first", "raises", "dies", "hangs", "last"]  # a second run measures nothing
 
 
 def test_what_the_clock_cuts_off_is_measured_by_the_next_run(made, tmp_path):
@@ -135,7 +136,7 @@ def test_what_a_stage_needs_is_made_while_earlier_ones_run_and_it_waits_for_it(m
 def test_a_stage_whose_programs_are_still_compiled_lets_the_next_one_go_first_but_not_the_last(monkeypatch, tmp_path):
     needed, training, engine, sweep = (Stage(name, "", 1, 1) for name in ("needed", "training", "engine", "sweep"))
     compiled = threading.Event()
-    (tmp_path / "needed.json").write_text('{"a step": {"state": "done"}}')  # of another machine, whose cache is gone
+    (tmp_path / "needed.json").write_text('{"a step": {"state": "done"}}')  # from another machine, whose cache is gone
 
     def run_stage(stage, out, deadline, rehearse):
         if stage == needed:

@@ -1,4 +1,4 @@
-"""What the benchmark of `prepare` measures on: the same text each time, and all of it read."""
+"""The corpus of the benchmark of `prepare`: the same text each time, and all of it is read."""
 
 import json
 
@@ -35,7 +35,7 @@ def test_several_sizes_are_one_report_of_the_shape_that_is_kept(tmp_path, monkey
 
 
 def shown(workdir, keys):
-    """In a process of its own."""
+    """The same in a separate process."""
     return {"tokens_and_loader": 0.5, "first_batch": 0.1}
 
 
