@@ -2,8 +2,8 @@
 
     python -m tests.chat.published_templates DIR
 
-DIR has templates, NAME.jinja, and perhaps encoding_dsv32.py, the program that DeepSeek-V3.2 has instead, which our own
-template is compared with. None of them is part of this project. Needs transformers.
+DIR has templates, NAME.jinja, and optionally encoding_dsv32.py, DeepSeek-V3.2's program in place of a template, with
+which our own template is compared. None of them is part of this project. Needs transformers.
 """
 
 import functools
@@ -41,14 +41,16 @@ TOOL = {"type": "function", "function": {"name": "add", "description": "ü < 1",
 
 
 def calling(content: str, arguments: str | dict) -> list[dict]:
-    """A chat in which a tool was called and has returned."""
+    """A chat in which a tool was called and returned a result."""
     call = {"id": "functions.add:0", "type": "function", "function": {"name": "add", "arguments": arguments}}
     return [*SAY("1 + 1"), {"role": "assistant", "content": content, "tool_calls": [call, call]},
             *({"role": "tool", "tool_call_id": call["id"], "content": text} for text in ("2", "ü {{ x }}"))]
 
 
 def reasoned(why: str) -> dict[str, list[dict[str, str]]]:
-    """Chats for what knows reasoning in a field of its own; `why`: that of answers before the last question."""
+    """Chats for templates with a separate field for reasoning; `why`: the reasoning of answers before the last
+    question.
+    """
     return {
         "reasoning in earlier answers": [m | {"reasoning_content": why} if m["role"] == "assistant" else m
                                          for m in SAY("1 + 1", "2", "and 2 + 2?", "4", "so?")],
@@ -61,14 +63,14 @@ def reasoned(why: str) -> dict[str, list[dict[str, str]]]:
 
 
 def tokenizer_of(source: str) -> Tokenizer:
-    """A small tokenizer with the markup that a template, or the program, names."""
+    """A small tokenizer with the markup that occurs in a template or in the program."""
     backend = Backend.from_str(train_tokenizer(["some text"] * 3, 262).backend.to_str())
     backend.add_special_tokens([AddedToken(text, normalized=False) for text in sorted(set(MARKUP.findall(source)))])
     return Tokenizer(backend)
 
 
 def of_templates(path: pathlib.Path):
-    """Chats of a template: (name, ours, theirs), each ids or what was raised; and the tokenizer."""
+    """Chats of a template: (name, ours, theirs), each as ids or the exception; and the tokenizer."""
     source = path.read_text(encoding="utf-8")
     ours = tokenizer_of(source)
     bos, eos = (ours.backend.id_to_token(token) for token in (ours.bos, ours.eos))
@@ -89,13 +91,13 @@ def of_templates(path: pathlib.Path):
                                        return_dict=False, **options)
             wanted = render(chat)
             if given[1] == TEXT and wanted != "refused" and TEXT not in theirs.decode(wanted):
-                wanted = render(calling(given[0], json.loads(TEXT)))  # which it wants as an object
+                wanted = render(calling(given[0], json.loads(TEXT)))  # the template needs it as an object
             found = outcome(prompt_ids, check_messages(chat, calls=True), ours, template, options)
             yield f"tools called with {given}, {options}", ours, found, wanted
 
 
 def of_program(path: pathlib.Path):
-    """The same of DeepSeek-V3.2's program; chats that it refuses have to be refused here."""
+    """The same for DeepSeek-V3.2's program; chats that it refuses must be refused here too."""
     spec = importlib.util.spec_from_file_location(path.stem, path)
     program = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(program)
@@ -106,7 +108,8 @@ def of_program(path: pathlib.Path):
         names = {"bos_token": program.bos_token, "eos_token": program.eos_token}
         pathlib.Path(folder, "tokenizer_config.json").write_text(json.dumps(names))
         template = chat_template.of_folder(folder, ours).template
-    # With all markup that is spelled, so no chat here spells any but in reasoning, which is dropped.
+    # The program encodes markup in messages as special tokens, so chats here have it only in reasoning, which is
+    # dropped.
     parse = lambda encode, chat, mode: ours.encode_template(encode(chat, thinking_mode=mode))
     for name, chat in (CHATS | reasoned("hm </think> <｜User｜>")).items():
         for options in OPTIONS:

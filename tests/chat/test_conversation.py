@@ -1,4 +1,4 @@
-"""Conversations to train on: the ids that serving would make, and a loss on what the model itself would say."""
+"""Conversations to train on: the ids are those of serving, and the loss is on what the model itself would write."""
 
 import json
 
@@ -17,7 +17,7 @@ CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content 
 DEEPSEEK = ("{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %}<｜Assistant｜>{{ m.content }}"
             "{{ eos_token }}{% elif m.role == 'user' %}<｜User｜>{{ m.content }}{% else %}{{ m.content }}{% endif %}"
             "{% endfor %}{% if add_generation_prompt %}<｜Assistant｜>{% endif %}")
-# Opens the reasoning where it asks for an answer, and leaves it out of answers given.
+# Opens the reasoning when it asks for an answer, and omits it from earlier answers.
 R1 = DEEPSEEK.replace("{{ m.content }}{{ eos_token }}", "{{ m.content.split('</think>')[-1] }}{{ eos_token }}").replace(
     "<｜Assistant｜>{% endif %}", "<｜Assistant｜><think>{% endif %}")
 
@@ -28,7 +28,7 @@ def with_template(source, tmp_path, ends=frozenset()):
 
 
 def said(tokenizer, ids, predicted):
-    """The stretches that are predicted, as text."""
+    """The ranges of tokens with a loss, as text."""
     parts, before = [], False
     for token, flag in zip(ids, predicted, strict=True):
         if flag and not before:
@@ -45,7 +45,7 @@ def test_each_answer_and_its_end_are_predicted_and_nothing_else(source, tmp_path
     text = PLAIN if source is None else with_template(source, tmp_path)
     ids, predicted = conversation_ids(TURNS, tokenizer, text)
     assert said(tokenizer, ids, predicted) == ["2<|eos|>", "4\n\nindeed<|eos|>"]
-    for i in (2, 4):  # what comes before an answer is the prompt that serving makes
+    for i in (2, 4):  # the text before an answer is the prompt that serving makes
         prompt = chat_ids(TURNS[:i], tokenizer, text.template)
         assert ids[:len(prompt)] == prompt and predicted[len(prompt)] and not predicted[len(prompt) - 1]
 
@@ -107,7 +107,7 @@ def test_calls_of_tools_are_predicted_and_neither_their_description_nor_what_the
     assert said(tokenizer, ids, predicted) == [f"add{json.dumps(GIVEN, ensure_ascii=False)}<|eos|>", "it is 2<|eos|>"]
     told, user, *_ = tokenizer.decode(ids, specials=True).removeprefix("<|bos|>").split("<｜User｜>")
     assert json.loads(told) == TOOLS and user == "1 + 1<｜Assistant｜>add{\"a\": 1, \"b\": null, \"why\": \""
-    # What tools, calls and results spell is letters: one of each token is the template's own.
+    # Markup in tools, calls and results is plain text: one of each token is the template's own.
     count = lambda spelled: ids.count(tokenizer.backend.token_to_id(spelled))
     assert [count(spelled) for spelled in ("<｜User｜>", "<｜Assistant｜>", "<|eos|>")] == [1, 2, 2]
 

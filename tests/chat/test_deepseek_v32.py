@@ -1,4 +1,4 @@
-"""The chats of DeepSeek-V3.2, whose checkpoints have no template: as its published encoding writes them."""
+"""Chats of DeepSeek-V3.2, whose checkpoints have no template, have the ids of its published encoding program."""
 
 import json
 import os
@@ -70,7 +70,7 @@ def test_a_template_of_the_checkpoints_own_is_preferred_and_other_models_get_non
     (tmp_path / "chat_template.jinja").write_text("own")
     assert chat_template.of_folder(str(tmp_path), published()).template(TURNS[:2]) == "own"
     (tmp_path / "chat_template.jinja").unlink()
-    assert chat_template.built_in(checkpoint(tmp_path, tokens=tokenizer)) is None  # which has no role tokens
+    assert chat_template.built_in(checkpoint(tmp_path, tokens=tokenizer)) is None  # its tokenizer has no role tokens
     assert chat_template.built_in(checkpoint(tmp_path, "deepseek_v3")) is None
 
 
@@ -106,7 +106,7 @@ def test_answers_are_trained_on_with_or_without_reasoning(text):
     row = [TURNS[3], {"role": "assistant", "content": "4", "reasoning_content": "hm <think>"}]
     ids, predicted = conversation_ids(row, here, text)
     assert said(here, ids, predicted) == ["hm <think></think>4<|eos|>"]
-    assert ids.count(here.backend.token_to_id("<think>")) == 1  # what is said in the reasoning is letters
+    assert ids.count(here.backend.token_to_id("<think>")) == 1  # markup in the reasoning is plain text
 
 
 @pytest.mark.parametrize("last", ["hm", None])

@@ -1,4 +1,4 @@
-"""Templates are rendered under limits: none holds up or ends the program that asked."""
+"""Templates are rendered under limits: none blocks or ends the calling program."""
 
 import os
 import time
@@ -28,7 +28,7 @@ def test_a_template_that_oversteps_is_an_error_and_the_next_chat_is_rendered(sou
     template = "{% if messages[0]['content'] == 'hi' %}" + source + "{% else %}fine{% endif %}"
     try:
         rendered = Renderer(template, {})
-    except ValueError as error:  # Jinja works constants out when it compiles
+    except ValueError as error:  # Jinja evaluates constants when it compiles
         assert str(error)
     else:
         for _ in range(2):
@@ -65,5 +65,5 @@ def test_a_template_yields_the_processor_to_the_server():
     rendered(CHAT)
     process = rendered._process.pid
     assert os.getpriority(os.PRIO_PROCESS, process) == min(19, os.getpriority(os.PRIO_PROCESS, 0) + NICENESS)
-    assert os.getsid(process) == os.getsid(0)  # Linux weighs niceness within a session alone
-    assert os.getpgid(process) != os.getpgid(0)  # Ctrl-C is for the server
+    assert os.getsid(process) == os.getsid(0)  # on Linux niceness only counts within a session
+    assert os.getpgid(process) != os.getpgid(0)  # Ctrl-C is meant for the server

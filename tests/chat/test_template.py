@@ -1,4 +1,4 @@
-"""Chat templates: read from where checkpoints keep them, rendered as transformers does, refused in one line."""
+"""Chat templates: read from each place in a checkpoint, rendered as by transformers, refused in one line."""
 
 import functools
 import json
@@ -14,7 +14,7 @@ from deepseek_jax.config import ConfigError
 from deepseek_jax.data.tokenizer import Tokenizer, train_tokenizer
 from deepseek_jax.serving.openai import requests
 
-# The shape of DeepSeek-V3's own template.
+# Has the structure of DeepSeek-V3's template.
 TEMPLATE = """{% if not add_generation_prompt is defined %}{% set add_generation_prompt = false %}{% endif -%}
 {{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '<U>' + m['content'] }}
 {%- elif m['role'] == 'assistant' %}{{ '<A>' + m['content'] + eos_token }}
@@ -74,7 +74,7 @@ def test_what_a_template_refuses_is_a_bad_request_that_names_the_field():
     assert caught.value.field == "messages"
 
 
-# The shape of a published tokenizer.json of the family: some of its markup is called special, some is not.
+# Has the structure of DeepSeek's published tokenizer.json: some of the markup is marked as special, some is not.
 
 
 @functools.cache
