@@ -1,4 +1,4 @@
-"""Processes with a few devices each, for tests of what they agree on."""
+"""Processes with a few devices each, for tests of their agreement."""
 
 import json
 import os
@@ -13,8 +13,8 @@ def found_by_two(script, folder):
 
 
 def found_by(count, script, folder, devices=1):
-    """What each process of several that run the script has printed behind "found ", and all that the first one said.
-    The script is told the address where they meet, its number and the folder."""
+    """Runs the script in several processes. Returns what each printed after "found ", and all output of the first one.
+    The arguments of the script are the coordinator's address, its process number and the folder."""
     address, flags = f"localhost:{free_port()}", f"--xla_force_host_platform_device_count={devices}"
     all_ = [subprocess.Popen([sys.executable, "-c", script, address, str(i), folder], text=True, stdout=subprocess.PIPE,
                              stderr=subprocess.STDOUT, env=os.environ | {"XLA_FLAGS": flags}) for i in range(count)]

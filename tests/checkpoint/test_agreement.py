@@ -1,4 +1,4 @@
-"""Two processes write a checkpoint in parts, read the same one, and only what they need of it."""
+"""Two processes write a checkpoint in parts, read the same step, and only the parts that they need."""
 
 import pytest
 
@@ -8,8 +8,8 @@ from deepseek_jax.config import ConfigError
 from deepseek_jax.storage import StorageError
 from tests.checkpoint.processes import found_by_two
 
-# Each process notes which files it reads. `lags`: the newest step is hidden from process 1, as by a file system's
-# cache. `harmed`: a chunk that process 1 alone reads is damaged.
+# Each process records which files it reads. `lags`: the newest step is hidden from process 1, as by a file system's
+# cache. `harmed`: a chunk that only process 1 reads is damaged.
 PARTS = """
 import json, sys
 import jax, numpy as np
@@ -59,7 +59,7 @@ with joined(Group(sys.argv[1], 2, me)):
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    """What each of two processes found, and what the first one said."""
+    """The findings of two processes, and the output of the first one."""
     return found_by_two(PARTS, tmp_path_factory.mktemp("parts"))
 
 

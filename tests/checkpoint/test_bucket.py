@@ -1,4 +1,4 @@
-"""Checkpoints in buckets: the same promises as on a disk, without a rename."""
+"""Checkpoints in buckets: the same guarantees as on a disk, without a rename."""
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,7 @@ def address(store):
 
 
 def part(address, step, name):
-    """The name of an object of a checkpoint below its folder, whose middle is of its attempt."""
+    """The name of a checkpoint's object below its folder; the middle of the name is that of the attempt."""
     return next(found for found in storage.entries(f"{address}/checkpoints/{step}") if found.endswith(name))
 
 
@@ -117,7 +117,7 @@ def test_one_without_a_manifest_is_none_and_is_removed(address):
     save_steps(address, (1, 2))
     storage.remove(f"{address}/checkpoints/2/manifest.json")
     assert manifest.steps(storage.as_path(f"{address}/checkpoints")) == [1]
-    assert bits(restored(address, make_state())) == bits(make_state(1))  # whose first process cleans up
+    assert bits(restored(address, make_state())) == bits(make_state(1))  # its first process cleans up
     assert storage.names(f"{address}/checkpoints") == ["1"]
 
 

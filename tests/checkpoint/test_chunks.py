@@ -1,4 +1,4 @@
-"""A state as zarr chunks: what is written once is read once, by any library that reads zarr."""
+"""A state as zarr chunks: every part is written once and read once, and any library for zarr can read it."""
 
 import jax
 import numpy as np

@@ -1,4 +1,4 @@
-"""The newest state on the machines themselves: taken where every process has it, and never a stale one."""
+"""The newest state on local disks: restored if every process has it, and never from an old step."""
 
 import errno
 import os
@@ -25,7 +25,7 @@ def begin(workdir, tmp_path):
 
 
 def saved(checkpoints, local=(), shared=()):
-    """Saves states of these steps, after what a start restores."""
+    """Saves states of these steps, after restoring as at a start."""
     checkpoints.restore(abstract(make_state()))
     for step in shared:
         checkpoints.save(step, make_state(step), {"position": step})
@@ -156,7 +156,7 @@ def test_a_full_one_ends_in_one_line(begin, tmp_path, monkeypatch):
         checkpoints.close()
 
 
-# Each process has a machine: a folder of its own. Pieces are so small that every exchange takes several.
+# Each process has a machine, represented by a folder. Pieces are so small that every exchange takes several.
 MACHINES = """
 import json, pathlib, shutil, sys
 import jax, numpy as np
@@ -258,7 +258,7 @@ def test_a_lost_machine_costs_nothing_and_two_with_the_same_part_a_checkpoint(co
     assert "Not taken: step 6 on the machines, where no part of process 1 is left. The work directory counts." in said
 
 
-# Several processes on a machine write to one folder; without another machine there is nowhere to put copies.
+# Several processes on a machine write to one folder; without a second machine there is no place for copies.
 TOGETHER = """
 import json, pathlib, shutil, sys
 import jax, numpy as np
@@ -320,7 +320,7 @@ def test_a_disk_that_fails_in_giving_ends_in_one_line(begin, workdir, tmp_path, 
 
     saved(begin(), local=(2,), shared=(1,))
     monkeypatch.setattr(local, "_in_order", broken)
-    monkeypatch.setattr(local, "_rounds", lambda *_: [((0, 0),)])  # as if process 0 gave its part to another
+    monkeypatch.setattr(local, "_rounds", lambda *_: [((0, 0),)])  # as if process 0 sent its part to another
     with pytest.raises(CheckpointError, match="^step 2 was not passed .*train.checkpoint_local=.*fast: Input/output"):
         begin().restore(abstract(make_state()))
 

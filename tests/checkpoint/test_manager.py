@@ -1,4 +1,4 @@
-"""Checkpoints: what was saved comes back bit for bit, and what was damaged does not come back at all."""
+"""Checkpoints: a saved state is restored bit for bit, and a damaged one is not restored at all."""
 
 import errno
 import json
@@ -26,14 +26,14 @@ from deepseek_jax.checkpoint.format import FORMAT
 from deepseek_jax.checkpoint.manager import CheckpointError, Checkpoints, restore_items
 from deepseek_jax.config import ConfigError
 
-GOLDEN = pathlib.Path(__file__).resolve().parents[1] / "golden" / "workdir_v0.1" / "run"  # its arrays are Orbax's
+GOLDEN = pathlib.Path(__file__).resolve().parents[1] / "golden" / "workdir_v0.1" / "run"  # written by Orbax
 
 
 READERS = storage.read_bytes, storage.open_file
 
 
 def make_state(seed=0, width=6):
-    """Every kind of leaf that a training state has."""
+    """A state with every kind of leaf that a training state has."""
     rng = np.random.default_rng(seed)
     params = {"embed": {"table": jnp.asarray(rng.standard_normal((16, width)), jnp.float32)},
               "head": jnp.asarray(rng.standard_normal((width, 3)), jnp.bfloat16)}
@@ -102,7 +102,7 @@ def test_buffers_may_be_donated_or_changed_as_soon_as_save_returns(tmp_path):
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(1, {"x": x, "numbers": numbers}, {})
     numbers[:] = -1
-    jax.block_until_ready(overwrite(x))  # jax may copy instead while a writer still looks at x: no harm either
+    jax.block_until_ready(overwrite(x))  # jax may copy instead while a writer still uses x: that is correct too
     restored, _ = checkpoints.restore(target)
     checkpoints.close()
     assert np.array_equal(restored["x"], np.arange(n, dtype=np.float32))
@@ -219,7 +219,7 @@ def test_if_all_are_damaged_the_error_says_what_to_do_and_nothing_is_removed(tmp
     for step in "12":
         flip_a_bit(biggest_file(tmp_path / "checkpoints" / step))
     checkpoints = Checkpoints(tmp_path)
-    for _ in range(2):  # a second try must not find a seemingly new work directory
+    for _ in range(2):  # a second attempt must not find a work directory that looks new
         with pytest.raises(ConfigError, match="every checkpoint .* is damaged: 2 .*, 1 .*backup") as error:
             checkpoints.restore(abstract(make_state()))
         assert "\n" not in str(error.value)
@@ -342,7 +342,7 @@ def test_the_files_of_an_orbax_checkpoint_are_checked_before_it_is_read(tmp_path
 
 def test_an_orbax_checkpoint_that_another_process_finds_damaged_is_not_read(monkeypatch):
     monkeypatch.setattr(agreement, "said_by_any", lambda words: ["state/d/1 fails its checksum"])
-    monkeypatch.setattr(ocp, "Checkpointer", None)  # in which this process would wait for the other
+    monkeypatch.setattr(ocp, "Checkpointer", None)  # this process would wait for the other in it
     with pytest.raises(manifest.DamagedError, match="state/d/1 fails its checksum"):
         restore_items(GOLDEN, step=2)
 
@@ -403,7 +403,7 @@ def test_a_full_disk_anywhere_in_a_save_is_one_line_and_leaves_the_older(tmp_pat
     assert "\n" not in str(error.value) and "step 1 is untouched" in str(error.value)
     assert os.listdir(tmp_path / "checkpoints") == ["1"]
     assert bits(checkpoints.restore(abstract(make_state()))[0]) == bits(make_state(1))
-    checkpoints.save(3, make_state(3), {})  # and once there is space again, it goes on
+    checkpoints.save(3, make_state(3), {})  # once there is space again, it continues
     checkpoints.close()
     assert checkpoints.steps() == [3]
 
@@ -479,7 +479,7 @@ def test_kill_9_at_any_moment_of_a_save_leaves_a_checkpoint_to_resume_from(tmp_p
         time.sleep(rng.uniform(0, 0.2))
         run.send_signal(signal.SIGKILL)
         lines += run.communicate()[0].splitlines()
-        assert int(lines[0]) == reached + 1  # it resumed where the killed one had come to
+        assert int(lines[0]) == reached + 1  # it resumed at the step that the killed one had reached
         items, step, meta = restore_items(tmp_path, ("x", "step"))
         restored, _ = Checkpoints(tmp_path).restore(target)
         assert step >= int(lines[1]) and meta == {"step": step}
