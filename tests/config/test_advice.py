@@ -1,4 +1,4 @@
-"""Notes on configs that can run and are rarely meant; none on those of the project."""
+"""Notes on configs that are valid but rarely intended; none on the project's own configs."""
 
 import pytest
 

@@ -1,4 +1,5 @@
-"""Configs: what cannot work says so in one line that names what would; the rest freezes, and comes back unchanged."""
+"""Configs: an impossible one gives one line that names what would work; others are frozen and are read back unchanged.
+"""
 
 import dataclasses
 import json
@@ -448,7 +449,7 @@ def test_config_works_without_jax():
 
 @st.composite
 def ramps(draw):
-    """Any run that the config accepts: rows of a micro-batch, micro-batches, a ramp in whole micro-batches."""
+    """Any valid run: rows of a micro-batch, micro-batches, and a batch ramp in complete micro-batches."""
     rows, accumulation_steps = draw(st.integers(1, 8)), draw(st.integers(1, 16))
     ramp_from = draw(st.one_of(st.none(), st.integers(1, accumulation_steps).map(lambda m: m * rows)))
     train = TrainConfig(steps=draw(st.integers(1, 400)), batch_size=rows * accumulation_steps,

@@ -1,4 +1,4 @@
-"""The reference page of all keys is what the annotations say, and leaves none out."""
+"""The reference page of all keys matches the annotations, and omits no key."""
 
 import pathlib
 

@@ -1,4 +1,4 @@
-"""How an annotation becomes a checked field, and what is said of a value that does not fit."""
+"""Annotations become checked fields, and a value that does not fit gives an error that says why."""
 
 import dataclasses
 from typing import Annotated, Literal
