@@ -72,7 +72,7 @@ def make_loader(make_config, tmp_path):
 
 @pytest.fixture
 def own(make_config, folder, tmp_path):
-    """The config of a run of two sources with held-out text of its own."""
+    """The config of a run with two sources that each have separate held-out text."""
     for name in ("other", "held"):
         (tmp_path / name).mkdir()
         for i in range(3):

@@ -1,4 +1,4 @@
-"""Tokens that are made ahead are those that a run would make, whoever makes which part of them."""
+"""Tokens made by `prepare` are those that a run would make, whichever process makes which part."""
 
 import gzip
 import json
@@ -21,7 +21,7 @@ from tests.data.conftest import make_text
 
 @pytest.fixture
 def mixed(tmp_path, monkeypatch):
-    """A corpus of every kind of file, with faults, of which the large ones are cut in pieces of 3,000 bytes."""
+    """A corpus with every kind of file, some of them faulty; large ones are split into pieces of 3,000 bytes."""
     import pyarrow
     import pyarrow.parquet
 
@@ -133,7 +133,7 @@ def test_a_complete_cache_may_be_one_that_can_only_be_read(make_config, mixed, t
 
 
 def test_of_a_killed_process_what_is_finished_counts_and_nothing_else(tmp_path, monkeypatch):
-    """SIGKILL to the parent ends its workers too; the next start makes the bytes of one that was let be."""
+    """SIGKILL to the parent ends its workers too; the next start makes the same bytes as an undisturbed one."""
     root = tmp_path / "texts"
     root.mkdir()
     for i in range(12):
@@ -184,7 +184,7 @@ def test_a_worker_that_is_killed_is_one_line():
 
 
 def test_a_tokenizer_that_another_one_replaced_makes_no_parts(make_config, mixed, tmp_path, monkeypatch):
-    """Else parts under its name would hold the ids of the other one, for good."""
+    """Otherwise parts under its name would permanently hold the ids of the other one."""
     find = prepare.find_tokenizer
 
     def replaced(config, workdir, sources):

@@ -1,4 +1,5 @@
-"""Records of ArrayRecord are rows as those of .jsonl are, whoever wrote them, and large files are cut into parts."""
+"""Records of ArrayRecord are rows like those of .jsonl, whichever program wrote them; large files are split into parts.
+"""
 
 import json
 import sys
@@ -15,7 +16,7 @@ from tests.data.conftest import make_text
 
 array_record = pytest.importorskip("array_record.python.array_record_module")
 
-# The bytes of tf.train.Example, by feature.proto and the encoding of protocol buffers.
+# The bytes of tf.train.Example, from feature.proto and the encoding of protocol buffers.
 TEXT = b"\n\x0f\n\r\n\x04text\x12\x05\n\x03\n\x01a"  # features {"text": bytes ["a"]}
 IDS = b"\n\x16\n\x14\n\x06tokens\x12\n\x1a\x08\n\x06\x05\xac\x02\x07\x08\t"  # {"tokens": int64 [5, 300, 7, 8, 9]}
 

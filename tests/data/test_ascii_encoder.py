@@ -1,4 +1,4 @@
-"""On one thread come the ids that the library gives."""
+"""The encoder for one thread gives the ids of the library."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ def on_one_thread(tokenizer, texts):
 
 
 def test_ids_are_the_librarys_for_any_ascii_text(trained):
-    """Random texts over all 128 characters, over those that the pattern tells apart, and code."""
+    """Random texts of all 128 characters, of those that the pattern distinguishes, and code."""
     rng = np.random.default_rng(0)
     alphabets = [[chr(i) for i in range(128)], list("aB1 2\t\n\r\x0b\x0c\x1c\x1f.,_ (\'"), list(" \n\r\t"),
                  list("a1 .\n"), list("ab  .\n"), list("ab    1,.\n\x1c")]

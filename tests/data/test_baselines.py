@@ -1,4 +1,4 @@
-"""Compressors see the held-out documents, in memory of one of them."""
+"""Compressors read the held-out documents, with memory for only one of them at a time."""
 
 import gzip
 import json
@@ -29,7 +29,7 @@ def test_of_much_text_each_source_gives_its_share(make_config, folder, tmp_path,
     read, real = [], corpus.read_documents
     monkeypatch.setattr(corpus, "read_documents", lambda *a, **k: (read.append(d.name) or d for d in real(*a, **k)))
     assert compressed_bits_per_byte(make_config(folder, tmp_path / "other").data)["gzip_each_bits_per_byte"] < 8
-    assert len(read) < 60  # not both sources to their ends, twice
+    assert len(read) < 60  # not both sources completely, twice
 
 
 def test_token_ids_are_not_compressed(make_config, tmp_path):

@@ -1,4 +1,4 @@
-"""A corpus in a bucket is the corpus on a disk, and so are its tokens."""
+"""A corpus in a bucket equals the corpus on a disk, and so do its tokens."""
 
 import gzip
 import json
@@ -22,7 +22,7 @@ def address(request):
 
 @pytest.fixture
 def mixed(tmp_path, monkeypatch):
-    """Every kind of file, with faults, of which the large ones are cut in pieces of 3,000 bytes."""
+    """Every kind of file, some of them faulty; large ones are split into pieces of 3,000 bytes."""
     import pyarrow
     import pyarrow.parquet
 
@@ -75,7 +75,7 @@ def test_a_store_that_does_not_answer_is_no_file_to_be_skipped(mixed, address, m
 
 
 def contents(cache):
-    """{path: content} of the tokens of a cache."""
+    """{path: content} of the files of tokens in a cache."""
     here = working_files.on_disk(cache) if storage.is_remote(cache) else cache
     return {str(p.relative_to(here)): p.read_bytes() for p in pathlib.Path(here).rglob("*") if p.is_file()}
 

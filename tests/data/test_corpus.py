@@ -1,4 +1,4 @@
-"""Every format is read, what cannot be read is skipped aloud, and the split depends on names alone."""
+"""Every format is read, unreadable files are skipped with a message, and the split depends only on names."""
 
 import gzip
 import json
@@ -297,7 +297,7 @@ def test_a_conversation_may_call_tools(tmp_path, form):
     assert not warnings and [m["role"] for m in document.messages] == ["user", "assistant", "tool", "assistant"]
     call, = document.messages[1]["tool_calls"]
     assert call["function"] == {"name": "add", "arguments": '{"a": null}'} and document.messages[1]["content"] == ""
-    tool, = document.tools  # in JSON null is a value, in parquet none at all
+    tool, = document.tools  # in JSON null is a value, in parquet it is a missing one
     assert tool["function"] == (ADD if form == "jsonl" else {"name": "add", "strict": True})
     assert [predicted for _, predicted in document.parts] == [False, False, True, False, True]
 

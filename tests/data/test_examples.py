@@ -1,4 +1,4 @@
-"""The packed stream: FIM moves tokens and loses none, and any position can be read without the ones before."""
+"""The packed stream: FIM moves tokens and loses none, and any position can be read without those before it."""
 
 import collections
 import dataclasses
@@ -17,7 +17,7 @@ BOS, EOS, BEGIN, HOLE, END = 0, 1, 3, 4, 5
 
 
 def make_shard(lengths, prompts=()):
-    """Documents BOS 10 11 12 ... EOS, told apart by their values; those in `prompts` begin with a prompt."""
+    """Documents BOS 10 11 12 ... EOS, distinguished by their values; those in `prompts` begin with a prompt."""
     documents = [[BOS, *range(100 * i + 10, 100 * i + 10 + n), EOS] for i, n in enumerate(lengths)]
     offsets_N = np.cumsum([0, *map(len, documents)])
     predicted = np.ones(offsets_N[-1], bool)
@@ -37,13 +37,13 @@ of_both = pytest.mark.parametrize("kind", [Stream, in_blocks, BlockStream], ids=
 
 
 def documents_of(tokens):
-    """Cuts a stream that begins at a BOS into its documents."""
+    """Splits a stream that begins at a BOS into its documents."""
     starts = np.flatnonzero(tokens == BOS)
     return [tuple(d) for d in np.split(tokens, starts[1:])]
 
 
 def unrearranged(document):
-    """Prefix, middle and suffix in their order again."""
+    """Prefix, middle and suffix back in their original order."""
     if BEGIN not in document:
         return tuple(document)
     begin, hole, end = (document.index(t) for t in (BEGIN, HOLE, END))
@@ -108,7 +108,9 @@ def test_documents_change_places_in_their_block_and_sequences_in_the_epoch():
 
 
 def test_reading_takes_memory_of_one_block_however_many_documents_there_are():
-    """The index is asked for slices of a block and for single entries: 30 million documents, none of them there."""
+    """The reader asks the index for slices of a block and for single entries: 30 million documents, none of which
+    exist.
+    """
     most = []
 
     class Offsets:

@@ -1,4 +1,4 @@
-"""A folder and a glob of it are the same files, each real file once, whatever links and pipes are among them."""
+"""A folder and a glob of it give the same files, each real file once, also with links and pipes among them."""
 
 import os
 import signal
@@ -13,7 +13,7 @@ from deepseek_jax.data.files import find
 
 @pytest.fixture(autouse=True)
 def soon():
-    """What waits for a pipe, or follows a loop, fails instead."""
+    """Makes code that waits for a pipe, or follows a loop of links, fail instead."""
     signal.signal(signal.SIGALRM, lambda *_: pytest.fail("took too long"))
     signal.alarm(20)
     yield
@@ -31,7 +31,7 @@ def names(path):
 
 
 def both(root):
-    """The names of a folder and of a glob of all of it, which are the same."""
+    """The names found by a folder and by a glob of everything in it; checks that they are the same."""
     globs = [names(root / "**"), names(root / "**/*"), names(root / "**/**/*.txt"), names(root / "**/*.txt")]
     assert all(found == names(root) for found in globs)
     return names(root)
@@ -42,7 +42,7 @@ def test_linked_folders_and_files_are_followed(tmp_path):
     put(tmp_path / "here", "a.txt")
     (tmp_path / "here/link").symlink_to(tmp_path / "far")
     (tmp_path / "here/b.txt").symlink_to(tmp_path / "far/deep/y.txt")
-    # y has two names here, neither of which is its own: the first counts.
+    # y has two names here, both of them links: the first counts.
     assert both(tmp_path / "here") == ["a.txt", "b.txt", "link/z.txt"]
 
 

@@ -1,4 +1,4 @@
-"""A batch is a function of the step: of no step before it, of no number of hosts, of no restart."""
+"""A batch is a function of the step alone: not of earlier steps, the number of hosts or restarts."""
 
 import dataclasses
 import json
@@ -48,7 +48,7 @@ def test_a_source_is_named_by_the_end_of_its_path_that_no_other_has(paths, names
 
 
 def in_stream_order(rows, loader):
-    """Checks that `rows` are whole blocks of the stream's sequences, each once; returns their order."""
+    """Checks that `rows` are complete blocks of the stream's sequences, each once; returns their order."""
     stream = loader.streams[0].read(0, len(rows) * 64 + 1).tokens_T
     place = {stream[i * 64:i * 64 + 65].tobytes(): i for i in range(len(rows))}
     order = np.array([place[row.tobytes()] for row in rows])
@@ -62,7 +62,7 @@ def test_an_epoch_of_steps_is_the_stream_shuffled(make_loader, folder):
     rows = np.concatenate([loader.batch(step)["tokens"].reshape(4, 65) for step in range(2 * size // 4 + 1)])
     order = in_stream_order(rows[:2 * size], loader)
     assert set(order[:size]) == set(range(size))  # the second epoch begins where the first one ends
-    assert (np.abs(np.diff(order)) > 1).mean() > 0.9  # neighbours in a batch are no neighbours in a document
+    assert (np.abs(np.diff(order)) > 1).mean() > 0.9  # neighbours in a batch are not neighbours in a document
     assert not np.array_equal(order[:size], order[size:] - size)
 
 
@@ -113,7 +113,9 @@ def test_the_ramp_of_a_pipeline_fills_the_first_micro_batches_of_a_round(make_co
 
 
 def test_each_row_of_hosts_whose_devices_take_turns_is_the_sequence_of_its_place(make_config, folder, tmp_path):
-    """Two pieces of a batch a host, as on a torus: half of the micro-batches are the first half of the places."""
+    """Each host has two pieces of a batch, as on a torus: half of the micro-batches are the first half of the
+    positions.
+    """
     made = make_config(folder, batch_size=8)
     config = dataclasses.replace(made, mesh=MeshConfig(pipe=2), pipeline=PipelineConfig("1f1b", 8),
                                  train=dataclasses.replace(made.train, ramp_from=4, ramp_until=1.0))

@@ -1,4 +1,4 @@
-"""The table of sources that a run begins with."""
+"""The table of sources that a run prints at its start."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""Sequences of whole documents: nothing is cut, nothing is lost, nothing is seen twice in an epoch."""
+"""Sequences of complete documents: none is cut, lost, or seen twice in an epoch."""
 
 import dataclasses
 import json
@@ -32,7 +32,7 @@ def test_each_document_that_fits_is_in_one_row_and_no_row_is_too_full(lengths, r
     assert sorted(i for row in rows for i in row) == [i for i, n in enumerate(lengths) if n <= room]
     sums = [sum(lengths[i] for i in row) for row in rows]
     assert all(0 < total <= room for total in sums)
-    # Two rows that are both at most half full would have been one.
+    # Two rows that are both at most half full would have been joined.
     assert sum(2 * total <= room for total in sums) <= 1
 
 

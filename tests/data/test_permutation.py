@@ -1,4 +1,4 @@
-"""The permutation is one, and looks like any other."""
+"""The permutation contains every position once, and looks random."""
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ def test_every_part_of_the_seed_gives_another_order():
     orders = [order(0, 0, 0), order(1, 0, 0), order(0, 1, 0), order(0, 0, 1), order(0, 0, 2)]
     assert len(set(orders)) == 5 and order(0, 0, 0) == orders[0]
     same = [np.mean(np.equal(a, b)) for a in orders for b in orders if a is not b]
-    assert max(same) < 0.06  # of 100, one stays in its place by chance
+    assert max(same) < 0.06  # of 100, on average one stays in its place by chance
 
 
 def test_it_is_the_same_on_every_machine():
@@ -25,7 +25,9 @@ def test_it_is_the_same_on_every_machine():
 
 
 def test_no_place_correlates_with_its_number_or_with_that_of_its_neighbours():
-    """Correlations of 20,000 places are normal with a deviation of 0.0071; of 40 below, none is beyond 5 of those."""
+    """Correlations of 20,000 positions are normal with a standard deviation of 0.0071; none of the 40 exceeds 5 of
+    them.
+    """
     size = 20_000
     for seed in range(4):
         places = np.array([permuted(i, size, seed) for i in range(size)])
@@ -35,7 +37,8 @@ def test_no_place_correlates_with_its_number_or_with_that_of_its_neighbours():
 
 
 def test_places_are_spread_evenly():
-    """Chi square of where 1,000 in a row go, in 50 bins: 49 degrees of freedom, so 49 in the mean, 10 of deviation."""
+    """Chi square of the new positions of 1,000 in a row, in 50 bins: 49 degrees of freedom, so mean 49, deviation 10.
+    """
     for seed in range(5):
         places = [permuted(i, 10**12 + 39, seed) for i in range(1000)]
         counts = np.histogram(places, 50, (0, 10**12 + 39))[0]
@@ -43,7 +46,7 @@ def test_places_are_spread_evenly():
 
 
 def test_of_five_every_order_comes_up():
-    """Small domains are where a network of few rounds would show: 120 orders, 6,000 seeds, 50 of each."""
+    """Too few rounds of the network would show in small domains: 120 orders, 6,000 seeds, so about 50 of each order."""
     seen = {}
     for seed in range(6000):
         order = tuple(permuted(i, 5, seed) for i in range(5))

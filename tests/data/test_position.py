@@ -1,4 +1,4 @@
-"""The place of a run in its sources when it changes on the way: nothing is read twice, and nothing is passed over."""
+"""The position of a run in its sources when its config changes: nothing is read twice, and nothing is skipped."""
 
 import collections
 import dataclasses

@@ -1,4 +1,4 @@
-"""Corpora that others tokenized: Megatron-LM's, tables of ids, and the tokenizer that goes with them."""
+"""Corpora tokenized by other programs: Megatron-LM's, tables of ids, and their tokenizer."""
 
 import json
 import struct

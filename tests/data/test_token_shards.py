@@ -107,7 +107,7 @@ def test_interrupted_writing_leaves_nothing_behind(tmp_path, trained, texts):
 
 
 def test_a_folder_that_was_cut_off_is_not_read_and_does_not_disturb(tmp_path, trained, texts, monkeypatch):
-    # A killed process cannot tidy up after itself.
+    # A killed process cannot clean up.
     monkeypatch.setattr(io.shutil, "rmtree", lambda *a, **k: None)
     monkeypatch.setattr(io.os, "rename", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
@@ -217,7 +217,7 @@ def test_a_run_does_not_go_on_in_another_corpus(make_config, tmp_path):
 
 
 def test_a_run_keeps_the_order_that_it_began_with(make_config, folder, tmp_path):
-    """The note of an older version has no order; a run that has a checkpoint and no note is older still."""
+    """The record of an older version has no order; a run with a checkpoint and no record is even older."""
     config, new, old = make_config(folder), str(tmp_path / "new"), str(tmp_path / "old")
     made = prepare(config, new)
     claim_corpus(made, new)
@@ -273,4 +273,4 @@ def test_an_array_of_many_parts_keeps_few_of_them_open():
     joined = token_shards.Joined([3] * 200, lambda i: asked.append(i) or np.full(3, i))
     assert [joined[3 * i:3 * i + 1].tolist() for i in range(200)] == [[i] for i in range(200)]
     joined[599:600], joined[0:1]
-    assert len(asked) == 201 and token_shards.OPENED < 200  # the last is still there, the first was let go
+    assert len(asked) == 201 and token_shards.OPENED < 200  # the last is still there, the first was deleted

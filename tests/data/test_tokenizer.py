@@ -1,4 +1,4 @@
-"""The tokenizer gives back every byte, is the same for the same text, and knows both spellings of its specials."""
+"""The tokenizer restores every byte, is the same for the same text, and knows both spellings of its special tokens."""
 
 import os
 import subprocess

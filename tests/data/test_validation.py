@@ -1,4 +1,4 @@
-"""Validation scores every token once, and counts exactly the bytes of what it scored."""
+"""Validation scores every token once, and counts exactly the bytes of the scored text."""
 
 import dataclasses
 import json
@@ -236,7 +236,7 @@ def test_a_source_that_is_added_later_moves_no_held_out_document_into_training(m
     claim_corpus(later, workdir)
     assert documents(prepare(both, workdir, resumes=True).train) == documents(later.train)
     other = prepare(both, str(tmp_path / "other"))
-    assert documents(other.train[:1]) > documents(made.train)  # what a run of both holds out from its start
+    assert documents(other.train[:1]) > documents(made.train)  # what a run of both sources holds out from its start
     note = json.loads((tmp_path / "work" / "corpus.json").read_text())
     (tmp_path / "work" / "corpus.json").write_text(json.dumps({k: note[k] for k in ("order", "sources")} | {
         "sources": {rows[0]: note["sources"][rows[0]]}}))  # of an older version

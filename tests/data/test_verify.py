@@ -1,4 +1,4 @@
-"""Changed files are found and named; of large corpora by names, sizes and times, or by a reading of all."""
+"""Changed files are found and named; in large corpora by names, sizes and times, or by reading every file."""
 
 import os
 
@@ -13,7 +13,7 @@ from tests.data.conftest import make_text
 
 @pytest.fixture
 def large(tmp_path, monkeypatch):
-    """A corpus that is hashed by times, in units of one file."""
+    """A corpus whose files are compared by their times, in units of one file."""
     monkeypatch.setattr(corpus, "CONTENTS_UP_TO", 100)
     monkeypatch.setattr(units, "SMALLEST", 1)
     root = tmp_path / "texts"
