@@ -1,4 +1,4 @@
-"""Slurm on this machine: one controller and two nodes on loopback, in a folder of their own."""
+"""Slurm on this machine: one controller and two nodes on loopback, in a separate folder."""
 
 import contextlib
 import os
@@ -56,7 +56,7 @@ def why_not() -> str | None:
 
 @contextlib.contextmanager
 def started(folder: pathlib.Path):
-    """The variables with which Slurm's commands reach a cluster that runs inside."""
+    """Runs a cluster within the `with` block; yields the environment variables with which Slurm's commands reach it."""
     host = socket.gethostname().split(".")[0]
     ports = {name: free_port() for name in ("controller", "first", "second")}
     (folder / "slurm.conf").write_text(CONFIG.format(host=host, folder=folder, **ports))

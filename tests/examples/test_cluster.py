@@ -1,4 +1,4 @@
-"""The scripts of examples/cluster: real Slurm and Open MPI start them; of the others, the command lines parse."""
+"""The scripts of examples/cluster: real Slurm and Open MPI start them; for the others, the command lines parse."""
 
 import os
 import pathlib
@@ -24,7 +24,7 @@ TRAIN = [*runs.DENSE, "--config.train.sample_tokens=0", "--config.train.checkpoi
 
 @pytest.fixture(scope="module")
 def variables(tmp_path_factory):
-    """Of the scripts: a small config, this Python, and a CPU in the place of GPUs."""
+    """Environment of the scripts: a small config, this Python, and a CPU instead of GPUs."""
     folder = tmp_path_factory.mktemp("cluster")
     path = os.pathsep.join([str(pathlib.Path(sys.executable).parent), os.environ["PATH"]])
     return {"CONFIG": runs.write_config(folder), "PATH": path, "PYTHONPATH": str(EXAMPLES.parents[1]),
@@ -45,7 +45,7 @@ def arguments(devices, steps=3):
 
 
 def submit(cluster, workdir, devices, *options, steps=3, count=1):
-    """sbatch --wait, and where what the job says goes."""
+    """Starts sbatch --wait. Returns its process, and the file of the job's output."""
     environ = cluster | {"WORKDIR": str(workdir), "ARGS": arguments(devices, steps),
                          "XLA_FLAGS": f"--xla_force_host_platform_device_count={count}"}
     out = workdir.with_suffix(".out")

@@ -1,4 +1,6 @@
-"""A new routing rule or bias rule is one file: it trains, resumes, serves, joins a study; others refuse it by name."""
+"""A new routing or bias rule is one file: it trains, resumes, serves and joins a study; elsewhere it is refused by
+name.
+"""
 
 import dataclasses
 import json
@@ -54,7 +56,7 @@ def test_hash_routing_sends_equal_tokens_to_equal_experts(hashed):
 
 def test_the_decoder_routes_by_the_tokens_that_the_forward_pass_sees():
     cfg = naive.tiny(num_layers=2, router=HASH, router_bias="none")
-    variables = naive.variables_of(cfg)  # weights so large that another expert is another token
+    variables = naive.variables_of(cfg)  # weights so large that another expert gives another token
     prompts = [[5, 9, 5, 7, 9], [3, 3, 4]]
     made = generate(cfg, variables, prompts, 8)
     for prompt, new in zip(prompts, made.tokens):
