@@ -1,4 +1,4 @@
-"""FP8: quantizers bit-equal to NumPy, products against float64, gradients, and what is kept for the backward pass."""
+"""FP8: quantizers bit-equal to NumPy, products against float64, gradients, and the residuals for the backward pass."""
 
 import dataclasses
 import functools
@@ -24,7 +24,7 @@ blocks = jax.jit(fp8.quantize_blocks, static_argnames="scale")
 
 
 def oracle(x, rows, scale="float32"):
-    """The recipe in NumPy, a tile at a time: float32 division, ml_dtypes' rounding."""
+    """The recipe in NumPy, tile by tile: float32 division, ml_dtypes' rounding."""
     x = np.asarray(x, np.float32)
     values, scales = np.empty(x.shape, E4M3), np.empty((-(-x.shape[0] // rows), -(-x.shape[1] // 128)), np.float32)
     with np.errstate(invalid="ignore"):
@@ -41,7 +41,7 @@ def oracle(x, rows, scale="float32"):
 
 def same_bits(q, expected):
     values, scales = (np.asarray(x) for x in q)
-    # All NaNs are one: their sign and payload mean nothing.
+    # All NaNs are equal: their sign and payload do not matter.
     nan = np.isnan(expected[0].astype(np.float32))
     np.testing.assert_array_equal(np.isnan(values.astype(np.float32)), nan)
     np.testing.assert_array_equal(np.where(nan, 0, values.view(np.uint8)), np.where(nan, 0, expected[0].view(np.uint8)))
@@ -56,7 +56,7 @@ def data(shape, seed=0, spread=6.0):
 
 
 def bfloat16_data(shape):
-    """Numbers of few bits: their quotients often lie halfway between two of E4M3, where an ulp decides."""
+    """Numbers of few bits: their quotients are often halfway between two numbers of E4M3, where an ulp decides."""
     return data(shape).astype(ml_dtypes.bfloat16).astype(np.float32)
 
 
@@ -155,11 +155,11 @@ def test_the_experts_input_gradient_by_columns_is_bit_equal_to_all_at_once(monke
         np.testing.assert_array_equal(np.asarray(found, np.float32), np.asarray(expected, np.float32))
 
 
-# E5M6: what the input of the attention's output projection is kept in.
+# E5M6: the format in which the input of the attention's output projection is kept.
 
 
 def e5m6_numbers():
-    """All that are not negative and finite, from the definition."""
+    """All finite numbers of the format that are not negative, from its definition."""
     exponent, mantissa = np.divmod(np.arange(31 * 64), 64)
     return np.where(exponent == 0, mantissa / 64 * 2.0**-14, (1 + mantissa / 64) * 2.0 ** (exponent - 15.0))
 
@@ -248,7 +248,7 @@ def test_a_linear_keeps_batch_axes_and_dtypes():
 
 
 def ffn64(x, gate, up, down, dy, scale):
-    """The feed-forward network and its gradients in float64, quantized where the recipe says so."""
+    """The feed-forward network and its gradients in float64, quantized where the recipe quantizes."""
     silu = lambda g: g / (1 + np.exp(-g))
     q_x = quantized64(x, scale=scale)
     q_gate, q_up, q_down = (quantized64(w, 128) for w in (gate, up, down))
@@ -271,7 +271,7 @@ def test_a_feed_forward_network_is_its_products_of_quantized_numbers():
 
     y, gradients = value_and_gradients(fp8.swiglu_ffn, (x, *FFN), dy)
 
-    # Sums in another order put few numbers on the other side of a rounding: an E4M3 step of them, not an ulp.
+    # Sums in another order round a few numbers differently: those differ by a step of E4M3, not by an ulp.
     for ours, expected in zip((y, *gradients), ffn64(x, *FFN, dy, "float32")):
         close(ours, expected, 2e-3)
 
@@ -279,7 +279,7 @@ def test_a_feed_forward_network_is_its_products_of_quantized_numbers():
 def test_experts_are_feed_forward_networks_of_their_own_rows():
     sizes = np.array([128, 0, 256], np.int32)
     x, dy = data((512, 160), 1, 0.5) / 8, data((512, 160), 2, 0.5)
-    x[384:] = 0  # past the last group
+    x[384:] = 0  # after the last group
     weights = [np.stack([w, 2 * w, -w]) for w in FFN]
 
     y, (dx, *dw) = value_and_gradients(
@@ -294,7 +294,7 @@ def test_experts_are_feed_forward_networks_of_their_own_rows():
 
 
 def test_wgrad_reads_bfloat16_where_that_loses_nothing(monkeypatch):
-    """The kernels read no other; of o_proj and of the experts' tokens the scales are powers of two."""
+    """Wgrad kernels read bfloat16; with power-of-two scales (input of o_proj, tokens of experts) that is exact."""
     read, quantize = [], api.quantize
     monkeypatch.setattr(api, "quantize", lambda x, **options: (
         read.append(x.dtype) if options.get("transposed") == "only" else None) or quantize(x, **options))
@@ -311,13 +311,13 @@ def test_wgrad_reads_bfloat16_where_that_loses_nothing(monkeypatch):
         np.testing.assert_array_equal(kept, kept.astype(jnp.bfloat16).astype(jnp.float32))
 
 
-# On a mesh: four parts of 128 tokens, and two of what a weight is split by.
+# On a mesh: tokens in four parts of 128, and the split dimension of a weight in two.
 MESH = MeshConfig(replica=2, local=2, tensor=2)
 
 
 @pytest.fixture
 def products(monkeypatch):
-    """The shapes of the left operands that a product was asked for."""
+    """The shapes of the left operands of all products."""
     shapes, product = [], api.fp8_matmul
     monkeypatch.setattr(api, "fp8_matmul", lambda a, b, **options: shapes.append(a[0].shape) or product(
         a, b, **options))
@@ -362,7 +362,7 @@ def test_a_feed_forward_network_on_a_mesh_is_that_of_one_device(products):
 
 
 def wgrad_error(**changes):
-    """Relative error of a weight gradient whose gradients' rows differ by orders of magnitude."""
+    """Relative error of dx, averaged over its rows, for data that differ by orders of magnitude."""
     recipe = dataclasses.replace(fp8.RECIPE, implementation="reference", **changes)
     x, w, dy = data((256, 256), 1, 0.1), data((128, 256), 2, 0.1), data((256, 128), 3, 8.0)
     _, (dx, dw) = value_and_gradients(lambda x, w: fp8.linear(x, w, recipe), (x, w), dy)
@@ -406,7 +406,7 @@ RECIPE = FP8Config(enabled=True)
 
 
 def pull_back(cfg, tokens):
-    """(hidden states, what jax.vjp of them keeps) of a model, traced only."""
+    """(hidden states, residuals of their jax.vjp) of a model, only traced."""
     model = DeepSeekV3(cfg)
     variables = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 8), jnp.int32), logits=False))
 
@@ -421,7 +421,7 @@ def pull_back(cfg, tokens):
 
 
 def kept_bytes(recipe):
-    """Bytes that the backward pass keeps; the few of the parameters are among them."""
+    """Bytes of residuals for the backward pass, including the few bytes of the parameters."""
     _, vjp = pull_back(model_config("tiny", **SMALL, fp8=recipe), jax.ShapeDtypeStruct((8, 256), jnp.int32))
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(vjp) if x.dtype != jax.dtypes.float0)
 
@@ -453,13 +453,13 @@ def test_every_linear_of_every_block_runs_in_fp8(monkeypatch):
 
 
 def test_a_model_in_fp8_is_near_the_one_in_bfloat16_and_not_it():
-    dense = SMALL | dict(num_layers=1, num_dense_layers=1, mtp_depth=0)  # no routing, which may flip
+    dense = SMALL | dict(num_layers=1, num_dense_layers=1, mtp_depth=0)  # no routing, because choices may flip
     tokens = jax.random.randint(jax.random.key(1), (2, 64), 0, 256)
     variables = jax.jit(DeepSeekV3(model_config("tiny", **dense)).init)(jax.random.key(0), tokens)
     run = lambda recipe: np.asarray(jax.jit(
         DeepSeekV3(model_config("tiny", **dense, fp8=recipe)).apply)(variables, tokens).hidden_BTD, np.float32)
     bf16, ours = run(FP8Config()), run(RECIPE)
-    # A product of numbers rounded to 4 bits is some 3.5 % off, and these follow each other.
+    # A product of numbers rounded to 4 bits has an error of some 3.5 %, and several follow each other.
     assert 0.01 < np.linalg.norm(ours - bf16) / np.linalg.norm(bf16) < 0.1
 
 
