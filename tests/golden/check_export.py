@@ -1,11 +1,11 @@
-"""Does transformers load what `save_hf` and `to_hf` wrote, and give our logits? Two halves, in two environments:
+"""Checks that transformers loads the exports of `save_hf` and `to_hf` and gives our logits, in two environments:
 
-    python -m tests.golden.check_export write DIR     ours: exports models of random weights, and their logits; and the
-                                                      golden checkpoints, through a work directory and out again
+    python -m tests.golden.check_export write DIR     in ours: exports models with random weights and their logits, and
+                                                      the golden checkpoints after a conversion to a work directory
     python tests/golden/check_export.py check DIR     in the environment of benchmarks/peer.txt
 
-The tests do without torch, so this runs by hand. Prints a line a model; exits with 1 if one is further off than 1e-5,
-lacks a weight or has one too many. MTP modules are read by transformers as `generate(use_mtp=True)` reads them.
+Tests do not use torch, so this is run by hand. Prints one line per model; exits with 1 if an error exceeds 1e-5, or a
+weight is missing or unexpected. transformers reads MTP modules as `generate(use_mtp=True)` does.
 """
 
 import pathlib
@@ -57,7 +57,7 @@ def check(folder) -> bool:
         with torch.no_grad():
             theirs_BTW = model.eval()(input_ids=torch.tensor(ours["tokens_BT"]), use_cache=False).logits.numpy()
         error = np.abs(ours["logits_BTW"] - theirs_BTW).max() / np.abs(theirs_BTW).max()
-        # transformers loads MTP modules only when it is to draft with them: their layer is left over by design.
+        # transformers loads MTP modules only to draft with them: otherwise their layer is unexpected by design.
         layer = f"model.layers.{model.config.num_hidden_layers}."
         left = [name for what in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in about[what]
                 if not str(name).startswith(layer)]

@@ -1,8 +1,8 @@
-"""Makes `bfloat16.json`: how far transformers in bfloat16 is from its own float32, on the cases of make_hf_vectors.py.
+"""Makes `bfloat16.json`: the difference of transformers in bfloat16 from float32, on the cases of make_hf_vectors.py.
 
-    {case: {"free": KL, "pinned": KL, "flipped": share}}     mean over tokens, in nats; pinned: with float32's experts
+    {case: {"free": KL, "pinned": KL, "flipped": fraction}}  mean over tokens, in nats; pinned: with float32's experts
 
-Weights are bfloat16 but for the routing biases, as transformers loads them. Made like the vectors themselves:
+Weights are bfloat16 except for the routing biases, as transformers loads them. Made in the environment of the vectors:
 
     python -m tests.golden.make_bfloat16
 """
@@ -21,7 +21,7 @@ HERE = pathlib.Path(__file__).resolve().parent
 
 
 def published(case, expected):
-    """The model whose answers the case has, in float32: the first seed that made its tokens."""
+    """The float32 model that gave the results of the case: the first seed that gives its tokens."""
     for seed in itertools.count(1):
         draw = torch.Generator().manual_seed(1000 + seed)
         tokens_BT = torch.randint(0, CASES[case][1].get("vocab_size", 80), (2, 24), generator=draw)
@@ -31,7 +31,7 @@ def published(case, expected):
 
 
 def gates_of(config, logits_NE, chosen_NK):
-    """The gates of given experts, by the rule of the model's router."""
+    """The gates of given experts, computed like the model's router."""
     scores_NE = logits_NE.softmax(-1) if config.model_type == "deepseek_v2" else logits_NE.sigmoid()
     gates_NK = scores_NE.gather(-1, chosen_NK)
     if config.norm_topk_prob and config.model_type != "deepseek_v2":
@@ -40,7 +40,7 @@ def gates_of(config, logits_NE, chosen_NK):
 
 
 def watch(model, forced=None):
-    """Records the experts of each router call; with `forced` takes those of that record instead."""
+    """Records the experts of each router call; with `forced`, uses the experts of that record instead."""
     calls = []
 
     def hook(gate, inputs, output):

@@ -1,19 +1,19 @@
-"""Makes the parity vectors `hf_<case>/`: tiny random models of transformers, and what they answer.
+"""Makes the parity vectors `hf_<case>/`: tiny random models of transformers, and their outputs.
 
-Each case holds `model.safetensors` and `config.json` as save_pretrained writes them, and `expected.npz`:
+Each case has `model.safetensors` and `config.json` as save_pretrained writes them, and `expected.npz`:
 
     tokens_BT        int32 [2, 24]                     logits_BTW       float32 [2, 24, W]
     hidden_BTD       float32 [2, 24, D], after the final norm
     chosen_LBTK      int32, the experts of each MoE layer, ascending
     prompt, greedy   int32 [8] and [32]: the prompt and its greedy continuation
     mtp_logits_BTW   float32 [2, 23, W] (with an MTP module): row t has seen tokens 0..t+1 and predicts token t+2
-    drafts           int32 [n, 2] (with an MTP module that transformers drafts with): tokens known, and the next but one
-                     that `generate(use_mtp=True)` drafted on its way from `prompt` to `greedy`
+    drafts           int32 [n, 2] (with an MTP module that transformers drafts with): number of known tokens, and the
+                     token after next that `generate(use_mtp=True)` drafted while it continued `prompt` to `greedy`
 
 Weights are large enough for routing, masks and norms to matter, norms are not ones, and no two candidates for a
-choice of the router or of greedy decoding lie closer than MARGIN, so that float32 noise cannot change the answer.
+choice of the router or of greedy decoding are closer than MARGIN, so that float32 noise cannot change the result.
 
-Cases named after a published checkpoint have its details (FORMATS): names, dtypes and keys that differ from V3's.
+Cases named after a published checkpoint have its names, dtypes and keys that differ from V3's (FORMATS).
 
 Made in a Python 3.11 environment with benchmarks/peer.txt and, for `kimi_k2_thinking` and `kimi_k2_5`,
 compressed-tensors:  python tests/golden/make_hf_vectors.py [case ...]
@@ -46,7 +46,7 @@ TINY = dict(
 
 
 def yarn(mscale):
-    # theta 100: of the four frequencies one is kept, one lies half way up the ramp, two are interpolated
+    # theta 100: of the four frequencies one is kept, one is halfway up the ramp, two are interpolated
     return {"rope_type": "yarn", "rope_theta": 100.0, "factor": 40.0, "original_max_position_embeddings": 32,
             "beta_fast": 32.0, "beta_slow": 1.0, "mscale": mscale, "mscale_all_dim": mscale}
 
@@ -55,7 +55,7 @@ ONE_GROUP = dict(n_group=1, topk_group=1)
 INT4_SIZES = dict(ONE_GROUP, num_hidden_layers=2, hidden_size=64, moe_intermediate_size=32, n_routed_experts=4,
                   num_experts_per_tok=2, vocab_size=48)
 
-# case -> (model, what differs from TINY)
+# case -> (model, differences from TINY)
 CASES = {
     "plain": ("v3", {}),
     "one_group": ("v3", dict(n_group=1, topk_group=1, num_attention_heads=3, num_key_value_heads=3)),
@@ -89,7 +89,7 @@ CASES = {
 
 
 def randomize(module, draw):
-    """Fills all of a model's weights, and the routing biases: strongly negative, with a spread that matters."""
+    """Fills all weights of a model, and the routing biases: strongly negative, with a spread that affects routing."""
 
     def normal(like, mean, std):
         return mean + std * torch.randn(like.shape, generator=draw)
@@ -128,7 +128,7 @@ def build(case, seed):
 
 
 def watch_routers(model):
-    """Records every router call: the chosen experts, ascending, and how clear the choices were."""
+    """Records every router call: the chosen experts, ascending, and the margins of the choices."""
     calls = []
 
     def record(gate, inputs, output):
@@ -155,7 +155,7 @@ def watch_routers(model):
 
 
 def greedy(model, prompt, count):
-    """Continues `prompt` without a cache; the smallest lead of a chosen token over the next best comes along."""
+    """Continues `prompt` without a cache. Also returns the smallest lead of a chosen token over the next best."""
     ids, margin = torch.tensor(prompt)[None], float("inf")
     for _ in range(count):
         best = model(input_ids=ids, use_cache=False).logits[0, -1].topk(2)
@@ -165,7 +165,7 @@ def greedy(model, prompt, count):
 
 
 def chooses_clearly(model, tokens_BT):
-    """Whether indexers that are a little off, if there are any, would choose the same tokens."""
+    """Whether indexers, if there are any, would choose the same tokens with slightly perturbed weights."""
     before = model(input_ids=tokens_BT, use_cache=False).logits
     noise, kept = torch.Generator().manual_seed(0), {}
     for name, p in model.named_parameters():
@@ -178,7 +178,7 @@ def chooses_clearly(model, tokens_BT):
 
 
 def with_mtp(model):
-    """A model that transformers has MTP modules for: itself, or the V3 of the same numbers and weights."""
+    """A model for which transformers has MTP modules: itself, or a V3 of the same sizes and weights."""
     if isinstance(model, transformers.DeepseekV3ForCausalLM):
         return model
     numbers = {k: v for k, v in model.config.to_dict().items() if k not in ("model_type", "mlp_layer_types")}
@@ -190,7 +190,7 @@ def with_mtp(model):
 
 
 def add_mtp(model, folder, tokens_BT, hidden_BTD, seed):
-    """Appends one MTP module to the checkpoint in the released layout, and answers with its logits."""
+    """Appends one MTP module to the checkpoint in the released layout, and returns its logits."""
     mtp = MtpModel(with_mtp(model), 1).float().eval()
     block = mtp.layers[0]
     randomize(block, torch.Generator().manual_seed(seed + 1))
@@ -217,9 +217,9 @@ def add_mtp(model, folder, tokens_BT, hidden_BTD, seed):
 
 
 def drafting(folder):
-    """The model of a folder, and its MTP module as transformers itself reads it from there.
+    """The model of a folder, and its MTP module as transformers itself reads it.
 
-    transformers looks for the module at V3's layer 61 only; here it looks behind the last layer.
+    transformers looks for the module only at V3's layer 61; here it looks after the last layer.
     """
     how = dict(attn_implementation="eager", experts_implementation="eager", dtype=torch.float32)
     model = transformers.DeepseekV3ForCausalLM.from_pretrained(folder, **how).eval()
@@ -236,9 +236,9 @@ def mtp_logits(model, mtp, tokens_BT):
 
 
 def drafts(folder, expected):
-    """What `generate(use_mtp=True)` drafts, as `expected` has it, and by how much the closest draft leads.
+    """The drafts of `generate(use_mtp=True)`, in the format of `expected`, and the smallest lead of a draft.
 
-    Checks that logits and continuation are those that `expected` holds.
+    Checks that logits and continuation equal those of `expected`.
     """
     model, mtp = drafting(folder)
     found = mtp_logits(model, mtp, torch.tensor(expected["tokens_BT"].astype(np.int64)))
@@ -266,7 +266,7 @@ def drafts(folder, expected):
 
 
 def fp8(name, weight):
-    """A weight in FP8 with power-of-two scales, as V3.1 stores it -> (its tensors, what they say)."""
+    """A weight in FP8 with power-of-two scales, as V3.1 stores it -> (its tensors, their dequantized value)."""
     blocks = torch.nn.functional.pad(weight, (0, -weight.shape[1] % 128, 0, -weight.shape[0] % 128))
     blocks = blocks.unflatten(1, (-1, 128)).unflatten(0, (-1, 128)).transpose(1, 2)
     scale = torch.exp2(torch.ceil(torch.log2(blocks.abs().amax((2, 3)) / 448)))
@@ -276,7 +276,7 @@ def fp8(name, weight):
 
 
 def int4(name, weight):
-    """A weight in four bits as compressed-tensors packs it -> (its tensors, what the library reads from them)."""
+    """A weight in four bits as compressed-tensors packs it -> (its tensors, the value that the library reads)."""
     from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor as Packer
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 
@@ -295,7 +295,7 @@ ROUNDED = {"v3_1": (fp8, r"(self_attn|mlp)\..*proj.*\.weight"),
 
 
 def rounded(case, model):
-    """The model with the weights that its format can hold, and all tensors in that format, or None."""
+    """The model with its weights rounded to its format, and all tensors in that format, or None."""
     if case == "moonlight":
         for bias in (b for name, b in model.named_buffers() if name.endswith("e_score_correction_bias")):
             bias.copy_(bias.bfloat16().float())
@@ -319,7 +319,7 @@ def rounded(case, model):
 
 
 def as_published(folder, change):
-    """Rewrites a checkpoint in place: change(tensors, config) is what its publisher does differently."""
+    """Rewrites a checkpoint in place: change(tensors, config) makes the differences of its publisher."""
     tensors, path = load_file(folder / "model.safetensors"), folder / "config.json"
     raw = json.loads(path.read_text())
     raw = change(tensors, raw) or raw
@@ -378,7 +378,7 @@ def make(case):
         tokens_BT = torch.randint(0, model.config.vocab_size, (2, 24), generator=draw)
         prompt = torch.randint(0, model.config.vocab_size, (8,), generator=draw).tolist()
         out = model(input_ids=tokens_BT, output_hidden_states=True, use_cache=False)
-        hidden_BTD = out.hidden_states[-1]  # after the final norm; what an MTP module of transformers is given too
+        hidden_BTD = out.hidden_states[-1]  # after the final norm; also the input of transformers' MTP modules
         torch.testing.assert_close(model.lm_head(hidden_BTD), out.logits)
         layers = model.config.num_hidden_layers - getattr(model.config, "first_k_dense_replace", 1)
         chosen_LBTK = torch.stack([chosen for chosen, _ in calls[:layers]]).unflatten(1, tokens_BT.shape)
@@ -407,7 +407,7 @@ def make(case):
         if case in FORMATS:
             as_published(folder, FORMATS[case])
         (folder / "generation_config.json").unlink(missing_ok=True)
-        used = len(np.unique(expected["chosen_LBTK"][0]))  # a router that always says the same would prove little
+        used = len(np.unique(expected["chosen_LBTK"][0]))  # a router that never varies would prove little
         size = sum(f.stat().st_size for f in folder.iterdir())
         return print(f"{case}: seed {seed}, {size / 1000:.0f} kB, {used} experts used, "
                      f"{len(set(continuation.tolist()))} different tokens of 32")

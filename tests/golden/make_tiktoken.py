@@ -1,7 +1,7 @@
 """Makes `tiktoken/`: a small made-up vocabulary in tiktoken's format, and the ids that tiktoken gives mixed text.
 
     python tests/golden/make_tiktoken.py write                       makes the folder
-    python tests/golden/make_tiktoken.py check TOKENIZER FOLDER ...  a tokenizer.json made of it against tiktoken,
+    python tests/golden/make_tiktoken.py check TOKENIZER FOLDER ...  a tokenizer.json made from it against tiktoken,
                                                                      for all text files below the folders
 
 In an environment with tiktoken and tokenizers.

@@ -2,9 +2,9 @@
 
     cd CHECKOUT_OF_VERSION_0.1.0; python .../tests/golden/make_workdir.py DESTINATION
 
-`run/` is what the run had written by step 2 (without its caches), `corpus/` and `config.py` what it was started with.
-`expected.json` has what version 0.1.0 made of that state: its score, a greedy continuation, and the metrics of the
-complete run.
+`run/` has the files of the run at step 2 (without its caches), `corpus/` and `config.py` are its inputs.
+`expected.json` has the results of version 0.1.0 from that state: its score, a greedy continuation, and the metrics of
+the complete run.
 """
 
 import json
@@ -43,7 +43,7 @@ def command(name: str, *arguments: str) -> str:
 
 def main():
     folder = pathlib.Path(sys.argv[1]).absolute()
-    # The package of the checkout, whatever is installed, from the folder that config.json's paths start from.
+    # Uses the package of the checkout, not an installed one, in the folder to which config.json's paths are relative.
     os.environ |= {"PYTHONPATH": os.getcwd(), "JAX_PLATFORMS": "cpu"}
     (folder / "corpus").mkdir(parents=True)
     os.chdir(folder)
