@@ -1,4 +1,4 @@
-"""Checkpoint folders for the tests of this room: the golden ones, and changed copies of them."""
+"""Checkpoint folders for the tests of interop: the golden ones, and changed copies of them."""
 
 import json
 import pathlib
@@ -28,7 +28,7 @@ def config(folder) -> dict:
 
 
 def write(folder, arrays, raw, files=1) -> str:
-    """Writes arrays as a checkpoint of so many files, dealt out in turn."""
+    """Writes arrays as a checkpoint of so many files, distributed in turn."""
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True)
     items = [safetensors_io.Item(name, np.dtype(a.dtype), a.shape) for name, a in arrays.items()]
@@ -47,5 +47,5 @@ def changed(folder, case, change=lambda arrays: None, files=1, **fields) -> str:
 
 
 def as_stored(arrays, dtype):
-    """What a checkpoint in `dtype` holds: everything but the routing bias."""
+    """The arrays as a checkpoint in `dtype` stores them: everything in `dtype` except the routing bias."""
     return {n: a if n.endswith("e_score_correction_bias") else a.astype(dtype) for n, a in arrays.items()}

@@ -1,4 +1,4 @@
-"""Our answers beside those of transformers 5 in tests/golden, float32 on a CPU.
+"""Our results compared with those of transformers 5 in tests/golden, float32 on a CPU.
 
     python -m tests.interop.parity_table                prints a table for the README
 """
@@ -17,7 +17,7 @@ from deepseek_jax.model import DeepSeekV3, sparse_attention
 from tests.interop.checkpoints import CASES, GOLDEN, golden
 from tests.model import naive
 
-LENGTH = 40  # one compiled program a case: the prompt of 8 and its 32 tokens; shorter rows are padded, unseen
+LENGTH = 40  # one compiled program per case: the prompt of 8 and its 32 tokens; shorter rows are padded
 
 
 def relative_error(ours, theirs) -> float:
@@ -43,13 +43,13 @@ def greedy(cfg, variables, prompt, count) -> list[int]:
 
 
 def measure(case) -> dict:
-    """{"logits": relative error, "mtp": that of the MTP logits or None, "tokens": how many of 32 agree, "drafts": (how
-    many agree with those of transformers' `generate(use_mtp=True)`, of how many) or None}."""
+    """{"logits": relative error, "mtp": that of the MTP logits or None, "tokens": how many of 32 agree, "drafts": None
+    or (how many agree with those of transformers' `generate(use_mtp=True)`, their number)}."""
     cfg, variables = load_hf(golden(case))
     expected = np.load(f"{golden(case)}/expected.npz")
     logits_BTW, mtp = answers(cfg, variables, expected["tokens_BT"])
     tokens = greedy(cfg, variables, expected["prompt"].tolist(), len(expected["greedy"]))
-    # A row sees one token more than the main model, so that the last one has nothing to see.
+    # A row sees one token more than the main model, so the last one has no token left.
     mtp_error = relative_error(mtp[0][:, :-1], expected["mtp_logits_BTW"]) if mtp else None
     drafts = None
     if "drafts" in expected:
@@ -61,7 +61,7 @@ def measure(case) -> dict:
 
 
 def in_bfloat16(case) -> Agreement:
-    """The model computing in bfloat16, against the float32 of transformers."""
+    """The model computing in bfloat16, compared with transformers in float32."""
     cfg, variables = load_hf(golden(case))
     expected = np.load(f"{golden(case)}/expected.npz")
     return agreement(dataclasses.replace(cfg, dtype="bfloat16"), variables, *(
@@ -69,13 +69,13 @@ def in_bfloat16(case) -> Agreement:
 
 
 def tokens_pinned() -> float:
-    """The same of V3.2 with the reference's experts and with the tokens that its indexer chooses in float32."""
+    """The same for V3.2 with the reference's experts and the tokens that its indexer chooses in float32."""
     cfg, variables = load_hf(golden("v3_2"))
     expected = np.load(f"{golden('v3_2')}/expected.npz")
     chosen_mask = sparse_attention.chosen_mask
 
     def answer(cfg, masks=None):
-        """Logits, and the mask of each layer; those of `masks` are attended to."""
+        """Logits, and the mask of each layer; if `masks` are given, attention uses them."""
         found = []
 
         def replace(mask_BTS):
@@ -86,7 +86,7 @@ def tokens_pinned() -> float:
             mask_BTS = chosen_mask(score_BTS, topk)
             return jax.pure_callback(replace, jax.ShapeDtypeStruct(mask_BTS.shape, mask_BTS.dtype), mask_BTS)
 
-        # Without rematerialization, through which no callback goes; a layer waits for the one before it.
+        # Without rematerialization, which does not support callbacks; a layer waits for the one before it.
         with mock.patch.object(jax, "checkpoint", lambda f: f), \
                 mock.patch.object(sparse_attention, "chosen_mask", watched):
             model = DeepSeekV3(dataclasses.replace(cfg, remat="none"))
@@ -100,7 +100,7 @@ def tokens_pinned() -> float:
 
 
 def of_transformers() -> dict[str, dict[str, float]]:
-    """What transformers in bfloat16 has itself, by tests/golden/make_bfloat16.py."""
+    """The same figures for transformers in bfloat16 itself, from tests/golden/make_bfloat16.py."""
     return json.loads(pathlib.Path(GOLDEN, "bfloat16.json").read_text())
 
 

@@ -1,4 +1,4 @@
-"""A flipped expert is told from an error: KL of logits with a model's own routes and with the reference's."""
+"""A flipped expert is distinguished from an error: KL of logits with a model's own routes and with the reference's."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Whatever is wrong with a checkpoint or a destination: one line that names it, and nothing at the destination."""
+"""Any error in a checkpoint or a destination gives one line that names it, and leaves nothing at the destination."""
 
 import dataclasses
 import errno
@@ -21,7 +21,7 @@ Q, HEAD = "model.layers.1.self_attn.q_a_proj.weight", "lm_head.weight"
 
 
 def fails(folder, tmp_path) -> str:
-    """The complaint about a checkpoint, the same from both ways in; checks that nothing is left."""
+    """The error message for a checkpoint, the same for both ways of loading; checks that no files are left."""
     with pytest.raises(ConfigError) as loading:
         load_hf(folder)
     with pytest.raises(ConfigError) as converting:
@@ -261,7 +261,7 @@ def test_a_reward_model_is_not_exported(tmp_path):
 @pytest.mark.parametrize(("field", "value", "words"), [
     ("num_layers", 2, r"params/layers/\S+ is \[2, .*the config asks for \[1, "), ("mtp_depth", 1, "missing: .*mtp_1/")])
 def test_weights_of_another_model_are_not_exported(tmp_path, field, value, words):
-    """A config with fewer layers would otherwise cut the model off without a word."""
+    """A config with fewer layers would otherwise truncate the model silently."""
     cfg, variables = load_hf(checkpoints.golden("plain"))
     other = dataclasses.replace(cfg, **{field: value})
     from_hf(checkpoints.golden("plain"), str(tmp_path / "run"))

@@ -1,4 +1,4 @@
-"""Conversion from and to buckets: the same bytes as on a disk, and never a half of them that counts."""
+"""Conversion from and to buckets: the same bytes as on a disk, and a partial result never counts as complete."""
 
 import filecmp
 import os

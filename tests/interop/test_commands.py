@@ -20,7 +20,7 @@ CFG = naive.tiny(vocab_size=300, num_layers=2, num_dense_layers=1)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A whole checkpoint: FP8 weights, a tokenizer, a chat template."""
+    """A complete checkpoint: FP8 weights, a tokenizer, a chat template."""
     path = tmp_path_factory.mktemp("hf") / "src"
     save_hf(str(path), CFG, naive.variables_of(CFG), fp8=True)
     train_tokenizer([TEXT], 300).save(str(path / "tokenizer.json"))

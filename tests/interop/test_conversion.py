@@ -1,4 +1,4 @@
-"""Work directories made from checkpoints: exact both ways, and fit for what trains, evaluates and generates."""
+"""Work directories made from checkpoints: exact in both directions, and usable to train, evaluate and generate."""
 
 import filecmp
 import json
@@ -23,7 +23,7 @@ from deepseek_jax.workdir import load_run, load_workdir_config
 from tests.interop import checkpoints
 from tests.model import naive
 
-# Wider than a block of 128, and no multiple of it: scales with ragged edges.
+# Wider than a block of 128, and not a multiple of it: the last blocks are partial.
 WIDE = naive.tiny(d_model=136, expert_ffn_dim=130, dense_ffn_dim=260, num_experts=2, num_groups=1, groups_kept=1,
                   experts_per_token=1, num_layers=2)
 
@@ -102,11 +102,11 @@ def test_stacked_experts_come_in_and_go_out_stacked(tmp_path):
     assert_same_files(src, tmp_path / "back")
 
 
-# Other types than held
+# Dtypes other than those stored
 
 
 def made_here(folder, cfg=None, start=None):
-    """A run of ours, in float32, that began from the run in `start`."""
+    """One of our own runs, in float32, that began from the run in `start`."""
     cfg = cfg or naive.tiny()
     saved = Checkpoints(folder)
     saved.save(7, naive.variables_of(cfg), {})
@@ -253,7 +253,7 @@ def test_kept_fp8_is_dequantized_to_what_the_files_say(tmp_path, fp8_folder, dty
 
 
 def test_power_of_two_scales(tmp_path, fp8_folder):
-    """scale_fmt "ue8m0": float32 powers of two, or a dtype of exponents alone."""
+    """scale_fmt "ue8m0": float32 powers of two, or a dtype that has only exponents."""
     tensors = checkpoints.tensors(fp8_folder)
     for name in [n for n in tensors if n.endswith("_scale_inv")]:
         tensors[name] = np.exp2(np.ceil(np.log2(tensors[name])))
@@ -330,7 +330,7 @@ def test_each_device_reads_its_part_alone(tmp_path, fp8_folder, monkeypatch, kee
     parts, _, _ = restore_items(str(tmp_path / "run"), abstract=shapes)
 
     assert_same_trees(parts, whole)
-    assert sum(index[1:2] == (slice(1, 2),) for index in seen) == 1  # the second expert, asked for by one device
+    assert sum(index[1:2] == (slice(1, 2),) for index in seen) == 1  # the second expert, which one device requests
     assert parts["params"]["layers"]["ffn"]["gate"].sharding == by_expert
 
 

@@ -1,4 +1,4 @@
-"""What published checkpoints have beside the weights of V3: left out and counted, unpacked, widened, or refused."""
+"""What published checkpoints have in addition to V3: it is omitted and counted, unpacked, widened or refused."""
 
 import json
 import pathlib
@@ -21,7 +21,7 @@ HEAD = "model.layers.2.shared_head.head.weight"
 
 
 def through(src, tmp_path, held=None, **how):
-    """The export of a checkpoint that came in as a run, and what was said on the way in."""
+    """The export of a checkpoint that was converted to a run, and the messages of that conversion."""
     notes = from_hf(src, str(tmp_path / "run"), held, **how)
     to_hf(str(tmp_path / "run"), str(tmp_path / "back"))
     return tmp_path / "back", notes
@@ -104,7 +104,7 @@ def test_a_tensor_under_two_names_is_refused(tmp_path):
 
 def test_float16_comes_in_as_bfloat16_with_a_line_or_exactly_as_float32(tmp_path):
     stored = checkpoints.as_stored(checkpoints.tensors(checkpoints.golden("mtp")), np.float16)
-    stored["lm_head.weight"][0, 0] = 65504  # bfloat16 rounds it to 65536, which float16 does not hold
+    stored["lm_head.weight"][0, 0] = 65504  # bfloat16 rounds it to 65536, which float16 cannot represent
     stored["model.layers.2.shared_head.head.weight"][0, 0] = 65504
     raw = checkpoints.config(checkpoints.golden("mtp")) | {"dtype": "float16"}
     src = checkpoints.write(tmp_path / "src", stored, raw)
@@ -142,7 +142,7 @@ def test_a_stale_copy_names_the_way_out_which_leaves_the_module_out(tmp_path):
 
 @pytest.fixture
 def two(tmp_path):
-    """A folder with one checkpoint in a file, and another in two and their index."""
+    """A folder with one checkpoint in a single file, and another one in two files with an index."""
     folder = pathlib.Path(checkpoints.changed(tmp_path / "two", "plain", files=2))
     shutil.copyfile(f"{checkpoints.golden('no_norm_topk')}/model.safetensors", folder / "model.safetensors")
     return folder
@@ -214,7 +214,7 @@ def test_a_list_of_eos_ids_comes_back_as_a_list(tmp_path):
 
 
 def test_an_indexer_in_fp8_is_dequantized_exactly_and_goes_out_byte_for_byte(tmp_path):
-    def released(arrays):  # wq_b and wk as the files of V3.2 hold them; weights_proj and k_norm stay
+    def released(arrays):  # wq_b and wk as in the files of V3.2; weights_proj and k_norm are unchanged
         for name in [n for n in arrays if n.endswith(("indexer.wq_b.weight", "indexer.wk.weight"))]:
             arrays[name], arrays[name + "_scale_inv"] = quantize(arrays[name])
 

@@ -1,4 +1,4 @@
-"""config.json: both dialects in, one file that both readers take out, and a name for everything unsupported."""
+"""config.json: both dialects are read, the written file suits both readers, and unsupported features are named."""
 
 import json
 
@@ -234,7 +234,7 @@ def test_null_is_the_default_rope_theta():
 
 
 def test_renormalised_softmax_gates_are_refused():
-    """Released code drops the route scale then, transformers ignores the field."""
+    """In this case released code drops the route scale, and transformers ignores the field."""
     with pytest.raises(ConfigError, match="norm_topk_prob=True"):
         hf_config.read(RELEASED_V2_LITE | {"norm_topk_prob": True})
 

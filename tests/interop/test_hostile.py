@@ -1,4 +1,4 @@
-"""A folder of a stranger: whatever its bytes say, it loads or ends in one line that names the file, and soon."""
+"""Untrusted folders: whatever their bytes, they load or are refused in one line that names the file, without delay."""
 
 import copy
 import json
@@ -19,8 +19,8 @@ from deepseek_jax.workdir import load_workdir_config
 from tests.interop import checkpoints
 
 HEAD = "lm_head.weight"
-SECONDS, BYTES = 30, 2**30  # that any folder may take; most take milliseconds
-# What JSON can put in the place of a number, a word or a list.
+SECONDS, BYTES = 30, 2**30  # limit for any folder; most take milliseconds
+# Values that JSON may have instead of a number, a string or a list.
 VALUES = (None, True, -1, 0, 1, 3, 2**31, 10**9, 2**63, 10**400, 0.5, -1e308, float("nan"), float("inf"), "", "1",
           "\ud800", "a\nb\x1b[2J", "/etc/passwd", [], {}, [1], [[[]]], {"a": {}}, "x" * 10**5)
 
@@ -44,14 +44,14 @@ def folder(valid, tmp_path):
 
 
 def opened(folder):
-    """What `serve --hf` reads of a folder."""
+    """The files of a folder that `serve --hf` reads."""
     tokenizer = Tokenizer.load(str(folder / "tokenizer.json"))
     load_hf(str(folder))
     chat_template.of_folder(str(folder), tokenizer)
 
 
 def outcome(folder, what=opened) -> str | None:
-    """The complaint about a folder, None if it is as good as any; checks that it is one short line, and soon there."""
+    """The error message for a folder, None if it is valid; checks that it is one short line and comes in time."""
     def late(*_):
         raise TimeoutError(f"more than {SECONDS} s")
 
@@ -79,7 +79,7 @@ def places(value, path=()):
 
 
 def exchanged(value, rng):
-    """A copy of a JSON value in which one part is another, is gone, or has another name."""
+    """A copy of a JSON value in which one part is replaced, removed or renamed."""
     value = copy.deepcopy(value)
     *above, last = rng.choice([path for path in places(value) if path])
     node = value
@@ -96,7 +96,7 @@ def exchanged(value, rng):
 
 
 def torn(data, rng):
-    """Bytes of which some are others, are missing, or are there twice."""
+    """Bytes of which some are replaced, removed or repeated."""
     data = bytearray(data)
     for _ in range(rng.choice((1, 1, 3, 20))):
         at = rng.randrange(len(data))
@@ -113,7 +113,7 @@ def torn(data, rng):
 
 
 def with_header(folder, change):
-    """Replaces the header of the weights by change(header): an object, or its bytes."""
+    """Replaces the header of the weights with change(header), an object or its bytes."""
     path = pathlib.Path(folder, safetensors_io.SINGLE)
     data = path.read_bytes()
     length = int.from_bytes(data[:8], "little")
@@ -179,7 +179,7 @@ def test_a_header_longer_than_its_file_is_not_read(folder, length):
 def test_a_header_longer_than_any_is_not_read_even_where_its_file_is_as_long(folder):
     path = folder / safetensors_io.SINGLE
     path.write_bytes((2**34).to_bytes(8, "little") + path.read_bytes()[8:])
-    os.truncate(path, 2**35)  # a hole, which takes no room
+    os.truncate(path, 2**35)  # a hole, which takes no space on the disk
     assert "model.safetensors has no readable header" in (outcome(folder) or "")
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints of transformers 5 give the logits of transformers 5. tests/golden says how those were made."""
+"""Checkpoints of transformers 5 give the logits of transformers 5, which were made by the scripts of tests/golden."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""tiktoken.model as a tokenizer.json: the ids are those of tiktoken, as tests/golden/make_tiktoken.py stored them."""
+"""tiktoken.model as a tokenizer.json: its ids equal those of tiktoken, which tests/golden/make_tiktoken.py stored."""
 
 import base64
 import json

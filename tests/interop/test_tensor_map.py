@@ -1,4 +1,4 @@
-"""The table of names: nothing twice, nothing left out, and the transforms undo each other."""
+"""The table of names: no tensor twice, none omitted, and the transforms are inverses of each other."""
 
 import math
 
@@ -80,7 +80,7 @@ def leaves_of(tree, path=""):
 @pytest.mark.parametrize("scale_dtype", ["float32", "float8_e8m0fnu"])
 def test_ragged_blocks_are_quantized_and_dequantized_by_the_book(scale_dtype):
     w = np.random.default_rng(0).standard_normal((200, 300)).astype(np.float32)
-    w[128:, 256:] = 0  # a corner without anything: its scale is that of the least amax
+    w[128:, 256:] = 0  # a corner of zeros: its scale is that of the smallest amax
 
     values, scales = quantize(w)
     if scale_dtype != "float32":
@@ -95,6 +95,6 @@ def test_ragged_blocks_are_quantized_and_dequantized_by_the_book(scale_dtype):
     for r, c in np.ndindex(*w.shape):
         expected[r, c] = np.float32(values[r, c]) * np.float32(scales[r // 128, c // 128])
     np.testing.assert_array_equal(dequantize(values, scales, np.float32), expected)
-    # A part that begins anywhere.
+    # A part that begins at any position.
     np.testing.assert_array_equal(dequantize(values[100:, 150:290], scales, np.float32, 100, 150),
                                   expected[100:, 150:290])
