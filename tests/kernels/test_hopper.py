@@ -1,4 +1,4 @@
-"""Hopper's kernels on the GPU interpreter, race detector on, against their twins; shapes that divide and do not."""
+"""Hopper's kernels in the GPU interpreter, race detector on, against their twins; with full and partial tiles."""
 
 import functools
 
@@ -57,18 +57,18 @@ def test_a_copy_that_nobody_wants_is_neither_made_nor_written(transposed, copies
     x = jnp.ones((256, 256), jnp.bfloat16)
     program = str(jax.make_jaxpr(functools.partial(quantizers.quantize, transposed=transposed))(x))
     assert program.count("copy_smem_to_gmem") == 2 * copies  # values and scales
-    assert program.count("= div ") == 2 * copies  # a row's scale and its reciprocal: no number is divided by itself
+    assert program.count("= div ") == 2 * copies  # a row's scale and its reciprocal: there is no division per number
 
 
 def test_a_row_is_multiplied_by_its_reciprocal_and_rounded_as_its_quotients_are():
-    """Quotients of bfloat16 numbers are often halfway between two of E4M3, where an ulp of 1 / s shows."""
+    """Quotients of bfloat16 numbers are often halfway between two numbers of E4M3, where an ulp of 1 / s matters."""
     s = np.float32(np.arange(128, 256)) / np.float32(448)
     high, rest = (np.asarray(x, np.float64) for x in quantizers._reciprocal(jnp.asarray(s)))
     assert np.abs((high + rest) * s - 1).max() < 2.0**-32
     np.testing.assert_array_equal(high.astype(np.float32).view(np.int32) & 0xFFF, 0)
     x = np.float32(np.arange(128, 256))[:, None] / 128
     one = (x * (1 / s)).astype(jnp.float8_e4m3fn)
-    assert (one != (x / s).astype(jnp.float8_e4m3fn)).any()  # what a product with one number would round otherwise
+    assert (one != (x / s).astype(jnp.float8_e4m3fn)).any()  # one factor would round these differently
     np.testing.assert_array_equal((x * np.float32(high) + x * np.float32(rest)).astype(jnp.float8_e4m3fn),
                                   (x / s).astype(jnp.float8_e4m3fn))
 
@@ -83,7 +83,7 @@ def test_an_infinite_or_nan_element_makes_its_tiles_nan_and_no_other(data, scale
     place = st.tuples(*(st.integers(0, size - 1) for size in shape))
     strange = data.draw(st.dictionaries(place, st.sampled_from([np.inf, -np.inf, np.nan, -np.nan]), min_size=1,
                                         max_size=4))
-    strange[data.draw(place)] = np.nan  # there is always one
+    strange[data.draw(place)] = np.nan  # there is always at least one
     x = np.array(normal(shape, dtype=jnp.bfloat16))
     for at, value in strange.items():
         x[at] = value
@@ -126,7 +126,7 @@ def test_matmuls_are_their_twins(form, shape, split, stages):
     close(ours, api.fp8_matmul(a, b, out_dtype=jnp.float32))
 
 
-# The interpreter gives each of the two a copy of all rows, where the machine gives each half of them to both.
+# The interpreter gives each of the two SMs a copy of all rows; on the machine each SM loads half of them for both.
 @pytest.mark.parametrize(("shape", "form"), [((128, 256, 256), "blocks"), ((200, 300, 400), "tiles")])
 def test_two_sms_with_the_same_rows_are_the_twin_too(shape, form):
     M, N, K = shape
@@ -139,14 +139,14 @@ def test_two_sms_with_the_same_rows_are_the_twin_too(shape, form):
 
 @pytest.mark.parametrize("pair", [False, True])
 def test_two_sms_load_for_both_and_wait_for_both_to_have_read_also_at_the_end(pair):
-    """What the interpreter, in which no SM writes into another's memory, would not miss: the program as traced."""
+    """Checked in the traced program: in the interpreter no SM writes into another's memory, so it would not notice."""
     a, b = api.quantize(normal((128, 1024))), api.quantize_blocks(normal((256, 1024), 1))
     run = lambda a, b: matmul.fp8_matmul(a, b, config=matmul.TuningConfig(pair=pair))
     program = str(jax.make_jaxpr(run)(a, b))
     assert program.count("copy_gmem_to_smem") == 2  # a and b
     assert program.count("copy_gmem_to_smem[collective_axes=('pair',)]") == pair
     assert ("{cluster_barrier[" in program) == pair
-    assert program.count("barrier_wait") == 3  # for a slot that is read, one that is full, and at the end
+    assert program.count("barrier_wait") == 3  # for a slot that was read, for a full slot, and at the end
 
 
 @pytest.mark.parametrize(("N", "pair"), [(72, False), (128, False), (136, True), (384, False), (1408, True)])
@@ -224,7 +224,7 @@ def test_what_a_kernel_cannot_do_is_refused_in_one_line(call, message):
     assert message in str(error.value) and len(str(error.value).splitlines()) == 1
 
 
-# The interpreter takes any shape; the compiler refuses tiles that an array ends in the middle of.
+# The interpreter accepts any shape; the compiler refuses partial tiles at the end of an array.
 @pytest.mark.parametrize("case", [
     Case("quantize", 100, 96), Case("quantize", 100, 90, form="both"),
     Case("quantize", 100, 90, form="only", scale="power_of_two"), Case("swiglu_quantize", 12, 704),

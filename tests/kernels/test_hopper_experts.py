@@ -1,4 +1,4 @@
-"""The experts' bfloat16 products for Hopper on the GPU interpreter, race detector on, against their twin."""
+"""The experts' bfloat16 products for Hopper in the GPU interpreter, race detector on, against their twin."""
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ def close(ours, theirs, tolerance=2e-6):
     assert np.abs(ours - theirs).max() <= tolerance * np.abs(theirs).max()
 
 
-# Groups that begin and end inside tiles and their 8 rows, an empty one, and rows of none.
+# Groups that begin and end inside tiles and inside their 8 rows, an empty group, and rows of no group.
 UNEVEN = jnp.array([69, 0, 5, 150], jnp.int32)
 FEW = dict(config=experts.TuningConfig(tile_n=128, stages=2), num_sms=2, interpret=INTERPRET)
 
@@ -30,7 +30,7 @@ def bfloat16(*shape, seed=0):
 @pytest.mark.parametrize("transposed", [False, True])
 def test_experts_products_are_their_twin_and_zero_past_the_last_group(transposed):
     x_RD, w_EDF = bfloat16(260, 72), bfloat16(4, *((136, 72) if transposed else (72, 136)), seed=1)
-    x_RD = x_RD.at[224:].set(jnp.nan)  # rows of no expert may hold anything
+    x_RD = x_RD.at[224:].set(jnp.nan)  # rows of no expert may have any value
     ours = experts.grouped_matmul(x_RD, w_EDF, UNEVEN, transposed=transposed, **FEW)
     theirs = reference_experts.grouped_matmul(x_RD.at[224:].set(0), w_EDF, UNEVEN, transposed=transposed)
     assert ours.dtype == jnp.bfloat16

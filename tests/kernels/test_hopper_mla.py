@@ -1,4 +1,4 @@
-"""Hopper's attention kernels on the GPU interpreter, race detector on, against their twins in float32."""
+"""Hopper's attention kernels in the GPU interpreter, race detector on, against their twins in float32."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,8 @@ from kernels_pallas.hopper import mla_attention as attention
 from kernels_pallas.hopper import mla_decode as decode
 from tests.kernels.interpreter import INTERPRET
 
-# bfloat16 has 2^-8 to round with, once in the probabilities (or ds) and once in the output; of the largest number
+# bfloat16 rounds by up to 2^-8, once in the probabilities (or ds) and once in the output; relative to the largest
+# number
 TOLERANCE = 2.0**-7
 
 
@@ -47,13 +48,13 @@ def test_attention_and_its_gradients_are_the_twins(T):
 
 
 def test_attention_and_its_gradients_stay_in_their_segments():
-    # The third segment's id comes again: ids are compared, not ordered. One boundary lies inside a block of keys.
+    # The third segment repeats an id: ids are compared, not ordered. One boundary is inside a block of keys.
     for ours, theirs in zip(*both(200, np.repeat([0, 1, 0], [70, 66, 64])), strict=True):
         close(ours, theirs)
 
 
 def paged(lengths, page, pages, X):
-    """(cache, table): shuffled pages, NaN where nothing was written, nonsense in the table past the end."""
+    """(cache, table): shuffled pages, NaN where nothing was written, invalid entries in the table after the end."""
     rng = np.random.default_rng(3)
     cache = rng.standard_normal((len(lengths) * pages, page, X)).astype(np.float32)
     table = rng.permutation(len(cache)).reshape(len(lengths), pages)
@@ -76,7 +77,7 @@ def test_decoding_is_its_twin_over_any_pages_and_shares(page, splits):
 
 
 def test_a_query_that_is_nan_has_an_answer_that_is_nan():
-    """It does not become zero, which would pass for a number."""
+    """It does not become zero, which would look like a valid result."""
     cache, table = paged([150], 64, 3, 192)
     q = normal((1, 8, 192), 0).at[0, 3].set(jnp.nan)
     found = decode.mla_decode(q, cache, jnp.minimum(table, len(cache) - 1), jnp.asarray([150], jnp.int32), scale=0.1,

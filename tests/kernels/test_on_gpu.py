@@ -1,4 +1,4 @@
-"""The kernels on a Hopper GPU against their twins, at small shapes that bite; each call 20 times, to the bit.
+"""The kernels on a Hopper GPU against their twins, at small shapes with edge cases; 20 calls each agree to the bit.
 
     JAX_PLATFORMS=cuda python -m pytest tests/kernels/test_on_gpu.py       skipped elsewhere
 """
@@ -30,7 +30,7 @@ def normal(shape, seed=0, dtype=jnp.float32):
 
 
 def twice_and_often(function, *arguments):
-    """The result of a function, which RUNS calls in a row return to the bit: a race would show."""
+    """The result of a function; checks that RUNS consecutive calls agree to the bit, which a race would prevent."""
     run = jax.jit(function)
     first = jax.tree.map(np.asarray, run(*arguments))
     for other in [run(*arguments) for _ in range(RUNS)]:
@@ -79,7 +79,7 @@ def test_swiglu_is_its_twin(shape, scale):
     assert_right(ours, twin(gate, up))
 
 
-# One tile; one more than the SMs have; ragged in every direction; few rows; one slice of K, and more than the ring.
+# One tile; one more tile than SMs; partial in every direction; few rows; one slice of K; more slices than the ring.
 @pytest.mark.parametrize("form", ["blocks", "tiles"])
 @pytest.mark.parametrize("shape", [(128, 128, 128), (128, 300 * 128, 256), (200, 136, 400), (12, 190, 96),
                                    (64, 4096, 2048), (1, 128, 7168)])

@@ -1,4 +1,4 @@
-"""The twins against float64, and the one door to all kernels."""
+"""The twins against float64, and the single API to all kernels."""
 
 import importlib
 import inspect
@@ -82,7 +82,7 @@ def test_attention_is_causal_and_stays_in_its_segment(segments):
 
 
 def paged(tokens, page, seed=3):
-    """[B, S, X] in shuffled pages, unwritten places NaN: (cache, page table)."""
+    """[B, S, X] in shuffled pages, unwritten positions NaN: (cache, page table)."""
     B, S, X = tokens.shape
     per = -(-S // page)
     table = np.random.default_rng(seed).permutation(B * per).reshape(B, per).astype(np.int32)
@@ -136,7 +136,7 @@ def test_kernels_have_the_name_and_arguments_of_their_twin(operation):
 
 @pytest.mark.parametrize("operation", api.OPERATIONS)
 def test_a_kernel_that_cannot_run_here_says_what_it_needs_in_one_line(operation, monkeypatch):
-    monkeypatch.setattr(api, "NEEDS_JAX", (0,))  # whatever is installed here
+    monkeypatch.setattr(api, "NEEDS_JAX", (0,))  # independent of the installed packages
     for folder in api.OPERATIONS[operation][1]:
         if folder != "reference":
             with pytest.raises(ValueError, match="'cpu'; implementation='reference' computes the same") as error:

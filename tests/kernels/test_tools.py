@@ -1,4 +1,4 @@
-"""The compile report and the benchmark: what they read, what they refuse, what they count."""
+"""The compile report and the benchmark: their inputs, errors and counts."""
 
 import json
 import subprocess
@@ -38,7 +38,7 @@ def test_a_clean_kernel_is_read_off_ptxas():
 
 
 def test_what_was_dumped_is_put_together_by_name(tmp_path):
-    """Mosaic numbers resources in the order of tracing, and kernels in that of compiling."""
+    """Mosaic numbers resources in the order of tracing, and kernels in the order of compiling."""
     for stem, registers in (("forward_0", 168), ("dkv_1", 160), ("dq_2", 152)):
         (tmp_path / f"{stem}.ptx").write_text(PTX)
         (tmp_path / f"{stem}.ptxas").write_text(PTXAS.replace("168", str(registers)))
@@ -75,7 +75,7 @@ MULTICAST = ("@%p1 cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::comp
              "[%r44], [%rd20, {%r45,%r45,%r45,%r46} ], [%r47], %rs1;\n")
 REMOTE = "mapa.shared::cluster.u32 mapped_addr, %r210, %r211;\nmbarrier.arrive.shared::cluster.b64 _, [mapped_addr];\n"
 ALONE = ("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%r78], [%rd20], [%r79];\n"
-         "mbarrier.arrive.release.cta.shared::cta.b64 %rd1, [%r8];\n")  # what a kernel without a cluster does
+         "mbarrier.arrive.release.cta.shared::cta.b64 %rd1, [%r8];\n")  # as in a kernel without a cluster
 
 
 @pytest.mark.parametrize(("ptx", "missing"), [
@@ -118,7 +118,7 @@ def test_the_report_names_what_compiled(monkeypatch, tmp_path):
     rows = [{"operation": "fp8_matmul", "faults": [], "notes": ["spills 4 bytes, as it does before jax 0.12"]}]
     monkeypatch.setattr(compile_report, "compile_kernels", lambda names: rows)
     monkeypatch.setattr("sys.argv", ["compile_report", "--json", str(tmp_path / "rows.json")])
-    assert compile_report.main() == 0  # a note is no fault
+    assert compile_report.main() == 0  # a note is not an error
     found = json.loads((tmp_path / "rows.json").read_text())
     assert found["rows"] == rows and found["jax"] == jax.__version__ and "ptxas" in found
 
@@ -156,7 +156,7 @@ def test_a_kernel_that_does_not_compile_is_a_row_and_takes_no_other_with_it(monk
 def test_a_quantizer_whose_maxima_skip_nan_has_a_fault():
     row = compile_report.read("max.NaN.f32 %r1, %r2, %r3;\nmax.f32 %r1, %r2, %r3;\n", PTXAS, RESOURCES)
     assert compile_report.faults("swiglu_quantize", row) == ["takes maxima that skip NaN"]
-    assert compile_report.faults("mla_decode", row) == []  # which would be NaN anyway
+    assert compile_report.faults("mla_decode", row) == []  # it would be NaN anyway
     assert compile_report.faults("quantize", compile_report.read("max.NaN.f32 %r1;\n", PTXAS, RESOURCES)) == []
 
 
@@ -346,7 +346,7 @@ LOOPS = """
 """
 
 
-# One loop with two products: a wait whose repetition is behind the end, what a condition skips, a loop inside.
+# One loop with two products: a wait that is repeated after the end, code that a condition skips, an inner loop.
 WAITS = """
         /*0000*/   IADD3 R1, R1, R2 ;
 .L_x_0:
@@ -391,12 +391,12 @@ def test_a_prediction_is_of_what_takes_longest():
         return predict.CLOCK * predict.product(tiles, (128, 128), 10, 128, 1, 2, instructions, sms)
 
     leaves = 128 * 128 * 2 / 32 + predict.LATENCY
-    full = 256 * 128 / (5120 / 132)  # bytes of a slice, at an SM's share of the L2 cache
+    full = 256 * 128 / (5120 / 132)  # bytes of a slice, at an SM's share of the L2 bandwidth
     assert clocks(132, 100) == pytest.approx(10 * full + leaves)
-    assert clocks(1, 10) == pytest.approx(10 * 512 + leaves)  # alone, an SM loads 64 bytes a clock
+    assert clocks(1, 10) == pytest.approx(10 * 512 + leaves)  # a single SM loads 64 bytes per clock
     assert clocks(1, 400) == pytest.approx(10 * 800 + leaves)  # issue slots of two warps
     assert clocks(133, 100) == pytest.approx(2 * clocks(132, 100))  # one more tile is one more wave
-    # Of two SMs each asks for half of the rows, and takes in all of them.
+    # Each of two SMs requests half of the rows, and receives all of them.
     assert clocks(132, 100, 2) == pytest.approx(10 * 192 * 128 / (5120 / 132) + leaves)
     assert clocks(2, 10, 2) == clocks(2, 10)
 
@@ -410,7 +410,7 @@ def test_an_operand_in_shared_memory_is_read_at_128_bytes_a_clock():
 def test_decoding_is_predicted_in_series_and_attention_by_its_products():
     clocks = lambda seconds: (seconds - predict.LAUNCH) * predict.CLOCK
     row = {"loop_instructions": 476, "inner_instructions": 218}
-    products = 2 * (864 + 512)  # both groups' scores, of which shared memory is the limit, and outputs
+    products = 2 * (864 + 512)  # both groups' scores, limited by shared memory, and outputs
     long, short = (clocks(predict.decoding(Decode(64, tokens, 128), row)) for tokens in (4096, 2048))
     assert (long - short) / 32 == pytest.approx(products + 4 * 60 + 2 * 476)
     long, short = (clocks(predict.decoding(Decode(64, tokens, 128, packed=True), row)) for tokens in (4096, 2048))

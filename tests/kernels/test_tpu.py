@@ -1,4 +1,4 @@
-"""The TPU's kernels in TPU interpret mode, where memory that was never written is NaN, against their twins."""
+"""The TPU's kernels in TPU interpret mode, in which unwritten memory is NaN, against their twins."""
 
 import functools
 
@@ -73,7 +73,7 @@ def test_operands_that_do_not_fit_are_refused():
         matmul.fp8_matmul(api.quantize(normal((8, 128))), api.quantize_blocks(normal((8, 256))), interpret=INTERPRET)
 
 
-# Groups that begin and end inside tiles, an empty one, and rows of none.
+# Groups that begin and end inside tiles, an empty group, and rows of no group.
 UNEVEN, TILES = jnp.array([100, 0, 37, 90], jnp.int32), experts.TuningConfig(128, 128, 128)
 
 
