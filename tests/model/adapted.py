@@ -1,4 +1,4 @@
-"""Tiny models with adapters, and the weights that they amount to: NumPy, float64, written from the definition alone."""
+"""Tiny models with adapters, and their merged weights: NumPy, float64, written only from the definition."""
 
 import functools
 import math
@@ -16,7 +16,7 @@ from tests.model import naive
 CFG = naive.tiny(num_layers=2)
 SMALL = dict(num_layers=1, num_dense_layers=0, mtp_depth=0)
 LORA = LoraConfig(rank=3, alpha=6.0)
-# How a weight is W[inputs, outputs], as an einsum of A and B; L and E are layers and experts.
+# The product of A and B for each weight W[inputs, outputs], as an einsum; L and E are layers and experts.
 PRODUCTS = {"q_a": "LDR,LRQ->LDQ", "q_b": "LQR,LRHA->LQHA", "kv_a": "LDR,LRC->LDC", "kv_b": "LCR,LRHX->LCHX",
             "o": "LHVR,LRD->LHVD", "ffn": "LXR,LRY->LXY", "experts": "LEXR,LERY->LEXY"}
 
@@ -25,7 +25,7 @@ variables = functools.cache(naive.variables_of)
 
 
 def adapters_of(cfg, settings=LORA, seed=1, size=1.0):
-    """As training leaves them: neither A nor B is 0. B is `size` times as large as A."""
+    """Adapters as after training: neither A nor B is 0. B is `size` times as large as A."""
     shapes = jax.eval_shape(lambda: lora.fresh(settings, jax.random.key(0), variables(cfg)["params"]))
     rng = np.random.default_rng(seed)
     dtype = np.float64 if cfg.dtype == "float64" else np.float32
@@ -37,7 +37,7 @@ def adapters_of(cfg, settings=LORA, seed=1, size=1.0):
 
 
 def in_blocks(params):
-    """The parameters as a base in FP8 holds them, by NumPy."""
+    """The parameters as stored in an FP8 base, computed by NumPy."""
     def held(path, w):
         inputs, outputs = MATRICES.get(path[-1].key, (0, 0))
         if not inputs:

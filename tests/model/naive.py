@@ -1,6 +1,6 @@
-"""DeepSeek-V3 once more: numpy, float64, loops over tokens, heads and experts. Slow, and written from the report alone.
+"""A second DeepSeek-V3: NumPy, float64, loops over tokens, heads and experts. Slow, and written only from the report.
 
-The oracle of this room, next to the tiny model that it is asked about. It takes the model's own parameter trees.
+The oracle of the model's tests, and the tiny model that it is compared with. It takes the model's own parameter trees.
 """
 
 import functools
@@ -24,7 +24,7 @@ def tiny(**overrides) -> ModelConfig:
 
 
 def fill(shapes, dtype=np.float32, seed=0):
-    """Weights so large that routing, masks and norms matter; norm scales that are not one, biases that are not zero."""
+    """Weights large enough for routing, masks and norms to matter; norm scales are not one, biases not zero."""
     rng = np.random.default_rng(seed)
 
     def leaf(path, s):
@@ -41,7 +41,7 @@ def fill(shapes, dtype=np.float32, seed=0):
 
 
 def variables_of(cfg, seed=0):
-    """Random variables of the whole model; nothing is compiled for them."""
+    """Random variables of the complete model; nothing is compiled to make them."""
     shapes = jax.eval_shape(lambda: DeepSeekV3(cfg).init(jax.random.key(0), np.zeros((1, 4), np.int32)))
     dtype = np.float64 if cfg.dtype == "float64" else np.float32
     variables = fill(shapes, dtype, seed)
@@ -50,7 +50,7 @@ def variables_of(cfg, seed=0):
     return variables
 
 
-QUICKLY = {"xla_backend_optimization_level": 0}  # half the compile time for programs that run once
+QUICKLY = {"xla_backend_optimization_level": 0}  # halves the compile time of programs that run once
 
 
 @functools.cache
@@ -73,18 +73,19 @@ def ffn(p, x):
 
 
 def frequencies(cfg):
-    """Of each pair: plain, or after YaRN between the pairs that turn beta_fast and beta_slow times in the original."""
+    """Frequency of each pair: plain, or YaRN's, whose ramp is between the pairs that turn beta_fast and beta_slow times
+    within the original length."""
     R, y = cfg.rope_head_dim, cfg.yarn
     plain = [cfg.rope_theta ** (-2 * i / R) for i in range(R // 2)]
     if y is None:
         return np.array(plain)
-    # Pair i turns original_length * theta^(-2i/R) / 2 pi times: solved for i.
+    # Pair i turns original_length * theta^(-2i/R) / 2 pi times; this is solved for i.
     first, last = (R / 2 * math.log(y.original_length / (2 * math.pi * turns), cfg.rope_theta)
                    for turns in (y.beta_fast, y.beta_slow))
     first, last = max(math.floor(first), 0), min(math.ceil(last), R - 1)
     out = []
     for i, f in enumerate(plain):
-        share = min(max((i - first) / (last - first), 0), 1)  # of interpolation
+        share = min(max((i - first) / (last - first), 0), 1)  # the share of interpolation
         out.append(f * (1 - share) + f / y.factor * share)
     return np.array(out)
 
@@ -101,7 +102,7 @@ def scale_of(cfg):
 
 
 def amplitude(cfg):
-    """What YaRN multiplies cos and sin by."""
+    """YaRN's factor for cos and sin."""
     if cfg.yarn is None:
         return 1.0
     m, n = (0.1 * x * math.log(cfg.yarn.factor) + 1 for x in (cfg.yarn.mscale, cfg.yarn.mscale_all_dim))
@@ -137,7 +138,7 @@ def mla(cfg, p, x_TD, positions_T, segments_T):
 
 
 def index_scores(cfg, p, x_TD, latent_TQ, positions_T):
-    """V3.2's score of every earlier token for every token, [T, S]; of RoPE's pairs the first members come first."""
+    """V3.2's score of every earlier token for every token, [T, S]; RoPE's pairs are split, first members first."""
     R, T = cfg.rope_head_dim, len(x_TD)
     in_halves = np.r_[0:R:2, 1:R:2]
 
@@ -200,7 +201,7 @@ def sequence_loss(cfg, scores_BTE):
 
 
 def auxiliary_loss(cfg, scores_NE, chosen_NK):
-    """sum_i f_i P_i over all tokens of the batch, f from what was really chosen."""
+    """sum_i f_i P_i over all tokens of the batch, with f from the actual choices."""
     N, E = scores_NE.shape
     f = np.array([(np.asarray(chosen_NK) == e).sum() for e in range(E)]) * E / (cfg.experts_per_token * N)
     return f @ (scores_NE / scores_NE.sum(-1, keepdims=True)).mean(0)

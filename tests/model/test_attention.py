@@ -1,4 +1,4 @@
-"""Attention: blocks against the plain softmax, what sees what, and MLA against `naive.mla`."""
+"""Attention: blocks against the plain softmax, masks, and MLA against `naive.mla`."""
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ PACKED = [0, 0, 0, 1, 2, 2, 2, 2, 2, 3]
 
 
 def allowed(T, segments):
-    """[T, S]: who may see whom."""
+    """[T, S]: whether query t may see key s."""
     ids = np.zeros(T) if segments is None else np.array(segments)
     return np.tril(np.ones((T, T), bool)) & (ids[:, None] == ids[None])
 
@@ -54,7 +54,7 @@ def with_gradients(f, arrays, dtype):
     [
         (8, 4, None),
         (10, 4, None),  # the last block is padded
-        (5, 8, None),  # a block is more than all
+        (5, 8, None),  # a block is larger than the sequence
         (1, 4, None),
         (10, 1, PACKED),
         (10, 4, PACKED),
@@ -89,14 +89,14 @@ def test_a_token_sees_its_segment_so_far_and_never_the_future(segments):
     q, k, v = (jnp.asarray(a, jnp.float32) for a in qkv(10, B=1, H=1))
 
     def gradient(wanted):
-        """[T, S]: how much output t changes with key and value s."""
+        """[T, S]: the gradient of output t by key and value s."""
         jacobians = jax.jacrev(lambda k, v: blockwise(4, segments)(q, k, v)[0, :, 0, wanted], argnums=(0, 1))(k, v)
         return [np.abs(j[:, 0, :, 0]).max(-1) for j in jacobians]
 
     dk_TS, dv_TS = gradient(1)
 
     assert np.array_equal(dv_TS > 0, allowed(10, segments))
-    # A token alone in its segment has nothing to weigh: its weight is 1 whatever the key.
+    # A token alone in its segment has a weight of 1 whatever its key.
     alone = allowed(10, segments).sum(1, keepdims=True) == 1
     assert np.array_equal(dk_TS > 1e-7, allowed(10, segments) & ~alone)
 
@@ -133,7 +133,7 @@ def test_memory_grows_with_the_sequence_and_not_with_its_square():
         return temporary_bytes(1024, f) / temporary_bytes(512, f)
 
     assert growth(blockwise(32, None)) < 2.2
-    assert growth(lambda *x: plain(*x, None)) > 3  # what the figure would be otherwise
+    assert growth(lambda *x: plain(*x, None)) > 3  # the figure without it
 
 
 @pytest.mark.parametrize(
@@ -174,7 +174,7 @@ def test_query_and_key_value_latents_are_normed_and_the_rotary_key_is_not():
     apply, C = jax.jit(module.apply), cfg.kv_rank
 
     def change(name, columns):
-        """Of the output, when these columns of a down-projection are a thousand times larger."""
+        """Change of the output when these columns of a down-projection are a thousand times larger."""
         larger = variables["params"][name].copy()
         larger[:, columns] *= 1000
         after = apply({"params": {**variables["params"], name: larger}}, x_BTD, rope, None)

@@ -1,4 +1,4 @@
-"""Attention where the device has a kernel for it: it is taken, it is the same attention, and no more is kept for it."""
+"""Attention on devices with a kernel for it: the kernel is used, gives the same result, and keeps no more residuals."""
 
 import functools
 import types
@@ -26,7 +26,7 @@ PUBLISHED = dict(num_heads=2, nope_head_dim=128, rope_head_dim=64, v_head_dim=12
 
 @pytest.fixture
 def twins(monkeypatch):
-    """The twins in place of Hopper's kernels. Gives the shapes of q that they were called with."""
+    """Replaces Hopper's kernels by their twins. Returns the shapes of q that they were called with."""
     shapes = {"forward": [], "backward": []}
 
     def twin(part, *arrays, **options):
@@ -113,7 +113,7 @@ def test_attention_and_experts_of_a_model_are_of_the_implementation_that_its_con
 
 
 def test_a_described_device_counts_and_a_kernel_is_asked_for_by_its_operation(monkeypatch):
-    monkeypatch.setattr(api, "NEEDS_JAX", (0,))  # whatever is installed here
+    monkeypatch.setattr(api, "NEEDS_JAX", (0,))  # independent of the installed packages
     monkeypatch.setattr(api, "device_here", lambda: types.SimpleNamespace(platform="gpu", device_kind="NVIDIA H800"))
     q, k, v = qkv()
     assert blockwise._kernel_here(q, v, "e5m6") == "hopper" and api.chosen_here("mla_decode") == "hopper"
@@ -182,7 +182,7 @@ def layer(T=128, **overrides):
 
 
 def kernels(equations):
-    """How many kernels a program calls."""
+    """The number of kernel calls in a program."""
     count = 0
     for equation in equations:
         if equation.primitive.name in ("custom_vmap_call", "mpmd_map", "pallas_call", "core_map"):
@@ -195,7 +195,7 @@ def kernels(equations):
 
 @pytest.fixture
 def hopper(monkeypatch):
-    """Programs are made for one; they cannot run."""
+    """Programs are compiled for a Hopper GPU; they cannot run."""
     from tests.kernels import interpreter  # noqa: F401 (skips where these kernels cannot be traced)
 
     monkeypatch.setattr(api, "runs_here", lambda: "hopper")
@@ -211,7 +211,7 @@ def test_the_forward_kernel_runs_again_only_where_nothing_is_kept(hopper, remat,
 
 @pytest.mark.parametrize("remat", ["none", "report", "full"])
 def test_what_is_kept_of_attention_is_the_output_once_and_a_number_a_query(twins, remat):
-    """Under "report" the latents and this; queries, keys and values are computed again."""
+    """Under "report" these and the latents are kept; queries, keys and values are recomputed."""
     cfg, f, params, x_BTD = layer(remat=remat)
     _, pull_back = jax.eval_shape(functools.partial(jax.vjp, f), params, x_BTD)
     shapes = [x.shape for x in jax.tree.leaves(pull_back)]
@@ -228,7 +228,7 @@ def test_a_stage_of_a_pipeline_is_split_around_the_kernels(hopper, remat):
     stage = lambda params, x, context: (x + f(params, x), jnp.zeros(()), ())
     pieces = split(stage, params, x_BTD, ()).pieces
     counted = {name: kernels(pieces[name].equations) for name in ("F", "Bi", "W")}
-    assert counted == {"F": 1, "Bi": 3 if remat == "full" else 2, "W": 0}  # all gradients of attention go to the input
+    assert counted == {"F": 1, "Bi": 3 if remat == "full" else 2, "W": 0}  # dx needs dq, dk and dv
 
 
 def test_the_passes_of_a_split_stage_give_the_gradients_of_the_whole(twins):
@@ -251,7 +251,7 @@ def test_the_passes_of_a_split_stage_give_the_gradients_of_the_whole(twins):
 @pytest.mark.parametrize("documents", [None, [0] * 17 + [1] * 23])
 def test_the_largest_logit_is_that_of_a_pair_that_attention_sees(documents):
     q, k, _ = qkv(B=3, dtype=jnp.float32, A=12)
-    q, k = q.at[:, 20, 1].set(3.0), k.at[:, 39, 1].set(100.0)  # a key of the future for all but the last query
+    q, k = q.at[:, 20, 1].set(3.0), k.at[:, 39, 1].set(100.0)  # a future key for all queries except the last
     segments = None if documents is None else jnp.broadcast_to(jnp.asarray(documents), (3, 40))
 
     found = jax.jit(lambda q, k: largest_logits(q, k, segments, SCALE, BLOCK), compiler_options=naive.QUICKLY)(q, k)

@@ -1,4 +1,4 @@
-"""Experts: their gated sum against a loop over experts, and the layer around them."""
+"""Experts: their gated sum against a loop over experts, and the MoE layer."""
 
 import functools
 
@@ -16,7 +16,7 @@ from tests.precision import float64
 
 
 def dense(x_ND, chosen_NK, gates_NK, gate_EDF, up_EDF, down_EFD):
-    """Every token by every expert, weighed by its gate or 0."""
+    """Every token through every expert, weighted by its gate or 0."""
     share_NE = (gates_NK[:, :, None] * (chosen_NK[:, :, None] == jnp.arange(gate_EDF.shape[0])[None, None])).sum(1)
     both = [jnp.einsum("ND,EDF->NEF", x_ND, w, precision="highest") for w in (gate_EDF, up_EDF)]
     return jnp.einsum("NEF,EFD,NE->ND", jax.nn.silu(both[0]) * both[1], down_EFD, share_NE)
@@ -24,7 +24,7 @@ def dense(x_ND, chosen_NK, gates_NK, gate_EDF, up_EDF, down_EFD):
 
 @functools.cache
 def routed(implementation):
-    """Output and gradients by tokens, gates and the three weights."""
+    """Output, and gradients by tokens, gates and the three weights."""
     def f(x_ND, chosen_NK, gates_NK, *weights):
         if implementation == "dense":
             return dense(x_ND, chosen_NK, gates_NK, *weights)

@@ -1,4 +1,4 @@
-"""The parts of every block, and what the backward pass keeps of it under each remat."""
+"""The parts of a block, and its residuals for the backward pass under each remat."""
 
 import collections
 
@@ -92,7 +92,7 @@ def test_remat_changes_neither_loss_nor_gradients():
 
 
 def kept(remat, moe):
-    """What the backward pass of one block keeps: a Counter of (dtype, shape)."""
+    """The residuals of one block for the backward pass: a Counter of (dtype, shape)."""
     cfg = naive.tiny(remat=remat)
     x_BTD = np.zeros((2, 8, cfg.d_model), np.float32)
     bias_E = np.zeros(cfg.num_experts, np.float32) if moe else None
@@ -143,13 +143,13 @@ def test_what_a_name_recomputes_is_not_kept_and_all_else_is(name, shapes):
 
     assert {shape: count for (_, shape), count in spared.items()} == shapes
     more = kept(name, False) - kept("report", False)
-    assert all(dtype == "int32" for dtype, _ in more)  # which blocks attention walks through
+    assert all(dtype == "int32" for dtype, _ in more)  # attention processes these in blocks
 
 
 def test_without_remat_norms_up_projections_and_swiglu_are_kept_too():
     everything = {shape for _, shape in kept("none", False)}
 
-    # norm outputs as the linears saw them, the rotated and concatenated queries and keys, SwiGLU's output
+    # norm outputs as read by the linears, the rotated and concatenated queries and keys, SwiGLU's output
     assert {(16, 32), (16, 12), (2, 2, 8, 12), (16, 24)} <= everything
     assert not {(16, 32), (16, 12), (2, 2, 8, 12), (16, 24)} & {shape for _, shape in kept("report", False)}
 
@@ -174,6 +174,6 @@ def test_remat_saves_memory_in_the_compiled_program_too():
         compiled = jax.jit(jax.grad(loss)).lower(params, tokens).compile(compiler_options=naive.QUICKLY)
         return compiled.memory_analysis().temp_size_in_bytes
 
-    # XLA of jax 0.10 orders operations so that at this size most of what is recomputed lives as long as before.
+    # XLA of jax 0.10 orders operations so that, at this size, most recomputed arrays live as long as without remat.
     share = 0.75 if jax.__version_info__ >= (0, 11) else 1.0
     assert temporary_bytes("report") < share * temporary_bytes("none")

@@ -1,4 +1,4 @@
-"""Adapters: nothing at the start, the product of two matrices afterwards, and all that is trained."""
+"""Adapters: zero at the start, the product of two matrices afterwards, and the only parameters that are trained."""
 
 import functools
 
@@ -53,7 +53,7 @@ def test_the_model_is_the_naive_one_with_alpha_over_rank_times_a_b_added_to_its_
 
 
 def test_merged_and_unmerged_agree_to_1e_6_of_logits_of_order_one():
-    """In float32: the two are rounded in another order, layer by layer."""
+    """In float32; each layer rounds in a different order in the two forms."""
     cfg = naive.tiny(**adapted.SMALL)
     variables, adapters = adapted.variables(cfg), adapted.adapters_of(cfg, size=0.1)
     params = variables["params"] | {"head": variables["params"]["head"] / 8}  # logits of order one
@@ -100,7 +100,7 @@ def test_a_is_as_large_as_keeps_the_size_of_inputs_and_b_is_zero():
 
 
 def test_a_base_in_fp8_is_the_base_that_is_rounded_to_it_forward_and_backward():
-    cfg = naive.tiny(**adapted.SMALL, d_model=160)  # blocks that are cut off
+    cfg = naive.tiny(**adapted.SMALL, d_model=160)  # blocks that are partial
     variables, adapters = adapted.variables(cfg), adapted.adapters_of(cfg, size=0.1)
     held = adapted.in_blocks(variables["params"])
 
@@ -118,7 +118,7 @@ def test_a_base_in_fp8_is_the_base_that_is_rounded_to_it_forward_and_backward():
 
 @pytest.mark.parametrize("experts", [False, True])
 def test_the_backward_pass_keeps_a_base_in_fp8_alone(experts):
-    """Not what it was dequantized into, which would be two or four times as large."""
+    """The dequantized weights, which would be two or four times as large, are not kept."""
     x = np.ones((256, 128), np.float32)
     w = adapted.in_blocks({"gate": np.random.default_rng(0).standard_normal((2, 128, 384)).astype(np.float32)})["gate"]
     if experts:

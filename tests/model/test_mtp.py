@@ -1,4 +1,4 @@
-"""Multi-token prediction: what a depth is computed from, which tokens it sees, and what learns from it."""
+"""Multi-token prediction: the inputs of a depth, the tokens that it sees, and the parameters that it trains."""
 
 import flax.linen as nn
 import jax
@@ -16,7 +16,7 @@ DEEP = naive.tiny(dtype="float64", mtp_depth=DEPTH, num_layers=2)
 
 
 class Nothing(nn.Module):
-    """In the place of the transformer block: hands its input on."""
+    """Replaces the transformer block: returns its input."""
 
     def __call__(self, x_BTD, bias_E, context):
         return x_BTD, {}
@@ -45,7 +45,7 @@ def test_ahead_looks_k_tokens_ahead():
 
 @pytest.fixture(scope="module")
 def dependence():
-    """[depth + 1, T, T]: how much the logits at i change with token j; row 0 is the main model's."""
+    """[depth + 1, T, T]: how much the logits at i change with token j; entry 0 is the main model."""
     tokens = np.random.default_rng(1).integers(0, 64, (1, T)).repeat(T + 1, axis=0).astype(np.int32)
     tokens[np.arange(T), np.arange(T)] = (tokens[T] + 1) % 64  # row j differs from the last one in token j
     with float64():
@@ -69,7 +69,7 @@ def test_the_next_depth_gets_the_normed_state_of_the_one_before():
     tokens = np.arange(T * (T + 1), dtype=np.int32).reshape(T + 1, T)
     with float64():
         variables = naive.variables_of(DEEP)
-        # Read before the weights change in place: jax may share NumPy's memory, and computes when it likes.
+        # Read before the weights change in place: jax may share NumPy's memory, and computes asynchronously.
         before = np.asarray(naive.forward(DEEP)(variables, tokens).mtp_logits[1])
 
         variables["params"]["mtp_1"]["norm"]["scale"][0] += 1
@@ -80,7 +80,8 @@ def test_the_next_depth_gets_the_normed_state_of_the_one_before():
 
 @pytest.fixture(scope="module")
 def gradients():
-    """Of the MTP logits at position 0, by every parameter: it has seen token 0, and token 1 as the one ahead."""
+    """Gradients of the MTP logits at position 0 by every parameter: it has seen token 0, and token 1 as the next one.
+    """
     cfg = naive.tiny(mtp_depth=1, num_layers=1)
     variables = naive.variables_of(cfg)
     tokens = np.array([[7, 9, 2, 3]], np.int32)
@@ -98,7 +99,7 @@ def test_the_hidden_state_goes_in_after_the_final_norm(gradients):
 def test_embedding_and_head_are_shared_and_learn_from_mtp(gradients):
     learned = np.abs(gradients["embedding"]).max(1) > 1e-4
 
-    assert np.flatnonzero(learned).tolist() == [7, 9]  # 7 through the main model, 9 only as the token ahead
+    assert np.flatnonzero(learned).tolist() == [7, 9]  # 7 through the main model, 9 only as the next token
     assert np.abs(gradients["head"]).max() > 1e-4
     assert not {"embedding", "head"} & gradients["mtp_1"].keys()
 

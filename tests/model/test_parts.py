@@ -1,4 +1,4 @@
-"""A part of the user's own that does not work is named in one line, before any data is read."""
+"""A user-defined part that does not work is named in one line, before any data is read."""
 
 import jax.numpy as jnp
 import pytest

@@ -1,4 +1,4 @@
-"""The permutation that sorts choices into rows: every choice once, groups aligned, and its gradients."""
+"""The permutation that sorts choices into rows: every choice once, aligned groups, and its gradients."""
 
 import jax
 import jax.numpy as jnp
@@ -37,10 +37,10 @@ def check(chosen_NK, align, even=False):
     counts = np.bincount(choices, minlength=E)
     ends = np.cumsum(p.sizes_E)
 
-    # Conservation: every choice has one row, and that row says so; every other row is marked empty.
+    # Conservation: every choice has one row, which names it; every other row is marked empty.
     assert np.array_equal(p.choice_R[p.row_NK.reshape(-1)], np.arange(N * K))
     assert (p.choice_R < N * K).sum() == N * K and p.choice_R.max() <= N * K
-    # Groups: contiguous, in the order of the experts, aligned, full ones first; all equal, or no larger than need be.
+    # Groups: contiguous, in the order of the experts, aligned, filled from the start; all equal, or of minimal size.
     room = len(p.choice_R) // E
     equal = even and counts.max() <= room
     assert np.array_equal(p.sizes_E, [room] * E if equal else -(-counts // align) * align)

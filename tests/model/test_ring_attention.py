@@ -1,4 +1,4 @@
-"""Ring attention: that of complete sequences, whatever they are cut into, with the same work for every device."""
+"""Ring attention equals attention over complete sequences, however they are split, with equal work for every device."""
 
 import functools
 import re
@@ -35,13 +35,13 @@ def arrays(T, seed=0):
 
 
 def order(parts, T):
-    """Rows of a sequence, part after part."""
+    """Positions of a sequence, part after part."""
     blocks = np.arange(T).reshape(2 * parts, -1)
     return np.concatenate([blocks[list(blocks_of(part, parts))].ravel() for part in range(parts)])
 
 
 def cut(x_BT, parts):
-    """[B, T, ...] -> [parts * B, T / parts, ...], rows as devices have them."""
+    """[B, T, ...] -> [parts * B, T / parts, ...], with the rows of each device."""
     x_BT = x_BT[:, order(parts, x_BT.shape[1])]
     return jnp.moveaxis(x_BT.reshape(B, parts, -1, *x_BT.shape[2:]), 1, 0).reshape(parts * B, -1, *x_BT.shape[2:])
 
@@ -109,7 +109,7 @@ MESH = MeshConfig(context=PARTS)
 
 @functools.cache
 def compiled(differentiated, segmented=True, **model):
-    """One layer of attention on four devices -> (config, its program)."""
+    """Compiles one layer of attention for four devices -> (config, program)."""
     cfg = naive.tiny(**({"dtype": "float32", "attention_block": 8} | model))
     x_BTD, ids = jnp.zeros((B, LONG, cfg.d_model)), jnp.zeros((B, LONG), jnp.int32) if segmented else None
     rope = rope_table(cfg, jnp.broadcast_to(jnp.arange(LONG), (B, LONG)), jnp.float32)
@@ -125,7 +125,7 @@ def compiled(differentiated, segmented=True, **model):
 
 
 def permuted(program):
-    """Bytes that each collective-permute of a program carries, by dtype, in order of size."""
+    """Bytes of each collective-permute of a program, by dtype, in order of size."""
     sizes = {"f32": 4, "s32": 4}
     found = re.findall(r"= (f32|s32)\[([\d,]+)\]\S* collective-permute\(", program)
     return sorted(sizes[dtype] * int(np.prod([int(n) for n in shape.split(",")])) for dtype, shape in found)
@@ -137,15 +137,15 @@ def test_a_hop_carries_the_latents_of_its_tokens_and_nothing_else(segmented):
     tokens = B * LONG // PARTS
     latents = 4 * tokens * (cfg.kv_rank + cfg.rope_head_dim)
 
-    # One to the neighbour, and one in the loop of those that go on.
+    # One to the neighbour, and one in the loop that passes the others on.
     assert permuted(program) == sorted([latents] * 2 + [4 * tokens] * 2 * segmented)
     _, program = compiled(True, segmented)
-    # The first arrival is that of the forward pass; in the loop again, and gradients: there, at its end, and home.
+    # First the forward pass's; then again in the loop; and gradients: in the loop, at its end, and back to the owner.
     assert permuted(program) == sorted([latents] * (2 + 1 + 3) + [4 * tokens] * (2 + 1) * segmented)
 
 
 def test_no_device_has_the_keys_of_all_tokens():
-    """Nor their latents: arrays of floats have its own tokens and no others."""
+    """Nor their latents: arrays of floats have only the device's own tokens."""
     cfg, program = compiled(True)
     shapes = {tuple(map(int, shape.split(","))) for shape in re.findall(r"f32\[([\d,]+)\]", program)}
     wide = {shape for shape in shapes if np.prod(shape) >= B * LONG * (cfg.kv_rank + cfg.rope_head_dim)}

@@ -1,4 +1,4 @@
-"""Rotary positions: rotations of adjacent pairs, and what YaRN does to their frequencies."""
+"""Rotary positions: rotations of adjacent pairs, and YaRN's change of their frequencies."""
 
 import jax.numpy as jnp
 import numpy as np

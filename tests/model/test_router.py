@@ -1,4 +1,4 @@
-"""Routing: who is chosen, what they weigh, and how the bias moves. The oracle is `naive.route`, one token at a time."""
+"""Routing: the chosen experts, their gates, and the bias updates. The oracle is `naive.route`, one token at a time."""
 
 import functools
 
@@ -40,7 +40,7 @@ def uniform_bias(low, high, experts=16):
         (dict(), 3, 9),
         (dict(groups_kept=4), -8, -4),
         (dict(num_groups=1, groups_kept=1), -8, -4),
-        (dict(num_groups=8, groups_kept=3), -8, -4),  # two experts a group: the group score is the whole group
+        (dict(num_groups=8, groups_kept=3), -8, -4),  # the group score is over the complete group
         (dict(router_bias="multiplicative"), 0.2, 3),
         (dict(router_bias="none"), 0, 0),
         (dict(normalize_gates=False, route_scale=1.0), -8, -4),
@@ -153,7 +153,7 @@ def test_scores_are_float32_in_a_bfloat16_model():
     [
         ([[0, 0, 0, 0]], [[4, 0, 2, 2]], 0.001, "sign", [[-0.001, 0.001, 0, 0]]),
         ([[1, -1, 0.5, 0]], [[9, 9, 0, 2]], 0.1, "sign", [[0.9, -1.1, 0.6, 0.1]]),  # the mean is 5
-        ([[0, 0], [0, 0]], [[30, 10], [0, 4]], 0.5, "sign", [[-0.5, 0.5], [0.5, -0.5]]),  # each layer by its own mean
+        ([[0, 0], [0, 0]], [[30, 10], [0, 4]], 0.5, "sign", [[-0.5, 0.5], [0.5, -0.5]]),  # by its own mean
         ([[1, 2, 3, 4]], [[7, 0, 0, 1]], 0.0, "sign", [[1, 2, 3, 4]]),
         ([[1, 2, 3, 4]], [[7, 0, 0, 1]], 0.0, "proportional", [[1, 2, 3, 4]]),
         ([[0, 0, 0, 0]], [[8, 0, 4, 4]], 0.01, "proportional", [[-0.01, 0.01, 0, 0]]),

@@ -1,4 +1,4 @@
-"""Sparse attention: the choice and the scores against loops, what it costs in memory, what learns from what."""
+"""Sparse attention: choices and scores against loops, its memory, and which loss trains which parameters."""
 
 import functools
 
@@ -23,7 +23,7 @@ SEGMENTS = np.array([[0] * T, [0] * 5 + [1] * 4])
 
 
 def module_of(**overrides):
-    """cfg, SparseMLA, its variables, and the arrays that it is called with, in float64."""
+    """cfg, SparseMLA, its variables, and its input arrays, in float64."""
     cfg = naive.tiny(dtype="float64", **SPARSE | overrides)
     x_BTD = np.random.default_rng(0).standard_normal((2, T, cfg.d_model))
     rope = rope_table(cfg, POSITIONS, jnp.float64)
@@ -115,7 +115,7 @@ def test_gradients_are_slopes_and_the_loss_of_the_indexer_reaches_the_indexer_al
             reached = [any(np.any(g) for g in jax.tree.leaves(grads[name])) for grads in (main, indexer)]
             assert reached == [name != "indexer", name == "indexer"], name
         drawn = jax.tree.map(lambda x: rng.standard_normal(x.shape), params)
-        for part, grads in enumerate((main, indexer)):  # each along a direction of what it has a gradient by
+        for part, grads in enumerate((main, indexer)):  # each along a direction of the parameters that it trains
             direction = {name: jax.tree.map(lambda d, by=(name == "indexer") == part: d * by, tree)
                          for name, tree in drawn.items()}
             there, back = (values_and_gradients(jax.tree.map(lambda x, d, h=h: x + h * d, params, direction))[0][part]

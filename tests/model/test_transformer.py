@@ -1,4 +1,4 @@
-"""The whole model: against `naive.model` in float64, its options, and its parameter counts to the unit."""
+"""The complete model: against `naive.model` in float64, its options, and its exact parameter counts."""
 
 import jax
 import jax.numpy as jnp
@@ -115,7 +115,7 @@ def test_documents_packed_into_a_row_are_the_documents_alone():
     variables, run = naive.variables_of(cfg), naive.forward(cfg, CAPTURE)
     packed = run(variables, TOKENS, POSITIONS, SEGMENTS).logits_BTW[1, 3:]
 
-    alone = np.concatenate([TOKENS[1, 3:], TOKENS[1, :3]])[None].repeat(2, 0)  # the second document, then anything
+    alone = np.concatenate([TOKENS[1, 3:], TOKENS[1, :3]])[None].repeat(2, 0)  # the second document, then any tokens
     expected = run(variables, alone, np.arange(8)[None].repeat(2, 0).astype(np.int32), 0 * SEGMENTS).logits_BTW[0, :5]
 
     np.testing.assert_allclose(packed, expected, atol=1e-4)
@@ -146,7 +146,7 @@ def test_a_bfloat16_model_has_float32_masters_and_float32_logits():
 
 
 def sizes(name, **overrides):
-    """{path: elements of one layer's or the model's array} of a preset, nothing allocated."""
+    """{path: elements of the array, per layer where it is stacked} of a preset; nothing is allocated."""
     shapes = jax.eval_shape(
         lambda: DeepSeekV3(model_config(name, **overrides)).init(jax.random.key(0), jnp.zeros((1, 8), jnp.int32)))
     return {"/".join(p.key for p in path): int(np.prod(x.shape)) for path, x in
@@ -214,6 +214,6 @@ def test_gigachat3_has_the_parameters_that_its_published_files_have():
     biases = sum(n for path, n in found.items() if path.startswith("router/"))
     assert biases == layers * experts
     assert sum(found.values()) - biases == main + module
-    assert main == 10_672_534_016  # what a published copy without the MTP module counts, biases left out
-    # Layer 26 of the published files, in bfloat16, with the module's copies of embedding and head.
+    assert main == 10_672_534_016  # the count of a published copy without the MTP module, biases not counted
+    # Layer 26 of the published files, in bfloat16, including the module's copies of embedding and head.
     assert 2 * (module + experts + 2 * vocabulary * D) == 1_614_430_336
