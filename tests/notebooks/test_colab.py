@@ -1,4 +1,4 @@
-"""The run with Colab's versions: what counts as replaced, and where the package comes from."""
+"""The run with Colab's versions: which packages count as replaced, and where this package comes from."""
 
 import types
 

@@ -1,4 +1,4 @@
-"""What every notebook offers at its top, and that its first cell is the same everywhere."""
+"""The top of every notebook says what it is for, and the first cell is the same everywhere."""
 
 import json
 import pathlib
@@ -61,7 +61,7 @@ def test_a_loss_in_nats_is_explained(notebook):
 
 
 def test_sliders_capture_nothing(notebook):
-    """`interact` makes nbclient miss the end of a cell now and then."""
+    """`interact` sometimes makes nbclient miss the end of a cell."""
     assert "interact(" not in "\n".join(sources(notebook[1], "code"))
 
 
