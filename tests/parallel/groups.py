@@ -1,4 +1,4 @@
-"""Groups of processes within this one, for tests of how they meet and part."""
+"""Groups of processes, simulated by threads, for tests of how they connect and end."""
 
 import socket
 import threading
@@ -8,7 +8,7 @@ from deepseek_jax.parallel.watch import Watch
 
 
 def free_port():
-    """The first of two neighbouring ports that are free."""
+    """The first of two consecutive free ports."""
     while True:
         with socket.socket() as first, socket.socket() as second:
             first.bind(("localhost", 0))
@@ -21,7 +21,8 @@ def free_port():
 
 
 def in_threads(functions, seconds=20):
-    """Calls them all at once: what each returned or raised, None for one that still runs after so many seconds."""
+    """Calls all functions at once. Returns what each returned or raised; None if it still runs after so many seconds.
+    """
     found = [None] * len(functions)
 
     def call(i):
@@ -39,13 +40,13 @@ def in_threads(functions, seconds=20):
 
 
 def watches(count):
-    """The connections of a group of so many."""
+    """The connections of a group of this size."""
     address = f"localhost:{free_port()}"
     return in_threads([lambda i=i: Watch(Group(address, count, i)) for i in range(count)])
 
 
 def close(group):
-    """Ends them without a word: none may end this process after its test."""
+    """Closes them silently: none may end this process after its test."""
     for watch in group:
         watch.leaving = True
     for watch in group:

@@ -1,4 +1,4 @@
-"""Small things on many devices, for the tests of this folder: a mesh, its sizes, a tiny model and its batches."""
+"""Helpers of the tests in this folder: a mesh, its sizes, a tiny model and its batches."""
 
 import contextlib
 import dataclasses
@@ -44,7 +44,7 @@ def on(cfg: MeshConfig):
 
 
 def config_of(mesh=None, accumulation_steps=1, steps=20, rows=32, lora=ALL, optimizer=None, **model):
-    """Losses that weigh so much that leaving one out would show; rates that move biases and weights far."""
+    """Losses with weights so large that omitting one would show; rates that move biases and weights far."""
     return Config(
         model=ModelConfig(**(MODEL | model)), mesh=mesh or MeshConfig(), lora=lora,
         train=TrainConfig(batch_size=rows, accumulation_steps=accumulation_steps, sequence_length=T, steps=steps,
@@ -55,7 +55,8 @@ def config_of(mesh=None, accumulation_steps=1, steps=20, rows=32, lora=ALL, opti
 
 
 def batch_of(config, step):
-    """Rows with a pattern to learn; some tokens weigh nothing, and the micro-batches differ in their sums."""
+    """Rows with a pattern to learn; some tokens have weight 0, and the micro-batches differ in their sums of weights.
+    """
     rng = np.random.default_rng(step)
     rows = config.train.batch_size
     tokens = (rng.integers(0, VOCAB, (rows, 1)) + 3 * np.arange(T + 1)[None]) % VOCAB
@@ -77,13 +78,13 @@ def place_batch(config, batch):
 
 @functools.cache
 def fresh_state(model, lora=ALL, kind="adamw"):
-    """Of one device, as host arrays; made once a model."""
+    """The initial state on one device, as host arrays; made once per model."""
     config = Config(model=model, lora=lora, optimizer=OptimizerConfig(kind=kind, moment_dtype=model.dtype))
     return jax.device_get(jax.jit(functools.partial(init_state, config), compiler_options=QUICKLY)())
 
 
 def start(config):
-    """The same fresh state on any mesh, whatever is rematerialized. -> (state, its shardings or None)"""
+    """The same initial state on any mesh, with any remat. -> (state, its shardings or None)"""
     state = fresh_state(dataclasses.replace(config.model, remat="none"), config.lora, config.optimizer.kind)
     if config.mesh.devices == 1:
         return jax.tree.map(jnp.asarray, state), None
@@ -92,7 +93,7 @@ def start(config):
 
 
 def base_of(config):
-    """The frozen parameters of a config that trains adapters, where a step computes with them; else None."""
+    """The frozen parameters of a config that trains adapters, sharded as in a step; None for other configs."""
     if config.lora.rank is None:
         return None
     params = fresh_state(dataclasses.replace(config.model, remat="none")).params
@@ -124,7 +125,7 @@ def train(config, steps):
 
 
 def without_devices(cfg: MeshConfig) -> contextlib.AbstractContextManager[None]:
-    """A mesh of no devices, to trace on. Skips the test where jax cannot split arrays over one (0.7)."""
+    """A mesh without devices, for tracing. Skips the test if jax cannot split arrays over one (0.7)."""
     if jax.__version_info__ < (0, 8):
         pytest.skip("jax 0.7 splits arrays over devices only")
     return jax.sharding.use_abstract_mesh(abstract_mesh(cfg))

@@ -1,4 +1,4 @@
-"""All processes stop after the same step, whichever was asked to, and however far apart they are."""
+"""All processes stop after the same step, whichever of them got the request, and however far apart they are."""
 
 import os
 import subprocess
@@ -10,8 +10,8 @@ import pytest
 from deepseek_jax.parallel import processes
 from tests.parallel.groups import free_port
 
-# Runs of steps whose metrics all devices compute together, as those of training are: before step n + 2 each process
-# fetches those of step n. Process `who` is asked in step 3 of each run, and a slow one lags behind.
+# Runs whose metrics all devices compute together, as in training: before step n + 2 each process fetches those of step
+# n. Process `who` gets the request in step 3 of each run, and a slow one lags behind.
 STEPS = """
 import sys, time
 import jax, numpy as np
@@ -53,7 +53,7 @@ def test_two_processes_stop_after_one_step_whoever_is_asked():
 
 @pytest.fixture
 def store(monkeypatch):
-    """A store that notes in which order it is read and written."""
+    """A store that records the order of its reads and writes."""
     kept = {}
     client = types.SimpleNamespace(
         kept=kept, key_value_set=lambda key, value, allow_overwrite=False: kept.__setitem__(key, value),
@@ -64,7 +64,7 @@ def store(monkeypatch):
 
 
 class Three:
-    """The agreements of three processes, which listen when they are told to."""
+    """The agreements of three processes, which read messages when the test tells them to."""
 
     def __init__(self, monkeypatch):
         self.set, self.all = monkeypatch.setattr, [processes.StopAgreement() for _ in range(3)]
@@ -95,10 +95,10 @@ def test_one_that_is_asked_stops_no_earlier_than_the_others(store, monkeypatch):
 
     assert [three.ask(1, 7, "SIGTERM"), three.ask(2, 7), three.ask(0, 7), three.ask(1, 8, "SIGTERM")] == [None] * 4
     three.listen(0)
-    assert three.ask(0, 8) is None and three.waits == 1  # for all to hear that 10 is the last
+    assert three.ask(0, 8) is None and three.waits == 1  # until all know that 10 is the last
     assert [three.ask(i, 9) for i in range(3)] == [None] * 3
     assert [three.ask(i, 10) for i in range(3)] == ["SIGTERM"] * 3
-    assert three.ask(2, 11) == "SIGTERM"  # a run that saves every second step only
+    assert three.ask(2, 11) == "SIGTERM"  # a run that saves only every second step
 
 
 def test_process_0_waits_for_none_that_takes_no_more_steps(store, monkeypatch):
@@ -119,7 +119,7 @@ def test_saves_by_the_clock_are_of_the_same_steps_in_all_processes(store, monkey
     timers, clock = [processes.SaveTimer(1) for _ in range(3)], [0.0]
     monkeypatch.setattr(processes.time, "monotonic", lambda: clock[0])
     for i, each in enumerate(timers):
-        each.prefix, each.last_save = "y/", -1000.0 * i  # the others' clocks say that it is time long ago
+        each.prefix, each.last_save = "y/", -1000.0 * i  # by the others' clocks it was time long ago
 
     def due(process, step):
         monkeypatch.setattr(processes.jax, "process_index", lambda: process)
@@ -130,7 +130,7 @@ def test_saves_by_the_clock_are_of_the_same_steps_in_all_processes(store, monkey
     assert [due(1, 6), due(0, 6), due(2, 6)] == [False] * 3
     clock[0] = 61.0
     assert [due(i, 7) for i in (2, 1, 0)] == [False] * 3 and [due(i, 8) for i in (2, 1, 0)] == [True] * 3
-    assert [due(i, 9) for i in range(3)] == [True] * 3  # a run that saves every third step only
+    assert [due(i, 9) for i in range(3)] == [True] * 3  # a run that saves only every third step
     for each in timers:
         each.saved(9)
     assert not any(due(i, 10) for i in range(3))

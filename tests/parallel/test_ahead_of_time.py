@@ -1,4 +1,4 @@
-"""What only accelerators can do, read off programs compiled for H100s that are not here. Needs the extra `aot`."""
+"""Features that only accelerators have, checked in programs compiled for absent H100s. Needs the extra `aot`."""
 
 import importlib.util
 import json

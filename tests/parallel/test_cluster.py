@@ -1,4 +1,4 @@
-"""Which processes a run has, by flags and by the variables of schedulers, as real ones set them."""
+"""The processes of a run, determined by flags and by environment variables as real schedulers set them."""
 
 import argparse
 import inspect
@@ -10,11 +10,11 @@ from deepseek_jax.config import ConfigError
 from deepseek_jax.parallel import cluster
 from deepseek_jax.parallel.meeting import Group
 
-STEP = {  # of `srun` in a job of four tasks on two nodes: the second task of the first node
+STEP = {  # set by `srun` in a job of four tasks on two nodes: the second task of the first node
     "SLURM_JOB_ID": "9", "SLURM_NTASKS": "4", "SLURM_JOB_NUM_NODES": "2", "SLURM_NODEID": "0", "SLURM_PROCID": "1",
     "SLURM_LOCALID": "1", "SLURM_STEP_NODELIST": "n[1-2]", "SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_NUM_TASKS": "4",
     "SLURM_STEP_TASKS_PER_NODE": "2(x2)"}
-BODY = {  # of the script that sbatch runs
+BODY = {  # set for the script that sbatch runs
     "SLURM_JOB_ID": "9", "SLURM_NTASKS": "4", "SLURM_JOB_NUM_NODES": "2", "SLURM_NODEID": "0", "SLURM_PROCID": "0",
     "SLURM_LOCALID": "0"}
 MPIRUN = {"OMPI_MCA_orte_hnp_uri": "8192000.0;tcp://10.0.0.7:34911", "OMPI_COMM_WORLD_SIZE": "4",
@@ -41,7 +41,7 @@ def test_srun_starts_a_run_without_flags(find):
 
 
 def test_mpirun_starts_a_run_without_flags(find):
-    assert find(MPIRUN | BODY) == Group("10.0.0.7:65440", 4, 3)  # within a job of Slurm too
+    assert find(MPIRUN | BODY) == Group("10.0.0.7:65440", 4, 3)  # also within a Slurm job
 
 
 def test_a_launcher_without_others_is_a_run_alone(find):
@@ -51,7 +51,7 @@ def test_a_launcher_without_others_is_a_run_alone(find):
 
 @pytest.mark.parametrize("environ", [
     BODY, {"SLURM_JOB_ID": "9", "SLURM_JOB_NUM_NODES": "2"},
-    STEP | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}])  # the last: salloc's shell where that is a step
+    STEP | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}])  # the last: salloc's shell, if it runs as a step
 def test_a_job_of_several_tasks_outside_of_srun_is_refused_at_once(find, environ):
     with pytest.raises(ConfigError, match="srun did not start this process; start it with srun, or alone with --proc"):
         find(environ)
@@ -84,7 +84,7 @@ def test_what_jax_misses_is_said(find, monkeypatch):
 
 
 def test_a_command_of_one_process_is_refused_in_several(monkeypatch):
-    monkeypatch.setenv("JOB_COMPLETION_INDEX", "0")  # of perhaps one pod
+    monkeypatch.setenv("JOB_COMPLETION_INDEX", "0")  # possibly of one pod
     cluster.check_alone()
     for name, value in STEP.items():
         monkeypatch.setenv(name, value)

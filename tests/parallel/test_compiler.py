@@ -1,4 +1,4 @@
-"""Options of XLA's compilers: set where they are known, and never against the user."""
+"""Options of XLA's compilers: set where XLA knows them, and never overriding the user's."""
 
 import pytest
 

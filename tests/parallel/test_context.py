@@ -1,4 +1,4 @@
-"""Sequences split over devices: a step, its gradients and its scores are those of one device."""
+"""Sequences split over devices: a step, its gradients and its scores equal those of one device."""
 
 import dataclasses
 import functools
@@ -62,7 +62,9 @@ def test_in_float64_losses_gradients_and_loads_are_those_of_complete_sequences(n
 
 @pytest.mark.slow
 def test_in_fp8_the_forward_pass_is_the_same_and_gradients_differ_by_roundings():
-    """Tiles of tokens end elsewhere, and what each device adds to a latent's gradient is rounded by itself."""
+    """Tiles of tokens have other boundaries, and each device's contribution to a latent's gradient is rounded
+    separately.
+    """
     case = config(MeshConfig(context=2), fp8=FP8Config(enabled=True))
     with float64():
         (grads, sums), (same, expected) = accumulated(case), alone(case)
@@ -91,7 +93,7 @@ def test_validation_scores_are_those_of_one_device():
     jax.tree.map(np.testing.assert_array_equal, found.counts, expected.counts)
 
 
-# Which tokens are where.
+# Which device has which tokens.
 
 
 def test_a_part_is_an_early_block_and_the_late_one_that_balances_it():
@@ -152,7 +154,7 @@ def test_eight_times_the_length_on_eight_devices_takes_the_memory_of_one():
     assert (eight := temporaries(8)) < 1.15 * (one := temporaries(1)), (eight, one)
 
 
-# Whole runs.
+# Complete runs.
 
 RUN = ["--config.train.steps=6", "--config.train.accumulation_steps=1", "--config.train.ramp_from=None",
        "--config.train.sample_tokens=2", "--config.data.mask_documents=True"]
@@ -162,7 +164,7 @@ CONTEXT = ["--config.mesh.context=4", "--config.mesh.local=2"]
 @pytest.mark.slow
 @pytest.mark.parametrize(("first", "then"), [(CONTEXT, []), ([], CONTEXT)], ids=["to one device", "from one device"])
 def test_a_run_goes_on_with_split_sequences_or_without(tmp_path, first, then):
-    """`one device` is one that sees complete sequences: eight hold their rows."""
+    """`one device`: each device has complete sequences; eight devices share the rows."""
     path, whole = runs.write_config(tmp_path), ["--config.mesh.replica=4", "--config.mesh.local=2"]
     train = lambda workdir, mesh: runs.run("train", "--config", path, "--workdir", tmp_path / workdir, *RUN,
                                            "--config.train.batch_size=8", *(mesh or whole))
@@ -209,7 +211,7 @@ def test_a_pipeline_takes_an_even_number_of_parts():
 
 @pytest.mark.parametrize(("length", "take"), [(65528, 65536), (8072, 8192)])
 def test_blocks_that_divide_into_crumbs_alone_are_refused_with_the_next_length_that_does(length, take):
-    """Attention would go through them one pair of tokens at a time."""
+    """Attention would process them one pair of tokens at a time."""
     with pytest.raises(ConfigError, match=f"nothing larger than 1 for attention; take {take}"):
         load_config("tiny", [f"--config.train.sequence_length={length}", "--config.mesh.context=4"])
     load_config("tiny", [f"--config.train.sequence_length={take}", "--config.mesh.context=4"])

@@ -1,4 +1,4 @@
-"""Dispatch: every copy arrives where its experts are, once, and comes back; two hops are the flat form."""
+"""Dispatch: every copy arrives once at the device of its experts, and returns; two hops equal the flat form."""
 
 import functools
 import os
@@ -25,7 +25,7 @@ MESHES = {"node=2 local=4": MeshConfig(node=2, local=4), "node=4 local=2": MeshC
           "node=2 local=2 tensor=2": MeshConfig(node=2, local=2, tensor=2),
           "flat": MeshConfig(node=2, local=4, dispatch="flat")}
 
-# name -> the experts of each token, of which device d holds 2d and 2d + 1
+# name -> the experts of each token; device d has experts 2d and 2d + 1
 ROUTINGS = {
     "mixed": np.random.default_rng(0).permuted(np.tile(np.arange(E), (N, 1)), axis=1)[:, :K],
     "all to one expert": np.stack([np.full(N, 5), *np.random.default_rng(1).integers(6, 16, (2, 16)).repeat(2, 1)], 1),
@@ -36,7 +36,7 @@ ROUTINGS = {
 
 
 def experts(x_RD, id_RK, gates_RK, weights):
-    """sum over k of gate * tanh(x * w[expert]): not linear, so that an expert can tell rows apart."""
+    """sum over k of gate * tanh(x * w[expert]): not linear, so that exchanged rows change the result."""
     w_ED = jnp.concatenate([jnp.zeros((1, D)), weights[0]])
     return (gates_RK[:, :, None] * jnp.tanh(x_RD[:, None] * w_ED[id_RK])).sum(axis=1), (id_RK > 0).sum()
 
@@ -52,7 +52,7 @@ def arguments():
 
 @functools.cache
 def through(cfg, wire=dispatch.PLAIN):
-    """(tokens, choices, gates, weights, dy) -> (output, traffic, gradients), jitted once a mesh."""
+    """(tokens, choices, gates, weights, dy) -> (output, traffic, gradients), jitted once per mesh."""
     def run(x_ND, chosen_NK, gates_NK, w_ED, dy_ND):
         def f(x_ND, gates_NK, w_ED):
             return dispatch.to_experts(dispatch.ExpertLayout(cfg, E, cfg.node, wire), experts, x_ND, chosen_NK,
@@ -158,11 +158,11 @@ def test_a_generous_capacity_is_exact():
     np.testing.assert_allclose(y_ND, expected(ROUTINGS["all on one device"])[0], rtol=1e-6)
 
 
-# What travels only as far as it is filled. XLA:CPU has no such operation: a copy that follows its definition stands in.
+# Transfers of only the filled rows. XLA:CPU has no such operation: a function that follows its definition replaces it.
 
 
 def ragged_all_to_all(operand, output, input_offsets, send_sizes, output_offsets, recv_sizes, *, axis_name):
-    """Of each sender: send_sizes[me] of its rows, from input_offsets[me] on, land here from output_offsets[me] on."""
+    """Copies from each sender send_sizes[me] rows, beginning at its input_offsets[me], to output_offsets[me] here."""
     me = jax.lax.axis_index(axis_name)
     theirs = [jax.lax.all_gather(x, axis_name) for x in (operand, input_offsets, send_sizes, output_offsets)]
     row = jnp.arange(output.shape[0])
@@ -171,7 +171,7 @@ def ragged_all_to_all(operand, output, input_offsets, send_sizes, output_offsets
         comes = (at >= 0) & (at < size_P[me])
         moved = rows[jnp.clip(start_P[me] + at, 0, rows.shape[0] - 1)]
         output = jnp.where(comes.reshape(-1, *[1] * (output.ndim - 1)), moved, output)
-    # Receivers must know what comes, and have room for it: a wrong size would hang or overwrite.
+    # Receivers must know the sizes, and have room for the rows: a wrong size would hang or overwrite.
     fits = theirs[3][:, me] + theirs[2][:, me] <= output.shape[0]
     fits &= (theirs[1] + theirs[2] <= operand.shape[0]).all(axis=1)
     right = ((recv_sizes == theirs[2][:, me]) & fits).all()
@@ -185,7 +185,7 @@ def ragged(monkeypatch):
 
 @pytest.mark.parametrize("travel", [dispatch.send, dispatch.bring_back])
 def test_what_ragged_rows_land_in_hangs_on_counts_and_is_no_constant(monkeypatch, travel):
-    """XLA:GPU makes a copy of a constant for each layer at the beginning of a step, where it waits for its turn."""
+    """XLA:GPU copies a constant for each layer at the beginning of a step, and keeps the copy until the layer runs."""
     landed_in = []
     monkeypatch.setattr(jax.lax, "ragged_all_to_all", lambda x, output, *_, **__: landed_in.append(output) or output)
     slot_RK, row_S = jnp.zeros((4, 1), jnp.int32), jnp.zeros(6, jnp.int32)
@@ -222,7 +222,7 @@ def test_a_ragged_receiver_that_is_full_drops_what_has_no_room_and_counts_it(rag
 
 
 def test_a_ragged_sender_has_no_more_room_than_a_receiver_and_counts_what_it_cannot_send(ragged):
-    """All of 16 rows go to both of 2 places. A sender has room for 10 of each, a place for 2 of each of 8 senders."""
+    """All 16 rows go to both of 2 devices. A sender has room for 10 of each, a receiver for 2 of each of 8 senders."""
     with on(MeshConfig(local=8)):
         place_RK = jnp.tile(jnp.arange(2, dtype=jnp.int32), (8 * 16, 1))
         wanted_QP = jnp.tile(jnp.array([16, 16, 0, 0, 0, 0, 0, 0]), (8, 1))
@@ -236,7 +236,7 @@ def test_a_ragged_sender_has_no_more_room_than_a_receiver_and_counts_what_it_can
 
 
 def test_rows_lost_in_the_first_hop_leave_the_second_its_sizes(ragged):
-    """Both ends of a transfer know its size from the tokens' choices, whether all rows arrived or not."""
+    """Both ends of a transfer compute its size from the tokens' choices, whether all rows arrived or not."""
     cfg = MeshConfig(node=2, local=4, buffers="ragged", capacity=0.5)
 
     def sizes(chosen_NK):
@@ -255,8 +255,8 @@ def test_rows_lost_in_the_first_hop_leave_the_second_its_sizes(ragged):
 
 
 def test_empty_rows_take_no_place_of_those_that_arrived(ragged):
-    """All tokens choose two experts of each device of one node. Its rows of the first hop have no room for all, and the
-    second hop loses no more than a row a place of those that came."""
+    """All tokens choose two experts of each device of one node. The first hop has no room for all of their rows, and
+    the second hop loses at most one row per device of those that arrived."""
     cfg = MeshConfig(node=2, local=4, buffers="ragged", capacity=1.25)
     chosen_NK = np.tile(np.arange(4), (N, 1)) * 2  # on devices 0 to 3, node 0
 
@@ -301,9 +301,9 @@ def test_fp8_tokens_arrive_as_the_nearest_e4m3_and_gradients_of_outputs_too():
 
     for cfg in (MESHES["node=2 local=4"], MESHES["flat"]):
         for found, sent in zip(run(cfg, FP8_WIRE), (x_ND, dy_ND)):
-            # Inside jit, as the tokens were: outside, jax 0.7.2 rounds differently.
+            # Inside jit, like the tokens: outside, jax 0.7.2 rounds differently.
             once = np.asarray(jax.jit(lambda x: FP8_WIRE.decode(FP8_WIRE.encode(x), jnp.float32))(sent))
-            np.testing.assert_allclose(found, K * once, rtol=1e-6)  # hop after hop, no more than once
+            np.testing.assert_allclose(found, K * once, rtol=1e-6)  # rounded once, not once per hop
             error = np.abs(once - sent) / np.abs(sent).max(axis=1, keepdims=True)
             assert 0 < error.max() < 2.0**-4
 

@@ -1,4 +1,4 @@
-"""How processes meet: none is taken for another, the missing are named, and connections that say nothing delay none."""
+"""How processes connect: none is mistaken for another, missing ones are named, and silent connections delay nobody."""
 
 import resource
 import socket
@@ -17,7 +17,7 @@ from tests.parallel.groups import free_port, in_threads
 
 
 def connect(port, seconds=10):
-    """A connection to a port that soon listens."""
+    """A connection to a port that will listen soon."""
     ends = time.monotonic() + seconds
     while True:
         try:
@@ -35,7 +35,7 @@ def close(*groups):
 
 
 def met(address, told, timeout=20):
-    """What each process of `told`, (number, of how many), gets when all of them meet."""
+    """The result of each process of `told`, (number, count), when all of them connect."""
     return in_threads([lambda g=g: meet(Group(address, g[1], g[0]), timeout) for g in told])
 
 
@@ -87,7 +87,7 @@ def test_a_process_that_was_started_again_takes_the_place_of_the_one_before():
         gone.set()
         return meet(Group(address, 3, 1), 20)
 
-    def comes_later():  # so that not all have met before the one has ended
+    def comes_later():  # so that not all are connected before the one has ended
         gone.wait()
         return meet(Group(address, 3, 2), 20)
 
@@ -107,7 +107,7 @@ def test_whoever_else_connects_is_not_taken_for_a_process_and_delays_none(said):
             others[-1].sendall(said)
         return meet(Group(address, 2, 1), 20)
 
-    # One after the other, each would take meeting.SILENCE, ten minutes in all.
+    # One after the other, each would take meeting.SILENCE, ten minutes in total.
     first, second = in_threads([lambda: meet(Group(address, 2, 0), 20), comes_last])
     assert list(first) == [1] and list(second) == [0]
     close(first, second, dict(enumerate(others)))

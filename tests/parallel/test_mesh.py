@@ -1,4 +1,4 @@
-"""Meshes: what lies where, that nothing is forgotten or split twice, and mistakes that name what would do."""
+"""Meshes: the sharding of arrays, none omitted or split twice, and errors that name what would work."""
 
 import functools
 import math
@@ -83,7 +83,7 @@ def test_on_2048_devices_nothing_that_should_be_split_is_whole(cfg):
         parts = math.prod(mesh.shape[axis] for entry in leaf_sharding(path, leaf.shape, mesh).storage
                           for axis in sharding.axes_of(entry))
         if leaf.size > 1_000_000:
-            assert parts == cfg.devices, path  # experts by their axes, all else by ZeRO-1
+            assert parts == cfg.devices, path  # experts by their axes, everything else by ZeRO-1
         elif parts == 1:
             whole += [path]
     assert {path.rsplit("/", 1)[-1] for path in whole} <= {"bias", "mtp_bias", "step", "rng", "count"}
@@ -100,7 +100,7 @@ def test_the_table_of_bytes_adds_up_to_the_state():
     total = sum(leaf.size * 4 for leaf in jax.tree.leaves(state.params))
     assert set(table) == {name for name, _ in capacity.GROUPS}
     assert total / 2048 <= sum(row["storage"] for row in table.values()) < 1.001 * total / 2048
-    assert table["experts"]["compute"] == 4 * 3 * 4 * 7168 * 2048 * 4  # four experts of each of a stage's four layers
+    assert table["experts"]["compute"] == 4 * 3 * 4 * 7168 * 2048 * 4  # four experts in each of a stage's four layers
 
 
 @functools.cache
@@ -119,7 +119,7 @@ def test_the_full_model_traces_on_the_mesh_of_the_report():
     assert output.hidden_BTD.shape == (2048, 4096, 7168) and output.traffic.computed.shape == ()
 
 
-# Elastic: a checkpoint of one mesh is read on another.
+# Elastic: a checkpoint of one mesh can be read on another.
 
 
 @pytest.mark.parametrize(("saved", "read"), [(MeshConfig(node=2, local=4), MeshConfig(replica=2, local=2, tensor=2)),

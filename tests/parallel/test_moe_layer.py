@@ -1,4 +1,4 @@
-"""The MoE layer on a mesh: experts elsewhere, what is kept for the backward pass, and what may overlap."""
+"""The MoE layer on a mesh: experts on other devices, residuals for the backward pass, and possible overlap."""
 
 import dataclasses
 import functools
@@ -56,7 +56,7 @@ def test_the_layer_is_the_layer_of_one_device_with_its_gradients(mesh):
 
 
 def error(found, expected):
-    """Of all arrays together, relative."""
+    """Relative error of all arrays together."""
     found, expected = (np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)]) for tree in (found, expected))
     return np.linalg.norm(found - expected) / np.linalg.norm(expected)
 
@@ -74,7 +74,7 @@ def test_experts_elsewhere_compute_in_fp8_as_experts_here_do():
     found, expected = layer(cfg, MESH), layer(cfg, MeshConfig())
 
     assert_close(found[0], expected[0], 2e-5)
-    assert error(found[1], expected[1]) < 0.05  # tiles along tokens hold other tokens
+    assert error(found[1], expected[1]) < 0.05  # tiles along tokens have other tokens
 
 
 @pytest.mark.parametrize("implementation", ["cpu", "ragged", "reference"])
@@ -115,7 +115,7 @@ def test_experts_here_with_little_room_drop_the_last_rows_and_say_how_many():
 
 
 def equations(jaxpr):
-    """All of them, those of inner jaxprs too."""
+    """All equations, including those of inner jaxprs."""
     for equation in jaxpr.eqns:
         yield equation
         for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
@@ -156,13 +156,13 @@ def test_nothing_travels_twice(remat):
             state.params, batch_of(config, 0))
 
     sent = sum(e.primitive.name == "all_to_all" for e in equations(jaxpr.jaxpr))
-    # Two layers with two hops each: tokens there with their choices and gates, results back; gradients the other way.
+    # Two layers with two hops each: tokens, choices and gates are sent, results return; gradients go the other way.
     assert sent == 2 * 2 * (2 + 2)
 
 
 @pytest.mark.parametrize(("remat", "times"), [("dispatch", 1), ("full", 2)])
 def test_tokens_that_travel_again_go_where_they_went(remat, times):
-    """Which row goes where is kept, so that the backward pass exchanges no sizes."""
+    """The routes of the rows are kept, so that the backward pass exchanges no sizes."""
     mesh = dataclasses.replace(MESH, buffers="ragged")
     config = config_of(mesh, remat=remat, dtype="float32")
     state = fresh_state(config_of(dtype="float32").model)
@@ -186,7 +186,7 @@ def test_the_shared_expert_waits_for_no_token_that_travels():
         depends = any(v in late for v in equation.invars if not isinstance(v, jax.extend.core.Literal))
         products += shared
         assert not (shared and depends)
-        # Those that hold an exchange, and all that follow from them.
+        # Equations with an exchange, and all that depend on them.
         if depends or any(e.primitive.name == "all_to_all" for e in equations(equation.params.get("jaxpr", jaxpr))
                           if equation.primitive.name == "shard_map"):
             late.update(equation.outvars)

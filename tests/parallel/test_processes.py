@@ -1,4 +1,4 @@
-"""Whole runs of two processes: the losses of one, and how they end when one of them does."""
+"""Complete runs of two processes: their losses are those of one process, and when one ends, so does the other."""
 
 import os
 import shutil
@@ -28,7 +28,7 @@ def config(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def alone(config, tmp_path_factory):
-    """The rows of the run of one process with eight devices."""
+    """The rows of metrics of a run of one process with eight devices."""
     workdir = tmp_path_factory.mktemp("alone") / "run"
     result = runs.run("train", "--config", config, "--workdir", workdir, *OVERRIDES, *MESH)
     assert result.code == 0, result
@@ -36,7 +36,7 @@ def alone(config, tmp_path_factory):
 
 
 def start_two(config, workdir, devices=4, second=()):
-    """`second`: what process 1 is told besides."""
+    """`second`: additional arguments of process 1."""
     flags = os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={devices}")
     environment = os.environ | {"XLA_FLAGS": flags, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     address = f"localhost:{free_port()}"
@@ -160,6 +160,6 @@ def test_a_run_goes_on_on_another_mesh(config, alone, tmp_path):
 
     assert resumed.code == 0 and "Resuming from step 6 of 12" in resumed.out, resumed
     for row, expected in zip(runs.rows(tmp_path / "run"), alone, strict=True):
-        for name in expected.keys() - TRAFFIC:  # which is another mesh's
+        for name in expected.keys() - TRAFFIC:  # it belongs to another mesh
             np.testing.assert_allclose(row[name], expected[name], rtol=1e-5, err_msg=f"{name} of step {row['step']}")
 

@@ -1,4 +1,4 @@
-"""Training with an indexer is the same on every mesh: losses, what the indexer reports, and its weights."""
+"""Training with an indexer is the same on every mesh: losses, the indexer's metrics, and its weights."""
 
 import jax
 import numpy as np

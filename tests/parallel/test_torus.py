@@ -15,7 +15,7 @@ from tests.parallel.torus import chips, ring
 
 @pytest.fixture
 def arranged(monkeypatch):
-    """The devices of make_mesh, which refuses those that are not jax's."""
+    """The order of devices in make_mesh, which itself accepts only jax's devices."""
     monkeypatch.setattr(mesh, "Mesh", lambda devices, names, axis_types: devices)
     return lambda cfg, devices: mesh.make_mesh(cfg, devices)
 
@@ -52,7 +52,7 @@ def test_slices_that_would_divide_a_node_are_refused(arranged):
         arranged(MeshConfig(node=16, local=4), chips(2, 4, 4, slices=2))
 
 
-# Two processes of two devices each, which the mesh takes in turns: rows are 10 * the part that was read + their place.
+# Two processes with two devices each, alternating in the mesh: rows are 10 * the part that was read + their position.
 ROWS = """
 import sys
 import jax, numpy as np

@@ -43,7 +43,7 @@ def test_in_float64_twenty_steps_are_those_of_one_device(case, alone):
     assert metrics.traffic.computed == metrics.traffic.choices == 2 * 32 * 16 * 3
 
 
-@pytest.mark.slow  # in float64 the quick cases hold more
+@pytest.mark.slow  # in float64 the quick cases check more
 @pytest.mark.parametrize("case", ["node=2 local=4", "node=2 local=2 tensor=2"])
 def test_in_float32_the_first_step_agrees(case):
     (loss, router, _), (other, other_router, _) = (
@@ -56,7 +56,7 @@ def test_in_float32_the_first_step_agrees(case):
 
 @pytest.mark.slow
 def test_in_fp8_a_mesh_trains_as_one_device_does():
-    """Tiles end where a device's tokens and heads do, so that a few numbers are rounded otherwise."""
+    """Tiles end where a device's tokens and heads end, so a few numbers are rounded differently."""
     on_one, on_mesh = (train(config_of(mesh=mesh, dtype="float32", fp8=FP8Config(enabled=True)), 5)[0]
                        for mesh in (None, MeshConfig(node=2, local=2, tensor=2)))
 

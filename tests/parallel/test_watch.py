@@ -1,4 +1,4 @@
-"""The watch over processes: they part in peace, and when one ends all others say which and end with its code."""
+"""The watch over processes: a regular end disturbs nobody; if one fails, all others name it and exit with its code."""
 
 import contextlib
 import socket
@@ -13,7 +13,7 @@ from tests.parallel.groups import close, in_threads, watches
 
 @pytest.fixture
 def left(monkeypatch):
-    """The codes with which processes would have ended."""
+    """The exit codes with which processes would have ended."""
     codes = []
     monkeypatch.setattr(stop, "end", codes.append)
     monkeypatch.setattr(watch, "LINGER", 0.2)
@@ -28,7 +28,7 @@ def group():
 
 
 def lines(capsys, left, count):
-    """What is said on stderr until so many have ended."""
+    """The lines on stderr until so many processes have ended."""
     deadline = time.monotonic() + 20
     while len(left) < count and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -38,7 +38,7 @@ def lines(capsys, left, count):
 def dies(one):
     for connection in one.connections.values():
         with contextlib.suppress(OSError):
-            connection.shutdown(socket.SHUT_RDWR)  # as the kernel does when a process ends
+            connection.shutdown(socket.SHUT_RDWR)  # like the kernel when a process ends
 
 
 def test_processes_that_say_farewell_part_in_peace(left, group, capsys):
@@ -47,7 +47,7 @@ def test_processes_that_say_farewell_part_in_peace(left, group, capsys):
 
 
 def test_all_others_name_the_one_that_is_gone_and_end_with_the_code_for_a_retry(left, group, capsys):
-    group[2].leaving = True  # it is this very process
+    group[2].leaving = True  # it is this process itself
     dies(group[2])
     said = lines(capsys, left, 3)
     for other in (0, 1, 3):

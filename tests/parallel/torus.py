@@ -1,11 +1,11 @@
-"""TPU devices that are not here: what jax reads of one when it arranges them."""
+"""Absent TPU devices: the attributes that jax reads when it arranges devices."""
 
 import math
 from typing import NamedTuple
 
 
 class Chip(NamedTuple):
-    """A chip of a v5p; `slice_index` as a TPU of several slices has it."""
+    """A chip of a v5p; `slice_index` is set as on a TPU of several slices."""
 
     id: int
     process_index: int
@@ -33,5 +33,5 @@ def hops(a, b, sizes):
 
 
 def ring(devices, sizes):
-    """The most links between neighbours of a row, its ends being neighbours too."""
+    """The maximum number of links between neighbours of a row, whose ends are neighbours too."""
     return max(hops(a, b, sizes) for a, b in zip(devices, [*devices[1:], devices[0]])) if math.prod(sizes) > 1 else 0
