@@ -1,6 +1,6 @@
-"""Two slow, independent readings of a schedule: when things happen, and what a machine that obeys the table computes.
+"""Two slow, independent checks of a schedule: the times of its operations, and the result of executing its table.
 
-Neither uses anything of the validator: dependencies follow from counting stages here, not from routes.
+Neither uses code of the validator: dependencies follow from counting stages here, not from routes.
 """
 
 import functools
@@ -16,7 +16,7 @@ def last_stage(schedule):
 
 
 def makespan(schedule, costs):
-    """The longest path through the operations, by recursion from the end; messages travel in no time."""
+    """The longest path through the operations, by recursion from the end; messages take no time."""
     time = {"F": costs["f"], "B": costs["b"], "Bi": costs["b"] - costs["w"], "W": costs["w"],
             "F&B": costs.get("fb", costs["f"] + costs["b"])}
     orders = [[row[rank] for row in schedule.table if row[rank]] for rank in range(schedule.ranks)]
@@ -43,16 +43,16 @@ def makespan(schedule, costs):
 
 
 def computes_the_step(schedule):
-    """Obeys the table with labels for numbers: does every gradient come out once, made of the right things?
+    """Executes the table with labels instead of numbers: is every gradient computed once, from the right inputs?
 
-    Buffers are lists that hold whatever was last written. An overlapped cell may write before it reads.
+    Buffers are lists with the last written values. An overlapped cell may write before it reads.
     """
     top, ranks = last_stage(schedule), range(schedule.ranks)
     if not schedule.name.startswith("dual") and any(op.direction for row in schedule.table for c in row for op in c):
         return False
     buffers = {name: [[None] * getattr(schedule.slots, name) for _ in ranks]
                for name in ("activations", "deferred", "messages")}
-    readers = {}  # (kind, stage, microbatch) -> [(rank, slot)], where its result has to arrive
+    readers = {}  # (kind, stage, microbatch) -> [(rank, slot)], where its result must arrive
     for row in schedule.table:
         for rank, op in ((rank, op) for rank, cell in enumerate(row) for op in cell):
             if op.kind != "W":

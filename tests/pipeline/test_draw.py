@@ -1,4 +1,4 @@
-"""The picture shows every operation once, where it runs, legibly; the command says what the validator found."""
+"""The picture shows every operation once, at its place, legibly; the command prints the validator's results."""
 
 import itertools
 import json

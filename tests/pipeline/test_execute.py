@@ -1,4 +1,4 @@
-"""A pipeline computes what the same model computes without one, whatever the schedule, mesh and remat."""
+"""A pipeline gives the results of the same model without one, for every schedule, mesh and remat."""
 
 import dataclasses
 import functools

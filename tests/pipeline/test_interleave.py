@@ -1,4 +1,4 @@
-"""Two passes in one cell: exchanges of one wait for products of the other, and nothing else changes."""
+"""Two passes in one cell: exchanges of one wait for products of the other, and the results are unchanged."""
 
 import functools
 
@@ -17,7 +17,7 @@ from deepseek_jax.pipeline.split import split
 from tests.pipeline import toy
 from tests.precision import float64
 
-EXCHANGES = 2 * toy.LAYERS  # of one pass: to the experts and back, layer by layer
+EXCHANGES = 2 * toy.LAYERS  # exchanges of one pass: to the experts and back, layer by layer
 
 
 def once(h_BF):
@@ -29,7 +29,7 @@ def twice(h_BF):
 
 
 def on_devices(f):
-    """f on four devices, in a shard_map in which all have the same arguments."""
+    """f on four devices, in a shard_map with the same arguments on all of them."""
     mesh = jax.make_mesh((2, 2), ("node", "local"), axis_types=(jax.sharding.AxisType.Auto,) * 2,
                          devices=jax.devices()[:4])
     return jax.shard_map(f, mesh=mesh, in_specs=P(), out_specs=P(("node", "local")), check_vma=False)
@@ -64,7 +64,7 @@ def test_both_passes_give_what_they_give_alone(travel, remat):
 
 
 def needed_for(result, primitive, travel, together, stage=None, params=None):
-    """How many operations have to be done for y (0) or dx (1) of a cell, apart from those of the residuals."""
+    """How many operations y (0) or dx (1) of a cell needs, not counting those of the residuals."""
     whole = lambda params, x, context: toy.stage(params, context[0], x, context[1], travel, "none")
     counts: list[int] = []
 
@@ -90,13 +90,13 @@ def needed_for(result, primitive, travel, together, stage=None, params=None):
 
 
 @pytest.mark.parametrize(("travel", "alone", "together"), [
-    # Over the same axes the last exchange forward starts when the last one backward is done.
+    # Over the same axes, the last exchange of the forward pass starts when the last one of the backward pass has ended.
     (once, EXCHANGES, (2 * EXCHANGES, 2 * EXCHANGES - 1)),
-    # The second hop of the last exchange waits for products of the backward pass, which come after its last exchange.
+    # The second hop of the last exchange waits for products of the backward pass that follow its last exchange.
     (twice, 2 * EXCHANGES, (4 * EXCHANGES, 4 * EXCHANGES - 2))])
 def test_what_an_exchange_brings_waits_until_the_other_pass_has_sent_its_own(travel, alone, together):
-    """All exchanges of a pass but its last one need the other's products before: those wait for the exchanges before
-    them, and are done while an exchange is under way."""
+    """All exchanges of a pass except its last need earlier products of the other pass: those wait for the exchanges
+    before them, and run during an exchange."""
     with float64():
         for result in (0, 1):
             assert needed_for(result, "all_to_all", travel, together=False) == alone
@@ -111,7 +111,7 @@ def test_of_two_hops_the_second_starts_when_half_of_the_others_products_are_done
 
 
 def test_a_layers_weight_gradients_are_added_up_before_the_backward_pass_goes_on():
-    """Of two layers with two products each, dx needs the gradients of all weights but those used first."""
+    """With two layers of two products each, dx needs the gradients of all weights except those used first."""
     def stage(params, x, context):
         for p in params:
             x = x + once(jnp.tanh(once(x @ p["in"])) @ p["out"])
@@ -127,7 +127,7 @@ def test_a_layers_weight_gradients_are_added_up_before_the_backward_pass_goes_on
 
 
 def pieces(stage):
-    """Of a toy's stage: {"F": its Piece, ...}."""
+    """The pieces of a toy model's stage: {"F": Piece, ...}."""
     found: dict = {}
 
     def inside(params, x, context, dy, dloss):
@@ -139,7 +139,7 @@ def pieces(stage):
 
 
 def test_half_of_the_products_ends_with_one_that_what_is_sent_needs():
-    """A gradient of weights, which nothing waits for, may come at any time and says nothing of the others."""
+    """A weight gradient, which nothing waits for, may run at any time and does not count."""
     stage = lambda params, x, context: toy.stage(params, context[0], x, context[1], once, "full")
     with float64():
         found = [phase for phase in phases(pieces(stage)["B"]) if phase.sent]

@@ -44,7 +44,7 @@ def config(schedule="dualpipe", mesh=(4, 1, 1), microbatches=8, rounds=1, masked
 
 @functools.cache
 def variables(model):
-    """Weights so large that routing matters, with biases that are not zero."""
+    """Weights large enough for routing to matter, with biases that are not zero."""
     return naive.variables_of(model)
 
 
@@ -57,7 +57,7 @@ def batch(config):
 
 
 def compiled(config, options=QUICKLY):
-    """-> (the accumulation of a step, compiled, and what it takes)"""
+    """-> (the compiled accumulation of a step, its arguments)"""
     model = dataclasses.replace(config.model, remat="none")
     arguments = variables(model)["params"], variables(model).get("router", {}), place_batch(config, batch(config))
     with on(config.mesh):
@@ -103,7 +103,7 @@ def assert_same_step(config, rtol, expected=None):
     return sums
 
 
-# Pairwise, not all. Five and seven MoE layers on four ranks leave slots over, so do three.
+# Pairs, not all combinations. Three, five and seven MoE layers on four ranks leave slots empty.
 QUICK = {
     "dualpipe": config("dualpipe", (2, 1, 1), 4),
     "1f1b": config("1f1b", (4, 1, 2), 4, remat="report"),
@@ -144,7 +144,7 @@ def test_in_float32_they_agree_to_rounding(name):
 
 @pytest.mark.slow
 def test_experts_and_attention_compute_in_fp8_as_without_a_pipeline():
-    """The same tokens in every product: micro-batches of a device are those of the accumulation."""
+    """Every product has the same tokens: a device's micro-batches are those of the accumulation."""
     case = config("dualpipe", (2, 1, 1), 4, **FP8)
     with float64():
         parts = dataclasses.replace(case, train=dataclasses.replace(case.train, accumulation_steps=4))
@@ -152,7 +152,7 @@ def test_experts_and_attention_compute_in_fp8_as_without_a_pipeline():
 
 
 def test_validation_losses_are_those_of_one_device():
-    """A batch goes through the stages without gradients, in the micro-batches of a step."""
+    """A batch passes through the stages without gradients, in the micro-batches of a step."""
     def scored(config):
         run = jax.jit(functools.partial(eval_step, config), compiler_options=QUICKLY)
         made = {name: x[0] for name, x in batch(config).items() if np.ndim(x)}
@@ -172,8 +172,8 @@ def test_validation_losses_are_those_of_one_device():
 @pytest.mark.parametrize(("schedule", "active"), [("dualpipe", 8), pytest.param("zb1p", 2, marks=pytest.mark.slow),
                                                   pytest.param("dualpipe", 4, marks=pytest.mark.slow)])
 def test_a_step_of_the_batch_ramp_is_one_of_its_first_micro_batches(schedule, active):
-    """One program runs schedules of 2, 4, ... 12 micro-batches, whatever other rows hold. Powers of two, by which
-    float32 divides exactly."""
+    """One program runs schedules of 2, 4, ... 12 micro-batches, whatever the other rows are. The test uses powers of
+    two, by which float32 divides exactly."""
     case = config(schedule, (2, 1, 2), 12, num_layers=4)
     first = 4 if schedule == "dualpipe" else 2
     case = dataclasses.replace(case, train=dataclasses.replace(case.train, batch_size=24, ramp_from=2 * first))
@@ -216,7 +216,7 @@ def test_the_program_knows_the_number_of_micro_batches_only_by_what_the_schedule
         assert memory[1] > 1.2 * memory[0], memory
 
 
-# Whole runs.
+# Complete runs.
 
 RUN = ["--config.train.steps=6", "--config.train.batch_size=16", "--config.train.accumulation_steps=1",
        "--config.train.ramp_from=None", "--config.train.sample_tokens=2", "--config.model.num_layers=3",
@@ -245,7 +245,7 @@ def test_a_run_goes_on_with_a_pipeline_or_without(tmp_path, first, then):
                 np.testing.assert_allclose(row[name], expected[name], rtol=1e-5, err_msg=f"{name} of {row['step']}")
 
 
-# Where layers lie.
+# The placement of layers.
 
 
 @pytest.mark.parametrize("name", ["1f1b", "dualpipe", "dualpipev"])

@@ -1,4 +1,4 @@
-"""Schedules reach the published numbers and the formulas, and run as cheaply in lock step as any placement can."""
+"""Schedules match the published numbers and the formulas, and no placement is faster in lock step."""
 
 import itertools
 
@@ -65,7 +65,7 @@ def test_weight_gradients_are_computed_in_the_order_in_which_they_were_put_off(n
 
 @pytest.mark.parametrize(("name", "costs"), [("zb1p", 1.6), ("dualpipe", 1.12), ("dualpipev", 1.12)])
 def test_fewer_weight_gradients_wait_where_one_says_so(name, costs):
-    """DualPipe loses little, as F&B goes on meanwhile; the ranks of ZB1P have nothing else to do."""
+    """DualPipe loses little, because F&B continues meanwhile; the ranks of ZB1P have nothing else to do."""
     free = validate(make_schedule(name, 8, 64), UNIT)
     for most in (0, 1, 2):
         schedule = make_schedule(name, 8, 64, deferred=most)
@@ -106,7 +106,7 @@ def test_lock_step_beats_starting_everything_at_once(ranks, microbatches, ticks,
 
 
 def as_soon_as_possible(name, ranks, microbatches):
-    """(ticks, lock-step makespan) of the placement that never waits; the published figures are of this one."""
+    """(ticks, lock-step makespan) of the placement that never waits, to which the published figures refer."""
     orders, route = orders_of(name, ranks, microbatches)
     done, at, lengths = set(), [0] * ranks, []
     while any(at[rank] < len(orders[rank]) for rank in range(ranks)):
@@ -128,7 +128,7 @@ def orders_of(name, ranks, microbatches):
     ("dualpipe", 8, 20), ("dualpipe", 12, 30), ("dualpipe", 16, 60), ("dualpipev", 4, 12), ("dualpipev", 8, 24),
     ("1f1b", 8, 24), ("zb1p", 8, 24), ("gpipe", 8, 24)])
 def test_no_placement_of_the_orders_is_shorter(name, ranks, microbatches):
-    """The beam finds what it finds when nothing is pruned; and every pruned tick ran all that fitted into it."""
+    """The beam search gives the same result without pruning; and every pruned tick ran all operations that fitted."""
     def length(beam):
         rows = assign_ticks(*orders_of(name, ranks, microbatches), beam=beam)
         return sum(max(NOMINAL[kind_of(cell)] for cell in row if cell) for row in rows)
@@ -212,7 +212,7 @@ def test_impossible_sizes_are_refused_with_what_would_do(name, ranks, microbatch
 
 @pytest.mark.parametrize("name", ["1f1b", "zb1p", "dualpipe"])
 def test_tables_of_several_schedules_are_those_of_each_and_idle_behind_its_end(name):
-    """Also where they have other branches, and other numbers of slots; nothing that is idle writes to a slot in use."""
+    """Also if they have other branches and other numbers of slots; no idle branch writes to a slot in use."""
     schedules = [make_schedule(name, 4, n) for n in ((2, 4, 12) if name != "dualpipe" else (8, 10, 16))]
     tables, most = stacked(schedules), max(one.slots.messages for one in schedules)
     if name != "dualpipe":

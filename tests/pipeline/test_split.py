@@ -1,4 +1,4 @@
-"""F, Bi and W together are the stage and its VJP, with nothing computed twice and W left to be done later."""
+"""F, Bi and W together equal the stage and its VJP, with nothing computed twice and W deferred."""
 
 import jax
 import jax.numpy as jnp
@@ -68,7 +68,7 @@ def test_no_product_is_computed_twice_beyond_remat(remat):
 
 
 def test_a_choice_by_platform_that_a_recomputation_does_not_read_is_no_piece():
-    """jax leaves it there, without results."""
+    """jax keeps the equation, without results."""
     def chosen(params, x, context):
         y, loss, sums = stage("full")(params, x, context)
         return jax.checkpoint(lambda y: lax.platform_dependent(y, cpu=jnp.copy, default=jnp.negative))(y), loss, sums
@@ -87,7 +87,7 @@ def test_what_crosses_is_the_layers_inputs_and_output_gradients():
         s = split(stage("full"), params, x, context)
 
         wide, narrow = toy.B * toy.F * 8, toy.B * toy.D * 8
-        a_layer = 2 * narrow + 3 * wide  # x, dy of down; the input of down, dy of gate, dy of up
+        a_layer = 2 * narrow + 3 * wide  # x and dy of down; the input of down; dy of gate and of up
         loss = narrow + wide  # the layer's output, dy of the gate's second use
         assert s.residual_bytes == narrow
         # The first layer's output is the second one's input.
@@ -115,7 +115,7 @@ def test_what_depends_on_no_activation_is_not_kept():
 
 
 def test_the_gradient_of_a_stages_own_loss_is_split_like_any_other():
-    """A product that only the loss needs has its weight gradient in W, though it does not depend on dy."""
+    """A product that only the loss needs has its weight gradient in W, although it does not depend on dy."""
     def auxiliary(params, x, context):
         return x, jnp.sum((x @ params) ** 2), ()
 
@@ -125,7 +125,7 @@ def test_the_gradient_of_a_stages_own_loss_is_split_like_any_other():
 
 
 def rounded(x):
-    """Stands for a quantizer: W reads what this gives, in a quarter of the bytes."""
+    """Stands for a quantizer: W reads its output, which has a quarter of the bytes."""
     return checkpoint_name(x.astype(jnp.float8_e4m3fn), DEFERRED)
 
 
@@ -155,7 +155,7 @@ def test_w_waits_with_what_is_marked_and_not_with_what_it_was_made_from():
 
 
 def test_what_shrinks_is_done_before_it_waits():
-    """The gradient of a norm's scale is a sum over tokens: D numbers wait, not B x D twice."""
+    """The gradient of a norm's scale is a sum over tokens: D numbers are kept, not twice B x D."""
     def normed(params, x, context):
         return x + jnp.tanh(x) * params[None], jnp.zeros(()), ()
 
@@ -177,7 +177,7 @@ def test_a_product_that_only_w_needs_is_done_before_it_waits_if_that_keeps_less(
 
 
 def test_what_is_marked_waits_as_it_is_and_not_what_it_was_made_of():
-    """Quantizing reads its input twice (largest value, quotient), which no look at bytes would take for shrinking."""
+    """Quantizing reads its input twice (largest value, quotient), so counting bytes does not show that it shrinks."""
     @jax.custom_vjp
     def linear(x, w):
         return x @ w
@@ -196,7 +196,7 @@ def test_what_is_marked_waits_as_it_is_and_not_what_it_was_made_of():
 
 
 def test_rounded_weights_are_made_once_and_held_in_place_of_the_masters():
-    """Two passes round each weight; the passes read one rounded copy of it, in its smallest form."""
+    """Both passes use rounded weights; they read one rounded copy of each weight, in its smallest form."""
     def narrow(params, x, context):
         for w in params["w"]:
             w = jnp.pad(w.astype(jnp.bfloat16), ((0, 0), (0, 16)), constant_values=jnp.zeros((), jnp.bfloat16))
@@ -232,7 +232,7 @@ def test_constants_of_different_types_are_different():
 
 
 def test_what_is_recomputed_waits_for_the_gradient_that_it_is_for():
-    """Or all layers of a stage would be recomputed at once, and all of what they keep would be there."""
+    """Otherwise all layers of a stage would be recomputed at once, and all their residuals would be in memory."""
     with float64():
         params, x, context, dy, dloss = toy.example()
         s = split(stage("full"), params, x, context)

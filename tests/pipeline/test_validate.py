@@ -1,4 +1,4 @@
-"""The validator accepts a table exactly when a machine that obeys it computes the step."""
+"""The validator accepts a table exactly when executing it computes the step."""
 
 import dataclasses
 import random
@@ -61,7 +61,7 @@ def point_elsewhere(rng, table, schedule):
 
 
 def share_a_slot(rng, table, schedule):
-    """Both ends of one thing's life move to another slot, which may or may not be free."""
+    """Moves a value, where it is written and read, to another slot, which may or may not be free."""
     t, r, i = rng.choice([(t, r, i) for t, r, i in all_ops(table) if table[t][r][i].kind == "F"])
     new = rng.randrange(schedule.slots.activations)
     for row in table:
@@ -90,7 +90,7 @@ def merge_cells(rng, table, schedule):
 
 
 def split_a_cell(rng, table, schedule):
-    """Legal as such: the halves of an overlapped cell after one another, in a tick of their own."""
+    """Legal in itself: the halves of an overlapped cell one after the other, each in its own tick."""
     t, r = rng.choice([(t, r) for t, r, _ in all_ops(table)])
     second = table[t][r][1:]
     del table[t][r][1:]

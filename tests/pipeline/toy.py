@@ -1,8 +1,8 @@
-"""A small model with everything a pipeline has to carry, and its serial reference.
+"""A small model with every feature that a pipeline supports, and its serial reference.
 
-An embedding at the start, stages of two layers with a custom-VJP product, a loss of their own and counts, a head and a
-loss at the end. Embedding and head are sharded over `pipe`, tokens over `node` and `local`; the stage's tokens travel
-over (node, local) and back, as experts' do.
+It has an embedding at the start, stages of two layers with a custom-VJP product, their own loss and counts, a head and
+a loss at the end. Embedding and head are sharded over `pipe`, tokens over `node` and `local`; the stage's tokens are
+exchanged over (node, local) and back, like those of experts.
 """
 
 import functools
@@ -47,7 +47,7 @@ def stage(params, fixed, x_BD, inputs, travel, remat):
             one = jax.checkpoint(one, policy=jax.checkpoint_policies.dots_saveable)
         for i in range(LAYERS):
             x_BD = one(jax.tree.map(lambda a, i=i: a[i], params), fixed["bias"][i][None], x_BD=x_BD)
-            weight_B1 = 1 + inputs["threshold"][:, None]  # so that the backward pass needs its own micro-batch's inputs
+            weight_B1 = 1 + inputs["threshold"][:, None]  # so B needs the inputs of its own micro-batch
             loss = loss + 0.1 * jnp.sum(weight_B1 * jax.nn.softmax(product(x_BD, params["gate"][i])) ** 2)
             counts.append((x_BD > inputs["threshold"][:, None]).sum(axis=0))
         return x_BD, loss, {"counts": jnp.stack(counts)}
@@ -56,7 +56,7 @@ def stage(params, fixed, x_BD, inputs, travel, remat):
 
 
 def serial(arguments):
-    """(loss, sums) of a whole step without a pipeline; params in natural order."""
+    """(loss, sums) of a complete step without a pipeline; params in natural order."""
     def one(total, inputs):
         x_BD, loss, counts = arguments.shared["embedding"][inputs["tokens"]], 0.0, []
         for s in range(arguments.params["gate"].shape[0]):
@@ -72,7 +72,7 @@ def serial(arguments):
 
 
 def parallel(remat="none", pipe="pipe", data=DATA, travels=True):
-    """The same model as a pipeline's three functions."""
+    """The same model as the three functions of a pipeline."""
     def enter(shared, inputs):
         rows = shared["embedding"].shape[0]
         index_B = inputs["tokens"] - lax.axis_index(pipe) * rows
@@ -119,7 +119,7 @@ def arguments(stages, microbatches, batch=B, dtype=jnp.float64):
 
 
 def example():
-    """Of a single stage: params, x, context, dy, dloss."""
+    """Arguments of a single stage: params, x, context, dy, dloss."""
     one = jax.tree.map(lambda a: a[0], arguments(stages=1, microbatches=1))
     rng = np.random.default_rng(1)
     x, dy = (jnp.asarray(rng.normal(size=(B, D))) for _ in range(2))
