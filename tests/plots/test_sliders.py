@@ -1,4 +1,4 @@
-"""Sliders of notebooks: what a reader sees before and after moving one."""
+"""Sliders of notebooks: the output before and after moving one."""
 
 import base64
 
@@ -12,7 +12,7 @@ ipywidgets = pytest.importorskip("ipywidgets", reason="extra notebooks")
 
 @pytest.fixture
 def shown(monkeypatch):
-    """What the notebook displays."""
+    """The outputs that the notebook displays."""
     bundles = []
     monkeypatch.setattr("IPython.display.display", lambda data, raw: bundles.append(data))
     return bundles
@@ -39,7 +39,7 @@ def test_a_page_without_a_kernel_keeps_the_first_picture(shown):
 
 
 def test_nothing_is_captured(shown):
-    """An Output widget under nbclient can lose the end of a cell."""
+    """Under nbclient, an Output widget can lose the end of a cell."""
     with_sliders(lambda x: new_figure(1, 1), x=ipywidgets.IntSlider(1, 0, 5))
     assert not [w for w in ipywidgets.widgets.widget._instances.values()
                 if isinstance(w, ipywidgets.Output)]

@@ -1,4 +1,4 @@
-"""Pictures are written in the format that their names ask for, or not at all."""
+"""Pictures are written in the format given by the file name's suffix, or not at all."""
 
 import pytest
 

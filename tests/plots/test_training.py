@@ -1,4 +1,4 @@
-"""The pictures of a run: that they are drawn, from what, and that they show what they claim."""
+"""The pictures of a run: they are drawn, from the right data, and show what they claim."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from deepseek_jax.training.metrics import MetricsWriter
 
 
 def write_run(workdir, steps, layers=2, skewed_until=0, evaluate=True, mtp_depth=1):
-    """A run whose expert 0 gets everything up to a step, and which is fair from there on."""
+    """A run whose expert 0 gets all tokens up to a step, and whose load is even afterwards."""
     (workdir / "config.json").write_text(json.dumps({"model": {"mtp_depth": mtp_depth}}))
     writer = MetricsWriter(workdir, None)
     for step in range(1, steps + 1):
@@ -31,7 +31,7 @@ def write_run(workdir, steps, layers=2, skewed_until=0, evaluate=True, mtp_depth
 
 @pytest.fixture
 def saved(monkeypatch):
-    """The figures that were saved, to look at what is in them."""
+    """The figures that were saved, to inspect their contents."""
     figures, save = [], plots.save_figure
     monkeypatch.setattr(plots, "save_figure", lambda figure, path: (figures.append(figure), save(figure, path))[1])
     return figures
