@@ -1,4 +1,4 @@
-"""What the tests of this room start from."""
+"""A starting point for the tests of posttraining."""
 
 import pytest
 
@@ -7,5 +7,5 @@ from tests.posttraining import policies
 
 @pytest.fixture(scope="session")
 def small_run(tmp_path_factory):
-    """A config that starts from a run with random weights, of the least model with experts."""
+    """A config that starts from a run with random weights, of the smallest model with experts."""
     return policies.start_run(tmp_path_factory.mktemp("small") / "run", policies.config_of(model=policies.SMALL))

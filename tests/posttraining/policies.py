@@ -1,4 +1,4 @@
-"""A tiny policy with a real tokenizer, for the tests of this room."""
+"""A tiny policy with a real tokenizer, for the tests of posttraining."""
 
 import dataclasses
 import functools
@@ -21,12 +21,12 @@ from deepseek_jax.workdir import claim_workdir
 from tests import runs
 from tests.model import naive
 
-# Rewards that answers of random weights get now and then.
+# Rewards that answers of random weights sometimes get.
 EVEN = Task(lambda rng: (f"say {rng.integers(9)}", None),
             lambda answer, reference: float(len(answer.encode()) % 2 == 0))
 
 MODEL = dict(vocab_size=288, num_layers=2, num_dense_layers=1)
-SMALL = dict(num_layers=1, num_dense_layers=0, mtp_depth=0)  # the least with experts
+SMALL = dict(num_layers=1, num_dense_layers=0, mtp_depth=0)  # the smallest model with experts
 
 
 def config_of(model=None, rollout=None, grpo=None, **train) -> Config:
@@ -40,7 +40,7 @@ def config_of(model=None, rollout=None, grpo=None, **train) -> Config:
 
 
 def assert_alike(one: pathlib.Path, other: pathlib.Path, names: tuple[str, ...]) -> None:
-    """Two runs in float32 took the same steps, whatever the order of their sums was."""
+    """Checks that two runs in float32 took the same steps, up to the order of their sums."""
     first, second = ([row for row in read_metrics(folder) if "loss" in row] for folder in (one, other))
     assert len(first) == len(second) > 0
     for a, b in zip(first, second):
@@ -54,8 +54,8 @@ def tokenizer() -> Tokenizer:
 
 def assert_continues(train: Callable[[Config, str], Any], config: Config, folder: pathlib.Path,
                      whole: pathlib.Path) -> None:
-    """A run in `folder` that ends, as by Ctrl-C, once its first checkpoint is written, and is started again, is to the
-    bit the uninterrupted one in `whole`."""
+    """Checks that a run in `folder` that is interrupted, as by Ctrl-C, once its first checkpoint is written, and
+    started again, equals the uninterrupted run in `whole` to the bit."""
     def stops(self, *arguments):
         saves(self, *arguments)
         self.wait()

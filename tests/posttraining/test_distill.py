@@ -1,4 +1,4 @@
-"""What a teacher wrote is kept where the task's rule finds it right, and a student can be tuned on it."""
+"""A teacher's answers are kept if the task's rule finds them right, and a student can be tuned on them."""
 
 import json
 import sys
@@ -17,7 +17,7 @@ ASKING = Asking(attempts=2, max_new_tokens=8)
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
-    """A run with random weights, whose answers end with any of many tokens: some do, early or late, some do not."""
+    """A run with random weights and many end tokens: some answers end early, some late, some do not end."""
     folder = tmp_path_factory.mktemp("teacher")
     policies.start_run(folder, policies.config_of(SMALL))
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, *range(10, 288, 8)]}))
@@ -25,7 +25,7 @@ def teacher(tmp_path_factory):
 
 
 def scored(good):
-    """A task whose rule records what it is shown."""
+    """A task whose rule records its inputs."""
     seen = []
 
     def score(answer, reference):
@@ -45,7 +45,7 @@ def test_right_answers_that_ended_are_kept_and_no_others(teacher):
         assert row.answer is None or row.answer in [answer for answer, _ in seen[2 * i:2 * i + 2] if even(answer)]
     kept = sum(row.answer is not None for row in rows)
     right = sum(any(even(answer) for answer, _ in seen[2 * i:2 * i + 2]) for i in range(16))
-    assert 0 < kept < right  # some that are right did not end: nobody should learn to write those
+    assert 0 < kept < right  # some right answers did not end: a student should not learn from those
     assert rows == list(teacher_answers(teacher, scored(even)[0], 16, ASKING))
     rejected = scored(lambda answer: False)[0]
     assert kept and all(row.answer is None for row in teacher_answers(teacher, rejected, 16, ASKING))

@@ -1,4 +1,4 @@
-"""Distillation by logits: equal to an oracle in float64, and a teacher that fits or is refused."""
+"""Distillation by logits: equal to an oracle in float64, and a teacher that does not fit is refused."""
 
 import dataclasses
 import pathlib
@@ -33,7 +33,7 @@ def case(seed=0):
 
 
 def oracle(cfg, c):
-    """Loss and gradients by the hidden states and the head, token by token."""
+    """Loss, and gradients by the hidden states and the head, token by token."""
     def softmax(x):
         e = np.exp(x)
         return e / e.sum()
@@ -88,7 +88,7 @@ def test_tokens_without_a_weight_have_no_gradient():
 
 @pytest.fixture(scope="module")
 def pupil(tmp_path_factory):
-    """A config with a teacher of another width and depth, which has no weights yet."""
+    """A student's config, with a teacher of another width and depth that has no weights yet."""
     folder = tmp_path_factory.mktemp("pupil")
     runs.write_corpus(folder / "corpus")
     claim_workdir(TEACHER, str(folder / "teacher"))

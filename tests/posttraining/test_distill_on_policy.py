@@ -1,4 +1,5 @@
-"""Distillation on the student's own answers: equal to an oracle in float64, through the student alone, on any mesh."""
+"""Distillation on the student's own answers: equal to an oracle in float64, gradients only by the student, on any mesh.
+"""
 
 import dataclasses
 

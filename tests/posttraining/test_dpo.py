@@ -1,4 +1,4 @@
-"""Direct preference optimization: equal to an oracle in float64, and silent wherever it must be."""
+"""Direct preference optimization: equal to an oracle in float64, with zero gradients where required."""
 
 import jax
 import jax.numpy as jnp
@@ -81,7 +81,7 @@ def test_rewards_margin_and_accuracy_are_those_of_the_pair():
     np.testing.assert_allclose(loss_P, np.log1p(np.exp([-1.0, -1.5])), rtol=1e-6)
     same = pair_losses(0.5, jnp.zeros((1, 2)), jnp.zeros((1, 2)))
     np.testing.assert_allclose(same[0], np.log(2), rtol=1e-7)
-    assert same[1]["accuracy"] == 0  # a tie is no preference
+    assert same[1]["accuracy"] == 0  # a tie is not a preference
 
 
 def test_the_largest_differences_are_finite():

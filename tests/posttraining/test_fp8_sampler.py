@@ -1,4 +1,4 @@
-"""Answers drawn in FP8: the weights are those of an FP8 checkpoint, and only what is trained on is drawn so."""
+"""Answers sampled in FP8: the weights are those of an FP8 checkpoint, and only training answers are sampled in FP8."""
 
 import jax
 import numpy as np
@@ -33,7 +33,7 @@ def test_a_trainer_in_float32_disagrees_with_it_and_counts_how_many_routes_diffe
     batch = rollout.batch_of(CONFIG, rolled(CONFIG))
     found = rollout.disagreement(batch, *trainers_view(CONFIG, batch, variables))
     assert abs(found["ratio_least"] - 1) > 0.01 and found["tokens_rerouted"] > 0
-    nearer = rollout.disagreement(batch, *trainers_view(CONFIG, batch, as_fp8(variables)))  # the cache's is left
+    nearer = rollout.disagreement(batch, *trainers_view(CONFIG, batch, as_fp8(variables)))  # the cache's error is left
     assert nearer["routers_rerouted"] < found["routers_rerouted"]
 
 

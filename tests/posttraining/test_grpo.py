@@ -1,4 +1,4 @@
-"""The objective: equal to an oracle in float64, and silent wherever it must be."""
+"""The objective: equal to an oracle in float64, with zero gradients where required."""
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ VARIANTS = [{}, dict(clip_high=0.28, mean="token"), dict(advantage="mean"), dict
 
 
 def case(seed=0):
-    """Hidden states, head, tokens, masks, rewards and log-probabilities that are off enough for every branch."""
+    """Hidden states, head, tokens, masks, rewards, and log-probabilities different enough for every branch."""
     rng = np.random.default_rng(seed)
     counted = (np.arange(T) >= 1) & (np.arange(T) < 2 + np.arange(P * G)[:, None] % (T - 1))
     return dict(hidden=rng.standard_normal((P * G, T, D)), head=rng.standard_normal((D, W)),
@@ -85,7 +85,7 @@ def test_loss_and_gradient_are_those_of_the_oracle(variant):
 def test_no_gradient_flows_to_prompts_or_padding_whatever_they_hold():
     cfg, c = GrpoConfig(kl_weight=0.1), case()
     outside = c["counted"] == 0
-    c["old_noise"][outside] = c["reference_noise"][outside] = 1e4  # exp of that is no number
+    c["old_noise"][outside] = c["reference_noise"][outside] = 1e4  # exp of that is not finite
     gradient = jax.grad(loss_of(cfg, c, chunk=40))(jnp.asarray(c["hidden"]), jnp.asarray(c["head"]))
     assert np.isfinite(gradient).all() and not np.asarray(gradient)[outside].any()
     assert (np.abs(np.asarray(gradient)).max(axis=-1) > 0).sum() > c["counted"].sum() / 2
@@ -107,7 +107,7 @@ def test_advantages_have_no_mean_and_equal_rewards_have_none():
     found = advantages(GrpoConfig(), rewards)
     np.testing.assert_allclose(found[0], [-1, 1, 1, -1], rtol=1e-5)
     assert np.abs(found.mean(axis=1)).max() < 1e-6 and found[2, 3] > 1.7
-    for rewards_of_all, group in ((0.1, 4), (0.9, 12), (5.3, 12), (100.7, 6)):  # whose means are rounded
+    for rewards_of_all, group in ((0.1, 4), (0.9, 12), (5.3, 12), (100.7, 6)):  # their means are rounded
         assert not np.asarray(advantages(GrpoConfig(), np.full((1, group), rewards_of_all, np.float32))).any()
     np.testing.assert_allclose(advantages(GrpoConfig(advantage="mean"), rewards)[0], [-0.5, 0.5, 0.5, -0.5])
 

@@ -1,4 +1,4 @@
-"""The run: it learns, leaves the biases alone, and continues to the bit wherever it was ended."""
+"""The run: it learns, does not change the biases, and continues to the bit wherever it was stopped."""
 
 import dataclasses
 import os
@@ -26,7 +26,7 @@ SMALL = dict(model=policies.SMALL,
 
 @pytest.fixture(scope="module")
 def start(small_run):
-    """Answers that are rewarded now and then."""
+    """A run whose answers are sometimes rewarded."""
     return dataclasses.replace(policies.config_of(**SMALL), init=small_run.init)
 
 

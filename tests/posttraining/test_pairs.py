@@ -1,4 +1,4 @@
-"""Preference pairs: what a row becomes, what is refused where, and which step sees which pair."""
+"""Preference pairs: the tokens of a row, the rows that are refused, and the pairs of each step."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The run on pairs: it begins as its reference, leaves the biases alone, learns, and continues to the bit."""
+"""The run on pairs: it starts equal to its reference, does not change the biases, learns, and continues to the bit."""
 
 import dataclasses
 import functools

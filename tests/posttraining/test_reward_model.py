@@ -1,4 +1,4 @@
-"""Reward models: equal to an oracle in float64, read at one token, resumed to the bit, and rewards of a policy."""
+"""Reward models: equal to an oracle in float64, read at one token, resumed to the bit, and used to train a policy."""
 
 import dataclasses
 import pathlib
@@ -110,7 +110,7 @@ def test_a_run_begins_at_log_2_and_learns_the_preference(start, whole):
     before, after = (restore_items(folder)[0] for folder in (start.init.from_, whole))
     for name, bias in before["router"].items():
         assert np.asarray(bias).tobytes() == np.asarray(after["router"][name]).tobytes()
-    assert np.array_equal(before["params"]["head"], after["params"]["head"])  # it writes no text
+    assert np.array_equal(before["params"]["head"], after["params"]["head"])  # it generates no text
     assert not np.array_equal(before["params"]["embedding"], after["params"]["embedding"])
 
 
@@ -119,7 +119,7 @@ def test_a_run_that_was_stopped_continues_to_the_bit(start, whole, tmp_path):
 
 
 def sequence_of(turn, ended=True):
-    """An answer as the engine leaves it."""
+    """An answer in the form that the engine returns."""
     made = [Token(token, 0.0, ()) for token in turn.ids[turn.start:turn.stop]]
     sequence = Sequence(Request(tuple(turn.ids[:turn.start]), 8), None)
     sequence.made, sequence.end = (made[:-1], made[-1]) if ended else (made, None)
@@ -128,7 +128,7 @@ def sequence_of(turn, ended=True):
 
 @pytest.fixture(scope="module")
 def rewarded(small_run, whole):
-    """A policy that the reward model scores."""
+    """A policy whose answers the reward model scores."""
     return dataclasses.replace(small_run, rollout=dataclasses.replace(
         policies.config_of().rollout, task="tests.posttraining.policies:EVEN", reward=f"model:{whole}"))
 
@@ -176,7 +176,7 @@ def test_what_is_no_reward_model_and_what_a_reward_model_is_not_is_one_line(rewa
         load_run(str(whole))
     with pytest.raises(ConfigError, match="is a reward model, which scores answers and writes none"):
         check_start(dataclasses.replace(small_run, init=InitConfig(str(whole))))
-    check_start(dataclasses.replace(start, init=InitConfig(str(whole))))  # its own kind may begin from it
+    check_start(dataclasses.replace(start, init=InitConfig(str(whole))))  # a reward model may start from it
     with pytest.raises(ConfigError, match=r"take lora\.rank=None"):
         check_preferences(dataclasses.replace(start, lora=LoraConfig(rank=2)))
 

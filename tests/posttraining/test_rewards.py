@@ -1,4 +1,4 @@
-"""Rewards: what each rule accepts, and that no answer costs more than its own reward."""
+"""Rewards: the answers that each rule accepts; a rule that fails on one answer affects only its reward."""
 
 import socket
 import time
@@ -145,7 +145,7 @@ def test_a_reward_that_misbehaves_costs_its_own_answer_and_is_counted():
     (["<think>2, or 3?</think> 2", "2", "3"], [1, 1, 0]),
     (["1", "2"], [0, 0]),  # a tie says nothing
     (["1", "1", "2", "2", "3"], [0, 0, 0, 0, 0]),
-    (["", " ", "5"], [0, 0, 1]),  # nothing has no vote
+    (["", " ", "5"], [0, 0, 1]),  # an empty answer has no vote
     (["", ""], [0, 0]),
 ])
 def test_the_votes_of_a_group_reward_what_most_answers_come_to(answers, rewards):

@@ -1,4 +1,4 @@
-"""Rollouts: what the engine records is what the trainer finds, and they are a function of weights, seed and step."""
+"""Rollouts: the engine records what the trainer computes, and they are a function of weights, seed and step."""
 
 import collections
 import functools
@@ -68,7 +68,7 @@ def test_a_rollout_is_a_function_of_seed_and_number():
     assert [s.request.prompt for s in other.sequences] != [s.request.prompt for s in again.sequences]
     batches = batch_of(CONFIG, again), batch_of(CONFIG, answers())
     jax.tree.map(np.testing.assert_array_equal, *batches)
-    assert len({tuple(made) for made in ids(again)[:4]}) > 1  # answers of one group differ
+    assert len({tuple(made) for made in ids(again)[:4]}) > 1  # the answers of a group differ
 
 
 def sequence(prompt, made, end=None, finish="stop", logprob=-1.0, routes=()):

@@ -1,4 +1,4 @@
-"""Tasks: their own answers score, others do not, and a draw is a function of its generator."""
+"""Tasks: their own answers score, others do not, and a sampled problem is a function of its generator."""
 
 import json
 import sys
@@ -69,7 +69,7 @@ def test_an_own_task_is_taken_by_name(monkeypatch):
 
 
 class Dataset:
-    """One of reasoning-gym's, as far as tasks read it."""
+    """A dataset of reasoning-gym, with the attributes that tasks read."""
 
     def __init__(self, seed):
         self.seed = seed

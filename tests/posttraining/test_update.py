@@ -1,4 +1,4 @@
-"""The policy loss on the model: masks, router replay, and what a step of it changes."""
+"""The policy loss on the model: masks, router replay, and the changes of one step."""
 
 import dataclasses
 import functools
@@ -55,7 +55,7 @@ def changed(tree, other):
 
 
 def routes_of(chosen_LBTK, micro):
-    """As a rollout records them: [L, K, B, T + 1]."""
+    """Routes as a rollout records them: [L, K, B, T + 1]."""
     return {"routes": np.pad(np.moveaxis(np.asarray(chosen_LBTK), -1, 1), [(0, 0)] * 3 + [(0, 1)],
                              constant_values=-1)}
 
