@@ -1,4 +1,4 @@
-"""Counts from the config alone: against the published figures, and against the model's own arrays."""
+"""Counts computed only from the config: against published figures, and against the model's own arrays."""
 
 import jax
 import numpy as np
@@ -61,7 +61,7 @@ def test_products_are_counted_from_the_arrays_that_the_model_really_has(name):
         group = ("mtp" if "mtp" in names[0] else "head" if names[0] == "head" else
                  "attention" if "attention" in names else "dense_ffn" if "dense_layers" in names else "moe")
         used[group] += size
-    used["mtp"] += c.mtp_depth * used["head"]  # shared, and used once more a depth
+    used["mtp"] += c.mtp_depth * used["head"]  # shared, and used once more per depth
 
     assert costs.active_product_parameters(c) == used
 
@@ -78,7 +78,7 @@ def test_attention_counts_half_of_the_sequence_when_it_is_causal():
 
     assert costs.training_flops_per_token(c, 512, causal=False) - least == 2 * (
         costs.training_flops_per_token(c, 512) - least)
-    # 2 products forward and twice that backward, of 2 operations per element, over 512 keys
+    # 2 products forward and twice as many backward, with 2 operations per element, over 512 keys
     per_key = 3 * 2 * c.num_heads * (c.qk_head_dim + c.v_head_dim) * (c.num_layers + c.mtp_depth)
     assert costs.training_flops_per_token(c, 512, causal=False) - least == 512 * per_key
 
@@ -103,7 +103,7 @@ def test_full_remat_computes_the_forward_pass_again_and_none_only_the_scores():
 
 @pytest.mark.parametrize(("remat", "again"), [("none", 8), ("report", 7), ("attention", 15), ("full", 15)])
 def test_each_of_the_parts_of_a_sequence_makes_the_keys_of_all(remat, again):
-    """Once a pass, and for the gradients again; under recomputation some are there already, or made once more."""
+    """Once per pass, and again for the gradients; with recomputation some exist already, or are made once more."""
     c = model_config("v3_671b", remat=remat)
     one, eight = (costs.layer_flops(c, 131072, parts) for parts in (1, 8))
     keys = 2 * c.kv_rank * c.num_heads * (c.nope_head_dim + c.v_head_dim)

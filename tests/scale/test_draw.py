@@ -1,4 +1,4 @@
-"""Pictures of bytes: every byte is drawn, every group has a colour and a name that says what it is."""
+"""Pictures of bytes: every byte is drawn, and every group has a colour and a descriptive name."""
 
 import json
 import pathlib
@@ -13,7 +13,7 @@ REPORTS = [path for path in sorted(FOLDER.glob("*.json")) if "bytes_per_device" 
 
 @pytest.fixture
 def figures(monkeypatch):
-    """The figures that are drawn, instead of files."""
+    """Collects the figures that are drawn, instead of writing files."""
     drawn = []
     monkeypatch.setattr(draw, "save_figure", lambda figure, path: drawn.append(figure))
     return drawn

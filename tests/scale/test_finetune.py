@@ -1,4 +1,4 @@
-"""What fine-tuning takes on one device: against the trainer's own state, and against itself."""
+"""Memory and time of fine-tuning on one device: against the trainer's own state, and for consistency."""
 
 import dataclasses
 import math
@@ -74,7 +74,7 @@ def test_accumulated_micro_batches_keep_the_activations_of_one(small):
     fewer = finetune.finetune(c, hardware("t4"), Step(8, 2, 2048))
 
     assert [4 * row.bytes["kept"] for row in fewer] == [row.bytes["kept"] for row in rows]
-    assert fewer[0].bytes["gradients"] == 2 * rows[0].bytes["gradients"]  # of one, and their sum
+    assert fewer[0].bytes["gradients"] == 2 * rows[0].bytes["gradients"]  # of one micro-batch, and their sum
 
 
 def test_what_does_not_fit_says_by_how_much_and_what_would():

@@ -1,4 +1,4 @@
-"""Planned bytes: against the arrays' own shardings, and against what compilers counted in the committed reports."""
+"""Planned bytes: against the arrays' own shardings, and against the compilers' counts in the committed reports."""
 
 import dataclasses
 import functools
@@ -113,7 +113,7 @@ def test_without_kernels_rows_are_copied_for_each_expert_and_attention_has_sums(
     by_xla = dataclasses.replace(c, implementation="xla")
     assert memory.bytes_per_device(by_xla, layout, "hopper")["experts' products"] == without["experts' products"]
     assert memory.attention_sums(by_xla, layout, "hopper") == memory.attention_sums(c, layout, None)
-    in_fp8 = dataclasses.replace(by_xla, fp8=FP8Config(enabled=True))  # whose kernels have a key of their own
+    in_fp8 = dataclasses.replace(by_xla, fp8=FP8Config(enabled=True))  # its kernels have a separate key
     assert memory.bytes_per_device(in_fp8, layout, "hopper")["experts' products"] == 0
     assert {name for name, row in HARDWARE.items() if row.kernels == "hopper"} == {"h800", "h100", "h200"}
 

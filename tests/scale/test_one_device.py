@@ -1,4 +1,4 @@
-"""`plan --serve` and `plan --finetune`: what they print, write and refuse, and which models they take."""
+"""`plan --serve` and `plan --finetune`: what they print, write and refuse, and which models they accept."""
 
 import json
 from unittest import mock

@@ -1,4 +1,4 @@
-"""The planner against what was published of the report's run, and against itself."""
+"""The planner: compared with the published figures of the report's run, and for consistency."""
 
 import dataclasses
 import functools
@@ -61,7 +61,7 @@ def test_parts_of_sequences_go_over_the_nodes_of_experts_and_then_over_copies_of
 
 
 def test_a_part_of_a_long_sequence_takes_what_a_short_one_does():
-    """It takes as much state, and as many copies of tokens sent to experts; the ring of latents is added."""
+    """State and copies of tokens sent to experts take the same bytes; the ring of latents is added."""
     short, split = of_report(), long_context(32768, 8, 1920)
 
     assert memory.state(V3, split) == memory.state(V3, short)
@@ -95,7 +95,7 @@ def test_long_sequences_in_parts_are_planned_within_ten_percent_of_what_xla_take
 
 
 def test_without_a_kernel_the_scores_of_long_sequences_are_written():
-    """The loop over blocks moves more than its products take; a kernel of the same parts would not."""
+    """The loop over blocks takes longer to move bytes than to compute its products; a kernel would not."""
     split = long_context(32768, 8, 1920)
     with_kernel = dataclasses.replace(split, mesh=of_report().mesh, sequence_length=4096)
     m = Measured()
@@ -125,7 +125,7 @@ def test_the_published_figures_stand_next_to_any_layout_of_the_run(deferred):
 def test_what_the_planner_misses_is_said_and_not_hidden():
     ratios = {row["what"]: row["ratio"] for row in plan.published(found())}
 
-    # Ranks that wait for the slowest, and an optimizer that overlaps what is exposed here.
+    # Ranks wait for the slowest, and their optimizer overlaps traffic that is exposed here.
     assert 0.3 < ratios["bubble, s"] < 0.5 and 1.5 < ratios["optimizer, s"] < 2 and 0.75 < ratios["B alone, s"] < 0.85
 
 
@@ -136,7 +136,7 @@ def test_a_step_is_its_cells_its_bubble_and_its_optimizer():
 
 
 def test_the_published_mfu_is_that_of_the_published_step():
-    """Ours is counted as theirs: 19.926 s of 2048 devices of 989 TFLOP/s are 43.73 % and 38.94 %."""
+    """Ours is counted like theirs: 19.926 s on 2048 devices of 989 TFLOP/s are 43.73 % and 38.94 %."""
     step = found().step
 
     assert step.mfu["non-causal"] * step.seconds / 19.926 == pytest.approx(0.4373, rel=5e-3)
@@ -168,7 +168,7 @@ def test_what_stays_exposed_is_what_the_compiled_report_s_layout_waits():
     report = json.loads(pathlib.Path("experiments/scale/v3_671b_h100_2048_report.json").read_text())
     c, waits = dataclasses.replace(V3, remat=report["remat"]), report["waits"]["h800"]
     cell = timing.cells(c, H800, of_report(deferred=0), Measured())
-    layers = -(-c.num_moe_layers // 16)  # of a stage; the planner's are the mean, MTP's too
+    layers = -(-c.num_moe_layers // 16)  # of one stage; the planner uses the mean, including MTP
     network = (cell["F"].network + cell["Bi"].network) * layers / ((c.num_moe_layers + c.mtp_depth) / 16)
 
     assert Measured().exposed == pytest.approx(waits["planned"] * waits["seconds"] / network, rel=0.03)
@@ -181,7 +181,7 @@ def test_overlap_hides_the_network_behind_work_and_not_the_other_way_round():
     assert timing.costs(cell, m) == {"f": 4, "b": 4, "w": 1, "fb": 5}
     assert timing.costs({**cell, "W": timing.Cell(4)}, m)["fb"] == pytest.approx(6 / 0.75)
     assert timing.costs(cell, dataclasses.replace(m, exposed=0.1))["fb"] == pytest.approx(5 + 0.5)
-    # Where there is little to hide, one after the other on all SMs is faster.
+    # If there is little to hide, running one after the other on all SMs is faster.
     assert timing.costs({name: timing.Cell(1, 0.1) for name in cell}, m)["fb"] == pytest.approx(3.3)
 
 
@@ -298,7 +298,7 @@ def test_the_command_searches_with_the_options_that_are_given(monkeypatch):
 
 
 def test_without_deferred_gradients_zb1p_is_still_shown_with_its_own():
-    """With none it would be 1F1B under another name."""
+    """Without deferred gradients it would be 1F1B under another name."""
     rows = {row["without"]: row for row in plan.ablations(V3, H800, of_report(deferred=0))}
     zb1p, one = (rows[f"DualPipe: {name}"] for name in ("ZB1P", "1F1B"))
     assert zb1p["gigabytes"] > 1.5 * one["gigabytes"] and not zb1p["fits"] and one["fits"]

@@ -1,4 +1,4 @@
-"""What one device can serve: bytes against the engine's own arrays and against sums by hand, bounds against a count."""
+"""Serving on one device: bytes against the engine's arrays and hand calculations, bounds against counts."""
 
 import dataclasses
 import math
@@ -58,7 +58,7 @@ def test_what_an_engine_allocates_is_what_is_planned(kind):
     found = serve.serve(c, A100, Asked(100, cache=kind))
 
     assert found.user == 4 * serve.PAGE * found.token  # 100 tokens are four pages
-    assert size(engine._cache) == 3 * found.user + serve.PAGE * found.token  # and one page is for scratch
+    assert size(engine._cache) == 3 * found.user + serve.PAGE * found.token  # and one is the scratch page
     assert size(engine.weights) == found.weights
 
 
@@ -95,7 +95,7 @@ def test_fp8_takes_a_byte_a_number_and_a_scale_a_block_where_released_checkpoint
 def test_users_fill_what_weights_and_reserve_leave():
     found = serve.serve(LITE, A100, Asked(4096))
     page = serve.PAGE * found.token
-    free = 0.9 * 80e9 - found.weights - page  # one page is for scratch
+    free = 0.9 * 80e9 - found.weights - page  # one is the scratch page
 
     assert found.users * found.user <= free < (found.users + 1) * found.user
     assert found.longest * found.token <= free < found.longest * found.token + page
@@ -110,13 +110,14 @@ def test_experts_touched_are_those_of_drawn_routings():
 
 
 def test_one_user_s_bound_is_the_bandwidth_over_what_one_token_reads():
-    """Active parameters without the embedding in bfloat16, routers and norms in float32, and a cache of 4096 tokens."""
+    """Active parameters in bfloat16 without the embedding, routers and norms in float32, and a cache of 4096 tokens."""
     read = 2 * 2_451_435_008 + 2 * (3_407_872 + 126_464) + 4096 * 31_104
 
     found = serve.bound(LITE, A100, 1, Asked(4096))
 
     assert found.tokens_a_second == found.by_memory == pytest.approx(2.039e12 / read)
-    # Twice the products' parameters, and two operations for every number of 16 heads that a latent is multiplied with.
+    # Twice the products' parameters; for each layer, token in the cache and head two operations for 512 + 64 + 512
+    # numbers.
     assert found.by_flops == pytest.approx(312e12 / (2 * (2_451_435_008 - 126_464) + 2 * 27 * 16 * 1088 * 4096))
 
 

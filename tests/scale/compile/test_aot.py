@@ -1,4 +1,4 @@
-"""Programs compiled for machines that are not here: what is compiled, and (slow) what the compiler says of it."""
+"""Programs compiled for absent hardware: what is compiled, and (slow) the compiler's figures for it."""
 
 import dataclasses
 import functools
@@ -64,7 +64,7 @@ def test_kernels_of_a_program_are_counted_with_the_most_that_one_of_them_takes(t
     for n, registers in enumerate((168, 254)):
         (tmp_path / f"kernel_{n}.ptx").write_text("wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 {};")
         (tmp_path / f"kernel_{n}.ptxas").write_text(f"0 bytes spill stores\nUsed {registers} registers")
-    (tmp_path / "kernel_0.resources.txt").write_text("smem_scratch_bytes=1024 num_barriers=3")  # its equal has none
+    (tmp_path / "kernel_0.resources.txt").write_text("smem_scratch_bytes=1024 num_barriers=3")  # the equal one has none
 
     row, = kernels_in(tmp_path)
 
@@ -81,7 +81,7 @@ def test_products_that_a_device_needs_are_those_of_its_share_of_the_tokens(monke
     monkeypatch.setattr(hlo, "work", lambda text, reach: hlo.Work(9, *(4e12 * x * (reach == rows)
                                                                         for x in (25, 7.5, 5, 2.5))))
     found = aot._products(c, layout, "", "h100:8", frozen)
-    # The text has two micro-batches, the first and the loop's, and a step has three.
+    # The text of the program has two micro-batches, the first and the loop's; a step has three.
     assert found == {"attention": 30e12, "experts": 15e12, "fp8": 45e12, "others": 60e12,
                      "useful": training_flops_per_token(c, 256, frozen=frozen) * 3 * 2 * 256 / share}
     lines = report.table(REPORT | {"products": found | {"useful": 7e12}}).splitlines()

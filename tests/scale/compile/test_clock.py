@@ -1,4 +1,4 @@
-"""Clocks over a compiled program: what products hide of an exchange, and what the device waits for."""
+"""Clocks over a compiled program: how much of an exchange products hide, and for what the device waits."""
 
 import pytest
 
@@ -22,7 +22,7 @@ def work(flops, fp8=0.0):
 
 
 def clocked(*steps):
-    """Transfers take 4 s, products a second a FLOP, half of that in FP8. -> [(FLOPs between, seconds waited)]"""
+    """Transfers take 4 s, products 1 s per FLOP, half of that in FP8. -> [(FLOPs in between, seconds waited)]"""
     found = clock.clocked(steps, lambda one: 4.0 * (one.bytes > 100), clock.Rates(bf16=1.0, fp8=2.0))
     return [(t.flops, t.waited) for t in found]
 

@@ -1,4 +1,4 @@
-"""Reading collectives off a scheduled program: kinds, axes, bytes, what hides them."""
+"""Collectives of a scheduled program: kinds, axes, bytes, and the products that hide them."""
 
 import pytest
 
@@ -106,7 +106,7 @@ def test_of_branches_the_one_with_the_most_work_counts_and_no_part_of_another():
                                 f"%x = bf16[8,8]{{1,0}} parameter(0)\n  ROOT %e = bf16[8,4]{{1,0}} {kernel}")
 
     assert hlo.work(branched).flops - hlo.work(PROGRAM).flops == 2 * 8 * 8 * 8
-    assert hlo.work(branched).experts == 0  # of the other branch, with half as many
+    assert hlo.work(branched).experts == 0  # in the other branch, with half as many
 
 
 @pytest.mark.parametrize(("part", "widths"), [("forward", 192 + 128), ("dq", 2 * 192 + 128), ("dkv", 2 * (192 + 128))])
@@ -140,7 +140,7 @@ ENTRY %main (p: (f8e4m3fn[64,192], f8e4m3fn[4,32,192])) -> bf16[1,64,32] {
     flops = sum(one[1] for one in found)
     in_fp8, of_experts = (flops * (kernel == name) for name in ("fp8_products", "experts_products"))
     assert hlo.work(program)[1:] == (flops, in_fp8, 0, of_experts)
-    # Rows of the buffer that nothing was sent to are skipped by the kernel in bfloat16.
+    # In bfloat16 the kernel skips rows of the buffer to which nothing was sent.
     assert hlo.work(program, 48).flops == (3 / 4 * flops if kernel == "experts_products" else flops)
     assert hlo.work(program, 96).flops == flops
 

@@ -1,4 +1,4 @@
-"""Targets and the commands around them: what is wrong ends in one line that says what would be right."""
+"""Targets and their commands: an error ends in one line that says what would be right."""
 
 import json
 import sys
