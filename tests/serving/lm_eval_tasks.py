@@ -1,4 +1,4 @@
-"""Task files of lm-eval, one of each kind; DATA stands for a file of rows {"q", "choices", "label"}."""
+"""Task files of lm-eval, one of each kind; DATA is replaced by the path of a file of rows {"q", "choices", "label"}."""
 
 TASKS = {"choice": """
 task: choice

@@ -1,10 +1,11 @@
-"""Scores and greedy texts of lm-eval tasks by our engine and server next to transformers in float32, on one checkpoint.
+"""Scores and greedy texts of lm-eval tasks: our engine and server compared with transformers in float32.
 
     python -m deepseek_jax.serve --hf DIR --name model --port 8000 --max-length 257
     python -m tests.serving.lm_eval_transformers DIR --server http://127.0.0.1:8000
 
 DIR is a Hugging Face checkpoint (`convert to-hf --dtype float32`). Needs lm-eval (`[api]`), transformers and torch. The
-tasks are made from lines of this project: which end a line has, bits per byte of its beginning, the next 16 tokens.
+tasks are made from lines of this project's code: the right end of a line, bits per byte of its beginning, the next 16
+tokens.
 """
 
 import argparse
@@ -29,7 +30,7 @@ LENGTH = 256  # tokens of context and continuation
 
 
 def rows(count: int) -> list[dict]:
-    """Lines cut in two, each with three ends of which one is its own."""
+    """Lines cut in two, each with three ends of which one is the right one."""
     rng = random.Random(0)
     files = sorted(pathlib.Path(deepseek_jax.__file__).parent.rglob("*.py"))
     lines = [line.strip() for path in files for line in path.read_text(encoding="utf-8").splitlines()]
@@ -45,7 +46,7 @@ def rows(count: int) -> list[dict]:
 
 
 def texts(found: dict) -> list[str]:
-    """What was written, in the order of the rows."""
+    """The generated texts, in the order of the rows."""
     samples = sorted(found["samples"]["writing"], key=lambda sample: sample["doc_id"])
     return [sample["resps"][0][0] for sample in samples]
 

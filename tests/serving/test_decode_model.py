@@ -1,4 +1,5 @@
-"""The network over the cache gives what the whole forward pass gives, however the tokens are cut into steps."""
+"""The network over the cache gives the results of the complete forward pass, however the tokens are split into steps.
+"""
 
 import dataclasses
 import functools
@@ -44,7 +45,7 @@ def program(name, kind, deterministic=False):
 
 
 def by_steps(name, pieces, kind="float32", delay=0, deterministic=False):
-    """Hidden states, logits and counts; at most 8 tokens a step, pages in no order; row 1 starts `delay` steps late."""
+    """Hidden states, logits and counts; at most 8 tokens per step, shuffled pages; row 1 starts `delay` steps late."""
     cfg = MODELS[name]
     weights = prepare(cfg, naive.variables_of(cfg), cfg.mtp_depth)
     cache = latent_cache.make(cfg, kind, 2 * LENGTH // SIZE + 1, SIZE, cfg.mtp_depth)
@@ -95,7 +96,7 @@ def test_the_mtp_module_over_its_cache_predicts_as_in_training():
     hidden, _, _, weights, cache, table_BP = by_steps("V3", [8, 8, 8])
     run = jax.jit(functools.partial(predict_ahead, cfg, CacheGeometry("float32", SIZE, (6,)), weights, 1))
 
-    for start in range(0, LENGTH - 8, 8):  # position i takes the hidden state of i and token i + 1
+    for start in range(0, LENGTH - 8, 8):  # position i has the hidden state of i and token i + 1 as inputs
         slots = TokenSlots(jnp.asarray(TOKENS_BT[:, start + 1:start + 9]),
                            jnp.arange(start, start + 8)[None].repeat(2, 0), jnp.ones((2, 8), bool),
                            jnp.asarray(table_BP))

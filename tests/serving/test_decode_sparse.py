@@ -1,4 +1,4 @@
-"""Sparse decoding is the masked training form: the same choices, from a cache of the indexer's keys."""
+"""Sparse decoding equals the masked form of training: the same choices, from a cache of the indexer's keys."""
 
 import jax
 import numpy as np

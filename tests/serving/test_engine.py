@@ -1,4 +1,4 @@
-"""The engine: who runs when, what ends a sequence, and that every page comes back."""
+"""The engine: the order of sequences, how they end, and that every page is returned."""
 
 import jax
 import numpy as np
@@ -20,7 +20,7 @@ LONG = tuple(rng.integers(0, 64, 40).tolist())
 
 @pytest.fixture(scope="module")
 def warm():
-    """One engine for all tests here: nothing may be left in it."""
+    """One engine for all tests here: each must leave it empty."""
     engine = Engine(CFG, VARIABLES, EngineConfig(
         max_sequences=2, max_length=64, depth=1, page_size=4, chunk=8, most_steps=4))
     engine.warm_up()
@@ -160,7 +160,7 @@ def test_what_is_made_after_a_listener_stops_counts_nowhere():
     engine.run()
 
     assert len(sequence.made) == engine.totals["tokens"] == 1 and sequence.steps == 1
-    assert sequence.drafted == engine.totals["drafted"] == 0  # a first step has no drafts
+    assert sequence.drafted == engine.totals["drafted"] == 0  # the first step has no drafts
 
 
 @pytest.mark.parametrize("where", ["running", "reading"])
@@ -174,7 +174,7 @@ def test_logits_that_are_no_numbers_end_a_sequence_with_an_error(where):
 
     assert (bad.finish, bad.made, good.finish, len(good.made)) == ("error", [], "length", 4)
     assert engine.totals["errors"] == 1 and engine.pool.owned == 0
-    after = [engine.submit(Request((7, 5, 6, 1, 2, 3)[i:], 9)) for i in range(4)]  # on pages that held no numbers
+    after = [engine.submit(Request((7, 5, 6, 1, 2, 3)[i:], 9)) for i in range(4)]  # on pages that were NaN
     engine.run()
     whole = Engine(CFG, VARIABLES, EngineConfig(max_sequences=2, max_length=64, page_size=4, chunk=8))
     expected = [whole.submit(sequence.request) for sequence in after]
@@ -296,7 +296,7 @@ def test_the_token_that_ends_a_sequence_is_kept_apart(engine):
 def test_routes_are_those_of_every_token_that_was_fed(deterministic):
     engine = Engine(CFG, VARIABLES, EngineConfig(max_sequences=1, max_length=64, depth=1, page_size=4, chunk=16,
                                                  most_steps=4, deterministic=deterministic, routes=True))
-    first, again = (engine.submit(Request(LONG[:13], 8)) for _ in range(2))  # the second finds pages of the first
+    first, again = (engine.submit(Request(LONG[:13], 8)) for _ in range(2))  # the second reuses pages of the first
     engine.run()
     routes = np.stack(first.routes[:20])
     assert routes.shape == (20, CFG.num_moe_layers, CFG.experts_per_token)

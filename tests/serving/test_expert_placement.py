@@ -1,4 +1,4 @@
-"""Expert placement: the vectors of the EPLB repository, and outputs that do not know where an expert lies."""
+"""Expert placement: the test vectors of the EPLB repository, and outputs that do not depend on the placement."""
 
 import functools
 
@@ -125,5 +125,5 @@ def continuations(engine):
 
 
 def here(engine):
-    """Experts of the second layer on each device."""
+    """The experts of the second layer on each device."""
     return [shard.data.shape[0] for shard in engine.weights.layers[1].ffn["gate"].addressable_shards]

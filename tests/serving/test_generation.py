@@ -1,4 +1,5 @@
-"""Generation: the likeliest token of a whole forward pass each time, whatever stands beside or behind a prompt."""
+"""Generation: each token is the most likely one of a complete forward pass, whatever else is in the batch or the cache.
+"""
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ def greedy(variables):
 def test_greedy_is_the_argmax_of_whole_forward_passes(variables, greedy):
     for prompt, found in zip(PROMPTS, greedy, strict=True):
         whole = prompt + found
-        row = np.zeros((1, 64), np.int32)  # one length for one compilation; causality hides the rest
+        row = np.zeros((1, 64), np.int32)  # one length, so one compilation; causality hides the padding
         row[0, :len(whole)] = whole
         best = naive.forward(CFG)(variables, row).logits_BTW[0].argmax(-1)
         assert found == best[len(prompt) - 1:len(whole) - 1].tolist()

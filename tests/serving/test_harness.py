@@ -1,4 +1,5 @@
-"""Tasks of lm-eval, on local files: scores are those of a plain forward pass, in process and over the server's API."""
+"""Tasks of lm-eval, on local files: scores equal those of a plain forward pass, in process and over the server's API.
+"""
 
 import json
 import types
@@ -34,7 +35,7 @@ def chat():
 
 
 def logprobs_of(ids):
-    """Of each token but the first, by a plain forward pass; and whether each is the likeliest."""
+    """Logprobs of each token but the first, by a plain forward pass, and whether it is the most likely one."""
     row = np.zeros((1, 64), np.int32)
     row[0, :len(ids)] = ids
     logits = np.asarray(naive.forward(CFG)(VARIABLES, row).logits_BTW[0, :len(ids) - 1], np.float64)
@@ -92,7 +93,7 @@ def test_chats_are_asked_where_answers_are_texts(chat, folder):
 
 
 def test_the_server_gives_the_same_scores(model, chat, folder, monkeypatch):
-    """By lm-eval's own client, which sends ids and asks for an echo with logprobs."""
+    """With lm-eval's own client, which sends ids and asks for an echo with logprobs."""
     for needed in ("aiohttp", "tenacity", "requests"):
         pytest.importorskip(needed)
     from lm_eval import simple_evaluate
@@ -101,14 +102,14 @@ def test_the_server_gives_the_same_scores(model, chat, folder, monkeypatch):
 
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
     with running() as (_, url):
-        # lm-eval keeps two places free: one for the token that it asks for, one for the prefix of a window.
+        # lm-eval leaves two positions free: one for the token that it requests, one for the prefix of a window.
         api = LocalCompletionsAPI(model="org/random", base_url=url + "/v1/completions", tokenizer_backend="None",
                                   max_length=34)
-        # As with a server that has a tokenizer's endpoints; transformers, the alternative, is not needed here.
+        # As if the server had endpoints of a tokenizer; so transformers, the alternative, is not needed here.
         api.tokenizer_backend, api.tokenized_requests, api.tokenizer = "remote", True, types.SimpleNamespace(
             encode=model.tok_encode, decode=model.tokens.decode, eos_token="<|eos|>", bos_token_id=model.tokens.bos,
             eos_token_id=model.tokens.eos)
-        api.custom_prefix_token_id = model.tokens.bos  # lm-eval takes a BOS of 0 for none
+        api.custom_prefix_token_id = model.tokens.bos  # lm-eval treats a BOS of 0 as none
         found = simple_evaluate(api, tasks=list(TASKS), task_manager=TaskManager(include_path=folder),
                                 bootstrap_iters=0)["results"]
         api = LocalChatCompletion(model="org/random", base_url=url + "/v1/chat/completions")

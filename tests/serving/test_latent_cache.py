@@ -1,4 +1,5 @@
-"""The latent cache: what a token costs, what is kept exactly, and that page numbers alone decide who reads what."""
+"""The latent cache: bytes per token, the parts that are stored exactly, and that only page numbers decide what is read.
+"""
 
 import jax.numpy as jnp
 import numpy as np

@@ -1,4 +1,4 @@
-"""Page bookkeeping: every page is free, owned or kept; none is lost, none has two uses."""
+"""Page bookkeeping: every page is free, owned or kept; none is lost, and none is used twice."""
 
 import numpy as np
 import pytest

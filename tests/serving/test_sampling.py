@@ -1,4 +1,4 @@
-"""Sampling: the distribution at a temperature, its limits, and draws that depend on seed and place alone."""
+"""Sampling: the distribution at a temperature, its limits, and samples that depend only on seed and position."""
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,7 @@ def one(temperature=1.0, top_k=0, top_p=1.0, seed=0, stream=0):
         (dict(top_p=0.6), [2 / 3, 1 / 3, 0, 0]),
         (dict(top_p=0.5), [1, 0, 0, 0]),
         (dict(top_p=1e-6), [1, 0, 0, 0]),
-        (dict(top_k=3, top_p=0.8), [2 / 3, 1 / 3, 0, 0]),  # of what the top k leave: 5/9, 5/18, ...
+        (dict(top_k=3, top_p=0.8), [2 / 3, 1 / 3, 0, 0]),  # of the mass left by top k: 5/9, 5/18, ...
     ])
 def test_probabilities(how, expected):
     found = jax.jit(sampling.probabilities)(one(**how), jnp.asarray(LOGITS)[None, None])[0, 0]
@@ -52,7 +52,7 @@ def test_draws_differ_by_seed_stream_index_and_use_and_by_nothing_else():
 
 def test_draws_follow_the_distribution():
     n = 10_000
-    p_W = jnp.array([0.6, 0.3, 0.1, 0.0]) * 3  # need not sum to one
+    p_W = jnp.array([0.6, 0.3, 0.1, 0.0]) * 3  # they need not sum to one
     key_BT = sampling.keys(one(seed=5), jnp.arange(n)[None], sampling.TOKEN)
     counts = np.bincount(sampling.draw(key_BT, jnp.broadcast_to(p_W, (1, n, 4)))[0], minlength=4)
 

@@ -1,4 +1,4 @@
-"""Drafts change how fast tokens come, and neither which (greedy) nor with what probability (sampled)."""
+"""Drafts change the speed, but neither the tokens (greedy) nor their probabilities (sampled)."""
 
 import dataclasses
 import functools
@@ -16,7 +16,7 @@ from deepseek_jax.serving.speculative import Drafts, verify
 from tests.model import naive
 
 W, D = 5, 2  # vocabulary, drafts
-P = np.random.default_rng(0).dirichlet(np.ones(W), (W, W)).astype(np.float32)  # next token by the last two
+P = np.random.default_rng(0).dirichlet(np.ones(W), (W, W)).astype(np.float32)  # next token, given the last two
 Q = np.random.default_rng(1).dirichlet(np.ones(W) * 0.5, (W, W)).astype(np.float32)
 LOG_P = jnp.log(P)
 
@@ -29,7 +29,8 @@ def all_sampling(n, **how):
 
 @functools.partial(jax.jit, static_argnums=1)
 def draw_and_verify(sampling, n):
-    """n sequences that end in tokens 1, 2: two drafts from Q, verified by P. Tokens [n, 3] and how many count."""
+    """n sequences that end in tokens 1, 2: two drafts from Q, verified by P. Returns tokens [n, 3], and how many count.
+    """
     before, last = jnp.full(n, 1), jnp.full(n, 2)
     drafts, q = [], []
     for d in range(D):
@@ -85,9 +86,10 @@ def test_greedy_keeps_drafts_up_to_the_first_that_differs():
 
 
 def counting_model(**overrides):
-    """A model whose MTP module drafts well: blocks that add nothing, a head that says the next number.
+    """A model whose MTP module drafts well: blocks that add nothing, a head that predicts the next number.
 
-    The main model sees token t and says t + 1. Module k sees its hidden state h(t) and token t + k, and says t + k + 1.
+    The main model sees token t and predicts t + 1. Module k sees its hidden state h(t) and token t + k, and predicts
+    t + k + 1.
     """
     cfg = naive.tiny(vocab_size=16, d_model=32, num_layers=2, **overrides)
     variables = jax.tree.map(np.zeros_like, naive.variables_of(cfg))
@@ -119,7 +121,7 @@ def test_right_drafts_are_all_accepted_at_any_depth(depth, modules):
     assert made.accepted == made.drafted and made.steps == 1 + -(-30 // (depth + 1))
     assert [t.draft for t in made.made][:2 + depth] == ["none"] + ["accepted"] * depth + ["none"]
 
-    (after,) = finish(engine, [Request((9, 10, 11), 31)])  # in the same slot, where drafts of the first one are left
+    (after,) = finish(engine, [Request((9, 10, 11), 31)])  # in the same slot, which still has drafts of the first one
     assert [t.id for t in after.made] == [(12 + i) % 16 for i in range(31)]
     assert [t.draft for t in after.made] == [t.draft for t in made.made] and after.steps == made.steps
 
@@ -153,7 +155,7 @@ def test_greedy_is_the_same_on_200_prompts_at_every_batch_size(most):
     cfg = naive.tiny(num_layers=2)
     variables = naive.variables_of(cfg)
     rng = np.random.default_rng(1)
-    # Prompts end at, before and behind page boundaries, and continuations cross several.
+    # Prompts end at, before and after page boundaries, and continuations cross several.
     requests = [Request(tuple(rng.integers(0, 64, 1 + i % 33).tolist()), 8 + i % 17) for i in range(200)]
 
     assert continuations(cfg, variables, requests, most, 1) == continuations(cfg, variables, requests, most, 0)
@@ -191,7 +193,7 @@ def test_the_cache_of_the_modules_holds_the_true_tokens_whatever_was_drafted_bef
     (made,) = finish(spoken, [Request(prompt, 20)])
     finish(read, [Request(tuple(made.tokens), 1)])
 
-    final = (len(made.tokens) - 2) // 4  # pages that no draft touches any more
+    final = (len(made.tokens) - 2) // 4  # pages that drafts no longer touch
     assert made.accepted < made.drafted
     pages = [e.pool.find(made.tokens)[:final] for e in (spoken, read)]
     assert len(pages[0]) == len(pages[1]) == final > 4

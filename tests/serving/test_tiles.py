@@ -1,4 +1,4 @@
-"""Deterministic decoding: to the last bit, a sequence does not depend on what runs beside it."""
+"""Deterministic decoding: to the last bit, a sequence does not depend on the rest of its batch."""
 
 import dataclasses
 
@@ -19,7 +19,7 @@ OPTIONS = EngineConfig(max_sequences=4, max_length=160, page_size=4, chunk=32, m
 
 
 def requests_of(count, new_tokens=12):
-    """Prompts of many lengths, every fifth beginning like the one before it; every second is sampled."""
+    """Prompts of many lengths; every fifth begins like the one before it, and every second is sampled."""
     rng, made = np.random.default_rng(0), []
     for i in range(count):
         prompt = tuple(rng.integers(0, CFG.vocab_size, rng.integers(1, 100)).tolist())
@@ -29,7 +29,7 @@ def requests_of(count, new_tokens=12):
 
 
 def answers(options, requests, together=None):
-    """Tokens and logprobs of each; `together`: how many are there at once."""
+    """Tokens and logprobs of each request; `together`: how many are submitted at once."""
     engine, made = Engine(CFG, VARIABLES, options), []
     together = together or len(requests)
     for i in range(0, len(requests), together):
@@ -89,7 +89,7 @@ def test_tiles_take_tokens_in_order_and_leave_out_what_holds_none(B, T):
     def run(seen, tile, hidden_M1D):
         assert tile.token_BT.shape == (TILE, 1) and tile.table_BP.shape == (TILE, 2)
         at = jnp.where(tile.valid_BT[:, 0], tile.token_BT[:, 0], B * T)
-        seen = seen.at[at].set(seen.max() + 1 + jnp.arange(TILE))  # rises with the order in which tokens come
+        seen = seen.at[at].set(seen.max() + 1 + jnp.arange(TILE))  # increases in the order of the tokens
         return hidden_M1D + tile.table_BP[:, None, :1], seen, (tile.valid_BT.sum(), 1)
 
     hidden_BTD = jnp.arange(B * T * 3.0).reshape(B, T, 3)

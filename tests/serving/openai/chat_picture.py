@@ -18,7 +18,8 @@ SETTINGS = {"mode": "text", "temperature": "0", "seed": "", "max_tokens": "64"}
 
 
 def ask(window: browser.Browser, url: str) -> list[str]:
-    """Opens the page, asks all questions, and points at a token in the middle of the last answer; the answers."""
+    """Opens the page, asks all questions, and points at a token in the middle of the last answer. Returns the answers.
+    """
     window.open(url)
     window.until("document.querySelector('#context').textContent")
     for field, value in SETTINGS.items():
@@ -32,7 +33,7 @@ def ask(window: browser.Browser, url: str) -> list[str]:
 
 
 def picture(window: browser.Browser, file: str) -> None:
-    """Writes what the window shows as a PNG."""
+    """Writes a screenshot of the window as a PNG."""
     data = window.devtools("Page.captureScreenshot", format="png")["data"]
     pathlib.Path(file).write_bytes(base64.b64decode(data))
 

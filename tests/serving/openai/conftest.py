@@ -1,4 +1,4 @@
-"""A server in a process of its own, shared by the tests that ask it."""
+"""A server in a separate process, shared by the tests that send requests to it."""
 
 import contextlib
 import pathlib
@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-# Serves a random model behind a tokenizer of bytes, so that no run is needed.
+# Serves a random model with a tokenizer of bytes, so that no run is needed.
 PROGRAM = """
 import sys
 from tests.model import naive
@@ -30,7 +30,7 @@ def load(report):
 serve(load, "org/random", listen("127.0.0.1", int(sys.argv[1])), Options("secret", per_expert=True, grace=60))
 """
 
-# One whose model never comes.
+# A server whose model never finishes loading.
 LOADING = """
 import sys, time
 from deepseek_jax.serve import listen
@@ -43,7 +43,7 @@ def load(report):
 serve(load, "late", listen("127.0.0.1", int(sys.argv[1])), Options(grace=1))
 """
 
-# One whose engine has nothing to do.
+# A server whose engine is idle.
 IDLE = """
 import sys, types
 from deepseek_jax.serve import listen
@@ -60,7 +60,7 @@ serve(load, "idle", listen("127.0.0.1", int(sys.argv[1])), Options(grace=GRACE))
 
 @contextlib.contextmanager
 def running(program=PROGRAM, status="ok"):
-    """(process, its address) once /health says `status`."""
+    """(process, its address) once /health returns `status`."""
     httpx = pytest.importorskip("httpx")
     pytest.importorskip("starlette")
     pytest.importorskip("uvicorn")

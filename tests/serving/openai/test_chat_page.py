@@ -28,7 +28,7 @@ POLICY = ("default-src 'none'; connect-src 'self'; style-src 'unsafe-inline'; sc
 
 
 class Api:
-    """The server's paths below a prefix. Each test sets what they answer, and sees what was asked."""
+    """The server's paths below a prefix. Each test sets the answers, and sees the requests."""
 
     def __init__(self):
         self.reset()
@@ -42,12 +42,12 @@ class Api:
     def reset(self):
         self.asked = []  # (path, body) of every completion
         self.polls = 0  # requests of /loads
-        self.pieces = ["One", " two."]  # an answer; None: the pieces before it, again and again
+        self.pieces = ["One", " two."]  # an answer; None: the pieces before it, repeated endlessly
         self.comments = ""  # sent before it
-        self.refusal = None  # or a response instead of it
+        self.refusal = None  # or an HTTP response in place of it
         self.key = None
-        self.loading = 0  # how often it is still loading the model
-        self.left = threading.Event()  # a client went away in the middle of an answer
+        self.loading = 0  # how many requests find it still loading the model
+        self.left = threading.Event()  # a client disconnected in the middle of an answer
 
     async def page(self, request):
         return HTMLResponse(chat_page("tiny"), headers={"Content-Security-Policy": POLICY})
@@ -124,10 +124,10 @@ def api(served):
 
 @pytest.fixture
 def page(api, window):
-    window.open(api.url + "nothing")  # of the same origin, but with no page that saves when it is left
+    window.open(api.url + "nothing")  # of the same origin, but without a page that saves when it is left
     window.js("sessionStorage.clear()")
     window.open(api.url)
-    window.until("document.querySelector('#context').textContent")  # its own request comes before what a test changes
+    window.until("document.querySelector('#context').textContent")  # its own request comes before the changes of a test
     return window
 
 
@@ -336,9 +336,9 @@ def test_nothing_sticks_out_of_a_narrow_screen(api, page):
 def test_the_server_itself_answers_the_page_in_both_modes(window):
     with running() as (_, url):
         window.open(url)
-        window.until("!document.querySelector('#unlock').hidden")  # it has a key, which the page finds out by itself
+        window.until("!document.querySelector('#unlock').hidden")  # the page detects that the server has a key
         window.js("document.querySelector('#max_tokens').value = 9")
-        window.js("document.querySelector('#temperature').value = 0")  # what is drawn may be the end of the text
+        window.js("document.querySelector('#temperature').value = 0")  # a sampled token may be the end of the text
         window.type("#key", f"secret{ENTER}")
         window.until("document.querySelector('#unlock').hidden")
         for mode in ("chat", "text"):

@@ -1,4 +1,4 @@
-"""The same server, asked by the client that people use."""
+"""The same server with OpenAI's official client."""
 
 import functools
 

@@ -1,4 +1,6 @@
-"""Connections end by the clock: whoever sends half of a request, or does not read, loses its place; others do not."""
+"""Connections have time limits: a client that sends half of a request, or does not read, is disconnected; others are
+not.
+"""
 
 import asyncio
 import contextlib
@@ -29,7 +31,7 @@ async def endless():
 
 
 async def app(scope, receive, send):
-    """/endless never ends; anything else is read, and answered with its length."""
+    """/endless never ends; every other request is read, and answered with the length of its body."""
     if scope["path"] == "/endless":
         return await StreamingResponse(endless())(scope, receive, send)
     await send({"type": "http.response.start", "status": 200, "headers": []})

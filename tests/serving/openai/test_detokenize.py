@@ -1,4 +1,4 @@
-"""Text as it comes, token by token: whole characters, the whole text, nothing of a stop string, and token names."""
+"""Streamed text, token by token: complete characters, the complete text, nothing of a stop string, and token names."""
 
 import functools
 import random
@@ -40,12 +40,12 @@ LETTERS = "".join(sorted(set("".join(SCRIPTS.values()))))
 
 @functools.cache
 def tokenizer(vocab_size):
-    """Of few words a token, so that most of these scripts come in parts of characters."""
+    """A tokenizer with few merges, so that most of these scripts are streamed in parts of characters."""
     return train_tokenizer(list(SCRIPTS.values()) * 20, vocab_size)
 
 
 def through(tokenizer, ids, stops=()):
-    """The pieces of a stream, with what it gives out at the end."""
+    """The pieces of a stream, including the rest at its end."""
     stream = TextStream(tokenizer.bytes_of, stops)
     pieces = [stream.feed(i) for i in ids]
     return [*pieces, stream.flush()], stream.stopped
@@ -107,7 +107,7 @@ def test_a_long_stop_string_costs_nothing_until_the_text_is_like_it():
     stops, start = tuple("a" * 20_000 + end for end in "bcde"), time.thread_time()
     streams = [TextStream(one_byte, stops) for _ in range(200)]
     assert "".join(stream.feed(ord("b")) for stream in streams) == "b" * 200
-    assert time.thread_time() - start < 1  # 16 million characters to prepare would take five seconds or more
+    assert time.thread_time() - start < 1  # preparing 16 million characters would take five seconds or more
 
 
 def one_byte(token):

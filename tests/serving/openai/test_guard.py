@@ -1,4 +1,4 @@
-"""Which pages of a browser may ask: the server's own, those that were allowed, and no other."""
+"""Which pages of a browser may send requests: the server's own, allowed ones, and no others."""
 
 import pytest
 
@@ -43,7 +43,7 @@ def test_pages_from_elsewhere_are_refused_unless_allowed(local):
     for origins in (("https://chat.example",), ("*",)):
         answer = ask(local, origins, host="localhost:8000", origin="https://chat.example")
         assert answer.text == "here" and answer.headers["access-control-allow-origin"] in ("https://chat.example", "*")
-    assert ask(local, ("https://chat.example",), host="chat.example").text == "here"  # as a proxy may hand it on
+    assert ask(local, ("https://chat.example",), host="chat.example").text == "here"  # as a proxy may pass it on
 
 
 def test_the_browsers_question_before_a_request_is_answered_for_allowed_pages():

@@ -1,4 +1,4 @@
-"""Files of prompts: what is read, and the line that is named where it cannot be."""
+"""Files of prompts: what is read, and that an error names its line."""
 
 import json
 

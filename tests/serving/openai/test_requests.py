@@ -1,4 +1,4 @@
-"""What a client may ask for: whatever a field holds, the refusal names it, and can be sent."""
+"""Requests: whatever the value of a field, the refusal names the field, and can be sent as JSON."""
 
 import functools
 import json

@@ -1,4 +1,4 @@
-"""`/openapi.json`: what it says of requests is what is read, and answers are as it says."""
+"""`/openapi.json` describes the requests that are accepted, and answers match their description."""
 
 import functools
 
@@ -24,7 +24,7 @@ def served():
 
 
 def conforms(value, name):
-    """Whether a value is what the description says under this name."""
+    """Whether a value matches the schema of this name."""
     schema = openapi("m", True) | {"$ref": f"#/components/schemas/{name}"}
     return jsonschema.Draft202012Validator(schema).is_valid(value)
 
@@ -60,7 +60,7 @@ def test_what_is_read_conforms_and_what_is_refused_does_not(chat, value):
     relative = ("max_tokens", "max_completion_tokens", "n", "best_of", "chat_template_kwargs", "prompt")
     name, least = BODIES[chat]
     for field in SCHEMAS[name]["properties"]:
-        if field == "model" and isinstance(value, str):  # a name that is not here is another matter
+        if field == "model" and isinstance(value, str):  # the name of a model that is not served is checked elsewhere
             continue
         body = ({"logprobs": True} if field == "top_logprobs" else {"stream": True} if field == "stream_options" else
                 {"n": value} if field == "best_of" else {}) | least | {field: value}

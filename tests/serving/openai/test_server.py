@@ -1,4 +1,4 @@
-"""The server in a process of its own: what it answers, what it refuses, and that nothing of a client stays behind."""
+"""The server in a separate process: its answers and refusals, and that no state of a client remains."""
 
 import asyncio
 import contextlib
@@ -32,7 +32,7 @@ from tests.serving.openai.conftest import IDLE, LOADING, running  # noqa: E402
 KEY = {"Authorization": "Bearer secret"}
 
 def ask(url, endpoint="completions", **fields):
-    """(status, JSON) of one whole answer."""
+    """(status, JSON) of one complete answer."""
     fields = {"model": "org/random"} | ({"prompt": "hello"} if endpoint == "completions" else {}) | fields
     answer = httpx.post(f"{url}/v1/{endpoint}", json=fields, headers=KEY, timeout=120)
     return answer.status_code, answer.json()
@@ -40,7 +40,7 @@ def ask(url, endpoint="completions", **fields):
 
 @contextlib.contextmanager
 def streaming(url, **fields):
-    """(status, events as they come) of a stream; leaving it hangs up."""
+    """(status, iterator of events) of a stream; leaving the `with` block disconnects."""
     fields = {"model": "org/random", "prompt": "hello", "stream": True} | fields
     with httpx.stream("POST", url + "/v1/completions", json=fields, headers=KEY, timeout=120) as answer:
         lines = (line.removeprefix("data: ") for line in answer.iter_lines() if line.startswith("data: "))
@@ -144,7 +144,7 @@ def test_what_is_no_json_and_a_wrong_key_are_refused(url):
 def test_a_client_that_vanishes_frees_its_pages_within_a_second(url):
     start = time.monotonic()
     ask(url, max_tokens=64)
-    # A bound far from both: whole answers would take 60 times what one of 64 tokens does.
+    # A bound far from both: complete answers would take 60 times as long as one of 64 tokens.
     second = max(1.0, 8 * (time.monotonic() - start))
     with streaming(url, max_tokens=480, n=16) as (_, events):
         next(events)
@@ -194,13 +194,13 @@ def test_64_streams_at_once_and_one_too_many(url):
     assert statuses == [200] * 64 and len(ends) == 64 and set(ends) <= {"length", "stop"}
 
     statuses.clear(), ends.clear()
-    together(functools.partial(one, n, 16) for n in range(8))  # 128 sequences for 72 places
+    together(functools.partial(one, n, 16) for n in range(8))  # 128 sequences for 72 slots
     assert set(statuses) == {200, 429} and len(ends) == statuses.count(200)
     assert_freed(url)
 
 
 def soak(url, seconds):
-    """Requests of every kind at random, from four clients, some of which hang up."""
+    """Random requests of every kind, from four clients, some of which disconnect."""
     end = time.monotonic() + seconds
     statuses = []
 
@@ -326,7 +326,7 @@ def test_a_stream_that_waits_says_its_place(url):
         thread.join()
     places = [int(line.split()[-1]) for line in lines if line.startswith(": waiting")]
     assert places == sorted(places, reverse=True) and lines[-1] == "data: [DONE]"
-    assert places or "data" in lines[0]  # where the others were quick
+    assert places or "data" in lines[0]  # if the others were quick
 
 
 def test_before_the_model_is_there_health_says_how_far_it_is_and_a_signal_ends_it():
@@ -344,7 +344,7 @@ HALF = (b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: appl
 
 
 class Sent:
-    """A request whose body comes in parts; the client leaves in the end unless it `stays`."""
+    """A request whose body is sent in parts; the client disconnects at the end unless it `stays`."""
 
     def __init__(self, parts, headers=(), stays=True):
         self.headers, self.parts, self.stays = {"content-type": "application/json", **dict(headers)}, parts, stays
@@ -357,7 +357,7 @@ class Sent:
 
 
 class Counted(Turns):
-    """Counts the turns that were taken."""
+    """Counts the turns taken."""
 
     taken = 0
 
@@ -430,7 +430,7 @@ def test_what_is_there_at_the_start_is_not_collected_again_and_again():
     endpoints.metrics = types.SimpleNamespace(watch=lambda engine: None)
     try:
         endpoints._start()
-        assert not any(kept is service for kept in gc.get_objects())  # which has all but what is kept for good
+        assert not any(kept is service for kept in gc.get_objects())  # it has all except frozen objects
     finally:
         gc.unfreeze()
 

@@ -1,4 +1,5 @@
-"""What a choice's listener hands on: answer and reasoning apart, an echo with its tokens, nothing after a stop."""
+"""What a choice's listener passes on: answer and reasoning separately, an echo with its tokens, nothing after a stop.
+"""
 
 import math
 import types
@@ -12,7 +13,7 @@ from tests.chat.test_template import published
 
 
 def heard(prompt, ids, together=1, finish="stop", end=None, **how):
-    """The deltas of one choice whose tokens come `together` at a time; and how many were kept."""
+    """The deltas of one choice whose tokens come `together` at a time, and how many tokens were kept."""
     here, put = published(), []
     how = dict(chat=True, prompts=1, requests=[Request(tuple(prompt), 99)], stops=(), stream=True, include_usage=False,
                alternatives=None, return_drafts=False) | how

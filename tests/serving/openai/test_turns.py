@@ -1,4 +1,4 @@
-"""Requests get turns at the pace of the engine's steps, in order, and nobody waits for a step that will not come."""
+"""Requests get turns at the pace of the engine's steps, in order, and none waits for a step that will not come."""
 
 import asyncio
 
@@ -6,13 +6,13 @@ from deepseek_jax.serving.openai.turns import Turns
 
 
 async def settled():
-    """After what is ready has run."""
+    """Waits until all tasks that are ready have run."""
     for _ in range(4):
         await asyncio.sleep(0)
 
 
 async def waiting(turns, count):
-    """(tasks that each take a turn, the numbers of those that had one, growing)."""
+    """(tasks that each take a turn, the growing list of those that had one)."""
     had = []
 
     async def one(i):
