@@ -1,4 +1,4 @@
-"""Runs that train adapters: the base is read, kept as it is, and told from another one; readers find one model."""
+"""Runs that train adapters: the base is read, not changed, and told from others; readers get a merged model."""
 
 import dataclasses
 import functools
@@ -36,7 +36,7 @@ STEPS = dict(steps=4, batch_size=4, accumulation_steps=1, sequence_length=24, ch
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
-    """Adapters of a run with random weights, trained on questions."""
+    """The config of adapters for a run with random weights, trained on questions."""
     folder = tmp_path_factory.mktemp("lora")
     made = policies.start_run(folder / "base", policies.config_of(SMALL, **STEPS))
     runs.write_questions(folder / "questions.jsonl")
@@ -70,7 +70,7 @@ def test_the_bytes_of_what_is_trained_are_those_of_two_thin_matrices_a_weight():
     attention = (D + Q) + (Q + H * A) + (D + C + cfg.rope_head_dim) + (C + H * X) + (H * V + D)
     ffn = lambda width: 3 * (D + width)
     sparse = attention + cfg.num_experts * ffn(cfg.expert_ffn_dim) + ffn(cfg.num_shared_experts * cfg.expert_ffn_dim)
-    count = r * (attention + ffn(cfg.dense_ffn_dim) + 2 * sparse + sparse)  # a dense layer, two others, an MTP module
+    count = r * (attention + ffn(cfg.dense_ffn_dim) + 2 * sparse + sparse)  # dense layer, two MoE layers, MTP module
 
     size = lambda tree: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree) if x.ndim)
     assert size(state.params) == 4 * count
@@ -137,7 +137,7 @@ def test_a_run_of_adapters_is_a_start_like_any_other(start, whole):
 
 @pytest.fixture
 def away(start, tmp_path):
-    """The base's folder, whose checkpoints are elsewhere for now."""
+    """The base's folder, whose checkpoints are moved away during a test."""
     base = pathlib.Path(start.init.from_)
     shutil.move(base / "checkpoints", tmp_path / "away")
     yield base
@@ -174,7 +174,7 @@ def test_adapters_need_a_run_to_start_from():
 
 @pytest.mark.slow  # compiles the engine, too
 def test_reinforcement_learning_trains_adapters_against_their_base(start, tmp_path):
-    """Sampler and trainer agree, though one is merged and the other is not."""
+    """Sampler and trainer agree, although one uses merged weights and the other does not."""
     config = policies.config_of(SMALL, dict(task="tests.posttraining.policies:EVEN"), dict(kl_weight=0.1), steps=2)
     config = dataclasses.replace(config, lora=LORA, init=start.init)
     assert reinforce(config, str(tmp_path / "run"))

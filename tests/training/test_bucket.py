@@ -1,4 +1,4 @@
-"""A run whose work directory and corpus are in a bucket: the same bits as on a disk, whatever happens on the way."""
+"""A run whose work directory and corpus are in a bucket: the same bits as on a disk, also after faults and kills."""
 
 import pathlib
 import signal
@@ -31,13 +31,13 @@ def on_disk(tmp_path_factory):
 
 @pytest.fixture
 def elsewhere(tmp_path, monkeypatch):
-    """Says what a process has left in its current folder and among the temporary files."""
+    """Lists the files that a process has left in its current folder and among the temporary files."""
     for name in ("cwd", "tmp"):
         (tmp_path / name).mkdir()
     monkeypatch.chdir(tmp_path / "cwd")
     monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
     return lambda: [p.name for name in ("cwd", "tmp") for p in (tmp_path / name).iterdir()
-                    if not p.name.startswith("mosaic-gpu-")]  # which jax makes when it is imported
+                    if not p.name.startswith("mosaic-gpu-")]  # jax makes it when it is imported
 
 
 def in_bucket(store, config):
@@ -48,7 +48,7 @@ def in_bucket(store, config):
 
 
 def until(process, is_so):
-    """Returns once is_so(); a process that ends before is an error."""
+    """Returns once is_so() is true; it is an error if the process ends before."""
     while not is_so():
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.02)
@@ -68,7 +68,7 @@ def test_killed_and_resumed_it_ends_bit_identical_and_leaves_nothing_elsewhere(s
         until(process, lambda: runs.checkpoints(address))
         process.send_signal(signal.SIGKILL)
     begun = runs.checkpoints(address)[-1]
-    assert begun < STEPS and elsewhere()  # it has been killed on its way
+    assert begun < STEPS and elsewhere()  # it was killed midway
     assert f"Resuming from step {begun}" in finish(config, address, overrides)
     runs.assert_same_run(address, whole, leaves=10)
     assert set(storage.names(address)) == {"config.json", "tokenizer.json", "corpus.json", "metrics.jsonl",
@@ -94,7 +94,7 @@ def test_other_commands_read_a_run_in_a_bucket_as_one_on_a_disk(store, on_disk, 
     assert storage.is_file(f"{address}-score.json")
     more = [*SMALL, "--config.train.steps=2", f"--config.init.from={address}"]
     assert runs.run("train", "--config", config, "--workdir", f"{address}-tuned", *more).code == 0
-    assert not [name for name in elsewhere() if not name.startswith("deepseek_jax-")]  # of this process, which goes on
+    assert not [name for name in elsewhere() if not name.startswith("deepseek_jax-")]  # this process's own
 
 
 @pytest.mark.slow
@@ -114,6 +114,6 @@ def test_a_store_that_dies_in_a_save_ends_the_run_in_one_line_and_the_next_conti
     with store.dying_after(None, at="checkpoints/4/state"):
         train().assert_error(f"checkpoint 4 was not written to {address}/checkpoints: ", "Those before it are")
     assert runs.checkpoints(address) == [2]
-    storage.remove(f"{address}/.holder")  # which names this process, and that is still there
+    storage.remove(f"{address}/.holder")  # it names this process, which still exists
     assert "Resuming from step 2" in train().out
     runs.assert_same_run(address, whole, leaves=10)

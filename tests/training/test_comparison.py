@@ -1,4 +1,4 @@
-"""Tables of runs: how far each came, and what is in all of them."""
+"""Tables of runs: the results of each, and the values that are equal in all of them."""
 
 from deepseek_jax.training.comparison import compare, label, summary
 from deepseek_jax.training.metrics import LAST_STEPS

@@ -1,4 +1,4 @@
-"""Runs that go on with another config: longer, from a branch, with other sources; exact where nothing changed."""
+"""Runs that continue with another config: longer, from a branch, with other sources; exact if nothing changed."""
 
 import hashlib
 import json
@@ -10,7 +10,7 @@ import pytest
 from deepseek_jax.training.metrics import read_metrics
 from tests import runs
 
-pytestmark = pytest.mark.slow  # whole runs
+pytestmark = pytest.mark.slow  # complete runs
 
 SHORT = ["--config.train.steps=12", "--config.optimizer.schedule_steps=24", "--config.train.final_eval_batches=1"]
 LONG = ["--config.train.steps=24", *SHORT[1:]]
@@ -24,13 +24,13 @@ def config(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def short(config, tmp_path_factory):
-    """A run of 12 steps that is meant to have 24."""
+    """A run of 12 steps with a learning rate schedule of 24."""
     return trained(config, tmp_path_factory.mktemp("short") / "run", *SHORT)
 
 
 @pytest.fixture(scope="module")
 def long(config, tmp_path_factory):
-    """The run that had 24 from the start."""
+    """The run that had 24 steps from the start."""
     return trained(config, tmp_path_factory.mktemp("long") / "run", *LONG)
 
 
@@ -90,7 +90,7 @@ def test_a_branch_is_its_run_to_the_bit_and_leaves_it_untouched(config, long, tm
     entry, = history(branch)
     assert (entry["step"], entry["from"], entry["changed"]) == (21, f"{long}@21", {})
 
-    shutil.move(long, tmp_path / "gone")  # once it has saved, a branch needs its run no more
+    shutil.move(long, tmp_path / "gone")  # once it has saved a checkpoint, a branch no longer needs its run
     try:
         assert "Resuming from step 24" in runs.run("train", *start).out
     finally:
@@ -109,7 +109,7 @@ def test_another_learning_rate_and_mixture_hold_from_the_step_of_the_checkpoint_
     assert rows[12]["lr"] == pytest.approx(training_rows(short)[11]["lr"] / 2, rel=0.05)
     assert list(history(workdir)[0]["changed"]) == ["data.sources", "optimizer.learning_rate", "train.steps"]
 
-    # The mark of the change is in the checkpoint: however often the run starts after it, it reads the same.
+    # The checkpoint records the change: however often the run starts after it, it reads the same data.
     shutil.rmtree(workdir / "checkpoints" / "16")
     trained(config, workdir, *changes)
     assert training_rows(workdir) == rows

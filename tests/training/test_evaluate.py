@@ -1,4 +1,4 @@
-"""Scoring: which kernels a finished run is scored with."""
+"""Evaluation: the kernels that are used for a finished run."""
 
 import pytest
 

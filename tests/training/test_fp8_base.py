@@ -1,4 +1,4 @@
-"""Adapters of a base in FP8: it is what an FP8 checkpoint would hold, and what readers merge with."""
+"""Adapters of a base in FP8: it equals an FP8 checkpoint, and readers merge the adapters with it."""
 
 import dataclasses
 
@@ -77,7 +77,7 @@ def test_what_a_checkpoint_keeps_in_fp8_keeps_its_bytes_and_its_scales(tmp_path,
 
 
 def test_readers_merge_with_the_rounded_base(begun, tmp_path):
-    """Validation while training, and of the merged weights of the run: the same, and not that of the whole base."""
+    """Validation during training and of the run's merged weights: the same, and different from the unquantized base."""
     done = train(dataclasses.replace(begun, train=dataclasses.replace(begun.train, sample_tokens=4)),
                  str(tmp_path / "run"))
     assert done.finished and done.variables is None
@@ -97,7 +97,7 @@ def test_readers_merge_with_the_rounded_base(begun, tmp_path):
 
 
 def test_a_base_in_fp8_of_a_base_in_fp8_is_rounded_once(begun, tmp_path):
-    """And what its checkpoint keeps in FP8 goes out as it is."""
+    """And the tensors that its checkpoint has in FP8 are exported unchanged."""
     hf = checkpoints.golden("v3_1")
     from_hf(hf, str(tmp_path / "run"), keep_fp8=True)
     config = Config(model=load_workdir_config(str(tmp_path / "run")).model, lora=IN_FP8,

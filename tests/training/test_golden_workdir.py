@@ -1,4 +1,4 @@
-"""A work directory of the version before loads, scores, speaks and resumes (tests/golden/make_workdir.py made it)."""
+"""A work directory of an earlier version can be loaded, scored, sampled and resumed (tests/golden/make_workdir.py)."""
 
 import json
 import pathlib
@@ -14,7 +14,7 @@ EXPECTED = json.loads((GOLDEN / "expected.json").read_text())
 
 @pytest.fixture
 def workdir(tmp_path, monkeypatch):
-    """A copy, from the folder that the paths of its config start at."""
+    """A copy, with the current folder set to the one to which the paths of its config are relative."""
     shutil.copytree(GOLDEN, tmp_path / "copy")
     monkeypatch.chdir(tmp_path / "copy")
     return "run"
@@ -38,5 +38,5 @@ def test_it_resumes_to_the_end_that_it_would_have_had(workdir):
     found = runs.rows(workdir)
     assert len(found) == len(expected)
     for row, same in zip(found, expected):
-        assert same.keys() <= row.keys()  # newer versions write down more
+        assert same.keys() <= row.keys()  # newer versions record more
         assert {key: row[key] for key in same} == pytest.approx(same, rel=1e-4)

@@ -1,4 +1,4 @@
-"""Training the indexer of sparse attention: what its warm-up moves, what is reported, how a dense run continues."""
+"""Training the indexer of sparse attention: what its warm-up trains, its metrics, and how a dense run continues."""
 
 import functools
 import types

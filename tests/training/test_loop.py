@@ -1,4 +1,4 @@
-"""Runs: however one is ended and resumed, it leaves what the uninterrupted one leaves, to the bit."""
+"""Runs: however a run is stopped and resumed, its results equal those of the uninterrupted one to the bit."""
 
 import errno
 import json
@@ -21,7 +21,7 @@ from deepseek_jax.training.loop import starting_state
 from deepseek_jax.training.metrics import read_expert_loads, read_metrics
 from tests import runs
 
-pytestmark = pytest.mark.slow  # whole runs and commands
+pytestmark = pytest.mark.slow  # complete runs and commands
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def train(config, workdir, *overrides):
 
 
 def signal_after(config, workdir, rows, which, *overrides):
-    """Starts the run, or goes on with it, and sends a signal once the metrics have so many rows."""
+    """Starts or resumes the run, and sends a signal once the metrics have so many rows."""
     process = runs.start_training(config, workdir, *overrides)
     while process.poll() is None:
         if len(read_metrics(workdir)) >= rows:
@@ -62,7 +62,7 @@ def test_a_run_leaves_metrics_loads_pictures_and_checkpoints(whole):
     assert {"step", "tokens", "loss", "mtp_loss", "lr", "tokens_per_second", "max_vio", "mfu", "grad_norm",
             "load_entropy", "idle_experts", "sequence_loss", "auxiliary_loss", "bias_low", "bias_high", "seconds_data",
             "seconds_step", "seconds_write", "device_bytes_peak"} == set(read_metrics(whole)[0])
-    assert trained[-1]["tokens"] == (6 * 2 + (runs.STEPS - 6) * 4) * 32  # two sequences a step while it ramps
+    assert trained[-1]["tokens"] == (6 * 2 + (runs.STEPS - 6) * 4) * 32  # two sequences per step during the ramp
     assert [row["step"] for row in evaluated] == [10, 20, 30]
     assert set(evaluated[0]) == {"step", "eval_loss", "eval_bits_per_byte", "eval_share", "max_vio_global"}
     assert evaluated[0]["eval_share"] == evaluated[1]["eval_share"] < evaluated[2]["eval_share"] == 1
@@ -96,7 +96,7 @@ def kill_and_resume(config, whole, workdir, kills):
         killed += [code == -signal.SIGKILL]
     code, out = signal_after(config, workdir, 10**9, signal.SIGKILL)
     assert code == 0, out
-    assert any(killed)  # a run that is quicker than this test looks is not killed
+    assert any(killed)  # a run that ends between two checks of this test is not killed
     runs.assert_same_run(workdir, whole)
 
 
@@ -160,7 +160,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_the_checkpoint_before_it_sta
     result.assert_error(f"not finite at step {kept[-1] + 1}; the checkpoint of step {kept[-1]} is kept",
                         "optimizer.learning_rate")
     assert not list(manifest.damages(tmp_path / f"run/checkpoints/{kept[-1]}"))
-    assert [row["step"] for row in runs.rows(tmp_path / "run")] == kept  # nothing of the step that failed
+    assert [row["step"] for row in runs.rows(tmp_path / "run")] == kept  # no files of the step that failed
 
 
 def test_a_dense_model_without_mtp_trains_and_is_drawn(config, tmp_path):
@@ -252,7 +252,7 @@ def test_fine_tuning_starts_from_the_weights_with_a_fresh_optimizer(config, whol
     result = train(config, tmp_path / "run", *overrides)
     assert result.code == 0, result
     rows = runs.rows(tmp_path / "run")
-    assert rows[-2]["loss"] < 1 < rows[0]["loss"]  # the answers; the prompts' numbers could not be foretold
+    assert rows[-2]["loss"] < 1 < rows[0]["loss"]  # the answers; the prompts' random numbers cannot be predicted
     assert (tmp_path / "run/tokenizer.json").read_bytes() == (whole / "tokenizer.json").read_bytes()
 
 

@@ -1,4 +1,4 @@
-"""The host stays one step ahead: metrics are fetched while the next step runs; a save waits for its step's check."""
+"""The host is one step ahead: metrics are fetched while the next step runs; a save waits for the check of its step."""
 
 import types
 
@@ -17,7 +17,7 @@ from tests.model import naive
 
 
 class Bar:
-    """A progress bar that says nothing."""
+    """A progress bar that prints nothing."""
 
     def update(self):
         pass
@@ -30,7 +30,7 @@ class Bar:
 
 
 def run_of(monkeypatch, losses, **train):
-    """(a Run over steps that are not computed, what it does in order)."""
+    """(a Run over steps that are not computed, the list of its actions in order)."""
     done = []
     config = Config(model=naive.tiny(), train=TrainConfig(steps=len(losses), batch_size=1, **train))
 

@@ -1,4 +1,4 @@
-"""Losses: chunks against optax, what is masked, and that the logits of all tokens never exist at once."""
+"""Losses: chunks against optax, masks, and that the logits of all tokens never exist at once."""
 
 import jax
 import jax.numpy as jnp
@@ -100,7 +100,7 @@ def test_logits_of_all_tokens_never_exist_at_once():
         return {int(np.prod([int(n) for n in s.split(",") if n])) for s in shapes}
 
     assert max(sizes(8)) < N * W
-    assert max(sizes(24)) >= N * W  # the figure means something
+    assert max(sizes(24)) >= N * W  # so the figure is meaningful
 
 
 @pytest.mark.parametrize("k", [0, 1, 2, 5])
@@ -149,7 +149,7 @@ def test_token_losses_are_sums_over_what_counts_at_each_depth(depth):
     [
         ([], 0.0, 0.0, 12 / 4),
         ([6.0], 0.0, 0.0, 3 + 0.3 * 6 / 2),
-        ([6.0, 12.0], 0.0, 0.0, 3 + 0.3 * (6 / 2 + 12 / 3) / 2),  # lambda / D * sum over depths
+        ([6.0, 12.0], 0.0, 0.0, 3 + 0.3 * (6 / 2 + 12 / 3) / 2),  # (lambda / D) * sum over depths
         ([], 0.01, 0.0, 3 + 0.01 * 0.5 * 5),
         ([], 0.0, 0.1, 3 + 0.1 * 0.5 * 7),
         ([6.0], 0.01, 0.1, 3 + 0.9 + 0.025 + 0.35),

@@ -1,4 +1,4 @@
-"""Runs of several processes that are killed and lose a machine: they continue from the state on those that are left."""
+"""Runs of several processes that are killed and lose a machine: they continue from the state on the remaining ones."""
 
 import os
 import re
@@ -17,7 +17,7 @@ from tests.parallel.groups import free_port
 STEPS = 16
 SMALL = [*runs.DENSE, f"--config.train.steps={STEPS}", "--config.train.checkpoint_every=100",
          "--config.train.eval_every=100", "--config.train.final_eval_batches=1", "--config.train.sample_tokens=0"]
-# Each process has its machine's disk where it was started, by one name as in all configs of a run.
+# Each process has its machine's disk in its start folder, under the same name as in all configs of a run.
 LOCAL = ["--config.train.checkpoint_local=/proc/self/cwd/fast", "--config.train.checkpoint_local_every=2"]
 
 
@@ -56,7 +56,7 @@ def test_a_run_that_was_killed_and_lost_a_machine_ends_bit_identical(tmp_path, c
     said = finish(start(config, tmp_path, tmp_path / "run", count, *LOCAL))
 
     step = re.search(r"Resuming from step (\d+) of", said)
-    # Row 8 is there before the run waits until the state of step 6 is written: 4 is what it surely has.
+    # Row 8 is written before the run waits for the state of step 6: only the state of step 4 is certain.
     assert step and STEPS // 2 - 4 <= int(step[1]) < STEPS
     giver = (1 + count // 2) % count
     assert f"Parts of step {step[1]} that machines have lost: process 1 from process {giver}." in said

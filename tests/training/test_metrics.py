@@ -1,4 +1,4 @@
-"""Metrics: a run that was killed and resumed leaves the files of one that never stopped."""
+"""Metrics: a run that was killed and resumed writes the same files as one that was never stopped."""
 
 import json
 import os
@@ -51,7 +51,7 @@ def test_what_a_kill_left_half_written_is_dropped(tmp_path):
         f.write('{"step": 5, "lo')
     with open(tmp_path / "killed/expert_load/counts.int32", "ab") as f:
         f.write(np.int32([5, 1, 2]).tobytes() + b"\x01")
-    assert len(read_metrics(tmp_path / "killed")) == 6  # nor does a reader meanwhile see it
+    assert len(read_metrics(tmp_path / "killed")) == 6  # and readers do not see it in the meantime
     assert list(read_expert_loads(tmp_path / "killed")[0]) == [1, 2, 3, 4]
     run(tmp_path / "killed", 4, 8)
     assert files(tmp_path / "killed") == files(tmp_path / "whole")
@@ -63,7 +63,7 @@ def test_a_run_from_the_start_keeps_nothing_of_the_one_before(tmp_path):
     assert read_metrics(tmp_path) == []
     assert len(read_expert_loads(tmp_path)[0]) == 0
     writer = MetricsWriter(tmp_path, None)
-    writer.write_expert_load(1, np.ones((2, 5)))  # another model's shape
+    writer.write_expert_load(1, np.ones((2, 5)))  # the shape of another model
     writer.close()
     assert read_expert_loads(tmp_path)[1].shape == (1, 2, 5)
 
@@ -143,7 +143,7 @@ def test_others_get_each_row_once_and_are_closed(tmp_path):
 
 
 class Faulty:
-    """A tracker that cannot do what `broken` names."""
+    """A tracker that fails in the methods named in `broken`."""
 
     def __init__(self, broken):
         self.broken, self.heard = broken, []

@@ -1,4 +1,4 @@
-"""The learning rate's shape at its marks, and what AdamW and Muon do to which parameter."""
+"""The learning rate at the marks of its schedule, and the updates of AdamW and Muon for each kind of parameter."""
 
 import functools
 
@@ -21,10 +21,10 @@ PLAIN = dict(warmup=0.0, constant_until=1.0, cosine_until=1.0, tail_from=1.0, we
 @pytest.mark.parametrize(
     ("step", "share"),
     [
-        (0, 0.01), (49, 0.5), (99, 1.0),  # warm-up is linear, its first step already learns
+        (0, 0.01), (49, 0.5), (99, 1.0),  # warm-up is linear, and its first step already changes weights
         (100, 1.0), (499, 1.0),
         (500, 0.1 + 0.45 * (1 + np.cos(np.pi / 300))), (574, 0.1 + 0.45 * (1 + np.cos(np.pi / 4))), (649, 0.55),
-        (799, 0.1), (899, 0.1),  # the first tail level, which the cosine has come down to
+        (799, 0.1), (899, 0.1),  # the first level of the tail, at which the cosine ends
         (900, 0.03), (999, 0.03),
     ],
 )
@@ -36,7 +36,7 @@ def test_the_learning_rate_at_its_marks(step, share):
 
 
 def test_the_defaults_are_the_levels_of_the_report():
-    rate = learning_rate(OptimizerConfig(), 14_800)  # a step is a billion tokens
+    rate = learning_rate(OptimizerConfig(), 14_800)  # a step has a billion tokens
     levels = [float(rate(jnp.int32(tokens - 1))) for tokens in (10_000, 14_300, 14_600, 14_800)]
 
     np.testing.assert_allclose(levels, [2.2e-4, 2.2e-5, 2.2e-5, 7.3e-6], rtol=2e-3)
@@ -54,7 +54,7 @@ def test_without_warm_up_the_first_step_takes_the_whole_rate():
 
 
 def run(cfg, params, gradients, steps=100):
-    """Parameters before each step and after the last, and the last optimizer state."""
+    """The parameters before each step and after the last one, and the last optimizer state."""
     optimizer = make_optimizer(cfg, steps)
     state, seen = optimizer.init(params), [params]
     for grads in gradients:
@@ -124,7 +124,7 @@ def model_params():
 
 
 def orthogonalized(x_IO):
-    """Five steps of Newton and Schulz with Jordan's coefficients, in NumPy."""
+    """Five Newton-Schulz steps with Jordan's coefficients, in NumPy."""
     x_IO = np.asarray(x_IO, np.float64) / np.linalg.norm(x_IO)
     for _ in range(5):
         a_II = x_IO @ x_IO.T
@@ -203,7 +203,7 @@ def test_muon_remembers_one_number_a_weight_of_a_matrix_in_the_dtype_of_moments(
 
 
 def test_muon_moves_by_nesterovs_momentum():
-    """Two steps of different gradients; both means are corrected for their beginning at zero, as optax does it."""
+    """Two steps with different gradients; both means are corrected for starting at zero, as in optax."""
     norm = {"scale": jnp.zeros(4)}
     params = {"layers": {"ffn": {"up": jnp.zeros((1, 1, 6, 4))}}, "norm": norm}
     first, second = (np.random.default_rng(seed).standard_normal((6, 4)) for seed in (0, 1))
@@ -220,7 +220,7 @@ def test_muon_moves_by_nesterovs_momentum():
 
 @pytest.mark.parametrize("columns", [1, 2])
 def test_muon_never_gathers_experts_of_other_devices(columns):
-    """The axis of experts stays split, and so no array of the compiled update has all of them."""
+    """The axis of experts stays sharded, so no array of the compiled update has all experts."""
     mesh = jax.make_mesh((8 // columns, columns), ("expert", "column"), (jax.sharding.AxisType.Auto,) * 2)
     split = NamedSharding(mesh, PartitionSpec(None, "expert", None, "column"))
     grads = {"layers": {"ffn": {"up": jax.ShapeDtypeStruct((2, 8, 64, 32), jnp.float32, sharding=split)}},

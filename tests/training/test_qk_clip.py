@@ -1,4 +1,4 @@
-"""QK-clip: the largest logit of each head is measured, and heads above tau come down to it, each by itself."""
+"""QK-clip: the largest logit of each head is measured, and each head above tau is scaled down to it separately."""
 
 import dataclasses
 import functools
@@ -38,7 +38,7 @@ def measured(cfg, params):
 
 
 def of_first(tree):
-    """Of the first layer, whose inputs no clipping changes."""
+    """The values of the first layer, whose inputs do not change by clipping."""
     return tree[FIRST[0]][FIRST[1]]
 
 

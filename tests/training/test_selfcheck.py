@@ -1,4 +1,4 @@
-"""The check at the start of a run on an accelerator: what differs from its twin ends the run in one line."""
+"""The check at the start of a run on an accelerator: a kernel that differs from its twin ends the run in one line."""
 
 import jax
 import jax.numpy as jnp
@@ -97,7 +97,7 @@ def test_a_dispatch_whose_gradients_are_corrupt_names_the_flag_of_xla(accelerato
     def carry(*args, **options):
         calls.append(None)
         moved = ragged_all_to_all(*args, **options)
-        if not wrong or len(calls) <= 2:  # there and back; then come the gradients, float32 alone
+        if not wrong or len(calls) <= 2:  # to the experts and back; then the gradients, only in float32
             return moved
         return jax.lax.bitcast_convert_type(1.5 * jax.lax.bitcast_convert_type(moved, jnp.float32), moved.dtype)
 

@@ -1,4 +1,4 @@
-"""Which state a run begins with, and that its checkpoints say where it is in its sources."""
+"""The state with which a run begins, and that its checkpoints record its position in the sources."""
 
 import dataclasses
 import types
@@ -35,7 +35,7 @@ def test_with_a_length_that_is_given_nothing_depends_on_how_long_the_run_is():
 
 @pytest.fixture
 def restored(monkeypatch, tmp_path):
-    """restore(config): what was read of which checkpoint, of a run that was saved with 30 steps."""
+    """restore(config): what is read from which checkpoint, for a run whose saved config has 30 steps."""
     asked, saved = [], config_of(steps=30)
     io.write_json(tmp_path / "config.json", as_dict(saved))
     monkeypatch.setattr(start, "find_checkpoint", lambda folder, step=None: asked.append((folder, step)) or "path")

@@ -1,4 +1,4 @@
-"""One step: micro-batches add up to the batch, and routing biases move once, by the loads of all of it."""
+"""One step: micro-batches add up to the batch, and routing biases move once, by the loads of the complete batch."""
 
 import dataclasses
 import functools
@@ -22,7 +22,7 @@ FAST = {"xla_backend_optimization_level": 0}  # compiles in half the time
 
 
 def config_of(accumulation_steps=1, model=MODEL, optimizer=None, balance=None, **train):
-    """The balance losses weigh so much that leaving one out would show."""
+    """The balance losses have weights so large that omitting one would show."""
     train = dict(batch_size=ROWS, sequence_length=T, loss_chunk=7, steps=10,
                  accumulation_steps=accumulation_steps) | train
     return Config(model=model, train=TrainConfig(**train), optimizer=OptimizerConfig(**(optimizer or {})),
@@ -30,7 +30,7 @@ def config_of(accumulation_steps=1, model=MODEL, optimizer=None, balance=None, *
 
 
 def batch_of(micro_batches, seed=0, active=None):
-    """ROWS rows; some tokens weigh nothing, others a part, and the micro-batches differ much in their sums."""
+    """ROWS rows; token weights are 0, 1 or in between, and the micro-batches differ much in their sums."""
     rng = np.random.default_rng(seed)
     weights = rng.uniform(0.2, 1, (ROWS, T + 1)) * (rng.random((ROWS, T + 1)) < np.linspace(0.1, 1, ROWS)[:, None])
     made = {"tokens": rng.integers(0, MODEL.vocab_size, (ROWS, T + 1)).astype(np.int32),
@@ -51,13 +51,13 @@ def accumulated(config):
 
 
 def assert_close(found, expected, rtol=2e-5):
-    """Leaf by leaf, to rounding of the leaf's largest entry."""
+    """Compares leaf by leaf, to the rounding error of the leaf's largest entry."""
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=rtol * np.abs(b).max() + 1e-9),
                  found, expected)
 
 
 def objective_of(config, sums):
-    """The loss that was differentiated, but for its balance term, from the sums of the batch."""
+    """The differentiated loss without its balance term, computed from the sums of the batch."""
     mtp = (sums.losses.mtp_nats_D / sums.losses.mtp_weight_D).mean()
     return sums.losses.nats / sums.losses.weight + mtp_weight(config, 0) * mtp
 
@@ -79,7 +79,7 @@ def test_the_gradient_by_the_head_is_that_of_the_main_and_the_mtp_loss_by_their_
     params = variables()["params"]
     grads, _ = accumulated(config)(batch)
     rng = np.random.default_rng(5)
-    # Selection, where the loss jumps, does not depend on the head.
+    # The choice of experts, at which the loss is not continuous, does not depend on the head.
     direction = jax.tree_util.tree_map_with_path(
         lambda path, x: rng.standard_normal(x.shape).astype(np.float32) * (path[0].key == "head"), params)
 
@@ -135,7 +135,7 @@ def test_recomputing_changes_neither_loss_nor_gradient_nor_loads(remat):
     assert_close(found[0], expected[0])
 
 
-# The whole step.
+# The complete step.
 
 
 def test_steps_trace_once_and_move_the_biases_once_by_the_loads_of_the_batch_until_they_freeze():
@@ -162,7 +162,7 @@ def test_steps_trace_once_and_move_the_biases_once_by_the_loads_of_the_batch_unt
 
 @pytest.fixture
 def cheap_model(monkeypatch):
-    """In the place of the model: gradients that are the parameters, and loads that depend on the step alone."""
+    """Replaces the model: gradients equal the parameters, and loads depend only on the step."""
     def accumulate(config, params, router, batch, step, loss, base, reference):
         counts = {name: (jnp.arange(b.size).reshape(b.shape) * (3 + step) % 7).astype(jnp.int32)
                   for name, b in router.items()}
@@ -193,7 +193,7 @@ def test_biases_are_untouched_by(cheap_model, optimizer, train):
     np.testing.assert_array_equal(other.router["bias"], plain.router["bias"])
     assert np.abs(plain.router["bias"] - np.linspace(-0.1, 0.1, 16).reshape(2, 8)).max() > 5e-4  # and they moved
     changed = other.ema if train else other.params
-    assert not np.array_equal(changed["w"], plain.params["w"])  # while what was varied took effect
+    assert not np.array_equal(changed["w"], plain.params["w"])  # while the variation had an effect
     assert "bias" not in str(jax.tree_util.tree_structure((other.params, other.opt_state, other.ema)))
 
 

@@ -1,4 +1,4 @@
-"""Where rows go: every tracker holds the loss, and the expert load and the bias of every layer."""
+"""Trackers: each of them gets the loss, and the expert load and the bias of every layer."""
 
 import pathlib
 import struct
@@ -25,7 +25,7 @@ SCALARS = ("load_high", "load_low", "load_entropy", "bias_high", "bias_low")
 
 
 def trained(monkeypatch, workdir, steps=20, resume=None, **train):
-    """A loop over steps that are not computed, with all of what writes its rows."""
+    """A loop over steps that are not computed, with all trackers."""
     run, _ = run_of(monkeypatch, [3.0 - 0.1 * i for i in range(steps)], eval_every=100, checkpoint_every=100, **train)
     run.config = Config(model=naive.tiny(), train=run.config.train)
     metrics = lambda loss: Metrics(loss, 0.0, 1e-3, 1.0, 0.0, 0.0, 0.0, 0.0, LOADS, None, {}, BIASES)
@@ -58,7 +58,7 @@ def test_tensorboard_has_every_layer(monkeypatch, tmp_path):
 
 
 def records(data):
-    """What a .wandb file holds: after 7 bytes, a log of LevelDB in blocks of 32 KiB; parts have 7 bytes of head."""
+    """The records of a .wandb file: after 7 bytes, a LevelDB log in blocks of 32 KiB; parts have 7 bytes of header."""
     at, whole = 7, b""
     while at + 7 <= len(data):
         if (left := 32768 - at % 32768) < 7:
@@ -67,7 +67,7 @@ def records(data):
         _, length, kind = struct.unpack("<IHB", data[at:at + 7])
         whole += data[at + 7:at + 7 + length]
         at += 7 + length
-        if kind in (1, 4):  # all of a record, or its last part
+        if kind in (1, 4):  # a complete record, or its last part
             yield whole
             whole = b""
 
@@ -92,7 +92,7 @@ def test_wandb_has_every_layer_offline(monkeypatch, tmp_path):
     check(found)
 
 
-@pytest.mark.filterwarnings("ignore")  # of SQLAlchemy, about how MLflow uses it
+@pytest.mark.filterwarnings("ignore")  # a warning of SQLAlchemy about its use by MLflow
 def test_mlflow_has_every_layer_in_a_local_file_and_a_second_start_adds_to_it(monkeypatch, tmp_path):
     for package in ("mlflow", "sqlalchemy", "alembic"):
         pytest.importorskip(package, reason=f"{package} is not installed")
@@ -200,7 +200,7 @@ def test_a_run_is_the_same_one_to_a_tracker_until_it_begins_anew(tmp_path):
 
 
 def mlflow_of(monkeypatch, history):
-    """An MLflow tracker, and what it logs and says, next to a client that has a run with this history."""
+    """An MLflow tracker with a client that has a run with this history, and the lists of what it logs and prints."""
     said, metrics = [], dict.fromkeys(history, 1.0)
     run = types.SimpleNamespace(info=types.SimpleNamespace(run_id="r"), data=types.SimpleNamespace(metrics=metrics))
     client = types.SimpleNamespace(

@@ -1,4 +1,4 @@
-"""What watches a run: where its seconds go, traces that XProf reads, a hang that ends, goodput, a process's log."""
+"""Observing a run: its time budget, traces for XProf, the end of a hanging run, goodput, the log of a process."""
 
 import json
 import signal
@@ -61,7 +61,7 @@ def test_the_peak_of_memory_is_that_of_the_fullest_device(monkeypatch):
 
 
 def traced(folder, steps, ask=None, profile=""):
-    """What a profiler says while steps are taken, with a signal before one of them."""
+    """The messages of a profiler during steps, with a signal before one of them."""
     profiler, said = Profiler(str(folder), profile), []
     step, x = jax.jit(lambda x: jnp.tanh(x @ x)), jnp.ones((8, 8))
     for i in range(steps):
@@ -147,7 +147,7 @@ with StallWatch(0.01) as watch:
 def test_a_hang_shows_the_stacks_of_all_threads_and_ends_with_76_within_its_limit():
     ended = subprocess.run([sys.executable, "-c", HANG], capture_output=True, text=True, timeout=60)
     assert ended.returncode == stop.PEER_LOST == 76
-    assert ended.stdout == "beaten\n"  # longer than the limit in all, but every step ended
+    assert ended.stdout == "beaten\n"  # longer than the limit in total, but every step ended
     assert "error: no step has ended for" in ended.stderr and "train.stall_minutes=0.01" in ended.stderr
     assert "in a_batch_that_never_comes" in ended.stderr and "<module>" in ended.stderr  # both threads
 
@@ -263,7 +263,7 @@ def test_a_start_that_was_killed_ends_with_its_last_row(tmp_path):
 
 
 def killed_after(tmp_path, *marks, begin):
-    """What the next start finds of a start that was killed after these marks, of checkpoints of 10, 20 ... steps."""
+    """What the next start reads of a start that was killed after these marks, with checkpoints of 10, 20 ... steps."""
     first = goodput.Goodput(str(tmp_path), start=100.0)
     for number, what in enumerate(marks):
         first.mark(what, **({"saved": 10 * marks[:number + 1].count("saving")} if what == "saving" else {"begin": 0}))
@@ -278,7 +278,7 @@ def test_a_checkpoint_counts_when_it_is_written(tmp_path):
         folder = tmp_path / str(begin)
         folder.mkdir()
         first, found = killed_after(folder, *marks, begin=begin)
-        assert first["stopped"] < first["saving"]  # that of 10 steps was written, which the next save waits for
+        assert first["stopped"] < first["saving"]  # the one of 10 steps was written: the next save waits for it
         assert found["stopped"] == (first["saving"] if begin == 20 else first["stopped"])
     (tmp_path / "none").mkdir()
     assert "stopped" not in killed_after(tmp_path / "none", *marks[:4], begin=0)[1]
