@@ -1,4 +1,4 @@
-"""Mutations of the page to play with and of the site: each breaks one operation, and the tests named must go red.
+"""Mutations of the explore page and of the site: each breaks one operation, and the tests named must fail.
 
 Rows of the page need Chromium, as its tests do.
 """

@@ -1,4 +1,4 @@
-"""Mutations of interop: each breaks one operation, and the tests named must go red."""
+"""Mutations of interop: each breaks one operation, and the tests named must fail."""
 
 from tests.mutations.row import Mutation
 

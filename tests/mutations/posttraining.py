@@ -1,4 +1,4 @@
-"""Mutations of what comes after pre-training: each breaks one operation, and the tests named must go red."""
+"""Mutations of post-training: each breaks one operation, and the tests named must fail."""
 
 from tests.mutations.row import Mutation
 

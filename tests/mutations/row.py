@@ -6,8 +6,9 @@ from typing import NamedTuple
 class Mutation(NamedTuple):
     """Breaks one operation on purpose.
 
-    name: what the change does wrong. file: from the root of the checkout. old: text that is there exactly once;
-    new: what replaces it. tests: files or test ids below tests/, separated by spaces, of which one must go red.
+    name: the error that the change makes. file: path from the root of the checkout. old: text that occurs in the file
+    exactly once; new: its replacement. tests: files or test ids below tests/, separated by spaces, of which one must
+    fail.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Applies mutations to copies of the tree, runs their tests, and records what went red."""
+"""Applies mutations to copies of the tree, runs their tests, and records the failures."""
 
 import argparse
 import concurrent.futures
@@ -26,7 +26,7 @@ COPIED = ("deepseek_jax", "kernels_pallas", "experiments", "benchmarks", "exampl
 
 
 class Verdict(NamedTuple):
-    """What became of one mutation: the first red test, or why there is none."""
+    """The result of one mutation: the first failed test, or why there is none."""
 
     noticed: bool
     words: str
@@ -42,14 +42,14 @@ def run_tests(tree: pathlib.Path, tests: str) -> Verdict:
     if done.returncode == 0:
         return Verdict(False, f"SURVIVED {tests}")
     red = re.search(r"^(?:FAILED|ERROR) tests/(\S+)", done.stdout, re.MULTILINE)
-    # A module that no longer imports, or a fixture that fails, is an error of collection: pytest exits with 2 there.
+    # A module that can no longer be imported, or a failing fixture, is a collection error: pytest exits with 2.
     if done.returncode not in (1, 2) or red is None:
         return Verdict(False, f"pytest could not run:\n{(done.stdout + done.stderr).strip()[-2000:]}")
     return Verdict(True, red[1])
 
 
 def judge(mutation: Mutation, tree: pathlib.Path) -> Verdict:
-    """Applies one mutation to the copy `tree`, runs its tests, and takes it back."""
+    """Applies one mutation to the copy `tree`, runs its tests, and reverts it."""
     path = tree / mutation.file
     source = path.read_text()
     if source.count(mutation.old) != 1:

@@ -1,4 +1,4 @@
-"""The mutations can still be applied: a row whose text has gone from the source breaks nothing."""
+"""Every mutation can still be applied: its text occurs in the source, as otherwise it would break nothing."""
 
 import json
 import pathlib
