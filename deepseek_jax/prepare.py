@@ -3,7 +3,7 @@
     python -m deepseek_jax.prepare --config tiny --workdir run
     python -m deepseek_jax.prepare --config my_config.py --out /shared/tokens --shard 3/16
 
-Run it again to continue after an interruption. Of several shards, such as the tasks of a Slurm array, each makes its
+Run it again to continue after an interruption. With several shards, such as the tasks of a Slurm array, each makes its
 part, and the one that finds all others complete finishes. `train` finds the tokens in its --workdir or data.cache_dir.
 With --verify nothing is made: every file is read and compared with its hash from when its tokens were made.
 """

@@ -65,12 +65,12 @@ def inside(path: pathlib.Path) -> pathlib.Path | None:
 
 
 def picture_uri(path: pathlib.Path) -> str:
-    """Where the site keeps a picture from outside of docs/."""
+    """The site's path of a picture from outside of docs/."""
     return f"pictures/{path.relative_to(ROOT).as_posix()}"
 
 
 def site_link(uri: str, target: str) -> str:
-    """What a page's link is on the site; the link itself where mkdocs follows it."""
+    """The link of a page as it is on the site; unchanged if mkdocs resolves it itself."""
     path = None if "://" in target else inside(source_folder(uri) / target)
     if path is None:
         return target

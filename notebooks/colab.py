@@ -85,7 +85,7 @@ def execute(name: str, before: dict[str, str]) -> list[str]:
             found.append(str(error)[-2000:])
     if replaced := list(changed(before, installed())):
         (ENVIRONMENT / "stamp").unlink(missing_ok=True)  # `make colab` builds it again
-    # pip's own notes about the index are no fault of the first cell.
+    # pip's own notes about the index are not an error of the first cell.
     return [*found, *replaced, *(fault for fault in faults(notebook) if "code cell 0 writes" not in fault)]
 
 

@@ -30,7 +30,7 @@ class Stages:
         return self.at(g).locate(g)
 
     def given_before(self, g: int) -> list[int]:
-        """Of each source the sequences among those before the g-th."""
+        """For each source, the number of its sequences among those before the g-th."""
         return self.at(g).given_before(g)
 
 

@@ -153,7 +153,7 @@ def hop_pairs(rows: int, block: int) -> tuple[int, tuple[np.ndarray, np.ndarray,
 
 
 def _onward(tree):
-    """To the next device of the ring."""
+    """Sends arrays to the next device of the ring."""
     parts = lax.axis_size(CONTEXT)
     if jax.sharding.get_abstract_mesh().shape.get("pipe", 1) > 1:
         return jax.tree.map(lambda x: _onward_by_pairs(x, parts), tree)

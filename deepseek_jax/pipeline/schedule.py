@@ -77,7 +77,7 @@ def make_schedule(name: str, ranks: int, microbatches: int, deferred: int | None
     Args:
       name: gpipe, 1f1b, zb1p, dualpipe or dualpipev.
       ranks: devices along the pipeline. There are as many stages, for dualpipev twice as many.
-      microbatches: of the whole step, both directions together.
+      microbatches: of the complete step, both directions together.
       deferred: weight gradients that may be pending on a rank; None: as many as the schedule defers. A pending one
         takes more memory than the residuals of a recomputed stage, and all ranks have as many slots.
     Raises:

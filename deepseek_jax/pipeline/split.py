@@ -83,12 +83,12 @@ class Split:
 
     @property
     def residual_bytes(self) -> int:
-        """Of one micro-batch."""
+        """Bytes of the residuals of one micro-batch."""
         return _bytes(self.residuals)
 
     @property
     def pending_bytes(self) -> int:
-        """Of one weight gradient."""
+        """Bytes kept for one deferred weight gradient."""
         return _bytes(self.pending)
 
     def prepare(self, params: Any) -> tuple[jax.Array, ...]:

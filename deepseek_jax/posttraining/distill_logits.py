@@ -56,7 +56,7 @@ def distances(hidden_ND: jax.Array, head_DW: jax.Array, teacher: Teacher, target
 
 
 def _forward(hidden_ND, head_DW, teacher, targets_N, weights_N, cfg, chunk):
-    """As in `training.losses`: the gradients of a chunk are computed together with its logits."""
+    """Computes the gradients of a chunk together with its logits, as in `training.losses`."""
     w_DW, theirs_EW = head_DW.astype(hidden_ND.dtype), teacher.head_EW.astype(teacher.hidden_NE.dtype)
     w_WD = transpose(w_DW)
 
@@ -159,6 +159,6 @@ class DistillRun(Run):
 
 
 def distill(config: Config, workdir: str) -> TrainResult:
-    """As `training.loop.train`, with the teacher of distill.from."""
+    """Trains as `training.loop.train` does, with the teacher of distill.from."""
     teacher_of(config)  # before a corpus is read
     return train(config, workdir, DistillRun)

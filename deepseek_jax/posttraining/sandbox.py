@@ -1,6 +1,6 @@
 """Runs a model's code against unit tests in a separate, restricted process.
 
-The kernel limits processor time, memory, the size of files and, but for root, the number of processes; where it allows
+The kernel limits processor time, memory, the size of files and, except for root, the number of processes; if it allows
 a network namespace, the process gets one without a network. Inside, an audit hook refuses sockets, processes, signals,
 native libraries and changes of files. The process starts in an empty folder without the environment, in a session
 of its own, and the group is killed at the end. This contains accidents of a model in training. It does not stop an

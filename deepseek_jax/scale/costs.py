@@ -29,7 +29,7 @@ def attention_parameters(c: ModelConfig) -> int:
 
 
 def ffn_parameters(c: ModelConfig, ffn_dim: int) -> int:
-    """Of gate, up and down [d_model, ffn_dim] of one feed-forward network."""
+    """Parameters of gate, up and down [d_model, ffn_dim] of one feed-forward network."""
     return 3 * c.d_model * ffn_dim
 
 

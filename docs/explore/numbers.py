@@ -52,7 +52,7 @@ def one_layer(experts: int, chosen: int, normalize: bool) -> ModelConfig:
 
 
 def three(affinities: tuple[float, ...], bias: tuple[float, ...], chosen: int, normalize: bool) -> dict[str, Any]:
-    """Which of three experts a token goes to, and the gate of each (0 of the others)."""
+    """The experts, of three, that a token goes to, and the gate of each expert (0 for the others)."""
     cfg = one_layer(len(affinities), chosen, normalize)
     scores_1E = jnp.array([affinities], jnp.float32)
     chosen_1K = router.select(cfg, scores_1E, jnp.array(bias, jnp.float32))

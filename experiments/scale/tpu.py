@@ -123,10 +123,10 @@ def read_again(name: str, part: str) -> float:
 
 
 def measure(chip: str, part: Part, c: ModelConfig) -> dict[str, float]:
-    """What XLA's analysis says of a part on one device of a chip, with all rounds of its loops.
+    """The figures of XLA's analysis for a part on one device of a chip, with all rounds of its loops.
 
     Attention's loops, whose rounds are alike, are compiled with one and with two rounds in their bodies; the difference
-    is what a round takes. (All of them written out take an hour to compile.)
+    is the cost of one round. (Compiling all rounds unrolled takes an hour.)
     """
     once = compiled(chip, part, c, 1)
     if c.implementation == "auto" or not part.attends:

@@ -64,7 +64,7 @@ class TuningConfig:
     pair: bool = False
 
     def __post_init__(self):
-        # A tile lies in one block of 128 x 128 with one scale, and is stored in swizzled rows of 128 bytes.
+        # A tile is inside one block of 128 x 128 with one scale, and is stored in swizzled rows of 128 bytes.
         if self.tile_n not in WIDTHS or self.split not in ("rows", "columns"):
             raise ValueError(f"tile_n={self.tile_n} and split={self.split!r} make no tile of this kernel; tile_n is "
                              f"{', '.join(map(str, WIDTHS))}, so that a tile lies in one block of scales, and split "
@@ -190,7 +190,7 @@ def scaled_matmul(a: Any, b: Any, tables: Any, locate: Callable, tiles: Any, out
 
                 return lax.fori_loop(tile.first, tile.first + tile.steps, load, step)
 
-            # Of a pair, the other SM may still read slots that it shares, and say so here. (See also Ring.drain.)
+            # The other SM of a pair may still read shared slots, and signals this here. (See also Ring.drain.)
             @pl.loop(0, stages)
             def _(n):
                 @pl.when(steps + n >= stages)

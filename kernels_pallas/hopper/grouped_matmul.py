@@ -71,7 +71,7 @@ class Tile(NamedTuple):
 
 
 class Form(NamedTuple):
-    """What the two products differ in.
+    """The differences between the two products.
 
     locate(tables, number) -> Tile. sources(a, b, tile, k): what slice k reads, of shapes `slots`.
     operands(a slot, b slot, group, tile, k): a warpgroup's two, in shared memory. store(stages, part, out, group, tile,

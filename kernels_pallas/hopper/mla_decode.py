@@ -4,7 +4,7 @@ A block of threads takes 64 heads of a sequence and a share of its tokens, 64 at
 once and crosses memory once for both:
 
               32 tokens  32 tokens             the group's half of the scores      p [64 heads, 64 tokens]
-            +----------+----------+            maxima, then p are exchanged        lies in shared memory
+            +----------+----------+            maxima, then p are exchanged        is in shared memory
     64      | group 0  | group 1  |  scores
     heads   +----------+----------+
             +---------------------+---------------------+
@@ -96,9 +96,9 @@ def _check(q, cache, rank):
 
 
 def _pieces(cache, rank):
-    """What a token is copied as: (array [pages, page, ...], first column, columns, how it lies in shared memory).
+    """The pieces of a token's copy: (array [pages, page, ...], first column, columns, layout in shared memory).
 
-    The arrays of an FP8 cache are the same bytes, each time of another dtype.
+    The arrays of an FP8 cache are the same bytes, each with another dtype.
     """
     if cache.dtype == jnp.bfloat16:
         return [(cache, 0, cache.shape[-1], LAID)]
@@ -135,7 +135,7 @@ def _shares(q, cache, table, lengths, scale, rank, splits, tiles, config, interp
             def _(n):
                 sources = []
                 for copy in range(copies):
-                    # What lies past the length is not looked up: the last token's page stands in.
+                    # Positions after the end are not looked up: the last token's page is read instead.
                     token = jnp.minimum((start + n) * TOKENS + copy * copied, length - 1)
                     first = lax.div(lax.rem(token, page), copied) * copied
                     here = table_ref[b, lax.div(token, page)], pl.ds(first, copied)

@@ -142,7 +142,7 @@ def dumped(files: Collection[pathlib.Path]) -> Iterator[tuple[str, dict[str, Any
 
 
 def notes(operation: str, row: dict, jax_version: tuple[int, ...]) -> list[str]:
-    """What is wrong with a kernel, but known and allowed, with this version of jax."""
+    """Known and allowed problems of a kernel with this version of jax."""
     if row["spill_bytes"] and jax_version < SPILLS_BEFORE.get(operation, ()):
         return [f"spills {row['spill_bytes']} bytes, as it does before jax 0.12"]
     return []
@@ -249,7 +249,7 @@ def compile_kernels(names: Iterable[str]) -> list[dict]:
 
 
 def versions() -> dict[str, str | None]:
-    """Of jax and of ptxas, which comes as a wheel; None: another ptxas is taken, which nobody asked."""
+    """The versions of jax and of the wheel with ptxas; None: another ptxas is used, whose version is unknown."""
     import jax
 
     try:

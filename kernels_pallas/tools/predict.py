@@ -99,7 +99,7 @@ def decoding(case: Decode, row: dict[str, Any]) -> float:
 
 
 def seconds(case: Any, kernels: dict[str, dict[str, Any]]) -> float | None:
-    """What a case takes; kernels: its compiled ones by name. None: what has no plan here."""
+    """The predicted seconds of a case; kernels: its compiled ones by name. None: there is no prediction for it."""
     row = next(iter(kernels.values()))
     memory = case.bytes() / (MEMORY * COPY)
     if isinstance(case, Attention):

@@ -1,7 +1,7 @@
 """The experts' FP8 products for TPU. Twin: reference/fp8_grouped_matmul.py. The step is that of fp8_matmul.py.
 
-    rows sorted by expert     a tile of 128 rows lies in one group: which, is read ahead of the step (scalar prefetch)
-                              and says which matrix of b is fetched
+    rows sorted by expert     a tile of 128 rows is in one group, whose number is read ahead of the step (scalar
+                              prefetch) and selects the matrix of b
     K-grouped                 128 of the summed rows are a step; where the expert changes, an output ends
 """
 

@@ -28,7 +28,7 @@ def config(folder) -> dict:
 
 
 def write(folder, arrays, raw, files=1) -> str:
-    """Writes arrays as a checkpoint of so many files, distributed in turn."""
+    """Writes arrays as a checkpoint of the given number of files, distributed in turn."""
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True)
     items = [safetensors_io.Item(name, np.dtype(a.dtype), a.shape) for name, a in arrays.items()]

@@ -28,7 +28,7 @@ def group():
 
 
 def lines(capsys, left, count):
-    """The lines on stderr until so many processes have ended."""
+    """The lines on stderr until the given number of processes has ended."""
     deadline = time.monotonic() + 20
     while len(left) < count and time.monotonic() < deadline:
         time.sleep(0.01)

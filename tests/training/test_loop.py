@@ -42,7 +42,7 @@ def train(config, workdir, *overrides):
 
 
 def signal_after(config, workdir, rows, which, *overrides):
-    """Starts or resumes the run, and sends a signal once the metrics have so many rows."""
+    """Starts or resumes the run, and sends a signal once the metrics have the given number of rows."""
     process = runs.start_training(config, workdir, *overrides)
     while process.poll() is None:
         if len(read_metrics(workdir)) >= rows:

@@ -83,8 +83,8 @@ def _device(place, order):
 
 
 def _along(mesh, axes):
-    """The first group along axes of a mesh. [(name, size)]; [(name, size of what is before it, size)] of which the last
-    two are "" but for a part of an axis."""
+    """The first group along axes of a mesh. [(name, size)]; [(name, size of what is before it, size)], of which the
+    last two are "" except for a part of an axis."""
     sizes = {name: int(size) for name, size in mesh}
     group = [0]
     for name, before, size in axes:

@@ -33,7 +33,7 @@ class TextStream:
         return "" if self.stopped else self._add(self._decoder.decode(self._bytes_of(token)))
 
     def flush(self) -> str:
-        """At the end: the text that was held back."""
+        """The text that was held back; called at the end."""
         if self.stopped:
             return ""
         out = self._add(self._decoder.decode(b"", final=True))
@@ -89,7 +89,7 @@ class AnswerStream:
         return text, offset, reasons
 
     def flush(self) -> str:
-        """At the end: the held-back text, of the reasoning if `reasons`."""
+        """The text that was held back, that of the reasoning if `reasons`; called at the end."""
         return self._texts[self.reasons].flush()
 
     @property

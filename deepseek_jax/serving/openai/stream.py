@@ -133,7 +133,7 @@ class Stream:
                 raise BadRequest("max_tokens", str(error)) from None
 
     def put(self, delta: Delta) -> None:
-        """From the engine's thread."""
+        """Adds a delta; called from the engine's thread."""
         with contextlib.suppress(RuntimeError):  # the loop is closed, and with it the connection
             self.loop.call_soon_threadsafe(self.queue.put_nowait, delta)
 

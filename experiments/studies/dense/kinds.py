@@ -26,12 +26,12 @@ def model(kind: str) -> ModelConfig:
 
 
 def flops(kind: str) -> float:
-    """Of one training step; masked products are not counted."""
+    """FLOPs of one training step; masked products are not counted."""
     return TOKENS * training_flops_per_token(model(kind), 128)
 
 
 def seconds(kind: str) -> float:
-    """Of one training step on all cores of the machine that seconds.json names."""
+    """Seconds of one training step on all cores of the machine that seconds.json names."""
     return json.loads(SECONDS.read_text())["seconds"][kind]
 
 

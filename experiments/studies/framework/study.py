@@ -87,7 +87,7 @@ class Measure(abc.ABC):
 
 
 def draw_nothing(results: dict[str, Any], runs: list[dict[str, Any]], folder: pathlib.Path) -> None:
-    """For a study without pictures."""
+    """Draws nothing; for a study without pictures."""
 
 
 @dataclasses.dataclass(frozen=True)

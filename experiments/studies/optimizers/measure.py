@@ -27,7 +27,7 @@ def _measured(cfg):
 
 def max_logit(config: Config, params: dict[str, Any], router: dict[str, Any], loader: Loader,
               final: bool) -> dict[str, float]:
-    """Of all heads and layers, over some held-out text."""
+    """The largest attention logit of all heads and layers, over some held-out text."""
     found = [_measured(config.model)(params, router, batch["tokens"][:, :-1])
              for batch in loader.validation_batches(config.train.batch_size, BATCHES)]
     return {"max_logit": float(np.max(found))}

@@ -190,7 +190,7 @@ def write_examples(path: pathlib.Path, count: int, right: float, mirrors: float,
 
 
 def teach(teacher: pathlib.Path, path: pathlib.Path) -> None:
-    """As many problems as in fine-tuning, with the teacher's answers at temperature 1; wrong answers are left out."""
+    """Writes as many problems as in fine-tuning, with the teacher's answers at temperature 1, omitting wrong ones."""
     asking = Asking(max_new_tokens=REINFORCED["rollout.max_new_tokens"], seed=2)
     answered = teacher_answers(str(teacher), find_task(TASK, SIZE), EXAMPLES, asking)
     io.write_text(path, "".join(json.dumps({"prompt": row.prompt, "answer": row.answer}) + "\n"

@@ -48,7 +48,7 @@ def draw(results: dict, runs: list[dict], folder: pathlib.Path) -> None:
 
 
 def draw_positions(axis: Any, results: dict) -> None:
-    """By position, the loss added by choosing tokens."""
+    """Draws the loss added by choosing tokens, by position."""
     middles = np.sqrt(np.maximum(ENDS[:-1], 4) * np.array(ENDS[1:], float))
     dense = np.array(results["arms"]["dense"]["arrays"]["by_position"])
     axis.axhline(0, color="0.4", linewidth=1)

@@ -2,8 +2,8 @@
 
     python -m experiments.studies.specialization.overlap       reads the finished runs, writes overlap.json
 
-Of each pair of seeds and each layer, experts are matched one to one so that as many choices as possible agree. With the
-same loads and nothing else in common, the share that agrees after matching is about that of `chance`: the second
+For each pair of seeds and each layer, experts are matched one to one so that as many choices as possible agree. With
+the same loads and nothing else in common, the share that agrees after matching is about that of `chance`: the second
 model's tokens in another order.
 """
 
@@ -42,7 +42,7 @@ def agreement(one_NE: np.ndarray, other_NE: np.ndarray) -> float:
 def overlap(cfg: ModelConfig, runs: list[dict[str, Any]]) -> dict[str, Any]:
     """{arm: agreement of pairs of seeds, mean of the layers, and that of chance}.
 
-    Pairs share seeds, so their scatter is no interval: the least and the largest are given.
+    Pairs share seeds, so their scatter gives no interval: the smallest and the largest value are given.
     """
     found, rng = {}, np.random.default_rng(0)
     for arm in dict.fromkeys(run["arm"] for run in runs):
