@@ -6,7 +6,7 @@ import re
 from setuptools import find_packages, setup
 
 HERE = pathlib.Path(__file__).resolve().parent
-REPOSITORY = "https://github.com/OWNER/deepseek-jax"  # the one place that names it: docs/notebooks.md
+REPOSITORY = "https://github.com/OWNER/deepseek-jax"  # defined only here: docs/notebooks.md
 
 
 def absolute_links(page: str) -> str:
@@ -62,7 +62,7 @@ setup(
         "tokenizers>=0.20",
         "safetensors>=0.5",
         "tqdm>=4.60",
-        "filelock>=3.12",  # which jax's bounded compilation cache needs
+        "filelock>=3.12",  # for jax's bounded compilation cache
         "matplotlib>=3.9",
         "tensorboardX>=2.6.2.2",
         "crc32c>=2.4",  # without it tensorboardX sums in Python: 0.4 ms for each row
@@ -105,10 +105,10 @@ setup(
             "alembic>=1.10",
             "xprof>=2.20; python_version >= '3.12'",  # reads traces
         ],
-        # Compiling for GPUs that are not here: the plugin and CUDA's own tools, without the libraries a run would need.
+        # Compiling for absent GPUs: the plugin and CUDA's own tools, without the libraries that a run needs.
         "aot": ["jax-cuda13-plugin>=0.11.2,<0.13", "nvidia-cuda-nvcc>=13", "nvidia-cuda-nvdisasm>=13"],
         "serve": ["starlette>=0.40", "uvicorn>=0.30", "jinja2>=3.1", "prometheus-client>=0.20"],
-        # Where metrics go besides metrics.jsonl and TensorBoard's files (train.tracker); MLflow with a file of its own.
+        # Trackers in addition to metrics.jsonl and TensorBoard (train.tracker); MLflow stores runs in a local file.
         "wandb": ["wandb>=0.31"],
         "mlflow": ["mlflow-skinny>=3", "sqlalchemy>=2", "alembic>=1.10"],
         "rl": ["reasoning-gym>=0.1"],  # more tasks for reinforcement learning

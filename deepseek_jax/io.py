@@ -127,7 +127,7 @@ class Appended:
         try:
             while view:
                 view = view[os.write(self._descriptor, view):]
-        except OSError as error:  # whose error does not have the file's name
+        except OSError as error:  # its message lacks the file's name
             raise OSError(error.errno, error.strerror, self._path) from error
 
     def close(self) -> None:

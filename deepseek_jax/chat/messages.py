@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol
 
 ROLES = {"system": None, "developer": None, "user": "<｜User｜>", "assistant": "<｜Assistant｜>"}
-KEPT = {"assistant": ("<think>", "</think>")}  # which templates search for in earlier answers, to remove the reasoning
+KEPT = {"assistant": ("<think>", "</think>")}  # templates search for these to remove earlier reasoning
 TOOL = "tool"  # the role of a tool's result, in conversations with tools
 EXTRA = {"assistant": ("reasoning_content",), TOOL: ("tool_call_id",)}  # fields with a text
 
@@ -101,7 +101,7 @@ def _checked(field: str, message: Any, calls: bool) -> dict[str, Any]:
         raise BadMessages(field, f"{field} needs a role ({', '.join(roles)}) and a text as content.")
     others = {key: value for key, value in message.items()
               if key not in ("role", "content") and value not in (None, "", [], {})}
-    if others.get("type") == "text":  # which adds nothing to the content
+    if others.get("type") == "text":  # it adds nothing to the content
         del others["type"]
     if called:
         del others["tool_calls"]

@@ -31,7 +31,7 @@ class InBlocks:
     def __init__(self, leaf: Any, inputs: int, outputs: int):
         self.leaf, self.shape, self.dtype = leaf, tuple(leaf.shape), leaf.dtype
         self.inputs, self.stack = inputs, len(self.shape) - inputs - outputs
-        self.matrix = functools.lru_cache(maxsize=1)(self._matrix)  # which is read in strips, too
+        self.matrix = functools.lru_cache(maxsize=1)(self._matrix)  # the matrix is read in strips, too
 
     def _matrix(self, place: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
         """float8_e4m3fn [inputs, outputs] and the float32 scales of its blocks; place: layer, or layer and expert.

@@ -377,4 +377,4 @@ def _shards(source, tokenizer, config, workdir, split_rate) -> tuple[dict[str, t
                            progress=(f"tokenizing {source.path}", counts.bytes),
                            hashes=[line for unit in units(source.files) for line in corpus.content_hashes(unit)])
     shards, meta = token_shards.read(folder)
-    return shards, meta | {"source": source.path}  # which may differ from that of the machine where these were made
+    return shards, meta | {"source": source.path}  # it may differ on the machine where these were made

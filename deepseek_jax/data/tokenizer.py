@@ -165,7 +165,7 @@ class Tokenizer:
 
     @functools.cached_property
     def _marked(self):
-        return tokenizers.Tokenizer.from_str(self.backend.to_str())  # which parses all markup that its file lists
+        return tokenizers.Tokenizer.from_str(self.backend.to_str())  # it parses all markup that its file lists
 
     def decode(self, ids: Sequence[int], specials: bool = False) -> str:
         """The text of `ids`; special tokens are spelled out only if `specials`."""
@@ -225,7 +225,7 @@ class Tokenizer:
         for i in sorted(set(self.backend.get_vocab(with_added_tokens=False).values()) - set(added)):
             text = self.decode([i])
             match = _PUNCTUATION_AND_BREAK.fullmatch(text)
-            if match and "\ufffd" not in text:  # which stands for bytes that are not a complete character
+            if match and "\ufffd" not in text:  # this stands for bytes that are not a complete character
                 ids = self.encode(match[1]) + self.encode(match[2])
                 count_W[i], start_W[i] = len(ids), len(parts)
                 parts += ids

@@ -60,7 +60,7 @@ def from_hf(src: str, dst: str, dtype: str | None = None, keep_fp8: bool = False
             raise ConfigError("--keep-fp8 keeps rows as stored, but rope_interleave=false needs them in another order; "
                               "omit --keep-fp8.")
         asked = None if dtype is None else np.dtype(jnp.dtype(dtype))
-        text = _text(src, dst, partial, source.cfg.vocab_size)  # what can fail in seconds comes before the weights
+        text = _text(src, dst, partial, source.cfg.vocab_size)  # fails within seconds, so it comes before the weights
         _write_checkpoint(source, storage.as_path(partial) / "checkpoints", asked, keep_fp8)
         wide = source.dtype_of("params/embedding", asked).itemsize > 2
         cfg = hf_config.read(source.raw, source.cfg.mtp_depth, "float32" if wide else "bfloat16")

@@ -45,7 +45,7 @@ class Checkpoint:
 
     def __init__(self, folder: str, without_mtp: bool = False, files: str | None = None):
         self.raw = hf_config.text_config(hf_config.load(folder))
-        hf_config.read(self.raw)  # what the config asks for comes before what the files hold
+        hf_config.read(self.raw)  # errors of the config are reported before those of the files
         selection = Selection(self.raw["num_hidden_layers"] if without_mtp else None)
         if without_mtp and self.raw.get("num_nextn_predict_layers"):
             self.raw |= {"num_nextn_predict_layers": 0}

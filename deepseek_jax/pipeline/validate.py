@@ -103,7 +103,7 @@ def compare(ranks: Iterable[int], microbatches: Iterable[int],
         try:
             schedule = make_schedule(name, r, m)
         except ConfigError:
-            if name == "gpipe":  # which exists for all sensible numbers
+            if name == "gpipe":  # it exists for all sensible numbers
                 raise
             continue
         share = r / schedule.stages

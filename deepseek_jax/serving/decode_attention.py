@@ -132,7 +132,7 @@ def _rows(cfg, geometry, pages_PSX, slots, table_BP, first):
     last_B = jnp.where(slots.valid_BT, slots.position_BT, -1).max(axis=1)
     at_S = first + jnp.arange(rows_BSX.shape[1])
     rows_BSX = jnp.where((at_S[None] <= last_B[:, None])[..., None], rows_BSX, 0)
-    if len(rows_BSX) > 1 and api.device_here().platform == "cpu":  # which would widen them twice, once per product
+    if len(rows_BSX) > 1 and api.device_here().platform == "cpu":  # a CPU would widen them once per product
         rows_BSX = rows_BSX.astype(wide(cfg.dtype))
     return rows_BSX
 

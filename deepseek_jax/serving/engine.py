@@ -82,7 +82,7 @@ class Engine:
                               "draft none (--depth 0, or no --speculative).")
         # The FP8 recipe is for training: it does not cover absorbed products.
         self.cfg = cfg = dataclasses.replace(cfg, fp8=FP8Config())
-        if cfg.index_warmup:  # whose attention is dense
+        if cfg.index_warmup:  # then attention is dense
             self.cfg = cfg = dataclasses.replace(cfg, index_topk=None, index_warmup=False)
         self.depth, self.max_sequences = depth, max_sequences
         self.modules = min(depth, cfg.mtp_depth)
@@ -207,13 +207,13 @@ class Engine:
             prompt, size = sequence.request.prompt, self.pool.page_size
             # The last token is always fed; a second module that drafts needs the one before it to be read again.
             shared = self.pool.find(prompt)[:(len(prompt) - 1 - max(0, self.modules - 1)) // size]
-            if sequence.request.prompt_logprobs or self.geometry.routes:  # which pages do not hold
+            if sequence.request.prompt_logprobs or self.geometry.routes:  # pages do not have these
                 shared = []
             needed = self.pool.pages_of(sequence.limit) - len(shared)
             if needed + sum(map(self.pool.idle, shared)) > self.pool.available:
                 return
             with self._news:
-                if sequence.cancelled:  # which removes it from the queue
+                if sequence.cancelled:  # this removes it from the queue
                     continue
                 self.waiting.popleft()
             for page in shared:

@@ -231,7 +231,7 @@ class MLflow:
             raise ConfigError("train.tracker='mlflow' with a work directory in a bucket needs a server; set "
                               "MLFLOW_TRACKING_URI.")
         if uri is None or uri.startswith("sqlite"):
-            for package in ("sqlalchemy", "alembic"):  # which not all builds of MLflow include
+            for package in ("sqlalchemy", "alembic"):  # not all builds of MLflow include them
                 if importlib.util.find_spec(package) is None:
                     raise ConfigError(f"train.tracker='mlflow' needs the Python package {package} to write a file; "
                                       "pip install -e '.[mlflow]', or set MLFLOW_TRACKING_URI.")
@@ -246,7 +246,7 @@ class MLflow:
         if step <= self.seen.get(kind, -1):
             return
         now, named = int(1000 * time.time()), [(re.sub(r"[^\w\-. :/]", "_", name), x) for name, x in values.items()]
-        for i in range(0, len(named), 1000):  # which MLflow accepts in one call
+        for i in range(0, len(named), 1000):  # MLflow's limit per call
             self.client.log_batch(self.run_id, [self.metric(name, x, now, step) for name, x in named[i:i + 1000]])
 
     def flush(self) -> None:
@@ -273,7 +273,7 @@ class Prometheus:
         folder = os.path.dirname(os.path.abspath(path))
         if os.path.isdir(path):
             raise IsADirectoryError("it is a folder")
-        if os.path.isdir(folder) or folder != os.path.abspath(workdir):  # which the run creates
+        if os.path.isdir(folder) or folder != os.path.abspath(workdir):  # the run creates the folder
             tempfile.TemporaryFile(dir=folder).close()
 
     def log(self, step: int, values: dict[str, float]) -> None:

@@ -37,7 +37,7 @@ HEADS, TOKENS = 64, 64
 HALF = TOKENS // COMPUTE
 LAID = swizzled(HALF)  # a group's half of p is then a column of whole tiles
 PANEL = 64  # columns that a group dequantizes at a time: 32 registers in addition to the output's 128
-FP8 = (plgpu.TilingTransform((8, 16)),)  # of the widths of a tile, 16 divides 656
+FP8 = (plgpu.TilingTransform((8, 16)),)  # 16 is the tile width that divides 656
 WGMMA = plgpu.Layout.WGMMA
 
 

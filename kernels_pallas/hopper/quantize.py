@@ -120,7 +120,7 @@ def _quantize(inputs, prepare, scale, transposed, interpret) -> Any:
             return prepare(*(plgpu.load(ref.transpose((1, 0)) if turned else ref, layout=WGMMA) for ref in refs))
 
         def arriving(k):
-            plgpu.barrier_wait(arrived.at[k])  # which also keeps ptxas from loading all parts first
+            plgpu.barrier_wait(arrived.at[k])  # this also keeps ptxas from loading all parts first
             return part(k, group)
 
         def of_columns():  # of one input: a part is a group's columns, and its halves the parts of their rows

@@ -102,7 +102,7 @@ class Ring(NamedTuple):
 
 def multiply(a_smem: Any, b_smem: Any, interpret: bool = False) -> jax.Array:
     """a @ b in float32, both in shared memory."""
-    if interpret:  # whose race detector does not see the tensor core's reads
+    if interpret:  # its race detector does not see the tensor core's reads
         a, b = a_smem[...], b_smem[...]
         plgpu.commit_smem()
         return jnp.dot(a, b, preferred_element_type=jnp.float32)
@@ -121,7 +121,7 @@ def rows(value: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 def multiply_add(total: jax.Array, a: Any, b_smem: Any, interpret: bool) -> Any:
     """total + a @ b: a running float32 sum, a [M, K] in registers or shared memory, b [K, N] in shared memory."""
-    if interpret:  # which supports neither operands in registers nor sums with an initial value
+    if interpret:  # it supports neither operands in registers nor sums with an initial value
         a, b = a if isinstance(a, jax.Array) else a[...], b_smem[...]
         plgpu.commit_smem()  # a plain read; the tensor core's would be ordered before TMA's next write
         return total + jnp.dot(a, b, preferred_element_type=jnp.float32)

@@ -27,7 +27,7 @@ from typing import Any
 FIELDS = ("registers", "spill_bytes", "shared_bytes", "stages", "wgmma_e4m3", "qgmma", "hgmma", "serialized",
           "nan_skipped", "divisions")
 SPILLS_BEFORE = {"mla_decode": (0, 12)}  # operation -> the jax since which Mosaic's code of it does not spill
-INSTRUCTION = r"/\*[0-9a-f]{4,}\*/ +\S"  # of machine code: its address, and what it is
+INSTRUCTION = r"/\*[0-9a-f]{4,}\*/ +\S"  # a line of machine code: address and instruction
 # XLA's description of the chip. An H800 is the same chip with a slower NVLink.
 H100 = """gpu_device_info {
   threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152

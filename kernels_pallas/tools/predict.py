@@ -89,7 +89,7 @@ def decoding(case: Decode, row: dict[str, Any]) -> float:
     """Seconds of the kernel, without the merge of shares."""
     heads, steps = math.ceil(case.H / 64), math.ceil(case.T / 64)
     splits = max(1, min(steps, SMS // (case.B * heads)))
-    rounds = case.C // 64 // 2 if case.packed else 1  # of the loop inside, which dequantizes 64 columns
+    rounds = case.C // 64 // 2 if case.packed else 1  # rounds of the inner loop, which dequantizes 64 columns
     issue = 2 * (row["loop_instructions"] + (rounds - 1) * row["inner_instructions"])
     products = 2 * (wgmma(64, 32, case.C + 64) + wgmma(64, case.C // 2, 64))
     l2 = 64 * (656 if case.packed else 2 * (case.C + 64)) / (L2 / SMS)

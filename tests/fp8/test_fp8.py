@@ -149,7 +149,7 @@ def test_the_experts_input_gradient_by_columns_is_bit_equal_to_all_at_once(monke
         return jax.vjp(functools.partial(fp8.swiglu_ffn, sizes=sizes_E), *arrays)[1](dy_RD)
 
     by_columns = gradients()
-    monkeypatch.setattr("deepseek_jax.fp8.ffn.COLUMNS", 3)  # which 512 is no multiple of 3 * 128
+    monkeypatch.setattr("deepseek_jax.fp8.ffn.COLUMNS", 3)  # 512 is not a multiple of 3 * 128
 
     for found, expected in zip(by_columns, gradients()):
         np.testing.assert_array_equal(np.asarray(found, np.float32), np.asarray(expected, np.float32))

@@ -30,7 +30,7 @@ def test_fp8_weights_computed_in_bfloat16_agree_with_transformers_in_float32():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", [case for case in CASES if case != "v3_2"])  # whose indexer chooses tokens, too
+@pytest.mark.parametrize("case", [case for case in CASES if case != "v3_2"])  # its indexer chooses tokens, too
 def test_in_bfloat16_the_arithmetic_is_at_least_as_close_as_that_of_transformers(case):
     assert in_bfloat16(case).pinned < of_transformers()[case]["pinned"]
 

@@ -245,7 +245,7 @@ def test_forced_balance_gives_every_expert_the_same_load_and_a_token_different_e
                   "balance": {"force_balanced": True}}).model
     x_ND = jnp.asarray(np.random.default_rng(0).standard_normal((tokens, cfg.d_model)), jnp.float32)
     weights = {"weight": jnp.asarray(np.random.default_rng(1).standard_normal((cfg.d_model, 16)), jnp.float32)}
-    bias_E = jnp.full(16, -3.0).at[0].set(9.0)  # which would send every token to expert 0
+    bias_E = jnp.full(16, -3.0).at[0].set(9.0)  # with this bias every token would go to expert 0
     nothing = RoutingContext(None, None, None)
     found = jax.jit(lambda x_ND: router.apply_rule(cfg, x_ND, weights, bias_E, nothing))(x_ND)
     counts_E = np.asarray(router.count_choices(found.chosen_NK, 16))

@@ -285,8 +285,8 @@ MUTATIONS = [
     Mutation(
         name="a scored prompt is taken from the cache",
         file="deepseek_jax/serving/engine.py",
-        old="if sequence.request.prompt_logprobs or self.geometry.routes:  # which",
-        new="if self.geometry.routes:  # which",
+        old="if sequence.request.prompt_logprobs or self.geometry.routes:  # pages",
+        new="if self.geometry.routes:  # pages",
         tests="serving/test_engine.py::test_logprobs_of_a_prompt_are_the_models_own_whatever_the_cache_holds",
     ),
     Mutation(
@@ -348,8 +348,8 @@ MUTATIONS = [
     Mutation(
         name="who cancels while it is admitted is admitted",
         file="deepseek_jax/serving/engine.py",
-        old="if sequence.cancelled:  # which",
-        new="if False:  # which",
+        old="if sequence.cancelled:  # this",
+        new="if False:  # this",
         tests="serving/test_engine.py::test_a_sequence_cancelled_while_it_is_being_admitted_takes_nothing",
     ),
 ]

@@ -59,7 +59,7 @@ def _line(axis, results, kind, cost, colour):
 STUDY = Study(
     name="dense",
     arms={arm: {**KINDS[kind], "train.steps": steps(kind, budget)} for arm, (kind, budget) in ARMS.items()},
-    measure=Training(quick={"model.num_layers": 3}),  # whose narrow FFNs would make "total" the same as "active"
+    measure=Training(quick={"model.num_layers": 3}),  # with its narrow FFNs "total" would equal "active"
     draw=draw,
     seeds=tuple(range(8)),
     quick_arms=("mixture", "active"),
