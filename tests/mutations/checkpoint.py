@@ -355,7 +355,7 @@ MUTATIONS = [
         tests="checkpoint/test_agreement.py::test_nobody_reads_back_what_was_written",
     ),
     Mutation(
-        name="a start reads the checkpoint whole",
+        name="a start reads all files of the checkpoint",
         file="deepseek_jax/checkpoint/manifest.py",
         old='        if why := _missing(path, files):\n            return why',
         new='        if why := next(damages(path), None):\n            return why',

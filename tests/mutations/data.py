@@ -67,7 +67,7 @@ MUTATIONS = [
         tests="data/test_packing.py::test_a_row_with_a_text_is_that_text_whatever_else_it_has",
     ),
     Mutation(
-        name="a whole document is put where there is no room",
+        name="a document is put into a row without room for it",
         file="deepseek_jax/data/packing.py",
         old="place = bisect.bisect_left(free, length)",
         new="place = max(0, bisect.bisect_left(free, length) - 1)",

@@ -113,7 +113,7 @@ MUTATIONS = [
         tests="fp8/test_fp8.py",
     ),
     Mutation(
-        name="fp8: one scale serves a whole array",
+        name="fp8: one scale for the complete array",
         file="deepseek_jax/fp8/products.py",
         old='share="tensor" if recipe.tiles == "tensor" else share, implementation',
         new='share="tensor", implementation',

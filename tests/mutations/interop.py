@@ -68,7 +68,7 @@ MUTATIONS = [
               "_nothing_else",
     ),
     Mutation(
-        name="a whole scaling factor goes out as an int",
+        name="an integral scaling factor is exported as an int",
         file="deepseek_jax/interop/hf_config.py",
         old="for name in FLOATS if type(raw.get(name)) is int}",
         new="for name in FLOATS if False}",

@@ -132,7 +132,7 @@ MUTATIONS = [
         tests="kernels/test_hopper.py::test_a_copy_that_nobody_wants_is_neither_made_nor_written",
     ),
     Mutation(
-        name="hopper: transposing alone, nobody waits for the tile",
+        name="hopper: transposing only does not wait for the tile",
         file="kernels_pallas/hopper/quantize.py",
         old='if transposed == "only":',
         new="if False:",

@@ -302,14 +302,14 @@ MUTATIONS = [
         tests="model/test_transformer.py",
     ),
     Mutation(
-        name="MTP hidden half first, beside transformers",
+        name="MTP hidden half first, unlike transformers",
         file="deepseek_jax/model/block.py",
         old="[embedding_norm(ahead_BTD), hidden_norm(hidden_BTD)]",
         new="[hidden_norm(hidden_BTD), embedding_norm(ahead_BTD)]",
         tests="interop/test_parity.py",
     ),
     Mutation(
-        name="a capacity is that of the whole mesh",
+        name="a capacity is that of the complete mesh",
         file="deepseek_jax/model/experts.py",
         old="chosen_NK.size // (data_shards() * mesh.tensor)",
         new="chosen_NK.size",

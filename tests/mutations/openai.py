@@ -292,7 +292,7 @@ MUTATIONS = [
         tests="serving/openai/test_server.py::test_errors_of_paths_are_the_apis_too",
     ),
     Mutation(
-        name="a whole number written with a point is none",
+        name="an integer written with a point is not accepted",
         file="deepseek_jax/serving/openai/server.py",
         old="return int(value) if value.is_integer() else value",
         new="return value",
@@ -355,7 +355,7 @@ MUTATIONS = [
         tests="serving/openai/test_turns.py",
     ),
     Mutation(
-        name="turns that nobody takes are saved up",
+        name="unused turns are accumulated",
         file="deepseek_jax/serving/openai/turns.py",
         old="call_soon_threadsafe(self._grant, self._each)",
         new="call_soon_threadsafe(self._grant, self._each + self._left)",
@@ -453,7 +453,7 @@ MUTATIONS = [
         tests="chat/test_conversation.py::test_an_option_may_have_any_name",
     ),
     Mutation(
-        name="what stands behind the first end of an answer is predicted",
+        name="tokens after the first end of an answer are predicted",
         file="deepseek_jax/chat/conversation.py",
         old="last = next((k for k in range(len(prompt), len(ids)) if",
         new="last = next((k for k in reversed(range(len(prompt), len(ids))) if",

@@ -152,14 +152,14 @@ MUTATIONS = [
         tests="parallel/test_dispatch.py",
     ),
     Mutation(
-        name="experts are whole on every device",
+        name="every device has all experts",
         file="deepseek_jax/parallel/sharding.py",
         old='"experts": (*NODES, "local"),',
         new='"experts": (),',
         tests="parallel/test_mesh.py",
     ),
     Mutation(
-        name="masters are whole on every device",
+        name="every device has complete masters",
         file="deepseek_jax/parallel/sharding.py",
         old="        if axes and fits:",
         new="        if False:",
@@ -180,7 +180,7 @@ MUTATIONS = [
         tests="parallel/test_mesh.py",
     ),
     Mutation(
-        name="a leaf without a rule is whole",
+        name="a leaf without a rule is not sharded",
         file="deepseek_jax/parallel/sharding.py",
         old='    raise ValueError(f"no rule says where',
         new=(
@@ -203,14 +203,14 @@ MUTATIONS = [
         tests="parallel/test_mesh.py",
     ),
     Mutation(
-        name="nobody says farewell",
+        name="no process announces its end",
         file="deepseek_jax/parallel/watch.py",
         old="        tell(self.connections.values(), stop.DONE, self.group.process)\n",
         new="        pass\n",
         tests="parallel/test_watch.py",
     ),
     Mutation(
-        name="a stranger is taken for a process",
+        name="an unrelated connection is accepted as a process",
         file="deepseek_jax/parallel/meeting.py",
         old="if magic != MAGIC or not process:",
         new="if False:",
@@ -357,7 +357,7 @@ MUTATIONS = [
         tests="parallel/test_dispatch.py",
     ),
     Mutation(
-        name="masters are whole along the pipeline",
+        name="masters are not sharded along the pipeline",
         file="deepseek_jax/parallel/sharding.py",
         old='in ("pipe", *PARTS) if axis',
         new="in PARTS if axis",

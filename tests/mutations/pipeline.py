@@ -39,7 +39,7 @@ MUTATIONS = [
         tests="pipeline/test_interleave.py",
     ),
     Mutation(
-        name="an exchange starts beside one over the same axes",
+        name="an exchange starts during one over the same axes",
         file="deepseek_jax/pipeline/interleave.py",
         old="                busy.wait(now.sent, arrived)",
         new="                pass",
@@ -281,7 +281,7 @@ MUTATIONS = [
         tests="pipeline/test_schedule.py",
     ),
     Mutation(
-        name="checkpoints stay whole",
+        name="checkpoint equations are not inlined",
         file="deepseek_jax/pipeline/split.py",
         old='"checkpoint", "remat", "remat2", ',
         new="",

@@ -436,7 +436,7 @@ MUTATIONS = [
         tests="training/test_fp8_base.py::test_a_base_in_fp8_of_a_base_in_fp8_is_rounded_once",
     ),
     Mutation(
-        name="a run next to a base in FP8 makes the model whole at its end",
+        name="a run with a base in FP8 merges the complete model at its end",
         file="deepseek_jax/training/loop.py",
         old=" and not config.lora.fp8",
         new="",

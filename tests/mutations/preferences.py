@@ -78,7 +78,7 @@ MUTATIONS = [
         tests="posttraining/test_reward_model.py::test_loss_and_gradient_are_those_of_the_oracle",
     ),
     Mutation(
-        name="a reward is read off the whole row",
+        name="a reward is read from the complete row",
         file=REWARD_MODEL,
         old="jnp.where(last_BT[..., None], hidden_BTD, 0)",
         new="hidden_BTD",

@@ -298,14 +298,14 @@ MUTATIONS = [
         tests="scale/compile/test_targets.py",
     ),
     Mutation(
-        name="attention's kernels see the whole square",
+        name="attention's kernels count the complete square",
         file="deepseek_jax/scale/compile/hlo.py",
         old="return float(B * H * T * T * widths)",
         new="return 2.0 * B * H * T * T * widths",
         tests="scale/compile/test_hlo.py",
     ),
     Mutation(
-        name="rows are copied for experts beside kernels too",
+        name="rows are copied for experts with kernels too",
         file="deepseek_jax/scale/memory.py",
         old="product_copies(c, layout) if by_xla else 0.0",
         new="product_copies(c, layout)",

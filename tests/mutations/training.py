@@ -293,7 +293,7 @@ MUTATIONS = [
         tests="training/test_loop.py",
     ),
     Mutation(
-        name="a loss that is no number goes on",
+        name="a run continues after a loss that is not finite",
         file="deepseek_jax/training/loop.py",
         old="if all(math.isfinite(x)",
         new="if True or all(math.isfinite(x)",
@@ -545,7 +545,7 @@ MUTATIONS = [
         tests="training/test_start.py::test_a_branch_begins_with_the_checkpoint_that_is_named",
     ),
     Mutation(
-        name="a thread goes on after what it could not write",
+        name="a thread continues after a failed write",
         file="deepseek_jax/training/background.py",
         old="if self._error is None:",
         new="if True:",
