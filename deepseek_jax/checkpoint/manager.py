@@ -178,7 +178,7 @@ class Checkpoints:
         why = str(error).strip().split("\n")[0] or type(error).__name__
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "no space left" in str(error).lower():
             why = "no space left on the disk; free some, or keep fewer with train.checkpoints_kept"
-        if storage.is_remote(partial):  # the store may not answer any more; the next start removes the remains
+        if storage.is_remote(partial):  # the store may no longer answer; the next start removes the remains
             return CheckpointError(f"checkpoint {step} was not written to {self.directory}: {why.rstrip('.')}. Those "
                                    "before it are untouched.")
         storage.remove(partial)

@@ -92,7 +92,7 @@ class Service:
                 self.engine.step()
                 self._step_began = None
                 self.turns.renew()
-        except Exception as error:  # no client will get an answer any more
+        except Exception as error:  # no client will get another answer
             log.exception("the engine failed")
             self.failure = error
             for listen in list(self.live):
