@@ -6,6 +6,7 @@ Nothing is compiled: the reports have the bytes that XLA counted, and the planne
 replaces the earlier one in the reports.
 """
 
+import argparse
 import json
 import pathlib
 
@@ -43,6 +44,8 @@ def row(name: str, report: dict) -> dict:
 
 
 def main() -> None:
+    argparse.ArgumentParser(prog="python -m experiments.scale.agreement", description=__doc__,
+                            formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     rows = []
     for name, report in reports().items():
         rows.append(one := row(name, report))

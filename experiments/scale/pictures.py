@@ -3,6 +3,7 @@
     python -m experiments.scale.pictures
 """
 
+import argparse
 import json
 import pathlib
 
@@ -12,6 +13,8 @@ HERE = pathlib.Path(__file__).parent
 
 
 def main() -> None:
+    argparse.ArgumentParser(prog="python -m experiments.scale.pictures", description=__doc__,
+                            formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     for path in sorted(HERE.glob("*.json")):
         report = json.loads(path.read_text())
         if "bytes_per_device" in report:  # reports of a compiled program; the others are plans and tables

@@ -1,7 +1,6 @@
-"""Every command of the pages, the README and the docstrings is one that the program takes: its options are there, and
-the run that it describes is accepted."""
+"""Every command of the package that is printed is one that the program takes: its options are there, and the run that
+it describes is accepted. Other programs are in test_checkout_commands.py."""
 
-import ast
 import importlib
 import json
 import pathlib
@@ -14,13 +13,12 @@ import pytest
 from deepseek_jax.__main__ import COMMANDS
 from deepseek_jax.config import ConfigError, as_dict, freeze, load_config
 from deepseek_jax.configs import tiny
+from tests.docs import printed
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-MODULES = [*sorted((ROOT / "examples").glob("*.py")), *sorted((ROOT / "deepseek_jax").rglob("*.py"))]
 START = re.compile(rf"(?:python3? -m deepseek_jax\.|\bdeepseek-jax )({'|'.join(COMMANDS)}) +(.*)")
 END = re.compile(r"`|  +[#(]|\)?$| && | &$| \|+ | 2?> |; ")
-PLACEHOLDER = re.compile(r"\.\.\.|my_|\[-|<")
+PLACEHOLDER = re.compile(r"\.\.\.|my_|\[-|<|\bconfig\.py")
 FROM = ("--config.init.from=", "--config.distill.from=")
 
 
@@ -31,13 +29,7 @@ def commands(text):
     return [(name, options) for name, options in found if "-" in options and not PLACEHOLDER.search(options)]
 
 
-def texts():
-    """The pages, and the docstrings of modules."""
-    yield from (page.read_text(encoding="utf-8") for page in PAGES)
-    yield from (ast.get_docstring(ast.parse(module.read_text(encoding="utf-8"))) or "" for module in MODULES)
-
-
-ALL = sorted({command for text in texts() for command in commands(text)})
+ALL = sorted({command for text in printed.texts() for command in commands(text)})
 
 
 def refusal(name, options, folder):

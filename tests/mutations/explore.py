@@ -142,4 +142,19 @@ MUTATIONS = [
         new="",
         tests="docs/test_commands.py::test_a_command_that_is_written_out_is_accepted",
     ),
+    Mutation(
+        name="a benchmark lacks an option that a page gives it",
+        file="benchmarks/loop.py",
+        old='parser.add_argument("--milliseconds",',
+        new='parser.add_argument("--ms", dest="milliseconds",',
+        tests="docs/test_checkout_commands.py::test_a_program_takes_the_options_that_are_printed["
+              "benchmarks-loop-milliseconds-50]",
+    ),
+    Mutation(
+        name="a target that a page names is gone",
+        file="Makefile",
+        old="\nrehearse: ",
+        new="\nrehearsal: ",
+        tests="docs/test_checkout_commands.py::test_targets_of_make_and_their_variables_exist",
+    ),
 ]

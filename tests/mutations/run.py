@@ -22,7 +22,8 @@ from tests.mutations.row import Mutation
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "tests" / "mutations" / "results.json"
 COPIED = ("deepseek_jax", "kernels_pallas", "experiments", "benchmarks", "examples", "docs", "tests",
-          "pyproject.toml", "mkdocs.yml", "setup.py", "README.md", "LOG.md", "CHANGELOG.md", "CONTRIBUTING.md")
+          "pyproject.toml", "mkdocs.yml", "setup.py", "Makefile", "README.md", "LOG.md", "CHANGELOG.md",
+          "CONTRIBUTING.md")
 
 
 class Verdict(NamedTuple):
