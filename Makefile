@@ -1,6 +1,7 @@
 # make train   from scratch: environment, tokenizer, a tiny model trained on real text, a sample, plots (in run/);
 #              ARGS="--config.train.steps=50" overrides config keys
 # make test    the CPU suite          make lint    ruff, pyright
+# make readme  runs the README's commands, as printed and in order, in a clean clone of the last commit
 # make cluster runs of several processes started by Slurm and Open MPI, if these are installed
 # make bench   speed compared with transformers, a dense product and ragged_dot: same machine, same run
 # make kernels compiles only the Hopper kernels, with the GPU's compiler (two minutes)
@@ -15,7 +16,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help train test cluster lint bench kernels aot rehearse studies-quick notebooks colab docs clean
+.PHONY: help train test readme cluster lint bench kernels aot rehearse studies-quick notebooks colab docs clean
 
 # A version manager's shim may exist and fail, so each candidate has to import what an environment needs.
 find_python = for v in $(1); do for p in "$$(command -v python$$v)" $$(ls -d $$HOME/.pyenv/versions/*/bin/python$$v 2>/dev/null); do \
@@ -49,6 +50,9 @@ train: .venv/stamp
 
 test: .venv/stamp .venv/eval-stamp
 	JAX_PLATFORMS=cpu $(RUN) -m pytest -n 2 -m "not slow"
+
+readme: .venv/stamp
+	JAX_PLATFORMS=cpu $(RUN) -m pytest -m slow tests/docs/test_readme_in_order.py
 
 cluster: .venv/stamp
 	JAX_PLATFORMS=cpu $(RUN) -m pytest -rs -m slow tests/examples/test_cluster.py

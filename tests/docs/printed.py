@@ -9,7 +9,7 @@ import subprocess
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 ROOMS = ("deepseek_jax", "kernels_pallas", "experiments", "benchmarks", "notebooks", "docs", "examples", "tests")
-TARGETS = ("train", "test", "cluster", "lint", "bench", "kernels", "aot", "rehearse", "studies-quick", "notebooks",
+TARGETS = ("train", "test", "readme", "cluster", "lint", "bench", "kernels", "aot", "rehearse", "studies-quick", "notebooks",
            "colab", "docs", "clean")
 
 
