@@ -82,7 +82,7 @@ def quantize(w: np.ndarray, power_of_two: bool = False) -> tuple[np.ndarray, np.
 
 
 def transposed(x: np.ndarray) -> np.ndarray:
-    """A contiguous transpose of a matrix, one strip of rows at a time, which fits the cache."""
+    """A contiguous transpose [N, M] of a matrix [M, N] of any dtype, by strips of rows that fit the cache."""
     bits = x.view(f"u{x.itemsize}")
     out = np.empty(bits.shape[::-1], bits.dtype)
     for start in range(0, len(bits), BLOCK):

@@ -49,7 +49,10 @@ class InBlocks:
 
     def of_matrices(self, index: tuple[slice, ...], dtype: Any, read: Callable[[tuple[int, ...]], np.ndarray],
                     ) -> np.ndarray:
-        """The part that `index` cuts out of the matrices that `read` returns for their places."""
+        """The part in `dtype` that `index` cuts out, of the shape of its slices.
+
+        read: from the place of a matrix in the stack, the complete matrix.
+        """
         bounds = [range(n)[part] for n, part in zip(self.shape, index, strict=True)]
         out, lead = np.empty([len(b) for b in bounds], dtype), bounds[:self.stack]
         for at, place in zip(np.ndindex(*map(len, lead)), itertools.product(*lead)):

@@ -92,7 +92,7 @@ class Packed(abc.ABC):
 
     @abc.abstractmethod
     def documents_from(self, epoch: int, skip: int) -> Iterator[tuple[np.ndarray, ...]]:
-        """(tokens, predicted) of documents, across epochs, starting at token `skip` of `epoch`."""
+        """(tokens int32 [T], predicted bool [T]) of documents, across epochs, from token `skip` of `epoch` on."""
 
     def epoch_start(self, epoch: int) -> int:
         """The position of the first token of an epoch."""
@@ -107,7 +107,10 @@ class Packed(abc.ABC):
         return epoch
 
     def read_document(self, epoch: int, i: int, rearranged: bool) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens of document i in an epoch, and which of them are predicted."""
+        """Tokens of document i in an epoch, int32 [T], and which of them are predicted, bool [T].
+
+        rearranged: with its middle at the end (`rearrange`).
+        """
         start, stop = (int(o) for o in self.shard.offsets_N[i:i + 2])
         ids_T = np.asarray(self.shard.tokens[start:stop], np.int32)
         if not rearranged:
@@ -142,7 +145,7 @@ class Stream(Packed):
             epoch_order, self.lengths_N, self.whole_N, fim.rate, seed, source))
 
     def document(self, epoch: int, i: int) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens of document i in an epoch, and which of them are predicted."""
+        """Tokens of document i in an epoch, int32 [T], and which of them are predicted, bool [T]."""
         return self.read_document(epoch, i, self.epoch_order(epoch).rearranged_N[i])
 
     def documents_from(self, epoch: int, skip: int) -> Iterator[tuple[np.ndarray, ...]]:

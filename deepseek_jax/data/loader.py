@@ -90,7 +90,7 @@ class Loader:
         return {"tokens": tokens_MBT, "weights": weights_MBT, "segment_ids": segments_MBT, "active": np.int32(active)}
 
     def iterate(self, start_step: int = 0) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
-        """(step, batch) from `start_step` to the end of the run, read ahead in threads."""
+        """(step, batch as `batch` returns it) from `start_step` to the end of the run, read ahead in threads."""
         steps = grain.MapDataset.range(start_step, self.train.steps).map(lambda step: (int(step), self.batch(step)))
         # Two threads hide page faults of the memory map; more would only wait for Python's lock.
         options = grain.ReadOptions(num_threads=min(2, self.prefetch), prefetch_buffer_size=self.prefetch)

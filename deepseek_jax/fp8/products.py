@@ -44,7 +44,7 @@ def quantize_blocks(w_NK: jax.Array, *, scale: str = "float32") -> Quantized:
 
 
 def exponents_of(scales: jax.Array) -> jax.Array:
-    """The biased exponents of float32 powers of two, or zeros: uint8, a quarter of the bytes."""
+    """The biased exponents of float32 powers of two, or zeros: uint8 of the same shape, a quarter of the bytes."""
     return (lax.bitcast_convert_type(scales, jnp.uint32) >> 23).astype(jnp.uint8)
 
 

@@ -103,7 +103,7 @@ class Checkpoint:
                 "rounded to bfloat16 as by transformers with dtype=bfloat16; --dtype float32 keeps every bit."]
 
     def rows(self, entry: tensor_map.Entry, start: int, stop: int, dtype: Any) -> np.ndarray:
-        """Rows of a tensor in the layout of the file, dequantized and in `dtype`."""
+        """Rows start..stop of a tensor, [stop - start, ...] in the layout of the file, dequantized and in `dtype`."""
         if entry.name in self.packed:
             words, scales = (self.reader.rows(tensor, start, stop) for tensor in self.packed[entry.name])
             return int4.unpack(words, scales, dtype)
@@ -116,7 +116,7 @@ class Checkpoint:
         return self.reader.rows(self.tensors[entry.name + SCALE])
 
     def piece(self, entry: tensor_map.Entry, start: int, stop: int, dtype: Any) -> np.ndarray:
-        """start..stop along `entry.transform.axis` of our slice."""
+        """start..stop along `entry.transform.axis` of our slice of a leaf, in our layout and in `dtype`."""
         unit = entry.transform.unit(entry.slice_shape)
         if self.is_fp8(entry) and entry.fp8 and not self.halves:  # bytes are transposed faster than wider numbers
             values = transposed(self.reader.rows(self.tensors[entry.name], start * unit, stop * unit))
@@ -126,7 +126,7 @@ class Checkpoint:
         return entry.transform.to_ours(theirs, entry.slice_shape, self.halves)
 
     def part(self, path: str, index: tuple[Any, ...], dtype: Any) -> np.ndarray:
-        """The part of a leaf that a tuple of slices cuts out; reads the rows that it needs."""
+        """The part of a leaf that slices, one an axis, cut out, in `dtype`; reads the rows that it needs."""
         bounds = [range(n)[part] for n, part in zip(self.shapes[path], index, strict=True)]
         out = np.empty([len(b) for b in bounds], dtype)
         for entry in self.leaves[path]:

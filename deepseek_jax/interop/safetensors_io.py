@@ -107,7 +107,7 @@ class Reader:
             at += self.tensors[name].nbytes
 
     def rows(self, tensor: Tensor, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Rows start..stop (of a vector: elements) of a tensor."""
+        """Rows start..stop (of a vector: elements) of a tensor, [stop - start, ...] in its dtype; None: to its end."""
         stop = tensor.shape[0] if stop is None else stop
         try:
             out = np.empty((stop - start, *tensor.shape[1:]), tensor.dtype)

@@ -89,8 +89,12 @@ _by_kernel.defvjp(_by_kernel_fwd, _by_kernel_bwd)
 
 
 def save(o: jax.Array, lse: jax.Array, saved: str | None) -> tuple[jax.Array | fp8.E5M6, jax.Array]:
-    """The residuals of the output and the log-sum-exps for the backward pass, under the name that remat "report"
-    keeps."""
+    """The residuals for the backward pass, under the name that remat "report" keeps.
+
+    Args:
+      o: the output, [B, T, H, V]. lse: float32 log-sum-exps, one for each query and head; kept as they are.
+      saved: "e5m6" packs the output (12 bits a number); None keeps it.
+    """
     output = fp8.to_e5m6(o) if saved == "e5m6" else o
     return jax.tree.map(lambda x: checkpoint_name(x, "attention"), (output, lse))
 

@@ -37,7 +37,7 @@ class ExpertWeights(NamedTuple):
 
 def routed_experts(x_ND: jax.Array, chosen_NK: jax.Array, gates_NK: jax.Array, weights: ExpertWeights,
                    implementation: str = "auto", recipe: FP8Config | None = None) -> jax.Array:
-    """sum over k of gates[n, k] * FFN of chosen[n, k], [N, D]: exact for every routing, however skewed.
+    """sum over k of gates[n, k] * FFN of chosen[n, k], [N, D] in the dtype of x: exact for every routing.
 
     implementation: "auto", "xla", or one of `grouped_matmul.IMPLEMENTATIONS`. `recipe`: if it is enabled, the products
     run in FP8 (and `implementation` is the recipe's).

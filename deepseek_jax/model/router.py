@@ -34,7 +34,7 @@ def affinities(cfg: ModelConfig, logits_NE: jax.Array) -> jax.Array:
 
 
 def biased(cfg: ModelConfig, scores_NE: jax.Array, bias_E: jax.Array | None) -> jax.Array:
-    """The scores used for selection. The bias is data: no gradient flows to it, or through selection."""
+    """The scores used for selection, [N, E]. The bias is data: no gradient flows to it, or through selection."""
     scores_NE = lax.stop_gradient(scores_NE)
     if not cfg.has_router_bias or bias_E is None:
         return scores_NE
@@ -43,7 +43,7 @@ def biased(cfg: ModelConfig, scores_NE: jax.Array, bias_E: jax.Array | None) -> 
 
 
 def limit_to_groups(cfg: ModelConfig, scores_NE: jax.Array) -> jax.Array:
-    """Sets the experts outside the best groups to -inf.
+    """The scores [N, E], with -inf for the experts outside the best groups.
 
     A group's score is the sum of its two best experts (sigmoid models) or its best one (softmax models).
     """
@@ -79,7 +79,8 @@ def count_choices(chosen_NK: jax.Array, num_experts: int) -> jax.Array:
 
 
 def sequence_loss(cfg: ModelConfig, scores_BTE: jax.Array) -> jax.Array:
-    """The complementary sequence-wise loss sum_i f_i P_i, averaged over sequences, without its weight alpha.
+    """The complementary sequence-wise loss sum_i f_i P_i, averaged over sequences, without its weight alpha: a
+    scalar.
 
     f_i counts the tokens for which expert i is among the top K of the unbiased scores, without group limits, as in
     equation 18 of the report. It is 1 for uniform loads and scores.

@@ -96,6 +96,9 @@ def divergence(target_BTS: jax.Array, score_BTS: jax.Array, over_BTS: jax.Array)
 
 
 def recall(s_BHTS: jax.Array, seen_BTS: jax.Array, chosen_BTS: jax.Array) -> jax.Array:
-    """The share of dense attention, summed over all heads, that falls on the chosen tokens, [B, T]."""
+    """The share of dense attention that falls on the chosen tokens, averaged over heads: float32 [B, T].
+
+    s_BHTS: scores before the softmax. seen_BTS, chosen_BTS: bool, tokens that dense and sparse attention read.
+    """
     mass = lambda over_BTS: jax.nn.logsumexp(jnp.where(over_BTS[:, None], s_BHTS, -jnp.inf), axis=-1)
     return jnp.exp(mass(chosen_BTS) - mass(seen_BTS)).mean(axis=1)

@@ -26,7 +26,7 @@ def context_size() -> int:
 
 
 def blocks_of(part: int | jax.Array, parts: int) -> tuple[int | jax.Array, int | jax.Array]:
-    """The two of 2 * parts blocks that form a part, in order."""
+    """The indices of the two of 2 * parts blocks that form a part, in order; int32 scalars where `part` is one."""
     return part, 2 * parts - 1 - part
 
 

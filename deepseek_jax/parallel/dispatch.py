@@ -256,7 +256,10 @@ def dispatch(placement: ExpertLayout, x_ND: jax.Array, gates_NK: jax.Array,
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def combine(wire: Wire, y_RD: jax.Array, hops: tuple[Hop, ...]) -> jax.Array:
-    """Returns rows along all hops, summing at each. Its gradient sends rows out again, in the wire format."""
+    """Returns rows [R, D] along all hops, summing at each: [N, D], in the order of the tokens and the dtype of y.
+
+    Its gradient sends rows out again, in the wire format.
+    """
     return _brought_back((y_RD,), hops)[0]
 
 
@@ -321,7 +324,10 @@ def route_hops(placement: ExpertLayout, chosen_NK: jax.Array, parts: tuple[jax.A
 
 def count_traffic(cfg: MeshConfig, num_experts: int, chosen_NK: jax.Array, hops: tuple[Hop, ...],
                   computed: jax.Array) -> Traffic:
-    """Counters of this device's tokens: copies sent, copies that flat dispatch would send, choices computed here."""
+    """Counters of this device's tokens: copies sent, copies that flat dispatch would send, choices computed here.
+
+    chosen_NK: int32, among all devices' experts. computed: int32 scalar, choices that this device computes.
+    """
     def visits(places):
         size = num_experts // places
         return ((chosen_NK // size)[:, :, None] == jnp.arange(places)[None, None]).any(axis=1)

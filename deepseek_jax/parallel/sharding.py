@@ -220,7 +220,10 @@ def local_size(name: str, size: int) -> int:
 
 
 def constrain(x: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
-    """Splits an activation by the names of its dimensions. Does nothing without a mesh, or inside a shard_map."""
+    """Splits an activation by the names of its dimensions, one an axis; None: not split, or not by us.
+
+    Does nothing without a mesh, or inside a shard_map.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.manual_axes:
         return x

@@ -164,7 +164,7 @@ def stacked_again(layers: list[Any]) -> Any:
 
 
 def enter(config: Config, shared: dict[str, Any], inputs: Inputs) -> jax.Array:
-    """Embedding and dense layers, by all ranks together."""
+    """Embedding and dense layers, by all ranks together: [B, T, D], the first stage's input."""
     cfg = config.model
     context = _context(cfg, inputs)
     x_BTD = _embed(cfg, shared["embedding"], context.tokens_BT)
@@ -175,7 +175,10 @@ def enter(config: Config, shared: dict[str, Any], inputs: Inputs) -> jax.Array:
 
 
 def leave(config: Config, shared: dict[str, Any], x_BTD: jax.Array, inputs: Inputs) -> tuple[jax.Array, Sums]:
-    """Norm, MTP modules, head and losses, by all ranks together. Returns this rank's part of the objective, sums."""
+    """Norm, MTP modules, head and losses, by all ranks together.
+
+    Returns this rank's part of the objective, a float32 scalar, and of the sums.
+    """
     cfg, batch = config.model, inputs.batch
     context = _context(cfg, inputs)
     h_BTD = hidden_BTD = _norm(cfg, shared["norm"])(x_BTD)

@@ -97,23 +97,23 @@ class Split:
         return tuple(_run(self.pieces["prepare"], dict(zip(self._params, jax.tree.leaves(params))) | self._constants))
 
     def forward(self, prepared: tuple, x: Any, context: Any) -> tuple[Any, tuple[jax.Array, ...]]:
-        """F. Returns (y, loss, sums), residuals."""
+        """F. Returns (y, loss, sums), of which y is like x and the loss is a scalar, and residuals."""
         return self._of_forward(_run(self.pieces["F"], self._env(prepared, context, (self._x, x))))
 
     def backward_input(self, prepared: tuple, context: Any, residuals: tuple, dy: Any,
                        dloss: jax.Array) -> tuple[Any, tuple[jax.Array, ...]]:
-        """Bi. Returns dx, pending."""
+        """Bi. dy, dloss: gradients of y and the loss. Returns dx, like x, and pending, for `backward_weights`."""
         results = _run(self.pieces["Bi"], self._of_backward(prepared, context, residuals, dy, dloss))
         width = len(results) - len(self.pending)
         return jax.tree.unflatten(self._trees["x"], results[:width]), tuple(results[width:])
 
     def backward_weights(self, prepared: tuple, context: Any, pending: tuple) -> Any:
-        """W. Returns dparams."""
+        """W. Returns dparams, like the parameters."""
         results = _run(self.pieces["W"], self._env(prepared, context, (self._pending, pending)))
         return jax.tree.unflatten(self._trees["params"], results)
 
     def backward(self, prepared: tuple, context: Any, residuals: tuple, dy: Any, dloss: jax.Array) -> tuple[Any, Any]:
-        """B. Returns dx, dparams."""
+        """B: Bi and W. Returns dx, like x, and dparams, like the parameters."""
         env = self._of_backward(prepared, context, residuals, dy, dloss)
         return jax.tree.unflatten(self._trees["backward"], _run(self.pieces["B"], env))
 

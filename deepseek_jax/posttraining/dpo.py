@@ -37,7 +37,10 @@ def pair_losses(beta: float, policy_P2: jax.Array, reference_P2: jax.Array) -> t
 
 
 def bradley_terry(reward_P2: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """-log sigmoid(reward of the chosen - reward of the rejected) for each pair, and the metrics of `pair_losses`."""
+    """-log sigmoid(reward of the chosen - reward of the rejected), [P], and the metrics of `pair_losses`, [P] each.
+
+    reward_P2: float32, of the chosen and the rejected answer of each pair.
+    """
     chosen_P, rejected_P = reward_P2[:, 0], reward_P2[:, 1]
     margin_P = chosen_P - rejected_P
     return -jax.nn.log_sigmoid(margin_P), {

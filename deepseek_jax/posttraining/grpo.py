@@ -49,7 +49,7 @@ def kl_estimate(log_ratio: jax.Array) -> jax.Array:
     """Estimate of the KL divergence of the policy from the reference, for tokens that it drew: unbiased, never
     negative.
 
-    log_ratio: log(pi_ref / pi).
+    log_ratio: log(pi_ref / pi), of any shape, in nats; the result has that shape.
     """
     # expm1 keeps small ratios exact, and rounding must not make the result negative.
     return jnp.maximum(jnp.expm1(log_ratio) - log_ratio, 0)

@@ -40,8 +40,12 @@ def policy_loss(config: Config, params: dict[str, Any], inputs: Inputs) -> tuple
 
 def of_tokens(config: Config, inputs: Inputs, output: Output, loss_BT: jax.Array,
               watched: dict[str, jax.Array]) -> tuple[jax.Array, Sums]:
-    """The result of a `training.step.Loss`, from the losses and metrics of answers' tokens. The MTP modules have
-    none."""
+    """The result of a `training.step.Loss`, from the losses and metrics of answers' tokens.
+
+    Args:
+      loss_BT: float32, of each target, counted by inputs.micro["weights"]. The MTP modules have none.
+      watched: metrics by name, [B, T] each; their weighted sums become `Sums.own`.
+    """
     weights_BT = inputs.micro["weights"][:, 1:]
     weighted = lambda x_BT: (x_BT * weights_BT).sum()
     none_D = jnp.zeros_like(inputs.normalizers.mtp_weight_D)
@@ -67,8 +71,10 @@ class View(NamedTuple):
 
 def view(config: Config, params: dict[str, Any], router: dict[str, jax.Array], micro: dict[str, Any],
          base: dict[str, Any] | None = None) -> View:
-    """The trainer's log-probabilities and routes of one micro-batch: tokens, weights, segment_ids. base: of adapters,
-    as in `training.step.accumulate`."""
+    """The trainer's log-probabilities and routes of one micro-batch.
+
+    micro: tokens, weights, segment_ids, [B, T + 1] each. base: of adapters, as in `training.step.accumulate`.
+    """
     params = complete(config, constrain_to_compute(params), base)
     logprob_BT, output = _logprobs(config, params, router, micro, None, None)
     return View(logprob_BT, output.captured.get("chosen"))

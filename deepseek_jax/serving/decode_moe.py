@@ -53,7 +53,7 @@ def choices_in_turn(x_ND: jax.Array, chosen_NK: jax.Array, gates_NK: jax.Array, 
 
 def tiles_in_turn(x_ND: jax.Array, chosen_NK: jax.Array, gates_NK: jax.Array, gate_EDF: jax.Array,
                   up_EDF: jax.Array, down_EFD: jax.Array) -> jax.Array:
-    """The same for more tokens; a choice equal to E is not an expert of this device, and adds nothing.
+    """The same for more tokens, [N, D]; a choice equal to E is not an expert of this device, and adds nothing.
 
     As in training, tokens are sorted by expert into tiles; here a loop takes the tiles that are not empty, one by one,
     through all three products. Few tokens leave most experts out, and only a tile's weights are copied.
@@ -75,7 +75,7 @@ def tiles_in_turn(x_ND: jax.Array, chosen_NK: jax.Array, gates_NK: jax.Array, ga
 
 def all_at_once(x_ND: jax.Array, chosen_NK: jax.Array, gates_NK: jax.Array, gate_EDF: jax.Array,
                 up_EDF: jax.Array, down_EFD: jax.Array) -> jax.Array:
-    """The same with every expert for every token, and gates of zero for experts that were not chosen.
+    """The same, [N, D], with every expert for every token, and gates of zero for experts that were not chosen.
 
     Faster if most experts are needed anyway and rows are cheap: weights are read without a copy.
     """
@@ -92,7 +92,7 @@ def _devices() -> int:
 
 
 def moe(cfg: ModelConfig, w: LayerWeights, x_BTD: jax.Array, slots: TokenSlots) -> tuple[jax.Array, Routed]:
-    """Routed and shared experts, and the routing results. Only valid tokens are counted.
+    """Routed and shared experts, [B, T, D], and the routing results. Only valid tokens are counted.
 
     Inside `weights.on_mesh` the routed experts are those of this device.
     """

@@ -74,7 +74,7 @@ def _place(load_E, places, groups, nodes, devices):
 def pack(weight_N: np.ndarray, packs: int) -> tuple[np.ndarray, np.ndarray]:
     """Assigns items to packs of equal size, the heaviest first, each to the lightest pack that is not full.
 
-    Returns (pack, rank inside it) of each item.
+    weight_N: float, of each of N items, a multiple of packs. Returns (pack, rank inside it) of each item, int [N].
     """
     N = len(weight_N)
     if N == packs:
@@ -91,7 +91,7 @@ def pack(weight_N: np.ndarray, packs: int) -> tuple[np.ndarray, np.ndarray]:
 def replicate(weight_N: np.ndarray, places: int) -> tuple[np.ndarray, np.ndarray]:
     """Duplicates the item of the largest weight per replica until all places are taken.
 
-    Returns (item of each place, replicas of each item).
+    weight_N: float. Returns (item of each place int [places], replicas of each item float32 [N]).
     """
     item_P, count_N = list(range(len(weight_N))), np.ones(len(weight_N), np.float32)
     while len(item_P) < places:

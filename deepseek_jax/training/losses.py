@@ -187,7 +187,8 @@ def objective(output: Output, losses: TokenLosses, normalizers: Normalizers, bal
 
 def with_indexer(config: Config, loss: jax.Array, output: Output, losses: TokenLosses,
                  normalizers: Normalizers) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The objective with the loss of the indexer, or in its warm-up that loss alone; and its entries in `Sums.own`.
+    """The objective with the loss of the indexer, or in its warm-up that loss alone: a scalar; and its entries in
+    `Sums.own`.
 
     Since its gradient reaches only the indexer, its weight matters only for clipping by the global norm.
     """

@@ -19,7 +19,7 @@ from deepseek_jax.config import ModelConfig
 
 
 def largest(logits: dict[str, Any]) -> jax.Array:
-    """The largest logit of all heads, a scalar. logits: as in `clip`."""
+    """The largest logit of all heads, a float32 scalar. logits: as in `clip`."""
     return jnp.stack([x.max() for x in jax.tree.leaves(logits)]).max()
 
 

@@ -125,6 +125,7 @@ class Inputs(NamedTuple):
 
 
 # (config, params, inputs) -> the scalar to differentiate, and the sums of one micro-batch.
+# (config, params, inputs) -> the objective of one micro-batch, a scalar that is differentiated, and its sums.
 Loss = Callable[[Config, dict[str, Any], Inputs], tuple[jax.Array, Sums]]
 
 
@@ -134,7 +135,7 @@ def of_rows(config: Config, micro: dict[str, jax.Array]) -> Batch:
 
 
 def next_token_loss(config: Config, params: dict[str, Any], inputs: Inputs) -> tuple[jax.Array, Sums]:
-    """The report's objective: next tokens, MTP, balance; and the indexer's loss, if there is one."""
+    """The report's objective, a scalar: next tokens, MTP, balance; and the indexer's loss, if there is one."""
     router, micro, normalizers, step, _ = inputs
     batch = of_rows(config, micro)
     output, logits = _with_logits(config, params, router, batch, step)

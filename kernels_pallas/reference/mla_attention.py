@@ -38,7 +38,7 @@ def forward(q_BTHA: jax.Array, k_BTHA: jax.Array, v_BTHV: jax.Array, segment_ids
 def backward(q_BTHA: jax.Array, k_BTHA: jax.Array, v_BTHV: jax.Array, segment_ids_BT: jax.Array | None,
              o_BTHV: jax.Array, lse_BHT: jax.Array, do_BTHV: jax.Array, *,
              scale: float) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The gradients of q, k and v, in their dtypes, from the output, its log-sum-exps and its gradient."""
+    """The gradients of q, k and v, in their shapes and dtypes, from `forward`'s results and the output's gradient."""
     p_BHTS = jnp.exp(_scores(q_BTHA, k_BTHA, segment_ids_BT, scale) - lse_BHT[..., None])
     dp_BHTS = jnp.einsum("BTHV,BSHV->BHTS", do_BTHV, v_BTHV, **HIGHEST)
     delta_BHT = jnp.einsum("BTHV,BTHV->BHT", o_BTHV, do_BTHV, **HIGHEST)

@@ -43,7 +43,8 @@ def scales_of(amax: jax.Array, largest: float, scale: str = "float32") -> jax.Ar
 
 
 def tile_amax(x: jax.Array, rows: int = 1, columns: int = BLOCK) -> jax.Array:
-    """The largest magnitude of every tile of `rows` x `columns` over the last two axes, float32; NaN if there is one.
+    """The largest magnitude of every tile of `rows` x `columns` over the last two axes: float32
+    [..., ceil(M / rows), ceil(K / columns)]; NaN if there is one.
 
     Magnitudes are compared as integers, whose order is the same: XLA:CPU's float reduction may lose a NaN.
     """
@@ -55,7 +56,8 @@ def tile_amax(x: jax.Array, rows: int = 1, columns: int = BLOCK) -> jax.Array:
 
 
 def tile_scales(x: jax.Array, largest: float, scale: str = "power_of_two") -> jax.Array:
-    """The scales of x [..., M, K] in 1 x 128 tiles, of a format of magnitudes up to `largest`: [..., M, K / 128]."""
+    """The scales of x [..., M, K] in 1 x 128 tiles, of a format of magnitudes up to `largest`:
+    float32 [..., M, ceil(K / 128)]."""
     return scales_of(tile_amax(x), largest, scale)
 
 
@@ -129,6 +131,6 @@ def swiglu_quantize(gate: jax.Array, up: jax.Array, *, scale: str = "float32", d
 
 
 def dequantize(q: Quantized, dtype: DTypeLike = jnp.float32) -> jax.Array:
-    """values * scales, multiplied in float32, rounded once."""
+    """values * scales in the shape of the values, multiplied in float32, rounded once to `dtype`."""
     values, scales = q
     return (values.astype(jnp.float32) * spread(scales, values.shape, rows_of_scale(q))).astype(dtype)
