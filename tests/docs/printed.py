@@ -9,8 +9,8 @@ import subprocess
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 ROOMS = ("deepseek_jax", "kernels_pallas", "experiments", "benchmarks", "notebooks", "docs", "examples", "tests")
-TARGETS = ("train", "test", "readme", "cluster", "lint", "bench", "kernels", "aot", "rehearse", "studies-quick", "notebooks",
-           "colab", "docs", "clean")
+TARGETS = ("train", "test", "readme", "cluster", "lint", "bench", "kernels", "aot", "rehearse", "studies-quick",
+           "notebooks", "colab", "docs", "clean")
 
 
 @functools.cache

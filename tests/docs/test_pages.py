@@ -10,6 +10,7 @@ import pytest
 from deepseek_jax.__main__ import COMMANDS
 from deepseek_jax.config import named_configs
 from deepseek_jax.config.load import RENAMED
+from docs import tree
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -29,11 +30,12 @@ def test_the_readme_has_two_hundred_lines_at_most_and_leads_to_every_page():
     assert not [page.name for page in PAGES[1:] if f"docs/{page.name}" not in text]
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if page.name not in GENERATED], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [*(page for page in PAGES if page.name not in GENERATED), ROOT / "CONTRIBUTING.md",
+                                  ROOT / "CHANGELOG.md"], ids=lambda page: page.name)
 def test_lines_fit_a_terminal(page):
     long = []
     for number, line in enumerate(page.read_text().splitlines(), start=1):
-        if len(line) > 100 and not line.startswith("|") and "](" not in line:
+        if len(line) > 100 and not line.startswith(("|", "!")):
             long.append(number)
     assert not long
 
@@ -48,9 +50,13 @@ def test_python_in_a_page_parses_and_imports_what_is_there(page):
                             and importlib.util.find_spec(f"{node.module}.{alias.name}") is None]
 
 
+def test_the_page_of_files_has_what_modules_say():
+    assert (ROOT / "docs" / "tree.md").read_text() == tree.page(), "python -m docs.tree > docs/tree.md"
+
+
 def test_the_tree_of_the_readme_has_every_folder():
-    (tree,) = re.findall(r"^```text\n(.*?)^```$", (ROOT / "README.md").read_text(), re.M | re.S)
-    named = set(re.findall(r"(\w+)/", tree))
+    (block,) = re.findall(r"^```text\n(.*?)^```$", (ROOT / "README.md").read_text(), re.M | re.S)
+    named = set(re.findall(r"(\w+)/", block))
     code = ["deepseek_jax", "kernels_pallas", "experiments", "benchmarks", "notebooks", "examples", "docs", "tests"]
     inside = {path.parent.name for path in (ROOT / "deepseek_jax").glob("*/__init__.py")}
     assert named == {*code, *inside} - {"plots"} and all((ROOT / name).is_dir() for name in code)

@@ -151,6 +151,13 @@ MUTATIONS = [
               "benchmarks-loop-milliseconds-50]",
     ),
     Mutation(
+        name="the page of files is that of other docstrings",
+        file="deepseek_jax/stop.py",
+        old='"""The end of a run: exit codes',
+        new='"""The end of any run: exit codes',
+        tests="docs/test_pages.py::test_the_page_of_files_has_what_modules_say",
+    ),
+    Mutation(
         name="a target that a page names is gone",
         file="Makefile",
         old="\nrehearse: ",
