@@ -7,7 +7,7 @@
 # make kernels compiles only the Hopper kernels, with the GPU's compiler (two minutes)
 # make aot     compiles the Hopper kernels, and training steps up to 671B, for hardware you don't have (two to four hours)
 # make rehearse   benchmarks.gpu without a GPU, with the packages for a machine that has one (Python 3.12; minutes)
-# make studies-quick   every study in its short form
+# make studies-quick   the studies in their short form (all but sparse_attention)
 # make docs    builds the site in build/site; fails on a dead link
 # make notebooks   runs the notebooks      make colab   runs them with the versions that Colab preinstalls
 # make clean   removes environments, caches and run/

@@ -10,7 +10,7 @@ COMMANDS = {
     "prepare": "tokenizes a corpus ahead of a run, on many machines",
     "reinforce": "trains a run further, by rewards that rules decide",
     "posttraining": "writes problems with answers, for reinforce and what comes before it",
-    "check": "reads checkpoints whole, and names what is damaged",
+    "check": "reads complete checkpoints, and names what is damaged",
     "evaluate": "scores a run: loss, bits per byte, balance",
     "compare": "puts runs side by side: configs, losses, a picture",
     "generate": "continues prompts, answers in a chat",

@@ -67,7 +67,7 @@ def run(main: Callable[[], int | None], resumes: bool = False) -> NoReturn:
         stop.ignore_requests_for_traces()
     with stop.ended_by_signals() if resumes else contextlib.nullcontext():
         code = _run(main)
-        if code and stop.farewells:  # other processes wait for this one, and must be told how it ends
+        if code and stop.before_exit:  # other processes wait for this one, and must be told how it ends
             stop.leave(code)
     sys.exit(code)
 

@@ -28,7 +28,7 @@ SIGNALS = (signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else
 CODES = ("Exit codes: 0 done; 2 a mistake of yours; 75 stopped by a signal, and 76 a process of the run was lost: the "
          "same command continues.")
 
-farewells: list[Callable[[int], None]] = []  # called with the exit code before a process ends at once
+before_exit: list[Callable[[int], None]] = []  # called with the exit code before a process ends at once
 
 
 class PeerLostError(ConfigError):
@@ -62,8 +62,8 @@ def exit_code(error: BaseException) -> int:
 
 def leave(code: int) -> None:
     """Ends this process now, whatever its threads do."""
-    for farewell in farewells:
-        farewell(code)
+    for call in before_exit:
+        call(code)
     end(code)
 
 

@@ -10,9 +10,9 @@ import re
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PACKAGES = ("deepseek_jax", "kernels_pallas")
-HEAD = """# Every file in a line
+HEAD = """# Every module in a line
 
-The first sentence of each module of the packages; written by `python -m docs.tree > docs/tree.md`.
+The first sentence of each module of both packages; written by `python -m docs.tree > docs/tree.md`.
 Tests mirror the tree, and what imports what is in [design](design.md). Functions and classes are in
 the site's API reference. Studies: [claims](claims.md); benchmarks: [benchmarks](benchmarks.md).
 """

@@ -97,7 +97,7 @@ def last_turn(checked: list[dict[str, Any]], tokenizer: Tokenizer, text: Convent
 def check_template(tokenizer: Tokenizer, text: Conventions) -> None:
     """Raises ConfigError if there is neither a template nor role tokens to render a conversation."""
     if text.template is None and tokenizer.backend.token_to_id(ROLES["assistant"] or "") is None:
-        raise ConfigError("conversations need a chat template; put a chat_template.jinja beside the tokenizer.json of "
+        raise ConfigError("conversations need a chat template; put a chat_template.jinja next to the tokenizer.json of "
                           "the run that init.from names.")
 
 

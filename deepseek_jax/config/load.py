@@ -213,7 +213,7 @@ def freeze(config: Any) -> Config:
     model: Any = sections.get("model")
     if hasattr(model, "items"):
         if "fp8" in model:
-            raise ConfigError("model.fp8 and fp8 are one section; say fp8 beside model, --config.fp8.enabled=True.")
+            raise ConfigError("model.fp8 and fp8 are one section; say fp8 next to model, --config.fp8.enabled=True.")
         sections["model"] = {**model, "fp8": fp8}
     return build(Config, sections)
 

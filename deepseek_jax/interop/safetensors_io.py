@@ -73,7 +73,7 @@ class Reader:
             found = self._header(file)
             twice = found.keys() & self.tensors.keys()
             if twice:
-                raise ConfigError(f"{self.folder}: {min(twice)} stands in {self.tensors[min(twice)].file} and in "
+                raise ConfigError(f"{self.folder}: {min(twice)} is in {self.tensors[min(twice)].file} and in "
                                   f"{file}.")
             self.files[file] = sorted(found, key=lambda name: found[name].offset)
             self.tensors |= found
@@ -175,7 +175,7 @@ class Reader:
         end = base
         for tensor in sorted(found.values(), key=lambda t: (t.offset, t.nbytes)):
             if tensor.offset != end:
-                raise ConfigError(f"{path}: {tensor.name} overlaps what lies before it, or leaves a gap; the file is "
+                raise ConfigError(f"{path}: {tensor.name} overlaps what is before it, or leaves a gap; the file is "
                                   "damaged, fetch it again.")
             end += tensor.nbytes
         if end != size:

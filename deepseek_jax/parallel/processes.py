@@ -41,7 +41,7 @@ def joined(group: Group | None, timeout: float = STARTUP_TIMEOUT) -> Iterator[No
         return
     check(group)
     watch = Watch(group, timeout)
-    stop.farewells.append(watch.leave)
+    stop.before_exit.append(watch.leave)
     try:
         if hasattr(jax.config, "jax_enable_preemption_service"):  # the run has its own handler of SIGTERM
             jax.config.update("jax_enable_preemption_service", False)
@@ -58,7 +58,7 @@ def joined(group: Group | None, timeout: float = STARTUP_TIMEOUT) -> Iterator[No
         atexit.register(stop.leave, code)
         raise
     watch.part()
-    stop.farewells.remove(watch.leave)
+    stop.before_exit.remove(watch.leave)
 
 
 def is_first() -> bool:

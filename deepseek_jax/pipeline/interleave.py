@@ -112,8 +112,8 @@ def interleaved(forward: tuple[Piece, dict], backward: tuple[Piece, dict], x: It
     b.evaluate(b.phase(0).work)
     f.wait(x, b.values(b.phase(0).sent))
     for k in range(max(len(f), len(b))):
-        _beside(f, f.phase(k), b, b.phase(k), lambda: _add(gradients, b.env, totals))
-        _beside(b, b.phase(k + 1), f, f.phase(k))
+        _overlap(f, f.phase(k), b, b.phase(k), lambda: _add(gradients, b.env, totals))
+        _overlap(b, b.phase(k + 1), f, f.phase(k))
     _add(gradients, b.env, totals)
     return f.values(f.piece.results), [*b.values(b.piece.results[:width]), *(totals[i] for i in range(len(sums)))]
 
@@ -126,7 +126,7 @@ def _add(gradients, env, totals):
     return list(new.values())
 
 
-def _beside(busy, now, other, under_way, more: Callable[[], list] = list):
+def _overlap(busy, now, other, under_way, more: Callable[[], list] = list):
     """The work of phase `now` of one pass while the exchange of phase `under_way` of the other is in flight.
 
     By itself XLA hides one hop behind all available products and the next behind none. So barriers set when each result

@@ -124,7 +124,7 @@ def test_what_no_template_can_take_is_named_skipped_and_counted(chat_loader, tmp
 
 
 def test_chats_without_a_template_are_an_error_that_says_where_it_belongs(make_loader, tmp_path):
-    with pytest.raises(ConfigError, match="put a chat_template.jinja beside the tokenizer.json"):
+    with pytest.raises(ConfigError, match="put a chat_template.jinja next to the tokenizer.json"):
         make_loader(chats(tmp_path / "rows.jsonl"))
 
 

@@ -26,7 +26,7 @@ PLACEHOLDER = re.compile(r"\.\.\.|<|\$|NAME")
 MAKE = re.compile(r"(?:`|: |^(?:# )? *)make ([a-z][\w-]*)((?: [A-Z_]+=(?:\"[^\"]*\"|\$\{\{.*?\}\}|[^\s`]*))*)"
                   r"(?=`| *$| +#|  | </dev/null)", re.MULTILINE)
 EXTRAS = re.compile(r"""['"]\.\[(\w+(?:,\w+)*)\]['"]|[Ee]xtra `(\w+)`""")
-TESTS = re.compile(r"\bpytest (?:-\S+ )*(tests/[\w/.]*\w)")
+TESTS = re.compile(r"\bpytest ([^`\n]*)")
 
 PARSES = re.compile(r"^ *import argparse$|^from .* import (?:main|runner)$", re.MULTILINE)
 # Scripts without a parser, which take words or nothing.
@@ -36,6 +36,10 @@ WORDS_ALONE = {"deepseek_jax.config", "experiments.studies.dense.timing", "exper
                "tests.serving.openai.chat_picture"}
 ELSEWHERE = ("torch", "transformers", "nbformat", "nbclient")  # benchmarks/peer.txt, the extra `notebooks`
 IMPORTS = re.compile(rf"^(?:import|from) ((?:{'|'.join(ELSEWHERE)})(?:\.\w+)*)\b", re.MULTILINE)
+
+
+class Accepted(BaseException):
+    """Raised instead of running, once a parser has accepted its options."""
 
 
 def commands(text):
@@ -69,8 +73,10 @@ def refusal(program, options):
             patch.setitem(sys.modules, name, MagicMock())
         try:
             runpy.run_path(str(path), run_name="__main__")
+        except Accepted:
+            return None
         except SystemExit as ended:
-            return ended.code or None
+            return str(ended.code) if ended.code else f"{program} ended before it had read its options"
         except ModuleNotFoundError as error:
             if error.name != "lm_eval":
                 raise
@@ -89,7 +95,7 @@ def _end_after_parsing(patch):
 
     def parse_args(self, *args, **kwargs):
         taken(self, *args, **kwargs)
-        raise SystemExit(0)
+        raise Accepted
 
     def error(self, message):
         raise SystemExit(message)
@@ -123,12 +129,25 @@ def test_targets_of_make_and_their_variables_exist():
     said = [match for text in printed.texts() for match in MAKE.finditer(text)]
     assert targets == {*printed.TARGETS, "help"} and {match[1] for match in said} == set(printed.TARGETS)
     variables = {name for match in said for name in re.findall(r" ([A-Z_]+)=", match[2])}
-    assert "ARGS" in variables and [name for name in variables if f"$({name}" not in makefile] == []
+    assert "ARGS" in variables and [name for name in variables if not re.search(rf"\$\({name}\b", makefile)] == []
 
 
 def test_extras_of_pip_and_paths_given_to_pytest_exist():
     extras = set(re.findall(r'^        "(\w+)": \[', (ROOT / "setup.py").read_text(encoding="utf-8"), re.MULTILINE))
     said = [match for text in printed.texts() for match in EXTRAS.finditer(text)]
     assert {extra for match in said for extra in (match[1] or match[2]).split(",")} == extras
-    paths = {match[1] for text in printed.texts() for match in TESTS.finditer(text)}
-    assert len(paths) > 4 and [path for path in sorted(paths) if not (ROOT / path).exists()] == []
+    paths = {path for text in printed.texts() for path in paths_of(text)}
+    assert len(paths) > 8 and [path for path in sorted(paths) if not (ROOT / path).exists()] == []
+    assert paths_of("`pytest -m slow tests/no.py tests/a/no_more.py -q`") == {"tests/no.py", "tests/a/no_more.py"}
+
+
+def paths_of(text):
+    """Files and folders of tests that pytest is given."""
+    return {path for found in TESTS.finditer(text) for path in re.findall(r"tests/[\w/.]*\w", found[1])}
+
+
+def test_scripts_without_a_parser_have_none():
+    for name in WORDS_ALONE:
+        path = ROOT / name.replace(".", "/")
+        source = (path / "__main__.py" if path.is_dir() else path.with_suffix(".py")).read_text(encoding="utf-8")
+        assert not PARSES.search(source), name

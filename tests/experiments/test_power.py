@@ -31,19 +31,32 @@ def test_no_effect_takes_more_seeds_than_there_are():
 
 
 def test_only_open_claims_are_asked_about_and_the_published_effect_comes_first():
-    claim = {"metric": "loss", "arm": "loss-free", "against": "aux 1e-3"}
+    claim = {"metric": "loss", "arm": "loss-free", "against": "aux 1e-3", "expected": "lower"}
     results = {"study": "load_balance", "seeds": [0, 1, 2], "arms": {"a": 0, "b": 0},
                "training_seconds_on_one_core": 6 * 3600.0, "claims": [
-                   {**claim, "says": "open", "difference": {"mean": -0.001, "low": -0.003, "high": 0.001},
+                   {**claim, "says": "open", "difference": {"mean": -0.004, "low": -0.007, "high": 0.001},
                     "verdict": "not visible at this scale"},
                    {**claim, "says": "decided", "difference": {"mean": -2, "low": -3, "high": -1},
                     "verdict": "reproduced"}]}
 
     [row] = power.needed(results)
 
-    assert (row.says, row.effect, row.published) == ("open", 0.006, True)
-    assert row.seeds == 2 or row.seeds == 3
+    assert (row.says, row.effect, row.basis) == ("open", 0.006, "published")
+    assert 2 <= row.seeds <= 4
     assert row.hours == row.seeds  # an hour a run, two arms, two cores
+
+
+@pytest.mark.parametrize(("against", "expected", "mean", "basis"), [
+    ("aux 1e-3", "lower", 0.0, "published"), ("aux 1e-3", "lower", 0.005, "published, excluded"),
+    ("aux 1e-1", "lower", -0.005, "seen"), ("aux 1e-1", "lower", 0.005, "seen, against the claim"),
+    ("aux 1e-1", "higher", 0.005, "seen"), ("aux 1e-1", "higher", -0.005, "seen, against the claim")])
+def test_an_effect_that_is_excluded_or_of_the_other_direction_is_marked(against, expected, mean, basis):
+    claim = {"metric": "loss", "arm": "loss-free", "against": against, "expected": expected, "says": "open",
+             "verdict": NOT_VISIBLE, "difference": {"mean": mean, "low": mean - 0.009, "high": mean + 0.009}}
+
+    [row] = power.needed({"study": "load_balance", "seeds": list(range(8)), "arms": {"a": 0}, "claims": [claim]})
+
+    assert row.basis == basis
 
 
 def test_every_published_effect_is_of_a_claim():

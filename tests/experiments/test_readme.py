@@ -9,6 +9,7 @@ import re
 import pytest
 
 from experiments.studies.dense.kinds import LONG, STEPS, TOKENS
+from experiments.studies.larger.attention import CACHE as LARGER_CACHE
 from experiments.studies.mla.study import CACHE
 from experiments.studies.optimizers.arms import RATES, TAU
 
@@ -96,6 +97,9 @@ TABLE = {
     "many small experts and a shared one beat few large ones": (
         "experts", "# nats [#, #] lower at equal active parameters", [fall(LOSS, "finer, shared", "few large")],
         [(LOSS, "finer, shared", "few large")]),
+    "... a shared expert by itself": (
+        "experts", "# nats lower [# lower, # higher]", [change(LOSS, "fine, shared", "fine")],
+        [(LOSS, "fine, shared", "fine")]),
     "balance inside every sequence keeps experts from specialising": (
         "balance_scope", "specialisation # [#, #] against the bias's # [#, #]",
         [of("specialisation", "sequence-wise"), of("specialisation", "loss-free")],
@@ -111,6 +115,19 @@ TABLE = {
     "... at no loss": (
         "routing_limit", "# nodes instead of #: # nats [#, #]", [4, 8, change(LOSS, "4 of 8", "8 of 8")],
         [(LOSS, "4 of 8", "8 of 8")]),
+    "with 22M parameters the bias balances better than the auxiliary loss": (
+        "larger", "# [#, #] against # [#, #]", [of(VIO, "recipe"), of(VIO, "aux 1e-3")],
+        [(VIO, "recipe", "aux 1e-3")]),
+    "... at a lower loss, with 22M parameters": (
+        "larger", "# nats [#, #] higher", [change(LOSS, "recipe", "aux 1e-3")], [(LOSS, "recipe", "aux 1e-3")]),
+    "... and MTP makes the main head better": (
+        "larger", "# nats [#, #] lower", [fall(LOSS, "MTP", "recipe")], [(LOSS, "MTP", "recipe")]),
+    "... and small experts and a shared one beat few large ones": (
+        "larger", "# nats [#, #] lower at equal active parameters", [fall(LOSS, "recipe", "few large")],
+        [(LOSS, "recipe", "few large")]),
+    "... and MLA learns as well as MHA or better": (
+        "larger", "# nats [#, #] lower, # numbers against #, equal parameters",
+        [fall(LOSS, "recipe", "MHA"), LARGER_CACHE["recipe"], LARGER_CACHE["MHA"]], [(LOSS, "recipe", "MHA")]),
     "YaRN in two phases carries a model to 32 times its length": (
         "long_context", "in # tokens # % [#, #], before # % [#, #]; the same training without YaRN # % [#, #]",
         [2048, *(of("needle_2048", arm, 100) for arm in ("2048, YaRN", "64", "2048, plain"))],

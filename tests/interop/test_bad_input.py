@@ -91,7 +91,7 @@ def test_tensors_that_overlap(tmp_path):
     text = json.dumps(header).encode()
     path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length:])
 
-    assert "overlaps what lies before it, or leaves a gap" in fails(folder, tmp_path)
+    assert "overlaps what is before it, or leaves a gap" in fails(folder, tmp_path)
 
 
 def test_a_tensor_of_another_shape(tmp_path):

@@ -25,6 +25,13 @@ MUTATIONS = [
         tests="experiments/test_larger.py",
     ),
     Mutation(
+        name="studies: a published effect that the interval excludes is still looked for",
+        file="experiments/studies/framework/power.py",
+        old='if found["low"] <= sign * published <= found["high"]',
+        new='if found["low"] <= abs(published)',
+        tests="experiments/test_power.py",
+    ),
+    Mutation(
         name="studies: a normal quantile for three seeds",
         file="experiments/studies/framework/statistics.py",
         old="student.ppf(0.975, len(values) - 1)",

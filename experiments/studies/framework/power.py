@@ -4,10 +4,10 @@
     python -m experiments.studies.framework.power --write    also puts each into its study's README
 
 A claim is open if the interval of its difference contains zero. The assumed effect is the published one, if the report
-or a paper states it in the same unit, and otherwise the observed one. The result is the number of seeds with which a
-paired t-test at the 5 % level finds that effect in 80 of 100 repetitions, assuming the observed scatter between seeds.
-A scatter estimated from three seeds may be wrong by a factor of two or more, and the number of seeds by a factor of
-four or more.
+or a paper states it in the same unit, and otherwise the observed one, whichever its direction. The result is the number
+of seeds with which a paired t-test at the 5 % level finds that effect in 80 of 100 repetitions, assuming the observed
+scatter between seeds. A scatter estimated from three seeds may be wrong by a factor of two or more, and the number of
+seeds by a factor of four or more.
 """
 
 import argparse
@@ -43,13 +43,13 @@ START, END = "<!-- power: start -->", "<!-- power: end -->"
 class Needed(NamedTuple):
     """The effort to decide one claim.
 
-    effect: assumed, in the metric's unit. published: whether it is the published one. seeds: None beyond MOST.
-    hours: of two cores, for both arms. at_eight: the effect that eight seeds would find.
+    effect: assumed, in the metric's unit. basis: where it is from. seeds: None beyond MOST. hours: of two cores, for both
+    arms. at_eight: the effect that eight seeds would find.
     """
 
     says: str
     effect: float
-    published: bool
+    basis: str
     seeds: int | None
     hours: float
     at_eight: float
@@ -105,8 +105,15 @@ def needed(results: dict[str, Any]) -> list[Needed]:
         effect = published or abs(found["mean"])
         seeds = seeds_for(effect, scatter)
         hours = 2 * (seeds or MOST) * run / 2 / 3600
-        rows.append(Needed(claim["says"], effect, published is not None, seeds, hours, effect_for(scatter, 8)))
+        rows.append(Needed(claim["says"], effect, _basis(claim, published), seeds, hours, effect_for(scatter, 8)))
     return rows
+
+
+def _basis(claim, published):
+    found, sign = claim["difference"], 1 if claim["expected"] == "higher" else -1
+    if published:
+        return "published" if found["low"] <= sign * published <= found["high"] else "published, excluded"
+    return "seen" if sign * found["mean"] > 0 else "seen, against the claim"
 
 
 def table(rows: list[Needed]) -> list[str]:
@@ -116,7 +123,7 @@ def table(rows: list[Needed]) -> list[str]:
     for row in rows:
         seeds = f"more than {MOST:,}" if row.seeds is None else f"{row.seeds:,}"
         cost = "" if row.hours <= AFFORDABLE else ": too many"
-        lines.append(f"| {row.says} | {row.effect:.2g}, {'published' if row.published else 'seen'} | {seeds} | "
+        lines.append(f"| {row.says} | {row.effect:.2g}, {row.basis} | {seeds} | "
                      f"{'more than ' if row.seeds is None else ''}{row.hours:.2g}{cost} | {row.at_eight:.2g} |")
     return lines
 

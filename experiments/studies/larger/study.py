@@ -1,4 +1,4 @@
-"""The four central claims with `small`, of 22M parameters where the models of the other studies have about 1M.
+"""The four central claims with `small`, of 22M parameters where the models of the other studies have about 1.3M.
 
 Each arm differs from the recipe in one thing: how the experts are balanced, whether there is multi-token prediction,
 how large the experts are, and the attention (report sections 2.1.1, 2.1.2 and 2.2).
@@ -12,7 +12,7 @@ from deepseek_jax.config.presets import PRESETS
 from experiments.studies.framework import plots
 from experiments.studies.framework.study import Claim, Study
 from experiments.studies.framework.training import Training
-from experiments.studies.larger.attention import attention_of
+from experiments.studies.larger.attention import CACHE, attention_of
 
 STUDIES = pathlib.Path(__file__).resolve().parents[1]
 # Without groups of experts, as in the other studies, so that 13 experts need none either.
@@ -38,13 +38,13 @@ def draw(results: dict[str, Any], runs: list[dict[str, Any]], folder: pathlib.Pa
     plots.finish(balance, "Balance: left is better", "MaxVio_global (0: even loads)")
     for row, (_, here, study, there) in enumerate(COMPARED):
         small = json.loads((STUDIES / study / "results.json").read_text())
-        _difference(apart, small, there, row - 0.14, "1M parameters", color=plots.PALETTE[0], marker="s")
+        _difference(apart, small, there, row - 0.14, "1.3M parameters", color=plots.PALETTE[0], marker="s")
         _difference(apart, results, here, row + 0.14, "22M parameters", color=plots.PALETTE[1], marker="o")
     apart.axvline(0, color="0.4", linewidth=1)
     apart.set_yticks(range(len(COMPARED)), [label for label, *_ in COMPARED], fontsize=plots.SMALL)
     apart.set_ylim(len(COMPARED) - 0.4, -0.6)
     plots.legend(apart, loc="lower left")
-    plots.finish(apart, "Loss, paired by seed: left of 0 is better", "nats per token")
+    plots.finish(apart, "Loss, paired by seed: left of 0 the report's choice is better", "nats per token")
     plots.save(made, folder / "larger.png", plots.INTERVALS)
 
 
@@ -74,6 +74,6 @@ STUDY = Study(
               "lower"),
         Claim("Predicting the token after next as well makes the main head better.", "loss", "MTP", "recipe", "lower"),
         Claim("Fine-grained experts and a shared one beat few large ones.", "loss", "recipe", "few large", "lower"),
-        Claim("MLA learns better than MHA, from a cache of 80 numbers instead of 224.", "loss", "recipe", "MHA",
-              "lower"),
+        Claim(f"MLA learns better than MHA, from a cache of {CACHE['recipe']} numbers instead of {CACHE['MHA']}.",
+              "loss", "recipe", "MHA", "lower"),
     ))
