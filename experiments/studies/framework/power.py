@@ -43,8 +43,8 @@ START, END = "<!-- power: start -->", "<!-- power: end -->"
 class Needed(NamedTuple):
     """The effort to decide one claim.
 
-    effect: assumed, in the metric's unit. basis: where it is from. seeds: None beyond MOST. hours: of two cores, for both
-    arms. at_eight: the effect that eight seeds would find.
+    effect: assumed, in the metric's unit. basis: where it is from. seeds: None beyond MOST.
+    hours: of two cores, for both arms. at_eight: the effect that eight seeds would find.
     """
 
     says: str

@@ -33,6 +33,7 @@ STUDY = Study(
     arms={"MLA": {}, **{arm: {} for arm in VARIANTS}},
     measure=Training(network=attention_of),
     draw=draw,
+    seeds=tuple(range(8)),
     quick_arms=("MLA", "GQA"),
     claims=(
         Claim("MLA learns better than MHA, from a cache of 48 numbers instead of 128.", "loss", "MLA", "MHA", "lower"),

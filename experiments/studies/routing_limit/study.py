@@ -11,7 +11,7 @@ from experiments.studies.routing_limit.measure import copies
 def draw(results: dict, runs: list[dict], folder: pathlib.Path) -> None:
     made, (both, apart) = plots.figure(4, 2)
     plots.scatter(both, results, "nodes_per_token", "loss")
-    plots.legend(both, title="nodes allowed", loc="upper left")
+    plots.legend(both, title="nodes allowed", loc="center", bbox_to_anchor=(0.63, 0.5))
     plots.finish(both, "Loss against copies: lower left is better", "nodes that a token is sent to",
                  "held-out loss, nats per token")
     plots.differences(apart, results, "loss", [(arm, "8 of 8") for arm in results["arms"] if arm != "8 of 8"])
@@ -25,6 +25,7 @@ STUDY = Study(
     measure=Training(base={"model.num_experts": 32, "model.experts_per_token": 4, "model.expert_ffn_dim": 32,
                            "model.num_groups": 8}, probe=copies),
     draw=draw,
+    seeds=tuple(range(8)),
     quick_arms=("1 of 8", "8 of 8"),
     claims=(
         Claim("Two of eight nodes as the limit send fewer copies across nodes.", "nodes_per_token", "2 of 8", "8 of 8",
