@@ -149,7 +149,7 @@ def test_a_template_that_was_missing_is_taken_when_it_is_there(make_config, trai
     base, work = tmp_path / "base", tmp_path / "work"
     trained.save(str(base / "tokenizer.json"))
     config = dataclasses.replace(make_config(chats(tmp_path / "rows.jsonl")), init=InitConfig(str(base)))
-    with pytest.raises(ConfigError, match="put a chat_template.jinja beside"):
+    with pytest.raises(ConfigError, match="put a chat_template.jinja next to"):
         prepare(config, str(work))
     (base / "chat_template.jinja").write_text(TEMPLATE)
     assert prepare(config, str(work)).train[0].predicted is not None

@@ -483,7 +483,7 @@ def test_the_section_fp8_stands_beside_the_model_in_files_and_inside_it_when_fro
         (dict(fp8=dict(accumulator_bits=25)), "fp8.accumulator_bits=25 is more than the 24 of float32"),
         (dict(fp8=dict(promote_every=100)), "fp8.promote_every=100 must be a multiple of 32"),
         (dict(fp8=3), "fp8=3 should be a section"),
-        (dict(model=dict(fp8=dict(enabled=True))), "say fp8 beside model"),
+        (dict(model=dict(fp8=dict(enabled=True))), "say fp8 next to model"),
     ],
 )
 def test_a_wrong_fp8_section_says_what_would_work(changes, message):

@@ -44,7 +44,7 @@ def draw(results: dict[str, Any], runs: list[dict[str, Any]], folder: pathlib.Pa
     apart.set_yticks(range(len(COMPARED)), [label for label, *_ in COMPARED], fontsize=plots.SMALL)
     apart.set_ylim(len(COMPARED) - 0.4, -0.6)
     plots.legend(apart, loc="lower left")
-    plots.finish(apart, "Loss, paired by seed: left of 0 the report's choice is better", "nats per token")
+    plots.finish(apart, "Loss, paired: left of 0 the report's choice is better", "nats per token")
     plots.save(made, folder / "larger.png", plots.INTERVALS)
 
 
