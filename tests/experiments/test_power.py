@@ -30,9 +30,14 @@ def test_no_effect_takes_more_seeds_than_there_are():
     assert power.seeds_for(0.0, 1.0) is None and power.seeds_for(1e-3, 1.0) is None
 
 
+def arms_of(seeds, *arms):
+    """The arms of a results.json: {arm: its metrics with so many seeds}."""
+    return {arm: {"metrics": {"loss": {"seeds": dict.fromkeys(map(str, range(seeds)), 0.0)}}} for arm in arms}
+
+
 def test_only_open_claims_are_asked_about_and_the_published_effect_comes_first():
     claim = {"metric": "loss", "arm": "loss-free", "against": "aux 1e-3", "expected": "lower"}
-    results = {"study": "load_balance", "seeds": [0, 1, 2], "arms": {"a": 0, "b": 0},
+    results = {"study": "load_balance", "arms": arms_of(3, "loss-free", "aux 1e-3"),
                "training_seconds_on_one_core": 6 * 3600.0, "claims": [
                    {**claim, "says": "open", "difference": {"mean": -0.004, "low": -0.007, "high": 0.001},
                     "verdict": "not visible at this scale"},
@@ -54,9 +59,32 @@ def test_an_effect_that_is_excluded_or_of_the_other_direction_is_marked(against,
     claim = {"metric": "loss", "arm": "loss-free", "against": against, "expected": expected, "says": "open",
              "verdict": NOT_VISIBLE, "difference": {"mean": mean, "low": mean - 0.009, "high": mean + 0.009}}
 
-    [row] = power.needed({"study": "load_balance", "seeds": list(range(8)), "arms": {"a": 0}, "claims": [claim]})
+    [row] = power.needed({"study": "load_balance", "arms": arms_of(8, "loss-free", against),
+                           "training_seconds_on_one_core": 1.0, "claims": [claim]})
 
     assert row.basis == basis
+
+
+def test_the_hours_contain_the_arms_that_a_claim_s_arms_continue_from():
+    claim = {"metric": "loss", "arm": "512, YaRN", "against": "64", "expected": "lower", "says": "open",
+             "verdict": NOT_VISIBLE, "difference": {"mean": 0.1, "low": -1.0, "high": 1.2}}
+    results = {"study": "long_context", "arms": arms_of(3, "64", "512, YaRN", "2048, YaRN"),
+               "training_seconds_on_one_core": 9 * 3600.0, "claims": [claim, {**claim, "arm": "2048, YaRN"}]}
+
+    two, three = power.needed(results)
+
+    assert (two.hours, three.hours) == (two.seeds, 1.5 * two.seeds)
+
+
+def test_seeds_of_both_arms_count_and_not_those_of_one():
+    claim = {"metric": "loss", "arm": "loss-free", "against": "aux 1e-1", "expected": "lower", "says": "open",
+             "verdict": NOT_VISIBLE, "difference": {"mean": 0.1, "low": -1.0, "high": 1.2}}
+    arms = {**arms_of(8, "loss-free"), **arms_of(3, "aux 1e-1")}
+    least = {"study": "load_balance", "training_seconds_on_one_core": 1.0, "claims": [claim]}
+
+    [row], [other] = (power.needed({**least, "arms": x}) for x in (arms, arms_of(3, "loss-free", "aux 1e-1")))
+
+    assert (row.seeds, row.at_eight) == (other.seeds, other.at_eight)
 
 
 def test_every_published_effect_is_of_a_claim():

@@ -56,11 +56,17 @@ def test_a_study_has_its_page(name):
     assert (FOLDER / name / "results.json").exists() == ("No full result yet" not in text)
 
 
+def seeds_of(arm):
+    """The seeds of an arm of a results.json."""
+    return [int(seed) for seed in next(iter(arm["metrics"].values()))["seeds"]]
+
+
 @pytest.mark.parametrize("name", FINISHED)
 def test_results_are_those_of_the_config_that_is_there(name):
     found, study = json.loads((FOLDER / name / "results.json").read_text()), STUDIES[name]
     assert found["config_hash"] == study.config_hash() and not found["quick"]
-    assert list(found["arms"]) == list(study.arms) and tuple(found["seeds"]) == study.seeds
+    assert tuple(found["seeds"]) == study.seeds
+    assert {arm: tuple(seeds_of(one)) for arm, one in found["arms"].items()} == study.selected()
     assert len(found["claims"]) == len(study.claims)
     assert (FOLDER / name / f"{name}.png").exists()
 
@@ -69,7 +75,7 @@ def test_results_are_those_of_the_config_that_is_there(name):
 def test_verdicts_follow_from_the_committed_seeds(name):
     committed, study = json.loads((FOLDER / name / "results.json").read_text()), STUDIES[name]
     runs = [{"arm": arm, "seed": seed, "metrics": {n: m["seeds"][str(seed)] for n, m in found["metrics"].items()}}
-            for arm, found in committed["arms"].items() for seed in committed["seeds"]]
+            for arm, found in committed["arms"].items() for seed in seeds_of(found)]
     assert results.judged(study, runs) == committed["claims"]
 
 
@@ -81,7 +87,7 @@ def test_committed_results_are_what_is_written_of_their_runs(name):
     runs = [{"arm": arm, "seed": seed, "metrics": {n: m["seeds"][str(seed)] for n, m in found["metrics"].items()},
              **{part: found[part] for part in ("curves", "probes", "arrays", "parameters")},
              "corpus": committed["corpus"], "seconds": committed["training_seconds_on_one_core"]}
-            for arm, found in committed["arms"].items() for seed in committed["seeds"]]
+            for arm, found in committed["arms"].items() for seed in seeds_of(found)]
     with mock.patch.object(results, "_means", lambda curves: curves[0]):
         again = results.by_arm(study, runs)
 
@@ -120,7 +126,7 @@ def test_the_fp8_study_gathers_its_sums_and_its_losses_in_the_order_of_the_commi
     losses = lambda setting, variant, seed: committed["settings"][setting]["losses"][variant][str(seed)]
     runs = [{"arm": name, "seed": seed,
              **({"error": 0.5} if "group" in arm else {"losses": losses(**arm, seed=seed)})}
-            for name, arm in study.arms.items() for seed in study.seeds]
+            for name, arm in study.arms.items() for seed in study.selected()[name]]
     made = runner.summarize(study, runs)
     order = lambda tree: [(key, order(value)) for key, value in tree.items()] if isinstance(tree, dict) else None
     assert order(made) == order(committed)
@@ -197,6 +203,29 @@ def finished(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("studies")
     with mock.patch.object(runner.concurrent.futures, "ProcessPoolExecutor", Here):
         return workdir, runner.run(LEAST, workdir, 1)
+
+
+def test_an_arm_may_have_more_seeds_than_the_others(finished):
+    """Its own mean is of all of them, a comparison of those that both arms have."""
+    more = dataclasses.replace(LEAST, quick=False, seeds=(0, 1), more_seeds={"none": (2,)})
+    assert more.selected() == {"bias": (0, 1), "none": (0, 1, 2)}
+    assert more.config_hash() != dataclasses.replace(more, more_seeds={}).config_hash()
+    runs = [*finished[1], {**finished[1][-1], "seed": 2, "metrics": {"loss": 7.0, "max_vio_global": 0.5}}]
+    runs = [{**run, "metrics": {name: run["metrics"][name] for name in ("loss", "max_vio_global")}} for run in runs]
+
+    found = results.by_arm(more, runs)
+
+    assert found["seeds"] == [0, 1] and list(found["arms"]["none"]["metrics"]["loss"]["seeds"]) == ["0", "1", "2"]
+    losses = [run["metrics"]["loss"] for run in runs if run["arm"] == "none"]
+    assert found["arms"]["none"]["metrics"]["loss"]["mean"] == pytest.approx(sum(losses) / 3)
+    assert results.paired(found, found["claims"][0]) == ["0", "1"]
+    assert found["claims"] == runner.summarize(LEAST, finished[1])["claims"]
+    assert results.verdict_lines(found)[0].endswith("over 2 seeds")
+
+
+def test_more_seeds_are_of_an_arm():
+    with pytest.raises(ValueError, match="least: more_seeds names 'biass', which is no arm; there are bias, none"):
+        dataclasses.replace(LEAST, more_seeds={"biass": (2,)})
 
 
 def test_a_quick_study_ends_with_intervals_and_a_verdict(finished):

@@ -134,7 +134,7 @@ def differences(axis: Any, results: dict[str, Any], metric: str, pairs: Iterable
         seeds = [results["arms"][arm]["metrics"][metric]["seeds"] for arm in pair]
         mean, error = _bars(interval(difference(*seeds)))
         axis.errorbar(mean, row, xerr=error, color="black", marker="o", capsize=3)
-        apart = [seeds[0][seed] - seeds[1][seed] for seed in seeds[0]]
+        apart = [seeds[0][seed] - seeds[1][seed] for seed in seeds[0] if seed in seeds[1]]
         axis.plot(apart, np.full(len(apart), row + 0.25), ".", color="black", alpha=0.5)
     _rows(axis, [f"{arm}\nminus {against}" for arm, against in pairs])
 

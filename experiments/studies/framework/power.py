@@ -11,6 +11,7 @@ seeds by a factor of four or more.
 """
 
 import argparse
+import importlib
 import json
 import math
 import pathlib
@@ -21,6 +22,7 @@ from scipy.stats import nct
 from scipy.stats import t as student
 
 from deepseek_jax import cli, io
+from experiments.studies.framework.results import paired
 from experiments.studies.framework.statistics import NOT_VISIBLE
 
 STUDIES = pathlib.Path(__file__).resolve().parents[1]
@@ -43,8 +45,11 @@ START, END = "<!-- power: start -->", "<!-- power: end -->"
 class Needed(NamedTuple):
     """The effort to decide one claim.
 
-    effect: assumed, in the metric's unit. basis: where it is from. seeds: None beyond MOST.
-    hours: of two cores, for both arms. at_eight: the effect that eight seeds would find.
+    effect: assumed, in the metric's unit.
+    basis: where it is from.
+    seeds: None beyond MOST.
+    hours: of two cores, for both arms and those that they continue from.
+    at_eight: the effect that eight seeds would find.
     """
 
     says: str
@@ -92,21 +97,39 @@ def effect_for(scatter: float, seeds: int) -> float:
 def needed(results: dict[str, Any]) -> list[Needed]:
     """The effort to decide the open claims of a results.json."""
     rows = []
-    n, study = len(results["seeds"]), results["study"]
-    run = results.get("training_seconds_on_one_core", 0.0) / (n * len(results["arms"]))
+    study = results["study"]
+    run = results["training_seconds_on_one_core"] / sum(map(_runs, results["arms"].values()))
     for claim in results["claims"]:
         found = claim["difference"]
         if claim["verdict"] != NOT_VISIBLE or found["low"] is None:
             continue
+        n = len(paired(results, claim))
         scatter = (found["high"] - found["low"]) / 2 * math.sqrt(n) / student.ppf(1 - LEVEL / 2, n - 1)
         if not scatter:
             continue
         published = PUBLISHED.get((study, claim["metric"], claim["arm"], claim["against"]))
         effect = published or abs(found["mean"])
         seeds = seeds_for(effect, scatter)
-        hours = 2 * (seeds or MOST) * run / 2 / 3600
+        hours = (seeds or MOST) * len(_arms(study, claim)) * run / 2 / 3600
         rows.append(Needed(claim["says"], effect, _basis(claim, published), seeds, hours, effect_for(scatter, 8)))
     return rows
+
+
+def _runs(arm):
+    """How many runs, one a seed, are of this arm."""
+    return len(next(iter(arm["metrics"].values()))["seeds"])
+
+
+def _arms(study, claim) -> set[str]:
+    """The arms that a claim compares, and those that they continue from."""
+    after = importlib.import_module(f"experiments.studies.{study}.study").STUDY.measure.after
+    todo, found = [claim["arm"], claim["against"]], set()
+    while todo:
+        arm = todo.pop()
+        if isinstance(arm, str) and arm not in found:  # the other may be a number
+            found.add(arm)
+            todo.append(after.get(arm))
+    return found
 
 
 def _basis(claim, published):

@@ -26,7 +26,7 @@ def by_arm(study: Study, runs: Runs) -> dict[str, Any]:
     if len({json.dumps(run["corpus"]) for run in runs}) > 1:
         raise ConfigError(f"{study.name}: some of the finished runs read another text than the others (another Python, "
                           "or corpora.py has changed); take another --workdir, or delete the study's folder in it.")
-    arms = {}
+    arms, seeds = {}, set.intersection(*_seeds(runs).values())
     for arm in dict.fromkeys(run["arm"] for run in runs):
         mine = {run["seed"]: run for run in runs if run["arm"] == arm}
         first = next(iter(mine.values()))
@@ -40,10 +40,18 @@ def by_arm(study: Study, runs: Runs) -> dict[str, Any]:
             "arrays": first["arrays"]}
     seconds = sum(run["seconds"] for run in runs)
     return {"study": study.name, "quick": study.quick, "config_hash": study.config_hash(),
-            "seeds": sorted({run["seed"] for run in runs}), "steps": study.measure.steps(study, runs[0]["arm"]),
+            "seeds": sorted(seeds), "steps": study.measure.steps(study, runs[0]["arm"]),
             "claims": judged(study, runs), "arms": arms, "corpus": runs[0]["corpus"],
             "command": f"python -m experiments.studies.{study.name}.run" + (" --quick" if study.quick else ""),
             "training_seconds_on_one_core": round(seconds), **provenance()}
+
+
+def _seeds(runs):
+    """{arm: its seeds}."""
+    found = {}
+    for run in runs:
+        found.setdefault(run["arm"], set()).add(run["seed"])
+    return found
 
 
 def judged(study: Study, runs: Runs) -> list[dict[str, Any]]:
@@ -70,8 +78,15 @@ def verdict_lines(results: dict[str, Any]) -> list[str]:
         d = claim["difference"]
         bounds = "no interval" if d["low"] is None else f"[{d['low']:+.4g}, {d['high']:+.4g}]"
         lines.append(f"{claim['verdict'].upper()}: {claim['says']}\n  {claim['metric']} of {claim['arm']} minus "
-                     f"{claim['against']}: {d['mean']:+.4g} {bounds} over {len(results['seeds'])} seeds")
+                     f"{claim['against']}: {d['mean']:+.4g} {bounds} over {len(paired(results, claim))} seeds")
     return lines
+
+
+def paired(results: dict[str, Any], claim: dict[str, Any]) -> list[str]:
+    """The seeds that a claim of a results.json compares: those of both of its arms."""
+    arms = [arm for arm in (claim["arm"], claim["against"]) if arm in results["arms"]]
+    first, *other = (results["arms"][arm]["metrics"][claim["metric"]]["seeds"] for arm in arms)
+    return [seed for seed in first if all(seed in theirs for theirs in other)]
 
 
 def interval(found: Estimate) -> dict[str, float | None]:

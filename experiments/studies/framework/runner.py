@@ -89,10 +89,10 @@ def run(study: Study, workdir: pathlib.Path, workers: int, fresh: bool = False) 
     """
     folder = run_folder(study, workdir)
     folder.mkdir(parents=True, exist_ok=True)
-    (arms, seeds), code = study.selected(), source.digest(study)
+    code = source.digest(study)
     taken = {} if fresh or not study.measure.resumes else {
         (found["arm"], found["seed"]) for found in finished(study, folder, code)}
-    missing = {arm: [seed for seed in seeds if (arm, seed) not in taken] for arm in arms}
+    missing = {arm: [seed for seed in seeds if (arm, seed) not in taken] for arm, seeds in study.selected().items()}
     missing = {arm: todo for arm, todo in missing.items() if todo}
     if study.measure.resumes:
         _tell(study, folder, len(taken))
@@ -103,11 +103,11 @@ def run(study: Study, workdir: pathlib.Path, workers: int, fresh: bool = False) 
 
 
 def _tell(study, folder, taken):
-    arms, seeds = study.selected()
-    paths = [path for arm in arms for seed in seeds if (path := study.run_path(folder, arm, seed)).exists()]
+    every = _paths(study, folder)
+    paths = [path for path in every if path.exists()]
     if taken:
         newest = datetime.datetime.fromtimestamp(max(path.stat().st_mtime for path in paths))
-        print(f"{taken} of {len(arms) * len(seeds)} runs are taken from {folder}, the newest of "
+        print(f"{taken} of {len(every)} runs are taken from {folder}, the newest of "
               f"{newest:%Y-%m-%d %H:%M}; --fresh measures them again.", file=sys.stderr)
     if len(paths) > taken:
         print(f"{len(paths) - taken} finished runs are measured again: the source that they depend on has changed, or "
@@ -116,10 +116,13 @@ def _tell(study, folder, taken):
 
 def finished(study: Study, folder: pathlib.Path, code: str) -> list[dict[str, Any]]:
     """The runs of this source in the work directory, by arm and seed."""
-    arms, seeds = study.selected()
-    paths = [study.run_path(folder, arm, seed) for arm in arms for seed in seeds]
-    runs = [json.loads(path.read_text()) for path in paths if path.exists()]
+    runs = [json.loads(path.read_text()) for path in _paths(study, folder) if path.exists()]
     return [found for found in runs if found.get("code") == code]
+
+
+def _paths(study, folder):
+    """The files of all runs of a study, whether they are finished or not."""
+    return [study.run_path(folder, arm, seed) for arm, seeds in study.selected().items() for seed in seeds]
 
 
 def summarize(study: Study, runs: list[dict[str, Any]]) -> dict[str, Any]:

@@ -96,6 +96,7 @@ class Study:
 
     arms: {name: what distinguishes it}, as JSON data that `measure` understands.
     draw: makes the pictures: draw(results, runs, folder); from `results` alone if it can, then `--draw` needs no runs.
+    more_seeds: {arm: seeds beyond `seeds`}, for a claim that needs more of them than the other arms do.
     quick_arms: the arms of `--quick`; none: all. quick: whether this is that short form, whose numbers mean nothing.
     json_indent, json_end: the layout of results.json.
     """
@@ -107,6 +108,7 @@ class Study:
     quick_arms: tuple[str, ...] = ()
     claims: tuple[Claim, ...] = ()
     seeds: tuple[int, ...] = (0, 1, 2)
+    more_seeds: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
     quick_seeds: tuple[int, ...] = QUICK_SEEDS
     quick: bool = False
     json_indent: int = 1
@@ -118,6 +120,9 @@ class Study:
                 if isinstance(arm, str) and arm not in self.arms:
                     raise ValueError(f"{self.name}: {claim.says!r} speaks of {arm!r}, which is no arm; there are "
                                      f"{', '.join(self.arms)}.")
+        if unknown := self.more_seeds.keys() - self.arms.keys():
+            raise ValueError(f"{self.name}: more_seeds names {min(unknown)!r}, which is no arm; there are "
+                             f"{', '.join(self.arms)}.")
         after = self.measure.after
         if wrong := [arm for arm, first in after.items() if not {arm, first} <= self.arms.keys()]:
             raise ValueError(f"{self.name}: {wrong[0]!r} comes after {after[wrong[0]]!r}, and one of them is no arm; "
@@ -127,9 +132,11 @@ class Study:
         """The study as `--quick` runs it."""
         return dataclasses.replace(self, quick=True)
 
-    def selected(self) -> tuple[tuple[str, ...], tuple[int, ...]]:
-        """(arms, seeds) that run."""
-        return (self.quick_arms or tuple(self.arms), self.quick_seeds) if self.quick else (tuple(self.arms), self.seeds)
+    def selected(self) -> dict[str, tuple[int, ...]]:
+        """{arm: its seeds} of what runs."""
+        if self.quick:
+            return dict.fromkeys(self.quick_arms or self.arms, self.quick_seeds)
+        return {arm: self.seeds + self.more_seeds.get(arm, ()) for arm in self.arms}
 
     def waves(self, arms: list[str] | dict[str, Any]) -> list[list[str]]:
         """The arms in groups, each after the groups that its arms continue from."""
@@ -143,9 +150,10 @@ class Study:
 
     def config_hash(self) -> str:
         """The hash of all arms, the seeds and the claims."""
-        arms, seeds = self.selected()
-        return _digest([{arm: self.arm_hash(arm) for arm in arms}, seeds,
-                        [dataclasses.astuple(claim) for claim in self.claims]])
+        more = [] if self.quick or not self.more_seeds else [dict(self.more_seeds)]
+        return _digest([{arm: self.arm_hash(arm) for arm in self.selected()},
+                        self.quick_seeds if self.quick else self.seeds,
+                        [dataclasses.astuple(claim) for claim in self.claims], *more])
 
     def run_path(self, folder: pathlib.Path, arm: str, seed: int) -> pathlib.Path:
         """The file of a finished run. Its name contains the arm's hash: another config is another run."""

@@ -148,7 +148,7 @@ class Training(Measure):
             corpora.quick(folder / "corpus")
         if self.corpus:
             self.corpus(folder / "corpus")
-        for arm in study.selected()[0]:
+        for arm in study.selected():
             self.prepared(study, arm, folder)
 
     def run(self, job: Job) -> Iterator[dict[str, Any]]:

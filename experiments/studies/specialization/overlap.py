@@ -64,12 +64,12 @@ def main() -> None:
     args = parser.parse_args()
     study = STUDY.shortened() if args.quick else STUDY
     runs = finished(study, run_folder(study, pathlib.Path(args.workdir).resolve()), digest(study))
-    arms, seeds = study.selected()
-    if missing := len(arms) * len(seeds) - len(runs):
+    selected = study.selected()
+    if missing := sum(map(len, selected.values())) - len(runs):
         raise ConfigError(f"{study.name}: {missing} runs are not finished; start python -m experiments.studies."
                           f"{study.name}.run{' --quick' * args.quick}.")
     # All arms have the same model.
-    found = overlap(study.measure.config(study, arms[0]).model, runs)  # pyright: ignore[reportAttributeAccessIssue]
+    found = overlap(study.measure.config(study, next(iter(selected))).model, runs)  # pyright: ignore[reportAttributeAccessIssue]
     print(json.dumps(found, indent=1))
     if not args.quick:
         io.write_json(OUT, {"arms": found, **provenance()}, indent=1)
