@@ -134,7 +134,7 @@ TABLE = {
         [2048, *(of("needle_2048", arm, 100) for arm in ("2048, YaRN", "64", "2048, plain"))],
         [("needle_2048", "2048, YaRN", "64"), ("needle_2048", "2048, YaRN", "2048, plain")]),
     "... and lowers the loss of what is far away": (
-        "long_context", "# nats lower [# lower, # lower]; without YaRN # nats lower [# lower, # higher] still",
+        "long_context", "# nats lower [# lower, # lower]; without YaRN # nats lower [# lower, # lower] still",
         [change(FAR, "2048, YaRN", "64"), fall(FAR, "2048, YaRN", "2048, plain")],
         [(FAR, "2048, YaRN", "64"), (FAR, "2048, YaRN", "2048, plain")]),
     "attending to few chosen tokens costs loss far into a text (V3.2)": (

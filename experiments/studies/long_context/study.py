@@ -81,6 +81,7 @@ STUDY = Study(
         quick=SOURCES, corpus=corpora.needles, probe=far,
         after={"512, YaRN": "64", "2048, YaRN": "512, YaRN", "512, plain": "64", "2048, plain": "512, plain"}),
     draw=draw,
+    seeds=tuple(range(8)),
     quick_arms=("64", "512, YaRN"),
     claims=(
         Claim("Past its training length a model's loss is higher than inside it (64 tokens).", "past_inside", "64", 0.0,
