@@ -95,6 +95,13 @@ def test_committed_results_are_what_is_written_of_their_runs(name):
     assert runner.as_json(study, again) == text
 
 
+@pytest.mark.parametrize("name", [name for name in STUDIES if name != "fp8"])
+def test_results_name_the_machine_the_versions_and_the_seconds(name):
+    found = json.loads((FOLDER / name / "results.json").read_text())
+    assert "cores" in found["hardware"] and found["versions"]["jax"] and found["date"]
+    assert (found.get("seconds") or found["training_seconds_on_one_core"]) > 0
+
+
 @pytest.mark.parametrize("name", ["pipeline", "two_hop", "fp8"])
 def test_other_studies_keep_the_layout_of_their_results(name):
     text = (FOLDER / name / "results.json").read_text()
@@ -103,9 +110,10 @@ def test_other_studies_keep_the_layout_of_their_results(name):
 
 def test_the_pipeline_study_is_what_its_tables_say(tmp_path):
     study, text = STUDIES["pipeline"], (FOLDER / "pipeline" / "results.json").read_text()
-    runs = [{"arm": arm, **run} for arm in study.arms
+    runs = [{"arm": arm, "seconds": 0.1, **run} for arm in study.arms
             for run in study.measure.run(Job(study, arm, [0], tmp_path, lambda steps: None))]
-    made = {**runner.summarize(study, runs), **{part: json.loads(text)[part] for part in results.provenance()}}
+    committed = json.loads(text)
+    made = {**runner.summarize(study, runs), **{part: committed[part] for part in (*results.provenance(), "seconds")}}
     assert runner.as_json(study, made) == text
 
 
@@ -124,7 +132,7 @@ def test_the_fp8_study_is_what_its_config_and_its_losses_say():
 def test_the_fp8_study_gathers_its_sums_and_its_losses_in_the_order_of_the_committed_results():
     study, committed = STUDIES["fp8"], json.loads((FOLDER / "fp8" / "results.json").read_text())
     losses = lambda setting, variant, seed: committed["settings"][setting]["losses"][variant][str(seed)]
-    runs = [{"arm": name, "seed": seed,
+    runs = [{"arm": name, "seed": seed, "seconds": 1.0,
              **({"error": 0.5} if "group" in arm else {"losses": losses(**arm, seed=seed)})}
             for name, arm in study.arms.items() for seed in study.selected()[name]]
     made = runner.summarize(study, runs)
@@ -221,6 +229,19 @@ def test_an_arm_may_have_more_seeds_than_the_others(finished):
     assert results.paired(found, found["claims"][0]) == ["0", "1"]
     assert found["claims"] == runner.summarize(LEAST, finished[1])["claims"]
     assert results.verdict_lines(found)[0].endswith("over 2 seeds")
+
+
+def test_a_run_has_its_seconds(tmp_path):
+    class Counted(Training):
+        def run(self, job):
+            yield {"seed": 0}
+            yield {"seed": 1, "seconds": 7.0}
+
+    study = dataclasses.replace(LEAST, measure=Counted())
+    with mock.patch.object(runner, "_queue", mock.Mock()):
+        runner._work(study, "bias", [0, 1], tmp_path, "code")
+    first, second = (json.loads(study.run_path(tmp_path, "bias", seed).read_text()) for seed in (0, 1))
+    assert 0 <= first["seconds"] < 60 and second["seconds"] == 7.0
 
 
 def test_more_seeds_are_of_an_arm():

@@ -38,12 +38,11 @@ def by_arm(study: Study, runs: Runs) -> dict[str, Any]:
             "curves": {name: _means([run["curves"][name] for run in mine.values()]) for name in first["curves"]},
             "probes": {name: _means([run["probes"][name] for run in mine.values()]) for name in first["probes"]},
             "arrays": first["arrays"]}
-    seconds = sum(run["seconds"] for run in runs)
     return {"study": study.name, "quick": study.quick, "config_hash": study.config_hash(),
             "seeds": sorted(seeds), "steps": study.measure.steps(study, runs[0]["arm"]),
             "claims": judged(study, runs), "arms": arms, "corpus": runs[0]["corpus"],
             "command": f"python -m experiments.studies.{study.name}.run" + (" --quick" if study.quick else ""),
-            "training_seconds_on_one_core": round(seconds), **provenance()}
+            "training_seconds_on_one_core": round(seconds(runs)), **provenance()}
 
 
 def _seeds(runs):
@@ -97,6 +96,11 @@ def interval(found: Estimate) -> dict[str, float | None]:
 
 def _means(curves):
     return [sum(column) / len(column) for column in zip(*curves, strict=True)]
+
+
+def seconds(runs: Runs) -> float:
+    """The seconds that all runs took together."""
+    return round(sum(run["seconds"] for run in runs), 1)
 
 
 def provenance() -> dict[str, Any]:

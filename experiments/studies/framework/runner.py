@@ -19,6 +19,7 @@ import os
 import pathlib
 import sys
 import threading
+import time
 import traceback
 from typing import Any
 
@@ -197,8 +198,12 @@ def _start_worker(queue):
 
 
 def _work(study, arm, seeds, folder, code):
+    begun = time.perf_counter()
     for result in study.measure.run(Job(study, arm, seeds, folder, _queue.put)):
-        io.write_json(study.run_path(folder, arm, result["seed"]), {"arm": arm, "code": code, **result}, indent=None)
+        took = round(time.perf_counter() - begun, 3)
+        io.write_json(study.run_path(folder, arm, result["seed"]),
+                      {"arm": arm, "code": code, "seconds": took, **result}, indent=None)
+        begun = time.perf_counter()
 
 
 def write_results(study: Study, results: dict[str, Any], runs: list[dict[str, Any]], folder: pathlib.Path) -> None:

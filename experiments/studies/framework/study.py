@@ -64,7 +64,10 @@ class Measure(abc.ABC):
 
     @abc.abstractmethod
     def run(self, job: Job) -> Iterator[dict[str, Any]]:
-        """Yields a result, as JSON data, for each of the job's seeds, with the key "seed"."""
+        """Yields a result, as JSON data, for each of the job's seeds, with the key "seed".
+
+        The runner adds "seconds", unless the result has its own.
+        """
 
     @abc.abstractmethod
     def summarize(self, study: Study, runs: list[dict[str, Any]]) -> dict[str, Any]:
