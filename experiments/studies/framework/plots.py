@@ -122,7 +122,7 @@ def curves(axis: Any, results: dict[str, Any], name: str, every: int = 10) -> No
     """Mean over the seeds of a curve, by step."""
     for colour, (arm, found) in zip(PALETTE, results["arms"].items()):
         values = found["curves"][name]
-        steps = np.minimum((np.arange(len(values)) + 1) * every, results["steps"])
+        steps = np.minimum((np.arange(len(values)) + 1) * every, found["steps"])
         axis.plot(steps, values, color=colour, label=arm, linewidth=1.6)
 
 

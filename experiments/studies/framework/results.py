@@ -31,15 +31,14 @@ def by_arm(study: Study, runs: Runs) -> dict[str, Any]:
         mine = {run["seed"]: run for run in runs if run["arm"] == arm}
         first = next(iter(mine.values()))
         arms[arm] = {
-            "config": study.arms[arm], "parameters": first["parameters"],
+            "config": study.arms[arm], "steps": study.measure.steps(study, arm), "parameters": first["parameters"],
             "metrics": {name: {**interval(estimate([run["metrics"][name] for run in mine.values()])),
                                "seeds": {str(seed): run["metrics"][name] for seed, run in mine.items()}}
                         for name in first["metrics"]},
             "curves": {name: _means([run["curves"][name] for run in mine.values()]) for name in first["curves"]},
             "probes": {name: _means([run["probes"][name] for run in mine.values()]) for name in first["probes"]},
             "arrays": first["arrays"]}
-    return {"study": study.name, "quick": study.quick, "config_hash": study.config_hash(),
-            "seeds": sorted(seeds), "steps": study.measure.steps(study, runs[0]["arm"]),
+    return {"study": study.name, "quick": study.quick, "config_hash": study.config_hash(), "seeds": sorted(seeds),
             "claims": judged(study, runs), "arms": arms, "corpus": runs[0]["corpus"],
             "command": f"python -m experiments.studies.{study.name}.run" + (" --quick" if study.quick else ""),
             "training_seconds_on_one_core": round(seconds(runs)), **provenance()}
