@@ -33,9 +33,9 @@ def claim(results, metric, arm, against):
     return next(c for c in results["claims"] if (c["metric"], c["arm"], c["against"]) == (metric, arm, against))
 
 
-def change(*names):
+def change(*names, times=1):
     """Of a paired difference: `arm` less `against`."""
-    return lambda results: [claim(results, *names)["difference"][x] for x in ("mean", "low", "high")]
+    return lambda results: [times * claim(results, *names)["difference"][x] for x in ("mean", "low", "high")]
 
 
 def fall(*names):
@@ -78,6 +78,9 @@ TABLE = {
         "dense", "# nats [#, #] higher from #M tokens, # [#, #] higher from #M",
         [change(LOSS, "mixture", "active"), STEPS * TOKENS / 1e6, change(LOSS, "mixture, long", "active, long"),
          LONG * STEPS * TOKENS / 1e6], [(LOSS, "mixture", "active"), (LOSS, "mixture, long", "active, long")]),
+    "... in as much time as that dense model": (
+        "dense", "# nats [#, #] higher on two cores", [change(LOSS, "mixture", "active, equal time")],
+        [(LOSS, "mixture", "active, equal time")]),
     "... than one of as many in total, with as much compute or time": (
         "dense", "# nats [#, #] and # [#, #] lower",
         [fall(LOSS, "mixture", "total, equal compute"), fall(LOSS, "mixture", "total, equal time")],
@@ -116,6 +119,9 @@ TABLE = {
     "... at no loss": (
         "routing_limit", "# nodes instead of #: # nats [#, #]", [4, 8, change(LOSS, "4 of 8", "8 of 8")],
         [(LOSS, "4 of 8", "8 of 8")]),
+    "... one node costs loss": (
+        "routing_limit", "# node instead of #: # nats [#, #] higher", [1, 8, change(LOSS, "1 of 8", "8 of 8")],
+        [(LOSS, "1 of 8", "8 of 8")]),
     "with 22M parameters the bias balances better than the auxiliary loss": (
         "larger", "# [#, #] against # [#, #]", [of(VIO, "recipe"), of(VIO, "aux 1e-3")],
         [(VIO, "recipe", "aux 1e-3")]),
@@ -129,6 +135,9 @@ TABLE = {
     "... and MLA learns as well as MHA or better": (
         "larger", "# nats [#, #] lower, # numbers against #, equal parameters",
         [fall(LOSS, "recipe", "MHA"), LARGER_CACHE["recipe"], LARGER_CACHE["MHA"]], [(LOSS, "recipe", "MHA")]),
+    "past its training length a model's loss is higher than inside it": (
+        "long_context", "# nats [#, #] lower past # tokens: what lies behind helps even where positions are new",
+        [fall("past_inside", "64", 0.0), 64], [("past_inside", "64", 0.0)]),
     "YaRN in two phases carries a model to 32 times its length": (
         "long_context", "in # tokens # % [#, #], before # % [#, #]; the same training without YaRN # % [#, #]",
         [2048, *(of("needle_2048", arm, 100) for arm in ("2048, YaRN", "64", "2048, plain"))],
@@ -190,9 +199,13 @@ TABLE = {
          of("reward", "fine-tuned, GRPO", 100)],
         [("reward", "GRPO", 0.7), ("reward", "fine-tuned, GRPO", "fine-tuned")]),
     "a small model learns more from a large one's answers than by reinforcement learning (R1)": (
-        "post_training", "#, # and # % right against #, # and # %",
-        [each("reward", "small, distilled"), each("reward", "small, GRPO")],
+        "post_training", "#, # and # % right against #, # and # %: # points [#, #] more",
+        [each("reward", "small, distilled"), each("reward", "small, GRPO"),
+         change("reward", "small, distilled", "small, GRPO", times=100)],
         [("reward", "small, distilled", "small, GRPO")]),
+    "GRPO learns faster in groups of 16 answers than of 4, from as many": (
+        "post_training", "mean reward over # steps # [#, #] lower",
+        [30, fall("mean_reward", "groups of 16", "groups of 4")], [("mean_reward", "groups of 16", "groups of 4")]),
     "DualPipe idles less than ZB1P and 1F1B, at PP + 1 activations": (
         "pipeline", "#, #, # of about # at # ranks, # micro-batches; exact, computed", [schedules], None),
 }

@@ -86,7 +86,7 @@ def test_committed_results_are_what_is_written_of_their_runs(name):
     committed, study = json.loads(text), STUDIES[name]
     runs = [{"arm": arm, "seed": seed, "metrics": {n: m["seeds"][str(seed)] for n, m in found["metrics"].items()},
              **{part: found[part] for part in ("curves", "probes", "arrays", "parameters")},
-             "corpus": committed["corpus"], "seconds": committed["training_seconds_on_one_core"]}
+             "corpus": committed["corpus"], "seconds": 1.0, "made": results.provenance()}
             for arm, found in committed["arms"].items() for seed in seeds_of(found)]
     with mock.patch.object(results, "_means", lambda curves: curves[0]):
         again = results.by_arm(study, runs)
@@ -110,7 +110,7 @@ def test_other_studies_keep_the_layout_of_their_results(name):
 
 def test_the_pipeline_study_is_what_its_tables_say(tmp_path):
     study, text = STUDIES["pipeline"], (FOLDER / "pipeline" / "results.json").read_text()
-    runs = [{"arm": arm, "seconds": 0.1, **run} for arm in study.arms
+    runs = [{"arm": arm, "seconds": 0.1, "made": results.provenance(), **run} for arm in study.arms
             for run in study.measure.run(Job(study, arm, [0], tmp_path, lambda steps: None))]
     committed = json.loads(text)
     made = {**runner.summarize(study, runs), **{part: committed[part] for part in (*results.provenance(), "seconds")}}
@@ -132,7 +132,7 @@ def test_the_fp8_study_is_what_its_config_and_its_losses_say():
 def test_the_fp8_study_gathers_its_sums_and_its_losses_in_the_order_of_the_committed_results():
     study, committed = STUDIES["fp8"], json.loads((FOLDER / "fp8" / "results.json").read_text())
     losses = lambda setting, variant, seed: committed["settings"][setting]["losses"][variant][str(seed)]
-    runs = [{"arm": name, "seed": seed, "seconds": 1.0,
+    runs = [{"arm": name, "seed": seed, "seconds": 1.0, "made": results.provenance(),
              **({"error": 0.5} if "group" in arm else {"losses": losses(**arm, seed=seed)})}
             for name, arm in study.arms.items() for seed in study.selected()[name]]
     made = runner.summarize(study, runs)
@@ -229,6 +229,28 @@ def test_an_arm_may_have_more_seeds_than_the_others(finished):
     assert results.paired(found, found["claims"][0]) == ["0", "1"]
     assert found["claims"] == runner.summarize(LEAST, finished[1])["claims"]
     assert results.verdict_lines(found)[0].endswith("over 2 seeds")
+
+
+def test_results_name_every_machine_and_version_of_their_runs(finished):
+    first, second = ([run for run in finished[1] if run["seed"] == seed] for seed in (0, 1))
+    made = {"date": "2031-05-06", "hardware": "An abacus, 1 core", "versions": {**results.provenance()["versions"],
+                                                                                 "jax": "99"}}
+    here = first[0]["made"]
+    found = runner.summarize(LEAST, [*first, *({**run, "made": made} for run in second)])
+
+    assert found["hardware"] == f"{here['hardware']} (seeds 0); An abacus, 1 core (seeds 1)"
+    assert found["date"] == "2031-05-06" and found["versions"]["numpy"] == here["versions"]["numpy"]
+    assert found["versions"]["jax"] == f"{here['versions']['jax']}, 99"
+    alone = runner.summarize(LEAST, finished[1])
+    assert {part: alone[part] for part in here} == here == results.provenance()
+
+
+def test_the_arms_of_a_seed_are_of_one_machine(finished):
+    one, *others = finished[1]
+    elsewhere = {**one, "made": {**one["made"], "hardware": "An abacus, 1 core"}}
+    with pytest.raises(ConfigError, match=r"the runs of seed 0 were made on several machines \(An abacus, 1 core; .* "
+                                          "measure all arms of a seed on one: --fresh, or another --workdir"):
+        runner.summarize(LEAST, [elsewhere, *others])
 
 
 def test_a_run_has_its_seconds(tmp_path):

@@ -46,6 +46,20 @@ MUTATIONS = [
         tests="experiments/test_studies.py::test_an_arm_may_have_more_seeds_than_the_others",
     ),
     Mutation(
+        name="studies: results name the machine that writes them, not those of the runs",
+        file="experiments/studies/framework/results.py",
+        old="round(seconds(runs)), **origin(runs)}",
+        new="round(seconds(runs)), **provenance()}",
+        tests="experiments/test_studies.py::test_results_name_every_machine_and_version_of_their_runs",
+    ),
+    Mutation(
+        name="studies: arms of a seed may be of several machines",
+        file="experiments/studies/framework/results.py",
+        old="if seeds.count(seed) > 1]",
+        new="if seeds.count(seed) > 9]",
+        tests="experiments/test_studies.py::test_the_arms_of_a_seed_are_of_one_machine",
+    ),
+    Mutation(
         name="studies: an arm's more seeds do not run",
         file="experiments/studies/framework/study.py",
         old="self.seeds + self.more_seeds.get(arm, ())",

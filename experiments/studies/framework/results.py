@@ -21,7 +21,7 @@ def by_arm(study: Study, runs: Runs) -> dict[str, Any]:
     """results.json of a study whose runs have metrics, curves, probes and arrays.
 
     Raises:
-      ConfigError: the runs did not all read the same text.
+      ConfigError: the runs did not all read the same text, or those of a seed were not all made on one machine.
     """
     if len({json.dumps(run["corpus"]) for run in runs}) > 1:
         raise ConfigError(f"{study.name}: some of the finished runs read another text than the others (another Python, "
@@ -41,7 +41,7 @@ def by_arm(study: Study, runs: Runs) -> dict[str, Any]:
     return {"study": study.name, "quick": study.quick, "config_hash": study.config_hash(), "seeds": sorted(seeds),
             "claims": judged(study, runs), "arms": arms, "corpus": runs[0]["corpus"],
             "command": f"python -m experiments.studies.{study.name}.run" + (" --quick" if study.quick else ""),
-            "training_seconds_on_one_core": round(seconds(runs)), **provenance()}
+            "training_seconds_on_one_core": round(seconds(runs)), **origin(runs)}
 
 
 def _seeds(runs):
@@ -102,8 +102,28 @@ def seconds(runs: Runs) -> float:
     return round(sum(run["seconds"] for run in runs), 1)
 
 
+def origin(runs: Runs) -> dict[str, Any]:
+    """The provenance of finished runs: the newest date, and where they differ, every machine and version.
+
+    Raises:
+      ConfigError: the runs of a seed are of several machines, which round differently; arms are compared by seed.
+    """
+    machines = {}
+    for run in runs:
+        machines.setdefault(run["made"]["hardware"], set()).add(run["seed"])
+    seeds = [seed for mine in machines.values() for seed in mine]
+    if twice := [seed for seed in sorted(set(seeds)) if seeds.count(seed) > 1]:
+        raise ConfigError(f"the runs of seed {twice[0]} were made on several machines ({'; '.join(machines)}), which "
+                          "round differently; measure all arms of a seed on one: --fresh, or another --workdir.")
+    name = lambda machine, mine: f"{machine} (seeds {', '.join(map(str, sorted(mine)))})"
+    return {"date": max(run["made"]["date"] for run in runs),
+            "hardware": "; ".join(name(*x) for x in machines.items()) if len(machines) > 1 else next(iter(machines)),
+            "versions": {library: ", ".join(sorted({run["made"]["versions"][library] for run in runs}))
+                         for library in runs[0]["made"]["versions"]}}
+
+
 def provenance() -> dict[str, Any]:
-    """The date, the machine and the versions with which numbers were made."""
+    """The date, the machine and the versions of what this process measures."""
     names = ("jax", "jaxlib", "flax", "optax", "numpy", "tokenizers")
     return {"date": datetime.date.today().isoformat(), "hardware": f"{_cpu_model()}, {os.cpu_count()} cores",
             "versions": {"python": platform.python_version(), **{n: importlib.metadata.version(n) for n in names}}}

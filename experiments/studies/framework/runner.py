@@ -28,6 +28,7 @@ import tqdm
 from deepseek_jax import cli, io, runtime
 from deepseek_jax.config import ConfigError
 from experiments.studies.framework import source
+from experiments.studies.framework.results import provenance
 from experiments.studies.framework.study import Job, Study
 
 STUDIES = pathlib.Path(__file__).resolve().parents[1]
@@ -202,7 +203,7 @@ def _work(study, arm, seeds, folder, code):
     for result in study.measure.run(Job(study, arm, seeds, folder, _queue.put)):
         took = round(time.perf_counter() - begun, 3)
         io.write_json(study.run_path(folder, arm, result["seed"]),
-                      {"arm": arm, "code": code, "seconds": took, **result}, indent=None)
+                      {"arm": arm, "code": code, "seconds": took, "made": provenance(), **result}, indent=None)
         begun = time.perf_counter()
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from deepseek_jax.pipeline.validate import compare
 from experiments.studies.framework import plots
-from experiments.studies.framework.results import provenance, seconds
+from experiments.studies.framework.results import origin, seconds
 from experiments.studies.framework.study import Job, Measure, Study
 
 RANKS = 8
@@ -29,7 +29,7 @@ class Tables(Measure):
 
     def summarize(self, study: Study, runs: list[dict[str, Any]]) -> dict[str, Any]:
         return {"config": CONFIG, "rows": {run["arm"]: run["rows"] for run in runs}, "seconds": seconds(runs),
-                **provenance()}
+                **origin(runs)}
 
     def lines(self, results: dict[str, Any]) -> list[str]:
         return [f"{row['schedule']:9s} idle {row['idle']:g} of {row['makespan']:g}, "

@@ -20,7 +20,7 @@ from deepseek_jax.parallel.dispatch import ExpertLayout, route_hops, to_experts,
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.parallel.sharding import spec
 from deepseek_jax.plots.training import plot_dispatch
-from experiments.studies.framework.results import provenance, seconds
+from experiments.studies.framework.results import origin, seconds
 from experiments.studies.framework.runner import ROOT
 from experiments.studies.framework.study import Job, Measure, Study
 
@@ -50,7 +50,7 @@ class Traffic(Measure):
         found = {run["arm"]: run["bytes per token"] for run in runs}
         ratio = found["two_hop"]["cross_node_bytes"] / found["flat"]["cross_node_bytes"]
         return {"tokens": runs[0]["tokens"], "bytes per token": found, "two hops / flat, across nodes": ratio,
-                "relative error of FP8 dispatch": runs[0]["fp8_error"], "seconds": seconds(runs), **provenance()}
+                "relative error of FP8 dispatch": runs[0]["fp8_error"], "seconds": seconds(runs), **origin(runs)}
 
     def lines(self, results: dict[str, Any]) -> list[str]:
         return [json.dumps(results, indent=2)]
