@@ -21,9 +21,9 @@ ARMS = {"mixture": ("mixture", "tokens"), "active": ("active", "tokens"), "activ
         **{f"{kind}, long": (kind, "long") for kind in KINDS}}
 LABELS = {"mixture": "mixture", "active": "dense, as many active", "total": "dense, as many in total"}
 # What a step costs: (title, label, of a kind).
-AXES = (("Equal tokens", "million tokens", lambda kind: TOKENS / 1e6),
-        ("Equal compute", "TFLOP", lambda kind: flops(kind) / 1e12),
-        ("Equal time", "seconds on two cores", seconds))
+AXES = (("Equal tokens: down is better", "million tokens", lambda kind: TOKENS / 1e6),
+        ("Equal compute: down is better", "TFLOP", lambda kind: flops(kind) / 1e12),
+        ("Equal time: down is better", "seconds on two cores", seconds))
 
 
 def draw(results: dict[str, Any], runs: list[dict[str, Any]], folder: pathlib.Path) -> None:

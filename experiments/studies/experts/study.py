@@ -25,7 +25,7 @@ def draw(results: dict, runs: list[dict], folder: pathlib.Path) -> None:
     made, (loss, apart) = plots.figure(3.8, 2)
     plots.intervals(loss, results, "loss", labels=[_label(arm, found["config"])
                                                    for arm, found in results["arms"].items()])
-    plots.finish(loss, "Loss at equal active parameters", "held-out loss, nats per token")
+    plots.finish(loss, "Loss at equal active parameters: left is better", "held-out loss, nats per token")
     plots.differences(apart, results, "loss", [(c["arm"], c["against"]) for c in results["claims"]])
     plots.finish(apart, "Differences, paired by seed", "nats per token (left of 0: better)")
     plots.save(made, folder / "experts.png", plots.INTERVALS)

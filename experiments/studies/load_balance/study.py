@@ -23,7 +23,7 @@ def draw(results: dict, runs: list[dict], folder: pathlib.Path) -> None:
     plots.curves(over_time, results, "max_vio_batch")
     plots.logarithmic(over_time, "y")
     plots.legend(over_time, loc="center right")
-    plots.finish(over_time, "Balance while training", "step", "MaxVio of a batch, mean of 10 steps")
+    plots.finish(over_time, "While training: down is better", "step", "MaxVio of a batch, mean of 10 steps")
     plots.save(made, folder / "load_balance.png", plots.INTERVALS)
 
 

@@ -26,9 +26,9 @@ def draw(results: dict, runs: list[dict], folder: pathlib.Path) -> None:
     rising.axhspan(85, 90, color="0.88", label="the report")
     rising.set_ylim(0, 100)
     plots.legend(rising, loc="upper center", bbox_to_anchor=(0.5, -0.17))
-    plots.finish(rising, "Drafts accepted, held-out text", "step", "%")
+    plots.finish(rising, "Drafts accepted: up is better", "step", "%")
     plots.intervals(losses, results, "loss", labels=("without", "with\nMTP"))
-    plots.finish(losses, "Loss of the next token", "nats per token")
+    plots.finish(losses, "Loss: left is better", "nats per token")
     draw_speed(speed, results["arms"]["MTP"]["metrics"]["acceptance_decoding"])
     plots.save(made, folder / "mtp.png", f"{plots.INTERVALS} Right: measured on a CPU, with larger models.")
 

@@ -43,7 +43,7 @@ def draw(results: dict, runs: list[dict], folder: pathlib.Path) -> None:
     first = {arm: arms[arm] for arm in SHARES if arm in arms}
     plots.intervals(final, {"arms": first}, "reward")
     final.set_xlim(-0.02, 1.02)
-    plots.finish(final, "Right answers, temperature 1", "share")
+    plots.finish(final, "Right answers: right is better", "share, at temperature 1")
     for colour, arm in zip(plots.PALETTE, RISING):
         if arm in arms:
             reward = arms[arm]["curves"]["reward"]
@@ -52,7 +52,7 @@ def draw(results: dict, runs: list[dict], folder: pathlib.Path) -> None:
     plots.legend(rising, loc="lower right")
     plots.finish(rising, "Reward while GRPO trains", "step", "mean of the step's answers")
     plots.differences(apart, results, "mean_reward", [(arm, "GRPO") for arm in VARIANTS])
-    plots.finish(apart, "Mean reward of all steps", "difference")
+    plots.finish(apart, "Mean reward, paired", "of all steps (right: better)")
     plots.save(made, folder / "post_training.png", plots.INTERVALS)
 
 

@@ -38,10 +38,11 @@ def draw(results: dict, runs: list[dict], folder: pathlib.Path) -> None:
     shown = {**results, "arms": {arm: results["arms"][arm] for arm in SHOWN if arm in results["arms"]}}
     labels = [f"{arm}, k = {CHOSEN[-1]}\n(no more training)" if arm == "warm-up" else arm for arm in shown["arms"]]
     made, axes = plots.figure(6.6, 2, 2)
-    plots.intervals(axes[0], shown, "loss_512_2048", labels=labels)
-    plots.finish(axes[0], "Loss of held-out code, positions 512 to 2,047", "nats per token")
+    pairs = [*((arm, "dense") for arm in SHOWN[1:]), (f"k = {CHOSEN[-1]}", "warm-up")]
+    plots.differences(axes[0], results, "loss_512_2048", pairs)
+    plots.finish(axes[0], "Loss at positions 512 to 2,047: left is better", "nats per token, paired by seed")
     plots.intervals(axes[1], shown, "needle_2048", labels=labels)
-    plots.finish(axes[1], "Needles found in 2,048 tokens", "share")
+    plots.finish(axes[1], "Needles found in 2,048 tokens: right is better", "share")
     draw_positions(axes[2], shown)
     draw_costs(axes[3])
     plots.save(made, folder / "sparse_attention.png", plots.INTERVALS)
