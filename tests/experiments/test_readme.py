@@ -38,9 +38,9 @@ def change(*names, times=1):
     return lambda results: [times * claim(results, *names)["difference"][x] for x in ("mean", "low", "high")]
 
 
-def fall(*names):
+def fall(*names, times=1):
     """The same the other way round: by how much `arm` is lower."""
-    return lambda results: [-claim(results, *names)["difference"][x] for x in ("mean", "high", "low")]
+    return lambda results: [-times * claim(results, *names)["difference"][x] for x in ("mean", "high", "low")]
 
 
 def fp8_losses(results):
@@ -54,8 +54,8 @@ def fp8_sum(name):
 
 def schedules(results):
     mine = {row["schedule"]: row for row in results["rows"]["no overlap gains"] if row["microbatches"] == 32}
-    return [*(mine[name]["idle"] for name in ("dualpipe", "zb1p", "1f1b")), mine["dualpipe"]["makespan"],
-            mine["dualpipe"]["ranks"], 32]
+    times = [mine[name][part] for name in ("dualpipe", "zb1p", "1f1b") for part in ("idle", "makespan")]
+    return [*times, mine["dualpipe"]["ranks"], 32]
 
 
 VIO, LOSS, FAR = "max_vio_global", "loss", "loss_512_2048"
@@ -79,15 +79,21 @@ TABLE = {
         [change(LOSS, "mixture", "active"), STEPS * TOKENS / 1e6, change(LOSS, "mixture, long", "active, long"),
          LONG * STEPS * TOKENS / 1e6], [(LOSS, "mixture", "active"), (LOSS, "mixture, long", "active, long")]),
     "... in as much time as that dense model": (
-        "dense", "# nats [#, #] higher on two cores", [change(LOSS, "mixture", "active, equal time")],
+        "dense", "# nats [#, #] higher: on two cores the dense model makes # steps in the time of its #",
+        [change(LOSS, "mixture", "active, equal time"), *(lambda r, arm=arm: [r["arms"][arm]["steps"]]
+                                                          for arm in ("active, equal time", "mixture"))],
         [(LOSS, "mixture", "active, equal time")]),
-    "... than one of as many in total, with as much compute or time": (
-        "dense", "# nats [#, #] and # [#, #] lower",
+    "a dense model of as many parameters in total learns better than a mixture from as many tokens": (
+        "dense", "the mixture # nats [#, #] higher from #M tokens, # [#, #] higher from #M",
+        [change(LOSS, "mixture", "total"), STEPS * TOKENS / 1e6, change(LOSS, "mixture, long", "total, long"),
+         LONG * STEPS * TOKENS / 1e6], [(LOSS, "mixture", "total"), (LOSS, "mixture, long", "total, long")]),
+    "... but worse with as much compute or time": (
+        "dense", "the mixture # nats [#, #] and # [#, #] lower",
         [fall(LOSS, "mixture", "total, equal compute"), fall(LOSS, "mixture", "total, equal time")],
         [(LOSS, "mixture", "total, equal compute"), (LOSS, "mixture", "total, equal time")]),
     "MTP drafts a usable second token": (
-        "mtp", "# % [#, #]; a table of bigrams # % [#, #]",
-        [of("acceptance_decoding", "MTP", 100), of("acceptance_bigrams", "MTP", 100)],
+        "mtp", "# % [#, #] while decoding; on held-out text # % [#, #], a table of bigrams # % [#, #]",
+        [of(f"acceptance_{name}", "MTP", 100) for name in ("decoding", "greedy", "bigrams")],
         [("acceptance_over_bigrams", "MTP", 0.0), ("acceptance_decoding", "MTP", 0.85)]),
     "... and makes the main head better": (
         "mtp", "# nats [#, #] lower", [fall(LOSS, "MTP", "none")], [(LOSS, "MTP", "none")]),
@@ -95,8 +101,8 @@ TABLE = {
         "bias_rule", "MaxVio_global at # # [#, #], at # # [#, #]",
         [1e-3, of(VIO, "sign 1e-3"), 5e-3, of(VIO, "sign 5e-3")], [(VIO, "sign 1e-3", "sign 5e-3")]),
     "proportional steps balance better, at a higher loss": (
-        "bias_rule", "# [#, #] better; # nats [#, #]",
-        [fall(VIO, "proportional 2e-2", "sign 5e-3"), change(LOSS, "proportional 2e-2", "sign 5e-3")],
+        "bias_rule", "MaxVio_global # lower [# lower, # higher]; loss # nats higher [# lower, # higher]",
+        [change(VIO, "proportional 2e-2", "sign 5e-3"), change(LOSS, "proportional 2e-2", "sign 5e-3")],
         [(VIO, "proportional 2e-2", "sign 5e-3"), (LOSS, "proportional 2e-2", "sign 5e-3")]),
     "many small experts and a shared one beat few large ones": (
         "experts", "# nats [#, #] lower at equal active parameters", [fall(LOSS, "finer, shared", "few large")],
@@ -113,12 +119,12 @@ TABLE = {
         [fall(LOSS, "loss-free", "sequence-wise"), fall(LOSS, "batch-wise", "sequence-wise")],
         [(LOSS, "loss-free", "sequence-wise"), (LOSS, "batch-wise", "sequence-wise")]),
     "limiting nodes saves copies": (
-        "routing_limit", "# nodes instead of #: # [#, #] fewer of #",
+        "routing_limit", "# nodes instead of #: # [#, #] fewer copies a token, of #",
         [2, 8, fall("nodes_per_token", "2 of 8", "8 of 8"), lambda r: of("nodes_per_token", "8 of 8")(r)[:1]],
         [("nodes_per_token", "2 of 8", "8 of 8")]),
-    "... at no loss": (
-        "routing_limit", "# nodes instead of #: # nats [#, #]", [4, 8, change(LOSS, "4 of 8", "8 of 8")],
-        [(LOSS, "4 of 8", "8 of 8")]),
+    "... and half of the nodes as the limit costs loss": (
+        "routing_limit", "# nodes instead of #: # nats lower [# lower, # higher]",
+        [4, 8, change(LOSS, "4 of 8", "8 of 8")], [(LOSS, "4 of 8", "8 of 8")]),
     "... one node costs loss": (
         "routing_limit", "# node instead of #: # nats [#, #] higher", [1, 8, change(LOSS, "1 of 8", "8 of 8")],
         [(LOSS, "1 of 8", "8 of 8")]),
@@ -135,16 +141,17 @@ TABLE = {
     "... and MLA learns as well as MHA or better": (
         "larger", "# nats [#, #] lower, # numbers against #, equal parameters",
         [fall(LOSS, "recipe", "MHA"), LARGER_CACHE["recipe"], LARGER_CACHE["MHA"]], [(LOSS, "recipe", "MHA")]),
-    "past its training length a model's loss is higher than inside it": (
-        "long_context", "# nats [#, #] lower past # tokens: what lies behind helps even where positions are new",
-        [fall("past_inside", "64", 0.0), 64], [("past_inside", "64", 0.0)]),
+    "past its training length a model loses more than inside it": (
+        "long_context",
+        "at positions # to #, less # to #, # nats [#, #] more than the same model trained on at # tokens",
+        [64, 511, 32, 63, change("past_inside", "64", "512, plain"), 512], [("past_inside", "64", "512, plain")]),
     "YaRN in two phases carries a model to 32 times its length": (
         "long_context", "in # tokens # % [#, #], before # % [#, #]; the same training without YaRN # % [#, #]",
         [2048, *(of("needle_2048", arm, 100) for arm in ("2048, YaRN", "64", "2048, plain"))],
         [("needle_2048", "2048, YaRN", "64"), ("needle_2048", "2048, YaRN", "2048, plain")]),
     "... and lowers the loss of what is far away": (
-        "long_context", "# nats lower [# lower, # lower]; without YaRN # nats lower [# lower, # lower] still",
-        [change(FAR, "2048, YaRN", "64"), fall(FAR, "2048, YaRN", "2048, plain")],
+        "long_context", "# nats [#, #] lower; without YaRN # nats [#, #] lower still",
+        [fall(FAR, "2048, YaRN", "64"), change(FAR, "2048, YaRN", "2048, plain")],
         [(FAR, "2048, YaRN", "64"), (FAR, "2048, YaRN", "2048, plain")]),
     "attending to few chosen tokens costs loss far into a text (V3.2)": (
         "sparse_attention", "#, # and # of # tokens: # nats [#, #], # [#, #] and # [#, #]",
@@ -180,11 +187,13 @@ TABLE = {
         [change(LOSS, "Muon, twice the rate, equal time", "AdamW"), RATES["twice"]],
         [(LOSS, "Muon, twice the rate, equal time", "AdamW")]),
     "Muon's attention logits grow larger": (
-        "optimizers", "largest # [#, #] against AdamW's # [#, #]", [of("max_logit", "Muon"), of("max_logit", "AdamW")],
-        [("max_logit", "Muon", "AdamW")]),
+        "optimizers", "largest at the same rate, #, # [#, #] against AdamW's # [#, #]; at Muon's best, #, # [#, #]",
+        [RATES[""], of("max_logit", "Muon"), of("max_logit", "AdamW"), RATES["twice"],
+         of("max_logit", "Muon, twice the rate")],
+        [("max_logit", "Muon", "AdamW"), ("max_logit", "Muon, twice the rate", "AdamW")]),
     "... and clipping them (QK-clip) costs loss": (
-        "optimizers", "clipped at #, half of the largest logit: # nats [#, #] higher",
-        [TAU, change(LOSS, "Muon, QK-clip", "Muon")],
+        "optimizers", "at #, clipped at #, half of the largest logit: # nats [#, #] higher",
+        [RATES[""], TAU, change(LOSS, "Muon, QK-clip", "Muon")],
         [(LOSS, "Muon, QK-clip", "Muon")]),
     "FP8 trains as bfloat16 does": (
         "fp8", "`small` at the report's learning rate: #, # and # % apart at most, mean # % [#, #]", [fp8_losses],
@@ -197,17 +206,19 @@ TABLE = {
         "right answers # % [#, #] to # % [#, #] after # steps; fine-tuned # % [#, #] to # % [#, #]",
         [of("reward", "pre-trained", 100), of("reward", "GRPO", 100), 30, of("reward", "fine-tuned", 100),
          of("reward", "fine-tuned, GRPO", 100)],
-        [("reward", "GRPO", 0.7), ("reward", "fine-tuned, GRPO", "fine-tuned")]),
+        [("reward", "GRPO", "pre-trained"), ("reward", "fine-tuned, GRPO", "fine-tuned")]),
     "a small model learns more from a large one's answers than by reinforcement learning (R1)": (
         "post_training", "#, # and # % right against #, # and # %: # points [#, #] more",
         [each("reward", "small, distilled"), each("reward", "small, GRPO"),
          change("reward", "small, distilled", "small, GRPO", times=100)],
         [("reward", "small, distilled", "small, GRPO")]),
-    "GRPO learns faster in groups of 16 answers than of 4, from as many": (
-        "post_training", "mean reward over # steps # [#, #] lower",
-        [30, fall("mean_reward", "groups of 16", "groups of 4")], [("mean_reward", "groups of 16", "groups of 4")]),
+    "GRPO learns faster in groups of 16 answers than of 4, from 128 answers a step": (
+        "post_training", "right answers, averaged over the # steps: # points [#, #] fewer",
+        [30, fall("mean_reward", "groups of 16", "groups of 4", times=100)],
+        [("mean_reward", "groups of 16", "groups of 4")]),
     "DualPipe idles less than ZB1P and 1F1B, at PP + 1 activations": (
-        "pipeline", "#, #, # of about # at # ranks, # micro-batches; exact, computed", [schedules], None),
+        "pipeline", "idle # of #, # of # and # of # units of time at # ranks, # micro-batches; exact, computed",
+        [schedules], None),
 }
 
 

@@ -248,9 +248,24 @@ def test_results_name_every_machine_and_version_of_their_runs(finished):
 def test_the_arms_of_a_seed_are_of_one_machine(finished):
     one, *others = finished[1]
     elsewhere = {**one, "made": {**one["made"], "hardware": "An abacus, 1 core"}}
-    with pytest.raises(ConfigError, match=r"the runs of seed 0 were made on several machines \(An abacus, 1 core; .* "
-                                          "measure all arms of a seed on one: --fresh, or another --workdir"):
-        runner.summarize(LEAST, [elsewhere, *others])
+    newer = {**one, "made": {**one["made"], "versions": {**one["made"]["versions"], "jax": "99"}}}
+    for other, name in ((elsewhere, "An abacus, 1 core; python"), (newer, "jax 99;")):
+        with pytest.raises(ConfigError, match=f"the arms of seed 0 ran on several machines or versions, .*{name} .*"
+                                              "Measure all arms of a seed on one: --fresh, or another --workdir"):
+            runner.summarize(LEAST, [other, *others])
+
+
+def test_another_machine_is_refused_before_hours_of_measuring(finished, monkeypatch):
+    workdir, runs = finished
+    lost = LEAST.run_path(workdir / "least-quick", "bias", 1)
+    kept = lost.read_text()
+    lost.unlink()
+    monkeypatch.setattr(runner, "provenance", lambda: {**runs[0]["made"], "hardware": "An abacus, 1 core"})
+    with (mock.patch.object(runner, "measure_all") as measure,
+          pytest.raises(ConfigError, match="the arms of seed 1 ran on")):
+        runner.run(LEAST, workdir, 1)
+    lost.write_text(kept)
+    assert not measure.called
 
 
 def test_a_run_has_its_seconds(tmp_path):

@@ -55,9 +55,16 @@ MUTATIONS = [
     Mutation(
         name="studies: arms of a seed may be of several machines",
         file="experiments/studies/framework/results.py",
-        old="if seeds.count(seed) > 1]",
-        new="if seeds.count(seed) > 9]",
+        old="if len(found) > 1:",
+        new="if len(found) > 9:",
         tests="experiments/test_studies.py::test_the_arms_of_a_seed_are_of_one_machine",
+    ),
+    Mutation(
+        name="studies: another machine is noticed after the measuring",
+        file="experiments/studies/framework/runner.py",
+        old="for todo in missing.values() for seed in todo)])",
+        new="for todo in missing.values() for seed in todo)][:1])",
+        tests="experiments/test_studies.py::test_another_machine_is_refused_before_hours_of_measuring",
     ),
     Mutation(
         name="studies: an arm's more seeds do not run",

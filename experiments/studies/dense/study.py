@@ -21,9 +21,9 @@ ARMS = {"mixture": ("mixture", "tokens"), "active": ("active", "tokens"), "activ
         **{f"{kind}, long": (kind, "long") for kind in KINDS}}
 LABELS = {"mixture": "mixture", "active": "dense, as many active", "total": "dense, as many in total"}
 # What a step costs: (title, label, of a kind).
-AXES = (("Equal tokens: down is better", "million tokens", lambda kind: TOKENS / 1e6),
-        ("Equal compute: down is better", "TFLOP", lambda kind: flops(kind) / 1e12),
-        ("Equal time: down is better", "seconds on two cores", seconds))
+AXES = (("By tokens: down is better", "million tokens", lambda kind: TOKENS / 1e6),
+        ("By compute: down is better", "TFLOP", lambda kind: flops(kind) / 1e12),
+        ("By time: down is better", "seconds on two cores", seconds))
 
 
 def draw(results: dict[str, Any], runs: list[dict[str, Any]], folder: pathlib.Path) -> None:
@@ -38,7 +38,8 @@ def draw(results: dict[str, Any], runs: list[dict[str, Any]], folder: pathlib.Pa
     axes[0].set_ylabel("held-out loss, nats per token", fontsize=9)
     made.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False,
                 fontsize=plots.SMALL)
-    plots.save(made, folder / "dense.png", f"{plots.INTERVALS} Each is a run of its own. Dotted: the mixture's budget.")
+    plots.save(made, folder / "dense.png", f"{plots.INTERVALS} Each is a run of its own. Dotted: the mixture's\n"
+               "budget, at which models are compared.")
 
 
 def _line(axis, results, kind, cost, colour):

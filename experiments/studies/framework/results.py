@@ -21,7 +21,7 @@ def by_arm(study: Study, runs: Runs) -> dict[str, Any]:
     """results.json of a study whose runs have metrics, curves, probes and arrays.
 
     Raises:
-      ConfigError: the runs did not all read the same text, or those of a seed were not all made on one machine.
+      ConfigError: the runs did not all read the same text, or those of a seed are of several machines or versions.
     """
     if len({json.dumps(run["corpus"]) for run in runs}) > 1:
         raise ConfigError(f"{study.name}: some of the finished runs read another text than the others (another Python, "
@@ -106,15 +106,19 @@ def origin(runs: Runs) -> dict[str, Any]:
     """The provenance of finished runs: the newest date, and where they differ, every machine and version.
 
     Raises:
-      ConfigError: the runs of a seed are of several machines, which round differently; arms are compared by seed.
+      ConfigError: the runs of a seed are of several machines or versions, which round differently; arms are compared by
+        seed.
     """
-    machines = {}
+    machines, of_seed = {}, {}
     for run in runs:
-        machines.setdefault(run["made"]["hardware"], set()).add(run["seed"])
-    seeds = [seed for mine in machines.values() for seed in mine]
-    if twice := [seed for seed in sorted(set(seeds)) if seeds.count(seed) > 1]:
-        raise ConfigError(f"the runs of seed {twice[0]} were made on several machines ({'; '.join(machines)}), which "
-                          "round differently; measure all arms of a seed on one: --fresh, or another --workdir.")
+        hardware, versions = run["made"]["hardware"], run["made"]["versions"]
+        machines.setdefault(hardware, set()).add(run["seed"])
+        of_seed.setdefault(run["seed"], set()).add("; ".join([hardware, *map(" ".join, versions.items())]))
+    for seed, found in of_seed.items():
+        if len(found) > 1:
+            raise ConfigError(f"the arms of seed {seed} ran on several machines or versions, which round differently: "
+                              f"{' and '.join(sorted(found))}. Measure all arms of a seed on one: --fresh, or another "
+                              "--workdir.")
     name = lambda machine, mine: f"{machine} (seeds {', '.join(map(str, sorted(mine)))})"
     return {"date": max(run["made"]["date"] for run in runs),
             "hardware": "; ".join(name(*x) for x in machines.items()) if len(machines) > 1 else next(iter(machines)),
@@ -130,8 +134,12 @@ def provenance() -> dict[str, Any]:
 
 
 def _cpu_model() -> str:
+    """Its name, and family and model, since virtual machines call processors of several generations the same."""
     try:
-        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+        lines = pathlib.Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
     except OSError:
         return platform.processor() or platform.machine()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    found = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    if "model name" not in found:
+        return platform.machine()
+    return f"{found['model name']}, family {found.get('cpu family')} model {found.get('model')}"

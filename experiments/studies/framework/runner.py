@@ -28,7 +28,7 @@ import tqdm
 from deepseek_jax import cli, io, runtime
 from deepseek_jax.config import ConfigError
 from experiments.studies.framework import source
-from experiments.studies.framework.results import provenance
+from experiments.studies.framework.results import origin, provenance
 from experiments.studies.framework.study import Job, Study
 
 STUDIES = pathlib.Path(__file__).resolve().parents[1]
@@ -87,18 +87,22 @@ def run(study: Study, workdir: pathlib.Path, workers: int, fresh: bool = False) 
     """Measures missing runs (with `fresh`, all), and returns all runs.
 
     Raises:
-      ConfigError: some arms failed; the runs of the others are kept.
+      ConfigError: some arms failed; the runs of the others are kept. Or the other arms of a missing seed ran on another
+        machine.
     """
     folder = run_folder(study, workdir)
     folder.mkdir(parents=True, exist_ok=True)
     code = source.digest(study)
-    taken = {} if fresh or not study.measure.resumes else {
-        (found["arm"], found["seed"]) for found in finished(study, folder, code)}
+    there = [] if fresh or not study.measure.resumes else finished(study, folder, code)
+    taken = {(found["arm"], found["seed"]) for found in there}
     missing = {arm: [seed for seed in seeds if (arm, seed) not in taken] for arm, seeds in study.selected().items()}
     missing = {arm: todo for arm, todo in missing.items() if todo}
     if study.measure.resumes:
         _tell(study, folder, len(taken))
     if missing:
+        here = provenance()
+        # Refuses another machine now, not after hours.
+        origin([*there, *({"seed": seed, "made": here} for todo in missing.values() for seed in todo)])
         study.measure.prepare(study, folder)
         measure_all(study, missing, folder, max(1, min(workers, len(missing))), code)
     return finished(study, folder, code)

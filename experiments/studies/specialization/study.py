@@ -26,7 +26,7 @@ def draw(results: dict[str, Any], runs: list[dict[str, Any]], folder: pathlib.Pa
         becoming.plot(long["probes"]["step"], long["probes"][name], "o-", color=colour, label=label, markersize=4)
     becoming.set_ylim(bottom=0)
     plots.legend(becoming, title="an expert says about the kind", loc="lower right")
-    plots.finish(becoming, "What an expert says about kinds", "step", "bits")
+    plots.finish(becoming, "What an expert says about kinds (5e-3, long)", "step", "bits")
     colours = dict(zip(results["arms"], plots.PALETTE))
     for arm in ("1e-3", "1e-3, fast start", "5e-3", "2e-2"):
         if arm in results["arms"]:
